@@ -49,7 +49,7 @@ def narrow_options(
         share: above 0, at most 1.
         scaler: divide what its layers give by the share (Diao et al., HeteroFL, ICLR 2021, section 3).
 
-    Raises :class:`ModelError` as :func:`general` does.
+    Raises :class:`ModelError` as :func:`general_name` does.
     """
     kind, full = general_name(name, options)
     width = _BUILDERS[MODELS[kind].build][1]

@@ -17,7 +17,7 @@ from hetero_fl.core.task import Task
 # Under label skew the plain mean of logits is ruled by whoever over-predicts its own majority. The
 # contrast-weighted teacher lets a client speak on a class as far as it has seen both the class and
 # something else; the entropy-weighted one lets it speak on an example as far as it is sure.
-# Whatever the weights, a class that only weak models know can be lost in the consensus; `aligned`
+# Whatever the weights, a class that only weak models know can be lost in the consensus; `align_to_labels`
 # brings it back.
 
 TeacherKind = Literal["mean", "samples", "contrast", "entropy"]
@@ -37,7 +37,7 @@ def proxy_predictions(
     """A client's predictions `[N, C]` as an item of the consensus.
 
     mean: logits, weight 1; samples: logits, weight n; contrast: max(log p, −8) with weight a_c by class (multi-label and
-    regression have no exclusive classes: there contrast is `samples`); entropy: logits, with weight `certainty` by row (by
+    regression have no exclusive classes: there contrast is `samples`); entropy: logits, with weight `certainty_weights` by row (by
     row and label where labels exclude nothing; regression has no entropy: there it is `mean`). A client that does not
     release its label counts (None) speaks as if its n rows were spread evenly over the classes.
     """

@@ -89,12 +89,10 @@ class Algorithm(BaseModel):
     downloads: ClassVar[Mapping[str, ItemSpec]] = {}
     needs_proxy: ClassVar[bool] = False
     is_distillation: ClassVar[bool] = False  # whether it can train a student at the server
-    counts_traffic: ClassVar[bool] = (
-        True  # False for bounds, which send nothing that a federation would
-    )
-    needs_all_clients: ClassVar[bool] = (
-        False  # whether it needs all clients' rows or models in one place
-    )
+    # False for bounds, which send nothing that a federation would
+    counts_traffic: ClassVar[bool] = True
+    # whether it needs all clients' rows or models in one place
+    needs_all_clients: ClassVar[bool] = False
     tasks: ClassVar[tuple[str, ...]] = ("multiclass", "multilabel", "regression")
     # what it needs besides, in words that tables print; subclasses add to it
     requires: ClassVar[tuple[str, ...]] = ()

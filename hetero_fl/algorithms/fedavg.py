@@ -131,9 +131,8 @@ class FedNova(Algorithm):
                 **model,
                 **{n: model[n] + effective[n] * change for n, change in mean.items()},
             }
-        tie_common_tensors(
-            server.models, server.common, paths
-        )  # those of whom nobody was in the cohort, too
+        # those of whom nobody was in the cohort, too
+        tie_common_tensors(server.models, server.common, paths)
 
 
 def accumulated_steps(steps: int, optimizer: OptimizerConfig) -> float:

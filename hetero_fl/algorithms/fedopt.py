@@ -57,9 +57,8 @@ class FedAvgM(ServerOptimizer):
         self, model: Tensors, mean: Tensors, optimizer_state: dict[str, Tensors]
     ) -> Tensors:
         velocity = optimizer_state.setdefault("velocity", {})
-        ahead = interpolate_model(
-            model, mean, self.server_lr, mean
-        )  # θ + λΔ: with β = 0 FedAvg to the bit
+        # θ + λΔ: with β = 0 FedAvg to the bit
+        ahead = interpolate_model(model, mean, self.server_lr, mean)
         for n, average in mean.items():
             earlier = self.momentum * velocity[n] if n in velocity else torch.zeros_like(average)
             velocity[n] = earlier + (average - model[n])

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # `hetero-fl federate`: what `train` does, by a real federation on this machine.
 
-NURSERY = "hetero_fl.deployment.local.fork_server"
+LAUNCHER = "hetero_fl.deployment.local.fork_server"
 
 
 def setup_federate(parser: argparse.ArgumentParser) -> None:
@@ -41,10 +41,9 @@ def run_federate(options: argparse.Namespace) -> int:
     permission = code_permission_from(options)
     if (source := load_checked_run(options, permission)) is None:
         return 0
-    nursery = CompanionProcess(
-        NURSERY
-    )  # before torch is loaded here: the nodes load it in the same time
-    with nursery:
+    # before torch is loaded here: the nodes load it in the same time
+    launcher = CompanionProcess(LAUNCHER)
+    with launcher:
         from hetero_fl.deployment.local.launcher import run_local_federation
 
         finished = run_local_federation(
@@ -53,7 +52,7 @@ def run_federate(options: argparse.Namespace) -> int:
             resume=options.resume,
             overrides=options.overrides,
             quiet=options.quiet,
-            launcher=nursery,
+            launcher=launcher,
             allow_code=permission,
         )
     print_results_location(finished, make_printer(options))

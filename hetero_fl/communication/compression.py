@@ -122,7 +122,7 @@ class Stage(ABC):
     def decode_side_information(
         self, source: ByteReader, layout: Layout, draw: Draw
     ) -> tuple[Layout, Any]:
-        """At the receiver: the layout of what was left, and what `restore` needs. Raises PayloadError."""
+        """At the receiver: the layout of what was left, and what `decompress` needs. Raises PayloadError."""
 
     @abstractmethod
     def decompress(self, numbers: Tensor, layout: Layout, side_information: Any) -> Tensor:
@@ -140,7 +140,7 @@ class NumberFormat(ABC):
 
     @abstractmethod
     def decode(self, source: ByteReader, layout: Layout, dtype: torch.dtype) -> Tensor:
-        """The reverse of `write`. Raises PayloadError."""
+        """The reverse of `encode`. Raises PayloadError."""
 
 
 # The likeliest classes of each prediction.

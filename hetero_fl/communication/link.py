@@ -60,7 +60,7 @@ class StageChain:
         return b"".join([*told, self.format.encode(numbers, layout, draw)])
 
     def decode(self, source: ByteReader, layout: Layout, dtype: torch.dtype, draw: Draw) -> Tensor:
-        """The reverse of `write`, with what was left out restored. Raises PayloadError for what is not of that layout."""
+        """The reverse of `encode`, with what was left out restored. Raises PayloadError for what is not of that layout."""
         done = []
         for stage in self.reducing:
             if stage.compresses(layout):
@@ -100,7 +100,7 @@ class ItemForm:
         return cls(item.kind, dtypes.pop(), shapes, plain & shapes.keys())
 
     def to_json(self) -> list[Any]:
-        """As JSON; `read` is the reverse."""
+        """As JSON; `from_json` is the reverse."""
         return [self.kind, self.dtype, self.shapes, sorted(self.plain)]
 
     @classmethod

@@ -105,7 +105,7 @@ class ClientDirectory(Mapping[str, ClientInfo]):
         data: Any,
     ) -> None:
         self.clients, self._data = clients, data
-        # of each client in `kinds`; none: as in `clients.kinds`
+        # of each client in `profiles`; none: as in `clients.profiles`
         self._places: dict[str, int] | None = None
         if isinstance(archs, Mapping):
             self._places, self.profiles = _split_profiles(clients, archs)

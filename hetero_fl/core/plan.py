@@ -189,9 +189,8 @@ class Fit:
     frozen: tuple[str, ...] = ()  # slots that the objective may call but not change
     # tensors (or named tensors) an objective reads
     context: Mapping[str, Any] = field(default_factory=dict)
-    extra_batches: Mapping[str, SampledBatches] = field(
-        default_factory=dict
-    )  # one batch of each per step
+    # one batch of each per step
+    extra_batches: Mapping[str, SampledBatches] = field(default_factory=dict)
     # slot -> d: θ −= lr·d after every optimiser step
     drift: Mapping[str, Tensors] = field(default_factory=dict)
     keep: str | None = None  # a name under which the optimiser's state lives on in the participant

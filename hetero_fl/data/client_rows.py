@@ -175,24 +175,28 @@ class ClientRows(Mapping[str, Mapping[str, RowSelection]]):
         lazy_partition: LazyPartition | None = None,
         remote_info: Mapping[str, RemoteDataInfo] | None = None,
     ) -> None:
-        self.dealt, self.drawing, self.remote_info = assigned, lazy_partition, remote_info or {}
+        self.assigned, self.lazy_partition, self.remote_info = (
+            assigned,
+            lazy_partition,
+            remote_info or {},
+        )
 
     def count(self, client: str, split: str) -> int:
         """Rows of one split, without drawing them."""
         if client in self.remote_info:
             return self.remote_info[client].rows[split]
-        if client in self.dealt or self.drawing is None:
-            return len(self.dealt[client][split].rows)
-        return self.drawing.split_counts(client)[split]
+        if client in self.assigned or self.lazy_partition is None:
+            return len(self.assigned[client][split].rows)
+        return self.lazy_partition.split_counts(client)[split]
 
     @property
     def n_train(self) -> int:
         """Rows of all training splits; where clients draw for themselves, of the pool that they draw from."""
-        dealt = sum(len(splits["train"].rows) for splits in self.dealt.values())
+        dealt = sum(len(splits["train"].rows) for splits in self.assigned.values())
         return (
             dealt
             + self._remote_counts("train")
-            + (len(self.drawing.pool.rows) if self.drawing else 0)
+            + (len(self.lazy_partition.pool.rows) if self.lazy_partition else 0)
         )
 
     def _remote_counts(self, split: str) -> int:
@@ -200,7 +204,7 @@ class ClientRows(Mapping[str, Mapping[str, RowSelection]]):
 
     def clients_with_one_row(self) -> list[str]:
         """Clients with a single row to train on: whoever draws has more."""
-        counts = {client: len(splits["train"].rows) for client, splits in self.dealt.items()}
+        counts = {client: len(splits["train"].rows) for client, splits in self.assigned.items()}
         return [
             c
             for c, n in (counts | {c: t.rows["train"] for c, t in self.remote_info.items()}).items()
@@ -211,26 +215,28 @@ class ClientRows(Mapping[str, Mapping[str, RowSelection]]):
         """All rows that anybody has, and where."""
         dealt = [
             ((client, name), share)
-            for client, splits in self.dealt.items()
+            for client, splits in self.assigned.items()
             for name, share in splits.items()
         ]
-        return dealt + ([(("", "pool"), self.drawing.pool)] if self.drawing else [])
+        return dealt + ([(("", "pool"), self.lazy_partition.pool)] if self.lazy_partition else [])
 
     def __getitem__(self, client: str) -> Mapping[str, RowSelection]:
-        if client in self.dealt or self.drawing is None:
-            return self.dealt[client]
-        if client not in self.drawing.clients:
+        if client in self.assigned or self.lazy_partition is None:
+            return self.assigned[client]
+        if client not in self.lazy_partition.clients:
             raise KeyError(client)
-        return self.drawing.splits(client)
+        return self.lazy_partition.splits(client)
 
     def __contains__(self, client: object) -> bool:
-        return client in self.dealt or (self.drawing is not None and client in self.drawing.clients)
+        return client in self.assigned or (
+            self.lazy_partition is not None and client in self.lazy_partition.clients
+        )
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.dealt if self.drawing is None else self.drawing.clients)
+        return iter(self.assigned if self.lazy_partition is None else self.lazy_partition.clients)
 
     def __len__(self) -> int:
-        return len(self.dealt if self.drawing is None else self.drawing.clients)
+        return len(self.assigned if self.lazy_partition is None else self.lazy_partition.clients)
 
 
 def fingerprint(about: object, rows_by_location: Iterable[tuple[Any, RowSelection]]) -> str:

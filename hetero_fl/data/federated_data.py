@@ -416,7 +416,9 @@ class ResampledData(FederatedData):
             client: {**data._private[client], "train": RowSelection.all_rows(rows)}
             for client, rows in train.items()
         }
-        self._private = ClientRows({**data._private.dealt, **given}, data._private.drawing)
+        self._private = ClientRows(
+            {**data._private.assigned, **given}, data._private.lazy_partition
+        )
         self._given = frozenset(train)
 
     def _raw_rows(self, client: str, split: str) -> Examples:
@@ -498,10 +500,10 @@ def federate(
         if (held := [c for c in who if c not in absent])
     }
     owners = {name for holders in everywhere.values() for name in holders}
-    drawing: LazyPartition | None = None
+    lazy_partition: LazyPartition | None = None
     private: dict[str, Splits] = {}
     if config.partition.kind == "drawn" and not absent:
-        drawing = LazyPartition(
+        lazy_partition = LazyPartition(
             RowSelection(dataset.train, rows),
             dataset.task,
             config.partition,
@@ -509,12 +511,12 @@ def federate(
             population,
             seed,
         )
-        drawing.check()
+        lazy_partition.check()
     elif names := [name for name in population.ids if name not in owners and name not in absent]:
         shares = assign_rows(dataset, rows, names, config, population, seed, notes)
         private = how.split_clients(shares, _common_rows(dataset, public), config, seed)
     owned = load_client_sources(holders_of, dataset, config, population, seed)
-    everybody = ClientRows(private | owned.private, drawing)
+    everybody = ClientRows(private | owned.private, lazy_partition)
 
     notes += owned.notes + check_missing_values(
         kinds, population, everybody, public, dataset.layout, dataset.min_gap

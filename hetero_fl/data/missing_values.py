@@ -45,8 +45,8 @@ def check_missing_values(kinds: Iterable[SettingsProfile], clients: Population, 
             for name, share in public.items()
             if name != "proxy" or not is_all_missing(share, view)
         }
-        if private.drawing is not None:
-            places["train"] = private.drawing.pool
+        if private.lazy_partition is not None:
+            places["train"] = private.lazy_partition.pool
         check_view(places, view, layout, where, known, first_missing)
     for (name, split), share in private.rows_by_location():
         if (

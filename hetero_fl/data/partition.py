@@ -149,7 +149,7 @@ def _check_parts(parts: object, config: PartitionConfig, rows: int, clients: int
 
 # How training rows are dealt out to clients.
 #
-# `deal` is the one entry; each kind of partition is a function in the registry. A deal depends on
+# `partition_rows` is the one entry; each kind of partition is a function in the registry. A deal depends on
 # the rows, the sizes in their order, the configuration and the seed, and on nothing else.
 
 TRIES = 1000
@@ -417,7 +417,7 @@ def _partition_classes(
 
 
 def _fill_short_clients(context: PartitionContext, parts: list[Tensor]) -> list[Tensor]:
-    """Fill short clients from the largest, with rows drawn at random. Ends, as `deal` checked that all rows suffice."""
+    """Fill short clients from the largest, with rows drawn at random. Ends, as `partition_rows` checked that all rows suffice."""
     turn = 0
     while min(map(len, parts)) < context.fewest:
         low = min(range(len(parts)), key=lambda k: len(parts[k]))

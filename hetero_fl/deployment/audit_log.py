@@ -437,9 +437,8 @@ class SiteUsage:
     trained: set[bytes] = field(default_factory=set)  # those of them that it trained for
     # by the server's name, the newest at the end
     tasks: OrderedDict[str, bytes] = field(default_factory=OrderedDict)
-    one_time_charges: set[str] = field(
-        default_factory=set
-    )  # what was released for the whole of this run
+    # what was released for the whole of this run
+    one_time_charges: set[str] = field(default_factory=set)
     # (noise multiplier, rate) -> mechanisms
     steps: dict[tuple[float, float], int] = field(default_factory=dict)
 

@@ -73,11 +73,11 @@ class Conversations:
 
     Args:
         required: whoever is gone is waited for to the end of its time as long as fewer clients than these are here or have
-            answered; else only for as long as the post is patient.
+            answered; else only for as long as the connections are patient.
     """
 
     def __init__(self, connections: Connections, required: int = 0) -> None:
-        self.post, self.need = connections, required
+        self.connections, self.need = connections, required
         self._errands: dict[str, PendingConversation] = {}
         self._waiting: dict[str, None] = {}  # for their nodes
         self._flying: dict[str, MessageInFlight] = {}
@@ -107,23 +107,23 @@ class Conversations:
     def _advance(self, wait: float) -> None:
         now = time.monotonic()
         if now - self._looked > LOOK:
-            self.post.greet_new_nodes()
+            self.connections.greet_new_nodes()
             for flight in [
-                f for f in self._flying.values() if self.post.node_of.get(f.client) != f.node
+                f for f in self._flying.values() if self.connections.node_of.get(f.client) != f.node
             ]:
                 self._restart(flight)
             self._looked = now
-        for client in [c for c in self._waiting if c in self.post.node_of]:
+        for client in [c for c in self._waiting if c in self.connections.node_of]:
             self._begin(client)
         for flight in [f for f in self._flying.values() if f.next_send_time <= now]:
             self._ping(flight)
         numbers = {n for flight in self._flying.values() for n in flight.awaited_numbers()}
         soonest = min((errand.end for errand in self._errands.values()), default=now + wait)
         wait = max(0.0, min(wait, soonest - now))
-        came = self.post.pull_answers(numbers, wait)
+        came = self.connections.pull_answers(numbers, wait)
         for number, answer in came.items():
             self._take(number, answer)
-        if not came and not numbers and not self.post.has_pending_greeting:
+        if not came and not numbers and not self.connections.has_pending_greeting:
             time.sleep(min(LOOK / 5, wait))
         self._abandon_expired()
 
@@ -134,13 +134,13 @@ class Conversations:
         if errand.attempts > TRIES:
             return self._end(client, ClientAbsentError(f"its node went away {TRIES} times"))
         try:
-            talk = errand.make()
-            self._send(client, talk, self.post.node_of[client], next(talk))
+            conversation = errand.make()
+            self._send(client, conversation, self.connections.node_of[client], next(conversation))
         except RequestRefusedError as error:
             self._end(client, ClientAbsentError(str(error)))
 
     def _send(self, client: str, conversation: Conversation, node: int, envelope: Envelope) -> None:
-        pause = self.post.nudge
+        pause = self.connections.nudge
         flight = MessageInFlight(
             client, conversation, node, envelope, time.monotonic() + pause, pause
         )
@@ -149,7 +149,7 @@ class Conversations:
 
     def _push(self, flight: MessageInFlight) -> None:
         flight.numbers.add(
-            self.post.transport.push(
+            self.connections.transport.push(
                 flight.node, flight.envelope, self._on_node_left(flight.client)
             )
         )
@@ -164,7 +164,7 @@ class Conversations:
             flight.ping_number, flight.answered = None, False
             self._push(flight)
         else:  # once more, if it has been asked: the question may be lost as well
-            flight.ping_number = self.post.transport.push(
+            flight.ping_number = self.connections.transport.push(
                 flight.node, message("hello"), self._on_node_left(flight.client)
             )
         flight.pause *= 2
@@ -182,7 +182,7 @@ class Conversations:
         if answer is None:
             flight.numbers.discard(number)
             if not flight.numbers:
-                self.post.forget_node(flight.node)
+                self.connections.forget_node(flight.node)
                 self._restart(flight)
             return
         try:
@@ -200,12 +200,12 @@ class Conversations:
         self._waiting[flight.client] = None
 
     def _abandon_expired(self) -> None:
-        """On those whose time is over, and on those who are gone for longer than the post is patient."""
+        """On those whose time is over, and on those who are gone for longer than the connections are patient."""
         now, here = (
             time.monotonic(),
-            self._answered | (self._errands.keys() & self.post.node_of.keys()),
+            self._answered | (self._errands.keys() & self.connections.node_of.keys()),
         )
-        patient = len(here) < self.need or self.post.has_pending_greeting
+        patient = len(here) < self.need or self.connections.has_pending_greeting
         for client, errand in list(self._errands.items()):
             if errand.end <= now:
                 late = client in self._flying
@@ -214,7 +214,7 @@ class Conversations:
             elif (
                 client in self._waiting
                 and not patient
-                and self.post.seconds_away(client) > self.post.patience
+                and self.connections.seconds_away(client) > self.connections.patience
             ):
                 self._end(client, ClientAbsentError("its node is not there"))
 
@@ -227,7 +227,7 @@ class Conversations:
         self._ended.append((client, what))
 
 
-# The server's post: which node stands for which client, and what is sent to whom.
+# The server's connections: which node stands for which client, and what is sent to whom.
 
 GREETING = 2.0  # seconds that a node which has just come has to say who it is
 FAREWELL = 5.0  # seconds, at most, for telling nodes that a run is over
@@ -259,7 +259,7 @@ class Connections:
         self.transport, self.clients, self.say = transport, frozenset(clients), say
         self.patience, self.nudge = patience, nudge
         self.node_of: dict[str, int] = {}
-        self.here: dict[str, object] = {}  # what each said when it came
+        self.connected_clients: dict[str, object] = {}  # what each said when it came
         self._began, self._gone = time.monotonic(), dict[str, float]()  # when somebody went
         self._met: dict[int, str] = {}  # node -> client; "" if it was refused
         self._greetings: dict[str, tuple[int, float]] = {}  # message -> node, and when it was sent
@@ -367,8 +367,8 @@ class Connections:
             self.say(f"refused a node that says it is {client[:80]!r}: {why}")
             self.transport.push(node, message("leave", why=why), 10.0)
             return
-        again = " again" if client in self.here else ""
-        self.node_of[client], self.here[client] = node, said
+        again = " again" if client in self.connected_clients else ""
+        self.node_of[client], self.connected_clients[client] = node, said
         self.say(f"{client} is here{again}")
 
     # Messages --------------------------------------------------------------------------------------------------------

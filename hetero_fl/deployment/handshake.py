@@ -154,8 +154,8 @@ def perform_handshake(
     before = state["settings"] if state is not None else {}
     largest = _largest_side(config)
     told_by = {
-        id: _settings(id, connections.here[id], names, largest)
-        if id in connections.here
+        id: _settings(id, connections.connected_clients[id], names, largest)
+        if id in connections.connected_clients
         else before.get(id, {})
         for id in ids
     }
@@ -165,19 +165,21 @@ def perform_handshake(
         plain["clients"]["overrides"] = [*plain["clients"]["overrides"], *own]
         config = load_config(plain, allow_code=CodePermission(granted=names))
     run = str(state["run"]) if state is not None else secrets.token_hex(16)
-    convened = Handshake(connections, config, load_federated_data(config, absent=ids), run, told_by)
+    handshake = Handshake(
+        connections, config, load_federated_data(config, absent=ids), run, told_by
+    )
     if state is not None:
-        convened.remote_info |= {
-            id: convened.receive_data_info(id, tree) for id, tree in state["told"].items()
+        handshake.remote_info |= {
+            id: handshake.receive_data_info(id, tree) for id, tree in state["told"].items()
         }
     here = [id for id in ids if id not in missing]
     _converse_with_all(
-        connections, {id: _add_remote_note(convened.request_data_info, id) for id in here}, "told"
+        connections, {id: _add_remote_note(handshake.request_data_info, id) for id in here}, "told"
     )
-    _converse_with_all(connections, dict.fromkeys(here, convened.request_ready), "ready")
+    _converse_with_all(connections, dict.fromkeys(here, handshake.request_ready), "ready")
     for id in missing:
         connections.say(f"{id} is not there; going on without it")
-    return convened
+    return handshake
 
 
 def _largest_side(config: Config) -> int:

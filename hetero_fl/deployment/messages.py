@@ -354,9 +354,8 @@ class NodeKeys:
 
     own: EllipticCurvePrivateKey
     server: PublicKey
-    _seen_messages: dict[str, float] = field(
-        default_factory=dict
-    )  # messages' numbers, until when they hold
+    # messages' numbers, until when they hold
+    _seen_messages: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def load(cls, own: Path, server: Path) -> NodeKeys:

@@ -153,15 +153,15 @@ def begin_run(
         data = pack.data_of_client(me, config.data, {**clients, me: own}, config.seed)
     own_view = clients[me].preprocess.normalize == "own"
     told = describe_client_rows(data, me, own_view, site.tells.labels)
-    vault = NodeStorage(folder / "runs" / check_file_name(run), cipher)
+    storage = NodeStorage(folder / "runs" / check_file_name(run), cipher)
     mark = run_fingerprint(raw, told.content_hash, str(tree["public"]))
-    if (known := vault.read("terms")) is None:
-        vault.write("terms", mark)
+    if (known := storage.read("terms")) is None:
+        storage.write("terms", mark)
     elif known != mark:
         raise RequestRefusedError(
             "the configuration, the public sets or this site's rows are not those with which it began this run"
         )
-    secret = vault.secret("noise")
+    secret = storage.secret("noise")
     # who guesses all rows but one could try the last against a plain hash
     if site.allows.privacy is not None:
         told = replace(
@@ -169,7 +169,7 @@ def begin_run(
             content_hash=hmac.new(secret, told.content_hash.encode(), hashlib.sha256).hexdigest(),
         )
     return ParticipatingRun(
-        run, config, data, vault, SiteUsage.from_log(entries, run), SecretNoiseSource(secret)
+        run, config, data, storage, SiteUsage.from_log(entries, run), SecretNoiseSource(secret)
     ), told
 
 
@@ -359,7 +359,7 @@ class Node:
         head = envelope.head
         if self.joined is None or self.joined.worker is None or self.joined.run != head.get("run"):
             return message("unready")
-        vault, account, task = (
+        storage, usage, task = (
             self.joined.storage,
             self.joined.usage,
             check_file_name(head_value(head, "task", str)),
@@ -383,14 +383,14 @@ class Node:
         }
         if head_value(head, "expires", float) < time.time():
             raise RequestRefusedError(f"task {task[:12]} has expired")
-        if account.tasks.get(task, digest) != digest:
+        if usage.tasks.get(task, digest) != digest:
             raise RequestRefusedError(f"task {task[:12]} came before, and asked for something else")
-        if digest in account.answered:
+        if digest in usage.answered:
             self._line["outcome"] = REPEATED
         assert self.joined.policy is not None  # it comes with the worker
         if spent := self.joined.policy.check(kind, asked, digest):
             self._line["spent"] = spent
-        if (kept := vault.read("answer")) is not None and (known := decode(kept, FORM))["head"][
+        if (kept := storage.read("answer")) is not None and (known := decode(kept, FORM))["head"][
             "task"
         ] == task:
             self._line["kinds"] = ["what was answered before"]
@@ -404,7 +404,7 @@ class Node:
             :MAX_STATES
         ]
         answer = self._answer_request(asked, base, task, spare)
-        vault.write("answer", encode({"head": answer.head, "body": as_tensor(answer.body)}, FORM))
+        storage.write("answer", encode({"head": answer.head, "body": as_tensor(answer.body)}, FORM))
         return answer
 
     def _answer_request(
@@ -416,10 +416,10 @@ class Node:
             and self.joined.worker is not None
             and self.joined.policy is not None
         )
-        me, vault, worker = self.site.client, self.joined.storage, self.joined.worker
-        notes = vault.read("notes")
+        me, storage, worker = self.site.client, self.joined.storage, self.joined.worker
+        notes = storage.read("notes")
         private: dict[str, bytes | None] = (
-            {me: vault.load_state(base)} if request.kind == TRAIN else {}
+            {me: storage.load_state(base)} if request.kind == TRAIN else {}
         )
         job = self._worker_job(
             "answer", request, private, notes={} if notes is None else {me: notes}
@@ -428,16 +428,16 @@ class Node:
         if done.error is not None:
             raise RequestRefusedError(f"{request.kind}: {done.error}")
         if me in done.notes:
-            vault.write("notes", done.notes[me])
+            storage.write("notes", done.notes[me])
         else:
-            vault.drop("notes")
+            storage.drop("notes")
         reply = done.replies[me]
         if isinstance(reply, DivergedError):
             return message("failed", why=str(reply), task=task)
         self._line.setdefault("kinds", [reply.kind])  # an upload has said more of itself
         self.joined.policy.check_size(len(reply.body), upload=True)
         # by what was not trained, none
-        state = vault.save_state(done.private[me], spare) if me in done.private else ""
+        state = storage.save_state(done.private[me], spare) if me in done.private else ""
         check = hashlib.sha256(reply.body).hexdigest()
         return Envelope(
             {"ask": "done", "task": task, "what": reply.kind, "state": state, "check": check},

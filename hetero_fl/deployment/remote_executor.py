@@ -55,14 +55,14 @@ class NodeExecutor:
         deadline: float,
         need: int = 1,
     ) -> None:
-        self.convened, self.post = handshake, handshake.connections
+        self.handshake, self.connections = handshake, handshake.connections
         self.store, self.backend, self.deadline, self.need = store, backend, deadline, need
         federation = handshake.prepared.federation
         self._direct = isinstance(
             make_protocol(handshake.prepared.method, federation), DirectProtocol
         )
         self._tell: Callable[[str], None] | None = None
-        self._dispatched = Conversations(self.post)  # what was dispatched
+        self._dispatched = Conversations(self.connections)  # what was dispatched
         self._lost: list[str] = []  # clients that began anew
         # the states that checkpoints name, the newest last
         self._named: deque[dict[str, str]] = deque(maxlen=KEPT_CHECKPOINTS)
@@ -71,19 +71,21 @@ class NodeExecutor:
         # What is repeated must be the same where an upload is all that there is, so that nothing is trained or noised twice,
         # and must not where secrets are drawn for it: they are for one sum.
         turn = "" if self._direct else secrets.token_hex(16)
-        talks = {client: self._task_conversation(client, requests, turn) for client in requests}
-        for client, answer in self.post.converse(talks, self.deadline, self.need):
+        conversations = {
+            client: self._task_conversation(client, requests, turn) for client in requests
+        }
+        for client, answer in self.connections.converse(conversations, self.deadline, self.need):
             yield client, self._parse_reply(client, answer)
             del answer  # a model's worth
 
     def evaluate(
         self, broadcasts: Mapping[str, bytes], round_idx: int, details: bool
     ) -> Iterator[tuple[str, ClientEvaluation | ClientAbsentError]]:
-        talks = {
+        conversations = {
             client: self._evaluation_conversation(client, broadcasts, round_idx, details)
             for client in broadcasts
         }
-        for client, answer in self.post.converse(talks, self.deadline, 1):
+        for client, answer in self.connections.converse(conversations, self.deadline, 1):
             yield client, self._parse_evaluation(client, answer)
 
     def set_listener(self, listener: Callable[[str], None] | None) -> None:
@@ -94,8 +96,8 @@ class NodeExecutor:
 
     # Clients on machines of their own ------------------------------------------------------------------------------------
     def connected_clients(self) -> Collection[str]:
-        self.post.refresh()
-        return self.post.node_of.keys()
+        self.connections.refresh()
+        return self.connections.node_of.keys()
 
     def dispatch(self, client: str, request: Message) -> None:
         self._dispatched.add(
@@ -107,10 +109,12 @@ class NodeExecutor:
         return None if ended is None else (ended[0], self._parse_reply(*ended))
 
     def send_states(self, states: Mapping[str, PrivateState]) -> None:
-        talks = {
+        conversations = {
             client: self._state_conversation(client, private) for client, private in states.items()
         }
-        for client, answer in self.post.converse(talks, self.deadline, len(talks)):
+        for client, answer in self.connections.converse(
+            conversations, self.deadline, len(conversations)
+        ):
             if isinstance(answer, ClientAbsentError) or answer.head.get("ask") != "kept":
                 raise RunFailedError(
                     f"{client}: it does not take the model that it should begin with: {_failure_reason(answer)}"
@@ -166,12 +170,12 @@ class NodeExecutor:
     def _state_conversation(self, client: str, private: PrivateState) -> Callable[[], Conversation]:
         def conversation() -> Conversation:
             envelope = message(
-                "keep", {"state": as_tensor(private.encode())}, run=self.convened.run
+                "keep", {"state": as_tensor(private.encode())}, run=self.handshake.run
             )
             for _ in range(TRIES):
                 if (answer := (yield envelope)).head.get("ask") != "unready":
                     break
-                yield from self.convened.prepare_restarted_node(client)
+                yield from self.handshake.prepare_restarted_node(client)
             return answer
 
         return conversation
@@ -182,7 +186,7 @@ class NodeExecutor:
         """Have one task done; a node that was started anew is prepared first, one that has lost its state begins anew."""
         if self._tell is not None:
             self._tell(f"{client}: {'train' if kind == 'answer' else 'evaluation'}")
-        base, run = self._committed_state_name(client), self.convened.run
+        base, run = self._committed_state_name(client), self.handshake.run
         spare = ",".join(sorted({named[client] for named in self._named if client in named}))
         hashed, expires = hashlib.sha256(request.body).hexdigest(), time.time() + self.deadline
         for _ in range(TRIES):
@@ -204,9 +208,9 @@ class NodeExecutor:
             if said == "lost" and base:
                 base = ""
                 self._lost.append(client)
-                self.post.say(f"{client} has lost its private state, and begins anew")
+                self.connections.say(f"{client} has lost its private state, and begins anew")
             elif said == "unready":
-                yield from self.convened.prepare_restarted_node(client)
+                yield from self.handshake.prepare_restarted_node(client)
             else:
                 break
         return answer
@@ -221,13 +225,13 @@ class NodeExecutor:
         """A reading; of a client that tells something else it is left out."""
         if isinstance(answer, ClientAbsentError):
             return answer
-        prepared = self.convened.prepared
+        prepared = self.handshake.prepared
         try:
             if answer.head.get("ask") != "done":
                 return ClientAbsentError(reason(answer))
             return read_evaluation(body_of(answer), client, prepared.federation, prepared.method)
         except RequestRefusedError as error:
-            self.post.say(f"{client}: {error}")
+            self.connections.say(f"{client}: {error}")
             return ClientAbsentError(str(error))
 
     def _parse_reply(self, client: str, answer: Envelope | ClientAbsentError) -> Reply:

@@ -113,8 +113,8 @@ def run_federation(
         if keys is not None:
             transport = signed = SignedTransport(transport, keys, tell)
             status.set_log_source(lambda: signed.logs)
-        post = Connections(transport, clients, tell, patience, nudge)
-        status.set_presence_source(lambda: post.node_of)
+        connections = Connections(transport, clients, tell, patience, nudge)
+        status.set_presence_source(lambda: connections.node_of)
     except BaseException:
         transport.close()
         raise
@@ -123,8 +123,10 @@ def run_federation(
             status.update(
                 name=config.name, algorithm=config.algorithm["name"], rounds=config.rounds
             )
-            convened = perform_handshake(config, post, wait, _run_identity(out) if resume else None)
-            status.update(phase="running", run=convened.run)
+            handshake = perform_handshake(
+                config, connections, wait, _run_identity(out) if resume else None
+            )
+            status.update(phase="running", run=handshake.run)
             for record in _completed_rounds(out) if resume else []:
                 status.add_record(record)
 
@@ -132,23 +134,23 @@ def run_federation(
                 prepared: PreparedRun, choice: ExecutorChoice, store: StateStore
             ) -> NodeExecutor:
                 torch.set_num_threads(choice.server_threads)
-                write_atomically(out / IDENTITY, json.dumps(convened.state_dict()).encode())
+                write_atomically(out / IDENTITY, json.dumps(handshake.state_dict()).encode())
                 # What is drawn at the server must not follow from the seed, which every node is told.
                 noise = SecretNoiseSource(NodeStorage(out / "secrets").secret("noise"))
                 prepared.federation = replace(prepared.federation, noise=noise)
                 backend = make_backend(torch.device(choice.device), 1, choice.precision)
                 seconds = min(deadline, config.cohort.deadline or deadline)
-                return NodeExecutor(convened, store, backend, seconds, _min_clients(prepared))
+                return NodeExecutor(handshake, store, backend, seconds, _min_clients(prepared))
 
-            notes = convened.prepared.notes
-            notes += unused_simulation_keys(convened.prepared.federation, config)
+            notes = handshake.prepared.notes
+            notes += unused_simulation_keys(handshake.prepared.federation, config)
             if keys is None:
                 notes.append(
                     "no keys were given: messages are not signed, and anybody may speak for anybody"
                 )
             told = [status.add_record, *callbacks]
             run = run_prepared(
-                convened.prepared,
+                handshake.prepared,
                 out=out,
                 resume=resume,
                 callbacks=told,
@@ -159,7 +161,7 @@ def run_federation(
         over = True
         return run
     finally:
-        post.close(over)
+        connections.close(over)
 
 
 @contextmanager

@@ -93,7 +93,7 @@ def restore_optimizer(
     trainable: Mapping[str, Tensor],
     saved: Mapping[str, Mapping[str, Tensor]],
 ) -> None:
-    """The reverse of `snapshot`."""
+    """The reverse of `snapshot_optimizer`."""
     for name, state in saved.items():
         p = trainable[name]
         # Fused optimisers want their step counter on the parameter's device, and in float32 whatever the parameter is; the

@@ -276,8 +276,8 @@ class _StackedFits:
             is_batch_norm(m) for s in fit.train for m in self.templates[s].module.modules()
         )
         self.drops = any(t.drops for t in self.templates.values())
-        given, self.given_dims = stack_trees([f.context for _, f in work])
-        self.given = move_to_device(self.device, given)
+        context, self.context_dims = stack_trees([f.context for _, f in work])
+        self.context = move_to_device(self.device, context)
         self.drift = {
             (s, n): torch.stack([f.drift[s][n] for _, f in work]).to(self.tensors[s][n])
             for s, n in self.trained
@@ -380,9 +380,9 @@ class _StackedFits:
         """Add the gradients of those participants' losses to the leaves among the tensors."""
         columns, weight = self.batches.batch_at(step, who, sizes)
         keys = self.batches.dropout_keys(step, who) if self.drops else None
-        given = select_participants(self.given, self.given_dims, who)
-        dims = (0, 0, None if keys is None else 0, self.given_dims, None if weight is None else 0)
-        losses = vmap(self._loss, dims, randomness="error")(tensors, columns, keys, given, weight)
+        context = select_participants(self.context, self.context_dims, who)
+        dims = (0, 0, None if keys is None else 0, self.context_dims, None if weight is None else 0)
+        losses = vmap(self._loss, dims, randomness="error")(tensors, columns, keys, context, weight)
         losses.sum().backward()
         self.totals[who] += losses.detach()
 

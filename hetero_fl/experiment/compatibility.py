@@ -22,8 +22,8 @@ from hetero_fl.experiment.protection_checks import single_upload_reason
 from hetero_fl.federation.channel import DerivedSetup, idle_stages
 from hetero_fl.federation.dry_run import ExpectedUploads
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.method_calls import call_broadcast, is_user_method, translate_user_errors
 from hetero_fl.federation.simulation.devices import Devices
+from hetero_fl.federation.user_methods import call_broadcast, is_user_method, translate_user_errors
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from model_zoo import ModelError, is_batch_norm
 
@@ -104,9 +104,8 @@ def _alone_in_sum(algorithm: Algorithm, federation: FederationSpec) -> list[str]
     derived, owners = DerivedSetup(algorithm, federation), Counter[TensorKey]()
     layout, sent = VectorLayout(derived.expectations.protection.specs, federation.common), []
     for kind in federation.client_infos.profiles:
-        form = derived.upload_form(
-            kind.first, kind.settings.share_every - 1
-        )  # a round in which it shares
+        # a round in which it shares
+        form = derived.upload_form(kind.first, kind.settings.share_every - 1)
         sent.append((kind, layout.tensor_keys(kind.arch.spec_id, form)))
         owners.update(dict.fromkeys(sent[-1][1], kind.count))
     alone = [kind for kind, places in sent if any(owners[place] == 1 for place in places)]

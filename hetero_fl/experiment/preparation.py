@@ -50,9 +50,8 @@ from hetero_fl.utils.environment import choose_device
 from hetero_fl.utils.errors import UserError, closest
 from hetero_fl.utils.text import pluralize
 
-Engage = Callable[
-    ["PreparedRun", ExecutorChoice, StateStore], RemoteExecutor
-]  # has somebody else compute the clients
+# has somebody else compute the clients
+Engage = Callable[["PreparedRun", ExecutorChoice, StateStore], RemoteExecutor]
 
 
 @dataclass
@@ -100,11 +99,11 @@ class PreparedRun:
         executor = apart or make_executor(choice, self.method, self.federation, store, say)
         stop = self.config.runtime.divergence == "stop"
         try:
-            conditions = SimulationEnvironment.from_config(
+            environment = SimulationEnvironment.from_config(
                 self.federation, self.config, apart.connected_clients if apart is not None else None
             )
             runtime = self.config.runtime
-            about = (self.method, self.federation, executor, clients.per_round, stop, conditions)
+            about = (self.method, self.federation, executor, clients.per_round, stop, environment)
             if runtime.mode == "sync":
                 return SynchronousTrainer(*about)
             kind = AsynchronousTrainer if apart is None else RemoteAsynchronousTrainer
@@ -169,7 +168,7 @@ def prepare(
         source: A file, a dictionary or a configuration.
         overrides: Changes, `key.path=value`, or a dictionary of them.
         dataset: examples in memory in place of `data.name`.
-        data: what `deal` made of the same configuration, all of it or what one of several machines has.
+        data: what `load_federated_data` made of the same configuration, all of it or what one of several machines has.
         allow_code: Whether code that a file names may run (see `load_config`).
 
     Raises:

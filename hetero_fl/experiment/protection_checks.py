@@ -23,8 +23,8 @@ from hetero_fl.core.plan import Plan
 from hetero_fl.engine.driver import run_plan
 from hetero_fl.federation.dry_run import ExpectedUploads
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.method_calls import call_broadcast, translate_user_errors
 from hetero_fl.federation.sampling import sample_cohort
+from hetero_fl.federation.user_methods import call_broadcast, translate_user_errors
 from hetero_fl.privacy.accounting import opacus_accountants
 from hetero_fl.privacy.client import uploadable_items
 from hetero_fl.robustness.attacks import Attack

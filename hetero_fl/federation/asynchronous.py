@@ -262,7 +262,7 @@ class AsynchronousTrainer(FederatedTrainer):
         self.goal = self.algorithm.buffer_size or buffer or self.places
         self.staleness = self.algorithm.staleness_config or staleness or StalenessConfig()
         self.queue = TaskQueue()
-        self.version, self.given = 0, 0  # aggregations, tasks
+        self.version, self.num_tasks = 0, 0  # aggregations, tasks
         # what came from whom, and what staleness leaves of it
         self._buffer: list[tuple[str, Payload, float]] = []
         self._attempts: Counter[str] = Counter()  # tasks of this version by client
@@ -300,9 +300,8 @@ class AsynchronousTrainer(FederatedTrainer):
 
     def _next_task(self) -> ClientTask:
         """The next task to end; vacant places are filled before."""
-        if (
-            not len(self.queue) or self.queue.next_end > self.now
-        ):  # whatever ends together has ended
+        # whatever ends together has ended
+        if not len(self.queue) or self.queue.next_end > self.now:
             self._assign_tasks()
         if not self.queue.first.is_computed:
             self._compute()
@@ -329,11 +328,11 @@ class AsynchronousTrainer(FederatedTrainer):
     def _make_task(self, client: str, place: int) -> ClientTask:
         """A client's next task, its fate and its time known."""
         number, again, card = (
-            self.given,
+            self.num_tasks,
             self._attempts[client],
             self.federation.client_infos[client],
         )
-        self.given, self._attempts[client] = number + 1, again + 1
+        self.num_tasks, self._attempts[client] = number + 1, again + 1
         payload = self._broadcast(card)
         body, fate = self._encoded(payload), self.environment.faults.outcome(client, number)
         up = self.upload_bytes(card, payload, self.version)
@@ -463,7 +462,7 @@ class AsynchronousTrainer(FederatedTrainer):
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {
             "now": self.now,
-            "count": [self.version, self.given, self._fillings],
+            "count": [self.version, self.num_tasks, self._fillings],
             "asked": dict(self._attempts),
             "barren": dict(self._barren),
             "buffer": [
@@ -475,7 +474,7 @@ class AsynchronousTrainer(FederatedTrainer):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.version, self.given, self._fillings = state["count"]
+        self.version, self.num_tasks, self._fillings = state["count"]
         self._encoded = self._encoder()
         self._attempts, self._barren = Counter(state["asked"]), Counter(state["barren"])
         self._buffer = [

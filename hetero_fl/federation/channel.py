@@ -29,7 +29,7 @@ from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.federation.dry_run import ExpectedUploads
 from hetero_fl.federation.federation import SERVER, FederationSpec
-from hetero_fl.federation.method_calls import call_broadcast
+from hetero_fl.federation.user_methods import call_broadcast
 from hetero_fl.privacy.client import ClientPrivacy
 from hetero_fl.privacy.server import SumNoise
 from hetero_fl.utils.caching import LRUCache

@@ -31,8 +31,8 @@ from hetero_fl.engine.driver import (
 )
 from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.method_calls import is_user_method
 from hetero_fl.federation.state_store import PrivateState, StateStore
+from hetero_fl.federation.user_methods import is_user_method
 from hetero_fl.privacy.client import ClientPrivacy
 from hetero_fl.robustness.attacks import TRIGGERED
 
@@ -160,9 +160,8 @@ EVALUATION_SETS = {
 }
 
 
-MAX_CONFUSION_CLASSES = (
-    100  # classes: of more nobody reads a matrix, and every client would have one
-)
+# classes: of more nobody reads a matrix, and every client would have one
+MAX_CONFUSION_CLASSES = 100
 
 
 @dataclass
@@ -174,9 +173,8 @@ class ClientEvaluation:
     calibration: dict[str, Any] = field(default_factory=dict)
     baselines: dict[str, dict[str, Scores]] = field(default_factory=dict)  # by reading and baseline
     forecast: dict[str, Any] = field(default_factory=dict)  # at home, where rows are dated
-    triggered: float | None = (
-        None  # share of the common test rows with a backdoor's trigger that it takes for the target
-    )
+    # share of the common test rows with a backdoor's trigger that it takes for the target
+    triggered: float | None = None
     model: bytes = b""  # the deployed model, as `SavedModel.encode` gives it
 
 
@@ -269,7 +267,7 @@ class ClientRuntime:
     def deploy_clients(
         self, received: Mapping[str, Payload], round_idx: int
     ) -> dict[str, Participant]:
-        """Copies of the clients with the models that they would use now, personalised. Raises DivergedError if one does."""
+        """Copies of the clients with the models that they would use now, personalized. Raises DivergedError if one does."""
         clients = {c: self.federation.client(c, self.store.get(c), round_idx) for c in received}
         for hook in (self.algorithm.deploy, self.algorithm.personalize):
             self._run({c: hook(p, received[c]) for c, p in clients.items()}, clients)

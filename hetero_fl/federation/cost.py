@@ -21,11 +21,11 @@ from hetero_fl.federation.asynchronous import AsynchronousTrainer, ClientTask, T
 from hetero_fl.federation.channel import FederationLinks, make_protocol
 from hetero_fl.federation.dry_run import DryRunBackend, ExpectedUploads
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.method_calls import call_broadcast, is_user_method, translate_user_errors
 from hetero_fl.federation.sampling import sample_cohort
 from hetero_fl.federation.simulation.schedule import SimulationEnvironment
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.synchronous import CHANGED
+from hetero_fl.federation.user_methods import call_broadcast, is_user_method, translate_user_errors
 from hetero_fl.privacy.accounting import (
     History,
     PrivacyCharge,
@@ -240,9 +240,9 @@ class AsynchronousDryRun(AsynchronousTrainer):
     """An asynchronous run of which only times and sizes happen."""
 
     def __init__(self, algorithm: Algorithm, federation: FederationSpec, config: Config) -> None:
-        runtime, conditions = config.runtime, SimulationEnvironment.from_config(federation, config)
+        runtime, environment = config.runtime, SimulationEnvironment.from_config(federation, config)
         super().__init__(
-            algorithm, federation, NullExecutor(), config.clients.per_round, environment=conditions,
+            algorithm, federation, NullExecutor(), config.clients.per_round, environment=environment,
             buffer=runtime.buffer, staleness=runtime.staleness,
         )  # fmt: skip
         self.price, self.dry = CommunicationCost(is_exact=True), DryRun(algorithm, federation)

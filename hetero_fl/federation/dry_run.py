@@ -16,7 +16,7 @@ from hetero_fl.core.plan import ClassSums, Fit, FitReport, Predict, Step
 from hetero_fl.engine.driver import Work, reported_loss, run_plan
 from hetero_fl.engine.templates import Templates
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.method_calls import is_user_method
+from hetero_fl.federation.user_methods import is_user_method
 from hetero_fl.privacy.accounting import PrivacyCharge
 from hetero_fl.privacy.client import ClientPrivacy
 from hetero_fl.utils.errors import UserError

@@ -56,8 +56,8 @@ class ClientSampler:
     those seen) count (T/t)² of it; who was not seen for long gains the paper's bonus; newcomers are drawn evenly.
     """
 
-    def __init__(self, conditions: SimulationEnvironment) -> None:
-        self.conditions, self.federation = conditions, conditions.devices.federation
+    def __init__(self, environment: SimulationEnvironment) -> None:
+        self.environment, self.federation = environment, environment.devices.federation
         # id -> [utility, seconds, round] of those invited so far (Oort)
         self.known: dict[str, list[float]] = {}
 
@@ -66,7 +66,7 @@ class ClientSampler:
 
         Raises RunFailedError if nobody is for two days.
         """
-        count, policy = self.conditions.num_sampled, self.conditions.policy
+        count, policy = self.environment.num_sampled, self.environment.policy
         if policy.sampling == "uniform":
             return sample_cohort(self.federation, count, round_idx, attempt), at
         online, at = self._online(count, round_idx, attempt, at)
@@ -92,9 +92,9 @@ class ClientSampler:
     ) -> tuple[list[str], float]:
         """Clients who are online, of a sample large enough; and when they are: as many as a round needs,
         if they ever are. Where time is real: who is there, now."""
-        if self.conditions.connected_clients is not None:
-            return self._connected_cohort(self.conditions.connected_clients, round_idx), at
-        ids, device = self.federation.client_infos.clients.ids, self.conditions.devices.device
+        if self.environment.connected_clients is not None:
+            return self._connected_cohort(self.environment.connected_clients, round_idx), at
+        ids, device = self.federation.client_infos.clients.ids, self.environment.devices.device
         looked = min(len(ids), max(CANDIDATES[0], CANDIDATES[1] * count))
         first: tuple[list[str], float] | None = None
         for wait in range(PATIENCE):
@@ -124,7 +124,7 @@ class ClientSampler:
         """Clients without whom nothing can come of a round."""
         secret = self.federation.channel.secure_sum
         return max(
-            self.conditions.policy.least,
+            self.environment.policy.least,
             secret.min_survivors(self.federation.cohort) if secret is not None else 1,
         )
 
@@ -173,7 +173,7 @@ class ClientSampler:
             return {}
         most = max(worth for worth, _, _ in self.known.values()) or 1.0
         slow = (
-            self.conditions.policy.deadline
+            self.environment.policy.deadline
             or sorted(s for _, s, _ in self.known.values())[len(self.known) // 2]
         )
         found = {}
@@ -187,7 +187,7 @@ class ClientSampler:
 
     def update(self, schedule: Schedule, losses: Mapping[str, float], round_idx: int) -> None:
         """What a round told of those who were invited; kept where it decides whom to invite."""
-        if self.conditions.policy.sampling != "oort":
+        if self.environment.policy.sampling != "oort":
             return
         for id, task in schedule.tasks.items():
             before = self.known.get(id, [0.0, 0.0, 0.0])

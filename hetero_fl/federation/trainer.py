@@ -27,9 +27,9 @@ from hetero_fl.federation.executors.base import (
     order_arrivals,
 )
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.method_calls import call_broadcast, is_user_method, translate_user_errors
 from hetero_fl.federation.simulation.schedule import SimulationEnvironment
 from hetero_fl.federation.upload_collector import UploadCollector
+from hetero_fl.federation.user_methods import call_broadcast, is_user_method, translate_user_errors
 from hetero_fl.privacy.server import ServerPrivacy
 from hetero_fl.utils.caching import LazyMapping
 from hetero_fl.utils.errors import RunFailedError

@@ -242,7 +242,7 @@ def format_evaluation(record: Mapping[str, Any], unit: str = "") -> str:
 
 
 def format_final_evaluation(summary: Mapping[str, Any], unit: str = "") -> str:
-    """Return the figures after the last round of a finished run in one line (see `evaluated`)."""
+    """Return the figures after the last round of a finished run in one line (see `format_evaluation`)."""
     last = {reading: (summary[reading] or {}).get("last") for reading in READINGS}
     return format_evaluation({**last, "privacy": summary.get("privacy")}, unit)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from types import ModuleType
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -148,12 +149,14 @@ def describe_new_name(error: Exception) -> str:
     if isinstance(error, ImportError) and error.name is not None:
         match = re.match(r"cannot import name '(\w+)'", str(error))
         return _describe_import(error.name, match[1] if match else "")
-    if isinstance(error, AttributeError) and isinstance(error.obj, ModuleType):
-        return _describe_import(error.obj.__name__, error.name or "")
-    if isinstance(error, AttributeError):
-        owner = getattr(error.obj, "__self_class__", error.obj)  # of `super()` the subclass
+    if isinstance(error, AttributeError) and error.name is not None:
+        owner: Any = error.obj
+        if isinstance(owner, ModuleType):
+            return _describe_import(owner.__name__, error.name)
+        if isinstance(owner, super):
+            owner = getattr(owner, "__self_class__", None)
         kind = owner if isinstance(owner, type) else type(owner)
-        return _describe_member([base.__name__ for base in kind.__mro__], error.name or "")
+        return _describe_member([base.__name__ for base in kind.__mro__], error.name)
     # `replace(rows, beside=…)` and `self.fit(client, given=…)` end in the constructor, too
     match = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if isinstance(error, TypeError) and match:
@@ -191,6 +194,8 @@ def _is_own(kind: type) -> bool:
 def _describe_import(module: str, name: str) -> str:
     missing = f"{module}.{name}" if name else module
     found = {old: new for old, new in MOVED_NAMES.items() if f"{old}.".startswith(f"{missing}.")}
+    if not found and module in MOVED_NAMES:  # a folder that an older checkout left behind
+        found = {module: MOVED_NAMES[module]}
     if not found and name:  # the module had moved before the name changed
         found = {
             f"{module}.{name}": new

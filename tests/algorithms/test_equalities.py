@@ -33,9 +33,8 @@ def test_hybrid_of_all_different_architectures_is_fedmd_with_kl_bit_for_bit() ->
     fedmd = rounds_of(config("fedmd", MIXED, rounds=3))
     hybrid = rounds_of(config("hybrid", MIXED, rounds=3, algorithm={"name": "hybrid", **OFF}))
     for id, card in fedmd.federation.client_infos.items():
-        ours = hybrid.server.models[
-            card.arch.spec_id
-        ]  # the mean over one owner is what that owner sent
+        # the mean over one owner is what that owner sent
+        ours = hybrid.server.models[card.arch.spec_id]
         assert same_bits(
             floating_tensors(fedmd.store.get(id).models["model"]), floating_tensors(ours)
         )

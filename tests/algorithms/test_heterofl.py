@@ -98,9 +98,8 @@ def test_a_round_by_hand(masked: bool, scaler: bool, weighting: str | None) -> N
 
         train(client, parameters, loss)
         statistics[id] = {n: t for n, t in tensors.items() if "running" in n}
-        weight = (
-            client.num_rows if weighting == "samples" else 1
-        )  # the authors count each owner once
+        # the authors count each owner once
+        weight = client.num_rows if weighting == "samples" else 1
         for n in total:
             t = tensors[n].detach()
             place = tuple(slice(0, s) for s in t.shape)

@@ -28,9 +28,8 @@ ROOT = Path(__file__).parents[2]
 QUIET = {"output__plots": False, "output__report": False, "runtime__executor": "serial"}
 PATIENCE = 300.0  # seconds: this machine may be busy
 PYTHON = ("-X", "faulthandler", "-W", "error", "-W", "ignore::DeprecationWarning")
-WAITING = (
-    "tests.helpers.waiting_command"  # in place of the command: it waits after a round, to be ended
-)
+# in place of the command: it waits after a round, to be ended
+WAITING = "tests.helpers.waiting_command"
 
 
 @pytest.fixture

@@ -51,8 +51,8 @@ def test_whoever_is_asked_first_everybody_gets_the_same(
     data, other = (drawn(12, seed=seed, alpha=alpha, spread=spread, rows=rows) for _ in range(2))
     # made up front, all of them
     expected = {c: {s: rows_of(data, c, s) for s in SPLITS} for c in data.client_ids}
-    other._private.drawing._cached_splits.limit = 1  # type: ignore[union-attr]
-    pool = set(data._private.drawing.pool.rows.tolist())  # type: ignore[union-attr]
+    other._private.lazy_partition._cached_splits.limit = 1  # type: ignore[union-attr]
+    pool = set(data._private.lazy_partition.pool.rows.tolist())  # type: ignore[union-attr]
     for client in reversed(data.client_ids):
         assert {s: other.n_rows(client, s) for s in SPLITS} == {
             s: len(r) for s, r in expected[client].items()
@@ -91,7 +91,7 @@ def test_a_million_clients_hold_nothing_until_they_are_asked() -> None:
     assert data.label_counts("client_0700000").tolist() == [
         sum(r % 4 == c for r in train) for c in range(4)
     ]
-    assert len(data._private.drawing._cached_splits) == 1  # type: ignore[union-attr]
+    assert len(data._private.lazy_partition._cached_splits) == 1  # type: ignore[union-attr]
     with pytest.raises(KeyError):
         data.columns("client_1000001", "train", PLAIN)
 

@@ -68,11 +68,13 @@ class Meeting:
     def met(self, between: Callable[[Handle], Handle] = lambda handle: handle) -> bool:
         """Whether the server takes the node for site_1."""
         transport = SignedTransport(self.transport, self.server, self.said.append)
-        post = Connections(transport, SITES, self.said.append)
+        connections = Connections(transport, SITES, self.said.append)
         self.transport.join(between(self.node.handle))
         try:
-            until(lambda: post.wait_for_clients(0.1) and self.transport.heard)  # others never come
-            return "site_1" in post.node_of
+            until(
+                lambda: connections.wait_for_clients(0.1) and self.transport.heard
+            )  # others never come
+            return "site_1" in connections.node_of
         finally:
             self.transport.close()
 

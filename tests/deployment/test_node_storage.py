@@ -96,8 +96,8 @@ def test_a_damaged_secret_is_not_drawn_anew(tmp_path: Path) -> None:
     """Noise would be drawn a second time for what was released under the first."""
     from hetero_fl.deployment.node_storage import Cipher
 
-    vault = NodeStorage(tmp_path, Cipher(bytes(32)))
-    vault.secret("noise")
+    storage = NodeStorage(tmp_path, Cipher(bytes(32)))
+    storage.secret("noise")
     with pytest.raises(UserError, match="noise: it cannot be opened with this key"):
         NodeStorage(tmp_path, Cipher(bytes(range(32)))).secret("noise")
 

@@ -129,15 +129,15 @@ def test_no_more_states_are_spared_than_a_server_may_go_back_to(tmp_path: Path) 
 
 
 def test_states_that_checkpoints_name_are_spared(tmp_path: Path) -> None:
-    vault = NodeStorage(tmp_path)
-    first = vault.save_state(b"first")
-    names = [vault.save_state(bytes([i]), protected=[first]) for i in range(2 * MAX_STATES)]
-    assert vault.load_state(first) == b"first" and vault.load_state(names[-MAX_STATES]) == bytes(
-        [MAX_STATES]
-    )
+    storage = NodeStorage(tmp_path)
+    first = storage.save_state(b"first")
+    names = [storage.save_state(bytes([i]), protected=[first]) for i in range(2 * MAX_STATES)]
+    assert storage.load_state(first) == b"first" and storage.load_state(
+        names[-MAX_STATES]
+    ) == bytes([MAX_STATES])
     with pytest.raises(StateLostError, match="is not here any more"):
-        vault.load_state(names[0])
+        storage.load_state(names[0])
     for i in range(MAX_STATES):
-        vault.save_state(bytes([i]))
+        storage.save_state(bytes([i]))
     with pytest.raises(StateLostError):
-        vault.load_state(first)
+        storage.load_state(first)

@@ -76,7 +76,7 @@ def test_what_is_late_is_as_if_the_client_had_been_slow(
     slow = [s + (by if i in late else 0.0) for i, s in enumerate(seconds)]
     _, one = after(seconds, {number: FaultOutcome("late", delay=by) for number in late}, channel)
     run, _ = after(slow, {}, channel)
-    if run.given <= 64:  # durations repeat after that
+    if run.num_tasks <= 64:  # durations repeat after that
         assert one["models"] == after(slow, {}, channel)[1]["models"]
 
 

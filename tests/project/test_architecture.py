@@ -70,9 +70,8 @@ def modules() -> dict[str, Path]:
 
 
 MODULES = modules()
-NAMES_OTHERS = (
-    "hetero_fl.utils.version"  # its strings say where names have moved; it imports none of them
-)
+# its strings say where names have moved; it imports none of them
+NAMES_OTHERS = "hetero_fl.utils.version"
 
 
 def imports_of(importer: str, path: Path) -> list[Import]:

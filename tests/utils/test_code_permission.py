@@ -556,15 +556,15 @@ def test_a_node_runs_what_its_site_allows_and_nothing_else_that_a_server_names(t
 
 def test_settings_that_a_run_directory_keeps_of_nodes_name_no_code(trap: str) -> None:
     class Nobody:
-        here: dict[str, object] = {}
+        connected_clients: dict[str, object] = {}
 
         def wait_for_clients(self, wait: float) -> list[str]:
             return ["site_2"]
 
     known = {"run": "a", "settings": {"site_2": {"model": f"{trap}Net"}}, "told": {}}
-    post: Any = Nobody()
+    connections: Any = Nobody()
     with pytest.raises(
         UserError, match=r"clients\.overrides\.0\.model: found .*, which names code"
     ):
-        perform_handshake(load_config(config("local", "mlp", 2)), post, 0.0, known)
+        perform_handshake(load_config(config("local", "mlp", 2)), connections, 0.0, known)
     assert not Path("imported").exists()

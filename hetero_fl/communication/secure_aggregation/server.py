@@ -59,9 +59,8 @@ class SecureAggregationRound:
     public: dict[int, np.ndarray] = field(default_factory=dict)
     seen_public_keys: set[bytes] = field(default_factory=set)  # public keys
     seed_commitments: dict[int, bytes] = field(default_factory=dict)  # commitments to seeds
-    mask_partners: dict[int, list[int]] = field(
-        default_factory=dict
-    )  # with whom each shares a mask
+    # with whom each shares a mask
+    mask_partners: dict[int, list[int]] = field(default_factory=dict)
     threshold: int = 0  # shares that make a secret
 
     def __post_init__(self) -> None:
@@ -179,9 +178,8 @@ class SecureAggregationRound:
                     shares,
                     lambda s, n=number: self._is_key(n, s),  # type: ignore[misc]
                 )
-                loaded = crypto.load_private_key(
-                    key
-                )  # its masks are added as it would have done itself
+                # its masks are added as it would have done itself
+                loaded = crypto.load_private_key(key)
                 streams += [
                     pair_mask(loaded, self.public[m].tobytes(), number, m, self.tag) for m in others
                 ]

@@ -327,9 +327,8 @@ def _hours(
 def _dates(text: pd.Series, sites: list[np.ndarray], config: SeriesConfig, where: str) -> pd.Series:
     """Dates in the format that is given, or in the only one that fits: every cell, and then the hours that it gives."""
     tried = [config.format] if config.format else list(FORMATS)
-    look = pd.concat(
-        [text.head(EXAMPLE_ROWS), text.tail(EXAMPLE_ROWS)]
-    )  # most formats are out after a look
+    # most formats are out after a look
+    look = pd.concat([text.head(EXAMPLE_ROWS), text.tail(EXAMPLE_ROWS)])
     tried = [
         form
         for form in tried

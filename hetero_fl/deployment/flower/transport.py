@@ -174,7 +174,7 @@ class FlowerTransport:
     ) -> None:
         self._superlink, self._most = superlink, most
         self._names = {public_bytes(key): name for name, key in keys.items()}
-        self._here: dict[int, tuple[str, str]] = {}  # number -> name, since when
+        self._connected_nodes: dict[int, tuple[str, str]] = {}  # number -> name, since when
         self._sent: dict[str, _PendingMessage] = {}
         # messages of which it has been said that no answer will come
         self._forgotten: set[str] = set()
@@ -196,18 +196,18 @@ class FlowerTransport:
         if self._closed:
             return {}
         found = self._call(lambda run: run.client.GetNodes(GetNodesRequest())).nodes
-        self._here = {
+        self._connected_nodes = {
             node.node_id: (self._names[node.public_key], node.last_activated_at)
             for node in found
             if node.public_key in self._names
         }
-        return {number: name for number, (name, _) in self._here.items()}
+        return {number: name for number, (name, _) in self._connected_nodes.items()}
 
     def push(self, node: int, envelope: Envelope, within: float) -> str:
         """Hand over a message, which is of no use after so many seconds. Returns its number."""
-        if node not in self._here:
+        if node not in self._connected_nodes:
             self.names()
-        if node not in self._here or self._closed:
+        if node not in self._connected_nodes or self._closed:
             return f"never-{next(self._never)}"
 
         def send(run: FlowerRun) -> str:
@@ -226,7 +226,7 @@ class FlowerTransport:
         except ObjectPushError:
             return f"never-{next(self._never)}"
         if not number.startswith("never-"):
-            since = self._here[node][1] if node in self._here else ""
+            since = self._connected_nodes[node][1] if node in self._connected_nodes else ""
             self._sent[number] = _PendingMessage(node, since, time.monotonic() + within)
             self._backoff.reset()
         return number
@@ -262,7 +262,7 @@ class FlowerTransport:
             pass  # it is over in any case
         finally:
             self._closed = True
-            self._here.clear()
+            self._connected_nodes.clear()
             self._sent.clear()
             self._superlink.close()
 
@@ -320,8 +320,8 @@ class FlowerTransport:
             sent = self._sent.get(number)
             if (
                 sent is None
-                or sent.node not in self._here
-                or self._here[sent.node][1] != sent.since
+                or sent.node not in self._connected_nodes
+                or self._connected_nodes[sent.node][1] != sent.since
             ):
                 answers[number] = None
                 self._forgotten.add(number)
@@ -346,7 +346,7 @@ class FlowerTransport:
 
     def _reconnect(self) -> None:
         self._run.close()
-        for kept in (self._sent, self._here, self._forgotten):
+        for kept in (self._sent, self._connected_nodes, self._forgotten):
             kept.clear()
         self._run = self._begin()
 

@@ -18,7 +18,7 @@ from typing import Any
 
 LOOK = 0.2  # seconds between looks at who has ended
 LOG = "log.txt"  # in a site's scratch folder
-NODE_FAILED = 3  # exit status of a nursery in which a node ended by itself
+NODE_FAILED = 3  # exit status of a launcher in which a node ended by itself
 
 
 def main() -> int:

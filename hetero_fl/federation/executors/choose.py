@@ -101,9 +101,8 @@ TRAFFIC = 3e8
 LARGE_STEP = 5e7
 # of a core's time that one more worker, and one more thread in large steps, gains
 WORKER, THREAD = 0.9, 0.5
-MIN_VECTORIZED_CLIENTS = (
-    8  # clients of one architecture from which computing them together may pay on a CPU
-)
+# clients of one architecture from which computing them together may pay on a CPU
+MIN_VECTORIZED_CLIENTS = 8
 SMALL_STEP = 2e7  # floating-point operations of a step forward up to which it does
 SMALL_MODEL = 1_000_000  # parameters up to which it does
 IN_PROCESS = ("serial", "batched")

@@ -23,8 +23,8 @@ from hetero_fl.federation.channel import make_protocol
 from hetero_fl.federation.client_runtime import ClientEvaluation, ClientRuntime
 from hetero_fl.federation.executors.base import Reply, client_chunks, drain
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.method_calls import LONGEST, translate_user_errors
 from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.user_methods import LONGEST, translate_user_errors
 from hetero_fl.utils.caching import LazyMapping
 from hetero_fl.utils.errors import RunFailedError, UserError
 

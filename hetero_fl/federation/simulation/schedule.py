@@ -307,16 +307,16 @@ def make_schedule(
 
 def _schedule_task(
     client_id: str,
-    conditions: SimulationEnvironment,
+    environment: SimulationEnvironment,
     size: tuple[int, int],
     at: float,
     number: int,
     closing: float,
 ) -> ScheduledTask:
-    timing, fate, work = conditions.timing, conditions.faults.outcome(client_id, number), 1.0
-    if conditions.policy.partial_work:
+    timing, fate, work = environment.timing, environment.faults.outcome(client_id, number), 1.0
+    if environment.policy.partial_work:
         work = timing.share_in_time(client_id, *size, at, number, closing)
-        if int(work * local_steps(conditions.devices.federation.client_infos[client_id])) < 1:
+        if int(work * local_steps(environment.devices.federation.client_infos[client_id])) < 1:
             return ScheduledTask(client_id, fate, 0.0, math.inf)  # no time for a single step
     stages = timing.task_times(client_id, *size, at, number, work)
     # round-off makes nobody late

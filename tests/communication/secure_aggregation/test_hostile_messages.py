@@ -97,9 +97,8 @@ def test_never_both_secrets_over_two_messages_of_a_round() -> None:
         )
         reply = party.reply("site_1", one)
         assert reply.kind == "unmask"
-        assert (
-            len(decode_arrays(reply.body, REPLIES["unmask"])["shares"]) == 5
-        )  # one of each client
+        # one of each client
+        assert len(decode_arrays(reply.body, REPLIES["unmask"])["shares"]) == 5
         assert "outside a round" in refusal(party, "site_1", two)
 
 

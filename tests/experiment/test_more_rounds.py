@@ -129,7 +129,7 @@ class Killed(BaseException):
 
 POINTS = {
     "reopen": RunDirectory,
-    "back_before": Checkpoints,
+    "load_before": Checkpoints,
     "rewind_metrics": RunDirectory,
     "write_config": RunDirectory,
     "append_metrics": RunDirectory,

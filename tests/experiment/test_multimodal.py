@@ -166,7 +166,7 @@ def test_the_search_finds_values(monkeypatch: pytest.MonkeyPatch) -> None:
             item.values.view(-1)[:10] = x[~(x[:, -1] > 0)][0, 790:800]
         return item
 
-    monkeypatch.setattr(type(prepared.method), "opinion", careless)
+    monkeypatch.setattr(type(prepared.method), "proxy_predictions", careless)
     found, named, _ = leaked(prepared)
     assert found == 8 and not named
 

@@ -22,7 +22,7 @@ from tests.helpers.small_federations import MIXED, TOP, config
 
 KILLS = 10  # in either mode, at random; and at
 POINTS = {
-    "clients have trained, nothing is committed": (FederatedTrainer, "_may_be_killed"),
+    "clients have trained, nothing is committed": (FederatedTrainer, "_simulate_server_crash"),
     "its line is written, its checkpoint is not": (RunDirectory, "append_metrics"),
 }
 CONTEXT = multiprocessing.get_context("forkserver")

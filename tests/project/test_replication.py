@@ -35,9 +35,9 @@ def test_every_row_loads(replication: SimpleNamespace, tmp_path: Path) -> None:
     assert len({job.path for job in jobs}) == len(jobs)
     for job in jobs:
         config = load_config(
-            replication.CONFIGS / f"{job.tensors.config}.yaml", job.overrides(tmp_path)
+            replication.CONFIGS / f"{job.table.config}.yaml", job.overrides(tmp_path)
         )
-        assert config.data.path == str(tmp_path / job.tensors.file) and config.seed == job.seed
+        assert config.data.path == str(tmp_path / job.table.file) and config.seed == job.seed
         assert len(expand_population(config.clients)) in (10, 16, 20)
         assert replication.FILE not in str(config.model_dump())
 

@@ -170,7 +170,7 @@ def test_the_consensus_is_the_mean_prediction(place: Folder) -> None:
 @pytest.mark.slow
 def test_nobody_shared_a_backbone(place: Folder, tmp_path: Folder) -> None:
     with pytest.raises(UserError, match=r"--take: nobody in .* shared the backbone of a vit"):
-        join(place, tmp_path / "a", "vit", take="backbone")
+        join(place, tmp_path / "a", "vit", transfer="backbone")
     content = join(
         place, tmp_path / "b", "vit", patients=(20,), seeds=(0,), overrides=["optimizer.lr=0.002"]
     )
@@ -179,7 +179,7 @@ def test_nobody_shared_a_backbone(place: Folder, tmp_path: Folder) -> None:
     ][0]
     finished(place, "alone", "local", proxy=0)
     with pytest.raises(UserError, match="shared the backbone of a cnn_gn_small"):
-        join(place, tmp_path / "c", run="alone", take="backbone")
+        join(place, tmp_path / "c", run="alone", transfer="backbone")
     content = join(place, tmp_path / "d", run="alone", patients=(20,), seeds=(0,))
     assert content["teacher_on"] == "the newcomer's own 500 training rows, without their labels"
 
@@ -192,7 +192,7 @@ def test_rows_that_the_run_has_trained_on_are_told(place: Folder, tmp_path: Fold
         data=str(place / "run.npz"),
         patients=(20,),
         seeds=(0,),
-        take="both",
+        transfer="both",
     )
     assert {r["begins"] for r in content["rows"]} == {"scratch", "both"}
     (note,) = content["notes"]

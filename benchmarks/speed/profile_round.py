@@ -2,7 +2,7 @@
 """Where a round goes: the profile of whole rounds of a configuration, serial, in this process.
 
     python -m benchmarks profile_round                                      the benchmark of fedavg_cifar.py
-    python -m benchmarks profile_round --config FILE [key.path=value ...]   a run of one's own, evaluation included
+    python -m benchmarks profile_round --config FILE [key.path=value ...]   a configuration, evaluation included
 
 Two tables: the stages of a round with all that they call, and the functions in which most time is spent themselves. The
 profiler charges every Python call, so that small functions look dearer than they are.
@@ -11,37 +11,58 @@ profiler charges every Python call, so that small functions look dearer than the
 from __future__ import annotations
 
 import cProfile
+import inspect
 import pstats
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.common import arguments, images, parsed, rounds_of
 from benchmarks.speed.fedavg_cifar import BATCH, STEPS, configuration
+from hetero_fl.aggregation.means import interpolate_model
+from hetero_fl.aggregation.uploads import Uploads
+from hetero_fl.core.metrics import score
+from hetero_fl.core.objectives import Supervised
+from hetero_fl.core.payload import Payload
+from hetero_fl.engine import training
+from hetero_fl.engine.batches import Batches
+from hetero_fl.engine.templates import Template
+from hetero_fl.engine.training import run_fit
 from hetero_fl.experiment import prepare
+from hetero_fl.federation.channel import FederationLinks
+from hetero_fl.federation.client_runtime import ClientRuntime
+from hetero_fl.federation.dry_run import ExpectedUploads
+from hetero_fl.federation.federation import FederationSpec
+from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.trainer import FederatedTrainer
+from hetero_fl.federation.upload_collector import UploadCollector
 
-STAGES = {  # (file, function): what it is
-    ("rounds.py", "round"): "a round",
-    ("rounds.py", "make"): "server: broadcast, made and encoded",
-    ("rounds.py", "receive"): "server: uploads decoded and checked",
-    ("dry.py", "of"): "    what they were to look like",
-    ("uploads.py", "add"): "server: uploads folded into the mean",
-    ("averaging.py", "step"): "server: the step to the mean",
-    ("site.py", "_train"): "clients: all of it",
-    ("federation.py", "client"): "    participant made",
-    ("training.py", "fit_on_live_modules"): "    fits",
-    ("training.py", "_prepare"): "        tensors loaded into the module",
-    ("fitting.py", "make_optimizer"): "        optimiser made",
-    ("batches.py", "__init__"): "        rows drawn",
-    ("batches.py", "_batch"): "        batches gathered",
-    ("objectives.py", "total"): "        forward and loss",
-    ("_tensor.py", "backward"): "        backward",
-    ("optimizer.py", "wrapper"): "        optimiser steps",
-    ("templates.py", "copy_out"): "        tensors copied out",
-    ("payload.py", "encode"): "all payloads encoded",
-    ("payload.py", "decode"): "all payloads decoded",
-    ("store.py", "stage"): "private state staged",
-    ("rounds.py", "evaluate"): "evaluation",
-    ("metrics.py", "score"): "    metrics",
+STAGES: dict[Callable[..., Any], str] = {
+    FederatedTrainer.run_round: "a round",
+    FederatedTrainer._broadcast: "server: broadcast made",
+    FederationLinks.encode_broadcast: "server: broadcast encoded",
+    UploadCollector.decode_upload: "server: uploads decoded and checked",
+    ExpectedUploads.expected_items: "    expected form of an upload",
+    Uploads.add: "server: uploads added to the mean",
+    interpolate_model: "server: step to the mean",
+    ClientRuntime._train: "clients: all of it",
+    FederationSpec.client: "    participant created",
+    run_fit: "    fits",
+    training._prepare: "        tensors loaded into the module",
+    training.make_optimizer: "        optimizer created",
+    Batches.__init__: "        rows drawn",
+    Batches._batch: "        batches gathered",
+    Supervised.total_loss: "        forward and loss",
+    torch.Tensor.backward: "        backward",
+    torch.optim.SGD.step: "        optimizer steps",
+    Template.copy_out: "        tensors copied out",
+    Payload.encode: "all payloads encoded",
+    Payload.decode: "all payloads decoded",
+    StateStore.stage: "private state staged",
+    FederatedTrainer.evaluate: "evaluation",
+    score: "    metrics",
 }
 
 
@@ -79,11 +100,12 @@ def main() -> None:
 def print_stages(stats: Any, rounds: int, clients: int) -> None:
     """Milliseconds of each stage: a round, a client."""
     print(f"{'stage':48} {'ms a round':>11} {'ms a client':>12} {'calls a round':>14}")
-    for (file, function), what in STAGES.items():
+    for function, what in STAGES.items():
+        code = inspect.unwrap(function).__code__
         rows = [
             (calls, total)
-            for (path, _, name), (_, calls, _, total, _) in stats.stats.items()
-            if Path(path).name == file and name == function and calls
+            for (path, line, _), (_, calls, _, total, _) in stats.stats.items()
+            if (path, line) == (code.co_filename, code.co_firstlineno)
         ]
         calls, total = sum(r[0] for r in rows), sum(r[1] for r in rows)
         if calls:

@@ -163,8 +163,8 @@ def _dispatch(argv: Sequence[str] | None, command: str | None) -> int:
                 return 0
             options = commands.build_parser(command, prog).parse(arguments)
             verbose = options.verbose
-            carry_out: Callable[[argparse.Namespace], int] = options.carry_out
-            return carry_out(options)
+            run_command: Callable[[argparse.Namespace], int] = options.run_command
+            return run_command(options)
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()

@@ -32,7 +32,7 @@ HINT = (
 
 def _setup_train(parser: argparse.ArgumentParser) -> None:
     add_run_options(parser)
-    parser.set_defaults(carry_out=_run_train)
+    parser.set_defaults(run_command=_run_train)
 
 
 def _run_train(options: argparse.Namespace) -> int:
@@ -72,7 +72,7 @@ def _setup_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     add_code_option(parser)
-    parser.set_defaults(carry_out=_run_evaluate)
+    parser.set_defaults(run_command=_run_evaluate)
 
 
 def _run_evaluate(options: argparse.Namespace) -> int:
@@ -142,7 +142,7 @@ def _setup_methods(parser: argparse.ArgumentParser) -> None:
         help="explain these and their settings (default: all, a line each)",
     )
     add_code_option(parser)
-    parser.set_defaults(carry_out=_run_methods)
+    parser.set_defaults(run_command=_run_methods)
 
 
 def _run_methods(options: argparse.Namespace) -> int:
@@ -190,7 +190,7 @@ COMMANDS: dict[str, tuple[str, Setup]] = {
     ),
     "check": (
         "whether a run directory is whole: every line, checksum, model and checkpoint",
-        experiment_commands.setup,
+        experiment_commands.setup_check,
     ),
     "methods": ("the algorithms, a line each: what it does, sends and needs", _setup_methods),
 }

@@ -33,7 +33,7 @@ LAUNCHER = "hetero_fl.deployment.local.fork_server"
 def setup_federate(parser: argparse.ArgumentParser) -> None:
     """The command's options: those of `train`."""
     add_run_options(parser)
-    parser.set_defaults(carry_out=run_federate)
+    parser.set_defaults(run_command=run_federate)
 
 
 def run_federate(options: argparse.Namespace) -> int:
@@ -73,7 +73,7 @@ def setup_server(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=f"where it listens, who may come; {CERTIFICATES_HINT}",
     )
-    parser.set_defaults(carry_out=_run_server)
+    parser.set_defaults(run_command=_run_server)
 
 
 def _run_server(options: argparse.Namespace) -> int:
@@ -125,7 +125,7 @@ def setup_node(parser: argparse.ArgumentParser) -> None:
         help="with --audit: what was noted of the log earlier, which must still be in it",
     )
     add_code_option(parser)
-    parser.set_defaults(carry_out=_run_node)
+    parser.set_defaults(run_command=_run_node)
 
 
 def _run_node(options: argparse.Namespace) -> int:
@@ -176,7 +176,7 @@ def setup_certificates(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clients", required=True, metavar="A,B,…", help="the clients of the configuration"
     )
-    parser.set_defaults(carry_out=_run_certificates)
+    parser.set_defaults(run_command=_run_certificates)
 
 
 def _run_certificates(options: argparse.Namespace) -> int:
@@ -200,7 +200,7 @@ def setup_status(parser: argparse.ArgumentParser) -> None:
         "run", metavar="OUT|ADDRESS", help="run directory, or host:port of a server's metrics"
     )
     parser.add_argument("--json", action="store_true", help="as JSON")
-    parser.set_defaults(carry_out=run_status)
+    parser.set_defaults(run_command=run_status)
 
 
 def run_status(options: argparse.Namespace) -> int:

@@ -47,7 +47,7 @@ def setup_audit(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, help="folder for figures, picture and report (default: RUN/audit)"
     )
     add_code_option(parser)
-    parser.set_defaults(carry_out=run_audit)
+    parser.set_defaults(run_command=run_audit)
 
 
 def run_audit(options: argparse.Namespace) -> int:
@@ -131,7 +131,7 @@ def setup_compare(parser: argparse.ArgumentParser) -> None:
         help="tune each algorithm alike, by validation",
     )
     add_code_option(parser)
-    parser.set_defaults(carry_out=run_compare)
+    parser.set_defaults(run_command=run_compare)
 
 
 def run_compare(options: argparse.Namespace) -> int:
@@ -202,7 +202,7 @@ def setup_export(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, help="folder for models, cards and score.py (default: RUN/export)"
     )
     add_code_option(parser)
-    parser.set_defaults(carry_out=run_export)
+    parser.set_defaults(run_command=run_export)
 
 
 def run_export(options: argparse.Namespace) -> int:
@@ -270,7 +270,7 @@ def setup_join(parser: argparse.ArgumentParser) -> None:
         help="the newcomer's settings: optimizer.lr=…",
     )
     add_code_option(parser)
-    parser.set_defaults(carry_out=run_join)
+    parser.set_defaults(run_command=run_join)
 
 
 def run_join(options: argparse.Namespace) -> int:
@@ -322,13 +322,13 @@ def parse_numbers(flag: str, text: str) -> list[int]:
 # `hetero-fl check`: whether a run directory is whole.
 
 
-def setup(parser: argparse.ArgumentParser) -> None:
+def setup_check(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run, finished or not")
-    parser.set_defaults(carry_out=carry_out)
+    parser.set_defaults(run_command=run_check)
 
 
-def carry_out(options: argparse.Namespace) -> int:
+def run_check(options: argparse.Namespace) -> int:
     """Parse, inspect, print. Returns 2 if something is missing or damaged."""
     from hetero_fl.reporting.integrity import inspect
     from hetero_fl.reporting.run_directory import is_locked

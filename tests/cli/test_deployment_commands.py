@@ -12,7 +12,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -55,38 +57,36 @@ def told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return captured.err
 
 
+@pytest.fixture
+def without_flower(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a machine without Flower. What is imported meanwhile is forgotten, else later tests would lack Flower, too."""
+
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    def forget() -> dict[str, ModuleType]:
+        names = [name for name in sys.modules if name.startswith("hetero_fl.deployment.flower")]
+        return {name: sys.modules.pop(name) for name in names}
+
+    loaded = forget()
+    monkeypatch.setattr("importlib.metadata.version", missing)
+    yield
+    forget()
+    sys.modules.update(loaded)
+
+
 @pytest.mark.parametrize("command", ["federate", "server"])
 def test_flower_is_missing(
     command: str,
     file: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    without_flower: None,
 ) -> None:
-    from importlib.metadata import PackageNotFoundError
-
-    def missing(name: str) -> str:
-        raise PackageNotFoundError(name)
-
-    for name in [n for n in sys.modules if n.startswith("hetero_fl.deployment.flower")]:
-        monkeypatch.delitem(sys.modules, name)
-    main(
-        [
-            "certificates",
-            str(tmp_path / "net"),
-            "--host",
-            "127.0.0.1",
-            "--clients",
-            "site_1,site_2,site_3",
-        ]
-    )
+    net = tmp_path / "net"
+    main(["certificates", str(net), "--host", "127.0.0.1", "--clients", "site_1,site_2,site_3"])
     capsys.readouterr()
-    monkeypatch.setattr("importlib.metadata.version", missing)
-    more = (
-        ["--server", str(tmp_path / "net" / "server" / "server.yaml")]
-        if command == "server"
-        else []
-    )
+    more = ["--server", str(net / "server" / "server.yaml")] if command == "server" else []
     line = told([command, "--config", str(file), "--out", str(tmp_path / "out"), *more], capsys)
     assert "pip install 'hetero_fl[flower]'" in line
     assert not (tmp_path / "out").exists()

@@ -217,10 +217,11 @@ def test_stacks_of_terms_may_have_any_number_and_nothing_else_may_differ() -> No
             check_upload(wrong, {"m": several}, like)
 
 
-def test_ten_thousand_malformed_uploads_are_refused_in_one_line_each() -> None:
+@pytest.mark.parametrize("count", [2_000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_malformed_uploads_are_refused_in_one_line_each(count: int) -> None:
     rng, accepted = random.Random(0), []
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for i in range(10_000):
+    for i in range(count):
         data = malformed(rng)
         try:
             receive(data)
@@ -229,7 +230,9 @@ def test_ten_thousand_malformed_uploads_are_refused_in_one_line_each() -> None:
         else:
             accepted.append((i, data))
     # A flip in the header may leave it meaning the same (a space, the report): then nothing is wrong with the upload.
-    assert all(len(d) == len(upload().encode()) for _, d in accepted) and len(accepted) < 300
+    assert (
+        all(len(d) == len(upload().encode()) for _, d in accepted) and len(accepted) < 0.03 * count
+    )
     for _, data in accepted:
         got = Payload.decode(data)
         assert set(got) <= set(SPECS) and all(

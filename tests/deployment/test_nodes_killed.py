@@ -78,6 +78,7 @@ def test_secure_sum_without_who_died_between_remembering_and_answering(tmp_path:
     assert "out of turn" in records(there)[1]["failed"]["site_2"]
 
 
+@pytest.mark.slow
 def test_what_is_lost_on_its_way_is_sent_again_and_never_trained_twice(
     tmp_path: Path,
     trained: Counter[tuple[str, int]],

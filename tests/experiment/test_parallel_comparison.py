@@ -222,6 +222,7 @@ def test_compare_shows_scores_and_remaining_time(
     )
 
 
+@pytest.mark.slow
 def test_compare_ends_with_a_line_for_each_failed_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

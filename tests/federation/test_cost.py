@@ -60,7 +60,7 @@ def small(method: str, **changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("share_every", [1, 3])
-@pytest.mark.parametrize("method", ["fedavg", "hybrid"])
+@pytest.mark.parametrize("method", [pytest.param("fedavg", marks=pytest.mark.slow), "hybrid"])
 def test_sharing_now_and_then_and_evaluating_now_and_then(
     method: str, share_every: int, every: int, tmp_path: Any
 ) -> None:

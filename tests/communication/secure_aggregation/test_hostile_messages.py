@@ -253,7 +253,8 @@ def test_sealed_shares_that_do_not_open_end_the_round_in_one_line() -> None:
     assert "\n" not in str(error.value)
 
 
-def test_anything_at_all_in_a_message_crashes_nobody() -> None:
+@pytest.mark.parametrize("messages", [50, pytest.param(150, marks=pytest.mark.slow)])
+def test_anything_at_all_in_a_message_crashes_nobody(messages: int) -> None:
     draw, party = random.Random(stream_key("fuzz")), Party(5)
 
     def garbled(message: Message) -> Message:
@@ -266,7 +267,7 @@ def test_anything_at_all_in_a_message_crashes_nobody() -> None:
         )
 
     sums = 0
-    for _ in range(150):
+    for _ in range(messages):
         who, side, ask = (
             draw.choice(party.clients),
             draw.choice(("up", "down")),
@@ -277,7 +278,7 @@ def test_anything_at_all_in_a_message_crashes_nobody() -> None:
             sums += len(party.hold(**{side: change}).clients) >= 4
         except RunFailedError as error:
             assert "the secure sum is given up" in str(error) and "\n" not in str(error)
-    assert sums > 100
+    assert sums > 0.6 * messages
 
 
 def test_shares_of_something_else() -> None:

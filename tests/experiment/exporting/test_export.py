@@ -285,7 +285,7 @@ class Net(nn.Module):
 """
 
 
-@pytest.mark.parametrize("format", ("onnx", "torchscript"))
+@pytest.mark.parametrize("format", [pytest.param("onnx", marks=pytest.mark.slow), "torchscript"])
 @pytest.mark.parametrize(("rows", "works"), [("x.shape[0]", True), ("len(x)", False)])
 def test_a_model_of_ones_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, rows: str, works: bool

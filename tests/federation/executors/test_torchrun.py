@@ -137,6 +137,7 @@ def test_same_bits_and_a_rank_that_dies_is_started_again(tmp_path: Path) -> None
     assert models(out) == models(tmp_path / "serial")
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_all_ranks_with_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({**source(), "rounds": 100_000}))
     out = tmp_path / "out"

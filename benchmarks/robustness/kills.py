@@ -34,7 +34,7 @@ Source = dict[str, Any]
 ROUNDS = 8
 CLIENTS = [f"site_{i}" for i in range(1, 5)]
 CONTEXT = multiprocessing.get_context("forkserver")  # imports once, for all runs
-# which optimisers load
+# which optimizers load
 CONTEXT.set_forkserver_preload(["hetero_fl.experiment", "sklearn.datasets", "torch._dynamo"])
 SLOW = {"speed": {"median": 1e6, "sigma": 0.9}, "up": 1e5}
 FAULTS = {

@@ -132,7 +132,7 @@ def gains(found: dict[str, Figures]) -> str:
                 ]
                 shown = ", ".join(f"{100 * d:+.1f}" for d in differences)
                 lines.append(
-                    f"- {row}: {words}, {metric.replace('_', ' ')} in common by seed: {shown}"
+                    f"- {row}: {words}, {metric.replace('_', ' ')} on the global test by seed: {shown}"
                 )
     return "\n".join(lines)
 
@@ -185,7 +185,8 @@ def main() -> None:
             )
             found = {r: _by_kind(list(seeds.values())) for r, seeds in raw.items()}
             text = "\n\n".join(
-                f"{m.replace('_', ' ')}, in common / at home\n\n{table(found, m)}" for m in METRICS
+                f"{m.replace('_', ' ')}, global test / local test\n\n{table(found, m)}"
+                for m in METRICS
             )
             (args.out / "multimodal.md").write_text(f"{text}\n\n{gains(found)}\n", encoding="utf-8")
             (args.out / "multimodal.json").write_text(json.dumps(raw, indent=1), encoding="utf-8")

@@ -4,7 +4,7 @@
     python -m benchmarks every_method [--methods fedprox,fedmd,…]
 
 6 clients, 3 of FedAvg's CNN and 3 small BatchNorm CNNs, 1,800 images of 28x28 and 200 public ones. Two rounds are held to the
-bare loop's losses, in training and in reading; in the second of them both sides' optimiser steps, images passed through models
+bare loop's losses, in training and in reading; in the second of them both sides' optimizer steps, images passed through models
 and operations of products and convolutions are counted. Then rounds are timed in turns. Target: 1.1. `heterogeneous.py` has
 FD, FedProto, FML and FedKD, `fedavg_cifar.py` FedAvg.
 """
@@ -99,7 +99,7 @@ def configuration(method: str, clients: int, rows: int) -> dict[str, Any]:
 
 
 class Counted:
-    """What is computed while it is active: optimiser steps, images passed through models, operations."""
+    """What is computed while it is active: optimizer steps, images passed through models, operations."""
 
     def __enter__(self) -> Counted:
         self.steps = self.images = 0

@@ -3,7 +3,7 @@
 
     python -m benchmarks fedavg_cifar [--data cifar10.npz]
 
-A whole round (broadcast, training, aggregation; no evaluation) against a bare loop: the same batches, the fused optimiser,
+A whole round (broadcast, training, aggregation; no evaluation) against a bare loop: the same batches, the fused optimizer,
 the weights averaged as they come, nothing encoded. Targets: serial 1.05, auto 0.8.
 """
 

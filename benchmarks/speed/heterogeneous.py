@@ -3,7 +3,7 @@
 
     python -m benchmarks heterogeneous [--methods fd,fedproto,fml,fedkd] [--data cifar10.npz]
 
-A round with its evaluation (batch 32, one epoch) against bare loops: the same batches, the fused optimiser, the same rows
+A round with its evaluation (batch 32, one epoch) against bare loops: the same batches, the fused optimizer, the same rows
 predicted in evaluation, of which the loop takes accuracy and loss alone; models stay where they are, nothing is encoded. The
 loops use all threads. Targets: FD and FedProto 1.05 serial and 0.82 with two workers; FML and FedKD, which train two models,
 1.1 serial.

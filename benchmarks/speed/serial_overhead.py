@@ -3,7 +3,7 @@
 
     python -m benchmarks serial_overhead
 
-Both train the same model on the same batches with the same optimiser, in turn, in one process; printed are the ratios of
+Both train the same model on the same batches with the same optimizer, in turn, in one process; printed are the ratios of
 each pair, their median and range. Targets: 1.05 on the small CNN, 1.15 on a two-layer MLP.
 """
 

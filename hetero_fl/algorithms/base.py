@@ -61,7 +61,7 @@ def objective_context(
     return given
 
 
-# What a method is: what travels, what is optimised, how the server combines it. How it is computed
+# What a method is: what travels, what is optimized, how the server combines it. How it is computed
 # is the runtime's part.
 #
 # Subclass `Algorithm`, register it with `@algorithm("name")`, and override what differs. Settings

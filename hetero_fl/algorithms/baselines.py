@@ -82,7 +82,7 @@ class Ensemble(Local):
 class Centralized(Algorithm):
     """All clients' training rows in one place: what federation gives up. One model, read on each client's view of its data.
 
-    Each round is the clients' local training on the pooled rows, with the optimiser made anew as a client's is; one client
+    Each round is the clients' local training on the pooled rows, with the optimizer made anew as a client's is; one client
     that holds everything, under FedAvg with λ = 1, is the same computation.
     """
 

@@ -134,7 +134,7 @@ class ProxyTraining(Algorithm):
     def server_fit(
         self, server: Participant, slot: str, teacher: Tensor, epochs: int, view: object = None
     ) -> Fit:
-        """A fit of one of the server's models to this round's teacher; the student's optimiser lives on."""
+        """A fit of one of the server's models to this round's teacher; the student's optimizer lives on."""
         return Fit(
             {slot: None},
             TeacherDistillation(server.task.kind, self.temperature, slot=slot),

@@ -67,7 +67,7 @@ class FedProx(FedAvg):
         return self.share(client)
 
 
-# FedNova: averaging that does not favour whoever takes more local steps.
+# FedNova: averaging that does not favor whoever takes more local steps.
 
 PATH = "path"
 

@@ -1,4 +1,4 @@
-"""Server optimisers: the mean update of a round is taken for a gradient, and the server follows it with a memory."""
+"""Server optimizers: the mean update of a round is taken for a gradient, and the server follows it with a memory."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from hetero_fl.core.plan import Plan
 
 
 class ServerOptimizer(FedAvg):
-    """Parameters move by an optimiser over Δ = Σ w_k θ_k − θ, within each architecture; buffers take the mean as it is, since
-    an extrapolated variance may be negative. What the optimiser remembers stays at the server.
+    """Parameters move by an optimizer over Δ = Σ w_k θ_k − θ, within each architecture; buffers take the mean as it is, since
+    an extrapolated variance may be negative. What the optimizer remembers stays at the server.
 
     Δ is what clients moved from the server's model of now. A tensor that nobody sends in a round does not move, and neither
     does its memory.
@@ -43,8 +43,8 @@ class ServerOptimizer(FedAvg):
     def server_step(
         self, model: Tensors, mean: Tensors, optimizer_state: dict[str, Tensors]
     ) -> Tensors:
-        """The parameters after the step; `optimizer_state` is the optimiser's memory, tensors by kind and name, to be updated."""
-        raise TypeError(f"{type(self).__name__} has no server optimiser")
+        """The parameters after the step; `optimizer_state` is the optimizer's memory, tensors by kind and name, to be updated."""
+        raise TypeError(f"{type(self).__name__} has no server optimizer")
 
 
 @register_algorithm("fedavgm")

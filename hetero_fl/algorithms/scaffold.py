@@ -33,26 +33,26 @@ class Scaffold(FedAvg):
 
     After K steps of rate η from x to y: c_k⁺ = c_k − c + (x − y)/(Kη), and the server's c moves by |S|/N times the mean of
     c_k⁺ − c_k over the S of N clients that took part, weighted as the models are (the paper: evenly). The correction follows the
-    optimiser's step: inside the gradient, momentum would pile it up. A client whose optimiser is not SGD trains with SGD, as
+    optimizer's step: inside the gradient, momentum would pile it up. A client whose optimizer is not SGD trains with SGD, as
     Kη says nothing of Adam's steps. c_k never leaves the client, its change does.
     """
 
     uploads = {"model": ItemSpec("params"), CONTROL: ItemSpec("update")}
 
     sgd_lr: PositiveFloat = Field(
-        0.01, description="learning rate of SGD for clients whose optimiser is another"
+        0.01, description="learning rate of SGD for clients whose optimizer is another"
     )
     sgd_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD for these clients")
 
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         other = [kind for kind in clients.profiles if kind.settings.optimizer.name != "sgd"]
-        sgd = f"sgd (lr {self.sgd_lr:g}, momentum {self.sgd_momentum:g}) in place of their own optimiser"
+        sgd = f"sgd (lr {self.sgd_lr:g}, momentum {self.sgd_momentum:g}) in place of their own optimizer"
         return self, [
             f"scaffold trains {clients.format_clients(other)} with {sgd}"
         ] if other else []
 
     def optimizer(self, client: Participant) -> OptimizerConfig:
-        """The client's SGD of this round, or the method's in place of another optimiser."""
+        """The client's SGD of this round, or the method's in place of another optimizer."""
         config = client.settings.optimizer
         if config.name != "sgd":
             changes = {

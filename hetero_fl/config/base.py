@@ -45,14 +45,14 @@ def choice_type(*names: str, prefix: str | None = None, suffix: str | None = Non
     return Annotated[str, BeforeValidator(check)]
 
 
-# The optimisers of local training.
+# The optimizers of local training.
 
 
 class OptimizerConfig(ConfigSection):
-    """A torch optimiser and how its learning rate moves over the rounds."""
+    """A torch optimizer and how its learning rate moves over the rounds."""
 
     name: choice_type("sgd", "adam", "adamw") = Field(  # type: ignore[valid-type]
-        "adam", description="torch's optimiser, made anew each round"
+        "adam", description="torch's optimizer, made anew each round"
     )
     lr: PositiveFloat = Field(1e-3, description="learning rate of the first round")
     head_lr: PositiveFloat | None = Field(
@@ -81,7 +81,7 @@ class OptimizerConfig(ConfigSection):
         return self
 
     def at_round(self, round_idx: int, num_rounds: int) -> OptimizerConfig:
-        """The optimiser of one round (from 0) of so many, its learning rates moved along the schedule."""
+        """The optimizer of one round (from 0) of so many, its learning rates moved along the schedule."""
         done = round_idx / max(1, num_rounds - 1)
         factor = {
             "constant": 1.0,
@@ -96,7 +96,7 @@ class OptimizerConfig(ConfigSection):
 
 
 class OptimizerLayer(OptimizerConfig):
-    """Settings over those of an optimiser: whether they go together is seen once the layers are merged."""
+    """Settings over those of an optimizer: whether they go together is seen once the layers are merged."""
 
     @model_validator(mode="after")
     def _check_combination(self) -> OptimizerLayer:

@@ -327,7 +327,7 @@ def _num_models(layer: Layer) -> int:
 
 # of groups and overrides: not settings of a client
 DESCRIBES = {"name", "count", "fraction", "match"}
-OF_SGD = {"momentum", "nesterov"}  # settings of one optimiser, which another does not inherit
+OF_SGD = {"momentum", "nesterov"}  # settings of one optimizer, which another does not inherit
 
 
 def expand_population(config: ClientsConfig) -> Population:

@@ -73,7 +73,7 @@ class Batch(dict[str, Tensor]):
 Context = Mapping[str, Any]
 
 
-# What is optimised: one loss per example and, apart from it, a penalty on the parameters.
+# What is optimized: one loss per example and, apart from it, a penalty on the parameters.
 #
 # Keeping the two apart gives exact weighting of ragged batches, per-example clipping (the penalty
 # is never clipped), and batched training of many clients. Objectives are frozen dataclasses: equal

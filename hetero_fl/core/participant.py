@@ -229,7 +229,7 @@ class Participant:
 
     @property
     def optimizer(self) -> OptimizerConfig:
-        """The optimiser of this round, its learning rates moved along their schedule."""
+        """The optimizer of this round, its learning rates moved along their schedule."""
         return self.settings.optimizer.at_round(
             self.round_context.round_idx, self.round_context.num_rounds
         )

@@ -191,9 +191,9 @@ class Fit:
     context: Mapping[str, Any] = field(default_factory=dict)
     # one batch of each per step
     extra_batches: Mapping[str, SampledBatches] = field(default_factory=dict)
-    # slot -> d: θ −= lr·d after every optimiser step
+    # slot -> d: θ −= lr·d after every optimizer step
     drift: Mapping[str, Tensors] = field(default_factory=dict)
-    keep: str | None = None  # a name under which the optimiser's state lives on in the participant
+    keep: str | None = None  # a name under which the optimizer's state lives on in the participant
     label: str = "train"  # names the random stream
     as_id: str | None = None  # draw as this participant would
     origin: StepOrigin | None = field(
@@ -203,7 +203,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class FitReport:
-    """What a fit did: optimiser steps, examples seen, mean loss over the steps."""
+    """What a fit did: optimizer steps, examples seen, mean loss over the steps."""
 
     steps: int
     examples: int

@@ -52,7 +52,7 @@ class AllowsConfig(ConfigSection):
         description="most rounds of a run, and most times that it trains in one; none: no limit, here and below",
     )
     epochs: PositiveFloat | None = Field(None, description="most passes over its rows in one task")
-    steps: PositiveInt | None = Field(None, description="most optimiser steps in one task")
+    steps: PositiveInt | None = Field(None, description="most optimizer steps in one task")
     upload_bytes: PositiveInt | None = Field(None, description="most bytes of one upload")
     total_bytes: PositiveInt | None = Field(
         None, description="most bytes of all its answers, in all runs together"

@@ -533,7 +533,7 @@ def run_node(
     authority = None if site.server.authority is None else Path(site.server.authority)
     if authority is not None:
         check_authority(authority)
-    import torch._dynamo  # noqa: F401 which optimisers load at their first step: better now than in a round
+    import torch._dynamo  # noqa: F401 which optimizers load at their first step: better now than in a round
 
     from hetero_fl.deployment.flower import serve
 

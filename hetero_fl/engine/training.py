@@ -20,11 +20,11 @@ from hetero_fl.engine.driver import DivergedError
 from hetero_fl.engine.templates import Template, Templates
 from hetero_fl.utils.seeding import seed_torch, stream_key
 
-# What the two training loops, live and stacked, have in common: optimisers, what is kept of them,
+# What the two training loops, live and stacked, have in common: optimizers, what is kept of them,
 # what is trained.
 
-TrainableTensors = dict[str, Tensor]  # "slot:name" -> what an optimiser moves
-OptimizerSnapshot = dict[str, dict[str, Tensor]]  # "slot:name" -> an optimiser's state of it
+TrainableTensors = dict[str, Tensor]  # "slot:name" -> what an optimizer moves
+OptimizerSnapshot = dict[str, dict[str, Tensor]]  # "slot:name" -> an optimizer's state of it
 
 
 def is_trained(fit: Fit, slot: str, name: str) -> bool:
@@ -44,7 +44,7 @@ def split_name(key: str) -> tuple[str, str]:
 def make_optimizer(
     config: OptimizerConfig, trainable: Mapping[str, Tensor]
 ) -> torch.optim.Optimizer:
-    """The torch optimiser; heads may have their own rate. Its fused form takes a third of the time of the others on CPUs."""
+    """The torch optimizer; heads may have their own rate. Its fused form takes a third of the time of the others on CPUs."""
     heads = (
         [p for key, p in trainable.items() if split_name(key)[1].startswith("head.")]
         if config.head_lr
@@ -74,7 +74,7 @@ def scale_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> Non
 def snapshot_optimizer(
     optimizer: torch.optim.Optimizer, trainable: Mapping[str, Tensor]
 ) -> OptimizerSnapshot:
-    """The optimiser's state, in memory of its own."""
+    """The optimizer's state, in memory of its own."""
     copy = {k: optimizer.state[p] for k, p in trainable.items() if p in optimizer.state}
     return {
         k: {
@@ -96,7 +96,7 @@ def restore_optimizer(
     """The reverse of `snapshot_optimizer`."""
     for name, state in saved.items():
         p = trainable[name]
-        # Fused optimisers want their step counter on the parameter's device, and in float32 whatever the parameter is; the
+        # Fused optimizers want their step counter on the parameter's device, and in float32 whatever the parameter is; the
         # rest in the parameter's own layout.
         optimizer.state[p] = {
             n: t.to(p.device, copy=True) if n == "step" else torch.empty_like(p).copy_(t)

@@ -83,7 +83,7 @@ def _forward(work: OutputWork, inputs: Sequence[Tensor], templates: Templates) -
 # The batched backend: equal steps of many participants in one computation, everything else one by
 # one.
 #
-# What makes steps equal is their signature: the same architectures, objective, optimiser, shapes.
+# What makes steps equal is their signature: the same architectures, objective, optimizer, shapes.
 # The number of rows may differ. What `vmap` refuses (recurrent networks, dropout of whole channels
 # or paths, data-dependent branches) runs serially.
 #

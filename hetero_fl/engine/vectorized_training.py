@@ -55,7 +55,7 @@ def select_participants(tree: Any, dims: Any, who: Tensor | slice) -> Any:
 
 
 def stack_optimizer_states(saved: Sequence[OptimizerSnapshot]) -> OptimizerSnapshot:
-    """Optimisers' states stacked; their step counters are equal (see `batched.signature`)."""
+    """Optimizers' states stacked; their step counters are equal (see `batched.signature`)."""
     return {
         key: {
             n: v if n == "step" else torch.stack([s[key][n] for s in saved])
@@ -228,9 +228,9 @@ def _stack(drawn: Sequence[Columns]) -> Columns:
 
 # The training loop on stacked models: equal fits of many participants in one computation.
 #
-# The forward pass alone runs under `vmap`; the backward pass and the optimisers are the ordinary
+# The forward pass alone runs under `vmap`; the backward pass and the optimizers are the ordinary
 # ones, on leaves `[participants, …]`. A participant's loss reads its own slice only, so the
-# gradient of the sum of the losses is everyone's own gradient, and elementwise optimisers cannot
+# gradient of the sum of the losses is everyone's own gradient, and elementwise optimizers cannot
 # tell a stack from single models.
 
 Work = Sequence[tuple[Participant, Fit]]
@@ -316,7 +316,7 @@ class _StackedFits:
         self._keep(0, active, self.optimizer, self.leaves)
 
     def _narrow(self, now: int, before: int) -> None:
-        """Go on with the first `now` alone, on the same storage, optimiser's state included."""
+        """Go on with the first `now` alone, on the same storage, optimizer's state included."""
         old, leaves = self.optimizer, self.leaves
         self.leaves = {
             f"{s}:{n}": self.tensors[s][n][:now].detach().requires_grad_() for s, n in self.trained
@@ -419,7 +419,7 @@ class _StackedFits:
         optimizer: torch.optim.Optimizer | None,
         leaves: TrainableTensors,
     ) -> None:
-        """Note the optimiser's state of the participants who finish now."""
+        """Note the optimizer's state of the participants who finish now."""
         if self.fit.keep and optimizer is not None:
             state = snapshot_optimizer(optimizer, leaves)
             for i in range(begin, end):

@@ -61,11 +61,11 @@ ALGORITHMS = {
     ),
     "fedadam": (
         "FedAdam",
-        "As FedAvg, and the server followed the mean update with the Adam optimiser in place of taking it as it is.",
+        "As FedAvg, and the server followed the mean update with the Adam optimizer in place of taking it as it is.",
     ),
     "fedyogi": (
         "FedYogi",
-        "As FedAvg, and the server followed the mean update with the Yogi optimiser in place of taking it as it is.",
+        "As FedAvg, and the server followed the mean update with the Yogi optimizer in place of taking it as it is.",
     ),
     "fedasync": (
         "FedAsync",

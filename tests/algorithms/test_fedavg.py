@@ -83,14 +83,14 @@ def read(rounds: SynchronousTrainer, part: str = ALL) -> dict[str, dict[str, Ten
 
 
 def still(part: str) -> dict[str, Any]:
-    """Clients whose optimiser moves nothing of that part."""
+    """Clients whose optimizer moves nothing of that part."""
     fast, slow = 0.05, 1e-300
     lr, head_lr = (slow, fast) if part == BODY else (fast, slow)
     return {"clients__defaults__optimizer": {"name": "sgd", "lr": lr, "head_lr": head_lr}}
 
 
 BACKBONES = {"clients__defaults__shares": ["backbone", "predictions", "statistics"]}
-GROUPS = [MLP, GN]  # no BatchNorm: its statistics move without an optimiser
+GROUPS = [MLP, GN]  # no BatchNorm: its statistics move without an optimizer
 LIMITS: dict[str, tuple[str, str, tuple[str, dict[str, Any]], tuple[str, dict[str, Any]]]] = {
     # what is equal: the part of the server's models, to the bit where there is one way to compute it
     "fedper is fedavg of clients that share their backbone": (

@@ -1,4 +1,4 @@
-"""Server optimisers: each rule by hand over several rounds, limits, and what a round leaves alone."""
+"""Server optimizers: each rule by hand over several rounds, limits, and what a round leaves alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SCAFFOLD: a round by hand, its limits, the head's own rate, other optimisers, and clients that upload now and then."""
+"""SCAFFOLD: a round by hand, its limits, the head's own rate, other optimizers, and clients that upload now and then."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def test_expand_gives_clients_that_are_left_to_the_group_without_a_count(
 
 
 @pytest.mark.parametrize("layer", ["group", "override"])
-def test_another_optimiser_does_not_inherit_momentum(layer: str) -> None:
+def test_another_optimizer_does_not_inherit_momentum(layer: str) -> None:
     adam: dict[str, Any] = {"optimizer": {"name": "adam"}}
     groups = [{"name": "a", **(adam if layer == "group" else {})}, {"name": "b"}]
     overrides = [{"match": "a", **adam}] if layer == "override" else []
@@ -53,7 +53,7 @@ def test_another_optimiser_does_not_inherit_momentum(layer: str) -> None:
     assert (kept.name, kept.lr, kept.momentum, kept.nesterov) == ("sgd", 0.05, 0.9, True)
 
 
-def test_the_same_optimiser_named_again_keeps_its_settings() -> None:
+def test_the_same_optimizer_named_again_keeps_its_settings() -> None:
     again = roster(
         defaults={"optimizer": SGD}, groups=[{"name": "a", "optimizer": {"name": "sgd", "lr": 0.1}}]
     )
@@ -69,7 +69,7 @@ def test_layers_that_contradict_one_another_are_one_line() -> None:
 
 
 @pytest.mark.parametrize("layer", ["group", "override"])
-def test_a_layer_that_names_no_optimiser_changes_that_of_the_layers_below(layer: str) -> None:
+def test_a_layer_that_names_no_optimizer_changes_that_of_the_layers_below(layer: str) -> None:
     changed: dict[str, Any] = {"optimizer": {"momentum": 0.5, "nesterov": True}}
     groups = [{"name": "a", **(changed if layer == "group" else {})}, {"name": "b"}]
     overrides = [{"match": "a", **changed}] if layer == "override" else []
@@ -81,7 +81,7 @@ def test_a_layer_that_names_no_optimiser_changes_that_of_the_layers_below(layer:
     assert clients["b"].optimizer.momentum == 0.0
 
 
-def test_a_layer_that_the_optimiser_below_does_not_support_is_one_line() -> None:
+def test_a_layer_that_the_optimizer_below_does_not_support_is_one_line() -> None:
     with pytest.raises(
         UserError, match=r"^clients: 'a': optimizer: .*momentum belongs to sgd, not adam$"
     ):

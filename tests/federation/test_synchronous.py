@@ -427,7 +427,7 @@ def test_head_and_backbone_may_have_rates_of_their_own() -> None:
     assert not torch.allclose(kept["backbone.0.weight"], start["backbone.0.weight"], atol=1e-4)
 
 
-def test_a_kept_optimiser_goes_on_where_it_was() -> None:
+def test_a_kept_optimizer_goes_on_where_it_was() -> None:
     rounds = rounds_of(
         config("local", clients__defaults={"optimizer": {"name": "adam", "lr": 0.01}}), held=0
     )

@@ -21,7 +21,7 @@ from hetero_fl.privacy.accounting import (
 
 
 def of_opacus(name: str, schedule: list[tuple[float, float, int]], delta: float) -> float:
-    """opacus' accountant, told of every step as its optimiser would."""
+    """opacus' accountant, told of every step as its optimizer would."""
     accountant: Any = opacus_accountants()[name]()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

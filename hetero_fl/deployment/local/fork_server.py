@@ -53,7 +53,7 @@ def main() -> int:
 def _preload(config: dict[str, Any]) -> None:
     """Load what all nodes will need: libraries of models and data, files. What is wrong with it is theirs to tell."""
     import torch
-    import torch._dynamo  # which optimisers load at their first step
+    import torch._dynamo  # which optimizers load at their first step
 
     from hetero_fl.experiment.preparation import prepare
 

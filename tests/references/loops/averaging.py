@@ -129,7 +129,7 @@ class FedBuff(FedAsync):
 
 
 class FedOpt(FedAvg):
-    """FedAvgM, FedAdam and FedYogi: an optimiser at the server."""
+    """FedAvgM, FedAdam and FedYogi: an optimizer at the server."""
 
     def start(self) -> None:
         super().start()

@@ -166,7 +166,7 @@ def descend(
     optimizer: torch.optim.Optimizer | None = None,
     after: Callable[[], None] | None = None,
 ) -> float:
-    """A step of the optimiser (SGD) on each loss as it is computed; returns their mean."""
+    """A step of the optimizer (SGD) on each loss as it is computed; returns their mean."""
     parameters = [p for module in modules for p in module.train().parameters() if p.requires_grad]
     optimizer = optimizer or torch.optim.SGD(parameters, LR, fused=True)
     total, steps = torch.zeros(()), 0
@@ -182,7 +182,7 @@ def descend(
 
 
 def adam(modules: Iterable[nn.Module], lr: float = 1e-3) -> torch.optim.Optimizer:
-    """The server's optimiser."""
+    """The server's optimizer."""
     return torch.optim.Adam([p for module in modules for p in module.parameters()], lr, fused=True)
 
 

@@ -1,4 +1,4 @@
-"""FD, FedProto, FML and FedKD as one would write them by hand for one machine: lists of models, optimisers, tensors.
+"""FD, FedProto, FML and FedKD as one would write them by hand for one machine: lists of models, optimizers, tensors.
 
 They do what the framework's methods do, on the batches that it draws: that is checked on the losses. What they leave out is
 what a federation adds: nothing is encoded, sent, validated or kept apart, and models stay in their modules.

@@ -118,7 +118,8 @@ def _torchvision(
         arguments["aux_logits"] = False
         if not pretrained:
             arguments["init_weights"] = True
-    patch, side = int(name.rpartition("_")[2]) if name.startswith("vit_") else 0, shape.size[0]
+    patch = int(name.rpartition("_")[2]) if name.startswith("vit_") else 0
+    side = shape.size[0]
     if patch:  # these fix the image's size when made
         if shape.size != (side, side):
             raise ModelError(f"takes square images only, found {shape}")

@@ -64,13 +64,12 @@ def assemble(body: Body, num_classes: int, feature_dim: int | None) -> SplitMode
     The rule for ``feature_dim``: where the backbone's width is another, a projection (Linear, then ReLU) to
     ``feature_dim`` becomes the end of the backbone; where it is that width already, nothing is added.
     """
-    backbone, width = body[0], body[1]
+    backbone = body[0]
+    width = body[1]
     if feature_dim is not None and feature_dim != width:
         projection = nn.Sequential(nn.Linear(width, feature_dim), nn.ReLU())
-        backbone, width = (
-            nn.Sequential(OrderedDict(body=backbone, projection=projection)),
-            feature_dim,
-        )
+        backbone = nn.Sequential(OrderedDict(body=backbone, projection=projection))
+        width = feature_dim
     head = (
         DroppedLinear(width, num_classes, body[2])
         if len(body) == 3

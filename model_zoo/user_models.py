@@ -100,7 +100,8 @@ def build(
 
 
 def _wrap(model: Any, shape: Shape) -> SplitModel:
-    backbone, head = getattr(model, "backbone", None), getattr(model, "head", None)
+    backbone = getattr(model, "backbone", None)
+    head = getattr(model, "head", None)
     if not (
         isinstance(model, nn.Module)
         and isinstance(backbone, nn.Module)

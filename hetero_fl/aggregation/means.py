@@ -26,7 +26,8 @@ class RunningMean:
     """Σ w·v / Σ w of tensors of one shape, for weights that are numbers; the plain mean while all weights are nought."""
 
     def __init__(self) -> None:
-        self.weight, self.count = 0.0, 0
+        self.weight = 0.0
+        self.count = 0
         self._weightless = 0
         self._value: Tensor | None = None
         self._own = False  # nobody else has seen the value: it may be changed in place
@@ -35,7 +36,8 @@ class RunningMean:
     def from_mean(cls, value: Tensor, weight: float) -> RunningMean:
         """As if terms with this mean and this sum of weights had been added."""
         made = cls()
-        made._value, made.weight = value, weight
+        made._value = value
+        made.weight = weight
         return made
 
     @property
@@ -57,11 +59,13 @@ class RunningMean:
             share = weight / (self.weight + weight)
             self.weight += weight
         if self._value is None or share == 1:
-            self._value, self._own = value, False
+            self._value = value
+            self._own = False
         elif self._own:
             self._value.lerp_(value, share)
         else:
-            self._value, self._own = torch.lerp(self._value, value, share), True
+            self._value = torch.lerp(self._value, value, share)
+            self._own = True
 
 
 class ItemSum:
@@ -222,10 +226,8 @@ def leading_slice_means(current: Tensors, members: Iterable[tuple[Tensors, float
         for name, tensor in tensors.items():
             if name not in means:
                 means[name], held[name] = current[name].clone(), torch.zeros_like(current[name])
-            mean, owned = (
-                leading_slice(means[name], tensor.shape),
-                leading_slice(held[name], tensor.shape),
-            )
+            mean = leading_slice(means[name], tensor.shape)
+            owned = leading_slice(held[name], tensor.shape)
             owned += weight
             share = torch.where(
                 owned > 0, weight / owned, 0.0
@@ -260,7 +262,8 @@ def add_updates(
 
     Buffers move by the same rule, though not beyond the mean: a running variance that is extrapolated could be negative.
     """
-    trainable, moved = set(parameters), {}
+    trainable = set(parameters)
+    moved = {}
     for name, tensor in mean.items():
         rate = factor * owners[name] if name in trainable else min(1.0, factor * owners[name])
         moved[name] = tensor if rate == 1 else current[name] + rate * (tensor - current[name])

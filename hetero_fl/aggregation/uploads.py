@@ -71,7 +71,10 @@ class Uploads:
         rules: AggregationRules | None = None,
         noise: SumNoise | None = None,
     ) -> None:
-        self._specs, self._common, self._rules, self._noise = specs or {}, common, rules, noise
+        self._specs = specs or {}
+        self._common = common
+        self._rules = rules
+        self._noise = noise
         self.combined: set[tuple[str, str]] = set()
         """What was asked for in one piece: names of items, each with the kind of what it was combined as."""
         self._kept: list[Upload] = []
@@ -96,8 +99,10 @@ class Uploads:
     ) -> Uploads:
         """The uploads of so many clients of which only the sums are known, by item; none of them is kept one by one."""
         made = cls(specs=specs, noise=noise)
-        made._count, made._senders = count, dict(senders)
-        made._tensors, made._models = dict(items), dict(models)
+        made._count = count
+        made._senders = dict(senders)
+        made._tensors = dict(items)
+        made._models = dict(models)
         return made
 
     def __len__(self) -> int:
@@ -124,7 +129,8 @@ class Uploads:
         return self._rules is not None and self._rules.applies_to(self._spec(name))
 
     def _fold(self, name: str, upload: Upload) -> None:
-        item, rules = upload.payload.item(name), self._rules if self._uses_rule(name) else None
+        item = upload.payload.item(name)
+        rules = self._rules if self._uses_rule(name) else None
         if isinstance(item.values, Tensor):
             if name not in self._tensors:
                 # a tensor apart from its model: no rule is for these

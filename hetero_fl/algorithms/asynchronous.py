@@ -128,7 +128,8 @@ class FedBuff(StalenessWeighted):
         items = self.share(client)
         if not items:
             return {}
-        model, names = items["model"].values, client.arch["model"].parameter_names
+        model = items["model"].values
+        names = client.arch["model"].parameter_names
         moved = {n: t - start[n] for n, t in model.items() if n in names}
         kept = {n: t for n, t in model.items() if n not in names}
         return {

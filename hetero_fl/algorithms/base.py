@@ -189,7 +189,8 @@ class Algorithm(BaseModel):
         replaced = (
             self.download_part(client.settings, 0) if client.settings.share_every == 1 else ()
         )
-        own, stays = client.models[self.slot], self.local_tensor_names(client.arch[self.slot])
+        own = client.models[self.slot]
+        stays = self.local_tensor_names(client.arch[self.slot])
         kept = {
             **client.models,
             self.slot: {
@@ -297,7 +298,8 @@ class Algorithm(BaseModel):
     ) -> Fit:
         """The client's local training with its own settings; another objective, rows or `Fit` field on request."""
         s = client.settings
-        objective, data = objective or load_objective(s.objective, client.task), data or Rows()
+        objective = objective or load_objective(s.objective, client.task)
+        data = data or Rows()
         base: dict[str, Any] = {"batch_size": s.batch_size, "optimizer": client.optimizer}
         base |= {} if "epochs" in changes else {"epochs": s.epochs, "steps": s.steps}
         base |= {"augment": s.augment.or_none} if data.name == "train" else {}

@@ -110,7 +110,8 @@ class Centralized(Algorithm):
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         card = self.pooled_client(server)
-        s, rows = card.settings, Rows("pooled", preprocess=card.preprocess)
+        s = card.settings
+        rows = Rows("pooled", preprocess=card.preprocess)
         counts = server.counts
         if server.task.kind == "multiclass":
             counts = torch.bincount(rows.columns(server)["y"], minlength=server.task.outputs)

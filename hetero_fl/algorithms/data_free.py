@@ -73,7 +73,8 @@ class DataFreeDistillation(Algorithm):
 
     def generator(self, shape: tuple[int, ...]) -> ModelSpec:
         """From noise to examples of this shape."""
-        name, options = f"python:{Generator.__module__}:{Generator.__name__}", {"shape": shape}
+        name = f"python:{Generator.__module__}:{Generator.__name__}"
+        options = {"shape": shape}
         return ModelSpec.from_config(name, math.prod(shape), (self.noise,), options=options)
 
     def sample_noise(self, server: Participant) -> Columns:
@@ -152,7 +153,8 @@ class Dense(DataFreeDistillation):
                 "algorithm.name: dense makes examples by their gradient, and the examples here are tokens"
             )
         for kind in clients.profiles:
-            own, shape = kind.arch.input_shape, arch.input_shape
+            own = kind.arch.input_shape
+            shape = arch.input_shape
             if not is_convertible(shape, own):
                 raise UserError(
                     f"algorithm.student: examples of {student} are {list(shape)}, but of {kind.first} {list(own)}"
@@ -169,10 +171,8 @@ class Dense(DataFreeDistillation):
 
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield self.fit(client)
-        last, whole = (
-            client.round_context.round_idx == client.round_context.num_rounds - 1,
-            self.shared_part(client.settings) is None,
-        )
+        last = client.round_context.round_idx == client.round_context.num_rounds - 1
+        whole = self.shared_part(client.settings) is None
         return {"model": floating_tensors(client.models["model"])} if last and whole else {}
 
     # The student -------------------------------------------------------------------------------------------------
@@ -201,7 +201,8 @@ class Dense(DataFreeDistillation):
             self.statistics_weight,
             self.adversarial_weight,
         )
-        examples, logits = [], []
+        examples = []
+        logits = []
         for _ in range(self.synthesis_epochs):
             noise = self.sample_noise(server)
             yield self.train_generator(synthesis, noise, (*slots, STUDENT))

@@ -93,7 +93,8 @@ class CachedPredictions(TeacherAlignment):
     def requested_rows(self, server: Participant) -> Tensor:
         """Those of the round's rows that the cache lacks or has had too long: what clients are asked for, int64."""
         assert self.cache_life is not None
-        made, rows = self.consensus_rounds(server), self.proxy_indices(server)
+        made = self.consensus_rounds(server)
+        rows = self.proxy_indices(server)
         old = (made < 0) | (server.round_context.round_idx - made >= self.cache_life)
         return old.nonzero()[:, 0] if rows is None else rows[old[rows]]
 
@@ -124,21 +125,21 @@ class CachedPredictions(TeacherAlignment):
         self, server: Participant, uploads: Uploads, teacher: Tensor | None
     ) -> Tensor | None:
         """Set what was asked for into the cache; returns the teacher of all the round's rows, None if some lack a word."""
-        asked, now, state = (
-            self.requested_rows(server),
-            server.round_context.round_idx,
-            server.state,
-        )
+        asked = self.requested_rows(server)
+        now = server.round_context.round_idx
+        state = server.state
         state["held"] = {**state.get("held", {}), **{u.client: now for u in uploads.each}}
         if teacher is None and len(asked):
             return None
         if teacher is not None:
-            made, rows = self.consensus_rounds(server).clone(), server.state.get(TEACHER)
+            made = self.consensus_rounds(server).clone()
+            rows = server.state.get(TEACHER)
             rows = torch.zeros(len(made), teacher.shape[1]) if rows is None else rows.clone()
             rows[asked], made[asked] = teacher, now
             state.update({CONSENSUS_ROUNDS: made, TEACHER: rows})
         self.store_teacher(server)
-        known, use = state[TEACHER], self.proxy_indices(server)
+        known = state[TEACHER]
+        use = self.proxy_indices(server)
         return known if use is None else known[use]
 
     # At the client -----------------------------------------------------------------------------------------------
@@ -237,7 +238,8 @@ class DSFL(CachedPredictions):
         )
         if self.bits is None:
             return {"probabilities": said, **self.label_counts_item(client)}
-        p, exclusive = predicted_probabilities(client.task, z), client.task.kind == "multiclass"
+        p = predicted_probabilities(client.task, z)
+        exclusive = client.task.kind == "multiclass"
         codes = Item(
             pack_labels(quantize_probabilities(p, self.bits, exclusive), self.bits),
             said.weight,

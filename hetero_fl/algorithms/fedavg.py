@@ -107,11 +107,9 @@ class FedNova(Algorithm):
         items = self.share(client)
         if items:
             del client.state["since"]
-            end, names, weight = (
-                items["model"].values,
-                client.arch["model"].parameter_names,
-                self.weight_of(client),
-            )
+            end = items["model"].values
+            names = client.arch["model"].parameter_names
+            weight = self.weight_of(client)
             paths = {
                 n: torch.tensor(since[PATH] if n in names else 1.0, dtype=t.dtype)
                 for n, t in end.items()
@@ -123,7 +121,8 @@ class FedNova(Algorithm):
     def average(self, server: Participant, uploads: Uploads, rate: float = 1.0) -> None:
         paths = uploads.mean_by_group(PATH)
         for group, mean in uploads.mean_by_group("model").items():
-            model, names = server.models[group], server.arch[group].parameter_names
+            model = server.models[group]
+            names = server.arch[group].parameter_names
             effective = {
                 n: paths[group][n] * (rate * self.server_lr if n in names else 1.0) for n in mean
             }

@@ -31,7 +31,8 @@ class ServerOptimizer(FedAvg):
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         memory: dict[str, Any] = server.state.setdefault("optimizer", {})
         for group, mean in uploads.mean_by_group("model").items():
-            parameters, model = server.arch[group].parameter_names, server.models[group]
+            parameters = server.arch[group].parameter_names
+            model = server.models[group]
             buffers = {n: t for n, t in mean.items() if n not in parameters}
             held = memory.setdefault(group, {})
             moved = self.server_step(
@@ -78,17 +79,13 @@ class AdaptiveServerOptimizer(ServerOptimizer):
     def server_step(
         self, model: Tensors, mean: Tensors, optimizer_state: dict[str, Tensors]
     ) -> Tensors:
-        first, second = (
-            optimizer_state.setdefault("first", {}),
-            optimizer_state.setdefault("second", {}),
-        )
+        first = optimizer_state.setdefault("first", {})
+        second = optimizer_state.setdefault("second", {})
         moved = {}
         for n, average in mean.items():
             change = average - model[n]
-            m, v = (
-                first.get(n, torch.zeros_like(change)),
-                second.get(n, torch.full_like(change, self.tau**2)),
-            )
+            m = first.get(n, torch.zeros_like(change))
+            v = second.get(n, torch.full_like(change, self.tau**2))
             first[n], second[n] = (
                 self.beta1 * m + (1 - self.beta1) * change,
                 self.second_moment(v, change.square()),

@@ -335,10 +335,8 @@ class HeteroFL(FedAvg):
         if not items or not self.uses_mask(client) or HEAD[0] not in items["model"].values:
             return items
         model = dict(items["model"].values)
-        width, say = (
-            self.wide_model(client.arch["model"]).shapes[HEAD[0]][1],
-            self.weight_of(client) * self.present_classes(client),
-        )
+        width = self.wide_model(client.arch["model"]).shapes[HEAD[0]][1]
+        say = self.weight_of(client) * self.present_classes(client)
         values, say = pack_head(model.pop(HEAD[0]), model.pop(HEAD[1]), width, say)
         return {"model": replace(items["model"], values=model), "head": Item(values, say, "params")}
 
@@ -350,7 +348,8 @@ class HeteroFL(FedAvg):
             group = card.arch.spec_id
             weights[group] = weights.get(group, 0.0) + worth * self.weight_of(card)
             families.setdefault(self.aggregation_group(card), {})[group] = None
-        means, head = uploads.mean_by_group("model"), uploads.mean("head")
+        means = uploads.mean_by_group("model")
+        head = uploads.mean("head")
         for family, groups in families.items():
             model = server.models[family]
             mean = leading_slice_means(model, [(means[group], weights[group]) for group in groups])

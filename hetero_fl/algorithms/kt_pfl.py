@@ -96,7 +96,8 @@ class KTpFL(InitialPhase):
         sent = uploads.having("predictions")
         if not sent:
             return
-        p, ids = torch.stack([u.payload["predictions"] for u in sent]), [u.client for u in sent]
+        p = torch.stack([u.payload["predictions"] for u in sent])
+        ids = [u.client for u in sent]
         c = self.extend_coefficients(server, ids)
         place = self.coefficient_indices(server, ids)
         among = c[place][:, place]
@@ -111,7 +112,8 @@ class KTpFL(InitialPhase):
     @staticmethod
     def extend_coefficients(server: Participant, ids: list[str]) -> Tensor:
         """c of all clients seen, these among them from now on."""
-        had, seen = server.state.get("coefficients"), server.state.get("seen", [])
+        had = server.state.get("coefficients")
+        seen = server.state.get("seen", [])
         known = set(seen)
         server.state["seen"] = seen = [*seen, *(id for id in ids if id not in known)]
         c = torch.full((len(seen), len(seen)), 1 / len(server.peers))

@@ -94,10 +94,8 @@ class MenteeTraining(Algorithm):
         """The mentee's architecture, beside that of anybody's own model: all have the same outputs and vocabulary."""
         assert self.mentee is not None and self.mentee_input is not None  # `resolve` has set them
         m = self.mentee
-        shape, about = (
-            tuple(self.mentee_input),
-            (m.feature_dim, m.options, m.pretrained, own.vocabulary),
-        )
+        shape = tuple(self.mentee_input)
+        about = (m.feature_dim, m.options, m.pretrained, own.vocabulary)
         return ModelSpec.from_config(m.name, own.outputs, shape, *about)
 
     # The round -----------------------------------------------------------------------------------------------------
@@ -222,10 +220,8 @@ class FedKD(MenteeTraining):
         }
 
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
-        part, state = (
-            self.download_part(recipient.settings, server.round_context.round_idx),
-            server.state,
-        )
+        part = self.download_part(recipient.settings, server.round_context.round_idx)
+        state = server.state
         behind = state.get("version", 0) - state.get("held", {}).get(recipient.client_id, -1)
         if part == () or behind == 0:
             return {}
@@ -276,7 +272,8 @@ class FedKD(MenteeTraining):
         )
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
-        mentee, version = server.models[MENTEE], server.state.get("version", 0)
+        mentee = server.models[MENTEE]
+        version = server.state.get("version", 0)
         took = [
             u.client
             for u in uploads.each

@@ -13,7 +13,8 @@ from hetero_fl.core.payload import Payload
 from hetero_fl.core.plan import Plan
 
 BACKBONE = "backbone"
-SCRATCH, BOTH = "scratch", "both"
+SCRATCH = "scratch"
+BOTH = "both"
 HEAD = ("head.",)
 
 

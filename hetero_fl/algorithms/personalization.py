@@ -19,7 +19,8 @@ from hetero_fl.core.plan import Plan, Predict, Rows
 # Partial sharing: one mechanism, told apart by the part of the model that travels and by when each
 # part is trained.
 
-BODY, HEAD = ("backbone.",), ("head.",)
+BODY = ("backbone.",)
+HEAD = ("head.",)
 
 
 @register_algorithm("fedper")

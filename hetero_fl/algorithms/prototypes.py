@@ -168,7 +168,8 @@ def prototype_logits(features: Tensor, prototypes: Tensor, known: Tensor) -> Ten
 # FedTGP: prototypes are trained at the server, so that classes stand apart.
 
 # at the server: P̆, a trainable row for each class, and the network F
-VECTORS, PROTOTYPES = "vectors", "prototypes"
+VECTORS = "vectors"
+PROTOTYPES = "prototypes"
 
 
 @register_algorithm("fedtgp")
@@ -198,7 +199,8 @@ class FedTGP(FedProto):
     )
 
     def setup(self, server: Participant) -> None:
-        width, classes = self.feature_dim or 1, server.task.outputs
+        width = self.feature_dim or 1
+        classes = server.task.outputs
         server.arch[VECTORS] = ModelSpec.from_config("linear", width, (classes,))
         server.arch[PROTOTYPES] = ModelSpec.from_config(
             "mlp", width, (width,), options={"hidden": [width]}
@@ -213,7 +215,8 @@ class FedTGP(FedProto):
         if not items:
             return
         means, has = client_class_means(items)
-        seen, one_hot = has.any(0), torch.eye(server.task.outputs)
+        seen = has.any(0)
+        one_hot = torch.eye(server.task.outputs)
         yield Fit(
             {VECTORS: ("head.weight",), PROTOTYPES: None},
             AdaptiveMargin(PROTOTYPES, VECTORS),
@@ -243,7 +246,8 @@ def client_class_means(items: list[Item]) -> tuple[Tensor, Tensor]:
 def largest_center_distance(means: Tensor, has: Tensor) -> Tensor:
     """The largest Euclidean distance of two class centres, each the mean over the clients that have the class."""
     mine = has[..., None].to(means.dtype)
-    centres, there = (means * mine).sum(0) / mine.sum(0).clamp(min=1), has.any(0)
+    centres = (means * mine).sum(0) / mine.sum(0).clamp(min=1)
+    there = has.any(0)
     apart = torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist")
     return torch.where(there[:, None] & there, apart, torch.zeros_like(apart)).max()
 

@@ -6,12 +6,10 @@ from hetero_fl.algorithms.base import Algorithm
 
 Need = tuple[str, ...]  # one thing, or alternatives of which any will do
 
-EVERYTHING, PROXY, ALIKE, ONE_BY_ONE = (
-    "all in one place",
-    "proxy set",
-    "one architecture",
-    "single uploads",
-)
+EVERYTHING = "all in one place"
+PROXY = "proxy set"
+ALIKE = "one architecture"
+ONE_BY_ONE = "single uploads"
 LABELED_PROXY = "labeled proxy set"
 SHARES = {
     "parameters": "parameters",
@@ -34,7 +32,8 @@ def is_baseline(kind: type[Algorithm]) -> bool:
 
 def describe_needs(method: Algorithm) -> list[Need]:
     """What has to be there besides clients with rows, the weightiest first; what the method brings itself is not in it."""
-    kind, uploads = type(method), method.uploads
+    kind = type(method)
+    uploads = method.uploads
     alike = _averages_parameters(method) and kind.aggregation_group is Algorithm.aggregation_group
     found: list[Need] = [(EVERYTHING,)] if kind.needs_all_clients else []
     if kind.needs_proxy:

@@ -86,7 +86,8 @@ class Scaffold(FedAvg):
 
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
-        model, optimizer = client.models["model"], self.optimizer(client)
+        model = client.models["model"]
+        optimizer = self.optimizer(client)
         names = client.arch["model"].parameter_names
         shared = {
             n: t
@@ -127,10 +128,8 @@ class Scaffold(FedAvg):
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         yield from super().aggregate(server, uploads)
-        sent, all_ = (
-            self.count_sharers(uploads.senders(CONTROL)),
-            self.count_sharers(server.peers.profiles),
-        )
+        sent = self.count_sharers(uploads.senders(CONTROL))
+        all_ = self.count_sharers(server.peers.profiles)
         for group, mean in uploads.mean_by_group(CONTROL).items():
             held = server.state[CONTROL][group]
             for n, change in mean.items():
@@ -156,7 +155,8 @@ class Scaffold(FedAvg):
         server: Participant, members: Mapping[tuple[str, Part], int], group: str, name: str
     ) -> int:
         """How many of them share that tensor with the group."""
-        models, common = server.models, bool(server.common) and name.startswith(server.common)
+        models = server.models
+        common = bool(server.common) and name.startswith(server.common)
         return sum(
             count
             for (other, part), count in members.items()

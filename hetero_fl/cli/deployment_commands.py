@@ -237,7 +237,8 @@ def print_status(tree: Mapping[str, Any], console: Console) -> None:
     def show(line: str, indent: str = "") -> None:
         console.print(Text(indent + printable(line)))
 
-    now, versions = time.time(), tree["versions"]
+    now = time.time()
+    versions = tree["versions"]
     told = "waiting for the nodes" if tree["phase"] == "waiting" else tree["phase"]
     if tree["phase"] == "gone":
         told = "its process has gone; --resume goes on"

@@ -140,10 +140,8 @@ def run_compare(options: argparse.Namespace) -> int:
     from hetero_fl.experiment.comparison import Study
 
     study = Study.load(options.study) if options.study else None
-    config, out = (
-        _option_or_study(options, "config", study),
-        _option_or_study(options, "out", study),
-    )
+    config = _option_or_study(options, "config", study)
+    out = _option_or_study(options, "out", study)
     algorithms = _option_or_study(options, "algorithms", study)
     seeds = parse_numbers(
         "--seeds", options.seeds or ("0" if study is None else ",".join(map(str, study.seeds)))

@@ -42,7 +42,8 @@ def print_check(prepared: PreparedRun) -> None:
     table = Table(
         "client", "model", "rows", "parameters", "down", "up", title=f"cost of {prepared.name}"
     )
-    config, parameters = prepared.config, {}
+    config = prepared.config
+    parameters = {}
     archs = {
         kind.arch: [kind.arch, *prepared.method.extra_models(kind.arch).values()]
         for kind in federation.client_infos.profiles
@@ -71,7 +72,9 @@ def print_check(prepared: PreparedRun) -> None:
         table.add_row(f"and {others:,} more", "", "", "", "", "")
     console = Console()
     console.print(table)
-    up, down, reading = cost.up.total(), cost.down.total(), cost.evaluation.total()
+    up = cost.up.total()
+    down = cost.down.total()
+    reading = cost.evaluation.total()
     at_most = config.evaluation.patience or cost.is_upper_bound
     about = (
         "about "

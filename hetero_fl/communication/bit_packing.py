@@ -16,7 +16,8 @@ class ByteReader:
     """A view of bytes and a place in them."""
 
     def __init__(self, data: bytes | memoryview) -> None:
-        self._view, self._at = memoryview(data), 0
+        self._view = memoryview(data)
+        self._at = 0
 
     def take(self, count: int) -> memoryview:
         """The next so many bytes. Raises PayloadError if there are fewer: nothing is allocated before they are there."""
@@ -50,7 +51,8 @@ class ByteReader:
 # are coded by LZMA instead where that is shorter: clustered indices are.
 
 Numbers = np.ndarray[Any, np.dtype[Any]]
-FANO, GAPS = b"\0", b"\1"
+FANO = b"\0"
+GAPS = b"\1"
 ESCAPE = 255  # a gap of so much or more: written in full, apart
 FILTERS = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 16, "lc": 0, "lp": 0, "pb": 0}]
 
@@ -62,7 +64,8 @@ def packed_size(count: int, bits: int) -> int:
 
 def pack_bits(values: Numbers, bits: int) -> bytes:
     """Whole numbers below 2^bits (at most 32), one after the other: their low bytes in planes, the bits above packed."""
-    values, planes = np.ascontiguousarray(values), []
+    values = np.ascontiguousarray(values)
+    planes = []
     for place in range(bits // 8):
         planes.append((values >> (8 * place) if place else values).astype(np.uint8).tobytes())
     width = bits % 8
@@ -70,7 +73,8 @@ def pack_bits(values: Numbers, bits: int) -> bytes:
         rest = (values >> (bits - width)) & ((1 << width) - 1)
         padded = np.zeros(-(-len(rest) // 8) * 8, np.uint8)
         padded[: len(rest)] = rest
-        eights, acc = padded.reshape(-1, 8), np.zeros(len(padded) // 8, "<u8")
+        eights = padded.reshape(-1, 8)
+        acc = np.zeros(len(padded) // 8, "<u8")
         for i in range(8):
             acc |= eights[:, i].astype("<u8") << np.uint64(i * width)
         planes.append(
@@ -95,7 +99,8 @@ def unpack_bits(source: ByteReader, count: int, bits: int) -> Numbers:
         padded[: len(rest)] = rest
         whole = np.zeros((-(-count // 8), 8), np.uint8)
         whole[:, :width] = padded.reshape(-1, width)
-        acc, eights = whole.view("<u8")[:, 0], np.empty((len(whole), 8), np.uint8)
+        acc = whole.view("<u8")[:, 0]
+        eights = np.empty((len(whole), 8), np.uint8)
         for i in range(8):
             eights[:, i] = (acc >> np.uint64(i * width)) & np.uint64((1 << width) - 1)
         values |= eights.reshape(-1)[:count].astype(dtype) << (bits - width)
@@ -128,10 +133,8 @@ def read_indices(source: ByteReader, count: int, total: int) -> Numbers:
     how = bytes(source.take(1))
     if how == FANO:
         low = _low_bits(total, count)
-        lows, length = (
-            unpack_bits(source, count, low).astype(np.int64),
-            count + (total - 1 >> low) + 1,
-        )
+        lows = unpack_bits(source, count, low).astype(np.int64)
+        length = count + (total - 1 >> low) + 1
         bits = np.unpackbits(
             np.frombuffer(source.take((length + 7) // 8), np.uint8), bitorder="little"
         )

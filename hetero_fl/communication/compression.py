@@ -51,7 +51,8 @@ def reconstruct_low_rank(packed: Mapping[str, Tensor], like: Mapping[str, Tensor
 def widest_packed_shape(shape: Sequence[int]) -> tuple[int, int]:
     """The shape of a packed matrix (a tensor of this shape, of two dimensions or more) that holds its own numbers: the most
     rows that it can have, and their width."""
-    m, n = shape[0], math.prod(shape[1:])
+    m = shape[0]
+    n = math.prod(shape[1:])
     return _num_packed_rows(m, n), m + n
 
 
@@ -73,7 +74,8 @@ def _terms(matrix: Tensor, energy: float) -> Tensor:
 
 
 def _matrix(packed: Tensor, like: Tensor) -> Tensor:
-    m, n = len(like), like[0].numel()
+    m = len(like)
+    n = like[0].numel()
     if len(packed) == _num_packed_rows(m, n):
         return packed.reshape(-1)[: m * n].reshape(like.shape)
     return (packed[:, :m].T @ packed[:, m:]).reshape(like.shape)
@@ -204,7 +206,9 @@ class HalfPrecision(NumberFormat):
     otherwise small changes would be rounded to nought, and sums of many rows overflow."""
 
     def encode(self, numbers: Tensor, layout: Layout, draw: Draw) -> bytes:
-        halves, shifts, at = torch.empty(len(numbers), dtype=torch.float16), [], 0
+        halves = torch.empty(len(numbers), dtype=torch.float16)
+        shifts = []
+        at = 0
         for part in split_vector(numbers, layout):
             most = float(part.abs().amax()) if part.numel() else 0.0
             shift = max(-FAR, min(FAR, 15 - int(np.frexp(most)[1]))) if np.isfinite(most) else 0
@@ -314,7 +318,8 @@ class Quantize(NumberFormat):
             if self.nearest
             else torch.rand(len(numbers), generator=draw("quantize"), dtype=numbers.dtype)
         )
-        scales, at = [], 0
+        scales = []
+        at = 0
         for block in self._split_blocks(numbers, layout):
             size = block.abs()
             scales.append(size.mean(1) if self.nearest and self.bits == 1 else size.amax(1))

@@ -140,7 +140,8 @@ class ItemCodec:
     def __init__(self, stages: Sequence[Stage | NumberFormat], outputs: int) -> None:
         sorts: tuple[Sort, ...] = ("change", "whole", "predictions", "rows")
         self._chains: dict[Sort, StageChain] = {sort: StageChain(stages, sort) for sort in sorts}
-        self._outputs, self._plain = outputs, StageChain((), "whole")
+        self._outputs = outputs
+        self._plain = StageChain((), "whole")
 
     def groups(self, form: ItemForm, spec: ItemSpec, base: Tensors) -> list[TensorGroup]:
         """How an item is cut up; empty if all of it passes as it is. The same at both ends."""
@@ -156,7 +157,8 @@ class ItemCodec:
                 else self._sort(form.kind, spec, shape, known)
             )
             members.setdefault(sort, []).append(name)
-        made, plain = [], members.pop(None, [])
+        made = []
+        plain = members.pop(None, [])
         for sort, names in members.items():
             assert sort is not None
             layout = tuple(form.shapes[n] for n in names)
@@ -189,7 +191,8 @@ class ItemCodec:
         unsent: Mapping[str, Tensor],
     ) -> tuple[bytes, Tensors]:
         """The stream, and what a biased chain leaves for later, by tensor: to the last bit update + unsent − decoded."""
-        tensors, bodies = named_tensors(item.values), []
+        tensors = named_tensors(item.values)
+        bodies = []
         left: Tensors = {}
         for place, group in enumerate(groups):
             numbers = torch.cat(
@@ -288,7 +291,8 @@ class Link:
     def __init__(
         self, stages: Sequence[Stage | NumberFormat], specs: Mapping[str, ItemSpec], outputs: int
     ) -> None:
-        self.specs, self.names = specs, sorted(specs)
+        self.specs = specs
+        self.names = sorted(specs)
         self.streams = ItemCodec(stages, outputs) if stages else None
 
     def send(
@@ -310,13 +314,12 @@ class Link:
         if self.streams is None:
             return payload.encode()
         forms: dict[str, ItemForm] = {}
-        bodies, passing = {}, {}
+        bodies = {}
+        passing = {}
         kept: dict[str, Tensors] = {} if memory is None else memory.get(UNSENT, {})
         for name, item in payload.items_.items():
-            form, base = (
-                ItemForm.from_item(item, plain),
-                _reference_item(reference, name, item.kind),
-            )
+            form = ItemForm.from_item(item, plain)
+            base = _reference_item(reference, name, item.kind)
             groups = self.streams.groups(form, self._spec(name, item.kind), base) if form else []
             if form is None or not groups:
                 passing[name] = item
@@ -325,12 +328,11 @@ class Link:
             if unsent and memory is not None:
                 memory[UNSENT] = kept = {**kept, name: {**kept.get(name, {}), **unsent}}
             forms[name], bodies[name] = form, _weight(item.weight) + body
-        names, layout = self.names, b""
+        names = self.names
+        layout = b""
         if reference is None:
-            names, layout = (
-                list(forms),
-                zlib.compress(json.dumps({n: f.to_json() for n, f in forms.items()}).encode()),
-            )
+            names = list(forms)
+            layout = zlib.compress(json.dumps({n: f.to_json() for n, f in forms.items()}).encode())
         report = json.dumps(payload.report, separators=(",", ":"), allow_nan=False).encode()
         head = [
             MARK,
@@ -364,10 +366,8 @@ class Link:
         source = ByteReader(data)
         if source.take(min(len(MARK), len(data))) != MARK:
             raise PayloadError("no compressed message, as `channel` has it")
-        report, layout = (
-            _json(bytes(source.take(source.read_integer(2)))),
-            bytes(source.take(source.read_integer(4))),
-        )
+        report = _json(bytes(source.take(source.read_integer(2))))
+        layout = bytes(source.take(source.read_integer(4)))
         forms = (
             _item_forms(layout)
             if like is None
@@ -376,7 +376,8 @@ class Link:
         names = list(forms) if like is None else self.names
         items: dict[str, Any] = {}
         for _ in range(source.read_integer(1)):
-            place, stream = source.read_integer(1), ByteReader(source.take(source.read_integer(4)))
+            place = source.read_integer(1)
+            stream = ByteReader(source.take(source.read_integer(4)))
             name = names[place] if place < len(names) else str(place)
             form = forms.get(name)
             if form is None or name in items:

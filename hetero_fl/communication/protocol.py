@@ -186,7 +186,8 @@ class EncodeCache(Generic[T]):
     """
 
     def __init__(self, encode: Callable[[Payload], T], max_entries: int = 8) -> None:
-        self.make, self.most = encode, max_entries
+        self.make = encode
+        self.most = max_entries
         # A payload keeps its tensors alive, so that nobody else gets their memory.
         self._known: dict[Any, tuple[Payload, T]] = {}
 

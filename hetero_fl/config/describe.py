@@ -65,7 +65,8 @@ def describe_values(
             if "names" in known:
                 own = [f"{known['prefix']}…"] if known.get("prefix") else []
                 return ", ".join(f"`{n}`" for n in [*known["names"], *own])
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    origin = typing.get_origin(annotation)
+    arguments = typing.get_args(annotation)
     if origin is typing.Annotated:
         return describe_values(arguments[0], [*arguments[1:], *metadata], link)
     if origin in (typing.Union, types.UnionType):

@@ -68,11 +68,13 @@ def describe_error(
         problems,
         key=lambda e: (e["type"] not in ("extra_forbidden",), -len(_data_location(e["loc"], raw))),
     )
-    kind, place = first["type"], _data_location(first["loc"], raw)
+    kind = first["type"]
+    place = _data_location(first["loc"], raw)
     where = ".".join([*at, *place]) or "here"
     if kind == "extra_forbidden":
         *parent, last = first["loc"]
-        place, key = _data_location(tuple(parent), raw), str(last)
+        place = _data_location(tuple(parent), raw)
+        key = str(last)
         meant = _suggest_key(key, _fields(model, place), [*at, *place], own)
         return f"{'.'.join([*at, *place, key])}: unknown key{meant}"
     if kind == "missing":
@@ -89,7 +91,9 @@ def _describe_problem(
         p for p in problems if p["type"] not in EXPECTED and p["type"] != "literal_error"
     ]
     first = (beyond_type or problems)[0]
-    kind, value, context = first["type"], first["input"], first.get("ctx", {})
+    kind = first["type"]
+    value = first["input"]
+    context = first.get("ctx", {})
     if kind in OWN:
         message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
         # it says itself which keys it means

@@ -130,13 +130,15 @@ def _check_references(tree: Any, where: str) -> None:
         for each in tree.values() if isinstance(tree, dict) else tree:
             _check_references(each, where)
     elif isinstance(tree, str):
-        text, rest = "", tree
+        text = ""
+        rest = tree
         while rest != text and "${" in rest:
             if RESOLVER.search(rest):
                 raise UserError(
                     f"{where}: found {tree[:60]!r}; ${{…}} refers to another key of the file, and to nothing else"
                 )
-            text, rest = rest, REFERENCE.sub("key", rest)
+            text = rest
+            rest = REFERENCE.sub("key", rest)
 
 
 def _files(folder: Path) -> str:
@@ -280,7 +282,8 @@ def translate_tutorial(
 
     Raises UserError, in one line, for a key that is missing or unknown and a value that none can have.
     """
-    raw, left = dict(raw), []
+    raw = dict(raw)
+    left = []
     given: dict[str, str] = {}  # the overrides of the tutorial's keys
     for override in overrides:
         key, equals, value = override.partition("=")

@@ -38,7 +38,8 @@ class Pattern:
     """A shell-style pattern, as `fnmatch.fnmatchcase` understands it, that reads a text bit by bit."""
 
     def __init__(self, text: str) -> None:
-        self.text, self._parts = text, list(_pattern_parts(text))
+        self.text = text
+        self._parts = list(_pattern_parts(text))
         self._known: dict[tuple[PatternState, str], PatternState] = {}
         self.start = self._skip_stars({0})
 
@@ -91,7 +92,10 @@ class PatternBlocks:
     def __init__(
         self, series: IdSeries, patterns: Sequence[Pattern], cycles: Turns, begin: Turns
     ) -> None:
-        self._series, self._patterns, self._cycles, self._begin = series, patterns, cycles, begin
+        self._series = series
+        self._patterns = patterns
+        self._cycles = cycles
+        self._begin = begin
         self._known: dict[
             tuple[int, tuple[PatternState, ...], Turns], tuple[CountByKey, Turns]
         ] = {}
@@ -224,7 +228,9 @@ class Population(Mapping[str, ClientSettings]):
         *,
         settle: Callable[[str, Layer, int, Sequence[tuple[Layer, int]]], ClientSettings],
     ) -> None:
-        self._groups, self._overrides, self._settle = groups, overrides, settle
+        self._groups = groups
+        self._overrides = overrides
+        self._settle = settle
         self.ids = ClientIds([g.series for g in groups])
         self._by_name: dict[str, list[int]] = {}
         for number, group in enumerate(groups):
@@ -390,7 +396,8 @@ def _explicit_settings(settings: ClientSettings) -> dict[str, Any]:
 
 def _apply_layer(base: Mapping[str, Any], over: Mapping[str, Any]) -> Layer:
     """Settings with another layer over them."""
-    had, named = base.get("optimizer", {}), over.get("optimizer", {}).get("name")
+    had = base.get("optimizer", {})
+    named = over.get("optimizer", {}).get("name")
     if named is not None and named != had.get("name", OptimizerConfig().name):
         base = {**base, "optimizer": {k: v for k, v in had.items() if k not in OF_SGD}}
     return _merge(base, over)

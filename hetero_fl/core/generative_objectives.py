@@ -61,7 +61,8 @@ class GeneratorObjective(Objective):
     slot: str = "generator"
 
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
-        z, heads = nets[self.slot](batch.x).logits, context["heads"]
+        z = nets[self.slot](batch.x).logits
+        heads = context["heads"]
         logits = torch.einsum("kcd,bd->kbc", heads["weight"], z) + heads["bias"][:, None]
         wrong = -logits.log_softmax(-1)[:, torch.arange(len(z)), batch.y]  # [K, B]
         noise = batch.x[:, heads["bias"].shape[-1] :]
@@ -91,7 +92,8 @@ class GeneratedFeatures(Supervised):
         return self.weight * F.cross_entropy(nets[self.slot].head(features), batch.fake_y)
 
     def private_loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
-        net, generator = nets[self.slot], nets[self.generator]
+        net = nets[self.slot]
+        generator = nets[self.generator]
         outputs = net(batch.x)
         loss = self.loss_of_outputs(outputs, batch, context)
         if self.latent_weight:
@@ -138,7 +140,8 @@ class Generator(SplitModel):
             )
             inner = width * small[0] * small[1]
         else:
-            head, inner = nn.Linear(4 * width, num_classes), 4 * width
+            head = nn.Linear(4 * width, num_classes)
+            inner = 4 * width
         super().__init__(
             nn.Sequential(nn.Linear(in_channels, inner), nn.LeakyReLU(0.2)), head, inner
         )
@@ -195,7 +198,8 @@ class Synthesis(Objective):
 
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         x = nets.generator(batch.x).logits.unflatten(1, self.shape)
-        said, distances = [], []
+        said = []
+        distances = []
         for slot, view in self.teachers:
             with BatchStatistics() as statistics:
                 said.append(nets[slot](preprocess_generated(x, view)).logits)

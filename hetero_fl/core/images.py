@@ -63,7 +63,8 @@ def as_bytes(x: Tensor, where: str) -> Tensor:
     """
     if x.is_floating_point() or x.dtype == torch.uint8 or x.numel() == 0:
         return x
-    low, high = int(x.min()), int(x.max())
+    low = int(x.min())
+    high = int(x.max())
     if low < 0 or high > 255:
         raise UserError(
             f"{where}: found {_dtype(x)} from {low} to {high}; give uint8, or floats from 0 to 1"

@@ -78,7 +78,8 @@ def score(task: Task, logits: Tensor, y: Tensor, unit: Tensor | None = None) -> 
     outputs = logits.detach().double()
     if unit is not None and task.kind == "regression":
         by = unit.to(outputs.device).double()[:, None]
-        outputs, y = outputs * by, y.to(outputs.device) * by
+        y = y.to(outputs.device) * by
+        outputs = outputs * by
     names = metric_names(task)
     if not len(outputs):
         return dict.fromkeys(names)
@@ -96,7 +97,8 @@ def score(task: Task, logits: Tensor, y: Tensor, unit: Tensor | None = None) -> 
         )
     )
     if task.has_many_classes:
-        loss, among = found["loss"], (outputs.topk(3).indices == y[:, None]).any(1)
+        loss = found["loss"]
+        among = (outputs.topk(3).indices == y[:, None]).any(1)
         known = loss is not None and bool(outputs.isfinite().all())
         found["top3_accuracy"] = among.double().mean() if known else None
         found["perplexity"] = loss.exp() if loss is not None else None
@@ -114,7 +116,9 @@ def _multiclass(logits: Tensor, y: Tensor) -> list[Tensor | None]:
     classes = p.shape[1]
     truth = functional.one_hot(y, classes).T.bool()
     guess = functional.one_hot(p.argmax(1), classes).T.bool()
-    hits, true, said = (truth & guess).sum(1).double(), truth.sum(1).double(), guess.sum(1).double()
+    hits = (truth & guess).sum(1).double()
+    true = truth.sum(1).double()
+    said = guess.sum(1).double()
     there = true > 0
     area, precision = _ranking(p.T[there], truth[there])  # of others there is nothing to rank
     area = area[-1] if classes == 2 else area.mean()
@@ -131,9 +135,13 @@ def _multiclass(logits: Tensor, y: Tensor) -> list[Tensor | None]:
 def _multilabel(logits: Tensor, y: Tensor) -> list[Tensor | None]:
     if not logits.isfinite().all():
         return [None] * len(CLASSIFICATION)
-    p, target = logits.sigmoid(), y.double()
-    truth, guess = target.T > 0.5, (p > 0.5).T
-    hits, true, said = (truth & guess).sum(1).double(), truth.sum(1).double(), guess.sum(1).double()
+    p = logits.sigmoid()
+    target = y.double()
+    truth = target.T > 0.5
+    guess = (p > 0.5).T
+    hits = (truth & guess).sum(1).double()
+    true = truth.sum(1).double()
+    said = guess.sum(1).double()
     false = len(y) - true
     both = (true > 0) & (false > 0)
     # Recall of the label's presence and of its absence; a label that is always or never there has one of the two.
@@ -153,7 +161,8 @@ def _multilabel(logits: Tensor, y: Tensor) -> list[Tensor | None]:
 def _regression(outputs: Tensor, y: Tensor) -> list[Tensor | None]:
     target = y.double()
     error = outputs - target
-    residual, total = error.square().sum(0), (target - target.mean(0)).square().sum(0)
+    residual = error.square().sum(0)
+    total = (target - target.mean(0)).square().sum(0)
     return [
         error.abs().mean(),
         error.square().mean(0).sqrt().mean(),
@@ -219,10 +228,12 @@ def calibration(task: Task, logits: Tensor, y: Tensor, bins: int = 15) -> dict[s
         right = guess == y.to(guess.device)
     else:
         p = outputs.sigmoid().flatten()
-        confidence, right = torch.maximum(p, 1 - p), (p > 0.5) == (y.to(p.device).flatten() > 0.5)
+        confidence = torch.maximum(p, 1 - p)
+        right = (p > 0.5) == (y.to(p.device).flatten() > 0.5)
     known = bool(confidence.isfinite().all()) and len(confidence) > 0
     if not known:
-        confidence, right = confidence[:0], right[:0]
+        confidence = confidence[:0]
+        right = right[:0]
     which = (confidence * bins).ceil().long().clamp(1, bins) - 1
     count, sure, hits = (
         torch.bincount(which, weights=w, minlength=bins).double()

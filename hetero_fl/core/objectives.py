@@ -31,7 +31,9 @@ class ModelView:
         head: Callable[[Tensor], Tensor],
         parameters: Mapping[str, Tensor],
     ) -> None:
-        self._forward, self.head, self.parameters = forward, head, parameters
+        self._forward = forward
+        self.head = head
+        self.parameters = parameters
 
     @classmethod
     def from_module(cls, module: SplitModel) -> ModelView:
@@ -129,7 +131,8 @@ def distillation_loss(
     teacher = teacher.detach()
     if kind == "regression":
         return (student - teacher).square().mean(-1)
-    t, s = teacher / temperature, student / temperature
+    t = teacher / temperature
+    s = student / temperature
     if kind == "multilabel":
         p = t.sigmoid()
         gap = p * (F.logsigmoid(t) - F.logsigmoid(s)) + (1 - p) * (
@@ -324,7 +327,8 @@ class Coefficients(Objective):
     rho: float = 0.7
 
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
-        c, p = nets.mix(batch.x).logits, context["predictions"]
+        c = nets.mix(batch.x).logits
+        p = context["predictions"]
         mixed = torch.einsum("bk,kdc->bdc", c, p).clamp(min=TINY)
         apart = (mixed * (mixed.log() - p[batch.own].clamp(min=TINY).log())).sum(-1).mean(-1)
         return self.temperature**2 * apart + self.rho * (c - 1 / c.shape[-1]).square().sum(-1)
@@ -396,10 +400,8 @@ class AdaptiveMutual(MutualDistillation):
 
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         t, s = self.both_outputs(nets, batch)
-        mentor, mentee = (
-            self.loss_of_outputs(t, batch, context),
-            self.loss_of_outputs(s, batch, context),
-        )
+        mentor = self.loss_of_outputs(t, batch, context)
+        mentee = self.loss_of_outputs(s, batch, context)
         apart = distillation_loss(self.kind, t.logits, s.logits) + distillation_loss(
             self.kind, s.logits, t.logits
         )
@@ -423,6 +425,7 @@ class NestedRepresentations(MutualDistillation):
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         f, g = (outputs.features for outputs in self.both_outputs(nets, batch))
         r = nets[self.projection](torch.cat([g, f], -1)).logits
-        fine, coarse = nets[self.slot].head(r), nets[self.mentee].head(r[..., : g.shape[-1]])
+        fine = nets[self.slot].head(r)
+        coarse = nets[self.mentee].head(r[..., : g.shape[-1]])
         own = self.alpha * self.loss_of_outputs(Outputs(fine, r), batch, context)
         return own + self.beta * self.loss_of_outputs(Outputs(coarse, r), batch, context)

@@ -104,7 +104,8 @@ class ClientDirectory(Mapping[str, ClientInfo]):
         archs: Sequence[ModelSpec] | Mapping[str, ModelSpec],
         data: Any,
     ) -> None:
-        self.clients, self._data = clients, data
+        self.clients = clients
+        self._data = data
         # of each client in `profiles`; none: as in `clients.profiles`
         self._places: dict[str, int] | None = None
         if isinstance(archs, Mapping):
@@ -136,7 +137,8 @@ class ClientDirectory(Mapping[str, ClientInfo]):
 
     def format_clients(self, kinds: Sequence[ClientProfile], most: int = 6) -> str:
         """The clients of these kinds for a reader: the first of them by name, and how many more there are."""
-        among, ids = {kind.first for kind in kinds}, self.clients.ids
+        among = {kind.first for kind in kinds}
+        ids = self.clients.ids
         here = (id for id in islice(ids, LOOKED) if self.profile(id).first in among)
         shown = list(islice(here, most)) or natural_order(among)[:most]
         more = sum(kind.count for kind in kinds) - len(shown)
@@ -147,7 +149,8 @@ class ClientDirectory(Mapping[str, ClientInfo]):
 
     def _make(self, client_id: str) -> ClientInfo:
         kind = self.profile(client_id)
-        data, view = self._data, self._data.preprocess(client_id)
+        data = self._data
+        view = self._data.preprocess(client_id)
         return ClientInfo(
             client_id,
             kind.arch,

@@ -172,7 +172,8 @@ class Payload(Mapping[str, Any]):
         and a `report`. Raises PayloadError for anything malformed, or not finite and up to `LARGEST`."""
         if not isinstance(tree, dict) or set(tree) != {"items", "report"}:
             raise PayloadError("holds something else than items and a report")
-        items, report = tree["items"], tree["report"]
+        items = tree["items"]
+        report = tree["report"]
         if not isinstance(items, dict) or not isinstance(report, dict):
             raise PayloadError("holds something else than items and a report")
         _check_report(report)
@@ -218,7 +219,9 @@ def _item(name: str, raw: Any) -> tuple[Item, float]:
     """Return the item and the largest norm of its tensors. Raises PayloadError."""
     if not isinstance(raw, dict) or set(raw) != {"values", "weight", "kind"}:
         raise PayloadError(f"item {name!r} has no values, weight and kind")
-    values, weight, kind = raw["values"], raw["weight"], raw["kind"]
+    values = raw["values"]
+    weight = raw["weight"]
+    kind = raw["kind"]
     if kind not in KINDS:
         raise PayloadError(f"item {name!r} is of unknown kind {one_line(kind, 20)!r}")
     if isinstance(values, dict):
@@ -290,7 +293,8 @@ def check_header(data: bytes, like: Mapping[str, Item]) -> None:
     `like`: see `check_size`.
     """
     tensors = sum((len(i.values) if isinstance(i.values, dict) else 1) + 1 for i in like.values())
-    size, most = int.from_bytes(data[:8], "little"), SPARE_BYTES + SPARE_TENSOR_BYTES * tensors
+    size = int.from_bytes(data[:8], "little")
+    most = SPARE_BYTES + SPARE_TENSOR_BYTES * tensors
     if len(data) >= 8 and most < size <= len(data):
         raise PayloadError(f"a header of {size:,} bytes; what was agreed takes at most {most:,}")
 
@@ -337,7 +341,8 @@ def check_upload(payload: Payload, specs: Mapping[str, ItemSpec], like: Mapping[
                     f"item {name!r}, {n}: dtype {got.dtype} where {expected.dtype} was agreed"
                 )
         # A weight may be a plain number or of another precision.
-        weight, agreed = torch.as_tensor(item.weight), torch.as_tensor(want.weight)
+        agreed = torch.as_tensor(want.weight)
+        weight = torch.as_tensor(item.weight)
         _check_shape(f"item {name!r}, weight", weight.shape == agreed.shape, weight, agreed)
 
 

@@ -151,7 +151,8 @@ class SavedModel:
         """
         if self.arch.vocabulary is not None:
             return self._tokens(x, self.arch.vocabulary)
-        raw, where = as_numbers(x, "predict: x"), "predict: x"
+        raw = as_numbers(x, "predict: x")
+        where = "predict: x"
         image = len(self.arch.input_shape) == 3
         if image and raw.ndim in (3, 4) and 0 not in raw.shape:
             raw = as_bytes(raw, where)
@@ -167,7 +168,8 @@ class SavedModel:
         return in_range({where: raw})[0][where] if image else raw
 
     def _tokens(self, x: Any, vocabulary: int) -> Tensor:
-        raw, where = torch.as_tensor(x), "predict: x"
+        raw = torch.as_tensor(x)
+        where = "predict: x"
         if raw.is_floating_point() or tuple(raw.shape[1:]) != self.arch.input_shape:
             found = f"{raw.dtype} of shape {tuple(raw.shape)}".removeprefix("torch.")
             raise UserError(
@@ -192,7 +194,8 @@ class SavedModel:
         seen = self.arch.input_shape
         if len(shape) != len(seen):
             return False
-        resize, channels = self.preprocess.get("resize"), self.preprocess.get("channels")
+        resize = self.preprocess.get("resize")
+        channels = self.preprocess.get("channels")
         if len(seen) != 3 or (resize is None and channels is None):
             return shape == (seen[::-1] if len(seen) == 2 else seen)
         colours = shape[0] == seen[0] or (channels is not None and (channels == 1 or shape[0] == 1))
@@ -200,7 +203,8 @@ class SavedModel:
 
     def _expected_shapes(self) -> str:
         """The shapes that fit, in words."""
-        seen, where = self.arch.input_shape, self.preprocess
+        seen = self.arch.input_shape
+        where = self.preprocess
         if len(seen) != 3:
             # a series lies in memory with its steps first
             return f"(N, {', '.join(map(str, reversed(seen)))})"
@@ -208,5 +212,6 @@ class SavedModel:
         if where.get("channels") is not None:
             channels = "C" if where["channels"] == 1 else f"1 or {channels}"
         if where.get("resize") is not None:
-            height, width = "H", "W"
+            height = "H"
+            width = "W"
         return f"images (N, {channels}, {height}, {width}), uint8 or floats from 0 to 1"

@@ -438,7 +438,8 @@ def read_npz(
     )
     splits = {}
     for (split, (x, y)), pixels in zip(raw.items(), read, strict=True):
-        images, labels = f"{SPLITS[split]}_images", f"{SPLITS[split]}_labels"
+        images = f"{SPLITS[split]}_images"
+        labels = f"{SPLITS[split]}_labels"
         splits[split] = Examples(pixels, _npz_targets(y, task, f"{where}: {labels}"))
         check_examples(splits[split], task, where, (images, labels))
         if splits[split].x.shape[1:] != splits["train"].x.shape[1:]:
@@ -511,10 +512,12 @@ def unreadable_message(path: Path, error: Exception) -> str:
 def _split_arrays(
     arrays: dict[str, np.ndarray], split: str, where: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    images, labels = f"{split}_images", f"{split}_labels"
+    images = f"{split}_images"
+    labels = f"{split}_labels"
     if labels not in arrays:
         raise UserError(f"{where}: no array '{labels}' beside '{images}'")
-    x, y = arrays[images], arrays[labels]
+    x = arrays[images]
+    y = arrays[labels]
     if y.ndim not in (1, 2) or 0 in y.shape[1:]:
         raise UserError(f"{where}: {labels}: found shape {y.shape}; want (N,), (N, 1) or (N, L)")
     if x.ndim == 0 or len(x) != len(y):

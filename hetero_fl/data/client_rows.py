@@ -48,7 +48,8 @@ class LazyPartition:
 
     def check(self) -> None:
         """Raises UserError where a client could have fewer rows than it may, or than it can split, or more than there are."""
-        where, pool = "data.partition", len(self.pool.rows)
+        where = "data.partition"
+        pool = len(self.pool.rows)
         if self.pool.examples.patient is not None:
             raise UserError(
                 f"{where}.kind: found drawn, which takes rows one by one; leave data.patient out"
@@ -57,10 +58,8 @@ class LazyPartition:
         for kind in self.clients.profiles:
             if kind.settings.data is not None:
                 continue
-            rows, owner = (
-                round(self.config.rows * kind.settings.size),
-                f"for client '{kind.first}', by its size",
-            )
+            rows = round(self.config.rows * kind.settings.size)
+            owner = f"for client '{kind.first}', by its size"
             if rows < self.config.min_size:
                 raise UserError(
                     f"{where}.rows: found {rows} {owner}; min_size is {self.config.min_size}"
@@ -98,7 +97,8 @@ class LazyPartition:
         return self._cached_splits.get(client, lambda: self._splits(client))
 
     def _splits(self, client: str) -> dict[str, RowSelection]:
-        count, draws = self.num_rows(client), self._draws("drawn", client)
+        count = self.num_rows(client)
+        draws = self._draws("drawn", client)
         if self.config.alpha is None:
             places = _sample_rows(draws, len(self.pool.rows), count)
         else:
@@ -175,11 +175,9 @@ class ClientRows(Mapping[str, Mapping[str, RowSelection]]):
         lazy_partition: LazyPartition | None = None,
         remote_info: Mapping[str, RemoteDataInfo] | None = None,
     ) -> None:
-        self.assigned, self.lazy_partition, self.remote_info = (
-            assigned,
-            lazy_partition,
-            remote_info or {},
-        )
+        self.assigned = assigned
+        self.lazy_partition = lazy_partition
+        self.remote_info = remote_info or {}
 
     def count(self, client: str, split: str) -> int:
         """Rows of one split, without drawing them."""

@@ -109,7 +109,8 @@ class ColumnLayout:
 
 def spans_of(blocks: Sequence[Block]) -> Spans:
     """Where each block begins and ends."""
-    found, start = [], 0
+    found = []
+    start = 0
     for block in blocks:
         found.append((start, start + block.size))
         start += block.size
@@ -145,7 +146,9 @@ def check_blocks(blocks: Sequence[Block], shape: Sequence[int], where: str) -> N
 # Words as numbers: a vocabulary taken from public text alone, or by hashing, for which no text is
 # read at all.
 
-EMPTY, UNKNOWN, FIRST = 0, 1, 2
+EMPTY = 0
+UNKNOWN = 1
+FIRST = 2
 """No word, a word that is not in the vocabulary, the first word."""
 WORD = re.compile(r"\w+(?:['’-]\w+)*|[.!?]")
 
@@ -220,7 +223,9 @@ class Vocabulary:
             The words before it, int64 `[N, length]`; its place in `names`, int64 `[N]`; the number of the text, int64 `[N]`.
             Unknown words stand among those before, but are never asked for.
         """
-        before, following, whose = [], [], []
+        before = []
+        following = []
+        whose = []
         for number, words in enumerate(texts):
             tokens = self.numbers(words)
             for place in range(1, len(tokens)):
@@ -377,7 +382,8 @@ def check_examples(
         UserError: no rows; x of a wrong dtype or shape; x or y not finite, tokens outside the vocabulary; y missing, of a
             wrong dtype or shape, or out of the task's range. One class only is allowed.
     """
-    x, y = examples.x, examples.y
+    x = examples.x
+    y = examples.y
     x_name, y_name = names
 
     def refuse(array: str, what: str) -> None:
@@ -443,7 +449,8 @@ def check_examples(
 
 def _check_extra_columns(examples: Examples, task: Task, where: str) -> None:
     """Refuse times, units and baselines that do not fit the rows."""
-    time, unit = examples.time, examples.unit
+    time = examples.time
+    unit = examples.unit
     if time is not None and (time.dtype != torch.int64 or time.ndim != 1):
         raise UserError(
             f"{where}: time: found {_dtype(time)} of shape {tuple(time.shape)}; want int64 ({len(examples)},)"

@@ -81,7 +81,8 @@ def match_labels(own: Dataset, common: Dataset, where: str) -> Tensor:
     Raises:
         UserError: Another vocabulary, another kind of task, or a class that the common set lacks.
     """
-    mine, ours = own.task, common.task
+    mine = own.task
+    ours = common.task
     both = f"the common set {common.name} has"
     none = f"{both} none of that name"
     if own.vocabulary != common.vocabulary:
@@ -200,7 +201,8 @@ def match_blocks(
         if tuple(x.shape[1:]) == tuple(common.train.x.shape[1:]):
             return x
         alike = [b for b in common.blocks if b.shape == tuple(x.shape[1:])]
-        found, x = tuple(alike[:1]), (x.float() / 255 if x.dtype == torch.uint8 else x).flatten(1)
+        found = tuple(alike[:1])
+        x = (x.float() / 255 if x.dtype == torch.uint8 else x).flatten(1)
         if len(alike) != 1:
             known = ", ".join(f"{b.name} {b.shape}" for b in common.blocks)
             raise UserError(
@@ -209,7 +211,8 @@ def match_blocks(
     given = {
         b.name: x[:, start:stop] for b, (start, stop) in zip(found, spans_of(found), strict=True)
     }
-    shapes, ours = {b.name: b.shape for b in found}, {b.name: b.shape for b in common.blocks}
+    shapes = {b.name: b.shape for b in found}
+    ours = {b.name: b.shape for b in common.blocks}
     for name, shape in shapes.items():
         if ours.get(name) != shape:
             hint = (
@@ -545,7 +548,8 @@ def _common_schema(datasets: Mapping[str, Dataset]) -> Dataset:
     if not columns:
         for client, each in datasets.items():
             if each.train.x.shape[1:] != one.train.x.shape[1:]:
-                found, expected = tuple(each.train.x.shape[1:]), tuple(one.train.x.shape[1:])
+                found = tuple(each.train.x.shape[1:])
+                expected = tuple(one.train.x.shape[1:])
                 raise UserError(
                     f"{_config_path(client)}: examples have shape {found}, those of '{first}' {expected}"
                 )
@@ -567,10 +571,8 @@ def _concatenate(parts: Mapping[str, Examples]) -> Examples:
     """Return all rows, each of its client's group; patients are those of one file."""
     owners = [client for client, part in parts.items() for _ in range(len(part))]
     group, group_names = index_names(owners)
-    x, y = (
-        torch.cat([part.x for part in parts.values()]),
-        torch.cat([_labels(part) for part in parts.values()]),
-    )
+    x = torch.cat([part.x for part in parts.values()])
+    y = torch.cat([_labels(part) for part in parts.values()])
     if all(part.patient is None for part in parts.values()):
         return Examples(x, y, group, group_names)
     whose: list[str] = []

@@ -116,7 +116,10 @@ class FederatedData:
         layout: ColumnLayout = NOTHING,
         vocabulary: Vocabulary | None = None,
     ) -> None:
-        self.task, self.name, self.simulated, self.about = task, name, simulated, about
+        self.task = task
+        self.name = name
+        self.simulated = simulated
+        self.about = about
         self.notes = list(notes)
         """Lines on how the data was read and dealt that a user has to see before the run."""
         self.input_shape = tuple(public["common_test"].examples.x.shape[1:])
@@ -125,13 +128,14 @@ class FederatedData:
         """The names of its columns, or of its blocks."""
         self.vocabulary = vocabulary
         """What the tokens mean, the same for all models; None where examples are no tokens."""
-        self._settings, self._private, self._public, self._seed = clients, private, public, seed
+        self._settings = clients
+        self._private = private
+        self._public = public
+        self._seed = seed
         self._views: LRUCache[Preprocess] = LRUCache()
         self._sees: dict[Hashable, bool] = {}  # what views have anything of the proxy set
-        self._public_columns, self._private_columns = (
-            ColumnCache(cache_bytes),
-            ColumnCache(cache_bytes),
-        )
+        self._public_columns = ColumnCache(cache_bytes)
+        self._private_columns = ColumnCache(cache_bytes)
 
     def __repr__(self) -> str:
         return (
@@ -203,7 +207,8 @@ class FederatedData:
 
     def preprocess(self, client: str) -> Preprocess:
         """How the client sees every example; statistics of its `own` are those of its training rows."""
-        config, where = self._settings[client].preprocess, f"client '{client}': preprocess"
+        config = self._settings[client].preprocess
+        where = f"client '{client}': preprocess"
         if (
             client in self._private.remote_info
             and (view := self._private.remote_info[client].view) is not None
@@ -308,7 +313,9 @@ class FederatedData:
     def with_remote_rows(self, private: ClientRows) -> FederatedData:
         """The same with these rows in place of those that everybody has: what lies on one machine of several."""
         held = copy.copy(self)
-        held._private, held._views, held._sees = private, LRUCache(), {}
+        held._private = private
+        held._views = LRUCache()
+        held._sees = {}
         held._public_columns = ColumnCache(self._public_columns.limit)
         held._private_columns = ColumnCache(self._private_columns.limit)
         return held
@@ -411,7 +418,8 @@ class ResampledData(FederatedData):
 
     def __init__(self, data: FederatedData, train: Mapping[str, Examples]) -> None:
         self.__dict__.update(data.__dict__)  # public columns are the same, and kept in one place
-        self._views, self._private_columns = LRUCache(), ColumnCache(data._private_columns.limit)
+        self._views = LRUCache()
+        self._private_columns = ColumnCache(data._private_columns.limit)
         given = {
             client: {**data._private[client], "train": RowSelection.all_rows(rows)}
             for client, rows in train.items()
@@ -535,7 +543,8 @@ def federate(
 
 def _limit_rows(dataset: Dataset, config: DataConfig, seed: int) -> Tensor:
     """The training rows that are kept, int64 `[M]`."""
-    rows, patient = torch.arange(len(dataset.train)), dataset.train.patient
+    rows = torch.arange(len(dataset.train))
+    patient = dataset.train.patient
     if config.train_limit is None or config.train_limit >= len(rows):
         return rows
     return draw_rows(

@@ -34,7 +34,8 @@ def preprocess_inputs(model: SavedModel, x: Any) -> Tensor:
     if model.columns and len(model.arch.input_shape) == 1 and hasattr(x, "columns"):
         x = _columns_by_name(x, model, view)
     if isinstance(x, Mapping):
-        rows, view = _join_blocks(x, view), replace(view, raw=None, spans=None)
+        rows = _join_blocks(x, view)
+        view = replace(view, raw=None, spans=None)
         return _check_rows(rows, view)
     shape = tuple(np.shape(x)[1:])
     if view.raw is None or shape != view.raw:
@@ -48,7 +49,8 @@ def preprocess_inputs(model: SavedModel, x: Any) -> Tensor:
 def _columns_by_name(frame: Any, model: SavedModel, view: Preprocess) -> Tensor:
     """The columns of a frame in the order of those that are known, `[N, F]`; NaN where one is absent."""
     names = [str(name) for name in frame.columns]
-    known, categories = model.columns, dict(model.categories)
+    known = model.columns
+    categories = dict(model.categories)
     encoded = {
         name: column
         for column, values in categories.items()
@@ -118,7 +120,8 @@ def _join_blocks(blocks: Mapping[str, Any], view: Preprocess) -> Tensor:
 def _block_values(part: Tensor, block: Block) -> Tensor:
     """A block's values `[N, size]`; images may be as `SavedModel.examples` takes them, and are in 0..1 then."""
     where = f"{WHERE}: {block.name}"
-    found, dtype = tuple(part.shape), torch.get_default_dtype()
+    found = tuple(part.shape)
+    dtype = torch.get_default_dtype()
     if block.image:
         part = as_bytes(part[:, None] if part.ndim == 3 else part, where)
         last = part.ndim == 4 and tuple(part.shape[1:]) != block.shape

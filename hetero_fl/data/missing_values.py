@@ -29,7 +29,8 @@ def check_missing_values(kinds: Iterable[SettingsProfile], clients: Population, 
         return []
     notes = []
     for kind in kinds:
-        config, where = kind.settings.preprocess, f"clients: '{kind.first}': preprocess"
+        config = kind.settings.preprocess
+        where = f"clients: '{kind.first}': preprocess"
         view = Preprocess.without_normalization(
             config, layout, tuple(public["common_test"].examples.x.shape[1:]), where
         )
@@ -54,7 +55,8 @@ def check_missing_values(kinds: Iterable[SettingsProfile], clients: Population, 
             and _has_missing_values(share.examples, known)
             and (settings := clients[name]).preprocess.missing is None
         ):
-            where, raw = f"clients: '{name}': preprocess", tuple(share.examples.x.shape[1:])
+            where = f"clients: '{name}': preprocess"
+            raw = tuple(share.examples.x.shape[1:])
             check_view(
                 {split: share},
                 Preprocess.without_normalization(settings.preprocess, layout, raw, where),

@@ -180,7 +180,8 @@ def _with_labels(
     """The rows with label, group and patient of those who have no image, too."""
     from hetero_fl.data.sources.table_files import parse_names, parse_numbers
 
-    given, old = parse_numbers(frame[label], where), pictures.train
+    given = parse_numbers(frame[label], where)
+    old = pictures.train
     assert old.y is not None and old.patient is not None
     if given is None:
         raise UserError(f"{where}: column '{label}' is text; class numbers are needed")

@@ -48,7 +48,8 @@ def apportion(total: int, share: np.ndarray, at_least: int = 0) -> np.ndarray:
     counts[np.argsort(counts - exact, kind="stable")[: total - counts.sum()]] += 1
     # ends: each turn fills the shortest from the longest, and the total suffices
     while (counts < at_least).any():
-        low, high = counts.argmin(), counts.argmax()
+        low = counts.argmin()
+        high = counts.argmax()
         moved = min(at_least - counts[low], counts[high] - at_least)
         counts[low] += moved
         counts[high] -= moved
@@ -305,7 +306,8 @@ def partition_by_classes(context: PartitionContext) -> list[Tensor]:
     stays out. Every class has a holder if clients times classes suffice for that; else the rows of the others stay out.
     Drawn anew until nobody is short."""
     classes, counts = np.unique(context.strata.numpy(), return_counts=True)
-    clients, each = len(context.share), context.config.classes
+    clients = len(context.share)
+    each = context.config.classes
     if each > len(classes):
         raise UserError(
             f"{WHERE}.classes: found {each}, but the training rows have {len(classes)} classes"
@@ -366,7 +368,8 @@ def _too_few_classes(context: PartitionContext) -> UserError:
 
 def _partition_patients(context: PartitionContext, patient: Tensor) -> list[Tensor]:
     """Rows of each client, each patient's together: patients are dealt as rows are, and short clients then filled."""
-    function, clients = _partitions[context.config.kind], len(context.share)
+    function = _partitions[context.config.kind]
+    clients = len(context.share)
     if context.config.kind == "natural":
         parts = function(context)
         if split_patient_rows(parts, patient) is not None:
@@ -550,7 +553,8 @@ def most_common_stratum(strata: Tensor, unit: Tensor) -> Tensor:
         strata: int64 `[N]`, from 0.
         unit: int64 `[N]`, places 0 to P - 1, each of which occurs.
     """
-    kinds, patients = int(strata.max()) + 1, int(unit.max()) + 1
+    kinds = int(strata.max()) + 1
+    patients = int(unit.max()) + 1
     pairs, rows = (unit * kinds + strata).unique(return_counts=True)
     # sorted by patient, then fewest rows first, then highest stratum first: the last of each patient is wanted
     order = (pairs % kinds).argsort(descending=True, stable=True)
@@ -597,7 +601,8 @@ def split_patient_rows(parts: Sequence[Tensor], patient: Tensor) -> tuple[int, i
     rows = torch.cat(list(parts))
     place = torch.cat([torch.full((len(part),), k) for k, part in enumerate(parts)])
     order = patient[rows].argsort(stable=True)
-    rows, place = rows[order], place[order]
+    rows = rows[order]
+    place = place[order]
     bad = (patient[rows[1:]] == patient[rows[:-1]]) & (place[1:] != place[:-1])
     first = torch.nonzero(bad)
     return (int(rows[first[0]]), int(rows[first[0] + 1])) if len(first) else None

@@ -122,7 +122,8 @@ class Preprocess:
         total, squares, rows = (torch.zeros(columns).double() for _ in range(3))
         for chunk in x_raw.split(CHUNK):
             values = self._values(chunk).double().reshape(-1, columns)
-            total, rows = total + self._sum(values), rows + (~values.isnan()).sum(0)
+            total = total + self._sum(values)
+            rows = rows + (~values.isnan()).sum(0)
         rows = self._pool_block_sums(rows)
         mean = self._pool_block_sums(total) / rows.clamp(min=1)
         # a second pass: a difference of large sums would lose the small ones
@@ -303,7 +304,9 @@ def _rotate(x: Tensor, angle: Tensor) -> Tensor:
     """Each image turned by its angle (radians `[B]`) about its middle, bilinearly."""
     # the grid's axes run over -1..1 whatever the sides, so unequal ones shear
     ratio = x.shape[-2] / x.shape[-1]
-    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    cos = angle.cos()
+    sin = angle.sin()
+    zero = torch.zeros_like(angle)
     rows = torch.stack([cos, -sin * ratio, zero, sin / ratio, cos, zero], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(rows, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)

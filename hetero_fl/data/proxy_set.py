@@ -77,7 +77,9 @@ def _hold_out(
     dataset: Dataset, config: DataConfig, rows: Tensor, draws: torch.Generator
 ) -> tuple[RowSelection, Tensor]:
     """Drawn among the training rows that have something of each public column."""
-    size, names, train = config.proxy.size, config.proxy.columns, dataset.train
+    size = config.proxy.size
+    names = config.proxy.columns
+    train = dataset.train
     having = rows if names is None else rows[_has_values(train.x[rows], names, dataset.layout)]
     if size >= len(having):
         what = "" if names is None else f" with {' and '.join(names)}"
@@ -104,13 +106,16 @@ def _load_external(
     draws: torch.Generator,
 ) -> RowSelection:
     """Loaded from a source of its own, and matched to the common set; all of it, or as many rows as are asked for."""
-    where, size = "data.proxy.source", config.proxy.size
+    where = "data.proxy.source"
+    size = config.proxy.size
     read = source_with_task(source, dataset.task, config.text, dataset.categories)
     root = Path(config.root).expanduser()
     y: Tensor | None = None
     if config.proxy.labels:
         own, y = load_labeled(read, root, where, dataset)
-        x, columns, blocks = own.train.x, own.columns, own.blocks
+        x = own.train.x
+        columns = own.columns
+        blocks = own.blocks
     else:
         x, columns, blocks = load_unlabelled(read, root, where, dataset.vocabulary)
     name = f"{where}: {source.name}"

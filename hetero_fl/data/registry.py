@@ -184,7 +184,8 @@ def _check(dataset: Dataset, where: str, missing: bool) -> None:
             vocabulary=dataset.vocabulary,
         )
         if examples.x.shape[1:] != dataset.train.x.shape[1:]:
-            found, expected = tuple(examples.x.shape[1:]), tuple(dataset.train.x.shape[1:])
+            found = tuple(examples.x.shape[1:])
+            expected = tuple(dataset.train.x.shape[1:])
             raise UserError(
                 f"{where}: {split}: examples of shape {found}, but those of train have {expected}"
             )

@@ -128,14 +128,13 @@ class PublicPack:
         source = clients[client].data
         if source is None:
             raise UserError("data: name this site's own file")
-        population, some = Population.from_settings(clients), self.public["common_test"]
+        population = Population.from_settings(clients)
+        some = self.public["common_test"]
         common = Dataset(self.name, self.task, some, columns=self.layout.columns, blocks=self.layout.blocks,
                          vocabulary=self.vocabulary, categories=self.layout.categories)  # fmt: skip
         owned = load_client_sources({source: [client]}, common, config, population, seed)
-        private, public = (
-            ClientRows(owned.private),
-            {name: RowSelection.all_rows(examples) for name, examples in self.public.items()},
-        )
+        private = ClientRows(owned.private)
+        public = {name: RowSelection.all_rows(examples) for name, examples in self.public.items()}
         gaps = check_missing_values(
             [population.profile(client)], population, private, public, self.layout
         )

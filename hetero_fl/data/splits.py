@@ -84,7 +84,8 @@ def draw_rows(
 
 def mark_rare_class(dataset: Dataset) -> Dataset:
     """The data set, its task naming of two classes the one that less than a tenth of the training rows have."""
-    task, y = dataset.task, dataset.train.y
+    task = dataset.task
+    y = dataset.train.y
     if y is None or task.kind != "multiclass" or task.outputs != 2 or task.rare is not None:
         return dataset
     counts = torch.bincount(y, minlength=2)
@@ -168,7 +169,8 @@ def split_by_date(time: Tensor, share: float, span: int = 0) -> tuple[Tensor, Te
         span: how long before it the row's first target may be. Later rows whose first target would lie before the cut are
             in neither: no target is in both.
     """
-    first, last = int(time.min()), int(time.max())
+    first = int(time.min())
+    last = int(time.max())
     cut = last - round(share * (last - first))
     return time > cut + span, time <= cut
 
@@ -186,7 +188,8 @@ def split_rows_by_date(
     Raises:
         UserError: a part whose share is above 0 gets no row.
     """
-    parts, rest = {"validation": rows[:0], "test": rows[:0]}, rows
+    parts = {"validation": rows[:0], "test": rows[:0]}
+    rest = rows
     whole = 1.0
     for name, share in (("test", shares[1]), ("validation", shares[0])):
         if not share:
@@ -281,7 +284,8 @@ class RandomHoldout:
         """Anything goes."""
 
     def split_test(self) -> tuple[Tensor, Tensor]:
-        name, rows = self.dataset.name, torch.arange(len(self.dataset.train))
+        name = self.dataset.name
+        rows = torch.arange(len(self.dataset.train))
         count = round(TEST_SHARE * len(rows))
         if count < 1:
             raise UserError(

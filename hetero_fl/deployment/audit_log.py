@@ -66,8 +66,10 @@ class AuditLog:
     """
 
     def __init__(self, path: Path, key: EllipticCurvePrivateKey | None = None) -> None:
-        self.path, self._key = path, key
-        self._count, self._last = 0, FIRST
+        self.path = path
+        self._key = key
+        self._count = 0
+        self._last = FIRST
         self._stamp: tuple[int, int, int] | None = None
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._lock():
@@ -93,7 +95,8 @@ class AuditLog:
                 self._sign(json.dumps(entry, ensure_ascii=False, allow_nan=False).encode()) + b"\n"
             )
             self._write(line)
-            self._count, self._last = self._count + 1, _hash(line)
+            self._count = self._count + 1
+            self._last = _hash(line)
             self._stamp = _file_identity(self.path)
             self._set_head()
         return entry

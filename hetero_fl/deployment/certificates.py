@@ -60,7 +60,8 @@ def make_server_files(folder: Path, hosts: Sequence[str], name: str = "hetero_fl
         raise UserError(
             "a server's certificate needs the names under which nodes reach it; none is given"
         )
-    root, key = generate_private_key(SECP384R1()), generate_private_key(SECP384R1())
+    root = generate_private_key(SECP384R1())
+    key = generate_private_key(SECP384R1())
     issuer = _name(f"{name} authority")
     own = _certificate_builder(issuer, issuer, root.public_key()).add_extension(
         x509.BasicConstraints(True, 0), critical=True
@@ -295,7 +296,8 @@ def _usage(signs: bool) -> x509.KeyUsage:
 # What the machines of a federation need to know each other: certificates, keys, and files that are
 # ready to be edited.
 
-SERVER, AUTHORITY = "server", "authority"  # folders
+SERVER = "server"
+AUTHORITY = "authority"  # folders
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 PORT = 9092
 

@@ -77,7 +77,8 @@ class Conversations:
     """
 
     def __init__(self, connections: Connections, required: int = 0) -> None:
-        self.connections, self.need = connections, required
+        self.connections = connections
+        self.need = required
         self._errands: dict[str, PendingConversation] = {}
         self._waiting: dict[str, None] = {}  # for their nodes
         self._flying: dict[str, MessageInFlight] = {}
@@ -161,7 +162,8 @@ class Conversations:
         """Nothing was heard for long: is it there? Once it says so, what it was sent before has been lost."""
         now = time.monotonic()
         if flight.answered:
-            flight.ping_number, flight.answered = None, False
+            flight.ping_number = None
+            flight.answered = False
             self._push(flight)
         else:  # once more, if it has been asked: the question may be lost as well
             flight.ping_number = self.connections.transport.push(
@@ -177,7 +179,8 @@ class Conversations:
         if number == flight.ping_number:
             flight.ping_number = None
             if answer is not None:
-                flight.answered, flight.next_send_time = True, time.monotonic() + SETTLE
+                flight.answered = True
+                flight.next_send_time = time.monotonic() + SETTLE
             return
         if answer is None:
             flight.numbers.discard(number)
@@ -201,10 +204,8 @@ class Conversations:
 
     def _abandon_expired(self) -> None:
         """On those whose time is over, and on those who are gone for longer than the connections are patient."""
-        now, here = (
-            time.monotonic(),
-            self._answered | (self._errands.keys() & self.connections.node_of.keys()),
-        )
+        now = time.monotonic()
+        here = self._answered | (self._errands.keys() & self.connections.node_of.keys())
         patient = len(here) < self.need or self.connections.has_pending_greeting
         for client, errand in list(self._errands.items()):
             if errand.end <= now:
@@ -256,11 +257,15 @@ class Connections:
         patience: float = PATIENCE,
         nudge: float = NUDGE,
     ) -> None:
-        self.transport, self.clients, self.say = transport, frozenset(clients), say
-        self.patience, self.nudge = patience, nudge
+        self.transport = transport
+        self.clients = frozenset(clients)
+        self.say = say
+        self.patience = patience
+        self.nudge = nudge
         self.node_of: dict[str, int] = {}
         self.connected_clients: dict[str, object] = {}  # what each said when it came
-        self._began, self._gone = time.monotonic(), dict[str, float]()  # when somebody went
+        self._began = time.monotonic()
+        self._gone = dict[str, float]()  # when somebody went
         self._met: dict[int, str] = {}  # node -> client; "" if it was refused
         self._greetings: dict[str, tuple[int, float]] = {}  # message -> node, and when it was sent
 
@@ -351,7 +356,8 @@ class Connections:
 
     def _register_node(self, node: int, answer: Envelope) -> None:
         """A node has said who it is."""
-        client, why = str(answer.head.get("client", "")), ""
+        client = str(answer.head.get("client", ""))
+        why = ""
         if answer.head.get("ask") != "here":
             why = reason(answer) if "why" in answer.head else "it does not say who it is"
         why = why or version_mismatch(answer.head)
@@ -376,7 +382,8 @@ class Connections:
         """Answers to messages on their way; who answered a greeting is met."""
         came = self.transport.pull([*numbers, *self._greetings], wait)
         for number in [n for n in came if n in self._greetings]:
-            (node, _), answer = self._greetings.pop(number), came.pop(number)
+            answer = came.pop(number)
+            (node, _) = self._greetings.pop(number)
             if answer is not None:
                 self._register_node(node, answer)
         return came

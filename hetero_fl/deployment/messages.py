@@ -63,7 +63,8 @@ def find_fault(envelope: Envelope, most: int) -> str:
 
     A head is a few plain values that can be encoded as UTF-8; a body has at most `most` bytes.
     """
-    head, size = envelope.head, 0
+    head = envelope.head
+    size = 0
     if len(envelope.body) > most:
         return f"a message of {len(envelope.body):,} bytes; at most {most:,} are read"
     if len(head) > MOST_HEAD_ENTRIES:
@@ -119,8 +120,11 @@ class BoundedTransport:
     """
 
     def __init__(self, transport: Transport, most: int) -> None:
-        self.transport, self.most = transport, most
-        self.nodes, self.push, self.close = transport.nodes, transport.push, transport.close
+        self.transport = transport
+        self.most = most
+        self.nodes = transport.nodes
+        self.push = transport.push
+        self.close = transport.close
 
     def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
         """As any transport."""
@@ -141,7 +145,8 @@ class LoopbackTransport:
         self._nodes: dict[
             int, tuple[queue.Queue[tuple[str, Envelope] | None], threading.Thread]
         ] = {}
-        self._numbers, self._messages = itertools.count(1), itertools.count(1)
+        self._numbers = itertools.count(1)
+        self._messages = itertools.count(1)
         self._waiting: dict[str, int] = {}  # message -> node
         self._answers: dict[str, Envelope | None] = {}
         self._ends: dict[str, float] = {}  # when an answer is of no use any more
@@ -150,7 +155,8 @@ class LoopbackTransport:
 
     def join(self, handle: Handle) -> int:
         """A node comes. Returns its number."""
-        number, inbox = next(self._numbers), queue.Queue[tuple[str, Envelope] | None]()
+        number = next(self._numbers)
+        inbox = queue.Queue[tuple[str, Envelope] | None]()
         thread = threading.Thread(target=self._work, args=(inbox, handle), daemon=True)
         with self._changed:
             self._nodes[number] = inbox, thread
@@ -172,7 +178,8 @@ class LoopbackTransport:
             return list(self._nodes)
 
     def push(self, node: int, envelope: Envelope, within: float) -> str:
-        message, now = str(next(self._messages)), time.monotonic()
+        message = str(next(self._messages))
+        now = time.monotonic()
         with self._changed:
             for old in [m for m, end in self._ends.items() if end < now]:
                 del self._ends[old]
@@ -304,8 +311,11 @@ def evaluation_tree(evaluation: ClientEvaluation) -> dict[str, Any]:
 # the nodes' authentication (ECDSA on P-384, SHA-384).
 
 SIGNATURE = "signature"
-NUMBER, TO, UNTIL = "number", "to", "until"  # of a message of the server's
-FROM, ANSWERS = "client", "answers"  # of an answer
+NUMBER = "number"
+TO = "to"
+UNTIL = "until"  # of a message of the server's
+FROM = "client"
+ANSWERS = "answers"  # of an answer
 LOG = "log"  # of an answer: the head of the site's audit log, with the line on this very answer
 HEAD = re.compile(r"(\d{1,12}):[0-9a-f]{64}")
 
@@ -365,7 +375,8 @@ class NodeKeys:
     def check(self, envelope: Envelope, client: str) -> None:
         """Raises Refused for what the server did not say to this client, now, for the first time."""
         check_signature(envelope, self.server, "server", "the server")
-        head, now = envelope.head, time.time()
+        head = envelope.head
+        now = time.time()
         ask, number, to, until = (
             head_value(head, *n) for n in (("ask", str), (NUMBER, str), (TO, str), (UNTIL, float))
         )
@@ -432,7 +443,9 @@ class SignedTransport:
     """
 
     def __init__(self, transport: Transport, keys: ServerKeys, say: Callable[[str], None]) -> None:
-        self.transport, self.keys, self.say = transport, keys, say
+        self.transport = transport
+        self.keys = keys
+        self.say = say
         self.logs: dict[str, str] = {}  # client -> the head of its audit log with the most lines
         self._last_logs: dict[str, str] = {}  # client -> the head that its last answer had
         self._who: dict[int, str] = {}  # node -> the client whose key it holds
@@ -444,7 +457,8 @@ class SignedTransport:
         return there
 
     def push(self, node: int, envelope: Envelope, within: float) -> str:
-        number, until = secrets.token_hex(16), time.time() + within
+        number = secrets.token_hex(16)
+        until = time.time() + within
         head: Head = {**envelope.head, NUMBER: number, TO: self._who.get(node, ""), UNTIL: until}
         sent = self.transport.push(
             node, sign_envelope(Envelope(head, envelope.body), self.keys.own, "server"), within

@@ -38,11 +38,10 @@ class EventLog:
     """
 
     def __init__(self, form: str = "text", stream: TextIO | None = None, **about: Any) -> None:
-        self.form, self.about = (
-            form,
-            {name: value for name, value in about.items() if value is not None},
-        )
-        self._stream, self._writing = stream, threading.Lock()
+        self.form = form
+        self.about = {name: value for name, value in about.items() if value is not None}
+        self._stream = stream
+        self._writing = threading.Lock()
         self.quiet = False  # then nothing is written
 
     def __call__(self, line: str, **about: Any) -> None:
@@ -66,7 +65,8 @@ class LineStream(io.TextIOBase):
     """A stream whose lines go to a log: for what is printed elsewhere."""
 
     def __init__(self, log: EventLog) -> None:
-        self._log, self._begun = log, ""
+        self._log = log
+        self._begun = ""
 
     def write(self, text: str) -> int:
         *lines, self._begun = (self._begun + text).split("\n")
@@ -81,7 +81,8 @@ class ForwardingHandler(logging.Handler):
 
     def __init__(self, log: EventLog) -> None:
         super().__init__(logging.INFO)
-        self._log, self._last = log, ""
+        self._log = log
+        self._last = ""
 
     def emit(self, record: logging.LogRecord) -> None:
         line = self.format(record)
@@ -108,7 +109,8 @@ class RunStatus:
     """
 
     def __init__(self, path: Path, clients: Collection[str]) -> None:
-        self._path, self._changing = path, threading.RLock()
+        self._path = path
+        self._changing = threading.RLock()
         self._present: Callable[[], Collection[str]] = tuple
         self._logs: Callable[[], Mapping[str, str]] = dict
         # here? since when?
@@ -167,7 +169,8 @@ class RunStatus:
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values; times are seconds since 1970, `seconds` those of the last round."""
         with self._changing:
-            now, present = time.time(), set(self._present())
+            now = time.time()
+            present = set(self._present())
             for client, (here, _) in self._nodes.items():
                 if here != (client in present):
                     self._nodes[client] = not here, now

@@ -114,7 +114,8 @@ class ParticipatingRun:
         setup = WorkerSetup(
             prepared.method, federation, threads, (str(device),), 1, self.config.runtime.precision
         )
-        self.worker, self.policy = Worker(setup, 0), Policy(site, prepared, self.usage)
+        self.worker = Worker(setup, 0)
+        self.policy = Policy(site, prepared, self.usage)
         self.worker.runtime.leaving = leaving
         return found
 
@@ -131,7 +132,8 @@ def begin_run(
 
     Raises Refused for what the site does not grant, and for another configuration than it heard before.
     """
-    me, raw = site.client, check_raw_config(tree["config"], site.allows)
+    me = site.client
+    raw = check_raw_config(tree["config"], site.allows)
     permission = CodePermission(granted=site.allows.own_code)
     # a folder of the server's
     config = load_config(raw, allow_code=permission).model_copy(update={"init_from": None})
@@ -226,7 +228,10 @@ class Node:
         keys: NodeKeys | None = None,
         key: EllipticCurvePrivateKey | None = None,
     ) -> None:
-        self.site, self.folder, self.say, self.keys = site, folder, say, keys
+        self.site = site
+        self.folder = folder
+        self.say = say
+        self.keys = keys
         self.cipher = None if site.encrypt is None else Cipher.from_key_file(Path(site.encrypt))
         for each in (folder, folder / "runs"):
             each.mkdir(parents=True, exist_ok=True)
@@ -335,7 +340,8 @@ class Node:
         return message("ready", fingerprint=found)
 
     def _end_run(self, envelope: Envelope) -> Envelope:
-        self.left, self.joined = one_line(envelope.head.get("why", "")), None
+        self.left = one_line(envelope.head.get("why", ""))
+        self.joined = None
         self.say("let go" + (f": {self.left}" if self.left else ""))
         return message("left")
 
@@ -359,15 +365,11 @@ class Node:
         head = envelope.head
         if self.joined is None or self.joined.worker is None or self.joined.run != head.get("run"):
             return message("unready")
-        storage, usage, task = (
-            self.joined.storage,
-            self.joined.usage,
-            check_file_name(head_value(head, "task", str)),
-        )
-        kind, base = (
-            head_value(head, "kind", str),
-            head_value(head, "base", str) and check_file_name(str(head["base"])),
-        )
+        storage = self.joined.storage
+        usage = self.joined.usage
+        task = check_file_name(head_value(head, "task", str))
+        kind = head_value(head, "kind", str)
+        base = head_value(head, "base", str) and check_file_name(str(head["base"]))
         if kind not in ("answer", "read"):
             raise RequestRefusedError(f"asked to '{kind[:20]}', which this release does not know")
         asked = Message(
@@ -416,7 +418,9 @@ class Node:
             and self.joined.worker is not None
             and self.joined.policy is not None
         )
-        me, storage, worker = self.site.client, self.joined.storage, self.joined.worker
+        me = self.site.client
+        storage = self.joined.storage
+        worker = self.joined.worker
         notes = storage.read("notes")
         private: dict[str, bytes | None] = (
             {me: storage.load_state(base)} if request.kind == TRAIN else {}
@@ -545,7 +549,8 @@ def run_node(
         if site.server.public is None
         else NodeKeys(key, load_public_key(Path(site.server.public)))
     )
-    stop, hurried = threading.Event(), False
+    stop = threading.Event()
+    hurried = False
     with lock_folder(folder) as unheld, _forward_transport_log(log), _handle_termination(log, stop):
         for line in unheld:
             log(line)
@@ -568,11 +573,15 @@ class _LoggedNode:
     """A node whose messages are logged, and which stops when there is no more to do."""
 
     def __init__(self, node: Node, log: EventLog, stop: threading.Event, once: bool) -> None:
-        self._node, self._log, self._stop, self._once = node, log, stop, once
+        self._node = node
+        self._log = log
+        self._stop = stop
+        self._once = once
         self.refused = ""
 
     def handle(self, envelope: Envelope) -> Envelope:
-        began, head = time.monotonic(), envelope.head
+        began = time.monotonic()
+        head = envelope.head
         answer = self._node.handle(envelope)
         if head.get("ask") == "do":
             self._log_task(envelope, answer, time.monotonic() - began)
@@ -597,8 +606,10 @@ class _LoggedNode:
 @contextmanager
 def _forward_transport_log(log: EventLog) -> Iterator[None]:
     """What the transport has to say goes to the log, too."""
-    logger, handler = logging.getLogger("hetero_fl.deployment"), ForwardingHandler(log)
-    level, passed = logger.level, logger.propagate
+    logger = logging.getLogger("hetero_fl.deployment")
+    handler = ForwardingHandler(log)
+    level = logger.level
+    passed = logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False

@@ -75,7 +75,8 @@ class NodeStorage:
     """Files of one run in one folder, readable by their owner alone."""
 
     def __init__(self, folder: Path, cipher: Cipher | None = None) -> None:
-        self.folder, self.cipher = folder, cipher
+        self.folder = folder
+        self.cipher = cipher
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
 

@@ -53,7 +53,9 @@ def check_raw_config(tree: object, allows: AllowsConfig) -> dict[str, Any]:
 
 def check_config(config: Config, site: SiteConfig, settings: ClientSettings) -> None:
     """A configuration against a site's file. `settings`: this client's. Raises Refused, naming both keys."""
-    allows, me, name = site.allows, site.client, config.algorithm["name"]
+    allows = site.allows
+    me = site.client
+    name = config.algorithm["name"]
     if allows.methods is not None and name not in allows.methods:
         raise RequestRefusedError(
             f"algorithm.name: found {name}; this site's allows.methods are {', '.join(allows.methods)}"
@@ -180,7 +182,8 @@ def digest_of(kind: str, request: Message, base: str) -> bytes:
 class StepCountingBackend(DryRunBackend):
     """Notes how long a plan would train."""
 
-    steps, epochs = 0, 0.0
+    steps = 0
+    epochs = 0.0
 
     def run(self, work: Work) -> list[Any]:
         for participant, step in work:
@@ -209,18 +212,18 @@ class Policy:
 
     def __post_init__(self) -> None:
         self.allows = self.site.allows
-        method, federation = self.prepared.method, self.prepared.federation
-        self.specs, self.client_info = method.uploads, federation.client_infos[self.site.client]
+        method = self.prepared.method
+        federation = self.prepared.federation
+        self.specs = method.uploads
+        self.client_info = federation.client_infos[self.site.client]
         self.links = FederationLinks(method, federation)
         self.secure = federation.channel.secure_sum is not None and bool(method.uploads)
 
     # Before it is done
     def check(self, kind: str, request: Message, digest: bytes) -> list[dict[str, Any]]:
         """A task. Returns what it will spend of the site's privacy. Raises Refused, naming the key."""
-        rounds, ends = (
-            self.prepared.config.rounds,
-            self.prepared.config.runtime.mode == "sync",
-        )  # versions have no end known
+        rounds = self.prepared.config.rounds
+        ends = self.prepared.config.runtime.mode == "sync"  # versions have no end known
         if (
             not 0 <= request.round_idx <= (rounds if ends else request.round_idx)
             or request.attempt < 0
@@ -262,10 +265,12 @@ class Policy:
 
     def _check_length(self, dry_run: Callable[[], object], work: float) -> None:
         """How long a task would train. `dry_run`: goes through it; where nothing is limited that is left out."""
-        allows, watch = self.allows, self._make_step_counter
+        allows = self.allows
+        watch = self._make_step_counter
         if allows.privacy is None and allows.epochs is None and allows.steps is None:
             return
-        watch.steps, watch.epochs = 0, 0.0
+        watch.steps = 0
+        watch.epochs = 0.0
         try:
             dry_run()
         except Exception as error:  # what a plan makes of what it was sent may be anything
@@ -311,10 +316,8 @@ class Policy:
 
     def _dry_run_evaluation(self, request: Message) -> None:
         """One that makes the model which is read."""
-        client, got = (
-            self._expectations.placeholder_client(self.client_info, request.round_idx),
-            self.links.decode_broadcast(request.round_idx, request.body),
-        )
+        client = self._expectations.placeholder_client(self.client_info, request.round_idx)
+        got = self.links.decode_broadcast(request.round_idx, request.body)
         for hook in (self.prepared.method.deploy, self.prepared.method.personalize):
             run_plan(hook(client, got), client, self._make_step_counter)
 

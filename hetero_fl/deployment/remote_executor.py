@@ -55,8 +55,12 @@ class NodeExecutor:
         deadline: float,
         need: int = 1,
     ) -> None:
-        self.handshake, self.connections = handshake, handshake.connections
-        self.store, self.backend, self.deadline, self.need = store, backend, deadline, need
+        self.handshake = handshake
+        self.connections = handshake.connections
+        self.store = store
+        self.backend = backend
+        self.deadline = deadline
+        self.need = need
         federation = handshake.prepared.federation
         self._direct = isinstance(
             make_protocol(handshake.prepared.method, federation), DirectProtocol
@@ -132,7 +136,8 @@ class NodeExecutor:
         )
 
     def pop_reset_clients(self) -> list[str]:
-        lost, self._lost = self._lost, []
+        lost = self._lost
+        self._lost = []
         return natural_order(dict.fromkeys(lost))
 
     # Conversations -----------------------------------------------------------------------------------------------------
@@ -186,9 +191,11 @@ class NodeExecutor:
         """Have one task done; a node that was started anew is prepared first, one that has lost its state begins anew."""
         if self._tell is not None:
             self._tell(f"{client}: {'train' if kind == 'answer' else 'evaluation'}")
-        base, run = self._committed_state_name(client), self.handshake.run
+        base = self._committed_state_name(client)
+        run = self.handshake.run
         spare = ",".join(sorted({named[client] for named in self._named if client in named}))
-        hashed, expires = hashlib.sha256(request.body).hexdigest(), time.time() + self.deadline
+        hashed = hashlib.sha256(request.body).hexdigest()
+        expires = time.time() + self.deadline
         for _ in range(TRIES):
             parts = (run, client, kind, sorted(about.items()), base, round_idx, hashed)
             task = hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -246,7 +253,8 @@ class NodeExecutor:
             what, state, check = (
                 head_value(answer.head, name, str) for name in ("what", "state", "check")
             )
-            state, digest = read_state_name(state), bytes.fromhex(check)
+            state = read_state_name(state)
+            digest = bytes.fromhex(check)
         except (RequestRefusedError, ValueError) as error:
             return ClientAbsentError(f"its answer cannot be read: {error}")
         if state:

@@ -200,7 +200,8 @@ def check_deployable(config: Config) -> None:
 
 def _min_clients(prepared: PreparedRun) -> int:
     """Clients without whom nothing comes of a round."""
-    secret, cohort = prepared.config.channel.secure_sum, prepared.federation.cohort
+    secret = prepared.config.channel.secure_sum
+    cohort = prepared.federation.cohort
     return max(
         prepared.config.cohort.least, secret.min_survivors(cohort) if secret is not None else 1
     )

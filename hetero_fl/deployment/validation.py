@@ -296,7 +296,8 @@ def _expected_model(
     method: Algorithm,
 ) -> SavedModel:
     """Return the model that these metadata mean, described as the server knows it. Raises Refused if there is none."""
-    task, layout = federation.task, federation.data.layout
+    task = federation.task
+    layout = federation.data.layout
     cards = [client_info]
     if isinstance(method, Dense) and method.student is not None:
         # once the student is trained, every client uses it

@@ -110,7 +110,8 @@ class Batches:
 
     def __init__(self, participant: Participant, fit: Fit, device: torch.device) -> None:
         self.stream = participant.stream(fit.label, fit.as_id)
-        self.fit, self.device = fit, device
+        self.fit = fit
+        self.device = device
         if isinstance(fit.data, SampledBatches):
             if fit.steps is None:
                 raise ValueError("a fit on endless draws needs steps")
@@ -121,7 +122,8 @@ class Batches:
         self.indices = self._draw_indices(
             len(next(iter(self.source.values()))), participant.step_share
         )
-        self.count, self.examples = len(self.indices), sum(map(len, self.indices))
+        self.count = len(self.indices)
+        self.examples = sum(map(len, self.indices))
 
     def _draw_indices(self, n: int, work: float) -> list[Tensor]:
         return index_batches(n, self.fit, self.stream, work)

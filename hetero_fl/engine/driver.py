@@ -37,7 +37,8 @@ class RunningPlan(Generic[T]):
             raise UserError(
                 f"expected a plan, got {type(plan).__name__}; a plan is what a function with `yield` returns"
             )
-        self.plan, self.origin = plan, list[StepOrigin]()
+        self.plan = plan
+        self.origin = list[StepOrigin]()
 
     def send(self, answer: Any) -> Step | list[Step]:
         """Hand in the last result (None at first); what the plan asks for next.

@@ -35,7 +35,8 @@ class CachedOutputs:
     """Outputs of a model on some rows. The rows are not kept alive, nor is a tensor trusted that was changed in place."""
 
     def __init__(self, x: Tensor, tensors: Mapping[str, Tensor], outputs: Tensor) -> None:
-        self._x, self.outputs = weakref.ref(x), outputs
+        self._x = weakref.ref(x)
+        self.outputs = outputs
         self._tensors = {n: (t, t._version) for n, t in tensors.items() if t.is_floating_point()}
 
     def matches(self, x: Tensor, tensors: Mapping[str, Tensor]) -> bool:
@@ -54,7 +55,8 @@ class CachingBackend:
     """A backend that hands predictions on public rows to `public`, what it does not know of them, and the rest to another."""
 
     def __init__(self, backend: Backend, public: Backend) -> None:
-        self.backend, self.public = backend, public
+        self.backend = backend
+        self.public = public
         self._known: dict[Any, CachedOutputs] = {}
         self._sent: dict[Any, CachedOutputs] = {}
 

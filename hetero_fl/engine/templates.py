@@ -58,7 +58,8 @@ def is_recurrent(arch: ModelSpec) -> bool:
 
 def training_flops(client_info: ClientInfo) -> float:
     """Floating-point operations of a client's local training in a round, about: forward, and twice that for gradients."""
-    s, about = client_info.settings, describe_model(client_info.arch)
+    s = client_info.settings
+    about = describe_model(client_info.arch)
     examples = client_info.num_rows * s.epochs if s.steps is None else s.steps * s.batch_size
     return float(examples * 3 * max(about.forward_flops, 2 * about.parameters))
 
@@ -134,7 +135,8 @@ class Templates:
     """Templates by (architecture, slot): two slots of one fit need two modules."""
 
     def __init__(self, device: torch.device, precision: str = "float32") -> None:
-        self.device, self.precision = device, precision
+        self.device = device
+        self.precision = precision
         # devices whose generators a fit borrows
         self.forked = [device] if device.type == "cuda" else []
         self._templates: dict[tuple[ModelSpec, str], Template] = {}

@@ -46,7 +46,8 @@ def run_stacked_outputs(work: OutputWork, templates: Templates) -> list[Any]:
 
 def _forward(work: OutputWork, inputs: Sequence[Tensor], templates: Templates) -> list[Tensor]:
     """Each model's output `[N, …]` on its own rows; those who have fewer rows drop out earlier, the most rows first."""
-    step, device = work[0][1], templates.device
+    step = work[0][1]
+    device = templates.device
     template = templates(step_model_spec(*work[0]), "")
     module = template.module.eval()
     order = sorted(range(len(work)), key=lambda i: -len(inputs[i]))
@@ -60,7 +61,8 @@ def _forward(work: OutputWork, inputs: Sequence[Tensor], templates: Templates) -
     def outputs(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
         return select_output(step, functional_call(module, dict(tensors), (x,)))
 
-    x, shared = [inputs[i] for i in order], all(i is inputs[0] for i in inputs)
+    x = [inputs[i] for i in order]
+    shared = all(i is inputs[0] for i in inputs)
     found: list[list[Tensor]] = [[] for _ in order]
     for begin in range(0, len(x[0]), step.batch_size):
         active = sum(len(rows) > begin for rows in x)
@@ -114,7 +116,8 @@ class VectorizedBackend:
     def __init__(
         self, device: torch.device, say: Callable[[str], None], precision: str = "float32"
     ) -> None:
-        self.serial, self.say = SerialBackend(device, precision), say
+        self.serial = SerialBackend(device, precision)
+        self.say = say
         self.templates = self.serial.templates
         self._refused: set[Any] = set()
         self._explained: set[str] = set()

@@ -158,7 +158,9 @@ class StackedBatches:
     """
 
     def __init__(self, runs: Sequence[Batches], device: torch.device) -> None:
-        self.runs, self.device, self.fit = runs, device, runs[0].fit
+        self.runs = runs
+        self.device = device
+        self.fit = runs[0].fit
         self.counts = [run.count for run in runs]
         self._keys = torch.tensor([run.dropout_key & MASK for run in runs], device=device)
         if isinstance(self.fit.data, SampledBatches):
@@ -200,7 +202,8 @@ class StackedBatches:
         if isinstance(self.fit.data, SampledBatches):
             columns = _stack([self.runs[i].sampled_batch(step) for i in members])
         else:
-            place, longest = self._starts[who] + step, max(sizes)
+            place = self._starts[who] + step
+            longest = max(sizes)
             rows = self._table[place, :longest]
             own = rows + self._offsets[who, None]
             columns = {
@@ -254,9 +257,12 @@ class _StackedFits:
     """Fits in progress, the longest first; the first `active` of them still are in training."""
 
     def __init__(self, work: Work, runs: list[Batches], templates: Templates) -> None:
-        self.work, self.fit, self.device = work, work[0][1], templates.device
+        self.work = work
+        self.fit = work[0][1]
+        self.device = templates.device
         self.batches = StackedBatches(runs, self.device)
-        first, fit = work[0][0], self.fit
+        first = work[0][0]
+        fit = self.fit
         self.templates = {
             slot: templates(first.arch[slot], slot) for slot in (*fit.train, *fit.frozen)
         }
@@ -293,7 +299,8 @@ class _StackedFits:
     # Training ----------------------------------------------------------------------------------------------------
     def run(self) -> None:
         """All steps of all fits."""
-        active, fit = 0, self.fit
+        active = 0
+        fit = self.fit
         for step in range(self.batches.counts[0]):
             now = sum(count > step for count in self.batches.counts)
             if now != active:
@@ -317,7 +324,8 @@ class _StackedFits:
 
     def _narrow(self, now: int, before: int) -> None:
         """Go on with the first `now` alone, on the same storage, optimizer's state included."""
-        old, leaves = self.optimizer, self.leaves
+        old = self.optimizer
+        leaves = self.leaves
         self.leaves = {
             f"{s}:{n}": self.tensors[s][n][:now].detach().requires_grad_() for s, n in self.trained
         }

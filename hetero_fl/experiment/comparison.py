@@ -63,7 +63,8 @@ class Variant:
         """From the command line's form. Settings are those of the algorithm, or full key paths."""
         name, *settings = split_top_level(text, ":")
         if name == "python":  # python:package.module:Class:setting=value
-            name, settings = ":".join([name, *settings[:2]]), settings[2:]
+            name = ":".join([name, *settings[:2]])
+            settings = settings[2:]
         for setting in settings:
             if "=" not in setting:
                 raise UserError(
@@ -226,7 +227,9 @@ def compare(
         RunFailedError: After the others have ended: runs failed; a line for each of them.
     """
     exit_if_importing()
-    out, base, seeds = Path(out), override_list(overrides), list(dict.fromkeys(seeds))
+    out = Path(out)
+    base = override_list(overrides)
+    seeds = list(dict.fromkeys(seeds))
     if not seeds:
         raise UserError("--seeds: found none; write whole numbers with commas, such as 0,1,2")
     if jobs is not None and jobs < 1:
@@ -347,7 +350,8 @@ def _compatible_methods(
     source: Source, base: list[str], seed: int, permission: CodePermission
 ) -> tuple[list[Variant], dict[str, str]]:
     """The methods that this configuration admits, and why the others are refused."""
-    kept, left_out = [], {}
+    kept = []
+    left_out = {}
     for name in register_algorithm:
         try:
             prepare(
@@ -552,7 +556,8 @@ def _note(source: Source, section: str, labels: Sequence[str]) -> str:
     name = written.get("name")
     if not own or not isinstance(name, str):
         return ""
-    method, told = algorithm_name(name), f"The settings in the {section} ({own})"
+    method = algorithm_name(name)
+    told = f"The settings in the {section} ({own})"
     if name in map(algorithm_base, labels):
         return f"{told} were applied to {method} only; every other method starts from its own defaults."
     return f"{told} are those of {method}, which is not compared: every method starts from its own defaults."

@@ -39,7 +39,8 @@ def check_secure_aggregation(
     name: str, algorithm: Algorithm, federation: FederationSpec
 ) -> list[str]:
     """Raises UserError for what is impossible; returns lines on what is possible but perhaps not meant."""
-    config, cohort = federation.channel.secure_sum, federation.cohort
+    config = federation.channel.secure_sum
+    cohort = federation.cohort
     if config is None or not algorithm.uploads:
         return []
     if single := [item for item, spec in algorithm.uploads.items() if spec.use == "each"]:
@@ -101,8 +102,10 @@ def _check_range(config: SecureAggregationConfig, cohort: int) -> None:
 
 def _alone_in_sum(algorithm: Algorithm, federation: FederationSpec) -> list[str]:
     """The clients of which a sum holds something that no other client sends: it tells that as it is."""
-    derived, owners = DerivedSetup(algorithm, federation), Counter[TensorKey]()
-    layout, sent = VectorLayout(derived.expectations.protection.specs, federation.common), []
+    derived = DerivedSetup(algorithm, federation)
+    owners = Counter[TensorKey]()
+    layout = VectorLayout(derived.expectations.protection.specs, federation.common)
+    sent = []
     for kind in federation.client_infos.profiles:
         # a round in which it shares
         form = derived.upload_form(kind.first, kind.settings.share_every - 1)
@@ -121,7 +124,8 @@ GATHERED = 10_000  # clients of whom a method may need everybody's rows or model
 
 def check_compatibility(name: str, algorithm: Algorithm, federation: FederationSpec) -> list[str]:
     """Raises UserError for what is impossible; returns lines on what is possible but perhaps not meant."""
-    task, proxy = federation.task, federation.data.n_proxy
+    task = federation.task
+    proxy = federation.data.n_proxy
     settings = [kind.settings for kind in federation.client_infos.profiles]
     if task.kind not in algorithm.tasks:
         raise UserError(
@@ -192,7 +196,8 @@ def _dry_run_clients(algorithm: Algorithm, federation: FederationSpec) -> None:
 
     Raises UserError, and RunFailedError if the method itself does not run.
     """
-    server, expectations = federation.server(), ExpectedUploads(algorithm, federation)
+    server = federation.server()
+    expectations = ExpectedUploads(algorithm, federation)
     algorithm.setup(server)
     for kind in federation.client_infos.profiles:
         card = federation.client_infos[kind.first]
@@ -203,7 +208,8 @@ def _clients_without_partner(
     algorithm: Algorithm, federation: FederationSpec
 ) -> list[ClientProfile]:
     """The clients that send no tensor which another sends, too: averaging gives them nothing."""
-    sent, owners = [], Counter[Any]()
+    sent = []
+    owners = Counter[Any]()
     for kind in federation.client_infos.profiles:
         tensors = algorithm.shareable_tensors(
             kind.arch, federation.initial_tensors(kind.arch), algorithm.shared_part(kind.settings)
@@ -259,17 +265,16 @@ def _check_prefixes(name: str, algorithm: Algorithm, federation: FederationSpec)
 
 def _shares_anything(algorithm: Algorithm, kind: ClientProfile) -> bool:
     """Whether a client of this kind sends anything of its model in the method's slot."""
-    arch, part = (
-        algorithm.extra_models(kind.arch)[algorithm.slot],
-        algorithm.shared_part(kind.settings),
-    )
+    arch = algorithm.extra_models(kind.arch)[algorithm.slot]
+    part = algorithm.shared_part(kind.settings)
     return any(part is None or n.startswith(part) for n in arch.shapes)
 
 
 def _check_class_weights(federation: FederationSpec) -> None:
     task = federation.task
     for kind in federation.client_infos.profiles:
-        weights, where = kind.settings.class_weights, f"clients: {kind.first}: class_weights"
+        weights = kind.settings.class_weights
+        where = f"clients: {kind.first}: class_weights"
         if weights is not None and task.kind != "multiclass":
             raise UserError(
                 f"{where}: is for classes that exclude one another, but data.name has a {task.kind} task"
@@ -330,7 +335,8 @@ def _single_batches(
         own = federation.client_infos[id].arch
         for arch in (own, *algorithm.extra_models(own).values()):
             yield f"clients: {id}: data: found 1 training row", arch
-    size, proxy = getattr(algorithm, "proxy_batch_size", None), federation.data.n_proxy
+    size = getattr(algorithm, "proxy_batch_size", None)
+    proxy = federation.data.n_proxy
     if size is not None and proxy and min(size, proxy) == 1:
         where = "algorithm.proxy_batch_size: found 1" if size == 1 else "data.proxy: found 1 row"
         for kind in federation.client_infos.profiles:
@@ -351,7 +357,9 @@ def set_run_mode(
     An asynchronous run has as many versions as its uploads make: learning rates move along them. Raises UserError for what
     cannot run asynchronously, and for its settings in a run that does not.
     """
-    runtime, name, notes = config.runtime, config.algorithm["name"], []
+    runtime = config.runtime
+    name = config.algorithm["name"]
+    notes = []
     if method.asynchronous and runtime.mode == "sync":
         runtime = runtime.model_copy(update={"mode": "async"})
         config = config.model_copy(update={"runtime": runtime})
@@ -368,7 +376,8 @@ def set_run_mode(
         return config, federation, notes
     _check_mode(config, method, federation)
     places = config.clients.per_round or len(federation.client_infos)
-    goal, uploads = method.buffer_size or runtime.buffer or places, config.rounds * places
+    goal = method.buffer_size or runtime.buffer or places
+    uploads = config.rounds * places
     if goal > uploads:
         key = "algorithm.buffer" if method.buffer_size else "runtime.buffer"
         raise UserError(
@@ -403,7 +412,8 @@ def set_run_mode(
 
 
 def _check_mode(config: Config, method: Algorithm, federation: FederationSpec) -> None:
-    name, kinds = config.algorithm["name"], federation.client_infos.profiles
+    name = config.algorithm["name"]
+    kinds = federation.client_infos.profiles
     if method.needs_all_clients or any(spec.use == "each" for spec in method.uploads.values()):
         raise UserError(
             f"runtime.mode: async cannot be combined with algorithm.name: {name}, which needs the uploads of one cohort "

@@ -148,7 +148,8 @@ def renumber_targets(y: Tensor, given_task: Task, known: Task, where: str) -> Te
 def load_as(run: Run, data: str, label: str | None) -> Dataset:
     """The data set; a local file is read as the run read its own: for the same task, without its columns of groups and
     patients, images at the same size."""
-    path, known = Path(data), run.directory.config().get("data") or {}
+    path = Path(data)
+    known = run.directory.config().get("data") or {}
     if (
         not path.exists() and ":" not in data and (path.suffix or len(path.parts) > 1)
     ):  # no name of a source is written so

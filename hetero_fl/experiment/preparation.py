@@ -87,10 +87,8 @@ class PreparedRun:
         """The run itself, to be held round by round; in memory unless a store is given, computed as chosen by the rule
         unless a choice is, and here unless somebody else is engaged for it. Close its executor afterwards.
         """
-        choice, clients = (
-            choice or choose_executor(self.config, self.federation),
-            self.config.clients,
-        )
+        choice = choice or choose_executor(self.config, self.federation)
+        clients = self.config.clients
         apart = (
             executor_factory(self, choice, store or StateStore())
             if executor_factory is not None
@@ -189,7 +187,8 @@ def prepare(
         raise UserError(
             f"clients.per_round: cannot be combined with share_every ({rare[0]}): who is drawn may not be who shares"
         )
-    method, data = _make_algorithm(config), data or load_federated_data(config, dataset)
+    method = _make_algorithm(config)
+    data = data or load_federated_data(config, dataset)
     student = method.is_distillation and data.n_proxy > 0
     federation = FederationSpec.from_config(config, data, clients, student)
     if config.privacy is not None:

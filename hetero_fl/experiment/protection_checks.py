@@ -46,7 +46,8 @@ def check_plan(config: Config) -> None:
     privacy = config.privacy
     if privacy is None:
         return
-    cohort, where = config.cohort, f"{PRIVACY}: found {privacy.unit}"
+    cohort = config.cohort
+    where = f"{PRIVACY}: found {privacy.unit}"
     if config.runtime.mode == "async":
         raise UserError(
             f"runtime.mode: found async, with {where}; what is spent is planned for cohorts, round by round"
@@ -173,14 +174,13 @@ def group_norm_variant(name: str) -> str:
 @translate_user_errors()
 def _check_evaluation(name: str, algorithm: Algorithm, federation: FederationSpec) -> None:
     """Only training is noised and accounted: a deployed model that is made from private rows would be known in the clear."""
-    expectations, server = ExpectedUploads(algorithm, federation), federation.server()
+    expectations = ExpectedUploads(algorithm, federation)
+    server = federation.server()
     algorithm.setup(server)
     for kind in federation.client_infos.profiles:
         card = federation.client_infos[kind.first]
-        client, got = (
-            expectations.placeholder_client(card, 0),
-            call_broadcast(algorithm, server, card),
-        )
+        client = expectations.placeholder_client(card, 0)
+        got = call_broadcast(algorithm, server, card)
         for hook in (algorithm.deploy, algorithm.personalize):
             if _reads_private_rows(expectations, client, hook(client, got)):
                 raise UserError(
@@ -254,7 +254,8 @@ def _check_client_unit(
 @translate_user_errors()
 def _check_form(name: str, algorithm: Algorithm, federation: FederationSpec, where: str) -> None:
     """Only floats can be noised, and parameters are to start from something."""
-    expectations, server = ExpectedUploads(algorithm, federation), federation.server()
+    expectations = ExpectedUploads(algorithm, federation)
+    server = federation.server()
     algorithm.setup(server)
     for kind in federation.client_infos.profiles:
         card = federation.client_infos[kind.first]
@@ -338,10 +339,12 @@ def _dry_round(algorithm: Algorithm, federation: FederationSpec) -> DryRound:
     """The first round in which everybody sends, with one client of each kind."""
     intervals = {kind.settings.share_every for kind in federation.client_infos.profiles}
     index = min(math.lcm(*intervals), federation.num_rounds) - 1
-    server, expectations = federation.server(), ExpectedUploads(algorithm, federation)
+    server = federation.server()
+    expectations = ExpectedUploads(algorithm, federation)
     server.round_context = federation.round_context(index)
     algorithm.setup(server)
-    sent, uploads = {}, []
+    sent = {}
+    uploads = []
     for kind in federation.client_infos.profiles:
         card = federation.client_infos[kind.first]
         sent[card.client_id] = expectations.expected_items(
@@ -412,10 +415,8 @@ def _check_root(
     terms: AggregationConfig, algorithm: Algorithm, federation: FederationSpec, items: list[str]
 ) -> None:
     """The server's own update is made of whole models on the proxy set."""
-    where, cards = (
-        f"aggregation.rule: {terms.rule}",
-        [federation.client_infos[kind.first] for kind in federation.client_infos.profiles],
-    )
+    where = f"aggregation.rule: {terms.rule}"
+    cards = [federation.client_infos[kind.first] for kind in federation.client_infos.profiles]
     if not all(card.has_proxy for card in cards):
         raise UserError(
             f"{where} compares with what the server makes of the proxy set; found data.proxy.size 0, or a client without"
@@ -497,10 +498,12 @@ def _check_tolerance(
 
 # Attacks -------------------------------------------------------------------------------------------------------------
 def _check_attacks(name: str, federation: FederationSpec, dry_round: DryRound) -> list[str]:
-    liars, task = federation.malicious, federation.task
+    liars = federation.malicious
+    task = federation.task
     if liars is None:
         return []
-    config, acts_on = liars.config, liars.attack.acts_on
+    config = liars.config
+    acts_on = liars.attack.acts_on
     where = f"attacks.name: {config.name}"
     items = [item for sent in dry_round.uploads.values() for item in sent.values()]
     rows = [

@@ -51,7 +51,8 @@ def run_rounds(
     executor_factory: Engage | None = None,
 ) -> None:
     """All rounds that are still to be held, and what is made of them; every round is safe on disk before the next."""
-    begun, config = time.perf_counter(), prepared.config
+    begun = time.perf_counter()
+    config = prepared.config
     store = StateStore(directory.path / "checkpoint", config.runtime.store_memory << 20)
     rounds = prepared.make_trainer(choice, store, progress.log, executor_factory)
     rounds.executor.set_listener(progress.show_task)
@@ -72,7 +73,8 @@ def _run_remaining_rounds(
 ) -> None:
     config = prepared.config
     checkpoints = Checkpoints(rounds.store, progress.log)
-    fingerprint, traces = prepared.data.content_hash(), rounds.environment.devices.fingerprint
+    traces = rounds.environment.devices.fingerprint
+    fingerprint = prepared.data.content_hash()
 
     about: dict[str, Any] = {}
 
@@ -151,7 +153,8 @@ def _run_remaining_rounds(
             f"stopped after round {rounds.completed}: no better validation in {config.evaluation.patience} evaluations"
         )
     if prepared.budget is not None and rounds.completed == planned < config.rounds:
-        over, target = prepared.budget.epsilon(planned + 1), prepared.budget.privacy.target_epsilon
+        over = prepared.budget.epsilon(planned + 1)
+        target = prepared.budget.privacy.target_epsilon
         progress.log(
             f"stopped after round {planned}: the next would bring ε to {over:.3g}, above privacy.target_epsilon {target:g}"
         )
@@ -201,7 +204,8 @@ def _evaluate(
     rounds: FederatedTrainer, record: Record, directory: RunDirectory | None
 ) -> EvaluationResult:
     """`directory`: where the models go, if this is the last evaluation."""
-    begun, down = time.perf_counter(), rounds.traffic.down
+    begun = time.perf_counter()
+    down = rounds.traffic.down
     readings = rounds.evaluate() if directory is None else _evaluate_fully(rounds, directory)
     add_evaluation(record, readings)
     record["down_bytes"] += rounds.traffic.down - down
@@ -268,7 +272,8 @@ def _evaluate_fully(rounds: FederatedTrainer, directory: RunDirectory) -> Evalua
     readings = rounds.evaluate(details=True, save=save)
     slot = rounds.algorithm.server_model_slot(rounds.server)
     if slot is not None:
-        federation, server = rounds.federation, rounds.server
+        federation = rounds.federation
+        server = rounds.server
         view = asdict(federation.preprocessing_of(slot))
         layout = federation.data.layout
         model = SavedModel(
@@ -474,7 +479,8 @@ def _run_in_directory(
 
 def _finished_message(directory: RunDirectory, prepared: PreparedRun, on_nodes: bool) -> str:
     """Return that a run has finished, and how to extend it if that is known to be possible."""
-    completed, planned = directory.summary()["rounds_completed"], prepared.config.rounds
+    completed = directory.summary()["rounds_completed"]
+    planned = prepared.config.rounds
     rounds = (
         f"{completed} of {pluralize(planned, 'round')}"
         if completed < planned
@@ -512,7 +518,8 @@ def _reason_not_extendable(
 
 def _open_for_resume(path: Path, prepared: PreparedRun, on_nodes: bool) -> RunDirectory:
     """The run directory of a run that is resumed, or extended. Raises UserError naming the keys that differ."""
-    directory, config = RunDirectory.open(path), prepared.config
+    directory = RunDirectory.open(path)
+    config = prepared.config
     old = directory.config()
     planned = old.get("rounds", config.rounds)
     if not isinstance(planned, int):

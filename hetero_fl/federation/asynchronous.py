@@ -159,7 +159,8 @@ class TaskQueue:
         queue = cls()
         broadcasts = {int(at): as_bytes(body) for at, body in state["broadcasts"].items()}
         for number, client, place, version, again, begun, ends, at, up, diverged in state["tasks"]:
-            when, fate = (version, again, begun, ends), outcome_of(client, number)
+            when = (version, again, begun, ends)
+            fate = outcome_of(client, number)
             task = ClientTask(
                 number, client, place, *when, broadcasts[at], up, fate, diverged=diverged
             )
@@ -199,7 +200,8 @@ class BufferRecord:
 
     def record(self, now: float, version: int, time: str) -> Record:
         """What `metrics.jsonl` says of it; `time`: its kind. Nobody is late: whatever comes, comes into the next version."""
-        arrived, invited = len(self.cohort), len(self.tasks)
+        arrived = len(self.cohort)
+        invited = len(self.tasks)
         return {
             "cohort": self.cohort,
             "failed": self.failed,
@@ -262,7 +264,8 @@ class AsynchronousTrainer(FederatedTrainer):
         self.goal = self.algorithm.buffer_size or buffer or self.places
         self.staleness = self.algorithm.staleness_config or staleness or StalenessConfig()
         self.queue = TaskQueue()
-        self.version, self.num_tasks = 0, 0  # aggregations, tasks
+        self.version = 0
+        self.num_tasks = 0  # aggregations, tasks
         # what came from whom, and what staleness leaves of it
         self._buffer: list[tuple[str, Payload, float]] = []
         self._attempts: Counter[str] = Counter()  # tasks of this version by client
@@ -278,7 +281,8 @@ class AsynchronousTrainer(FederatedTrainer):
 
     # Events ------------------------------------------------------------------------------------------------------
     def _run_round(self) -> Record:
-        begun, tally = time.perf_counter(), BufferRecord(self.now)
+        begun = time.perf_counter()
+        tally = BufferRecord(self.now)
         before = (self.traffic.up, self.traffic.down)
         while len(tally.cohort) < self.places:
             task = self._next_task()
@@ -286,7 +290,8 @@ class AsynchronousTrainer(FederatedTrainer):
             self._finish_task(task, tally)
         self._simulate_server_crash()
         self.completed += 1
-        given_up, self._given_up = self._given_up, ""
+        given_up = self._given_up
+        self._given_up = ""
         return {
             "round": self.completed,
             **tally.record(
@@ -327,14 +332,14 @@ class AsynchronousTrainer(FederatedTrainer):
 
     def _make_task(self, client: str, place: int) -> ClientTask:
         """A client's next task, its fate and its time known."""
-        number, again, card = (
-            self.num_tasks,
-            self._attempts[client],
-            self.federation.client_infos[client],
-        )
-        self.num_tasks, self._attempts[client] = number + 1, again + 1
+        number = self.num_tasks
+        again = self._attempts[client]
+        card = self.federation.client_infos[client]
+        self.num_tasks = number + 1
+        self._attempts[client] = again + 1
         payload = self._broadcast(card)
-        body, fate = self._encoded(payload), self.environment.faults.outcome(client, number)
+        body = self._encoded(payload)
+        fate = self.environment.faults.outcome(client, number)
         up = self.upload_bytes(card, payload, self.version)
         self._count_traffic(client, down=len(body))
         ends = self._end_time(client, len(body), up, number, fate)
@@ -420,10 +425,8 @@ class AsynchronousTrainer(FederatedTrainer):
     def _aggregate(self) -> None:
         """The buffer becomes the next version."""
         self._set_round_context(self.version)
-        cards, came = (
-            self.federation.client_infos,
-            sorted(self._buffer, key=lambda entry: natural_key(entry[0])),
-        )
+        cards = self.federation.client_infos
+        came = sorted(self._buffer, key=lambda entry: natural_key(entry[0]))
         sent = [
             Upload(cards[c], discount_upload(payload, worth), worth) for c, payload, worth in came
         ]
@@ -476,7 +479,8 @@ class AsynchronousTrainer(FederatedTrainer):
         super().load_state_dict(state)
         self.version, self.num_tasks, self._fillings = state["count"]
         self._encoded = self._encoder()
-        self._attempts, self._barren = Counter(state["asked"]), Counter(state["barren"])
+        self._attempts = Counter(state["asked"])
+        self._barren = Counter(state["barren"])
         self._buffer = [
             (client, Payload.decode(as_bytes(body)), worth)
             for client, body, worth in state["buffer"]
@@ -537,10 +541,8 @@ class RemoteAsynchronousTrainer(AsynchronousTrainer):
         """Those who are there, but for those who had no answer: they are asked again after the next version, or if else nobody is
         at it."""
         assert self.remote_executor is not None
-        here, busy = (
-            set(self.remote_executor.connected_clients()),
-            {task.client for task in self.queue},
-        )
+        here = set(self.remote_executor.connected_clients())
+        busy = {task.client for task in self.queue}
         if not busy and not here - self._resting.keys():
             time.sleep(LOOK)
             self._resting.clear()

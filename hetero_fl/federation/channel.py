@@ -53,7 +53,8 @@ class FederationLinks:
             build_stages(chain, config.entropy) for chain in (config.compress, config.compress_down)
         )
         self.at_most = bound and with_worst_case_size(up) != up
-        self.algorithm, self.seed = algorithm, federation.seed
+        self.algorithm = algorithm
+        self.seed = federation.seed
         self.summed = config.secure_sum is not None
         specs = ClientPrivacy.from_federation(algorithm, federation).specs
         self.up = Link(with_worst_case_size(up) if bound else up, specs, federation.task.outputs)
@@ -181,7 +182,8 @@ class DerivedSetup:
     """The layout of each round, from dry runs of one client's plan of each kind; what else both sides know."""
 
     def __init__(self, algorithm: Algorithm, federation: FederationSpec) -> None:
-        self.algorithm, self.federation = algorithm, federation
+        self.algorithm = algorithm
+        self.federation = federation
         self.expectations = ExpectedUploads(algorithm, federation)
         self._layouts: LRUCache[VectorLayout] = LRUCache(RECENT)
 
@@ -206,10 +208,8 @@ class DerivedSetup:
         """An upload as this client's would be in that round, from a server that has received nothing yet: of what it has
         learnt by then, the form must not depend."""
         card = self.federation.client_infos[client]
-        self.server.round_context, self.server.stream_uses = (
-            self.federation.round_context(round_idx),
-            {},
-        )
+        self.server.round_context = self.federation.round_context(round_idx)
+        self.server.stream_uses = {}
         return self.expectations.expected_items(
             card, call_broadcast(self.algorithm, self.server, card), round_idx
         )
@@ -271,7 +271,8 @@ def open_sums(
     `forms`: of each client in the sum its card and what it was to send; `noise`: what makes the sums private. An element that
     nobody has given weight to was sent by nobody.
     """
-    vector, common = fixed.decode(aggregated.total), layout.common
+    vector = fixed.decode(aggregated.total)
+    common = layout.common
     senders: dict[str, list[ClientInfo]] = {}
     items: dict[str, ItemSum] = {}
     models: dict[str, OwnerMeans] = {}

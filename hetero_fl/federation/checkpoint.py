@@ -36,14 +36,17 @@ class Checkpoints:
     def __init__(self, store: StateStore, log: Callable[[str], None]) -> None:
         if store.folder is None:
             raise ValueError("a store that lives in memory only has no checkpoints")
-        self.store, self.folder, self.log = store, store.folder, log
+        self.store = store
+        self.folder = store.folder
+        self.log = log
 
     def save(self, completed: int, state: Mapping[str, Any]) -> Path:
         """Write the state after so many rounds: `state`, and what the store has committed.
 
         Raises RunFailedError if private state in an older file has been damaged.
         """
-        path, segment = self.folder / checkpoint_name(completed), self.store.open
+        path = self.folder / checkpoint_name(completed)
+        segment = self.store.open
         assert segment is not None
         self.store.compact_segments(replaced=path)
         pieces = _write_tree(dict(state), segment)
@@ -191,10 +194,8 @@ def _read_head(path: Path) -> tuple[Any, dict[str, BlobLocation], dict[str, Blob
     segments = [Segment.open(path.with_name(name)) for name in head["files"]]
 
     def places(of: Mapping[str, Any]) -> dict[str, BlobLocation]:
-        digests, lie = (
-            of["digests"].numpy().tobytes(),
-            zip(of["clients"], of["places"].tolist(), strict=True),
-        )
+        digests = of["digests"].numpy().tobytes()
+        lie = zip(of["clients"], of["places"].tolist(), strict=True)
         return {
             client: BlobLocation(segments[file], offset, length, digests[32 * i : 32 * (i + 1)])
             for i, (client, (file, offset, length)) in enumerate(lie)

@@ -62,7 +62,8 @@ class BroadcastCache:
     """
 
     def __init__(self, decode: Callable[[int, bytes], Payload], most: int = MOST) -> None:
-        self._decode, self._most = decode, most
+        self._decode = decode
+        self._most = most
         self._idle: list[DecodedBroadcast] = []
 
     @contextmanager
@@ -189,8 +190,11 @@ class ClientRuntime:
         backend: Backend,
         protocol: Protocol,
     ) -> None:
-        self.algorithm, self.federation, self.store = algorithm, federation, store
-        self.backend, self.protocol = backend, protocol
+        self.algorithm = algorithm
+        self.federation = federation
+        self.store = store
+        self.backend = backend
+        self.protocol = protocol
         self.links = FederationLinks(algorithm, federation)
         self.broadcast_cache = BroadcastCache(
             self.links.decode_broadcast, 0 if is_user_method(algorithm) else MOST
@@ -221,7 +225,8 @@ class ClientRuntime:
                 None,
             )
         while waiting:
-            talks, waiting = waiting, {}
+            talks = waiting
+            waiting = {}
             bodies = {c: broadcast for c, (_, broadcast) in talks.items()}
             for client, upload in self._train(bodies, requests).items():
                 if isinstance(upload, DivergedError):
@@ -233,16 +238,15 @@ class ClientRuntime:
     def _train(
         self, broadcasts: Mapping[str, bytes], requests: Messages
     ) -> dict[str, bytes | DivergedError]:
-        clients, got = {}, {}
+        clients = {}
+        got = {}
         for id, body in broadcasts.items():
             asked = requests[id]
             clients[id] = self.federation.client(
                 id, self.store.get(id), asked.round_idx, asked.attempt
             )
-            clients[id].step_share, got[id] = (
-                asked.step_share,
-                self.links.decode_broadcast(asked.round_idx, body),
-            )
+            clients[id].step_share = asked.step_share
+            got[id] = self.links.decode_broadcast(asked.round_idx, body)
         backend = self.protection.make_backend(clients.values(), self.backend)
         plans = [
             (p, self.algorithm.train(p, got[c])) for c, p in clients.items()
@@ -257,7 +261,8 @@ class ClientRuntime:
             upload = self.protection.release_upload(client, Payload(outcome.result()), got[id])
             upload.report = self.protection.report(reported_loss(outcome.reports))
             self.leaving(id, upload)
-            card, asked = self.federation.client_infos[id], requests[id]
+            card = self.federation.client_infos[id]
+            asked = requests[id]
             uploads[id] = self.links.encode_upload(
                 card, asked.round_idx, upload, got[id], client.state, asked.attempt
             )
@@ -288,7 +293,8 @@ class ClientRuntime:
     def _evaluate_clients(
         self, clients: Mapping[str, Participant], details: bool
     ) -> dict[str, ClientEvaluation]:
-        readings, task = {c: ClientEvaluation() for c in clients}, self.federation.task
+        readings = {c: ClientEvaluation() for c in clients}
+        task = self.federation.task
         private = self.federation.privacy is not None
         if details:
             for c, participant in clients.items():
@@ -300,7 +306,8 @@ class ClientRuntime:
                     not private or self.federation.has_noisy_counts
                 )
                 prior = tuple(at_home.tolist()) if tells_prior else None
-                tensors, arch = participant.models[slot], participant.arch[slot]
+                tensors = participant.models[slot]
+                arch = participant.arch[slot]
                 layout = self.federation.data.layout
                 saved = SavedModel(
                     tensors, arch, asdict(view), task, prior, layout.columns, layout.categories

@@ -97,8 +97,10 @@ class DryRun:
     """A server whose state has the right form. What was measured is measured again only where the form has changed."""
 
     def __init__(self, algorithm: Algorithm, federation: FederationSpec) -> None:
-        self.algorithm, self.federation = algorithm, federation
-        self.server, self.expectations = federation.server(), ExpectedUploads(algorithm, federation)
+        self.algorithm = algorithm
+        self.federation = federation
+        self.server = federation.server()
+        self.expectations = ExpectedUploads(algorithm, federation)
         self.links = FederationLinks(algorithm, federation, bound=True)
         self.protocol = make_protocol(algorithm, federation)
         algorithm.setup(self.server)
@@ -111,10 +113,8 @@ class DryRun:
         self._form = _tree_structure([self.server.models, self.server.state])
 
     def _server_at(self, round_idx: int) -> tuple[Any, ...]:
-        self.server.round_context, self.server.stream_uses = (
-            self.federation.round_context(round_idx),
-            {},
-        )
+        self.server.round_context = self.federation.round_context(round_idx)
+        self.server.stream_uses = {}
         return (
             self._form,
             *(self.expectations.upload_phase(interval, round_idx) for interval in self._intervals),
@@ -122,7 +122,8 @@ class DryRun:
 
     def exchange_cost(self, client_id: str, round_idx: int) -> ExchangeCost:
         """What a client's part in that round comes to."""
-        at, card = self._server_at(round_idx), self.federation.client_infos[client_id]
+        at = self._server_at(round_idx)
+        card = self.federation.client_infos[client_id]
         down = call_broadcast(self.algorithm, self.server, card)
         key = (_cost_key(card, down), at)
         if key not in self._sizes:
@@ -139,10 +140,8 @@ class DryRun:
 
     def evaluation_bytes(self, client_id: str, round_idx: int) -> int:
         """Bytes down to a client whose model is read before that round."""
-        at, card = (
-            self._server_at(round_idx),
-            replace(self.federation.client_infos[client_id], is_evaluation=True),
-        )
+        at = self._server_at(round_idx)
+        card = replace(self.federation.client_infos[client_id], is_evaluation=True)
         down = call_broadcast(self.algorithm, self.server, card)
         key = (_cost_key(card, down), at, "reading")
         if key not in self._sizes:
@@ -180,7 +179,8 @@ class DryRun:
         run_plan(
             self.algorithm.aggregate(self.server, uploads), self.server, self.expectations.backend
         )
-        before, self._form = self._form, _tree_structure([self.server.models, self.server.state])
+        before = self._form
+        self._form = _tree_structure([self.server.models, self.server.state])
         if before == self._form:
             self._settled.add(key)
 
@@ -214,10 +214,8 @@ def asynchronous_communication_cost(
     """
     run = AsynchronousDryRun(algorithm.with_worst_case_size(), federation, config)
     at_most = run.algorithm != algorithm or run.dry.links.at_most
-    run.price.is_exact, run.price.is_upper_bound = (
-        not is_user_method(algorithm) and not at_most,
-        at_most,
-    )
+    run.price.is_exact = not is_user_method(algorithm) and not at_most
+    run.price.is_upper_bound = at_most
     if not algorithm.counts_traffic:
         return run.price
     for round in range(1, config.rounds + 1):
@@ -240,12 +238,14 @@ class AsynchronousDryRun(AsynchronousTrainer):
     """An asynchronous run of which only times and sizes happen."""
 
     def __init__(self, algorithm: Algorithm, federation: FederationSpec, config: Config) -> None:
-        runtime, environment = config.runtime, SimulationEnvironment.from_config(federation, config)
+        runtime = config.runtime
+        environment = SimulationEnvironment.from_config(federation, config)
         super().__init__(
             algorithm, federation, NullExecutor(), config.clients.per_round, environment=environment,
             buffer=runtime.buffer, staleness=runtime.staleness,
         )  # fmt: skip
-        self.price, self.dry = CommunicationCost(is_exact=True), DryRun(algorithm, federation)
+        self.price = CommunicationCost(is_exact=True)
+        self.dry = DryRun(algorithm, federation)
         self.server = self.dry.server
         # by task in flight: the bytes of its upload, and its form
         self._sent: dict[int, tuple[int, Payload]] = {}
@@ -336,7 +336,8 @@ class PrivacyBudget:
     def solved_privacy(self) -> PrivacyConfig:
         """The section with its noise multiplier, solved for where only ε was given. Raises UserError if the first round costs
         more than there is."""
-        privacy, target = self.privacy, self.privacy.target_epsilon
+        target = self.privacy.target_epsilon
+        privacy = self.privacy
         if privacy.noise_multiplier is None:
             assert target is not None  # one of them is given
             z = solve_noise_multiplier(
@@ -364,7 +365,8 @@ class PrivacyBudget:
 
     def description(self) -> str:
         """A line on what is protected, and how far."""
-        privacy, rounds = self.privacy, self.affordable_rounds()
+        privacy = self.privacy
+        rounds = self.affordable_rounds()
         of = {
             "record": "a training row",
             "client": "a client",
@@ -377,7 +379,9 @@ class PrivacyBudget:
 
     def affordable_rounds(self) -> int:
         """How many rounds fit into the target; all of them where there is none."""
-        target, low, high = self.privacy.target_epsilon, 0, len(self.histories)
+        target = self.privacy.target_epsilon
+        low = 0
+        high = len(self.histories)
         if target is None or self.epsilon(high) <= target:
             return high
         while high - low > 1:  # ε never falls

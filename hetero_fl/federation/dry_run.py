@@ -66,7 +66,9 @@ class ExpectedUploads:
     """What each client's upload must look like: names, shapes and dtypes, from a dry run of its plan on its broadcast."""
 
     def __init__(self, algorithm: Algorithm, federation: FederationSpec) -> None:
-        self.algorithm, self.federation, self.backend = algorithm, federation, DryRunBackend()
+        self.algorithm = algorithm
+        self.federation = federation
+        self.backend = DryRunBackend()
         self.protection = ClientPrivacy.from_federation(algorithm, federation)
         self._known: dict[Any, dict[str, Item]] = {}
 
@@ -129,7 +131,8 @@ class ExpectedUploads:
         self, client_info: ClientInfo, broadcast: Payload, round_idx: int
     ) -> tuple[Payload, tuple[PrivacyCharge, ...]]:
         """Such an upload, and what making it costs of the client's privacy."""
-        client, protection = self.placeholder_client(client_info, round_idx), self.protection
+        client = self.placeholder_client(client_info, round_idx)
+        protection = self.protection
         tally = protection.make_ledger(self.backend)
         items, reports = run_plan(
             self.algorithm.train(client, broadcast), client, tally or self.backend

@@ -34,7 +34,8 @@ from hetero_fl.utils.seeding import sample_numbers
 from model_zoo import ModelError, model_options
 
 SERVER = "server"
-MANY, SOME = 1000, 100  # of more clients than MANY only SOME are read, if nothing else is said
+MANY = 1000
+SOME = 100  # of more clients than MANY only SOME are read, if nothing else is said
 
 
 @dataclass
@@ -113,10 +114,8 @@ class FederationSpec:
 
         Raises UserError naming a client whose model cannot be made.
         """
-        known, cards = (
-            {kind.arch for kind in self.client_infos.profiles},
-            ClientDirectory(self.client_infos.clients, archs, self.data),
-        )
+        known = {kind.arch for kind in self.client_infos.profiles}
+        cards = ClientDirectory(self.client_infos.clients, archs, self.data)
         for kind in cards.profiles:
             if kind.arch not in known:
                 _check_model(kind.arch, f"clients: {kind.first}: model")

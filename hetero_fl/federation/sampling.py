@@ -17,11 +17,15 @@ from hetero_fl.utils.seeding import Key, sample_numbers
 # clients, or so many times those who are wanted: among them somebody online is looked for
 CANDIDATES = (1000, 20)
 # real seconds: how long the server waits if nobody is there, and how often it looks
-LONGEST, LOOK = 2 * DAY, 1.0
+LONGEST = 2 * DAY
+LOOK = 1.0
 # of a day: how long the server waits if nobody is online, and how often
-WAIT, PATIENCE = 1 / 24, 48
+WAIT = 1 / 24
+PATIENCE = 48
 # share of newcomers in the first round, its factor by round, its least (Oort)
-EXPLORE, DECAY, LEAST = 0.9, 0.98, 0.2
+EXPLORE = 0.9
+DECAY = 0.98
+LEAST = 0.2
 CUT = 0.95  # of the last chosen utility: who has less is not drawn (Oort)
 PENALTY = 2.0  # exponent for those who are too slow (Oort's alpha)
 
@@ -57,7 +61,8 @@ class ClientSampler:
     """
 
     def __init__(self, environment: SimulationEnvironment) -> None:
-        self.environment, self.federation = environment, environment.devices.federation
+        self.environment = environment
+        self.federation = environment.devices.federation
         # id -> [utility, seconds, round] of those invited so far (Oort)
         self.known: dict[str, list[float]] = {}
 
@@ -66,7 +71,8 @@ class ClientSampler:
 
         Raises RunFailedError if nobody is for two days.
         """
-        count, policy = self.environment.num_sampled, self.environment.policy
+        count = self.environment.num_sampled
+        policy = self.environment.policy
         if policy.sampling == "uniform":
             return sample_cohort(self.federation, count, round_idx, attempt), at
         online, at = self._online(count, round_idx, attempt, at)
@@ -94,7 +100,8 @@ class ClientSampler:
         if they ever are. Where time is real: who is there, now."""
         if self.environment.connected_clients is not None:
             return self._connected_cohort(self.environment.connected_clients, round_idx), at
-        ids, device = self.federation.client_infos.clients.ids, self.environment.devices.device
+        ids = self.federation.client_infos.clients.ids
+        device = self.environment.devices.device
         looked = min(len(ids), max(CANDIDATES[0], CANDIDATES[1] * count))
         first: tuple[list[str], float] | None = None
         for wait in range(PATIENCE):
@@ -132,7 +139,8 @@ class ClientSampler:
         self, connected: Callable[[], Collection[str]], round_idx: int
     ) -> list[str]:
         """Who is there, once enough are that something can come of a round."""
-        least, until = self._min_clients, time.monotonic() + LONGEST
+        least = self._min_clients
+        until = time.monotonic() + LONGEST
         while len(there := natural_order(connected())) < least:
             if time.monotonic() > until:
                 raise RunFailedError(
@@ -145,7 +153,8 @@ class ClientSampler:
         self, online: list[str], count: int, round_idx: int, attempt: int
     ) -> list[str]:
         """Oort's choice among those online: known ones by utility, and some newcomers."""
-        seed, again = self.federation.seed, _attempt_key(attempt)
+        seed = self.federation.seed
+        again = _attempt_key(attempt)
         known = [id for id in online if id in self.known]
         fresh = [id for id in online if id not in self.known]
         explore = max(LEAST, EXPLORE * DECAY**round_idx)

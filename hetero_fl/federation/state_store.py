@@ -33,7 +33,8 @@ class Segment:
     """One file of blobs. Places point to the segment, so they stay right when it is renamed."""
 
     def __init__(self, path: Path, size: int) -> None:
-        self.path, self.size = path, size
+        self.path = path
+        self.size = size
 
     @classmethod
     def open(cls, path: Path) -> Segment:
@@ -150,7 +151,8 @@ class OpenSegment(Segment):
             os.fsync(file.fileno())
         os.replace(self.path, path)
         sync_folder(path.parent)
-        self.path, self.size = path, place.offset + place.length + TRAILER
+        self.path = path
+        self.size = place.offset + place.length + TRAILER
 
 
 # Private state of clients between rounds: staged by a task, committed when the server has used its
@@ -215,7 +217,8 @@ class StateStore:
     """
 
     def __init__(self, folder: Path | None = None, memory: int = MEMORY) -> None:
-        self.folder, self.memory = folder, memory
+        self.folder = folder
+        self.memory = memory
         # takes the blobs of the round
         self.open = OpenSegment(folder) if folder is not None else None
         self.held = 0  # bytes in memory
@@ -359,7 +362,8 @@ class StateStore:
     def start_segment(self) -> None:
         """After a checkpoint: what is staged from now on goes into the next segment."""
         if self.folder is not None:
-            self.open, self._mark = OpenSegment(self.folder), 0
+            self.open = OpenSegment(self.folder)
+            self._mark = 0
 
     def load_locations(
         self,

@@ -52,7 +52,8 @@ class RoundAttempt:
     @property
     def counts(self) -> Counter[str]:
         """invited = arrived + failed + late."""
-        invited, late = len(self.schedule.tasks), len(self.schedule.late)
+        invited = len(self.schedule.tasks)
+        late = len(self.schedule.late)
         return Counter(
             invited=invited,
             arrived=invited - late - len(self.failed),
@@ -75,14 +76,17 @@ class SynchronousTrainer(FederatedTrainer):
     def _run_round(self) -> Record:
         if self.remote_executor is not None:
             self.now = self.elapsed_seconds()
-        begun, start, before = time.perf_counter(), self.now, (self.traffic.up, self.traffic.down)
+        begun = time.perf_counter()
+        start = self.now
+        before = (self.traffic.up, self.traffic.down)
         tries = [self._attempt(0)]
         while self._too_few(tries[-1]) and self.environment.on_too_few == "repeat":
             if len(tries) == self.environment.policy.attempts:
                 break
             self.store.discard()
             tries.append(self._attempt(len(tries)))
-        held, skipped = tries[-1], self._too_few(tries[-1])
+        held = tries[-1]
+        skipped = self._too_few(tries[-1])
         diverged = ""
         if skipped:
             self._skip_or_fail(held, len(tries))
@@ -131,7 +135,8 @@ class SynchronousTrainer(FederatedTrainer):
                 self.now = held.schedule.end = self.elapsed_seconds()
             self.sampler.update(held.schedule, held.collected.losses, index)
             return held
-        bodies, task = self.broadcasts(cohort), task_number(index, attempt)
+        bodies = self.broadcasts(cohort)
+        task = task_number(index, attempt)
         sizes = {c: self._sizes(c, len(bodies[c]), len(cohort)) for c in cohort}
         plan = make_schedule(
             cohort, self.environment, lambda c: total_bytes(sizes[c].values()), at, task
@@ -159,7 +164,8 @@ class SynchronousTrainer(FederatedTrainer):
 
     def _sizes(self, client: str, broadcast: int, cohort: int) -> dict[str, tuple[int, int]]:
         """Bytes down and up of all that the round asks of a client, known before anything is computed."""
-        card, round = self.federation.client_infos[client], self.completed
+        card = self.federation.client_infos[client]
+        round = self.completed
         alone = 0 if self.protocol.setup else self.upload_bytes(card, self._broadcast(card), round)
         return self.protocol.sizes(cohort, round, broadcast, alone)
 
@@ -169,7 +175,9 @@ class SynchronousTrainer(FederatedTrainer):
 
     def _exchange(self, attempt: RoundAttempt, task: int) -> None:
         """Broadcast, training, and what comes of it."""
-        index, plan, failed = self.completed, attempt.schedule, attempt.failed
+        index = self.completed
+        plan = attempt.schedule
+        failed = attempt.failed
         traffic = self.traffic if self.algorithm.counts_traffic else Traffic()
         fates = {client: plan.tasks[client].outcome for client in plan.computing}
 
@@ -250,7 +258,8 @@ class SynchronousTrainer(FederatedTrainer):
         self, plan: Schedule, client_ids: Collection[str], answers: Iterator[tuple[str, Reply]]
     ) -> Iterator[tuple[str, Reply]]:
         """Where time is real: the answers until there are as many uploads as are wanted. Whoever is still at it then is late."""
-        still, uploads = dict.fromkeys(client_ids), 0
+        still = dict.fromkeys(client_ids)
+        uploads = 0
         wanted = min(len(plan.tasks), self.environment.per_round or len(plan.tasks))
         for client, reply in answers:
             plan.tasks[client] = replace(plan.tasks[client], end=self.elapsed_seconds())
@@ -310,9 +319,11 @@ class SynchronousTrainer(FederatedTrainer):
             return self.store.discard()
         if attempt.abandoned is not None:
             raise attempt.abandoned
-        found, least = len(attempt.collected.uploads), self.environment.policy.least
+        found = len(attempt.collected.uploads)
+        least = self.environment.policy.least
         what = f"{found} of at least {least} usable uploads" if least > 1 else "no usable upload"
-        invited, late = len(attempt.schedule.tasks), len(attempt.schedule.late)
+        invited = len(attempt.schedule.tasks)
+        late = len(attempt.schedule.late)
         told = (f"{client}: {why}" for client, why in attempt.failed.items())
         why = next(told, f"{late} of them late" if late else "")
         raise RunFailedError(

@@ -96,8 +96,11 @@ class FederatedTrainer(ABC):
         stop_on_divergence: bool = False,
         environment: SimulationEnvironment | None = None,
     ) -> None:
-        self.algorithm, self.federation, self.executor = algorithm, federation, executor
-        self.per_round, self.stop_on_divergence = per_round, stop_on_divergence
+        self.algorithm = algorithm
+        self.federation = federation
+        self.executor = executor
+        self.per_round = per_round
+        self.stop_on_divergence = stop_on_divergence
         self.environment = environment or SimulationEnvironment.ideal(federation, per_round)
         self.now = (
             # seconds since the run began: simulated ones, or real ones where clients are on
@@ -105,13 +108,13 @@ class FederatedTrainer(ABC):
             0.0
         )
         self.resumed: int | None = None  # the round after which this process took the run over
-        self.store, self.backend = executor.store, executor.backend
-        self.protocol, self.traffic = make_protocol(algorithm, federation), Traffic()
+        self.store = executor.store
+        self.backend = executor.backend
+        self.protocol = make_protocol(algorithm, federation)
+        self.traffic = Traffic()
         self.expectations = ExpectedUploads(algorithm, federation)
-        self.links, self.bounds = (
-            FederationLinks(algorithm, federation),
-            FederationLinks(algorithm, federation, bound=True),
-        )
+        self.links = FederationLinks(algorithm, federation)
+        self.bounds = FederationLinks(algorithm, federation, bound=True)
         self.server_privacy = ServerPrivacy(self.expectations, per_round)
         self.collector = UploadCollector(
             self.expectations, self.links, self.protocol, self.server_privacy
@@ -148,12 +151,15 @@ class FederatedTrainer(ABC):
     def run_round(self) -> Record:
         """Hold the next round and commit it. Raises RunFailedError if clients trained and no upload could be used, or if a
         method of the user's own fails; nothing that clients did in it is kept then."""
-        before, now = replace(self.traffic), self.now
+        before = replace(self.traffic)
+        now = self.now
         try:
             return self._run_round()
         except BaseException:
             self.store.discard()
-            self.traffic.up, self.traffic.down, self.now = before.up, before.down, now
+            self.traffic.up = before.up
+            self.traffic.down = before.down
+            self.now = now
             raise
 
     def _simulate_server_crash(self) -> None:
@@ -187,16 +193,17 @@ class FederatedTrainer(ABC):
         """
         # only methods of this package replace all tensors
         keep = copy_tree if is_user_method(self.algorithm) else copy_containers
-        models, state = keep(self.server.models), keep(self.server.state)
-        arch, memory, sums = (
-            dict(self.server.arch),
-            copy_containers(self.collector.memory),
-            self.server_privacy.state_dict(),
-        )
+        models = keep(self.server.models)
+        state = keep(self.server.state)
+        arch = dict(self.server.arch)
+        memory = copy_containers(self.collector.memory)
+        sums = self.server_privacy.state_dict()
         try:
             aggregate()
         except DivergedError as error:
-            self.server.models, self.server.state, self.server.arch = models, state, arch
+            self.server.models = models
+            self.server.state = state
+            self.server.arch = arch
             self.collector.memory = memory
             self.server_privacy.load_state_dict(sums)
             self.diverged += 1
@@ -269,10 +276,8 @@ class FederatedTrainer(ABC):
         return known[1]
 
     def _set_round_context(self, round_idx: int) -> None:
-        self.server.round_context, self.server.stream_uses = (
-            self.federation.round_context(round_idx),
-            {},
-        )
+        self.server.round_context = self.federation.round_context(round_idx)
+        self.server.stream_uses = {}
 
     @translate_user_errors()
     def request_upload(self, client: str, round_idx: int) -> tuple[Payload, Payload]:
@@ -373,7 +378,8 @@ class FederatedTrainer(ABC):
         self.now = state.get("now", 0.0)
         self.diverged = state.get("diverged", 0)
         self._before = time.monotonic() - self.now
-        self.server.models, self.server.state = state["server"]["models"], state["server"]["state"]
+        self.server.models = state["server"]["models"]
+        self.server.state = state["server"]["state"]
         self.traffic = Traffic(**state["traffic"])
         self.collector.memory = state["aggregation"]
         self.server_privacy.load_state_dict(state["bounds"])

@@ -44,12 +44,10 @@ class UploadCollector:
         protocol: Protocol,
         sums: ServerPrivacy,
     ) -> None:
-        self.expectations, self.links, self.protocol, self.sums = (
-            expectations,
-            links,
-            protocol,
-            sums,
-        )
+        self.expectations = expectations
+        self.links = links
+        self.protocol = protocol
+        self.sums = sums
         self.memory: dict[str, Any] = {}
 
     def collect(
@@ -64,8 +62,10 @@ class UploadCollector:
         """
         if isinstance(arrivals, AggregatedUploads):
             return self.open_sums(arrivals, broadcast_to, round_idx)
-        federation, specs = self.expectations.federation, self.expectations.protection.specs
-        rules, reference = self.make_rules(broadcast_to), reference_tensors(broadcast_to)
+        federation = self.expectations.federation
+        specs = self.expectations.protection.specs
+        rules = self.make_rules(broadcast_to)
+        reference = reference_tensors(broadcast_to)
         taken = CollectedUploads(
             Uploads(
                 specs=specs,
@@ -122,10 +122,8 @@ class UploadCollector:
             (card, self.expectations.expected_items(card, broadcast_to(card), round_idx))
             for card in cards
         ]
-        layout, noise = (
-            self.protocol.agreed.layout(round_idx),
-            self.sums.sum_noise(broadcast_to, round_idx),
-        )
+        layout = self.protocol.agreed.layout(round_idx)
+        noise = self.sums.sum_noise(broadcast_to, round_idx)
         uploads, loss = open_sums(aggregated, layout, self.protocol.fixed, forms, noise)
         return CollectedUploads(
             uploads, {} if loss is None else {"mean": loss}, dict(aggregated.dropouts)
@@ -156,10 +154,8 @@ class UploadCollector:
         before. Raises PayloadError."""
         card = self.expectations.federation.client_infos[client]
         got = broadcast_to(card)
-        like, specs = (
-            self.expectations.expected_items(card, got, round_idx),
-            self.expectations.protection.specs,
-        )
+        like = self.expectations.expected_items(card, got, round_idx)
+        specs = self.expectations.protection.specs
         check_size(len(data), specs, like)
         payload = self.links.decode_upload(card, round_idx, data, like, got, attempt)
         check_upload(payload, specs, like)

@@ -101,7 +101,8 @@ def solve_noise_multiplier(
     high = _smallest_multiplier(quickly, target, high / 2, high)
     low = high * 0.9  # PRV needs a little less than RDP says
     while low > GENTLE and exactly(low) <= target:
-        low, high = low * 0.9, low
+        high = low
+        low = low * 0.9
     return math.ceil(_smallest_multiplier(exactly, target, low, high) * 1e4) / 1e4
 
 
@@ -115,7 +116,8 @@ def _smallest_multiplier(
 ) -> float:
     """The least z between `low`, where too much is spent, and `high` with spent(z) up to the target (regula falsi in
     logarithms, Illinois form: ε costs time, and is nearly straight there)."""
-    a, b = math.log(low), math.log(high)
+    a = math.log(low)
+    b = math.log(high)
     above, below = (math.log(max(epsilon_at(z), 1e-300) / target) for z in (low, high))
     real = below
     while math.exp(b) - math.exp(a) > TIGHT * math.exp(b) and real < -TIGHT and above > 0:
@@ -124,9 +126,14 @@ def _smallest_multiplier(
         )
         found = math.log(max(epsilon_at(math.exp(middle)), 1e-300) / target)
         if found <= 0:
-            b, below, real, above = middle, found, found, above / 2
+            b = middle
+            below = found
+            real = found
+            above = above / 2
         else:
-            a, above, below = middle, found, below / 2
+            a = middle
+            above = found
+            below = below / 2
     return math.exp(b)
 
 
@@ -163,7 +170,8 @@ def opacus_accountants() -> dict[str, Any]:
 def gaussian_delta(mu: float, epsilon: float) -> float:
     """δ of a Gaussian mechanism of sensitivity over standard deviation μ at this ε (Balle and Wang 2018, theorem 8):
     Φ(μ/2 − ε/μ) − e^ε Φ(−μ/2 − ε/μ)."""
-    first, second = mu / 2 - epsilon / mu, -mu / 2 - epsilon / mu
+    first = mu / 2 - epsilon / mu
+    second = -mu / 2 - epsilon / mu
     tail = 0.5 * math.erfc(-second / math.sqrt(2))
     product = math.exp(epsilon + math.log(tail)) if tail > 0 else 0.0
     return 0.5 * math.erfc(-first / math.sqrt(2)) - product
@@ -173,9 +181,11 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     """The least ε of a Gaussian mechanism at this δ, to ten digits."""
     if gaussian_delta(mu, 0.0) <= delta:
         return 0.0
-    low, high = 0.0, 1.0
+    low = 0.0
+    high = 1.0
     while gaussian_delta(mu, high) > delta:
-        low, high = high, 2 * high
+        low = high
+        high = 2 * high
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (low, middle) if gaussian_delta(mu, middle) <= delta else (middle, high)

@@ -63,7 +63,8 @@ class ClientPrivacy:
     @classmethod
     def from_federation(cls, algorithm: Algorithm, federation: FederationSpec) -> ClientPrivacy:
         """As the federation has it."""
-        privacy, specs = federation.privacy, dict(algorithm.uploads)
+        privacy = federation.privacy
+        specs = dict(algorithm.uploads)
         if privacy is not None and privacy.adaptive_clip is not None:
             specs[WITHIN] = ItemSpec("counts", private=True)
         items = tuple(sorted(uploadable_items(algorithm, federation)))

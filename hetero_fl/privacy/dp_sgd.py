@@ -63,7 +63,8 @@ class PoissonBatches(Batches):
         rate: float | None = None,
     ) -> None:
         assert not isinstance(fit.data, SampledBatches)
-        self.noise, self.rate = noise, rate
+        self.noise = noise
+        self.rate = rate
         super().__init__(participant, fit, device)
         self.examples = round(self.expected * self.count)
 
@@ -86,7 +87,10 @@ class PrivateGradients:
     def __init__(
         self, clip: float, z: float, noise: NoiseSource, rate: float | None = None
     ) -> None:
-        self.clip, self.z, self.noise, self.rate = clip, z, noise, rate
+        self.clip = clip
+        self.z = z
+        self.noise = noise
+        self.rate = rate
         self._refused: set[Any] = set()
 
     def batches(self, participant: Participant, fit: Fit, device: torch.device) -> PoissonBatches:
@@ -122,7 +126,8 @@ class PrivateGradients:
             name: torch.zeros_like(p, requires_grad=False) for name, p in live.trainable.items()
         }
         one = sum(p.numel() * p.element_size() for p in live.trainable.values())
-        size, family = max(1, MEMORY // max(1, one)), _vmap_support_key(live)
+        size = max(1, MEMORY // max(1, one))
+        family = _vmap_support_key(live)
         for begin in range(0, count, size):
             part = {n: t[begin : begin + size] for n, t in columns.items()}
             some = keys[begin : begin + size]
@@ -149,10 +154,8 @@ class PrivateGradients:
         if not bool(
             (here := squares.isfinite()).all()
         ):  # such a row would end the fit, and so tell of itself: it counts nought
-            factor, each = (
-                factor.where(here, 0),
-                {n: g.where(_broadcast_rows(here, g), 0) for n, g in each.items()},
-            )
+            factor = factor.where(here, 0)
+            each = {n: g.where(_broadcast_rows(here, g), 0) for n, g in each.items()}
         for name, gradients in each.items():
             if len(factor) == 1:
                 total[name].add_(gradients[0] * factor[0])
@@ -253,7 +256,8 @@ class PrivacyLedger:
     """Hands every step on, and notes what private ones cost. Around a dry backend: the price of a plan in ε."""
 
     def __init__(self, backend: Backend, privacy: PrivacyConfig) -> None:
-        self.backend, self.privacy = backend, privacy
+        self.backend = backend
+        self.privacy = privacy
         self.charges: dict[str, list[PrivacyCharge]] = defaultdict(list)
 
     @property
@@ -327,7 +331,8 @@ class PrivacyBackend(PrivacyLedger):
 
     def _class_sums(self, participant: Participant, step: ClassSums) -> tuple[Tensor, Tensor]:
         """A row adds a vector of norm up to C to its class's sum and one to its count: (v/C, 1) has a norm up to √2."""
-        clip, classes = self.privacy.statistics_clip, participant.task.outputs
+        clip = self.privacy.statistics_clip
+        classes = participant.task.outputs
         of = step.readout if step.readout == "features" else "logits"
         asked = Predict(step.slot, step.data, of, step.batch_size)
         (raw,) = self.backend.run([(participant, asked)])

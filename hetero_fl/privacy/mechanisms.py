@@ -101,7 +101,8 @@ class SecretNoiseSource:
     """
 
     def __init__(self, secret: bytes | None = None, task: bytes = b"") -> None:
-        self._secret, self.task = os.urandom(32) if secret is None else secret, task
+        self._secret = os.urandom(32) if secret is None else secret
+        self.task = task
 
     def stream(self, *parts: Key) -> NoiseStream:
         return self._new_stream("stream", self.task.hex(), *parts)
@@ -158,7 +159,8 @@ class SecretNoiseStream:
 # norm up to √m with noise z·√m, one Gaussian mechanism of multiplier z (McMahan et al. 2018,
 # section 3, "per-layer clipping"; Balle and Wang 2018 for its ε).
 
-VALUES, WEIGHT = "values", "weight"
+VALUES = "values"
+WEIGHT = "weight"
 NoiseFunction = Callable[[Tensor, float, str], Tensor]  # (like, standard deviation, what for)
 
 
@@ -196,7 +198,8 @@ def release_upload(
     noise: Callable[[str, Item], Item] | None = None,
 ) -> tuple[Payload, dict[str, bool]]:
     """The upload with every item clipped (and noised, where `noise(name, item)` is given), and which were within bounds."""
-    items, within = {}, {}
+    items = {}
+    within = {}
     for name in payload:
         before = received.item(name) if name in received else None
         item, within[name] = clip_item(payload.item(name), before, bounds(name))

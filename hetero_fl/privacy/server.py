@@ -203,7 +203,8 @@ class ServerPrivacy:
     """Of one run. `factors`: on each item's `clip`, one unless they adapt; with the round's number all its state."""
 
     def __init__(self, expectations: ExpectedUploads, per_round: int | None) -> None:
-        self.expectations, population = expectations, len(expectations.federation.client_infos)
+        self.expectations = expectations
+        population = len(expectations.federation.client_infos)
         self.cohort = min(per_round or population, population)  # expected
         self.share = self.cohort / population
         self.protection: ClientPrivacy = expectations.protection
@@ -225,7 +226,8 @@ class ServerPrivacy:
         self, broadcast_to: Callable[[ClientInfo], Payload], round_idx: int
     ) -> SumNoise | None:
         """The noise of a round's sums. `broadcast_to`: what a client was sent."""
-        privacy, federation = self.privacy, self.expectations.federation
+        privacy = self.privacy
+        federation = self.expectations.federation
         if privacy is None:
             return None
         normal = federation.noise.normal
@@ -298,7 +300,8 @@ class ServerPrivacy:
         privacy = self.privacy
         if privacy is None or privacy.adaptive_clip is None:
             return
-        wanted, total = privacy.adaptive_clip, uploads.total(WITHIN)
+        wanted = privacy.adaptive_clip
+        total = uploads.total(WITHIN)
         shares = (total[0] / total[1] + 0.5).tolist()  # what is sent is the bit less one half
         for name, share in zip(sorted(self.factors), shares, strict=True):
             self.factors[name] *= math.exp(-wanted.lr * (share - wanted.quantile))

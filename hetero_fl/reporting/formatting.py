@@ -206,7 +206,8 @@ def local_test_rows(details: Mapping[str, Any]) -> dict[str, int]:
 def format_range(counts: Iterable[int]) -> str:
     """`24 to 102`, or `60` where all are equal."""
     known = list(counts)
-    low, high = min(known), max(known)
+    low = min(known)
+    high = max(known)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 

@@ -327,7 +327,8 @@ def _compare(
     directory: RunDirectory, saved: Mapping[str, Any], name: str, found: Inspection
 ) -> None:
     """Compare a run directory with what one of its checkpoints says of it."""
-    known, completed = saved.get("directory"), saved["run"]["completed"]
+    known = saved.get("directory")
+    completed = saved["run"]["completed"]
     if known is None:
         note = f"{EARLIER}: that {METRICS} and config.yaml are as written cannot be checked"
         if not directory.finished and note not in found.notes:
@@ -349,10 +350,12 @@ def _compare(
     if known is None or found.damage.get("config.yaml") not in (None, CHANGED):
         return
     config = directory.config()
-    was, now = json.loads(known["config"]), resume_relevant(config)
+    was = json.loads(known["config"])
+    now = resume_relevant(config)
     rounds = config.get("rounds")
     if not isinstance(rounds, int) or rounds < known["rounds"]:
-        was, now = {"rounds": known["rounds"], **was}, {"rounds": rounds, **now}
+        was = {"rounds": known["rounds"], **was}
+        now = {"rounds": rounds, **now}
     if differs := describe_difference(was, now):
         found.damage["config.yaml"] = f"{CHANGED}: {differs}"
 

@@ -69,7 +69,8 @@ class Progress:
             TextColumn("{task.fields[left]}", style="dim"),
             console=self._console,
         )
-        self._task, self._scores = Text("", style="dim"), Text("")
+        self._task = Text("", style="dim")
+        self._scores = Text("")
         self._rounds = self._done = self._first = 0
         self._began = 0.0
         self.unit = ""  # of errors
@@ -95,7 +96,10 @@ class Progress:
 
     def start(self, rounds: int, clients: int, done: int = 0) -> None:
         """The run begins, or goes on after `done` completed rounds."""
-        self._rounds, self._first, self._done, self._began = rounds, done, done, time.monotonic()
+        self._rounds = rounds
+        self._first = done
+        self._done = done
+        self._began = time.monotonic()
         resumed = f", {done} of them done before" if done else ""
         self.log(f"{pluralize(clients, 'client')}, {pluralize(rounds, 'round')}{resumed}")
         if self._console.is_terminal:

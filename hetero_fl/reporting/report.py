@@ -79,7 +79,9 @@ def write_report(run_dir: str | os.PathLike[str], say: Callable[[str], None] | N
 
 
 def _page(run: RunDirectory, say: Callable[[str], None] | None) -> str:
-    summary, details, records = run.summary(), run.details(), run.metrics()
+    summary = run.summary()
+    details = run.details()
+    records = run.metrics()
     found = {name: run.plots / f"{name}.png" for name in plots.NAMES}
     pictures = {
         name: path.read_bytes() for name, path in found.items() if path.is_file()
@@ -124,12 +126,14 @@ def _plain(value: Any) -> str:
 
 def _tiles(summary: Json, details: Json) -> list[Json]:
     """The headline: the selection metric wherever models were read, then what the run cost."""
-    name, tiles = selection_metric_of(summary, details), []
+    name = selection_metric_of(summary, details)
+    tiles = []
     for reading in ("global", "personal", "server"):
         if not summary[reading]:
             continue
         scores = summary[reading]["last"]
-        worst, deviation = scores.get(f"{name}_worst"), scores.get(f"{name}_std")
+        worst = scores.get(f"{name}_worst")
+        deviation = scores.get(f"{name}_std")
         more = (
             f"± {format_metric(deviation, name)} over clients; worst {format_metric(worst, name)}"
             if deviation is not None
@@ -269,7 +273,8 @@ def _clients(summary: Json, details: Json) -> Json:
     ]
     rows = []
     for client in summary["clients"]:
-        about, parts = details["clients"][client["id"]], details["rows"][client["id"]]
+        about = details["clients"][client["id"]]
+        parts = details["rows"][client["id"]]
         row = [
             {"value": client["id"], "more": about["group"]},
             {"value": client["model"], "more": f"{client['parameters']:,}"},

@@ -97,7 +97,8 @@ def _setting(summary: Json, details: Json) -> str:
 
 
 def _method(summary: Json, details: Json) -> str:
-    what, kind = explain_method(summary["algorithm"]), method_class(summary["algorithm"])
+    what = explain_method(summary["algorithm"])
+    kind = method_class(summary["algorithm"])
     parts = [f"The method is {algorithm_name(summary['algorithm'])}.", what]
     if kind is not None and kind.is_distillation and is_regression(last_scores(summary)):
         parts.append("Numbers are distilled by squared error towards their weighted mean.")

@@ -48,7 +48,8 @@ class Run:
     def __repr__(self) -> str:
         if not (self.path / "summary.json").exists():
             return f"Run({str(self.path)!r}: not finished)"
-        summary, details = self.summary, self.directory.details()
+        summary = self.summary
+        details = self.directory.details()
         done = pluralize(summary["rounds_completed"], "round")
         about = f"{algorithm_name(summary['algorithm'])} on {summary['data']['name']}, {done}"
         return "\n".join(

@@ -19,7 +19,8 @@ from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import sha256_of, write_atomically
 
 VERSION = 1
-LOCK, LOG = ".lock", "log.txt"
+LOCK = ".lock"
+LOG = "log.txt"
 CHECKSUMS = "SHA256SUMS"
 METRICS = "metrics.jsonl"
 ALWAYS = ("config.yaml", "environment.json", METRICS, "details.json")  # of a finished run
@@ -300,7 +301,8 @@ class RunDirectory:
     def metrics(self) -> list[Json]:
         """The records of `metrics.jsonl`, in order; a last line that a crash has cut is left out."""
         lines = self.read_text(METRICS).split("\n")
-        complete, records = lines[:-1], []
+        complete = lines[:-1]
+        records = []
         for number, line in enumerate(complete, 1):
             where = f"{self.path / METRICS}: line {number}"
             try:

@@ -32,7 +32,8 @@ SHOWN = 6  # liars that are named
 
 def collect_protections(federation: FederationSpec) -> dict[str, Any]:
     """What a report tells of the channel and of how uploads were combined; JSON."""
-    channel, terms = federation.channel, federation.aggregation
+    channel = federation.channel
+    terms = federation.aggregation
     rules = {
         "parameters": terms.rule,
         "predictions": terms.predictions,
@@ -54,7 +55,8 @@ def _format_stage(written: Json) -> str:
 
 def describe_protections(summary: Json, details: Json) -> list[str]:
     """A sentence on each protection; the first on privacy, had or not."""
-    privacy, found = summary["privacy"], details.get("protections", {})
+    privacy = summary["privacy"]
+    found = details.get("protections", {})
     if privacy:
         whose = PRIVACY_UNITS.get(privacy.get("unit", ""), "")
         lines = [
@@ -114,7 +116,8 @@ class Patience:
     """Early stopping: so many evaluations without a better validation (personal and global together)."""
 
     def __init__(self, task: Task, limit: int | None, history: Sequence[Record]) -> None:
-        self.task, self.limit = task, limit
+        self.task = task
+        self.limit = limit
         self.best: float | None = None
         self.without = 0
         for record in history:
@@ -129,7 +132,8 @@ class Patience:
             return
         value = sum(known) / len(known)
         if self.best is None or value > self.best:
-            self.best, self.without = value, 0
+            self.best = value
+            self.without = 0
         else:
             self.without += 1
 
@@ -190,7 +194,8 @@ def summarize(
 ) -> dict[str, Any]:
     """The content of `summary.json`; its `clients` are those whose models were read. `setup`: seconds before the first round;
     `readings`: the last ones, of which baselines are taken where the data has any."""
-    task, read = federation.task, [r for r in history if r.get("personal") or r.get("global")]
+    task = federation.task
+    read = [r for r in history if r.get("personal") or r.get("global")]
     if not read:
         raise RunFailedError("nobody's model could be read in any round")
     last = read[-1]

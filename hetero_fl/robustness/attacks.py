@@ -153,7 +153,8 @@ def draw_other_class(rows: Tensor, generator: torch.Generator) -> Tensor:
 
 def swap_with_largest(rows: Tensor, target: Tensor) -> Tensor:
     """Rows `[N, C]` whose largest value has changed places with that of the class `target`."""
-    made, first = rows.clone(), rows.argmax(-1, keepdim=True)
+    made = rows.clone()
+    first = rows.argmax(-1, keepdim=True)
     made.scatter_(-1, first, rows.gather(-1, target[..., None]))
     return made.scatter_(-1, target[..., None], rows.gather(-1, first))
 
@@ -168,7 +169,8 @@ class LabelFlip(Attack):
     acts_on = frozenset({"data"})
 
     def poison_rows(self, columns: Columns, context: AttackContext) -> Columns:
-        y, classes = columns["y"], context.task.outputs
+        y = columns["y"]
+        classes = context.task.outputs
         if context.task.kind == "multilabel":
             return {**columns, "y": 1 - y}
         pairs = self.config.pairs
@@ -188,18 +190,21 @@ class Backdoor(Attack):
         self.acts_on = frozenset({"data"}) if self.factor == 1 else frozenset({"data", "updates"})
 
     def poison_rows(self, columns: Columns, context: AttackContext) -> Columns:
-        x, y = columns["x"], columns["y"]
+        x = columns["x"]
+        y = columns["y"]
         draws = keyed_generator(context.seed, "attack", "stamped", context.malicious[0])
         some = torch.randperm(len(x), generator=draws)[
             : max(1, round(self.config.stamped * len(x)))
         ]
-        x, y = x.clone(), y.clone()
+        x = x.clone()
+        y = y.clone()
         x[some], y[some] = self.stamp_trigger(x[some], x), self.config.target
         return {**columns, "x": x, "y": y}
 
     def stamp_trigger(self, images: Tensor, all_images: Tensor) -> Tensor:
         """These images `[n, C, H, W]` with the trigger: a square in the lower right corner, as bright as anything is."""
-        made, side = images.clone(), self.config.trigger
+        made = images.clone()
+        side = self.config.trigger
         made[..., -side:, -side:] = all_images.amax()
         return made
 
@@ -288,7 +293,8 @@ class LittleIsEnough(UpdateAttack):
         """How many deviations from the mean."""
         if self.config.strength is not None:
             return self.config.strength
-        honest, supporters = n - num_malicious, n // 2 + 1 - num_malicious
+        honest = n - num_malicious
+        supporters = n // 2 + 1 - num_malicious
         share = (honest - supporters) / honest if honest > 0 else 0.5
         return NormalDist().inv_cdf(min(0.999, max(0.5, share)))
 
@@ -417,7 +423,8 @@ class MaliciousClients:
         """
         made = {id: dict(payload.items_) for id, (_, payload) in true_uploads.items()}
         for (name, _, tensor, _), ids in self._equal_tensors(true_uploads).items():
-            kind, card = made[ids[0]][name].kind, true_uploads[ids[0]][0]
+            kind = made[ids[0]][name].kind
+            card = true_uploads[ids[0]][0]
             if tensor and tensor not in trained_names(card, name):
                 continue  # a buffer
             scene = replace(

@@ -64,7 +64,10 @@ class RobustModelMeans:
         senders: Sequence[ClientInfo],
         common: Sequence[str] = (),
     ) -> None:
-        self.name, self.rules, self.senders, self.common = name, rules, senders, tuple(common)
+        self.name = name
+        self.rules = rules
+        self.senders = senders
+        self.common = tuple(common)
         self.roots: Mapping[str, Tensors] = {}
         self._sent: list[tuple[str, Tensors, Tensors]] = []
         self._results: dict[Owner, tuple[Tensor, int]] | None = None
@@ -139,7 +142,8 @@ class RobustModelMeans:
 
     def _combine(self, members: Sequence[int], owners: Sequence[Owner]) -> None:
         assert self._results is not None
-        how, names = self.rules.of_parameters, [owner[0] for owner in owners]
+        how = self.rules.of_parameters
+        names = [owner[0] for owner in owners]
         liars = self.rules.config.num_malicious(len(members))
         if len(members) < how.min_clients(liars):
             self.rules.too_few.setdefault(self.name, []).extend(names)
@@ -157,7 +161,9 @@ class RobustItemMeans:
     what it is to be divided by, and whether the client has the class."""
 
     def __init__(self, name: str, rules: AggregationRules, senders: Sequence[ClientInfo]) -> None:
-        self.name, self.rules, self.senders = name, rules, senders
+        self.name = name
+        self.rules = rules
+        self.senders = senders
         self._items: list[Item] = []
         self._results: tuple[Tensor, Tensor] | None = None
 
@@ -200,7 +206,8 @@ class RobustItemMeans:
             [torch.as_tensor(item.weight, dtype=values.dtype) for item in self._items]
         )
         liars = self.rules.config.num_malicious(len(values))
-        made, owners = torch.zeros_like(values[0]), (counts > 0).sum(0).to(values.dtype)
+        made = torch.zeros_like(values[0])
+        owners = (counts > 0).sum(0).to(values.dtype)
         for c in range(len(made)):
             has = (counts[:, c] > 0).reshape(len(values), -1).all(1)
             if int(has.sum()) > 2 * liars:
@@ -214,7 +221,8 @@ class RobustItemMeans:
         how = prediction_rule[self.rules.config.predictions](self.rules.config)
         said = torch.stack([item.values for item in self._items if isinstance(item.values, Tensor)])
         # sums and squares of the largest numbers that can be sent stay finite
-        dtype, said = said.dtype, said.double()
+        dtype = said.dtype
+        said = said.double()
         liars = self.rules.config.num_malicious(len(said))
         if len(said) < how.min_clients(liars):
             self.rules.too_few.setdefault(self.name, []).append("")

@@ -39,7 +39,8 @@ class UploadBlock:
         parameters: frozenset[str] | None = None,
         root: Tensors | None = None,
     ) -> None:
-        self.sent, self.references = sent, references or [{} for _ in sent]
+        self.sent = sent
+        self.references = references or [{} for _ in sent]
         self.names = list(sent[0])
         self.parameters = [n for n in self.names if parameters is None or n in parameters]
         self.buffers = [n for n in self.names if n not in self.parameters]
@@ -191,7 +192,8 @@ class Bulyan(Rule):
         return 4 * num_malicious + 3
 
     def combine(self, block: UploadBlock, num_malicious: int) -> Tensors:
-        distances, left = block.distances(), torch.arange(len(block))
+        distances = block.distances()
+        left = torch.arange(len(block))
         chosen: list[int] = []
         while len(chosen) < len(block) - 2 * num_malicious:
             best = (
@@ -268,10 +270,8 @@ class FLTrust(Rule):
     def trust_scores(block: UploadBlock) -> tuple[Tensor, Tensor]:
         """ReLU of the cosine of each client's update with the server's `[n]`, and the norm of the server's own."""
         assert block.root is not None
-        dots, square = (
-            torch.zeros(len(block), dtype=torch.float64),
-            torch.zeros((), dtype=torch.float64),
-        )
+        dots = torch.zeros(len(block), dtype=torch.float64)
+        square = torch.zeros((), dtype=torch.float64)
         for name in block.parameters:
             start = block.start(name)
             own = (block.root[name] - start).double().flatten(1)

@@ -149,7 +149,8 @@ def _edit_distance(a: str, b: str) -> int:
     before: list[int] = []
     row = list(range(len(b) + 1))
     for i, letter in enumerate(a, 1):
-        previous, row = row, [i]
+        previous = row
+        row = [i]
         for j, other in enumerate(b, 1):
             row.append(min(previous[j] + 1, row[j - 1] + 1, previous[j - 1] + (letter != other)))
             if i > 1 and j > 1 and letter == b[j - 2] and a[i - 2] == other:

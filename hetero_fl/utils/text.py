@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-OPEN, CLOSED = "[{(", "]})"
+OPEN = "[{("
+CLOSED = "]})"
 
 
 def split_top_level(text: str, separator: str) -> list[str]:

@@ -63,7 +63,8 @@ def answer(
             return Message("shares", _share(client, held, got, notes))
         if message.kind == "unmask":
             return Message("unmask", _unmask(client, held, got, notes))
-        streams, pack = _streams(held, got), packer(got["layout"].tobytes())
+        streams = _streams(held, got)
+        pack = packer(got["layout"].tobytes())
         upload = yield got["broadcast"].tobytes()
         masked = pack(upload, 2.0 ** int(got["head"][0]))
         apply_masks(masked, streams)
@@ -100,7 +101,8 @@ def _advertise(client: str, request: Arrays, notes: Notes) -> bytes:
 
 def _share(client: str, state: Arrays, request: Arrays, notes: Notes) -> bytes:
     you, threshold = request["head"].tolist()
-    numbers, public = client_numbers(request["numbers"]), [bytes(k) for k in request["keys"]]
+    numbers = client_numbers(request["numbers"])
+    public = [bytes(k) for k in request["keys"]]
     if (
         len(numbers) != len(public)
         or you not in numbers
@@ -163,7 +165,8 @@ def _streams(state: Arrays, request: Arrays) -> list[tuple[bytes, bool]]:
     if not 0 <= int(request["head"][0]) < 64:
         raise PayloadError("a unit of weights that is none")
     _, masking, seed = (bytes(s) for s in state["secrets"])
-    key, tag = crypto.load_private_key(masking), state["tag"].tobytes()
+    key = crypto.load_private_key(masking)
+    tag = state["tag"].tobytes()
     return [(seed, False), *(pair_mask(key, public[m].tobytes(), you, m, tag) for m in mates)]
 
 
@@ -171,7 +174,8 @@ def _unmask(client: str, state: Arrays, request: Arrays, notes: Notes) -> bytes:
     """Of each neighbour one share: of its seed if its vector is in the sum, of its masking key if it left. Never both: what
     is asked for twice or inconsistently is refused, and a second request of the round finds no notes."""
     you, threshold = state["head"].tolist()
-    survivors, dropped = client_numbers(request["survivors"]), client_numbers(request["dropped"])
+    survivors = client_numbers(request["survivors"])
+    dropped = client_numbers(request["dropped"])
     if both := set(survivors) & set(dropped):
         raise PayloadError(f"asked for both secrets of client number {min(both)}")
     if set(survivors) | set(dropped) != {you, *state["mates"].tolist()} or you not in survivors:
@@ -183,7 +187,8 @@ def _unmask(client: str, state: Arrays, request: Arrays, notes: Notes) -> bytes:
     others = [number for number in state["numbers"].tolist() if number != you]
     pairs = dict(zip(others, state["pairs"], strict=True))
     sealed = dict(zip(state["mates"].tolist(), state["sealed"], strict=True))
-    numbers, shares = [], []
+    numbers = []
+    shares = []
     for number in (*survivors, *dropped):
         try:
             if number == you:

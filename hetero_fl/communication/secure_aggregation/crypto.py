@@ -33,7 +33,8 @@ from hetero_fl.core.payload import PayloadError
 
 PRIME = 2**255 - 19
 KEY_LENGTH = 32  # bytes of a private key, a public key, an agreed key and a seed
-NONCE, MARK = 12, 16  # bytes that sealing adds
+NONCE = 12
+MARK = 16  # bytes that sealing adds
 
 
 def new_key() -> bytes:
@@ -115,7 +116,8 @@ def split_secret(secret: bytes, threshold: int, holders: Sequence[int]) -> list[
     ):
         raise ValueError("holders are distinct numbers from 1 on, and no fewer than the threshold")
     coefficients = [secrets.randbelow(FIELD_PRIME) for _ in range(threshold - 1)]
-    constant, made = int.from_bytes(secret, "little"), []
+    constant = int.from_bytes(secret, "little")
+    made = []
     for x in holders:
         y = 0
         for coefficient in coefficients:
@@ -139,10 +141,12 @@ def _lagrange_weights_at_zero(holders: tuple[int, ...]) -> list[int]:
     """Lagrange's weights of values at these numbers for the value at 0."""
     made = []
     for x in holders:
-        above, below = 1, 1
+        above = 1
+        below = 1
         for other in holders:
             if other != x:
-                above, below = above * other % FIELD_PRIME, below * (other - x) % FIELD_PRIME
+                above = above * other % FIELD_PRIME
+                below = below * (other - x) % FIELD_PRIME
         made.append(above * pow(below, -1, FIELD_PRIME) % FIELD_PRIME)
     return made
 
@@ -159,7 +163,8 @@ Words: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.uint64]]"
 
 def apply_masks(vector: Words, streams: Iterable[tuple[bytes, bool]]) -> None:
     """Add to the vector, modulo 2^64 and in place, the mask of each 32-byte key; True: take it off."""
-    zeros, made = bytes(8 * BLOCK), bytearray(8 * BLOCK + 15)
+    zeros = bytes(8 * BLOCK)
+    made = bytearray(8 * BLOCK + 15)
     stream = np.frombuffer(made, "<u8", BLOCK)
     ciphers = [(Cipher(AES(key), CTR(bytes(16))).encryptor(), off) for key, off in streams]
     for start in range(0, len(vector), BLOCK):
@@ -210,10 +215,10 @@ class FixedPoint:
 
 # share of clients that tell the server what they know, against whom a graph is still safe
 COLLUDING = 0.2
-SECURITY, CORRECTNESS = (
-    40,
-    20,
-)  # bits: chances of 2^-40 that an upload shows, of 2^-20 that an allowed dropout ends a round
+SECURITY = 40
+CORRECTNESS = (
+    20  # bits: chances of 2^-40 that an upload shows, of 2^-20 that an allowed dropout ends a round
+)
 
 
 def share_threshold(members: int) -> int:
@@ -249,11 +254,9 @@ def draw_neighbourhoods(clients: Sequence[int], degree: int) -> dict[int, list[i
 def _is_secure(cohort: int, survivors: int, k: int) -> bool:
     """Whether k neighbours do, for every client at once: fewer than t colluding ones; honest survivors that stay connected
     (no k/2 in a row that collude or drop out); t that stay. t of Bell et al.'s theorem 3.10 is more than half here."""
-    colluding, dropping, t = (
-        math.ceil(COLLUDING * cohort),
-        cohort - survivors,
-        share_threshold(k + 1),
-    )
+    colluding = math.ceil(COLLUDING * cohort)
+    dropping = cohort - survivors
+    t = share_threshold(k + 1)
     shown = _hypergeometric_tail(cohort - 1, colluding, k, t)
     apart = min(1.0, (colluding + dropping) / cohort) ** (k // 2)
     lost = _hypergeometric_tail(cohort - 1, dropping, k, k + 1 - t + 1)

@@ -205,11 +205,10 @@ class SecureAggregation:
     def __init__(
         self, config: SecureAggregationConfig, cohort: int, shared_setup: SharedSetup
     ) -> None:
-        self.config, self.agreed = config, shared_setup
-        self.survivors, self.fixed = (
-            config.min_survivors(cohort),
-            FixedPoint.from_config(config, cohort),
-        )
+        self.config = config
+        self.agreed = shared_setup
+        self.survivors = config.min_survivors(cohort)
+        self.fixed = FixedPoint.from_config(config, cohort)
 
     def collect(
         self, broadcasts: Mapping[str, bytes], round_idx: int

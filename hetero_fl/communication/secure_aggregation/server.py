@@ -88,10 +88,8 @@ class SecureAggregationRound:
 
         def share_request(number: int) -> dict[str, np.ndarray]:
             members = self.mask_partners[number]
-            head, public = (
-                np.array([number, self.threshold], np.int32),
-                np.stack([self.public[m] for m in members]),
-            )
+            head = np.array([number, self.threshold], np.int32)
+            public = np.stack([self.public[m] for m in members])
             return {"head": head, "numbers": np.array(members, np.int32), "keys": public}
 
         return self._requests("shares", self.mask_partners, share_request)
@@ -135,7 +133,8 @@ class SecureAggregationRound:
 
     def collect_vectors(self, replies: Replies) -> tuple[list[int], Words]:
         """Exchange 3: whose masked vectors arrived, and their sum."""
-        total, summed = np.zeros(self.layout[1], np.uint64), []
+        total = np.zeros(self.layout[1], np.uint64)
+        summed = []
         for number, got in self._valid_replies(
             "train", self.mask_partners, replies, self._check_shares
         ):

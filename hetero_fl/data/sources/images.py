@@ -160,10 +160,8 @@ def read_image_folder(path: Path, *, grouped: bool = False, side: int | None = N
         )
     files = {split: _list_files(d, grouped) for split, d in (parts or {"train": path}).items()}
     every = [entry for split in files.values() for entry in split]
-    classes, groups = (
-        natural_order({c for _, c, _ in every}),
-        natural_order({g for _, _, g in every}),
-    )
+    classes = natural_order({c for _, c, _ in every})
+    groups = natural_order({g for _, _, g in every})
     wanted = "GROUP/CLASS/image" if grouped else "CLASS/image"
     for split, entries in files.items():
         if not entries:

@@ -127,7 +127,8 @@ def _cut(
     rows = starts[:, None] + torch.arange(windows.length)
     examples = Examples(x[rows], y[starts])
     if persons:
-        examples.group, examples.group_names = whose[starts], persons
+        examples.group = whose[starts]
+        examples.group_names = persons
     if (windows.step or windows.length) < windows.length:
         examples.patient = bouts
     return _dataset(path, examples, classes, columns)
@@ -370,7 +371,8 @@ def _check_order(
     hours: np.ndarray, own: np.ndarray, name: str, dates: pd.Series, where: str, whole: bool
 ) -> None:
     """Refuse a site whose dates do not go up hour by hour."""
-    column, step = str(dates.name), np.diff(hours[own])
+    column = str(dates.name)
+    step = np.diff(hours[own])
     seen, again = np.unique(hours[own], return_index=True)
     if len(seen) < len(own):
         double = np.setdiff1d(np.arange(len(own)), again)[0]
@@ -378,10 +380,12 @@ def _check_order(
         raise_cell_error(where, int(own[double]), column, f"found '{dates.iloc[own[double]]}' a second time for site '{name}'; "
                f"it stands in row {own[before] + 1}, too")  # fmt: skip
     if (place := first_true(step < 0)) is not None:
-        late, row = own[place], int(own[place + 1])
+        late = own[place]
+        row = int(own[place + 1])
         raise_cell_error(where, row, column, f"found '{dates.iloc[row]}' after '{dates.iloc[late]}' of the same site '{name}'; "
                "put the rows in the order of their dates")  # fmt: skip
     if whole and (place := first_true(step > 1)) is not None:
-        row, lacking = int(own[place + 1]), int(step[place]) - 1
+        row = int(own[place + 1])
+        lacking = int(step[place]) - 1
         raise_cell_error(where, row, column, f"{lacking} hour{'' if lacking == 1 else 's'} of site '{name}' missing before "
                f"'{dates.iloc[row]}'; fill them in, or set series.gaps: skip")  # fmt: skip

@@ -30,7 +30,9 @@ from hetero_fl.utils.seeding import stream_key
 
 CHANNELS = ("ax", "ay", "az", "gx", "gy", "gz")
 LENGTH = 64
-PERSONS, VALIDATED, TESTED = 9, 6, 12
+PERSONS = 9
+VALIDATED = 6
+TESTED = 12
 WINDOWS = 60  # of each person of the common sets
 ABOUT = (
     "generated: six activities of persons who wear a device at the wrist, in a pocket, at the belt"
@@ -86,12 +88,14 @@ def activity(config: SourceConfig, root: Path) -> Dataset:
     if config.path is not None:
         from hetero_fl.data.sources.recordings import read_recorded  # loads pandas
 
-        path, cut = Path(config.path).expanduser(), config.windows or WindowsConfig()
+        path = Path(config.path).expanduser()
+        cut = config.windows or WindowsConfig()
         return read_recorded(path, cut, config.label, config.group)
     for name in ("label", "group", "windows"):
         if getattr(config, name) is not None:
             raise UserError(f"{name}: is for a file, but there is no path; leave it out")
-    windows, done = [], []
+    windows = []
+    done = []
     for number in range(PERSONS):
         draws = _draws("person", number)
         y = draws.choice(
@@ -100,7 +104,8 @@ def activity(config: SourceConfig, root: Path) -> Dataset:
         windows.append(record(person(number), y, draws))
         done.append(y)
     owners = torch.repeat_interleave(torch.arange(PERSONS), torch.tensor([len(y) for y in done]))
-    x, labels = torch.from_numpy(np.concatenate(windows)), torch.from_numpy(np.concatenate(done))
+    x = torch.from_numpy(np.concatenate(windows))
+    labels = torch.from_numpy(np.concatenate(done))
     train = Examples(x, labels, owners, tuple(f"person_{i + 1}" for i in range(PERSONS)))
     validation = _draw_constants(range(PERSONS, PERSONS + VALIDATED))
     test = _draw_constants(range(PERSONS + VALIDATED, PERSONS + VALIDATED + TESTED))
@@ -111,10 +116,8 @@ def activity(config: SourceConfig, root: Path) -> Dataset:
 def person(number: int) -> Person:
     """The person of that number; placements and rates in turn."""
     draws = _draws("device", number)
-    placement, rate = (
-        tuple(PLACEMENTS)[number % len(PLACEMENTS)],
-        RATES[number // len(PLACEMENTS) % len(RATES)],
-    )
+    placement = tuple(PLACEMENTS)[number % len(PLACEMENTS)]
+    rate = RATES[number // len(PLACEMENTS) % len(RATES)]
     angles = np.array(PLACEMENTS[placement][1]) + draws.normal(0, 0.1, 3)
     cadence, strength = np.exp(draws.normal(0, [0.08, 0.15]))
     return Person(
@@ -129,7 +132,8 @@ def person(number: int) -> Person:
 
 def record(person: Person, y: np.ndarray, draws: np.random.Generator) -> np.ndarray:
     """A window of each of these activities (places in `NAMES`), float32 `[N, 64, 6]`."""
-    n, motions = len(y), tuple(ACTIVITIES.values())
+    n = len(y)
+    motions = tuple(ACTIVITIES.values())
     time = np.arange(LENGTH) / person.rate
     cadence = (
         np.array([m.cadence for m in motions])[y]
@@ -165,7 +169,8 @@ def _rotation(angles: np.ndarray) -> np.ndarray:
     whole = np.eye(3)
     for axis, angle in enumerate(angles):
         turn = np.eye(3)
-        i, j = (axis + 1) % 3, (axis + 2) % 3
+        i = (axis + 1) % 3
+        j = (axis + 2) % 3
         turn[i, i] = turn[j, j] = np.cos(angle)
         turn[i, j], turn[j, i] = -np.sin(angle), np.sin(angle)
         whole = turn @ whole

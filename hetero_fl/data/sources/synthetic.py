@@ -64,7 +64,8 @@ def make_images(
         )
 
     about = "generated: class patterns under noise"
-    train, test = make(rows), make(test_rows)
+    train = make(rows)
+    test = make(test_rows)
     return Dataset(
         "synthetic_images",
         Task("multiclass", classes),
@@ -95,7 +96,8 @@ def make_table(
 
     names = tuple(f"x{i + 1}" for i in range(columns))
     about = "generated: a linear rule under noise"
-    train, test = make(rows), make(test_rows)
+    train = make(rows)
+    test = make(test_rows)
     return Dataset(
         "synthetic_table",
         Task(kind, outputs),
@@ -135,8 +137,11 @@ def _groups(n: int, draws: torch.Generator) -> Tensor:
 # Everything is drawn patient by patient, by a hash of (split, row, draw): a patient's profile does
 # not depend on how many others there are.
 
-GENES, RESPONSES = 60, (0.7, -0.7, 0.5, -0.5, 0.0, 0.0, 0.0, 0.0)
-BATCH, NOISE, WITHOUT_GENES = 0.5, 1.0, 0.3
+GENES = 60
+RESPONSES = (0.7, -0.7, 0.5, -0.5, 0.0, 0.0, 0.0, 0.0)
+BATCH = 0.5
+NOISE = 1.0
+WITHOUT_GENES = 0.3
 HOSPITALS = {  # share of the patients, weight of the healthy ones
     "university_1": (0.22, 1.5),
     "university_2": (0.22, 0.6),
@@ -157,7 +162,8 @@ def xray_genes(config: SourceConfig, root: Path) -> Dataset:
     hospitals = _hospitals(real.train)
     train = _rows(real.train, "train", hospitals)
     names = tuple(HOSPITALS)
-    image, genes = (slice(0, BLOCKS[0].size), slice(BLOCKS[0].size, None))
+    image = slice(0, BLOCKS[0].size)
+    genes = slice(BLOCKS[0].size, None)
     kinds = torch.tensor(
         [("university", "clinic", "institute").index(n.split("_")[0]) for n in names]
     )[hospitals]

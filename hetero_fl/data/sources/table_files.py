@@ -377,7 +377,8 @@ def read_table(
         rest, commas = decimal_commas(rest.drop(columns=labels), where, given)
     else:
         rest, commas = decimal_commas(rest, where, given)
-        targets, rest = rest[labels], rest.drop(columns=labels)
+        targets = rest[labels]
+        rest = rest.drop(columns=labels)
     encoded = find_categories(rest, where) if categories is None else categories
     encoded = {
         str(name): tuple(encoded[str(name)]) for name in rest.columns if str(name) in encoded

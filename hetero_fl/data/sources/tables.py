@@ -109,10 +109,8 @@ def bank_fraud(config: SourceConfig, root: Path) -> Dataset:
 
 def payments(bank: str, rows: int, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Rows of one bank as it measures them, float32 `[rows, columns]` with NaN for what it does not have, and which are fraud."""
-    own, draws = (
-        OWN[bank.split("_")[0]],
-        np.random.default_rng(stream_key("data", "bank_fraud", bank, split)),
-    )
+    own = OWN[bank.split("_")[0]]
+    draws = np.random.default_rng(stream_key("data", "bank_fraud", bank, split))
     value = {name: draws.normal(size=rows) for name in COLUMNS}
     value |= {
         name: (draws.random(rows) < share).astype(np.float64) for name, share in MARKS.items()
@@ -130,7 +128,8 @@ def payments(bank: str, rows: int, split: str) -> tuple[np.ndarray, np.ndarray]:
     risk += 0.5 * draws.logistic(size=rows)
     fraud = (risk > np.quantile(risk, 1 - BANKS[bank][1])).astype(np.int64)
     device = np.random.default_rng(stream_key("data", "bank_fraud", bank, "drift"))
-    factor, moved = np.exp(device.normal(0, 0.3, len(COLUMNS))), device.normal(0, 0.5, len(COLUMNS))
+    factor = np.exp(device.normal(0, 0.3, len(COLUMNS)))
+    moved = device.normal(0, 0.5, len(COLUMNS))
     for i, name in enumerate(COLUMNS):
         if name not in MARKS:
             value[name] = factor[i] * value[name] + moved[i]

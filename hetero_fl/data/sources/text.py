@@ -28,7 +28,8 @@ def text(config: SourceConfig, root: Path) -> Dataset:
     `group: file` says that each file of the folder is one client's. With `text.predict: class` a line is the class, a
     tabulator, and the message. Words are numbered by the file `text.public` or by hashing, never by what clients wrote.
     """
-    settings, path = config.text or TextConfig(), Path(str(config.path)).expanduser()
+    settings = config.text or TextConfig()
+    path = Path(str(config.path)).expanduser()
     if config.group not in (None, "file"):
         raise UserError(
             f"group: found '{config.group}'; choose file (a client for each file of the folder)"
@@ -162,7 +163,9 @@ def _parts(line: str, where: str) -> tuple[str, str]:
 # templates alike, no habits and no contacts; so have the common validation and test sets, of
 # messages that nobody else wrote.
 
-PHONES, PUBLIC, COMMON = 12, 400, 250
+PHONES = 12
+PUBLIC = 400
+COMMON = 250
 CONTACTS = 3
 ABOUT = "generated: messages by a grammar of six topics, phones with topics, habits and contacts of their own"
 SLOTS = ("VERB", "THING", "PLACE", "QUALITY")
@@ -256,10 +259,8 @@ def phone_messages(config: SourceConfig, root: Path) -> Dataset:
         topics += [topic for _, topic in found]
         owners += [phone] * len(found)
     train, whose = examples_of(texts, topics, text, vocabulary)
-    train.group, train.group_names = (
-        torch.tensor(owners)[whose],
-        tuple(f"phone_{i + 1:02d}" for i in range(PHONES)),
-    )
+    train.group = torch.tensor(owners)[whose]
+    train.group_names = tuple(f"phone_{i + 1:02d}" for i in range(PHONES))
     validation, test = (_public(text, vocabulary, name, COMMON) for name in ("validation", "test"))
     task = task_of(text, vocabulary, TOPICS)
     return Dataset(
@@ -283,10 +284,8 @@ def writer(phone: int) -> Writer:
     """The owner of a phone."""
     draws = _draws("writer", phone)
     names = _contacts()[CONTACTS * phone : CONTACTS * (phone + 1)]
-    topics, templates = (
-        draws.dirichlet([0.3] * len(TOPICS)),
-        draws.dirichlet([1.0] * len(TEMPLATES)),
-    )
+    topics = draws.dirichlet([0.3] * len(TOPICS))
+    templates = draws.dirichlet([1.0] * len(TEMPLATES))
     return Writer(topics, templates, names, int(draws.integers(1, 10)))
 
 

@@ -60,7 +60,8 @@ class Periods:
     @classmethod
     def from_series(cls, sites: Sequence[HourlySeries], config: SeriesConfig) -> Periods:
         """Shares of the time from the first hour of any site to the last, the same dates for all."""
-        first, last = min(s.start for s in sites), max(s.end for s in sites)
+        first = min(s.start for s in sites)
+        last = max(s.end for s in sites)
         validation = last - round(config.test * (last - first))
         return cls(validation - round(config.validation * (last - first)), validation)
 
@@ -87,7 +88,8 @@ def make_windows(
         rows = _rows(site, config, periods, task)
         for part, mask in _parts(rows, config, periods).items():
             own = rows.select_rows(torch.nonzero(mask).squeeze(1))
-            own.group, own.group_names = torch.full((len(own),), place), names
+            own.group = torch.full((len(own),), place)
+            own.group_names = names
             if part == "train" and not len(own):
                 raise UserError(
                     f"series: site '{site.name}' begins on {_date(site.start)}, too late: rows to train on need a week and a "
@@ -120,27 +122,31 @@ def mean_level(site: HourlySeries, periods: Periods) -> float:
 
 def _rows(site: HourlySeries, config: SeriesConfig, periods: Periods, task: Task) -> Examples:
     """Every row of a site that has its window, the week before and its targets; `time` is the last target's."""
-    window, horizons = config.window, np.array(config.horizons)
+    window = config.window
+    horizons = np.array(config.horizons)
     begin = WEEK - horizons[0] + window - 1
     if config.level == "week":  # hours before the first would be read off the end
         begin = max(begin, WEEK - 1)
     now = np.arange(begin, len(site.value) - horizons[-1])  # the last hour that a row sees
     seen = now[:, None] + np.arange(1 - window, 1)
     past = slice(0, max(0, periods.train + 1 - site.start))
-    value, scale = site.value, np.full((len(now), 1), mean_level(site, periods))
+    value = site.value
+    scale = np.full((len(now), 1), mean_level(site, periods))
     if config.level == "week":
         week = value[now[:, None] + np.arange(1 - WEEK, 1)]
         scale = np.where(np.isfinite(week).all(1), week.mean(1), np.nan)[:, None]
         scale[scale <= 0] = np.nan  # nothing to be relative to: no row
     hour = (site.start + seen).astype(np.float64)
-    day, weekly = 2 * np.pi * hour / 24, 2 * np.pi * (hour + 72) / WEEK  # 1970 began on a Thursday
+    day = 2 * np.pi * hour / 24
+    weekly = 2 * np.pi * (hour + 72) / WEEK  # 1970 began on a Thursday
     columns = [value[seen] / scale, *(value[seen + h - WEEK] / scale for h in horizons)]
     known = columns.copy()
     columns += [np.sin(day), np.cos(day), np.sin(weekly), np.cos(weekly)]
     columns += [_standardize(column, past)[seen] for column in site.weather.T]
     columns += [column[seen] / scale for column in site.lanes.T]
     ahead = now[:, None] + horizons
-    target, before = value[ahead] / scale, value[ahead - WEEK] / scale
+    target = value[ahead] / scale
+    before = value[ahead - WEEK] / scale
     persistence = np.repeat(value[now][:, None] / scale, len(horizons), 1)
     whole = np.isfinite(np.concatenate([*known, target, persistence, before], 1)).all(1)
     said = {"persistence": persistence, "a week before": before}
@@ -256,7 +262,8 @@ JUNCTIONS: dict[str, tuple[float, int, float, float, float, float, bool]] = {
     "sensor_2": (25.0, 190, 0.60, 0.0, 0.10, 0.20, False),
     PUBLIC: (200.0, 0, 0.60, 0.0, 0.20, 0.15, False),
 }
-LANES, WEATHER = 3, 2
+LANES = 3
+WEATHER = 2
 
 
 @register_source("traffic", keys=("path", "label", "group", "series"), generates=True)
@@ -331,7 +338,8 @@ def make_junctions(days: int = DAYS, seed: int = 0) -> list[HourlySeries]:
 
 def _profile(hour: np.ndarray, peaks: float, shift: float) -> np.ndarray:
     """Mean about 1 over a week."""
-    clock, weekend = (hour % 24).astype(np.float64), hour // 24 % 7 >= 5
+    clock = (hour % 24).astype(np.float64)
+    weekend = hour // 24 % 7 >= 5
 
     def bump(middle: float, width: float) -> np.ndarray:
         away = np.minimum(abs(clock - middle), 24 - abs(clock - middle))
@@ -346,7 +354,9 @@ def _profile(hour: np.ndarray, peaks: float, shift: float) -> np.ndarray:
 
 def _drift(draws: np.random.Generator, hours: int, size: float) -> np.ndarray:
     """An autoregression of standard deviation `size`."""
-    steps, found, last = draws.normal(0, size * (1 - 0.9**2) ** 0.5, hours), np.empty(hours), 0.0
+    steps = draws.normal(0, size * (1 - 0.9**2) ** 0.5, hours)
+    found = np.empty(hours)
+    last = 0.0
     for t, step in enumerate(steps):
         last = found[t] = 0.9 * last + step
     return found
@@ -364,9 +374,11 @@ def _weather(draws: np.random.Generator, hours: int) -> np.ndarray:
 
 def _incidents(draws: np.random.Generator, hours: int) -> tuple[np.ndarray, np.ndarray]:
     """Factors on the count, and on the first lane, which empties an hour before, `[hours]` each."""
-    whole, lane = np.ones(hours), np.ones(hours)
+    whole = np.ones(hours)
+    lane = np.ones(hours)
     for begin in np.flatnonzero(draws.random(hours) < 1 / 120):
-        end, lost = begin + draws.integers(2, 7), draws.uniform(1 / 3, 2 / 3)
+        end = begin + draws.integers(2, 7)
+        lost = draws.uniform(1 / 3, 2 / 3)
         whole[begin:end] = 1 - lost
         whole[end : end + 2] *= 1 + lost / 3
         lane[max(0, begin - 1) : end] = 0.3

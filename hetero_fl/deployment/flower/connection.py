@@ -55,7 +55,8 @@ from hetero_fl.utils.errors import RunFailedError, UserError
 # How often to ask whether something has come: often at first, seldom when nothing has come for
 # long.
 
-SHORTEST, LONGEST = 0.02, 0.5  # seconds
+SHORTEST = 0.02
+LONGEST = 0.5  # seconds
 # a factor from one question to the next: the longest pause after 24, three seconds in all
 SLOWER = 1.15
 
@@ -68,7 +69,8 @@ class PollBackoff:
 
     def next_delay(self) -> float:
         """Seconds until the next question."""
-        pause, self._pause = self._pause, min(self._pause * SLOWER, LONGEST)
+        pause = self._pause
+        self._pause = min(self._pause * SLOWER, LONGEST)
         return pause
 
     def reset(self) -> None:
@@ -107,7 +109,8 @@ def translate_call_errors(address: str) -> Iterator[None]:
             ) from None
         raise UnreachableError(f"{address}: {error or type(error).__name__}") from None
     except httpx.HTTPStatusError as error:
-        status, told = error.response.status_code, _server_message(error.response)
+        status = error.response.status_code
+        told = _server_message(error.response)
         if status in (401, 412):
             raise UnknownCallerError(told) from None
         if status == 403:
@@ -132,7 +135,8 @@ def _reason(error: Exception) -> str:
 
 SERVER = Node(node_id=SUPERLINK_NODE_ID)
 KIND = "query"  # Flower wants one of its own
-HEAD, BODY = "head", "body"
+HEAD = "head"
+BODY = "body"
 # bytes; a body of no more goes with the head, which saves six of fourteen calls each way
 SMALL = 2**16
 PARTS_TIMEOUT = 60.0  # seconds within which the parts of a message that is announced must have come
@@ -201,7 +205,8 @@ def answer_message(message: Message, answer: Envelope | None, after: float) -> M
 
 
 def _content(envelope: Envelope) -> RecordDict:
-    head, body = ConfigRecord(dict(envelope.head)), envelope.body
+    head = ConfigRecord(dict(envelope.head))
+    body = envelope.body
     if len(body) <= SMALL:
         return RecordDict({HEAD: head, BODY: ConfigRecord({BODY: body})})
     array = Array(dtype="uint8", shape=(len(body),), stype="bytes", data=body)
@@ -212,7 +217,8 @@ def envelope_of(message: Message) -> Envelope | None:
     """What a message holds; None if it says that something failed, or was not made by `message_to_node` or `answer_message`."""
     if not message.has_content():
         return None
-    small, large = message.content.config_records, message.content.array_records
+    small = message.content.config_records
+    large = message.content.array_records
     try:
         head = small[HEAD]
         body = large[BODY][BODY].data if BODY in large else small[BODY][BODY]

@@ -79,11 +79,15 @@ def serve(
     """
     stop = stop or threading.Event()
     with _FlowerNode(address, key, authority, memory, most) as member:
-        refused, rest, said = None, RETRY_DELAYS[0], ""
+        refused = None
+        rest = RETRY_DELAYS[0]
+        said = ""
         while not stop.is_set():
             try:
                 member.join()
-                refused, rest, said = None, RETRY_DELAYS[0], ""
+                refused = None
+                rest = RETRY_DELAYS[0]
+                said = ""
                 member.work(handle, stop)
             except UnknownCallerError as error:
                 refused = refused or time.monotonic()
@@ -112,7 +116,9 @@ class _FlowerNode:
         memory: Path | None,
         most: int,
     ) -> None:
-        self._address, self._memory, self._most = address, memory, most
+        self._address = address
+        self._memory = memory
+        self._most = most
         self._public = public_bytes(key.public_key())
         context = ssl.create_default_context(cafile=authority) if authority else False
         self._client = FleetHttpClient(
@@ -178,7 +184,8 @@ class _FlowerNode:
             began = time.monotonic()
             try:
                 with translate_call_errors(self._address):
-                    run, tree = got.messages_list[0].metadata.run_id, got.message_object_trees[0]
+                    run = got.messages_list[0].metadata.run_id
+                    tree = got.message_object_trees[0]
                     message = fetch(self._client, node, run, tree, self._most)
             except MessageTooLongError as error:
                 log.warning("a message was not read (message_bytes): %s", error)

@@ -147,7 +147,8 @@ def _pack_app() -> bytes:
 
 POLL_SECONDS = 1.0  # seconds between looks at who is there, while answers are waited for
 LINGER = 3.0  # seconds at the end in which nodes may take and answer the last messages
-TRIES, REST = 5, 0.5  # of a call that nobody answers; seconds between them
+TRIES = 5
+REST = 0.5  # of a call that nobody answers; seconds between them
 
 T = TypeVar("T")
 
@@ -172,7 +173,8 @@ class FlowerTransport:
     def __init__(
         self, superlink: SuperLink, keys: Mapping[str, PublicKey], most: int = MESSAGE_BYTES
     ) -> None:
-        self._superlink, self._most = superlink, most
+        self._superlink = superlink
+        self._most = most
         self._names = {public_bytes(key): name for name, key in keys.items()}
         self._connected_nodes: dict[int, tuple[str, str]] = {}  # number -> name, since when
         self._sent: dict[str, _PendingMessage] = {}
@@ -233,13 +235,15 @@ class FlowerTransport:
 
     def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
         """Answers that have come, waiting up to so many seconds for the first; None where none will ever come."""
-        end, look = time.monotonic() + wait, time.monotonic() + POLL_SECONDS
+        end = time.monotonic() + wait
+        look = time.monotonic() + POLL_SECONDS
         while True:
             answers: dict[str, Envelope | None] = {n: None for n in numbers if n not in self._sent}
             if asked := [n for n in numbers if n in self._sent]:
                 answers |= self._answers(asked)
             if not answers and time.monotonic() >= look:
-                answers, look = self._lost_messages(asked), time.monotonic() + POLL_SECONDS
+                answers = self._lost_messages(asked)
+                look = time.monotonic() + POLL_SECONDS
             for number in answers:
                 self._sent.pop(number, None)
             if answers:

@@ -59,7 +59,8 @@ def run_local_federation(
         superlink = SuperLink()
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hetero_fl-sites-")))
         own = make_node_key(scratch / "server")
-        keys, sites = {}, []
+        keys = {}
+        sites = []
         allows = {"own_code": list(find_references(config.model_dump()))}
         for client in expand_population(config.clients):
             folder = str((path / SITES / client).resolve())
@@ -98,8 +99,11 @@ class _WatchedTransport:
     """A transport to nodes that are our own: it fails when they do, instead of waiting for them."""
 
     def __init__(self, transport: Transport, launcher: CompanionProcess) -> None:
-        self._transport, self._launcher = transport, launcher
-        self.push, self.pull, self.close = transport.push, transport.pull, transport.close
+        self._transport = transport
+        self._launcher = launcher
+        self.push = transport.push
+        self.pull = transport.pull
+        self.close = transport.close
 
     def nodes(self) -> Collection[int]:
         self._launcher.check()

@@ -32,7 +32,9 @@ from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.text import pluralize
 
-CLIENTS, SHADOWS, IMAGES = 2, 4, 3
+CLIENTS = 2
+SHADOWS = 4
+IMAGES = 3
 # sections of the configuration that change what an upload tells
 PROTECTIONS = ("channel", "privacy")
 Attack = Literal["membership", "inversion", "both"]
@@ -85,7 +87,8 @@ def audit(
         raise UserError(
             f"--batch, --images: found {batch} and {images}; take 1 to 4 images a step, and 1 step or more"
         )
-    summary, models = run.summary, run.models
+    summary = run.summary
+    models = run.models
     chosen = (
         list(dict.fromkeys(clients)) if clients else [c for c in models if c != "server"][:CLIENTS]
     )
@@ -140,7 +143,8 @@ def _membership(
     notes: list[str],
     say: Say,
 ) -> list[Json]:
-    data, rounds = prepared.data, run.summary["rounds_completed"]
+    data = prepared.data
+    rounds = run.summary["rounds_completed"]
     task = data.task
     asked = {client: candidates(data, client, seed) for client in clients}
     if any(c.examples.time is not None for c in asked.values()):
@@ -169,7 +173,8 @@ def _membership(
         say(f"shadow {s + 1} of {shadows}: {time.perf_counter() - begun:.0f} s")
     found = []
     for client, c in asked.items():
-        logits, y = client_logits(run.models[client], c.examples), targets(c.examples)
+        logits = client_logits(run.models[client], c.examples)
+        y = targets(c.examples)
         scores = {"loss": loss_score(task, logits, y)}
         if shadows:
             scores["lira"] = likelihood_ratio(
@@ -204,7 +209,8 @@ def _inversion(
         )
     if protect is not None and "as trained" in ways:
         ways["with protect"] = (prepared, protect)
-    found, pictures = [], []
+    found = []
+    pictures = []
     for client in clients:
         if why := reason_not_invertible(prepared, client):
             notes.append(why)

@@ -49,17 +49,20 @@ def psnr(found: Tensor, true: Tensor) -> float:
 def ssim(found: Tensor, true: Tensor, window: int = 7) -> float:
     """Structural similarity of images `[C, H, W]` in 0..1, the mean over windows (Wang et al. 2004, eq. 13); 1 for equal ones."""
     window = min(window, *true.shape[-2:])
-    a, b = found[None].double(), true[None].double()
+    a = found[None].double()
+    b = true[None].double()
 
     def mean(x: Tensor) -> Tensor:
         return F.avg_pool2d(x, window, stride=1)
 
     n = window**2 / (window**2 - 1)
-    ma, mb = mean(a), mean(b)
+    ma = mean(a)
+    mb = mean(b)
     va, vb, both = (
         n * (mean(x * y) - p * q) for x, y, p, q in ((a, a, ma, ma), (b, b, mb, mb), (a, b, ma, mb))
     )
-    c1, c2 = 0.01**2, 0.03**2
+    c1 = 0.01**2
+    c2 = 0.03**2
     return float(
         ((2 * ma * mb + c1) * (2 * both + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))).mean()
     )
@@ -99,7 +102,9 @@ class SingleStepMethod:
     """A method whose clients take a single step of SGD on some of their training rows; all else is the method's own."""
 
     def __init__(self, method: Algorithm, rows: Tensor, rate: float) -> None:
-        self.method, self.rows, self.rate = method, rows, rate
+        self.method = method
+        self.rows = rows
+        self.rate = rate
         self.rounds: list[
             list[Fit]
         ] = []  # the fits of each time that it was carried out, the server's dry runs included
@@ -109,7 +114,8 @@ class SingleStepMethod:
 
     def train(self, client: Participant, received: Payload) -> Plan[Any]:
         """The method's round of a client, its fits on own rows cut to one step."""
-        plan, answer = self.method.train(client, received), None
+        plan = self.method.train(client, received)
+        answer = None
         self.rounds.append([])
         while True:
             try:
@@ -139,8 +145,10 @@ class SingleStepMethod:
 
 def reason_not_invertible(prepared: PreparedRun, client: str) -> str | None:
     """Why no image can be sought in this client's upload; None if one can."""
-    method, card = prepared.method, prepared.federation.client_infos[client]
-    spec, shape = method.uploads.get(MODEL), card.arch.input_shape
+    method = prepared.method
+    card = prepared.federation.client_infos[client]
+    spec = method.uploads.get(MODEL)
+    shape = card.arch.input_shape
     sends = method.upload_part(card.settings, card.settings.share_every - 1) != ()
     if spec is None or spec.kind != "params" or not method.counts_traffic or not sends:
         return f"{prepared.name}: '{client}' sends no parameters of its model; there is no gradient to invert"
@@ -167,7 +175,8 @@ def observe_upload(
         UserError: no update came of the step.
     """
     card = prepared.federation.client_infos[client]
-    rate, index = card.settings.optimizer.lr, card.settings.share_every - 1
+    rate = card.settings.optimizer.lr
+    index = card.settings.share_every - 1
     method = SingleStepMethod(prepared.method, rows, rate)
     runtime = prepared.config.runtime.model_copy(
         update={"executor": "serial", "precision": "float32"}
@@ -204,7 +213,8 @@ def observe_upload(
 # image whose gradient points where the upload does, found by descent on 1 − cosine + total
 # variation (Geiping et al. 2020, eq. 4).
 
-STEPS, RATE = 800, 0.1
+STEPS = 800
+RATE = 0.1
 SMOOTH = (0.01, 0.05, 0.2)  # weights of the total variation: a beginning for each
 Protect = Callable[[Tensors], Tensors]
 Say = Callable[[str], None]
@@ -221,7 +231,9 @@ class Inverter:
     def __init__(
         self, upload: ObservedUpload, labels: Tensor, view: Callable[[Tensor], Tensor]
     ) -> None:
-        self.upload, self.labels, self.seen = upload, labels, view
+        self.upload = upload
+        self.labels = labels
+        self.seen = view
         with torch.random.fork_rng(devices=[]):
             self.module: SplitModel = upload.arch.build()
         counters = {n: t for n, t in self.module.state_dict().items() if n not in upload.model}
@@ -256,11 +268,13 @@ class Inverter:
         optimizer = torch.optim.Adam([pixels], lr=RATE)
         marks = [int(steps * part) for part in (3 / 8, 5 / 8, 7 / 8)]
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, marks, gamma=0.1)
-        best, least = start, math.inf
+        best = start
+        least = math.inf
         for _ in range(steps):
             cost = self.distance(pixels, preprocess=True) + smooth * total_variation(pixels)
             if float(cost.detach()) < least:
-                best, least = pixels.detach().clone(), float(cost.detach())
+                best = pixels.detach().clone()
+                least = float(cost.detach())
             (slope,) = torch.autograd.grad(cost, [pixels])
             pixels.grad = slope.sign()
             optimizer.step()
@@ -367,7 +381,8 @@ def invert(
     test set: what needs no upload.
     """
     prepared, _ = next(iter(ways.values()))
-    data, view = prepared.data, prepared.federation.client_infos[client].preprocess
+    data = prepared.data
+    view = prepared.federation.client_infos[client].preprocess
     train = data.columns(client, "train", view)
     low, high = _value_range(unprocessed_rows(data, client, ["train"]).x, view)
     guess = data.columns(client, "common_test", view)["x"].mean(0, keepdim=True)
@@ -377,8 +392,10 @@ def invert(
 
     for number in range(images):
         rows = _drawn(train["y"], batch, "audit", seed, "inversion", client, number)
-        true, blind = pixels(train["x"][rows]), pixels(guess).expand(len(rows), -1, -1, -1)
-        figures, found = [{"way": "blind", **image_similarity(blind, true)}], {}
+        true = pixels(train["x"][rows])
+        blind = pixels(guess).expand(len(rows), -1, -1, -1)
+        figures = [{"way": "blind", **image_similarity(blind, true)}]
+        found = {}
         for way, (setting, protect) in ways.items():
             begun = time.perf_counter()
             given = observe_upload(setting, client, rows, protect)

@@ -62,7 +62,9 @@ def likelihood_ratio(target: Tensor, shadows: Tensor, inside: Tensor) -> Tensor:
         shadows: of the shadow models, `[S, N]`.
         inside: which of them were trained on the example, bool `[S, N]`; at least two with and two without it.
     """
-    means, squares, freedom = [], torch.zeros((), dtype=target.dtype), 0
+    means = []
+    squares = torch.zeros((), dtype=target.dtype)
+    freedom = 0
     for side in (inside, ~inside):
         means.append((shadows * side).sum(0) / side.sum(0))
         squares = squares + ((shadows - means[-1]) * side).square().sum()
@@ -89,11 +91,13 @@ class AttackScore:
 def score_attack(scores: Tensor, member: Tensor, *key: Key) -> AttackScore:
     """Of scores `[N]`, high for members, and who is one, bool `[N]`. Standard errors by a bootstrap over members and over
     non-members, drawn by the key; they do not know of the luck of training, in the target or in the shadows."""
-    ins, outs = scores[member], scores[~member].sort().values
+    ins = scores[member]
+    outs = scores[~member].sort().values
     draws = keyed_generator(*key)
     picked_in = torch.randint(len(ins), (RESAMPLES, len(ins)), generator=draws)
     picked_out = torch.randint(len(outs), (RESAMPLES, len(outs)), generator=draws)
-    areas, hits = [], []
+    areas = []
+    hits = []
     for i, o in zip(picked_in, picked_out, strict=True):
         some = outs[o].sort().values
         areas.append(_roc_area(ins[i], some))
@@ -149,7 +153,8 @@ class Candidates:
         """Which rows each shadow trains on, bool `[shadows, N]`: drawn half of each class, and the other half for the next
         shadow, so that every row is in half of them."""
         unit = self.unit.unique(return_inverse=True)[1]
-        label, drawn = most_common_stratum(self.stratum, unit), []
+        label = most_common_stratum(self.stratum, unit)
+        drawn = []
         for pair in range(shadows // 2):
             turn = torch.rand(
                 len(label),
@@ -174,11 +179,10 @@ def candidates(data: FederatedData, client: str, seed: int) -> Candidates:
 
     Raises UserError where too few are left once classes are matched.
     """
-    train, held = (
-        unprocessed_rows(data, client, ["train"]),
-        unprocessed_rows(data, client, ["test", "validation"]),
-    )
-    task, draws = data.task, keyed_generator("audit", seed, "candidates", client)
+    train = unprocessed_rows(data, client, ["train"])
+    held = unprocessed_rows(data, client, ["test", "validation"])
+    task = data.task
+    draws = keyed_generator("audit", seed, "candidates", client)
     both = concatenate_examples([train, held])
     stratum = row_strata(_examples_targets(both), task)
     pairs: list[Tensor] = []
@@ -215,7 +219,9 @@ def train_shadow(
 ) -> dict[str, SavedModel]:
     """The run once more, with these training rows of some clients and random draws of its own (initial weights, cohorts,
     batches, noise): those clients' models at the end."""
-    data, method, before = ResampledData(prepared.data, train), prepared.method, prepared.federation
+    data = ResampledData(prepared.data, train)
+    method = prepared.method
+    before = prepared.federation
     archs = (
         {id: card.arch for id, card in before.client_infos.items()}
         if method.has_models_per_client

@@ -283,7 +283,8 @@ def _largest_difference(
     run: Run, name: str, scorer: Scorer, file_format: str, personal: bool
 ) -> float:
     """The largest difference to the run's own predictions, relative to them where they are larger than 1."""
-    model, largest = run.models[name], 0.0
+    model = run.models[name]
+    largest = 0.0
     for size in BATCHES:
         given = draw_inputs(model, size, keyed_generator("export", ROWS, size))
         wanted = run.predict(name, to_predict_form(model, given), personal)

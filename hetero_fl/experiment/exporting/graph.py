@@ -81,7 +81,8 @@ def side_by_side(view: Preprocess) -> bool:
 
 def inputs_of(model: SavedModel) -> tuple[Input, ...]:
     """What the exported graph takes: tokens, images, rows or series; a block of several each by itself."""
-    view, seen = Preprocess(**model.preprocess), model.arch.input_shape
+    view = Preprocess(**model.preprocess)
+    seen = model.arch.input_shape
     gaps = view.missing is not None
     if model.arch.vocabulary is not None:
         return (Input("tokens", "tokens", seen, tokens=model.arch.vocabulary),)
@@ -191,7 +192,8 @@ class ExportedModel(nn.Module):
 
     def __init__(self, model: SavedModel, personal: bool) -> None:
         super().__init__()
-        self.inputs, self.kind = inputs_of(model), model.task.kind
+        self.inputs = inputs_of(model)
+        self.kind = model.task.kind
         self.view = ExportedPreprocessing(model)
         self.model = model.module().requires_grad_(False)
         known = personal and model.log_prior is not None
@@ -219,7 +221,8 @@ class ExportedPreprocessing(nn.Module):
 
     def __init__(self, model: SavedModel) -> None:
         super().__init__()
-        self.inputs, self.view = inputs_of(model), Preprocess(**model.preprocess)
+        self.inputs = inputs_of(model)
+        self.view = Preprocess(**model.preprocess)
         image = len(model.arch.input_shape) == 3
         for name in ("mean", "std"):
             value = getattr(self.view, name)
@@ -267,7 +270,8 @@ class ExportedPreprocessing(nn.Module):
         return bad
 
     def _resize(self, x: Tensor) -> Tensor:
-        side, wanted = self.view.resize, self.view.channels
+        side = self.view.resize
+        wanted = self.view.channels
         if side is not None:  # of an image that has this size already it is the image
             x = F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
         if wanted == 1:

@@ -40,8 +40,11 @@ Json = dict[str, Any]
 
 def card_facts(run: Run, name: str, exported: Mapping[str, Any]) -> Json:
     """The content of `NAME.json`: what the run has recorded, and what is known of the files `exported`."""
-    summary, details, config = run.summary, run.directory.details(), run.directory.config()
-    environment, model = run.directory.environment(), run.models[name]
+    summary = run.summary
+    details = run.directory.details()
+    config = run.directory.config()
+    environment = run.directory.environment()
+    model = run.models[name]
     client = next((c for c in summary["clients"] if c["id"] == name), None)
     used = method_class(summary["algorithm"])
     told: Json = {
@@ -89,7 +92,9 @@ def card_facts(run: Run, name: str, exported: Mapping[str, Any]) -> Json:
 
 def card_markdown(content: Mapping[str, Any]) -> str:
     """The same as a page."""
-    run, model, data = content["run"], content["model"], content["data"]
+    run = content["run"]
+    model = content["model"]
+    data = content["data"]
     graph = any(file["checked"] for file in content["files"])
     parts = [
         f"# {model['id']}, of the run {run['name']}",
@@ -133,7 +138,8 @@ def _known_scores(scores: Mapping[str, Any]) -> Json:
 
 
 def _limits(content: Json, had_attack: str) -> list[str]:
-    data, home = content["data"], content["figures"].get("at home")
+    data = content["data"]
+    home = content["figures"].get("at home")
     lines = []
     if data["simulated"]:
         lines.append(
@@ -181,10 +187,8 @@ def _use(file: Json, content: Mapping[str, Any]) -> str:
         if content["inputs"][0]["kind"] in ("row", "tokens") and not content["inputs"][1:]
         else "FILE.npz"
     )
-    sizes, apart = (
-        ", ".join(map(str, file["checked"]["batches"])),
-        file["checked"]["largest_difference"],
-    )
+    sizes = ", ".join(map(str, file["checked"]["batches"]))
+    apart = file["checked"]["largest_difference"]
     return (
         f"`{file['name']}` needs {need}, and nothing of hetero_fl. Run again after it was written, on drawn examples in "
         f"batches of {sizes}, it was at most {apart:.1e} from the run's own predictions.\n\n"
@@ -219,7 +223,8 @@ def _inputs(content: Mapping[str, Any]) -> str:
 
 
 def _output(content: Mapping[str, Any]) -> str:
-    output, names = content["output"], ", ".join(content["names"][:MANY])
+    output = content["output"]
+    names = ", ".join(content["names"][:MANY])
     names += f" … (all {len(content['names']):,} in the `.json`)" if content["names"][MANY:] else ""
     text = f"Output `{output['name']}`, batch × {output['shape'][1]}, {output['dtype']}: {names}."
     if content["relative"]:

@@ -99,13 +99,11 @@ class JoiningClients:
         epochs: int,
         overrides: Sequence[str],
     ) -> None:
-        self.legacy, self.site, self.name, self.model, self.epochs = (
-            source_run,
-            site,
-            name,
-            model,
-            epochs,
-        )
+        self.legacy = source_run
+        self.site = site
+        self.name = name
+        self.model = model
+        self.epochs = epochs
         settings, fits = source_run.settings_for(model)
         taken = settings.model_dump(mode="json", exclude_unset=True)
         self.defaults = {k: v for k, v in taken.items() if k not in OF_OTHERS} | (
@@ -135,7 +133,8 @@ class JoiningClients:
 
     def federation(self, config: Config) -> tuple[FederatedData, FederationSpec]:
         """The newcomers and their rows; public rows if a teacher speaks of them."""
-        clients, site = expand_population(config.clients), self.site
+        clients = expand_population(config.clients)
+        site = self.site
         none = torch.zeros(0, dtype=torch.int64)
         private = {
             f"with_{n}": {
@@ -190,7 +189,8 @@ class JoiningClients:
             teacher = self.legacy.consensus(transfer)
             heard = usable_rows(transfer, card.preprocess) & ~teacher.isnan().any(1)
             if bool(heard.any()):
-                self.transfer, begins[TEACHER] = transfer[heard], {TEACHER: teacher[heard]}
+                self.transfer = transfer[heard]
+                begins[TEACHER] = {TEACHER: teacher[heard]}
             else:
                 why = f"of {self.teacher_on} there is none that both the newcomer and a model of the run see"
                 if requested is not None:
@@ -203,7 +203,8 @@ class JoiningClients:
 
     def _transfer_rows(self, view: Preprocess) -> tuple[Tensor, str]:
         """The raw rows on which the teacher is heard, in words, too."""
-        public, own = self.legacy.public, self.site.train.x
+        public = self.legacy.public
+        own = self.site.train.x
         fits = public is not None and view.shape(tuple(public.shape[1:])) == view.shape(
             tuple(own.shape[1:])
         )
@@ -262,7 +263,9 @@ def labels(examples: Examples) -> Tensor:
 # A newcomer: what a finished run is worth to somebody who was not in it, against the number of
 # labelled examples.
 
-PATIENTS, SEEDS, EPOCHS = (10, 30, 100, 300), (0, 1, 2, 3, 4), 10
+PATIENTS = (10, 30, 100, 300)
+SEEDS = (0, 1, 2, 3, 4)
+EPOCHS = 10
 
 
 def join(
@@ -300,7 +303,8 @@ def join(
     Raises:
         UserError: data, model or settings that do not fit the run; a backbone that nobody shared.
     """
-    legacy, out = TransferSource(Run.open(run, allow_code)), Path(out)
+    legacy = TransferSource(Run.open(run, allow_code))
+    out = Path(out)
     overrides = override_list(overrides)
     CodePermission.from_argument(allow_code).check_written(
         find_references({"--data": data, "--model": model, "overrides": overrides})

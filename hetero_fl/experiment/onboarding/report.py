@@ -121,12 +121,15 @@ def draw_join(content: Json, task: Task) -> Figure:
     for axes, metric in zip(panels, metrics, strict=True):
         for way in dict.fromkeys(row["begins"] for row in content["rows"]):
             known = [e for e in content["table"] if e["begins"] == way and e[metric] is not None]
-            x, y = [e["patients"] for e in known], np.array([e[metric] for e in known])
+            x = [e["patients"] for e in known]
+            y = np.array([e[metric] for e in known])
             spread = np.array([e[f"{metric}_std"] or 0.0 for e in known])
             axes.plot(x, y, marker=MARKERS[way], color=COLOURS[way], label=WORDS[way])
-            low, high = y - spread, y + spread
+            low = y - spread
+            high = y + spread
             if metric not in SMALLER_IS_BETTER and metric != "r2":
-                low, high = low.clip(0, 1), high.clip(0, 1)  # shares
+                low = low.clip(0, 1)
+                high = high.clip(0, 1)  # shares
             axes.fill_between(x, low, high, color=COLOURS[way], alpha=0.18, linewidth=0)
         if content["consensus"][metric] is not None:
             axes.axhline(content["consensus"][metric], color=style.INK, linewidth=0.9, linestyle=(0, (1, 1.5)),

@@ -91,7 +91,8 @@ class TransferSource:
         """Logits `[N, outputs]` of all clients' models together, each through its own preprocessing, on raw rows: the log of
         their mean probability; of regressions the mean. Whose view has nothing of a row, or lacks what it has to see, says
         nothing of it; NaN where all are silent."""
-        said, able = [], []
+        said = []
+        able = []
         for model in self.models.values():
             view = Preprocess(**model.preprocess)
             found = view.shape(tuple(x.shape[1:]), "the run's preprocessing")

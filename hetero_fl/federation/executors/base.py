@@ -86,8 +86,10 @@ class InProcessExecutor:
     """One site in this process; `chunk` clients of one architecture at a time."""
 
     def __init__(self, site: ClientRuntime, chunk: int = 1) -> None:
-        self.runtime, self.chunk = site, chunk
-        self.store, self.backend = site.store, site.backend
+        self.runtime = site
+        self.chunk = chunk
+        self.store = site.store
+        self.backend = site.backend
 
     def run(self, requests: Messages) -> Iterator[tuple[str, Reply]]:
         for ids in client_chunks(requests, self.runtime.federation.client_infos, self.chunk):

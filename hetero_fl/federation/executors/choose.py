@@ -100,7 +100,8 @@ TRAFFIC = 3e8
 # (benchmarks/speed/threads.py)
 LARGE_STEP = 5e7
 # of a core's time that one more worker, and one more thread in large steps, gains
-WORKER, THREAD = 0.9, 0.5
+WORKER = 0.9
+THREAD = 0.5
 # clients of one architecture from which computing them together may pay on a CPU
 MIN_VECTORIZED_CLIENTS = 8
 SMALL_STEP = 2e7  # floating-point operations of a step forward up to which it does
@@ -178,18 +179,17 @@ class RunLoad:
 
 def choose_executor(config: Config, federation: FederationSpec) -> ExecutorChoice:
     """The choice for a run that begins. Raises UserError if the device is not here."""
-    asked, device, available = (
-        config.runtime,
-        choose_device(config.runtime.device),
-        available_cores(),
-    )
+    asked = config.runtime
+    device = choose_device(config.runtime.device)
+    available = available_cores()
     load = RunLoad.estimate(config, federation)
     group = _worth_batching(federation, load.cohort, device)
     if asked.executor == "serial" and (asked.chunk or 1) > 1:
         raise UserError(
             f"runtime.chunk: found {asked.chunk}, but the serial executor takes one client at a time; use batched"
         )
-    executor, why = asked.executor, "runtime.executor"
+    executor = asked.executor
+    why = "runtime.executor"
     if executor == "auto":
         executor, why = _select_executor(
             load, group, device, available, asked.threads or thread_limit()
@@ -329,10 +329,8 @@ def make_executor(
 ) -> Executor:
     """The executor of a choice; `say` is told of what it cannot do as chosen. Sets this process's threads to the server's."""
     torch.set_num_threads(choice.server_threads)
-    store, backend = (
-        store or StateStore(),
-        make_backend(torch.device(choice.device), choice.chunk, choice.precision, say),
-    )
+    store = store or StateStore()
+    backend = make_backend(torch.device(choice.device), choice.chunk, choice.precision, say)
     if choice.executor in IN_PROCESS:
         return InProcessExecutor(
             ClientRuntime(

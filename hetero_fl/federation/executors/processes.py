@@ -56,8 +56,10 @@ class SharedMemoryConnection:
         self, connection: Connection, sent_strings: int = 0, received_strings: int = 0
     ) -> None:
         self.connection = connection
-        self._ours, self._theirs = SharedMemoryBlock(), SharedMemoryBlock()
-        self._sent, self._got = StringCache(sent_strings), StringCache(received_strings)
+        self._ours = SharedMemoryBlock()
+        self._theirs = SharedMemoryBlock()
+        self._sent = StringCache(sent_strings)
+        self._got = StringCache(received_strings)
 
     def send(self, message: Any) -> None:
         """Hand a message over. Raises OSError if nobody is there any more."""
@@ -71,7 +73,8 @@ class SharedMemoryConnection:
             if (number := self._sent.find(value)) is not None:
                 return StringReference(number)
             new.append(value)
-            start, at = at, at + len(value)
+            start = at
+            at = at + len(value)
             return StringReference(self._sent.add(value), start, at)
 
         message = map_values(message, to_reference)
@@ -121,13 +124,15 @@ class SharedMemoryBlock:
     def fill(self, strings: list[bytes]) -> Tensor | bytes | None:
         """Put the strings in, one after the other. What the other side has to be told: the memory, if it is another one than
         before, or all of the strings, if there is no room for it (the shared memory of a container may be 64 MB)."""
-        size, grown = sum(map(len, strings)), None
+        size = sum(map(len, strings))
+        grown = None
         if size > len(self.view()):
             try:
                 self.tensor = grown = torch.empty(size, dtype=torch.uint8).share_memory_()
             except RuntimeError:
                 return b"".join(strings)
-        at, view = 0, self.view()
+        at = 0
+        view = self.view()
         for string in strings:
             view[at : at + len(string)] = string
             at += len(string)
@@ -150,7 +155,8 @@ class StringCache:
 
     def add(self, string: bytes) -> int:
         """One more; its number."""
-        number, self._next = self._next, self._next + 1
+        number = self._next
+        self._next = self._next + 1
         self.strings[number] = string
         self._numbers[id(string)] = number
         return number
@@ -270,10 +276,8 @@ def run_worker(connection: Connection, setup: WorkerSetup, index: int) -> None:
     """A worker's life: jobs until the other end is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    worker, carrier = (
-        Worker(setup, index),
-        SharedMemoryConnection(connection, received_strings=BROADCASTS),
-    )
+    worker = Worker(setup, index)
+    carrier = SharedMemoryConnection(connection, received_strings=BROADCASTS)
     with contextlib.suppress(EOFError, OSError):
         while True:
             carrier.send(worker.run_job(carrier.receive()))

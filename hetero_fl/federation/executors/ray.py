@@ -33,7 +33,8 @@ class RayActorPool:
 
     def __init__(self, setup: WorkerSetup, size: int) -> None:
         self.size = size
-        self._threads, self._gpu = setup.threads, setup.devices[0].startswith("cuda")
+        self._threads = setup.threads
+        self._gpu = setup.devices[0].startswith("cuda")
         self._stack = ExitStack()
         self._stack.enter_context(connect(None, size * setup.threads))
         self._setup = _store_setup(setup)

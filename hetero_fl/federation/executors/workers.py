@@ -98,7 +98,9 @@ class Worker:
     def __init__(self, setup: WorkerSetup, index: int) -> None:
         torch.set_num_threads(setup.threads)
         torch.set_default_dtype(setup.dtype)
-        self.setup, self.index, self.store = setup, index, StateStore()
+        self.setup = setup
+        self.index = index
+        self.store = StateStore()
         # clients whose state is held, the last used at the end
         self._used: OrderedDict[str, None] = OrderedDict()
 
@@ -107,7 +109,8 @@ class Worker:
         """Made with the first job, so that what goes wrong comes back with its results."""
         device = torch.device(self.setup.devices[self.index % len(self.setup.devices)])
         backend = make_backend(device, self.setup.chunk, self.setup.precision)
-        algorithm, federation = self.setup.algorithm, self.setup.federation
+        algorithm = self.setup.algorithm
+        federation = self.setup.federation
         return ClientRuntime(
             algorithm, federation, self.store, backend, make_protocol(algorithm, federation)
         )
@@ -125,10 +128,8 @@ class Worker:
         except (UserError, RunFailedError, DivergedError, PayloadError) as error:
             # a user's own might not travel
             known = type(error) in (UserError, RunFailedError, DivergedError, PayloadError)
-            done.error, done.trace = (
-                (error if known else RunFailedError(str(error))),
-                traceback.format_exc(),
-            )
+            done.error = error if known else RunFailedError(str(error))
+            done.trace = traceback.format_exc()
         except Exception as error:
             done.error = RunFailedError(
                 f"a worker failed: {type(error).__name__}: {' '.join(str(error).split())[:LONGEST]}"
@@ -144,10 +145,8 @@ class Worker:
                 self.store.stage(client, job.private[client] or b"")
         self.store.commit()
         if job.kind == "read":
-            bodies, (round,) = (
-                {c: job.requests[c].body for c in chunk},
-                {job.requests[c].round_idx for c in chunk},
-            )
+            bodies = {c: job.requests[c].body for c in chunk}
+            (round,) = {job.requests[c].round_idx for c in chunk}
             done.evaluations.update(self.runtime.evaluate(bodies, round, job.details))
             return
         before = {c: self.store.stamp(c) for c in chunk}
@@ -220,13 +219,11 @@ class WorkerExecutor:
         backend: Backend,
         chunk: int = 1,
     ) -> None:
-        self.crew, self.cards, self.store, self.backend, self.chunk = (
-            pool,
-            client_infos,
-            store,
-            backend,
-            chunk,
-        )
+        self.crew = pool
+        self.cards = client_infos
+        self.store = store
+        self.backend = backend
+        self.chunk = chunk
         self.costs = TaskCosts(client_infos)
         # client -> (worker, stamp of the state that it holds)
         self._held: dict[str, tuple[int, int]] = {}

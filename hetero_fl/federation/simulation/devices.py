@@ -81,7 +81,8 @@ def _parse_row(where: str, row: Mapping[str | None, Any]) -> Trace:
             raise UserError(
                 f"{where}: fewer values than columns; leave empty what is not known: 1.0e+8,,"
             )
-        name, text = name.strip(), text.strip()
+        name = name.strip()
+        text = text.strip()
         try:
             if text:
                 made[name] = (
@@ -100,7 +101,8 @@ def _parse_row(where: str, row: Mapping[str | None, Any]) -> Trace:
 
 def _parse_number(name: str, text: str) -> float:
     value = float(text)
-    lowest, highest = 0.0, {"failure": 1.0, "jitter": WIDEST}.get(name, math.inf)
+    lowest = 0.0
+    highest = {"failure": 1.0, "jitter": WIDEST}.get(name, math.inf)
     if not lowest <= value <= highest or (value == 0 and name in DURATION_FIELDS):
         raise ValueError(text)
     return value
@@ -154,10 +156,12 @@ class Device:
             return at + busy
         each = sum(end - start for start, end in self.online)
         days = max(0, math.ceil(busy / each) - 1)  # whole ones; the rest ends within the day after
-        busy, midnight = max(0.0, busy - days * each), at - at % self.day
+        busy = max(0.0, busy - days * each)
+        midnight = at - at % self.day
         while True:
             for start, end in self.online:
-                begin, until = max(at, midnight + start), midnight + end
+                begin = max(at, midnight + start)
+                until = midnight + end
                 if until > begin:
                     if busy <= until - begin:
                         return begin + busy + days * self.day
@@ -183,7 +187,8 @@ class Devices:
     def __init__(
         self, federation: FederationSpec, config: DevicesConfig, traces: list[Trace]
     ) -> None:
-        self.federation, self.config = federation, config
+        self.federation = federation
+        self.config = config
         self._named = {row["client"]: row for row in traces if row.get("client")}
         self._drawn = [row for row in traces if not row.get("client")]
 
@@ -217,10 +222,8 @@ class Devices:
 
     def device(self, client_id: str) -> Device:
         """A client's machine. Raises KeyError for a stranger."""
-        own, seed = (
-            self.federation.client_infos.profile(client_id).settings.machine,
-            self.federation.seed,
-        )
+        own = self.federation.client_infos.profile(client_id).settings.machine
+        seed = self.federation.seed
         trace = self._trace(client_id)
         found: dict[str, float] = {}
         for name in NUMBERS:
@@ -309,7 +312,8 @@ class Timing:
     """Durations of clients' tasks: down/bandwidth + operations/speed + up/bandwidth, while the client is online."""
 
     def __init__(self, devices: Devices) -> None:
-        self.devices, self.federation = devices, devices.federation
+        self.devices = devices
+        self.federation = devices.federation
 
     def training_seconds(self, client_id: str, task: int) -> float:
         """Seconds that a client's whole local training takes, while it is online. `task`: its number, for the jitter."""

@@ -49,7 +49,8 @@ class Faults:
     """The fates of all tasks, by probability; a machine's own chance of failing comes on top."""
 
     def __init__(self, config: FaultsConfig | None, devices: Devices) -> None:
-        self.config, self.devices = config or FaultsConfig(), devices
+        self.config = config or FaultsConfig()
+        self.devices = devices
 
     def outcome(self, client_id: str, task: int) -> FaultOutcome:
         """What befalls the client's task of that number: the same however often it is asked."""
@@ -60,7 +61,8 @@ class Faults:
             < self.devices.device(client_id).failure
         ):
             return FaultOutcome("during", completed_share=share)
-        drawn, below = uniform(seed, "fate", client_id, task), 0.0
+        drawn = uniform(seed, "fate", client_id, task)
+        below = 0.0
         for what, chance in self.config.probabilities.items():
             below += chance
             if drawn < below:

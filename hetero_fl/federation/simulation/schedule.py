@@ -55,11 +55,9 @@ class SimulationEnvironment:
 
         Where clients are on machines of their own, what would be simulated is left out.
         """
-        policy, per_round, apart = (
-            config.cohort,
-            config.clients.per_round,
-            federation.data.is_distributed,
-        )
+        policy = config.cohort
+        per_round = config.clients.per_round
+        apart = federation.data.is_distributed
         own = any(
             kind.settings.machine != DeviceConfig() for kind in federation.client_infos.profiles
         )
@@ -76,10 +74,8 @@ class SimulationEnvironment:
             raise UserError(
                 f"cohort.least: found {policy.least}, but {per_round or len(federation.client_infos)} are invited"
             )
-        last, secret = (
-            max(config.faults.server, default=0) if config.faults else 0,
-            config.channel.secure_sum,
-        )
+        last = max(config.faults.server, default=0) if config.faults else 0
+        secret = config.channel.secure_sum
         if last > config.rounds:
             raise UserError(
                 f"faults.server: found {last}, but the run has {pluralize(config.rounds, 'round')}"
@@ -144,7 +140,9 @@ class SimulationEnvironment:
         """What is possible but perhaps not meant."""
         if self.devices.federation.data.is_distributed:
             return []
-        policy, lines, machines = self.policy, [], list(self.devices.timing_of_profiles())
+        policy = self.policy
+        lines = []
+        machines = list(self.devices.timing_of_profiles())
         waits = policy.deadline is None and policy.over_selection == 1
         if waits and self.faults.config.late:
             lines.append(
@@ -174,7 +172,8 @@ class SimulationEnvironment:
 
     def _unreachable_deadline(self) -> list[str]:
         """A deadline that training alone would miss, whoever is invited."""
-        policy, cards = self.policy, self.devices.federation.client_infos
+        policy = self.policy
+        cards = self.devices.federation.client_infos
         if policy.deadline is None:
             return []
         least = {
@@ -313,7 +312,9 @@ def _schedule_task(
     number: int,
     closing: float,
 ) -> ScheduledTask:
-    timing, fate, work = environment.timing, environment.faults.outcome(client_id, number), 1.0
+    timing = environment.timing
+    fate = environment.faults.outcome(client_id, number)
+    work = 1.0
     if environment.policy.partial_work:
         work = timing.share_in_time(client_id, *size, at, number, closing)
         if int(work * local_steps(environment.devices.federation.client_infos[client_id])) < 1:

@@ -105,7 +105,8 @@ def rank_methods(rows: Sequence[Row], task: Task) -> list[Row]:
     found = columns_of(rows, task, "last")
     if not found:
         return list(rows)
-    key, sign = found[0].key, 1 if found[0].metric in SMALLER_IS_BETTER else -1
+    key = found[0].key
+    sign = 1 if found[0].metric in SMALLER_IS_BETTER else -1
     values: dict[str, list[float]] = {}
     for row in rows:
         values.setdefault(str(row["algorithm"]), []).extend(
@@ -158,7 +159,8 @@ def columns_of(rows: Sequence[Row], task: Task, moment: str) -> tuple[Column, ..
 
 
 def _column(key: str, reading: str, metric: str) -> Column:
-    name, group = metric_name(metric), capitalize_first(READINGS[reading])
+    name = metric_name(metric)
+    group = capitalize_first(READINGS[reading])
     title = f"Server's {name}" if reading == "server" else tested_metric(reading, metric)
     return Column(key, title, metric, group, capitalize_first(name))
 
@@ -239,7 +241,9 @@ def gather_facts(
     facts: list[tuple[str, str]] = []
     home = warning = ""
     if runs:
-        summary, details, config = runs[0].summary(), runs[0].details(), runs[0].config()
+        summary = runs[0].summary()
+        details = runs[0].details()
+        config = runs[0].config()
         facts += [
             ("Data", _data(summary, details)),
             ("Clients", _clients(summary, details, config)),
@@ -273,7 +277,8 @@ def gather_facts(
 
 def _baseline_facts(summary: Json, details: Json) -> list[tuple[str, str]]:
     """What simple rules reach on the same rows, where the data brings any."""
-    metric, told = selection_metric_of(summary, details), []
+    metric = selection_metric_of(summary, details)
+    told = []
     for rule, readings in summary.get("baselines", {}).items():
         found = [
             f"{READINGS[r]} {format_metric(readings[r].get(metric), metric)}"
@@ -305,7 +310,8 @@ def _runs(out: Path, rows: Sequence[Row]) -> list[RunDirectory]:
 
 
 def _data(summary: Json, details: Json) -> str:
-    data, about = summary["data"], f": {details['about']}" if details.get("about") else ""
+    data = summary["data"]
+    about = f": {details['about']}" if details.get("about") else ""
     parts = [pluralize(data["n_train"], "training row")]
     parts += [f"{data['n_test']:,} in the global test set"] if data["n_test"] else []
     parts += [f"{data['n_proxy']:,} in the public proxy set"] if data["n_proxy"] else []
@@ -322,7 +328,8 @@ def _clients(summary: Json, details: Json, config: Json) -> str:
         groups.append(f"{len(ids)} × {model} ({named})")
     sampled = (config.get("clients") or {}).get("per_round")
     each = f"; {sampled} of them in a round" if sampled else ""
-    count, models = population(summary, details), pluralize(len(kinds), "model")
+    count = population(summary, details)
+    models = pluralize(len(kinds), "model")
     read = f"; {len(summary['clients']):,} of them read" if count > len(summary["clients"]) else ""
     return f"{pluralize(count, 'client')}, {models}{each}{read}: {'; '.join(groups)}."
 

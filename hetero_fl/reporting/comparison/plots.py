@@ -128,7 +128,8 @@ def _dots(
     metric: str,
     offset: float,
 ) -> None:
-    key, colour = f"{reading}_last_{metric}", style.READING_COLOURS[reading]
+    key = f"{reading}_last_{metric}"
+    colour = style.READING_COLOURS[reading]
     for place, label in enumerate(shown.all_labels):
         values = [row[key] for row in _rows_of_label(rows, label) if row.get(key) is not None]
         if not values:
@@ -296,15 +297,15 @@ def _draw(lines: Mapping[str, list[tuple[float, list[float]]]], metric: str, axi
         spread = np.array(
             [np.std(values, ddof=1) if len(values) > 1 else 0.0 for _, values in line]
         )
-        colour, dashed = (
-            COLOURS[place % len(COLOURS)],
-            (0, (4, 2)) if is_bound(label) or place >= len(COLOURS) else "-",
-        )
+        colour = COLOURS[place % len(COLOURS)]
+        dashed = (0, (4, 2)) if is_bound(label) or place >= len(COLOURS) else "-"
         name = textwrap.fill(algorithm_name(label), 44, max_lines=2, placeholder=" …")
         axes.plot(rounds, mean, color=colour, linestyle=dashed, label=name)
-        low, high = mean - spread, mean + spread
+        low = mean - spread
+        high = mean + spread
         if metric not in SMALLER_IS_BETTER and metric != "r2":
-            low, high = low.clip(0, 1), high.clip(0, 1)  # shares
+            low = low.clip(0, 1)
+            high = high.clip(0, 1)  # shares
         axes.fill_between(rounds, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set_xlabel(axis)
     axes.xaxis.set_major_locator(

@@ -148,8 +148,10 @@ def make_table(
 
     `jobs`: so many runs shared the machine (None: unknown). `personal`: a sentence on the local test rows.
     """
-    columns, shown = columns_of(rows, task, moment), compared_methods(rows)
-    algorithms, federated = list(shown.all_labels), list(shown.federated)
+    columns = columns_of(rows, task, moment)
+    shown = compared_methods(rows)
+    algorithms = list(shown.all_labels)
+    federated = list(shown.federated)
     seeds = sorted({row["seed"] for row in rows})
     several = len(seeds) > 1
     values = {
@@ -194,7 +196,8 @@ def make_table(
         )
     title = "Last round" if moment == "last" else "Round selected by validation"
     tested = any(line.p not in ("", "best") for line in lines)
-    first, bounds = columns[0].title if columns else "", len(federated) < len(algorithms)
+    first = columns[0].title if columns else ""
+    bounds = len(federated) < len(algorithms)
     caption = caption_of(first, seeds, [line.p for line in lines], bounds, task)
     if any(cell.below for line in lines for cell in line.cells):
         caption += f" {BELOW} worse than {algorithm_name(str(shown.baseline))}."

@@ -42,7 +42,9 @@ def draw_plots(run: RunDirectory, say: Callable[[str], None] | None = None) -> d
     Raises:
         UserError: If a file of the run is missing.
     """
-    summary, records, details = run.summary(), run.metrics(), run.details()
+    summary = run.summary()
+    records = run.metrics()
+    details = run.details()
     figures: tuple[Callable[[], Figure | None], ...] = (
         lambda: rounds.plot_curves(summary, records, details),
         lambda: clients.plot_client_scores(summary, details),

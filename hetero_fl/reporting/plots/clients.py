@@ -28,7 +28,8 @@ from hetero_fl.utils.text import pluralize
 
 Json = dict[str, Any]
 
-FEW, MOST_LABELS = 40, 20
+FEW = 40
+MOST_LABELS = 20
 """So many clients, and so many labels, can be named one by one."""
 
 
@@ -38,7 +39,8 @@ def plot_client_scores(summary: Json, details: Json) -> Figure:
     Up to 40 clients: a line each, two points joined, with the number n of local test rows. More: a point each, local
     against global. Hollow: fewer than 20 local test rows.
     """
-    rows, tested = summary["clients"], local_test_rows(details)
+    rows = summary["clients"]
+    tested = local_test_rows(details)
     first = selection_metric_of(
         summary, details
     )  # AUROC beside it would be undefined where a class is missing in a local test split
@@ -63,7 +65,8 @@ def plot_client_scores(summary: Json, details: Json) -> Figure:
     panels[0].set_ylim(len(rows) - 0.4, -0.6)
     handles, words = panels[0].get_legend_handles_labels()
     if hollow := _marker_fill(tested):
-        handles, words = [*handles, hollow], [*words, str(hollow.get_label())]
+        handles = [*handles, hollow]
+        words = [*words, str(hollow.get_label())]
     figure.legend(handles, words, loc="outside lower center", ncols=3)
     return figure
 
@@ -89,7 +92,8 @@ def _dumbbells(axes: Axes, rows: list[Json], name: str, tested: dict[str, int]) 
     values = np.array(
         [[client_score(row, r, name) for r in ("personal", "global")] for row in rows], dtype=float
     )
-    places, few = np.arange(len(rows)), _few(rows, tested)
+    places = np.arange(len(rows))
+    few = _few(rows, tested)
     axes.hlines(places, *values.T, color=style.LIGHT, linewidth=2.5, zorder=1)
     for column, reading in enumerate(("personal", "global")):
         colour = style.READING_COLOURS[reading]
@@ -117,7 +121,8 @@ def _against(rows: list[Json], pair: tuple[str, str], tested: dict[str, int], un
         if len(models) <= len(style.CATEGORIES)
         else {}
     )
-    panels, few = figure.subplots(1, 2), _few(rows, tested)
+    panels = figure.subplots(1, 2)
+    few = _few(rows, tested)
     for axes, name in zip(panels, pair, strict=True):
         values = np.array(
             [[client_score(row, r, name) for r in ("personal", "global")] for row in rows],
@@ -162,7 +167,8 @@ def plot_labels(summary: Json, details: Json) -> Figure:
     clients or classes: the share of each label among a client's examples, of the twenty most frequent labels. Targets
     without classes, and where no client tells its labels: how many rows each client has for training, validation and test.
     """
-    counts, names = details["label_counts"], details["labels"]
+    counts = details["label_counts"]
+    names = details["labels"]
     if is_regression(last_scores(summary)) or not counts:
         parts = ("train", "validation", "test")
         table = np.array(
@@ -197,7 +203,8 @@ def plot_labels(summary: Json, details: Json) -> Figure:
 def _stacked(ids: list[str], table: np.ndarray, names: tuple[str, ...], unit: str) -> Figure:
     figure = style.figure(1.35 + 0.24 * len(ids))
     axes = figure.subplots()
-    places, start = np.arange(len(ids)), np.cumsum(table, 1) - table
+    places = np.arange(len(ids))
+    start = np.cumsum(table, 1) - table
     wide = 0.05 * table.sum(1).max()
     for c, name in enumerate(names):
         axes.barh(

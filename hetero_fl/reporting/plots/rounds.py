@@ -107,7 +107,8 @@ def draw_reading(
     if not points:
         return
     colour = style.READING_COLOURS[reading]
-    at, mean = [p[0] for p in points], [p[2][name] for p in points]
+    at = [p[0] for p in points]
+    mean = [p[2][name] for p in points]
     axes.plot(
         at, mean, color=colour, marker=style.READING_MARKERS[reading], markersize=2.2, linewidth=1.5
     )
@@ -265,7 +266,8 @@ def plot_time(summary: Json, records: Sequence[Json], details: Json) -> Figure |
 
 
 def _counts(axes: Axes, records: Sequence[Json]) -> None:
-    rounds, below = [r["round"] for r in records], [0] * len(records)
+    rounds = [r["round"] for r in records]
+    below = [0] * len(records)
     for what, colour in OUTCOMES.items():
         counts = [r["counts"][what] for r in records]
         axes.bar(
@@ -326,11 +328,9 @@ def plot_tasks(summary: Json, records: Sequence[Json], details: Json) -> Figure 
             for c, a, b, found in rows
             if c in turn and found == what
         ]
-        places, starts, widths = (
-            [b[0] for b in bars],
-            [b[1] for b in bars],
-            [b[2] - b[1] for b in bars],
-        )
+        places = [b[0] for b in bars]
+        starts = [b[1] for b in bars]
+        widths = [b[2] - b[1] for b in bars]
         axes.barh(places, widths, 0.7, left=starts, color=colour, edgecolor="white", linewidth=0.2)
     for record in told:
         axes.axvline(

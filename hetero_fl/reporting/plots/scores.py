@@ -45,7 +45,9 @@ def plot_confusion(summary: Json, details: Json) -> Figure | None:
         r: {i: np.array(m[r], dtype=float) for i, m in by_client.items() if m.get(r)}
         for r in ("personal", "global")
     }
-    common, home, names = matrices["global"], matrices["personal"], details["labels"]
+    common = matrices["global"]
+    home = matrices["personal"]
+    names = details["labels"]
     if not common and not home:
         return None
     whole = np.sum(list((common or home).values()), axis=0)
@@ -55,7 +57,9 @@ def plot_confusion(summary: Json, details: Json) -> Figure | None:
     if len(by_client) > 6:
         shown = _with_all(common or home, summary, details, np.add)
         return _matrices([(name, "", matrix) for name, matrix in shown.items()], names, 4, 1.35)
-    tested, ids, panels = local_test_rows(details), list(by_client), []
+    tested = local_test_rows(details)
+    ids = list(by_client)
+    panels = []
     roomy = len(names) > 4 or max(map(len, names)) > 11  # six in a row leave no room for these
     columns = -(-len(ids) // 2) if roomy and len(ids) > 3 else len(ids)
     # above narrow panels there is no room for more words
@@ -85,7 +89,8 @@ def _matrices(panels: list[Panel], names: Sequence[str], columns: int, side: flo
     figure, grid = _grid(len(panels), columns, side, between=0.3, around=1.0)
     narrow = side < 1.2
     for place, (axes, (title, words, matrix)) in enumerate(zip(grid, panels, strict=True)):
-        left, below = place % columns == 0, place + columns >= len(panels)
+        left = place % columns == 0
+        below = place + columns >= len(panels)
         name, *more = title.split("\n")
         room = 14 if side < 1.5 else 18  # a panel is about as wide as so many letters
         axes.set_title(
@@ -166,17 +171,16 @@ def plot_calibration(summary: Json, details: Json) -> Figure | None:
     found = {i: c for i, c in _order_clients(details["calibration"], summary).items() if c}
     if not found:
         return None
-    group, tested = (
-        _with_all(found, summary, details, _merge_calibrations),
-        local_test_rows(details),
-    )
+    group = _with_all(found, summary, details, _merge_calibrations)
+    tested = local_test_rows(details)
     tested[ALL] = sum(tested.values())
     columns = 3 if len(group) in (5, 6) else min(4, len(group))
     figure, grid = _grid(len(group), columns, 1.5, between=0.62, around=0.9)
     for place, (axes, (name, readings)) in enumerate(zip(grid, group.items(), strict=True)):
         _reliability(axes, readings, tested[name])
         axes.set_title(style.shorten(name, 18), fontsize=8, pad=25)
-        left, below = place % columns == 0, place + columns >= len(group)
+        left = place % columns == 0
+        below = place + columns >= len(group)
         axes.tick_params(labelleft=left, labelbottom=below)
         axes.set_xlabel("confidence" if below else "")
         axes.set_ylabel("accuracy" if left else "")
@@ -318,11 +322,9 @@ def plot_forecasts(summary: Json, details: Json) -> Figure | None:
 
 
 def _panel(axes: Axes, client: str, found: Json, details: Json) -> None:
-    time, truth, said = (
-        np.array(found["time"]),
-        np.array(found["truth"][-1]),
-        np.array(found["predicted"][-1]),
-    )
+    time = np.array(found["time"])
+    truth = np.array(found["truth"][-1])
+    said = np.array(found["predicted"][-1])
     dated = bool(((time >= FROM) & (time <= TO)).all())
     places: Any = time.astype("datetime64[s]") if dated else time
     rules = {name: np.array(outputs[-1]) for name, outputs in found["baselines"].items()}

@@ -13,7 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-WIDTH, COLUMN = 7.2, 3.5
+WIDTH = 7.2
+COLUMN = 3.5
 """Inches: the text width of most journals, and the width of one of two columns. Figures are printed at the size they have."""
 
 SMALLEST = 7.0

@@ -20,10 +20,8 @@ import torch
 
 from hetero_fl.communication.protocol import (
     AggregatedUploads,
-    Messages,
-    Replies,
+    Message,
     Traffic,
-    run_protocol,
 )
 from hetero_fl.communication.secure_aggregation.crypto import num_neighbours
 from hetero_fl.communication.secure_aggregation.protocol import SecureAggregation, VectorLayout
@@ -63,23 +61,34 @@ class Cohort:
             {"model": Item({"w": torch.randn(self.numbers, generator=draw)}, 1.0, "params")}
         )
 
-    def answer(self, protocol: SecureAggregation, requests: Messages, leaving: set[str]) -> Replies:
-        """All clients' replies, but of those who leave before they send their vector."""
-        for client in requests:
-            request = requests[client]
-            if request.kind == "train" and client in leaving:
-                continue
-            upload, begun = (
-                self.upload(client).encode() if request.kind == "train" else b"",
-                time.process_time(),
-            )
-            talk = protocol.answer(client, request, 0, self.notes)
-            try:
-                next(talk)
-                talk.send(upload)
-            except StopIteration as stop:
-                self.busy += time.process_time() - begun
-                yield client, stop.value
+    def hold(
+        self, protocol: SecureAggregation, leaving: set[str]
+    ) -> tuple[AggregatedUploads, Traffic]:
+        """Hold a round without those who leave before they send their vector."""
+        traffic = Traffic()
+        exchanges = protocol.exchanges(self.clients, 0)
+        try:
+            while True:
+                exchange = next(exchanges)
+                for client in exchange.clients:
+                    request = exchange.request(client, lambda client: b"")
+                    traffic.down += len(request.body)
+                    if request.kind == "train" and client in leaving:
+                        continue
+                    reply = self.answer(protocol, client, request)
+                    traffic.up += len(reply.body)
+                    exchange.accept(client, reply)
+        except StopIteration as stop:
+            return stop.value, traffic
+
+    def answer(self, protocol: SecureAggregation, client: str, request: Message) -> Message:
+        """A client's reply, timed but for its training."""
+        upload = self.upload(client).encode() if request.kind == "train" else b""
+        begun = time.process_time()
+        answer = protocol.answer(client, request, 0, self.notes)
+        reply = answer if isinstance(answer, Message) else answer.reply(upload)
+        self.busy += time.process_time() - begun
+        return reply
 
 
 def held(clients: int, numbers: int, neighbours: int | None, leaving: int) -> None:
@@ -88,14 +97,13 @@ def held(clients: int, numbers: int, neighbours: int | None, leaving: int) -> No
     config = SecureAggregationConfig(
         threshold=max(0.51, 1 - 2 * max(leaving, 0.05 * clients) / clients), neighbours=neighbours
     )
-    protocol, traffic = SecureAggregation(config, clients, cohort), Traffic()
+    protocol = SecureAggregation(config, clients, cohort)
     gone = set(cohort.clients[1 : 1 + leaving])
     k = num_neighbours(clients, protocol.survivors, neighbours)
     begun, wall = time.process_time(), time.perf_counter()
-    exchange = lambda requests: cohort.answer(protocol, requests, gone)  # noqa: E731
-    summed = run_protocol(protocol, dict.fromkeys(cohort.clients, b""), exchange, traffic, 0)
+    summed, traffic = cohort.hold(protocol, gone)
     seconds, wall = time.process_time() - begun, time.perf_counter() - wall
-    assert isinstance(summed, AggregatedUploads) and len(summed.clients) == clients - leaving
+    assert len(summed.clients) == clients - leaving
     layout, plain = cohort.layout(0), np.zeros(numbers + 3, np.uint64)
     for client in summed.clients:
         plain += protocol.encode_upload(client, cohort.upload(client), layout, summed.unit, 0)

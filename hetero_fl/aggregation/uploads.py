@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import Tensor
 
@@ -29,8 +29,35 @@ from hetero_fl.robustness.rules import root_models
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.ordering import natural_order
 
-if TYPE_CHECKING:
-    from hetero_fl.privacy.server import SumNoise
+
+class CombineNoise(Protocol):
+    """Noise on the sums of a round, where clients are private."""
+
+    def expects(self, name: str) -> bool:
+        """Return whether clients may send single tensors under this item name."""
+        ...
+
+    def total(self, name: str, totals: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Return the noised totals of values and weights; `totals` is None if nobody sent any."""
+        ...
+
+    def mean(self, name: str, totals: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Return the noised mean."""
+        ...
+
+    def by_group(
+        self,
+        name: str,
+        means: Mapping[str, Tensors],
+        weights: Mapping[str, Mapping[str, float]],
+        senders: Sequence[ClientInfo],
+    ) -> dict[str, Tensors]:
+        """Return the noised means of named tensors, for every group that may have sent some."""
+        ...
+
+    def weights_by_group(self, name: str) -> dict[str, dict[str, float]]:
+        """Return the expected number of clients behind each of these means."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -69,7 +96,7 @@ class Uploads:
         specs: Mapping[str, ItemSpec] | None = None,
         common: Sequence[str] = (),
         rules: AggregationRules | None = None,
-        noise: SumNoise | None = None,
+        noise: CombineNoise | None = None,
     ) -> None:
         self._specs = specs or {}
         self._common = common
@@ -95,7 +122,7 @@ class Uploads:
         items: Mapping[str, ItemSum],
         models: Mapping[str, OwnerMeans],
         specs: Mapping[str, ItemSpec],
-        noise: SumNoise | None = None,
+        noise: CombineNoise | None = None,
     ) -> Uploads:
         """The uploads of so many clients of which only the sums are known, by item; none of them is kept one by one."""
         made = cls(specs=specs, noise=noise)

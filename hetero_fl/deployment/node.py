@@ -53,7 +53,6 @@ from hetero_fl.deployment.policy import (
     run_fingerprint,
 )
 from hetero_fl.deployment.validation import read_data_info
-from hetero_fl.engine.driver import DivergedError
 from hetero_fl.experiment.preparation import load_config, load_federated_data, prepare
 from hetero_fl.federation.client_runtime import ClientEvaluation
 from hetero_fl.federation.executors.workers import Worker, WorkerJob, WorkerSetup
@@ -62,7 +61,7 @@ from hetero_fl.privacy.mechanisms import SecretNoiseSource
 from hetero_fl.reporting.run_directory import lock_folder
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.environment import choose_device
-from hetero_fl.utils.errors import RunFailedError, UserError, one_line
+from hetero_fl.utils.errors import NoUploadError, RunFailedError, UserError, one_line
 from hetero_fl.utils.serialization import CodecError, as_bytes, as_tensor, decode, encode
 
 # A run that a node takes part in: begun when it hears the configuration, prepared when it hears who
@@ -116,7 +115,7 @@ class ParticipatingRun:
         )
         self.worker = Worker(setup, 0)
         self.policy = Policy(site, prepared, self.usage)
-        self.worker.runtime.leaving = leaving
+        self.worker.runtime.review_upload = leaving
         return found
 
 
@@ -436,7 +435,7 @@ class Node:
         else:
             storage.drop("notes")
         reply = done.replies[me]
-        if isinstance(reply, DivergedError):
+        if isinstance(reply, NoUploadError):
             return message("failed", why=str(reply), task=task)
         self._line.setdefault("kinds", [reply.kind])  # an upload has said more of itself
         self.joined.policy.check_size(len(reply.body), upload=True)

@@ -10,9 +10,9 @@ import hashlib
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
-from hetero_fl.communication.protocol import DirectProtocol, Message, Messages
+from hetero_fl.communication.protocol import DirectProtocol, Message, Reply
 from hetero_fl.deployment.conversations import Conversation, Conversations
 from hetero_fl.deployment.handshake import Handshake
 from hetero_fl.deployment.messages import (
@@ -29,7 +29,7 @@ from hetero_fl.engine.driver import Backend, DivergedError
 from hetero_fl.federation.channel import make_protocol
 from hetero_fl.federation.checkpoint import KEPT_CHECKPOINTS
 from hetero_fl.federation.client_runtime import ClientEvaluation
-from hetero_fl.federation.executors.base import ClientAbsentError, Reply
+from hetero_fl.federation.executors.base import ClientAbsentError, in_order
 from hetero_fl.federation.state_store import PrivateState, StateStore
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.ordering import natural_order
@@ -71,26 +71,40 @@ class NodeExecutor:
         # the states that checkpoints name, the newest last
         self._named: deque[dict[str, str]] = deque(maxlen=KEPT_CHECKPOINTS)
 
-    def run(self, requests: Messages) -> Iterator[tuple[str, Reply]]:
+    def run(
+        self, clients: Sequence[str], request: Callable[[str], Message]
+    ) -> Iterator[tuple[str, Reply]]:
+        return in_order(clients, self.as_completed(clients, request))
+
+    def as_completed(
+        self, clients: Sequence[str], request: Callable[[str], Message]
+    ) -> Iterator[tuple[str, Reply]]:
         # What is repeated must be the same where an upload is all that there is, so that nothing is trained or noised twice,
         # and must not where secrets are drawn for it: they are for one sum.
         turn = "" if self._direct else secrets.token_hex(16)
         conversations = {
-            client: self._task_conversation(client, requests, turn) for client in requests
+            client: self._task_conversation(client, request, turn) for client in clients
         }
         for client, answer in self.connections.converse(conversations, self.deadline, self.need):
             yield client, self._parse_reply(client, answer)
             del answer  # a model's worth
 
     def evaluate(
-        self, broadcasts: Mapping[str, bytes], round_idx: int, details: bool
+        self,
+        clients: Sequence[str],
+        broadcast: Callable[[str], bytes],
+        round_idx: int,
+        details: bool,
     ) -> Iterator[tuple[str, ClientEvaluation | ClientAbsentError]]:
         conversations = {
-            client: self._evaluation_conversation(client, broadcasts, round_idx, details)
-            for client in broadcasts
+            client: self._evaluation_conversation(client, broadcast, round_idx, details)
+            for client in clients
         }
-        for client, answer in self.connections.converse(conversations, self.deadline, 1):
-            yield client, self._parse_evaluation(client, answer)
+        answers = self.connections.converse(conversations, self.deadline, 1)
+        return in_order(
+            clients,
+            ((client, self._parse_evaluation(client, answer)) for client, answer in answers),
+        )
 
     def set_listener(self, listener: Callable[[str], None] | None) -> None:
         self._tell = listener
@@ -105,7 +119,7 @@ class NodeExecutor:
 
     def dispatch(self, client: str, request: Message) -> None:
         self._dispatched.add(
-            client, self._task_conversation(client, {client: request}, ""), self.deadline
+            client, self._task_conversation(client, lambda client: request, ""), self.deadline
         )
 
     def next_reply(self, wait: float) -> tuple[str, Reply] | None:
@@ -142,10 +156,10 @@ class NodeExecutor:
 
     # Conversations -----------------------------------------------------------------------------------------------------
     def _task_conversation(
-        self, client: str, requests: Messages, round_idx: str
+        self, client: str, make_request: Callable[[str], Message], round_idx: str
     ) -> Callable[[], Conversation]:
         def conversation() -> Conversation:
-            request = requests[client]
+            request = make_request(client)
             about: Head = {
                 "round": request.round_idx,
                 "again": request.attempt,
@@ -157,10 +171,10 @@ class NodeExecutor:
         return conversation
 
     def _evaluation_conversation(
-        self, client: str, broadcasts: Mapping[str, bytes], round_idx: int, details: bool
+        self, client: str, broadcast: Callable[[str], bytes], round_idx: int, details: bool
     ) -> Callable[[], Conversation]:
         def conversation() -> Conversation:
-            request = Message("read", broadcasts[client], round_idx)
+            request = Message("read", broadcast(client), round_idx)
             about: Head = {
                 "round": round_idx,
                 "again": 0,

@@ -36,7 +36,7 @@ from hetero_fl.deployment.messages import (
 from hetero_fl.deployment.monitoring import EventLog, LineStream, RunStatus, serve_status
 from hetero_fl.deployment.node_storage import NodeStorage
 from hetero_fl.deployment.remote_executor import NodeExecutor
-from hetero_fl.engine.prediction_cache import make_backend
+from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.experiment.preparation import PreparedRun, load_config
 from hetero_fl.experiment.runner import Callback, check_resumed_choice, default_out, run_prepared
 from hetero_fl.federation.executors.choose import ExecutorChoice

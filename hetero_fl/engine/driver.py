@@ -21,7 +21,7 @@ from hetero_fl.core.plan import (
     format_frame,
 )
 from hetero_fl.engine.templates import Templates
-from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.errors import NoUploadError, UserError
 
 # A plan on its way. Whatever executor carries it out advances it through here, where an author's
 # slips are noticed.
@@ -93,8 +93,8 @@ Work = Sequence[tuple[Participant, Step]]
 Listener = Callable[[str, str], None]  # (participant, label of what it begins)
 
 
-class DivergedError(Exception):
-    """A fit whose loss or tensors are no longer finite."""
+class DivergedError(NoUploadError):
+    """A fit's loss or tensors are no longer finite."""
 
 
 class Backend(Protocol):

@@ -1,4 +1,4 @@
-"""Evaluate equal models once, and create backends."""
+"""Evaluate equal models once."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ from torch import Tensor
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import Predict, Rows, Step
 from hetero_fl.data.federated_data import PUBLIC
-from hetero_fl.engine.driver import Backend, Work
-from hetero_fl.engine.serial import SerialBackend, step_model_spec, step_tensors
-from hetero_fl.engine.templates import Templates
-from hetero_fl.engine.vectorized import VectorizedBackend
+from hetero_fl.engine.templates import step_model_spec, step_tensors
 
 # One evaluation of equal models: after FedAvg every client holds the same one, and the common test
 # set is seen once.
@@ -51,45 +48,40 @@ class CachedOutputs:
         )
 
 
-class CachingBackend:
-    """A backend that hands predictions on public rows to `public`, what it does not know of them, and the rest to another."""
+class PredictionCache:
+    """Remembers predictions on public rows, so that equal models are evaluated once."""
 
-    def __init__(self, backend: Backend, public: Backend) -> None:
-        self.backend = backend
-        self.public = public
+    def __init__(self) -> None:
         self._known: dict[Any, CachedOutputs] = {}
         self._sent: dict[Any, CachedOutputs] = {}
 
-    @property
-    def templates(self) -> Templates:
-        """Those of whom it hands work to."""
-        return self.public.templates
+    def get(
+        self, key: Any, participant: Participant, step: Predict, compute: Callable[[], Tensor]
+    ) -> Tensor:
+        """Return a prediction; it may be the same tensor for several participants.
 
-    def run(self, work: Work) -> list[Any]:
-        """The results in order. A prediction may be the same tensor for several participants: it is not to be changed."""
-        places = [_cache_key(participant, step) for participant, step in work]
-        rest = [i for i, place in enumerate(places) if place is None]
-        results = dict(
-            zip(rest, self.backend.run([work[i] for i in rest]) if rest else [], strict=True)
-        )
-        for i, place in enumerate(places):
-            if place is not None:
-                results[i] = self._predict(place, *work[i])
-        return [results[i] for i in range(len(work))]
-
-    def _predict(self, place: Any, participant: Participant, step: Step) -> Tensor:
-        assert isinstance(step, Predict)
-        x = participant.data(step.data.name, step.data.preprocess)["x"]  # type: ignore[union-attr]  # it has a place
+        Args:
+            key: What `prediction_key` returns for the step.
+            participant: Who predicts.
+            step: The prediction.
+            compute: Computes it.
+        """
+        assert isinstance(step.data, Rows)
+        x = participant.data(step.data.name, step.data.preprocess)["x"]
         tensors = step_tensors(participant, step)
-        kept, most = (self._known, MOST) if step.tensors is None else (self._sent, SENT)
-        known = kept.get(place)
+        kept = self._known
+        limit = MOST
+        if step.tensors is not None:
+            kept = self._sent
+            limit = SENT
+        known = kept.get(key)
         if known is not None and known.matches(x, tensors):
             return known.outputs
-        outputs: Tensor = self.public.run([(participant, step)])[0]
-        kept.pop(place, None)
-        while len(kept) >= most:
+        outputs = compute()
+        kept.pop(key, None)
+        while len(kept) >= limit:
             kept.pop(next(iter(kept)))
-        kept[place] = CachedOutputs(x, tensors, outputs)
+        kept[key] = CachedOutputs(x, tensors, outputs)
         return outputs
 
 
@@ -98,8 +90,8 @@ def _are_equal(one: Tensor, other: Tensor) -> bool:
     return one.is_set_to(other) or torch.equal(one, other)
 
 
-def _cache_key(participant: Participant, step: Step) -> Any:
-    """What, besides rows and tensors, decides a prediction on public rows; None for anything else."""
+def prediction_key(participant: Participant, step: Step) -> Any:
+    """Return what decides a prediction besides rows and tensors; None if it is not on public rows."""
     if not isinstance(step, Predict) or not isinstance(step.data, Rows):
         return None
     rows = step.data
@@ -115,23 +107,3 @@ def _cache_key(participant: Participant, step: Step) -> Any:
         step.batch_size,
         sent,
     )
-
-
-# Who computes steps in a process.
-
-
-def make_backend(
-    device: torch.device,
-    chunk: int = 1,
-    precision: str = "float32",
-    say: Callable[[str], None] = lambda line: None,
-) -> Backend:
-    """A backend that evaluates no equal models twice; with chunks of several clients, one that computes them together.
-
-    `say` is told of what cannot be.
-    """
-    if chunk == 1:
-        serial = SerialBackend(device, precision)
-        return CachingBackend(serial, serial)
-    batched = VectorizedBackend(device, say, precision)
-    return CachingBackend(batched, batched.serial)

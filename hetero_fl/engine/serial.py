@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import ClassSums, Fit, Predict, Rows, Step, TensorRows
 from hetero_fl.engine.driver import DivergedError, Work
-from hetero_fl.engine.templates import Templates
+from hetero_fl.engine.prediction_cache import PredictionCache, prediction_key
+from hetero_fl.engine.templates import OutputStep, Templates, step_model_spec, step_tensors
 from hetero_fl.engine.training import run_fit
 from model_zoo import Outputs
-
-# What the two ways of computing outputs, live and stacked, have in common: which model, which
-# output, what is summed.
-
-OutputStep = Predict | ClassSums
-
-
-def step_model_spec(participant: Participant, step: OutputStep) -> ModelSpec:
-    """What the step's model is."""
-    return getattr(step, "arch", None) or participant.arch[step.slot]
-
-
-def step_tensors(participant: Participant, step: OutputStep) -> Mapping[str, Tensor]:
-    """The step's model: one that somebody sent, or what is in the slot."""
-    sent: Mapping[str, Tensor] | None = getattr(step, "tensors", None)
-    return participant.models[step.slot] if sent is None else sent
 
 
 def select_output(step: OutputStep, outputs: Outputs) -> Tensor:
@@ -56,25 +39,41 @@ class SerialBackend:
 
     def __init__(self, device: torch.device, precision: str = "float32") -> None:
         self.templates = Templates(device, precision)
+        self._cache = PredictionCache()
 
     def run(self, work: Work) -> list[Any]:
-        """The results in order; several outputs of one model on the same rows, asked for one after the other, take one pass."""
+        """Return the results in order.
+
+        Several outputs of one model on the same rows, one after the other, take one pass. Equal
+        models are evaluated on public rows once; their predictions are one tensor.
+        """
         results: list[Any] = []
         while len(results) < len(work):
-            begin = end = len(results)
-            while end < len(work) and (end == begin or share_forward_pass(work[begin], work[end])):
-                end += 1
-            results += self._perform(work[begin:end])
+            begin = len(results)
+            participant, step = work[begin]
+            if isinstance(step, Fit):
+                try:
+                    results.append(run_fit(participant, step, self.templates))
+                except DivergedError as failure:
+                    results.append(failure)
+            elif (key := prediction_key(participant, step)) is not None:
+                results.append(self.predict_public(key, participant, step))  # type: ignore[arg-type]
+            else:
+                end = begin + 1
+                while end < len(work) and share_forward_pass(work[begin], work[end]):
+                    end += 1
+                results += self._output_results(work[begin:end])
         return results
 
-    def _perform(self, work: Work) -> list[Any]:
-        participant, first = work[0]
-        if isinstance(first, Fit):
-            try:
-                return [run_fit(participant, first, self.templates)]
-            except DivergedError as failure:
-                return [failure]
-        steps: list[Predict | ClassSums] = [step for _, step in work]  # type: ignore[misc]  # all are of one pass
+    def predict_public(self, key: Any, participant: Participant, step: Predict) -> Tensor:
+        """Return a prediction on public rows, remembered under `key`."""
+        return self._cache.get(
+            key, participant, step, lambda: self._outputs(participant, [step])[0]
+        )
+
+    def _output_results(self, work: Work) -> list[Any]:
+        participant = work[0][0]
+        steps: list[Predict | ClassSums] = [step for _, step in work]  # type: ignore[misc]  # no fits
         return [
             outputs
             if isinstance(step, Predict)

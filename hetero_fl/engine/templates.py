@@ -11,7 +11,8 @@ from torch.func import functional_call
 
 from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.objectives import ModelView
-from hetero_fl.core.participant import ClientInfo
+from hetero_fl.core.participant import ClientInfo, Participant
+from hetero_fl.core.plan import ClassSums, Predict
 from hetero_fl.utils.code_permission import OWN
 from model_zoo import ModelDescription, Outputs, SplitModel, describe
 
@@ -157,3 +158,17 @@ def _use_bfloat16(module: SplitModel, device: torch.device) -> None:
         return Outputs(out.logits.float(), out.features.float())
 
     module.forward = mixed  # type: ignore[method-assign]
+
+
+OutputStep = Predict | ClassSums
+
+
+def step_model_spec(participant: Participant, step: OutputStep) -> ModelSpec:
+    """Return the architecture of the model that a step computes with."""
+    return getattr(step, "arch", None) or participant.arch[step.slot]
+
+
+def step_tensors(participant: Participant, step: OutputStep) -> Mapping[str, Tensor]:
+    """Return the tensors of that model: those in the step, or those in its slot."""
+    sent: Mapping[str, Tensor] | None = getattr(step, "tensors", None)
+    return participant.models[step.slot] if sent is None else sent

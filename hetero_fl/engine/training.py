@@ -153,28 +153,23 @@ class Gradients(Protocol):
         ...
 
 
-class OrdinaryGradients:
-    """The gradient of the mean loss on a batch, and of the penalty."""
-
-    def batches(self, participant: Participant, fit: Fit, device: torch.device) -> Batches:
-        return Batches(participant, fit, device)
-
-    def compute(self, state: FitState, step: int, dropout_key: int, batch: Batch) -> Tensor:
-        with KeyedDropout(dropout_key) if state.uses_dropout else contextlib.nullcontext():
-            loss = state.fit.objective.total_loss(state.nets, batch, state.context)
-        loss.backward()
-        return loss.detach()
-
-
-ORDINARY = OrdinaryGradients()
-
-
 def run_fit(
-    participant: Participant, fit: Fit, templates: Templates, gradients: Gradients = ORDINARY
+    participant: Participant, fit: Fit, templates: Templates, gradients: Gradients | None = None
 ) -> FitReport:
-    """Train the fit's slots of the participant in place. The loss reported is the mean over the steps.
+    """Train the fit's slots of the participant in place.
 
-    Raises DivergedError, and leaves the participant as it was, if the loss or a trained tensor is no longer finite.
+    Args:
+        participant: Whose models are trained.
+        fit: What to train, on which rows.
+        templates: The live modules, on their device.
+        gradients: Draws batches and computes gradients in place of the gradient of the mean loss.
+
+    Returns:
+        Steps, examples and the mean loss over the steps.
+
+    Raises:
+        DivergedError: If the loss or a trained tensor is no longer finite. The participant is then
+            as it was.
     """
     live = {slot: templates(participant.arch[slot], slot) for slot in (*fit.train, *fit.frozen)}
     trainable = _prepare(participant, fit, live)
@@ -193,8 +188,10 @@ def run_fit(
         for slot, name, p in named
         if name in fit.drift.get(slot, {})
     ]
-    batches = gradients.batches(participant, fit, templates.device)
-    going = FitState(fit, live, trainable, nets, given, batches)
+    draw_batches = Batches if gradients is None else gradients.batches
+    batches = draw_batches(participant, fit, templates.device)
+    state = FitState(fit, live, trainable, nets, given, batches)
+    uses_dropout = state.uses_dropout
     parameters = list(trainable.values())
     total = torch.zeros((), device=templates.device)
     with torch.random.fork_rng(devices=templates.forked):
@@ -204,7 +201,12 @@ def run_fit(
             if fit.anneal:
                 scale_learning_rates(optimizer, 0.5 * (1 + math.cos(math.pi * i / len(batches))))
             optimizer.zero_grad()
-            loss = gradients.compute(going, i, dropout_key, batch)
+            if gradients is None:
+                with KeyedDropout(dropout_key) if uses_dropout else contextlib.nullcontext():
+                    loss = fit.objective.total_loss(nets, batch, given)
+                loss.backward()
+            else:
+                loss = gradients.compute(state, i, dropout_key, batch)
             if fit.optimizer.clip_norm:
                 nn.utils.clip_grad_norm_(parameters, fit.optimizer.clip_norm, foreach=True)
             optimizer.step()
@@ -212,7 +214,7 @@ def run_fit(
                 torch._foreach_add_(
                     [p.data for p, _ in drift], [d for _, d in drift], alpha=-fit.optimizer.lr
                 )
-            total += loss
+            total += loss.detach()
     if not all(
         map(
             math.isfinite,

@@ -15,15 +15,14 @@ from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import Columns, Participant
 from hetero_fl.core.plan import ClassSums, Fit, Predict, SampledBatches, Step
 from hetero_fl.engine.batches import step_count
-from hetero_fl.engine.driver import Work
+from hetero_fl.engine.driver import Backend, Work
+from hetero_fl.engine.prediction_cache import prediction_key
 from hetero_fl.engine.serial import (
     SerialBackend,
     class_sums,
     select_output,
-    step_model_spec,
-    step_tensors,
 )
-from hetero_fl.engine.templates import Templates
+from hetero_fl.engine.templates import Templates, step_model_spec, step_tensors
 from hetero_fl.engine.vectorized_training import fit_stacked
 
 # Outputs of many models of one architecture in one computation, in evaluation mode.
@@ -62,19 +61,14 @@ def _forward(work: OutputWork, inputs: Sequence[Tensor], templates: Templates) -
         return select_output(step, functional_call(module, dict(tensors), (x,)))
 
     x = [inputs[i] for i in order]
-    shared = all(i is inputs[0] for i in inputs)
     found: list[list[Tensor]] = [[] for _ in order]
     for begin in range(0, len(x[0]), step.batch_size):
         active = sum(len(rows) > begin for rows in x)
-        parts = [
-            rows[begin : begin + step.batch_size] for rows in (x[:1] if shared else x[:active])
-        ]
-        # Rows that fill up a shorter batch are nought; in evaluation mode no row sees another.
-        batch = parts[0] if shared else pad_sequence(parts, batch_first=True)
+        parts = [rows[begin : begin + step.batch_size] for rows in x[:active]]
+        # Shorter batches are padded with zeros; in evaluation mode no row sees another.
+        batch = pad_sequence(parts, batch_first=True)
         tensors = {n: t[:active] for n, t in stacked.items()}
-        out = vmap(outputs, (0, None if shared else 0), randomness="error")(
-            tensors, batch.to(device)
-        ).cpu()
+        out = vmap(outputs, randomness="error")(tensors, batch.to(device)).cpu()
         for i in range(active):
             found[i].append(out[i, : len(x[i]) - begin])
     whole = [torch.cat(parts) for parts in found]
@@ -126,7 +120,13 @@ class VectorizedBackend:
         """The results in order; where a fit diverged, the `DivergedError` stands in place of its result."""
         groups: dict[Any, list[int]] = {}
         seen: dict[tuple[int, str], int] = {}
+        results: dict[int, Any] = {}
         for i, (participant, step) in enumerate(work):
+            # One by one: what is known already must not decide with whom the others are computed.
+            key = prediction_key(participant, step)
+            if key is not None:
+                results[i] = self.serial.predict_public(key, participant, step)  # type: ignore[arg-type]
+                continue
             # A participant's fits of one label draw from one stream, in the order of the work: one after the other.
             wave = 0
             if isinstance(step, Fit):
@@ -139,7 +139,6 @@ class VectorizedBackend:
             except TypeError:  # somebody's own objective: nothing is known to be equal to it
                 equal = i
             groups.setdefault((wave, equal), []).append(i)
-        results: dict[int, Any] = {}
         for _, members in sorted(groups.items(), key=lambda group: group[0][0]):
             for piece in self._split_by_size(members, work):
                 results.update(
@@ -267,3 +266,22 @@ def _tree_structure(tree: Any) -> Any:
     if isinstance(tree, Mapping):
         return tuple((k, _tree_structure(v)) for k, v in sorted(tree.items()))
     return ("tensor", tuple(tree.shape), tree.dtype) if isinstance(tree, Tensor) else tree
+
+
+def make_backend(
+    device: torch.device,
+    chunk: int = 1,
+    precision: str = "float32",
+    say: Callable[[str], None] = lambda line: None,
+) -> Backend:
+    """Return a backend for chunks of so many clients.
+
+    Args:
+        device: Where to compute.
+        chunk: Clients that are computed together; 1: one step after the other.
+        precision: Of training.
+        say: Called with a line for each architecture that cannot be vectorized.
+    """
+    if chunk == 1:
+        return SerialBackend(device, precision)
+    return VectorizedBackend(device, say, precision)

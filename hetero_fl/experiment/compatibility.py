@@ -104,7 +104,7 @@ def _alone_in_sum(algorithm: Algorithm, federation: FederationSpec) -> list[str]
     """The clients of which a sum holds something that no other client sends: it tells that as it is."""
     derived = DerivedSetup(algorithm, federation)
     owners = Counter[TensorKey]()
-    layout = VectorLayout(derived.expectations.protection.specs, federation.common)
+    layout = VectorLayout(derived.expectations.specs, federation.common)
     sent = []
     for kind in federation.client_infos.profiles:
         # a round in which it shares

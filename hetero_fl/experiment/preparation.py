@@ -33,12 +33,14 @@ from hetero_fl.experiment.protection_checks import (
     check_robustness,
     weak_delta_note,
 )
-from hetero_fl.federation.asynchronous import AsynchronousTrainer, RemoteAsynchronousTrainer
+from hetero_fl.federation.asynchronous import AsynchronousTrainer
 from hetero_fl.federation.cost import PrivacyBudget
 from hetero_fl.federation.dry_run import ExpectedUploads
 from hetero_fl.federation.executors.base import RemoteExecutor
 from hetero_fl.federation.executors.choose import ExecutorChoice, choose_executor, make_executor
 from hetero_fl.federation.federation import FederationSpec
+from hetero_fl.federation.real_time import RemoteAsynchronousTrainer, RemoteSynchronousTrainer
+from hetero_fl.federation.simulation.rounds import ScheduledTrainer, SimulatedTrainer
 from hetero_fl.federation.simulation.schedule import SimulationEnvironment
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.synchronous import SynchronousTrainer
@@ -101,11 +103,23 @@ class PreparedRun:
                 self.federation, self.config, apart.connected_clients if apart is not None else None
             )
             runtime = self.config.runtime
-            about = (self.method, self.federation, executor, clients.per_round, stop, environment)
-            if runtime.mode == "sync":
-                return SynchronousTrainer(*about)
-            kind = AsynchronousTrainer if apart is None else RemoteAsynchronousTrainer
-            return kind(*about, buffer=runtime.buffer, staleness=runtime.staleness)
+            about = (self.method, self.federation, executor, clients.per_round, stop)
+            if runtime.mode == "async":
+                kind = AsynchronousTrainer if apart is None else RemoteAsynchronousTrainer
+                return kind(
+                    *about,
+                    environment=environment,
+                    buffer=runtime.buffer,
+                    staleness=runtime.staleness,
+                )
+            if apart is not None:
+                return RemoteSynchronousTrainer(*about, environment=environment)
+            if environment.simulated:
+                return SimulatedTrainer(*about, environment=environment)
+            policy = environment.policy
+            if policy.sampling == "uniform" and policy.too_few != "repeat":
+                return SynchronousTrainer(*about, policy=policy)
+            return ScheduledTrainer(*about, environment=environment)
         except BaseException:
             executor.close()
             raise
@@ -273,7 +287,12 @@ def _solve_privacy(
     )
     privacy = budget.solved_privacy()
     federation = replace(federation, privacy=privacy)
-    ServerPrivacy(ExpectedUploads(method, federation), config.clients.per_round).check_budget()
+    expectations = ExpectedUploads(method, federation)
+    server = ServerPrivacy.from_federation(
+        expectations.privacy, federation, expectations.expected_items, config.clients.per_round
+    )
+    if server is not None:
+        server.check_budget()
     return (
         config.model_copy(update={"privacy": privacy}),
         federation,

@@ -198,8 +198,9 @@ def _check_evaluation(name: str, algorithm: Algorithm, federation: FederationSpe
 def _reads_private_rows(
     expectations: ExpectedUploads, client: Participant, plan: Plan[None]
 ) -> bool:
-    tally = expectations.protection.make_ledger(expectations.backend)
-    assert tally is not None  # records are private
+    assert expectations.privacy is not None  # records are private
+    tally = expectations.privacy.make_ledger(expectations.backend)
+    assert tally is not None
     run_plan(plan, client, tally)
     return bool(tally.charges[client.participant_id])
 

@@ -73,7 +73,7 @@ def _run_remaining_rounds(
 ) -> None:
     config = prepared.config
     checkpoints = Checkpoints(rounds.store, progress.log)
-    traces = rounds.environment.devices.fingerprint
+    traces = rounds.fingerprint
     fingerprint = prepared.data.content_hash()
 
     about: dict[str, Any] = {}
@@ -295,12 +295,7 @@ def load_inherited_models(models: Mapping[str, SavedModel], rounds: FederatedTra
     for model in models.values():
         groups.setdefault(model.arch.spec_id, []).append(model)
     states = {id: PrivateState({"model": model.tensors}) for id, model in models.items()}
-    if rounds.remote_executor is not None:
-        rounds.remote_executor.send_states(states)
-    else:
-        for id, private in states.items():
-            rounds.store.stage(id, private)
-    rounds.store.commit()
+    rounds.load_client_states(states)
     for group, members in groups.items():
         for name, tensor in rounds.server.models[group].items():
             if tensor.is_floating_point():

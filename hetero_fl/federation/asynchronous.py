@@ -1,4 +1,4 @@
-"""Asynchronous training: event queue, buffers, simulated time and real time."""
+"""Asynchronous training: event queue, buffers, simulated time."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import Any
 
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.aggregation.means import discount_upload
-from hetero_fl.communication.protocol import EncodeCache, Message
+from hetero_fl.communication.protocol import Message
 from hetero_fl.config.base import StalenessConfig
 from hetero_fl.core.payload import Payload, PayloadError, loss_from_report
-from hetero_fl.engine.driver import DivergedError, run_plan
-from hetero_fl.federation.executors.base import ClientAbsentError
-from hetero_fl.federation.sampling import LONGEST
+from hetero_fl.engine.driver import run_plan
+from hetero_fl.federation.channel import UploadSizes
 from hetero_fl.federation.simulation.faults import FaultOutcome, inject_faults
-from hetero_fl.federation.synchronous import CHANGED
+from hetero_fl.federation.simulation.schedule import SimulationEnvironment
 from hetero_fl.federation.trainer import FederatedTrainer, Record
+from hetero_fl.federation.upload_collector import CHANGED
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.ordering import natural_key
 from hetero_fl.utils.seeding import sample_numbers
@@ -246,6 +246,7 @@ class AsynchronousTrainer(FederatedTrainer):
     """A run without rounds; what is called one is a cohort's worth of uploads taken.
 
     Args:
+        environment: The conditions of the run.
         per_round: clients in flight at any time (None: all).
         buffer: uploads after which the server aggregates, where the method does not say it; None: a cohort's worth.
         staleness: what an upload is worth, where the method does not say it.
@@ -254,18 +255,21 @@ class AsynchronousTrainer(FederatedTrainer):
     def __init__(
         self,
         *args: Any,
+        environment: SimulationEnvironment,
         buffer: int | None = None,
         staleness: StalenessConfig | None = None,
-        **more: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(*args, **more)
+        super().__init__(*args, policy=environment.policy, **options)
+        self.environment = environment
+        self.upload_sizes = UploadSizes(self.algorithm, self.federation, self.expectations)
         self.ids = self.federation.client_infos.clients.ids
         self.places = min(self.per_round or len(self.ids), len(self.ids))
         self.goal = self.algorithm.buffer_size or buffer or self.places
         self.staleness = self.algorithm.staleness_config or staleness or StalenessConfig()
         self.queue = TaskQueue()
-        self.version = 0
-        self.num_tasks = 0  # aggregations, tasks
+        self.version = 0  # number of aggregations
+        self.num_tasks = 0
         # what came from whom, and what staleness leaves of it
         self._buffer: list[tuple[str, Payload, float]] = []
         self._attempts: Counter[str] = Counter()  # tasks of this version by client
@@ -273,33 +277,36 @@ class AsynchronousTrainer(FederatedTrainer):
         # tasks that came to nothing since the last upload was taken
         self._barren: Counter[str] = Counter()
         self._given_up = ""  # why the newest aggregation of this round came to nothing
-        self._encoded = self._encoder()
+
+    time_kind = "simulated"  # key of the round's time in its record
 
     @property
     def round_idx(self) -> int:
         return self.version
 
+    @property
+    def fingerprint(self) -> str:
+        return self.environment.devices.fingerprint
+
     # Events ------------------------------------------------------------------------------------------------------
-    def _run_round(self) -> Record:
-        begun = time.perf_counter()
+    def run_round(self) -> Record:
+        started = time.perf_counter()
         tally = BufferRecord(self.now)
-        before = (self.traffic.up, self.traffic.down)
-        while len(tally.cohort) < self.places:
-            task = self._next_task()
-            self.now = task.end
-            self._finish_task(task, tally)
-        self._simulate_server_crash()
+        traffic = (self.traffic.up, self.traffic.down)
+        with self.rollback_on_error():
+            while len(tally.cohort) < self.places:
+                task = self._next_task()
+                self.now = task.end
+                self._finish_task(task, tally)
         self.completed += 1
         given_up = self._given_up
         self._given_up = ""
         return {
             "round": self.completed,
-            **tally.record(
-                self.now, self.version, "simulated" if self.remote_executor is None else "wall"
-            ),
-            "up_bytes": self.traffic.up - before[0],
-            "down_bytes": self.traffic.down - before[1],
-            "seconds": {"training": time.perf_counter() - begun, "evaluation": 0.0},
+            **tally.record(self.now, self.version, self.time_kind),
+            "up_bytes": self.traffic.up - traffic[0],
+            "down_bytes": self.traffic.down - traffic[1],
+            "seconds": {"training": time.perf_counter() - started, "evaluation": 0.0},
             **({"diverged": given_up} if given_up else {}),
         }
 
@@ -337,10 +344,10 @@ class AsynchronousTrainer(FederatedTrainer):
         card = self.federation.client_infos[client]
         self.num_tasks = number + 1
         self._attempts[client] = again + 1
-        payload = self._broadcast(card)
-        body = self._encoded(payload)
+        payload = self.broadcast(card)
+        body = self.encode_broadcast(payload)
         fate = self.environment.faults.outcome(client, number)
-        up = self.upload_bytes(card, payload, self.version)
+        up = self.upload_sizes(card, payload, self.version)
         self._count_traffic(client, down=len(body))
         ends = self._end_time(client, len(body), up, number, fate)
         return ClientTask(
@@ -359,12 +366,11 @@ class AsynchronousTrainer(FederatedTrainer):
     def _compute(self) -> None:
         """Whatever is in flight and will have an effect, together."""
         tasks = {task.client: task for task in self.queue.pop_uncomputed()}
-        requests = {client: task.request for client, task in tasks.items()}
-        for client, reply in self.executor.run(requests):
-            if isinstance(reply, DivergedError):
-                tasks[client].diverged = str(reply)
-            else:
+        for client, reply in self.executor.run(list(tasks), lambda client: tasks[client].request):
+            if isinstance(reply, Message):
                 tasks[client].upload = reply
+            else:
+                tasks[client].diverged = str(reply)
 
     def _finish_task(self, task: ClientTask, tally: BufferRecord) -> None:
         """A task ends. Its upload enters the buffer, and what its client keeps is settled; or nothing comes of it. Raises
@@ -398,10 +404,7 @@ class AsynchronousTrainer(FederatedTrainer):
             self._count_traffic(task.client, up=task.up_bytes if task.fate.kind == "lost" else 0)
             raise TaskFailedError(task.fate.description, "fate")
         if task.diverged is not None:
-            if self.stop_on_divergence:
-                raise RunFailedError(
-                    f"round {self.completed + 1}: {task.client} diverged: {task.diverged}"
-                )
+            self.check_divergence(task.client, task.diverged)
             raise TaskFailedError(task.diverged, "client")
         sent = iter([(task.client, task.upload or Message("upload", b""))])
         came = list(
@@ -416,9 +419,7 @@ class AsynchronousTrainer(FederatedTrainer):
             raise TaskFailedError(CHANGED, "fate")
         asked = self.links.decode_broadcast(task.version, task.broadcast)
         try:
-            return self.collector.decode_upload(
-                task.client, upload.body, lambda card: asked, task.version, task.attempt
-            )
+            return self.decode_upload(task.client, upload.body, asked, task.version, task.attempt)
         except PayloadError as error:
             raise TaskFailedError(f"upload refused: {error}", "client") from None
 
@@ -430,7 +431,7 @@ class AsynchronousTrainer(FederatedTrainer):
         sent = [
             Upload(cards[c], discount_upload(payload, worth), worth) for c, payload, worth in came
         ]
-        given_up = self._change_server(
+        given_up = self.update_server(
             lambda: self._aggregate_uploads(sent), {c: payload.magnitude for c, payload, _ in came}
         )
         self._buffer.clear()
@@ -440,20 +441,13 @@ class AsynchronousTrainer(FederatedTrainer):
         self._attempts.clear()
         self._fillings = 0
         self.version += 1
-        self._encoded = self._encoder()
+        self._set_round_context(self.version)
 
     def _aggregate_uploads(self, arrived: list[Upload]) -> None:
         uploads = Uploads(specs=self.algorithm.uploads, common=self.federation.common)
         for upload in arrived:
             uploads.add(upload)
         run_plan(self.algorithm.aggregate(self.server, uploads), self.server, self.backend)
-
-    def _encoder(self) -> EncodeCache[bytes]:
-        """Of this version's broadcasts, whose random draws are keyed by it."""
-        archs = self.server.arch.values()
-        return EncodeCache(
-            lambda payload: self.links.encode_broadcast(self.version, payload, archs)
-        )
 
     def _count_traffic(self, client: str, up: int = 0, down: int = 0) -> None:
         """Bytes that a client sends or receives."""
@@ -478,7 +472,8 @@ class AsynchronousTrainer(FederatedTrainer):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.version, self.num_tasks, self._fillings = state["count"]
-        self._encoded = self._encoder()
+        self.now = state["now"]
+        self._set_round_context(self.version)
         self._attempts = Counter(state["asked"])
         self._barren = Counter(state["barren"])
         self._buffer = [
@@ -486,78 +481,3 @@ class AsynchronousTrainer(FederatedTrainer):
             for client, body, worth in state["buffer"]
         ]
         self.queue = TaskQueue.from_state_dict(state["queue"], self.environment.faults.outcome)
-
-
-# An asynchronous run in real time: clients on machines of their own end when they end, and are
-# given tasks when they are there.
-#
-# All else is as in a simulation (`asynchronous.py`): who is drawn follows from the order in which
-# uploads come, so that the same order gives the same bits. A task in flight when the server dies is
-# asked for again, and is the same task.
-
-LOOK = 1.0  # seconds after which vacant places are filled with who has come meanwhile
-
-
-class RemoteAsynchronousTrainer(AsynchronousTrainer):
-    """An asynchronous run whose executor is a `RemoteExecutor`."""
-
-    def __init__(self, *args: Any, **more: Any) -> None:
-        super().__init__(*args, **more)
-        self._resting: dict[str, str] = {}  # why they had no answer
-
-    def _run_round(self) -> Record:
-        self.now = self.elapsed_seconds()
-        record = super()._run_round()
-        if self.remote_executor is not None and (lost := self.remote_executor.pop_reset_clients()):
-            record["anew"] = lost
-        return record
-
-    def _next_task(self) -> ClientTask:
-        assert self.remote_executor is not None
-        until = time.monotonic() + LONGEST
-        while math.isinf(self.queue.next_end):
-            self._assign_tasks()
-            if not len(self.queue) and time.monotonic() > until:
-                raise RunFailedError(
-                    f"round {self.completed + 1}: nobody was there for {LONGEST / 3600:g} hours"
-                )
-            for task in self.queue.pop_uncomputed():
-                self.remote_executor.dispatch(task.client, task.request)
-            if (came := self.remote_executor.next_reply(LOOK)) is None:
-                continue
-            client, reply = came
-            (task,) = (task for task in self.queue if task.client == client)
-            if isinstance(reply, DivergedError):
-                task.diverged = str(reply)
-                if isinstance(reply, ClientAbsentError):
-                    self._resting[client] = task.diverged
-            else:
-                task.upload = reply
-            task.end = self.elapsed_seconds()
-            self.queue.set_end(task)
-        return self.queue.pop()
-
-    def _idle_clients(self) -> tuple[int, Callable[[int], int]]:
-        """Those who are there, but for those who had no answer: they are asked again after the next version, or if else nobody is
-        at it."""
-        assert self.remote_executor is not None
-        here = set(self.remote_executor.connected_clients())
-        busy = {task.client for task in self.queue}
-        if not busy and not here - self._resting.keys():
-            time.sleep(LOOK)
-            self._resting.clear()
-        free = here - busy - self._resting.keys()
-        found = [place for place, id in enumerate(self.ids) if id in free]
-        return len(found), found.__getitem__
-
-    def _end_time(self, client: str, down: int, up: int, number: int, fate: FaultOutcome) -> float:
-        return math.inf
-
-    def _receive_upload(self, task: ClientTask) -> Payload:
-        if task.client in self._resting and task.diverged is not None:
-            raise TaskFailedError(task.diverged, "fate")
-        return super()._receive_upload(task)
-
-    def _aggregate(self) -> None:
-        super()._aggregate()
-        self._resting.clear()

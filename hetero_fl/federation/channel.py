@@ -16,7 +16,7 @@ from hetero_fl.aggregation.means import ItemSum, OwnerMeans
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.communication.compression import build_stages, with_worst_case_size
 from hetero_fl.communication.link import Link, value_kinds
-from hetero_fl.communication.protocol import AggregatedUploads, DirectProtocol, Protocol
+from hetero_fl.communication.protocol import AggregatedUploads, DirectProtocol, RoundProtocol
 from hetero_fl.communication.secure_aggregation.crypto import FixedPoint
 from hetero_fl.communication.secure_aggregation.protocol import (
     SecureAggregation,
@@ -26,11 +26,11 @@ from hetero_fl.communication.secure_aggregation.protocol import (
 from hetero_fl.config.communication import ChannelConfig
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import ClientInfo, Participant
-from hetero_fl.core.payload import Item, Payload
+from hetero_fl.core.payload import Item, Payload, report_with_loss
 from hetero_fl.federation.dry_run import ExpectedUploads
 from hetero_fl.federation.federation import SERVER, FederationSpec
 from hetero_fl.federation.user_methods import call_broadcast
-from hetero_fl.privacy.client import ClientPrivacy
+from hetero_fl.privacy.client import upload_specs
 from hetero_fl.privacy.server import SumNoise
 from hetero_fl.utils.caching import LRUCache
 from hetero_fl.utils.seeding import Key
@@ -56,7 +56,7 @@ class FederationLinks:
         self.algorithm = algorithm
         self.seed = federation.seed
         self.summed = config.secure_sum is not None
-        specs = ClientPrivacy.from_federation(algorithm, federation).specs
+        specs = upload_specs(algorithm, federation)
         self.up = Link(with_worst_case_size(up) if bound else up, specs, federation.task.outputs)
         self.down = Link(down, algorithm.downloads, federation.task.outputs)
         self._statistics: dict[ModelSpec, frozenset[str]] = {}
@@ -123,12 +123,15 @@ class FederationLinks:
         """A broadcast at the client. Raises PayloadError."""
         return self.down.receive(data, self._key(SERVER, round_idx))
 
+    @property
+    def compresses_broadcasts(self) -> bool:
+        """Whether clients receive something else than the server sends."""
+        return self.down.streams is not None
+
     def simulate_broadcast(
         self, round_idx: int, payload: Payload, archs: Iterable[ModelSpec]
     ) -> Payload:
-        """What a client makes of a broadcast."""
-        if self.down.streams is None:
-            return payload
+        """Return what a client decodes from a broadcast."""
         return self.decode_broadcast(round_idx, self.encode_broadcast(round_idx, payload, archs))
 
     def _key(self, sender: str, round_idx: int, attempt: int = 0) -> tuple[Key, ...]:
@@ -142,6 +145,28 @@ class FederationLinks:
                 self._statistics[arch] = frozenset(arch.shapes) - arch.parameter_names
             found |= self._statistics[arch]
         return found
+
+
+class UploadSizes:
+    """Bytes of uploads, known before they are computed (but for the digits of a weight)."""
+
+    def __init__(
+        self, algorithm: Algorithm, federation: FederationSpec, expectations: ExpectedUploads
+    ) -> None:
+        self._expectations = expectations
+        self._links = FederationLinks(algorithm, federation, bound=True)
+        # by the expected items, which clients that are alike share
+        self._sizes: dict[int, tuple[Mapping[str, Item], int]] = {}
+
+    def __call__(self, client_info: ClientInfo, received: Payload, round_idx: int) -> int:
+        """Return the bytes of a client's upload, its report included."""
+        expected = self._expectations.expected_items(client_info, received, round_idx)
+        known = self._sizes.get(id(expected))
+        if known is None or known[0] is not expected:
+            payload = Payload(dict(expected), report_with_loss(0.0))
+            body = self._links.encode_upload(client_info, round_idx, payload, received, {})
+            known = self._sizes[id(expected)] = (expected, len(body))
+        return known[1]
 
 
 def idle_stages(name: str, algorithm: Algorithm, federation: FederationSpec) -> list[str]:
@@ -198,9 +223,7 @@ class DerivedSetup:
                 (self.aggregation_group(kind.first), self.upload_form(kind.first, round_idx))
                 for kind in kinds
             ]
-            return VectorLayout.from_forms(
-                forms, self.expectations.protection.specs, self.federation.common
-            )
+            return VectorLayout.from_forms(forms, self.expectations.specs, self.federation.common)
 
         return self._layouts.get(phase, make)
 
@@ -229,8 +252,8 @@ class DerivedSetup:
     ) -> np.ndarray | None:
         """A client's share of the noise on sums (`privacy.distributed`), on every number of the vector that is noised at the
         server otherwise, its own or not: N(0, deviation² / shares), of which so many and more are noise enough."""
-        protection = self.expectations.protection
-        if protection.privacy is None or not protection.privacy.distributed:
+        privacy = self.expectations.privacy
+        if privacy is None or not privacy.privacy.distributed:
             return None
         vector = np.zeros(layout.size)
         for place, slot in layout.slices.items():
@@ -243,7 +266,7 @@ class DerivedSetup:
             )
             drawn = draws.normal(torch.empty(parts.stop - parts.start, dtype=torch.float64), 1.0)
             vector[parts] = drawn.numpy() * (
-                protection.deviation(place.item) / math.sqrt(shares) / unit
+                privacy.deviation(place.item) / math.sqrt(shares) / unit
             )
         return vector
 
@@ -251,7 +274,7 @@ class DerivedSetup:
         return self.federation.client_infos[client].num_rows
 
 
-def make_protocol(algorithm: Algorithm, federation: FederationSpec) -> Protocol:
+def make_protocol(algorithm: Algorithm, federation: FederationSpec) -> RoundProtocol:
     """How the run's uploads reach the server, at either side. What sends nothing has nothing to be summed."""
     config = federation.channel.secure_sum
     if config is None or not algorithm.uploads:

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.communication.protocol import ClientPlan, Message, Messages, Protocol
+from hetero_fl.algorithms.base import Items
+from hetero_fl.communication.protocol import Message, Reply, RoundProtocol, TrainingRequest
 from hetero_fl.core.metrics import Scores, calibration, confusion, score
 from hetero_fl.core.participant import Participant
-from hetero_fl.core.payload import Item, Payload
+from hetero_fl.core.payload import Item, Payload, report_with_loss
 from hetero_fl.core.plan import Plan, Rows
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Examples
 from hetero_fl.engine.driver import (
     Backend,
-    DivergedError,
+    PlanOutcome,
     reported_loss,
     run_plan,
     run_plans,
@@ -180,7 +181,12 @@ class ClientEvaluation:
 
 
 class ClientRuntime:
-    """Carries out clients' plans with their own data and private state, several clients together."""
+    """Runs clients' plans with their own data and private state, several clients together.
+
+    Attributes:
+        listener: Called with a line for each step that begins.
+        review_upload: Called with each upload before it is encoded; may refuse it by raising.
+    """
 
     def __init__(
         self,
@@ -188,7 +194,7 @@ class ClientRuntime:
         federation: FederationSpec,
         store: StateStore,
         backend: Backend,
-        protocol: Protocol,
+        protocol: RoundProtocol,
     ) -> None:
         self.algorithm = algorithm
         self.federation = federation
@@ -199,75 +205,81 @@ class ClientRuntime:
         self.broadcast_cache = BroadcastCache(
             self.links.decode_broadcast, 0 if is_user_method(algorithm) else MOST
         )
-        self.protection = ClientPrivacy.from_federation(algorithm, federation)
-        self.watch: Callable[[str], None] | None = None  # told what is being done
-        # may refuse an upload, by raising
-        self.leaving: Callable[[str, Payload], None] = lambda client, upload: None
+        self.privacy = ClientPrivacy.from_federation(algorithm, federation)
+        self.listener: Callable[[str], None] | None = None
+        self.review_upload: Callable[[str, Payload], None] | None = None
         # scores of logits that several clients share
         self._common: dict[int, tuple[Tensor, Scores]] = {}
 
-    def run(self, requests: Messages) -> dict[str, Message | DivergedError]:
-        """The clients' replies to one request of the protocol each; a `DivergedError` where training did."""
+    def run(self, requests: Mapping[str, Message]) -> dict[str, Reply]:
+        """Answer one request per client.
+
+        Returns:
+            The reply of each client; a `DivergedError` where training diverged.
+        """
         self.broadcast_cache.clear()
-        replies: dict[str, Message | DivergedError] = {}
-        waiting: dict[str, tuple[ClientPlan, bytes]] = {}
-
-        def go_on(client: str, talk: ClientPlan, upload: bytes | None) -> None:
-            try:
-                waiting[client] = (talk, next(talk) if upload is None else talk.send(upload))
-            except StopIteration as stop:
-                replies[client] = stop.value
-
-        for client, request in requests.items():
-            go_on(
-                client,
-                self.protocol.answer(client, request, request.round_idx, self.store.notes),
-                None,
+        replies: dict[str, Reply] = {}
+        training: dict[str, TrainingRequest] = {}
+        for client_id, request in requests.items():
+            answer = self.protocol.answer(client_id, request, request.round_idx, self.store.notes)
+            if isinstance(answer, Message):
+                replies[client_id] = answer
+            else:
+                training[client_id] = answer
+        clients: dict[str, Participant] = {}
+        received: dict[str, Payload] = {}
+        for client_id, answer in training.items():
+            request = requests[client_id]
+            clients[client_id] = self.federation.client(
+                client_id, self.store.get(client_id), request.round_idx, request.attempt
             )
-        while waiting:
-            talks = waiting
-            waiting = {}
-            bodies = {c: broadcast for c, (_, broadcast) in talks.items()}
-            for client, upload in self._train(bodies, requests).items():
-                if isinstance(upload, DivergedError):
-                    replies[client] = upload
-                else:
-                    go_on(client, talks[client][0], upload)
+            clients[client_id].step_share = request.step_share
+            received[client_id] = self.links.decode_broadcast(request.round_idx, answer.broadcast)
+        backend = self.backend
+        if self.privacy is not None:
+            backend = self.privacy.make_backend(clients.values(), backend)
+        # A user's hook may read rows when it is called, not only when its plan runs.
+        plans = [(c, self.algorithm.train(c, received[id])) for id, c in clients.items()]
+        outcomes = run_plans(plans, backend, self._report_progress)
+        for client_id, outcome in zip(clients, outcomes, strict=True):
+            if outcome.failure is not None:
+                replies[client_id] = outcome.failure
+                continue
+            upload = self._finish_upload(clients[client_id], outcome, received[client_id])
+            body = self._encode_upload(
+                clients[client_id], upload, received[client_id], requests[client_id]
+            )
+            replies[client_id] = training[client_id].reply(body)
         return replies
 
-    def _train(
-        self, broadcasts: Mapping[str, bytes], requests: Messages
-    ) -> dict[str, bytes | DivergedError]:
-        clients = {}
-        got = {}
-        for id, body in broadcasts.items():
-            asked = requests[id]
-            clients[id] = self.federation.client(
-                id, self.store.get(id), asked.round_idx, asked.attempt
-            )
-            clients[id].step_share = asked.step_share
-            got[id] = self.links.decode_broadcast(asked.round_idx, body)
-        backend = self.protection.make_backend(clients.values(), self.backend)
-        plans = [
-            (p, self.algorithm.train(p, got[c])) for c, p in clients.items()
-        ]  # own ones may read rows when they are made
-        uploads: dict[str, bytes | DivergedError] = {}
-        for outcome, (id, client) in zip(
-            run_plans(plans, backend, self._report_progress), clients.items(), strict=True
-        ):
-            if outcome.failure is not None:
-                uploads[id] = outcome.failure
-                continue
-            upload = self.protection.release_upload(client, Payload(outcome.result()), got[id])
-            upload.report = self.protection.report(reported_loss(outcome.reports))
-            self.leaving(id, upload)
-            card = self.federation.client_infos[id]
-            asked = requests[id]
-            uploads[id] = self.links.encode_upload(
-                card, asked.round_idx, upload, got[id], client.state, asked.attempt
-            )
-            self.store.stage(id, PrivateState(self.algorithm.kept_state(client), client.state))
-        return uploads
+    def _finish_upload(
+        self, client: Participant, outcome: PlanOutcome[Items], received: Payload
+    ) -> Payload:
+        upload = Payload(outcome.result())
+        if self.privacy is None:
+            upload.report = report_with_loss(reported_loss(outcome.reports))
+        else:  # a training loss would be a release of its own
+            upload = self.privacy.release_upload(client, upload, received)
+            upload.report = {}
+        if self.review_upload is not None:
+            self.review_upload(client.participant_id, upload)
+        return upload
+
+    def _encode_upload(
+        self, client: Participant, upload: Payload, received: Payload, request: Message
+    ) -> bytes:
+        """Encode an upload and stage the private state that the client keeps."""
+        client_id = client.participant_id
+        body = self.links.encode_upload(
+            self.federation.client_infos[client_id],
+            request.round_idx,
+            upload,
+            received,
+            client.state,
+            request.attempt,
+        )
+        self.store.stage(client_id, PrivateState(self.algorithm.kept_state(client), client.state))
+        return body
 
     def deploy_clients(
         self, received: Mapping[str, Payload], round_idx: int
@@ -365,5 +377,5 @@ class ClientRuntime:
         return {c: outcome.result() for c, outcome in zip(plans, outcomes, strict=True)}
 
     def _report_progress(self, client: str, label: str) -> None:
-        if self.watch is not None:
-            self.watch(f"{client}: {label}")
+        if self.listener is not None:
+            self.listener(f"{client}: {label}")

@@ -24,7 +24,7 @@ from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.sampling import sample_cohort
 from hetero_fl.federation.simulation.schedule import SimulationEnvironment
 from hetero_fl.federation.state_store import StateStore
-from hetero_fl.federation.synchronous import CHANGED
+from hetero_fl.federation.upload_collector import CHANGED
 from hetero_fl.federation.user_methods import call_broadcast, is_user_method, translate_user_errors
 from hetero_fl.privacy.accounting import (
     History,
@@ -173,7 +173,7 @@ class DryRun:
         key = (self._server_at(round_idx), tuple(senders))
         if key in self._settled or not senders:
             return
-        uploads = Uploads(specs=self.expectations.protection.specs, common=self.server.common)
+        uploads = Uploads(specs=self.expectations.specs, common=self.server.common)
         for upload in sent():
             uploads.add(upload)
         run_plan(
@@ -274,9 +274,6 @@ class AsynchronousDryRun(AsynchronousTrainer):
         if task.fate.kind == "corrupted":
             raise TaskFailedError(CHANGED, "fate")
         return payload
-
-    def _simulate_server_crash(self) -> None:
-        """Not in a rehearsal."""
 
     def _aggregate_uploads(self, arrived: list[Upload]) -> None:
         self.dry.combine([upload.client for upload in arrived], self.version, lambda: arrived)

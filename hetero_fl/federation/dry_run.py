@@ -11,14 +11,14 @@ from torch import Tensor
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.core.participant import ClientInfo, Columns, Participant
-from hetero_fl.core.payload import Item, Payload, PayloadError
+from hetero_fl.core.payload import Item, Payload, PayloadError, report_with_loss
 from hetero_fl.core.plan import ClassSums, Fit, FitReport, Predict, Step
 from hetero_fl.engine.driver import Work, reported_loss, run_plan
 from hetero_fl.engine.templates import Templates
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.user_methods import is_user_method
 from hetero_fl.privacy.accounting import PrivacyCharge
-from hetero_fl.privacy.client import ClientPrivacy
+from hetero_fl.privacy.client import ClientPrivacy, upload_specs
 from hetero_fl.utils.errors import UserError
 
 MOST_ZEROS = 2**24  # so many are tensors of their own, in which a method may write
@@ -69,7 +69,8 @@ class ExpectedUploads:
         self.algorithm = algorithm
         self.federation = federation
         self.backend = DryRunBackend()
-        self.protection = ClientPrivacy.from_federation(algorithm, federation)
+        self.specs = upload_specs(algorithm, federation)
+        self.privacy = ClientPrivacy.from_federation(algorithm, federation)
         self._known: dict[Any, dict[str, Item]] = {}
 
     def expected_items(
@@ -132,20 +133,20 @@ class ExpectedUploads:
     ) -> tuple[Payload, tuple[PrivacyCharge, ...]]:
         """Such an upload, and what making it costs of the client's privacy."""
         client = self.placeholder_client(client_info, round_idx)
-        protection = self.protection
-        tally = protection.make_ledger(self.backend)
-        items, reports = run_plan(
-            self.algorithm.train(client, broadcast), client, tally or self.backend
-        )
+        ledger = self.privacy.make_ledger(self.backend) if self.privacy is not None else None
+        plan = self.algorithm.train(client, broadcast)
+        items, reports = run_plan(plan, client, ledger or self.backend)
         try:
-            upload = protection.release_upload(
-                client, Payload.from_hook(items, self.algorithm.uploads), broadcast
-            )
+            upload = Payload.from_hook(items, self.algorithm.uploads)
+            if self.privacy is not None:
+                upload = self.privacy.release_upload(client, upload, broadcast)
         except PayloadError as error:
             raise UserError(f"{type(self.algorithm).__name__}.train: {error}") from None
-        upload.report = dict(protection.report(reported_loss(reports)))
-        steps = tally.charges[client_info.client_id] if tally else []
-        return upload, protection.charges(steps, client.counts_accessed, bool(upload))
+        if self.privacy is None:
+            upload.report = report_with_loss(reported_loss(reports))
+            return upload, ()
+        steps = ledger.charges[client_info.client_id] if ledger is not None else []
+        return upload, self.privacy.charges(steps, client.counts_accessed, bool(upload))
 
     def placeholder_client(self, client_info: ClientInfo, round_idx: int) -> PlaceholderClient:
         """A client as the server may imagine it: the public rows are real, the private ones are only counted."""

@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.communication.protocol import EncodeCache, Message, Traffic
+from hetero_fl.config.simulation import CohortConfig
 from hetero_fl.core.metrics import Scores, score, summarize_clients
 from hetero_fl.core.participant import ClientInfo, copy_containers, copy_tree
-from hetero_fl.core.payload import Item, Payload, PayloadError, report_with_loss
+from hetero_fl.core.payload import Payload, PayloadError, check_size, check_upload
 from hetero_fl.core.plan import Predict, Rows
 from hetero_fl.engine.driver import DivergedError
 from hetero_fl.federation.channel import FederationLinks, make_protocol
 from hetero_fl.federation.client_runtime import ClientEvaluation
 from hetero_fl.federation.dry_run import ExpectedUploads
-from hetero_fl.federation.executors.base import (
-    ClientAbsentError,
-    Executor,
-    RemoteExecutor,
-    order_arrivals,
-)
+from hetero_fl.federation.executors.base import ClientAbsentError, Executor
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.simulation.schedule import SimulationEnvironment
-from hetero_fl.federation.upload_collector import UploadCollector
+from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.federation.user_methods import call_broadcast, is_user_method, translate_user_errors
 from hetero_fl.privacy.server import ServerPrivacy
-from hetero_fl.utils.caching import LazyMapping
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.ordering import natural_order
 
@@ -78,14 +70,23 @@ def add_evaluation(record: Record, evaluation: EvaluationResult) -> None:
         record["unread"] = evaluation.absent_clients
 
 
-# A run in progress, whatever decides who is asked and when: its server, its clients' state, its
-# traffic, its readings.
-
 MOST_DIVERGED = 3  # rounds in succession in which training at the server may diverge
 
 
 class FederatedTrainer(ABC):
-    """A run in progress. Its state is the server, the store and the traffic; everything else follows from the configuration."""
+    """A run in progress: the server, the clients' state, traffic and evaluation.
+
+    Its state is the server, the store and the traffic; everything else follows from the
+    configuration.
+
+    Args:
+        algorithm: The method.
+        federation: Who takes part, and on which data.
+        executor: Computes the clients' tasks.
+        per_round: Clients in a round; None: all.
+        stop_on_divergence: End the run if a client's or the server's training diverges.
+        policy: How cohorts are drawn, and what happens with too few uploads.
+    """
 
     def __init__(
         self,
@@ -94,247 +95,260 @@ class FederatedTrainer(ABC):
         executor: Executor,
         per_round: int | None = None,
         stop_on_divergence: bool = False,
-        environment: SimulationEnvironment | None = None,
+        *,
+        policy: CohortConfig | None = None,
     ) -> None:
         self.algorithm = algorithm
         self.federation = federation
         self.executor = executor
         self.per_round = per_round
         self.stop_on_divergence = stop_on_divergence
-        self.environment = environment or SimulationEnvironment.ideal(federation, per_round)
-        self.now = (
-            # seconds since the run began: simulated ones, or real ones where clients are on
-            # machines of their own
-            0.0
-        )
-        self.resumed: int | None = None  # the round after which this process took the run over
+        self.policy = policy or CohortConfig()
         self.store = executor.store
         self.backend = executor.backend
         self.protocol = make_protocol(algorithm, federation)
-        self.traffic = Traffic()
-        self.expectations = ExpectedUploads(algorithm, federation)
         self.links = FederationLinks(algorithm, federation)
-        self.bounds = FederationLinks(algorithm, federation, bound=True)
-        self.server_privacy = ServerPrivacy(self.expectations, per_round)
-        self.collector = UploadCollector(
-            self.expectations, self.links, self.protocol, self.server_privacy
+        self.expectations = ExpectedUploads(algorithm, federation)
+        self.privacy = ServerPrivacy.from_federation(
+            self.expectations.privacy, federation, self.expectations.expected_items, per_round
         )
-        self.server = federation.server()
+        self.traffic = Traffic()
+        self.rule_memory: dict[str, Any] = {}  # what aggregation rules remember between rounds
+        self.now = 0.0  # seconds since the run began, where a subclass simulates or measures them
         self.completed = 0
-        # rounds in succession that were given up because training at the server diverged
-        self.diverged = 0
-        # of uploads, by the example that they follow
-        self._lengths: dict[int, tuple[Mapping[str, Item], int]] = {}
-        self._before = time.monotonic()  # the moment from which real seconds are counted
+        self.num_diverged = 0  # rounds in succession given up because the server diverged
+        self.server = federation.server()
         with translate_user_errors():
             algorithm.setup(self.server)
-
-    @property
-    def remote_executor(self) -> RemoteExecutor | None:
-        """The executor, if clients are on machines of their own."""
-        return (
-            cast(RemoteExecutor, self.executor)
-            if self.environment.connected_clients is not None
-            else None
-        )
-
-    def elapsed_seconds(self) -> float:
-        """Seconds since the run began, those between a crash and a resume left out."""
-        return time.monotonic() - self._before
-
-    def on_checkpoint(self) -> None:
-        """A checkpoint has been written, or read."""
-        if self.remote_executor is not None:
-            self.remote_executor.on_checkpoint()
-
-    @translate_user_errors()
-    def run_round(self) -> Record:
-        """Hold the next round and commit it. Raises RunFailedError if clients trained and no upload could be used, or if a
-        method of the user's own fails; nothing that clients did in it is kept then."""
-        before = replace(self.traffic)
-        now = self.now
-        try:
-            return self._run_round()
-        except BaseException:
-            self.store.discard()
-            self.traffic.up = before.up
-            self.traffic.down = before.down
-            self.now = now
-            raise
-
-    def _simulate_server_crash(self) -> None:
-        """As `faults.server` has it, before the round is committed; the process that takes the run over there goes on."""
-        if (
-            self.completed + 1 in self.environment.faults.config.server
-            and self.resumed != self.completed
-        ):
-            os.kill(os.getpid(), signal.SIGKILL)
+        self._clear_broadcasts()
 
     @property
     def round_idx(self) -> int:
-        """The round that comes next, from 0: what the server sends and draws is keyed by it."""
+        """Index of the next round, from 0. Keys what the server sends and draws."""
         return self.completed
 
     @abstractmethod
-    def _run_round(self) -> Record:
-        """The next round: whom to ask, what to make of the answers, and its line of `metrics.jsonl`."""
+    def run_round(self) -> Record:
+        """Run the next round and commit it.
 
-    # What the server makes of uploads --------------------------------------------------------------------------------------
-    def _change_server(self, aggregate: Callable[[], None], magnitudes: Mapping[str, float]) -> str:
-        """Change the server by `aggregate`; if its training diverges, set it back to what it was and return why.
-
-        Args:
-            aggregate: Changes the server, the memory of rules and the bounds of private sums.
-            magnitudes: Of each upload, by client.
+        Returns:
+            The round's line in `metrics.jsonl`.
 
         Raises:
-            RunFailedError: If this has happened `MOST_DIVERGED` times in succession, or in every round of a shorter run, or if
-                `runtime.divergence` is `stop`.
+            RunFailedError: If no upload can be used, or a user's method fails. Nothing that
+                clients did in the round is kept then.
         """
-        # only methods of this package replace all tensors
+
+    @contextmanager
+    def rollback_on_error(self) -> Iterator[None]:
+        """Undo what a round did to the store, the traffic and the clock if it fails."""
+        traffic = replace(self.traffic)
+        now = self.now
+        try:
+            with translate_user_errors():
+                yield
+        except BaseException:
+            self.store.discard()
+            self.traffic.up = traffic.up
+            self.traffic.down = traffic.down
+            self.now = now
+            raise
+
+    def on_checkpoint(self) -> None:
+        """Called when a checkpoint has been written or read."""
+        return
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what the run was given besides data and configuration; empty if nothing."""
+        return ""
+
+    def load_client_states(self, states: Mapping[str, PrivateState]) -> None:
+        """Let clients begin with these private states."""
+        for client_id, state in states.items():
+            self.store.stage(client_id, state)
+        self.store.commit()
+
+    # What clients receive ----------------------------------------------------------------------
+    def broadcast(self, client_info: ClientInfo) -> Payload:
+        """Return what the server sends to a client.
+
+        May be called several times, in any order: random draws are keyed by the client.
+        """
+        speaker = replace(
+            self.server,
+            participant_id=f"{self.server.participant_id} to {client_info.client_id}",
+            stream_uses={},
+        )
+        payload = call_broadcast(self.algorithm, speaker, client_info)
+        return payload if self.privacy is None else self.privacy.add_bounds(payload)
+
+    def encode_broadcast(self, payload: Payload) -> bytes:
+        """Encode a broadcast; one that several clients receive is encoded once."""
+        return self._encoded(payload)
+
+    def as_received(self, payload: Payload) -> Payload:
+        """Return the payload that a client decodes from a broadcast."""
+        return self._decoded(payload) if self.links.compresses_broadcasts else payload
+
+    def _clear_broadcasts(self) -> None:
+        """Forget encoded broadcasts: the server has changed, or goes on to another round."""
+        round_idx = self.server.round_context.round_idx
+        archs = self.server.arch.values()
+        self._encoded = EncodeCache(
+            lambda payload: self.links.encode_broadcast(round_idx, payload, archs)
+        )
+        self._decoded: Callable[[Payload], Payload] = EncodeCache(
+            lambda payload: self.links.simulate_broadcast(round_idx, payload, archs)
+        )
+
+    def _set_round_context(self, round_idx: int) -> None:
+        is_next = round_idx != self.server.round_context.round_idx
+        self.server.round_context = self.federation.round_context(round_idx)
+        self.server.stream_uses = {}
+        if is_next:
+            self._clear_broadcasts()
+
+    # What the server receives ------------------------------------------------------------------
+    def decode_upload(
+        self, client_id: str, data: bytes, received: Payload, round_idx: int, attempt: int = 0
+    ) -> Payload:
+        """Decode an upload and check it against what this client was to send.
+
+        Args:
+            client_id: The sender.
+            data: The encoded upload.
+            received: What the client received.
+            round_idx: The round.
+            attempt: How often the client was asked in that round before.
+
+        Raises:
+            PayloadError: If the upload is malformed or has another form.
+        """
+        client_info = self.federation.client_infos[client_id]
+        expected = self.expectations.expected_items(client_info, received, round_idx)
+        specs = self.expectations.specs
+        check_size(len(data), specs, expected)
+        payload = self.links.decode_upload(
+            client_info, round_idx, data, expected, received, attempt
+        )
+        check_upload(payload, specs, expected)
+        return payload
+
+    def check_divergence(self, client_id: str, error: DivergedError | str) -> None:
+        """Raise RunFailedError if a diverged client ends the run."""
+        if self.stop_on_divergence:
+            raise RunFailedError(f"round {self.completed + 1}: {client_id} diverged: {error}")
+
+    def update_server(self, aggregate: Callable[[], None], magnitudes: Mapping[str, float]) -> str:
+        """Change the server; restore it if its training diverges.
+
+        Args:
+            aggregate: Changes the server, the memory of rules and the privacy bounds.
+            magnitudes: Norm of each upload, by client.
+
+        Returns:
+            Why the server diverged; empty if it did not.
+
+        Raises:
+            RunFailedError: If this has happened `MOST_DIVERGED` times in succession, or in every
+                round of a shorter run, or if `runtime.divergence` is "stop".
+        """
+        # Methods of this package replace tensors; others may change them in place.
         keep = copy_tree if is_user_method(self.algorithm) else copy_containers
         models = keep(self.server.models)
         state = keep(self.server.state)
         arch = dict(self.server.arch)
-        memory = copy_containers(self.collector.memory)
-        sums = self.server_privacy.state_dict()
+        memory = copy_containers(self.rule_memory)
+        bounds = self.privacy.state_dict() if self.privacy is not None else {}
         try:
             aggregate()
         except DivergedError as error:
             self.server.models = models
             self.server.state = state
             self.server.arch = arch
-            self.collector.memory = memory
-            self.server_privacy.load_state_dict(sums)
-            self.diverged += 1
-            why = f"training at the server diverged: {error}"
-            if magnitudes and self.server_privacy.privacy is None:
-                client = max(magnitudes, key=lambda c: magnitudes[c])
-                why += (
-                    f"; the upload of {client} has the largest magnitude, {magnitudes[client]:.3g}"
-                )
-            most = min(MOST_DIVERGED, self.federation.num_rounds)
-            if self.diverged >= most or self.stop_on_divergence:
-                times = f", {self.diverged} times in succession" if self.diverged > 1 else ""
-                raise RunFailedError(f"round {self.completed + 1}: {why}{times}") from None
-            return why
-        self.diverged = 0
+            self.rule_memory = memory
+            if self.privacy is not None:
+                self.privacy.load_state_dict(bounds)
+            self.num_diverged += 1
+            return self._server_divergence(error, magnitudes)
+        self.num_diverged = 0
         return ""
 
-    # What clients receive -----------------------------------------------------------------------------------------------
-    def broadcasts(
-        self, clients: Collection[str], for_evaluation: bool = False
-    ) -> Mapping[str, bytes]:
-        """What the server sends to each, encoded when it is asked for; `for_evaluation`: to be read, not to be trained on."""
-        encoded = EncodeCache(
-            lambda payload: self.links.encode_broadcast(
-                self.server.round_context.round_idx, payload, self.server.arch.values()
-            )
-        )
-
-        def make(client: str) -> bytes:
-            card = self.federation.client_infos[client]
-            return encoded(
-                self._broadcast(replace(card, is_evaluation=True) if for_evaluation else card)
-            )
-
-        return LazyMapping(clients, make)
-
-    def decoded_broadcasts(self, round_idx: int) -> Callable[[ClientInfo], Payload]:
-        """What each client makes of what it was sent in that round."""
-        heard = EncodeCache(
-            lambda payload: self.links.simulate_broadcast(
-                round_idx, payload, self.server.arch.values()
-            )
-        )
-        return lambda card: heard(self._broadcast(card))
-
-    def _broadcast(self, client_info: ClientInfo) -> Payload:
-        """May be made several times, in any order: what it draws is keyed by the client, not by the turn."""
-        speaker = replace(
-            self.server,
-            participant_id=f"{self.server.participant_id} to {client_info.client_id}",
-            stream_uses={},
-        )
-        return self.server_privacy.add_bounds(call_broadcast(self.algorithm, speaker, client_info))
-
-    def upload_bytes(self, client_info: ClientInfo, broadcast: Payload, round_idx: int) -> int:
-        """Bytes of the upload that a client will make of this broadcast, its report included (but for the digits of a weight)."""
-        like = self.expectations.expected_items(client_info, broadcast, round_idx)
-        known = self._lengths.get(id(like))
-        if known is None or known[0] is not like:
-            length = len(
-                self.bounds.encode_upload(
-                    client_info,
-                    round_idx,
-                    Payload(dict(like), report_with_loss(0.0)),
-                    broadcast,
-                    {},
-                )
-            )
-            known = self._lengths[id(like)] = (like, length)
-        return known[1]
-
-    def _set_round_context(self, round_idx: int) -> None:
-        self.server.round_context = self.federation.round_context(round_idx)
-        self.server.stream_uses = {}
+    def _server_divergence(self, error: DivergedError, magnitudes: Mapping[str, float]) -> str:
+        why = f"training at the server diverged: {error}"
+        if magnitudes and self.privacy is None:
+            client = max(magnitudes, key=lambda c: magnitudes[c])
+            largest = f"{magnitudes[client]:.3g}"
+            why += f"; the upload of {client} has the largest magnitude, {largest}"
+        most = min(MOST_DIVERGED, self.federation.num_rounds)
+        if self.num_diverged >= most or self.stop_on_divergence:
+            times = f", {self.num_diverged} times in succession" if self.num_diverged > 1 else ""
+            raise RunFailedError(f"round {self.completed + 1}: {why}{times}") from None
+        return why
 
     @translate_user_errors()
-    def request_upload(self, client: str, round_idx: int) -> tuple[Payload, Payload]:
-        """What one client receives in a round, and what arrives of its answer if the server sees it by itself; nothing is kept.
+    def request_upload(self, client_id: str, round_idx: int) -> tuple[Payload, Payload]:
+        """Have one client train in a round of its own; nothing is kept.
 
-        Raises RunFailedError if the client diverges, PayloadError if the answer is not what was asked for.
+        Returns:
+            What the client received, and its upload as the server sees it.
+
+        Raises:
+            RunFailedError: If the client diverges.
+            PayloadError: If the upload does not have the expected form.
         """
         self._set_round_context(round_idx)
-        bodies = dict(self.broadcasts([client]))
+        payload = self.broadcast(self.federation.client_infos[client_id])
+        request = Message("train", self.encode_broadcast(payload), round_idx)
         try:
-            ((_, reply),) = self.executor.run({client: Message("train", bodies[client], round_idx)})
+            ((_, reply),) = self.executor.run([client_id], lambda client_id: request)
         finally:
             self.store.discard()
-        if isinstance(reply, DivergedError):
-            raise RunFailedError(f"round {round_idx + 1}: {client} diverged: {reply}")
-        got = self.links.decode_broadcast(round_idx, bodies[client])
-        return got, self.collector.decode_upload(
-            client, reply.body, self.decoded_broadcasts(round_idx), round_idx
-        )
+        if not isinstance(reply, Message):
+            raise RunFailedError(f"round {round_idx + 1}: {client_id} diverged: {reply}")
+        received = self.links.decode_broadcast(round_idx, request.body)
+        upload = self.decode_upload(client_id, reply.body, self.as_received(payload), round_idx)
+        return received, upload
 
     # Evaluation --------------------------------------------------------------------------------------------------
     @translate_user_errors()
     def evaluate(
         self, details: bool = False, save: Callable[[str, bytes], None] | None = None
     ) -> EvaluationResult:
-        """Read the models of the federation's readers, in this cohort or not, as they would be used now; and the server's.
+        """Evaluate the clients' models as they would be used now, in this cohort or not; and the server's.
 
         What they receive for it is what they would receive next, and is counted like any other transfer. `details`: all
         that a report shows; each model (see `SavedModel.encode`) is then handed to `save` as it comes, and not kept.
         """
         self._set_round_context(self.round_idx)
-        ids = natural_order(self.federation.evaluated_clients)
-        bodies = self.broadcasts(ids, for_evaluation=True)
+        client_ids = natural_order(self.federation.evaluated_clients)
+        sizes: dict[str, int] = {}
 
-        def counted(client: str) -> bytes:
-            body = bodies[client]
-            sizes[client] = len(body)
+        def broadcast(client_id: str) -> bytes:
+            client_info = replace(self.federation.client_infos[client_id], is_evaluation=True)
+            body = self.encode_broadcast(self.broadcast(client_info))
+            sizes[client_id] = len(body)
             return body
 
-        sizes: dict[str, int] = {}
         clients: dict[str, ClientEvaluation] = {}
         absent: dict[str, str] = {}
         try:
-            for id, reading in order_arrivals(
-                ids, self.executor.evaluate(LazyMapping(ids, counted), self.round_idx, details)
+            for client_id, evaluation in self.executor.evaluate(
+                client_ids, broadcast, self.round_idx, details
             ):
-                if isinstance(reading, ClientAbsentError):
-                    absent[id] = str(reading)
+                if isinstance(evaluation, ClientAbsentError):
+                    absent[client_id] = str(evaluation)
                     continue
                 if save is not None:
-                    save(id, reading.model)
-                    reading.model = b""
-                clients[id] = reading
+                    save(client_id, evaluation.model)
+                    evaluation.model = b""
+                clients[client_id] = evaluation
         except (DivergedError, PayloadError) as error:
             raise RunFailedError(
                 f"round {self.completed}: a model cannot be evaluated: {error}"
             ) from None
+        self._clear_broadcasts()
         if self.algorithm.counts_traffic:
             self.traffic.down += sum(sizes.values())
         return EvaluationResult(clients, self._evaluate_server(), absent)
@@ -355,31 +369,28 @@ class FederatedTrainer(ABC):
                 scores[name] = score(self.federation.task, logits, y, unit)
         return scores
 
-    # Crash safety ------------------------------------------------------------------------------------------------
+    # Crash safety ------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        """With the store, everything that a later process needs to go on as if nothing had happened."""
-        return {
+        """Return, besides the store, everything that another process needs to go on."""
+        state: dict[str, Any] = {
             "completed": self.completed,
             "server": {"models": self.server.models, "state": self.server.state},
             "traffic": {"up": self.traffic.up, "down": self.traffic.down},
-            "aggregation": self.collector.memory,
-            "bounds": self.server_privacy.state_dict(),
-            **({"diverged": self.diverged} if self.diverged else {}),
-            **(
-                {"now": self.now}
-                if self.environment.simulated or self.remote_executor is not None
-                else {}
-            ),
+            "aggregation": self.rule_memory,
+            "bounds": self.privacy.state_dict() if self.privacy is not None else {},
         }
+        if self.num_diverged:
+            state["diverged"] = self.num_diverged
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The reverse of `state`."""
-        self.completed = self.resumed = state["completed"]
-        self.now = state.get("now", 0.0)
-        self.diverged = state.get("diverged", 0)
-        self._before = time.monotonic() - self.now
+        """Go on from what `state_dict` returned."""
+        self.completed = state["completed"]
+        self.num_diverged = state.get("diverged", 0)
         self.server.models = state["server"]["models"]
         self.server.state = state["server"]["state"]
         self.traffic = Traffic(**state["traffic"])
-        self.collector.memory = state["aggregation"]
-        self.server_privacy.load_state_dict(state["bounds"])
+        self.rule_memory = state["aggregation"]
+        if self.privacy is not None:
+            self.privacy.load_state_dict(state["bounds"])
+        self._clear_broadcasts()

@@ -1,176 +1,243 @@
-"""The server's door: what arrives in a round is decoded, checked against what was asked, and folded into the aggregation."""
+"""Collect the uploads of a round: validate them, fold them into the aggregation, note failures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from hetero_fl.aggregation import Upload, Uploads
-from hetero_fl.communication.protocol import AggregatedUploads, Arrivals, Protocol
+from hetero_fl.communication.protocol import AggregatedUploads, Exchange, Message, Reply
 from hetero_fl.communication.secure_aggregation.protocol import SecureAggregation
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import ClientInfo
-from hetero_fl.core.payload import Payload, PayloadError, check_size, check_upload, loss_from_report
-from hetero_fl.federation.channel import FederationLinks, open_sums
-from hetero_fl.federation.dry_run import ExpectedUploads
-from hetero_fl.privacy.server import ServerPrivacy
-from hetero_fl.robustness.robust_means import AggregationRules, ReferenceTensors
+from hetero_fl.core.payload import Payload, PayloadError, loss_from_report
+from hetero_fl.engine.driver import DivergedError
+from hetero_fl.federation.channel import open_sums
+from hetero_fl.federation.executors.base import ClientLateError
+from hetero_fl.robustness.robust_means import AggregationRules
+from hetero_fl.utils.errors import NoUploadError, RoundAbandonedError
 
+if TYPE_CHECKING:
+    from hetero_fl.federation.trainer import FederatedTrainer
 
-@dataclass
-class CollectedUploads:
-    """What came of a round's arrivals: the uploads, the losses that clients told (of a secure sum the `mean` alone), why others
-    were refused, who lied, and the magnitude of each upload."""
-
-    uploads: Uploads
-    losses: dict[str, float] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    malicious: list[str] = field(default_factory=list)
-    magnitudes: dict[str, float] = field(default_factory=dict)
-    rules: AggregationRules | None = None
+CHANGED = "upload refused: its bytes are not those that were sent"
 
 
 class UploadCollector:
-    """Takes a round's arrivals one by one, so that the server never holds more of them than it needs.
+    """Collects the replies of one cohort.
 
-    `memory`: what aggregation rules remember from round to round.
+    Uploads are folded as they come, so that the server holds one at a time. Once a simulated
+    malicious client has sent one, the following uploads wait until all have arrived: the attacks
+    may read all of them.
+
+    Args:
+        trainer: The run.
+        cohort: Ids of the clients in the round, in order.
+
+    Attributes:
+        uploads: What the method aggregates.
+        losses: Training losses that clients reported; under a secure sum their "mean" alone.
+        failed: Why clients sent no usable upload.
+        late: Clients that had not answered when the round was closed.
+        magnitudes: Norm of each upload.
+        malicious: Simulated malicious clients whose uploads arrived.
+        abandoned: Why the round was given up, if it was.
+        up_bytes, down_bytes: Traffic of the round.
     """
 
-    def __init__(
-        self,
-        expectations: ExpectedUploads,
-        links: FederationLinks,
-        protocol: Protocol,
-        sums: ServerPrivacy,
-    ) -> None:
-        self.expectations = expectations
-        self.links = links
-        self.protocol = protocol
-        self.sums = sums
-        self.memory: dict[str, Any] = {}
+    def __init__(self, trainer: FederatedTrainer, cohort: Sequence[str]) -> None:
+        self.trainer = trainer
+        self.cohort = cohort
+        self.round_idx = trainer.round_idx
+        self.rules = self._make_rules()
+        noise = None
+        if trainer.privacy is not None:
+            noise = trainer.privacy.sum_noise(self._received_by, self.round_idx)
+        self._noise = noise
+        self.uploads = Uploads(
+            specs=trainer.expectations.specs,
+            common=trainer.federation.common,
+            rules=self.rules,
+            noise=noise,
+        )
+        self.losses: dict[str, float] = {}
+        self.failed: dict[str, str] = {}
+        self.late: list[str] = []
+        self.magnitudes: dict[str, float] = {}
+        self.malicious: list[str] = []
+        self.abandoned: RoundAbandonedError | None = None
+        self.diverged = ""  # why training at the server diverged, if it did
+        self.up_bytes = 0
+        self._sent_bytes: dict[tuple[str, str], int] = {}  # by exchange and client
+        self._sent: dict[str, Payload] = {}  # broadcasts to clients that have not answered
+        self._waiting: dict[str, Payload] = {}  # for the malicious clients' uploads
 
-    def collect(
-        self,
-        arrivals: Arrivals | AggregatedUploads,
-        broadcast_to: Callable[[ClientInfo], Payload],
-        round_idx: int,
-    ) -> CollectedUploads:
-        """All that arrived, in client-id order. `broadcast_to`: what a client received, on which it trained.
+    @property
+    def down_bytes(self) -> int:
+        return sum(self._sent_bytes.values())
 
-        Simulated liars know one another's uploads: from the first of them on, all are held until the last has come.
+    @property
+    def is_sufficient(self) -> bool:
+        """Whether enough uploads came. A cohort into which nobody was drawn is enough: with
+        `privacy.poisson_cohorts` its sum is noise."""
+        return not self.cohort or len(self.uploads) >= self.trainer.policy.least
+
+    def exchanges(self, clients: Sequence[str] | None = None) -> Iterator[Exchange]:
+        """Yield the exchanges of the round, each after the replies to the one before.
+
+        Args:
+            clients: Those of the cohort that take part; None: all.
         """
-        if isinstance(arrivals, AggregatedUploads):
-            return self.open_sums(arrivals, broadcast_to, round_idx)
-        federation = self.expectations.federation
-        specs = self.expectations.protection.specs
-        rules = self.make_rules(broadcast_to)
-        reference = reference_tensors(broadcast_to)
-        taken = CollectedUploads(
-            Uploads(
-                specs=specs,
-                common=federation.common,
-                rules=rules,
-                noise=self.sums.sum_noise(broadcast_to, round_idx),
-            ),
-            rules=rules,
-        )
-        held: dict[str, Payload] = {}
-        for client, body in arrivals:
-            try:
-                payload = self.decode_upload(client, body, broadcast_to, round_idx)
-            except PayloadError as error:
-                taken.refused[client] = str(error)
-                continue
-            taken.magnitudes[client] = payload.magnitude
-            del body  # a model's worth each: nobody holds one longer than need be
-            if (loss := loss_from_report(payload.report)) is not None:
-                taken.losses[client] = loss
-            if federation.malicious is not None and federation.malicious.is_malicious(
-                client, round_idx
-            ):
-                taken.malicious.append(client)
-            if taken.malicious:
-                held[client] = payload
-            else:
-                taken.uploads.add(Upload(federation.client_infos[client], payload))
-            del payload
-        if federation.malicious is not None and taken.malicious:
-            honest = {
-                client: (federation.client_infos[client], held[client])
-                for client in taken.malicious
-            }
-            senders = len(taken.uploads) + len(held)
-            held |= federation.malicious.poison(
-                honest, round_idx, senders, reference, self.expectations.trained_names
-            )
-        for client, payload in held.items():
-            taken.magnitudes[client] = payload.norm()  # of what was forged
-            taken.uploads.add(Upload(federation.client_infos[client], payload))
-        return taken
+        clients = self.cohort if clients is None else clients
+        try:
+            total = yield from self.trainer.protocol.exchanges(clients, self.round_idx)
+        except RoundAbandonedError as error:
+            self._abandon(error)
+            return
+        if total is not None:
+            self._open_sum(total)
+        if self._waiting:
+            self._poison()
 
-    def open_sums(
-        self,
-        aggregated: AggregatedUploads,
-        broadcast_to: Callable[[ClientInfo], Payload],
-        round_idx: int,
-    ) -> CollectedUploads:
-        """A secure sum: uploads of which only sums are known."""
-        assert isinstance(self.protocol, SecureAggregation)
-        cards = [self.expectations.federation.client_infos[client] for client in aggregated.clients]
+    def request(self, exchange: Exchange, client_id: str) -> Message:
+        """Encode the request to a client. A request that is sent again is counted once."""
+        message = exchange.request(client_id, self._broadcast_to)
+        self._sent_bytes[exchange.kind, client_id] = len(message.body)
+        return replace(message, round_idx=self.round_idx)
+
+    def add(self, exchange: Exchange, client_id: str, reply: Reply) -> None:
+        """Take one client's reply. Replies come in the order of the cohort.
+
+        Raises:
+            RunFailedError: If the client diverged and `runtime.divergence` is "stop".
+        """
+        if isinstance(reply, DivergedError):
+            self.trainer.check_divergence(client_id, reply)
+            self.fail(client_id, str(reply))
+        elif isinstance(reply, ClientLateError):
+            self.late.append(client_id)
+        elif isinstance(reply, NoUploadError):
+            self.fail(client_id, str(reply))
+        else:
+            self.up_bytes += len(reply.body)
+            if not reply.is_intact:
+                self.refuse(client_id, CHANGED)
+            elif (body := exchange.accept(client_id, reply)) is not None:
+                self._add_upload(client_id, body)
+
+    def fail(self, client_id: str, reason: str) -> None:
+        """Note that a client sent no upload."""
+        self.failed[client_id] = reason
+        self._sent.pop(client_id, None)
+
+    def refuse(self, client_id: str, reason: str) -> None:
+        """Note that a client's upload cannot be used, and drop what the client would keep."""
+        self.fail(client_id, reason)
+        self.trainer.store.discard_client(client_id)
+
+    def _add_upload(self, client_id: str, body: bytes) -> None:
+        try:
+            received = self.trainer.as_received(self._sent.pop(client_id))
+            payload = self.trainer.decode_upload(client_id, body, received, self.round_idx)
+        except PayloadError as error:
+            self.refuse(client_id, f"upload refused: {error}")
+            return
+        self.magnitudes[client_id] = payload.magnitude
+        loss = loss_from_report(payload.report)
+        if loss is not None:
+            self.losses[client_id] = loss
+        attacks = self.trainer.federation.malicious
+        if attacks is not None and attacks.is_malicious(client_id, self.round_idx):
+            self.malicious.append(client_id)
+        if self.malicious:
+            self._waiting[client_id] = payload
+        else:
+            self.uploads.add(Upload(self.trainer.federation.client_infos[client_id], payload))
+
+    def _poison(self) -> None:
+        """Replace the malicious clients' uploads by what their attack makes of them."""
+        attacks = self.trainer.federation.malicious
+        assert attacks is not None
+        client_infos = self.trainer.federation.client_infos
+        true_uploads = {c: (client_infos[c], self._waiting[c]) for c in self.malicious}
+        self._waiting |= attacks.poison(
+            true_uploads,
+            self.round_idx,
+            len(self.uploads) + len(self._waiting),
+            self._reference,
+            self.trainer.expectations.trained_names,
+        )
+        for client_id, payload in self._waiting.items():
+            self.magnitudes[client_id] = payload.norm()
+            self.uploads.add(Upload(client_infos[client_id], payload))
+
+    def _open_sum(self, aggregated: AggregatedUploads) -> None:
+        """Take the uploads of which only the sum is known."""
+        protocol = self.trainer.protocol
+        assert isinstance(protocol, SecureAggregation)
+        client_infos = [self.trainer.federation.client_infos[c] for c in aggregated.clients]
         forms = [
-            (card, self.expectations.expected_items(card, broadcast_to(card), round_idx))
-            for card in cards
+            (
+                info,
+                self.trainer.expectations.expected_items(
+                    info, self._received_by(info), self.round_idx
+                ),
+            )
+            for info in client_infos
         ]
-        layout = self.protocol.agreed.layout(round_idx)
-        noise = self.sums.sum_noise(broadcast_to, round_idx)
-        uploads, loss = open_sums(aggregated, layout, self.protocol.fixed, forms, noise)
-        return CollectedUploads(
-            uploads, {} if loss is None else {"mean": loss}, dict(aggregated.dropouts)
-        )
+        layout = protocol.agreed.layout(self.round_idx)
+        self.uploads, loss = open_sums(aggregated, layout, protocol.fixed, forms, self._noise)
+        if loss is not None:
+            self.losses = {"mean": loss}
+        for client_id in aggregated.clients:  # whoever left later is in the sum all the same
+            self.failed.pop(client_id, None)
+        self.late = [c for c in self.late if c not in aggregated.clients]
+        for client_id, reason in aggregated.dropouts.items():
+            if client_id in self.failed or client_id in self.late:
+                self.trainer.store.discard_client(client_id)
+            else:
+                self.refuse(client_id, f"upload refused: {reason}")
 
-    def make_rules(self, broadcast_to: Callable[[ClientInfo], Payload]) -> AggregationRules | None:
-        """What stands in for the mean in this round, if anything does."""
-        federation = self.expectations.federation
+    def _abandon(self, error: RoundAbandonedError) -> None:
+        self.abandoned = error
+        for client_id in self.cohort:
+            if client_id not in self.failed and client_id not in self.late:
+                self.fail(client_id, "the round was given up")
+
+    def _make_rules(self) -> AggregationRules | None:
+        """Return what replaces the mean in this round; None for the plain mean."""
+        federation = self.trainer.federation
         if federation.aggregation.is_plain_mean:
             return None
-        terms = (
+        return AggregationRules(
             federation.aggregation,
             federation.task,
-            reference_tensors(broadcast_to),
-            self.expectations.trained_names,
-        )
-        return AggregationRules(*terms, memory=self.memory)
-
-    def decode_upload(
-        self,
-        client: str,
-        data: bytes,
-        broadcast_to: Callable[[ClientInfo], Payload],
-        round_idx: int,
-        attempt: int = 0,
-    ) -> Payload:
-        """An upload, decoded and checked against what this client was to send. `attempt`: how often it was asked in that round
-        before. Raises PayloadError."""
-        card = self.expectations.federation.client_infos[client]
-        got = broadcast_to(card)
-        like = self.expectations.expected_items(card, got, round_idx)
-        specs = self.expectations.protection.specs
-        check_size(len(data), specs, like)
-        payload = self.links.decode_upload(card, round_idx, data, like, got, attempt)
-        check_upload(payload, specs, like)
-        return payload
-
-
-def reference_tensors(broadcast_to: Callable[[ClientInfo], Payload]) -> ReferenceTensors:
-    """The named tensors that a client was sent under an item's name; {} if none were."""
-
-    def reference(client_info: ClientInfo, name: str) -> Tensors:
-        sent = broadcast_to(client_info).items_.get(name)
-        return (
-            sent.values
-            if sent is not None and isinstance(sent.values, dict) and sent.kind == "params"
-            else {}
+            self._reference,
+            self.trainer.expectations.trained_names,
+            memory=self.trainer.rule_memory,
         )
 
-    return reference
+    def _broadcast_to(self, client_id: str) -> bytes:
+        payload = self.trainer.broadcast(self.trainer.federation.client_infos[client_id])
+        self._sent[client_id] = payload
+        return self.trainer.encode_broadcast(payload)
+
+    def _received_by(self, client_info: ClientInfo) -> Payload:
+        return self.trainer.as_received(self.trainer.broadcast(client_info))
+
+    def _reference(self, client_info: ClientInfo, name: str) -> Tensors:
+        """Return the named tensors that a client received under an item's name; {} if none."""
+        item = self._received_by(client_info).items_.get(name)
+        if item is None or item.kind != "params" or not isinstance(item.values, dict):
+            return {}
+        return item.values
+
+    def robustness_record(self) -> dict[str, Any]:
+        """Return what the round's record says of robust rules and simulated attacks."""
+        record: dict[str, Any] = {}
+        if self.rules is not None and self.rules.too_few:
+            record["too_few"] = self.rules.too_few
+        if self.trainer.federation.malicious is not None:
+            record["attacks"] = {"liars": self.malicious}
+        return record

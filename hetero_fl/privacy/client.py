@@ -1,17 +1,19 @@
-"""What differential privacy does at a client: a guard around its steps, a bound (and noise) on its upload."""
+"""Differential privacy on the client: a guard around training, and bounds and noise on uploads."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.config.privacy import PrivacyConfig
-from hetero_fl.core.participant import Participant
-from hetero_fl.core.payload import Item, ItemSpec, Payload, report_with_loss
+from hetero_fl.core.participant import ClientDirectory, Participant
+from hetero_fl.core.payload import Item, ItemSpec, Payload
+from hetero_fl.core.task import Task
+from hetero_fl.data import FederatedData
 from hetero_fl.engine.driver import Backend
 from hetero_fl.privacy.accounting import PrivacyCharge
 from hetero_fl.privacy.dp_sgd import PrivacyBackend, PrivacyLedger
@@ -22,9 +24,6 @@ from hetero_fl.privacy.mechanisms import (
     predictions_to_votes,
     release_upload,
 )
-
-if TYPE_CHECKING:
-    from hetero_fl.federation.federation import FederationSpec
 
 WITHIN = "within_clip"  # of each item, whether it was within its bound
 FACTOR = "clip "  # before an item's name: the factor on its bound, in a broadcast's report
@@ -38,70 +37,100 @@ def received_factors(received: Payload) -> dict[str, float]:
     return {name: float(factor) for name, factor in told.items()}
 
 
-def uploadable_items(algorithm: Algorithm, federation: FederationSpec) -> dict[str, ItemSpec]:
-    """The items that some client may upload, as the method declares them."""
-    given = {share for k in federation.client_infos.profiles for share in k.settings.shares}
-    given |= {"parameters" for k in federation.client_infos.profiles if k.settings.shared_prefixes}
-    proxy = federation.data.n_proxy
+class PrivateFederation(Protocol):
+    """What privacy reads of a federation."""
+
+    task: Task
+    data: FederatedData
+    client_infos: ClientDirectory
+    privacy: PrivacyConfig | None
+    noise: NoiseSource
+    common: tuple[str, ...]
+
+
+def uploadable_items(algorithm: Algorithm, federation: PrivateFederation) -> dict[str, ItemSpec]:
+    """Return the declared items that some client of the federation may upload."""
+    settings = [profile.settings for profile in federation.client_infos.profiles]
+    allowed = {share for s in settings for share in s.shares}
+    allowed |= {"parameters" for s in settings if s.shared_prefixes}
+    num_proxy = federation.data.n_proxy
     return {
-        n: spec
-        for n, spec in algorithm.uploads.items()
-        if spec.share in given and (proxy or spec.kind != "rows" or spec.rows_of != "proxy")
+        name: spec
+        for name, spec in algorithm.uploads.items()
+        if spec.share in allowed and (num_proxy or spec.kind != "rows" or spec.rows_of != "proxy")
     }
+
+
+def upload_specs(algorithm: Algorithm, federation: PrivateFederation) -> dict[str, ItemSpec]:
+    """Return the declarations of all that an upload may hold, adaptive clipping included."""
+    specs = dict(algorithm.uploads)
+    if federation.privacy is not None and federation.privacy.adaptive_clip is not None:
+        specs[WITHIN] = ItemSpec("counts", private=True)
+    return specs
 
 
 @dataclass(frozen=True)
 class ClientPrivacy:
-    """The client's side of one `privacy` section; without one everything passes as it is."""
+    """The client's side of a `privacy` section.
 
-    privacy: PrivacyConfig | None
+    Args:
+        privacy: The section.
+        noise: Source of noise.
+        specs: Declarations of all that an upload may hold.
+        items: Names of the items that clients of this federation send, sorted.
+        task_kind: Kind of the task.
+    """
+
+    privacy: PrivacyConfig
     noise: NoiseSource
-    specs: Mapping[str, ItemSpec]  # of all that an upload may have
-    items: tuple[str, ...]  # those of them that the method sends here, sorted
-    kind: str  # of the task
+    specs: Mapping[str, ItemSpec]
+    items: tuple[str, ...]
+    task_kind: str
 
     @classmethod
-    def from_federation(cls, algorithm: Algorithm, federation: FederationSpec) -> ClientPrivacy:
-        """As the federation has it."""
-        privacy = federation.privacy
-        specs = dict(algorithm.uploads)
-        if privacy is not None and privacy.adaptive_clip is not None:
-            specs[WITHIN] = ItemSpec("counts", private=True)
-        items = tuple(sorted(uploadable_items(algorithm, federation)))
-        return cls(privacy, federation.noise, specs, items, federation.task.kind)
-
-    @property
-    def unit(self) -> str:
-        """record, client, local; or nothing."""
-        return "" if self.privacy is None else str(self.privacy.unit)
+    def from_federation(
+        cls, algorithm: Algorithm, federation: PrivateFederation
+    ) -> ClientPrivacy | None:
+        """Return the client's side of the federation's `privacy` section; None without one."""
+        if federation.privacy is None:
+            return None
+        return cls(
+            federation.privacy,
+            federation.noise,
+            upload_specs(algorithm, federation),
+            tuple(sorted(uploadable_items(algorithm, federation))),
+            federation.task.kind,
+        )
 
     def make_backend(self, clients: Iterable[Participant], backend: Backend) -> Backend:
-        """Who performs these clients' training."""
-        if self.privacy is None or self.unit != "record":
+        """Return the backend for these clients' training."""
+        if self.privacy.unit != "record":
             return backend
         return PrivacyBackend(backend, self.privacy, self.noise, list(clients))
 
     def make_ledger(self, backend: Backend) -> PrivacyLedger | None:
-        """Who notes what a dry run of a plan costs, where steps cost anything."""
-        if self.privacy is None or self.unit != "record":
-            return None
-        return PrivacyLedger(backend, self.privacy)
+        """Return a backend that notes what each step costs; None if steps cost nothing."""
+        return PrivacyLedger(backend, self.privacy) if self.privacy.unit == "record" else None
 
     def charges(
         self, steps: Sequence[PrivacyCharge], counts_read: bool, sent: bool
     ) -> tuple[PrivacyCharge, ...]:
-        """What a round costs a client. `steps`: as a tally noted them; `counts_read`: whether its label counts were read; `sent`:
-        whether it uploads anything."""
-        if self.privacy is None:
-            return ()
-        if self.unit == "record":
-            return (*steps, *(label_counts_charge(self.kind, self.privacy) if counts_read else ()))
-        return (PrivacyCharge(1.0),) if sent else ()
+        """Return what a round costs a client.
+
+        Args:
+            steps: What its training steps cost.
+            counts_read: Whether its label counts were read.
+            sent: Whether it uploads anything.
+        """
+        if self.privacy.unit != "record":
+            return (PrivacyCharge(1.0),) if sent else ()
+        counts = label_counts_charge(self.task_kind, self.privacy) if counts_read else ()
+        return (*steps, *counts)
 
     def release_upload(self, client: Participant, upload: Payload, received: Payload) -> Payload:
-        """The upload as it may leave."""
+        """Return the upload as it may leave the client: with votes, bounds and noise as configured."""
         privacy = self.privacy
-        if privacy is None or privacy.unit == "record":
+        if privacy.unit == "record":
             return upload
         factors = received_factors(received)
 
@@ -132,7 +161,6 @@ class ClientPrivacy:
 
     def deviation(self, name: str, factor: float = 1.0, z: float | None = None) -> float:
         """Standard deviation of the noise on one item: z·√m·C; local: twice that, for any upload may take another's place."""
-        assert self.privacy is not None
         twice = 2 if self.privacy.unit == "local" else 1
         return (
             twice
@@ -146,7 +174,3 @@ class ClientPrivacy:
     def factors_item(factors: Mapping[str, float]) -> dict[str, str]:
         """Bounds' factors as they go with a broadcast: to the bit, in a fixed width."""
         return {FACTOR + name: f"{factor:.16e}" for name, factor in sorted(factors.items())}
-
-    def report(self, loss: float | None) -> dict[str, str]:
-        """What goes with an upload: where anything is private, a training loss is not told."""
-        return report_with_loss(loss if self.privacy is None else None)

@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,13 +15,9 @@ from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.core.model_spec import Owner, Tensors
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Item, Payload
-from hetero_fl.privacy.client import WITHIN, ClientPrivacy
+from hetero_fl.privacy.client import WITHIN, ClientPrivacy, PrivateFederation
 from hetero_fl.privacy.mechanisms import teacher_from_votes
 from hetero_fl.utils.errors import UserError
-
-if TYPE_CHECKING:
-    from hetero_fl.federation.dry_run import ExpectedUploads
-
 
 # Means of which no single client can be read: noise once on the sum of bounded uploads, over a
 # fixed denominator.
@@ -199,60 +194,83 @@ class SumNoise:
 # sums, the next bounds.
 
 
+ExpectedItems = Callable[[ClientInfo, Payload, int], Mapping[str, Item]]
+
+
 class ServerPrivacy:
-    """Of one run. `factors`: on each item's `clip`, one unless they adapt; with the round's number all its state."""
+    """The server's side of privacy of clients, for one run.
 
-    def __init__(self, expectations: ExpectedUploads, per_round: int | None) -> None:
-        self.expectations = expectations
-        population = len(expectations.federation.client_infos)
-        self.cohort = min(per_round or population, population)  # expected
+    Args:
+        client: The clients' side.
+        federation: The federation.
+        expected_items: Returns the form of a client's upload, given its broadcast and the round.
+        per_round: Clients in a round; None: all.
+    """
+
+    def __init__(
+        self,
+        client: ClientPrivacy,
+        federation: PrivateFederation,
+        expected_items: ExpectedItems,
+        per_round: int | None,
+    ) -> None:
+        self.client = client
+        self.privacy = client.privacy
+        self.federation = federation
+        self.expected_items = expected_items
+        population = len(federation.client_infos)
+        self.cohort = min(per_round or population, population)  # expected number of clients
         self.share = self.cohort / population
-        self.protection: ClientPrivacy = expectations.protection
-        self.factors: dict[str, float] = dict.fromkeys(self.protection.items, 1.0)
+        # Factors on each item's clipping bound: 1 unless bounds adapt.
+        self.factors: dict[str, float] = dict.fromkeys(client.items, 1.0)
 
-    @property
-    def privacy(self) -> PrivacyConfig | None:
-        """The section, if it asks for noise at the server."""
-        privacy = self.protection.privacy
-        return privacy if privacy is not None and privacy.unit == "client" else None
+    @classmethod
+    def from_federation(
+        cls,
+        client: ClientPrivacy | None,
+        federation: PrivateFederation,
+        expected_items: ExpectedItems,
+        per_round: int | None,
+    ) -> ServerPrivacy | None:
+        """Return the server's side; None where the server adds no noise."""
+        if client is None or client.privacy.unit != "client":
+            return None
+        return cls(client, federation, expected_items, per_round)
 
     def add_bounds(self, broadcast: Payload) -> Payload:
-        """A broadcast with the round's bounds, where they adapt."""
-        if self.privacy is not None and self.privacy.adaptive_clip is not None:
-            broadcast.report = {**broadcast.report, **self.protection.factors_item(self.factors)}
+        """Add the round's clipping bounds to a broadcast, where they adapt."""
+        if self.privacy.adaptive_clip is not None:
+            broadcast.report = {**broadcast.report, **self.client.factors_item(self.factors)}
         return broadcast
 
-    def sum_noise(
-        self, broadcast_to: Callable[[ClientInfo], Payload], round_idx: int
-    ) -> SumNoise | None:
-        """The noise of a round's sums. `broadcast_to`: what a client was sent."""
+    def sum_noise(self, received_by: Callable[[ClientInfo], Payload], round_idx: int) -> SumNoise:
+        """Return the noise on a round's sums.
+
+        Args:
+            received_by: Returns what a client received.
+            round_idx: The round.
+        """
         privacy = self.privacy
-        federation = self.expectations.federation
-        if privacy is None:
-            return None
-        normal = federation.noise.normal
+        federation = self.federation
+        specs = self.client.specs
 
         def draw(like: Tensor, deviation: float, *parts: str) -> Tensor:
-            return normal(like, deviation, "server", round_idx, *parts)
+            return federation.noise.normal(like, deviation, "server", round_idx, *parts)
 
         def deviation(name: str) -> float:
             if privacy.distributed:
-                return 0.0  # it is in what came
+                return 0.0  # clients have added it
             if name == WITHIN:
                 # m bits, each as if it were one of m
                 return self.count_noise(privacy) * math.sqrt(len(self.factors))
-            return self.protection.deviation(
+            return self.client.deviation(
                 name, self.factors[name], self.update_noise_multiplier(privacy)
             )
 
-        specs = self.protection.specs
-
         def postprocess(name: str, votes: Tensor) -> Tensor:
-            return (
-                teacher_from_votes(votes, specs[name].says)
-                if privacy.votes and specs[name].says
-                else votes
-            )
+            if not privacy.votes or not specs[name].says:
+                return votes
+            return teacher_from_votes(votes, specs[name].says)
 
         noise = SumNoise(
             deviation,
@@ -260,21 +278,21 @@ class ServerPrivacy:
             lambda card: federation.client_infos.profile(card.client_id).first,
             postprocess,
         )
-        for kind in federation.client_infos.profiles:
-            card = federation.client_infos[kind.first]
-            got = broadcast_to(card)
-            for name, like in self.expectations.expected_items(card, got, round_idx).items():
-                before = got.item(name) if name in got else None
-                group = "" if specs[name].across else card.arch.spec_id
-                noise.expect(
-                    name, like, before, kind.count * self.share, card, group, federation.common
-                )
+        for profile in federation.client_infos.profiles:
+            client_info = federation.client_infos[profile.first]
+            received = received_by(client_info)
+            expected = self.expected_items(client_info, received, round_idx)
+            for name, like in expected.items():
+                before = received.item(name) if name in received else None
+                group = "" if specs[name].across else client_info.arch.spec_id
+                count = profile.count * self.share
+                noise.expect(name, like, before, count, client_info, group, federation.common)
         return noise
 
     def check_budget(self) -> None:
         """Raises UserError if counting the updates within bounds costs all there is."""
         privacy = self.privacy
-        if privacy is None or privacy.adaptive_clip is None:
+        if privacy.adaptive_clip is None:
             return
         if (sigma := self.count_noise(privacy)) * 2 <= privacy.known_noise_multiplier:
             raise UserError(
@@ -298,7 +316,7 @@ class ServerPrivacy:
     def adapt_bounds(self, uploads: Uploads) -> None:
         """Each bound times exp(−η·(share of updates within it − γ)), the share noised (ibid., Algorithm 1)."""
         privacy = self.privacy
-        if privacy is None or privacy.adaptive_clip is None:
+        if privacy.adaptive_clip is None:
             return
         wanted = privacy.adaptive_clip
         total = uploads.total(WITHIN)

@@ -38,6 +38,10 @@ class RunFailedError(Exception):
     """The run itself failed (every upload non-finite, say). The command line prints one line and ends with status 1."""
 
 
+class NoUploadError(Exception):
+    """A client's upload is missing. The message says why."""
+
+
 class RoundAbandonedError(RunFailedError):
     """A round's protocol ended without a result: fewer took part to its end than it needs. Nothing of the round was learnt."""
 

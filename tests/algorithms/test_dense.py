@@ -213,14 +213,14 @@ def test_a_generator_for_every_shape(shape: tuple[int, ...]) -> None:
 def uploads(rounds: SynchronousTrainer) -> list[dict[str, list[str]]]:
     """What each client sends, by round."""
     seen_: list[dict[str, list[str]]] = []
-    receive = rounds.collector.decode_upload
+    receive = rounds.decode_upload
 
     def note(client: str, data: bytes, asked: Any, index: int) -> Payload:
         payload = receive(client, data, asked, index)
         seen_[-1][client] = list(payload)
         return payload
 
-    rounds.collector.decode_upload = note  # type: ignore[method-assign]
+    rounds.decode_upload = note  # type: ignore[method-assign]
     while rounds.completed < rounds.federation.num_rounds:
         seen_.append({})
         rounds.run_round()

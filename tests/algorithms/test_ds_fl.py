@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hetero_fl.algorithms import DSFL
 from hetero_fl.algorithms.ds_fl import pack_labels, quantize_probabilities, unpack_labels
+from hetero_fl.communication.protocol import Message
 from hetero_fl.core.objectives import TeacherDistillation
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Item, Payload
@@ -145,13 +146,13 @@ def test_the_contrast_weighted_teacher_is_that_of_log_probabilities() -> None:
 def watched(rounds: SynchronousTrainer, seen: dict[str, Payload]) -> None:
     """Note what each client receives to train on."""
     site: ClientRuntime = rounds.executor.runtime  # type: ignore[attr-defined]
-    train_ = site._train
+    answer = site.run
 
-    def note(broadcasts: Any, index: int) -> Any:
-        seen.update({c: Payload.decode(b) for c, b in broadcasts.items()})
-        return train_(broadcasts, index)
+    def note(requests: dict[str, Message]) -> Any:
+        seen.update({client: Payload.decode(m.body) for client, m in requests.items()})
+        return answer(requests)
 
-    site._train = note  # type: ignore[method-assign]
+    site.run = note  # type: ignore[method-assign]
 
 
 def test_only_rows_that_the_receiver_lacks_or_that_expired_travel() -> None:

@@ -139,8 +139,8 @@ def test_what_of_private_rows_leaves_is_declared_told_and_refused_where_not_shar
         {"match": "site_2", "shares": ["parameters", "predictions", "statistics"]}
     ]
     rounds, seen = rounds_of(source, held=0), {}
-    receive = rounds.collector.decode_upload
-    rounds.collector.decode_upload = lambda c, *rest: seen.setdefault(c, receive(c, *rest))  # type: ignore[method-assign]
+    receive = rounds.decode_upload
+    rounds.decode_upload = lambda c, *rest: seen.setdefault(c, receive(c, *rest))  # type: ignore[method-assign]
     rounds.run_round()
     assert {c: len(p) for c, p in seen.items()} == {"site_1": 3, "site_2": 0, "site_3": 3}
     assert {c: len(p["labels"]) for c, p in seen.items() if p} == {
@@ -154,7 +154,7 @@ def test_what_of_private_rows_leaves_is_declared_told_and_refused_where_not_shar
 
 def test_a_row_too_few_is_refused() -> None:
     rounds = rounds_of(federation("mlp"), held=0)
-    receive = rounds.collector.decode_upload
+    receive = rounds.decode_upload
 
     def short(client: str, data: bytes, asked: Any, index: int) -> Payload:
         if client == "site_1":
@@ -162,7 +162,7 @@ def test_a_row_too_few_is_refused() -> None:
             data = Payload({n: payload[n][1:] for n in payload}, payload.report).encode()
         return receive(client, data, asked, index)
 
-    rounds.collector.decode_upload = short  # type: ignore[method-assign]
+    rounds.decode_upload = short  # type: ignore[method-assign]
     assert list(rounds.run_round()["failed"]) == ["site_1"]
 
 

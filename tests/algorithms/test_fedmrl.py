@@ -82,8 +82,8 @@ def test_a_loss_without_weight_leaves_its_head_alone_and_one_clients_mentee_is_t
             )
     one = rounds_of(fedmrl(clients=1), held=1)
     seen: list[Any] = []
-    receive = one.collector.decode_upload
-    one.collector.decode_upload = lambda *a: seen.append(receive(*a)) or seen[-1]  # type: ignore[method-assign]
+    receive = one.decode_upload
+    one.decode_upload = lambda *a: seen.append(receive(*a)) or seen[-1]  # type: ignore[method-assign]
     one.run_round()
     assert same_bits(floating_tensors(one.server.models[MENTEE]), seen[0][MENTEE])
 

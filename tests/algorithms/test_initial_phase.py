@@ -50,7 +50,7 @@ def federation(
 def watched(rounds: SynchronousTrainer) -> Counter[str]:
     """How often each client begins a fit of each label: counts `site_1: initial private`."""
     seen: Counter[str] = Counter()
-    rounds.executor.runtime.watch = lambda line: seen.update([line])  # type: ignore[attr-defined]
+    rounds.executor.runtime.listener = lambda line: seen.update([line])  # type: ignore[attr-defined]
     return seen
 
 

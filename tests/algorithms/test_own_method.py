@@ -43,8 +43,8 @@ def test_it_runs_by_its_name_and_by_reference(tmp_path: Path) -> None:
 def test_it_does_what_it_says() -> None:
     rounds = rounds_of(config("median_teacher", MIXED, rounds=1), held=0)
     seen = []
-    uploads_of = rounds.collector.decode_upload
-    rounds.collector.decode_upload = lambda *a: seen.append(uploads_of(*a)) or seen[-1]  # type: ignore[method-assign]
+    uploads_of = rounds.decode_upload
+    rounds.decode_upload = lambda *a: seen.append(uploads_of(*a)) or seen[-1]  # type: ignore[method-assign]
     rounds.run_round()
     want = np.median([p["logits"].numpy() for p in seen], axis=0)
     assert np.allclose(rounds.server.state["teacher"], want, atol=1e-6)

@@ -16,7 +16,7 @@ from hetero_fl.cli import main
 from hetero_fl.experiment import run
 from hetero_fl.federation.checkpoint import Checkpoints
 from hetero_fl.federation.state_store import StateStore
-from hetero_fl.federation.trainer import FederatedTrainer
+from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.reporting.run_directory import CHECKSUMS, RunDirectory, lock_folder
 from hetero_fl.utils.errors import Interrupted, UserError
 from tests.helpers.small_federations import config
@@ -448,11 +448,11 @@ def test_resume_never_restarts_a_run_that_left_results(
 def test_a_run_stopped_within_its_first_round_needs_its_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stop(self: FederatedTrainer) -> None:
+    def stop(self: SynchronousTrainer) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(FederatedTrainer, "run_round", stop)
+        patched.setattr(SynchronousTrainer, "run_round", stop)
         with pytest.raises(Interrupted):
             run(SOURCE, out=tmp_path / "a")
     assert main(["check", str(tmp_path / "a")]) == 0

@@ -39,11 +39,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def trained(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, int]]:
     """How often each client has trained in each round, at whatever node."""
     counts: Counter[tuple[str, int]] = Counter()
-    train = ClientRuntime._train
+    encode = ClientRuntime._encode_upload
 
-    def counted(self: ClientRuntime, broadcasts: Any, requests: Any) -> Any:
-        counts.update((client, requests[client].round_idx) for client in broadcasts)
-        return train(self, broadcasts, requests)
+    def counted(self: ClientRuntime, client: Any, upload: Any, received: Any, request: Any) -> Any:
+        counts[client.participant_id, request.round_idx] += 1
+        return encode(self, client, upload, received, request)
 
-    monkeypatch.setattr(ClientRuntime, "_train", counted)
+    monkeypatch.setattr(ClientRuntime, "_encode_upload", counted)
     return counts

@@ -11,7 +11,7 @@ from hetero_fl.deployment.messages import Envelope, RequestRefusedError
 from hetero_fl.deployment.node import Node
 from hetero_fl.experiment import run
 from hetero_fl.experiment.runner import _evaluate
-from hetero_fl.federation import asynchronous
+from hetero_fl.federation import asynchronous, real_time
 from hetero_fl.utils.errors import RunFailedError
 from tests.helpers.asynchronous_runs import session
 from tests.helpers.nodes import (
@@ -127,7 +127,7 @@ def test_nodes_that_refuse_everything_are_asked_for_a_while(
         raise RequestRefusedError("not today")
 
     monkeypatch.setattr(Node, "_run_task", refuse)
-    monkeypatch.setattr(asynchronous, "LOOK", 0.01)
+    monkeypatch.setattr(real_time, "LOOK", 0.01)
     monkeypatch.setattr(asynchronous, "PATIENCE", 3)
     with pytest.raises(
         RunFailedError, match=r"round 1: no usable upload from 9 tasks; site_\d: not today$"
@@ -138,10 +138,10 @@ def test_nodes_that_refuse_everything_are_asked_for_a_while(
 def test_an_empty_place_is_not_waited_at_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(asynchronous, "LOOK", 0.01)
-    monkeypatch.setattr(asynchronous, "LONGEST", 0.1)
+    monkeypatch.setattr(real_time, "LOOK", 0.01)
+    monkeypatch.setattr(real_time, "LONGEST", 0.1)
     monkeypatch.setattr(
-        asynchronous.RemoteAsynchronousTrainer,
+        real_time.RemoteAsynchronousTrainer,
         "_idle_clients",
         lambda self: (0, self.queue.idle_place),
     )

@@ -292,14 +292,14 @@ def test_layout_of_many_numbers_is_refused_before_they_are_made() -> None:
 
 
 def test_answer_in_a_secure_sum_much_longer_than_agreed_is_refused_unread() -> None:
-    conversation = SecureAggregationRound(
-        {"site_1": b"", "site_2": b""}, 2, None, (bytes(32), 10), 0, 0
-    )
-    replies = iter([("site_1", Message("keys", bytes(10**6)))])
+    conversation = SecureAggregationRound(["site_1", "site_2"], 2, None, (bytes(32), 10), 0, 0)
+    exchanges = conversation.exchanges()
+    keys = next(exchanges)
+
+    keys.accept("site_1", Message("keys", bytes(10**6)))
 
     with pytest.raises(RoundAbandonedError):
-        conversation.collect_keys(replies)
-
+        next(exchanges)
     assert "1,000,000 bytes; an answer to 'keys' takes at most" in conversation.dropouts["site_1"]
 
 

@@ -43,6 +43,7 @@ from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.serialization import encode
 from tests.helpers.deployments import Federation, small
 from tests.helpers.nodes import Clock
+from tests.helpers.small_federations import broadcasts
 
 Change = Callable[[Envelope], Envelope]
 
@@ -482,6 +483,12 @@ def test_before_the_first_round_junk_is_one_line_that_names_its_sender(
     assert said in str(caught.value) and len(str(caught.value)) < 600
 
 
+def evaluate_client(rounds: Any) -> Any:
+    """What a client tells when its model is evaluated, with all details."""
+    body = broadcasts(rounds, ["site_1"], for_evaluation=True)["site_1"]
+    return rounds.executor.evaluate(["site_1"], lambda client: body, 1, True)
+
+
 # A model's metadata --------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def told_model() -> Any:
@@ -489,9 +496,7 @@ def told_model() -> Any:
     prepared = prepare(small(models="linear", rounds=1))
     rounds = prepared.make_trainer()
     rounds.run_round()
-    ((_, told),) = rounds.executor.evaluate(
-        rounds.broadcasts(["site_1"], for_evaluation=True), 1, True
-    )
+    ((_, told),) = evaluate_client(rounds)
     yield told, rounds.federation, rounds.algorithm
     rounds.executor.close()
 
@@ -596,7 +601,7 @@ def test_honest_readings_of_every_sort_of_model_are_heard(method: str, tmp_path:
         pytest.skip(f"{method} is none of this release's")
     rounds = prepared.make_trainer()
     rounds.run_round()
-    found = rounds.executor.evaluate(rounds.broadcasts(["site_1"], for_evaluation=True), 1, True)
+    found = evaluate_client(rounds)
     (told,) = [r for _, r in found]
     heard = read_evaluation(evaluation_tree(told), "site_1", rounds.federation, rounds.algorithm)
     assert heard == told and heard.model and heard.confusion

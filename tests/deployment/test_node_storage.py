@@ -174,7 +174,7 @@ def test_a_site_draws_its_own_noise_for_each_task(tmp_path: Path) -> None:
             joined = federation.nodes["site_1"].joined
             if envelope.head["ask"] == "do" and joined is not None:
                 assert isinstance(joined.noise, SecretNoiseSource) and joined.worker is not None
-                assert joined.worker.runtime.protection.noise is joined.noise
+                assert joined.worker.runtime.privacy.noise is joined.noise
                 tasks.append(joined.noise.task)
             return answer
 

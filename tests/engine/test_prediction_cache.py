@@ -13,8 +13,8 @@ from hetero_fl.algorithms import FedAvg
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import ClassSums, Predict, Rows
 from hetero_fl.data.federated_data import ColumnCache
-from hetero_fl.engine.prediction_cache import make_backend
 from hetero_fl.engine.serial import SerialBackend
+from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.executors.base import client_chunks
 from hetero_fl.federation.state_store import PrivateState
@@ -34,12 +34,15 @@ def clients(**changes: Any) -> list[Participant]:
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The work that `SerialBackend` is given from now on: pairs of participant and step."""
+    """The outputs that `SerialBackend` computes from now on: pairs of participant and step."""
     seen: list[Any] = []
-    perform = SerialBackend.run
-    monkeypatch.setattr(
-        SerialBackend, "run", lambda self, work: seen.extend(work) or perform(self, work)
-    )
+    outputs = SerialBackend._outputs
+
+    def noted(self: SerialBackend, participant: Participant, steps: list[Any]) -> list[Any]:
+        seen.extend((participant, step) for step in steps)
+        return outputs(self, participant, steps)
+
+    monkeypatch.setattr(SerialBackend, "_outputs", noted)
     return seen
 
 
@@ -125,6 +128,8 @@ def test_what_a_broadcast_draws_is_the_clients_own_however_often_it_is_made() ->
     rounds = rounds_of(config("fedavg", "mlp"), held=0)
     SEEN.clear()
     rounds.algorithm = rounds.expectations.algorithm = Noisy()
+    for client_info in rounds.federation.client_infos.values():
+        rounds.broadcast(client_info)
     rounds.run_round()
     drawn: dict[str, set[float]] = {}
     for client, value in SEEN:

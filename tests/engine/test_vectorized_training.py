@@ -346,7 +346,7 @@ class Peeking(Objective):
 
 OUTPUTS: dict[str, Make] = {
     "logits": lambda p: Predict("model", batch_size=8),
-    "features in common": lambda p: Predict(
+    "features on public rows": lambda p: Predict(
         "model", Rows("proxy"), readout="features", batch_size=10
     ),
     "sent models": lambda p: Predict("", tensors=floats_of(p), arch=p.arch["other"]),
@@ -362,7 +362,8 @@ def floats_of(p: Participant) -> dict[str, Tensor]:
 @pytest.mark.parametrize("case", OUTPUTS)
 def test_outputs(case: str, stacks: list[int]) -> None:
     both(arch(width=4), OUTPUTS[case], sizes=(*SIZES, 0) if case == "logits" else SIZES)
-    assert stacks == [5]
+    # on public rows one by one, where equal models are evaluated once
+    assert stacks == ([] if "public" in case else [5])
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 16, 17, 40])

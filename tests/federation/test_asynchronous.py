@@ -141,7 +141,7 @@ def test_what_goes_wrong_before_an_upload_is_sent_is_never_computed() -> None:
     run = session(config("fedavg", clients=4, runtime={"threads": 1, "mode": "async"}), fates=fates)
     asked = []
     answer = run.executor.run
-    run.executor.run = lambda requests: (asked.extend(requests), answer(requests))[1]  # type: ignore[method-assign]
+    run.executor.run = lambda clients, request: (asked.extend(clients), answer(clients, request))[1]  # type: ignore[method-assign]
     record = run.run_round()
     assert sorted(record["failed"]) == sorted(PACE) and len(asked) == 4
     assert record["counts"] == {"invited": 8, "arrived": 4, "failed": 4, "late": 0}

@@ -12,7 +12,7 @@ from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.core.plan import Plan
 from hetero_fl.federation.client_runtime import MOST, BroadcastCache
-from tests.helpers.small_federations import MIXED, config, rounds_of
+from tests.helpers.small_federations import MIXED, broadcasts, config, rounds_of
 
 BODIES = [
     Payload(
@@ -125,7 +125,7 @@ def test_clients_that_spoil_what_they_received_spoil_nobody_elses(chunk: int) ->
         rounds = rounds_of(config("fedavg", MIXED, clients=6), held=1)
         rounds.algorithm = rounds.executor.runtime.algorithm = Spoiling()  # type: ignore[attr-defined]
         site = rounds.executor.runtime  # type: ignore[attr-defined]
-        bodies = rounds.broadcasts(list(rounds.federation.client_infos), for_evaluation=True)
+        bodies = broadcasts(rounds, list(rounds.federation.client_infos), for_evaluation=True)
         ids = list(bodies)
         groups = (
             [[id] for id in ids]
@@ -157,8 +157,8 @@ class Unseen(FedAvg):
 def test_a_method_of_the_users_own_may_write_where_no_version_tells(decode: Counted) -> None:
     rounds = rounds_of(config(f"python:{__name__}:Unseen", MIXED, clients=6), held=1)
     site = rounds.executor.runtime  # type: ignore[attr-defined]
-    (first, body), *_ = rounds.broadcasts(
-        list(rounds.federation.client_infos), for_evaluation=True
+    (first, body), *_ = broadcasts(
+        rounds, list(rounds.federation.client_infos), for_evaluation=True
     ).items()
     want = Payload.decode(body)
     site.evaluate({first: body}, 1)

@@ -15,7 +15,7 @@ from hetero_fl.federation.checkpoint import Checkpoints
 from hetero_fl.federation.cost import communication_cost
 from hetero_fl.federation.state_store import StateStore
 from tests.federation.test_synchronous import METHODS
-from tests.helpers.small_federations import MIXED, TOP, config, rounds_of, same_bits
+from tests.helpers.small_federations import MIXED, TOP, broadcasts, config, rounds_of, same_bits
 from tests.helpers.workers import Lent, lent, outcome, rounds_on, setup_of
 
 BOTH: dict[str, Any] = {
@@ -77,7 +77,7 @@ def test_uploads_are_a_small_part_of_what_they_were() -> None:
 )
 def test_without_stages_nothing_is_another(empty: dict[str, Any]) -> None:
     rounds = rounds_of(config("hybrid", MODELS, 4, **empty), held=0)
-    bodies = dict(rounds.broadcasts(rounds.sample_cohort(0)))
+    bodies = dict(broadcasts(rounds, rounds.sample_cohort(0)))
     assert all(Payload.decode(body).encode() == body for body in bodies.values())
     rounds.run_round()
     assert not any(UNSENT in rounds.store.get(c).state for c in rounds.federation.client_infos)
@@ -153,7 +153,7 @@ def test_what_is_kept_survives_rounds_in_which_the_client_is_not_drawn_and_an_up
         )
         (lost, *others), receive = (
             rounds.sample_cohort(rounds.completed),
-            rounds.collector.decode_upload,
+            rounds.decode_upload,
         )
 
         def refusing(
@@ -161,9 +161,9 @@ def test_what_is_kept_survives_rounds_in_which_the_client_is_not_drawn_and_an_up
         ) -> Payload:
             return receive(client, data[:-1] if client == lost else data, *rest)
 
-        rounds.collector.decode_upload = refusing  # type: ignore[method-assign]
+        rounds.decode_upload = refusing  # type: ignore[method-assign]
         assert set(rounds.run_round()["failed"]) == {lost}
-        rounds.collector.decode_upload = receive  # type: ignore[method-assign]
+        rounds.decode_upload = receive  # type: ignore[method-assign]
         after = kept_by(rounds)
         for client in (*absent, lost):
             assert (before[client] is None) == (after[client] is None)
@@ -216,13 +216,13 @@ def test_workers_change_no_bit(method: str, channel: dict[str, Any], crew: Lent)
 def test_clients_of_a_group_receive_the_same_and_the_server_knows_what() -> None:
     source = config("fedavg", MODELS, 4, channel={"compress_down": [{"quantize": 4}]})
     rounds = rounds_of(source, held=0)
-    bodies = dict(rounds.broadcasts(rounds.sample_cohort(0)))
+    bodies = dict(broadcasts(rounds, rounds.sample_cohort(0)))
     assert len(set(bodies.values())) == 2
     for client, body in bodies.items():
         card = rounds.federation.client_infos[client]
         got = rounds.links.decode_broadcast(0, body)["model"]
         heard = rounds.links.simulate_broadcast(
-            0, rounds._broadcast(card), rounds.server.arch.values()
+            0, rounds.broadcast(card), rounds.server.arch.values()
         )["model"]
         assert same_bits(got, heard)
         weight = next(n for n, t in got.items() if t.ndim > 1)

@@ -16,6 +16,7 @@ from hetero_fl.communication.secure_aggregation.protocol import SecureAggregatio
 from hetero_fl.core.payload import PayloadError
 from hetero_fl.engine.driver import DivergedError
 from hetero_fl.experiment import prepare
+from hetero_fl.federation import client_runtime
 from hetero_fl.federation.executors import processes
 from hetero_fl.federation.executors.workers import WorkerJob
 from hetero_fl.federation.synchronous import SynchronousTrainer
@@ -207,17 +208,16 @@ def test_the_reports_tell_the_mean_loss_alone_and_uploads_nothing_single(
 
 def failing(rounds: SynchronousTrainer, who: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let some clients' training diverge."""
-    site = rounds.executor.runtime  # type: ignore[attr-defined]
-    train = site._train
+    carry_out = client_runtime.run_plans
 
-    def bad(broadcasts: dict[str, bytes], round: int) -> dict[str, Any]:
-        made = train(broadcasts, round)
-        return {
-            c: DivergedError("its loss is nan") if c in who else upload
-            for c, upload in made.items()
-        }
+    def bad(plans: list[Any], *rest: Any) -> list[Any]:
+        outcomes = carry_out(plans, *rest)
+        for (client, _), made in zip(plans, outcomes, strict=True):
+            if client.participant_id in who:
+                made.failure = DivergedError("its loss is nan")
+        return outcomes
 
-    monkeypatch.setattr(site, "_train", bad)
+    monkeypatch.setattr(client_runtime, "run_plans", bad)
 
 
 def test_who_diverges_is_left_out_and_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,10 +39,10 @@ def fated(
     rounds.environment = replace(rounds.environment, faults=Fated(rounds.environment.faults, fates))
     asked, answer = defaultdict[str, list[str]](list), rounds.executor.run
 
-    def watched(requests: Any) -> Any:
-        for client in requests:
-            asked[client].append(requests[client].kind)
-        return answer(requests)
+    def watched(clients: Any, request: Any) -> Any:
+        for client in clients:
+            asked[client].append(request(client).kind)
+        return answer(clients, request)
 
     rounds.executor.run = watched  # type: ignore[method-assign]
     return rounds, asked

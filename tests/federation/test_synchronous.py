@@ -83,13 +83,13 @@ def test_every_method_runs_on_a_mixed_federation_and_reading_leaves_no_trace(met
 @pytest.mark.parametrize("method", METHODS)
 def test_bytes_are_those_of_the_encoded_payloads(method: str) -> None:
     rounds = rounds_of(config(method, MIXED, clients=4), held=0)
-    up, receive = [], rounds.collector.decode_upload
+    up, receive = [], rounds.decode_upload
 
     def watched(client: str, data: bytes, *rest: Any) -> Payload:
         up.append(len(data))
         return receive(client, data, *rest)
 
-    rounds.collector.decode_upload = watched  # type: ignore[method-assign]
+    rounds.decode_upload = watched  # type: ignore[method-assign]
     rounds.run_round()
     if method in ("local", "centralized"):
         assert (rounds.traffic.up, rounds.traffic.down) == (0, 0)
@@ -202,7 +202,7 @@ def test_round_whose_training_at_the_server_diverges_changes_nothing(
     )
     assert "the upload of site_2 has the largest magnitude, " in record["diverged"]
     assert method == "fedbuff" or record["skipped"]
-    assert "diverged" not in rounds.run_round() and rounds.diverged == 0
+    assert "diverged" not in rounds.run_round() and rounds.num_diverged == 0
 
 
 def loud(rounds: FederatedTrainer, client: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,8 +338,8 @@ def test_label_counts_do_not_leave_where_statistics_are_not_shared() -> None:
         ),
         [],
     )
-    receive = rounds.collector.decode_upload
-    rounds.collector.decode_upload = lambda *a: seen.append(receive(*a)) or seen[-1]  # type: ignore[method-assign]
+    receive = rounds.decode_upload
+    rounds.decode_upload = lambda *a: seen.append(receive(*a)) or seen[-1]  # type: ignore[method-assign]
     rounds.run_round()
     for payload in seen:
         weight = payload.item("logits").weight

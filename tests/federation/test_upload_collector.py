@@ -11,7 +11,7 @@ from tests.helpers.small_federations import config, rounds_of
 
 def test_receive_refuses_an_upload_of_another_form_than_agreed() -> None:
     rounds = rounds_of(config("fedavg", "mlp"), held=0)
-    heard = rounds.decoded_broadcasts(0)
+    heard = rounds.broadcast(rounds.federation.client_infos["site_1"])
     agreed = rounds.expectations.expected_items(
         rounds.federation.client_infos["site_1"], Payload(), 0
     )["model"]
@@ -19,7 +19,7 @@ def test_receive_refuses_an_upload_of_another_form_than_agreed() -> None:
 
     def received(tensors: dict[str, torch.Tensor]) -> Payload:
         upload = Payload({"model": Item(tensors, agreed.weight, "params")})
-        return rounds.collector.decode_upload("site_1", upload.encode(), heard, 0)
+        return rounds.decode_upload("site_1", upload.encode(), heard, 0)
 
     assert set(received(model)["model"]) == set(model)
     with pytest.raises(PayloadError, match="other tensors than agreed"):

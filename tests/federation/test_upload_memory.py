@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from hetero_fl.aggregation import Uploads
-from hetero_fl.communication.protocol import Message, Messages
-from tests.helpers.small_federations import config, rounds_of
+from hetero_fl.communication.protocol import Message
+from tests.helpers.small_federations import broadcasts, config, rounds_of
 
 alive: list[int] = []
 
@@ -26,10 +26,10 @@ def test_no_upload_outlives_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     answer, add = rounds.executor.run, Uploads.add
     seen = {"made": [], "added": []}
 
-    def tracked(requests: Messages) -> Iterator[tuple[str, Any]]:
-        for client in requests:
+    def tracked(clients: list[str], request: Any) -> Iterator[tuple[str, Any]]:
+        for client in clients:
             seen["made"].append(len(alive))
-            ((_, reply),) = answer({client: requests[client]})
+            ((_, reply),) = answer([client], request)
             assert isinstance(reply, Message)
             body = Body(reply.body)
             alive.append(id(body))
@@ -44,7 +44,8 @@ def test_no_upload_outlives_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounds.executor, "run", tracked)
     monkeypatch.setattr(Uploads, "add", adding)
     rounds.run_round()
-    assert seen == {"made": [0] * 5, "added": [0] * 5}
+    # while an upload is folded, its encoded form is the only one alive
+    assert seen == {"made": [0] * 5, "added": [1] * 5}
 
 
 def test_the_executor_holds_no_upload_that_it_has_handed_on() -> None:
@@ -58,10 +59,10 @@ def test_the_executor_holds_no_upload_that_it_has_handed_on() -> None:
         return handed[-1]
 
     site.run = kept
-    left = [len(handed[0]) for _ in rounds.executor.run(requests(rounds))]
+    left = [len(handed[0]) for _ in rounds.executor.run(*requests(rounds))]
     assert left == [3, 2, 1, 0]
 
 
-def requests(rounds: Any) -> dict[str, Message]:
-    bodies = rounds.broadcasts(rounds.sample_cohort(0))
-    return {client: Message("train", bodies[client]) for client in bodies}
+def requests(rounds: Any) -> tuple[list[str], Callable[[str], Message]]:
+    bodies = broadcasts(rounds, rounds.sample_cohort(0))
+    return list(bodies), lambda client: Message("train", bodies[client])

@@ -10,10 +10,6 @@ import torch
 from hetero_fl.communication.protocol import (
     AggregatedUploads,
     Message,
-    Messages,
-    Replies,
-    Traffic,
-    run_protocol,
 )
 from hetero_fl.communication.secure_aggregation.protocol import SecureAggregation, VectorLayout
 from hetero_fl.config.communication import SecureAggregationConfig
@@ -69,14 +65,10 @@ class Party:
 
     def reply(self, client: str, message: Message) -> Message:
         """What the client answers, its training done at once."""
-        talk = self.protocol.answer(client, message, 0, self.notes[client])
-        try:
-            next(talk)
-            talk.send(self.uploads[client].encode())
-        except StopIteration as stop:
-            made: Message = stop.value
-            return made
-        raise AssertionError("one broadcast, one upload")
+        answer = self.protocol.answer(client, message, 0, self.notes[client])
+        if isinstance(answer, Message):
+            return answer
+        return answer.reply(self.uploads[client].encode())
 
     def hold(
         self,
@@ -87,24 +79,24 @@ class Party:
         """The round. `leaves`: at which exchange a client is no longer there; `down` and `up` change what arrives."""
         gone: set[str] = set()
 
-        def exchange(requests: Messages) -> Replies:
-            for client in requests:
-                request = down(client, requests[client])
-                if request is None or (leaves or {}).get(client) == request.kind:
-                    gone.add(client)
-                if request is None or client in gone:
-                    continue
-                self.asked.append((client, request))
-                made = self.reply(client, request)
-                self.seen.append((request.kind, client, made))
-                if (arrived := up(client, made)) is not None:
-                    yield client, arrived
-
-        done = run_protocol(
-            self.protocol, dict.fromkeys(self.clients, b"broadcast"), exchange, Traffic(), 0
-        )
-        assert isinstance(done, AggregatedUploads)
-        return done
+        exchanges = self.protocol.exchanges(self.clients, 0)
+        try:
+            while True:
+                exchange = next(exchanges)
+                for client in exchange.clients:
+                    request = down(client, exchange.request(client, lambda client: b"broadcast"))
+                    if request is None or (leaves or {}).get(client) == request.kind:
+                        gone.add(client)
+                    if request is None or client in gone:
+                        continue
+                    self.asked.append((client, request))
+                    made = self.reply(client, request)
+                    self.seen.append((request.kind, client, made))
+                    if (arrived := up(client, made)) is not None:
+                        exchange.accept(client, arrived)
+        except StopIteration as stop:
+            assert isinstance(stop.value, AggregatedUploads)
+            return stop.value
 
     def plain(self, clients: list[str]) -> np.ndarray:
         """The sum of these clients' integers, modulo 2^64: what no mask was ever on."""

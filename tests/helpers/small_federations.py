@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from hetero_fl.core.participant import Participant
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.synchronous import SynchronousTrainer
+from hetero_fl.federation.trainer import FederatedTrainer
 
 TOP: dict[str, Any] = {
     "compress": [{"topk": 0.1}, {"quantize": 8}]
@@ -79,10 +82,20 @@ def rounds_of(
     return rounds
 
 
+def broadcasts(
+    trainer: FederatedTrainer, clients: Iterable[str], for_evaluation: bool = False
+) -> dict[str, bytes]:
+    """What the server sends to each of the clients next."""
+    infos = [trainer.federation.client_infos[client] for client in clients]
+    if for_evaluation:
+        infos = [replace(info, is_evaluation=True) for info in infos]
+    return {info.client_id: trainer.encode_broadcast(trainer.broadcast(info)) for info in infos}
+
+
 def deployed(rounds: SynchronousTrainer, id: str) -> Participant:
     """The client with the model that it would use now."""
     site = rounds.executor.runtime  # type: ignore[attr-defined]  # of a run in this process
-    body = rounds.broadcasts([id], for_evaluation=True)[id]
+    body = broadcasts(rounds, [id], for_evaluation=True)[id]
     return site.deploy_clients(
         {id: site.links.decode_broadcast(rounds.completed, body)}, rounds.completed
     )[id]

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from hetero_fl.communication.protocol import Message
-from hetero_fl.engine.prediction_cache import make_backend
+from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.executors import processes
 from hetero_fl.federation.executors.base import Executor, InProcessExecutor
@@ -33,7 +33,7 @@ from hetero_fl.federation.executors.workers import (
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.serialization import encode
-from tests.helpers.small_federations import MIXED, config
+from tests.helpers.small_federations import MIXED, broadcasts, config
 
 METHODS = ["hybrid", "fedavg", "fd", "ensemble"]
 ROOT = Path(__file__).parents[2]
@@ -73,7 +73,7 @@ def rounds_on(setup: WorkerSetup, crew: WorkerPool | None, size: int = 1) -> Syn
 
 def first_job(setup: WorkerSetup) -> WorkerJob:
     """A client's task of the first round."""
-    (client, body), *_ = rounds_on(setup, None).broadcasts(["site_1"]).items()
+    (client, body), *_ = broadcasts(rounds_on(setup, None), ["site_1"]).items()
     return WorkerJob(0, "answer", [[client]], {client: Message("train", body)}, {})
 
 

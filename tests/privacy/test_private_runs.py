@@ -17,14 +17,14 @@ from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.core.plan import ClassSums, Fit, Predict, Rows
-from hetero_fl.engine.prediction_cache import make_backend
+from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.experiment import prepare, run
 from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.privacy.accounting import epsilon_of_history
 from hetero_fl.privacy.dp_sgd import PrivacyBackend
 from hetero_fl.privacy.mechanisms import KeyedNoiseSource
 from hetero_fl.utils.errors import UserError
-from tests.helpers.small_federations import config, rounds_of, same_bits
+from tests.helpers.small_federations import broadcasts, config, rounds_of, same_bits
 
 RECORD = {"noise_multiplier": 1.0, "delta": 1e-4, "accountant": "rdp"}
 CLIENT = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-4}
@@ -284,7 +284,7 @@ def test_the_noise_at_the_server_has_its_scale() -> None:
 def test_updates_are_clipped_to_their_bound() -> None:
     rounds = rounds_of(private("fedavg", {**CLIENT, "clip": 0.01}), held=0)
     site = rounds.executor.runtime  # type: ignore[attr-defined]
-    body = rounds.broadcasts(["site_1"])["site_1"]
+    body = broadcasts(rounds, ["site_1"])["site_1"]
     upload = sent_by(site, {"site_1": body})["site_1"]
     start = Payload.decode(body)["model"]
     moved = torch.cat([(t - start[n]).flatten() for n, t in upload["model"].items()])
@@ -315,7 +315,7 @@ def test_what_is_common_to_models_that_began_apart_moves_by_bounded_updates() ->
 def failing(rounds: Any, client: str) -> None:
     """This client's training comes to nothing."""
     site = rounds.executor.runtime
-    release = site.protection.release_upload
+    release = site.privacy.release_upload
 
     def released(participant: Participant, *rest: Any) -> Payload:
         upload = release(participant, *rest)
@@ -323,7 +323,7 @@ def failing(rounds: Any, client: str) -> None:
             upload = Payload({n: replace(upload.item(n), weight=-1.0) for n in upload})
         return upload
 
-    object.__setattr__(site.protection, "release", released)
+    object.__setattr__(site.privacy, "release_upload", released)
 
 
 def test_rows_and_class_sums_are_noised_as_sums() -> None:
@@ -343,7 +343,7 @@ def test_votes_elect_the_class_with_most() -> None:
     privacy = {**CLIENT, "noise_multiplier": 1e-9, "votes": True}
     found = rounds_of(private("fedmd", privacy, clients=5), held=0)
     site = found.executor.runtime  # type: ignore[attr-defined]
-    sent = [u["logits"] for u in sent_by(site, found.broadcasts(found.sample_cohort(0))).values()]
+    sent = [u["logits"] for u in sent_by(site, broadcasts(found, found.sample_cohort(0))).values()]
     # the bound, whatever the rows
     assert all(float(votes.norm()) == pytest.approx(1.0, rel=1e-5) for votes in sent)
     ballots = torch.stack([votes.argmax(-1) for votes in sent])
@@ -363,7 +363,7 @@ def test_adaptive_bounds_go_to_the_quantile_and_survive_a_checkpoint() -> None:
         "adaptive_clip": {"noise": 1e-2, "lr": 1.0},
     }
     rounds = rounds_of(private("fedavg", privacy, rounds=12), held=12)
-    bound = 100.0 * rounds.server_privacy.factors["model"]
+    bound = 100.0 * rounds.privacy.factors["model"]
     assert 0.01 < bound < 5  # updates of one epoch have norms of about one
     again = rounds_of(private("fedavg", privacy, rounds=12), held=6)
     later = rounds_of(private("fedavg", privacy, rounds=12), held=0)
@@ -371,7 +371,7 @@ def test_adaptive_bounds_go_to_the_quantile_and_survive_a_checkpoint() -> None:
     later.load_state_dict(again.state_dict())
     for _ in range(6):
         later.run_round()
-    assert later.server_privacy.factors == rounds.server_privacy.factors
+    assert later.privacy.factors == rounds.privacy.factors
     assert all(same_bits(t, later.server.models[s]) for s, t in rounds.server.models.items())
 
 
@@ -379,7 +379,7 @@ def test_adaptive_clip_leaves_the_sum_what_counting_does_not_spend() -> None:
     """Noise on the sum and on the counts together costs what `noise_multiplier` says."""
     privacy = {**CLIENT, "noise_multiplier": 0.8, "adaptive_clip": {"noise": 0.6}}
 
-    sums = rounds_of(private("fedavg", privacy), held=0).server_privacy
+    sums = rounds_of(private("fedavg", privacy), held=0).privacy
 
     assert sums.privacy is not None
     spent = sums.update_noise_multiplier(sums.privacy) ** -2 + (2 * 0.6) ** -2  # counts move by 1/2
@@ -428,7 +428,7 @@ def test_local_noise_is_on_what_leaves() -> None:
     )
     rounds = rounds_of(source, held=0)
     site = rounds.executor.runtime  # type: ignore[attr-defined]
-    body = rounds.broadcasts(["site_1"])["site_1"]
+    body = broadcasts(rounds, ["site_1"])["site_1"]
     upload, start = sent_by(site, {"site_1": body})["site_1"], Payload.decode(body)["model"]
     moved = torch.cat([(t - start[n]).flatten() for n, t in upload["model"].items()])
     expected = 2 * 3.0 * 2**0.5 * 1e-6

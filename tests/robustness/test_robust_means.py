@@ -196,7 +196,7 @@ def test_the_mean_is_the_mean_to_the_bit() -> None:
         for g, model in other.server.models.items()
         for n, t in model.items()
     )
-    assert one.collector.memory == {} and set(register_algorithm) >= {"hybrid"}
+    assert one.rule_memory == {} and set(register_algorithm) >= {"hybrid"}
 
 
 def test_what_a_rule_remembers_is_in_the_checkpoint() -> None:

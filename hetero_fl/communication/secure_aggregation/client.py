@@ -11,7 +11,7 @@ from collections.abc import Callable, MutableMapping
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from hetero_fl.communication.protocol import ClientPlan, Message
+from hetero_fl.communication.protocol import Message, TrainingRequest
 from hetero_fl.communication.secure_aggregation import crypto
 from hetero_fl.communication.secure_aggregation.crypto import Words, apply_masks
 from hetero_fl.communication.secure_aggregation.messages import (
@@ -46,36 +46,49 @@ STATE_FIELDS: dict[str, Field] = {  # what a client remembers
 
 
 def answer(
-    client: str, message: Message, notes: Notes, packer: Callable[[bytes], Packer]
-) -> ClientPlan:
-    """The reply to one request; "refused", with the reason, where it is not what an honest server would ask now.
+    client_id: str, message: Message, notes: Notes, packer: Callable[[bytes], Packer]
+) -> Message | TrainingRequest:
+    """Answer one request; "refused", with the reason, if an honest server would not send it now.
 
-    `packer`: what makes vectors of the layout with this digest; raises PayloadError if it is none that was agreed.
+    Args:
+        client_id: The client.
+        message: The request.
+        notes: What clients remember between exchanges.
+        packer: Returns the packer of the layout with a digest. Raises PayloadError for a layout
+            that was not agreed.
     """
     try:
         if message.kind not in REQUESTS:
             raise PayloadError(f"{message.kind[:20]!r} is nothing that a secure sum asks")
-        got = decode_arrays(message.body, REQUESTS[message.kind])
+        request = decode_arrays(message.body, REQUESTS[message.kind])
         if message.kind == "keys":
-            return Message("keys", _advertise(client, got, notes))
-        held = _load_state(client, message.kind, got, notes)
+            return Message("keys", _advertise(client_id, request, notes))
+        state = _load_state(client_id, message.kind, request, notes)
         if message.kind == "shares":
-            return Message("shares", _share(client, held, got, notes))
+            return Message("shares", _share(client_id, state, request, notes))
         if message.kind == "unmask":
-            return Message("unmask", _unmask(client, held, got, notes))
-        streams = _streams(held, got)
-        pack = packer(got["layout"].tobytes())
-        upload = yield got["broadcast"].tobytes()
-        masked = pack(upload, 2.0 ** int(got["head"][0]))
-        apply_masks(masked, streams)
-        _store_state(
-            client, notes, "unmask", {**held, "mates": got["numbers"], "sealed": got["sealed"]}
-        )
-        return Message(
-            "train", encode_arrays({"tag": held["tag"], "vector": masked.view(np.int64)})
-        )
+            return Message("unmask", _unmask(client_id, state, request, notes))
+        streams = _streams(state, request)
+        pack = packer(request["layout"].tobytes())
     except PayloadError as error:
-        return Message("refused", str(error).encode())
+        return _refused(error)
+
+    def mask(upload: bytes) -> Message:
+        try:
+            vector = pack(upload, 2.0 ** int(request["head"][0]))
+        except PayloadError as error:
+            return _refused(error)
+        apply_masks(vector, streams)
+        known = {**state, "mates": request["numbers"], "sealed": request["sealed"]}
+        _store_state(client_id, notes, "unmask", known)
+        arrays = {"tag": state["tag"], "vector": vector.view(np.int64)}
+        return Message("train", encode_arrays(arrays))
+
+    return TrainingRequest(request["broadcast"].tobytes(), mask)
+
+
+def _refused(error: PayloadError) -> Message:
+    return Message("refused", str(error).encode())
 
 
 def _advertise(client: str, request: Arrays, notes: Notes) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol as Interface
@@ -13,13 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hetero_fl.communication.protocol import (
-    AggregatedUploads,
-    ClientPlan,
-    Message,
-    Messages,
-    Replies,
-)
+from hetero_fl.communication.protocol import Exchanges, Message, TrainingRequest
 from hetero_fl.communication.secure_aggregation.client import Notes, Packer, answer
 from hetero_fl.communication.secure_aggregation.crypto import FixedPoint, Words, num_neighbours
 from hetero_fl.communication.secure_aggregation.messages import message_sizes
@@ -210,32 +204,30 @@ class SecureAggregation:
         self.survivors = config.min_survivors(cohort)
         self.fixed = FixedPoint.from_config(config, cohort)
 
-    def collect(
-        self, broadcasts: Mapping[str, bytes], round_idx: int
-    ) -> Generator[Messages, Replies, AggregatedUploads]:
-        """Raises RoundAbandonedError where too few stay."""
+    def exchanges(self, cohort: Sequence[str], round_idx: int) -> Exchanges:
         layout = self.agreed.layout(round_idx)
-        held = SecureAggregationRound(
-            broadcasts, self.survivors, self.config.neighbours, (self._digest(layout), layout.size),
-            self._unit(broadcasts), round_idx,
-        )  # fmt: skip
-        held.collect_keys((yield held.key_requests()))
-        sealed = held.collect_shares((yield held.share_requests()))
-        summed, total = held.collect_vectors((yield held.train_requests(sealed)))
-        return held.remove_masks(summed, total, (yield held.unmask_requests(summed)))
+        server = SecureAggregationRound(
+            cohort,
+            self.survivors,
+            self.config.neighbours,
+            (self._digest(layout), layout.size),
+            self._unit(cohort),
+            round_idx,
+        )
+        return server.exchanges()
 
-    def answer(self, client: str, message: Message, round_idx: int, notes: Notes) -> ClientPlan:
-        """The client's reply; "refused" to whatever an honest server would not ask."""
-
+    def answer(
+        self, client_id: str, message: Message, round_idx: int, notes: Notes
+    ) -> Message | TrainingRequest:
         def packer(digest: bytes) -> Packer:
             layout = self.agreed.layout(round_idx)
             if digest != self._digest(layout):
                 raise PayloadError("another layout of the sum than agreed")
             return lambda upload, unit: self.encode_upload(
-                client, Payload.decode(upload), layout, unit, round_idx
+                client_id, Payload.decode(upload), layout, unit, round_idx
             )
 
-        return (yield from answer(client, message, notes, packer))
+        return answer(client_id, message, notes, packer)
 
     def encode_upload(
         self, client: str, payload: Payload, layout: VectorLayout, unit: float, round_idx: int
@@ -255,6 +247,6 @@ class SecureAggregation:
     def _digest(self, layout: VectorLayout) -> bytes:
         return layout.digest_with(repr(self.fixed))
 
-    def _unit(self, clients: Mapping[str, bytes]) -> int:
+    def _unit(self, clients: Sequence[str]) -> int:
         """The power of two that the cohort's weights do not exceed."""
         return math.ceil(math.log2(max(1, *map(self.agreed.num_rows, clients))))

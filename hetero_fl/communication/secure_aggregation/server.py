@@ -6,12 +6,12 @@ A client is in the sum if its vector arrived, whether or not it stays for the la
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from hetero_fl.communication.protocol import AggregatedUploads, Message, Messages, Replies
+from hetero_fl.communication.protocol import AggregatedUploads, Exchanges, Message
 from hetero_fl.communication.secure_aggregation import crypto
 from hetero_fl.communication.secure_aggregation.client import pair_mask
 from hetero_fl.communication.secure_aggregation.crypto import (
@@ -32,83 +32,153 @@ from hetero_fl.communication.secure_aggregation.messages import (
     encode_arrays,
 )
 from hetero_fl.core.payload import SPARE_BYTES, PayloadError
-from hetero_fl.utils.caching import LazyMapping
 from hetero_fl.utils.errors import RoundAbandonedError
 
 
 @dataclass
-class SecureAggregationRound:
-    """One round of the protocol, seen from the server. Clients stand under their numbers.
+class SecureExchange:
+    """One exchange of the protocol.
 
     Args:
-        survivors: how many have to stay.
-        neighbours: of each client; none: as `graph.degree` has it.
-        layout: digest and length of the vector that everybody sends.
-        unit: the exponent of two in parts of which weights are sent.
+        round: The round it belongs to.
+        kind: What is asked.
+        numbers: The clients that are asked, by their numbers.
+        arrays: Returns the content of the request to a client.
+        take: Takes a valid reply.
+        check: Raises PayloadError for a reply that is not valid.
     """
 
-    broadcasts: Mapping[str, bytes]
-    survivors: int
-    neighbours: int | None
-    layout: tuple[bytes, int]
-    unit: int
-    round: int
-    dropouts: dict[str, str] = field(default_factory=dict)  # who left, and why
-    tag: bytes = field(default_factory=lambda: os.urandom(TAG))
-    names: dict[int, str] = field(init=False)
-    public: dict[int, np.ndarray] = field(default_factory=dict)
-    seen_public_keys: set[bytes] = field(default_factory=set)  # public keys
-    seed_commitments: dict[int, bytes] = field(default_factory=dict)  # commitments to seeds
-    # with whom each shares a mask
-    mask_partners: dict[int, list[int]] = field(default_factory=dict)
-    threshold: int = 0  # shares that make a secret
+    round: SecureAggregationRound
+    kind: str
+    numbers: Iterable[int]
+    arrays: Callable[[int, Callable[[str], bytes]], Arrays]
+    take: Callable[[int, Arrays], None]
+    check: Callable[[int, Arrays], None] | None = None
 
     def __post_init__(self) -> None:
-        self.names = dict(enumerate(self.broadcasts, 1))
+        self._silent = {self.round.names[number]: number for number in self.numbers}
+        self.clients: Sequence[str] = list(self._silent)
 
-    # The exchanges ---------------------------------------------------------------------------------------------------
-    def key_requests(self) -> Messages:
-        """To everybody: keys are asked for."""
-        return self._requests("keys", self.names, lambda number: {})
+    def request(self, client_id: str, broadcast_to: Callable[[str], bytes]) -> Message:
+        """Return the request to a client."""
+        arrays = self.arrays(self.round.numbers[client_id], broadcast_to)
+        tag = byte_string_to_row(self.round.tag)
+        return Message(self.kind, encode_arrays({"tag": tag, **arrays}))
 
-    def collect_keys(self, replies: Replies) -> None:
-        """Exchange 1: the clients' public keys."""
-        for number, got in self._valid_replies("keys", self.names, replies, self._check_keys):
-            self.public[number] = got["keys"]
-            self.seen_public_keys |= {
-                public.tobytes() for public in got["keys"].reshape(2, crypto.KEY_LENGTH)
-            }
+    def accept(self, client_id: str, reply: Message) -> None:
+        """Take a reply; a client that sends another one than it should has left."""
+        number = self._silent.pop(client_id, None)
+        if number is None:
+            return
+        try:
+            self.take(number, self.round.decode_reply(self.kind, number, reply, self.check))
+        except PayloadError as error:
+            self.round.dropouts[client_id] = str(error)
+
+    def close(self) -> None:
+        """Note that the clients without a reply have left."""
+        why = f"no answer to {self.kind!r} in the secure sum"
+        self.round.dropouts.update(dict.fromkeys(self._silent, why))
+
+
+class SecureAggregationRound:
+    """One round of the protocol on the server. Clients are known by numbers, starting at 1.
+
+    Args:
+        cohort: The clients.
+        survivors: How many have to stay.
+        neighbours: Neighbours of each client; None: as many as `num_neighbours` returns.
+        layout: Digest and length of the vector that every client sends.
+        unit: Exponent of two of the unit in which weights are sent.
+        round_idx: The round.
+    """
+
+    def __init__(
+        self,
+        cohort: Sequence[str],
+        survivors: int,
+        neighbours: int | None,
+        layout: tuple[bytes, int],
+        unit: int,
+        round_idx: int,
+    ) -> None:
+        self.survivors = survivors
+        self.neighbours = neighbours
+        self.layout = layout
+        self.unit = unit
+        self.round_idx = round_idx
+        self.tag = os.urandom(TAG)
+        self.names = dict(enumerate(cohort, 1))
+        self.numbers = {client_id: number for number, client_id in self.names.items()}
+        self.dropouts: dict[str, str] = {}  # why clients left
+        self.public: dict[int, np.ndarray] = {}
+        self.seen_public_keys: set[bytes] = set()
+        self.seed_commitments: dict[int, bytes] = {}
+        # with whom each shares a mask
+        self.mask_partners: dict[int, list[int]] = {}
+        self.threshold = 0  # shares that reconstruct a secret
+
+    def exchanges(self) -> Exchanges:
+        """Yield the four exchanges; return the unmasked sum.
+
+        Raises:
+            RoundAbandonedError: If too few clients are left, or a secret cannot be reconstructed.
+        """
+        yield from self._exchange_keys()
+        shares = yield from self._exchange_shares()
+        summed, total = yield from self._collect_vectors(shares)
+        yield from self._remove_masks(summed, total)
+        clients = [self.names[number] for number in summed]
+        # A client that leaves in the last exchange is in the sum all the same.
+        dropouts = {c: why for c, why in self.dropouts.items() if c not in clients}
+        return AggregatedUploads(clients, total, 2.0**self.unit, dropouts)
+
+    def _exchange_keys(self) -> Iterator[SecureExchange]:
+        """Collect the clients' public keys."""
+
+        def take(number: int, reply: Arrays) -> None:
+            self.public[number] = reply["keys"]
+            pair = reply["keys"].reshape(2, crypto.KEY_LENGTH)
+            self.seen_public_keys |= {public.tobytes() for public in pair}
+
+        exchange = SecureExchange(
+            self, "keys", self.names, lambda number, broadcast_to: {}, take, self._check_keys
+        )
+        yield exchange
+        exchange.close()
+        self.public = {number: self.public[number] for number in sorted(self.public)}
         self._require_enough(self.public, "keys")
 
-    def share_requests(self) -> Messages:
-        """To each the keys of its neighbourhood, drawn among those who are there."""
+    def _exchange_shares(
+        self,
+    ) -> Generator[SecureExchange, None, dict[int, dict[int, np.ndarray]]]:
+        """Draw neighbourhoods; collect sealed shares of secrets, by receiver and sender."""
         k = num_neighbours(len(self.public), min(self.survivors, len(self.public)), self.neighbours)
         self.mask_partners = draw_neighbourhoods(list(self.public), k)
         self.threshold = self.survivors if k == len(self.public) - 1 else share_threshold(k + 1)
+        sealed: dict[int, dict[int, np.ndarray]] = {}
 
-        def share_request(number: int) -> dict[str, np.ndarray]:
+        def arrays(number: int, broadcast_to: Callable[[str], bytes]) -> Arrays:
             members = self.mask_partners[number]
             head = np.array([number, self.threshold], np.int32)
             public = np.stack([self.public[m] for m in members])
             return {"head": head, "numbers": np.array(members, np.int32), "keys": public}
 
-        return self._requests("shares", self.mask_partners, share_request)
+        def take(number: int, reply: Arrays) -> None:
+            sealed[number] = dict(zip(reply["numbers"].tolist(), reply["sealed"], strict=True))
+            self.seed_commitments[number] = reply["commitment"].tobytes()
 
-    def collect_shares(self, replies: Replies) -> dict[int, dict[int, np.ndarray]]:
-        """Exchange 2: shares of everybody's secrets, sealed for each neighbour; by receiver and sender."""
-        sealed: dict[int, dict[int, np.ndarray]] = {}
-        for number, got in self._valid_replies(
-            "shares", self.mask_partners, replies, self._check_vector
-        ):
-            sealed[number] = dict(zip(got["numbers"].tolist(), got["sealed"], strict=True))
-            self.seed_commitments[number] = got["commitment"].tobytes()
+        exchange = SecureExchange(
+            self, "shares", self.mask_partners, arrays, take, self._check_receivers
+        )
+        yield exchange
+        exchange.close()
         alive = set(sealed)
         while alone := {
             n for n in alive if len(alive.intersection(self.mask_partners[n])) < self.threshold
         }:
-            self.dropouts.update(
-                {self.names[n]: "too few of its neighbours are left" for n in alone}
-            )
+            why = "too few of its neighbours are left"
+            self.dropouts.update({self.names[number]: why for number in alone})
             alive -= alone
         self._require_enough(alive, "shares")
         self.mask_partners = {
@@ -116,52 +186,51 @@ class SecureAggregationRound:
         }
         return {n: {m: sealed[m][n] for m in self.mask_partners[n]} for n in self.mask_partners}
 
-    def train_requests(self, sealed: Mapping[int, Mapping[int, np.ndarray]]) -> Messages:
-        """To each its neighbours' shares, and what it trains on."""
+    def _collect_vectors(
+        self, shares: Mapping[int, Mapping[int, np.ndarray]]
+    ) -> Generator[SecureExchange, None, tuple[list[int], Words]]:
+        """Hand out the shares and the broadcasts; add up the masked vectors."""
+        total = np.zeros(self.layout[1], np.uint64)
+        summed: list[int] = []
 
-        def train_request(number: int) -> dict[str, np.ndarray]:
-            senders = list(sealed[number])
+        def arrays(number: int, broadcast_to: Callable[[str], bytes]) -> Arrays:
+            senders = list(shares[number])
             return {
                 "head": np.array([self.unit], np.int32),
                 "layout": byte_string_to_row(self.layout[0]),
                 "numbers": np.array(senders, np.int32),
-                "sealed": np.stack([sealed[number][m] for m in senders]),
-                "broadcast": byte_string_to_row(self.broadcasts[self.names[number]]),
+                "sealed": np.stack([shares[number][m] for m in senders]),
+                "broadcast": byte_string_to_row(broadcast_to(self.names[number])),
             }
 
-        return self._requests("train", self.mask_partners, train_request)
-
-    def collect_vectors(self, replies: Replies) -> tuple[list[int], Words]:
-        """Exchange 3: whose masked vectors arrived, and their sum."""
-        total = np.zeros(self.layout[1], np.uint64)
-        summed = []
-        for number, got in self._valid_replies(
-            "train", self.mask_partners, replies, self._check_shares
-        ):
-            total += got["vector"].view(np.uint64)
+        def take(number: int, reply: Arrays) -> None:
+            np.add(total, reply["vector"].view(np.uint64), out=total)
             summed.append(number)
+
+        exchange = SecureExchange(
+            self, "train", self.mask_partners, arrays, take, self._check_vector
+        )
+        yield exchange
+        exchange.close()
         self._require_enough(summed, "train")
-        return summed, total
+        return sorted(summed), total
 
-    def unmask_requests(self, summed: list[int]) -> Messages:
-        """To each who among its neighbours is in the sum, and who is not."""
-        asked = [n for n in summed if len(self._is_summed(summed, n)) >= self.threshold]
+    def _remove_masks(self, summed: list[int], total: Words) -> Iterator[SecureExchange]:
+        """Take the remaining masks off `total`, with the shares that enough holders give back."""
+        shares: dict[int, dict[int, bytes]] = {}
 
-        def unmask_request(number: int) -> dict[str, np.ndarray]:
-            here = self._is_summed(summed, number)
+        def arrays(number: int, broadcast_to: Callable[[str], bytes]) -> Arrays:
+            here = self._summed_neighbours(summed, number)
             gone = [m for m in self.mask_partners[number] if m not in here]
             return {"survivors": np.array(here, np.int32), "dropped": np.array(gone, np.int32)}
 
-        return self._requests("unmask", asked, unmask_request)
-
-    def remove_masks(self, summed: list[int], total: Words, replies: Replies) -> AggregatedUploads:
-        """Exchange 4: what is left of masks taken off, with the secrets that enough holders give back."""
-        shares: dict[int, dict[int, bytes]] = {}
-        told = dict(self.dropouts)  # who leaves now is in the sum all the same
-        for holder, got in self._valid_replies("unmask", summed, replies):
-            for number, share in zip(got["numbers"].tolist(), got["shares"], strict=False):
+        def take(holder: int, reply: Arrays) -> None:
+            for number, share in zip(reply["numbers"].tolist(), reply["shares"], strict=False):
                 if number == holder or number in self.mask_partners[holder]:
                     shares.setdefault(number, {})[holder] = share.tobytes()
+
+        asked = [n for n in summed if len(self._summed_neighbours(summed, n)) >= self.threshold]
+        yield SecureExchange(self, "unmask", asked, arrays, take)
         streams: list[tuple[bytes, bool]] = []
         for number, mates in self.mask_partners.items():
             if number in summed:
@@ -183,40 +252,11 @@ class SecureAggregationRound:
                     pair_mask(loaded, self.public[m].tobytes(), number, m, self.tag) for m in others
                 ]
         apply_masks(total, streams)
-        return AggregatedUploads([self.names[n] for n in summed], total, 2.0**self.unit, told)
 
-    # Pieces ----------------------------------------------------------------------------------------------------------
-    def _requests(
-        self, ask: str, numbers: Iterable[int], make: Callable[[int], dict[str, np.ndarray]]
-    ) -> Messages:
-        by_name = {self.names[n]: n for n in numbers}
-        tag = byte_string_to_row(self.tag)
-        return LazyMapping(
-            list(by_name),
-            lambda name: Message(ask, encode_arrays({"tag": tag, **make(by_name[name])})),
-        )
-
-    def _valid_replies(
-        self,
-        ask: str,
-        requested: Iterable[int],
-        replies: Replies,
-        check: Callable[[int, Arrays], None] | None = None,
-    ) -> Iterator[tuple[int, Arrays]]:
-        """The replies that are what they should be; who sends another, or none, has left."""
-        silent = {self.names[n]: n for n in requested}
-        for client, message in replies:
-            if (number := silent.pop(client, None)) is None:
-                continue
-            try:
-                yield number, self._decode_reply(ask, number, message, check)
-            except PayloadError as error:
-                self.dropouts[client] = str(error)
-        self.dropouts.update(dict.fromkeys(silent, f"no answer to {ask!r} in the secure sum"))
-
-    def _decode_reply(
+    def decode_reply(
         self, ask: str, number: int, message: Message, check: Callable[[int, Arrays], None] | None
     ) -> Arrays:
+        """Decode and check a reply. Raises PayloadError."""
         if message.kind == "refused":
             raise PayloadError(f"it refused {ask!r}: {message.body[:200].decode(errors='replace')}")
         most = SPARE_BYTES + 8 * self.layout[1] + 2 * SEALED * len(self.names)
@@ -239,7 +279,7 @@ class SecureAggregationRound:
         if pair[0] == pair[1] or not self.seen_public_keys.isdisjoint(pair):
             raise PayloadError("a public key that is there twice")
 
-    def _check_vector(self, number: int, received: Arrays) -> None:
+    def _check_receivers(self, number: int, received: Arrays) -> None:
         if client_numbers(received["numbers"]) != [
             m for m in self.mask_partners[number] if m != number
         ]:
@@ -247,13 +287,13 @@ class SecureAggregationRound:
         if len(received["sealed"]) != len(received["numbers"]):
             raise PayloadError("more or fewer shares than neighbours")
 
-    def _check_shares(self, number: int, received: Arrays) -> None:
+    def _check_vector(self, number: int, received: Arrays) -> None:
         if len(received["vector"]) != self.layout[1]:
             raise PayloadError(
                 f"a vector of {len(received['vector'])} numbers where {self.layout[1]} were agreed"
             )
 
-    def _is_summed(self, summed: Iterable[int], number: int) -> list[int]:
+    def _summed_neighbours(self, summed: Iterable[int], number: int) -> list[int]:
         among = {number, *self.mask_partners[number]}
         return [n for n in summed if n in among]
 
@@ -261,7 +301,7 @@ class SecureAggregationRound:
         if (count := len(list(there))) < self.survivors:
             client, why = next(iter(self.dropouts.items()), ("nobody", "left"))
             raise RoundAbandonedError(
-                f"round {self.round + 1}: the secure sum is given up at {ask!r}: {count} of {len(self.names)} clients are "
+                f"round {self.round_idx + 1}: the secure sum is given up at {ask!r}: {count} of {len(self.names)} clients are "
                 f"left, channel.secure_sum.threshold asks for {self.survivors} ({client}: {why})"
             )
 
@@ -275,7 +315,7 @@ class SecureAggregationRound:
             if found is not None and right(found):
                 return found
         raise RoundAbandonedError(
-            f"round {self.round + 1}: the secure sum is given up at 'unmask': of the {len(held)} shares of "
+            f"round {self.round_idx + 1}: the secure sum is given up at 'unmask': of the {len(held)} shares of "
             f"{self.names[number]}'s secret too few are there or right, {self.threshold} are needed"
         )
 

@@ -1,61 +1,93 @@
-"""Who computes a cohort's tasks: the interfaces that runs use, and the executor that stays in this process.
+"""Executors compute the tasks of a cohort; here the interface, and the executor in this process.
 
-An executor is handed requests by client id and gives replies in whatever order they come. Clients are put together in
-chunks that follow from their ids and architectures alone, never from workers or the clock: the same chunks, the same bits.
+Clients are computed in chunks that follow from their ids and architectures alone, never from the
+number of workers or the clock: the same chunks give the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
-from hetero_fl.communication.protocol import Message, Messages
+from hetero_fl.communication.protocol import Message, Reply
 from hetero_fl.core.participant import ClientInfo
-from hetero_fl.engine.driver import Backend, DivergedError
+from hetero_fl.engine.driver import Backend
 from hetero_fl.federation.client_runtime import ClientEvaluation, ClientRuntime
 from hetero_fl.federation.state_store import PrivateState, StateStore
+from hetero_fl.utils.errors import NoUploadError
 from hetero_fl.utils.ordering import natural_order
 
 T = TypeVar("T")
-Reply = Message | DivergedError
 
 
-class ClientAbsentError(DivergedError):
-    """A client that gave no answer: it is not there, or refuses. Only where clients are on machines of their own."""
+class ClientAbsentError(NoUploadError):
+    """A client on another machine gave no answer: it is not connected, or refused."""
 
 
 class ClientLateError(ClientAbsentError):
-    """A client that had not answered when the time was over."""
+    """A client had not answered when the time was over."""
 
 
 class Executor(Protocol):
-    """Computes clients' tasks somewhere."""
+    """Computes clients' tasks.
 
-    # clients' private state; what a task writes is staged here by the time its reply comes
+    Attributes:
+        store: The clients' private state. What a task writes is staged by the time its reply comes.
+        backend: Computes the server's own plans, in this process.
+    """
+
     store: StateStore
-    backend: Backend  # for the server's own plans, in this process
+    backend: Backend
 
-    def run(self, requests: Messages) -> Iterator[tuple[str, Reply]]:
-        """The clients' replies to one request each, in any order; tasks of several rounds may be computed together."""
+    def run(
+        self, clients: Sequence[str], request: Callable[[str], Message]
+    ) -> Iterator[tuple[str, Reply]]:
+        """Yield each client's reply to one request, in the order of `clients`.
+
+        Args:
+            clients: Client ids. A client that gives no reply at all is left out.
+            request: Encodes the request to a client. Called when the request is sent; again if it
+                has to be sent again.
+        """
         ...
 
     def evaluate(
-        self, broadcasts: Mapping[str, bytes], round_idx: int, details: bool
+        self,
+        clients: Sequence[str],
+        broadcast: Callable[[str], bytes],
+        round_idx: int,
+        details: bool,
     ) -> Iterator[tuple[str, ClientEvaluation | ClientAbsentError]]:
-        """The clients' readings (see `ClientRuntime.evaluate`), in any order. Raises DivergedError."""
+        """Yield the evaluation of each client's model, in the order of `clients`.
+
+        Args:
+            clients: Client ids.
+            broadcast: Encodes the broadcast to a client.
+            round_idx: The round that comes next.
+            details: Whether to include all that a report shows.
+
+        Raises:
+            DivergedError: If a model cannot be deployed.
+        """
         ...
 
     def set_listener(self, listener: Callable[[str], None] | None) -> None:
-        """Have somebody told what is being done."""
+        """Report what is being computed to `listener`."""
         ...
 
     def close(self) -> None:
-        """Give everything back; the executor is of no use afterwards."""
+        """Release all resources. The executor cannot be used afterwards."""
         ...
 
 
 class RemoteExecutor(Executor, Protocol):
     """An executor whose clients are on machines of their own: real time passes, and they come and go."""
+
+    def as_completed(
+        self, clients: Sequence[str], request: Callable[[str], Message]
+    ) -> Iterator[tuple[str, Reply]]:
+        """Yield replies as `run` does, in the order in which they come."""
+        ...
 
     def connected_clients(self) -> Collection[str]:
         """The clients that are there now."""
@@ -83,28 +115,45 @@ class RemoteExecutor(Executor, Protocol):
 
 
 class InProcessExecutor:
-    """One site in this process; `chunk` clients of one architecture at a time."""
+    """Computes tasks in this process, `chunk` clients of one architecture at a time."""
 
-    def __init__(self, site: ClientRuntime, chunk: int = 1) -> None:
-        self.runtime = site
+    def __init__(self, runtime: ClientRuntime, chunk: int = 1) -> None:
+        self.runtime = runtime
         self.chunk = chunk
-        self.store = site.store
-        self.backend = site.backend
+        self.store = runtime.store
+        self.backend = runtime.backend
 
-    def run(self, requests: Messages) -> Iterator[tuple[str, Reply]]:
-        for ids in client_chunks(requests, self.runtime.federation.client_infos, self.chunk):
-            yield from drain(self.runtime.run({c: requests[c] for c in ids}))
+    def run(
+        self, clients: Sequence[str], request: Callable[[str], Message]
+    ) -> Iterator[tuple[str, Reply]]:
+        if self.chunk == 1:
+            for client_id in clients:
+                yield from drain(self.runtime.run({client_id: request(client_id)}))
+        else:
+            yield from in_order(clients, self._run_chunks(clients, request))
+
+    def _run_chunks(
+        self, clients: Sequence[str], request: Callable[[str], Message]
+    ) -> Iterator[tuple[str, Reply]]:
+        for chunk in client_chunks(clients, self.runtime.federation.client_infos, self.chunk):
+            yield from drain(self.runtime.run({c: request(c) for c in chunk}))
 
     def evaluate(
-        self, broadcasts: Mapping[str, bytes], round_idx: int, details: bool
+        self,
+        clients: Sequence[str],
+        broadcast: Callable[[str], bytes],
+        round_idx: int,
+        details: bool,
     ) -> Iterator[tuple[str, ClientEvaluation]]:
-        for ids in client_chunks(broadcasts, self.runtime.federation.client_infos, self.chunk):
-            yield from self.runtime.evaluate(
-                {c: broadcasts[c] for c in ids}, round_idx, details
-            ).items()
+        chunks = client_chunks(clients, self.runtime.federation.client_infos, self.chunk)
+        evaluations = (
+            self.runtime.evaluate({c: broadcast(c) for c in chunk}, round_idx, details).items()
+            for chunk in chunks
+        )
+        return in_order(clients, (pair for chunk in evaluations for pair in chunk))
 
     def set_listener(self, listener: Callable[[str], None] | None) -> None:
-        self.runtime.watch = listener
+        self.runtime.listener = listener
 
     def close(self) -> None:
         pass
@@ -135,15 +184,13 @@ def client_chunks(
     return sorted(made, key=lambda chunk: turn[chunk[0]])
 
 
-def order_arrivals(
-    ids: Iterable[str], arrivals: Iterable[tuple[str, T]]
-) -> Iterator[tuple[str, T]]:
-    """Arrivals in the order of the ids; early ones wait, and who never comes is left out."""
+def in_order(clients: Iterable[str], arrivals: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
+    """Yield the arrivals in the order of `clients`. Early ones wait; what never comes is left out."""
     waiting: dict[str, T] = {}
     source = iter(arrivals)
-    for id in ids:
-        while id not in waiting and (arrival := next(source, None)) is not None:
+    for client_id in clients:
+        while client_id not in waiting and (arrival := next(source, None)) is not None:
             waiting[arrival[0]] = arrival[1]
             del arrival
-        if id in waiting:
-            yield id, waiting.pop(id)
+        if client_id in waiting:
+            yield client_id, waiting.pop(client_id)

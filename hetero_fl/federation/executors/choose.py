@@ -14,8 +14,8 @@ import torch
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.config.schema import Config, RuntimeConfig
 from hetero_fl.core.model_spec import ModelSpec
-from hetero_fl.engine.prediction_cache import make_backend
 from hetero_fl.engine.templates import RATE, describe_model, is_recurrent, training_flops
+from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.federation.channel import make_protocol
 from hetero_fl.federation.client_runtime import ClientRuntime
 from hetero_fl.federation.executors.base import Executor, InProcessExecutor

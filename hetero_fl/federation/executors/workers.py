@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, Protocol
@@ -13,19 +13,18 @@ from typing import Literal, Protocol
 import torch
 
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.communication.protocol import Message, Messages
+from hetero_fl.communication.protocol import Message, Reply
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import PayloadError
 from hetero_fl.engine.driver import Backend, DivergedError
-from hetero_fl.engine.prediction_cache import make_backend
 from hetero_fl.engine.templates import TaskCosts
+from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.federation.channel import make_protocol
 from hetero_fl.federation.client_runtime import ClientEvaluation, ClientRuntime
-from hetero_fl.federation.executors.base import Reply, client_chunks, drain
+from hetero_fl.federation.executors.base import client_chunks, drain, in_order
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.user_methods import LONGEST, translate_user_errors
-from hetero_fl.utils.caching import LazyMapping
 from hetero_fl.utils.errors import RunFailedError, UserError
 
 # What travels between a run and its workers: whole tasks of clients, and their results. Never code,
@@ -74,7 +73,7 @@ class JobResult:
     """What came of a job. `error` ends the run."""
 
     job: int
-    replies: dict[str, Message | DivergedError] = field(default_factory=dict)
+    replies: dict[str, Reply] = field(default_factory=dict)
     evaluations: dict[str, ClientEvaluation] = field(default_factory=dict)
     private: dict[str, bytes] = field(default_factory=dict)  # as staged
     notes: dict[str, bytes] = field(default_factory=dict)  # of all its clients that have any now
@@ -232,18 +231,24 @@ class WorkerExecutor:
         self._jobs = 0
         self._tell: Callable[[str], None] | None = None
 
-    def run(self, requests: Messages) -> Iterator[tuple[str, Reply]]:
-        for _, done in self._run_tasks("answer", requests):
-            yield from drain(done.replies)
+    def run(
+        self, clients: Sequence[str], request: Callable[[str], Message]
+    ) -> Iterator[tuple[str, Reply]]:
+        results = self._run_tasks("answer", clients, request)
+        return in_order(clients, (pair for done in results for pair in drain(done.replies)))
 
     def evaluate(
-        self, broadcasts: Mapping[str, bytes], round_idx: int, details: bool
+        self,
+        clients: Sequence[str],
+        broadcast: Callable[[str], bytes],
+        round_idx: int,
+        details: bool,
     ) -> Iterator[tuple[str, ClientEvaluation]]:
-        requests = LazyMapping(
-            broadcasts.keys(), lambda client: Message("read", broadcasts[client], round_idx)
-        )
-        for _, done in self._run_tasks("read", requests, details):
-            yield from done.evaluations.items()
+        def request(client: str) -> Message:
+            return Message("read", broadcast(client), round_idx)
+
+        results = self._run_tasks("read", clients, request, details)
+        return in_order(clients, (pair for done in results for pair in done.evaluations.items()))
 
     def set_listener(self, listener: Callable[[str], None] | None) -> None:
         self._tell = listener
@@ -252,11 +257,15 @@ class WorkerExecutor:
         self.crew.close()
 
     def _run_tasks(
-        self, kind: Literal["answer", "read"], requests: Messages, details: bool = False
-    ) -> Iterator[tuple[WorkerJob, JobResult]]:
+        self,
+        kind: Literal["answer", "read"],
+        clients: Sequence[str],
+        request: Callable[[str], Message],
+        details: bool = False,
+    ) -> Iterator[JobResult]:
         """Have all tasks done; results as they come, private state staged."""
         queue = ChunkQueue(
-            client_chunks(requests, self.cards, self.chunk), self.costs, self.crew.size
+            client_chunks(clients, self.cards, self.chunk), self.costs, self.crew.size
         )
         running: dict[int, list[list[str]]] = {}  # by number of the job
         deaths: dict[str, int] = {}
@@ -266,7 +275,7 @@ class WorkerExecutor:
                     continue
                 part = queue.take(lambda client, w=worker: self._held.get(client, (w,))[0] == w)  # type: ignore[misc]
                 if part:
-                    job = self._make_job(worker, kind, part, requests, details)
+                    job = self._make_job(worker, kind, part, request, details)
                     running[job.number], self._busy[worker] = part, job
                     self.crew.send(worker, job)
             worker, done = self.crew.receive()
@@ -289,7 +298,7 @@ class WorkerExecutor:
                 raise done.error from (RemoteTraceback(done.trace) if done.trace else None)
             self._settle(worker, ended, done)
             queue.mark_finished(begun)
-            yield ended, done
+            yield done
             del ended, done
 
     def _make_job(
@@ -297,12 +306,12 @@ class WorkerExecutor:
         worker: int,
         kind: Literal["answer", "read"],
         part: list[list[str]],
-        requests: Messages,
+        request: Callable[[str], Message],
         details: bool,
     ) -> WorkerJob:
         clients = [client for chunk in part for client in chunk]
         # first: a method's hook may fail in it
-        sent = {client: requests[client] for client in clients}
+        sent = {client: request(client) for client in clients}
         private: dict[str, bytes | None] = {}
         for client in clients:
             stamp = self.store.stamp(client)

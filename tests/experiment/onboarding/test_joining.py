@@ -22,7 +22,7 @@ from hetero_fl.experiment.onboarding.newcomers import JoiningSite
 from hetero_fl.experiment.onboarding.report import draw_join, is_better
 from hetero_fl.experiment.onboarding.transfer import TransferSource
 from hetero_fl.utils.errors import UserError
-from tests.helpers.small_federations import config, rounds_of, same_bits
+from tests.helpers.small_federations import broadcasts, config, rounds_of, same_bits
 
 Folder = Path
 WAYS = {"scratch", "backbone", "teacher", "both"}
@@ -149,12 +149,12 @@ def test_a_newcomer_receives_once_and_then_trains_as_everybody_does(place: Folde
     assert not same_bits(
         newcomer.store.get("site_1").models["model"], alone.store.get("site_1").models["model"]
     )
-    assert all(body == newcomer.broadcasts(["site_1"], for_evaluation=True)["site_1"] for body in
-               newcomer.broadcasts(["site_1", "site_2"], for_evaluation=True).values())  # fmt: skip
+    assert all(body == broadcasts(newcomer, ["site_1"], for_evaluation=True)["site_1"] for body in
+               broadcasts(newcomer, ["site_1", "site_2"], for_evaluation=True).values())  # fmt: skip
     assert (
-        len(newcomer.broadcasts(["site_1"])["site_1"])
+        len(broadcasts(newcomer, ["site_1"])["site_1"])
         > 1000
-        > len(newcomer.broadcasts(["site_1"], for_evaluation=True)["site_1"])
+        > len(broadcasts(newcomer, ["site_1"], for_evaluation=True)["site_1"])
     )
 
 

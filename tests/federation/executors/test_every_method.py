@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hetero_fl.algorithms import register_algorithm
-from hetero_fl.engine.prediction_cache import make_backend
+from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.federation.executors.workers import WorkerExecutor
 from hetero_fl.federation.state_store import StateStore
 from tests.federation.test_synchronous import METHODS

@@ -254,7 +254,7 @@ def test_a_task_that_is_given_up_leaves_no_trace() -> None:
     want = outcome(rounds_on(setup, None))
     crew = Here(setup, 2)
     rounds = rounds_on(setup, crew, 2)
-    first, receive, refused = rounds.run_round(), rounds.collector.decode_upload, list[str]()
+    first, receive, refused = rounds.run_round(), rounds.decode_upload, list[str]()
 
     def fail_once(client: str, *rest: Any) -> Any:
         if not refused:
@@ -262,7 +262,7 @@ def test_a_task_that_is_given_up_leaves_no_trace() -> None:
             raise RunFailedError("on purpose")
         return receive(client, *rest)
 
-    rounds.collector.decode_upload, up, down = fail_once, rounds.traffic.up, rounds.traffic.down  # type: ignore[method-assign]
+    rounds.decode_upload, up, down = fail_once, rounds.traffic.up, rounds.traffic.down  # type: ignore[method-assign]
     with pytest.raises(RunFailedError, match="on purpose"):
         rounds.run_round()
     assert list(crew.jobs) == [1]  # still at work on a client of the round that failed

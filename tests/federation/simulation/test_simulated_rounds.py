@@ -12,6 +12,7 @@ import torch
 
 from hetero_fl.communication.link import UNSENT
 from hetero_fl.experiment import prepare
+from hetero_fl.federation.channel import UploadSizes
 from hetero_fl.federation.sampling import PENALTY
 from hetero_fl.federation.simulation.devices import local_steps
 from hetero_fl.federation.simulation.faults import flip_bytes
@@ -77,9 +78,9 @@ def test_devices_alone_change_nothing_but_the_clock(method: str) -> None:
 
 def test_the_bytes_that_take_time_are_those_that_travel() -> None:
     rounds = rounds_of(config("fedavg", "mlp", 2), held=0)
+    sizes = UploadSizes(rounds.algorithm, rounds.federation, rounds.expectations)
     expected = [
-        rounds.upload_bytes(card, rounds._broadcast(card), 0)
-        for card in rounds.federation.client_infos.values()
+        sizes(card, rounds.broadcast(card), 0) for card in rounds.federation.client_infos.values()
     ]
     assert abs(rounds.run_round()["up_bytes"] - sum(expected)) <= 8
 
@@ -226,7 +227,7 @@ def same_as_uninvited(faults: dict[str, float], method: str, channel: dict[str, 
     for record in records:
         assert 0 < record["counts"]["arrived"] < 6
         came = sorted(client for client, _, _, what in record["tasks"] if what == "arrived")
-        without.sampler.sample = lambda *a, came=came: (came, 0.0)  # type: ignore[method-assign,misc]
+        without.sample_cohort = lambda *a, came=came: came  # type: ignore[method-assign,misc]
         without.run_round()
     assert equal(befallen, without)
     assert (

@@ -1,0 +1,236 @@
+"""Synchronous rounds whose tasks take time, simulated or real, and may have to be repeated."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hetero_fl.communication.protocol import Exchange, Message, Reply, total_bytes
+from hetero_fl.federation.channel import UploadSizes
+from hetero_fl.federation.sampling import ClientSampler
+from hetero_fl.federation.simulation.faults import drop_duplicates, inject_faults
+from hetero_fl.federation.simulation.schedule import (
+    Schedule,
+    SimulationEnvironment,
+    immediate_schedule,
+    make_schedule,
+)
+from hetero_fl.federation.synchronous import SynchronousTrainer, task_number
+from hetero_fl.federation.trainer import Record
+from hetero_fl.federation.upload_collector import CHANGED, UploadCollector
+
+
+@dataclass
+class RoundAttempt:
+    """One attempt at a round: when its tasks begin and end, and what was collected."""
+
+    schedule: Schedule
+    collector: UploadCollector
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Numbers of tasks by outcome: invited = arrived + failed + late."""
+        invited = len(self.schedule.tasks)
+        late = len(self.schedule.late)
+        failed = len(self.collector.failed)
+        return Counter(invited=invited, arrived=invited - late - failed, failed=failed, late=late)
+
+    def task_rows(self) -> list[list[object]]:
+        """Return each task as `[client, start, end, outcome]`, in seconds."""
+        return self.schedule.record(self.collector.failed)
+
+
+class ScheduledTrainer(SynchronousTrainer):
+    """Synchronous rounds under an environment: who can be sampled, when tasks end, repetitions.
+
+    Args:
+        environment: The conditions of the run.
+    """
+
+    def __init__(self, *args: Any, environment: SimulationEnvironment, **options: Any) -> None:
+        super().__init__(*args, policy=environment.policy, **options)
+        self.environment = environment
+        self.sampler = ClientSampler(environment)
+        self._sampled_at = 0.0
+        self._attempts: list[RoundAttempt] = []
+
+    @property
+    def on_too_few(self) -> str:
+        return self.environment.on_too_few
+
+    @property
+    def fingerprint(self) -> str:
+        return self.environment.devices.fingerprint
+
+    def run_round(self) -> Record:
+        start = self.now
+        record = super().run_round()
+        failed: dict[str, str] = {}
+        for attempt in self._attempts:
+            failed |= attempt.collector.failed
+        record["failed"] = failed
+        flags = {key: record.pop(key) for key in ("skipped", "diverged") if key in record}
+        return record | self.time_record(start) | flags
+
+    def sample_cohort(self, round_idx: int, attempt: int = 0) -> list[str]:
+        cohort, self._sampled_at = self.sampler.sample(round_idx, attempt, self.now)
+        return cohort
+
+    def collect(self, cohort: list[str]) -> UploadCollector:
+        """Collect the uploads of a cohort; of others, as often as the policy repeats a round."""
+        self._attempts = [self.attempt(cohort, 0)]
+        while not self._attempts[-1].collector.is_sufficient and self.on_too_few == "repeat":
+            number = len(self._attempts)
+            if number == self.policy.attempts:
+                break
+            self.store.discard()
+            self._set_round_context(self.round_idx)
+            self._attempts.append(self.attempt(self.sample_cohort(self.round_idx, number), number))
+        return self._attempts[-1].collector
+
+    def skip(self, collector: UploadCollector, attempts: int = 1) -> None:
+        super().skip(collector, len(self._attempts))
+
+    def attempt(self, cohort: list[str], number: int) -> RoundAttempt:
+        """Hold the round once, without simulated time."""
+        schedule = immediate_schedule(cohort, self._sampled_at)
+        attempt = RoundAttempt(schedule, UploadCollector(self, cohort))
+        self.exchange(attempt, cohort, task=0)
+        return attempt
+
+    def exchange(self, attempt: RoundAttempt, clients: Sequence[str], task: int) -> None:
+        """Run the exchanges of a round with those of the cohort that are there."""
+        schedule = attempt.schedule
+        collector = attempt.collector
+        for exchange in collector.exchanges(clients):
+            present: Collection[str] = schedule.computing
+            if exchange.kind in self.protocol.setup:
+                present = schedule.protocol_clients
+            for client_id in exchange.clients:
+                if client_id not in present:  # is sent to, and does not answer
+                    collector.request(exchange, client_id)
+            here = [client_id for client_id in exchange.clients if client_id in present]
+            for client_id, reply in self.replies(attempt, exchange, here, task):
+                collector.add(exchange, client_id, reply)
+                del reply  # free the upload before the next client trains
+        self.count_traffic(collector.up_bytes, collector.down_bytes)
+        schedule.late = collector.late
+        self.sampler.update(schedule, collector.losses, self.round_idx)
+
+    def replies(
+        self, attempt: RoundAttempt, exchange: Exchange, clients: Sequence[str], task: int
+    ) -> Iterator[tuple[str, Reply]]:
+        """Yield the replies of the clients that are there, in order."""
+
+        def request(client_id: str) -> Message:
+            message = attempt.collector.request(exchange, client_id)
+            return replace(message, step_share=attempt.schedule.tasks[client_id].step_share)
+
+        return self.executor.run(clients, request)
+
+    def time_record(self, start: float) -> dict[str, Any]:
+        """Return what the record of a round that began at `start` says of its tasks."""
+        return {}
+
+    def task_record(self) -> dict[str, Any]:
+        """Return what a record says of the tasks of all attempts."""
+        counts: Counter[str] = sum((attempt.counts for attempt in self._attempts), Counter())
+        names = ("invited", "arrived", "failed", "late")
+        record: dict[str, Any] = {"counts": {name: counts[name] for name in names}}
+        if len(self._attempts) > 1:
+            record["attempts"] = len(self._attempts)
+        record["tasks"] = [row for attempt in self._attempts for row in attempt.task_rows()]
+        return record
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        known = self.sampler.state_dict()
+        return state | {"invitation": known} if known else state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.sampler.load_state_dict(state.get("invitation", {}))
+
+
+class SimulatedTrainer(ScheduledTrainer):
+    """Rounds in simulated time: tasks take as long as the clients' machines need, and may fail."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.upload_sizes = UploadSizes(self.algorithm, self.federation, self.expectations)
+
+    def attempt(self, cohort: list[str], number: int) -> RoundAttempt:
+        """Hold the round once; compute only the tasks whose uploads arrive in time."""
+        task = task_number(self.round_idx, number)
+        sizes = {client_id: self._sizes(client_id, len(cohort)) for client_id in cohort}
+        schedule = make_schedule(
+            cohort,
+            self.environment,
+            lambda client_id: total_bytes(sizes[client_id].values()),
+            self._sampled_at,
+            task,
+        )
+        attempt = RoundAttempt(schedule, UploadCollector(self, cohort))
+        collector = attempt.collector
+        collector.failed.update(schedule.failed)
+        collector.late = schedule.late
+        asked: Sequence[str] = ()
+        if schedule.num_expected >= self.policy.least:
+            asked = cohort if self.protocol.setup else schedule.computing
+            self.exchange(attempt, asked, task)
+        else:  # nothing would be made of what they compute
+            for client_id in schedule.computing:
+                if schedule.tasks[client_id].outcome.kind == "corrupted":
+                    collector.failed[client_id] = CHANGED
+            self.sampler.update(schedule, collector.losses, self.round_idx)
+        self.now = schedule.end
+        self._count_unseen_traffic(schedule, sizes, set(asked))
+        return attempt
+
+    def replies(
+        self, attempt: RoundAttempt, exchange: Exchange, clients: Sequence[str], task: int
+    ) -> Iterator[tuple[str, Reply]]:
+        replies = super().replies(attempt, exchange, clients, task)
+        outcomes = {c: attempt.schedule.tasks[c].outcome for c in attempt.schedule.computing}
+        changed = any(outcome.kind in ("twice", "corrupted") for outcome in outcomes.values())
+        if exchange.kind != "train" or not changed:
+            return replies
+        return drop_duplicates(
+            inject_faults(replies, outcomes, self.federation.seed, "changed", task)
+        )
+
+    def _sizes(self, client_id: str, cohort_size: int) -> dict[str, tuple[int, int]]:
+        """Return the bytes down and up of all exchanges with a client, before any is computed."""
+        client_info = self.federation.client_infos[client_id]
+        payload = self.broadcast(client_info)
+        upload = 0
+        if not self.protocol.setup:
+            upload = self.upload_sizes(client_info, payload, self.round_idx)
+        broadcast = len(self.encode_broadcast(payload))
+        return self.protocol.sizes(cohort_size, self.round_idx, broadcast, upload)
+
+    def _count_unseen_traffic(
+        self, schedule: Schedule, sizes: dict[str, dict[str, tuple[int, int]]], seen: set[str]
+    ) -> None:
+        """Count what was sent although nothing of it was computed or used."""
+        wasted = sum(sizes[client_id]["train"][1] for client_id in schedule.wasted_uploads)
+        totals = {
+            client_id: total_bytes(sizes[client_id].values())
+            for client_id in schedule.tasks
+            if client_id not in seen
+        }
+        down = sum(total[0] for total in totals.values())
+        up = sum(totals[client_id][1] for client_id in schedule.computing if client_id in totals)
+        self.count_traffic(wasted + up, down)
+
+    def time_record(self, start: float) -> dict[str, Any]:
+        return {"simulated": {"start": start, "end": self.now}, **self.task_record()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"now": self.now}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.now = state.get("now", 0.0)

@@ -288,7 +288,6 @@ class AsynchronousTrainer(FederatedTrainer):
             task = self._next_task()
             self.now = task.end
             self._finish_task(task, tally)
-        self._simulate_server_crash()
         self.completed += 1
         given_up = self._given_up
         self._given_up = ""

@@ -275,9 +275,6 @@ class AsynchronousDryRun(AsynchronousTrainer):
             raise TaskFailedError(CHANGED, "fate")
         return payload
 
-    def _simulate_server_crash(self) -> None:
-        """Not in a rehearsal."""
-
     def _aggregate_uploads(self, arrived: list[Upload]) -> None:
         self.dry.combine([upload.client for upload in arrived], self.version, lambda: arrived)
 

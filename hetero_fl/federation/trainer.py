@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
@@ -107,7 +105,6 @@ class FederatedTrainer(ABC):
             # machines of their own
             0.0
         )
-        self.resumed: int | None = None  # the round after which this process took the run over
         self.store = executor.store
         self.backend = executor.backend
         self.protocol = make_protocol(algorithm, federation)
@@ -161,14 +158,6 @@ class FederatedTrainer(ABC):
             self.traffic.down = before.down
             self.now = now
             raise
-
-    def _simulate_server_crash(self) -> None:
-        """As `faults.server` has it, before the round is committed; the process that takes the run over there goes on."""
-        if (
-            self.completed + 1 in self.environment.faults.config.server
-            and self.resumed != self.completed
-        ):
-            os.kill(os.getpid(), signal.SIGKILL)
 
     @property
     def round_idx(self) -> int:
@@ -374,7 +363,7 @@ class FederatedTrainer(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The reverse of `state`."""
-        self.completed = self.resumed = state["completed"]
+        self.completed = state["completed"]
         self.now = state.get("now", 0.0)
         self.diverged = state.get("diverged", 0)
         self._before = time.monotonic() - self.now

@@ -124,7 +124,7 @@ class Population(Mapping[str, ClientSettings]):
         self._profile_turns = [column[first[order]].tolist() for column in turns]
         self._profile_numbers = np.argsort(order).astype(np.min_scalar_type(len(order)))[numbers]
 
-    def _group_turns(self) -> NDArray[np.int32]:
+    def _group_turns(self) -> NDArray[np.signedinteger[Any]]:
         """Number the combinations of a group and a turn in it, shape `[clients]`."""
         parts = [np.empty(0, dtype=np.int32)]
         start = 0

@@ -126,10 +126,9 @@ class LazyPartition:
     @cached_property
     def _classes(self) -> list[np.ndarray]:
         """Places in the pool by class."""
-        y = self.pool.examples.y
-        assert y is not None
-        labels = row_strata(y[self.pool.rows], self.task).numpy()
-        return [np.flatnonzero(labels == c) for c in np.unique(labels)]
+        labels = self.pool.examples.labels[self.pool.rows]
+        strata = row_strata(labels, self.task).numpy()
+        return [np.flatnonzero(strata == c) for c in np.unique(strata)]
 
 
 def _sample_rows(draws: np.random.Generator, total: int, count: int) -> np.ndarray:

@@ -163,7 +163,7 @@ class FederatedData:
         if client in self._private.remote_info:
             return torch.tensor(self._private.remote_info[client].labels)
         share = self._private[client]["train"]
-        y = _labels(share.examples)[share.rows]
+        y = share.examples.labels[share.rows]
         if self.task.kind == "multiclass":
             counts = torch.bincount(y, minlength=self.task.outputs)
         elif self.task.kind == "multilabel":
@@ -367,11 +367,6 @@ class FederatedData:
 def _usable(examples: Examples, through: Preprocess) -> Examples:
     rows = usable_rows(examples.x, through)
     return examples if bool(rows.all()) else examples.select_rows(rows.nonzero().squeeze(1))
-
-
-def _labels(examples: Examples) -> Tensor:
-    assert examples.y is not None  # every private set was checked to have labels
-    return examples.y
 
 
 # A federation's data in which some clients train on other rows: for asking what a run would have

@@ -191,7 +191,7 @@ def setup_export(parser: argparse.ArgumentParser) -> None:
         "--format",
         default="onnx",
         metavar="NAME",
-        help="onnx (default), torchscript or safetensors",
+        help="onnx (default) or safetensors",
     )
     parser.add_argument(
         "--home", action="store_true", help="with the client's own label frequencies"

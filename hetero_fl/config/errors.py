@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from hetero_fl.config.describe import section_of
 from hetero_fl.config.schema import Config
 from hetero_fl.utils.errors import (
     closest,
@@ -247,7 +247,7 @@ def _paths(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tup
     for name, field in model.model_fields.items():
         yield (*prefix, name)
         entries = _entries(field.annotation)
-        if (part := _section(field.annotation)) is not None:
+        if (part := section_of(field.annotation)) is not None:
             parts.append(((*prefix, name, *(["0"] if entries is not None else [])), part))
     for path, part in parts:
         yield from _paths(part, path)
@@ -279,30 +279,15 @@ def _section_at(model: type[BaseModel], place: Iterable[str]) -> type[BaseModel]
     for part in place:
         if not part.isdigit() and current is not None:
             current = (
-                _section(current.model_fields[part].annotation)
+                section_of(current.model_fields[part].annotation)
                 if part in current.model_fields
                 else None
             )
     return typing.cast("type[BaseModel] | None", current)
 
 
-def _section(annotation: Any) -> Any:
-    """The part of the schema that an annotation holds, if it holds one."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if typing.get_origin(annotation) in (
-        list,
-        tuple,
-        typing.Union,
-        types.UnionType,
-        typing.Annotated,
-    ):
-        return next(filter(None, map(_section, typing.get_args(annotation))), None)
-    return None
-
-
 def _entries(annotation: Any) -> Any:
     """The part of the schema that the entries of a list are, if it is one of these."""
     if typing.get_origin(annotation) is typing.Annotated:
         return _entries(typing.get_args(annotation)[0])
-    return _section(annotation) if typing.get_origin(annotation) in (list, tuple) else None
+    return section_of(annotation) if typing.get_origin(annotation) in (list, tuple) else None

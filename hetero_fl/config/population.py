@@ -1,16 +1,22 @@
 """Resolve client groups and overrides into settings per client id.
 
-Settings are shared per group, so a population costs no more than its groups.
+Clients with the same settings share them: a population costs its profiles, and a byte or two per
+client that say which profile is whose.
 """
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from itertools import islice
+from fnmatch import translate
+from functools import cached_property
+from itertools import accumulate, islice
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from hetero_fl.config.base import OptimizerConfig
@@ -19,165 +25,23 @@ from hetero_fl.config.errors import describe_error
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import ClientIds, IdSeries
 
-# Which kinds of clients a group has under patterns of ids, counted digit by digit instead of id by
-# id.
-#
-# A client's settings depend on its turn in its group and on which overrides match its id, each with
-# a turn of its own where it names several models. Ids of a group differ in their digits only. So a
-# block of ids, 10^k with the first digits in common, is known by what the patterns have read so far
-# and by the turns at its beginning, and blocks alike are counted once.
-
-PatternState = frozenset[int]  # places in a pattern that the text so far may have come to
-Turns = tuple[int, ...]  # of the group, then of each override
-# the same for one client, -1 where an override does not match: what its settings follow from
-Key = tuple[int, ...]
-CountByKey = dict[Key, tuple[int, int]]  # how many such clients, and where the first is
-
-
-class Pattern:
-    """A shell-style pattern, as `fnmatch.fnmatchcase` understands it, that reads a text bit by bit."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self._parts = list(_pattern_parts(text))
-        self._known: dict[tuple[PatternState, str], PatternState] = {}
-        self.start = self._skip_stars({0})
-
-    def advance(self, state: PatternState, text: str) -> PatternState:
-        """Where it stands after more of the text."""
-        for char in text:
-            if (state, char) not in self._known:
-                on = {
-                    p + 1
-                    for p in state
-                    if p < len(self._parts) and fnmatchcase(char, self._parts[p])
-                }
-                stay = {p for p in state if p < len(self._parts) and self._parts[p] == "*"}
-                self._known[state, char] = self._skip_stars(on | stay)
-            state = self._known[state, char]
-        return state
-
-    def accepts(self, state: PatternState) -> bool:
-        """Whether the text so far matches."""
-        return len(self._parts) in state
-
-    def _skip_stars(self, places: set[int]) -> PatternState:
-        for place in sorted(places):
-            while place < len(self._parts) and self._parts[place] == "*":
-                place += 1
-                places.add(place)
-        return frozenset(places)
-
-
-def _pattern_parts(text: str) -> Iterator[str]:
-    """A pattern's parts, each for one character, but for stars."""
-    at = 0
-    while at < len(text):
-        end = at + 1
-        if text[at] == "[":
-            close = text.find("]", at + 2 + (text[at + 1 : at + 2] == "!"))
-            end = close + 1 if close >= 0 else end
-        yield text[at:end]
-        at = end
-
-
-class PatternBlocks:
-    """The clients of one series, under patterns.
-
-    Args:
-        cycles: after how many clients the turns begin anew: of the group, then of each pattern's override.
-        begin: the turns of the series' first client.
-    """
-
-    def __init__(
-        self, series: IdSeries, patterns: Sequence[Pattern], cycles: Turns, begin: Turns
-    ) -> None:
-        self._series = series
-        self._patterns = patterns
-        self._cycles = cycles
-        self._begin = begin
-        self._known: dict[
-            tuple[int, tuple[PatternState, ...], Turns], tuple[CountByKey, Turns]
-        ] = {}
-
-    def model_turns(self, place: int) -> Turns:
-        """The turns of the client at that place; at the end of the series: those of the next one's first."""
-        turns = self._begin
-        for _, digits, states in self._blocks(place):
-            turns = self._block(digits, states, turns)[1]
-        return turns
-
-    def count_keys(self) -> CountByKey:
-        """The keys that occur, with the number of their clients and the place of the first."""
-        found: CountByKey = {}
-        turns = self._begin
-        for place, digits, states in self._blocks(len(self._series)):
-            inside, turns = self._block(digits, states, turns)
-            _add(found, inside, place)
-        return found
-
-    def _blocks(self, stop: int) -> Iterator[tuple[int, int, tuple[PatternState, ...]]]:
-        """The places below `stop` in blocks: where one begins, its free digits, what the patterns have read before them."""
-        if len(self._series) == 1:
-            if stop:
-                yield 0, 0, self._read(self._series.name)
-            return
-        number = 1
-        while number <= stop:
-            digits = 0
-            while number % 10 ** (digits + 1) == 0 and number + 10 ** (digits + 1) <= stop + 1:
-                digits += 1
-            id = self._series[number - 1]
-            yield number - 1, digits, self._read(id[: len(id) - digits])
-            number += 10**digits
-
-    def _read(self, text: str) -> tuple[PatternState, ...]:
-        return tuple(p.advance(p.start, text) for p in self._patterns)
-
-    def _block(
-        self, digits: int, states: tuple[PatternState, ...], turns: Turns
-    ) -> tuple[CountByKey, Turns]:
-        known = (digits, states, turns)
-        if known not in self._known:
-            self._known[known] = self._count(digits, states, turns)
-        return self._known[known]
-
-    def _count(
-        self, digits: int, states: tuple[PatternState, ...], turns: Turns
-    ) -> tuple[CountByKey, Turns]:
-        if digits == 0:
-            hits = [True, *(p.accepts(s) for p, s in zip(self._patterns, states, strict=True))]
-            key = tuple(t if hit else -1 for t, hit in zip(turns, hits, strict=True))
-            after = tuple(
-                (t + hit) % c for t, hit, c in zip(turns, hits, self._cycles, strict=True)
-            )
-            return {key: (1, 0)}, after
-        found: CountByKey = {}
-        for digit in range(10):
-            deeper = tuple(
-                p.advance(s, str(digit)) for p, s in zip(self._patterns, states, strict=True)
-            )
-            inside, turns = self._block(digits - 1, deeper, turns)
-            _add(found, inside, digit * 10 ** (digits - 1))
-        return found, turns
-
-
-def _add(found: CountByKey, more: CountByKey, place: int) -> None:
-    for key, (count, first) in more.items():
-        had = found.get(key)
-        found[key] = (count, place + first) if had is None else (had[0] + count, had[1])
-
-
-# Who takes part, as a function from id to settings: a million clients cost what their kinds cost.
+# Who takes part, as a mapping from ids to settings.
 
 Layer = dict[str, Any]  # settings as they were written
 
 
 @dataclass(frozen=True)
 class SettingsProfile:
-    """Clients with the very same settings: how many, and the first of them in the order of the configuration."""
+    """Clients with the same settings.
 
-    number: int  # its place in `Population.profiles`
+    Attributes:
+        number: Its index in `Population.profiles`.
+        settings: What the clients share.
+        first: The id of the first of them in the order of the configuration.
+        count: How many there are.
+    """
+
+    number: int
     settings: ClientSettings
     first: str
     count: int
@@ -185,7 +49,7 @@ class SettingsProfile:
 
 @dataclass(frozen=True)
 class GroupMembers:
-    """One group's clients, with its settings over the defaults; a list of models is taken in turn."""
+    """The clients of one group, with its settings over the defaults; a list of models is taken in turn."""
 
     series: IdSeries
     layer: Layer = field(default_factory=dict)
@@ -193,9 +57,9 @@ class GroupMembers:
 
 @dataclass(frozen=True)
 class OverrideLayer:
-    """Settings over those of the clients whose ids match."""
+    """Settings over those of the clients whose ids match a pattern, as `fnmatch.fnmatchcase` has it."""
 
-    pattern: Pattern
+    pattern: str
     layer: Layer
 
 
@@ -210,15 +74,16 @@ class ListedSettings:
 
 
 class Population(Mapping[str, ClientSettings]):
-    """Settings by client id, shared by all of a kind.
+    """Settings by client id, shared by all clients of a profile.
 
-    Iteration follows the configuration, group by group; `ids` has the same clients as people count.
+    Iteration follows the configuration, group by group; `ids` has the same clients in natural order.
 
     Args:
-        groups: in their order.
-        overrides: in their order; the later wins.
-        settle: makes the settings of a kind, from the id of its first client, its group's layer, its turn in the group, and
-            pairs of an override's layer and its turn among those whom that matches.
+        groups: Groups of clients, in the order of the configuration.
+        overrides: Settings for ids that match a pattern; the later override wins.
+        settle: Function that makes the settings of a profile from the id of its first client, the
+            layer of its group, its turn among the group's models, and pairs of a matching
+            override's layer and its turn among that override's models.
     """
 
     def __init__(
@@ -235,50 +100,90 @@ class Population(Mapping[str, ClientSettings]):
         self._by_name: dict[str, list[int]] = {}
         for number, group in enumerate(groups):
             self._by_name.setdefault(group.series.name, []).append(number)
-        self._cycles = tuple(_num_models(o.layer) for o in overrides)
-        self._blocks: list[PatternBlocks] = []
-        turns: Turns = (0,) * len(overrides)  # an override's turns run on from group to group
-        patterns = [o.pattern for o in overrides]
-        for group in groups:
-            cycles = (_num_models(group.layer), *self._cycles)
-            self._blocks.append(PatternBlocks(group.series, patterns, cycles, (0, *turns)))
-            if any(c > 1 for c in self._cycles):
-                turns = self._blocks[-1].model_turns(len(group.series))[1:]
-        self._kinds: dict[tuple[int, Key], SettingsProfile] | None = None
+        self._starts = [0, *accumulate(len(group.series) for group in groups)]
+        self._assign_profiles()
+
+    def _assign_profiles(self) -> None:
+        """Number the profiles in the order of their first clients.
+
+        A client's profile follows from its group, its turn among the group's models, and for every
+        override from whether it matches and the client's turn among those that it matches.
+        """
+        numbers = self._group_turns()
+        turns = []
+        for override, matches in zip(self._overrides, self._match_overrides(), strict=True):
+            cycle = _num_models(override.layer)
+            turns.append(np.where(matches, (np.cumsum(matches) - 1) % cycle, -1))
+            _, numbers = np.unique(numbers * (cycle + 1) + turns[-1], return_inverse=True)
+        counts = np.bincount(numbers)
+        first = np.zeros(len(counts), dtype=int)
+        first[numbers[::-1]] = np.arange(len(self))[::-1]  # the last assignment counts
+        order = np.argsort(first)
+        self._profile_starts = first[order].tolist()
+        self._profile_counts = counts[order].tolist()
+        self._profile_turns = [column[first[order]].tolist() for column in turns]
+        self._profile_numbers = np.argsort(order).astype(np.min_scalar_type(len(order)))[numbers]
+
+    def _group_turns(self) -> NDArray[np.signedinteger[Any]]:
+        """Number the combinations of a group and a turn in it, shape `[clients]`."""
+        parts = [np.empty(0, dtype=np.int32)]
+        start = 0
+        for group in self._groups:
+            cycle = min(_num_models(group.layer), len(group.series))
+            parts.append(np.arange(len(group.series), dtype=np.int32) % cycle + start)
+            start += cycle
+        return np.concatenate(parts)
+
+    def _match_overrides(self) -> NDArray[np.bool_]:
+        """Return whether each override matches each client, shape `[overrides, clients]`."""
+        if not self._overrides:
+            return np.empty((0, len(self)), bool)
+        patterns = [re.compile(translate(override.pattern)) for override in self._overrides]
+        matches = (p.match(client_id) is not None for client_id in self for p in patterns)
+        count = len(self) * len(patterns)
+        return np.fromiter(matches, bool, count).reshape(len(self), len(patterns)).T
 
     @classmethod
     def from_settings(cls, clients: Mapping[str, ClientSettings]) -> Population:
-        """Clients that were listed one by one, each of a kind of its own; a population stays what it is."""
+        """Return clients that were listed one by one as a population, each with its own profile."""
         if isinstance(clients, Population):
             return clients
         return cls(
             [GroupMembers(IdSeries(id, 1)) for id in clients], settle=ListedSettings(clients)
         )
 
-    @property
+    @cached_property
     def profiles(self) -> list[SettingsProfile]:
-        """All kinds, in the order of their first clients in the configuration."""
-        return list(self._profiles_by_key().values())
+        """All profiles, in the order of their first clients in the configuration."""
+        profiles = []
+        for number, index in enumerate(self._profile_starts):
+            position = bisect_right(self._starts, index) - 1
+            group = self._groups[position]
+            place = index - self._starts[position]
+            overrides = [
+                (override.layer, turns[number])
+                for override, turns in zip(self._overrides, self._profile_turns, strict=True)
+                if turns[number] >= 0
+            ]
+            first = group.series[place]
+            turn = place % _num_models(group.layer)
+            settings = self._settle(first, group.layer, turn, overrides)
+            profiles.append(SettingsProfile(number, settings, first, self._profile_counts[number]))
+        return profiles
 
     def profile(self, client_id: str) -> SettingsProfile:
-        """The kind of a client. Raises KeyError for a stranger."""
-        found = self.position(client_id)
-        if found is None:
+        """Return the profile of a client. Raises KeyError for an unknown id."""
+        position = self.position(client_id)
+        if position is None:
             raise KeyError(client_id)
-        number, place = found
-        hits = [
-            o.pattern.accepts(o.pattern.advance(o.pattern.start, client_id))
-            for o in self._overrides
-        ]
-        if any(hit and cycle > 1 for hit, cycle in zip(hits, self._cycles, strict=True)):
-            turns = self._blocks[number].model_turns(place)
-        else:
-            turns = (place % _num_models(self._groups[number].layer), *(0 for _ in hits))
-        key = (turns[0], *(turn if hit else -1 for turn, hit in zip(turns[1:], hits, strict=True)))
-        return self._profiles_by_key()[number, key]
+        group, place = position
+        return self.profiles[self._profile_numbers[self._starts[group] + place]]
 
     def position(self, client_id: str) -> tuple[int, int] | None:
-        """The number of a client's group and its place there; None for a stranger. Sorts as the configuration does."""
+        """Return the number of a client's group and its place there; None for an unknown id.
+
+        Positions sort as the configuration does.
+        """
         for name in (client_id, client_id.rpartition("_")[0]):
             for number in self._by_name.get(name, ()):
                 place = self._groups[number].series.position(client_id)
@@ -287,9 +192,8 @@ class Population(Mapping[str, ClientSettings]):
         return None
 
     def matched_overrides(self) -> list[bool]:
-        """Whether each override matches anybody."""
-        keys = [key for blocks in self._blocks for key in blocks.count_keys()]
-        return [any(key[i + 1] >= 0 for key in keys) for i in range(len(self._overrides))]
+        """Return whether each override matches any client."""
+        return [max(turns, default=-1) >= 0 for turns in self._profile_turns]
 
     def __getitem__(self, client_id: str) -> ClientSettings:
         return self.profile(client_id).settings
@@ -303,25 +207,6 @@ class Population(Mapping[str, ClientSettings]):
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    def _profiles_by_key(self) -> dict[tuple[int, Key], SettingsProfile]:
-        if self._kinds is None:
-            kinds: dict[tuple[int, Key], SettingsProfile] = {}
-            for number, (group, blocks) in enumerate(zip(self._groups, self._blocks, strict=True)):
-                for key, (count, first) in sorted(
-                    blocks.count_keys().items(), key=lambda entry: entry[1][1]
-                ):
-                    over = [
-                        (o.layer, turn)
-                        for o, turn in zip(self._overrides, key[1:], strict=True)
-                        if turn >= 0
-                    ]
-                    settings = self._settle(group.series[first], group.layer, key[0], over)
-                    kinds[number, key] = SettingsProfile(
-                        len(kinds), settings, group.series[first], count
-                    )
-            self._kinds = kinds
-        return self._kinds
 
 
 def _num_models(layer: Layer) -> int:
@@ -348,7 +233,7 @@ def expand_population(config: ClientsConfig) -> Population:
         GroupMembers(IdSeries(group.name, count), _apply_layer(defaults, _explicit_settings(group)))
         for group, count in zip(groups, _counts(config, groups), strict=True)
     ]
-    overrides = [OverrideLayer(Pattern(o.match), _explicit_settings(o)) for o in config.overrides]
+    overrides = [OverrideLayer(o.match, _explicit_settings(o)) for o in config.overrides]
     try:
         plain = Population(members, settle=_resolve_settings)
         population = (
@@ -363,9 +248,7 @@ def expand_population(config: ClientsConfig) -> Population:
     for override, found in zip(overrides, population.matched_overrides(), strict=True):
         if not found:
             known = ", ".join(islice(population, 8))
-            raise UserError(
-                f"clients.overrides: '{override.pattern.text}' matches none of {known} …"
-            )
+            raise UserError(f"clients.overrides: '{override.pattern}' matches none of {known} …")
     _ = population.profiles  # whoever is asked for later can be made
     return population
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -116,10 +117,18 @@ class FaultsConfig(ConfigSection):
         0.0, description="bytes of its upload are changed on the way; it is refused"
     )
     delay: PositiveFloat = Field(3600.0, description="seconds of `late`")
-    server: list[PositiveInt] = Field(
-        [],
-        description="rounds (from 1) in which the server is killed before they are committed; --resume goes on there",
-    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_server(cls, values: Any) -> Any:
+        # The configuration of every run with faults has the key, most of them an empty list.
+        if isinstance(values, Mapping) and "server" in values:
+            if values["server"]:
+                raise ValueError(
+                    "server is no longer simulated; leave it out (a run whose process is killed goes on with --resume)"
+                )
+            return {key: value for key, value in values.items() if key != "server"}
+        return values
 
     @property
     def probabilities(self) -> dict[str, float]:

@@ -29,7 +29,7 @@ def as_numbers(values: Any, where: str) -> Tensor:
     """
     if isinstance(values, Tensor):
         if values.is_complex():
-            raise UserError(f"{where}: found {_dtype(values)}; want numbers")
+            raise UserError(f"{where}: found {dtype_name(values)}; want numbers")
         x = values.detach().cpu()
         return (
             x
@@ -67,7 +67,7 @@ def as_bytes(x: Tensor, where: str) -> Tensor:
     high = int(x.max())
     if low < 0 or high > 255:
         raise UserError(
-            f"{where}: found {_dtype(x)} from {low} to {high}; give uint8, or floats from 0 to 1"
+            f"{where}: found {dtype_name(x)} from {low} to {high}; give uint8, or floats from 0 to 1"
         )
     return x.to(torch.uint8)
 
@@ -134,5 +134,6 @@ def in_range(images: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
     }, True
 
 
-def _dtype(tensor: Tensor) -> str:
+def dtype_name(tensor: Tensor) -> str:
+    """Return the name of a tensor's type without `torch.`."""
     return str(tensor.dtype).removeprefix("torch.")

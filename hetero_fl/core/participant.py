@@ -15,12 +15,13 @@ from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.population import Population
 from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.task import Task
-from hetero_fl.utils.caching import LRUCache
+from hetero_fl.utils.caching import BoundedCache
 from hetero_fl.utils.ordering import natural_key, natural_order
 from hetero_fl.utils.seeding import Key
 
 Columns = dict[str, Tensor]
 LOOKED = 1000  # clients among whom examples are looked for
+CACHED_CLIENTS = 4096
 # of a model: None is all of it, else prefixes of tensor names; () is nothing
 Part = tuple[str, ...] | None
 
@@ -115,7 +116,7 @@ class ClientDirectory(Mapping[str, ClientInfo]):
                 ClientProfile(k.settings, a, k.first, k.count)
                 for k, a in zip(clients.profiles, archs, strict=True)
             ]
-        self._cards: LRUCache[ClientInfo] = LRUCache()
+        self._cards: BoundedCache[ClientInfo] = BoundedCache(CACHED_CLIENTS)
 
     def profile(self, client_id: str) -> ClientProfile:
         """The kind that a client is of."""
@@ -145,7 +146,7 @@ class ClientDirectory(Mapping[str, ClientInfo]):
         return ", ".join(shown) + (f" and {more:,} more" if more else "")
 
     def __getitem__(self, client_id: str) -> ClientInfo:
-        return self._cards.get(client_id, lambda: self._make(client_id))
+        return self._cards.get_or_make(client_id, lambda: self._make(client_id))
 
     def _make(self, client_id: str) -> ClientInfo:
         kind = self.profile(client_id)

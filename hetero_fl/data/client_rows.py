@@ -18,7 +18,7 @@ from hetero_fl.data.dataset import RowSelection
 from hetero_fl.data.partition import apportion_nonzero, row_strata
 from hetero_fl.data.preprocessing import Preprocess
 from hetero_fl.data.splits import FEWEST_TO_TRAIN, split_counts
-from hetero_fl.utils.caching import LRUCache
+from hetero_fl.utils.caching import BoundedCache
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.seeding import stream_key
 
@@ -42,8 +42,8 @@ class LazyPartition:
     split: SplitConfig
     clients: Population
     seed: int
-    _cached_splits: LRUCache[dict[str, RowSelection]] = field(
-        default_factory=lambda: LRUCache(SPLITS_KEPT), compare=False
+    _cached_splits: BoundedCache[dict[str, RowSelection]] = field(
+        default_factory=lambda: BoundedCache(SPLITS_KEPT), compare=False
     )
 
     def check(self) -> None:
@@ -94,7 +94,7 @@ class LazyPartition:
 
     def splits(self, client: str) -> dict[str, RowSelection]:
         """Train, validation and test."""
-        return self._cached_splits.get(client, lambda: self._splits(client))
+        return self._cached_splits.get_or_make(client, lambda: self._splits(client))
 
     def _splits(self, client: str) -> dict[str, RowSelection]:
         count = self.num_rows(client)
@@ -126,10 +126,9 @@ class LazyPartition:
     @cached_property
     def _classes(self) -> list[np.ndarray]:
         """Places in the pool by class."""
-        y = self.pool.examples.y
-        assert y is not None
-        labels = row_strata(y[self.pool.rows], self.task).numpy()
-        return [np.flatnonzero(labels == c) for c in np.unique(labels)]
+        labels = self.pool.examples.labels[self.pool.rows]
+        strata = row_strata(labels, self.task).numpy()
+        return [np.flatnonzero(strata == c) for c in np.unique(strata)]
 
 
 def _sample_rows(draws: np.random.Generator, total: int, count: int) -> np.ndarray:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hetero_fl.core.images import dtype_name
 from hetero_fl.core.task import Task
 from hetero_fl.utils.errors import UserError, printable, suggest_or_list
 from hetero_fl.utils.ordering import natural_order
@@ -291,6 +292,12 @@ class Examples:
     def __len__(self) -> int:
         return len(self.x)
 
+    @property
+    def labels(self) -> Tensor:
+        """`y` of a set that was checked to have it when it was loaded."""
+        assert self.y is not None
+        return self.y
+
     def select_rows(self, rows: Tensor) -> Examples:
         """The rows (int64 `[M]`), in that order."""
         found: dict[str, Any] = {
@@ -305,7 +312,7 @@ _BY_ROW = ("y", "group", "patient", "time", "unit")
 
 def _shape(column: Tensor) -> str:
     """The type and shape of a row: `uint8 [1, 28, 28]`; of a single value the type alone."""
-    name = str(column.dtype).removeprefix("torch.")
+    name = dtype_name(column)
     return f"{name} {list(column.shape[1:])}" if column.ndim > 1 else name
 
 
@@ -395,9 +402,9 @@ def check_examples(
         if x.dtype != torch.int64 or x.ndim != 2 or 0 in x.shape:
             refuse(
                 x_name,
-                f"found {_dtype(x)} of shape {tuple(x.shape)}; tokens are int64, rows x length",
+                f"found {dtype_name(x)} of shape {tuple(x.shape)}; tokens are int64, rows x length",
             )
-        if (row := _first_true(((x < 0) | (x >= vocabulary.size)).any(1))) is not None:
+        if (row := first_true(((x < 0) | (x >= vocabulary.size)).any(1))) is not None:
             refuse(
                 x_name, f"row {row} has a token out of range; they are 0 to {vocabulary.size - 1}"
             )
@@ -411,13 +418,13 @@ def check_examples(
         wanted = f'for a table pass {x_name}.astype("float32"); tokens need a vocabulary'
         if x.ndim != 2:
             wanted = "choose uint8 (images) or floats; tokens need a vocabulary"
-        refuse(x_name, f"found {_dtype(x)} of shape {tuple(x.shape)}; {wanted}")
+        refuse(x_name, f"found {dtype_name(x)} of shape {tuple(x.shape)}; {wanted}")
     elif x.ndim < 2 or 0 in x.shape:
         refuse(x_name, f"found shape {tuple(x.shape)}; every row needs at least one value")
     elif missing and x.ndim < 4:
-        if (row := _first_true(torch.isinf(x).flatten(1).any(1))) is not None:
+        if (row := first_true(torch.isinf(x).flatten(1).any(1))) is not None:
             refuse(x_name, f"infinity in row {row}")
-    elif (row := _first_true(~torch.isfinite(x).flatten(1).all(1))) is not None:
+    elif (row := first_true(~torch.isfinite(x).flatten(1).all(1))) is not None:
         refuse(x_name, f"NaN or infinity in row {row}")
 
     if y is None:
@@ -426,9 +433,9 @@ def check_examples(
         if y.dtype != torch.int64 or y.ndim != 1:
             refuse(
                 y_name,
-                f"found {_dtype(y)} of shape {tuple(y.shape)}; class numbers are int64 of shape ({len(x)},)",
+                f"found {dtype_name(y)} of shape {tuple(y.shape)}; class numbers are int64 of shape ({len(x)},)",
             )
-        if (row := _first_true((y < 0) | (y >= task.outputs))) is not None:
+        if (row := first_true((y < 0) | (y >= task.outputs))) is not None:
             refuse(
                 y_name,
                 f"label {int(y[row])} in row {row} is out of range; classes are 0 to {task.outputs - 1}",
@@ -436,12 +443,12 @@ def check_examples(
     else:
         if not y.is_floating_point() or y.shape != (len(x), task.outputs):
             wanted = f"{task.kind} takes floats of shape {(len(x), task.outputs)}"
-            refuse(y_name, f"found {_dtype(y)} of shape {tuple(y.shape)}; {wanted}")
-        if (row := _first_true(~torch.isfinite(y).all(1))) is not None:
+            refuse(y_name, f"found {dtype_name(y)} of shape {tuple(y.shape)}; {wanted}")
+        if (row := first_true(~torch.isfinite(y).all(1))) is not None:
             refuse(y_name, f"NaN or infinity in row {row}")
         if (
             task.kind == "multilabel"
-            and (row := _first_true(((y != 0) & (y != 1)).any(1))) is not None
+            and (row := first_true(((y != 0) & (y != 1)).any(1))) is not None
         ):
             refuse(y_name, f"row {row} is out of range; multilabel targets are 0 or 1")
     _check_extra_columns(examples, task, where)
@@ -453,16 +460,16 @@ def _check_extra_columns(examples: Examples, task: Task, where: str) -> None:
     unit = examples.unit
     if time is not None and (time.dtype != torch.int64 or time.ndim != 1):
         raise UserError(
-            f"{where}: time: found {_dtype(time)} of shape {tuple(time.shape)}; want int64 ({len(examples)},)"
+            f"{where}: time: found {dtype_name(time)} of shape {tuple(time.shape)}; want int64 ({len(examples)},)"
         )
     if unit is not None:
         if not unit.is_floating_point() or unit.ndim != 1:
             raise UserError(
-                f"{where}: unit: found {_dtype(unit)} of shape {tuple(unit.shape)}; want floats ({len(examples)},)"
+                f"{where}: unit: found {dtype_name(unit)} of shape {tuple(unit.shape)}; want floats ({len(examples)},)"
             )
         if task.kind != "regression":
             raise UserError(f"{where}: unit: is of regression targets, but the task is {task.kind}")
-        if (row := _first_true(~(torch.isfinite(unit) & (unit > 0)))) is not None:
+        if (row := first_true(~(torch.isfinite(unit) & (unit > 0)))) is not None:
             raise UserError(
                 f"{where}: unit: found {float(unit[row]):g} in row {row}; units are above 0"
             )
@@ -475,13 +482,10 @@ def _check_extra_columns(examples: Examples, task: Task, where: str) -> None:
             )
 
 
-def _first_true(bad: Tensor) -> int | None:
-    """Place of the first True of a `[N]` mask."""
-    return int(bad.to(torch.uint8).argmax()) if bool(bad.any()) else None
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def first_true(mask: Any) -> int | None:
+    """Return the index of the first True in a mask `[N]` (tensor, array or column of a frame); None if there is none."""
+    values = np.asarray(mask, dtype=bool)
+    return int(values.argmax()) if values.any() else None
 
 
 @dataclass(frozen=True)

@@ -91,8 +91,7 @@ def match_labels(own: Dataset, common: Dataset, where: str) -> Tensor:
         )
     if mine.kind != ours.kind:
         raise UserError(f"{where}: {own.name} is {mine.kind}, {both} a {ours.kind} task")
-    y = own.train.y
-    assert y is not None  # load_source checked it
+    y = own.train.labels
     if mine.kind == "multiclass" and mine.names and ours.names:
         for name in mine.names:
             if name not in ours.names:
@@ -572,7 +571,7 @@ def _concatenate(parts: Mapping[str, Examples]) -> Examples:
     owners = [client for client, part in parts.items() for _ in range(len(part))]
     group, group_names = index_names(owners)
     x = torch.cat([part.x for part in parts.values()])
-    y = torch.cat([_labels(part) for part in parts.values()])
+    y = torch.cat([part.labels for part in parts.values()])
     if all(part.patient is None for part in parts.values()):
         return Examples(x, y, group, group_names)
     whose: list[str] = []
@@ -581,8 +580,3 @@ def _concatenate(parts: Mapping[str, Examples]) -> Examples:
         whose += [f"{client}/{part.patient_names[number]}" for number in part.patient.tolist()]
     patient, patient_names = index_names(whose)
     return Examples(x, y, group, group_names, patient, patient_names)
-
-
-def _labels(part: Examples) -> torch.Tensor:
-    assert part.y is not None  # load_source checked it
-    return part.y

@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,39 +50,10 @@ from hetero_fl.data.splits import (
     mark_rare_class,
     with_test,
 )
-from hetero_fl.utils.caching import LRUCache
+from hetero_fl.utils.caching import BoundedCache
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.ordering import natural_key
 from hetero_fl.utils.seeding import keyed_generator
-
-# A cache of columns that is bounded in bytes.
-
-
-class ColumnCache:
-    """Keeps what was used last, up to `limit` bytes; the newest entry stays even if it alone is larger."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.bytes = 0
-        self._entries: OrderedDict[Hashable, Columns] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def get(self, key: Hashable, make: Callable[[], Columns]) -> Columns:
-        """The entry, made if it is not there."""
-        if key not in self._entries:
-            self._entries[key] = columns = make()
-            self.bytes += _size(columns)
-            while self.bytes > self.limit and len(self._entries) > 1:
-                self.bytes -= _size(self._entries.popitem(last=False)[1])
-        self._entries.move_to_end(key)
-        return self._entries[key]
-
-
-def _size(columns: Columns) -> int:
-    return sum(column.nbytes for column in columns.values())
-
 
 # Data as a federation holds it: each client's own rows, a public proxy set, as a rule without
 # labels, the common sets.
@@ -92,6 +61,16 @@ def _size(columns: Columns) -> int:
 PRIVATE = ("train", "validation", "test")
 PUBLIC = ("proxy", "common_test", "common_validation")
 CACHE_BYTES = 512 * 2**20
+CACHED_VIEWS = 4096
+
+
+def column_cache(max_bytes: float) -> BoundedCache[Columns]:
+    """Return an empty cache of columns."""
+    return BoundedCache(max_bytes, _num_bytes)
+
+
+def _num_bytes(columns: Columns) -> int:
+    return sum(column.nbytes for column in columns.values())
 
 
 class FederatedData:
@@ -132,10 +111,10 @@ class FederatedData:
         self._private = private
         self._public = public
         self._seed = seed
-        self._views: LRUCache[Preprocess] = LRUCache()
+        self._views: BoundedCache[Preprocess] = BoundedCache(CACHED_VIEWS)
         self._sees: dict[Hashable, bool] = {}  # what views have anything of the proxy set
-        self._public_columns = ColumnCache(cache_bytes)
-        self._private_columns = ColumnCache(cache_bytes)
+        self._public_columns = column_cache(cache_bytes)
+        self._private_columns = column_cache(cache_bytes)
 
     def __repr__(self) -> str:
         return (
@@ -184,7 +163,7 @@ class FederatedData:
         if client in self._private.remote_info:
             return torch.tensor(self._private.remote_info[client].labels)
         share = self._private[client]["train"]
-        y = _labels(share.examples)[share.rows]
+        y = share.examples.labels[share.rows]
         if self.task.kind == "multiclass":
             counts = torch.bincount(y, minlength=self.task.outputs)
         elif self.task.kind == "multilabel":
@@ -216,7 +195,7 @@ class FederatedData:
             return view
         if config.normalize != "own":
             return Preprocess.resolve(config, None, where, self.layout, self.input_shape)
-        return self._views.get(
+        return self._views.get_or_make(
             client,
             lambda: Preprocess.resolve(
                 config, self._raw_rows(client, "train").x, where, self.layout, self.input_shape
@@ -275,17 +254,17 @@ class FederatedData:
                 raise UserError(
                     f"data.proxy.size: found 0, but a {name} set is asked for; hold some rows out"
                 )
-            return self._public_columns.get(
+            return self._public_columns.get_or_make(
                 key, lambda: self._preprocess(self._public[name].copy_rows(), preprocess)
             )
         if (owner, name) == ("server", "pooled"):
-            return self._private_columns.get((owner, *key), lambda: self._pool(preprocess))
+            return self._private_columns.get_or_make((owner, *key), lambda: self._pool(preprocess))
         if owner not in self._private or name not in PRIVATE:
             known = [*PUBLIC, *PRIVATE, "pooled"]
             raise KeyError(
                 f"no set '{name}' of '{owner}'{suggest_or_list(name, known) if name not in known else ''}"
             )
-        return self._private_columns.get(
+        return self._private_columns.get_or_make(
             (owner, *key), lambda: self._preprocess(self._raw_rows(owner, name), preprocess)
         )
 
@@ -314,10 +293,10 @@ class FederatedData:
         """The same with these rows in place of those that everybody has: what lies on one machine of several."""
         held = copy.copy(self)
         held._private = private
-        held._views = LRUCache()
+        held._views = BoundedCache(CACHED_VIEWS)
         held._sees = {}
-        held._public_columns = ColumnCache(self._public_columns.limit)
-        held._private_columns = ColumnCache(self._private_columns.limit)
+        held._public_columns = column_cache(self._public_columns.maxsize)
+        held._private_columns = column_cache(self._private_columns.maxsize)
         return held
 
     @property
@@ -337,15 +316,6 @@ class FederatedData:
             for tensor in (examples.x, examples.y):
                 if tensor is not None:
                     tensor.share_memory_()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but what it keeps for speed."""
-        bound = self._public_columns.limit
-        return {
-            **self.__dict__,
-            "_public_columns": ColumnCache(bound),
-            "_private_columns": ColumnCache(bound),
-        }
 
     def content_hash(self) -> str:
         """SHA-256 over every example and label that anyone here can see, and whose it is. Two runs with the same hash
@@ -399,11 +369,6 @@ def _usable(examples: Examples, through: Preprocess) -> Examples:
     return examples if bool(rows.all()) else examples.select_rows(rows.nonzero().squeeze(1))
 
 
-def _labels(examples: Examples) -> Tensor:
-    assert examples.y is not None  # every private set was checked to have labels
-    return examples.y
-
-
 # A federation's data in which some clients train on other rows: for asking what a run would have
 # been without an example.
 
@@ -418,8 +383,8 @@ class ResampledData(FederatedData):
 
     def __init__(self, data: FederatedData, train: Mapping[str, Examples]) -> None:
         self.__dict__.update(data.__dict__)  # public columns are the same, and kept in one place
-        self._views = LRUCache()
-        self._private_columns = ColumnCache(data._private_columns.limit)
+        self._views = BoundedCache(CACHED_VIEWS)
+        self._private_columns = column_cache(data._private_columns.maxsize)
         given = {
             client: {**data._private[client], "train": RowSelection.all_rows(rows)}
             for client, rows in train.items()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hetero_fl.core.images import as_bytes, as_numbers, in_range
 from hetero_fl.core.saved_model import SavedModel
-from hetero_fl.data.dataset import Block, indicator_names
+from hetero_fl.data.dataset import Block, ColumnLayout, indicator_names
 from hetero_fl.data.preprocessing import Preprocess
 from hetero_fl.utils.errors import UserError, suggest_or_list
 
@@ -51,11 +51,7 @@ def _columns_by_name(frame: Any, model: SavedModel, view: Preprocess) -> Tensor:
     names = [str(name) for name in frame.columns]
     known = model.columns
     categories = dict(model.categories)
-    encoded = {
-        name: column
-        for column, values in categories.items()
-        for name in indicator_names(column, values)
-    }
+    encoded = ColumnLayout(known, categories=model.categories).encoded_columns
     for name in names:
         if name not in known and name not in categories:
             raise UserError(

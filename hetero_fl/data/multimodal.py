@@ -11,6 +11,7 @@ from torch import Tensor
 from hetero_fl.data.arrays import from_arrays
 from hetero_fl.data.dataset import Block, Dataset, Examples, index_names
 from hetero_fl.utils.errors import UserError, suggest_or_list, suggest_similar
+from hetero_fl.utils.text import format_list
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,7 +65,7 @@ def join_images_and_table(
     if len(strangers) == len(whose):
         raise UserError(
             f"{where}: row 1, column '{by}': found '{whose[0]}', and no patient of the table has an image; "
-            f"images are of {_format_names(ids)}"
+            f"images are of {format_list(ids)}"
         )
     if strangers and label is None:
         row = strangers[0]
@@ -88,9 +89,9 @@ def join_images_and_table(
         train = _with_labels(train, pictures, frame, strangers, whose, label, table_group, where)
     made = (Block(blocks[0], tuple(pictures.train.x.shape[1:])), Block(blocks[1], (len(used),)))
     both = len(imaged & set(whose))
-    note = f"{name}: {len(ids)} patients with images, {len(whose)} in the table, {both} with both; columns {_format_names(used)}"
+    note = f"{name}: {len(ids)} patients with images, {len(whose)} in the table, {both} with both; columns {format_list(used)}"
     left = tuple(
-        f"{where}: left out: {_format_names(left_out)} (no numbers)" for _ in range(bool(left_out))
+        f"{where}: left out: {format_list(left_out)} (no numbers)" for _ in range(bool(left_out))
     )
     return Dataset(
         name,
@@ -182,15 +183,15 @@ def _with_labels(
 
     given = parse_numbers(frame[label], where)
     old = pictures.train
-    assert old.y is not None and old.patient is not None
+    assert old.patient is not None
     if given is None:
         raise UserError(f"{where}: column '{label}' is text; class numbers are needed")
     classes = {float(name): place for place, name in enumerate(pictures.task.output_names)}
     for row in strangers:
         if given[row] not in classes:
-            found = f"found {given[row]:g}; classes of the images are {_format_names(pictures.task.output_names)}"
+            found = f"found {given[row]:g}; classes of the images are {format_list(pictures.task.output_names)}"
             raise UserError(f"{where}: row {row + 1}, column '{label}': {found}")
-    y = torch.cat([old.y, torch.tensor([classes[given[row]] for row in strangers])])
+    y = torch.cat([old.labels, torch.tensor([classes[given[row]] for row in strangers])])
     owners = [old.patient_names[i] for i in old.patient.tolist()] + [
         whose[row] for row in strangers
     ]
@@ -206,8 +207,3 @@ def _with_labels(
         [old.group_names[g] for g in old.group.tolist()] + [sites[row] for row in strangers]
     )
     return Examples(train.x, y, group, group_names, patient, patient_names)
-
-
-def _format_names(names: Any) -> str:
-    listed = list(names)
-    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")

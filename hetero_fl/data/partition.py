@@ -22,6 +22,7 @@ from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.registry import call_reference
 from hetero_fl.utils.seeding import keyed_generator, stream_key
+from hetero_fl.utils.text import format_list
 
 # What partitions count with: the stratum of a row, whole numbers by shares, classes by holders.
 
@@ -458,7 +459,7 @@ def assign_rows(
             notes += match_groups(everywhere, names, dataset.name)
             if len(names) > 1 and (empty := natural_order(set(everywhere) - set(found))):
                 raise UserError(
-                    f"data.partition.kind: natural: no training row of group {_format_names(empty)} of {dataset.name} is left: all "
+                    f"data.partition.kind: natural: no training row of group {format_list(empty, quote=True)} of {dataset.name} is left: all "
                     "are for validation, test or the proxy set, or beyond data.train_limit"
                 )
             check_patients_in_one_group(dataset)
@@ -468,10 +469,9 @@ def assign_rows(
             ]
     if len(names) < 2:
         return {name: RowSelection(train, rows) for name in names}
-    assert train.y is not None
     sizes = [clients[name].size for name in names]
     parts = partition_rows(
-        train.y[rows], group, config.partition, sizes, dataset.task, seed, patient
+        train.labels[rows], group, config.partition, sizes, dataset.task, seed, patient
     )
     return {name: RowSelection(train, rows[part]) for name, part in zip(names, parts, strict=True)}
 
@@ -490,7 +490,7 @@ def match_groups(groups: list[str], clients: list[str], name: str) -> list[str]:
         return []
     if not common and len(clients) == 1:
         return [
-            f"{name}: client '{clients[0]}' gets the rows of all groups: {_format_names(orphans)}"
+            f"{name}: client '{clients[0]}' gets the rows of all groups: {format_list(orphans, quote=True)}"
         ]
     if not common and len(groups) == len(clients):
         pairs = zip(clients, natural_order(groups), strict=True)
@@ -501,10 +501,10 @@ def match_groups(groups: list[str], clients: list[str], name: str) -> list[str]:
     found = []
     if strangers:
         hint = suggest_or_list(strangers[0], orphans) if common else ""
-        found.append(f"no group for client {_format_names(strangers)}{hint}")
+        found.append(f"no group for client {format_list(strangers, quote=True)}{hint}")
     if orphans:
         hint = suggest_or_list(orphans[0], strangers) if common and not strangers else ""
-        found.append(f"no client for group {_format_names(orphans)}{hint}")
+        found.append(f"no client for group {format_list(orphans, quote=True)}{hint}")
     raise UserError(
         f"data.partition.kind: natural found {len(groups)} groups for {len(clients)} clients in {name}: "
         f"{' and '.join(part.removesuffix('?') for part in found)}"
@@ -538,12 +538,6 @@ def check_patients_in_one_group(dataset: Dataset) -> None:
                     "partition cannot keep them together; where sites number their own patients, put the site before the "
                     "number"
                 )
-
-
-def _format_names(names: list[str]) -> str:
-    return ", ".join(f"'{n}'" for n in names[:8]) + (
-        f" and {len(names) - 8} more" if len(names) > 8 else ""
-    )
 
 
 def most_common_stratum(strata: Tensor, unit: Tensor) -> Tensor:

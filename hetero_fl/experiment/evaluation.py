@@ -61,7 +61,6 @@ def evaluate(
     # the rows that a federation on it holds out, too
     named = dataset if Path(data).exists() else with_test(dataset)
     examples = named.test or named.train
-    assert examples.y is not None  # load_source has checked it
     results = {}
     for name, model in run.models.items():
         if client is not None and name != client:
@@ -101,7 +100,7 @@ def evaluate(
             raise UserError(
                 f"--data: {data}: row {row}: a value is missing that the model of {name} has to see"
             )
-        y = renumber_targets(examples.y, dataset.task, model.task, f"--data: {data}")
+        y = renumber_targets(examples.labels, dataset.task, model.task, f"--data: {data}")
         results[name] = score(
             model.task, model.logits(view(examples.x), personal), y, examples.unit
         )

@@ -144,7 +144,7 @@ def load_federated_data(
     known = any(view.missing or view.columns for view in views)
     own_view = (
         config.server.preprocess
-        if config.server.model and _make_algorithm(config).is_distillation
+        if config.server.model and make_algorithm(config).is_distillation
         else None
     )
     if dataset is None and not has_common_source(config.data):
@@ -161,7 +161,8 @@ def load_federated_data(
     return federate(dataset, config.data, clients, config.seed, server=own_view, absent=absent)
 
 
-def _make_algorithm(config: Config) -> Algorithm:
+def make_algorithm(config: Config) -> Algorithm:
+    """Return the method of a configuration, with its settings."""
     settings = {k: v for k, v in config.algorithm.items() if k != "name"}
     method: Algorithm = register_algorithm[config.algorithm["name"]].model_validate(settings)
     return method
@@ -201,7 +202,7 @@ def prepare(
         raise UserError(
             f"clients.per_round: cannot be combined with share_every ({rare[0]}): who is drawn may not be who shares"
         )
-    method = _make_algorithm(config)
+    method = make_algorithm(config)
     data = data or load_federated_data(config, dataset)
     student = method.is_distillation and data.n_proxy > 0
     federation = FederationSpec.from_config(config, data, clients, student)

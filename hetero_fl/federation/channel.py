@@ -32,7 +32,7 @@ from hetero_fl.federation.federation import SERVER, FederationSpec
 from hetero_fl.federation.user_methods import call_broadcast
 from hetero_fl.privacy.client import upload_specs
 from hetero_fl.privacy.server import SumNoise
-from hetero_fl.utils.caching import LRUCache
+from hetero_fl.utils.caching import BoundedCache
 from hetero_fl.utils.seeding import Key
 
 # Both directions of a run's channel, as client and server make them alike from the method and the
@@ -210,7 +210,7 @@ class DerivedSetup:
         self.algorithm = algorithm
         self.federation = federation
         self.expectations = ExpectedUploads(algorithm, federation)
-        self._layouts: LRUCache[VectorLayout] = LRUCache(RECENT)
+        self._layouts: BoundedCache[VectorLayout] = BoundedCache(RECENT)
 
     def layout(self, round_idx: int) -> VectorLayout:
         """Of all families' uploads in that round. Rounds of one phase share it."""
@@ -218,14 +218,15 @@ class DerivedSetup:
         intervals = sorted({kind.settings.share_every for kind in kinds})
         phase = tuple(self.expectations.upload_phase(interval, round_idx) for interval in intervals)
 
-        def make() -> VectorLayout:
+        if phase not in self._layouts:
             forms = [
                 (self.aggregation_group(kind.first), self.upload_form(kind.first, round_idx))
                 for kind in kinds
             ]
-            return VectorLayout.from_forms(forms, self.expectations.specs, self.federation.common)
-
-        return self._layouts.get(phase, make)
+            self._layouts[phase] = VectorLayout.from_forms(
+                forms, self.expectations.specs, self.federation.common
+            )
+        return self._layouts[phase]
 
     def upload_form(self, client: str, round_idx: int) -> Mapping[str, Item]:
         """An upload as this client's would be in that round, from a server that has received nothing yet: of what it has

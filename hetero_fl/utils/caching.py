@@ -1,13 +1,13 @@
-"""Mappings whose values are made when they are asked for: memory follows what is used, not what there is."""
+"""Mappings that compute values on access, and a cache of bounded size."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
+import cachetools
+
 T = TypeVar("T")
-RECENT = 4096  # small values that are kept
 
 
 class LazyMapping(Mapping[str, T]):
@@ -33,24 +33,26 @@ class LazyMapping(Mapping[str, T]):
         return len(self._keys)
 
 
-class LRUCache(Generic[T]):
-    """Keeps the values that were used last, at most `limit`. A copy for another process is empty."""
+class BoundedCache(cachetools.LRUCache[Hashable, T], Generic[T]):
+    """Cache of the values that were used last.
 
-    def __init__(self, limit: int = RECENT) -> None:
-        self.limit = limit
-        self._values: OrderedDict[Hashable, T] = OrderedDict()
+    A value that is larger than the whole cache replaces all others. A pickled cache is empty: the
+    process that loads it computes its own values.
 
-    def __len__(self) -> int:
-        return len(self._values)
+    Args:
+        maxsize: Number of values or, with `size`, the sum of their sizes; greater than 0.
+        size: Function that returns the size of a value.
+    """
 
-    def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The value, made if it is not there."""
-        if key not in self._values:
-            self._values[key] = make()
-            if len(self._values) > self.limit:
-                self._values.popitem(last=False)
-        self._values.move_to_end(key)
-        return self._values[key]
+    def __init__(self, maxsize: float, size: Callable[[T], int] | None = None) -> None:
+        super().__init__(maxsize, size and (lambda value: min(size(value), maxsize)))
+        self._size = size
+
+    def get_or_make(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return the value of a key; compute it if it is not in the cache."""
+        if key not in self:
+            self[key] = make()
+        return self[key]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.limit,)
+        return type(self), (self.maxsize, self._size)

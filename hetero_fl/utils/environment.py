@@ -18,7 +18,6 @@ PACKAGES = (
     "timm",
     "numpy",
     "scikit-learn",
-    "torchmetrics",
     "pydantic",
     "safetensors",
 )
@@ -28,7 +27,7 @@ def describe_environment(choice: Mapping[str, Any]) -> dict[str, Any]:
     """What to know when a figure is to be reproduced. `choice`: how the run is computed (hetero_fl.federation.executors.choose)."""
     device = torch.device(choice["device"])
     return {
-        "hetero_fl": _version("hetero_fl"),
+        "hetero_fl": package_version("hetero_fl"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _processor(),
@@ -38,11 +37,12 @@ def describe_environment(choice: Mapping[str, Any]) -> dict[str, Any]:
         if device.type == "cuda"
         else str(device),
         "choice": dict(choice),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES},
     }
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Return the version of an installed package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

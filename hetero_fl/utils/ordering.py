@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 
+# The package natsort has no option that leaves text as it is: it sorts accented letters by their
+# decomposed form, and ids that differ in leading zeros only are equal to it.
 def natural_key(name: str) -> tuple[list[Any], str]:
-    """A key that sorts as people count: `site_2` before `site_10`. Equal keys, equal ids."""
+    """Return a key that sorts in natural order: `site_2` before `site_10`. Equal keys, equal ids."""
     return [int(p) if i % 2 else p for i, p in enumerate(re.split(r"([0-9]+)", name))], name
 
 
@@ -45,7 +47,11 @@ class IdSeries:
         return self.name if self.count == 1 else f"{self.name}_{place + 1:0{self.width}}"
 
     def __iter__(self) -> Iterator[str]:
-        return map(self.__getitem__, range(self.count))
+        if self.count == 1:
+            return iter([self.name])
+        prefix = f"{self.name}_"
+        width = self.width
+        return (prefix + str(number).zfill(width) for number in range(1, self.count + 1))
 
     def position(self, client_id: str) -> int | None:
         """The place of an id, None if it is not of this series."""

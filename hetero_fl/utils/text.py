@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 OPEN = "[{("
 CLOSED = "]})"
@@ -24,6 +24,13 @@ def _split_top_level(text: str, separator: str) -> Iterator[str]:
             yield text[begin:at]
             begin = at + 1
     yield text[begin:]
+
+
+def format_list(names: Iterable[str], most: int = 8, quote: bool = False) -> str:
+    """Return the first names and how many others there are: `a, b and 3 more`."""
+    listed = [f"'{name}'" if quote else name for name in names]
+    more = f" and {len(listed) - most:,} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
 
 
 def pluralize(count: int, noun: str) -> str:

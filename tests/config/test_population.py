@@ -1,4 +1,4 @@
-"""Clients as a function of their ids: the same ids, order and settings as a list of them would give."""
+"""Populations of clients: the same ids, order and settings as a list of them would give."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hetero_fl.config import expand_population
-from hetero_fl.config.population import Pattern, Population
+from hetero_fl.config.population import GroupMembers, OverrideLayer, Population
 from hetero_fl.experiment.preparation import load_config
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import ClientIds, IdSeries, natural_order
@@ -48,10 +48,12 @@ def test_order_is_that_in_which_people_count(groups: list[tuple[str, int]]) -> N
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)
-@given(PATTERNS, st.text("ab1_2[]-", max_size=7))
-def test_patterns_read_as_fnmatch_does(pattern: str, text: str) -> None:
-    reader = Pattern(pattern)
-    assert reader.accepts(reader.advance(reader.start, text)) == fnmatchcase(text, pattern)
+@given(PATTERNS, st.text("ab1_2[]-", min_size=1, max_size=7))
+def test_patterns_match_as_fnmatch_does(pattern: str, client_id: str) -> None:
+    group = GroupMembers(IdSeries(client_id, 1))
+    population = Population([group], [OverrideLayer(pattern, {})], settle=lambda *layers: None)
+
+    assert population.matched_overrides() == [fnmatchcase(client_id, pattern)]
 
 
 @CASES

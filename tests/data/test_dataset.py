@@ -89,6 +89,7 @@ def test_names_sort_as_people_count() -> None:
         "site_10",
     ]
     assert natural_order(["a01", "a1"]) == natural_order(["a1", "a01"])
+    assert natural_order(["é", "f", "e", "x²", "x3"]) == ["e", "f", "x3", "x²", "é"]
 
 
 def test_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.data import DataConfig, PartitionConfig, SourceConfig, SplitConfig
 from hetero_fl.data import FederatedData, federate, make_table
 from hetero_fl.experiment.preparation import load_config
+from hetero_fl.utils.caching import BoundedCache
 from hetero_fl.utils.errors import UserError
 from tests.helpers.federated_data import PLAIN, PLAIN_CLIENT, identical, numbered, rows_of
 
@@ -51,7 +52,8 @@ def test_whoever_is_asked_first_everybody_gets_the_same(
     data, other = (drawn(12, seed=seed, alpha=alpha, spread=spread, rows=rows) for _ in range(2))
     # made up front, all of them
     expected = {c: {s: rows_of(data, c, s) for s in SPLITS} for c in data.client_ids}
-    other._private.lazy_partition._cached_splits.limit = 1  # type: ignore[union-attr]
+    # the cache keeps one client's rows only
+    object.__setattr__(other._private.lazy_partition, "_cached_splits", BoundedCache(1))
     pool = set(data._private.lazy_partition.pool.rows.tolist())  # type: ignore[union-attr]
     for client in reversed(data.client_ids):
         assert {s: other.n_rows(client, s) for s in SPLITS} == {

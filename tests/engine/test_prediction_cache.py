@@ -12,7 +12,7 @@ from hetero_fl.aggregation import Uploads
 from hetero_fl.algorithms import FedAvg
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import ClassSums, Predict, Rows
-from hetero_fl.data.federated_data import ColumnCache
+from hetero_fl.data.federated_data import column_cache
 from hetero_fl.engine.serial import SerialBackend
 from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.experiment import prepare
@@ -67,7 +67,7 @@ def test_views_that_are_forgotten_are_not_mistaken_for_one_another(chunk: int) -
     made = prepare(
         config("fedavg", "mlp", clients=6, clients__defaults={"preprocess": {"normalize": "own"}})
     )
-    made.federation.data._public_columns = ColumnCache(1)
+    made.federation.data._public_columns = column_cache(1)
     fresh = [made.federation.client(p.participant_id, PrivateState(), 0) for p in people]
     work = [(p, Predict("model", Rows("common_test"))) for p in fresh]
     together = make_backend(CPU, chunk).run(work)

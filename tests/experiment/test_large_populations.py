@@ -53,12 +53,25 @@ def many(method: str = "fedavg", clients: int = MILLION, **changes: Any) -> dict
 
 @pytest.fixture
 def nobody_lists_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nothing go through all clients, but for the patterns of overrides on loading."""
+    loading = False
+    match_overrides = Population._match_overrides
+
+    def load(self: Population) -> Any:
+        nonlocal loading
+        loading = True
+        try:
+            return match_overrides(self)
+        finally:
+            loading = False
+
+    monkeypatch.setattr(Population, "_match_overrides", load)
     for kind in (Population, ClientIds, IdSeries, ClientRows, ClientDirectory):
         whole = kind.__iter__
 
         def listed(self: Any, whole: Any = whole) -> Iterator[str]:
             for count, id in enumerate(whole(self)):
-                assert count < 2000, f"{type(self).__name__} is listed"
+                assert loading or count < 2000, f"{type(self).__name__} is listed"
                 yield id
 
         monkeypatch.setattr(kind, "__iter__", listed)

@@ -186,8 +186,7 @@ def test_the_check_of_an_asynchronous_run_rehearses_it(
 ) -> None:
     source = paced("fedavg")
     path = tmp_path / "a.yaml"
-    killed = {**source["faults"], "server": [2]}  # not while it is only rehearsed
-    path.write_text(yaml.safe_dump({**source, "faults": killed}))
+    path.write_text(yaml.safe_dump(source))
     assert main(["--config", str(path), "--check"], command="train") == 0
     (line,) = [text for text in capsys.readouterr().out.splitlines() if " in 3 rounds: " in text]
     cost, _, counted = rehearsed_and_counted(source)

@@ -14,24 +14,18 @@ from typing import Any
 import pytest
 
 from hetero_fl.experiment import run
-from hetero_fl.federation.trainer import FederatedTrainer
-from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.errors import UserError
-from tests.helpers import asynchronous_runs
+from tests.helpers import asynchronous_runs, server_crash
 from tests.helpers.small_federations import MIXED, TOP, config
 
-KILLS = 10  # in either mode, at random; and at
-POINTS = {
-    "clients have trained, nothing is committed": (FederatedTrainer, "_simulate_server_crash"),
-    "its line is written, its checkpoint is not": (RunDirectory, "append_metrics"),
-}
+KILLS = 10  # in either mode, at random; and at the points of `server_crash`
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["hetero_fl.experiment", "sklearn.datasets", "matplotlib.figure", "torch._dynamo"]
 )
 
 
-def source(**faults: Any) -> dict[str, Any]:
+def source() -> dict[str, Any]:
     return config(
         "hybrid",
         MIXED,
@@ -42,7 +36,7 @@ def source(**faults: Any) -> dict[str, Any]:
         output={"plots": False},
         algorithm__heads="keep",  # state of their own
         devices={"speed": {"median": 1e6, "sigma": 0.9}, "up": 1e5},
-        faults={"lost": 0.1, "corrupted": 0.1, "twice": 0.1, **faults},
+        faults={"lost": 0.1, "corrupted": 0.1, "twice": 0.1},
         cohort={"sampling": "oort", "deadline": 60, "too_few": "repeat"},
         channel=TOP,  # and what they have not sent yet
     )
@@ -68,18 +62,8 @@ def go_on(out: str, mode: str) -> None:
 
 
 def wait_at(point: str, out: str, mode: str) -> None:
-    """The same, which in its second round waits at this point to be killed."""
-    owner, name = POINTS[point]
-    plain, calls = getattr(owner, name), list[int]()
-
-    def waits(*given: Any) -> None:
-        plain(*given)
-        calls.append(1)
-        if len(calls) == 2:
-            Path(f"{out}.waits").touch()
-            time.sleep(10_000)
-
-    setattr(owner, name, waits)
+    """The same, which waits at this point to be killed."""
+    server_crash.wait_at(point, Path(f"{out}.waits"))
     go_on(out, mode)
 
 
@@ -113,7 +97,7 @@ def test_kills_at_any_time(mode: str, tmp_path: Path) -> None:
     lines = (tmp_path / "plain" / "metrics.jsonl").read_text().splitlines()
     course = sum(sum(json.loads(line)["seconds"].values()) for line in lines)
     rng = random.Random(os.urandom(8))
-    for i, at in enumerate([*(None for _ in range(KILLS)), *POINTS]):
+    for i, at in enumerate([*(None for _ in range(KILLS)), *server_crash.POINTS]):
         out = tmp_path / f"killed{i}"
         process = spawn(out, mode, at)
         if at is not None:
@@ -137,13 +121,13 @@ def test_kills_at_any_time(mode: str, tmp_path: Path) -> None:
 
 
 def killed(out: str, mode: str) -> None:
-    made = MODES[mode]()
-    run({**made, "faults": {**made["faults"], "server": [2, 3]}}, out=out, resume=True)
+    server_crash.kill_in_rounds([2, 3])
+    go_on(out, mode)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
-def test_a_server_that_its_faults_kill_goes_on_with_the_same_bits(
+def test_a_server_that_is_killed_in_two_rounds_goes_on_with_the_same_bits(
     mode: str, tmp_path: Path
 ) -> None:
     run(MODES[mode](), out=tmp_path / "plain")

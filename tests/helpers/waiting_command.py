@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any
 
 from hetero_fl.cli import main
-from hetero_fl.federation.trainer import FederatedTrainer
+from hetero_fl.federation.synchronous import SynchronousTrainer
 
 SIGN = "waits"  # a file in the working folder
 
@@ -31,12 +31,12 @@ def wait() -> None:
     signal.signal(signal.SIGTERM, handler)
 
 
-def waiting(self: FederatedTrainer) -> Any:
+def waiting(self: SynchronousTrainer) -> Any:
     if self.completed == 1:
         wait()
     return held(self)
 
 
 if __name__ == "__main__":
-    held, FederatedTrainer.run_round = FederatedTrainer.run_round, waiting  # type: ignore[method-assign]
+    held, SynchronousTrainer.run_round = SynchronousTrainer.run_round, waiting  # type: ignore[method-assign]
     sys.exit(main())

@@ -190,8 +190,7 @@ def xray_genes(config: SourceConfig, root: Path) -> Dataset:
 
 def _rows(examples: Examples, split: str, laboratory: Tensor) -> Tensor:
     """Pixels and expressions side by side, float32 `[N, 844]`."""
-    assert examples.y is not None
-    profiles = make_profiles(examples.y, laboratory, split)
+    profiles = make_profiles(examples.labels, laboratory, split)
     return torch.cat([examples.x.flatten(1).float() / 255, profiles], dim=1)
 
 
@@ -223,12 +222,11 @@ def _structure() -> tuple[Tensor, Tensor]:
 
 def _hospitals(train: Examples) -> Tensor:
     """Whose patient each is, int64 `[N]`."""
-    assert train.y is not None
     shares = torch.tensor([share for share, _ in HOSPITALS.values()], dtype=torch.float64)
     healthy = shares * torch.tensor(
         [weight for _, weight in HOSPITALS.values()], dtype=torch.float64
     )
-    edges = torch.stack([healthy / healthy.sum(), shares / shares.sum()]).cumsum(1)[train.y]
+    edges = torch.stack([healthy / healthy.sum(), shares / shares.sum()]).cumsum(1)[train.labels]
     u = torch.from_numpy(_uniform("hospital", len(train), 1))
     return (u > edges[:, :-1]).sum(1)
 

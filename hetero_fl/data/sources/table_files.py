@@ -23,11 +23,13 @@ from hetero_fl.data.dataset import (
     ColumnLayout,
     Dataset,
     Examples,
+    first_true,
     index_names,
     indicator_names,
 )
 from hetero_fl.utils.errors import UserError, suggest_file, suggest_or_list
 from hetero_fl.utils.ordering import natural_order
+from hetero_fl.utils.text import format_list
 
 # Cells of tables as numbers and names: decimal commas, labels written in several ways, values that
 # are missing.
@@ -240,12 +242,6 @@ def is_categorical(column: pd.Series) -> bool:
     return is_text(column) or isinstance(column.dtype, pd.CategoricalDtype)
 
 
-def first_true(bad: pd.Series | np.ndarray) -> int | None:
-    """Place of the first True."""
-    mask = np.asarray(bad, dtype=bool)
-    return int(mask.argmax()) if mask.any() else None
-
-
 def raise_cell_error(where: str, row: int, column: str, what: str) -> NoReturn:
     """Raise the error of a cell; `row` counts from 0, messages count from 1 below the header."""
     raise UserError(f"{where}: row {row + 1}, column '{column}': {what}")
@@ -393,14 +389,14 @@ def read_table(
         f"; left out: {', '.join(left_out)}" if left_out else ""
     )
     read = [f"label {', '.join(labels)}", *(f"{key} {column}" for key, column in owners.items())]
-    read += [f"columns used: {_format_columns(used)}"]
+    read += [f"columns used: {format_list(used, SHOWN)}"]
     read += [
-        f"encoded as indicators: {_format_columns([f'{name} ({_format_columns(v)})' for name, v in encoded.items()])}"
+        f"encoded as indicators: {format_list([f'{name} ({format_list(v, SHOWN)})' for name, v in encoded.items()], SHOWN)}"
     ] * bool(encoded)
     read += [
-        f"left out: {_format_columns([f'{name} ({why})' for name, why in left_out.items()]) or 'none'}"
+        f"left out: {format_list([f'{name} ({why})' for name, why in left_out.items()], SHOWN) or 'none'}"
     ]
-    read += [f"decimal commas in {_format_columns(commas)}"] if commas else []
+    read += [f"decimal commas in {format_list(commas, SHOWN)}"] if commas else []
     notes = [f"table {path.name}: {'; '.join(read)}", *(f"table {path.name}: {d}" for d in doubts)]
     if patient is None and (name := _patients(rest)) is not None:
         feature = "; as it is, it is a feature too" if name in used else ""
@@ -562,9 +558,3 @@ def _patients(frame: pd.DataFrame) -> str | None:
             if not types.is_float_dtype(column) or bool((column == np.floor(column)).all()):
                 return str(name)
     return None
-
-
-def _format_columns(found: Sequence[str]) -> str:
-    return ", ".join(found[:SHOWN]) + (
-        f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    )

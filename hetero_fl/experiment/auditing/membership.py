@@ -184,7 +184,7 @@ def candidates(data: FederatedData, client: str, seed: int) -> Candidates:
     task = data.task
     draws = keyed_generator("audit", seed, "candidates", client)
     both = concatenate_examples([train, held])
-    stratum = row_strata(_examples_targets(both), task)
+    stratum = row_strata(both.labels, task)
     pairs: list[Tensor] = []
     for kind in stratum.unique():
         rows = torch.nonzero(stratum == kind).squeeze(1)
@@ -260,12 +260,7 @@ def client_logits(model: SavedModel, examples: Examples) -> Tensor:
     return model.logits(Preprocess(**model.preprocess)(examples.x), personal=True)
 
 
-def _examples_targets(examples: Examples) -> Tensor:
-    assert examples.y is not None
-    return examples.y
-
-
 def targets(examples: Examples) -> Tensor:
     """What is true of a client's rows, as losses take it."""
-    y = _examples_targets(examples)
+    y = examples.labels
     return y.to(torch.get_default_dtype()) if y.is_floating_point() else y

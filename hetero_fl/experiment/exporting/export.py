@@ -1,9 +1,8 @@
-"""Export models to ONNX, TorchScript or PyTorch files and compare them with the run."""
+"""Export models to ONNX or safetensors files and compare them with the run."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -30,46 +29,27 @@ from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.seeding import keyed_generator
 from hetero_fl.utils.serialization import write_atomically
 
-# Graphs as files, and files run again: ONNX by onnxruntime, TorchScript by torch.
+# Graphs as files, and files run again by onnxruntime.
 
-SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "safetensors": ".safetensors"}
+SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors"}
 ABOUT = "hetero_fl"  # the name under which a file says what it takes and gives
 Scorer = Callable[[tuple[Tensor, ...]], Tensor]
 
 
-def check_installed(file_format: str) -> None:
-    """Raises UserError if what writes this format is not here."""
-    if file_format != "onnx":
-        return
+def check_installed() -> None:
+    """Raise UserError if a package that writes or runs ONNX files is missing."""
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"--format: onnx needs {error.name}, which is not installed; pip install 'hetero_fl[export]', or take torchscript"
+            f"--format: onnx needs {error.name}, which is not installed; pip install 'hetero_fl[export]'"
         ) from None
 
 
-def export_graph(
-    graph: ExportedModel, examples: tuple[Tensor, ...], file_format: str, about: Mapping[str, Any]
-) -> bytes:
-    """The content of a file. `examples`: two or more of each input, on which the graph is followed.
-
-    Raises whatever torch raises where the model is not one that can be written down.
-    """
-    with torch.no_grad():
-        return (_onnx if file_format == "onnx" else _torchscript)(
-            graph.eval(), examples, json.dumps(about, sort_keys=True)
-        )
-
-
-def load_scorer(content: bytes, file_format: str) -> Scorer:
-    """The file as a function of raw inputs, on the CPU."""
-    if file_format == "torchscript":
-        with _quiet():
-            module = torch.jit.load(io.BytesIO(content))
-        return lambda given: module(*given)
+def load_scorer(content: bytes) -> Scorer:
+    """Return an ONNX file as a function of raw inputs, on the CPU."""
     from onnxruntime import InferenceSession
 
     session = InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -82,7 +62,19 @@ def load_scorer(content: bytes, file_format: str) -> Scorer:
     return score
 
 
-def _onnx(graph: ExportedModel, examples: tuple[Tensor, ...], about: str) -> bytes:
+def export_graph(
+    graph: ExportedModel, examples: tuple[Tensor, ...], about: Mapping[str, Any]
+) -> bytes:
+    """Return the content of an ONNX file that holds the graph.
+
+    Args:
+        graph: The model to export; it is switched to evaluation mode.
+        examples: Two or more of each input, on which the graph is traced.
+        about: Description of inputs and outputs, stored in the file's metadata.
+
+    Raises:
+        Exception: Whatever torch raises for a model that it cannot export.
+    """
     sizes = {
         name: torch.export.Dim(name, min=1) for name in ("batch", "channels", "height", "width")
     }
@@ -94,9 +86,9 @@ def _onnx(graph: ExportedModel, examples: tuple[Tensor, ...], about: str) -> byt
         }
         for one in graph.inputs
     ]
-    with _quiet():
+    with torch.no_grad(), _ignore_export_warnings():
         program = torch.onnx.export(
-            graph,
+            graph.eval(),
             examples,
             input_names=[one.name for one in graph.inputs],
             output_names=[OUTPUTS[graph.kind]],
@@ -108,23 +100,13 @@ def _onnx(graph: ExportedModel, examples: tuple[Tensor, ...], about: str) -> byt
     assert program is not None  # it is asked for no file
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # where the sources lay on this machine
-    program.model.metadata_props[ABOUT] = about
+    program.model.metadata_props[ABOUT] = json.dumps(about, sort_keys=True)
     return program.model_proto.SerializeToString()
 
 
-def _torchscript(graph: ExportedModel, examples: tuple[Tensor, ...], about: str) -> bytes:
-    file = io.BytesIO()
-    with _quiet():
-        # it is compared with the run's own predictions
-        traced = torch.jit.trace(graph, examples, check_trace=False)
-        torch.jit.save(traced, file, _extra_files={f"{ABOUT}.json": about})
-    return file.getvalue()
-
-
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings that are known and say nothing of the result: torch's on its own parts, and a tracer's that what it
-    follows might be fixed to the examples, which is found out afterwards by batches of other sizes."""
+def _ignore_export_warnings() -> Iterator[None]:
+    """Ignore warnings of torch's exporter that say nothing about the result."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "_check_is_size will be removed", FutureWarning)
         warnings.filterwarnings(
@@ -137,7 +119,6 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings(
             "ignore", "# The axis name: batch will not be used", UserWarning
         )  # another input's, too
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
         yield
 
 
@@ -171,14 +152,14 @@ def export(
 ) -> dict[str, ExportedFile]:
     """Write models of a finished run as files for use without this package; returns them by client id.
 
-    ONNX and TorchScript files hold the preprocessing too: they take raw examples (`Input`), any number at once, and give
+    ONNX files hold the preprocessing too: they take raw examples (`Input`), any number at once, and give
     probabilities, or values of a regression. Each is run again before it is kept, and has to agree with `Run.predict` within
     1e-5. Beside it lie `NAME.md` and `NAME.json`, which say what it is, and `score.py`, which needs no hetero_fl. A safetensors
     file is tensors alone, for `model_zoo`.
 
     Args:
         client: a client's id, or "server"; None: all models.
-        file_format: onnx, torchscript or safetensors.
+        file_format: onnx or safetensors.
         out: the folder, by default `export` in the run's.
         personal: with the client's own label frequencies, as on its own patients (`Run.predict`'s default); the file is then called
             `NAME-home`.
@@ -188,6 +169,10 @@ def export(
         UserError: no such model; a model that cannot be written in this format, or would predict otherwise there.
     """
     run = Run.open(run, allow_code)
+    if file_format == "torchscript":
+        raise UserError(
+            "--format: torchscript is no longer written, because PyTorch has deprecated it; use onnx"
+        )
     if file_format not in SUFFIXES:
         raise UserError(f"--format: found '{file_format}'{suggest_or_list(file_format, SUFFIXES)}")
     if client is not None and client not in run.models:
@@ -196,7 +181,8 @@ def export(
         raise UserError(
             "--home: a safetensors file holds the label frequencies beside the tensors; leave it out"
         )
-    check_installed(file_format)
+    if file_format == "onnx":
+        check_installed()
     folder = run.path / "export" if out is None else Path(out)
     made = {}
     for name, model in run.models.items():
@@ -215,10 +201,8 @@ def _export_one(
     if file_format == "safetensors":
         content = (run.path / "models" / f"{name}.safetensors").read_bytes()
     else:
-        content = _file_content(name, model, file_format, personal)
-        largest = _largest_difference(
-            run, name, load_scorer(content, file_format), file_format, personal
-        )
+        content = _onnx_content(name, model, personal)
+        largest = _largest_difference(run, name, load_scorer(content), personal)
     stem = f"{name}-home" if personal else name
     file = folder / f"{stem}{SUFFIXES[file_format]}"
     card = folder / f"{stem}.json"
@@ -241,12 +225,12 @@ def _export_one(
 
 
 def _other_formats(client_info: Path, source: str) -> list[dict[str, Any]]:
-    """What a card that lies there says of the same model in other formats."""
+    """Return the entries of an existing card for the same model in other formats."""
     try:
-        told = json.loads(client_info.read_text(encoding="utf-8"))
-        return (
-            list(told["files"]) if (told["form"], told["source_sha256"]) == (FORM, source) else []
-        )
+        card = json.loads(client_info.read_text(encoding="utf-8"))
+        if (card["form"], card["source_sha256"]) != (FORM, source):
+            return []
+        return [file for file in card["files"] if file["format"] in SUFFIXES]
     except (OSError, ValueError, TypeError, KeyError):  # none, or no card
         return []
 
@@ -269,19 +253,17 @@ def interface(model: SavedModel) -> dict[str, Any]:
     }
 
 
-def _file_content(name: str, model: SavedModel, file_format: str, personal: bool) -> bytes:
+def _onnx_content(name: str, model: SavedModel, personal: bool) -> bytes:
     examples = draw_inputs(model, TRACED_EXAMPLES, keyed_generator("export", ROWS, TRACED_EXAMPLES))
     try:
-        return export_graph(ExportedModel(model, personal), examples, file_format, interface(model))
+        return export_graph(ExportedModel(model, personal), examples, interface(model))
     except Exception as error:  # an operation of a model of whatever origin that the format has not
         raise UserError(
-            f"{name}: {model.arch.name} cannot be written as {file_format}: {_root_cause(error)}"
+            f"{name}: {model.arch.name} cannot be written as onnx: {_root_cause(error)}"
         ) from error
 
 
-def _largest_difference(
-    run: Run, name: str, scorer: Scorer, file_format: str, personal: bool
-) -> float:
+def _largest_difference(run: Run, name: str, scorer: Scorer, personal: bool) -> float:
     """The largest difference to the run's own predictions, relative to them where they are larger than 1."""
     model = run.models[name]
     largest = 0.0
@@ -292,13 +274,13 @@ def _largest_difference(
             found = scorer(given)
         except Exception as error:  # what a runtime raises for a size that the graph is fixed to
             raise UserError(
-                f"{name}: {model.arch.name} as {file_format} takes no batch of {size} (a model of one's own reads x.shape[0], "
+                f"{name}: {model.arch.name} as onnx takes no batch of {size} (a model of one's own reads x.shape[0], "
                 f"not len(x)): {_root_cause(error)}"
             ) from error
         largest = max(largest, _relative_difference(found, wanted))
     if not largest <= TOLERANCE:
         raise UserError(
-            f"{name}: {model.arch.name} as {file_format} predicts otherwise than the run does, by {largest:.2g}; nothing is written"
+            f"{name}: {model.arch.name} as onnx predicts otherwise than the run does, by {largest:.2g}; nothing is written"
         )
     return largest
 

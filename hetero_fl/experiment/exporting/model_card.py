@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from hetero_fl.algorithms import Algorithm
@@ -20,6 +19,7 @@ from hetero_fl.reporting.formatting import (
 )
 from hetero_fl.reporting.methods import method_class
 from hetero_fl.reporting.run import Run
+from hetero_fl.utils.environment import package_version
 from hetero_fl.utils.text import pluralize
 
 FORM = "hetero_fl export 1"
@@ -84,7 +84,9 @@ def card_facts(run: Run, name: str, exported: Mapping[str, Any]) -> Json:
         "versions": {
             "run": {"hetero_fl": environment.get("hetero_fl"), "python": environment.get("python")}
             | {package: environment["packages"].get(package) for package in ("torch", "numpy")},
-            "export": {package: found for package in PACKAGES if (found := _version(package))},
+            "export": {
+                package: found for package in PACKAGES if (found := package_version(package))
+            },
         },
     }
     return told | {"limits": _limits(told, protections.describe_attack(summary.get("attacks")))}
@@ -179,9 +181,8 @@ def _use(file: Json, content: Mapping[str, Any]) -> str:
         return (
             f"`{file['name']}` is tensors alone, the run's own file: the architecture is built by `model_zoo`, and hetero_fl "
             "reads it (`SavedModel.load(FILE).module()` in `hetero_fl.core.saved_model`; for raw examples `hetero_fl.Run(RUN).predict`). "
-            "Nothing here scores it without the two; ONNX and TorchScript files need neither."
+            "Nothing here scores it without the two; an ONNX file needs neither."
         )
-    need = "numpy and onnxruntime" if file["format"] == "onnx" else "numpy and torch"
     data = (
         "FILE.csv"
         if content["inputs"][0]["kind"] in ("row", "tokens") and not content["inputs"][1:]
@@ -190,7 +191,7 @@ def _use(file: Json, content: Mapping[str, Any]) -> str:
     sizes = ", ".join(map(str, file["checked"]["batches"]))
     apart = file["checked"]["largest_difference"]
     return (
-        f"`{file['name']}` needs {need}, and nothing of hetero_fl. Run again after it was written, on drawn examples in "
+        f"`{file['name']}` needs numpy and onnxruntime, and nothing of hetero_fl. Run again after it was written, on drawn examples in "
         f"batches of {sizes}, it was at most {apart:.1e} from the run's own predictions.\n\n"
         f"```console\npython score.py --model {file['name']} --data {data}\n```"
     )
@@ -279,10 +280,3 @@ def _table(content: Mapping[str, Any]) -> str:
 
 def _format_versions(versions: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {found}" for name, found in versions.items() if found)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -2,7 +2,7 @@
 
     python score.py --model NAME.onnx --data FILE.csv --out scores.csv
 
-Needs numpy, and onnxruntime for .onnx or torch for .pt; nothing else. Examples are raw, as NAME.md says.
+Needs numpy and onnxruntime, nothing else. Examples are raw, as NAME.md says.
 FILE.npz: an array for each input, under its name; a single input may also be called images, test_images, x or test_x, or be
 the only array. FILE.csv: a row an example, with a header; columns are found by name where the model knows names, and an empty
 cell is a missing value. The result is a CSV: a row an example, a column an output, and the likeliest class.
@@ -15,7 +15,6 @@ import csv
 import json
 import re
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,18 +36,10 @@ def load(path: Path) -> tuple[dict[str, Any], Callable[[Arrays], Any]]:
     """What a model takes and gives, and the model as a function of arrays by input name."""
     if not path.is_file():
         raise ScoringError(f"--model: {path}: no such file")
-    if path.suffix == ".onnx":
-        return _onnx(path)
-    if path.suffix == ".pt":
-        return _torchscript(path)
     if path.suffix == ".safetensors":
-        raise ScoringError(
-            f"--model: {path}: tensors alone, without an architecture; export onnx or torchscript"
-        )
-    raise ScoringError(f"--model: found {path.name}; a .onnx or .pt file is needed")
-
-
-def _onnx(path: Path) -> tuple[dict[str, Any], Callable[[Arrays], Any]]:
+        raise ScoringError(f"--model: {path}: tensors alone, without an architecture; export onnx")
+    if path.suffix != ".onnx":
+        raise ScoringError(f"--model: found {path.name}; a .onnx file is needed")
     try:
         import onnxruntime
     except ImportError:
@@ -57,33 +48,10 @@ def _onnx(path: Path) -> tuple[dict[str, Any], Callable[[Arrays], Any]]:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common type
         raise ScoringError(f"--model: {path}: {error}") from None
-    return _parse_metadata(
-        session.get_modelmeta().custom_metadata_map.get("hetero_fl"), path
-    ), lambda x: session.run(None, x)[0]
-
-
-def _torchscript(path: Path) -> tuple[dict[str, Any], Callable[[Arrays], Any]]:
-    try:
-        import torch
-    except ImportError:
-        raise ScoringError("--model: .pt needs torch: pip install torch") from None
-    beside = {"hetero_fl.json": ""}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # that torch.jit is deprecated
-            module = torch.jit.load(str(path), map_location="cpu", _extra_files=beside)
-    except RuntimeError as error:
-        raise ScoringError(f"--model: {path}: {error}") from None
-    return _parse_metadata(beside["hetero_fl.json"], path), lambda x: module(
-        *map(torch.from_numpy, x.values())
-    ).numpy()
-
-
-def _parse_metadata(text: str | bytes | None, path: Path) -> dict[str, Any]:
+    text = session.get_modelmeta().custom_metadata_map.get("hetero_fl")
     if not text:
         raise ScoringError(f"--model: {path}: was not written by hetero-fl export")
-    about: dict[str, Any] = json.loads(text)
-    return about
+    return json.loads(text), lambda x: session.run(None, x)[0]
 
 
 def read(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
@@ -259,9 +227,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--model", type=Path, required=True, metavar="FILE", help="NAME.onnx or NAME.pt"
-    )
+    parser.add_argument("--model", type=Path, required=True, metavar="FILE", help="NAME.onnx")
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help=".npz or .csv")
     parser.add_argument("--out", type=Path, metavar="FILE", help="a .csv file (default: print it)")
     parser.add_argument(

@@ -72,7 +72,7 @@ class JoiningSite:
         mix of all, and a larger one has the patients of a smaller."""
         unit = torch.arange(len(self.train)) if self.train.patient is None else self.train.patient
         unit = unit.unique(return_inverse=True)[1]
-        label = most_common_stratum(row_strata(labels(self.train), self.task), unit)
+        label = most_common_stratum(row_strata(self.train.labels, self.task), unit)
         draws = torch.rand(
             len(label), generator=keyed_generator("join", seed, "labelled"), dtype=torch.float64
         )
@@ -223,7 +223,7 @@ class JoiningClients:
         said = self.legacy.consensus(test.x)
         heard = ~said.isnan().any(1)
         unit = None if test.unit is None else test.unit[heard]
-        return score(self.legacy.task, said[heard], labels(test)[heard], unit)
+        return score(self.legacy.task, said[heard], test.labels[heard], unit)
 
     def run_transfer(
         self, seed: int, option: str, parts: TransferredParts, save_path: Path | None
@@ -252,12 +252,6 @@ class JoiningClients:
             {"patients": n, "rows": data.n_rows(f"with_{n}", "train"), **found[f"with_{n}"]}
             for n in self.site.counts
         ]
-
-
-def labels(examples: Examples) -> Tensor:
-    """Targets of examples that have been checked to have some."""
-    assert examples.y is not None
-    return examples.y
 
 
 # A newcomer: what a finished run is worth to somebody who was not in it, against the number of
@@ -367,7 +361,7 @@ def _joining_site(
     assert dataset.test is not None
     parts = []
     for examples in (dataset.train, dataset.test):
-        y = renumber_targets(labels(examples), dataset.task, task, f"--data: {dataset.name}")
+        y = renumber_targets(examples.labels, dataset.task, task, f"--data: {dataset.name}")
         parts.append(replace(examples, y=y, group=None, group_names=()))
     train, test = parts
     whole = len(train) if train.patient is None else len(train.patient.unique())

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hetero_fl.algorithms import Algorithm, register_algorithm
+from hetero_fl.algorithms import Algorithm
 from hetero_fl.config import Config, expand_population
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.population import Population
@@ -21,7 +21,7 @@ from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.data import Preprocess
 from hetero_fl.data.missing_values import usable_rows
-from hetero_fl.experiment.preparation import PreparedRun, load_config, prepare
+from hetero_fl.experiment.preparation import PreparedRun, load_config, make_algorithm, prepare
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import UserError
 
@@ -49,8 +49,7 @@ class TransferSource:
     @cached_property
     def method(self) -> Algorithm:
         """The method, with the run's settings."""
-        settings = {k: v for k, v in self.config.algorithm.items() if k != "name"}
-        return register_algorithm[self.config.algorithm["name"]].model_validate(settings)
+        return make_algorithm(self.config)
 
     @cached_property
     def models(self) -> dict[str, SavedModel]:

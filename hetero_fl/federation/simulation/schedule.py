@@ -13,7 +13,6 @@ from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.simulation.devices import Devices, Timing, local_steps, uniform
 from hetero_fl.federation.simulation.faults import NO_FAULT, FaultOutcome, Faults
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.text import pluralize
 
 # The conditions under which a run is held: clients' machines, what goes wrong, and how a round
 # deals with it.
@@ -74,12 +73,7 @@ class SimulationEnvironment:
             raise UserError(
                 f"cohort.least: found {policy.least}, but {per_round or len(federation.client_infos)} are invited"
             )
-        last = max(config.faults.server, default=0) if config.faults else 0
         secret = config.channel.secure_sum
-        if last > config.rounds:
-            raise UserError(
-                f"faults.server: found {last}, but the run has {pluralize(config.rounds, 'round')}"
-            )
         if policy.sampling == "oort" and secret is not None:
             raise UserError(
                 "cohort.sampling: oort goes by each client's training loss, of which channel.secure_sum tells the mean alone; "

@@ -16,7 +16,7 @@ import hetero_fl
 from hetero_fl.cli import main
 from hetero_fl.experiment.exporting import export
 from hetero_fl.utils.errors import UserError
-from tests.experiment.exporting.test_graph import installed
+from tests.experiment.exporting.test_graph import require_onnx
 from tests.helpers.small_federations import config
 
 BARE = {"rounds": 1, "output__plots": False, "output__report": False, "evaluation__clients": None}
@@ -50,16 +50,15 @@ def pixels(count: int) -> torch.Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ("onnx", "torchscript"))
 def test_the_files_of_a_run_predict_as_it_does_on_its_own_data(
-    run: hetero_fl.Run, tmp_path: Path, format: str
+    run: hetero_fl.Run, tmp_path: Path
 ) -> None:
-    installed(format)
-    made = hetero_fl.export(run, file_format=format, out=tmp_path)
+    require_onnx()
+    made = hetero_fl.export(run, out=tmp_path)
     assert list(made) == ["server", "site_1", "site_2", "site_3"]
-    at_home = hetero_fl.export(run, "site_2", format, tmp_path, personal=True)["site_2"]
+    at_home = hetero_fl.export(run, "site_2", out=tmp_path, personal=True)["site_2"]
     for name, file in made.items():
-        score = export.load_scorer(file.model.read_bytes(), format)
+        score = export.load_scorer(file.model.read_bytes())
         for count in (1, 3, 50):
             x = pixels(count)
             torch.testing.assert_close(
@@ -67,14 +66,14 @@ def test_the_files_of_a_run_predict_as_it_does_on_its_own_data(
             )
         assert file.largest_difference is not None and file.largest_difference < 1e-5
     assert at_home.model.stem == "site_2-home"
-    found = export.load_scorer(at_home.model.read_bytes(), format)((x,))
+    found = export.load_scorer(at_home.model.read_bytes())((x,))
     torch.testing.assert_close(found, run.predict("site_2", x), atol=1e-5, rtol=0)
     assert not torch.allclose(found, run.predict("site_2", x, personal=False), atol=1e-2)
 
 
 @pytest.mark.slow
 def test_the_x_rays_of_a_medical_run(tmp_path: Path) -> None:
-    installed("onnx")
+    require_onnx()
     source = config(
         "fedmd",
         ["lenet", {"name": "resnet", "widths": [4, 8], "blocks": [1, 1]}],
@@ -93,7 +92,7 @@ def test_the_x_rays_of_a_medical_run(tmp_path: Path) -> None:
     x = hetero_fl.prepare(source).federation.data.raw_examples("common_test")
     assert x.dtype == torch.uint8 and len(x) == 60
     for name, file in made.items():
-        score = export.load_scorer(file.model.read_bytes(), "onnx")
+        score = export.load_scorer(file.model.read_bytes())
         torch.testing.assert_close(
             score((x.float() / 255,)), medical.predict(name, x, personal=False), atol=1e-5, rtol=0
         )
@@ -103,7 +102,8 @@ def test_the_x_rays_of_a_medical_run(tmp_path: Path) -> None:
 
 
 def test_a_card_says_what_the_run_recorded(run: hetero_fl.Run, tmp_path: Path) -> None:
-    file = hetero_fl.export(run, "site_1", "torchscript", tmp_path)["site_1"]
+    require_onnx()
+    file = hetero_fl.export(run, "site_1", out=tmp_path)["site_1"]
     told, page = json.loads((tmp_path / "site_1.json").read_text()), file.card.read_text()
     (client,) = [c for c in run.summary["clients"] if c["id"] == "site_1"]
     rows = run.directory.details()["rows"]["site_1"]
@@ -131,10 +131,8 @@ def test_a_card_says_what_the_run_recorded(run: hetero_fl.Run, tmp_path: Path) -
         "batch × 1 × height × width",
     ):
         assert words in page
-    server = hetero_fl.export(run, "server", "torchscript", tmp_path)["server"].card.with_suffix(
-        ".json"
-    )
-    figures = json.loads(server.read_text())["figures"]
+    hetero_fl.export(run, "server", "safetensors", tmp_path)
+    figures = json.loads((tmp_path / "server.json").read_text())["figures"]
     assert list(figures) == ["in common"]
     assert figures["in common"]["accuracy"] == run.summary["server"]["last"]["accuracy"]
 
@@ -142,6 +140,7 @@ def test_a_card_says_what_the_run_recorded(run: hetero_fl.Run, tmp_path: Path) -
 def test_a_card_knows_privacy_few_rows_and_another_readout(
     run: hetero_fl.Run, tmp_path: Path
 ) -> None:
+    require_onnx()
     altered = hetero_fl.Run(run.path)
     altered.summary |= {
         "privacy": {"epsilon": 7.5, "delta": 1e-5, "unit": "record"},
@@ -151,7 +150,7 @@ def test_a_card_knows_privacy_few_rows_and_another_readout(
     details = altered.directory.details()
     details["rows"]["site_2"]["test"] = 7
     altered.directory.details = lambda: details  # type: ignore[method-assign]
-    page = hetero_fl.export(altered, "site_2", "torchscript", tmp_path, personal=True)[
+    page = hetero_fl.export(altered, "site_2", out=tmp_path, personal=True)[
         "site_2"
     ].card.read_text()
     told = json.loads((tmp_path / "site_2-home.json").read_text())
@@ -167,15 +166,15 @@ def test_a_card_knows_privacy_few_rows_and_another_readout(
 
 
 def test_one_card_for_all_formats_of_a_model(run: hetero_fl.Run, tmp_path: Path) -> None:
-    hetero_fl.export(run, "site_2", "torchscript", tmp_path)
-    hetero_fl.export(run, "site_2", "torchscript", tmp_path)
+    require_onnx()
+    hetero_fl.export(run, "site_2", "safetensors", tmp_path)
     tensors = hetero_fl.export(run, "site_2", "safetensors", tmp_path)["site_2"]
-    told, page = json.loads((tmp_path / "site_2.json").read_text()), tensors.card.read_text()
-    assert [file["format"] for file in told["files"]] == ["torchscript", "safetensors"]
-    assert (
-        "site_2.pt` needs numpy and torch" in page
-        and "site_2.safetensors` is tensors alone" in page
-    )
+    graph = hetero_fl.export(run, "site_2", "onnx", tmp_path)["site_2"]
+    card = json.loads((tmp_path / "site_2.json").read_text())
+    page = graph.card.read_text()
+    assert [file["format"] for file in card["files"]] == ["safetensors", "onnx"]
+    assert "site_2.onnx` needs numpy and onnxruntime" in page
+    assert "site_2.safetensors` is tensors alone" in page
     assert tensors.model.read_bytes() == (run.path / "models" / "site_2.safetensors").read_bytes()
     other = tmp_path / "other"
     hetero_fl.export(run, "site_2", "safetensors", other)
@@ -185,25 +184,13 @@ def test_one_card_for_all_formats_of_a_model(run: hetero_fl.Run, tmp_path: Path)
 def test_the_command(
     run: hetero_fl.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert (
-        main(
-            [
-                "export",
-                str(run.path),
-                "--client",
-                "site_2",
-                "--format",
-                "torchscript",
-                "--out",
-                str(tmp_path),
-            ]
-        )
-        == 0
-    )
+    require_onnx()
+    command = ["export", str(run.path), "--client", "site_2", "--out", str(tmp_path)]
+    assert main(command) == 0
     out, err = capsys.readouterr()
-    assert out.strip() == str(tmp_path) and "site_2.pt, at most" in err
+    assert out.strip() == str(tmp_path) and "site_2.onnx, at most" in err
     assert {p.name for p in tmp_path.iterdir()} == {
-        "site_2.pt",
+        "site_2.onnx",
         "site_2.json",
         "site_2.md",
         "score.py",
@@ -219,7 +206,8 @@ def test_the_command(
             ["--format", "safetensors", "--home"],
             "--home: a safetensors file holds the label frequencies",
         ),
-        (["--format", "torchscript", "--out", "FILE/x"], "cannot be written"),
+        (["--format", "torchscript"], "--format: torchscript is no longer written"),
+        (["--format", "safetensors", "--out", "FILE/x"], "cannot be written"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -250,18 +238,22 @@ def test_a_missing_package_is_named_with_its_extra(
         hetero_fl.export(run)
 
 
-@pytest.mark.parametrize("apart", [0.0, 2e-5, torch.nan])
 def test_what_predicts_otherwise_is_not_written(
-    run: hetero_fl.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: float
+    run: hetero_fl.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = export.load_scorer
-    monkeypatch.setattr(export, "load_scorer", lambda *of: lambda given: read(*of)(given) + apart)
-    if not apart:
-        assert hetero_fl.export(run, "site_2", "torchscript", tmp_path)
-        return
-    with pytest.raises(UserError, match=r"site_2: .* predicts otherwise than the run does"):
-        hetero_fl.export(run, "site_2", "torchscript", tmp_path)
-    assert not list(tmp_path.iterdir())
+    require_onnx()
+    content = hetero_fl.export(run, "site_2", out=tmp_path / "agrees")["site_2"].model.read_bytes()
+    score = export.load_scorer(content)
+    monkeypatch.setattr(export, "export_graph", lambda *given: content)
+
+    for error in (2e-5, torch.nan):
+        monkeypatch.setattr(
+            export, "load_scorer", lambda _, error=error: lambda given: score(given) + error
+        )
+        with pytest.raises(UserError, match=r"site_2: .* predicts otherwise than the run does"):
+            hetero_fl.export(run, "site_2", out=tmp_path / "differs")
+
+    assert not (tmp_path / "differs").exists()
 
 
 OWN = """
@@ -285,22 +277,22 @@ class Net(nn.Module):
 """
 
 
-@pytest.mark.parametrize("format", [pytest.param("onnx", marks=pytest.mark.slow), "torchscript"])
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "works"), [("x.shape[0]", True), ("len(x)", False)])
 def test_a_model_of_ones_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, rows: str, works: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: str, works: bool
 ) -> None:
-    installed(format)
+    require_onnx()
     module = f"own_net_{works}"
     (tmp_path / f"{module}.py").write_text(OWN.replace("ROWS", rows))
     monkeypatch.syspath_prepend(str(tmp_path))
     source: dict[str, Any] = config("local", f"python:{module}:Net", clients=2, **BARE)
     finished = hetero_fl.run(source, out=tmp_path / "run")
     if works:
-        assert hetero_fl.export(finished, "site_1", format)["site_1"].largest_difference is not None
+        assert hetero_fl.export(finished, "site_1")["site_1"].largest_difference is not None
     else:
         with pytest.raises(
             UserError,
-            match=rf"site_1: .* as {format} takes no batch of 1 .* x\.shape\[0\], not len\(x\)",
+            match=r"site_1: .* as onnx takes no batch of 1 .* x\.shape\[0\], not len\(x\)",
         ):
-            hetero_fl.export(finished, "site_1", format)
+            hetero_fl.export(finished, "site_1")

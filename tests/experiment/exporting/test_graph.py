@@ -23,13 +23,10 @@ from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.seeding import keyed_generator
 from tests.helpers.saved_models import CASES, COLUMNS
 
-FORMATS = ("onnx", "torchscript")
 
-
-def installed(format: str) -> None:
-    if format == "onnx":
-        for package in ("onnx", "onnxscript", "onnxruntime"):
-            pytest.importorskip(package, reason="pip install 'hetero_fl[export]'")
+def require_onnx() -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason="pip install 'hetero_fl[export]'")
 
 
 def predicted(model: SavedModel, given: tuple[Tensor, ...], home: bool) -> Tensor:
@@ -44,12 +41,9 @@ def predicted(model: SavedModel, given: tuple[Tensor, ...], home: bool) -> Tenso
     )
 
 
-def file_of(model: SavedModel, format: str, home: bool = False) -> bytes:
+def file_of(model: SavedModel, home: bool = False) -> bytes:
     return export.export_graph(
-        ExportedModel(model, home),
-        draw_inputs(model, 3, keyed_generator("f")),
-        format,
-        interface(model),
+        ExportedModel(model, home), draw_inputs(model, 3, keyed_generator("f")), interface(model)
     )
 
 
@@ -64,15 +58,14 @@ def spoilt(model: SavedModel) -> list[tuple[int, float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", CASES)
 def test_the_file_predicts_as_the_model_does_for_batches_of_any_size_and_refuses_the_same_rows(
-    name: str, format: str
+    name: str,
 ) -> None:
-    installed(format)
+    require_onnx()
     model, home = CASES[name], CASES[name].log_prior is not None
-    content = file_of(model, format, home)
-    score = export.load_scorer(content, format)
+    content = file_of(model, home)
+    score = export.load_scorer(content)
     for size in (1, 2, 5, 33):
         given = draw_inputs(model, size, keyed_generator("rows", size))
         wanted = predicted(model, given, home)
@@ -85,9 +78,8 @@ def test_the_file_predicts_as_the_model_does_for_batches_of_any_size_and_refuses
         given = draw_inputs(model, 5, keyed_generator("bad"))
         given[place][1].view(-1)[-1] = value
         assert score(given).isnan().all(1).tolist() == [False, True, False, False, False]
-    if format == "onnx":
-        assert __file__.split("/tests/")[0].encode() not in content, "where the sources lay"
-        assert b"site-packages" not in content
+    assert __file__.split("/tests/")[0].encode() not in content, "where the sources lay"
+    assert b"site-packages" not in content
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -115,12 +107,10 @@ def test_two_channels_are_no_colours() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", FORMATS)
-def test_a_file_says_what_it_takes_and_gives(format: str) -> None:
-    installed(format)
+def test_a_file_says_what_it_takes_and_gives() -> None:
+    require_onnx()
     model = CASES["tabular_with_gaps"]
-    content = file_of(model, format)
-    about = json.loads(_embedded(content, format))
+    about = json.loads(_embedded(file_of(model)))
     assert about == interface(model)
     (row,) = about["inputs"]
     assert (
@@ -132,13 +122,7 @@ def test_a_file_says_what_it_takes_and_gives(format: str) -> None:
     assert about["output"] == {"name": "probabilities", "shape": ["batch", 4], "dtype": "float32"}
 
 
-def _embedded(content: bytes, format: str) -> Any:
-    if format == "torchscript":
-        import io
-        import zipfile
-
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            return archive.read(next(n for n in archive.namelist() if n.endswith("hetero_fl.json")))
+def _embedded(content: bytes) -> Any:
     from onnxruntime import InferenceSession
 
     session = InferenceSession(content, providers=["CPUExecutionProvider"])

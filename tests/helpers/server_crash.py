@@ -1,0 +1,82 @@
+"""Crashes of the server's process at known points of a run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from hetero_fl.federation.asynchronous import AsynchronousTrainer
+from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.synchronous import SynchronousTrainer
+from hetero_fl.reporting.run_directory import RunDirectory
+
+# Each point is a function, and whether it has run when the process stops there.
+POINTS = {
+    "clients have trained, nothing is committed": ([StateStore], "commit", "before"),
+    "a round is over, nothing is written": (
+        [SynchronousTrainer, AsynchronousTrainer],
+        "run_round",
+        "after",
+    ),
+    "its line is written, its checkpoint is not": ([RunDirectory], "append_metrics", "after"),
+}
+
+
+def wait_at(point: str, waiting: Path) -> None:
+    """Have this process stop at the second call of a point, to be killed there.
+
+    Args:
+        point: A key of `POINTS`.
+        waiting: File to create when the process has stopped.
+    """
+    owners, name, moment = POINTS[point]
+    for owner in owners:
+        _wait_in(owner, name, moment, waiting)
+
+
+def _wait_in(owner: type, name: str, moment: str, waiting: Path) -> None:
+    plain = getattr(owner, name)
+    calls = 0
+
+    def wait(*given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2 and moment == "before":
+            _wait(waiting)
+        result = plain(*given)
+        if calls == 2 and moment == "after":
+            _wait(waiting)
+        return result
+
+    setattr(owner, name, wait)
+
+
+def kill_in_rounds(rounds: Collection[int]) -> None:
+    """Have this process kill itself at the end of rounds, before anything of them is written.
+
+    The first round of a process is spared, so that a resumed run gets on.
+
+    Args:
+        rounds: Numbers of the rounds, from 1.
+    """
+    run_round = SynchronousTrainer.run_round
+    calls = 0
+
+    def kill(self: SynchronousTrainer) -> Any:
+        nonlocal calls
+        calls += 1
+        record = run_round(self)
+        if calls > 1 and self.completed in rounds:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return record
+
+    SynchronousTrainer.run_round = kill  # type: ignore[method-assign]
+
+
+def _wait(waiting: Path) -> None:
+    waiting.touch()
+    time.sleep(10_000)

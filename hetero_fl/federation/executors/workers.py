@@ -165,7 +165,7 @@ class Worker:
             if self.store.stamp(client) is not None:
                 self._used[client] = None
         forgot = []
-        while self.store.held > MAX_HELD_STATE_BYTES and self._used:
+        while self.store.cached_bytes > MAX_HELD_STATE_BYTES and self._used:
             forgot.append(self._used.popitem(last=False)[0])
             self.store.stage(forgot[-1], b"")
             self.store.commit()

@@ -361,7 +361,8 @@ class StateStore:
 
     def files(self) -> set[Path]:
         """Return the files in which committed or staged state lies."""
-        return {location.segment.path for _, _, location in self._stored_versions()}
+        segments = {location.segment for _, _, location in self._stored_versions()}
+        return {segment.path for segment in segments}
 
     def compact_segments(self, replaced: Path) -> None:
         """Copy live state out of segments with little of it, and out of the file to be `replaced`.
@@ -371,14 +372,17 @@ class StateStore:
         """
         assert self.open_segment is not None
         versions = self._stored_versions()
-        live: Counter[Path] = Counter()
+        live: Counter[Segment] = Counter()
         for _, _, location in versions:
-            live[location.segment.path] += location.length
+            live[location.segment] += location.length
+        given_up = {
+            segment
+            for segment, num_bytes in live.items()
+            if segment is not self.open_segment
+            and (segment.path == replaced or num_bytes * COMPACT < segment.size)
+        }
         for client, version, location in versions:
-            segment = location.segment
-            if segment is self.open_segment:
-                continue
-            if segment.path == replaced or live[segment.path] * COMPACT < segment.size:
+            if location.segment in given_up:
                 try:
                     version.location = self.open_segment.copy(location)
                 except (CodecError, OSError) as error:

@@ -1,7 +1,9 @@
-"""What a node keeps of a run: its private state by content, what it remembers within a round, its last answer.
+"""Store what a node keeps of a run: private states, notes within a round, its last answer, secrets.
 
-States are named by their SHA-256 and never changed. The server says from which one a task starts, so that neither a crash at
-either side nor a round that is repeated can leave the two with different ideas of what a client's state is.
+States are named by their SHA-256 and never changed. The server says from which one a task starts,
+so that neither a crash on either side nor a repeated round can leave the two with different states.
+This is why nodes do not use the server's segments (`federation/state_store.py`): several states of
+one client exist at a time, and each file is encrypted on its own.
 """
 
 from __future__ import annotations
@@ -19,24 +21,28 @@ from hetero_fl.deployment.messages import RequestRefusedError
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import sync_folder, write_atomically
 
-# states: two checkpoints of the server's may name one each, and a task in flight leaves one
+# States of a run: the server's two checkpoints may name one each, and a task in flight adds one.
 MAX_STATES = 4
 NONCE = 12  # bytes
 
 
 class StateLostError(RequestRefusedError):
-    """A private state that should be here is not."""
+    """A private state from which a task starts is missing or damaged."""
 
 
 class Cipher:
-    """AES-256-GCM, so that a disk that is lost tells nothing. Each file is bound to its name."""
+    """Encrypts files with AES-256-GCM; each is bound to its name."""
 
     def __init__(self, key: bytes) -> None:
         self._box = AESGCM(key)
 
     @classmethod
     def from_key_file(cls, path: Path) -> Cipher:
-        """With the key in a file, which is made if it is not there. Raises UserError if it is no key."""
+        """Read the key from a file, which is created if it does not exist.
+
+        Raises:
+            UserError: If the file is not a key, or others may read it.
+        """
         if not path.exists():
             _make_key(path)
         try:
@@ -50,29 +56,39 @@ class Cipher:
         return cls(key)
 
     def encrypt(self, data: bytes, name: str) -> bytes:
+        """Encrypt the content of the file `name`."""
         nonce = secrets.token_bytes(NONCE)
         return nonce + self._box.encrypt(nonce, data, name.encode())
 
     def decrypt(self, data: bytes, name: str) -> bytes:
-        """Raises InvalidTag for bytes that were changed, or that were sealed with another key or name."""
+        """Decrypt the content of the file `name`.
+
+        Raises:
+            InvalidTag: If it was changed, or encrypted with another key or for another name.
+        """
         return self._box.decrypt(data[:NONCE], data[NONCE:], name.encode())
 
 
 def _make_key(path: Path) -> None:
-    """Write a new key and flush it to disk."""
-    new = [folder for folder in path.parents if not folder.exists()]
+    """Write a new key and flush it to disk, new folders included."""
+    new_folders = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(handle, "wb") as file:
         file.write(AESGCM.generate_key(256))
         file.flush()
         os.fsync(file.fileno())
-    for folder in (path.parent, *(made.parent for made in new)):
+    for folder in (path.parent, *(new.parent for new in new_folders)):
         sync_folder(folder)
 
 
 class NodeStorage:
-    """Files of one run in one folder, readable by their owner alone."""
+    """Files of one run in a folder that only its owner can read.
+
+    Args:
+        folder: The folder, which is created if it does not exist.
+        cipher: Encrypts the files, if given.
+    """
 
     def __init__(self, folder: Path, cipher: Cipher | None = None) -> None:
         self.folder = folder
@@ -81,7 +97,11 @@ class NodeStorage:
         folder.chmod(0o700)
 
     def load_state(self, name: str) -> bytes:
-        """A private state by its name; none has the empty one. Raises Lost if it is not there, or damaged."""
+        """Return a private state by its name; the empty name is that of no state.
+
+        Raises:
+            StateLostError: If it is missing or damaged.
+        """
         if not name:
             return b""
         data = self.read(f"state-{name}")
@@ -93,21 +113,22 @@ class NodeStorage:
         return data
 
     def save_state(self, data: bytes, protected: Collection[str] = ()) -> str:
-        """Keep a private state; its name. The oldest that nobody has asked for goes, but for those to be spared."""
+        """Save a private state and return its name.
+
+        States that were not loaded for longest are deleted, except `protected` ones.
+        """
         if not data:
             return ""
         name = hashlib.sha256(data).hexdigest()
         self.write(f"state-{name}", data)
-        files = sorted(
-            self.folder.glob("state-*"), key=lambda file: file.stat().st_mtime_ns, reverse=True
-        )
-        for file in files[MAX_STATES:]:
+        files = sorted(self.folder.glob("state-*"), key=lambda file: file.stat().st_mtime_ns)
+        for file in files[:-MAX_STATES]:
             if file.name.removeprefix("state-") not in protected:
                 file.unlink(missing_ok=True)
         return name
 
     def read(self, name: str) -> bytes | None:
-        """A file's content; None if it is not there or was damaged."""
+        """Return a file's content, None if it is missing or damaged."""
         try:
             data = (self.folder / name).read_bytes()
             return data if self.cipher is None else self.cipher.decrypt(data, name)
@@ -115,22 +136,26 @@ class NodeStorage:
             return None
 
     def write(self, name: str, data: bytes) -> None:
-        """Replace a file in one step."""
+        """Write a file atomically."""
         data = data if self.cipher is None else self.cipher.encrypt(data, name)
         write_atomically(self.folder / name, data, private=True)
 
     def drop(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Delete a file if it exists."""
         (self.folder / name).unlink(missing_ok=True)
 
     def secret(self, name: str) -> bytes:
-        """256 bits of the system's, drawn once and kept. Raises UserError if they are there and cannot be read."""
-        found = self.read(name)
-        if found is None and (self.folder / name).exists():
-            raise UserError(
-                f"{self.folder / name}: it cannot be opened with this key, or was damaged"
-            )
-        if found is None:
-            found = secrets.token_bytes(32)
-            self.write(name, found)
-        return found
+        """Return 256 bits that the operating system drew when they were first asked for.
+
+        Raises:
+            UserError: If the file exists and cannot be read.
+        """
+        secret = self.read(name)
+        if secret is None:
+            if (self.folder / name).exists():
+                raise UserError(
+                    f"{self.folder / name}: it cannot be opened with this key, or was damaged"
+                )
+            secret = secrets.token_bytes(32)
+            self.write(name, secret)
+        return secret

@@ -1,28 +1,32 @@
-"""Private state of clients between rounds, kept in append-only segment files."""
+"""Store the private state of clients between rounds, in append-only segment files.
+
+State is staged while a round runs and committed when the server has used the client's upload. The
+round's checkpoint (`checkpoint.py`) then closes the segment in which it lies.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import os
-from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from cachetools import LRUCache
 
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.serialization import CodecError, decode, encode, num_tensor_bytes, sync_folder
 
-# Segments: append-only files of checksummed blobs, each closed by a head and renamed into place,
-# complete or not there at all.
-#
-# Layout: 8 bytes of magic; the blobs, end to end; the head; its length (8 bytes, little-endian);
-# the SHA-256 of head and length. Where a blob lies and what its checksum is stands in a head, not
-# beside the blob.
+# Layout of a segment: 8 bytes of magic; the blobs, one after the other; the head; the length of the
+# head (8 bytes, little-endian); the SHA-256 of head and length. Offsets and checksums of blobs are
+# in a head, not next to the blobs. A segment is renamed into place when it is sealed, so that it is
+# complete or does not exist.
 
 MAGIC = b"HFLCKPT2"
 CHUNK = 1 << 20  # bytes in memory while a blob is verified or copied
@@ -30,7 +34,10 @@ TRAILER = 8 + 32
 
 
 class Segment:
-    """One file of blobs. Places point to the segment, so they stay right when it is renamed."""
+    """A file of blobs.
+
+    Blob locations refer to the segment object, so they stay valid when the file is renamed.
+    """
 
     def __init__(self, path: Path, size: int) -> None:
         self.path = path
@@ -38,61 +45,52 @@ class Segment:
 
     @classmethod
     def open(cls, path: Path) -> Segment:
-        """A segment that was sealed. Raises OSError if it is not there."""
+        """Open a sealed segment. Raises OSError if it does not exist."""
         return cls(path, path.stat().st_size)
 
     def read(self, location: BlobLocation) -> bytes:
-        """A blob. Raises CodecError if it is not what was written, OSError if it cannot be read."""
-        data = b"".join(self._chunks(location, location.length))
-        if hashlib.sha256(data).digest() != location.digest:
-            raise CodecError(f"a checksum in {self.path.name} does not match")
-        return data
+        """Read a blob. Raises CodecError if it is damaged, OSError if it cannot be read."""
+        # As a single chunk, which `join` does not copy.
+        return b"".join(self.stream(location, location.length))
 
-    def verify(self, location: BlobLocation) -> None:
-        """Raises as `read` does, a chunk in memory at a time."""
-        for _ in self.stream(location):
-            pass
-
-    def stream(self, location: BlobLocation) -> Iterator[bytes]:
-        """The chunks of a blob; raises as `read` does, at the end."""
+    def stream(self, location: BlobLocation, chunk_size: int = CHUNK) -> Iterator[bytes]:
+        """Yield the chunks of a blob. Raises as `read` does, for damage after the last chunk."""
         checksum = hashlib.sha256()
-        for chunk in self._chunks(location, CHUNK):
-            checksum.update(chunk)
-            yield chunk
+        with open(self.path, "rb") as file:
+            file.seek(location.offset)
+            for start in range(0, location.length, chunk_size):
+                chunk = file.read(min(chunk_size, location.length - start))
+                checksum.update(chunk)
+                yield chunk
         if checksum.digest() != location.digest:
             raise CodecError(f"a checksum in {self.path.name} does not match")
 
-    def _chunks(self, place: BlobLocation, size: int) -> Iterator[bytes]:
-        with open(self.path, "rb") as file:
-            file.seek(place.offset)
-            left = place.length
-            while left:
-                if not (chunk := file.read(min(size, left))):
-                    raise CodecError(f"{self.path.name} is cut short")
-                left -= len(chunk)
-                yield chunk
+    def verify(self, location: BlobLocation) -> None:
+        """Check a blob with one chunk in memory at a time. Raises as `read` does."""
+        for _ in self.stream(location):
+            pass
 
     def head(self) -> bytes:
-        """The head of a sealed segment. Raises CodecError if a byte of magic, head or trailer is not what was written."""
+        """Return the head of a sealed segment.
+
+        Raises:
+            CodecError: If any byte of magic, head or trailer is damaged.
+        """
         with open(self.path, "rb") as file:
             if file.read(len(MAGIC)) != MAGIC:
                 raise CodecError("not a checkpoint of this version, or its first bytes are gone")
-            if self.size < len(MAGIC) + TRAILER:
-                raise CodecError("it is cut short")
-            file.seek(self.size - TRAILER)
+            file.seek(max(0, self.size - TRAILER))
             trailer = file.read(TRAILER)
             length = int.from_bytes(trailer[:8], "little")
-            if length > self.size - TRAILER - len(MAGIC):
-                raise CodecError("its head is longer than the file")
-            file.seek(self.size - TRAILER - length)
-            head = file.read(length)
+            file.seek(max(0, self.size - TRAILER - length))
+            head = file.read(min(length, self.size))
         if hashlib.sha256(head + trailer[:8]).digest() != trailer[8:]:
-            raise CodecError("its checksum does not match")
+            raise CodecError("its checksum does not match, or it is cut short")
         return head
 
 
 class BlobLocation(NamedTuple):
-    """Where a blob lies."""
+    """Where a blob lies, and its checksum."""
 
     segment: Segment
     offset: int
@@ -100,26 +98,33 @@ class BlobLocation(NamedTuple):
     digest: bytes  # SHA-256
 
     def read(self) -> bytes:
-        """The blob. Raises CodecError or OSError."""
+        """Read the blob. Raises CodecError or OSError as `Segment.read` does."""
         return self.segment.read(self)
 
 
 class OpenSegment(Segment):
-    """A segment that is being written, under a temporary name. No handle is kept: a process may end at any moment."""
+    """A segment that is being written, under a temporary name.
+
+    No file handle is kept, because the process may be killed at any moment.
+    """
 
     def __init__(self, folder: Path) -> None:
         # Always the same temporary name: what a crash leaves behind is overwritten, not piled up.
         super().__init__(folder / ".next.ckpt.tmp", 0)
 
     def append(self, data: bytes) -> BlobLocation:
-        """Add a blob. After an error, what was written of it is overwritten by the next."""
-        return self._append(iter((data,)), hashlib.sha256(data).digest())
+        """Append a blob. If writing fails, the next blob overwrites what was written of it."""
+        return self._append([data], hashlib.sha256(data).digest())
 
-    def copy(self, place: BlobLocation) -> BlobLocation:
-        """Add a blob of another segment, a chunk at a time. Raises CodecError if it is damaged there."""
-        return self._append(place.segment.stream(place), place.digest)
+    def copy(self, location: BlobLocation) -> BlobLocation:
+        """Append a blob of another segment, one chunk in memory at a time.
 
-    def _append(self, chunks: Iterator[bytes], digest: bytes) -> BlobLocation:
+        Raises:
+            CodecError: If the blob is damaged in the other segment.
+        """
+        return self._append(location.segment.stream(location), location.digest)
+
+    def _append(self, chunks: Iterable[bytes], digest: bytes) -> BlobLocation:
         if not self.size:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_bytes(MAGIC)
@@ -129,20 +134,20 @@ class OpenSegment(Segment):
             file.seek(end)
             for chunk in chunks:
                 end += file.write(chunk)
-        place = BlobLocation(self, self.size, end - self.size, digest)
+        location = BlobLocation(self, self.size, end - self.size, digest)
         self.size = end
-        return place
+        return location
 
     def truncate(self, size: int) -> None:
-        """Forget all blobs from there on."""
+        """Remove all blobs from offset `size` on."""
         if size < self.size:
             os.truncate(self.path, size)
             self.size = size
 
     def seal(self, path: Path, head: bytes) -> None:
-        """Close it with a head and give it its name; on return it is safe on disk. It takes no more blobs."""
+        """Append the head, flush to disk and rename to `path`. No blob can be appended afterwards."""
         length = len(head).to_bytes(8, "little")
-        place = self.append(head)
+        self.append(head)
         with open(self.path, "r+b") as file:
             file.seek(self.size)
             file.write(length + hashlib.sha256(head + length).digest())
@@ -152,266 +157,302 @@ class OpenSegment(Segment):
         os.replace(self.path, path)
         sync_folder(path.parent)
         self.path = path
-        self.size = place.offset + place.length + TRAILER
+        self.size += TRAILER
 
-
-# Private state of clients between rounds: staged by a task, committed when the server has used its
-# upload and not before.
-#
-# State lives encoded, in a segment on disk (`state_store.py`) that the round's checkpoint then
-# closes; what was used last is also held in memory, up to a bound. What comes out is always what
-# the bytes say, so neither the bound nor a resume changes a result.
 
 FORM = "private state 1"
 MEMORY = 1 << 30  # bytes
-COMPACT = 4  # a segment of which less than one part in so many is live is given up
+COMPACT = 4  # segments of which less than one part in COMPACT is live are given up
 
 
 @dataclass
 class PrivateState:
-    """What one client keeps: tensors by slot, and its own state (trees of tensors and plain values)."""
+    """What one client keeps: tensors by slot, and a tree of tensors and plain values."""
 
     models: dict[str, Tensors] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
 
-    def encode(self) -> bytes:
-        """Its bytes, as they are kept and as they travel between processes; none if there is nothing to keep."""
-        return (
-            encode({"models": self.models, "state": self.state}, FORM)
-            if self.models or self.state
-            else b""
-        )
+    def __bool__(self) -> bool:
+        return bool(self.models or self.state)
 
-    def normalized(self) -> PrivateState:
-        """As it would be read from its bytes: tensors in memory of their own, a tuple a list …"""
-        models = {
-            slot: {
-                n: t.detach().cpu().clone(memory_format=torch.contiguous_format)
-                for n, t in tensors.items()
-            }
-            for slot, tensors in self.models.items()
-        }
-        return PrivateState(
-            models, PrivateState.decode(PrivateState(state=self.state).encode()).state
-        )
+    def encode(self) -> bytes:
+        """Encode for disk and for other processes; an empty state has no bytes."""
+        return encode({"models": self.models, "state": self.state}, FORM) if self else b""
 
     @classmethod
     def decode(cls, data: bytes, bounded: bool = False) -> PrivateState:
-        """Decode what `encode` made; `bounded`: the data is untrusted. Raises CodecError, TypeError if it is something else."""
+        """Decode what `encode` returned.
+
+        Args:
+            data: The bytes.
+            bounded: Whether the bytes are untrusted, see `serialization.decode`.
+
+        Raises:
+            CodecError: If the bytes are malformed.
+            TypeError: If they encode something else.
+        """
         return cls(**decode(data, FORM, bounded)) if data else cls()
+
+    def normalized(self) -> PrivateState:
+        """Return a copy as decoding would give it: contiguous tensors with memory of their own."""
+        models = {
+            slot: {
+                name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+                for name, tensor in tensors.items()
+            }
+            for slot, tensors in self.models.items()
+        }
+        state = PrivateState.decode(PrivateState(state=self.state).encode()).state
+        return PrivateState(models, state)
 
 
 @dataclass
-class StagedVersion:
-    """One client's state as it was staged once; `stamp` names it within this process and is never used again."""
+class StateVersion:
+    """One client's state as it was staged once.
+
+    `stamp` identifies it within this process and is never used again. `location` is None if the
+    store has no folder.
+    """
 
     stamp: int
-    place: BlobLocation | None  # None: in memory only
+    location: BlobLocation | None
 
 
 class StateStore:
     """Private state by client id. A client without any costs nothing.
 
-    With a `folder`, state goes to disk as it is staged, and at most `memory` bytes of it are held decoded or encoded besides
-    what a caller has in hand; without one (tests, notebooks, worker processes) it stays in memory, all of it.
+    The value of a state is always what its bytes say, so neither the size of the cache nor a resume
+    changes a result.
+
+    Args:
+        folder: Where state is written as it is staged. Without one (tests, notebooks, worker
+            processes) all of it stays in memory.
+        memory: Upper bound of the bytes that are cached, decoded or encoded, if there is a folder.
     """
 
     def __init__(self, folder: Path | None = None, memory: int = MEMORY) -> None:
         self.folder = folder
         self.memory = memory
-        # takes the blobs of the round
-        self.open = OpenSegment(folder) if folder is not None else None
-        self.held = 0  # bytes in memory
-        # by stamp; the last used at the end
-        self._held: OrderedDict[int, PrivateState | bytes] = OrderedDict()
-        self._kept: dict[str, StagedVersion] = {}
-        self._staged: dict[
-            str, StagedVersion | None
-        ] = {}  # None: the client keeps nothing any more
+        self.open_segment: OpenSegment | None = None
+        # What clients remember from one exchange of a round to the next; never on disk.
+        self.notes: dict[str, bytes] = {}
+        self._cache: LRUCache[int, PrivateState | bytes] = LRUCache(  # by stamp
+            math.inf if folder is None else memory, getsizeof=_num_bytes
+        )
+        self._committed: dict[str, StateVersion] = {}
+        # None: the client no longer keeps anything
+        self._staged: dict[str, StateVersion | None] = {}
         self._stamps = itertools.count()
-        self._mark = 0  # the open segment's size at the last commit
-        self.notes: dict[
-            str, bytes
-        ] = {}  # what clients remember from one exchange of a round to the next: never on disk
+        self._committed_size = 0  # of the open segment
+        self.start_segment()
+
+    @property
+    def cached_bytes(self) -> int:
+        """Number of bytes in memory."""
+        return int(self._cache.currsize)
 
     def get(self, client: str) -> PrivateState:
-        """The state as committed; empty for a client that keeps nothing. Do not change it in place.
+        """Return the committed state, empty if there is none. Do not change it in place.
 
-        Raises RunFailedError if it has been damaged on disk.
+        Raises:
+            RunFailedError: If it has been damaged on disk.
         """
-        version = self._kept.get(client)
+        version = self._committed.get(client)
         if version is None:
             return PrivateState()
-        found = self._held.get(version.stamp)
-        if isinstance(found, PrivateState):
-            self._held.move_to_end(version.stamp)
-            return found
-        private = PrivateState.decode(found if found is not None else self._read(client, version))
-        self._cache(version.stamp, private)
-        return private
+        found = self._load(client, version)
+        if isinstance(found, bytes):
+            found = PrivateState.decode(found)
+            self._add_to_cache(version.stamp, found)
+        return found
 
     def encoded(self, client: str) -> bytes | None:
-        """The committed state as `PrivateState.encode` gives it, None if there is none; raises as `get` does."""
-        version = self._kept.get(client)
+        """Return the committed state as `PrivateState.encode` does, None if there is none.
+
+        Raises:
+            RunFailedError: If it has been damaged on disk.
+        """
+        version = self._committed.get(client)
         if version is None:
             return None
-        found = self._held.get(version.stamp)
-        if found is None:
-            return self._read(client, version)
-        return found.encode() if isinstance(found, PrivateState) else found
+        found = self._load(client, version)
+        return found if isinstance(found, bytes) else found.encode()
 
     def stamp(self, client: str) -> int | None:
-        """A number that is another whenever the committed state is, None if there is none: equal stamps, equal state."""
-        version = self._kept.get(client)
+        """Return a number that changes with the committed state, None if there is none."""
+        version = self._committed.get(client)
         return None if version is None else version.stamp
 
     def clients(self) -> list[str]:
-        """Those who keep something, sorted."""
-        return sorted(self._kept)
+        """Return the ids of clients that keep something, sorted."""
+        return sorted(self._committed)
 
-    # A round -----------------------------------------------------------------------------------------------------
+    # Rounds
+
     def stage(self, client: str, private: PrivateState | bytes) -> int | None:
-        """State written by a task whose upload is not used yet; as bytes if it comes from another process.
+        """Stage the state that a client's task has written; its upload is not used yet.
 
-        Returns the stamp that it will have once it is committed.
+        Args:
+            client: The client's id.
+            private: The state, encoded if it comes from another process.
+
+        Returns:
+            The stamp that the state will have once it is committed, None if it is empty.
         """
         self.discard_client(client)
-        if not private or (
-            isinstance(private, PrivateState) and not (private.models or private.state)
-        ):
+        if not private:
             self._staged[client] = None
             return None
-        place = None
-        if self.open is not None:
-            place = self.open.append(
-                private.encode() if isinstance(private, PrivateState) else private
-            )
-        version = self._staged[client] = StagedVersion(next(self._stamps), place)
-        self._cache(
-            version.stamp, private.normalized() if isinstance(private, PrivateState) else private
-        )
+        location = None
+        if self.open_segment is not None:
+            data = private if isinstance(private, bytes) else private.encode()
+            location = self.open_segment.append(data)
+        version = StateVersion(next(self._stamps), location)
+        self._staged[client] = version
+        cached = private if isinstance(private, bytes) else private.normalized()
+        self._add_to_cache(version.stamp, cached)
         return version.stamp
 
     def discard_client(self, client: str) -> None:
-        """Forget what one client staged: the server did not take its upload."""
-        self._release(self._staged.pop(client, None))
+        """Drop what one client staged, because its upload is not used."""
+        self._remove_from_cache(self._staged.pop(client, None))
 
     def commit(self, clients: Collection[str] | None = None) -> None:
-        """Make what was staged the state: of these clients, whose uploads were used; of all, as the round has ended."""
-        for client in (
-            list(self._staged) if clients is None else [c for c in clients if c in self._staged]
-        ):
+        """Make staged state the committed state.
+
+        Args:
+            clients: The clients whose uploads were used; all of them by default.
+        """
+        used = list(self._staged)
+        if clients is not None:
+            used = [client for client in clients if client in self._staged]
+        for client in used:
             version = self._staged.pop(client)
-            self._release(self._kept.pop(client, None))
+            self._remove_from_cache(self._committed.pop(client, None))
             if version is not None:
-                self._kept[client] = version
+                self._committed[client] = version
         self.notes.clear()
-        self._mark = self.open.size if self.open is not None else 0
+        self._mark_committed_size()
 
     def discard(self) -> None:
-        """Forget what was staged; the round did not end."""
-        for version in self._staged.values():
-            self._release(version)
-        self._staged.clear()
+        """Drop everything that is staged, because the round did not end."""
+        for client in list(self._staged):
+            self.discard_client(client)
         self.notes.clear()
-        if self.open is not None:
-            self.open.truncate(self._mark)
+        if self.open_segment is not None:
+            self.open_segment.truncate(self._committed_size)
 
-    # Checkpoints -------------------------------------------------------------------------------------------------
+    # Checkpoints
+
     def locations(self) -> dict[str, BlobLocation]:
-        """Where the committed state of each client lies."""
-        return {c: v.place for c, v in sorted(self._kept.items()) if v.place is not None}
+        """Return where the committed state of each client lies."""
+        return {
+            client: version.location
+            for client, version in sorted(self._committed.items())
+            if version.location is not None
+        }
 
     def staged_locations(self) -> dict[str, BlobLocation | None]:
-        """Where the staged state of each client lies, None for one that keeps nothing any more: of tasks in flight."""
-        return {c: v.place if v is not None else None for c, v in sorted(self._staged.items())}
-
-    def compact_segments(self, replaced: Path) -> None:
-        """Before a checkpoint: copy what is still live out of segments that hold little else, and out of `replaced`.
-
-        Raises RunFailedError if it has been damaged on disk.
-        """
-        live: dict[Path, int] = {}
-        for _, version in self._versions():
-            if version.place is not None:
-                path = version.place.segment.path
-                live[path] = live.get(path, 0) + version.place.length
-        for client, version in self._versions():
-            place = version.place
-            if self.open is None or place is None or place.segment is self.open:
-                continue
-            path = place.segment.path
-            if path == replaced or live[path] * COMPACT < place.segment.size:
-                try:
-                    version.place = self.open.copy(place)
-                except (CodecError, OSError) as error:
-                    raise _damaged_error(client, error) from None
-        self._mark = self.open.size if self.open is not None else 0
+        """Return where the state staged by tasks in flight lies, None for clients that keep nothing."""
+        return {
+            client: None if version is None else version.location
+            for client, version in sorted(self._staged.items())
+        }
 
     def files(self) -> set[Path]:
-        """The files in which state lies, committed or staged."""
-        return {v.place.segment.path for _, v in self._versions() if v.place is not None}
+        """Return the files in which committed or staged state lies."""
+        segments = {location.segment for _, _, location in self._stored_versions()}
+        return {segment.path for segment in segments}
 
-    def _versions(self) -> list[tuple[str, StagedVersion]]:
-        """All that may still be read, in an order that is the same in every run."""
-        return [
-            *sorted(self._kept.items()),
-            *((c, v) for c, v in sorted(self._staged.items()) if v is not None),
-        ]
+    def compact_segments(self, replaced: Path) -> None:
+        """Copy live state out of segments with little of it, and out of the file to be `replaced`.
+
+        Raises:
+            RunFailedError: If it has been damaged on disk.
+        """
+        assert self.open_segment is not None
+        versions = self._stored_versions()
+        live: Counter[Segment] = Counter()
+        for _, _, location in versions:
+            live[location.segment] += location.length
+        given_up = {
+            segment
+            for segment, num_bytes in live.items()
+            if segment is not self.open_segment
+            and (segment.path == replaced or num_bytes * COMPACT < segment.size)
+        }
+        for client, version, location in versions:
+            if location.segment in given_up:
+                try:
+                    version.location = self.open_segment.copy(location)
+                except (CodecError, OSError) as error:
+                    raise _damaged_error(client, error) from None
+        self._mark_committed_size()
 
     def start_segment(self) -> None:
-        """After a checkpoint: what is staged from now on goes into the next segment."""
+        """Start a new segment: the checkpoint has sealed the open one."""
         if self.folder is not None:
-            self.open = OpenSegment(self.folder)
-            self._mark = 0
+            self.open_segment = OpenSegment(self.folder)
+        self._mark_committed_size()
 
     def load_locations(
         self,
         locations: Mapping[str, BlobLocation],
         staged_locations: Mapping[str, BlobLocation | None],
     ) -> None:
-        """Set the state, and what is staged, to what a checkpoint holds, and forget everything else."""
-        self._held.clear()
-        self.held = 0
-        self._kept = {c: StagedVersion(next(self._stamps), place) for c, place in locations.items()}
+        """Replace committed and staged state by that of a checkpoint."""
+        self._cache.clear()
+        self._committed = {
+            client: StateVersion(next(self._stamps), location)
+            for client, location in locations.items()
+        }
         self._staged = {
-            c: place and StagedVersion(next(self._stamps), place)
-            for c, place in staged_locations.items()
+            client: None if location is None else StateVersion(next(self._stamps), location)
+            for client, location in staged_locations.items()
         }
         self.start_segment()
 
-    # Memory ------------------------------------------------------------------------------------------------------
-    def _read(self, client: str, version: StagedVersion) -> bytes:
-        assert version.place is not None  # what has no place is always held
+    def _stored_versions(self) -> list[tuple[str, StateVersion, BlobLocation]]:
+        """Return all versions that lie on disk, in an order that is the same in every run."""
+        return [
+            (client, version, version.location)
+            for versions in (self._committed, self._staged)
+            for client, version in sorted(versions.items())
+            if version is not None and version.location is not None
+        ]
+
+    def _mark_committed_size(self) -> None:
+        """Remember up to where `discard` keeps the open segment."""
+        self._committed_size = 0 if self.open_segment is None else self.open_segment.size
+
+    # Cache
+
+    def _load(self, client: str, version: StateVersion) -> PrivateState | bytes:
+        """Return a version from the cache, or else its bytes from disk."""
+        cached = self._cache.get(version.stamp)
+        if cached is not None:
+            return cached
+        assert version.location is not None, "a version without a location is always cached"
         try:
-            return version.place.read()
+            return version.location.read()
         except (CodecError, OSError) as error:
             raise _damaged_error(client, error) from None
 
-    def _cache(self, stamp: int, value: PrivateState | bytes) -> None:
-        self._uncache(stamp)
-        if self.folder is not None:
-            if _size(value) > self.memory:
-                return
-            while self.held + _size(value) > self.memory:
-                self._uncache(next(iter(self._held)))
-        self._held[stamp] = value
-        self.held += _size(value)
+    def _add_to_cache(self, stamp: int, value: PrivateState | bytes) -> None:
+        if _num_bytes(value) <= self._cache.maxsize:
+            self._cache[stamp] = value
 
-    def _uncache(self, stamp: int) -> None:
-        if (value := self._held.pop(stamp, None)) is not None:
-            self.held -= _size(value)
-
-    def _release(self, version: StagedVersion | None) -> None:
+    def _remove_from_cache(self, version: StateVersion | None) -> None:
         if version is not None:
-            self._uncache(version.stamp)
+            self._cache.pop(version.stamp, None)
 
 
-def _size(value: PrivateState | bytes) -> int:
+def _num_bytes(value: PrivateState | bytes) -> int:
     return len(value) if isinstance(value, bytes) else num_tensor_bytes([value.models, value.state])
 
 
 def _damaged_error(client: str, error: Exception) -> RunFailedError:
     return RunFailedError(
-        f"the private state of {client} is damaged on disk ({error}); --resume goes on from a whole checkpoint"
+        f"the private state of {client} is damaged on disk ({error}); "
+        "--resume goes on from a whole checkpoint"
     )

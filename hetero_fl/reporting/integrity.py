@@ -308,7 +308,7 @@ def _check_checkpoints(
         found.damage["checkpoint"] = f"{MISSING}, although {evidence}"
     for path in reversed(files[-KEPT_CHECKPOINTS:]):
         try:
-            saved = read_checkpoint(path)[0]
+            saved = read_checkpoint(path).tree
         except (CodecError, OSError) as error:
             reason = str(error)
             if isinstance(error, OSError):

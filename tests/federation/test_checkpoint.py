@@ -48,7 +48,7 @@ def test_with_full_participation_there_are_two_files_each_complete_in_itself(
     for i in (1, 2, 3):
         rounds.run_round()
         path = checkpoints.save(i, {"run": rounds.state_dict()})
-        assert {p.segment.path for p in read_checkpoint(path)[1].values()} == {path}
+        assert {p.segment.path for p in read_checkpoint(path).locations.values()} == {path}
     assert files(tmp_path) == ["round-000002.ckpt", "round-000003.ckpt"]
 
 
@@ -62,7 +62,7 @@ def test_any_damaged_byte_and_any_cut_is_noticed_and_the_one_before_is_used(tmp_
     rounds.run_round()
     path = checkpoints.save(2, {"run": rounds.state_dict()})
     whole, rng = path.read_bytes(), random.Random(1)
-    assert len(read_checkpoint(path)[1]) == 3
+    assert len(read_checkpoint(path).locations) == 3
     for i in range(240):
         at = rng.randrange(len(whole))
         if i < 60:  # every byte at the front, every byte at the end, then anywhere

@@ -117,7 +117,7 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def within_memory(self) -> None:
-        assert 0 <= self.store.held <= self.store.memory
+        assert 0 <= self.store.cached_bytes <= self.store.memory
 
 
 Machine.TestCase.settings = settings(
@@ -148,7 +148,7 @@ def test_without_a_folder_it_is_the_same_in_memory() -> None:
     assert store.stamp("a") != first and store.get("a").state == {"n": 2}
     store.stage("a", PrivateState())
     store.commit()
-    assert store.stamp("a") is None and store.get("a") == PrivateState() and store.held == 0
+    assert store.stamp("a") is None and store.get("a") == PrivateState() and store.cached_bytes == 0
     with pytest.raises(ValueError, match="memory only"):
         Checkpoints(store, pytest.fail)
 
@@ -192,14 +192,14 @@ def test_discard_cuts_off_what_was_staged_on_disk(tmp_path: Path) -> None:
     store = StateStore(tmp_path, 0)
     store.stage("a", private(1, 700))
     store.commit()
-    assert store.open is not None
-    before = store.open.path.stat().st_size
+    assert store.open_segment is not None
+    before = store.open_segment.path.stat().st_size
 
     store.stage("b", private(2, 700))
-    assert store.open.path.stat().st_size > before
+    assert store.open_segment.path.stat().st_size > before
     store.discard()
 
-    assert store.open.path.stat().st_size == before
+    assert store.open_segment.path.stat().st_size == before
 
 
 def test_a_checkpoint_of_the_same_round_replaces_the_file_and_not_its_state(tmp_path: Path) -> None:
@@ -255,14 +255,14 @@ def test_memory_is_bounded_in_every_step(tmp_path: Path) -> None:
         for i in range(60):
             checkpoints.store.get(f"site_{i}")
             checkpoints.store.stage(f"site_{i}", private(round, size))
-            assert checkpoints.store.held <= bound
+            assert checkpoints.store.cached_bytes <= bound
         checkpoints.store.commit()
         checkpoints.save(round, {})
     again = Checkpoints(StateStore(tmp_path, bound), pytest.fail)
     again.load_newest()
     for i in range(60):
-        assert again.store.get(f"site_{i}").state == {"n": 2} and again.store.held <= bound
-    assert again.store.held > bound - 8 * size  # and what fits is held
+        assert again.store.get(f"site_{i}").state == {"n": 2} and again.store.cached_bytes <= bound
+    assert again.store.cached_bytes > bound - 8 * size  # and what fits is held
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2 * bound + 5 * 4 * size  # two stores, and what passes through

@@ -107,9 +107,9 @@ class Lent(processes.ProcessPool):
     def take(self, setup: WorkerSetup) -> None:
         """From now on they work for this run."""
         setup.federation.data.share_memory()
-        for _, carrier in self._crew:
+        for _, carrier in self._workers:
             carrier.send(bytes(ForkingPickler.dumps(setup)))
-        for _, carrier in self._crew:
+        for _, carrier in self._workers:
             assert carrier.receive() == "ready"
 
 

@@ -127,7 +127,10 @@ def audit(
 def _check_data(run: Run, prepared: PreparedRun) -> None:
     """Members are told from others by the data: it has to be what the run was trained on."""
     checkpoints = sorted((run.path / "checkpoint").glob("round-*.ckpt"))
-    if checkpoints and read_checkpoint(checkpoints[-1])[0]["data"] != prepared.data.content_hash():
+    if (
+        checkpoints
+        and read_checkpoint(checkpoints[-1]).tree["data"] != prepared.data.content_hash()
+    ):
         raise UserError(
             f"{run.path}: the data is not what this run was trained on; restore it, or pass it as dataset="
         )

@@ -1,4 +1,4 @@
-"""Choose executor, workers, threads and device."""
+"""Choose how a run is computed: executor, workers, threads and device."""
 
 from __future__ import annotations
 
@@ -28,15 +28,43 @@ from hetero_fl.utils.environment import available_cores, choose_device, thread_l
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import pluralize
 
-# What some executors need around a run, before anything is written: a cluster to compute on, a
-# launch by torchrun.
-
 LAUNCH = "torchrun --nproc-per-node 3 scripts/train.py --config FILE runtime.executor=torchrun"
+
+# The rule looks at architectures, group sizes, rows, rounds, cores and the device, never at the
+# clock: the same machine makes the same choice, and the same choice gives the same bits.
+# docs/scaling.md states it for users.
+
+START_SECONDS = 4.5  # until worker processes have started, about
+# Parameters are copied to workers and back: bytes per second of training up to which they pay.
+MAX_TRAFFIC = 3e8
+# Floating-point operations of a forward step from which a second thread helps
+# (benchmarks/speed/threads.py).
+LARGE_STEP = 5e7
+# Share of a core's time that one more worker gains, and one more thread in large steps.
+WORKER_GAIN = 0.9
+THREAD_GAIN = 0.5
+MAX_THREADS = 4  # of one process: models of this size gain nothing from more
+# On a CPU, clients of one architecture are computed together if there are at least so many, ...
+MIN_VECTORIZED_CLIENTS = 8
+SMALL_STEP = 2e7  # ... a forward step takes at most so many floating-point operations ...
+SMALL_MODEL = 1_000_000  # ... and the model has at most so many parameters.
+MAX_CHUNK = 128  # clients computed together, which bounds memory
+MIN_CHUNKS = 8  # that a group is divided into for workers, or one per core
+IN_PROCESS = ("serial", "batched")
+EXECUTOR_KEYS = {
+    "workers": ("processes", "ray"),
+    "chunk": ("batched", "processes", "ray", "torchrun"),
+    "address": ("ray",),
+}
 
 
 @contextmanager
 def require_engine(config: RuntimeConfig, executor: str) -> Iterator[None]:
-    """Have what the executor needs. Raises UserError, in one line that helps, if it is not to be had."""
+    """Provide what an executor needs around a run: a launch by torchrun, or a cluster.
+
+    Raises:
+        UserError: If it is not available.
+    """
     if executor == "torchrun" and num_ranks() == 1:
         raise UserError(
             f"runtime.executor: torchrun needs two processes or more, launched by it: {LAUNCH}"
@@ -53,70 +81,42 @@ def require_engine(config: RuntimeConfig, executor: str) -> Iterator[None]:
         raise UserError("runtime.executor: ray is not installed: pip install 'hetero_fl[ray]'")
     from hetero_fl.federation.executors.ray import connect
 
-    with connect(
-        config.address,
-        (config.workers or available_cores()) * (config.threads or thread_limit() or 1),
-    ):
+    workers = config.workers or available_cores()
+    with connect(config.address, workers * (config.threads or thread_limit() or 1)):
         yield
 
 
 def worker_count(
     executor: str, requested: int | None, threads: int, most: int, available: int
 ) -> tuple[int, str]:
-    """How many workers of so many threads an executor gets on so many cores, and why; not more than `most` unless asked.
+    """Return the number of workers of an executor, and why.
 
-    Raises UserError if a cluster has no room for them.
+    Args:
+        executor: The executor's name.
+        requested: The configured number.
+        threads: Threads per worker.
+        most: Upper bound, unless a number is configured.
+        available: Cores of this machine.
+
+    Raises:
+        UserError: If a cluster has no room for them.
     """
     if executor == "torchrun":
         return num_ranks() - 1, "ranks but the first"
-    if executor != "ray":
-        return requested or max(
-            1, min(available // threads, most)
-        ), "runtime.workers" if requested else "cores"
-    from hetero_fl.federation.executors.ray import cluster_cpus
+    reason = "cores"
+    if executor == "ray":
+        from hetero_fl.federation.executors.ray import cluster_cpus
 
-    if (requested or 1) * threads > cluster_cpus():
-        raise UserError(
-            f"runtime.workers: found {requested or 1} of {threads} threads, but the cluster has {cluster_cpus()} CPUs; "
-            "take fewer, or fewer runtime.threads"
-        )
-    return requested or max(
-        1, min(cluster_cpus() // threads, most)
-    ), "runtime.workers" if requested else "CPUs of the cluster"
-
-
-# How a run is computed: executor, workers, threads, device; as configured, else by a rule from what
-# is known beforehand.
-#
-# The rule looks at architectures, group sizes, rows, rounds, cores and the device, never at the
-# clock: the same machine makes the same choice, and the same choice gives the same bits.
-# docs/scaling.md states it for users.
-
-START = 4.5  # seconds, about, until worker processes have started
-# bytes of parameters for a second of training up to which workers pay: they are copied there and
-# back
-TRAFFIC = 3e8
-# floating-point operations of a step forward from which a second thread helps
-# (benchmarks/speed/threads.py)
-LARGE_STEP = 5e7
-# of a core's time that one more worker, and one more thread in large steps, gains
-WORKER = 0.9
-THREAD = 0.5
-# clients of one architecture from which computing them together may pay on a CPU
-MIN_VECTORIZED_CLIENTS = 8
-SMALL_STEP = 2e7  # floating-point operations of a step forward up to which it does
-SMALL_MODEL = 1_000_000  # parameters up to which it does
-IN_PROCESS = ("serial", "batched")
-CHUNK = 128  # clients computed together at most: bounds memory
-# chunks, or one a core, that a group is cut into for workers, if they are then of TOGETHER clients
-# or more
-PIECES = 8
-EXECUTOR_KEYS = {
-    "workers": ("processes", "ray"),
-    "chunk": ("batched", "processes", "ray", "torchrun"),
-    "address": ("ray",),
-}
-MOST_THREADS = 4  # of one process: models of this size gain nothing from more
+        available = cluster_cpus()
+        reason = "CPUs of the cluster"
+        if (requested or 1) * threads > available:
+            raise UserError(
+                f"runtime.workers: found {requested or 1} of {threads} threads, but the cluster has {available} CPUs; "
+                "take fewer, or fewer runtime.threads"
+            )
+    if requested:
+        return requested, "runtime.workers"
+    return max(1, min(available // threads, most)), reason
 
 
 @dataclass(frozen=True)
@@ -133,14 +133,18 @@ class ExecutorChoice:
     reasons: tuple[str, ...] = field(default=(), compare=False)
 
     def record(self) -> dict[str, Any]:
-        """As kept beside results and in checkpoints."""
+        """Return the choice as it is stored with results and in checkpoints."""
         return {**asdict(self), "reasons": list(self.reasons)}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], config: RuntimeConfig) -> ExecutorChoice:
-        """The choice that a run began with; the number of workers may be another when it goes on."""
+        """Restore the choice that a run began with; the number of workers may change.
+
+        Raises:
+            UserError: If its device or workers are not available.
+        """
         choice = cls(**{**record, "reasons": tuple(record["reasons"])})
-        choose_device(choice.device)  # it has to be here, too
+        choose_device(choice.device)
         if choice.executor in IN_PROCESS:
             return choice
         workers, _ = worker_count(
@@ -151,72 +155,72 @@ class ExecutorChoice:
 
 @dataclass(frozen=True)
 class RunLoad:
-    """A run's training, estimated."""
+    """Estimates of a run's training."""
 
     cohort: int  # clients in a round
-    seconds: float  # of all rounds, for one core
+    seconds: float  # of all rounds, on one core
     traffic: float  # bytes of parameters for each of these seconds
-    busy: float  # workers that would be busy: the costliest client keeps one to itself
-    step: float  # floating-point operations forward, of a step of the costliest client
+    busy: float  # workers that would be busy: the most expensive client keeps one to itself
+    step: float  # floating-point operations of a forward step of the most expensive client
 
     @classmethod
     def estimate(cls, config: Config, federation: FederationSpec) -> RunLoad:
-        """Of a large population, what is known of some of its clients stands for all."""
-        some = [federation.client_infos[id] for id in federation.num_evaluated]
-        cohort = min(
-            len(federation.client_infos), config.clients.per_round or len(federation.client_infos)
-        )
-        each = sum(map(training_flops, some)) / len(some) / RATE
-        costliest = max(some, key=training_flops)
+        """Estimate the load from the clients that are evaluated, which represent the others."""
+        clients = [federation.client_infos[id] for id in federation.num_evaluated]
+        population = len(federation.client_infos)
+        cohort = min(population, config.clients.per_round or population)
+        seconds = sum(map(training_flops, clients)) / len(clients) / RATE  # per client and round
+        model_bytes = sum(4 * describe_model(c.arch).parameters for c in clients) / len(clients)
+        largest = max(clients, key=training_flops)
         return cls(
             cohort,
-            each * cohort * config.rounds,
-            sum(4 * describe_model(card.arch).parameters for card in some) / len(some) / each,
-            each * cohort / (training_flops(costliest) / RATE),
-            costliest.settings.batch_size * describe_model(costliest.arch).forward_flops,
+            seconds * cohort * config.rounds,
+            model_bytes / seconds,
+            seconds * cohort / (training_flops(largest) / RATE),
+            largest.settings.batch_size * describe_model(largest.arch).forward_flops,
         )
 
 
 def choose_executor(config: Config, federation: FederationSpec) -> ExecutorChoice:
-    """The choice for a run that begins. Raises UserError if the device is not here."""
-    asked = config.runtime
-    device = choose_device(config.runtime.device)
+    """Choose how a new run is computed: as configured, else by a rule.
+
+    Raises:
+        UserError: If the device is not available.
+    """
+    runtime = config.runtime
+    device = choose_device(runtime.device)
     available = available_cores()
     load = RunLoad.estimate(config, federation)
-    group = _worth_batching(federation, load.cohort, device)
-    if asked.executor == "serial" and (asked.chunk or 1) > 1:
+    group = _num_worth_vectorizing(federation, load.cohort, device)
+    if runtime.executor == "serial" and (runtime.chunk or 1) > 1:
         raise UserError(
-            f"runtime.chunk: found {asked.chunk}, but the serial executor takes one client at a time; use batched"
+            f"runtime.chunk: found {runtime.chunk}, but the serial executor takes one client at a time; use batched"
         )
-    executor = asked.executor
+    executor = runtime.executor
     why = "runtime.executor"
     if executor == "auto":
         executor, why = _select_executor(
-            load, group, device, available, asked.threads or thread_limit()
+            load, group, device, available, runtime.threads or thread_limit()
         )
-    chunk = asked.chunk or (CHUNK if executor == "batched" else 1)
+    chunk = runtime.chunk or (MAX_CHUNK if executor == "batched" else 1)
+    if executor == "serial":
+        chunk = 1
     together = min(chunk, _largest_group(federation, load.cohort)) if executor == "batched" else 1
-    threads, server_threads, size = _threads(asked, load, together, executor, available)
+    threads, server_threads, size = _choose_threads(runtime, load, together, executor, available)
     reasons = [f"{executor} executor: {why}", size]
     workers = 1
     if executor not in IN_PROCESS:
-        workers, why = worker_count(executor, asked.workers, threads, load.cohort, available)
+        workers, why = worker_count(executor, runtime.workers, threads, load.cohort, available)
         reasons.append(f"{workers} workers: {why}")
-    pieces = max(PIECES, available)
-    if (
-        asked.executor == "auto"
-        and executor == "processes"
-        and not asked.chunk
-        and group // pieces >= MIN_VECTORIZED_CLIENTS
-    ):
-        chunk = min(CHUNK, group // pieces)
+    is_automatic = runtime.executor == "auto" and not runtime.chunk
+    per_chunk = group // max(MIN_CHUNKS, available)
+    if is_automatic and executor == "processes" and per_chunk >= MIN_VECTORIZED_CLIENTS:
+        chunk = min(MAX_CHUNK, per_chunk)
         reasons.append(
             f"{chunk} clients at a time: small steps of {group} clients with one architecture"
         )
-    if executor == "serial":
-        chunk = 1
     for key, users in EXECUTOR_KEYS.items():
-        if getattr(asked, key) is not None and executor not in users:
+        if getattr(runtime, key) is not None and executor not in users:
             reasons.append(f"runtime.{key} has no effect: it is for {', '.join(users)}")
     return ExecutorChoice(
         executor,
@@ -224,7 +228,7 @@ def choose_executor(config: Config, federation: FederationSpec) -> ExecutorChoic
         threads,
         server_threads,
         chunk,
-        asked.precision,
+        runtime.precision,
         workers,
         tuple(reasons),
     )
@@ -237,86 +241,88 @@ def _select_executor(
     available: int,
     threads_per_process: int | None = None,
 ) -> tuple[str, str]:
-    """Which, and why; `threads_per_process`: the threads that a process gets whatever it computes. (Workers that are asked for do not count:
-    their number changes no result.)"""
+    """Return the executor's name, and why it is used.
+
+    A configured number of workers is ignored, as it changes no result.
+
+    Args:
+        load: The run's training.
+        group: Clients that are worth computing together.
+        device: Where clients are computed.
+        available: Cores of this machine.
+        threads_per_process: Threads of a process whatever it computes, if they are configured.
+    """
+    vectorized = "batched", f"small steps of {group} clients with one architecture"
     if device.type != "cpu" or available == 1 or load.cohort == 1:
         if group:
-            return "batched", f"small steps of {group} clients with one architecture"
-        return (
-            "serial",
-            f"one {'core' if device.type == 'cpu' else 'device'}, or one client at a time",
-        )
+            return vectorized
+        place = "core" if device.type == "cpu" else "device"
+        return "serial", f"one {place}, or one client at a time"
 
-    def speed(threads: int) -> float:
-        return 1 + THREAD * (min(threads, available) - 1) if load.step >= LARGE_STEP else 1.0
+    def speedup(threads: int) -> float:
+        gain = THREAD_GAIN * (min(threads, available) - 1)
+        return 1 + gain if load.step >= LARGE_STEP else 1.0
 
-    workers = (
-        WORKER
-        * min(max(1, available // (threads_per_process or 1)), load.busy)
-        * speed(threads_per_process or 1)
-    )
-    saved = load.seconds / speed(threads_per_process or MOST_THREADS) - load.seconds / workers
+    threads = threads_per_process or 1
+    workers = min(max(1, available // threads), load.busy)
+    with_workers = load.seconds / (WORKER_GAIN * workers * speedup(threads))
+    saved = load.seconds / speedup(threads_per_process or MAX_THREADS) - with_workers
     about = f"about {load.seconds:.0f} s of training for one core"
-    if saved >= START and load.traffic <= TRAFFIC:
+    if saved >= START_SECONDS and load.traffic <= MAX_TRAFFIC:
         return "processes", f"{about}, {available} cores"
     if group:
-        return "batched", f"small steps of {group} clients with one architecture"
-    if saved >= START:
+        return vectorized
+    if saved >= START_SECONDS:
         rate = f"{load.traffic / 1e6:.0f} MB a second"
         return "serial", f"models too large for so little training ({rate}) to travel to workers"
     return "serial", f"{about}, of which workers would save no more than their start takes"
 
 
-def _threads(
+def _choose_threads(
     config: RuntimeConfig, load: RunLoad, group_size: int, executor: str, available: int
 ) -> tuple[int, int, str]:
-    """Of a process that computes clients, and of the server's; and why."""
+    """Return the threads of a process that computes clients, those of the server's, and why."""
     limit = thread_limit()
     if config.threads is not None:
-        return (
-            config.threads,
-            config.threads,
-            f"{pluralize(config.threads, 'thread')}: runtime.threads",
-        )
+        why = f"{pluralize(config.threads, 'thread')}: runtime.threads"
+        return config.threads, config.threads, why
     if limit is not None:
         return limit, limit, f"{pluralize(limit, 'thread')}: OMP_NUM_THREADS"
-    large = load.step * group_size >= LARGE_STEP
-    at_server = min(MOST_THREADS, available) if large else 1
-    threads = at_server if executor in IN_PROCESS else 1
-    size = f"steps are {'large enough' if large else 'too small'} for more than one"
-    return (
-        threads,
-        at_server,
-        f"{pluralize(threads, 'thread')} where clients are computed, {at_server} at the server: {size}",
+    is_large = load.step * group_size >= LARGE_STEP
+    server_threads = min(MAX_THREADS, available) if is_large else 1
+    threads = server_threads if executor in IN_PROCESS else 1
+    size = "large enough" if is_large else "too small"
+    why = (
+        f"{pluralize(threads, 'thread')} where clients are computed, {server_threads} at the "
+        f"server: steps are {size} for more than one"
     )
+    return threads, server_threads, why
 
 
-def _worth_batching(federation: FederationSpec, cohort: int, device: torch.device) -> int:
-    """How many clients of a round share an architecture, if computing them together pays for most of the cohort; else 0."""
-    groups: dict[ModelSpec, int] = {}
-    for kind in federation.client_infos.profiles:
-        about = describe_model(kind.arch)
-        steps = kind.settings.batch_size * about.forward_flops
-        if is_recurrent(kind.arch):
-            continue
-        if device.type != "cpu" or (steps <= SMALL_STEP and about.parameters <= SMALL_MODEL):
-            groups[kind.arch] = groups.get(kind.arch, 0) + kind.count
-    share = cohort / len(federation.client_infos)
-    members = max((n * share for n in groups.values()), default=0.0)
-    most = 2 * sum(groups.values()) > len(federation.client_infos)
-    return (
-        int(members)
-        if most and members >= (MIN_VECTORIZED_CLIENTS if device.type == "cpu" else 2)
-        else 0
-    )
+def _num_worth_vectorizing(federation: FederationSpec, cohort: int, device: torch.device) -> int:
+    """Return how many clients of a round share an architecture, 0 if vectorizing does not pay.
+
+    It pays if it does so for most of the cohort.
+    """
+    groups: Counter[ModelSpec] = Counter()
+    for profile in federation.client_infos.profiles:
+        model = describe_model(profile.arch)
+        step = profile.settings.batch_size * model.forward_flops
+        is_small = step <= SMALL_STEP and model.parameters <= SMALL_MODEL
+        if not is_recurrent(profile.arch) and (device.type != "cpu" or is_small):
+            groups[profile.arch] += profile.count
+    population = len(federation.client_infos)
+    members = max(groups.values(), default=0) * (cohort / population)
+    fewest = MIN_VECTORIZED_CLIENTS if device.type == "cpu" else 2
+    return int(members) if members >= fewest and 2 * groups.total() > population else 0
 
 
 def _largest_group(federation: FederationSpec, cohort: int) -> int:
-    """How many clients of a round can be computed together, about; 1 or more."""
-    groups = Counter[ModelSpec]()
-    for kind in federation.client_infos.profiles:
-        if not is_recurrent(kind.arch):
-            groups[kind.arch] += kind.count
+    """Return about how many clients of a round can be computed together, at least 1."""
+    groups: Counter[ModelSpec] = Counter()
+    for profile in federation.client_infos.profiles:
+        if not is_recurrent(profile.arch):
+            groups[profile.arch] += profile.count
     return max(1, round(max(groups.values(), default=0) * cohort / len(federation.client_infos)))
 
 
@@ -327,19 +333,24 @@ def make_executor(
     store: StateStore | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Executor:
-    """The executor of a choice; `say` is told of what it cannot do as chosen. Sets this process's threads to the server's."""
+    """Create the executor of a choice, and set this process's threads to the server's.
+
+    Args:
+        choice: How the run is computed.
+        algorithm: The method.
+        federation: Its clients and data.
+        store: Their private state; by default a new one in memory.
+        say: Receives a line on what cannot be computed as chosen.
+    """
     torch.set_num_threads(choice.server_threads)
     store = store or StateStore()
     backend = make_backend(torch.device(choice.device), choice.chunk, choice.precision, say)
     if choice.executor in IN_PROCESS:
-        return InProcessExecutor(
-            ClientRuntime(
-                algorithm, federation, store, backend, make_protocol(algorithm, federation)
-            ),
-            choice.chunk,
-        )
+        protocol = make_protocol(algorithm, federation)
+        runtime = ClientRuntime(algorithm, federation, store, backend, protocol)
+        return InProcessExecutor(runtime, choice.chunk)
     devices: tuple[str, ...] = (choice.device,)
-    # spread over all of them; Ray deals them out itself
+    # Ray assigns devices itself.
     if choice.device == "cuda" and choice.executor != "ray":
         devices = tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))
     setup = WorkerSetup(
@@ -351,16 +362,13 @@ def make_executor(
         choice.precision,
         torch.get_default_dtype(),
     )
-    return WorkerExecutor(
-        _make_worker_pool(choice, setup), federation.client_infos, store, backend, choice.chunk
-    )
-
-
-def _make_worker_pool(choice: ExecutorChoice, setup: WorkerSetup) -> WorkerPool:
+    pool: WorkerPool
     if choice.executor == "ray":
         from hetero_fl.federation.executors.ray import RayActorPool  # an extra
 
-        return RayActorPool(setup, choice.workers)
-    return (
-        TorchrunPool(setup) if choice.executor == "torchrun" else ProcessPool(setup, choice.workers)
-    )
+        pool = RayActorPool(setup, choice.workers)
+    elif choice.executor == "torchrun":
+        pool = TorchrunPool(setup)
+    else:
+        pool = ProcessPool(setup, choice.workers)
+    return WorkerExecutor(pool, federation.client_infos, store, backend, choice.chunk)

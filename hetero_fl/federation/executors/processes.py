@@ -22,20 +22,18 @@ from hetero_fl.federation.executors.workers import JobResult, Worker, WorkerJob,
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.processes import ADVICE, UNGUARDED, ignore_interrupts_in_children
 
-# Messages between two processes that speak in turn: over a pipe, but for long byte strings, which
-# lie in shared memory.
-#
-# A pipe takes every byte through the kernel in small pieces, with both processes waiting; a model
-# costs tens of milliseconds. In shared memory it is copied in and copied out; what finds no room
-# there goes through the pipe after all. What the other side still has, as the broadcast of a group
-# that was sent for another of its members, is named and not sent again.
-
 LONG = 2**16  # bytes from which a string does not travel through the pipe
+BROADCASTS = 2  # that both ends remember: a worker's clients mostly receive the same one
+EXIT_SECONDS = 5.0  # that a process whose pipe is broken may take to end
 
 
 @dataclass(frozen=True)
 class StringReference:
-    """Stands for a long string: its number, and where it lies if it is new."""
+    """Stands for a long string in a message.
+
+    `number` identifies the string in the caches of both ends. If it is new, it lies in shared memory
+    from `start` to `stop`.
+    """
 
     number: int
     start: int = 0
@@ -43,150 +41,152 @@ class StringReference:
 
 
 class SharedMemoryConnection:
-    """One end of a connection. Sends and receives in turn: an answer shows that what was sent has been read.
+    """One end of a connection between two processes that send and receive in turn.
 
-    Messages are dictionaries, lists and dataclasses, with strings of bytes anywhere among their values.
+    Messages travel through a pipe, but for long byte strings, which are copied through shared
+    memory: a pipe takes every byte through the kernel in small pieces while both processes wait. A
+    string that the other end still remembers, such as the broadcast of another client, is not sent
+    again. If there is no room in shared memory, strings go through the pipe. Messages are
+    dictionaries, lists and dataclasses, with byte strings anywhere among their values.
 
     Args:
-        sent, got: how many of the last long strings that were sent and received are remembered; at the other end it is the
-            other way round.
+        connection: This end of the pipe.
+        sent_strings: Number of long strings sent last that are remembered.
+        received_strings: The same for strings received. At the other end, it is the other way round.
     """
 
     def __init__(
         self, connection: Connection, sent_strings: int = 0, received_strings: int = 0
     ) -> None:
         self.connection = connection
-        self._ours = SharedMemoryBlock()
-        self._theirs = SharedMemoryBlock()
+        self._outgoing = SharedMemoryBlock()
+        self._incoming = SharedMemoryBlock()
         self._sent = StringCache(sent_strings)
-        self._got = StringCache(received_strings)
+        self._received = StringCache(received_strings)
 
     def send(self, message: Any) -> None:
-        """Hand a message over. Raises OSError if nobody is there any more."""
+        """Send a message. Raises OSError if the other process is gone."""
         new: list[bytes] = []
-        at = 0
-
-        def to_reference(value: Any) -> Any:
-            nonlocal at
-            if type(value) is not bytes or len(value) < LONG:
-                return value
-            if (number := self._sent.find(value)) is not None:
-                return StringReference(number)
-            new.append(value)
-            start = at
-            at = at + len(value)
-            return StringReference(self._sent.add(value), start, at)
-
-        message = map_values(message, to_reference)
-        told = self._ours.fill(new)
+        message = map_values(message, lambda value: self._to_reference(value, new))
+        update = self._outgoing.fill(new)
         self._sent.trim()
-        self.connection.send((told, message))
+        self.connection.send((update, message))
 
     def receive(self) -> Any:
-        """The next message. Raises EOFError or OSError if none can come."""
-        told, message = self.connection.recv()
-        if isinstance(told, Tensor):
-            self._theirs.tensor = told
-        strings = memoryview(told) if isinstance(told, bytes) else self._theirs.view()
-
-        def from_reference(value: Any) -> Any:
-            if type(value) is not StringReference:
-                return value
-            if value.stop:
-                # one's own: the memory is written again
-                self._got.add(bytes(strings[value.start : value.stop]))
-            return self._got.strings[value.number]
-
-        message = map_values(message, from_reference)
-        self._got.trim()
+        """Wait for the next message. Raises EOFError or OSError if none can come."""
+        update, message = self.connection.recv()
+        if isinstance(update, Tensor):
+            self._incoming.tensor = update
+        strings = memoryview(update) if isinstance(update, bytes) else self._incoming.view()
+        message = map_values(message, lambda value: self._from_reference(value, strings))
+        self._received.trim()
         return message
+
+    def _to_reference(self, value: Any, new: list[bytes]) -> Any:
+        """Replace a long string by a reference, and add it to `new` if the other end lacks it."""
+        if type(value) is not bytes or len(value) < LONG:
+            return value
+        number = self._sent.find(value)
+        if number is not None:
+            return StringReference(number)
+        start = sum(map(len, new))
+        new.append(value)
+        return StringReference(self._sent.add(value), start, start + len(value))
+
+    def _from_reference(self, value: Any, strings: memoryview) -> Any:
+        if type(value) is not StringReference:
+            return value
+        if value.stop:
+            # A copy: the next message overwrites the shared memory.
+            self._received.add(bytes(strings[value.start : value.stop]))
+        return self._received.strings[value.number]
 
 
 def map_values(value: Any, change: Callable[[Any], Any]) -> Any:
-    """The message with its values changed one by one; what holds them is made anew."""
+    """Return a copy of a message with each of its values replaced by `change(value)`."""
     if isinstance(value, dict):
-        return {k: map_values(v, change) for k, v in value.items()}
+        return {key: map_values(each, change) for key, each in value.items()}
     if isinstance(value, list):
-        return [map_values(v, change) for v in value]
+        return [map_values(each, change) for each in value]
     if is_dataclass(value) and not isinstance(value, StringReference | type):
-        return replace(
-            value, **{f.name: map_values(getattr(value, f.name), change) for f in fields(value)}
-        )
+        changed = {f.name: map_values(getattr(value, f.name), change) for f in fields(value)}
+        return replace(value, **changed)
     return change(value)
 
 
 class SharedMemoryBlock:
-    """A piece of shared memory, replaced by a larger one when it has become too small."""
+    """A block of shared memory, replaced by a larger one when it has become too small."""
 
     def __init__(self) -> None:
         self.tensor: Tensor | None = None
 
     def fill(self, strings: list[bytes]) -> Tensor | bytes | None:
-        """Put the strings in, one after the other. What the other side has to be told: the memory, if it is another one than
-        before, or all of the strings, if there is no room for it (the shared memory of a container may be 64 MB)."""
+        """Write strings one after the other and return what the other process needs to read them.
+
+        Returns:
+            The memory if it has been replaced; all strings if there is no room for them (the shared
+            memory of a container may be 64 MB); else None.
+        """
         size = sum(map(len, strings))
-        grown = None
+        replaced = None
         if size > len(self.view()):
             try:
-                self.tensor = grown = torch.empty(size, dtype=torch.uint8).share_memory_()
+                replaced = torch.empty(size, dtype=torch.uint8).share_memory_()
             except RuntimeError:
                 return b"".join(strings)
-        at = 0
+            self.tensor = replaced
         view = self.view()
+        start = 0
         for string in strings:
-            view[at : at + len(string)] = string
-            at += len(string)
-        return grown
+            view[start : start + len(string)] = string
+            start += len(string)
+        return replaced
 
     def view(self) -> memoryview:
-        """Its bytes."""
+        """Return the bytes of the block."""
         return memoryview(b"") if self.tensor is None else memoryview(self.tensor.numpy().data)
 
 
 class StringCache:
-    """The last long strings that went one way, numbered. Both ends forget the same ones."""
+    """The last long strings that were sent in one direction, numbered. Both ends drop the same ones."""
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, max_strings: int) -> None:
+        self.max_strings = max_strings
         self.strings: OrderedDict[int, bytes] = OrderedDict()
-        # identity -> number; the strings are alive, so identities are theirs
+        # By identity, which is unique because the strings are alive.
         self._numbers: dict[int, int] = {}
-        self._next = 0
+        self._next_number = 0
 
     def add(self, string: bytes) -> int:
-        """One more; its number."""
-        number = self._next
-        self._next = self._next + 1
+        """Add a string and return its number."""
+        number = self._next_number
+        self._next_number += 1
         self.strings[number] = string
         self._numbers[id(string)] = number
         return number
 
     def find(self, string: bytes) -> int | None:
-        """The number of this very string, if it is remembered."""
+        """Return the number of this very string, None if it is not in the cache."""
         return self._numbers.get(id(string))
 
     def trim(self) -> None:
-        """Forget the oldest. Between messages only: within one, all of its strings are known."""
-        while len(self.strings) > self.most:
+        """Drop the oldest strings; only between messages, as a message needs all of its own."""
+        while len(self.strings) > self.max_strings:
             _, string = self.strings.popitem(last=False)
             del self._numbers[id(string)]
 
 
-# Workers in processes of their own on this machine: spawned once, kept for the run, replaced when
-# one dies.
-
-BROADCASTS = 2  # that both sides remember: a worker's clients mostly receive the same
-LEAVING = 5.0  # seconds that a process whose pipe is broken may take to end
-
-
 class ProcessPool:
-    """A crew of processes. Examples lie in shared memory, and are never copied."""
+    """Worker processes on this machine, spawned once for a run and replaced when they die.
+
+    The examples lie in shared memory and are never copied.
+    """
 
     def __init__(self, setup: WorkerSetup, size: int) -> None:
         self.size = size
         self._setup = setup
         self._context = mp.get_context("spawn")
-        self._crew: list[tuple[BaseProcess, SharedMemoryConnection]] = []
+        self._workers: list[tuple[BaseProcess, SharedMemoryConnection]] = []
         try:
             setup.federation.data.share_memory()
         except RuntimeError as error:
@@ -195,44 +195,48 @@ class ProcessPool:
             ) from None
         try:
             for i in range(size):
-                self._crew.append(self._start(i))
+                self._workers.append(self._start(i))
         except BaseException:
             self.close()
             raise
 
     def send(self, worker: int, job: WorkerJob) -> None:
-        with self._speaking_to(worker) as carrier:
-            carrier.send(job)
+        with self._communicate_with(worker) as connection:
+            connection.send(job)
 
     def receive(self) -> tuple[int, JobResult | None]:
-        ready: set[object] = set(
-            wait([end for p, carrier in self._crew for end in (p.sentinel, carrier.connection)])
+        # A process that has ended may have left a result in its pipe, which is read first.
+        ready = set(
+            wait([c.connection for _, c in self._workers] + [p.sentinel for p, _ in self._workers])
         )
-        for worker, (_, carrier) in enumerate(self._crew):
-            if carrier.connection in ready:
-                with self._speaking_to(worker):
-                    return worker, carrier.receive()
+        for worker, (_, connection) in enumerate(self._workers):
+            if connection.connection in ready:
+                with self._communicate_with(worker):
+                    return worker, connection.receive()
         dead = next(
             i
-            for i, (p, carrier) in enumerate(self._crew)
-            if {p.sentinel, carrier.connection} & ready
+            for i, (process, connection) in enumerate(self._workers)
+            if {process.sentinel, connection.connection} & ready
         )
         self._release_dead(dead)
-        self._crew[dead] = self._start(dead)
+        self._workers[dead] = self._start(dead)
         return dead, None
 
     def close(self) -> None:
-        for i in range(len(self._crew)):
+        for i in range(len(self._workers)):
             self._end(i)
-        self._crew.clear()
+        self._workers.clear()
 
     @contextlib.contextmanager
-    def _speaking_to(self, worker: int) -> Iterator[SharedMemoryConnection]:
-        """If it is dead, `receive` will tell. If this process is interrupted, the worker is ended: half of a message, or one
-        that is lost, leaves the two ends waiting for each other."""
-        process, carrier = self._crew[worker]
+    def _communicate_with(self, worker: int) -> Iterator[SharedMemoryConnection]:
+        """Ignore that a worker is dead, which `receive` reports.
+
+        If this process is interrupted, the worker is killed: after half a message, or a lost one,
+        both ends would wait for each other.
+        """
+        process, connection = self._workers[worker]
         try:
-            yield carrier
+            yield connection
         except (OSError, EOFError):
             pass
         except BaseException:
@@ -254,37 +258,42 @@ class ProcessPool:
         return process, SharedMemoryConnection(here, sent_strings=BROADCASTS)
 
     def _release_dead(self, index: int) -> None:
-        """Give a dead worker's remains back. Raises UserError or RunFailedError if another one would end in the same way."""
-        process, _ = self._crew[index]
-        process.join(LEAVING)  # its pipe breaks a moment before its status is known
+        """Release a dead worker's resources.
+
+        Raises:
+            UserError: If the user's script starts processes without a guard.
+            RunFailedError: If the worker ended by itself, as its replacement would.
+        """
+        process, _ = self._workers[index]
+        process.join(EXIT_SECONDS)  # its pipe breaks a moment before its status is known
         self._end(index)
         if process.exitcode == UNGUARDED:
             raise UserError(ADVICE)
-        if process.exitcode is not None and process.exitcode >= 0:  # by itself, not by a signal
+        if process.exitcode is not None and process.exitcode >= 0:  # negative: killed by a signal
             raise RunFailedError(
                 f"a worker process ended with status {process.exitcode}; it has printed why, if it knew"
             )
 
     def _end(self, index: int) -> None:
-        process, carrier = self._crew[index]
-        carrier.connection.close()
-        process.kill()  # it keeps nothing
+        process, connection = self._workers[index]
+        connection.connection.close()
+        process.kill()
         process.join()
 
 
 def run_worker(connection: Connection, setup: WorkerSetup, index: int) -> None:
-    """A worker's life: jobs until the other end is gone."""
+    """Run jobs until the other end of the connection is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     worker = Worker(setup, index)
-    carrier = SharedMemoryConnection(connection, received_strings=BROADCASTS)
+    jobs = SharedMemoryConnection(connection, received_strings=BROADCASTS)
     with contextlib.suppress(EOFError, OSError):
         while True:
-            carrier.send(worker.run_job(carrier.receive()))
+            jobs.send(worker.run_job(jobs.receive()))
 
 
 def _exit_with_parent() -> None:
-    """End when the run has been killed, in the middle of a job too."""
+    """End this process when its parent has been killed, even during a job."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

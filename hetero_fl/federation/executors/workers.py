@@ -1,13 +1,14 @@
-"""Tasks as messages to workers, and the pool that distributes them."""
+"""Distribute clients' tasks to workers: processes on this machine, Ray actors or ranks of torchrun."""
 
 from __future__ import annotations
 
 import time
 import traceback
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import islice
 from typing import Literal, Protocol
 
 import torch
@@ -27,23 +28,28 @@ from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.user_methods import LONGEST, translate_user_errors
 from hetero_fl.utils.errors import RunFailedError, UserError
 
-# What travels between a run and its workers: whole tasks of clients, and their results. Never code,
-# never live objects.
-#
-# A worker makes the plans itself, from the method's settings and the federation that it was given
-# once.
+# Whole tasks of clients and their results travel between a run and its workers, never code or live
+# objects. A worker makes the plans itself, from the method and the federation that it receives once.
+# A client's result depends on nothing but its own task, and chunks follow from the cohort alone, so
+# neither the number of workers, nor which of them computes a task, nor a death changes a bit.
 
-MAX_HELD_STATE_BYTES = 256 * 2**20  # bytes of private state that a worker keeps for the next time
+MAX_HELD_STATE_BYTES = 256 * 2**20  # of private state that a worker keeps for later rounds
+MAX_DEATHS = 3  # of workers that computed the same client, after which the run ends
+CHUNKS_AHEAD = 4  # per worker, which may start before the first unfinished one in a large cohort
+MAX_CHUNKS_PER_JOB = 2  # whose results come back together
+LARGE_COHORT = 16  # chunks per worker
+# Exceptions that another process can unpickle.
+_TRANSFERABLE_ERRORS = (UserError, RunFailedError, DivergedError, PayloadError)
 
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """What a worker needs once."""
+    """What a worker receives once."""
 
     algorithm: Algorithm
     federation: FederationSpec
     threads: int
-    devices: tuple[str, ...]  # workers take them in turn
+    devices: tuple[str, ...]  # assigned to workers in turn
     chunk: int = 1
     precision: str = "float32"
     dtype: torch.dtype = torch.float32
@@ -51,8 +57,11 @@ class WorkerSetup:
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """Tasks of some clients, chunk by chunk. `private` has the state of those whose worker does not hold it already, `notes`
-    what they remember of the round's earlier exchanges."""
+    """Tasks of some clients, chunk by chunk.
+
+    `private` has the state of clients whose worker does not hold it already, `notes` what clients
+    remember from the round's earlier exchanges.
+    """
 
     number: int
     kind: Literal["answer", "read"]
@@ -64,35 +73,38 @@ class WorkerJob:
 
     @property
     def clients(self) -> list[str]:
-        """All of them."""
+        """All clients of the job, in order."""
         return [client for chunk in self.chunks for client in chunk]
 
 
 @dataclass
 class JobResult:
-    """What came of a job. `error` ends the run."""
+    """The result of a job. An `error` ends the run."""
 
     job: int
     replies: dict[str, Reply] = field(default_factory=dict)
     evaluations: dict[str, ClientEvaluation] = field(default_factory=dict)
-    private: dict[str, bytes] = field(default_factory=dict)  # as staged
+    private: dict[str, bytes] = field(default_factory=dict)  # state that changed
     notes: dict[str, bytes] = field(default_factory=dict)  # of all its clients that have any now
-    seconds: dict[str, float] = field(default_factory=dict)  # of each client's chunk, shared out
+    seconds: dict[str, float] = field(
+        default_factory=dict
+    )  # by client, an equal share of its chunk
     # clients whose state this worker no longer holds
     dropped_states: list[str] = field(default_factory=list)
     error: Exception | None = None
-    trace: str = ""  # where it was raised
+    trace: str = ""  # where the error was raised
 
     def with_checksums(self) -> JobResult:
-        """With the checksums of its messages: as it leaves a worker that may be on another machine."""
+        """Return a copy whose messages have checksums, to be sent to another machine."""
         replies = {
-            c: r.with_checksum() if isinstance(r, Message) else r for c, r in self.replies.items()
+            client: reply.with_checksum() if isinstance(reply, Message) else reply
+            for client, reply in self.replies.items()
         }
         return replace(self, replies=replies)
 
 
 class Worker:
-    """Does jobs, one after the other, in a process of its own or anywhere else."""
+    """Runs jobs one after the other, usually in a process of its own."""
 
     def __init__(self, setup: WorkerSetup, index: int) -> None:
         torch.set_num_threads(setup.threads)
@@ -100,12 +112,12 @@ class Worker:
         self.setup = setup
         self.index = index
         self.store = StateStore()
-        # clients whose state is held, the last used at the end
+        # clients whose state is held, least recently used first
         self._used: OrderedDict[str, None] = OrderedDict()
 
     @cached_property
     def runtime(self) -> ClientRuntime:
-        """Made with the first job, so that what goes wrong comes back with its results."""
+        """The runtime, created with the first job so that its errors are reported with the result."""
         device = torch.device(self.setup.devices[self.index % len(self.setup.devices)])
         backend = make_backend(device, self.setup.chunk, self.setup.precision)
         algorithm = self.setup.algorithm
@@ -115,78 +127,67 @@ class Worker:
         )
 
     def run_job(self, job: WorkerJob) -> JobResult:
-        """The job's results; an exception that is not a client's own divergence is among them, not raised."""
-        done = JobResult(job.number)
+        """Run a job. Exceptions are returned with the result, not raised."""
+        result = JobResult(job.number)
         try:
             for chunk in job.chunks:
-                begun = time.perf_counter()
-                self._run_chunk(job, chunk, done)
-                done.seconds.update(
-                    dict.fromkeys(chunk, (time.perf_counter() - begun) / len(chunk))
-                )
-        except (UserError, RunFailedError, DivergedError, PayloadError) as error:
-            # a user's own might not travel
-            known = type(error) in (UserError, RunFailedError, DivergedError, PayloadError)
-            done.error = error if known else RunFailedError(str(error))
-            done.trace = traceback.format_exc()
+                start = time.perf_counter()
+                self._run_chunk(job, chunk, result)
+                share = (time.perf_counter() - start) / len(chunk)
+                result.seconds.update(dict.fromkeys(chunk, share))
         except Exception as error:
-            done.error = RunFailedError(
-                f"a worker failed: {type(error).__name__}: {' '.join(str(error).split())[:LONGEST]}"
-            )
-            done.trace = traceback.format_exc()
-        done.dropped_states = self._drop_oldest_states(job.clients)
-        return done
+            result.error = _transferable_error(error)
+            result.trace = traceback.format_exc()
+        result.dropped_states = self._drop_oldest_states(job.clients)
+        return result
 
     @translate_user_errors()
-    def _run_chunk(self, job: WorkerJob, chunk: list[str], done: JobResult) -> None:
+    def _run_chunk(self, job: WorkerJob, chunk: list[str], result: JobResult) -> None:
         for client in chunk:
             if client in job.private:
                 self.store.stage(client, job.private[client] or b"")
         self.store.commit()
         if job.kind == "read":
-            bodies = {c: job.requests[c].body for c in chunk}
-            (round,) = {job.requests[c].round_idx for c in chunk}
-            done.evaluations.update(self.runtime.evaluate(bodies, round, job.details))
+            bodies = {client: job.requests[client].body for client in chunk}
+            round_idx = job.requests[chunk[0]].round_idx
+            result.evaluations.update(self.runtime.evaluate(bodies, round_idx, job.details))
             return
-        before = {c: self.store.stamp(c) for c in chunk}
+        stamps = {client: self.store.stamp(client) for client in chunk}
         self.store.notes.update({c: job.notes[c] for c in chunk if c in job.notes})
-        done.replies.update(self.runtime.run({c: job.requests[c] for c in chunk}))
-        done.notes.update(self.store.notes)
+        result.replies.update(self.runtime.run({c: job.requests[c] for c in chunk}))
+        result.notes.update(self.store.notes)
         self.store.commit()
         for client in chunk:
-            if self.store.stamp(client) != before[client]:
-                done.private[client] = self.store.encoded(client) or b""
+            if self.store.stamp(client) != stamps[client]:
+                result.private[client] = self.store.encoded(client) or b""
 
     def _drop_oldest_states(self, clients: list[str]) -> list[str]:
-        """Forget the state of those who were not seen for longest, beyond the bound."""
+        """Drop the state of the least recently used clients while there is too much of it."""
         for client in clients:
             self._used.pop(client, None)
             if self.store.stamp(client) is not None:
                 self._used[client] = None
-        forgot = []
-        while self.store.held > MAX_HELD_STATE_BYTES and self._used:
-            forgot.append(self._used.popitem(last=False)[0])
-            self.store.stage(forgot[-1], b"")
+        dropped = []
+        while self.store.cached_bytes > MAX_HELD_STATE_BYTES and self._used:
+            client, _ = self._used.popitem(last=False)
+            self.store.stage(client, b"")
             self.store.commit()
-        return forgot
+            dropped.append(client)
+        return dropped
+
+
+def _transferable_error(error: Exception) -> Exception:
+    """Return an error that another process can unpickle: the user's classes may not exist there."""
+    if type(error) in _TRANSFERABLE_ERRORS:
+        return error
+    if isinstance(error, _TRANSFERABLE_ERRORS):
+        return RunFailedError(str(error))
+    message = " ".join(str(error).split())[:LONGEST]
+    return RunFailedError(f"a worker failed: {type(error).__name__}: {message}")
 
 
 class RemoteTraceback(Exception):
-    """A traceback from another process: the cause of what is raised here. (Exceptions do not carry theirs across.)"""
-
-
-# Tasks computed by workers: which gets what and when, what happens when one dies, in which process
-# private state lies.
-#
-# Whole tasks travel, as a site receives them. A client's result depends on nothing but its own
-# task, and chunks follow from the cohort alone, so neither the number of workers nor who computes
-# what, nor a death, changes a bit. Which kind of worker it is (processes here, a cluster's) is the
-# crew's affair.
-
-DEATHS = 3  # of workers on the same job, after which the run ends
-AHEAD = 4  # chunks per worker that may be begun before the first missing one, in a large cohort
-MOST = 2  # chunks in one job: their results come back together
-LARGE = 16  # tasks per worker from which a cohort is large
+    """A traceback from another process, the cause of an exception that is raised in this one."""
 
 
 class WorkerPool(Protocol):
@@ -195,20 +196,17 @@ class WorkerPool(Protocol):
     size: int
 
     def send(self, worker: int, job: WorkerJob) -> None:
-        """Hand a job to an idle worker."""
-        ...
+        """Send a job to an idle worker."""
 
     def receive(self) -> tuple[int, JobResult | None]:
-        """Wait for the next result; None where the worker died. Another one stands in its place by then."""
-        ...
+        """Wait for the next result; None if the worker died and has been replaced."""
 
     def close(self) -> None:
-        """Let them go."""
-        ...
+        """Release the workers."""
 
 
 class WorkerExecutor:
-    """An executor whose sites are elsewhere. The server's own plans are computed in this process."""
+    """Executor whose clients are computed by workers, and the server's plans in this process."""
 
     def __init__(
         self,
@@ -218,24 +216,24 @@ class WorkerExecutor:
         backend: Backend,
         chunk: int = 1,
     ) -> None:
-        self.crew = pool
-        self.cards = client_infos
+        self.pool = pool
+        self.client_infos = client_infos
         self.store = store
         self.backend = backend
         self.chunk = chunk
         self.costs = TaskCosts(client_infos)
-        # client -> (worker, stamp of the state that it holds)
-        self._held: dict[str, tuple[int, int]] = {}
-        # what each worker is at; of an earlier task, if that was given up
-        self._busy: dict[int, WorkerJob] = {}
-        self._jobs = 0
-        self._tell: Callable[[str], None] | None = None
+        # by client: the worker that holds its state, and the stamp of that state
+        self._holders: dict[str, tuple[int, int]] = {}
+        # by worker; the job may belong to a round that was given up
+        self._running: dict[int, WorkerJob] = {}
+        self._num_jobs = 0
+        self._listener: Callable[[str], None] | None = None
 
     def run(
         self, clients: Sequence[str], request: Callable[[str], Message]
     ) -> Iterator[tuple[str, Reply]]:
         results = self._run_tasks("answer", clients, request)
-        return in_order(clients, (pair for done in results for pair in drain(done.replies)))
+        return in_order(clients, (pair for result in results for pair in drain(result.replies)))
 
     def evaluate(
         self,
@@ -248,13 +246,15 @@ class WorkerExecutor:
             return Message("read", broadcast(client), round_idx)
 
         results = self._run_tasks("read", clients, request, details)
-        return in_order(clients, (pair for done in results for pair in done.evaluations.items()))
+        return in_order(
+            clients, (pair for result in results for pair in result.evaluations.items())
+        )
 
     def set_listener(self, listener: Callable[[str], None] | None) -> None:
-        self._tell = listener
+        self._listener = listener
 
     def close(self) -> None:
-        self.crew.close()
+        self.pool.close()
 
     def _run_tasks(
         self,
@@ -263,150 +263,155 @@ class WorkerExecutor:
         request: Callable[[str], Message],
         details: bool = False,
     ) -> Iterator[JobResult]:
-        """Have all tasks done; results as they come, private state staged."""
-        queue = ChunkQueue(
-            client_chunks(clients, self.cards, self.chunk), self.costs, self.crew.size
-        )
-        running: dict[int, list[list[str]]] = {}  # by number of the job
-        deaths: dict[str, int] = {}
-        while queue or running:
-            for worker in range(self.crew.size):
-                if worker in self._busy:
+        """Run all tasks; yield results as they arrive, with private state staged."""
+        chunks = client_chunks(clients, self.client_infos, self.chunk)
+        queue = ChunkQueue(chunks, self.costs, self.pool.size)
+        deaths: Counter[str] = Counter()
+        last_old_job = self._num_jobs  # jobs up to this number belong to calls that were given up
+        while queue or any(job.number > last_old_job for job in self._running.values()):
+            for worker in range(self.pool.size):
+                if worker in self._running:
                     continue
-                part = queue.take(lambda client, w=worker: self._held.get(client, (w,))[0] == w)  # type: ignore[misc]
-                if part:
-                    job = self._make_job(worker, kind, part, request, details)
-                    running[job.number], self._busy[worker] = part, job
-                    self.crew.send(worker, job)
-            worker, done = self.crew.receive()
-            ended = self._busy.pop(worker, None)  # none: it was idle, and died
-            begun = running.pop(ended.number, None) if ended is not None else None
-            if done is None:
-                self._forget_states(worker, self._held)
-                if begun is not None:
-                    self._record_deaths([client for chunk in begun for client in chunk], deaths)
-                    queue.put_back(begun)
+                taken = queue.take(partial(self._may_compute, worker))
+                if taken:
+                    job = self._make_job(worker, kind, taken, request, details)
+                    self._running[worker] = job
+                    self.pool.send(worker, job)
+            worker, result = self.pool.receive()
+            finished = self._running.pop(worker, None)
+            if finished is None or result is None:  # the worker died, if idle without a job
+                self._forget_states(worker, list(self._holders))
+                if finished is not None and finished.number > last_old_job:
+                    _count_deaths(finished, deaths)
+                    queue.put_back(finished.chunks)
                 continue
-            assert ended is not None
-            if done.error is not None or begun is None:
-                self._forget_states(
-                    worker, [*ended.clients, *done.dropped_states]
-                )  # the state that it holds now is not what was committed
-            if begun is None:
+            if finished.number <= last_old_job or result.error is not None:
+                # What the worker holds now is not the committed state.
+                self._forget_states(worker, [*finished.clients, *result.dropped_states])
+            if finished.number <= last_old_job:
                 continue
-            if done.error is not None:
-                raise done.error from (RemoteTraceback(done.trace) if done.trace else None)
-            self._settle(worker, ended, done)
-            queue.mark_finished(begun)
-            yield done
-            del ended, done
+            if result.error is not None:
+                raise result.error from (RemoteTraceback(result.trace) if result.trace else None)
+            self._accept(worker, finished, result)
+            queue.mark_finished(finished.chunks)
+            yield result
+            del finished, result  # the size of a model
 
     def _make_job(
         self,
         worker: int,
         kind: Literal["answer", "read"],
-        part: list[list[str]],
+        chunks: list[list[str]],
         request: Callable[[str], Message],
         details: bool,
     ) -> WorkerJob:
-        clients = [client for chunk in part for client in chunk]
-        # first: a method's hook may fail in it
+        clients = [client for chunk in chunks for client in chunk]
+        # Making a request may call a method's hook, which may fail: only then record anything.
         sent = {client: request(client) for client in clients}
         private: dict[str, bytes | None] = {}
         for client in clients:
-            stamp = self.store.stamp(client)
             if not _needs_state(kind, sent[client]):
                 continue
-            if stamp is None or self._held.get(client) != (worker, stamp):
+            stamp = self.store.stamp(client)
+            if stamp is None or self._holders.get(client) != (worker, stamp):
                 private[client] = self.store.encoded(client)
-            if self._tell is not None:
-                self._tell(f"{client}: {'train' if kind == 'answer' else 'evaluation'}")
-        self._jobs += 1
-        for client in private:  # only once nothing can fail any more
-            self._record_state(worker, client, self.store.stamp(client))
-        notes = {
-            client: self.store.notes[client] for client in clients if client in self.store.notes
-        }
-        return WorkerJob(self._jobs, kind, part, sent, private, details, notes)
+            if self._listener is not None:
+                self._listener(f"{client}: {'train' if kind == 'answer' else 'evaluation'}")
+        for client in private:
+            self._record_holder(worker, client, self.store.stamp(client))
+        notes = {c: self.store.notes[c] for c in clients if c in self.store.notes}
+        self._num_jobs += 1
+        return WorkerJob(self._num_jobs, kind, chunks, sent, private, details, notes)
 
-    def _settle(self, worker: int, job: WorkerJob, done: JobResult) -> None:
-        for client, private in done.private.items():
-            self._record_state(worker, client, self.store.stage(client, private))
+    def _accept(self, worker: int, job: WorkerJob, result: JobResult) -> None:
+        """Stage private state, and record notes and costs."""
+        for client, private in result.private.items():
+            self._record_holder(worker, client, self.store.stage(client, private))
         for client in job.clients:
             self.store.notes.pop(client, None)
-        self.store.notes.update(done.notes)
-        self._forget_states(worker, done.dropped_states)
+        self.store.notes.update(result.notes)
+        self._forget_states(worker, result.dropped_states)
         if job.kind == "answer":
             self.costs.update(
-                {c: s for c, s in done.seconds.items() if _needs_state(job.kind, job.requests[c])}
+                {c: s for c, s in result.seconds.items() if _needs_state(job.kind, job.requests[c])}
             )
 
-    def _record_state(self, worker: int, client: str, stamp: int | None) -> None:
-        """The worker has this client's state. Who has none costs nothing, and may go to any worker."""
+    def _may_compute(self, worker: int, client: str) -> bool:
+        """Return whether no other worker holds the client's state."""
+        holder = self._holders.get(client)
+        return holder is None or holder[0] == worker
+
+    def _record_holder(self, worker: int, client: str, stamp: int | None) -> None:
+        """Record which worker has a client's state; a client without state may go to any worker."""
         if stamp is None:
-            self._held.pop(client, None)
+            self._holders.pop(client, None)
         else:
-            self._held[client] = (worker, stamp)
+            self._holders[client] = (worker, stamp)
 
     def _forget_states(self, worker: int, clients: Iterable[str]) -> None:
-        """The worker no longer has these clients' state."""
-        for client in list(clients):
-            if self._held.get(client, (None,))[0] == worker:
-                del self._held[client]
-
-    def _record_deaths(self, clients: Iterable[str], deaths: dict[str, int]) -> None:
-        """Which of a job's clients it was is not known: each is counted."""
+        """Record that a worker no longer has the state of these clients."""
         for client in clients:
-            deaths[client] = deaths.get(client, 0) + 1
-            if deaths[client] == DEATHS:
-                raise RunFailedError(f"{DEATHS} workers died on {client}; is there enough memory?")
+            if client in self._holders and self._holders[client][0] == worker:
+                del self._holders[client]
+
+
+def _count_deaths(job: WorkerJob, deaths: Counter[str]) -> None:
+    """Count a worker's death for all clients of its job: any of them may have caused it."""
+    deaths.update(job.clients)
+    for client in job.clients:
+        if deaths[client] >= MAX_DEATHS:
+            raise RunFailedError(f"{MAX_DEATHS} workers died on {client}; is there enough memory?")
 
 
 def _needs_state(kind: str, request: Message) -> bool:
-    """Whether a task reads a client's private state: in a protocol's other exchanges nothing is computed with it."""
+    """Return whether a task reads private state; a protocol's other exchanges do not."""
     return kind == "read" or request.kind == "train"
 
 
 class ChunkQueue:
-    """What is still to be done. Costly chunks go first; in a large cohort only among those whose turn is near, so that
-    results that wait for their turn stay few."""
+    """Chunks that are not finished, of which the most expensive start first.
 
-    def __init__(self, parts: list[list[str]], costs: TaskCosts, workers: int) -> None:
-        self._order = deque(parts)  # those not finished, in turn
-        self._open = {part[0]: part for part in parts}  # those nobody has begun
+    In a large cohort only chunks whose turn is near may start, so that few results have to wait for
+    their turn.
+    """
+
+    def __init__(self, chunks: list[list[str]], costs: TaskCosts, workers: int) -> None:
+        self._order = deque(chunks)  # unfinished, in turn
+        self._waiting = {chunk[0]: chunk for chunk in chunks}  # not started
         self._finished: set[str] = set()
-        self._costs = {part[0]: sum(map(costs.cost_of, part)) for part in parts}
-        self._ahead = AHEAD * workers if len(parts) > LARGE * workers else len(parts)
-        # what makes a job worth sending
-        self._least = sum(self._costs.values()) / (LARGE * workers)
+        self._costs = {chunk[0]: sum(map(costs.cost_of, chunk)) for chunk in chunks}
+        is_large = len(chunks) > LARGE_COHORT * workers
+        self._num_near = CHUNKS_AHEAD * workers if is_large else len(chunks)
+        # A job that costs this much is worth sending on its own.
+        self._min_job_cost = sum(self._costs.values()) / (LARGE_COHORT * workers)
 
     def __len__(self) -> int:
-        return len(self._open)
+        return len(self._waiting)
 
-    def take(self, held_states: Callable[[str], bool]) -> list[list[str]]:
-        """The next chunks for a worker: the costliest that it or nobody else holds, with smaller ones up to a fair size."""
-        near = [
-            part
-            for _, part in zip(range(self._ahead), self._order, strict=False)
-            if part[0] in self._open
-        ]
-        near.sort(key=lambda part: (not held_states(part[0]), -self._costs[part[0]]))
+    def take(self, may_compute: Callable[[str], bool]) -> list[list[str]]:
+        """Take the next chunks for a worker: an expensive one, or a few small ones.
+
+        Args:
+            may_compute: Whether no other worker holds a client's state.
+        """
+        near = [chunk for chunk in islice(self._order, self._num_near) if chunk[0] in self._waiting]
+        near.sort(key=lambda chunk: (not may_compute(chunk[0]), -self._costs[chunk[0]]))
         taken: list[list[str]] = []
         cost = 0.0
-        for part in near[:MOST]:
-            if taken and (cost + self._costs[part[0]] > self._least or not held_states(part[0])):
+        for chunk in near[:MAX_CHUNKS_PER_JOB]:
+            cost += self._costs[chunk[0]]
+            if taken and (cost > self._min_job_cost or not may_compute(chunk[0])):
                 break
-            taken.append(part)
-            cost += self._costs[part[0]]
-            del self._open[part[0]]
+            taken.append(chunk)
+            del self._waiting[chunk[0]]
         return taken
 
-    def put_back(self, parts: list[list[str]]) -> None:
-        """Chunks that were begun and came to nothing."""
-        self._open.update({part[0]: part for part in parts})
+    def put_back(self, chunks: list[list[str]]) -> None:
+        """Return chunks whose worker died."""
+        self._waiting.update({chunk[0]: chunk for chunk in chunks})
 
-    def mark_finished(self, parts: list[list[str]]) -> None:
-        """Chunks that are done."""
-        self._finished.update(part[0] for part in parts)
+    def mark_finished(self, chunks: list[list[str]]) -> None:
+        """Remove chunks that are finished."""
+        self._finished.update(chunk[0] for chunk in chunks)
         while self._order and self._order[0][0] in self._finished:
             self._order.popleft()

@@ -47,7 +47,7 @@ def test_small_runs_stay_in_this_process_and_long_ones_get_workers(
         == "serial"
     )
     assert chosen(monkeypatch, clients=1, rounds=1_000_000).executor == "serial"
-    monkeypatch.setattr(module, "TRAFFIC", 0.0)
+    monkeypatch.setattr(module, "MAX_TRAFFIC", 0.0)
     assert (
         chosen(monkeypatch, models=MIXED, rounds=1_000_000, clients__defaults=LONG).executor
         == "serial"

@@ -74,7 +74,7 @@ def want(setup: WorkerSetup) -> dict[str, Any]:
 
 def ask(crew: RayActorPool, worker: int, what: Any) -> Any:
     """Have a function called where a worker is."""
-    return ray.get(crew._crew[worker][0].__ray_call__.remote(lambda actor: what()))
+    return ray.get(crew._workers[worker][0].__ray_call__.remote(lambda actor: what()))
 
 
 def node_id() -> str:

@@ -69,19 +69,19 @@ def test_a_string_is_sent_once_while_the_other_side_has_it(monkeypatch: pytest.M
     here, there = ends()
     first, second, third = (bytes([b]) * (LONG + b) for b in b"abc")
     filled: list[int] = []
-    plain = here._ours.fill
+    plain = here._outgoing.fill
 
     def fill(strings: list[bytes]) -> object:
         filled.append(len(strings))
         return plain(strings)
 
-    monkeypatch.setattr(here._ours, "fill", fill)
+    monkeypatch.setattr(here._outgoing, "fill", fill)
     got = []
     for string in (first, second, first, second, third, second, first, third):
         got.append(passed([string, string], here, there))
     assert [g[0] for g in got] == [first, second, first, second, third, second, first, third]
     assert filled == [1, 1, 0, 0, 1, 0, 1, 0]  # the oldest of two is forgotten at both ends
-    assert len(here._sent.strings) == len(there._got.strings) == 2
+    assert len(here._sent.strings) == len(there._received.strings) == 2
     equal = bytes(bytearray(third))
     # another string, if an equal one
     assert passed(equal, here, there) == third and filled[-1] == 1

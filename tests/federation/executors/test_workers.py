@@ -90,7 +90,7 @@ def killing(crew: Any, monkeypatch: pytest.MonkeyPatch, which: Any) -> list[int]
     send, killed = crew.send, []
 
     def send_and_kill(worker: int, job: WorkerJob) -> None:
-        process = crew._crew[worker][0]
+        process = crew._workers[worker][0]
         if not which(job):
             send(worker, job)
             return
@@ -124,22 +124,22 @@ def test_a_worker_that_dies_with_its_result_in_the_pipe_is_replaced(
     rounds, plain, killed = rounds_on(setup, crew, 2), crew.receive, list[int | None]()
     for worker in range(2):
         crew._end(worker)
-        crew._crew[worker] = crew._start(worker)
+        crew._workers[worker] = crew._start(worker)
 
     def receive() -> tuple[int, JobResult | None]:
         for worker, job in busy.items():
-            process, end = crew._crew[worker]
+            process, end = crew._workers[worker]
             if not killed and any(cards[c].arch.name == "mlp" and c != "wild" for c in job.clients):
-                assert end.connection.poll(PATIENCE) and end._theirs.tensor is None
+                assert end.connection.poll(PATIENCE) and end._incoming.tensor is None
                 process.kill()
                 process.join()
                 killed.append(process.pid)
         return plain()
 
     monkeypatch.setattr(crew, "receive", receive)
-    busy, cards = rounds.executor._busy, setup.federation.client_infos  # type: ignore[attr-defined]
+    busy, cards = rounds.executor._running, setup.federation.client_infos  # type: ignore[attr-defined]
     assert outcome(rounds, 1) == want and len(killed) == 1
-    assert not {process.pid for process, _ in crew._crew} & set(killed)
+    assert not {process.pid for process, _ in crew._workers} & set(killed)
 
 
 @pytest.mark.slow
@@ -149,9 +149,9 @@ def test_an_idle_worker_that_dies_is_replaced(
     setup, crew = fedper
     want = outcome(rounds_on(setup, None), 1)
     rounds = rounds_on(setup, crew, 2)
-    rounds.executor.crew.size = 1  # type: ignore[attr-defined]  # the second is not given anything
-    os.kill(crew._crew[1][0].pid or 0, signal.SIGKILL)
-    crew._crew[1][0].join()
+    rounds.executor.pool.size = 1  # type: ignore[attr-defined]  # the second is not given anything
+    os.kill(crew._workers[1][0].pid or 0, signal.SIGKILL)
+    crew._workers[1][0].join()
     assert outcome(rounds, 1) == want
 
 
@@ -164,7 +164,7 @@ def test_a_worker_that_is_interrupted_in_sending_or_receiving_is_replaced(
     setup, crew = fedper
     want = outcome(rounds_on(setup, None), 1)
     rounds = rounds_on(setup, crew, 2)
-    before = [process for process, _ in crew._crew]
+    before = [process for process, _ in crew._workers]
     plain, interrupted = processes.map_values, list[str]()
 
     def changed(value: Any, change: Any) -> Any:
@@ -197,11 +197,11 @@ def test_any_kind_of_connection_will_do(
     fedper: tuple[WorkerSetup, ProcessPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setup, crew = fedper
-    before = [process.pid for process, _ in crew._crew]
-    for _, end in crew._crew:
+    before = [process.pid for process, _ in crew._workers]
+    for _, end in crew._workers:
         monkeypatch.setattr(end, "connection", Pipe(end.connection))
     assert outcome(rounds_on(setup, crew, 2), 1) == outcome(rounds_on(setup, None), 1)
-    assert before == [process.pid for process, _ in crew._crew]
+    assert before == [process.pid for process, _ in crew._workers]
 
 
 def test_workers_without_shared_memory_for_the_data_end_the_run_in_one_line(
@@ -244,7 +244,7 @@ def test_only_clients_with_private_state_are_remembered() -> None:
         crew = Here(setup := setup_of(method), 2)
         rounds = rounds_on(setup, crew, 2)
         assert outcome(rounds, 2) == outcome(rounds_on(setup, None), 2)
-        assert bool(rounds.executor._held) is some  # type: ignore[attr-defined]
+        assert bool(rounds.executor._holders) is some  # type: ignore[attr-defined]
         assert [bool(worker._used) for worker in crew.workers] == [some, some]
 
 
@@ -295,7 +295,7 @@ def test_an_exception_in_a_worker_is_told_in_one_line(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # however long it takes to end: else it is killed
-    monkeypatch.setattr(processes, "LEAVING", PATIENCE)
+    monkeypatch.setattr(processes, "EXIT_SECONDS", PATIENCE)
     source = config(f"python:tests.helpers.failing_methods:{method}", "mlp")
     source["runtime"] |= {"executor": "processes", "workers": 1 if method == "Leaves" else 2}
     before = multiprocessing.active_children()

@@ -39,9 +39,7 @@ def arguments(doc: str | None, pairs: int = 5, data: bool = False) -> argparse.A
     parser.add_argument(
         "--threads", type=int, default=cores(), help="threads of this process (all cores)"
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="one turn of a small case: to see that it works"
-    )
+    add_quick(parser)
     parser.add_argument(
         "--cpu-time",
         action="store_true",
@@ -54,6 +52,13 @@ def arguments(doc: str | None, pairs: int = 5, data: bool = False) -> argparse.A
             help="CIFAR-10 as .npz (train_images, …); without it generated images",
         )
     return parser
+
+
+def add_quick(parser: argparse.ArgumentParser) -> None:
+    """Add `--quick`, with which a benchmark takes seconds and its figures mean nothing."""
+    parser.add_argument(
+        "--quick", action="store_true", help="one turn of a small case: to see that it works"
+    )
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:

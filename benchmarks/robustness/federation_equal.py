@@ -19,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.common import add_quick
+
 ROOT = Path(__file__).resolve().parents[2]
 COMPARED = ("personal", "global", "server", "clients", "communication", "rounds_completed", "data")
 
@@ -66,7 +68,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["hybrid", "fedavg", "fedmd", "fedproto"])
     parser.add_argument("--secure", action="store_true", help="under a secure sum")
     parser.add_argument("--rounds", type=int, default=2)
+    add_quick(parser)
     options, overrides = parser.parse_known_args()
+    if options.quick:
+        options.configs = ["digits_quickstart"]
+        options.methods = ["fedavg"]
     quick = [
         f"rounds={options.rounds}",
         "runtime.executor=serial",

@@ -26,6 +26,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.common import add_quick
 from benchmarks.robustness.unix_socket import UnixSocket, start_node
 from hetero_fl.deployment.server import run_federation
 from hetero_fl.experiment import run
@@ -182,7 +183,11 @@ def main() -> None:
     parser.add_argument(
         "--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="of runs, in turn"
     )
+    add_quick(parser)
     options = parser.parse_args()
+    if options.quick:
+        options.kills = 1
+        options.kinds = options.kinds[:1]
     rng = random.Random(os.urandom(8))
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.out or Path(scratch)

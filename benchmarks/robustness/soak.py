@@ -26,6 +26,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import add_quick
 from benchmarks.robustness.unix_socket import UnixSocket, start_node
 from hetero_fl.deployment.server import run_federation
 from hetero_fl.reporting.run import Run
@@ -216,7 +217,12 @@ def main() -> None:
         help="through Flower, with signed messages; else Unix sockets",
     )
     parser.add_argument("--out", type=Path, help="where all samples go, as CSV")
+    add_quick(parser)
     options = parser.parse_args()
+    if options.quick:
+        options.rounds = 10
+        options.every = 1
+        options.warm = 2
     rng, began = random.Random(0), time.perf_counter()
     samples: list[tuple[int, str, int, float, int]] = []  # round, who, pid, MiB, files
     restarts = 0

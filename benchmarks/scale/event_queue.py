@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common import add_quick
 from hetero_fl.communication.protocol import Message, Messages
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.executors.base import Reply
@@ -50,7 +51,12 @@ def main() -> None:
         "--flight", type=int, default=1000, help="clients in flight, and uploads of a round"
     )
     parser.add_argument("--rounds", type=int, default=5)
+    add_quick(parser)
     options = parser.parse_args()
+    if options.quick:
+        options.clients = 1_000
+        options.flight = 100
+        options.rounds = 1
     run = prepare(source(options.clients, options.flight)).make_trainer()
     answer, made = run.executor.run, list[Reply]()
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common import add_quick
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.synchronous import SynchronousTrainer
 
@@ -119,7 +120,13 @@ def main() -> None:
     )
     parser.add_argument("--processes", type=int, default=3, help="pairs of processes")
     parser.add_argument("--alone", nargs=2, metavar=("METHOD", "CLIENTS"), help=argparse.SUPPRESS)
+    add_quick(parser)
     options = parser.parse_args()
+    if options.quick:
+        options.cohort = 5
+        options.pairs = 1
+        options.rounds = 1
+        options.processes = 1
     torch.set_num_threads(1)
     if options.alone:
         print(

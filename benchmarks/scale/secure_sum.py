@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from benchmarks.common import add_quick
 from hetero_fl.communication.protocol import (
     AggregatedUploads,
     Message,
@@ -127,8 +128,12 @@ def main() -> None:
     parser.add_argument(
         "--leaving", type=int, default=0, help="clients that are gone before they send their vector"
     )
+    add_quick(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.quick:
+        held(5, 1_000, None, 1)
+        return
     if options.clients:
         held(options.clients, options.numbers, options.neighbours, options.leaving)
         return

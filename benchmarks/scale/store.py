@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.common import add_quick
 from hetero_fl.federation.checkpoint import Checkpoints
 from hetero_fl.federation.state_store import PrivateState, StateStore
 from hetero_fl.utils.seeding import keyed_generator
@@ -72,7 +73,13 @@ def main() -> None:
         default=None,
         help="where the disk is; default: the system's temporary one",
     )
+    add_quick(parser)
     options = parser.parse_args()
+    if options.quick:
+        options.clients = 20
+        options.parameters = 10_000
+        options.cohort = 5
+        options.rounds = 2
     torch.set_num_threads(1)
     clients, before = [f"site_{i}" for i in range(options.clients)], peak()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:

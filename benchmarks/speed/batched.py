@@ -16,6 +16,7 @@ import time
 
 import torch
 
+from benchmarks.common import add_quick
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import Fit
 from hetero_fl.data import make_images
@@ -90,7 +91,14 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    add_quick(parser)
     options = parser.parse_args()
+    if options.quick:
+        options.models = ["linear", "mlp"]
+        options.groups = [2]
+        options.batches = [10]
+        options.rows = 20
+        options.pairs = 1
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     print(

@@ -75,15 +75,15 @@ SETTINGS: dict[str, dict[str, Any]] = {  # where the defaults do not suit the ca
 }
 
 
-def configuration(method: str, clients: int, rows: int) -> dict[str, Any]:
-    """Half the clients of each model."""
+def configuration(method: str, clients: int, rows: int, public: int) -> dict[str, Any]:
+    """Half the clients of each model; as many public rows as test rows."""
     return {
         "rounds": 1 if method == "dense" else 100,  # DENSE has all its work in the last round
         "data": {
-            "train_limit": rows + 200,
-            "test_limit": 200,
+            "train_limit": rows + public,
+            "test_limit": public,
             "partition": {"kind": "dirichlet", "alpha": 0.5, "min_size": 20},
-            "proxy": {"size": 200},
+            "proxy": {"size": public},
             "split": {"validation": 0.0, "test": 0.25},
         },
         "clients": {
@@ -156,7 +156,8 @@ def apart(ours: list[list[float]], bare: list[list[float]]) -> float:
 
 def measure(method: str, options: argparse.Namespace) -> str:
     """A method's line of the table. Ends the program if the two sides do not compute the same."""
-    case = configuration(method, 4 if options.quick else 6, 400 if options.quick else 1800)
+    sizes = (4, 120, 20) if options.quick else (6, 1800, 200)
+    case = configuration(method, *sizes)
     prepared = prepare(case, dataset=make_images(2000, 200, classes=CLASSES, channels=1, side=28))
     ours, bare = (
         Framework(prepared, executor="serial", threads=options.threads),

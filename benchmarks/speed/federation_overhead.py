@@ -28,6 +28,7 @@ from typing import Any
 
 import httpx
 
+from benchmarks.common import add_quick
 from hetero_fl.deployment.certificates import load_node_key, make_node_key
 from hetero_fl.deployment.flower import FlowerTransport, SuperLink, serve
 from hetero_fl.deployment.flower.superlink import free_port
@@ -233,7 +234,11 @@ def main() -> None:
     )
     parser.add_argument("--bytes", type=int, default=0, help="of each message, either way (0)")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
+    add_quick(parser)
     options = parser.parse_args()
+    if options.quick:
+        options.nodes = 2
+        options.pairs = 1
     figures: dict[str, Any] = {"nodes": options.nodes, "bytes": options.bytes}
     with ours(options.nodes, options.bytes) as mine:
         for name, pause in (("as shipped", 0.0), ("tuned", 0.05)):

@@ -16,6 +16,7 @@ import time
 import torch
 import torch.nn.functional as F
 
+from benchmarks.common import add_quick
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import Fit
 from hetero_fl.data import make_images
@@ -76,7 +77,11 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, default=6000)
     parser.add_argument("--threads", type=int, default=1)
+    add_quick(parser)
     options = parser.parse_args()
+    if options.quick:
+        options.pairs = 1
+        options.rows = 200
     torch.set_num_threads(options.threads)
     for name, (model, optimizer, batch, target) in CASES.items():
         client, fit = participant(model, optimizer, batch, options.rows)

@@ -27,6 +27,7 @@ import time
 import torch
 import torch.nn.functional as F
 
+from benchmarks.common import add_quick
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.engine.templates import Template, describe_model
 
@@ -48,8 +49,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--turns", type=int, default=5)
+    add_quick(parser)
     options = parser.parse_args()
-    for name, shape, batch in CASES:
+    if options.quick:
+        options.turns = 1
+    for name, shape, batch in CASES[:2] if options.quick else CASES:
         arch = ModelSpec.from_config(name, 10, shape)
         module = Template(arch, torch.device("cpu")).module
         optimizer = torch.optim.SGD(module.parameters(), 0.01, fused=True)

@@ -227,123 +227,228 @@ def compare(
         RunFailedError: After the others have ended: runs failed; a line for each of them.
     """
     exit_if_importing()
-    out = Path(out)
-    base = override_list(overrides)
-    seeds = list(dict.fromkeys(seeds))
+    plan = _plan(
+        source,
+        algorithms,
+        list(dict.fromkeys(seeds)),
+        Path(out),
+        override_list(overrides),
+        grid or {},
+        jobs,
+        CodePermission.from_argument(allow_code),
+    )
+    try:
+        plan.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {out}: cannot be made ({error.strerror})") from None
+    with lock_folder(plan.out) as unheld, Progress(plan.out / "log.txt", quiet) as progress:
+        for line in unheld:
+            progress.log(line)
+        settings = plan.settings(dict.fromkeys(plan.variants, ()), origins or {})
+        _log_plan(plan, settings, progress)
+        try:
+            failed = run_jobs(
+                plan.source, plan.base, plan.work, plan.jobs, progress, plan.permission
+            )
+        except KeyboardInterrupt as stop:
+            raise Interrupted(plan.out) from stop
+    _write_results(plan, failed, origins or {})
+    if failed:
+        lines = (f"{job}: {' '.join(why.split())}" for job, why in failed.items())
+        raise RunFailedError("\n".join([f"{len(failed)} of {len(plan.work)} runs failed", *lines]))
+    return plan.out
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The runs of a comparison, checked before the first one starts.
+
+    Args:
+        source: The keys of the configuration; its file may change while the runs go on.
+        file: What the configuration is called.
+        out: The folder.
+        title: Name of the configuration.
+        base: Overrides of all runs.
+        variants: What is compared.
+        admitted: The variants that "all" stands for.
+        left_out: The methods that "all" does not stand for, with the reason.
+        points: Grid points, each tried with all variants; one without keys if there is no grid.
+        work: One run for each seed, variant and point.
+        jobs: Runs at a time.
+        task: What all runs learn.
+        permission: Whether code that the configuration names may run.
+    """
+
+    source: Source
+    file: str
+    out: Path
+    title: str
+    base: list[str]
+    variants: list[Variant]
+    admitted: list[Variant]
+    left_out: dict[str, str]
+    points: list[Point]
+    work: list[ComparisonJob]
+    jobs: int
+    task: Task
+    permission: CodePermission
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether grid points are chosen by validation."""
+        return len(self.points) > 1
+
+    def settings(self, points: Mapping[Variant, Point], origins: Mapping[str, str]) -> UsedSettings:
+        """Return the settings of every variant at its grid point (see `used_settings`)."""
+        grid = "grid, chosen by validation" if self.is_tuned else "grid"
+        return used_settings(
+            self.source, self.base, points, origins, self.file, grid, self.permission
+        )
+
+
+def _plan(
+    source: Source,
+    algorithms: Sequence[str] | str,
+    seeds: list[int],
+    out: Path,
+    base: list[str],
+    grid: Mapping[str, Sequence[str]],
+    jobs: int | None,
+    permission: CodePermission,
+) -> _Plan:
+    """Return the plan of a comparison; raise UserError for what is wrong with any of its runs."""
     if not seeds:
         raise UserError("--seeds: found none; write whole numbers with commas, such as 0,1,2")
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs: found {jobs}; take 1 or more")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: {out} is a file; name a folder")
-    permission = CodePermission.from_argument(allow_code)
     config = load_config(source, base, permission)
     for seed in seeds:
         load_config(source, [*base, f"seed={seed}"], permission)
-    names = [
-        n.strip()
-        for n in (split_top_level(algorithms, ",") if isinstance(algorithms, str) else algorithms)
-    ]
-    everything = any(n.lower() == "all" for n in names)
-    asked = [Variant.parse(n) for n in names if n and n.lower() != "all"]
-    admitted, left_out = (
-        _compatible_methods(source, base, seeds[0], permission) if everything else ([], {})
-    )
-    variants = list(dict.fromkeys([*admitted, *asked]))
+    names = split_top_level(algorithms, ",") if isinstance(algorithms, str) else algorithms
+    names = [name.strip() for name in names if name.strip()]
+    listed = [Variant.parse(name) for name in names if name.lower() != "all"]
+    admitted: list[Variant] = []
+    left_out: dict[str, str] = {}
+    if len(listed) < len(names):
+        admitted, left_out = _compatible_methods(source, base, seeds[0], permission)
+    variants = list(dict.fromkeys([*admitted, *listed]))
     if not variants:
         raise UserError(
             f"--algorithms: found none; choose from all, {', '.join(register_algorithm)}"
         )
     threads = config.runtime.threads or 1
-    base += [] if config.runtime.threads else ["runtime.threads=1"]
+    if config.runtime.threads is None:
+        base = [*base, "runtime.threads=1"]
     points = [
-        tuple(f"{k}={v}" for k, v in zip(grid or {}, p, strict=True))
-        for p in itertools.product(*(grid or {}).values())
+        tuple(f"{key}={value}" for key, value in zip(grid, values, strict=True))
+        for values in itertools.product(*grid.values())
     ]
     work = [
-        ComparisonJob(v, p, s, out / "runs" / _folder(v, p, s))
-        for s in seeds
-        for v in variants
-        for p in points
+        ComparisonJob(variant, point, seed, out / "runs" / _folder(variant, point, seed))
+        for seed in seeds
+        for variant in variants
+        for point in points
     ]
     _check_same_configuration(source, base, work, permission)
-    once = work[: len(variants) * len(points)]
-    # the others have been prepared
-    new = [job for job in once if grid or job.variant not in admitted]
-    tasks = [_task(source, base, job, permission) for job in new or once[:1]]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: {out}: cannot be made ({error.strerror})") from None
-    with lock_folder(out) as unheld, Progress(out / "log.txt", quiet) as progress:
-        for line in unheld:
-            progress.log(line)
-        for name, why in left_out.items():
-            progress.log(f"left out {name}: {why}")
-        # the file may change while it runs
-        plain = read_config_file(Path(source)) if isinstance(source, str | Path) else source
-        permitted = permission.with_written(
-            source, [o for job in work for o in [*base, *job.overrides]]
-        )
-        file = Path(source).name if isinstance(source, str | Path) else "the configuration"
-        before = used_settings(
-            plain, base, dict.fromkeys(variants, ()), origins or {}, file, allow_code=permitted
-        )
-        for methods, text in before.lines():
-            progress.log(f"settings of {methods}: {text}")
-        if before.note:
-            progress.log(before.note)
-        try:
-            failed = run_jobs(
-                plain, base, work, jobs or max(1, available_cores() // threads), progress, permitted
-            )
-        except KeyboardInterrupt as stop:
-            raise Interrupted(out) from stop
-    done = [j for j in work if j not in failed]
-    scores = _validations(done, tasks[0]) if len(points) > 1 else {}
-    chosen = _choose(scores, variants, points)
-    notes = [f"{v.label}: {', '.join(p)} (chosen by validation)" for v, p in chosen.items() if p]
-    missing = {algorithm_name(name): why for name, why in left_out.items()}
-    for job, why in failed.items():
-        told = [algorithm_name(job.variant.label), *job.point, f"seed {job.seed}"]
-        missing[", ".join(told)] = f"it failed: {why}"
+    first_seed = work[: len(variants) * len(points)]
+    # "all" has prepared its methods already
+    unchecked = [job for job in first_seed if grid or job.variant not in admitted]
+    tasks = [_task(source, base, job, permission) for job in unchecked or first_seed[:1]]
+    permission = permission.with_written(
+        source, [override for job in work for override in [*base, *job.overrides]]
+    )
+    file = "the configuration"
+    if isinstance(source, str | Path):
+        file = Path(source).name
+        source = read_config_file(Path(source))
+    return _Plan(
+        source=source,
+        file=file,
+        out=out,
+        title=config.name,
+        base=base,
+        variants=variants,
+        admitted=admitted,
+        left_out=left_out,
+        points=points,
+        work=work,
+        jobs=jobs or max(1, available_cores() // threads),
+        task=tasks[0],
+        permission=permission,
+    )
+
+
+def _log_plan(plan: _Plan, settings: UsedSettings, progress: Progress) -> None:
+    for name, why in plan.left_out.items():
+        progress.log(f"left out {name}: {why}")
+    for methods, text in settings.lines():
+        progress.log(f"settings of {methods}: {text}")
+    if settings.note:
+        progress.log(settings.note)
+
+
+def _write_results(
+    plan: _Plan, failed: Mapping[ComparisonJob, str], origins: Mapping[str, str]
+) -> None:
+    """Write table, figures and report of the runs that have finished, at the chosen grid points."""
     # loads what draws
     from hetero_fl.reporting.comparison.plots import hours_to_reach, write_curves
     from hetero_fl.reporting.comparison.report import comparison_row, write_comparison
     from hetero_fl.reporting.comparison.tables import Candidate
 
-    best = [j for j in done if j.point == chosen[j.variant]]
-    reached = hours_to_reach([Run(j.out).metrics for j in best], tasks[0])
+    finished = [job for job in plan.work if job not in failed]
+    scores = _validations(finished, plan.task) if plan.is_tuned else {}
+    chosen = _choose(scores, plan.variants, plan.points)
+    best = [job for job in finished if job.point == chosen[job.variant]]
+    if not best:
+        return
+    metrics = {job: Run(job.out).metrics for job in best}
+    reached = hours_to_reach(list(metrics.values()), plan.task)
     rows = [
-        _values(j.point)
-        | comparison_row(Run(j.out).summary)
-        | {"algorithm": j.variant.label}
+        _values(job.point)
+        | comparison_row(Run(job.out).summary)
+        | {"algorithm": job.variant.label}
         | hours
-        for j, hours in zip(best, reached, strict=True)
+        for job, hours in zip(best, reached, strict=True)
     ]
-    if rows:
-        shown = rank_methods(rows, tasks[0]) if admitted else rows
-        tried = [
-            Candidate(v.label, p, scores.get((v, p)), p == chosen[v])
-            for v in variants
-            for p in points
-            if len(points) > 1
-        ]
-        by = "grid, chosen by validation" if len(points) > 1 else "grid"
-        points_of = {j.variant: j.point for j in best}
-        settings = used_settings(plain, base, points_of, origins or {}, file, by, permitted)
-        write_comparison(
-            out, shown, title=config.name, note="; ".join(notes), task=tasks[0], missing=missing, tried=tried,
-            settings=settings,
-        )  # fmt: skip
-        labels = dict.fromkeys(str(row["algorithm"]) for row in shown)
-        histories = {a: [Run(j.out).metrics for j in best if j.variant.label == a] for a in labels}
-        write_curves(out / "curves.png", histories, tasks[0])
-        write_curves(out / "curves_time.png", histories, tasks[0], timed=True)
-    if failed:
-        lines = (f"{job}: {' '.join(why.split())}" for job, why in failed.items())
-        raise RunFailedError("\n".join([f"{len(failed)} of {len(work)} runs failed", *lines]))
-    return out
+    shown = rank_methods(rows, plan.task) if plan.admitted else rows
+    tried = [
+        Candidate(variant.label, point, scores.get((variant, point)), point == chosen[variant])
+        for variant in plan.variants
+        for point in plan.points
+        if plan.is_tuned
+    ]
+    notes = [
+        f"{variant.label}: {', '.join(point)} (chosen by validation)"
+        for variant, point in chosen.items()
+        if point
+    ]
+    write_comparison(
+        plan.out,
+        shown,
+        title=plan.title,
+        note="; ".join(notes),
+        task=plan.task,
+        missing=_missing_methods(plan, failed),
+        tried=tried,
+        settings=plan.settings({job.variant: job.point for job in best}, origins),
+    )
+    histories: dict[str, list[Any]] = {str(row["algorithm"]): [] for row in shown}
+    for job in best:
+        histories[job.variant.label].append(metrics[job])
+    write_curves(plan.out / "curves.png", histories, plan.task)
+    write_curves(plan.out / "curves_time.png", histories, plan.task, timed=True)
+
+
+def _missing_methods(plan: _Plan, failed: Mapping[ComparisonJob, str]) -> dict[str, str]:
+    """Return why methods and runs are not in the table, by their names."""
+    missing = {algorithm_name(name): why for name, why in plan.left_out.items()}
+    for job, why in failed.items():
+        name = ", ".join([algorithm_name(job.variant.label), *job.point, f"seed {job.seed}"])
+        missing[name] = f"it failed: {why}"
+    return missing
 
 
 def _compatible_methods(

@@ -1,477 +1,642 @@
-"""Refuse combinations of features that cannot work together, each in one line."""
+"""Which features work together: one table of rules, each with the two configuration keys that it is about.
+
+A rule is checked as soon as its facts are known: those of `RULES_ON_LOADING` before data is loaded,
+those of `RULES_AFTER_PREPARATION` before training starts.
+"""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
-import torch
-
-from hetero_fl.algorithms import Algorithm
-from hetero_fl.communication.secure_aggregation.crypto import num_neighbours
-from hetero_fl.communication.secure_aggregation.protocol import TensorKey, VectorLayout
-from hetero_fl.config import Config
+from hetero_fl.algorithms.distillation import InitialPhase
 from hetero_fl.config.base import StalenessConfig
-from hetero_fl.config.communication import SecureAggregationConfig
-from hetero_fl.core.model_spec import ModelSpec
-from hetero_fl.core.participant import ClientProfile, floating_tensors
-from hetero_fl.experiment.protection_checks import single_upload_reason
-from hetero_fl.federation.channel import DerivedSetup, idle_stages
-from hetero_fl.federation.dry_run import ExpectedUploads
-from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.simulation.devices import Devices
-from hetero_fl.federation.user_methods import call_broadcast, is_user_method, translate_user_errors
-from hetero_fl.utils.errors import UserError, suggest_or_list
-from model_zoo import ModelError, is_batch_norm
+from hetero_fl.experiment.facts import ConfigFacts, RunFacts, first
+from hetero_fl.federation.user_methods import is_user_method
+from hetero_fl.robustness.attacks import Attack
+from hetero_fl.robustness.robust_means import PARAMETERS
+from hetero_fl.robustness.rules import PredictionRule, Rule, prediction_rule
+from hetero_fl.utils.code_permission import OWN
+from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.registry import import_reference
+from hetero_fl.utils.text import pluralize
+from model_zoo import ModelError
 
-# What cannot be summed in secret, refused before anything is computed; and what a sum would tell
-# all the same, said.
+ROUNDING = ("quantize", "half")
+"""Compression stages that change numbers only, so that compressed uploads can be added."""
+FEWEST_IN_SUM = 3
+"""Clients in a secure sum: in a sum of two, each knows the other's part."""
+MOST_IN_ONE_PLACE = 10_000
+"""Clients of which a method may need all rows or models in one place."""
 
-ROUNDING = ("quantize", "half")  # stages that change numbers only
-FEWEST = 3  # clients: of a sum of two, each knows the other's part
-KEY = "channel.secure_sum"
+BOUNDED = ("client", "local")
+"""Units of privacy under which whole uploads are bounded."""
 
-
-def check_secure_aggregation(
-    name: str, algorithm: Algorithm, federation: FederationSpec
-) -> list[str]:
-    """Raises UserError for what is impossible; returns lines on what is possible but perhaps not meant."""
-    config = federation.channel.secure_sum
-    cohort = federation.cohort
-    if config is None or not algorithm.uploads:
-        return []
-    if single := [item for item, spec in algorithm.uploads.items() if spec.use == "each"]:
-        raise UserError(
-            f"algorithm.name: {name} needs single uploads ({', '.join(single)}), but {KEY} tells only their sum; take a method "
-            "that needs no more, such as hybrid, fedmd, fedavg or fedproto, or leave the key out"
-        )
-    if cut := [stage.kind for stage in federation.channel.compress if stage.kind not in ROUNDING]:
-        raise UserError(
-            f"channel.compress: found {cut[0]}, but {KEY} adds whole vectors, in which nothing is left out; take "
-            f"{' or '.join(ROUNDING)}, or leave one of the keys out"
-        )
-    if cohort < FEWEST:
-        many = f"{cohort} client{'s' if cohort != 1 else ''}"
-        raise UserError(
-            f"{KEY}: found {many} in a round; a sum hides a part of it among {FEWEST} or more"
-        )
-    _check_threshold(config, cohort)
-    _check_range(config, cohort)
-    needed = num_neighbours(cohort, config.min_survivors(cohort))
-    notes = []
-    if config.neighbours is not None and config.neighbours < needed:
-        notes.append(
-            f"{KEY}.neighbours: {config.neighbours} are fewer than the {needed} that keep an upload hidden though a fifth "
-            "of all clients tell the server what they know"
-        )
-    if federation.channel.compress:
-        notes.append(
-            f"channel.compress rounds what clients add up; under {KEY} it makes no message shorter"
-        )
-    return [*notes, *_alone_in_sum(algorithm, federation)]
+Facts = TypeVar("Facts", bound=ConfigFacts)
 
 
-def _check_threshold(config: SecureAggregationConfig, cohort: int) -> None:
-    least = config.min_survivors(cohort)
-    if least > cohort:
-        raise UserError(
-            f"{KEY}.threshold: found {least}, but a round has {cohort} clients (clients.per_round)"
-        )
-    if 2 * least <= cohort:
-        raise UserError(
-            f"{KEY}.threshold: found {least}, which is not more than half of the {cohort} clients of a round; choose "
-            f"{cohort // 2 + 1} or more"
-        )
+@dataclass(frozen=True)
+class CompatibilityRule(Generic[Facts]):
+    """A combination of settings that cannot work.
 
-
-def _check_range(config: SecureAggregationConfig, cohort: int) -> None:
-    most = config.max_fraction_bits(cohort)
-    if most < 1:
-        raise UserError(
-            f"{KEY}.range: found {config.range:g}; sums over {cohort} clients leave 64-bit integers"
-        )
-    if config.num_fraction_bits(cohort) > most:
-        raise UserError(
-            f"{KEY}.fraction_bits: found {config.num_fraction_bits(cohort)}; with {KEY}.range {config.range:g} sums over {cohort} clients "
-            f"leave 64-bit integers, choose {most} or fewer"
-        )
-
-
-def _alone_in_sum(algorithm: Algorithm, federation: FederationSpec) -> list[str]:
-    """The clients of which a sum holds something that no other client sends: it tells that as it is."""
-    derived = DerivedSetup(algorithm, federation)
-    owners = Counter[TensorKey]()
-    layout = VectorLayout(derived.expectations.specs, federation.common)
-    sent = []
-    for kind in federation.client_infos.profiles:
-        # a round in which it shares
-        form = derived.upload_form(kind.first, kind.settings.share_every - 1)
-        sent.append((kind, layout.tensor_keys(kind.arch.spec_id, form)))
-        owners.update(dict.fromkeys(sent[-1][1], kind.count))
-    alone = [kind for kind, places in sent if any(owners[place] == 1 for place in places)]
-    who = f"for {federation.client_infos.format_clients(alone)}: nobody else sends such tensors, and their sum is what the client has"
-    return [f"{KEY} hides nothing of some items {who}"] if alone else []
-
-
-# Combinations that cannot work, refused before anything is computed, in one line that names both
-# keys.
-
-GATHERED = 10_000  # clients of whom a method may need everybody's rows or models in one place
-
-
-def check_compatibility(name: str, algorithm: Algorithm, federation: FederationSpec) -> list[str]:
-    """Raises UserError for what is impossible; returns lines on what is possible but perhaps not meant."""
-    task = federation.task
-    proxy = federation.data.n_proxy
-    settings = [kind.settings for kind in federation.client_infos.profiles]
-    if task.kind not in algorithm.tasks:
-        raise UserError(
-            f"algorithm.name: {name} is for {', '.join(algorithm.tasks)}, but data.name has a {task.kind} task"
-        )
-    if algorithm.needs_proxy and not proxy:
-        raise UserError(
-            f"algorithm.name: {name} compares predictions on a proxy set, but data.proxy.size is 0; set it above 0, so that "
-            "so many training rows are public, or name another set in data.proxy.source"
-        )
-    if algorithm.reads_proxy_labels and not federation.data.has_proxy_labels:
-        raise UserError(
-            f"algorithm.initial_phase: found true, with which {name} trains on labels of the proxy set, but "
-            "data.proxy.labels is false; set it to true, or algorithm.initial_public_epochs to 0"
-        )
-    # these go with something else
-    said = {n: spec for n, spec in algorithm.uploads.items() if spec.kind != "counts"}
-    shares = {spec.share for spec in said.values()}
-    given = {share for s in settings for share in s.shares} | {
-        "parameters" for s in settings if s.shared_prefixes
-    }
-    if shares and not shares & given:
-        needed = " or ".join(sorted(shares))
-        raise UserError(
-            f"algorithm.name: {name} needs clients that share {needed}, but no client's `shares` has it; add it in "
-            "clients.defaults.shares, or to those who may send it"
-        )
-    if algorithm.needs_all_clients and len(federation.client_infos) > GATHERED:
-        raise UserError(
-            f"algorithm.name: {name} brings all clients' rows or models together, at most {GATHERED:,} of them; found "
-            f"{len(federation.client_infos):,} clients"
-        )
-    _check_prefixes(name, algorithm, federation)
-    _check_class_weights(federation)
-    _check_extras(algorithm, federation)
-    _check_batches(algorithm, federation)
-    if is_user_method(algorithm):
-        _dry_run_clients(algorithm, federation)
-    notes = [
-        *idle_stages(name, algorithm, federation),
-        *check_secure_aggregation(name, algorithm, federation),
-    ]
-    if algorithm.reads_proxy_labels:
-        notes.append(
-            f"{name} trains on the labels of the proxy set before a client's first round (algorithm.initial_phase)"
-        )
-    travel = {s.kind for s in said.values() if s.share in given and (s.kind != "rows" or proxy)}
-    averages = "model" in said and travel <= {"params", "update"}
-    if averages and algorithm.uploads["model"].use == "sum" and len(federation.client_infos) > 1:
-        alone = _clients_without_partner(algorithm, federation)
-        if sum(kind.count for kind in alone) == len(federation.client_infos):
-            raise UserError(
-                f"algorithm.name: {name} averages parameters here, but no two clients send a tensor in common; give "
-                "clients the same `model`, let their `shares` overlap, or name common prefixes in clients.common"
-            )
-        if alone:
-            groups = dict.fromkeys(kind.arch.spec_id for kind in alone)
-            verb = "stands" if len(groups) == 1 else "stand"
-            notes.append(
-                f"{name} averages within an architecture: {', '.join(groups)} {verb} alone"
-            )
-    return notes
-
-
-@translate_user_errors()
-def _dry_run_clients(algorithm: Algorithm, federation: FederationSpec) -> None:
-    """The clients' part of the first round, without computing: slips in an own method show before anybody trains.
-
-    Raises UserError, and RunFailedError if the method itself does not run.
+    Args:
+        keys: The two configuration keys, as the message names them.
+        violation: Returns something true if a run violates the rule.
+        message: The line that the user reads. `{run...}` is filled in from the facts; `{found}`, or
+            the names in a mapping, from what `violation` returns.
     """
-    server = federation.server()
-    expectations = ExpectedUploads(algorithm, federation)
-    algorithm.setup(server)
-    for kind in federation.client_infos.profiles:
-        card = federation.client_infos[kind.first]
-        expectations.expected_items(card, call_broadcast(algorithm, server, card), 0)
+
+    keys: tuple[str, str]
+    violation: Callable[[Facts], Any]
+    message: str
+
+    def line(self, run: Facts) -> str | None:
+        """Return the message if the run violates the rule."""
+        found = self.violation(run)
+        if not found:
+            return None
+        values = found if isinstance(found, Mapping) else {"found": found}
+        return self.message.format(run=run, **values)
 
 
-def _clients_without_partner(
-    algorithm: Algorithm, federation: FederationSpec
-) -> list[ClientProfile]:
-    """The clients that send no tensor which another sends, too: averaging gives them nothing."""
-    sent = []
-    owners = Counter[Any]()
-    for kind in federation.client_infos.profiles:
-        tensors = algorithm.shareable_tensors(
-            kind.arch, federation.initial_tensors(kind.arch), algorithm.shared_part(kind.settings)
-        )
-        common = [n for n in tensors if federation.common and n.startswith(federation.common)]
-        family = algorithm.aggregation_group(federation.client_infos[kind.first])
-        mine: set[tuple[str, tuple[int, ...], str]] = {
-            (n, (), family) for n in tensors if n not in common
-        }
-        # the owners of hetero_fl.aggregation.means
-        mine |= {(n, tuple(tensors[n].shape), "") for n in common}
-        owners.update(dict.fromkeys(mine, kind.count))
-        sent.append((kind, mine))
-    return [kind for kind, mine in sent if all(owners[owner] == 1 for owner in mine)]
+def check_rules(rules: Mapping[str, CompatibilityRule[Facts]], run: Facts) -> None:
+    """Raise UserError for the first rule that a run violates."""
+    for rule in rules.values():
+        if (line := rule.line(run)) is not None:
+            raise UserError(line)
 
 
-def _check_prefixes(name: str, algorithm: Algorithm, federation: FederationSpec) -> None:
-    """Parts of models that are named by the first words of their tensors' names have to be there."""
-    kinds = federation.client_infos.profiles
-    wanted = dict.fromkeys(federation.common, "clients.common")
-    named = {
-        p: f"clients: {k.first}: shares"
-        for k in kinds
-        for p in k.settings.shares
-        if p.endswith(".")
-    }
-    if not wanted and not named:
-        return
-    names = {
-        n
-        for arch in {kind.arch for kind in kinds}
-        for n in floating_tensors(federation.initial_tensors(arch))
-    }
-    for prefix, where in (wanted | named).items():
-        if not any(n.startswith(prefix) for n in names):
-            deep = prefix.count(".")
-            parts = {
-                ".".join(n.split(".")[:i]) + "." for n in names for i in range(1, max(1, deep) + 1)
+RULES_ON_LOADING: dict[str, CompatibilityRule[ConfigFacts]] = {
+    # Cohorts
+    "cohort_larger_than_population": CompatibilityRule(
+        ("clients.per_round", "clients"),
+        lambda run: (run.config.clients.per_round or 0) > len(run.clients) and len(run.clients),
+        "clients.per_round: found {run.config.clients.per_round}, but there are {found} clients",
+    ),
+    "sampled_clients_share_rarely": CompatibilityRule(
+        ("clients.per_round", "share_every"),
+        lambda run: run.config.clients.per_round is not None and run.rare_sender(),
+        "clients.per_round: cannot be combined with share_every ({client}): who is sampled may "
+        "not be who shares",
+    ),
+    # Synchronous and asynchronous runs
+    "synchronous_buffer": CompatibilityRule(
+        ("runtime.buffer", "runtime.mode"),
+        lambda run: not run.is_async and run.config.runtime.buffer,
+        "runtime.buffer: found {found}, but a synchronous round takes its whole cohort; write "
+        "runtime.mode=async, or leave this out",
+    ),
+    "synchronous_staleness": CompatibilityRule(
+        ("runtime.staleness", "runtime.mode"),
+        lambda run: not run.is_async and run.config.runtime.staleness != StalenessConfig(),
+        "runtime.staleness: nothing is stale in synchronous rounds; write runtime.mode=async, or "
+        "leave this out",
+    ),
+    "asynchronous_secure_sum": CompatibilityRule(
+        ("runtime.mode", "channel.secure_sum"),
+        lambda run: run.is_async and run.config.channel.secure_sum,
+        "runtime.mode: async cannot be combined with channel.secure_sum, which sums one cohort's "
+        "uploads",
+    ),
+    "asynchronous_robustness": CompatibilityRule(
+        ("runtime.mode", "aggregation.rule"),
+        lambda run: run.is_async and run.single_uploads(),
+        "runtime.mode: async cannot be combined with {found}: both look at the uploads of one "
+        "cohort",
+    ),
+    "asynchronous_clients_share_rarely": CompatibilityRule(
+        ("runtime.mode", "share_every"),
+        lambda run: run.is_async and run.rare_sender(),
+        "runtime.mode: async cannot be combined with share_every ({client}): there are no rounds",
+    ),
+    "two_staleness_settings": CompatibilityRule(
+        ("runtime.staleness", "algorithm.staleness"),
+        lambda run: (
+            run.method.staleness_config is not None
+            and run.config.runtime.staleness != StalenessConfig()
+        ),
+        "runtime.staleness: is not used: {run.name} has its own, algorithm.staleness",
+    ),
+    "asynchronous_cohort": CompatibilityRule(
+        ("cohort", "runtime.mode"),
+        lambda run: run.is_async and run.waiting_setting(),
+        "cohort.{found}: is for rounds that wait for a cohort; runtime.mode is async",
+    ),
+    # Privacy
+    "private_asynchronous_run": CompatibilityRule(
+        ("runtime.mode", "privacy.unit"),
+        lambda run: run.unit and run.is_async,
+        "runtime.mode: found async, with privacy.unit: found {run.unit}; what is spent is planned for cohorts, round "
+        "by round",
+    ),
+    "private_run_from_other_models": CompatibilityRule(
+        ("init_from", "privacy.unit"),
+        lambda run: run.unit and run.config.init_from,
+        "init_from: found {found}, with privacy.unit: found {run.unit}; what those models know of private rows is not "
+        "counted in ε; leave one of them out",
+    ),
+    "private_sampling": CompatibilityRule(
+        ("cohort.sampling", "privacy.unit"),
+        lambda run: run.unit and run.config.cohort.sampling != "uniform",
+        "cohort.sampling: found {run.config.cohort.sampling}, with privacy.unit: found {run.unit}; "
+        "who takes part has to be known before the run, to be accounted",
+    ),
+    "private_over_selection": CompatibilityRule(
+        ("cohort.over_selection", "privacy.unit"),
+        lambda run: run.unit and run.config.cohort.over_selection > 1,
+        "cohort.over_selection: found {run.config.cohort.over_selection}, with privacy.unit: found "
+        "{run.unit}; who takes part has to be known before the run, to be accounted",
+    ),
+    "private_repeated_rounds": CompatibilityRule(
+        ("cohort.too_few", "privacy.unit"),
+        lambda run: run.unit and run.config.cohort.too_few == "repeat",
+        "cohort.too_few: found repeat, with privacy.unit: found {run.unit}; who takes part has to "
+        "be known before the run, to be accounted",
+    ),
+    "distributed_noise_in_plain_sum": CompatibilityRule(
+        ("privacy.distributed", "channel.secure_sum"),
+        lambda run: (
+            run.privacy and run.privacy.distributed and run.config.channel.secure_sum is None
+        ),
+        "privacy.distributed: needs channel.secure_sum: of a single upload the server would see "
+        "all but a little noise",
+    ),
+    "private_clients_robustness": CompatibilityRule(
+        ("aggregation.rule", "privacy.unit"),
+        lambda run: run.unit == "client" and run.single_uploads(),
+        "{found}: cannot be combined with privacy.unit: found {run.unit}: noise is added to sums; take unit: record or "
+        "local",
+    ),
+    "poisson_cohorts_secure_sum": CompatibilityRule(
+        ("privacy.poisson_cohorts", "channel.secure_sum"),
+        lambda run: run.privacy and run.privacy.poisson_cohorts and run.config.channel.secure_sum,
+        "privacy.poisson_cohorts: cannot be combined with channel.secure_sum, which is agreed on "
+        "for cohorts of one size; leave one of them out",
+    ),
+    "private_clients_compression": CompatibilityRule(
+        ("channel.compress", "privacy.unit"),
+        lambda run: run.unit == "client" and first(run.config.channel.compress),
+        "channel.compress: found {found.kind}, which changes uploads after they were bounded, with "
+        "privacy.unit: found {run.unit}; take unit: record or local",
+    ),
+    # Robustness
+    "secure_sum_robustness": CompatibilityRule(
+        ("aggregation.rule", "channel.secure_sum"),
+        lambda run: run.config.channel.secure_sum and run.single_uploads(),
+        "{found}: needs single uploads, but channel.secure_sum tells only their sum; leave one of "
+        "them out",
+    ),
+}
+
+RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
+    # Methods
+    "task_of_method": CompatibilityRule(
+        ("algorithm.name", "data.name"),
+        lambda run: run.task.kind not in run.algorithm.tasks and ", ".join(run.algorithm.tasks),
+        "algorithm.name: {run.name} is for {found}, but data.name has a {run.task.kind} task",
+    ),
+    "no_proxy_set": CompatibilityRule(
+        ("algorithm.name", "data.proxy.size"),
+        lambda run: run.algorithm.needs_proxy and not run.num_proxy,
+        "algorithm.name: {run.name} compares predictions on a proxy set, but data.proxy.size is 0; "
+        "set it above 0, so that so many training rows are public, or name another set in "
+        "data.proxy.source",
+    ),
+    "no_proxy_labels": CompatibilityRule(
+        ("algorithm.initial_phase", "data.proxy.labels"),
+        lambda run: run.algorithm.reads_proxy_labels and not run.federation.data.has_proxy_labels,
+        "algorithm.initial_phase: found true, with which {run.name} trains on labels of the proxy "
+        "set, but data.proxy.labels is false; set it to true, or algorithm.initial_public_epochs "
+        "to 0",
+    ),
+    "no_shares": CompatibilityRule(
+        ("algorithm.name", "clients.defaults.shares"),
+        lambda run: run.missing_shares(),
+        "algorithm.name: {run.name} needs clients that share {found}, but no client's `shares` has "
+        "it; add it in clients.defaults.shares, or to those who may send it",
+    ),
+    "large_population": CompatibilityRule(
+        ("algorithm.name", "clients"),
+        lambda run: run.algorithm.needs_all_clients and run.num_clients > MOST_IN_ONE_PLACE,
+        f"algorithm.name: {{run.name}} brings all clients' rows or models together, at most "
+        f"{MOST_IN_ONE_PLACE:,} of them; found {{run.num_clients:,}} clients",
+    ),
+    "unknown_part": CompatibilityRule(
+        ("clients.common", "model"),
+        lambda run: run.unknown_prefix(),
+        "{key}: no client's `model` has a tensor whose name begins with '{prefix}'{hint}",
+    ),
+    "part_of_other_model": CompatibilityRule(
+        ("algorithm.name", "shares"),
+        lambda run: run.part_of_other_model(),
+        "algorithm.name: {run.name} averages a small model next to each client's own, of which no "
+        "client's `shares` names a part; found '{found}'",
+    ),
+    "nothing_to_average": CompatibilityRule(
+        ("algorithm.name", "model"),
+        lambda run: sum(kind.count for kind in run.clients_alone) == run.num_clients,
+        "algorithm.name: {run.name} averages parameters here, but no two clients send the same "
+        "tensor; give clients the same `model`, let their `shares` overlap, or name common "
+        "prefixes in clients.common",
+    ),
+    # Training
+    "class_weights_of_other_task": CompatibilityRule(
+        ("class_weights", "data.name"),
+        lambda run: (
+            run.task.kind != "multiclass"
+            and first(k.first for k in run.profiles if k.settings.class_weights is not None)
+        ),
+        "clients: {found}: class_weights: is for classes that exclude one another, but data.name "
+        "has a {run.task.kind} task",
+    ),
+    "number_of_class_weights": CompatibilityRule(
+        ("class_weights", "data.name"),
+        lambda run: first(
+            {"client": client, "count": len(weights)}
+            for client, weights in run.class_weights.items()
+            if len(weights) != run.task.outputs
+        ),
+        "clients: {client}: class_weights: found {count} numbers for {run.task.outputs} classes of "
+        "data.name",
+    ),
+    "negative_class_weights": CompatibilityRule(
+        ("class_weights", "weights"),
+        lambda run: first(
+            {"client": client, "weight": min(weights)}
+            for client, weights in run.class_weights.items()
+            if min(weights) < 0
+        ),
+        "clients: {client}: class_weights: found {weight:g}; weights are 0 or more",
+    ),
+    "class_weights_without_effect": CompatibilityRule(
+        ("class_weights", "training row"),
+        lambda run: run.weightless_client(),
+        "clients: {client}: class_weights: found {weights}, which is 0 for every training row of "
+        "{client}; raise one",
+    ),
+    "batches_of_one": CompatibilityRule(
+        ("batch_size", "model"),
+        lambda run: run.batch_of_one(),
+        "{key}, but {model} has BatchNorm, which cannot train on batches of one; take 2 or more, or "
+        "a model without it",
+    ),
+    # Secure aggregation
+    "secure_sum_of_single_uploads": CompatibilityRule(
+        ("algorithm.name", "channel.secure_sum"),
+        lambda run: run.secure_sum and run.items_used_singly(),
+        "algorithm.name: {run.name} needs single uploads ({found}), but channel.secure_sum tells "
+        "only their sum; take a method that needs no more, such as hybrid, fedmd, fedavg or "
+        "fedproto, or leave the key out",
+    ),
+    "secure_sum_compression": CompatibilityRule(
+        ("channel.compress", "channel.secure_sum"),
+        lambda run: (
+            run.secure_sum
+            and first(s.kind for s in run.config.channel.compress if s.kind not in ROUNDING)
+        ),
+        "channel.compress: found {found}, but channel.secure_sum adds whole vectors, in which "
+        "nothing is left out; take quantize or half, or leave one of the keys out",
+    ),
+    "secure_sum_of_few": CompatibilityRule(
+        ("channel.secure_sum", "clients.per_round"),
+        lambda run: (
+            run.secure_sum and run.cohort < FEWEST_IN_SUM and pluralize(run.cohort, "client")
+        ),
+        "channel.secure_sum: found {found} in a round (clients.per_round); a sum hides a part of "
+        f"it among {FEWEST_IN_SUM} or more",
+    ),
+    "high_threshold": CompatibilityRule(
+        ("channel.secure_sum.threshold", "clients.per_round"),
+        lambda run: (
+            run.secure_sum
+            and run.secure_sum.min_survivors(run.cohort) > run.cohort
+            and run.secure_sum.min_survivors(run.cohort)
+        ),
+        "channel.secure_sum.threshold: found {found}, but a round has {run.cohort} clients "
+        "(clients.per_round)",
+    ),
+    "low_threshold": CompatibilityRule(
+        ("channel.secure_sum.threshold", "clients.per_round"),
+        lambda run: (
+            run.secure_sum
+            and 2 * run.secure_sum.min_survivors(run.cohort) <= run.cohort
+            and {"least": run.secure_sum.min_survivors(run.cohort), "more": run.cohort // 2 + 1}
+        ),
+        "channel.secure_sum.threshold: found {least}, which is not more than half of the "
+        "{run.cohort} clients of a round (clients.per_round); choose {more} or more",
+    ),
+    "large_range": CompatibilityRule(
+        ("channel.secure_sum.range", "clients.per_round"),
+        lambda run: run.secure_sum and run.secure_sum.max_fraction_bits(run.cohort) < 1,
+        "channel.secure_sum.range: found {run.secure_sum.range:g}; sums over {run.cohort} clients "
+        "leave 64-bit integers (clients.per_round)",
+    ),
+    "many_fraction_bits": CompatibilityRule(
+        ("channel.secure_sum.fraction_bits", "channel.secure_sum.range"),
+        lambda run: (
+            run.secure_sum
+            and run.secure_sum.num_fraction_bits(run.cohort)
+            > run.secure_sum.max_fraction_bits(run.cohort)
+            and {
+                "bits": run.secure_sum.num_fraction_bits(run.cohort),
+                "most": run.secure_sum.max_fraction_bits(run.cohort),
             }
-            raise UserError(
-                f"{where}: no tensor's name begins with '{prefix}'{suggest_or_list(prefix, parts)}"
+        ),
+        "channel.secure_sum.fraction_bits: found {bits}; with channel.secure_sum.range "
+        "{run.secure_sum.range:g} sums over {run.cohort} clients leave 64-bit integers, choose {most} "
+        "or fewer",
+    ),
+    # Robust aggregation
+    "robustness_without_uploads": CompatibilityRule(
+        ("aggregation.rule", "algorithm.name"),
+        lambda run: run.sends_nothing and run.single_uploads(),
+        "{found}: {run.name} has no uploads that a federation would combine; take another "
+        "algorithm.name",
+    ),
+    "idle_rule": CompatibilityRule(
+        ("aggregation", "algorithm.name"),
+        lambda run: run.idle_rule(),
+        "aggregation.{key}: found '{value}', but {run.name} combines no {items} that clients send "
+        "here; leave it at 'mean', or take another algorithm.name",
+    ),
+    "rule_beside_model": CompatibilityRule(
+        ("aggregation.rule", "algorithm.name"),
+        lambda run: (
+            "rule" in run.rules
+            and first(name for name, how in run.dry_round[1] if how in PARAMETERS)
+        ),
+        "aggregation.rule: found '{run.config.aggregation.rule}', but algorithm.name: {run.name} "
+        "averages '{found}' apart from its model",
+    ),
+    "exclusive_rule": CompatibilityRule(
+        ("aggregation.predictions", "data.name"),
+        lambda run: (
+            run.task.kind != "multiclass"
+            and "predictions" in run.rules
+            and prediction_rule[run.rules["predictions"]].exclusive
+            and run.rules["predictions"]
+        ),
+        "aggregation.predictions: {found} is for classes that exclude one another, but data.name "
+        "has a {run.task.kind} task",
+    ),
+    "rule_without_proxy_set": CompatibilityRule(
+        ("aggregation.rule", "data.proxy.size"),
+        lambda run: (
+            run.uses_root
+            and not all(run.federation.client_infos[k.first].has_proxy for k in run.profiles)
+        ),
+        "aggregation.rule: {run.rules[rule]} compares with what the server makes of the proxy set; "
+        "found data.proxy.size 0, or a client without",
+    ),
+    "rule_for_whole_models": CompatibilityRule(
+        ("aggregation.rule", "algorithm.name"),
+        lambda run: run.uses_root and run.averages_parts(),
+        "aggregation.rule: {run.rules[rule]} is for whole models averaged by architecture; take "
+        "another rule, or algorithm.name fedavg or hybrid",
+    ),
+    "outvoted_rule": CompatibilityRule(
+        ("aggregation.rule", "aggregation.liars"),
+        lambda run: run.outvoted_rule(),
+        "aggregation.{key}: {value} bears {malicious} (aggregation.liars: "
+        "{run.config.aggregation.liars:g}) among {least} clients or more, but {senders} send "
+        "{item}; {advice}",
+    ),
+    # Attacks
+    "attack_on_nothing": CompatibilityRule(
+        ("attacks.name", "algorithm.name"),
+        lambda run: run.attack and run.missing_targets(),
+        "{run.attack} acts on {found}, of which algorithm.name {run.name} sends none here",
+    ),
+    "attack_on_factors": CompatibilityRule(
+        ("attacks.name", "algorithm.name"),
+        lambda run: (
+            "updates" in run.acts_on and any(spec.ranks for spec in run.algorithm.uploads.values())
+        ),
+        "{run.attack}: algorithm.name {run.name} sends factors of updates, which it cannot forge; "
+        "take label_flip",
+    ),
+    "attack_on_classes": CompatibilityRule(
+        ("attacks.name", "data.name"),
+        lambda run: "data" in run.acts_on and run.task.kind == "regression",
+        "{run.attack} is for classes, but data.name has a regression task",
+    ),
+    "trigger_of_other_task": CompatibilityRule(
+        ("attacks.name", "data.name"),
+        lambda run: run.has_trigger and run.task.kind != "multiclass",
+        "{run.attack} is for classes that exclude one another, but data.name has a "
+        "{run.task.kind} task",
+    ),
+    "trigger_without_images": CompatibilityRule(
+        ("attacks.name", "data.name"),
+        lambda run: run.has_trigger and any(len(k.arch.input_shape) != 3 for k in run.profiles),
+        "{run.attack} stamps images, but examples of data.name are none to every client",
+    ),
+    "attack_after_the_run": CompatibilityRule(
+        ("attacks.from_round", "rounds"),
+        lambda run: (
+            run.config.attacks and run.config.attacks.from_round > run.federation.num_rounds
+        ),
+        "attacks.from_round: found {run.config.attacks.from_round}, but the run ends with round "
+        "{run.federation.num_rounds} (rounds): no client would be malicious",
+    ),
+    "trigger_larger_than_images": CompatibilityRule(
+        ("attacks.trigger", "data.name"),
+        lambda run: run.has_trigger and run.small_image(),
+        "attacks.trigger: found {run.config.attacks.trigger}, but images of data.name have sides "
+        "of {found} pixels",
+    ),
+    "unknown_class_in_attack": CompatibilityRule(
+        ("attacks.target", "data.name"),
+        lambda run: run.unknown_class(),
+        "attacks.{key}: found class {value}, but there are {run.task.outputs} in data.name, from 0",
+    ),
+    # Asynchronous runs
+    "asynchronous_single_uploads": CompatibilityRule(
+        ("runtime.mode", "algorithm.name"),
+        lambda run: run.is_async and (run.sends_nothing or run.items_used_singly()),
+        "runtime.mode: async cannot be combined with algorithm.name: {run.name}, which needs the "
+        "uploads of one cohort side by side; others are weighted by staleness and summed",
+    ),
+    "asynchronous_proxy_rows": CompatibilityRule(
+        ("algorithm.proxy_rows", "runtime.mode"),
+        lambda run: run.is_async and run.drawn_proxy_rows(),
+        "algorithm.proxy_rows: found {found}, drawn again each round; with runtime.mode=async "
+        "predictions of different versions meet, so they have to be of the same rows: leave it "
+        "out, or lower data.proxy.size",
+    ),
+    "buffer_of_one": CompatibilityRule(
+        ("runtime.buffer", "algorithm.name"),
+        lambda run: run.method.buffer_size == 1 and run.config.runtime.buffer,
+        "runtime.buffer: found {found}, but algorithm.name is {run.name}, which aggregates after "
+        "each upload",
+    ),
+    "two_buffers": CompatibilityRule(
+        ("runtime.buffer", "algorithm.buffer"),
+        lambda run: run.method.buffer_size and run.config.runtime.buffer,
+        "runtime.buffer: found {found}, but algorithm.name is {run.name}: its own is "
+        "algorithm.buffer: {run.method.buffer_size}",
+    ),
+    "instant_clients": CompatibilityRule(
+        ("devices", "runtime.mode"),
+        lambda run: run.is_async and run.instant_client(),
+        "{key}: tasks of {client} take no time, so with runtime.mode=async it would have every "
+        "turn before all who do take some; give all of them a speed, up or down (`devices`, "
+        "`machine`)",
+    ),
+    "large_buffer": CompatibilityRule(
+        ("buffer", "rounds"),
+        lambda run: (
+            run.is_async
+            and run.buffer_size > run.num_uploads
+            and ("algorithm.buffer" if run.method.buffer_size else "runtime.buffer")
+        ),
+        "{found}: found {run.buffer_size}, but {run.config.rounds} rounds of {run.concurrency} "
+        "clients take {run.num_uploads} uploads: there would be no new version; choose "
+        "{run.num_uploads} or fewer",
+    ),
+    # Privacy
+    "private_rows_in_one_place": CompatibilityRule(
+        ("privacy.unit", "algorithm.name"),
+        lambda run: run.unit and run.algorithm.needs_all_clients and not run.algorithm.uploads,
+        "privacy.unit: found {run.unit}, but algorithm.name: {run.name} brings all private rows together in one place",
+    ),
+    "private_statistics": CompatibilityRule(
+        ("preprocess.normalize", "privacy.unit"),
+        lambda run: (
+            run.unit
+            and first(k.first for k in run.profiles if k.settings.preprocess.normalize == "own")
+        ),
+        "clients: {found}: preprocess.normalize: found own, statistics of private rows that are "
+        "not noised; give fixed numbers with privacy.unit: found {run.unit}",
+    ),
+    "private_initial_phase": CompatibilityRule(
+        ("algorithm.initial_phase", "privacy.unit"),
+        lambda run: (
+            run.unit == "record"
+            and isinstance(run.algorithm, InitialPhase)
+            and run.algorithm.initial_phase
+        ),
+        "algorithm.initial_phase: found true, with privacy.unit: found {run.unit}: its epochs on private rows are not "
+        "accounted; set it to false, or take unit: client or local",
+    ),
+    "private_rows_sent": CompatibilityRule(
+        ("privacy.unit", "algorithm.name"),
+        lambda run: (
+            run.unit
+            and first(
+                name
+                for name, spec in run.uploadable.items()
+                if spec.kind == "rows" and spec.rows_of == "train"
             )
-    if (
-        named
-        and algorithm.slot != "model"
-        and not any(_shares_anything(algorithm, kind) for kind in kinds)
-    ):
-        raise UserError(
-            f"algorithm.name: {name} averages a small model beside each client's own, of which no "
-            f"client's `shares` names a part; found '{next(iter(named))}'"
-        )
-
-
-def _shares_anything(algorithm: Algorithm, kind: ClientProfile) -> bool:
-    """Whether a client of this kind sends anything of its model in the method's slot."""
-    arch = algorithm.extra_models(kind.arch)[algorithm.slot]
-    part = algorithm.shared_part(kind.settings)
-    return any(part is None or n.startswith(part) for n in arch.shapes)
-
-
-def _check_class_weights(federation: FederationSpec) -> None:
-    task = federation.task
-    for kind in federation.client_infos.profiles:
-        weights = kind.settings.class_weights
-        where = f"clients: {kind.first}: class_weights"
-        if weights is not None and task.kind != "multiclass":
-            raise UserError(
-                f"{where}: is for classes that exclude one another, but data.name has a {task.kind} task"
+        ),
+        "privacy.unit: found {run.unit}, but algorithm.name: {run.name} sends '{found}' of every private row as it is",
+    ),
+    "private_records_batch_norm": CompatibilityRule(
+        ("model", "privacy.unit"),
+        lambda run: run.unit == "record" and run.mixing_model(),
+        "{key}: found {model}, whose BatchNorm mixes the rows of a batch, with privacy.unit: found {run.unit}; take "
+        "{other}",
+    ),
+    "private_records_in_evaluation": CompatibilityRule(
+        ("privacy.unit", "algorithm.name"),
+        lambda run: run.unit == "record" and run.trains_before_evaluation(),
+        "privacy.unit: found {run.unit}, but algorithm.name: {run.name} trains on private rows before a model is read, "
+        "which nothing accounts for",
+    ),
+    "private_records_unaccounted": CompatibilityRule(
+        ("privacy.unit", "algorithm.name"),
+        lambda run: run.unit == "record" and run.unaccountable_training(),
+        "privacy.unit: found {run.unit}, but algorithm.name: {run.name} {found}",
+    ),
+    "clip_of_unknown_item": CompatibilityRule(
+        ("privacy.clip", "algorithm.name"),
+        lambda run: run.unit in BOUNDED and run.unknown_clip(),
+        "privacy.clip: algorithm.name {run.name} uploads no '{item}'{hint}",
+    ),
+    "votes_without_classes": CompatibilityRule(
+        ("privacy.votes", "algorithm.name"),
+        lambda run: (
+            run.privacy
+            and run.privacy.votes
+            and (
+                run.task.kind != "multiclass"
+                or not any(spec.says for spec in run.uploadable.values())
             )
-        if not isinstance(weights, list):
-            continue
-        if len(weights) != task.outputs:
-            raise UserError(f"{where}: found {len(weights)} numbers for {task.outputs} classes")
-        if min(weights) < 0:
-            raise UserError(f"{where}: found {min(weights):g}; weights are 0 or more")
-        if min(weights) > 0:
-            continue
-        for id in federation.num_evaluated:
-            if federation.client_infos[id].settings is not kind.settings:
-                continue
-            if not any(
-                w * n for w, n in zip(weights, federation.label_counts(id).tolist(), strict=True)
-            ):
-                where = f"clients: {id}: class_weights"
-                raise UserError(
-                    f"{where}: found {weights}, which is 0 for every training row of {id}; raise one"
-                )
+        ),
+        "privacy.votes: algorithm.name: {run.name} sends no word on classes that exclude one "
+        "another here",
+    ),
+    "bounded_factors": CompatibilityRule(
+        ("privacy.unit", "algorithm.name"),
+        lambda run: (
+            run.unit in BOUNDED
+            and first(name for name, spec in run.uploadable.items() if spec.ranks)
+        ),
+        "privacy.unit: found {run.unit}, but the shape of '{found}' of algorithm.name: {run.name} tells of its values",
+    ),
+    "private_clients_single_uploads": CompatibilityRule(
+        ("privacy.unit", "algorithm.name"),
+        lambda run: (
+            run.unit == "client"
+            and first(name for name, spec in run.uploadable.items() if spec.use == "each")
+        ),
+        "privacy.unit: found {run.unit}, but algorithm.name: {run.name} needs single uploads ('{found}'); noise is "
+        "added to their sum. Take unit: local",
+    ),
+    "bounded_uploads_share_rarely": CompatibilityRule(
+        ("share_every", "privacy.unit"),
+        lambda run: run.unit in BOUNDED and run.rare_sender(),
+        "clients: {client}: share_every: found {every}, with privacy.unit: found {run.unit}; an update is measured "
+        "from what was received in the same round",
+    ),
+    "noised_batch_norm": CompatibilityRule(
+        ("model", "privacy.unit"),
+        lambda run: run.unit in BOUNDED and run.noised_statistics(),
+        "clients: {client}: model: found {model}, whose BatchNorm statistics would be noised, with "
+        "privacy.unit: found {run.unit}; take {other}, or fedbn, where they stay",
+    ),
+    "parameters_without_start": CompatibilityRule(
+        ("privacy.unit", "algorithm.name"),
+        lambda run: run.unit in BOUNDED and run.item_without_start(),
+        "privacy.unit: found {run.unit}, but '{found}' of algorithm.name: {run.name} is no change of what a client "
+        "received",
+    ),
+}
 
 
-def _check_extras(algorithm: Algorithm, federation: FederationSpec) -> None:
-    """Build every model that the method adds once."""
-    for arch in dict.fromkeys(kind.arch for kind in federation.client_infos.profiles):
-        try:
-            for extra in algorithm.extra_models(arch).values():
-                extra.check()
-        except ModelError as error:
-            raise UserError(f"algorithm.{algorithm.slot}: {error}") from None
+# What a rule cannot say: code and models are loaded and tried.
 
 
-def _check_batches(algorithm: Algorithm, federation: FederationSpec) -> None:
-    """BatchNorm cannot train on one example: it has no variance."""
-    normalises: dict[ModelSpec, bool] = {}
-    for where, arch in _single_batches(algorithm, federation):
-        if arch not in normalises:
-            with torch.random.fork_rng(devices=[]):
-                normalises[arch] = any(map(is_batch_norm, arch.build().modules()))
-        if normalises[arch]:
-            raise UserError(
-                f"{where}, but {arch.name} has BatchNorm, which cannot train on batches of one; take 2 or more, "
-                "or a model without it"
-            )
+def check_compatibility(run: RunFacts) -> None:
+    """Check everything about a prepared run before it trains.
 
-
-def _single_batches(
-    algorithm: Algorithm, federation: FederationSpec
-) -> Iterator[tuple[str, ModelSpec]]:
-    """Where models are trained on batches of one: the key at fault, and the model."""
-    for kind in federation.client_infos.profiles:
-        if kind.settings.batch_size == 1:
-            for arch in (kind.arch, *algorithm.extra_models(kind.arch).values()):
-                yield f"clients: {kind.first}: batch_size: found 1", arch
-    for id in federation.data.clients_with_one_row():
-        own = federation.client_infos[id].arch
-        for arch in (own, *algorithm.extra_models(own).values()):
-            yield f"clients: {id}: data: found 1 training row", arch
-    size = getattr(algorithm, "proxy_batch_size", None)
-    proxy = federation.data.n_proxy
-    if size is not None and proxy and min(size, proxy) == 1:
-        where = "algorithm.proxy_batch_size: found 1" if size == 1 else "data.proxy: found 1 row"
-        for kind in federation.client_infos.profiles:
-            yield where, kind.arch
-        if federation.student is not None:
-            yield where, federation.student
-
-
-# Whether a run waits for its cohorts or is asynchronous, and what cannot be: refused in one line
-# that names both keys.
-
-
-def set_run_mode(
-    config: Config, method: Algorithm, federation: FederationSpec
-) -> tuple[Config, FederationSpec, list[str]]:
-    """The configuration and the federation with the mode that the method has, and lines that say what was decided.
-
-    An asynchronous run has as many versions as its uploads make: learning rates move along them. Raises UserError for what
-    cannot run asynchronously, and for its settings in a run that does not.
+    Raises:
+        UserError: If it cannot work.
+        RunFailedError: If a user's method does not run.
     """
-    runtime = config.runtime
-    name = config.algorithm["name"]
-    notes = []
-    if method.asynchronous and runtime.mode == "sync":
-        runtime = runtime.model_copy(update={"mode": "async"})
-        config = config.model_copy(update={"runtime": runtime})
-        notes.append(f"runtime.mode is async: {name} aggregates uploads as they come")
-    if runtime.mode == "sync":
-        if runtime.buffer is not None:
-            raise UserError(
-                f"runtime.buffer: found {runtime.buffer}, but a synchronous round takes its whole cohort"
-            )
-        if runtime.staleness != StalenessConfig():
-            raise UserError(
-                "runtime.staleness: nothing is stale in synchronous rounds; write runtime.mode=async, or leave this out"
-            )
-        return config, federation, notes
-    _check_mode(config, method, federation)
-    places = config.clients.per_round or len(federation.client_infos)
-    goal = method.buffer_size or runtime.buffer or places
-    uploads = config.rounds * places
-    if goal > uploads:
-        key = "algorithm.buffer" if method.buffer_size else "runtime.buffer"
-        raise UserError(
-            f"{key}: found {goal}, but {config.rounds} rounds of {places} clients take {uploads} uploads: there would be no new "
-            f"version; choose {uploads} or fewer"
-        )
-    if method.staleness_config is not None and runtime.staleness != StalenessConfig():
-        raise UserError(f"runtime.staleness: is not used: {name} has its own, algorithm.staleness")
-    section, key = (
-        (method.staleness_config, "algorithm")
-        if method.staleness_config is not None
-        else (runtime.staleness, "runtime.staleness")
-    )
-    notes += [
-        f"{key}.{setting} is not used: staleness is {section.kind}"
-        for setting in section.unused_keys
+    _load_robustness(run)
+    try:
+        for arch in dict.fromkeys(kind.arch for kind in run.profiles):
+            for extra in run.algorithm.extra_models(arch).values():
+                extra.check()
+    except ModelError as error:
+        raise UserError(f"algorithm.{run.algorithm.slot}: {error}") from None
+    check_rules(RULES_AFTER_PREPARATION, run)
+    if is_user_method(run.algorithm):
+        # slips show before any client trains
+        _ = run.first_uploads
+
+
+def _load_robustness(run: RunFacts) -> None:
+    """Load the rules and the attack that the configuration names by `python:`."""
+    aggregation = run.config.aggregation
+    named: list[tuple[str, str, type]] = [
+        ("aggregation.rule", aggregation.rule, Rule),
+        ("aggregation.predictions", aggregation.predictions, PredictionRule),
     ]
-    if goal == 1 and method.staleness_config is None and section.kind != "constant":
-        notes.append(
-            "runtime.staleness has no effect: a version is one upload here (runtime.buffer), and the mean of one is that one "
-            "whatever its weight; fedasync moves the server less the staler an upload is"
-        )
-    if config.devices is None and not federation.data.is_distributed:
-        notes.append(
-            "without `devices` no task takes any time: all that are given out together end together"
-        )
-    return (
-        config,
-        replace(federation, num_rounds=max(1, math.ceil(config.rounds * places / goal))),
-        notes,
-    )
-
-
-def _check_mode(config: Config, method: Algorithm, federation: FederationSpec) -> None:
-    name = config.algorithm["name"]
-    kinds = federation.client_infos.profiles
-    if method.needs_all_clients or any(spec.use == "each" for spec in method.uploads.values()):
-        raise UserError(
-            f"runtime.mode: async cannot be combined with algorithm.name: {name}, which needs the uploads of one cohort "
-            "side by side; others are weighted by staleness and summed"
-        )
-    if config.channel.secure_sum is not None:
-        raise UserError(
-            "runtime.mode: async cannot be combined with channel.secure_sum, which sums one cohort's uploads"
-        )
-    if (key := single_upload_reason(config)) is not None:
-        raise UserError(
-            f"runtime.mode: async cannot be combined with {key}: both look at the uploads of one cohort"
-        )
-    rows = getattr(method, "proxy_rows", None)
-    if rows is not None and rows < federation.data.n_proxy:
-        raise UserError(
-            f"algorithm.proxy_rows: found {rows}, drawn anew each round; with runtime.mode=async predictions of different "
-            f"versions meet, so they have to be of the same rows: leave it out, or lower data.proxy.size"
-        )
-    rare = [kind.first for kind in kinds if kind.settings.share_every > 1]
-    if rare:
-        raise UserError(
-            f"runtime.mode: async cannot be combined with share_every ({rare[0]}): there are no rounds"
-        )
-    if method.buffer_size is not None and config.runtime.buffer is not None:
-        own = (
-            f"its own is algorithm.buffer: {method.buffer_size}"
-            if method.buffer_size > 1
-            else "which aggregates after each upload"
-        )
-        raise UserError(
-            f"runtime.buffer: found {config.runtime.buffer}, but algorithm.name is {name}: {own}"
-        )
-    _check_time(config, federation)
-    plain = type(config.cohort)()
-    waits = [
-        name
-        for name in type(plain).model_fields
-        if getattr(config.cohort, name) != getattr(plain, name)
-    ]
-    if waits:
-        raise UserError(
-            f"cohort.{min(waits)}: is for rounds that wait for a cohort; runtime.mode is async"
-        )
-
-
-def _check_time(config: Config, federation: FederationSpec) -> None:
-    """Whoever takes no time among others who do has every turn, and time stands still; on machines of their own it does not."""
-    if federation.data.is_distributed:
-        return
-    paces = list(Devices.from_config(federation, config.devices).timing_of_profiles())
-    instant = next((id for id, takes, _ in paces if not takes), None)
-    if instant is None:
-        return
-    late = config.faults is not None and config.faults.late > 0
-    if late or any(takes or not always for _, takes, always in paces):
-        where = "faults.late" if late else "devices"
-        raise UserError(
-            f"{where}: tasks of {instant} take no time, so with runtime.mode=async it would have every turn before anybody "
-            "who does take some; give everybody a speed, up or down (`devices`, `machine`)"
-        )
+    if run.config.attacks is not None:
+        named.append(("attacks.name", run.config.attacks.name, Attack))
+    for key, value, base in named:
+        if value.startswith(OWN):
+            import_reference(value, key, base)

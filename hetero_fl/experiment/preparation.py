@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 
 from hetero_fl.algorithms import Algorithm, register_algorithm
 from hetero_fl.algorithms.base import load_objective
+from hetero_fl.communication.secure_aggregation.crypto import num_neighbours
 from hetero_fl.config import Config, expand_population
 from hetero_fl.config.errors import describe_error
 from hetero_fl.config.load import (
@@ -26,14 +28,14 @@ from hetero_fl.config.load import (
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.data import Dataset, FederatedData, federate, load_source
 from hetero_fl.data.external import has_common_source, pool_client_files
-from hetero_fl.experiment.compatibility import check_compatibility, set_run_mode
-from hetero_fl.experiment.protection_checks import (
-    check_plan,
-    check_privacy,
-    check_robustness,
-    weak_delta_note,
+from hetero_fl.experiment.compatibility import (
+    RULES_ON_LOADING,
+    check_compatibility,
+    check_rules,
 )
+from hetero_fl.experiment.facts import ConfigFacts, RunFacts
 from hetero_fl.federation.asynchronous import AsynchronousTrainer
+from hetero_fl.federation.channel import idle_stages
 from hetero_fl.federation.cost import PrivacyBudget
 from hetero_fl.federation.dry_run import ExpectedUploads
 from hetero_fl.federation.executors.base import RemoteExecutor
@@ -45,6 +47,7 @@ from hetero_fl.federation.simulation.schedule import SimulationEnvironment
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.federation.trainer import FederatedTrainer
+from hetero_fl.privacy.accounting import opacus_accountants
 from hetero_fl.privacy.server import ServerPrivacy
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.code_permission import CONTEXT, OWN, CodePermission, find_references
@@ -192,17 +195,9 @@ def prepare(
         find_references(config.model_dump())
     )
     clients = expand_population(config.clients)
-    if config.clients.per_round is not None and config.clients.per_round > len(clients):
-        raise UserError(
-            f"clients.per_round: found {config.clients.per_round}, but there are {len(clients)} clients"
-        )
     headline = _headline(config, dataset, len(clients))
-    rare = [kind.first for kind in clients.profiles if kind.settings.share_every > 1]
-    if config.clients.per_round is not None and rare:
-        raise UserError(
-            f"clients.per_round: cannot be combined with share_every ({rare[0]}): who is drawn may not be who shares"
-        )
     method = make_algorithm(config)
+    check_rules(RULES_ON_LOADING, ConfigFacts(config, clients, method))
     data = data or load_federated_data(config, dataset)
     student = method.is_distillation and data.n_proxy > 0
     federation = FederationSpec.from_config(config, data, clients, student)
@@ -222,17 +217,15 @@ def prepare(
     config = config.model_copy(
         update={"algorithm": {"name": name, **method.model_dump(mode="json")}}
     )
-    notes = [
-        *data.notes,
-        *derived,
-        *check_compatibility(name, method, federation),
-        *check_robustness(name, config, method, federation),
-    ]
-    config, federation, paced = set_run_mode(config, method, federation)
-    notes += paced
+    facts = RunFacts(config, method, federation)
+    check_compatibility(facts)
+    notes = [*data.notes, *derived, *compatibility_notes(facts)]
+    if facts.is_async:
+        config, federation, paced = _set_asynchronous(facts)
+        notes += paced
     config, federation, budget = _solve_privacy(config, method, federation)
     if budget is not None:
-        notes += [budget.description(), *weak_delta_note(federation)]
+        notes += [budget.description(), *weak_delta_note(facts)]
     if config.server.model and not student:
         notes.append(
             "server.model is not used: without a consensus on a proxy set there is nothing to distil a student from"
@@ -275,14 +268,48 @@ def _headline(config: Config, dataset: Dataset | None, clients: int) -> str:
     return f"{data}; {method}; {who}"
 
 
+def _set_asynchronous(run: RunFacts) -> tuple[Config, FederationSpec, list[str]]:
+    """Return configuration and federation of an asynchronous run, and what was decided.
+
+    Such a run has as many versions as its uploads make: learning rates move along them.
+    """
+    config = run.config
+    runtime = config.runtime
+    method = run.algorithm
+    notes = []
+    if runtime.mode == "sync":
+        runtime = runtime.model_copy(update={"mode": "async"})
+        config = config.model_copy(update={"runtime": runtime})
+        notes.append(f"runtime.mode is async: {run.name} aggregates uploads as they come")
+    section = method.staleness_config or runtime.staleness
+    key = "runtime.staleness" if method.staleness_config is None else "algorithm"
+    notes += [
+        f"{key}.{setting} is not used: staleness is {section.kind}"
+        for setting in section.unused_keys
+    ]
+    if run.buffer_size == 1 and method.staleness_config is None and section.kind != "constant":
+        notes.append(
+            "runtime.staleness has no effect: a version is one upload here (runtime.buffer), and "
+            "the mean of one is that one whatever its weight; fedasync moves the server less the "
+            "staler an upload is"
+        )
+    if config.devices is None and not run.federation.data.is_distributed:
+        notes.append(
+            "without `devices` no task takes any time: all that are given out together end together"
+        )
+    versions = max(1, math.ceil(run.num_uploads / run.buffer_size))
+    return config, replace(run.federation, num_rounds=versions), notes
+
+
 def _solve_privacy(
     config: Config, method: Algorithm, federation: FederationSpec
 ) -> tuple[Config, FederationSpec, PrivacyBudget | None]:
     """The same with privacy's noise solved for, and what each round will have spent; None without privacy."""
     if config.privacy is None:
         return config, federation, None
-    check_plan(config)
-    check_privacy(config.algorithm["name"], method, federation)
+    privacy = config.privacy
+    if privacy.unit == "record" or privacy.accountant == "rdp" or privacy.poisson_cohorts:
+        opacus_accountants()
     budget = PrivacyBudget.for_run(
         config.privacy, method, federation, config.rounds, config.clients.per_round
     )
@@ -324,6 +351,108 @@ def _load_inherited_models(
             f"init_from: none of the models in {path} fits a client of this run (same id, same model)"
         )
     return fitting
+
+
+# What works but may not be meant.
+
+
+def compatibility_notes(run: RunFacts) -> list[str]:
+    """Return a line for each combination that works but may not be meant."""
+    notes = idle_stages(run.name, run.algorithm, run.federation)
+    if run.secure_sum is not None:
+        notes += _secure_sum_notes(run)
+    if run.algorithm.reads_proxy_labels:
+        notes.append(
+            f"{run.name} trains on the labels of the proxy set before a client's first round "
+            "(algorithm.initial_phase)"
+        )
+    if run.clients_alone:
+        groups = dict.fromkeys(kind.arch.spec_id for kind in run.clients_alone)
+        verb = "stands" if len(groups) == 1 else "stand"
+        notes.append(
+            f"{run.name} averages within an architecture: {', '.join(groups)} {verb} alone"
+        )
+    if run.rules:
+        notes += _robustness_notes(run)
+    if run.attack is not None:
+        notes.append(_attack_note(run))
+    return notes
+
+
+def _secure_sum_notes(run: RunFacts) -> list[str]:
+    assert run.secure_sum is not None
+    notes = []
+    neighbors = run.secure_sum.neighbours
+    needed = num_neighbours(run.cohort, run.secure_sum.min_survivors(run.cohort))
+    if neighbors is not None and neighbors < needed:
+        notes.append(
+            f"channel.secure_sum.neighbours: {neighbors} are fewer than the {needed} that keep an "
+            "upload hidden though a fifth of all clients tell the server what they know"
+        )
+    if run.config.channel.compress:
+        notes.append(
+            "channel.compress rounds what clients add up; under channel.secure_sum it makes no "
+            "message shorter"
+        )
+    if alone := run.clients_alone_in_sum():
+        notes.append(
+            "channel.secure_sum hides nothing of some items for "
+            f"{run.federation.client_infos.format_clients(alone)}: no other client sends such "
+            "tensors, and their sum is what the client has"
+        )
+    return notes
+
+
+def _robustness_notes(run: RunFacts) -> list[str]:
+    notes = [
+        f"aggregation.{key} is mean: a malicious client among the senders of {', '.join(items)} is "
+        "not held back"
+        for key, items in run.items_by_rule.items()
+        if items and key not in run.rules
+    ]
+    counts = sorted({name for name, how in run.dry_round[1] if how == "counts"})
+    notes += [
+        f"{name} are summed as sent: a malicious client's are not held back" for name in counts
+    ]
+    return notes
+
+
+def _attack_note(run: RunFacts) -> str:
+    malicious = run.federation.malicious
+    assert malicious is not None
+    ids = malicious.sorted_ids
+    shown = ", ".join(ids[:6])
+    if len(ids) > 6:
+        shown += f" and {len(ids) - 6:,} more"
+    return (
+        f"{len(ids):,} of {run.num_clients:,} clients are malicious ({malicious.config.name}, from "
+        f"round {malicious.config.from_round}): {shown}; all figures are means over the others"
+    )
+
+
+def weak_delta_note(run: RunFacts) -> list[str]:
+    """Return a line if δ allows to give one of those protected away as it is.
+
+    To publish the row or client of a random one of n costs δ = 1/n.
+    """
+    privacy = run.privacy
+    if privacy is None:
+        return []
+    n = run.num_clients
+    protected = f"{n} clients"
+    if run.unit == "record":
+        infos = run.federation.client_infos
+        n = min(infos[client_id].num_rows for client_id in run.federation.num_evaluated)
+        protected = f"the {n} training rows of the smallest client"
+    if privacy.delta * n < 1:
+        return []
+    return [
+        f"privacy.delta: {privacy.delta:g} is not below one over {protected}: one of them may be "
+        "given away whole"
+    ]
+
+
+# A configuration is loaded and checked before anything that it names is imported.
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.data import Dataset
 from hetero_fl.experiment.preparation import Engage, PreparedRun, prepare
 from hetero_fl.federation.checkpoint import Checkpoints
+from hetero_fl.federation.cost import PrivacyBudget
 from hetero_fl.federation.executors.choose import ExecutorChoice, choose_executor, require_engine
 from hetero_fl.federation.state_store import PrivateState, StateStore
 from hetero_fl.federation.trainer import EvaluationResult, FederatedTrainer, Record, add_evaluation
@@ -72,41 +73,21 @@ def _run_remaining_rounds(
     start_round: float,
 ) -> None:
     config = prepared.config
-    checkpoints = Checkpoints(rounds.store, progress.log)
-    traces = rounds.fingerprint
-    fingerprint = prepared.data.content_hash()
-
-    about: dict[str, Any] = {}
-
-    def save() -> None:
-        state = {
-            "run": rounds.state_dict(),
-            "data": fingerprint,
-            "traces": traces,
-            "choice": choice.record(),
-        }
-        state["directory"] = about | {"metrics": directory.metrics_checksum()}
-        checkpoints.save(rounds.completed, state)
-        rounds.on_checkpoint()
-
     planned = config.rounds if prepared.budget is None else prepared.budget.affordable_rounds()
+    checkpoints = Checkpoints(rounds.store, progress.log)
+    about: dict[str, Any] = {
+        "data": prepared.data.content_hash(),
+        "traces": rounds.fingerprint,
+        "choice": choice.record(),
+    }
     saved = checkpoints.load_newest()
     if saved is not None:
-        check_resumable(directory, saved)
-        if saved["data"] != fingerprint:
-            raise UserError(
-                f"{directory.path}: the data is not what this run began with; restore it, or start anew"
-            )
-        if saved.get("traces", "") != traces:
-            raise UserError(
-                f"devices.file: {config.devices and config.devices.file} is not what this run began with"
-            )
-        if saved["run"]["completed"] < planned:
-            saved = _reopen_directory(directory, checkpoints, saved, config.evaluation.every)
-        rounds.load_state_dict(saved["run"])
-        rounds.on_checkpoint()
-        how = f"{choice.executor} executor, {pluralize(choice.threads, 'thread')}, {pluralize(choice.workers, 'worker')}"
-        progress.log(f"resumed after round {rounds.completed}; {how}")
+        saved = _restore(saved, prepared, directory, rounds, checkpoints, about, planned)
+        threads = pluralize(choice.threads, "thread")
+        workers = pluralize(choice.workers, "worker")
+        progress.log(
+            f"resumed after round {rounds.completed}; {choice.executor} executor, {threads}, {workers}"
+        )
     elif evidence := evidence_of_start(directory):
         raise UserError(
             f"{directory.path / 'checkpoint'}: missing, although {evidence}; "
@@ -115,50 +96,108 @@ def _run_remaining_rounds(
     directory.rewind_metrics(rounds.completed)
     extended = _extend(directory, saved, config.rounds, progress)
     prepared.notes += extended
-    about |= {**identity(directory), "rounds": config.rounds, "extended": extended}
+    about["directory"] = {**identity(directory), "rounds": config.rounds, "extended": extended}
     if saved is None:
         load_inherited_models(prepared.inherited, rounds)
-        save()
+        _save(checkpoints, rounds, directory, about)
         for note in [prepared.headline, *prepared.notes, *choice.reasons]:
             progress.log(note)
-    listeners = [
-        *callbacks,
-        *([writer_callback(directory.path)] if config.output.tensorboard else []),
-    ]
+    listeners = list(callbacks)
+    if config.output.tensorboard:
+        listeners.append(writer_callback(directory.path))
     patience = Patience(
         prepared.federation.task, config.evaluation.patience, _read_history(directory)
     )
     setup = time.perf_counter() - start_round
     progress.unit = prepared.federation.task.unit
     progress.start(config.rounds, len(prepared.federation.client_infos), rounds.completed)
-    readings: EvaluationResult | None = None
+    evaluation: EvaluationResult | None = None
     while rounds.completed < planned and not patience.exhausted:
         record = rounds.run_round()
+        is_last = rounds.completed == planned
         if prepared.budget is not None:
-            spent = prepared.budget.epsilon(rounds.completed)
-            privacy = prepared.budget.privacy
-            record["privacy"] = {"epsilon": spent, "delta": privacy.delta, "unit": privacy.unit}
-        if rounds.completed % config.evaluation.every == 0 or rounds.completed == planned:
-            last = rounds.completed == planned
-            readings = _evaluate(rounds, record, directory if last else None)
+            record["privacy"] = _spent_privacy(prepared.budget, rounds.completed)
+        if rounds.completed % config.evaluation.every == 0 or is_last:
+            result = _evaluate(rounds, record, directory if is_last else None)
             patience.look(record)
-            readings = readings if last else None
+            evaluation = result if is_last else None
         directory.append_metrics(record)
-        save()
+        _save(checkpoints, rounds, directory, about)
         for callback in listeners:
             callback(record)
         progress.finish_round(record)
     if patience.exhausted:
         progress.log(
-            f"stopped after round {rounds.completed}: no better validation in {config.evaluation.patience} evaluations"
+            f"stopped after round {rounds.completed}: "
+            f"no better validation in {config.evaluation.patience} evaluations"
         )
     if prepared.budget is not None and rounds.completed == planned < config.rounds:
         over = prepared.budget.epsilon(planned + 1)
         target = prepared.budget.privacy.target_epsilon
         progress.log(
-            f"stopped after round {planned}: the next would bring ε to {over:.3g}, above privacy.target_epsilon {target:g}"
+            f"stopped after round {planned}: the next would bring ε to {over:.3g}, "
+            f"above privacy.target_epsilon {target:g}"
         )
-    _finish(prepared, directory, rounds, readings, _read_history(directory), setup, progress)
+    _finish(prepared, directory, rounds, evaluation, _read_history(directory), setup, progress)
+
+
+def _spent_privacy(budget: PrivacyBudget, rounds: int) -> dict[str, Any]:
+    """Return what a record says about privacy after so many rounds."""
+    privacy = budget.privacy
+    return {"epsilon": budget.epsilon(rounds), "delta": privacy.delta, "unit": privacy.unit}
+
+
+def _save(
+    checkpoints: Checkpoints,
+    rounds: FederatedTrainer,
+    directory: RunDirectory,
+    about: Mapping[str, Any],
+) -> None:
+    """Save the trainer's state with what it must be resumed with."""
+    described = about["directory"] | {"metrics": directory.metrics_checksum()}
+    state = {"run": rounds.state_dict(), **about, "directory": described}
+    checkpoints.save(rounds.completed, state)
+    rounds.on_checkpoint()
+
+
+def _restore(
+    saved: dict[str, Any],
+    prepared: PreparedRun,
+    directory: RunDirectory,
+    rounds: FederatedTrainer,
+    checkpoints: Checkpoints,
+    about: Mapping[str, Any],
+    planned: int,
+) -> dict[str, Any]:
+    """Restore the trainer's state and return the checkpoint that it was restored from.
+
+    Args:
+        saved: The newest checkpoint.
+        prepared: The run.
+        directory: Where it is recorded.
+        rounds: The trainer.
+        checkpoints: All checkpoints.
+        about: What the run must have in common with the checkpoint.
+        planned: Rounds of the whole run.
+
+    Raises:
+        UserError: If the checkpoint was written with other data or devices.
+    """
+    config = prepared.config
+    check_resumable(directory, saved)
+    if saved["data"] != about["data"]:
+        raise UserError(
+            f"{directory.path}: the data is not what this run began with; restore it, or start a new run"
+        )
+    if saved.get("traces", "") != about["traces"]:
+        raise UserError(
+            f"devices.file: {config.devices and config.devices.file} is not what this run began with"
+        )
+    if saved["run"]["completed"] < planned:
+        saved = _reopen_directory(directory, checkpoints, saved, config.evaluation.every)
+    rounds.load_state_dict(saved["run"])
+    rounds.on_checkpoint()
+    return saved
 
 
 def _reopen_directory(

@@ -77,14 +77,14 @@ def test_without_a_proxy_set_its_batch_does_not_matter() -> None:
 
 @pytest.mark.parametrize("method", ["fedavg", "fedprox", "fedper", "lg_fedavg"])
 def test_averaging_where_nobody_has_a_tensor_in_common(method: str) -> None:
-    words = "no two clients send a tensor in common; give clients the same `model`, let their `shares` overlap"
+    words = "no two clients send the same tensor; give clients the same `model`, let their `shares` overlap"
     refused(words, method, DIFFERENT)
     accepted(method, DIFFERENT, clients=4)  # two of them share a model
     accepted(method, DIFFERENT[:1], clients=1)
 
 
 def test_what_counts_is_what_is_sent() -> None:
-    words = "no two clients send a tensor in common"
+    words = "no two clients send the same tensor"
     refused(words, "hybrid", DIFFERENT, data__proxy__size=0)
     accepted("hybrid", DIFFERENT)
     refused(words, "hybrid", data__proxy__size=0, clients__defaults__shares=["predictions"])
@@ -100,7 +100,7 @@ def test_what_counts_is_what_is_sent() -> None:
 
 @pytest.mark.parametrize("align", [0.0, 0.5])
 def test_label_counts_are_no_word_of_their_own(align: float) -> None:
-    words = "no two clients send a tensor in common"
+    words = "no two clients send the same tensor"
     refused(words, "hybrid", DIFFERENT, data__proxy__size=0, algorithm__align=align)
     for method, needed in (("fedmd", "predictions"), ("feddf", "parameters or predictions")):
         silent = {"clients__defaults__shares": ["statistics"], "algorithm__align": align}
@@ -113,7 +113,7 @@ def test_common_prefixes() -> None:
     assert accepted("fedavg", hidden, clients__common=["backbone."]).notes == []
     # of different shapes
     refused("no two clients", "fedavg", DIFFERENT, clients__common=["head.weight"])
-    refused("clients.common: no tensor's name begins with 'backbon_'; did you mean 'backbone.'?",
+    refused("clients.common: no client's `model` has a tensor whose name begins with 'backbon_'; did you mean 'backbone.'?",
             "fedavg", clients__common=["backbon_"])  # fmt: skip
     refused("did you mean 'head.'?", "fedmd", clients__common=["backbone.", "heads."])
 

@@ -64,7 +64,7 @@ def test_values_that_are_none() -> None:
     ],
 )
 def test_a_rule_with_fewer_clients_than_it_needs(rule: str, liars: int, least: int) -> None:
-    words = f"aggregation.rule: {rule} bears {liars} liars (aggregation.liars: {liars}) among {least} clients or more, but 7"
+    words = f"aggregation.rule: {rule} bears {liars} malicious clients (aggregation.liars: {liars}) among {least} clients or more, but 7"
     refused(words, aggregation={"rule": rule, "liars": liars})
     refused(
         f"aggregation.liars may be {liars - 1} at most", aggregation={"rule": rule, "liars": liars}
@@ -85,7 +85,7 @@ def test_every_group_has_to_be_large_enough_and_every_cohort() -> None:
     )
     refused("but 4 send", aggregation={"rule": "krum", "liars": 1}, clients__per_round=4)
     prepare(small(aggregation={"rule": "krum", "liars": 1}, clients__per_round=5))
-    words = "aggregation.predictions: spectral bears 4 liars (aggregation.liars: 4) among 9 clients or more, but 7 send logits"
+    words = "aggregation.predictions: spectral bears 4 malicious clients (aggregation.liars: 4) among 9 clients or more, but 7 send logits"
     refused(words, "fedmd", MIXED, aggregation={"predictions": "spectral", "liars": 4})
     # over all architectures
     prepare(small("fedmd", MIXED, aggregation={"predictions": "spectral", "liars": 3}))
@@ -139,7 +139,7 @@ def test_fltrust_needs_whole_models_and_a_proxy_set() -> None:
 def test_what_no_rule_covers_is_told() -> None:
     notes = prepare(small("hybrid", aggregation={"rule": "median", "liars": 1})).notes
     assert any(
-        "aggregation.predictions is mean: a liar among the senders of logits" in note
+        "aggregation.predictions is mean: a malicious client among the senders of logits" in note
         for note in notes
     )
     assert not any(
@@ -153,7 +153,7 @@ def test_what_no_rule_covers_is_told() -> None:
 )
 def test_attacks_on_predictions_that_nobody_sends(name: str) -> None:
     refused(
-        f"attacks.name: {name} acts on predictions, of which fedavg sends none here",
+        f"attacks.name: {name} acts on predictions, of which algorithm.name fedavg sends none here",
         attacks={"name": name},
     )
     prepare(small("fedmd", attacks={"name": name}))
@@ -233,6 +233,6 @@ def test_a_run_tells_who_lied(tmp_path) -> None:
     assert [r["attacks"]["liars"] for r in records] == [[], ["site_2", "site_6"]]
     assert [c["id"] for c in done.summary["clients"]] == [f"site_{i}" for i in (1, 3, 4, 5, 7)]
     assert (
-        "2 of 7 clients lie (backdoor, from round 2): site_2, site_6"
+        "2 of 7 clients are malicious (backdoor, from round 2): site_2, site_6"
         in (tmp_path / "run" / "log.txt").read_text()
     )

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.frozen_bits.cases import Config, cases
+from tests.helpers.commits import ROOT, checked_out, resolve_commit
 
-ROOT = Path(__file__).resolve().parents[2]
 RECORD = Path(__file__).with_name("record.py")
 
 Outcomes = dict[str, dict[str, Any]]
@@ -45,7 +45,7 @@ def main() -> int:
     options = parser.parse_args()
 
     selected = {name: config for name, config in cases().items() if fnmatch(name, options.only)}
-    commit = _git("rev-parse", "--verify", f"{options.commit}^{{commit}}")
+    commit = resolve_commit(options.commit)
     expected = _outcomes_of_commit(commit, selected, options.jobs)
     actual = _record(ROOT, selected, options.jobs)
 
@@ -80,13 +80,8 @@ def _outcomes_of_commit(commit: str, selected: dict[str, Config], jobs: int) -> 
     missing = {name: config for name, config in selected.items() if name not in known}
     if missing:
         print(f"recording {len(missing)} cases of {commit[:12]}", flush=True)
-        with tempfile.TemporaryDirectory() as folder:
-            tree = Path(folder) / "tree"
-            _git("worktree", "add", "--detach", str(tree), commit)
-            try:
-                known.update(_record(tree, missing, jobs))
-            finally:
-                _git("worktree", "remove", "--force", str(tree))
+        with checked_out(commit) as tree:
+            known.update(_record(tree, missing, jobs))
         cache.parent.mkdir(parents=True, exist_ok=True)
         cache.write_text(json.dumps(known))
     return known
@@ -132,11 +127,6 @@ def _record_shard(tree: Path, configs: dict[str, Config], folder: Path) -> Outco
     command = [sys.executable, str(RECORD), str(source), str(target)]
     subprocess.run(command, cwd=tree, env=environment, check=True)
     return json.loads(target.read_text())
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(ROOT), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,595 @@
+"""What is known about a run before it trains: the facts that the rules of `compatibility` ask for.
+
+`ConfigFacts` follow from the configuration alone, `RunFacts` from the prepared federation. Facts that
+take a dry round of the method are computed on first use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from hetero_fl.aggregation import Upload, Uploads
+from hetero_fl.algorithms import Algorithm
+from hetero_fl.communication.secure_aggregation.protocol import TensorKey, VectorLayout
+from hetero_fl.config import Config
+from hetero_fl.config.population import Population
+from hetero_fl.core.model_spec import ModelSpec
+from hetero_fl.core.participant import ClientInfo, ClientProfile, floating_tensors
+from hetero_fl.core.payload import Item, ItemSpec, Payload
+from hetero_fl.engine.driver import run_plan
+from hetero_fl.federation.channel import DerivedSetup
+from hetero_fl.federation.dry_run import ExpectedUploads
+from hetero_fl.federation.federation import FederationSpec
+from hetero_fl.federation.sampling import sample_cohort
+from hetero_fl.federation.simulation.devices import Devices
+from hetero_fl.federation.user_methods import call_broadcast, translate_user_errors
+from hetero_fl.privacy.client import uploadable_items
+from hetero_fl.robustness.robust_means import AggregationRules, RobustModelMeans
+from hetero_fl.robustness.rules import PredictionRule, Rule, prediction_rule, rule
+from hetero_fl.utils.errors import UserError, suggest_or_list
+from model_zoo import is_batch_norm, model_options
+
+ROBUST_KEYS = ("rule", "predictions", "statistics")
+"""Keys of `aggregation`, each a rule for another kind of item."""
+
+T = TypeVar("T")
+
+
+def first(found: Iterable[T]) -> T | None:
+    """Return the first element, or None if there is none."""
+    return next(iter(found), None)
+
+
+class ConfigFacts:
+    """What follows from the configuration alone, before data is loaded.
+
+    Args:
+        config: The configuration.
+        clients: Its clients.
+        method: Its method, before settings that depend on the federation are derived.
+    """
+
+    def __init__(self, config: Config, clients: Population, method: Algorithm) -> None:
+        self.config = config
+        self.clients = clients
+        self.method = method
+        self.name = str(config.algorithm["name"])
+        self.privacy = config.privacy
+        self.unit = config.privacy.unit if config.privacy else ""
+        self.is_async = config.runtime.mode == "async" or method.asynchronous
+
+    def single_uploads(self) -> str | None:
+        """Return the key, with its value, for which the server has to see single uploads."""
+        for key in ROBUST_KEYS:
+            if (value := getattr(self.config.aggregation, key)) != "mean":
+                return f"aggregation.{key}: {value}"
+        attacks = self.config.attacks
+        return None if attacks is None else f"attacks.name: {attacks.name}"
+
+    def rare_sender(self) -> dict[str, Any] | None:
+        """Return a client that does not share in every round."""
+        for kind in self.clients.profiles:
+            if kind.settings.share_every > 1:
+                return {"client": kind.first, "every": kind.settings.share_every}
+        return None
+
+    def waiting_setting(self) -> str | None:
+        """Return a key of `cohort` that is set: all are for rounds that wait for a cohort."""
+        cohort = self.config.cohort
+        plain = type(cohort)()
+        names = [n for n in type(plain).model_fields if getattr(cohort, n) != getattr(plain, n)]
+        return min(names, default=None)
+
+
+class RunFacts(ConfigFacts):
+    """What is known once data is loaded and models are built.
+
+    Args:
+        config: The configuration.
+        algorithm: The method with all its settings.
+        federation: The federation.
+    """
+
+    def __init__(self, config: Config, algorithm: Algorithm, federation: FederationSpec) -> None:
+        super().__init__(config, federation.client_infos.clients, algorithm)
+        self.algorithm = algorithm
+        self.federation = federation
+        self.task = federation.task
+        self.num_clients = len(federation.client_infos)
+        self.num_proxy = federation.data.n_proxy
+        self.profiles = federation.client_infos.profiles
+        self.cohort = federation.cohort
+        # nothing is summed if nothing is uploaded
+        self.secure_sum = config.channel.secure_sum if algorithm.uploads else None
+        self.concurrency = config.clients.per_round or self.num_clients
+        self.num_uploads = config.rounds * self.concurrency
+        self.buffer_size = algorithm.buffer_size or config.runtime.buffer or self.concurrency
+        self.sends_nothing = algorithm.needs_all_clients or not algorithm.uploads
+        self.malicious = federation.malicious
+        self.attack = f"attacks.name: {config.attacks.name}" if config.attacks else None
+
+    # Items ------------------------------------------------------------------------------------
+
+    @cached_property
+    def declared(self) -> dict[str, ItemSpec]:
+        """Items that the method declares, without label counts, which go with something else."""
+        return {n: spec for n, spec in self.algorithm.uploads.items() if spec.kind != "counts"}
+
+    @cached_property
+    def shared(self) -> set[str]:
+        """What some client shares."""
+        settings = [kind.settings for kind in self.profiles]
+        named = {share for own in settings for share in own.shares}
+        return named | {"parameters" for own in settings if own.shared_prefixes}
+
+    @cached_property
+    def uploadable(self) -> dict[str, ItemSpec]:
+        """Items that some client may upload."""
+        return uploadable_items(self.algorithm, self.federation)
+
+    def items_used_singly(self) -> str:
+        """Return the names of the items of which the method needs single uploads."""
+        return ", ".join(n for n, spec in self.algorithm.uploads.items() if spec.use == "each")
+
+    def missing_shares(self) -> str | None:
+        """Return what clients would have to share, if nobody shares any of it."""
+        needed = {spec.share for spec in self.declared.values()}
+        return " or ".join(sorted(needed)) if needed and not needed & self.shared else None
+
+    def unknown_prefix(self) -> dict[str, str] | None:
+        """Return a part of models that no tensor belongs to, with the key that names it."""
+        wanted = dict.fromkeys(self.federation.common, "clients.common") | self._named_parts
+        names = self._tensor_names if wanted else set()
+        for prefix, key in wanted.items():
+            if not any(name.startswith(prefix) for name in names):
+                depth = range(1, max(1, prefix.count(".")) + 1)
+                parts = {".".join(name.split(".")[:i]) + "." for name in names for i in depth}
+                return {"key": key, "prefix": prefix, "hint": suggest_or_list(prefix, parts)}
+        return None
+
+    def part_of_other_model(self) -> str | None:
+        """Return a part that clients share, if it belongs to no model that the method averages."""
+        if not self._named_parts or self.algorithm.slot == "model":
+            return None
+        for kind in self.profiles:
+            arch = self.algorithm.extra_models(kind.arch)[self.algorithm.slot]
+            part = self.algorithm.shared_part(kind.settings)
+            if any(part is None or name.startswith(part) for name in arch.shapes):
+                return None
+        return first(self._named_parts)
+
+    @cached_property
+    def _named_parts(self) -> dict[str, str]:
+        return {
+            part: f"clients: {kind.first}: shares"
+            for kind in self.profiles
+            for part in kind.settings.shares
+            if part.endswith(".")
+        }
+
+    @cached_property
+    def _tensor_names(self) -> set[str]:
+        archs = {kind.arch for kind in self.profiles}
+        tensors = [floating_tensors(self.federation.initial_tensors(arch)) for arch in archs]
+        return {name for own in tensors for name in own}
+
+    @cached_property
+    def clients_alone(self) -> list[ClientProfile]:
+        """Clients that average and send no tensor that another one sends, too."""
+        travel = {
+            spec.kind
+            for spec in self.declared.values()
+            if spec.share in self.shared and (spec.kind != "rows" or self.num_proxy)
+        }
+        model = self.declared.get("model")
+        if model is None or model.use != "sum" or not travel <= {"params", "update"}:
+            return []
+        if self.num_clients == 1:
+            return []
+        common = self.federation.common
+        sent = []
+        for kind in self.profiles:
+            group = self.algorithm.aggregation_group(self.federation.client_infos[kind.first])
+            # the owners of hetero_fl.aggregation.means
+            own: set[tuple[str, tuple[int, ...], str]] = set()
+            for name, tensor in self.shareable_tensors(kind).items():
+                is_common = bool(common) and name.startswith(common)
+                own.add((name, tuple(tensor.shape), "") if is_common else (name, (), group))
+            sent.append((kind, own))
+        return _lone_owners(sent, all)
+
+    def shareable_tensors(self, kind: ClientProfile) -> Mapping[str, Tensor]:
+        """Return the tensors of its model that a client sends."""
+        return self.algorithm.shareable_tensors(
+            kind.arch,
+            self.federation.initial_tensors(kind.arch),
+            self.algorithm.shared_part(kind.settings),
+        )
+
+    # Training ---------------------------------------------------------------------------------
+
+    @cached_property
+    def class_weights(self) -> dict[str, list[float]]:
+        """Class weights that are given as numbers, by the first client of each kind."""
+        weights = {kind.first: kind.settings.class_weights for kind in self.profiles}
+        return {client: found for client, found in weights.items() if isinstance(found, list)}
+
+    def weightless_client(self) -> dict[str, Any] | None:
+        """Return a client that would learn nothing, as all its rows have weight 0."""
+        infos = self.federation.client_infos
+        for leader, weights in self.class_weights.items():
+            for client_id in self.federation.num_evaluated if min(weights) == 0 else ():
+                if infos[client_id].settings is not infos[leader].settings:
+                    continue
+                counts = self.federation.label_counts(client_id).tolist()
+                if not any(w * n for w, n in zip(weights, counts, strict=True)):
+                    return {"client": client_id, "weights": weights}
+        return None
+
+    def batch_of_one(self) -> dict[str, str] | None:
+        """Return where a model with BatchNorm is trained on batches of one row."""
+        for key, arch in self._batches_of_one():
+            if arch in self.batch_norm_models:
+                return {"key": key, "model": arch.name}
+        return None
+
+    def _batches_of_one(self) -> Iterator[tuple[str, ModelSpec]]:
+        for kind in self.profiles:
+            if kind.settings.batch_size == 1:
+                for arch in self.trained_models(kind.arch).values():
+                    yield f"clients: {kind.first}: batch_size: found 1", arch
+        for client_id in self.federation.data.clients_with_one_row():
+            own = self.federation.client_infos[client_id].arch
+            for arch in self.trained_models(own).values():
+                yield f"clients: {client_id}: data: found 1 training row", arch
+        size = getattr(self.algorithm, "proxy_batch_size", None)
+        if size is not None and self.num_proxy and min(size, self.num_proxy) == 1:
+            key = "algorithm.proxy_batch_size: found 1" if size == 1 else "data.proxy: found 1 row"
+            for kind in self.profiles:
+                yield key, kind.arch
+            if self.federation.student is not None:
+                yield key, self.federation.student
+
+    def trained_models(self, arch: ModelSpec) -> dict[str, ModelSpec]:
+        """Return the models that a client trains, by slot."""
+        return {"model": arch, **self.algorithm.extra_models(arch)}
+
+    @cached_property
+    def batch_norm_models(self) -> set[ModelSpec]:
+        """The models with BatchNorm."""
+        models = {m for kind in self.profiles for m in self.trained_models(kind.arch).values()}
+        if self.federation.student is not None:
+            models.add(self.federation.student)
+        with torch.random.fork_rng(devices=[]):
+            return {m for m in models if any(map(is_batch_norm, m.build().modules()))}
+
+    # Asynchronous runs ------------------------------------------------------------------------
+
+    def drawn_proxy_rows(self) -> int | None:
+        """Return how many rows of the proxy set are drawn each round, if not all of them."""
+        rows = getattr(self.algorithm, "proxy_rows", None)
+        return rows if rows is not None and rows < self.num_proxy else None
+
+    def instant_client(self) -> dict[str, str] | None:
+        """Return a client whose tasks take no time, while those of others do."""
+        if self.federation.data.is_distributed:
+            return None
+        devices = Devices.from_config(self.federation, self.config.devices)
+        timings = list(devices.timing_of_profiles())
+        instant = first(client for client, takes_time, _ in timings if not takes_time)
+        if instant is None:
+            return None
+        if self.config.faults is not None and self.config.faults.late > 0:
+            return {"key": "faults.late", "client": instant}
+        if any(takes_time or not always for _, takes_time, always in timings):
+            return {"key": "devices", "client": instant}
+        return None
+
+    # Secure aggregation -----------------------------------------------------------------------
+
+    def clients_alone_in_sum(self) -> list[ClientProfile]:
+        """Return the clients of which a sum holds something that no other client sends."""
+        derived = DerivedSetup(self.algorithm, self.federation)
+        layout = VectorLayout(derived.expectations.specs, self.federation.common)
+        sent = []
+        for kind in self.profiles:
+            # a round in which it shares
+            form = derived.upload_form(kind.first, kind.settings.share_every - 1)
+            keys: set[TensorKey] = set(layout.tensor_keys(kind.arch.spec_id, form))
+            sent.append((kind, keys))
+        return _lone_owners(sent, any)
+
+    # Dry rounds -------------------------------------------------------------------------------
+
+    @cached_property
+    def expectations(self) -> ExpectedUploads:
+        """The form of uploads."""
+        return ExpectedUploads(self.algorithm, self.federation)
+
+    @cached_property
+    def broadcasts(self) -> list[tuple[ClientInfo, Payload]]:
+        """The first broadcast to one client of each kind."""
+        with translate_user_errors():
+            server = self.federation.server()
+            self.algorithm.setup(server)
+            infos = [self.federation.client_infos[kind.first] for kind in self.profiles]
+            return [(info, call_broadcast(self.algorithm, server, info)) for info in infos]
+
+    @cached_property
+    def first_uploads(self) -> list[Mapping[str, Item]]:
+        """What one client of each kind sends in the first round, in form."""
+        with translate_user_errors():
+            return [
+                self.expectations.expected_items(info, received, 0)
+                for info, received in self.broadcasts
+            ]
+
+    def trains_before_evaluation(self) -> bool:
+        """Return whether deployed models are made from private rows outside of training."""
+        privacy = self.expectations.privacy
+        assert privacy is not None  # records are private
+        with translate_user_errors():
+            for info, received in self.broadcasts:
+                client = self.expectations.placeholder_client(info, 0)
+                for hook in (self.algorithm.deploy, self.algorithm.personalize):
+                    ledger = privacy.make_ledger(self.expectations.backend)
+                    assert ledger is not None
+                    run_plan(hook(client, received), client, ledger)
+                    if ledger.charges[client.participant_id]:
+                        return True
+        return False
+
+    def unaccountable_training(self) -> str | None:
+        """Return why a client's training cannot be accounted for."""
+        with translate_user_errors():
+            for info, received in self.broadcasts:
+                try:
+                    self.expectations.dry_run_upload(info, received, 0)
+                except UserError as error:
+                    return str(error)
+        return None
+
+    # Privacy ----------------------------------------------------------------------------------
+
+    def mixing_model(self) -> dict[str, str] | None:
+        """Return a model in which the gradient of one row depends on the whole batch."""
+        for kind in self.profiles:
+            for slot, arch in self.trained_models(kind.arch).items():
+                if arch in self.batch_norm_models:
+                    own = f"clients: {kind.first}: model"
+                    return {"key": own if slot == "model" else f"algorithm.{slot}", **_other(arch)}
+        return None
+
+    def noised_statistics(self) -> dict[str, str] | None:
+        """Return a client that would send BatchNorm statistics, which noise makes useless."""
+        if not any(spec.kind == "params" for spec in self.uploadable.values()):
+            return None
+        for kind in self.profiles:
+            if set(self.shareable_tensors(kind)) - kind.arch.parameter_names:
+                return {"client": kind.first, **_other(kind.arch)}
+        return None
+
+    def unknown_clip(self) -> dict[str, str] | None:
+        """Return an item with a bound of its own that the method does not upload."""
+        clip = self.privacy.clip if self.privacy else None
+        uploads = self.algorithm.uploads
+        unknown = first(n for n in clip if n not in uploads) if isinstance(clip, dict) else None
+        if unknown is None:
+            return None
+        return {"item": unknown, "hint": suggest_or_list(unknown, uploads)}
+
+    def item_without_start(self) -> str | None:
+        """Return uploaded parameters that are no change of what a client received."""
+        items = [pair for uploads in self.first_uploads for pair in uploads.items()]
+        return first(n for n, i in items if i.kind == "params" and not isinstance(i.values, dict))
+
+    # Robust aggregation -----------------------------------------------------------------------
+
+    @cached_property
+    def dry_round(self) -> tuple[dict[str, Mapping[str, Item]], set[tuple[str, str]]]:
+        """The first round in which all send: items by the first client of each kind, and what the server combined."""
+        with translate_user_errors():
+            intervals = {kind.settings.share_every for kind in self.profiles}
+            index = min(math.lcm(*intervals), self.federation.num_rounds) - 1
+            server = self.federation.server()
+            server.round_context = self.federation.round_context(index)
+            self.algorithm.setup(server)
+            sent = {}
+            uploads = []
+            for kind in self.profiles:
+                info = self.federation.client_infos[kind.first]
+                broadcast = call_broadcast(self.algorithm, server, info)
+                items = self.expectations.expected_items(info, broadcast, index)
+                sent[kind.first] = items
+                uploads.append(Upload(info, Payload(dict(items))))
+            received = Uploads(uploads, self.algorithm.uploads, self.federation.common)
+            run_plan(self.algorithm.aggregate(server, received), server, self.expectations.backend)
+            return sent, received.combined
+
+    @cached_property
+    def rules(self) -> dict[str, str]:
+        """The keys of `aggregation` whose rule is not the mean, with the rule."""
+        values = {key: str(getattr(self.config.aggregation, key)) for key in ROBUST_KEYS}
+        return {key: value for key, value in values.items() if value != "mean"}
+
+    @cached_property
+    def items_by_rule(self) -> dict[str, list[str]]:
+        """The items that the rule of each key would combine."""
+        combined = self.dry_round[1]
+        kinds = {"rule": "models", "predictions": "rows", "statistics": "class_sums"}
+        return {key: sorted(n for n, how in combined if how == kinds[key]) for key in ROBUST_KEYS}
+
+    def idle_rule(self) -> dict[str, str] | None:
+        """Return a rule that has nothing to combine."""
+        described = {
+            "rule": "parameters",
+            "predictions": "predictions",
+            "statistics": "class sums",
+        }
+        for key, value in self.rules.items():
+            if not self.items_by_rule[key]:
+                return {"key": key, "value": value, "items": described[key]}
+        return None
+
+    @cached_property
+    def uses_root(self) -> bool:
+        """Whether the rule compares with an update that the server makes from the proxy set."""
+        return "rule" in self.rules and bool(rule[self.rules["rule"]].uses_root)
+
+    def averages_parts(self) -> bool:
+        """Return whether anything else than whole models is averaged by architecture."""
+        infos = [self.federation.client_infos[kind.first] for kind in self.profiles]
+        return (
+            self.items_by_rule["rule"] != ["model"]
+            or bool(self.federation.common)
+            or any(
+                self.algorithm.shared_part(info.settings) is not None
+                or self.algorithm.download_part(info.settings, 0) is not None
+                or self.algorithm.aggregation_group(info) != info.arch.spec_id
+                for info in infos
+            )
+        )
+
+    def outvoted_rule(self) -> dict[str, Any] | None:
+        """Return a rule to which too few clients send an item in some round."""
+        config = self.config.aggregation
+        combiners: dict[str, Rule | PredictionRule] = {}
+        for key, value in self.rules.items():
+            if key == "rule":
+                combiners[key] = rule[value](config)
+            elif key == "predictions":
+                combiners[key] = prediction_rule[value](config)
+            else:
+                combiners[key] = Rule(config)  # the median's needs
+        for cohort in self._cohorts():
+            for key, combiner in combiners.items():
+                for item in self.items_by_rule[key]:
+                    for description, senders in self._senders(item, key, cohort):
+                        if found := self._too_few(combiner, description, senders):
+                            return {"key": key, "value": self.rules[key], **found}
+        return None
+
+    def _cohorts(self) -> Iterator[Counter[str]]:
+        """Yield each composition that cohorts have: how many clients of each kind, by its first client."""
+        seen: set[frozenset[tuple[str, int]]] = set()
+        per_round = self.config.clients.per_round
+        for index in range(self.federation.num_rounds if per_round is not None else 1):
+            sampled = sample_cohort(self.federation, per_round, index)
+            count = Counter(self.federation.client_infos.profile(c).first for c in sampled)
+            composition = frozenset(count.items())
+            if composition not in seen:
+                seen.add(composition)
+                yield count
+
+    def _senders(self, item: str, key: str, cohort: Counter[str]) -> Iterator[tuple[str, int]]:
+        """Yield what of an item is combined in one piece, and how many of a cohort send it."""
+        sent = self.dry_round[0]
+        senders = [client for client in sent if item in sent[client]]
+        if key != "rule":
+            spec = self.algorithm.uploads.get(item)
+            # predictions that the server makes of models are voices, too
+            from_models = spec is not None and spec.use == "each"
+            yield item, sum(cohort[client] for client in (sent if from_models else senders))
+            return
+        infos = [self.federation.client_infos[client] for client in senders]
+        rules = AggregationRules(self.federation.aggregation, self.task)
+        models = RobustModelMeans(item, rules, infos, self.federation.common)
+        for info in infos:
+            values = sent[info.client_id][item].values
+            group = "" if self.algorithm.uploads[item].across else info.arch.spec_id
+            models.add(group, values if isinstance(values, dict) else {}, 1.0)
+        for (group, places), owners in models.blocks().items():
+            if total := sum(cohort[senders[place]] for place in places):
+                name = owners[0][0]
+                yield f"{name} of {group}" if group else name, total
+
+    def _too_few(
+        self, combiner: Rule | PredictionRule, description: str, senders: int
+    ) -> dict[str, Any] | None:
+        malicious = self.config.aggregation.num_malicious(senders)
+        least = combiner.min_clients(malicious)
+        if senders >= least:
+            return None
+        most = max((f for f in range(senders) if combiner.min_clients(f) <= senders), default=0)
+        advice = "give a model to more clients, or leave the rule out"
+        return {
+            "malicious": f"{malicious} malicious client{'s' if malicious != 1 else ''}",
+            "least": least,
+            "senders": senders,
+            "item": description,
+            "advice": f"aggregation.liars may be {most} at most" if most else advice,
+        }
+
+    # Attacks ----------------------------------------------------------------------------------
+
+    @property
+    def acts_on(self) -> frozenset[str]:
+        """What the attack changes: data, rows or updates."""
+        return self.malicious.attack.acts_on if self.malicious else frozenset()
+
+    @property
+    def has_trigger(self) -> bool:
+        """Whether the attack stamps images."""
+        return self.malicious is not None and self.malicious.has_trigger
+
+    def missing_targets(self) -> str | None:
+        """Return what an attack acts on, if clients send none of it."""
+        items = [item for sent in self.dry_round[0].values() for item in sent.values()]
+        present = {"data"}
+        for item in items:
+            if item.kind in ("params", "update", "class_sums"):
+                present.add("updates")
+            elif item.kind == "rows" and isinstance(item.values, Tensor):
+                present |= {"rows"} if item.values.is_floating_point() else set()
+        if not self.acts_on or self.acts_on & present:
+            return None
+        described = {"data": "labelled rows", "updates": "updates", "rows": "predictions"}
+        return " and ".join(described[kind] for kind in sorted(self.acts_on))
+
+    def small_image(self) -> int | None:
+        """Return the shortest side of images that do not hold the trigger, in pixels."""
+        attacks = self.config.attacks
+        sides = [side for kind in self.profiles for side in kind.arch.input_shape[1:]]
+        return min(sides) if attacks is not None and attacks.trigger > min(sides) else None
+
+    def unknown_class(self) -> dict[str, Any] | None:
+        """Return a class of the attack that the data does not have."""
+        attacks = self.config.attacks
+        if attacks is None or self.task.kind != "multiclass":
+            return None
+        pairs = attacks.pairs or {}
+        most = max([attacks.target, *pairs, *pairs.values()])
+        if most < self.task.outputs:
+            return None
+        return {"key": "target" if attacks.target >= self.task.outputs else "pairs", "value": most}
+
+
+def _lone_owners(
+    sent: list[tuple[ClientProfile, set[Any]]], test: Callable[[Iterable[bool]], bool]
+) -> list[ClientProfile]:
+    """Return the clients of whose keys all, or any, are sent by no other client."""
+    owners = Counter[Any]()
+    for kind, keys in sent:
+        owners.update(dict.fromkeys(keys, kind.count))
+    return [kind for kind, keys in sent if test(owners[key] == 1 for key in keys)]
+
+
+def _other(arch: ModelSpec) -> dict[str, str]:
+    """Return a model's name and the one with GroupNorm in place of its BatchNorm."""
+    return {"model": arch.name, "other": group_norm_variant(arch.name)}
+
+
+def group_norm_variant(name: str) -> str:
+    """Return the model with GroupNorm in place of BatchNorm, as a configuration names it."""
+    if "_bn_" in name:
+        return name.replace("_bn_", "_gn_")
+    if "norm" in model_options(name):
+        return f"{{name: {name}, norm: group}}"
+    return "{name: resnet18_small, norm: group}" if "resnet" in name else "cnn_gn_small"

@@ -1,0 +1,210 @@
+"""Each rule on combinations of features has a configuration that violates it, and names both keys."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from hetero_fl.algorithms import FedAvg
+from hetero_fl.core.payload import Item, ItemSpec
+from hetero_fl.core.plan import Predict
+from hetero_fl.data import Dataset, make_table
+from hetero_fl.experiment import prepare
+from hetero_fl.experiment.compatibility import RULES_AFTER_PREPARATION, RULES_ON_LOADING
+from hetero_fl.utils.errors import UserError
+from tests.helpers.small_federations import config
+
+RULES = {**RULES_ON_LOADING, **RULES_AFTER_PREPARATION}
+HERE = f"python:{__name__}"
+ASYNC = {"threads": 1, "mode": "async"}
+NOISE = {"noise_multiplier": 1.0, "delta": 1e-4}
+RECORD = {"unit": "record", "accountant": "rdp", **NOISE}
+CLIENT = {"unit": "client", **NOISE}
+MEDIAN = {"rule": "median", "liars": 1}
+MLP = {"name": "mlp", "hidden": [8]}
+DIFFERENT = [{"name": "mlp", "hidden": [width]} for width in (8, 12, 16)]
+
+
+class Unstructured(FedAvg):
+    """Sends parameters that no client received."""
+
+    uploads = {"vector": ItemSpec("params", share="statistics")}
+
+    def train(self, client: Any, received: Any) -> Any:
+        yield self.fit(client)
+        return {"vector": Item(torch.ones(3), 1.0, "params")}
+
+    def aggregate(self, server: Any, uploads: Any) -> Any:
+        yield from ()
+
+
+class Impatient(FedAvg):
+    """Trains on rows that it predicts on, which nothing accounts for."""
+
+    def train(self, client: Any, received: Any) -> Any:
+        yield Predict("model")
+        return (yield from super().train(client, received))
+
+
+def secure(method: str = "fedavg", clients: int = 4, **section: Any) -> dict[str, Any]:
+    return config(method, MLP, clients, channel__secure_sum=section)
+
+
+def attacked(name: str, method: str = "fedavg", models: Any = MLP, **changes: Any) -> Any:
+    section = changes.pop("section", {})
+    return config(method, models, 4, attacks={"name": name, **section}, **changes)
+
+
+def robust(method: str = "fedavg", clients: int = 4, **changes: Any) -> dict[str, Any]:
+    return config(method, changes.pop("models", MLP), clients, **{"aggregation": MEDIAN, **changes})
+
+
+def weighted(weights: Any) -> dict[str, Any]:
+    return config(clients__defaults__class_weights=weights)
+
+
+VIOLATIONS: dict[str, dict[str, Any]] = {
+    "cohort_larger_than_population": config(clients__per_round=9),
+    "sampled_clients_share_rarely": config(clients__per_round=2, clients__defaults__share_every=2),
+    "synchronous_buffer": config(runtime={"buffer": 3}),
+    "synchronous_staleness": config(runtime={"staleness": {"a": 1.0}}),
+    "asynchronous_secure_sum": config(runtime=ASYNC, channel__secure_sum={}),
+    "asynchronous_robustness": config(runtime=ASYNC, aggregation=MEDIAN),
+    "asynchronous_clients_share_rarely": config(runtime=ASYNC, clients__defaults__share_every=2),
+    "two_staleness_settings": config("fedbuff", runtime={"staleness": {"a": 1.0}}),
+    "asynchronous_cohort": config(runtime=ASYNC, cohort={"least": 2}),
+    "private_asynchronous_run": config(runtime=ASYNC, privacy=CLIENT),
+    "private_run_from_other_models": config(init_from="runs/other", privacy=CLIENT),
+    "private_sampling": config(cohort={"sampling": "oort"}, devices={}, privacy=CLIENT),
+    "private_over_selection": config(
+        clients__per_round=2, cohort={"over_selection": 1.5}, devices={}, privacy=CLIENT
+    ),
+    "private_repeated_rounds": config(cohort={"too_few": "repeat", "least": 2}, privacy=CLIENT),
+    "distributed_noise_in_plain_sum": config(privacy={**CLIENT, "distributed": True}),
+    "private_clients_robustness": config(aggregation=MEDIAN, privacy=CLIENT),
+    "poisson_cohorts_secure_sum": config(
+        channel__secure_sum={}, privacy={**CLIENT, "poisson_cohorts": True}
+    ),
+    "private_clients_compression": config(channel={"compress": [{"quantize": 8}]}, privacy=CLIENT),
+    "secure_sum_robustness": config(aggregation=MEDIAN, channel__secure_sum={}),
+    "task_of_method": config("fedproto", MLP, data__proxy__size=0),
+    "no_proxy_set": config("fedmd", data__proxy__size=0),
+    "no_proxy_labels": config("fedmd", algorithm__initial_phase=True, data__proxy__labels=False),
+    "no_shares": config("fedmd", clients__defaults__shares=["statistics"]),
+    "large_population": config(
+        "ensemble",
+        "linear",
+        10_001,
+        clients__per_round=2,
+        data__partition={"kind": "drawn", "rows": 12, "alpha": 0.3, "min_size": 12},
+        evaluation={"clients": 2},
+    ),
+    "unknown_part": config(clients__common=["backbon_"]),
+    "part_of_other_model": config(
+        "fml", "cnn_gn_small", algorithm__mentee="linear", clients__defaults__shares=["backbone.0."]
+    ),
+    "nothing_to_average": config("fedavg", DIFFERENT),
+    "class_weights_of_other_task": config(
+        models=MLP, data__proxy__size=0, clients__defaults__class_weights="balanced"
+    ),
+    "number_of_class_weights": weighted([1] * 9),
+    "negative_class_weights": weighted([1] * 9 + [-1]),
+    "class_weights_without_effect": weighted([0] * 10),
+    "batches_of_one": config(clients__defaults__batch_size=1),
+    "secure_sum_of_single_uploads": secure("kt_pfl"),
+    "secure_sum_compression": config(
+        channel={"secure_sum": {}, "compress": [{"topk": 0.1}]},
+    ),
+    "secure_sum_of_few": secure(clients=2),
+    "high_threshold": secure(threshold=5),
+    "low_threshold": secure(threshold=2),
+    "large_range": secure(range=1e19),
+    "many_fraction_bits": secure(fraction_bits=45),
+    "robustness_without_uploads": robust("local"),
+    "idle_rule": robust("fedmd"),
+    "rule_beside_model": robust("heterofl", models="cnn_gn_small", algorithm__masked=True),
+    "exclusive_rule": robust(
+        "fedmd", aggregation={"predictions": "agreement", "liars": 1}, data__name="synthetic_table"
+    ),
+    "rule_without_proxy_set": robust(
+        aggregation={"rule": "fltrust", "liars": 1}, data__proxy__size=0
+    ),
+    "rule_for_whole_models": robust("fedper", aggregation={"rule": "fltrust", "liars": 1}),
+    "outvoted_rule": robust(aggregation={"rule": "median", "liars": 3}),
+    "attack_on_nothing": attacked("flipped"),
+    "attack_on_factors": attacked("sign_flip", "fedkd"),
+    "attack_on_classes": attacked("label_flip", data__proxy__size=0),
+    "trigger_of_other_task": attacked("backdoor"),
+    "trigger_without_images": attacked("backdoor"),
+    "attack_after_the_run": attacked("scaled", section={"from_round": 9}),
+    "trigger_larger_than_images": attacked("backdoor", section={"trigger": 9}),
+    "unknown_class_in_attack": attacked("backdoor", section={"target": 10}),
+    "asynchronous_single_uploads": config("kt_pfl", runtime=ASYNC),
+    "asynchronous_proxy_rows": config("fedmd", runtime=ASYNC, algorithm__proxy_rows=20),
+    "buffer_of_one": config("fedasync", runtime={"buffer": 3}),
+    "two_buffers": config("fedbuff", clients=4, runtime={"buffer": 3}),
+    "instant_clients": config(
+        runtime=ASYNC,
+        devices={},
+        clients__overrides=[{"match": "site_1", "machine": {"speed": 1e6}}],
+    ),
+    "large_buffer": config(runtime={**ASYNC, "buffer": 7}),
+    "private_rows_in_one_place": config("centralized", privacy=RECORD, models=MLP),
+    "private_statistics": config(
+        models=MLP, privacy=CLIENT, clients__defaults__preprocess={"normalize": "own"}
+    ),
+    "private_initial_phase": config(
+        "fedmd", MLP, algorithm__initial_phase=True, data__proxy__labels=True, privacy=RECORD
+    ),
+    "private_rows_sent": config("fedgkt", "cnn_gn_small", privacy=RECORD),
+    "private_records_batch_norm": config(models="cnn_bn_small", privacy=RECORD),
+    "private_records_in_evaluation": config("fedbabu", "cnn_gn_small", privacy=RECORD),
+    "private_records_unaccounted": config(f"{HERE}:Impatient", MLP, privacy=RECORD),
+    "clip_of_unknown_item": config(models=MLP, privacy={**CLIENT, "clip": {"modle": 1.0}}),
+    "votes_without_classes": config(models=MLP, privacy={**CLIENT, "votes": True}),
+    "bounded_factors": config("fedkd", "cnn_gn_small", privacy={**CLIENT, "unit": "local"}),
+    "private_clients_single_uploads": config("feddf", "cnn_gn_small", privacy=CLIENT),
+    "bounded_uploads_share_rarely": config(
+        models=MLP, privacy=CLIENT, clients__defaults__share_every=2
+    ),
+    "noised_batch_norm": config(models="cnn_bn_small", privacy=CLIENT),
+    "parameters_without_start": config(
+        f"{HERE}:Unstructured", MLP, privacy=CLIENT, clients__defaults__shares=["statistics"]
+    ),
+}
+"""A configuration that violates each rule, and no rule before it."""
+
+DATASETS: dict[str, Dataset] = {
+    "task_of_method": make_table(kind="regression"),
+    "class_weights_of_other_task": make_table(kind="regression"),
+    "exclusive_rule": make_table(kind="multilabel"),
+    "attack_on_classes": make_table(kind="regression"),
+    "trigger_of_other_task": make_table(kind="multilabel"),
+    "trigger_without_images": make_table(),
+}
+"""Data of the configurations that are not about digits."""
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rule_refuses_a_configuration_in_one_line_with_both_keys(name: str) -> None:
+    rule = RULES[name]
+
+    with pytest.raises(UserError) as refusal:
+        prepare(VIOLATIONS[name], dataset=DATASETS.get(name))
+
+    line = str(refusal.value)
+    words = [re.escape(part) for part in re.split(r"\{[^{}]*\}", rule.message)]
+    assert re.fullmatch(".*".join(words), line)
+    assert [key for key in rule.keys if key.rpartition(".")[2] not in line] == []
+
+
+def test_each_rule_has_a_configuration_that_violates_it() -> None:
+    assert set(VIOLATIONS) == set(RULES)
+    assert set(DATASETS) <= set(RULES)
+
+
+def test_names_of_rules_are_unique_over_both_tables() -> None:
+    assert not set(RULES_ON_LOADING) & set(RULES_AFTER_PREPARATION)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import itertools
 import os
@@ -12,17 +11,11 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
-from hetero_fl.utils.errors import (
-    Interrupted,
-    RunFailedError,
-    UserError,
-    suggest_or_list,
-    suggest_similar,
-)
+from hetero_fl.utils.errors import Interrupted, RunFailedError, UserError
 
 # Before torch is loaded: threads that wait for one another spin for a moment only. As long as OpenMP has it by default, two
 # runs on one machine crawl; not at all, and a second thread is worth nothing (benchmarks/speed/threads.py).
@@ -34,55 +27,6 @@ ANYWHERE = re.compile(r"-[qv]+|--verbose|--quiet")  # options that may also stan
 PIPE_CLOSED = 141  # 128 + SIGPIPE, which Windows does not have
 FULL = (errno.ENOSPC, errno.EDQUOT)
 LAUNCHED = "TORCHELASTIC_RUN_ID"  # torchrun sets it
-
-
-class Parser(argparse.ArgumentParser):
-    """Mistakes on the command line are one line, as all of a user's mistakes are."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.register("type", int, _integer)
-
-    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Parse a command's arguments. Raises UserError."""
-        self.check_options(arguments)
-        return self.parse_intermixed_args(arguments)
-
-    def check_options(self, arguments: Sequence[str]) -> None:
-        """Raise UserError, with the option that was probably meant, for an option that there is not."""
-        known = self._option_string_actions
-        for argument in itertools.takewhile(lambda text: text != "--", arguments):
-            option = argument.partition("=")[0]
-            if option.startswith("--") and option not in known:
-                names = [name for name in known if name.startswith("--")]
-                hint = suggest_similar(option, names) or self._override(arguments, argument)
-                raise UserError(f"unknown option {option}{hint} (see {self.prog} --help)")
-
-    def _override(self, arguments: Sequence[str], argument: str) -> str:
-        """Return `; did you mean rounds=3?` for an option that is a key of the configuration, else nothing."""
-        if (
-            not any(action.dest == "overrides" for action in self._actions)
-            or "--config" not in self._option_string_actions
-        ):
-            return ""
-        from hetero_fl.config.errors import full_key
-
-        option, equals, value = argument.partition("=")
-        key = full_key(option.removeprefix("--"))
-        following = arguments[arguments.index(argument) + 1 :][:1]
-        if not equals and following and not following[0].startswith("-"):
-            value = following[0]
-        return "" if key is None else f"; did you mean {key}={value or '…'}?"
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
-def _integer(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected an integer, got '{text}'") from None
 
 
 def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
@@ -140,31 +84,29 @@ def _is_closed(stream: TextIO | None) -> bool:
 
 
 def _dispatch(argv: Sequence[str] | None, command: str | None) -> int:
-    from hetero_fl.cli import commands
+    from click.exceptions import Exit
+
+    from hetero_fl.cli.commands import parse_command
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     if command is None:  # hetero-fl --quiet train
         before = list(itertools.takewhile(ANYWHERE.fullmatch, arguments))
         arguments = [*arguments[len(before) :][:1], *before, *arguments[len(before) + 1 :]]
-    verbose = any(map(VERBOSE.fullmatch, arguments))  # until they are parsed
+    verbose = any(map(VERBOSE.fullmatch, arguments))
     typed = [*(_script_name() if command or LAUNCHED in os.environ else ["hetero-fl"]), *arguments]
+    prog = f"{command}.py" if command else "hetero-fl"
+    if command is None and arguments and not arguments[0].startswith("-"):
+        command = arguments.pop(0)
+        prog = f"hetero-fl {command}"
+    options: dict[str, Any] = {}
     try:
         try:
-            prog = f"{command}.py" if command else f"hetero-fl {arguments[0]}" if arguments else ""
-            if command is None and arguments and arguments[0] in commands.COMMANDS:
-                command = arguments.pop(0)
-            if command is None and arguments and not arguments[0].startswith("-"):
-                hint = suggest_or_list(arguments[0], commands.COMMANDS)
-                raise UserError(f"unknown command '{arguments[0]}'{hint} (see hetero-fl --help)")
-            if command is None:
-                everything = commands.build_main_parser()
-                everything.check_options(arguments)
-                everything.parse_args(arguments or ["--help"])
-                return 0
-            options = commands.build_parser(command, prog).parse(arguments)
-            verbose = options.verbose
-            run_command: Callable[[argparse.Namespace], int] = options.run_command
-            return run_command(options)
+            with parse_command(prog, command, arguments) as context:
+                options = context.params
+                context.command.invoke(context)
+            return 0
+        except Exit as ended:
+            return ended.exit_code
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()
@@ -183,11 +125,10 @@ def _dispatch(argv: Sequence[str] | None, command: str | None) -> int:
         )
         return 1
     except Interrupted as stop:
-        # the subcommand is no longer among the arguments
         program = typed[: len(typed) - len(arguments)]
         again = typed if command == "compare" else [*program, "--resume", "--out", str(stop.path)]
-        again += ["--server", str(options.server)] if command == "server" else []
-        again += ["--allow-code"] if options.allow_code and "--allow-code" not in again else []
+        again += ["--server", str(options["server_file"])] if command == "server" else []
+        again += ["--allow-code"] if options["allow_code"] and "--allow-code" not in again else []
         print(f"interrupted; to go on: {shlex.join(again)}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:

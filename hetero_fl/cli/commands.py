@@ -1,219 +1,244 @@
-"""What each command takes and does: parse, call, print."""
+"""The command-line application: all commands, and `train`, `evaluate` and `methods`."""
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from hetero_fl.cli import Parser, deployment_commands, experiment_commands
+import click
+from click import Context, Group, Option, Parameter
+from click.exceptions import Exit, NoSuchOption, UsageError
+
+from hetero_fl.cli.deployment_commands import certificates, federate, node, server, status
+from hetero_fl.cli.experiment_commands import audit, check, compare, export, join
 from hetero_fl.cli.run_options import (
-    add_code_option,
-    add_common_options,
-    add_run_options,
-    code_permission_from,
+    HINT,
+    PATH,
+    QUIET_HELP,
+    allow_code_option,
+    code_permission,
+    command,
     load_checked_run,
     make_printer,
     print_results_location,
+    quiet_option,
+    run_argument,
+    run_options,
 )
 from hetero_fl.utils.code_permission import find_references
-from hetero_fl.utils.errors import UserError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-Setup = Callable[[argparse.ArgumentParser], None]
-HINT = (
-    "`hetero-fl methods` lists what algorithm.name may be: what each method does, sends and needs."
-)
+from hetero_fl.utils.errors import UserError, suggest_or_list, suggest_similar
+from hetero_fl.utils.version import __version__
 
 
-def _setup_train(parser: argparse.ArgumentParser) -> None:
-    add_run_options(parser)
-    parser.set_defaults(run_command=_run_train)
+@command()
+@run_options
+def train(
+    overrides: tuple[str, ...],
+    config: Path | None,
+    out: Path | None,
+    resume: bool,
+    check: bool,
+    allow_code: bool,
+    quiet: bool,
+) -> None:
+    """Train one federation and write its run directory."""
+    permission = code_permission(allow_code)
+    say = make_printer(quiet)
+    source = load_checked_run(config, overrides, out, resume, check, permission, say)
+    if source is None:
+        return
+    from hetero_fl import experiment
 
-
-def _run_train(options: argparse.Namespace) -> int:
-    permission = code_permission_from(options)
-    if (source := load_checked_run(options, permission)) is None:
-        return 0
-    from hetero_fl.experiment import run
-
-    finished = run(
+    finished = experiment.run(
         source,
-        out=options.out,
-        resume=options.resume,
-        overrides=options.overrides,
-        quiet=options.quiet,
+        out=out,
+        resume=resume,
+        overrides=overrides,
+        quiet=quiet,
         allow_code=permission,
     )
-    print_results_location(finished, make_printer(options))
-    return 0
+    print_results_location(finished, say)
 
 
-def _setup_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a finished run")
-    parser.add_argument(
-        "--data",
-        required=True,
-        metavar="FILE|NAME",
-        help="a local file or folder, or a source by name",
-    )
-    parser.add_argument(
-        "--label",
-        metavar="COLUMN",
-        help="of a table: the column of labels (several: A,B,…; default: the run's own)",
-    )
-    parser.add_argument("--client", help="only this client's model")
-    parser.add_argument(
-        "--home", action="store_true", help="read with the client's own label frequencies"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
-    add_code_option(parser)
-    parser.set_defaults(run_command=_run_evaluate)
-
-
-def _run_evaluate(options: argparse.Namespace) -> int:
+@command()
+@run_argument
+@click.option(
+    "--data",
+    required=True,
+    metavar="FILE|NAME",
+    help="a local file or folder, or a source by name",
+)
+@click.option(
+    "--label",
+    metavar="COLUMN",
+    help="of a table: the column of labels (several: A,B,…; default: the run's own)",
+)
+@click.option("--client", help="only this client's model")
+@click.option("--home", is_flag=True, help="evaluate with the client's own label frequencies")
+@click.option(
+    "--json", "json_file", type=PATH, metavar="FILE", help="also write the figures to a file"
+)
+@allow_code_option
+@quiet_option
+def evaluate(
+    run: Path,
+    data: str,
+    label: str | None,
+    client: str | None,
+    home: bool,
+    json_file: Path | None,
+    allow_code: bool,
+    quiet: bool,
+) -> None:
+    """Score the saved models of a run on any data set."""
     from rich.console import Console
 
-    from hetero_fl.experiment import evaluate
+    from hetero_fl import experiment
+    from hetero_fl.cli.printing import print_scores
     from hetero_fl.reporting.run import Run
 
-    if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
-        raise UserError(f"--json: found {options.json}; name a file in a folder that exists")
-    permission = code_permission_from(options)
-    run = Run(options.run, permission)
-    say = make_printer(options)
-    results = evaluate(
-        run,
-        options.data,
-        options.client,
-        options.home,
-        options.label,
-        permission,
-        lambda note: say(f"note: {note}"),
+    if json_file and (json_file.is_dir() or not json_file.parent.is_dir()):
+        raise UserError(f"--json: found {json_file}; name a file in a folder that exists")
+    permission = code_permission(allow_code)
+    say = make_printer(quiet)
+    loaded = Run(run, permission)
+    results = experiment.evaluate(
+        loaded, data, client, home, label, permission, lambda note: say(f"note: {note}")
     )
-    unit = next(iter(run.models.values())).task.unit
-    print_scores(
-        results,
-        f"{options.run} on {options.data}" + (f", errors in {unit}" if unit else ""),
-        Console(),
-    )
-    if options.json:
+    unit = next(iter(loaded.models.values())).task.unit
+    title = f"{run} on {data}" + (f", errors in {unit}" if unit else "")
+    print_scores(results, title, Console())
+    if json_file:
         try:
-            options.json.write_text(json.dumps(results, indent=2), encoding="utf-8")
+            json_file.write_text(json.dumps(results, indent=2), encoding="utf-8")
         except OSError as error:
-            raise UserError(
-                f"--json: {options.json}: cannot be written ({error.strerror})"
-            ) from None
-    return 0
+            raise UserError(f"--json: {json_file}: cannot be written ({error.strerror})") from None
 
 
-def print_scores(
-    results: Mapping[str, Mapping[str, float | None]], title: str, console: Console
-) -> None:
-    """A row a model; in a terminal too narrow for that, a row a figure. Nothing is clipped."""
-    from rich.measure import Measurement
-    from rich.table import Table
-
-    names = list(next(iter(results.values())))
-    wide = Table("model", *(n.replace("_", " ") for n in names), title=title)
-    long = Table("model", "figure", "value", title=title)
-    for column in [*wide.columns, *long.columns]:
-        column.overflow = "fold"
-    for model, scores in results.items():
-        told = ["–" if scores[n] is None else f"{scores[n]:.3f}" for n in names]
-        wide.add_row(model, *told)
-        for name, value in zip(names, told, strict=True):
-            long.add_row(model, name.replace("_", " "), value)
-    # measured there, a table is as wide as its longest words need
-    unbounded = console.options.update(width=10_000)
-    fits = Measurement.get(console, unbounded, wide).minimum <= console.width
-    console.print(wide if fits else long)
-
-
-def _setup_methods(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "names",
-        nargs="*",
-        metavar="NAME",
-        help="explain these and their settings (default: all, a line each)",
-    )
-    add_code_option(parser)
-    parser.set_defaults(run_command=_run_methods)
-
-
-def _run_methods(options: argparse.Namespace) -> int:
+@command()
+@click.argument(
+    "names",
+    nargs=-1,
+    metavar="[NAME]...",
+    help="explain these and their settings (default: all, a line each)",
+)
+@allow_code_option
+def methods(names: tuple[str, ...], allow_code: bool) -> None:
+    """List the algorithms: what each does, sends and needs."""
     from rich.console import Console
 
     from hetero_fl.cli.printing import print_method_details, print_methods
 
-    code_permission_from(options).check(dict.fromkeys(find_references(options.names), "NAME"), "")
-    if options.names:
-        print_method_details(options.names, Console())
+    references = dict.fromkeys(find_references(names), "NAME")
+    code_permission(allow_code).check(references, "")
+    if names:
+        print_method_details(names, Console())
     else:
         print_methods(Console())
-    return 0
 
 
-COMMANDS: dict[str, tuple[str, Setup]] = {
-    "train": ("one run: configuration in, finished run directory out", _setup_train),
-    "federate": (
-        "the same by a real federation on this machine, a process for each client",
-        deployment_commands.setup_federate,
-    ),
-    "server": ("a run with nodes on other machines", deployment_commands.setup_server),
-    "node": ("one site of such a run, on a machine of its own", deployment_commands.setup_node),
-    "certificates": (
-        "what the machines of a federation know each other by",
-        deployment_commands.setup_certificates,
-    ),
-    "status": (
-        "how a run across machines stands: nodes, round, figures",
-        deployment_commands.setup_status,
-    ),
-    "compare": ("algorithms × seeds: table, figure and report", experiment_commands.setup_compare),
-    "evaluate": ("score the saved models of a run on any data set", _setup_evaluate),
-    "join": (
-        "a newcomer begins with what a finished run leaves, and is compared with one from scratch",
-        experiment_commands.setup_join,
-    ),
-    "audit": (
-        "what a finished run gives away: who was a member, and images out of an upload",
-        experiment_commands.setup_audit,
-    ),
-    "export": (
-        "models of a finished run as files that predict without this package, each with a card",
-        experiment_commands.setup_export,
-    ),
-    "check": (
-        "whether a run directory is whole: every line, checksum, model and checkpoint",
-        experiment_commands.setup_check,
-    ),
-    "methods": ("the algorithms, a line each: what it does, sends and needs", _setup_methods),
-}
+def _print_version(context: Context, option: Parameter, is_given: bool) -> None:
+    if is_given:
+        print(f"hetero-fl {__version__}")
+        raise Exit(0)
 
 
-def build_parser(command: str, prog: str) -> Parser:
-    """The parser of one command."""
-    about, setup = COMMANDS[command]
-    made = Parser(prog=prog, description=about, epilog=HINT, allow_abbrev=False)
-    setup(made)
-    add_common_options(made)
-    return made
+COMMON_OPTIONS = (
+    Option(
+        ["--version"],
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_print_version,
+        help="print the version",
+    ),
+    Option(["-q", "--quiet"], is_flag=True, expose_value=False, help=QUIET_HELP),
+    Option(
+        ["-v", "--verbose"],
+        is_flag=True,
+        expose_value=False,
+        help="print the tracebacks of an error and its causes before it",
+    ),
+)
+"""Taken by every command, whether it needs them or not."""
 
 
-def build_main_parser() -> Parser:
-    """The parser that tells which commands there are."""
-    made = Parser(
-        prog="hetero-fl",
-        description="Federated learning between participants whose models differ.",
-        epilog=HINT,
-    )
-    add_common_options(made)
-    commands = made.add_subparsers(dest="command", required=True, parser_class=Parser)
-    for name, (about, _) in COMMANDS.items():
-        commands.add_parser(name, help=about)
-    return made
+class OrderedGroup(Group):
+    """A group that lists its commands in the order in which they were added."""
+
+    def list_commands(self, ctx: Context) -> list[str]:
+        return list(self.commands)
+
+
+APP = OrderedGroup(
+    name="hetero-fl",
+    commands=[
+        train,
+        federate,
+        server,
+        node,
+        certificates,
+        status,
+        compare,
+        evaluate,
+        join,
+        audit,
+        export,
+        check,
+        methods,
+    ],
+    params=list(COMMON_OPTIONS),
+    help="Train federations of participants whose models differ.",
+    epilog=HINT,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for _command in APP.commands.values():
+    _command.short_help = _command.help
+    _own = {parameter.name for parameter in _command.params}
+    _command.params += [option for option in COMMON_OPTIONS if option.name not in _own]
+
+
+def parse_command(prog: str, name: str | None, arguments: list[str]) -> Context:
+    """Parse the arguments of a command, and return the context to invoke it in.
+
+    Args:
+        prog: How the command was called.
+        name: Its name; None for `hetero-fl` itself, which only has `--help` and `--version`.
+        arguments: What follows it on the command line.
+
+    Raises:
+        UserError: If there is no such command, option or value.
+        Exit: After `--help` or `--version`.
+    """
+    if name is not None and name not in APP.commands:
+        hint = suggest_or_list(name, APP.commands)
+        raise UserError(f"unknown command '{name}'{hint} (see hetero-fl --help)")
+    command = APP if name is None else APP.commands[name]
+    try:
+        return command.make_context(prog, [*arguments, *(["--help"] if name is None else [])])
+    except NoSuchOption as error:
+        options = [option for parameter in command.params for option in parameter.opts]
+        hint = suggest_similar(error.option_name, [o for o in options if o.startswith("--")])
+        if not hint and {"config", "overrides"} <= {parameter.name for parameter in command.params}:
+            hint = _suggest_override(error.option_name, arguments)
+        raise UserError(f"unknown option {error.option_name}{hint} (see {prog} --help)") from None
+    except UsageError as error:
+        message = error.format_message().rstrip(".")
+        raise UserError(f"{message[:1].lower()}{message[1:]} (see {prog} --help)") from None
+
+
+def _suggest_override(option: str, arguments: Sequence[str]) -> str:
+    """Return `; did you mean rounds=3?` for an option that is a key of the configuration, else nothing."""
+    from hetero_fl.config.errors import full_key
+
+    key = full_key(option.removeprefix("--"))
+    if key is None:
+        return ""
+    at = [argument.partition("=")[0] for argument in arguments].index(option)
+    value = arguments[at].partition("=")[2]
+    following = arguments[at + 1 :][:1]
+    if "=" not in arguments[at] and following and not following[0].startswith("-"):
+        value = following[0]
+    return f"; did you mean {key}={value or '…'}?"

@@ -1,8 +1,7 @@
-"""The commands `federate`, `server`, `node` and `status`."""
+"""The commands `federate`, `server`, `node`, `certificates` and `status`."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import time
@@ -10,13 +9,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+from click.exceptions import Exit
+
 from hetero_fl.cli.run_options import (
-    add_code_option,
-    add_run_options,
-    code_permission_from,
+    PATH,
+    allow_code_option,
+    code_permission,
+    command,
     load_checked_run,
     make_printer,
     print_results_location,
+    quiet_option,
+    run_options,
 )
 from hetero_fl.utils.errors import UserError, printable
 from hetero_fl.utils.processes import CompanionProcess
@@ -24,23 +29,28 @@ from hetero_fl.utils.processes import CompanionProcess
 if TYPE_CHECKING:
     from rich.console import Console
 
-
-# `hetero-fl federate`: what `train` does, by a real federation on this machine.
-
 LAUNCHER = "hetero_fl.deployment.local.fork_server"
+CERTIFICATES_HINT = "`hetero-fl certificates` makes one"
+ADDRESS = re.compile(r"(https?://.+)|([^/\s]+:\d+)")
 
 
-def setup_federate(parser: argparse.ArgumentParser) -> None:
-    """The command's options: those of `train`."""
-    add_run_options(parser)
-    parser.set_defaults(run_command=run_federate)
-
-
-def run_federate(options: argparse.Namespace) -> int:
-    """Parse, call, print."""
-    permission = code_permission_from(options)
-    if (source := load_checked_run(options, permission)) is None:
-        return 0
+@command()
+@run_options
+def federate(
+    overrides: tuple[str, ...],
+    config: Path | None,
+    out: Path | None,
+    resume: bool,
+    check: bool,
+    allow_code: bool,
+    quiet: bool,
+) -> None:
+    """Train as a real federation on this machine, a process for each client."""
+    permission = code_permission(allow_code)
+    say = make_printer(quiet)
+    source = load_checked_run(config, overrides, out, resume, check, permission, say)
+    if source is None:
+        return
     # before torch is loaded here: the nodes load it in the same time
     launcher = CompanionProcess(LAUNCHER)
     with launcher:
@@ -48,101 +58,105 @@ def run_federate(options: argparse.Namespace) -> int:
 
         finished = run_local_federation(
             source,
-            out=options.out,
-            resume=options.resume,
-            overrides=options.overrides,
-            quiet=options.quiet,
+            out=out,
+            resume=resume,
+            overrides=overrides,
+            quiet=quiet,
             launcher=launcher,
             allow_code=permission,
         )
-    print_results_location(finished, make_printer(options))
-    return 0
+    print_results_location(finished, say)
 
 
-# `hetero-fl server` and `hetero-fl node`: the two sides of a federation, for machines of their own.
-
-CERTIFICATES_HINT = "`hetero-fl certificates` makes one"
-
-
-def setup_server(parser: argparse.ArgumentParser) -> None:
-    """The command's options: those of `train`, and the server's own file."""
-    add_run_options(parser)
-    parser.add_argument(
-        "--server",
-        type=Path,
-        metavar="FILE",
-        help=f"where it listens, who may come; {CERTIFICATES_HINT}",
-    )
-    parser.set_defaults(run_command=_run_server)
-
-
-def _run_server(options: argparse.Namespace) -> int:
-    permission = code_permission_from(options)
-    if (source := load_checked_run(options, permission)) is None:
-        return 0
-    if options.server is None:
+@command()
+@run_options
+@click.option(
+    "--server",
+    "server_file",
+    type=PATH,
+    metavar="FILE",
+    help=f"address of the server and the nodes that may connect; {CERTIFICATES_HINT}",
+)
+def server(
+    overrides: tuple[str, ...],
+    config: Path | None,
+    out: Path | None,
+    resume: bool,
+    check: bool,
+    server_file: Path | None,
+    allow_code: bool,
+    quiet: bool,
+) -> None:
+    """Train with nodes on other machines."""
+    permission = code_permission(allow_code)
+    say = make_printer(quiet)
+    source = load_checked_run(config, overrides, out, resume, check, permission, say)
+    if source is None:
+        return
+    if server_file is None:
         raise UserError(f"--server is missing: name a file ({CERTIFICATES_HINT})")
     from hetero_fl.deployment.server import run_server
 
     finished = run_server(
         source,
-        options.server,
-        out=options.out,
-        resume=options.resume,
-        overrides=options.overrides,
+        server_file,
+        out=out,
+        resume=resume,
+        overrides=overrides,
         allow_code=permission,
-        quiet=options.quiet,
+        quiet=quiet,
     )
-    print_results_location(finished, make_printer(options))
-    return 0
+    print_results_location(finished, say)
 
 
-def setup_node(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
-    parser.add_argument(
-        "--site", type=Path, metavar="FILE", help=f"this site's own file; {CERTIFICATES_HINT}"
-    )
-    parser.add_argument(
-        "--once",
-        action="store_true",
-        help="end when a run is over (default: wait for the next one)",
-    )
-    parser.add_argument(
-        "--audit",
-        type=Path,
-        metavar="FILE",
-        help="print a node's log, audit.jsonl in its folder, and check it",
-    )
-    parser.add_argument(
-        "--key",
-        type=Path,
-        metavar="FILE",
-        help="with --audit: the node's public key (….pub), which shows who wrote the log",
-    )
-    parser.add_argument(
-        "--head",
-        metavar="N:HASH",
-        help="with --audit: what was noted of the log earlier, which must still be in it",
-    )
-    add_code_option(parser)
-    parser.set_defaults(run_command=_run_node)
-
-
-def _run_node(options: argparse.Namespace) -> int:
-    if options.audit is not None:
-        return _verify_audit_log(options.audit, options.key, options.head)
-    if options.site is None:
+@command()
+@click.option(
+    "--site", type=PATH, metavar="FILE", help=f"this site's own file; {CERTIFICATES_HINT}"
+)
+@click.option(
+    "--once", is_flag=True, help="end when a run is over (default: wait for the next one)"
+)
+@click.option(
+    "--audit",
+    type=PATH,
+    metavar="FILE",
+    help="print a node's log, audit.jsonl in its folder, and check it",
+)
+@click.option(
+    "--key",
+    type=PATH,
+    metavar="FILE",
+    help="with --audit: the node's public key (….pub), which shows who wrote the log",
+)
+@click.option(
+    "--head",
+    metavar="N:HASH",
+    help="with --audit: what was noted of the log earlier, which must still be in it",
+)
+@allow_code_option
+@quiet_option
+def node(
+    site: Path | None,
+    once: bool,
+    audit: Path | None,
+    key: Path | None,
+    head: str | None,
+    allow_code: bool,
+    quiet: bool,
+) -> None:
+    """Run one site of such a federation, on a machine of its own."""
+    if audit is not None:
+        _verify_audit_log(audit, key, head)
+        return
+    if site is None:
         raise UserError(f"--site is missing: name a file ({CERTIFICATES_HINT}); or --audit")
     from hetero_fl.deployment.node import run_node
 
-    return (
-        130
-        if run_node(options.site, options.once, code_permission_from(options), options.quiet)
-        else 0
-    )
+    if run_node(site, once, code_permission(allow_code), quiet):
+        raise Exit(130)
 
 
-def _verify_audit_log(path: Path, key: Path | None, head: str | None) -> int:
+def _verify_audit_log(path: Path, key: Path | None, head: str | None) -> None:
     from hetero_fl.deployment.audit_log import format_entries, traffic_totals, verified_head, verify
     from hetero_fl.deployment.certificates import load_public_key
 
@@ -155,80 +169,58 @@ def _verify_audit_log(path: Path, key: Path | None, head: str | None) -> int:
         print(
             "signatures were not checked, so lines may have been appended; --key names the site's public key"
         )
-    return 0
 
 
-def setup_certificates(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
-    parser.add_argument(
-        "folder",
-        type=Path,
-        metavar="DIR",
-        help="a new folder: one for the server in it, one for each site",
-    )
-    parser.add_argument(
-        "--host",
-        action="append",
-        required=True,
-        metavar="NAME",
-        help="name or address of the server (several: again)",
-    )
-    parser.add_argument(
-        "--clients", required=True, metavar="A,B,…", help="the clients of the configuration"
-    )
-    parser.set_defaults(run_command=_run_certificates)
-
-
-def _run_certificates(options: argparse.Namespace) -> int:
+@command()
+@click.argument(
+    "folder",
+    type=PATH,
+    metavar="DIR",
+    help="a new folder: one for the server in it, one for each site",
+)
+@click.option(
+    "--host",
+    "hosts",
+    multiple=True,
+    required=True,
+    metavar="NAME",
+    help="name or address of the server (several: again)",
+)
+@click.option("--clients", required=True, metavar="A,B,…", help="the clients of the configuration")
+def certificates(folder: Path, hosts: tuple[str, ...], clients: str) -> None:
+    """Make the keys and certificates of a federation's machines."""
     from hetero_fl.deployment.certificates import provision
 
-    for path in provision(
-        options.folder, options.host, [name.strip() for name in options.clients.split(",")]
-    ):
+    for path in provision(folder, hosts, [name.strip() for name in clients.split(",")]):
         print(path)
-    return 0
 
 
-# `hetero-fl status`: how a run across machines stands.
+@command()
+@click.argument(
+    "run", metavar="OUT|ADDRESS", help="run directory, or host:port of a server's metrics"
+)
+@click.option("--json", "as_json", is_flag=True, help="as JSON")
+def status(run: str, as_json: bool) -> None:
+    """Show the state of a run across machines: nodes, round, figures."""
+    from hetero_fl.deployment.monitoring import fetch_status, read_status
 
-ADDRESS = re.compile(r"(https?://.+)|([^/\s]+:\d+)")
-
-
-def setup_status(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
-    parser.add_argument(
-        "run", metavar="OUT|ADDRESS", help="run directory, or host:port of a server's metrics"
-    )
-    parser.add_argument("--json", action="store_true", help="as JSON")
-    parser.set_defaults(run_command=run_status)
-
-
-def run_status(options: argparse.Namespace) -> int:
-    """Parse, look, print."""
-    if Path(options.run).exists() or not ADDRESS.fullmatch(options.run):
-        from hetero_fl.deployment.monitoring import read_status
-
-        tree = read_status(Path(options.run))
-    else:
-        from hetero_fl.deployment.monitoring import fetch_status
-
-        tree = fetch_status(options.run)
-    if options.json:
+    is_address = not Path(run).exists() and ADDRESS.fullmatch(run)
+    tree = fetch_status(run) if is_address else read_status(Path(run))
+    if as_json:
         print(json.dumps(tree, indent=1))
-        return 0
+        return
     from rich.console import Console
 
     try:
         print_status(tree, Console(highlight=False, soft_wrap=True))
     except (KeyError, TypeError, AttributeError):
         raise UserError(
-            f"{options.run}: what is shown there is no status that this release knows"
+            f"{run}: what is shown there is no status that this release knows"
         ) from None
-    return 0
 
 
 def print_status(tree: Mapping[str, Any], console: Console) -> None:
-    """A few lines: the run, its figures, a row for each node, what happened last."""
+    """Print a few lines: the run, its figures, a row for each node, what happened last."""
     from rich.text import Text
 
     from hetero_fl.reporting.formatting import format_bytes, format_duration, format_evaluation

@@ -8,6 +8,7 @@ from itertools import islice
 
 from pydantic import ValidationError
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -181,3 +182,23 @@ def print_method_details(names: Sequence[str], console: Console) -> None:
             )
             table.add_row(key, *(Text(words.replace("`", "")) for words in told))
         console.print(table)
+
+
+def print_scores(
+    results: Mapping[str, Mapping[str, float | None]], title: str, console: Console
+) -> None:
+    """Print a row for each model; in a terminal too narrow for that, a row for each figure. Nothing is clipped."""
+    names = list(next(iter(results.values())))
+    wide = Table("model", *(n.replace("_", " ") for n in names), title=title)
+    long = Table("model", "figure", "value", title=title)
+    for column in [*wide.columns, *long.columns]:
+        column.overflow = "fold"
+    for model, scores in results.items():
+        told = ["–" if scores[n] is None else f"{scores[n]:.3f}" for n in names]
+        wide.add_row(model, *told)
+        for name, value in zip(names, told, strict=True):
+            long.add_row(model, name.replace("_", " "), value)
+    # measured there, a table is as wide as its longest words need
+    unbounded = console.options.update(width=10_000)
+    fits = Measurement.get(console, unbounded, wide).minimum <= console.width
+    console.print(wide if fits else long)

@@ -15,13 +15,16 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 from urllib.error import URLError
 from urllib.request import urlopen
 
 from hetero_fl.deployment.messages import versions
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.serialization import write_atomically
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
 
 # Lines of what happens at a server or a node: for a reader, or as JSON for whoever gathers them
 # from many machines.
@@ -186,47 +189,44 @@ class RunStatus:
             return {**self._tree, "nodes": nodes, "events": self._events, "updated": now}
 
     def prometheus(self) -> str:
-        """The same in Prometheus's text format."""
+        """Return the same in Prometheus's text format."""
+        from prometheus_client import generate_latest
+
+        return generate_latest(self).decode()
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield what `prometheus` writes (the collector protocol of prometheus_client); what is not known is left out."""
+        from prometheus_client import Metric
+
         tree = self.to_dict()
         here = sum(node["here"] for node in tree["nodes"].values())
-        about = {name: tree[name] or "" for name in ("run", "name", "algorithm", "phase")} | tree[
-            "versions"
-        ]
-        found = [
-            _metric_family("info", "gauge", "the run", [(about, 1)]),
-            _metric_family("rounds", "gauge", "rounds that are to be held", [({}, tree["rounds"])]),
-            _metric_family("rounds_completed", "gauge", "rounds that are complete", [({}, tree["round"])]),
-            _metric_family("nodes", "gauge", "nodes that are here, and that are not",
-                    [({"state": "here"}, here), ({"state": "gone"}, len(tree["nodes"]) - here)]),
-            _metric_family("bytes_total", "counter", "encoded payloads, at the server",
-                    [({"direction": "up"}, tree["up_bytes"]), ({"direction": "down"}, tree["down_bytes"])]),
-            _metric_family("failures_total", "counter", "uploads that were asked for and not used", [({}, tree["failures"])]),
-        ]  # fmt: skip
-        if tree["seconds"] is not None:
-            found.append(
-                _metric_family(
-                    "round_seconds", "gauge", "of the last round", [({}, tree["seconds"])]
-                )
-            )
-        if tree["epsilon"] is not None:
-            found.append(
-                _metric_family(
-                    "privacy_epsilon", "gauge", "what the run has spent", [({}, tree["epsilon"])]
-                )
-            )
+        states = [({"state": "here"}, here), ({"state": "gone"}, len(tree["nodes"]) - here)]
+        sent = [({"direction": way}, tree[f"{way}_bytes"]) for way in ("up", "down")]
+        about = {name: tree[name] or "" for name in ("run", "name", "algorithm", "phase")}
         scores = [
             ({"of": name, "metric": metric}, value)
             for name in EVALUATION_SETS
             for metric, value in (tree[name] or {}).items()
-            if value is not None
         ]
-        if scores:
-            found.append(
-                _metric_family(
-                    "score", "gauge", "of the last evaluation, mean over clients", scores
-                )
-            )
-        return "\n".join(found) + "\n"
+        families: Sequence[tuple[str, str, str, Sequence[tuple[Mapping[str, Any], Any]]]] = (
+            ("info", "gauge", "the run", [(about | tree["versions"], 1)]),
+            ("rounds", "gauge", "rounds of the run", [({}, tree["rounds"])]),
+            ("rounds_completed", "gauge", "rounds that are complete", [({}, tree["round"])]),
+            ("nodes", "gauge", "nodes that are here, and that are not", states),
+            ("bytes_total", "counter", "encoded payloads, at the server", sent),
+            ("failures_total", "counter", "uploads that were requested and not used", [({}, tree["failures"])]),
+            ("round_seconds", "gauge", "of the last round", [({}, tree["seconds"])]),
+            ("privacy_epsilon", "gauge", "what the run has spent", [({}, tree["epsilon"])]),
+            ("score", "gauge", "of the last evaluation, mean over clients", scores),
+        )  # fmt: skip
+        for name, kind, description, samples in families:
+            family = Metric(f"hetero_fl_{name}".removesuffix("_total"), description, kind)
+            for labels, value in samples:
+                if value is not None:
+                    texts = {label: str(text) for label, text in labels.items()}
+                    family.add_sample(f"hetero_fl_{name}", texts, value)
+            if family.samples:
+                yield family
 
     def _write(self) -> None:
         if (self._path / "config.yaml").exists():  # before, there is no run directory
@@ -263,21 +263,6 @@ def _is_process_alive(tree: Mapping[str, Any]) -> bool:
     except OSError:
         pass
     return True
-
-
-def _metric_family(
-    name: str, kind: str, about: str, samples: Sequence[tuple[Mapping[str, Any], float]]
-) -> str:
-    name = f"hetero_fl_{name}"
-    lines = [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
-    for labels, value in samples:
-        told = ",".join(f'{label}="{_escape(str(text))}"' for label, text in labels.items())
-        lines.append(f"{name}{{{told}}} {value}" if told else f"{name} {value}")
-    return "\n".join(lines)
-
-
-def _escape(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
 # A server's small window: `/healthz`, `/metrics` for Prometheus, `/status` as JSON, over plain

@@ -14,20 +14,16 @@ from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.task import Task
 from hetero_fl.federation.federation import FederationSpec, describe_settings
 from hetero_fl.federation.trainer import EvaluationResult, Record
-from hetero_fl.reporting.formatting import capitalize_first
+from hetero_fl.reporting.rendering import render, render_line
 from hetero_fl.utils.errors import RunFailedError
-from hetero_fl.utils.text import pluralize
-
-# What stood between clients, server and whoever reads the models, in words: privacy, secret sums,
-# rules, compression, liars.
 
 Json = dict[str, Any]
 PRIVACY_UNITS = {
     "record": " of each training row",
     "client": " of each client",
-    "local": " of each client, noised at home",
+    "local": " of each client, noised by the client itself",
 }
-SHOWN = 6  # liars that are named
+SHOWN = 6  # malicious clients that are named
 
 
 def collect_protections(federation: FederationSpec) -> dict[str, Any]:
@@ -54,43 +50,20 @@ def _format_stage(written: Json) -> str:
 
 
 def describe_protections(summary: Json, details: Json) -> list[str]:
-    """A sentence on each protection; the first on privacy, had or not."""
+    """Return a sentence on each protection; the first on privacy, whether there was any or not."""
     privacy = summary["privacy"]
-    found = details.get("protections", {})
-    if privacy:
-        whose = PRIVACY_UNITS.get(privacy.get("unit", ""), "")
-        lines = [
-            f"Differential privacy{whose}: ε = {privacy['epsilon']:.3g} at δ = {privacy['delta']:.1g}."
-        ]
-    else:
-        lines = ["No differential privacy was in force."]
-    if found.get("secure_sum"):
-        lines.append("The server learnt sums of uploads, and no single one.")
-    if found.get("rules"):
-        rules = [f"{what} by {rule}" for what, rule in found["rules"].items()]
-        lines.append(
-            f"{capitalize_first(', '.join(rules))}: combined so that a few liars cannot decide."
-        )
-    for key, who in (("compress", "clients"), ("compress_down", "the server")):
-        if found.get(key):
-            lines.append(f"What {who} sent was compressed: {', '.join(found[key])}.")
-    return lines
+    text = render(
+        "protections.txt",
+        privacy=privacy,
+        privacy_unit=PRIVACY_UNITS.get((privacy or {}).get("unit", ""), ""),
+        protections=details.get("protections", {}),
+    )
+    return text.splitlines()
 
 
 def describe_attack(attacks: Json | None) -> str:
-    """Who lied how; nothing where nobody did."""
-    if not attacks:
-        return ""
-    who: Sequence[str] = attacks["liars"]
-    more = f" and {len(who) - SHOWN:,} more" if len(who) > SHOWN else ""
-    how = (
-        f"{pluralize(len(who), 'client')} lied ({attacks['name']}): {', '.join(who[:SHOWN])}{more}"
-    )
-    if attacks.get("success") is not None:
-        how += (
-            f"; the backdoor opened on {attacks['success']:.1%} of the test rows of other classes"
-        )
-    return f"{how}. All figures are of honest clients."
+    """Return which clients attacked and how; empty if none did."""
+    return render_line("attack.txt", attacks=attacks, named=SHOWN)
 
 
 # From the records of a run to `summary.json` and `details.json`.

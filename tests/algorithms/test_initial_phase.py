@@ -21,7 +21,8 @@ from hetero_fl.core.plan import Fit, Plan
 from hetero_fl.engine.batches import index_batches
 from hetero_fl.experiment import prepare, run
 from hetero_fl.federation.synchronous import SynchronousTrainer
-from hetero_fl.reporting.report_text import summarize_run
+from hetero_fl.reporting.rendering import render
+from hetero_fl.reporting.report import report_facts
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.errors import UserError
 from tests.algorithms.test_kt_pfl import T, follow
@@ -280,10 +281,8 @@ def test_the_report_says_whether_labels_of_the_proxy_set_were_read(tmp_path: Pat
         }
         run(source, out=tmp_path / words.split()[0])
         written = RunDirectory(tmp_path / words.split()[0])
-        assert (
-            f"60 rows, whose labels {words}"
-            in summarize_run(written.summary(), written.details())[0]
-        )
+        facts = report_facts(written.summary(), written.details())
+        assert f"60 rows, whose labels {words}" in render("report_story.html", **facts)
 
 
 def test_a_proxy_set_without_labels_and_private_records_are_refused_in_one_line() -> None:

@@ -15,6 +15,7 @@ from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from hetero_fl.cli import main
@@ -88,26 +89,39 @@ def test_what_it_tells(status: RunStatus) -> None:
 def test_prometheus(status: RunStatus) -> None:
     status.set_presence_source(lambda: ["north"])
     status.add_record(record(1, privacy={"epsilon": 1.25}))
+
     text = status.prometheus()
-    sample = re.compile(
-        r'hetero_fl_[a-z_]+(\{[a-z]+="(\\.|[^"\\])*"(,[a-z]+="(\\.|[^"\\])*")*\})? [0-9.e+-]+'
-    )
-    lines = [line for line in text.splitlines() if not line.startswith("#")]
-    assert text.endswith("\n") and all(sample.fullmatch(line) for line in lines), text
-    for line in (
-        "hetero_fl_rounds 3", "hetero_fl_rounds_completed 1", 'hetero_fl_nodes{state="here"} 1',
-        'hetero_fl_nodes{state="gone"} 1', 'hetero_fl_bytes_total{direction="up"} 1000',
-        'hetero_fl_bytes_total{direction="down"} 2000', "hetero_fl_failures_total 0", "hetero_fl_round_seconds 2.0",
-        "hetero_fl_privacy_epsilon 1.25", 'hetero_fl_score{of="personal",metric="accuracy"} 0.75',
-    ):  # fmt: skip
-        assert line in lines
-    assert len([line for line in lines if "score" in line]) == 2  # an undefined figure is none
-    (about,) = [line for line in lines if "info" in line]
-    assert 'name="a \\"run\\""' in about and 'run="beef"' in about
-    families = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
-    assert len(families) == len(set(families)) and {
-        line.split("{")[0].split()[0] for line in lines
-    } == set(families)
+
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    assert {name: family.type for name, family in families.items()} == {
+        "hetero_fl_info": "gauge", "hetero_fl_rounds": "gauge", "hetero_fl_rounds_completed": "gauge",
+        "hetero_fl_nodes": "gauge", "hetero_fl_bytes": "counter", "hetero_fl_failures": "counter",
+        "hetero_fl_round_seconds": "gauge", "hetero_fl_privacy_epsilon": "gauge", "hetero_fl_score": "gauge",
+    }  # fmt: skip
+    samples = {
+        (sample.name.removeprefix("hetero_fl_"), *sample.labels.items()): sample.value
+        for name, family in families.items()
+        if name != "hetero_fl_info"
+        for sample in family.samples
+    }
+    assert samples == {
+        ("rounds",): 3,
+        ("rounds_completed",): 1,
+        ("nodes", ("state", "here")): 1,
+        ("nodes", ("state", "gone")): 1,
+        ("bytes_total", ("direction", "up")): 1000,
+        ("bytes_total", ("direction", "down")): 2000,
+        ("failures_total",): 0,
+        ("round_seconds",): 2,
+        ("privacy_epsilon",): 1.25,
+        ("score", ("metric", "accuracy"), ("of", "personal")): 0.75,
+        ("score", ("metric", "balanced_accuracy"), ("of", "personal")): 0.7,
+    }, "an undefined figure is none"
+    (about,) = families["hetero_fl_info"].samples
+    assert about.value == 1 and set(about.labels) == {
+        "run", "name", "algorithm", "phase", "package", "torch", "protocol",
+    }  # fmt: skip
+    assert (about.labels["name"], about.labels["run"]) == ('a "run"', "beef")
 
 
 def test_the_file_is_there_once_there_is_a_run(status: RunStatus, tmp_path: Path) -> None:

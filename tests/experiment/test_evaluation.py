@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from hetero_fl.cli import main
-from hetero_fl.cli.commands import print_scores
+from hetero_fl.cli.printing import print_scores
 from hetero_fl.core.metrics import CLASSIFICATION
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.saved_model import SavedModel

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from hetero_fl.cli import commands
+from hetero_fl.cli.commands import APP
 
 ROOT = Path(__file__).parents[2]
 INSTRUCTIONS = {
@@ -75,9 +75,9 @@ def test_it_runs_the_command_and_not_as_root() -> None:
 def test_each_container_runs_a_command_of_ours(name: str) -> None:
     service = services()[name]
     command, *arguments = service["command"]
-    options = commands.build_parser(command, command).parse_intermixed_args(arguments)
+    options = APP.commands[command].make_context(command, arguments).params
     if name == "server":
-        assert options.resume and options.out.is_absolute()
+        assert options["resume"] and options["out"].is_absolute()
         compile(service["healthcheck"]["test"][-1], "healthcheck", "exec")
     mounted = {volume.split(":")[0]: volume.split(":")[1] for volume in service["volumes"]}
     assert mounted[f"./net/{name}"] == service["working_dir"]

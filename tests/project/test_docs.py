@@ -21,7 +21,8 @@ import yaml
 from benchmarks.__main__ import find_benchmarks
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.algorithms.requirements import describe_needs, format_needs
-from hetero_fl.cli import commands, main
+from hetero_fl.cli import main
+from hetero_fl.cli.commands import APP
 from hetero_fl.deployment.config import load_server_config, load_site_config
 from hetero_fl.experiment.preparation import load_config
 
@@ -121,8 +122,8 @@ def run_or_parse(line: str) -> None:
     elsewhere = any(word.startswith("data.path=") for word in rest)  # data that is not here
     if command == "train" and ("--check" in rest or not (elsewhere or LONG & set(rest))):
         assert main(rest, command) == 0, line
-    elif command in commands.COMMANDS:
-        commands.build_parser(command, command).parse_intermixed_args(rest)
+    elif command in APP.commands:
+        APP.commands[command].make_context(command, rest)
     else:
         assert (ROOT / "scripts" / f"{command}.py").is_file(), line
 

@@ -31,11 +31,11 @@ STARTS = {
         HEAVY,
     ),
     "the help": (
-        "import contextlib\nfrom hetero_fl.cli import main\nwith contextlib.suppress(SystemExit): main(['--help'])",
+        "from hetero_fl.cli import main\nmain(['--help'])",
         HEAVY | {"torch", "numpy", "pydantic"},
     ),
     "a command's help": (
-        "import contextlib\nfrom hetero_fl.cli import main\nwith contextlib.suppress(SystemExit): main(['train', '--help'])",
+        "from hetero_fl.cli import main\nmain(['audit', '--help'])",
         HEAVY | {"torch", "numpy", "pydantic"},
     ),
     "the digits": (

@@ -18,7 +18,8 @@ from hetero_fl.core.objectives import log_prior
 from hetero_fl.experiment import prepare
 from hetero_fl.reporting.formatting import selection_metric_of
 from hetero_fl.reporting.plots.clients import plot_labels
-from hetero_fl.reporting.report_text import captions
+from hetero_fl.reporting.rendering import render
+from hetero_fl.reporting.report import report_facts
 from tests.helpers.small_federations import config
 
 RECORD = {"noise_multiplier": 1.0, "delta": 1e-4, "accountant": "rdp"}
@@ -137,8 +138,11 @@ def test_pictures_of_a_private_run_show_rows_and_the_global_test_set(tmp_path: P
     legend = plot_labels(summary, details).legends[0].get_texts()
 
     assert [text.get_text() for text in legend] == ["train", "validation", "test"]
-    title, caption = captions(summary, details)["labels"]
-    assert title == "Who holds how much" and "Label counts are left out" in caption
+    picture = {"data": "", "width": 100}
+    caption = render(
+        "report_pictures.html", **report_facts(summary, details), pictures={"labels": picture}
+    )
+    assert "<b>Who holds how much.</b>" in caption and "Label counts are left out" in caption
     assert {reading for found in details["confusion"].values() for reading in found} == {"global"}
 
 

@@ -1,11 +1,12 @@
-"""A report says at its top what protected whom from whom, and who lied."""
+"""A report says at its top which protections were on, and which clients were malicious."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from hetero_fl.experiment import prepare
-from hetero_fl.reporting import report_text
+from hetero_fl.reporting.rendering import render
+from hetero_fl.reporting.report import report_facts
 from hetero_fl.reporting.summary import collect_protections, describe_attack, describe_protections
 from tests.helpers.small_federations import config
 
@@ -25,7 +26,7 @@ def test_whose_privacy_it_is() -> None:
     for unit, whose in {
         "record": "of each training row",
         "client": "of each client",
-        "local": "noised at home",
+        "local": "noised by the client itself",
     }.items():
         (line,) = describe_protections({"privacy": {**SPENT, "unit": unit}}, details())
         assert line.startswith("Differential privacy of each") and whose in line
@@ -44,7 +45,7 @@ def test_channel_and_rules_are_told() -> None:
     rules = {"predictions": "spectral", "rule": "median"}
     lines = describe_protections({"privacy": None}, details(channel=channel, aggregation=rules))[1:]
     assert lines == [
-        "Parameters by median, predictions by spectral: combined so that a few liars cannot decide.",
+        "Parameters by median, predictions by spectral: combined so that a few malicious clients cannot decide.",
         "What clients sent was compressed: topk 0.05, quantize 8 bucket 64.",
         "What the server sent was compressed: half.",
     ]
@@ -54,22 +55,30 @@ def test_channel_and_rules_are_told() -> None:
     )
 
 
-def test_liars_are_named_and_not_taken_for_clients_that_were_not_drawn() -> None:
+def test_malicious_clients_are_named_and_not_taken_for_clients_that_were_not_drawn() -> None:
     attacks = {"name": "backdoor", "liars": ["site_2"], "success": 0.25}
     assert describe_attack(None) == ""
     assert describe_attack(attacks) == (
-        "1 client lied (backdoor): site_2; the backdoor opened on 25.0% of the test rows of other classes. All figures are "
+        "1 client sent malicious uploads (backdoor): site_2; the backdoor worked on 25.0% of the test rows of other classes. All figures are "
         "of honest clients."
     )
     assert describe_attack(
         {"name": "scaled", "liars": list("abcdefgh"), "success": None}
-    ).startswith("8 clients lied (scaled): a, b, c, d, e, f and 2 more.")
-    read = [{"id": f"site_{i}", "model": "mlp", "n_train": 9} for i in (1, 3)]
+    ).startswith("8 clients sent malicious uploads (scaled): a, b, c, d, e, f and 2 more.")
+    scores = {"accuracy": 0.5, "balanced_accuracy": 0.5}
+    read = [
+        {"id": f"site_{i}", "model": "mlp", "n_train": 9, "personal": scores, "global": None}
+        for i in (1, 3)
+    ]
     for there, drawn in ((3, False), (4, True)):
         summary = {
             "clients": read, "attacks": attacks, "algorithm": "fedavg", "rounds_completed": 1, "privacy": None,
-            "communication": {"up_bytes": 1, "down_bytes": 1}, "global": None, "personal": None, "server": None,
+            "communication": {"up_bytes": 1, "down_bytes": 1}, "global": None, "personal": {"last": scores}, "server": None,
             "data": {"name": "digits", "n_train": 18, "n_test": 0},
         }  # fmt: skip
-        setting = report_text._setting(summary, {"population": there, "proxy": 0, "about": ""})
-        assert "site_2" in setting and ("drawn once" in setting) == drawn
+        found = {
+            "population": there, "proxy": 0, "about": "", "kind": "multiclass", "labels": list("abcdefghij"),
+            "rows": {client["id"]: {"test": 5} for client in read},
+        }  # fmt: skip
+        story = render("report_story.html", **report_facts(summary, found))
+        assert "site_2" in story and ("drawn once" in story) == drawn

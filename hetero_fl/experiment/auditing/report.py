@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hetero_fl.reporting.formatting import algorithm_name, format_duration
 from hetero_fl.reporting.plots import style
-from hetero_fl.reporting.report import embed_picture, render
+from hetero_fl.reporting.rendering import render
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.reporting.summary import PRIVACY_UNITS
 from hetero_fl.utils.text import pluralize
@@ -42,7 +42,7 @@ def write_audit(folder: Path, content: Json, pictures: list[Json]) -> None:
         membership=membership_rows(content),
         inversion=inversion_rows(content),
         shadows=content["shadows"],
-        picture=embed_picture(picture),
+        picture=style.embed_picture(picture),
         notes=content["notes"],
         time=format_duration(content["seconds"]),
     )

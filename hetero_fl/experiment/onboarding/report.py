@@ -16,6 +16,7 @@ from hetero_fl.core.metrics import SMALLER_IS_BETTER, metric_names
 from hetero_fl.core.task import Task
 from hetero_fl.reporting.formatting import METRICS, MISSING, capitalize_first, format_significant
 from hetero_fl.reporting.plots import style
+from hetero_fl.reporting.rendering import markdown_table, render
 from hetero_fl.reporting.run_directory import RunDirectory
 
 WORDS = {
@@ -62,33 +63,30 @@ def shown_metrics(content: Mapping[str, Any], task: Task) -> list[str]:
 
 
 def join_markdown(content: Json, task: Task) -> str:
-    """A page: what was compared, and a table a metric."""
-    ways = list(dict.fromkeys(row["begins"] for row in content["rows"]))
-    about = [
-        f"# {content['model']} joins {content['run']}",
-        f"A newcomer with the data {content['data']} begins with what a finished run of {content['algorithm']} leaves, and "
-        f"trains on with its own labelled {content['unit']}; from scratch it takes four times as many steps. Figures are of "
-        f"{content['n_test']:,} test rows of its own, mean ± standard deviation over {len(content['seeds'])} seeds"
-        f"{'' if task.kind == 'regression' else ', in percent'}. In bold what is better than from scratch by more than both "
-        "standard deviations.",
-    ]
-    if content["teacher_on"]:
-        about.append(
-            f"The teacher is the mean prediction of the run's models on {content['teacher_on']}."
-        )
-    for metric in shown_metrics(content, task):
-        head = ["labelled", *(WORDS[way] for way in ways)]
-        lines = [f"| {' | '.join(head)} |", f"|{' ---: |' * len(head)}"]
-        for count in content["patients"]:
-            cells = {e["begins"]: e for e in content["table"] if e["patients"] == count}
-            line = [_cell(cells[way], cells[SCRATCH], metric) for way in ways]
-            lines.append(f"| {count} | {' | '.join(line)} |")
-        alone = content["consensus"][metric]
-        below = f"The run's consensus itself, without a label of the newcomer's: {_number(alone, metric)}."
-        about += [f"## {capitalize_first(METRICS[metric])}", "\n".join(lines), below]
-    if content["notes"]:
-        about.append("\n".join(f"- {note}" for note in content["notes"]))
-    return "\n\n".join(about) + "\n"
+    """Return a page: what was compared, and a table for each metric."""
+    return render(
+        "join.md",
+        **content,
+        in_percent=task.kind != "regression",
+        sections=[
+            {
+                "metric": capitalize_first(METRICS[metric]),
+                "table": _metric_table(content, metric),
+                "consensus": _number(content["consensus"][metric], metric),
+            }
+            for metric in shown_metrics(content, task)
+        ],
+    )
+
+
+def _metric_table(content: Json, metric: str) -> str:
+    ways = dict.fromkeys(row["begins"] for row in content["rows"])
+    rows = []
+    for count in content["patients"]:
+        cells = {e["begins"]: e for e in content["table"] if e["patients"] == count}
+        rows.append([str(count), *(_cell(cells[way], cells[SCRATCH], metric) for way in ways)])
+    columns = ["labelled", *(WORDS[way] for way in ways)]
+    return markdown_table(columns, rows, ["right"] * len(columns))
 
 
 def is_better(entry: Mapping[str, Any], scratch: Mapping[str, Any], metric: str) -> bool:

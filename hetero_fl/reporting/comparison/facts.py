@@ -168,7 +168,6 @@ def _column(key: str, reading: str, metric: str) -> Column:
 # The settings that each method of a comparison ran with, in words, and where each of them was
 # written.
 
-TITLE = "Settings"
 DEFAULTS = "defaults"
 
 

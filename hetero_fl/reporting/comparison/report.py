@@ -2,42 +2,29 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import pandas as pd
 
 from hetero_fl.algorithms.requirements import ONE_BY_ONE
 from hetero_fl.core.metrics import metric_names
 from hetero_fl.core.task import Task
 from hetero_fl.reporting.comparison import plots
-from hetero_fl.reporting.comparison import tables as comparison_tables
-from hetero_fl.reporting.comparison.facts import (
-    TITLE,
-    ComparisonFacts,
-    Row,
-    UsedSettings,
-    compared_methods,
-    gather_facts,
-)
+from hetero_fl.reporting.comparison.facts import Row, UsedSettings, compared_methods, gather_facts
 from hetero_fl.reporting.comparison.tables import (
+    BELOW,
     Candidate,
-    ComparisonTable,
-    TuningTable,
+    format_single,
+    make_table,
     make_tuning_table,
+    seconds_note,
 )
-from hetero_fl.reporting.formatting import (
-    METRICS,
-    MISSING,
-    READINGS,
-    algorithm_name,
-    format_bytes,
-    format_duration,
-)
+from hetero_fl.reporting.formatting import METRICS, MISSING, READINGS
 from hetero_fl.reporting.methods import describe_methods
 from hetero_fl.reporting.plots import style
-from hetero_fl.reporting.report import embed_picture, render
+from hetero_fl.reporting.rendering import render
 from hetero_fl.reporting.run_directory import RunDirectory
 
 
@@ -79,38 +66,69 @@ def write_comparison(
     tried: Sequence[Candidate] = (),
     settings: UsedSettings | None = None,
 ) -> None:
-    """Write table, figure and report of a comparison; one row a run, as `comparison_row` makes it.
+    """Write table, figure and report of a comparison.
 
-    `algorithm` is a name, or one with settings of its own (`hybrid:teacher=mean`). Tables and picture keep the order of
-    the rows, the bounds last. What it is about is read from `runs/` and `log.txt` in `out_dir`, as far as they are there.
-    `missing`: why a method, or a run of it, is not among the rows. `tried`: the candidates of a grid, where there was one;
-    `note`: what was chosen among them, which stands below the title and in the captions in LaTeX. `settings`: those of each
-    method that are not its defaults. Raises ValueError without rows.
+    Tables and picture keep the order of the rows, the bounds last. What the comparison is about is read from `runs/` and
+    `log.txt` in `out_dir`, as far as they exist.
+
+    Args:
+        out_dir: Folder of the comparison.
+        rows: One row for each run, from `comparison_row`; `algorithm` is a name, or one with settings of its own
+            (`hybrid:teacher=mean`).
+        title: Title of the page.
+        note: What was chosen among the candidates of a grid; below the title, and in the captions in LaTeX.
+        task: What the runs learn.
+        missing: Why a method, or a run of it, is not among the rows.
+        tried: The candidates of a grid.
+        settings: Those of each method that are not its defaults.
+
+    Raises:
+        ValueError: If there are no rows.
     """
     if not rows:
         raise ValueError("a comparison needs at least one run")
     out = RunDirectory(out_dir)
     out.path.mkdir(parents=True, exist_ok=True)
-    out.write_text("comparison.csv", _csv(rows, task))
+    frame = pd.DataFrame(rows, columns=csv_columns(rows, task), dtype=object)
+    out.write_text("comparison.csv", frame.to_csv(index=False, lineterminator="\n"))
     known = gather_facts(out.path, rows, missing)
-    tables = [
-        comparison_tables.make_table(rows, task, moment, known.jobs, known.local_test_note)
+    last, selected = (
+        make_table(rows, task, moment, known.jobs, known.local_test_note)
         for moment in ("last", "best")
-    ]
-    grid = make_tuning_table(tried, task)
-    out.write_text("comparison.md", _markdown(tables, rows, known, title, note, grid, settings))
-    labels = ("comparison-last", "comparison-selected")
-    tex = [
-        comparison_tables.latex(table, label, note)
-        for table, label in zip(tables, labels, strict=True)
-    ]
+    )
+    tex = [last.latex("comparison-last", note), selected.latex("comparison-selected", note)]
     out.write_text(
         "comparison.tex", "% needs \\usepackage{booktabs,graphicx}\n" + "\n\n".join(tex) + "\n"
     )
     with style.plot_style():
         picture = style.to_png(plots.draw_comparison(rows, task, known.jobs))
     (out.path / "comparison.png").write_bytes(picture)
-    out.write_text("report.html", _html(tables, rows, known, picture, title, note, grid, settings))
+    shown = compared_methods(rows)
+    content: dict[str, Any] = {
+        "title": title,
+        "note": note,
+        "about": known,
+        "tables": (last, selected),
+        "grid": make_tuning_table(tried, task),
+        "settings": settings,
+        "methods": describe_methods(shown.all_labels),
+    }
+    out.write_text("comparison.md", render("comparison.md", **content))
+    page = render(
+        "comparison.html",
+        **content,
+        shown=shown,
+        rows=rows,
+        columns=last.columns[:3],
+        score=format_single,
+        picture=style.embed_picture(picture),
+        several=len({row["seed"] for row in rows}) > 1,
+        below=BELOW,
+        missing=MISSING,
+        one_by_one=any(ONE_BY_ONE in line.needs for line in last.lines),
+        seconds=seconds_note(known.jobs),
+    )
+    out.write_text("report.html", page)
 
 
 def csv_columns(rows: Sequence[Row], task: Task) -> list[str]:
@@ -124,86 +142,3 @@ def csv_columns(rows: Sequence[Row], task: Task) -> list[str]:
     ]
     names += ["up_bytes", "down_bytes", "seconds_total"]
     return list(dict.fromkeys([*names, *(key for row in rows for key in row)]))
-
-
-def _csv(rows: Sequence[Row], task: Task) -> str:
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, csv_columns(rows, task), restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
-
-
-def _markdown(
-    tables: Sequence[ComparisonTable],
-    rows: Sequence[Row],
-    known: ComparisonFacts,
-    title: str,
-    note: str,
-    grid: TuningTable | None,
-    settings: UsedSettings | None,
-) -> str:
-    parts = [f"# {title}", *([note] if note else []), *([known.warning] if known.warning else [])]
-    parts += [
-        "\n".join(f"- **{name}:** {text}" for name, text in known.facts),
-        f"Made by `{known.command}`",
-    ]
-    for table in tables:
-        parts += [f"## {table.title}", comparison_tables.markdown(table), table.caption]
-    if grid:
-        parts += [f"## {grid.title}", comparison_tables.markdown_tuning(grid), grid.caption]
-    if settings:
-        parts += [f"## {TITLE}", *([settings.note] if settings.note else [])]
-        parts += ["\n".join(f"- **{methods}:** {text}" for methods, text in settings.lines())]
-    methods = describe_methods(compared_methods(rows).all_labels)
-    parts += [
-        "## The methods",
-        "\n".join(f"- **{name}:** {' '.join(filter(None, told))}" for name, *told in methods),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _html(
-    tables: Sequence[ComparisonTable],
-    rows: Sequence[Row],
-    known: ComparisonFacts,
-    picture: bytes,
-    title: str,
-    note: str,
-    grid: TuningTable | None,
-    settings: UsedSettings | None,
-) -> str:
-    shown = compared_methods(rows)
-    first = tables[0].columns[:3]
-    runs = [
-        {
-            "name": algorithm_name(str(row["algorithm"])),
-            "seed": row["seed"],
-            "values": [comparison_tables.format_single(row.get(c.key), c.metric) for c in first],
-            "exchanged": format_bytes(row["up_bytes"] + row["down_bytes"]),
-            "time": format_duration(row["seconds_total"]),
-        }
-        for row in rows
-    ]
-    return render(
-        "comparison.html",
-        title=title,
-        note=note,
-        tables=tables,
-        grid=grid,
-        settings=settings,
-        picture=embed_picture(picture),
-        several=len({row["seed"] for row in rows}) > 1,
-        bounds=bool(shown.bounds),
-        baseline=algorithm_name(shown.baseline)
-        if shown.baseline and len(shown.all_labels) > 1
-        else "",
-        below=comparison_tables.BELOW,
-        missing=MISSING,
-        one_by_one=any(ONE_BY_ONE in line.needs for line in tables[0].lines),
-        about=known,
-        seconds=comparison_tables.seconds_note(known.jobs),
-        methods=describe_methods(shown.all_labels),
-        run_columns=[c.title for c in first],
-        runs=runs,
-    )

@@ -1,16 +1,16 @@
-"""Tables of a comparison as Markdown and LaTeX: means, best values, p-values, tuning."""
+"""Tables of a comparison: means, best values, p-values, tuning."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
+import pandas as pd
 
-from hetero_fl.core.metrics import selection_metric
+from hetero_fl.core.metrics import SMALLER_IS_BETTER, selection_metric
 from hetero_fl.core.task import Task
 from hetero_fl.reporting.comparison.facts import (
     Column,
@@ -22,16 +22,19 @@ from hetero_fl.reporting.comparison.facts import (
 from hetero_fl.reporting.formatting import (
     MISSING,
     algorithm_name,
+    capitalize_first,
     format_significant,
     is_better,
     metric_name,
 )
 from hetero_fl.reporting.methods import format_needs, is_bound
-
-# What a comparison may claim: p-values of enough seeds, and the words under a table.
+from hetero_fl.reporting.rendering import markdown_table, render, render_line
 
 LEAST_SEEDS = 5
-"""With fewer pairs a paired t-test has so little power, and leans so much on normality, that its p is no finding."""
+"""With fewer pairs a paired t-test has so little power, and depends so much on normality, that its p is no finding."""
+
+BELOW = "↓"
+"""Marks figures that are worse than the baseline's."""
 
 
 def p_value(a: Mapping[int, float], b: Mapping[int, float]) -> str:
@@ -49,41 +52,8 @@ def p_value(a: Mapping[int, float], b: Mapping[int, float]) -> str:
 
 
 def seconds_note(jobs: int | None) -> str:
-    """What “Seconds” are, and whether they can be compared."""
-    text = "Seconds: a run by the clock, evaluation included"
-    if jobs == 1:
-        return f"{text}, one run at a time."
-    shared = f"{jobs} runs shared the machine" if jobs else "runs may have shared the machine"
-    return f"{text}; {shared}, so they are no measure of speed."
-
-
-def caption_of(
-    first: str, seeds: Sequence[int], found: Sequence[str], bounds: bool, task: Task
-) -> str:
-    """What stands under a table; `first`: the column that p-values are about, `found`: those p-values."""
-    scale = (
-        f"Errors in {task.unit or 'the target’s unit'}"
-        if task.kind == "regression"
-        else f"Metrics in percent{', but for the perplexity' if task.has_many_classes else ''}"
-    )
-    if len(seeds) > 1:
-        text = f"{scale}, mean ± standard deviation over seeds {', '.join(map(str, seeds))}. "
-    else:
-        text = f"{scale}, one seed ({seeds[0]}): differences may be chance. "
-    if bounds:
-        text += "Below the rule: bounds, which have all rows or all models in one place and take no part. "
-    text += "Bold: best of the column. "
-    if any(p not in ("", "best", MISSING) for p in found):
-        text += f"p: two-sided paired t-test by seed against the best in “{first}”, uncorrected. "
-    if MISSING in found:
-        text += "A dash under p: fewer than five seeds, too few for a test. "
-    return text + "MB: 10⁶ bytes exchanged in a run, up and down, as encoded."
-
-
-# The tables of a comparison: which columns, mean and spread over seeds, the best, paired p-values.
-
-BELOW = "↓"
-"""Marks figures below the line to beat."""
+    """Return a sentence on the column “Seconds”: what it measures, and whether it can be compared."""
+    return render_line("seconds.txt", jobs=jobs)
 
 
 @dataclass(frozen=True)
@@ -96,6 +66,13 @@ class TableCell:
     text: str
     best: bool = False
     below: bool = False
+
+    @property
+    def markdown(self) -> str:
+        """The text as Markdown, the best in bold."""
+        if self.best:
+            return f"**{self.text}**"
+        return f"{self.text} {BELOW}" if self.below else self.text
 
 
 @dataclass(frozen=True)
@@ -140,91 +117,138 @@ class ComparisonTable:
         by_group = groupby(self.columns, key=lambda column: column.group)
         return [(group, [column.short for column in columns]) for group, columns in by_group]
 
+    def markdown(self) -> str:
+        """Return the table in GitHub's Markdown, the bounds below a line of their own."""
+        rows = []
+        for line in self.lines:
+            if line.bound and ["*Bounds*"] not in rows:
+                rows.append(["*Bounds*"])
+            p = [line.p] if self.tested else []
+            cells = [cell.markdown for cell in line.cells]
+            rows.append([line.name, *cells, *p, line.megabytes, line.seconds, line.needs])
+        numbers = ["right"] * (len(self.header) - 2)
+        return markdown_table(self.header, rows, ("left", *numbers, "left"))
+
+    def latex(self, label: str, note: str = "") -> str:
+        """Return the table in LaTeX, for the packages booktabs and graphicx.
+
+        Args:
+            label: Name for references; the prefix is `tab:`.
+            note: A sentence more in the caption.
+        """
+        return render("comparison.tex", table=self, label=label, note=note, below=BELOW)
+
 
 def make_table(
     rows: Sequence[Row], task: Task, moment: str, jobs: int | None = None, personal: str = ""
 ) -> ComparisonTable:
-    """The table of the `last` round or of the one selected by validation (`best`).
+    """Return the table of the last round or of the round that validation selected.
 
-    `jobs`: so many runs shared the machine (None: unknown). `personal`: a sentence on the local test rows.
+    Args:
+        rows: One row for each run.
+        task: What the runs learn.
+        moment: `last` or `best`.
+        jobs: Number of runs that shared the machine; None if unknown.
+        personal: A sentence on the local test rows, for the caption.
     """
     columns = columns_of(rows, task, moment)
     shown = compared_methods(rows)
-    algorithms = list(shown.all_labels)
-    federated = list(shown.federated)
-    seeds = sorted({row["seed"] for row in rows})
-    several = len(seeds) > 1
-    values = {
-        a: {
-            c.key: {
-                r["seed"]: float(r[c.key])
-                for r in _rows_of_algorithm(rows, a)
-                if r.get(c.key) is not None
-            }
-            for c in columns
-        }
-        for a in algorithms
-    }
-    cells = {
-        a: [_cell(list(values[a][c.key].values()), c.metric, several) for c in columns]
-        for a in algorithms
-    }
-    for place, column in enumerate(columns):
-        _mark_best(cells, federated, place, column.metric)
-        _mark_below(cells, shown, place, column.metric)
-    leader = _best_cell(cells, federated, columns[0].metric) if columns else None
+    frame = pd.DataFrame(rows).set_index("algorithm").sort_values("seed", kind="stable")
+    seeds = sorted(set(frame["seed"]))
+    by_method = frame[[column.key for column in columns]].astype(float).groupby(level=0)
+    means = by_method.mean()
+    deviations = by_method.std(ddof=1)
+    cells = [
+        _make_column(column, means[column.key], deviations[column.key], shown) for column in columns
+    ]
+    leader = None
+    if columns and len(seeds) > 1:
+        leader = _best_method(columns[0], means[columns[0].key], shown)
     lines = []
-    for a in algorithms:
-        own = _rows_of_algorithm(rows, a)
-        p = ""
-        if leader is not None and several and not is_bound(a):
-            first = columns[0].key
-            p = "best" if a == leader else p_value(values[a][first], values[leader][first])
+    for place, label in enumerate(shown.all_labels):
+        own = frame.loc[[label]]
         short = f" ({len(own)} of {len(seeds)} seeds)" if len(own) < len(seeds) else ""
-        total = [(row["up_bytes"] + row["down_bytes"]) / 1e6 for row in own]
         lines.append(
             TableLine(
-                a,
-                algorithm_name(a) + short,
-                is_bound(a),
-                tuple(cells[a]),
-                p,
-                _megabytes(float(np.mean(total))),
-                format_significant(float(np.mean([row["seconds_total"] for row in own]))),
-                format_needs(a) or MISSING,
+                label,
+                algorithm_name(label) + short,
+                is_bound(label),
+                tuple(column[place] for column in cells),
+                "" if leader is None or is_bound(label) else _p(frame, columns[0], label, leader),
+                _megabytes((own["up_bytes"] + own["down_bytes"]).mean() / 1e6),
+                format_significant(own["seconds_total"].mean()),
+                format_needs(label) or MISSING,
             )
         )
+    found = {line.p for line in lines}
+    caption = render_line(
+        "table_caption.txt",
+        task=task,
+        seeds=seeds,
+        bounds=shown.bounds,
+        tested=bool(found - {"", "best", MISSING}),
+        few_seeds=MISSING in found,
+        first=columns[0].title if columns else "",
+        baseline=algorithm_name(str(shown.baseline)),
+        below=BELOW if any(cell.below for line in lines for cell in line.cells) else "",
+        personal=personal if any(c.key.startswith("personal") for c in columns) else "",
+        seconds=seconds_note(jobs),
+    )
     title = "Last round" if moment == "last" else "Round selected by validation"
-    tested = any(line.p not in ("", "best") for line in lines)
-    first = columns[0].title if columns else ""
-    bounds = len(federated) < len(algorithms)
-    caption = caption_of(first, seeds, [line.p for line in lines], bounds, task)
-    if any(cell.below for line in lines for cell in line.cells):
-        caption += f" {BELOW} worse than {algorithm_name(str(shown.baseline))}."
-    if any(column.key.startswith("personal") for column in columns) and personal:
-        caption += f" {personal}"
-    return ComparisonTable(
-        title, columns, tuple(lines), f"{caption} {seconds_note(jobs)}", tested, jobs
-    )
+    return ComparisonTable(title, columns, tuple(lines), caption, bool(found - {"", "best"}), jobs)
 
 
-def _rows_of_algorithm(rows: Sequence[Row], algorithm: str) -> list[Row]:
-    return sorted(
-        (row for row in rows if row["algorithm"] == algorithm), key=lambda row: row["seed"]
-    )
+def _make_column(
+    column: Column, means: pd.Series, deviations: pd.Series, shown: ComparedMethods
+) -> list[TableCell]:
+    """Return each method's cell in a column; what prints the same as the best is marked as the best."""
+    metric = column.metric
+    best = _best_method(column, means, shown)
+    best_mean = math.nan if best is None else float(means[best])
+    baseline = float(means[shown.baseline]) if shown.baseline else math.nan
+    cells = []
+    for label in shown.all_labels:
+        mean = float(means[label])
+        deviation = float(deviations[label])
+        if math.isnan(mean):
+            cells.append(TableCell(None, None, MISSING))
+            continue
+        printed = _number(mean, metric)
+        has_spread = not math.isnan(deviation)
+        is_ranked = label in shown.federated
+        cells.append(
+            TableCell(
+                mean,
+                deviation if has_spread else None,
+                f"{printed} ± {_number(deviation, metric)}" if has_spread else printed,
+                best=is_ranked
+                and len(shown.federated) > 1
+                and printed == _number(best_mean, metric),
+                below=is_ranked
+                and is_better(metric, baseline, mean)
+                and printed != _number(baseline, metric),
+            )
+        )
+    return cells
 
 
-def _cell(values: list[float], metric: str, several: bool) -> TableCell:
-    if not values:
-        return TableCell(None, None, MISSING)
-    mean = float(np.mean(values))
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    text = _number(mean, metric)
-    return TableCell(
-        mean,
-        deviation,
-        f"{text} ± {_number(deviation, metric)}" if several and deviation is not None else text,
-    )
+def _best_method(column: Column, means: pd.Series, shown: ComparedMethods) -> str | None:
+    """Return the method with the best mean in a column, bounds left out; None if none has a value."""
+    known = means[list(shown.federated)].dropna()
+    if known.empty:
+        return None
+    return str(known.idxmin() if column.metric in SMALLER_IS_BETTER else known.idxmax())
+
+
+def _p(frame: pd.DataFrame, column: Column, label: str, leader: str) -> str:
+    """Return the p-value of a method against the best one in a column."""
+    if label == leader:
+        return "best"
+    values = frame[["seed", column.key]].dropna()
+    found = {
+        name: of.set_index("seed")[column.key].to_dict() for name, of in values.groupby(level=0)
+    }
+    return p_value(found.get(label, {}), found[leader])
 
 
 def _megabytes(value: float) -> str:
@@ -232,7 +256,7 @@ def _megabytes(value: float) -> str:
 
 
 def format_single(value: float | None, metric: str) -> str:
-    """One run's value as the tables print it."""
+    """Return one run's value as the tables print it."""
     return MISSING if value is None else _number(value, metric)
 
 
@@ -240,55 +264,6 @@ def _number(value: float, metric: str) -> str:
     if metric in ("loss", "perplexity", "mae", "rmse"):
         return format_significant(value)
     return f"{value:.3f}" if metric == "r2" else f"{100 * value:.1f}"
-
-
-def _mark_best(
-    cells: dict[str, list[TableCell]], algorithms: list[str], place: int, metric: str
-) -> None:
-    """Mark the best of a column, and whatever prints the same."""
-    leader = _best_cell(cells, algorithms, metric, place)
-    if leader is None or len(algorithms) < 2:
-        return
-    top = cells[leader][place].mean
-    for a in algorithms:
-        cell = cells[a][place]
-        if (
-            cell.mean is not None
-            and top is not None
-            and _number(cell.mean, metric) == _number(top, metric)
-        ):
-            cells[a][place] = replace(cell, best=True)
-
-
-def _mark_below(
-    cells: dict[str, list[TableCell]], shown: ComparedMethods, place: int, metric: str
-) -> None:
-    """Mark in a column whatever competes and is worse, as printed, than the line to beat."""
-    line = cells[shown.baseline][place].mean if shown.baseline else None
-    for a in shown.federated:
-        cell = cells[a][place]
-        if cell.mean is None or line is None or _number(cell.mean, metric) == _number(line, metric):
-            continue
-        if is_better(metric, line, cell.mean):
-            cells[a][place] = replace(cell, below=True)
-
-
-def _best_cell(
-    cells: Mapping[str, Sequence[TableCell]], algorithms: list[str], metric: str, place: int = 0
-) -> str | None:
-    found: str | None = None
-    for a in algorithms:
-        mean = cells[a][place].mean
-        top = cells[found][place].mean if found is not None else None
-        if mean is not None and (top is None or is_better(metric, mean, top)):
-            found = a
-    return found
-
-
-# What a comparison's grid tried: every candidate of every method with its validation, the chosen
-# ones marked.
-
-TITLE = "The values that were tried"
 
 
 @dataclass(frozen=True)
@@ -310,6 +285,14 @@ class TuningTable:
     lines: tuple[tuple[str, str, str, bool], ...]
     caption: str
 
+    def markdown(self) -> str:
+        """Return the candidates in GitHub's Markdown, the chosen ones in bold."""
+        rows = [
+            [name, values, f"**{text}**" if chosen else text]
+            for name, values, text, chosen in self.lines
+        ]
+        return markdown_table(self.header, rows, ("left", "left", "right"))
+
 
 def make_tuning_table(candidates: Sequence[Candidate], task: Task) -> TuningTable | None:
     """The table of the candidates; None where there was nothing to choose."""
@@ -321,136 +304,7 @@ def make_tuning_table(candidates: Sequence[Candidate], task: Task) -> TuningTabl
         known = c.score is not None and math.isfinite(c.score)
         text = format_single(sign * c.score, metric) if c.score is not None and known else MISSING
         lines.append((algorithm_name(c.algorithm), ", ".join(c.point), text, c.chosen))
-    name = metric_name(metric)
-    caption = (
-        f"{name[:1].upper()}{name[1:]} on validation rows at the end of a run, the mean of local and global ones, over "
-        "the seeds. Of each method the best candidate was chosen, of equal ones the first; test rows had no part in it."
+    caption = render_line("tuning_caption.txt", metric=capitalize_first(metric_name(metric)))
+    return TuningTable(
+        "The values that were tried", ("Method", "Values", "Validation"), tuple(lines), caption
     )
-    return TuningTable(TITLE, ("Method", "Values", "Validation"), tuple(lines), caption)
-
-
-# The tables of a comparison as Markdown and as LaTeX.
-
-
-def markdown(table: ComparisonTable) -> str:
-    """The table in GitHub's Markdown."""
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cells) + " |"
-
-    width = len(table.header)
-    lines = [line(table.header), line(["---", *["---:"] * (width - 2), "---"])]
-    ruled = False
-    for row in table.lines:
-        if row.bound and not ruled:
-            lines.append(line(["*Bounds*", *[""] * (width - 1)]))
-            ruled = True
-        cells = [
-            f"**{cell.text}**" if cell.best else f"{cell.text} {BELOW}" if cell.below else cell.text
-            for cell in row.cells
-        ]
-        extra = [row.p] if table.tested else []
-        lines.append(
-            line(
-                [
-                    row.name.replace("|", "\\|"),
-                    *cells,
-                    *extra,
-                    row.megabytes,
-                    row.seconds,
-                    row.needs,
-                ]
-            )
-        )
-    return "\n".join(lines)
-
-
-def markdown_tuning(grid: TuningTable) -> str:
-    """The candidates of a grid in GitHub's Markdown."""
-    lines = [f"| {' | '.join(grid.header)} |", "| --- | --- | ---: |"]
-    for name, values, text, chosen in grid.lines:
-        cells = [
-            name.replace("|", "\\|"),
-            values.replace("|", "\\|"),
-            f"**{text}**" if chosen else text,
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def latex(table: ComparisonTable, label: str, note: str = "") -> str:
-    """The table in LaTeX, for the packages booktabs and graphicx; `note`: a sentence more in its caption."""
-    width = len(table.header)
-    caption = f"{table.title}. {table.caption}" + (f" {note}." if note else "")
-    # How many runs shared the machine is in the caption.
-    others = ["$p$" if name == "p" else _escape(name.partition(" (")[0]) for name in table.others]
-    lines = [
-        "\\begin{table}",
-        "\\centering",
-        f"\\caption{{{_escape(caption)}}}",
-        f"\\label{{tab:{label}}}",
-        "\\footnotesize",
-        "\\setlength{\\tabcolsep}{3pt}",
-        # A table that is wider than the text is scaled down to it.
-        "\\resizebox{\\ifdim\\width>\\textwidth\\textwidth\\else\\width\\fi}{!}{%",
-        f"\\begin{{tabular}}{{l{'r' * (width - 2)}l}}",
-        "\\toprule",
-        *_latex_header(table, others),
-        "\\midrule",
-    ]
-    ruled = False
-    for row in table.lines:
-        if row.bound and not ruled:
-            lines.append("\\midrule")
-            ruled = True
-        cells = [_latex_cell(cell) for cell in row.cells]
-        extra = [_escape(row.p)] if table.tested else []
-        lines.append(
-            " & ".join(
-                [_escape(row.name), *cells, *extra, row.megabytes, row.seconds, _escape(row.needs)]
-            )
-            + " \\\\"
-        )
-    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}}", "\\end{table}"])
-
-
-def _latex_header(table: ComparisonTable, others: Sequence[str]) -> list[str]:
-    """Return two lines: the test sets over their columns, then the names of all columns."""
-    above = [""]
-    rules = []
-    names = ["Method"]
-    for group, titles in table.groups:
-        start = len(names) + 1
-        above.append(f"\\multicolumn{{{len(titles)}}}{{c}}{{{_escape(group)}}}")
-        rules.append(f"\\cmidrule(lr){{{start}-{start + len(titles) - 1}}}")
-        names += [_escape(title) for title in titles]
-    above += [""] * len(others)
-    return [" & ".join(above) + " \\\\", " ".join(rules), " & ".join([*names, *others]) + " \\\\"]
-
-
-def _latex_cell(cell: TableCell) -> str:
-    text = _escape(cell.text)
-    return (
-        f"\\textbf{{{text}}}" if cell.best else f"{text} {_escape(BELOW)}" if cell.below else text
-    )
-
-
-_TEX = {
-    "\\": "\\textbackslash{}",
-    "~": "\\textasciitilde{}",
-    "^": "\\textasciicircum{}",
-    "<": "$<$",
-    ">": "$>$",
-    "±": "$\\pm$",
-    "–": "--",
-    "²": "$^2$",
-    "↓": "$\\downarrow$",
-    "⁶": "$^6$",
-    "“": "\x60\x60",
-    "”": "''",
-    **{character: "\\" + character for character in "&%$#_{}"},
-}
-
-
-def _escape(text: str) -> str:
-    return re.sub("|".join(map(re.escape, _TEX)), lambda match: _TEX[match.group()], text)

@@ -16,7 +16,7 @@ from hetero_fl.core.metrics import CLASSIFICATION, REGRESSION
 from hetero_fl.core.task import MANY, Task
 from hetero_fl.reporting.comparison.facts import rank_methods
 from hetero_fl.reporting.comparison.report import comparison_row, write_comparison
-from hetero_fl.reporting.comparison.tables import latex, make_table, markdown
+from hetero_fl.reporting.comparison.tables import make_table
 from hetero_fl.reporting.run_directory import RunDirectory
 from tests.reporting.test_report import Page
 
@@ -113,7 +113,7 @@ def test_one_seed_has_neither_spread_nor_p() -> None:
     table = make_table(made(seeds=[7]), BINARY, "last")
     assert not table.tested and "p" not in table.header and "one seed (7)" in table.caption
     assert not any("±" in cell.text for line in table.lines for cell in line.cells)
-    assert "±" not in markdown(table) and "pm" not in latex(table, "x")
+    assert "±" not in table.markdown() and "pm" not in table.latex("x")
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_columns_have_the_same_metrics_on_both_test_sets(
 
 
 def test_markdown_sets_bounds_apart() -> None:
-    lines = markdown(make_table(made(), BINARY, "last")).splitlines()
+    lines = make_table(made(), BINARY, "last").markdown().splitlines()
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
     assert len({len(row) for row in cells}) == 1
     assert [row[0] for row in cells[2:]] == [
@@ -244,7 +244,7 @@ def test_markdown_sets_bounds_apart() -> None:
 
 def test_latex_is_balanced_and_escaped() -> None:
     rows = made(["local", "hybrid:keep_heads=no&yes", "centralized"], metrics=CLASSIFICATION)
-    text = latex(make_table(rows, BINARY, "last"), "x")
+    text = make_table(rows, BINARY, "last").latex("x")
     body = text.split("\\toprule")[1].split("\\bottomrule")[0]
     groups, *rows_of_table = [line for line in body.splitlines() if line.endswith("\\\\")]
     columns = re.search(r"\{tabular\}\{(lr*l)\}", text)
@@ -367,9 +367,8 @@ def test_what_is_worse_than_the_line_to_beat_is_marked() -> None:
         "printed alike, and the bounds"
     )
     assert "↓ worse than Local." in table.caption
-    assert "| 50.0 ± 0.0 ↓ |" in markdown(table) and "50.0 $\\pm$ 0.0 $\\downarrow$" in latex(
-        table, "x"
-    )
+    assert " 50.0 ± 0.0 ↓ |" in table.markdown()
+    assert "50.0 $\\pm$ 0.0 $\\downarrow$" in table.latex("x")
     errors = make_table(made(["local", "fedavg"], metrics=REGRESSION), VALUES, "last")
     assert not any(cell.below for line in errors.lines for cell in line.cells), (
         "FedAvg's errors are smaller"

@@ -12,7 +12,7 @@ from matplotlib import rcParams
 from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
 
-from hetero_fl.reporting import report_text
+from hetero_fl.reporting import report
 from hetero_fl.reporting.formatting import METRICS, capitalize_first
 from hetero_fl.reporting.plots import clients, style, write_plots
 from hetero_fl.reporting.plots import rounds as round_plots
@@ -102,7 +102,7 @@ def test_report_that_cannot_be_made_is_reported(
     made_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, said = made_run(rounds=1), list[str]()
-    monkeypatch.setattr(report_text, "summarize_run", lambda *content: 1 / 0)
+    monkeypatch.setattr(report, "explain_method", lambda label: 1 / 0)
 
     write_report(run.path, said.append)
 

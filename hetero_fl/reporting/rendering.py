@@ -1,0 +1,129 @@
+"""Fill the templates of reports, and write tables as Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from hetero_fl.reporting.formatting import (
+    algorithm_name,
+    capitalize_first,
+    format_bytes,
+    format_duration,
+    format_metric,
+    format_privacy,
+    format_range,
+    metric_name,
+)
+from hetero_fl.utils.text import pluralize
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+LATEX = {
+    "\\": "\\textbackslash{}",
+    "~": "\\textasciitilde{}",
+    "^": "\\textasciicircum{}",
+    "<": "$<$",
+    ">": "$>$",
+    "±": "$\\pm$",
+    "–": "--",
+    "²": "$^2$",
+    "↓": "$\\downarrow$",
+    "⁶": "$^6$",
+    "“": "\x60\x60",
+    "”": "''",
+    **{character: "\\" + character for character in "&%$#_{}"},
+}
+"""How characters are written in LaTeX that are not plain text there."""
+
+
+def escape_latex(text: str) -> str:
+    """Escape text for LaTeX."""
+    return re.sub("|".join(map(re.escape, LATEX)), lambda match: LATEX[match.group()], text)
+
+
+def markdown_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], alignment: Sequence[str]
+) -> str:
+    """Format a table in GitHub's Markdown.
+
+    Args:
+        columns: Names of the columns.
+        rows: Cells of each row; a row that is shorter than the header ends with empty cells.
+        alignment: `left` or `right` for each column.
+    """
+    from tabulate import tabulate
+
+    return tabulate(
+        [[cell.replace("|", "\\|") for cell in row] for row in rows],
+        headers=columns,
+        tablefmt="pipe",
+        colalign=alignment,
+        disable_numparse=True,
+    )
+
+
+def join_values(value: Any) -> str:
+    """Write a value of `environment.json`, lists and objects too, as one line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {found}" for name, found in value.items())
+    return "; ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def format_training(settings: Mapping[str, Any]) -> str:
+    """Write a client's own training settings, as far as `details.json` has them, as one line."""
+    own = {
+        **settings.get("optimizer", {}),
+        **{key: settings[key] for key in ("epochs", "steps", "batch_size") if key in settings},
+    }
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value}" for name, value in own.items() if value is not None
+    )
+
+
+FILTERS: dict[str, Callable[..., str]] = {
+    "algorithm": algorithm_name,
+    "bytes": format_bytes,
+    "capitalize_first": capitalize_first,
+    "duration": format_duration,
+    "latex": escape_latex,
+    "metric": format_metric,
+    "metric_name": metric_name,
+    "plain": join_values,
+    "plural": pluralize,
+    "privacy": format_privacy,
+    "span": format_range,
+    "thousands": "{:,}".format,
+    "training_settings": format_training,
+}
+"""Filters that the templates use in addition to Jinja's own."""
+
+
+@cache
+def _environment() -> Environment:
+    # a run that writes no report does not load Jinja
+    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+    environment = Environment(
+        loader=PackageLoader("hetero_fl.reporting"),
+        autoescape=select_autoescape(),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= FILTERS
+    return environment
+
+
+def render(template: str, **content: Any) -> str:
+    """Fill a template of this package; what is put into an HTML page is escaped."""
+    return _environment().get_template(template).render(**content)
+
+
+def render_line(template: str, **content: Any) -> str:
+    """Fill a template of this package and return its text as one line."""
+    return " ".join(render(template, **content).split())

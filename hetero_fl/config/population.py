@@ -6,7 +6,7 @@ Settings are shared per group, so a population costs no more than its groups.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import islice
 from typing import Any
@@ -276,6 +276,14 @@ class Population(Mapping[str, ClientSettings]):
             turns = (place % _num_models(self._groups[number].layer), *(0 for _ in hits))
         key = (turns[0], *(turn if hit else -1 for turn, hit in zip(turns[1:], hits, strict=True)))
         return self._profiles_by_key()[number, key]
+
+    def set_default(self, name: str, value: object) -> None:
+        """Set a setting of all clients that leave it open (None)."""
+        kinds = self._profiles_by_key()
+        for key, kind in kinds.items():
+            if getattr(kind.settings, name) is None:
+                settings = kind.settings.model_copy(update={name: value})
+                kinds[key] = replace(kind, settings=settings)
 
     def position(self, client_id: str) -> tuple[int, int] | None:
         """The number of a client's group and its place there; None for a stranger. Sorts as the configuration does."""

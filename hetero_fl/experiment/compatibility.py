@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hetero_fl.algorithms import Algorithm
+from hetero_fl.algorithms.base import AsyncPolicy, shareable_tensors, shared_part, shared_part_of
 from hetero_fl.communication.secure_aggregation.crypto import num_neighbours
 from hetero_fl.communication.secure_aggregation.protocol import TensorKey, VectorLayout
 from hetero_fl.config import Config
@@ -20,10 +21,10 @@ from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import ClientProfile, floating_tensors
 from hetero_fl.experiment.protection_checks import single_upload_reason
 from hetero_fl.federation.channel import DerivedSetup, idle_stages
-from hetero_fl.federation.dry_run import ExpectedUploads
+from hetero_fl.federation.dry_run import check_user_method
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.simulation.devices import Devices
-from hetero_fl.federation.user_methods import call_broadcast, is_user_method, translate_user_errors
+from hetero_fl.federation.user_methods import is_user_method
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from model_zoo import ModelError, is_batch_norm
 
@@ -127,16 +128,16 @@ def check_compatibility(name: str, algorithm: Algorithm, federation: FederationS
     task = federation.task
     proxy = federation.data.n_proxy
     settings = [kind.settings for kind in federation.client_infos.profiles]
-    if task.kind not in algorithm.tasks:
+    if task.kind not in algorithm.needs.tasks:
         raise UserError(
-            f"algorithm.name: {name} is for {', '.join(algorithm.tasks)}, but data.name has a {task.kind} task"
+            f"algorithm.name: {name} is for {', '.join(algorithm.needs.tasks)}, but data.name has a {task.kind} task"
         )
-    if algorithm.needs_proxy and not proxy:
+    if algorithm.needs.has_required_proxy and not proxy:
         raise UserError(
             f"algorithm.name: {name} compares predictions on a proxy set, but data.proxy.size is 0; set it above 0, so that "
             "so many training rows are public, or name another set in data.proxy.source"
         )
-    if algorithm.reads_proxy_labels and not federation.data.has_proxy_labels:
+    if algorithm.needs.proxy_set == "labeled" and not federation.data.has_proxy_labels:
         raise UserError(
             f"algorithm.initial_phase: found true, with which {name} trains on labels of the proxy set, but "
             "data.proxy.labels is false; set it to true, or algorithm.initial_public_epochs to 0"
@@ -153,22 +154,22 @@ def check_compatibility(name: str, algorithm: Algorithm, federation: FederationS
             f"algorithm.name: {name} needs clients that share {needed}, but no client's `shares` has it; add it in "
             "clients.defaults.shares, or to those who may send it"
         )
-    if algorithm.needs_all_clients and len(federation.client_infos) > GATHERED:
+    if algorithm.needs.all_clients and len(federation.client_infos) > GATHERED:
         raise UserError(
             f"algorithm.name: {name} brings all clients' rows or models together, at most {GATHERED:,} of them; found "
             f"{len(federation.client_infos):,} clients"
         )
     _check_prefixes(name, algorithm, federation)
     _check_class_weights(federation)
-    _check_extras(algorithm, federation)
+    _check_extras(federation)
     _check_batches(algorithm, federation)
     if is_user_method(algorithm):
-        _dry_run_clients(algorithm, federation)
+        check_user_method(algorithm, federation)
     notes = [
         *idle_stages(name, algorithm, federation),
         *check_secure_aggregation(name, algorithm, federation),
     ]
-    if algorithm.reads_proxy_labels:
+    if algorithm.needs.proxy_set == "labeled":
         notes.append(
             f"{name} trains on the labels of the proxy set before a client's first round (algorithm.initial_phase)"
         )
@@ -190,20 +191,6 @@ def check_compatibility(name: str, algorithm: Algorithm, federation: FederationS
     return notes
 
 
-@translate_user_errors()
-def _dry_run_clients(algorithm: Algorithm, federation: FederationSpec) -> None:
-    """The clients' part of the first round, without computing: slips in an own method show before anybody trains.
-
-    Raises UserError, and RunFailedError if the method itself does not run.
-    """
-    server = federation.server()
-    expectations = ExpectedUploads(algorithm, federation)
-    algorithm.setup(server)
-    for kind in federation.client_infos.profiles:
-        card = federation.client_infos[kind.first]
-        expectations.expected_items(card, call_broadcast(algorithm, server, card), 0)
-
-
 def _clients_without_partner(
     algorithm: Algorithm, federation: FederationSpec
 ) -> list[ClientProfile]:
@@ -211,11 +198,11 @@ def _clients_without_partner(
     sent = []
     owners = Counter[Any]()
     for kind in federation.client_infos.profiles:
-        tensors = algorithm.shareable_tensors(
-            kind.arch, federation.initial_tensors(kind.arch), algorithm.shared_part(kind.settings)
-        )
+        part = shared_part(algorithm, kind.settings)
+        initial = federation.initial_tensors(kind.arch)
+        tensors = shareable_tensors(algorithm, kind.arch, initial, part)
         common = [n for n in tensors if federation.common and n.startswith(federation.common)]
-        family = algorithm.aggregation_group(federation.client_infos[kind.first])
+        family = kind.arch.group_id
         mine: set[tuple[str, tuple[int, ...], str]] = {
             (n, (), family) for n in tensors if n not in common
         }
@@ -254,7 +241,7 @@ def _check_prefixes(name: str, algorithm: Algorithm, federation: FederationSpec)
             )
     if (
         named
-        and algorithm.slot != "model"
+        and shared_part_of(algorithm).slot != "model"
         and not any(_shares_anything(algorithm, kind) for kind in kinds)
     ):
         raise UserError(
@@ -265,8 +252,8 @@ def _check_prefixes(name: str, algorithm: Algorithm, federation: FederationSpec)
 
 def _shares_anything(algorithm: Algorithm, kind: ClientProfile) -> bool:
     """Whether a client of this kind sends anything of its model in the method's slot."""
-    arch = algorithm.extra_models(kind.arch)[algorithm.slot]
-    part = algorithm.shared_part(kind.settings)
+    arch = kind.models[shared_part_of(algorithm).slot]
+    part = shared_part(algorithm, kind.settings)
     return any(part is None or n.startswith(part) for n in arch.shapes)
 
 
@@ -299,14 +286,18 @@ def _check_class_weights(federation: FederationSpec) -> None:
                 )
 
 
-def _check_extras(algorithm: Algorithm, federation: FederationSpec) -> None:
+def _check_extras(federation: FederationSpec) -> None:
     """Build every model that the method adds once."""
-    for arch in dict.fromkeys(kind.arch for kind in federation.client_infos.profiles):
-        try:
-            for extra in algorithm.extra_models(arch).values():
-                extra.check()
-        except ModelError as error:
-            raise UserError(f"algorithm.{algorithm.slot}: {error}") from None
+    checked = {kind.arch for kind in federation.client_infos.profiles}
+    for kind in federation.client_infos.profiles:
+        for slot, arch in kind.models.items():
+            if arch in checked:
+                continue
+            try:
+                arch.check()
+            except ModelError as error:
+                raise UserError(f"algorithm.{slot}: {error}") from None
+            checked.add(arch)
 
 
 def _check_batches(algorithm: Algorithm, federation: FederationSpec) -> None:
@@ -329,11 +320,10 @@ def _single_batches(
     """Where models are trained on batches of one: the key at fault, and the model."""
     for kind in federation.client_infos.profiles:
         if kind.settings.batch_size == 1:
-            for arch in (kind.arch, *algorithm.extra_models(kind.arch).values()):
+            for arch in kind.models.values():
                 yield f"clients: {kind.first}: batch_size: found 1", arch
     for id in federation.data.clients_with_one_row():
-        own = federation.client_infos[id].arch
-        for arch in (own, *algorithm.extra_models(own).values()):
+        for arch in federation.client_infos[id].models.values():
             yield f"clients: {id}: data: found 1 training row", arch
     size = getattr(algorithm, "proxy_batch_size", None)
     proxy = federation.data.n_proxy
@@ -360,7 +350,8 @@ def set_run_mode(
     runtime = config.runtime
     name = config.algorithm["name"]
     notes = []
-    if method.asynchronous and runtime.mode == "sync":
+    policy = method.needs.asynchronous
+    if policy is not None and runtime.mode == "sync":
         runtime = runtime.model_copy(update={"mode": "async"})
         config = config.model_copy(update={"runtime": runtime})
         notes.append(f"runtime.mode is async: {name} aggregates uploads as they come")
@@ -376,26 +367,27 @@ def set_run_mode(
         return config, federation, notes
     _check_mode(config, method, federation)
     places = config.clients.per_round or len(federation.client_infos)
-    goal = method.buffer_size or runtime.buffer or places
+    policy = policy or AsyncPolicy()
+    goal = policy.buffer_size or runtime.buffer or places
     uploads = config.rounds * places
     if goal > uploads:
-        key = "algorithm.buffer" if method.buffer_size else "runtime.buffer"
+        key = "algorithm.buffer" if policy.buffer_size else "runtime.buffer"
         raise UserError(
             f"{key}: found {goal}, but {config.rounds} rounds of {places} clients take {uploads} uploads: there would be no new "
             f"version; choose {uploads} or fewer"
         )
-    if method.staleness_config is not None and runtime.staleness != StalenessConfig():
+    if policy.staleness is not None and runtime.staleness != StalenessConfig():
         raise UserError(f"runtime.staleness: is not used: {name} has its own, algorithm.staleness")
     section, key = (
-        (method.staleness_config, "algorithm")
-        if method.staleness_config is not None
+        (policy.staleness, "algorithm")
+        if policy.staleness is not None
         else (runtime.staleness, "runtime.staleness")
     )
     notes += [
         f"{key}.{setting} is not used: staleness is {section.kind}"
         for setting in section.unused_keys
     ]
-    if goal == 1 and method.staleness_config is None and section.kind != "constant":
+    if goal == 1 and policy.staleness is None and section.kind != "constant":
         notes.append(
             "runtime.staleness has no effect: a version is one upload here (runtime.buffer), and the mean of one is that one "
             "whatever its weight; fedasync moves the server less the staler an upload is"
@@ -414,7 +406,7 @@ def set_run_mode(
 def _check_mode(config: Config, method: Algorithm, federation: FederationSpec) -> None:
     name = config.algorithm["name"]
     kinds = federation.client_infos.profiles
-    if method.needs_all_clients or any(spec.use == "each" for spec in method.uploads.values()):
+    if method.needs.all_clients or any(spec.use == "each" for spec in method.uploads.values()):
         raise UserError(
             f"runtime.mode: async cannot be combined with algorithm.name: {name}, which needs the uploads of one cohort "
             "side by side; others are weighted by staleness and summed"
@@ -438,10 +430,11 @@ def _check_mode(config: Config, method: Algorithm, federation: FederationSpec) -
         raise UserError(
             f"runtime.mode: async cannot be combined with share_every ({rare[0]}): there are no rounds"
         )
-    if method.buffer_size is not None and config.runtime.buffer is not None:
+    policy = method.needs.asynchronous or AsyncPolicy()
+    if policy.buffer_size is not None and config.runtime.buffer is not None:
         own = (
-            f"its own is algorithm.buffer: {method.buffer_size}"
-            if method.buffer_size > 1
+            f"its own is algorithm.buffer: {policy.buffer_size}"
+            if policy.buffer_size > 1
             else "which aggregates after each upload"
         )
         raise UserError(

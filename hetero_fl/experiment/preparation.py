@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from hetero_fl.algorithms import Algorithm, register_algorithm
-from hetero_fl.algorithms.base import load_objective
+from hetero_fl.algorithms.base import shared_part_of
+from hetero_fl.algorithms.local_training import load_objective
 from hetero_fl.config import Config, expand_population
 from hetero_fl.config.errors import describe_error
 from hetero_fl.config.load import (
@@ -49,6 +50,7 @@ from hetero_fl.utils.code_permission import CONTEXT, OWN, CodePermission, find_r
 from hetero_fl.utils.environment import choose_device
 from hetero_fl.utils.errors import UserError, closest
 from hetero_fl.utils.text import pluralize
+from model_zoo import ModelError
 
 # has somebody else compute the clients
 Engage = Callable[["PreparedRun", ExecutorChoice, StateStore], RemoteExecutor]
@@ -130,7 +132,7 @@ def load_federated_data(
     known = any(view.missing or view.columns for view in views)
     own_view = (
         config.server.preprocess
-        if config.server.model and _make_algorithm(config).is_distillation
+        if config.server.model and _make_algorithm(config).needs.proxy_set != "unused"
         else None
     )
     if dataset is None and not has_common_source(config.data):
@@ -189,20 +191,21 @@ def prepare(
         )
     method = _make_algorithm(config)
     data = data or load_federated_data(config, dataset)
-    student = method.is_distillation and data.n_proxy > 0
+    student = method.needs.proxy_set != "unused" and data.n_proxy > 0
     federation = FederationSpec.from_config(config, data, clients, student)
     if config.privacy is not None:
         federation = replace(federation, privacy=config.privacy.with_placeholder_noise())
     method, derived = method.configure(federation.client_infos)
     cards = federation.client_infos
-    if method.has_models_per_client:
-        federation = federation.with_models(
-            {id: method.model_spec(card) for id, card in cards.items()}
+    try:
+        models = (
+            {id: method.models(card) for id, card in cards.items()}
+            if method.needs.models_per_client
+            else [method.models(cards[kind.first]) for kind in cards.profiles]
         )
-    else:
-        federation = federation.with_models(
-            [method.model_spec(cards[kind.first]) for kind in cards.profiles]
-        )
+    except ModelError as error:
+        raise UserError(f"algorithm.{shared_part_of(method).slot}: {error}") from None
+    federation = federation.with_models(models)
     name = config.algorithm["name"]
     config = config.model_copy(
         update={"algorithm": {"name": name, **method.model_dump(mode="json")}}

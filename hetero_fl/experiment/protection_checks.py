@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.algorithms import Algorithm
+from hetero_fl.algorithms.base import download_part, shareable_tensors, shared_part
 from hetero_fl.algorithms.distillation import InitialPhase
 from hetero_fl.config import Config
 from hetero_fl.config.privacy import PrivacyConfig
@@ -114,7 +115,7 @@ def check_privacy(name: str, algorithm: Algorithm, federation: FederationSpec) -
     if privacy.unit == "record" or privacy.accountant == "rdp" or privacy.poisson_cohorts:
         opacus_accountants()
     where = f"{PRIVACY}: found {privacy.unit}"
-    if algorithm.needs_all_clients and not algorithm.uploads:
+    if algorithm.needs.all_clients and not algorithm.uploads:
         raise UserError(
             f"{where}, but algorithm.name: {name} brings all private rows together in one place"
         )
@@ -146,7 +147,7 @@ def _check_norms(algorithm: Algorithm, federation: FederationSpec, where: str) -
     """The gradient of one row under BatchNorm is a function of its whole batch."""
     seen: set[ModelSpec] = set()
     for kind in federation.client_infos.profiles:
-        for slot, arch in {"model": kind.arch, **algorithm.extra_models(kind.arch)}.items():
+        for slot, arch in kind.models.items():
             if arch not in seen and has_batch_norm(arch):
                 key = f"clients: {kind.first}: model" if slot == "model" else f"algorithm.{slot}"
                 raise UserError(
@@ -237,9 +238,8 @@ def _check_client_unit(
                 f"clients: {kind.first}: share_every: found {kind.settings.share_every}, with {where}; an update is measured "
                 "from what was received in the same round"
             )
-        sent = algorithm.shareable_tensors(
-            kind.arch, federation.initial_tensors(kind.arch), algorithm.shared_part(kind.settings)
-        )
+        part = shared_part(algorithm, kind.settings)
+        sent = shareable_tensors(algorithm, kind.arch, federation.initial_tensors(kind.arch), part)
         if (
             any(spec.kind == "params" for spec in items.values())
             and set(sent) - kind.arch.parameter_names
@@ -309,7 +309,7 @@ def check_robustness(
             f"{key}: needs single uploads, but channel.secure_sum tells only their sum; leave one of them out"
         )
     _check_names(config, federation)
-    if algorithm.needs_all_clients or not algorithm.uploads:
+    if algorithm.needs.all_clients or not algorithm.uploads:
         raise UserError(
             f"{key}: {name} has no uploads that a federation would combine; take another algorithm.name"
         )
@@ -422,14 +422,15 @@ def _check_root(
             f"{where} compares with what the server makes of the proxy set; found data.proxy.size 0, or a client without"
         )
     whole = all(
-        algorithm.shared_part(c.settings) is None and algorithm.download_part(c.settings, 0) is None
+        shared_part(algorithm, c.settings) is None
+        and download_part(algorithm, c.settings, 0) is None
         for c in cards
     )
     if (
         items != ["model"]
         or not whole
         or federation.common
-        or any(algorithm.aggregation_group(c) != c.arch.spec_id for c in cards)
+        or any(c.arch.group_id != c.arch.spec_id for c in cards)
     ):
         raise UserError(
             f"{where} is for whole models averaged by architecture; take another rule, or FedAvg, Hybrid"

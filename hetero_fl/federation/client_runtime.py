@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from hetero_fl.algorithms import Algorithm
+from hetero_fl.algorithms.base import inference_model, kept_state
+from hetero_fl.algorithms.local_training import add_log_prior
 from hetero_fl.communication.protocol import ClientPlan, Message, Messages, Protocol
 from hetero_fl.core.metrics import Scores, calibration, confusion, score
 from hetero_fl.core.participant import Participant
@@ -259,14 +261,14 @@ class ClientRuntime:
                 uploads[id] = outcome.failure
                 continue
             upload = self.protection.release_upload(client, Payload(outcome.result()), got[id])
-            upload.report = self.protection.report(reported_loss(outcome.reports))
+            upload.report = self.protection.report(reported_loss(outcome.reports), client.logged)
             self.leaving(id, upload)
             card = self.federation.client_infos[id]
             asked = requests[id]
             uploads[id] = self.links.encode_upload(
                 card, asked.round_idx, upload, got[id], client.state, asked.attempt
             )
-            self.store.stage(id, PrivateState(self.algorithm.kept_state(client), client.state))
+            self.store.stage(id, PrivateState(kept_state(self.algorithm, client), client.state))
         return uploads
 
     def deploy_clients(
@@ -298,9 +300,9 @@ class ClientRuntime:
         private = self.federation.privacy is not None
         if details:
             for c, participant in clients.items():
-                slot, view = self.algorithm.inference_model(participant)
+                slot, view = inference_model(self.algorithm, participant)
                 view = view or self.federation.client_infos[c].preprocess
-                at_home = self.algorithm.add_log_prior(participant, torch.zeros(task.outputs))
+                at_home = add_log_prior(participant, torch.zeros(task.outputs))
                 # Exact label frequencies of a private client stay out of its model's file.
                 tells_prior = bool(at_home.any()) and (
                     not private or self.federation.has_noisy_counts

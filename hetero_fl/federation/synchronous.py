@@ -104,6 +104,7 @@ class SynchronousTrainer(FederatedTrainer):
             "cohort": list(held.schedule.tasks),
             "failed": {client: why for each in tries for client, why in each.failed.items()},
             "train_loss": held.collected.losses,
+            **({"logged": held.collected.logged} if held.collected.logged else {}),
             "up_bytes": self.traffic.up - before[0],
             "down_bytes": self.traffic.down - before[1],
             **self._robustness_record(held.collected),
@@ -151,7 +152,7 @@ class SynchronousTrainer(FederatedTrainer):
             }
         self.now = plan.end
         self.sampler.update(plan, held.collected.losses, index)
-        if self.algorithm.counts_traffic:
+        if self.algorithm.needs.counts_traffic:
             self.traffic.up += sum(sizes[c]["train"][1] for c in plan.wasted_uploads)
             counted = set(self._protocol_clients(plan)) if useful else set()
             self.traffic.down += sum(
@@ -178,7 +179,7 @@ class SynchronousTrainer(FederatedTrainer):
         index = self.completed
         plan = attempt.schedule
         failed = attempt.failed
-        traffic = self.traffic if self.algorithm.counts_traffic else Traffic()
+        traffic = self.traffic if self.algorithm.needs.counts_traffic else Traffic()
         fates = {client: plan.tasks[client].outcome for client in plan.computing}
 
         def usable(arrival: tuple[str, Reply]) -> TypeGuard[tuple[str, Message]]:

@@ -235,7 +235,7 @@ class FederatedTrainer(ABC):
         def make(client: str) -> bytes:
             card = self.federation.client_infos[client]
             return encoded(
-                self._broadcast(replace(card, is_evaluation=True) if for_evaluation else card)
+                self._broadcast(replace(card, purpose="evaluate") if for_evaluation else card)
             )
 
         return LazyMapping(clients, make)
@@ -335,12 +335,12 @@ class FederatedTrainer(ABC):
             raise RunFailedError(
                 f"round {self.completed}: a model cannot be evaluated: {error}"
             ) from None
-        if self.algorithm.counts_traffic:
+        if self.algorithm.needs.counts_traffic:
             self.traffic.down += sum(sizes.values())
         return EvaluationResult(clients, self._evaluate_server(), absent)
 
     def _evaluate_server(self) -> dict[str, Scores] | None:
-        slot = self.algorithm.server_model_slot(self.server)
+        slot = self.algorithm.server_model(self.server)
         if slot is None:
             return None
         view = self.federation.preprocessing_of(slot)

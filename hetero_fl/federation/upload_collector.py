@@ -11,7 +11,14 @@ from hetero_fl.communication.protocol import AggregatedUploads, Arrivals, Protoc
 from hetero_fl.communication.secure_aggregation.protocol import SecureAggregation
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import ClientInfo
-from hetero_fl.core.payload import Payload, PayloadError, check_size, check_upload, loss_from_report
+from hetero_fl.core.payload import (
+    Payload,
+    PayloadError,
+    check_size,
+    check_upload,
+    logged_from_report,
+    loss_from_report,
+)
 from hetero_fl.federation.channel import FederationLinks, open_sums
 from hetero_fl.federation.dry_run import ExpectedUploads
 from hetero_fl.privacy.server import ServerPrivacy
@@ -29,6 +36,8 @@ class CollectedUploads:
     malicious: list[str] = field(default_factory=list)
     magnitudes: dict[str, float] = field(default_factory=dict)
     rules: AggregationRules | None = None
+    # by client, what a method logged
+    logged: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 class UploadCollector:
@@ -86,6 +95,8 @@ class UploadCollector:
             del body  # a model's worth each: nobody holds one longer than need be
             if (loss := loss_from_report(payload.report)) is not None:
                 taken.losses[client] = loss
+            if logged := logged_from_report(payload.report):
+                taken.logged[client] = logged
             if federation.malicious is not None and federation.malicious.is_malicious(
                 client, round_idx
             ):

@@ -147,6 +147,8 @@ class ClientPrivacy:
         """Bounds' factors as they go with a broadcast: to the bit, in a fixed width."""
         return {FACTOR + name: f"{factor:.16e}" for name, factor in sorted(factors.items())}
 
-    def report(self, loss: float | None) -> dict[str, str]:
-        """What goes with an upload: where anything is private, a training loss is not told."""
-        return report_with_loss(loss if self.privacy is None else None)
+    def report(
+        self, loss: float | None, logged: Mapping[str, float] | None = None
+    ) -> dict[str, str]:
+        """Return the report of an upload; empty where anything is private."""
+        return report_with_loss(loss, logged) if self.privacy is None else {}

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from hetero_fl.algorithms.requirements import needs_of
 from hetero_fl.core.metrics import SMALLER_IS_BETTER
 from hetero_fl.reporting import summary as protections
 from hetero_fl.reporting.formatting import (
@@ -27,7 +28,7 @@ from hetero_fl.reporting.formatting import (
     small_test_note,
     target_kind,
 )
-from hetero_fl.reporting.methods import explain_method, method_class
+from hetero_fl.reporting.methods import docstring_paragraph, method_class
 from hetero_fl.reporting.plots.clients import FEW
 from hetero_fl.reporting.plots.rounds import ROUNDS, SHOWN
 from hetero_fl.reporting.plots.scores import PANELS
@@ -97,10 +98,14 @@ def _setting(summary: Json, details: Json) -> str:
 
 
 def _method(summary: Json, details: Json) -> str:
-    what = explain_method(summary["algorithm"])
+    what = docstring_paragraph(summary["algorithm"])
     kind = method_class(summary["algorithm"])
     parts = [f"The method is {algorithm_name(summary['algorithm'])}.", what]
-    if kind is not None and kind.is_distillation and is_regression(last_scores(summary)):
+    if (
+        kind is not None
+        and needs_of(kind).proxy_set != "unused"
+        and is_regression(last_scores(summary))
+    ):
         parts.append("Numbers are distilled by squared error towards their weighted mean.")
     total = sum(summary["communication"].values())
     if total:

@@ -92,21 +92,15 @@ class Centralized(Algorithm):
     needs = Needs(all_clients=True, counts_traffic=False)
 
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
-        if recipient.purpose == "train":
-            return {}
-        return {"model": floating_tensors(server.models[self.pooled_client(server).arch.spec_id])}
-
-    @staticmethod
-    def pooled_client(participant: Participant) -> ClientInfo:
-        """Return the first client of the most frequent architecture: the pooled model has its settings."""
-        return participant.peers[participant.peers.main_profile.first]
+        model = server.models[pooled_client(server).arch.spec_id]
+        return {"model": floating_tensors(model)} if recipient.purpose == "evaluate" else {}
 
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from ()
         return {}
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
-        reference = self.pooled_client(server)
+        reference = pooled_client(server)
         s = reference.settings
         rows = Rows("pooled", preprocess=reference.preprocess)
         counts = server.counts
@@ -128,14 +122,19 @@ class Centralized(Algorithm):
         )
 
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
-        client.arch["pooled"] = self.pooled_client(client).arch
+        client.arch["pooled"] = pooled_client(client).arch
         client.models["pooled"] = received["model"]
         yield from ()
 
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
-        view = self.pooled_client(client).preprocess
+        view = pooled_client(client).preprocess
         logits = yield Predict("pooled", replace(rows, preprocess=view))
         return add_log_prior(client, logits) if personal else logits
 
     def server_model(self, server: Participant) -> str | None:
-        return self.pooled_client(server).arch.spec_id
+        return pooled_client(server).arch.spec_id
+
+
+def pooled_client(participant: Participant) -> ClientInfo:
+    """Return the first client of the most frequent architecture: the pooled model has its settings."""
+    return participant.peers[participant.peers.main_profile.first]

@@ -236,14 +236,19 @@ class DSFL(CachedPredictions):
         if (asked is not None and not len(asked)) or not may_share(client, "predictions"):
             return {}
         logits = yield Predict("model", Rows("proxy", asked))
-        p = predicted_probabilities(client.task, logits)
-        weighted = self.weighted_predictions(client, logits)
+        weighted = self.weighted_probabilities(client, logits)
         counts = self.label_counts(client)
         if self.bits is None:
-            item = replace(weighted, values=self.averaged_form(client.task, p))
-            return {"probabilities": item, **counts}
+            return {"probabilities": weighted, **counts}
+        p = predicted_probabilities(client.task, logits)
         levels = quantize_probabilities(p, self.bits, client.task.kind == "multiclass")
-        return {"codes": Item(pack_labels(levels, self.bits), weighted.weight, "rows"), **counts}
+        return {"codes": replace(weighted, values=pack_labels(levels, self.bits)), **counts}
+
+    def weighted_probabilities(self, client: Participant, logits: Tensor) -> Item:
+        """Return a client's probabilities, or their clipped logarithm, with their weight in the teacher."""
+        p = predicted_probabilities(client.task, logits)
+        weighted = self.weighted_predictions(client, logits)
+        return replace(weighted, values=self.averaged_form(client.task, p))
 
     def averaged_form(self, task: Task, p: Tensor) -> Tensor:
         """What of probabilities is averaged."""

@@ -45,8 +45,7 @@ class FD(Algorithm):
             follow = ClassTeacherDistillation(
                 client.task.kind, weight=self.weight, temperature=self.temperature
             )
-            context = {"teacher": received["teacher"], "known": received["known"]}
-            yield local_fit(client, follow, context=context)
+            yield local_fit(client, follow, context={n: received[n] for n in ("teacher", "known")})
         else:
             yield local_fit(client)
         if not may_share(client, "statistics"):

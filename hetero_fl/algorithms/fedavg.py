@@ -58,10 +58,9 @@ class FedAvg(Algorithm):
         if self.weighting == "sum":
             owners = uploads.weights_by_group("model")  # each weighs one
             for group, mean in uploads.mean_by_group("model").items():
-                model = server.models[group]
                 names = server.arch[group].parameter_names
                 server.models[group] = add_updates(
-                    model, mean, owners[group], self.server_lr, names
+                    server.models[group], mean, owners[group], self.server_lr, names
                 )
         else:
             average_models(server, uploads, self.server_lr)

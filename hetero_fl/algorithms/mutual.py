@@ -184,10 +184,10 @@ class FML(MenteeTraining):
 
     def fit_both(self, client: Participant) -> Fit:
         shape = client.arch[MENTEE].input_shape
-        objective = MutualDistillation(
-            client.task.kind, alpha=self.alpha, beta=self.beta, shape=shape
+        return self.joint_fit(
+            client,
+            MutualDistillation(client.task.kind, alpha=self.alpha, beta=self.beta, shape=shape),
         )
-        return self.joint_fit(client, objective)
 
 
 HIDDEN = "hidden"  # W: from the mentee's features to the own model's, kept by the client
@@ -277,11 +277,10 @@ class FedKD(MenteeTraining):
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         mentee = server.models[MENTEE]
         version = server.state.get("version", 0)
-        round_idx = server.round_context.round_idx
         updated = [
             u.client
             for u in uploads.each
-            if download_part(self, u.client_info.settings, round_idx) != ()
+            if download_part(self, u.client_info.settings, server.round_context.round_idx) != ()
         ]
         server.state["held"] = {**server.state.get("held", {}), **dict.fromkeys(updated, version)}
         restored = (_restore_update(u, mentee) for u in uploads.having(MENTEE))

@@ -47,9 +47,8 @@ class JoiningClient(ProxyTraining):
     )
 
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
-        if recipient.purpose == "evaluate":
-            return {}
-        return {n: server.state[n] for n in (BACKBONE, TEACHER) if n in server.state}
+        names = (BACKBONE, TEACHER) if recipient.purpose == "train" else ()
+        return {n: server.state[n] for n in names if n in server.state}
 
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
         if BACKBONE in received:
@@ -62,8 +61,6 @@ class JoiningClient(ProxyTraining):
             yield self.distill(client, received, self.digest_epochs)
         elif BACKBONE in received and self.probe:
             yield replace(local_fit(client, label="head"), train={"model": HEAD})
-        if TEACHER in received and self.rehearse:
-            yield self.proxy_replay(client, received, self.rehearse)
-        else:
-            yield local_fit(client)
+        replays = TEACHER in received and self.rehearse > 0
+        yield self.proxy_replay(client, received, self.rehearse) if replays else local_fit(client)
         return {}

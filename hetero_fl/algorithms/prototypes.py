@@ -54,9 +54,10 @@ class CommonFeatureWidth(Algorithm):
         return self.model_copy(update={"feature_dim": width}), notes
 
     def models(self, client: ClientInfo) -> Mapping[str, ModelSpec]:
-        if client.arch.feature_width == self.feature_dim:
-            return {"model": client.arch}
-        return {"model": replace(client.arch, feature_dim=self.feature_dim)}
+        fits = client.arch.feature_width == self.feature_dim
+        return {
+            "model": client.arch if fits else replace(client.arch, feature_dim=self.feature_dim)
+        }
 
 
 class CommonHead(CommonFeatureWidth):

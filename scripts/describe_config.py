@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/configuration.md: every key of the configuration, from the descriptions in the schema.
+"""Write docs/configuration.md from the schema, and the rows of docs/methods.md from the methods' classes.
 
 python scripts/describe_config.py            # write it
 python scripts/describe_config.py --check    # status 1 if it is not up to date
@@ -8,6 +8,7 @@ python scripts/describe_config.py --check    # status 1 if it is not up to date
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -20,6 +21,11 @@ sys.path.insert(0, str(ROOT))
 from hetero_fl.algorithms import register_algorithm  # noqa: E402
 from hetero_fl.algorithms.base import Algorithm  # noqa: E402
 from hetero_fl.algorithms.distillation import ProxyDistillation  # noqa: E402
+from hetero_fl.algorithms.requirements import (  # noqa: E402
+    describe_needs,
+    format_needs,
+    method_summary,
+)
 from hetero_fl.config import Config  # noqa: E402
 from hetero_fl.config.describe import (  # noqa: E402
     describe_key,
@@ -30,6 +36,7 @@ from hetero_fl.config.describe import (  # noqa: E402
 )
 
 PAGE = ROOT / "docs" / "configuration.md"
+INDEX = ROOT / "docs" / "methods.md"
 INTRODUCTION = """\
 # Configuration
 
@@ -92,13 +99,12 @@ def _algorithms() -> str:
     lines = [
         "## Settings of the algorithms",
         "",
-        "They stand beside `algorithm.name`. What the methods do is in [methods.md](methods.md).",
+        "They stand next to `algorithm.name`, as does `logit_adjustment`, an alias of `clients.defaults.logit_adjustment`. What the",
+        "methods do is in [methods.md](methods.md).",
         "",
     ]
-    of_all = list(Algorithm.model_fields)
-    of_distilling = [n for n in ProxyDistillation.model_fields if n not in of_all]
+    of_distilling = list(ProxyDistillation.model_fields)
     sections: list[tuple[str, type[BaseModel], list[str]]] = [
-        ("Every algorithm", Algorithm, of_all),
         (f"Every distilling algorithm ({distilling})", ProxyDistillation, of_distilling),
     ]
     sections += [
@@ -113,7 +119,7 @@ def _algorithms() -> str:
 
 
 def _differs(kind: type[BaseModel], name: str) -> bool:
-    """Whether a setting is not already told, with this default, of all algorithms or of all that distil."""
+    """Return whether a setting is not in the table of all distilling algorithms with this default."""
     common = (ProxyDistillation if issubclass(kind, ProxyDistillation) else Algorithm).model_fields
     return name not in common or common[name].default != kind.model_fields[name].default
 
@@ -160,16 +166,33 @@ def _anchor(path: str) -> str:
     return path.replace(".", "").lower()
 
 
+def methods_index() -> str:
+    """Return the index of methods with each row's file, summary and needs as the method's class declares them."""
+
+    def row(match: re.Match[str]) -> str:
+        name, page, travels = match.groups()
+        kind = register_algorithm[name]
+        file = kind.__module__.rpartition(".")[2]
+        summary = method_summary(kind).rstrip(".")
+        needs = format_needs(describe_needs(kind())) or "–"
+        return f"| [`{name}`]({page}) | `{file}.py` | {summary} | {travels} | {needs} |"
+
+    pattern = r"^\| \[`(\w+)`\]\(([^)]*)\) \| `\w+\.py` \| .*? \| (.*? \| .*?) \| .*? \|$"
+    return re.sub(pattern, row, INDEX.read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
 def main() -> int:
-    """Write or check the page."""
+    """Write or check the pages."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--check", action="store_true", help="write nothing; status 1 if the page is not up to date"
     )
     if parser.parse_args().check:
         current = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
-        return 0 if current == page() else 1
+        index = INDEX.read_text(encoding="utf-8")
+        return 0 if current == page() and index == methods_index() else 1
     PAGE.write_text(page(), encoding="utf-8")
+    INDEX.write_text(methods_index(), encoding="utf-8")
     return 0
 
 

@@ -23,7 +23,7 @@ from hetero_fl.core.task import Task  # noqa: E402
 from hetero_fl.reporting.comparison import plots  # noqa: E402
 from hetero_fl.reporting.comparison.tables import ComparisonTable, TableCell, TableLine, make_table  # noqa: E402
 from hetero_fl.reporting.formatting import MISSING, algorithm_base, algorithm_name  # noqa: E402
-from hetero_fl.reporting.methods import is_bound, method_class  # noqa: E402
+from hetero_fl.reporting.methods import is_bound  # noqa: E402
 from hetero_fl.reporting.plots import style  # noqa: E402
 from hetero_fl.reporting.run_directory import RunDirectory  # noqa: E402
 from hetero_fl.utils.text import split_top_level  # noqa: E402
@@ -125,8 +125,7 @@ def _name(label: str) -> str:
 
 def _is_adjusted(label: str) -> bool:
     """Return whether a method trains with logit adjustment, by a setting or by default."""
-    kind = method_class(label)
-    return "logit_adjustment=true" in label or (kind is not None and kind().logit_adjustment)
+    return "logit_adjustment=true" in label or label.startswith("hybrid")
 
 
 def _origin(table: ComparisonTable, rows: list[Row]) -> str:

@@ -17,6 +17,7 @@ import time
 import torch
 
 from benchmarks.common import add_quick
+from hetero_fl.algorithms import local_fit
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import Fit
 from hetero_fl.data import make_images
@@ -53,7 +54,7 @@ def equal_clients(
     prepared = prepare(source, dataset=make_images(clients * rows + 100, classes=10, side=side))
     federation = prepared.federation
     made = [federation.client(id, PrivateState(), 0) for id in federation.client_infos]
-    return [(client, prepared.method.fit(client)) for client in made]
+    return [(client, local_fit(client)) for client in made]
 
 
 def pairs(

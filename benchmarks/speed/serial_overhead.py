@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import add_quick
+from hetero_fl.algorithms import local_fit
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import Fit
 from hetero_fl.data import make_images
@@ -52,7 +53,7 @@ def participant(model: str, optimizer: str, batch: int, rows: int) -> tuple[Part
     prepared = prepare(source, dataset=make_images(rows, classes=10, side=28))
     (id,) = prepared.federation.client_infos
     client = prepared.federation.client(id, PrivateState(), 0)
-    return client, prepared.method.fit(client)
+    return client, local_fit(client)
 
 
 def bare_loop(module: SplitModel, start: dict, x: torch.Tensor, y: torch.Tensor, fit: Fit) -> None:

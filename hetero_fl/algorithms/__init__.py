@@ -1,7 +1,18 @@
-"""One short file per method or close family. Importing this package registers them all."""
+"""Federated methods, one module per method or close family. Importing this package registers them all."""
 
 from hetero_fl.algorithms.asynchronous import FedAsync, FedBuff
-from hetero_fl.algorithms.base import STUDENT, Algorithm, Items, register_algorithm
+from hetero_fl.algorithms.base import (
+    STUDENT,
+    Algorithm,
+    AsyncPolicy,
+    Items,
+    Needs,
+    SharedPart,
+    average_models,
+    may_share,
+    register_algorithm,
+    upload_model,
+)
 from hetero_fl.algorithms.baselines import Centralized, Ensemble, Local
 from hetero_fl.algorithms.data_free import Dense, FedGen
 from hetero_fl.algorithms.ds_fl import DSFL
@@ -14,6 +25,7 @@ from hetero_fl.algorithms.fedopt import FedAdam, FedAvgM, FedYogi
 from hetero_fl.algorithms.heterofl import HeteroFL
 from hetero_fl.algorithms.hybrid import Hybrid
 from hetero_fl.algorithms.kt_pfl import KTpFL
+from hetero_fl.algorithms.local_training import add_log_prior, local_fit
 from hetero_fl.algorithms.mutual import FML, FedKD, FedMRL
 from hetero_fl.algorithms.personalization import Ditto, FedBABU, FedBN, FedPer, FedRep, LGFedAvg
 from hetero_fl.algorithms.prototypes import FedGH, FedProto, FedTGP
@@ -25,6 +37,7 @@ __all__ = [
     "FML",
     "STUDENT",
     "Algorithm",
+    "AsyncPolicy",
     "Centralized",
     "Dense",
     "Ditto",
@@ -56,6 +69,13 @@ __all__ = [
     "KTpFL",
     "LGFedAvg",
     "Local",
+    "Needs",
     "Scaffold",
+    "SharedPart",
+    "add_log_prior",
+    "average_models",
+    "local_fit",
+    "may_share",
     "register_algorithm",
+    "upload_model",
 ]

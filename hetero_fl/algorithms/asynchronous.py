@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from hetero_fl.aggregation.means import add_updates, tie_common_tensors
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import Algorithm, Items, register_algorithm
+from hetero_fl.algorithms.base import (
+    Algorithm,
+    AsyncPolicy,
+    Items,
+    Needs,
+    register_algorithm,
+    upload_model,
+)
+from hetero_fl.algorithms.local_training import local_fit
 from hetero_fl.config.base import Kind, StalenessConfig
 from hetero_fl.core.objectives import Proximal
-from hetero_fl.core.participant import ClientDirectory, ClientInfo, Participant
+from hetero_fl.core.participant import ClientDirectory, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.plan import Plan
 
-# FedAsync: every upload moves the server's model as it comes, the less the staler it is.
-
 
 class StalenessWeighted(Algorithm):
-    """Methods that are for asynchronous running, and say themselves what a stale upload is worth.
+    """Base of methods that only run asynchronously and weight stale uploads themselves.
 
     What architectures have in common (`clients.common`) is one at the server, whichever of them moves it.
     """
-
-    asynchronous = True
 
     staleness: Kind = Field(
         "polynomial",
@@ -34,24 +40,25 @@ class StalenessWeighted(Algorithm):
     b: NonNegativeInt = Field(4, description="of the hinge: versions that cost nothing")
 
     @property
-    def staleness_config(self) -> StalenessConfig:
-        return StalenessConfig(kind=self.staleness, a=self.a, b=self.b)
+    def needs(self) -> Needs:  # type: ignore[override]  # follows from settings
+        """One architecture, and the server's policy for stale uploads."""
+        staleness = StalenessConfig(kind=self.staleness, a=self.a, b=self.b)
+        return Needs(one_architecture=True, asynchronous=AsyncPolicy(1, staleness))
 
     def setup(self, server: Participant) -> None:
         tie_common_tensors(server.models, server.common)
 
-    def weight_of(self, client: Participant | ClientInfo) -> float:
-        return 1.0  # so that what arrives weighs s(τ)
-
 
 @register_algorithm("fedasync")
 class FedAsync(StalenessWeighted):
-    """Asynchronous mixing: θ ← (1 − α·s(τ))·θ + α·s(τ)·θ_k for every upload as it comes, τ being the versions that were made
-    since the client was given its task (Xie et al. 2019, Algorithm 1).
+    """Move the server's model towards every upload as it comes, the less the older the model it started from.
 
-    On a mixed federation an upload moves the model of its architecture. s(τ) = 1/(1 + τ) is the polynomial with a = 1. Runs
+    The rule is θ ← (1 − α·s(τ))·θ + α·s(τ)·θ_k, where τ counts the versions made since the client was given its task
+    (Xie et al. 2019, Algorithm 1). On a mixed federation an upload moves the model of its architecture. s(τ) = 1/(1 + τ) is the polynomial with a = 1. Runs
     asynchronously whatever `runtime.mode` says.
     """
+
+    title = "FedAsync"
 
     alpha: float = Field(
         0.6, gt=0, le=1, description="α: how far a fresh upload moves the server's model"
@@ -60,17 +67,14 @@ class FedAsync(StalenessWeighted):
         0.0, description="ρ: pull of local training towards the model that was received"
     )
 
-    @property
-    def buffer_size(self) -> int:
-        return 1
-
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
-        if not self.rho:
-            return (yield from super().train(client, received))
         yield from self.deploy(client, received)
-        anchor = {"anchor": client.models["model"]}
-        yield self.fit(client, Proximal(client.task.kind, mu=self.rho), context=anchor)
-        return self.share(client)
+        if self.rho:
+            anchor = {"anchor": client.models["model"]}
+            yield local_fit(client, Proximal(client.task.kind, mu=self.rho), context=anchor)
+        else:
+            yield local_fit(client)
+        return upload_model(self, client, weight=1.0)  # what arrives weighs s(τ)
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         owners = uploads.weights_by_group("model")  # s(τ) of the one that came
@@ -83,22 +87,21 @@ class FedAsync(StalenessWeighted):
         yield from ()
 
 
-# FedBuff: asynchronous training with a buffer, of changes and not of models.
-
 BUFFERS = "buffers"
 PAPER = 10  # K
 
 
 @register_algorithm("fedbuff")
 class FedBuff(StalenessWeighted):
-    """Buffered asynchronous aggregation: clients send Δ_k = θ_k − θ as received; of every K the server makes
-    θ ← θ + λ·Σ s(τ_k)·Δ_k / K, s = 1/√(1 + τ) (Nguyen et al. 2022, Algorithm 1).
+    """Collect clients' changes in a buffer and add their mean when it is full; stale changes count less.
 
-    On a mixed federation the sum and its divisor are those of each architecture in the buffer.
+    Clients send Δ_k = θ_k − θ as received; of every K the server makes θ ← θ + λ·Σ s(τ_k)·Δ_k / K, s = 1/√(1 + τ)
+    (Nguyen et al. 2022, Algorithm 1). On a mixed federation the sum and its divisor are those of each architecture in the buffer.
     BatchNorm's statistics move towards the clients' by the same weights, though never past them: a variance plus changes of
     another one could be negative. Runs asynchronously whatever `runtime.mode` says.
     """
 
+    title = "FedBuff"
     uploads = {"model": ItemSpec("update"), BUFFERS: ItemSpec("params")}
 
     buffer: PositiveInt | None = Field(
@@ -107,25 +110,24 @@ class FedBuff(StalenessWeighted):
     server_lr: PositiveFloat = Field(1.0, description="λ: the server's learning rate")
 
     @property
-    def buffer_size(self) -> int | None:
-        return self.buffer
+    def needs(self) -> Needs:  # type: ignore[override]  # follows from settings
+        """As every asynchronous method, with a buffer of its own size."""
+        needs = super().needs
+        assert needs.asynchronous is not None
+        return replace(needs, asynchronous=replace(needs.asynchronous, buffer_size=self.buffer))
 
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         if self.buffer is not None:
             return self, []
         size = max(1, min(PAPER, len(clients) // 2))
-        told = (
-            []
-            if size == PAPER
-            else [f"algorithm.buffer is {size}: half of the clients, where the paper has {PAPER}"]
-        )
-        return self.model_copy(update={"buffer": size}), told
+        note = f"algorithm.buffer is {size}: half of the clients, where the paper has {PAPER}"
+        return self.model_copy(update={"buffer": size}), [] if size == PAPER else [note]
 
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
         start = client.models["model"]
-        yield self.fit(client)
-        items = self.share(client)
+        yield local_fit(client)
+        items = upload_model(self, client)
         if not items:
             return {}
         model = items["model"].values
@@ -157,7 +159,10 @@ class FedBuff(StalenessWeighted):
 
 
 def mean_weights(uploads: Uploads, name: str) -> dict[str, dict[str, float]]:
-    """Σ s / K of each tensor by group, K being its senders: what the weighted mean is multiplied by to be Σ s·Δ / K."""
+    """Return Σ s / K of each tensor by group, K being its senders.
+
+    The weighted mean times this is Σ s·Δ / K.
+    """
     counts = uploads.counts_by_group(name)
     return {
         group: {n: weight / counts[group][n] for n, weight in weights.items()}

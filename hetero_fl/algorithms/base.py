@@ -1,21 +1,20 @@
-"""The base class of methods, and the objective that a client's settings ask for."""
+"""The interface of a method: what it declares, its hooks in the order of a round, and helpers for them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from hetero_fl.aggregation.means import interpolate_model
 from hetero_fl.aggregation.uploads import Uploads
+from hetero_fl.algorithms.local_training import add_log_prior, local_fit
 from hetero_fl.config.base import StalenessConfig
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.model_spec import ModelSpec, Tensors
-from hetero_fl.core.objectives import Objective, Supervised, log_prior
 from hetero_fl.core.participant import (
     ClientDirectory,
     ClientInfo,
@@ -27,322 +26,308 @@ from hetero_fl.core.participant import (
     select_part,
 )
 from hetero_fl.core.payload import Item, ItemSpec, Payload
-from hetero_fl.core.plan import Fit, Plan, Predict, Rows, track_plans
-from hetero_fl.core.task import Task
-from hetero_fl.utils.registry import Registry, import_reference
+from hetero_fl.core.plan import Plan, Predict, Rows
+from hetero_fl.utils.registry import Registry
 
-# The local objective of a client: the supervised loss with what it reads besides the batch, or a
-# class of the user's own.
-
-
-def load_objective(reference: str | None, task: Task) -> Objective:
-    """The supervised loss, or what `python:package.module:Name` names, made with the kind of task.
-
-    Raises UserError if there is no such class.
-    """
-    if reference is None:
-        return Supervised(task.kind)
-    made: Objective = import_reference(reference, "objective", Objective)(task.kind)
-    return made
-
-
-def objective_context(
-    task: Task, counts: Tensor, settings: ClientSettings, logit_adjustment: bool
-) -> dict[str, Tensor]:
-    """What the supervised loss on rows with these label counts reads besides the batch."""
-    prior = log_prior(task, counts) if logit_adjustment else None
-    given = {} if prior is None else {"log_prior": prior}
-    weights = settings.class_weights
-    if weights is not None and task.kind == "multiclass":
-        n = counts.to(torch.get_default_dtype())
-        w = 1 / n.clamp(min=1) if weights == "balanced" else torch.tensor(weights, dtype=n.dtype)
-        # the mean over the training rows is one
-        given["class_weights"] = w * n.sum() / (w * n).sum()
-    return given
-
-
-# What a method is: what travels, what is optimized, how the server combines it. How it is computed
-# is the runtime's part.
-#
-# Subclass `Algorithm`, register it with `@algorithm("name")`, and override what differs. Settings
-# are pydantic fields of the class; they stand beside `algorithm.name` in the configuration. Every
-# hook that may compute is a plan (see hetero_fl.core.plan).
-
-STUDENT = "student"  # the server's slot for the one model that it distils for itself
+STUDENT = "student"  # the server's slot of the one model that it trains for itself
+Items = dict[str, Any]  # name -> Item, tensor or named tensors
 register_algorithm: Registry[type[Algorithm]] = Registry(
     "algorithm", lambda: Algorithm, all_of="`hetero-fl methods`"
 )
-PLANS = ("deploy", "train", "aggregate", "personalize", "predict")  # the hooks that return plans
-Items = dict[str, Any]  # name -> Item, tensor or named tensors
+
+
+@dataclass(frozen=True)
+class AsyncPolicy:
+    """How the server of an asynchronous method takes uploads.
+
+    Attributes:
+        buffer_size: Uploads after which it aggregates; None: `runtime.buffer`.
+        staleness: The weight of a stale upload; None: `runtime.staleness`.
+    """
+
+    buffer_size: int | None = None
+    staleness: StalenessConfig | None = None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method needs of a federation, for checks before a run and for tables.
+
+    Attributes:
+        proxy_set: Whether it trains on a proxy set, and on the labels of that.
+        tasks: The kinds of task that it is for.
+        one_architecture: Whether it averages parameters within each architecture, so that a client
+            with a model of its own learns nothing from others.
+        all_clients: Whether all clients' rows or models are in one place: a bound, no competitor.
+        counts_traffic: Whether what it sends is traffic of a federation.
+        one_upload: Whether clients upload once, in the last round: such a run cannot be extended.
+        models_per_client: Whether clients with equal settings may get different models.
+        asynchronous: For a method that only runs asynchronously, how its server takes uploads.
+        largest_uploads: Settings with which uploads are as long as they can be, where their size
+            follows from what is learned.
+        also: Further needs, in words that tables print.
+    """
+
+    proxy_set: Literal["unused", "optional", "required", "labeled"] = "unused"
+    tasks: tuple[str, ...] = ("multiclass", "multilabel", "regression")
+    one_architecture: bool = False
+    all_clients: bool = False
+    counts_traffic: bool = True
+    one_upload: bool = False
+    models_per_client: bool = False
+    asynchronous: AsyncPolicy | None = None
+    largest_uploads: Mapping[str, Any] = field(default_factory=dict)
+    also: tuple[str, ...] = ()
+
+    @property
+    def has_required_proxy(self) -> bool:
+        """Whether the method does not run without a proxy set."""
+        return self.proxy_set in ("required", "labeled")
+
+
+@dataclass(frozen=True)
+class SharedPart:
+    """Which part of a client's model travels, where prefixes of tensor names do not say it all.
+
+    Attributes:
+        part: Prefixes of tensor names; None: all of the model, (): nothing.
+        slot: The client's model that it is a part of.
+        received: What of `part` the client replaces by the server's; None: all of it.
+        local: Tensors that stay with the client, whatever part travels.
+    """
+
+    part: Part = None
+    slot: str = "model"
+    received: Part = None
+    local: Literal["batch_norm", "batch_norm_statistics"] | None = None
 
 
 class Algorithm(BaseModel):
-    """A federated method. As it stands: FedAvg of the `shared` part, within each architecture."""
+    """A federated method. As it stands: FedAvg of the `shared` part, within each architecture.
+
+    Settings are pydantic fields; they stand next to `algorithm.name` in the configuration. A hook
+    that computes is a plan (see `hetero_fl.core.plan`); one that does not may be an ordinary
+    function.
+
+    Attributes:
+        title: The name for tables; the first line of the docstring is the summary.
+        evaluated_when: When a model is evaluated, for tables.
+        shared: The part of the model that travels: None all, () nothing, else prefixes of tensor
+            names, or a `SharedPart`.
+        uploads: What clients send.
+        downloads: What compression has to know of broadcast items.
+        needs: What the method needs of a federation.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    # the part of the model that travels: None all, () nothing, else prefixes
-    shared: ClassVar[Part] = None
-    slot: ClassVar[str] = "model"  # the client's slot that it is a part of
-    uploads: ClassVar[Mapping[str, ItemSpec]] = {"model": ItemSpec("params")}
-    # what compression has to know of broadcast items
-    downloads: ClassVar[Mapping[str, ItemSpec]] = {}
-    needs_proxy: ClassVar[bool] = False
-    is_distillation: ClassVar[bool] = False  # whether it can train a student at the server
-    # False for bounds, which send nothing that a federation would
-    counts_traffic: ClassVar[bool] = True
-    # whether it needs all clients' rows or models in one place
-    needs_all_clients: ClassVar[bool] = False
-    tasks: ClassVar[tuple[str, ...]] = ("multiclass", "multilabel", "regression")
-    # what it needs besides, in words that tables print; subclasses add to it
-    requires: ClassVar[tuple[str, ...]] = ()
-    # whether it is for asynchronous running and for nothing else
-    asynchronous: ClassVar[bool] = False
-    # whether clients upload once, in the last round: such a run cannot be extended
-    one_shot: ClassVar[bool] = False
-    # when a model is, for tables
+    title: ClassVar[str] = ""
     evaluated_when: ClassVar[str] = "after aggregation, as deployed with the next broadcast"
+    shared: ClassVar[Part | SharedPart] = None
+    uploads: ClassVar[Mapping[str, ItemSpec]] = {"model": ItemSpec("params")}
+    downloads: ClassVar[Mapping[str, ItemSpec]] = {}
+    needs: ClassVar[Needs] = Needs(one_architecture=True)
 
-    logit_adjustment: bool = Field(
-        False,
-        description="train on z + log π with the client's own label frequencies π; at home read z + log π",
-    )
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        track_plans(cls, PLANS)
-
-    @property
-    def buffer_size(self) -> int | None:
-        """Asynchronous: uploads after which the server aggregates; None: what `runtime.buffer` says."""
-        return None
-
-    @property
-    def staleness_config(self) -> StalenessConfig | None:
-        """Asynchronous: what a stale upload is worth; None: what `runtime.staleness` says."""
-        return None
-
-    @property
-    def reads_proxy_labels(self) -> bool:
-        """Whether clients train on the labels of the proxy set; they are there only with `data.proxy.labels`."""
-        return False
-
-    # What the method needs besides -------------------------------------------------------------------------------
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
-        """The method with the settings that were left open derived from the federation, and lines that say so.
+        """Derive settings that were left open from the federation.
 
-        Called once, before anything is built; the run's `config.yaml` holds the result. Raises UserError for settings
-        that do not fit the clients.
+        Called once, before anything is built; the run's `config.yaml` has the result.
+
+        Returns:
+            The method with these settings, and lines that say what was derived.
+
+        Raises:
+            UserError: If settings do not fit the clients.
         """
         return self, []
 
-    @property
-    def has_models_per_client(self) -> bool:
-        """Whether clients with equal settings may get different models: then everybody's is asked for."""
-        return False
+    def models(self, client: ClientInfo) -> Mapping[str, ModelSpec]:
+        """Return the models that a client has, by slot; its own is in the slot "model".
 
-    def model_spec(self, client_info: ClientInfo) -> ModelSpec:
-        """The model that a client trains under this method: its own, unless all need something in common. Asked once for
-        all clients with the same settings."""
-        return client_info.arch
+        Called once for all clients with the same settings, unless the method needs otherwise.
+        """
+        return {"model": client.arch}
 
-    def extra_models(self, arch: ModelSpec) -> dict[str, ModelSpec]:
-        """The models that a client with this one has besides, by slot."""
-        return {}
-
-    def display_name(self, client_info: ClientInfo) -> str:
-        """What a client trains, for a reader: the name of its model."""
-        return client_info.arch.name
-
-    # What travels ------------------------------------------------------------------------------------------------
-    def aggregation_group(self, client_info: ClientInfo) -> str:
-        """Whose tensors may be averaged with this client's: the server's slot for them. Its architecture, as a rule."""
-        return client_info.arch.spec_id
-
-    def local_tensor_names(self, arch: ModelSpec) -> frozenset[str]:
-        """Names of tensors that stay with a client of this architecture, whatever part of its model travels."""
-        return frozenset()
-
-    def shareable_tensors(
-        self, arch: ModelSpec, tensors: Mapping[str, Tensor], part: Part
-    ) -> Tensors:
-        """The tensors of that part which do travel: the same at client and server."""
-        stays = self.local_tensor_names(arch)
-        return {
-            n: t for n, t in floating_tensors(select_part(tensors, part)).items() if n not in stays
-        }
-
-    def shared_part(self, settings: ClientSettings) -> Part:
-        """What this client shares of its model: the method's part, as far as the client is willing."""
-        return common_part(self.shared, settings.shared_prefixes)
-
-    def upload_part(self, settings: ClientSettings, round_idx: int) -> Part:
-        """What of its model the client uploads in this round."""
-        return self.shared_part(settings) if self.uploads_in_round(settings, round_idx) else ()
-
-    def download_part(self, settings: ClientSettings, round_idx: int) -> Part:
-        """What of its model the client replaces by the server's: in the round after each in which it sends."""
-        return self.shared_part(settings) if round_idx % settings.share_every == 0 else ()
-
-    def kept_state(self, client: Participant) -> dict[str, Tensors]:
-        """What of its models a client keeps between rounds: whatever the next broadcast does not replace."""
-        replaced = (
-            self.download_part(client.settings, 0) if client.settings.share_every == 1 else ()
-        )
-        own = client.models[self.slot]
-        stays = self.local_tensor_names(client.arch[self.slot])
-        kept = {
-            **client.models,
-            self.slot: {
-                **exclude_part(own, replaced),
-                **{n: t for n, t in own.items() if n in stays},
-            },
-        }
-        # counters alone are not worth it
-        return {slot: tensors for slot, tensors in kept.items() if floating_tensors(tensors)}
-
-    @staticmethod
-    def uploads_in_round(settings: ClientSettings, round_idx: int) -> bool:
-        """Whether the client uploads in this round."""
-        return (round_idx + 1) % settings.share_every == 0
-
-    def upload_phase(self, share_every: int, round_idx: int, num_rounds: int) -> int:
-        """What of the round decides the form of an upload, besides the broadcast: those of equal phases are alike in form."""
-        return round_idx % share_every
-
-    def with_worst_case_size(self) -> Algorithm:
-        """The method as a bound on its bytes takes it: where a size follows from what is learnt, the largest."""
-        return self
-
-    def may_share(self, client: Participant, share: str) -> bool:
-        """Whether the client uploads that kind of thing ("predictions", "statistics", "features") in this round."""
-        able = share != "predictions" or client.has_proxy
-        return (
-            able
-            and share in client.settings.shares
-            and self.uploads_in_round(client.settings, client.round_context.round_idx)
-        )
-
-    # The round, in its order -------------------------------------------------------------------------------------
     def setup(self, server: Participant) -> None:
         """Prepare the server's state before the first round."""
 
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
-        """What the server sends to one client."""
-        part = self.download_part(recipient.settings, server.round_context.round_idx)
-        return (
-            {}
-            if part == ()
-            else {
-                "model": self.shareable_tensors(
-                    recipient.arch, server.models[self.aggregation_group(recipient)], part
-                )
-            }
-        )
+        """Return what the server sends to one client, to train on or for evaluation only."""
+        part = download_part(self, recipient.settings, server.round_context.round_idx)
+        if part == ():
+            return {}
+        model = server.models[recipient.arch.group_id]
+        return {"model": shareable_tensors(self, recipient.arch, model, part)}
 
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
         """Make the model that this client would use now."""
-        for slot, arch in self.extra_models(client.arch["model"]).items():
-            client.arch[slot] = arch
-            client.models[slot] = {
-                **arch.initial_tensors(client.round_context.seed),
-                **client.models.get(slot, {}),
-            }
-        if self.slot in received:
-            client.load(self.slot, received[self.slot])
+        slot = shared_part_of(self).slot
+        if slot in received:
+            client.load(slot, received[slot])
         yield from ()
 
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
-        """The client's round; returns its upload."""
+        """Train a client for one round and return its upload."""
         yield from self.deploy(client, received)
-        yield self.fit(client)
-        return self.share(client)
+        yield local_fit(client)
+        return upload_model(self, client)
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
-        """The server's round."""
+        """Combine the uploads of a round at the server."""
         if "model" in self.uploads:
-            self.average(server, uploads)
+            average_models(server, uploads)
         yield from ()
 
     def personalize(self, client: Participant, received: Payload) -> Plan[None]:
-        """What the client does with the deployed model before it is read; on a copy."""
+        """Change the deployed model before it is evaluated; this is done on a copy."""
         yield from ()
 
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
-        """Logits `[N, C]` of the client's model; `personal`: on its own patients, where its own label frequencies hold."""
-        slot, view = self.inference_model(client)
-        logits = yield Predict(slot, rows if view is None else replace(rows, preprocess=view))
-        return self.add_log_prior(client, logits) if personal else logits
+        """Return the client's logits, shape `[N, C]`.
 
-    def inference_model(self, client: Participant) -> tuple[str, Any]:
-        """The slot of the model that a deployed client uses, and the preprocessing it needs if not the client's own."""
-        return "model", None
+        Args:
+            client: The client.
+            rows: The rows to predict.
+            personal: Whether the rows are distributed as the client's own, so that its label
+                frequencies hold.
+        """
+        logits = yield Predict("model", rows)
+        return add_log_prior(client, logits) if personal else logits
 
-    def server_model_slot(self, server: Participant) -> str | None:
-        """The slot of the server's own model, if it has one: the student, else the global model of a single group."""
+    def server_model(self, server: Participant) -> str | None:
+        """Return the slot of the server's own model, if it has one.
+
+        It is the student, else the global model of a single group, if clients share all of it.
+        """
         if STUDENT in server.models:
             return STUDENT
-        # else its head was never trained
-        whole = any(self.shared_part(kind.settings) is None for kind in server.peers.profiles)
-        return next(iter(server.models)) if whole and len(server.models) == 1 else None
-
-    # Pieces to build with ----------------------------------------------------------------------------------------
-    def fit(
-        self,
-        client: Participant,
-        objective: Objective | None = None,
-        data: Rows | None = None,
-        *,
-        context: Mapping[str, Any] | None = None,
-        **changes: Any,
-    ) -> Fit:
-        """The client's local training with its own settings; another objective, rows or `Fit` field on request."""
-        s = client.settings
-        objective = objective or load_objective(s.objective, client.task)
-        data = data or Rows()
-        base: dict[str, Any] = {"batch_size": s.batch_size, "optimizer": client.optimizer}
-        base |= {} if "epochs" in changes else {"epochs": s.epochs, "steps": s.steps}
-        base |= {"augment": s.augment.or_none} if data.name == "train" else {}
-        reads = isinstance(objective, Supervised) and self.reads_label_counts(client.task, s)
-        extra = (
-            objective_context(client.task, client.counts, s, self.logit_adjustment) if reads else {}
-        )
-        return Fit(
-            {"model": None},
-            objective,
-            data,
-            context={**extra, **(context or {})},
-            **{**base, **changes},
-        )
-
-    def reads_label_counts(self, task: Task, settings: ClientSettings) -> bool:
-        """Whether the supervised loss reads label counts; where rows are private that costs."""
-        return task.kind == "multiclass" and (
-            self.logit_adjustment or settings.class_weights is not None
-        )
-
-    def add_log_prior(self, client: Participant, logits: Tensor) -> Tensor:
-        """z + log π where the method trains with logit adjustment, else z."""
-        prior = log_prior(client.task, client.counts) if self.logit_adjustment else None
-        return logits if prior is None else logits + prior
-
-    def share(self, client: Participant) -> Items:
-        """The client's part of the model, with its weight."""
-        part = self.upload_part(client.settings, client.round_context.round_idx)
-        if part == ():
-            return {}
-        tensors = self.shareable_tensors(client.arch[self.slot], client.models[self.slot], part)
-        return {self.slot: Item(tensors, self.weight_of(client), "params")} if tensors else {}
-
-    def weight_of(self, client: Participant | ClientInfo) -> float:
-        """The weight of a client's parameters in the mean: its training rows."""
-        return float(client.num_rows)
-
-    def average(self, server: Participant, uploads: Uploads, rate: float = 1.0) -> None:
-        """Move each group's model to the mean over the owners of each tensor."""
-        for group, mean in uploads.mean_by_group("model").items():
-            parameters = server.arch[group].parameter_names
-            server.models[group] = interpolate_model(server.models[group], mean, rate, parameters)
+        profiles = server.peers.profiles
+        # a head that nobody shares was never trained
+        is_whole = any(shared_part(self, profile.settings) is None for profile in profiles)
+        return next(iter(server.models)) if is_whole and len(server.models) == 1 else None
 
 
-track_plans(Algorithm)
+# What of a client's model travels.
+
+
+def shared_part_of(method: Algorithm) -> SharedPart:
+    """Return the method's shared part, also where it declares prefixes only."""
+    return method.shared if isinstance(method.shared, SharedPart) else SharedPart(method.shared)
+
+
+def shared_part(method: Algorithm, settings: ClientSettings) -> Part:
+    """Return what a client shares of its model: the method's part, as far as its settings allow."""
+    return common_part(shared_part_of(method).part, settings.shared_prefixes)
+
+
+def uploads_in_round(settings: ClientSettings, round_idx: int) -> bool:
+    """Return whether a client uploads in this round."""
+    return (round_idx + 1) % settings.share_every == 0
+
+
+def upload_part(method: Algorithm, settings: ClientSettings, round_idx: int) -> Part:
+    """Return what of its model a client uploads in this round."""
+    return shared_part(method, settings) if uploads_in_round(settings, round_idx) else ()
+
+
+def download_part(method: Algorithm, settings: ClientSettings, round_idx: int) -> Part:
+    """Return what of its model a client replaces by the server's: in the round after each upload."""
+    if round_idx % settings.share_every != 0:
+        return ()
+    return common_part(shared_part(method, settings), shared_part_of(method).received)
+
+
+def upload_phase(method: Algorithm, share_every: int, round_idx: int, num_rounds: int) -> int:
+    """Return what of the round decides the form of an upload: that of equal phases is the same."""
+    if method.needs.one_upload:
+        return int(round_idx == num_rounds - 1)
+    return round_idx % share_every
+
+
+def local_tensor_names(method: Algorithm, arch: ModelSpec) -> frozenset[str]:
+    """Return the names of tensors that stay with a client of this architecture."""
+    local = shared_part_of(method).local
+    if local is None:
+        return frozenset()
+    names = arch.batch_norm_names
+    return names if local == "batch_norm" else names - arch.parameter_names
+
+
+def shareable_tensors(
+    method: Algorithm, arch: ModelSpec, tensors: Mapping[str, Tensor], part: Part
+) -> Tensors:
+    """Return the tensors of a part that travel: the same at client and server."""
+    local = local_tensor_names(method, arch)
+    selected = floating_tensors(select_part(tensors, part))
+    return {name: tensor for name, tensor in selected.items() if name not in local}
+
+
+def kept_state(method: Algorithm, client: Participant) -> dict[str, Tensors]:
+    """Return what of its models a client keeps between rounds: what no broadcast replaces."""
+    slot = shared_part_of(method).slot
+    settings = client.settings
+    replaced = download_part(method, settings, 0) if settings.share_every == 1 else ()
+    local = local_tensor_names(method, client.arch[slot])
+    own = client.models[slot]
+    kept = exclude_part(own, replaced) | {n: t for n, t in own.items() if n in local}
+    models = {**client.models, slot: kept}
+    # counters alone are not worth it
+    return {slot: tensors for slot, tensors in models.items() if floating_tensors(tensors)}
+
+
+def may_share(client: Participant, share: str) -> bool:
+    """Return whether a client uploads a kind of thing in this round.
+
+    Args:
+        client: The client.
+        share: "predictions", "statistics" or "features", as in a client's `shares`.
+    """
+    if share not in client.settings.shares or (share == "predictions" and not client.has_proxy):
+        return False
+    return uploads_in_round(client.settings, client.round_context.round_idx)
+
+
+def inference_model(method: Algorithm, client: Participant) -> tuple[str, Any]:
+    """Return the model with which a deployed client predicts its own rows.
+
+    That is the one whose logits `predict` asks for first. Where `predict` combines several, it is
+    the client's own.
+
+    Returns:
+        The slot, and the preprocessing if it is not the client's own.
+    """
+    plan = method.predict(client, Rows("test"), True)
+    step = next(plan, None)
+    plan.close()
+    if isinstance(step, Predict) and step.readout == "logits" and step.slot in client.models:
+        return step.slot, getattr(step.data, "preprocess", None)
+    return "model", None
+
+
+# Averaging of models.
+
+
+def upload_model(method: Algorithm, client: Participant, weight: float | None = None) -> Items:
+    """Return the upload of the client's shared part; empty if it shares nothing in this round.
+
+    Args:
+        method: The method.
+        client: The client.
+        weight: Its weight in the mean; None: the number of its training rows.
+    """
+    part = upload_part(method, client.settings, client.round_context.round_idx)
+    if part == ():
+        return {}
+    slot = shared_part_of(method).slot
+    tensors = shareable_tensors(method, client.arch[slot], client.models[slot], part)
+    if not tensors:
+        return {}
+    weight = float(client.num_rows) if weight is None else weight
+    return {slot: Item(tensors, weight, "params")}
+
+
+def average_models(server: Participant, uploads: Uploads, rate: float = 1.0) -> None:
+    """Move each group's model towards the mean over the owners of each tensor."""
+    for group, mean in uploads.mean_by_group("model").items():
+        parameters = server.arch[group].parameter_names
+        server.models[group] = interpolate_model(server.models[group], mean, rate, parameters)

@@ -1,14 +1,15 @@
-"""The bounds that every table needs: no federation, the ensemble of all, and all data in one place."""
+"""Reference points of every table: no federation, the ensemble of all models, all data in one place."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import Algorithm, Items, objective_context, register_algorithm
+from hetero_fl.algorithms.base import Algorithm, Items, Needs, register_algorithm
+from hetero_fl.algorithms.local_training import add_log_prior, local_fit, objective_context
 from hetero_fl.core.objectives import Supervised
 from hetero_fl.core.participant import ClientInfo, Participant, floating_tensors
 from hetero_fl.core.payload import Item, ItemSpec, Payload
@@ -18,33 +19,32 @@ from hetero_fl.utils.ordering import natural_order
 
 @register_algorithm("local")
 class Local(Algorithm):
-    """Each client trains alone. The line that every method has to beat."""
+    """Train every client alone: the line that every method has to beat."""
 
+    title = "Local"
+    evaluated_when = "after local training"
     shared = ()
     uploads = {}
-    counts_traffic = False
-    evaluated_when = "after private training"
+    needs = Needs(counts_traffic=False)
 
 
 @register_algorithm("ensemble")
 class Ensemble(Local):
-    """The mean softmax (regression: mean output) of all clients' models, each through its own preprocessing.
+    """Average the class probabilities of all clients' models, each of which was trained alone.
 
-    Members train alone; every client would have to hold every other's model.
+    Each model sees the rows through its own preprocessing; of regressions outputs are averaged. This is a bound: every client
+    would have to hold every other's model.
     """
 
+    title = "Ensemble"
+    evaluated_when = "mean prediction of all clients' models after local training (the models saved are the members)"
     uploads = {"member": ItemSpec("params", use="each")}
-    counts_traffic = True
-    needs_all_clients = True
-    evaluated_when = "mean prediction of all clients' models after private training (the models saved are the members)"
+    needs = Needs(all_clients=True)
 
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
-        yield self.fit(client)
-        return {
-            "member": Item(
-                floating_tensors(client.models["model"]), float(client.num_rows), "params"
-            )
-        }
+        yield local_fit(client)
+        tensors = floating_tensors(client.models["model"])
+        return {"member": Item(tensors, float(client.num_rows), "params")}
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         members = dict(server.state.get("members", {}))
@@ -53,14 +53,14 @@ class Ensemble(Local):
         yield from ()
 
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
-        return server.state.get("members", {}) if recipient.is_evaluation else {}
+        return server.state.get("members", {}) if recipient.purpose == "evaluate" else {}
 
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
         client.state["members"] = {name: received[name] for name in received}
         yield from ()
 
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
-        cards = [client.peers[i] for i in natural_order(client.state["members"])]
+        members = [client.peers[i] for i in natural_order(client.state["members"])]
         logits = yield [
             Predict(
                 c.client_id,
@@ -68,58 +68,49 @@ class Ensemble(Local):
                 tensors=client.state["members"][c.client_id],
                 arch=c.arch,
             )
-            for c in cards
+            for c in members
         ]
         if client.task.kind == "regression":
             return torch.stack(logits).mean(0)
         if client.task.kind == "multilabel":
             return torch.stack([z.sigmoid() for z in logits]).mean(0).logit(eps=1e-7)
         mean = torch.stack([z.log_softmax(-1) for z in logits]).logsumexp(0)
-        return self.add_log_prior(client, mean) if personal else mean
+        return add_log_prior(client, mean) if personal else mean
 
 
 @register_algorithm("centralized")
 class Centralized(Algorithm):
-    """All clients' training rows in one place: what federation gives up. One model, read on each client's view of its data.
+    """Train one model on all clients' rows in one place: what a federation gives up.
 
-    Each round is the clients' local training on the pooled rows, with the optimizer made anew as a client's is; one client
-    that holds everything, under FedAvg with λ = 1, is the same computation.
+    Each round is the clients' local training on the pooled rows, with a new optimizer as a client has; one client that has
+    everything, under FedAvg with λ = 1, is the same computation. Each client evaluates the model on its own view of the data.
     """
 
-    shared = None
-    uploads = {}
-    counts_traffic = False
-    needs_all_clients = True
+    title = "Centralized"
     evaluated_when = "the pooled model"
+    uploads = {}
+    needs = Needs(all_clients=True, counts_traffic=False)
 
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
-        return (
-            {"model": floating_tensors(server.models[self.pooled_client(server).arch.spec_id])}
-            if recipient.is_evaluation
-            else {}
-        )
-
-    @staticmethod
-    def pooled_client(server: Participant) -> ClientInfo:
-        """The client whose architecture and settings the pooled model takes: the first of the most frequent architecture."""
-        return server.peers[server.peers.main_profile.first]
+        model = server.models[pooled_client(server).arch.spec_id]
+        return {"model": floating_tensors(model)} if recipient.purpose == "evaluate" else {}
 
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from ()
         return {}
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
-        card = self.pooled_client(server)
-        s = card.settings
-        rows = Rows("pooled", preprocess=card.preprocess)
+        reference = pooled_client(server)
+        s = reference.settings
+        rows = Rows("pooled", preprocess=reference.preprocess)
         counts = server.counts
         if server.task.kind == "multiclass":
             counts = torch.bincount(rows.columns(server)["y"], minlength=server.task.outputs)
         yield Fit(
-            {card.arch.spec_id: None},
-            Supervised(server.task.kind, slot=card.arch.spec_id),
+            {reference.arch.spec_id: None},
+            Supervised(server.task.kind, slot=reference.arch.spec_id),
             rows,
-            context=objective_context(server.task, counts, s, self.logit_adjustment),
+            context=objective_context(server.task, counts, s),
             augment=s.augment.or_none,
             epochs=s.epochs,
             steps=s.steps,
@@ -131,14 +122,19 @@ class Centralized(Algorithm):
         )
 
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
-        client.arch["pooled"], client.models["pooled"] = (
-            self.pooled_client(client).arch,
-            received["model"],
-        )
+        client.arch["pooled"] = pooled_client(client).arch
+        client.models["pooled"] = received["model"]
         yield from ()
 
-    def inference_model(self, client: Participant) -> tuple[str, Any]:
-        return "pooled", self.pooled_client(client).preprocess
+    def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
+        view = pooled_client(client).preprocess
+        logits = yield Predict("pooled", replace(rows, preprocess=view))
+        return add_log_prior(client, logits) if personal else logits
 
-    def server_model_slot(self, server: Participant) -> str | None:
-        return self.pooled_client(server).arch.spec_id
+    def server_model(self, server: Participant) -> str | None:
+        return pooled_client(server).arch.spec_id
+
+
+def pooled_client(participant: Participant) -> ClientInfo:
+    """Return the first client of the most frequent architecture: the pooled model has its settings."""
+    return participant.peers[participant.peers.main_profile.first]

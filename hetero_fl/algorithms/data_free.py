@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
-from typing import Any
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import STUDENT, Algorithm, Items, register_algorithm
+from hetero_fl.algorithms.base import (
+    STUDENT,
+    Algorithm,
+    Items,
+    Needs,
+    SharedPart,
+    may_share,
+    register_algorithm,
+    shared_part,
+    upload_model,
+)
 from hetero_fl.algorithms.fedavg import FedAvg
+from hetero_fl.algorithms.local_training import add_log_prior, local_fit
 from hetero_fl.algorithms.prototypes import CommonHead
 from hetero_fl.config.base import OptimizerConfig
-from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.generative_objectives import (
     GeneratedFeatures,
     Generator,
@@ -32,23 +42,19 @@ from hetero_fl.core.participant import (
     ClientDirectory,
     ClientInfo,
     Columns,
-    Part,
     Participant,
     floating_tensors,
 )
 from hetero_fl.core.payload import Item, ItemSpec, Payload
-from hetero_fl.core.plan import Fit, Plan, Predict, SampledBatches, TensorRows
+from hetero_fl.core.plan import Fit, Plan, Predict, Rows, SampledBatches, TensorRows
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.seeding import keyed_generator
-
-# What data-free methods have in common: a generator trained on models alone, and a student trained
-# on what it makes.
 
 GENERATOR = "generator"
 
 
 class DataFreeDistillation(Algorithm):
-    """Settings and steps of a server that alternates between a generator of examples and a student."""
+    """Base of methods whose server alternates between a generator of examples and a student."""
 
     synthesis_epochs: PositiveInt = Field(
         15, description="alternations of generator and student; the authors: 200"
@@ -114,24 +120,22 @@ class DataFreeDistillation(Algorithm):
         )
 
 
-# DENSE: one upload of every client's model, then a student distilled from all of them on examples
-# made from them alone.
-
-
 @register_algorithm("dense")
 class Dense(DataFreeDistillation):
-    """One-shot and data-free: clients train alone and upload θ once, in the last round. The server then alternates: a
-    generator learns a batch by CE + λ₁·BN statistics − λ₂·KL where student and teachers differ; a student distils the
-    teachers' mean logits on all batches so far (Zhang et al. 2022, Algorithm 1).
+    """Upload every client's model once, at the end, and distill all of them into a student on generated examples.
 
-    Teachers may differ in architecture; the student has that of one client, which everybody then uses. Before the last
-    round each client is read with its own model, as under Local; a run that stops early never gets there.
+    Clients train alone and upload θ in the last round. The server then alternates: a generator learns a batch by
+    CE + λ₁·BN statistics − λ₂·KL where student and teachers differ; a student learns the teachers' mean logits on all batches
+    so far (Zhang et al. 2022, Algorithm 1).
+
+    Teachers may differ in architecture; the student has that of one client, and all clients then use it. Before the last round
+    each client uses its own model, as under Local; a run that stops early never gets there.
     """
 
-    shared = None
+    title = "DENSE"
+    shared = SharedPart(received=())
     uploads = {"model": ItemSpec("params", use="each")}
-    tasks = ("multiclass",)
-    one_shot = True
+    needs = Needs(tasks=("multiclass",), one_upload=True)
     evaluated_when = (
         "own model until the last round, then the server's student, through its own preprocessing"
     )
@@ -162,33 +166,24 @@ class Dense(DataFreeDistillation):
         note = f"dense: one student for all, a {arch.name} as {student} has it; models travel once, at the end"
         return self.model_copy(update={"student": student}), [note]
 
-    # One upload --------------------------------------------------------------------------------------------------
-    def upload_phase(self, share_every: int, round_idx: int, num_rounds: int) -> int:
-        return int(round_idx == num_rounds - 1)
-
-    def download_part(self, settings: ClientSettings, round_idx: int) -> Part:
-        return ()
-
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
-        yield self.fit(client)
-        last = client.round_context.round_idx == client.round_context.num_rounds - 1
-        whole = self.shared_part(client.settings) is None
-        return {"model": floating_tensors(client.models["model"])} if last and whole else {}
+        yield local_fit(client)
+        is_last = client.round_context.round_idx == client.round_context.num_rounds - 1
+        is_whole = shared_part(self, client.settings) is None
+        return {"model": floating_tensors(client.models["model"])} if is_last and is_whole else {}
 
-    # The student -------------------------------------------------------------------------------------------------
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         sent = uploads.having("model")
         if not sent:
             return
-        card = self.reference_client(server)
-        shape = card.arch.input_shape
+        reference = self.reference_client(server)
+        shape = reference.arch.input_shape
         slots = [f"teacher {u.client}" for u in sent]
         for slot, u in zip(slots, sent, strict=True):
-            server.arch[slot], server.models[slot] = (
-                u.client_info.arch,
-                {**server.models[u.group], **u.payload["model"]},
-            )
-        server.arch[STUDENT], server.models[STUDENT] = card.arch, server.models[card.arch.spec_id]
+            server.arch[slot] = u.client_info.arch
+            server.models[slot] = {**server.models[u.group], **u.payload["model"]}
+        server.arch[STUDENT] = reference.arch
+        server.models[STUDENT] = server.models[reference.arch.spec_id]
         server.arch[GENERATOR] = self.generator(shape)
         server.models[GENERATOR] = server.arch[GENERATOR].initial_tensors(server.round_context.seed)
         teachers = tuple(
@@ -197,7 +192,7 @@ class Dense(DataFreeDistillation):
         synthesis = Synthesis(
             shape,
             teachers,
-            (STUDENT, preprocessing_of(card)),
+            (STUDENT, preprocessing_of(reference)),
             self.statistics_weight,
             self.adversarial_weight,
         )
@@ -207,48 +202,44 @@ class Dense(DataFreeDistillation):
             noise = self.sample_noise(server)
             yield self.train_generator(synthesis, noise, (*slots, STUDENT))
             x = (yield Predict(GENERATOR, TensorRows(noise))).unflatten(1, shape)
-            said = yield [
+            predictions = yield [
                 Predict(slot, TensorRows({"x": preprocess_generated(x, view)}))
                 for slot, view in teachers
             ]
-            examples.append(preprocess_generated(x, preprocessing_of(card)))
-            logits.append(torch.stack(said).mean(0))
+            examples.append(preprocess_generated(x, preprocessing_of(reference)))
+            logits.append(torch.stack(predictions).mean(0))
             yield self.train_student(server, torch.cat(examples), torch.cat(logits))
-        server.models[card.arch.spec_id] = server.models[STUDENT]
+        server.models[reference.arch.spec_id] = server.models[STUDENT]
         for slot in (*slots, STUDENT, GENERATOR):
             del server.arch[slot], server.models[slot]
         server.state = {"student": self.student}
 
-    def reference_client(self, server: Participant) -> ClientInfo:
-        """The client whose architecture and view the student takes."""
-        assert self.student is not None  # `resolve` has set it
-        return server.peers[self.student]
+    def reference_client(self, participant: Participant) -> ClientInfo:
+        """Return the client whose architecture and view the student has."""
+        assert self.student is not None  # `configure` has set it
+        return participant.peers[self.student]
 
-    # Reading -----------------------------------------------------------------------------------------------------
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
-        trained = recipient.is_evaluation and "student" in server.state
-        return (
-            {STUDENT: floating_tensors(server.models[self.reference_client(server).arch.spec_id])}
-            if trained
-            else {}
-        )
+        if recipient.purpose == "train" or "student" not in server.state:
+            return {}
+        return {
+            STUDENT: floating_tensors(server.models[self.reference_client(server).arch.spec_id])
+        }
 
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
         yield from super().deploy(client, received)
         if STUDENT in received:
-            client.arch[STUDENT], client.models[STUDENT] = (
-                self.reference_client(client).arch,
-                received[STUDENT],
-            )
+            client.arch[STUDENT] = self.reference_client(client).arch
+            client.models[STUDENT] = received[STUDENT]
 
-    def inference_model(self, client: Participant) -> tuple[str, Any]:
-        return (
-            (STUDENT, self.reference_client(client).preprocess)
-            if STUDENT in client.models
-            else super().inference_model(client)
-        )
+    def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
+        if STUDENT not in client.models:
+            return (yield from super().predict(client, rows, personal))
+        view = self.reference_client(client).preprocess
+        logits = yield Predict(STUDENT, replace(rows, preprocess=view))
+        return add_log_prior(client, logits) if personal else logits
 
-    def server_model_slot(self, server: Participant) -> str | None:
+    def server_model(self, server: Participant) -> str | None:
         slot = self.reference_client(server).arch.spec_id
         mine = [k for k in server.peers.profiles if k.arch.spec_id == slot]
         own = (
@@ -256,38 +247,34 @@ class Dense(DataFreeDistillation):
             and sum(k.count for k in mine) > 1
         )
         one = not own and len({server.peers[k.first].preprocess for k in mine}) == 1
-        # else nobody knows through which view
+        # else it is unknown through which view
         return slot if "student" in server.state and one else None
 
 
 def preprocessing_of(client_info: ClientInfo) -> View:
-    """How a client's model takes examples."""
+    """Return how a client's model takes examples."""
     return client_info.arch.input_shape, client_info.preprocess.mean, client_info.preprocess.std
-
-
-# FedGen: a generator of features, made at the server from the clients' heads, goes with the
-# averaged model.
 
 
 @register_algorithm("fedgen")
 class FedGen(CommonHead, FedAvg):
-    """FedAvg within each architecture, and a generator G(y, ε) of features from which clients learn beside their own rows
-    (Zhu et al. 2021, Algorithm 1).
+    """Average parameters, and train a generator of features at the server from which clients learn as well.
 
-    The server trains G to make what the clients' heads take for class y, each head weighted by its client's share of that
+    FedAvg within each architecture, and a generator G(y, ε) of features that clients draw in addition to their own rows
+    (Zhu et al. 2021, Algorithm 1). The server trains G to make what the clients' heads take for class y, each head weighted by its client's share of that
     class. Classes are drawn by their frequency among the round's clients.
 
-    Heads of all architectures teach the one generator. A client that does not release its label counts speaks as if its
-    rows were spread evenly; one that keeps its head does not teach. G: linear, BatchNorm, ReLU, linear. The authors' code
+    Heads of all architectures teach the one generator. A client that does not share its label counts counts as if its rows
+    were spread evenly; one that keeps its head does not teach. G: linear, BatchNorm, ReLU, linear. The authors' code
     takes weight 10 and latent_weight 10, both with decay 0.98.
     """
 
+    title = "FedGen"
     features_leave = False  # G makes its own
     uploads = {
         "model": ItemSpec("params", use="each"),
         "counts": ItemSpec("counts", use="each", private=True, share="statistics"),
     }
-    tasks = ("multiclass",)
 
     weight: NonNegativeFloat = Field(
         1.0, description="α: weight of the loss on drawn features, at the client"
@@ -311,7 +298,7 @@ class FedGen(CommonHead, FedAvg):
     )
 
     def generator(self, classes: int) -> ModelSpec:
-        """From class and noise to features."""
+        """Return the generator: from class and noise to features."""
         options = {"hidden": [self.generator_hidden], "norm": "batch"}
         return ModelSpec.from_config(
             "mlp", self.feature_dim or 1, (classes + self.noise_dim,), options=options
@@ -323,7 +310,7 @@ class FedGen(CommonHead, FedAvg):
 
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
         items = super().broadcast(server, recipient)
-        if "labels" in server.state and not recipient.is_evaluation:
+        if "labels" in server.state and recipient.purpose == "train":
             items |= {
                 GENERATOR: floating_tensors(server.models[GENERATOR]),
                 "labels": server.state["labels"],
@@ -339,16 +326,16 @@ class FedGen(CommonHead, FedAvg):
                 **received[GENERATOR],
             }
             yield self.fit_with_generator(client, received["labels"])
-            del client.models[GENERATOR]  # it comes anew
+            del client.models[GENERATOR]  # the next broadcast has another
         else:
-            yield self.fit(client)
-        items = self.share(client)
-        if items and self.may_share(client, "statistics"):
+            yield local_fit(client)
+        items = upload_model(self, client, self.weight_of(client))
+        if items and may_share(client, "statistics"):
             items["counts"] = Item(client.counts, kind="counts")
         return items
 
     def fit_with_generator(self, client: Participant, labels: Tensor) -> Fit:
-        """Local training with drawn features beside each batch."""
+        """Create the step of local training with drawn features next to each batch."""
         fade = self.decay**client.round_context.round_idx
         objective = GeneratedFeatures(
             client.task.kind,
@@ -356,17 +343,19 @@ class FedGen(CommonHead, FedAvg):
             latent_weight=self.latent_weight * fade,
             generator=GENERATOR,
         )
-        beside = {"fake": SampledBatches(self.sample_inputs(labels), self.generator_batch_size)}
+        batches = {"fake": SampledBatches(self.sample_inputs(labels), self.generator_batch_size)}
         if self.latent_weight:
             size = client.settings.batch_size + 1  # a last batch of one joins the one before
-            beside["noise"] = SampledBatches(
+            batches["noise"] = SampledBatches(
                 lambda g, size: {"x": torch.randn(size, self.noise_dim, generator=g)}, size
             )
-        given = {"one_hot": torch.eye(client.task.outputs)}
-        return self.fit(client, objective, context=given, frozen=(GENERATOR,), extra_batches=beside)
+        context = {"one_hot": torch.eye(client.task.outputs)}
+        return local_fit(
+            client, objective, context=context, frozen=(GENERATOR,), extra_batches=batches
+        )
 
     def sample_inputs(self, labels: Tensor) -> Callable[[torch.Generator, int], Columns]:
-        """Draws of classes with these frequencies `[C]`, one-hot beside noise."""
+        """Return a sampler of classes with these frequencies `[C]`, one-hot next to noise."""
         one_hot = torch.eye(len(labels))
 
         def draw(generator: torch.Generator, size: int) -> Columns:
@@ -405,7 +394,9 @@ class FedGen(CommonHead, FedAvg):
             label=GENERATOR,
         )
 
-    def server_model_slot(self, server: Participant) -> str | None:
-        groups = {slot: tensors for slot, tensors in server.models.items() if slot != GENERATOR}
-        whole = any(self.shared_part(kind.settings) is None for kind in server.peers.profiles)
-        return next(iter(groups)) if whole and len(groups) == 1 else None
+    def server_model(self, server: Participant) -> str | None:
+        groups = [slot for slot in server.models if slot != GENERATOR]
+        is_whole = any(
+            shared_part(self, profile.settings) is None for profile in server.peers.profiles
+        )
+        return groups[0] if is_whole and len(groups) == 1 else None

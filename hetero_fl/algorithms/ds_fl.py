@@ -10,10 +10,11 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
-from hetero_fl.aggregation.teachers import CLIP, TINY, Sharpening, proxy_predictions, sharpen
+from hetero_fl.aggregation.teachers import CLIP, TINY, Sharpening, sharpen
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import Items, register_algorithm
-from hetero_fl.algorithms.distillation import TEACHER, TeacherAlignment
+from hetero_fl.algorithms.base import Items, Needs, may_share, register_algorithm
+from hetero_fl.algorithms.distillation import TEACHER, ProxyDistillation
+from hetero_fl.algorithms.local_training import local_fit
 from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.plan import Plan, Predict, Rows
@@ -70,7 +71,7 @@ def unpack_labels(packed: Tensor, bits: int, classes: int) -> Tensor:
 CONSENSUS_ROUNDS = "made"
 
 
-class CachedPredictions(TeacherAlignment):
+class CachedPredictions(ProxyDistillation):
     """A row is asked for, and sent, only where the receiver lacks it or it is too old (Azuma et al. 2025, SCARLET).
 
     The server's cache is `teacher` `[D, C]` with the round in which each row was `consensus_rounds`, and for each client seen the round
@@ -109,7 +110,7 @@ class CachedPredictions(TeacherAlignment):
         if not client_info.has_proxy:
             return {}
         items: Items = (
-            {} if client_info.is_evaluation else {"ask": self.requested_rows(server).int()}
+            {"ask": self.requested_rows(server).int()} if client_info.purpose == "train" else {}
         )
         if TEACHER in server.state:
             new = (
@@ -166,7 +167,9 @@ class CachedPredictions(TeacherAlignment):
 
 @register_algorithm("ds_fl")
 class DSFL(CachedPredictions):
-    """Clients train, say their probabilities on proxy rows drawn anew each round, and distil the sharpened mean of them, as
+    """Distill the sharpened mean of all clients' class probabilities on public rows that change each round.
+
+    Clients train, upload their probabilities on the round's proxy rows, and learn from the mean of all, made more decided, as
     does the server's student (Itahara et al. 2020, Algorithm 1).
 
     `era` (entropy reduction): softmax(p̄ / T), on probabilities; `power`: p̄^β / Σ p̄^β (Azuma et al. 2025, SCARLET). With
@@ -174,8 +177,9 @@ class DSFL(CachedPredictions):
     send quantised probabilities (Sattler et al. 2020, CFD). The teacher travels as the logits of which it is the softmax.
     """
 
+    title = "DS-FL"
     shared = ()
-    tasks = ("multiclass", "multilabel")
+    needs = Needs(proxy_set="required", tasks=("multiclass", "multilabel"))
     evaluated_when = (
         "after distillation of the newest consensus, as deployed with the next broadcast"
     )
@@ -207,7 +211,7 @@ class DSFL(CachedPredictions):
         name = "probabilities" if self.bits is None else "codes"
         return {
             name: ItemSpec("rows", use, private=True, share="predictions"),
-            **self.label_counts(),
+            **self.label_counts_spec(),
         }
 
     # The round ---------------------------------------------------------------------------------------------------
@@ -222,35 +226,29 @@ class DSFL(CachedPredictions):
         yield from super().deploy(client, received)
         if TEACHER in received:
             rows = self.teacher_rows(client, received)
-            yield self.digest(
-                client, self.cached_teacher(client, received, rows), self.distil_epochs, rows
-            )
+            teacher = self.cached_teacher(client, received, rows)
+            yield self.distill(client, received, self.distil_epochs, teacher)
 
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
-        yield self.fit(client)
+        yield local_fit(client)
         asked = received["ask"].long() if "ask" in received else self.proxy_indices(client)
-        if (asked is not None and not len(asked)) or not self.may_share(client, "predictions"):
+        if (asked is not None and not len(asked)) or not may_share(client, "predictions"):
             return {}
-        z = yield Predict("model", Rows("proxy", asked))
-        said = self.prediction_item(
-            client.task, z, self.released_label_counts(client), client.num_rows
-        )
+        logits = yield Predict("model", Rows("proxy", asked))
+        weighted = self.weighted_probabilities(client, logits)
+        counts = self.label_counts(client)
         if self.bits is None:
-            return {"probabilities": said, **self.label_counts_item(client)}
-        p = predicted_probabilities(client.task, z)
-        exclusive = client.task.kind == "multiclass"
-        codes = Item(
-            pack_labels(quantize_probabilities(p, self.bits, exclusive), self.bits),
-            said.weight,
-            "rows",
-        )
-        return {"codes": codes, **self.label_counts_item(client)}
+            return {"probabilities": weighted, **counts}
+        p = predicted_probabilities(client.task, logits)
+        levels = quantize_probabilities(p, self.bits, client.task.kind == "multiclass")
+        return {"codes": replace(weighted, values=pack_labels(levels, self.bits)), **counts}
 
-    def prediction_item(self, task: Task, logits: Tensor, counts: Tensor | None, n: int) -> Item:
-        """Probabilities, or for the contrast-weighted teacher their clipped logarithm, with the weight of the client's word."""
-        word = proxy_predictions(task, self.teacher, logits, counts, n)
-        return replace(word, values=self.averaged_form(task, predicted_probabilities(task, logits)))
+    def weighted_probabilities(self, client: Participant, logits: Tensor) -> Item:
+        """Return a client's probabilities, or their clipped logarithm, with their weight in the teacher."""
+        p = predicted_probabilities(client.task, logits)
+        weighted = self.weighted_predictions(client, logits)
+        return replace(weighted, values=self.averaged_form(client.task, p))
 
     def averaged_form(self, task: Task, p: Tensor) -> Tensor:
         """What of probabilities is averaged."""

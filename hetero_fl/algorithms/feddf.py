@@ -7,8 +7,8 @@ from torch import Tensor
 
 from hetero_fl.aggregation.teachers import proxy_predictions
 from hetero_fl.aggregation.uploads import Upload, Uploads
-from hetero_fl.algorithms.base import Items, register_algorithm
-from hetero_fl.algorithms.distillation import COUNTS, TeacherAlignment
+from hetero_fl.algorithms.base import Items, may_share, register_algorithm, upload_part
+from hetero_fl.algorithms.distillation import COUNTS, ProxyDistillation
 from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
@@ -16,14 +16,15 @@ from hetero_fl.core.plan import Plan, Predict, Rows
 
 
 @register_algorithm("feddf")
-class FedDF(TeacherAlignment, FedAvg):
-    """Each architecture's average is the start, the mean of all clients' logits on the proxy set the teacher; the result
-    goes back (Lin et al. 2020, Algorithm 3).
+class FedDF(ProxyDistillation, FedAvg):
+    """Average models by architecture, then distill the predictions of all of them into each average at the server.
 
-    A client whose whole model does not leave the house sends its proxy logits itself: the same teacher. Label counts
-    travel only for the contrast-weighted teacher, and for one that is aligned.
+    Each architecture's average is the start, the mean of all clients' logits on the proxy set the teacher; the result goes
+    back (Lin et al. 2020, Algorithm 3). A client that does not share its whole model sends its proxy logits itself: the same
+    teacher. Label counts travel only for the contrast-weighted teacher, and for one that is aligned.
     """
 
+    title = "FedDF"
     uploads = {
         "model": ItemSpec("params", use="each"),
         "logits": ItemSpec("rows", use="each", private=True, share="predictions"),
@@ -36,23 +37,22 @@ class FedDF(TeacherAlignment, FedAvg):
 
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         items: Items = yield from super().train(client, received)
-        whole = self.upload_part(client.settings, client.round_context.round_idx) is None
-        if not whole and self.may_share(client, "predictions"):
-            items["logits"] = yield from self.proxy_predictions(client)
-            items |= self.label_counts_item(client)
-        elif whole and self.teacher == "contrast" and self.may_share(client, "statistics"):
+        if upload_part(self, client.settings, client.round_context.round_idx) is not None:
+            items |= yield from self.upload_predictions(client)
+        elif self.teacher == "contrast" and may_share(client, "statistics"):
             items[COUNTS] = Item(client.counts, kind="counts")
-        elif whole and client.has_proxy:  # else its model has no voice in the teacher
-            items |= self.label_counts_item(client)
+        elif client.has_proxy:  # else its model is no part of the teacher
+            items |= self.label_counts(client)
         return items
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
-        whole = [u for u in uploads.having("model") if "logits" not in u.payload]
+        round_idx = server.round_context.round_idx
         whole = [
             u
-            for u in whole
-            if u.client_info.has_proxy
-            and self.upload_part(u.client_info.settings, server.round_context.round_idx) is None
+            for u in uploads.having("model")
+            if "logits" not in u.payload
+            and u.client_info.has_proxy
+            and upload_part(self, u.client_info.settings, round_idx) is None
         ]
         rows = self.proxy_indices(server)
         logits = yield [
@@ -64,21 +64,20 @@ class FedDF(TeacherAlignment, FedAvg):
             )
             for u in whole
         ]
-        said = {
+        predictions = {
             u.client: self.predictions_of(server, u, z) for u, z in zip(whole, logits, strict=True)
         }
-        said.update({u.client: u.payload.item("logits") for u in uploads.having("logits")})
+        predictions |= {u.client: u.payload.item("logits") for u in uploads.having("logits")}
         yield from super().aggregate(server, uploads)
-        teacher = uploads.consensus("logits", said)
+        teacher = uploads.consensus("logits", predictions)
         if teacher is not None:
             teacher = self.align_teacher(server, uploads, teacher)
-            yield from self.distill_into_groups(
-                server, teacher, uploads.senders("model"), self.distil_epochs
-            )
+            senders = uploads.senders("model")
+            yield from self.distill_into_groups(server, teacher, senders, self.distil_epochs)
             yield from self.train_student(server, teacher)
 
     def predictions_of(self, server: Participant, upload: Upload, logits: Tensor) -> Item:
-        """The word of a client whose model the server holds."""
+        """Return the weighted predictions of a client's model at the server."""
         return proxy_predictions(
             server.task,
             self.teacher,

@@ -1,15 +1,24 @@
-"""FedGKT: clients are extractors, the server trains a large model on their features, and both teach one another."""
+"""FedGKT: the server trains a large model on clients' features, and both sides learn from each other."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import warnings
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 from torch import Tensor
 
-from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import Algorithm, Items, register_algorithm
+from hetero_fl.aggregation.uploads import Upload, Uploads
+from hetero_fl.algorithms.base import Algorithm, Items, Needs, may_share, register_algorithm
+from hetero_fl.algorithms.local_training import add_log_prior, local_fit
 from hetero_fl.algorithms.prototypes import CommonFeatureWidth
 from hetero_fl.config.clients import ModelConfig, expand_model_name
 from hetero_fl.core.model_spec import ModelSpec
@@ -26,24 +35,24 @@ ROWS = ("features", "logits", "labels")
 
 @register_algorithm("fedgkt")
 class FedGKT(CommonFeatureWidth):
-    """Clients send features, logits and label of every private row; the server trains a large model on those, and each side
-    learns from the other's logits (He et al. 2020, Algorithm 1).
+    """Train a large model at the server on all clients' features; each side learns from the other's logits.
 
-    Clients train extractor and head on CE + λ·KL·T² towards the server's logits of their rows, the server its model on the
+    Clients send features, logits and label of every private row (He et al. 2020, Algorithm 1). Clients train extractor and head on CE + λ·KL·T² towards the server's logits of their rows, the server its model on the
     same towards theirs, and sends its logits back.
 
-    A client's own model, with features of the common width, is its extractor. An example is read by the server's model on
-    the client's features. What each private row gives away is as much as its features tell of it.
+    A client's own model, with features of the common width, is its extractor. An example is classified by the server's model
+    on the client's features. Each private row gives away as much as its features tell of it.
     """
 
+    title = "FedGKT"
+    evaluated_when = "after local training, by the server's model on the client's features (the models saved have clients' heads)"
     shared = ()
     uploads = {
         name: ItemSpec("rows", "each", private=True, share="features", rows_of="train")
         for name in ROWS
     }
     downloads = {"logits": ItemSpec("rows", share="predictions")}
-    tasks = ("multiclass",)
-    evaluated_when = "after private training, by the server's model on the client's features (the models saved hold clients' heads)"
+    needs = Needs(tasks=("multiclass",), also=("one feature width",))
 
     temperature: PositiveFloat = Field(
         3.0, description="T of the softened softmax, at clients and server"
@@ -51,7 +60,7 @@ class FedGKT(CommonFeatureWidth):
     weight: NonNegativeFloat = Field(
         1.0, description="λ: weight of the other side's logits, at clients and server"
     )
-    server_model: Annotated[ModelConfig, BeforeValidator(expand_model_name)] = Field(
+    large_model: Annotated[ModelConfig, BeforeValidator(expand_model_name)] = Field(
         ModelConfig(name="mlp", hidden=[256, 256]),
         description="the large model; it takes features as a table's columns",
     )
@@ -63,56 +72,66 @@ class FedGKT(CommonFeatureWidth):
         "server", description="large model on the features, or own head"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rename_settings(cls, settings: Any) -> Any:
+        if isinstance(settings, dict) and "server_model" in settings:
+            warnings.warn(
+                "algorithm.server_model is now algorithm.large_model",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            settings = {**settings, "large_model": settings["server_model"]}
+            del settings["server_model"]
+        return settings
+
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         method, notes = super().configure(clients)
         assert isinstance(method, FedGKT)
         try:
-            method.large_model(clients.profiles[0].arch.outputs).check()
+            method.large_model_spec(clients.profiles[0].arch.outputs).check()
         except ModelError as error:
-            raise UserError(f"algorithm.server_model: {error}") from None
+            raise UserError(f"algorithm.large_model: {error}") from None
         return method, [
             *notes,
             "fedgkt: features, logits and label of every training row go to the server",
         ]
 
-    def large_model(self, outputs: int) -> ModelSpec:
-        """The server's model: features to logits."""
-        assert self.feature_dim is not None  # `resolve` has set it
-        m = self.server_model
+    def large_model_spec(self, outputs: int) -> ModelSpec:
+        """Return the server's model: features to logits."""
+        assert self.feature_dim is not None  # `configure` has set it
+        m = self.large_model
         return ModelSpec.from_config(
             m.name, outputs, (self.feature_dim,), m.feature_dim, m.options, m.pretrained
         )
 
     def setup(self, server: Participant) -> None:
-        server.arch[LARGE] = self.large_model(server.task.outputs)
+        server.arch[LARGE] = self.large_model_spec(server.task.outputs)
         server.models[LARGE] = server.arch[LARGE].initial_tensors(server.round_context.seed)
 
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
-        if not recipient.is_evaluation:
+        if recipient.purpose == "train":
             logits = server.state.get("logits", {})
             return {"logits": logits[recipient.client_id]} if recipient.client_id in logits else {}
-        read = self.inference == "server" and "logits" in server.state
-        return {LARGE: floating_tensors(server.models[LARGE])} if read else {}
+        is_used = self.inference == "server" and "logits" in server.state
+        return {LARGE: floating_tensors(server.models[LARGE])} if is_used else {}
 
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
         yield from super().deploy(client, received)
         if LARGE in received:
-            client.arch[LARGE], client.models[LARGE] = (
-                self.large_model(client.task.outputs),
-                received[LARGE],
-            )
+            client.arch[LARGE] = self.large_model_spec(client.task.outputs)
+            client.models[LARGE] = received[LARGE]
 
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         if "logits" in received:
-            taught = SupervisedDistillation(
+            objective = SupervisedDistillation(
                 client.task.kind, weight=self.weight, temperature=self.temperature
             )
-            yield self.fit(
-                client, taught, Rows("train", extra_columns={"teacher": received["logits"]})
-            )
+            rows = Rows("train", extra_columns={"teacher": received["logits"]})
+            yield local_fit(client, objective, rows)
         else:
-            yield self.fit(client)
-        if not self.may_share(client, "features"):
+            yield local_fit(client)
+        if not may_share(client, "features"):
             return {}
         features, logits = yield [Predict("model", readout="features"), Predict("model")]
         labels = client.data("train", None)["y"]
@@ -127,10 +146,8 @@ class FedGKT(CommonFeatureWidth):
             return
         x, teacher, y = (torch.cat([u.payload[name] for u in sent]) for name in ROWS)
         table = {"x": x, "y": y, "teacher": teacher}
-        if self.logit_adjustment:  # of whoever sent the row
-            table["log_prior"] = torch.cat(
-                [self.log_prior_of(server, u.payload["labels"]) for u in sent]
-            )
+        if any(u.client_info.settings.logit_adjustment for u in sent):  # of the row's sender
+            table["log_prior"] = torch.cat([self.log_prior_of(server, u) for u in sent])
         yield Fit(
             {LARGE: None},
             SupervisedDistillation(
@@ -143,15 +160,18 @@ class FedGKT(CommonFeatureWidth):
             keep=LARGE,
             label="server",
         )
-        said = yield [Predict(LARGE, TensorRows({"x": u.payload["features"]})) for u in sent]
-        mine = dict(zip((u.client for u in sent), said, strict=True))
+        predictions = yield [Predict(LARGE, TensorRows({"x": u.payload["features"]})) for u in sent]
+        mine = dict(zip((u.client for u in sent), predictions, strict=True))
         server.state["logits"] = {**server.state.get("logits", {}), **mine}
 
     @staticmethod
-    def log_prior_of(server: Participant, labels: Tensor) -> Tensor:
-        """log π of the sender of these labels, a row for each, `[n, C]`."""
+    def log_prior_of(server: Participant, upload: Upload) -> Tensor:
+        """Return the sender's log π for each of its rows, shape `[n, C]`; 0 without logit adjustment."""
+        labels = upload.payload["labels"]
         prior = log_prior(server.task, torch.bincount(labels, minlength=server.task.outputs))
         assert prior is not None  # the task is multi-class
+        if not upload.client_info.settings.logit_adjustment:
+            prior = torch.zeros_like(prior)
         return prior.expand(len(labels), -1)
 
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
@@ -159,7 +179,7 @@ class FedGKT(CommonFeatureWidth):
             return (yield from super().predict(client, rows, personal))
         features = yield Predict("model", rows, readout="features")
         logits = yield Predict(LARGE, TensorRows({"x": features}))
-        return self.add_log_prior(client, logits) if personal else logits
+        return add_log_prior(client, logits) if personal else logits
 
-    def server_model_slot(self, server: Participant) -> str | None:
-        return None  # its model is read at the clients, on their features
+    def server_model(self, server: Participant) -> str | None:
+        return None  # its model is used at the clients, on their features

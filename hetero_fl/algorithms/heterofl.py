@@ -15,8 +15,17 @@ from torch import Tensor
 
 from hetero_fl.aggregation.means import interpolate_model, leading_slice, leading_slice_means
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import Algorithm, Items, register_algorithm
+from hetero_fl.algorithms.base import (
+    Algorithm,
+    Items,
+    Needs,
+    SharedPart,
+    local_tensor_names,
+    register_algorithm,
+    upload_model,
+)
 from hetero_fl.algorithms.fedavg import FedAvg
+from hetero_fl.algorithms.local_training import add_log_prior, local_fit
 from hetero_fl.config.clients import ModelConfig, expand_model_name
 from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.objectives import Masked
@@ -138,19 +147,6 @@ def describe_widths(
     return [f"algorithm.model is {model.name}, in place of clients' own models: {'; '.join(parts)}"]
 
 
-def slice_name(
-    client_info: ClientInfo, wide: ModelSpec, widths: Mapping[str, float] | Sequence[float] | None
-) -> str:
-    """What a client trains, for a reader: the wide model's name, with the share of its channels where that is written down."""
-    if client_info.arch == wide:
-        return wide.name
-    return (
-        f"{wide.name} at {widths[client_info.client_id]:.3g}"
-        if isinstance(widths, Mapping)
-        else f"slice of {wide.name}"
-    )
-
-
 def derive_width(arch: ModelSpec, model: ModelConfig) -> float:
     """A client's share by its own model: that of a narrower copy of the wide one; of another the power of two nearest to the
     root of its part of the wide model's parameters, which grow with the square of the width.
@@ -215,13 +211,14 @@ def unpack_head(model: Tensors, mean: Tensor, weight: Tensor) -> Tensors:
 class HeteroFL(FedAvg):
     """Train leading slices of one wide model; average each element over its owners (Diao et al. 2021, Algorithm 1).
 
-    Each owner counts once, as in the authors' code. Deviation: the mask of absent classes is off by default. BatchNorm is
+    The wide model takes the place of the clients' own: each trains as many of its channels as its width allows. Each owner counts once, as in the authors' code. Deviation: the mask of absent classes is off by default. BatchNorm is
     static: batches are normalized by their own statistics, which differ by width and stay with the client; scales and shifts
     are averaged. Each client is evaluated with its own narrow model, so the scaler is applied there as well.
     """
 
+    title = "HeteroFL"
+    shared = SharedPart(local="batch_norm_statistics")
     uploads = {"model": ItemSpec("params"), "head": ItemSpec("params", private=True)}
-    requires = ("one model family",)
 
     weighting: Literal["uniform", "samples"] = Field(
         "uniform", description="each owner counts once, or as n_k"
@@ -243,8 +240,9 @@ class HeteroFL(FedAvg):
     )
 
     @property
-    def has_models_per_client(self) -> bool:
-        return self.widths is not None
+    def needs(self) -> Needs:  # type: ignore[override]  # follows from a setting
+        """Models that are slices of one, by client where widths are."""
+        return Needs(also=("one model family",), models_per_client=self.widths is not None)
 
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         model = self.model or choose_model(clients)
@@ -258,39 +256,31 @@ class HeteroFL(FedAvg):
             model, widths, clients
         )
 
-    # The family ----------------------------------------------------------------------------------------------------
     def wide_model(self, arch: ModelSpec) -> ModelSpec:
-        """The wide model for what a client with this one sees."""
-        assert self.model is not None  # `resolve` has set it
+        """Return the wide model for the inputs of a client with this architecture."""
+        assert self.model is not None  # `configure` has set it
         m = self.model
         about = (m.feature_dim, m.options)
         return ModelSpec.from_config(
             m.name, arch.outputs, arch.input_shape, *about, vocabulary=arch.vocabulary
         )
 
-    def model_spec(self, client_info: ClientInfo) -> ModelSpec:
-        # `resolve` has set them
+    def models(self, client: ClientInfo) -> Mapping[str, ModelSpec]:
+        # `configure` has set them
         assert self.model is not None and not isinstance(self.widths, list)
-        wide = self.wide_model(client_info.arch)
-        if (
-            share := derive_width(client_info.arch, self.model)
-            if self.widths is None
-            else self.widths[client_info.client_id]
-        ) == 1:
-            return wide
-        name, options = narrow_options(wide.name, dict(wide.options), share, self.scaler)
-        return replace(wide, name=name, options=tuple(sorted(options.items())))
+        wide = self.wide_model(client.arch)
+        if self.widths is None:
+            width = derive_width(client.arch, self.model)
+            label = f"slice of {wide.name}"
+        else:
+            width = self.widths[client.client_id]
+            label = f"{wide.name} at {width:.3g}"
+        if width == 1:
+            return {"model": wide}
+        name, options = narrow_options(wide.name, dict(wide.options), width, self.scaler)
+        narrow = replace(wide, name=name, options=tuple(sorted(options.items())))
+        return {"model": replace(narrow, label=label, group=wide.spec_id)}
 
-    def display_name(self, client_info: ClientInfo) -> str:
-        return slice_name(client_info, self.wide_model(client_info.arch), self.widths)
-
-    def aggregation_group(self, client_info: ClientInfo) -> str:
-        return self.wide_model(client_info.arch).spec_id
-
-    def local_tensor_names(self, arch: ModelSpec) -> frozenset[str]:
-        return arch.batch_norm_names - arch.parameter_names
-
-    # The round -----------------------------------------------------------------------------------------------------
     def setup(self, server: Participant) -> None:
         server.arch = {
             arch.spec_id: arch
@@ -311,43 +301,44 @@ class HeteroFL(FedAvg):
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
         if self.uses_mask(client):
-            yield self.fit(
-                client, Masked(client.task.kind), context={"present": self.present_classes(client)}
-            )
+            present = {"present": self.present_classes(client)}
+            yield local_fit(client, Masked(client.task.kind), context=present)
         else:
-            yield self.fit(client)
-        return self.share(client)
+            yield local_fit(client)
+        return self.upload_slice(client)
 
     def uses_mask(self, client: Participant) -> bool:
-        """Whether the mask means anything for this task."""
+        """Return whether the mask applies to the client's task."""
         return self.masked and client.task.kind == "multiclass"
 
     @staticmethod
     def present_classes(client: Participant) -> Tensor:
-        """1 for each class that the client has rows of, else 0, `[C]`; all 1 where it may not tell."""
-        all_ = torch.ones(len(client.counts))
-        return (
-            (client.counts > 0).to(all_.dtype) if "statistics" in client.settings.shares else all_
-        )
+        """Return 1 for each class that the client has rows of, else 0, shape `[C]`; all 1 if it does not share that."""
+        every = torch.ones(len(client.counts))
+        if "statistics" not in client.settings.shares:
+            return every
+        return (client.counts > 0).to(every.dtype)
 
-    def share(self, client: Participant) -> Items:
-        items = super().share(client)
+    def upload_slice(self, client: Participant) -> Items:
+        """Return the upload of the client's slice, its head apart where classes are masked."""
+        items = upload_model(self, client, self.weight_of(client))
         if not items or not self.uses_mask(client) or HEAD[0] not in items["model"].values:
             return items
         model = dict(items["model"].values)
         width = self.wide_model(client.arch["model"]).shapes[HEAD[0]][1]
-        say = self.weight_of(client) * self.present_classes(client)
-        values, say = pack_head(model.pop(HEAD[0]), model.pop(HEAD[1]), width, say)
-        return {"model": replace(items["model"], values=model), "head": Item(values, say, "params")}
+        weight = self.weight_of(client) * self.present_classes(client)
+        values, weight = pack_head(model.pop(HEAD[0]), model.pop(HEAD[1]), width, weight)
+        head = Item(values, weight, "params")
+        return {"model": replace(items["model"], values=model), "head": head}
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         weights: dict[str, float] = {}
         families: dict[str, dict[str, None]] = {}
         staleness_weights = uploads.staleness_weights("model")
-        for card, worth in zip(uploads.senders("model"), staleness_weights, strict=True):
-            group = card.arch.spec_id
-            weights[group] = weights.get(group, 0.0) + worth * self.weight_of(card)
-            families.setdefault(self.aggregation_group(card), {})[group] = None
+        for sender, staleness in zip(uploads.senders("model"), staleness_weights, strict=True):
+            group = sender.arch.spec_id
+            weights[group] = weights.get(group, 0.0) + staleness * self.weight_of(sender)
+            families.setdefault(sender.arch.group_id, {})[group] = None
         means = uploads.mean_by_group("model")
         head = uploads.mean("head")
         for family, groups in families.items():
@@ -364,9 +355,9 @@ class HeteroFL(FedAvg):
         if not personal or not self.uses_mask(client):
             return (yield from super().predict(client, rows, personal))
         logits = yield Predict("model", rows)
-        return self.add_log_prior(client, logits * self.present_classes(client))
+        return add_log_prior(client, logits * self.present_classes(client))
 
-    def server_model_slot(self, server: Participant) -> str | None:
-        slot = super().server_model_slot(server)
-        # its statistics are nobody's
-        return None if slot is None or self.local_tensor_names(server.arch[slot]) else slot
+    def server_model(self, server: Participant) -> str | None:
+        slot = super().server_model(server)
+        # its BatchNorm statistics were never trained
+        return None if slot is None or local_tensor_names(self, server.arch[slot]) else slot

@@ -7,8 +7,9 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from torch import Tensor
 
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import Items, register_algorithm
+from hetero_fl.algorithms.base import Items, Needs, may_share, register_algorithm
 from hetero_fl.algorithms.distillation import TEACHER, InitialPhase
+from hetero_fl.algorithms.local_training import local_fit
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import TINY, Coefficients
@@ -21,11 +22,10 @@ MIX = "mix"  # a linear layer without bias whose row k is c_k
 
 @register_algorithm("kt_pfl")
 class KTpFL(InitialPhase):
-    """Each client distils its own mixture of all clients' predictions on the proxy set, with weights that the server learns
-    (Zhang et al. 2021, Algorithm 1).
+    """Distill into each client its own mixture of all clients' predictions, with weights that the server learns.
 
-    Client k's teacher is Σ_j c_kj p_j, p_j softened; c takes gradient steps on Σ_k KL(Σ_j c_kj p_j ‖ p_k)·T² + ρ‖c_k − 1/N‖².
-    Predictions are sent after private training and before distillation, or clients would repeat what they were told.
+    Predictions are those on the proxy set (Zhang et al. 2021, Algorithm 1). Client k's teacher is Σ_j c_kj p_j, p_j softened; c takes gradient steps on Σ_k KL(Σ_j c_kj p_j ‖ p_k)·T² + ρ‖c_k − 1/N‖².
+    Predictions are sent after local training and before distillation, or clients would repeat the teacher.
 
     Rows of c stay distributions: after each step they are projected onto the simplex. In a round in which only some take
     part, c is learned among them, each row's weight on the absent stays, and teachers are mixtures of those present. The
@@ -35,10 +35,11 @@ class KTpFL(InitialPhase):
     default (`initial_phase`), and with it the first round has its usual local epochs besides.
     """
 
+    title = "KT-pFL"
+    evaluated_when = "after distillation of the newest mixture, as deployed with the next broadcast"
     shared = ()
     uploads = {"predictions": ItemSpec("rows", use="each", private=True, share="predictions")}
-    tasks = ("multiclass",)
-    evaluated_when = "after distillation of the newest mixture, as deployed with the next broadcast"
+    needs = Needs(proxy_set="required", tasks=("multiclass",))
 
     temperature: PositiveFloat = 10.0
     initial_private_epochs: PositiveInt = Field(
@@ -79,15 +80,13 @@ class KTpFL(InitialPhase):
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
         yield from super().deploy(client, received)
         if TEACHER in received:
-            yield self.digest(
-                client, received[TEACHER], self.digest_epochs, self.teacher_rows(client, received)
-            )
+            yield self.distill(client, received, self.digest_epochs)
 
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.initial_training(client)
         yield from self.deploy(client, received)
-        yield self.fit(client)
-        if not self.may_share(client, "predictions"):
+        yield local_fit(client)
+        if not may_share(client, "predictions"):
             return {}
         logits = yield Predict("model", Rows("proxy", self.proxy_indices(client)))
         return {"predictions": (logits / self.temperature).softmax(-1)}

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from hetero_fl.aggregation.uploads import Upload, Uploads
-from hetero_fl.algorithms.base import Algorithm, Items, register_algorithm
+from hetero_fl.algorithms.base import (
+    Algorithm,
+    Items,
+    Needs,
+    SharedPart,
+    download_part,
+    register_algorithm,
+    shared_part,
+    upload_model,
+    upload_part,
+)
+from hetero_fl.algorithms.local_training import add_log_prior, local_fit
 from hetero_fl.algorithms.prototypes import require_linear_head
 from hetero_fl.communication.compression import compress_low_rank, reconstruct_low_rank
 from hetero_fl.config.clients import ModelConfig, expand_model_name
@@ -27,6 +39,7 @@ from hetero_fl.core.objectives import (
 from hetero_fl.core.participant import (
     ClientDirectory,
     ClientInfo,
+    Part,
     Participant,
     floating_tensors,
     select_part,
@@ -35,8 +48,6 @@ from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.plan import Fit, Plan, Predict, Rows, TensorRows
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import natural_key
-
-# A small shared model beside each client's own: what methods with a mentee have in common.
 
 MENTEE = "mentee"
 SMALL = {  # by the number of dimensions; 0: tokens
@@ -48,15 +59,19 @@ SMALL = {  # by the number of dimensions; 0: tokens
 
 
 class MenteeTraining(Algorithm):
-    """Each client keeps a model of its own and trains it together with the mentee, which has one architecture and travels.
+    """Base of methods whose clients train their own model together with the mentee, a small model that travels.
 
-    The mentee sees what its client sees, augmentation included; where clients' views differ in shape, images are resized
-    to the mentee's, and their channels averaged or repeated. At home a client reads its own model, in common the mentee.
+    The mentee has one architecture and sees what its client sees, augmentation included; where clients' views differ in shape,
+    images are resized to the mentee's, and their channels averaged or repeated. A client uses its own model on local tests and
+    the mentee on the global test.
     """
 
-    slot = MENTEE
-    requires = ("small common model",)
-    evaluated_when = "own model at home, the mentee in common, as deployed with the next broadcast (the models saved are clients' own)"
+    evaluated_when = (
+        "own model on local tests, the mentee on the global test, as deployed with the next broadcast (the models saved are "
+        "clients' own)"
+    )
+    shared = SharedPart(slot=MENTEE)
+    needs = Needs(also=("small common model",))
 
     mentee: Annotated[ModelConfig, BeforeValidator(expand_model_name)] | None = Field(
         None,
@@ -87,42 +102,49 @@ class MenteeTraining(Algorithm):
         )
         return self.model_copy(update={"mentee": mentee, "mentee_input": list(shape)}), notes
 
-    def extra_models(self, arch: ModelSpec) -> dict[str, ModelSpec]:
-        return {MENTEE: self.mentee_model(arch)}
+    def models(self, client: ClientInfo) -> Mapping[str, ModelSpec]:
+        return {"model": client.arch, MENTEE: self.mentee_model(client.arch)}
 
     def mentee_model(self, own: ModelSpec) -> ModelSpec:
-        """The mentee's architecture, beside that of anybody's own model: all have the same outputs and vocabulary."""
-        assert self.mentee is not None and self.mentee_input is not None  # `resolve` has set them
+        """Return the mentee's architecture; its outputs and vocabulary are those of any client's own model."""
+        assert self.mentee is not None and self.mentee_input is not None  # `configure` has set them
         m = self.mentee
         shape = tuple(self.mentee_input)
         about = (m.feature_dim, m.options, m.pretrained, own.vocabulary)
         return ModelSpec.from_config(m.name, own.outputs, shape, *about)
 
-    # The round -----------------------------------------------------------------------------------------------------
     def setup(self, server: Participant) -> None:
         server.arch[MENTEE] = self.mentee_model(server.peers.profiles[0].arch)
         server.models[MENTEE] = server.arch[MENTEE].initial_tensors(server.round_context.seed)
 
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
-        part = self.download_part(recipient.settings, server.round_context.round_idx)
-        return (
-            {}
-            if part == ()
-            else {MENTEE: floating_tensors(select_part(server.models[MENTEE], part))}
-        )
+        part = download_part(self, recipient.settings, server.round_context.round_idx)
+        if part == ():
+            return {}
+        return {MENTEE: floating_tensors(select_part(server.models[MENTEE], part))}
 
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
         yield self.fit_both(client)
-        return self.share(client)
+        return self.upload_mentee(client)
 
     def fit_both(self, client: Participant) -> Fit:
-        """Local training of both models."""
+        """Create the step that trains own model and mentee together."""
         raise TypeError(f"{type(self).__name__} trains no mentee")
 
-    def joint_fit(self, client: Participant, objective: MutualDistillation, **besides: Any) -> Fit:
-        """A fit of own model and mentee with the client's settings; `besides`: the part of other slots that trains, too."""
-        return replace(self.fit(client, objective), train={"model": None, MENTEE: None, **besides})
+    def joint_fit(self, client: Participant, objective: MutualDistillation, **others: Part) -> Fit:
+        """Create such a step with the client's settings.
+
+        Args:
+            client: The client.
+            objective: The loss of both models.
+            **others: The part of other slots that is trained, too.
+        """
+        return replace(local_fit(client, objective), train={"model": None, MENTEE: None, **others})
+
+    def upload_mentee(self, client: Participant) -> Items:
+        """Return the upload of the mentee."""
+        return upload_model(self, client)
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         server.models[MENTEE] = {**server.models[MENTEE], **self.mentee_mean(uploads)}
@@ -130,28 +152,27 @@ class MenteeTraining(Algorithm):
 
     @staticmethod
     def mentee_mean(uploads: Uploads) -> Tensors:
-        """The weighted mean of each of the mentee's tensors over those who sent it, whatever model they have themselves."""
+        """Return the weighted mean of each of the mentee's tensors over the clients that sent it."""
         return uploads.mean_by_group(MENTEE).get("", {})
 
-    # Reading -------------------------------------------------------------------------------------------------------
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
         if personal:
             return (yield from super().predict(client, rows, personal))
         seen = to_shape(rows.columns(client)["x"], client.arch[MENTEE].input_shape)
         return (yield Predict(MENTEE, TensorRows({"x": seen})))
 
-    def server_model_slot(self, server: Participant) -> str | None:
-        return None  # the mentee is read at the clients, through their preprocessing
-
-
-# FML: mutual learning of each client's own model and a shared one.
+    def server_model(self, server: Participant) -> str | None:
+        return None  # the mentee is used at the clients, through their preprocessing
 
 
 @register_algorithm("fml")
 class FML(MenteeTraining):
-    """Own model and a small shared one learn from the rows and from one another (KL, both ways); the shared one, the mentee, is
-    averaged (Shen et al. 2020, Algorithm 1, there "meme model")."""
+    """Train each client's own model together with a small shared one; each learns from the other's predictions.
 
+    KL goes both ways; the shared model, the mentee, is averaged (Shen et al. 2020, Algorithm 1, there "meme model").
+    """
+
+    title = "FML"
     uploads = {MENTEE: ItemSpec("params", across=True)}
 
     alpha: float = Field(
@@ -169,23 +190,25 @@ class FML(MenteeTraining):
         )
 
 
-# FedKD: adaptive mutual distillation with a shared small model, whose updates travel compressed.
-
 HIDDEN = "hidden"  # W: from the mentee's features to the own model's, kept by the client
 WHOLE = 2.0  # an energy that no truncation keeps: updates travel as they are
 
 
 @register_algorithm("fedkd")
 class FedKD(MenteeTraining):
-    """Own model and mentee distil into one another, the more the better both are; updates of the mentee travel as truncated
-    SVDs (Wu et al. 2022, Algorithm 1).
+    """Distill each client's own model and a small shared one into each other, the more the better both are.
 
-    The energy that a truncation keeps rises over the rounds. The server's mentee moves by the mean update as it sends it,
+    Updates of the shared model, the mentee, travel as truncated SVDs (Wu et al. 2022, Algorithm 1). The energy that a truncation keeps rises over the rounds. The server's mentee moves by the mean update as it sends it,
     truncated, so that it stays the one its clients hold; a client that missed a round is sent the mentee whole.
     """
 
+    title = "FedKD"
     uploads = {MENTEE: ItemSpec("update", use="each", ranks=True, across=True)}
     downloads = {"change": ItemSpec("update", ranks=True)}
+    needs = Needs(
+        also=("small common model",),
+        largest_uploads={"energy_start": WHOLE, "energy_end": WHOLE},
+    )
 
     hidden_weight: NonNegativeFloat = Field(
         1.0, description="weight of the distance between features"
@@ -196,7 +219,7 @@ class FedKD(MenteeTraining):
     energy_end: float = Field(0.98, gt=0, le=1, description="the same in the last round")
 
     def kept_energy(self, participant: Participant) -> float:
-        """The share that is kept in this round."""
+        """Return the share of an update's energy that is kept in this round."""
         done = participant.round_context.round_idx / max(
             1, participant.round_context.num_rounds - 1
         )
@@ -206,21 +229,16 @@ class FedKD(MenteeTraining):
         method, notes = super().configure(clients)
         return method, [
             *notes,
-            "ranks of updates follow from what is learnt: `--check` counts all of them whole",
+            "ranks of updates follow from what is learned: `--check` counts all of them whole",
         ]
 
-    def with_worst_case_size(self) -> Algorithm:
-        return self.model_copy(update={"energy_start": WHOLE, "energy_end": WHOLE})
-
-    def extra_models(self, arch: ModelSpec) -> dict[str, ModelSpec]:
-        mentee = self.mentee_model(arch)
-        return {
-            MENTEE: mentee,
-            HIDDEN: ModelSpec.from_config("linear", arch.feature_width, (mentee.feature_width,)),
-        }
+    def models(self, client: ClientInfo) -> Mapping[str, ModelSpec]:
+        models = super().models(client)
+        sizes = (client.arch.feature_width, (models[MENTEE].feature_width,))
+        return {**models, HIDDEN: ModelSpec.from_config("linear", *sizes)}
 
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
-        part = self.download_part(recipient.settings, server.round_context.round_idx)
+        part = download_part(self, recipient.settings, server.round_context.round_idx)
         state = server.state
         behind = state.get("version", 0) - state.get("held", {}).get(recipient.client_id, -1)
         if part == () or behind == 0:
@@ -233,19 +251,12 @@ class FedKD(MenteeTraining):
         yield from super().deploy(client, received)
         # W is a matrix
         client.load(HIDDEN, {"head.bias": torch.zeros_like(client.models[HIDDEN]["head.bias"])})
-        mine = floating_tensors(
-            select_part(client.models[MENTEE], self.shared_part(client.settings))
-        )
+        part = shared_part(self, client.settings)
+        mine = floating_tensors(select_part(client.models[MENTEE], part))
         base = received[MENTEE] if MENTEE in received else client.state.get("base", mine)
         if "change" in received:
-            base = {
-                **base,
-                **{
-                    n: base[n] + d
-                    for n, d in reconstruct_low_rank(received["change"], base).items()
-                },
-            }
-        if self.download_part(client.settings, client.round_context.round_idx) != ():
+            base = add_low_rank(base, received["change"])
+        if download_part(self, client.settings, client.round_context.round_idx) != ():
             client.load(MENTEE, base)
         client.state["base"] = base
 
@@ -254,44 +265,38 @@ class FedKD(MenteeTraining):
         objective = AdaptiveMutual(client.task.kind, shape=shape, hidden_weight=self.hidden_weight)
         return self.joint_fit(client, objective, hidden=("head.weight",))
 
-    def share(self, client: Participant) -> Items:
-        base = select_part(
-            client.state["base"], self.upload_part(client.settings, client.round_context.round_idx)
-        )
+    def upload_mentee(self, client: Participant) -> Items:
+        part = upload_part(self, client.settings, client.round_context.round_idx)
+        base = select_part(client.state["base"], part)
         update = {n: client.models[MENTEE][n] - t for n, t in base.items()}
-        return (
-            {
-                MENTEE: Item(
-                    compress_low_rank(update, self.kept_energy(client)),
-                    self.weight_of(client),
-                    "update",
-                )
-            }
-            if update
-            else {}
-        )
+        if not update:
+            return {}
+        factors = compress_low_rank(update, self.kept_energy(client))
+        return {MENTEE: Item(factors, float(client.num_rows), "update")}
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         mentee = server.models[MENTEE]
         version = server.state.get("version", 0)
-        took = [
+        updated = [
             u.client
             for u in uploads.each
-            if self.download_part(u.client_info.settings, server.round_context.round_idx) != ()
+            if download_part(self, u.client_info.settings, server.round_context.round_idx) != ()
         ]
-        server.state["held"] = {**server.state.get("held", {}), **dict.fromkeys(took, version)}
+        server.state["held"] = {**server.state.get("held", {}), **dict.fromkeys(updated, version)}
         restored = (_restore_update(u, mentee) for u in uploads.having(MENTEE))
-        mean = self.mentee_mean(
-            uploads.with_uploads(restored, {MENTEE: ItemSpec("update", across=True)})
-        )
+        specs = {MENTEE: ItemSpec("update", across=True)}
+        mean = self.mentee_mean(uploads.with_uploads(restored, specs))
         if mean:
             change = compress_low_rank(mean, self.kept_energy(server))
-            server.models[MENTEE] = {
-                **mentee,
-                **{n: mentee[n] + d for n, d in reconstruct_low_rank(change, mentee).items()},
-            }
+            server.models[MENTEE] = add_low_rank(mentee, change)
             server.state.update(change=change, version=version + 1)
         yield from ()
+
+
+def add_low_rank(tensors: Tensors, change: Mapping[str, Tensor]) -> Tensors:
+    """Return the tensors with a compressed change added."""
+    restored = reconstruct_low_rank(change, tensors)
+    return {**tensors, **{n: tensors[n] + d for n, d in restored.items()}}
 
 
 def _restore_update(upload: Upload, like: dict[str, torch.Tensor]) -> Upload:
@@ -300,25 +305,23 @@ def _restore_update(upload: Upload, like: dict[str, torch.Tensor]) -> Upload:
     return Upload(upload.client_info, Payload({MENTEE: replace(item, values=values)}))
 
 
-# FedMRL: features of a shared small model and of each client's own, one nested in the other.
-
 PROJECTION = "projection"  # P: kept by the client
 
 
 @register_algorithm("fedmrl")
 class FedMRL(MenteeTraining):
-    """A small shared network G beside each client's own F, trained on features of both, one nested in the other; G alone is
-    averaged (Yi et al. 2024, Algorithm 1).
+    """Train each client's own network together with a small shared one, on features of both, one nested in the other.
 
-    G's features have width d₁, F's d₂ > d₁. A private linear projection takes both to width d₂, all of which goes to F's head
+    The shared network G alone is averaged, each client's own F stays (Yi et al. 2024, Algorithm 1). G's features have width d₁, F's d₂ > d₁. A private linear projection takes both to width d₂, all of which goes to F's head
     and the first d₁ to G's; the loss is the sum of both.
 
-    A client's model is all three: F's head on the projected features is what is read, at home and in common.
+    A client's model is all three: F's head on the projected features is what predicts, on local and global tests.
     """
 
-    uploads = {MENTEE: ItemSpec("params", across=True)}
-    requires = ("linear heads",)
+    title = "FedMRL"
     evaluated_when = "own head on projected features, as deployed with the next broadcast (the models saved are clients' own F alone)"
+    uploads = {MENTEE: ItemSpec("params", across=True)}
+    needs = Needs(also=("small common model", "linear heads"))
 
     own_weight: NonNegativeFloat = Field(1.0, description="m_F: weight of the own head's loss")
     mentee_weight: NonNegativeFloat = Field(
@@ -352,14 +355,11 @@ class FedMRL(MenteeTraining):
         ]
         return made.model_copy(update={"mentee": mentee}), notes
 
-    def extra_models(self, arch: ModelSpec) -> dict[str, ModelSpec]:
-        mentee = self.mentee_model(arch)
-        return {
-            MENTEE: mentee,
-            PROJECTION: ModelSpec.from_config(
-                "linear", arch.feature_width, (mentee.feature_width + arch.feature_width,)
-            ),
-        }
+    def models(self, client: ClientInfo) -> Mapping[str, ModelSpec]:
+        models = super().models(client)
+        width = client.arch.feature_width
+        both = (models[MENTEE].feature_width + width,)
+        return {**models, PROJECTION: ModelSpec.from_config("linear", width, both)}
 
     def fit_both(self, client: Participant) -> Fit:
         shape = client.arch[MENTEE].input_shape
@@ -377,4 +377,4 @@ class FedMRL(MenteeTraining):
         head = ModelSpec.from_config("linear", client.task.outputs, (r.shape[1],))
         tensors = {n: own[n] for n in ("head.weight", "head.bias")}
         logits = yield Predict("head", TensorRows({"x": r}), tensors=tensors, arch=head)
-        return self.add_log_prior(client, logits) if personal else logits
+        return add_log_prior(client, logits) if personal else logits

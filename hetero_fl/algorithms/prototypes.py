@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -11,7 +12,8 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import Algorithm, Items, register_algorithm
+from hetero_fl.algorithms.base import Algorithm, Items, Needs, may_share, register_algorithm
+from hetero_fl.algorithms.local_training import local_fit
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.generative_objectives import AdaptiveMargin
 from hetero_fl.core.model_spec import ModelSpec
@@ -25,9 +27,9 @@ from hetero_fl.utils.errors import UserError
 
 
 class CommonFeatureWidth(Algorithm):
-    """A model whose features have another width ends in a projection to the common one; the others are as they were."""
+    """Base of methods for features of one width: a model with another width ends in a projection to the common one."""
 
-    requires = ("one feature width",)
+    needs = Needs(one_architecture=True, also=("one feature width",))
     features_leave: ClassVar[bool] = True  # the clients', row by row or as means of classes
 
     feature_dim: PositiveInt | None = Field(
@@ -51,18 +53,17 @@ class CommonFeatureWidth(Algorithm):
         )
         return self.model_copy(update={"feature_dim": width}), notes
 
-    def model_spec(self, client_info: ClientInfo) -> ModelSpec:
-        return (
-            client_info.arch
-            if client_info.arch.feature_width == self.feature_dim
-            else replace(client_info.arch, feature_dim=self.feature_dim)
-        )
+    def models(self, client: ClientInfo) -> Mapping[str, ModelSpec]:
+        fits = client.arch.feature_width == self.feature_dim
+        return {
+            "model": client.arch if fits else replace(client.arch, feature_dim=self.feature_dim)
+        }
 
 
 class CommonHead(CommonFeatureWidth):
-    """Features of one width, and heads that fit one another: each a single linear layer."""
+    """Base of methods for features of one width and heads that fit one another: each a single linear layer."""
 
-    requires = ("linear heads",)
+    needs = Needs(tasks=("multiclass",), also=("one feature width", "linear heads"))
 
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         for kind in clients.profiles:
@@ -71,7 +72,7 @@ class CommonHead(CommonFeatureWidth):
 
 
 def require_features(client_id: str, arch: ModelSpec, width: int) -> None:
-    """Raises UserError for a model whose features are the example itself: sent, they would be the client's data."""
+    """Raise UserError for a model whose features are the example itself: uploaded, they would be the client's data."""
     if arch.feature_width == width and not any(
         name.startswith("backbone.") for name in arch.parameter_names
     ):
@@ -82,7 +83,7 @@ def require_features(client_id: str, arch: ModelSpec, width: int) -> None:
 
 
 def require_linear_head(client_id: str, arch: ModelSpec) -> None:
-    """Raises UserError for a model whose head is anything but a linear layer with a bias."""
+    """Raise UserError for a model whose head is anything but a linear layer with a bias."""
     head = sorted(n for n in arch.parameter_names if n.startswith("head."))
     if head != ["head.bias", "head.weight"]:
         found = ", ".join(head) or "no parameters"
@@ -91,31 +92,31 @@ def require_linear_head(client_id: str, arch: ModelSpec) -> None:
         )
 
 
-# FedProto: clients of any architecture agree on where the features of each class lie.
-
 # how far below the farthest prototype a class without one stands: e^-20 of its probability
 NEVER = 20.0
 
 
 @register_algorithm("fedproto")
 class FedProto(CommonFeatureWidth):
-    """Cross-entropy plus λ·MSE of features to the prototype of their class, the mean feature over all clients' rows; an example
-    belongs to the nearest prototype (Tan et al. 2022, Algorithm 1).
+    """Exchange each class's mean features; each client pulls its features towards the mean of their class.
 
-    Clients upload sums of features and counts by class, taken after their local training; the server divides the total
-    of the sums by the total of the counts. A class that nobody sends in a round keeps its prototype. Before there is any,
+    The loss is cross-entropy plus λ·MSE of features to the prototype of their class, the mean feature over all clients' rows;
+    an example belongs to the class of the nearest prototype (Tan et al. 2022, Algorithm 1). Clients upload sums of features and counts by class, taken after their local training; the server divides the total
+    of the sums by the total of the counts. A class that no client sends in a round keeps its prototype. Before there is any,
     the head decides.
     """
 
+    title = "FedProto"
+    evaluated_when = "after local training, by the nearest prototype of the last aggregation (the models saved have their heads)"
     shared = ()
     uploads = {"features": ItemSpec("class_sums", private=True, share="statistics")}
-    tasks = ("multiclass",)
-    evaluated_when = "after private training, by the nearest prototype of the last aggregation (the models saved hold their heads)"
+    needs = Needs(tasks=("multiclass",), also=("one feature width",))
 
     weight: NonNegativeFloat = Field(1.0, description="λ: weight of the distance to the prototype")
     inference: Literal["prototype", "own", "head"] = Field(
         "prototype",
-        description="nearest prototype; at home the nearest of its own classes only (the authors' code); or the model's head",
+        description="nearest prototype; on local tests the nearest of its own classes only (the authors' code); or the model's "
+        "head",
     )
 
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
@@ -128,13 +129,10 @@ class FedProto(CommonFeatureWidth):
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         if "prototypes" in received:
             pull = PrototypePull(client.task.kind, weight=self.weight)
-            yield self.fit(client, pull, context={name: received[name] for name in received})
+            yield local_fit(client, pull, context={name: received[name] for name in received})
         else:
-            yield self.fit(client)
-        if not self.may_share(client, "statistics"):
-            return {}
-        sums, counts = yield ClassSums("model", readout="features")
-        return {"features": Item(sums, counts[:, None], "class_sums")}
+            yield local_fit(client)
+        return (yield from upload_class_features(client))
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         mean = uploads.mean("features")
@@ -158,14 +156,20 @@ class FedProto(CommonFeatureWidth):
         return prototype_logits(features, client.state["prototypes"], known)
 
 
+def upload_class_features(client: Participant) -> Plan[Items]:
+    """Sum the client's features by class and return the upload; empty if it does not share statistics now."""
+    if not may_share(client, "statistics"):
+        return {}
+    sums, counts = yield ClassSums("model", readout="features")
+    return {"features": Item(sums, counts[:, None], "class_sums")}
+
+
 def prototype_logits(features: Tensor, prototypes: Tensor, known: Tensor) -> Tensor:
-    """−‖f − prototype_c‖₂ as logits `[N, C]`. A class without a prototype stands below all others: it never wins."""
+    """Return −‖f − prototype_c‖₂ as logits `[N, C]`; a class without a prototype stands below all others."""
     apart = torch.cdist(features, prototypes, compute_mode="donot_use_mm_for_euclid_dist")
     has = known > 0
     return torch.where(has, -apart, -apart[:, has].amax(-1, keepdim=True) - NEVER)
 
-
-# FedTGP: prototypes are trained at the server, so that classes stand apart.
 
 # at the server: P̆, a trainable row for each class, and the network F
 VECTORS = "vectors"
@@ -174,9 +178,9 @@ PROTOTYPES = "prototypes"
 
 @register_algorithm("fedtgp")
 class FedTGP(FedProto):
-    """FedProto whose prototypes are trained at the server, so that classes stand apart (Zhang et al. 2024, Algorithm 1).
+    """Train one prototype per class at the server, so that classes stand apart; clients follow as in FedProto.
 
-    P̂_c = F(P̆_c), F linear, ReLU, linear; P̆ and F are trained so that each client's own prototypes lie nearest to that of
+    Each client pulls its features towards these prototypes (Zhang et al. 2024, Algorithm 1). P̂_c = F(P̆_c), F linear, ReLU, linear; P̆ and F are trained so that each client's own prototypes lie nearest to that of
     their class, by a margin δ = min(largest distance of two class centres, τ).
 
     A class centre is the plain mean of the clients' prototypes. The server starts from the last round's P̆ and F.
@@ -186,6 +190,7 @@ class FedTGP(FedProto):
     and then the largest; and P̆ starts uniform within ±1/√C, where the code draws it standard normal.
     """
 
+    title = "FedTGP"
     uploads = {"features": ItemSpec("class_sums", use="each", private=True, share="statistics")}
 
     weight: NonNegativeFloat = Field(10.0, description="λ: weight of the distance to the prototype")
@@ -207,7 +212,7 @@ class FedTGP(FedProto):
         )
         for slot in (VECTORS, PROTOTYPES):
             server.models[slot] = server.arch[slot].initial_tensors(server.round_context.seed)
-        # P̆ is a table: the bias stays at nought
+        # P̆ is a table: the bias stays at 0
         server.load(VECTORS, {"head.bias": torch.zeros(width)})
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
@@ -237,14 +242,14 @@ class FedTGP(FedProto):
 
 
 def client_class_means(items: list[Item]) -> tuple[Tensor, Tensor]:
-    """Of K clients' sums by class the means `[K, C, d]`, and whether there is one `[K, C]`."""
+    """Return the means of K clients' sums by class `[K, C, d]`, and whether there is one `[K, C]`."""
     counts = torch.stack([torch.as_tensor(item.weight) for item in items])  # [K, C, 1]
     sums = torch.stack([item.values for item in items if isinstance(item.values, Tensor)])
     return sums / counts.clamp(min=1), counts[..., 0] > 0
 
 
 def largest_center_distance(means: Tensor, has: Tensor) -> Tensor:
-    """The largest Euclidean distance of two class centres, each the mean over the clients that have the class."""
+    """Return the largest Euclidean distance of two class centers, each the mean over the clients with the class."""
     mine = has[..., None].to(means.dtype)
     centres = (means * mine).sum(0) / mine.sum(0).clamp(min=1)
     there = has.any(0)
@@ -252,23 +257,21 @@ def largest_center_distance(means: Tensor, has: Tensor) -> Tensor:
     return torch.where(there[:, None] & there, apart, torch.zeros_like(apart)).max()
 
 
-# FedGH: one head for all, trained at the server on the features of classes.
-
 HEAD = "head"
 
 
 @register_algorithm("fedgh")
 class FedGH(CommonHead):
-    """Clients of any architecture train on their own rows from one head; the server trains that head to tell the classes of
-    the mean features that each client sends (Yi et al. 2023, Algorithm 1).
+    """Train one head for all clients at the server, on each client's mean features by class.
 
-    Clients upload sums of features and counts by class, taken after their local training. Each client's mean of a class
+    Clients of any architecture train on their own rows from this head; the rest of each model stays with its client (Yi et al.
+    2023, Algorithm 1). Clients upload sums of features and counts by class, taken after their local training. Each client's mean of a class
     is one example at the server, whatever its count.
     """
 
+    title = "FedGH"
     shared = ()
     uploads = {"features": ItemSpec("class_sums", use="each", private=True, share="statistics")}
-    tasks = ("multiclass",)
 
     server_epochs: PositiveInt = Field(
         100, description="epochs a round on the clients' class means, at the server"
@@ -297,11 +300,8 @@ class FedGH(CommonHead):
 
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
-        yield self.fit(client)
-        if not self.may_share(client, "statistics"):
-            return {}
-        sums, counts = yield ClassSums("model", readout="features")
-        return {"features": Item(sums, counts[:, None], "class_sums")}
+        yield local_fit(client)
+        return (yield from upload_class_features(client))
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         items = [u.payload.item("features") for u in uploads.having("features")]

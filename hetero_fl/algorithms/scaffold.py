@@ -9,8 +9,16 @@ import torch
 from pydantic import Field, PositiveFloat
 
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import Algorithm, Items, register_algorithm
+from hetero_fl.algorithms.base import (
+    Algorithm,
+    Items,
+    download_part,
+    register_algorithm,
+    shared_part,
+    upload_model,
+)
 from hetero_fl.algorithms.fedavg import FedAvg
+from hetero_fl.algorithms.local_training import local_fit
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.participant import (
     ClientDirectory,
@@ -28,15 +36,16 @@ CONTROL = "control"
 
 @register_algorithm("scaffold")
 class Scaffold(FedAvg):
-    """Each local step is corrected by c − c_k, the federation's and the client's own mean gradient (Karimireddy et al. 2020,
-    Algorithm 1, option II).
+    """Average parameters, and correct each local step by how the client's mean gradient differs from the federation's.
 
-    After K steps of rate η from x to y: c_k⁺ = c_k − c + (x − y)/(Kη), and the server's c moves by |S|/N times the mean of
+    The correction is c − c_k, of the federation's and the client's mean gradient (Karimireddy et al. 2020, Algorithm 1,
+    option II). After K steps of rate η from x to y: c_k⁺ = c_k − c + (x − y)/(Kη), and the server's c moves by |S|/N times the mean of
     c_k⁺ − c_k over the S of N clients that took part, weighted as the models are (the paper: evenly). The correction follows the
     optimizer's step: inside the gradient, momentum would pile it up. A client whose optimizer is not SGD trains with SGD, as
     Kη says nothing of Adam's steps. c_k never leaves the client, its change does.
     """
 
+    title = "SCAFFOLD"
     uploads = {"model": ItemSpec("params"), CONTROL: ItemSpec("update")}
 
     sgd_lr: PositiveFloat = Field(
@@ -52,7 +61,7 @@ class Scaffold(FedAvg):
         ] if other else []
 
     def optimizer(self, client: Participant) -> OptimizerConfig:
-        """The client's SGD of this round, or the method's in place of another optimizer."""
+        """Return the client's SGD of this round, or the method's in place of another optimizer."""
         config = client.settings.optimizer
         if config.name != "sgd":
             changes = {
@@ -64,7 +73,6 @@ class Scaffold(FedAvg):
             config = config.model_copy(update=changes)
         return config.at_round(client.round_context.round_idx, client.round_context.num_rounds)
 
-    # The round -----------------------------------------------------------------------------------------------------
     def setup(self, server: Participant) -> None:
         server.state[CONTROL] = {
             group: {
@@ -77,11 +85,10 @@ class Scaffold(FedAvg):
 
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
         items = super().broadcast(server, recipient)
-        if "model" in items and not recipient.is_evaluation:
-            items[CONTROL] = select_part(
-                server.state[CONTROL][recipient.arch.spec_id],
-                self.download_part(recipient.settings, server.round_context.round_idx),
-            )
+        if "model" in items and recipient.purpose == "train":
+            part = download_part(self, recipient.settings, server.round_context.round_idx)
+            control = server.state[CONTROL][recipient.arch.spec_id]
+            items[CONTROL] = select_part(control, part)
         return items
 
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
@@ -91,7 +98,7 @@ class Scaffold(FedAvg):
         names = client.arch["model"].parameter_names
         shared = {
             n: t
-            for n, t in select_part(model, self.shared_part(client.settings)).items()
+            for n, t in select_part(model, shared_part(self, client.settings)).items()
             if n in names
         }
         mine = client.state.get(CONTROL) or {n: torch.zeros_like(t) for n, t in shared.items()}
@@ -110,9 +117,9 @@ class Scaffold(FedAvg):
         drift = {n: c - mine[n] for n, c in since[CONTROL].items()}
         # ours to change: it is fresh
         drift = {n: d if rates[n] == 1 else d.mul_(rates[n]) for n, d in drift.items()}
-        report: FitReport = yield self.fit(client, optimizer=optimizer, drift={"model": drift})
+        report: FitReport = yield local_fit(client, optimizer=optimizer, drift={"model": drift})
         since["path"] += report.steps * optimizer.lr
-        items = self.share(client)
+        items = upload_model(self, client, self.weight_of(client))
         if items:
             end = client.models["model"]
             moved = {
@@ -142,19 +149,18 @@ class Scaffold(FedAvg):
     def count_sharers(
         self, clients: Iterable[ClientInfo | ClientProfile]
     ) -> Counter[tuple[str, Part]]:
-        """How many clients these are, by architecture and by the part of the model that they share."""
+        """Count clients by architecture and by the part of the model that they share."""
         total: Counter[tuple[str, Part]] = Counter()
         for c in clients:
-            total[c.arch.spec_id, self.shared_part(c.settings)] += (
-                c.count if isinstance(c, ClientProfile) else 1
-            )
+            count = c.count if isinstance(c, ClientProfile) else 1
+            total[c.arch.spec_id, shared_part(self, c.settings)] += count
         return total
 
     @staticmethod
     def num_owners(
         server: Participant, members: Mapping[tuple[str, Part], int], group: str, name: str
     ) -> int:
-        """How many of them share that tensor with the group."""
+        """Return how many of the members share a tensor with the group."""
         models = server.models
         common = bool(server.common) and name.startswith(server.common)
         return sum(

@@ -45,10 +45,7 @@ def print_check(prepared: PreparedRun) -> None:
     )
     config = prepared.config
     parameters = {}
-    archs = {
-        kind.arch: [kind.arch, *prepared.method.extra_models(kind.arch).values()]
-        for kind in federation.client_infos.profiles
-    }
+    archs = {kind.arch: list(kind.models.values()) for kind in federation.client_infos.profiles}
     for arch in archs:
         parameters[arch] = _parameters(arch)
     held = SimulationEnvironment.from_config(federation, config)
@@ -64,7 +61,7 @@ def print_check(prepared: PreparedRun) -> None:
         sizes = (_size(cost.down[id] + cost.evaluation[id]), _size(cost.up[id]))
         table.add_row(
             id,
-            prepared.method.display_name(card),
+            card.arch.display_name,
             str(card.num_rows),
             f"{parameters[card.arch]:,}",
             *sizes,

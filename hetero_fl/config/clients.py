@@ -153,10 +153,15 @@ class ClientSettings(ConfigSection):
         None,
         description="of the cross-entropy: one number a class; balanced: the inverse of its frequency",
     )
+    logit_adjustment: bool | None = Field(
+        None,
+        description="train on z + log π with the client's own label frequencies π, and predict its own rows with z + log π; "
+        "none: as the method has it",
+    )
     objective: str | None = Field(
         None,
         pattern="^python:",
-        description="one's own local objective (python:module:Class) in place of the supervised loss",
+        description="a local objective of your own (python:module:Class) in place of the supervised loss",
     )
     preprocess: PreprocessConfig = PreprocessConfig()
     augment: AugmentConfig = AugmentConfig()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import translate
 from functools import cached_property
 from itertools import accumulate, islice
@@ -178,6 +178,15 @@ class Population(Mapping[str, ClientSettings]):
             raise KeyError(client_id)
         group, place = position
         return self.profiles[self._profile_numbers[self._starts[group] + place]]
+
+    def set_default(self, name: str, value: object) -> None:
+        """Set a setting of all clients that leave it open (None)."""
+        self.profiles = [
+            replace(profile, settings=profile.settings.model_copy(update={name: value}))
+            if getattr(profile.settings, name) is None
+            else profile
+            for profile in self.profiles
+        ]
 
     def position(self, client_id: str) -> tuple[int, int] | None:
         """Return the number of a client's group and its place there; None for an unknown id.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
 from hetero_fl.config.base import ConfigSection, OptimizerConfig, StalenessConfig, choice_type
 from hetero_fl.config.clients import ClientsConfig, ModelConfig, PreprocessConfig, expand_model_name
@@ -103,6 +103,10 @@ class OutputConfig(ConfigSection):
     )
 
 
+# client settings that may be written next to `algorithm.name`, too
+CLIENT_OPTIONS = ("logit_adjustment",)
+
+
 class Config(ConfigSection):
     """One run: data, clients, method, and how it is computed."""
 
@@ -139,3 +143,19 @@ class Config(ConfigSection):
     init_from: str | None = Field(
         None, description="a run directory whose models this run starts from"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _move_client_options(cls, raw: Any) -> Any:
+        """Read `algorithm.logit_adjustment` as `clients.defaults.logit_adjustment`."""
+        algorithm = raw.get("algorithm") if isinstance(raw, dict) else None
+        clients = raw.get("clients") or {} if isinstance(raw, dict) else {}
+        if not isinstance(algorithm, dict) or not isinstance(clients, dict):
+            return raw
+        options = {key: algorithm[key] for key in CLIENT_OPTIONS if key in algorithm}
+        defaults = clients.get("defaults") or {}
+        if not options or not isinstance(defaults, dict):
+            return raw
+        algorithm = {key: value for key, value in algorithm.items() if key not in options}
+        clients = {**clients, "defaults": {**defaults, **options}}
+        return {**raw, "algorithm": algorithm, "clients": clients}

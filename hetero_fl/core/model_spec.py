@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -27,7 +27,8 @@ class ModelSpec:
     """A model of the zoo with everything that decides its shapes. Equal architectures have equal tensors.
 
     `input_shape` is (channels, *size) as `model_zoo.create_model` takes it; with a `vocabulary` (its size) examples are
-    tokens, and it is (length,).
+    tokens, and it is (length,). `label` and `group` say of a slice of another model what tables call it and with whose
+    tensors its own are averaged; they do not tell architectures apart and are not stored with tensors.
     """
 
     name: str
@@ -37,6 +38,8 @@ class ModelSpec:
     options: tuple[tuple[str, Any], ...] = field(default=())
     pretrained: bool = False
     vocabulary: int | None = None
+    label: str = field(default="", compare=False)
+    group: str = field(default="", compare=False)
 
     @classmethod
     def from_config(
@@ -90,6 +93,16 @@ class ModelSpec:
         return f"{self.name}({', '.join(detail)})"
 
     @property
+    def display_name(self) -> str:
+        """The name for tables and reports."""
+        return self.label or self.name
+
+    @property
+    def group_id(self) -> str:
+        """The server's slot of the model that this one is averaged into."""
+        return self.group or self.spec_id
+
+    @property
     def parameter_names(self) -> frozenset[str]:
         """Names of trainable tensors; the others are buffers (BatchNorm statistics and counters)."""
         return _measure(self).parameters
@@ -110,8 +123,9 @@ class ModelSpec:
         return _measure(self).width
 
     def to_json(self) -> str:
-        """As stored beside saved tensors."""
-        return json.dumps(asdict(self), sort_keys=True)
+        """Return the description that is stored with saved tensors."""
+        stored = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
+        return json.dumps(stored, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> ModelSpec:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -76,18 +76,26 @@ class ClientInfo:
     num_rows: int  # training rows
     preprocess: Any  # hetero_fl.data.Preprocess: how it sees public examples
     settings: ClientSettings
-    is_evaluation: bool = False  # the broadcast is for evaluation only: nothing is trained on it
+    # what a broadcast to it is for: nothing is trained on one for evaluation
+    purpose: Literal["train", "evaluate"] = "train"
     has_proxy: bool = True  # whether it sees anything of the proxy set; of no account without one
+    # every model that it has, by slot; `arch` is that of the slot "model"
+    models: Mapping[str, ModelSpec] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
 class ClientProfile:
-    """Clients with the very same settings, and so with one architecture: how many, and the first in the configuration."""
+    """Clients with the very same settings, and so with the same models: how many, and the first in the configuration."""
 
     settings: ClientSettings
-    arch: ModelSpec
+    models: Mapping[str, ModelSpec]  # by slot
     first: str
     count: int
+
+    @property
+    def arch(self) -> ModelSpec:
+        """The architecture of the clients' own model."""
+        return self.models["model"]
 
 
 class ClientDirectory(Mapping[str, ClientInfo]):
@@ -95,26 +103,27 @@ class ClientDirectory(Mapping[str, ClientInfo]):
     be asked of `profiles`, which are few however many clients there are.
 
     Args:
-        archs: of each kind in `clients.kinds`; or of each client by id, where a method gives them models one by one.
+        models: By slot, of each profile in `clients.profiles`; or of each client by id, where a method gives them models one
+            by one.
         data: hetero_fl.data.FederatedData, which knows a client's rows and view.
     """
 
     def __init__(
         self,
         clients: Population,
-        archs: Sequence[ModelSpec] | Mapping[str, ModelSpec],
+        models: Sequence[Mapping[str, ModelSpec]] | Mapping[str, Mapping[str, ModelSpec]],
         data: Any,
     ) -> None:
         self.clients = clients
         self._data = data
         # of each client in `profiles`; none: as in `clients.profiles`
         self._places: dict[str, int] | None = None
-        if isinstance(archs, Mapping):
-            self._places, self.profiles = _split_profiles(clients, archs)
+        if isinstance(models, Mapping):
+            self._places, self.profiles = _split_profiles(clients, models)
         else:
             self.profiles = [
-                ClientProfile(k.settings, a, k.first, k.count)
-                for k, a in zip(clients.profiles, archs, strict=True)
+                ClientProfile(k.settings, own, k.first, k.count)
+                for k, own in zip(clients.profiles, models, strict=True)
             ]
         self._cards: BoundedCache[ClientInfo] = BoundedCache(CACHED_CLIENTS)
 
@@ -125,6 +134,17 @@ class ClientDirectory(Mapping[str, ClientInfo]):
             if self._places is None
             else self._places[client_id]
         ]
+
+    def set_default(self, name: str, value: object) -> None:
+        """Set a setting of all clients that leave it open (None), as a method's `configure` may.
+
+        Args:
+            name: A field of `ClientSettings`.
+            value: Its value for these clients.
+        """
+        self.clients.set_default(name, value)
+        self.profiles = [replace(p, settings=self.clients[p.first]) for p in self.profiles]
+        self._cards = BoundedCache(CACHED_CLIENTS)
 
     @property
     def main_profile(self) -> ClientProfile:
@@ -159,6 +179,7 @@ class ClientDirectory(Mapping[str, ClientInfo]):
             view,
             kind.settings,
             has_proxy=data.has_proxy(view),
+            models=kind.models,
         )
 
     def __contains__(self, client_id: object) -> bool:
@@ -172,17 +193,18 @@ class ClientDirectory(Mapping[str, ClientInfo]):
 
 
 def _split_profiles(
-    clients: Population, archs: Mapping[str, ModelSpec]
+    clients: Population, models: Mapping[str, Mapping[str, ModelSpec]]
 ) -> tuple[dict[str, int], list[ClientProfile]]:
-    """Kinds where clients with the same settings have several architectures: each client's place, and the kinds."""
-    members: dict[tuple[int, ModelSpec], list[str]] = {}
-    for id in natural_order(archs):
-        members.setdefault((clients.profile(id).number, archs[id]), []).append(id)
+    """Split profiles whose clients have different models; return each client's place, and the profiles."""
+    members: dict[tuple[int, tuple[tuple[str, ModelSpec], ...]], list[str]] = {}
+    for id in natural_order(models):
+        key = (clients.profile(id).number, tuple(sorted(models[id].items())))
+        members.setdefault(key, []).append(id)
     settings = [kind.settings for kind in clients.profiles]
     places = {id: place for place, ids in enumerate(members.values()) for id in ids}
     return places, [
-        ClientProfile(settings[number], arch, ids[0], len(ids))
-        for (number, arch), ids in members.items()
+        ClientProfile(settings[number], dict(slots), ids[0], len(ids))
+        for (number, slots), ids in members.items()
     ]
 
 
@@ -212,6 +234,14 @@ class Participant:
     round_context: RoundContext = RoundContext()
     step_share: float = 1.0  # share of the steps there is time for
     stream_uses: dict[str, int] = field(default_factory=dict)
+    logged: dict[str, float] = field(default_factory=dict)
+
+    def log(self, name: str, value: float) -> None:
+        """Report a number with this round's upload; the round's record has it under `logged`, by client.
+
+        Nothing is reported where uploads are private or only summed.
+        """
+        self.logged[name] = float(value)
 
     def load(self, slot: str, tensors: Mapping[str, Tensor]) -> None:
         """Replace the named tensors of a slot, keep its others. They are shared with whoever gave them: a participant's tensors

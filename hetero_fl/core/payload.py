@@ -22,6 +22,7 @@ Kind = Literal["params", "update", "rows", "class_sums", "counts"]
 KINDS: tuple[Kind, ...] = ("params", "update", "rows", "class_sums", "counts")
 FORM = "hetero_fl payload 1"
 MOST_REASON = 240  # characters of a PayloadError
+LOGGED = "log "  # before a logged number's name in a report
 MOST_REPORTED = 64  # values in a report: a loss, factors by item
 LONGEST_REPORTED = 256  # characters of a name or a value in it
 LARGEST = 1e18  # magnitude of a value or weight: the square of it is a float32
@@ -184,20 +185,37 @@ class Payload(Mapping[str, Any]):
         return payload
 
 
-def report_with_loss(loss: float | None) -> dict[str, str]:
-    """What goes with an upload: the training loss to all 17 digits, in a fixed width, so that the upload's size is known
-    before its numbers are.
+def report_with_loss(
+    loss: float | None, logged: Mapping[str, float] | None = None
+) -> dict[str, str]:
+    """Return the report of an upload: the training loss and what the client logged.
+
+    Numbers have all 17 digits, in a fixed width, so that the upload's size is known before its numbers are.
     """
-    return {} if loss is None else {"loss": f"{loss:+.16e}"}
+    values = {} if loss is None else {"loss": loss}
+    values |= {LOGGED + name: value for name, value in (logged or {}).items()}
+    return {name: f"{value:+.16e}" for name, value in values.items()}
 
 
 def loss_from_report(report: Mapping[str, Any]) -> float | None:
-    """Return the loss that a report tells, None if there is none of a magnitude up to `LARGEST`."""
+    """Return the loss in a report, None if there is none of a magnitude up to `LARGEST`."""
+    return _read_number(report.get("loss"))
+
+
+def logged_from_report(report: Mapping[str, Any]) -> dict[str, float]:
+    """Return what the client logged, as far as it is of a magnitude up to `LARGEST`."""
+    logged = {
+        n.removeprefix(LOGGED): _read_number(report[n]) for n in report if n.startswith(LOGGED)
+    }
+    return {name: value for name, value in logged.items() if value is not None}
+
+
+def _read_number(value: Any) -> float | None:
     try:
-        loss = float(report["loss"])
-    except (KeyError, TypeError, ValueError, OverflowError):
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
         return None
-    return loss if abs(loss) <= LARGEST else None
+    return number if abs(number) <= LARGEST else None
 
 
 def _check_report(report: Mapping[str, Any]) -> None:

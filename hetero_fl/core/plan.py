@@ -1,16 +1,16 @@
-"""The steps that a plan may yield, and the guard against steps that are created and never yielded."""
+"""The steps that a plan may yield.
+
+A plan is a generator: it yields a step (or a list of steps that may run in any order, together),
+is sent the result (or results), and returns what its author promised, an upload for instance. It
+contains no training loop; the engine decides how a step is computed.
+"""
 
 from __future__ import annotations
 
-import functools
-import inspect
-import os
-import sys
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
-from types import FrameType, FunctionType, GeneratorType
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -21,125 +21,44 @@ from hetero_fl.config.clients import AugmentConfig
 from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.objectives import Objective
 from hetero_fl.core.participant import Columns, Part, Participant
-from hetero_fl.utils.errors import PACKAGE, UserError, is_user_code
-
-# What a plan makes while it runs, steps and sub-plans, so that one that is made and never yielded
-# can be told.
-#
-# Whoever advances a plan sets `NOTING` to a list of that plan's own while it does so, and only
-# then: nothing is shared between plans, threads or processes, and a step made elsewhere is not
-# noted.
-
-RUNTIME = os.path.join(PACKAGE, "engine", "")
 
 
-@dataclass(eq=False)
-class StepOrigin:
-    """A step or a sub-plan, and where it was made. A step changed by `dataclasses.replace` is still the same one."""
-
-    description: str
-    where: str
-    plan: Generator[Any, Any, Any] | None = None
-    yielded: bool = False
-
-    @property
-    def was_never_run(self) -> bool:
-        """Whether it was never carried out."""
-        if self.plan is not None:
-            return inspect.getgeneratorstate(self.plan) == inspect.GEN_CREATED
-        return not self.yielded
-
-    def __str__(self) -> str:
-        keyword = "yield" if self.plan is None else "yield from"
-        return f"{self.where}: {self.description} is made but never yielded, so nothing is computed; write `{keyword} …`"
+class StepKey:
+    """The identity of a step, which copies by `dataclasses.replace` share."""
 
 
-NOTING: ContextVar[list[StepOrigin] | None] = ContextVar("NOTING", default=None)
+# the steps created while `record_steps` is active, by key; None: nothing is recorded
+_created: ContextVar[dict[StepKey, Step] | None] = ContextVar("created_steps", default=None)
 
 
-def record_origin(
-    description: str, plan: Generator[Any, Any, Any] | None = None
-) -> StepOrigin | None:
-    """Note what is being made, if a plan is making it."""
-    noting = NOTING.get()
-    if noting is None:
-        return None
-    noting.append(StepOrigin(description, format_frame(_user_frame(sys._getframe(1))), plan))
-    return noting[-1]
+@contextmanager
+def record_steps() -> Iterator[dict[StepKey, Step]]:
+    """Collect the steps that are created inside the `with` block, by key.
+
+    A dry run compares them with the steps that were yielded, so that a forgotten `yield` is found.
+    """
+    created: dict[StepKey, Step] = {}
+    token = _created.set(created)
+    try:
+        yield created
+    finally:
+        _created.reset(token)
 
 
-def track_plans(kind: type, plain_hooks: Collection[str] = ()) -> None:
-    """Let the class's plans (generator functions) note when they are called; `plain_hooks`: methods that have to return plans."""
-    for name, function in list(vars(kind).items()):
-        if inspect.isgeneratorfunction(function):
-            setattr(kind, name, _track_plan(function))
-        elif name in plain_hooks and inspect.isfunction(function):
-            setattr(kind, name, _check_hook(function))
+class RecordedStep:
+    """A step that `record_steps` collects."""
 
+    key: StepKey
 
-def _track_plan(
-    function: Callable[..., Generator[Any, Any, Any]],
-) -> Callable[..., Generator[Any, Any, Any]]:
-    @functools.wraps(function)
-    def make(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-        plan = function(*args, **kwargs)
-        record_origin(f"the plan {function.__name__}(…)", plan)
-        return plan
-
-    return make
-
-
-def _check_hook(function: FunctionType) -> Callable[..., Generator[Any, Any, Any]]:
-    """A hook without a `yield`: it may hand on another plan. Raises UserError if it returns anything else."""
-
-    @functools.wraps(function)
-    def make(self: Any, *args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-        plan = function(self, *args, **kwargs)
-        if isinstance(plan, GeneratorType):
-            return plan
-        code = function.__code__
-        returned = "nothing" if plan is None else f"a {type(plan).__name__}"
-        raise UserError(
-            f"{type(self).__name__}.{function.__name__} ({code.co_filename}, line {code.co_firstlineno}): returned {returned}, "
-            "expected a plan; write `yield` before each compute step, or `yield from ()` before the return if there is none"
-        )
-
-    return make
-
-
-def _user_frame(frame: FrameType | None) -> FrameType | None:
-    """The innermost frame in a user's file, else the innermost plan, below whoever advances it."""
-    plan = None
-    while frame is not None and not frame.f_code.co_filename.startswith(RUNTIME):
-        if is_user_code(frame.f_code.co_filename):
-            return frame
-        if plan is None and frame.f_code.co_flags & inspect.CO_GENERATOR:
-            plan = frame
-        frame = frame.f_back
-    return plan
-
-
-def format_frame(frame: FrameType | None) -> str:
-    """`Method.function (file, line n)`."""
-    if frame is None:
-        return "a plan"
-    owner = frame.f_locals.get("self")
-    kind = "" if owner is None else f"{type(owner).__name__}."
-    return f"{kind}{frame.f_code.co_name} ({frame.f_code.co_filename}, line {frame.f_lineno})"
-
-
-# The steps that a plan may yield. A method says with them what is computed; the runtime decides
-# how.
-#
-# A plan is a generator: it yields a step (or a list of steps that may run in any order, together),
-# is sent the result (or results), and returns what its author promised, an upload for instance. It
-# holds no training loop. The last field of a step, `made`, is how one that is made and never
-# yielded is noticed.
+    def __post_init__(self) -> None:
+        created = _created.get()
+        if created is not None:
+            created.setdefault(self.key, self)  # type: ignore[arg-type]  # subclasses are steps
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A named data set of the participant, with columns set beside it, aligned to its rows (a teacher's logits)."""
+    """A named data set of the participant, with extra columns aligned to its rows (a teacher's logits)."""
 
     name: str = "train"
     rows: Tensor | None = None  # int64 [N]: only these
@@ -174,8 +93,8 @@ class SampledBatches:
 
 
 @dataclass(frozen=True)
-class Fit:
-    """Minimise an objective. `train` maps slots to the part of them that moves (None: all of it)."""
+class Fit(RecordedStep):
+    """Minimize an objective. `train` maps slots to the part of them that moves (None: all of it)."""
 
     train: Mapping[str, Part]
     objective: Objective
@@ -185,7 +104,7 @@ class Fit:
     batch_size: int = 32
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     augment: AugmentConfig | None = None  # random changes of the images of each batch
-    anneal: bool = False  # cosine from lr to nought within this fit
+    anneal: bool = False  # cosine from lr to 0 within this fit
     frozen: tuple[str, ...] = ()  # slots that the objective may call but not change
     # tensors (or named tensors) an objective reads
     context: Mapping[str, Any] = field(default_factory=dict)
@@ -196,9 +115,7 @@ class Fit:
     keep: str | None = None  # a name under which the optimizer's state lives on in the participant
     label: str = "train"  # names the random stream
     as_id: str | None = None  # draw as this participant would
-    origin: StepOrigin | None = field(
-        default_factory=partial(record_origin, "a Fit"), kw_only=True, repr=False, compare=False
-    )
+    key: StepKey = field(default_factory=StepKey, kw_only=True, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -211,10 +128,10 @@ class FitReport:
 
 
 @dataclass(frozen=True)
-class Predict:
+class Predict(RecordedStep):
     """Outputs of a model in evaluation mode, `[N, …]` in the order of the rows.
 
-    `tensors` and `arch` in place of a slot: a model that somebody sent.
+    `tensors` and `arch` in place of a slot: a model that another participant sent.
     """
 
     slot: str
@@ -223,13 +140,11 @@ class Predict:
     batch_size: int = 500
     tensors: Tensors | None = None
     arch: ModelSpec | None = None
-    origin: StepOrigin | None = field(
-        default_factory=partial(record_origin, "a Predict"), kw_only=True, repr=False, compare=False
-    )
+    key: StepKey = field(default_factory=StepKey, kw_only=True, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
-class ClassSums:
+class ClassSums(RecordedStep):
     """Sum and count by class of a model's output on labelled rows: `([C, width], [C])`."""
 
     slot: str
@@ -237,12 +152,7 @@ class ClassSums:
     readout: Literal["logits", "features", "log_probabilities"] = "logits"
     at_least: float | None = None  # outputs are clipped from below before they are summed
     batch_size: int = 500
-    origin: StepOrigin | None = field(
-        default_factory=partial(record_origin, "a ClassSums"),
-        kw_only=True,
-        repr=False,
-        compare=False,
-    )
+    key: StepKey = field(default_factory=StepKey, kw_only=True, repr=False, compare=False)
 
 
 Step = Fit | Predict | ClassSums

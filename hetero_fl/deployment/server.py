@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from hetero_fl.algorithms import register_algorithm
+from hetero_fl.algorithms.requirements import is_bound
 from hetero_fl.config import Config, expand_population
 from hetero_fl.deployment.certificates import (
     ServerFiles,
@@ -192,7 +193,7 @@ def check_deployable(config: Config) -> None:
             "attacks: found some, but nobody's part in a federation is simulated; leave it out"
         )
     name = config.algorithm["name"]
-    if register_algorithm[name].needs_all_clients:
+    if is_bound(register_algorithm[name]):
         raise UserError(
             f"algorithm.name: {name} wants everybody's rows or models in one place; it is for simulations"
         )

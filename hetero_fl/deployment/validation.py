@@ -305,7 +305,8 @@ def _expected_model(
     views = {(each.arch, each.preprocess): None for each in cards}
     views |= {
         (arch, client_info.preprocess): None
-        for arch in method.extra_models(client_info.arch).values()
+        for slot, arch in client_info.models.items()
+        if slot != "model"
     }
     prior = about["log_prior"]
     if prior is not None:

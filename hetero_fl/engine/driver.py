@@ -5,86 +5,68 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from types import FrameType, GeneratorType
+from types import GeneratorType
 from typing import Any, Generic, Protocol, TypeVar
 
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import (
-    NOTING,
     ClassSums,
     Fit,
     FitReport,
     Plan,
     Predict,
     Step,
-    StepOrigin,
-    format_frame,
 )
 from hetero_fl.engine.templates import Templates
 from hetero_fl.utils.errors import NoUploadError, UserError
-
-# A plan on its way. Whatever executor carries it out advances it through here, where an author's
-# slips are noticed.
 
 T = TypeVar("T")
 
 
 class RunningPlan(Generic[T]):
-    """A plan that is advanced from request to request. Raises UserError at once if it is no plan."""
+    """What a hook returned, advanced from request to request.
+
+    A hook that computes nothing may be an ordinary function: what it returned is then the result.
+    """
 
     def __init__(self, plan: Plan[T]) -> None:
-        if not isinstance(plan, GeneratorType):
-            raise UserError(
-                f"expected a plan, got {type(plan).__name__}; a plan is what a function with `yield` returns"
-            )
         self.plan = plan
-        self.origin = list[StepOrigin]()
 
     def send(self, answer: Any) -> Step | list[Step]:
-        """Hand in the last result (None at first); what the plan asks for next.
+        """Hand in the last result (None at first) and return what the plan asks for next.
 
-        Raises StopIteration with what the plan returned, and UserError if it yielded something that is no step or ended
-        with a step or sub-plan that it made and never yielded.
+        Raises:
+            StopIteration: With what the plan returned.
+            UserError: If the plan yielded something that is no step.
         """
-        return self._resume(self.plan.send, answer)
+        if not isinstance(self.plan, GeneratorType):
+            raise StopIteration(self.plan)
+        return self._check(self.plan.send(answer))
 
     def throw(self, error: BaseException) -> Step | list[Step]:
-        """The same where the last step failed: the plan sees the exception at its `yield`."""
-        return self._resume(self.plan.throw, error)
+        """Raise `error` at the plan's `yield`, where the last step failed."""
+        assert isinstance(self.plan, GeneratorType)  # only generators yield steps
+        return self._check(self.plan.throw(error))
 
-    def _resume(self, resume: Callable[[Any], Any], value: Any) -> Step | list[Step]:
-        before = NOTING.set(self.origin)
-        try:
-            asked = resume(value)
-        except StopIteration:
-            forgotten = next((made for made in self.origin if made.was_never_run), None)
-            if forgotten is not None:
-                raise UserError(forgotten) from None
-            raise
-        finally:
-            NOTING.reset(before)
-        for step in asked if isinstance(asked, list) else [asked]:
+    def _check(self, request: Any) -> Step | list[Step]:
+        for step in request if isinstance(request, list) else [request]:
             if not isinstance(step, Fit | Predict | ClassSums):
-                raise UserError(
-                    f"{format_frame(_suspended_frame(self.plan))}: yields {_describe_request(step)}"
-                )
-            if step.origin is not None:
-                step.origin.yielded = True
-        return asked
+                raise UserError(f"{_describe_place(self.plan)}: yields {_describe_request(step)}")
+        steps: Step | list[Step] = request
+        return steps
+
+
+def _describe_place(plan: Any) -> str:
+    """Return where a plan stands, in the sub-plan that yielded: `Method.train (file, line n)`."""
+    while isinstance(plan.gi_yieldfrom, GeneratorType):
+        plan = plan.gi_yieldfrom
+    return f"{plan.__qualname__} ({plan.gi_code.co_filename}, line {plan.gi_frame.f_lineno})"
 
 
 def _describe_request(request: Any) -> str:
     if isinstance(request, GeneratorType):
         return f"the plan {request.__name__}(…); write `yield from`"
     return f"{type(request).__name__}, which is no step; yield a Fit, a Predict, a ClassSums, or a list of them"
-
-
-def _suspended_frame(plan: Any) -> FrameType | None:
-    """Where a plan stands, in the sub-plan that yielded."""
-    while isinstance(plan.gi_yieldfrom, GeneratorType):
-        plan = plan.gi_yieldfrom
-    frame: FrameType | None = plan.gi_frame
-    return frame
 
 
 # Plans are carried out here: many advance in lockstep, so that whoever computes may put their equal
@@ -130,7 +112,7 @@ def run_plans(
 ) -> list[PlanOutcome[T]]:
     """Run plans to their ends, in lockstep: each advances by one step (or list of steps) at a time. Outcomes in order.
 
-    Raises UserError for a slip of a method's author: something yielded that is no step, a step made and never yielded.
+    Raises UserError if a plan yields something that is no step.
     """
     outcomes: list[PlanOutcome[T]] = [PlanOutcome() for _ in plans]
     running = [RunningPlan(plan) for _, plan in plans]

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
 from hetero_fl.algorithms import Algorithm, register_algorithm
+from hetero_fl.algorithms.requirements import needs_of
 from hetero_fl.config import describe_difference, resolve_config
 from hetero_fl.config.base import ConfigSection
 from hetero_fl.config.errors import describe_error
@@ -497,7 +498,7 @@ def _check_same_configuration(
             k: v for k, v in made.get("algorithm", {}).items() if now["algorithm"].get(k, v) is None
         }
         now["algorithm"] |= derived  # what is left open follows from the federation
-        if register_algorithm[now["algorithm"]["name"]].asynchronous:
+        if needs_of(register_algorithm[now["algorithm"]["name"]]).asynchronous is not None:
             now["runtime"]["mode"] = "async"  # whatever was asked for
         if (
             now["privacy"] is not None

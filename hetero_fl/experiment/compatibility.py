@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 from hetero_fl.algorithms.distillation import InitialPhase
 from hetero_fl.config.base import StalenessConfig
 from hetero_fl.experiment.facts import ConfigFacts, RunFacts, first
+from hetero_fl.federation.dry_run import check_user_method
 from hetero_fl.federation.user_methods import is_user_method
 from hetero_fl.robustness.attacks import Attack
 from hetero_fl.robustness.robust_means import PARAMETERS
@@ -113,8 +114,7 @@ RULES_ON_LOADING: dict[str, CompatibilityRule[ConfigFacts]] = {
     "two_staleness_settings": CompatibilityRule(
         ("runtime.staleness", "algorithm.staleness"),
         lambda run: (
-            run.method.staleness_config is not None
-            and run.config.runtime.staleness != StalenessConfig()
+            run.policy.staleness is not None and run.config.runtime.staleness != StalenessConfig()
         ),
         "runtime.staleness: is not used: {run.name} has its own, algorithm.staleness",
     ),
@@ -193,19 +193,23 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
     # Methods
     "task_of_method": CompatibilityRule(
         ("algorithm.name", "data.name"),
-        lambda run: run.task.kind not in run.algorithm.tasks and ", ".join(run.algorithm.tasks),
+        lambda run: (
+            run.task.kind not in run.algorithm.needs.tasks and ", ".join(run.algorithm.needs.tasks)
+        ),
         "algorithm.name: {run.name} is for {found}, but data.name has a {run.task.kind} task",
     ),
     "no_proxy_set": CompatibilityRule(
         ("algorithm.name", "data.proxy.size"),
-        lambda run: run.algorithm.needs_proxy and not run.num_proxy,
+        lambda run: run.algorithm.needs.has_required_proxy and not run.num_proxy,
         "algorithm.name: {run.name} compares predictions on a proxy set, but data.proxy.size is 0; "
         "set it above 0, so that so many training rows are public, or name another set in "
         "data.proxy.source",
     ),
     "no_proxy_labels": CompatibilityRule(
         ("algorithm.initial_phase", "data.proxy.labels"),
-        lambda run: run.algorithm.reads_proxy_labels and not run.federation.data.has_proxy_labels,
+        lambda run: (
+            run.algorithm.needs.proxy_set == "labeled" and not run.federation.data.has_proxy_labels
+        ),
         "algorithm.initial_phase: found true, with which {run.name} trains on labels of the proxy "
         "set, but data.proxy.labels is false; set it to true, or algorithm.initial_public_epochs "
         "to 0",
@@ -218,7 +222,7 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
     ),
     "large_population": CompatibilityRule(
         ("algorithm.name", "clients"),
-        lambda run: run.algorithm.needs_all_clients and run.num_clients > MOST_IN_ONE_PLACE,
+        lambda run: run.algorithm.needs.all_clients and run.num_clients > MOST_IN_ONE_PLACE,
         f"algorithm.name: {{run.name}} brings all clients' rows or models together, at most "
         f"{MOST_IN_ONE_PLACE:,} of them; found {{run.num_clients:,}} clients",
     ),
@@ -467,15 +471,15 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
     ),
     "buffer_of_one": CompatibilityRule(
         ("runtime.buffer", "algorithm.name"),
-        lambda run: run.method.buffer_size == 1 and run.config.runtime.buffer,
+        lambda run: run.policy.buffer_size == 1 and run.config.runtime.buffer,
         "runtime.buffer: found {found}, but algorithm.name is {run.name}, which aggregates after "
         "each upload",
     ),
     "two_buffers": CompatibilityRule(
         ("runtime.buffer", "algorithm.buffer"),
-        lambda run: run.method.buffer_size and run.config.runtime.buffer,
+        lambda run: run.policy.buffer_size and run.config.runtime.buffer,
         "runtime.buffer: found {found}, but algorithm.name is {run.name}: its own is "
-        "algorithm.buffer: {run.method.buffer_size}",
+        "algorithm.buffer: {run.policy.buffer_size}",
     ),
     "instant_clients": CompatibilityRule(
         ("devices", "runtime.mode"),
@@ -489,7 +493,7 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         lambda run: (
             run.is_async
             and run.buffer_size > run.num_uploads
-            and ("algorithm.buffer" if run.method.buffer_size else "runtime.buffer")
+            and ("algorithm.buffer" if run.policy.buffer_size else "runtime.buffer")
         ),
         "{found}: found {run.buffer_size}, but {run.config.rounds} rounds of {run.concurrency} "
         "clients take {run.num_uploads} uploads: there would be no new version; choose "
@@ -498,7 +502,7 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
     # Privacy
     "private_rows_in_one_place": CompatibilityRule(
         ("privacy.unit", "algorithm.name"),
-        lambda run: run.unit and run.algorithm.needs_all_clients and not run.algorithm.uploads,
+        lambda run: run.unit and run.algorithm.needs.all_clients and not run.algorithm.uploads,
         "privacy.unit: found {run.unit}, but algorithm.name: {run.name} brings all private rows together in one place",
     ),
     "private_statistics": CompatibilityRule(
@@ -616,16 +620,19 @@ def check_compatibility(run: RunFacts) -> None:
         RunFailedError: If a user's method does not run.
     """
     _load_robustness(run)
-    try:
-        for arch in dict.fromkeys(kind.arch for kind in run.profiles):
-            for extra in run.algorithm.extra_models(arch).values():
-                extra.check()
-    except ModelError as error:
-        raise UserError(f"algorithm.{run.algorithm.slot}: {error}") from None
+    checked = {kind.arch for kind in run.profiles}
+    for kind in run.profiles:
+        for slot, arch in kind.models.items():
+            if arch in checked:
+                continue
+            try:
+                arch.check()
+            except ModelError as error:
+                raise UserError(f"algorithm.{slot}: {error}") from None
+            checked.add(arch)
     check_rules(RULES_AFTER_PREPARATION, run)
     if is_user_method(run.algorithm):
-        # slips show before any client trains
-        _ = run.first_uploads
+        check_user_method(run.algorithm, run.federation)
 
 
 def _load_robustness(run: RunFacts) -> None:

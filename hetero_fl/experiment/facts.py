@@ -17,6 +17,13 @@ from torch import Tensor
 
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.algorithms import Algorithm
+from hetero_fl.algorithms.base import (
+    AsyncPolicy,
+    download_part,
+    shareable_tensors,
+    shared_part,
+    shared_part_of,
+)
 from hetero_fl.communication.secure_aggregation.protocol import TensorKey, VectorLayout
 from hetero_fl.config import Config
 from hetero_fl.config.population import Population
@@ -63,7 +70,8 @@ class ConfigFacts:
         self.name = str(config.algorithm["name"])
         self.privacy = config.privacy
         self.unit = config.privacy.unit if config.privacy else ""
-        self.is_async = config.runtime.mode == "async" or method.asynchronous
+        self.policy = method.needs.asynchronous or AsyncPolicy()
+        self.is_async = config.runtime.mode == "async" or method.needs.asynchronous is not None
 
     def single_uploads(self) -> str | None:
         """Return the key, with its value, for which the server has to see single uploads."""
@@ -110,8 +118,8 @@ class RunFacts(ConfigFacts):
         self.secure_sum = config.channel.secure_sum if algorithm.uploads else None
         self.concurrency = config.clients.per_round or self.num_clients
         self.num_uploads = config.rounds * self.concurrency
-        self.buffer_size = algorithm.buffer_size or config.runtime.buffer or self.concurrency
-        self.sends_nothing = algorithm.needs_all_clients or not algorithm.uploads
+        self.buffer_size = self.policy.buffer_size or config.runtime.buffer or self.concurrency
+        self.sends_nothing = algorithm.needs.all_clients or not algorithm.uploads
         self.malicious = federation.malicious
         self.attack = f"attacks.name: {config.attacks.name}" if config.attacks else None
 
@@ -156,11 +164,12 @@ class RunFacts(ConfigFacts):
 
     def part_of_other_model(self) -> str | None:
         """Return a part that clients share, if it belongs to no model that the method averages."""
-        if not self._named_parts or self.algorithm.slot == "model":
+        slot = shared_part_of(self.algorithm).slot
+        if not self._named_parts or slot == "model":
             return None
         for kind in self.profiles:
-            arch = self.algorithm.extra_models(kind.arch)[self.algorithm.slot]
-            part = self.algorithm.shared_part(kind.settings)
+            arch = kind.models[slot]
+            part = shared_part(self.algorithm, kind.settings)
             if any(part is None or name.startswith(part) for name in arch.shapes):
                 return None
         return first(self._named_parts)
@@ -196,7 +205,7 @@ class RunFacts(ConfigFacts):
         common = self.federation.common
         sent = []
         for kind in self.profiles:
-            group = self.algorithm.aggregation_group(self.federation.client_infos[kind.first])
+            group = kind.arch.group_id
             # the owners of hetero_fl.aggregation.means
             own: set[tuple[str, tuple[int, ...], str]] = set()
             for name, tensor in self.shareable_tensors(kind).items():
@@ -207,11 +216,9 @@ class RunFacts(ConfigFacts):
 
     def shareable_tensors(self, kind: ClientProfile) -> Mapping[str, Tensor]:
         """Return the tensors of its model that a client sends."""
-        return self.algorithm.shareable_tensors(
-            kind.arch,
-            self.federation.initial_tensors(kind.arch),
-            self.algorithm.shared_part(kind.settings),
-        )
+        part = shared_part(self.algorithm, kind.settings)
+        initial = self.federation.initial_tensors(kind.arch)
+        return shareable_tensors(self.algorithm, kind.arch, initial, part)
 
     # Training ---------------------------------------------------------------------------------
 
@@ -243,11 +250,10 @@ class RunFacts(ConfigFacts):
     def _batches_of_one(self) -> Iterator[tuple[str, ModelSpec]]:
         for kind in self.profiles:
             if kind.settings.batch_size == 1:
-                for arch in self.trained_models(kind.arch).values():
+                for arch in kind.models.values():
                     yield f"clients: {kind.first}: batch_size: found 1", arch
         for client_id in self.federation.data.clients_with_one_row():
-            own = self.federation.client_infos[client_id].arch
-            for arch in self.trained_models(own).values():
+            for arch in self.federation.client_infos[client_id].models.values():
                 yield f"clients: {client_id}: data: found 1 training row", arch
         size = getattr(self.algorithm, "proxy_batch_size", None)
         if size is not None and self.num_proxy and min(size, self.num_proxy) == 1:
@@ -257,14 +263,10 @@ class RunFacts(ConfigFacts):
             if self.federation.student is not None:
                 yield key, self.federation.student
 
-    def trained_models(self, arch: ModelSpec) -> dict[str, ModelSpec]:
-        """Return the models that a client trains, by slot."""
-        return {"model": arch, **self.algorithm.extra_models(arch)}
-
     @cached_property
     def batch_norm_models(self) -> set[ModelSpec]:
         """The models with BatchNorm."""
-        models = {m for kind in self.profiles for m in self.trained_models(kind.arch).values()}
+        models = {m for kind in self.profiles for m in kind.models.values()}
         if self.federation.student is not None:
             models.add(self.federation.student)
         with torch.random.fork_rng(devices=[]):
@@ -361,7 +363,7 @@ class RunFacts(ConfigFacts):
     def mixing_model(self) -> dict[str, str] | None:
         """Return a model in which the gradient of one row depends on the whole batch."""
         for kind in self.profiles:
-            for slot, arch in self.trained_models(kind.arch).items():
+            for slot, arch in kind.models.items():
                 if arch in self.batch_norm_models:
                     own = f"clients: {kind.first}: model"
                     return {"key": own if slot == "model" else f"algorithm.{slot}", **_other(arch)}
@@ -450,9 +452,9 @@ class RunFacts(ConfigFacts):
             self.items_by_rule["rule"] != ["model"]
             or bool(self.federation.common)
             or any(
-                self.algorithm.shared_part(info.settings) is not None
-                or self.algorithm.download_part(info.settings, 0) is not None
-                or self.algorithm.aggregation_group(info) != info.arch.spec_id
+                shared_part(self.algorithm, info.settings) is not None
+                or download_part(self.algorithm, info.settings, 0) is not None
+                or info.arch.group_id != info.arch.spec_id
                 for info in infos
             )
         )

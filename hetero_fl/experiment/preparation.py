@@ -11,7 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from hetero_fl.algorithms import Algorithm, register_algorithm
-from hetero_fl.algorithms.base import load_objective
+from hetero_fl.algorithms.base import shared_part_of
+from hetero_fl.algorithms.local_training import load_objective
 from hetero_fl.communication.secure_aggregation.crypto import num_neighbours
 from hetero_fl.config import Config, expand_population
 from hetero_fl.config.errors import describe_error
@@ -54,6 +55,7 @@ from hetero_fl.utils.code_permission import CONTEXT, OWN, CodePermission, find_r
 from hetero_fl.utils.environment import choose_device
 from hetero_fl.utils.errors import UserError, closest
 from hetero_fl.utils.text import pluralize
+from model_zoo import ModelError
 
 # has somebody else compute the clients
 Engage = Callable[["PreparedRun", ExecutorChoice, StateStore], RemoteExecutor]
@@ -147,7 +149,7 @@ def load_federated_data(
     known = any(view.missing or view.columns for view in views)
     own_view = (
         config.server.preprocess
-        if config.server.model and make_algorithm(config).is_distillation
+        if config.server.model and make_algorithm(config).needs.proxy_set != "unused"
         else None
     )
     if dataset is None and not has_common_source(config.data):
@@ -199,20 +201,21 @@ def prepare(
     method = make_algorithm(config)
     check_rules(RULES_ON_LOADING, ConfigFacts(config, clients, method))
     data = data or load_federated_data(config, dataset)
-    student = method.is_distillation and data.n_proxy > 0
+    student = method.needs.proxy_set != "unused" and data.n_proxy > 0
     federation = FederationSpec.from_config(config, data, clients, student)
     if config.privacy is not None:
         federation = replace(federation, privacy=config.privacy.with_placeholder_noise())
     method, derived = method.configure(federation.client_infos)
     cards = federation.client_infos
-    if method.has_models_per_client:
-        federation = federation.with_models(
-            {id: method.model_spec(card) for id, card in cards.items()}
+    try:
+        models = (
+            {id: method.models(card) for id, card in cards.items()}
+            if method.needs.models_per_client
+            else [method.models(cards[kind.first]) for kind in cards.profiles]
         )
-    else:
-        federation = federation.with_models(
-            [method.model_spec(cards[kind.first]) for kind in cards.profiles]
-        )
+    except ModelError as error:
+        raise UserError(f"algorithm.{shared_part_of(method).slot}: {error}") from None
+    federation = federation.with_models(models)
     name = config.algorithm["name"]
     config = config.model_copy(
         update={"algorithm": {"name": name, **method.model_dump(mode="json")}}
@@ -275,19 +278,18 @@ def _set_asynchronous(run: RunFacts) -> tuple[Config, FederationSpec, list[str]]
     """
     config = run.config
     runtime = config.runtime
-    method = run.algorithm
     notes = []
     if runtime.mode == "sync":
         runtime = runtime.model_copy(update={"mode": "async"})
         config = config.model_copy(update={"runtime": runtime})
         notes.append(f"runtime.mode is async: {run.name} aggregates uploads as they come")
-    section = method.staleness_config or runtime.staleness
-    key = "runtime.staleness" if method.staleness_config is None else "algorithm"
+    section = run.policy.staleness or runtime.staleness
+    key = "runtime.staleness" if run.policy.staleness is None else "algorithm"
     notes += [
         f"{key}.{setting} is not used: staleness is {section.kind}"
         for setting in section.unused_keys
     ]
-    if run.buffer_size == 1 and method.staleness_config is None and section.kind != "constant":
+    if run.buffer_size == 1 and run.policy.staleness is None and section.kind != "constant":
         notes.append(
             "runtime.staleness has no effect: a version is one upload here (runtime.buffer), and "
             "the mean of one is that one whatever its weight; fedasync moves the server less the "
@@ -361,7 +363,7 @@ def compatibility_notes(run: RunFacts) -> list[str]:
     notes = idle_stages(run.name, run.algorithm, run.federation)
     if run.secure_sum is not None:
         notes += _secure_sum_notes(run)
-    if run.algorithm.reads_proxy_labels:
+    if run.algorithm.needs.proxy_set == "labeled":
         notes.append(
             f"{run.name} trains on the labels of the proxy set before a client's first round "
             "(algorithm.initial_phase)"

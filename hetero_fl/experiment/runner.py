@@ -309,7 +309,7 @@ def _evaluate_fully(rounds: FederatedTrainer, directory: RunDirectory) -> Evalua
             write_atomically(directory.path / "models" / f"{name}.safetensors", model)
 
     readings = rounds.evaluate(details=True, save=save)
-    slot = rounds.algorithm.server_model_slot(rounds.server)
+    slot = rounds.algorithm.server_model(rounds.server)
     if slot is not None:
         federation = rounds.federation
         server = rounds.server
@@ -533,7 +533,7 @@ def _reason_not_extendable(
 ) -> str:
     """Return why a run cannot have more rounds than planned; empty if it can."""
     config = prepared.config
-    if prepared.method.one_shot:
+    if prepared.method.needs.one_upload:
         return f"{prepared.name} is a one-shot method, whose runs cannot be extended"
     if on_nodes:
         return f"a run on nodes cannot be extended, its sites agreed to {planned}"

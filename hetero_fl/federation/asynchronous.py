@@ -13,9 +13,10 @@ from typing import Any
 
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.aggregation.means import discount_upload
+from hetero_fl.algorithms.base import AsyncPolicy
 from hetero_fl.communication.protocol import Message
 from hetero_fl.config.base import StalenessConfig
-from hetero_fl.core.payload import Payload, PayloadError, loss_from_report
+from hetero_fl.core.payload import Payload, PayloadError, logged_from_report, loss_from_report
 from hetero_fl.engine.driver import run_plan
 from hetero_fl.federation.channel import UploadSizes
 from hetero_fl.federation.simulation.faults import FaultOutcome, inject_faults
@@ -182,6 +183,7 @@ class BufferRecord:
     cohort: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
+    logged: dict[str, dict[str, float]] = field(default_factory=dict)
     staleness: Counter[int] = field(default_factory=Counter)
     tasks: list[list[Any]] = field(default_factory=list)
 
@@ -192,6 +194,8 @@ class BufferRecord:
         self.staleness[versions] += 1
         if (loss := loss_from_report(payload.report)) is not None:
             self.losses[task.client] = loss
+        if logged := logged_from_report(payload.report):
+            self.logged[task.client] = logged
 
     def add_failure(self, task: ClientTask, why: str) -> None:
         """Nothing came of a task that could be used."""
@@ -206,6 +210,7 @@ class BufferRecord:
             "cohort": self.cohort,
             "failed": self.failed,
             "train_loss": self.losses,
+            **({"logged": self.logged} if self.logged else {}),
             time: {"start": self.start, "end": now},
             "counts": {
                 "invited": invited,
@@ -265,8 +270,9 @@ class AsynchronousTrainer(FederatedTrainer):
         self.upload_sizes = UploadSizes(self.algorithm, self.federation, self.expectations)
         self.ids = self.federation.client_infos.clients.ids
         self.places = min(self.per_round or len(self.ids), len(self.ids))
-        self.goal = self.algorithm.buffer_size or buffer or self.places
-        self.staleness = self.algorithm.staleness_config or staleness or StalenessConfig()
+        policy = self.algorithm.needs.asynchronous or AsyncPolicy()
+        self.goal = policy.buffer_size or buffer or self.places
+        self.staleness = policy.staleness or staleness or StalenessConfig()
         self.queue = TaskQueue()
         self.version = 0  # number of aggregations
         self.num_tasks = 0
@@ -451,7 +457,7 @@ class AsynchronousTrainer(FederatedTrainer):
 
     def _count_traffic(self, client: str, up: int = 0, down: int = 0) -> None:
         """Bytes that a client sends or receives."""
-        if self.algorithm.counts_traffic:
+        if self.algorithm.needs.counts_traffic:
             self.traffic.up += up
             self.traffic.down += down
 

@@ -48,7 +48,7 @@ class FederationLinks:
     def __init__(
         self, algorithm: Algorithm, federation: FederationSpec, bound: bool = False
     ) -> None:
-        config = federation.channel if algorithm.counts_traffic else ChannelConfig()
+        config = federation.channel if algorithm.needs.counts_traffic else ChannelConfig()
         up, down = (
             build_stages(chain, config.entropy) for chain in (config.compress, config.compress_down)
         )
@@ -108,9 +108,7 @@ class FederationLinks:
         )
 
     def _uncompressed_names(self, client_info: ClientInfo) -> frozenset[str]:
-        return self._buffer_names(
-            [client_info.arch, *self.algorithm.extra_models(client_info.arch).values()]
-        )
+        return self._buffer_names(client_info.models.values())
 
     # Down ------------------------------------------------------------------------------------------------------------
     def encode_broadcast(
@@ -172,7 +170,7 @@ class UploadSizes:
 def idle_stages(name: str, algorithm: Algorithm, federation: FederationSpec) -> list[str]:
     """Lines on stages that find nothing to do in what clients of this method send."""
     config = federation.channel
-    if not algorithm.counts_traffic:
+    if not algorithm.needs.counts_traffic:
         return (
             [f"channel is not used: {name} sends nothing"]
             if config.compress or config.compress_down

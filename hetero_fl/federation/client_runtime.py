@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.algorithms.base import Items
+from hetero_fl.algorithms.base import Items, inference_model, kept_state
+from hetero_fl.algorithms.local_training import add_log_prior
 from hetero_fl.communication.protocol import Message, Reply, RoundProtocol, TrainingRequest
 from hetero_fl.core.metrics import Scores, calibration, confusion, score
 from hetero_fl.core.participant import Participant
@@ -257,7 +258,7 @@ class ClientRuntime:
     ) -> Payload:
         upload = Payload(outcome.result())
         if self.privacy is None:
-            upload.report = report_with_loss(reported_loss(outcome.reports))
+            upload.report = report_with_loss(reported_loss(outcome.reports), client.logged)
         else:  # a training loss would be a release of its own
             upload = self.privacy.release_upload(client, upload, received)
             upload.report = {}
@@ -278,7 +279,7 @@ class ClientRuntime:
             client.state,
             request.attempt,
         )
-        self.store.stage(client_id, PrivateState(self.algorithm.kept_state(client), client.state))
+        self.store.stage(client_id, PrivateState(kept_state(self.algorithm, client), client.state))
         return body
 
     def deploy_clients(
@@ -310,9 +311,9 @@ class ClientRuntime:
         private = self.federation.privacy is not None
         if details:
             for c, participant in clients.items():
-                slot, view = self.algorithm.inference_model(participant)
+                slot, view = inference_model(self.algorithm, participant)
                 view = view or self.federation.client_infos[c].preprocess
-                at_home = self.algorithm.add_log_prior(participant, torch.zeros(task.outputs))
+                at_home = add_log_prior(participant, torch.zeros(task.outputs))
                 # Exact label frequencies of a private client stay out of its model's file.
                 tells_prior = bool(at_home.any()) and (
                     not private or self.federation.has_noisy_counts

@@ -66,11 +66,11 @@ def communication_cost(
 
     Raises UserError and RunFailedError where the method itself would.
     """
-    dearest = algorithm.with_worst_case_size()
-    run = DryRun(dearest, federation)
-    at_most = dearest != algorithm or run.links.at_most
+    largest = algorithm.model_copy(update=algorithm.needs.largest_uploads)
+    run = DryRun(largest, federation)
+    at_most = largest != algorithm or run.links.at_most
     made = CommunicationCost(not is_user_method(algorithm) and not at_most, at_most)
-    if not algorithm.counts_traffic:
+    if not algorithm.needs.counts_traffic:
         return made
     for round in range(rounds):
         cohort = sample_cohort(federation, per_round, round)
@@ -141,7 +141,7 @@ class DryRun:
     def evaluation_bytes(self, client_id: str, round_idx: int) -> int:
         """Bytes down to a client whose model is read before that round."""
         at = self._server_at(round_idx)
-        card = replace(self.federation.client_infos[client_id], is_evaluation=True)
+        card = replace(self.federation.client_infos[client_id], purpose="evaluate")
         down = call_broadcast(self.algorithm, self.server, card)
         key = (_cost_key(card, down), at, "reading")
         if key not in self._sizes:
@@ -212,11 +212,12 @@ def asynchronous_communication_cost(
 
     Raises UserError and RunFailedError where the method itself would, and RunFailedError where nothing ever comes.
     """
-    run = AsynchronousDryRun(algorithm.with_worst_case_size(), federation, config)
+    largest = algorithm.model_copy(update=algorithm.needs.largest_uploads)
+    run = AsynchronousDryRun(largest, federation, config)
     at_most = run.algorithm != algorithm or run.dry.links.at_most
     run.price.is_exact = not is_user_method(algorithm) and not at_most
     run.price.is_upper_bound = at_most
-    if not algorithm.counts_traffic:
+    if not algorithm.needs.counts_traffic:
         return run.price
     for round in range(1, config.rounds + 1):
         run.run_round()

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FunctionType, GeneratorType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hetero_fl.aggregation.uploads import Upload, Uploads
 from hetero_fl.algorithms import Algorithm
+from hetero_fl.algorithms.base import upload_phase
 from hetero_fl.core.participant import ClientInfo, Columns, Participant
 from hetero_fl.core.payload import Item, Payload, PayloadError, report_with_loss
-from hetero_fl.core.plan import ClassSums, Fit, FitReport, Predict, Step
+from hetero_fl.core.plan import ClassSums, Fit, FitReport, Predict, Step, StepKey, record_steps
 from hetero_fl.engine.driver import Work, reported_loss, run_plan
 from hetero_fl.engine.templates import Templates
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.user_methods import is_user_method
+from hetero_fl.federation.user_methods import call_broadcast, is_user_method, translate_user_errors
 from hetero_fl.privacy.accounting import PrivacyCharge
 from hetero_fl.privacy.client import ClientPrivacy, upload_specs
 from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.ordering import natural_key
 
 MOST_ZEROS = 2**24  # so many are tensors of their own, in which a method may write
 
@@ -32,9 +40,11 @@ class DryRunBackend:
 
     def __init__(self) -> None:
         self.templates = Templates(torch.device("cpu"))
+        self.computed: set[StepKey] = set()
 
     def run(self, work: Work) -> list[Any]:
-        """Results of the right shapes, in order."""
+        """Return results of the right shapes, in order."""
+        self.computed.update(step.key for _, step in work)
         return [self._result_of_shape(participant, step) for participant, step in work]
 
     def _result_of_shape(self, participant: Participant, step: Step) -> Any:
@@ -108,18 +118,14 @@ class ExpectedUploads:
 
     def trained_names(self, client_info: ClientInfo, item: str) -> frozenset[str]:
         """Names of the parameters of the model that an item of this client's holds: that of the slot of its name, or its own."""
-        return (
-            self.algorithm.extra_models(client_info.arch)
-            .get(item, client_info.arch)
-            .parameter_names
-        )
+        return client_info.models.get(item, client_info.arch).parameter_names
 
     def upload_phase(self, share_every: int, round_idx: int) -> int:
         """What of the round a client's plan may depend on in form; of an own method's nothing is known."""
         return (
             round_idx
             if is_user_method(self.algorithm)
-            else self.algorithm.upload_phase(share_every, round_idx, self.federation.num_rounds)
+            else upload_phase(self.algorithm, share_every, round_idx, self.federation.num_rounds)
         )
 
     def expected_payload(
@@ -134,8 +140,9 @@ class ExpectedUploads:
         """Such an upload, and what making it costs of the client's privacy."""
         client = self.placeholder_client(client_info, round_idx)
         ledger = self.privacy.make_ledger(self.backend) if self.privacy is not None else None
-        plan = self.algorithm.train(client, broadcast)
-        items, reports = run_plan(plan, client, ledger or self.backend)
+        with self.check_yields("train"):
+            plan = self.algorithm.train(client, broadcast)
+            items, reports = run_plan(plan, client, ledger or self.backend)
         try:
             upload = Payload.from_hook(items, self.algorithm.uploads)
             if self.privacy is not None:
@@ -143,10 +150,26 @@ class ExpectedUploads:
         except PayloadError as error:
             raise UserError(f"{type(self.algorithm).__name__}.train: {error}") from None
         if self.privacy is None:
-            upload.report = report_with_loss(reported_loss(reports))
+            upload.report = report_with_loss(reported_loss(reports), client.logged)
             return upload, ()
         steps = ledger.charges[client_info.client_id] if ledger is not None else []
         return upload, self.privacy.charges(steps, client.counts_accessed, bool(upload))
+
+    @contextmanager
+    def check_yields(self, hook: str) -> Iterator[None]:
+        """Raise UserError if the dry run inside the `with` block creates a step of a user's method and never yields it."""
+        if not is_user_method(self.algorithm):
+            yield
+            return
+        self.backend.computed.clear()
+        with record_steps() as created:
+            yield
+        for key, step in created.items():
+            if key not in self.backend.computed:
+                raise UserError(
+                    f"{type(self.algorithm).__name__}.{hook}: a {type(step).__name__} is created but never yielded, so nothing "
+                    "is computed; write `yield` before it"
+                )
 
     def placeholder_client(self, client_info: ClientInfo, round_idx: int) -> PlaceholderClient:
         """A client as the server may imagine it: the public rows are real, the private ones are only counted."""
@@ -165,8 +188,11 @@ class ExpectedUploads:
         return PlaceholderClient(
             participant_id=client_info.client_id,
             task=federation.task,
-            arch={"model": client_info.arch},
-            models={"model": dict(federation.initial_tensors(client_info.arch))},
+            arch=dict(client_info.models),
+            models={
+                slot: dict(federation.initial_tensors(arch))
+                for slot, arch in client_info.models.items()
+            },
             data=data,
             settings=client_info.settings,
             counts=torch.zeros(federation.task.outputs),
@@ -175,6 +201,69 @@ class ExpectedUploads:
             peers=federation.client_infos,
             round_context=federation.round_context(round_idx),
         )
+
+
+@translate_user_errors()
+def check_user_method(algorithm: Algorithm, federation: FederationSpec) -> None:
+    """Carry out the hooks of a user's method without computing, so that slips show before anything trains.
+
+    Raises:
+        UserError: For a plan that is never run, a step that is never yielded, or an upload that was not declared.
+        RunFailedError: If a hook raises an exception.
+    """
+    _check_plans_are_run(type(algorithm))
+    expectations = ExpectedUploads(algorithm, federation)
+    server = federation.server()
+    algorithm.setup(server)
+    uploads = Uploads(specs=expectations.specs, common=server.common)
+    profiles = federation.client_infos.profiles
+    for client_id in sorted((profile.first for profile in profiles), key=natural_key):
+        client_info = federation.client_infos[client_id]
+        broadcast = call_broadcast(algorithm, server, client_info)
+        client = expectations.placeholder_client(client_info, 0)
+        plan = algorithm.deploy(client, broadcast)
+        if not isinstance(plan, GeneratorType):
+            raise UserError(
+                f"{type(algorithm).__name__}.deploy: returns {type(plan).__name__}, but `train` runs it with `yield from`; end "
+                "it with `yield from ()`"
+            )
+        items = expectations.expected_items(client_info, broadcast, 0)
+        uploads.add(Upload(client_info, Payload(dict(items))))
+    try:
+        with expectations.check_yields("aggregate"):
+            run_plan(algorithm.aggregate(server, uploads), server, expectations.backend)
+    except UserError:
+        raise
+    except Exception:
+        return  # the numbers of these uploads mean nothing; what fails with real ones shows in the first round
+
+
+def _check_plans_are_run(kind: type) -> None:
+    """Raise UserError for a statement of a user's class that creates a plan and drops it."""
+    own = [base for base in kind.__mro__ if not base.__module__.startswith("hetero_fl.")]
+    functions = [f for base in own for f in vars(base).values() if inspect.isfunction(f)]
+    for function in functions:
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        except (OSError, SyntaxError):  # typed into a shell, or a lambda
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Expr) and _creates_plan(node.value, kind, function):
+                name = ast.unparse(node.value.func)  # type: ignore[attr-defined]  # it is a call
+                line = function.__code__.co_firstlineno + node.lineno - 1
+                raise UserError(
+                    f"{function.__qualname__} ({function.__code__.co_filename}, line {line}): the plan {name}(…) is created but "
+                    "never run; write `yield from` before it"
+                )
+
+
+def _creates_plan(node: ast.expr, kind: type, function: FunctionType) -> bool:
+    """Return whether an expression calls a generator function of `self`, of `super()` or of a class."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+        return False
+    owner = ast.unparse(node.func.value)
+    target = kind if owner in ("self", "super()") else function.__globals__.get(owner)
+    return inspect.isgeneratorfunction(getattr(target, node.func.attr, None))
 
 
 def compact_zeros(*shape: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -89,7 +89,7 @@ class FederationSpec:
             if archs[-1] not in checked:
                 _check_model(archs[-1], f"clients: {kind.first}: model")
                 checked.add(archs[-1])
-        cards = ClientDirectory(population, archs, data)
+        cards = ClientDirectory(population, [{"model": arch} for arch in archs], data)
         server = config.server
         server_view = data.server_preprocess(server.preprocess)
         student_arch = build_model_spec(server.model, data, server_view) if server.model else None
@@ -109,13 +109,15 @@ class FederationSpec:
             config.channel, config.aggregation, liars, config.privacy, KeyedNoiseSource(config.seed),
         )  # fmt: skip
 
-    def with_models(self, archs: Sequence[ModelSpec] | Mapping[str, ModelSpec]) -> FederationSpec:
-        """The same federation, each kind of clients (or each client, by id) with its one of these models.
+    def with_models(
+        self, models: Sequence[Mapping[str, ModelSpec]] | Mapping[str, Mapping[str, ModelSpec]]
+    ) -> FederationSpec:
+        """Return the federation with these models, by slot, of each client profile (or of each client, by id).
 
-        Raises UserError naming a client whose model cannot be made.
+        Raises UserError naming a client whose own model cannot be made.
         """
         known = {kind.arch for kind in self.client_infos.profiles}
-        cards = ClientDirectory(self.client_infos.clients, archs, self.data)
+        cards = ClientDirectory(self.client_infos.clients, models, self.data)
         for kind in cards.profiles:
             if kind.arch not in known:
                 _check_model(kind.arch, f"clients: {kind.first}: model")
@@ -136,8 +138,12 @@ class FederationSpec:
     ) -> Participant:
         """A client, with what it keeps privately, ready for one task of that round."""
         card = self.client_infos[client_id]
-        models = {"model": {**self.initial_tensors(card.arch), **state.models.get("model", {})}}
-        models |= {slot: dict(tensors) for slot, tensors in state.models.items() if slot != "model"}
+        kept = {slot: dict(tensors) for slot, tensors in state.models.items()}
+        models = {
+            slot: {**self.initial_tensors(arch), **kept.get(slot, {})}
+            for slot, arch in card.models.items()
+        }
+        models = {**kept, **models}
 
         def columns(name: str, through: Any) -> Columns:
             return self.data.columns(client_id, name, through or card.preprocess)
@@ -152,7 +158,7 @@ class FederationSpec:
         return Participant(
             participant_id=client_id,
             task=self.task,
-            arch={"model": card.arch},
+            arch=dict(card.models),
             models=models,
             data=seen[0],
             settings=card.settings,

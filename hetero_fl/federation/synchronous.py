@@ -36,6 +36,7 @@ class SynchronousTrainer(FederatedTrainer):
             "cohort": list(collector.cohort),
             "failed": collector.failed,
             "train_loss": collector.losses,
+            **({"logged": collector.logged} if collector.logged else {}),
             "up_bytes": self.traffic.up - traffic[0],
             "down_bytes": self.traffic.down - traffic[1],
             **collector.robustness_record(),
@@ -110,7 +111,7 @@ class SynchronousTrainer(FederatedTrainer):
 
     def count_traffic(self, up: int, down: int) -> None:
         """Count bytes, unless the method is a bound that sends nothing."""
-        if self.algorithm.counts_traffic:
+        if self.algorithm.needs.counts_traffic:
             self.traffic.up += up
             self.traffic.down += down
 

@@ -326,7 +326,7 @@ class FederatedTrainer(ABC):
         sizes: dict[str, int] = {}
 
         def broadcast(client_id: str) -> bytes:
-            client_info = replace(self.federation.client_infos[client_id], is_evaluation=True)
+            client_info = replace(self.federation.client_infos[client_id], purpose="evaluate")
             body = self.encode_broadcast(self.broadcast(client_info))
             sizes[client_id] = len(body)
             return body
@@ -349,12 +349,12 @@ class FederatedTrainer(ABC):
                 f"round {self.completed}: a model cannot be evaluated: {error}"
             ) from None
         self._clear_broadcasts()
-        if self.algorithm.counts_traffic:
+        if self.algorithm.needs.counts_traffic:
             self.traffic.down += sum(sizes.values())
         return EvaluationResult(clients, self._evaluate_server(), absent)
 
     def _evaluate_server(self) -> dict[str, Scores] | None:
-        slot = self.algorithm.server_model_slot(self.server)
+        slot = self.algorithm.server_model(self.server)
         if slot is None:
             return None
         view = self.federation.preprocessing_of(slot)

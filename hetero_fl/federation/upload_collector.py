@@ -11,7 +11,7 @@ from hetero_fl.communication.protocol import AggregatedUploads, Exchange, Messag
 from hetero_fl.communication.secure_aggregation.protocol import SecureAggregation
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import ClientInfo
-from hetero_fl.core.payload import Payload, PayloadError, loss_from_report
+from hetero_fl.core.payload import Payload, PayloadError, logged_from_report, loss_from_report
 from hetero_fl.engine.driver import DivergedError
 from hetero_fl.federation.channel import open_sums
 from hetero_fl.federation.executors.base import ClientLateError
@@ -38,6 +38,7 @@ class UploadCollector:
     Attributes:
         uploads: What the method aggregates.
         losses: Training losses that clients reported; under a secure sum their "mean" alone.
+        logged: Numbers that clients logged.
         failed: Why clients sent no usable upload.
         late: Clients that had not answered when the round was closed.
         magnitudes: Norm of each upload.
@@ -62,6 +63,7 @@ class UploadCollector:
             noise=noise,
         )
         self.losses: dict[str, float] = {}
+        self.logged: dict[str, dict[str, float]] = {}
         self.failed: dict[str, str] = {}
         self.late: list[str] = []
         self.magnitudes: dict[str, float] = {}
@@ -147,6 +149,8 @@ class UploadCollector:
         loss = loss_from_report(payload.report)
         if loss is not None:
             self.losses[client_id] = loss
+        if logged := logged_from_report(payload.report):
+            self.logged[client_id] = logged
         attacks = self.trainer.federation.malicious
         if attacks is not None and attacks.is_malicious(client_id, self.round_idx):
             self.malicious.append(client_id)

@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from hetero_fl.algorithms import register_algorithm
+from hetero_fl.algorithms.requirements import method_title
 from hetero_fl.core.metrics import SMALLER_IS_BETTER, selection_metric
 from hetero_fl.core.task import Task
-from hetero_fl.reporting.method_names import ALGORITHMS
 from hetero_fl.utils.text import split_top_level
 
 MISSING = "–"
@@ -52,9 +53,10 @@ def algorithm_base(label: str) -> str:
 
 
 def algorithm_name(label: str) -> str:
-    """A method's name as papers write it, one's own method by the name of its class; then settings of its own."""
+    """Return a method's title, followed by the settings of the label."""
     base = algorithm_base(label)
-    name = ALGORITHMS[base][0] if base in ALGORITHMS else base.rsplit(":", 1)[-1]
+    kind = register_algorithm.get_loaded(base)
+    name = (kind is not None and method_title(kind)) or base.rsplit(":", 1)[-1]
     settings = ", ".join(
         " = ".join(s.split("=", 1)) for s in split_top_level(label[len(base) + 1 :], ":")
     )

@@ -1,4 +1,4 @@
-"""What a method is, in words: a plain sentence for the built-in ones, the first lines of its docstring, what it declares."""
+"""What a method is, in words, from its docstring and what its class declares."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pydantic import ValidationError
 
 from hetero_fl.algorithms import Algorithm, register_algorithm, requirements
 from hetero_fl.reporting.formatting import algorithm_base, algorithm_name
-from hetero_fl.reporting.method_names import ALGORITHMS
 from hetero_fl.utils.text import split_top_level
 
 
@@ -47,27 +46,19 @@ def format_needs(label: str) -> str:
     return requirements.format_needs(method_needs(label))
 
 
-def docstring_summary(label: str) -> str:
-    """The first paragraph of a method's docstring as one line; empty where it has none, or is not known here."""
+def docstring_paragraph(label: str, number: int = 0) -> str:
+    """Return a paragraph of a method's docstring as one line; empty if there is none."""
     kind = method_class(label)
-    return " ".join(((kind.__doc__ if kind else None) or "").strip().partition("\n\n")[0].split())
-
-
-def explain_method(label: str) -> str:
-    """What the method does: in plain words if it is built in, else in those of its docstring."""
-    base = algorithm_base(label)
-    return ALGORITHMS[base][1] if base in ALGORITHMS else docstring_summary(label)
+    paragraphs = ((kind.__doc__ if kind else None) or "").strip().split("\n\n")
+    return " ".join(paragraphs[number].split()) if number < len(paragraphs) else ""
 
 
 def describe_methods(labels: Iterable[str]) -> list[tuple[str, str, str, str]]:
-    """(name, plain words, docstring, when it is read) of each method, once, whatever the settings; one's own have no plain
-    words."""
+    """Return (name, summary, details, when it is evaluated) of each method, once, whatever its settings."""
     found = []
     for base in dict.fromkeys(map(algorithm_base, labels)):
-        own = docstring_summary(base) or ("" if base in ALGORITHMS else "It has no docstring.")
         kind = method_class(base)
+        summary = docstring_paragraph(base) or "It has no docstring."
         read = f"Read: {kind.evaluated_when}." if kind else ""
-        found.append(
-            (algorithm_name(base), ALGORITHMS[base][1] if base in ALGORITHMS else "", own, read)
-        )
+        found.append((algorithm_name(base), summary, docstring_paragraph(base, 1), read))
     return found

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hetero_fl.algorithms.requirements import needs_of
 from hetero_fl.core.metrics import REGRESSION, SMALLER_IS_BETTER
 from hetero_fl.reporting import plots
 from hetero_fl.reporting.formatting import (
@@ -25,7 +26,7 @@ from hetero_fl.reporting.formatting import (
     small_test_note,
     target_kind,
 )
-from hetero_fl.reporting.methods import explain_method, method_class
+from hetero_fl.reporting.methods import docstring_paragraph, method_class
 from hetero_fl.reporting.plots import style
 from hetero_fl.reporting.plots.clients import FEW
 from hetero_fl.reporting.plots.rounds import ROUNDS, SHOWN
@@ -106,8 +107,10 @@ def report_facts(summary: Json, details: Json, records: Sequence[Json] = ()) -> 
         "models": listed + (" …" if len(models) > LISTED_MODELS else ""),
         "test_rows": local_test_rows(details).values(),
         "small_test_note": small_test_note(local_test_rows(details)) if summary["personal"] else "",
-        "explanation": explain_method(summary["algorithm"]),
-        "distills_numbers": method is not None and method.is_distillation and is_regression(scores),
+        "explanation": docstring_paragraph(summary["algorithm"]),
+        "distills_numbers": method is not None
+        and needs_of(method).proxy_set != "unused"
+        and is_regression(scores),
         "attack": describe_attack(attacks),
         "protections": describe_protections(summary, details),
         "worst": {

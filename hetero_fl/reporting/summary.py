@@ -199,7 +199,7 @@ def summarize(
         "clients": [
             {
                 "id": id,
-                "model": method.display_name(card),
+                "model": card.arch.display_name,
                 "parameters": sum(
                     federation.initial_tensors(card.arch)[n].numel()
                     for n in card.arch.parameter_names
@@ -259,7 +259,7 @@ def collect_details(
         "population": len(federation.client_infos),
         "label_counts": {id: data.label_counts(id).int().tolist() for id in tells_labels},
         "proxy": data.n_proxy,
-        "proxy_labels": method.reads_proxy_labels,
+        "proxy_labels": method.needs.proxy_set == "labeled",
         "rows": {
             id: {s: data.n_rows(id, s) for s in ("train", "validation", "test")}
             for id in federation.evaluated_clients

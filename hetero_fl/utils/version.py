@@ -42,37 +42,71 @@ MOVED_NAMES = {
     "hetero_fl.state.own": "hetero_fl.core.participant.copy_tensors",
 }
 
-# Hooks, attributes and arguments that the documentation showed to authors of methods, by class.
+# Hooks, attributes and arguments that the documentation showed to authors of methods, by class. What
+# replaces them is another member of the class, or else what to write.
 RENAMED_MEMBERS = {
     "Algorithm": {
-        "architecture": "model_spec",
-        "called": "display_name",
-        "counted": "counts_traffic",
-        "dearest": "with_worst_case_size",
-        "discount": "staleness_config",
-        "distils": "is_distillation",
-        "everybody": "needs_all_clients",
-        "extras": "extra_models",
-        "family": "aggregation_group",
-        "gives": "may_share",
-        "goal": "buffer_size",
-        "one_by_one": "has_models_per_client",
-        "part": "shared_part",
+        "add_log_prior": "hetero_fl.algorithms.add_log_prior(client, logits)",
+        "aggregation_group": "client_info.arch.group_id",
+        "architecture": "models",
+        "asynchronous": "needs = Needs(asynchronous=AsyncPolicy(…))",
+        "average": "hetero_fl.algorithms.average_models(server, uploads)",
+        "buffer_size": "needs = Needs(asynchronous=AsyncPolicy(…))",
+        "called": "the label of a ModelSpec that `models` returns",
+        "counted": "needs = Needs(counts_traffic=…)",
+        "counts_traffic": "needs = Needs(counts_traffic=…)",
+        "dearest": "needs = Needs(largest_uploads=…)",
+        "discount": "needs = Needs(asynchronous=AsyncPolicy(…))",
+        "display_name": "the label of a ModelSpec that `models` returns",
+        "distils": "needs = Needs(proxy_set=…)",
+        "download_part": "shared = SharedPart(received=…)",
+        "everybody": "needs = Needs(all_clients=…)",
+        "extra_models": "models",
+        "extras": "models",
+        "family": "client_info.arch.group_id",
+        "fit": "hetero_fl.algorithms.local_fit(client, …)",
+        "gives": "hetero_fl.algorithms.may_share(client, …)",
+        "goal": "needs = Needs(asynchronous=AsyncPolicy(…))",
+        "has_models_per_client": "needs = Needs(models_per_client=…)",
+        "inference_model": "the first step of `predict`",
+        "is_distillation": "needs = Needs(proxy_set=…)",
+        "kept_state": "shared = SharedPart(received=…)",
+        "local_tensor_names": "shared = SharedPart(local=…)",
+        "logit_adjustment": "client.settings.logit_adjustment",
+        "may_share": "hetero_fl.algorithms.may_share(client, …)",
+        "model_spec": "models",
+        "needs_all_clients": "needs = Needs(all_clients=…)",
+        "needs_proxy": 'needs = Needs(proxy_set="required")',
+        "one_by_one": "needs = Needs(models_per_client=…)",
+        "one_shot": "needs = Needs(one_upload=True)",
+        "part": "hetero_fl.algorithms.base.shared_part(method, settings)",
         "personalise": "personalize",
-        "phase": "upload_phase",
-        "portion": "shareable_tensors",
-        "private": "kept_state",
+        "phase": "needs = Needs(one_upload=True)",
+        "portion": "hetero_fl.algorithms.base.shareable_tensors(method, …)",
+        "private": "shared = SharedPart(received=…)",
         "reads": "evaluated_when",
-        "reads_counts": "reads_label_counts",
+        "reads_proxy_labels": 'needs = Needs(proxy_set="labeled")',
+        "requires": "needs = Needs(also=…)",
         "resolve": "configure",
-        "sends": "upload_part",
-        "server_slot": "server_model_slot",
-        "sharing": "uploads_in_round",
+        "sends": "hetero_fl.algorithms.base.upload_part(method, …)",
+        "server_model_slot": "server_model",
+        "server_slot": "server_model",
+        "share": "hetero_fl.algorithms.upload_model(method, client)",
+        "shareable_tensors": "hetero_fl.algorithms.base.shareable_tensors(method, …)",
+        "shared_part": "hetero_fl.algorithms.base.shared_part(method, settings)",
+        "sharing": "hetero_fl.algorithms.base.uploads_in_round(settings, …)",
+        "slot": "shared = SharedPart(slot=…)",
+        "staleness_config": "needs = Needs(asynchronous=AsyncPolicy(…))",
         "start": "setup",
-        "stays": "local_tensor_names",
-        "takes": "download_part",
-        "used": "inference_model",
-        "with_prior": "add_log_prior",
+        "stays": "shared = SharedPart(local=…)",
+        "takes": "shared = SharedPart(received=…)",
+        "tasks": "needs = Needs(tasks=…)",
+        "upload_part": "hetero_fl.algorithms.base.upload_part(method, …)",
+        "upload_phase": "needs = Needs(one_upload=True)",
+        "uploads_in_round": "hetero_fl.algorithms.base.uploads_in_round(settings, …)",
+        "used": "the first step of `predict`",
+        "with_prior": "hetero_fl.algorithms.add_log_prior(client, logits)",
+        "with_worst_case_size": "needs = Needs(largest_uploads=…)",
     },
     "Attack": {
         "rows_of": "poison_rows",
@@ -81,16 +115,20 @@ RENAMED_MEMBERS = {
         "updates": "poison_updates",
     },
     "AttackContext": {"draws": "generator", "liars": "malicious", "round": "round_idx"},
-    "ClassSums": {"made": "origin"},
     "ClientDirectory": {"kind": "profile", "kinds": "profiles", "named": "format_clients"},
-    "ClientInfo": {"id": "client_id", "n": "num_rows", "reading": "is_evaluation"},
+    "ClientInfo": {
+        "id": "client_id",
+        "n": "num_rows",
+        "reading": "purpose",
+        "is_evaluation": "purpose",
+    },
     "FederatedData": {
         "beside": "extra_columns",
         "private": "client_rows",
         "public": "public_sets",
     },
     "FederatedTrainer": {"round": "run_round", "saved": "on_checkpoint"},
-    "Fit": {"beside": "extra_batches", "given": "context", "made": "origin"},
+    "Fit": {"beside": "extra_batches", "given": "context"},
     "MenteeTraining": {
         "both": "joint_fit",
         "mean": "mentee_mean",
@@ -106,17 +144,18 @@ RENAMED_MEMBERS = {
         "work": "step_share",
     },
     "PartitionContext": {"draws": "rng"},
-    "Predict": {"made": "origin"},
     "PredictionAttack": {"lie": "poison_logits"},
     "PredictionRule": {"least": "min_clients"},
     "PreparedRun": {"rounds": "make_trainer"},
     "ProxyDistillation": {
         "distil": "distill_into_groups",
-        "opinion": "proxy_predictions",
-        "released": "released_label_counts",
+        "label_counts_item": "label_counts",
+        "opinion": "upload_predictions",
+        "proxy_predictions": "upload_predictions",
     },
     "ProxyTraining": {
         "at_server": "server_fit",
+        "digest": "distill",
         "drawn": "proxy_indices",
         "rehearsal": "proxy_replay",
         "remember": "store_teacher",
@@ -157,7 +196,7 @@ def describe_new_name(error: Exception) -> str:
             owner = getattr(owner, "__self_class__", None)
         kind = owner if isinstance(owner, type) else type(owner)
         return _describe_member([base.__name__ for base in kind.__mro__], error.name)
-    # `replace(rows, beside=…)` and `self.fit(client, given=…)` end in the constructor, too
+    # `replace(rows, beside=…)` and `local_fit(client, given=…)` end in the constructor, too
     match = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if isinstance(error, TypeError) and match:
         return _describe_member([match[1]], match[2])
@@ -207,6 +246,7 @@ def _describe_import(module: str, name: str) -> str:
 
 def _describe_member(kinds: list[str], name: str) -> str:
     for kind in kinds:
-        if name in RENAMED_MEMBERS.get(kind, {}):
-            return f"; {kind}.{name} is now {kind}.{RENAMED_MEMBERS[kind][name]}"
+        new = RENAMED_MEMBERS.get(kind, {}).get(name)
+        if new is not None:
+            return f"; {kind}.{name} is now {f'{kind}.{new}' if new.isidentifier() else new}"
     return ""

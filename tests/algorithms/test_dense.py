@@ -279,7 +279,7 @@ def test_everybody_uses_the_student_once_there_is_one() -> None:
     assert "student" not in rounds.store.get("site_1").models
     assert set(floating_tensors(student)) == set(
         rounds.algorithm.broadcast(
-            rounds.server, replace(rounds.federation.client_infos["site_1"], is_evaluation=True)
+            rounds.server, replace(rounds.federation.client_infos["site_1"], purpose="evaluate")
         )["student"]
     )
 

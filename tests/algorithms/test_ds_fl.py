@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ from torch import Tensor
 from hetero_fl.algorithms import DSFL
 from hetero_fl.algorithms.ds_fl import pack_labels, quantize_probabilities, unpack_labels
 from hetero_fl.communication.protocol import Message
+from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.objectives import TeacherDistillation
 from hetero_fl.core.participant import Participant
-from hetero_fl.core.payload import Item, Payload
+from hetero_fl.core.payload import Payload
 from hetero_fl.core.plan import Fit
 from hetero_fl.core.task import Task
 from hetero_fl.engine.batches import index_batches
@@ -132,7 +134,8 @@ def test_the_contrast_weighted_teacher_is_that_of_log_probabilities() -> None:
     counts, g = torch.tensor([5.0, 0, 3]), torch.Generator().manual_seed(1)
     z = 8 * torch.randn(4, 3, generator=g)
     task = Task("multiclass", 3)
-    item = DSFL(teacher="contrast").prediction_item(task, z, counts, 8)
+    client: Any = SimpleNamespace(task=task, counts=counts, num_rows=8, settings=ClientSettings())
+    item = DSFL(teacher="contrast").weighted_probabilities(client, z)
     assert isinstance(item.values, Tensor)
     assert torch.allclose(item.values, z.log_softmax(1).clamp(min=-8), atol=1e-4)
     assert torch.allclose(torch.as_tensor(item.weight), counts * (1 - counts / 8) + 0.1)
@@ -305,4 +308,3 @@ def test_what_the_server_needs_is_declared() -> None:
         (2, 5): {"codes": "each"},
     }
     assert all(s.private and s.share == "predictions" for u in uses.values() for s in u.values())
-    assert isinstance(DSFL().prediction_item(DIGITS, torch.zeros(2, 10), None, 5), Item)

@@ -141,7 +141,7 @@ def test_without_what_is_drawn_it_is_fedavg() -> None:
     (group,) = fedavg.server.models
     assert apart(plain.server.models[group], floating_tensors(fedavg.server.models[group])) < 1e-10
     assert apart(more.server.models[group], floating_tensors(fedavg.server.models[group])) > 1e-5
-    assert more.algorithm.server_model_slot(more.server) == group
+    assert more.algorithm.server_model(more.server) == group
 
 
 def test_if_no_head_leaves_it_is_fedavg_of_backbones_bit_for_bit() -> None:
@@ -170,7 +170,7 @@ def test_the_generator_travels_to_be_trained_on_and_not_to_be_read() -> None:
     rounds = rounds_of(fedgen(), held=1)
     card = rounds.federation.client_infos["site_1"]
     assert set(rounds.algorithm.broadcast(rounds.server, card)) == {"model", "generator", "labels"}
-    assert set(rounds.algorithm.broadcast(rounds.server, replace(card, is_evaluation=True))) == {
+    assert set(rounds.algorithm.broadcast(rounds.server, replace(card, purpose="evaluate"))) == {
         "model"
     }
 

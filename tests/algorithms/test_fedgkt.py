@@ -27,7 +27,7 @@ def federation(models: Any = MIXED, clients: int = 3, **settings: Any) -> dict[s
     mine = {
         "name": "fedgkt",
         "temperature": T,
-        "server_model": {"name": "mlp", "hidden": [20]},
+        "large_model": {"name": "mlp", "hidden": [20]},
         **settings,
     }
     return config(
@@ -181,6 +181,15 @@ def test_a_client_that_was_absent_gets_the_logits_of_its_last_round() -> None:
 
 
 def test_mistakes_are_one_line() -> None:
-    with pytest.raises(UserError, match=r"algorithm.server_model: model lenet.*") as error:
-        prepare(federation(server_model={"name": "lenet"}))
+    with pytest.raises(UserError, match=r"algorithm.large_model: model lenet.*") as error:
+        prepare(federation(large_model={"name": "lenet"}))
     assert "\n" not in str(error.value)
+
+
+def test_old_name_of_the_large_model_is_read_with_a_warning() -> None:
+    with pytest.warns(
+        DeprecationWarning, match="algorithm.server_model is now algorithm.large_model"
+    ):
+        method = FedGKT.model_validate({"server_model": "linear"})
+
+    assert method.large_model.name == "linear"

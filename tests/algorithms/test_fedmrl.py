@@ -36,8 +36,10 @@ def test_a_round_by_hand() -> None:
         own = module(client.arch["model"], client.models["model"])
         mentee = module(rounds.server.arch[MENTEE], shared)
         start = client.models[PROJECTION]  # persists from the round before
-        first = rounds.algorithm.extra_models(client.arch["model"])[PROJECTION].initial_tensors(
-            rounds.federation.seed
+        first = (
+            rounds.federation.client_infos[id]
+            .models[PROJECTION]
+            .initial_tensors(rounds.federation.seed)
         )
         assert not torch.equal(start["head.weight"], first["head.weight"])
         w, b = (start[n].clone().requires_grad_() for n in ("head.weight", "head.bias"))

@@ -12,15 +12,16 @@ import pytest
 import torch
 import yaml
 
-from hetero_fl.algorithms import FedAvg
+from hetero_fl.algorithms import FedAvg, average_models, local_fit, upload_model
 from hetero_fl.cli import main
 from hetero_fl.core.objectives import Objective, Supervised
 from hetero_fl.core.payload import Item, ItemSpec
 from hetero_fl.core.plan import Fit, Predict, Rows
-from hetero_fl.experiment import run
+from hetero_fl.experiment import prepare, run
+from hetero_fl.experiment.compatibility import check_user_method
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.errors import RunFailedError, UserError
-from tests.helpers.small_federations import config, rounds_of
+from tests.helpers.small_federations import config, rounds_of, same_bits
 
 
 def own(**hooks: Callable[..., Any]) -> SynchronousTrainer:
@@ -31,57 +32,68 @@ def own(**hooks: Callable[..., Any]) -> SynchronousTrainer:
     return rounds
 
 
-def line_of(function: Callable[..., Any], below: int) -> str:
-    return f"({__file__}, line {function.__code__.co_firstlineno + below})"
+def dry_run(**hooks: Callable[..., Any]) -> None:
+    """Carry out the hooks without computing, as before every run of a method of one's own."""
+    prepared = prepare(config("fedavg", "mlp"))
+    check_user_method(type("Mine", (FedAvg,), hooks)(), prepared.federation)
 
 
 def fit_forgotten(self: Any, client: Any, got: Any) -> Any:
     yield from self.deploy(client, got)
-    self.fit(client)
-    return self.share(client)
+    local_fit(client)
+    return upload_model(self, client)
 
 
 def fit_spelt_out(self: Any, client: Any, got: Any) -> Any:
     yield from self.deploy(client, got)
-    replace(self.fit(client), epochs=1)
-    return self.share(client)
+    replace(local_fit(client), epochs=1)
+    return upload_model(self, client)
+
+
+def fit_kept(self: Any, client: Any, got: Any) -> Any:
+    yield from self.deploy(client, got)
+    steps = [local_fit(client), Predict("model")]
+    yield steps[1]
+    return upload_model(self, client)
+
+
+def no_yield_at_all(self: Any, client: Any, got: Any) -> Any:
+    local_fit(client)
+    return upload_model(self, client)
+
+
+@pytest.mark.parametrize("train", [fit_forgotten, fit_spelt_out, fit_kept, no_yield_at_all])
+def test_step_that_is_created_and_not_yielded(train: Callable[..., Any]) -> None:
+    words = "^Mine.train: a Fit is created but never yielded, so nothing is computed; write `yield` before it$"
+    with pytest.raises(UserError, match=words):
+        dry_run(train=train)
 
 
 def sub_plan_forgotten(self: Any, client: Any, got: Any) -> Any:
     self.deploy(client, got)
-    yield self.fit(client)
-    return self.share(client)
+    yield local_fit(client)
+    return upload_model(self, client)
 
 
 def super_forgotten(self: Any, client: Any, got: Any) -> Any:
-    yield self.fit(client)
+    yield local_fit(client)
     FedAvg.train(self, client, got)
-    return self.share(client)
+    return upload_model(self, client)
 
 
 @pytest.mark.parametrize(
-    ("train", "below", "what"),
-    [
-        (
-            fit_forgotten,
-            2,
-            "a Fit is made but never yielded, so nothing is computed; write `yield …`",
-        ),
-        (fit_spelt_out, 2, "a Fit is made but never yielded"),
-        (
-            sub_plan_forgotten,
-            1,
-            "the plan deploy(…) is made but never yielded, so nothing is computed; write `yield from",
-        ),
-        (super_forgotten, 2, "the plan train(…) is made"),
-    ],
+    ("train", "below", "name"),
+    [(sub_plan_forgotten, 1, "self.deploy"), (super_forgotten, 2, "FedAvg.train")],
 )
-def test_a_step_or_plan_that_is_made_and_not_yielded(
-    train: Callable[..., Any], below: int, what: str
-) -> None:
+def test_plan_that_is_created_and_not_run(train: Callable[..., Any], below: int, name: str) -> None:
+    line = train.__code__.co_firstlineno + below
+
     with pytest.raises(UserError) as error:
-        own(train=train).run_round()
-    assert str(error.value).startswith(f"Mine.{train.__name__} {line_of(train, below)}: {what}")
+        dry_run(train=train)
+
+    assert str(error.value) == (
+        f"{train.__name__} ({__file__}, line {line}): the plan {name}(…) is created but never run; write `yield from` before it"
+    )
 
 
 def test_the_servers_plan_and_a_helper_are_watched_too() -> None:
@@ -92,10 +104,8 @@ def test_the_servers_plan_and_a_helper_are_watched_too() -> None:
         yield from FedAvg.aggregate(self, server, uploads)
         helper(server)
 
-    with pytest.raises(
-        UserError, match=r"^helper \(.*test_own_method_errors\.py, line \d+\): a Fit is made"
-    ):
-        own(aggregate=aggregate).run_round()
+    with pytest.raises(UserError, match=r"^Mine\.aggregate: a Fit is created but never yielded"):
+        dry_run(aggregate=aggregate)
 
 
 def test_steps_may_be_made_early_changed_in_a_list_or_elsewhere() -> None:
@@ -104,14 +114,14 @@ def test_steps_may_be_made_early_changed_in_a_list_or_elsewhere() -> None:
     def train(self: Any, client: Any, got: Any) -> Any:
         later, plan = Predict("model"), self.deploy(client, got)
         yield from plan
-        first = self.fit(client)
+        first = local_fit(client)
         yield replace(first, epochs=1)
         yield [later, elsewhere]
-        return self.share(client)
+        return upload_model(self, client)
 
-    rounds = own(train=train)
-    assert rounds.run_round()["failed"] == {}
-    assert elsewhere.origin is None and elsewhere == Predict("model", Rows("proxy"), origin=None)
+    dry_run(train=train)
+    assert own(train=train).run_round()["failed"] == {}
+    assert elsewhere == Predict("model", Rows("proxy"))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +132,7 @@ def test_steps_may_be_made_early_changed_in_a_list_or_elsewhere() -> None:
             r"yields the plan deploy\(…\); write `yield from`",
         ),
         (lambda self, c, got: {"model": None}, "yields dict, which is no step"),
-        (lambda self, c, got: [self.fit(c), None], "yields NoneType, which is no step"),
+        (lambda self, c, got: [local_fit(c), None], "yields NoneType, which is no step"),
     ],
 )
 def test_yielding_what_is_no_step(yielded: Callable[..., Any], words: str) -> None:
@@ -130,34 +140,22 @@ def test_yielding_what_is_no_step(yielded: Callable[..., Any], words: str) -> No
         yield yielded(self, client, got)
 
     with pytest.raises(
-        UserError, match=rf"^Mine\.train \(.*test_own_method_errors\.py, line \d+\): {words}"
+        UserError, match=rf"train \(.*test_own_method_errors\.py, line \d+\): {words}"
     ):
         own(train=train).run_round()
 
 
-def train_without_yield(self: Any, client: Any, got: Any) -> Any:
-    self.fit(client)
-    return self.share(client)
-
-
 def aggregate_without_yield(self: Any, server: Any, uploads: Any) -> None:
-    self.average(server, uploads)
+    average_models(server, uploads)
 
 
-@pytest.mark.parametrize(
-    ("hook", "function", "returned"),
-    [("train", train_without_yield, "a dict"), ("aggregate", aggregate_without_yield, "nothing")],
-)
-def test_hook_without_yield_is_named_with_class_file_and_line(
-    hook: str, function: Callable[..., Any], returned: str
-) -> None:
-    with pytest.raises(UserError) as error:
-        own(**{hook: function}).run_round()
+def test_hook_without_yield_may_compute_nothing() -> None:
+    rounds = own(aggregate=aggregate_without_yield)
+    before = {slot: dict(tensors) for slot, tensors in rounds.server.models.items()}
 
-    assert str(error.value) == (
-        f"Mine.{function.__name__} {line_of(function, 0)}: returned {returned}, expected a plan; write `yield` before "
-        "each compute step, or `yield from ()` before the return if there is none"
-    )
+    rounds.run_round()
+
+    assert any(not same_bits(before[slot], rounds.server.models[slot]) for slot in before)
 
 
 def test_hook_without_yield_may_hand_on_another_plan() -> None:
@@ -167,16 +165,16 @@ def test_hook_without_yield_may_hand_on_another_plan() -> None:
     assert own(train=train).run_round()["failed"] == {}
 
 
-class ReturnsItems(FedAvg):
-    def train(self, client: Any, received: Any) -> Any:
-        return self.share(client)
+class PlainDeploy(FedAvg):
+    def deploy(self, client: Any, received: Any) -> None:
+        client.load("model", received["model"])
 
 
-def test_hook_without_yield_is_refused_before_the_run(
+def test_deploy_without_yield_is_refused_before_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "own.yaml"
-    path.write_text(yaml.safe_dump(source(ReturnsItems)))
+    path.write_text(yaml.safe_dump(source(PlainDeploy)))
 
     assert (
         main(
@@ -185,11 +183,8 @@ def test_hook_without_yield_is_refused_before_the_run(
         == 2
     )
     told = capsys.readouterr().err
-    assert (
-        told.startswith("error: ReturnsItems.train (")
-        and "test_own_method_errors.py, line " in told
-        and told.count("\n") == 1
-    )
+    assert told.startswith("error: PlainDeploy.deploy: returns NoneType, but `train` runs it with")
+    assert told.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -199,19 +194,22 @@ def source(method: type, **changes: Any) -> dict[str, Any]:
 
 
 class Undeclared(FedAvg):
-    def share(self, client: Any) -> Any:
-        return {"modle": super().share(client)["model"]}
+    def train(self, client: Any, received: Any) -> Any:
+        items = yield from super().train(client, received)
+        return {"modle": items["model"]}
 
 
 class WrongKind(FedAvg):
     uploads = {"model": ItemSpec("params"), "seen": ItemSpec("counts")}
 
-    def share(self, client: Any) -> Any:
-        return {**super().share(client), "seen": client.counts}
+    def train(self, client: Any, received: Any) -> Any:
+        items = yield from super().train(client, received)
+        return {**items, "seen": client.counts}
 
 
 class Number(FedAvg):
-    def share(self, client: Any) -> Any:
+    def train(self, client: Any, received: Any) -> Any:
+        yield from super().train(client, received)
         return {"model": 0.5}
 
 
@@ -228,8 +226,8 @@ class NoBroadcast(FedAvg):
 class Forgotten(FedAvg):
     def train(self, client: Any, received: Any) -> Any:
         yield from self.deploy(client, received)
-        self.fit(client)
-        return self.share(client)
+        local_fit(client)
+        return upload_model(self, client)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +244,7 @@ class Forgotten(FedAvg):
         (Number, "Number.train: item 'model' holds float, not a tensor or named tensors"),
         (NoReturn, "NoReturn.train: returns NoneType, not a dictionary of items"),
         (NoBroadcast, "NoBroadcast.broadcast: returns NoneType, not a dictionary of items"),
-        (Forgotten, "a Fit is made but never yielded"),
+        (Forgotten, "Forgotten.train: a Fit is created but never yielded"),
     ],
 )
 def test_what_a_client_returns_is_checked_before_anybody_trains(
@@ -262,9 +260,10 @@ class WrongShape(FedAvg):
 
     uploads = {"model": ItemSpec("params"), "seen": ItemSpec("counts")}
 
-    def share(self, client: Any) -> Any:
+    def train(self, client: Any, received: Any) -> Any:
+        items = yield from super().train(client, received)
         seen = client.counts[client.counts > 0]
-        return {**super().share(client), "seen": Item(seen, kind="counts")}
+        return {**items, "seen": Item(seen, kind="counts")}
 
 
 def test_a_shape_that_was_not_agreed_is_named() -> None:
@@ -298,14 +297,14 @@ class Clumsy(Supervised):
 class ClumsyObjective(FedAvg):
     def train(self, client: Any, received: Any) -> Any:
         yield from self.deploy(client, received)
-        yield self.fit(client, Clumsy(client.task.kind))
-        return self.share(client)
+        yield local_fit(client, Clumsy(client.task.kind))
+        return upload_model(self, client)
 
 
 class NoSuchSlot(FedAvg):
     def train(self, client: Any, received: Any) -> Any:
         items = yield from super().train(client, received)
-        yield replace(self.fit(client), train={"modle": None})
+        yield replace(local_fit(client), train={"modle": None})
         return items
 
 
@@ -321,8 +320,8 @@ class OldAttribute(FedAvg):
 
 class OldArgument(FedAvg):
     def train(self, client: Any, received: Any) -> Any:
-        yield self.fit(client, given={"anchor": {}})
-        return self.share(client)
+        yield local_fit(client, given={"anchor": {}})
+        return upload_model(self, client)
 
 
 @pytest.mark.parametrize(

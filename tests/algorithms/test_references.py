@@ -13,7 +13,7 @@ from torch import nn
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.aggregation.means import mean_of_items
 from hetero_fl.aggregation.teachers import proxy_predictions
-from hetero_fl.algorithms.base import objective_context
+from hetero_fl.algorithms.local_training import objective_context
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import (
     Batch,
@@ -302,7 +302,7 @@ def test_training_is_a_plain_pytorch_loop(optimizer: dict) -> None:
 def test_class_weights_leave_the_mean_over_the_training_rows_at_one() -> None:
     rounds = rounds_of(config("local", clients__defaults={"class_weights": "balanced"}), held=0)
     client = rounds.federation.client("site_1", rounds.store.get("site_1"), 0)
-    weights = objective_context(client.task, client.counts, client.settings, False)["class_weights"]
+    weights = objective_context(client.task, client.counts, client.settings)["class_weights"]
     y = client.data("train", None)["y"]
     assert math.isclose(weights[y].mean().item(), 1.0, abs_tol=1e-12)
     per_class = {c: weights[y][y == c].sum().item() for c in y.unique().tolist()}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetero_fl.algorithms import register_algorithm
+from hetero_fl.algorithms.requirements import needs_of
 from hetero_fl.core.objectives import TeacherDistillation, distillation_loss
 from hetero_fl.core.plan import Rows
 from hetero_fl.core.saved_model import SavedModel
@@ -22,7 +23,7 @@ from tests.helpers.small_federations import QUICK, deployed
 METHODS = [
     name
     for name in sorted(register_algorithm)
-    if "regression" in register_algorithm[name].tasks
+    if "regression" in needs_of(register_algorithm[name]).tasks
     and register_algorithm[name].__module__[:9] == "hetero_fl"
 ]
 KINDS = ("softmax", "log_softmax", "logsumexp", "sigmoid")

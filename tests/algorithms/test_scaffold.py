@@ -185,6 +185,8 @@ def test_only_the_backbone_is_corrected_where_only_it_is_shared_and_no_control_t
     card = rounds.federation.client_infos["site_1"]
     for reading, items in ((True, {"model"}), (False, {"model", "control"})):
         assert (
-            rounds.algorithm.broadcast(rounds.server, replace(card, is_evaluation=reading)).keys()
+            rounds.algorithm.broadcast(
+                rounds.server, replace(card, purpose="evaluate" if reading else "train")
+            ).keys()
             == items
         )

@@ -236,11 +236,12 @@ def test_every_method_honours_logit_adjustment(settings: dict[str, str]) -> None
         assert want is not None and torch.equal(fit.context["log_prior"], want)
     for id in rounds.federation.client_infos:
         site, client = rounds.executor.runtime, deployed(rounds, id)
+        settings = client.settings
         adjusted = site.predict(client, Rows("test"), True)
-        site.algorithm = rounds.algorithm.model_copy(update={"logit_adjustment": False})
+        client.settings = settings.model_copy(update={"logit_adjustment": False})
         plain = site.predict(client, Rows("test"), True)
         common = site.predict(client, Rows("common_test"), False)
-        site.algorithm = rounds.algorithm
+        client.settings = settings
         assert torch.equal(site.predict(client, Rows("common_test"), False), common)
         prior = log_prior(client.task, client.counts)
         assert prior is not None

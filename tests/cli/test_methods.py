@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from hetero_fl.algorithms import Algorithm, register_algorithm
+from hetero_fl.algorithms import Algorithm, Needs, register_algorithm
 from hetero_fl.algorithms.requirements import (
     describe_needs,
     format_needs,
@@ -104,7 +104,7 @@ class Summed(Algorithm):
     """Averages. More of it."""
 
     uploads = {"model": ItemSpec("params")}
-    requires = ("a telescope",)
+    needs = Needs(one_architecture=True, also=("a telescope",))
 
 
 class Looked(Summed):
@@ -112,16 +112,16 @@ class Looked(Summed):
         "model": ItemSpec("params", use="each"),
         "said": ItemSpec("rows", share="predictions"),
     }
-    requires = ("patience",)
+    needs = Needs(tasks=("regression",), also=("a telescope", "patience"))
     shared = ("backbone.",)
-    tasks = ("regression",)
 
 
 class OnRows(Summed):
-    needs_proxy = True
+    needs = Needs(proxy_set="required", also=("a telescope",))
 
 
 class Either(Summed):
+    needs = Needs(proxy_set="optional", one_architecture=True, also=("a telescope",))
     uploads = {"model": ItemSpec("params"), "said": ItemSpec("rows", share="predictions")}
 
 

@@ -28,6 +28,7 @@ def script() -> ModuleType:
 
 def test_the_page_is_up_to_date(script: ModuleType) -> None:
     assert script.PAGE.read_text(encoding="utf-8") == script.page(), "run `make docs`"
+    assert script.INDEX.read_text(encoding="utf-8") == script.methods_index(), "run `make docs`"
 
 
 def test_check_notices_a_page_that_is_not(

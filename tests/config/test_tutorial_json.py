@@ -42,7 +42,6 @@ def test_the_file_is_the_tutorials_and_becomes_a_configuration() -> None:
         "name": "fedavg",
         "weighting": "sum",
         "server_lr": 0.1,
-        "logit_adjustment": False,
     }
 
 

@@ -140,7 +140,7 @@ def test_no_gene_is_in_any_payload(method: str) -> None:
         assert any(word in str(error) for word in REFUSED), str(error)
         return
     assert method in RUN
-    if prepared.method.needs_all_clients:
+    if prepared.method.needs.all_clients:
         return  # a bound, which has everybody's rows or models in one place by its very nature
     found, named, total = leaked(prepared)
     assert not named and found == 0
@@ -157,16 +157,16 @@ def test_the_search_finds_genes_that_leave(method: str) -> None:
 @pytest.mark.slow
 def test_the_search_finds_values(monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = reduced("fedmd")
-    said = type(prepared.method).proxy_predictions
+    weigh = type(prepared.method).weighted_predictions
 
-    def careless(self: Any, client: Any) -> Any:
-        item = yield from said(self, client)
+    def careless(self: Any, client: Any, logits: Any) -> Any:
+        item = weigh(self, client, logits)
         x = client.data("train", None)["x"]
         if client.participant_id == "university_1" and x.shape[1]:  # not in a dry run
             item.values.view(-1)[:10] = x[~(x[:, -1] > 0)][0, 790:800]
         return item
 
-    monkeypatch.setattr(type(prepared.method), "proxy_predictions", careless)
+    monkeypatch.setattr(type(prepared.method), "weighted_predictions", careless)
     found, named, _ = leaked(prepared)
     assert found == 8 and not named
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hetero_fl.aggregation import Uploads
+from hetero_fl.algorithms import local_fit
 from hetero_fl.core.participant import ClientInfo, Participant, copy_containers, copy_tree
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.core.plan import Fit, Plan
@@ -120,17 +121,17 @@ def test_a_model_is_read_as_training_will_find_it() -> None:
 
 def poisoned(rounds: SynchronousTrainer, client: str) -> None:
     """Let one client's upload arrive with a NaN in it."""
-    share = type(rounds.algorithm).share
+    train = type(rounds.algorithm).train
 
-    def bad(self: Any, participant: Any) -> dict[str, Any]:
-        items = share(self, participant)
+    def bad(self: Any, participant: Any, received: Any) -> Any:
+        items = yield from train(self, participant, received)
         if participant.participant_id == client and participant.round_context.round_idx == 1:
             tensors = {n: t.clone() for n, t in items["model"].values.items()}
             next(iter(tensors.values())).view(-1)[0] = float("nan")
             items["model"] = Item(tensors, items["model"].weight, "params")
         return items
 
-    rounds.algorithm = type("Poisoned", (type(rounds.algorithm),), {"share": bad})(
+    rounds.algorithm = type("Poisoned", (type(rounds.algorithm),), {"train": bad})(
         **rounds.algorithm.model_dump()
     )
     rounds.executor.runtime.algorithm = rounds.expectations.algorithm = rounds.algorithm
@@ -434,7 +435,7 @@ def test_a_kept_optimizer_goes_on_where_it_was() -> None:
     ends = []
     for keep in (None, "mine"):
         client = rounds.federation.client("site_1", rounds.store.get("site_1"), 0)
-        fit = rounds.algorithm.fit(client)
+        fit = local_fit(client)
         for _ in range(2):
             rounds.backend.run([(client, Fit(**{**fit.__dict__, "keep": keep}))])
         ends.append(client.models["model"]["head.weight"])
@@ -444,11 +445,12 @@ def test_a_kept_optimizer_goes_on_where_it_was() -> None:
     assert not torch.equal(*ends)
 
 
-def test_a_hook_that_is_no_plan_is_told_in_one_line() -> None:
+def test_hook_that_computes_nothing_may_be_an_ordinary_function() -> None:
     rounds = rounds_of(config("fedavg"), held=0)
-    broken = type(
-        "Broken", (type(rounds.algorithm),), {"aggregate": lambda self, server, uploads: None}
-    )
-    rounds.algorithm = broken(**rounds.algorithm.model_dump())
-    with pytest.raises(UserError, match="yield from"):
-        rounds.run_round()
+    aggregated = []
+    hooks = {"aggregate": lambda self, server, uploads: aggregated.append(len(uploads))}
+    rounds.algorithm = type("Plain", (type(rounds.algorithm),), hooks)()
+
+    rounds.run_round()
+
+    assert aggregated == [len(rounds.federation.client_infos)]

@@ -3,7 +3,7 @@
 import torch
 from pydantic import Field
 
-from hetero_fl.algorithms import Algorithm, register_algorithm
+from hetero_fl.algorithms import Algorithm, Needs, local_fit, register_algorithm
 from hetero_fl.core.objectives import TeacherDistillation
 from hetero_fl.core.payload import ItemSpec
 from hetero_fl.core.plan import Predict, Rows
@@ -11,12 +11,13 @@ from hetero_fl.core.plan import Predict, Rows
 
 @register_algorithm("median_teacher")
 class MedianTeacher(Algorithm):
-    """Clients follow the median of everybody's proxy logits: one liar cannot move it far."""
+    """Distill the median of all clients' proxy logits, which one malicious client cannot move far."""
 
+    title = "Median teacher"
     shared = ()  # no parameters travel
     uploads = {"logits": ItemSpec("rows", use="each", share="predictions")}
-    needs_proxy = True
-    epochs: int = Field(1, ge=1, description="epochs on the proxy set before private training")
+    needs = Needs(proxy_set="required")
+    epochs: int = Field(1, ge=1, description="epochs on the proxy set before local training")
 
     def broadcast(self, server, recipient):
         return dict(server.state)
@@ -24,11 +25,10 @@ class MedianTeacher(Algorithm):
     def train(self, client, received):
         if "teacher" in received:
             rows = Rows("proxy", extra_columns={"teacher": received["teacher"]})
-            yield self.fit(client, TeacherDistillation(), rows, epochs=self.epochs)
-        yield self.fit(client)
+            yield local_fit(client, TeacherDistillation(), rows, epochs=self.epochs)
+        yield local_fit(client)
         return {"logits": (yield Predict("model", Rows("proxy")))}
 
     def aggregate(self, server, uploads):
         logits = torch.stack([u.payload["logits"] for u in uploads.each])
         server.state["teacher"] = logits.quantile(0.5, dim=0)
-        yield from ()

@@ -13,9 +13,10 @@ from types import ModuleType
 
 import pytest
 
+from hetero_fl.algorithms import register_algorithm
+from hetero_fl.algorithms.requirements import method_title
 from hetero_fl.core.task import Task
 from hetero_fl.reporting.comparison.report import comparison_row, write_comparison
-from hetero_fl.reporting.method_names import ALGORITHMS
 from tests.helpers.run_directories import Case, write_run
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +31,7 @@ COLUMNS = {
     "Local test accuracy": "personal_last_accuracy",
     "Worst client, local test": "personal_last_accuracy_worst",
 }
-LABELS = {title: name for name, (title, _) in ALGORITHMS.items()}
+LABELS = {method_title(register_algorithm[name]): name for name in register_algorithm}
 SETTINGS = {"LA": "logit_adjustment=true", "contrast teacher": "teacher=contrast"}
 
 

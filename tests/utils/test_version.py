@@ -126,7 +126,10 @@ def test_registered_class_with_old_hooks_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(register_algorithm, "_known", dict(register_algorithm._known))
     register_algorithm("older")(type("Older", (FedAvg,), {"gives": lambda self: True}))
 
-    with pytest.raises(UserError, match=r"^algorithm 'older': Older\.gives is now may_share$"):
+    words = (
+        r"^algorithm 'older': Older\.gives is now hetero_fl\.algorithms\.may_share\(client, …\)$"
+    )
+    with pytest.raises(UserError, match=words):
         register_algorithm["older"]
 
 
@@ -137,7 +140,11 @@ CLIENT = ClientInfo.__new__(ClientInfo)
     ("use", "hint"),
     [
         (lambda: CLIENT.n, "; ClientInfo.n is now ClientInfo.num_rows"),  # type: ignore[attr-defined]
-        (lambda: FedAvg().gives, "; Algorithm.gives is now Algorithm.may_share"),  # type: ignore[attr-defined]
+        (lambda: FedAvg().server_slot, "; Algorithm.server_slot is now Algorithm.server_model"),  # type: ignore[attr-defined]
+        (
+            lambda: FedAvg().fit(None),  # type: ignore[attr-defined]
+            "; Algorithm.fit is now hetero_fl.algorithms.local_fit(client, …)",
+        ),
         (lambda: super(FedAvg, FedAvg()).start, "; Algorithm.start is now Algorithm.setup"),  # type: ignore[misc]
         (lambda: FedAvg.personalise, "; Algorithm.personalise is now Algorithm.personalize"),  # type: ignore[attr-defined]
         (lambda: Rows("proxy", beside={}), "; Rows.beside is now Rows.extra_columns"),  # type: ignore[call-arg]
@@ -183,7 +190,10 @@ def test_renamed_members_have_gone_and_the_new_ones_exist(name: str) -> None:
 
     for old, new in RENAMED_MEMBERS[name].items():
         assert old not in there
-        assert new in there
+        if new.isidentifier():
+            assert new in there
+        elif new.startswith("hetero_fl."):
+            _resolve(new.partition("(")[0])
 
 
 def _raise(error: Exception) -> None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hetero_fl.algorithms import Algorithm
+from hetero_fl.algorithms.base import upload_part
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.objectives import Batch, Context, ModelView, ModelViews, Objective
@@ -149,8 +150,8 @@ def reason_not_invertible(prepared: PreparedRun, client: str) -> str | None:
     card = prepared.federation.client_infos[client]
     spec = method.uploads.get(MODEL)
     shape = card.arch.input_shape
-    sends = method.upload_part(card.settings, card.settings.share_every - 1) != ()
-    if spec is None or spec.kind != "params" or not method.counts_traffic or not sends:
+    sends = upload_part(method, card.settings, card.settings.share_every - 1) != ()
+    if spec is None or spec.kind != "params" or not method.needs.counts_traffic or not sends:
         return f"{prepared.name}: '{client}' sends no parameters of its model; there is no gradient to invert"
     if prepared.data.vocabulary is not None:
         return f"{prepared.data.name}: examples are tokens; inversion is for images"

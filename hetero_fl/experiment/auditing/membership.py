@@ -222,14 +222,14 @@ def train_shadow(
     data = ResampledData(prepared.data, train)
     method = prepared.method
     before = prepared.federation
-    archs = (
-        {id: card.arch for id, card in before.client_infos.items()}
-        if method.has_models_per_client
-        else [k.arch for k in before.client_infos.profiles]
+    models = (
+        {id: info.models for id, info in before.client_infos.items()}
+        if method.needs.models_per_client
+        else [profile.models for profile in before.client_infos.profiles]
     )
     federation = replace(
         before, data=data, seed=seed, evaluated_clients=list(train), _initial={}
-    ).with_models(archs)
+    ).with_models(models)
     shadow = replace(prepared, data=data, federation=federation)
     with TemporaryDirectory() as folder:
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.algorithms import Algorithm
+from hetero_fl.algorithms.base import shareable_tensors, shared_part, shared_part_of
 from hetero_fl.config import Config, expand_population
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.population import Population
@@ -76,13 +77,13 @@ class TransferSource:
 
     def backbone(self, arch: ModelSpec) -> Tensors | None:
         """The mean of what clients with this architecture shared of their backbones; None if nobody did."""
-        if self.method.slot != "model":
+        if shared_part_of(self.method).slot != "model":
             return None
         sent = []
         for id, model in self.models.items():
-            part = common_part(self.method.shared_part(self.clients[id]), BODY)
+            part = common_part(shared_part(self.method, self.clients[id]), BODY)
             if model.arch == arch and part != ():
-                sent.append(self.method.shareable_tensors(arch, model.tensors, part))
+                sent.append(shareable_tensors(self.method, arch, model.tensors, part))
         names = dict.fromkeys(n for tensors in sent for n in tensors)
         return {n: torch.stack([t[n] for t in sent if n in t]).mean(0) for n in names} or None
 

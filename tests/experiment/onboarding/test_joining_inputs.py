@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import hetero_fl
+from hetero_fl.algorithms import FedAvg
+from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
@@ -52,18 +54,8 @@ def test_backbones_are_meant_over_those_who_sent_each_tensor() -> None:
         {"backbone.a": torch.ones(2)},
     )
 
-    class Method:
-        slot = "model"
-
-        @staticmethod
-        def shared_part(settings: Any) -> None:
-            return None
-
-        @staticmethod
-        def shareable_tensors(arch: Any, tensors: Any, part: Any) -> Any:
-            return tensors
-
-    legacy.method, legacy.clients = cast(Any, Method), cast(Any, {"1": None, "2": None})
+    legacy.method = FedAvg()
+    legacy.clients = {"1": ClientSettings(), "2": ClientSettings()}
     arch = ModelSpec.from_config("linear", 2, (2,))
     legacy.models = {
         n: SavedModel(t, arch, {}, Task("multiclass", 2), None)

@@ -215,7 +215,7 @@ class FedMRL(Loop):
 
     def start(self) -> None:
         super().start()
-        extras = [self.method.extra_models(c.arch) for c in self.cards]
+        extras = [c.models for c in self.cards]
         self.mentee = self.module(extras[0][MENTEE])
         self.shared = {n: t.clone() for n, t in floats(self.mentee).items()}
         self.projections = [self.module(extra[PROJECTION]) for extra in extras]

@@ -168,7 +168,7 @@ class FML(Loop):
 
     def __init__(self, prepared: PreparedRun) -> None:
         super().__init__(prepared)
-        self.arch = self.method.extra_models(self.cards[0].arch)["mentee"]
+        self.arch = self.cards[0].models["mentee"]
         self.mentee = module_of(prepared, self.arch)
         self.shared = {n: t.clone() for n, t in self.mentee.state_dict().items()}
 
@@ -214,9 +214,7 @@ class FedKD(FML):
 
     def __init__(self, prepared: PreparedRun) -> None:
         super().__init__(prepared)
-        self.hidden = [
-            module_of(prepared, self.method.extra_models(c.arch)["hidden"]) for c in self.cards
-        ]
+        self.hidden = [module_of(prepared, c.models["hidden"]) for c in self.cards]
         for hidden in self.hidden:  # a matrix: no bias
             for name, parameter in hidden.named_parameters():
                 if name.endswith("bias"):

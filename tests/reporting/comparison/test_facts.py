@@ -129,15 +129,11 @@ def test_methods_in_the_words_of_their_docstrings(monkeypatch: pytest.MonkeyPatc
         for name, *told in describe_methods(["fedmd", "fedmd:temperature=2", "mine:a=1", "silent"])
     }
     assert list(found) == ["FedMD", "mine", "silent"]
-    assert (
-        found["mine"][:2] == ["", "Half of the clients wait (Doe 2020)."]
-        and found["silent"][1] == "It has no docstring."
-    )
-    assert (
-        found["FedMD"][0].startswith("Clients sent their predictions")
-        and "Li & Wang 2019" in found["FedMD"][1]
-    )
-    assert found["FedMD"][2] == "Read: after private training, as in the paper."
+    assert found["mine"][:2] == ["Half of the clients wait (Doe 2020).", "More of it."]
+    assert found["silent"][0] == "It has no docstring."
+    assert found["FedMD"][0].startswith("Distill the mean of all clients' predictions")
+    assert "Li & Wang 2019" in found["FedMD"][1]
+    assert found["FedMD"][2] == "Read: after local training, as in the paper."
 
 
 def test_reports_show_it(tmp_path: Path) -> None:
@@ -151,6 +147,6 @@ def test_reports_show_it(tmp_path: Path) -> None:
     text = (tmp_path / "comparison.md").read_text()
     assert (
         "- **Clients:** 6 clients" in text
-        and "- **FedMD:** Clients sent" in text
+        and "- **FedMD:** Distill the mean" in text
         and "Made by `" in text
     )

@@ -242,6 +242,34 @@ def test_markdown_sets_bounds_apart() -> None:
     assert "**" not in lines[2] + lines[6] + lines[7]
 
 
+def test_markdown_and_latex_have_the_values_of_the_table() -> None:
+    table = make_table(made(), BINARY, "last")
+    expected = [
+        [
+            line.name,
+            *(cell.text for cell in line.cells),
+            line.p,
+            line.megabytes,
+            line.seconds,
+            line.needs,
+        ]
+        for line in table.lines
+    ]
+
+    lines = [line.strip("|").split("|") for line in table.markdown().splitlines()]
+    header, _, *rows = [[cell.strip(" *↓") for cell in line] for line in lines]
+    body = table.latex("x").split("\\midrule", 1)[1].split("\\bottomrule")[0]
+    cells = [line.removesuffix(" \\\\").split(" & ") for line in body.splitlines() if "&" in line]
+    plain = {"\\textbf{": "", "}": "", " $\\downarrow$": "", "$\\pm$": "±", "$<$": "<", "--": "–"}
+
+    assert header == table.header
+    assert [row for row in rows if row[0] != "Bounds"] == expected
+    for line, found in zip(expected, cells, strict=True):
+        for mark, text in plain.items():
+            found = [cell.replace(mark, text) for cell in found]
+        assert found == line
+
+
 def test_latex_is_balanced_and_escaped() -> None:
     rows = made(["local", "hybrid:keep_heads=no&yes", "centralized"], metrics=CLASSIFICATION)
     text = make_table(rows, BINARY, "last").latex("x")

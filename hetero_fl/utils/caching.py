@@ -1,36 +1,13 @@
-"""Mappings that compute values on access, and a cache of bounded size."""
+"""A cache of bounded size."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
 
 import cachetools
 
 T = TypeVar("T")
-
-
-class LazyMapping(Mapping[str, T]):
-    """`make(key)` for each of the keys, called at every access."""
-
-    def __init__(self, keys: Collection[str], make: Callable[[str], T]) -> None:
-        # to be looked up in
-        self._keys: Collection[str] = dict.fromkeys(keys) if isinstance(keys, list) else keys
-        self._make = make
-
-    def __getitem__(self, key: str) -> T:
-        if key not in self._keys:
-            raise KeyError(key)
-        return self._make(key)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._keys
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
 
 
 class BoundedCache(cachetools.LRUCache[Hashable, T], Generic[T]):

@@ -260,6 +260,6 @@ def test_under_noise_on_sums_nothing_tells_whether_somebody_was_there() -> None:
 
 def test_that_no_rule_holds_back_a_liars_counts_is_said() -> None:
     rule = {"aggregation__predictions": "median"}
-    line = "counts are summed as they are told: a liar's are not held back"
+    line = "counts are summed as sent: a malicious client's are not held back"
     assert line in prepare(config("fedmd", MIXED, 4, algorithm__align=0.5, **rule)).notes
     assert line not in prepare(config("fedmd", MIXED, 4, **rule)).notes

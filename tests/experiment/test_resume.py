@@ -133,7 +133,7 @@ def test_a_name_that_is_nearly_that_of_a_run(
     assert main(["train", "--config", "c.yaml", "--out", "runs/first", "rounds=1"]) == 0
     capsys.readouterr()
     assert main(["train", "--resume", "--out", "runs/frist"]) == 2
-    said = "error: --out: runs/frist is no run to go on with; did you mean runs/first? (a new one needs --config)\n"
+    said = "error: --out: runs/frist is no run to continue; did you mean runs/first? (a new one needs --config)\n"
     assert capsys.readouterr().err == said and not Path("runs/frist").exists()
     assert main(["train", "--config", "c.yaml", "--resume", "--out", "runs/frist", "rounds=1"]) == 0
     line = "nothing to resume in runs/frist: starting a new run; did you mean runs/first?"

@@ -88,7 +88,7 @@ def broadcasts(
     """What the server sends to each of the clients next."""
     infos = [trainer.federation.client_infos[client] for client in clients]
     if for_evaluation:
-        infos = [replace(info, is_evaluation=True) for info in infos]
+        infos = [replace(info, purpose="evaluate") for info in infos]
     return {info.client_id: trainer.encode_broadcast(trainer.broadcast(info)) for info in infos}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hetero_fl.algorithms import register_algorithm
-from hetero_fl.cli.commands import COMMANDS
+from hetero_fl.cli.commands import APP
 from hetero_fl.utils.errors import closest, suggest_file
 
 PARTITIONS = ["iid", "in_order", "dirichlet", "classes", "quantity", "natural", "drawn"]
@@ -17,7 +17,7 @@ NAMES = {
     "partition": PARTITIONS,
     "optimizer": OPTIMIZERS,
     "method": METHODS,
-    "command": list(COMMANDS),
+    "command": list(APP.commands),
 }
 
 

@@ -249,7 +249,7 @@ def test_ahead_means_by_more_than_both_deviations() -> None:
         (["--patients", "1"], "--patients: found 1"),
         (["--patients", "5000"], "has 500 labelled examples"),
         (["optimizer.lrr=1"], "clients.defaults.optimizer.lrr: unknown key"),
-        (["--epochs", "0"], "--epochs: found 0"),
+        (["--epochs", "0"], "'--epochs': 0 is not in the range"),
         (["--data", "chest_xray"], "10"),
     ],
 )

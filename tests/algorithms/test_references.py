@@ -13,7 +13,7 @@ from torch import nn
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.aggregation.means import mean_of_items
 from hetero_fl.aggregation.teachers import proxy_predictions
-from hetero_fl.algorithms.local_training import objective_context
+from hetero_fl.algorithms.local_training import local_fit, objective_context
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import (
     Batch,
@@ -294,7 +294,7 @@ def test_training_is_a_plain_pytorch_loop(optimizer: dict) -> None:
         if "clip_norm" in optimizer:
             nn.utils.clip_grad_norm_(model.parameters(), optimizer["clip_norm"])
         opt.step()
-    SerialBackend(torch.device("cpu")).run([(client, rounds.algorithm.fit(client))])
+    SerialBackend(torch.device("cpu")).run([(client, local_fit(client))])
     for name, tensor in model.state_dict().items():
         assert torch.allclose(client.models["model"][name], tensor, rtol=0, atol=1e-12), name
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hetero_fl.algorithms import FedAvg
+from hetero_fl.algorithms import FedAvg, local_fit
 from hetero_fl.core.payload import Item, ItemSpec
 from hetero_fl.core.plan import Predict
 from hetero_fl.data import Dataset, make_table
@@ -34,7 +34,7 @@ class Unstructured(FedAvg):
     uploads = {"vector": ItemSpec("params", share="statistics")}
 
     def train(self, client: Any, received: Any) -> Any:
-        yield self.fit(client)
+        yield local_fit(client)
         return {"vector": Item(torch.ones(3), 1.0, "params")}
 
     def aggregate(self, server: Any, uploads: Any) -> Any:

@@ -85,7 +85,7 @@ def _metric_table(content: Json, metric: str) -> str:
     for count in content["patients"]:
         cells = {e["begins"]: e for e in content["table"] if e["patients"] == count}
         rows.append([str(count), *(_cell(cells[way], cells[SCRATCH], metric) for way in ways)])
-    columns = ["labelled", *(WORDS[way] for way in ways)]
+    columns = ["labeled", *(WORDS[way] for way in ways)]
     return markdown_table(columns, rows, ["right"] * len(columns))
 
 

@@ -166,7 +166,7 @@ def test_attacks_that_do_not_fit() -> None:
         attacks={"name": "backdoor", "target": 10},
     )
     refused(
-        "attacks.trigger: found 9, but images of data.name have sides of 8",
+        "attacks.trigger: found 9, but images have sides of 8",
         attacks={"name": "backdoor", "trigger": 9},
     )
     refused(

@@ -447,8 +447,8 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
     "trigger_larger_than_images": CompatibilityRule(
         ("attacks.trigger", "data.name"),
         lambda run: run.has_trigger and run.small_image(),
-        "attacks.trigger: found {run.config.attacks.trigger}, but images of data.name have sides "
-        "of {found} pixels",
+        "attacks.trigger: found {run.config.attacks.trigger}, but images have sides of {found} "
+        "pixels in data.name",
     ),
     "unknown_class_in_attack": CompatibilityRule(
         ("attacks.target", "data.name"),

@@ -97,12 +97,12 @@ class ModelSpec:
         """The name for tables and reports."""
         return self.label or self.name
 
-    @property
+    @cached_property
     def group_id(self) -> str:
         """The server's slot of the model that this one is averaged into."""
         return self.group or self.spec_id
 
-    @property
+    @cached_property
     def parameter_names(self) -> frozenset[str]:
         """Names of trainable tensors; the others are buffers (BatchNorm statistics and counters)."""
         return _measure(self).parameters

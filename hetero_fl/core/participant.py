@@ -166,7 +166,11 @@ class ClientDirectory(Mapping[str, ClientInfo]):
         return ", ".join(shown) + (f" and {more:,} more" if more else "")
 
     def __getitem__(self, client_id: str) -> ClientInfo:
-        return self._cards.get_or_make(client_id, lambda: self._make(client_id))
+        info = self._cards.get(client_id)
+        if info is None:
+            info = self._make(client_id)
+            self._cards[client_id] = info
+        return info
 
     def _make(self, client_id: str) -> ClientInfo:
         kind = self.profile(client_id)

@@ -458,7 +458,7 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
     # Asynchronous runs
     "asynchronous_single_uploads": CompatibilityRule(
         ("runtime.mode", "algorithm.name"),
-        lambda run: run.is_async and (run.sends_nothing or run.items_used_singly()),
+        lambda run: run.is_async and (run.algorithm.needs.all_clients or run.items_used_singly()),
         "runtime.mode: async cannot be combined with algorithm.name: {run.name}, which needs the "
         "uploads of one cohort side by side; others are weighted by staleness and summed",
     ),

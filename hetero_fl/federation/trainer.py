@@ -113,6 +113,8 @@ class FederatedTrainer(ABC):
             self.expectations.privacy, federation, self.expectations.expected_items, per_round
         )
         self.traffic = Traffic()
+        # Rules replace the mean, where the configuration asks for one.
+        self.rules_config = None if federation.aggregation.is_plain_mean else federation.aggregation
         self.rule_memory: dict[str, Any] = {}  # what aggregation rules remember between rounds
         self.now = 0.0  # seconds since the run began, where a subclass simulates or measures them
         self.completed = 0

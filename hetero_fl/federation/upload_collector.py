@@ -211,12 +211,11 @@ class UploadCollector:
 
     def _make_rules(self) -> AggregationRules | None:
         """Return what replaces the mean in this round; None for the plain mean."""
-        federation = self.trainer.federation
-        if federation.aggregation.is_plain_mean:
+        if self.trainer.rules_config is None:
             return None
         return AggregationRules(
-            federation.aggregation,
-            federation.task,
+            self.trainer.rules_config,
+            self.trainer.federation.task,
             self._reference,
             self.trainer.expectations.trained_names,
             memory=self.trainer.rule_memory,

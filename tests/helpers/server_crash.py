@@ -12,6 +12,7 @@ from typing import Any
 from hetero_fl.federation.asynchronous import AsynchronousTrainer
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.synchronous import SynchronousTrainer
+from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.reporting.run_directory import RunDirectory
 
 # Each point is a function, and whether it has run when the process stops there.
@@ -63,10 +64,15 @@ def kill_in_rounds(rounds: Collection[int]) -> None:
     Args:
         rounds: Numbers of the rounds, from 1.
     """
-    run_round = SynchronousTrainer.run_round
+    for trainer in (SynchronousTrainer, AsynchronousTrainer):
+        _kill_in(trainer, rounds)
+
+
+def _kill_in(trainer: type[FederatedTrainer], rounds: Collection[int]) -> None:
+    run_round = trainer.run_round
     calls = 0
 
-    def kill(self: SynchronousTrainer) -> Any:
+    def kill(self: FederatedTrainer) -> Any:
         nonlocal calls
         calls += 1
         record = run_round(self)
@@ -74,7 +80,7 @@ def kill_in_rounds(rounds: Collection[int]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return record
 
-    SynchronousTrainer.run_round = kill  # type: ignore[method-assign]
+    trainer.run_round = kill  # type: ignore[method-assign]
 
 
 def _wait(waiting: Path) -> None:

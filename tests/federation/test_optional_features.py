@@ -1,0 +1,70 @@
+"""Features that are off are not entered: a plain round runs none of their code."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+import hetero_fl
+from tests.helpers.small_federations import config, rounds_of
+
+PACKAGE = Path(hetero_fl.__file__).parent
+OPTIONAL = (
+    "privacy/",
+    "robustness/",
+    "communication/compression.py",
+    "communication/secure_aggregation/",
+    "federation/simulation/",
+    "federation/asynchronous.py",
+    "federation/real_time.py",
+    "deployment/",
+)
+
+
+def entered_modules(source: dict[str, Any]) -> set[str]:
+    """The modules of the package that the second round of a run enters."""
+    trainer = rounds_of(source, held=1)
+    entered: set[str] = set()
+
+    def trace(frame: FrameType, event: str, _: object) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(PACKAGE):
+            entered.add(path.relative_to(PACKAGE).as_posix())
+
+    sys.setprofile(trace)
+    try:
+        trainer.run_round()
+    finally:
+        sys.setprofile(None)
+    return entered
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedmd", "hybrid"])
+def test_plain_round_enters_no_optional_feature(method: str) -> None:
+    entered = entered_modules(config(method, rounds=2))
+
+    assert "federation/synchronous.py" in entered
+    assert not [module for module in entered if module.startswith(OPTIONAL)]
+
+
+@pytest.mark.parametrize(
+    ("section", "module"),
+    [
+        (
+            {"privacy": {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-4}},
+            "privacy/server.py",
+        ),
+        ({"aggregation": {"rule": "median", "liars": 1}}, "robustness/robust_means.py"),
+        ({"channel": {"secure_sum": {}}}, "communication/secure_aggregation/server.py"),
+        ({"channel": {"compress": [{"topk": 0.1}]}}, "communication/compression.py"),
+        ({"devices": {"speed": 100.0}}, "federation/simulation/rounds.py"),
+    ],
+)
+def test_feature_that_is_on_is_entered(section: dict[str, Any], module: str) -> None:
+    source = config("fedavg", {"name": "mlp", "hidden": [8]}, 4, rounds=2, **section)
+
+    assert module in entered_modules(source)

@@ -20,6 +20,7 @@ from hetero_fl.config import describe_difference, resolve_config
 from hetero_fl.config.base import ConfigSection
 from hetero_fl.config.errors import describe_error
 from hetero_fl.config.load import Overrides, override_list, raw_algorithm_section, read_config_file
+from hetero_fl.config.schema import CLIENT_OPTIONS, Config
 from hetero_fl.core.task import Task
 from hetero_fl.experiment.preparation import load_config, prepare
 from hetero_fl.experiment.runner import run
@@ -583,6 +584,10 @@ class Study(ConfigSection):
 SECTION = "algorithm"
 
 
+# client settings that count as the method's, by key
+CLIENT_KEYS = {f"clients.defaults.{name}": f"{SECTION}.{name}" for name in CLIENT_OPTIONS}
+
+
 def used_settings(
     source: Source,
     base: Sequence[str],
@@ -611,7 +616,8 @@ def used_settings(
             (override, origins.get(variant.label, "variant")) for override in variant.overrides
         ]
         written += [(override, grid) for override in point]
-        settings = load_config(source, [override for override, _ in written], allow_code).algorithm
+        config = load_config(source, [override for override, _ in written], allow_code)
+        settings = config.algorithm | _client_options(config)
         defaults = _defaults(settings["name"])
         found = [
             Setting(key, _plain(value), _origin(f"{SECTION}.{key}", written, section))
@@ -621,7 +627,7 @@ def used_settings(
         # Keys of other sections that only this variant or the grid sets.
         for override, origin in written[len(base) :]:
             key, _, value = override.partition("=")
-            if key.partition(".")[0] != SECTION:
+            if key.partition(".")[0] != SECTION and key not in CLIENT_KEYS:
                 found.append(Setting(key, value, origin))
         order = [section, *(origin for _, origin in written)]
         methods.append(
@@ -630,6 +636,13 @@ def used_settings(
     return UsedSettings(
         tuple(methods), _note(source, section, [variant.label for variant in points])
     )
+
+
+def _client_options(config: Config) -> dict[str, Any]:
+    """Return the options of all clients that may be written in the algorithm section, if set."""
+    defaults = config.clients.defaults
+    options = {name: getattr(defaults, name, None) for name in CLIENT_OPTIONS}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _defaults(name: str) -> dict[str, Any]:
@@ -644,6 +657,7 @@ def _origin(key: str, overrides: Sequence[tuple[str, str]], otherwise: str) -> s
     """Return the origin of the last override that sets the key or a part of it."""
     for override, origin in reversed(overrides):
         named = override.partition("=")[0]
+        named = CLIENT_KEYS.get(named, named)
         if named in (SECTION, key) or named.startswith(f"{key}."):
             return origin
     return otherwise

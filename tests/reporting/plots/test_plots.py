@@ -102,7 +102,7 @@ def test_report_that_cannot_be_made_is_reported(
     made_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, said = made_run(rounds=1), list[str]()
-    monkeypatch.setattr(report, "explain_method", lambda label: 1 / 0)
+    monkeypatch.setattr(report, "docstring_paragraph", lambda label: 1 / 0)
 
     write_report(run.path, said.append)
 

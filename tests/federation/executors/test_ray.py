@@ -165,9 +165,9 @@ WAITS = """
 import sys, time
 from pathlib import Path
 from hetero_fl.cli import main
-from hetero_fl.federation.trainer import FederatedTrainer
+from hetero_fl.federation.asynchronous import AsynchronousTrainer
 
-run_round = FederatedTrainer.run_round
+run_round = AsynchronousTrainer.run_round
 
 def run_round_and_wait(self):
     record = run_round(self)
@@ -176,7 +176,7 @@ def run_round_and_wait(self):
         time.sleep(10_000)
     return record
 
-FederatedTrainer.run_round = run_round_and_wait
+AsynchronousTrainer.run_round = run_round_and_wait
 sys.exit(main(sys.argv[1:], command="train"))
 """
 

@@ -36,18 +36,18 @@ from hetero_fl.federation.client_runtime import ClientRuntime
 from hetero_fl.federation.dry_run import ExpectedUploads
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.federation.trainer import FederatedTrainer
-from hetero_fl.federation.upload_collector import UploadCollector
 
 STAGES: dict[Callable[..., Any], str] = {
-    FederatedTrainer.run_round: "a round",
-    FederatedTrainer._broadcast: "server: broadcast made",
+    SynchronousTrainer.run_round: "a round",
+    FederatedTrainer.broadcast: "server: broadcast made",
     FederationLinks.encode_broadcast: "server: broadcast encoded",
-    UploadCollector.decode_upload: "server: uploads decoded and checked",
+    FederatedTrainer.decode_upload: "server: uploads decoded and checked",
     ExpectedUploads.expected_items: "    expected form of an upload",
     Uploads.add: "server: uploads added to the mean",
     interpolate_model: "server: step to the mean",
-    ClientRuntime._train: "clients: all of it",
+    ClientRuntime.run: "clients: all of it",
     FederationSpec.client: "    participant created",
     run_fit: "    fits",
     training._prepare: "        tensors loaded into the module",

@@ -215,9 +215,17 @@ def shared_part_of(method: Algorithm) -> SharedPart:
     return method.shared if isinstance(method.shared, SharedPart) else SharedPart(method.shared)
 
 
+def permitted_part(settings: ClientSettings) -> Part:
+    """Return the part of its model that a client may share."""
+    if "parameters" in settings.shares:
+        return None
+    prefixes = ["backbone." if share == "backbone" else share for share in settings.shares]
+    return tuple(prefix for prefix in prefixes if prefix.endswith("."))
+
+
 def shared_part(method: Algorithm, settings: ClientSettings) -> Part:
     """Return what a client shares of its model: the method's part, as far as its settings allow."""
-    return common_part(shared_part_of(method).part, settings.shared_prefixes)
+    return common_part(shared_part_of(method).part, permitted_part(settings))
 
 
 def uploads_in_round(settings: ClientSettings, round_idx: int) -> bool:

@@ -9,9 +9,19 @@ from torch import Tensor
 
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Algorithm, Items, Needs, register_algorithm
-from hetero_fl.algorithms.local_training import add_log_prior, local_fit, objective_context
+from hetero_fl.algorithms.local_training import (
+    add_log_prior,
+    augmentation,
+    local_fit,
+    objective_context,
+)
 from hetero_fl.core.objectives import Supervised
-from hetero_fl.core.participant import ClientInfo, Participant, floating_tensors
+from hetero_fl.core.participant import (
+    ClientInfo,
+    Participant,
+    floating_tensors,
+    scheduled_optimizer,
+)
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.plan import Fit, Plan, Predict, Rows
 from hetero_fl.utils.ordering import natural_order
@@ -111,13 +121,11 @@ class Centralized(Algorithm):
             Supervised(server.task.kind, slot=reference.arch.spec_id),
             rows,
             context=objective_context(server.task, counts, s),
-            augment=s.augment.or_none,
+            augment=augmentation(s),
             epochs=s.epochs,
             steps=s.steps,
             batch_size=s.batch_size,
-            optimizer=s.optimizer.at_round(
-                server.round_context.round_idx, server.round_context.num_rounds
-            ),
+            optimizer=scheduled_optimizer(s.optimizer, server.round_context),
             as_id=min(kind.first for kind in server.peers.profiles),
         )
 

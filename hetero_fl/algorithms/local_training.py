@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetero_fl.config.clients import ClientSettings
+from hetero_fl.config.clients import AugmentConfig, ClientSettings
 from hetero_fl.core.objectives import Objective, Supervised, log_prior
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import Fit, Rows
@@ -46,7 +46,7 @@ def local_fit(
     if "epochs" not in changes:
         fields |= {"epochs": settings.epochs, "steps": settings.steps}
     if data.name == "train":
-        fields["augment"] = settings.augment.or_none
+        fields["augment"] = augmentation(settings)
     # The counts are read only where they are used: with private rows, reading them is accounted.
     extra = {}
     is_weighted = bool(settings.logit_adjustment) or settings.class_weights is not None
@@ -92,6 +92,11 @@ def objective_context(task: Task, counts: Tensor, settings: ClientSettings) -> d
         # the mean over the training rows is one
         context["class_weights"] = w * n.sum() / (w * n).sum()
     return context
+
+
+def augmentation(settings: ClientSettings) -> AugmentConfig | None:
+    """Return the random changes of training images; None if there are none."""
+    return None if settings.augment == AugmentConfig() else settings.augment
 
 
 def add_log_prior(client: Participant, logits: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from hetero_fl.core.participant import (
     ClientProfile,
     Part,
     Participant,
+    scheduled_optimizer,
     select_part,
 )
 from hetero_fl.core.payload import Item, ItemSpec, Payload
@@ -71,7 +72,7 @@ class Scaffold(FedAvg):
                 "momentum": self.sgd_momentum,
             }
             config = config.model_copy(update=changes)
-        return config.at_round(client.round_context.round_idx, client.round_context.num_rounds)
+        return scheduled_optimizer(config, client.round_context)
 
     def setup(self, server: Participant) -> None:
         server.state[CONTROL] = {

@@ -25,7 +25,7 @@ from hetero_fl.communication.compression import (
     split_vector,
 )
 from hetero_fl.core.model_spec import Tensors
-from hetero_fl.core.payload import KINDS, Item, ItemSpec, Kind, Payload, PayloadError, check_header
+from hetero_fl.core.payload import KINDS, Item, ItemSpec, Kind, Payload, PayloadError
 from hetero_fl.utils.seeding import Key, keyed_generator
 from hetero_fl.utils.serialization import CodecError, decode, encode, read_json
 
@@ -262,9 +262,8 @@ def value_kinds(spec: ItemSpec) -> set[Sort]:
 # One direction of the channel: payloads in, bytes out, and back; compressed on the way as the
 # configuration says.
 #
-# Without stages a payload travels as `Payload.encode` has it. With stages each item of floating
-# numbers is one stream of bits over all its tensors, in a message that names nothing that the
-# receiver knows:
+# Each item of floating numbers is one stream of bits over all its tensors, in a message that names
+# nothing that the receiver knows:
 #
 #     "hfl1" | report | layout | number of streams | (item, length, weight, stream) … | what passes, as a payload of its own
 #
@@ -283,7 +282,7 @@ class Link:
     """One direction.
 
     Args:
-        stages: the chain; none: payloads pass as they are.
+        stages: the chain; without a stage no link is needed.
         specs: what the method declares of items, by name; on the way down, what there is to say of some.
         outputs: of the task: predictions are rows of so many numbers.
     """
@@ -293,7 +292,7 @@ class Link:
     ) -> None:
         self.specs = specs
         self.names = sorted(specs)
-        self.streams = ItemCodec(stages, outputs) if stages else None
+        self.streams = ItemCodec(stages, outputs)
 
     def send(
         self,
@@ -311,8 +310,6 @@ class Link:
             reference: what both ends hold; none: the message tells its own layout.
             memory: the sender's private state. What a biased chain does not send is kept there, and sent with the next.
         """
-        if self.streams is None:
-            return payload.encode()
         forms: dict[str, ItemForm] = {}
         bodies = {}
         passing = {}
@@ -359,10 +356,6 @@ class Link:
 
         Raises PayloadError for what is malformed, not of that form, or not finite; allocates no more than is expected.
         """
-        if self.streams is None:
-            if like is not None:
-                check_header(data, like)
-            return Payload.decode(data)
         source = ByteReader(data)
         if source.take(min(len(MARK), len(data))) != MARK:
             raise PayloadError("no compressed message, as `channel` has it")
@@ -392,9 +385,7 @@ class Link:
                 raise PayloadError(f"item {name[:60]!r}: {error}") from None
             items[name] = {"values": values, "weight": weight, "kind": form.kind}
         rest = bytes(source.read_rest())
-        if like is not None:
-            check_header(rest, like)
-        for name, item in (Payload.decode(rest).items_ if rest else {}).items():
+        for name, item in (Payload.decode(rest, like).items_ if rest else {}).items():
             if name in items:
                 raise PayloadError(f"item {name[:60]!r} was sent twice")
             items[name] = {"values": item.values, "weight": item.weight, "kind": item.kind}

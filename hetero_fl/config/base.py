@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any
 
 from pydantic import (
@@ -79,20 +78,6 @@ class OptimizerConfig(ConfigSection):
         if self.momentum and self.name != "sgd":
             raise ValueError(f"momentum belongs to sgd, not {self.name}")
         return self
-
-    def at_round(self, round_idx: int, num_rounds: int) -> OptimizerConfig:
-        """The optimizer of one round (from 0) of so many, its learning rates moved along the schedule."""
-        done = round_idx / max(1, num_rounds - 1)
-        factor = {
-            "constant": 1.0,
-            "step": self.gamma ** (round_idx // self.step_rounds),
-            "cosine": self.gamma + (1 - self.gamma) * (1 + math.cos(math.pi * min(1.0, done))) / 2,
-            "linear": 1 - (1 - self.gamma) * min(1.0, done),
-        }[self.schedule]
-        if factor == 1.0:
-            return self
-        head = None if self.head_lr is None else self.head_lr * factor
-        return self.model_copy(update={"lr": self.lr * factor, "head_lr": head})
 
 
 class OptimizerLayer(OptimizerConfig):

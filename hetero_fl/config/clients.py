@@ -121,11 +121,6 @@ class AugmentConfig(ConfigSection):
     flip: bool = Field(False, description="left and right at random")
     rotate: float = Field(0.0, ge=0, le=180, description="up to so many degrees either way")
 
-    @property
-    def or_none(self) -> AugmentConfig | None:
-        """Itself, or None if it changes nothing."""
-        return self if self.crop or self.flip or self.rotate else None
-
 
 class ScannerConfig(ConfigSection):
     """A site's own imaging device: what it does to the images made there (feature shift)."""
@@ -180,17 +175,6 @@ class ClientSettings(ConfigSection):
         None, description="its own source in place of a part of the common one"
     )
     machine: DeviceConfig = DeviceConfig()
-
-    @property
-    def shared_prefixes(self) -> tuple[str, ...] | None:
-        """Prefixes of the tensors that may leave; None: all of them."""
-        if "parameters" in self.shares:
-            return None
-        return tuple(
-            "backbone." if s == "backbone" else s
-            for s in self.shares
-            if s == "backbone" or s.endswith(".")
-        )
 
     @field_validator("shares")
     @classmethod

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any, Literal
 
@@ -218,7 +220,7 @@ class Participant:
 
     `models` maps slots ("model", "personal", "student", at the server a group's name …) to named tensors, `arch` the same
     slots to architectures. `data(name, through)` gives the columns of a named set, seen through this participant's own
-    preprocessing unless another is named. `counts` are label counts of its training rows, `[outputs]`.
+    preprocessing unless another is named.
     """
 
     participant_id: str
@@ -227,7 +229,7 @@ class Participant:
     models: dict[str, Tensors]
     data: Callable[[str, Any], Columns]
     settings: ClientSettings
-    counts: Tensor
+    label_counts: Callable[[], Tensor]  # computed only where they are used
     num_rows: int = 0
     has_proxy: bool = False
     peers: ClientDirectory = field(
@@ -239,6 +241,11 @@ class Participant:
     step_share: float = 1.0  # share of the steps there is time for
     stream_uses: dict[str, int] = field(default_factory=dict)
     logged: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """Label counts of the training rows, shape `[outputs]`."""
+        return self.label_counts()
 
     def log(self, name: str, value: float) -> None:
         """Report a number with this round's upload; the round's record has it under `logged`, by client.
@@ -268,9 +275,22 @@ class Participant:
     @property
     def optimizer(self) -> OptimizerConfig:
         """The optimizer of this round, its learning rates moved along their schedule."""
-        return self.settings.optimizer.at_round(
-            self.round_context.round_idx, self.round_context.num_rounds
-        )
+        return scheduled_optimizer(self.settings.optimizer, self.round_context)
+
+
+def scheduled_optimizer(config: OptimizerConfig, context: RoundContext) -> OptimizerConfig:
+    """Return the optimizer of a round, its learning rates moved along their schedule."""
+    done = min(1.0, context.round_idx / max(1, context.num_rounds - 1))
+    factor = {
+        "constant": 1.0,
+        "step": config.gamma ** (context.round_idx // config.step_rounds),
+        "cosine": config.gamma + (1 - config.gamma) * (1 + math.cos(math.pi * done)) / 2,
+        "linear": 1 - (1 - config.gamma) * done,
+    }[config.schedule]
+    if factor == 1.0:
+        return config
+    head = None if config.head_lr is None else config.head_lr * factor
+    return config.model_copy(update={"lr": config.lr * factor, "head_lr": head})
 
 
 def copy_tree(tree: Any) -> Any:

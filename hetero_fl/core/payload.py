@@ -125,6 +125,9 @@ class Payload(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         return self.item(name).values
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.items_
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.items_)
 
@@ -160,8 +163,19 @@ class Payload(Mapping[str, Any]):
         return encode({"items": items, "report": self.report}, FORM)
 
     @classmethod
-    def decode(cls, data: bytes) -> Payload:
-        """Read a payload that somebody sent. Raises PayloadError for anything malformed, or not finite and up to `LARGEST`."""
+    def decode(cls, data: bytes, like: Mapping[str, Item] | None = None) -> Payload:
+        """Read a payload that somebody sent.
+
+        Args:
+            data: The encoded payload.
+            like: Items of the names, shapes and dtypes that are expected, if they are known: a
+                header that is longer than theirs can be is not parsed.
+
+        Raises:
+            PayloadError: If anything is malformed, or not finite and up to `LARGEST`.
+        """
+        if like is not None:
+            check_header(data, like)
         try:
             return cls.from_untrusted(decode(data, FORM))
         except CodecError as error:

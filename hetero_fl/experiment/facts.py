@@ -20,6 +20,7 @@ from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import (
     AsyncPolicy,
     download_part,
+    permitted_part,
     shareable_tensors,
     shared_part,
     shared_part_of,
@@ -135,7 +136,7 @@ class RunFacts(ConfigFacts):
         """What some client shares."""
         settings = [kind.settings for kind in self.profiles]
         named = {share for own in settings for share in own.shares}
-        return named | {"parameters" for own in settings if own.shared_prefixes}
+        return named | {"parameters" for own in settings if permitted_part(own)}
 
     @cached_property
     def uploadable(self) -> dict[str, ItemSpec]:

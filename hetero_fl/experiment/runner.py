@@ -56,7 +56,8 @@ def run_rounds(
     config = prepared.config
     store = StateStore(directory.path / "checkpoint", config.runtime.store_memory << 20)
     rounds = prepared.make_trainer(choice, store, progress.log, executor_factory)
-    rounds.executor.set_listener(progress.show_task)
+    if progress.is_terminal:
+        rounds.executor.set_listener(progress.show_task)
     try:
         _run_remaining_rounds(prepared, directory, rounds, choice, progress, callbacks, begun)
     finally:
@@ -112,7 +113,8 @@ def _run_remaining_rounds(
     progress.unit = prepared.federation.task.unit
     progress.start(config.rounds, len(prepared.federation.client_infos), rounds.completed)
     evaluation: EvaluationResult | None = None
-    while rounds.completed < planned and not patience.exhausted:
+    is_exhausted = patience.exhausted
+    while rounds.completed < planned and not is_exhausted:
         record = rounds.run_round()
         is_last = rounds.completed == planned
         if prepared.budget is not None:
@@ -120,13 +122,14 @@ def _run_remaining_rounds(
         if rounds.completed % config.evaluation.every == 0 or is_last:
             result = _evaluate(rounds, record, directory if is_last else None)
             patience.look(record)
+            is_exhausted = patience.exhausted
             evaluation = result if is_last else None
         directory.append_metrics(record)
         _save(checkpoints, rounds, directory, about)
         for callback in listeners:
             callback(record)
         progress.finish_round(record)
-    if patience.exhausted:
+    if is_exhausted:
         progress.log(
             f"stopped after round {rounds.completed}: "
             f"no better validation in {config.evaluation.patience} evaluations"

@@ -57,8 +57,12 @@ class FederationLinks:
         self.seed = federation.seed
         self.summed = config.secure_sum is not None
         specs = upload_specs(algorithm, federation)
-        self.up = Link(with_worst_case_size(up) if bound else up, specs, federation.task.outputs)
-        self.down = Link(down, algorithm.downloads, federation.task.outputs)
+        if bound:
+            up = with_worst_case_size(up)
+        # None: payloads travel as they are, and clients receive what the server sends.
+        outputs = federation.task.outputs
+        self.up = Link(up, specs, outputs) if up else None
+        self.down = Link(down, algorithm.downloads, outputs) if down else None
         self._statistics: dict[ModelSpec, frozenset[str]] = {}
 
     # Up --------------------------------------------------------------------------------------------------------------
@@ -76,6 +80,8 @@ class FederationLinks:
 
         What is to be summed in secret is rounded as the chain has it, and goes on as the numbers that the chain's end reads.
         """
+        if self.up is None:
+            return payload.encode()
         sent = self.up.send(
             payload,
             self._key(client_info.client_id, round_idx, attempt),
@@ -83,7 +89,7 @@ class FederationLinks:
             received,
             memory,
         )
-        if not self.summed or self.up.streams is None:
+        if not self.summed:
             return sent
         return self.decode_upload(
             client_info, round_idx, sent, payload.items_, received, attempt
@@ -99,6 +105,8 @@ class FederationLinks:
         attempt: int = 0,
     ) -> Payload:
         """The upload at the server, which knows what the client `received` and what its upload is `like`. Raises PayloadError."""
+        if self.up is None:
+            return Payload.decode(data, like)
         return self.up.receive(
             data,
             self._key(client_info.client_id, round_idx, attempt),
@@ -115,16 +123,15 @@ class FederationLinks:
         self, round_idx: int, payload: Payload, archs: Iterable[ModelSpec]
     ) -> bytes:
         """What the server, which holds models of these architectures, sends. Clients that are sent the same receive the same."""
+        if self.down is None:
+            return payload.encode()
         return self.down.send(payload, self._key(SERVER, round_idx), self._buffer_names(archs))
 
     def decode_broadcast(self, round_idx: int, data: bytes) -> Payload:
         """A broadcast at the client. Raises PayloadError."""
+        if self.down is None:
+            return Payload.decode(data)
         return self.down.receive(data, self._key(SERVER, round_idx))
-
-    @property
-    def compresses_broadcasts(self) -> bool:
-        """Whether clients receive something else than the server sends."""
-        return self.down.streams is not None
 
     def simulate_broadcast(
         self, round_idx: int, payload: Payload, archs: Iterable[ModelSpec]

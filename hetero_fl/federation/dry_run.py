@@ -195,7 +195,7 @@ class ExpectedUploads:
             },
             data=data,
             settings=client_info.settings,
-            counts=torch.zeros(federation.task.outputs),
+            label_counts=lambda: torch.zeros(federation.task.outputs),
             num_rows=client_info.num_rows,
             has_proxy=federation.data.has_proxy(client_info.preprocess),
             peers=federation.client_infos,

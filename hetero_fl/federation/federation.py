@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.data import FederatedData, Preprocess
 from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.privacy.mechanisms import KeyedNoiseSource, NoiseSource, noisy_label_counts
-from hetero_fl.robustness.attacks import MaliciousClients
+from hetero_fl.robustness.attacks import CountsFunction, DataFunction, MaliciousClients
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.seeding import sample_numbers
 from model_zoo import ModelError, model_options
@@ -148,23 +149,22 @@ class FederationSpec:
         def columns(name: str, through: Any) -> Columns:
             return self.data.columns(client_id, name, through or card.preprocess)
 
-        seen = (
-            (columns, self.label_counts(client_id))
-            if self.malicious is None
-            else self.malicious.poison_data(
-                client_id, columns, self.label_counts(client_id), round_idx
+        data: DataFunction = columns
+        label_counts: CountsFunction = partial(self.label_counts, client_id)
+        if self.malicious is not None:
+            data, label_counts = self.malicious.poison_data(
+                client_id, columns, label_counts, round_idx
             )
-        )
         return Participant(
             participant_id=client_id,
             task=self.task,
             arch=dict(card.models),
             models=models,
-            data=seen[0],
+            data=data,
             settings=card.settings,
-            counts=seen[1],
+            label_counts=label_counts,
             num_rows=card.num_rows,
-            has_proxy=self.data.has_proxy(card.preprocess),
+            has_proxy=card.has_proxy,
             peers=self.client_infos,
             state=copy_tree(state.state),
             round_context=self.round_context(round_idx, attempt),
@@ -198,7 +198,7 @@ class FederationSpec:
                 SERVER, name, through or self.server_preprocess
             ),
             settings=self.server_settings,
-            counts=torch.zeros(self.task.outputs),
+            label_counts=lambda: torch.zeros(self.task.outputs),
             has_proxy=self.data.n_proxy > 0,
             peers=self.client_infos,
             common=self.common,

@@ -191,7 +191,7 @@ class FederatedTrainer(ABC):
 
     def as_received(self, payload: Payload) -> Payload:
         """Return the payload that a client decodes from a broadcast."""
-        return self._decoded(payload) if self.links.compresses_broadcasts else payload
+        return payload if self.links.down is None else self._decoded(payload)
 
     def _clear_broadcasts(self) -> None:
         """Forget encoded broadcasts: the server has changed, or goes on to another round."""

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from hetero_fl.algorithms import Algorithm
+from hetero_fl.algorithms.base import permitted_part
 from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.core.participant import ClientDirectory, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
@@ -52,7 +53,7 @@ def uploadable_items(algorithm: Algorithm, federation: PrivateFederation) -> dic
     """Return the declared items that some client of the federation may upload."""
     settings = [profile.settings for profile in federation.client_infos.profiles]
     allowed = {share for s in settings for share in s.shares}
-    allowed |= {"parameters" for s in settings if s.shared_prefixes}
+    allowed |= {"parameters" for s in settings if permitted_part(s)}
     num_proxy = federation.data.n_proxy
     return {
         name: spec

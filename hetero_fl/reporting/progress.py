@@ -94,6 +94,11 @@ class Progress:
             self._log.close()
             self._log = None
 
+    @property
+    def is_terminal(self) -> bool:
+        """Whether a live display is shown."""
+        return self._console.is_terminal
+
     def start(self, rounds: int, clients: int, done: int = 0) -> None:
         """The run begins, or goes on after `done` completed rounds."""
         self._rounds = rounds
@@ -102,7 +107,7 @@ class Progress:
         self._began = time.monotonic()
         resumed = f", {done} of them done before" if done else ""
         self.log(f"{pluralize(clients, 'client')}, {pluralize(rounds, 'round')}{resumed}")
-        if self._console.is_terminal:
+        if self.is_terminal:
             self._bar_task = self._bar.add_task("round", total=rounds, completed=done, left="")
             self._live = Live(
                 Group(self._bar, self._task, self._scores),

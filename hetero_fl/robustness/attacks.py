@@ -313,6 +313,7 @@ class InnerProduct(UpdateAttack):
 # The liars of a run: who they are, and what becomes of their rows and uploads.
 
 DataFunction = Callable[[str, Any], Columns]  # (name, preprocessing or None) to columns
+CountsFunction = Callable[[], Tensor]  # label counts of training rows, `[outputs]`
 TRIGGERED = "triggered"
 # what a client was sent under an item's name; {} if nothing
 ReferenceTensors = Callable[[ClientInfo, str], Tensors]
@@ -369,8 +370,8 @@ class MaliciousClients:
         return client_id in self.ids and round_idx + 1 >= self.config.from_round
 
     def poison_data(
-        self, client_id: str, data: DataFunction, counts: Tensor, round_idx: int
-    ) -> tuple[DataFunction, Tensor]:
+        self, client_id: str, data: DataFunction, label_counts: CountsFunction, round_idx: int
+    ) -> tuple[DataFunction, CountsFunction]:
         """A client's data sets, and the label counts of its training rows, as it has them in that round.
 
         Everybody has one more, `triggered`: the common test rows on which the attack's success shows.
@@ -395,16 +396,14 @@ class MaliciousClients:
                 known[name, through] = forged(name, through)
             return known[name, through]
 
-        lies = self.is_malicious(client_id, round_idx) and "data" in self.attack.acts_on
-        if lies:
+        def poisoned_counts() -> Tensor:
             y = seen("train", None)["y"]
-            found = (
-                torch.bincount(y, minlength=len(counts))
-                if self.task.kind == "multiclass"
-                else y.sum(0)
-            )
-            counts = found.to(counts.dtype)
-        return seen, counts
+            is_multiclass = self.task.kind == "multiclass"
+            counts = torch.bincount(y, minlength=self.task.outputs) if is_multiclass else y.sum(0)
+            return counts.to(torch.get_default_dtype())
+
+        lies = self.is_malicious(client_id, round_idx) and "data" in self.attack.acts_on
+        return seen, poisoned_counts if lies else label_counts
 
     def _context(self, round_idx: int, malicious: Sequence[str]) -> AttackContext:
         return AttackContext(self.task, self.seed, round_idx, malicious)

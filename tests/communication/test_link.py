@@ -120,11 +120,6 @@ def test_a_broadcast_tells_its_own_form() -> None:
     assert all(len(set(row.tolist())) <= 3 for row in got["teacher"])
 
 
-def test_without_stages_a_payload_travels_as_ever() -> None:
-    by, sent = link(), upload()
-    assert by.send(sent, KEY, PLAIN, GOT, {}) == sent.encode()
-
-
 def test_top_k_of_one_per_cent_in_eight_bits_is_at_most_1_6_per_cent_of_the_cnn() -> None:
     start = floating_tensors(CNN.initial_tensors(0))
     g = keyed_generator(5)

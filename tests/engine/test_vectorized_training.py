@@ -77,7 +77,7 @@ def clients(of: ModelSpec, sizes: tuple[int, ...] = SIZES) -> list[Participant]:
                 models=models,
                 data=lambda name, through, c=columns: PUBLIC if name == "proxy" else c,
                 settings=ClientSettings(),
-                counts=torch.zeros(TASK.outputs),
+                label_counts=lambda: torch.zeros(TASK.outputs),
             )
         )
     return made

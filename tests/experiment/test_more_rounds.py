@@ -13,6 +13,9 @@ import torch
 
 from hetero_fl import Run
 from hetero_fl.cli import main
+from hetero_fl.config.base import OptimizerConfig
+from hetero_fl.core import participant
+from hetero_fl.core.participant import RoundContext, scheduled_optimizer
 from hetero_fl.experiment import run
 from hetero_fl.federation.checkpoint import Checkpoints
 from hetero_fl.reporting.run_directory import RunDirectory
@@ -197,16 +200,13 @@ def test_an_extension_is_said_in_log_and_report(
 
 
 def test_an_extended_run_uses_the_new_total(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hetero_fl.config.base import OptimizerConfig
-
     seen = set()
-    at = OptimizerConfig.at_round
 
-    def note(self: OptimizerConfig, round: int, rounds: int) -> OptimizerConfig:
-        seen.add((round, rounds))
-        return at(self, round, rounds)
+    def note(config: OptimizerConfig, context: RoundContext) -> OptimizerConfig:
+        seen.add((context.round_idx, context.num_rounds))
+        return scheduled_optimizer(config, context)
 
-    monkeypatch.setattr(OptimizerConfig, "at_round", note)
+    monkeypatch.setattr(participant, "scheduled_optimizer", note)
 
     run(short / "config.yaml", overrides=["rounds=5"], out=short, resume=True)
 

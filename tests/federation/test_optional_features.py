@@ -17,6 +17,7 @@ OPTIONAL = (
     "privacy/",
     "robustness/",
     "communication/compression.py",
+    "communication/link.py",
     "communication/secure_aggregation/",
     "federation/simulation/",
     "federation/asynchronous.py",

@@ -26,10 +26,10 @@ from hetero_fl.deployment.messages import (
 )
 from hetero_fl.deployment.validation import read_evaluation, read_state_name
 from hetero_fl.engine.driver import Backend, DivergedError
-from hetero_fl.federation.channel import make_protocol
 from hetero_fl.federation.checkpoint import KEPT_CHECKPOINTS
 from hetero_fl.federation.client_runtime import ClientEvaluation
 from hetero_fl.federation.executors.base import ClientAbsentError, in_order
+from hetero_fl.federation.secure_aggregation import make_protocol
 from hetero_fl.federation.state_store import PrivateState, StateStore
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.ordering import natural_order

@@ -18,10 +18,11 @@ from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Payload
 from hetero_fl.engine.driver import run_plan
 from hetero_fl.federation.asynchronous import AsynchronousTrainer, ClientTask, TaskFailedError
-from hetero_fl.federation.channel import FederationLinks, make_protocol
+from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.dry_run import DryRunBackend, ExpectedUploads
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.sampling import sample_cohort
+from hetero_fl.federation.secure_aggregation import make_protocol
 from hetero_fl.federation.simulation.schedule import SimulationEnvironment
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.upload_collector import CHANGED

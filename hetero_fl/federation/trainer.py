@@ -16,11 +16,12 @@ from hetero_fl.core.participant import ClientInfo, copy_containers, copy_tree
 from hetero_fl.core.payload import Payload, PayloadError, check_size, check_upload
 from hetero_fl.core.plan import Predict, Rows
 from hetero_fl.engine.driver import DivergedError
-from hetero_fl.federation.channel import FederationLinks, make_protocol
+from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.client_runtime import ClientEvaluation
 from hetero_fl.federation.dry_run import ExpectedUploads
 from hetero_fl.federation.executors.base import ClientAbsentError, Executor
 from hetero_fl.federation.federation import FederationSpec
+from hetero_fl.federation.secure_aggregation import make_protocol
 from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.federation.user_methods import call_broadcast, is_user_method, translate_user_errors
 from hetero_fl.privacy.server import ServerPrivacy

@@ -13,8 +13,8 @@ from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Payload, PayloadError, logged_from_report, loss_from_report
 from hetero_fl.engine.driver import DivergedError
-from hetero_fl.federation.channel import open_sums
 from hetero_fl.federation.executors.base import ClientLateError
+from hetero_fl.federation.secure_aggregation import open_sums
 from hetero_fl.robustness.robust_means import AggregationRules
 from hetero_fl.utils.errors import NoUploadError, RoundAbandonedError
 

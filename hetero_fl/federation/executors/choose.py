@@ -16,13 +16,13 @@ from hetero_fl.config.schema import Config, RuntimeConfig
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.engine.templates import RATE, describe_model, is_recurrent, training_flops
 from hetero_fl.engine.vectorized import make_backend
-from hetero_fl.federation.channel import make_protocol
 from hetero_fl.federation.client_runtime import ClientRuntime
 from hetero_fl.federation.executors.base import Executor, InProcessExecutor
 from hetero_fl.federation.executors.processes import ProcessPool
 from hetero_fl.federation.executors.torchrun import TorchrunPool, num_ranks
 from hetero_fl.federation.executors.workers import WorkerExecutor, WorkerPool, WorkerSetup
 from hetero_fl.federation.federation import FederationSpec
+from hetero_fl.federation.secure_aggregation import make_protocol
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.utils.environment import available_cores, choose_device, thread_limit
 from hetero_fl.utils.errors import UserError

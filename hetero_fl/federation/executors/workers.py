@@ -20,10 +20,10 @@ from hetero_fl.core.payload import PayloadError
 from hetero_fl.engine.driver import Backend, DivergedError
 from hetero_fl.engine.templates import TaskCosts
 from hetero_fl.engine.vectorized import make_backend
-from hetero_fl.federation.channel import make_protocol
 from hetero_fl.federation.client_runtime import ClientEvaluation, ClientRuntime
 from hetero_fl.federation.executors.base import client_chunks, drain, in_order
 from hetero_fl.federation.federation import FederationSpec
+from hetero_fl.federation.secure_aggregation import make_protocol
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.user_methods import LONGEST, translate_user_errors
 from hetero_fl.utils.errors import RunFailedError, UserError

@@ -186,6 +186,32 @@ def suggest_or_list(found: object, choices: Iterable[str], all_of: str = "") -> 
     return f"; choose from {shown}" if names else ""
 
 
+def check_names(
+    found: Iterable[object], known: Iterable[object], problem: str, detail: str = ""
+) -> None:
+    """Raise an error for the first name that is not known, with the nearest name that is.
+
+    Args:
+        found: Names to check.
+        known: All valid names.
+        problem: Begins the message; the name follows.
+        detail: Follows the name; a suggestion ends the message.
+
+    Raises:
+        UserError: If a name is not known.
+
+    Example:
+        >>> check_names(["dirichlet"], ["iid", "dirichlet"], "data.partition.kind: found")
+        >>> check_names(["site"], ["age", "sex"], "data.csv has no column")
+        Traceback (most recent call last):
+        hetero_fl.utils.errors.UserError: data.csv has no column 'site'; choose from age, sex
+    """
+    valid = [str(name) for name in known]
+    for name in map(str, found):
+        if name not in valid:
+            raise UserError(f"{problem} '{name}'{detail}{suggest_or_list(name, valid)}")
+
+
 def suggest_file(path: Path, suffixes: Sequence[str] = ()) -> str:
     """Return `; did you mean 'x'?` if a file next to one that does not exist has nearly its name, else nothing.
 

@@ -146,11 +146,9 @@ class Gradients(Protocol):
 
     def batches(self, participant: Participant, fit: Fit, device: torch.device) -> Batches:
         """The steps of the fit."""
-        ...
 
     def compute(self, state: FitState, step: int, dropout_key: int, batch: Batch) -> Tensor:
         """Set `grad` of what is trained, which is None before; the loss, as far as it may be told."""
-        ...
 
 
 def run_fit(

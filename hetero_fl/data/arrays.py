@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 from zipfile import is_zipfile
@@ -29,6 +28,7 @@ from hetero_fl.data.dataset import (
     Examples,
     Vocabulary,
     check_examples,
+    first_true,
     index_names,
 )
 from hetero_fl.utils.errors import UserError, suggest_file, suggest_or_list
@@ -98,31 +98,28 @@ def from_arrays(
         raise UserError(
             f"{name}: num_classes: found {num_classes}, but task has {task.outputs} outputs; leave one out"
         )
+    if time is not None and len(given) > 1:
+        raise UserError(
+            f"{name}: time: validation and test are cut by date; leave them out, or leave time out"
+        )
+    extra: dict[str, Any] = {}
+    if group is not None:
+        extra["group"], extra["group_names"] = index_names(_listed(group))
+    if patient is not None:
+        extra["patient"], extra["patient_names"] = index_names(_listed(patient))
+    if time is not None:
+        extra["time"] = _parse_times(time, name)
+    if unit is not None:
+        extra["unit"] = _tensor(unit, "unit").float()
     examples = {
-        split: Examples(x, _targets(labels[split], task))
+        split: Examples(x, _targets(labels[split], task), **(extra if split == "train" else {}))
         for split, x in zip(given, images, strict=True)
     }
     for split, found in examples.items():
-        # missing: whoever sees NaN without `indicate` is told
+        # Missing values are allowed here: a view that sees them without `indicate` is refused later.
         check_examples(found, task, f"{name}: {split}", vocabulary=vocabulary, missing=True)
-    train = examples["train"]
-    if group is not None:
-        column, names = index_names(_listed(group))
-        train = replace(train, group=column, group_names=names)
-    if patient is not None:
-        column, names = index_names(_listed(patient))
-        train = replace(train, patient=column, patient_names=names)
-    if time is not None:
-        if validation is not None or test is not None:
-            raise UserError(
-                f"{name}: time: validation and test are cut by date; leave them out, or leave time out"
-            )
-        train = replace(train, time=_parse_times(time, name))
-    if unit is not None:
-        train = replace(train, unit=_tensor(unit, "unit").float())
-    check_examples(train, task, f"{name}: train", missing=True, vocabulary=vocabulary)
     return Dataset(
-        name, task, train, examples.get("validation"), examples.get("test"), simulated, about, tuple(columns), notes,
+        name, task, examples["train"], examples.get("validation"), examples.get("test"), simulated, about, tuple(columns), notes,
         tuple(Block(title, tuple(shape)) for title, shape in blocks), vocabulary=vocabulary,
     )  # fmt: skip
 
@@ -284,7 +281,10 @@ def _read_labels(
     if kind is None:
         kind, doubts = _label_kind(list(y.values()), has_unit, name)
     if kind == "multiclass" and width == 1:
-        whole = {split: _class_numbers(found, f"{name}: {split}: y") for split, found in y.items()}
+        whole = {
+            split: _class_numbers(found.numpy(), f"{name}: {split}: y")
+            for split, found in y.items()
+        }
         return _classes(whole, num_classes, doubts, name)
     if kind == "multiclass":
         if not _one_hot(list(y.values())) or num_classes not in (None, width):
@@ -344,11 +344,11 @@ def _one_hot(y: list[Tensor]) -> bool:
     )
 
 
-def _class_numbers(y: Tensor, where: str) -> Tensor:
-    if y.is_floating_point() and bool((bad := ~(y.isfinite() & (y == y.floor()))).any()):
-        row = int(bad.to(torch.uint8).argmax())
-        raise UserError(f"{where}: label {float(y[row]):g} in row {row} is not a class number")
-    return y.long()
+def _class_numbers(y: np.ndarray, where: str) -> Tensor:
+    """Return labels `[N]` as int64; refuse fractions."""
+    if (row := first_true(~np.isfinite(y) | (y != np.floor(y)))) is not None:
+        raise UserError(f"{where}: label {y[row]:g} in row {row} is not a class number")
+    return torch.from_numpy(y.astype(np.int64))
 
 
 def _classes(
@@ -416,7 +416,7 @@ def read_npz(
     wanted = [f"{split}_{part}" for split in SPLITS.values() for part in ("images", "labels")] + [
         patient or PATIENT
     ]
-    arrays, names = _read(path, wanted, where)
+    arrays, names = read_npz_arrays(path, wanted)
     raw = {
         ours: _split_arrays(arrays, theirs, where)
         for ours, theirs in SPLITS.items()
@@ -446,26 +446,25 @@ def read_npz(
             raise UserError(
                 f"{where}: {images}: shape {x.shape}, but train_images has {raw['train'][0].shape}"
             )
+    train = splits["train"]
     if (found := arrays.get(patient or PATIENT)) is not None:
-        if found.shape not in ((len(raw["train"][0]),), (len(raw["train"][0]), 1)):
-            wanted_shape = (len(raw["train"][0]),)
+        if found.shape not in ((len(train),), (len(train), 1)):
             raise UserError(
-                f"{where}: {patient or PATIENT}: found shape {found.shape}; want {wanted_shape}, as train_images"
+                f"{where}: {patient or PATIENT}: found shape {found.shape}; want ({len(train)},), "
+                "as train_images"
             )
-        column, patients = index_names(found.reshape(-1).tolist())
-        splits["train"] = replace(splits["train"], patient=column, patient_names=patients)
+        train.patient, train.patient_names = index_names(found.reshape(-1).tolist())
     elif patient is not None:
         raise UserError(
             f"patient: {path} has no array '{patient}'{suggest_or_list(patient, names)}"
         )
-    about = f"local file {path.name}"
     return Dataset(
         name,
         task,
-        splits["train"],
+        train,
         splits.get("validation"),
         splits.get("test"),
-        about=about,
+        about=f"local file {path.name}",
         notes=notes,
     )
 
@@ -473,7 +472,7 @@ def read_npz(
 def read_images(path: Path) -> Tensor:
     """The training images of such a file alone; its labels, if it has any, are not even read."""
     where = f"path: {path}"
-    arrays, names = _read(path, ["train_images"], where)
+    arrays, names = read_npz_arrays(path, ["train_images"])
     if not arrays:
         raise UserError(
             f"{where}: no array 'train_images'; found {', '.join(names) or 'no arrays'}"
@@ -483,24 +482,34 @@ def read_images(path: Path) -> Tensor:
     return _npz_images({f"{where}: train_images": arrays["train_images"]}, table=True)[0]
 
 
-def _read(path: Path, wanted: list[str], where: str) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The wanted arrays as far as they are there, and the names of all arrays. Nothing else is unpacked."""
+def read_npz_arrays(path: Path, wanted: Collection[str]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Read some arrays of a `.npz` file; no other array is unpacked.
+
+    Args:
+        path: The file.
+        wanted: Names of arrays; those that are missing are left out.
+
+    Returns:
+        The arrays that were found by name, and the names of all arrays.
+
+    Raises:
+        UserError: If the file is missing or damaged.
+    """
+    where = f"path: {path}"
     if not path.is_file():
         raise UserError(f"{where}: no such file{suggest_file(path)}")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in wanted if name in archive.files}, list(
-                archive.files
-            )
-    except (
-        Exception
-    ) as error:  # a damaged file makes zipfile, zlib and numpy raise a dozen kinds of errors
+            names = list(archive.files)
+            return {name: archive[name] for name in names if name in wanted}, names
+    except Exception as error:
+        # A damaged file makes zipfile, zlib and numpy raise a dozen kinds of errors.
         raise UserError(
-            f"{where}: not a readable .npz file{unreadable_message(path, error)}"
+            f"{where}: not a readable .npz file{_unreadable_reason(path, error)}"
         ) from error
 
 
-def unreadable_message(path: Path, error: Exception) -> str:
+def _unreadable_reason(path: Path, error: Exception) -> str:
     """Why a file is no .npz; numpy's own words would advise to unpickle whatever it is."""
     if not is_zipfile(path):
         return ": it is no whole archive of arrays, as numpy.savez writes it"
@@ -579,10 +588,7 @@ def _npz_targets(y: np.ndarray, task: Task, where: str) -> Tensor:
         return torch.from_numpy(y.astype(np.float32))
     if y.shape[1] != 1:
         raise UserError(f"{where}: found {y.shape[1]} columns of labels; this set has one")
-    if (fractions := y[:, 0] != np.floor(y[:, 0])).any():
-        row = int(fractions.argmax())
-        raise UserError(f"{where}: label {y[row, 0]:g} in row {row} is not a class number")
-    return torch.from_numpy(y[:, 0].astype(np.int64))
+    return _class_numbers(y[:, 0], where)
 
 
 def _npz_images(raw: Mapping[str, np.ndarray], table: bool) -> list[Tensor]:

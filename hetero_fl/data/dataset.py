@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hetero_fl.core.images import dtype_name
 from hetero_fl.core.task import Task
-from hetero_fl.utils.errors import UserError, printable, suggest_or_list
+from hetero_fl.utils.errors import UserError, check_names, printable
 from hetero_fl.utils.ordering import natural_order
 
 # What a raw example is made of: named columns, or named blocks (modalities) of a flat row; and
@@ -92,20 +92,53 @@ class ColumnLayout:
         return {b.name: span for b, span in zip(self.blocks, spans_of(self.blocks), strict=True)}
 
     def spans(self, names: Sequence[str], where: str) -> Spans:
-        """The runs of columns that bear these names, in the data's own order; neighbours are one run.
+        """Return the runs of columns that have these names, in the data's order.
+
+        Adjacent runs are merged.
 
         Raises:
-            UserError: nothing has a name, or nothing this one.
+            UserError: If nothing has a name, or nothing this one.
         """
-        for name in names:
-            if name not in self.names:
-                hint = (
-                    suggest_or_list(name, self.names)
-                    if self.names
-                    else "; nothing of these examples has a name, leave it out"
-                )
-                raise UserError(f"{where}: found '{printable(name)}'{hint}")
+        if names and not self.names:
+            raise UserError(
+                f"{where}: found '{printable(names[0])}'; nothing of these examples has a name, "
+                "leave it out"
+            )
+        check_names(map(printable, names), self.names, f"{where}: found")
         return merge_spans(tuple(span for name, span in self.boundaries.items() if name in names))
+
+    def keep_columns(self, x: Tensor, names: Sequence[str], where: str) -> Tensor:
+        """Return a copy of examples in which all columns or blocks but these are NaN.
+
+        Args:
+            x: Examples, shape `[N, ..., columns]`.
+            names: Columns or blocks.
+            where: The place in the configuration that names them.
+
+        Raises:
+            UserError: If a name is unknown.
+        """
+        kept = torch.full_like(x, torch.nan)
+        for start, stop in self.spans(names, where):
+            kept[..., start:stop] = x[..., start:stop]
+        return kept
+
+    def has_values(self, x: Tensor, names: Sequence[str], where: str) -> Tensor:
+        """Return which rows have a value in each of these columns or blocks, bool `[N]`.
+
+        Args:
+            x: Examples, shape `[N, ..., columns]`.
+            names: Columns or blocks.
+            where: The place in the configuration that names them.
+
+        Raises:
+            UserError: If a name is unknown.
+        """
+        found = torch.ones(len(x), dtype=torch.bool)
+        for name in names:
+            for start, stop in self.spans([name], where):
+                found &= ~x[..., start:stop].isnan().flatten(1).all(1)
+        return found
 
 
 def spans_of(blocks: Sequence[Block]) -> Spans:
@@ -308,6 +341,25 @@ class Examples:
 
 
 _BY_ROW = ("y", "group", "patient", "time", "unit")
+
+
+def concatenate_examples(parts: Sequence[Examples]) -> Examples:
+    """Return the rows of all parts, in order; what only some parts have is left out.
+
+    Args:
+        parts: Parts of one data set: groups and patients are numbered alike.
+    """
+    columns: dict[str, Any] = {}
+    for name in _BY_ROW:
+        found = [getattr(part, name) for part in parts]
+        columns[name] = None if any(column is None for column in found) else torch.cat(found)
+    baselines = {
+        name: torch.cat([part.baselines[name] for part in parts])
+        for name in parts[0].baselines
+        if all(name in part.baselines for part in parts)
+    }
+    x = torch.cat([part.x for part in parts])
+    return replace(parts[0], x=x, baselines=baselines, **columns)
 
 
 def _shape(column: Tensor) -> str:

@@ -24,27 +24,26 @@ from hetero_fl.data.dataset import (
     Examples,
     RowSelection,
     Vocabulary,
+    concatenate_examples,
 )
-from hetero_fl.data.external import clients_by_source, load_client_sources
-from hetero_fl.data.missing_values import (
-    check_missing_values,
-    check_view,
-    is_all_missing,
-    usable_rows,
-)
+from hetero_fl.data.external import clients_by_source, load_client_sources, proxy_set
 from hetero_fl.data.partition import assign_rows
 from hetero_fl.data.preprocessing import (
     NOTHING,
     Preprocess,
     apply_scanner,
+    check_missing_values,
     check_settings,
+    check_view,
+    is_all_missing,
     raw_shape,
+    usable_rows,
 )
-from hetero_fl.data.proxy_set import common_sets, proxy_set
 from hetero_fl.data.splits import (
     Splits,
     check_categories,
     check_classes,
+    common_sets,
     draw_rows,
     holdout_strategy,
     mark_rare_class,
@@ -108,8 +107,10 @@ class FederatedData:
         self.vocabulary = vocabulary
         """What the tokens mean, the same for all models; None where examples are no tokens."""
         self._settings = clients
-        self._private = private
-        self._public = public
+        self.client_rows = private
+        """Which rows each client has."""
+        self.public_sets = public
+        """The proxy set, if there is one, and the common sets."""
         self._seed = seed
         self._views: BoundedCache[Preprocess] = BoundedCache(CACHED_VIEWS)
         self._sees: dict[Hashable, bool] = {}  # what views have anything of the proxy set
@@ -130,39 +131,35 @@ class FederatedData:
     @property
     def n_train(self) -> int:
         """Rows of all clients' training splits; where clients draw for themselves, of the pool that they draw from."""
-        return self._private.n_train
+        return self.client_rows.n_train
 
     @property
     def n_proxy(self) -> int:
         """Rows of the proxy set; 0 without one."""
-        return len(self._public["proxy"].rows) if "proxy" in self._public else 0
+        return len(self.public_sets["proxy"].rows) if "proxy" in self.public_sets else 0
 
     @property
     def has_proxy_labels(self) -> bool:
         """Whether there is a proxy set whose labels may be read."""
-        return "proxy" in self._public and self._public["proxy"].examples.y is not None
+        return "proxy" in self.public_sets and self.public_sets["proxy"].examples.y is not None
 
     @property
     def n_test(self) -> int:
         """Rows of the common test set."""
-        return len(self._public["common_test"].rows)
+        return len(self.public_sets["common_test"].rows)
 
     def n_rows(self, client: str, split: str) -> int:
         """Rows of a client's train, validation or test split."""
-        return self._private.count(client, split)
-
-    def clients_with_one_row(self) -> list[str]:
-        """Clients with a single row to train on."""
-        return self._private.clients_with_one_row()
+        return self.client_rows.count(client, split)
 
     def label_counts(self, client: str) -> Tensor:
         """How often each label occurs in a client's training split, floats `[outputs]`.
 
         Multilabel: rows where the label is 1. Regression: all rows, for each target. Of clients elsewhere: see `reveals_labels`.
         """
-        if client in self._private.remote_info:
-            return torch.tensor(self._private.remote_info[client].labels)
-        share = self._private[client]["train"]
+        if client in self.client_rows.remote_info:
+            return torch.tensor(self.client_rows.remote_info[client].labels)
+        share = self.client_rows[client]["train"]
         y = share.examples.labels[share.rows]
         if self.task.kind == "multiclass":
             counts = torch.bincount(y, minlength=self.task.outputs)
@@ -175,13 +172,13 @@ class FederatedData:
     @property
     def is_distributed(self) -> bool:
         """Whether others' rows are on machines of their own."""
-        return bool(self._private.remote_info)
+        return bool(self.client_rows.remote_info)
 
     def reveals_labels(self, client: str) -> bool:
         """Whether its label counts are known here: everybody's are, but those of clients elsewhere that keep them."""
         return (
-            client not in self._private.remote_info
-            or self._private.remote_info[client].labels is not None
+            client not in self.client_rows.remote_info
+            or self.client_rows.remote_info[client].labels is not None
         )
 
     def preprocess(self, client: str) -> Preprocess:
@@ -189,8 +186,8 @@ class FederatedData:
         config = self._settings[client].preprocess
         where = f"client '{client}': preprocess"
         if (
-            client in self._private.remote_info
-            and (view := self._private.remote_info[client].view) is not None
+            client in self.client_rows.remote_info
+            and (view := self.client_rows.remote_info[client].view) is not None
         ):
             return view
         if config.normalize != "own":
@@ -217,11 +214,11 @@ class FederatedData:
 
     def has_proxy(self, preprocess: Preprocess) -> bool:
         """Whether there is a proxy set and this view sees anything of it."""
-        if preprocess.raw is None or "proxy" not in self._public:
-            return "proxy" in self._public
+        if preprocess.raw is None or "proxy" not in self.public_sets:
+            return "proxy" in self.public_sets
         key = (preprocess.spans, preprocess.blocks)
         if key not in self._sees:
-            self._sees[key] = not is_all_missing(self._public["proxy"], preprocess)
+            self._sees[key] = not is_all_missing(self.public_sets["proxy"], preprocess)
         return self._sees[key]
 
     def server_preprocess(self, config: PreprocessConfig) -> Preprocess:
@@ -230,7 +227,7 @@ class FederatedData:
             raise UserError(
                 "server.preprocess.normalize: is for numbers, but the examples are tokens; leave it out"
             )
-        public = self._public.get("proxy", self._public["common_validation"])
+        public = self.public_sets.get("proxy", self.public_sets["common_validation"])
         return Preprocess.resolve(
             config, public.copy_rows().x, "server.preprocess", self.layout, self.input_shape
         )
@@ -250,16 +247,16 @@ class FederatedData:
         """
         key = (name, preprocess, torch.get_default_dtype())
         if name in PUBLIC:
-            if name not in self._public:
+            if name not in self.public_sets:
                 raise UserError(
                     f"data.proxy.size: found 0, but a {name} set is asked for; hold some rows out"
                 )
             return self._public_columns.get_or_make(
-                key, lambda: self._preprocess(self._public[name].copy_rows(), preprocess)
+                key, lambda: self._preprocess(self.public_sets[name].copy_rows(), preprocess)
             )
         if (owner, name) == ("server", "pooled"):
             return self._private_columns.get_or_make((owner, *key), lambda: self._pool(preprocess))
-        if owner not in self._private or name not in PRIVATE:
+        if owner not in self.client_rows or name not in PRIVATE:
             known = [*PUBLIC, *PRIVATE, "pooled"]
             raise KeyError(
                 f"no set '{name}' of '{owner}'{suggest_or_list(name, known) if name not in known else ''}"
@@ -270,48 +267,41 @@ class FederatedData:
 
     def extra_columns(self, owner: str, name: str) -> Examples:
         """What stands beside the rows of a set of `columns`, row by row: times, units, baselines. It has no x."""
-        share = self._public[name] if name in PUBLIC else self._private[owner][name]
+        share = self.public_sets[name] if name in PUBLIC else self.client_rows[owner][name]
         return replace(share.examples, x=torch.empty(len(share.examples), 0)).select_rows(
             share.rows
         )
 
     def raw_examples(self, name: str) -> Tensor:
         """The examples of a public set as they lie in memory, `[N, ...]`."""
-        return self._public[name].copy_rows().x
+        return self.public_sets[name].copy_rows().x
 
     def private_rows(self) -> Iterator[Tensor]:
         """Everybody's training rows as they lie in memory, client by client; where clients draw, the pool."""
-        for (_, split), share in self._private.rows_by_location():
+        for (_, split), share in self.client_rows.rows_by_location():
             if split in ("train", "pool"):
                 yield share.copy_rows().x
 
     def public_hash(self) -> str:
         """SHA-256 over the public sets: equal for all who have the same."""
-        return fingerprint((self.task.kind, self.task.outputs), sorted(self._public.items()))
+        return fingerprint((self.task.kind, self.task.outputs), sorted(self.public_sets.items()))
 
     def with_remote_rows(self, private: ClientRows) -> FederatedData:
         """The same with these rows in place of those that everybody has: what lies on one machine of several."""
         held = copy.copy(self)
-        held._private = private
+        held.client_rows = private
         held._views = BoundedCache(CACHED_VIEWS)
         held._sees = {}
         held._public_columns = column_cache(self._public_columns.maxsize)
         held._private_columns = column_cache(self._private_columns.maxsize)
         return held
 
-    @property
-    def client_rows(self) -> ClientRows:
-        """Whose rows are which."""
-        return self._private
-
-    @property
-    def public_sets(self) -> Mapping[str, RowSelection]:
-        """The proxy set, if there is one, and the common sets."""
-        return self._public
-
     def share_memory(self) -> None:
         """Move the raw arrays to memory that other processes can read without a copy."""
-        shares = [*self._public.values(), *(share for _, share in self._private.rows_by_location())]
+        shares = [
+            *self.public_sets.values(),
+            *(share for _, share in self.client_rows.rows_by_location()),
+        ]
         for examples in {id(s.examples): s.examples for s in shares}.values():
             for tensor in (examples.x, examples.y):
                 if tensor is not None:
@@ -321,11 +311,11 @@ class FederatedData:
         """SHA-256 over every example and label that anyone here can see, and whose it is. Two runs with the same hash
         (and configuration) have the same data."""
         places = [
-            (("", name), share) for name, share in self._public.items()
-        ] + self._private.rows_by_location()
+            (("", name), share) for name, share in self.public_sets.items()
+        ] + self.client_rows.rows_by_location()
         told = [
             (client, told.content_hash)
-            for client, told in sorted(self._private.remote_info.items())
+            for client, told in sorted(self.client_rows.remote_info.items())
         ]
         return fingerprint(
             (self.task.kind, self.task.outputs, *told), sorted(places, key=lambda p: p[0])
@@ -333,7 +323,7 @@ class FederatedData:
 
     def _raw_rows(self, client: str, split: str) -> Examples:
         """A client's rows as its own device made them."""
-        found = self._private[client][split].copy_rows()
+        found = self.client_rows[client][split].copy_rows()
         draws = keyed_generator("data", self._seed, "scanner", client, split)
         return Examples(apply_scanner(found.x, self._settings[client].scanner, draws), found.y)
 
@@ -386,38 +376,29 @@ class ResampledData(FederatedData):
         self._views = BoundedCache(CACHED_VIEWS)
         self._private_columns = column_cache(data._private_columns.maxsize)
         given = {
-            client: {**data._private[client], "train": RowSelection.all_rows(rows)}
+            client: {**data.client_rows[client], "train": RowSelection.all_rows(rows)}
             for client, rows in train.items()
         }
-        self._private = ClientRows(
-            {**data._private.assigned, **given}, data._private.lazy_partition
+        self.client_rows = ClientRows(
+            {**data.client_rows.assigned, **given}, data.client_rows.lazy_partition
         )
         self._given = frozenset(train)
 
     def _raw_rows(self, client: str, split: str) -> Examples:
         if split == "train" and client in self._given:
-            return self._private[client][split].copy_rows()
+            return self.client_rows[client][split].copy_rows()
         return super()._raw_rows(client, split)
 
 
 def unprocessed_rows(data: FederatedData, client: str, splits: Sequence[str]) -> Examples:
     """A client's rows of these splits, one after the other, as its own device made them: before any preprocessing."""
-    shares = [data._private[client][split] for split in splits]
+    shares = [data.client_rows[client][split] for split in splits]
     return concatenate_examples(
         [
             replace(s.copy_rows(), x=data._raw_rows(client, n).x)
             for n, s in zip(splits, shares, strict=True)
         ]
     )
-
-
-def concatenate_examples(parts: Sequence[Examples]) -> Examples:
-    """Rows of one data set, one part after the other; what only some parts have is left out."""
-    found: dict[str, Tensor | None] = {}
-    for name in ("y", "group", "patient", "time", "unit"):
-        columns = [column for part in parts if (column := getattr(part, name)) is not None]
-        found[name] = torch.cat(columns) if len(columns) == len(parts) else None
-    return replace(parts[0], x=torch.cat([part.x for part in parts]), baselines={}, **found)  # type: ignore[arg-type]
 
 
 # From a data set to a federation: what is kept, what is public, who gets which rows.
@@ -499,7 +480,7 @@ def federate(
             server, dataset.layout, raw_shape(dataset), "server.preprocess"
         )
         if view.missing is None:
-            check_view(public, view, dataset.layout, "server.preprocess", {}, dataset.min_gap)
+            check_view(public, view, dataset.layout, "server.preprocess", dataset.min_gap)
     return FederatedData(
         dataset.task, dataset.name, population, everybody, public, seed, dataset.simulated or owned.simulated,
         dataset.about, cache_bytes, notes, dataset.layout, dataset.vocabulary,

@@ -1,6 +1,6 @@
-"""How one participant sees examples: preprocessing, augmentation, scanner shift.
+"""How one participant sees examples: preprocessing, augmentation, scanner shift, missing values.
 
-Checks that each client's and the server's view fits the data, before rows are assigned.
+Checks that each client's and the server's view fits the data.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -21,9 +21,20 @@ from hetero_fl.config.clients import (
     PreprocessConfig,
     ScannerConfig,
 )
-from hetero_fl.config.population import SettingsProfile
-from hetero_fl.data.dataset import Block, ColumnLayout, Dataset, Spans, spans_of
+from hetero_fl.config.population import Population, SettingsProfile
+from hetero_fl.data.dataset import (
+    Block,
+    ColumnLayout,
+    Dataset,
+    Examples,
+    RowSelection,
+    Spans,
+    spans_of,
+)
 from hetero_fl.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from hetero_fl.data.client_rows import ClientRows
 
 # How one participant sees every example: the columns it has, as floats, resized, with so many
 # channels, normalised; in this order, and last what is missing.
@@ -460,3 +471,134 @@ def _check_tokens(name: str, view: PreprocessConfig) -> None:
 def _fixed_view(config: PreprocessConfig) -> PreprocessConfig:
     """The same view as far as it is known before anybody has rows."""
     return config.model_copy(update={"normalize": None}) if config.normalize == "own" else config
+
+
+# Missing values: who would see them without having said what becomes of them.
+
+MISSING_CHUNK = 8192  # rows checked together
+
+
+def check_missing_values(
+    kinds: Iterable[SettingsProfile],
+    clients: Population,
+    private: ClientRows,
+    public: Mapping[str, RowSelection],
+    layout: ColumnLayout,
+    first_missing: str = "",
+) -> list[str]:
+    """Refuse a missing value in what a client sees and has no `missing: indicate` for.
+
+    Args:
+        kinds: The profiles of the clients that see the public sets.
+        clients: Settings by client.
+        private: The clients' own rows.
+        public: The public sets, by name.
+        layout: The names along the last axis of the examples.
+        first_missing: The source's own description of where the first missing value is.
+
+    Returns:
+        A line for each profile that sees nothing of the proxy set.
+
+    Raises:
+        UserError: With the client, the set and the row.
+    """
+    located = private.rows_by_location()
+    every = [*public.values(), *(share for _, share in located)]
+    incomplete = _sets_with_missing_values(share.examples for share in every)
+    if not incomplete:
+        return []
+    incomplete_public = {n: s for n, s in public.items() if id(s.examples) in incomplete}
+    raw = tuple(public["common_test"].examples.x.shape[1:])
+    notes = []
+    for kind in kinds:
+        where = f"clients: '{kind.first}': preprocess"
+        view = Preprocess.without_normalization(kind.settings.preprocess, layout, raw, where)
+        places = dict(incomplete_public)
+        if "proxy" in places and is_all_missing(places["proxy"], view):
+            more = f" (and {kind.count - 1:,} more)" if kind.count > 1 else ""
+            notes.append(
+                f"client '{kind.first}'{more} sees nothing of the proxy set: it has no part in "
+                "what is done with it"
+            )
+            del places["proxy"]
+        if private.lazy_partition is not None:
+            places["train"] = private.lazy_partition.pool
+        if view.missing is None:
+            check_view(places, view, layout, where, first_missing)
+    for (client, split), share in located:
+        if client and id(share.examples) in incomplete:
+            config = clients[client].preprocess
+            where = f"clients: '{client}': preprocess"
+            raw = tuple(share.examples.x.shape[1:])
+            view = Preprocess.without_normalization(config, layout, raw, where)
+            if view.missing is None:
+                check_view({split: share}, view, layout, where, first_missing)
+    return notes
+
+
+def _sets_with_missing_values(every: Iterable[Examples]) -> set[int]:
+    """Return the `id` of each set that has a missing value; a set that many share is read once."""
+    sets = {id(examples): examples.x for examples in every}
+    return {
+        key
+        for key, x in sets.items()
+        if x.is_floating_point()
+        and any(bool(rows.isnan().any()) for rows in x.split(MISSING_CHUNK))
+    }
+
+
+def check_view(
+    places: Mapping[str, RowSelection],
+    view: Preprocess,
+    layout: ColumnLayout,
+    where: str,
+    first_missing: str = "",
+) -> None:
+    """Refuse a missing value that a view would see in one of these sets.
+
+    Args:
+        places: The sets, by name.
+        view: A view that does not say what becomes of missing values.
+        layout: The names along the last axis of the examples.
+        where: The view's place in the configuration.
+        first_missing: The source's own description of where the first missing value is.
+
+    Raises:
+        UserError: With the set, the row and the column.
+    """
+    names = [n for n, (start, stop) in layout.boundaries.items() for _ in range(start, stop)]
+    for place, share in places.items():
+        if not share.examples.x.is_floating_point():
+            continue
+        for rows in share.rows.split(MISSING_CHUNK):
+            missing = view.select_columns(share.examples.x[rows]).isnan()
+            if not bool(missing.any()):
+                continue
+            row, *_, column = missing.nonzero()[0].tolist()
+            what = f"'{view.names(names)[column]}'" if names else "one column"
+            first = f" ({first_missing})" if first_missing else ""
+            raise UserError(
+                f"{where}.missing: row {int(rows[row])} of {place} has no value of {what}{first}; "
+                "set it to indicate, or leave what is missing out of preprocess.columns"
+            )
+
+
+def is_all_missing(share: RowSelection, view: Preprocess) -> bool:
+    """Return whether everything that the view takes of these rows is missing."""
+    x = share.examples.x
+    # The first chunk decides as a rule.
+    return x.is_floating_point() and all(
+        bool(view.select_columns(x[rows]).isnan().all()) for rows in share.rows.split(MISSING_CHUNK)
+    )
+
+
+def usable_rows(x_raw: Tensor, view: Preprocess) -> Tensor:
+    """Return which rows can be learned from through a view, bool `[N]`.
+
+    Something of a row has to be there, and all of it unless the view says what becomes of missing
+    values.
+    """
+    if not x_raw.is_floating_point():
+        return torch.ones(len(x_raw), dtype=torch.bool)
+    missing = view.select_columns(x_raw).isnan().flatten(1)
+    return ~(missing.any(1) if view.missing is None else missing.all(1))

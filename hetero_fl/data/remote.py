@@ -14,7 +14,7 @@ from hetero_fl.data.client_rows import ClientRows, RemoteDataInfo, fingerprint
 from hetero_fl.data.dataset import Block, ColumnLayout, Dataset, Examples, RowSelection, Vocabulary
 from hetero_fl.data.external import load_client_sources
 from hetero_fl.data.federated_data import PRIVATE, FederatedData
-from hetero_fl.data.missing_values import check_missing_values
+from hetero_fl.data.preprocessing import check_missing_values
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import decode, encode
 

@@ -27,7 +27,7 @@ from hetero_fl.data.dataset import (
     index_names,
     indicator_names,
 )
-from hetero_fl.utils.errors import UserError, suggest_file, suggest_or_list
+from hetero_fl.utils.errors import UserError, check_names, suggest_file
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.text import format_list
 
@@ -242,6 +242,21 @@ def is_categorical(column: pd.Series) -> bool:
     return is_text(column) or isinstance(column.dtype, pd.CategoricalDtype)
 
 
+def check_columns(
+    frame: pd.DataFrame, wanted: Iterable[tuple[str, str | None]], file: object
+) -> None:
+    """Raise UserError for the first column that a table lacks.
+
+    Args:
+        frame: The table.
+        wanted: Pairs of a configuration key and the column that it names, None for no column.
+        file: What the table is called in the message.
+    """
+    for key, column in wanted:
+        if column is not None:
+            check_names([column], frame.columns, f"{key}: {file} has no column")
+
+
 def raise_cell_error(where: str, row: int, column: str, what: str) -> NoReturn:
     """Raise the error of a cell; `row` counts from 0, messages count from 1 below the header."""
     raise UserError(f"{where}: row {row + 1}, column '{column}': {what}")
@@ -358,12 +373,9 @@ def read_table(
         for key, column in (("group", group), ("patient", patient))
         if column is not None
     }
-    for key, column in [*(("label", column) for column in labels), *owners.items()]:
-        if column not in frame.columns:
-            raise UserError(
-                f"{key}: {path} has no column '{column}'{suggest_or_list(column, map(str, frame.columns))}"
-            )
-        if key != "label" and column in labels:
+    check_columns(frame, [*(("label", column) for column in labels), *owners.items()], path)
+    for key, column in owners.items():
+        if column in labels:
             raise UserError(f"{key}: found '{column}', which is a label; name another column")
     whose = {key: index_names(parse_names(frame[column], where)) for key, column in owners.items()}
     rest = frame.drop(columns=list(set(owners.values())))
@@ -388,15 +400,15 @@ def read_table(
     about = f"table {path.name}, {len(used)} columns" + (
         f"; left out: {', '.join(left_out)}" if left_out else ""
     )
+    values_of = [f"{name} ({format_list(values, SHOWN)})" for name, values in encoded.items()]
+    reasons = [f"{name} ({why})" for name, why in left_out.items()]
     read = [f"label {', '.join(labels)}", *(f"{key} {column}" for key, column in owners.items())]
-    read += [f"columns used: {format_list(used, SHOWN)}"]
-    read += [
-        f"encoded as indicators: {format_list([f'{name} ({format_list(v, SHOWN)})' for name, v in encoded.items()], SHOWN)}"
-    ] * bool(encoded)
-    read += [
-        f"left out: {format_list([f'{name} ({why})' for name, why in left_out.items()], SHOWN) or 'none'}"
-    ]
-    read += [f"decimal commas in {format_list(commas, SHOWN)}"] if commas else []
+    read.append(f"columns used: {format_list(used, SHOWN)}")
+    if encoded:
+        read.append(f"encoded as indicators: {format_list(values_of, SHOWN)}")
+    read.append(f"left out: {format_list(reasons, SHOWN) or 'none'}")
+    if commas:
+        read.append(f"decimal commas in {format_list(commas, SHOWN)}")
     notes = [f"table {path.name}: {'; '.join(read)}", *(f"table {path.name}: {d}" for d in doubts)]
     if patient is None and (name := _patients(rest)) is not None:
         feature = "; as it is, it is a feature too" if name in used else ""

@@ -14,8 +14,8 @@ from hetero_fl.core.objectives import supervised_loss
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.data import FederatedData, Preprocess, row_strata
-from hetero_fl.data.dataset import Examples
-from hetero_fl.data.federated_data import ResampledData, concatenate_examples, unprocessed_rows
+from hetero_fl.data.dataset import Examples, concatenate_examples
+from hetero_fl.data.federated_data import ResampledData, unprocessed_rows
 from hetero_fl.data.partition import most_common_stratum
 from hetero_fl.experiment.preparation import PreparedRun
 from hetero_fl.experiment.runner import load_inherited_models

@@ -240,16 +240,12 @@ def _images(raw: Mapping[str, Tensor]) -> tuple[list[Tensor], tuple[str, ...]]:
     ranged, scaled = in_range(four)
     notes = [
         f"{where}: read as rows x height x width x channels"
-        for where in four
-        if _is_channels_last(raw[where], four[where])
+        for where, x in four.items()
+        if raw[where].ndim == 4 and raw[where].shape != x.shape
     ]
     if scaled:
         notes.append(f"{next(iter(raw))}: floats from 0 to 255 are read as bytes")
     return list((x | ranged).values()), tuple(notes)
-
-
-def _is_channels_last(before: Tensor, after: Tensor) -> bool:
-    return before.ndim == 4 and before.shape != after.shape
 
 
 def _read_labels(

@@ -113,17 +113,13 @@ class LazyPartition:
             held = [(c, n) for c, n in zip(self._classes, wanted, strict=True) if n]
             places = np.concatenate([c[_sample_rows(draws, len(c), n)] for c, n in held])
         # so that classes are in no order where they are cut
-        rows = draws.permutation(self._client_numbers[places])
+        rows = draws.permutation(self.pool.rows.numpy()[places])
         sizes_of = split_counts(count, self.split)
         parts = np.split(rows, np.cumsum(list(sizes_of.values()))[:-1])
         return {
             n: RowSelection(self.pool.examples, torch.from_numpy(np.sort(p)))
             for n, p in zip(sizes_of, parts, strict=True)
         }
-
-    @cached_property
-    def _client_numbers(self) -> np.ndarray:
-        return self.pool.rows.numpy()
 
     @cached_property
     def _classes(self) -> list[np.ndarray]:

@@ -112,6 +112,7 @@ class FederatedData:
         self.public_sets = public
         """The proxy set, if there is one, and the common sets."""
         self._seed = seed
+        self._unscanned: frozenset[str] = frozenset()
         self._views: BoundedCache[Preprocess] = BoundedCache(CACHED_VIEWS)
         self._sees: dict[Hashable, bool] = {}  # what views have anything of the proxy set
         self._public_columns = column_cache(cache_bytes)
@@ -286,15 +287,22 @@ class FederatedData:
         """SHA-256 over the public sets: equal for all who have the same."""
         return fingerprint((self.task.kind, self.task.outputs), sorted(self.public_sets.items()))
 
-    def with_remote_rows(self, private: ClientRows) -> FederatedData:
-        """The same with these rows in place of those that everybody has: what lies on one machine of several."""
-        held = copy.copy(self)
-        held.client_rows = private
-        held._views = BoundedCache(CACHED_VIEWS)
-        held._sees = {}
-        held._public_columns = column_cache(self._public_columns.maxsize)
-        held._private_columns = column_cache(self._private_columns.maxsize)
-        return held
+    def with_rows(self, rows: ClientRows, unscanned: Collection[str] = ()) -> FederatedData:
+        """Return the same data with other client rows, and caches of its own.
+
+        Args:
+            rows: Which rows each client has, or what is known of them.
+            unscanned: Clients whose training rows are as their devices made them, as
+                `unprocessed_rows` returns them; their scanners are not applied again.
+        """
+        data = copy.copy(self)
+        data.client_rows = rows
+        data._unscanned = frozenset(unscanned)
+        data._views = BoundedCache(CACHED_VIEWS)
+        data._sees = {}
+        data._public_columns = column_cache(self._public_columns.maxsize)
+        data._private_columns = column_cache(self._private_columns.maxsize)
+        return data
 
     def share_memory(self) -> None:
         """Move the raw arrays to memory that other processes can read without a copy."""
@@ -324,6 +332,8 @@ class FederatedData:
     def _raw_rows(self, client: str, split: str) -> Examples:
         """A client's rows as its own device made them."""
         found = self.client_rows[client][split].copy_rows()
+        if split == "train" and client in self._unscanned:
+            return found
         draws = keyed_generator("data", self._seed, "scanner", client, split)
         return Examples(apply_scanner(found.x, self._settings[client].scanner, draws), found.y)
 
@@ -359,46 +369,19 @@ def _usable(examples: Examples, through: Preprocess) -> Examples:
     return examples if bool(rows.all()) else examples.select_rows(rows.nonzero().squeeze(1))
 
 
-# A federation's data in which some clients train on other rows: for asking what a run would have
-# been without an example.
-
-
-class ResampledData(FederatedData):
-    """The same data, but for the training rows of some clients.
+def unprocessed_rows(data: FederatedData, client: str, splits: Sequence[str]) -> Examples:
+    """Return a client's rows of some splits as its own device made them, before preprocessing.
 
     Args:
-        data: the federation's.
-        train: those clients' training examples, as `unprocessed_rows` gives them: their scanners do not touch them again.
+        data: The data of the federation.
+        client: The client.
+        splits: Names of its splits; their rows follow one another.
     """
-
-    def __init__(self, data: FederatedData, train: Mapping[str, Examples]) -> None:
-        self.__dict__.update(data.__dict__)  # public columns are the same, and kept in one place
-        self._views = BoundedCache(CACHED_VIEWS)
-        self._private_columns = column_cache(data._private_columns.maxsize)
-        given = {
-            client: {**data.client_rows[client], "train": RowSelection.all_rows(rows)}
-            for client, rows in train.items()
-        }
-        self.client_rows = ClientRows(
-            {**data.client_rows.assigned, **given}, data.client_rows.lazy_partition
-        )
-        self._given = frozenset(train)
-
-    def _raw_rows(self, client: str, split: str) -> Examples:
-        if split == "train" and client in self._given:
-            return self.client_rows[client][split].copy_rows()
-        return super()._raw_rows(client, split)
-
-
-def unprocessed_rows(data: FederatedData, client: str, splits: Sequence[str]) -> Examples:
-    """A client's rows of these splits, one after the other, as its own device made them: before any preprocessing."""
-    shares = [data.client_rows[client][split] for split in splits]
-    return concatenate_examples(
-        [
-            replace(s.copy_rows(), x=data._raw_rows(client, n).x)
-            for n, s in zip(splits, shares, strict=True)
-        ]
-    )
+    parts = []
+    for split in splits:
+        rows = data.client_rows[client][split].copy_rows()
+        parts.append(replace(rows, x=data._raw_rows(client, split).x))
+    return concatenate_examples(parts)
 
 
 # From a data set to a federation: what is kept, what is public, who gets which rows.
@@ -468,7 +451,13 @@ def federate(
         lazy_partition.check()
     elif names := [name for name in population.ids if name not in owners and name not in absent]:
         shares = assign_rows(dataset, rows, names, config, population, seed, notes)
-        private = how.split_clients(shares, _common_rows(dataset, public), config, seed)
+        assert dataset.test is not None
+        # All test rows: `test_limit` is for the common score alone.
+        later = {
+            "validation": public["common_validation"],
+            "test": RowSelection.all_rows(dataset.test),
+        }
+        private = how.split_clients(shares, later, config, seed)
     owned = load_client_sources(holders_of, dataset, config, population, seed)
     everybody = ClientRows(private | owned.private, lazy_partition)
 
@@ -496,9 +485,3 @@ def _limit_rows(dataset: Dataset, config: DataConfig, seed: int) -> Tensor:
     return draw_rows(
         rows, config.train_limit, keyed_generator("data", seed, "train_limit"), patient, leave=0
     )[0]
-
-
-def _common_rows(dataset: Dataset, public: Mapping[str, RowSelection]) -> Splits:
-    """The common validation and test rows that are there for clients: `test_limit` is for the common score alone."""
-    assert dataset.test is not None
-    return {"validation": public["common_validation"], "test": RowSelection.all_rows(dataset.test)}

@@ -50,7 +50,7 @@ def restrict_to_holder(
     """
     own = {client: data.client_rows[client]} if client is not None else {}
     others = {id: remote_info[id] for id in data.client_ids if id not in own}
-    return data.with_remote_rows(ClientRows(own, remote_info=others))
+    return data.with_rows(ClientRows(own, remote_info=others))
 
 
 # The public sets of a federation as bytes, for participants that do not have the data set that they

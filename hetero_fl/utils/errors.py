@@ -107,7 +107,10 @@ def closest_misspelling(found: object, choices: Iterable[str]) -> str | None:
     if word in names:
         return names[word]
     edits = {
-        name: _edit_distance(word, name) for name in sorted(names) if _lengths_allow(word, name)
+        name: _edit_distance(word, name)
+        for name in sorted(names)
+        # With such lengths fewer edits are impossible; they need not be counted.
+        if abs(len(word) - len(name)) <= _max_edits(word, name)
     }
     near = [name for name, count in edits.items() if count <= _max_edits(word, name)]
     return (
@@ -138,11 +141,6 @@ def closest_abbreviation(found: object, choices: Iterable[str]) -> str | None:
 def _max_edits(a: str, b: str) -> int:
     """How many edits apart two words may be for one to be a misspelling of the other."""
     return max(int(max(len(a), len(b)) > 1), min(len(a), len(b)) // 4)
-
-
-def _lengths_allow(a: str, b: str) -> bool:
-    """Whether so few edits are possible at all, given the lengths; else they need not be counted."""
-    return abs(len(a) - len(b)) <= _max_edits(a, b)
 
 
 def _edit_distance(a: str, b: str) -> int:

@@ -170,7 +170,8 @@ def _rows(site: HourlySeries, config: SeriesConfig, periods: Periods, task: Task
     def above(relative: np.ndarray) -> torch.Tensor:
         return torch.from_numpy((relative * scale)[whole] > threshold + 1e-9 * abs(threshold))
 
-    rows.y = _busy_targets(above(target), task)
+    busy = above(target)
+    rows.y = busy[:, 0].long() if task.kind == "multiclass" else busy.float()
     rows.baselines = {name: _outputs(above(outputs), task) for name, outputs in said.items()}
     return rows
 
@@ -204,10 +205,6 @@ def _task(config: SeriesConfig, unit: str) -> Task:
         if len(titles) == 1
         else Task("multilabel", len(titles), titles)
     )
-
-
-def _busy_targets(above: torch.Tensor, task: Task) -> torch.Tensor:
-    return above[:, 0].long() if task.kind == "multiclass" else above.float()
 
 
 def _outputs(above: torch.Tensor, task: Task) -> torch.Tensor:

@@ -47,33 +47,48 @@ def from_arrays(
     columns: tuple[str, ...] = (), blocks: Sequence[tuple[str, Sequence[int]]] = (),
     vocabulary: Vocabulary | None = None,
 ) -> Dataset:  # fmt: skip
-    """A data set of numpy arrays or tensors.
+    """Return a data set of numpy arrays or tensors.
+
+    Each reading of the labels that could be another one is a `UserWarning` and a line in the run's
+    log.
 
     Args:
-        x: images `[N, C, H, W]`, `[N, H, W, C]` or, as whole numbers, `[N, H, W]`: uint8, or floats in 0..1 or 0..255; or
-            floats `[N, T, F]` (series) or `[N, F]` (a table). Series of more than one channel need `columns`; without it they
-            could be images.
-        y: Labels. Integers `[N]` are classes; if they do not start at 0 or have gaps, the classes are the labels that
-            occur, sorted, and are named after them. Text `[N]` is classes, named after the labels. Zeros and ones `[N, L]`
-            are `L` labels per row (multilabel), or classes if every row has exactly one 1. Other floats are regression
-            targets, unless they are few different whole numbers, none below 0 (classes). Each reading that could be another
-            one is a `UserWarning` and a line in the run's log.
-        validation, test: (x, y) of the common sets, if there are any; otherwise they are carved from the training rows.
-        group: whose row it is, `[N]` of numbers or strings, for the natural partition.
-        patient: of whom it is, `[N]` of numbers or strings; rows of one patient are never split up.
-        time: when the target is, `[N]` of whole numbers (seconds since 1970, or any count that grows) or datetime64: train,
-            validation and test are then cut by date, so they are not to be given.
-        unit: of regression targets, `[N]`: what a row's targets are relative to. Errors are those of targets × unit.
-        columns: names of a table's columns, or of a series' channels.
-        blocks: (name, shape) of the modalities that lie side by side in rows `[N, D]`; see also `join`.
-        task: What is learned, instead of what the labels look like: a `Task` (labels are then taken as they are),
-            "multiclass", "multilabel" or "regression".
-        num_classes: Number of classes; integer labels are then class numbers from 0, whether or not all occur.
-        vocabulary: what the numbers mean where x is tokens, whole numbers `[N, T]` (see `Vocabulary.encode`).
+        x: Images `[N, C, H, W]`, `[N, H, W, C]` or, as whole numbers, `[N, H, W]`: uint8, or floats
+            in 0..1 or 0..255; or floats `[N, T, F]` (series) or `[N, F]` (a table). Series of more
+            than one channel need `columns`; without it they could be images.
+        y: Labels. Integers `[N]` are classes; if they do not start at 0 or have gaps, the classes
+            are the sorted labels that occur, and are named after them. Text `[N]` is classes, named
+            after the labels. Zeros and ones `[N, L]` are `L` labels per row (multilabel), or
+            classes if every row has exactly one 1. Other floats are regression targets, unless they
+            are few different whole numbers, none below 0 (classes).
+        validation: (x, y) of the common validation set; without it, it is held out of the training
+            rows.
+        test: (x, y) of the common test set; without it, it is held out of the training rows.
+        group: Group of each row, `[N]` of numbers or strings, for the natural partition.
+        patient: Patient of each row, `[N]` of numbers or strings; rows of one patient are never
+            split.
+        time: Time of each target, `[N]` of whole numbers (seconds since 1970, or any count that
+            grows) or datetime64. Train, validation and test are then cut by date, so `validation`
+            and `test` are not to be given.
+        unit: Of regression targets, `[N]`: what a row's targets are relative to. Errors are those
+            of targets times unit.
+        task: What is learned, instead of what the labels look like: a `Task` (labels are then taken
+            as they are), "multiclass", "multilabel" or "regression".
+        num_classes: Number of classes; integer labels are then class numbers from 0, whether or not
+            all occur.
+        name: The data set's name.
+        simulated: Whether generated data stands in for a real set.
+        about: A description in a few words.
+        columns: Names of a table's columns, or of a series' channels.
+        blocks: (name, shape) of the modalities that lie side by side in rows `[N, D]`; see also
+            `join_images_and_table`.
+        vocabulary: What the numbers mean where x is tokens, whole numbers `[N, T]` (see
+            `Vocabulary.encode`).
 
     Raises:
-        UserError: see `check_examples`; images whose range or order of axes could mean two things; floats `[N, A, B]` that
-            could be images or series; labels that do not fit `task` or `num_classes`.
+        UserError: See `check_examples`; images whose range or order of axes could mean two things;
+            floats `[N, A, B]` that could be images or series; labels that do not fit `task` or
+            `num_classes`.
     """
     pairs = {"train": (x, y), "validation": validation, "test": test}
     given = {split: pair for split, pair in pairs.items() if pair is not None}
@@ -125,7 +140,7 @@ def from_arrays(
 
 
 def _parse_times(values: Any, name: str) -> Tensor:
-    """Whole numbers as they are, dates as seconds since 1970, int64 `[N]`."""
+    """Return whole numbers as they are and dates as seconds since 1970, int64 `[N]`."""
     found = np.asarray(values)
     if np.issubdtype(found.dtype, np.datetime64):
         found = found.astype("datetime64[s]").astype(np.int64)
@@ -148,7 +163,7 @@ def _tensor(values: Any, split: str) -> Tensor:
 def _parse_labels(
     labels: Mapping[str, Any], task: Task | str | None, num_classes: int | None, name: str
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Return the labels of each split as numbers, and what the classes are called if the labels are text."""
+    """Return the labels of each split as numbers, and the names of classes if they are text."""
     texts = {
         split: text
         for split, y in labels.items()
@@ -213,7 +228,7 @@ def _label_numbers(texts: Mapping[str, Sequence[str]], task: Task, name: str) ->
 
 
 def _check_series(raw: Mapping[str, Tensor], columns: tuple[str, ...]) -> None:
-    """Raise UserError for floats `[N, A, B]` that could be images or series; `columns` are names of a series' channels."""
+    """Refuse floats `[N, A, B]` that could be images or series; only series have `columns`."""
     for where, x in raw.items():
         if x.ndim != 3 or not x.is_floating_point() or x.shape[-1] <= 1:
             continue
@@ -230,7 +245,7 @@ def _check_series(raw: Mapping[str, Tensor], columns: tuple[str, ...]) -> None:
 
 
 def _images(raw: Mapping[str, Tensor]) -> tuple[list[Tensor], tuple[str, ...]]:
-    """Images in the form of `hetero_fl.core.images`, anything else in float32, and a line on what was changed."""
+    """Return images in the form of `hetero_fl.core.images`, other x in float32, and notes."""
     x = {where: as_bytes(x, where) if x.ndim in (3, 4) else x for where, x in raw.items()}
     x = {
         where: x[:, None] if x.dtype == torch.uint8 and x.ndim == 3 else x for where, x in x.items()
@@ -255,7 +270,7 @@ def _read_labels(
     has_unit: bool,
     name: str,
 ) -> tuple[Task, dict[str, Tensor], list[str]]:
-    """Return the task, the targets of each split, and a line on each reading that could be another one."""
+    """Return the task, the targets of each split, and a line on each doubtful reading."""
     if kind is not None and kind not in get_args(Kind):
         raise UserError(f"{name}: task: found '{kind}'{suggest_or_list(kind, get_args(Kind))}")
     if num_classes is not None and kind not in (None, "multiclass"):
@@ -350,7 +365,7 @@ def _class_numbers(y: np.ndarray, where: str) -> Tensor:
 def _classes(
     y: dict[str, Tensor], num_classes: int | None, doubts: list[str], name: str
 ) -> tuple[Task, dict[str, Tensor], list[str]]:
-    """Return integer labels as class numbers from 0, named after the labels where these are other numbers."""
+    """Return the task of integer labels, class numbers from 0, and lines on doubtful readings."""
     if num_classes is not None:
         return Task("multiclass", num_classes), y, doubts
     values = torch.cat(list(y.values())).unique()
@@ -392,21 +407,23 @@ def read_npz(
     kind: str | None = None,
     patient: str | None = None,
 ) -> Dataset:
-    """Read a file whose images are `(N, H, W)`, `(N, H, W, C)` or plainly `(N, C, H, W)`, in 0..1 or 0..255, and whose
-    labels are `(N,)`, `(N, 1)` or `(N, L)`.
+    """Read a file in the MedMNIST layout.
 
-    Whole-number labels in one column are classes, several columns of 0 and 1 are multilabel, fractions are regression
-    targets. Floats `(N, F)` in place of images are the rows of a table. `train` is required, the others are optional.
+    Images are `(N, H, W)`, `(N, H, W, C)` or plainly `(N, C, H, W)`, in 0..1 or 0..255; floats
+    `(N, F)` in their place are the rows of a table. Labels are `(N,)`, `(N, 1)` or `(N, L)`: whole
+    numbers in one column are classes, several columns of 0 and 1 are multilabel, fractions are
+    regression targets. `train` is required, the other splits are optional.
 
     Args:
-        name: the data set's name.
-        task: what is learned, if known: the file then has to hold images. Else it is read off the labels, classes being
-            numbered from 0.
-        kind: multiclass, multilabel or regression in place of what the labels look like.
-        patient: the array that says of whom each training row is; none: "patient", if there is one.
+        path: The file.
+        name: The data set's name.
+        task: What is learned, if it is known; the file then has to hold images. Otherwise it is
+            read off the labels, with classes numbered from 0.
+        kind: multiclass, multilabel or regression, in place of what the labels look like.
+        patient: The array with the patient of each training row; None: "patient", if there is one.
 
     Raises:
-        UserError: what is wrong, with the file, the array and the row.
+        UserError: With the file, the array and the row.
     """
     where = f"path: {path}"
     wanted = [f"{split}_{part}" for split in SPLITS.values() for part in ("images", "labels")] + [
@@ -466,7 +483,7 @@ def read_npz(
 
 
 def read_images(path: Path) -> Tensor:
-    """The training images of such a file alone; its labels, if it has any, are not even read."""
+    """Return the training images of a file in the MedMNIST layout; no labels are read."""
     where = f"path: {path}"
     arrays, names = read_npz_arrays(path, ["train_images"])
     if not arrays:
@@ -506,7 +523,7 @@ def read_npz_arrays(path: Path, wanted: Collection[str]) -> tuple[dict[str, np.n
 
 
 def _unreadable_reason(path: Path, error: Exception) -> str:
-    """Why a file is no .npz; numpy's own words would advise to unpickle whatever it is."""
+    """Return why a file is no .npz; numpy's own message would advise to unpickle it."""
     if not is_zipfile(path):
         return ": it is no whole archive of arrays, as numpy.savez writes it"
     if "pickle" in str(error):
@@ -538,7 +555,7 @@ def _split_arrays(
 
 
 def _npz_task(labels: list[np.ndarray], where: str, kind: str | None) -> Task:
-    """What is learned, read off the labels of all splits, unless the kind is known."""
+    """Return what is learned, read off the labels of all splits unless the kind is known."""
     widths = {y.shape[1] for y in labels}
     if len(widths) > 1:
         raise UserError(
@@ -554,7 +571,8 @@ def _npz_task(labels: list[np.ndarray], where: str, kind: str | None) -> Task:
     if kind == "multilabel" or (kind is None and y.shape[1] > 1):
         return Task("multilabel", y.shape[1])
     values = np.unique(y)
-    # A stray 255 in a file of two classes would make 256 classes of it: more than half of the numbers must occur.
+    # A stray 255 in a file of two classes would make 256 classes of it: more than half of the
+    # numbers have to occur.
     if values[0] >= 0 and int(values[-1]) + 1 > 2 * len(values):
         raise UserError(
             f"{where}: labels: label {int(values[-1])} is out of range, as only {len(values)} different ones occur; "
@@ -588,7 +606,12 @@ def _npz_targets(y: np.ndarray, task: Task, where: str) -> Tensor:
 
 
 def _npz_images(raw: Mapping[str, np.ndarray], table: bool) -> list[Tensor]:
-    """`[N, C, H, W]` in uint8 or float32; if a table will do as well, also `[N, F]` in float32. By name in messages."""
+    """Return images `[N, C, H, W]` in uint8 or float32 or, where allowed, tables `[N, F]`.
+
+    Args:
+        raw: Arrays by their names in messages.
+        table: Whether `[N, F]` is allowed.
+    """
     read = {}
     for where, x in raw.items():
         if x.dtype.kind not in "buif":

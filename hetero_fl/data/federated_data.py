@@ -73,10 +73,10 @@ def _num_bytes(columns: Columns) -> int:
 
 
 class FederatedData:
-    """Who holds what, served as columns of tensors through a participant's own preprocessing.
+    """The rows of all participants, served as columns through their own preprocessing.
 
-    Raw arrays stay as they are and are shared; clients are rows of them until asked for, and where they draw for
-    themselves not even that. Made by `federate`.
+    Raw arrays are shared; a client's rows are copied when they are asked for, and drawn then where
+    the partition is `drawn`. `federate` returns an instance.
     """
 
     def __init__(
@@ -99,13 +99,13 @@ class FederatedData:
         self.simulated = simulated
         self.about = about
         self.notes = list(notes)
-        """Lines on how the data was read and dealt that a user has to see before the run."""
+        """Lines on how the data was read and partitioned that a user has to see before the run."""
         self.input_shape = tuple(public["common_test"].examples.x.shape[1:])
         """Shape of a raw example of the common set, without the batch."""
         self.layout = layout
         """The names of its columns, or of its blocks."""
         self.vocabulary = vocabulary
-        """What the tokens mean, the same for all models; None where examples are no tokens."""
+        """Meaning of the tokens, the same for all models; None where examples are no tokens."""
         self._settings = clients
         self.client_rows = private
         """Which rows each client has."""
@@ -114,7 +114,8 @@ class FederatedData:
         self._seed = seed
         self._unscanned: frozenset[str] = frozenset()
         self._views: BoundedCache[Preprocess] = BoundedCache(CACHED_VIEWS)
-        self._sees: dict[Hashable, bool] = {}  # what views have anything of the proxy set
+        # Whether a view has anything of the proxy set.
+        self._sees: dict[Hashable, bool] = {}
         self._public_columns = column_cache(cache_bytes)
         self._private_columns = column_cache(cache_bytes)
 
@@ -126,12 +127,12 @@ class FederatedData:
 
     @property
     def client_ids(self) -> list[str]:
-        """All clients, sorted; a list of them is made."""
+        """All clients, sorted; a new list."""
         return sorted(self._settings)
 
     @property
     def n_train(self) -> int:
-        """Rows of all clients' training splits; where clients draw for themselves, of the pool that they draw from."""
+        """Rows of all clients' training splits; where clients draw, of the pool."""
         return self.client_rows.n_train
 
     @property
@@ -150,13 +151,14 @@ class FederatedData:
         return len(self.public_sets["common_test"].rows)
 
     def n_rows(self, client: str, split: str) -> int:
-        """Rows of a client's train, validation or test split."""
+        """Return the number of rows of a client's train, validation or test split."""
         return self.client_rows.count(client, split)
 
     def label_counts(self, client: str) -> Tensor:
-        """How often each label occurs in a client's training split, floats `[outputs]`.
+        """Return how often each label occurs in a client's training split, float `[outputs]`.
 
-        Multilabel: rows where the label is 1. Regression: all rows, for each target. Of clients elsewhere: see `reveals_labels`.
+        Multilabel: rows where the label is 1. Regression: all rows, for each target. Of clients on
+        other machines: see `reveals_labels`.
         """
         if client in self.client_rows.remote_info:
             return torch.tensor(self.client_rows.remote_info[client].labels)
@@ -172,18 +174,21 @@ class FederatedData:
 
     @property
     def is_distributed(self) -> bool:
-        """Whether others' rows are on machines of their own."""
+        """Whether the rows of some clients are on other machines."""
         return bool(self.client_rows.remote_info)
 
     def reveals_labels(self, client: str) -> bool:
-        """Whether its label counts are known here: everybody's are, but those of clients elsewhere that keep them."""
+        """Return whether a client's label counts are known here.
+
+        Only clients on other machines may keep theirs.
+        """
         return (
             client not in self.client_rows.remote_info
             or self.client_rows.remote_info[client].labels is not None
         )
 
     def preprocess(self, client: str) -> Preprocess:
-        """How the client sees every example; statistics of its `own` are those of its training rows."""
+        """Return a client's view; with `normalize: own`, the statistics of its training rows."""
         config = self._settings[client].preprocess
         where = f"client '{client}': preprocess"
         if (
@@ -201,11 +206,11 @@ class FederatedData:
         )
 
     def unnormalized_view(self, config: PreprocessConfig, where: str) -> Preprocess:
-        """The view of these examples that a configuration asks for, but for what is subtracted and divided by."""
+        """Return the view that a configuration asks for, without normalization."""
         return Preprocess.without_normalization(config, self.layout, self.input_shape, where)
 
     def own_view(self, client: str) -> Preprocess | None:
-        """The client's view but for mean and deviation, where these are of its own rows (`normalize: own`); else None."""
+        """Return a client's view without normalization where that is `own`; else None."""
         config = self._settings[client].preprocess
         return (
             self.unnormalized_view(config, f"client '{client}': preprocess")
@@ -214,7 +219,7 @@ class FederatedData:
         )
 
     def has_proxy(self, preprocess: Preprocess) -> bool:
-        """Whether there is a proxy set and this view sees anything of it."""
+        """Return whether there is a proxy set and a view sees anything of it."""
         if preprocess.raw is None or "proxy" not in self.public_sets:
             return "proxy" in self.public_sets
         key = (preprocess.spans, preprocess.blocks)
@@ -223,7 +228,7 @@ class FederatedData:
         return self._sees[key]
 
     def server_preprocess(self, config: PreprocessConfig) -> Preprocess:
-        """How the server sees examples; it has no rows of its own, so `own` statistics are those of the public sets."""
+        """Return the server's view; with `normalize: own`, the statistics of the public set."""
         if config.normalize is not None and self.vocabulary is not None:
             raise UserError(
                 "server.preprocess.normalize: is for numbers, but the examples are tokens; leave it out"
@@ -234,17 +239,22 @@ class FederatedData:
         )
 
     def columns(self, owner: str, name: str, preprocess: Preprocess) -> Columns:
-        """Examples as seen through a preprocessing: "x" in torch's default float type, and "y", for the proxy only where
-        its labels are kept.
+        """Return examples as seen through a preprocessing.
 
-        The tensors are shared with later callers and must not be changed. They are kept as long as there is room,
-        public and private ones apart (`cache_bytes` each), so that public sets usually stay for the whole run.
+        The tensors are shared with later callers and must not be changed. They are cached as long
+        as there is room, public and private ones separately (`cache_bytes` each), so that public
+        sets usually stay for the whole run.
 
         Args:
-            owner: a client's id; "server" for "pooled"; of no account for a public set.
-            name: train, validation, test; proxy, common_test, common_validation; or pooled, all clients' training rows
-                in the order of sorted ids, each client's as its scanner made them, but for those of which this view sees
-                nothing, or has to see all and does not.
+            owner: The client's id; "server" for "pooled"; not used for a public set.
+            name: train, validation, test; proxy, common_test, common_validation; or pooled: all
+                clients' training rows in the order of sorted ids, each as its client's scanner made
+                it, without rows that the view cannot use.
+            preprocess: The view.
+
+        Returns:
+            "x" in torch's default float type and "y"; of the proxy set only where its labels are
+            kept.
         """
         key = (name, preprocess, torch.get_default_dtype())
         if name in PUBLIC:
@@ -267,24 +277,24 @@ class FederatedData:
         )
 
     def extra_columns(self, owner: str, name: str) -> Examples:
-        """What stands beside the rows of a set of `columns`, row by row: times, units, baselines. It has no x."""
+        """Return times, units and baselines of the rows of a set, without x."""
         share = self.public_sets[name] if name in PUBLIC else self.client_rows[owner][name]
         return replace(share.examples, x=torch.empty(len(share.examples), 0)).select_rows(
             share.rows
         )
 
     def raw_examples(self, name: str) -> Tensor:
-        """The examples of a public set as they lie in memory, `[N, ...]`."""
+        """Return the examples of a public set as they lie in memory, `[N, ...]`."""
         return self.public_sets[name].copy_rows().x
 
     def private_rows(self) -> Iterator[Tensor]:
-        """Everybody's training rows as they lie in memory, client by client; where clients draw, the pool."""
+        """Yield each client's training rows as they lie in memory; where clients draw, the pool."""
         for (_, split), share in self.client_rows.rows_by_location():
             if split in ("train", "pool"):
                 yield share.copy_rows().x
 
     def public_hash(self) -> str:
-        """SHA-256 over the public sets: equal for all who have the same."""
+        """Return the SHA-256 over the public sets."""
         return fingerprint((self.task.kind, self.task.outputs), sorted(self.public_sets.items()))
 
     def with_rows(self, rows: ClientRows, unscanned: Collection[str] = ()) -> FederatedData:
@@ -316,21 +326,23 @@ class FederatedData:
                     tensor.share_memory_()
 
     def content_hash(self) -> str:
-        """SHA-256 over every example and label that anyone here can see, and whose it is. Two runs with the same hash
-        (and configuration) have the same data."""
+        """Return the SHA-256 over all examples and labels that are known here, and their owners.
+
+        Two runs with the same hash (and configuration) have the same data.
+        """
         places = [
             (("", name), share) for name, share in self.public_sets.items()
         ] + self.client_rows.rows_by_location()
-        told = [
-            (client, told.content_hash)
-            for client, told in sorted(self.client_rows.remote_info.items())
+        remote = [
+            (client, info.content_hash)
+            for client, info in sorted(self.client_rows.remote_info.items())
         ]
         return fingerprint(
-            (self.task.kind, self.task.outputs, *told), sorted(places, key=lambda p: p[0])
+            (self.task.kind, self.task.outputs, *remote), sorted(places, key=lambda p: p[0])
         )
 
     def _raw_rows(self, client: str, split: str) -> Examples:
-        """A client's rows as its own device made them."""
+        """Return a client's rows as its own device made them."""
         found = self.client_rows[client][split].copy_rows()
         if split == "train" and client in self._unscanned:
             return found
@@ -396,24 +408,36 @@ def federate(
     server: PreprocessConfig | None = None,
     absent: Collection[str] = (),
 ) -> FederatedData:
-    """Split a data set among clients. The order of `clients` changes nothing.
+    """Partition a data set among clients. The order of `clients` changes nothing.
 
-    In this order: `train_limit` rows are kept; the proxy set is held out of them, or loaded from its own source, and
-    loses its labels; the common validation set is carved if the data set has none; what is left is dealt out among the
-    clients without a source of their own. A source that clients name as their own is dealt out among those that name it
-    (its own test and validation sets stay unused). Each client's rows are then split into train, validation and test.
-    Where the data says of whom each row is, no patient is in two of these places; numbers of rows are then near those
-    asked for. Clients whose partition is `drawn` get no rows here; they draw when they are asked for theirs. Validation and
-    test of a dated set are cut by date (`train_limit` and a held-out proxy set are drawn from what is before); in a natural
-    partition a client's are its groups' rows of the common sets, and a client's own dated source keeps the cuts that it has.
+    In this order: `train_limit` rows are kept; the proxy set is held out of them, or loaded from
+    its own source, and loses its labels; the common validation set is held out if the data set has
+    none; what is left is partitioned among the clients without a source of their own. A source that
+    clients name as their own is partitioned among them (its own test and validation sets are not
+    used). Each client's rows are then split into train, validation and test.
+
+    Where the data names patients, no patient is in two of these places; numbers of rows are then
+    near those asked for. Clients whose partition is `drawn` get no rows here; they draw when they
+    are asked for theirs.
+
+    Validation and test rows of a dated set are cut by date (`train_limit` and a held-out proxy set
+    are drawn from what is before). In a natural partition a client's are its groups' rows of the
+    common sets, and a client's own dated source keeps its cuts.
 
     Args:
-        server: how the server sees examples, if it has a model of its own; a proxy set from elsewhere has to fit it, too.
-        absent: clients that get no rows here: theirs lie on machines of their own.
+        dataset: The data set.
+        config: The data's configuration.
+        clients: Settings by client.
+        seed: The run's seed.
+        cache_bytes: Size of each of the two caches of columns.
+        server: How the server sees examples, if it has a model of its own; a proxy set from its own
+            source has to fit it, too.
+        absent: Clients that get no rows here: theirs are on other machines.
 
     Raises:
-        UserError: too few rows for what is asked; classes, columns or shapes that do not match; settings for images
-            where there are none; a missing value that somebody sees without `missing: indicate`.
+        UserError: Too few rows for what is asked; classes, columns or shapes that do not match;
+            settings for images where there are none; a missing value that a participant sees
+            without `missing: indicate`.
     """
     check_classes(dataset, config)
     check_categories(dataset, config)
@@ -477,7 +501,7 @@ def federate(
 
 
 def _limit_rows(dataset: Dataset, config: DataConfig, seed: int) -> Tensor:
-    """The training rows that are kept, int64 `[M]`."""
+    """Return the training rows that are kept, int64 `[M]`."""
     rows = torch.arange(len(dataset.train))
     patient = dataset.train.patient
     if config.train_limit is None or config.train_limit >= len(rows):

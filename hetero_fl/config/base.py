@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -42,6 +43,15 @@ def choice_type(*names: str, prefix: str | None = None, suffix: str | None = Non
         raise ValueError(f"found {value!r}{suggest_or_list(value, names)}")
 
     return Annotated[str, BeforeValidator(check)]
+
+
+def _check_unique(names: list[str]) -> list[str]:
+    if len(set(names)) < len(names):
+        raise ValueError(f"found {names}; each at most once")
+    return names
+
+
+UniqueNames = Annotated[list[str], AfterValidator(_check_unique)]
 
 
 # The optimizers of local training.

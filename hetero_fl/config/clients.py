@@ -15,7 +15,13 @@ from pydantic import (
     model_validator,
 )
 
-from hetero_fl.config.base import ConfigSection, OptimizerConfig, OptimizerLayer, choice_type
+from hetero_fl.config.base import (
+    ConfigSection,
+    OptimizerConfig,
+    OptimizerLayer,
+    UniqueNames,
+    choice_type,
+)
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.config.simulation import DeviceConfig
 from hetero_fl.utils.code_permission import CONTEXT, OWN
@@ -90,7 +96,7 @@ class PreprocessConfig(ConfigSection):
     """How one participant sees every example, its own and the public ones: its columns, resize, channels, normalise; then
     what is missing."""
 
-    columns: list[str] | None = Field(
+    columns: UniqueNames | None = Field(
         None,
         min_length=1,
         description="names of the columns (tables, series) or blocks (images and genes, say) that it has; none: all",
@@ -105,13 +111,6 @@ class PreprocessConfig(ConfigSection):
         description="indicate: a missing value (NaN) becomes 0 after normalising, and an indicator follows (1: it was missing), "
         "one a column, or one a block where there are blocks; none: missing values are refused",
     )
-
-    @field_validator("columns")
-    @classmethod
-    def _check_unique(cls, value: list[str] | None) -> list[str] | None:
-        if value is not None and len(set(value)) < len(value):
-            raise ValueError(f"found {value}; each at most once")
-        return value
 
 
 class AugmentConfig(ConfigSection):
@@ -179,14 +178,11 @@ class ClientSettings(ConfigSection):
     @field_validator("shares")
     @classmethod
     def _check_extent(cls, value: list[str]) -> list[str]:
-        if {"parameters", "backbone"} <= set(value):
-            raise ValueError("found both 'parameters' and 'backbone'; name the one that is meant")
-        if (parts := [share for share in value if share.endswith(".")]) and {
-            "parameters",
-            "backbone",
-        } & set(value):
-            whole = next(share for share in value if share in ("parameters", "backbone"))
-            raise ValueError(f"found both '{whole}' and '{parts[0]}'; name the one that is meant")
+        extents = [share for share in ("parameters", "backbone") if share in value]
+        parts = [share for share in value if share.endswith(".")]
+        if extents and len(extents + parts) > 1:
+            first, second, *_ = extents + parts
+            raise ValueError(f"found both '{first}' and '{second}'; name the one that is meant")
         if len(set(value)) < len(value):
             raise ValueError(f"found {value}; each at most once")
         return value

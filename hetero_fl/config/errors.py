@@ -75,7 +75,9 @@ def describe_error(
         *parent, last = first["loc"]
         place = _data_location(tuple(parent), raw)
         key = str(last)
-        meant = _suggest_key(key, _fields(model, place), [*at, *place], own)
+        section = _section_at(model, place)
+        known = list(section.model_fields) if section else []
+        meant = _suggest_key(key, known, [*at, *place], own)
         return f"{'.'.join([*at, *place, key])}: unknown key{meant}"
     if kind == "missing":
         return f"{'.'.join([*at, *place, str(first['loc'][-1])])}: missing"
@@ -114,7 +116,8 @@ def _describe_problem(
     if beyond_type:
         return f"found {_format_found(value)}; {first['msg']}"  # a type that only a user's own method has
     kinds = {p["type"] for p in problems}
-    expected = " or ".join(dict.fromkeys(_expected_value(p) for p in problems))
+    words = [EXPECTED.get(p["type"]) or str(p["ctx"]["expected"]) for p in problems]
+    expected = " or ".join(dict.fromkeys(words))
     line = f"expected {expected}, got {'a table' if kinds <= LIST and isinstance(value, dict) else _format_found(value)}"
     if kinds <= TABLE:
         return f"{line}; {_suggest_table(where, section, value)}"
@@ -127,13 +130,6 @@ def _describe_problem(
     if "literal_error" in kinds:
         return line + suggest_similar(value, re.findall(r"'([^']*)'", expected))
     return line
-
-
-def _expected_value(problem: ErrorDetails) -> str:
-    """What a value should have been."""
-    if problem["type"] == "literal_error":
-        return str(problem["ctx"]["expected"])
-    return EXPECTED[problem["type"]]
 
 
 def _to_singular(text: str) -> str:
@@ -266,12 +262,6 @@ def _data_location(loc: tuple[int | str, ...], raw: Any) -> list[str]:
             raw = raw[part]
             place.append(str(part))
     return place
-
-
-def _fields(model: type[BaseModel], place: Iterable[str]) -> list[str]:
-    """The keys that are known at a place."""
-    section = _section_at(model, place)
-    return list(section.model_fields) if section else []
 
 
 def _section_at(model: type[BaseModel], place: Iterable[str]) -> type[BaseModel] | None:

@@ -18,6 +18,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 from hetero_fl.config.base import ConfigSection, choice_type
 from hetero_fl.config.errors import describe_error
 from hetero_fl.config.schema import Config
+from hetero_fl.utils.code_permission import iterate_strings
 from hetero_fl.utils.errors import (
     UserError,
     closest,
@@ -104,8 +105,6 @@ def read_config_file(path: Path) -> dict[str, Any]:
         ) from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder; name a file{_files(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -115,7 +114,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
         ) from None
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
-    except ValueError as error:  # an integer with thousands of digits
+    except (OSError, ValueError) as error:
+        # Not in UTF-8, or an integer with thousands of digits.
         raise UserError(f"{path}: cannot be read: {error}") from None
     except RecursionError:
         raise UserError(f"{path}: cannot be read: nested too deeply") from None
@@ -125,20 +125,20 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def _check_references(tree: Any, where: str) -> None:
-    """Raise UserError for a `${resolver:…}` in a string of the tree: it could tell others what is in the environment."""
-    if isinstance(tree, dict | list):
-        for each in tree.values() if isinstance(tree, dict) else tree:
-            _check_references(each, where)
-    elif isinstance(tree, str):
-        text = ""
-        rest = tree
-        while rest != text and "${" in rest:
+    """Refuse a `${resolver:…}` in a tree: it could reveal what is in the environment.
+
+    References may contain references, so the innermost ones are replaced until none is left.
+    """
+    for _, text in iterate_strings(tree):
+        rest = text
+        count = 1
+        while count:
             if RESOLVER.search(rest):
                 raise UserError(
-                    f"{where}: found {tree[:60]!r}; ${{…}} refers to another key of the file, and to nothing else"
+                    f"{where}: found {text[:60]!r}; ${{…}} refers to another key of the file, "
+                    "and to nothing else"
                 )
-            text = rest
-            rest = REFERENCE.sub("key", rest)
+            rest, count = REFERENCE.subn("key", rest)
 
 
 def _files(folder: Path) -> str:

@@ -269,10 +269,6 @@ def _resolve_settings(
     settings = _select_model(layer, index)
     for over, among in overrides:
         settings = _select_model(_apply_layer(settings, over), among)
-    return _check_settings(client_id, settings)
-
-
-def _check_settings(client_id: str, settings: dict[str, Any]) -> ClientSettings:
     try:
         return ClientSettings.model_validate(settings)
     except ValidationError as error:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 from zipfile import is_zipfile
@@ -29,6 +28,7 @@ from hetero_fl.data.dataset import (
     Examples,
     Vocabulary,
     check_examples,
+    first_true,
     index_names,
 )
 from hetero_fl.utils.errors import UserError, suggest_file, suggest_or_list
@@ -47,33 +47,48 @@ def from_arrays(
     columns: tuple[str, ...] = (), blocks: Sequence[tuple[str, Sequence[int]]] = (),
     vocabulary: Vocabulary | None = None,
 ) -> Dataset:  # fmt: skip
-    """A data set of numpy arrays or tensors.
+    """Return a data set of numpy arrays or tensors.
+
+    Each reading of the labels that could be another one is a `UserWarning` and a line in the run's
+    log.
 
     Args:
-        x: images `[N, C, H, W]`, `[N, H, W, C]` or, as whole numbers, `[N, H, W]`: uint8, or floats in 0..1 or 0..255; or
-            floats `[N, T, F]` (series) or `[N, F]` (a table). Series of more than one channel need `columns`; without it they
-            could be images.
-        y: Labels. Integers `[N]` are classes; if they do not start at 0 or have gaps, the classes are the labels that
-            occur, sorted, and are named after them. Text `[N]` is classes, named after the labels. Zeros and ones `[N, L]`
-            are `L` labels per row (multilabel), or classes if every row has exactly one 1. Other floats are regression
-            targets, unless they are few different whole numbers, none below 0 (classes). Each reading that could be another
-            one is a `UserWarning` and a line in the run's log.
-        validation, test: (x, y) of the common sets, if there are any; otherwise they are carved from the training rows.
-        group: whose row it is, `[N]` of numbers or strings, for the natural partition.
-        patient: of whom it is, `[N]` of numbers or strings; rows of one patient are never split up.
-        time: when the target is, `[N]` of whole numbers (seconds since 1970, or any count that grows) or datetime64: train,
-            validation and test are then cut by date, so they are not to be given.
-        unit: of regression targets, `[N]`: what a row's targets are relative to. Errors are those of targets × unit.
-        columns: names of a table's columns, or of a series' channels.
-        blocks: (name, shape) of the modalities that lie side by side in rows `[N, D]`; see also `join`.
-        task: What is learned, instead of what the labels look like: a `Task` (labels are then taken as they are),
-            "multiclass", "multilabel" or "regression".
-        num_classes: Number of classes; integer labels are then class numbers from 0, whether or not all occur.
-        vocabulary: what the numbers mean where x is tokens, whole numbers `[N, T]` (see `Vocabulary.encode`).
+        x: Images `[N, C, H, W]`, `[N, H, W, C]` or, as whole numbers, `[N, H, W]`: uint8, or floats
+            in 0..1 or 0..255; or floats `[N, T, F]` (series) or `[N, F]` (a table). Series of more
+            than one channel need `columns`; without it they could be images.
+        y: Labels. Integers `[N]` are classes; if they do not start at 0 or have gaps, the classes
+            are the sorted labels that occur, and are named after them. Text `[N]` is classes, named
+            after the labels. Zeros and ones `[N, L]` are `L` labels per row (multilabel), or
+            classes if every row has exactly one 1. Other floats are regression targets, unless they
+            are few different whole numbers, none below 0 (classes).
+        validation: (x, y) of the common validation set; without it, it is held out of the training
+            rows.
+        test: (x, y) of the common test set; without it, it is held out of the training rows.
+        group: Group of each row, `[N]` of numbers or strings, for the natural partition.
+        patient: Patient of each row, `[N]` of numbers or strings; rows of one patient are never
+            split.
+        time: Time of each target, `[N]` of whole numbers (seconds since 1970, or any count that
+            grows) or datetime64. Train, validation and test are then cut by date, so `validation`
+            and `test` are not to be given.
+        unit: Of regression targets, `[N]`: what a row's targets are relative to. Errors are those
+            of targets times unit.
+        task: What is learned, instead of what the labels look like: a `Task` (labels are then taken
+            as they are), "multiclass", "multilabel" or "regression".
+        num_classes: Number of classes; integer labels are then class numbers from 0, whether or not
+            all occur.
+        name: The data set's name.
+        simulated: Whether generated data stands in for a real set.
+        about: A description in a few words.
+        columns: Names of a table's columns, or of a series' channels.
+        blocks: (name, shape) of the modalities that lie side by side in rows `[N, D]`; see also
+            `join_images_and_table`.
+        vocabulary: What the numbers mean where x is tokens, whole numbers `[N, T]` (see
+            `Vocabulary.encode`).
 
     Raises:
-        UserError: see `check_examples`; images whose range or order of axes could mean two things; floats `[N, A, B]` that
-            could be images or series; labels that do not fit `task` or `num_classes`.
+        UserError: See `check_examples`; images whose range or order of axes could mean two things;
+            floats `[N, A, B]` that could be images or series; labels that do not fit `task` or
+            `num_classes`.
     """
     pairs = {"train": (x, y), "validation": validation, "test": test}
     given = {split: pair for split, pair in pairs.items() if pair is not None}
@@ -98,37 +113,34 @@ def from_arrays(
         raise UserError(
             f"{name}: num_classes: found {num_classes}, but task has {task.outputs} outputs; leave one out"
         )
+    if time is not None and len(given) > 1:
+        raise UserError(
+            f"{name}: time: validation and test are cut by date; leave them out, or leave time out"
+        )
+    extra: dict[str, Any] = {}
+    if group is not None:
+        extra["group"], extra["group_names"] = index_names(_listed(group))
+    if patient is not None:
+        extra["patient"], extra["patient_names"] = index_names(_listed(patient))
+    if time is not None:
+        extra["time"] = _parse_times(time, name)
+    if unit is not None:
+        extra["unit"] = _tensor(unit, "unit").float()
     examples = {
-        split: Examples(x, _targets(labels[split], task))
+        split: Examples(x, _targets(labels[split], task), **(extra if split == "train" else {}))
         for split, x in zip(given, images, strict=True)
     }
     for split, found in examples.items():
-        # missing: whoever sees NaN without `indicate` is told
+        # Missing values are allowed here: a view that sees them without `indicate` is refused later.
         check_examples(found, task, f"{name}: {split}", vocabulary=vocabulary, missing=True)
-    train = examples["train"]
-    if group is not None:
-        column, names = index_names(_listed(group))
-        train = replace(train, group=column, group_names=names)
-    if patient is not None:
-        column, names = index_names(_listed(patient))
-        train = replace(train, patient=column, patient_names=names)
-    if time is not None:
-        if validation is not None or test is not None:
-            raise UserError(
-                f"{name}: time: validation and test are cut by date; leave them out, or leave time out"
-            )
-        train = replace(train, time=_parse_times(time, name))
-    if unit is not None:
-        train = replace(train, unit=_tensor(unit, "unit").float())
-    check_examples(train, task, f"{name}: train", missing=True, vocabulary=vocabulary)
     return Dataset(
-        name, task, train, examples.get("validation"), examples.get("test"), simulated, about, tuple(columns), notes,
+        name, task, examples["train"], examples.get("validation"), examples.get("test"), simulated, about, tuple(columns), notes,
         tuple(Block(title, tuple(shape)) for title, shape in blocks), vocabulary=vocabulary,
     )  # fmt: skip
 
 
 def _parse_times(values: Any, name: str) -> Tensor:
-    """Whole numbers as they are, dates as seconds since 1970, int64 `[N]`."""
+    """Return whole numbers as they are and dates as seconds since 1970, int64 `[N]`."""
     found = np.asarray(values)
     if np.issubdtype(found.dtype, np.datetime64):
         found = found.astype("datetime64[s]").astype(np.int64)
@@ -151,7 +163,7 @@ def _tensor(values: Any, split: str) -> Tensor:
 def _parse_labels(
     labels: Mapping[str, Any], task: Task | str | None, num_classes: int | None, name: str
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Return the labels of each split as numbers, and what the classes are called if the labels are text."""
+    """Return the labels of each split as numbers, and the names of classes if they are text."""
     texts = {
         split: text
         for split, y in labels.items()
@@ -216,7 +228,7 @@ def _label_numbers(texts: Mapping[str, Sequence[str]], task: Task, name: str) ->
 
 
 def _check_series(raw: Mapping[str, Tensor], columns: tuple[str, ...]) -> None:
-    """Raise UserError for floats `[N, A, B]` that could be images or series; `columns` are names of a series' channels."""
+    """Refuse floats `[N, A, B]` that could be images or series; only series have `columns`."""
     for where, x in raw.items():
         if x.ndim != 3 or not x.is_floating_point() or x.shape[-1] <= 1:
             continue
@@ -233,7 +245,7 @@ def _check_series(raw: Mapping[str, Tensor], columns: tuple[str, ...]) -> None:
 
 
 def _images(raw: Mapping[str, Tensor]) -> tuple[list[Tensor], tuple[str, ...]]:
-    """Images in the form of `hetero_fl.core.images`, anything else in float32, and a line on what was changed."""
+    """Return images in the form of `hetero_fl.core.images`, other x in float32, and notes."""
     x = {where: as_bytes(x, where) if x.ndim in (3, 4) else x for where, x in raw.items()}
     x = {
         where: x[:, None] if x.dtype == torch.uint8 and x.ndim == 3 else x for where, x in x.items()
@@ -243,16 +255,12 @@ def _images(raw: Mapping[str, Tensor]) -> tuple[list[Tensor], tuple[str, ...]]:
     ranged, scaled = in_range(four)
     notes = [
         f"{where}: read as rows x height x width x channels"
-        for where in four
-        if _is_channels_last(raw[where], four[where])
+        for where, x in four.items()
+        if raw[where].ndim == 4 and raw[where].shape != x.shape
     ]
     if scaled:
         notes.append(f"{next(iter(raw))}: floats from 0 to 255 are read as bytes")
     return list((x | ranged).values()), tuple(notes)
-
-
-def _is_channels_last(before: Tensor, after: Tensor) -> bool:
-    return before.ndim == 4 and before.shape != after.shape
 
 
 def _read_labels(
@@ -262,7 +270,7 @@ def _read_labels(
     has_unit: bool,
     name: str,
 ) -> tuple[Task, dict[str, Tensor], list[str]]:
-    """Return the task, the targets of each split, and a line on each reading that could be another one."""
+    """Return the task, the targets of each split, and a line on each doubtful reading."""
     if kind is not None and kind not in get_args(Kind):
         raise UserError(f"{name}: task: found '{kind}'{suggest_or_list(kind, get_args(Kind))}")
     if num_classes is not None and kind not in (None, "multiclass"):
@@ -284,7 +292,10 @@ def _read_labels(
     if kind is None:
         kind, doubts = _label_kind(list(y.values()), has_unit, name)
     if kind == "multiclass" and width == 1:
-        whole = {split: _class_numbers(found, f"{name}: {split}: y") for split, found in y.items()}
+        whole = {
+            split: _class_numbers(found.numpy(), f"{name}: {split}: y")
+            for split, found in y.items()
+        }
         return _classes(whole, num_classes, doubts, name)
     if kind == "multiclass":
         if not _one_hot(list(y.values())) or num_classes not in (None, width):
@@ -344,17 +355,17 @@ def _one_hot(y: list[Tensor]) -> bool:
     )
 
 
-def _class_numbers(y: Tensor, where: str) -> Tensor:
-    if y.is_floating_point() and bool((bad := ~(y.isfinite() & (y == y.floor()))).any()):
-        row = int(bad.to(torch.uint8).argmax())
-        raise UserError(f"{where}: label {float(y[row]):g} in row {row} is not a class number")
-    return y.long()
+def _class_numbers(y: np.ndarray, where: str) -> Tensor:
+    """Return labels `[N]` as int64; refuse fractions."""
+    if (row := first_true(~np.isfinite(y) | (y != np.floor(y)))) is not None:
+        raise UserError(f"{where}: label {y[row]:g} in row {row} is not a class number")
+    return torch.from_numpy(y.astype(np.int64))
 
 
 def _classes(
     y: dict[str, Tensor], num_classes: int | None, doubts: list[str], name: str
 ) -> tuple[Task, dict[str, Tensor], list[str]]:
-    """Return integer labels as class numbers from 0, named after the labels where these are other numbers."""
+    """Return the task of integer labels, class numbers from 0, and lines on doubtful readings."""
     if num_classes is not None:
         return Task("multiclass", num_classes), y, doubts
     values = torch.cat(list(y.values())).unique()
@@ -396,27 +407,29 @@ def read_npz(
     kind: str | None = None,
     patient: str | None = None,
 ) -> Dataset:
-    """Read a file whose images are `(N, H, W)`, `(N, H, W, C)` or plainly `(N, C, H, W)`, in 0..1 or 0..255, and whose
-    labels are `(N,)`, `(N, 1)` or `(N, L)`.
+    """Read a file in the MedMNIST layout.
 
-    Whole-number labels in one column are classes, several columns of 0 and 1 are multilabel, fractions are regression
-    targets. Floats `(N, F)` in place of images are the rows of a table. `train` is required, the others are optional.
+    Images are `(N, H, W)`, `(N, H, W, C)` or plainly `(N, C, H, W)`, in 0..1 or 0..255; floats
+    `(N, F)` in their place are the rows of a table. Labels are `(N,)`, `(N, 1)` or `(N, L)`: whole
+    numbers in one column are classes, several columns of 0 and 1 are multilabel, fractions are
+    regression targets. `train` is required, the other splits are optional.
 
     Args:
-        name: the data set's name.
-        task: what is learned, if known: the file then has to hold images. Else it is read off the labels, classes being
-            numbered from 0.
-        kind: multiclass, multilabel or regression in place of what the labels look like.
-        patient: the array that says of whom each training row is; none: "patient", if there is one.
+        path: The file.
+        name: The data set's name.
+        task: What is learned, if it is known; the file then has to hold images. Otherwise it is
+            read off the labels, with classes numbered from 0.
+        kind: multiclass, multilabel or regression, in place of what the labels look like.
+        patient: The array with the patient of each training row; None: "patient", if there is one.
 
     Raises:
-        UserError: what is wrong, with the file, the array and the row.
+        UserError: With the file, the array and the row.
     """
     where = f"path: {path}"
     wanted = [f"{split}_{part}" for split in SPLITS.values() for part in ("images", "labels")] + [
         patient or PATIENT
     ]
-    arrays, names = _read(path, wanted, where)
+    arrays, names = read_npz_arrays(path, wanted)
     raw = {
         ours: _split_arrays(arrays, theirs, where)
         for ours, theirs in SPLITS.items()
@@ -446,34 +459,33 @@ def read_npz(
             raise UserError(
                 f"{where}: {images}: shape {x.shape}, but train_images has {raw['train'][0].shape}"
             )
+    train = splits["train"]
     if (found := arrays.get(patient or PATIENT)) is not None:
-        if found.shape not in ((len(raw["train"][0]),), (len(raw["train"][0]), 1)):
-            wanted_shape = (len(raw["train"][0]),)
+        if found.shape not in ((len(train),), (len(train), 1)):
             raise UserError(
-                f"{where}: {patient or PATIENT}: found shape {found.shape}; want {wanted_shape}, as train_images"
+                f"{where}: {patient or PATIENT}: found shape {found.shape}; want ({len(train)},), "
+                "as train_images"
             )
-        column, patients = index_names(found.reshape(-1).tolist())
-        splits["train"] = replace(splits["train"], patient=column, patient_names=patients)
+        train.patient, train.patient_names = index_names(found.reshape(-1).tolist())
     elif patient is not None:
         raise UserError(
             f"patient: {path} has no array '{patient}'{suggest_or_list(patient, names)}"
         )
-    about = f"local file {path.name}"
     return Dataset(
         name,
         task,
-        splits["train"],
+        train,
         splits.get("validation"),
         splits.get("test"),
-        about=about,
+        about=f"local file {path.name}",
         notes=notes,
     )
 
 
 def read_images(path: Path) -> Tensor:
-    """The training images of such a file alone; its labels, if it has any, are not even read."""
+    """Return the training images of a file in the MedMNIST layout; no labels are read."""
     where = f"path: {path}"
-    arrays, names = _read(path, ["train_images"], where)
+    arrays, names = read_npz_arrays(path, ["train_images"])
     if not arrays:
         raise UserError(
             f"{where}: no array 'train_images'; found {', '.join(names) or 'no arrays'}"
@@ -483,25 +495,35 @@ def read_images(path: Path) -> Tensor:
     return _npz_images({f"{where}: train_images": arrays["train_images"]}, table=True)[0]
 
 
-def _read(path: Path, wanted: list[str], where: str) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The wanted arrays as far as they are there, and the names of all arrays. Nothing else is unpacked."""
+def read_npz_arrays(path: Path, wanted: Collection[str]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Read some arrays of a `.npz` file; no other array is unpacked.
+
+    Args:
+        path: The file.
+        wanted: Names of arrays; those that are missing are left out.
+
+    Returns:
+        The arrays that were found by name, and the names of all arrays.
+
+    Raises:
+        UserError: If the file is missing or damaged.
+    """
+    where = f"path: {path}"
     if not path.is_file():
         raise UserError(f"{where}: no such file{suggest_file(path)}")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in wanted if name in archive.files}, list(
-                archive.files
-            )
-    except (
-        Exception
-    ) as error:  # a damaged file makes zipfile, zlib and numpy raise a dozen kinds of errors
+            names = list(archive.files)
+            return {name: archive[name] for name in names if name in wanted}, names
+    except Exception as error:
+        # A damaged file makes zipfile, zlib and numpy raise a dozen kinds of errors.
         raise UserError(
-            f"{where}: not a readable .npz file{unreadable_message(path, error)}"
+            f"{where}: not a readable .npz file{_unreadable_reason(path, error)}"
         ) from error
 
 
-def unreadable_message(path: Path, error: Exception) -> str:
-    """Why a file is no .npz; numpy's own words would advise to unpickle whatever it is."""
+def _unreadable_reason(path: Path, error: Exception) -> str:
+    """Return why a file is no .npz; numpy's own message would advise to unpickle it."""
     if not is_zipfile(path):
         return ": it is no whole archive of arrays, as numpy.savez writes it"
     if "pickle" in str(error):
@@ -533,7 +555,7 @@ def _split_arrays(
 
 
 def _npz_task(labels: list[np.ndarray], where: str, kind: str | None) -> Task:
-    """What is learned, read off the labels of all splits, unless the kind is known."""
+    """Return what is learned, read off the labels of all splits unless the kind is known."""
     widths = {y.shape[1] for y in labels}
     if len(widths) > 1:
         raise UserError(
@@ -549,7 +571,8 @@ def _npz_task(labels: list[np.ndarray], where: str, kind: str | None) -> Task:
     if kind == "multilabel" or (kind is None and y.shape[1] > 1):
         return Task("multilabel", y.shape[1])
     values = np.unique(y)
-    # A stray 255 in a file of two classes would make 256 classes of it: more than half of the numbers must occur.
+    # A stray 255 in a file of two classes would make 256 classes of it: more than half of the
+    # numbers have to occur.
     if values[0] >= 0 and int(values[-1]) + 1 > 2 * len(values):
         raise UserError(
             f"{where}: labels: label {int(values[-1])} is out of range, as only {len(values)} different ones occur; "
@@ -579,14 +602,16 @@ def _npz_targets(y: np.ndarray, task: Task, where: str) -> Tensor:
         return torch.from_numpy(y.astype(np.float32))
     if y.shape[1] != 1:
         raise UserError(f"{where}: found {y.shape[1]} columns of labels; this set has one")
-    if (fractions := y[:, 0] != np.floor(y[:, 0])).any():
-        row = int(fractions.argmax())
-        raise UserError(f"{where}: label {y[row, 0]:g} in row {row} is not a class number")
-    return torch.from_numpy(y[:, 0].astype(np.int64))
+    return _class_numbers(y[:, 0], where)
 
 
 def _npz_images(raw: Mapping[str, np.ndarray], table: bool) -> list[Tensor]:
-    """`[N, C, H, W]` in uint8 or float32; if a table will do as well, also `[N, F]` in float32. By name in messages."""
+    """Return images `[N, C, H, W]` in uint8 or float32 or, where allowed, tables `[N, F]`.
+
+    Args:
+        raw: Arrays by their names in messages.
+        table: Whether `[N, F]` is allowed.
+    """
     read = {}
     for where, x in raw.items():
         if x.dtype.kind not in "buif":

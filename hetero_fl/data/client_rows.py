@@ -1,4 +1,4 @@
-"""Which rows are whose: dealt out before the run, or drawn by each client for itself when they are asked for."""
+"""The rows of each client: assigned before the run, or drawn when they are asked for."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hetero_fl.data.preprocessing import Preprocess
 from hetero_fl.data.splits import FEWEST_TO_TRAIN, split_counts
 from hetero_fl.utils.caching import BoundedCache
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.seeding import stream_key
+from hetero_fl.utils.seeding import keyed_numpy_generator
 
 HASH_ROWS = 8192
 SPLITS_KEPT = 1024  # clients whose drawn rows are kept
@@ -28,12 +28,13 @@ SPLITS_KEPT = 1024  # clients whose drawn rows are kept
 
 @dataclass(frozen=True)
 class LazyPartition:
-    """The partition `drawn`: each client draws rows of a pool for itself, a row at most once; others may have it, too.
+    """The partition `drawn`: each client draws rows of a pool without replacement.
 
-    A client's rows depend on its id, its `size`, the pool, the configuration and the seed, and not on who else takes part.
-    With `alpha`, its mix of labels is Dirichlet(alpha · C · q), q the shares of the C classes in the pool (as in Hsu et al.,
-    arXiv:1909.06335, whose q is uniform); where a class has too few rows for it, the others stand in. Costs about the
-    client's rows, whatever the population.
+    Clients may share rows. A client's rows depend on its id, its `size`, the pool, the
+    configuration and the seed, and not on the other clients. With `alpha`, its mix of labels is
+    Dirichlet(alpha · C · q), q the shares of the C classes in the pool (as in Hsu et al.,
+    arXiv:1909.06335, whose q is uniform); where a class has too few rows, the other classes fill
+    up. The cost is that of the client's rows, whatever the population.
     """
 
     pool: RowSelection
@@ -47,7 +48,11 @@ class LazyPartition:
     )
 
     def check(self) -> None:
-        """Raises UserError where a client could have fewer rows than it may, or than it can split, or more than there are."""
+        """Check that every client can have the rows that its settings ask for.
+
+        Raises:
+            UserError: If a client could have too few rows, or more than there are.
+        """
         where = "data.partition"
         pool = len(self.pool.rows)
         if self.pool.examples.patient is not None:
@@ -68,13 +73,11 @@ class LazyPartition:
                 raise UserError(
                     f"{where}.rows: found {rows} {owner}, but there are {pool} to draw from; take fewer"
                 )
-            least, most = (
-                (self.config.min_size, min(pool, int(3 / to_train) + 1))
-                if self.config.spread
-                else (rows, rows)
-            )
-            # with more, rounding cannot take the last two away from training
-            for count in range(least, most + 1):
+            counts = [rows]
+            if self.config.spread:
+                # With more rows, rounding cannot take the last two away from training.
+                counts = list(range(self.config.min_size, min(pool, int(3 / to_train) + 1) + 1))
+            for count in counts:
                 if split_counts(count, self.split)["train"] < FEWEST_TO_TRAIN:
                     key = "min_size" if self.config.spread else "rows"
                     raise UserError(
@@ -82,23 +85,25 @@ class LazyPartition:
                     )
 
     def num_rows(self, client: str) -> int:
-        """How many rows the client has, known without drawing them."""
+        """Return the number of a client's rows without drawing them."""
         rows = self.config.rows * self.clients[client].size
         if self.config.spread:
-            rows *= self._draws("rows", client).lognormal(0, self.config.spread)
+            rows *= keyed_numpy_generator("data", self.seed, "rows", client).lognormal(
+                0, self.config.spread
+            )
         return min(max(round(rows), self.config.min_size), len(self.pool.rows))
 
     def split_counts(self, client: str) -> Mapping[str, int]:
-        """Rows of each split."""
+        """Return the number of rows of each split."""
         return split_counts(self.num_rows(client), self.split)
 
     def splits(self, client: str) -> dict[str, RowSelection]:
-        """Train, validation and test."""
+        """Return the rows of each split."""
         return self._cached_splits.get_or_make(client, lambda: self._splits(client))
 
     def _splits(self, client: str) -> dict[str, RowSelection]:
         count = self.num_rows(client)
-        draws = self._draws("drawn", client)
+        draws = keyed_numpy_generator("data", self.seed, "drawn", client)
         if self.config.alpha is None:
             places = _sample_rows(draws, len(self.pool.rows), count)
         else:
@@ -108,20 +113,13 @@ class LazyPartition:
             held = [(c, n) for c, n in zip(self._classes, wanted, strict=True) if n]
             places = np.concatenate([c[_sample_rows(draws, len(c), n)] for c, n in held])
         # so that classes are in no order where they are cut
-        rows = draws.permutation(self._client_numbers[places])
+        rows = draws.permutation(self.pool.rows.numpy()[places])
         sizes_of = split_counts(count, self.split)
         parts = np.split(rows, np.cumsum(list(sizes_of.values()))[:-1])
         return {
             n: RowSelection(self.pool.examples, torch.from_numpy(np.sort(p)))
             for n, p in zip(sizes_of, parts, strict=True)
         }
-
-    def _draws(self, *use: str) -> np.random.Generator:
-        return np.random.default_rng(stream_key("data", self.seed, *use))
-
-    @cached_property
-    def _client_numbers(self) -> np.ndarray:
-        return self.pool.rows.numpy()
 
     @cached_property
     def _classes(self) -> list[np.ndarray]:
@@ -136,8 +134,10 @@ def _sample_rows(draws: np.random.Generator, total: int, count: int) -> np.ndarr
 
 
 def _fill_counts(count: int, mix: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """Whole numbers that sum to `count`, by the mix, none above its room; what does not fit goes by the mix to the others,
-    and by their room where the mix has nothing for them."""
+    """Return whole numbers that sum to `count` and follow the mix, none above its room.
+
+    What does not fit goes to the others, by the mix, or by their room where they have no share.
+    """
     found = np.zeros_like(room)
     while (left := count - found.sum()) > 0:
         free = room - found
@@ -150,13 +150,13 @@ def _fill_counts(count: int, mix: np.ndarray, room: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class RemoteDataInfo:
-    """What a client whose rows lie on another machine says of them.
+    """What is known of the rows of a client on another machine.
 
     Args:
-        rows: how many each split has.
-        content_hash: SHA-256 over them: the same rows, the same hash.
-        view: its own preprocessing, where that depends on its rows.
-        labels: label counts of its training rows, if it tells them.
+        rows: Number of rows of each split.
+        content_hash: SHA-256 over the rows.
+        view: The client's preprocessing, where it depends on its rows.
+        labels: Label counts of its training rows, if it reveals them.
     """
 
     rows: Mapping[str, int]
@@ -166,7 +166,7 @@ class RemoteDataInfo:
 
 
 class ClientRows(Mapping[str, Mapping[str, RowSelection]]):
-    """Each client's train, validation and test rows; of those whose rows lie elsewhere, what they told."""
+    """Each client's train, validation and test rows, or what is known of rows on other machines."""
 
     def __init__(
         self,
@@ -179,7 +179,7 @@ class ClientRows(Mapping[str, Mapping[str, RowSelection]]):
         self.remote_info = remote_info or {}
 
     def count(self, client: str, split: str) -> int:
-        """Rows of one split, without drawing them."""
+        """Return the number of rows of one split without drawing them."""
         if client in self.remote_info:
             return self.remote_info[client].rows[split]
         if client in self.assigned or self.lazy_partition is None:
@@ -188,28 +188,21 @@ class ClientRows(Mapping[str, Mapping[str, RowSelection]]):
 
     @property
     def n_train(self) -> int:
-        """Rows of all training splits; where clients draw for themselves, of the pool that they draw from."""
-        dealt = sum(len(splits["train"].rows) for splits in self.assigned.values())
-        return (
-            dealt
-            + self._remote_counts("train")
-            + (len(self.lazy_partition.pool.rows) if self.lazy_partition else 0)
-        )
-
-    def _remote_counts(self, split: str) -> int:
-        return sum(told.rows[split] for told in self.remote_info.values())
+        """Number of rows of all training splits; where clients draw, of the pool."""
+        pool = len(self.lazy_partition.pool.rows) if self.lazy_partition else 0
+        return pool + sum(self._known_counts().values())
 
     def clients_with_one_row(self) -> list[str]:
-        """Clients with a single row to train on: whoever draws has more."""
+        """Return the clients with a single row to train on; clients that draw have more."""
+        return [client for client, rows in self._known_counts().items() if rows == 1]
+
+    def _known_counts(self) -> dict[str, int]:
+        """Return the training rows of each client that does not draw."""
         counts = {client: len(splits["train"].rows) for client, splits in self.assigned.items()}
-        return [
-            c
-            for c, n in (counts | {c: t.rows["train"] for c, t in self.remote_info.items()}).items()
-            if n == 1
-        ]
+        return counts | {client: info.rows["train"] for client, info in self.remote_info.items()}
 
     def rows_by_location(self) -> list[tuple[tuple[str, str], RowSelection]]:
-        """All rows that anybody has, and where."""
+        """Return the rows of every client and split, and the pool where clients draw."""
         dealt = [
             ((client, name), share)
             for client, splits in self.assigned.items()
@@ -237,7 +230,7 @@ class ClientRows(Mapping[str, Mapping[str, RowSelection]]):
 
 
 def fingerprint(about: object, rows_by_location: Iterable[tuple[Any, RowSelection]]) -> str:
-    """SHA-256 over sets of rows and where they belong: examples, labels, times and units."""
+    """Return the SHA-256 over sets of rows with their places: examples, labels, times, units."""
     digest = hashlib.sha256(repr(about).encode())
     for place, share in rows_by_location:
         each = share.examples

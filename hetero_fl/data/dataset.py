@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hetero_fl.core.images import dtype_name
 from hetero_fl.core.task import Task
-from hetero_fl.utils.errors import UserError, printable, suggest_or_list
+from hetero_fl.utils.errors import UserError, check_names, printable
 from hetero_fl.utils.ordering import natural_order
 
 # What a raw example is made of: named columns, or named blocks (modalities) of a flat row; and
@@ -36,7 +36,10 @@ def indicator_names(column: str, values: Sequence[str]) -> tuple[str, ...]:
 
 
 class Block(NamedTuple):
-    """A named run of columns of a flat row `[D]`, and the shape that its values have: `(1, 28, 28)` an image, `(60,)` a row."""
+    """A named run of columns of a flat row `[D]`, with the shape of its values.
+
+    `(1, 28, 28)` is an image, `(60,)` a row.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -54,9 +57,10 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class ColumnLayout:
-    """The names of what lies along an example's last axis: columns, or blocks; neither where nothing has a name.
+    """The names along an example's last axis: columns, or blocks, or none.
 
-    The indicators of a text column (`categories`) lie next to each other and go by that column's name.
+    The indicators of a text column (`categories`) lie next to each other and have that column's
+    name.
     """
 
     columns: tuple[str, ...] = ()
@@ -65,7 +69,7 @@ class ColumnLayout:
 
     @property
     def encoded_columns(self) -> dict[str, str]:
-        """The text column that each indicator stands for."""
+        """The text column of each indicator."""
         return {
             name: column
             for column, values in self.categories
@@ -74,7 +78,7 @@ class ColumnLayout:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What a view may choose from."""
+        """The names that a view may choose from."""
         encoded = self.encoded_columns
         columns = dict.fromkeys(encoded.get(name, name) for name in self.columns)
         return tuple(b.name for b in self.blocks) or tuple(columns)
@@ -92,20 +96,53 @@ class ColumnLayout:
         return {b.name: span for b, span in zip(self.blocks, spans_of(self.blocks), strict=True)}
 
     def spans(self, names: Sequence[str], where: str) -> Spans:
-        """The runs of columns that bear these names, in the data's own order; neighbours are one run.
+        """Return the runs of columns that have these names, in the data's order.
+
+        Adjacent runs are merged.
 
         Raises:
-            UserError: nothing has a name, or nothing this one.
+            UserError: If nothing has a name, or nothing this one.
         """
-        for name in names:
-            if name not in self.names:
-                hint = (
-                    suggest_or_list(name, self.names)
-                    if self.names
-                    else "; nothing of these examples has a name, leave it out"
-                )
-                raise UserError(f"{where}: found '{printable(name)}'{hint}")
+        if names and not self.names:
+            raise UserError(
+                f"{where}: found '{printable(names[0])}'; nothing of these examples has a name, "
+                "leave it out"
+            )
+        check_names(map(printable, names), self.names, f"{where}: found")
         return merge_spans(tuple(span for name, span in self.boundaries.items() if name in names))
+
+    def keep_columns(self, x: Tensor, names: Sequence[str], where: str) -> Tensor:
+        """Return a copy of examples in which all columns or blocks but these are NaN.
+
+        Args:
+            x: Examples, shape `[N, ..., columns]`.
+            names: Columns or blocks.
+            where: The place in the configuration that names them.
+
+        Raises:
+            UserError: If a name is unknown.
+        """
+        kept = torch.full_like(x, torch.nan)
+        for start, stop in self.spans(names, where):
+            kept[..., start:stop] = x[..., start:stop]
+        return kept
+
+    def has_values(self, x: Tensor, names: Sequence[str], where: str) -> Tensor:
+        """Return which rows have a value in each of these columns or blocks, bool `[N]`.
+
+        Args:
+            x: Examples, shape `[N, ..., columns]`.
+            names: Columns or blocks.
+            where: The place in the configuration that names them.
+
+        Raises:
+            UserError: If a name is unknown.
+        """
+        found = torch.ones(len(x), dtype=torch.bool)
+        for name in names:
+            for start, stop in self.spans([name], where):
+                found &= ~x[..., start:stop].isnan().flatten(1).all(1)
+        return found
 
 
 def spans_of(blocks: Sequence[Block]) -> Spans:
@@ -130,7 +167,7 @@ def merge_spans(spans: Spans) -> Spans:
 
 
 def check_blocks(blocks: Sequence[Block], shape: Sequence[int], where: str) -> None:
-    """Refuse (UserError) blocks that are no rows of these (shape of an example), or bear names that tensors cannot have."""
+    """Refuse blocks that do not fit the shape of an example, or whose names tensors cannot have."""
     names = [b.name for b in blocks]
     for name in names:
         if not NAME.fullmatch(name) or names.count(name) > 1:
@@ -155,7 +192,10 @@ WORD = re.compile(r"\w+(?:['’-]\w+)*|[.!?]")
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a text in lower case; full stop, question and exclamation mark are words, other marks are left out."""
+    """Return the words of a text in lower case.
+
+    A full stop, question or exclamation mark is a word; other marks are left out.
+    """
     return WORD.findall(text.lower())
 
 
@@ -174,7 +214,14 @@ class Vocabulary:
 
     @classmethod
     def from_texts(cls, texts: Iterable[Sequence[str]], most: int) -> Vocabulary:
-        """The most frequent words of public texts, equally frequent ones by the alphabet; a word said once is not taken."""
+        """Return the vocabulary of the most frequent words of public texts.
+
+        Equally frequent words are in alphabetical order; words that occur once are left out.
+
+        Args:
+            texts: Texts as words.
+            most: Largest number of words.
+        """
         counts = Counter(word for words in texts for word in words)
         frequent = sorted(
             (w for w, n in counts.items() if n > 1), key=lambda word: (-counts[word], word)
@@ -183,12 +230,12 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """How many different tokens there are."""
+        """Number of different tokens."""
         return FIRST + (self.buckets or len(self.words))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What to call each token from the first word on: the word, or the bucket's number."""
+        """Name of each token from the first word on: the word, or the number of its bucket."""
         return self.words or tuple(f"#{i}" for i in range(self.buckets))
 
     @cached_property
@@ -196,7 +243,7 @@ class Vocabulary:
         return {word: FIRST + i for i, word in enumerate(self.words)}
 
     def number(self, word: str) -> int:
-        """The token of a word."""
+        """Return the token of a word."""
         if not self.buckets:
             return self._places.get(word, UNKNOWN)
         # the same in every process and release
@@ -204,13 +251,13 @@ class Vocabulary:
         return FIRST + int.from_bytes(digest, "big") % self.buckets
 
     def encode(self, texts: Iterable[str | Sequence[str]], length: int) -> Tensor:
-        """Texts as tokens, int64 `[N, length]`: their last words, filled up from the left."""
+        """Return the tokens of the last words of texts, int64 `[N, length]`, padded on the left."""
         rows = [self.numbers(text)[-length:] for text in texts]
         filled = [[EMPTY] * (length - len(row)) + row for row in rows]
         return torch.tensor(filled, dtype=torch.int64).reshape(-1, length)
 
     def numbers(self, text: str | Sequence[str]) -> list[int]:
-        """The tokens of a text, or of its words."""
+        """Return the tokens of a text, or of its words."""
         return [
             self.number(word) for word in (split_words(text) if isinstance(text, str) else text)
         ]
@@ -218,11 +265,15 @@ class Vocabulary:
     def continuations(
         self, texts: Iterable[Sequence[str]], length: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Every place of every text at which a known word follows on another word.
+        """Return an example for every known word that follows on another word.
+
+        Args:
+            texts: Texts as words.
+            length: Number of words before.
 
         Returns:
-            The words before it, int64 `[N, length]`; its place in `names`, int64 `[N]`; the number of the text, int64 `[N]`.
-            Unknown words stand among those before, but are never asked for.
+            The words before it, int64 `[N, length]`; its index in `names`, int64 `[N]`; the number
+            of its text, int64 `[N]`. Unknown words are among those before, but never predicted.
         """
         before = []
         following = []
@@ -252,16 +303,21 @@ Columns = dict[str, Tensor]
 class Examples:
     """Raw examples as they lie in memory.
 
-    `x`: uint8 images `[N, C, H, W]`, floats `[N, ...]` (images, `[N, T, F]` series, `[N, F]` tables), or tokens, int64
-    `[N, T]` below the data set's `vocabulary`.
-    `y`: targets as `Task` defines them, or None where there are none to read.
-    `group`: int64 `[N]`, whose row it is, as a place in `group_names`.
-    `patient`: int64 `[N]`, of whom it was taken, as a place in `patient_names`; rows of one patient stay together.
-    `time`: int64 `[N]`, when the target is, in seconds since 1970 or any count that grows. It makes a set *dated*: train,
-    validation and test are cut by date, never drawn.
-    `unit`: floats `[N]`; figures of a regression are those of targets × unit, where targets are relative to a level of the row's
-    own (a site's mean, say).
-    `baselines`: what simple rules say of each row, as a model's outputs `[N, outputs]`, by name. Models never see them.
+    Attributes:
+        x: uint8 images `[N, C, H, W]`, floats `[N, ...]` (images, `[N, T, F]` series, `[N, F]`
+            tables), or tokens, int64 `[N, T]` below the size of the data set's vocabulary.
+        y: Targets as `Task` defines them, or None where there are none to read.
+        group: Group of each row (whose it is), int64 `[N]`, an index into `group_names`.
+        group_names: Names of the groups.
+        patient: Patient of each row, int64 `[N]`, an index into `patient_names`. Rows of one
+            patient stay together.
+        patient_names: Names of the patients.
+        time: Time of each row's target, int64 `[N]`, in seconds since 1970 or any count that grows.
+            It makes a set *dated*: train, validation and test are cut by date, never drawn.
+        unit: What each row's regression targets are relative to (a site's mean, say), float `[N]`.
+            Errors are those of targets times unit.
+        baselines: What simple rules predict for each row, as a model's outputs `[N, outputs]`, by
+            name. Models never see them.
     """
 
     x: Tensor
@@ -299,15 +355,34 @@ class Examples:
         return self.y
 
     def select_rows(self, rows: Tensor) -> Examples:
-        """The rows (int64 `[M]`), in that order."""
+        """Return the rows (int64 `[M]`), in that order."""
         found: dict[str, Any] = {
             name: None if (c := getattr(self, name)) is None else c[rows] for name in _BY_ROW
         }
-        said = {name: outputs[rows] for name, outputs in self.baselines.items()}
-        return replace(self, x=self.x[rows], baselines=said, **found)
+        baselines = {name: outputs[rows] for name, outputs in self.baselines.items()}
+        return replace(self, x=self.x[rows], baselines=baselines, **found)
 
 
 _BY_ROW = ("y", "group", "patient", "time", "unit")
+
+
+def concatenate_examples(parts: Sequence[Examples]) -> Examples:
+    """Return the rows of all parts, in order; what only some parts have is left out.
+
+    Args:
+        parts: Parts of one data set: groups and patients are numbered alike.
+    """
+    columns: dict[str, Any] = {}
+    for name in _BY_ROW:
+        found = [getattr(part, name) for part in parts]
+        columns[name] = None if any(column is None for column in found) else torch.cat(found)
+    baselines = {
+        name: torch.cat([part.baselines[name] for part in parts])
+        for name in parts[0].baselines
+        if all(name in part.baselines for part in parts)
+    }
+    x = torch.cat([part.x for part in parts])
+    return replace(parts[0], x=x, baselines=baselines, **columns)
 
 
 def _shape(column: Tensor) -> str:
@@ -317,7 +392,7 @@ def _shape(column: Tensor) -> str:
 
 
 def index_names(values: Iterable[object]) -> tuple[Tensor, tuple[str, ...]]:
-    """Names as int64 `[N]`, places in the second, which has each name once, in the order in which people count."""
+    """Return each value's index, int64 `[N]`, and the distinct names in natural order."""
     found = [str(value).strip() for value in values]
     names = tuple(natural_order(set(found)))
     place = {name: i for i, name in enumerate(names)}
@@ -326,14 +401,24 @@ def index_names(values: Iterable[object]) -> tuple[Tensor, tuple[str, ...]]:
 
 @dataclass
 class Dataset:
-    """A data set: `train` is what gets dealt out; `validation` and `test`, where present, are the common ones.
+    """A data set.
 
-    `simulated` says that generated data stands in for a real set. `columns` names the features of a table, or the channels of
-    a series; `categories` are the text columns that some of them encode. `blocks` are the modalities of flat float rows
-    `[N, D]`, in their order. `notes`: lines about how the data was read that a user has to see before the run. `min_gap`: where
-    the first missing value lies, for a line that refuses it. `span`: of a dated set whose rows have several targets, how long
-    before `time`, which is the last one's, the first may be. `vocabulary`: what the tokens mean, where x is tokens; all models
-    of a federation have this one.
+    Attributes:
+        name: Its name.
+        task: What is learned.
+        train: The rows that are partitioned among clients.
+        validation: The common validation set, if it has one.
+        test: The common test set, if it has one.
+        simulated: Whether generated data stands in for a real set.
+        about: A description in a few words.
+        columns: Names of a table's features, or of a series' channels.
+        notes: Lines on how the data was read that a user has to see before the run.
+        blocks: The modalities of flat float rows `[N, D]`, in order.
+        min_gap: Where the first missing value is, for the message that refuses it.
+        span: Of a dated set whose rows have several targets: how long before `time`, which is the
+            last target's, the first may be.
+        vocabulary: What the tokens mean, where x is tokens; all models of a federation share it.
+        categories: The text columns that some columns encode.
     """
 
     name: str
@@ -369,7 +454,7 @@ class Dataset:
         return ColumnLayout(self.columns, self.blocks, self.categories)
 
     def splits(self) -> dict[str, Examples]:
-        """The splits that there are, by name."""
+        """Return the splits that the set has, by name."""
         all_three = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: examples for name, examples in all_three.items() if examples is not None}
 
@@ -382,12 +467,20 @@ def check_examples(
     missing: bool = False,
     vocabulary: Vocabulary | None = None,
 ) -> None:
-    """Refuse examples that no model can learn from; `names` are the arrays' names in the source. Rows count from 0.
-    `missing`: NaN in x stands for a missing value, and is allowed but in images.
+    """Refuse examples that no model can learn from.
+
+    Args:
+        examples: The examples.
+        task: What is learned.
+        where: What the set is called in messages; rows count from 0.
+        names: The names of x and y in the source.
+        missing: Whether NaN in x stands for a missing value; in images it is never allowed.
+        vocabulary: The vocabulary, where x is tokens.
 
     Raises:
-        UserError: no rows; x of a wrong dtype or shape; x or y not finite, tokens outside the vocabulary; y missing, of a
-            wrong dtype or shape, or out of the task's range. One class only is allowed.
+        UserError: No rows; x of a wrong dtype or shape; x or y not finite; tokens outside the
+            vocabulary; y missing, of a wrong dtype or shape, or out of the task's range. A single
+            class is allowed.
     """
     x = examples.x
     y = examples.y
@@ -483,7 +576,7 @@ def _check_extra_columns(examples: Examples, task: Task, where: str) -> None:
 
 
 def first_true(mask: Any) -> int | None:
-    """Return the index of the first True in a mask `[N]` (tensor, array or column of a frame); None if there is none."""
+    """Return the index of the first True in a mask `[N]`; None if there is none."""
     values = np.asarray(mask, dtype=bool)
     return int(values.argmax()) if values.any() else None
 

@@ -1,4 +1,4 @@
-"""Data from outside the common source: clients' own files and an external proxy set.
+"""The proxy set, and data from outside the common source: clients' own files, external proxy sets.
 
 Own files are matched to the common columns and classes, or pooled without a common source.
 """
@@ -12,19 +12,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hetero_fl.config.clients import ClientSettings
+from hetero_fl.config.clients import ClientSettings, PreprocessConfig
 from hetero_fl.config.data import DataConfig, SourceConfig, TextConfig
-from hetero_fl.config.population import Population
+from hetero_fl.config.population import Population, SettingsProfile
 from hetero_fl.core.task import Task
 from hetero_fl.data.arrays import read_images
 from hetero_fl.data.dataset import (
     Block,
     Categories,
-    ColumnLayout,
     Dataset,
     Examples,
     RowSelection,
     Vocabulary,
+    concatenate_examples,
+    first_true,
     index_names,
     spans_of,
 )
@@ -32,28 +33,35 @@ from hetero_fl.data.partition import assign_rows
 from hetero_fl.data.preprocessing import check_same_shape, raw_shape, required_columns
 from hetero_fl.data.registry import load_source, needs_path, reads_key
 from hetero_fl.data.sources.images import image_files, read_image_files
-from hetero_fl.data.splits import Splits, holdout_strategy
+from hetero_fl.data.splits import Splits, draw_rows, holdout_strategy
 from hetero_fl.utils.code_permission import OWN
-from hetero_fl.utils.errors import UserError, suggest_or_list
+from hetero_fl.utils.errors import UserError, check_names, suggest_or_list
 from hetero_fl.utils.ordering import natural_order
-from hetero_fl.utils.seeding import stream_key
+from hetero_fl.utils.seeding import keyed_generator, stream_key
 
 # Data from outside the common source: a client's own set, a public proxy set; matched to what all
 # have in common.
 
+NONE = "none of that name"
 TOKENS = "give both the same `text` (length, tokenizer, vocabulary, public)"
 
 
 def match_to_common(
     own: Dataset, common: Dataset, where: str, needed: Collection[str] | None = None
 ) -> Examples:
-    """The training rows of a client's own set, with the classes and the columns numbered as the common set's are.
+    """Return the training rows of a client's own set with the common set's classes and columns.
 
-    Named classes and columns are matched by name, and a client may lack classes; unnamed ones are matched by number. It may
-    also lack columns that are not `needed` (none: all are).
+    Named classes and columns are matched by name, unnamed ones by number. A client may lack
+    classes, and columns that are not needed.
+
+    Args:
+        own: The client's own set.
+        common: The common set.
+        where: The own set's place in the configuration, for messages.
+        needed: Columns or blocks that the own set may not lack; None: all of them.
 
     Raises:
-        UserError: another kind of task, a class or a column that only one of the two has.
+        UserError: Another kind of task, or a class or a column that only one of the two has.
     """
     y = match_labels(own, common, where)
     if own.blocks or common.blocks:
@@ -67,11 +75,8 @@ def match_to_common(
             f"{where}.categories: {own.name} encodes other values than the common set {common.name}; set data.categories alone"
         )
     x, extra = match_columns(own.train.x, own.columns, common, f"{where}: {own.name}", needed)
-    if extra:
-        none = f"the common set {common.name} has none of that name"
-        raise UserError(
-            f"{where}: {own.name} has column '{extra[0]}', {none}{suggest_or_list(extra[0], common.columns)}"
-        )
+    detail = f", the common set {common.name} has {NONE}"
+    check_names(extra, common.columns, f"{where}: {own.name} has column", detail)
     return replace(own.train, x=x, y=y)
 
 
@@ -84,7 +89,6 @@ def match_labels(own: Dataset, common: Dataset, where: str) -> Tensor:
     mine = own.task
     ours = common.task
     both = f"the common set {common.name} has"
-    none = f"{both} none of that name"
     if own.vocabulary != common.vocabulary:
         raise UserError(
             f"{where}: {own.name} has another vocabulary than the common set {common.name}: {TOKENS}"
@@ -93,11 +97,7 @@ def match_labels(own: Dataset, common: Dataset, where: str) -> Tensor:
         raise UserError(f"{where}: {own.name} is {mine.kind}, {both} a {ours.kind} task")
     y = own.train.labels
     if mine.kind == "multiclass" and mine.names and ours.names:
-        for name in mine.names:
-            if name not in ours.names:
-                raise UserError(
-                    f"{where}: {own.name} has class '{name}', {none}{suggest_or_list(name, ours.names)}"
-                )
+        check_names(mine.names, ours.names, f"{where}: {own.name} has class", f", {both} {NONE}")
         y = torch.tensor([ours.names.index(name) for name in mine.names])[y]
     elif ours.numbers and not mine.names:
         y = classes_from_labels(y, ours, f"{where}: {own.name}")
@@ -120,9 +120,7 @@ def classes_from_labels(y: Tensor, task: Task, where: str) -> Tensor:
         UserError: A label that no class is named after.
     """
     numbers = torch.tensor(task.numbers)
-    known = torch.isin(y, numbers)
-    if not bool(known.all()):
-        row = int((~known).to(torch.uint8).argmax())
+    if (row := first_true(~torch.isin(y, numbers))) is not None:
         raise UserError(
             f"{where}: found label {int(y[row])} in row {row}{suggest_or_list(int(y[row]), task.names)}"
         )
@@ -132,9 +130,18 @@ def classes_from_labels(y: Tensor, task: Task, where: str) -> Tensor:
 def source_with_task(
     source: SourceConfig, task: Task, text: TextConfig | None = None, categories: Categories = ()
 ) -> SourceConfig:
-    """Return the source of a table, to be read for the task that the others have, unless it says otherwise: one file of a
-    federation may hold two of many classes, or whole numbers by chance. Text columns are encoded by the common `categories`,
-    whatever values this file has; texts are cut and numbered as the others' are."""
+    """Return a source with the settings of the common one that it leaves open.
+
+    A table is read for the common task (one file of a federation may hold two of many classes, or
+    whole numbers by chance), and its text columns are encoded by the common categories. Texts are
+    cut and numbered as the others' are.
+
+    Args:
+        source: The source as it is written.
+        task: The common task.
+        text: The common settings of texts.
+        categories: The common categories.
+    """
     if reads_key(source.name, "text") and source.text is None:
         return source.model_copy(update={"text": text})
     if source.name != "table":
@@ -152,11 +159,20 @@ def match_columns(
     where: str,
     needed: Collection[str] | None = None,
 ) -> tuple[Tensor, list[str]]:
-    """The columns (last axis) of the common set, in its order, and the names of those that it lacks. Unnamed ones stay. A
-    column that is missing is NaN; an indicator whose text column is there has another value in every row, and is 0.
+    """Return the columns of the common set, in its order, and the names of those that it lacks.
+
+    Columns lie along the last axis; unnamed ones stay as they are. A missing column is NaN. A
+    missing indicator whose text column is there is 0: every row has another value.
+
+    Args:
+        x: Examples, shape `[..., columns]`.
+        found: The names of their columns.
+        common: The common set.
+        where: What the examples are called in messages.
+        needed: Columns that may not be missing; None: all of them.
 
     Raises:
-        UserError: a column of the common set is missing that is among the `needed` (none: all are).
+        UserError: If a needed column is missing.
     """
     if not found or not common.columns:
         return x, []
@@ -189,12 +205,21 @@ def match_blocks(
     where: str,
     needed: Collection[str] | None = None,
 ) -> Tensor:
-    """Rows `[N, D]` of the common set's blocks, matched by name; a set without blocks whose examples have the shape of one
-    block is that block. A block that is missing is NaN.
+    """Return rows of the common set's blocks, shape `[N, D]`.
+
+    Blocks are matched by name; a missing one is NaN. A set without blocks whose examples have the
+    shape of one block is that block.
+
+    Args:
+        x: Examples.
+        found: Their blocks.
+        common: The common set.
+        where: What the examples are called in messages.
+        needed: Blocks that may not be missing; None: all of them.
 
     Raises:
-        UserError: a block that is `needed` (none: all are) is missing, or has another shape; a block that the common set
-            lacks.
+        UserError: If a needed block is missing, a block has another shape, or the common set lacks
+            a block.
     """
     if not found:
         if tuple(x.shape[1:]) == tuple(common.train.x.shape[1:]):
@@ -210,52 +235,43 @@ def match_blocks(
     given = {
         b.name: x[:, start:stop] for b, (start, stop) in zip(found, spans_of(found), strict=True)
     }
-    shapes = {b.name: b.shape for b in found}
     ours = {b.name: b.shape for b in common.blocks}
-    for name, shape in shapes.items():
+    for name, shape in found:
         if ours.get(name) != shape:
             hint = (
-                suggest_or_list(name, ours)
-                if name not in ours
-                else f"; there it has shape {ours[name]}"
+                f"; there it has shape {ours[name]}"
+                if name in ours
+                else suggest_or_list(name, ours)
             )
             raise UserError(
                 f"{where} has block '{name}' of shape {shape}, the common set {common.name} has none{hint}"
             )
-    for name in ours:
-        if name not in given and (needed is None or name in needed):
-            raise UserError(
-                f"{where} has no block '{name}', the common set {common.name} has{suggest_or_list(name, given)}"
-            )
+    wanted = [name for name in ours if needed is None or name in needed]
+    check_names(wanted, given, f"{where} has no block", f", the common set {common.name} has")
     return torch.cat(
         [given.get(b.name, x.new_full((len(x), b.size), torch.nan)) for b in common.blocks], 1
     )
 
 
-def keep_columns(x: Tensor, names: Sequence[str], layout: ColumnLayout, where: str) -> Tensor:
-    """A copy in which only these columns or blocks are left; the others are NaN. Raises UserError for unknown names."""
-    public = torch.full_like(x, torch.nan)
-    for start, stop in layout.spans(names, where):
-        public[..., start:stop] = x[..., start:stop]
-    return public
-
-
 def load_unlabelled(
     config: SourceConfig, root: Path, where: str, vocabulary: Vocabulary | None = None
 ) -> tuple[Tensor, tuple[str, ...], tuple[Block, ...]]:
-    """The training examples of a source, the names of its columns, and its blocks. Values may be missing (NaN). No label
-    leaves this function; those of local files need not even be there: an .npz with `train_images` alone, a table without
-    `label`, a folder of loose images.
+    """Return the training examples of a source, the names of its columns, and its blocks.
+
+    Values may be missing (NaN). No label leaves this function, and local files need none: an .npz
+    with `train_images` alone, a table without `label`, a folder of loose images.
+
+    Args:
+        config: The source.
+        root: The folder for downloads.
+        where: The source's place in the configuration, for messages.
+        vocabulary: The vocabulary that the examples have to share.
 
     Raises:
-        UserError: see `load_source`; another vocabulary than that one.
+        UserError: See `load_source`; or the source has another vocabulary.
     """
     try:
-        loose = (
-            None
-            if config.path is None
-            else _load_unlabelled_file(config, Path(config.path).expanduser())
-        )
+        loose = _load_unlabelled_file(config)
     except UserError as error:
         raise UserError(f"{where}.{error}") from error
     if loose is None:
@@ -275,20 +291,10 @@ def load_unlabelled(
     return x, columns, ()
 
 
-def load_labeled(
+def _load_labeled(
     config: SourceConfig, root: Path, where: str, common: Dataset
 ) -> tuple[Dataset, Tensor]:
-    """Load a public set whose labels are to be read, and its labels as the common set numbers them.
-
-    Args:
-        config: The source of the public set.
-        root: The folder for downloads.
-        where: The configuration's key of the source, for messages.
-        common: The common data set.
-
-    Raises:
-        UserError: See `load_source` and `match_labels`; labels are missing or do not match.
-    """
+    """Load a public set, and its labels as the common set numbers them."""
     try:
         own = load_source(config, root, where, missing=True)
         return own, match_labels(own, common, where)
@@ -296,12 +302,11 @@ def load_labeled(
         raise UserError(f"data.proxy.labels: found true, but {error}") from error
 
 
-def _load_unlabelled_file(
-    config: SourceConfig, path: Path
-) -> tuple[Tensor, tuple[str, ...]] | None:
-    """The examples of a local file or folder that needs no labels, or None if it is none of that kind."""
-    if config.name.startswith(OWN):
+def _load_unlabelled_file(config: SourceConfig) -> tuple[Tensor, tuple[str, ...]] | None:
+    """Return the examples and columns of a file or folder without labels; None for other sources."""
+    if config.path is None or config.name.startswith(OWN):
         return None
+    path = Path(config.path).expanduser()
     if path.suffix == ".npz":
         return read_images(path), ()
     if config.name == "table" and config.label is None:
@@ -321,12 +326,113 @@ def _load_unlabelled_file(
     return None
 
 
+# The proxy set: held out of the training rows, or loaded from a source of its own.
+
+PROXY_COLUMNS = "data.proxy.columns"
+
+
+def proxy_set(
+    dataset: Dataset,
+    config: DataConfig,
+    rows: Tensor,
+    kinds: Sequence[SettingsProfile],
+    server: PreprocessConfig | None,
+    seed: int,
+) -> tuple[dict[str, RowSelection], Tensor]:
+    """Return the proxy set, if there is one, and the training rows that are left.
+
+    It has labels only where the configuration asks for them; which rows it takes depends on none.
+
+    Args:
+        dataset: The common data set.
+        config: The data's configuration.
+        rows: The training rows that are kept, int64 `[M]`.
+        kinds: The profiles of the clients that see the proxy set.
+        server: How the server sees examples, if it has a model of its own.
+        seed: The run's seed.
+    """
+    draws = keyed_generator("data", seed, "proxy")
+    if config.proxy.source is not None:
+        proxy = _load_proxy_set(config.proxy.source, dataset, config, kinds, server, draws)
+    elif config.proxy.size > 0:
+        proxy, rows = _hold_out(dataset, config, rows, draws)
+    else:
+        return {}, rows
+    return {"proxy": proxy}, rows
+
+
+def _hold_out(
+    dataset: Dataset, config: DataConfig, rows: Tensor, draws: torch.Generator
+) -> tuple[RowSelection, Tensor]:
+    """Draw the proxy set among the training rows that have something of each public column."""
+    size = config.proxy.size
+    names = config.proxy.columns
+    train = dataset.train
+    having = (
+        rows
+        if names is None
+        else rows[dataset.layout.has_values(train.x[rows], names, PROXY_COLUMNS)]
+    )
+    if size >= len(having):
+        what = "" if names is None else f" with {' and '.join(names)}"
+        raise UserError(
+            f"data.proxy.size: found {size}, but {dataset.name} has {len(having)} training rows{what}; take fewer"
+        )
+    held, rest = draw_rows(having, size, draws, train.patient)
+    y = train.y if config.proxy.labels else None
+    if names is None:
+        return RowSelection(Examples(train.x, y), held), rest
+    rows = rows[~torch.isin(rows, held)]
+    if train.patient is not None:
+        rows = rows[~torch.isin(train.patient[rows], train.patient[held])]
+    public = dataset.layout.keep_columns(train.x[held], names, PROXY_COLUMNS)
+    return RowSelection.all_rows(Examples(public, None if y is None else y[held])), rows
+
+
+def _load_proxy_set(
+    source: SourceConfig,
+    dataset: Dataset,
+    config: DataConfig,
+    kinds: Sequence[SettingsProfile],
+    server: PreprocessConfig | None,
+    draws: torch.Generator,
+) -> RowSelection:
+    """Load a proxy set from its own source and match it to the common set."""
+    where = "data.proxy.source"
+    size = config.proxy.size
+    read = source_with_task(source, dataset.task, config.text, dataset.categories)
+    root = Path(config.root).expanduser()
+    y: Tensor | None = None
+    if config.proxy.labels:
+        own, y = _load_labeled(read, root, where, dataset)
+        x = own.train.x
+        columns = own.columns
+        blocks = own.blocks
+    else:
+        x, columns, blocks = load_unlabelled(read, root, where, dataset.vocabulary)
+    name = f"{where}: {source.name}"
+    if blocks or dataset.blocks:
+        x = match_blocks(x, blocks, dataset, name, ())  # who sees nothing of it has no part in it
+    else:
+        x, _ = match_columns(
+            x, columns, dataset, name, required_columns((k.settings for k in kinds), dataset.layout)
+        )
+    if config.proxy.columns is not None:
+        x = dataset.layout.keep_columns(x, config.proxy.columns, PROXY_COLUMNS)
+    clients = {kind.first: kind.settings for kind in kinds}
+    check_same_shape(tuple(x.shape[1:]), where, source.name, clients, dataset, server)
+    proxy = RowSelection.all_rows(Examples(x, y))
+    if 0 < size < len(x):
+        proxy = RowSelection(proxy.examples, draw_rows(proxy.rows, size, draws)[0])
+    return proxy
+
+
 # Clients with a source of their own: who they are, and which of its rows each has.
 
 
 @dataclass
 class ClientSources:
-    """The rows of clients with own sources, lines on how these were read, and whether one of them is generated."""
+    """Rows of clients with own sources, notes on how they were read, and whether one is generated."""
 
     private: dict[str, Splits]
     notes: list[str]
@@ -334,7 +440,7 @@ class ClientSources:
 
 
 def clients_by_source(config: DataConfig, clients: Population) -> dict[SourceConfig, list[str]]:
-    """Clients by the source that they name as their own. They are looked for only where there are any."""
+    """Return the clients of each source that clients name as their own."""
     holders: dict[SourceConfig, list[str]] = {}
     named = any(kind.settings.data is not None for kind in clients.profiles)
     for name in clients.ids if named else ():
@@ -355,11 +461,18 @@ def load_client_sources(
     clients: Population,
     seed: int,
 ) -> ClientSources:
-    """Load each source, match it to the common set, and deal it out among those that name it.
+    """Load each source, match it to the common set, and partition it among those that name it.
+
+    Args:
+        holders_of: The clients of each source.
+        common: The common data set.
+        config: The data's configuration.
+        clients: Settings by client.
+        seed: The run's seed.
 
     Raises:
-        UserError: a source that does not match the common set, or that several share in a partition in which nobody is dealt
-            any rows.
+        UserError: If a source does not match the common set, or several clients share one in a
+            partition that draws.
     """
     found = ClientSources({}, [], False)
     for source, holders in holders_of.items():
@@ -381,34 +494,31 @@ def load_client_sources(
                 {name: clients[name]},
                 common,
             )
+        everything = RowSelection.all_rows(adopted.train)
         if len(holders) > 1:
             if config.partition.kind == "drawn":
                 raise UserError(
-                    f"data.partition.kind: drawn draws from the common set, and {source.name} is the own source of "
-                    f"{len(holders)} clients; give it to one of them, or take another kind"
+                    f"data.partition.kind: drawn draws from the common set, and {source.name} is "
+                    f"the own source of {len(holders)} clients; give it to one of them, or take "
+                    "another kind"
                 )
-            # keys of its own: holders of two sources would else get the same mix of classes
+            # A key of its own: holders of two sources would otherwise get the same mix of classes.
             own_seed = stream_key("data", seed, "own source", source.name, source.path or "")
-            everything = RowSelection.all_rows(adopted.train)
             shares = assign_rows(
                 adopted, everything.rows, holders, config, clients, own_seed, found.notes
             )
+        else:
+            # All rows of its own source are the client's, whatever groups are in it.
+            shares = {holders[0]: everything}
+        kept = holdout_strategy(own).sets_of_own_source() if len(holders) == 1 else {}
+        if not kept:
             found.private |= holdout_strategy(adopted).split_clients(shares, {}, config, seed)
             continue
-        # its own file is its own, whatever groups are in it
-        share = RowSelection.all_rows(adopted.train)
-        kept = {
-            name: RowSelection.all_rows(
-                match_to_common(replace(own, train=part), common, where, seen)
-            )
-            for name, part in holdout_strategy(own).sets_of_own_source().items()
-        }
-        if kept:
-            found.private[holders[0]] = {"train": share, **kept}
-        else:
-            found.private |= holdout_strategy(adopted).split_clients(
-                {holders[0]: share}, {}, config, seed
-            )
+        splits = {"train": everything}
+        for name, part in kept.items():
+            matched = match_to_common(replace(own, train=part), common, where, seen)
+            splits[name] = RowSelection.all_rows(matched)
+        found.private[holders[0]] = splits
     return found
 
 
@@ -524,42 +634,40 @@ def _config_path(client: str) -> str:
 def _common_schema(datasets: Mapping[str, Dataset]) -> Dataset:
     """Return what all sets are matched to: every class and every column that one of them has."""
     first, one = next(iter(datasets.items()))
-    if named := [client for client, each in datasets.items() if each.train.patient is not None]:
-        for client in datasets:
-            if client not in named:
-                raise UserError(
-                    f"{_config_path(client)}.patient: missing, but '{named[0]}' names its patients"
-                )
+    columns = tuple(dict.fromkeys(name for each in datasets.values() for name in each.columns))
+    with_patients = [client for client, each in datasets.items() if each.train.patient is not None]
     for client, each in datasets.items():
+        where = _config_path(client)
+        if with_patients and each.train.patient is None:
+            raise UserError(
+                f"{where}.patient: missing, but '{with_patients[0]}' names its patients"
+            )
         if each.task.kind != one.task.kind:
             raise UserError(
-                f"{_config_path(client)}: {each.name} is {each.task.kind}, that of '{first}' {one.task.kind}; set data.task"
+                f"{where}: {each.name} is {each.task.kind}, that of '{first}' {one.task.kind}; "
+                "set data.task"
             )
         if each.train.time is not None:
-            raise UserError(
-                f"{_config_path(client)}: {each.name} is dated; name a common file in data.path"
-            )
+            raise UserError(f"{where}: {each.name} is dated; name a common file in data.path")
         if each.train.x.dtype != one.train.x.dtype:
             raise UserError(
-                f"{_config_path(client)}: found {each.train.x.dtype} examples, '{first}' has {one.train.x.dtype}"
+                f"{where}: found {each.train.x.dtype} examples, '{first}' has {one.train.x.dtype}"
             )
-    columns = tuple(dict.fromkeys(name for each in datasets.values() for name in each.columns))
-    if not columns:
-        for client, each in datasets.items():
-            if each.train.x.shape[1:] != one.train.x.shape[1:]:
-                found = tuple(each.train.x.shape[1:])
-                expected = tuple(one.train.x.shape[1:])
-                raise UserError(
-                    f"{_config_path(client)}: examples have shape {found}, those of '{first}' {expected}"
-                )
+        if not columns and raw_shape(each) != raw_shape(one):
+            raise UserError(
+                f"{where}: examples have shape {raw_shape(each)}, those of '{first}' "
+                f"{raw_shape(one)}"
+            )
     task = one.task
     if task.kind == "multiclass":
         names = tuple(
             natural_order({name for each in datasets.values() for name in each.task.names})
         )
-        outputs = len(names) if all(each.task.names for each in datasets.values()) else 0
-        outputs = outputs or max(each.task.outputs for each in datasets.values())
-        task = Task("multiclass", outputs, names if outputs == len(names) else ())
+        if all(each.task.names for each in datasets.values()):
+            task = Task("multiclass", len(names), names)
+        else:
+            outputs = max(each.task.outputs for each in datasets.values())
+            task = Task("multiclass", outputs, names if outputs == len(names) else ())
     categories = tuple(
         dict.fromkeys(pair for each in datasets.values() for pair in each.categories)
     )
@@ -568,15 +676,15 @@ def _common_schema(datasets: Mapping[str, Dataset]) -> Dataset:
 
 def _concatenate(parts: Mapping[str, Examples]) -> Examples:
     """Return all rows, each of its client's group; patients are those of one file."""
+    rows = concatenate_examples(list(parts.values()))
     owners = [client for client, part in parts.items() for _ in range(len(part))]
-    group, group_names = index_names(owners)
-    x = torch.cat([part.x for part in parts.values()])
-    y = torch.cat([part.labels for part in parts.values()])
-    if all(part.patient is None for part in parts.values()):
-        return Examples(x, y, group, group_names)
-    whose: list[str] = []
-    for client, part in parts.items():
-        assert part.patient is not None  # all files name their patients, or none does
-        whose += [f"{client}/{part.patient_names[number]}" for number in part.patient.tolist()]
-    patient, patient_names = index_names(whose)
-    return Examples(x, y, group, group_names, patient, patient_names)
+    rows.group, rows.group_names = index_names(owners)
+    if rows.patient is not None:
+        patients = [
+            f"{client}/{part.patient_names[number]}"
+            for client, part in parts.items()
+            if part.patient is not None
+            for number in part.patient.tolist()
+        ]
+        rows.patient, rows.patient_names = index_names(patients)
+    return rows

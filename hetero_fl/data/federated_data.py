@@ -24,27 +24,26 @@ from hetero_fl.data.dataset import (
     Examples,
     RowSelection,
     Vocabulary,
+    concatenate_examples,
 )
-from hetero_fl.data.external import clients_by_source, load_client_sources
-from hetero_fl.data.missing_values import (
-    check_missing_values,
-    check_view,
-    is_all_missing,
-    usable_rows,
-)
+from hetero_fl.data.external import clients_by_source, load_client_sources, proxy_set
 from hetero_fl.data.partition import assign_rows
 from hetero_fl.data.preprocessing import (
     NOTHING,
     Preprocess,
     apply_scanner,
+    check_missing_values,
     check_settings,
+    check_view,
+    is_all_missing,
     raw_shape,
+    usable_rows,
 )
-from hetero_fl.data.proxy_set import common_sets, proxy_set
 from hetero_fl.data.splits import (
     Splits,
     check_categories,
     check_classes,
+    common_sets,
     draw_rows,
     holdout_strategy,
     mark_rare_class,
@@ -74,10 +73,10 @@ def _num_bytes(columns: Columns) -> int:
 
 
 class FederatedData:
-    """Who holds what, served as columns of tensors through a participant's own preprocessing.
+    """The rows of all participants, served as columns through their own preprocessing.
 
-    Raw arrays stay as they are and are shared; clients are rows of them until asked for, and where they draw for
-    themselves not even that. Made by `federate`.
+    Raw arrays are shared; a client's rows are copied when they are asked for, and drawn then where
+    the partition is `drawn`. `federate` returns an instance.
     """
 
     def __init__(
@@ -100,19 +99,23 @@ class FederatedData:
         self.simulated = simulated
         self.about = about
         self.notes = list(notes)
-        """Lines on how the data was read and dealt that a user has to see before the run."""
+        """Lines on how the data was read and partitioned that a user has to see before the run."""
         self.input_shape = tuple(public["common_test"].examples.x.shape[1:])
         """Shape of a raw example of the common set, without the batch."""
         self.layout = layout
         """The names of its columns, or of its blocks."""
         self.vocabulary = vocabulary
-        """What the tokens mean, the same for all models; None where examples are no tokens."""
+        """Meaning of the tokens, the same for all models; None where examples are no tokens."""
         self._settings = clients
-        self._private = private
-        self._public = public
+        self.client_rows = private
+        """Which rows each client has."""
+        self.public_sets = public
+        """The proxy set, if there is one, and the common sets."""
         self._seed = seed
+        self._unscanned: frozenset[str] = frozenset()
         self._views: BoundedCache[Preprocess] = BoundedCache(CACHED_VIEWS)
-        self._sees: dict[Hashable, bool] = {}  # what views have anything of the proxy set
+        # Whether a view has anything of the proxy set.
+        self._sees: dict[Hashable, bool] = {}
         self._public_columns = column_cache(cache_bytes)
         self._private_columns = column_cache(cache_bytes)
 
@@ -124,45 +127,42 @@ class FederatedData:
 
     @property
     def client_ids(self) -> list[str]:
-        """All clients, sorted; a list of them is made."""
+        """All clients, sorted; a new list."""
         return sorted(self._settings)
 
     @property
     def n_train(self) -> int:
-        """Rows of all clients' training splits; where clients draw for themselves, of the pool that they draw from."""
-        return self._private.n_train
+        """Rows of all clients' training splits; where clients draw, of the pool."""
+        return self.client_rows.n_train
 
     @property
     def n_proxy(self) -> int:
         """Rows of the proxy set; 0 without one."""
-        return len(self._public["proxy"].rows) if "proxy" in self._public else 0
+        return len(self.public_sets["proxy"].rows) if "proxy" in self.public_sets else 0
 
     @property
     def has_proxy_labels(self) -> bool:
         """Whether there is a proxy set whose labels may be read."""
-        return "proxy" in self._public and self._public["proxy"].examples.y is not None
+        return "proxy" in self.public_sets and self.public_sets["proxy"].examples.y is not None
 
     @property
     def n_test(self) -> int:
         """Rows of the common test set."""
-        return len(self._public["common_test"].rows)
+        return len(self.public_sets["common_test"].rows)
 
     def n_rows(self, client: str, split: str) -> int:
-        """Rows of a client's train, validation or test split."""
-        return self._private.count(client, split)
-
-    def clients_with_one_row(self) -> list[str]:
-        """Clients with a single row to train on."""
-        return self._private.clients_with_one_row()
+        """Return the number of rows of a client's train, validation or test split."""
+        return self.client_rows.count(client, split)
 
     def label_counts(self, client: str) -> Tensor:
-        """How often each label occurs in a client's training split, floats `[outputs]`.
+        """Return how often each label occurs in a client's training split, float `[outputs]`.
 
-        Multilabel: rows where the label is 1. Regression: all rows, for each target. Of clients elsewhere: see `reveals_labels`.
+        Multilabel: rows where the label is 1. Regression: all rows, for each target. Of clients on
+        other machines: see `reveals_labels`.
         """
-        if client in self._private.remote_info:
-            return torch.tensor(self._private.remote_info[client].labels)
-        share = self._private[client]["train"]
+        if client in self.client_rows.remote_info:
+            return torch.tensor(self.client_rows.remote_info[client].labels)
+        share = self.client_rows[client]["train"]
         y = share.examples.labels[share.rows]
         if self.task.kind == "multiclass":
             counts = torch.bincount(y, minlength=self.task.outputs)
@@ -174,23 +174,26 @@ class FederatedData:
 
     @property
     def is_distributed(self) -> bool:
-        """Whether others' rows are on machines of their own."""
-        return bool(self._private.remote_info)
+        """Whether the rows of some clients are on other machines."""
+        return bool(self.client_rows.remote_info)
 
     def reveals_labels(self, client: str) -> bool:
-        """Whether its label counts are known here: everybody's are, but those of clients elsewhere that keep them."""
+        """Return whether a client's label counts are known here.
+
+        Only clients on other machines may keep theirs.
+        """
         return (
-            client not in self._private.remote_info
-            or self._private.remote_info[client].labels is not None
+            client not in self.client_rows.remote_info
+            or self.client_rows.remote_info[client].labels is not None
         )
 
     def preprocess(self, client: str) -> Preprocess:
-        """How the client sees every example; statistics of its `own` are those of its training rows."""
+        """Return a client's view; with `normalize: own`, the statistics of its training rows."""
         config = self._settings[client].preprocess
         where = f"client '{client}': preprocess"
         if (
-            client in self._private.remote_info
-            and (view := self._private.remote_info[client].view) is not None
+            client in self.client_rows.remote_info
+            and (view := self.client_rows.remote_info[client].view) is not None
         ):
             return view
         if config.normalize != "own":
@@ -203,11 +206,11 @@ class FederatedData:
         )
 
     def unnormalized_view(self, config: PreprocessConfig, where: str) -> Preprocess:
-        """The view of these examples that a configuration asks for, but for what is subtracted and divided by."""
+        """Return the view that a configuration asks for, without normalization."""
         return Preprocess.without_normalization(config, self.layout, self.input_shape, where)
 
     def own_view(self, client: str) -> Preprocess | None:
-        """The client's view but for mean and deviation, where these are of its own rows (`normalize: own`); else None."""
+        """Return a client's view without normalization where that is `own`; else None."""
         config = self._settings[client].preprocess
         return (
             self.unnormalized_view(config, f"client '{client}': preprocess")
@@ -216,50 +219,55 @@ class FederatedData:
         )
 
     def has_proxy(self, preprocess: Preprocess) -> bool:
-        """Whether there is a proxy set and this view sees anything of it."""
-        if preprocess.raw is None or "proxy" not in self._public:
-            return "proxy" in self._public
+        """Return whether there is a proxy set and a view sees anything of it."""
+        if preprocess.raw is None or "proxy" not in self.public_sets:
+            return "proxy" in self.public_sets
         key = (preprocess.spans, preprocess.blocks)
         if key not in self._sees:
-            self._sees[key] = not is_all_missing(self._public["proxy"], preprocess)
+            self._sees[key] = not is_all_missing(self.public_sets["proxy"], preprocess)
         return self._sees[key]
 
     def server_preprocess(self, config: PreprocessConfig) -> Preprocess:
-        """How the server sees examples; it has no rows of its own, so `own` statistics are those of the public sets."""
+        """Return the server's view; with `normalize: own`, the statistics of the public set."""
         if config.normalize is not None and self.vocabulary is not None:
             raise UserError(
                 "server.preprocess.normalize: is for numbers, but the examples are tokens; leave it out"
             )
-        public = self._public.get("proxy", self._public["common_validation"])
+        public = self.public_sets.get("proxy", self.public_sets["common_validation"])
         return Preprocess.resolve(
             config, public.copy_rows().x, "server.preprocess", self.layout, self.input_shape
         )
 
     def columns(self, owner: str, name: str, preprocess: Preprocess) -> Columns:
-        """Examples as seen through a preprocessing: "x" in torch's default float type, and "y", for the proxy only where
-        its labels are kept.
+        """Return examples as seen through a preprocessing.
 
-        The tensors are shared with later callers and must not be changed. They are kept as long as there is room,
-        public and private ones apart (`cache_bytes` each), so that public sets usually stay for the whole run.
+        The tensors are shared with later callers and must not be changed. They are cached as long
+        as there is room, public and private ones separately (`cache_bytes` each), so that public
+        sets usually stay for the whole run.
 
         Args:
-            owner: a client's id; "server" for "pooled"; of no account for a public set.
-            name: train, validation, test; proxy, common_test, common_validation; or pooled, all clients' training rows
-                in the order of sorted ids, each client's as its scanner made them, but for those of which this view sees
-                nothing, or has to see all and does not.
+            owner: The client's id; "server" for "pooled"; not used for a public set.
+            name: train, validation, test; proxy, common_test, common_validation; or pooled: all
+                clients' training rows in the order of sorted ids, each as its client's scanner made
+                it, without rows that the view cannot use.
+            preprocess: The view.
+
+        Returns:
+            "x" in torch's default float type and "y"; of the proxy set only where its labels are
+            kept.
         """
         key = (name, preprocess, torch.get_default_dtype())
         if name in PUBLIC:
-            if name not in self._public:
+            if name not in self.public_sets:
                 raise UserError(
                     f"data.proxy.size: found 0, but a {name} set is asked for; hold some rows out"
                 )
             return self._public_columns.get_or_make(
-                key, lambda: self._preprocess(self._public[name].copy_rows(), preprocess)
+                key, lambda: self._preprocess(self.public_sets[name].copy_rows(), preprocess)
             )
         if (owner, name) == ("server", "pooled"):
             return self._private_columns.get_or_make((owner, *key), lambda: self._pool(preprocess))
-        if owner not in self._private or name not in PRIVATE:
+        if owner not in self.client_rows or name not in PRIVATE:
             known = [*PUBLIC, *PRIVATE, "pooled"]
             raise KeyError(
                 f"no set '{name}' of '{owner}'{suggest_or_list(name, known) if name not in known else ''}"
@@ -269,71 +277,75 @@ class FederatedData:
         )
 
     def extra_columns(self, owner: str, name: str) -> Examples:
-        """What stands beside the rows of a set of `columns`, row by row: times, units, baselines. It has no x."""
-        share = self._public[name] if name in PUBLIC else self._private[owner][name]
+        """Return times, units and baselines of the rows of a set, without x."""
+        share = self.public_sets[name] if name in PUBLIC else self.client_rows[owner][name]
         return replace(share.examples, x=torch.empty(len(share.examples), 0)).select_rows(
             share.rows
         )
 
     def raw_examples(self, name: str) -> Tensor:
-        """The examples of a public set as they lie in memory, `[N, ...]`."""
-        return self._public[name].copy_rows().x
+        """Return the examples of a public set as they lie in memory, `[N, ...]`."""
+        return self.public_sets[name].copy_rows().x
 
     def private_rows(self) -> Iterator[Tensor]:
-        """Everybody's training rows as they lie in memory, client by client; where clients draw, the pool."""
-        for (_, split), share in self._private.rows_by_location():
+        """Yield each client's training rows as they lie in memory; where clients draw, the pool."""
+        for (_, split), share in self.client_rows.rows_by_location():
             if split in ("train", "pool"):
                 yield share.copy_rows().x
 
     def public_hash(self) -> str:
-        """SHA-256 over the public sets: equal for all who have the same."""
-        return fingerprint((self.task.kind, self.task.outputs), sorted(self._public.items()))
+        """Return the SHA-256 over the public sets."""
+        return fingerprint((self.task.kind, self.task.outputs), sorted(self.public_sets.items()))
 
-    def with_remote_rows(self, private: ClientRows) -> FederatedData:
-        """The same with these rows in place of those that everybody has: what lies on one machine of several."""
-        held = copy.copy(self)
-        held._private = private
-        held._views = BoundedCache(CACHED_VIEWS)
-        held._sees = {}
-        held._public_columns = column_cache(self._public_columns.maxsize)
-        held._private_columns = column_cache(self._private_columns.maxsize)
-        return held
+    def with_rows(self, rows: ClientRows, unscanned: Collection[str] = ()) -> FederatedData:
+        """Return the same data with other client rows, and caches of its own.
 
-    @property
-    def client_rows(self) -> ClientRows:
-        """Whose rows are which."""
-        return self._private
-
-    @property
-    def public_sets(self) -> Mapping[str, RowSelection]:
-        """The proxy set, if there is one, and the common sets."""
-        return self._public
+        Args:
+            rows: Which rows each client has, or what is known of them.
+            unscanned: Clients whose training rows are as their devices made them, as
+                `unprocessed_rows` returns them; their scanners are not applied again.
+        """
+        data = copy.copy(self)
+        data.client_rows = rows
+        data._unscanned = frozenset(unscanned)
+        data._views = BoundedCache(CACHED_VIEWS)
+        data._sees = {}
+        data._public_columns = column_cache(self._public_columns.maxsize)
+        data._private_columns = column_cache(self._private_columns.maxsize)
+        return data
 
     def share_memory(self) -> None:
         """Move the raw arrays to memory that other processes can read without a copy."""
-        shares = [*self._public.values(), *(share for _, share in self._private.rows_by_location())]
+        shares = [
+            *self.public_sets.values(),
+            *(share for _, share in self.client_rows.rows_by_location()),
+        ]
         for examples in {id(s.examples): s.examples for s in shares}.values():
             for tensor in (examples.x, examples.y):
                 if tensor is not None:
                     tensor.share_memory_()
 
     def content_hash(self) -> str:
-        """SHA-256 over every example and label that anyone here can see, and whose it is. Two runs with the same hash
-        (and configuration) have the same data."""
+        """Return the SHA-256 over all examples and labels that are known here, and their owners.
+
+        Two runs with the same hash (and configuration) have the same data.
+        """
         places = [
-            (("", name), share) for name, share in self._public.items()
-        ] + self._private.rows_by_location()
-        told = [
-            (client, told.content_hash)
-            for client, told in sorted(self._private.remote_info.items())
+            (("", name), share) for name, share in self.public_sets.items()
+        ] + self.client_rows.rows_by_location()
+        remote = [
+            (client, info.content_hash)
+            for client, info in sorted(self.client_rows.remote_info.items())
         ]
         return fingerprint(
-            (self.task.kind, self.task.outputs, *told), sorted(places, key=lambda p: p[0])
+            (self.task.kind, self.task.outputs, *remote), sorted(places, key=lambda p: p[0])
         )
 
     def _raw_rows(self, client: str, split: str) -> Examples:
-        """A client's rows as its own device made them."""
-        found = self._private[client][split].copy_rows()
+        """Return a client's rows as its own device made them."""
+        found = self.client_rows[client][split].copy_rows()
+        if split == "train" and client in self._unscanned:
+            return found
         draws = keyed_generator("data", self._seed, "scanner", client, split)
         return Examples(apply_scanner(found.x, self._settings[client].scanner, draws), found.y)
 
@@ -369,55 +381,19 @@ def _usable(examples: Examples, through: Preprocess) -> Examples:
     return examples if bool(rows.all()) else examples.select_rows(rows.nonzero().squeeze(1))
 
 
-# A federation's data in which some clients train on other rows: for asking what a run would have
-# been without an example.
-
-
-class ResampledData(FederatedData):
-    """The same data, but for the training rows of some clients.
+def unprocessed_rows(data: FederatedData, client: str, splits: Sequence[str]) -> Examples:
+    """Return a client's rows of some splits as its own device made them, before preprocessing.
 
     Args:
-        data: the federation's.
-        train: those clients' training examples, as `unprocessed_rows` gives them: their scanners do not touch them again.
+        data: The data of the federation.
+        client: The client.
+        splits: Names of its splits; their rows follow one another.
     """
-
-    def __init__(self, data: FederatedData, train: Mapping[str, Examples]) -> None:
-        self.__dict__.update(data.__dict__)  # public columns are the same, and kept in one place
-        self._views = BoundedCache(CACHED_VIEWS)
-        self._private_columns = column_cache(data._private_columns.maxsize)
-        given = {
-            client: {**data._private[client], "train": RowSelection.all_rows(rows)}
-            for client, rows in train.items()
-        }
-        self._private = ClientRows(
-            {**data._private.assigned, **given}, data._private.lazy_partition
-        )
-        self._given = frozenset(train)
-
-    def _raw_rows(self, client: str, split: str) -> Examples:
-        if split == "train" and client in self._given:
-            return self._private[client][split].copy_rows()
-        return super()._raw_rows(client, split)
-
-
-def unprocessed_rows(data: FederatedData, client: str, splits: Sequence[str]) -> Examples:
-    """A client's rows of these splits, one after the other, as its own device made them: before any preprocessing."""
-    shares = [data._private[client][split] for split in splits]
-    return concatenate_examples(
-        [
-            replace(s.copy_rows(), x=data._raw_rows(client, n).x)
-            for n, s in zip(splits, shares, strict=True)
-        ]
-    )
-
-
-def concatenate_examples(parts: Sequence[Examples]) -> Examples:
-    """Rows of one data set, one part after the other; what only some parts have is left out."""
-    found: dict[str, Tensor | None] = {}
-    for name in ("y", "group", "patient", "time", "unit"):
-        columns = [column for part in parts if (column := getattr(part, name)) is not None]
-        found[name] = torch.cat(columns) if len(columns) == len(parts) else None
-    return replace(parts[0], x=torch.cat([part.x for part in parts]), baselines={}, **found)  # type: ignore[arg-type]
+    parts = []
+    for split in splits:
+        rows = data.client_rows[client][split].copy_rows()
+        parts.append(replace(rows, x=data._raw_rows(client, split).x))
+    return concatenate_examples(parts)
 
 
 # From a data set to a federation: what is kept, what is public, who gets which rows.
@@ -432,24 +408,36 @@ def federate(
     server: PreprocessConfig | None = None,
     absent: Collection[str] = (),
 ) -> FederatedData:
-    """Split a data set among clients. The order of `clients` changes nothing.
+    """Partition a data set among clients. The order of `clients` changes nothing.
 
-    In this order: `train_limit` rows are kept; the proxy set is held out of them, or loaded from its own source, and
-    loses its labels; the common validation set is carved if the data set has none; what is left is dealt out among the
-    clients without a source of their own. A source that clients name as their own is dealt out among those that name it
-    (its own test and validation sets stay unused). Each client's rows are then split into train, validation and test.
-    Where the data says of whom each row is, no patient is in two of these places; numbers of rows are then near those
-    asked for. Clients whose partition is `drawn` get no rows here; they draw when they are asked for theirs. Validation and
-    test of a dated set are cut by date (`train_limit` and a held-out proxy set are drawn from what is before); in a natural
-    partition a client's are its groups' rows of the common sets, and a client's own dated source keeps the cuts that it has.
+    In this order: `train_limit` rows are kept; the proxy set is held out of them, or loaded from
+    its own source, and loses its labels; the common validation set is held out if the data set has
+    none; what is left is partitioned among the clients without a source of their own. A source that
+    clients name as their own is partitioned among them (its own test and validation sets are not
+    used). Each client's rows are then split into train, validation and test.
+
+    Where the data names patients, no patient is in two of these places; numbers of rows are then
+    near those asked for. Clients whose partition is `drawn` get no rows here; they draw when they
+    are asked for theirs.
+
+    Validation and test rows of a dated set are cut by date (`train_limit` and a held-out proxy set
+    are drawn from what is before). In a natural partition a client's are its groups' rows of the
+    common sets, and a client's own dated source keeps its cuts.
 
     Args:
-        server: how the server sees examples, if it has a model of its own; a proxy set from elsewhere has to fit it, too.
-        absent: clients that get no rows here: theirs lie on machines of their own.
+        dataset: The data set.
+        config: The data's configuration.
+        clients: Settings by client.
+        seed: The run's seed.
+        cache_bytes: Size of each of the two caches of columns.
+        server: How the server sees examples, if it has a model of its own; a proxy set from its own
+            source has to fit it, too.
+        absent: Clients that get no rows here: theirs are on other machines.
 
     Raises:
-        UserError: too few rows for what is asked; classes, columns or shapes that do not match; settings for images
-            where there are none; a missing value that somebody sees without `missing: indicate`.
+        UserError: Too few rows for what is asked; classes, columns or shapes that do not match;
+            settings for images where there are none; a missing value that a participant sees
+            without `missing: indicate`.
     """
     check_classes(dataset, config)
     check_categories(dataset, config)
@@ -487,7 +475,13 @@ def federate(
         lazy_partition.check()
     elif names := [name for name in population.ids if name not in owners and name not in absent]:
         shares = assign_rows(dataset, rows, names, config, population, seed, notes)
-        private = how.split_clients(shares, _common_rows(dataset, public), config, seed)
+        assert dataset.test is not None
+        # All test rows: `test_limit` is for the common score alone.
+        later = {
+            "validation": public["common_validation"],
+            "test": RowSelection.all_rows(dataset.test),
+        }
+        private = how.split_clients(shares, later, config, seed)
     owned = load_client_sources(holders_of, dataset, config, population, seed)
     everybody = ClientRows(private | owned.private, lazy_partition)
 
@@ -499,7 +493,7 @@ def federate(
             server, dataset.layout, raw_shape(dataset), "server.preprocess"
         )
         if view.missing is None:
-            check_view(public, view, dataset.layout, "server.preprocess", {}, dataset.min_gap)
+            check_view(public, view, dataset.layout, "server.preprocess", dataset.min_gap)
     return FederatedData(
         dataset.task, dataset.name, population, everybody, public, seed, dataset.simulated or owned.simulated,
         dataset.about, cache_bytes, notes, dataset.layout, dataset.vocabulary,
@@ -507,7 +501,7 @@ def federate(
 
 
 def _limit_rows(dataset: Dataset, config: DataConfig, seed: int) -> Tensor:
-    """The training rows that are kept, int64 `[M]`."""
+    """Return the training rows that are kept, int64 `[M]`."""
     rows = torch.arange(len(dataset.train))
     patient = dataset.train.patient
     if config.train_limit is None or config.train_limit >= len(rows):
@@ -515,9 +509,3 @@ def _limit_rows(dataset: Dataset, config: DataConfig, seed: int) -> Tensor:
     return draw_rows(
         rows, config.train_limit, keyed_generator("data", seed, "train_limit"), patient, leave=0
     )[0]
-
-
-def _common_rows(dataset: Dataset, public: Mapping[str, RowSelection]) -> Splits:
-    """The common validation and test rows that are there for clients: `test_limit` is for the common score alone."""
-    assert dataset.test is not None
-    return {"validation": public["common_validation"], "test": RowSelection.all_rows(dataset.test)}

@@ -14,7 +14,7 @@ from hetero_fl.core.images import as_bytes, as_numbers, in_range
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.data.dataset import Block, ColumnLayout, indicator_names
 from hetero_fl.data.preprocessing import Preprocess
-from hetero_fl.utils.errors import UserError, suggest_or_list
+from hetero_fl.utils.errors import UserError, check_names
 
 WHERE = "predict: x"
 
@@ -52,11 +52,8 @@ def _columns_by_name(frame: Any, model: SavedModel, view: Preprocess) -> Tensor:
     known = model.columns
     categories = dict(model.categories)
     encoded = ColumnLayout(known, categories=model.categories).encoded_columns
+    check_names(names, [*known, *categories], f"{WHERE}: found column")
     for name in names:
-        if name not in known and name not in categories:
-            raise UserError(
-                f"{WHERE}: found column '{name}'{suggest_or_list(name, [*known, *categories])}"
-            )
         if names.count(name) > 1:
             raise UserError(f"{WHERE}: found column '{name}' {names.count(name)} times")
     for name in view.names(known):
@@ -97,9 +94,7 @@ def _check_rows(rows: Tensor, view: Preprocess) -> Tensor:
 def _join_blocks(blocks: Mapping[str, Any], view: Preprocess) -> Tensor:
     """Rows `[N, D]` of the view's blocks."""
     names = [b.name for b in view.blocks]
-    for name in blocks:
-        if name not in names:
-            raise UserError(f"{WHERE}: found '{name}'{suggest_or_list(name, names)}")
+    check_names(blocks, names, f"{WHERE}: found")
     parts = {name: as_numbers(values, f"{WHERE}: {name}") for name, values in blocks.items()}
     count = len(next(iter(parts.values()))) if parts else 0
     rows = []

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hetero_fl.data.arrays import from_arrays
 from hetero_fl.data.dataset import Block, Dataset, Examples, index_names
-from hetero_fl.utils.errors import UserError, suggest_or_list, suggest_similar
+from hetero_fl.utils.errors import UserError, suggest_similar
 from hetero_fl.utils.text import format_list
 
 if TYPE_CHECKING:
@@ -42,7 +42,12 @@ def join_images_and_table(
             there twice, or has no number; text in a number; a column that is not there; nobody in both.
     """
     # loads pandas, which takes half a second
-    from hetero_fl.data.sources.table_files import decimal_commas, features, parse_names
+    from hetero_fl.data.sources.table_files import (
+        check_columns,
+        decimal_commas,
+        features,
+        parse_names,
+    )
 
     frame, where = _frame(table, (by, table_group))
     pictures = from_arrays(images, y, patient=patient, group=group, name=name)
@@ -51,11 +56,7 @@ def join_images_and_table(
             f"{name}: images: found shape {tuple(pictures.train.x.shape)}; want rows x channels x height x width"
         )
     special = {"by": by, "label": label, "table_group": table_group}
-    for key, column in special.items():
-        if column is not None and column not in frame.columns:
-            raise UserError(
-                f"{key}: {where} has no column '{column}'{suggest_or_list(column, map(str, frame.columns))}"
-            )
+    check_columns(frame, special.items(), where)
     whose = list(parse_names(frame[by], where))
     ids = [str(value) for value in pictures.train.patient_names]
     whose = _match_id_format(whose, ids)
@@ -74,11 +75,7 @@ def join_images_and_table(
             f"{suggest_similar(whose[row], ids)} (name their labels in `label` to keep such patients: {len(strangers)} rows)"
         )
     rest = frame.drop(columns=[column for column in special.values() if column is not None])
-    for column in columns or ():
-        if column not in rest.columns:
-            raise UserError(
-                f"columns: {where} has no column '{column}'{suggest_or_list(column, map(str, rest.columns))}"
-            )
+    check_columns(rest, [("columns", column) for column in columns or ()], where)
     rest, _ = decimal_commas(rest if columns is None else rest[columns], where)
     values, used, left_out = features(rest, where, [])
     if columns is not None and left_out:

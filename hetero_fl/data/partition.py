@@ -21,15 +21,18 @@ from hetero_fl.utils.code_permission import OWN
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.registry import call_reference
-from hetero_fl.utils.seeding import keyed_generator, stream_key
+from hetero_fl.utils.seeding import keyed_generator, keyed_numpy_generator
 from hetero_fl.utils.text import format_list
 
 # What partitions count with: the stratum of a row, whole numbers by shares, classes by holders.
 
 
 def row_strata(y: Tensor, task: Task) -> Tensor:
-    """What counts as a row's label in a partition, int64 `[N]`: its class; the rarest of its labels plus one, 0 if it
-    has none (multilabel); the tenth of all rows, by the first target, that it falls into (regression)."""
+    """Return what counts as each row's label in a partition, int64 `[N]`.
+
+    Multiclass: its class. Multilabel: the rarest of its labels plus one, 0 if it has none.
+    Regression: the tenth of all rows, by the first target, that it falls into.
+    """
     if task.kind == "multiclass":
         return y
     if task.kind == "multilabel":
@@ -43,11 +46,17 @@ def row_strata(y: Tensor, task: Task) -> Tensor:
 
 
 def apportion(total: int, share: np.ndarray, at_least: int = 0) -> np.ndarray:
-    """Whole numbers that sum to `total`, as near to the shares as can be (largest remainder), none below `at_least`."""
+    """Return whole numbers that sum to `total` and are nearest to the shares (largest remainder).
+
+    Args:
+        total: Their sum.
+        share: Shares, float `[K]`; they need not sum to one.
+        at_least: Smallest number.
+    """
     exact = share / share.sum() * total
     counts = np.floor(exact).astype(np.int64)
     counts[np.argsort(counts - exact, kind="stable")[: total - counts.sum()]] += 1
-    # ends: each turn fills the shortest from the longest, and the total suffices
+    # Each turn fills the smallest from the largest, and the total suffices: this ends.
     while (counts < at_least).any():
         low = counts.argmin()
         high = counts.argmax()
@@ -58,7 +67,7 @@ def apportion(total: int, share: np.ndarray, at_least: int = 0) -> np.ndarray:
 
 
 def apportion_nonzero(rows: int, share: np.ndarray) -> np.ndarray:
-    """`apportion` among those with a share, the others getting none."""
+    """Apportion rows among those with a share above 0; the others get none."""
     counts = np.zeros(len(share), dtype=np.int64)
     if (share > 0).any():
         counts[share > 0] = apportion(rows, share[share > 0])
@@ -66,15 +75,28 @@ def apportion_nonzero(rows: int, share: np.ndarray) -> np.ndarray:
 
 
 def cut_proportions(proportions: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Whole numbers `[classes, clients]`, of `counts` `[classes]` rows each client's proportion, float `[classes, clients]`."""
+    """Return each client's rows of each class, int64 `[classes, clients]`.
+
+    Args:
+        proportions: Each client's proportion of a class, float `[classes, clients]`.
+        counts: Rows of each class, int64 `[classes]`.
+    """
     cuts = np.rint(proportions.cumsum(1) * counts[:, None]).astype(np.int64)
     cuts[:, -1] = counts
     return np.diff(cuts, axis=1, prepend=0)
 
 
 def cut_below(proportions: np.ndarray, counts: np.ndarray, most: np.ndarray) -> np.ndarray:
-    """As `cut`, class by class: who has `most` `[clients]` rows or more gets none of the next class, which the others share by
-    their proportions. (The last class that somebody gets may carry it above.) `most` sums to all rows at least."""
+    """Cut class by class; a client that has its maximum gets none of the next class.
+
+    The others share that class by their proportions. The last class that a client gets may carry
+    it above its maximum.
+
+    Args:
+        proportions: Each client's proportion of a class, float `[classes, clients]`.
+        counts: Rows of each class, int64 `[classes]`.
+        most: Maximum of each client, float `[clients]`; they sum to at least all rows.
+    """
     dealt = np.zeros(proportions.shape, dtype=np.int64)
     for c in range(len(counts)):
         below = dealt.sum(0) < most
@@ -87,8 +109,15 @@ def cut_below(proportions: np.ndarray, counts: np.ndarray, most: np.ndarray) -> 
 def assign_classes(
     draws: np.random.Generator, classes_per_client: np.ndarray, classes: int
 ) -> np.ndarray:
-    """bool `[clients, classes]`, `classes_per_client` (int `[clients]`) classes a client and as even over the classes as can be: always those
-    that fewest hold, at random among equals."""
+    """Return which classes each client holds, bool `[clients, classes]`.
+
+    Each client gets the classes that fewest others hold, at random among equals.
+
+    Args:
+        draws: Random generator.
+        classes_per_client: Number of classes of each client, int64 `[clients]`.
+        classes: Number of classes.
+    """
     holds = np.zeros((len(classes_per_client), classes), dtype=bool)
     held = np.zeros(classes)
     for client in draws.permutation(len(classes_per_client)):
@@ -111,23 +140,31 @@ def user_partition(
     clients: int,
     patient: Tensor | None,
 ) -> list[Tensor]:
-    """Rows of each client as the function that `config.kind` names deals them, given the arguments.
+    """Return the rows of each client as the user's function assigns them.
 
-    It gets no patients, but a deal that tears one apart is refused. Raises UserError for that and for whatever else it does.
+    Args:
+        config: Its `kind` names the function.
+        arguments: The arguments of the function; patients are not among them.
+        rows: Number of rows.
+        clients: Number of clients.
+        patient: Patient of each row, `[N]`; a result that splits one is refused.
+
+    Raises:
+        UserError: If the function raises anything or returns no partition.
     """
     parts = _check_parts(
         call_reference(config.kind, OWN_WHERE, ARGUMENTS, arguments), config, rows, clients
     )
     if patient is not None and (pair := split_patient_rows(parts, patient)) is not None:
         raise UserError(
-            f"{OWN_WHERE}: {config.kind}: deals rows {pair[0]} and {pair[1]}, which are of one patient "
-            "(data.patient), to two clients"
+            f"{OWN_WHERE}: {config.kind}: deals rows {pair[0]} and {pair[1]}, which are of one "
+            "patient (data.patient), to two clients"
         )
     return parts
 
 
 def _check_parts(parts: object, config: PartitionConfig, rows: int, clients: int) -> list[Tensor]:
-    """The rows that a user's own partition dealt, if they can be that."""
+    """Return the rows of each client, sorted, after checking what a user's function returned."""
     where = f"{OWN_WHERE}: {config.kind}"
     if not isinstance(parts, list | tuple) or len(parts) != clients:
         raise UserError(f"{where}: has to return a list of the rows of {clients} clients")
@@ -160,9 +197,18 @@ WHERE = "data.partition"
 
 @dataclass(frozen=True)
 class PartitionContext:
-    """What a partition has to go by: `strata` int64 `[N]` (see `strata`), `group` int64 `[N]`, `share` float64 `[K]`,
-    each client's part of all rows by its size, which sums to one; nobody gets less than `fewest`. Where patients stay whole,
-    a patient stands for a row here: with its commonest stratum."""
+    """What a partition depends on.
+
+    Where patients stay whole, a patient with its most common stratum stands for a row.
+
+    Attributes:
+        strata: Label of each row, int64 `[N]` (see `row_strata`).
+        group: Group of each row, int64 `[N]`.
+        config: Settings of the partition.
+        share: Each client's share of the rows by its size, float64 `[K]`; they sum to one.
+        seed: The run's seed.
+        fewest: Smallest number of rows of a client.
+    """
 
     strata: Tensor
     group: Tensor | None
@@ -182,16 +228,13 @@ class PartitionContext:
         return len(self.strata)
 
     def rng(self, *use: str | int) -> np.random.Generator:
-        """Keyed draws of what torch has no public sampler for (Dirichlet)."""
-        return np.random.default_rng(stream_key("data", self.seed, "partition", *use))
+        """Return a keyed generator of what torch has no public sampler for (Dirichlet)."""
+        return keyed_numpy_generator("data", self.seed, "partition", *use)
 
     def shuffled(self, rows: Tensor, *use: str | int) -> Tensor:
-        """The rows in a keyed order."""
-        return rows[
-            torch.randperm(
-                len(rows), generator=keyed_generator("data", self.seed, "partition", *use)
-            )
-        ]
+        """Return the rows in a keyed order."""
+        generator = keyed_generator("data", self.seed, "partition", *use)
+        return rows[torch.randperm(len(rows), generator=generator)]
 
 
 PartitionFunction = Callable[[PartitionContext], list[Tensor]]
@@ -217,19 +260,26 @@ def partition_rows(
     seed: int,
     patient: Tensor | None = None,
 ) -> list[Tensor]:
-    """Rows of each client: int64, sorted, disjoint, at least `config.min_size` each, and all rows together.
-    (Exceptions: `classes` leaves rows out where too few clients hold every class, or with `shots`, and a user's own partition,
-    `python:` and a function of the same arguments, may.)
+    """Partition rows among clients.
+
+    The kind `classes` leaves rows out with `shots`, and where too few clients hold every class. A
+    user's own partition (`python:` and a function of the same arguments) may leave rows out, too.
 
     Args:
-        y: targets `[N]` or `[N, L]`.
-        group: whose row it is, `[N]`; the natural partition needs it.
-        sizes: how much each client gets, relative to the others.
-        patient: of whom each row is, `[N]`; a patient's rows all go to one client.
+        y: Targets, `[N]` or `[N, L]`.
+        group: Group of each row, `[N]`; the natural partition needs it.
+        config: Settings of the partition.
+        sizes: How much each client gets, relative to the others.
+        task: What is learned.
+        seed: The run's seed.
+        patient: Patient of each row, `[N]`; a patient's rows all go to one client.
+
+    Returns:
+        The rows of each client: int64, sorted, disjoint, at least `config.min_size` each.
 
     Raises:
-        UserError: too few rows or patients; no groups, or another number of them; a patient in two groups; a user's
-            partition that is none, or deals a patient to two clients.
+        UserError: Too few rows or patients; no groups, or another number of them; a patient in two
+            groups; a user's partition that is none, or splits a patient.
     """
     if config.min_size * len(sizes) > len(y):
         raise UserError(
@@ -245,33 +295,33 @@ def partition_rows(
             f"{WHERE}.kind: found '{config.kind}'{suggest_or_list(config.kind, _partitions)}"
         )
     share = np.asarray(sizes, dtype=np.float64)
-    d = PartitionContext(
+    context = PartitionContext(
         row_strata(y, task), group, config, share / share.sum(), seed, config.min_size
     )
-    parts = _partitions[config.kind](d) if patient is None else _partition_patients(d, patient)
+    if patient is None:
+        parts = _partitions[config.kind](context)
+    else:
+        parts = _partition_patients(context, patient)
     return [part.sort().values for part in parts]
 
 
 @register_partition("iid")
 def partition_iid(context: PartitionContext) -> list[Tensor]:
-    """Rows at random, as many as the sizes say."""
+    """Assign rows at random, in numbers by the clients' sizes."""
     counts = apportion(context.rows(), context.share, context.fewest)
     return list(context.shuffled(torch.arange(context.rows()), "iid").split(counts.tolist()))
 
 
 @register_partition("in_order")
 def partition_in_order(context: PartitionContext) -> list[Tensor]:
-    """Consecutive slices of the rows as they lie in the set, as long as the sizes say: the first client has the first."""
-    return list(
-        torch.arange(context.rows()).split(
-            apportion(context.rows(), context.share, context.fewest).tolist()
-        )
-    )
+    """Assign consecutive slices of the rows, in the order of the clients and by their sizes."""
+    counts = apportion(context.rows(), context.share, context.fewest)
+    return list(torch.arange(context.rows()).split(counts.tolist()))
 
 
 @register_partition("quantity")
 def partition_by_quantity(context: PartitionContext) -> list[Tensor]:
-    """Rows at random, numbers of rows skewed: shares ~ Dirichlet(alpha · K · size share)."""
+    """Assign rows at random, in skewed numbers: shares ~ Dirichlet(alpha · K · size share)."""
     share = context.rng("quantity").dirichlet(context.alpha * len(context.share) * context.share)
     counts = apportion(context.rows(), share, context.fewest)
     return list(context.shuffled(torch.arange(context.rows()), "quantity").split(counts.tolist()))
@@ -279,10 +329,13 @@ def partition_by_quantity(context: PartitionContext) -> list[Tensor]:
 
 @register_partition("dirichlet")
 def partition_dirichlet(context: PartitionContext) -> list[Tensor]:
-    """Labels skewed: each class is dealt in proportions ~ Dirichlet(alpha · K · size share), drawn anew until nobody is
-    short; with equal sizes the rule of Hsu et al., arXiv:1909.06335, and Li et al., ICDE 2022. After `TRIES` draws the
-    short clients take rows at random from the largest. `config.cap`: who has reached so many times its part of the rows gets
-    none of the further classes, which the others share by their proportions; 1 is the rule of the latter's code."""
+    """Skew the labels: each class is divided in proportions ~ Dirichlet(alpha · K · size share).
+
+    They are drawn again until no client is short; with equal sizes this is the rule of Hsu et al.,
+    arXiv:1909.06335, and Li et al., ICDE 2022. After `TRIES` draws the short clients take rows at
+    random from the largest. With `config.cap`, a client that has so many times its share of the
+    rows gets none of the further classes; 1 is the rule of the code of Li et al.
+    """
     classes, counts = np.unique(context.strata.numpy(), return_counts=True)
     for attempt in range(TRIES):
         proportions = context.rng("dirichlet", attempt).dirichlet(
@@ -302,10 +355,13 @@ def partition_dirichlet(context: PartitionContext) -> list[Tensor]:
 
 @register_partition("classes")
 def partition_by_classes(context: PartitionContext) -> list[Tensor]:
-    """`config.classes` classes a client, as in McMahan et al., 2017, or as many as `config.classes_spread` allows. The rows of a
-    class are dealt among its holders by size; or, as in Tan et al., 2022, each holder gets `config.shots` of them and the rest
-    stays out. Every class has a holder if clients times classes suffice for that; else the rows of the others stay out.
-    Drawn anew until nobody is short."""
+    """Give each client a few classes, drawn again until no client is short.
+
+    A client has `config.classes` classes (McMahan et al., 2017), or as many more or fewer as
+    `config.classes_spread` allows. The rows of a class are divided among its holders by size; or
+    each holder gets `config.shots` of them and the rest stays out (Tan et al., 2022). Classes
+    without a holder stay out where there are more of them than clients times classes.
+    """
     classes, counts = np.unique(context.strata.numpy(), return_counts=True)
     clients = len(context.share)
     each = context.config.classes
@@ -344,7 +400,7 @@ def partition_by_classes(context: PartitionContext) -> list[Tensor]:
 
 @register_partition("natural")
 def partition_natural(context: PartitionContext) -> list[Tensor]:
-    """Each group of rows is a client's, in the order of the groups' numbers."""
+    """Assign each group of rows to a client, in the order of the groups' numbers."""
     if context.group is None:
         raise UserError(
             f"{WHERE}.kind: natural needs groups; name their column in data.group, or choose another kind"
@@ -368,7 +424,7 @@ def _too_few_classes(context: PartitionContext) -> UserError:
 
 
 def _partition_patients(context: PartitionContext, patient: Tensor) -> list[Tensor]:
-    """Rows of each client, each patient's together: patients are dealt as rows are, and short clients then filled."""
+    """Partition patients as if they were rows, then move patients to clients that are short."""
     function = _partitions[context.config.kind]
     clients = len(context.share)
     if context.config.kind == "natural":
@@ -383,7 +439,7 @@ def _partition_patients(context: PartitionContext, patient: Tensor) -> list[Tens
         raise UserError(
             f"data.patient: {len(size)} patients are left for {clients} clients; each needs at least one"
         )
-    # as many patients as make up min_size rows on average, so that draws are repeated about as often as for rows
+    # As many patients as have min_size rows on average: draws are repeated as often as for rows.
     fewest = max(
         1, min(-(-context.config.min_size * len(size) // len(patient)), len(size) // clients)
     )
@@ -410,7 +466,7 @@ def _partition_patients(context: PartitionContext, patient: Tensor) -> list[Tens
 def _partition_classes(
     context: PartitionContext, classes: np.ndarray, counts: np.ndarray
 ) -> list[Tensor]:
-    """Rows of each client, `counts` int `[classes, clients]` saying how many of each class."""
+    """Draw the rows of each client: `counts` `[classes, clients]` of each class."""
     per_class = [
         context.shuffled(torch.nonzero(context.strata == c).squeeze(1), "rows", int(c))[
             : n.sum()
@@ -421,7 +477,7 @@ def _partition_classes(
 
 
 def _fill_short_clients(context: PartitionContext, parts: list[Tensor]) -> list[Tensor]:
-    """Fill short clients from the largest, with rows drawn at random. Ends, as `partition_rows` checked that all rows suffice."""
+    """Move rows drawn at random from the largest client to short ones; all rows suffice."""
     turn = 0
     while min(map(len, parts)) < context.fewest:
         low = min(range(len(parts)), key=lambda k: len(parts[k]))
@@ -445,9 +501,18 @@ def assign_rows(
     seed: int,
     notes: list[str],
 ) -> dict[str, RowSelection]:
-    """The rows of each of these clients. One alone gets them all, unless groups go by name and others have some.
+    """Assign training rows to clients; groups go to the clients of their names.
 
-    A note is added where groups go to clients of other names.
+    A single client gets all rows, unless groups go by name and other clients have some.
+
+    Args:
+        dataset: The data set.
+        rows: The training rows to assign, int64 `[M]`.
+        names: The clients, in order.
+        config: The data's configuration.
+        clients: Settings by client.
+        seed: The run's seed.
+        notes: Gets a line where groups go to clients of other names.
     """
     train = dataset.train
     patient = None if train.patient is None else train.patient[rows]
@@ -477,11 +542,19 @@ def assign_rows(
 
 
 def match_groups(groups: list[str], clients: list[str], name: str) -> list[str]:
-    """Check that a natural partition's groups and the clients are the same by name; lines on who gets what if they have
-    no name in common, and go in the order in which people count.
+    """Check that the groups of a natural partition and the clients have the same names.
+
+    Args:
+        groups: The names of the groups.
+        clients: The clients.
+        name: The name of the data set.
+
+    Returns:
+        Lines on which client gets which group, where they have no name in common and are assigned
+        in natural order.
 
     Raises:
-        UserError: only some names are in both, or there are more of one than of the other.
+        UserError: If only some names are in both, or there are more of one than of the other.
     """
     strangers = [c for c in clients if c not in groups]
     orphans = [g for g in natural_order(groups) if g not in clients]
@@ -512,7 +585,7 @@ def match_groups(groups: list[str], clients: list[str], name: str) -> list[str]:
 
 
 def all_groups(dataset: Dataset) -> list[str]:
-    """The names of the groups of all rows, those of the common validation and test sets as well, in the order of people."""
+    """Return the names of all groups in natural order, those of the common sets included."""
     parts = dataset.splits().values()
     held = [
         (part.group, part.group_names)
@@ -523,8 +596,7 @@ def all_groups(dataset: Dataset) -> list[str]:
 
 
 def check_patients_in_one_group(dataset: Dataset) -> None:
-    """Refuse a patient (UserError) who has rows in two groups, whatever they are used for: a natural partition would tear
-    them apart."""
+    """Refuse a patient with rows in two groups: a natural partition would split it."""
     group_of: dict[str, str] = {}
     for part in dataset.splits().values():
         if part.patient is None or part.group is None:
@@ -541,40 +613,43 @@ def check_patients_in_one_group(dataset: Dataset) -> None:
 
 
 def most_common_stratum(strata: Tensor, unit: Tensor) -> Tensor:
-    """The commonest stratum of each patient's rows, int64 `[P]`; of equals the lowest.
+    """Return the most common stratum of each patient's rows, int64 `[P]`; of equals the lowest.
 
     Args:
-        strata: int64 `[N]`, from 0.
-        unit: int64 `[N]`, places 0 to P - 1, each of which occurs.
+        strata: Stratum of each row, int64 `[N]`, from 0.
+        unit: Patient of each row, int64 `[N]`: numbers 0 to P - 1, each of which occurs.
     """
     kinds = int(strata.max()) + 1
-    patients = int(unit.max()) + 1
     pairs, rows = (unit * kinds + strata).unique(return_counts=True)
-    # sorted by patient, then fewest rows first, then highest stratum first: the last of each patient is wanted
-    order = (pairs % kinds).argsort(descending=True, stable=True)
-    order = order[rows[order].argsort(stable=True)]
-    order = order[(pairs[order] // kinds).argsort(stable=True)]
-    last = torch.bincount(pairs // kinds, minlength=patients).cumsum(0) - 1
-    return pairs[order[last]] % kinds
+    patient = pairs // kinds
+    order = np.lexsort((pairs % kinds, -rows, patient))
+    first = np.unique(patient[order], return_index=True)[1]
+    return pairs[order[first]] % kinds
 
 
 def move_patients_to_short_clients(
     owner: Tensor, size: Tensor, clients: int, fewest: int, order: Tensor
 ) -> Tensor:
-    """Whole patients moved from the largest clients to short ones, until each has `fewest` rows.
+    """Move whole patients from the largest clients to short ones.
 
     Args:
-        owner: the client of each patient, int64 `[P]`, -1 for none.
-        size: rows of each patient, int64 `[P]`.
-        order: int64 `[P]`, all patients in the order in which they are asked to move.
+        owner: The client of each patient, int64 `[P]`, -1 for none.
+        size: Rows of each patient, int64 `[P]`.
+        clients: Number of clients.
+        fewest: Smallest number of rows of a client.
+        order: All patients in the order in which they move, int64 `[P]`.
+
+    Returns:
+        The new client of each patient, int64 `[P]`.
 
     Raises:
-        UserError: no client can give a patient away without being short itself.
+        UserError: If no client can give a patient away without being short itself.
     """
     owner = owner.clone()
     dealt = owner >= 0
     held = torch.zeros(clients, dtype=torch.int64).index_add(0, owner[dealt], size[dealt])
-    while int(held.min()) < fewest:  # ends: the shortest grows, and nobody becomes short
+    # The smallest client grows and none becomes short: this ends.
+    while int(held.min()) < fewest:
         low = int(held.argmin())
         movable = order[(owner[order] >= 0) & (size[order] <= (held - fewest)[owner[order]])]
         if len(movable) == 0:
@@ -591,7 +666,7 @@ def move_patients_to_short_clients(
 
 
 def split_patient_rows(parts: Sequence[Tensor], patient: Tensor) -> tuple[int, int] | None:
-    """Two rows of one patient that lie in different parts, or None."""
+    """Return two rows of one patient that are in different parts, or None."""
     rows = torch.cat(list(parts))
     place = torch.cat([torch.full((len(part),), k) for k, part in enumerate(parts)])
     order = patient[rows].argsort(stable=True)

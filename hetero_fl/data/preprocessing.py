@@ -1,6 +1,6 @@
-"""How one participant sees examples: preprocessing, augmentation, scanner shift.
+"""How one participant sees examples: preprocessing, augmentation, scanner shift, missing values.
 
-Checks that each client's and the server's view fits the data, before rows are assigned.
+Checks that each client's and the server's view fits the data.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -21,12 +21,23 @@ from hetero_fl.config.clients import (
     PreprocessConfig,
     ScannerConfig,
 )
-from hetero_fl.config.population import SettingsProfile
-from hetero_fl.data.dataset import Block, ColumnLayout, Dataset, Spans, spans_of
+from hetero_fl.config.population import Population, SettingsProfile
+from hetero_fl.data.dataset import (
+    Block,
+    ColumnLayout,
+    Dataset,
+    Examples,
+    RowSelection,
+    Spans,
+    spans_of,
+)
 from hetero_fl.utils.errors import UserError
 
-# How one participant sees every example: the columns it has, as floats, resized, with so many
-# channels, normalised; in this order, and last what is missing.
+if TYPE_CHECKING:
+    from hetero_fl.data.client_rows import ClientRows
+
+# How one participant sees every example: its columns as floats, resized, with a number of channels,
+# normalized; in this order, and last the indicators of missing values.
 #
 # Models take channels first: a series `[N, T, F]`, as people store it, is seen as `[N, F, T]`.
 
@@ -38,12 +49,19 @@ NOTHING = ColumnLayout()
 class Preprocess:
     """A view of raw examples. Equal views are one key in a cache.
 
-    `mean` and `std` are numbers, or a number for each column (the last axis) of tables, series and rows of blocks, each channel
-    of images. `raw` is the shape of a raw example where the view knows it, `spans` the runs of columns that it takes (none:
-    all), `blocks` the blocks that are in them. One block alone is an example in the block's own shape, an image say, unless
-    `missing` is set.
-    With `missing: indicate`, NaN becomes 0 after normalisation, and 1 where it was missing follows the columns: one a column,
-    or one a block where there are blocks, which is missing where all of its values are.
+    Attributes:
+        resize: Side of images in pixels.
+        channels: Number of channels of images.
+        mean: Subtracted: a number, or one for each column (the last axis) of tables, series and
+            rows of blocks, for each channel of images.
+        std: Divided by, as `mean`.
+        raw: Shape of a raw example, where the view knows it.
+        spans: The runs of columns that the view takes; None: all.
+        blocks: The blocks in them. A single block is an example of the block's own shape (an image,
+            say), unless `missing` is set.
+        missing: "indicate": NaN becomes 0 after normalization, and indicators of what was missing
+            follow the columns, one per column, or one per block where there are blocks. A block is
+            missing where all of its values are.
     """
 
     resize: int | None = None
@@ -67,9 +85,16 @@ class Preprocess:
         raw: tuple[int, ...] = (),
         where: str = "preprocess",
     ) -> Preprocess:
-        """The view that a configuration asks for but for what is subtracted and divided by: what decides the shape.
+        """Return the view that a configuration asks for, without normalization.
 
-        Raises UserError for a column or block that is not there.
+        Args:
+            config: The configuration.
+            layout: Names along the last axis of the examples.
+            raw: Shape of a raw example.
+            where: The configuration's place, for messages.
+
+        Raises:
+            UserError: If a column or block is unknown.
         """
         view = cls(config.resize, config.channels, missing=config.missing)
         if config.columns is None and not layout.blocks and config.missing is None:
@@ -89,14 +114,21 @@ class Preprocess:
         layout: ColumnLayout = NOTHING,
         raw: tuple[int, ...] = (),
     ) -> Preprocess:
-        """The view that a configuration asks for, `normalize: own` turned into numbers.
+        """Return the view that a configuration asks for, with numbers in place of `normalize: own`.
+
+        Images (4-D, and blocks that are images) get one mean and standard deviation over all pixels
+        after `resize` and `channels`; tables and series get one for each column. A standard
+        deviation of 0 counts as 1. Missing values are left out; a column without values has mean 0.
 
         Args:
-            train_x_raw: the participant's raw training rows, read for `own` alone. Images (4-D, and blocks that are images)
-                get one mean and standard deviation over all pixels after `resize` and `channels`; tables and series get one
-                for each column. A standard deviation of 0 counts as 1. What is missing is left out; a column of nothing
-                else has mean 0.
-            layout, raw: names along the last axis of the examples, and their shape in memory.
+            config: The configuration.
+            train_x_raw: The participant's raw training rows, read for `own` only.
+            where: The configuration's place, for messages.
+            layout: Names along the last axis of the examples.
+            raw: Shape of a raw example.
+
+        Raises:
+            UserError: If a column or block is unknown, or `own` has no rows.
         """
         view = cls.without_normalization(config, layout, raw, where)
         if isinstance(config.normalize, Normalize):
@@ -116,7 +148,7 @@ class Preprocess:
         return replace(view, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
 
     def _statistics(self, x_raw: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation, float64 `[1]` of images, else `[columns]`."""
+        """Return mean and standard deviation, float64 `[1]` of images, else `[columns]`."""
         image = len(self._selected_shape(tuple(x_raw.shape[1:]))) == 3
         columns = 1 if image else self._selected_shape(tuple(x_raw.shape[1:]))[-1]
         total, squares, rows = (torch.zeros(columns).double() for _ in range(3))
@@ -138,7 +170,7 @@ class Preprocess:
         return values.sum(0) if self.missing is None else values.nansum(0)
 
     def _pool_block_sums(self, sums: Tensor) -> Tensor:
-        """Sums by column, those of an image block all the sum over its pixels."""
+        """Return sums by column, with the sum over all pixels for each column of an image block."""
         sums = sums.clone()
         for block, (start, stop) in zip(self.blocks, spans_of(self.blocks), strict=True):
             if block.image and len(sums) > 1:
@@ -146,9 +178,9 @@ class Preprocess:
         return sums
 
     def __call__(self, x_raw: Tensor) -> Tensor:
-        """Raw examples `[N, ...]` as `[N, *self.shape(...)]` in torch's default float type; uint8 is divided by 255.
+        """Return raw examples `[N, ...]` as `[N, *self.shape(...)]` in torch's default float type.
 
-        Tokens (int64) stay as they are.
+        uint8 is divided by 255. Tokens (int64) stay as they are.
         """
         if x_raw.dtype == torch.int64:
             return x_raw
@@ -170,7 +202,7 @@ class Preprocess:
         return (x.transpose(1, 2) if x.ndim == 3 else x).contiguous()
 
     def _values(self, x_raw: Tensor) -> Tensor:
-        """Raw examples with what the view takes of them, in its shape, not yet normalised."""
+        """Return what the view takes of raw examples, in its shape, not yet normalized."""
         dtype = torch.get_default_dtype()
         x = self.select_columns(x_raw)
         x = x.to(dtype) / 255 if x.dtype == torch.uint8 else x.to(dtype)
@@ -190,14 +222,14 @@ class Preprocess:
         return x
 
     def select_columns(self, x_raw: Tensor) -> Tensor:
-        """The columns that it takes, as they lie in memory: `[N, …, columns]`."""
+        """Return the columns that the view takes as they lie in memory, `[N, ..., columns]`."""
         if self.spans is None:
             return x_raw
         parts = [x_raw[..., start:stop] for start, stop in self.spans]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def names(self, columns: Sequence[str]) -> list[str]:
-        """Those of all columns' names, in the data's order, that it takes."""
+        """Return the names of the columns that the view takes, in the data's order."""
         return [
             name
             for start, stop in self.spans or ((0, len(columns)),)
@@ -205,7 +237,7 @@ class Preprocess:
         ]
 
     def _selected_shape(self, raw_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of what it takes, before `resize` and `channels`."""
+        """Return the shape of what the view takes, before `resize` and `channels`."""
         if len(self.blocks) == 1 and self.missing is None:
             return self.blocks[0].shape
         return (
@@ -216,17 +248,21 @@ class Preprocess:
 
     @staticmethod
     def _broadcast(value: float | tuple[float, ...], x: Tensor) -> Tensor:
-        """The numbers where they belong: along the channels of images, else along the columns."""
+        """Return numbers along the channels of images, else along the columns."""
         numbers = torch.tensor(value, dtype=x.dtype)
         return numbers[:, None, None] if x.ndim == 4 and numbers.ndim else numbers
 
     def shape(self, raw_shape: tuple[int, ...], where: str = "preprocess") -> tuple[int, ...]:
-        """Shape of an example as seen through this if it lies in memory with `raw_shape`; both without the batch. That of a
-        series is (columns, T), of `raw_shape` (T, F).
+        """Return the shape of an example as seen through this view, without the batch.
+
+        Args:
+            raw_shape: Its shape in memory. A series (T, F) is seen as (columns, T).
+            where: The view's place in the configuration, for messages.
 
         Raises:
-            UserError: resize or channels for what is no image; channels that cannot be made of what is there; images that
-                may lack pixels; another number of means or deviations than of channels or columns.
+            UserError: `resize` or `channels` for what is no image; channels that cannot be made;
+                `missing` for images; another number of means or deviations than of channels or
+                columns.
         """
         given = self._selected_shape(raw_shape)
         if self.missing is not None and len(given) == 3:
@@ -243,7 +279,7 @@ class Preprocess:
         return seen
 
     def _output_shape(self, selected_shape: tuple[int, ...], where: str) -> tuple[int, ...]:
-        """Shape of an example of which it takes what has that shape."""
+        """Return the shape of an example of which the view takes what has that shape."""
         if self.resize is None and self.channels is None:
             marks = 0 if self.missing is None else len(self.blocks) or selected_shape[-1]
             seen = (*selected_shape[:-1], selected_shape[-1] + marks)
@@ -266,22 +302,20 @@ class Preprocess:
 
 
 def augment(x: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:
-    """Cropped, flipped and rotated images; each image by draws of its own.
+    """Return images cropped, flipped and rotated at random, each by its own draws.
 
     Args:
-        x: preprocessed images `[B, C, H, W]`, on any device; they are not changed.
-        generator: a CPU generator keyed by the step; the same draws are made on every device.
+        x: Preprocessed images `[B, C, H, W]`, on any device; they are not changed.
+        config: What to do.
+        generator: CPU generator keyed by the step; the draws are the same on every device.
     """
     if config == AugmentConfig() or len(x) == 0:
         return x
     batch = len(x)
     if config.crop:
-        x = _crop(
-            x,
-            torch.randint(-config.crop, config.crop + 1, (2, batch), generator=generator).to(
-                x.device
-            ),
-        )
+        size = (2, batch)
+        offsets = torch.randint(-config.crop, config.crop + 1, size, generator=generator)
+        x = _crop(x, offsets.to(x.device))
     if config.flip:
         mirrored = (torch.rand(batch, generator=generator) < 0.5).to(x.device)
         x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
@@ -292,7 +326,7 @@ def augment(x: Tensor, config: AugmentConfig, generator: torch.Generator) -> Ten
 
 
 def _crop(x: Tensor, offsets: Tensor) -> Tensor:
-    """Each image moved by its offsets (int64 `[2, B]`, rows and columns), as if padded by so much and cropped back."""
+    """Move each image by its offsets (int64 `[2, B]`, rows and columns), as pad and crop would."""
     batch, _, height, width = x.shape
     rows = (torch.arange(height, device=x.device) + offsets[0, :, None]).clamp(0, height - 1)
     columns = (torch.arange(width, device=x.device) + offsets[1, :, None]).clamp(0, width - 1)
@@ -301,8 +335,8 @@ def _crop(x: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _rotate(x: Tensor, angle: Tensor) -> Tensor:
-    """Each image turned by its angle (radians `[B]`) about its middle, bilinearly."""
-    # the grid's axes run over -1..1 whatever the sides, so unequal ones shear
+    """Rotate each image by its angle (radians `[B]`) about its center, bilinearly."""
+    # The axes of the grid run over -1..1 whatever the sides: unequal ones would shear.
     ratio = x.shape[-2] / x.shape[-1]
     cos = angle.cos()
     sin = angle.sin()
@@ -318,15 +352,16 @@ SCANNER_CHUNK = 256  # images at a time; part of the result's bits, as noise is 
 
 
 def apply_scanner(x_raw: Tensor, config: ScannerConfig, generator: torch.Generator) -> Tensor:
-    """Images as this device would have made them, of the same shape and dtype.
+    """Return images as a device would have made them, of the same shape and dtype.
 
-    In this order: resolution (bilinearly down by the factor, up again), Gaussian blur, contrast around the middle grey,
-    brightness, Gaussian noise. uint8 images are cut to 0..255 and rounded; floats are taken to range over 0..1, and are
-    not cut.
+    In this order: resolution (bilinearly down by the factor and up again), Gaussian blur, contrast
+    around the middle gray, brightness, Gaussian noise. uint8 images are clipped to 0..255 and
+    rounded; floats are taken to range over 0..1 and are not clipped.
 
     Args:
-        x_raw: `[N, C, H, W]`, uint8 or floats; it is not changed.
-        generator: draws the noise, and nothing else.
+        x_raw: Images `[N, C, H, W]`, uint8 or floats; they are not changed.
+        config: The device.
+        generator: Draws the noise, and nothing else.
     """
     if config == ScannerConfig() or len(x_raw) == 0:
         return x_raw
@@ -352,7 +387,7 @@ def _apply(x_raw: Tensor, config: ScannerConfig, generator: torch.Generator) -> 
 
 
 def _blur(x: Tensor, sigma: float, dim: int) -> Tensor:
-    """Gaussian filter along one axis, cut at three sigma, edges repeated."""
+    """Apply a Gaussian filter along one axis, truncated at three sigma, with repeated edges."""
     radius = max(1, math.ceil(3 * sigma))
     offsets = torch.arange(-radius, radius + 1)
     weights = torch.exp(-0.5 * (offsets.to(x.dtype) / sigma) ** 2)
@@ -369,7 +404,7 @@ Shape = tuple[int, ...]
 
 
 def check_settings(kinds: Iterable[SettingsProfile], dataset: Dataset) -> None:
-    """Refuse (UserError) what clients' settings ask of examples that are no images, or are tokens."""
+    """Refuse settings of clients that do not fit the examples: for images only, or for numbers."""
     for kind in kinds:
         preprocessed_shape(kind.first, kind.settings, raw_shape(dataset), dataset.layout)
         if dataset.vocabulary is not None:
@@ -380,13 +415,18 @@ def check_same_shape(
     found: Shape, where: str, name: str, clients: Mapping[str, ClientSettings], common: Dataset,
     server: PreprocessConfig | None = None,
 ) -> None:  # fmt: skip
-    """Refuse (UserError) another set's examples that somebody would see in another shape than those of the common set.
+    """Refuse examples of another set that have another shape than the common set's through a view.
 
     Args:
-        found: their raw shape.
-        where, name: the other set's, for the line that refuses it.
-        clients: the settings of those who see both sets.
-        server: how the server sees examples, if it has a model of its own.
+        found: Their raw shape.
+        where: The other set's place in the configuration, for messages.
+        name: The other set's name, for messages.
+        clients: Settings of the clients that see both sets.
+        common: The common set.
+        server: How the server sees examples, if it has a model of its own.
+
+    Raises:
+        UserError: With the client, or the server, and both shapes.
     """
     shapes = found, raw_shape(common)
     seen = [
@@ -410,15 +450,24 @@ def check_same_shape(
 
 
 def required_columns(settings: Iterable[ClientSettings], layout: ColumnLayout) -> set[str]:
-    """The columns or blocks that may not be missing: those that one of these clients sees, unless it says what becomes of
-    them then."""
+    """Return the columns or blocks that one of these clients sees and that may not be missing."""
     return {column for one in settings for column in _required_columns(one.preprocess, layout)}
 
 
 def preprocessed_shape(
     name: str, settings: ClientSettings, raw: Shape, layout: ColumnLayout
 ) -> Shape:
-    """Shape of an example as a client sees it; refuses what its settings ask of examples that are no images."""
+    """Return the shape of an example as a client sees it.
+
+    Args:
+        name: The client.
+        settings: Its settings.
+        raw: Shape of a raw example.
+        layout: Names along the last axis of the examples.
+
+    Raises:
+        UserError: If the settings do not fit the examples.
+    """
     where = f"clients: '{name}': preprocess"
     seen = Preprocess.resolve(_fixed_view(settings.preprocess), None, where, layout, raw).shape(
         raw, where
@@ -440,7 +489,7 @@ def preprocessed_shape(
 
 
 def raw_shape(dataset: Dataset) -> Shape:
-    """Shape of an example as it lies in memory."""
+    """Return the shape of an example as it lies in memory."""
     return tuple(dataset.train.x.shape[1:])
 
 
@@ -458,5 +507,136 @@ def _check_tokens(name: str, view: PreprocessConfig) -> None:
 
 
 def _fixed_view(config: PreprocessConfig) -> PreprocessConfig:
-    """The same view as far as it is known before anybody has rows."""
+    """Return the view as far as it is known before clients have rows."""
     return config.model_copy(update={"normalize": None}) if config.normalize == "own" else config
+
+
+# Missing values: who would see them without having said what becomes of them.
+
+MISSING_CHUNK = 8192  # rows checked together
+
+
+def check_missing_values(
+    kinds: Iterable[SettingsProfile],
+    clients: Population,
+    private: ClientRows,
+    public: Mapping[str, RowSelection],
+    layout: ColumnLayout,
+    first_missing: str = "",
+) -> list[str]:
+    """Refuse a missing value in what a client sees and has no `missing: indicate` for.
+
+    Args:
+        kinds: The profiles of the clients that see the public sets.
+        clients: Settings by client.
+        private: The clients' own rows.
+        public: The public sets, by name.
+        layout: The names along the last axis of the examples.
+        first_missing: The source's own description of where the first missing value is.
+
+    Returns:
+        A line for each profile that sees nothing of the proxy set.
+
+    Raises:
+        UserError: With the client, the set and the row.
+    """
+    located = private.rows_by_location()
+    every = [*public.values(), *(share for _, share in located)]
+    incomplete = _sets_with_missing_values(share.examples for share in every)
+    if not incomplete:
+        return []
+    incomplete_public = {n: s for n, s in public.items() if id(s.examples) in incomplete}
+    raw = tuple(public["common_test"].examples.x.shape[1:])
+    notes = []
+    for kind in kinds:
+        where = f"clients: '{kind.first}': preprocess"
+        view = Preprocess.without_normalization(kind.settings.preprocess, layout, raw, where)
+        places = dict(incomplete_public)
+        if "proxy" in places and is_all_missing(places["proxy"], view):
+            more = f" (and {kind.count - 1:,} more)" if kind.count > 1 else ""
+            notes.append(
+                f"client '{kind.first}'{more} sees nothing of the proxy set: it has no part in "
+                "what is done with it"
+            )
+            del places["proxy"]
+        if private.lazy_partition is not None:
+            places["train"] = private.lazy_partition.pool
+        if view.missing is None:
+            check_view(places, view, layout, where, first_missing)
+    for (client, split), share in located:
+        if client and id(share.examples) in incomplete:
+            config = clients[client].preprocess
+            where = f"clients: '{client}': preprocess"
+            raw = tuple(share.examples.x.shape[1:])
+            view = Preprocess.without_normalization(config, layout, raw, where)
+            if view.missing is None:
+                check_view({split: share}, view, layout, where, first_missing)
+    return notes
+
+
+def _sets_with_missing_values(every: Iterable[Examples]) -> set[int]:
+    """Return the `id` of each set that has a missing value; a set that many share is read once."""
+    sets = {id(examples): examples.x for examples in every}
+    return {
+        key
+        for key, x in sets.items()
+        if x.is_floating_point()
+        and any(bool(rows.isnan().any()) for rows in x.split(MISSING_CHUNK))
+    }
+
+
+def check_view(
+    places: Mapping[str, RowSelection],
+    view: Preprocess,
+    layout: ColumnLayout,
+    where: str,
+    first_missing: str = "",
+) -> None:
+    """Refuse a missing value that a view would see in one of these sets.
+
+    Args:
+        places: The sets, by name.
+        view: A view that does not say what becomes of missing values.
+        layout: The names along the last axis of the examples.
+        where: The view's place in the configuration.
+        first_missing: The source's own description of where the first missing value is.
+
+    Raises:
+        UserError: With the set, the row and the column.
+    """
+    names = [n for n, (start, stop) in layout.boundaries.items() for _ in range(start, stop)]
+    for place, share in places.items():
+        if not share.examples.x.is_floating_point():
+            continue
+        for rows in share.rows.split(MISSING_CHUNK):
+            missing = view.select_columns(share.examples.x[rows]).isnan()
+            if not bool(missing.any()):
+                continue
+            row, *_, column = missing.nonzero()[0].tolist()
+            what = f"'{view.names(names)[column]}'" if names else "one column"
+            first = f" ({first_missing})" if first_missing else ""
+            raise UserError(
+                f"{where}.missing: row {int(rows[row])} of {place} has no value of {what}{first}; "
+                "set it to indicate, or leave what is missing out of preprocess.columns"
+            )
+
+
+def is_all_missing(share: RowSelection, view: Preprocess) -> bool:
+    """Return whether everything that the view takes of these rows is missing."""
+    x = share.examples.x
+    # The first chunk decides as a rule.
+    return x.is_floating_point() and all(
+        bool(view.select_columns(x[rows]).isnan().all()) for rows in share.rows.split(MISSING_CHUNK)
+    )
+
+
+def usable_rows(x_raw: Tensor, view: Preprocess) -> Tensor:
+    """Return which rows can be learned from through a view, bool `[N]`.
+
+    Something of a row has to be there, and all of it unless the view says what becomes of missing
+    values.
+    """
+    if not x_raw.is_floating_point():
+        return torch.ones(len(x_raw), dtype=torch.bool)
+    missing = view.select_columns(x_raw).isnan().flatten(1)
+    return ~(missing.any(1) if view.missing is None else missing.all(1))

@@ -14,7 +14,7 @@ from hetero_fl.data.client_rows import ClientRows, RemoteDataInfo, fingerprint
 from hetero_fl.data.dataset import Block, ColumnLayout, Dataset, Examples, RowSelection, Vocabulary
 from hetero_fl.data.external import load_client_sources
 from hetero_fl.data.federated_data import PRIVATE, FederatedData
-from hetero_fl.data.missing_values import check_missing_values
+from hetero_fl.data.preprocessing import check_missing_values
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import decode, encode
 
@@ -50,7 +50,7 @@ def restrict_to_holder(
     """
     own = {client: data.client_rows[client]} if client is not None else {}
     others = {id: remote_info[id] for id in data.client_ids if id not in own}
-    return data.with_remote_rows(ClientRows(own, remote_info=others))
+    return data.with_rows(ClientRows(own, remote_info=others))
 
 
 # The public sets of a federation as bytes, for participants that do not have the data set that they

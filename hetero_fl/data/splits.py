@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -215,63 +214,13 @@ def _row_name(examples: Examples, place: int) -> str:
     return examples.group_names[place] if examples.group_names else str(place)
 
 
-# How rows are set apart for validation and test: drawn, or, of a dated set, cut by date.
-#
-# What sets rows apart asks `apart(dataset)`, and needs not know which of the two it is.
+# How rows are held out for validation and test: drawn, or, of a dated set, cut by date. Both
+# classes have the same methods; rows are int64 `[M]`, sorted, and too few of them are a UserError.
 
 TEST_SHARE = 0.2
 
 Splits = dict[str, RowSelection]
 """A client's train, validation and test rows."""
-
-
-class HoldoutStrategy(Protocol):
-    """How rows of one data set are set apart. Rows are int64 `[M]`, sorted; each method raises UserError for too few."""
-
-    def check(self, config: DataConfig) -> None:
-        """Refuse (UserError) what would set rows apart in another way."""
-
-    def split_test(self) -> tuple[Tensor, Tensor]:
-        """A fifth of the training rows as a test set, and the others."""
-
-    def split_validation(self, rows: Tensor, part: float, seed: int) -> tuple[Tensor, Tensor]:
-        """A part of the rows as the common validation set, and the others."""
-
-    def split_clients(
-        self,
-        shares: Mapping[str, RowSelection],
-        common: Mapping[str, RowSelection],
-        config: DataConfig,
-        seed: int,
-    ) -> dict[str, Splits]:
-        """Each client's rows, split; `common` are the common "validation" and "test" rows, if they come from the set that the
-        clients' rows are of."""
-
-    def sets_of_own_source(self) -> dict[str, Examples]:
-        """What stays the validation and test set of a client whose own source this is; nothing, if they are made anew."""
-
-
-def holdout_strategy(dataset: Dataset) -> HoldoutStrategy:
-    """The way in which the set's rows are set apart."""
-    return (
-        RandomHoldout(dataset)
-        if dataset.train.time is None
-        else TemporalHoldout(dataset, dataset.train.time)
-    )
-
-
-def with_test(dataset: Dataset) -> Dataset:
-    """The data set itself if it has a test set, else with a fifth of its training rows as one; of a dated set, the rows of the
-    last fifth of its time.
-
-    It depends on no seed, so that all seeds of a comparison are read on the same test set. Raises UserError for too few rows.
-    """
-    if dataset.test is not None:
-        return dataset
-    test, train = holdout_strategy(dataset).split_test()
-    return replace(
-        dataset, train=dataset.train.select_rows(train), test=dataset.train.select_rows(test)
-    )
 
 
 @dataclass(frozen=True)
@@ -281,9 +230,10 @@ class RandomHoldout:
     dataset: Dataset
 
     def check(self, config: DataConfig) -> None:
-        """Anything goes."""
+        """Refuse settings that would hold rows out in another way; there are none."""
 
     def split_test(self) -> tuple[Tensor, Tensor]:
+        """Return a fifth of the training rows as a test set, and the others."""
         name = self.dataset.name
         rows = torch.arange(len(self.dataset.train))
         count = round(TEST_SHARE * len(rows))
@@ -296,6 +246,7 @@ class RandomHoldout:
         )
 
     def split_validation(self, rows: Tensor, part: float, seed: int) -> tuple[Tensor, Tensor]:
+        """Return a part of the rows as the common validation set, and the others."""
         draws = keyed_generator("data", seed, "common_validation")
         return draw_rows(rows, max(1, round(part * len(rows))), draws, self.dataset.train.patient)
 
@@ -306,6 +257,7 @@ class RandomHoldout:
         config: DataConfig,
         seed: int,
     ) -> dict[str, Splits]:
+        """Split each client's rows; the `common` validation and test rows are not used."""
         fewest = config.partition.min_size
         return {
             name: _splits(
@@ -316,6 +268,7 @@ class RandomHoldout:
         }
 
     def sets_of_own_source(self) -> dict[str, Examples]:
+        """Return what stays the validation and test set of a client with this source: nothing."""
         return {}
 
 
@@ -327,6 +280,7 @@ class TemporalHoldout:
     time: Tensor  # of the training rows
 
     def check(self, config: DataConfig) -> None:
+        """Refuse settings that would hold rows out in another way than by date."""
         name = self.dataset.name
         if config.partition.kind == "drawn":
             raise UserError(
@@ -341,11 +295,13 @@ class TemporalHoldout:
                 raise UserError(f"data.name: {name}: train is dated, {split} is not")
 
     def split_test(self) -> tuple[Tensor, Tensor]:
+        """Return the rows of the last fifth of the time as a test set, and those before."""
         rows = torch.arange(len(self.time))
         few = f"data.name: {self.dataset.name}: found {len(rows)} rows; too few to cut a test set off by date"
         return self._cut_rows(rows, TEST_SHARE, few)
 
     def split_validation(self, rows: Tensor, part: float, seed: int) -> tuple[Tensor, Tensor]:
+        """Return the last part of the rows as the common validation set, and those before."""
         few = f"data.validation: found {part:g}, for which {self.dataset.name} has too few rows to cut by date"
         return self._cut_rows(rows, part, few)
 
@@ -356,7 +312,11 @@ class TemporalHoldout:
         config: DataConfig,
         seed: int,
     ) -> dict[str, Splits]:
-        """In a natural partition, a client's validation and test rows are its groups' rows of the common ones."""
+        """Split each client's rows by date.
+
+        In a natural partition, its validation and test rows are its groups' rows of the `common`
+        ones, if those come from the set that the clients' rows are of.
+        """
         if common and config.partition.kind == "natural":
             return {
                 name: {
@@ -377,6 +337,7 @@ class TemporalHoldout:
         }
 
     def sets_of_own_source(self) -> dict[str, Examples]:
+        """Return the validation and test set that a client with this source keeps, if it has both."""
         own = {name: part for name, part in self.dataset.splits().items() if name != "train"}
         return own if len(own) == 2 else {}
 
@@ -385,6 +346,58 @@ class TemporalHoldout:
         if not bool(later.any()) or not bool(before.any()):
             raise UserError(few)
         return rows[later], rows[before]
+
+
+HoldoutStrategy = RandomHoldout | TemporalHoldout
+
+
+def holdout_strategy(dataset: Dataset) -> HoldoutStrategy:
+    """Return how the rows of a data set are held out: drawn, or by date where they have one."""
+    if dataset.train.time is None:
+        return RandomHoldout(dataset)
+    return TemporalHoldout(dataset, dataset.train.time)
+
+
+def with_test(dataset: Dataset) -> Dataset:
+    """The data set itself if it has a test set, else with a fifth of its training rows as one; of a dated set, the rows of the
+    last fifth of its time.
+
+    It depends on no seed, so that all seeds of a comparison are read on the same test set. Raises UserError for too few rows.
+    """
+    if dataset.test is not None:
+        return dataset
+    test, train = holdout_strategy(dataset).split_test()
+    return replace(
+        dataset, train=dataset.train.select_rows(train), test=dataset.train.select_rows(test)
+    )
+
+
+def common_sets(
+    dataset: Dataset, config: DataConfig, rows: Tensor, strategy: HoldoutStrategy, seed: int
+) -> tuple[dict[str, RowSelection], Tensor]:
+    """Return the common validation and test sets, and the training rows that are left.
+
+    Args:
+        dataset: The common data set, with a test set.
+        config: The data's configuration.
+        rows: The training rows that are kept, int64 `[M]`.
+        strategy: How the data set's rows are held out.
+        seed: The run's seed.
+    """
+    assert dataset.test is not None
+    if dataset.validation is not None:
+        validation = RowSelection.all_rows(dataset.validation)
+    elif config.validation:
+        held, rows = strategy.split_validation(rows, config.validation, seed)
+        validation = RowSelection(dataset.train, held)
+    else:
+        validation = RowSelection(dataset.train, rows[:0])
+    test = RowSelection.all_rows(dataset.test)
+    if config.test_limit is not None and config.test_limit < len(test.rows):
+        # The same rows for all seeds.
+        draws = keyed_generator("data", dataset.name, "test_limit")
+        test = RowSelection(dataset.test, draw_rows(test.rows, config.test_limit, draws)[0])
+    return {"common_validation": validation, "common_test": test}, rows
 
 
 def _splits(share: RowSelection, parts: Mapping[str, Tensor]) -> Splits:

@@ -23,37 +23,26 @@ from hetero_fl.utils.errors import NoUploadError, UserError
 T = TypeVar("T")
 
 
-class RunningPlan(Generic[T]):
-    """What a hook returned, advanced from request to request.
+def advance_plan(plan: Plan[Any], answer: Any) -> Step | list[Step]:
+    """Send a plan the last result (None at first) and return what it asks for next.
 
     A hook that computes nothing may be an ordinary function: what it returned is then the result.
+
+    Args:
+        plan: What a hook returned.
+        answer: The results of the steps that the plan asked for last.
+
+    Raises:
+        StopIteration: With what the plan returned.
+        UserError: If the plan yielded something that is no step.
     """
-
-    def __init__(self, plan: Plan[T]) -> None:
-        self.plan = plan
-
-    def send(self, answer: Any) -> Step | list[Step]:
-        """Hand in the last result (None at first) and return what the plan asks for next.
-
-        Raises:
-            StopIteration: With what the plan returned.
-            UserError: If the plan yielded something that is no step.
-        """
-        if not isinstance(self.plan, GeneratorType):
-            raise StopIteration(self.plan)
-        return self._check(self.plan.send(answer))
-
-    def throw(self, error: BaseException) -> Step | list[Step]:
-        """Raise `error` at the plan's `yield`, where the last step failed."""
-        assert isinstance(self.plan, GeneratorType)  # only generators yield steps
-        return self._check(self.plan.throw(error))
-
-    def _check(self, request: Any) -> Step | list[Step]:
-        for step in request if isinstance(request, list) else [request]:
-            if not isinstance(step, Fit | Predict | ClassSums):
-                raise UserError(f"{_describe_place(self.plan)}: yields {_describe_request(step)}")
-        steps: Step | list[Step] = request
-        return steps
+    if not isinstance(plan, GeneratorType):
+        raise StopIteration(plan)
+    request: Step | list[Step] = plan.send(answer)
+    for step in request if isinstance(request, list) else [request]:
+        if not isinstance(step, Fit | Predict | ClassSums):
+            raise UserError(f"{_describe_place(plan)}: yields {_describe_request(step)}")
+    return request
 
 
 def _describe_place(plan: Any) -> str:
@@ -85,11 +74,9 @@ class Backend(Protocol):
     @property
     def templates(self) -> Templates:
         """The live modules that it works with, on its device."""
-        ...
 
     def run(self, work: Work) -> list[Any]:
         """The results in order; where a fit diverged, the `DivergedError` stands in place of its result."""
-        ...
 
 
 @dataclass
@@ -115,13 +102,12 @@ def run_plans(
     Raises UserError if a plan yields something that is no step.
     """
     outcomes: list[PlanOutcome[T]] = [PlanOutcome() for _ in plans]
-    running = [RunningPlan(plan) for _, plan in plans]
     answers: dict[int, Any] = dict.fromkeys(range(len(plans)))
     while answers:
         asked: dict[int, Any] = {}
         for i, answer in answers.items():
             try:
-                asked[i] = running[i].send(answer)
+                asked[i] = advance_plan(plans[i][1], answer)
             except StopIteration as stop:
                 outcomes[i].value = stop.value
         work = [
@@ -136,11 +122,10 @@ def run_plans(
         results: dict[int, list[Any]] = {i: [] for i in asked}
         try:
             computed = backend.run([(plans[i][0], step) for i, step in work])
-        except (
-            Exception
-        ) as error:  # raised where the steps were yielded: the traceback shows which they were
+        except Exception as error:
+            # Raised where the steps were yielded: the traceback shows which they were.
             with suppress(StopIteration):
-                running[work[0][0]].throw(error)
+                plans[work[0][0]][1].throw(error)
             raise
         for (i, step), result in zip(work, computed, strict=True):
             results[i].append(result)
@@ -158,13 +143,13 @@ def run_plans(
 
 
 def run_plan(
-    plan: Plan[T], participant: Participant, backend: Backend, watch: Listener | None = None
+    plan: Plan[T], participant: Participant, backend: Backend
 ) -> tuple[T, list[tuple[str, FitReport]]]:
     """Run one plan to its end. Returns what it returned, and the reports of its fits with their labels.
 
     Raises DivergedError if a fit does.
     """
-    (outcome,) = run_plans([(participant, plan)], backend, watch)
+    (outcome,) = run_plans([(participant, plan)], backend)
     return outcome.result(), outcome.reports
 
 

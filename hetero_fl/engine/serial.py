@@ -1,17 +1,20 @@
-"""The backend that computes one step after the other."""
+"""The backend that computes one step after the other, and evaluates equal models once."""
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cachetools import FIFOCache
 from torch import Tensor
 
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import ClassSums, Fit, Predict, Rows, Step, TensorRows
+from hetero_fl.data.federated_data import PUBLIC
 from hetero_fl.engine.driver import DivergedError, Work
-from hetero_fl.engine.prediction_cache import PredictionCache, prediction_key
 from hetero_fl.engine.templates import OutputStep, Templates, step_model_spec, step_tensors
 from hetero_fl.engine.training import run_fit
 from model_zoo import Outputs
@@ -31,6 +34,71 @@ def class_sums(values: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]
     return sums, torch.bincount(y, minlength=classes).to(values.dtype)
 
 
+# One evaluation of equal models: after FedAvg every client holds the same one, and the common test
+# set is predicted once.
+#
+# Predictions on public rows are kept for each (architecture, rows, view) with the model that made
+# them, and reused where the next model has equal tensors. A comparison costs at most one pass over
+# the model and stops at the first difference. These predictions are computed one by one: whether a
+# prediction is cached must not decide which others are computed together, because the batch changes
+# the last bits. A model that was received is known by its slot too: every member of an ensemble is
+# evaluated once.
+
+CACHED_PREDICTIONS = 16  # each with its model
+# Predictions of received models: whoever evaluates them holds all of them in any case.
+CACHED_RECEIVED = 128
+
+
+class CachedOutputs:
+    """Outputs of a model on some rows.
+
+    The rows are not kept alive, and a tensor that was changed in place no longer matches.
+    """
+
+    def __init__(self, x: Tensor, tensors: Mapping[str, Tensor], outputs: Tensor) -> None:
+        self._x = weakref.ref(x)
+        self.outputs = outputs
+        self._tensors = {n: (t, t._version) for n, t in tensors.items() if t.is_floating_point()}
+
+    def matches(self, x: Tensor, tensors: Mapping[str, Tensor]) -> bool:
+        """Return whether these rows and an equal model made the outputs.
+
+        Integer buffers are not compared: evaluation does not read them.
+        """
+        if self._x() is not x or any(
+            t._version != version for t, version in self._tensors.values()
+        ):
+            return False
+        names = [n for n, t in tensors.items() if t.is_floating_point()]
+        return all(
+            n in self._tensors and _are_equal(self._tensors[n][0], tensors[n]) for n in names
+        )
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    """Compare tensors; the same memory is not read."""
+    return one.is_set_to(other) or torch.equal(one, other)
+
+
+def prediction_key(participant: Participant, step: Step) -> Any:
+    """Return what decides a prediction besides rows and tensors; None if it is not on public rows."""
+    if not isinstance(step, Predict) or not isinstance(step.data, Rows):
+        return None
+    rows = step.data
+    if rows.name not in PUBLIC or rows.rows is not None:
+        return None
+    shape = tuple(participant.data(rows.name, rows.preprocess)["x"].shape)
+    sent = None if step.tensors is None else step.slot
+    return (
+        step_model_spec(participant, step),
+        rows.name,
+        shape,
+        step.readout,
+        step.batch_size,
+        sent,
+    )
+
+
 # Steps computed one after the other on live modules.
 
 
@@ -39,7 +107,8 @@ class SerialBackend:
 
     def __init__(self, device: torch.device, precision: str = "float32") -> None:
         self.templates = Templates(device, precision)
-        self._cache = PredictionCache()
+        self._predictions: FIFOCache[Any, CachedOutputs] = FIFOCache(CACHED_PREDICTIONS)
+        self._received: FIFOCache[Any, CachedOutputs] = FIFOCache(CACHED_RECEIVED)
 
     def run(self, work: Work) -> list[Any]:
         """Return the results in order.
@@ -66,10 +135,21 @@ class SerialBackend:
         return results
 
     def predict_public(self, key: Any, participant: Participant, step: Predict) -> Tensor:
-        """Return a prediction on public rows, remembered under `key`."""
-        return self._cache.get(
-            key, participant, step, lambda: self._outputs(participant, [step])[0]
-        )
+        """Return a prediction on public rows; several participants may get the same tensor.
+
+        Args:
+            key: What `prediction_key` returns for the step.
+            participant: Whose model predicts.
+            step: The prediction.
+        """
+        x = step.data.columns(participant)["x"]
+        tensors = step_tensors(participant, step)
+        cache = self._predictions if step.tensors is None else self._received
+        cached = cache.get(key)
+        if cached is None or not cached.matches(x, tensors):
+            cached = CachedOutputs(x, tensors, self._outputs(participant, [step])[0])
+            cache[key] = cached
+        return cached.outputs
 
     def _output_results(self, work: Work) -> list[Any]:
         participant = work[0][0]

@@ -44,17 +44,20 @@ def split_name(key: str) -> tuple[str, str]:
 def make_optimizer(
     config: OptimizerConfig, trainable: Mapping[str, Tensor]
 ) -> torch.optim.Optimizer:
-    """The torch optimizer; heads may have their own rate. Its fused form takes a third of the time of the others on CPUs."""
-    heads = (
-        [p for key, p in trainable.items() if split_name(key)[1].startswith("head.")]
-        if config.head_lr
-        else []
-    )
-    ids = set(map(id, heads))
-    groups: list[dict[str, Any]] = [{"params": [p for p in trainable.values() if id(p) not in ids]}]
-    if heads:
-        groups.append({"params": heads, "lr": config.head_lr})
-    groups = [g for g in groups if g["params"]]
+    """Return the torch optimizer of some tensors.
+
+    Its fused form takes a third of the time of the others on CPUs.
+
+    Args:
+        config: Settings of the optimizer; heads may have their own learning rate.
+        trainable: The tensors by slot and name.
+    """
+    heads = [key for key in trainable if config.head_lr and split_name(key)[1].startswith("head.")]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for key, p in trainable.items() if key not in heads]},
+        {"params": [trainable[key] for key in heads], "lr": config.head_lr},
+    ]
+    groups = [group for group in groups if group["params"]]
     fused = next(iter(trainable.values())).device.type in ("cpu", "cuda")
     common: dict[str, Any] = {"weight_decay": config.weight_decay, "fused": fused}
     if config.name == "sgd":
@@ -146,11 +149,9 @@ class Gradients(Protocol):
 
     def batches(self, participant: Participant, fit: Fit, device: torch.device) -> Batches:
         """The steps of the fit."""
-        ...
 
     def compute(self, state: FitState, step: int, dropout_key: int, batch: Batch) -> Tensor:
         """Set `grad` of what is trained, which is None before; the loss, as far as it may be told."""
-        ...
 
 
 def run_fit(

@@ -12,14 +12,14 @@ from torch.func import functional_call, vmap
 from torch.nn.utils.rnn import pad_sequence
 
 from hetero_fl.core.model_spec import ModelSpec
-from hetero_fl.core.participant import Columns, Participant
+from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import ClassSums, Fit, Predict, SampledBatches, Step
 from hetero_fl.engine.batches import step_count
 from hetero_fl.engine.driver import Backend, Work
-from hetero_fl.engine.prediction_cache import prediction_key
 from hetero_fl.engine.serial import (
     SerialBackend,
     class_sums,
+    prediction_key,
     select_output,
 )
 from hetero_fl.engine.templates import Templates, step_model_spec, step_tensors
@@ -209,21 +209,19 @@ def vectorization_key(participant: Participant, step: Step) -> Any:
         if not len(x):
             return object()  # nothing to compute, together or alone
         return (type(step), step_model_spec(participant, step), *plain, _tree_structure(x[:0]))
-    data: Any = (
-        step.data.size
-        if isinstance(step.data, SampledBatches)
-        else _rows(step.data.columns(participant))
-    )
+    data: Any
+    if isinstance(step.data, SampledBatches):
+        rows = data = step.data.size
+    else:
+        columns = step.data.columns(participant)
+        rows = len(next(iter(columns.values())))
+        data = _tree_structure({name: column[:0] for name, column in columns.items()})
     kept = participant.state.get("optimizers", {}).get(step.keep, {}) if step.keep else {}
     steps = tuple(
         (k, *((n, float(v) if n == "step" else None) for n, v in s.items()))
         for k, s in kept.items()
     )
-    count = (
-        step_count(_length(participant, step), step, participant.step_share)
-        if step.anneal
-        else None
-    )
+    count = step_count(rows, step, participant.step_share) if step.anneal else None
     plain = [
         getattr(step, name)
         for name in ("epochs", "steps", "batch_size", "optimizer", "augment", "anneal")
@@ -249,16 +247,6 @@ def _vmap_support_key(participant: Participant, step: Step) -> Any:
         return type(step), step_model_spec(participant, step), step.readout
     archs = tuple((s, participant.arch[s]) for s in (*step.train, *step.frozen))
     return Fit, archs, tuple(step.train.items()), step.objective, tuple(step.extra_batches)
-
-
-def _length(participant: Participant, fit: Fit) -> int:
-    if isinstance(fit.data, SampledBatches):
-        return fit.data.size
-    return len(next(iter(fit.data.columns(participant).values())))
-
-
-def _rows(columns: Columns) -> Any:
-    return tuple((name, _tree_structure(t[:0])) for name, t in columns.items())
 
 
 def _tree_structure(tree: Any) -> Any:

@@ -16,7 +16,7 @@ from hetero_fl.core.metrics import score
 from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, Preprocess, load_source, with_test
 from hetero_fl.data.external import classes_from_labels, match_columns, source_with_task
-from hetero_fl.data.missing_values import usable_rows
+from hetero_fl.data.preprocessing import usable_rows
 from hetero_fl.data.registry import reads_key
 from hetero_fl.experiment.onboarding.transfer import TransferSource
 from hetero_fl.reporting.run import Run

@@ -253,7 +253,7 @@ class RunFacts(ConfigFacts):
             if kind.settings.batch_size == 1:
                 for arch in kind.models.values():
                     yield f"clients: {kind.first}: batch_size: found 1", arch
-        for client_id in self.federation.data.clients_with_one_row():
+        for client_id in self.federation.data.client_rows.clients_with_one_row():
             for arch in self.federation.client_infos[client_id].models.values():
                 yield f"clients: {client_id}: data: found 1 training row", arch
         size = getattr(self.algorithm, "proxy_batch_size", None)

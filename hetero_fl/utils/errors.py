@@ -107,7 +107,10 @@ def closest_misspelling(found: object, choices: Iterable[str]) -> str | None:
     if word in names:
         return names[word]
     edits = {
-        name: _edit_distance(word, name) for name in sorted(names) if _lengths_allow(word, name)
+        name: _edit_distance(word, name)
+        for name in sorted(names)
+        # With such lengths fewer edits are impossible; they need not be counted.
+        if abs(len(word) - len(name)) <= _max_edits(word, name)
     }
     near = [name for name, count in edits.items() if count <= _max_edits(word, name)]
     return (
@@ -138,11 +141,6 @@ def closest_abbreviation(found: object, choices: Iterable[str]) -> str | None:
 def _max_edits(a: str, b: str) -> int:
     """How many edits apart two words may be for one to be a misspelling of the other."""
     return max(int(max(len(a), len(b)) > 1), min(len(a), len(b)) // 4)
-
-
-def _lengths_allow(a: str, b: str) -> bool:
-    """Whether so few edits are possible at all, given the lengths; else they need not be counted."""
-    return abs(len(a) - len(b)) <= _max_edits(a, b)
 
 
 def _edit_distance(a: str, b: str) -> int:
@@ -184,6 +182,32 @@ def suggest_or_list(found: object, choices: Iterable[str], all_of: str = "") -> 
     more = f", … ({all_of} has all)" if all_of else ", …"
     shown = ", ".join(names[:20]) + (more if len(names) > 20 else "")
     return f"; choose from {shown}" if names else ""
+
+
+def check_names(
+    found: Iterable[object], known: Iterable[object], problem: str, detail: str = ""
+) -> None:
+    """Raise an error for the first name that is not known, with the nearest name that is.
+
+    Args:
+        found: Names to check.
+        known: All valid names.
+        problem: Begins the message; the name follows.
+        detail: Follows the name; a suggestion ends the message.
+
+    Raises:
+        UserError: If a name is not known.
+
+    Example:
+        >>> check_names(["dirichlet"], ["iid", "dirichlet"], "data.partition.kind: found")
+        >>> check_names(["site"], ["age", "sex"], "data.csv has no column")
+        Traceback (most recent call last):
+        hetero_fl.utils.errors.UserError: data.csv has no column 'site'; choose from age, sex
+    """
+    valid = [str(name) for name in known]
+    for name in map(str, found):
+        if name not in valid:
+            raise UserError(f"{problem} '{name}'{detail}{suggest_or_list(name, valid)}")
 
 
 def suggest_file(path: Path, suffixes: Sequence[str] = ()) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
 import torch
 
 Key = str | int
@@ -32,6 +33,11 @@ def sample_numbers(total: int, count: int, *parts: Key) -> list[int]:
 def keyed_generator(*parts: Key) -> torch.Generator:
     """A fresh CPU generator for the draws that the parts name."""
     return torch.Generator().manual_seed(stream_key(*parts))
+
+
+def keyed_numpy_generator(*parts: Key) -> np.random.Generator:
+    """Return a fresh numpy generator for the draws that the parts name."""
+    return np.random.default_rng(stream_key(*parts))
 
 
 def seed_torch(seed: int, device: torch.device) -> None:

@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -143,24 +144,12 @@ def decode(data: bytes, form: str, bounded: bool = True) -> Tree:
     Raises:
         CodecError: The bytes are malformed or out of bounds.
     """
-    try:
-        head = read_json(_metadata(data, bounded)["hetero_fl"], bounded)
+    with _refuse_malformed():
+        head = _read_head(data, bounded)
         if head["form"] != form:
             raise CodecError(f"found {str(head['form'])[:40]!r} where '{form}' was expected")
         tensors = {n: _tensor(a) for n, a in deserialize(data)}
         return _unflatten(head["tree"], tensors, 0)
-    except CodecError:
-        raise
-    except (
-        SafetensorError,
-        KeyError,
-        TypeError,
-        ValueError,
-        OverflowError,
-        RecursionError,
-        AttributeError,
-    ) as error:
-        raise CodecError(f"malformed: {type(error).__name__} {str(error)[:120]}") from None
 
 
 def read_json(text: str | bytes, bounded: bool = True) -> Any:
@@ -184,31 +173,39 @@ def read_json(text: str | bytes, bounded: bool = True) -> Any:
 
 
 def check_header(data: bytes) -> None:
-    """Raise CodecError if the bytes are not a safetensors file of ours whose header can be parsed within bounds."""
+    """Raise CodecError for bytes that are no file of ours with a header within bounds."""
+    with _refuse_malformed():
+        _read_head(data, bounded=True)
+
+
+@contextmanager
+def _refuse_malformed() -> Iterator[None]:
+    """Raise CodecError for whatever the parsing of malformed bytes raises."""
     try:
-        read_json(_metadata(data, bounded=True)["hetero_fl"])
+        yield
     except CodecError:
         raise
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CodecError(f"malformed header: {type(error).__name__}") from None
+    except (
+        SafetensorError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+        AttributeError,
+    ) as error:
+        raise CodecError(f"malformed: {type(error).__name__} {str(error)[:120]}") from None
 
 
-def _metadata(data: bytes, bounded: bool) -> dict[str, Any]:
+def _read_head(data: bytes, bounded: bool) -> Any:
+    """Return what `encode` wrote beside the tensors."""
     if len(data) < 8:
         raise CodecError(f"{len(data)} bytes are too few")
     size = int.from_bytes(data[:8], "little")
     if size > len(data) - 8:
         raise CodecError("the declared header is longer than the data")
-    try:
-        header = read_json(data[8 : 8 + size], bounded)
-        metadata = header.get("__metadata__") or {}
-        if not isinstance(metadata, dict):
-            raise TypeError("no metadata")
-        return metadata
-    except CodecError:
-        raise
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CodecError(f"malformed header: {type(error).__name__}") from None
+    header = read_json(data[8 : 8 + size], bounded)
+    return read_json(header["__metadata__"]["hetero_fl"], bounded)
 
 
 def _tensor(entry: dict[str, Any]) -> Tensor:

@@ -191,7 +191,7 @@ def test_whoever_sees_a_gap_has_to_say_what_becomes_of_it() -> None:
 
 
 def _train(data: FederatedData) -> Tensor:
-    return torch.cat([data._private[c]["train"].rows for c in data.client_ids])
+    return torch.cat([data.client_rows[c]["train"].rows for c in data.client_ids])
 
 
 def test_public_rows_may_lack_blocks() -> None:

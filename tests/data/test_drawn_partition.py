@@ -53,13 +53,13 @@ def test_whoever_is_asked_first_everybody_gets_the_same(
     # made up front, all of them
     expected = {c: {s: rows_of(data, c, s) for s in SPLITS} for c in data.client_ids}
     # the cache keeps one client's rows only
-    object.__setattr__(other._private.lazy_partition, "_cached_splits", BoundedCache(1))
-    pool = set(data._private.lazy_partition.pool.rows.tolist())  # type: ignore[union-attr]
+    object.__setattr__(other.client_rows.lazy_partition, "_cached_splits", BoundedCache(1))
+    pool = set(data.client_rows.lazy_partition.pool.rows.tolist())  # type: ignore[union-attr]
     for client in reversed(data.client_ids):
         assert {s: other.n_rows(client, s) for s in SPLITS} == {
             s: len(r) for s, r in expected[client].items()
         }
-        assert {s: other._private[client][s].rows.tolist() for s in SPLITS} == expected[client]
+        assert {s: other.client_rows[client][s].rows.tolist() for s in SPLITS} == expected[client]
         every = [row for part in expected[client].values() for row in part]
         # a row at most once, and from the pool
         assert len(every) == len(set(every)) >= 20 and set(every) <= pool
@@ -93,7 +93,7 @@ def test_a_million_clients_hold_nothing_until_they_are_asked() -> None:
     assert data.label_counts("client_0700000").tolist() == [
         sum(r % 4 == c for r in train) for c in range(4)
     ]
-    assert len(data._private.lazy_partition._cached_splits) == 1  # type: ignore[union-attr]
+    assert len(data.client_rows.lazy_partition._cached_splits) == 1  # type: ignore[union-attr]
     with pytest.raises(KeyError):
         data.columns("client_1000001", "train", PLAIN)
 

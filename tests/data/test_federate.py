@@ -80,7 +80,7 @@ def test_order_of_clients_changes_no_bit(images: Dataset) -> None:
 
 def test_labels_of_the_proxy_set_are_never_read(images: Dataset) -> None:
     plain = view(images)
-    held = plain._public["proxy"].rows
+    held = plain.public_sets["proxy"].rows
     assert images.train.y is not None
     scrambled = images.train.y.clone()
     scrambled[held] = (scrambled[held] + 1 + torch.arange(len(held)) % 3) % 4
@@ -88,9 +88,9 @@ def test_labels_of_the_proxy_set_are_never_read(images: Dataset) -> None:
     other = view(replace(images, train=replace(images.train, y=scrambled)))
     assert identical(plain, other) and plain.content_hash() == other.content_hash()
     assert set(plain.columns("one", "proxy", PLAIN)) == {"x"}
-    assert plain._public["proxy"].examples.y is None
+    assert plain.public_sets["proxy"].examples.y is None
     # the comparison would notice a label that is read
-    scrambled[plain._private["one"]["train"].rows[0]] += 1
+    scrambled[plain.client_rows["one"]["train"].rows[0]] += 1
     scrambled %= 4
     third = view(replace(images, train=replace(images.train, y=scrambled)))
     assert not identical(plain, third) and plain.content_hash() != third.content_hash()
@@ -101,13 +101,13 @@ def test_labels_of_the_proxy_set_are_kept_where_the_configuration_asks_for_them(
 ) -> None:
     assert images.train.y is not None
     plain = view(images)
-    size = len(plain._public["proxy"].rows)
+    size = len(plain.public_sets["proxy"].rows)
 
     labeled = view(images, proxy=ProxyConfig(size=size, labels=True))
 
     columns = labeled.columns("one", "proxy", PLAIN)
     assert torch.equal(columns["x"], plain.columns("one", "proxy", PLAIN)["x"])
-    assert torch.equal(columns["y"], images.train.y[plain._public["proxy"].rows])
+    assert torch.equal(columns["y"], images.train.y[plain.public_sets["proxy"].rows])
     assert labeled.has_proxy_labels and not plain.has_proxy_labels
     for name in ("common_test", "common_validation"):
         assert torch.equal(

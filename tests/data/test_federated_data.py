@@ -96,7 +96,9 @@ def test_raw_arrays_are_shared_and_unchanged(images: Dataset) -> None:
     everything(data)
     assert torch.equal(images.train.x, before)
     assert all(
-        s.examples.x is images.train.x for parts in data._private.values() for s in parts.values()
+        s.examples.x is images.train.x
+        for parts in data.client_rows.values()
+        for s in parts.values()
     )
 
 
@@ -104,7 +106,7 @@ def test_hash_sees_every_image_and_label(images: Dataset) -> None:
     plain = DataConfig(proxy=ProxyConfig(size=50))
     expected = federate(images, plain, THREE, 0).content_hash()
     assert images.train.y is not None and images.test is not None
-    rows = federate(images, plain, THREE, 0)._private["b"]["validation"].rows
+    rows = federate(images, plain, THREE, 0).client_rows["b"]["validation"].rows
     other_x, other_y, other_test = (
         images.train.x.clone(),
         images.train.y.clone(),

@@ -107,7 +107,7 @@ def genes_of(rounds: SynchronousTrainer) -> list[np.ndarray]:
 def leaked(prepared: PreparedRun) -> tuple[int, bool, int]:
     """How often three numbers of genes, or of gene models, are in what crossed; whether their name is; bytes that crossed."""
     data = prepared.data
-    values = [share.examples.x[:, 784:].numpy() for _, share in data._private.rows_by_location()]
+    values = [share.examples.x[:, 784:].numpy() for _, share in data.client_rows.rows_by_location()]
     seen = [
         data.columns(id, "train", data.preprocess(id))["x"]
         for id in prepared.federation.client_infos
@@ -248,10 +248,10 @@ def test_feddf_gives_no_voice_to_models_that_see_nothing_of_the_public_images() 
 
 def test_public_images_are_those_of_patients_who_have_one() -> None:
     data = reduced("hybrid").data
-    x = data._public["proxy"].copy_rows().x
+    x = data.public_sets["proxy"].copy_rows().x
     assert len(x) == 40 and not x[:, :784].isnan().any() and x[:, 784:].isnan().all()
     private = torch.cat(
-        [share.copy_rows().x[:, :784] for _, share in data._private.rows_by_location()]
+        [share.copy_rows().x[:, :784] for _, share in data.client_rows.rows_by_location()]
     )
     private = private[~private[:, 0].isnan()]
     assert (torch.cdist(x[:, :784], private) > 0).all()  # nobody's own

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from hetero_fl.config.data import SeriesConfig, WindowsConfig
 from hetero_fl.core.task import Task
-from hetero_fl.data.arrays import unreadable_message
+from hetero_fl.data.arrays import read_npz_arrays
 from hetero_fl.data.dataset import Dataset, Examples, index_names
 from hetero_fl.data.sources.table_files import (
+    check_columns,
     decimal_commas,
     features,
     first_true,
@@ -26,7 +27,7 @@ from hetero_fl.data.sources.table_files import (
     require_no_missing,
 )
 from hetero_fl.data.sources.traffic import HOUR, HourlySeries
-from hetero_fl.utils.errors import UserError, suggest_file, suggest_or_list
+from hetero_fl.utils.errors import UserError, check_names
 from hetero_fl.utils.ordering import natural_order
 
 # Recordings of sensors from a file: windows that are cut already (`.npz`), or samples in a table, a
@@ -56,20 +57,8 @@ def read_recorded(
 
 def _windows(path: Path, label: str, group: str, wanted: bool) -> Dataset:
     where = f"path: {path}"
-    if not path.is_file():
-        raise UserError(f"{where}: no such file{suggest_file(path)}")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (
-        Exception
-    ) as error:  # a damaged file makes zipfile, zlib and numpy raise a dozen kinds of errors
-        raise UserError(
-            f"{where}: not a readable .npz file{unreadable_message(path, error)}"
-        ) from error
-    for name in ("x", label, *((group,) if wanted else ())):
-        if name not in arrays:
-            raise UserError(f"{where}: no array '{name}'{suggest_or_list(name, arrays)}")
+    arrays, names = read_npz_arrays(path, ("x", label, group, "columns"))
+    check_names(["x", label, *([group] if wanted else [])], names, f"{where}: no array")
     x = arrays["x"]
     if x.ndim != 3 or x.dtype.kind not in "iuf" or 0 in x.shape:
         raise UserError(
@@ -100,11 +89,7 @@ def _cut(
     where = f"path: {path}"
     group = group or ("person" if "person" in frame.columns else None)
     known = {"label": label, "group": group, "windows.time": windows.time}
-    for key, name in known.items():
-        if name is not None and name not in frame.columns:
-            raise UserError(
-                f"{key}: {path} has no column '{name}'{suggest_or_list(name, map(str, frame.columns))}"
-            )
+    check_columns(frame, known.items(), path)
     y, classes = index_names(parse_names(frame[label], where))
     whose, persons = (
         index_names(parse_names(frame[group], where))
@@ -219,69 +204,49 @@ def read_sites(
             (unless gaps are skipped). With file, row and column.
     """
     where = f"path: {path}"
-    wanted = [
+    wanted: list[tuple[str, str | None]] = [
         ("series.time", config.time),
         ("label", label),
-        *([("group", group)] if group else []),
+        ("group", group),
     ]
     plain = SeriesConfig()
     # others may be absent
     named = [key for key in ("lanes", "weather") if getattr(config, key) != getattr(plain, key)]
     wanted += [(f"series.{key}", column) for key in named for column in getattr(config, key)]
-    for key, column in wanted:
-        if column not in frame.columns:
-            raise UserError(
-                f"{key}: {path} has no column '{column}'{suggest_or_list(column, map(str, frame.columns))}"
-            )
+    check_columns(frame, wanted, path)
     if len(frame) == 0:
         raise UserError(f"{where}: found no rows")
     value = _numbers(frame[label], where, config.gaps == "skip")
     site = parse_names(frame[group], where) if group else pd.Series(path.stem, index=frame.index)
     known = natural_order(set(site))
     if config.sites is not None:
-        for name in config.sites:
-            if name not in known:
-                raise UserError(
-                    f"series.sites: {path} has no site '{name}'{suggest_or_list(name, known)}"
-                )
+        check_names(config.sites, known, f"series.sites: {path} has no site")
         known = [name for name in known if name in config.sites]
     rows = {name: np.flatnonzero((site == name).to_numpy()) for name in known}
     hours = _hours(frame[config.time], list(rows.values()), config, where)
-    beside = {
-        key: _extra_columns(frame, getattr(config, key), where) for key in ("lanes", "weather")
-    }
+    lanes = _extra_columns(frame, config.lanes, where)
+    weather = _extra_columns(frame, config.weather, where)
     made = []
     for name, own in rows.items():
         _check_order(hours, own, name, frame[config.time], where, config.gaps == "refuse")
         place = hours[own] - hours[own[0]]
 
-        def assign_rows(
-            column: np.ndarray, own: np.ndarray = own, place: np.ndarray = place
-        ) -> np.ndarray:
-            full = np.full((place[-1] + 1, *column.shape[1:]), np.nan)
-            full[place] = column[own]
-            return full
-
-        made.append(
-            HourlySeries(
-                name,
-                int(hours[own[0]]),
-                assign_rows(value),
-                assign_rows(beside["lanes"]),
-                assign_rows(beside["weather"]),
-            )
-        )
+        series = []
+        for column in (value, lanes, weather):
+            hourly = np.full((place[-1] + 1, *column.shape[1:]), np.nan)
+            hourly[place] = column[own]
+            series.append(hourly)
+        made.append(HourlySeries(name, int(hours[own[0]]), *series))
     return made
 
 
 def _numbers(column: pd.Series, where: str, allow_missing: bool) -> np.ndarray:
     """A column of numbers, float64; missing ones are NaN if they may be."""
-    known = column[column.notna()] if allow_missing else column
-    if allow_missing and known.empty:
+    if allow_missing and not column.notna().any():
         raise UserError(f"{where}: column '{column.name}' is empty")
-    found = (
-        parse_numbers(known, where) if not allow_missing else _column_with_missing(column, where)
-    )
+    if allow_missing:
+        return _column_with_missing(column, where)
+    found = parse_numbers(column, where)
     if found is None:
         raise_cell_error(where, 0, str(column.name), f"found '{column.iloc[0]}', not a number")
     return found

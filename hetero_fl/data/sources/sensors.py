@@ -26,7 +26,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset, Examples
 from hetero_fl.data.registry import register_source
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.seeding import stream_key
+from hetero_fl.utils.seeding import keyed_numpy_generator
 
 CHANNELS = ("ax", "ay", "az", "gx", "gy", "gz")
 LENGTH = 64
@@ -97,7 +97,7 @@ def activity(config: SourceConfig, root: Path) -> Dataset:
     windows = []
     done = []
     for number in range(PERSONS):
-        draws = _draws("person", number)
+        draws = keyed_numpy_generator("data", "activity", "person", number)
         y = draws.choice(
             len(NAMES), int(draws.integers(160, 321)), p=draws.dirichlet([1.0] * len(NAMES))
         )
@@ -115,7 +115,7 @@ def activity(config: SourceConfig, root: Path) -> Dataset:
 
 def person(number: int) -> Person:
     """The person of that number; placements and rates in turn."""
-    draws = _draws("device", number)
+    draws = keyed_numpy_generator("data", "activity", "device", number)
     placement = tuple(PLACEMENTS)[number % len(PLACEMENTS)]
     rate = RATES[number // len(PLACEMENTS) % len(RATES)]
     angles = np.array(PLACEMENTS[placement][1]) + draws.normal(0, 0.1, 3)
@@ -160,7 +160,12 @@ def record(person: Person, y: np.ndarray, draws: np.random.Generator) -> np.ndar
 
 def _draw_constants(numbers: range) -> Examples:
     y = np.tile(np.arange(len(NAMES)), WINDOWS // len(NAMES))
-    x = np.concatenate([record(person(number), y, _draws("common", number)) for number in numbers])
+    x = np.concatenate(
+        [
+            record(person(number), y, keyed_numpy_generator("data", "activity", "common", number))
+            for number in numbers
+        ]
+    )
     return Examples(torch.from_numpy(x), torch.from_numpy(np.tile(y, len(numbers))))
 
 
@@ -175,7 +180,3 @@ def _rotation(angles: np.ndarray) -> np.ndarray:
         turn[i, j], turn[j, i] = -np.sin(angle), np.sin(angle)
         whole = turn @ whole
     return whole
-
-
-def _draws(*use: str | int) -> np.random.Generator:
-    return np.random.default_rng(stream_key("data", "activity", *use))

@@ -27,7 +27,7 @@ from hetero_fl.data.dataset import (
     index_names,
     indicator_names,
 )
-from hetero_fl.utils.errors import UserError, suggest_file, suggest_or_list
+from hetero_fl.utils.errors import UserError, check_names, suggest_file
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.text import format_list
 
@@ -47,12 +47,19 @@ REMEDY = "write numbers as 1234.5"
 def decimal_commas(
     frame: pd.DataFrame, where: str, besides: Collection[str] = ()
 ) -> tuple[pd.DataFrame, list[str]]:
-    """The frame with columns such as "0,5" as numbers, and the names of those columns; `besides` are left as they are.
+    """Return a table with columns such as "0,5" as numbers, and the names of those columns.
 
-    "1,250" may be a decimal comma or a thousand: it is the former if another cell of the table can be nothing else.
+    "1,250" may have a decimal comma or separate thousands: it is a decimal comma if another cell of
+    the table can be nothing else.
+
+    Args:
+        frame: The table.
+        where: The file, for messages.
+        besides: Columns that are left as they are.
 
     Raises:
-        UserError: no cell decides; another column of the table has decimal points that may be thousands then.
+        UserError: If no cell decides, or another column of the table has decimal points that may
+            separate thousands.
     """
     columns = {
         name: frame[name].dropna().astype(str)
@@ -100,18 +107,26 @@ def decimal_commas(
 def parse_numbers(
     column: pd.Series, where: str, allow_missing: list[str] | None = None, hint: str = ""
 ) -> np.ndarray | None:
-    """A column as numbers, float64 `[N]`, or None if it is all text or dates. Raises UserError naming the row, but for
-    missing values where `allow_missing` is given: they are NaN, and a line on the first is added to it. `hint` ends the error."""
+    """Return a column as numbers, float64 `[N]`, or None if it is all text or dates.
+
+    Args:
+        column: The column.
+        where: The file, for messages.
+        allow_missing: Gets a line on the first missing value, if there is one; missing values are
+            then NaN. Without it they are refused.
+        hint: Ends the message about a cell that is no number.
+
+    Raises:
+        UserError: With the row of the cell that is refused.
+    """
     name = str(column.name)
     if not (types.is_numeric_dtype(column) or types.is_bool_dtype(column)):
         if not is_text(column):
             return None
         read = pd.to_numeric(column, errors="coerce")
         text = read.isna() & column.notna()
-        if text.any() and read.isna().all():
-            written = column.dropna().astype(str)
-            if not written.str.fullmatch(SEPARATED).all():
-                return None
+        if text.any() and read.isna().all() and not _has_separators(column):
+            return None
         if (row := first_true(text)) is not None:
             remedy = f"; {REMEDY}" if re.search(r"\d[.,'’]\d", str(column.iloc[row])) else hint
             raise_cell_error(where, row, name, f"found '{column.iloc[row]}', not a number{remedy}")
@@ -128,9 +143,17 @@ def parse_numbers(
     return values
 
 
+def _has_separators(column: pd.Series) -> bool:
+    """Return whether all cells are numbers with separated thousands, such as 1.234,5."""
+    return bool(column.dropna().astype(str).str.fullmatch(SEPARATED).all())
+
+
 def parse_names(column: pd.Series, where: str) -> pd.Series:
-    """A column of labels, sites or patients as text that does not depend on how a file writes them: without spaces around
-    it, and 1 for 1.0, but 01 is not 1 where the column is of text. Raises UserError where a value is missing."""
+    """Return a column of labels, sites or patients as text, however a file writes them.
+
+    Spaces around a name are left out, and 1.0 is 1; but 01 is not 1 in a column of text. A missing
+    value is refused.
+    """
     column = strip_text(column, where)
     if types.is_float_dtype(column):
         whole = column == np.floor(column)
@@ -144,7 +167,7 @@ def parse_names(column: pd.Series, where: str) -> pd.Series:
 
 
 def column_as_text(column: pd.Series) -> pd.Series:
-    """Return the column as text without spaces around it, whole floats as integers; NaN where a value is missing."""
+    """Return a column as text without spaces around it, whole floats as integers; NaN is missing."""
     present = column[column.notna()]
     text = (
         parse_names(present, "")
@@ -196,16 +219,16 @@ def encode_indicators(
 
 
 def parse_column(column: pd.Series, where: str) -> pd.Series:
-    """The column without spaces around text, and in numbers where every text is one. Raises UserError: missing value."""
+    """Return a column without spaces around text, as numbers where every text is one."""
     column = strip_text(column, where)
     if is_text(column):
         read = pd.to_numeric(column.astype(str), errors="coerce")
-        return column if not np.isfinite(read).all() else read
+        return read if np.isfinite(read).all() else column
     return column
 
 
 def strip_text(column: pd.Series, where: str) -> pd.Series:
-    """The column without spaces around text. Raises UserError: missing value."""
+    """Return a column without spaces around text; refuse a missing value."""
     if is_text(column) or isinstance(column.dtype, pd.CategoricalDtype):
         text = column.astype(object).map(
             lambda value: value.strip() if isinstance(value, str) else value
@@ -216,13 +239,13 @@ def strip_text(column: pd.Series, where: str) -> pd.Series:
 
 
 def require_no_missing(column: pd.Series, where: str) -> None:
-    """Raises UserError for a missing value."""
+    """Raise UserError for a missing value."""
     if (gap := first_missing_value(column, where)) is not None:
         raise UserError(f"{gap}; fill or drop them")
 
 
 def first_missing_value(column: pd.Series, where: str) -> str | None:
-    """A line on the first missing value, if there is any."""
+    """Return a line on the first missing value; None if there is none."""
     gaps = column.isna()
     row = first_true(gaps)
     if row is None:
@@ -231,7 +254,7 @@ def first_missing_value(column: pd.Series, where: str) -> str | None:
 
 
 def is_text(column: pd.Series) -> bool:
-    """Whether a column is of texts, or of all kinds of things."""
+    """Return whether a column has text, or objects of any kind."""
     return not types.is_numeric_dtype(column) and (
         types.is_object_dtype(column) or types.is_string_dtype(column)
     )
@@ -240,6 +263,21 @@ def is_text(column: pd.Series) -> bool:
 def is_categorical(column: pd.Series) -> bool:
     """Return whether a column may hold categories: it is of text, or of pandas' categorical type."""
     return is_text(column) or isinstance(column.dtype, pd.CategoricalDtype)
+
+
+def check_columns(
+    frame: pd.DataFrame, wanted: Iterable[tuple[str, str | None]], file: object
+) -> None:
+    """Raise UserError for the first column that a table lacks.
+
+    Args:
+        frame: The table.
+        wanted: Pairs of a configuration key and the column that it names, None for no column.
+        file: What the table is called in the message.
+    """
+    for key, column in wanted:
+        if column is not None:
+            check_names([column], frame.columns, f"{key}: {file} has no column")
 
 
 def raise_cell_error(where: str, row: int, column: str, what: str) -> NoReturn:
@@ -253,8 +291,15 @@ SNIFFED_ROWS = 20  # rows below the header from which the separator is told
 
 
 def read_frame(path: Path, names: Iterable[str | None] = ()) -> pd.DataFrame:
-    """A CSV (comma or semicolon), TSV (tabulator) or Parquet file. Columns of `names` (of sites, patients; those that there
-    are) are read as they are written: site 01 is not 1. Raises UserError."""
+    """Read a CSV (comma or semicolon), TSV or Parquet file.
+
+    Args:
+        path: The file.
+        names: Columns that are read as they are written (site 01 is not 1), where they exist.
+
+    Raises:
+        UserError: If the file cannot be read.
+    """
     where = f"path: {path}"
     if path.is_dir():
         raise UserError(f"{where}: a folder; name a file in it")
@@ -277,20 +322,17 @@ def read_frame(path: Path, names: Iterable[str | None] = ()) -> pd.DataFrame:
         ) from error
     except UnicodeError as error:
         raise UserError(
-            f"{where}: not a readable {kind} file: it is not in UTF-8; save it anew so ({error})"
+            f"{where}: not a readable {kind} file: it is not in UTF-8; save it in UTF-8 ({error})"
         ) from error
-    except (
-        ValueError,
-        OSError,
-        csv.Error,
-    ) as error:  # pandas' and pyarrow's own errors are ValueErrors
+    except (ValueError, OSError, csv.Error) as error:
+        # The errors of pandas and pyarrow are ValueErrors.
         raise UserError(
             f"{where}: not a readable {kind} file ({type(error).__name__}: {error})"
         ) from error
 
 
 def _check_cells(path: Path, separator: str) -> None:
-    """Refuse what pandas reads otherwise than it is written: a name that stands twice, a row longer than the header."""
+    """Refuse what pandas reads differently: a repeated name, a row longer than the header."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = filter(None, csv.reader(file, delimiter=separator))
         header = next(rows, None)
@@ -306,7 +348,7 @@ def _check_cells(path: Path, separator: str) -> None:
 
 
 def _separator(path: Path) -> str:
-    """Comma or semicolon: whichever divides the header, or if both do, every row alike."""
+    """Return the separator: the one that divides the header or, if both do, all rows equally."""
     divided = {}
     for separator in (",", ";"):
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -339,17 +381,29 @@ def read_table(
     kind: str | None = None,
     categories: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Dataset:
-    """A data set of a frame. Features are the columns that are no label, group or patient, as float32 `[N, F]`: those of
-    numbers, and an indicator per value of the text columns in `categories` (none: of those with fewer than 20 values).
+    """Return the data set of a table.
 
-    One column of labels: text, truth values, and whole numbers of at most 20 different values are classes (in sorted
-    order), other numbers a regression target. Several (comma between them): multilabel if all are 0 or 1, else
-    regression. `kind` (multiclass, multilabel, regression) takes the place of these rules. Text is read without spaces
-    around it, and 1.0 as 1. Other columns of text or dates are left out; `about` and `notes` name them, and `notes` the
-    encoded ones. Rows count from 1 below the header.
+    Features are the columns that are no label, group or patient, float32 `[N, F]`: those of numbers,
+    and an indicator per value of encoded text columns. Other columns of text or dates are left out;
+    `about` and `notes` name them. Text is read without spaces around it, and 1.0 as 1.
+
+    One column of labels: text, truth values, and whole numbers of at most 20 different values are
+    classes (in sorted order), other numbers a regression target. Several columns: multilabel if all
+    are 0 or 1, otherwise regression.
+
+    Args:
+        frame: The table.
+        path: Its file, for messages; rows count from 1 below the header.
+        label: The column of labels; several with commas between them.
+        group: The column of groups.
+        patient: The column of patients.
+        kind: multiclass, multilabel or regression, in place of what the labels look like.
+        categories: The text columns to encode, with their values; None: those with fewer than 20
+            different values.
 
     Raises:
-        UserError: a missing column, a missing value, text among numbers; with file, row and column.
+        UserError: A missing column, a missing value or text among numbers, with file, row and
+            column.
     """
     labels = _label_columns(frame, label)
     where = f"path: {path}"
@@ -358,12 +412,9 @@ def read_table(
         for key, column in (("group", group), ("patient", patient))
         if column is not None
     }
-    for key, column in [*(("label", column) for column in labels), *owners.items()]:
-        if column not in frame.columns:
-            raise UserError(
-                f"{key}: {path} has no column '{column}'{suggest_or_list(column, map(str, frame.columns))}"
-            )
-        if key != "label" and column in labels:
+    check_columns(frame, [*(("label", column) for column in labels), *owners.items()], path)
+    for key, column in owners.items():
+        if column in labels:
             raise UserError(f"{key}: found '{column}', which is a label; name another column")
     whose = {key: index_names(parse_names(frame[column], where)) for key, column in owners.items()}
     rest = frame.drop(columns=list(set(owners.values())))
@@ -388,15 +439,15 @@ def read_table(
     about = f"table {path.name}, {len(used)} columns" + (
         f"; left out: {', '.join(left_out)}" if left_out else ""
     )
+    values_of = [f"{name} ({format_list(values, SHOWN)})" for name, values in encoded.items()]
+    reasons = [f"{name} ({why})" for name, why in left_out.items()]
     read = [f"label {', '.join(labels)}", *(f"{key} {column}" for key, column in owners.items())]
-    read += [f"columns used: {format_list(used, SHOWN)}"]
-    read += [
-        f"encoded as indicators: {format_list([f'{name} ({format_list(v, SHOWN)})' for name, v in encoded.items()], SHOWN)}"
-    ] * bool(encoded)
-    read += [
-        f"left out: {format_list([f'{name} ({why})' for name, why in left_out.items()], SHOWN) or 'none'}"
-    ]
-    read += [f"decimal commas in {format_list(commas, SHOWN)}"] if commas else []
+    read.append(f"columns used: {format_list(used, SHOWN)}")
+    if encoded:
+        read.append(f"encoded as indicators: {format_list(values_of, SHOWN)}")
+    read.append(f"left out: {format_list(reasons, SHOWN) or 'none'}")
+    if commas:
+        read.append(f"decimal commas in {format_list(commas, SHOWN)}")
     notes = [f"table {path.name}: {'; '.join(read)}", *(f"table {path.name}: {d}" for d in doubts)]
     if patient is None and (name := _patients(rest)) is not None:
         feature = "; as it is, it is a feature too" if name in used else ""
@@ -418,7 +469,7 @@ def read_table(
 
 
 def common_categories(files: Mapping[str, SourceConfig]) -> dict[str, tuple[str, ...]]:
-    """Return the text columns of several tables, and their values in all of them, where these are few (see `find_categories`).
+    """Return the text columns of several tables with few different values, and these values.
 
     Args:
         files: The tables, by the place in the configuration that names them.
@@ -474,9 +525,20 @@ def features(
     categories: Mapping[str, tuple[str, ...]] | None = None,
     notes: list[str] | None = None,
 ) -> tuple[Tensor, tuple[str, ...], dict[str, str]]:
-    """The columns of numbers and the indicators of `categories` as float32 `[N, F]`, their names, and the names of the other
-    columns with what they are. Missing numbers are NaN where `allow_missing` is given, which gets a line for each column that has
-    some; else they are refused. `notes` gets a line for each encoded column with empty cells or unknown values."""
+    """Return the features of a table.
+
+    Args:
+        frame: The columns that are no label, group or patient.
+        where: The file, for messages.
+        allow_missing: Gets a line on each column with missing numbers, which are then NaN. Without
+            it they are refused.
+        categories: The text columns to encode, with their values.
+        notes: Gets a line on each encoded column with empty cells or unknown values.
+
+    Returns:
+        The columns of numbers and the indicators, float32 `[N, F]`; their names; and the names of
+        the columns that are left out, with what they are.
+    """
     if len(frame) == 0:
         raise UserError(f"{where}: found no rows")
     read: dict[str, np.ndarray] = {}
@@ -543,7 +605,7 @@ def _targets(labels: pd.DataFrame, where: str, kind: str | None) -> tuple[Task, 
 
 
 def _classes(column: pd.Series) -> bool:
-    """Whether one column of labels looks like classes."""
+    """Return whether one column of labels looks like classes."""
     if not types.is_numeric_dtype(column) or types.is_bool_dtype(column):
         return True
     values = column.unique()
@@ -551,7 +613,10 @@ def _classes(column: pd.Series) -> bool:
 
 
 def _patients(frame: pd.DataFrame) -> str | None:
-    """A column that seems to say of whom a row is, several rows being of one patient. Two values are a mark, no names."""
+    """Return a column that seems to name patients with several rows each; None if there is none.
+
+    A column of two values is an indicator, not names.
+    """
     for name in frame.columns:
         if PATIENT.search(str(name)) and 2 < frame[name].nunique() < len(frame):
             column = frame[name]

@@ -12,7 +12,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset, Examples
 from hetero_fl.data.registry import register_source
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.seeding import stream_key
+from hetero_fl.utils.seeding import keyed_numpy_generator
 
 # Tables: a CSV, TSV or Parquet file, a row per example, columns of numbers or categories, one or
 # several of labels.
@@ -110,7 +110,7 @@ def bank_fraud(config: SourceConfig, root: Path) -> Dataset:
 def payments(bank: str, rows: int, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Rows of one bank as it measures them, float32 `[rows, columns]` with NaN for what it does not have, and which are fraud."""
     own = OWN[bank.split("_")[0]]
-    draws = np.random.default_rng(stream_key("data", "bank_fraud", bank, split))
+    draws = keyed_numpy_generator("data", "bank_fraud", bank, split)
     value = {name: draws.normal(size=rows) for name in COLUMNS}
     value |= {
         name: (draws.random(rows) < share).astype(np.float64) for name, share in MARKS.items()
@@ -127,7 +127,7 @@ def payments(bank: str, rows: int, split: str) -> tuple[np.ndarray, np.ndarray]:
     risk += np.where(unused, 0.0, sum(WEIGHTS[name] * value[name] for name in own))
     risk += 0.5 * draws.logistic(size=rows)
     fraud = (risk > np.quantile(risk, 1 - BANKS[bank][1])).astype(np.int64)
-    device = np.random.default_rng(stream_key("data", "bank_fraud", bank, "drift"))
+    device = keyed_numpy_generator("data", "bank_fraud", bank, "drift")
     factor = np.exp(device.normal(0, 0.3, len(COLUMNS)))
     moved = device.normal(0, 0.5, len(COLUMNS))
     for i, name in enumerate(COLUMNS):

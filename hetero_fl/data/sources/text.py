@@ -16,7 +16,7 @@ from hetero_fl.data.dataset import Dataset, Examples, Vocabulary, index_names, s
 from hetero_fl.data.registry import register_source
 from hetero_fl.utils.errors import UserError, suggest_file
 from hetero_fl.utils.ordering import natural_order
-from hetero_fl.utils.seeding import stream_key
+from hetero_fl.utils.seeding import keyed_numpy_generator
 
 # Texts from files: a message a line, and the words of them as tokens.
 
@@ -253,7 +253,7 @@ def phone_messages(config: SourceConfig, root: Path) -> Dataset:
     topics: list[int] = []
     owners: list[int] = []
     for phone in range(PHONES):
-        draws = _draws("phone", phone)
+        draws = keyed_numpy_generator("data", "phrases", "phone", phone)
         found = write_messages(writer(phone), int(draws.integers(50, 151)), draws)
         texts += [words for words, _ in found]
         topics += [topic for _, topic in found]
@@ -282,7 +282,7 @@ def phrases_public(config: SourceConfig, root: Path) -> Dataset:
 
 def writer(phone: int) -> Writer:
     """The owner of a phone."""
-    draws = _draws("writer", phone)
+    draws = keyed_numpy_generator("data", "phrases", "writer", phone)
     names = _contacts()[CONTACTS * phone : CONTACTS * (phone + 1)]
     topics = draws.dirichlet([0.3] * len(TOPICS))
     templates = draws.dirichlet([1.0] * len(TEMPLATES))
@@ -341,12 +341,12 @@ def _draw_word(words: Sequence[str], turn: int, draws: np.random.Generator) -> s
 def _contacts() -> tuple[str, ...]:
     """Names, three for each phone, all different."""
     pairs = [a + b for a in SYLLABLES for b in SYLLABLES if a != b]
-    order = _draws("contacts").permutation(len(pairs))
+    order = keyed_numpy_generator("data", "phrases", "contacts").permutation(len(pairs))
     return tuple(pairs[i] for i in order[: CONTACTS * PHONES])
 
 
 def _public(text: TextConfig, vocabulary: Vocabulary, name: str, count: int) -> Examples:
-    found = write_messages(public_writer(), count, _draws(name))
+    found = write_messages(public_writer(), count, keyed_numpy_generator("data", "phrases", name))
     return examples_of(
         [words for words, _ in found], [topic for _, topic in found], text, vocabulary
     )[0]
@@ -357,10 +357,11 @@ def _phrase_vocabulary(text: TextConfig) -> Vocabulary:
     if text.tokenizer == "hashing":
         return Vocabulary(buckets=text.vocabulary)
     return Vocabulary.from_texts(
-        (words for words, _ in write_messages(public_writer(), PUBLIC, _draws("public"))),
+        (
+            words
+            for words, _ in write_messages(
+                public_writer(), PUBLIC, keyed_numpy_generator("data", "phrases", "public")
+            )
+        ),
         text.vocabulary,
     )
-
-
-def _draws(*use: str | int) -> np.random.Generator:
-    return np.random.default_rng(stream_key("data", "phrases", *use))

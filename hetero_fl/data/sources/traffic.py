@@ -12,10 +12,10 @@ import torch
 
 from hetero_fl.config.data import WEEK, SeriesConfig, SourceConfig
 from hetero_fl.core.task import Task
-from hetero_fl.data.dataset import Dataset, Examples
+from hetero_fl.data.dataset import Dataset, Examples, concatenate_examples
 from hetero_fl.data.registry import register_source
-from hetero_fl.utils.errors import UserError, suggest_or_list
-from hetero_fl.utils.seeding import stream_key
+from hetero_fl.utils.errors import UserError, check_names
+from hetero_fl.utils.seeding import keyed_numpy_generator
 
 # Series by the hour as examples: a window of the past, the hours to forecast as they were a week
 # before, and what came next.
@@ -97,7 +97,7 @@ def make_windows(
                     "`sites`"
                 )
             parts[part].append(own)
-    made = {part: _joined(found) for part, found in parts.items()}
+    made = {part: concatenate_examples(found) for part, found in parts.items()}
     return Dataset(
         name, task, made["train"], made["validation"], made["test"], simulated, about,
         (unit or "value", *(f"week_before_{h}" for h in config.horizons), *CALENDAR, *weather, *lanes),
@@ -170,7 +170,8 @@ def _rows(site: HourlySeries, config: SeriesConfig, periods: Periods, task: Task
     def above(relative: np.ndarray) -> torch.Tensor:
         return torch.from_numpy((relative * scale)[whole] > threshold + 1e-9 * abs(threshold))
 
-    rows.y = _busy_targets(above(target), task)
+    busy = above(target)
+    rows.y = busy[:, 0].long() if task.kind == "multiclass" else busy.float()
     rows.baselines = {name: _outputs(above(outputs), task) for name, outputs in said.items()}
     return rows
 
@@ -206,26 +207,10 @@ def _task(config: SeriesConfig, unit: str) -> Task:
     )
 
 
-def _busy_targets(above: torch.Tensor, task: Task) -> torch.Tensor:
-    return above[:, 0].long() if task.kind == "multiclass" else above.float()
-
-
 def _outputs(above: torch.Tensor, task: Task) -> torch.Tensor:
     """Outputs of a rule that says yes or no."""
     yes = SURE * (2 * above.float() - 1)
     return torch.cat([torch.zeros_like(yes), yes], 1) if task.kind == "multiclass" else yes
-
-
-def _joined(parts: Sequence[Examples]) -> Examples:
-    def of(name: str) -> torch.Tensor | None:
-        columns = [getattr(part, name) for part in parts]
-        return None if columns[0] is None else torch.cat(columns)
-
-    said = {name: torch.cat([p.baselines[name] for p in parts]) for name in parts[0].baselines}
-    return Examples(
-        torch.cat([p.x for p in parts]), of("y"), of("group"), parts[0].group_names, time=of("time"), unit=of("unit"),
-        baselines=said,
-    )  # fmt: skip
 
 
 def _date(hour: int) -> str:
@@ -277,9 +262,7 @@ def traffic(config: SourceConfig, root: Path) -> Dataset:
         if getattr(config, name) is not None:
             raise UserError(f"{name}: names a column of a file, but there is no path")
     wanted = series.sites or tuple(name for name in JUNCTIONS if name != PUBLIC)
-    for name in wanted:
-        if name not in JUNCTIONS:
-            raise UserError(f"series.sites: found '{name}'{suggest_or_list(name, JUNCTIONS)}")
+    check_names(wanted, JUNCTIONS, "series.sites: found")
     sites = [site for site in make_junctions() if site.name in wanted]
     return make_windows(
         sites, series, name="traffic", unit="vehicles", simulated=True, about="generated junctions, hour by hour",
@@ -306,16 +289,16 @@ def read_traffic(path: Path, series: SeriesConfig, label: str | None, group: str
     return made
 
 
-def make_junctions(days: int = DAYS, seed: int = 0) -> list[HourlySeries]:
+def make_junctions() -> list[HourlySeries]:
     """The junctions of the module's text, the public one last."""
-    hours = days * 24
-    town = np.random.default_rng(stream_key("data", "traffic", seed, "town"))
+    hours = DAYS * 24
+    town = keyed_numpy_generator("data", "traffic", 0, "town")
     weather = _weather(town, hours)
     common = _drift(town, hours, 0.05)
     made = []
     for name, (level, day, peaks, shift, trend, rain, cameras) in JUNCTIONS.items():
-        draws = np.random.default_rng(stream_key("data", "traffic", seed, name))
-        begin = min(day, max(0, days - 20)) * 24
+        draws = keyed_numpy_generator("data", "traffic", 0, name)
+        begin = day * 24
         hour = np.arange(hours)
         mean = level * _profile(hour, peaks, shift) * (1 + trend * hour / hours)
         mean *= 1 - rain * np.tanh(weather[:, 1] / 2)

@@ -14,8 +14,9 @@ from hetero_fl.core.objectives import supervised_loss
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.data import FederatedData, Preprocess, row_strata
-from hetero_fl.data.dataset import Examples
-from hetero_fl.data.federated_data import ResampledData, concatenate_examples, unprocessed_rows
+from hetero_fl.data.client_rows import ClientRows
+from hetero_fl.data.dataset import Examples, RowSelection, concatenate_examples
+from hetero_fl.data.federated_data import unprocessed_rows
 from hetero_fl.data.partition import most_common_stratum
 from hetero_fl.experiment.preparation import PreparedRun
 from hetero_fl.experiment.runner import load_inherited_models
@@ -219,7 +220,13 @@ def train_shadow(
 ) -> dict[str, SavedModel]:
     """The run once more, with these training rows of some clients and random draws of its own (initial weights, cohorts,
     batches, noise): those clients' models at the end."""
-    data = ResampledData(prepared.data, train)
+    held = prepared.data.client_rows
+    resampled = {
+        client: {**held[client], "train": RowSelection.all_rows(examples)}
+        for client, examples in train.items()
+    }
+    rows = ClientRows({**held.assigned, **resampled}, held.lazy_partition)
+    data = prepared.data.with_rows(rows, unscanned=train)
     method = prepared.method
     before = prepared.federation
     models = (

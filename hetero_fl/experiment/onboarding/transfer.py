@@ -21,7 +21,7 @@ from hetero_fl.core.participant import common_part
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.data import Preprocess
-from hetero_fl.data.missing_values import usable_rows
+from hetero_fl.data.preprocessing import usable_rows
 from hetero_fl.experiment.preparation import PreparedRun, load_config, make_algorithm, prepare
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import UserError

@@ -115,7 +115,7 @@ def test_same_bits_from_data_that_is_read_where_it_lies(
 ) -> None:
     placed = _store_setup(setup)
     raw, *copies = (
-        s.federation.data._public["proxy"].examples.x
+        s.federation.data.public_sets["proxy"].examples.x
         for s in (setup, ray.get(placed), ray.get(placed))
     )
     assert copies[0].data_ptr() == copies[1].data_ptr() and torch.equal(copies[0], raw)

@@ -6,10 +6,12 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
+from cachetools import cachedmethod
 
 from hetero_fl.config.data import PartitionConfig, SplitConfig
 from hetero_fl.config.population import Population
@@ -97,11 +99,9 @@ class LazyPartition:
         """Return the number of rows of each split."""
         return split_counts(self.num_rows(client), self.split)
 
+    @cachedmethod(attrgetter("_cached_splits"))
     def splits(self, client: str) -> dict[str, RowSelection]:
         """Return the rows of each split."""
-        return self._cached_splits.get_or_make(client, lambda: self._splits(client))
-
-    def _splits(self, client: str) -> dict[str, RowSelection]:
         count = self.num_rows(client)
         draws = keyed_numpy_generator("data", self.seed, "drawn", client)
         if self.config.alpha is None:

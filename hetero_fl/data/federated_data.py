@@ -8,8 +8,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 
 import torch
+from cachetools import cachedmethod
 from torch import Tensor
 
 from hetero_fl.config.clients import ClientSettings, PreprocessConfig
@@ -198,12 +200,13 @@ class FederatedData:
             return view
         if config.normalize != "own":
             return Preprocess.resolve(config, None, where, self.layout, self.input_shape)
-        return self._views.get_or_make(
-            client,
-            lambda: Preprocess.resolve(
-                config, self._raw_rows(client, "train").x, where, self.layout, self.input_shape
-            ),
-        )
+        return self._view_of_own_rows(client, where)
+
+    @cachedmethod(attrgetter("_views"))
+    def _view_of_own_rows(self, client: str, where: str) -> Preprocess:
+        config = self._settings[client].preprocess
+        rows = self._raw_rows(client, "train").x
+        return Preprocess.resolve(config, rows, where, self.layout, self.input_shape)
 
     def unnormalized_view(self, config: PreprocessConfig, where: str) -> Preprocess:
         """Return the view that a configuration asks for, without normalization."""
@@ -256,25 +259,32 @@ class FederatedData:
             "x" in torch's default float type and "y"; of the proxy set only where its labels are
             kept.
         """
-        key = (name, preprocess, torch.get_default_dtype())
+        dtype = torch.get_default_dtype()
         if name in PUBLIC:
-            if name not in self.public_sets:
-                raise UserError(
-                    f"data.proxy.size: found 0, but a {name} set is asked for; hold some rows out"
-                )
-            return self._public_columns.get_or_make(
-                key, lambda: self._preprocess(self.public_sets[name].copy_rows(), preprocess)
+            return self._make_public_columns(name, preprocess, dtype)
+        return self._make_private_columns(owner, name, preprocess, dtype)
+
+    # The default dtype is an argument only to be a part of the caches' keys.
+    @cachedmethod(attrgetter("_public_columns"))
+    def _make_public_columns(self, name: str, preprocess: Preprocess, _: torch.dtype) -> Columns:
+        if name not in self.public_sets:
+            raise UserError(
+                f"data.proxy.size: found 0, but a {name} set is asked for; hold some rows out"
             )
+        return self._preprocess(self.public_sets[name].copy_rows(), preprocess)
+
+    @cachedmethod(attrgetter("_private_columns"))
+    def _make_private_columns(
+        self, owner: str, name: str, preprocess: Preprocess, _: torch.dtype
+    ) -> Columns:
         if (owner, name) == ("server", "pooled"):
-            return self._private_columns.get_or_make((owner, *key), lambda: self._pool(preprocess))
+            return self._pool(preprocess)
         if owner not in self.client_rows or name not in PRIVATE:
             known = [*PUBLIC, *PRIVATE, "pooled"]
             raise KeyError(
                 f"no set '{name}' of '{owner}'{suggest_or_list(name, known) if name not in known else ''}"
             )
-        return self._private_columns.get_or_make(
-            (owner, *key), lambda: self._preprocess(self._raw_rows(owner, name), preprocess)
-        )
+        return self._preprocess(self._raw_rows(owner, name), preprocess)
 
     def extra_columns(self, owner: str, name: str) -> Examples:
         """Return times, units and baselines of the rows of a set, without x."""

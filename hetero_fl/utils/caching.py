@@ -25,11 +25,5 @@ class BoundedCache(cachetools.LRUCache[Hashable, T], Generic[T]):
         super().__init__(maxsize, size and (lambda value: min(size(value), maxsize)))
         self._size = size
 
-    def get_or_make(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return the value of a key; compute it if it is not in the cache."""
-        if key not in self:
-            self[key] = make()
-        return self[key]
-
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.maxsize, self._size)

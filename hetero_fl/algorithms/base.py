@@ -198,13 +198,16 @@ class Algorithm(BaseModel):
         """Return the slot of the server's own model, if it has one.
 
         It is the student, else the global model of a single group, if clients share all of it.
+        What no client shares was never trained at the server.
         """
         if STUDENT in server.models:
             return STUDENT
         profiles = server.peers.profiles
-        # a head that nobody shares was never trained
         is_whole = any(shared_part(self, profile.settings) is None for profile in profiles)
-        return next(iter(server.models)) if is_whole and len(server.models) == 1 else None
+        if not is_whole or len(server.models) != 1:
+            return None
+        (slot,) = server.models
+        return None if local_tensor_names(self, server.arch[slot]) else slot
 
 
 # What of a client's model travels.

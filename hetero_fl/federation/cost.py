@@ -182,7 +182,7 @@ class DryRun:
 PROTECTED = {
     "record": "a training row",
     "client": "a client",
-    "local": "a client, noised at home",  # style: ok (the message as it was)
+    "local": "a client, noised before its upload leaves",
 }
 
 

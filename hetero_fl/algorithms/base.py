@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from hetero_fl.aggregation.means import interpolate_model
+from hetero_fl.aggregation.means import add_updates, interpolate_model
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.local_training import add_log_prior, local_fit
 from hetero_fl.config.base import StalenessConfig
@@ -342,3 +342,16 @@ def average_models(server: Participant, uploads: Uploads, rate: float = 1.0) -> 
     for group, mean in uploads.mean_by_group("model").items():
         parameters = server.arch[group].parameter_names
         server.models[group] = interpolate_model(server.models[group], mean, rate, parameters)
+
+
+def add_up_models(server: Participant, uploads: Uploads, factor: float) -> None:
+    """Add the changes of all clients to each group's model; `factor` scales them.
+
+    For uploads whose weight is one, or what staleness leaves of it.
+    """
+    owners = uploads.weights_by_group("model")
+    for group, mean in uploads.mean_by_group("model").items():
+        parameters = server.arch[group].parameter_names
+        server.models[group] = add_updates(
+            server.models[group], mean, owners[group], factor, parameters
+        )

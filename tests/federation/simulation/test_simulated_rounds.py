@@ -500,7 +500,7 @@ def test_what_has_nothing_to_go_by_is_refused_in_one_line() -> None:
     for changes, line in [
         (
             {"cohort": {"sampling": "available"}, "clients__per_round": 2},
-            "cohort.sampling: available, but everybody",
+            "cohort.sampling: available, but all clients",
         ),
         ({"cohort": {"deadline": 9}}, "cohort.deadline: no task takes any time"),
         (

@@ -75,7 +75,9 @@ def durations(overrides: list[str]) -> list[float]:
     """Seconds that each client's task takes in the first synchronous round."""
     session = prepare(CONFIG, overrides).make_trainer()
     timing, size = session.environment.timing, 200_000
-    return [timing.duration(id, size, size, 0.0, 0) for id in session.federation.client_infos]
+    return [
+        timing.task_times(id, size, size, 0.0, 0).arrived for id in session.federation.client_infos
+    ]
 
 
 def reached(curve: Curve, mark: float) -> float | None:

@@ -12,7 +12,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from hetero_fl.core.model_spec import Owner, Tensors
+from hetero_fl.core.model_spec import Owner, Tensors, owner_of
 from hetero_fl.core.payload import Item, Payload
 
 # Weighted means and sums taken as uploads arrive: the memory of one, not of the cohort.
@@ -159,8 +159,7 @@ class OwnerMeans:
         self._means[self._owner(group, name, mean)] = RunningMean.from_mean(mean, weight)
 
     def _owner(self, group: str, name: str, tensor: Tensor) -> Owner:
-        shared = bool(self._common) and name.startswith(self._common)
-        owner = (name, tuple(tensor.shape), "" if shared else group)
+        owner = owner_of(name, tensor, group, self._common)
         self._groups.setdefault(group, {})[name] = owner
         return owner
 
@@ -288,8 +287,5 @@ def discount_upload(payload: Payload, factor: float) -> Payload:
 def _discount_item(item: Item, factor: float) -> Item:
     if item.kind not in SUMS:
         return replace(item, weight=item.weight * factor)
-    values = item.values
-    scaled = (
-        {n: t * factor for n, t in values.items()} if isinstance(values, dict) else values * factor
-    )
-    return Item(scaled, item.weight * factor, item.kind)
+    scaled = item.with_tensors({name: t * factor for name, t in item.tensors.items()})
+    return replace(scaled, weight=item.weight * factor)

@@ -6,13 +6,14 @@ from dataclasses import replace
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from hetero_fl.aggregation.means import add_updates, tie_common_tensors
+from hetero_fl.aggregation.means import tie_common_tensors
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import (
     Algorithm,
     AsyncPolicy,
     Items,
     Needs,
+    add_up_models,
     register_algorithm,
     upload_model,
 )
@@ -77,13 +78,8 @@ class FedAsync(StalenessWeighted):
         return upload_model(self, client, weight=1.0)  # what arrives weighs s(τ)
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
-        owners = uploads.weights_by_group("model")  # s(τ) of the one that came
-        for group, mean in uploads.mean_by_group("model").items():
-            parameters = server.arch[group].parameter_names
-            server.models[group] = add_updates(
-                server.models[group], mean, owners[group], self.alpha, parameters
-            )
-        tie_common_tensors(server.models, server.common, owners)
+        add_up_models(server, uploads, self.alpha)
+        tie_common_tensors(server.models, server.common, uploads.weights_by_group("model"))
         yield from ()
 
 

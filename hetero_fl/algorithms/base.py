@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from hetero_fl.aggregation.means import interpolate_model
+from hetero_fl.aggregation.means import add_updates, interpolate_model
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.local_training import add_log_prior, local_fit
 from hetero_fl.config.base import StalenessConfig
@@ -198,13 +198,16 @@ class Algorithm(BaseModel):
         """Return the slot of the server's own model, if it has one.
 
         It is the student, else the global model of a single group, if clients share all of it.
+        What no client shares was never trained at the server.
         """
         if STUDENT in server.models:
             return STUDENT
         profiles = server.peers.profiles
-        # a head that nobody shares was never trained
         is_whole = any(shared_part(self, profile.settings) is None for profile in profiles)
-        return next(iter(server.models)) if is_whole and len(server.models) == 1 else None
+        if not is_whole or len(server.models) != 1:
+            return None
+        (slot,) = server.models
+        return None if local_tensor_names(self, server.arch[slot]) else slot
 
 
 # What of a client's model travels.
@@ -339,3 +342,16 @@ def average_models(server: Participant, uploads: Uploads, rate: float = 1.0) -> 
     for group, mean in uploads.mean_by_group("model").items():
         parameters = server.arch[group].parameter_names
         server.models[group] = interpolate_model(server.models[group], mean, rate, parameters)
+
+
+def add_up_models(server: Participant, uploads: Uploads, factor: float) -> None:
+    """Add the changes of all clients to each group's model; `factor` scales them.
+
+    For uploads whose weight is one, or what staleness leaves of it.
+    """
+    owners = uploads.weights_by_group("model")
+    for group, mean in uploads.mean_by_group("model").items():
+        parameters = server.arch[group].parameter_names
+        server.models[group] = add_updates(
+            server.models[group], mean, owners[group], factor, parameters
+        )

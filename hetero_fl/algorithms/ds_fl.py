@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
@@ -46,23 +47,17 @@ def quantize_probabilities(p: Tensor, bits: int, sums_to_one: bool = True) -> Te
 
 
 def pack_labels(levels: Tensor, bits: int) -> Tensor:
-    """Levels `[N, C]` of so many bits end to end, uint8 `[N, ceil(C·bits / 8)]`."""
+    """Pack levels `[N, C]` of so many bits end to end into uint8 `[N, ceil(C·bits / 8)]`."""
     singles = (levels[..., None] >> torch.arange(bits, dtype=torch.uint8)) & 1
-    flat = singles.flatten(1)
-    padded = torch.nn.functional.pad(flat, (0, -flat.shape[1] % 8)).unflatten(1, (-1, 8))
-    return (padded << torch.arange(8, dtype=torch.uint8)).sum(-1).to(torch.uint8)
+    packed = np.packbits(singles.flatten(1).numpy(), axis=1, bitorder="little")
+    return torch.from_numpy(packed)
 
 
 def unpack_labels(packed: Tensor, bits: int, classes: int) -> Tensor:
-    """The reverse of `pack`: levels, uint8 `[N, classes]`."""
-    singles = ((packed[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten(1)[
-        :, : classes * bits
-    ]
-    return (
-        (singles.unflatten(1, (classes, bits)) << torch.arange(bits, dtype=torch.uint8))
-        .sum(-1)
-        .to(torch.uint8)
-    )
+    """Reverse `pack_labels`; return levels, uint8 `[N, classes]`."""
+    flat = np.unpackbits(packed.numpy(), axis=1, count=classes * bits, bitorder="little")
+    singles = torch.from_numpy(flat).unflatten(1, (classes, bits))
+    return (singles << torch.arange(bits, dtype=torch.uint8)).sum(-1).to(torch.uint8)
 
 
 # The cache of a consensus, at the server and at the clients: what was said of a proxy row serves

@@ -7,11 +7,12 @@ from typing import Literal
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
-from hetero_fl.aggregation.means import add_updates, tie_common_tensors
+from hetero_fl.aggregation.means import tie_common_tensors
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import (
     Algorithm,
     Items,
+    add_up_models,
     average_models,
     register_algorithm,
     shareable_tensors,
@@ -56,12 +57,7 @@ class FedAvg(Algorithm):
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         if self.weighting == "sum":
-            owners = uploads.weights_by_group("model")  # each weighs one
-            for group, mean in uploads.mean_by_group("model").items():
-                names = server.arch[group].parameter_names
-                server.models[group] = add_updates(
-                    server.models[group], mean, owners[group], self.server_lr, names
-                )
+            add_up_models(server, uploads, self.server_lr)
         else:
             average_models(server, uploads, self.server_lr)
         yield from ()

@@ -18,19 +18,20 @@ from torch import Tensor
 
 from hetero_fl.aggregation.uploads import Upload, Uploads
 from hetero_fl.algorithms.base import Algorithm, Items, Needs, may_share, register_algorithm
-from hetero_fl.algorithms.local_training import add_log_prior, local_fit
+from hetero_fl.algorithms.local_training import add_log_prior, local_fit, objective_context
 from hetero_fl.algorithms.prototypes import CommonFeatureWidth
 from hetero_fl.config.clients import ModelConfig, expand_model_name
 from hetero_fl.core.model_spec import ModelSpec
-from hetero_fl.core.objectives import SupervisedDistillation, log_prior
+from hetero_fl.core.objectives import SupervisedDistillation
 from hetero_fl.core.participant import ClientDirectory, ClientInfo, Participant, floating_tensors
-from hetero_fl.core.payload import Item, ItemSpec, Payload
+from hetero_fl.core.payload import ItemSpec, Payload
 from hetero_fl.core.plan import Fit, Plan, Predict, Rows, TensorRows
 from hetero_fl.utils.errors import UserError
 from model_zoo import ModelError
 
 LARGE = "large"  # the server's model, of features
-ROWS = ("features", "logits", "labels")
+# what clients send of their rows, and the column that it is at the server
+ROWS = {"features": "x", "logits": "teacher", "labels": "y"}
 
 
 @register_algorithm("fedgkt")
@@ -81,8 +82,8 @@ class FedGKT(CommonFeatureWidth):
                 DeprecationWarning,
                 stacklevel=2,
             )
-            settings = {**settings, "large_model": settings["server_model"]}
-            del settings["server_model"]
+            new_names = {"server_model": "large_model"}
+            settings = {new_names.get(name, name): value for name, value in settings.items()}
         return settings
 
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
@@ -99,10 +100,9 @@ class FedGKT(CommonFeatureWidth):
 
     def large_model_spec(self, outputs: int) -> ModelSpec:
         """Return the server's model: features to logits."""
-        assert self.feature_dim is not None  # `configure` has set it
         m = self.large_model
         return ModelSpec.from_config(
-            m.name, outputs, (self.feature_dim,), m.feature_dim, m.options, m.pretrained
+            m.name, outputs, (self.feature_dim or 1,), m.feature_dim, m.options, m.pretrained
         )
 
     def setup(self, server: Participant) -> None:
@@ -134,18 +134,15 @@ class FedGKT(CommonFeatureWidth):
         if not may_share(client, "features"):
             return {}
         features, logits = yield [Predict("model", readout="features"), Predict("model")]
-        labels = client.data("train", None)["y"]
-        return {
-            name: Item(v, kind="rows")
-            for name, v in zip(ROWS, (features, logits, labels), strict=True)
-        }
+        return {"features": features, "logits": logits, "labels": client.data("train", None)["y"]}
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         sent = uploads.having("features")
         if not sent:
             return
-        x, teacher, y = (torch.cat([u.payload[name] for u in sent]) for name in ROWS)
-        table = {"x": x, "y": y, "teacher": teacher}
+        table = {
+            column: torch.cat([u.payload[name] for u in sent]) for name, column in ROWS.items()
+        }
         if any(u.client_info.settings.logit_adjustment for u in sent):  # of the row's sender
             table["log_prior"] = torch.cat([self.log_prior_of(server, u) for u in sent])
         yield Fit(
@@ -168,11 +165,9 @@ class FedGKT(CommonFeatureWidth):
     def log_prior_of(server: Participant, upload: Upload) -> Tensor:
         """Return the sender's log π for each of its rows, shape `[n, C]`; 0 without logit adjustment."""
         labels = upload.payload["labels"]
-        prior = log_prior(server.task, torch.bincount(labels, minlength=server.task.outputs))
-        assert prior is not None  # the task is multi-class
-        if not upload.client_info.settings.logit_adjustment:
-            prior = torch.zeros_like(prior)
-        return prior.expand(len(labels), -1)
+        counts = torch.bincount(labels, minlength=server.task.outputs)
+        context = objective_context(server.task, counts, upload.client_info.settings)
+        return context.get("log_prior", torch.zeros(len(counts))).expand(len(labels), -1)
 
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
         if LARGE not in client.models:
@@ -180,6 +175,3 @@ class FedGKT(CommonFeatureWidth):
         features = yield Predict("model", rows, readout="features")
         logits = yield Predict(LARGE, TensorRows({"x": features}))
         return add_log_prior(client, logits) if personal else logits
-
-    def server_model(self, server: Participant) -> str | None:
-        return None  # its model is used at the clients, on their features

@@ -20,7 +20,6 @@ from hetero_fl.algorithms.base import (
     Items,
     Needs,
     SharedPart,
-    local_tensor_names,
     register_algorithm,
     upload_model,
 )
@@ -125,8 +124,7 @@ def choose_widths(
 def describe_widths(
     model: ModelConfig, widths: Mapping[str, float] | None, client_infos: ClientDirectory
 ) -> list[str]:
-    """A line on who trains what."""
-    listed: dict[float, str] = {}
+    """Return a line on which clients train which share of the wide model."""
     if widths is None:
         kinds = defaultdict(list)
         for kind in client_infos.profiles:
@@ -134,12 +132,12 @@ def describe_widths(
         listed = {width: client_infos.format_clients(mine, 4) for width, mine in kinds.items()}
     else:
         members = defaultdict(list)
-        for id, width in widths.items():
-            members[width].append(id)
-        for width, ids in members.items():
-            listed[width] = ", ".join(ids[:4]) + (
-                f" and {len(ids) - 4} more" if len(ids) > 4 else ""
-            )
+        for client_id, width in widths.items():
+            members[width].append(client_id)
+        listed = {
+            width: ", ".join(ids[:4]) + (f" and {len(ids) - 4} more" if len(ids) > 4 else "")
+            for width, ids in members.items()
+        }
     parts = [
         f"{'all' if w == 1 else f'{w:g}'} of it for {listed[w]}"
         for w in sorted(listed, reverse=True)
@@ -151,13 +149,18 @@ def derive_width(arch: ModelSpec, model: ModelConfig) -> float:
     """A client's share by its own model: that of a narrower copy of the wide one; of another the power of two nearest to the
     root of its part of the wide model's parameters, which grow with the square of the width.
     """
-    sizes = (arch.outputs, arch.input_shape, model.feature_dim)
-    wide = ModelSpec.from_config(model.name, *sizes, model.options, vocabulary=arch.vocabulary)
+    wide = wide_model(model, arch)
     share = _share(arch, wide)
     if share is not None:
         return share
     level = round(math.log2(num_parameters(arch) / num_parameters(wide)) / 2)
     return max(NARROWEST, 2.0 ** min(0, level))
+
+
+def wide_model(model: ModelConfig, arch: ModelSpec) -> ModelSpec:
+    """Return the wide model for the inputs of a client with this architecture."""
+    sizes = (arch.outputs, arch.input_shape, model.feature_dim)
+    return ModelSpec.from_config(model.name, *sizes, model.options, vocabulary=arch.vocabulary)
 
 
 def num_parameters(arch: ModelSpec) -> int:
@@ -259,11 +262,7 @@ class HeteroFL(FedAvg):
     def wide_model(self, arch: ModelSpec) -> ModelSpec:
         """Return the wide model for the inputs of a client with this architecture."""
         assert self.model is not None  # `configure` has set it
-        m = self.model
-        about = (m.feature_dim, m.options)
-        return ModelSpec.from_config(
-            m.name, arch.outputs, arch.input_shape, *about, vocabulary=arch.vocabulary
-        )
+        return wide_model(self.model, arch)
 
     def models(self, client: ClientInfo) -> Mapping[str, ModelSpec]:
         # `configure` has set them
@@ -356,8 +355,3 @@ class HeteroFL(FedAvg):
             return (yield from super().predict(client, rows, personal))
         logits = yield Predict("model", rows)
         return add_log_prior(client, logits * self.present_classes(client))
-
-    def server_model(self, server: Participant) -> str | None:
-        slot = super().server_model(server)
-        # its BatchNorm statistics were never trained
-        return None if slot is None or local_tensor_names(self, server.arch[slot]) else slot

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt
@@ -45,7 +45,8 @@ from hetero_fl.core.participant import (
     select_part,
 )
 from hetero_fl.core.payload import Item, ItemSpec, Payload
-from hetero_fl.core.plan import Fit, Plan, Predict, Rows, TensorRows
+from hetero_fl.core.plan import Plan, Predict, Rows, TensorRows
+from hetero_fl.core.task import Task
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import natural_key
 
@@ -72,6 +73,8 @@ class MenteeTraining(Algorithm):
     )
     shared = SharedPart(slot=MENTEE)
     needs = Needs(also=("small common model",))
+    # the part of each slot that local training moves
+    trained: ClassVar[Mapping[str, Part]] = {"model": None, MENTEE: None}
 
     mentee: Annotated[ModelConfig, BeforeValidator(expand_model_name)] | None = Field(
         None,
@@ -109,9 +112,8 @@ class MenteeTraining(Algorithm):
         """Return the mentee's architecture; its outputs and vocabulary are those of any client's own model."""
         assert self.mentee is not None and self.mentee_input is not None  # `configure` has set them
         m = self.mentee
-        shape = tuple(self.mentee_input)
         about = (m.feature_dim, m.options, m.pretrained, own.vocabulary)
-        return ModelSpec.from_config(m.name, own.outputs, shape, *about)
+        return ModelSpec.from_config(m.name, own.outputs, tuple(self.mentee_input), *about)
 
     def setup(self, server: Participant) -> None:
         server.arch[MENTEE] = self.mentee_model(server.peers.profiles[0].arch)
@@ -125,22 +127,14 @@ class MenteeTraining(Algorithm):
 
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
-        yield self.fit_both(client)
+        shape = client.arch[MENTEE].input_shape
+        objective = replace(self.objective(client.task), shape=shape)
+        yield replace(local_fit(client, objective), train=self.trained)
         return self.upload_mentee(client)
 
-    def fit_both(self, client: Participant) -> Fit:
-        """Create the step that trains own model and mentee together."""
+    def objective(self, task: Task) -> MutualDistillation:
+        """Return the loss of own model and mentee."""
         raise TypeError(f"{type(self).__name__} trains no mentee")
-
-    def joint_fit(self, client: Participant, objective: MutualDistillation, **others: Part) -> Fit:
-        """Create such a step with the client's settings.
-
-        Args:
-            client: The client.
-            objective: The loss of both models.
-            **others: The part of other slots that is trained, too.
-        """
-        return replace(local_fit(client, objective), train={"model": None, MENTEE: None, **others})
 
     def upload_mentee(self, client: Participant) -> Items:
         """Return the upload of the mentee."""
@@ -182,12 +176,8 @@ class FML(MenteeTraining):
         0.5, ge=0, le=1, description="weight of the task for the mentee, the rest is KL"
     )
 
-    def fit_both(self, client: Participant) -> Fit:
-        shape = client.arch[MENTEE].input_shape
-        return self.joint_fit(
-            client,
-            MutualDistillation(client.task.kind, alpha=self.alpha, beta=self.beta, shape=shape),
-        )
+    def objective(self, task: Task) -> MutualDistillation:
+        return MutualDistillation(task.kind, alpha=self.alpha, beta=self.beta)
 
 
 HIDDEN = "hidden"  # W: from the mentee's features to the own model's, kept by the client
@@ -205,6 +195,7 @@ class FedKD(MenteeTraining):
     title = "FedKD"
     uploads = {MENTEE: ItemSpec("update", use="each", ranks=True, across=True)}
     downloads = {"change": ItemSpec("update", ranks=True)}
+    trained = {"model": None, MENTEE: None, HIDDEN: ("head.weight",)}
     needs = Needs(
         also=("small common model",),
         largest_uploads={"energy_start": WHOLE, "energy_end": WHOLE},
@@ -260,10 +251,8 @@ class FedKD(MenteeTraining):
             client.load(MENTEE, base)
         client.state["base"] = base
 
-    def fit_both(self, client: Participant) -> Fit:
-        shape = client.arch[MENTEE].input_shape
-        objective = AdaptiveMutual(client.task.kind, shape=shape, hidden_weight=self.hidden_weight)
-        return self.joint_fit(client, objective, hidden=("head.weight",))
+    def objective(self, task: Task) -> MutualDistillation:
+        return AdaptiveMutual(task.kind, hidden_weight=self.hidden_weight)
 
     def upload_mentee(self, client: Participant) -> Items:
         part = upload_part(self, client.settings, client.round_context.round_idx)
@@ -321,6 +310,7 @@ class FedMRL(MenteeTraining):
     title = "FedMRL"
     evaluated_when = "own head on projected features, as deployed with the next broadcast (the models saved are clients' own F alone)"
     uploads = {MENTEE: ItemSpec("params", across=True)}
+    trained = {"model": None, MENTEE: None, PROJECTION: None}
     needs = Needs(also=("small common model", "linear heads"))
 
     own_weight: NonNegativeFloat = Field(1.0, description="m_F: weight of the own head's loss")
@@ -331,29 +321,23 @@ class FedMRL(MenteeTraining):
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         made, notes = super().configure(clients)
         assert isinstance(made, FedMRL) and made.mentee is not None
-        widths = {kind.first: kind.arch.feature_width for kind in clients.profiles}
         for kind in clients.profiles:
             require_linear_head(kind.first, kind.arch)
-        least = min(widths, key=widths.__getitem__)
-        width = made.mentee_model(clients[least].arch).feature_width
-        if width < widths[least]:
+        narrowest = min(clients.profiles, key=lambda kind: kind.arch.feature_width)
+        name = narrowest.first
+        least = narrowest.arch.feature_width
+        width = made.mentee_model(narrowest.arch).feature_width
+        if width < least:
             return made, notes
-        if made.mentee.feature_dim or widths[least] < 2:
-            key = (
-                "algorithm.mentee.feature_dim"
-                if made.mentee.feature_dim
-                else f"clients: {least}: model"
-            )
+        if made.mentee.feature_dim or least < 2:
+            is_set = made.mentee.feature_dim is not None
+            key = "algorithm.mentee.feature_dim" if is_set else f"clients: {name}: model"
             raise UserError(
-                f"{key}: the mentee's features have width {width}, those of {least} {widths[least]}, not more"
+                f"{key}: the mentee's features have width {width}, those of {name} {least}, not more"
             )
-        half = widths[least] // 2
-        mentee = made.mentee.model_copy(update={"feature_dim": half})
-        notes = [
-            *notes,
-            f"algorithm.mentee.feature_dim is {half}: less than the {widths[least]} of {least}",
-        ]
-        return made.model_copy(update={"mentee": mentee}), notes
+        mentee = made.mentee.model_copy(update={"feature_dim": least // 2})
+        note = f"algorithm.mentee.feature_dim is {least // 2}: less than the {least} of {name}"
+        return made.model_copy(update={"mentee": mentee}), [*notes, note]
 
     def models(self, client: ClientInfo) -> Mapping[str, ModelSpec]:
         models = super().models(client)
@@ -361,12 +345,8 @@ class FedMRL(MenteeTraining):
         both = (models[MENTEE].feature_width + width,)
         return {**models, PROJECTION: ModelSpec.from_config("linear", width, both)}
 
-    def fit_both(self, client: Participant) -> Fit:
-        shape = client.arch[MENTEE].input_shape
-        objective = NestedRepresentations(
-            client.task.kind, alpha=self.own_weight, beta=self.mentee_weight, shape=shape
-        )
-        return self.joint_fit(client, objective, projection=None)
+    def objective(self, task: Task) -> MutualDistillation:
+        return NestedRepresentations(task.kind, alpha=self.own_weight, beta=self.mentee_weight)
 
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
         seen = to_shape(rows.columns(client)["x"], client.arch[MENTEE].input_shape)

@@ -14,7 +14,6 @@ from torch import Tensor
 from hetero_fl.algorithms.base import (
     Items,
     SharedPart,
-    local_tensor_names,
     register_algorithm,
     shared_part,
     upload_model,
@@ -71,11 +70,6 @@ class FedBN(FedAvg):
     def shared(self) -> SharedPart:  # type: ignore[override]  # follows from a setting
         """All of the model but its BatchNorm layers, or their statistics."""
         return SharedPart(local="batch_norm" if self.keep == "layers" else "batch_norm_statistics")
-
-    def server_model(self, server: Participant) -> str | None:
-        slot = super().server_model(server)
-        # its BatchNorm was never trained
-        return None if slot is None or local_tensor_names(self, server.arch[slot]) else slot
 
 
 @register_algorithm("fedrep")

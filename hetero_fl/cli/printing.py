@@ -24,7 +24,7 @@ from hetero_fl.config import Config, dump, expand_population
 from hetero_fl.config.describe import describe_key, describe_values, format_default
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.experiment import PreparedRun
-from hetero_fl.federation.cost import DryRun, asynchronous_communication_cost, communication_cost
+from hetero_fl.federation.cost import DryRun, communication_cost
 from hetero_fl.federation.executors.choose import choose_executor
 from hetero_fl.federation.federation import SOME
 from hetero_fl.federation.simulation.schedule import SimulationEnvironment
@@ -48,14 +48,15 @@ def print_check(prepared: PreparedRun) -> None:
     archs = {kind.arch: list(kind.models.values()) for kind in federation.client_infos.profiles}
     for arch in archs:
         parameters[arch] = _parameters(arch)
-    held = SimulationEnvironment.from_config(federation, config)
-    waits = config.runtime.mode == "sync"
-    if waits:
-        cost = communication_cost(
-            prepared.method, federation, config.rounds, held.num_sampled, config.evaluation.every
-        )
-    else:
-        cost = asynchronous_communication_cost(prepared.method, federation, config)
+    environment = SimulationEnvironment.from_config(federation, config)
+    is_async = config.runtime.mode == "async"
+    cost = communication_cost(
+        prepared.method,
+        federation,
+        config.rounds,
+        config.clients.per_round if is_async else environment.num_sampled,
+        config.evaluation.every,
+    )
     for id in federation.num_evaluated:
         card = federation.client_infos[id]
         sizes = (_size(cost.down[id] + cost.evaluation[id]), _size(cost.up[id]))
@@ -74,17 +75,19 @@ def print_check(prepared: PreparedRun) -> None:
     down = cost.down.total()
     reading = cost.evaluation.total()
     at_most = config.evaluation.patience or cost.is_upper_bound
-    about = (
-        "about "
-        if (waits and held.simulated) or not (at_most or cost.is_exact)
-        else "at most "
-        if at_most
-        else ""
-    )
+    # failed tasks are repeated, and second copies count
+    is_bound = at_most and not is_async and not environment.simulated
+    total = up + down + reading
     console.print(
-        f"{about}{_size(up + down + reading)} in {pluralize(config.rounds, 'round')}: {_size(up)} up, {_size(down + reading)} down, "
-        f"{_size(reading)} of it to evaluate"
+        f"{'at most' if is_bound else 'about'} {_size(total)} in "
+        f"{pluralize(config.rounds, 'round')}: {_size(up)} up, {_size(down + reading)} down, "
+        f"{_size(reading)} of it to evaluate; {_size(total / config.rounds)} per round"
     )
+    if is_async:
+        console.print(
+            "asynchronous: counted as rounds of equally fast clients without failures; who sends "
+            "how often follows from the simulated time"
+        )
     # with those that the method adds
     largest = max(sum(map(_parameters, models)) for models in archs.values()) * 4
     groups = num_tensor_bytes(list(DryRun(prepared.method, federation).server.models.values()))
@@ -124,12 +127,14 @@ def _parameters(arch: ModelSpec) -> int:
     return sum(math.prod(arch.shapes[name]) for name in arch.parameter_names)
 
 
-def _size(count: int) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count = count / 1000  # type: ignore[assignment]
-    return f"{count:.2f} GB"
+def _size(num_bytes: float) -> str:
+    if num_bytes < 1e3:
+        return f"{num_bytes:.0f} B"
+    if num_bytes < 1e6:
+        return f"{num_bytes / 1e3:.1f} kB"
+    if num_bytes < 1e9:
+        return f"{num_bytes / 1e6:.1f} MB"
+    return f"{num_bytes / 1e9:.2f} GB"
 
 
 # `hetero-fl methods`: what methods there are, in the words of their docstrings, and what their

@@ -101,6 +101,12 @@ def split_vector(numbers: Tensor, layout: Layout) -> Iterator[Tensor]:
         yield flat.view(shape)
 
 
+def read_numbers(source: ByteReader, count: int, dtype: torch.dtype) -> Tensor:
+    """Return the next numbers of a floating type. Raises PayloadError if there are fewer."""
+    kind = np.dtype(str(dtype).removeprefix("torch."))
+    return torch.from_numpy(np.frombuffer(bytearray(source.take(count * kind.itemsize)), kind))
+
+
 class Stage(ABC):
     """Leaves numbers out. `numbers` is always one vector `[n]` of a floating type, in the order of `layout`."""
 
@@ -234,9 +240,7 @@ class FullPrecision(NumberFormat):
         return numbers.numpy().tobytes()
 
     def decode(self, source: ByteReader, layout: Layout, dtype: torch.dtype) -> Tensor:
-        kind = np.dtype(str(dtype).removeprefix("torch."))
-        raw = source.take(num_values(layout) * kind.itemsize)
-        return torch.from_numpy(np.frombuffer(bytearray(raw), kind))
+        return read_numbers(source, num_values(layout), dtype)
 
 
 # Matrices of a change as few rank-one terms (Wu et al. 2022, FedKD's energy rule).
@@ -342,9 +346,7 @@ class Quantize(NumberFormat):
         return level.nan_to_num_(0).clamp_(-self._max_level, self._max_level).add_(self._max_level)
 
     def decode(self, source: ByteReader, layout: Layout, dtype: torch.dtype) -> Tensor:
-        rows = sum(r for r, _ in self._block_shapes(layout))
-        kind = np.dtype(str(dtype).removeprefix("torch."))
-        scales = torch.from_numpy(np.frombuffer(bytearray(source.take(rows * kind.itemsize)), kind))
+        scales = read_numbers(source, sum(rows for rows, _ in self._block_shapes(layout)), dtype)
         codes = torch.from_numpy(unpack_bits(source, num_values(layout), self.bits))
         numbers = codes.to(dtype)
         numbers = (
@@ -398,6 +400,10 @@ class SparseStage(Stage):
     def compresses(self, layout: Layout) -> bool:
         return self.num_kept(num_values(layout)) < num_values(layout)
 
+    def decompress(self, numbers: Tensor, layout: Layout, side_information: Any) -> Tensor:
+        # zero but for these numbers at these places
+        return numbers.new_zeros(num_values(layout)).scatter_(0, side_information, numbers)
+
 
 @dataclass(frozen=True)
 class TopK(SparseStage):
@@ -420,9 +426,6 @@ class TopK(SparseStage):
     ) -> tuple[Layout, Any]:
         k = self.num_kept(num_values(layout))
         return ((k,),), torch.from_numpy(read_indices(source, k, num_values(layout)))
-
-    def decompress(self, numbers: Tensor, layout: Layout, side_information: Any) -> Tensor:
-        return scatter(numbers, side_information, layout)
 
 
 @dataclass(frozen=True)
@@ -449,9 +452,6 @@ class RandomK(SparseStage):
     ) -> tuple[Layout, Any]:
         return ((self.num_kept(num_values(layout)),),), self._draw_indices(num_values(layout), draw)
 
-    def decompress(self, numbers: Tensor, layout: Layout, side_information: Any) -> Tensor:
-        return scatter(numbers, side_information, layout)
-
 
 def largest_indices(numbers: Tensor, k: int) -> Tensor:
     """Ascending indices of the k numbers of largest size, int64. Of equal ones any, but always the same."""
@@ -459,11 +459,6 @@ def largest_indices(numbers: Tensor, k: int) -> Tensor:
     indices = np.argpartition(size, len(size) - k)[len(size) - k :]
     indices.sort()
     return torch.from_numpy(indices)
-
-
-def scatter(numbers: Tensor, indices: Tensor, layout: Layout) -> Tensor:
-    """A vector that is nought but for these numbers at these places."""
-    return numbers.new_zeros(num_values(layout)).scatter_(0, indices, numbers)
 
 
 # The stages of the channel, from the configuration.

@@ -7,6 +7,7 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -77,7 +78,6 @@ class StageChain:
 # and there and back.
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-ALONE = ""  # the name of an item's values that are a single tensor
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class ItemForm:
     @classmethod
     def from_item(cls, item: Item, plain: frozenset[str]) -> ItemForm | None:
         """None for an item that is not made of floating numbers of one type alone: it passes as it is."""
-        tensors = named_tensors(item.values)
+        tensors = item.tensors
         dtypes = {str(t.dtype).removeprefix("torch.") for t in tensors.values()}
         if len(dtypes) != 1 or not dtypes <= DTYPES.keys():
             return None
@@ -191,7 +191,7 @@ class ItemCodec:
         unsent: Mapping[str, Tensor],
     ) -> tuple[bytes, Tensors]:
         """The stream, and what a biased chain leaves for later, by tensor: to the last bit update + unsent − decoded."""
-        tensors = named_tensors(item.values)
+        tensors = item.tensors
         bodies = []
         left: Tensors = {}
         for place, group in enumerate(groups):
@@ -205,10 +205,7 @@ class ItemCodec:
                 for part, n in zip(split_vector(numbers, group.layout), group.names, strict=True):
                     if n in unsent and unsent[n].shape == part.shape:
                         part.add_(unsent[n])
-
-            def draw(label: str, place: int = place) -> torch.Generator:
-                return keyed_generator(*key, place, label)
-
+            draw = partial(keyed_generator, *key, place)
             bodies.append(group.chain.encode(numbers, group.layout, draw))
             if group.chain.biased:
                 sent = group.chain.decode(ByteReader(bodies[-1]), group.layout, numbers.dtype, draw)
@@ -228,24 +225,16 @@ class ItemCodec:
         """An item's values from its stream. Raises PayloadError."""
         found: Tensors = {}
         for place, group in enumerate(groups):
-
-            def draw(label: str, place: int = place) -> torch.Generator:
-                return keyed_generator(*key, place, label)
-
+            draw = partial(keyed_generator, *key, place)
             numbers = group.chain.decode(source, group.layout, DTYPES[form.dtype], draw)
             for part, n in zip(split_vector(numbers, group.layout), group.names, strict=True):
                 found[n] = part + base[n] if group.change and n in base else part
-        return found[ALONE] if set(form.shapes) == {ALONE} else {n: found[n] for n in form.shapes}
+        return found[""] if set(form.shapes) == {""} else {n: found[n] for n in form.shapes}
 
     @staticmethod
     def _reference_change(tensor: Tensor, name: str, group: TensorGroup, base: Tensors) -> Tensor:
         tensor = tensor.detach().cpu()
         return tensor - base[name] if group.change and name in base else tensor
-
-
-def named_tensors(values: Tensor | Tensors) -> Tensors:
-    """An item's tensors by name."""
-    return values if isinstance(values, dict) else {ALONE: values}
 
 
 def value_kinds(spec: ItemSpec) -> set[Sort]:
@@ -399,7 +388,7 @@ def _reference_item(reference: Payload | None, name: str, kind: str) -> Tensors:
     """What the tensors of an item are a change of: its namesakes in what the sender received; nothing for other kinds."""
     if reference is None or kind != "params" or name not in reference:
         return {}
-    return named_tensors(reference[name])
+    return reference.item(name).tensors
 
 
 def _weight(weight: float | Tensor) -> bytes:

@@ -192,3 +192,15 @@ def _initial_tensors(arch: ModelSpec, seed: int, dtype: torch.dtype) -> Tensors:
 
 
 Owner = tuple[str, tuple[int, ...], str]  # (tensor name, shape, group or "" for common ones)
+
+
+def owner_of(name: str, tensor: Tensor, group: str, common: tuple[str, ...]) -> Owner:
+    """Return with which tensors a tensor is averaged.
+
+    Args:
+        name: Its name.
+        tensor: A tensor of its shape.
+        group: The group of the client that holds it.
+        common: Prefixes of tensors that are averaged across groups.
+    """
+    return name, tuple(tensor.shape), "" if name.startswith(common) else group

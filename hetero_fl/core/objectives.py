@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from hetero_fl.core.task import Task
 from model_zoo import Outputs, SplitModel
 
 # Models and batches as an objective sees them, whether the modules are live or stacked.
+
+T = TypeVar("T")
 
 
 class ModelView:
@@ -44,26 +46,24 @@ class ModelView:
         return self._forward(x)
 
 
-class ModelViews(dict[str, ModelView]):
+class AttributeDict(dict[str, T]):
+    """A dictionary whose values can be read as attributes, too."""
+
+    def __getattr__(self, name: str) -> T:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class ModelViews(AttributeDict[ModelView]):
     """The models of a fit by slot; `nets.model` is `nets["model"]`."""
 
-    def __getattr__(self, slot: str) -> ModelView:
-        try:
-            return self[slot]
-        except KeyError:
-            raise AttributeError(slot) from None
 
-
-class Batch(dict[str, Tensor]):
+class Batch(AttributeDict[Tensor]):
     """The columns of one step; `batch.x` is `batch["x"]`. `weight` `[B]` marks examples that are really there."""
 
     weight: Tensor | None = None
-
-    def __getattr__(self, column: str) -> Tensor:
-        try:
-            return self[column]
-        except KeyError:
-            raise AttributeError(column) from None
 
     def mean(self, per_example: Tensor) -> Tensor:
         """Mean over the examples that are really there."""

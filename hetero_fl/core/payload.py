@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -56,6 +56,15 @@ class Item:
     values: Tensor | Tensors
     weight: float | Tensor = 1.0
     kind: Kind = "rows"
+
+    @property
+    def tensors(self) -> Tensors:
+        """The values by name; a single tensor has the name ""."""
+        return self.values if isinstance(self.values, dict) else {"": self.values}
+
+    def with_tensors(self, tensors: Tensors) -> Item:
+        """Return the item with other values; `tensors` has the names of its own."""
+        return replace(self, values=tensors if isinstance(self.values, dict) else tensors[""])
 
 
 @dataclass(frozen=True)
@@ -105,8 +114,7 @@ class Payload(Mapping[str, Any]):
             raise PayloadError(f"returns {type(items).__name__}, not a dictionary of items")
         payload = cls(items)
         for name, item in payload.items_.items():
-            tensors = list(item.values.values()) if isinstance(item.values, dict) else [item.values]
-            odd = [type(t).__name__ for t in tensors if not isinstance(t, Tensor)]
+            odd = [type(t).__name__ for t in item.tensors.values() if not isinstance(t, Tensor)]
             if odd:
                 raise PayloadError(f"item {name!r} holds {odd[0]}, not a tensor or named tensors")
             if specs is None:
@@ -145,14 +153,9 @@ class Payload(Mapping[str, Any]):
 
     def norm(self) -> float:
         """Return the largest norm of its floating-point tensors."""
-        items = [i.values for i in self.items_.values()]
-        tensors = [
-            t
-            for v in items
-            for t in (v.values() if isinstance(v, dict) else [v])
-            if t.is_floating_point()
-        ]
-        return max((float(torch.linalg.vector_norm(t)) for t in tensors), default=0.0)
+        tensors = [t for item in self.items_.values() for t in item.tensors.values()]
+        norms = [float(torch.linalg.vector_norm(t)) for t in tensors if t.is_floating_point()]
+        return max(norms, default=0.0)
 
     def encode(self) -> bytes:
         """As it travels; its length is what is counted."""
@@ -261,10 +264,9 @@ def _item(name: str, raw: Any) -> tuple[Item, float]:
             raise PayloadError(f"item {name!r} holds something else than tensors")
     elif not isinstance(values, Tensor):
         raise PayloadError(f"item {name!r} is neither a tensor nor named tensors")
-    tensors = values.values() if isinstance(values, dict) else [values]
     largest = 0.0
-    for t in (*tensors, weight) if isinstance(weight, Tensor) else tensors:
-        if t.is_floating_point():
+    for t in [*Item(values).tensors.values(), weight]:
+        if isinstance(t, Tensor) and t.is_floating_point():
             largest = max(largest, _check_norm(name, t))
     if isinstance(weight, Tensor):
         if not weight.is_floating_point() or bool((weight < 0).any()):
@@ -311,7 +313,7 @@ def check_size(size: int, specs: Mapping[str, ItemSpec], like: Mapping[str, Item
     """
     most = SPARE_BYTES
     for name, item in like.items():
-        tensors = list(item.values.values()) if isinstance(item.values, dict) else [item.values]
+        tensors = [*item.tensors.values()]
         tensors += [item.weight] if isinstance(item.weight, Tensor) else []
         ranks = name in specs and specs[name].ranks
         most += sum(SPARE_TENSOR_BYTES + 3 * _max_tensor_bytes(tensor, ranks) for tensor in tensors)
@@ -324,7 +326,7 @@ def check_header(data: bytes, like: Mapping[str, Item]) -> None:
 
     `like`: see `check_size`.
     """
-    tensors = sum((len(i.values) if isinstance(i.values, dict) else 1) + 1 for i in like.values())
+    tensors = sum(len(item.tensors) + 1 for item in like.values())
     size = int.from_bytes(data[:8], "little")
     most = SPARE_BYTES + SPARE_TENSOR_BYTES * tensors
     if len(data) >= 8 and most < size <= len(data):
@@ -354,24 +356,15 @@ def check_upload(payload: Payload, specs: Mapping[str, ItemSpec], like: Mapping[
         want = like[name]
         if isinstance(want.values, dict) != isinstance(item.values, dict):
             raise PayloadError(f"item {name!r} has another structure than agreed")
-        pairs: list[tuple[str, Tensor, Tensor | None]] = []
-        if isinstance(item.values, dict) and isinstance(want.values, dict):
-            pairs = [(n, t, want.values.get(n)) for n, t in item.values.items()]
-        elif isinstance(item.values, Tensor) and isinstance(want.values, Tensor):
-            pairs = [("values", item.values, want.values)]
-        if isinstance(want.values, dict) and set(want.values) != set(item.values):
+        if set(want.tensors) != set(item.tensors):
             raise PayloadError(f"item {name!r} has other tensors than agreed")
-        for n, got, expected in pairs:
-            if expected is None:
-                raise PayloadError(f"item {name!r} has an unknown tensor {str(n)[:60]!r}")
+        for tensor_name, got in item.tensors.items():
+            expected = want.tensors[tensor_name]
+            place = f"item {name!r}, {tensor_name or 'values'}"
             free = specs[name].ranks and got.ndim == expected.ndim == 2 and len(got) > 0
-            _check_shape(
-                f"item {name!r}, {n}", got.shape[free:] == expected.shape[free:], got, expected
-            )
+            _check_shape(place, got.shape[free:] == expected.shape[free:], got, expected)
             if got.dtype != expected.dtype:
-                raise PayloadError(
-                    f"item {name!r}, {n}: dtype {got.dtype} where {expected.dtype} was agreed"
-                )
+                raise PayloadError(f"{place}: dtype {got.dtype} where {expected.dtype} was agreed")
         # A weight may be a plain number or of another precision.
         agreed = torch.as_tensor(want.weight)
         weight = torch.as_tensor(item.weight)

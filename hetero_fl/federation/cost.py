@@ -1,32 +1,25 @@
-"""Forecast what a run will cost before it starts: bytes sent and privacy budget."""
+"""Estimate what a run will cost before it starts: bytes sent and privacy budget."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-import torch
-
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.communication.protocol import Message, total_bytes
-from hetero_fl.config import Config
+from hetero_fl.communication.protocol import total_bytes
 from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Payload
 from hetero_fl.engine.driver import run_plan
-from hetero_fl.federation.asynchronous import AsynchronousTrainer, ClientTask, TaskFailedError
 from hetero_fl.federation.channel import FederationLinks
-from hetero_fl.federation.dry_run import DryRunBackend, ExpectedUploads
+from hetero_fl.federation.dry_run import ExpectedUploads, payload_structure
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.sampling import sample_cohort
 from hetero_fl.federation.secure_aggregation import make_protocol
-from hetero_fl.federation.simulation.schedule import SimulationEnvironment
-from hetero_fl.federation.state_store import StateStore
-from hetero_fl.federation.upload_collector import CHANGED
-from hetero_fl.federation.user_methods import call_broadcast, is_user_method, translate_user_errors
+from hetero_fl.federation.user_methods import call_broadcast, translate_user_errors
 from hetero_fl.privacy.accounting import (
     History,
     PrivacyCharge,
@@ -36,23 +29,24 @@ from hetero_fl.privacy.accounting import (
 )
 from hetero_fl.utils.errors import UserError
 
-# What a whole run will send, to the byte, from rounds in which nothing is computed.
+# What a run will send.
 
 
 @dataclass
 class CommunicationCost:
-    """Bytes of a whole run by client: up, down to train on, and down for evaluations only.
+    """Expected bytes of a run by client.
 
-    `is_exact` for the methods of this package, as long as every client's every upload is used; what an own method sends may
-    depend on numbers (a weight's digits, a mask), so there it is about right. `is_upper_bound`: sizes follow from what is learnt,
-    and are counted at their largest.
+    Attributes:
+        up: Uploads.
+        down: Broadcasts to train on.
+        evaluation: Broadcasts that serve an evaluation only.
+        is_upper_bound: Whether sizes follow from what is learned; they are counted at their largest.
     """
 
-    is_exact: bool
-    is_upper_bound: bool = False
     up: Counter[str] = field(default_factory=Counter)
     down: Counter[str] = field(default_factory=Counter)
     evaluation: Counter[str] = field(default_factory=Counter)
+    is_upper_bound: bool = False
 
 
 @translate_user_errors()
@@ -63,27 +57,39 @@ def communication_cost(
     per_round: int | None = None,
     every: int = 1,
 ) -> CommunicationCost:
-    """The price of so many rounds with `per_round` clients each (None: all), evaluated `every` so many and at the end.
+    """Estimate what a run sends: its rounds times the bytes of a dry round of their phase.
 
-    Raises UserError and RunFailedError where the method itself would.
+    Every sampled client counts as uploading once. Failures, repeated rounds, a stop by
+    `evaluation.patience` and, in asynchronous runs, the different speeds of clients are not
+    simulated.
+
+    Args:
+        algorithm: The method.
+        federation: The federation.
+        rounds: Number of rounds; of an asynchronous run, each is a cohort's worth of uploads.
+        per_round: Clients sampled for a round; None: all.
+        every: Rounds between evaluations; the last round is always evaluated.
+
+    Raises:
+        UserError: If the method raises it for this federation.
+        RunFailedError: If a hook of a user's method raises an exception.
     """
     largest = algorithm.model_copy(update=algorithm.needs.largest_uploads)
     run = DryRun(largest, federation)
-    at_most = largest != algorithm or run.links.at_most
-    made = CommunicationCost(not is_user_method(algorithm) and not at_most, at_most)
+    cost = CommunicationCost(is_upper_bound=largest != algorithm or run.links.at_most)
     if not algorithm.needs.counts_traffic:
-        return made
-    for round in range(rounds):
-        cohort = sample_cohort(federation, per_round, round)
-        for id in cohort:
-            exchanged = run.exchange_cost(id, round)
-            made.down[id] += exchanged.down
-            made.up[id] += exchanged.up
-        run.aggregate(cohort, round)
-        if (round + 1) % every == 0 or round + 1 == rounds:
-            for id in federation.evaluated_clients:
-                made.evaluation[id] += run.evaluation_bytes(id, round + 1)
-    return made
+        return cost
+    for round_idx in range(rounds):
+        cohort = sample_cohort(federation, per_round, round_idx)
+        for client_id in cohort:
+            exchange = run.exchange_cost(client_id, round_idx)
+            cost.down[client_id] += exchange.down
+            cost.up[client_id] += exchange.up
+        run.aggregate(cohort, round_idx)
+        if (round_idx + 1) % every == 0 or round_idx + 1 == rounds:
+            for client_id in federation.evaluated_clients:
+                cost.evaluation[client_id] += run.evaluation_bytes(client_id, round_idx + 1)
+    return cost
 
 
 class ExchangeCost(NamedTuple):
@@ -95,7 +101,11 @@ class ExchangeCost(NamedTuple):
 
 
 class DryRun:
-    """A server whose state has the right form. What was measured is measured again only where the form has changed."""
+    """A run in which nothing is computed: one round of each phase.
+
+    Rounds are of one phase if clients with the same settings send and receive the same names and
+    shapes in them. The first round is a phase of its own, because nothing was aggregated before.
+    """
 
     def __init__(self, algorithm: Algorithm, federation: FederationSpec) -> None:
         self.algorithm = algorithm
@@ -105,195 +115,85 @@ class DryRun:
         self.links = FederationLinks(algorithm, federation, bound=True)
         self.protocol = make_protocol(algorithm, federation)
         algorithm.setup(self.server)
-        self._intervals = sorted(
-            {kind.settings.share_every for kind in federation.client_infos.profiles}
-        )
-        self._sizes: dict[Any, ExchangeCost] = {}
-        # after these the server's state has the form that it had before
-        self._settled: set[Any] = set()
-        self._form = _tree_structure([self.server.models, self.server.state])
-
-    def _server_at(self, round_idx: int) -> tuple[Any, ...]:
-        self.server.round_context = self.federation.round_context(round_idx)
-        self.server.stream_uses = {}
-        return (
-            self._form,
-            *(self.expectations.upload_phase(interval, round_idx) for interval in self._intervals),
-        )
+        self._exchanges: dict[Any, ExchangeCost] = {}
+        self._evaluations: dict[Any, int] = {}
+        self._aggregated: set[tuple[int, ...]] = set()  # phases
 
     def exchange_cost(self, client_id: str, round_idx: int) -> ExchangeCost:
-        """What a client's part in that round comes to."""
-        at = self._server_at(round_idx)
-        card = self.federation.client_infos[client_id]
-        down = call_broadcast(self.algorithm, self.server, card)
-        key = (_cost_key(card, down), at)
-        if key not in self._sizes:
-            up, charges = self.expectations.dry_run_upload(card, down, round_idx)
-            at_client = self._broadcast_bytes(down, round_idx)
-            alone = (
-                0
-                if self.protocol.setup
-                else len(self.links.encode_upload(card, round_idx, up, down, {}))
-            )
-            sizes = self.protocol.sizes(self.federation.cohort, round_idx, at_client, alone)
-            self._sizes[key] = ExchangeCost(*total_bytes(sizes.values()), tuple(charges))
-        return self._sizes[key]
+        """Return what a client's part in a round comes to."""
+        phase = self._begin_round(round_idx)
+        client_info = self.federation.client_infos[client_id]
+        received = call_broadcast(self.algorithm, self.server, client_info)
+        # a weight in an upload has the digits of the client's number of rows
+        key = (phase, self._form(client_info, received), client_info.num_rows)
+        if key not in self._exchanges:
+            upload, charges = self.expectations.dry_run_upload(client_info, received, round_idx)
+            up = 0
+            if not self.protocol.setup:
+                body = self.links.encode_upload(client_info, round_idx, upload, received, {})
+                up = len(body)
+            down = self._broadcast_bytes(received, round_idx)
+            sizes = self.protocol.sizes(self.federation.cohort, round_idx, down, up)
+            self._exchanges[key] = ExchangeCost(*total_bytes(sizes.values()), charges)
+        return self._exchanges[key]
 
     def evaluation_bytes(self, client_id: str, round_idx: int) -> int:
-        """Bytes down to a client whose model is read before that round."""
-        at = self._server_at(round_idx)
-        card = replace(self.federation.client_infos[client_id], purpose="evaluate")
-        down = call_broadcast(self.algorithm, self.server, card)
-        key = (_cost_key(card, down), at, "reading")
-        if key not in self._sizes:
-            self._sizes[key] = ExchangeCost(self._broadcast_bytes(down, round_idx), 0)
-        return self._sizes[key].down
+        """Return the bytes down to a client that is evaluated before a round."""
+        phase = self._begin_round(round_idx)
+        client_info = replace(self.federation.client_infos[client_id], purpose="evaluate")
+        received = call_broadcast(self.algorithm, self.server, client_info)
+        key = (phase, self._form(client_info, received))
+        if key not in self._evaluations:
+            self._evaluations[key] = self._broadcast_bytes(received, round_idx)
+        return self._evaluations[key]
+
+    def aggregate(self, cohort: list[str], round_idx: int) -> None:
+        """Carry out the server's part of a round, once in each phase."""
+        phase = self._begin_round(round_idx)
+        if phase in self._aggregated or not cohort:
+            return
+        self._aggregated.add(phase)
+        uploads = Uploads(specs=self.expectations.specs, common=self.server.common)
+        for client_id in cohort:
+            client_info = self.federation.client_infos[client_id]
+            received = call_broadcast(self.algorithm, self.server, client_info)
+            items = self.expectations.expected_items(client_info, received, round_idx)
+            uploads.add(Upload(client_info, Payload(dict(items))))
+        plan = self.algorithm.aggregate(self.server, uploads)
+        run_plan(plan, self.server, self.expectations.backend)
+
+    def _begin_round(self, round_idx: int) -> tuple[int, ...]:
+        """Put the server into a round, and return the phase of that."""
+        self.server.round_context = self.federation.round_context(round_idx)
+        self.server.stream_uses = {}
+        return (min(round_idx, 1), *self.expectations.round_phase(round_idx))
+
+    def _form(self, client_info: ClientInfo, received: Payload) -> tuple[Any, ...]:
+        profile = self.federation.client_infos.profile(client_info.client_id)
+        return profile.first, payload_structure(received)
 
     def _broadcast_bytes(self, payload: Payload, round_idx: int) -> int:
         return len(self.links.encode_broadcast(round_idx, payload, self.server.arch.values()))
 
-    def aggregate(self, cohort: list[str], round_idx: int) -> None:
-        """The server's part of that round."""
-        self.combine(
-            cohort,
-            round_idx,
-            lambda: [
-                self.expected_upload(self.federation.client_infos[id], round_idx) for id in cohort
-            ],
-        )
 
-    def expected_upload(self, client_info: ClientInfo, round_idx: int) -> Upload:
-        """An upload of the form that the client's has in that round."""
-        items = self.expectations.expected_items(
-            client_info, call_broadcast(self.algorithm, self.server, client_info), round_idx
-        )
-        return Upload(client_info, Payload(dict(items)))
+# What a run spends of its clients' privacy, known before it begins: cohorts are drawn by key, and a
+# dry run shows what a plan reads. The run spends as much, or less if a client drops out.
 
-    def combine(self, senders: list[str], round_idx: int, sent: Callable[[], list[Upload]]) -> None:
-        """The server's part where these clients' uploads have come, in the order of their ids."""
-        key = (self._server_at(round_idx), tuple(senders))
-        if key in self._settled or not senders:
-            return
-        uploads = Uploads(specs=self.expectations.specs, common=self.server.common)
-        for upload in sent():
-            uploads.add(upload)
-        run_plan(
-            self.algorithm.aggregate(self.server, uploads), self.server, self.expectations.backend
-        )
-        before = self._form
-        self._form = _tree_structure([self.server.models, self.server.state])
-        if before == self._form:
-            self._settled.add(key)
-
-
-def _cost_key(client_info: ClientInfo, down: Payload) -> tuple[Any, ...]:
-    """Clients with equal marks exchange equally much: a weight is written with the digits of their rows."""
-    items = {name: (down[name], down.item(name).weight) for name in down}
-    return client_info.arch, id(client_info.settings), client_info.num_rows, _tree_structure(items)
-
-
-def _tree_structure(tree: Any) -> Any:
-    """Names, shapes and dtypes of a tree: all that its encoded length depends on, but for plain values."""
-    if isinstance(tree, torch.Tensor):
-        return tuple(tree.shape), tree.dtype
-    if isinstance(tree, Mapping):
-        return tuple((name, _tree_structure(value)) for name, value in tree.items())
-    return tuple(map(_tree_structure, tree)) if isinstance(tree, list | tuple) else repr(tree)
-
-
-# What an asynchronous run will send: its event queue, in which nothing is computed.
-
-
-@translate_user_errors()
-def asynchronous_communication_cost(
-    algorithm: Algorithm, federation: FederationSpec, config: Config
-) -> CommunicationCost:
-    """The price of an asynchronous run as its configuration has it: tasks, their times and their fates are the run's own, so
-    those that fail and those in flight at its end are counted, too.
-
-    Raises UserError and RunFailedError where the method itself would, and RunFailedError where nothing ever comes.
-    """
-    largest = algorithm.model_copy(update=algorithm.needs.largest_uploads)
-    run = AsynchronousDryRun(largest, federation, config)
-    at_most = run.algorithm != algorithm or run.dry.links.at_most
-    run.price.is_exact = not is_user_method(algorithm) and not at_most
-    run.price.is_upper_bound = at_most
-    if not algorithm.needs.counts_traffic:
-        return run.price
-    for round in range(1, config.rounds + 1):
-        run.run_round()
-        if round % config.evaluation.every == 0 or round == config.rounds:
-            for id in federation.evaluated_clients:
-                run.price.evaluation[id] += run.dry.evaluation_bytes(id, run.version)
-    return run.price
-
-
-@dataclass
-class NullExecutor:
-    """Takes the place of an executor: nobody is asked."""
-
-    store: StateStore = field(default_factory=StateStore)
-    backend: DryRunBackend = field(default_factory=DryRunBackend)
-
-
-class AsynchronousDryRun(AsynchronousTrainer):
-    """An asynchronous run of which only times and sizes happen."""
-
-    def __init__(self, algorithm: Algorithm, federation: FederationSpec, config: Config) -> None:
-        runtime = config.runtime
-        environment = SimulationEnvironment.from_config(federation, config)
-        super().__init__(
-            algorithm, federation, NullExecutor(), config.clients.per_round, environment=environment,
-            buffer=runtime.buffer, staleness=runtime.staleness,
-        )  # fmt: skip
-        self.price = CommunicationCost(is_exact=True)
-        self.dry = DryRun(algorithm, federation)
-        self.server = self.dry.server
-        # by task in flight: the bytes of its upload, and its form
-        self._sent: dict[int, tuple[int, Payload]] = {}
-
-    def _make_task(self, client: str, place: int) -> ClientTask:
-        task = super()._make_task(client, place)
-        if not task.fate.is_failure:
-            size = self.dry.exchange_cost(client, self.version).up
-            self._sent[task.number] = (
-                size,
-                self.dry.expected_upload(
-                    self.federation.client_infos[client], self.version
-                ).payload,
-            )
-        return task
-
-    def _compute(self) -> None:
-        for task in self.queue.pop_uncomputed():
-            task.upload = Message("upload", b"")
-
-    def _receive_upload(self, task: ClientTask) -> Payload:
-        if task.fate.is_failure:
-            return super()._receive_upload(task)
-        size, payload = self._sent.pop(task.number)
-        self._count_traffic(task.client, up=2 * size if task.fate.kind == "twice" else size)
-        if task.fate.kind == "corrupted":
-            raise TaskFailedError(CHANGED, "fate")
-        return payload
-
-    def _aggregate_uploads(self, arrived: list[Upload]) -> None:
-        self.dry.combine([upload.client for upload in arrived], self.version, lambda: arrived)
-
-    def _count_traffic(self, client: str, up: int = 0, down: int = 0) -> None:
-        super()._count_traffic(client, up, down)
-        self.price.up[client] += up
-        self.price.down[client] += down
-
-
-# What a run spends of its clients' privacy, known before it begins: who takes part is drawn by key,
-# what a plan reads is seen in a dry run. What really happens spends as much, or less where a client
-# drops out.
+PROTECTED = {
+    "record": "a training row",
+    "client": "a client",
+    "local": "a client, noised before its upload leaves",
+}
 
 
 @dataclass(frozen=True)
 class PrivacyBudget:
-    """Of each round, the histories that clients have after it: how many different ones there are, not whose."""
+    """The privacy that a run spends, round by round.
+
+    Attributes:
+        privacy: The configuration section.
+        histories: After each round, the different histories that clients have by then.
+    """
 
     privacy: PrivacyConfig
     histories: tuple[frozenset[History], ...]
@@ -307,34 +207,41 @@ class PrivacyBudget:
         rounds: int,
         per_round: int | None,
     ) -> PrivacyBudget:
-        """The budget of so many rounds. Raises UserError for a method that reads private rows otherwise than noised."""
+        """Return the budget of a run.
+
+        Raises:
+            UserError: If the method reads private rows without noise.
+        """
         run = DryRun(algorithm, federation)
         spent: dict[str, History] = {}
-        once: set[tuple[str, str]] = set()
-        held: Counter[History] = Counter()
-        after = []
+        charged_once: set[tuple[str, str]] = set()
+        num_clients: Counter[History] = Counter()  # by history
+        histories = []
         everyone = list(federation.client_infos.clients.ids) if privacy.poisson_cohorts else []
         rate = min(1.0, (per_round or len(everyone)) / max(1, len(everyone)))
-        for round in range(rounds):
-            cohort = sample_cohort(federation, per_round, round)
-            charged = {id: run.exchange_cost(id, round).charges for id in cohort}
+        for round_idx in range(rounds):
+            cohort = sample_cohort(federation, per_round, round_idx)
+            charged = {c: run.exchange_cost(c, round_idx).charges for c in cohort}
             if everyone:  # each is charged for the chance that it took part
                 charged = dict.fromkeys(everyone, (PrivacyCharge(rate),))
-            for id, charges in charged.items():
-                due = [c for c in charges if (id, c.once) not in once]
-                once.update((id, c.once) for c in charges if c.once)
-                before = spent.get(id, ())
-                spent[id] = add_charges(before, due)
-                held[before] -= 1
-                held[spent[id]] += 1
-            after.append(frozenset(history for history, count in held.items() if count > 0))
+            for client_id, charges in charged.items():
+                due = [c for c in charges if (client_id, c.once) not in charged_once]
+                charged_once.update((client_id, c.once) for c in charges if c.once)
+                before = spent.get(client_id, ())
+                spent[client_id] = add_charges(before, due)
+                num_clients[before] -= 1
+                num_clients[spent[client_id]] += 1
+            histories.append(frozenset(h for h, count in num_clients.items() if count > 0))
             if algorithm.uploads:
-                run.aggregate(cohort, round)
-        return cls(privacy, tuple(after))
+                run.aggregate(cohort, round_idx)
+        return cls(privacy, tuple(histories))
 
     def solved_privacy(self) -> PrivacyConfig:
-        """The section with its noise multiplier, solved for where only ε was given. Raises UserError if the first round costs
-        more than there is."""
+        """Return the section with its noise multiplier, which is solved for if only ε was given.
+
+        Raises:
+            UserError: If the first round costs more than the target.
+        """
         target = self.privacy.target_epsilon
         privacy = self.privacy
         if privacy.noise_multiplier is None:
@@ -345,13 +252,14 @@ class PrivacyBudget:
             privacy = privacy.model_copy(update={"noise_multiplier": z})
         elif target is not None and (first := self.epsilon(1)) > target:
             raise UserError(
-                f"privacy.noise_multiplier: found {privacy.known_noise_multiplier:g}, with which the first round costs ε = {first:.3g}, more than "
-                f"privacy.target_epsilon {target:g}; leave it out, and it follows from the target"
+                f"privacy.noise_multiplier: found {privacy.known_noise_multiplier:g}, with which the "
+                f"first round costs ε = {first:.3g}, more than privacy.target_epsilon {target:g}; "
+                "leave it out, and it follows from the target"
             )
         return privacy
 
     def epsilon(self, rounds: int) -> float:
-        """The largest ε of any client after so many rounds."""
+        """Return the largest ε of any client after so many rounds."""
         if rounds == 0:
             return 0.0
         privacy = self.privacy
@@ -363,27 +271,19 @@ class PrivacyBudget:
         )
 
     def description(self) -> str:
-        """A line on what is protected, and how far."""
+        """Return a line on what is protected, and how far."""
         privacy = self.privacy
         rounds = self.affordable_rounds()
-        of = {
-            "record": "a training row",
-            "client": "a client",
-            "local": "a client, noised at home",
-        }[privacy.unit]
         return (
-            f"privacy of {of}: noise multiplier {privacy.known_noise_multiplier:g}, ε {self.epsilon(rounds):.3g} at δ {privacy.delta:g} after "
-            f"{rounds} rounds"
+            f"privacy of {PROTECTED[privacy.unit]}: "
+            f"noise multiplier {privacy.known_noise_multiplier:g}, "
+            f"ε {self.epsilon(rounds):.3g} at δ {privacy.delta:g} after {rounds} rounds"
         )
 
     def affordable_rounds(self) -> int:
-        """How many rounds fit into the target; all of them where there is none."""
+        """Return how many rounds fit into the target: all if there is none."""
         target = self.privacy.target_epsilon
-        low = 0
-        high = len(self.histories)
-        if target is None or self.epsilon(high) <= target:
-            return high
-        while high - low > 1:  # ε never falls
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.epsilon(middle) <= target else (low, middle)
-        return low
+        planned = len(self.histories)
+        if target is None or self.epsilon(planned) <= target:
+            return planned
+        return bisect_right(range(planned), target, key=self.epsilon) - 1  # ε never falls

@@ -98,7 +98,7 @@ class ExpectedUploads:
             client_info.arch,
             shares,
             phase,
-            _payload_structure(broadcast),
+            payload_structure(broadcast),
             client_info.num_rows if own_rows else None,
         )
         if key not in self._known:
@@ -106,7 +106,7 @@ class ExpectedUploads:
             if is_user_method(self.algorithm):
                 self._known = {k: v for k, v in self._known.items() if k[2] == key[2]}
             try:
-                upload = self.expected_payload(client_info, broadcast, round_idx)
+                upload, _ = self.dry_run_upload(client_info, broadcast, round_idx)
             except (MemoryError, RuntimeError) as error:
                 if isinstance(error, RuntimeError) and "alloc" not in str(error):
                     raise
@@ -121,23 +121,28 @@ class ExpectedUploads:
         return client_info.models.get(item, client_info.arch).parameter_names
 
     def upload_phase(self, share_every: int, round_idx: int) -> int:
-        """What of the round a client's plan may depend on in form; of an own method's nothing is known."""
-        return (
-            round_idx
-            if is_user_method(self.algorithm)
-            else upload_phase(self.algorithm, share_every, round_idx, self.federation.num_rounds)
-        )
+        """Return what of the round decides the form of a client's upload.
 
-    def expected_payload(
-        self, client_info: ClientInfo, broadcast: Payload, round_idx: int
-    ) -> Payload:
-        """An upload as long as the real one, report included. Raises UserError as `of` does."""
-        return self.dry_run_upload(client_info, broadcast, round_idx)[0]
+        That of a user's method may differ in every round.
+        """
+        if is_user_method(self.algorithm):
+            return round_idx
+        return upload_phase(self.algorithm, share_every, round_idx, self.federation.num_rounds)
+
+    def round_phase(self, round_idx: int) -> tuple[int, ...]:
+        """Return the upload phase of each `share_every` that clients of the federation have."""
+        profiles = self.federation.client_infos.profiles
+        intervals = sorted({profile.settings.share_every for profile in profiles})
+        return tuple(self.upload_phase(interval, round_idx) for interval in intervals)
 
     def dry_run_upload(
         self, client_info: ClientInfo, broadcast: Payload, round_idx: int
     ) -> tuple[Payload, tuple[PrivacyCharge, ...]]:
-        """Such an upload, and what making it costs of the client's privacy."""
+        """Return an upload as long as the real one, its report included, and its privacy charges.
+
+        Raises:
+            UserError: If the method's `train` returns what it did not declare.
+        """
         client = self.placeholder_client(client_info, round_idx)
         ledger = self.privacy.make_ledger(self.backend) if self.privacy is not None else None
         with self.check_yields("train"):
@@ -273,8 +278,9 @@ def compact_zeros(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
     return torch.zeros((), dtype=dtype).expand(shape)
 
 
-def _payload_structure(payload: Payload) -> tuple[Any, ...]:
-    def shape(values: Any) -> Any:
-        return tuple(values.shape) if isinstance(values, torch.Tensor) else len(values)
-
-    return tuple((n, shape(payload[n])) for n in payload)
+def payload_structure(payload: Payload) -> tuple[Any, ...]:
+    """Return the name of each item with its shape, or with its number of named tensors."""
+    return tuple(
+        (name, tuple(values.shape) if isinstance(values, Tensor) else len(values))
+        for name, values in payload.items()
+    )

@@ -43,14 +43,11 @@ class DerivedSetup:
 
     def layout(self, round_idx: int) -> VectorLayout:
         """Of all families' uploads in that round. Rounds of one phase share it."""
-        kinds = self.federation.client_infos.profiles
-        intervals = sorted({kind.settings.share_every for kind in kinds})
-        phase = tuple(self.expectations.upload_phase(interval, round_idx) for interval in intervals)
-
+        phase = self.expectations.round_phase(round_idx)
         if phase not in self._layouts:
             forms = [
                 (self.aggregation_group(kind.first), self.upload_form(kind.first, round_idx))
-                for kind in kinds
+                for kind in self.federation.client_infos.profiles
             ]
             self._layouts[phase] = VectorLayout.from_forms(
                 forms, self.expectations.specs, self.federation.common

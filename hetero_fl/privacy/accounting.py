@@ -52,12 +52,6 @@ def epsilon_of_history(history: History, z: float, delta: float, accountant: str
     )
 
 
-def epsilon_of_mechanisms(mechanisms: History, delta: float, accountant: str = "prv") -> float:
-    """ε of mechanisms with a noise multiplier each, `(noise, rate, steps)`, sorted. Raises UserError if opacus is not
-    installed."""
-    return _epsilon(mechanisms, delta, accountant)
-
-
 def worst_epsilon(
     histories: Iterable[History], z: float, delta: float, accountant: str = "prv"
 ) -> float:
@@ -138,7 +132,12 @@ def _smallest_multiplier(
 
 
 @lru_cache(maxsize=4096)
-def _epsilon(mechanisms: History, delta: float, accountant: str) -> float:
+def epsilon_of_mechanisms(mechanisms: History, delta: float, accountant: str = "prv") -> float:
+    """Return ε of mechanisms with a noise multiplier each, `(noise, rate, steps)`, sorted.
+
+    Raises:
+        UserError: If opacus is not installed.
+    """
     if not mechanisms:
         return 0.0
     if accountant == "prv" and all(rate == 1 for _, rate, _ in mechanisms):

@@ -300,10 +300,8 @@ class PrivacyBackend(PrivacyLedger):
         )
         self._data: dict[str, StepData] = {}
         for client in clients:
-            self._data[client.participant_id], client.data = (
-                client.data,
-                without_private_data(client.data),
-            )
+            self._data[client.participant_id] = client.data
+            client.data = without_private_data(client.data)
 
     def run(self, work: Work) -> list[Any]:
         inside = [

@@ -170,7 +170,7 @@ def clip_item(item: Item, received: Item | None, bound: float) -> tuple[Item, bo
     "params" move from what the client received (nought where it received no such tensor), others from nought. Of
     "class_sums" the weights, which count rows, are part of the vector.
     """
-    reference = _reference_tensors(item, received)
+    reference = reference_tensors(item, received)
     parts = {n: t - reference[n] for n, t in _flatten_item(item).items()}
     norm = (
         float(torch.stack([t.double().square().sum() for t in parts.values()]).sum().sqrt())
@@ -224,10 +224,10 @@ def _unflatten_item(like: Item, vector: Tensors) -> Item:
     return Item(values, weight, like.kind)
 
 
-def _reference_tensors(item: Item, received: Item | None) -> Tensors:
-    """Where an item starts from, tensor by tensor."""
-    known = received.values if received is not None and item.kind == "params" else {}
-    known = known if isinstance(known, Mapping) else {}
+def reference_tensors(item: Item, received: Item | None) -> Tensors:
+    """Return where the update in an item starts, tensor by tensor: parameters at what the client
+    received, if that has the same shape, all else at zero."""
+    known = received.tensors if received is not None and item.kind == "params" else {}
     vector = _flatten_item(item)
     return {
         n: known[n] if n in known and known[n].shape == t.shape else torch.zeros_like(t)

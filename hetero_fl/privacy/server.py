@@ -12,11 +12,11 @@ from torch import Tensor
 
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.config.privacy import PrivacyConfig
-from hetero_fl.core.model_spec import Owner, Tensors
+from hetero_fl.core.model_spec import Owner, Tensors, owner_of
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.privacy.client import WITHIN, ClientPrivacy, PrivateFederation
-from hetero_fl.privacy.mechanisms import teacher_from_votes
+from hetero_fl.privacy.mechanisms import reference_tensors, teacher_from_votes
 from hetero_fl.utils.errors import UserError
 
 # Means of which no single client can be read: noise once on the sum of bounded uploads, over a
@@ -98,17 +98,8 @@ class SumNoise:
             if isinstance(like.weight, Tensor):
                 self._weights[name] = torch.zeros_like(like.weight)
             return
-        known = (
-            received.values if received is not None and isinstance(received.values, Mapping) else {}
-        )
-        known = known if like.kind == "params" else {}
-        for tensor, t in like.values.items():
-            owner = (tensor, tuple(t.shape), "" if common and tensor.startswith(common) else group)
-            start = (
-                known[tensor]
-                if tensor in known and known[tensor].shape == t.shape
-                else torch.zeros_like(t)
-            )
+        for tensor, start in reference_tensors(like, received).items():
+            owner = owner_of(tensor, start, group, common)
             owned = self._owned.setdefault(name, {}).setdefault(owner, SharedTensor())
             owned.starts[kind] = start
             owned.expected += count

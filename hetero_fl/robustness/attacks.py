@@ -15,7 +15,7 @@ from hetero_fl.config.population import Population
 from hetero_fl.config.robustness import AttacksConfig
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import ClientInfo, Columns
-from hetero_fl.core.payload import Item, Payload
+from hetero_fl.core.payload import Payload
 from hetero_fl.core.task import Task
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.ordering import natural_order
@@ -430,17 +430,16 @@ class MaliciousClients:
                 self._context(round_idx, ids), senders=senders, item=name, tensor=tensor
             )
             items = [made[id][name] for id in ids]
-            was = torch.stack([_tensor(item, tensor) for item in items])
-            pairs = [
-                (item, reference(true_uploads[id][0], name))
-                for id, item in zip(ids, items, strict=True)
-            ]
-            start = torch.stack(
-                [_reference_tensor(item, tensor, received) for item, received in pairs]
-            )
+            was = torch.stack([item.tensors[tensor] for item in items])
+            start = torch.zeros_like(was)
+            for row, id in enumerate(ids):
+                received = reference(true_uploads[id][0], name)
+                if kind == "params" and tensor in received:
+                    start[row] = received[tensor]
             lie = self.attack.poison_predictions if kind == "rows" else self.attack.poison_updates
             for id, item, forged in zip(ids, items, start + lie(was - start, scene), strict=True):
-                made[id][name] = _with_tensor(item, tensor, forged)
+                values = forged.to(item.tensors[tensor].dtype)
+                made[id][name] = item.with_tensors({**item.tensors, tensor: values})
         return {id: Payload(items, true_uploads[id][1].report) for id, items in made.items()}
 
     def _equal_tensors(
@@ -456,27 +455,9 @@ class MaliciousClients:
                     or ("rows" if item.kind == "rows" else "updates") not in self.attack.acts_on
                 ):
                     continue
-                whole = isinstance(item.values, dict)
-                for tensor, t in (
-                    item.values.items() if isinstance(item.values, dict) else [("", item.values)]
-                ):
+                for tensor, t in item.tensors.items():
                     if t.is_floating_point():
-                        key = (name, card.arch.spec_id if whole else "", tensor, tuple(t.shape))
+                        arch = card.arch.spec_id if tensor else ""
+                        key = (name, arch, tensor, tuple(t.shape))
                         found.setdefault(key, []).append(id)
         return found
-
-
-def _tensor(item: Item, name: str) -> Tensor:
-    return item.values[name] if isinstance(item.values, dict) else item.values
-
-
-def _reference_tensor(item: Item, name: str, reference: Tensors) -> Tensor:
-    own = _tensor(item, name)
-    return reference[name] if item.kind == "params" and name in reference else torch.zeros_like(own)
-
-
-def _with_tensor(item: Item, name: str, forged: Tensor) -> Item:
-    forged = forged.to(_tensor(item, name).dtype)
-    return replace(
-        item, values={**item.values, name: forged} if isinstance(item.values, dict) else forged
-    )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.config.robustness import AggregationConfig
-from hetero_fl.core.model_spec import Owner, Tensors
+from hetero_fl.core.model_spec import Owner, Tensors, owner_of
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Item, ItemSpec
 from hetero_fl.core.task import Task
@@ -87,40 +87,38 @@ class RobustModelMeans:
             (card, tensors) for card, (_, tensors, _) in zip(self.senders, self._sent, strict=True)
         ]
 
-    def owner(self, name: str, tensor: Tensor, group: str) -> Owner:
-        """With whose tensors a tensor is combined."""
-        shared = bool(self.common) and name.startswith(self.common)
-        return name, tuple(tensor.shape), "" if shared else group
-
     def by_group(self) -> dict[str, Tensors]:
         """For each group what the rule makes of the tensors that its members sent; what too few sent is left out."""
-        made = self._combined()
-        result: dict[str, Tensors] = {}
-        for group, tensors, _ in self._sent:
-            owners = {name: self.owner(name, tensor, group) for name, tensor in tensors.items()}
-            result.setdefault(group, {}).update(
-                {name: made[o][0] for name, o in owners.items() if o in made}
-            )
-        return result
+        return {
+            group: {name: mean for name, (mean, _) in named.items()}
+            for group, named in self._results_by_group().items()
+        }
 
     def weights_by_group(self) -> dict[str, dict[str, float]]:
         """How many sent each of these tensors."""
-        made = self._combined()
-        result: dict[str, dict[str, float]] = {}
-        for group, tensors, _ in self._sent:
-            owners = {name: self.owner(name, tensor, group) for name, tensor in tensors.items()}
-            result.setdefault(group, {}).update(
-                {n: float(made[o][1]) for n, o in owners.items() if o in made}
-            )
-        return result
+        return {
+            group: {name: float(count) for name, count in named.items()}
+            for group, named in self.counts_by_group().items()
+        }
 
     def counts_by_group(self) -> dict[str, dict[str, int]]:
-        """As the weights: whoever sent a tensor counts once."""
-        weights = self.weights_by_group()
+        """Return how many clients sent each of these tensors."""
         return {
-            group: {name: int(weight) for name, weight in named.items()}
-            for group, named in weights.items()
+            group: {name: count for name, (_, count) in named.items()}
+            for group, named in self._results_by_group().items()
         }
+
+    def _results_by_group(self) -> dict[str, dict[str, tuple[Tensor, int]]]:
+        """Return the combined tensors of each group, with how many clients sent them."""
+        combined = self._combined()
+        results: dict[str, dict[str, tuple[Tensor, int]]] = {}
+        for group, tensors, _ in self._sent:
+            named = results.setdefault(group, {})
+            for name, tensor in tensors.items():
+                owner = owner_of(name, tensor, group, self.common)
+                if owner in combined:
+                    named[name] = combined[owner]
+        return results
 
     def _combined(self) -> dict[Owner, tuple[Tensor, int]]:
         if self._results is None:
@@ -134,7 +132,8 @@ class RobustModelMeans:
         members: dict[Owner, list[int]] = {}
         for place, (group, tensors, _) in enumerate(self._sent):
             for name, tensor in tensors.items():
-                members.setdefault(self.owner(name, tensor, group), []).append(place)
+                owner = owner_of(name, tensor, group, self.common)
+                members.setdefault(owner, []).append(place)
         found: dict[tuple[str, tuple[int, ...]], list[Owner]] = {}
         for owner, places in members.items():
             found.setdefault((owner[2], tuple(places)), []).append(owner)

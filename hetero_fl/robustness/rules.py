@@ -74,35 +74,32 @@ class UploadBlock:
         return squares.sqrt()
 
 
-class Rule:
-    """A rule for parameters and updates."""
-
-    uses_reference: ClassVar[bool] = False  # whether it looks at what clients were sent
-    uses_root: ClassVar[bool] = False  # whether it compares with an update of the server's own
+class RobustRule:
+    """Base of rules for parameters and of rules for predictions."""
 
     def __init__(self, config: AggregationConfig) -> None:
         self.config = config
 
     def min_clients(self, num_malicious: int) -> int:
-        """How many clients it takes to bear so many liars."""
+        """Return how many clients the rule needs if so many of them are malicious."""
         return 2 * num_malicious + 1
+
+
+class Rule(RobustRule):
+    """A rule for parameters and updates."""
+
+    uses_reference: ClassVar[bool] = False  # whether it looks at what clients were sent
+    uses_root: ClassVar[bool] = False  # whether it compares with an update of the server's own
 
     def combine(self, block: UploadBlock, num_malicious: int) -> Tensors:
         """One tensor for each name of the block, in the dtype of what was sent."""
         raise TypeError(f"{type(self).__name__} defines no combine")
 
 
-class PredictionRule:
+class PredictionRule(RobustRule):
     """A rule for predictions on public rows."""
 
     exclusive: ClassVar[bool] = False  # whether it is for classes of which each row has one
-
-    def __init__(self, config: AggregationConfig) -> None:
-        self.config = config
-
-    def min_clients(self, num_malicious: int) -> int:
-        """How many clients it takes to bear so many liars."""
-        return 2 * num_malicious + 1
 
     def combine(
         self,

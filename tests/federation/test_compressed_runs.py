@@ -44,7 +44,7 @@ def test_every_method_runs_and_costs_what_was_told(method: str, channel: dict[st
     if method == "fedkd":  # its ranks follow from what is learnt
         assert told[0] > counted[0] and told[1] > counted[1]
     else:
-        assert cost.is_exact and told == counted and any(told) == (method not in BOUNDS)
+        assert told == counted and any(told) == (method not in BOUNDS)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_where_sizes_follow_from_the_numbers_the_price_is_the_most_that_it_can_b
     for _ in range(2):
         rounds.run_round()
     cost = communication_cost(prepared.method, prepared.federation, 2)
-    assert cost.is_upper_bound and not cost.is_exact
+    assert cost.is_upper_bound
     assert (
         0.3 * cost.up.total() < rounds.traffic.up <= cost.up.total()
         and rounds.traffic.down <= cost.down.total()

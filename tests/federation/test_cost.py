@@ -1,4 +1,4 @@
-"""The price of a run, told before it begins, is what the run counts, to the byte."""
+"""The cost of a run, estimated before it begins, against what the run counts."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from hetero_fl.cli import main
 from hetero_fl.cli.printing import _size
 from hetero_fl.experiment import prepare, run
 from hetero_fl.federation.cost import (
-    CommunicationCost,
-    asynchronous_communication_cost,
     communication_cost,
 )
 from model_zoo import create_model
@@ -47,7 +45,7 @@ def told_and_counted(tmp_path: Any, source: dict[str, Any]) -> tuple[list[int], 
     cost = communication_cost(
         prepared.method, prepared.federation, c.rounds, c.clients.per_round, c.evaluation.every
     )
-    assert cost.is_exact
+    assert not cost.is_upper_bound
     counted = run(source, out=tmp_path / "run").summary["communication"]
     told = [cost.up.total(), cost.down.total() + cost.evaluation.total()]
     return told, [counted["up_bytes"], counted["down_bytes"]]
@@ -72,7 +70,7 @@ def test_sharing_now_and_then_and_evaluating_now_and_then(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 4])
-@pytest.mark.parametrize("method", ["fedavg", "hybrid", "ensemble"])
+@pytest.mark.parametrize("method", ["fedavg", "hybrid"])
 def test_a_cohort_that_is_drawn(method: str, every: int, tmp_path: Any) -> None:
     source = small(method, rounds=5, evaluation={"every": every}, clients__per_round=2)
     told, counted = told_and_counted(tmp_path, source)
@@ -84,7 +82,13 @@ def test_a_cache_and_few_bits(tmp_path: Any) -> None:
     told, counted = told_and_counted(
         tmp_path, small("ds_fl", rounds=6, clients__per_round=2, algorithm=algorithm)
     )
-    assert told == counted and min(counted) > 0
+    # which rows are in the cache differs from round to round
+    assert told == pytest.approx(counted, rel=0.1) and min(counted) > 0
+
+
+def test_broadcasts_that_grow_with_the_clients_heard(tmp_path: Any) -> None:
+    told, counted = told_and_counted(tmp_path, small("ensemble", rounds=4, clients__per_round=2))
+    assert told == pytest.approx(counted, rel=0.1) and min(counted) > 0
 
 
 @pytest.mark.slow
@@ -101,7 +105,7 @@ def test_where_sizes_follow_from_what_is_learnt_the_price_is_the_most_that_it_ca
     source = small("fedkd", rounds=4, clients__per_round=3)
     prepared = prepare(source)
     cost = communication_cost(prepared.method, prepared.federation, 4, 3)
-    assert cost.is_upper_bound and not cost.is_exact
+    assert cost.is_upper_bound
     counted = run(source, out=tmp_path / "run").summary["communication"]
     most = (cost.up.total(), cost.down.total() + cost.evaluation.total())
     assert counted["up_bytes"] < most[0] and counted["down_bytes"] < most[1]
@@ -112,7 +116,8 @@ def test_where_sizes_follow_from_what_is_learnt_the_price_is_the_most_that_it_ca
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({}, "kB in 2 rounds"),
+        ({}, "about "),
+        ({"devices": {"speed": 1e9}, "algorithm__name": "fedkd"}, "about "),
         ({"evaluation__patience": 3}, "at most "),
         ({"algorithm__name": "fedkd"}, "at most "),
         ({"algorithm__name": "python:tests.helpers.documented_method:MedianTeacher"}, "about "),
@@ -124,8 +129,13 @@ def test_the_check_says_how_sure_it_is(
     path = tmp_path / "a.yaml"
     path.write_text(yaml.safe_dump(small("fedavg", **changes)))
     assert main(["--config", str(path), "--check", "--allow-code"], command="train") == 0
-    (line,) = [text for text in capsys.readouterr().out.splitlines() if " in 2 rounds: " in text]
-    assert words in line and line.startswith(("at most ", "about ")) == bool(changes)
+    printed = capsys.readouterr().out
+    (line,) = [text for text in printed.splitlines() if " in 2 rounds: " in text]
+    assert line.startswith(words)
+    total, per_round = re.findall(
+        rf"{words}(\S+) kB in 2 rounds: .*; (\S+) kB per round", " ".join(printed.split())
+    )[0]
+    assert float(per_round) == pytest.approx(float(total) / 2, abs=0.1)
 
 
 class Warming(FedAvg):
@@ -141,58 +151,53 @@ def test_what_an_own_method_sends_may_depend_on_the_round() -> None:
     rounds = rounds_of(source, held=0)
     assert [rounds.run_round()["failed"] for _ in range(3)] == [{}] * 3
     cost = communication_cost(rounds.algorithm, rounds.federation, 3, every=1)
-    assert (cost.up.total(), cost.is_exact) == (rounds.traffic.up, False)
+    assert cost.up.total() == rounds.traffic.up
 
 
 # Asynchronous runs --------------------------------------------------------------------------------------------------
 
 
-def rehearsed_and_counted(source: dict[str, Any]) -> tuple[CommunicationCost, list[int], list[int]]:
+def asynchronous_cost_and_traffic(source: dict[str, Any]) -> tuple[list[int], list[int]]:
     prepared = prepare(source)
     c = prepared.config
-    cost, rounds = (
-        asynchronous_communication_cost(prepared.method, prepared.federation, c),
-        prepared.make_trainer(),
+    cost = communication_cost(
+        prepared.method, prepared.federation, c.rounds, c.clients.per_round, c.evaluation.every
     )
-    for round in range(1, c.rounds + 1):
-        rounds.run_round()
-        if round % c.evaluation.every == 0 or round == c.rounds:
-            rounds.evaluate()
-    told = [cost.up.total(), cost.down.total() + cost.evaluation.total()]
-    return cost, told, [rounds.traffic.up, rounds.traffic.down]
+    trainer = prepared.make_trainer()
+    for round_idx in range(1, c.rounds + 1):
+        trainer.run_round()
+        if round_idx % c.evaluation.every == 0 or round_idx == c.rounds:
+            trainer.evaluate()
+    expected = [cost.up.total(), cost.down.total() + cost.evaluation.total()]
+    return expected, [trainer.traffic.up, trainer.traffic.down]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("channel", [{}, TOP], ids=["plain", "topk"])
 @pytest.mark.parametrize("method", [m for m in SUMS if m != "ds_fl"] + ["fedbuff", "fedasync"])
-def test_an_asynchronous_run_costs_what_its_rehearsal_does_with_whatever_goes_wrong(
-    method: str, channel: dict[str, Any]
-) -> None:
-    made = paced(method, channel=channel)
+def test_asynchronous_run_costs_about_as_many_rounds(method: str, channel: dict[str, Any]) -> None:
+    made = paced(method, channel=channel, faults={})
     if method in ("fedbuff", "fedasync"):
         del made["runtime"]["buffer"]
-    cost, told, counted = rehearsed_and_counted(made)
-    assert cost.is_exact and told == counted and any(counted) == (method != "local")
+
+    expected, counted = asynchronous_cost_and_traffic(made)
+
+    # which clients are fast enough to send twice is not known before
+    assert expected == pytest.approx(counted, rel=0.5) and any(counted) == (method != "local")
 
 
-def test_where_sizes_follow_from_the_numbers_the_rehearsal_is_the_most_that_it_can_be() -> None:
-    made = paced("fedavg", channel={**TOP, "entropy": True}, faults={}, devices={"speed": 1e6})
-    cost, told, counted = rehearsed_and_counted(made)
-    assert cost.is_upper_bound and not cost.is_exact and counted[0] < told[0]
-
-
-def test_the_check_of_an_asynchronous_run_rehearses_it(
+def test_check_of_an_asynchronous_run_says_what_it_leaves_out(
     tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = paced("fedavg")
     path = tmp_path / "a.yaml"
-    path.write_text(yaml.safe_dump(source))
+    path.write_text(yaml.safe_dump(paced("fedavg")))
+
     assert main(["--config", str(path), "--check"], command="train") == 0
-    (line,) = [text for text in capsys.readouterr().out.splitlines() if " in 3 rounds: " in text]
-    cost, _, counted = rehearsed_and_counted(source)
-    assert line.startswith(_size(sum(counted))) and cost.up.keys() == set(
-        prepare(source).federation.client_infos
-    )
+
+    printed = " ".join(capsys.readouterr().out.split())
+    expected, _ = asynchronous_cost_and_traffic(paced("fedavg"))
+    assert f"about {_size(sum(expected))} in 3 rounds: " in printed
+    assert "asynchronous: counted as rounds of equally fast clients without failures" in printed
 
 
 @pytest.mark.parametrize("mentee", ["cnn_bn_small", "mlp"])

@@ -39,7 +39,7 @@ def test_rows_without_memory_are_refused_by_name(
 
     expectations = ExpectedUploads(fedgkt.method, fedgkt.federation)
     card = replace(fedgkt.federation.client_infos["site_1"], num_rows=2**31)
-    monkeypatch.setattr(expectations, "expected_payload", allocate)
+    monkeypatch.setattr(expectations, "dry_run_upload", allocate)
 
     with pytest.raises(
         UserError, match="site_1: an upload for 2,147,483,648 rows takes more memory than there is"

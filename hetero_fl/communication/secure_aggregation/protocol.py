@@ -106,17 +106,10 @@ class VectorLayout:
         """Each tensor with its place and weight."""
         for name, item in items.items():
             weight = torch.as_tensor(item.weight, dtype=torch.float64)
-            if isinstance(item.values, Tensor):
-                yield TensorKey(name, "", "", tuple(item.values.shape)), item.values, weight
-                continue
-            across = self.specs[name].across
-            for tensor, values in item.values.items():
-                everybodys = across or (bool(self.common) and tensor.startswith(tuple(self.common)))
-                yield (
-                    TensorKey(name, tensor, "" if everybodys else group, tuple(values.shape)),
-                    values,
-                    weight,
-                )
+            for tensor, values in item.tensors.items():
+                is_common = not tensor or tensor.startswith(tuple(self.common))
+                owner = "" if is_common or self.specs[name].across else group
+                yield TensorKey(name, tensor, owner, tuple(values.shape)), values, weight
 
     def pack(self, group: str, payload: Payload, unit: float) -> np.ndarray:
         """A client's vector, float64 `[size]`: w·v and w in parts of `unit`, the cohort's largest weight.

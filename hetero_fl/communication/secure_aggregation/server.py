@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -234,18 +235,10 @@ class SecureAggregationRound:
         streams: list[tuple[bytes, bool]] = []
         for number, mates in self.mask_partners.items():
             if number in summed:
-                seed = self._reconstruct_secret(
-                    number,
-                    shares,
-                    lambda s, n=number: self._is_seed(n, s),  # type: ignore[misc]
-                )
+                seed = self._reconstruct_secret(number, shares, partial(self._is_seed, number))
                 streams.append((seed, True))
             elif others := [m for m in mates if m in summed]:
-                key = self._reconstruct_secret(
-                    number,
-                    shares,
-                    lambda s, n=number: self._is_key(n, s),  # type: ignore[misc]
-                )
+                key = self._reconstruct_secret(number, shares, partial(self._is_key, number))
                 # its masks are added as it would have done itself
                 loaded = crypto.load_private_key(key)
                 streams += [

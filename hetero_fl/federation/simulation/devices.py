@@ -336,12 +336,6 @@ class Timing:
         trained = device.finish_time(received, step_share * self.training_seconds(client_id, task))
         return TaskTimes(at, received, trained, device.finish_time(trained, up_bytes / device.up))
 
-    def duration(
-        self, client_id: str, down_bytes: int, up_bytes: int, at: float, task: int
-    ) -> float:
-        """Seconds from when a task is given out to when its upload arrives, waiting for the client to be online included."""
-        return self.task_times(client_id, down_bytes, up_bytes, at, task).arrived - at
-
     def share_in_time(
         self, client_id: str, down_bytes: int, up_bytes: int, at: float, task: int, deadline: float
     ) -> float:

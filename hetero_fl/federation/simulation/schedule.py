@@ -34,16 +34,6 @@ class SimulationEnvironment:
     connected_clients: Callable[[], Collection[str]] | None = None
 
     @classmethod
-    def ideal(
-        cls, federation: FederationSpec, per_round: int | None = None
-    ) -> SimulationEnvironment:
-        """Nothing takes time and nothing goes wrong."""
-        devices = Devices.from_config(federation, None)
-        return cls(
-            CohortConfig(), devices, Timing(devices), Faults(None, devices), per_round, False
-        )
-
-    @classmethod
     def from_config(
         cls,
         federation: FederationSpec,
@@ -99,23 +89,12 @@ class SimulationEnvironment:
                 f"{secret.min_survivors(federation.cohort)}: of two sums of a round the difference tells single uploads; take no "
                 "more, or too_few: skip"
             )
-        if apart:
-            devices = Devices.from_config(federation, None)
-            return cls(
-                policy,
-                devices,
-                Timing(devices),
-                Faults(None, devices),
-                per_round,
-                False,
-                connected_clients,
-            )
-        devices = Devices.from_config(federation, config.devices)
-        faults = Faults(config.faults, devices)
-        simulated = own or any(
-            found is not None for found in (config.devices, config.faults, policy.deadline)
-        )
-        return cls(policy, devices, Timing(devices), faults, per_round, simulated)
+        devices = Devices.from_config(federation, None if apart else config.devices)
+        faults = Faults(None if apart else config.faults, devices)
+        settings = (config.devices, config.faults, policy.deadline)
+        simulated = not apart and (own or any(found is not None for found in settings))
+        connected = connected_clients if apart else None
+        return cls(policy, devices, Timing(devices), faults, per_round, simulated, connected)
 
     @property
     def num_sampled(self) -> int:
@@ -131,38 +110,46 @@ class SimulationEnvironment:
         )
 
     def notes(self) -> list[str]:
-        """What is possible but perhaps not meant."""
+        """Return lines on settings that are possible but perhaps not meant."""
         if self.devices.federation.data.is_distributed:
             return []
         policy = self.policy
-        lines = []
+        faults = self.faults.config
         machines = list(self.devices.timing_of_profiles())
+        by_availability = policy.sampling == "available"
         waits = policy.deadline is None and policy.over_selection == 1
-        if waits and self.faults.config.late:
-            lines.append(
-                "faults.late: without cohort.deadline or over_selection a round waits for what is late"
-            )
-        if policy.sampling == "available" and self.per_round is None:
-            lines.append(
-                "cohort.sampling: without clients.per_round everybody who is online is invited"
-            )
-        if policy.sampling == "available" and all(always for _, _, always in machines):
-            lines.append(
-                "cohort.sampling: available, but everybody is always online (`devices.availability`): as uniform"
-            )
-        instant = (
-            all(always and not takes for _, takes, always in machines)
-            and self.faults.config == FaultsConfig()
-        )
-        if policy.deadline is not None and instant:
-            lines.append(
-                "cohort.deadline: nobody takes any time, so nobody misses it; give `devices` a speed, up or down"
-            )
-        if self.faults.config.delay != FaultsConfig().delay and not self.faults.config.late:
-            lines.append("faults.delay: is for uploads that are late, but faults.late is 0")
-        if policy.attempts != CohortConfig().attempts and policy.too_few != "repeat":
-            lines.append("cohort.attempts: is for cohort.too_few: repeat")
-        return [*lines, *self._unreachable_deadline()]
+        always_online = all(always for _, _, always in machines)
+        takes_time = any(takes for _, takes, _ in machines)
+        instant = always_online and not takes_time and faults == FaultsConfig()
+        rules = [
+            (
+                waits and faults.late > 0,
+                "faults.late: without cohort.deadline or over_selection a round waits for what is late",
+            ),
+            (
+                by_availability and self.per_round is None,
+                "cohort.sampling: without clients.per_round all clients that are online are invited",
+            ),
+            (
+                by_availability and always_online,
+                "cohort.sampling: available, but all clients are always online "
+                "(`devices.availability`): as uniform",
+            ),
+            (
+                policy.deadline is not None and instant,
+                "cohort.deadline: no task takes any time, so none misses it; give `devices` a speed, "
+                "up or down",
+            ),
+            (
+                faults.delay != FaultsConfig().delay and not faults.late,
+                "faults.delay: is for uploads that are late, but faults.late is 0",
+            ),
+            (
+                policy.attempts != CohortConfig().attempts and policy.too_few != "repeat",
+                "cohort.attempts: is for cohort.too_few: repeat",
+            ),
+        ]
+        return [line for applies, line in rules if applies] + self._unreachable_deadline()
 
     def _unreachable_deadline(self) -> list[str]:
         """A deadline that training alone would miss, whoever is invited."""

@@ -137,7 +137,9 @@ def test_durations_are_bytes_over_bandwidth_and_work_over_speed() -> None:
     made = federation()
     timing = Timing(devices(made, speed=1e6, up=10, down=100))
     seconds = training_flops(made.client_infos["site_1"]) / 1e6
-    assert timing.duration("site_1", 500, 30, at=7.0, task=0) == pytest.approx(5 + seconds + 3)
+    assert timing.task_times("site_1", 500, 30, at=7.0, task=0).arrived == pytest.approx(
+        7 + 5 + seconds + 3
+    )
     half = timing.task_times("site_1", 500, 30, 7.0, 0, step_share=0.5)
     assert half.trained - half.received == pytest.approx(seconds / 2)
     share = timing.share_in_time("site_1", 500, 30, 7.0, 0, deadline=7 + 5 + 3 + seconds / 4)
@@ -146,7 +148,7 @@ def test_durations_are_bytes_over_bandwidth_and_work_over_speed() -> None:
     assert timing.share_in_time("site_1", 500, 30, 7.0, 0, deadline=1e9) == 1
     shaky = Timing(devices(made, speed=1e6, jitter=0.3))
     assert shaky.training_seconds("site_1", 0) != shaky.training_seconds("site_1", 1)
-    assert Timing(devices(made)).duration("site_1", 500, 30, at=7.0, task=0) == 0
+    assert Timing(devices(made)).task_times("site_1", 500, 30, at=7.0, task=0).arrived == 7
 
 
 def test_fates_are_drawn_by_client_and_task_with_their_probabilities() -> None:

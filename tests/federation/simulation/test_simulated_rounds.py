@@ -500,9 +500,9 @@ def test_what_has_nothing_to_go_by_is_refused_in_one_line() -> None:
     for changes, line in [
         (
             {"cohort": {"sampling": "available"}, "clients__per_round": 2},
-            "cohort.sampling: available, but everybody",
+            "cohort.sampling: available, but all clients",
         ),
-        ({"cohort": {"deadline": 9}}, "cohort.deadline: nobody takes any time"),
+        ({"cohort": {"deadline": 9}}, "cohort.deadline: no task takes any time"),
         (
             {"cohort": {"deadline": 1e-3}, "devices": SLOW},
             "cohort.deadline: found 0.001 s, but training takes",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -218,17 +218,17 @@ def shared_part_of(method: Algorithm) -> SharedPart:
     return method.shared if isinstance(method.shared, SharedPart) else SharedPart(method.shared)
 
 
-def permitted_part(settings: ClientSettings) -> Part:
-    """Return the part of its model that a client may share."""
-    if "parameters" in settings.shares:
+def permitted_part(shares: Sequence[str]) -> Part:
+    """Return the part of its model that a client with these `shares` may share."""
+    if "parameters" in shares:
         return None
-    prefixes = ["backbone." if share == "backbone" else share for share in settings.shares]
+    prefixes = ["backbone." if share == "backbone" else share for share in shares]
     return tuple(prefix for prefix in prefixes if prefix.endswith("."))
 
 
 def shared_part(method: Algorithm, settings: ClientSettings) -> Part:
     """Return what a client shares of its model: the method's part, as far as its settings allow."""
-    return common_part(shared_part_of(method).part, permitted_part(settings))
+    return common_part(shared_part_of(method).part, permitted_part(settings.shares))
 
 
 def uploads_in_round(settings: ClientSettings, round_idx: int) -> bool:
@@ -296,6 +296,29 @@ def may_share(client: Participant, share: str) -> bool:
     if share not in client.settings.shares or (share == "predictions" and not client.has_proxy):
         return False
     return uploads_in_round(client.settings, client.round_context.round_idx)
+
+
+def describe_unshared(
+    items: Mapping[str, Item], specs: Mapping[str, ItemSpec], shares: Sequence[str]
+) -> str:
+    """Return which item of an upload may not leave; empty if all may.
+
+    Args:
+        items: The upload.
+        specs: What the method declares of its items.
+        shares: The client's `shares`.
+    """
+    for name, item in items.items():
+        share = specs[name].share
+        if share != "parameters":
+            if share not in shares:
+                return f"'{name}' needs {share}"
+            continue
+        part = permitted_part(shares)
+        outside = item.tensors if part is None else exclude_part(item.tensors, part)
+        if part is not None and outside:
+            return f"'{name}' holds {next(iter(outside)) or share}"
+    return ""
 
 
 def inference_model(method: Algorithm, client: Participant) -> tuple[str, Any]:

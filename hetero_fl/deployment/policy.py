@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from hetero_fl.algorithms.base import describe_unshared
 from hetero_fl.communication.protocol import Message
 from hetero_fl.communication.secure_aggregation.messages import REQUESTS
 from hetero_fl.communication.secure_aggregation.messages import decode_arrays as read_secure
 from hetero_fl.config import Config, expand_population
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.describe import FREE
-from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.payload import Payload, PayloadError
 from hetero_fl.core.plan import Fit, SampledBatches
 from hetero_fl.deployment.audit_log import TRAIN, SiteUsage
@@ -353,21 +353,17 @@ class Policy:
         shares = (
             self.site.shares if self.site.shares is not None else self.client_info.settings.shares
         )
-        for name in payload:
-            values = payload[name]
-            if name == WITHIN:  # whether updates were within bounds, noised at the server
-                continue
+        # WITHIN tells whether updates were within bounds, and is noised at the server.
+        items = {name: item for name, item in payload.items_.items() if name != WITHIN}
+        for name in items:
             if name not in self.specs:
                 raise UserError(
                     f"'{name}' is nothing that {self.prepared.name} sends{suggest_or_list(name, self.specs)}"
                 )
-            share = self.specs[name].share
-            if share == "parameters":
-                _check_named(name, values if isinstance(values, dict) else None, shares)
-            elif share not in shares:
-                raise UserError(
-                    f"shares: '{name}' needs {share}; this site shares {', '.join(shares) or 'nothing'}"
-                )
+        if unshared := describe_unshared(items, self.specs, shares):
+            raise UserError(
+                f"shares: {unshared}; this site shares {', '.join(shares) or 'nothing'}"
+            )
 
     def check_size(self, size: int, upload: bool) -> None:
         """An answer of so many bytes. Raises Refused."""
@@ -385,16 +381,3 @@ class Policy:
         items = [f"{name}: {payload.item(name).kind}" for name in payload]
         said = items + (["training loss"] if payload.report else [])
         return [f"masked sum of {', '.join(said)}"] if self.secure else said
-
-
-def _check_named(name: str, values: Tensors | None, shares: Sequence[str]) -> None:
-    if "parameters" in shares:
-        return
-    parts = [
-        "backbone." if s == "backbone" else s for s in shares if s == "backbone" or s.endswith(".")
-    ]
-    for tensor in values if values is not None else ("",):
-        if not any(tensor.startswith(part) for part in parts):
-            raise UserError(
-                f"shares: '{name}' holds {tensor or 'parameters'}; this site shares {', '.join(shares) or 'nothing'}"
-            )

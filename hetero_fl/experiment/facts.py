@@ -136,7 +136,7 @@ class RunFacts(ConfigFacts):
         """What some client shares."""
         settings = [kind.settings for kind in self.profiles]
         named = {share for own in settings for share in own.shares}
-        return named | {"parameters" for own in settings if permitted_part(own)}
+        return named | {"parameters" for own in settings if permitted_part(own.shares)}
 
     @cached_property
     def uploadable(self) -> dict[str, ItemSpec]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hetero_fl.aggregation.uploads import Upload, Uploads
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.algorithms.base import upload_phase
+from hetero_fl.algorithms.base import describe_unshared, upload_phase
 from hetero_fl.core.participant import ClientInfo, Columns, Participant
 from hetero_fl.core.payload import Item, Payload, PayloadError, report_with_loss
 from hetero_fl.core.plan import ClassSums, Fit, FitReport, Predict, Step, StepKey, record_steps
@@ -150,6 +150,7 @@ class ExpectedUploads:
             items, reports = run_plan(plan, client, ledger or self.backend)
         try:
             upload = Payload.from_hook(items, self.algorithm.uploads)
+            self._check_shares(client_info, upload)
             if self.privacy is not None:
                 upload = self.privacy.release_upload(client, upload, broadcast)
         except PayloadError as error:
@@ -159,6 +160,14 @@ class ExpectedUploads:
             return upload, ()
         steps = ledger.charges[client_info.client_id] if ledger is not None else []
         return upload, self.privacy.charges(steps, client.counts_accessed, bool(upload))
+
+    def _check_shares(self, client_info: ClientInfo, upload: Payload) -> None:
+        shares = client_info.settings.shares
+        if unshared := describe_unshared(upload.items_, self.algorithm.uploads, shares):
+            raise UserError(
+                f"{type(self.algorithm).__name__}.train: {unshared}, but {client_info.client_id} "
+                f"shares {', '.join(shares) or 'nothing'}; ask `may_share` before the item is made"
+            )
 
     @contextmanager
     def check_yields(self, hook: str) -> Iterator[None]:

@@ -53,7 +53,7 @@ def uploadable_items(algorithm: Algorithm, federation: PrivateFederation) -> dic
     """Return the declared items that some client of the federation may upload."""
     settings = [profile.settings for profile in federation.client_infos.profiles]
     allowed = {share for s in settings for share in s.shares}
-    allowed |= {"parameters" for s in settings if permitted_part(s)}
+    allowed |= {"parameters" for s in settings if permitted_part(s.shares)}
     num_proxy = federation.data.n_proxy
     return {
         name: spec

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
-from pydantic import ValidationError
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
@@ -28,6 +27,7 @@ from hetero_fl.federation.cost import DryRun, asynchronous_communication_cost, c
 from hetero_fl.federation.executors.choose import choose_executor
 from hetero_fl.federation.federation import SOME
 from hetero_fl.federation.simulation.schedule import SimulationEnvironment
+from hetero_fl.reporting.formatting import format_bytes
 from hetero_fl.utils.serialization import num_tensor_bytes
 from hetero_fl.utils.text import pluralize
 
@@ -44,10 +44,8 @@ def print_check(prepared: PreparedRun) -> None:
         "client", "model", "rows", "parameters", "down", "up", title=f"cost of {prepared.name}"
     )
     config = prepared.config
-    parameters = {}
     archs = {kind.arch: list(kind.models.values()) for kind in federation.client_infos.profiles}
-    for arch in archs:
-        parameters[arch] = _parameters(arch)
+    parameters = {arch: _parameters(arch) for arch in archs}
     held = SimulationEnvironment.from_config(federation, config)
     waits = config.runtime.mode == "sync"
     if waits:
@@ -58,13 +56,13 @@ def print_check(prepared: PreparedRun) -> None:
         cost = asynchronous_communication_cost(prepared.method, federation, config)
     for id in federation.num_evaluated:
         card = federation.client_infos[id]
-        sizes = (_size(cost.down[id] + cost.evaluation[id]), _size(cost.up[id]))
         table.add_row(
             id,
             card.arch.display_name,
             str(card.num_rows),
             f"{parameters[card.arch]:,}",
-            *sizes,
+            format_bytes(cost.down[id] + cost.evaluation[id]),
+            format_bytes(cost.up[id]),
         )
     if others := len(federation.client_infos) - len(federation.num_evaluated):
         table.add_row(f"and {others:,} more", "", "", "", "", "")
@@ -82,14 +80,14 @@ def print_check(prepared: PreparedRun) -> None:
         else ""
     )
     console.print(
-        f"{about}{_size(up + down + reading)} in {pluralize(config.rounds, 'round')}: {_size(up)} up, {_size(down + reading)} down, "
-        f"{_size(reading)} of it to evaluate"
+        f"{about}{format_bytes(up + down + reading)} in {pluralize(config.rounds, 'round')}: {format_bytes(up)} up, {format_bytes(down + reading)} down, "
+        f"{format_bytes(reading)} of it to evaluate"
     )
     # with those that the method adds
     largest = max(sum(map(_parameters, models)) for models in archs.values()) * 4
     groups = num_tensor_bytes(list(DryRun(prepared.method, federation).server.models.values()))
     console.print(
-        f"memory for models, about: {_size(groups)} at the server, {_size(4 * largest)} for the client being trained"
+        f"memory for models, about: {format_bytes(groups)} at the server, {format_bytes(4 * largest)} for the client being trained"
     )
     for note in prepared.notes:
         console.print(f"note: {note}")
@@ -124,14 +122,6 @@ def _parameters(arch: ModelSpec) -> int:
     return sum(math.prod(arch.shapes[name]) for name in arch.parameter_names)
 
 
-def _size(count: int) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count = count / 1000  # type: ignore[assignment]
-    return f"{count:.2f} GB"
-
-
 # `hetero-fl methods`: what methods there are, in the words of their docstrings, and what their
 # classes declare.
 
@@ -150,10 +140,7 @@ def print_methods(console: Console) -> None:
 
 def declared_properties(kind: type[Algorithm]) -> Iterator[str]:
     """What follows from the class: `sends parameters`, `needs one architecture`, `for multi-class`."""
-    try:
-        method = kind()
-    except ValidationError:  # a setting without a default
-        method = kind.model_construct()
+    method = kind.model_construct()
     yield f"sends {', '.join(shared_kinds(method)) or 'nothing'}"
     if needed := describe_needs(method):
         yield f"needs {format_needs(needed)}"

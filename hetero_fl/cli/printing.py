@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
-from pydantic import ValidationError
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
@@ -28,8 +27,9 @@ from hetero_fl.federation.cost import DryRun, communication_cost
 from hetero_fl.federation.executors.choose import choose_executor
 from hetero_fl.federation.federation import SOME
 from hetero_fl.federation.simulation.schedule import SimulationEnvironment
+from hetero_fl.reporting.formatting import format_bytes
+from hetero_fl.reporting.rendering import render
 from hetero_fl.utils.serialization import num_tensor_bytes
-from hetero_fl.utils.text import pluralize
 
 # `--check`: the resolved configuration, and what a run of it will cost.
 
@@ -44,10 +44,8 @@ def print_check(prepared: PreparedRun) -> None:
         "client", "model", "rows", "parameters", "down", "up", title=f"cost of {prepared.name}"
     )
     config = prepared.config
-    parameters = {}
     archs = {kind.arch: list(kind.models.values()) for kind in federation.client_infos.profiles}
-    for arch in archs:
-        parameters[arch] = _parameters(arch)
+    parameters = {arch: _parameters(arch) for arch in archs}
     environment = SimulationEnvironment.from_config(federation, config)
     is_async = config.runtime.mode == "async"
     cost = communication_cost(
@@ -59,46 +57,38 @@ def print_check(prepared: PreparedRun) -> None:
     )
     for id in federation.num_evaluated:
         card = federation.client_infos[id]
-        sizes = (_size(cost.down[id] + cost.evaluation[id]), _size(cost.up[id]))
         table.add_row(
             id,
             card.arch.display_name,
             str(card.num_rows),
             f"{parameters[card.arch]:,}",
-            *sizes,
+            format_bytes(cost.down[id] + cost.evaluation[id]),
+            format_bytes(cost.up[id]),
         )
     if others := len(federation.client_infos) - len(federation.num_evaluated):
         table.add_row(f"and {others:,} more", "", "", "", "", "")
     console = Console()
     console.print(table)
-    up = cost.up.total()
-    down = cost.down.total()
-    reading = cost.evaluation.total()
     at_most = config.evaluation.patience or cost.is_upper_bound
-    # failed tasks are repeated, and second copies count
-    is_bound = at_most and not is_async and not environment.simulated
-    total = up + down + reading
-    console.print(
-        f"{'at most' if is_bound else 'about'} {_size(total)} in "
-        f"{pluralize(config.rounds, 'round')}: {_size(up)} up, {_size(down + reading)} down, "
-        f"{_size(reading)} of it to evaluate; {_size(total / config.rounds)} per round"
-    )
-    if is_async:
-        console.print(
-            "asynchronous: counted as rounds of equally fast clients without failures; who sends "
-            "how often follows from the simulated time"
-        )
     # with those that the method adds
     largest = max(sum(map(_parameters, models)) for models in archs.values()) * 4
-    groups = num_tensor_bytes(list(DryRun(prepared.method, federation).server.models.values()))
-    console.print(
-        f"memory for models, about: {_size(groups)} at the server, {_size(4 * largest)} for the client being trained"
+    server = DryRun(prepared.method, federation).server
+    text = render(
+        "expected_cost.txt",
+        # A simulation repeats failed tasks, and second copies count.
+        is_bound=at_most and not is_async and not environment.simulated,
+        is_async=is_async,
+        rounds=config.rounds,
+        up=cost.up.total(),
+        down=cost.down.total(),
+        evaluation=cost.evaluation.total(),
+        server_memory=num_tensor_bytes(list(server.models.values())),
+        client_memory=4 * largest,
+        notes=prepared.notes,
+        # engines that are to be reached or launched are not tried here
+        reasons=choose_executor(config, federation).reasons,
     )
-    for note in prepared.notes:
-        console.print(f"note: {note}")
-    # engines that are to be reached or launched are not tried here
-    for reason in choose_executor(config, federation).reasons:
-        console.print(f"computed by: {reason}")
+    console.print(text, end="")
 
 
 def print_draft(config: Config, refused: Mapping[str, str]) -> None:
@@ -127,16 +117,6 @@ def _parameters(arch: ModelSpec) -> int:
     return sum(math.prod(arch.shapes[name]) for name in arch.parameter_names)
 
 
-def _size(num_bytes: float) -> str:
-    if num_bytes < 1e3:
-        return f"{num_bytes:.0f} B"
-    if num_bytes < 1e6:
-        return f"{num_bytes / 1e3:.1f} kB"
-    if num_bytes < 1e9:
-        return f"{num_bytes / 1e6:.1f} MB"
-    return f"{num_bytes / 1e9:.2f} GB"
-
-
 # `hetero-fl methods`: what methods there are, in the words of their docstrings, and what their
 # classes declare.
 
@@ -155,10 +135,7 @@ def print_methods(console: Console) -> None:
 
 def declared_properties(kind: type[Algorithm]) -> Iterator[str]:
     """What follows from the class: `sends parameters`, `needs one architecture`, `for multi-class`."""
-    try:
-        method = kind()
-    except ValidationError:  # a setting without a default
-        method = kind.model_construct()
+    method = kind.model_construct()
     yield f"sends {', '.join(shared_kinds(method)) or 'nothing'}"
     if needed := describe_needs(method):
         yield f"needs {format_needs(needed)}"

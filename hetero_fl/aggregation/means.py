@@ -12,7 +12,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from hetero_fl.core.model_spec import Owner, Tensors, owner_of
+from hetero_fl.core.model_spec import Owner, Tensors, owners_of
 from hetero_fl.core.payload import Item, Payload
 
 # Weighted means and sums taken as uploads arrive: the memory of one, not of the cohort.
@@ -148,20 +148,18 @@ class OwnerMeans:
 
     def add(self, group: str, tensors: Mapping[str, Tensor], weight: float) -> None:
         """One more model, or part of one."""
-        self._groups.setdefault(group, {})
-        for name, tensor in tensors.items():
-            self._means.setdefault(self._owner(group, name, tensor), RunningMean()).add(
-                tensor, weight
-            )
+        for name, owner in self._owners(group, tensors).items():
+            self._means.setdefault(owner, RunningMean()).add(tensors[name], weight)
 
     def set_mean(self, group: str, name: str, mean: Tensor, weight: float) -> None:
         """A tensor of that group whose mean over all its owners is known already, with the sum of their weights."""
-        self._means[self._owner(group, name, mean)] = RunningMean.from_mean(mean, weight)
+        owner = self._owners(group, {name: mean})[name]
+        self._means[owner] = RunningMean.from_mean(mean, weight)
 
-    def _owner(self, group: str, name: str, tensor: Tensor) -> Owner:
-        owner = owner_of(name, tensor, group, self._common)
-        self._groups.setdefault(group, {})[name] = owner
-        return owner
+    def _owners(self, group: str, tensors: Mapping[str, Tensor]) -> dict[str, Owner]:
+        owners = owners_of(tensors, group, self._common)
+        self._groups.setdefault(group, {}).update(owners)
+        return owners
 
     def by_group(self) -> dict[str, Tensors]:
         """For each group the means of the tensors that its members sent; what nobody sent is left out."""

@@ -25,8 +25,9 @@ from hetero_fl.core.participant import (
     floating_tensors,
     select_part,
 )
-from hetero_fl.core.payload import Item, ItemSpec, Payload
+from hetero_fl.core.payload import Item, ItemSpec, Payload, PayloadError
 from hetero_fl.core.plan import Plan, Predict, Rows
+from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.registry import Registry
 
 STUDENT = "student"  # the server's slot of the one model that it trains for itself
@@ -208,6 +209,19 @@ class Algorithm(BaseModel):
             return None
         (slot,) = server.models
         return None if local_tensor_names(self, server.arch[slot]) else slot
+
+
+def is_user_method(algorithm: Algorithm) -> bool:
+    """Whether the method is the user's, not one of this package's."""
+    return not type(algorithm).__module__.startswith("hetero_fl.")
+
+
+def call_broadcast(algorithm: Algorithm, server: Participant, client_info: ClientInfo) -> Payload:
+    """What the method sends to a client. Raises UserError if it is no dictionary of items."""
+    try:
+        return Payload.from_hook(algorithm.broadcast(server, client_info))
+    except PayloadError as error:
+        raise UserError(f"{type(algorithm).__name__}.broadcast: {error}") from None
 
 
 # What of a client's model travels.

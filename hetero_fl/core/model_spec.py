@@ -194,13 +194,17 @@ def _initial_tensors(arch: ModelSpec, seed: int, dtype: torch.dtype) -> Tensors:
 Owner = tuple[str, tuple[int, ...], str]  # (tensor name, shape, group or "" for common ones)
 
 
-def owner_of(name: str, tensor: Tensor, group: str, common: tuple[str, ...]) -> Owner:
-    """Return with which tensors a tensor is averaged.
+def owners_of(
+    tensors: Mapping[str, Tensor], group: str, common: tuple[str, ...]
+) -> dict[str, Owner]:
+    """Return with which tensors each tensor of a model is averaged.
 
     Args:
-        name: Its name.
-        tensor: A tensor of its shape.
+        tensors: Tensors of the model, by name.
         group: The group of the client that holds it.
         common: Prefixes of tensors that are averaged across groups.
     """
-    return name, tuple(tensor.shape), "" if name.startswith(common) else group
+    return {
+        name: (name, tuple(tensor.shape), "" if name.startswith(common) else group)
+        for name, tensor in tensors.items()
+    }

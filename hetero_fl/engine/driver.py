@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import GeneratorType
 from typing import Any, Generic, Protocol, TypeVar
 
 from hetero_fl.core.participant import Participant
+from hetero_fl.core.payload import PayloadError
 from hetero_fl.core.plan import (
     ClassSums,
     Fit,
@@ -18,7 +20,8 @@ from hetero_fl.core.plan import (
     Step,
 )
 from hetero_fl.engine.templates import Templates
-from hetero_fl.utils.errors import NoUploadError, UserError
+from hetero_fl.utils.errors import NoUploadError, RunFailedError, UserError, is_user_code
+from hetero_fl.utils.version import describe_new_name
 
 T = TypeVar("T")
 
@@ -157,3 +160,24 @@ def reported_loss(reports: list[tuple[str, FitReport]]) -> float | None:
     """The loss that a client reports: of its last fit on its own rows."""
     losses = [report.loss for label, report in reports if label == "train"]
     return losses[-1] if losses else None
+
+
+MAX_MESSAGE_LENGTH = 300  # characters of another library's message
+
+
+@contextmanager
+def translate_user_errors() -> Iterator[None]:
+    """An exception from a file of the user's (a method, an objective, a model) becomes RunFailedError, in one line that names
+    the file and line; its cause is the exception itself. Others go through as they are.
+    """
+    try:
+        yield
+    except (UserError, RunFailedError, DivergedError, PayloadError):
+        raise
+    except Exception as error:
+        places = [f for f in traceback.extract_tb(error.__traceback__) if is_user_code(f.filename)]
+        if not places:
+            raise
+        message = " ".join(str(error).split())[:MAX_MESSAGE_LENGTH] + describe_new_name(error)
+        where = f"{places[-1].filename}:{places[-1].lineno}, in {places[-1].name}"
+        raise RunFailedError(f"{where}: {type(error).__name__}: {message}") from error

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from hetero_fl.algorithms.base import is_user_method
 from hetero_fl.algorithms.distillation import InitialPhase
 from hetero_fl.config.base import StalenessConfig
 from hetero_fl.experiment.facts import ConfigFacts, RunFacts, first
 from hetero_fl.federation.dry_run import check_user_method
-from hetero_fl.federation.user_methods import is_user_method
 from hetero_fl.robustness.attacks import Attack
 from hetero_fl.robustness.robust_means import PARAMETERS
 from hetero_fl.robustness.rules import PredictionRule, Rule, prediction_rule

@@ -19,6 +19,7 @@ from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import (
     AsyncPolicy,
+    call_broadcast,
     download_part,
     permitted_part,
     shareable_tensors,
@@ -33,13 +34,12 @@ from hetero_fl.config.population import Population
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import ClientInfo, ClientProfile, floating_tensors
 from hetero_fl.core.payload import Item, ItemSpec, Payload
-from hetero_fl.engine.driver import run_plan
+from hetero_fl.engine.driver import run_plan, translate_user_errors
 from hetero_fl.federation.dry_run import ExpectedUploads
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.sampling import sample_cohort
 from hetero_fl.federation.secure_aggregation import DerivedSetup
 from hetero_fl.federation.simulation.devices import Devices
-from hetero_fl.federation.user_methods import call_broadcast, translate_user_errors
 from hetero_fl.privacy.client import uploadable_items
 from hetero_fl.robustness.robust_means import AggregationRules, RobustModelMeans
 from hetero_fl.robustness.rules import PredictionRule, Rule, prediction_rule, rule

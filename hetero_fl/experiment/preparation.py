@@ -35,9 +35,9 @@ from hetero_fl.experiment.compatibility import (
     check_rules,
 )
 from hetero_fl.experiment.facts import ConfigFacts, RunFacts
+from hetero_fl.experiment.privacy_budget import PrivacyBudget
 from hetero_fl.federation.asynchronous import AsynchronousTrainer
 from hetero_fl.federation.channel import idle_stages
-from hetero_fl.federation.cost import PrivacyBudget
 from hetero_fl.federation.dry_run import ExpectedUploads
 from hetero_fl.federation.executors.base import RemoteExecutor
 from hetero_fl.federation.executors.choose import ExecutorChoice, choose_executor, make_executor

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.algorithms.base import Items, inference_model, kept_state
+from hetero_fl.algorithms.base import Items, inference_model, is_user_method, kept_state
 from hetero_fl.algorithms.local_training import add_log_prior
 from hetero_fl.communication.protocol import Message, Reply, RoundProtocol, TrainingRequest
 from hetero_fl.core.metrics import Scores, calibration, confusion, score
@@ -34,7 +34,6 @@ from hetero_fl.engine.driver import (
 from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.state_store import PrivateState, StateStore
-from hetero_fl.federation.user_methods import is_user_method
 from hetero_fl.privacy.client import ClientPrivacy
 from hetero_fl.robustness.attacks import TRIGGERED
 

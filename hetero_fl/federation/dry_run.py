@@ -16,14 +16,18 @@ from torch import Tensor
 
 from hetero_fl.aggregation.uploads import Upload, Uploads
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.algorithms.base import describe_unshared, upload_phase
+from hetero_fl.algorithms.base import (
+    call_broadcast,
+    describe_unshared,
+    is_user_method,
+    upload_phase,
+)
 from hetero_fl.core.participant import ClientInfo, Columns, Participant
 from hetero_fl.core.payload import Item, Payload, PayloadError, report_with_loss
 from hetero_fl.core.plan import ClassSums, Fit, FitReport, Predict, Step, StepKey, record_steps
-from hetero_fl.engine.driver import Work, reported_loss, run_plan
+from hetero_fl.engine.driver import Work, reported_loss, run_plan, translate_user_errors
 from hetero_fl.engine.templates import Templates
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.user_methods import call_broadcast, is_user_method, translate_user_errors
 from hetero_fl.privacy.accounting import PrivacyCharge
 from hetero_fl.privacy.client import ClientPrivacy, upload_specs
 from hetero_fl.utils.errors import UserError

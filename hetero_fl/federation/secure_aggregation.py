@@ -14,6 +14,7 @@ import torch
 from hetero_fl.aggregation import Uploads
 from hetero_fl.aggregation.means import ItemSum, OwnerMeans
 from hetero_fl.algorithms import Algorithm
+from hetero_fl.algorithms.base import call_broadcast
 from hetero_fl.communication.protocol import AggregatedUploads, DirectProtocol, RoundProtocol
 from hetero_fl.communication.secure_aggregation.crypto import FixedPoint
 from hetero_fl.communication.secure_aggregation.protocol import (
@@ -25,7 +26,6 @@ from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.payload import Item
 from hetero_fl.federation.dry_run import ExpectedUploads
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.user_methods import call_broadcast
 from hetero_fl.privacy.server import SumNoise
 from hetero_fl.utils.caching import BoundedCache
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hetero_fl.algorithms import Algorithm
+from hetero_fl.algorithms.base import call_broadcast, is_user_method
 from hetero_fl.communication.protocol import EncodeCache, Message, Traffic
 from hetero_fl.config.simulation import CohortConfig
 from hetero_fl.core.metrics import Scores, score, summarize_clients
 from hetero_fl.core.participant import ClientInfo, copy_containers, copy_tree
 from hetero_fl.core.payload import Payload, PayloadError, check_size, check_upload
 from hetero_fl.core.plan import Predict, Rows
-from hetero_fl.engine.driver import DivergedError
+from hetero_fl.engine.driver import DivergedError, translate_user_errors
 from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.client_runtime import ClientEvaluation
 from hetero_fl.federation.dry_run import ExpectedUploads
@@ -23,7 +24,6 @@ from hetero_fl.federation.executors.base import ClientAbsentError, Executor
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.secure_aggregation import make_protocol
 from hetero_fl.federation.state_store import PrivateState
-from hetero_fl.federation.user_methods import call_broadcast, is_user_method, translate_user_errors
 from hetero_fl.privacy.server import ServerPrivacy
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.ordering import natural_order

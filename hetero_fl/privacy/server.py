@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.config.privacy import PrivacyConfig
-from hetero_fl.core.model_spec import Owner, Tensors, owner_of
+from hetero_fl.core.model_spec import Owner, Tensors, owners_of
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.privacy.client import WITHIN, ClientPrivacy, PrivateFederation
@@ -98,10 +98,10 @@ class SumNoise:
             if isinstance(like.weight, Tensor):
                 self._weights[name] = torch.zeros_like(like.weight)
             return
-        for tensor, start in reference_tensors(like, received).items():
-            owner = owner_of(tensor, start, group, common)
+        starts = reference_tensors(like, received)
+        for tensor, owner in owners_of(starts, group, common).items():
             owned = self._owned.setdefault(name, {}).setdefault(owner, SharedTensor())
-            owned.starts[kind] = start
+            owned.starts[kind] = starts[tensor]
             owned.expected += count
             self._groups.setdefault(name, {}).setdefault(group, {}).setdefault(
                 tensor, (owner, kind)

@@ -127,20 +127,25 @@ class Progress:
         if "simulated" not in record:  # else there may be many, and they are counted
             for client, reason in record["failed"].items():
                 self.log(f"round {self._done}: {client} left out ({reason})")
-        if told := format_arrivals(record):
-            self.log(f"round {self._done}: {told}")
+        if ("counts" in record or "diverged" in record) and (arrivals := format_arrivals(record)):
+            self.log(f"round {self._done}: {arrivals}")
         for client, reason in record.get("unread", {}).items():
             self.log(f"round {self._done}: {client} not read ({reason})")
-        left = self._time_left()
-        figures = format_evaluation(record, self.unit)
-        if figures:
-            line = f"round {self._done}/{self._rounds}  {figures}"
-            self._write(line)
-            if self._live is None:
-                self._print(line + (f"  ({left})" if left else ""))
-            self._scores.plain = capitalize_first(figures)
         if self._live is not None:
-            self._bar.update(self._bar_task, completed=self._done, left=left)
+            self._bar.update(self._bar_task, completed=self._done, left=self._time_left())
+        if "personal" in record:
+            self._show_evaluation(record)
+
+    def _show_evaluation(self, record: Mapping[str, Any]) -> None:
+        figures = format_evaluation(record, self.unit)
+        if not figures:
+            return
+        line = f"round {self._done}/{self._rounds}  {figures}"
+        self._write(line)
+        if self._live is None:
+            left = self._time_left()
+            self._print(line + (f"  ({left})" if left else ""))
+        self._scores.plain = capitalize_first(figures)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """The run is over: its summary."""

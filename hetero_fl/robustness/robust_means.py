@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.config.robustness import AggregationConfig
-from hetero_fl.core.model_spec import Owner, Tensors, owner_of
+from hetero_fl.core.model_spec import Owner, Tensors, owners_of
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Item, ItemSpec
 from hetero_fl.core.task import Task
@@ -114,8 +114,7 @@ class RobustModelMeans:
         results: dict[str, dict[str, tuple[Tensor, int]]] = {}
         for group, tensors, _ in self._sent:
             named = results.setdefault(group, {})
-            for name, tensor in tensors.items():
-                owner = owner_of(name, tensor, group, self.common)
+            for name, owner in owners_of(tensors, group, self.common).items():
                 if owner in combined:
                     named[name] = combined[owner]
         return results
@@ -131,8 +130,7 @@ class RobustModelMeans:
         """The owners that the same clients (by place) stand behind, by group."""
         members: dict[Owner, list[int]] = {}
         for place, (group, tensors, _) in enumerate(self._sent):
-            for name, tensor in tensors.items():
-                owner = owner_of(name, tensor, group, self.common)
+            for owner in owners_of(tensors, group, self.common).values():
                 members.setdefault(owner, []).append(place)
         found: dict[tuple[str, tuple[int, ...]], list[Owner]] = {}
         for owner, places in members.items():

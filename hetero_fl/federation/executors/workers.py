@@ -17,7 +17,12 @@ from hetero_fl.algorithms import Algorithm
 from hetero_fl.communication.protocol import Message, Reply
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import PayloadError
-from hetero_fl.engine.driver import Backend, DivergedError
+from hetero_fl.engine.driver import (
+    MAX_MESSAGE_LENGTH,
+    Backend,
+    DivergedError,
+    translate_user_errors,
+)
 from hetero_fl.engine.templates import TaskCosts
 from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.federation.client_runtime import ClientEvaluation, ClientRuntime
@@ -25,7 +30,6 @@ from hetero_fl.federation.executors.base import client_chunks, drain, in_order
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.secure_aggregation import make_protocol
 from hetero_fl.federation.state_store import StateStore
-from hetero_fl.federation.user_methods import LONGEST, translate_user_errors
 from hetero_fl.utils.errors import RunFailedError, UserError
 
 # Whole tasks of clients and their results travel between a run and its workers, never code or live
@@ -182,7 +186,7 @@ def _transferable_error(error: Exception) -> Exception:
         return error
     if isinstance(error, _TRANSFERABLE_ERRORS):
         return RunFailedError(str(error))
-    message = " ".join(str(error).split())[:LONGEST]
+    message = " ".join(str(error).split())[:MAX_MESSAGE_LENGTH]
     return RunFailedError(f"a worker failed: {type(error).__name__}: {message}")
 
 

@@ -39,8 +39,7 @@ from hetero_fl.utils.errors import UserError, check_names, suggest_or_list
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.seeding import keyed_generator, stream_key
 
-# Data from outside the common source: a client's own set, a public proxy set; matched to what all
-# have in common.
+# Other sets matched to the common one: classes, columns, blocks.
 
 NONE = "none of that name"
 TOKENS = "give both the same `text` (length, tokenizer, vocabulary, public)"

@@ -493,10 +493,10 @@ def federate(
         }
         private = how.split_clients(shares, later, config, seed)
     owned = load_client_sources(holders_of, dataset, config, population, seed)
-    everybody = ClientRows(private | owned.private, lazy_partition)
+    client_rows = ClientRows(private | owned.private, lazy_partition)
 
     notes += owned.notes + check_missing_values(
-        kinds, population, everybody, public, dataset.layout, dataset.min_gap
+        kinds, population, client_rows, public, dataset.layout, dataset.min_gap
     )
     if server is not None:
         view = Preprocess.without_normalization(
@@ -505,7 +505,7 @@ def federate(
         if view.missing is None:
             check_view(public, view, dataset.layout, "server.preprocess", dataset.min_gap)
     return FederatedData(
-        dataset.task, dataset.name, population, everybody, public, seed, dataset.simulated or owned.simulated,
+        dataset.task, dataset.name, population, client_rows, public, seed, dataset.simulated or owned.simulated,
         dataset.about, cache_bytes, notes, dataset.layout, dataset.vocabulary,
     )  # fmt: skip
 

@@ -127,7 +127,7 @@ def assign_classes(
     return holds
 
 
-# A partition of the user's own: called with care, and its result checked.
+# Partitions that users write: their results are checked.
 
 OWN_WHERE = "data.partition.kind"
 ARGUMENTS = "y, group, config, sizes, task, seed"
@@ -550,8 +550,8 @@ def match_groups(groups: list[str], clients: list[str], name: str) -> list[str]:
         name: The name of the data set.
 
     Returns:
-        Lines on which client gets which group, where they have no name in common and are assigned
-        in natural order.
+        Lines on which client gets which group, where no name is the same and groups are assigned in
+        natural order.
 
     Raises:
         UserError: If only some names are in both, or there are more of one than of the other.

@@ -26,7 +26,7 @@ def sample_patients(patient: Tensor, count: int, draws: torch.Generator, leave: 
     """Rows of patients drawn at random, as a mask `[N]`: at most `count` rows, or the smallest patient's if all have more.
 
     Args:
-        patient: of whom each row is, `[N]`.
+        patient: Patient of each row, `[N]`.
         leave: so many patients at least are not drawn.
 
     Raises:
@@ -67,7 +67,7 @@ def draw_rows(
     """`count` of the rows, drawn without replacement, and the others; both sorted.
 
     Args:
-        patient: of whom each row of the set is. Patients are then drawn whole: at most `count` rows, or one patient if
+        patient: Patient of each row of the set. Patients are then drawn whole: at most `count` rows, or one patient if
             nobody has so few.
         leave: so many patients at least are not drawn.
 
@@ -131,7 +131,7 @@ def split_client(
     """A client's rows as train, validation and test, sorted; a row at least in each whose fraction is above 0.
 
     Args:
-        patient: of whom each row of the set is, if patients stay whole; at least one in each then.
+        patient: Patient of each row of the set, if patients stay whole; at least one in each then.
 
     Raises:
         UserError: too few rows or patients, with the client, its rows and the key that helps.

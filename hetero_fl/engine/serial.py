@@ -45,7 +45,7 @@ def class_sums(values: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]
 # evaluated once.
 
 CACHED_PREDICTIONS = 16  # each with its model
-# Predictions of received models: whoever evaluates them holds all of them in any case.
+# Predictions of received models: the participant that evaluates them holds all of them anyway.
 CACHED_RECEIVED = 128
 
 

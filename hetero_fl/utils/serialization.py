@@ -198,7 +198,7 @@ def _refuse_malformed() -> Iterator[None]:
 
 
 def _read_head(data: bytes, bounded: bool) -> Any:
-    """Return what `encode` wrote beside the tensors."""
+    """Return what `encode` wrote next to the tensors."""
     if len(data) < 8:
         raise CodecError(f"{len(data)} bytes are too few")
     size = int.from_bytes(data[:8], "little")

@@ -287,7 +287,7 @@ def raise_cell_error(where: str, row: int, column: str, what: str) -> NoReturn:
 
 # Files of tables as frames: comma, semicolon or tabulator between cells, or Parquet.
 
-SNIFFED_ROWS = 20  # rows below the header from which the separator is told
+SNIFFED_ROWS = 20  # rows below the header that decide about the separator
 
 
 def read_frame(path: Path, names: Iterable[str | None] = ()) -> pd.DataFrame:
@@ -366,7 +366,7 @@ def _separator(path: Path) -> str:
     )
 
 
-# A data set of a frame: which columns are features, what the labels are, of whom each row is.
+# The data set of a table: features, labels, groups and patients.
 
 SHOWN = 20  # columns that a note lists
 PATIENT = re.compile("patient|subject|person|mrn", re.IGNORECASE)

@@ -15,6 +15,7 @@ from hetero_fl.data.sources import text as phrases
 from hetero_fl.experiment import prepare
 from hetero_fl.experiment.preparation import load_config
 from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.seeding import keyed_numpy_generator
 from tests.helpers.small_federations import changed
 
 HERE = Path(".")
@@ -69,7 +70,9 @@ def test_phones_write_private_words_that_nobody_else_knows() -> None:
     assert len(contacts) == 36
     written = {
         w
-        for words, _ in phrases.write_messages(phrases.writer(3), 300, phrases._draws("t"))
+        for words, _ in phrases.write_messages(
+            phrases.writer(3), 300, keyed_numpy_generator("data", "phrases", "t")
+        )
         for w in words
     }
     assert set(phrases.writer(3).contacts) <= written  # they do write them

@@ -174,7 +174,7 @@ def test_one_card_for_all_formats_of_a_model(run: hetero_fl.Run, tmp_path: Path)
     page = graph.card.read_text()
     assert [file["format"] for file in card["files"]] == ["safetensors", "onnx"]
     assert "site_2.onnx` needs numpy and onnxruntime" in page
-    assert "site_2.safetensors` is tensors alone" in page
+    assert "site_2.safetensors` holds tensors only" in page
     assert tensors.model.read_bytes() == (run.path / "models" / "site_2.safetensors").read_bytes()
     other = tmp_path / "other"
     hetero_fl.export(run, "site_2", "safetensors", other)

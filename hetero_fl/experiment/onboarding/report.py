@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 
 from hetero_fl.algorithms.distillation import TEACHER
 from hetero_fl.algorithms.onboarding import BACKBONE, BOTH, SCRATCH
-from hetero_fl.core.metrics import SMALLER_IS_BETTER, metric_names
+from hetero_fl.core.metrics import metric_names
 from hetero_fl.core.task import Task
-from hetero_fl.reporting.formatting import METRICS, MISSING, capitalize_first, format_significant
+from hetero_fl.reporting.comparison.tables import format_single
+from hetero_fl.reporting.formatting import METRICS, capitalize_first
 from hetero_fl.reporting.plots import style
 from hetero_fl.reporting.rendering import markdown_table, render
 from hetero_fl.reporting.run_directory import RunDirectory
@@ -72,7 +73,7 @@ def join_markdown(content: Json, task: Task) -> str:
             {
                 "metric": capitalize_first(METRICS[metric]),
                 "table": _metric_table(content, metric),
-                "consensus": _number(content["consensus"][metric], metric),
+                "consensus": format_single(content["consensus"][metric], metric),
             }
             for metric in shown_metrics(content, task)
         ],
@@ -99,16 +100,10 @@ def is_better(entry: Mapping[str, Any], scratch: Mapping[str, Any], metric: str)
 
 
 def _cell(entry: Json, scratch: Json, metric: str) -> str:
-    text = _number(entry[metric], metric)
+    text = format_single(entry[metric], metric)
     if entry[f"{metric}_std"] is not None:
-        text += f" ± {_number(entry[f'{metric}_std'], metric)}"
+        text += f" ± {format_single(entry[f'{metric}_std'], metric)}"
     return f"**{text}**" if is_better(entry, scratch, metric) else text
-
-
-def _number(value: float | None, metric: str) -> str:
-    if value is None:
-        return MISSING
-    return format_significant(value) if metric in ("mae", "rmse", "r2") else f"{100 * value:.1f}"
 
 
 def draw_join(content: Json, task: Task) -> Figure:
@@ -123,20 +118,14 @@ def draw_join(content: Json, task: Task) -> Figure:
             y = np.array([e[metric] for e in known])
             spread = np.array([e[f"{metric}_std"] or 0.0 for e in known])
             axes.plot(x, y, marker=MARKERS[way], color=COLOURS[way], label=WORDS[way])
-            low = y - spread
-            high = y + spread
-            if metric not in SMALLER_IS_BETTER and metric != "r2":
-                low = low.clip(0, 1)
-                high = high.clip(0, 1)  # shares
-            axes.fill_between(x, low, high, color=COLOURS[way], alpha=0.18, linewidth=0)
+            style.draw_band(axes, x, y, spread, metric, COLOURS[way], alpha=0.18)
         if content["consensus"][metric] is not None:
             axes.axhline(content["consensus"][metric], color=style.INK, linewidth=0.9, linestyle=(0, (1, 1.5)),
                          label="the run's consensus, no labels")  # fmt: skip
         axes.set_xscale("log")
         axes.set_xticks(content["patients"], [f"{n:,}" for n in content["patients"]])
         axes.minorticks_off()
-        axes.set_xlabel(f"labelled {content['unit']}")
-        axes.set_title(capitalize_first(METRICS[metric]))
+        axes.set(xlabel=f"labeled {content['unit']}", title=capitalize_first(METRICS[metric]))
     handles, words = panels[0].get_legend_handles_labels()
     figure.legend(handles, words, loc="outside lower center", ncols=5)
     return figure

@@ -301,12 +301,7 @@ def _draw(lines: Mapping[str, list[tuple[float, list[float]]]], metric: str, axi
         dashed = (0, (4, 2)) if is_bound(label) or place >= len(COLOURS) else "-"
         name = textwrap.fill(algorithm_name(label), 44, max_lines=2, placeholder=" …")
         axes.plot(rounds, mean, color=colour, linestyle=dashed, label=name)
-        low = mean - spread
-        high = mean + spread
-        if metric not in SMALLER_IS_BETTER and metric != "r2":
-            low = low.clip(0, 1)
-            high = high.clip(0, 1)  # shares
-        axes.fill_between(rounds, low, high, color=colour, alpha=0.15, linewidth=0)
+        style.draw_band(axes, rounds, mean, spread, metric, colour, alpha=0.15)
     axes.set_xlabel(axis)
     axes.xaxis.set_major_locator(
         MaxNLocator(8, integer=True, min_n_ticks=1) if axis == "round" else style.ticks(8)

@@ -140,9 +140,11 @@ def _against(rows: list[Json], pair: tuple[str, str], tested: dict[str, int], un
         if np.isfinite(values).any():
             ends = [np.nanmin(values), np.nanmax(values)]
             axes.plot(ends, ends, color=style.GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
-        axes.set_title(capitalize_first(metric_name(name, unit)))
-        axes.set_xlabel(f"{READINGS['personal']} (n = {format_range(tested.values())})")
-        axes.set_ylabel(READINGS["global"])
+        axes.set(
+            title=capitalize_first(metric_name(name, unit)),
+            xlabel=f"{READINGS['personal']} (n = {format_range(tested.values())})",
+            ylabel=READINGS["global"],
+        )
         axes.xaxis.set_major_locator(style.ticks())
         axes.yaxis.set_major_locator(style.ticks())
         axes.set_aspect("equal", adjustable="datalim")
@@ -221,8 +223,7 @@ def _stacked(ids: list[str], table: np.ndarray, names: tuple[str, ...], unit: st
                     left + count / 2, place, f"{count:.0f}", ha="center", va="center", fontsize=7.5
                 )
     axes.set_yticks(places, [style.shorten(i) for i in ids])
-    axes.set_ylim(len(ids) - 0.4, -0.6)
-    axes.set_xlabel(unit)
+    axes.set(ylim=(len(ids) - 0.4, -0.6), xlabel=unit)
     axes.grid(axis="y", visible=False)
     figure.legend(loc="outside lower center", ncols=len(names))
     return figure
@@ -246,11 +247,13 @@ def _stacked_many(
             label=style.shorten(name, 20),
             linewidth=0,
         )
-    axes.set_xlabel(f"{pluralize(len(table), 'client')}, {by}")
-    axes.set_ylabel(unit)
-    axes.set_xlim(edges[0], edges[-1])
-    axes.set_ylim(0, top.max())
-    axes.set_xticks([])
+    axes.set(
+        xlabel=f"{pluralize(len(table), 'client')}, {by}",
+        ylabel=unit,
+        xlim=(edges[0], edges[-1]),
+        ylim=(0, top.max()),
+        xticks=[],
+    )
     figure.legend(loc="outside lower center", ncols=len(names))
     return figure
 
@@ -277,17 +280,15 @@ def _bubbles(ids: list[str], table: np.ndarray, names: list[str]) -> Figure:
                 color=style.GREY,
             )
     words = [style.shorten(name, 12) for name in names]
-    axes.set_xticks(range(classes), words)
-    if sum(map(len, words)) > 75:  # they would run into each other
-        for label in axes.get_xticklabels():
-            label.set(rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_xticks(range(classes), words, **(style.SLANTED if sum(map(len, words)) > 75 else {}))
     axes.set_yticks(range(clients), [style.shorten(i) for i in ids])
-    axes.set_xlim(-0.5, classes - 0.3)
-    axes.set_ylim(clients - 0.4, -0.6)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    axes.tick_params(length=0)
-    axes.set_title("Examples by label (area is the count)")
+    style.remove_axes(axes)
+    axes.grid(True)
+    axes.set(
+        xlim=(-0.5, classes - 0.3),
+        ylim=(clients - 0.4, -0.6),
+        title="Examples by label (area is the count)",
+    )
     return figure
 
 
@@ -305,10 +306,8 @@ def _shares(ids: list[str], share: np.ndarray, names: list[str]) -> Figure:
     if clients <= FEW:
         axes.set_xticks(range(clients), [style.shorten(ids[i], 14) for i in order], rotation=90)
     else:
-        axes.set_xticks([])
-        axes.set_xlabel(f"{pluralize(clients, 'client')}, ordered by main label")
-    bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=30)
-    bar.set_label("share of the client's examples")
-    bar.outline.set_visible(False)
-    bar.ax.yaxis.set_major_locator(style.ticks())
+        axes.set(xticks=[], xlabel=f"{pluralize(clients, 'client')}, ordered by main label")
+    label = "share of the client's examples"
+    bar = style.add_colorbar(figure, image, axes, label, pad=0.01, aspect=30)
+    bar.yaxis.set_major_locator(style.ticks())
     return figure

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -40,10 +41,8 @@ def plot_curves(summary: Json, records: Sequence[Json], details: Json) -> Figure
     names = headline_metrics(summary, details)
     panels = figure.subplots(1, 2)
     for axes, name in zip(panels, names, strict=True):
-        for reading in READINGS:
-            draw_reading(axes, reading, name, [r["round"] for r in rounds], rounds, summary)
-        axes.set_title(capitalize_first(metric_name(name, details.get("unit", ""))))
-        axes.set_xlabel("round")
+        _draw_readings(axes, name, [r["round"] for r in rounds], rounds, summary)
+        axes.set(title=capitalize_first(metric_name(name, details.get("unit", ""))), xlabel="round")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.yaxis.set_major_locator(style.ticks())
         if not axes.lines:
@@ -55,9 +54,8 @@ def plot_curves(summary: Json, records: Sequence[Json], details: Json) -> Figure
                 ha="center",
             )
         if len(rounds) == 1:
-            axes.set_xlim(rounds[0]["round"] - 1, rounds[0]["round"] + 1)
-            axes.set_xticks([rounds[0]["round"]])
-        headroom(axes, name)
+            only = rounds[0]["round"]
+            axes.set(xlim=(only - 1, only + 1), xticks=[only])
     readings_legend(figure, summary, bands=True)
     return figure
 
@@ -76,66 +74,69 @@ def plot_communication(summary: Json, records: Sequence[Json], details: Json) ->
     name = selection_metric_of(summary, details)
     figure = style.figure(3.4, style.COLUMN)
     axes = figure.subplots()
-    for reading in READINGS:
-        draw_reading(
-            axes, reading, name, [x for _, x in kept], [r for r, _ in kept], summary, band=False
-        )
-    axes.set_xlabel(f"exchanged by all clients, up and down ({unit})")
-    axes.set_ylabel(metric_name(name, details.get("unit", "")))
+    x = [exchanged for _, exchanged in kept]
+    _draw_readings(axes, name, x, [r for r, _ in kept], summary, band=False)
+    axes.set(
+        xlabel=f"exchanged by all clients, up and down ({unit})",
+        ylabel=metric_name(name, details.get("unit", "")),
+        xlim=(0, 1.04 * total[-1] / factor),
+    )
     axes.xaxis.set_major_locator(style.ticks())
     axes.yaxis.set_major_locator(style.ticks())
-    axes.set_xlim(left=0, right=1.04 * total[-1] / factor)
-    headroom(axes, name)
     readings_legend(figure, summary, bands=False)
     return figure
 
 
-def draw_reading(
+def _draw_readings(
     axes: Axes,
-    reading: str,
-    name: str,
-    x: list[float],
-    rounds: list[Json],
+    metric: str,
+    x: Sequence[float],
+    rounds: Sequence[Json],
     summary: Json,
     band: bool = True,
 ) -> None:
-    """One reading's curve, its band, and its last and selected rounds; undefined rounds are left out."""
-    points = [
-        (at, r["round"], r[reading]) for at, r in zip(x, rounds, strict=True) if r.get(reading)
-    ]
-    points = [p for p in points if p[2].get(name) is not None]
-    if not points:
-        return
-    colour = style.READING_COLOURS[reading]
-    at = [p[0] for p in points]
-    mean = [p[2][name] for p in points]
-    axes.plot(
-        at, mean, color=colour, marker=style.READING_MARKERS[reading], markersize=2.2, linewidth=1.5
-    )
-    deviation = [p[2].get(f"{name}_std") for p in points]
-    if band and all(d is not None for d in deviation):
-        low = [m - d for m, d in zip(mean, deviation, strict=True)]
-        high = [m + d for m, d in zip(mean, deviation, strict=True)]
-        if name not in ("mae", "rmse", "perplexity"):
-            high = [min(h, 1.0) for h in high]
-        if len(at) > 1:
-            axes.fill_between(at, low, high, color=colour, alpha=0.13, linewidth=0)
-        else:  # one round has no area
-            axes.vlines(at, low, high, color=colour, alpha=0.35, linewidth=5)
-    axes.plot(
-        at[-1:],
-        mean[-1:],
-        marker="o",
-        markersize=6,
-        color=colour,
-        linestyle="none",
-        zorder=4,
-        clip_on=False,
-    )
-    chosen = (summary[reading] or {}).get("best_by_validation", {}).get("round")
-    for place, number, scores in points:
-        if number == chosen:
-            axes.plot([place], [scores[name]], **_SELECTED, markeredgecolor=colour)
+    """Draw a curve for each test set, with its band and its last and selected rounds.
+
+    Args:
+        axes: Where they are drawn.
+        metric: The metric; rounds in which it is undefined are left out.
+        x: The position of each round.
+        rounds: Records of the rounds.
+        summary: Content of `summary.json`.
+        band: Whether the standard deviation over clients is drawn.
+    """
+    for reading in READINGS:
+        points = [
+            (at, record["round"], record[reading])
+            for at, record in zip(x, rounds, strict=True)
+            if record.get(reading) and record[reading].get(metric) is not None
+        ]
+        if not points:
+            continue
+        colour = style.READING_COLOURS[reading]
+        at = [p[0] for p in points]
+        mean = np.array([p[2][metric] for p in points])
+        marker = style.READING_MARKERS[reading]
+        axes.plot(at, mean, color=colour, marker=marker, markersize=2.2, linewidth=1.5)
+        deviation = [p[2].get(f"{metric}_std") for p in points]
+        if band and None not in deviation:
+            low = mean - deviation
+            high = mean + deviation
+            if metric not in ("mae", "rmse", "perplexity"):
+                high = high.clip(max=1.0)
+            if len(at) > 1:
+                axes.fill_between(at, low, high, color=colour, alpha=0.13, linewidth=0)
+            else:  # one round has no area
+                axes.vlines(at, low, high, color=colour, alpha=0.35, linewidth=5)
+        axes.plot(at[-1:], mean[-1:], "o", markersize=6, color=colour, zorder=4, clip_on=False)
+        chosen = (summary[reading] or {}).get("best_by_validation", {}).get("round")
+        for place, number, scores in points:
+            if number == chosen:
+                axes.plot([place], [scores[metric]], **_SELECTED, markeredgecolor=colour)
+    if metric in ("accuracy", "top3_accuracy", "balanced_accuracy", "auroc", "average_precision"):
+        # shares stay within 0 and 1, and a flat curve is not magnified
+        bottom, top = axes.get_ylim()
+        axes.set_ylim(max(0.0, bottom), min(1.0, max(top, bottom + 0.1)))
 
 
 _SELECTED: dict[str, Any] = {
@@ -147,13 +148,6 @@ _SELECTED: dict[str, Any] = {
     "zorder": 5,
     "clip_on": False,
 }
-
-
-def headroom(axes: Axes, name: str) -> None:
-    """Shares stay within 0 and 1, and a flat curve is not magnified."""
-    low, high = axes.get_ylim()
-    if name in ("accuracy", "top3_accuracy", "balanced_accuracy", "auroc", "average_precision"):
-        axes.set_ylim(max(0.0, low), min(1.0, max(high, low + 0.1)))
 
 
 def readings_legend(
@@ -215,11 +209,13 @@ def plot_privacy(summary: Json, records: Sequence[Json]) -> Figure | None:
         markersize=2.6,
         linewidth=1.5,
     )
-    axes.set_xlabel("round")
-    axes.set_ylabel(f"ε spent, at δ = {summary['privacy']['delta']:g}")
+    axes.set(
+        xlabel="round",
+        ylabel=f"ε spent, at δ = {summary['privacy']['delta']:g}",
+        xlim=(0, None),
+        ylim=(0, None),
+    )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
     return figure
 
 
@@ -251,15 +247,14 @@ def plot_time(summary: Json, records: Sequence[Json], details: Json) -> Figure |
     left, right = figure.subplots(1, 2)
     name = selection_metric_of(summary, details)
     read = [r for r in told if r.get("personal") or r.get("global")]
-    for reading in READINGS:
-        draw_reading(
-            left, reading, name, [r["simulated"]["end"] / factor for r in read], read, summary
-        )
-    left.set_title(capitalize_first(metric_name(name, details.get("unit", ""))))
-    left.set_xlabel(f"simulated {unit}")
+    ends = [r["simulated"]["end"] / factor for r in read]
+    _draw_readings(left, name, ends, read, summary)
+    left.set(
+        title=capitalize_first(metric_name(name, details.get("unit", ""))),
+        xlabel=f"simulated {unit}",
+        xlim=(0, 1.04 * told[-1]["simulated"]["end"] / factor),
+    )
     left.xaxis.set_major_locator(style.ticks())
-    left.set_xlim(0, 1.04 * told[-1]["simulated"]["end"] / factor)
-    headroom(left, name)
     _counts(right, told)
     readings_legend(figure, summary, bands=True, more=_outcomes(told))
     return figure
@@ -282,9 +277,7 @@ def _counts(axes: Axes, records: Sequence[Json]) -> None:
     skipped = [r["round"] for r in records if r.get("skipped")]
     top = max(below)
     axes.plot(skipped, [1.05 * top] * len(skipped), "x", color=style.INK, markersize=4)
-    axes.set_ylim(0, 1.12 * top)
-    axes.set_title("Invited clients")
-    axes.set_xlabel("round")
+    axes.set(ylim=(0, 1.12 * top), title="Invited clients", xlabel="round")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.grid(axis="x", visible=False)
@@ -292,7 +285,9 @@ def _counts(axes: Axes, records: Sequence[Json]) -> None:
 
 def _outcomes(records: Sequence[Json]) -> list[Patch | Line2D]:
     marks: list[Patch | Line2D] = [
-        Patch(color=colour, label=what) for what, colour in OUTCOMES.items() if _any(records, what)
+        Patch(color=colour, label=what)
+        for what, colour in OUTCOMES.items()
+        if any(record["counts"][what] for record in records)
     ]
     if any(r.get("skipped") for r in records):
         cross: dict[str, Any] = {
@@ -303,10 +298,6 @@ def _outcomes(records: Sequence[Json]) -> list[Patch | Line2D]:
         }
         marks.append(Line2D([], [], label="too few: nothing changed", **cross))
     return marks
-
-
-def _any(records: Sequence[Json], what: str) -> bool:
-    return any(r["counts"][what] for r in records)
 
 
 def plot_tasks(summary: Json, records: Sequence[Json], details: Json) -> Figure | None:
@@ -324,28 +315,23 @@ def plot_tasks(summary: Json, records: Sequence[Json], details: Json) -> Figure 
     axes = figure.subplots()
     for what, colour in OUTCOMES.items():
         bars = [
-            (turn[c], a / factor, b / factor)
-            for c, a, b, found in rows
-            if c in turn and found == what
+            (turn[client], start / factor, end / factor)
+            for client, start, end, outcome in rows
+            if client in turn and outcome == what
         ]
-        places = [b[0] for b in bars]
-        starts = [b[1] for b in bars]
-        widths = [b[2] - b[1] for b in bars]
-        axes.barh(places, widths, 0.7, left=starts, color=colour, edgecolor="white", linewidth=0.2)
-    for record in told:
-        axes.axvline(
-            record["simulated"]["end"] / factor,
-            color=style.GREY,
-            linewidth=0.6,
-            linestyle=(0, (2, 2)),
-            zorder=0,
-        )
-    axes.set_yticks(range(len(turn)), [style.shorten(id) for id in turn], fontsize=style.SMALLEST)
-    axes.set_ylim(len(turn) - 0.4, -0.6)
-    axes.set_xlim(0, 1.01 * told[-1]["simulated"]["end"] / factor)
-    axes.set_xlabel(f"simulated {unit}")
-    axes.grid(visible=False)
+        places, starts, stops = np.array(bars).reshape(-1, 3).T
+        look: dict[str, Any] = {"color": colour, "edgecolor": "white", "linewidth": 0.2}
+        axes.barh(places, stops - starts, 0.7, left=starts, **look)
     ends: dict[str, Any] = {"color": style.GREY, "linewidth": 0.6, "linestyle": (0, (2, 2))}
+    for record in told:
+        axes.axvline(record["simulated"]["end"] / factor, zorder=0, **ends)
+    axes.set_yticks(range(len(turn)), [style.shorten(id) for id in turn], fontsize=style.SMALLEST)
+    axes.set(
+        xlim=(0, 1.01 * told[-1]["simulated"]["end"] / factor),
+        ylim=(len(turn) - 0.4, -0.6),
+        xlabel=f"simulated {unit}",
+    )
+    axes.grid(visible=False)
     figure.legend(
         handles=[
             *_outcomes([{**r, "skipped": False} for r in told]),
@@ -373,8 +359,7 @@ def plot_staleness(summary: Json, records: Sequence[Json], details: Json) -> Fig
     axes.axvline(
         mean, color=style.INK, linewidth=0.9, linestyle=(0, (4, 2)), label=f"mean {mean:.1f}"
     )
-    axes.set_xlabel("versions made since the task was given out")
-    axes.set_ylabel("uploads taken")
+    axes.set(xlabel="versions made since the task was given out", ylabel="uploads taken")
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.grid(axis="x", visible=False)

@@ -101,10 +101,9 @@ def _matrices(panels: list[Panel], names: Sequence[str], columns: int, side: flo
             axes.set_ylabel("\n".join([*([words] if words else []), "true class"]), fontsize=8)
         if below:
             axes.set_xlabel("predicted class", fontsize=8)
-    bar = figure.colorbar(grid[0].images[0], ax=grid, fraction=0.03, pad=0.015, aspect=30)
-    bar.set_label("share of the true class")
-    bar.outline.set_visible(False)
-    bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    size = {"fraction": 0.03, "pad": 0.015, "aspect": 30}
+    bar = style.add_colorbar(figure, grid[0].images[0], grid, "share of the true class", **size)
+    bar.yaxis.set_major_formatter(PercentFormatter(1.0))
     return figure
 
 
@@ -153,13 +152,14 @@ def _matrix(
     shown = list(style.thin_labels(classes, 10))
     words = [style.shorten(names[c], 11) for c in shown]
     axes.set_yticks(shown, words if left else [""] * len(shown), fontsize=style.SMALLEST)
-    axes.set_xticks(shown, words if below else [""] * len(shown), fontsize=style.SMALLEST)
     longest = max(map(len, words))
+    turned: dict[str, Any] = {}
     if classes > 4 and longest > 2:
-        axes.tick_params(axis="x", rotation=90)
+        turned = {"rotation": 90}
     elif longest > 7:
-        for label in axes.get_xticklabels():
-            label.set(rotation=30, ha="right", rotation_mode="anchor")
+        turned = style.SLANTED
+    labels = words if below else [""] * len(shown)
+    axes.set_xticks(shown, labels, fontsize=style.SMALLEST, **turned)
 
 
 def plot_calibration(summary: Json, details: Json) -> Figure | None:
@@ -182,8 +182,7 @@ def plot_calibration(summary: Json, details: Json) -> Figure | None:
         left = place % columns == 0
         below = place + columns >= len(group)
         axes.tick_params(labelleft=left, labelbottom=below)
-        axes.set_xlabel("confidence" if below else "")
-        axes.set_ylabel("accuracy" if left else "")
+        axes.set(xlabel="confidence" if below else "", ylabel="accuracy" if left else "")
     handles: list[Line2D] = [
         Line2D(
             [],
@@ -242,11 +241,7 @@ def _reliability(axes: Axes, readings: Mapping[str, Json], tested: int) -> None:
             "textcoords": "offset points",
         }
         axes.annotate(text, (0, 1), fontsize=style.SMALLEST, color=colour, **at)
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1)
-    axes.set_aspect("equal")
-    axes.set_xticks([0, 0.5, 1])
-    axes.set_yticks([0, 0.5, 1])
+    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
 
 
 def _merge_calibrations(a: Mapping[str, Json], b: Mapping[str, Json]) -> dict[str, Json]:

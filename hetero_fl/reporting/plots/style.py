@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
+
+from hetero_fl.core.metrics import SMALLER_IS_BETTER
 
 WIDTH = 7.2
 COLUMN = 3.5
@@ -124,6 +128,54 @@ def remove_axes(axes: Axes) -> None:
 def text_color(shade: float) -> str:
     """The colour of writing on a cell of the map `Blues` at this shade (0 to 1)."""
     return "white" if shade > 0.55 else INK
+
+
+SLANTED: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
+"""Properties of tick labels that would run into each other otherwise."""
+
+
+def draw_band(
+    axes: Axes,
+    x: Sequence[float],
+    mean: np.ndarray,
+    deviation: np.ndarray,
+    metric: str,
+    color: str,
+    alpha: float,
+) -> None:
+    """Draw a band of one standard deviation around a curve.
+
+    Args:
+        axes: Where the curve is.
+        x: Its positions.
+        mean: Its values.
+        deviation: Their standard deviations.
+        metric: What they measure; bands of shares stay within 0 and 1.
+        color: The color of the curve.
+        alpha: Opacity of the band.
+    """
+    low = mean - deviation
+    high = mean + deviation
+    if metric not in SMALLER_IS_BETTER and metric != "r2":
+        low = low.clip(0, 1)
+        high = high.clip(0, 1)
+    axes.fill_between(x, low, high, color=color, alpha=alpha, linewidth=0)
+
+
+def add_colorbar(figure: Figure, image: AxesImage, axes: Any, label: str, **place: Any) -> Axes:
+    """Add a color bar without a frame, and return its axes.
+
+    Args:
+        figure: The figure.
+        image: The image whose colors it explains.
+        axes: The axes, or all axes, that make room for it.
+        label: What the colors stand for.
+        place: Size and padding, as `Figure.colorbar` takes them.
+    """
+    bar = figure.colorbar(image, ax=axes, **place)
+    bar.set_label(label)
+    bar.outline.set_visible(False)
+    return bar.ax
 
 
 def thin_labels(count: int, most: int) -> range:

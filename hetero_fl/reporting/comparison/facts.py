@@ -20,7 +20,6 @@ from hetero_fl.reporting.formatting import (
     algorithm_base,
     algorithm_name,
     capitalize_first,
-    format_metric,
     format_range,
     local_test_rows,
     metric_name,
@@ -30,6 +29,7 @@ from hetero_fl.reporting.formatting import (
     tested_metric,
 )
 from hetero_fl.reporting.methods import is_baseline, is_bound
+from hetero_fl.reporting.rendering import render_line
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.errors import PACKAGE, UserError
 from hetero_fl.utils.text import pluralize
@@ -229,67 +229,61 @@ class ComparisonFacts:
 def gather_facts(
     out: Path, rows: Sequence[Row], missing: Mapping[str, str] | None = None
 ) -> ComparisonFacts:
-    """Gather it for a comparison in `out`; facts whose files are missing are left out.
+    """Gather the facts about a comparison; those whose files are missing are left out.
 
-    `missing`: what is not in it, and why.
+    Args:
+        out: The folder of the comparison.
+        rows: One row for each run.
+        missing: Why a method, or a run of it, is not among the rows.
     """
     runs = _runs(out, rows)
     labels = list(dict.fromkeys(str(row["algorithm"]) for row in rows))
     seeds = list(dict.fromkeys(row["seed"] for row in rows))
     jobs = _jobs(out)
-    facts: list[tuple[str, str]] = []
-    home = warning = ""
+    facts = {}
+    local_test_note = ""
+    warning = ""
     if runs:
         summary = runs[0].summary()
         details = runs[0].details()
-        config = runs[0].config()
-        facts += [
-            ("Data", _data(summary, details)),
-            ("Clients", _clients(summary, details, config)),
-        ]
-        tested = [local_test_rows(run.details()) for run in runs]
-        if any(n for found in tested for n in found.values()):
-            home = f"Local test: n = {format_range(n for found in tested for n in found.values())} rows a client over all seeds."
-            fewest = {
-                client: min(found.get(client, n) for found in tested)
-                for client, n in tested[0].items()
-            }
-            home = f"{home} {small_test_note(fewest)}".strip()
-            facts += [("Local test rows", home.removeprefix("Local test: "))]
+        about = details.get("about", "")
+        facts["Data"] = render_line("comparison_data.txt", data=summary["data"], about=about)
+        facts["Clients"] = _clients(summary, details, runs[0].config())
+        if note := _local_test_note([local_test_rows(run.details()) for run in runs]):
+            facts["Local test rows"] = note
+            local_test_note = f"Local test: {note}"
         completed = {run.summary()["rounds_completed"] for run in runs}
-        facts += [
-            (
-                "Rounds",
-                format_range(completed)
-                + (" (some runs stopped early)" if len(completed) > 1 else ""),
+        stopped = " (some runs stopped early)" if len(completed) > 1 else ""
+        facts["Rounds"] = format_range(completed) + stopped
+        if rules := summary.get("baselines"):
+            facts["Simple rules"] = render_line(
+                "simple_rules.txt",
+                rules=rules,
+                metric=selection_metric_of(summary, details),
+                unit=details.get("unit", ""),
+                readings=READINGS,
             )
-        ]
-        facts += _baseline_facts(summary, details)
         if summary["data"]["simulated"]:
             warning = "Generated data stood in for the real set. These figures say nothing about real data."
-    facts += [("Seeds", ", ".join(map(str, seeds)))]
+    facts["Seeds"] = ", ".join(map(str, seeds))
     if jobs is not None:
-        facts += [("At a time", pluralize(jobs, "run"))]
-    facts += [(f"Without {name}", why) for name, why in (missing or {}).items()]
-    return ComparisonFacts(tuple(facts), warning, _command() or _call(labels, seeds), jobs, home)
+        facts["At a time"] = pluralize(jobs, "run")
+    facts |= {f"Without {name}": why for name, why in (missing or {}).items()}
+    command = _command() or _call(labels, seeds)
+    return ComparisonFacts(tuple(facts.items()), warning, command, jobs, local_test_note)
 
 
-def _baseline_facts(summary: Json, details: Json) -> list[tuple[str, str]]:
-    """What simple rules reach on the same rows, where the data brings any."""
-    metric = selection_metric_of(summary, details)
-    told = []
-    for rule, readings in summary.get("baselines", {}).items():
-        found = [
-            f"{READINGS[r]} {format_metric(readings[r].get(metric), metric)}"
-            for r in ("personal", "global")
-            if readings.get(r)
-        ]
-        told.append(f"{rule} {', '.join(found)}")
-    return (
-        [("Simple rules", f"{metric_name(metric, details.get('unit', ''))}: {'; '.join(told)}")]
-        if told
-        else []
-    )
+def _local_test_note(tested: Sequence[Mapping[str, int]]) -> str:
+    """Return how many local test rows clients have over all runs; empty if they have none."""
+    counts = [count for rows in tested for count in rows.values()]
+    if not any(counts):
+        return ""
+    fewest = {
+        client: min(rows.get(client, count) for rows in tested)
+        for client, count in tested[0].items()
+    }
+    note = f"n = {format_range(counts)} rows a client over all seeds."
+    return f"{note} {small_test_note(fewest)}".strip()
 
 
 def _runs(out: Path, rows: Sequence[Row]) -> list[RunDirectory]:
@@ -308,29 +302,18 @@ def _runs(out: Path, rows: Sequence[Row]) -> list[RunDirectory]:
     return [run for _, run in sorted(found, key=lambda pair: pair[0])]
 
 
-def _data(summary: Json, details: Json) -> str:
-    data = summary["data"]
-    about = f": {details['about']}" if details.get("about") else ""
-    parts = [pluralize(data["n_train"], "training row")]
-    parts += [f"{data['n_test']:,} in the global test set"] if data["n_test"] else []
-    parts += [f"{data['n_proxy']:,} in the public proxy set"] if data["n_proxy"] else []
-    return f"{data['name']}{about}. {', '.join(parts)}."
-
-
 def _clients(summary: Json, details: Json, config: Json) -> str:
-    kinds: dict[str, list[str]] = {}
+    clients_by_model: dict[str, list[str]] = {}
     for client in summary["clients"]:
-        kinds.setdefault(_own_model(client, details), []).append(client["id"])
-    groups = []
-    for model, ids in kinds.items():
-        named = ", ".join(ids) if len(ids) <= NAMED else f"{ids[0]}, {ids[1]} … {ids[-1]}"
-        groups.append(f"{len(ids)} × {model} ({named})")
-    sampled = (config.get("clients") or {}).get("per_round")
-    each = f"; {sampled} of them in a round" if sampled else ""
-    count = population(summary, details)
-    models = pluralize(len(kinds), "model")
-    read = f"; {len(summary['clients']):,} of them read" if count > len(summary["clients"]) else ""
-    return f"{pluralize(count, 'client')}, {models}{each}{read}: {'; '.join(groups)}."
+        clients_by_model.setdefault(_own_model(client, details), []).append(client["id"])
+    return render_line(
+        "comparison_clients.txt",
+        clients_by_model=clients_by_model,
+        population=population(summary, details),
+        evaluated=len(summary["clients"]),
+        sampled=(config.get("clients") or {}).get("per_round"),
+        named=NAMED,
+    )
 
 
 def _own_model(client: Json, details: Json) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 from click import Context, Group, Option, Parameter
@@ -19,46 +20,25 @@ from hetero_fl.cli.run_options import (
     allow_code_option,
     code_permission,
     command,
-    load_checked_run,
     make_printer,
-    print_results_location,
     quiet_option,
     run_argument,
-    run_options,
+    training_command,
 )
 from hetero_fl.utils.code_permission import find_references
 from hetero_fl.utils.errors import UserError, suggest_or_list, suggest_similar
 from hetero_fl.utils.version import __version__
 
+if TYPE_CHECKING:
+    from hetero_fl.reporting.run import Run
 
-@command()
-@run_options
-def train(
-    overrides: tuple[str, ...],
-    config: Path | None,
-    out: Path | None,
-    resume: bool,
-    check: bool,
-    allow_code: bool,
-    quiet: bool,
-) -> None:
+
+@training_command
+def train(source: Path, **options: Any) -> Run:
     """Train one federation and write its run directory."""
-    permission = code_permission(allow_code)
-    say = make_printer(quiet)
-    source = load_checked_run(config, overrides, out, resume, check, permission, say)
-    if source is None:
-        return
     from hetero_fl import experiment
 
-    finished = experiment.run(
-        source,
-        out=out,
-        resume=resume,
-        overrides=overrides,
-        quiet=quiet,
-        allow_code=permission,
-    )
-    print_results_location(finished, say)
+    return experiment.run(source, **options)
 
 
 @command()

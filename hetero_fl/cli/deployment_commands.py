@@ -17,11 +17,8 @@ from hetero_fl.cli.run_options import (
     allow_code_option,
     code_permission,
     command,
-    load_checked_run,
-    make_printer,
-    print_results_location,
     quiet_option,
-    run_options,
+    training_command,
 )
 from hetero_fl.utils.errors import UserError, printable
 from hetero_fl.utils.processes import CompanionProcess
@@ -29,47 +26,25 @@ from hetero_fl.utils.processes import CompanionProcess
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from hetero_fl.reporting.run import Run
+
 LAUNCHER = "hetero_fl.deployment.local.fork_server"
 CERTIFICATES_HINT = "`hetero-fl certificates` makes one"
 ADDRESS = re.compile(r"(https?://.+)|([^/\s]+:\d+)")
 
 
-@command()
-@run_options
-def federate(
-    overrides: tuple[str, ...],
-    config: Path | None,
-    out: Path | None,
-    resume: bool,
-    check: bool,
-    allow_code: bool,
-    quiet: bool,
-) -> None:
+@training_command
+def federate(source: Path, **options: Any) -> Run:
     """Train as a real federation on this machine, a process for each client."""
-    permission = code_permission(allow_code)
-    say = make_printer(quiet)
-    source = load_checked_run(config, overrides, out, resume, check, permission, say)
-    if source is None:
-        return
     # before torch is loaded here: the nodes load it in the same time
     launcher = CompanionProcess(LAUNCHER)
     with launcher:
         from hetero_fl.deployment.local.launcher import run_local_federation
 
-        finished = run_local_federation(
-            source,
-            out=out,
-            resume=resume,
-            overrides=overrides,
-            quiet=quiet,
-            launcher=launcher,
-            allow_code=permission,
-        )
-    print_results_location(finished, say)
+        return run_local_federation(source, launcher=launcher, **options)
 
 
-@command()
-@run_options
+@training_command
 @click.option(
     "--server",
     "server_file",
@@ -77,36 +52,13 @@ def federate(
     metavar="FILE",
     help=f"address of the server and the nodes that may connect; {CERTIFICATES_HINT}",
 )
-def server(
-    overrides: tuple[str, ...],
-    config: Path | None,
-    out: Path | None,
-    resume: bool,
-    check: bool,
-    server_file: Path | None,
-    allow_code: bool,
-    quiet: bool,
-) -> None:
+def server(source: Path, server_file: Path | None, **options: Any) -> Run:
     """Train with nodes on other machines."""
-    permission = code_permission(allow_code)
-    say = make_printer(quiet)
-    source = load_checked_run(config, overrides, out, resume, check, permission, say)
-    if source is None:
-        return
     if server_file is None:
         raise UserError(f"--server is missing: name a file ({CERTIFICATES_HINT})")
     from hetero_fl.deployment.server import run_server
 
-    finished = run_server(
-        source,
-        server_file,
-        out=out,
-        resume=resume,
-        overrides=overrides,
-        allow_code=permission,
-        quiet=quiet,
-    )
-    print_results_location(finished, say)
+    return run_server(source, server_file, **options)
 
 
 @command()

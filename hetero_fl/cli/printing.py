@@ -28,6 +28,7 @@ from hetero_fl.federation.cost import DryRun, communication_cost
 from hetero_fl.federation.executors.choose import choose_executor
 from hetero_fl.federation.federation import SOME
 from hetero_fl.federation.simulation.schedule import SimulationEnvironment
+from hetero_fl.reporting.formatting import format_bytes
 from hetero_fl.utils.serialization import num_tensor_bytes
 from hetero_fl.utils.text import pluralize
 
@@ -44,10 +45,8 @@ def print_check(prepared: PreparedRun) -> None:
         "client", "model", "rows", "parameters", "down", "up", title=f"cost of {prepared.name}"
     )
     config = prepared.config
-    parameters = {}
     archs = {kind.arch: list(kind.models.values()) for kind in federation.client_infos.profiles}
-    for arch in archs:
-        parameters[arch] = _parameters(arch)
+    parameters = {arch: _parameters(arch) for arch in archs}
     environment = SimulationEnvironment.from_config(federation, config)
     is_async = config.runtime.mode == "async"
     cost = communication_cost(
@@ -59,13 +58,13 @@ def print_check(prepared: PreparedRun) -> None:
     )
     for id in federation.num_evaluated:
         card = federation.client_infos[id]
-        sizes = (_size(cost.down[id] + cost.evaluation[id]), _size(cost.up[id]))
         table.add_row(
             id,
             card.arch.display_name,
             str(card.num_rows),
             f"{parameters[card.arch]:,}",
-            *sizes,
+            format_bytes(cost.down[id] + cost.evaluation[id]),
+            format_bytes(cost.up[id]),
         )
     if others := len(federation.client_infos) - len(federation.num_evaluated):
         table.add_row(f"and {others:,} more", "", "", "", "", "")
@@ -79,9 +78,9 @@ def print_check(prepared: PreparedRun) -> None:
     is_bound = at_most and not is_async and not environment.simulated
     total = up + down + reading
     console.print(
-        f"{'at most' if is_bound else 'about'} {_size(total)} in "
-        f"{pluralize(config.rounds, 'round')}: {_size(up)} up, {_size(down + reading)} down, "
-        f"{_size(reading)} of it to evaluate; {_size(total / config.rounds)} per round"
+        f"{'at most' if is_bound else 'about'} {format_bytes(total)} in "
+        f"{pluralize(config.rounds, 'round')}: {format_bytes(up)} up, {format_bytes(down + reading)} down, "
+        f"{format_bytes(reading)} of it to evaluate; {format_bytes(total / config.rounds)} per round"
     )
     if is_async:
         console.print(
@@ -92,7 +91,7 @@ def print_check(prepared: PreparedRun) -> None:
     largest = max(sum(map(_parameters, models)) for models in archs.values()) * 4
     groups = num_tensor_bytes(list(DryRun(prepared.method, federation).server.models.values()))
     console.print(
-        f"memory for models, about: {_size(groups)} at the server, {_size(4 * largest)} for the client being trained"
+        f"memory for models, about: {format_bytes(groups)} at the server, {format_bytes(4 * largest)} for the client being trained"
     )
     for note in prepared.notes:
         console.print(f"note: {note}")
@@ -125,16 +124,6 @@ def print_draft(config: Config, refused: Mapping[str, str]) -> None:
 
 def _parameters(arch: ModelSpec) -> int:
     return sum(math.prod(arch.shapes[name]) for name in arch.parameter_names)
-
-
-def _size(num_bytes: float) -> str:
-    if num_bytes < 1e3:
-        return f"{num_bytes:.0f} B"
-    if num_bytes < 1e6:
-        return f"{num_bytes / 1e3:.1f} kB"
-    if num_bytes < 1e9:
-        return f"{num_bytes / 1e6:.1f} MB"
-    return f"{num_bytes / 1e9:.2f} GB"
 
 
 # `hetero-fl methods`: what methods there are, in the words of their docstrings, and what their

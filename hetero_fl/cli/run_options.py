@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -70,6 +70,47 @@ def run_options(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
+def training_command(function: Callable[..., Run]) -> click.Command:
+    """Make the command of a function that trains, with the options of `run_options`.
+
+    The function receives the configuration, the command's own options, and `out`, `resume`,
+    `overrides`, `quiet` and `allow_code` as `hetero_fl.run` takes them; it returns the finished
+    run. With `--check` it is not called.
+    """
+
+    @run_options
+    @wraps(function)
+    def train(
+        overrides: tuple[str, ...],
+        config: Path | None,
+        out: Path | None,
+        resume: bool,
+        check: bool,
+        allow_code: bool,
+        quiet: bool,
+        **own_options: Any,
+    ) -> None:
+        permission = code_permission(allow_code)
+        say = make_printer(quiet)
+        source = load_checked_run(config, overrides, out, resume, check, permission, say)
+        if source is None:
+            return
+        finished = function(
+            source,
+            out=out,
+            resume=resume,
+            overrides=overrides,
+            quiet=quiet,
+            allow_code=permission,
+            **own_options,
+        )
+        if (finished.path / "report.html").exists():
+            say(f"report: {finished.path / 'report.html'}")
+        print(finished.path)
+
+    return command()(train)
+
+
 def make_printer(quiet: bool) -> Callable[[str], None]:
     """Return what prints a notice to stderr, or does nothing with `--quiet`."""
 
@@ -107,7 +148,16 @@ def load_checked_run(
     permission: CodePermission,
     say: Callable[[str], None],
 ) -> Path | None:
-    """Return the configuration of the run that the options name; None if it was only to be checked, and has been.
+    """Return the configuration of the run that the options name; None if it was only to be checked.
+
+    Args:
+        config: `--config`.
+        overrides: Changes to the configuration.
+        out: `--out`.
+        resume: `--resume`.
+        check: `--check`: print the configuration and the expected cost.
+        permission: Whether code that the configuration names may run.
+        say: Prints a notice.
 
     Raises:
         UserError: If the options name no run.
@@ -139,13 +189,6 @@ def load_checked_run(
     if resume and out is not None and _is_vacant(out):
         say(f"nothing to resume in {out}: starting a new run{_similar_run(out)}")
     return config
-
-
-def print_results_location(finished: Run, say: Callable[[str], None]) -> None:
-    """Print where the results of a run are."""
-    if (finished.path / "report.html").exists():
-        say(f"report: {finished.path / 'report.html'}")
-    print(finished.path)
 
 
 def _similar_run(out: Path) -> str:

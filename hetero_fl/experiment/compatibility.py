@@ -39,11 +39,12 @@ Facts = TypeVar("Facts", bound=ConfigFacts)
 
 @dataclass(frozen=True)
 class CompatibilityRule(Generic[Facts]):
-    """A combination of settings that cannot work.
+    """A combination of settings that cannot work, or that may not be meant.
 
     Args:
         keys: The two configuration keys, as the message names them.
-        violation: Returns something true if a run violates the rule.
+        violation: Returns something true if a run violates the rule; a list if it does so more
+            than once.
         message: The line that the user reads. `{run...}` is filled in from the facts; `{found}`, or
             the names in a mapping, from what `violation` returns.
     """
@@ -52,19 +53,22 @@ class CompatibilityRule(Generic[Facts]):
     violation: Callable[[Facts], Any]
     message: str
 
-    def line(self, run: Facts) -> str | None:
-        """Return the message if the run violates the rule."""
+    def lines(self, run: Facts) -> list[str]:
+        """Return the message for each violation, usually none or one."""
         found = self.violation(run)
         if not found:
-            return None
-        values = found if isinstance(found, Mapping) else {"found": found}
-        return self.message.format(run=run, **values)
+            return []
+        lines = []
+        for one in found if isinstance(found, list) else [found]:
+            values = one if isinstance(one, Mapping) else {"found": one}
+            lines.append(self.message.format(run=run, **values))
+        return lines
 
 
 def check_rules(rules: Mapping[str, CompatibilityRule[Facts]], run: Facts) -> None:
     """Raise UserError for the first rule that a run violates."""
     for rule in rules.values():
-        if (line := rule.line(run)) is not None:
+        for line in rule.lines(run):
             raise UserError(line)
 
 

@@ -25,8 +25,10 @@ from hetero_fl.algorithms.base import (
     shared_part,
     shared_part_of,
 )
+from hetero_fl.communication.secure_aggregation.crypto import num_neighbours
 from hetero_fl.communication.secure_aggregation.protocol import TensorKey, VectorLayout
 from hetero_fl.config import Config
+from hetero_fl.config.base import StalenessConfig
 from hetero_fl.config.population import Population
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import ClientInfo, ClientProfile, floating_tensors
@@ -42,6 +44,7 @@ from hetero_fl.privacy.client import uploadable_items
 from hetero_fl.robustness.robust_means import AggregationRules, RobustModelMeans
 from hetero_fl.robustness.rules import PredictionRule, Rule, prediction_rule, rule
 from hetero_fl.utils.errors import UserError, suggest_or_list
+from hetero_fl.utils.text import format_list
 from model_zoo import is_batch_norm, model_options
 
 ROBUST_KEYS = ("rule", "predictions", "statistics")
@@ -221,6 +224,19 @@ class RunFacts(ConfigFacts):
         initial = self.federation.initial_tensors(kind.arch)
         return shareable_tensors(self.algorithm, kind.arch, initial, part)
 
+    def architectures_alone(self) -> dict[str, str] | None:
+        """Return the architectures of clients that average with no other client."""
+        groups = dict.fromkeys(kind.arch.spec_id for kind in self.clients_alone)
+        if not groups:
+            return None
+        return {"groups": ", ".join(groups), "verb": "stands" if len(groups) == 1 else "stand"}
+
+    def num_evaluated(self) -> int | None:
+        """Return how many clients are evaluated, if not all that are honest."""
+        evaluated = len(self.federation.evaluated_clients)
+        malicious = len(self.malicious.ids) if self.malicious else 0
+        return evaluated if evaluated < self.num_clients - malicious else None
+
     # Training ---------------------------------------------------------------------------------
 
     @cached_property
@@ -295,9 +311,26 @@ class RunFacts(ConfigFacts):
             return {"key": "devices", "client": instant}
         return None
 
+    @property
+    def staleness(self) -> StalenessConfig:
+        """How uploads are weighted by their staleness: as the method says, else as configured."""
+        return self.policy.staleness or self.config.runtime.staleness
+
+    @property
+    def staleness_key(self) -> str:
+        """The section of the configuration that `staleness` is from."""
+        return "runtime.staleness" if self.policy.staleness is None else "algorithm"
+
     # Secure aggregation -----------------------------------------------------------------------
 
-    def clients_alone_in_sum(self) -> list[ClientProfile]:
+    def needed_neighbors(self) -> int | None:
+        """Return with how many clients each has to share masks, if fewer are configured."""
+        if self.secure_sum is None or self.secure_sum.neighbours is None:
+            return None
+        needed = num_neighbours(self.cohort, self.secure_sum.min_survivors(self.cohort))
+        return needed if self.secure_sum.neighbours < needed else None
+
+    def clients_alone_in_sum(self) -> str:
         """Return the clients of which a sum holds something that no other client sends."""
         derived = DerivedSetup(self.algorithm, self.federation)
         layout = VectorLayout(derived.expectations.specs, self.federation.common)
@@ -307,7 +340,8 @@ class RunFacts(ConfigFacts):
             form = derived.upload_form(kind.first, kind.settings.share_every - 1)
             keys: set[TensorKey] = set(layout.tensor_keys(kind.arch.spec_id, form))
             sent.append((kind, keys))
-        return _lone_owners(sent, any)
+        alone = _lone_owners(sent, any)
+        return self.federation.client_infos.format_clients(alone) if alone else ""
 
     # Dry rounds -------------------------------------------------------------------------------
 
@@ -324,15 +358,6 @@ class RunFacts(ConfigFacts):
             self.algorithm.setup(server)
             infos = [self.federation.client_infos[kind.first] for kind in self.profiles]
             return [(info, call_broadcast(self.algorithm, server, info)) for info in infos]
-
-    @cached_property
-    def first_uploads(self) -> list[Mapping[str, Item]]:
-        """What one client of each kind sends in the first round, in form."""
-        with translate_user_errors():
-            return [
-                self.expectations.expected_items(info, received, 0)
-                for info, received in self.broadcasts
-            ]
 
     def trains_before_evaluation(self) -> bool:
         """Return whether deployed models are made from private rows outside of training."""
@@ -390,8 +415,27 @@ class RunFacts(ConfigFacts):
 
     def item_without_start(self) -> str | None:
         """Return uploaded parameters that are no change of what a client received."""
-        items = [pair for uploads in self.first_uploads for pair in uploads.items()]
-        return first(n for n, i in items if i.kind == "params" and not isinstance(i.values, dict))
+        with translate_user_errors():
+            for info, received in self.broadcasts:
+                for name, item in self.expectations.expected_items(info, received, 0).items():
+                    if item.kind == "params" and not isinstance(item.values, dict):
+                        return name
+        return None
+
+    def weakly_protected(self) -> str | None:
+        """Return what is protected, if δ allows to give one of them away as it is.
+
+        To publish the row or client of a random one of n costs δ = 1/n.
+        """
+        if self.privacy is None:
+            return None
+        count = self.num_clients
+        protected = f"{count} clients"
+        if self.unit == "record":
+            infos = self.federation.client_infos
+            count = min(infos[client_id].num_rows for client_id in self.federation.num_evaluated)
+            protected = f"the {count} training rows of the smallest client"
+        return protected if self.privacy.delta * count >= 1 else None
 
     # Robust aggregation -----------------------------------------------------------------------
 
@@ -428,6 +472,14 @@ class RunFacts(ConfigFacts):
         combined = self.dry_round[1]
         kinds = {"rule": "models", "predictions": "rows", "statistics": "class_sums"}
         return {key: sorted(n for n, how in combined if how == kinds[key]) for key in ROBUST_KEYS}
+
+    def unprotected_items(self) -> list[dict[str, str]]:
+        """Return the items that are averaged although other items have a robust rule."""
+        return [
+            {"key": key, "items": ", ".join(items)}
+            for key, items in self.items_by_rule.items()
+            if items and key not in self.rules
+        ]
 
     def idle_rule(self) -> dict[str, str] | None:
         """Return a rule that has nothing to combine."""
@@ -541,6 +593,13 @@ class RunFacts(ConfigFacts):
     def has_trigger(self) -> bool:
         """Whether the attack stamps images."""
         return self.malicious is not None and self.malicious.has_trigger
+
+    def named_malicious(self) -> dict[str, Any] | None:
+        """Return how many clients are malicious, and the first of them."""
+        if self.malicious is None:
+            return None
+        ids = self.malicious.sorted_ids
+        return {"count": len(ids), "ids": format_list(ids, 6)}
 
     def missing_targets(self) -> str | None:
         """Return what an attack acts on, if clients send none of it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from hetero_fl.algorithms import Algorithm, register_algorithm
 from hetero_fl.algorithms.base import shared_part_of
 from hetero_fl.algorithms.local_training import load_objective
-from hetero_fl.communication.secure_aggregation.crypto import num_neighbours
 from hetero_fl.config import Config, expand_population
 from hetero_fl.config.errors import describe_error
 from hetero_fl.config.load import (
@@ -31,6 +30,7 @@ from hetero_fl.data import Dataset, FederatedData, federate, load_source
 from hetero_fl.data.external import has_common_source, pool_client_files
 from hetero_fl.experiment.compatibility import (
     RULES_ON_LOADING,
+    CompatibilityRule,
     check_compatibility,
     check_rules,
 )
@@ -222,24 +222,13 @@ def prepare(
     )
     facts = RunFacts(config, method, federation)
     check_compatibility(facts)
-    notes = [*data.notes, *derived, *compatibility_notes(facts)]
+    notes = [*data.notes, *derived, *compatibility_notes(NOTES, facts)]
     if facts.is_async:
-        config, federation, paced = _set_asynchronous(facts)
-        notes += paced
+        config, federation = _set_asynchronous(facts)
     config, federation, budget = _solve_privacy(config, method, federation)
     if budget is not None:
-        notes += [budget.description(), *weak_delta_note(facts)]
-    if config.server.model and not student:
-        notes.append(
-            "server.model is not used: without a consensus on a proxy set there is nothing to distil a student from"
-        )
-    if len(federation.evaluated_clients) < len(clients) - (
-        len(federation.malicious.ids) if federation.malicious else 0
-    ):
-        notes.append(
-            f"the models of {len(federation.evaluated_clients):,} of {len(clients):,} clients are read, each time the same "
-            "(evaluation.clients)"
-        )
+        notes.append(budget.description())
+    notes += compatibility_notes(LATER_NOTES, facts)
     for own in {kind.settings.objective for kind in clients.profiles}:
         load_objective(own, federation.task)
     choose_device(config.runtime.device)
@@ -271,36 +260,15 @@ def _headline(config: Config, dataset: Dataset | None, clients: int) -> str:
     return f"{data}; {method}; {who}"
 
 
-def _set_asynchronous(run: RunFacts) -> tuple[Config, FederationSpec, list[str]]:
-    """Return configuration and federation of an asynchronous run, and what was decided.
+def _set_asynchronous(run: RunFacts) -> tuple[Config, FederationSpec]:
+    """Return configuration and federation of an asynchronous run.
 
     Such a run has as many versions as its uploads make: learning rates move along them.
     """
-    config = run.config
-    runtime = config.runtime
-    notes = []
-    if runtime.mode == "sync":
-        runtime = runtime.model_copy(update={"mode": "async"})
-        config = config.model_copy(update={"runtime": runtime})
-        notes.append(f"runtime.mode is async: {run.name} aggregates uploads as they come")
-    section = run.policy.staleness or runtime.staleness
-    key = "runtime.staleness" if run.policy.staleness is None else "algorithm"
-    notes += [
-        f"{key}.{setting} is not used: staleness is {section.kind}"
-        for setting in section.unused_keys
-    ]
-    if run.buffer_size == 1 and run.policy.staleness is None and section.kind != "constant":
-        notes.append(
-            "runtime.staleness has no effect: a version is one upload here (runtime.buffer), and "
-            "the mean of one is that one whatever its weight; fedasync moves the server less the "
-            "staler an upload is"
-        )
-    if config.devices is None and not run.federation.data.is_distributed:
-        notes.append(
-            "without `devices` no task takes any time: all that are given out together end together"
-        )
+    runtime = run.config.runtime.model_copy(update={"mode": "async"})
     versions = max(1, math.ceil(run.num_uploads / run.buffer_size))
-    return config, replace(run.federation, num_rounds=versions), notes
+    config = run.config.model_copy(update={"runtime": runtime})
+    return config, replace(run.federation, num_rounds=versions)
 
 
 def _solve_privacy(
@@ -357,101 +325,120 @@ def _load_inherited_models(
 
 # What works but may not be meant.
 
+NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
+    CompatibilityRule(
+        ("channel", "algorithm.name"),
+        lambda run: idle_stages(run.name, run.algorithm, run.federation),
+        "{found}",
+    ),
+    # Secure aggregation
+    CompatibilityRule(
+        ("channel.secure_sum.neighbours", "clients.per_round"),
+        lambda run: run.needed_neighbors(),
+        "channel.secure_sum.neighbours: {run.secure_sum.neighbours} are fewer than the {found} "
+        "that keep an upload hidden though a fifth of all clients tell the server what they know",
+    ),
+    CompatibilityRule(
+        ("channel.compress", "channel.secure_sum"),
+        lambda run: run.secure_sum is not None and bool(run.config.channel.compress),
+        "channel.compress rounds what clients add up; under channel.secure_sum it makes no "
+        "message shorter",
+    ),
+    CompatibilityRule(
+        ("channel.secure_sum", "model"),
+        lambda run: run.secure_sum and run.clients_alone_in_sum(),
+        "channel.secure_sum hides nothing of some items for {found}: no other client sends such "
+        "tensors, and their sum is what the client has",
+    ),
+    # Methods
+    CompatibilityRule(
+        ("algorithm.initial_phase", "data.proxy.labels"),
+        lambda run: run.algorithm.needs.proxy_set == "labeled",
+        "{run.name} trains on the labels of the proxy set before a client's first round "
+        "(algorithm.initial_phase)",
+    ),
+    CompatibilityRule(
+        ("algorithm.name", "model"),
+        lambda run: run.architectures_alone(),
+        "{run.name} averages within an architecture: {groups} {verb} alone",
+    ),
+    # Robust aggregation and attacks
+    CompatibilityRule(
+        ("aggregation.rule", "algorithm.name"),
+        lambda run: run.rules and run.unprotected_items(),
+        "aggregation.{key} is mean: a malicious client among the senders of {items} is not held "
+        "back",
+    ),
+    CompatibilityRule(
+        ("aggregation.rule", "algorithm.name"),
+        lambda run: run.rules and sorted({n for n, how in run.dry_round[1] if how == "counts"}),
+        "{found} are summed as sent: a malicious client's are not held back",
+    ),
+    CompatibilityRule(
+        ("attacks.name", "clients"),
+        lambda run: run.named_malicious(),
+        "{count:,} of {run.num_clients:,} clients are malicious ({run.config.attacks.name}, from "
+        "round {run.config.attacks.from_round}): {ids}; all figures are means over the others",
+    ),
+    # Asynchronous runs
+    CompatibilityRule(
+        ("runtime.mode", "algorithm.name"),
+        lambda run: run.is_async and run.config.runtime.mode == "sync",
+        "runtime.mode is async: {run.name} aggregates uploads as they come",
+    ),
+    CompatibilityRule(
+        ("runtime.staleness", "runtime.mode"),
+        lambda run: run.is_async and run.staleness.unused_keys,
+        "{run.staleness_key}.{found} is not used: staleness is {run.staleness.kind}",
+    ),
+    CompatibilityRule(
+        ("runtime.staleness", "runtime.buffer"),
+        lambda run: (
+            run.is_async
+            and run.buffer_size == 1
+            and run.policy.staleness is None
+            and run.staleness.kind != "constant"
+        ),
+        "runtime.staleness has no effect: a version is one upload here (runtime.buffer), and the "
+        "mean of one is that one whatever its weight; fedasync moves the server less the staler "
+        "an upload is",
+    ),
+    CompatibilityRule(
+        ("devices", "runtime.mode"),
+        lambda run: (
+            run.is_async and run.config.devices is None and not run.federation.data.is_distributed
+        ),
+        "without `devices` no task takes any time: all that are given out together end together",
+    ),
+)
+"""Lines on combinations that work."""
 
-def compatibility_notes(run: RunFacts) -> list[str]:
+LATER_NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
+    CompatibilityRule(
+        ("privacy.delta", "clients"),
+        lambda run: run.weakly_protected(),
+        "privacy.delta: {run.privacy.delta:g} is not below one over {found}: one of them may be "
+        "given away whole",
+    ),
+    CompatibilityRule(
+        ("server.model", "data.proxy.size"),
+        lambda run: run.config.server.model and run.federation.student is None,
+        "server.model is not used: without a consensus on a proxy set there is nothing to distill "
+        "a student from",
+    ),
+    CompatibilityRule(
+        ("evaluation.clients", "clients"),
+        lambda run: run.num_evaluated(),
+        "the models of {found:,} of {run.num_clients:,} clients are read, each time the same "
+        "(evaluation.clients)",
+    ),
+)
+"""Lines that follow the one on the privacy budget."""
+
+
+def compatibility_notes(notes: Iterable[CompatibilityRule[RunFacts]], run: RunFacts) -> list[str]:
     """Return a line for each combination that works but may not be meant."""
-    notes = idle_stages(run.name, run.algorithm, run.federation)
-    if run.secure_sum is not None:
-        notes += _secure_sum_notes(run)
-    if run.algorithm.needs.proxy_set == "labeled":
-        notes.append(
-            f"{run.name} trains on the labels of the proxy set before a client's first round "
-            "(algorithm.initial_phase)"
-        )
-    if run.clients_alone:
-        groups = dict.fromkeys(kind.arch.spec_id for kind in run.clients_alone)
-        verb = "stands" if len(groups) == 1 else "stand"
-        notes.append(
-            f"{run.name} averages within an architecture: {', '.join(groups)} {verb} alone"
-        )
-    if run.rules:
-        notes += _robustness_notes(run)
-    if run.attack is not None:
-        notes.append(_attack_note(run))
-    return notes
-
-
-def _secure_sum_notes(run: RunFacts) -> list[str]:
-    assert run.secure_sum is not None
-    notes = []
-    neighbors = run.secure_sum.neighbours
-    needed = num_neighbours(run.cohort, run.secure_sum.min_survivors(run.cohort))
-    if neighbors is not None and neighbors < needed:
-        notes.append(
-            f"channel.secure_sum.neighbours: {neighbors} are fewer than the {needed} that keep an "
-            "upload hidden though a fifth of all clients tell the server what they know"
-        )
-    if run.config.channel.compress:
-        notes.append(
-            "channel.compress rounds what clients add up; under channel.secure_sum it makes no "
-            "message shorter"
-        )
-    if alone := run.clients_alone_in_sum():
-        notes.append(
-            "channel.secure_sum hides nothing of some items for "
-            f"{run.federation.client_infos.format_clients(alone)}: no other client sends such "
-            "tensors, and their sum is what the client has"
-        )
-    return notes
-
-
-def _robustness_notes(run: RunFacts) -> list[str]:
-    notes = [
-        f"aggregation.{key} is mean: a malicious client among the senders of {', '.join(items)} is "
-        "not held back"
-        for key, items in run.items_by_rule.items()
-        if items and key not in run.rules
-    ]
-    counts = sorted({name for name, how in run.dry_round[1] if how == "counts"})
-    notes += [
-        f"{name} are summed as sent: a malicious client's are not held back" for name in counts
-    ]
-    return notes
-
-
-def _attack_note(run: RunFacts) -> str:
-    malicious = run.federation.malicious
-    assert malicious is not None
-    ids = malicious.sorted_ids
-    shown = ", ".join(ids[:6])
-    if len(ids) > 6:
-        shown += f" and {len(ids) - 6:,} more"
-    return (
-        f"{len(ids):,} of {run.num_clients:,} clients are malicious ({malicious.config.name}, from "
-        f"round {malicious.config.from_round}): {shown}; all figures are means over the others"
-    )
-
-
-def weak_delta_note(run: RunFacts) -> list[str]:
-    """Return a line if δ allows to give one of those protected away as it is.
-
-    To publish the row or client of a random one of n costs δ = 1/n.
-    """
-    privacy = run.privacy
-    if privacy is None:
-        return []
-    n = run.num_clients
-    protected = f"{n} clients"
-    if run.unit == "record":
-        infos = run.federation.client_infos
-        n = min(infos[client_id].num_rows for client_id in run.federation.num_evaluated)
-        protected = f"the {n} training rows of the smallest client"
-    if privacy.delta * n < 1:
-        return []
-    return [
-        f"privacy.delta: {privacy.delta:g} is not below one over {protected}: one of them may be "
-        "given away whole"
-    ]
+    return [line for note in notes for line in note.lines(run)]
 
 
 # A configuration is loaded and checked before anything that it names is imported.
@@ -599,8 +586,6 @@ def _load_algorithm_config(draft: DraftConfig, permission: CodePermission) -> di
 def _settings(
     given: Mapping[str, Any], context: Mapping[str, bool] | None = None
 ) -> dict[str, Any]:
-    from hetero_fl.algorithms import register_algorithm
-
     if "name" not in given and (meant := closest("name", given)) is not None:
         raise UserError(f"algorithm.{meant}: unknown key; did you mean 'name'?")
     if not isinstance(given.get("name"), str):
@@ -622,8 +607,6 @@ def _settings(
 
 def _method_keys(raw: Mapping[str, Any]) -> list[str]:
     """The settings of the algorithm that a configuration names, whatever else is wrong with it."""
-    from hetero_fl.algorithms import register_algorithm
-
     named = raw.get("algorithm")
     name = named.get("name") if isinstance(named, dict) else None
     return (

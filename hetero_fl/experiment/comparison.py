@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
-from hetero_fl.algorithms import Algorithm, register_algorithm
+from hetero_fl.algorithms import register_algorithm
 from hetero_fl.algorithms.requirements import needs_of
 from hetero_fl.config import describe_difference, resolve_config
 from hetero_fl.config.base import ConfigSection
@@ -34,7 +34,7 @@ from hetero_fl.reporting.formatting import (
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import RunDirectory, check_vacant, lock_folder
-from hetero_fl.reporting.summary import validation_score
+from hetero_fl.reporting.summary import mean_validation_score
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.environment import available_cores, use_one_core
 from hetero_fl.utils.errors import Interrupted, RunFailedError, UserError, suggest_or_list
@@ -156,7 +156,7 @@ class _Schedule:
     """How long the runs of a comparison that have not finished will take, from those that have."""
 
     def __init__(self, work: Sequence[ComparisonJob], jobs: int) -> None:
-        self.finished_before = {job for job in work if _has_finished(job.out)}
+        self.finished_before = {job for job in work if RunDirectory(job.out).finished}
         self._todo = [job for job in work if job not in self.finished_before]
         self._jobs = jobs
         self._seconds: list[float] = []
@@ -165,16 +165,13 @@ class _Schedule:
         """Return `(about 3 min 20 s left)` after a run has ended; empty while nothing is known, or if it was the last."""
         if job in self._todo:
             self._todo.remove(job)
-            if _has_finished(job.out):
-                self._seconds.append(RunDirectory(job.out).summary()["seconds"]["total"])
+            ended = RunDirectory(job.out)
+            if ended.finished:
+                self._seconds.append(ended.summary()["seconds"]["total"])
         if not self._todo or not self._seconds:
             return ""
         left = fmean(self._seconds) * len(self._todo) / min(self._jobs, len(self._todo))
         return f"(about {format_duration(left)} left)"
-
-
-def _has_finished(out: Path) -> bool:
-    return (out / "summary.json").exists()
 
 
 def _format_scores(out: Path) -> str:
@@ -229,7 +226,7 @@ def compare(
         RunFailedError: After the others have ended: runs failed; a line for each of them.
     """
     exit_if_importing()
-    plan = _plan(
+    plan = _Plan(
         source,
         algorithms,
         list(dict.fromkeys(seeds)),
@@ -239,10 +236,6 @@ def compare(
         jobs,
         CodePermission.from_argument(allow_code),
     )
-    try:
-        plan.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: {out}: cannot be made ({error.strerror})") from None
     with lock_folder(plan.out) as unheld, Progress(plan.out / "log.txt", quiet) as progress:
         for line in unheld:
             progress.log(line)
@@ -261,11 +254,10 @@ def compare(
     return plan.out
 
 
-@dataclass(frozen=True)
 class _Plan:
     """The runs of a comparison, checked before the first one starts.
 
-    Args:
+    Attributes:
         source: The keys of the configuration; its file may change while the runs go on.
         file: What the configuration is called.
         out: The folder.
@@ -279,21 +271,82 @@ class _Plan:
         jobs: Runs at a time.
         task: What all runs learn.
         permission: Whether code that the configuration names may run.
+
+    Args:
+        source: The configuration.
+        algorithms: Names or variants, and "all".
+        seeds: Each algorithm runs with each of them.
+        out: The folder.
+        base: Overrides of all runs.
+        grid: Values to try for keys.
+        jobs: Runs at a time; None: one per core.
+        permission: Whether code that the configuration names may run.
+
+    Raises:
+        UserError: If anything is wrong with any of the runs.
     """
 
-    source: Source
-    file: str
-    out: Path
-    title: str
-    base: list[str]
-    variants: list[Variant]
-    admitted: list[Variant]
-    left_out: dict[str, str]
-    points: list[Point]
-    work: list[ComparisonJob]
-    jobs: int
-    task: Task
-    permission: CodePermission
+    def __init__(
+        self,
+        source: Source,
+        algorithms: Sequence[str] | str,
+        seeds: list[int],
+        out: Path,
+        base: list[str],
+        grid: Mapping[str, Sequence[str]],
+        jobs: int | None,
+        permission: CodePermission,
+    ) -> None:
+        if not seeds:
+            raise UserError("--seeds: found none; write whole numbers with commas, such as 0,1,2")
+        if jobs is not None and jobs < 1:
+            raise UserError(f"--jobs: found {jobs}; take 1 or more")
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out: {out} is a file; name a folder")
+        config = load_config(source, base, permission)
+        for seed in seeds:
+            load_config(source, [*base, f"seed={seed}"], permission)
+        names = split_top_level(algorithms, ",") if isinstance(algorithms, str) else algorithms
+        names = [name.strip() for name in names if name.strip()]
+        listed = [Variant.parse(name) for name in names if name.lower() != "all"]
+        self.admitted: list[Variant] = []
+        self.left_out: dict[str, str] = {}
+        if len(listed) < len(names):
+            self.admitted, self.left_out = _compatible_methods(source, base, seeds[0], permission)
+        self.variants = list(dict.fromkeys([*self.admitted, *listed]))
+        if not self.variants:
+            raise UserError(
+                f"--algorithms: found none; choose from all, {', '.join(register_algorithm)}"
+            )
+        threads = config.runtime.threads
+        self.jobs = jobs or max(1, available_cores() // (threads or 1))
+        self.base = base if threads else [*base, "runtime.threads=1"]
+        self.points = [
+            tuple(f"{key}={value}" for key, value in zip(grid, values, strict=True))
+            for values in itertools.product(*grid.values())
+        ]
+        self.work = [
+            ComparisonJob(variant, point, seed, out / "runs" / _folder(variant, point, seed))
+            for seed in seeds
+            for variant in self.variants
+            for point in self.points
+        ]
+        _check_same_configuration(source, self.base, self.work, permission)
+        first_seed = self.work[: len(self.variants) * len(self.points)]
+        # "all" has prepared its methods already
+        unchecked = [job for job in first_seed if grid or job.variant not in self.admitted]
+        tasks = [_task(source, self.base, job, permission) for job in unchecked or first_seed[:1]]
+        self.task = tasks[0]
+        self.permission = permission.with_written(
+            source, [override for job in self.work for override in [*self.base, *job.overrides]]
+        )
+        self.out = out
+        self.title = config.name
+        self.source = source
+        self.file = "the configuration"
+        if isinstance(source, str | Path):
+            self.source = read_config_file(Path(source))
+            self.file = Path(source).name
 
     @property
     def is_tuned(self) -> bool:
@@ -306,80 +359,6 @@ class _Plan:
         return used_settings(
             self.source, self.base, points, origins, self.file, grid, self.permission
         )
-
-
-def _plan(
-    source: Source,
-    algorithms: Sequence[str] | str,
-    seeds: list[int],
-    out: Path,
-    base: list[str],
-    grid: Mapping[str, Sequence[str]],
-    jobs: int | None,
-    permission: CodePermission,
-) -> _Plan:
-    """Return the plan of a comparison; raise UserError for what is wrong with any of its runs."""
-    if not seeds:
-        raise UserError("--seeds: found none; write whole numbers with commas, such as 0,1,2")
-    if jobs is not None and jobs < 1:
-        raise UserError(f"--jobs: found {jobs}; take 1 or more")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out: {out} is a file; name a folder")
-    config = load_config(source, base, permission)
-    for seed in seeds:
-        load_config(source, [*base, f"seed={seed}"], permission)
-    names = split_top_level(algorithms, ",") if isinstance(algorithms, str) else algorithms
-    names = [name.strip() for name in names if name.strip()]
-    listed = [Variant.parse(name) for name in names if name.lower() != "all"]
-    admitted: list[Variant] = []
-    left_out: dict[str, str] = {}
-    if len(listed) < len(names):
-        admitted, left_out = _compatible_methods(source, base, seeds[0], permission)
-    variants = list(dict.fromkeys([*admitted, *listed]))
-    if not variants:
-        raise UserError(
-            f"--algorithms: found none; choose from all, {', '.join(register_algorithm)}"
-        )
-    threads = config.runtime.threads or 1
-    if config.runtime.threads is None:
-        base = [*base, "runtime.threads=1"]
-    points = [
-        tuple(f"{key}={value}" for key, value in zip(grid, values, strict=True))
-        for values in itertools.product(*grid.values())
-    ]
-    work = [
-        ComparisonJob(variant, point, seed, out / "runs" / _folder(variant, point, seed))
-        for seed in seeds
-        for variant in variants
-        for point in points
-    ]
-    _check_same_configuration(source, base, work, permission)
-    first_seed = work[: len(variants) * len(points)]
-    # "all" has prepared its methods already
-    unchecked = [job for job in first_seed if grid or job.variant not in admitted]
-    tasks = [_task(source, base, job, permission) for job in unchecked or first_seed[:1]]
-    permission = permission.with_written(
-        source, [override for job in work for override in [*base, *job.overrides]]
-    )
-    file = "the configuration"
-    if isinstance(source, str | Path):
-        file = Path(source).name
-        source = read_config_file(Path(source))
-    return _Plan(
-        source=source,
-        file=file,
-        out=out,
-        title=config.name,
-        base=base,
-        variants=variants,
-        admitted=admitted,
-        left_out=left_out,
-        points=points,
-        work=work,
-        jobs=jobs or max(1, available_cores() // threads),
-        task=tasks[0],
-        permission=permission,
-    )
 
 
 def _log_plan(plan: _Plan, settings: UsedSettings, progress: Progress) -> None:
@@ -544,9 +523,8 @@ def _choose(
 def _validation(finished: Run, task: Task) -> float:
     """The validation of the last round that was read, at home and in common together; larger is better."""
     last = [r for r in finished.metrics if r.get("validation")][-1]
-    both = [validation_score(task, last, which) for which in ("personal", "global")]
-    known = [v for v in both if v is not None]
-    return sum(known) / len(known) if known else float("-inf")
+    score = mean_validation_score(task, last)
+    return float("-inf") if score is None else score
 
 
 # A study: a comparison that is written down, so that one command repeats it.
@@ -618,7 +596,8 @@ def used_settings(
         written += [(override, grid) for override in point]
         config = load_config(source, [override for override, _ in written], allow_code)
         settings = config.algorithm | _client_options(config)
-        defaults = _defaults(settings["name"])
+        # a user's method may have a setting without a default
+        defaults = register_algorithm[settings["name"]].model_construct().model_dump()
         found = [
             Setting(key, _plain(value), _origin(f"{SECTION}.{key}", written, section))
             for key, value in settings.items()
@@ -643,14 +622,6 @@ def _client_options(config: Config) -> dict[str, Any]:
     defaults = config.clients.defaults
     options = {name: getattr(defaults, name, None) for name in CLIENT_OPTIONS}
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _defaults(name: str) -> dict[str, Any]:
-    kind: type[Algorithm] = register_algorithm[name]
-    try:
-        return kind().model_dump()
-    except ValidationError:  # a custom method with a required setting
-        return kind.model_construct().model_dump()
 
 
 def _origin(key: str, overrides: Sequence[tuple[str, str]], otherwise: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetero_fl.config.data import SeriesConfig, SourceConfig, TextConfig, WindowsConfig
+from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.metrics import score
 from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, Preprocess, load_source, with_test
@@ -145,55 +145,62 @@ def renumber_targets(y: Tensor, given_task: Task, known: Task, where: str) -> Te
 
 
 def load_as(run: Run, data: str, label: str | None) -> Dataset:
-    """The data set; a local file is read as the run read its own: for the same task, without its columns of groups and
-    patients, images at the same size."""
+    """Load a data set; a local file is read as the run read its own.
+
+    That is for the same task, without its columns of groups and patients, and images at the same
+    size.
+
+    Args:
+        run: The finished run.
+        data: A source's name, or a local file or folder.
+        label: A table's column of labels; None: that of the run's configuration.
+
+    Raises:
+        UserError: If there is no such data set, or it cannot be read in this way.
+    """
     path = Path(data)
-    known = run.directory.config().get("data") or {}
-    if (
-        not path.exists() and ":" not in data and (path.suffix or len(path.parts) > 1)
-    ):  # no name of a source is written so
+    # no name of a source is written like a path
+    if not path.exists() and ":" not in data and (path.suffix or len(path.parts) > 1):
         raise UserError(f"--data: {data}: no such file or folder{suggest_file(path)}")
-    if label is None and ((path.suffix != ".npz" and path.is_file()) or data == known.get("name")):
-        label = known.get("label")  # a table's, unless another is named
-    source = SourceConfig(name=data, label=label)
-    hourly, cut, worded = (
-        reads_key(known.get("name"), key) for key in ("series", "windows", "text")
-    )
-    series = SeriesConfig.model_validate(known.get("series") or {}) if hourly else None
-    windows = (
-        WindowsConfig.model_validate(known["windows"]) if cut and known.get("windows") else None
-    )
-    text = TextConfig.model_validate(known.get("text") or {}) if worded else None
-    if data == known.get("name") or (worded and reads_key(data, "text")):
-        source = source.model_copy(update={"series": series, "text": text})
-    elif (hourly or cut) and path.is_file():  # cut into windows as the run's own
-        source = SourceConfig(
-            name=known["name"],
-            path=data,
-            label=label,
-            group=known.get("group"),
-            series=series,
-            windows=windows,
-        )
-    elif worded and path.exists() and path.suffix != ".npz":  # numbered as the run's own
-        source = SourceConfig(name="text", path=data, text=text)
-    elif path.exists():
-        kind = "image_folder" if path.is_dir() else "npz" if path.suffix == ".npz" else "table"
-        source = SourceConfig(name=kind, path=data, label=label)
-        if kind == "image_folder":
-            source = source.model_copy(update={"size": known.get("size")})
-        elif kind == "table":
-            model = next(iter(run.models.values()))
-            source = source_with_task(source, model.task, categories=model.categories)
-            there = _columns(path)
-            whose = {key: known.get(key) for key in ("group", "patient") if known.get(key) in there}
-            source = source.model_copy(update=whose)
+    source = _source_as(run, data, label)
     views = [model.preprocess for model in run.models.values()]
     missing = any(view.get("missing") or view.get("spans") for view in views)
     try:
         return order_columns(load_source(source, CACHE.expanduser(), "--data", missing), run)
     except UserError as error:  # the key that is missing or too many is a flag here
         raise UserError(str(error).replace("--data.label", "--label", 1)) from None
+
+
+def _source_as(run: Run, data: str, label: str | None) -> SourceConfig:
+    """Return the source that reads a data set as the run read its own."""
+    path = Path(data)
+    known = run.directory.config().get("data") or {}
+    name = known.get("name")
+    if label is None and (data == name or (path.is_file() and path.suffix != ".npz")):
+        label = known.get("label")
+    # how series and texts are cut and numbered
+    cut = {key: known.get(key) or {} for key in ("series", "text") if reads_key(name, key)}
+    if data == name or ("text" in cut and reads_key(data, "text")):
+        return SourceConfig.model_validate({"name": data, "label": label, **cut})
+    if reads_key(name, "windows"):
+        cut["windows"] = known.get("windows")
+    if ("series" in cut or "windows" in cut) and path.is_file():
+        file = {"name": name, "path": data, "label": label, "group": known.get("group")}
+        return SourceConfig.model_validate({**file, **cut})
+    if "text" in cut and path.exists() and path.suffix != ".npz":
+        return SourceConfig.model_validate({"name": "text", "path": data, "text": cut["text"]})
+    if not path.exists():
+        return SourceConfig(name=data, label=label)
+    if path.is_dir():
+        return SourceConfig(name="image_folder", path=data, label=label, size=known.get("size"))
+    if path.suffix == ".npz":
+        return SourceConfig(name="npz", path=data, label=label)
+    model = next(iter(run.models.values()))
+    table = SourceConfig(name="table", path=data, label=label)
+    table = source_with_task(table, model.task, categories=model.categories)
+    columns = _columns(path)
+    own = {key: known[key] for key in ("group", "patient") if known.get(key) in columns}
+    return table.model_copy(update=own)
 
 
 def order_columns(dataset: Dataset, run: Run) -> Dataset:

@@ -18,7 +18,6 @@ from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.data import Dataset
 from hetero_fl.experiment.preparation import Engage, PreparedRun, prepare
 from hetero_fl.federation.checkpoint import Checkpoints
-from hetero_fl.federation.cost import PrivacyBudget
 from hetero_fl.federation.executors.choose import ExecutorChoice, choose_executor, require_engine
 from hetero_fl.federation.state_store import PrivateState, StateStore
 from hetero_fl.federation.trainer import EvaluationResult, FederatedTrainer, Record, add_evaluation
@@ -118,7 +117,11 @@ def _run_remaining_rounds(
         record = rounds.run_round()
         is_last = rounds.completed == planned
         if prepared.budget is not None:
-            record["privacy"] = _spent_privacy(prepared.budget, rounds.completed)
+            record["privacy"] = {
+                "epsilon": prepared.budget.epsilon(rounds.completed),
+                "delta": prepared.budget.privacy.delta,
+                "unit": prepared.budget.privacy.unit,
+            }
         if rounds.completed % config.evaluation.every == 0 or is_last:
             result = _evaluate(rounds, record, directory if is_last else None)
             patience.look(record)
@@ -142,12 +145,6 @@ def _run_remaining_rounds(
             f"above privacy.target_epsilon {target:g}"
         )
     _finish(prepared, directory, rounds, evaluation, _read_history(directory), setup, progress)
-
-
-def _spent_privacy(budget: PrivacyBudget, rounds: int) -> dict[str, Any]:
-    """Return what a record says about privacy after so many rounds."""
-    privacy = budget.privacy
-    return {"epsilon": budget.epsilon(rounds), "delta": privacy.delta, "unit": privacy.unit}
 
 
 def _save(

@@ -10,7 +10,7 @@ from hetero_fl.algorithms import register_algorithm
 from hetero_fl.algorithms.requirements import method_title
 from hetero_fl.core.metrics import SMALLER_IS_BETTER, selection_metric
 from hetero_fl.core.task import Task
-from hetero_fl.utils.text import split_top_level
+from hetero_fl.utils.text import format_list, split_top_level
 
 MISSING = "–"
 
@@ -38,6 +38,9 @@ METRICS = {
     "rmse": "root mean squared error",
     "r2": "R²",
 }
+
+BALANCED = ("balanced_accuracy", "auroc")
+"""The metrics that a line has room for where the task has a few classes."""
 
 MOST_DECIMALS = 20
 
@@ -218,8 +221,7 @@ def small_test_note(rows: Mapping[str, int]) -> str:
     few = [client for client, count in rows.items() if 0 < count < FEW_ROWS]
     if not few:
         return ""
-    named = ", ".join(few[:8]) + (f" and {len(few) - 8} more" if len(few) > 8 else "")
-    return f"Uncertain, from fewer than {FEW_ROWS} local test rows: {named}."
+    return f"Uncertain, from fewer than {FEW_ROWS} local test rows: {format_list(few)}."
 
 
 def format_evaluation(record: Mapping[str, Any], unit: str = "") -> str:
@@ -230,7 +232,7 @@ def format_evaluation(record: Mapping[str, Any], unit: str = "") -> str:
     `unit`: of errors.
     """
     scored = {words: record[reading] for reading, words in READINGS.items() if record.get(reading)}
-    wanted = _short_metrics(next(iter(scored.values()))) if scored else ()
+    wanted = short_metrics(next(iter(scored.values()))) if scored else ()
     names = [
         name for name in wanted if any(scores.get(name) is not None for scores in scored.values())
     ]
@@ -255,12 +257,12 @@ def format_privacy(privacy: Mapping[str, Any]) -> str:
     return f"ε {format_significant(privacy['epsilon'])} at δ {privacy['delta']:g}"
 
 
-def _short_metrics(scores: Mapping[str, Any]) -> tuple[str, ...]:
-    """Which metrics a line has room for; the first of the scores is the one that leads."""
+def short_metrics(scores: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the metrics that a line has room for; the first of the scores is the leading one."""
     if is_regression(scores):
         return ("mae",)
     if "top3_accuracy" in scores:
         return ("accuracy", "top3_accuracy", "perplexity")
     if next(iter(scores)) == "auroc":
         return ("auroc", "average_precision")
-    return ("balanced_accuracy", "auroc")
+    return BALANCED

@@ -12,6 +12,7 @@ from hetero_fl.algorithms.requirements import needs_of
 from hetero_fl.core.metrics import REGRESSION, SMALLER_IS_BETTER
 from hetero_fl.reporting import plots
 from hetero_fl.reporting.formatting import (
+    BALANCED,
     FEW_ROWS,
     METRICS,
     MISSING,
@@ -23,6 +24,7 @@ from hetero_fl.reporting.formatting import (
     local_test_rows,
     population,
     selection_metric_of,
+    short_metrics,
     small_test_note,
     target_kind,
 )
@@ -129,14 +131,9 @@ def report_facts(summary: Json, details: Json, records: Sequence[Json] = ()) -> 
 
 def _client_metrics(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return (reading, metric) of the columns in the table of clients."""
-    names: Sequence[str] = ("accuracy", "balanced_accuracy")
-    if is_regression(scores):
-        names = REGRESSION
-    elif "top3_accuracy" in scores:
-        names = ("accuracy", "top3_accuracy", "perplexity")
-    elif next(iter(scores)) == "auroc":
-        names = ("auroc", "average_precision")
-    else:
+    names = REGRESSION if is_regression(scores) else short_metrics(scores)
+    if names == BALANCED:
+        names = ("accuracy", "balanced_accuracy")
         return [("personal", name) for name in names] + [("global", n) for n in (*names, "auroc")]
     return [(reading, name) for reading in ("personal", "global") for name in names]
 

@@ -76,6 +76,13 @@ def validation_score(task: Task, record: Record, which: str) -> float | None:
     return None if value is None else sign * value
 
 
+def mean_validation_score(task: Task, record: Record) -> float | None:
+    """Return the mean of a record's local and global validation score; larger is better."""
+    both = [validation_score(task, record, which) for which in ("personal", "global")]
+    known = [score for score in both if score is not None]
+    return sum(known) / len(known) if known else None
+
+
 def best_round(task: Task, history: Sequence[Record], which: str) -> Record | None:
     """The record selected by validation, ties to the earlier; the last one where there is nothing to select by."""
     read = [r for r in history if r.get(which)]
@@ -99,11 +106,9 @@ class Patience:
 
     def look(self, record: Record) -> None:
         """Take an evaluated round into account."""
-        both = [validation_score(self.task, record, which) for which in ("personal", "global")]
-        known = [v for v in both if v is not None]
-        if not known:
+        value = mean_validation_score(self.task, record)
+        if value is None:
             return
-        value = sum(known) / len(known)
         if self.best is None or value > self.best:
             self.best = value
             self.without = 0

@@ -36,7 +36,7 @@ def small(**changes: Any) -> dict[str, Any]:
         (["--jobs", "0"], "--jobs: found 0; take 1 or more"),
         (["--jobs", "-1"], "--jobs: found -1; take 1 or more"),
         (["--out", "a_file"], "--out: a_file is a file; name a folder"),
-        (["--out", "a_file/below"], "--out: a_file/below: cannot be made"),
+        (["--out", "a_file/below"], "a_file/below: cannot be made"),
         (["--grid", "rounds"], "--grid: found 'rounds'"),
         (["--grid", "rounds=1,two"], "error: --grid: rounds: expected an integer, got 'two'"),
         (

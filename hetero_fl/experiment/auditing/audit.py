@@ -234,8 +234,6 @@ def _inversion(
 
 def without_protection(config: Config) -> Config:
     """The configuration without what protects an upload."""
-    there = [name for name in PROTECTIONS if name in Config.model_fields]
-    plain = {
-        name: Config.model_fields[name].get_default(call_default_factory=True) for name in there
-    }
+    fields = Config.model_fields
+    plain = {name: fields[name].get_default(call_default_factory=True) for name in PROTECTIONS}
     return config.model_copy(update=plain)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import permutations
@@ -392,7 +391,7 @@ def invert(
         return (x - low) / (high - low)
 
     for number in range(images):
-        rows = _drawn(train["y"], batch, "audit", seed, "inversion", client, number)
+        rows = _draw_rows(train["y"], batch, "audit", seed, "inversion", client, number)
         true = pixels(train["x"][rows])
         blind = pixels(guess).expand(len(rows), -1, -1, -1)
         figures = [{"way": "blind", **image_similarity(blind, true)}]
@@ -431,16 +430,14 @@ def _value_range(x: Tensor, view: Preprocess) -> tuple[Tensor, Tensor]:
     return view(torch.full_like(x[:1], black)), view(torch.full_like(x[:1], white))
 
 
-def _drawn(y: Tensor, count: int, *key: Key) -> Tensor:
-    """So many rows, of as many classes as can be."""
+def _draw_rows(y: Tensor, count: int, *key: Key) -> Tensor:
+    """Return the indices of `count` rows drawn by the key, from as many classes as possible."""
+    import pandas as pd  # slow to load
+
     order = torch.randperm(len(y), generator=keyed_generator(*key))
     if y.ndim > 1:
         return order[:count]
-    seen: Counter[int] = Counter()
-    turn = []
-    for row in order.tolist():
-        turn.append((seen[int(y[row])], row))
-        seen[int(y[row])] += 1
-    # stable: the first of each class, then the second
-    ranked = sorted(range(len(turn)), key=lambda i: turn[i][0])
-    return torch.tensor([turn[i][1] for i in ranked[:count]])
+    labels = pd.Series(y[order].numpy())
+    turn = labels.groupby(labels).cumcount().to_numpy()
+    # the first row of each class, then the second
+    return order[turn.argsort(kind="stable")[:count]]

@@ -11,13 +11,20 @@ from torch.nn import functional as F
 
 from hetero_fl.core.images import OVERSHOOT
 from hetero_fl.core.saved_model import SavedModel
-from hetero_fl.data.dataset import Block, Categories, indicator_names, spans_of
+from hetero_fl.data.dataset import Categories, indicator_names, spans_of
 from hetero_fl.data.preprocessing import Preprocess
 
 # What an exported model is given: raw examples, as far as the model sees them, each kind of
 # measurement under a name.
 
 Sizes = tuple[int | str, ...]
+_MEANINGS = {
+    "tokens": "numbers of words, 0 to {last_token}; 0 is no word and fills shorter texts up from the left",
+    "image": "pixels from 0 to 1 (bytes divided by 255), channels first{missing}",
+    "series": "steps × columns, the newest step last, in the units of the data{missing}",
+    "row": "a value a column, in the units of the data{encoded}{missing}",
+}
+_ENCODED = "; NAME=VALUE is 1 where column NAME has that value, else 0"
 
 
 @dataclass(frozen=True)
@@ -44,34 +51,29 @@ class Input:
 
     @property
     def meaning(self) -> str:
-        """What they are, in words."""
-        missing = "; NaN where a value is missing" if self.allows_missing else ""
-        if self.kind == "tokens":
-            return f"numbers of words, 0 to {self.tokens - 1}; 0 is no word and fills shorter texts up from the left"
-        if self.kind == "image":
-            return f"pixels from 0 to 1 (bytes divided by 255), channels first{missing}"
-        if self.kind == "series":
-            return f"steps × columns, the newest step last, in the units of the data{missing}"
-        encoded = (
-            "; NAME=VALUE is 1 where column NAME has that value, else 0" if self.categories else ""
+        """What the numbers are, in words."""
+        return _MEANINGS[self.kind].format(
+            last_token=self.tokens - 1,
+            encoded=_ENCODED if self.categories else "",
+            missing="; NaN where a value is missing" if self.allows_missing else "",
         )
-        return f"a value a column, in the units of the data{encoded}{missing}"
 
     def record(self) -> dict[str, Any]:
-        """Plain fields, for JSON."""
-        fields: dict[str, Any] = {
+        """Return the input as plain fields, for JSON."""
+        optional = {
+            "columns": list(self.columns),
+            "categories": {column: list(values) for column, values in self.categories},
+            "gaps": self.allows_missing,
+            "tokens": self.tokens,
+        }
+        return {
             "name": self.name,
             "kind": self.kind,
             "shape": ["batch", *self.shape],
             "dtype": self.dtype,
             "meaning": self.meaning,
+            **{key: value for key, value in optional.items() if value},
         }
-        fields |= {"columns": list(self.columns)} if self.columns else {}
-        fields |= (
-            {"categories": {c: list(v) for c, v in self.categories}} if self.categories else {}
-        )
-        fields |= {"gaps": True} if self.allows_missing else {}
-        return fields | ({"tokens": self.tokens} if self.tokens else {})
 
 
 def side_by_side(view: Preprocess) -> bool:
@@ -87,7 +89,10 @@ def inputs_of(model: SavedModel) -> tuple[Input, ...]:
     if model.arch.vocabulary is not None:
         return (Input("tokens", "tokens", seen, tokens=model.arch.vocabulary),)
     if side_by_side(view):
-        return tuple(Input(b.name, _kind(b), b.shape, allows_missing=gaps) for b in view.blocks)
+        return tuple(
+            Input(block.name, "image" if block.image else "row", block.shape, allows_missing=gaps)
+            for block in view.blocks
+        )
     if len(seen) == 3:
         name = view.blocks[0].name if view.blocks else "image"
         channels: Sizes = ("channels",) if view.channels is not None else seen[:1]
@@ -166,10 +171,6 @@ def _concrete_shape(one: Input, view: Preprocess, size: int) -> list[int]:
         "width": side if size == 1 else side + size,
     }
     return [free[s] if isinstance(s, str) else s for s in one.shape]
-
-
-def _kind(block: Block) -> Literal["image", "row"]:
-    return "image" if block.image else "row"
 
 
 # The whole way from raw examples to probabilities as one module, which can be written down as a

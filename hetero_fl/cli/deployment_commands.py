@@ -20,7 +20,7 @@ from hetero_fl.cli.run_options import (
     quiet_option,
     training_command,
 )
-from hetero_fl.utils.errors import UserError, printable
+from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.processes import CompanionProcess
 
 if TYPE_CHECKING:
@@ -161,11 +161,12 @@ def status(run: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps(tree, indent=1))
         return
+    from jinja2 import UndefinedError
     from rich.console import Console
 
     try:
         print_status(tree, Console(highlight=False, soft_wrap=True))
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, UndefinedError):
         raise UserError(
             f"{run}: what is shown there is no status that this release knows"
         ) from None
@@ -175,44 +176,14 @@ def print_status(tree: Mapping[str, Any], console: Console) -> None:
     """Print a few lines: the run, its figures, a row for each node, what happened last."""
     from rich.text import Text
 
-    from hetero_fl.reporting.formatting import format_bytes, format_duration, format_evaluation
-    from hetero_fl.utils.text import pluralize
+    from hetero_fl.reporting.formatting import format_evaluation
+    from hetero_fl.reporting.rendering import render
 
-    def show(line: str, indent: str = "") -> None:
-        console.print(Text(indent + printable(line)))
-
-    now = time.time()
-    versions = tree["versions"]
-    told = "waiting for the nodes" if tree["phase"] == "waiting" else tree["phase"]
-    if tree["phase"] == "gone":
-        told = "its process has gone; --resume goes on"
-    show(f"{tree['name']}, {tree['algorithm']}: {told}, round {tree['round']} of {tree['rounds']}")
-    if figures := format_evaluation(tree):
-        show(figures)
-    line = f"{format_bytes(tree['up_bytes'])} up, {format_bytes(tree['down_bytes'])} down"
-    line += (
-        f"; {pluralize(tree['failures'], 'upload')} asked for and not used"
-        if tree["failures"]
-        else ""
+    text = render(
+        "status.txt",
+        status=tree,
+        scores=format_evaluation(tree),
+        width=max(map(len, tree["nodes"]), default=0),
+        now=time.time(),
     )
-    line += (
-        f"; the last round took {format_duration(tree['seconds'])}"
-        if tree["seconds"] is not None
-        else ""
-    )
-    line += f"; ε {tree['epsilon']:.3g}" if tree["epsilon"] is not None else ""
-    show(line)
-    show(
-        f"versions: hetero_fl {versions['package']}, torch {versions['torch']}, messages {versions['protocol']}"
-    )
-    width = max(map(len, tree["nodes"]), default=0)
-    for client, node in tree["nodes"].items():
-        since = (
-            ""
-            if node["since"] is None
-            else f" for {format_duration(max(0.0, tree['updated'] - node['since']))}"
-        )
-        word = "here" if node["here"] else "gone" if node["since"] is not None else "has not come"
-        show(f"{client:{width}}  {word}{since}", "  ")
-    for event in tree["events"][-5:]:
-        show(f"{format_duration(max(0.0, now - event['time']))} ago: {event['message']}", "  ")
+    console.print(Text(text), end="")

@@ -29,8 +29,8 @@ from hetero_fl.federation.executors.choose import choose_executor
 from hetero_fl.federation.federation import SOME
 from hetero_fl.federation.simulation.schedule import SimulationEnvironment
 from hetero_fl.reporting.formatting import format_bytes
+from hetero_fl.reporting.rendering import render
 from hetero_fl.utils.serialization import num_tensor_bytes
-from hetero_fl.utils.text import pluralize
 
 # `--check`: the resolved configuration, and what a run of it will cost.
 
@@ -70,34 +70,26 @@ def print_check(prepared: PreparedRun) -> None:
         table.add_row(f"and {others:,} more", "", "", "", "", "")
     console = Console()
     console.print(table)
-    up = cost.up.total()
-    down = cost.down.total()
-    reading = cost.evaluation.total()
-    at_most = config.evaluation.patience or cost.is_upper_bound
-    # failed tasks are repeated, and second copies count
-    is_bound = at_most and not is_async and not environment.simulated
-    total = up + down + reading
-    console.print(
-        f"{'at most' if is_bound else 'about'} {format_bytes(total)} in "
-        f"{pluralize(config.rounds, 'round')}: {format_bytes(up)} up, {format_bytes(down + reading)} down, "
-        f"{format_bytes(reading)} of it to evaluate; {format_bytes(total / config.rounds)} per round"
-    )
-    if is_async:
-        console.print(
-            "asynchronous: counted as rounds of equally fast clients without failures; who sends "
-            "how often follows from the simulated time"
-        )
     # with those that the method adds
     largest = max(sum(map(_parameters, models)) for models in archs.values()) * 4
-    groups = num_tensor_bytes(list(DryRun(prepared.method, federation).server.models.values()))
-    console.print(
-        f"memory for models, about: {format_bytes(groups)} at the server, {format_bytes(4 * largest)} for the client being trained"
+    server = DryRun(prepared.method, federation).server
+    at_most = config.evaluation.patience or cost.is_upper_bound
+    text = render(
+        "expected_cost.txt",
+        # failed tasks are repeated, and second copies count
+        is_bound=at_most and not is_async and not environment.simulated,
+        is_async=is_async,
+        rounds=config.rounds,
+        up=cost.up.total(),
+        down=cost.down.total(),
+        evaluation=cost.evaluation.total(),
+        server_memory=num_tensor_bytes(list(server.models.values())),
+        client_memory=4 * largest,
+        notes=prepared.notes,
+        # engines that are to be reached or launched are not tried here
+        reasons=choose_executor(config, federation).reasons,
     )
-    for note in prepared.notes:
-        console.print(f"note: {note}")
-    # engines that are to be reached or launched are not tried here
-    for reason in choose_executor(config, federation).reasons:
-        console.print(f"computed by: {reason}")
+    console.print(text, end="")
 
 
 def print_draft(config: Config, refused: Mapping[str, str]) -> None:

@@ -17,6 +17,7 @@ from hetero_fl.reporting.formatting import (
     format_range,
     metric_name,
 )
+from hetero_fl.utils.errors import printable
 from hetero_fl.utils.text import pluralize
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ FILTERS: dict[str, Callable[..., str]] = {
     "metric_name": metric_name,
     "plain": join_values,
     "plural": pluralize,
+    "printable": lambda text: printable(str(text)),
     "privacy": format_privacy,
     "span": format_range,
     "thousands": "{:,}".format,

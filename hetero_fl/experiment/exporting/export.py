@@ -27,7 +27,7 @@ from hetero_fl.reporting.run import Run
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.seeding import keyed_generator
-from hetero_fl.utils.serialization import write_atomically
+from hetero_fl.utils.serialization import sha256_of, write_atomically
 
 # Graphs as files, and files run again by onnxruntime.
 
@@ -206,12 +206,12 @@ def _export_one(
     stem = f"{name}-home" if personal else name
     file = folder / f"{stem}{SUFFIXES[file_format]}"
     card = folder / f"{stem}.json"
-    source = _sha256((run.path / "models" / f"{name}.safetensors").read_bytes())
+    source = sha256_of(run.path / "models" / f"{name}.safetensors")
     checked = None if largest is None else {"batches": list(BATCHES), "largest_difference": largest}
     entry = {
         "name": file.name,
         "format": file_format,
-        "sha256": _sha256(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
         "checked": checked,
     }
     files = [*(f for f in _other_formats(card, source) if f["format"] != file_format), entry]
@@ -233,10 +233,6 @@ def _other_formats(client_info: Path, source: str) -> list[dict[str, Any]]:
         return [file for file in card["files"] if file["format"] in SUFFIXES]
     except (OSError, ValueError, TypeError, KeyError):  # none, or no card
         return []
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def interface(model: SavedModel) -> dict[str, Any]:

@@ -37,7 +37,6 @@ from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.engine.driver import run_plan, translate_user_errors
 from hetero_fl.federation.dry_run import ExpectedUploads
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.sampling import sample_cohort
 from hetero_fl.federation.secure_aggregation import DerivedSetup
 from hetero_fl.federation.simulation.devices import Devices
 from hetero_fl.privacy.client import uploadable_items
@@ -536,7 +535,7 @@ class RunFacts(ConfigFacts):
         seen: set[frozenset[tuple[str, int]]] = set()
         per_round = self.config.clients.per_round
         for index in range(self.federation.num_rounds if per_round is not None else 1):
-            sampled = sample_cohort(self.federation, per_round, index)
+            sampled = self.federation.sample_cohort(per_round, index)
             count = Counter(self.federation.client_infos.profile(c).first for c in sampled)
             composition = frozenset(count.items())
             if composition not in seen:

@@ -15,7 +15,6 @@ from hetero_fl.algorithms import Algorithm
 from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.federation.cost import DryRun
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.sampling import sample_cohort
 from hetero_fl.privacy.accounting import (
     History,
     PrivacyCharge,
@@ -66,7 +65,7 @@ class PrivacyBudget:
         everyone = list(federation.client_infos.clients.ids) if privacy.poisson_cohorts else []
         rate = min(1.0, (per_round or len(everyone)) / max(1, len(everyone)))
         for round_idx in range(rounds):
-            cohort = sample_cohort(federation, per_round, round_idx)
+            cohort = federation.sample_cohort(per_round, round_idx)
             charged = {c: run.exchange_cost(c, round_idx).charges for c in cohort}
             if everyone:  # each is charged for the chance that it took part
                 charged = dict.fromkeys(everyone, (PrivacyCharge(rate),))

@@ -16,7 +16,6 @@ from hetero_fl.engine.driver import run_plan, translate_user_errors
 from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.dry_run import ExpectedUploads, payload_structure
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.federation.sampling import sample_cohort
 from hetero_fl.federation.secure_aggregation import make_protocol
 from hetero_fl.privacy.accounting import (
     PrivacyCharge,
@@ -73,7 +72,7 @@ def communication_cost(
     if not algorithm.needs.counts_traffic:
         return cost
     for round_idx in range(rounds):
-        cohort = sample_cohort(federation, per_round, round_idx)
+        cohort = federation.sample_cohort(per_round, round_idx)
         for client_id in cohort:
             exchange = run.exchange_cost(client_id, round_idx)
             cost.down[client_id] += exchange.down

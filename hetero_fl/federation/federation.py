@@ -31,7 +31,7 @@ from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.privacy.mechanisms import KeyedNoiseSource, NoiseSource, noisy_label_counts
 from hetero_fl.robustness.attacks import CountsFunction, DataFunction, MaliciousClients
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.seeding import sample_numbers
+from hetero_fl.utils.seeding import Key, sample_numbers
 from model_zoo import ModelError, model_options
 
 SERVER = "server"
@@ -134,6 +134,22 @@ class FederationSpec:
         """Where the run stands in that round (from 0), for somebody who trained in it so often before."""
         return RoundContext(self.seed, round_idx, self.num_rounds, attempt)
 
+    def sample_cohort(self, count: int | None, round_idx: int, attempt: int = 0) -> list[str]:
+        """Return the clients of a round, in id order: all, or `count` of them drawn by key.
+
+        With `privacy.poisson_cohorts` each client takes part by a draw of its own; `count` is then
+        the mean.
+        """
+        ids = self.client_infos.clients.ids
+        if count is not None and self.privacy is not None and self.privacy.poisson_cohorts:
+            draws = self.noise.stream(round_idx, "cohort")
+            taken = draws.uniform(len(ids)) < count / len(ids)
+            return [ids[i] for i in taken.nonzero().squeeze(1).tolist()]
+        if count is None or count >= len(ids):
+            return list(ids)
+        key = (self.seed, round_idx, "cohort", *attempt_key(attempt))
+        return [ids[i] for i in sample_numbers(len(ids), count, *key)]
+
     def client(
         self, client_id: str, state: PrivateState, round_idx: int, attempt: int = 0
     ) -> Participant:
@@ -209,6 +225,11 @@ class FederationSpec:
         """How a model at the server sees public examples: as the group's first client does, or as the server itself."""
         members = [kind.first for kind in self.client_infos.profiles if kind.arch.spec_id == slot]
         return self.client_infos[members[0]].preprocess if members else self.server_preprocess
+
+
+def attempt_key(attempt: int) -> tuple[Key, ...]:
+    """Return the part of a random stream's key that tells a repeated round from the first try."""
+    return ("attempt", attempt) if attempt else ()
 
 
 def build_model_spec(model: ModelConfig, data: FederatedData, view: Preprocess) -> ModelSpec:

@@ -17,9 +17,9 @@ from hetero_fl.federation.executors.base import (
     RemoteExecutor,
     in_order,
 )
-from hetero_fl.federation.sampling import LONGEST
 from hetero_fl.federation.simulation.faults import FaultOutcome
 from hetero_fl.federation.simulation.rounds import RoundAttempt, ScheduledTrainer
+from hetero_fl.federation.simulation.sampling import LONGEST
 from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.federation.trainer import Record
 from hetero_fl.utils.errors import RunFailedError

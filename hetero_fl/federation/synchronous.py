@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 
 from hetero_fl.engine.driver import run_plan
-from hetero_fl.federation.sampling import sample_cohort
 from hetero_fl.federation.trainer import FederatedTrainer, Record
 from hetero_fl.federation.upload_collector import UploadCollector
 from hetero_fl.utils.errors import RunFailedError
@@ -50,7 +49,7 @@ class SynchronousTrainer(FederatedTrainer):
 
     def sample_cohort(self, round_idx: int) -> list[str]:
         """Return the clients of a round, in order: all, or `per_round` drawn by the key."""
-        return sample_cohort(self.federation, self.per_round, round_idx)
+        return self.federation.sample_cohort(self.per_round, round_idx)
 
     def collect(self, cohort: list[str]) -> UploadCollector:
         """Broadcast to the cohort, have it train, and collect what comes back."""

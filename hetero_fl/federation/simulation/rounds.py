@@ -9,8 +9,8 @@ from typing import Any
 
 from hetero_fl.communication.protocol import Exchange, Message, Reply, total_bytes
 from hetero_fl.federation.channel import UploadSizes
-from hetero_fl.federation.sampling import ClientSampler
 from hetero_fl.federation.simulation.faults import drop_duplicates, inject_faults
+from hetero_fl.federation.simulation.sampling import ClientSampler
 from hetero_fl.federation.simulation.schedule import (
     Schedule,
     SimulationEnvironment,

@@ -13,9 +13,9 @@ import torch
 from hetero_fl.communication.link import UNSENT
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.channel import UploadSizes
-from hetero_fl.federation.sampling import PENALTY
 from hetero_fl.federation.simulation.devices import local_steps
 from hetero_fl.federation.simulation.faults import flip_bytes
+from hetero_fl.federation.simulation.sampling import PENALTY
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.federation.trainer import Record
 from hetero_fl.utils.errors import RunFailedError, UserError

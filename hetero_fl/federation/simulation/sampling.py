@@ -1,4 +1,4 @@
-"""Who is invited to a round: anybody, those who are online, or those of whom most is to be learnt."""
+"""Sample cohorts among clients that are not always available, or by their utility (Oort)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from hetero_fl.federation.federation import FederationSpec
+from hetero_fl.federation.federation import attempt_key
 from hetero_fl.federation.simulation.devices import DAY, uniform
 from hetero_fl.federation.simulation.schedule import Schedule, SimulationEnvironment
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.ordering import natural_order
-from hetero_fl.utils.seeding import Key, sample_numbers
+from hetero_fl.utils.seeding import sample_numbers
 
 # clients, or so many times those who are wanted: among them somebody online is looked for
 CANDIDATES = (1000, 20)
@@ -28,30 +28,6 @@ DECAY = 0.98
 LEAST = 0.2
 CUT = 0.95  # of the last chosen utility: who has less is not drawn (Oort)
 PENALTY = 2.0  # exponent for those who are too slow (Oort's alpha)
-
-
-def sample_cohort(
-    federation: FederationSpec, count: int | None, round_idx: int, attempt: int = 0
-) -> list[str]:
-    """Everyone, or `count` clients drawn by the key of that round and attempt, in id order; as many on average where each takes
-    part by a draw of its own (`privacy.poisson_cohorts`)."""
-    ids = federation.client_infos.clients.ids
-    if count is not None and federation.privacy is not None and federation.privacy.poisson_cohorts:
-        draws = federation.noise.stream(round_idx, "cohort")
-        taken = draws.uniform(len(ids)) < count / len(ids)
-        return [ids[i] for i in taken.nonzero().squeeze(1).tolist()]
-    if count is None or count >= len(ids):
-        return list(ids)
-    return [
-        ids[i]
-        for i in sample_numbers(
-            len(ids), count, federation.seed, round_idx, "cohort", *_attempt_key(attempt)
-        )
-    ]
-
-
-def _attempt_key(attempt: int) -> tuple[Key, ...]:
-    return ("attempt", attempt) if attempt else ()
 
 
 class ClientSampler:
@@ -74,7 +50,7 @@ class ClientSampler:
         count = self.environment.num_sampled
         policy = self.environment.policy
         if policy.sampling == "uniform":
-            return sample_cohort(self.federation, count, round_idx, attempt), at
+            return self.federation.sample_cohort(count, round_idx, attempt), at
         online, at = self._online(count, round_idx, attempt, at)
         chosen = (
             self._select_by_utility(online, count, round_idx, attempt)
@@ -88,7 +64,7 @@ class ClientSampler:
                 self.federation.seed,
                 round_idx,
                 "available",
-                *_attempt_key(attempt),
+                *attempt_key(attempt),
             )
             chosen = [chosen[i] for i in drawn]
         return natural_order(chosen), at
@@ -112,7 +88,7 @@ class ClientSampler:
                 round_idx,
                 "online",
                 wait,
-                *_attempt_key(attempt),
+                *attempt_key(attempt),
             )
             machines = {ids[i]: device(ids[i]) for i in drawn}
             here = [id for id, machine in machines.items() if machine.next_online(at) == at]
@@ -154,7 +130,7 @@ class ClientSampler:
     ) -> list[str]:
         """Oort's choice among those online: known ones by utility, and some newcomers."""
         seed = self.federation.seed
-        again = _attempt_key(attempt)
+        again = attempt_key(attempt)
         known = [id for id in online if id in self.known]
         fresh = [id for id in online if id not in self.known]
         explore = max(LEAST, EXPLORE * DECAY**round_idx)

@@ -20,7 +20,6 @@ from hetero_fl.core.participant import (
     ClientInfo,
     Part,
     Participant,
-    common_part,
     exclude_part,
     floating_tensors,
     select_part,
@@ -238,6 +237,16 @@ def permitted_part(shares: Sequence[str]) -> Part:
         return None
     prefixes = ["backbone." if share == "backbone" else share for share in shares]
     return tuple(prefix for prefix in prefixes if prefix.endswith("."))
+
+
+def common_part(a: Part, b: Part) -> Part:
+    """What lies in both parts."""
+    if a is None or b is None:
+        return b if a is None else a
+    shorter = (
+        {p for p in a if p.startswith(b)} | {p for p in b if p.startswith(a)} if a and b else set()
+    )
+    return tuple(sorted(shorter))
 
 
 def shared_part(method: Algorithm, settings: ClientSettings) -> Part:

@@ -14,6 +14,7 @@ from torch import Tensor
 from hetero_fl.algorithms.base import (
     Items,
     SharedPart,
+    common_part,
     register_algorithm,
     shared_part,
     upload_model,
@@ -21,7 +22,7 @@ from hetero_fl.algorithms.base import (
 from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.algorithms.local_training import add_log_prior, local_fit
 from hetero_fl.core.objectives import Proximal
-from hetero_fl.core.participant import Participant, common_part
+from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Payload
 from hetero_fl.core.plan import Plan, Predict, Rows
 

@@ -48,16 +48,6 @@ def floating_tensors(tensors: Mapping[str, Tensor]) -> Tensors:
     return {n: t for n, t in tensors.items() if t.is_floating_point()}
 
 
-def common_part(a: Part, b: Part) -> Part:
-    """What lies in both parts."""
-    if a is None or b is None:
-        return b if a is None else a
-    shorter = (
-        {p for p in a if p.startswith(b)} | {p for p in b if p.startswith(a)} if a and b else set()
-    )
-    return tuple(sorted(shorter))
-
-
 @dataclass(frozen=True)
 class RoundContext:
     """Where a run stands. `round_idx` counts from 0; random streams are keyed by it, and by how often this participant trained in

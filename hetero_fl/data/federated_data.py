@@ -62,7 +62,7 @@ from hetero_fl.utils.seeding import keyed_generator
 PRIVATE = ("train", "validation", "test")
 PUBLIC = ("proxy", "common_test", "common_validation")
 CACHE_BYTES = 512 * 2**20
-CACHED_VIEWS = 4096
+CACHED_CLIENTS = 4096
 
 
 def column_cache(max_bytes: float) -> BoundedCache[Columns]:
@@ -115,7 +115,8 @@ class FederatedData:
         """The proxy set, if there is one, and the common sets."""
         self._seed = seed
         self._unscanned: frozenset[str] = frozenset()
-        self._views: BoundedCache[Preprocess] = BoundedCache(CACHED_VIEWS)
+        self._views: BoundedCache[Preprocess] = BoundedCache(CACHED_CLIENTS)
+        self._label_counts: BoundedCache[Tensor] = BoundedCache(CACHED_CLIENTS)
         # Whether a view has anything of the proxy set.
         self._sees: dict[Hashable, bool] = {}
         self._public_columns = column_cache(cache_bytes)
@@ -162,8 +163,12 @@ class FederatedData:
         Multilabel: rows where the label is 1. Regression: all rows, for each target. Of clients on
         other machines: see `reveals_labels`.
         """
+        return self._count_labels(client, torch.get_default_dtype())
+
+    @cachedmethod(attrgetter("_label_counts"))
+    def _count_labels(self, client: str, dtype: torch.dtype) -> Tensor:
         if client in self.client_rows.remote_info:
-            return torch.tensor(self.client_rows.remote_info[client].labels)
+            return torch.tensor(self.client_rows.remote_info[client].labels, dtype=dtype)
         share = self.client_rows[client]["train"]
         y = share.examples.labels[share.rows]
         if self.task.kind == "multiclass":
@@ -172,7 +177,7 @@ class FederatedData:
             counts = y.sum(0)
         else:
             counts = torch.full((self.task.outputs,), len(y))
-        return counts.to(torch.get_default_dtype())
+        return counts.to(dtype)
 
     @property
     def is_distributed(self) -> bool:
@@ -318,7 +323,8 @@ class FederatedData:
         data = copy.copy(self)
         data.client_rows = rows
         data._unscanned = frozenset(unscanned)
-        data._views = BoundedCache(CACHED_VIEWS)
+        data._views = BoundedCache(CACHED_CLIENTS)
+        data._label_counts = BoundedCache(CACHED_CLIENTS)
         data._sees = {}
         data._public_columns = column_cache(self._public_columns.maxsize)
         data._private_columns = column_cache(self._private_columns.maxsize)

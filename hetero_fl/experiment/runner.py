@@ -99,7 +99,8 @@ def _run_remaining_rounds(
     about["directory"] = {**identity(directory), "rounds": config.rounds, "extended": extended}
     if saved is None:
         load_inherited_models(prepared.inherited, rounds)
-        _save(checkpoints, rounds, directory, about)
+        about["directory"]["metrics"] = directory.metrics_checksum()
+        rounds.save(checkpoints, about)
         for note in [prepared.headline, *prepared.notes, *choice.reasons]:
             progress.log(note)
     listeners = list(callbacks)
@@ -128,7 +129,8 @@ def _run_remaining_rounds(
             is_exhausted = patience.exhausted
             evaluation = result if is_last else None
         directory.append_metrics(record)
-        _save(checkpoints, rounds, directory, about)
+        about["directory"]["metrics"] = directory.metrics_checksum()
+        rounds.save(checkpoints, about)
         for callback in listeners:
             callback(record)
         progress.finish_round(record)
@@ -145,19 +147,6 @@ def _run_remaining_rounds(
             f"above privacy.target_epsilon {target:g}"
         )
     _finish(prepared, directory, rounds, evaluation, _read_history(directory), setup, progress)
-
-
-def _save(
-    checkpoints: Checkpoints,
-    rounds: FederatedTrainer,
-    directory: RunDirectory,
-    about: Mapping[str, Any],
-) -> None:
-    """Save the trainer's state with what it must be resumed with."""
-    described = about["directory"] | {"metrics": directory.metrics_checksum()}
-    state = {"run": rounds.state_dict(), **about, "directory": described}
-    checkpoints.save(rounds.completed, state)
-    rounds.on_checkpoint()
 
 
 def _restore(

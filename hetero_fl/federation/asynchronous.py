@@ -424,8 +424,9 @@ class AsynchronousTrainer(FederatedTrainer):
         if not upload.is_intact:
             raise TaskFailedError(CHANGED, "fate")
         asked = self.links.decode_broadcast(task.version, task.broadcast)
+        client_info = self.federation.client_infos[task.client]
         try:
-            return self.decode_upload(task.client, upload.body, asked, task.version, task.attempt)
+            return self.decode_upload(client_info, upload.body, asked, task.version, task.attempt)
         except PayloadError as error:
             raise TaskFailedError(f"upload refused: {error}", "client") from None
 

@@ -240,7 +240,8 @@ class ClientRuntime:
             backend = self.privacy.make_backend(clients.values(), backend)
         # A user's hook may read rows when it is called, not only when its plan runs.
         plans = [(c, self.algorithm.train(c, received[id])) for id, c in clients.items()]
-        outcomes = run_plans(plans, backend, self._report_progress)
+        watch = self._report_progress if self.listener is not None else None
+        outcomes = run_plans(plans, backend, watch)
         for client_id, outcome in zip(clients, outcomes, strict=True):
             if outcome.failure is not None:
                 replies[client_id] = outcome.failure

@@ -82,6 +82,7 @@ class ExpectedUploads:
     def __init__(self, algorithm: Algorithm, federation: FederationSpec) -> None:
         self.algorithm = algorithm
         self.federation = federation
+        self.is_user_method = is_user_method(algorithm)
         self.backend = DryRunBackend()
         self.specs = upload_specs(algorithm, federation)
         self.privacy = ClientPrivacy.from_federation(algorithm, federation)
@@ -107,7 +108,7 @@ class ExpectedUploads:
         )
         if key not in self._known:
             # may differ in every round: the last round's are of no more use
-            if is_user_method(self.algorithm):
+            if self.is_user_method:
                 self._known = {k: v for k, v in self._known.items() if k[2] == key[2]}
             try:
                 upload, _ = self.dry_run_upload(client_info, broadcast, round_idx)
@@ -129,7 +130,7 @@ class ExpectedUploads:
 
         That of a user's method may differ in every round.
         """
-        if is_user_method(self.algorithm):
+        if self.is_user_method:
             return round_idx
         return upload_phase(self.algorithm, share_every, round_idx, self.federation.num_rounds)
 
@@ -176,7 +177,7 @@ class ExpectedUploads:
     @contextmanager
     def check_yields(self, hook: str) -> Iterator[None]:
         """Raise UserError if the dry run inside the `with` block creates a step of a user's method and never yields it."""
-        if not is_user_method(self.algorithm):
+        if not self.is_user_method:
             yield
             return
         self.backend.computed.clear()

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from functools import partial
 
+from hetero_fl.communication.protocol import Traffic
 from hetero_fl.engine.driver import run_plan
 from hetero_fl.federation.trainer import FederatedTrainer, Record
 from hetero_fl.federation.upload_collector import UploadCollector
@@ -18,34 +19,19 @@ class SynchronousTrainer(FederatedTrainer):
 
     def run_round(self) -> Record:
         started = time.perf_counter()
-        traffic = (self.traffic.up, self.traffic.down)
+        before = replace(self.traffic)
         with self.rollback_on_error():
             self._set_round_context(self.round_idx)
             cohort = self.sample_cohort(self.round_idx)
             collector = self.collect(cohort)
-            self._clear_broadcasts()
             if collector.is_sufficient:
                 collector.diverged = self.aggregate(collector)
             else:
                 self.skip(collector)
             self.store.commit()
         self.completed += 1
-        record = {
-            "round": self.completed,
-            "cohort": list(collector.cohort),
-            "failed": collector.failed,
-            "train_loss": collector.losses,
-            **({"logged": collector.logged} if collector.logged else {}),
-            "up_bytes": self.traffic.up - traffic[0],
-            "down_bytes": self.traffic.down - traffic[1],
-            **collector.robustness_record(),
-            "seconds": {"training": time.perf_counter() - started, "evaluation": 0.0},
-        }
-        if collector.diverged or not collector.is_sufficient:
-            record["skipped"] = True
-        if collector.diverged:
-            record["diverged"] = collector.diverged
-        return record
+        traffic = Traffic(self.traffic.up - before.up, self.traffic.down - before.down)
+        return collector.record(traffic, time.perf_counter() - started)
 
     def sample_cohort(self, round_idx: int) -> list[str]:
         """Return the clients of a round, in order: all, or `per_round` drawn by the key."""

@@ -18,6 +18,7 @@ from hetero_fl.core.payload import Payload, PayloadError, check_size, check_uplo
 from hetero_fl.core.plan import Predict, Rows
 from hetero_fl.engine.driver import DivergedError, translate_user_errors
 from hetero_fl.federation.channel import FederationLinks
+from hetero_fl.federation.checkpoint import Checkpoints
 from hetero_fl.federation.client_runtime import ClientEvaluation
 from hetero_fl.federation.dry_run import ExpectedUploads
 from hetero_fl.federation.executors.base import ClientAbsentError, Executor
@@ -157,6 +158,11 @@ class FederatedTrainer(ABC):
             self.now = now
             raise
 
+    def save(self, checkpoints: Checkpoints, about: Mapping[str, Any]) -> None:
+        """Write a checkpoint of the run with what it must be resumed with."""
+        checkpoints.save(self.completed, {"run": self.state_dict(), **about})
+        self.on_checkpoint()
+
     def on_checkpoint(self) -> None:
         """Called when a checkpoint has been written or read."""
         return
@@ -214,12 +220,17 @@ class FederatedTrainer(ABC):
 
     # What the server receives ------------------------------------------------------------------
     def decode_upload(
-        self, client_id: str, data: bytes, received: Payload, round_idx: int, attempt: int = 0
+        self,
+        client_info: ClientInfo,
+        data: bytes,
+        received: Payload,
+        round_idx: int,
+        attempt: int = 0,
     ) -> Payload:
         """Decode an upload and check it against what this client was to send.
 
         Args:
-            client_id: The sender.
+            client_info: The sender.
             data: The encoded upload.
             received: What the client received.
             round_idx: The round.
@@ -228,7 +239,6 @@ class FederatedTrainer(ABC):
         Raises:
             PayloadError: If the upload is malformed or has another form.
         """
-        client_info = self.federation.client_infos[client_id]
         expected = self.expectations.expected_items(client_info, received, round_idx)
         specs = self.expectations.specs
         check_size(len(data), specs, expected)
@@ -257,6 +267,7 @@ class FederatedTrainer(ABC):
             RunFailedError: If this has happened `MOST_DIVERGED` times in succession, or in every
                 round of a shorter run, or if `runtime.divergence` is "stop".
         """
+        self._clear_broadcasts()  # frees memory for the aggregation
         # Methods of this package replace tensors; others may change them in place.
         keep = copy_tree if is_user_method(self.algorithm) else copy_containers
         models = keep(self.server.models)
@@ -302,7 +313,8 @@ class FederatedTrainer(ABC):
             PayloadError: If the upload does not have the expected form.
         """
         self._set_round_context(round_idx)
-        payload = self.broadcast(self.federation.client_infos[client_id])
+        client_info = self.federation.client_infos[client_id]
+        payload = self.broadcast(client_info)
         request = Message("train", self.encode_broadcast(payload), round_idx)
         try:
             ((_, reply),) = self.executor.run([client_id], lambda client_id: request)
@@ -311,7 +323,7 @@ class FederatedTrainer(ABC):
         if not isinstance(reply, Message):
             raise RunFailedError(f"round {round_idx + 1}: {client_id} diverged: {reply}")
         received = self.links.decode_broadcast(round_idx, request.body)
-        upload = self.decode_upload(client_id, reply.body, self.as_received(payload), round_idx)
+        upload = self.decode_upload(client_info, reply.body, self.as_received(payload), round_idx)
         return received, upload
 
     # Evaluation --------------------------------------------------------------------------------------------------

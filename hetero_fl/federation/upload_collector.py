@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hetero_fl.aggregation import Upload, Uploads
-from hetero_fl.communication.protocol import AggregatedUploads, Exchange, Message, Reply
+from hetero_fl.communication.protocol import AggregatedUploads, Exchange, Message, Reply, Traffic
 from hetero_fl.communication.secure_aggregation.protocol import SecureAggregation
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import ClientInfo
@@ -139,9 +139,10 @@ class UploadCollector:
         self.trainer.store.discard_client(client_id)
 
     def _add_upload(self, client_id: str, body: bytes) -> None:
+        client_info = self.trainer.federation.client_infos[client_id]
         try:
             received = self.trainer.as_received(self._sent.pop(client_id))
-            payload = self.trainer.decode_upload(client_id, body, received, self.round_idx)
+            payload = self.trainer.decode_upload(client_info, body, received, self.round_idx)
         except PayloadError as error:
             self.refuse(client_id, f"upload refused: {error}")
             return
@@ -157,7 +158,7 @@ class UploadCollector:
         if self.malicious:
             self._waiting[client_id] = payload
         else:
-            self.uploads.add(Upload(self.trainer.federation.client_infos[client_id], payload))
+            self.uploads.add(Upload(client_info, payload))
 
     def _poison(self) -> None:
         """Replace the malicious clients' uploads by what their attack makes of them."""
@@ -236,11 +237,29 @@ class UploadCollector:
             return {}
         return item.values
 
-    def robustness_record(self) -> dict[str, Any]:
-        """Return what the round's record says of robust rules and simulated attacks."""
-        record: dict[str, Any] = {}
+    def record(self, traffic: Traffic, seconds: float) -> dict[str, Any]:
+        """Return the round's line in `metrics.jsonl`.
+
+        Args:
+            traffic: Bytes of the round, repetitions included.
+            seconds: Seconds of the round.
+        """
+        record = {
+            "round": self.round_idx + 1,
+            "cohort": list(self.cohort),
+            "failed": self.failed,
+            "train_loss": self.losses,
+            **({"logged": self.logged} if self.logged else {}),
+            "up_bytes": traffic.up,
+            "down_bytes": traffic.down,
+        }
         if self.rules is not None and self.rules.too_few:
             record["too_few"] = self.rules.too_few
         if self.trainer.federation.malicious is not None:
             record["attacks"] = {"liars": self.malicious}
+        record["seconds"] = {"training": seconds, "evaluation": 0.0}
+        if self.diverged or not self.is_sufficient:
+            record["skipped"] = True
+        if self.diverged:
+            record["diverged"] = self.diverged
         return record

@@ -19,7 +19,9 @@ def test_receive_refuses_an_upload_of_another_form_than_agreed() -> None:
 
     def received(tensors: dict[str, torch.Tensor]) -> Payload:
         upload = Payload({"model": Item(tensors, agreed.weight, "params")})
-        return rounds.decode_upload("site_1", upload.encode(), heard, 0)
+        return rounds.decode_upload(
+            rounds.federation.client_infos["site_1"], upload.encode(), heard, 0
+        )
 
     assert set(received(model)["model"]) == set(model)
     with pytest.raises(PayloadError, match="other tensors than agreed"):

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.algorithms.base import shareable_tensors, shared_part, shared_part_of
+from hetero_fl.algorithms.base import common_part, shareable_tensors, shared_part, shared_part_of
 from hetero_fl.config import Config, expand_population
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.population import Population
 from hetero_fl.core.model_spec import ModelSpec, Tensors
-from hetero_fl.core.participant import common_part
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.data import Preprocess

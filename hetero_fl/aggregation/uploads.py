@@ -8,7 +8,7 @@ with `use="each"` is kept whole besides. Where liars have to be borne, another r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -280,14 +280,14 @@ class Uploads:
                 models.roots = yield from root_models(server, models.sent)
 
     @property
-    def each(self) -> Iterator[Upload]:
+    def each(self) -> Sequence[Upload]:
         """The single uploads, with the items that were declared with `use="each"`.
 
         Raises UserError if there are none: what is only summed is not kept.
         """
         if self._count and all(spec.use != "each" for spec in self._specs.values()):
             raise UserError("uploads.each: no item of this method is declared with use='each'")
-        return iter(self._kept)
+        return tuple(self._kept)
 
     def having(self, name: str) -> list[Upload]:
         """The single uploads with that item, which has to be declared with `use="each"`."""

@@ -34,7 +34,7 @@ def local_fit(
         objective: What is minimized; None: the client's `objective`, else the supervised loss.
         data: The rows; None: the client's training rows.
         context: Tensors that the objective reads in addition to the batch.
-        **changes: Other fields of `Fit`, such as `epochs` or `label`.
+        **changes: Other fields of `Fit`, such as `train`, `epochs` or `label`.
 
     Returns:
         The step, to be yielded.
@@ -42,7 +42,11 @@ def local_fit(
     settings = client.settings
     objective = objective or load_objective(settings.objective, client.task)
     data = data or Rows()
-    fields: dict[str, Any] = {"batch_size": settings.batch_size, "optimizer": client.optimizer}
+    fields: dict[str, Any] = {
+        "train": {"model": None},
+        "batch_size": settings.batch_size,
+        "optimizer": client.optimizer,
+    }
     if "epochs" not in changes:
         fields |= {"epochs": settings.epochs, "steps": settings.steps}
     if data.name == "train":
@@ -53,9 +57,8 @@ def local_fit(
     if is_weighted and client.task.kind == "multiclass" and isinstance(objective, Supervised):
         extra = objective_context(client.task, client.counts, settings)
     return Fit(
-        {"model": None},
-        objective,
-        data,
+        objective=objective,
+        data=data,
         context={**extra, **(context or {})},
         **{**fields, **changes},
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -49,20 +49,32 @@ class ModelView:
 class AttributeDict(dict[str, T]):
     """A dictionary whose values can be read as attributes, too."""
 
+    kind: ClassVar[str]
+    hint: ClassVar[str]
+
     def __getattr__(self, name: str) -> T:
         try:
             return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
+        except KeyError as error:
+            raise AttributeError(*error.args) from None
+
+    def __missing__(self, name: str) -> T:
+        names = ", ".join(map(repr, self)) or "none"
+        raise KeyError(f"no {self.kind} {name!r}, only {names}; {self.hint}")
 
 
 class ModelViews(AttributeDict[ModelView]):
     """The models of a fit by slot; `nets.model` is `nets["model"]`."""
 
+    kind = "model"
+    hint = "name it in `train` or `frozen` of the fit"
+
 
 class Batch(AttributeDict[Tensor]):
     """The columns of one step; `batch.x` is `batch["x"]`. `weight` `[B]` marks examples that are really there."""
 
+    kind = "column"
+    hint = "add it by `extra_columns` of the rows"
     weight: Tensor | None = None
 
     def mean(self, per_example: Tensor) -> Tensor:

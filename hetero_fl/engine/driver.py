@@ -26,18 +26,20 @@ from hetero_fl.utils.version import describe_new_name
 T = TypeVar("T")
 
 
-def advance_plan(plan: Plan[Any], answer: Any) -> Step | list[Step]:
+def advance_plan(participant: Participant, plan: Plan[Any], answer: Any) -> Step | list[Step]:
     """Send a plan the last result (None at first) and return what it asks for next.
 
     A hook that computes nothing may be an ordinary function: what it returned is then the result.
 
     Args:
+        participant: Whose plan it is.
         plan: What a hook returned.
         answer: The results of the steps that the plan asked for last.
 
     Raises:
         StopIteration: With what the plan returned.
-        UserError: If the plan yielded something that is no step.
+        UserError: If the plan yielded something that is no step, or a step on a model that the
+            participant does not have.
     """
     if not isinstance(plan, GeneratorType):
         raise StopIteration(plan)
@@ -45,7 +47,21 @@ def advance_plan(plan: Plan[Any], answer: Any) -> Step | list[Step]:
     for step in request if isinstance(request, list) else [request]:
         if not isinstance(step, Fit | Predict | ClassSums):
             raise UserError(f"{_describe_place(plan)}: yields {_describe_request(step)}")
+        if missing := [slot for slot in model_slots(step) if slot not in participant.arch]:
+            known = ", ".join(map(repr, participant.arch))
+            raise UserError(
+                f"{_describe_place(plan)}: {participant.participant_id} has no model {missing[0]!r}, "
+                f"only {known}; return it from `models`"
+            )
     return request
+
+
+def model_slots(step: Step) -> tuple[str, ...]:
+    """Return the slots of the participant's models that a step computes with."""
+    if isinstance(step, Fit):
+        return (*step.train, *step.frozen)
+    is_sent = isinstance(step, Predict) and step.arch is not None
+    return () if is_sent else (step.slot,)
 
 
 def _describe_place(plan: Any) -> str:
@@ -110,7 +126,7 @@ def run_plans(
         asked: dict[int, Any] = {}
         for i, answer in answers.items():
             try:
-                asked[i] = advance_plan(plans[i][1], answer)
+                asked[i] = advance_plan(*plans[i], answer)
             except StopIteration as stop:
                 outcomes[i].value = stop.value
         work = [

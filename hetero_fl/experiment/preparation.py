@@ -25,9 +25,12 @@ from hetero_fl.config.load import (
     read_config_file,
     translate_tutorial,
 )
+from hetero_fl.core.model_spec import ModelSpec
+from hetero_fl.core.participant import ClientDirectory
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.data import Dataset, FederatedData, federate, load_source
 from hetero_fl.data.external import has_common_source, pool_client_files
+from hetero_fl.engine.driver import translate_user_errors
 from hetero_fl.experiment.compatibility import (
     RULES_ON_LOADING,
     CompatibilityRule,
@@ -205,16 +208,9 @@ def prepare(
     federation = FederationSpec.from_config(config, data, clients, student)
     if config.privacy is not None:
         federation = replace(federation, privacy=config.privacy.with_placeholder_noise())
-    method, derived = method.configure(federation.client_infos)
-    cards = federation.client_infos
-    try:
-        models = (
-            {id: method.models(card) for id, card in cards.items()}
-            if method.needs.models_per_client
-            else [method.models(cards[kind.first]) for kind in cards.profiles]
-        )
-    except ModelError as error:
-        raise UserError(f"algorithm.{shared_part_of(method).slot}: {error}") from None
+    with translate_user_errors():
+        method, derived = method.configure(federation.client_infos)
+        models = _models_of_clients(method, federation.client_infos)
     federation = federation.with_models(models)
     name = config.algorithm["name"]
     config = config.model_copy(
@@ -243,6 +239,18 @@ def prepare(
         budget,
         headline,
     )
+
+
+def _models_of_clients(
+    method: Algorithm, client_infos: ClientDirectory
+) -> list[Mapping[str, ModelSpec]] | dict[str, Mapping[str, ModelSpec]]:
+    """Return the models by slot of each client profile, or of each client by id."""
+    try:
+        if method.needs.models_per_client:
+            return {client_id: method.models(info) for client_id, info in client_infos.items()}
+        return [method.models(client_infos[p.first]) for p in client_infos.profiles]
+    except ModelError as error:
+        raise UserError(f"algorithm.{shared_part_of(method).slot}: {error}") from None
 
 
 def _headline(config: Config, dataset: Dataset | None, clients: int) -> str:

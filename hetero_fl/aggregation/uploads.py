@@ -106,7 +106,7 @@ class Uploads:
         """What was asked for in one piece: names of items, each with the kind of what it was combined as."""
         self._kept: list[Upload] = []
         self._senders: dict[str, list[ClientInfo]] = {}
-        self._worths: dict[str, list[float]] = {}
+        self._staleness_weights: dict[str, list[float]] = {}
         self._tensors: dict[str, ItemSum | RobustItemMeans] = {}
         self._models: dict[str, OwnerMeans | RobustModelMeans] = {}
         self._count = 0
@@ -141,7 +141,7 @@ class Uploads:
         whole = {}
         for name in upload.payload:
             self._senders.setdefault(name, []).append(upload.client_info)
-            self._worths.setdefault(name, []).append(upload.staleness_weight)
+            self._staleness_weights.setdefault(name, []).append(upload.staleness_weight)
             if self._spec(name).use == "each":
                 whole[name] = upload.payload.item(name)
             if self._spec(name).use != "each" or self._uses_rule(name):
@@ -170,9 +170,9 @@ class Uploads:
             self._tensors[name].add(item)
         else:
             if name not in self._models:
-                cards = self._senders[name]
+                client_infos = self._senders[name]
                 self._models[name] = (
-                    RobustModelMeans(name, rules, cards, self._common)
+                    RobustModelMeans(name, rules, client_infos, self._common)
                     if rules
                     else OwnerMeans(self._common)
                 )
@@ -197,7 +197,7 @@ class Uploads:
             )
 
     def senders(self, name: str) -> list[ClientInfo]:
-        """Who sent the item. As below, raises NoSuchItem (a KeyError) for one that the method does not declare."""
+        """Who sent the item. As below, raises MissingItemError (a KeyError) for one that the method does not declare."""
         self._declared(name)
         return list(self._senders.get(name, []))
 
@@ -206,9 +206,9 @@ class Uploads:
         return bool(self.senders(name)) or (self._noise is not None and self._noise.expects(name))
 
     def staleness_weights(self, name: str) -> list[float]:
-        """The `worth` of each of the senders' uploads; 1 in a round."""
+        """Return the staleness weight of each upload with the item, in order; 1 in a synchronous round."""
         self._declared(name)
-        return list(self._worths.get(name, [1.0] * len(self._senders.get(name, []))))
+        return list(self._staleness_weights.get(name, [1.0] * len(self._senders.get(name, []))))
 
     def mean(self, name: str) -> Tensor | None:
         """Σ w·v / Σ w of the single-tensor items of that name, element by element; None if nobody sent it."""
@@ -261,8 +261,8 @@ class Uploads:
         ids = natural_order(predictions)
         if self._rules is None or not self._rules.applies_to(ItemSpec("rows")):
             return mean_of_items([predictions[id] for id in ids]) if ids else None
-        cards = {upload.client: upload.client_info for upload in self._kept}
-        ruled = RobustItemMeans(name, self._rules, [cards[id] for id in ids])
+        client_infos = {upload.client: upload.client_info for upload in self._kept}
+        ruled = RobustItemMeans(name, self._rules, [client_infos[id] for id in ids])
         for id in ids:
             ruled.add(predictions[id])
         return ruled.mean if ids else None

@@ -332,7 +332,7 @@ def describe_unshared(
         shares: The client's `shares`.
     """
     for name, item in items.items():
-        share = specs[name].share
+        share = specs[name].needed_share
         if share != "parameters":
             if share not in shares:
                 return f"'{name}' needs {share}"

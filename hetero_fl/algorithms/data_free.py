@@ -53,25 +53,8 @@ from hetero_fl.utils.seeding import keyed_generator
 GENERATOR = "generator"
 
 
-@register_algorithm("dense")
-class Dense(Algorithm):
-    """Upload every client's model once, at the end, and distill all of them into a student on generated examples.
-
-    Clients train alone and upload θ in the last round. The server then alternates: a generator learns a batch by
-    CE + λ₁·BN statistics − λ₂·KL where student and teachers differ; a student learns the teachers' mean logits on all batches
-    so far (Zhang et al. 2022, Algorithm 1).
-
-    Teachers may differ in architecture; the student has that of one client, and all clients then use it. Before the last round
-    each client uses its own model, as under Local; a run that stops early never gets there.
-    """
-
-    title = "DENSE"
-    shared = SharedPart(received=())
-    uploads = {"model": ItemSpec("params", use="each")}
-    needs = Needs(tasks=("multiclass",), one_upload=True)
-    evaluated_when = (
-        "own model until the last round, then the server's student, through its own preprocessing"
-    )
+class DataFreeDistillation(Algorithm):
+    """Base of methods whose server alternates between a generator of examples and a student."""
 
     synthesis_epochs: PositiveInt = Field(
         15, description="alternations of generator and student; the authors: 200"
@@ -93,6 +76,70 @@ class Dense(Algorithm):
         0.5, description="λ₂: weight of the difference to the student"
     )
     temperature: PositiveFloat = Field(4.0, description="T of the student's softened softmax")
+
+    def generator(self, shape: tuple[int, ...]) -> ModelSpec:
+        """Return the generator: from noise to examples of this shape."""
+        name = f"python:{Generator.__module__}:{Generator.__name__}"
+        options = {"shape": shape}
+        return ModelSpec.from_config(name, math.prod(shape), (self.noise,), options=options)
+
+    def sample_noise(self, server: Participant) -> Columns:
+        """Draw a batch of noise and labels."""
+        draws = keyed_generator(*server.stream("noise"))
+        x = torch.randn(self.synthetic_batch, self.noise, generator=draws)
+        return {
+            "x": x,
+            "y": torch.randint(server.task.outputs, (self.synthetic_batch,), generator=draws),
+        }
+
+    def train_generator(self, synthesis: Synthesis, noise: Columns, frozen: tuple[str, ...]) -> Fit:
+        """Create the step that trains the generator on one batch of noise."""
+        return Fit(
+            {GENERATOR: None},
+            synthesis,
+            TensorRows(noise),
+            steps=self.generator_steps,
+            batch_size=self.synthetic_batch,
+            optimizer=OptimizerConfig(lr=self.generator_lr),
+            frozen=frozen,
+            keep=GENERATOR,
+            label=GENERATOR,
+        )
+
+    def train_student(self, server: Participant, x: Tensor, teacher: Tensor) -> Fit:
+        """Create the step that trains the student on all examples so far."""
+        return Fit(
+            {STUDENT: None},
+            TeacherDistillation(server.task.kind, self.temperature, slot=STUDENT),
+            TensorRows({"x": x, "teacher": teacher}),
+            steps=self.student_steps,
+            batch_size=self.synthetic_batch,
+            optimizer=server.optimizer,
+            keep=STUDENT,
+            label=STUDENT,
+        )
+
+
+@register_algorithm("dense")
+class Dense(DataFreeDistillation):
+    """Upload every client's model once, at the end, and distill all of them into a student on generated examples.
+
+    Clients train alone and upload θ in the last round. The server then alternates: a generator learns a batch by
+    CE + λ₁·BN statistics − λ₂·KL where student and teachers differ; a student learns the teachers' mean logits on all batches
+    so far (Zhang et al. 2022, Algorithm 1).
+
+    Teachers may differ in architecture; the student has that of one client, and all clients then use it. Before the last round
+    each client uses its own model, as under Local; a run that stops early never gets there.
+    """
+
+    title = "DENSE"
+    shared = SharedPart(received=())
+    uploads = {"model": ItemSpec("params", use="each")}
+    needs = Needs(tasks=("multiclass",), one_upload=True)
+    evaluated_when = (
+        "own model until the last round, then the server's student, through its own preprocessing"
+    )
+
     student: str | None = Field(
         None,
         description="client whose architecture and view the student takes; none: the first of the most frequent",
@@ -166,48 +213,6 @@ class Dense(Algorithm):
         for slot in (*slots, STUDENT, GENERATOR):
             del server.arch[slot], server.models[slot]
         server.state = {"student": self.student}
-
-    def generator(self, shape: tuple[int, ...]) -> ModelSpec:
-        """Return the generator: from noise to examples of this shape."""
-        name = f"python:{Generator.__module__}:{Generator.__name__}"
-        options = {"shape": shape}
-        return ModelSpec.from_config(name, math.prod(shape), (self.noise,), options=options)
-
-    def sample_noise(self, server: Participant) -> Columns:
-        """Draw a batch of noise and labels."""
-        draws = keyed_generator(*server.stream("noise"))
-        x = torch.randn(self.synthetic_batch, self.noise, generator=draws)
-        return {
-            "x": x,
-            "y": torch.randint(server.task.outputs, (self.synthetic_batch,), generator=draws),
-        }
-
-    def train_generator(self, synthesis: Synthesis, noise: Columns, frozen: tuple[str, ...]) -> Fit:
-        """Create the step that trains the generator on one batch of noise."""
-        return Fit(
-            {GENERATOR: None},
-            synthesis,
-            TensorRows(noise),
-            steps=self.generator_steps,
-            batch_size=self.synthetic_batch,
-            optimizer=OptimizerConfig(lr=self.generator_lr),
-            frozen=frozen,
-            keep=GENERATOR,
-            label=GENERATOR,
-        )
-
-    def train_student(self, server: Participant, x: Tensor, teacher: Tensor) -> Fit:
-        """Create the step that trains the student on all examples so far."""
-        return Fit(
-            {STUDENT: None},
-            TeacherDistillation(server.task.kind, self.temperature, slot=STUDENT),
-            TensorRows({"x": x, "teacher": teacher}),
-            steps=self.student_steps,
-            batch_size=self.synthetic_batch,
-            optimizer=server.optimizer,
-            keep=STUDENT,
-            label=STUDENT,
-        )
 
     def reference_client(self, participant: Participant) -> ClientInfo:
         """Return the client whose architecture and view the student has."""

@@ -61,7 +61,7 @@ def describe_needs(method: Algorithm) -> list[Need]:
 
 def shared_kinds(method: Algorithm) -> list[str]:
     """Return what may leave a client, by kind; of the model only a part where the method shares no more."""
-    shares = dict.fromkeys(spec.share for spec in method.uploads.values())
+    shares = dict.fromkeys(spec.needed_share for spec in method.uploads.values())
     words = [SHARES[share] for share in SHARES if share in shares]
     part = shared_part_of(method).part
     if part and "parameters" in shares:

@@ -56,12 +56,12 @@ def print_check(prepared: PreparedRun) -> None:
         config.evaluation.every,
     )
     for id in federation.num_evaluated:
-        card = federation.client_infos[id]
+        client_info = federation.client_infos[id]
         table.add_row(
             id,
-            card.arch.display_name,
-            str(card.num_rows),
-            f"{parameters[card.arch]:,}",
+            client_info.arch.display_name,
+            str(client_info.num_rows),
+            f"{parameters[client_info.arch]:,}",
             format_bytes(cost.down[id] + cost.evaluation[id]),
             format_bytes(cost.up[id]),
         )

@@ -91,7 +91,7 @@ class ClientProfile:
 
 
 class ClientDirectory(Mapping[str, ClientInfo]):
-    """All clients as the server knows them. A card is made when it is asked for; whatever follows from settings alone is to
+    """All clients as the server knows them. An entry is made when it is asked for; whatever follows from settings alone is to
     be asked of `profiles`, which are few however many clients there are.
 
     Args:
@@ -117,7 +117,7 @@ class ClientDirectory(Mapping[str, ClientInfo]):
                 ClientProfile(k.settings, own, k.first, k.count)
                 for k, own in zip(clients.profiles, models, strict=True)
             ]
-        self._cards: BoundedCache[ClientInfo] = BoundedCache(CACHED_CLIENTS)
+        self._client_infos: BoundedCache[ClientInfo] = BoundedCache(CACHED_CLIENTS)
 
     def profile(self, client_id: str) -> ClientProfile:
         """The kind that a client is of."""
@@ -136,7 +136,7 @@ class ClientDirectory(Mapping[str, ClientInfo]):
         """
         self.clients.set_default(name, value)
         self.profiles = [replace(p, settings=self.clients[p.first]) for p in self.profiles]
-        self._cards = BoundedCache(CACHED_CLIENTS)
+        self._client_infos = BoundedCache(CACHED_CLIENTS)
 
     @property
     def main_profile(self) -> ClientProfile:
@@ -158,10 +158,10 @@ class ClientDirectory(Mapping[str, ClientInfo]):
         return ", ".join(shown) + (f" and {more:,} more" if more else "")
 
     def __getitem__(self, client_id: str) -> ClientInfo:
-        info = self._cards.get(client_id)
+        info = self._client_infos.get(client_id)
         if info is None:
             info = self._make(client_id)
-            self._cards[client_id] = info
+            self._client_infos[client_id] = info
         return info
 
     def _make(self, client_id: str) -> ClientInfo:

@@ -67,6 +67,16 @@ class Item:
         return replace(self, values=tensors if isinstance(self.values, dict) else tensors[""])
 
 
+Share = Literal["parameters", "predictions", "statistics", "features"]
+SHARE_OF_KIND: dict[Kind, Share] = {
+    "params": "parameters",
+    "update": "parameters",
+    "rows": "predictions",
+    "class_sums": "statistics",
+    "counts": "statistics",
+}
+
+
 @dataclass(frozen=True)
 class ItemSpec:
     """What a method declares of an item that its clients upload.
@@ -74,7 +84,7 @@ class ItemSpec:
     `across`: whether tensors of that name belong to one model, whatever the senders' own architectures.
     `use`: "sum" if the server needs only the weighted sum of all (a secure sum will do), "each" if it needs them one by one.
     `private`: whether it is computed from private rows with no model in between that is released anyway.
-    `share`: which of a client's `shares` must be given for it to leave.
+    `share`: which of a client's `shares` must be given for it to leave; None: what the kind is (`SHARE_OF_KIND`).
     `ranks`: matrices in it are stacks of terms `[k, …]` whose number k depends on the values (hetero_fl.communication.compression).
     `says`: what the rows are, where each is a word on the classes.
     `rows_of`: whose rows those of kind "rows" are: the proxy set's, or each of the sender's own training rows.
@@ -83,11 +93,16 @@ class ItemSpec:
     kind: Kind
     use: Literal["sum", "each"] = "sum"
     private: bool = False
-    share: Literal["parameters", "predictions", "statistics", "features"] = "parameters"
+    share: Share | None = None
     ranks: bool = False
     across: bool = False
     rows_of: Literal["proxy", "train"] = "proxy"
     says: Literal["", "logits", "probabilities"] = ""
+
+    @property
+    def needed_share(self) -> Share:
+        """The entry of a client's `shares` without which the item may not leave."""
+        return self.share or SHARE_OF_KIND[self.kind]
 
 
 class Payload(Mapping[str, Any]):
@@ -143,7 +158,7 @@ class Payload(Mapping[str, Any]):
         return len(self.items_)
 
     def item(self, name: str) -> Item:
-        """The item with its weight and kind. Raises NoSuchItem, a KeyError, that says what was sent."""
+        """The item with its weight and kind. Raises MissingItemError, a KeyError, that says what was sent."""
         if name not in self.items_:
             sent = ", ".join(map(repr, self.items_)) or "nothing"
             raise MissingItemError(

@@ -36,14 +36,22 @@ from hetero_fl.utils.serialization import as_tensor
 
 def federation_fingerprint(prepared: PreparedRun) -> str:
     """SHA-256 over the clients as the rest of the run sees them: rows, models, views, settings; and over the method."""
-    cards = prepared.federation.client_infos
+    client_infos = prepared.federation.client_infos
     digest = hashlib.sha256(
         repr((prepared.config.algorithm, prepared.config.seed, prepared.config.rounds)).encode()
     )
-    for id in sorted(cards):
-        card = cards[id]
+    for id in sorted(client_infos):
+        client_info = client_infos[id]
         digest.update(
-            repr((id, card.num_rows, card.arch.to_json(), card.preprocess, card.has_proxy)).encode()
+            repr(
+                (
+                    id,
+                    client_info.num_rows,
+                    client_info.arch.to_json(),
+                    client_info.preprocess,
+                    client_info.has_proxy,
+                )
+            ).encode()
         )
     return digest.hexdigest()
 

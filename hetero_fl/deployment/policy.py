@@ -27,7 +27,7 @@ from hetero_fl.experiment.preparation import PreparedRun
 from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.dry_run import DryRunBackend, ExpectedUploads
 from hetero_fl.privacy.accounting import PrivacyCharge, epsilon_of_mechanisms
-from hetero_fl.privacy.client import WITHIN
+from hetero_fl.privacy.client_side import WITHIN
 from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import UserError, suggest_or_list
 

@@ -155,13 +155,13 @@ def read_evaluation(
     tree: Any, client: str, federation: FederationSpec, method: Algorithm
 ) -> ClientEvaluation:
     """What a client tells of its model. Raises Refused."""
-    card = federation.client_infos[client]
+    client_info = federation.client_infos[client]
     try:
         if not isinstance(tree, dict) or set(tree) != EVALUATION_FIELDS:
             what = ", ".join(sorted(tree)) if isinstance(tree, dict) else type(tree).__name__
             raise RequestRefusedError(f"found {what[:120]}")
         _check_plain({**tree, "model": None})
-        return _read_evaluation(tree, federation, card, method)
+        return _read_evaluation(tree, federation, client_info, method)
     except (RequestRefusedError, UserError) as error:
         raise RequestRefusedError(f"its reading is refused: {error}") from None
     except JUNK as error:
@@ -298,11 +298,11 @@ def _expected_model(
     """Return the model that these metadata mean, described as the server knows it. Raises Refused if there is none."""
     task = federation.task
     layout = federation.data.layout
-    cards = [client_info]
+    client_infos = [client_info]
     if isinstance(method, Dense) and method.student is not None:
         # once the student is trained, every client uses it
-        cards.append(federation.client_infos[method.student])
-    views = {(each.arch, each.preprocess): None for each in cards}
+        client_infos.append(federation.client_infos[method.student])
+    views = {(each.arch, each.preprocess): None for each in client_infos}
     views |= {
         (arch, client_info.preprocess): None
         for slot, arch in client_info.models.items()

@@ -69,12 +69,12 @@ class TaskCosts:
     """Seconds a task takes, about."""
 
     def __init__(self, client_infos: Mapping[str, ClientInfo]) -> None:
-        self._cards = client_infos
+        self._client_infos = client_infos
         self._measured: dict[str, float] = {}
 
     def cost_of(self, client: str) -> float:
         """As measured the last time, else as estimated."""
-        return self._measured.get(client) or training_flops(self._cards[client]) / RATE
+        return self._measured.get(client) or training_flops(self._client_infos[client]) / RATE
 
     def update(self, seconds: Mapping[str, float]) -> None:
         """What tasks took."""

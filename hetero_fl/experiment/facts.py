@@ -39,7 +39,7 @@ from hetero_fl.federation.dry_run import ExpectedUploads
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.secure_aggregation import DerivedSetup
 from hetero_fl.federation.simulation.devices import Devices
-from hetero_fl.privacy.client import uploadable_items
+from hetero_fl.privacy.client_side import uploadable_items
 from hetero_fl.robustness.robust_means import AggregationRules, RobustModelMeans
 from hetero_fl.robustness.rules import PredictionRule, Rule, prediction_rule, rule
 from hetero_fl.utils.errors import UserError, suggest_or_list
@@ -151,7 +151,7 @@ class RunFacts(ConfigFacts):
 
     def missing_shares(self) -> str | None:
         """Return what clients would have to share, if nobody shares any of it."""
-        needed = {spec.share for spec in self.declared.values()}
+        needed = {spec.needed_share for spec in self.declared.values()}
         return " or ".join(sorted(needed)) if needed and not needed & self.shared else None
 
     def unknown_prefix(self) -> dict[str, str] | None:
@@ -198,7 +198,7 @@ class RunFacts(ConfigFacts):
         travel = {
             spec.kind
             for spec in self.declared.values()
-            if spec.share in self.shared and (spec.kind != "rows" or self.num_proxy)
+            if spec.needed_share in self.shared and (spec.kind != "rows" or self.num_proxy)
         }
         model = self.declared.get("model")
         if model is None or model.use != "sum" or not travel <= {"params", "update"}:

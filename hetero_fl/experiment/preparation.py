@@ -52,7 +52,7 @@ from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.privacy.accounting import opacus_accountants
-from hetero_fl.privacy.server import ServerPrivacy
+from hetero_fl.privacy.server_side import ServerPrivacy
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.code_permission import CONTEXT, OWN, CodePermission, find_references
 from hetero_fl.utils.environment import choose_device
@@ -298,7 +298,7 @@ def _solve_privacy(
         expectations.privacy, federation, expectations.expected_items, config.clients.per_round
     )
     if server is not None:
-        server.check_budget()
+        server.check_count_noise()
     return (
         config.model_copy(update={"privacy": privacy}),
         federation,

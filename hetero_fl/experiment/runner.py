@@ -51,56 +51,58 @@ def run_rounds(
     executor_factory: Engage | None = None,
 ) -> None:
     """All rounds that are still to be held, and what is made of them; every round is safe on disk before the next."""
-    begun = time.perf_counter()
+    run_started = time.perf_counter()
     config = prepared.config
     store = StateStore(directory.path / "checkpoint", config.runtime.store_memory << 20)
-    rounds = prepared.make_trainer(choice, store, progress.log, executor_factory)
+    trainer = prepared.make_trainer(choice, store, progress.log, executor_factory)
     if progress.is_terminal:
-        rounds.executor.set_listener(progress.show_task)
+        trainer.executor.set_listener(progress.show_task)
     try:
-        _run_remaining_rounds(prepared, directory, rounds, choice, progress, callbacks, begun)
+        _run_remaining_rounds(
+            prepared, directory, trainer, choice, progress, callbacks, run_started
+        )
     finally:
-        rounds.executor.close()
+        trainer.executor.close()
 
 
 def _run_remaining_rounds(
     prepared: PreparedRun,
     directory: RunDirectory,
-    rounds: FederatedTrainer,
+    trainer: FederatedTrainer,
     choice: ExecutorChoice,
     progress: Progress,
     callbacks: Sequence[Callback],
-    start_round: float,
+    run_started: float,
 ) -> None:
     config = prepared.config
     planned = config.rounds if prepared.budget is None else prepared.budget.affordable_rounds()
-    checkpoints = Checkpoints(rounds.store, progress.log)
+    checkpoints = Checkpoints(trainer.store, progress.log)
     about: dict[str, Any] = {
         "data": prepared.data.content_hash(),
-        "traces": rounds.fingerprint,
+        "traces": trainer.fingerprint,
         "choice": choice.record(),
     }
     saved = checkpoints.load_newest()
     if saved is not None:
-        saved = _restore(saved, prepared, directory, rounds, checkpoints, about, planned)
+        saved = _restore(saved, prepared, directory, trainer, checkpoints, about, planned)
         threads = pluralize(choice.threads, "thread")
         workers = pluralize(choice.workers, "worker")
         progress.log(
-            f"resumed after round {rounds.completed}; {choice.executor} executor, {threads}, {workers}"
+            f"resumed after round {trainer.completed}; {choice.executor} executor, {threads}, {workers}"
         )
     elif evidence := evidence_of_start(directory):
         raise UserError(
             f"{directory.path / 'checkpoint'}: missing, although {evidence}; "
             "restore it, or start a new run with another --out"
         )
-    directory.rewind_metrics(rounds.completed)
+    directory.rewind_metrics(trainer.completed)
     extended = _extend(directory, saved, config.rounds, progress)
     prepared.notes += extended
     about["directory"] = {**identity(directory), "rounds": config.rounds, "extended": extended}
     if saved is None:
-        load_inherited_models(prepared.inherited, rounds)
+        load_inherited_models(prepared.inherited, trainer)
         about["directory"]["metrics"] = directory.metrics_checksum()
-        rounds.save(checkpoints, about)
+        trainer.save(checkpoints, about)
         for note in [prepared.headline, *prepared.notes, *choice.reasons]:
             progress.log(note)
     listeners = list(callbacks)
@@ -109,51 +111,51 @@ def _run_remaining_rounds(
     patience = Patience(
         prepared.federation.task, config.evaluation.patience, _read_history(directory)
     )
-    setup = time.perf_counter() - start_round
+    setup = time.perf_counter() - run_started
     progress.unit = prepared.federation.task.unit
-    progress.start(config.rounds, len(prepared.federation.client_infos), rounds.completed)
+    progress.start(config.rounds, len(prepared.federation.client_infos), trainer.completed)
     evaluation: EvaluationResult | None = None
     is_exhausted = patience.exhausted
-    while rounds.completed < planned and not is_exhausted:
-        record = rounds.run_round()
-        is_last = rounds.completed == planned
+    while trainer.completed < planned and not is_exhausted:
+        record = trainer.run_round()
+        is_last = trainer.completed == planned
         if prepared.budget is not None:
             record["privacy"] = {
-                "epsilon": prepared.budget.epsilon(rounds.completed),
+                "epsilon": prepared.budget.epsilon(trainer.completed),
                 "delta": prepared.budget.privacy.delta,
                 "unit": prepared.budget.privacy.unit,
             }
-        if rounds.completed % config.evaluation.every == 0 or is_last:
-            result = _evaluate(rounds, record, directory if is_last else None)
+        if trainer.completed % config.evaluation.every == 0 or is_last:
+            result = _evaluate(trainer, record, directory if is_last else None)
             patience.look(record)
             is_exhausted = patience.exhausted
             evaluation = result if is_last else None
         directory.append_metrics(record)
         about["directory"]["metrics"] = directory.metrics_checksum()
-        rounds.save(checkpoints, about)
+        trainer.save(checkpoints, about)
         for callback in listeners:
             callback(record)
         progress.finish_round(record)
     if is_exhausted:
         progress.log(
-            f"stopped after round {rounds.completed}: "
+            f"stopped after round {trainer.completed}: "
             f"no better validation in {config.evaluation.patience} evaluations"
         )
-    if prepared.budget is not None and rounds.completed == planned < config.rounds:
+    if prepared.budget is not None and trainer.completed == planned < config.rounds:
         over = prepared.budget.epsilon(planned + 1)
         target = prepared.budget.privacy.target_epsilon
         progress.log(
             f"stopped after round {planned}: the next would bring ε to {over:.3g}, "
             f"above privacy.target_epsilon {target:g}"
         )
-    _finish(prepared, directory, rounds, evaluation, _read_history(directory), setup, progress)
+    _finish(prepared, directory, trainer, evaluation, _read_history(directory), setup, progress)
 
 
 def _restore(
     saved: dict[str, Any],
     prepared: PreparedRun,
     directory: RunDirectory,
-    rounds: FederatedTrainer,
+    trainer: FederatedTrainer,
     checkpoints: Checkpoints,
     about: Mapping[str, Any],
     planned: int,
@@ -164,7 +166,7 @@ def _restore(
         saved: The newest checkpoint.
         prepared: The run.
         directory: Where it is recorded.
-        rounds: The trainer.
+        trainer: The trainer.
         checkpoints: All checkpoints.
         about: What the run must have in common with the checkpoint.
         planned: Rounds of the whole run.
@@ -184,8 +186,8 @@ def _restore(
         )
     if saved["run"]["completed"] < planned:
         saved = _reopen_directory(directory, checkpoints, saved, config.evaluation.every)
-    rounds.load_state_dict(saved["run"])
-    rounds.on_checkpoint()
+    trainer.load_state_dict(saved["run"])
+    trainer.on_checkpoint()
     return saved
 
 
@@ -229,22 +231,22 @@ def _read_history(directory: RunDirectory) -> list[Record]:
 
 
 def _evaluate(
-    rounds: FederatedTrainer, record: Record, directory: RunDirectory | None
+    trainer: FederatedTrainer, record: Record, directory: RunDirectory | None
 ) -> EvaluationResult:
     """`directory`: where the models go, if this is the last evaluation."""
-    begun = time.perf_counter()
-    down = rounds.traffic.down
-    readings = rounds.evaluate() if directory is None else _evaluate_fully(rounds, directory)
+    started = time.perf_counter()
+    down = trainer.traffic.down
+    readings = trainer.evaluate() if directory is None else _evaluate_fully(trainer, directory)
     add_evaluation(record, readings)
-    record["down_bytes"] += rounds.traffic.down - down
-    record["seconds"]["evaluation"] = time.perf_counter() - begun
+    record["down_bytes"] += trainer.traffic.down - down
+    record["seconds"]["evaluation"] = time.perf_counter() - started
     return readings
 
 
 def _finish(
     prepared: PreparedRun,
     directory: RunDirectory,
-    rounds: FederatedTrainer,
+    trainer: FederatedTrainer,
     evaluation: EvaluationResult | None,
     history: list[Record],
     setup: float,
@@ -252,9 +254,9 @@ def _finish(
 ) -> None:
     """Models, summary, pictures and report of a run whose rounds are done."""
     if evaluation is None:  # stopped early, or killed after the last round
-        traffic = rounds.traffic.down
-        evaluation = _evaluate_fully(rounds, directory)
-        rounds.traffic.down = traffic  # the same reading once more: nobody would send it again
+        traffic = trainer.traffic.down
+        evaluation = _evaluate_fully(trainer, directory)
+        trainer.traffic.down = traffic  # the same reading once more: nobody would send it again
     directory.write_json(
         "details.json",
         collect_details(prepared.federation, evaluation, prepared.notes, prepared.method),
@@ -264,7 +266,7 @@ def _finish(
         prepared.method,
         prepared.federation,
         history,
-        rounds.traffic,
+        trainer.traffic,
         setup,
         evaluation,
     )
@@ -290,18 +292,18 @@ def write_presentation(config: Config, directory: RunDirectory, say: Callable[[s
         write_report(directory.path, say)
 
 
-def _evaluate_fully(rounds: FederatedTrainer, directory: RunDirectory) -> EvaluationResult:
+def _evaluate_fully(trainer: FederatedTrainer, directory: RunDirectory) -> EvaluationResult:
     """An evaluation with all that a report shows; every model, and the server's own, goes to its file as it comes."""
 
     def save(name: str, model: bytes) -> None:
         if model:  # a real site may keep its own
             write_atomically(directory.path / "models" / f"{name}.safetensors", model)
 
-    readings = rounds.evaluate(details=True, save=save)
-    slot = rounds.algorithm.server_model(rounds.server)
+    readings = trainer.evaluate(details=True, save=save)
+    slot = trainer.algorithm.server_model(trainer.server)
     if slot is not None:
-        federation = rounds.federation
-        server = rounds.server
+        federation = trainer.federation
+        server = trainer.server
         view = asdict(federation.preprocessing_of(slot))
         layout = federation.data.layout
         model = SavedModel(
@@ -317,17 +319,17 @@ def _evaluate_fully(rounds: FederatedTrainer, directory: RunDirectory) -> Evalua
     return readings
 
 
-def load_inherited_models(models: Mapping[str, SavedModel], rounds: FederatedTrainer) -> None:
+def load_inherited_models(models: Mapping[str, SavedModel], trainer: FederatedTrainer) -> None:
     """Begin with another run's models: each client with its own, each group at the server with the mean of its members'."""
     groups: dict[str, list[SavedModel]] = {}
     for model in models.values():
         groups.setdefault(model.arch.spec_id, []).append(model)
     states = {id: PrivateState({"model": model.tensors}) for id, model in models.items()}
-    rounds.load_client_states(states)
+    trainer.load_client_states(states)
     for group, members in groups.items():
-        for name, tensor in rounds.server.models[group].items():
+        for name, tensor in trainer.server.models[group].items():
             if tensor.is_floating_point():
-                rounds.server.models[group][name] = torch.stack(
+                trainer.server.models[group][name] = torch.stack(
                     [m.tensors[name] for m in members]
                 ).mean(0)
 

@@ -347,13 +347,13 @@ class AsynchronousTrainer(FederatedTrainer):
         """A client's next task, its fate and its time known."""
         number = self.num_tasks
         again = self._attempts[client]
-        card = self.federation.client_infos[client]
+        client_info = self.federation.client_infos[client]
         self.num_tasks = number + 1
         self._attempts[client] = again + 1
-        payload = self.broadcast(card)
+        payload = self.broadcast(client_info)
         body = self.encode_broadcast(payload)
         fate = self.environment.faults.outcome(client, number)
-        up = self.upload_sizes(card, payload, self.version)
+        up = self.upload_sizes(client_info, payload, self.version)
         self._count_traffic(client, down=len(body))
         ends = self._end_time(client, len(body), up, number, fate)
         return ClientTask(
@@ -433,10 +433,11 @@ class AsynchronousTrainer(FederatedTrainer):
     def _aggregate(self) -> None:
         """The buffer becomes the next version."""
         self._set_round_context(self.version)
-        cards = self.federation.client_infos
+        client_infos = self.federation.client_infos
         came = sorted(self._buffer, key=lambda entry: natural_key(entry[0]))
         sent = [
-            Upload(cards[c], discount_upload(payload, worth), worth) for c, payload, worth in came
+            Upload(client_infos[c], discount_upload(payload, worth), worth)
+            for c, payload, worth in came
         ]
         given_up = self.update_server(
             lambda: self._aggregate_uploads(sent), {c: payload.magnitude for c, payload, _ in came}

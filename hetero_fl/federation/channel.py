@@ -14,7 +14,7 @@ from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Item, Payload, report_with_loss
 from hetero_fl.federation.dry_run import ExpectedUploads
 from hetero_fl.federation.federation import SERVER, FederationSpec
-from hetero_fl.privacy.client import upload_specs
+from hetero_fl.privacy.client_side import upload_specs
 from hetero_fl.utils.seeding import Key
 
 # Both directions of a run's channel, as client and server make them alike from the method and the

@@ -34,7 +34,7 @@ from hetero_fl.engine.driver import (
 from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.state_store import PrivateState, StateStore
-from hetero_fl.privacy.client import ClientPrivacy
+from hetero_fl.privacy.client_side import ClientPrivacy
 from hetero_fl.robustness.attacks import TRIGGERED
 
 # Broadcasts that many clients read: decoded once, and lent to one client after the other.
@@ -73,7 +73,7 @@ class BroadcastCache:
     ) -> Iterator[dict[str, Payload]]:
         """What each of these clients was sent. Raises PayloadError."""
         copies = {client: self._take(round_idx, body) for client, body in broadcasts.items()}
-        yield {client: copy_containers(copy.payload) for client, copy in copies.items()}
+        yield {client: copy_payload(copy.payload) for client, copy in copies.items()}
         self._idle = [*copies.values(), *self._idle][: self._most]
 
     def clear(self) -> None:
@@ -107,7 +107,7 @@ def item_tensors(item: Item) -> list[Tensor]:
     return [*values, item.weight] if isinstance(item.weight, Tensor) else values
 
 
-def copy_containers(payload: Payload) -> Payload:
+def copy_payload(payload: Payload) -> Payload:
     """The same tensors in dictionaries of their own."""
     items = payload.items_.items()
     made = {

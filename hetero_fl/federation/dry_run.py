@@ -29,7 +29,7 @@ from hetero_fl.engine.driver import Work, reported_loss, run_plan, translate_use
 from hetero_fl.engine.templates import Templates
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.privacy.accounting import PrivacyCharge
-from hetero_fl.privacy.client import ClientPrivacy, upload_specs
+from hetero_fl.privacy.client_side import ClientPrivacy, upload_specs
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import natural_key
 

@@ -90,7 +90,7 @@ class FederationSpec:
             if archs[-1] not in checked:
                 _check_model(archs[-1], f"clients: {kind.first}: model")
                 checked.add(archs[-1])
-        cards = ClientDirectory(population, [{"model": arch} for arch in archs], data)
+        client_infos = ClientDirectory(population, [{"model": arch} for arch in archs], data)
         server = config.server
         server_view = data.server_preprocess(server.preprocess)
         student_arch = build_model_spec(server.model, data, server_view) if server.model else None
@@ -104,7 +104,7 @@ class FederationSpec:
             else None
         )
         return cls(
-            data.task, data, cards, settings, server_view, student_arch if student else None, config.seed, config.rounds, common,
+            data.task, data, client_infos, settings, server_view, student_arch if student else None, config.seed, config.rounds, common,
             config.cohort.num_sampled(config.clients.per_round, len(population)),
             _exclude_malicious(_sample_evaluated(population, config.evaluation.clients, config.seed), liars), _sample_evaluated(population, None, config.seed),
             config.channel, config.aggregation, liars, config.privacy, KeyedNoiseSource(config.seed),
@@ -118,11 +118,11 @@ class FederationSpec:
         Raises UserError naming a client whose own model cannot be made.
         """
         known = {kind.arch for kind in self.client_infos.profiles}
-        cards = ClientDirectory(self.client_infos.clients, models, self.data)
-        for kind in cards.profiles:
+        client_infos = ClientDirectory(self.client_infos.clients, models, self.data)
+        for kind in client_infos.profiles:
             if kind.arch not in known:
                 _check_model(kind.arch, f"clients: {kind.first}: model")
-        return replace(self, client_infos=cards)
+        return replace(self, client_infos=client_infos)
 
     def initial_tensors(self, arch: ModelSpec) -> Tensors:
         """The tensors that every participant with this architecture starts from. Do not change them in place."""
@@ -154,16 +154,16 @@ class FederationSpec:
         self, client_id: str, state: PrivateState, round_idx: int, attempt: int = 0
     ) -> Participant:
         """A client, with what it keeps privately, ready for one task of that round."""
-        card = self.client_infos[client_id]
+        client_info = self.client_infos[client_id]
         kept = {slot: dict(tensors) for slot, tensors in state.models.items()}
         models = {
             slot: {**self.initial_tensors(arch), **kept.get(slot, {})}
-            for slot, arch in card.models.items()
+            for slot, arch in client_info.models.items()
         }
         models = {**kept, **models}
 
         def columns(name: str, through: Any) -> Columns:
-            return self.data.columns(client_id, name, through or card.preprocess)
+            return self.data.columns(client_id, name, through or client_info.preprocess)
 
         data: DataFunction = columns
         label_counts: CountsFunction = partial(self.label_counts, client_id)
@@ -174,13 +174,13 @@ class FederationSpec:
         return Participant(
             participant_id=client_id,
             task=self.task,
-            arch=dict(card.models),
+            arch=dict(client_info.models),
             models=models,
             data=data,
-            settings=card.settings,
+            settings=client_info.settings,
             label_counts=label_counts,
-            num_rows=card.num_rows,
-            has_proxy=card.has_proxy,
+            num_rows=client_info.num_rows,
+            has_proxy=client_info.has_proxy,
             peers=self.client_infos,
             state=copy_tree(state.state),
             round_context=self.round_context(round_idx, attempt),

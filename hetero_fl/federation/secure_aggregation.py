@@ -26,7 +26,7 @@ from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.payload import Item
 from hetero_fl.federation.dry_run import ExpectedUploads
 from hetero_fl.federation.federation import FederationSpec
-from hetero_fl.privacy.server import SumNoise
+from hetero_fl.privacy.server_side import SumNoise
 from hetero_fl.utils.caching import BoundedCache
 
 RECENT = 8  # layouts that are kept
@@ -57,11 +57,11 @@ class DerivedSetup:
     def upload_form(self, client: str, round_idx: int) -> Mapping[str, Item]:
         """An upload as this client's would be in that round, from a server that has received nothing yet: of what it has
         learnt by then, the form must not depend."""
-        card = self.federation.client_infos[client]
+        client_info = self.federation.client_infos[client]
         self.server.round_context = self.federation.round_context(round_idx)
         self.server.stream_uses = {}
         return self.expectations.expected_items(
-            card, call_broadcast(self.algorithm, self.server, card), round_idx
+            client_info, call_broadcast(self.algorithm, self.server, client_info), round_idx
         )
 
     @cached_property
@@ -80,7 +80,7 @@ class DerivedSetup:
         """A client's share of the noise on sums (`privacy.distributed`), on every number of the vector that is noised at the
         server otherwise, its own or not: N(0, deviation² / shares), of which so many and more are noise enough."""
         privacy = self.expectations.privacy
-        if privacy is None or not privacy.privacy.distributed:
+        if privacy is None or not privacy.config.distributed:
             return None
         vector = np.zeros(layout.size)
         for place, slot in layout.slices.items():
@@ -118,7 +118,7 @@ def open_sums(
 ) -> tuple[Uploads, float | None]:
     """A round's uploads as far as their sums tell, and the mean training loss.
 
-    `forms`: of each client in the sum its card and what it was to send; `noise`: what makes the sums private. An element that
+    `forms`: of each client in the sum its `ClientInfo` and what it was to send; `noise`: what makes the sums private. An element that
     nobody has given weight to was sent by nobody.
     """
     vector = fixed.decode(aggregated.total)
@@ -127,10 +127,10 @@ def open_sums(
     items: dict[str, ItemSum] = {}
     models: dict[str, OwnerMeans] = {}
     means: dict[TensorKey, Any] = {}
-    for card, form in forms:
+    for client_info, form in forms:
         for name in form:
-            senders.setdefault(name, []).append(card)
-        for place in layout.tensor_keys(card.arch.spec_id, form):
+            senders.setdefault(name, []).append(client_info)
+        for place in layout.tensor_keys(client_info.arch.spec_id, form):
             if place not in means:
                 total, weight = layout.read(place, vector, aggregated.unit)
                 dtype = layout.slices[place].dtype
@@ -144,7 +144,9 @@ def open_sums(
             if means[place] is not None:
                 across = layout.specs[place.item].across
                 held = models.setdefault(place.item, OwnerMeans(common))
-                held.set_mean("" if across else card.arch.spec_id, place.tensor, *means[place])
+                held.set_mean(
+                    "" if across else client_info.arch.spec_id, place.tensor, *means[place]
+                )
     return Uploads.from_sums(
         len(forms), senders, items, models, layout.specs, noise
     ), layout.mean_loss(vector)

@@ -25,7 +25,7 @@ from hetero_fl.federation.executors.base import ClientAbsentError, Executor
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.secure_aggregation import make_protocol
 from hetero_fl.federation.state_store import PrivateState
-from hetero_fl.privacy.server import ServerPrivacy
+from hetero_fl.privacy.server_side import ServerPrivacy
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.ordering import natural_order
 

@@ -191,7 +191,7 @@ def add_noise(item: Item, deviation: float, draw: NoiseFunction) -> Item:
     )
 
 
-def release_upload(
+def clip_upload(
     payload: Payload,
     received: Payload,
     bounds: Callable[[str], float],

@@ -204,16 +204,16 @@ def summarize(
         "clients": [
             {
                 "id": id,
-                "model": card.arch.display_name,
+                "model": client_info.arch.display_name,
                 "parameters": sum(
-                    federation.initial_tensors(card.arch)[n].numel()
-                    for n in card.arch.parameter_names
+                    federation.initial_tensors(client_info.arch)[n].numel()
+                    for n in client_info.arch.parameter_names
                 ),
-                "n_train": card.num_rows,
+                "n_train": client_info.num_rows,
                 "personal": last["clients"].get(id, {}).get("personal"),
                 "global": last["clients"].get(id, {}).get("global"),
             }
-            for id, card in _evaluated_clients(federation)
+            for id, client_info in _evaluated_clients(federation)
         ],
         "communication": {"up_bytes": traffic.up, "down_bytes": traffic.down},
         "seconds": {"total": setup + sum(seconds.values()), **seconds},
@@ -271,14 +271,16 @@ def collect_details(
         },
         "clients": {
             id: {
-                "model": card.arch.spec_id,
-                "group": card.arch.spec_id,
-                "shares": list(card.settings.shares),
-                "preprocess": _without_defaults(asdict(card.preprocess)),
-                "scanner": _without_defaults(describe_settings(card.settings).get("scanner", {})),
-                "settings": describe_settings(card.settings),
+                "model": client_info.arch.spec_id,
+                "group": client_info.arch.spec_id,
+                "shares": list(client_info.settings.shares),
+                "preprocess": _without_defaults(asdict(client_info.preprocess)),
+                "scanner": _without_defaults(
+                    describe_settings(client_info.settings).get("scanner", {})
+                ),
+                "settings": describe_settings(client_info.settings),
             }
-            for id, card in _evaluated_clients(federation)
+            for id, client_info in _evaluated_clients(federation)
         },
         "unit": federation.task.unit,
         "relative": data.extra_columns("", "common_test").unit is not None,

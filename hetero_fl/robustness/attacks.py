@@ -423,8 +423,8 @@ class MaliciousClients:
         made = {id: dict(payload.items_) for id, (_, payload) in true_uploads.items()}
         for (name, _, tensor, _), ids in self._equal_tensors(true_uploads).items():
             kind = made[ids[0]][name].kind
-            card = true_uploads[ids[0]][0]
-            if tensor and tensor not in trained_names(card, name):
+            client_info = true_uploads[ids[0]][0]
+            if tensor and tensor not in trained_names(client_info, name):
                 continue  # a buffer
             scene = replace(
                 self._context(round_idx, ids), senders=senders, item=name, tensor=tensor
@@ -448,7 +448,7 @@ class MaliciousClients:
         """What the attack acts on: (item, architecture, tensor, shape), with the liars that send it."""
         found: dict[tuple[str, str, str, tuple[int, ...]], list[str]] = {}
         for id in natural_order(true_uploads):
-            card, payload = true_uploads[id]
+            client_info, payload = true_uploads[id]
             for name, item in payload.items_.items():
                 if (
                     item.kind == "counts"
@@ -457,7 +457,7 @@ class MaliciousClients:
                     continue
                 for tensor, t in item.tensors.items():
                     if t.is_floating_point():
-                        arch = card.arch.spec_id if tensor else ""
+                        arch = client_info.arch.spec_id if tensor else ""
                         key = (name, arch, tensor, tuple(t.shape))
                         found.setdefault(key, []).append(id)
         return found

@@ -33,8 +33,8 @@ class AggregationRules:
 
     config: AggregationConfig
     task: Task
-    reference: ReferenceTensors = lambda card, item: {}
-    trained: TrainedNames = lambda card, item: card.arch.parameter_names
+    reference: ReferenceTensors = lambda client_info, item: {}
+    trained: TrainedNames = lambda client_info, item: client_info.arch.parameter_names
     memory: dict[str, Any] = field(default_factory=dict)
     too_few: dict[str, list[str]] = field(default_factory=dict)
 
@@ -74,9 +74,11 @@ class RobustModelMeans:
 
     def add(self, group: str, tensors: Mapping[str, Tensor], weight: float) -> None:
         """One more model, or part of one. Its weight is of no account."""
-        card = self.senders[len(self._sent)]
+        client_info = self.senders[len(self._sent)]
         reference = (
-            self.rules.reference(card, self.name) if self.rules.of_parameters.uses_reference else {}
+            self.rules.reference(client_info, self.name)
+            if self.rules.of_parameters.uses_reference
+            else {}
         )
         self._sent.append((group, dict(tensors), reference))
 
@@ -84,7 +86,8 @@ class RobustModelMeans:
     def sent(self) -> list[tuple[ClientInfo, Tensors]]:
         """What every client sent."""
         return [
-            (card, tensors) for card, (_, tensors, _) in zip(self.senders, self._sent, strict=True)
+            (client_info, tensors)
+            for client_info, (_, tensors, _) in zip(self.senders, self._sent, strict=True)
         ]
 
     def by_group(self) -> dict[str, Tensors]:
@@ -227,7 +230,9 @@ class RobustItemMeans:
         apart = self.rules.task.kind == "multiclass" and said.shape[-1] == self.rules.task.outputs
         level = said.mean(-1, keepdim=True) if apart else torch.zeros_like(said[..., :1])
         memory = self.rules.memory.setdefault(self.name, {})
-        made = how.combine(said - level, liars, [card.client_id for card in self.senders], memory)
+        made = how.combine(
+            said - level, liars, [client_info.client_id for client_info in self.senders], memory
+        )
         if apart:  # as a row of probabilities sums to one again
             made = made - made.mean(-1, keepdim=True) + trimmed_mean(level)
         return made.to(dtype), torch.tensor(float(len(said)), dtype=dtype)

@@ -410,17 +410,19 @@ def root_models(
     """
     opinions = yield [
         Predict(
-            card.arch.spec_id,
-            Rows("proxy", preprocess=card.preprocess),
-            tensors={**server.models[card.arch.spec_id], **tensors},
-            arch=card.arch,
+            client_info.arch.spec_id,
+            Rows("proxy", preprocess=client_info.preprocess),
+            tensors={**server.models[client_info.arch.spec_id], **tensors},
+            arch=client_info.arch,
         )
-        for card, tensors in sent
+        for client_info, tensors in sent
     ]
     if server.task.kind == "multiclass":
         opinions = [z.log_softmax(-1) for z in opinions]
     teacher = trimmed_mean(torch.stack(opinions))
-    views = {card.arch.spec_id: card.preprocess for card, _ in reversed(sent)}  # the lowest id's
+    views = {
+        client_info.arch.spec_id: client_info.preprocess for client_info, _ in reversed(sent)
+    }  # the lowest id's
     yield [
         Fit(
             {group: None},

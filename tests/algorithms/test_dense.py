@@ -18,7 +18,7 @@ from hetero_fl.core.generative_objectives import (
     preprocess_generated,
 )
 from hetero_fl.core.objectives import Batch, ModelView, ModelViews, Supervised
-from hetero_fl.core.participant import floating_tensors
+from hetero_fl.core.participant import ClientInfo, floating_tensors
 from hetero_fl.core.payload import Payload
 from hetero_fl.core.plan import Fit, Rows
 from hetero_fl.engine.batches import index_batches
@@ -215,9 +215,9 @@ def uploads(rounds: SynchronousTrainer) -> list[dict[str, list[str]]]:
     seen_: list[dict[str, list[str]]] = []
     receive = rounds.decode_upload
 
-    def note(client: str, data: bytes, asked: Any, index: int) -> Payload:
-        payload = receive(client, data, asked, index)
-        seen_[-1][client] = list(payload)
+    def note(client_info: ClientInfo, data: bytes, asked: Any, index: int) -> Payload:
+        payload = receive(client_info, data, asked, index)
+        seen_[-1][client_info.client_id] = list(payload)
         return payload
 
     rounds.decode_upload = note  # type: ignore[method-assign]

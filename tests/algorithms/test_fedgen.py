@@ -43,7 +43,7 @@ def drawn(labels: Tensor, *where: Any) -> tuple[Tensor, Tensor, Tensor]:
 def test_two_rounds_of_the_generator_by_hand() -> None:
     rounds, sent = rounds_of(fedgen(diversity=0.8), held=0), {}
     receive = rounds.decode_upload
-    rounds.decode_upload = lambda c, *rest: sent.setdefault(c, receive(c, *rest))  # type: ignore[method-assign]
+    rounds.decode_upload = lambda c, *rest: sent.setdefault(c.client_id, receive(c, *rest))  # type: ignore[method-assign]
     made = module(rounds.server.arch["generator"], rounds.server.models["generator"])
     adam = torch.optim.Adam(made.parameters(), lr=0.01)  # one for the whole run
     counts = torch.stack(

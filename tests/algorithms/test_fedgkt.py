@@ -140,7 +140,7 @@ def test_what_of_private_rows_leaves_is_declared_told_and_refused_where_not_shar
     ]
     rounds, seen = rounds_of(source, held=0), {}
     receive = rounds.decode_upload
-    rounds.decode_upload = lambda c, *rest: seen.setdefault(c, receive(c, *rest))  # type: ignore[method-assign]
+    rounds.decode_upload = lambda c, *rest: seen.setdefault(c.client_id, receive(c, *rest))  # type: ignore[method-assign]
     rounds.run_round()
     assert {c: len(p) for c, p in seen.items()} == {"site_1": 3, "site_2": 0, "site_3": 3}
     assert {c: len(p["labels"]) for c, p in seen.items() if p} == {
@@ -156,8 +156,8 @@ def test_a_row_too_few_is_refused() -> None:
     rounds = rounds_of(federation("mlp"), held=0)
     receive = rounds.decode_upload
 
-    def short(client: str, data: bytes, asked: Any, index: int) -> Payload:
-        if client == "site_1":
+    def short(client: Any, data: bytes, asked: Any, index: int) -> Payload:
+        if client.client_id == "site_1":
             payload = Payload.decode(data)
             data = Payload({n: payload[n][1:] for n in payload}, payload.report).encode()
         return receive(client, data, asked, index)

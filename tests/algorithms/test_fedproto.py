@@ -147,7 +147,7 @@ def test_who_shares_no_statistics_sends_nothing() -> None:
     source["clients"]["overrides"] = [{"match": "site_2", "shares": ["parameters", "predictions"]}]
     rounds, seen = rounds_of(source, held=0), {}
     receive = rounds.decode_upload
-    rounds.decode_upload = lambda c, *rest: seen.setdefault(c, receive(c, *rest))  # type: ignore[method-assign]
+    rounds.decode_upload = lambda c, *rest: seen.setdefault(c.client_id, receive(c, *rest))  # type: ignore[method-assign]
     rounds.run_round()
     assert {c: list(p) for c, p in seen.items()} == {
         "site_1": ["features"],

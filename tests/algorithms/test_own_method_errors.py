@@ -14,7 +14,7 @@ import yaml
 
 from hetero_fl.algorithms import FedAvg, average_models, local_fit, upload_model
 from hetero_fl.cli import main
-from hetero_fl.core.objectives import Objective, Supervised
+from hetero_fl.core.objectives import Batch, ModelViews, Objective, Supervised
 from hetero_fl.core.payload import Item, ItemSpec
 from hetero_fl.core.plan import Fit, Predict, Rows
 from hetero_fl.experiment import prepare, run
@@ -29,6 +29,7 @@ def own(**hooks: Callable[..., Any]) -> SynchronousTrainer:
     rounds = rounds_of(config("fedavg", "mlp"), held=0)
     method = type("Mine", (FedAvg,), hooks)()
     rounds.algorithm = rounds.executor.runtime.algorithm = rounds.expectations.algorithm = method
+    rounds.expectations.is_user_method = True
     return rounds
 
 
@@ -143,6 +144,88 @@ def test_yielding_what_is_no_step(yielded: Callable[..., Any], words: str) -> No
         UserError, match=rf"train \(.*test_own_method_errors\.py, line \d+\): {words}"
     ):
         own(train=train).run_round()
+
+
+def train_unknown_slot(self: Any, client: Any, got: Any) -> Any:
+    yield local_fit(client, train={"modle": None})
+    return upload_model(self, client)
+
+
+def predict_unknown_slot(self: Any, client: Any, got: Any) -> Any:
+    yield Predict("modle")
+    return upload_model(self, client)
+
+
+@pytest.mark.parametrize("train", [train_unknown_slot, predict_unknown_slot])
+def test_step_on_a_model_that_the_client_does_not_have(train: Callable[..., Any]) -> None:
+    place = rf"{train.__name__} \({re.escape(__file__)}, line \d+\)"
+    words = "site_1 has no model 'modle', only 'model'; return it from `models`"
+
+    with pytest.raises(UserError, match=f"^{place}: {words}$"):
+        dry_run(train=train)
+
+
+def test_item_that_a_client_does_not_share_is_refused_before_the_run() -> None:
+    def train(self: Any, client: Any, got: Any) -> Any:
+        items = yield from FedAvg.train(self, client, got)
+        return {**items, "counts": Item(client.counts, kind="counts")}
+
+    uploads = {**FedAvg.uploads, "counts": ItemSpec("counts")}
+    source = config("fedavg", "mlp")
+    source["clients"]["overrides"] = [{"match": "site_2", "shares": ["parameters"]}]
+    method = type("Mine", (FedAvg,), {"train": train, "uploads": uploads})()
+    words = (
+        r"^Mine\.train: 'counts' needs statistics, but site_2 shares parameters; ask `may_share` "
+        "before the item is made$"
+    )
+
+    with pytest.raises(UserError, match=words):
+        check_user_method(method, prepare(source).federation)
+
+
+def test_tensors_outside_the_part_that_a_client_shares_are_refused() -> None:
+    def train(self: Any, client: Any, got: Any) -> Any:
+        yield local_fit(client)
+        return {"model": Item(dict(client.models["model"]), 1.0, "params")}
+
+    source = config("fedavg", "mlp")
+    source["clients"]["defaults"]["shares"] = ["backbone"]
+    method = type("Mine", (FedAvg,), {"train": train})()
+
+    with pytest.raises(UserError, match=r"'model' holds head\.weight, but site_1 shares backbone"):
+        check_user_method(method, prepare(source).federation)
+
+
+class RefusesClients(FedAvg):
+    def configure(self, clients: Any) -> Any:
+        raise ValueError("not these clients")
+
+
+class WrongModels(FedAvg):
+    def models(self, client: Any) -> Any:
+        return {"model": client.architecture_}
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (RefusesClients, "in configure: ValueError: not these clients"),
+        (WrongModels, "in models: AttributeError: "),
+    ],
+)
+def test_exception_in_configure_or_models_names_file_and_line(method: type, words: str) -> None:
+    with pytest.raises(RunFailedError, match=rf"^{re.escape(__file__)}:\d+, {words}"):
+        prepare(config(f"python:{__name__}:{method.__name__}", "mlp"))
+
+
+def test_objective_that_reads_a_missing_column_or_model_is_told_what_there_is() -> None:
+    batch = Batch(x=torch.zeros(1), y=torch.zeros(1))
+
+    assert getattr(batch, "teacher", None) is None
+    with pytest.raises(AttributeError, match="no column 'teacher', only 'x', 'y'; add it by"):
+        batch.teacher  # noqa: B018
+    with pytest.raises(KeyError, match="no model 'own', only none; name it in `train` or"):
+        ModelViews()["own"]
 
 
 def aggregate_without_yield(self: Any, server: Any, uploads: Any) -> None:
@@ -301,13 +384,6 @@ class ClumsyObjective(FedAvg):
         return upload_model(self, client)
 
 
-class NoSuchSlot(FedAvg):
-    def train(self, client: Any, received: Any) -> Any:
-        items = yield from super().train(client, received)
-        yield replace(local_fit(client), train={"modle": None})
-        return items
-
-
 class StartFails(FedAvg):
     def setup(self, server: Any) -> None:
         server.state["x"] = 1 / 0
@@ -341,7 +417,6 @@ class OldArgument(FedAvg):
             r"in aggregate: MissingItemError: item 'logits' is not declared in `uploads`; choose from model$",
         ),
         (ClumsyObjective, r"in loss: RuntimeError: .*mat1 and mat2 shapes .*$"),
-        (NoSuchSlot, r"in train: KeyError: 'modle'$"),
         (StartFails, r"in setup: ZeroDivisionError: division by zero$"),
     ],
 )

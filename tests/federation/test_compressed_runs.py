@@ -157,9 +157,9 @@ def test_what_is_kept_survives_rounds_in_which_the_client_is_not_drawn_and_an_up
         )
 
         def refusing(
-            client: str, data: bytes, *rest: Any, lost: str = lost, receive: Any = receive
+            client: Any, data: bytes, *rest: Any, lost: str = lost, receive: Any = receive
         ) -> Payload:
-            return receive(client, data[:-1] if client == lost else data, *rest)
+            return receive(client, data[:-1] if client.client_id == lost else data, *rest)
 
         rounds.decode_upload = refusing  # type: ignore[method-assign]
         assert set(rounds.run_round()["failed"]) == {lost}

@@ -10,11 +10,11 @@ import yaml
 
 from hetero_fl.algorithms import FedAvg
 from hetero_fl.cli import main
-from hetero_fl.cli.printing import _size
 from hetero_fl.experiment import prepare, run
 from hetero_fl.federation.cost import (
     communication_cost,
 )
+from hetero_fl.reporting.formatting import format_bytes
 from model_zoo import create_model
 from tests.federation.test_asynchronous import SUMS
 from tests.helpers.asynchronous_runs import source as paced
@@ -196,7 +196,7 @@ def test_check_of_an_asynchronous_run_says_what_it_leaves_out(
 
     printed = " ".join(capsys.readouterr().out.split())
     expected, _ = asynchronous_cost_and_traffic(paced("fedavg"))
-    assert f"about {_size(sum(expected))} in 3 rounds: " in printed
+    assert f"about {format_bytes(sum(expected))} in 3 rounds: " in printed
     assert "asynchronous: counted as rounds of equally fast clients without failures" in printed
 
 

@@ -57,7 +57,7 @@ def test_plain_round_enters_no_optional_feature(method: str) -> None:
     [
         (
             {"privacy": {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-4}},
-            "privacy/server.py",
+            "privacy/server_side.py",
         ),
         ({"aggregation": {"rule": "median", "liars": 1}}, "robustness/robust_means.py"),
         ({"channel": {"secure_sum": {}}}, "communication/secure_aggregation/server.py"),

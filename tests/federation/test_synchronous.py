@@ -86,7 +86,7 @@ def test_bytes_are_those_of_the_encoded_payloads(method: str) -> None:
     rounds = rounds_of(config(method, MIXED, clients=4), held=0)
     up, receive = [], rounds.decode_upload
 
-    def watched(client: str, data: bytes, *rest: Any) -> Payload:
+    def watched(client: Any, data: bytes, *rest: Any) -> Payload:
         up.append(len(data))
         return receive(client, data, *rest)
 

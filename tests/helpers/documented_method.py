@@ -3,7 +3,7 @@
 import torch
 from pydantic import Field
 
-from hetero_fl.algorithms import Algorithm, Needs, local_fit, register_algorithm
+from hetero_fl.algorithms import Algorithm, Needs, local_fit, may_share, register_algorithm
 from hetero_fl.core.objectives import TeacherDistillation
 from hetero_fl.core.payload import ItemSpec
 from hetero_fl.core.plan import Predict, Rows
@@ -15,7 +15,7 @@ class MedianTeacher(Algorithm):
 
     title = "Median teacher"
     shared = ()  # no parameters travel
-    uploads = {"logits": ItemSpec("rows", use="each", share="predictions")}
+    uploads = {"logits": ItemSpec("rows", use="each")}
     needs = Needs(proxy_set="required")
     epochs: int = Field(1, ge=1, description="epochs on the proxy set before local training")
 
@@ -27,8 +27,11 @@ class MedianTeacher(Algorithm):
             rows = Rows("proxy", extra_columns={"teacher": received["teacher"]})
             yield local_fit(client, TeacherDistillation(), rows, epochs=self.epochs)
         yield local_fit(client)
-        return {"logits": (yield Predict("model", Rows("proxy")))}
+        if may_share(client, "predictions"):
+            return {"logits": (yield Predict("model", Rows("proxy")))}
+        return {}
 
     def aggregate(self, server, uploads):
-        logits = torch.stack([u.payload["logits"] for u in uploads.each])
-        server.state["teacher"] = logits.quantile(0.5, dim=0)
+        logits = [upload.payload["logits"] for upload in uploads.having("logits")]
+        if logits:
+            server.state["teacher"] = torch.stack(logits).quantile(0.5, dim=0)

@@ -146,10 +146,10 @@ class SingleStepMethod:
 def reason_not_invertible(prepared: PreparedRun, client: str) -> str | None:
     """Why no image can be sought in this client's upload; None if one can."""
     method = prepared.method
-    card = prepared.federation.client_infos[client]
+    client_info = prepared.federation.client_infos[client]
     spec = method.uploads.get(MODEL)
-    shape = card.arch.input_shape
-    sends = upload_part(method, card.settings, card.settings.share_every - 1) != ()
+    shape = client_info.arch.input_shape
+    sends = upload_part(method, client_info.settings, client_info.settings.share_every - 1) != ()
     if spec is None or spec.kind != "params" or not method.needs.counts_traffic or not sends:
         return f"{prepared.name}: '{client}' sends no parameters of its model; there is no gradient to invert"
     if prepared.data.vocabulary is not None:
@@ -174,28 +174,30 @@ def observe_upload(
     Raises:
         UserError: no update came of the step.
     """
-    card = prepared.federation.client_infos[client]
-    rate = card.settings.optimizer.lr
-    index = card.settings.share_every - 1
+    client_info = prepared.federation.client_infos[client]
+    rate = client_info.settings.optimizer.lr
+    index = client_info.settings.share_every - 1
     method = SingleStepMethod(prepared.method, rows, rate)
     runtime = prepared.config.runtime.model_copy(
         update={"executor": "serial", "precision": "float32"}
     )
     config = prepared.config.model_copy(update={"runtime": runtime})
-    rounds = replace(prepared, config=config, method=cast(Algorithm, method)).make_trainer()
+    trainer = replace(prepared, config=config, method=cast(Algorithm, method)).make_trainer()
     try:
-        load_inherited_models(prepared.inherited, rounds)
-        received, sent = rounds.request_upload(client, index)
+        load_inherited_models(prepared.inherited, trainer)
+        received, sent = trainer.request_upload(client, index)
     finally:
-        rounds.executor.close()
+        trainer.executor.close()
     fits = [fit for fit in method.rounds[0] if MODEL in fit.train]
     if MODEL not in sent or not fits:
         raise UserError(
             f"--clients: '{client}' sends nothing of a step on its own rows under {prepared.name}"
         )
-    before = copy_tensors(prepared.federation.initial_tensors(card.arch))
+    before = copy_tensors(prepared.federation.initial_tensors(client_info.arch))
     before |= received.get(MODEL, {})
-    update = {n: t - before[n] for n, t in sent[MODEL].items() if n in card.arch.parameter_names}
+    update = {
+        n: t - before[n] for n, t in sent[MODEL].items() if n in client_info.arch.parameter_names
+    }
     if protect is not None:
         update = protect(update)
     gradient = {n: -t / rate for n, t in update.items()}
@@ -203,7 +205,7 @@ def observe_upload(
         raise UserError(
             f"--clients: '{client}': the upload tells nothing of the step; all of the update is nought"
         )
-    return ObservedUpload(card.arch, before, gradient, fits[-1].objective, fits[-1].context)
+    return ObservedUpload(client_info.arch, before, gradient, fits[-1].objective, fits[-1].context)
 
 
 # Gradient inversion: images from what a step on them changed.

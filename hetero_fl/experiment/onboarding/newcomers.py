@@ -164,18 +164,16 @@ class JoiningClients:
     def transfer_options(self, requested: str | None) -> dict[str, TransferredParts]:
         """What a newcomer may begin with: nothing, and of the run what is asked for or can be had."""
         _, federation = self.federation(self.config(0))
-        card = next(iter(federation.client_infos.values()))
+        client_info = next(iter(federation.client_infos.values()))
         begins: dict[str, TransferredParts] = {SCRATCH: {}}
         if requested not in (None, BACKBONE, TEACHER, BOTH):
             raise UserError(
                 f"--take: found '{requested}'; choose from {BACKBONE}, {TEACHER}, {BOTH}"
             )
         if requested != TEACHER:
-            backbone = self.legacy.backbone(card.arch)
+            backbone = self.legacy.backbone(client_info.arch)
             if backbone is None:
-                why = (
-                    f"nobody in {self.legacy.run.path} shared the backbone of a {card.arch.spec_id}"
-                )
+                why = f"nobody in {self.legacy.run.path} shared the backbone of a {client_info.arch.spec_id}"
                 if requested is not None:
                     raise UserError(
                         f"--take: {why}; take teacher, or --model {self.legacy.most_common_model}"
@@ -184,9 +182,9 @@ class JoiningClients:
             else:
                 begins[BACKBONE] = {BACKBONE: backbone}
         if requested != BACKBONE:
-            transfer, self.teacher_on = self._transfer_rows(card.preprocess)
+            transfer, self.teacher_on = self._transfer_rows(client_info.preprocess)
             teacher = self.legacy.consensus(transfer)
-            heard = usable_rows(transfer, card.preprocess) & ~teacher.isnan().any(1)
+            heard = usable_rows(transfer, client_info.preprocess) & ~teacher.isnan().any(1)
             if bool(heard.any()):
                 self.transfer = transfer[heard]
                 begins[TEACHER] = {TEACHER: teacher[heard]}
@@ -230,7 +228,7 @@ class JoiningClients:
         """Figures on the test rows for each number of labels; `save_path`: where the model with the most goes."""
         config = self.config(seed, LONGER if option == SCRATCH else 1)
         data, federation = self.federation(config)
-        rounds = PreparedRun(config, JoiningClient(), federation, data, [], {}).make_trainer()
+        trainer = PreparedRun(config, JoiningClient(), federation, data, [], {}).make_trainer()
         last = f"with_{self.site.counts[-1]}"
 
         def save(client_id: str, encoded: bytes) -> None:
@@ -239,13 +237,13 @@ class JoiningClients:
                 write_atomically(save_path, encoded)
 
         try:
-            rounds.server.state.update(parts)
-            rounds.run_round()
-            readings = rounds.evaluate(
+            trainer.server.state.update(parts)
+            trainer.run_round()
+            readings = trainer.evaluate(
                 details=save_path is not None, save=save if save_path is not None else None
             )
         finally:
-            rounds.executor.close()
+            trainer.executor.close()
         found = {id: reading.scores["personal"] for id, reading in readings.clients.items()}
         return [
             {"patients": n, "rows": data.n_rows(f"with_{n}", "train"), **found[f"with_{n}"]}

@@ -154,11 +154,12 @@ class SimulationEnvironment:
     def _unreachable_deadline(self) -> list[str]:
         """A deadline that training alone would miss, whoever is invited."""
         policy = self.policy
-        cards = self.devices.federation.client_infos
+        client_infos = self.devices.federation.client_infos
         if policy.deadline is None:
             return []
         least = {
-            id: local_steps(cards[id]) if policy.partial_work else 1 for id in islice(cards, LOOKED)
+            id: local_steps(client_infos[id]) if policy.partial_work else 1
+            for id in islice(client_infos, LOOKED)
         }
         quickest = min(self.timing.training_seconds(id, 0) / steps for id, steps in least.items())
         if quickest <= policy.deadline:

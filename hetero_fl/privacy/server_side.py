@@ -1,4 +1,9 @@
-"""Privacy at the server: noise on sums, and adaptive clipping bounds."""
+"""Differential privacy of clients at the server: noise on sums, and adaptive clipping bounds.
+
+With `privacy.unit` "client" the sums and means that a method asks of `Uploads` are noised here, once,
+where they are asked for. What a run spends is known before it begins
+(`hetero_fl.experiment.privacy_budget`).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +20,7 @@ from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.core.model_spec import Owner, Tensors, owners_of
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Item, Payload
-from hetero_fl.privacy.client import WITHIN, ClientPrivacy, PrivateFederation
+from hetero_fl.privacy.client_side import WITHIN, ClientPrivacy, PrivateFederation
 from hetero_fl.privacy.mechanisms import reference_tensors, teacher_from_votes
 from hetero_fl.utils.errors import UserError
 
@@ -65,7 +70,7 @@ class SharedTensor:
 class SumNoise:
     """The noise of one round, and what its sums are divided by. The same question has the same answer.
 
-    `deviation(item)`: of the noise on every number of the item's sum; `normal`: keyed draws of it; `kind(card)`: of a client, by
+    `deviation(item)`: of the noise on every number of the item's sum; `normal`: keyed draws of it; `kind(client_info)`: of a client, by
     name; `postprocess(item, mean)`: what a noised mean becomes.
     """
 
@@ -142,7 +147,7 @@ class SumNoise:
     ) -> dict[str, Tensors]:
         """For every group that could have sent something, whether or not it did, its noised means."""
         moved: dict[Owner, Tensor] = {}
-        there = Counter(self.kind(card) for card in senders)
+        there = Counter(self.kind(client_info) for client_info in senders)
         groups = self._groups.get(name, {})
         for group, tensors in groups.items():
             for tensor, (owner, _) in tensors.items():
@@ -206,7 +211,7 @@ class ServerPrivacy:
         per_round: int | None,
     ) -> None:
         self.client = client
-        self.privacy = client.privacy
+        self.config = client.config
         self.federation = federation
         self.expected_items = expected_items
         population = len(federation.client_infos)
@@ -224,13 +229,13 @@ class ServerPrivacy:
         per_round: int | None,
     ) -> ServerPrivacy | None:
         """Return the server's side; None where the server adds no noise."""
-        if client is None or client.privacy.unit != "client":
+        if client is None or client.config.unit != "client":
             return None
         return cls(client, federation, expected_items, per_round)
 
     def add_bounds(self, broadcast: Payload) -> Payload:
         """Add the round's clipping bounds to a broadcast, where they adapt."""
-        if self.privacy.adaptive_clip is not None:
+        if self.config.adaptive_clip is not None:
             broadcast.report = {**broadcast.report, **self.client.factors_item(self.factors)}
         return broadcast
 
@@ -241,7 +246,7 @@ class ServerPrivacy:
             received_by: Returns what a client received.
             round_idx: The round.
         """
-        privacy = self.privacy
+        privacy = self.config
         federation = self.federation
         specs = self.client.specs
 
@@ -266,7 +271,7 @@ class ServerPrivacy:
         noise = SumNoise(
             deviation,
             draw,
-            lambda card: federation.client_infos.profile(card.client_id).first,
+            lambda client_info: federation.client_infos.profile(client_info.client_id).first,
             postprocess,
         )
         for profile in federation.client_infos.profiles:
@@ -280,9 +285,9 @@ class ServerPrivacy:
                 noise.expect(name, like, before, count, client_info, group, federation.common)
         return noise
 
-    def check_budget(self) -> None:
+    def check_count_noise(self) -> None:
         """Raises UserError if counting the updates within bounds costs all there is."""
-        privacy = self.privacy
+        privacy = self.config
         if privacy.adaptive_clip is None:
             return
         if (sigma := self.count_noise(privacy)) * 2 <= privacy.known_noise_multiplier:
@@ -306,7 +311,7 @@ class ServerPrivacy:
 
     def adapt_bounds(self, uploads: Uploads) -> None:
         """Each bound times exp(−η·(share of updates within it − γ)), the share noised (ibid., Algorithm 1)."""
-        privacy = self.privacy
+        privacy = self.config
         if privacy.adaptive_clip is None:
             return
         wanted = privacy.adaptive_clip

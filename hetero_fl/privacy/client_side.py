@@ -1,4 +1,9 @@
-"""Differential privacy on the client: a guard around training, and bounds and noise on uploads."""
+"""Differential privacy on the client: guarded training, and bounds on uploads.
+
+With `privacy.unit` "record" training is DP-SGD (`hetero_fl.privacy.dp_sgd`); with "local" each upload
+is noised here; with "client" it is only bounded here, and the server noises the sum
+(`hetero_fl.privacy.server_side`).
+"""
 
 from __future__ import annotations
 
@@ -21,9 +26,9 @@ from hetero_fl.privacy.dp_sgd import PrivacyBackend, PrivacyLedger
 from hetero_fl.privacy.mechanisms import (
     NoiseSource,
     add_noise,
+    clip_upload,
     label_counts_charge,
     predictions_to_votes,
-    release_upload,
 )
 
 WITHIN = "within_clip"  # of each item, whether it was within its bound
@@ -58,7 +63,8 @@ def uploadable_items(algorithm: Algorithm, federation: PrivateFederation) -> dic
     return {
         name: spec
         for name, spec in algorithm.uploads.items()
-        if spec.share in allowed and (num_proxy or spec.kind != "rows" or spec.rows_of != "proxy")
+        if spec.needed_share in allowed
+        and (num_proxy or spec.kind != "rows" or spec.rows_of != "proxy")
     }
 
 
@@ -75,14 +81,14 @@ class ClientPrivacy:
     """The client's side of a `privacy` section.
 
     Args:
-        privacy: The section.
+        config: The section.
         noise: Source of noise.
         specs: Declarations of all that an upload may hold.
         items: Names of the items that clients of this federation send, sorted.
         task_kind: Kind of the task.
     """
 
-    privacy: PrivacyConfig
+    config: PrivacyConfig
     noise: NoiseSource
     specs: Mapping[str, ItemSpec]
     items: tuple[str, ...]
@@ -105,13 +111,13 @@ class ClientPrivacy:
 
     def make_backend(self, clients: Iterable[Participant], backend: Backend) -> Backend:
         """Return the backend for these clients' training."""
-        if self.privacy.unit != "record":
+        if self.config.unit != "record":
             return backend
-        return PrivacyBackend(backend, self.privacy, self.noise, list(clients))
+        return PrivacyBackend(backend, self.config, self.noise, list(clients))
 
     def make_ledger(self, backend: Backend) -> PrivacyLedger | None:
         """Return a backend that notes what each step costs; None if steps cost nothing."""
-        return PrivacyLedger(backend, self.privacy) if self.privacy.unit == "record" else None
+        return PrivacyLedger(backend, self.config) if self.config.unit == "record" else None
 
     def charges(
         self, steps: Sequence[PrivacyCharge], counts_read: bool, sent: bool
@@ -123,14 +129,14 @@ class ClientPrivacy:
             counts_read: Whether its label counts were read.
             sent: Whether it uploads anything.
         """
-        if self.privacy.unit != "record":
+        if self.config.unit != "record":
             return (PrivacyCharge(1.0),) if sent else ()
-        counts = label_counts_charge(self.task_kind, self.privacy) if counts_read else ()
+        counts = label_counts_charge(self.task_kind, self.config) if counts_read else ()
         return (*steps, *counts)
 
     def release_upload(self, client: Participant, upload: Payload, received: Payload) -> Payload:
         """Return the upload as it may leave the client: with votes, bounds and noise as configured."""
-        privacy = self.privacy
+        privacy = self.config
         if privacy.unit == "record":
             return upload
         factors = received_factors(received)
@@ -142,7 +148,7 @@ class ClientPrivacy:
             for name in [n for n in upload if self.specs[n].says]:
                 upload.items_[name] = predictions_to_votes(upload.item(name), bound(name))
         if privacy.unit == "client":
-            released_, within = release_upload(upload, received, bound)
+            released_, within = clip_upload(upload, received, bound)
             if privacy.adaptive_clip is not None and upload:
                 # A bit less one half moves a sum by one half (Andrew et al. 2021, section 3).
                 bits = torch.tensor([float(within.get(name, True)) - 0.5 for name in self.items])
@@ -158,16 +164,16 @@ class ClientPrivacy:
                 lambda like, sd, part: self.noise.normal(like, sd, *stream, name, part),
             )
 
-        return release_upload(upload, received, bound, add)[0]
+        return clip_upload(upload, received, bound, add)[0]
 
     def deviation(self, name: str, factor: float = 1.0, z: float | None = None) -> float:
         """Standard deviation of the noise on one item: z·√m·C; local: twice that, for any upload may take another's place."""
-        twice = 2 if self.privacy.unit == "local" else 1
+        twice = 2 if self.config.unit == "local" else 1
         return (
             twice
-            * (z or self.privacy.known_noise_multiplier)
+            * (z or self.config.known_noise_multiplier)
             * len(self.items) ** 0.5
-            * self.privacy.clip_norm(name)
+            * self.config.clip_norm(name)
             * factor
         )
 

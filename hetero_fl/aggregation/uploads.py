@@ -35,15 +35,12 @@ class CombineNoise(Protocol):
 
     def expects(self, name: str) -> bool:
         """Return whether clients may send single tensors under this item name."""
-        ...
 
     def total(self, name: str, totals: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Return the noised totals of values and weights; `totals` is None if nobody sent any."""
-        ...
 
     def mean(self, name: str, totals: tuple[Tensor, Tensor] | None) -> Tensor:
         """Return the noised mean."""
-        ...
 
     def by_group(
         self,
@@ -53,11 +50,9 @@ class CombineNoise(Protocol):
         senders: Sequence[ClientInfo],
     ) -> dict[str, Tensors]:
         """Return the noised means of named tensors, for every group that may have sent some."""
-        ...
 
     def weights_by_group(self, name: str) -> dict[str, dict[str, float]]:
         """Return the expected number of clients behind each of these means."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -76,11 +76,9 @@ class Exchange(Interface):
 
     def request(self, client_id: str, broadcast_to: Callable[[str], bytes]) -> Message:
         """Return the request to a client; `broadcast_to` encodes its broadcast if it is needed."""
-        ...
 
     def accept(self, client_id: str, reply: Message) -> bytes | None:
         """Take a client's reply. Return the upload in it if the server may see it."""
-        ...
 
 
 Exchanges = Generator[Exchange, None, AggregatedUploads | None]
@@ -111,7 +109,6 @@ class RoundProtocol(Interface):
         Raises:
             RoundAbandonedError: If too few clients are left.
         """
-        ...
 
     def answer(
         self, client_id: str, message: Message, round_idx: int, notes: MutableMapping[str, bytes]
@@ -124,7 +121,6 @@ class RoundProtocol(Interface):
             round_idx: The round.
             notes: What clients remember between the exchanges of a round, by client id.
         """
-        ...
 
     def sizes(
         self, cohort: int, round_idx: int, broadcast: int, upload: int
@@ -137,7 +133,6 @@ class RoundProtocol(Interface):
             broadcast: Bytes of the broadcast alone.
             upload: Bytes of the upload alone.
         """
-        ...
 
 
 @dataclass

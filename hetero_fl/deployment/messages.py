@@ -94,21 +94,17 @@ class Transport(Protocol):
 
     def nodes(self) -> Collection[int]:
         """The nodes that are connected now. One that comes back may have another number."""
-        ...
 
     def push(self, node: int, envelope: Envelope, within: float) -> str:
         """Hand over a message, which is of no use after so many seconds: an answer that nobody has had by then may be thrown
         away. Returns its number."""
-        ...
 
     def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
         """Answers that have come, waiting up to so many seconds for the first; None where none will ever come (it expired, the
         node is gone or has failed). Raises RunFailedError if the transport itself has broken down."""
-        ...
 
     def close(self) -> None:
         """Give everything back."""
-        ...
 
 
 class BoundedTransport:

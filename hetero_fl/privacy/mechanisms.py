@@ -43,11 +43,9 @@ class NoiseStream(Protocol):
 
     def normal(self, like: Tensor, deviation: float) -> Tensor:
         """N(0, deviation²) in the shape, dtype and place of a tensor."""
-        ...
 
     def uniform(self, count: int) -> Tensor:
         """So many numbers in [0, 1), float64 `[count]`."""
-        ...
 
 
 class NoiseSource(Protocol):
@@ -55,12 +53,10 @@ class NoiseSource(Protocol):
 
     def stream(self, *parts: Key) -> NoiseStream:
         """For the draws that the parts name, in the task at hand."""
-        ...
 
     def normal(self, value: Tensor, deviation: float, *parts: Key) -> Tensor:
         """N(0, deviation²) to be put on a value that is told once, in its shape, dtype and place: the same on the same value,
         whatever the task."""
-        ...
 
 
 # In a simulation -----------------------------------------------------------------------------------------------------

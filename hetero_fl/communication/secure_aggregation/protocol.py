@@ -164,21 +164,17 @@ class SharedSetup(Interface):
 
     def layout(self, round_idx: int) -> VectorLayout:
         """Of everybody's vector in that round."""
-        ...
 
     def aggregation_group(self, client: str) -> str:
         """The architecture group of a client."""
-        ...
 
     def noise(
         self, client: str, round_idx: int, layout: VectorLayout, unit: float, shares: int
     ) -> np.ndarray | None:
         """What a client adds to its vector so that as many such shares are the noise of the sum; None: nothing."""
-        ...
 
     def num_rows(self, client: str) -> int:
         """A client's training rows: the largest weight that an item of its has."""
-        ...
 
 
 class SecureAggregation:

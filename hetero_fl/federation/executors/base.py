@@ -49,7 +49,6 @@ class Executor(Protocol):
             request: Encodes the request to a client. Called when the request is sent; again if it
                 has to be sent again.
         """
-        ...
 
     def evaluate(
         self,
@@ -69,15 +68,12 @@ class Executor(Protocol):
         Raises:
             DivergedError: If a model cannot be deployed.
         """
-        ...
 
     def set_listener(self, listener: Callable[[str], None] | None) -> None:
         """Report what is being computed to `listener`."""
-        ...
 
     def close(self) -> None:
         """Release all resources. The executor cannot be used afterwards."""
-        ...
 
 
 class RemoteExecutor(Executor, Protocol):
@@ -87,31 +83,24 @@ class RemoteExecutor(Executor, Protocol):
         self, clients: Sequence[str], request: Callable[[str], Message]
     ) -> Iterator[tuple[str, Reply]]:
         """Yield replies as `run` does, in the order in which they come."""
-        ...
 
     def connected_clients(self) -> Collection[str]:
         """The clients that are there now."""
-        ...
 
     def dispatch(self, client: str, request: Message) -> None:
         """Have one client's task done beside others."""
-        ...
 
     def next_reply(self, wait: float) -> tuple[str, Reply] | None:
         """The next reply to what was dispatched; None if none comes in so many seconds."""
-        ...
 
     def send_states(self, states: Mapping[str, PrivateState]) -> None:
         """Hand clients the private state that they begin with; it is staged. Raises RunFailedError."""
-        ...
 
     def on_checkpoint(self) -> None:
         """A checkpoint has been written: what it names must be there if the run falls back to it."""
-        ...
 
     def pop_reset_clients(self) -> list[str]:
         """Clients that have lost their private state since this was last asked, and begin anew."""
-        ...
 
 
 class InProcessExecutor:

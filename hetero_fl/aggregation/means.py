@@ -33,11 +33,12 @@ class RunningMean:
         self._own = False  # nobody else has seen the value: it may be changed in place
 
     @classmethod
-    def from_mean(cls, value: Tensor, weight: float) -> RunningMean:
-        """As if terms with this mean and this sum of weights had been added."""
+    def from_mean(cls, value: Tensor, weight: float, count: int) -> RunningMean:
+        """Return the mean of so many terms with this mean and this sum of weights."""
         made = cls()
         made._value = value
         made.weight = weight
+        made.count = count
         return made
 
     @property
@@ -152,9 +153,10 @@ class OwnerMeans:
             self._means.setdefault(owner, RunningMean()).add(tensors[name], weight)
 
     def set_mean(self, group: str, name: str, mean: Tensor, weight: float) -> None:
-        """A tensor of that group whose mean over all its owners is known already, with the sum of their weights."""
+        """Set the mean of a tensor over all its owners, with the sum of their weights; once for each owner."""
         owner = self._owners(group, {name: mean})[name]
-        self._means[owner] = RunningMean.from_mean(mean, weight)
+        count = self._means[owner].count + 1 if owner in self._means else 1
+        self._means[owner] = RunningMean.from_mean(mean, weight, count)
 
     def _owners(self, group: str, tensors: Mapping[str, Tensor]) -> dict[str, Owner]:
         owners = owners_of(tensors, group, self._common)

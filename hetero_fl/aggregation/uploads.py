@@ -54,6 +54,9 @@ class CombineNoise(Protocol):
     def weights_by_group(self, name: str) -> dict[str, dict[str, float]]:
         """Return the expected number of clients behind each of these means."""
 
+    def senders(self, name: str) -> list[ClientInfo]:
+        """Return one client of each kind that may send the item."""
+
 
 @dataclass(frozen=True)
 class Upload:
@@ -192,18 +195,23 @@ class Uploads:
             )
 
     def senders(self, name: str) -> list[ClientInfo]:
-        """Who sent the item. As below, raises MissingItemError (a KeyError) for one that the method does not declare."""
+        """Return the clients that sent the item; under noise, which hides them, one of each kind that may have.
+
+        Raises:
+            MissingItemError: If the method does not declare the item.
+        """
         self._declared(name)
+        if self._noise is not None:
+            return self._noise.senders(name)
         return list(self._senders.get(name, []))
 
     def is_available(self, name: str) -> bool:
         """Whether there is something to combine: somebody sent it or, where noise hides who did, somebody may have."""
-        return bool(self.senders(name)) or (self._noise is not None and self._noise.expects(name))
+        return bool(self.senders(name))
 
     def staleness_weights(self, name: str) -> list[float]:
-        """Return the staleness weight of each upload with the item, in order; 1 in a synchronous round."""
-        self._declared(name)
-        return list(self._staleness_weights.get(name, [1.0] * len(self._senders.get(name, []))))
+        """Return the staleness weight of each of `senders`; 1 in a synchronous round."""
+        return list(self._staleness_weights.get(name, [1.0] * len(self.senders(name))))
 
     def mean(self, name: str) -> Tensor | None:
         """Σ w·v / Σ w of the single-tensor items of that name, element by element; None if nobody sent it."""
@@ -244,9 +252,11 @@ class Uploads:
             return self._noise.weights_by_group(name)
         return self._models[name].weights_by_group() if name in self._models else {}
 
-    def counts_by_group(self, name: str) -> dict[str, dict[str, int]]:
-        """How many uploads are behind each tensor of `mean_by_group`."""
+    def counts_by_group(self, name: str) -> Mapping[str, Mapping[str, float]]:
+        """Return how many uploads are behind each tensor of `mean_by_group`; under noise, how many are expected."""
         self._folded(name)
+        if self._noise is not None:
+            return self._noise.weights_by_group(name)
         return self._models[name].counts_by_group() if name in self._models else {}
 
     def consensus(self, name: str, predictions: Mapping[str, Item]) -> Tensor | None:

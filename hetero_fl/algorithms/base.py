@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import GeneratorType
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -353,7 +354,10 @@ def inference_model(method: Algorithm, client: Participant) -> tuple[str, Any]:
     Returns:
         The slot, and the preprocessing if it is not the client's own.
     """
-    plan = method.predict(client, Rows("test"), True)
+    # A copy: a plan that draws random numbers must not move the client's streams.
+    plan = method.predict(replace(client, stream_uses={}), Rows("test"), True)
+    if not isinstance(plan, GeneratorType):
+        return "model", None
     step = next(plan, None)
     plan.close()
     if isinstance(step, Predict) and step.readout == "logits" and step.slot in client.models:

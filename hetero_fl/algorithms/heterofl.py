@@ -331,13 +331,11 @@ class HeteroFL(FedAvg):
         return {"model": replace(items["model"], values=model), "head": head}
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
-        weights: dict[str, float] = {}
         families: dict[str, dict[str, None]] = {}
-        staleness_weights = uploads.staleness_weights("model")
-        for sender, staleness in zip(uploads.senders("model"), staleness_weights, strict=True):
-            group = sender.arch.spec_id
-            weights[group] = weights.get(group, 0.0) + staleness * self.weight_of(sender)
-            families.setdefault(sender.arch.group_id, {})[group] = None
+        for sender in uploads.senders("model"):
+            families.setdefault(sender.arch.group_id, {})[sender.arch.spec_id] = None
+        # The same for all tensors of a group.
+        weights = {g: max(w.values()) for g, w in uploads.weights_by_group("model").items()}
         means = uploads.mean_by_group("model")
         head = uploads.mean("head")
         for family, groups in families.items():

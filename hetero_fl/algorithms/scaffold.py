@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
-
 import torch
 from pydantic import Field, PositiveFloat
 
@@ -24,7 +21,6 @@ from hetero_fl.core.participant import (
     ClientDirectory,
     ClientInfo,
     ClientProfile,
-    Part,
     Participant,
     scheduled_optimizer,
     select_part,
@@ -136,44 +132,27 @@ class Scaffold(FedAvg):
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         yield from super().aggregate(server, uploads)
-        sent = self.count_sharers(uploads.senders(CONTROL))
-        all_ = self.count_sharers(server.peers.profiles)
+        sent = uploads.counts_by_group(CONTROL)
         for group, mean in uploads.mean_by_group(CONTROL).items():
             held = server.state[CONTROL][group]
-            for n, change in mean.items():
-                share = self.num_owners(server, sent, group, n) / self.num_owners(
-                    server, all_, group, n
-                )
-                held[n] = (share * change).add_(held[n])
+            for name, change in mean.items():
+                share = sent[group][name] / self.num_owners(server, group, name)
+                held[name] = (share * change).add_(held[name])
         yield from ()
 
-    def count_sharers(
-        self, clients: Iterable[ClientInfo | ClientProfile]
-    ) -> Counter[tuple[str, Part]]:
-        """Count clients by architecture and by the part of the model that they share."""
-        total: Counter[tuple[str, Part]] = Counter()
-        for c in clients:
-            count = c.count if isinstance(c, ClientProfile) else 1
-            total[c.arch.spec_id, shared_part(self, c.settings)] += count
-        return total
-
-    @staticmethod
-    def num_owners(
-        server: Participant, members: Mapping[tuple[str, Part], int], group: str, name: str
-    ) -> int:
-        """Return how many of the members share a tensor with the group."""
+    def num_owners(self, server: Participant, group: str, name: str) -> int:
+        """Return how many clients of the federation share a tensor with the group."""
         models = server.models
         common = bool(server.common) and name.startswith(server.common)
-        return sum(
-            count
-            for (other, part), count in members.items()
-            if (part is None or name.startswith(part))
-            and (
-                other == group
-                or (
-                    common
-                    and name in models[other]
-                    and models[other][name].shape == models[group][name].shape
-                )
+
+        def is_owner(profile: ClientProfile) -> bool:
+            part = shared_part(self, profile.settings)
+            if part is not None and not name.startswith(part):
+                return False
+            other = profile.arch.spec_id
+            same = common and name in models[other]
+            return other == group or (
+                same and models[other][name].shape == models[group][name].shape
             )
-        )
+
+        return sum(profile.count for profile in server.peers.profiles if is_owner(profile))

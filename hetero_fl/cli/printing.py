@@ -55,7 +55,7 @@ def print_check(prepared: PreparedRun) -> None:
         config.clients.per_round if is_async else environment.num_sampled,
         config.evaluation.every,
     )
-    for id in federation.num_evaluated:
+    for id in federation.representative_clients:
         client_info = federation.client_infos[id]
         table.add_row(
             id,
@@ -65,7 +65,7 @@ def print_check(prepared: PreparedRun) -> None:
             format_bytes(cost.down[id] + cost.evaluation[id]),
             format_bytes(cost.up[id]),
         )
-    if others := len(federation.client_infos) - len(federation.num_evaluated):
+    if others := len(federation.client_infos) - len(federation.representative_clients):
         table.add_row(f"and {others:,} more", "", "", "", "", "")
     console = Console()
     console.print(table)

@@ -25,7 +25,7 @@ class Message:
         body: The encoded content.
         round_idx: The round of the task; the server's version in an asynchronous run. Keys the
             client's random draws, together with `attempt`.
-        attempt: How often the client was asked in that round before.
+        attempt: In asynchronous runs, how often the client was asked in that round before.
         step_share: The share of its local steps that the client does.
         checksum: SHA-256 of `body` as the sender had it, where the message leaves its machine or
             a simulated fault may change it. Not counted as traffic.
@@ -222,5 +222,5 @@ def _identity(value: Any) -> Any:
         return tuple((name, _identity(tensor)) for name, tensor in value.items())
     # Views that are made anew for each client are the same memory, too.
     if isinstance(value, Tensor) and value.numel():
-        return value.data_ptr(), tuple(value.shape), value.stride(), value.dtype
+        return value.data_ptr(), value._version, tuple(value.shape), value.stride(), value.dtype
     return id(value) if isinstance(value, Tensor) else value

@@ -24,6 +24,7 @@ from hetero_fl.utils.seeding import Key
 Columns = dict[str, Tensor]
 LOOKED = 1000  # clients among whom examples are looked for
 CACHED_CLIENTS = 4096
+MAX_LOGGED = 60  # numbers that a client may log in a round
 # of a model: None is all of it, else prefixes of tensor names; () is nothing
 Part = tuple[str, ...] | None
 
@@ -241,7 +242,12 @@ class Participant:
         """Report a number with this round's upload; the round's record has it under `logged`, by client.
 
         Nothing is reported where uploads are private or only summed.
+
+        Raises:
+            ValueError: For more than `MAX_LOGGED` different names.
         """
+        if name not in self.logged and len(self.logged) == MAX_LOGGED:
+            raise ValueError(f"log: {name!r} is one number too many; a client may log {MAX_LOGGED}")
         self.logged[name] = float(value)
 
     def load(self, slot: str, tensors: Mapping[str, Tensor]) -> None:

@@ -122,7 +122,7 @@ class Handshake:
         return answer
 
     def receive_data_info(self, client: str, tree: Any) -> RemoteDataInfo:
-        """Read what a client tells of its rows. Raises Refused."""
+        """Read what a client tells of its rows. Raises RequestRefusedError."""
         return read_data_info(tree, self.public.task.outputs, self.public.own_view(client))
 
     def request_ready(self) -> Conversation:
@@ -130,7 +130,7 @@ class Handshake:
         return (yield message("roster", self._client_directory, run=self.run))
 
     def prepare_restarted_node(self, client: str) -> Conversation:
-        """All of it anew, with a node that was started since. Raises Refused if it is not ready then."""
+        """All of it anew, with a node that was started since. Raises RequestRefusedError if it is not ready then."""
         answer = yield from self.request_data_info(client)
         if answer.head.get("ask") == "told":
             answer = yield from self.request_ready()

@@ -250,7 +250,7 @@ def message(kind: str, body: Any = None, **head: Any) -> Envelope:
 
 
 def body_of(envelope: Envelope) -> Any:
-    """The tree in a message's body. Raises Refused if it is none."""
+    """The tree in a message's body. Raises RequestRefusedError if it is none."""
     try:
         return decode(envelope.body, FORM)
     except CodecError as error:
@@ -258,7 +258,7 @@ def body_of(envelope: Envelope) -> Any:
 
 
 def head_value(head: Head, name: str, kind: type) -> Any:
-    """A value of a message's head. Raises Refused if it is missing or of another type."""
+    """A value of a message's head. Raises RequestRefusedError if it is missing or of another type."""
     value = head.get(name)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise RequestRefusedError(
@@ -326,7 +326,7 @@ def sign_envelope(envelope: Envelope, key: EllipticCurvePrivateKey, role: str) -
 
 
 def check_signature(envelope: Envelope, key: PublicKey, role: str, whose: str) -> None:
-    """Raises Refused for a message that was not signed with this key as it is now."""
+    """Raises RequestRefusedError for a message that was not signed with this key as it is now."""
     signature = envelope.head.get(SIGNATURE)
     if not isinstance(signature, bytes):
         raise RequestRefusedError(f"a message of {whose} that is not signed")
@@ -369,7 +369,7 @@ class NodeKeys:
         return cls(load_node_key(own), load_public_key(server))
 
     def check(self, envelope: Envelope, client: str) -> None:
-        """Raises Refused for what the server did not say to this client, now, for the first time."""
+        """Raises RequestRefusedError for what the server did not say to this client, now, for the first time."""
         check_signature(envelope, self.server, "server", "the server")
         head = envelope.head
         now = time.time()

@@ -87,7 +87,7 @@ class ParticipatingRun:
     def prepare(self, site: SiteConfig, tree: Any, leaving: Callable[[str, Payload], None]) -> str:
         """Everything about the run is known now. Returns the fingerprint of the federation.
 
-        `leaving` is told of each upload before it is encoded. Raises Refused if the server means another federation.
+        `leaving` is told of each upload before it is encoded. Raises RequestRefusedError if the server means another federation.
         """
         outputs = self.data.task.outputs
         told = {
@@ -129,7 +129,7 @@ def begin_run(
 ) -> tuple[ParticipatingRun, RemoteDataInfo] | None:
     """A run whose configuration a site has heard, and what it tells of its rows; None if it lacks the public sets.
 
-    Raises Refused for what the site does not grant, and for another configuration than it heard before.
+    Raises RequestRefusedError for what the site does not grant, and for another configuration than it heard before.
     """
     me = site.client
     raw = check_raw_config(tree["config"], site.allows)
@@ -195,7 +195,7 @@ def _read_public_pack(storage: NodeStorage, tree: Any) -> PublicPack | None:
 
 
 def check_file_name(name: str) -> str:
-    """A name from outside as one of a file. Raises Refused for one that is none."""
+    """A name from outside as one of a file. Raises RequestRefusedError for one that is none."""
     if not (name.isalnum() and len(name) <= 64):
         raise RequestRefusedError(f"found the name {name[:80]!r}")
     return name

@@ -39,7 +39,7 @@ OWN_KEYS = ("model", "preprocess", "augment")
 
 
 def check_raw_config(tree: object, allows: AllowsConfig) -> dict[str, Any]:
-    """A configuration before it is read: to read one that names code is to import that. Raises Refused."""
+    """A configuration before it is read: to read one that names code is to import that. Raises RequestRefusedError."""
     if not isinstance(tree, dict):
         raise RequestRefusedError("the configuration is none")
     for name, key in CodePermission(granted=allows.own_code).find_refused(
@@ -52,7 +52,7 @@ def check_raw_config(tree: object, allows: AllowsConfig) -> dict[str, Any]:
 
 
 def check_config(config: Config, site: SiteConfig, settings: ClientSettings) -> None:
-    """A configuration against a site's file. `settings`: this client's. Raises Refused, naming both keys."""
+    """A configuration against a site's file. `settings`: this client's. Raises RequestRefusedError, naming both keys."""
     allows = site.allows
     me = site.client
     name = config.algorithm["name"]
@@ -132,7 +132,7 @@ def run_fingerprint(tree: Mapping[str, Any], rows: str, public: str) -> bytes:
 
 
 def check_limit(what: str, found: float | None, key: str, most: float | None) -> None:
-    """A number against one of the limits. Raises Refused, naming both."""
+    """A number against one of the limits. Raises RequestRefusedError, naming both."""
     if most is not None and found is not None and (found > most):
         raise RequestRefusedError(
             f"{what}: found {_format_number(found)}; this site's allows.{key} is {_format_number(most)}"
@@ -221,7 +221,7 @@ class Policy:
 
     # Before it is done
     def check(self, kind: str, request: Message, digest: bytes) -> list[dict[str, Any]]:
-        """A task. Returns what it will spend of the site's privacy. Raises Refused, naming the key."""
+        """A task. Returns what it will spend of the site's privacy. Raises RequestRefusedError, naming the key."""
         rounds = self.prepared.config.rounds
         ends = self.prepared.config.runtime.mode == "sync"  # versions have no end known
         if (
@@ -366,7 +366,7 @@ class Policy:
             )
 
     def check_size(self, size: int, upload: bool) -> None:
-        """An answer of so many bytes. Raises Refused."""
+        """An answer of so many bytes. Raises RequestRefusedError."""
         if upload:
             check_limit("bytes of this upload", size, "upload_bytes", self.allows.upload_bytes)
         check_limit(

@@ -156,7 +156,7 @@ class NodeExecutor:
 
     # Conversations -----------------------------------------------------------------------------------------------------
     def _task_conversation(
-        self, client: str, make_request: Callable[[str], Message], round_idx: str
+        self, client: str, make_request: Callable[[str], Message], nonce: str
     ) -> Callable[[], Conversation]:
         def conversation() -> Conversation:
             request = make_request(client)
@@ -166,7 +166,7 @@ class NodeExecutor:
                 "work": request.step_share,
                 "what": request.kind,
             }
-            return self._task(client, "answer", request, round_idx, about)
+            return self._task(client, "answer", request, nonce, about)
 
         return conversation
 
@@ -200,7 +200,7 @@ class NodeExecutor:
         return conversation
 
     def _task(
-        self, client: str, kind: str, request: Message, round_idx: str, about: Head
+        self, client: str, kind: str, request: Message, nonce: str, about: Head
     ) -> Conversation:
         """Have one task done; a node that was started anew is prepared first, one that has lost its state begins anew."""
         if self._tell is not None:
@@ -211,7 +211,7 @@ class NodeExecutor:
         hashed = hashlib.sha256(request.body).hexdigest()
         expires = time.time() + self.deadline
         for _ in range(TRIES):
-            parts = (run, client, kind, sorted(about.items()), base, round_idx, hashed)
+            parts = (run, client, kind, sorted(about.items()), base, nonce, hashed)
             task = hashlib.sha256(repr(parts).encode()).hexdigest()
             head: Head = {
                 "ask": "do",

@@ -96,7 +96,7 @@ def read_settings(tree: Any, names: Collection[str], largest: int = MOST_PIXELS)
 
 
 def read_state_name(name: str) -> str:
-    """The name of a private state: a SHA-256, or none. Raises Refused."""
+    """The name of a private state: a SHA-256, or none. Raises RequestRefusedError."""
     if name and not (len(name) == 64 and set(name) <= set("0123456789abcdef")):
         raise RequestRefusedError(f"found the state {name[:LONGEST]!r}")
     return name
@@ -154,7 +154,7 @@ def read_data_info(tree: Any, outputs: int, own: Preprocess | None = None) -> Re
 def read_evaluation(
     tree: Any, client: str, federation: FederationSpec, method: Algorithm
 ) -> ClientEvaluation:
-    """What a client tells of its model. Raises Refused."""
+    """What a client tells of its model. Raises RequestRefusedError."""
     client_info = federation.client_infos[client]
     try:
         if not isinstance(tree, dict) or set(tree) != EVALUATION_FIELDS:
@@ -295,7 +295,7 @@ def _expected_model(
     client_info: ClientInfo,
     method: Algorithm,
 ) -> SavedModel:
-    """Return the model that these metadata mean, described as the server knows it. Raises Refused if there is none."""
+    """Return the model that these metadata mean, described as the server knows it. Raises RequestRefusedError if there is none."""
     task = federation.task
     layout = federation.data.layout
     client_infos = [client_info]

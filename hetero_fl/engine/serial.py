@@ -58,6 +58,7 @@ class CachedOutputs:
     def __init__(self, x: Tensor, tensors: Mapping[str, Tensor], outputs: Tensor) -> None:
         self._x = weakref.ref(x)
         self.outputs = outputs
+        self._version = outputs._version
         self._tensors = {n: (t, t._version) for n, t in tensors.items() if t.is_floating_point()}
 
     def matches(self, x: Tensor, tensors: Mapping[str, Tensor]) -> bool:
@@ -65,9 +66,9 @@ class CachedOutputs:
 
         Integer buffers are not compared: evaluation does not read them.
         """
-        if self._x() is not x or any(
-            t._version != version for t, version in self._tensors.values()
-        ):
+        if self._x() is not x or self.outputs._version != self._version:
+            return False
+        if any(t._version != version for t, version in self._tensors.values()):
             return False
         names = [n for n, t in tensors.items() if t.is_floating_point()]
         return all(

@@ -248,7 +248,7 @@ class RunFacts(ConfigFacts):
         """Return a client that would learn nothing, as all its rows have weight 0."""
         infos = self.federation.client_infos
         for leader, weights in self.class_weights.items():
-            for client_id in self.federation.num_evaluated if min(weights) == 0 else ():
+            for client_id in self.federation.representative_clients if min(weights) == 0 else ():
                 if infos[client_id].settings is not infos[leader].settings:
                     continue
                 counts = self.federation.label_counts(client_id).tolist()
@@ -432,7 +432,9 @@ class RunFacts(ConfigFacts):
         protected = f"{count} clients"
         if self.unit == "record":
             infos = self.federation.client_infos
-            count = min(infos[client_id].num_rows for client_id in self.federation.num_evaluated)
+            count = min(
+                infos[client_id].num_rows for client_id in self.federation.representative_clients
+            )
             protected = f"the {count} training rows of the smallest client"
         return protected if self.privacy.delta * count >= 1 else None
 

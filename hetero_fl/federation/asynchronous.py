@@ -127,7 +127,7 @@ class TaskQueue:
 
     # Checkpoints -------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        """All that `of` needs; equal broadcasts once."""
+        """Return the state for a checkpoint; equal broadcasts are kept once."""
         broadcasts: dict[bytes, int] = {}
         rows = []
         for t in self:
@@ -156,7 +156,7 @@ class TaskQueue:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], outcome_of: Any) -> TaskQueue:
-        """The reverse of `state`. `outcome_of(client, number)`: what befalls a task, which is drawn by the key and not kept."""
+        """The reverse of `state_dict`. `outcome_of(client, number)`: what befalls a task, which is drawn by the key and not kept."""
         queue = cls()
         broadcasts = {int(at): as_bytes(body) for at, body in state["broadcasts"].items()}
         for number, client, place, version, again, begun, ends, at, up, diverged in state["tasks"]:
@@ -354,7 +354,7 @@ class AsynchronousTrainer(FederatedTrainer):
         body = self.encode_broadcast(payload)
         fate = self.environment.faults.outcome(client, number)
         up = self.upload_sizes(client_info, payload, self.version)
-        self._count_traffic(client, down=len(body))
+        self.count_traffic(down=len(body))
         ends = self._end_time(client, len(body), up, number, fate)
         return ClientTask(
             number, client, place, self.version, again, self.now, ends, body, up, fate
@@ -405,9 +405,9 @@ class AsynchronousTrainer(FederatedTrainer):
             self._aggregate()
 
     def _receive_upload(self, task: ClientTask) -> Payload:
-        """The task's upload as it arrives, if it is what was sent and what was asked for. Raises Nothing."""
+        """The task's upload as it arrives, if it is what was sent and what was asked for. Raises TaskFailedError."""
         if task.fate.is_failure:
-            self._count_traffic(task.client, up=task.up_bytes if task.fate.kind == "lost" else 0)
+            self.count_traffic(up=task.up_bytes if task.fate.kind == "lost" else 0)
             raise TaskFailedError(task.fate.description, "fate")
         if task.diverged is not None:
             self.check_divergence(task.client, task.diverged)
@@ -419,7 +419,7 @@ class AsynchronousTrainer(FederatedTrainer):
             )
         )
         arrivals = [message for _, message in came if isinstance(message, Message)]
-        self._count_traffic(task.client, up=sum(len(message.body) for message in arrivals))
+        self.count_traffic(up=sum(len(message.body) for message in arrivals))
         upload = arrivals[0]  # the same once more is known by the task's number, and dropped
         if not upload.is_intact:
             raise TaskFailedError(CHANGED, "fate")
@@ -456,12 +456,6 @@ class AsynchronousTrainer(FederatedTrainer):
         for upload in arrived:
             uploads.add(upload)
         run_plan(self.algorithm.aggregate(self.server, uploads), self.server, self.backend)
-
-    def _count_traffic(self, client: str, up: int = 0, down: int = 0) -> None:
-        """Bytes that a client sends or receives."""
-        if self.algorithm.needs.counts_traffic:
-            self.traffic.up += up
-            self.traffic.down += down
 
     # Crash safety ------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from hetero_fl.core.payload import Item, Payload, report_with_loss
 from hetero_fl.federation.dry_run import ExpectedUploads
 from hetero_fl.federation.federation import SERVER, FederationSpec
 from hetero_fl.privacy.client_side import upload_specs
+from hetero_fl.utils.caching import BoundedCache
 from hetero_fl.utils.seeding import Key
 
 # Both directions of a run's channel, as client and server make them alike from the method and the
@@ -134,6 +135,9 @@ class FederationLinks:
         return found
 
 
+CACHED_SIZES = 64
+
+
 class UploadSizes:
     """Bytes of uploads, known before they are computed (but for the digits of a weight)."""
 
@@ -143,7 +147,7 @@ class UploadSizes:
         self._expectations = expectations
         self._links = FederationLinks(algorithm, federation, bound=True)
         # by the expected items, which clients that are alike share
-        self._sizes: dict[int, tuple[Mapping[str, Item], int]] = {}
+        self._sizes: BoundedCache[tuple[Mapping[str, Item], int]] = BoundedCache(CACHED_SIZES)
 
     def __call__(self, client_info: ClientInfo, received: Payload, round_idx: int) -> int:
         """Return the bytes of a client's upload, its report included."""

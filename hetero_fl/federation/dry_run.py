@@ -70,10 +70,10 @@ class PlaceholderClient(Participant):
 
     counts_accessed = False
 
-    def __getattribute__(self, name: str) -> Any:
-        if name == "counts":
-            self.counts_accessed = True
-        return super().__getattribute__(name)
+    def read_counts(self) -> Tensor:
+        """Return zeros in place of the label counts."""
+        self.counts_accessed = True
+        return torch.zeros(self.task.outputs)
 
 
 class ExpectedUploads:
@@ -100,7 +100,7 @@ class ExpectedUploads:
         phase = self.upload_phase(s.share_every, round_idx)
         shares = (tuple(s.shares), s.share_every, client_info.has_proxy)
         key = (
-            client_info.arch,
+            tuple(sorted(client_info.models.items())),
             shares,
             phase,
             payload_structure(broadcast),
@@ -204,7 +204,7 @@ class ExpectedUploads:
                 "y": compact_zeros(client_info.num_rows, dtype=torch.int64),
             }
 
-        return PlaceholderClient(
+        client = PlaceholderClient(
             participant_id=client_info.client_id,
             task=federation.task,
             arch=dict(client_info.models),
@@ -214,12 +214,13 @@ class ExpectedUploads:
             },
             data=data,
             settings=client_info.settings,
-            label_counts=lambda: torch.zeros(federation.task.outputs),
+            label_counts=lambda: client.read_counts(),
             num_rows=client_info.num_rows,
             has_proxy=federation.data.has_proxy(client_info.preprocess),
             peers=federation.client_infos,
             round_context=federation.round_context(round_idx),
         )
+        return client
 
 
 @translate_user_errors()

@@ -56,7 +56,7 @@ class FederationSpec:
     # the clients whose models are read, in the order of the configuration
     evaluated_clients: Sequence[str] = ()
     # those who stand for all where everybody would have to be asked; all of up to MANY
-    num_evaluated: Sequence[str] = ()
+    representative_clients: Sequence[str] = ()
     channel: ChannelConfig = field(default_factory=ChannelConfig)
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     malicious: MaliciousClients | None = None
@@ -98,17 +98,31 @@ class FederationSpec:
             _check_model(student_arch, "server.model")
         settings = ClientSettings(optimizer=server.optimizer)
         common = tuple(config.clients.common)
-        liars = (
-            MaliciousClients.from_config(config.attacks, population, data.task, config.seed)
-            if config.attacks
-            else None
-        )
+        malicious = None
+        if config.attacks:
+            malicious = MaliciousClients.from_config(
+                config.attacks, population, data.task, config.seed
+            )
+        evaluated = _sample_evaluated(population, config.evaluation.clients, config.seed)
         return cls(
-            data.task, data, client_infos, settings, server_view, student_arch if student else None, config.seed, config.rounds, common,
-            config.cohort.num_sampled(config.clients.per_round, len(population)),
-            _exclude_malicious(_sample_evaluated(population, config.evaluation.clients, config.seed), liars), _sample_evaluated(population, None, config.seed),
-            config.channel, config.aggregation, liars, config.privacy, KeyedNoiseSource(config.seed),
-        )  # fmt: skip
+            task=data.task,
+            data=data,
+            client_infos=client_infos,
+            server_settings=settings,
+            server_preprocess=server_view,
+            student=student_arch if student else None,
+            seed=config.seed,
+            num_rounds=config.rounds,
+            common=common,
+            cohort=config.cohort.num_sampled(config.clients.per_round, len(population)),
+            evaluated_clients=_exclude_malicious(evaluated, malicious),
+            representative_clients=_sample_evaluated(population, None, config.seed),
+            channel=config.channel,
+            aggregation=config.aggregation,
+            malicious=malicious,
+            privacy=config.privacy,
+            noise=KeyedNoiseSource(config.seed),
+        )
 
     def with_models(
         self, models: Sequence[Mapping[str, ModelSpec]] | Mapping[str, Mapping[str, ModelSpec]]

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from hetero_fl.communication.protocol import Exchange, Message, Reply
@@ -18,10 +19,12 @@ from hetero_fl.federation.executors.base import (
     in_order,
 )
 from hetero_fl.federation.simulation.faults import FaultOutcome
-from hetero_fl.federation.simulation.rounds import RoundAttempt, ScheduledTrainer
+from hetero_fl.federation.simulation.rounds import ScheduledTrainer
 from hetero_fl.federation.simulation.sampling import LONGEST
+from hetero_fl.federation.simulation.schedule import Schedule
 from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.federation.trainer import Record
+from hetero_fl.federation.upload_collector import UploadCollector
 from hetero_fl.utils.errors import RunFailedError
 
 LOOK = 1.0  # seconds after which free places are given to clients that have connected meanwhile
@@ -61,29 +64,28 @@ class RemoteSynchronousTrainer(ScheduledTrainer):
         self.now = self.stopwatch.elapsed()
         return super().run_round()
 
-    def attempt(self, cohort: list[str], number: int) -> RoundAttempt:
+    def hold(self, collector: UploadCollector, number: int) -> Schedule:
         self._sampled_at = self.stopwatch.elapsed()
-        attempt = super().attempt(cohort, number)
-        self.now = attempt.schedule.end = self.stopwatch.elapsed()
-        return attempt
+        schedule = super().hold(collector, number)
+        self.now = schedule.end = self.stopwatch.elapsed()
+        return schedule
 
     def replies(
-        self, attempt: RoundAttempt, exchange: Exchange, clients: Sequence[str], task: int
+        self,
+        schedule: Schedule,
+        collector: UploadCollector,
+        exchange: Exchange,
+        clients: Sequence[str],
+        task: int,
     ) -> Iterator[tuple[str, Reply]]:
-        def request(client_id: str) -> Message:
-            return attempt.collector.request(exchange, client_id)
-
-        arrivals = self.executor.as_completed(clients, request)
-        return in_order(clients, self._in_time(attempt, clients, arrivals))
+        arrivals = self.executor.as_completed(clients, partial(collector.request, exchange))
+        return in_order(clients, self._in_time(schedule, clients, arrivals))
 
     def _in_time(
-        self,
-        attempt: RoundAttempt,
-        clients: Sequence[str],
-        arrivals: Iterator[tuple[str, Reply]],
+        self, schedule: Schedule, clients: Sequence[str], arrivals: Iterator[tuple[str, Reply]]
     ) -> Iterator[tuple[str, Reply]]:
         """Yield replies until there are as many uploads as are wanted; the other clients are late."""
-        tasks = attempt.schedule.tasks
+        tasks = schedule.tasks
         running = dict.fromkeys(clients)
         wanted = min(len(tasks), self.per_round or len(tasks))
         uploads = 0

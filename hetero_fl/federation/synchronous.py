@@ -94,12 +94,6 @@ class SynchronousTrainer(FederatedTrainer):
         """What happens to a round with too few uploads: "repeat", "skip" or "fail"."""
         return str(self.policy.too_few or "fail")
 
-    def count_traffic(self, up: int, down: int) -> None:
-        """Count bytes, unless the method is a bound that sends nothing."""
-        if self.algorithm.needs.counts_traffic:
-            self.traffic.up += up
-            self.traffic.down += down
-
 
 def task_number(round_idx: int, attempt: int) -> int:
     """Return the number of the tasks of one attempt at a round; the round's own for the first."""

@@ -248,6 +248,12 @@ class FederatedTrainer(ABC):
         check_upload(payload, specs, expected)
         return payload
 
+    def count_traffic(self, up: int = 0, down: int = 0) -> None:
+        """Count bytes, unless the method is a bound that sends nothing."""
+        if self.algorithm.needs.counts_traffic:
+            self.traffic.up += up
+            self.traffic.down += down
+
     def check_divergence(self, client_id: str, error: DivergedError | str) -> None:
         """Raise RunFailedError if a diverged client ends the run."""
         if self.stop_on_divergence:
@@ -309,7 +315,7 @@ class FederatedTrainer(ABC):
             What the client received, and its upload as the server sees it.
 
         Raises:
-            RunFailedError: If the client diverges.
+            RunFailedError: If the client sends no upload.
             PayloadError: If the upload does not have the expected form.
         """
         self._set_round_context(round_idx)
@@ -321,7 +327,7 @@ class FederatedTrainer(ABC):
         finally:
             self.store.discard()
         if not isinstance(reply, Message):
-            raise RunFailedError(f"round {round_idx + 1}: {client_id} diverged: {reply}")
+            raise RunFailedError(f"round {round_idx + 1}: {client_id} sent no upload: {reply}")
         received = self.links.decode_broadcast(round_idx, request.body)
         upload = self.decode_upload(client_info, reply.body, self.as_received(payload), round_idx)
         return received, upload

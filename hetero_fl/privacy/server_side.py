@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.core.model_spec import Owner, Tensors, owners_of
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Item, Payload
@@ -80,6 +79,7 @@ class SumNoise:
     postprocess: Callable[[str, Tensor], Tensor] = lambda name, mean: mean
     _singles: dict[str, SharedTensor] = field(default_factory=dict)
     _weights: dict[str, Tensor] = field(default_factory=dict)  # of class sums: their shape
+    _senders: dict[str, dict[str, ClientInfo]] = field(default_factory=dict)  # by item and kind
     _owned: dict[str, dict[Owner, SharedTensor]] = field(default_factory=dict)
     _groups: dict[str, dict[str, dict[str, tuple[Owner, str]]]] = field(default_factory=dict)
 
@@ -95,6 +95,7 @@ class SumNoise:
     ) -> None:
         """So many more clients like this one, of a group, may send an item of this form, having received another of that name."""
         kind = self.kind(client_info)
+        self._senders.setdefault(name, {})[kind] = client_info
         if isinstance(like.values, Tensor):
             one = self._singles.setdefault(
                 name, SharedTensor({kind: torch.zeros_like(like.values)})
@@ -111,6 +112,10 @@ class SumNoise:
             self._groups.setdefault(name, {}).setdefault(group, {}).setdefault(
                 tensor, (owner, kind)
             )
+
+    def senders(self, name: str) -> list[ClientInfo]:
+        """Return one client of each kind that may send the item, whether or not any did."""
+        return list(self._senders.get(name, {}).values())
 
     # Single tensors ------------------------------------------------------------------------------------------------
     def expects(self, name: str) -> bool:
@@ -258,10 +263,8 @@ class ServerPrivacy:
                 return 0.0  # clients have added it
             if name == WITHIN:
                 # m bits, each as if it were one of m
-                return self.count_noise(privacy) * math.sqrt(len(self.factors))
-            return self.client.deviation(
-                name, self.factors[name], self.update_noise_multiplier(privacy)
-            )
+                return self.count_noise() * math.sqrt(len(self.factors))
+            return self.client.deviation(name, self.factors[name], self.update_noise_multiplier())
 
         def postprocess(name: str, votes: Tensor) -> Tensor:
             if not privacy.votes or not specs[name].says:
@@ -290,24 +293,23 @@ class ServerPrivacy:
         privacy = self.config
         if privacy.adaptive_clip is None:
             return
-        if (sigma := self.count_noise(privacy)) * 2 <= privacy.known_noise_multiplier:
+        if (sigma := self.count_noise()) * 2 <= privacy.known_noise_multiplier:
             raise UserError(
                 f"privacy.adaptive_clip.noise: found {sigma:g}, with which counting alone spends more than "
                 f"privacy.noise_multiplier {privacy.known_noise_multiplier:g} allows; take more than {privacy.known_noise_multiplier / 2:.3g}"
             )
 
-    def count_noise(self, privacy: PrivacyConfig) -> float:
+    def count_noise(self) -> float:
         """σ_b of the paper: what a count of bits would be noised with if there were one."""
-        assert privacy.adaptive_clip is not None
-        return privacy.adaptive_clip.noise or self.cohort / 20
+        assert self.config.adaptive_clip is not None
+        return self.config.adaptive_clip.noise or self.cohort / 20
 
-    def update_noise_multiplier(self, privacy: PrivacyConfig) -> float:
+    def update_noise_multiplier(self) -> float:
         """The multiplier that is left for the updates: z_Δ = (z⁻² − (2σ_b)⁻²)^(−½) (Andrew et al. 2021, theorem 1)."""
-        if privacy.adaptive_clip is None:
-            return privacy.known_noise_multiplier
-        return float(
-            (privacy.known_noise_multiplier**-2 - (2 * self.count_noise(privacy)) ** -2) ** -0.5
-        )
+        multiplier = self.config.known_noise_multiplier
+        if self.config.adaptive_clip is None:
+            return multiplier
+        return float((multiplier**-2 - (2 * self.count_noise()) ** -2) ** -0.5)
 
     def adapt_bounds(self, uploads: Uploads) -> None:
         """Each bound times exp(−η·(share of updates within it − γ)), the share noised (ibid., Algorithm 1)."""

@@ -17,7 +17,7 @@ from hetero_fl.utils.registry import Registry
 
 # What a rule is: how the words of several clients, of whom some may lie, become one.
 #
-# A rule of parameters gets a `Block`, the tensors that the same clients sent; a rule of predictions
+# A rule of parameters gets an `UploadBlock`, the tensors that the same clients sent; a rule of predictions
 # gets one tensor of all. Both weigh all senders alike. `python:package.module:Name` in place of a
 # rule's name takes one's own class with the same methods.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from hetero_fl.federation.simulation.sampling import ClientSampler
 from hetero_fl.reporting.report import write_report
 from tests.helpers.nodes import LONG, Clock, Point, Sites, federation, models, records
 from tests.helpers.small_federations import config
@@ -72,7 +73,15 @@ def test_who_takes_longer_is_late_and_what_comes_then_is_not_used(
     assert down[2]["counts"]["arrived"] == 3 and down[2]["global"] == late[2]["global"]
 
 
-def test_the_first_to_arrive_are_taken(tmp_path: Path) -> None:
+def test_the_first_to_arrive_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds: list[float] = []
+    update = ClientSampler.update
+
+    def note(self: ClientSampler, *args: Any) -> None:
+        update(self, *args)
+        seconds.append(self.known["site_1"][1])
+
+    monkeypatch.setattr(ClientSampler, "update", note)
     kills: dict[Point, str] = {("site_1", 0, "train"): "last"}
     made = config(
         "fedavg",
@@ -86,6 +95,7 @@ def test_the_first_to_arrive_are_taken(tmp_path: Path) -> None:
         {"invited": 3, "arrived": 2, "failed": 0, "late": 1}
     ] * 2
     assert [row[3] for row in there[0]["tasks"]] == ["late", "arrived", "arrived"]
+    assert seconds[0] > 0  # a late client counts as slow
 
 
 @pytest.mark.slow

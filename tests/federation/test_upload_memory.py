@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 
 from hetero_fl.aggregation import Uploads
 from hetero_fl.communication.protocol import Message
+from hetero_fl.federation.upload_collector import UploadCollector
+from hetero_fl.utils.errors import RunFailedError
 from tests.helpers.small_federations import broadcasts, config, rounds_of
 
 alive: list[int] = []
@@ -66,3 +69,22 @@ def test_the_executor_holds_no_upload_that_it_has_handed_on() -> None:
 def requests(rounds: Any) -> tuple[list[str], Callable[[str], Message]]:
     bodies = broadcasts(rounds, rounds.sample_cohort(0))
     return list(bodies), lambda client: Message("train", bodies[client])
+
+
+def test_a_repeated_round_holds_the_uploads_of_one_attempt() -> None:
+    faults = {"after": 0.99}
+    cohort = {"too_few": "repeat", "least": 3, "attempts": 3}
+    rounds = rounds_of(config(models="linear", faults=faults, cohort=cohort, devices={}), held=0)
+    collectors: list[weakref.ref[UploadCollector]] = []
+    attempt = rounds.attempt  # type: ignore[attr-defined]
+
+    def watched(*args: Any) -> UploadCollector:
+        assert not any(collector() for collector in collectors)
+        collectors.append(weakref.ref(made := attempt(*args)))
+        return made
+
+    rounds.attempt = watched  # type: ignore[attr-defined]
+
+    with pytest.raises(RunFailedError):
+        rounds.run_round()
+    assert len(collectors) == 3

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from hetero_fl.algorithms.hybrid import Hybrid
+from hetero_fl.algorithms.scaffold import CONTROL, Scaffold
 from hetero_fl.communication.protocol import Message
 from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.core.participant import Participant
@@ -381,7 +383,7 @@ def test_adaptive_clip_leaves_the_sum_what_counting_does_not_spend() -> None:
 
     sums = rounds_of(private("fedavg", privacy), held=0).privacy
 
-    spent = sums.update_noise_multiplier(sums.config) ** -2 + (2 * 0.6) ** -2  # counts move by 1/2
+    spent = sums.update_noise_multiplier() ** -2 + (2 * 0.6) ** -2  # counts move by 1/2
     assert spent == pytest.approx(0.8**-2)
 
 
@@ -436,3 +438,44 @@ def test_local_noise_is_on_what_leaves() -> None:
     logits = upload["logits"]
     assert abs(float(logits.std()) / expected - 1) < 5 / (2 * logits.numel()) ** 0.5
     assert isinstance(upload.item("logits"), Item) and upload.item("logits").weight == 1.0
+
+
+ARCHITECTURES = ["cnn_gn_small", {"name": "mlp", "hidden": [12]}, "linear"]
+
+
+def test_what_the_server_does_does_not_tell_who_took_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An architecture of one client is distilled into whether or not that client was sampled."""
+    distilled: list[set[str]] = []
+
+    def note(self: Any, server: Any, teacher: Any, senders: Any, epochs: int) -> Any:
+        distilled.append({sender.arch.spec_id for sender in senders})
+        yield from ()
+
+    monkeypatch.setattr(Hybrid, "distill_into_groups", note)
+    rounds = rounds_of(private("hybrid", CLIENT, ARCHITECTURES), held=0)
+    rounds.sample_cohort = lambda round_idx: ["site_1", "site_2"]  # type: ignore[method-assign]
+
+    rounds.run_round()
+
+    assert distilled[-1] == {info.arch.spec_id for info in rounds.federation.client_infos.values()}
+
+
+def test_control_variates_are_scaled_by_the_expected_number_of_senders(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counts = []
+    aggregate = Scaffold.aggregate
+
+    def note(self: Any, server: Any, uploads: Any) -> Any:
+        (tensors,) = uploads.counts_by_group(CONTROL).values()
+        counts.append(set(tensors.values()))
+        yield from aggregate(self, server, uploads)
+
+    source = private("scaffold", CLIENT, "linear", clients__per_round=2)
+    trainers = [rounds_of(source, held=0), rounds_of(source, held=0)]
+    monkeypatch.setattr(Scaffold, "aggregate", note)
+    for trainer, cohort in zip(trainers, (["site_1", "site_2"], ["site_1"]), strict=True):
+        trainer.sample_cohort = lambda round_idx, cohort=cohort: cohort  # type: ignore[method-assign]
+        trainer.run_round()
+
+    assert counts == [{2.0}, {2.0}]

@@ -166,7 +166,7 @@ class RunLoad:
     @classmethod
     def estimate(cls, config: Config, federation: FederationSpec) -> RunLoad:
         """Estimate the load from the clients that are evaluated, which represent the others."""
-        clients = [federation.client_infos[id] for id in federation.num_evaluated]
+        clients = [federation.client_infos[id] for id in federation.representative_clients]
         population = len(federation.client_infos)
         cohort = min(population, config.clients.per_round or population)
         seconds = sum(map(training_flops, clients)) / len(clients) / RATE  # per client and round

@@ -24,22 +24,22 @@ from hetero_fl.federation.upload_collector import CHANGED, UploadCollector
 
 @dataclass
 class RoundAttempt:
-    """One attempt at a round: when its tasks begin and end, and what was collected."""
+    """One attempt at a round: when its tasks began and ended, and why clients failed."""
 
     schedule: Schedule
-    collector: UploadCollector
+    failed: dict[str, str]
 
     @property
     def counts(self) -> Counter[str]:
         """Numbers of tasks by outcome: invited = arrived + failed + late."""
         invited = len(self.schedule.tasks)
         late = len(self.schedule.late)
-        failed = len(self.collector.failed)
+        failed = len(self.failed)
         return Counter(invited=invited, arrived=invited - late - failed, failed=failed, late=late)
 
     def task_rows(self) -> list[list[object]]:
         """Return each task as `[client, start, end, outcome]`, in seconds."""
-        return self.schedule.record(self.collector.failed)
+        return self.schedule.record(self.failed)
 
 
 class ScheduledTrainer(SynchronousTrainer):
@@ -69,7 +69,7 @@ class ScheduledTrainer(SynchronousTrainer):
         record = super().run_round()
         failed: dict[str, str] = {}
         for attempt in self._attempts:
-            failed |= attempt.collector.failed
+            failed |= attempt.failed
         record["failed"] = failed
         flags = {key: record.pop(key) for key in ("skipped", "diverged") if key in record}
         return record | self.time_record(start) | flags
@@ -80,30 +80,39 @@ class ScheduledTrainer(SynchronousTrainer):
 
     def collect(self, cohort: list[str]) -> UploadCollector:
         """Collect the uploads of a cohort; of others, as often as the policy repeats a round."""
-        self._attempts = [self.attempt(cohort, 0)]
-        while not self._attempts[-1].collector.is_sufficient and self.on_too_few == "repeat":
+        self._attempts = []
+        collector = self.attempt(cohort, 0)
+        while not collector.is_sufficient and self.on_too_few == "repeat":
             number = len(self._attempts)
             if number == self.policy.attempts:
                 break
+            del collector  # free its uploads
             self.store.discard()
             self._set_round_context(self.round_idx)
-            self._attempts.append(self.attempt(self.sample_cohort(self.round_idx, number), number))
-        return self._attempts[-1].collector
+            collector = self.attempt(self.sample_cohort(self.round_idx, number), number)
+        return collector
 
     def skip(self, collector: UploadCollector, attempts: int = 1) -> None:
         super().skip(collector, len(self._attempts))
 
-    def attempt(self, cohort: list[str], number: int) -> RoundAttempt:
-        """Hold the round once, without simulated time."""
-        schedule = immediate_schedule(cohort, self._sampled_at)
-        attempt = RoundAttempt(schedule, UploadCollector(self, cohort))
-        self.exchange(attempt, cohort, task=0)
-        return attempt
+    def attempt(self, cohort: list[str], number: int) -> UploadCollector:
+        """Hold the round once."""
+        collector = UploadCollector(self, cohort)
+        schedule = self.hold(collector, number)
+        self._attempts.append(RoundAttempt(schedule, collector.failed))
+        self.sampler.update(schedule, collector.losses, self.round_idx)
+        return collector
 
-    def exchange(self, attempt: RoundAttempt, clients: Sequence[str], task: int) -> None:
+    def hold(self, collector: UploadCollector, number: int) -> Schedule:
+        """Collect the uploads of a cohort; return when its tasks began and ended."""
+        schedule = immediate_schedule(collector.cohort, self._sampled_at)
+        self.exchange(schedule, collector, collector.cohort, task=0)
+        return schedule
+
+    def exchange(
+        self, schedule: Schedule, collector: UploadCollector, clients: Sequence[str], task: int
+    ) -> None:
         """Run the exchanges of a round with those of the cohort that are there."""
-        schedule = attempt.schedule
-        collector = attempt.collector
         for exchange in collector.exchanges(clients):
             present: Collection[str] = schedule.computing
             if exchange.kind in self.protocol.setup:
@@ -112,21 +121,25 @@ class ScheduledTrainer(SynchronousTrainer):
                 if client_id not in present:  # is sent to, and does not answer
                     collector.request(exchange, client_id)
             here = [client_id for client_id in exchange.clients if client_id in present]
-            for client_id, reply in self.replies(attempt, exchange, here, task):
+            for client_id, reply in self.replies(schedule, collector, exchange, here, task):
                 collector.add(exchange, client_id, reply)
                 del reply  # free the upload before the next client trains
         self.count_traffic(collector.up_bytes, collector.down_bytes)
         schedule.late = collector.late
-        self.sampler.update(schedule, collector.losses, self.round_idx)
 
     def replies(
-        self, attempt: RoundAttempt, exchange: Exchange, clients: Sequence[str], task: int
+        self,
+        schedule: Schedule,
+        collector: UploadCollector,
+        exchange: Exchange,
+        clients: Sequence[str],
+        task: int,
     ) -> Iterator[tuple[str, Reply]]:
         """Yield the replies of the clients that are there, in order."""
 
         def request(client_id: str) -> Message:
-            message = attempt.collector.request(exchange, client_id)
-            return replace(message, step_share=attempt.schedule.tasks[client_id].step_share)
+            message = collector.request(exchange, client_id)
+            return replace(message, step_share=schedule.tasks[client_id].step_share)
 
         return self.executor.run(clients, request)
 
@@ -161,8 +174,9 @@ class SimulatedTrainer(ScheduledTrainer):
         super().__init__(*args, **options)
         self.upload_sizes = UploadSizes(self.algorithm, self.federation, self.expectations)
 
-    def attempt(self, cohort: list[str], number: int) -> RoundAttempt:
-        """Hold the round once; compute only the tasks whose uploads arrive in time."""
+    def hold(self, collector: UploadCollector, number: int) -> Schedule:
+        """Collect the uploads that arrive in time; the others are not computed."""
+        cohort = collector.cohort
         task = task_number(self.round_idx, number)
         sizes = {client_id: self._sizes(client_id, len(cohort)) for client_id in cohort}
         schedule = make_schedule(
@@ -172,28 +186,30 @@ class SimulatedTrainer(ScheduledTrainer):
             self._sampled_at,
             task,
         )
-        attempt = RoundAttempt(schedule, UploadCollector(self, cohort))
-        collector = attempt.collector
         collector.failed.update(schedule.failed)
         collector.late = schedule.late
         asked: Sequence[str] = ()
         if schedule.num_expected >= self.policy.least:
             asked = cohort if self.protocol.setup else schedule.computing
-            self.exchange(attempt, asked, task)
+            self.exchange(schedule, collector, asked, task)
         else:  # nothing would be made of what they compute
             for client_id in schedule.computing:
                 if schedule.tasks[client_id].outcome.kind == "corrupted":
                     collector.failed[client_id] = CHANGED
-            self.sampler.update(schedule, collector.losses, self.round_idx)
         self.now = schedule.end
         self._count_unseen_traffic(schedule, sizes, set(asked))
-        return attempt
+        return schedule
 
     def replies(
-        self, attempt: RoundAttempt, exchange: Exchange, clients: Sequence[str], task: int
+        self,
+        schedule: Schedule,
+        collector: UploadCollector,
+        exchange: Exchange,
+        clients: Sequence[str],
+        task: int,
     ) -> Iterator[tuple[str, Reply]]:
-        replies = super().replies(attempt, exchange, clients, task)
-        outcomes = {c: attempt.schedule.tasks[c].outcome for c in attempt.schedule.computing}
+        replies = super().replies(schedule, collector, exchange, clients, task)
+        outcomes = {c: schedule.tasks[c].outcome for c in schedule.computing}
         changed = any(outcome.kind in ("twice", "corrupted") for outcome in outcomes.values())
         if exchange.kind != "train" or not changed:
             return replies

@@ -196,7 +196,7 @@ class ClientSampler:
         return {"known": self.known} if self.known else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The reverse of `state`."""
+        """The reverse of `state_dict`."""
         self.known = state.get("known", {})
 
 

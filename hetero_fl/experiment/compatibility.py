@@ -191,9 +191,56 @@ RULES_ON_LOADING: dict[str, CompatibilityRule[ConfigFacts]] = {
         "{found}: needs single uploads, but channel.secure_sum tells only their sum; leave one of "
         "them out",
     ),
+    # Cohorts that are chosen or repeated
+    "choice_among_all_clients": CompatibilityRule(
+        ("cohort.over_selection", "clients.per_round"),
+        lambda run: run.config.clients.per_round is None and run.choosing_setting(),
+        "cohort.{found}: chooses among clients, but clients.per_round is not given: all clients "
+        "are sampled",
+    ),
+    "least_above_sampled": CompatibilityRule(
+        ("cohort.least", "clients.per_round"),
+        lambda run: run.config.cohort.least > run.num_wanted() and run.num_wanted(),
+        "cohort.least: found {run.config.cohort.least}, but {found} clients take part in a round "
+        "(clients.per_round)",
+    ),
+    "losses_of_secure_sum": CompatibilityRule(
+        ("cohort.sampling", "channel.secure_sum"),
+        lambda run: run.config.cohort.sampling == "oort" and run.config.channel.secure_sum,
+        "cohort.sampling: oort goes by each client's training loss, of which channel.secure_sum "
+        "tells the mean alone; take available or uniform, or leave channel.secure_sum out",
+    ),
+    "over_selection_secure_sum": CompatibilityRule(
+        ("cohort.over_selection", "channel.secure_sum"),
+        lambda run: (
+            run.config.clients.per_round is not None
+            and run.min_survivors() > run.num_wanted()
+            and {"sampled": run.num_sampled(), "survivors": run.min_survivors()}
+        ),
+        "cohort.over_selection: found {run.config.cohort.over_selection:g}; of {sampled} sampled "
+        "clients the first {run.config.clients.per_round} are taken, but "
+        "channel.secure_sum.threshold asks for {survivors} to stay: no round would be opened; take "
+        "a smaller over_selection or threshold",
+    ),
+    "repeated_secure_sum": CompatibilityRule(
+        ("cohort.least", "channel.secure_sum"),
+        lambda run: (
+            run.config.cohort.too_few == "repeat"
+            and 0 < run.min_survivors() < run.config.cohort.least
+            and run.min_survivors()
+        ),
+        "cohort.least: found {run.config.cohort.least}, with cohort.too_few: repeat and "
+        "channel.secure_sum, which opens sums of {found}: of two sums of a round the difference "
+        "tells single uploads; take no more, or too_few: skip",
+    ),
 }
 
 RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
+    "over_selection_without_time": CompatibilityRule(
+        ("cohort.over_selection", "devices"),
+        lambda run: run.config.cohort.over_selection > 1 and not run.takes_time(),
+        "cohort.over_selection: takes the first to arrive, but without `devices` nobody takes time",
+    ),
     # Methods
     "task_of_method": CompatibilityRule(
         ("algorithm.name", "data.name"),

@@ -31,6 +31,7 @@ from hetero_fl.communication.secure_aggregation.protocol import TensorKey, Vecto
 from hetero_fl.config import Config
 from hetero_fl.config.base import StalenessConfig
 from hetero_fl.config.population import Population
+from hetero_fl.config.simulation import DeviceConfig
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import ClientInfo, ClientProfile, floating_tensors
 from hetero_fl.core.payload import Item, ItemSpec, Payload
@@ -84,6 +85,26 @@ class ConfigFacts:
         attacks = self.config.attacks
         return None if attacks is None else f"attacks.name: {attacks.name}"
 
+    def choosing_setting(self) -> str | None:
+        """Return the key of `cohort` that chooses among more clients than a round needs."""
+        cohort = self.config.cohort
+        if cohort.over_selection > 1:
+            return "over_selection"
+        return "sampling: oort" if cohort.sampling == "oort" else None
+
+    def num_wanted(self) -> int:
+        """Return how many clients' uploads a round is meant to have."""
+        return self.config.clients.per_round or len(self.clients)
+
+    def num_sampled(self) -> int:
+        """Return how many clients are sampled for a round."""
+        return self.config.cohort.num_sampled(self.config.clients.per_round, len(self.clients))
+
+    def min_survivors(self) -> int:
+        """Return how many clients have to stay for a secure sum to be opened; 0 without one."""
+        secure_sum = self.config.channel.secure_sum
+        return 0 if secure_sum is None else secure_sum.min_survivors(self.num_sampled())
+
     def rare_sender(self) -> dict[str, Any] | None:
         """Return a client that does not share in every round."""
         for kind in self.clients.profiles:
@@ -125,6 +146,12 @@ class RunFacts(ConfigFacts):
         self.sends_nothing = algorithm.needs.all_clients or not algorithm.uploads
         self.malicious = federation.malicious
         self.attack = f"attacks.name: {config.attacks.name}" if config.attacks else None
+
+    def takes_time(self) -> bool:
+        """Return whether clients' tasks take time, simulated or real."""
+        if self.config.devices is not None or self.federation.data.is_distributed:
+            return True
+        return any(profile.settings.machine != DeviceConfig() for profile in self.profiles)
 
     # Items ------------------------------------------------------------------------------------
 

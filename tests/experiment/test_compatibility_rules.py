@@ -90,6 +90,24 @@ VIOLATIONS: dict[str, dict[str, Any]] = {
     ),
     "private_clients_compression": config(channel={"compress": [{"quantize": 8}]}, privacy=CLIENT),
     "secure_sum_robustness": config(aggregation=MEDIAN, channel__secure_sum={}),
+    "choice_among_all_clients": config(cohort={"over_selection": 1.5}, devices={}),
+    "least_above_sampled": config(cohort={"least": 3}, clients__per_round=2),
+    "losses_of_secure_sum": config(
+        cohort={"sampling": "oort"}, clients__per_round=3, channel__secure_sum={}
+    ),
+    "over_selection_secure_sum": config(
+        clients=8,
+        clients__per_round=4,
+        cohort={"over_selection": 2},
+        devices={},
+        channel__secure_sum={},
+    ),
+    "repeated_secure_sum": config(
+        clients=5,
+        cohort={"least": 4, "too_few": "repeat"},
+        channel__secure_sum={"threshold": 2},
+    ),
+    "over_selection_without_time": config(cohort={"over_selection": 1.3}, clients__per_round=2),
     "task_of_method": config("fedproto", MLP, data__proxy__size=0),
     "no_proxy_set": config("fedmd", data__proxy__size=0),
     "no_proxy_labels": config("fedmd", algorithm__initial_phase=True, data__proxy__labels=False),

@@ -12,7 +12,6 @@ from hetero_fl.config.simulation import CohortConfig, DeviceConfig, FaultsConfig
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.simulation.devices import Devices, Timing, local_steps, uniform
 from hetero_fl.federation.simulation.faults import NO_FAULT, FaultOutcome, Faults
-from hetero_fl.utils.errors import UserError
 
 # The conditions under which a run is held: clients' machines, what goes wrong, and how a round
 # deals with it.
@@ -40,7 +39,7 @@ class SimulationEnvironment:
         config: Config,
         connected_clients: Callable[[], Collection[str]] | None = None,
     ) -> SimulationEnvironment:
-        """The conditions that a configuration describes. Raises UserError for policies that have nothing to go by.
+        """The conditions that a configuration describes.
 
         Where clients are on machines of their own, what would be simulated is left out.
         """
@@ -50,45 +49,6 @@ class SimulationEnvironment:
         own = any(
             kind.settings.machine != DeviceConfig() for kind in federation.client_infos.profiles
         )
-        if (policy.over_selection > 1 or policy.sampling == "oort") and per_round is None:
-            key = "over_selection" if policy.over_selection > 1 else "sampling: oort"
-            raise UserError(
-                f"cohort.{key}: chooses among clients, but clients.per_round is not given: all are invited"
-            )
-        if policy.over_selection > 1 and config.devices is None and not own and not apart:
-            raise UserError(
-                "cohort.over_selection: takes the first to arrive, but without `devices` nobody takes time"
-            )
-        if policy.least > (per_round or len(federation.client_infos)):
-            raise UserError(
-                f"cohort.least: found {policy.least}, but {per_round or len(federation.client_infos)} are invited"
-            )
-        secret = config.channel.secure_sum
-        if policy.sampling == "oort" and secret is not None:
-            raise UserError(
-                "cohort.sampling: oort goes by each client's training loss, of which channel.secure_sum tells the mean alone; "
-                "take available or uniform, or leave channel.secure_sum out"
-            )
-        if (
-            secret is not None
-            and per_round is not None
-            and secret.min_survivors(federation.cohort) > per_round
-        ):
-            raise UserError(
-                f"cohort.over_selection: found {policy.over_selection:g}; of {federation.cohort} invited clients the first "
-                f"{per_round} are taken, but channel.secure_sum.threshold asks for {secret.min_survivors(federation.cohort)} to "
-                "stay: no round would be opened; take a smaller over_selection or threshold"
-            )
-        if (
-            policy.too_few == "repeat"
-            and secret is not None
-            and policy.least > secret.min_survivors(federation.cohort)
-        ):
-            raise UserError(
-                f"cohort.least: found {policy.least}, with cohort.too_few: repeat and channel.secure_sum, which opens sums of "
-                f"{secret.min_survivors(federation.cohort)}: of two sums of a round the difference tells single uploads; take no "
-                "more, or too_few: skip"
-            )
         devices = Devices.from_config(federation, None if apart else config.devices)
         faults = Faults(None if apart else config.faults, devices)
         settings = (config.devices, config.faults, policy.deadline)

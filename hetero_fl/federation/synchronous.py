@@ -10,8 +10,6 @@ from hetero_fl.communication.protocol import Traffic
 from hetero_fl.engine.driver import run_plan
 from hetero_fl.federation.trainer import FederatedTrainer, Record
 from hetero_fl.federation.upload_collector import UploadCollector
-from hetero_fl.utils.errors import RunFailedError
-from hetero_fl.utils.text import pluralize
 
 
 class SynchronousTrainer(FederatedTrainer):
@@ -27,7 +25,7 @@ class SynchronousTrainer(FederatedTrainer):
             if collector.is_sufficient:
                 collector.diverged = self.aggregate(collector)
             else:
-                self.skip(collector)
+                self.give_up(collector)
             self.store.commit()
         self.completed += 1
         traffic = Traffic(self.traffic.up - before.up, self.traffic.down - before.down)
@@ -65,36 +63,17 @@ class SynchronousTrainer(FederatedTrainer):
             self.store.discard()
         return diverged
 
-    def skip(self, collector: UploadCollector, attempts: int = 1) -> None:
-        """Leave server and clients as they were, if that is the policy for too few uploads.
+    def give_up(self, collector: UploadCollector) -> None:
+        """Leave server and clients as they were, because too few uploads came.
 
         Raises:
-            RunFailedError: If it is not.
+            RunFailedError: If `cohort.too_few` does not say that such a round is skipped.
         """
-        if self.on_too_few == "skip":
-            self.store.discard()
-            return
-        if collector.abandoned is not None:
-            raise collector.abandoned
-        least = self.policy.least
-        found = f"{len(collector.uploads)} of at least {least} usable uploads"
-        line = f"round {self.completed + 1}: {found if least > 1 else 'no usable upload'}"
-        line += f" from {pluralize(len(collector.cohort), 'client')}"
-        if attempts > 1:
-            line += f", {attempts} times"
-        if collector.failed:
-            client_id, reason = next(iter(collector.failed.items()))
-            line += f"; {client_id}: {reason}"
-        elif collector.late:
-            line += f"; {len(collector.late)} of them late"
-        raise RunFailedError(line)
+        if self.on_too_few != "skip":
+            raise collector.shortage()
+        self.store.discard()
 
     @property
     def on_too_few(self) -> str:
-        """What happens to a round with too few uploads: "repeat", "skip" or "fail"."""
+        """What happens to a round with too few uploads, such as "skip" or "fail"."""
         return str(self.policy.too_few or "fail")
-
-
-def task_number(round_idx: int, attempt: int) -> int:
-    """Return the number of the tasks of one attempt at a round; the round's own for the first."""
-    return attempt << 32 | round_idx

@@ -16,7 +16,8 @@ from hetero_fl.engine.driver import DivergedError
 from hetero_fl.federation.executors.base import ClientLateError
 from hetero_fl.federation.secure_aggregation import open_sums
 from hetero_fl.robustness.robust_means import AggregationRules
-from hetero_fl.utils.errors import NoUploadError, RoundAbandonedError
+from hetero_fl.utils.errors import NoUploadError, RoundAbandonedError, RunFailedError
+from hetero_fl.utils.text import pluralize
 
 if TYPE_CHECKING:
     from hetero_fl.federation.trainer import FederatedTrainer
@@ -44,6 +45,7 @@ class UploadCollector:
         magnitudes: Norm of each upload.
         malicious: Simulated malicious clients whose uploads arrived.
         abandoned: Why the round was given up, if it was.
+        attempts: How often the round was held, this time included.
         up_bytes, down_bytes: Traffic of the round.
     """
 
@@ -69,6 +71,7 @@ class UploadCollector:
         self.magnitudes: dict[str, float] = {}
         self.malicious: list[str] = []
         self.abandoned: RoundAbandonedError | None = None
+        self.attempts = 1
         self.diverged = ""  # why training at the server diverged, if it did
         self.up_bytes = 0
         self._sent_bytes: dict[tuple[str, str], int] = {}  # by exchange and client
@@ -84,6 +87,23 @@ class UploadCollector:
         """Whether enough uploads came. A cohort into which nobody was drawn is enough: with
         `privacy.poisson_cohorts` its sum is noise."""
         return not self.cohort or len(self.uploads) >= self.trainer.policy.least
+
+    def shortage(self) -> RunFailedError:
+        """Return the error that says why there are too few uploads."""
+        if self.abandoned is not None:
+            return self.abandoned
+        least = self.trainer.policy.least
+        found = f"{len(self.uploads)} of at least {least} usable uploads"
+        line = f"round {self.round_idx + 1}: {found if least > 1 else 'no usable upload'}"
+        line += f" from {pluralize(len(self.cohort), 'client')}"
+        if self.attempts > 1:
+            line += f", {self.attempts} times"
+        if self.failed:
+            client_id, reason = next(iter(self.failed.items()))
+            line += f"; {client_id}: {reason}"
+        elif self.late:
+            line += f"; {len(self.late)} of them late"
+        return RunFailedError(line)
 
     def exchanges(self, clients: Sequence[str] | None = None) -> Iterator[Exchange]:
         """Yield the exchanges of the round, each after the replies to the one before.

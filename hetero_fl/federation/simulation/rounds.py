@@ -17,7 +17,7 @@ from hetero_fl.federation.simulation.schedule import (
     immediate_schedule,
     make_schedule,
 )
-from hetero_fl.federation.synchronous import SynchronousTrainer, task_number
+from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.federation.trainer import Record
 from hetero_fl.federation.upload_collector import CHANGED, UploadCollector
 
@@ -92,12 +92,10 @@ class ScheduledTrainer(SynchronousTrainer):
             collector = self.attempt(self.sample_cohort(self.round_idx, number), number)
         return collector
 
-    def skip(self, collector: UploadCollector, attempts: int = 1) -> None:
-        super().skip(collector, len(self._attempts))
-
     def attempt(self, cohort: list[str], number: int) -> UploadCollector:
         """Hold the round once."""
         collector = UploadCollector(self, cohort)
+        collector.attempts = number + 1
         schedule = self.hold(collector, number)
         self._attempts.append(RoundAttempt(schedule, collector.failed))
         self.sampler.update(schedule, collector.losses, self.round_idx)
@@ -250,3 +248,8 @@ class SimulatedTrainer(ScheduledTrainer):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.now = state.get("now", 0.0)
+
+
+def task_number(round_idx: int, attempt: int) -> int:
+    """Return the number of the tasks of one attempt at a round; the round's own for the first."""
+    return attempt << 32 | round_idx

@@ -57,6 +57,17 @@ def spoilt(model: SavedModel) -> list[tuple[int, float]]:
     return found
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_the_module_that_is_exported_predicts_as_the_model_does(name: str) -> None:
+    model = CASES[name]
+    personal = model.log_prior is not None
+    given = draw_inputs(model, 5, keyed_generator("rows", 5))
+
+    found = ExportedModel(model, personal).eval()(*given)
+
+    torch.testing.assert_close(found, predicted(model, given, personal))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_file_predicts_as_the_model_does_for_batches_of_any_size_and_refuses_the_same_rows(

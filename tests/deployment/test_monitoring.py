@@ -81,6 +81,8 @@ def test_what_it_tells(status: RunStatus) -> None:
         {"accuracy": 0.75, "balanced_accuracy": 0.7, "auroc": None},
     )
     assert [event["message"] for event in tree["events"]] == ["north is here"]
+    status.add_record(record(2, failed={"north": "diverged", "south": "its node is not there"}))
+    assert status.to_dict()["failures"] == 3
     present.clear()
     gone = status.to_dict()["nodes"]["north"]
     assert not gone["here"] and gone["since"] >= tree["nodes"]["north"]["since"]

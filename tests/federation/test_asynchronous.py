@@ -201,6 +201,7 @@ def test_uploads_of_a_version_are_combined_in_the_order_of_client_ids() -> None:
 
     assert record["cohort"] == ["site_4", "site_3", "site_2", "site_1"]
     assert combined == sorted(record["cohort"])
+    assert record["staleness"] == {"0": 4}
 
 
 def without_seconds(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

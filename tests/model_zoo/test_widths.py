@@ -62,6 +62,13 @@ def test_the_scaler_divides_what_every_layer_of_the_backbone_gives(name: str) ->
         assert torch.allclose(scaled(x).logits, plain(x).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("width", "narrow"), [(5, 2), (4, 2), (10, 3), (1, 1)])
+def test_widths_are_rounded_up(width: int, narrow: int) -> None:
+    _, options = narrow_options("mlp", {"hidden": (width,)}, 0.3)
+
+    assert tuple(options["hidden"]) == (narrow,)
+
+
 def test_shares() -> None:
     assert share_of("cnn_bn_small", {}, "cnn_bn_large", {}) == 0.25
     assert share_of("cnn", {"width": 8}, "cnn_bn_large", {}) == 0.25

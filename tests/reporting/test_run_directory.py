@@ -156,6 +156,18 @@ def test_a_failed_write_leaves_the_old_file(
     assert not list(run.path.glob(".*"))
 
 
+def test_a_line_is_on_the_disk_before_the_round_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = create(tmp_path / "a")
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+
+    run.append_metrics({"round": 1})
+
+    assert len(synced) == 1
+
+
 def test_rewinding_drops_later_rounds_and_a_torn_line(tmp_path: Path) -> None:
     run = create(tmp_path / "a")
     run.rewind_metrics(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,13 @@ import torch
 from sklearn.datasets import load_digits
 
 import hetero_fl
-from hetero_fl.algorithms.onboarding import JoiningClient
+from hetero_fl.algorithms.onboarding import SCRATCH, JoiningClient
 from hetero_fl.cli import main
 from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.data import from_arrays
-from hetero_fl.experiment.onboarding.newcomers import JoiningSite
+from hetero_fl.experiment.onboarding.newcomers import LONGER, JoiningClients, JoiningSite
 from hetero_fl.experiment.onboarding.report import draw_join, is_better
 from hetero_fl.experiment.onboarding.transfer import TransferSource
 from hetero_fl.utils.errors import UserError
@@ -309,3 +310,16 @@ def test_a_band_of_shares_ends_where_they_do() -> None:
     for axes in draw_join(content, Task("multiclass", 2)).axes:
         (band,) = axes.collections
         assert band.get_paths()[0].vertices[:, 1].max() == 1
+
+
+@pytest.mark.parametrize(("option", "times"), [(SCRATCH, LONGER), ("backbone", 1)])
+def test_training_from_scratch_takes_more_steps(option: str, times: int) -> None:
+    asked: list[int] = []
+
+    def config(seed: int, longer: int) -> None:
+        asked.append(longer)
+        raise UserError("asked for")
+
+    with pytest.raises(UserError, match="asked for"):
+        JoiningClients.run_transfer(SimpleNamespace(config=config), 0, option, {}, None)  # type: ignore[arg-type]
+    assert asked == [times]

@@ -212,12 +212,16 @@ class Algorithm(BaseModel):
 
 
 def is_user_method(algorithm: Algorithm) -> bool:
-    """Whether the method is the user's, not one of this package's."""
+    """Return whether a method is defined outside this package."""
     return not type(algorithm).__module__.startswith("hetero_fl.")
 
 
 def call_broadcast(algorithm: Algorithm, server: Participant, client_info: ClientInfo) -> Payload:
-    """What the method sends to a client. Raises UserError if it is no dictionary of items."""
+    """Return what the method broadcasts to a client.
+
+    Raises:
+        UserError: If it is no dictionary of items.
+    """
     try:
         return Payload.from_hook(algorithm.broadcast(server, client_info))
     except PayloadError as error:
@@ -241,7 +245,7 @@ def permitted_part(shares: Sequence[str]) -> Part:
 
 
 def common_part(a: Part, b: Part) -> Part:
-    """What lies in both parts."""
+    """Return what lies in both parts."""
     if a is None or b is None:
         return b if a is None else a
     shorter = (
@@ -332,16 +336,14 @@ def describe_unshared(
         specs: What the method declares of its items.
         shares: The client's `shares`.
     """
+    part = permitted_part(shares)
     for name, item in items.items():
         share = specs[name].needed_share
-        if share != "parameters":
-            if share not in shares:
-                return f"'{name}' needs {share}"
-            continue
-        part = permitted_part(shares)
-        outside = item.tensors if part is None else exclude_part(item.tensors, part)
-        if part is not None and outside:
-            return f"'{name}' holds {next(iter(outside)) or share}"
+        if share != "parameters" and share not in shares:
+            return f"'{name}' needs {share}"
+        if share == "parameters" and part is not None:
+            for tensor in exclude_part(item.tensors, part):
+                return f"'{name}' holds {tensor or share}"
     return ""
 
 

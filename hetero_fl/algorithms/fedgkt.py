@@ -82,8 +82,8 @@ class FedGKT(CommonFeatureWidth):
                 DeprecationWarning,
                 stacklevel=2,
             )
-            new_names = {"server_model": "large_model"}
-            settings = {new_names.get(name, name): value for name, value in settings.items()}
+            settings = dict(settings)
+            settings["large_model"] = settings.pop("server_model")
         return settings
 
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
@@ -100,9 +100,10 @@ class FedGKT(CommonFeatureWidth):
 
     def large_model_spec(self, outputs: int) -> ModelSpec:
         """Return the server's model: features to logits."""
+        assert self.feature_dim is not None  # `configure` has set it
         m = self.large_model
         return ModelSpec.from_config(
-            m.name, outputs, (self.feature_dim or 1,), m.feature_dim, m.options, m.pretrained
+            m.name, outputs, (self.feature_dim,), m.feature_dim, m.options, m.pretrained
         )
 
     def setup(self, server: Participant) -> None:

@@ -334,7 +334,7 @@ class HeteroFL(FedAvg):
         families: dict[str, dict[str, None]] = {}
         for sender in uploads.senders("model"):
             families.setdefault(sender.arch.group_id, {})[sender.arch.spec_id] = None
-        # The same for all tensors of a group.
+        # Of the tensors that all senders of a group share.
         weights = {g: max(w.values()) for g, w in uploads.weights_by_group("model").items()}
         means = uploads.mean_by_group("model")
         head = uploads.mean("head")

@@ -129,7 +129,7 @@ class MenteeTraining(Algorithm):
         yield from self.deploy(client, received)
         shape = client.arch[MENTEE].input_shape
         objective = replace(self.objective(client.task), shape=shape)
-        yield replace(local_fit(client, objective), train=self.trained)
+        yield local_fit(client, objective, train=self.trained)
         return self.upload_mentee(client)
 
     def objective(self, task: Task) -> MutualDistillation:

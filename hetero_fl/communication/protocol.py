@@ -222,5 +222,6 @@ def _identity(value: Any) -> Any:
         return tuple((name, _identity(tensor)) for name, tensor in value.items())
     # Views that are made anew for each client are the same memory, too.
     if isinstance(value, Tensor) and value.numel():
-        return value.data_ptr(), value._version, tuple(value.shape), value.stride(), value.dtype
+        version = 0 if value.is_inference() else value._version  # changes in place
+        return value.data_ptr(), version, tuple(value.shape), value.stride(), value.dtype
     return id(value) if isinstance(value, Tensor) else value

@@ -24,7 +24,8 @@ from hetero_fl.utils.seeding import Key
 Columns = dict[str, Tensor]
 LOOKED = 1000  # clients among whom examples are looked for
 CACHED_CLIENTS = 4096
-MAX_LOGGED = 60  # numbers that a client may log in a round
+# Numbers that a client may log in a round; a report has room for a few more values.
+MAX_LOGGED = 60
 # of a model: None is all of it, else prefixes of tensor names; () is nothing
 Part = tuple[str, ...] | None
 

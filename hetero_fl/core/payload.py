@@ -182,7 +182,7 @@ class Payload(Mapping[str, Any]):
 
     @classmethod
     def decode(cls, data: bytes, like: Mapping[str, Item] | None = None) -> Payload:
-        """Read a payload that somebody sent.
+        """Decode a received payload.
 
         Args:
             data: The encoded payload.

@@ -130,7 +130,11 @@ class Handshake:
         return (yield message("roster", self._client_directory, run=self.run))
 
     def prepare_restarted_node(self, client: str) -> Conversation:
-        """All of it anew, with a node that was started since. Raises RequestRefusedError if it is not ready then."""
+        """Repeat the whole handshake with a node that was restarted.
+
+        Raises:
+            RequestRefusedError: If it is not ready then.
+        """
         answer = yield from self.request_data_info(client)
         if answer.head.get("ask") == "told":
             answer = yield from self.request_ready()

@@ -87,7 +87,13 @@ class ParticipatingRun:
     def prepare(self, site: SiteConfig, tree: Any, leaving: Callable[[str, Payload], None]) -> str:
         """Everything about the run is known now. Returns the fingerprint of the federation.
 
-        `leaving` is told of each upload before it is encoded. Raises RequestRefusedError if the server means another federation.
+        Args:
+            site: The site's file.
+            tree: What the server sent about the run.
+            leaving: Called with each upload before it is encoded.
+
+        Raises:
+            RequestRefusedError: If the server means another federation.
         """
         outputs = self.data.task.outputs
         told = {

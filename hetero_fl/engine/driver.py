@@ -183,8 +183,10 @@ MAX_MESSAGE_LENGTH = 300  # characters of another library's message
 
 @contextmanager
 def translate_user_errors() -> Iterator[None]:
-    """An exception from a file of the user's (a method, an objective, a model) becomes RunFailedError, in one line that names
-    the file and line; its cause is the exception itself. Others go through as they are.
+    """Raise RunFailedError for an exception that a user's method, objective or model raised.
+
+    Its message is one line with the file and line; its cause is the exception. Other exceptions
+    pass unchanged.
     """
     try:
         yield

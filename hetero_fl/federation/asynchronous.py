@@ -156,7 +156,13 @@ class TaskQueue:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], outcome_of: Any) -> TaskQueue:
-        """The reverse of `state_dict`. `outcome_of(client, number)`: what befalls a task, which is drawn by the key and not kept."""
+        """Restore a queue from `state_dict`.
+
+        Args:
+            state: The state.
+            outcome_of: Returns the fault of a task, given its client and number; faults are drawn
+                by key and not saved.
+        """
         queue = cls()
         broadcasts = {int(at): as_bytes(body) for at, body in state["broadcasts"].items()}
         for number, client, place, version, again, begun, ends, at, up, diverged in state["tasks"]:

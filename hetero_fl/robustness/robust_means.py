@@ -144,15 +144,15 @@ class RobustModelMeans:
         assert self._results is not None
         how = self.rules.of_parameters
         names = [owner[0] for owner in owners]
-        liars = self.rules.config.num_malicious(len(members))
-        if len(members) < how.min_clients(liars):
+        num_malicious = self.rules.config.num_malicious(len(members))
+        if len(members) < how.min_clients(num_malicious):
             self.rules.too_few.setdefault(self.name, []).extend(names)
             return
         sent = [{name: self._sent[i][1][name] for name in names} for i in members]
         references = [self._sent[i][2] for i in members]
         trained = self.rules.trained(self.senders[members[0]], self.name)
         root = self.roots.get(self._sent[members[0]][0])
-        combined = how.combine(UploadBlock(sent, references, trained, root), liars)
+        combined = how.combine(UploadBlock(sent, references, trained, root), num_malicious)
         self._results.update({owner: (combined[owner[0]], len(members)) for owner in owners})
 
 
@@ -205,12 +205,12 @@ class RobustItemMeans:
         counts = torch.stack(
             [torch.as_tensor(item.weight, dtype=values.dtype) for item in self._items]
         )
-        liars = self.rules.config.num_malicious(len(values))
+        num_malicious = self.rules.config.num_malicious(len(values))
         made = torch.zeros_like(values[0])
         owners = (counts > 0).sum(0).to(values.dtype)
         for c in range(len(made)):
             has = (counts[:, c] > 0).reshape(len(values), -1).all(1)
-            if int(has.sum()) > 2 * liars:
+            if int(has.sum()) > 2 * num_malicious:
                 made[c] = trimmed_mean(values[has, c] / counts[has, c])
             else:
                 owners[c] = 0
@@ -223,15 +223,18 @@ class RobustItemMeans:
         # sums and squares of the largest numbers that can be sent stay finite
         dtype = said.dtype
         said = said.double()
-        liars = self.rules.config.num_malicious(len(said))
-        if len(said) < how.min_clients(liars):
+        num_malicious = self.rules.config.num_malicious(len(said))
+        if len(said) < how.min_clients(num_malicious):
             self.rules.too_few.setdefault(self.name, []).append("")
             return None
         apart = self.rules.task.kind == "multiclass" and said.shape[-1] == self.rules.task.outputs
         level = said.mean(-1, keepdim=True) if apart else torch.zeros_like(said[..., :1])
         memory = self.rules.memory.setdefault(self.name, {})
         made = how.combine(
-            said - level, liars, [client_info.client_id for client_info in self.senders], memory
+            said - level,
+            num_malicious,
+            [client_info.client_id for client_info in self.senders],
+            memory,
         )
         if apart:  # as a row of probabilities sums to one again
             made = made - made.mean(-1, keepdim=True) + trimmed_mean(level)

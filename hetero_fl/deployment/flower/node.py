@@ -149,7 +149,11 @@ class _FlowerNode:
         self._client.close()
 
     def join(self) -> None:
-        """Become a node of the server's, anew if it has forgotten. Raises RequestRefusedError if it does not know the key."""
+        """Register at the server, or again if it has forgotten this node.
+
+        Raises:
+            RequestRefusedError: If the server does not know the key.
+        """
         with self._joining, translate_call_errors(self._address):
             if self._node is not None:
                 with suppress(UnknownCallerError), translate_call_errors(self._address):

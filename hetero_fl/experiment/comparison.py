@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -41,8 +42,10 @@ from hetero_fl.utils.errors import Interrupted, RunFailedError, UserError, sugge
 from hetero_fl.utils.processes import (
     ADVICE,
     UNGUARDED,
+    adopt_environment,
     exit_if_importing,
     ignore_interrupts_in_children,
+    worker_context,
 )
 from hetero_fl.utils.text import split_top_level
 
@@ -121,8 +124,9 @@ def run_jobs(
     progress.log(f"{len(work)} runs, {jobs} at a time")
     schedule = _Schedule(work, jobs)
     others = multiprocessing.active_children()
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(work)), spawn, initializer=use_one_core) as pool:
+    pool_size = min(jobs, len(work))
+    environ = (dict(os.environ),)
+    with ProcessPoolExecutor(pool_size, worker_context(), start_worker, environ) as pool:
         with ignore_interrupts_in_children():
             waiting = {
                 pool.submit(run_job, source, [*base, *job.overrides], job.out, allow_code): job
@@ -150,6 +154,12 @@ def run_jobs(
             pool.shutdown(cancel_futures=True)
             raise
     return failed
+
+
+def start_worker(environ: Mapping[str, str]) -> None:
+    """Prepare a process that carries out runs: the others take the other cores."""
+    adopt_environment(environ)
+    use_one_core()
 
 
 class _Schedule:

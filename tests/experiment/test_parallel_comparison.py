@@ -27,9 +27,7 @@ PATIENCE = 300.0  # seconds: this machine may be busy
 
 
 def small(**changes: Any) -> dict[str, Any]:
-    return config(
-        "local", "linear", 2, rounds=1, output={"plots": False, "report": False}, **changes
-    )
+    return config("local", "linear", 2, rounds=1, **changes)
 
 
 @pytest.fixture
@@ -117,6 +115,7 @@ def test_a_worker_that_imports_the_script_leaves(
     call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    monkeypatch.setattr("os._exit", sys.exit)
     with pytest.raises(SystemExit) as left:
         call(small(), out=tmp_path / "a", **({"algorithms": "local"} if call is compare else {}))
     assert left.value.code == UNGUARDED and not (tmp_path / "a").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -15,17 +14,15 @@ import pytest
 
 from hetero_fl.experiment import run
 from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.processes import worker_context
 from tests.helpers import asynchronous_runs, server_crash
 from tests.helpers.small_federations import MIXED, TOP, config
 
 KILLS = 10  # in either mode, at random; and at the points of `server_crash`
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["hetero_fl.experiment", "sklearn.datasets", "matplotlib.figure", "torch._dynamo"]
-)
+CONTEXT = worker_context()
 
 
-def source() -> dict[str, Any]:
+def source(**changes: Any) -> dict[str, Any]:
     return config(
         "hybrid",
         MIXED,
@@ -33,12 +30,12 @@ def source() -> dict[str, Any]:
         rounds=4,
         clients__per_round=3,
         server={"model": "mlp"},
-        output={"plots": False},
         algorithm__heads="keep",  # state of their own
         devices={"speed": {"median": 1e6, "sigma": 0.9}, "up": 1e5},
         faults={"lost": 0.1, "corrupted": 0.1, "twice": 0.1},
         cohort={"sampling": "oort", "deadline": 60, "too_few": "repeat"},
         channel=TOP,  # and what they have not sent yet
+        **changes,
     )
 
 
@@ -51,8 +48,6 @@ def at_any_time() -> dict[str, Any]:
         "devices": asynchronous_runs.SLOW,
         "faults": asynchronous_runs.FAULTS,
         "cohort": {},
-        # The end of a run is the same in both modes; pictures take most of its time.
-        "output": {"plots": False, "report": False},
     }
 
 
@@ -119,8 +114,25 @@ def test_kills_at_any_time(mode: str, tmp_path: Path) -> None:
         again.join()
         assert again.exitcode == 0
         assert models(out) == want and figures(out) == records, f"kill {i}"
-        assert (out / "report.html").exists() == (mode == "sync")
         assert not list(out.glob(".*.tmp"))
+
+
+def killed_before_its_report(out: str) -> None:
+    server_crash.kill_before_report()
+    run(source(output__report=True), out=out)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_before_its_report_draws_it_when_it_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = CONTEXT.Process(target=killed_before_its_report, args=(str(out),))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert (out / "summary.json").exists() and not (out / "report.html").exists()
+    want = models(out)
+    run(source(output__report=True), out=out, resume=True)
+    assert (out / "report.html").exists() and models(out) == want
 
 
 def killed(out: str, mode: str) -> None:
@@ -179,8 +191,9 @@ def interrupted_run(out: str) -> None:
     from hetero_fl.cli import main
     from hetero_fl.federation.synchronous import SynchronousTrainer
 
-    # a parent in the background has it ignored
+    # A parent in the background has it ignored, a fork server has it blocked.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     path = Path(out).with_suffix(".yaml")
     path.write_text(yaml.safe_dump(source()))
     held = SynchronousTrainer.run_round
@@ -202,7 +215,6 @@ def test_nor_is_one_with_another_file_of_devices(tmp_path: Path) -> None:
         "mlp",
         rounds=2,
         devices={"file": str(file)},
-        output={"plots": False, "report": False},
     )
     run(made, out=tmp_path / "a")
     (tmp_path / "a" / "summary.json").unlink()

@@ -113,7 +113,7 @@ class Lent(processes.ProcessPool):
             assert carrier.receive() == "ready"
 
 
-def work_in_turn(connection: Connection, setup: WorkerSetup, index: int) -> None:
+def work_in_turn(connection: Connection, setup: WorkerSetup, index: int, environ: object) -> None:
     """A worker's life, but that a new setup may come, as bytes."""
     threading.Thread(target=processes._exit_with_parent, daemon=True).start()
     worker, carrier = (

@@ -8,19 +8,25 @@ import os
 import signal
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
+import torch.multiprocessing  # how tensors are sent
 from torch import Tensor
 
 from hetero_fl.federation.executors.workers import JobResult, Worker, WorkerJob, WorkerSetup
 from hetero_fl.utils.errors import RunFailedError, UserError
-from hetero_fl.utils.processes import ADVICE, UNGUARDED, ignore_interrupts_in_children
+from hetero_fl.utils.processes import (
+    ADVICE,
+    UNGUARDED,
+    adopt_environment,
+    ignore_interrupts_in_children,
+    worker_context,
+)
 
 LONG = 2**16  # bytes from which a string does not travel through the pipe
 BROADCASTS = 2  # that both ends remember: a worker's clients mostly receive the same one
@@ -177,7 +183,7 @@ class StringCache:
 
 
 class ProcessPool:
-    """Worker processes on this machine, spawned once for a run and replaced when they die.
+    """Worker processes on this machine, started once for a run and replaced when they die.
 
     The examples lie in shared memory and are never copied.
     """
@@ -185,7 +191,7 @@ class ProcessPool:
     def __init__(self, setup: WorkerSetup, size: int) -> None:
         self.size = size
         self._setup = setup
-        self._context = mp.get_context("spawn")
+        self._context = worker_context()
         self._workers: list[tuple[BaseProcess, SharedMemoryConnection]] = []
         try:
             setup.federation.data.share_memory()
@@ -248,7 +254,7 @@ class ProcessPool:
         here, there = self._context.Pipe()
         process = self._context.Process(
             target=run_worker,
-            args=(there, self._setup, index),
+            args=(there, self._setup, index, dict(os.environ)),
             daemon=True,
             name=f"hetero_fl worker {index}",
         )
@@ -281,8 +287,11 @@ class ProcessPool:
         process.join()
 
 
-def run_worker(connection: Connection, setup: WorkerSetup, index: int) -> None:
+def run_worker(
+    connection: Connection, setup: WorkerSetup, index: int, environ: Mapping[str, str]
+) -> None:
     """Run jobs until the other end of the connection is closed."""
+    adopt_environment(environ)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     worker = Worker(setup, index)

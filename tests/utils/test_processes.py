@@ -1,0 +1,52 @@
+"""Worker processes: what the server from which they are forked has imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from hetero_fl.utils import processes
+
+IMPORTS = """
+import importlib, threading
+import torch
+
+def fail(*given, **named):
+    raise AssertionError("an accelerator that is in use cannot be used by a forked process")
+
+for name in ("is_available", "device_count", "init", "_lazy_init"):
+    setattr(torch.cuda, name, fail)
+for name in ("_cuda_getDeviceCount", "_cuda_init"):
+    if hasattr(torch._C, name):
+        setattr(torch._C, name, fail)
+for name in {names}:
+    importlib.import_module(name)
+assert threading.active_count() == 1
+"""
+
+
+@pytest.mark.slow
+def test_what_a_fork_server_imports_uses_no_accelerator_and_no_thread() -> None:
+    code = IMPORTS.format(names=processes.PRELOADED)
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def read_variable(name: str, connection: Any, environ: dict[str, str]) -> None:
+    processes.adopt_environment(environ)
+    connection.send(os.environ.get(name))
+
+
+def test_a_worker_has_the_environment_of_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = processes.worker_context()
+    for value in ("first", "second"):
+        monkeypatch.setenv("HETERO_FL_TEST", value)
+        here, there = context.Pipe()
+        given = ("HETERO_FL_TEST", there, dict(os.environ))
+        process = context.Process(target=read_variable, args=given)
+        process.start()
+        assert here.recv() == value
+        process.join()

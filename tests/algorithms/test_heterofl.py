@@ -199,9 +199,7 @@ def test_the_family_that_clients_models_give(
 
 
 def test_the_family_is_written_down_and_a_run_goes_on_with_it(tmp_path: Path) -> None:
-    source = config(
-        "heterofl", MIXED, clients=3, rounds=1, output={"plots": False, "report": False}
-    )
+    source = config("heterofl", MIXED, clients=3, rounds=1)
     finished = run(source, out=tmp_path / "run")
     again = load_config(tmp_path / "run" / "config.yaml")
     assert (
@@ -217,7 +215,6 @@ def test_the_summary_names_what_each_client_ran(tmp_path: Path) -> None:
     source = config(
         "heterofl",
         ["cnn_bn_large", "cnn_bn_small", "mlp"],
-        output={"plots": False, "report": False},
         rounds=1,
     )
     finished = run(source, out=tmp_path / "run")

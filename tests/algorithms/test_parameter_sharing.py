@@ -63,7 +63,7 @@ def test_worker_processes_change_no_bit(tmp_path: Path) -> None:
         )
         out = tmp_path / executor
         run(
-            config("scaffold", "mlp", 3, runtime=runtime, output={"plots": False, "report": False}),
+            config("scaffold", "mlp", 3, runtime=runtime),
             out=out,
         )
         models.append({p.name: p.read_bytes() for p in sorted((out / "models").iterdir())})

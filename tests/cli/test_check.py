@@ -21,7 +21,7 @@ from hetero_fl.reporting.run_directory import CHECKSUMS, RunDirectory, lock_fold
 from hetero_fl.utils.errors import Interrupted, UserError
 from tests.helpers.small_federations import config
 
-SOURCE = config("fedavg", "linear", 2, rounds=4, output={"plots": False, "report": False})
+SOURCE = config("fedavg", "linear", 2, rounds=4)
 Damage = Callable[[Path], None]
 
 
@@ -599,7 +599,7 @@ def test_an_unfinished_run_of_an_earlier_version_is_resumed(
 def test_plots_and_report_that_are_missing_are_no_damage(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = config("fedavg", "linear", 2, rounds=1)
+    source = config("fedavg", "linear", 2, rounds=1, output={})
     run(source, out=tmp_path / "a")
     shutil.rmtree(tmp_path / "a" / "plots")
     (tmp_path / "a" / "report.html").unlink()

@@ -27,7 +27,7 @@ from tests.helpers.small_federations import config
 from tests.helpers.waiting_command import SIGN
 
 ROOT = Path(__file__).parents[2]
-QUIET = {"output__plots": False, "output__report": False, "runtime__executor": "serial"}
+SERIAL = {"runtime__executor": "serial"}
 PATIENCE = 300.0  # seconds: this machine may be busy
 PYTHON = ("-X", "faulthandler", "-W", "error", "-W", "ignore::DeprecationWarning")
 # in place of the command: it waits after a round, to be ended
@@ -36,7 +36,7 @@ WAITING = "tests.helpers.waiting_command"
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    return written(tmp_path, config(**QUIET))
+    return written(tmp_path, config(**SERIAL))
 
 
 def written(folder: Path, source: dict[str, Any], name: str = "small.yaml") -> Path:
@@ -199,7 +199,7 @@ def test_federate_runs_code_with_permission_alone(tmp_path: Path) -> None:
     code = "from hetero_fl.algorithms import FedAvg\n\nclass Mine(FedAvg):\n    pass\n"
     (tmp_path / "own_method_of_nodes.py").write_text(code)
     name, log = "python:own_method_of_nodes:Mine", tmp_path / "log.txt"
-    written(tmp_path, config(name, "linear", 2, rounds=1, **QUIET))
+    written(tmp_path, config(name, "linear", 2, rounds=1, **SERIAL))
     command = ["federate", "--config", "small.yaml", "--out", "out"]
 
     with started(*command, cwd=tmp_path, log=log) as process:
@@ -218,7 +218,7 @@ def test_federate_runs_code_with_permission_alone(tmp_path: Path) -> None:
 def test_federate_is_the_simulation_interrupted_or_not_and_leaves_nothing(tmp_path: Path) -> None:
     """Ctrl-C after a round, with a node that was killed before; then the rest, to the same bits; then a kill."""
     pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
-    source = config("hybrid", rounds=4, clients=2, **QUIET)
+    source = config("hybrid", rounds=4, clients=2, **SERIAL)
     written(tmp_path, source)
     log, waits = tmp_path / "log", {"cwd": tmp_path, "log": tmp_path / "log", "module": WAITING}
     with started("federate", "--config", "small.yaml", "--out", "out", **waits) as process:
@@ -251,7 +251,7 @@ def test_federate_is_the_simulation_interrupted_or_not_and_leaves_nothing(tmp_pa
 def test_machines_of_their_own(tmp_path: Path) -> None:
     """TLS and keys; a node goes politely and comes back; the server is ended by SIGTERM, and goes on."""
     pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
-    source = config(rounds=4, clients=2, **QUIET)
+    source = config(rounds=4, clients=2, **SERIAL)
     written(tmp_path, source)
     net, log, out = tmp_path / "net", tmp_path / "log", tmp_path / "out"
     assert (

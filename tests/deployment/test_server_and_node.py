@@ -29,7 +29,7 @@ from tests.helpers.nodes import LONG, Clock
 from tests.helpers.small_federations import changed, config
 
 ALL = DisclosureConfig(labels=True, details=True, model=True)
-QUIET = {"output__plots": False, "output__report": False, "runtime__executor": "serial"}
+SERIAL = {"runtime__executor": "serial"}
 
 
 class Sites:
@@ -77,7 +77,7 @@ def same_models(a: Run, b: Run) -> bool:
 def test_status_and_the_word_that_it_is_over(sites: Sites, tmp_path: Path) -> None:
     said: list[str] = []
     finished = run_federation(
-        config(**QUIET), sites.gathered(), out=tmp_path / "out", wait=LONG, say=said.append
+        config(**SERIAL), sites.gathered(), out=tmp_path / "out", wait=LONG, say=said.append
     )
     tree = read_status(tmp_path / "out")
     assert tree["phase"] == "done" and tree["round"] == 2
@@ -106,7 +106,7 @@ def test_a_node_of_another_version_is_refused_in_one_line(
     said: list[str] = []
     with pytest.raises(RunFailedError, match="not there after 300 s: site_1"):
         run_federation(
-            config(**QUIET),
+            config(**SERIAL),
             sites.gathered(older),
             out=tmp_path / "out",
             wait=LONG,
@@ -127,7 +127,7 @@ def test_sigterm_ends_a_server_after_the_round_in_hand(
     signals: int, sites: Sites, tmp_path: Path
 ) -> None:
     """Once more: at once, and the round is held again. What is left is gone on with to the same bits."""
-    source, out = config(rounds=3, **QUIET), tmp_path / "out"
+    source, out = config(rounds=3, **SERIAL), tmp_path / "out"
     status, log = RunStatus(out, ["site_1", "site_2", "site_3"]), EventLog("json")
 
     def term(answer: Envelope) -> Envelope:
@@ -175,10 +175,10 @@ def test_once_ends_a_node_when_a_run_is_over_but_not_when_one_is_interrupted(
 
     with pytest.raises(Interrupted):
         run_federation(
-            config(**QUIET), sites.gathered(), out=tmp_path / "out", wait=LONG, callbacks=[stop]
+            config(**SERIAL), sites.gathered(), out=tmp_path / "out", wait=LONG, callbacks=[stop]
         )
     assert not any(stop.is_set() for stop in sites.stops)
-    run_federation(config(**QUIET), sites.gathered(), out=tmp_path / "out", resume=True, wait=LONG)
+    run_federation(config(**SERIAL), sites.gathered(), out=tmp_path / "out", resume=True, wait=LONG)
     assert all(stop.is_set() for stop in sites.stops[3:]) and not any(
         sites.refused[i].refused for i in range(6)
     )
@@ -211,7 +211,7 @@ def own_files(tmp_path: Path) -> Iterator[dict[str, Path]]:
 def test_own_data_gives_the_bits_of_a_simulation_that_names_the_same_files(
     method: str, own_files: dict[str, Path], tmp_path: Path
 ) -> None:
-    source = config(method, **QUIET)
+    source = config(method, **SERIAL)
     source["data"] = {"name": "npz", "path": str(own_files["public"]), "proxy": {"size": 100}}
     clients = ["site_1", "site_2", "site_3"]
     theirs = {client: SourceConfig(name="npz", path=str(own_files[client])) for client in clients}
@@ -244,7 +244,7 @@ def test_own_tables_are_encoded_by_the_values_of_the_common_file(tmp_path: Path)
         "label": "ill",
         "proxy": {"size": 20},
     }
-    source = {**config("fedmd", **QUIET), "data": data, "clients": {"groups": groups}}
+    source = {**config("fedmd", **SERIAL), "data": data, "clients": {"groups": groups}}
     theirs = {
         c: {"name": "table", "path": str(tmp_path / f"{c}.csv"), "label": "ill"}
         for c in wards

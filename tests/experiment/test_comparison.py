@@ -21,9 +21,7 @@ from tests.helpers.small_federations import config
 
 
 def small(**changes: Any) -> dict[str, Any]:
-    return config(
-        "local", "linear", 2, rounds=1, output={"plots": False, "report": False}, **changes
-    )
+    return config("local", "linear", 2, rounds=1, **changes)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ FILE = {"name": "hybrid", "temperature": 2.0, "heads": "keep"}
 
 
 def small(algorithm: dict[str, Any] = FILE) -> dict[str, Any]:
-    source = config(models="linear", clients=2, rounds=1, output={"plots": False, "report": False})
+    source = config(models="linear", clients=2, rounds=1)
     return {**source, "algorithm": algorithm}
 
 

@@ -26,7 +26,6 @@ from tests.helpers.deployments import SITES, Federation, small
 from tests.helpers.small_federations import MIXED, TOP, config
 
 SHORT, LONG = 4, 7
-PLAIN = {"plots": False, "report": False}
 CASES: dict[str, dict[str, Any]] = {
     "fedavg": config("fedavg", "linear", 2),
     "fedavg, evaluated at times": config("fedavg", "linear", 2, evaluation__every=3, channel=TOP),
@@ -54,7 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def planned(source: dict[str, Any], rounds: int, **changes: Any) -> dict[str, Any]:
-    return {**source, "rounds": rounds, "output": PLAIN, **changes}
+    return {**source, "rounds": rounds, **changes}
 
 
 def results(path: Path) -> dict[str, Any]:

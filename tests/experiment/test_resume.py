@@ -24,7 +24,7 @@ from tests.helpers.small_federations import config
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with a configuration whose settings are not the default ones."""
     monkeypatch.chdir(tmp_path)
-    small = config("local", "linear", 2, rounds=3, output={"plots": False, "report": False})
+    small = config("local", "linear", 2, rounds=3)
     Path("c.yaml").write_text(yaml.safe_dump(small))
     return tmp_path
 

@@ -221,7 +221,6 @@ def test_ones_own_rules_and_attacks() -> None:
 def test_a_run_tells_who_lied(tmp_path) -> None:
     source = small("hybrid", aggregation={"predictions": "down_weight", "liars": 2}, rounds=2,
                    attacks={"name": "backdoor", "clients": ["site_2", "site_6"], "from_round": 2, "trigger": 2})  # fmt: skip
-    source["output"] = {"plots": False, "report": False}
     done = run(source, out=tmp_path / "run")
     attacks = done.summary["attacks"]
     assert (

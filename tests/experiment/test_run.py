@@ -32,7 +32,13 @@ FILES = [
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     torch.set_num_threads(1)
     source = config(
-        "hybrid", MIXED, clients=4, rounds=3, server={"model": "mlp"}, data__test_limit=None
+        "hybrid",
+        MIXED,
+        clients=4,
+        rounds=3,
+        server={"model": "mlp"},
+        data__test_limit=None,
+        output={},
     )
     return run(source, out=tmp_path_factory.mktemp("runs") / "a")
 
@@ -146,7 +152,7 @@ def test_callbacks_see_each_round_once_it_is_safe(tmp_path: Path) -> None:
         assert json.loads(lines[-1])["round"] == record["round"] and len(lines) == record["round"]
         seen.append(record["round"])
 
-    run(config("fedavg", rounds=3, evaluation={"every": 2}, output={"plots": False, "report": False}),
+    run(config("fedavg", rounds=3, evaluation={"every": 2}),
         out=tmp_path / "a", callbacks=[callback])  # fmt: skip
     assert seen == [1, 2, 3]
     records = Run(tmp_path / "a").metrics
@@ -155,9 +161,7 @@ def test_callbacks_see_each_round_once_it_is_safe(tmp_path: Path) -> None:
 
 
 def test_early_stopping(tmp_path: Path) -> None:
-    source = config(
-        "local", rounds=30, evaluation={"patience": 2}, output={"plots": False, "report": False}
-    )
+    source = config("local", rounds=30, evaluation={"patience": 2})
     source["clients"]["defaults"] = {"optimizer": {"name": "sgd", "lr": 1e-9}}
     stopped = run(source, out=tmp_path / "a")
     assert stopped.summary["rounds_completed"] < 8
@@ -166,8 +170,6 @@ def test_early_stopping(tmp_path: Path) -> None:
 
 def test_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    source = config(
-        "fedavg", rounds=1, output={"plots": False, "report": False, "tensorboard": True}
-    )
+    source = config("fedavg", rounds=1, output__tensorboard=True)
     run(source, out=tmp_path / "a")
     assert list((tmp_path / "a" / "tensorboard").glob("events*"))

@@ -252,9 +252,8 @@ def test_stages_without_work_are_told() -> None:
 
 @pytest.mark.slow
 def test_bytes_of_metrics_and_summary_are_those_that_travel(tmp_path: Any) -> None:
-    output = {"plots": False, "report": False}
     summaries = [
-        run(config("fedavg", MODELS, 4, output=output, **c), out=tmp_path / str(i)).summary
+        run(config("fedavg", MODELS, 4, **c), out=tmp_path / str(i)).summary
         for i, c in enumerate(({}, {"channel": BOTH}))
     ]
     dense, small = (s["communication"] for s in summaries)

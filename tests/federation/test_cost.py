@@ -53,7 +53,7 @@ def told_and_counted(tmp_path: Any, source: dict[str, Any]) -> tuple[list[int], 
 
 def small(method: str, **changes: Any) -> dict[str, Any]:
     models = ["mlp", {"name": "mlp", "hidden": [24]}]
-    return config(method, models, clients=4, output={"plots": False, "report": False}, **changes)
+    return config(method, models, clients=4, **changes)
 
 
 @pytest.mark.parametrize("every", [1, 4])
@@ -94,7 +94,7 @@ def test_broadcasts_that_grow_with_the_clients_heard(tmp_path: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method(method: str, tmp_path: Any) -> None:
-    source = config(method, MIXED, clients=4, output={"plots": False, "report": False})
+    source = config(method, MIXED, clients=4)
     told, counted = told_and_counted(tmp_path, source)
     assert told == counted and any(counted) == (method not in ("local", "centralized"))
 

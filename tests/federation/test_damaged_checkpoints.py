@@ -30,7 +30,7 @@ def source(mode: str) -> dict[str, Any]:
     return config(
         "fedper", ["linear", {"name": "mlp", "hidden": [8]}, {"name": "mlp", "hidden": [8]}], 5, rounds=ROUNDS,
         clients__per_round=2, data__train_limit=200, data__partition__min_size=15, data__proxy__size=0, channel=TOP,
-        devices=asynchronous_runs.SLOW, faults=asynchronous_runs.FAULTS, output={"plots": False, "report": False}, **MODES[mode],
+        devices=asynchronous_runs.SLOW, faults=asynchronous_runs.FAULTS, **MODES[mode],
     )  # fmt: skip
 
 

@@ -31,7 +31,6 @@ SINGLE = ["ensemble", "feddf", "fedtgp", "fedgh", "fedgen", "fedkd", "kt_pfl", "
 NOTHING = ["local", "centralized"]
 # these two have no cohort
 SUMMED = [m for m in METHODS if m not in (*SINGLE, *NOTHING, "fedasync", "fedbuff")]
-NO_REPORT = {"plots": False, "report": False}
 
 
 def secure(method: str, models: Any = MIXED, clients: int = 4, **changes: Any) -> dict[str, Any]:
@@ -362,9 +361,7 @@ def test_state_travels_to_workers_for_training_only(
 def test_the_price_is_told_to_the_byte(
     method: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    told, counted = told_and_counted(
-        tmp_path, secure(method, rounds=4, output=NO_REPORT, **changes)
-    )
+    told, counted = told_and_counted(tmp_path, secure(method, rounds=4, **changes))
     assert told == counted and min(counted) > 0
 
 

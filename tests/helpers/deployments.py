@@ -15,13 +15,12 @@ from tests.helpers.nodes import LONG
 from tests.helpers.small_federations import config
 
 SITES = ("site_1", "site_2", "site_3")
-QUIET = {"output__plots": False, "output__report": False}
 Between = Callable[[Handle], Handle]
 
 
 def small(method: str = "fedavg", models: Any = "cnn_gn_small", **changes: Any) -> dict[str, Any]:
     """A run of three clients, of two rounds."""
-    return config(method, models, **{**QUIET, **changes})
+    return config(method, models, **changes)
 
 
 class Federation:

@@ -21,7 +21,6 @@ from hetero_fl.deployment.server import run_federation
 from hetero_fl.reporting.run import Run
 
 ALL = DisclosureConfig(labels=True, details=True, model=True)
-QUICK = {"output": {"plots": False, "report": False}}
 LONG = 300.0  # seconds: for what has to happen, however slow the machine is
 Point = tuple[str, int, str]  # client, round, what it is asked
 
@@ -259,9 +258,9 @@ def federation(
         for last in deaths:
             sites.transport.last = last
             with pytest.raises(Killed):
-                run_federation({**made, **QUICK}, sites.transport, out=out, resume=True, **more)
+                run_federation(made, sites.transport, out=out, resume=True, **more)
         sites.transport.last = None if closing else sites.transport.last
-        return run_federation({**made, **QUICK}, sites.transport, out=out, resume=True, **more)
+        return run_federation(made, sites.transport, out=out, resume=True, **more)
     finally:
         if closing:
             sites.transport.last = None

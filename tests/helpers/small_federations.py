@@ -55,6 +55,7 @@ def config(
         },
         "algorithm": {"name": method, **QUICK.get(method, {})},
         "runtime": {"threads": 1},
+        "output": {"plots": False, "report": False},  # they take longer than the rounds
     }
     return changed(made, **changes)
 

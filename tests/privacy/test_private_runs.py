@@ -125,7 +125,6 @@ def test_records_of_a_run_tell_what_is_spent_and_the_run_stops_in_time(tmp_path:
         "fedavg",
         {**RECORD, "target_epsilon": 5.0},
         rounds=6,
-        output={"plots": False, "report": False},
     )
     ended = run(source, out=tmp_path / "run")
     lines = [

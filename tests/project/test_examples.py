@@ -78,7 +78,7 @@ def test_a_logger_gets_every_round(stand_in: Wandb | Mlflow, tmp_path: Path) -> 
     name = stand_in.__name__
     example = __import__(f"examples.{name}_logger", fromlist=["figures"])
     logger = getattr(example, f"{name}_logger")(name="trial")
-    finished = run(config("hybrid", rounds=3, evaluation={"every": 2}, output={"plots": False, "report": False}),
+    finished = run(config("hybrid", rounds=3, evaluation={"every": 2}),
                    out=tmp_path / "run", callbacks=[logger])  # fmt: skip
     assert stand_in.settings == {"name": "trial"}
     assert [step for _, step in stand_in.logged] == [1, 2, 3]

@@ -113,7 +113,7 @@ def test_private_run_directory_holds_no_label_counts(
 ) -> None:
     source = source_of(algorithm, privacy)
 
-    finished = run(source, out=tmp_path / "run")
+    finished = run({**source, "output": {}}, out=tmp_path / "run")
 
     assert disclosed(finished.path, label_counts(source)) == set()
     assert all(client["n_train"] > 0 for client in finished.summary["clients"])

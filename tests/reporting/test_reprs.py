@@ -17,10 +17,7 @@ from tests.helpers.small_federations import config
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    output = {"plots": False, "report": False}
-    return hetero_fl.run(
-        config("fedavg", clients=2, output=output), out=tmp_path_factory.mktemp("repr") / "run"
-    )
+    return hetero_fl.run(config("fedavg", clients=2), out=tmp_path_factory.mktemp("repr") / "run")
 
 
 def test_run_shows_method_data_and_scores(run: Run) -> None:

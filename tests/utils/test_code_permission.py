@@ -77,11 +77,7 @@ def rows(config, root):
 def deal(y, group, config, sizes, task, seed):
     return [range(k, len(y), len(sizes)) for k in range(len(sizes))]
 """
-BARE: dict[str, Any] = {
-    "output__plots": False,
-    "output__report": False,
-    "runtime__executor": "serial",
-}
+BARE: dict[str, Any] = {"runtime__executor": "serial"}
 LINE = "found '{name}', which names code; pass --allow-code to run it"
 PLACES: dict[str, tuple[dict[str, Any], str, str]] = {
     "defaults": ({"clients__defaults__model": "{}Net"}, "clients.defaults.model", "Net"),

@@ -19,7 +19,7 @@ from hetero_fl.utils.errors import UserError
 from tests.experiment.exporting.test_graph import require_onnx
 from tests.helpers.small_federations import config
 
-BARE = {"rounds": 1, "output__plots": False, "output__report": False, "evaluation__clients": None}
+BARE = {"rounds": 1, "evaluation__clients": None}
 MODELS = [
     "cnn_bn_small",
     {"name": "mlp", "hidden": [16]},

@@ -225,7 +225,7 @@ def test_a_model_of_ones_own_may_view_its_features() -> None:
 def test_the_choice_is_recorded_and_kept_on_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = config("local", "mlp", clients=2, rounds=1, output={"plots": False, "report": False})
+    source = config("local", "mlp", clients=2, rounds=1)
     run(source, out=tmp_path / "run")
     recorded = json.loads((tmp_path / "run" / "environment.json").read_text())["choice"]
     assert recorded["executor"] == "serial" and recorded["reasons"]

@@ -191,7 +191,6 @@ def test_a_run_whose_driver_is_killed_goes_on_on_the_cluster(
         algorithm__heads="keep",
         channel=TOP,
         rounds=4,
-        output={"plots": False, "report": False},
     )
     run(made, out=tmp_path / "plain")
     made["runtime"] |= {"executor": "ray", "workers": 1, "address": cluster.address}

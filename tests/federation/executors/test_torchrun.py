@@ -30,7 +30,6 @@ TRAIN = str(ROOT / "scripts" / "train.py")
 
 
 def source(**changes: Any) -> dict[str, Any]:
-    quiet = {"plots": False, "report": False}
     runtime = {"threads": 1, "executor": "torchrun"}
     return config(
         "hybrid",
@@ -38,7 +37,6 @@ def source(**changes: Any) -> dict[str, Any]:
         clients=4,
         rounds=3,
         clients__per_round=3,
-        output=quiet,
         runtime=runtime,
         algorithm__heads="keep",
         **changes,

@@ -39,6 +39,7 @@ UNKNOWN = "unknown"
 def print_check(prepared: PreparedRun) -> None:
     """Print it; nothing is trained or written."""
     print(dump(prepared.config))
+    print(prepared.headline)
     federation = prepared.federation
     table = Table(
         "client", "model", "rows", "parameters", "down", "up", title=f"cost of {prepared.name}"

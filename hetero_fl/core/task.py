@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from hetero_fl.utils.text import pluralize
+
 MANY = 20  # classes
+MOST_NAMED = 6  # outputs that a line lists by name
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,17 @@ class Task:
     unit: str = ""
     rare: int | None = None
     """Of two classes the one that less than a tenth of all rows have: which models rank highest is then what counts."""
+
+    def describe(self) -> str:
+        """Return what is learned, such as `2 classes: no, yes`."""
+        if self.kind == "regression":
+            text = pluralize(self.outputs, "number")
+        else:
+            labels = ("class", "classes") if self.kind == "multiclass" else ("label", "labels")
+            text = f"{self.outputs} {labels[self.outputs != 1]}"
+        if not self.names or len(self.names) > MOST_NAMED:
+            return text
+        return f"{text}: {', '.join(self.names)}"
 
     @property
     def output_names(self) -> tuple[str, ...]:

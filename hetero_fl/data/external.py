@@ -46,7 +46,11 @@ TOKENS = "give both the same `text` (length, tokenizer, vocabulary, public)"
 
 
 def match_to_common(
-    own: Dataset, common: Dataset, where: str, needed: Collection[str] | None = None
+    own: Dataset,
+    common: Dataset,
+    where: str,
+    needed: Collection[str] | None = None,
+    owner: str = "",
 ) -> Examples:
     """Return the training rows of a client's own set with the common set's classes and columns.
 
@@ -58,6 +62,7 @@ def match_to_common(
         common: The common set.
         where: The own set's place in the configuration, for messages.
         needed: Columns or blocks that the own set may not lack; None: all of them.
+        owner: What has the columns of the common set, in messages; empty: the common set.
 
     Raises:
         UserError: Another kind of task, or a class or a column that only one of the two has.
@@ -73,9 +78,10 @@ def match_to_common(
         raise UserError(
             f"{where}.categories: {own.name} encodes other values than the common set {common.name}; set data.categories alone"
         )
-    x, extra = match_columns(own.train.x, own.columns, common, f"{where}: {own.name}", needed)
+    place = f"{where}: {own.name}"
+    x, extra = match_columns(own.train.x, own.columns, common, place, needed, owner)
     detail = f", the common set {common.name} has {NONE}"
-    check_names(extra, common.columns, f"{where}: {own.name} has column", detail)
+    check_names(extra, common.columns, f"{place} has column", detail)
     return replace(own.train, x=x, y=y)
 
 
@@ -157,6 +163,7 @@ def match_columns(
     common: Dataset,
     where: str,
     needed: Collection[str] | None = None,
+    owner: str = "",
 ) -> tuple[Tensor, list[str]]:
     """Return the columns of the common set, in its order, and the names of those that it lacks.
 
@@ -169,6 +176,7 @@ def match_columns(
         common: The common set.
         where: What the examples are called in messages.
         needed: Columns that may not be missing; None: all of them.
+        owner: What has the columns of the common set, in messages; empty: the common set.
 
     Raises:
         UserError: If a needed column is missing.
@@ -184,8 +192,9 @@ def match_columns(
     for name in absent:
         column = encoded.get(name, name)
         if needed is None or name in needed or column in needed:
+            owner = owner or f"the common set {common.name}"
             raise UserError(
-                f"{where} has no column '{column}', the common set {common.name} has{suggest_or_list(column, found)}"
+                f"{where} has no column '{column}', {owner} has{suggest_or_list(column, found)}"
             )
     gap = x.new_full((*x.shape[:-1], 1), torch.nan)
     x = torch.cat([x, gap, torch.zeros_like(gap)], -1) if set(common.columns) - set(found) else x
@@ -565,25 +574,31 @@ def pool_client_files(
         )
         sources = {c: s.model_copy(update={"categories": categories}) for c, s in sources.items()}
     own = {
-        client: load_source(source, root, _config_path(client), missing)
+        client: replace(
+            load_source(source, root, _config_path(client), missing),
+            name=Path(str(source.path)).name,
+        )
         for client, source in sources.items()
     }
     like = _common_schema(own)
     seen = required_columns((clients[client] for client in own), like.layout)
     parts = {
-        client: match_to_common(each, like, _config_path(client), seen)
+        client: match_to_common(each, like, _config_path(client), seen, "another file")
         for client, each in own.items()
     }
     train = _concatenate(parts)
     notes = [
         f"{_config_path(client)}: {note}" for client, each in own.items() for note in each.notes
     ]
+    notes += _note_unshared_classes(own)
     notes.append(
         f"no data.path: common test, validation and proxy rows are drawn from the files of all {len(own)} clients"
     )
     about = f"{len(train):,} rows of {len(own)} files"
     gap = next((each.min_gap for each in own.values() if each.min_gap), "")
-    dataset = replace(like, train=train, about=about, notes=tuple(notes), min_gap=gap)
+    dataset = replace(
+        like, name=config.name, train=train, about=about, notes=tuple(notes), min_gap=gap
+    )
     partition = config.partition.model_copy(update={"kind": "natural"})
     settings = {client: each.model_copy(update={"data": None}) for client, each in clients.items()}
     return dataset, config.model_copy(update={"partition": partition}), settings
@@ -659,6 +674,7 @@ def _common_schema(datasets: Mapping[str, Dataset]) -> Dataset:
             )
     task = one.task
     if task.kind == "multiclass":
+        _check_spelling(datasets)
         names = tuple(
             natural_order({name for each in datasets.values() for name in each.task.names})
         )
@@ -671,6 +687,32 @@ def _common_schema(datasets: Mapping[str, Dataset]) -> Dataset:
         dict.fromkeys(pair for each in datasets.values() for pair in each.categories)
     )
     return Dataset(one.name, task, one.train, columns=columns, categories=categories)
+
+
+def _check_spelling(datasets: Mapping[str, Dataset]) -> None:
+    """Raise UserError if the names of two classes differ in case or in spaces alone."""
+    spellings: dict[str, tuple[str, Dataset]] = {}
+    for client, each in datasets.items():
+        for name in each.task.names:
+            known, other = spellings.setdefault(" ".join(name.casefold().split()), (name, each))
+            if known != name:
+                raise UserError(
+                    f"{_config_path(client)}: {each.name} has class '{name}', {other.name} has "
+                    f"'{known}'; spell them alike"
+                )
+
+
+def _note_unshared_classes(datasets: Mapping[str, Dataset]) -> list[str]:
+    """Return a line for each file none of whose classes is in another one."""
+    notes = []
+    for client, each in datasets.items():
+        others = {n for c, other in datasets.items() if c != client for n in other.task.names}
+        names = each.task.names
+        if each.task.kind == "multiclass" and names and others and not others & set(names):
+            notes.append(
+                f"{_config_path(client)}: no other file has a class of {each.name}: {', '.join(names)}"
+            )
+    return notes
 
 
 def _concatenate(parts: Mapping[str, Examples]) -> Examples:

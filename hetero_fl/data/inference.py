@@ -47,26 +47,30 @@ def preprocess_inputs(model: SavedModel, x: Any) -> Tensor:
 
 
 def _columns_by_name(frame: Any, model: SavedModel, view: Preprocess) -> Tensor:
-    """The columns of a frame in the order of those that are known, `[N, F]`; NaN where one is absent."""
+    """The columns of a frame in the order of those that are known, `[N, F]`; NaN where one is absent.
+
+    A frame may have other columns, such as the label, if none is absent.
+    """
     names = [str(name) for name in frame.columns]
     known = model.columns
     categories = dict(model.categories)
     encoded = ColumnLayout(known, categories=model.categories).encoded_columns
-    check_names(names, [*known, *categories], f"{WHERE}: found column")
+    readable = [*known, *categories]
     for name in names:
-        if names.count(name) > 1:
+        if name in readable and names.count(name) > 1:
             raise UserError(f"{WHERE}: found column '{name}' {names.count(name)} times")
-    for name in view.names(known):
-        if name not in names and encoded.get(name) not in names and view.missing is None:
-            raise UserError(
-                f"{WHERE}: no column '{encoded.get(name, name)}', which this model sees"
-            )
+    absent = [n for n in view.names(known) if n not in names and encoded.get(n) not in names]
+    if absent:  # a column that is not known may be one of them, misspelt
+        check_names(names, readable, f"{WHERE}: found column")
+        if view.missing is None:
+            column = encoded.get(absent[0], absent[0])
+            raise UserError(f"{WHERE}: no column '{column}', which this model sees")
     rows = torch.full((len(frame), len(known)), torch.nan, dtype=torch.get_default_dtype())
     for name, column in zip(names, frame.columns, strict=True):
         if name in categories:
             places = [known.index(one) for one in indicator_names(name, categories[name])]
             rows[:, places] = _encode_indicators(frame[column], categories[name]).to(rows.dtype)
-        else:
+        elif name in known:
             rows[:, known.index(name)] = as_numbers(frame[column], f"{WHERE}: {name}").to(
                 rows.dtype
             )

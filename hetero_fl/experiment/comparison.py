@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
@@ -122,7 +122,7 @@ def run_jobs(
     """
     failed: dict[ComparisonJob, str] = {}
     progress.log(f"{len(work)} runs, {jobs} at a time")
-    schedule = _Schedule(work, jobs)
+    schedule = _Schedule(work)
     others = multiprocessing.active_children()
     pool_size = min(jobs, len(work))
     environ = (dict(os.environ),)
@@ -163,24 +163,23 @@ def start_worker(environ: Mapping[str, str]) -> None:
 
 
 class _Schedule:
-    """How long the runs of a comparison that have not finished will take, from those that have."""
+    """How long the runs of a comparison that have not ended will take, from those that have."""
 
-    def __init__(self, work: Sequence[ComparisonJob], jobs: int) -> None:
+    def __init__(self, work: Sequence[ComparisonJob]) -> None:
         self.finished_before = {job for job in work if RunDirectory(job.out).finished}
         self._todo = [job for job in work if job not in self.finished_before]
-        self._jobs = jobs
-        self._seconds: list[float] = []
+        self._started = time.monotonic()
+        self._num_finished = 0
 
     def left_after(self, job: ComparisonJob) -> str:
         """Return `(about 3 min 20 s left)` after a run has ended; empty while nothing is known, or if it was the last."""
         if job in self._todo:
             self._todo.remove(job)
-            ended = RunDirectory(job.out)
-            if ended.finished:
-                self._seconds.append(ended.summary()["seconds"]["total"])
-        if not self._todo or not self._seconds:
+            self._num_finished += RunDirectory(job.out).finished
+        if not self._todo or not self._num_finished:
             return ""
-        left = fmean(self._seconds) * len(self._todo) / min(self._jobs, len(self._todo))
+        # By the clock, so that starts, pictures and runs side by side count.
+        left = (time.monotonic() - self._started) / self._num_finished * len(self._todo)
         return f"(about {format_duration(left)} left)"
 
 

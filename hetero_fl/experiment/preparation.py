@@ -28,6 +28,7 @@ from hetero_fl.config.load import (
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import ClientDirectory
 from hetero_fl.core.saved_model import SavedModel
+from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, FederatedData, federate, load_source
 from hetero_fl.data.external import has_common_source, pool_client_files
 from hetero_fl.engine.driver import translate_user_errors
@@ -75,7 +76,7 @@ class PreparedRun:
     notes: list[str]
     inherited: dict[str, SavedModel]  # models of another run to start from, by client
     budget: PrivacyBudget | None = None  # of a private run
-    headline: str = ""  # data, method and number of clients, with what is a default
+    headline: str = ""  # data, task, method and number of clients, with what is a default
 
     def __repr__(self) -> str:
         clients = pluralize(len(self.federation.client_infos), "client")
@@ -200,12 +201,12 @@ def prepare(
         find_references(config.model_dump())
     )
     clients = expand_population(config.clients)
-    headline = _headline(config, dataset, len(clients))
     method = make_algorithm(config)
     check_rules(RULES_ON_LOADING, ConfigFacts(config, clients, method))
     data = data or load_federated_data(config, dataset)
     student = method.needs.proxy_set != "unused" and data.n_proxy > 0
     federation = FederationSpec.from_config(config, data, clients, student)
+    headline = _headline(config, dataset, federation.task, len(clients))
     if config.privacy is not None:
         federation = replace(federation, privacy=config.privacy.with_placeholder_noise())
     with translate_user_errors():
@@ -253,12 +254,13 @@ def _models_of_clients(
         raise UserError(f"algorithm.{shared_part_of(method).slot}: {error}") from None
 
 
-def _headline(config: Config, dataset: Dataset | None, clients: int) -> str:
-    """Return which data, method and number of clients a run has, each marked if it was not written."""
+def _headline(config: Config, dataset: Dataset | None, task: Task, clients: int) -> str:
+    """Return which data, task, method and number of clients a run has, each marked if it was not written."""
     written = {"name", "count", "groups"}
     data = f"data: {config.data.name if dataset is None else dataset.name}"
     if dataset is None and not written & config.data.model_fields_set:
         data += " (default)"
+    data += f", {task.describe()}"
     method = f"method: {config.algorithm['name']}"
     if "algorithm" not in config.model_fields_set:
         method += " (default)"

@@ -419,6 +419,8 @@ def run_prepared(
     going_on = resume and has_run(path)
     if not going_on:
         check_vacant(path)  # before anything is put there
+    if resume and not going_on:
+        prepared.notes.insert(0, f"{path}: there is no run to resume; a new one starts")
     # The same bits need the same executor, threads and device, whatever this machine would choose.
     began = check_resumed_choice(path, executor_factory is not None) if going_on else None
     try:

@@ -8,6 +8,7 @@ import math
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from types import FunctionType, GeneratorType
 from typing import Any
 
@@ -33,6 +34,7 @@ from hetero_fl.privacy.client_side import ClientPrivacy, upload_specs
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import natural_key
 
+NEARLY = 0.88  # likeness from which a name is a misspelt hook: `agregate`, but not `deployed`
 MOST_ZEROS = 2**24  # so many are tensors of their own, in which a method may write
 
 
@@ -228,9 +230,10 @@ def check_user_method(algorithm: Algorithm, federation: FederationSpec) -> None:
     """Carry out the hooks of a user's method without computing, so that slips show before anything trains.
 
     Raises:
-        UserError: For a plan that is never run, a step that is never yielded, or an upload that was not declared.
+        UserError: For a hook whose name is misspelt, a plan that is never run, a step that is never yielded, or an upload that was not declared.
         RunFailedError: If a hook raises an exception.
     """
+    _check_hook_names(type(algorithm))
     _check_plans_are_run(type(algorithm))
     expectations = ExpectedUploads(algorithm, federation)
     server = federation.server()
@@ -256,6 +259,20 @@ def check_user_method(algorithm: Algorithm, federation: FederationSpec) -> None:
         raise
     except Exception:
         return  # the numbers of these uploads mean nothing; what fails with real ones shows in the first round
+
+
+def _check_hook_names(kind: type) -> None:
+    """Raise UserError for a function of a user's class whose name is nearly that of a hook."""
+    hooks = [name for name in vars(Algorithm) if not name.startswith("_")]
+    own = [base for base in kind.__mro__ if not base.__module__.startswith("hetero_fl.")]
+    functions = [f for base in own for f in vars(base).values() if inspect.isfunction(f)]
+    for function in functions:
+        name = function.__name__
+        meant = get_close_matches(name, hooks, 1, cutoff=NEARLY)
+        if meant and name not in hooks and not name.startswith("_"):
+            raise UserError(
+                f"{function.__qualname__}: no hook has this name; did you mean {meant[0]}?"
+            )
 
 
 def _check_plans_are_run(kind: type) -> None:

@@ -70,8 +70,12 @@ def markdown_table(
 def join_values(value: Any) -> str:
     """Write a value of `environment.json`, lists and objects too, as one line."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {found}" for name, found in value.items())
+        return ", ".join(f"{name} {join_values(found)}" for name, found in value.items())
     return "; ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+# Settings of a client that change its loss; a method may set them.
+ADJUSTMENTS = ("logit_adjustment", "class_weights")
 
 
 def format_training(settings: Mapping[str, Any]) -> str:
@@ -80,9 +84,11 @@ def format_training(settings: Mapping[str, Any]) -> str:
         **settings.get("optimizer", {}),
         **{key: settings[key] for key in ("epochs", "steps", "batch_size") if key in settings},
     }
-    return ", ".join(
+    words = [
         f"{name.replace('_', ' ')} {value}" for name, value in own.items() if value is not None
-    )
+    ]
+    words += [name.replace("_", " ") for name in ADJUSTMENTS if settings.get(name)]
+    return ", ".join(words)
 
 
 FILTERS: dict[str, Callable[..., str]] = {

@@ -39,6 +39,22 @@ def dry_run(**hooks: Callable[..., Any]) -> None:
     check_user_method(type("Mine", (FedAvg,), hooks)(), prepared.federation)
 
 
+def agregate(self: Any, server: Any, uploads: Any) -> Any:
+    yield from ()
+
+
+def deployed(self: Any) -> bool:
+    return True
+
+
+def test_hook_whose_name_is_misspelt() -> None:
+    with pytest.raises(
+        UserError, match=r"^agregate: no hook has this name; did you mean aggregate\?$"
+    ):
+        dry_run(agregate=agregate)
+    dry_run(deployed=deployed, _agregate=deployed)
+
+
 def fit_forgotten(self: Any, client: Any, got: Any) -> Any:
     yield from self.deploy(client, got)
     local_fit(client)

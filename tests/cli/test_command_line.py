@@ -250,5 +250,7 @@ def test_the_first_line_of_a_run_names_what_is_a_default(
     )
     second = capsys.readouterr().err.splitlines()[0]
 
-    assert first == "data: chest_xray (default); method: fedavg (default); 1 client"
-    assert second == "data: digits; method: local; 1 client"
+    assert first == (
+        "data: chest_xray (default), 2 classes: normal, pneumonia; method: fedavg (default); 1 client"
+    )
+    assert second == "data: digits, 10 classes; method: local; 1 client"

@@ -163,7 +163,7 @@ def test_classes_of_all_files_are_known_and_differing_tables_are_matched_by_name
         ({"south": {"categories": {"ward": ["A"]}}}, r"^clients: 'south': data\.categories: all files are encoded alike"),
         ({"data": {"name": "text"}}, r"^data\.path: missing; text reads .* data\.name is one of table, npz, image_folder"),
         ({"frame": {"ward": 1}}, r"^clients: 'east': data: column 'ward' is text, and numbers in that of clients: 'south'"),
-        ({"frame": {"crpp": 1.0}}, r"^clients: 'east': data: table has no column 'crpp', .* did you mean 'crp'"),
+        ({"frame": {"crpp": 1.0}}, r"^clients: 'east': data: east.csv has no column 'crpp', another file has; did you mean 'crp'"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_pooled_is_refused(
@@ -225,3 +225,35 @@ def test_a_run_without_a_common_file_finishes_and_is_evaluated(tmp_path: Path) -
     with pytest.warns(UserWarning, match="of the 80 rows"):
         scores = hetero_fl.evaluate(run, str(tmp_path / "new.csv"))
     assert scores["north"]["accuracy"] > 0
+
+
+@pytest.mark.parametrize("names", [("Sick", "Healthy"), ("sick", "HEALTHY")])
+def test_classes_that_differ_in_spelling_alone_are_refused(
+    names: tuple[str, str], tmp_path: Path
+) -> None:
+    frames = write(tmp_path)
+    for place, frame in frames.items():
+        known = names if place == "north" else ("sick", "healthy")
+        frame.assign(ill=np.where(frame.ill == "yes", *known)).to_csv(
+            tmp_path / f"{place}.csv", index=False
+        )
+
+    with pytest.raises(UserError) as refused:
+        dealt(configuration(tmp_path))
+
+    assert str(refused.value).startswith("clients: 'north': data: north.csv has class")
+    assert str(refused.value).endswith("; spell them alike")
+
+
+def test_a_file_with_classes_of_its_own_is_noted(tmp_path: Path) -> None:
+    frames = write(tmp_path)
+    for place, frame in frames.items():
+        known = ("yes", "no") if place == "north" else ("sick", "healthy")
+        frame.assign(ill=np.where(frame.ill == "yes", *known)).to_csv(
+            tmp_path / f"{place}.csv", index=False
+        )
+
+    notes = dealt(configuration(tmp_path)).notes
+
+    line = "clients: 'north': data: no other file has a class of north.csv: no, yes"
+    assert [note for note in notes if "no other file" in note] == [line]

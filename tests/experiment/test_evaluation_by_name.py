@@ -73,11 +73,13 @@ def test_predictions_on_a_frame_go_by_its_columns_names(
     run = finished(tmp_path, name="table", path=str(tmp_path / "t.csv"), label="y", preprocess=view)
     want = run.predict("c_1", x)
     assert torch.equal(run.predict("c_1", frame[["c", "b", "a"]]), want)
+    whole = frame.assign(y=1, pid="p7")  # as the file that it was trained on
+    assert torch.equal(run.predict("c_1", whole), want)
     if absent is not None:
         gone = torch.tensor(frame.assign(**{absent: np.nan}).to_numpy())
         assert torch.equal(run.predict("c_1", frame.drop(columns=absent)), run.predict("c_1", gone))
     for wrong, words in (
-        (frame.rename(columns={"c": "bb"}), "predict: x: found column 'bb'; did you mean 'b'"),
+        (frame.rename(columns={"b": "bb"}), "predict: x: found column 'bb'; did you mean 'b'"),
         (frame[["a", "b", "b"]], "predict: x: found column 'b' 2 times"),
         (frame.assign(b="much"), "predict: x: b: not an array of numbers"),
         *(

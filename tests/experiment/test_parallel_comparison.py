@@ -236,25 +236,34 @@ def test_compare_ends_with_a_line_for_each_failed_run(
     assert [line for line in lines if line.startswith("2/2 fedavg seed 0: failed: ")]
 
 
-def test_schedule_shares_the_remaining_runs_among_the_jobs(tmp_path: Path) -> None:
+def test_the_remaining_time_follows_the_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def finish(job: comparison.ComparisonJob) -> None:
         job.out.mkdir()
         (job.out / "config.yaml").write_text("{}")
-        (job.out / "summary.json").write_text('{"seconds": {"total": 10.0}}')
+        (job.out / "summary.json").write_text("{}")
+
+    def left_at(seconds: float, job: comparison.ComparisonJob) -> str:
+        monkeypatch.setattr("time.monotonic", lambda: seconds)
+        return schedule.left_after(job)
 
     work = [
         comparison.ComparisonJob(comparison.Variant.parse("local"), (), seed, tmp_path / str(seed))
         for seed in range(6)
     ]
     finish(work[0])
-    schedule = comparison._Schedule(work, 2)
+    monkeypatch.setattr("time.monotonic", lambda: 100.0)
+    schedule = comparison._Schedule(work)
 
-    assert schedule.left_after(work[0]) == "", "runs that had finished say nothing about the time"
+    assert left_at(100.0, work[0]) == "", "runs that had finished say nothing about the time"
     finish(work[1])
-    assert schedule.left_after(work[1]) == "(about 20 s left)", "four runs, two at a time"
-    assert schedule.left_after(work[2]) == "(about 15 s left)", "a failed run is not waited for"
+    assert left_at(110.0, work[1]) == "(about 40 s left)", "four runs are left"
+    assert left_at(111.0, work[2]) == "(about 33 s left)", (
+        "a failed run tells nothing of the others"
+    )
     for job in work[3:5]:
         finish(job)
-        left = schedule.left_after(job)
+        left = left_at(130.0, job)
     assert left == "(about 10 s left)"
-    assert schedule.left_after(work[5]) == ""
+    assert left_at(140.0, work[5]) == ""

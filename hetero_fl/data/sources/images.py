@@ -160,6 +160,8 @@ def read_image_folder(path: Path, *, grouped: bool = False, side: int | None = N
         )
     files = {split: _list_files(d, grouped) for split, d in (parts or {"train": path}).items()}
     every = [entry for split in files.values() for entry in split]
+    if not grouped:
+        _check_levels(path, parts.get("train", path))
     classes = natural_order({c for _, c, _ in every})
     groups = natural_order({g for _, _, g in every})
     wanted = "GROUP/CLASS/image" if grouped else "CLASS/image"
@@ -220,6 +222,17 @@ def image_files(path: Path) -> list[Path]:
 
 def _folders(path: Path) -> list[Path]:
     return sorted(d for d in path.iterdir() if d.is_dir() and not d.name.startswith("."))
+
+
+def _check_levels(path: Path, train: Path) -> None:
+    """Raise UserError if all folders hold the same folders: then these are the classes."""
+    inner = [{d.name for d in _folders(folder)} for folder in _folders(train)]
+    if len(inner) > 1 and len(inner[0]) > 1 and all(names == inner[0] for names in inner):
+        outer = ", ".join(folder.name for folder in _folders(train)[:3])
+        raise UserError(
+            f"path: {path}: the folders {outer} all hold {', '.join(sorted(inner[0])[:3])}; if these are "
+            "the classes, say what the folders above are: data.group: site"
+        )
 
 
 def _list_files(path: Path, grouped: bool) -> list[tuple[Path, str, str]]:

@@ -94,3 +94,18 @@ def test_bad_folders_are_named(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((4, 4), dtype=np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(UserError, match="mode F"):
         read_image_files([tmp_path / "float.tif"])
+
+
+def test_folders_that_all_hold_the_classes_are_refused_without_a_group(tmp_path: Path) -> None:
+    for site in ("south", "north"):
+        for name in ("ill", "well"):
+            save(tmp_path / site / name / "0.png")
+
+    with pytest.raises(UserError) as refused:
+        load(tmp_path)
+
+    assert str(refused.value).endswith(
+        "the folders north, south all hold ill, well; if these are the classes, "
+        "say what the folders above are: data.group: site"
+    )
+    assert load(tmp_path, group="site").task.names == ("ill", "well")

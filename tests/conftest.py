@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 from hetero_fl.utils import processes
 
 # What most runs of tests import besides.
-processes.PRELOADED.extend(["sklearn.datasets", "matplotlib.figure"])
+processes.PRELOADED.extend(["hetero_fl.experiment", "sklearn.datasets", "matplotlib.figure"])
 
 # A busy machine decides nothing: by default an example has 200 ms, and drawing one may not be slow either.
 settings.register_profile(

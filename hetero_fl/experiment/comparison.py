@@ -125,8 +125,9 @@ def run_jobs(
     schedule = _Schedule(work)
     others = multiprocessing.active_children()
     pool_size = min(jobs, len(work))
+    context = worker_context(__name__)
     environ = (dict(os.environ),)
-    with ProcessPoolExecutor(pool_size, worker_context(), start_worker, environ) as pool:
+    with ProcessPoolExecutor(pool_size, context, start_worker, environ) as pool:
         with ignore_interrupts_in_children():
             waiting = {
                 pool.submit(run_job, source, [*base, *job.overrides], job.out, allow_code): job

@@ -30,7 +30,7 @@ from hetero_fl.core.participant import ClientDirectory
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, FederatedData, federate, load_source
-from hetero_fl.data.external import has_common_source, pool_client_files
+from hetero_fl.data.client_files import has_common_source, pool_client_files
 from hetero_fl.engine.driver import translate_user_errors
 from hetero_fl.experiment.compatibility import (
     RULES_ON_LOADING,

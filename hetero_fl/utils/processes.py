@@ -66,22 +66,24 @@ def ignore_interrupts_in_children() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-# What worker processes import. A fork server has imported it once and for all of them.
-# torch._dynamo is what the first optimizer imports.
-PRELOADED = ["torch._dynamo", "hetero_fl.experiment"]
+# What every worker process imports: the first optimizer imports torch._dynamo.
+PRELOADED = ["torch._dynamo"]
 
 
-def worker_context() -> ForkServerContext | SpawnContext:
+def worker_context(*modules: str) -> ForkServerContext | SpawnContext:
     """Return the multiprocessing context for worker processes.
 
-    On Linux processes are forked from a server that has imported this package, so that all of them
-    together take the time of one import; it holds no data, no threads and no accelerator. Elsewhere
-    each process is spawned.
+    On Linux processes are forked from a server that has imported what they need, so that all of
+    them together take the time of one import; it holds no data, no threads and no accelerator.
+    Elsewhere each process is spawned.
+
+    Args:
+        modules: What the processes import. Counts when the first of them starts.
     """
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload([*PRELOADED, *modules])
     return context
 
 

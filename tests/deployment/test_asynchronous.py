@@ -15,7 +15,6 @@ from hetero_fl.federation import asynchronous, real_time
 from hetero_fl.utils.errors import RunFailedError
 from tests.helpers.asynchronous_runs import session
 from tests.helpers.nodes import (
-    QUICK,
     InOrder,
     Losing,
     Sites,
@@ -59,7 +58,7 @@ def without(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_one_node_alone_is_the_simulation(tmp_path: Path) -> None:
     made = source(clients=1, places=1)
     there = federation(made, Sites(["site"], tmp_path / "sites"), tmp_path / "there")
-    here = run({**made, **QUICK}, out=tmp_path / "here")
+    here = run(made, out=tmp_path / "here")
     assert without(records(there)) == without(records(here)) and models(there) == models(here)
 
 
@@ -150,13 +149,11 @@ def test_an_empty_place_is_not_waited_at_for_ever(
 
 
 def test_models_of_another_run_are_where_the_nodes_begin(tmp_path: Path) -> None:
-    first = run({**config("hybrid", MIXED, rounds=1), **QUICK}, out=tmp_path / "first")
+    first = run(config("hybrid", MIXED, rounds=1), out=tmp_path / "first")
     made = config("hybrid", MIXED, rounds=2, algorithm__heads="keep", init_from=str(first.path))
     there = federation(
         made, Sites(CLIENTS[:3], tmp_path / "sites", transport=Losing()), tmp_path / "there"
     )
-    here = run({**made, **QUICK}, out=tmp_path / "here")
+    here = run(made, out=tmp_path / "here")
     same(there, here)
-    assert figures(there) != figures(
-        run({**made, **QUICK, "init_from": None}, out=tmp_path / "anew")
-    )
+    assert figures(there) != figures(run({**made, "init_from": None}, out=tmp_path / "anew"))

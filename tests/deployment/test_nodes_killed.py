@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hetero_fl.experiment import run
-from tests.helpers.nodes import QUICK, Point, Sites, federation, records, same
+from tests.helpers.nodes import Point, Sites, federation, records, same
 from tests.helpers.small_federations import MIXED, TOP, config
 
 CLIENTS = ["site_1", "site_2", "site_3", "site_4"]
@@ -42,7 +42,7 @@ def test_direct_at_broadcast_in_training_at_upload(
     sites = Sites(CLIENTS, tmp_path / "sites", kills, away)
     there = federation(hybrid(4), sites, tmp_path / "there", patience=30.0)
     assert not sites.kills
-    counted, here = dict(trained), run({**hybrid(4), **QUICK}, out=tmp_path / "here")
+    counted, here = dict(trained), run(hybrid(4), out=tmp_path / "here")
     same(there, here)
     twice = {("site_2", 1)}  # it had trained, and nothing of it had left the house
     assert counted == {(c, r): 1 + ((c, r) in twice) for c in CLIENTS for r in range(4)}
@@ -63,7 +63,7 @@ def test_secure_sum_at_each_exchange_is_the_same_sum(tmp_path: Path) -> None:
     sites = Sites(CLIENTS, tmp_path / "sites", kills)
     there = federation(secret(9), sites, tmp_path / "there", patience=30.0)
     assert not sites.kills
-    same(there, run({**secret(9), **QUICK}, out=tmp_path / "here"))
+    same(there, run(secret(9), out=tmp_path / "here"))
 
 
 @pytest.mark.slow
@@ -93,7 +93,7 @@ def test_what_is_lost_on_its_way_is_sent_again_and_never_trained_twice(
     assert not sites.kills and set(trained.values()) == {1}
     assert sites.asked["site_1", 0, "train"] == sites.asked["site_2", 0, "train"] == 2
     assert sites.asked["site_3", 1, "train"] == 1  # it was there all the time
-    same(there, run({**hybrid(2), **QUICK}, out=tmp_path / "here"))
+    same(there, run(hybrid(2), out=tmp_path / "here"))
 
 
 @pytest.mark.slow
@@ -102,4 +102,4 @@ def test_a_lost_answer_in_each_exchange_of_a_secure_sum(tmp_path: Path) -> None:
     sites = Sites(CLIENTS, tmp_path / "sites", kills)
     there = federation(secret(4), sites, tmp_path / "there", nudge=0.3)
     assert not sites.kills
-    same(there, run({**secret(4), **QUICK}, out=tmp_path / "here"))
+    same(there, run(secret(4), out=tmp_path / "here"))

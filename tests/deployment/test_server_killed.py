@@ -13,7 +13,7 @@ from hetero_fl.deployment.messages import Envelope
 from hetero_fl.deployment.node_storage import MAX_STATES, NodeStorage, StateLostError
 from hetero_fl.experiment import run
 from tests.deployment.test_secure_aggregation import Heard
-from tests.helpers.nodes import QUICK, Clock, Killed, Sites, federation, records, same
+from tests.helpers.nodes import Clock, Killed, Sites, federation, records, same
 from tests.helpers.small_federations import MIXED, TOP, config
 
 CLIENTS = ["site_1", "site_2", "site_3"]
@@ -33,7 +33,7 @@ def test_at_any_message_and_again(kind: str, tmp_path: Path) -> None:
     deaths = [11, *(9 + draw.randint(1, 14) for _ in range(3))]
     same(
         federation(made, sites, tmp_path / "there", deaths),
-        run({**made, **QUICK}, out=tmp_path / "here"),
+        run(made, out=tmp_path / "here"),
     )
 
 
@@ -57,7 +57,7 @@ def test_a_checkpoint_that_falls_back_finds_the_states_that_it_names(tmp_path: P
     assert "is damaged" in (out / "log.txt").read_text() and not any(
         "anew" in record for record in records(there)
     )
-    same(there, run({**made, **QUICK}, out=tmp_path / "here"))
+    same(there, run(made, out=tmp_path / "here"))
 
 
 def test_who_has_lost_its_state_begins_anew_and_is_counted(tmp_path: Path) -> None:

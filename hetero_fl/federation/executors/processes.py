@@ -191,7 +191,7 @@ class ProcessPool:
     def __init__(self, setup: WorkerSetup, size: int) -> None:
         self.size = size
         self._setup = setup
-        self._context = worker_context()
+        self._context = worker_context(__name__)
         self._workers: list[tuple[BaseProcess, SharedMemoryConnection]] = []
         try:
             setup.federation.data.share_memory()

@@ -29,7 +29,7 @@ from hetero_fl.deployment.certificates import (
     make_server_files,
     public_bytes,
 )
-from hetero_fl.deployment.flower import FlowerTransport, SuperLink, serve
+from hetero_fl.deployment.flower import FlowerTransport, SuperLink, check_installed, serve
 from hetero_fl.deployment.flower import node as node_module
 from hetero_fl.deployment.flower.connection import (
     SMALL,
@@ -37,7 +37,6 @@ from hetero_fl.deployment.flower.connection import (
     envelope_of,
     message_to_node,
 )
-from hetero_fl.deployment.flower.installed import check_installed
 from hetero_fl.deployment.messages import Envelope, Handle
 from hetero_fl.utils.errors import RunFailedError, UserError
 
@@ -326,7 +325,7 @@ def test_a_host_that_is_not_this_machine_is_told_from_a_port_that_is_taken(
 
 
 def test_another_flower(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hetero_fl.deployment.flower.installed.version", lambda _: "1.40.0")
+    monkeypatch.setattr("hetero_fl.deployment.flower.version", lambda _: "1.40.0")
     with pytest.raises(
         UserError,
         match=r"flwr 1.40.0 is installed; pip install 'hetero_fl\[flower\]' brings flwr 1.41",
@@ -336,7 +335,7 @@ def test_another_flower(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(_: str) -> str:
         raise metadata.PackageNotFoundError
 
-    monkeypatch.setattr("hetero_fl.deployment.flower.installed.version", missing)
+    monkeypatch.setattr("hetero_fl.deployment.flower.version", missing)
     with pytest.raises(UserError, match="Flower is not installed"):
         check_installed()
 

@@ -8,6 +8,7 @@ name them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -189,15 +190,15 @@ def _check_spelling(datasets: Mapping[str, Dataset]) -> None:
 
 def _note_unshared_classes(datasets: Mapping[str, Dataset]) -> list[str]:
     """Return a line for each file none of whose classes is in another one."""
-    notes = []
-    for client, each in datasets.items():
-        others = {n for c, other in datasets.items() if c != client for n in other.task.names}
-        names = each.task.names
-        if each.task.kind == "multiclass" and names and others and not others & set(names):
-            notes.append(
-                f"{_config_path(client)}: no other file has a class of {each.name}: {', '.join(names)}"
-            )
-    return notes
+    num_files = Counter(name for each in datasets.values() for name in each.task.names)
+    return [
+        f"{_config_path(client)}: no other file has a class of {each.name}: {', '.join(names)}"
+        for client, each in datasets.items()
+        if len(datasets) > 1
+        and each.task.kind == "multiclass"
+        and (names := each.task.names)
+        and all(num_files[name] == 1 for name in names)
+    ]
 
 
 def _concatenate(parts: Mapping[str, Examples]) -> Examples:

@@ -148,23 +148,29 @@ def epsilon_of_mechanisms(mechanisms: History, delta: float, accountant: str = "
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on orders of RDP at the ends of their range
         if accountant == "rdp":
-            from opacus.accountants.analysis import rdp as analysis
-
-            spent = sum(_rdp_of_step(noise, rate) * steps for noise, rate, steps in mechanisms)
-            orders = kinds["RDPAccountant"].DEFAULT_ALPHAS
-            return float(analysis.get_privacy_spent(orders=orders, rdp=spent, delta=delta)[0])
+            return _rdp_epsilon(mechanisms, delta)
         made = kinds["PRVAccountant"]()
         made.history = list(mechanisms)
         return float(made.get_epsilon(delta=delta))
 
 
+def _rdp_epsilon(mechanisms: History, delta: float) -> float:
+    """Return ε by opacus' RDP accountant, whose divergences of a step are computed once for a run."""
+    from opacus.accountants import RDPAccountant
+    from opacus.accountants.analysis.rdp import get_privacy_spent
+
+    spent = sum(_rdp_of_step(noise, rate) * steps for noise, rate, steps in mechanisms)
+    return float(get_privacy_spent(orders=RDPAccountant.DEFAULT_ALPHAS, rdp=spent, delta=delta)[0])
+
+
 @lru_cache(maxsize=4096)
 def _rdp_of_step(noise: float, rate: float) -> Any:
-    """Return what a step spends at each of opacus' orders; rounds differ in their number of steps alone."""
-    from opacus.accountants.analysis import rdp as analysis
+    """Return the Rényi divergence of one step at each of opacus' orders, shape `[orders]`."""
+    from opacus.accountants import RDPAccountant
+    from opacus.accountants.analysis.rdp import compute_rdp
 
-    orders = opacus_accountants()["RDPAccountant"].DEFAULT_ALPHAS
-    return analysis.compute_rdp(q=rate, noise_multiplier=noise, steps=1, orders=orders)
+    orders = RDPAccountant.DEFAULT_ALPHAS
+    return compute_rdp(q=rate, noise_multiplier=noise, steps=1, orders=orders)
 
 
 def opacus_accountants() -> dict[str, Any]:

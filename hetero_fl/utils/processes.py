@@ -78,7 +78,7 @@ def worker_context(*modules: str) -> ForkServerContext | SpawnContext:
     Elsewhere each process is spawned.
 
     Args:
-        modules: What the processes import. Counts when the first of them starts.
+        modules: Modules to import. Those of the first process that is started count.
     """
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
@@ -88,7 +88,7 @@ def worker_context(*modules: str) -> ForkServerContext | SpawnContext:
 
 
 def adopt_environment(environ: Mapping[str, str]) -> None:
-    """Have this process see its parent's environment variables of now; a fork server has older ones."""
+    """Replace the environment variables of this process, which a fork server may have kept for long."""
     os.environ.clear()
     os.environ.update(environ)
 

@@ -114,6 +114,7 @@ def test_check_is_that_of_train(file: Path, capsys: pytest.CaptureFixture[str]) 
         assert main([command, "--config", str(file), "--check"]) == 0
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1] and "cost of fedavg" in printed[0]
+    assert "data: digits, 10 classes; method: fedavg; 3 clients" in printed[0]
 
 
 # Processes -------------------------------------------------------------------------------------------------------------------

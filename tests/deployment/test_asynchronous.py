@@ -156,4 +156,4 @@ def test_models_of_another_run_are_where_the_nodes_begin(tmp_path: Path) -> None
     )
     here = run(made, out=tmp_path / "here")
     same(there, here)
-    assert figures(there) != figures(run({**made, "init_from": None}, out=tmp_path / "anew"))
+    assert figures(there) != figures(run({**made, "init_from": None}, out=tmp_path / "other"))

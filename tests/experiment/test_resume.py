@@ -164,3 +164,14 @@ def test_a_second_process_is_refused(folder: Path, capsys: pytest.CaptureFixture
             == "error: a: another process is at work there; let it end, or choose another --out"
         )
     assert [p.name for p in Path("a").iterdir()] == [".lock"]
+
+
+def test_a_new_run_says_that_there_is_none_to_resume(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--config", "c.yaml", "--out", "a", "--resume"]) == 0
+    line = "a: there is no run to resume; a new one starts"
+    assert capsys.readouterr().err.count(line) == 1
+
+    assert main(["train", "--config", "c.yaml", "--out", "b"]) == 0
+    assert "no run to resume" not in capsys.readouterr().err

@@ -60,9 +60,9 @@ def test_plain_round_enters_no_optional_feature(method: str) -> None:
             "privacy/server_side.py",
         ),
         (
-            {"aggregation": {"rule": "median", "liars": 1}},
+            {"aggregation": {"rule": "median", "liars": 1}},  # style: ok (configuration key)
             "robustness/robust_means.py",
-        ),  # style: ok (configuration key)
+        ),
         ({"channel": {"secure_sum": {}}}, "communication/secure_aggregation/server.py"),
         ({"channel": {"compress": [{"topk": 0.1}]}}, "communication/compression.py"),
         ({"devices": {"speed": 100.0}}, "federation/simulation/rounds.py"),

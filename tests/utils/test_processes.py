@@ -31,7 +31,8 @@ assert threading.active_count() == 1
 
 @pytest.mark.slow
 def test_what_a_fork_server_imports_uses_no_accelerator_and_no_thread() -> None:
-    code = IMPORTS.format(names=processes.PRELOADED)
+    modules = ["hetero_fl.federation.executors.processes", "hetero_fl.experiment.comparison"]
+    code = IMPORTS.format(names=[*processes.PRELOADED, *modules])
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

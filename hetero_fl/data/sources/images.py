@@ -24,6 +24,7 @@ from hetero_fl.data.dataset import Dataset, Examples
 from hetero_fl.data.registry import register_source
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import natural_order
+from hetero_fl.utils.text import format_list
 
 # What all downloads have in common: their noise is kept off the console, and every failure becomes
 # one line.
@@ -160,8 +161,6 @@ def read_image_folder(path: Path, *, grouped: bool = False, side: int | None = N
         )
     files = {split: _list_files(d, grouped) for split, d in (parts or {"train": path}).items()}
     every = [entry for split in files.values() for entry in split]
-    if not grouped:
-        _check_levels(path, parts.get("train", path))
     classes = natural_order({c for _, c, _ in every})
     groups = natural_order({g for _, _, g in every})
     wanted = "GROUP/CLASS/image" if grouped else "CLASS/image"
@@ -187,6 +186,7 @@ def read_image_folder(path: Path, *, grouped: bool = False, side: int | None = N
         splits.get("validation"),
         splits.get("test"),
         about=about,
+        notes=() if grouped else _note_levels(parts.get("train", path)),
     )
 
 
@@ -224,15 +224,17 @@ def _folders(path: Path) -> list[Path]:
     return sorted(d for d in path.iterdir() if d.is_dir() and not d.name.startswith("."))
 
 
-def _check_levels(path: Path, train: Path) -> None:
-    """Raise UserError if all folders hold the same folders: then these are the classes."""
-    inner = [{d.name for d in _folders(folder)} for folder in _folders(train)]
-    if len(inner) > 1 and len(inner[0]) > 1 and all(names == inner[0] for names in inner):
-        outer = ", ".join(folder.name for folder in _folders(train)[:3])
-        raise UserError(
-            f"path: {path}: the folders {outer} all hold {', '.join(sorted(inner[0])[:3])}; if these are "
-            "the classes, say what the folders above are: data.group: site"
-        )
+def _note_levels(path: Path) -> tuple[str, ...]:
+    """Return a line if the folders of all classes hold the same folders: these may be the classes."""
+    outer = _folders(path)
+    inner = [[folder.name for folder in _folders(each)] for each in outer]
+    if len(outer) < 2 or len(inner[0]) < 2 or any(names != inner[0] for names in inner):
+        return ()
+    classes = format_list([folder.name for folder in outer], most=3)
+    return (
+        f"the classes are {classes}, whose folders all hold {format_list(inner[0], most=3)}; if "
+        "those are the classes, set data.group to what the folders above are, such as site",
+    )
 
 
 def _list_files(path: Path, grouped: bool) -> list[tuple[Path, str, str]]:

@@ -96,16 +96,18 @@ def test_bad_folders_are_named(tmp_path: Path) -> None:
         read_image_files([tmp_path / "float.tif"])
 
 
-def test_folders_that_all_hold_the_classes_are_refused_without_a_group(tmp_path: Path) -> None:
+def test_folders_that_all_hold_the_same_folders_are_noted(tmp_path: Path) -> None:
     for site in ("south", "north"):
         for name in ("ill", "well"):
             save(tmp_path / site / name / "0.png")
 
-    with pytest.raises(UserError) as refused:
-        load(tmp_path)
+    sites = load(tmp_path)
+    grouped = load(tmp_path, group="site")
+    save(tmp_path / "south" / "other" / "0.png")
 
-    assert str(refused.value).endswith(
-        "the folders north, south all hold ill, well; if these are the classes, "
-        "say what the folders above are: data.group: site"
+    assert sites.notes == (
+        "the classes are north, south, whose folders all hold ill, well; if those are the classes, "
+        "set data.group to what the folders above are, such as site",
     )
-    assert load(tmp_path, group="site").task.names == ("ill", "well")
+    assert grouped.task.names == ("ill", "well") and grouped.notes == ()
+    assert load(tmp_path).notes == ()

@@ -115,7 +115,9 @@ def test_the_command_leaves_figures_a_picture_and_a_page(
     assert [row["attack"] for row in content["membership"]] == ["loss"]
     assert [row["way"] for row in content["inversion"]] == ["blind", "as trained"]
     assert (folder / "audit.png").read_bytes().startswith(b"\x89PNG")
-    assert "Gradient inversion" in (folder / "audit.html").read_text()
+    page = (folder / "audit.html").read_text()
+    assert "Gradient inversion" in page
+    assert "who was among the training rows, and whether a client's upload shows the images" in page
     assert main(["audit", str(made.path), *flags]) == 0  # again, in place
 
 

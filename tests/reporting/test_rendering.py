@@ -1,0 +1,44 @@
+"""Values as a report writes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hetero_fl.reporting.rendering import format_training, join_values, render
+
+
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [
+        ("cpu", "cpu"),
+        (["2 threads", "one core"], "2 threads; one core"),
+        ({"executor": "serial", "reasons": ["2 threads", "one core"]}, "executor serial, reasons 2 threads; one core"),
+    ],
+)  # fmt: skip
+def test_values_of_the_environment_are_one_line(value: Any, line: str) -> None:
+    assert join_values(value) == line
+
+
+def test_training_settings_name_what_changes_the_loss() -> None:
+    settings = {"optimizer": {"lr": 0.1, "momentum": None}, "epochs": 2}
+
+    assert format_training(settings) == "lr 0.1, epochs 2"
+    assert format_training({**settings, "logit_adjustment": False}) == "lr 0.1, epochs 2"
+    adjusted = format_training({**settings, "logit_adjustment": True, "class_weights": "inverse"})
+    assert adjusted == "lr 0.1, epochs 2, logit adjustment, class weights"
+
+
+@pytest.mark.parametrize("attack", ["membership", "inversion"])
+def test_an_audit_names_only_the_attack_that_was_made(attack: str) -> None:
+    tables: dict[str, list[list[str]]] = {"membership": [], "inversion": []}
+    tables[attack] = [["site_1", "by the loss", "", "", "", ""]]
+    page = render(
+        "audit.html",
+        title="Audit", subtitle="", privacy=None, whose="", shadows=0, notes=[], time="1 s",
+        picture={"data": "", "width": 1}, **tables,
+    )  # fmt: skip
+
+    assert ("who was among the training rows" in page) == (attack == "membership")
+    assert ("shows the images that it was computed from" in page) == (attack == "inversion")

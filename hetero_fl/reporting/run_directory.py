@@ -9,6 +9,8 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -289,14 +291,14 @@ class RunDirectory:
     def config(self) -> Json:
         """`config.yaml`, resolved, as plain values."""
         try:
-            content = yaml.safe_load(self.read_text("config.yaml"))
+            content = _parse_yaml(self.read_text("config.yaml"))
         except (
             yaml.YAMLError,
             ValueError,
             RecursionError,
         ) as error:  # no such day, too many digits, nested too deeply
             raise UserError(f"{self.path / 'config.yaml'}: not YAML ({error})") from None
-        return content if isinstance(content, dict) else {}
+        return deepcopy(content) if isinstance(content, dict) else {}
 
     def metrics(self) -> list[Json]:
         """The records of `metrics.jsonl`, in order; a last line that a crash has cut is left out."""
@@ -337,3 +339,9 @@ class RunDirectory:
 
 def _json_text(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+@lru_cache(maxsize=4)
+def _parse_yaml(text: str) -> Any:
+    """Return what a YAML text says; callers copy it. A run reads its configuration several times."""
+    return yaml.safe_load(text)

@@ -18,7 +18,7 @@ from hetero_fl.utils.processes import worker_context
 from tests.helpers import asynchronous_runs, server_crash
 from tests.helpers.small_federations import MIXED, TOP, config
 
-KILLS = 10  # in either mode, at random; and at the points of `server_crash`
+KILLS = 6  # in either mode, at random; and at the points of `server_crash`
 CONTEXT = worker_context()
 
 

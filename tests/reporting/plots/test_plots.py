@@ -41,7 +41,6 @@ ALL = ["curves", "clients", "labels", "communication", "confusion", "calibration
         ({"home": False, "clients": 3}, ALL),
         ({"common": False, "server": False, "clients": 14}, ALL),
         ({"clients": 600, "rounds": 3, "kind": "multiclass", "classes": 30}, ALL),
-        ({"clients": 600, "rounds": 3}, ALL),
         ({"clients": 1, "rounds": 2}, ALL),
     ],
     ids=lambda v: "-".join(map(str, v.values())) if isinstance(v, dict) else "",

@@ -8,6 +8,7 @@ import math
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from difflib import get_close_matches
 from types import FunctionType, GeneratorType
 from typing import Any
@@ -151,6 +152,9 @@ class ExpectedUploads:
             UserError: If the method's `train` returns what it did not declare.
         """
         client = self.placeholder_client(client_info, round_idx)
+        if self.is_user_method:
+            # The tensors are the server's own, and a hook may change what it received in place.
+            broadcast = deepcopy(broadcast)
         ledger = self.privacy.make_ledger(self.backend) if self.privacy is not None else None
         with self.check_yields("train"):
             plan = self.algorithm.train(client, broadcast)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hetero_fl.aggregation import Uploads
-from hetero_fl.algorithms import local_fit
+from hetero_fl.algorithms import FedAvg, local_fit
 from hetero_fl.core.participant import ClientInfo, Participant, copy_containers, copy_tree
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.core.plan import Fit, Plan
@@ -279,6 +279,23 @@ def test_aggregation_changes_no_tensor_in_place(method: str) -> None:
     rounds.run_round()
 
     assert encode(kept, "x") == before
+
+
+class ClearsReceived(FedAvg):
+    """FedAvg whose clients set what they received to zero, in place."""
+
+    def train(self, client: Participant, received: Payload) -> Plan[dict[str, Any]]:
+        items = yield from super().train(client, received)
+        for tensor in received["model"].values():
+            tensor.zero_()
+        return items
+
+
+def test_a_hook_may_change_in_place_what_it_received() -> None:
+    plain = rounds_of(config("fedavg", "mlp", 3), held=2)
+    clearing = rounds_of(config(f"python:{__name__}:ClearsReceived", "mlp", 3), held=2)
+
+    assert same_bits(*plain.server.models.values(), *clearing.server.models.values())
 
 
 def test_the_server_has_a_model_only_where_one_was_trained() -> None:

@@ -102,7 +102,6 @@ def moved(out: Path, method: str) -> Path:
     return out
 
 
-@pytest.mark.slow
 def test_runs_of_a_comparison_have_a_core_each(tmp_path: Path) -> None:
     compare(small(), ["local"], [0, 1], out=tmp_path / "out", jobs=2)
     for seed in (0, 1):
@@ -200,7 +199,6 @@ def compared(folder: Path, *flags: str) -> int:
     return main([*asked, *flags], command="compare")
 
 
-@pytest.mark.slow
 def test_compare_shows_scores_and_remaining_time(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,7 +219,6 @@ def test_compare_shows_scores_and_remaining_time(
     )
 
 
-@pytest.mark.slow
 def test_compare_ends_with_a_line_for_each_failed_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -69,7 +69,6 @@ def fedper() -> Iterator[tuple[WorkerSetup, ProcessPool]]:
     crew.close()
 
 
-@pytest.mark.slow
 def test_any_number_of_workers_in_any_order_computes_what_one_process_does(
     made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,7 +102,6 @@ def killing(crew: Any, monkeypatch: pytest.MonkeyPatch, which: Any) -> list[int]
     return killed
 
 
-@pytest.mark.slow
 def test_a_worker_killed_in_mid_round_or_a_client_that_diverges_changes_nothing(
     fedper: tuple[WorkerSetup, ProcessPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,7 +112,6 @@ def test_a_worker_killed_in_mid_round_or_a_client_that_diverges_changes_nothing(
     assert outcome(rounds_on(setup, crew, 2)) == want and len(killed) == 2
 
 
-@pytest.mark.slow
 def test_a_worker_that_dies_with_its_result_in_the_pipe_is_replaced(
     fedper: tuple[WorkerSetup, ProcessPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,7 +139,6 @@ def test_a_worker_that_dies_with_its_result_in_the_pipe_is_replaced(
     assert not {process.pid for process, _ in crew._workers} & set(killed)
 
 
-@pytest.mark.slow
 def test_an_idle_worker_that_dies_is_replaced(
     fedper: tuple[WorkerSetup, ProcessPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,7 +151,6 @@ def test_an_idle_worker_that_dies_is_replaced(
     assert outcome(rounds, 1) == want
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("during", [WorkerJob, JobResult])
 def test_a_worker_that_is_interrupted_in_sending_or_receiving_is_replaced(
     fedper: tuple[WorkerSetup, ProcessPool], monkeypatch: pytest.MonkeyPatch, during: type
@@ -192,7 +187,6 @@ class Pipe:
         )
 
 
-@pytest.mark.slow
 def test_any_kind_of_connection_will_do(
     fedper: tuple[WorkerSetup, ProcessPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,7 +268,6 @@ def test_a_task_that_is_given_up_leaves_no_trace() -> None:
     assert again == want
 
 
-@pytest.mark.slow
 def test_three_deaths_on_one_client_end_the_run(
     fedper: tuple[WorkerSetup, ProcessPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,7 +282,6 @@ def test_three_deaths_on_one_client_end_the_run(
     assert len(killed) == 3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["Fails", "Leaves"])
 def test_an_exception_in_a_worker_is_told_in_one_line(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

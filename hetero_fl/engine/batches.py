@@ -1,15 +1,12 @@
-"""Keyed batches and keyed dropout."""
+"""Keyed batches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from hetero_fl.core.objectives import Batch
 from hetero_fl.core.participant import Columns, Participant
@@ -17,50 +14,8 @@ from hetero_fl.core.plan import Fit, SampledBatches
 from hetero_fl.data.preprocessing import augment
 from hetero_fl.utils.seeding import Key, keyed_generator, stream_key
 
-# Keyed dropout: masks that depend on the step and the position, not on a global generator, a device
-# or a batch neighbour.
-
 MASK = 0xFFFFFFFF
-GOLDEN = 0x9E3779B9
-
-
-def mix_hash(h: Tensor) -> Tensor:
-    """A 32-bit integer hash (xorshift-multiply, in the manner of Prospecting for Hash Functions' lowbias32), in int64."""
-    h = h & MASK
-    h = ((h ^ (h >> 16)) * 0x7FEB352D) & MASK
-    h = ((h ^ (h >> 15)) * 0x846CA68B) & MASK
-    return h ^ (h >> 16)
-
-
-class KeyedDropout(TorchFunctionMode):
-    """While active, `F.dropout` draws its mask from a hash of (key, number of the call, position).
-
-    Inside `vmap` the key is a tensor (int64, one for each participant), and the masks are those of single runs. Rows that
-    pad a short batch come after the others, so they move no position.
-    """
-
-    def __init__(self, key: int | Tensor) -> None:
-        super().__init__()
-        self.key = torch.as_tensor(key & MASK)
-        self.calls = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (F.dropout, torch.dropout):
-            return self.drop(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-    def drop(
-        self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-    ) -> Tensor:
-        """Dropout of `input`, scaled by 1 / (1 − p)."""
-        if not training or p == 0:
-            return input
-        self.calls += 1
-        position = torch.arange(input.numel(), device=input.device).view(input.shape)
-        bits = mix_hash(
-            mix_hash(position + GOLDEN * self.calls) ^ mix_hash(self.key.to(input.device))
-        )
-        return input * (bits >= int(p * 2**32)) / (1 - p)
+GOLDEN = 0x9E3779B9  # between the dropout keys of two steps
 
 
 # Which examples each step of a fit sees: keyed, the same wherever it is computed.
@@ -143,7 +98,11 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
         for i in range(self.count):
-            yield (self.dropout_key + i * GOLDEN) & MASK, self._batch(i)
+            yield self.dropout_key_at(i), self._batch(i)
+
+    def dropout_key_at(self, step: int) -> int:
+        """Return the seed of a step's dropout masks."""
+        return (self.dropout_key + step * GOLDEN) & MASK
 
     def _batch(self, i: int) -> Batch:
         if isinstance(self.fit.data, SampledBatches):

@@ -13,6 +13,7 @@ from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.objectives import ModelView
 from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.plan import ClassSums, Predict
+from hetero_fl.engine.dropout import DropoutStreams, use_keyed_dropout
 from hetero_fl.utils.code_permission import OWN
 from model_zoo import ModelDescription, Outputs, SplitModel, describe
 
@@ -88,9 +89,16 @@ class TaskCosts:
 class Template:
     """A module whose tensors are overwritten, never replaced."""
 
-    def __init__(self, arch: ModelSpec, device: torch.device, precision: str = "float32") -> None:
+    def __init__(
+        self,
+        arch: ModelSpec,
+        device: torch.device,
+        precision: str = "float32",
+        dropout: DropoutStreams | None = None,
+    ) -> None:
         with torch.random.fork_rng(devices=[]):
             self.module = arch.build().to(device)
+        self.drops = use_keyed_dropout(self.module, dropout or DropoutStreams(device))
         if precision == "bfloat16":
             _use_bfloat16(self.module, device)
         if prefers_channels_last(arch):
@@ -100,7 +108,6 @@ class Template:
         self.parameters: Mapping[str, nn.Parameter] = dict(self.module.named_parameters())
         # not the module's own word: a model's `train` may do more than set it
         self._mode: bool | None = None
-        self.drops = any(isinstance(m, nn.Dropout) and m.p for m in self.module.modules())
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -140,11 +147,12 @@ class Templates:
         self.precision = precision
         # devices whose generators a fit borrows
         self.forked = [device] if device.type == "cuda" else []
+        self.dropout = DropoutStreams(device)
         self._templates: dict[tuple[ModelSpec, str], Template] = {}
 
     def __call__(self, arch: ModelSpec, slot: str = "") -> Template:
         if (arch, slot) not in self._templates:
-            self._templates[arch, slot] = Template(arch, self.device, self.precision)
+            self._templates[arch, slot] = Template(arch, self.device, self.precision, self.dropout)
         return self._templates[arch, slot]
 
 

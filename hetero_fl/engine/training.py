@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.objectives import Batch, ModelView, ModelViews
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import Fit, FitReport
-from hetero_fl.engine.batches import Batches, KeyedDropout
+from hetero_fl.engine.batches import Batches
 from hetero_fl.engine.driver import DivergedError
+from hetero_fl.engine.dropout import DropoutStreams
 from hetero_fl.engine.templates import Template, Templates
 from hetero_fl.utils.seeding import seed_torch, stream_key
 
@@ -137,6 +137,7 @@ class FitState:
     nets: ModelViews
     context: Mapping[str, Any]
     batches: Batches
+    dropout: DropoutStreams
 
     @property
     def uses_dropout(self) -> bool:
@@ -191,7 +192,7 @@ def run_fit(
     ]
     draw_batches = Batches if gradients is None else gradients.batches
     batches = draw_batches(participant, fit, templates.device)
-    state = FitState(fit, live, trainable, nets, given, batches)
+    state = FitState(fit, live, trainable, nets, given, batches, templates.dropout)
     uses_dropout = state.uses_dropout
     parameters = list(trainable.values())
     total = torch.zeros((), device=templates.device)
@@ -203,8 +204,9 @@ def run_fit(
                 scale_learning_rates(optimizer, 0.5 * (1 + math.cos(math.pi * i / len(batches))))
             optimizer.zero_grad()
             if gradients is None:
-                with KeyedDropout(dropout_key) if uses_dropout else contextlib.nullcontext():
-                    loss = fit.objective.total_loss(nets, batch, given)
+                if uses_dropout:
+                    templates.dropout.seed([dropout_key], fit.batch_size)
+                loss = fit.objective.total_loss(nets, batch, given)
                 loss.backward()
             else:
                 loss = gradients.compute(state, i, dropout_key, batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.func import vmap
 from torch.nn.utils.rnn import pad_sequence
+from torch.overrides import TorchFunctionMode
 
 from hetero_fl.core.objectives import Batch, ModelViews
 from hetero_fl.core.participant import Columns, Participant
 from hetero_fl.core.plan import Fit, FitReport, SampledBatches
-from hetero_fl.engine.batches import GOLDEN, MASK, Batches, KeyedDropout
+from hetero_fl.engine.batches import Batches
 from hetero_fl.engine.driver import DivergedError
 from hetero_fl.engine.templates import Templates
 from hetero_fl.engine.training import (
@@ -65,24 +67,18 @@ def stack_optimizer_states(saved: Sequence[OptimizerSnapshot]) -> OptimizerSnaps
     }
 
 
-# What runs differently under `vmap` than in a live module: dropout has a key for each participant,
-# linear layers a backward pass of their own.
+# What runs differently under `vmap` than in a live module: linear layers have a backward pass of
+# their own.
 
 LARGE = 2**14  # weights of a participant's layer
 
 
-class StackedOps(KeyedDropout):
-    """While active, linear layers take `linear` below, and `F.dropout` a mask from `key` (int64, batched) if there is one."""
-
-    def __init__(self, key: Tensor | None) -> None:
-        super().__init__(0 if key is None else key)
-        self.drops = key is not None
+class StackedOps(TorchFunctionMode):
+    """While active, linear layers take `linear` below."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear:
             return linear(*args, **(kwargs or {}))
-        if self.drops:
-            return super().__torch_function__(func, types, args, kwargs)
         return func(*args, **(kwargs or {}))
 
 
@@ -162,7 +158,6 @@ class StackedBatches:
         self.device = device
         self.fit = runs[0].fit
         self.counts = [run.count for run in runs]
-        self._keys = torch.tensor([run.dropout_key & MASK for run in runs], device=device)
         if isinstance(self.fit.data, SampledBatches):
             return
         lengths = torch.tensor([len(b) for run in runs for b in run.indices])
@@ -189,15 +184,19 @@ class StackedBatches:
             return [self.fit.data.size] * active
         return [sizes[step] for sizes in self._sizes[:active]]
 
-    def dropout_keys(self, step: int, who: Tensor | slice) -> Tensor:
-        """Dropout keys, int64 `[K]`."""
-        return (self._keys[who] + step * GOLDEN) & MASK
+    def members(self, who: Tensor | slice) -> Sequence[int]:
+        """Return the places of those participants."""
+        return range(len(self.runs))[who] if isinstance(who, slice) else who.tolist()
+
+    def dropout_keys(self, step: int, who: Tensor | slice) -> list[int]:
+        """Return the seeds of a step's dropout masks, one for each of those participants."""
+        return [self.runs[i].dropout_key_at(step) for i in self.members(who)]
 
     def batch_at(
         self, step: int, who: Tensor | slice, sizes: Sequence[int]
     ) -> tuple[Columns, Tensor | None]:
         """Columns `[K, B, …]` of those participants, who have `sizes` examples in that step; weights `[K, B]` if they differ."""
-        members = range(len(self.runs))[who] if isinstance(who, slice) else who.tolist()
+        members = self.members(who)
         weight = None
         if isinstance(self.fit.data, SampledBatches):
             columns = _stack([self.runs[i].sampled_batch(step) for i in members])
@@ -281,6 +280,7 @@ class _StackedFits:
         self.equal_sizes = any(
             is_batch_norm(m) for s in fit.train for m in self.templates[s].module.modules()
         )
+        self.dropout = templates.dropout
         self.drops = any(t.drops for t in self.templates.values())
         context, self.context_dims = stack_trees([f.context for _, f in work])
         self.context = move_to_device(self.device, context)
@@ -387,10 +387,21 @@ class _StackedFits:
     ) -> None:
         """Add the gradients of those participants' losses to the leaves among the tensors."""
         columns, weight = self.batches.batch_at(step, who, sizes)
-        keys = self.batches.dropout_keys(step, who) if self.drops else None
+        place = None
+        if self.drops:
+            self.dropout.seed(self.batches.dropout_keys(step, who), self.fit.batch_size)
+            place = torch.arange(len(sizes), device=self.device)
         context = select_participants(self.context, self.context_dims, who)
-        dims = (0, 0, None if keys is None else 0, self.context_dims, None if weight is None else 0)
-        losses = vmap(self._loss, dims, randomness="error")(tensors, columns, keys, context, weight)
+        dims = (
+            0,
+            0,
+            None if place is None else 0,
+            self.context_dims,
+            None if weight is None else 0,
+        )
+        losses = vmap(self._loss, dims, randomness="error")(
+            tensors, columns, place, context, weight
+        )
         losses.sum().backward()
         self.totals[who] += losses.detach()
 
@@ -398,7 +409,7 @@ class _StackedFits:
         self,
         tensors: Mapping[str, Mapping[str, Tensor]],
         columns: Mapping[str, Tensor],
-        key: Tensor | None,
+        place: Tensor | None,
         context: Mapping[str, Any],
         weight: Tensor | None,
     ) -> Tensor:
@@ -408,7 +419,8 @@ class _StackedFits:
         )
         batch = Batch(columns)
         batch.weight = weight
-        with StackedOps(key):
+        dropout = nullcontext() if place is None else self.dropout.stacked(place)
+        with StackedOps(), dropout:
             return self.fit.objective.total_loss(nets, batch, context)
 
     def _clip(self, norm: float) -> None:

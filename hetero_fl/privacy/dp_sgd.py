@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
 from collections import defaultdict
@@ -19,7 +18,7 @@ from hetero_fl.core.objectives import Batch, ModelViews
 from hetero_fl.core.participant import Columns, Participant
 from hetero_fl.core.plan import ClassSums, Fit, Predict, Rows, SampledBatches, Step
 from hetero_fl.data.federated_data import PUBLIC
-from hetero_fl.engine.batches import MASK, Batches, KeyedDropout
+from hetero_fl.engine.batches import MASK, Batches
 from hetero_fl.engine.driver import Backend, DivergedError, Work
 from hetero_fl.engine.serial import class_sums, select_output
 from hetero_fl.engine.templates import Templates
@@ -106,9 +105,10 @@ class PrivateGradients:
             total[name].add_(draws.normal(parameter, self.z * self.clip)).div_(
                 state.batches.expected
             )
-        with KeyedDropout(dropout_key) if state.uses_dropout else contextlib.nullcontext():
-            public = state.fit.objective.public_loss(state.nets, batch, state.context)
-            public = public + state.fit.objective.penalty(state.nets, state.context)
+        if state.uses_dropout:
+            state.dropout.seed([dropout_key])
+        public = state.fit.objective.public_loss(state.nets, batch, state.context)
+        public = public + state.fit.objective.penalty(state.nets, state.context)
         if isinstance(public, Tensor) and public.requires_grad:
             public.backward()
         for name, parameter in state.trainable.items():
@@ -180,7 +180,10 @@ def _gradients_vectorized(
         for slot, template in live.modules.items()
     }
 
-    def loss(own: TrainableTensors, row: Mapping[str, Tensor], key: Tensor) -> Tensor:
+    if live.uses_dropout:
+        live.dropout.seed(keys)
+
+    def loss(own: TrainableTensors, row: Mapping[str, Tensor], place: Tensor) -> Tensor:
         tensors = {slot: dict(rest) for slot, rest in fixed.items()}
         for name, tensor in own.items():
             slot, parameter = split_name(name)
@@ -189,14 +192,14 @@ def _gradients_vectorized(
             {slot: live.modules[slot].view_of(tensors[slot]) for slot in live.modules}
         )
         batch = Batch({**{n: t[None] for n, t in row.items()}, **extra_batch})
-        with StackedOps(key if live.uses_dropout else None):
+        with StackedOps(), live.dropout.stacked(place):
             return live.fit.objective.private_loss(nets, batch, live.context).sum()
 
     with warnings.catch_warnings():
         # Where an operation has no batching rule, vmap may loop over the rows.
         warnings.filterwarnings("error", message="There is a performance drop")
         losses = vmap(loss, randomness="error")(
-            leaves, dict(columns), torch.tensor(keys, device=device)
+            leaves, dict(columns), torch.arange(len(keys), device=device)
         )
     found = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
     pairs = zip(leaves.items(), found, strict=True)
@@ -207,10 +210,11 @@ def _gradient_of_row(
     live: FitState, columns: Mapping[str, Tensor], extra_batch: Mapping[str, Tensor], key: int
 ) -> TrainableTensors:
     """The gradient of one row, `[1, …]`, on the live modules."""
-    with KeyedDropout(key) if live.uses_dropout else contextlib.nullcontext():
-        loss = live.fit.objective.private_loss(
-            live.nets, Batch({**columns, **extra_batch}), live.context
-        ).sum()
+    if live.uses_dropout:
+        live.dropout.seed([key])
+    loss = live.fit.objective.private_loss(
+        live.nets, Batch({**columns, **extra_batch}), live.context
+    ).sum()
     found = torch.autograd.grad(loss, list(live.trainable.values()), allow_unused=True)
     pairs = zip(live.trainable.items(), found, strict=True)
     return {name: (torch.zeros_like(p) if g is None else g)[None] for (name, p), g in pairs}

@@ -1,20 +1,26 @@
-"""Dropout whose masks follow from a key."""
+"""Dropout whose masks follow from the seed of a step."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import vmap
 
-from hetero_fl.engine.batches import KeyedDropout
+from hetero_fl.engine.dropout import DropoutStreams, KeyedDropout, use_keyed_dropout
 
-ONES = torch.ones(100_000)
+ONES = torch.ones(100, 1000)
 
 
-def dropped(key: int, p: float) -> Tensor:
-    with KeyedDropout(key):
-        return F.dropout(ONES, p)
+def layer(p: float) -> tuple[KeyedDropout, DropoutStreams]:
+    streams = DropoutStreams(torch.device("cpu"))
+    return KeyedDropout(p, streams), streams
+
+
+def dropped(key: int, p: float, input: Tensor = ONES, calls: int = 1) -> Tensor:
+    dropout, streams = layer(p)
+    streams.seed([key])
+    return [dropout(input) for _ in range(calls)][-1]
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -25,11 +31,62 @@ def test_keyed_dropout_drops_its_share_and_keeps_the_mean(p: float) -> None:
     torch.testing.assert_close(found[found != 0], ONES[found != 0] / (1 - p))
 
 
-def test_keyed_dropout_follows_from_its_key_and_draws_anew_at_each_call() -> None:
-    with KeyedDropout(1):
-        first = F.dropout(ONES, 0.5)
-        second = F.dropout(ONES, 0.5)
+def test_keyed_dropout_follows_from_its_seed_and_draws_anew_at_each_call() -> None:
+    first = dropped(1, 0.5)
 
     assert torch.equal(first, dropped(1, 0.5))
-    assert not torch.equal(first, second)
+    assert not torch.equal(first, dropped(1, 0.5, calls=2))
     assert not torch.equal(first, dropped(2, 0.5))
+
+
+def test_keyed_dropout_does_not_touch_the_global_generator() -> None:
+    before = torch.get_rng_state()
+
+    dropped(1, 0.5)
+
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("size", [3, 1000])
+def test_stacked_masks_are_those_of_single_participants_padding_included(size: int) -> None:
+    keys = [5, 6, 7]
+    sizes = [4, 2, 3]
+    dropout, streams = layer(0.3)
+    streams.seed(keys, 4)
+
+    def forward(input: Tensor, place: Tensor) -> Tensor:
+        with streams.stacked(place):
+            return dropout(dropout(input))
+
+    stacked = vmap(forward)(torch.ones(3, 4, size), torch.arange(3))
+
+    for place, (key, rows) in enumerate(zip(keys, sizes, strict=True)):
+        single, alone = layer(0.3)
+        alone.seed([key], 4)
+        expected = single(single(torch.ones(rows, size)))
+        assert torch.equal(stacked[place, :rows], expected)
+
+
+def test_stacked_masks_pass_gradients() -> None:
+    dropout, streams = layer(0.5)
+    streams.seed([1, 2])
+    input = torch.ones(2, 3, 5, requires_grad=True)
+
+    def forward(input: Tensor, place: Tensor) -> Tensor:
+        with streams.stacked(place):
+            return dropout(input).sum()
+
+    vmap(forward)(input, torch.arange(2)).sum().backward()
+
+    assert input.grad is not None
+    assert set(input.grad.unique().tolist()) == {0.0, 2.0}
+
+
+def test_layers_of_a_model_are_replaced_wherever_they_are() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout(0.5)), nn.Dropout(0.0))
+
+    assert use_keyed_dropout(model, DropoutStreams(torch.device("cpu")))
+    assert not any(type(m) is nn.Dropout for m in model.modules())
+    assert not use_keyed_dropout(
+        nn.Sequential(nn.Dropout(0.0)), DropoutStreams(torch.device("cpu"))
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import Any, ClassVar, Literal
 
@@ -431,9 +431,16 @@ class TopK(SparseStage):
 @dataclass(frozen=True)
 class RandomK(SparseStage):
     """k at random, divided by the rate k/n at which a number is kept, so that the mean over draws is the vector itself. Both
-    ends draw which, so that no index travels."""
+    ends draw which, so that no index travels.
 
-    biased = False
+    `scaled`: whether they are divided; not where what is left out is sent later.
+    """
+
+    scaled: bool = True
+
+    @property
+    def biased(self) -> bool:  # type: ignore[override]  # of the others it is a constant
+        return not self.scaled
 
     def _draw_indices(self, total: int, draw: Draw) -> Tensor:
         seed = int(torch.randint(2**63 - 1, (1,), generator=draw("randk")))
@@ -445,7 +452,10 @@ class RandomK(SparseStage):
 
     def compress(self, numbers: Tensor, layout: Layout, draw: Draw) -> tuple[Tensor, Layout, bytes]:
         indices = self._draw_indices(len(numbers), draw)
-        return numbers[indices] * (len(numbers) / len(indices)), ((len(indices),),), b""
+        kept = numbers[indices]
+        if self.scaled:
+            kept = kept * (len(numbers) / len(indices))
+        return kept, ((len(indices),),), b""
 
     def decode_side_information(
         self, source: ByteReader, layout: Layout, draw: Draw
@@ -482,6 +492,17 @@ def with_worst_case_size(
     )
 
 
-def build_stages(chain: Sequence[StageConfig], entropy: bool) -> tuple[Stage | NumberFormat, ...]:
-    """The stages of a configured chain, in its order; `entropy`: code indices, where that makes them shorter."""
-    return tuple(STAGE_TYPES[stage.kind](stage, entropy) for stage in chain)
+def build_stages(
+    chain: Sequence[StageConfig], entropy: bool, makes_up: bool = False
+) -> tuple[Stage | NumberFormat, ...]:
+    """Return the stages of a configured chain, in its order.
+
+    Args:
+        chain: The configuration.
+        entropy: Code indices, where that makes them shorter.
+        makes_up: What is left out is part of the next message, so that nothing is scaled up.
+    """
+    stages = tuple(STAGE_TYPES[stage.kind](stage, entropy) for stage in chain)
+    if not makes_up:
+        return stages
+    return tuple(replace(s, scaled=False) if isinstance(s, RandomK) else s for s in stages)

@@ -188,9 +188,12 @@ class ItemCodec:
         item: Item,
         base: Tensors,
         key: tuple[Key, ...],
-        unsent: Mapping[str, Tensor],
+        unsent: Mapping[str, Tensor] | None,
     ) -> tuple[bytes, Tensors]:
-        """The stream, and what a biased chain leaves for later, by tensor: to the last bit update + unsent − decoded."""
+        """The stream, and what a biased chain leaves for later, by tensor: to the last bit update + unsent − decoded.
+
+        `unsent`: what was left before; None if the sender keeps nothing.
+        """
         tensors = item.tensors
         bodies = []
         left: Tensors = {}
@@ -201,13 +204,13 @@ class ItemCodec:
                     for n in group.names
                 ]
             )
-            if group.chain.biased and any(n in unsent for n in group.names):
+            if unsent and group.chain.biased and any(n in unsent for n in group.names):
                 for part, n in zip(split_vector(numbers, group.layout), group.names, strict=True):
                     if n in unsent and unsent[n].shape == part.shape:
                         part.add_(unsent[n])
             draw = partial(keyed_generator, *key, place)
             bodies.append(group.chain.encode(numbers, group.layout, draw))
-            if group.chain.biased:
+            if group.chain.biased and unsent is not None:
                 sent = group.chain.decode(ByteReader(bodies[-1]), group.layout, numbers.dtype, draw)
                 left |= dict(
                     zip(group.names, split_vector(numbers - sent, group.layout), strict=True)
@@ -274,11 +277,17 @@ class Link:
         stages: the chain; without a stage no link is needed.
         specs: what the method declares of items, by name; on the way down, what there is to say of some.
         outputs: of the task: predictions are rows of so many numbers.
+        tells_layout: messages tell their own layout, also where both ends hold a reference.
     """
 
     def __init__(
-        self, stages: Sequence[Stage | NumberFormat], specs: Mapping[str, ItemSpec], outputs: int
+        self,
+        stages: Sequence[Stage | NumberFormat],
+        specs: Mapping[str, ItemSpec],
+        outputs: int,
+        tells_layout: bool = False,
     ) -> None:
+        self.tells_layout = tells_layout
         self.specs = specs
         self.names = sorted(specs)
         self.streams = ItemCodec(stages, outputs)
@@ -310,13 +319,14 @@ class Link:
             if form is None or not groups:
                 passing[name] = item
                 continue
-            body, unsent = self.streams.encode(groups, item, base, (*key, name), kept.get(name, {}))
+            earlier = None if memory is None else kept.get(name, {})
+            body, unsent = self.streams.encode(groups, item, base, (*key, name), earlier)
             if unsent and memory is not None:
                 memory[UNSENT] = kept = {**kept, name: {**kept.get(name, {}), **unsent}}
             forms[name], bodies[name] = form, _weight(item.weight) + body
         names = self.names
         layout = b""
-        if reference is None:
+        if reference is None or self.tells_layout:
             names = list(forms)
             layout = zlib.compress(json.dumps({n: f.to_json() for n, f in forms.items()}).encode())
         report = json.dumps(payload.report, separators=(",", ":"), allow_nan=False).encode()

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -395,7 +396,8 @@ class Node:
         if digest in usage.answered:
             self._line["outcome"] = REPEATED
         assert self.joined.policy is not None  # it comes with the worker
-        if spent := self.joined.policy.check(kind, asked, digest):
+        load_state = partial(storage.load_state, base)
+        if spent := self.joined.policy.check(kind, asked, digest, load_state):
             self._line["spent"] = spent
         if (kept := storage.read("answer")) is not None and (known := decode(kept, FORM))["head"][
             "task"

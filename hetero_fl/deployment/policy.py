@@ -24,8 +24,10 @@ from hetero_fl.deployment.messages import RequestRefusedError
 from hetero_fl.engine.batches import step_count
 from hetero_fl.engine.driver import Work, run_plan
 from hetero_fl.experiment.preparation import PreparedRun
+from hetero_fl.federation.broadcast_changes import read_broadcast
 from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.dry_run import DryRunBackend, ExpectedUploads
+from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.privacy.accounting import PrivacyCharge, epsilon_of_mechanisms
 from hetero_fl.privacy.client_side import WITHIN
 from hetero_fl.utils.code_permission import CodePermission, find_references
@@ -220,8 +222,20 @@ class Policy:
         self.secure = federation.channel.secure_sum is not None and bool(method.uploads)
 
     # Before it is done
-    def check(self, kind: str, request: Message, digest: bytes) -> list[dict[str, Any]]:
-        """A task. Returns what it will spend of the site's privacy. Raises RequestRefusedError, naming the key."""
+    def check(
+        self, kind: str, request: Message, digest: bytes, load_state: Callable[[], bytes]
+    ) -> list[dict[str, Any]]:
+        """Check a task; return what it will spend of the site's privacy.
+
+        Args:
+            kind: "answer" or "read".
+            request: The task.
+            digest: Names the task.
+            load_state: Loads the encoded private state with which it begins.
+
+        Raises:
+            RequestRefusedError: If the site does not allow it; names the key.
+        """
         rounds = self.prepared.config.rounds
         ends = self.prepared.config.runtime.mode == "sync"  # versions have no end known
         if (
@@ -236,7 +250,7 @@ class Policy:
                 f"work: found {request.step_share:g}, a share of the steps that were agreed; it is at most 1"
             )
         if kind == "read":
-            self._check_length(lambda: self._dry_run_evaluation(request), 1.0)
+            self._check_length(lambda: self._dry_run_evaluation(request, load_state), 1.0)
             return []
         if request.kind not in (
             REQUESTS if self.secure else (TRAIN,)
@@ -257,7 +271,8 @@ class Policy:
             )
         charges: list[PrivacyCharge] = []
         self._check_length(
-            lambda: charges.extend(self._dry_run_training(request)), request.step_share
+            lambda: charges.extend(self._dry_run_training(request, load_state)),
+            request.step_share,
         )
         return (
             [] if self.allows.privacy is None else self._fits_budget(charges, self.allows.privacy)
@@ -304,20 +319,29 @@ class Policy:
         made.backend = self._make_step_counter
         return made
 
-    def _dry_run_training(self, request: Message) -> tuple[PrivacyCharge, ...]:
+    def _read_broadcast(
+        self, round_idx: int, body: bytes, load_state: Callable[[], bytes]
+    ) -> Payload:
+        state = load_state() if self.links.sends_changes else b""
+        held = PrivateState.decode(state).state if state else {}
+        return read_broadcast(self.links, round_idx, body, held)
+
+    def _dry_run_training(
+        self, request: Message, load_state: Callable[[], bytes]
+    ) -> tuple[PrivacyCharge, ...]:
         """A task that trains; what it would spend."""
         body = (
             read_secure(request.body, REQUESTS[TRAIN])["broadcast"].tobytes()
             if self.secure
             else request.body
         )
-        got = self.links.decode_broadcast(request.round_idx, body)
+        got = self._read_broadcast(request.round_idx, body, load_state)
         return self._expectations.dry_run_upload(self.client_info, got, request.round_idx)[1]
 
-    def _dry_run_evaluation(self, request: Message) -> None:
+    def _dry_run_evaluation(self, request: Message, load_state: Callable[[], bytes]) -> None:
         """One that makes the model which is read."""
         client = self._expectations.placeholder_client(self.client_info, request.round_idx)
-        got = self.links.decode_broadcast(request.round_idx, request.body)
+        got = self._read_broadcast(request.round_idx, request.body, load_state)
         for hook in (self.prepared.method.deploy, self.prepared.method.personalize):
             run_plan(hook(client, got), client, self._make_step_counter)
 

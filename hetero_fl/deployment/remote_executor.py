@@ -68,6 +68,7 @@ class NodeExecutor:
         self._tell: Callable[[str], None] | None = None
         self._dispatched = Conversations(self.connections)  # what was dispatched
         self._lost: list[str] = []  # clients that began anew
+        self.on_reset: Callable[[str], None] = lambda client: None
         # the states that checkpoints name, the newest last
         self._named: deque[dict[str, str]] = deque(maxlen=KEPT_CHECKPOINTS)
 
@@ -166,7 +167,7 @@ class NodeExecutor:
                 "work": request.step_share,
                 "what": request.kind,
             }
-            return self._task(client, "answer", request, nonce, about)
+            return self._task(client, "answer", request, make_request, nonce, about)
 
         return conversation
 
@@ -174,7 +175,9 @@ class NodeExecutor:
         self, client: str, broadcast: Callable[[str], bytes], round_idx: int, details: bool
     ) -> Callable[[], Conversation]:
         def conversation() -> Conversation:
-            request = Message("read", broadcast(client), round_idx)
+            def make_request(client: str) -> Message:
+                return Message("read", broadcast(client), round_idx)
+
             about: Head = {
                 "round": round_idx,
                 "again": 0,
@@ -182,7 +185,7 @@ class NodeExecutor:
                 "what": "read",
                 "details": details,
             }
-            return self._task(client, "read", request, "", about)
+            return self._task(client, "read", make_request(client), make_request, "", about)
 
         return conversation
 
@@ -200,17 +203,27 @@ class NodeExecutor:
         return conversation
 
     def _task(
-        self, client: str, kind: str, request: Message, nonce: str, about: Head
+        self,
+        client: str,
+        kind: str,
+        request: Message,
+        make_request: Callable[[str], Message],
+        nonce: str,
+        about: Head,
     ) -> Conversation:
-        """Have one task done; a node that was started anew is prepared first, one that has lost its state begins anew."""
+        """Have one task done.
+
+        A node that was started anew is prepared first. One that has lost its state begins anew, on
+        a request that is made anew: the first may tell the change of what it has lost.
+        """
         if self._tell is not None:
             self._tell(f"{client}: {'train' if kind == 'answer' else 'evaluation'}")
         base = self._committed_state_name(client)
         run = self.handshake.run
         spare = ",".join(sorted({named[client] for named in self._named if client in named}))
-        hashed = hashlib.sha256(request.body).hexdigest()
         expires = time.time() + self.deadline
         for _ in range(TRIES):
+            hashed = hashlib.sha256(request.body).hexdigest()
             parts = (run, client, kind, sorted(about.items()), base, nonce, hashed)
             task = hashlib.sha256(repr(parts).encode()).hexdigest()
             head: Head = {
@@ -229,6 +242,8 @@ class NodeExecutor:
             if said == "lost" and base:
                 base = ""
                 self._lost.append(client)
+                self.on_reset(client)
+                request = make_request(client)
                 self.connections.say(f"{client} has lost its private state, and begins anew")
             elif said == "unready":
                 yield from self.handshake.prepare_restarted_node(client)

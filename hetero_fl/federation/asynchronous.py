@@ -357,7 +357,7 @@ class AsynchronousTrainer(FederatedTrainer):
         self.num_tasks = number + 1
         self._attempts[client] = again + 1
         payload = self.broadcast(client_info)
-        body = self.encode_broadcast(payload)
+        body = self.encode_broadcast(client_info, payload)
         fate = self.environment.faults.outcome(client, number)
         up = self.upload_sizes(client_info, payload, self.version)
         self.count_traffic(down=len(body))
@@ -429,7 +429,10 @@ class AsynchronousTrainer(FederatedTrainer):
         upload = arrivals[0]  # the same once more is known by the task's number, and dropped
         if not upload.is_intact:
             raise TaskFailedError(CHANGED, "fate")
-        asked = self.links.decode_broadcast(task.version, task.broadcast)
+        if self.changes is not None:
+            asked = self.changes.received_last(task.client)
+        else:
+            asked = self.links.decode_broadcast(task.version, task.broadcast)
         client_info = self.federation.client_infos[task.client]
         try:
             return self.decode_upload(client_info, upload.body, asked, task.version, task.attempt)

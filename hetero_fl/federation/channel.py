@@ -8,7 +8,7 @@ from typing import Any
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.communication.compression import build_stages, with_worst_case_size
 from hetero_fl.communication.link import Link, value_kinds
-from hetero_fl.config.communication import ChannelConfig
+from hetero_fl.config.communication import SPARSE, ChannelConfig
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Item, Payload, report_with_loss
@@ -32,20 +32,22 @@ class FederationLinks:
         self, algorithm: Algorithm, federation: FederationSpec, bound: bool = False
     ) -> None:
         config = federation.channel if algorithm.needs.counts_traffic else ChannelConfig()
-        up, down = (
-            build_stages(chain, config.entropy) for chain in (config.compress, config.compress_down)
-        )
-        self.at_most = bound and with_worst_case_size(up) != up
+        up = build_stages(config.compress, config.entropy)
+        down = build_stages(config.compress_down, config.entropy, makes_up=True)
+        self.at_most = bound and any(with_worst_case_size(c) != c for c in (up, down))
         self.algorithm = algorithm
         self.seed = federation.seed
         self.summed = config.secure_sum is not None
         specs = upload_specs(algorithm, federation)
         if bound:
             up = with_worst_case_size(up)
+            down = with_worst_case_size(down)
         # None: payloads travel as they are, and clients receive what the server sends.
         outputs = federation.task.outputs
         self.up = Link(up, specs, outputs) if up else None
-        self.down = Link(down, algorithm.downloads, outputs) if down else None
+        self.down = Link(down, algorithm.downloads, outputs, tells_layout=True) if down else None
+        # Whether broadcasts tell changes of what a client holds.
+        self.sends_changes = any(stage.kind in SPARSE for stage in config.compress_down)
         self._statistics: dict[ModelSpec, frozenset[str]] = {}
 
     # Up --------------------------------------------------------------------------------------------------------------
@@ -103,18 +105,25 @@ class FederationLinks:
 
     # Down ------------------------------------------------------------------------------------------------------------
     def encode_broadcast(
-        self, round_idx: int, payload: Payload, archs: Iterable[ModelSpec]
+        self,
+        round_idx: int,
+        payload: Payload,
+        archs: Iterable[ModelSpec],
+        reference: Payload | None = None,
     ) -> bytes:
-        """What the server, which holds models of these architectures, sends. Clients that are sent the same receive the same."""
+        """What the server, which holds models of these architectures, sends to clients that hold `reference`."""
         if self.down is None:
             return payload.encode()
-        return self.down.send(payload, self._key(SERVER, round_idx), self._buffer_names(archs))
+        key = self._key(SERVER, round_idx)
+        return self.down.send(payload, key, self._buffer_names(archs), reference)
 
-    def decode_broadcast(self, round_idx: int, data: bytes) -> Payload:
-        """A broadcast at the client. Raises PayloadError."""
+    def decode_broadcast(
+        self, round_idx: int, data: bytes, reference: Payload | None = None
+    ) -> Payload:
+        """A broadcast at a client that holds `reference`. Raises PayloadError."""
         if self.down is None:
             return Payload.decode(data)
-        return self.down.receive(data, self._key(SERVER, round_idx))
+        return self.down.receive(data, self._key(SERVER, round_idx), reference=reference)
 
     def simulate_broadcast(
         self, round_idx: int, payload: Payload, archs: Iterable[ModelSpec]

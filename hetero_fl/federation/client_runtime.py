@@ -31,6 +31,7 @@ from hetero_fl.engine.driver import (
     run_plan,
     run_plans,
 )
+from hetero_fl.federation.broadcast_changes import read_broadcast
 from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.state_store import PrivateState, StateStore
@@ -62,7 +63,7 @@ class BroadcastCache:
     `most`: broadcasts kept. None for code that may write past a tensor's version (`.data`, `.numpy()`): all are decoded anew.
     """
 
-    def __init__(self, decode: Callable[[int, bytes], Payload], most: int = MOST) -> None:
+    def __init__(self, decode: Callable[[str, int, bytes], Payload], most: int = MOST) -> None:
         self._decode = decode
         self._most = most
         self._idle: list[DecodedBroadcast] = []
@@ -72,7 +73,7 @@ class BroadcastCache:
         self, broadcasts: Mapping[str, bytes], round_idx: int
     ) -> Iterator[dict[str, Payload]]:
         """What each of these clients was sent. Raises PayloadError."""
-        copies = {client: self._take(round_idx, body) for client, body in broadcasts.items()}
+        copies = {c: self._take(c, round_idx, body) for c, body in broadcasts.items()}
         yield {client: copy_payload(copy.payload) for client, copy in copies.items()}
         self._idle = [*copies.values(), *self._idle][: self._most]
 
@@ -80,7 +81,7 @@ class BroadcastCache:
         """Give the memory back."""
         self._idle.clear()
 
-    def _take(self, round_idx: int, body: bytes) -> DecodedBroadcast:
+    def _take(self, client_id: str, round_idx: int, body: bytes) -> DecodedBroadcast:
         """Messages are the same if they are one object: comparing them would take as long as reading them."""
         at = next(
             (
@@ -92,7 +93,7 @@ class BroadcastCache:
         )
         if at is not None and (copy := self._idle.pop(at)).is_unchanged():
             return copy
-        payload = self._decode(round_idx, body)
+        payload = self._decode(client_id, round_idx, body)
         return DecodedBroadcast(round_idx, body, payload, tensor_versions(payload))
 
 
@@ -203,7 +204,7 @@ class ClientRuntime:
         self.protocol = protocol
         self.links = FederationLinks(algorithm, federation)
         self.broadcast_cache = BroadcastCache(
-            self.links.decode_broadcast, 0 if is_user_method(algorithm) else MOST
+            self._decode_broadcast, 0 if is_user_method(algorithm) else MOST
         )
         self.privacy = ClientPrivacy.from_federation(algorithm, federation)
         self.listener: Callable[[str], None] | None = None
@@ -234,7 +235,10 @@ class ClientRuntime:
                 client_id, self.store.get(client_id), request.round_idx, request.attempt
             )
             clients[client_id].step_share = request.step_share
-            received[client_id] = self.links.decode_broadcast(request.round_idx, answer.broadcast)
+            state = clients[client_id].state
+            received[client_id] = read_broadcast(
+                self.links, request.round_idx, answer.broadcast, state
+            )
         backend = self.backend
         if self.privacy is not None:
             backend = self.privacy.make_backend(clients.values(), backend)
@@ -252,6 +256,11 @@ class ClientRuntime:
             )
             replies[client_id] = training[client_id].reply(body)
         return replies
+
+    def _decode_broadcast(self, client_id: str, round_idx: int, body: bytes) -> Payload:
+        """Decode a broadcast that is not trained on: the client keeps nothing of it."""
+        state = dict(self.store.get(client_id).state)
+        return read_broadcast(self.links, round_idx, body, state)
 
     def _finish_upload(
         self, client: Participant, outcome: PlanOutcome[Items], received: Payload

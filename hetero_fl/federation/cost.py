@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from hetero_fl.communication.protocol import total_bytes
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Payload
 from hetero_fl.engine.driver import run_plan, translate_user_errors
+from hetero_fl.federation.broadcast_changes import KEPT_ROUNDS, NAME_BYTES
 from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.dry_run import ExpectedUploads, payload_structure
 from hetero_fl.federation.federation import FederationSpec
@@ -107,6 +109,8 @@ class DryRun:
         self.links = FederationLinks(algorithm, federation, bound=True)
         self.protocol = make_protocol(algorithm, federation)
         algorithm.setup(self.server)
+        # By client: the round in which it received a model last, and what that was.
+        self._held: dict[str, tuple[int, Payload]] = {}
         self._exchanges: dict[Any, ExchangeCost] = {}
         self._evaluations: dict[Any, int] = {}
         self._aggregated: set[tuple[int, ...]] = set()  # phases
@@ -117,14 +121,17 @@ class DryRun:
         client_info = self.federation.client_infos[client_id]
         received = call_broadcast(self.algorithm, self.server, client_info)
         # a weight in an upload has the digits of the client's number of rows
-        key = (phase, self._form(client_info, received), client_info.num_rows)
+        held = self._held_by(client_id, round_idx)
+        if self.links.sends_changes:
+            self._held[client_id] = round_idx, received
+        key = (phase, self._form(client_info, received), client_info.num_rows, _structure(held))
         if key not in self._exchanges:
             upload, charges = self.expectations.dry_run_upload(client_info, received, round_idx)
             up = 0
             if not self.protocol.setup:
                 body = self.links.encode_upload(client_info, round_idx, upload, received, {})
                 up = len(body)
-            down = self._broadcast_bytes(received, round_idx)
+            down = self._broadcast_bytes(received, round_idx, held)
             sizes = self.protocol.sizes(self.federation.cohort, round_idx, down, up)
             self._exchanges[key] = ExchangeCost(*total_bytes(sizes.values()), charges)
         return self._exchanges[key]
@@ -134,9 +141,10 @@ class DryRun:
         phase = self._begin_round(round_idx)
         client_info = replace(self.federation.client_infos[client_id], purpose="evaluate")
         received = call_broadcast(self.algorithm, self.server, client_info)
-        key = (phase, self._form(client_info, received))
+        held = self._held_by(client_id, round_idx)
+        key = (phase, self._form(client_info, received), _structure(held))
         if key not in self._evaluations:
-            self._evaluations[key] = self._broadcast_bytes(received, round_idx)
+            self._evaluations[key] = self._broadcast_bytes(received, round_idx, held)
         return self._evaluations[key]
 
     def aggregate(self, cohort: list[str], round_idx: int) -> None:
@@ -164,5 +172,16 @@ class DryRun:
         profile = self.federation.client_infos.profile(client_info.client_id)
         return profile.first, payload_structure(received)
 
-    def _broadcast_bytes(self, payload: Payload, round_idx: int) -> int:
-        return len(self.links.encode_broadcast(round_idx, payload, self.server.arch.values()))
+    def _held_by(self, client_id: str, round_idx: int) -> Payload | None:
+        """Return what a client holds, of which it is sent the change."""
+        since, held = self._held.get(client_id, (-math.inf, None))
+        return held if round_idx - since <= KEPT_ROUNDS else None
+
+    def _broadcast_bytes(self, payload: Payload, round_idx: int, held: Payload | None) -> int:
+        archs = self.server.arch.values()
+        body = self.links.encode_broadcast(round_idx, payload, archs, held)
+        return len(body) + self.links.sends_changes * NAME_BYTES
+
+
+def _structure(payload: Payload | None) -> Any:
+    return None if payload is None else payload_structure(payload)

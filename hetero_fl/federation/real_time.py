@@ -48,6 +48,12 @@ def reset_record(executor: RemoteExecutor) -> dict[str, Any]:
     return {"anew": clients} if clients else {}
 
 
+def forget_resets(trainer: RemoteSynchronousTrainer | RemoteAsynchronousTrainer) -> None:
+    """Have a trainer send whole models to clients that have lost what they held."""
+    if trainer.changes is not None:
+        trainer.executor.on_reset = trainer.changes.ledger.forget
+
+
 class RemoteSynchronousTrainer(ScheduledTrainer):
     """Synchronous rounds with clients on other machines.
 
@@ -58,6 +64,7 @@ class RemoteSynchronousTrainer(ScheduledTrainer):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        forget_resets(self)
         self.stopwatch = Stopwatch()
 
     def run_round(self) -> Record:
@@ -133,6 +140,7 @@ class RemoteAsynchronousTrainer(AsynchronousTrainer):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        forget_resets(self)
         self.stopwatch = Stopwatch()
         self._resting: dict[str, str] = {}  # why they had no answer
 

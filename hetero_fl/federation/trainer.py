@@ -17,6 +17,7 @@ from hetero_fl.core.participant import ClientInfo, copy_containers, copy_tree
 from hetero_fl.core.payload import Payload, PayloadError, check_size, check_upload
 from hetero_fl.core.plan import Predict, Rows
 from hetero_fl.engine.driver import DivergedError, translate_user_errors
+from hetero_fl.federation.broadcast_changes import BroadcastChanges
 from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.checkpoint import Checkpoints
 from hetero_fl.federation.client_runtime import ClientEvaluation
@@ -110,6 +111,10 @@ class FederatedTrainer(ABC):
         self.backend = executor.backend
         self.protocol = make_protocol(algorithm, federation)
         self.links = FederationLinks(algorithm, federation)
+        # Broadcasts tell changes of what clients hold, where the channel is configured so.
+        self.changes: BroadcastChanges | None = None
+        if self.links.sends_changes:
+            self.changes = BroadcastChanges(self.links, self.store.stamp)
         self.expectations = ExpectedUploads(algorithm, federation)
         self.privacy = ServerPrivacy.from_federation(
             self.expectations.privacy, federation, self.expectations.expected_items, per_round
@@ -192,18 +197,24 @@ class FederatedTrainer(ABC):
         payload = call_broadcast(self.algorithm, speaker, client_info)
         return payload if self.privacy is None else self.privacy.add_bounds(payload)
 
-    def encode_broadcast(self, payload: Payload) -> bytes:
+    def encode_broadcast(self, client_info: ClientInfo, payload: Payload) -> bytes:
         """Encode a broadcast; one that several clients receive is encoded once."""
+        if self.changes is not None:
+            return self.changes.encode(client_info, payload)
         return self._encoded(payload)
 
-    def as_received(self, payload: Payload) -> Payload:
+    def as_received(self, client_info: ClientInfo, payload: Payload) -> Payload:
         """Return the payload that a client decodes from a broadcast."""
+        if self.changes is not None:
+            return self.changes.received(client_info, payload)
         return payload if self.links.down is None else self._decoded(payload)
 
     def _clear_broadcasts(self) -> None:
         """Forget encoded broadcasts: the server has changed, or goes on to another round."""
         round_idx = self.server.round_context.round_idx
         archs = self.server.arch.values()
+        if self.changes is not None:
+            self.changes.begin(round_idx, archs)
         self._encoded = EncodeCache(
             lambda payload: self.links.encode_broadcast(round_idx, payload, archs)
         )
@@ -321,15 +332,15 @@ class FederatedTrainer(ABC):
         self._set_round_context(round_idx)
         client_info = self.federation.client_infos[client_id]
         payload = self.broadcast(client_info)
-        request = Message("train", self.encode_broadcast(payload), round_idx)
+        request = Message("train", self.encode_broadcast(client_info, payload), round_idx)
         try:
             ((_, reply),) = self.executor.run([client_id], lambda client_id: request)
         finally:
             self.store.discard()
         if not isinstance(reply, Message):
             raise RunFailedError(f"round {round_idx + 1}: {client_id} sent no upload: {reply}")
-        received = self.links.decode_broadcast(round_idx, request.body)
-        upload = self.decode_upload(client_info, reply.body, self.as_received(payload), round_idx)
+        received = self.as_received(client_info, payload)
+        upload = self.decode_upload(client_info, reply.body, received, round_idx)
         return received, upload
 
     # Evaluation --------------------------------------------------------------------------------------------------
@@ -348,7 +359,7 @@ class FederatedTrainer(ABC):
 
         def broadcast(client_id: str) -> bytes:
             client_info = replace(self.federation.client_infos[client_id], purpose="evaluate")
-            body = self.encode_broadcast(self.broadcast(client_info))
+            body = self.encode_broadcast(client_info, self.broadcast(client_info))
             sizes[client_id] = len(body)
             return body
 
@@ -400,6 +411,8 @@ class FederatedTrainer(ABC):
             "aggregation": self.rule_memory,
             "bounds": self.privacy.state_dict() if self.privacy is not None else {},
         }
+        if self.changes is not None:
+            state["broadcasts"] = self.changes.state_dict()
         if self.num_diverged:
             state["diverged"] = self.num_diverged
         return state
@@ -414,4 +427,6 @@ class FederatedTrainer(ABC):
         self.rule_memory = state["aggregation"]
         if self.privacy is not None:
             self.privacy.load_state_dict(state["bounds"])
+        if self.changes is not None:
+            self.changes.load_state_dict(state["broadcasts"])
         self._clear_broadcasts()

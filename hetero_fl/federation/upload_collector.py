@@ -161,7 +161,7 @@ class UploadCollector:
     def _add_upload(self, client_id: str, body: bytes) -> None:
         client_info = self.trainer.federation.client_infos[client_id]
         try:
-            received = self.trainer.as_received(self._sent.pop(client_id))
+            received = self.trainer.as_received(client_info, self._sent.pop(client_id))
             payload = self.trainer.decode_upload(client_info, body, received, self.round_idx)
         except PayloadError as error:
             self.refuse(client_id, f"upload refused: {error}")
@@ -243,12 +243,13 @@ class UploadCollector:
         )
 
     def _broadcast_to(self, client_id: str) -> bytes:
-        payload = self.trainer.broadcast(self.trainer.federation.client_infos[client_id])
+        client_info = self.trainer.federation.client_infos[client_id]
+        payload = self.trainer.broadcast(client_info)
         self._sent[client_id] = payload
-        return self.trainer.encode_broadcast(payload)
+        return self.trainer.encode_broadcast(client_info, payload)
 
     def _received_by(self, client_info: ClientInfo) -> Payload:
-        return self.trainer.as_received(self.trainer.broadcast(client_info))
+        return self.trainer.as_received(client_info, self.trainer.broadcast(client_info))
 
     def _reference(self, client_info: ClientInfo, name: str) -> Tensors:
         """Return the named tensors that a client received under an item's name; {} if none."""

@@ -79,10 +79,7 @@ def test_a_chain_is_written_as_a_list_of_stages_and_comes_back_from_a_resolved_c
             {"compress": [{"randk": 2}, {"lowrank": 0.5}]},
             "channel.compress: found randk and lowrank",
         ),
-        (
-            {"compress_down": [{"topk": 0.1}]},
-            "channel.compress_down: found topk, which sends changes of what",
-        ),
+        ({"preset": "smal"}, "channel.preset: expected 'small', got 'smal'; did you mean 'small'?"),
         ({"compres": []}, "channel.compres: unknown key; did you mean 'compress'?"),
     ],
 )

@@ -47,13 +47,24 @@ def in_federation(
     return run_federation(transport=loopback, out=tmp_path / "federation", wait=LONG, **more)
 
 
+CHANGES_DOWN = ["rounds=3", "channel.compress_down=[topk: 0.2, quantize: 6]"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["hybrid", "fedavg", "fedmd", "fedproto"])
-def test_digits(name: str, loopback: LoopbackTransport, tmp_path: Path) -> None:
-    config, changes = (
-        ROOT / "configs" / "digits_quickstart.yaml",
-        [*QUICK, f"algorithm.name={name}"],
-    )
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("hybrid", []),
+        ("fedavg", []),
+        ("fedmd", []),
+        ("fedproto", []),
+        ("hybrid", CHANGES_DOWN),
+        ("fedavg", CHANGES_DOWN),
+    ],
+)
+def test_digits(name: str, more: list[str], loopback: LoopbackTransport, tmp_path: Path) -> None:
+    config = ROOT / "configs" / "digits_quickstart.yaml"
+    changes = [*QUICK, f"algorithm.name={name}", *more]
     there = in_federation(
         loopback, tmp_path, ["cnn_1", "cnn_2", "mlp", "vit"], source=config, overrides=changes
     )

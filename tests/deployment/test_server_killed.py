@@ -20,6 +20,9 @@ CLIENTS = ["site_1", "site_2", "site_3"]
 KINDS: dict[str, dict[str, Any]] = {
     "hybrid": config("hybrid", MIXED, rounds=3, channel=TOP, algorithm__heads="keep"),
     "fedavg": config("fedavg", rounds=3, clients__per_round=2),
+    "changes down": config(
+        "fedavg", rounds=3, channel={"compress_down": [{"topk": 0.2}, {"quantize": 6}]}
+    ),
     "secure sum": config("fedper", rounds=3, channel={"secure_sum": {"threshold": 2}}),
 }
 
@@ -60,7 +63,8 @@ def test_a_checkpoint_that_falls_back_finds_the_states_that_it_names(tmp_path: P
     same(there, run(made, out=tmp_path / "here"))
 
 
-def test_who_has_lost_its_state_begins_anew_and_is_counted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["hybrid", "changes down"])
+def test_who_has_lost_its_state_begins_anew_and_is_counted(kind: str, tmp_path: Path) -> None:
     sites = Sites(CLIENTS, tmp_path / "sites")
 
     def lose(record: dict[str, Any]) -> None:
@@ -68,7 +72,7 @@ def test_who_has_lost_its_state_begins_anew_and_is_counted(tmp_path: Path) -> No
             for file in (tmp_path / "sites" / "site_2").rglob("state-*"):
                 file.unlink()
 
-    there = federation(KINDS["hybrid"], sites, tmp_path / "there", callbacks=[lose])
+    there = federation(KINDS[kind], sites, tmp_path / "there", callbacks=[lose])
     assert [record.get("anew") for record in records(there)] == [None, ["site_2"], None]
     assert all(record["counts"]["arrived"] == 3 for record in records(there))
 

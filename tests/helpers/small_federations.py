@@ -90,7 +90,9 @@ def broadcasts(
     infos = [trainer.federation.client_infos[client] for client in clients]
     if for_evaluation:
         infos = [replace(info, purpose="evaluate") for info in infos]
-    return {info.client_id: trainer.encode_broadcast(trainer.broadcast(info)) for info in infos}
+    return {
+        info.client_id: trainer.encode_broadcast(info, trainer.broadcast(info)) for info in infos
+    }
 
 
 def deployed(rounds: SynchronousTrainer, id: str) -> Participant:

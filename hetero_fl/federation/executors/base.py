@@ -77,7 +77,13 @@ class Executor(Protocol):
 
 
 class RemoteExecutor(Executor, Protocol):
-    """An executor whose clients are on machines of their own: real time passes, and they come and go."""
+    """An executor whose clients are on machines of their own: real time passes, and they come and go.
+
+    Attributes:
+        on_reset: Called with a client that has lost its private state, before it is asked again.
+    """
+
+    on_reset: Callable[[str], None]
 
     def as_completed(
         self, clients: Sequence[str], request: Callable[[str], Message]

@@ -222,7 +222,7 @@ class SimulatedTrainer(ScheduledTrainer):
         upload = 0
         if not self.protocol.setup:
             upload = self.upload_sizes(client_info, payload, self.round_idx)
-        broadcast = len(self.encode_broadcast(payload))
+        broadcast = len(self.encode_broadcast(client_info, payload))
         return self.protocol.sizes(cohort_size, self.round_idx, broadcast, upload)
 
     def _count_unseen_traffic(

@@ -259,7 +259,7 @@ def test_a_task_that_is_given_up_leaves_no_trace() -> None:
     rounds.decode_upload, up, down = fail_once, rounds.traffic.up, rounds.traffic.down  # type: ignore[method-assign]
     with pytest.raises(RunFailedError, match="on purpose"):
         rounds.run_round()
-    assert list(crew.jobs) == [1]  # still at work on a client of the round that failed
+    assert set(crew.jobs) == {0, 1}  # still at work on clients of the round that failed
     crew.turned = True
     rounds.store.discard()
     rounds.traffic.up, rounds.traffic.down = up, down

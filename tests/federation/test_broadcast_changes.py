@@ -1,0 +1,231 @@
+"""Broadcasts as changes of what a client holds: both ends compute the same, whatever is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hetero_fl.algorithms import FedAvg
+from hetero_fl.core.participant import Participant
+from hetero_fl.core.payload import Payload, PayloadError
+from hetero_fl.core.plan import Plan
+from hetero_fl.experiment import prepare, run
+from hetero_fl.federation.broadcast_changes import HELD, KEPT_ROUNDS, WHOLE, read_broadcast
+from hetero_fl.federation.cost import communication_cost
+from hetero_fl.federation.trainer import FederatedTrainer
+from tests.federation.test_synchronous import METHODS
+from tests.helpers import asynchronous_runs
+from tests.helpers.small_federations import MIXED, broadcasts, config, rounds_of, same_bits
+from tests.helpers.workers import Lent, lent, outcome, rounds_on, setup_of
+
+DOWN = {"compress_down": [{"topk": 0.2}, {"quantize": 6}]}
+CHAINS = {
+    "topk": [{"topk": 0.2}, {"quantize": 6}],
+    "randk": [{"randk": 0.3}],
+    "lowrank": [{"lowrank": 0.8}, "half"],
+}
+MODELS = ["cnn_bn_small", {"name": "mlp", "hidden": [24]}]
+
+
+def check_held(trainer: FederatedTrainer) -> int:
+    """Compare what clients hold with what the server believes; return how many hold something."""
+    assert trainer.changes is not None
+    holders = 0
+    for client_id in trainer.federation.client_infos:
+        name = trainer.changes.ledger.held_by(client_id)
+        held = trainer.store.get(client_id).state.get(HELD)
+        if name == WHOLE:
+            continue
+        holders += 1
+        assert held is not None and held["name"] == name.hex()
+        if (version := trainer.changes._versions.get(name)) is None:
+            continue
+        for item, tensors in held["models"].items():
+            assert same_bits(version.payload[item], tensors)
+    return holders
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_both_ends_hold_the_same(chain: str) -> None:
+    source = config("fedavg", MODELS, 4, channel={"compress_down": CHAINS[chain]})
+    trainer = rounds_of(source, held=0)
+    for _ in range(3):
+        assert not trainer.run_round()["failed"]
+        assert check_held(trainer) == 4
+
+
+def test_it_is_the_rule_of_the_paper() -> None:
+    """EF21-P, w ← w + C(x − w), with top-k over all parameters of an architecture."""
+    share = 0.1
+    source = config(
+        "fedavg", {"name": "mlp", "hidden": [24]}, 2, channel={"compress_down": [{"topk": share}]}
+    )
+    trainer = rounds_of(source, held=0)
+    (group,) = trainer.server.models
+    held: torch.Tensor | None = None
+    for _ in range(4):
+        x = torch.cat([t.reshape(-1) for _, t in sorted(trainer.server.models[group].items())])
+        trainer.run_round()
+        if held is None:
+            held = x.clone()  # the first message tells the whole
+        else:
+            change = x - held
+            largest = change.abs().topk(-(-len(change) * 10 // 100)).indices
+            held[largest] += change[largest]
+        state = trainer.store.get("site_1").state[HELD]["models"]["model"]
+        found = torch.cat([t.reshape(-1) for _, t in sorted(state.items())])
+        torch.testing.assert_close(found, held, rtol=0, atol=1e-7)
+
+
+def test_what_is_left_out_is_sent_later() -> None:
+    """Where the server stands still, clients come to hold its model."""
+    source = config("fedavg", "linear", 1, channel={"compress_down": [{"topk": 0.25}]})
+    trainer = rounds_of(source, held=1)
+    changes = trainer.changes
+    assert changes is not None
+    (info,) = (trainer.federation.client_infos[c] for c in trainer.federation.client_infos)
+    payload = trainer.broadcast(info)
+    gaps = []
+    for round_idx in range(1, 6):
+        changes.begin(round_idx, trainer.server.arch.values())
+        changes.encode(info, payload)
+        received = changes.received(info, payload)["model"]
+        gaps.append(max(float((received[n] - t).abs().max()) for n, t in payload["model"].items()))
+        changes.ledger._held[info.client_id] = changes.ledger.sent_to(info.client_id)
+        changes.ledger._sent.clear()
+    assert gaps[0] > 0 and gaps == sorted(gaps, reverse=True) and gaps[-1] < 1e-7
+
+
+def test_changes_are_a_small_part_of_whole_models() -> None:
+    channel = {"compress_down": [{"topk": 0.02}, {"quantize": 4}], "entropy": True}
+    trainer = rounds_of(config("fedavg", MODELS, 4, channel=channel), held=0)
+    sizes = [trainer.run_round()["down_bytes"] for _ in range(3)]
+    assert max(sizes[1:]) < 0.25 * sizes[0]
+
+
+def test_a_client_that_was_away_for_long_is_sent_the_whole() -> None:
+    trainer = rounds_of(config("fedavg", "linear", 2, channel=DOWN), held=1)
+    (body,) = broadcasts(trainer, ["site_1"], for_evaluation=True).values()
+    assert body[:8] != WHOLE
+    assert trainer.changes is not None
+    trainer.changes.begin(KEPT_ROUNDS + 1, trainer.server.arch.values())
+    (body,) = broadcasts(trainer, ["site_1"], for_evaluation=True).values()
+    assert body[:8] == WHOLE
+
+
+def test_a_change_of_something_else_is_refused() -> None:
+    trainer = rounds_of(config("fedavg", "linear", 2, channel=DOWN), held=1)
+    (body,) = broadcasts(trainer, ["site_1"], for_evaluation=True).values()
+    other: dict[str, Any]
+    for other in ({}, {HELD: {"name": "00" * 8, "models": {}}}):
+        with pytest.raises(PayloadError, match="a broadcast that this client does not hold"):
+            read_broadcast(trainer.links, 1, body, other)
+    with pytest.raises(PayloadError):
+        read_broadcast(trainer.links, 1, b"", {})
+
+
+class Zeroing(FedAvg):
+    """Its clients set what they received to zero, in place."""
+
+    def train(self, client: Participant, received: Payload) -> Plan[dict[str, Any]]:
+        items = yield from super().train(client, received)
+        for tensor in received["model"].values():
+            tensor.zero_()
+        return items
+
+
+def test_a_hook_that_changes_what_it_received_changes_nothing_held() -> None:
+    source = config(f"python:{__name__}:Zeroing", MODELS, 4, channel=DOWN)
+    trainer = rounds_of(source, held=0)
+    for _ in range(2):
+        assert not trainer.run_round()["failed"]
+        assert check_held(trainer) == 4
+
+
+@pytest.mark.parametrize("too_few", ["skip", "repeat"])
+def test_what_is_lost_moves_nobody(too_few: str) -> None:
+    source = config(
+        "fedavg",
+        MODELS,
+        6,
+        channel=DOWN,
+        rounds=5,
+        clients__per_round=4,
+        devices={"speed": {"median": 1e6, "sigma": 0.9}, "up": 1e5},
+        faults={"lost": 0.3, "corrupted": 0.2, "during": 0.1},
+        cohort={"least": 2, "too_few": too_few},
+    )
+    trainer = rounds_of(source, held=0)
+    failed = 0
+    for _ in range(5):
+        failed += len(trainer.run_round()["failed"])
+        check_held(trainer)
+    assert failed > 2
+
+
+def test_an_asynchronous_run_knows_what_each_task_received() -> None:
+    made = asynchronous_runs.source("fedavg", runtime__buffer=None, channel=DOWN)
+    trainer = prepare(made).make_trainer()
+    for _ in range(4):
+        trainer.run_round()
+    assert check_held(trainer) > 1
+
+
+@pytest.fixture(scope="module")
+def crew() -> Iterator[Lent]:
+    with lent(setup_of("local"), 2) as made:
+        yield made
+
+
+@pytest.mark.parametrize("method", ["hybrid", "fedper"])
+def test_workers_change_no_bit(method: str, crew: Lent) -> None:
+    setup = setup_of(config(method, MIXED, 4, clients__per_round=3, channel=DOWN))
+    want = outcome(rounds_on(setup, None), 3)
+    assert not any(record["failed"] for record in want["records"])
+    crew.take(setup)
+    for size in (1, 2):
+        assert outcome(rounds_on(setup, crew, size), 3) == want
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_costs_what_was_told(method: str) -> None:
+    # Of asynchronous runs with fewer at work than there are, rounds are estimated.
+    per_round = None if method in ("fedasync", "fedbuff") else 3
+    source = config(method, MIXED, 4, channel=DOWN, rounds=3, server={"model": "linear"})
+    source["clients"]["per_round"] = per_round
+    prepared = prepare(source)
+    trainer = prepared.make_trainer()
+    for _ in range(3):
+        assert not trainer.run_round()["failed"]
+        trainer.evaluate()
+    cost = communication_cost(prepared.method, prepared.federation, 3, per_round)
+    told = (cost.up.total(), cost.down.total() + cost.evaluation.total())
+    counted = (trainer.traffic.up, trainer.traffic.down)
+    if cost.is_upper_bound:
+        assert told[0] >= counted[0] and told[1] >= counted[1]
+    else:
+        assert told == counted
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_run_that_is_stopped_goes_on_with_the_same_bits(mode: str, tmp_path: Path) -> None:
+    source = config("hybrid", MIXED, 4, rounds=4, clients__per_round=3, channel=DOWN)
+    if mode == "async":
+        source = asynchronous_runs.source("fedavg", runtime__buffer=None, channel=DOWN, rounds=4)
+    whole = run(source, out=tmp_path / "whole")
+
+    def stop(record: dict[str, Any]) -> None:
+        if record["round"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(source, out=tmp_path / "parts", callbacks=[stop])
+    parts = run(source, out=tmp_path / "parts", resume=True)
+    for name, model in whole.models.items():
+        assert same_bits(model.tensors, parts.models[name].tensors), name
+    assert whole.summary["communication"] == parts.summary["communication"]

@@ -88,14 +88,23 @@ class Side(Protocol):
 
 
 class RoundsProcess:
-    """A process that trains the rounds of a case with the package of one tree."""
+    """A process that trains one turn of rounds for each line on its standard input.
 
-    def __init__(self, tree: Path, tasks: Path) -> None:
-        self.tree = tree
+    Args:
+        name: Shown if it ends too soon.
+        command: Its command line.
+        folder: Its working folder.
+        environ: Its environment variables.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], folder: Path, environ: Mapping[str, str]
+    ) -> None:
+        self.name = name
         self.process = subprocess.Popen(
-            [sys.executable, str(CHILD), str(tasks)],
-            cwd=tree,
-            env=environment(tree),
+            command,
+            cwd=folder,
+            env=dict(environ),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -108,18 +117,26 @@ class RoundsProcess:
     def finish_task(self) -> None:
         """Let the present configuration run to its end."""
         if "done" not in self._ask():
-            raise SystemExit(f"{self.tree}: expected the end of a run, got another turn")
+            raise SystemExit(f"{self.name}: expected the end of a run, got another turn")
 
-    def _ask(self) -> dict[str, Any]:
+    def request(self) -> None:
+        """Let it begin the next turn."""
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
+
+    def reply(self) -> dict[str, Any]:
+        """Return what it reports of the turn."""
+        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self.tree}: ended with status {self.process.wait()}")
+            raise SystemExit(f"{self.name}: ended with status {self.process.wait()}")
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+    def _ask(self) -> dict[str, Any]:
+        self.request()
+        return self.reply()
 
     def close(self) -> None:
         """End the process."""
@@ -186,7 +203,8 @@ def measure_rounds(case: Case, trees: Sequence[Path], pairs: int) -> Result:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         tasks = folder / "tasks.json"
         tasks.write_text(json.dumps(case.tasks(pairs)), encoding="utf-8")
-        processes = [RoundsProcess(tree, tasks) for tree in trees]
+        command = [sys.executable, str(CHILD), str(tasks)]
+        processes = [RoundsProcess(str(tree), command, tree, environment(tree)) for tree in trees]
         for process in processes:
             stack.callback(process.close)
         for label in case.configs:

@@ -22,7 +22,8 @@ class Message:
 
     Args:
         kind: What is asked or answered, such as "train" or "upload".
-        body: The encoded content.
+        content: What is sent: encoded, or as it is if the receiver is in this process. Nobody
+            changes its tensors in place.
         round_idx: The round of the task; the server's version in an asynchronous run. Keys the
             client's random draws, together with `attempt`.
         attempt: In asynchronous runs, how often the client was asked in that round before.
@@ -32,11 +33,22 @@ class Message:
     """
 
     kind: str
-    body: bytes
+    content: bytes | Payload
     round_idx: int = 0
     attempt: int = 0
     step_share: float = 1.0
     checksum: bytes | None = None
+
+    @property
+    def body(self) -> bytes:
+        """The encoded content."""
+        return self.content if isinstance(self.content, bytes) else self.content.encode()
+
+    @property
+    def size(self) -> int:
+        """The bytes of the encoded content."""
+        content = self.content
+        return len(content) if isinstance(content, bytes) else content.encoded_size
 
     def with_checksum(self) -> Message:
         """Return a copy that carries the checksum of its body."""
@@ -77,7 +89,7 @@ class Exchange(Interface):
     def request(self, client_id: str, broadcast_to: Callable[[str], bytes]) -> Message:
         """Return the request to a client; `broadcast_to` encodes its broadcast if it is needed."""
 
-    def accept(self, client_id: str, reply: Message) -> bytes | None:
+    def accept(self, client_id: str, reply: Message) -> bytes | Payload | None:
         """Take a client's reply. Return the upload in it if the server may see it."""
 
 
@@ -145,8 +157,8 @@ class TrainExchange:
     def request(self, client_id: str, broadcast_to: Callable[[str], bytes]) -> Message:
         return Message(self.kind, broadcast_to(client_id))
 
-    def accept(self, client_id: str, reply: Message) -> bytes:
-        return reply.body
+    def accept(self, client_id: str, reply: Message) -> bytes | Payload:
+        return reply.content
 
 
 class DirectProtocol:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.utils.errors import one_line, suggest_or_list, suggest_similar
-from hetero_fl.utils.serialization import CodecError, decode, encode
+from hetero_fl.utils.serialization import CodecError, decode, encode, encoded_size
 
 Kind = Literal["params", "update", "rows", "class_sums", "counts"]
 KINDS: tuple[Kind, ...] = ("params", "update", "rows", "class_sums", "counts")
@@ -174,11 +174,24 @@ class Payload(Mapping[str, Any]):
 
     def encode(self) -> bytes:
         """As it travels; its length is what is counted."""
+        return encode(self.tree(), FORM)
+
+    @property
+    def encoded_size(self) -> int:
+        """The length of `encode()`; no tensor is read."""
+        return encoded_size(self.tree(), FORM)
+
+    def tree(self) -> dict[str, Any]:
+        """Return the payload as plain values and tensors, as `from_untrusted` reads it.
+
+        Its tensors are detached, contiguous and on the CPU, as decoded ones are; those that are so already
+        are not copied.
+        """
         items = {
-            n: {"values": i.values, "weight": i.weight, "kind": i.kind}
+            n: {"values": _plain(i.values), "weight": _plain(i.weight), "kind": i.kind}
             for n, i in self.items_.items()
         }
-        return encode({"items": items, "report": self.report}, FORM)
+        return {"items": items, "report": self.report}
 
     @classmethod
     def decode(cls, data: bytes, like: Mapping[str, Item] | None = None) -> Payload:
@@ -215,6 +228,12 @@ class Payload(Mapping[str, Any]):
             payload.items_[name], norm = _item(name, raw)
             payload.magnitude = max(payload.magnitude, norm)
         return payload
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    return value.detach().cpu().contiguous() if isinstance(value, Tensor) else value
 
 
 def report_with_loss(

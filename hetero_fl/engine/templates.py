@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from functools import cache
 
@@ -16,6 +17,7 @@ from hetero_fl.core.plan import ClassSums, Predict
 from hetero_fl.engine.dropout import DropoutStreams, use_keyed_dropout
 from hetero_fl.utils.code_permission import OWN
 from model_zoo import ModelDescription, Outputs, SplitModel, describe
+from model_zoo.shapes import make_shape
 
 # What a client's task costs, and which memory layout suits its model: estimated from what is known
 # before the run.
@@ -59,11 +61,16 @@ def is_recurrent(arch: ModelSpec) -> bool:
 
 
 def training_flops(client_info: ClientInfo) -> float:
-    """Floating-point operations of a client's local training in a round, about: forward, and twice that for gradients."""
+    """Return the floating-point operations of a client's local training in a round, about."""
     s = client_info.settings
-    about = describe_model(client_info.arch)
     examples = client_info.num_rows * s.epochs if s.steps is None else s.steps * s.batch_size
-    return float(examples * 3 * max(about.forward_flops, 2 * about.parameters))
+    return float(examples * example_flops(client_info.arch))
+
+
+def example_flops(arch: ModelSpec) -> int:
+    """Return the operations of training on one example, about: forward, and twice that for gradients."""
+    about = describe_model(arch)
+    return 3 * max(about.forward_flops, 2 * about.parameters)
 
 
 class TaskCosts:
@@ -166,6 +173,43 @@ def _use_bfloat16(module: SplitModel, device: torch.device) -> None:
         return Outputs(out.logits.float(), out.features.float())
 
     module.forward = mixed  # type: ignore[method-assign]
+
+
+MEASURED_SECONDS = 0.1  # of steps that are timed, at most, if there are two
+
+
+def measure_step(arch: ModelSpec, batch_size: int, threads: int) -> float:
+    """Return the seconds of a training step on this machine's processor.
+
+    Forward, backward and a step of SGD on blank examples; the least of several, after one that is
+    not counted.
+
+    Args:
+        arch: The model.
+        batch_size: Examples per step.
+        threads: Threads that compute it.
+    """
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    templates = Templates(torch.device("cpu"))
+    template = templates(arch)
+    template.set_mode(training=True)
+    _, channels, size, _ = arch.size_arguments
+    x = make_shape(channels, size, arch.vocabulary).blank(batch_size)
+    optimizer = torch.optim.SGD(template.module.parameters(), lr=0.0, fused=True)
+    seconds: list[float] = []
+    try:
+        with torch.random.fork_rng(devices=[]):
+            while len(seconds) < 3 or sum(seconds) < MEASURED_SECONDS:
+                started = time.perf_counter()
+                templates.dropout.seed([len(seconds)], batch_size)
+                optimizer.zero_grad()
+                template.module(x).logits.sum().backward()
+                optimizer.step()
+                seconds.append(time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads_before)
+    return min(seconds[1:])
 
 
 OutputStep = Predict | ClassSums

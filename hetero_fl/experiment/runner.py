@@ -21,7 +21,13 @@ from hetero_fl.federation.checkpoint import Checkpoints
 from hetero_fl.federation.executors.choose import ExecutorChoice, choose_executor, require_engine
 from hetero_fl.federation.state_store import PrivateState, StateStore
 from hetero_fl.federation.trainer import EvaluationResult, FederatedTrainer, Record, add_evaluation
-from hetero_fl.reporting.integrity import check_resumable, evidence_of_start, identity, inspect
+from hetero_fl.reporting.integrity import (
+    NODES,
+    check_resumable,
+    evidence_of_start,
+    identity,
+    inspect,
+)
 from hetero_fl.reporting.progress import Progress, writer_callback
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import LOG, RunDirectory, check_vacant, has_run, lock_folder
@@ -335,8 +341,6 @@ def load_inherited_models(models: Mapping[str, SavedModel], trainer: FederatedTr
 
 
 # One run: configuration in, finished run directory out.
-
-NODES = "nodes"  # the executor of a run across machines
 
 
 def run(

@@ -425,7 +425,7 @@ class AsynchronousTrainer(FederatedTrainer):
             )
         )
         arrivals = [message for _, message in came if isinstance(message, Message)]
-        self.count_traffic(up=sum(len(message.body) for message in arrivals))
+        self.count_traffic(up=sum(message.size for message in arrivals))
         upload = arrivals[0]  # the same once more is known by the task's number, and dropped
         if not upload.is_intact:
             raise TaskFailedError(CHANGED, "fate")
@@ -435,7 +435,9 @@ class AsynchronousTrainer(FederatedTrainer):
             asked = self.links.decode_broadcast(task.version, task.broadcast)
         client_info = self.federation.client_infos[task.client]
         try:
-            return self.decode_upload(client_info, upload.body, asked, task.version, task.attempt)
+            return self.decode_upload(
+                client_info, upload.content, asked, task.version, task.attempt
+            )
         except PayloadError as error:
             raise TaskFailedError(f"upload refused: {error}", "client") from None
 

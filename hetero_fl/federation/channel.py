@@ -192,6 +192,6 @@ def idle_stages(name: str, algorithm: Algorithm, federation: FederationSpec) -> 
             for c in chain
             if c.top_classes is not None and c.top_classes + 1 >= classes
         ]
-    if config.entropy and not any(c.topk for c in config.compress):
+    if config.entropy and not any(c.topk for c in (*config.compress, *config.compress_down)):
         notes.append("channel.entropy is not used: it codes the places that topk sends")
     return notes

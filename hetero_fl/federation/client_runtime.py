@@ -6,7 +6,7 @@ The same code runs in simulation and on nodes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,13 @@ from torch import Tensor
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import Items, inference_model, is_user_method, kept_state
 from hetero_fl.algorithms.local_training import add_log_prior
-from hetero_fl.communication.protocol import Message, Reply, RoundProtocol, TrainingRequest
+from hetero_fl.communication.protocol import (
+    DirectProtocol,
+    Message,
+    Reply,
+    RoundProtocol,
+    TrainingRequest,
+)
 from hetero_fl.core.metrics import Scores, calibration, confusion, score
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Item, Payload, report_with_loss
@@ -57,7 +63,7 @@ class DecodedBroadcast:
 
 
 class BroadcastCache:
-    """Decoded broadcasts of a reading. Each is in one client's hands at a time, in dictionaries of that client's own, and is
+    """Decoded broadcasts of a round. Each is in one client's hands at a time, in dictionaries of that client's own, and is
     lent again only if nobody changed a tensor in place: nothing passes from client to client.
 
     `most`: broadcasts kept. None for code that may write past a tensor's version (`.data`, `.numpy()`): all are decoded anew.
@@ -73,13 +79,10 @@ class BroadcastCache:
         self, broadcasts: Mapping[str, bytes], round_idx: int
     ) -> Iterator[dict[str, Payload]]:
         """What each of these clients was sent. Raises PayloadError."""
+        self._idle = [copy for copy in self._idle if copy.round_idx == round_idx]
         copies = {c: self._take(c, round_idx, body) for c, body in broadcasts.items()}
         yield {client: copy_payload(copy.payload) for client, copy in copies.items()}
         self._idle = [*copies.values(), *self._idle][: self._most]
-
-    def clear(self) -> None:
-        """Give the memory back."""
-        self._idle.clear()
 
     def _take(self, client_id: str, round_idx: int, body: bytes) -> DecodedBroadcast:
         """Messages are the same if they are one object: comparing them would take as long as reading them."""
@@ -184,6 +187,16 @@ class ClientEvaluation:
 class ClientRuntime:
     """Runs clients' plans with their own data and private state, several clients together.
 
+    Args:
+        algorithm: The method.
+        federation: Clients and data.
+        store: The clients' private state.
+        backend: What computes.
+        protocol: How uploads reach the server.
+        local: Whether the server is in this process. Uploads are then handed over as they are,
+            where nothing on their way needs bytes; a user's method may change tensors that it has
+            handed over, so that its uploads are encoded.
+
     Attributes:
         listener: Called with a line for each step that begins.
         review_upload: Called with each upload before it is encoded; may refuse it by raising.
@@ -196,6 +209,7 @@ class ClientRuntime:
         store: StateStore,
         backend: Backend,
         protocol: RoundProtocol,
+        local: bool = False,
     ) -> None:
         self.algorithm = algorithm
         self.federation = federation
@@ -205,6 +219,12 @@ class ClientRuntime:
         self.links = FederationLinks(algorithm, federation)
         self.broadcast_cache = BroadcastCache(
             self._decode_broadcast, 0 if is_user_method(algorithm) else MOST
+        )
+        self.hands_over = (
+            local
+            and self.links.up is None
+            and isinstance(protocol, DirectProtocol)
+            and not is_user_method(algorithm)
         )
         self.privacy = ClientPrivacy.from_federation(algorithm, federation)
         self.listener: Callable[[str], None] | None = None
@@ -218,7 +238,6 @@ class ClientRuntime:
         Returns:
             The reply of each client; a `DivergedError` where training diverged.
         """
-        self.broadcast_cache.clear()
         replies: dict[str, Reply] = {}
         training: dict[str, TrainingRequest] = {}
         for client_id, request in requests.items():
@@ -228,37 +247,65 @@ class ClientRuntime:
             else:
                 training[client_id] = answer
         clients: dict[str, Participant] = {}
-        received: dict[str, Payload] = {}
-        for client_id, answer in training.items():
+        for client_id in training:
             request = requests[client_id]
             clients[client_id] = self.federation.client(
                 client_id, self.store.get(client_id), request.round_idx, request.attempt
             )
             clients[client_id].step_share = request.step_share
-            state = clients[client_id].state
-            received[client_id] = read_broadcast(
-                self.links, request.round_idx, answer.broadcast, state
-            )
+        with self._receive(training, requests, clients) as received:
+            outcomes = self._train(clients, received)
+            for client_id, outcome in zip(clients, outcomes, strict=True):
+                if outcome.failure is not None:
+                    replies[client_id] = outcome.failure
+                    continue
+                upload = self._finish_upload(clients[client_id], outcome, received[client_id])
+                reply = training[client_id].reply
+                replies[client_id] = self._send(
+                    clients[client_id], upload, received[client_id], requests[client_id], reply
+                )
+        return replies
+
+    @contextmanager
+    def _receive(
+        self,
+        training: Mapping[str, TrainingRequest],
+        requests: Mapping[str, Message],
+        clients: Mapping[str, Participant],
+    ) -> Iterator[dict[str, Payload]]:
+        """Yield what each client received, for as long as it trains."""
+        if self.links.sends_changes:
+            yield {
+                c: read_broadcast(
+                    self.links, requests[c].round_idx, answer.broadcast, clients[c].state
+                )
+                for c, answer in training.items()
+            }
+            return
+        received: dict[str, Payload] = {}
+        with ExitStack() as stack:
+            for round_idx in sorted({requests[c].round_idx for c in training}):
+                bodies = {
+                    c: answer.broadcast
+                    for c, answer in training.items()
+                    if requests[c].round_idx == round_idx
+                }
+                received |= stack.enter_context(self.broadcast_cache.get_copies(bodies, round_idx))
+            yield received
+
+    def _train(
+        self, clients: Mapping[str, Participant], received: Mapping[str, Payload]
+    ) -> list[PlanOutcome[Items]]:
         backend = self.backend
         if self.privacy is not None:
             backend = self.privacy.make_backend(clients.values(), backend)
         # A user's hook may read rows when it is called, not only when its plan runs.
         plans = [(c, self.algorithm.train(c, received[id])) for id, c in clients.items()]
         watch = self._report_progress if self.listener is not None else None
-        outcomes = run_plans(plans, backend, watch)
-        for client_id, outcome in zip(clients, outcomes, strict=True):
-            if outcome.failure is not None:
-                replies[client_id] = outcome.failure
-                continue
-            upload = self._finish_upload(clients[client_id], outcome, received[client_id])
-            body = self._encode_upload(
-                clients[client_id], upload, received[client_id], requests[client_id]
-            )
-            replies[client_id] = training[client_id].reply(body)
-        return replies
+        return run_plans(plans, backend, watch)
 
     def _decode_broadcast(self, client_id: str, round_idx: int, body: bytes) -> Payload:
-        """Decode a broadcast that is not trained on: the client keeps nothing of it."""
+        """Decode a broadcast; of one that is a change the client keeps nothing."""
         state = dict(self.store.get(client_id).state)
         return read_broadcast(self.links, round_idx, body, state)
 
@@ -275,21 +322,30 @@ class ClientRuntime:
             self.review_upload(client.participant_id, upload)
         return upload
 
-    def _encode_upload(
-        self, client: Participant, upload: Payload, received: Payload, request: Message
-    ) -> bytes:
-        """Encode an upload and stage the private state that the client keeps."""
+    def _send(
+        self,
+        client: Participant,
+        upload: Payload,
+        received: Payload,
+        request: Message,
+        reply: Callable[[bytes], Message],
+    ) -> Message:
+        """Return the reply with an upload, and stage the private state that the client keeps."""
         client_id = client.participant_id
-        body = self.links.encode_upload(
-            self.federation.client_infos[client_id],
-            request.round_idx,
-            upload,
-            received,
-            client.state,
-            request.attempt,
-        )
+        if self.hands_over:
+            message = Message("upload", upload)
+        else:
+            body = self.links.encode_upload(
+                self.federation.client_infos[client_id],
+                request.round_idx,
+                upload,
+                received,
+                client.state,
+                request.attempt,
+            )
+            message = reply(body)
         self.store.stage(client_id, PrivateState(kept_state(self.algorithm, client), client.state))
-        return body
+        return message
 
     def deploy_clients(
         self, received: Mapping[str, Payload], round_idx: int

@@ -233,7 +233,7 @@ class FederatedTrainer(ABC):
     def decode_upload(
         self,
         client_info: ClientInfo,
-        data: bytes,
+        content: bytes | Payload,
         received: Payload,
         round_idx: int,
         attempt: int = 0,
@@ -242,7 +242,7 @@ class FederatedTrainer(ABC):
 
         Args:
             client_info: The sender.
-            data: The encoded upload.
+            content: The upload, encoded or as it is.
             received: What the client received.
             round_idx: The round.
             attempt: How often the client was asked in that round before.
@@ -252,10 +252,13 @@ class FederatedTrainer(ABC):
         """
         expected = self.expectations.expected_items(client_info, received, round_idx)
         specs = self.expectations.specs
-        check_size(len(data), specs, expected)
-        payload = self.links.decode_upload(
-            client_info, round_idx, data, expected, received, attempt
-        )
+        if isinstance(content, Payload):
+            payload = Payload.from_untrusted(content.tree())
+        else:
+            check_size(len(content), specs, expected)
+            payload = self.links.decode_upload(
+                client_info, round_idx, content, expected, received, attempt
+            )
         check_upload(payload, specs, expected)
         return payload
 
@@ -340,7 +343,7 @@ class FederatedTrainer(ABC):
         if not isinstance(reply, Message):
             raise RunFailedError(f"round {round_idx + 1}: {client_id} sent no upload: {reply}")
         received = self.as_received(client_info, payload)
-        upload = self.decode_upload(client_info, reply.body, received, round_idx)
+        upload = self.decode_upload(client_info, reply.content, received, round_idx)
         return received, upload
 
     # Evaluation --------------------------------------------------------------------------------------------------

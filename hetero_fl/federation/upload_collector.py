@@ -125,7 +125,7 @@ class UploadCollector:
     def request(self, exchange: Exchange, client_id: str) -> Message:
         """Encode the request to a client. A request that is sent again is counted once."""
         message = exchange.request(client_id, self._broadcast_to)
-        self._sent_bytes[exchange.kind, client_id] = len(message.body)
+        self._sent_bytes[exchange.kind, client_id] = message.size
         return replace(message, round_idx=self.round_idx)
 
     def add(self, exchange: Exchange, client_id: str, reply: Reply) -> None:
@@ -142,11 +142,11 @@ class UploadCollector:
         elif isinstance(reply, NoUploadError):
             self.fail(client_id, str(reply))
         else:
-            self.up_bytes += len(reply.body)
+            self.up_bytes += reply.size
             if not reply.is_intact:
                 self.refuse(client_id, CHANGED)
-            elif (body := exchange.accept(client_id, reply)) is not None:
-                self._add_upload(client_id, body)
+            elif (content := exchange.accept(client_id, reply)) is not None:
+                self._add_upload(client_id, content)
 
     def fail(self, client_id: str, reason: str) -> None:
         """Note that a client sent no upload."""
@@ -158,11 +158,11 @@ class UploadCollector:
         self.fail(client_id, reason)
         self.trainer.store.discard_client(client_id)
 
-    def _add_upload(self, client_id: str, body: bytes) -> None:
+    def _add_upload(self, client_id: str, content: bytes | Payload) -> None:
         client_info = self.trainer.federation.client_infos[client_id]
         try:
             received = self.trainer.as_received(client_info, self._sent.pop(client_id))
-            payload = self.trainer.decode_upload(client_info, body, received, self.round_idx)
+            payload = self.trainer.decode_upload(client_info, content, received, self.round_idx)
         except PayloadError as error:
             self.refuse(client_id, f"upload refused: {error}")
             return

@@ -28,6 +28,7 @@ from hetero_fl.reporting.formatting import (
     small_test_note,
     target_kind,
 )
+from hetero_fl.reporting.integrity import NODES
 from hetero_fl.reporting.methods import docstring_paragraph, method_class
 from hetero_fl.reporting.plots import style
 from hetero_fl.reporting.plots.clients import FEW
@@ -62,16 +63,26 @@ def _page(run: RunDirectory, say: Callable[[str], None] | None) -> str:
     pictures = {
         name: path.read_bytes() for name, path in found.items() if path.is_file()
     } or plots.draw_plots(run, say)
-    folder = run.path.name if run.path.is_absolute() else run.path.as_posix()
     return render(
         "report.html",
         **report_facts(run.summary(), run.details(), run.metrics()),
         title=run.summary()["name"],
         pictures={name: style.embed_picture(pictures[name]) for name in pictures},
-        command=f"python scripts/train.py --config {folder}/config.yaml --out runs/again",
+        command=_repeat_command(run),
         environment=run.environment(),
         config=run.read_text("config.yaml"),
     )
+
+
+def _repeat_command(run: RunDirectory) -> str:
+    """Return the command that repeats a run; `auto` might choose another executor the next time."""
+    folder = run.path.name if run.path.is_absolute() else run.path.as_posix()
+    command = f"python scripts/train.py --config {folder}/config.yaml --out runs/again"
+    configured = run.config().get("runtime", {}).get("executor")
+    chosen = run.environment().get("choice", {}).get("executor")
+    if configured != "auto" or chosen in (None, NODES):
+        return command
+    return f"{command} runtime.executor={chosen}"
 
 
 def report_facts(summary: Json, details: Json, records: Sequence[Json] = ()) -> Json:

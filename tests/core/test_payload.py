@@ -54,7 +54,18 @@ def test_a_payload_comes_back_as_it_was() -> None:
         got.item("logits").weight, sent.item("logits").weight
     )
     assert got.item("model").weight == 17.0 and got.item("model").kind == "params"
+    assert sent.encoded_size == len(sent.encode())
     receive(sent.encode())
+
+
+def test_a_payload_that_is_handed_over_is_as_a_decoded_one() -> None:
+    weight = torch.nn.Parameter(torch.randn(3, 2))
+    sent = Payload({"model": {"w": weight, "turned": weight.T}, "rows": torch.ones(2, 2)})
+
+    got = Payload.from_untrusted(sent.tree())
+
+    assert got.encode() == sent.encode() and got["model"]["w"].data_ptr() == weight.data_ptr()
+    assert not got["model"]["w"].requires_grad and got["model"]["turned"].is_contiguous()
 
 
 def test_equal_payloads_have_equal_bytes() -> None:

@@ -86,9 +86,9 @@ def test_bytes_are_those_of_the_encoded_payloads(method: str) -> None:
     rounds = rounds_of(config(method, MIXED, clients=4), held=0)
     up, receive = [], rounds.decode_upload
 
-    def watched(client: Any, data: bytes, *rest: Any) -> Payload:
-        up.append(len(data))
-        return receive(client, data, *rest)
+    def watched(client: Any, content: bytes | Payload, *rest: Any) -> Payload:
+        up.append(len(content if isinstance(content, bytes) else content.encode()))
+        return receive(client, content, *rest)
 
     rounds.decode_upload = watched  # type: ignore[method-assign]
     rounds.run_round()
@@ -208,13 +208,13 @@ def test_round_whose_training_at_the_server_diverges_changes_nothing(
 
 def loud(rounds: FederatedTrainer, client: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Multiply what a client sends by a thousand."""
-    uploaded = rounds.links.decode_upload
+    uploaded = rounds.decode_upload
 
     def louder(card: ClientInfo, *args: Any) -> Payload:
         payload = uploaded(card, *args)
         return Payload.decode(scaled(payload).encode()) if card.client_id == client else payload
 
-    monkeypatch.setattr(rounds.links, "decode_upload", louder)
+    monkeypatch.setattr(rounds, "decode_upload", louder)
 
 
 def scaled(payload: Payload) -> Payload:

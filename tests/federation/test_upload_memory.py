@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from hetero_fl.aggregation import Uploads
+from hetero_fl.algorithms import FedAvg
 from hetero_fl.communication.protocol import Message
 from hetero_fl.federation.upload_collector import UploadCollector
 from hetero_fl.utils.errors import RunFailedError
-from tests.helpers.small_federations import broadcasts, config, rounds_of
+from hetero_fl.utils.serialization import encode
+from tests.helpers.small_federations import MIXED, broadcasts, config, rounds_of
 
 alive: list[int] = []
 
@@ -88,3 +90,31 @@ def test_a_repeated_round_holds_the_uploads_of_one_attempt() -> None:
     with pytest.raises(RunFailedError):
         rounds.run_round()
     assert len(collectors) == 3
+
+
+@pytest.mark.parametrize("method", ["fedavg", "hybrid", "fedproto", "scaffold"])
+def test_uploads_that_are_handed_over_are_what_their_bytes_say(method: str) -> None:
+    source = config(method, MIXED if method in ("hybrid", "fedproto") else "mlp", 3)
+    records = []
+    for hands_over in (True, False):
+        trainer = rounds_of(source, held=0)
+        runtime = trainer.executor.runtime  # type: ignore[attr-defined]
+        assert runtime.hands_over
+        runtime.hands_over = hands_over
+        records.append([trainer.run_round() for _ in range(2)])
+        records[-1].append(encode(trainer.state_dict(), "x"))
+        for record in records[-1][:2]:
+            del record["seconds"]
+    assert records[0] == records[1]
+
+
+class OwnMethod(FedAvg):
+    """FedAvg, as a user's own."""
+
+
+def test_uploads_are_bytes_where_something_needs_them() -> None:
+    own = config(f"python:{__name__}:OwnMethod", "mlp", 2)
+    compressed = config("fedavg", "mlp", 2, channel={"compress": ["half"]})
+    summed = config("fedavg", "mlp", 3, channel={"secure_sum": {"threshold": 2}})
+    for source in (own, compressed, summed):
+        assert not rounds_of(source, held=0).executor.runtime.hands_over  # type: ignore[attr-defined]

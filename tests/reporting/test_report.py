@@ -13,7 +13,7 @@ import pytest
 
 from hetero_fl.algorithms import Algorithm, register_algorithm
 from hetero_fl.reporting.plots import write_plots
-from hetero_fl.reporting.report import write_report
+from hetero_fl.reporting.report import _repeat_command, write_report
 from hetero_fl.reporting.run_directory import RunDirectory
 
 MakeRun = Callable[..., RunDirectory]
@@ -99,6 +99,25 @@ def test_it_stands_alone(made_run: MakeRun, case: dict[str, Any]) -> None:
         r"\b(None|nan|NaN|inf|undefined in)\b", page.text.replace("per_round: null", "")
     )
     assert str(run.path) not in text, "a report tells nobody the folders of a machine"
+
+
+@pytest.mark.parametrize(
+    ("configured", "chosen", "option"),
+    [
+        ("auto", "processes", " runtime.executor=processes"),
+        ("auto", "nodes", ""),
+        ("serial", "serial", ""),
+    ],
+)
+def test_the_command_names_the_executor_that_auto_chose(
+    made_run: MakeRun, configured: str, chosen: str, option: str
+) -> None:
+    run = made_run(rounds=1)
+    run.write_config({**run.config(), "runtime": {"executor": configured}})
+    about = {**run.environment(), "choice": {"executor": chosen}}
+    run.write_text("environment.json", json.dumps(about))
+
+    assert _repeat_command(run).endswith(f"--out runs/again{option}")
 
 
 def test_the_figures_are_those_of_the_summary(made_run: MakeRun) -> None:

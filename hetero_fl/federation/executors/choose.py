@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -14,7 +14,14 @@ import torch
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.config.schema import Config, RuntimeConfig
 from hetero_fl.core.model_spec import ModelSpec
-from hetero_fl.engine.templates import RATE, describe_model, is_recurrent, training_flops
+from hetero_fl.engine.templates import (
+    RATE,
+    describe_model,
+    example_flops,
+    is_recurrent,
+    measure_step,
+    training_flops,
+)
 from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.federation.client_runtime import ClientRuntime
 from hetero_fl.federation.executors.base import Executor, InProcessExecutor
@@ -30,19 +37,20 @@ from hetero_fl.utils.text import pluralize
 
 LAUNCH = "torchrun --nproc-per-node 3 scripts/train.py --config FILE runtime.executor=torchrun"
 
-# The rule looks at architectures, group sizes, rows, rounds, cores and the device, never at the
-# clock: the same machine makes the same choice, and the same choice gives the same bits.
-# docs/scaling.md states it for users.
+# The rule looks at architectures, group sizes, rows, rounds, cores and the device. Where these
+# leave open whether workers pay, steps are timed. The choice is recorded: a run that is resumed
+# keeps it. docs/scaling.md states the rule for users.
 
 START_SECONDS = 4.5  # until worker processes have started, about
+# Estimates from operations alone are wrong by up to this factor, in either direction.
+ESTIMATE_FACTOR = 10
+MOST_MEASURED = 4  # architectures whose steps are timed: those with most of the training
 # Parameters are copied to workers and back: bytes per second of training up to which they pay.
 MAX_TRAFFIC = 3e8
 # Floating-point operations of a forward step from which a second thread helps
 # (benchmarks/speed/threads.py).
 LARGE_STEP = 5e7
-# Share of a core's time that one more worker gains, and one more thread in large steps.
-WORKER_GAIN = 0.9
-THREAD_GAIN = 0.5
+WORKER_GAIN = 0.9  # share of a core's time that one more worker gains
 MAX_THREADS = 4  # of one process: models of this size gain nothing from more
 # On a CPU, clients of one architecture are computed together if there are at least so many, ...
 MIN_VECTORIZED_CLIENTS = 8
@@ -159,9 +167,11 @@ class RunLoad:
 
     cohort: int  # clients in a round
     seconds: float  # of all rounds, on one core
-    traffic: float  # bytes of parameters for each of these seconds
+    model_bytes: float  # of parameters, per second of training
     busy: float  # workers that would be busy: the most expensive client keeps one to itself
     step: float  # floating-point operations of a forward step of the most expensive client
+    thread_speedup: float = 1.0  # of a process with the threads that it would have
+    measured: bool = False  # else estimated from operations
 
     @classmethod
     def estimate(cls, config: Config, federation: FederationSpec) -> RunLoad:
@@ -178,6 +188,36 @@ class RunLoad:
             model_bytes / seconds,
             seconds * cohort / (training_flops(largest) / RATE),
             largest.settings.batch_size * describe_model(largest.arch).forward_flops,
+        )
+
+    def measure(self, federation: FederationSpec, threads: int) -> RunLoad:
+        """Return the load with the seconds that steps take on this machine.
+
+        Args:
+            federation: The clients; the steps of those with most of the training are timed.
+            threads: Threads of a process without workers beside it.
+        """
+        flops: dict[tuple[ModelSpec, int], float] = defaultdict(float)
+        for client_id in federation.representative_clients:
+            info = federation.client_infos[client_id]
+            flops[info.arch, info.settings.batch_size] += training_flops(info)
+        estimated = measured = with_threads = 0.0
+        largest = sorted(flops.items(), key=lambda pair: -pair[1])[:MOST_MEASURED]
+        for (arch, batch_size), total in largest:
+            num_steps = total / (batch_size * example_flops(arch))
+            seconds = measure_step(arch, batch_size, 1)
+            estimated += total / RATE
+            measured += num_steps * seconds
+            if threads > 1:
+                seconds = measure_step(arch, batch_size, threads)
+            with_threads += num_steps * seconds
+        factor = measured / estimated
+        return replace(
+            self,
+            seconds=self.seconds * factor,
+            model_bytes=self.model_bytes / factor,
+            thread_speedup=measured / with_threads,
+            measured=True,
         )
 
 
@@ -199,9 +239,9 @@ def choose_executor(config: Config, federation: FederationSpec) -> ExecutorChoic
     executor = runtime.executor
     why = "runtime.executor"
     if executor == "auto":
-        executor, why = _select_executor(
-            load, group, device, available, runtime.threads or thread_limit()
-        )
+        own_threads = runtime.threads or thread_limit()
+        load = _measure_if_open(load, federation, device, available, own_threads)
+        executor, why = _select_executor(load, group, device, available, own_threads)
     chunk = runtime.chunk or (MAX_CHUNK if executor == "batched" else 1)
     if executor == "serial":
         chunk = 1
@@ -234,6 +274,22 @@ def choose_executor(config: Config, federation: FederationSpec) -> ExecutorChoic
     )
 
 
+def _measure_if_open(
+    load: RunLoad,
+    federation: FederationSpec,
+    device: torch.device,
+    available: int,
+    own_threads: int | None,
+) -> RunLoad:
+    """Return the load, measured if it decides whether workers pay."""
+    short = load.seconds * ESTIMATE_FACTOR < START_SECONDS
+    if device.type != "cpu" or available == 1 or load.cohort == 1 or short:
+        return load
+    is_large = load.step >= LARGE_STEP
+    threads = own_threads or (min(MAX_THREADS, available) if is_large else 1)
+    return load.measure(federation, threads)
+
+
 def _select_executor(
     load: RunLoad,
     group: int,
@@ -258,24 +314,21 @@ def _select_executor(
             return vectorized
         place = "core" if device.type == "cpu" else "device"
         return "serial", f"one {place}, or one client at a time"
-
-    def speedup(threads: int) -> float:
-        gain = THREAD_GAIN * (min(threads, available) - 1)
-        return 1 + gain if load.step >= LARGE_STEP else 1.0
-
-    threads = threads_per_process or 1
-    workers = min(max(1, available // threads), load.busy)
-    with_workers = load.seconds / (WORKER_GAIN * workers * speedup(threads))
-    saved = load.seconds / speedup(threads_per_process or MAX_THREADS) - with_workers
+    workers = min(max(1, available // (threads_per_process or 1)), load.busy)
+    speedup_of_each = load.thread_speedup if threads_per_process else 1.0
+    with_workers = load.seconds / (WORKER_GAIN * workers * speedup_of_each)
+    saved = load.seconds / load.thread_speedup - with_workers
     about = f"about {load.seconds:.0f} s of training for one core"
-    if saved >= START_SECONDS and load.traffic <= MAX_TRAFFIC:
+    if saved >= START_SECONDS and load.model_bytes <= MAX_TRAFFIC:
         return "processes", f"{about}, {available} cores"
     if group:
         return vectorized
     if saved >= START_SECONDS:
-        rate = f"{load.traffic / 1e6:.0f} MB a second"
+        rate = f"{load.model_bytes / 1e6:.0f} MB a second"
         return "serial", f"models too large for so little training ({rate}) to travel to workers"
-    return "serial", f"{about}, of which workers would save no more than their start takes"
+    if with_workers < START_SECONDS:
+        return "serial", f"{about}, too little for worker processes to pay"
+    return "serial", f"{about}, which threads compute about as fast as workers would"
 
 
 def _choose_threads(
@@ -347,7 +400,7 @@ def make_executor(
     backend = make_backend(torch.device(choice.device), choice.chunk, choice.precision, say)
     if choice.executor in IN_PROCESS:
         protocol = make_protocol(algorithm, federation)
-        runtime = ClientRuntime(algorithm, federation, store, backend, protocol)
+        runtime = ClientRuntime(algorithm, federation, store, backend, protocol, local=True)
         return InProcessExecutor(runtime, choice.chunk)
     devices: tuple[str, ...] = (choice.device,)
     # Ray assigns devices itself.

@@ -14,10 +14,12 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import numpy as np
 import torch
 import torch.multiprocessing  # how tensors are sent
 from torch import Tensor
 
+from hetero_fl.core.payload import Payload
 from hetero_fl.federation.executors.workers import JobResult, Worker, WorkerJob, WorkerSetup
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.processes import (
@@ -28,7 +30,7 @@ from hetero_fl.utils.processes import (
     worker_context,
 )
 
-LONG = 2**16  # bytes from which a string does not travel through the pipe
+LONG = 2**16  # bytes from which a string does not travel through the pipe; tensors never do
 BROADCASTS = 2  # that both ends remember: a worker's clients mostly receive the same one
 EXIT_SECONDS = 5.0  # that a process whose pipe is broken may take to end
 
@@ -46,14 +48,25 @@ class StringReference:
     stop: int = 0
 
 
+@dataclass(frozen=True)
+class TensorReference:
+    """Stands for a tensor in a message, whose bytes lie in shared memory from `start` to `stop`."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
 class SharedMemoryConnection:
     """One end of a connection between two processes that send and receive in turn.
 
-    Messages travel through a pipe, but for long byte strings, which are copied through shared
-    memory: a pipe takes every byte through the kernel in small pieces while both processes wait. A
-    string that the other end still remembers, such as the broadcast of another client, is not sent
-    again. If there is no room in shared memory, strings go through the pipe. Messages are
-    dictionaries, lists and dataclasses, with byte strings anywhere among their values.
+    Messages travel through a pipe, but for tensors and long byte strings, which are copied through
+    shared memory: a pipe takes every byte through the kernel in small pieces while both processes
+    wait. A string that the other end still remembers, such as the broadcast of another client, is
+    not sent again. If there is no room in shared memory, they go through the pipe. Messages are
+    dictionaries, lists, dataclasses and payloads, with byte strings and tensors anywhere among
+    their values.
 
     Args:
         connection: This end of the pipe.
@@ -72,7 +85,7 @@ class SharedMemoryConnection:
 
     def send(self, message: Any) -> None:
         """Send a message. Raises OSError if the other process is gone."""
-        new: list[bytes] = []
+        new: list[memoryview] = []
         message = map_values(message, lambda value: self._to_reference(value, new))
         update = self._outgoing.fill(new)
         self._sent.trim()
@@ -88,23 +101,30 @@ class SharedMemoryConnection:
         self._received.trim()
         return message
 
-    def _to_reference(self, value: Any, new: list[bytes]) -> Any:
-        """Replace a long string by a reference, and add it to `new` if the other end lacks it."""
+    def _to_reference(self, value: Any, new: list[memoryview]) -> Any:
+        """Replace a tensor or a long string by a reference; add to `new` what the other end lacks."""
+        start = sum(map(len, new))
+        if isinstance(value, Tensor):
+            array = value.detach().cpu().contiguous().numpy()
+            new.append(array.reshape(-1).view(np.uint8).data)
+            return TensorReference(array.dtype, array.shape, start, start + array.nbytes)
         if type(value) is not bytes or len(value) < LONG:
             return value
         number = self._sent.find(value)
         if number is not None:
             return StringReference(number)
-        start = sum(map(len, new))
-        new.append(value)
+        new.append(memoryview(value))
         return StringReference(self._sent.add(value), start, start + len(value))
 
-    def _from_reference(self, value: Any, strings: memoryview) -> Any:
+    def _from_reference(self, value: Any, block: memoryview) -> Any:
+        # Copies: the next message overwrites the shared memory.
+        if type(value) is TensorReference:
+            data = bytearray(block[value.start : value.stop])
+            return torch.from_numpy(np.frombuffer(data, value.dtype).reshape(value.shape))
         if type(value) is not StringReference:
             return value
         if value.stop:
-            # A copy: the next message overwrites the shared memory.
-            self._received.add(bytes(strings[value.start : value.stop]))
+            self._received.add(bytes(block[value.start : value.stop]))
         return self._received.strings[value.number]
 
 
@@ -114,7 +134,9 @@ def map_values(value: Any, change: Callable[[Any], Any]) -> Any:
         return {key: map_values(each, change) for key, each in value.items()}
     if isinstance(value, list):
         return [map_values(each, change) for each in value]
-    if is_dataclass(value) and not isinstance(value, StringReference | type):
+    if isinstance(value, Payload):
+        return Payload(map_values(value.items_, change), value.report)
+    if is_dataclass(value) and not isinstance(value, StringReference | TensorReference | type):
         changed = {f.name: map_values(getattr(value, f.name), change) for f in fields(value)}
         return replace(value, **changed)
     return change(value)
@@ -126,8 +148,8 @@ class SharedMemoryBlock:
     def __init__(self) -> None:
         self.tensor: Tensor | None = None
 
-    def fill(self, strings: list[bytes]) -> Tensor | bytes | None:
-        """Write strings one after the other and return what the other process needs to read them.
+    def fill(self, strings: list[memoryview]) -> Tensor | bytes | None:
+        """Write byte strings one after the other and return what the other process needs to read them.
 
         Returns:
             The memory if it has been replaced; all strings if there is no room for them (the shared
@@ -190,7 +212,7 @@ class ProcessPool:
 
     def __init__(self, setup: WorkerSetup, size: int) -> None:
         self.size = size
-        self._setup = setup
+        self._setup = replace(setup, shares_memory=True)
         self._context = worker_context(__name__)
         self._workers: list[tuple[BaseProcess, SharedMemoryConnection]] = []
         try:

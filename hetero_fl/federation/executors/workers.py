@@ -57,6 +57,7 @@ class WorkerSetup:
     chunk: int = 1
     precision: str = "float32"
     dtype: torch.dtype = torch.float32
+    shares_memory: bool = False  # with the server's process
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,12 @@ class Worker:
         algorithm = self.setup.algorithm
         federation = self.setup.federation
         return ClientRuntime(
-            algorithm, federation, self.store, backend, make_protocol(algorithm, federation)
+            algorithm,
+            federation,
+            self.store,
+            backend,
+            make_protocol(algorithm, federation),
+            local=self.setup.shares_memory,
         )
 
     def run_job(self, job: WorkerJob) -> JobResult:
@@ -272,7 +278,8 @@ class WorkerExecutor:
         queue = ChunkQueue(chunks, self.costs, self.pool.size)
         deaths: Counter[str] = Counter()
         last_old_job = self._num_jobs  # jobs up to this number belong to calls that were given up
-        while queue or any(job.number > last_old_job for job in self._running.values()):
+
+        def send_jobs() -> None:
             for worker in range(self.pool.size):
                 if worker in self._running:
                     continue
@@ -281,6 +288,9 @@ class WorkerExecutor:
                     job = self._make_job(worker, kind, taken, request, details)
                     self._running[worker] = job
                     self.pool.send(worker, job)
+
+        send_jobs()
+        while queue or any(job.number > last_old_job for job in self._running.values()):
             worker, result = self.pool.receive()
             finished = self._running.pop(worker, None)
             if finished is None or result is None:  # the worker died, if idle without a job
@@ -288,16 +298,19 @@ class WorkerExecutor:
                 if finished is not None and finished.number > last_old_job:
                     _count_deaths(finished, deaths)
                     queue.put_back(finished.chunks)
+                send_jobs()
                 continue
             if finished.number <= last_old_job or result.error is not None:
                 # What the worker holds now is not the committed state.
                 self._forget_states(worker, [*finished.clients, *result.dropped_states])
             if finished.number <= last_old_job:
+                send_jobs()
                 continue
             if result.error is not None:
                 raise result.error from (RemoteTraceback(result.trace) if result.trace else None)
             self._accept(worker, finished, result)
             queue.mark_finished(finished.chunks)
+            send_jobs()  # the worker computes while the server takes the result
             yield result
             del finished, result  # the size of a model
 

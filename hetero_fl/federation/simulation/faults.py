@@ -84,7 +84,7 @@ def inject_faults(
     for client, reply in replies:
         what = outcomes[client].kind
         if isinstance(reply, Message) and what == "corrupted":
-            reply = replace(reply.with_checksum(), body=flip_bytes(reply.body, *parts, client))
+            reply = replace(reply.with_checksum(), content=flip_bytes(reply.body, *parts, client))
         yield client, reply
         if what == "twice":
             yield client, reply

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hetero_fl.core.model_spec import ModelSpec
-from hetero_fl.engine.templates import prefers_channels_last
+from hetero_fl.engine.templates import RATE, example_flops, measure_step, prefers_channels_last
 from hetero_fl.experiment import prepare, run
 from hetero_fl.federation.executors import choose as module
 from hetero_fl.federation.executors.choose import ExecutorChoice, choose_executor
@@ -21,8 +21,19 @@ from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
 LONG = {"epochs": 50}  # much training for each time that a model travels
 
 
+def threads_speedup(threads: int) -> float:
+    """How much faster large steps are with so many threads, on the machine of these tests."""
+    return 1 + 0.5 * (threads - 1)
+
+
+def seconds_of_step(arch: ModelSpec, batch_size: int, threads: int) -> float:
+    """Seconds of a step as estimated, on the machine of these tests."""
+    return batch_size * example_flops(arch) / RATE / threads_speedup(threads)
+
+
 def chosen(monkeypatch: pytest.MonkeyPatch, cores: int = 2, **changes: Any) -> ExecutorChoice:
     monkeypatch.setattr(module, "available_cores", lambda: cores)
+    monkeypatch.setattr(module, "measure_step", seconds_of_step)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     prepared = prepare(config("local", **{"runtime": {}, **changes}))
     return choose_executor(prepared.config, prepared.federation)
@@ -56,9 +67,9 @@ def test_small_runs_stay_in_this_process_and_long_ones_get_workers(
 
 def test_workers_pay_only_where_they_save_more_than_their_start_against_threads() -> None:
     def taken(seconds: float, busy: float, step: float, cores: int = 2) -> str:
-        return module._select_executor(
-            module.RunLoad(6, seconds, 1e7, busy, step), 0, torch.device("cpu"), cores
-        )[0]
+        speedup = threads_speedup(cores) if step >= module.LARGE_STEP else 1.0
+        load = module.RunLoad(6, seconds, 1e7, busy, step, speedup)
+        return module._select_executor(load, 0, torch.device("cpu"), cores)[0]
 
     assert taken(20, 6, 1e6) == "processes" and taken(8, 6, 1e6) == "serial"
     # two threads would do it in 13 s
@@ -74,9 +85,9 @@ def test_workers_are_weighed_with_the_threads_that_are_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def taken(step: float, cores: int, each: int | None) -> str:
-        return module._select_executor(
-            module.RunLoad(8, 20, 1e7, 8, step), 0, torch.device("cpu"), cores, each
-        )[0]
+        speedup = threads_speedup(each or cores) if step >= module.LARGE_STEP else 1.0
+        load = module.RunLoad(8, 20, 1e7, 8, step, speedup)
+        return module._select_executor(load, 0, torch.device("cpu"), cores, each)[0]
 
     # of two threads each, two of them
     assert taken(1e6, 4, None) == taken(1e6, 4, 2) == "processes"
@@ -89,6 +100,42 @@ def test_workers_are_weighed_with_the_threads_that_are_asked_for(
     assert chosen(monkeypatch, runtime={"workers": 1}, **long).executor == "processes"
     monkeypatch.setattr(module, "thread_limit", lambda: 2)
     assert chosen(monkeypatch, **long).executor == "serial"
+
+
+def test_steps_are_timed_where_the_estimate_leaves_open_whether_workers_pay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prepared = prepare(config("local", models=MIXED, rounds=1_000_000, runtime={}))
+    load = module.RunLoad.estimate(prepared.config, prepared.federation)
+    factor = 0.25
+
+    def measured(arch: ModelSpec, batch_size: int, threads: int) -> float:
+        return factor * seconds_of_step(arch, batch_size, threads)
+
+    monkeypatch.setattr(module, "measure_step", measured)
+    found = load.measure(prepared.federation, threads=2)
+    assert found.seconds == pytest.approx(factor * load.seconds)
+    assert found.model_bytes == pytest.approx(load.model_bytes / factor)
+    assert found.thread_speedup == pytest.approx(threads_speedup(2))
+
+    def never(*_: Any) -> float:
+        raise AssertionError("timed")
+
+    monkeypatch.setattr(module, "available_cores", lambda: 2)
+    monkeypatch.setattr(module, "measure_step", never)
+    short = prepare(config("local", models=MIXED, rounds=1, runtime={}))
+    assert choose_executor(short.config, short.federation).executor == "serial"
+    with pytest.raises(AssertionError, match="timed"):
+        choose_executor(prepared.config, prepared.federation)
+
+
+def test_timing_a_step_leaves_threads_and_generators_as_they_were() -> None:
+    threads = torch.get_num_threads()
+    state = torch.get_rng_state()
+    for name, shape, vocabulary in (("fedavg_cnn", (1, 28, 28), None), ("text_cnn", (16,), 50)):
+        arch = ModelSpec.from_config(name, 10, shape, vocabulary=vocabulary)
+        assert measure_step(arch, 4, threads + 1) > 0
+    assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
 
 
 def test_large_steps_get_threads(monkeypatch: pytest.MonkeyPatch) -> None:

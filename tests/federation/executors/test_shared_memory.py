@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from hetero_fl.communication.protocol import Message
+from hetero_fl.core.payload import Item, Payload
 from hetero_fl.federation.executors.processes import LONG, SharedMemoryConnection
 from tests.helpers.workers import PATIENCE
 
@@ -115,3 +117,26 @@ def test_what_finds_no_room_in_shared_memory_goes_through_the_pipe(
             monkeypatch.setattr(torch.Tensor, "share_memory_", full)
         assert passed(strings, here, there) == strings
         monkeypatch.undo()
+
+
+def test_tensors_of_a_payload_arrive_in_memory_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here, there = ends(remembered=0)
+    sizes = through_pipe(here, monkeypatch)
+    model = {
+        "weight": torch.randn(300, 200),
+        "strided": torch.randn(50, 40).T,
+        "count": torch.tensor(7),
+        "mask": torch.tensor([True, False]),
+        "empty": torch.zeros(0, 3),
+    }
+    sent = Payload({"model": Item(model, torch.rand(3), "params")}, {"loss": "1.5"})
+
+    got = passed(Message("upload", sent), here, there).content
+    passed(Message("upload", Payload({"model": torch.zeros(70_000)})), here, there)
+
+    assert sum(sizes) < LONG
+    assert got.encode() == sent.encode()
+    got["model"]["weight"].add_(1)  # a writable copy
+    assert torch.equal(got["model"]["strided"], model["strided"])

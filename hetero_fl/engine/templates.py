@@ -94,7 +94,7 @@ class TaskCosts:
 
 
 class Template:
-    """A module whose tensors are overwritten, never replaced."""
+    """A module into which tensors are loaded, and that hands trained ones over without a copy."""
 
     def __init__(
         self,
@@ -110,8 +110,9 @@ class Template:
             _use_bfloat16(self.module, device)
         if prefers_channels_last(arch):
             self.module.to(memory_format=torch.channels_last)
-        # shares memory with the module
-        self.tensors: Mapping[str, Tensor] = self.module.state_dict()
+        # the module's own tensors
+        self.tensors: Mapping[str, Tensor] = self.module.state_dict(keep_vars=True)
+        self._handed_over: set[str] = set()
         self.parameters: Mapping[str, nn.Parameter] = dict(self.module.named_parameters())
         # not the module's own word: a model's `train` may do more than set it
         self._mode: bool | None = None
@@ -120,7 +121,10 @@ class Template:
     def load(self, tensors: Mapping[str, Tensor]) -> nn.Module:
         """The module with these tensors in it. Raises KeyError if one is missing."""
         for name, mine in self.tensors.items():
+            if name in self._handed_over:
+                mine.data = torch.empty_like(mine)
             mine.copy_(tensors[name])
+        self._handed_over.clear()
         return self.module
 
     def set_mode(self, training: bool) -> None:
@@ -129,12 +133,16 @@ class Template:
             self.module.train(training)
             self._mode = training
 
-    def copy_out(self) -> Tensors:
-        """The module's tensors, in memory of their own; how they lie in the module is its own affair."""
-        plain = torch.contiguous_format
-        return {
-            n: t.detach().to("cpu", copy=True, memory_format=plain) for n, t in self.tensors.items()
+    def hand_over(self) -> Tensors:
+        """Return the module's tensors, contiguous and on the CPU; when it is loaded again, it gets other memory."""
+        tensors = {
+            name: mine.detach().to("cpu", memory_format=torch.contiguous_format)
+            for name, mine in self.tensors.items()
         }
+        self._handed_over = {
+            name for name, t in tensors.items() if t.data_ptr() == self.tensors[name].data_ptr()
+        }
+        return tensors
 
     def view_of(self, tensors: Mapping[str, Tensor]) -> ModelView:
         """The module as a function of these tensors, its own left alone."""

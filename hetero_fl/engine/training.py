@@ -229,7 +229,7 @@ def run_fit(
     ):
         raise divergence_message(fit, float(total) / len(batches))
     for slot in fit.train:
-        participant.models[slot] = live[slot].copy_out()
+        participant.models[slot] = live[slot].hand_over()
     if fit.keep:
         participant.state.setdefault("optimizers", {})[fit.keep] = snapshot_optimizer(
             optimizer, trainable

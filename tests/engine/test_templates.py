@@ -45,3 +45,24 @@ def test_a_mode_that_somebody_else_set_is_noticed(template: Template) -> None:
     template.module.eval()
     template.set_mode(False)
     assert modes(template) == {False}
+
+
+@pytest.mark.parametrize("name", ["cnn_bn_small", "mlp"])
+def test_tensors_that_were_handed_over_are_not_written_again(name: str) -> None:
+    arch = ModelSpec.from_config(name, 10, (1, 8, 8))
+    template = Template(arch, torch.device("cpu"))
+    first, second = (arch.initial_tensors(seed) for seed in (1, 2))
+    template.load(first)
+    taken = template.hand_over()
+    parameters = list(template.module.parameters())
+
+    template.load(second)
+
+    assert all(t.is_contiguous() and not t.requires_grad for t in taken.values())
+    assert all(torch.equal(t, first[n]) for n, t in taken.items())
+    assert all(torch.equal(t, second[n]) for n, t in template.module.state_dict().items())
+    assert all(a is b for a, b in zip(parameters, template.module.parameters(), strict=True))
+    # A model may be trained again where it is: what is loaded lies in the module's own memory.
+    again = template.hand_over()
+    template.load(again)
+    assert all(torch.equal(t, second[n]) for n, t in template.hand_over().items())

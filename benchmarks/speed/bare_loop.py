@@ -20,6 +20,14 @@ from torch import nn
 ROWS, BATCH, LR = 50, 10, 0.1  # rows of a client, rows of a step
 
 
+class ChannelsLast(nn.Module):
+    """Put images channels-last in memory, as the first layer of pfl-research's model leaves them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the same images, shape `[batch, channels, height, width]`."""
+        return x.contiguous(memory_format=torch.channels_last)
+
+
 class SimpleCNN(nn.Module):
     """The `simple_cnn` of pfl-research: two convolutions, a hidden layer, two layers of dropout.
 
@@ -30,6 +38,7 @@ class SimpleCNN(nn.Module):
         super().__init__()
         height, width = ((side - 4) // 2 for side in input_size)
         self.backbone = nn.Sequential(
+            ChannelsLast(),
             nn.Conv2d(in_channels, 32, 3),
             nn.ReLU(),
             nn.Conv2d(32, 64, 3),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 STRIDE = 0x9E3779B97F4A7C15  # between the seeds of two masks of a step
 SEEDS = 2**63
+LEVELS = 2**16  # a drop probability is rounded to one of so many
 
 
 class DropoutStreams:
@@ -69,10 +71,18 @@ class DropoutStreams:
         )
 
     def _draw(self, like: Tensor, key: int, p: float) -> Tensor:
+        kept = round((1 - p) * LEVELS)
+        if kept == 0:
+            return torch.zeros_like(like)
         rows = -(-len(like) // self._most_rows) * self._most_rows
+        shape = (rows, *like.shape[1:])
         self._generator.manual_seed((key + self._num_masks * STRIDE) % SEEDS)
-        mask = like.new_empty(rows, *like.shape[1:])
-        return mask.bernoulli_(1 - p, generator=self._generator).div_(1 - p)[: len(like)]
+        # Four 16-bit levels per draw take a tenth of the time of `bernoulli_`.
+        draws = torch.empty(-(-prod(shape) // 4), dtype=torch.int64, device=like.device)
+        draws.random_(-(2**63), None, generator=self._generator)
+        levels = draws.view(torch.int16)[: prod(shape)].view(shape)
+        mask = torch.lt(levels, kept - LEVELS // 2, out=like.new_empty(shape))
+        return mask.mul_(LEVELS / kept)[: len(like)]
 
 
 class _StackedMask(torch.autograd.Function):

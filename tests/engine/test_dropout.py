@@ -23,12 +23,26 @@ def dropped(key: int, p: float, input: Tensor = ONES, calls: int = 1) -> Tensor:
     return [dropout(input) for _ in range(calls)][-1]
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize("p", [0.1, 0.25, 0.5, 0.9])
 def test_keyed_dropout_drops_its_share_and_keeps_the_mean(p: float) -> None:
     found = dropped(1, p)
 
-    assert float((found == 0).double().mean()) == pytest.approx(p, abs=0.01)
-    torch.testing.assert_close(found[found != 0], ONES[found != 0] / (1 - p))
+    spread = (p * (1 - p) / found.numel()) ** 0.5
+    assert float((found == 0).double().mean()) == pytest.approx(p, abs=4 * spread)
+    kept = found[found != 0]
+    torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - p)), rtol=1e-4, atol=0)
+
+
+def test_elements_are_dropped_independently_of_their_neighbors() -> None:
+    zero = (dropped(1, 0.5).flatten() == 0).double() - 0.5
+
+    for distance in range(1, 9):
+        correlation = 4 * (zero[distance:] * zero[:-distance]).mean()
+        assert abs(float(correlation)) < 4 / len(zero) ** 0.5
+
+
+def test_everything_is_dropped_if_the_probability_is_one() -> None:
+    assert not dropped(1, 1.0).any()
 
 
 def test_keyed_dropout_follows_from_its_seed_and_draws_anew_at_each_call() -> None:

@@ -399,14 +399,16 @@ class ChunkQueue:
         self._costs = {chunk[0]: sum(map(costs.cost_of, chunk)) for chunk in chunks}
         is_large = len(chunks) > LARGE_COHORT * workers
         self._num_near = CHUNKS_AHEAD * workers if is_large else len(chunks)
-        # A job that costs this much is worth sending on its own.
-        self._min_job_cost = sum(self._costs.values()) / (LARGE_COHORT * workers)
+        self._waiting_cost = sum(self._costs.values())
+        self._num_jobs_left = LARGE_COHORT * workers  # that what waits is divided into, at least
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def take(self, may_compute: Callable[[str], bool]) -> list[list[str]]:
         """Take the next chunks for a worker: an expensive one, or a few small ones.
+
+        The less is left, the smaller a job, so that workers end at about the same time.
 
         Args:
             may_compute: Whether no other worker holds a client's state.
@@ -417,15 +419,19 @@ class ChunkQueue:
         cost = 0.0
         for chunk in near[:MAX_CHUNKS_PER_JOB]:
             cost += self._costs[chunk[0]]
-            if taken and (cost > self._min_job_cost or not may_compute(chunk[0])):
+            is_enough = cost > self._waiting_cost / self._num_jobs_left
+            if taken and (is_enough or not may_compute(chunk[0])):
                 break
             taken.append(chunk)
+        for chunk in taken:
             del self._waiting[chunk[0]]
+            self._waiting_cost -= self._costs[chunk[0]]
         return taken
 
     def put_back(self, chunks: list[list[str]]) -> None:
         """Return chunks whose worker died."""
         self._waiting.update({chunk[0]: chunk for chunk in chunks})
+        self._waiting_cost += sum(self._costs[chunk[0]] for chunk in chunks)
 
     def mark_finished(self, chunks: list[list[str]]) -> None:
         """Remove chunks that are finished."""

@@ -32,6 +32,7 @@ from hetero_fl.utils.processes import (
 
 LONG = 2**16  # bytes from which a string does not travel through the pipe; tensors never do
 BROADCASTS = 2  # that both ends remember: a worker's clients mostly receive the same one
+PLAIN = (str, int, float, bool, type(None))  # types of values that are sent as they are
 EXIT_SECONDS = 5.0  # that a process whose pipe is broken may take to end
 
 
@@ -129,14 +130,21 @@ class SharedMemoryConnection:
 
 
 def map_values(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Return a copy of a message with each of its values replaced by `change(value)`."""
+    """Return a copy of a message with its tensors, byte strings and references replaced.
+
+    Args:
+        value: The message.
+        change: Returns what replaces one of them.
+    """
+    if type(value) in PLAIN:
+        return value
     if isinstance(value, dict):
         return {key: map_values(each, change) for key, each in value.items()}
     if isinstance(value, list):
         return [map_values(each, change) for each in value]
     if isinstance(value, Payload):
         return Payload(map_values(value.items_, change), value.report)
-    if is_dataclass(value) and not isinstance(value, StringReference | TensorReference | type):
+    if is_dataclass(value) and not isinstance(value, (StringReference, TensorReference, type)):
         changed = {f.name: map_values(getattr(value, f.name), change) for f in fields(value)}
         return replace(value, **changed)
     return change(value)

@@ -19,7 +19,7 @@ import yaml
 from hetero_fl.engine.templates import TaskCosts
 from hetero_fl.experiment import run
 from hetero_fl.federation.executors import processes
-from hetero_fl.federation.executors.processes import ProcessPool
+from hetero_fl.federation.executors.processes import ProcessPool, SharedMemoryConnection
 from hetero_fl.federation.executors.workers import (
     JobResult,
     RemoteTraceback,
@@ -152,24 +152,24 @@ def test_an_idle_worker_that_dies_is_replaced(
     assert outcome(rounds, 1) == want
 
 
-@pytest.mark.parametrize("during", [WorkerJob, JobResult])
+@pytest.mark.parametrize("during", ["_to_reference", "_from_reference"])
 def test_a_worker_that_is_interrupted_in_sending_or_receiving_is_replaced(
-    fedper: tuple[WorkerSetup, ProcessPool], monkeypatch: pytest.MonkeyPatch, during: type
+    fedper: tuple[WorkerSetup, ProcessPool], monkeypatch: pytest.MonkeyPatch, during: str
 ) -> None:
     """As by Ctrl-C in a notebook, where the same rounds then go on."""
     setup, crew = fedper
     want = outcome(rounds_on(setup, None), 1)
     rounds = rounds_on(setup, crew, 2)
     before = [process for process, _ in crew._workers]
-    plain, interrupted = processes.map_values, list[str]()
+    plain, interrupted = getattr(SharedMemoryConnection, during), list[str]()
 
-    def changed(value: Any, change: Any) -> Any:
-        if isinstance(value, during) and not interrupted:
+    def changed(self: SharedMemoryConnection, *args: Any) -> Any:
+        if not interrupted:
             interrupted.append("once")
             raise KeyboardInterrupt
-        return plain(value, change)
+        return plain(self, *args)
 
-    monkeypatch.setattr(processes, "map_values", changed)
+    monkeypatch.setattr(SharedMemoryConnection, during, changed)
     with pytest.raises(KeyboardInterrupt):
         rounds.run_round()
     assert outcome(rounds, 1) == want

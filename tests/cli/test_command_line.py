@@ -157,15 +157,19 @@ def without_reader(
         os.close(writer)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--help"],
-        *([command, "--help"] for command in APP.commands),
         ["methods"],  # printed by rich
-        ["methods", "hybrid"],
-        ["train", "--check", "--config", DIGITS],  # by print, then by rich
+        *(
+            pytest.param(arguments, marks=pytest.mark.slow)
+            for arguments in (
+                ["--help"],
+                *([command, "--help"] for command in APP.commands),
+                ["methods", "hybrid"],
+                ["train", "--check", "--config", DIGITS],  # by print, then by rich
+            )
+        ),
     ],
 )
 def test_command_ends_quietly_where_nobody_reads(arguments: list[str]) -> None:

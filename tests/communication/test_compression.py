@@ -19,8 +19,10 @@ from hetero_fl.communication.compression import (
     Stage,
     TopClasses,
     TopK,
+    build_stages,
 )
 from hetero_fl.communication.link import StageChain
+from hetero_fl.config.communication import StageConfig
 from hetero_fl.core.payload import PayloadError
 from hetero_fl.utils.seeding import keyed_generator
 
@@ -74,6 +76,17 @@ def test_random_k_sends_so_many_of_the_numbers_at_the_rate_of_keeping_and_every_
     assert ((sent > 0).sum(1) == 28).all() and torch.allclose(sent[sent > 0], torch.tensor(n / 28))
     share = (sent > 0).double().mean(0)
     assert (share - 28 / n).abs().max() < 5 * math.sqrt(28 / n * (1 - 28 / n) / 2000)
+
+
+def test_random_k_scales_nothing_up_where_the_rest_is_sent_later() -> None:
+    numbers = vector()
+
+    (stage,) = build_stages([StageConfig(randk=0.3)], entropy=False, makes_up=True)
+    back = there_and_back(numbers, [stage])
+
+    kept = back != 0
+    assert 0 < kept.sum() < len(numbers)
+    assert torch.equal(back[kept], numbers[kept])
 
 
 def test_chain_undoes_its_stages_from_the_last_to_the_first() -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.objectives import Supervised
-from hetero_fl.core.plan import Fit
-from hetero_fl.engine.batches import index_batches
+from hetero_fl.core.participant import Participant
+from hetero_fl.core.plan import Fit, SampledBatches
+from hetero_fl.core.task import Task
+from hetero_fl.engine.batches import Batches, index_batches
 
 STREAM = (0, 3, "site_1", "train", 0)
 
 
-def fit(**settings: int) -> Fit:
+def fit(**settings: Any) -> Fit:
     return Fit({"model": None}, Supervised(), **settings)
 
 
@@ -34,3 +39,15 @@ def test_index_batches_joins_a_last_row_that_is_alone_to_the_batch_before() -> N
     sizes = [[len(b) for b in index_batches(n, fit(batch_size=4), STREAM)] for n in (1, 9, 10)]
 
     assert sizes == [[1], [4, 5], [4, 4, 2]]
+
+
+def test_each_step_has_a_dropout_key_of_its_own() -> None:
+    task = Task("multiclass", 2)
+    site = Participant(
+        "site_1", task, {}, {}, lambda *_: {}, ClientSettings(), lambda: torch.zeros(2)
+    )
+    rows = SampledBatches(lambda generator, size: {"x": torch.zeros(size)}, 4)
+
+    keys = [key for key, _ in Batches(site, fit(data=rows, steps=5), torch.device("cpu"))]
+
+    assert len(set(keys)) == 5

@@ -104,6 +104,20 @@ def models(out: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in (out / "models").iterdir()}
 
 
+def test_two_ranks_leave_the_models_of_a_serial_run(tmp_path: Path) -> None:
+    configuration = {**source(), "rounds": 1}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(configuration))
+    out = tmp_path / "out"
+
+    process = launch(tmp_path, TRAIN, "--config", "c.yaml", "--out", str(out), ranks=2)
+    _, said = process.communicate(timeout=PATIENCE)
+
+    assert process.returncode == 0, said
+    configuration["runtime"]["executor"] = "serial"
+    run(configuration, out=tmp_path / "serial")
+    assert models(out) == models(tmp_path / "serial")
+
+
 @pytest.mark.slow
 def test_same_bits_and_a_rank_that_dies_is_started_again(tmp_path: Path) -> None:
     """torchrun ends a job of which a rank died; with restarts, --resume goes on by itself. It dies in the middle of a task."""

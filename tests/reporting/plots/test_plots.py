@@ -367,3 +367,28 @@ def test_clients_without_test_rows_have_no_diagram(made_run: MakeRun) -> None:
         "personal": {"ece": None, "confidence": [], "accuracy": [], "count": []}
     }
     assert not drawn(score_plots.plot_calibration, run.summary(), details).axes[0].texts
+
+
+def test_privacy_plot_shows_what_each_round_has_spent() -> None:
+    records = [{"round": r, "privacy": {"epsilon": e}} for r, e in [(1, 0.5), (2, 0.7)]]
+
+    figure = round_plots.plot_privacy({"privacy": {"delta": 1e-5}}, records)
+
+    assert figure is not None
+    axes = figure.axes[0]
+    assert axes.lines[0].get_xydata().tolist() == [[0, 0], [1, 0.5], [2, 0.7]]
+    assert "1e-05" in axes.get_ylabel()
+    assert round_plots.plot_privacy({}, records) is None
+
+
+def test_staleness_plot_counts_the_uploads_of_all_rounds() -> None:
+    records = [{"staleness": {"0": 3, "2": 1}}, {}, {"staleness": {"0": 2}}]
+
+    figure = round_plots.plot_staleness({}, records, {})
+
+    assert figure is not None
+    axes = figure.axes[0]
+    bars = {bar.get_center()[0]: bar.get_height() for bar in axes.patches}
+    assert bars == {0: 5, 2: 1}
+    assert axes.lines[0].get_xdata()[0] == pytest.approx(2 / 6)
+    assert round_plots.plot_staleness({}, [{}], {}) is None

@@ -68,7 +68,8 @@ class NodeExecutor:
         self._tell: Callable[[str], None] | None = None
         self._dispatched = Conversations(self.connections)  # what was dispatched
         self._lost: list[str] = []  # clients that began anew
-        self.on_reset: Callable[[str], None] = lambda client: None
+        # Called with a client that has lost its private state, before its request is made again.
+        self.on_reset: Callable[[str], object] = lambda client: None
         # the states that checkpoints name, the newest last
         self._named: deque[dict[str, str]] = deque(maxlen=KEPT_CHECKPOINTS)
 
@@ -118,9 +119,9 @@ class NodeExecutor:
         self.connections.refresh()
         return self.connections.node_of.keys()
 
-    def dispatch(self, client: str, request: Message) -> None:
+    def dispatch(self, client: str, make_request: Callable[[str], Message]) -> None:
         self._dispatched.add(
-            client, self._task_conversation(client, lambda client: request, ""), self.deadline
+            client, self._task_conversation(client, make_request, ""), self.deadline
         )
 
     def next_reply(self, wait: float) -> tuple[str, Reply] | None:
@@ -213,8 +214,8 @@ class NodeExecutor:
     ) -> Conversation:
         """Have one task done.
 
-        A node that was started anew is prepared first. One that has lost its state begins anew, on
-        a request that is made anew: the first may tell the change of what it has lost.
+        A node that was restarted is prepared first. One that has lost its private state begins
+        without it, and its request is made again: the first may depend on what it has lost.
         """
         if self._tell is not None:
             self._tell(f"{client}: {'train' if kind == 'answer' else 'evaluation'}")

@@ -7,7 +7,7 @@ import math
 import time
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -271,6 +271,8 @@ class AsynchronousTrainer(FederatedTrainer):
         staleness: StalenessConfig | None = None,
         **options: Any,
     ) -> None:
+        self.version = 0  # number of aggregations
+        self.queue = TaskQueue()
         super().__init__(*args, policy=environment.policy, **options)
         self.environment = environment
         self.upload_sizes = UploadSizes(self.algorithm, self.federation, self.expectations)
@@ -279,8 +281,6 @@ class AsynchronousTrainer(FederatedTrainer):
         policy = self.algorithm.needs.asynchronous or AsyncPolicy()
         self.goal = policy.buffer_size or buffer or self.places
         self.staleness = policy.staleness or staleness or StalenessConfig()
-        self.queue = TaskQueue()
-        self.version = 0  # number of aggregations
         self.num_tasks = 0
         # what came from whom, and what staleness leaves of it
         self._buffer: list[tuple[str, Payload, float]] = []
@@ -299,6 +299,9 @@ class AsynchronousTrainer(FederatedTrainer):
     @property
     def fingerprint(self) -> str:
         return self.environment.devices.fingerprint
+
+    def clients_in_training(self) -> Collection[str]:
+        return {task.client for task in self.queue}
 
     # Events ------------------------------------------------------------------------------------------------------
     def run_round(self) -> Record:
@@ -429,10 +432,7 @@ class AsynchronousTrainer(FederatedTrainer):
         upload = arrivals[0]  # the same once more is known by the task's number, and dropped
         if not upload.is_intact:
             raise TaskFailedError(CHANGED, "fate")
-        if self.changes is not None:
-            asked = self.changes.received_last(task.client)
-        else:
-            asked = self.links.decode_broadcast(task.version, task.broadcast)
+        asked = self.broadcasts.received_by(task.client, task.version, task.broadcast)
         client_info = self.federation.client_infos[task.client]
         try:
             return self.decode_upload(
@@ -483,8 +483,9 @@ class AsynchronousTrainer(FederatedTrainer):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
         self.version, self.num_tasks, self._fillings = state["count"]
+        self.queue = TaskQueue.from_state_dict(state["queue"], self.environment.faults.outcome)
+        super().load_state_dict(state)
         self.now = state["now"]
         self._set_round_context(self.version)
         self._attempts = Counter(state["asked"])
@@ -493,4 +494,3 @@ class AsynchronousTrainer(FederatedTrainer):
             (client, Payload.decode(as_bytes(body)), worth)
             for client, body, worth in state["buffer"]
         ]
-        self.queue = TaskQueue.from_state_dict(state["queue"], self.environment.faults.outcome)

@@ -37,7 +37,7 @@ from hetero_fl.engine.driver import (
     run_plan,
     run_plans,
 )
-from hetero_fl.federation.broadcast_changes import read_broadcast
+from hetero_fl.federation.broadcasts import HELD, hold, read_broadcast
 from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.state_store import PrivateState, StateStore
@@ -253,13 +253,16 @@ class ClientRuntime:
                 client_id, self.store.get(client_id), request.round_idx, request.attempt
             )
             clients[client_id].step_share = request.step_share
-        with self._receive(training, requests, clients) as received:
+        with self._receive(training, requests) as received:
+            held = {c: self._hold(c, training[c].broadcast, received[c]) for c in clients}
             outcomes = self._train(clients, received)
             for client_id, outcome in zip(clients, outcomes, strict=True):
                 if outcome.failure is not None:
                     replies[client_id] = outcome.failure
                     continue
                 upload = self._finish_upload(clients[client_id], outcome, received[client_id])
+                if held[client_id] is not None:
+                    clients[client_id].state[HELD] = held[client_id]
                 reply = training[client_id].reply
                 replies[client_id] = self._send(
                     clients[client_id], upload, received[client_id], requests[client_id], reply
@@ -271,17 +274,8 @@ class ClientRuntime:
         self,
         training: Mapping[str, TrainingRequest],
         requests: Mapping[str, Message],
-        clients: Mapping[str, Participant],
     ) -> Iterator[dict[str, Payload]]:
         """Yield what each client received, for as long as it trains."""
-        if self.links.sends_changes:
-            yield {
-                c: read_broadcast(
-                    self.links, requests[c].round_idx, answer.broadcast, clients[c].state
-                )
-                for c, answer in training.items()
-            }
-            return
         received: dict[str, Payload] = {}
         with ExitStack() as stack:
             for round_idx in sorted({requests[c].round_idx for c in training}):
@@ -305,9 +299,14 @@ class ClientRuntime:
         return run_plans(plans, backend, watch)
 
     def _decode_broadcast(self, client_id: str, round_idx: int, body: bytes) -> Payload:
-        """Decode a broadcast; of one that is a change the client keeps nothing."""
-        state = dict(self.store.get(client_id).state)
-        return read_broadcast(self.links, round_idx, body, state)
+        held = self.store.get(client_id).state.get(HELD)
+        return read_broadcast(self.links, round_idx, body, held)
+
+    def _hold(self, client_id: str, body: bytes, received: Payload) -> dict[str, Any] | None:
+        """Return the estimate that a client holds from now on, where broadcasts need one."""
+        if not self.links.sends_changes:
+            return None
+        return hold(body, received, self.store.get(client_id).state.get(HELD))
 
     def _finish_upload(
         self, client: Participant, outcome: PlanOutcome[Items], received: Payload

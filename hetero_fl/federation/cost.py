@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -14,7 +13,12 @@ from hetero_fl.communication.protocol import total_bytes
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Payload
 from hetero_fl.engine.driver import run_plan, translate_user_errors
-from hetero_fl.federation.broadcast_changes import KEPT_ROUNDS, NAME_BYTES
+from hetero_fl.federation.broadcasts import (
+    KEPT_CHANGES,
+    message_bytes,
+    split_models,
+    tensor_structure,
+)
 from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.dry_run import ExpectedUploads, payload_structure
 from hetero_fl.federation.federation import FederationSpec
@@ -109,10 +113,10 @@ class DryRun:
         self.links = FederationLinks(algorithm, federation, bound=True)
         self.protocol = make_protocol(algorithm, federation)
         algorithm.setup(self.server)
-        # By client: the round in which it received a model last, and what that was.
-        self._held: dict[str, tuple[int, Payload]] = {}
+        self._estimates: dict[Any, ExpectedEstimate] = {}
+        self._held: dict[str, tuple[ExpectedEstimate, int]] = {}  # estimate and change, by client
         self._exchanges: dict[Any, ExchangeCost] = {}
-        self._evaluations: dict[Any, int] = {}
+        self._lengths: dict[Any, int] = {}  # bytes of encoded broadcasts and of parts of them
         self._aggregated: set[tuple[int, ...]] = set()  # phases
 
     def exchange_cost(self, client_id: str, round_idx: int) -> ExchangeCost:
@@ -120,32 +124,25 @@ class DryRun:
         phase = self._begin_round(round_idx)
         client_info = self.federation.client_infos[client_id]
         received = call_broadcast(self.algorithm, self.server, client_info)
+        down = self._broadcast_bytes(client_info, received, round_idx)
         # a weight in an upload has the digits of the client's number of rows
-        held = self._held_by(client_id, round_idx)
-        if self.links.sends_changes:
-            self._held[client_id] = round_idx, received
-        key = (phase, self._form(client_info, received), client_info.num_rows, _structure(held))
+        key = (phase, self._form(client_info, received), client_info.num_rows, down)
         if key not in self._exchanges:
             upload, charges = self.expectations.dry_run_upload(client_info, received, round_idx)
             up = 0
             if not self.protocol.setup:
                 body = self.links.encode_upload(client_info, round_idx, upload, received, {})
                 up = len(body)
-            down = self._broadcast_bytes(received, round_idx, held)
             sizes = self.protocol.sizes(self.federation.cohort, round_idx, down, up)
             self._exchanges[key] = ExchangeCost(*total_bytes(sizes.values()), charges)
         return self._exchanges[key]
 
     def evaluation_bytes(self, client_id: str, round_idx: int) -> int:
         """Return the bytes down to a client that is evaluated before a round."""
-        phase = self._begin_round(round_idx)
+        self._begin_round(round_idx)
         client_info = replace(self.federation.client_infos[client_id], purpose="evaluate")
         received = call_broadcast(self.algorithm, self.server, client_info)
-        held = self._held_by(client_id, round_idx)
-        key = (phase, self._form(client_info, received), _structure(held))
-        if key not in self._evaluations:
-            self._evaluations[key] = self._broadcast_bytes(received, round_idx, held)
-        return self._evaluations[key]
+        return self._broadcast_bytes(client_info, received, round_idx)
 
     def aggregate(self, cohort: list[str], round_idx: int) -> None:
         """Carry out the server's part of a round, once in each phase."""
@@ -172,16 +169,51 @@ class DryRun:
         profile = self.federation.client_infos.profile(client_info.client_id)
         return profile.first, payload_structure(received)
 
-    def _held_by(self, client_id: str, round_idx: int) -> Payload | None:
-        """Return what a client holds, of which it is sent the change."""
-        since, held = self._held.get(client_id, (-math.inf, None))
-        return held if round_idx - since <= KEPT_ROUNDS else None
+    def _broadcast_bytes(self, client_info: ClientInfo, payload: Payload, round_idx: int) -> int:
+        """Return the bytes of a broadcast, and note that a client that trains has received it."""
+        if not self.links.sends_changes:
+            return self._length(payload, round_idx)
+        models, others = split_models(payload)
+        rest = self._length(others, round_idx)
+        if not models.items_:
+            return message_bytes([], rest)
+        client_id = client_info.client_id
+        per_client = self.algorithm.needs.models_per_client
+        key = tensor_structure(models), client_id if per_client else ""
+        estimate = self._estimates.setdefault(key, ExpectedEstimate())
+        if estimate.version != round_idx:
+            estimate.number += 1
+            estimate.version = round_idx
+        held, first = self._held.get(client_id, (estimate, 0))
+        if client_info.purpose == "train":
+            self._held[client_id] = estimate, estimate.number
+        if held is not estimate or estimate.number - first > KEPT_CHANGES:
+            return message_bytes([len(payload.encode())], 0)
+        changes = [
+            self._length(models, round_idx, is_change=number > 0)
+            for number in range(first, estimate.number)
+        ]
+        return message_bytes(changes, rest)
 
-    def _broadcast_bytes(self, payload: Payload, round_idx: int, held: Payload | None) -> int:
-        archs = self.server.arch.values()
-        body = self.links.encode_broadcast(round_idx, payload, archs, held)
-        return len(body) + self.links.sends_changes * NAME_BYTES
+    def _length(self, payload: Payload, round_idx: int, is_change: bool = False) -> int:
+        """Return the bytes of an encoded payload, or of a change from one of the same shapes."""
+        key = tensor_structure(payload), min(round_idx, 1), is_change
+        if key not in self._lengths:
+            reference = payload if is_change else None
+            archs = self.server.arch.values()
+            body = self.links.encode_broadcast(round_idx, payload, archs, reference)
+            self._lengths[key] = len(body)
+        return self._lengths[key]
 
 
-def _structure(payload: Payload | None) -> Any:
-    return None if payload is None else payload_structure(payload)
+@dataclass
+class ExpectedEstimate:
+    """An estimate that clients hold of models.
+
+    Attributes:
+        number: Number of changes so far.
+        version: The server's version when it changed last.
+    """
+
+    number: int = 0
+    version: int = -1

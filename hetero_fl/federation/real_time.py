@@ -48,12 +48,6 @@ def reset_record(executor: RemoteExecutor) -> dict[str, Any]:
     return {"anew": clients} if clients else {}
 
 
-def forget_resets(trainer: RemoteSynchronousTrainer | RemoteAsynchronousTrainer) -> None:
-    """Have a trainer send whole models to clients that have lost what they held."""
-    if trainer.changes is not None:
-        trainer.executor.on_reset = trainer.changes.ledger.forget
-
-
 class RemoteSynchronousTrainer(ScheduledTrainer):
     """Synchronous rounds with clients on other machines.
 
@@ -64,7 +58,7 @@ class RemoteSynchronousTrainer(ScheduledTrainer):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        forget_resets(self)
+        self.executor.on_reset = self.broadcasts.reset
         self.stopwatch = Stopwatch()
 
     def run_round(self) -> Record:
@@ -140,7 +134,7 @@ class RemoteAsynchronousTrainer(AsynchronousTrainer):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        forget_resets(self)
+        self.executor.on_reset = self._send_again
         self.stopwatch = Stopwatch()
         self._resting: dict[str, str] = {}  # why they had no answer
 
@@ -168,7 +162,7 @@ class RemoteAsynchronousTrainer(AsynchronousTrainer):
                     f"round {self.completed + 1}: nobody was there for {LONGEST / 3600:g} hours"
                 )
             for task in self.queue.pop_uncomputed():
-                self.executor.dispatch(task.client, task.request)
+                self.executor.dispatch(task.client, partial(self._request, task))
             if (came := self.executor.next_reply(LOOK)) is None:
                 continue
             client, reply = came
@@ -182,6 +176,16 @@ class RemoteAsynchronousTrainer(AsynchronousTrainer):
             task.end = self.stopwatch.elapsed()
             self.queue.set_end(task)
         return self.queue.pop()
+
+    def _request(self, task: ClientTask, client: str) -> Message:
+        return task.request
+
+    def _send_again(self, client: str) -> None:
+        """Have the next request to a client that has lost its state contain the whole model."""
+        body = self.broadcasts.reset(client)
+        for task in self.queue:
+            if task.client == client and body is not None:
+                task.broadcast = body
 
     def _idle_clients(self) -> tuple[int, Callable[[int], int]]:
         """Those who are there, but for those who had no answer: they are asked again after the next version, or if else nobody is

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import call_broadcast, is_user_method
-from hetero_fl.communication.protocol import EncodeCache, Message, Traffic
+from hetero_fl.communication.protocol import Message, Traffic
 from hetero_fl.config.simulation import CohortConfig
 from hetero_fl.core.metrics import Scores, score, summarize_clients
 from hetero_fl.core.participant import ClientInfo, copy_containers, copy_tree
 from hetero_fl.core.payload import Payload, PayloadError, check_size, check_upload
 from hetero_fl.core.plan import Predict, Rows
 from hetero_fl.engine.driver import DivergedError, translate_user_errors
-from hetero_fl.federation.broadcast_changes import BroadcastChanges
+from hetero_fl.federation.broadcasts import make_broadcasts
 from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.checkpoint import Checkpoints
 from hetero_fl.federation.client_runtime import ClientEvaluation
@@ -111,10 +111,7 @@ class FederatedTrainer(ABC):
         self.backend = executor.backend
         self.protocol = make_protocol(algorithm, federation)
         self.links = FederationLinks(algorithm, federation)
-        # Broadcasts tell changes of what clients hold, where the channel is configured so.
-        self.changes: BroadcastChanges | None = None
-        if self.links.sends_changes:
-            self.changes = BroadcastChanges(self.links, self.store.stamp)
+        self.broadcasts = make_broadcasts(self.links, self.store.stamp)
         self.expectations = ExpectedUploads(algorithm, federation)
         self.privacy = ServerPrivacy.from_federation(
             self.expectations.privacy, federation, self.expectations.expected_items, per_round
@@ -199,28 +196,24 @@ class FederatedTrainer(ABC):
 
     def encode_broadcast(self, client_info: ClientInfo, payload: Payload) -> bytes:
         """Encode a broadcast; one that several clients receive is encoded once."""
-        if self.changes is not None:
-            return self.changes.encode(client_info, payload)
-        return self._encoded(payload)
+        return self.broadcasts.encode(client_info, payload)
 
     def as_received(self, client_info: ClientInfo, payload: Payload) -> Payload:
         """Return the payload that a client decodes from a broadcast."""
-        if self.changes is not None:
-            return self.changes.received(client_info, payload)
-        return payload if self.links.down is None else self._decoded(payload)
+        return self.broadcasts.received(client_info, payload)
 
     def _clear_broadcasts(self) -> None:
         """Forget encoded broadcasts: the server has changed, or goes on to another round."""
-        round_idx = self.server.round_context.round_idx
-        archs = self.server.arch.values()
-        if self.changes is not None:
-            self.changes.begin(round_idx, archs)
-        self._encoded = EncodeCache(
-            lambda payload: self.links.encode_broadcast(round_idx, payload, archs)
+        self.broadcasts.begin(
+            self.server.round_context.round_idx,
+            self.round_idx,
+            self.server.arch.values(),
+            self.clients_in_training(),
         )
-        self._decoded: Callable[[Payload], Payload] = EncodeCache(
-            lambda payload: self.links.simulate_broadcast(round_idx, payload, archs)
-        )
+
+    def clients_in_training(self) -> Collection[str]:
+        """Return the clients that still train on an earlier version of the server."""
+        return ()
 
     def _set_round_context(self, round_idx: int) -> None:
         is_next = round_idx != self.server.round_context.round_idx
@@ -414,8 +407,8 @@ class FederatedTrainer(ABC):
             "aggregation": self.rule_memory,
             "bounds": self.privacy.state_dict() if self.privacy is not None else {},
         }
-        if self.changes is not None:
-            state["broadcasts"] = self.changes.state_dict()
+        if broadcasts := self.broadcasts.state_dict():
+            state["broadcasts"] = broadcasts
         if self.num_diverged:
             state["diverged"] = self.num_diverged
         return state
@@ -430,6 +423,5 @@ class FederatedTrainer(ABC):
         self.rule_memory = state["aggregation"]
         if self.privacy is not None:
             self.privacy.load_state_dict(state["bounds"])
-        if self.changes is not None:
-            self.changes.load_state_dict(state["broadcasts"])
+        self.broadcasts.load_state_dict(state.get("broadcasts", {}))
         self._clear_broadcasts()

@@ -30,7 +30,12 @@ from tests.helpers.small_federations import MIXED, TOP, config
 CLIENTS = ["site_1", "site_2", "site_3", "site_4"]
 
 
-def source(method: str = "hybrid", clients: int = 4, places: int = 3) -> dict[str, Any]:
+DOWN = {"compress_down": [{"topk": 0.2}, {"quantize": 6}]}
+
+
+def source(
+    method: str = "hybrid", clients: int = 4, places: int = 3, channel: dict[str, Any] = TOP
+) -> dict[str, Any]:
     own = {"algorithm__heads": "keep"} if method == "hybrid" else {}
     runtime = {
         "threads": 1,
@@ -44,7 +49,7 @@ def source(method: str = "hybrid", clients: int = 4, places: int = 3) -> dict[st
         clients=clients,
         rounds=3,
         clients__per_round=places,
-        channel=TOP,
+        channel=channel,
         runtime=runtime,
         **own,
     )
@@ -63,9 +68,13 @@ def test_one_node_alone_is_the_simulation(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["hybrid", "fedbuff"])
-def test_in_the_same_order_it_is_the_simulation(method: str, tmp_path: Path) -> None:
-    made = source(method)
+@pytest.mark.parametrize(
+    ("method", "channel"), [("hybrid", TOP), ("fedbuff", TOP), ("hybrid", DOWN)]
+)
+def test_in_the_same_order_it_is_the_simulation(
+    method: str, channel: dict[str, Any], tmp_path: Path
+) -> None:
+    made = source(method, channel=channel)
     there = federation(
         made, Sites(CLIENTS, tmp_path / "sites", transport=InOrder()), tmp_path / "there"
     )
@@ -79,13 +88,33 @@ def test_in_the_same_order_it_is_the_simulation(method: str, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_tasks_in_flight_when_the_server_dies_are_asked_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("channel", [TOP, DOWN])
+def test_tasks_in_flight_when_the_server_dies_are_asked_again(
+    channel: dict[str, Any], tmp_path: Path
+) -> None:
+    made = source(channel=channel)
     plain = federation(
-        source(), Sites(CLIENTS, tmp_path / "a", transport=InOrder()), tmp_path / "plain"
+        made, Sites(CLIENTS, tmp_path / "a", transport=InOrder()), tmp_path / "plain"
     )
     sites = Sites(CLIENTS, tmp_path / "b", transport=InOrder())
-    killed = federation(source(), sites, tmp_path / "killed", deaths=[14, 17, 22, 20])
+    killed = federation(made, sites, tmp_path / "killed", deaths=[14, 17, 22, 20])
     assert without(records(killed)) == without(records(plain)) and models(killed) == models(plain)
+
+
+def test_a_client_that_has_lost_its_state_is_sent_the_whole_model(tmp_path: Path) -> None:
+    sites = Sites(CLIENTS, tmp_path / "sites")
+
+    def lose(record: dict[str, Any]) -> None:
+        if record["round"] == 1:
+            for file in (tmp_path / "sites" / "site_2").rglob("state-*"):
+                file.unlink()
+
+    made = {**source("fedavg", places=4, channel=DOWN), "rounds": 4}
+    there = records(federation(made, sites, tmp_path / "there", callbacks=[lose]))
+
+    assert [client for record in there for client in record.get("anew", [])] == ["site_2"]
+    assert all(record["counts"]["arrived"] == 4 for record in there)
+    assert not any(record["failed"] for record in there)
 
 
 @pytest.mark.slow

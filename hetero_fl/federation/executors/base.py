@@ -80,10 +80,11 @@ class RemoteExecutor(Executor, Protocol):
     """An executor whose clients are on machines of their own: real time passes, and they come and go.
 
     Attributes:
-        on_reset: Called with a client that has lost its private state, before it is asked again.
+        on_reset: Called with a client that has lost its private state, before its request is made
+            again.
     """
 
-    on_reset: Callable[[str], None]
+    on_reset: Callable[[str], object]
 
     def as_completed(
         self, clients: Sequence[str], request: Callable[[str], Message]
@@ -93,8 +94,14 @@ class RemoteExecutor(Executor, Protocol):
     def connected_clients(self) -> Collection[str]:
         """The clients that are there now."""
 
-    def dispatch(self, client: str, request: Message) -> None:
-        """Have one client's task done beside others."""
+    def dispatch(self, client: str, make_request: Callable[[str], Message]) -> None:
+        """Have one client's task done beside others.
+
+        Args:
+            client: The client.
+            make_request: Returns its request; called again if the client has lost its private
+                state.
+        """
 
     def next_reply(self, wait: float) -> tuple[str, Reply] | None:
         """The next reply to what was dispatched; None if none comes in so many seconds."""

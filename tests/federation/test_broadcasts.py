@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,17 @@ from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Payload, PayloadError
 from hetero_fl.core.plan import Plan
 from hetero_fl.experiment import prepare, run
-from hetero_fl.federation.broadcast_changes import HELD, KEPT_ROUNDS, WHOLE, read_broadcast
+from hetero_fl.federation.broadcasts import (
+    HEADER,
+    HELD,
+    KEPT_CHANGES,
+    NOTHING,
+    EstimateBroadcasts,
+    read_broadcast,
+)
 from hetero_fl.federation.cost import communication_cost
 from hetero_fl.federation.trainer import FederatedTrainer
+from hetero_fl.utils.errors import UserError
 from tests.federation.test_synchronous import METHODS
 from tests.helpers import asynchronous_runs
 from tests.helpers.small_federations import MIXED, broadcasts, config, rounds_of, same_bits
@@ -31,21 +40,27 @@ CHAINS = {
 MODELS = ["cnn_bn_small", {"name": "mlp", "hidden": [24]}]
 
 
+def broadcasts_of(trainer: FederatedTrainer) -> EstimateBroadcasts:
+    assert isinstance(trainer.broadcasts, EstimateBroadcasts)
+    return trainer.broadcasts
+
+
 def check_held(trainer: FederatedTrainer) -> int:
     """Compare what clients hold with what the server believes; return how many hold something."""
-    assert trainer.changes is not None
+    made = broadcasts_of(trainer)
+    present = {estimate.name: estimate.payload for estimate in made.estimates.values()}
     holders = 0
     for client_id in trainer.federation.client_infos:
-        name = trainer.changes.ledger.held_by(client_id)
+        name = made.ledger.held_by(client_id)
         held = trainer.store.get(client_id).state.get(HELD)
-        if name == WHOLE:
+        if name == NOTHING:
             continue
         holders += 1
         assert held is not None and held["name"] == name.hex()
-        if (version := trainer.changes._versions.get(name)) is None:
+        if (payload := present.get(name)) is None:
             continue
         for item, tensors in held["models"].items():
-            assert same_bits(version.payload[item], tensors)
+            assert same_bits(payload[item], tensors)
     return holders
 
 
@@ -85,18 +100,15 @@ def test_what_is_left_out_is_sent_later() -> None:
     """Where the server stands still, clients come to hold its model."""
     source = config("fedavg", "linear", 1, channel={"compress_down": [{"topk": 0.25}]})
     trainer = rounds_of(source, held=1)
-    changes = trainer.changes
-    assert changes is not None
+    made = broadcasts_of(trainer)
     (info,) = (trainer.federation.client_infos[c] for c in trainer.federation.client_infos)
     payload = trainer.broadcast(info)
     gaps = []
-    for round_idx in range(1, 6):
-        changes.begin(round_idx, trainer.server.arch.values())
-        changes.encode(info, payload)
-        received = changes.received(info, payload)["model"]
+    for version in range(1, 6):
+        made.begin(version, version, trainer.server.arch.values())
+        made.encode(info, payload)
+        received = made.received(info, payload)["model"]
         gaps.append(max(float((received[n] - t).abs().max()) for n, t in payload["model"].items()))
-        changes.ledger._held[info.client_id] = changes.ledger.sent_to(info.client_id)
-        changes.ledger._sent.clear()
     assert gaps[0] > 0 and gaps == sorted(gaps, reverse=True) and gaps[-1] < 1e-7
 
 
@@ -107,25 +119,92 @@ def test_changes_are_a_small_part_of_whole_models() -> None:
     assert max(sizes[1:]) < 0.25 * sizes[0]
 
 
-def test_a_client_that_was_away_for_long_is_sent_the_whole() -> None:
+def changes_in(body: bytes) -> int:
+    """Return the number of changes in a message."""
+    return int(HEADER.unpack_from(body)[2])
+
+
+def test_a_client_is_sent_the_changes_that_it_missed_or_the_whole_estimate() -> None:
     trainer = rounds_of(config("fedavg", "linear", 2, channel=DOWN), held=1)
-    (body,) = broadcasts(trainer, ["site_1"], for_evaluation=True).values()
-    assert body[:8] != WHOLE
-    assert trainer.changes is not None
-    trainer.changes.begin(KEPT_ROUNDS + 1, trainer.server.arch.values())
-    (body,) = broadcasts(trainer, ["site_1"], for_evaluation=True).values()
-    assert body[:8] == WHOLE
+    made = broadcasts_of(trainer)
+    assert made.ledger.held_by("site_1") != NOTHING
+
+    for version in range(2, KEPT_CHANGES + 5):
+        made.begin(version, version, trainer.server.arch.values())
+        (body,) = broadcasts(trainer, ["site_1"], for_evaluation=True).values()
+        missed = version - 1
+        assert changes_in(body) == (missed if missed <= KEPT_CHANGES else 1)
+        (estimate,) = made.estimates.values()
+        assert estimate.payload is not None
+        held = trainer.store.get("site_1").state[HELD]
+        received = read_broadcast(trainer.links, version, body, held)
+        assert same_bits(received["model"], estimate.payload["model"])
+
+
+def test_clients_of_different_cohorts_share_an_estimate() -> None:
+    source = config("fedavg", "linear", 6, channel=DOWN, rounds=8, clients__per_round=2)
+    trainer = rounds_of(source, held=0)
+    for _ in range(8):
+        assert not trainer.run_round()["failed"]
+        check_held(trainer)
+    made = broadcasts_of(trainer)
+    assert len(made.estimates) == 1
+    assert not made.ledger.sent  # nothing is kept for clients whose uploads have come
 
 
 def test_a_change_of_something_else_is_refused() -> None:
     trainer = rounds_of(config("fedavg", "linear", 2, channel=DOWN), held=1)
     (body,) = broadcasts(trainer, ["site_1"], for_evaluation=True).values()
-    other: dict[str, Any]
-    for other in ({}, {HELD: {"name": "00" * 8, "models": {}}}):
-        with pytest.raises(PayloadError, match="a broadcast that this client does not hold"):
+    for other in (None, {"name": "00" * 8, "models": {}}):
+        with pytest.raises(PayloadError, match="an estimate that this client does not hold"):
             read_broadcast(trainer.links, 1, body, other)
-    with pytest.raises(PayloadError):
-        read_broadcast(trainer.links, 1, b"", {})
+    for size in (0, HEADER.size, HEADER.size + 9):
+        with pytest.raises(PayloadError):
+            read_broadcast(trainer.links, 1, body[:size], None)
+
+
+class Personal(FedAvg):
+    """Sends each client a model of its own."""
+
+    def broadcast(self, server: Participant, recipient: Any) -> dict[str, Any]:
+        items = dict(super().broadcast(server, recipient))
+        shift = float(recipient.client_id.removeprefix("site_"))
+        return {n: {k: t + shift for k, t in v.items()} for n, v in items.items()}
+
+
+class DeclaredPersonal(Personal):
+    """The same, declared."""
+
+    needs = replace(FedAvg.needs, models_per_client=True)
+
+
+def test_a_method_that_sends_each_client_another_model_has_to_say_so() -> None:
+    source = config(f"python:{__name__}:Personal", "linear", 3, channel=DOWN)
+    with pytest.raises(UserError, match=r"Needs\(models_per_client=True\)"):
+        rounds_of(source, held=0).run_round()
+
+    source = config(f"python:{__name__}:DeclaredPersonal", "linear", 3, channel=DOWN)
+    trainer = rounds_of(source, held=0)
+    for _ in range(2):
+        assert not trainer.run_round()["failed"]
+        assert check_held(trainer) == 3
+    assert len(broadcasts_of(trainer).estimates) == 3
+
+
+class Forgetful(FedAvg):
+    """Its clients replace their state."""
+
+    def train(self, client: Participant, received: Payload) -> Plan[dict[str, Any]]:
+        items = yield from super().train(client, received)
+        client.state = {"received": 1}
+        return items
+
+
+def test_a_method_that_replaces_the_state_of_clients_keeps_what_they_hold() -> None:
+    trainer = rounds_of(config(f"python:{__name__}:Forgetful", "linear", 2, channel=DOWN), held=0)
+    for _ in range(2):
+        assert not trainer.run_round()["failed"]
+        assert check_held(trainer) == 2
 
 
 class Zeroing(FedAvg):
@@ -210,6 +289,24 @@ def test_every_method_costs_what_was_told(method: str) -> None:
         assert told[0] >= counted[0] and told[1] >= counted[1]
     else:
         assert told == counted
+
+
+def test_the_price_counts_changes_that_clients_missed() -> None:
+    rounds = KEPT_CHANGES + 6
+    source = config("fedavg", "linear", 8, channel=DOWN, rounds=rounds, clients__per_round=1)
+    prepared = prepare(source)
+    trainer = prepared.make_trainer()
+    for _ in range(rounds):
+        assert not trainer.run_round()["failed"]
+    counted = trainer.traffic.down
+    trainer.evaluate()
+
+    cost = communication_cost(prepared.method, prepared.federation, rounds, 1, every=rounds)
+
+    assert (cost.down.total(), cost.evaluation.total()) == (
+        counted,
+        trainer.traffic.down - counted,
+    )
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])

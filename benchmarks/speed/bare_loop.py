@@ -60,7 +60,7 @@ class BareLoop:
     """FedAvg without a framework: nothing is encoded, checked, recorded or saved.
 
     Args:
-        images: Shape `[rows, channels, height, width]`, normalised.
+        images: Shape `[rows, channels, height, width]`, normalized.
         labels: Shape `[rows]`.
         per_round: Clients per round.
     """

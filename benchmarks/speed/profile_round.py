@@ -57,7 +57,7 @@ STAGES: dict[Callable[..., Any], str] = {
     Supervised.total_loss: "        forward and loss",
     torch.Tensor.backward: "        backward",
     torch.optim.SGD.step: "        optimizer steps",
-    Template.copy_out: "        tensors copied out",
+    Template.hand_over: "        tensors handed over",
     Payload.encode: "all payloads encoded",
     Payload.decode: "all payloads decoded",
     StateStore.stage: "private state staged",

@@ -178,7 +178,7 @@ class Payload(Mapping[str, Any]):
 
     @property
     def encoded_size(self) -> int:
-        """The length of `encode()`; no tensor is read."""
+        """The length of `encode()`; tensors that are contiguous and on the CPU are not read."""
         return encoded_size(self.tree(), FORM)
 
     def tree(self) -> dict[str, Any]:

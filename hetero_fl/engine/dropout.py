@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-STRIDE = 0x9E3779B97F4A7C15  # between the seeds of two masks of a step
-SEEDS = 2**63
+STRIDE = 0x7F4A7C15  # between the seeds of two masks of a step; another than between steps
+SEEDS = 2**32  # of which torch's generator on CPUs reads no more
 LEVELS = 2**16  # a drop probability is rounded to one of so many
 
 
@@ -58,6 +58,8 @@ class DropoutStreams:
 
     def mask(self, input: Tensor, p: float) -> Tensor:
         """Return the next mask, 0 or `1 / (1 - p)`, in the shape of `input`."""
+        if not self._keys:
+            raise RuntimeError("dropout of a model in training outside a training step")
         self._num_masks += 1
         if self._place is not None:
             mask: Tensor = _StackedMask.apply(input.detach(), self._place, p, self)
@@ -138,7 +140,7 @@ def use_keyed_dropout(module: nn.Module, streams: DropoutStreams) -> bool:
     """Replace a model's dropout layers; return whether it has any that drops."""
     found = False
     for parent in list(module.modules()):
-        for name, child in parent.named_children():
+        for name, child in list(parent._modules.items()):  # also one that is there twice
             if type(child) is nn.Dropout:
                 setattr(parent, name, KeyedDropout(child.p, streams))
                 found = found or child.p > 0

@@ -468,7 +468,8 @@ def choose_for_nodes(prepared: PreparedRun) -> ExecutorChoice:
         config.runtime.executor if config.runtime.executor in ("serial", "processes") else "auto"
     )
     runtime = config.runtime.model_copy(update={"executor": asked, "chunk": None})
-    chosen = choose_executor(config.model_copy(update={"runtime": runtime}), prepared.federation)
+    updated = config.model_copy(update={"runtime": runtime})
+    chosen = choose_executor(updated, prepared.federation, measure=False)
     reasons = (f"on nodes, {pluralize(chosen.threads, 'thread')} each",)
     return replace(
         chosen,

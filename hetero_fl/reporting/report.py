@@ -79,10 +79,11 @@ def _repeat_command(run: RunDirectory) -> str:
     folder = run.path.name if run.path.is_absolute() else run.path.as_posix()
     command = f"python scripts/train.py --config {folder}/config.yaml --out runs/again"
     configured = run.config().get("runtime", {}).get("executor")
-    chosen = run.environment().get("choice", {}).get("executor")
-    if configured != "auto" or chosen in (None, NODES):
+    choice = run.environment().get("choice", {})
+    if configured != "auto" or choice.get("executor") in (None, NODES):
         return command
-    return f"{command} runtime.executor={chosen}"
+    command += f" runtime.executor={choice['executor']}"
+    return f"{command} runtime.chunk={choice['chunk']}" if choice["chunk"] > 1 else command
 
 
 def report_facts(summary: Json, details: Json, records: Sequence[Json] = ()) -> Json:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
+from hetero_fl.engine.batches import GOLDEN
 from hetero_fl.engine.dropout import DropoutStreams, KeyedDropout, use_keyed_dropout
 
 ONES = torch.ones(100, 1000)
@@ -53,6 +54,23 @@ def test_keyed_dropout_follows_from_its_seed_and_draws_anew_at_each_call() -> No
     assert not torch.equal(first, dropped(2, 0.5))
 
 
+def test_no_two_masks_of_neighboring_steps_are_the_same() -> None:
+    dropout, streams = layer(0.5)
+    masks = set()
+    for step in range(20):
+        streams.seed([7 + step * GOLDEN])
+        masks |= {tuple(dropout(torch.ones(64)).tolist()) for _ in range(5)}
+
+    assert len(masks) == 100
+
+
+def test_dropout_outside_a_training_step_says_so() -> None:
+    dropout, _ = layer(0.5)
+
+    with pytest.raises(RuntimeError, match="outside a training step"):
+        dropout(torch.ones(3))
+
+
 def test_keyed_dropout_does_not_touch_the_global_generator() -> None:
     before = torch.get_rng_state()
 
@@ -97,7 +115,9 @@ def test_stacked_masks_pass_gradients() -> None:
 
 
 def test_layers_of_a_model_are_replaced_wherever_they_are() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout(0.5)), nn.Dropout(0.0))
+    twice = nn.Dropout(0.5)
+    inner = nn.Sequential(twice, nn.Linear(2, 2), twice)
+    model = nn.Sequential(nn.Linear(2, 2), inner, nn.Dropout(0.0))
 
     assert use_keyed_dropout(model, DropoutStreams(torch.device("cpu")))
     assert not any(type(m) is nn.Dropout for m in model.modules())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -23,6 +24,12 @@ def test_command_lists_each_benchmark_with_its_summary(
         assert [line.split(maxsplit=1)[1] for line in lines if line.startswith(f"  {name} ")] == [
             summary(path)
         ]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Flower's libraries
+def test_each_benchmark_can_be_imported() -> None:
+    for path in find_benchmarks().values():
+        importlib.import_module(f"benchmarks.{path.parent.name}.{path.stem}")
 
 
 def test_command_refuses_an_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,17 +104,22 @@ def test_it_stands_alone(made_run: MakeRun, case: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("configured", "chosen", "option"),
     [
-        ("auto", "processes", " runtime.executor=processes"),
-        ("auto", "nodes", ""),
-        ("serial", "serial", ""),
+        ("auto", {"executor": "serial", "chunk": 1}, " runtime.executor=serial"),
+        (
+            "auto",
+            {"executor": "processes", "chunk": 12},
+            " runtime.executor=processes runtime.chunk=12",
+        ),
+        ("auto", {"executor": "nodes", "chunk": 1}, ""),
+        ("serial", {"executor": "serial", "chunk": 1}, ""),
     ],
 )
 def test_the_command_names_the_executor_that_auto_chose(
-    made_run: MakeRun, configured: str, chosen: str, option: str
+    made_run: MakeRun, configured: str, chosen: dict[str, Any], option: str
 ) -> None:
     run = made_run(rounds=1)
     run.write_config({**run.config(), "runtime": {"executor": configured}})
-    about = {**run.environment(), "choice": {"executor": chosen}}
+    about = {**run.environment(), "choice": chosen}
     run.write_text("environment.json", json.dumps(about))
 
     assert _repeat_command(run).endswith(f"--out runs/again{option}")

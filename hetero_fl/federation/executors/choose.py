@@ -171,7 +171,6 @@ class RunLoad:
     busy: float  # workers that would be busy: the most expensive client keeps one to itself
     step: float  # floating-point operations of a forward step of the most expensive client
     thread_speedup: float = 1.0  # of a process with the threads that it would have
-    measured: bool = False  # else estimated from operations
 
     @classmethod
     def estimate(cls, config: Config, federation: FederationSpec) -> RunLoad:
@@ -195,7 +194,7 @@ class RunLoad:
 
         Args:
             federation: The clients; the steps of those with most of the training are timed.
-            threads: Threads of a process without workers beside it.
+            threads: Threads of a process that computes all clients.
         """
         flops: dict[tuple[ModelSpec, int], float] = defaultdict(float)
         for client_id in federation.representative_clients:
@@ -217,12 +216,18 @@ class RunLoad:
             seconds=self.seconds * factor,
             model_bytes=self.model_bytes / factor,
             thread_speedup=measured / with_threads,
-            measured=True,
         )
 
 
-def choose_executor(config: Config, federation: FederationSpec) -> ExecutorChoice:
+def choose_executor(
+    config: Config, federation: FederationSpec, measure: bool = True
+) -> ExecutorChoice:
     """Choose how a new run is computed: as configured, else by a rule.
+
+    Args:
+        config: The run's configuration.
+        federation: Its clients.
+        measure: Whether steps may be timed where the rule depends on it.
 
     Raises:
         UserError: If the device is not available.
@@ -240,7 +245,8 @@ def choose_executor(config: Config, federation: FederationSpec) -> ExecutorChoic
     why = "runtime.executor"
     if executor == "auto":
         own_threads = runtime.threads or thread_limit()
-        load = _measure_if_open(load, federation, device, available, own_threads)
+        if measure:
+            load = _measure_if_open(load, federation, device, available, own_threads)
         executor, why = _select_executor(load, group, device, available, own_threads)
     chunk = runtime.chunk or (MAX_CHUNK if executor == "batched" else 1)
     if executor == "serial":

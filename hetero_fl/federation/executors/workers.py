@@ -400,7 +400,7 @@ class ChunkQueue:
         is_large = len(chunks) > LARGE_COHORT * workers
         self._num_near = CHUNKS_AHEAD * workers if is_large else len(chunks)
         self._waiting_cost = sum(self._costs.values())
-        self._num_jobs_left = LARGE_COHORT * workers  # that what waits is divided into, at least
+        self._num_shares = LARGE_COHORT * workers  # in which what waits is sent, at least
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -419,7 +419,7 @@ class ChunkQueue:
         cost = 0.0
         for chunk in near[:MAX_CHUNKS_PER_JOB]:
             cost += self._costs[chunk[0]]
-            is_enough = cost > self._waiting_cost / self._num_jobs_left
+            is_enough = cost > self._waiting_cost / self._num_shares
             if taken and (is_enough or not may_compute(chunk[0])):
                 break
             taken.append(chunk)

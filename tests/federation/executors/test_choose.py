@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from hetero_fl.core.model_spec import ModelSpec
+from hetero_fl.engine import templates
 from hetero_fl.engine.templates import RATE, example_flops, measure_step, prefers_channels_last
 from hetero_fl.experiment import prepare, run
+from hetero_fl.experiment.runner import choose_for_nodes
 from hetero_fl.federation.executors import choose as module
 from hetero_fl.federation.executors.choose import ExecutorChoice, choose_executor
 from hetero_fl.utils.errors import UserError
@@ -127,6 +129,30 @@ def test_steps_are_timed_where_the_estimate_leaves_open_whether_workers_pay(
     assert choose_executor(short.config, short.federation).executor == "serial"
     with pytest.raises(AssertionError, match="timed"):
         choose_executor(prepared.config, prepared.federation)
+
+
+def test_a_slow_step_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "SLOW_STEP", 0.0)
+    monkeypatch.setattr(templates, "MEASURED_SECONDS", 1e-9)
+    steps = []
+    plain = torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: steps.append(plain(self)))
+
+    measure_step(ModelSpec.from_config("mlp", 10, (1, 28, 28)), 4, 1)
+
+    assert len(steps) == 1
+
+
+def test_what_nodes_compute_with_does_not_depend_on_the_clock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never(*_: Any) -> float:
+        raise AssertionError("timed")
+
+    monkeypatch.setattr(module, "available_cores", lambda: 2)
+    monkeypatch.setattr(module, "measure_step", never)
+    prepared = prepare(config("local", models=MIXED, rounds=1_000_000, runtime={}))
+    assert choose_for_nodes(prepared).chunk == 1
 
 
 def test_timing_a_step_leaves_threads_and_generators_as_they_were() -> None:

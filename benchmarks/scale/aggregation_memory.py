@@ -17,13 +17,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks.common import arguments, parsed, rounds_of
-from hetero_fl.communication.protocol import Message, Messages
+from hetero_fl.communication.protocol import Message
 from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.data import make_images
@@ -62,10 +62,12 @@ class Arrivals:
         self.upload = Payload({"model": model}, {"loss": "1.0"}).encode()
         self.store, self.performer = rounds.store, rounds.backend
 
-    def answer(self, requests: Messages, round: int) -> Iterator[tuple[str, Message]]:
+    def run(
+        self, clients: Sequence[str], request: Callable[[str], Message]
+    ) -> Iterator[tuple[str, Message]]:
         """A reply to each request."""
-        for client in requests:
-            assert requests[client].body
+        for client in clients:
+            assert request(client).body
             yield client, Message("upload", self.upload[:1] + self.upload[1:])
 
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from benchmarks.common import add_quick
-from hetero_fl.communication.protocol import Message, Messages
+from hetero_fl.communication.protocol import Message
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.executors.base import Reply
 
@@ -60,11 +60,12 @@ def main() -> None:
     run = prepare(source(options.clients, options.flight)).make_trainer()
     answer, made = run.executor.run, list[Reply]()
 
-    def again(requests: Messages) -> Iterator[tuple[str, Reply]]:
+    def again(
+        clients: Sequence[str], request: Callable[[str], Message]
+    ) -> Iterator[tuple[str, Reply]]:
         if not made:
-            first = next(iter(requests))
-            made.extend(reply for _, reply in answer({first: requests[first]}))
-        for client in requests:
+            made.extend(reply for _, reply in answer(clients[:1], request))
+        for client in clients:
             assert isinstance(made[0], Message)
             yield client, made[0]
 

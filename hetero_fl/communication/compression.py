@@ -430,10 +430,11 @@ class TopK(SparseStage):
 
 @dataclass(frozen=True)
 class RandomK(SparseStage):
-    """k at random, divided by the rate k/n at which a number is kept, so that the mean over draws is the vector itself. Both
-    ends draw which, so that no index travels.
+    """Keep k of n numbers, drawn from a key that both ends know, so that no index travels.
 
-    `scaled`: whether they are divided; not where what is left out is sent later.
+    Attributes:
+        scaled: Divide the kept numbers by the sampling rate k/n, so that the mean over draws is the
+            vector itself. Off where what is left out is part of the next message.
     """
 
     scaled: bool = True
@@ -493,16 +494,17 @@ def with_worst_case_size(
 
 
 def build_stages(
-    chain: Sequence[StageConfig], entropy: bool, makes_up: bool = False
+    chain: Sequence[StageConfig], entropy: bool, has_feedback: bool = False
 ) -> tuple[Stage | NumberFormat, ...]:
     """Return the stages of a configured chain, in its order.
 
     Args:
         chain: The configuration.
         entropy: Code indices, where that makes them shorter.
-        makes_up: What is left out is part of the next message, so that nothing is scaled up.
+        has_feedback: Whether what is left out is part of the next message. Kept values are then
+            not divided by the sampling rate.
     """
     stages = tuple(STAGE_TYPES[stage.kind](stage, entropy) for stage in chain)
-    if not makes_up:
+    if not has_feedback:
         return stages
     return tuple(replace(s, scaled=False) if isinstance(s, RandomK) else s for s in stages)

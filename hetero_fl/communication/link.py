@@ -190,9 +190,9 @@ class ItemCodec:
         key: tuple[Key, ...],
         unsent: Mapping[str, Tensor] | None,
     ) -> tuple[bytes, Tensors]:
-        """The stream, and what a biased chain leaves for later, by tensor: to the last bit update + unsent − decoded.
+        """Return the stream, and what a biased chain leaves out of each tensor: update + unsent - decoded, exactly.
 
-        `unsent`: what was left before; None if the sender keeps nothing.
+        `unsent` is what was left out before; None if the sender keeps nothing.
         """
         tensors = item.tensors
         bodies = []
@@ -277,7 +277,7 @@ class Link:
         stages: the chain; without a stage no link is needed.
         specs: what the method declares of items, by name; on the way down, what there is to say of some.
         outputs: of the task: predictions are rows of so many numbers.
-        tells_layout: messages tell their own layout, also where both ends hold a reference.
+        includes_layout: Messages contain their layout, also where both ends hold a reference.
     """
 
     def __init__(
@@ -285,9 +285,9 @@ class Link:
         stages: Sequence[Stage | NumberFormat],
         specs: Mapping[str, ItemSpec],
         outputs: int,
-        tells_layout: bool = False,
+        includes_layout: bool = False,
     ) -> None:
-        self.tells_layout = tells_layout
+        self.includes_layout = includes_layout
         self.specs = specs
         self.names = sorted(specs)
         self.streams = ItemCodec(stages, outputs)
@@ -326,7 +326,7 @@ class Link:
             forms[name], bodies[name] = form, _weight(item.weight) + body
         names = self.names
         layout = b""
-        if reference is None or self.tells_layout:
+        if reference is None or self.includes_layout:
             names = list(forms)
             layout = zlib.compress(json.dumps({n: f.to_json() for n, f in forms.items()}).encode())
         report = json.dumps(payload.report, separators=(",", ":"), allow_nan=False).encode()

@@ -22,8 +22,8 @@ class Message:
 
     Args:
         kind: What is asked or answered, such as "train" or "upload".
-        content: What is sent: encoded, or as it is if the receiver is in this process. Nobody
-            changes its tensors in place.
+        content: What is sent: encoded, or as it is if the receiver is in this process. Its tensors
+            must not be modified in place.
         round_idx: The round of the task; the server's version in an asynchronous run. Keys the
             client's random draws, together with `attempt`.
         attempt: In asynchronous runs, how often the client was asked in that round before.
@@ -98,10 +98,17 @@ Exchanges = Generator[Exchange, None, AggregatedUploads | None]
 
 @dataclass(frozen=True)
 class TrainingRequest:
-    """A request that asks a client to train: the broadcast, and how an upload becomes the reply."""
+    """A request that asks a client to train.
+
+    Attributes:
+        broadcast: The encoded broadcast.
+        reply: Returns the reply with an upload.
+        takes_payload: Whether `reply` takes uploads that are not encoded, too.
+    """
 
     broadcast: bytes
-    reply: Callable[[bytes], Message]
+    reply: Callable[[Any], Message]
+    takes_payload: bool = False
 
 
 class RoundProtocol(Interface):
@@ -173,7 +180,7 @@ class DirectProtocol:
     def answer(
         self, client_id: str, message: Message, round_idx: int, notes: MutableMapping[str, bytes]
     ) -> TrainingRequest:
-        return TrainingRequest(message.body, _upload)
+        return TrainingRequest(message.body, _upload, takes_payload=True)
 
     def sizes(
         self, cohort: int, round_idx: int, broadcast: int, upload: int
@@ -181,8 +188,8 @@ class DirectProtocol:
         return {"train": (broadcast, upload)}
 
 
-def _upload(body: bytes) -> Message:
-    return Message("upload", body)
+def _upload(content: bytes | Payload) -> Message:
+    return Message("upload", content)
 
 
 def total_bytes(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:

@@ -185,8 +185,8 @@ class ChannelConfig(ConfigSection):
 
     preset: Literal["small"] | None = Field(
         None,
-        description="chains that others have tried: small, the fewest bytes without loss of accuracy on the main job; keys "
-        "beside it replace those of the preset",
+        description="recommended chains: small, for models of a million parameters or more; other keys of the section replace "
+        "those of the preset",
     )
 
     compress: Chain = Field(
@@ -195,8 +195,8 @@ class ChannelConfig(ConfigSection):
     )
     compress_down: Chain = Field(
         (),
-        description="stages of what the server sends; topk, randk and lowrank send the change of what a client holds, and what "
-        "they leave out is part of the next change; none: as it is",
+        description="stages of what the server sends; topk, randk and lowrank send changes of the model, and what they leave out "
+        "is part of the next change; none: as it is",
     )
     entropy: bool = Field(
         False,
@@ -208,9 +208,18 @@ class ChannelConfig(ConfigSection):
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("preset") in PRESETS:
-            return {**PRESETS[values["preset"]], **values}
-        return values
+        if not isinstance(values, dict) or values.get("preset") not in PRESETS:
+            return values
+        name = values["preset"]
+        given = {key: values[key] for key in PRESETS[name] if key in values}
+        if given.keys() == PRESETS[name].keys():
+            own = cls(**given)
+            preset = cls(**PRESETS[name])
+            if all(getattr(own, key) != getattr(preset, key) for key in given):
+                raise ValueError(
+                    f"found preset {name} and {', '.join(given)}, which replace all of it; remove them"
+                )
+        return {**PRESETS[name], **values}
 
     @field_validator("compress", "compress_down")
     @classmethod

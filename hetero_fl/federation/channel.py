@@ -33,7 +33,7 @@ class FederationLinks:
     ) -> None:
         config = federation.channel if algorithm.needs.counts_traffic else ChannelConfig()
         up = build_stages(config.compress, config.entropy)
-        down = build_stages(config.compress_down, config.entropy, makes_up=True)
+        down = build_stages(config.compress_down, config.entropy, has_feedback=True)
         self.at_most = bound and any(with_worst_case_size(c) != c for c in (up, down))
         self.algorithm = algorithm
         self.seed = federation.seed
@@ -45,8 +45,8 @@ class FederationLinks:
         # None: payloads travel as they are, and clients receive what the server sends.
         outputs = federation.task.outputs
         self.up = Link(up, specs, outputs) if up else None
-        self.down = Link(down, algorithm.downloads, outputs, tells_layout=True) if down else None
-        # Whether broadcasts tell changes of what a client holds.
+        self.down = Link(down, algorithm.downloads, outputs, includes_layout=True) if down else None
+        # Whether broadcasts contain changes of an estimate that clients hold (`EstimateBroadcasts`).
         self.sends_changes = any(stage.kind in SPARSE for stage in config.compress_down)
         self._statistics: dict[ModelSpec, frozenset[str]] = {}
 

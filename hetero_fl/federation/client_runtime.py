@@ -17,7 +17,6 @@ from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import Items, inference_model, is_user_method, kept_state
 from hetero_fl.algorithms.local_training import add_log_prior
 from hetero_fl.communication.protocol import (
-    DirectProtocol,
     Message,
     Reply,
     RoundProtocol,
@@ -83,6 +82,10 @@ class BroadcastCache:
         copies = {c: self._take(c, round_idx, body) for c, body in broadcasts.items()}
         yield {client: copy_payload(copy.payload) for client, copy in copies.items()}
         self._idle = [*copies.values(), *self._idle][: self._most]
+
+    def clear(self) -> None:
+        """Free the memory."""
+        self._idle.clear()
 
     def _take(self, client_id: str, round_idx: int, body: bytes) -> DecodedBroadcast:
         """Messages are the same if they are one object: comparing them would take as long as reading them."""
@@ -220,12 +223,7 @@ class ClientRuntime:
         self.broadcast_cache = BroadcastCache(
             self._decode_broadcast, 0 if is_user_method(algorithm) else MOST
         )
-        self.hands_over = (
-            local
-            and self.links.up is None
-            and isinstance(protocol, DirectProtocol)
-            and not is_user_method(algorithm)
-        )
+        self.hands_over = local and self.links.up is None and not is_user_method(algorithm)
         self.privacy = ClientPrivacy.from_federation(algorithm, federation)
         self.listener: Callable[[str], None] | None = None
         self.review_upload: Callable[[str, Payload], None] | None = None
@@ -263,9 +261,12 @@ class ClientRuntime:
                 upload = self._finish_upload(clients[client_id], outcome, received[client_id])
                 if held[client_id] is not None:
                     clients[client_id].state[HELD] = held[client_id]
-                reply = training[client_id].reply
                 replies[client_id] = self._send(
-                    clients[client_id], upload, received[client_id], requests[client_id], reply
+                    clients[client_id],
+                    upload,
+                    received[client_id],
+                    requests[client_id],
+                    training[client_id],
                 )
         return replies
 
@@ -327,14 +328,13 @@ class ClientRuntime:
         upload: Payload,
         received: Payload,
         request: Message,
-        reply: Callable[[bytes], Message],
+        training: TrainingRequest,
     ) -> Message:
         """Return the reply with an upload, and stage the private state that the client keeps."""
         client_id = client.participant_id
-        if self.hands_over:
-            message = Message("upload", upload)
-        else:
-            body = self.links.encode_upload(
+        content: bytes | Payload = upload
+        if not (self.hands_over and training.takes_payload):
+            content = self.links.encode_upload(
                 self.federation.client_infos[client_id],
                 request.round_idx,
                 upload,
@@ -342,9 +342,9 @@ class ClientRuntime:
                 client.state,
                 request.attempt,
             )
-            message = reply(body)
+        reply = training.reply(content)
         self.store.stage(client_id, PrivateState(kept_state(self.algorithm, client), client.state))
-        return message
+        return reply
 
     def deploy_clients(
         self, received: Mapping[str, Payload], round_idx: int

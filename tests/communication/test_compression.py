@@ -81,7 +81,7 @@ def test_random_k_sends_so_many_of_the_numbers_at_the_rate_of_keeping_and_every_
 def test_random_k_scales_nothing_up_where_the_rest_is_sent_later() -> None:
     numbers = vector()
 
-    (stage,) = build_stages([StageConfig(randk=0.3)], entropy=False, makes_up=True)
+    (stage,) = build_stages([StageConfig(randk=0.3)], entropy=False, has_feedback=True)
     back = there_and_back(numbers, [stage])
 
     kept = back != 0

@@ -80,6 +80,10 @@ def test_a_chain_is_written_as_a_list_of_stages_and_comes_back_from_a_resolved_c
             "channel.compress: found randk and lowrank",
         ),
         ({"preset": "smal"}, "channel.preset: expected 'small', got 'smal'; did you mean 'small'?"),
+        (
+            {"preset": "small", "compress": [], "compress_down": [], "entropy": False},
+            "channel: found preset small and compress, compress_down, entropy, which replace all of it; remove them",
+        ),
         ({"compres": []}, "channel.compres: unknown key; did you mean 'compress'?"),
     ],
 )
@@ -89,3 +93,16 @@ def test_mistakes_are_one_line(channel: dict[str, Any], words: str) -> None:
     assert str(error.value).removeprefix("configuration: ").startswith(words) and "\n" not in str(
         error.value
     )
+
+
+def test_a_preset_stands_for_its_keys_and_others_replace_them() -> None:
+    whole = load_config(config(channel={"preset": "small"})).channel
+    assert [stage.kind for stage in whole.compress_down] == ["topk", "quantize"]
+    assert whole.entropy
+
+    part = load_config(config(channel={"preset": "small", "compress": ["half"]})).channel
+    assert [stage.kind for stage in part.compress] == ["half"]
+    assert part.compress_down == whole.compress_down
+
+    again = load_config(config(channel=whole.model_dump())).channel
+    assert again == whole

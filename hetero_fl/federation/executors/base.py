@@ -133,6 +133,7 @@ class InProcessExecutor:
                 yield from drain(self.runtime.run({client_id: request(client_id)}))
         else:
             yield from in_order(clients, self._run_chunks(clients, request))
+        self.runtime.broadcast_cache.clear()  # before the server aggregates
 
     def _run_chunks(
         self, clients: Sequence[str], request: Callable[[str], Message]

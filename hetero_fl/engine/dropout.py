@@ -74,8 +74,8 @@ class DropoutStreams:
 
     def _draw(self, like: Tensor, key: int, p: float) -> Tensor:
         kept = round((1 - p) * LEVELS)
-        if kept == 0:
-            return torch.zeros_like(like)
+        if kept in (0, LEVELS):
+            return torch.full_like(like, kept / LEVELS)
         rows = -(-len(like) // self._most_rows) * self._most_rows
         shape = (rows, *like.shape[1:])
         self._generator.manual_seed((key + self._num_masks * STRIDE) % SEEDS)

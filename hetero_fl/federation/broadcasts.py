@@ -4,8 +4,8 @@ With a sparse or low-rank stage on the way down, the server keeps an estimate of
 broadcasts: what a client decodes from all messages so far. A message compresses the difference
 between the model and the estimate, and both ends add it to the estimate. What compression leaves out
 is part of the next difference (EF21-P: Gruntkowska, Tyurin and Richtárik 2023, Algorithm 1). All
-clients that receive a model share its estimate: one that missed messages is sent them all, or the
-estimate as it is.
+clients that receive a model share its estimate: one that missed changes is sent them all, or the
+estimate as it is. An evaluation receives what a training in its place would, and changes nothing.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from hetero_fl.algorithms import Algorithm
 from hetero_fl.communication.protocol import EncodeCache
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import ClientInfo
@@ -28,9 +29,10 @@ from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import as_bytes, as_tensor
 
 KEPT_CHANGES = 16  # a client that missed more is sent the whole estimate
-HELD = "received"  # key of a client's private state: the estimate that it holds, and its name
-NOTHING = bytes(8)  # name of the estimate before the first message
-HEADER = struct.Struct(">8s8sB")  # estimate before and after, number of changes
+HELD = "received"  # key of a client's private state: the estimates that it holds, by item
+NOTHING = bytes(8)  # name of an estimate before the first change
+COUNT = struct.Struct(">B")  # number of models in a message
+HEADER = struct.Struct(">B8s8sB")  # bytes of the item's name; estimate before, after; changes
 CHANGE_HEADER = struct.Struct(">II")  # number, bytes
 WHOLE = 0  # number of a change that replaces the estimate, uncompressed
 
@@ -49,7 +51,7 @@ class Broadcasts(Protocol):
 
         Args:
             round_idx: The round, which keys random draws.
-            version: Number of times that the server's models have changed.
+            version: Rounds completed; of an asynchronous run, aggregations.
             archs: Architectures of the server's models.
             training: Clients that still train on an earlier version.
         """
@@ -123,103 +125,165 @@ class PlainBroadcasts:
 
 
 class Change(NamedTuple):
-    """A message's part that leads from one estimate to the next.
+    """A part of a message that leads from one estimate of a model to the next.
 
     Attributes:
-        number: Position among the changes of a model, from 1, which keys random draws; or `WHOLE`.
-        body: The encoded difference; of `WHOLE`, the payload.
+        number: Position among the changes of the model, from 1, which keys random draws; or `WHOLE`.
+        body: The encoded difference; of `WHOLE`, the estimate.
     """
 
     number: int
     body: bytes
 
 
-class Estimate:
-    """What clients decode from all messages of a model, and the last changes of it.
+class ModelPart(NamedTuple):
+    """The part of a message that concerns one model.
 
     Attributes:
-        names: Of the estimates between the kept changes, the oldest first; the last is the present.
-        changes: The kept changes, the oldest first.
-        number: Number of changes so far.
-        version: The server's version when it changed last.
-        digest: Identifies the model that it was changed towards.
+        item: Name of the item.
+        before: Name of the estimate that the client holds.
+        after: Name of the estimate to which the changes lead.
+        changes: The changes.
     """
 
+    item: str
+    before: bytes
+    after: bytes
+    changes: Sequence[Change]
+
+
+@dataclass
+class Step:
+    """A move of an estimate towards a model.
+
+    Attributes:
+        version: The server's version.
+        digest: Identifies the model.
+        name: Name of the estimate after the move.
+        payload: The estimate after the move, as a payload of one item.
+        change: What leads to it; None if the estimate is there already.
+    """
+
+    version: int
+    digest: bytes
+    name: bytes
+    payload: Payload
+    change: Change | None
+
+
+class Estimate:
+    """What clients decode from all changes of a model, and the last ones of them."""
+
     def __init__(self) -> None:
-        self.names = deque([NOTHING], KEPT_CHANGES + 1)
-        self.changes: deque[Change] = deque(maxlen=KEPT_CHANGES)
-        self.number = 0
-        self.version = -1
-        self.digest = b""
-        self.payload: Payload | None = None
-        # Version, round and digest of the models that were sent last to train on.
-        self.trained: tuple[int, int, bytes] = (-1, -1, b"")
+        self._names = deque([NOTHING], KEPT_CHANGES + 1)  # before, between and after the changes
+        self._changes: deque[Change] = deque(maxlen=KEPT_CHANGES)
+        self._number = 0  # of changes so far
+        self._last: Step | None = None
+        self._next: Step | None = None
 
-    @property
-    def name(self) -> bytes:
-        """Name of the present estimate."""
-        return self.names[-1]
+    def step(
+        self,
+        links: FederationLinks,
+        target: Payload,
+        digest: bytes,
+        archs: Iterable[ModelSpec],
+        version: int,
+    ) -> Step:
+        """Return the move towards a model; there is one for each version of the server.
 
-    def move(
-        self, links: FederationLinks, target: Payload, archs: Iterable[ModelSpec], version: int
-    ) -> None:
-        """Move towards a model by one change."""
-        self.number += 1
-        body = links.encode_broadcast(self.number, target, archs, self.payload)
-        self.payload = links.decode_broadcast(self.number, body, self.payload)
-        self.changes.append(Change(self.number, body))
-        self.names.append(hashlib.sha256(self.name + body).digest()[: len(NOTHING)])
-        self.version = version
+        Args:
+            links: Encode and decode the change.
+            target: The model, as a payload of one item.
+            digest: Identifies the model.
+            archs: Architectures of the server's models.
+            version: The server's version.
+        """
+        for step in (self._last, self._next):
+            if step is not None and (step.version, step.digest) == (version, digest):
+                return step
+        held = self._last.payload if self._last is not None else None
+        number = self._number + 1
+        body = links.encode_broadcast(number, target, archs, held)
+        after = links.decode_broadcast(number, body, held)
+        name = hashlib.sha256(self._names[-1] + body).digest()[: len(NOTHING)]
+        self._next = Step(version, digest, name, after, Change(number, body))
+        return self._next
 
-    def changes_since(self, name: bytes) -> list[Change] | None:
-        """Return what leads from an estimate to the present one; None if too much was missed."""
-        if name not in self.names:
-            return None
-        return list(self.changes)[self.names.index(name) :]
+    def move(self, step: Step) -> Step:
+        """Make a move that `step` has returned, unless it has been made; return it without change."""
+        if step.change is not None:
+            self._number = step.change.number
+            self._changes.append(step.change)
+            self._names.append(step.name)
+            self._last = replace(step, change=None)
+            self._next = None
+        assert self._last is not None
+        return self._last
+
+    def changes_to(self, step: Step, held: bytes) -> list[Change]:
+        """Return what leads from an estimate that a client holds to that of a step."""
+        whole = Change(WHOLE, b"")
+        size = step.payload.encoded_size
+        if held in self._names:
+            changes = list(self._changes)[self._names.index(held) :]
+            if step.change is not None:
+                changes.append(step.change)
+            if _size(len(change.body) for change in changes) <= _size([size]):
+                return changes
+        return [whole._replace(body=step.payload.encode())]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs."""
-        assert self.payload is not None
+        """Return what a checkpoint needs of an estimate that has moved."""
+        assert self._last is not None
         return {
-            "names": [name.hex() for name in self.names],
-            "changes": [[change.number, as_tensor(change.body)] for change in self.changes],
-            "version": self.version,
-            "digest": self.digest.hex(),
-            "payload": as_tensor(self.payload.encode()),
+            "names": [name.hex() for name in self._names],
+            "changes": [[change.number, as_tensor(change.body)] for change in self._changes],
+            "version": self._last.version,
+            "digest": self._last.digest.hex(),
+            "payload": as_tensor(self._last.payload.encode()),
         }
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether there is anything in `state_dict`."""
+        return self._last is not None
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Estimate:
         """Restore an estimate."""
         estimate = cls()
-        estimate.names = deque(map(bytes.fromhex, state["names"]), KEPT_CHANGES + 1)
-        estimate.changes.extend(Change(n, as_bytes(body)) for n, body in state["changes"])
-        estimate.number = estimate.changes[-1].number
-        estimate.version = state["version"]
-        estimate.digest = bytes.fromhex(state["digest"])
-        estimate.payload = Payload.decode(as_bytes(state["payload"]))
+        estimate._names = deque(map(bytes.fromhex, state["names"]), KEPT_CHANGES + 1)
+        estimate._changes.extend(Change(n, as_bytes(body)) for n, body in state["changes"])
+        estimate._number = estimate._changes[-1].number
+        estimate._last = Step(
+            state["version"],
+            bytes.fromhex(state["digest"]),
+            estimate._names[-1],
+            Payload.decode(as_bytes(state["payload"])),
+            None,
+        )
         return estimate
 
 
 @dataclass
-class SentEstimate:
-    """The estimate that a client was sent to train on.
+class Sent:
+    """What a client was sent to train on.
 
     Attributes:
-        name: Name of the estimate.
+        names: Names of the estimates, by item.
         received: What the client decoded.
         stamp: Of the client's private state at that time.
         version: The server's version at that time.
     """
 
-    name: bytes
+    names: dict[str, bytes]
     received: Payload
     stamp: int | None
     version: int
 
 
 class Ledger:
-    """Which estimate each client holds.
+    """Which estimates each client holds.
 
     A client keeps what it received together with its private state, that is once the server has
     used its upload.
@@ -230,24 +294,26 @@ class Ledger:
 
     def __init__(self, stamp: Callable[[str], int | None]) -> None:
         self._stamp = stamp
-        self.held: dict[str, bytes] = {}
-        self.sent: dict[str, SentEstimate] = {}
+        self.held: dict[str, dict[str, bytes]] = {}
+        self.sent: dict[str, Sent] = {}
 
-    def held_by(self, client_id: str) -> bytes:
-        """Return the name of the estimate that a client holds."""
+    def held_by(self, client_id: str) -> Mapping[str, bytes]:
+        """Return the names of the estimates that a client holds, by item."""
         sent = self.sent.get(client_id)
         if sent is not None and sent.stamp != self._stamp(client_id):
-            self.held[client_id] = sent.name
+            self.held[client_id] = {**self.held.get(client_id, {}), **sent.names}
             del self.sent[client_id]
-        return self.held.get(client_id, NOTHING)
+        return self.held.get(client_id, {})
 
-    def send(self, client_id: str, name: bytes, received: Payload, version: int) -> None:
-        """Note that a client was sent an estimate."""
+    def send(
+        self, client_id: str, names: dict[str, bytes], received: Payload, version: int
+    ) -> None:
+        """Note what a client was sent to train on."""
         self.held_by(client_id)
-        self.sent[client_id] = SentEstimate(name, received, self._stamp(client_id), version)
+        self.sent[client_id] = Sent(names, received, self._stamp(client_id), version)
 
-    def settle(self, version: int, training: Collection[str]) -> None:
-        """Drop what was sent before a version to clients that no longer train on it."""
+    def drop_unused(self, version: int, training: Collection[str]) -> None:
+        """Forget what was sent before a version, but for clients that still train on it."""
         for client_id in list(self.sent):
             self.held_by(client_id)
             sent = self.sent.get(client_id)
@@ -261,7 +327,7 @@ class Ledger:
 
 
 class EstimateBroadcasts:
-    """Messages that change an estimate of the server's models, which clients hold.
+    """Messages that change estimates of the server's models, which clients hold.
 
     Args:
         links: Encode and decode messages.
@@ -271,8 +337,8 @@ class EstimateBroadcasts:
     def __init__(self, links: FederationLinks, stamp: Callable[[str], int | None]) -> None:
         self._links = links
         self.ledger = Ledger(stamp)
-        # Clients that receive models of the same names and shapes share an estimate.
-        self.estimates: dict[Any, Estimate] = {}
+        # By item and by group of clients (`estimate_group`).
+        self.estimates: dict[tuple[str, str], Estimate] = {}
 
     def begin(
         self,
@@ -284,86 +350,96 @@ class EstimateBroadcasts:
         self._round_idx = round_idx
         self._version = version
         self._archs = tuple(archs)
-        self.ledger.settle(version, training)
+        self.ledger.drop_unused(version, training)
         self._digests = EncodeCache(_digest)
         self._others = EncodeCache(self._encode_others)
         self._bodies: dict[Any, bytes] = {}
         self._received: dict[Any, Payload] = {}
+        self._sent_digests: dict[Any, bytes] = {}
 
     def encode(self, client_info: ClientInfo, payload: Payload) -> bytes:
+        client_id = client_info.client_id
         models, others = split_models(payload)
         rest, _ = self._others(others)
-        if not models.items_:
-            return _pack(NOTHING, NOTHING, [], rest)
-        client_id = client_info.client_id
-        estimate = self._move(client_info, models)
-        received = self._decoded(estimate, others)
-        held = self.ledger.held_by(client_id)
+        steps = self._steps(client_info, models)
+        held = dict(self.ledger.held_by(client_id))
+        received = self._decoded(steps, others)
         if client_info.purpose == "train":
-            self.ledger.send(client_id, estimate.name, received, self._version)
-        changes = estimate.changes_since(held)
-        key = estimate.name, rest, None if changes is None else held
+            steps = {place: self.estimates[place].move(step) for place, step in steps.items()}
+            names = {item: step.name for (item, _), step in steps.items()}
+            self.ledger.send(client_id, names, received, self._version)
+        parts = {
+            (item, group, step.name, held.get(item, NOTHING))
+            for (item, group), step in steps.items()
+        }
+        key = frozenset(parts), rest
         if key not in self._bodies:
-            if changes is None:
-                self._bodies[key] = _pack_whole(estimate.name, received)
-            else:
-                self._bodies[key] = _pack(held, estimate.name, changes, rest)
+            self._bodies[key] = _pack(
+                [
+                    self._part(item, self.estimates[item, group], step, held.get(item, NOTHING))
+                    for (item, group), step in steps.items()
+                ],
+                rest,
+            )
         return self._bodies[key]
+
+    def _part(self, item: str, estimate: Estimate, step: Step, held: bytes) -> ModelPart:
+        changes = estimate.changes_to(step, held)
+        return ModelPart(item, held, step.name, changes)
 
     def received(self, client_info: ClientInfo, payload: Payload) -> Payload:
         sent = self.ledger.sent.get(client_info.client_id)
         if sent is not None and sent.version == self._version:
             return sent.received
         models, others = split_models(payload)
-        if not models.items_:
-            return self._others(others)[1]
-        return self._decoded(self._move(client_info, models), others)
+        return self._decoded(self._steps(client_info, models), others)
 
     def received_by(self, client_id: str, round_idx: int, body: bytes) -> Payload:
-        sent = self.ledger.sent.get(client_id)
-        if sent is None:  # no model was in the message
-            return read_broadcast(self._links, round_idx, body, None)
-        return sent.received
+        return self.ledger.sent[client_id].received
 
     def reset(self, client_id: str) -> bytes | None:
         sent = self.ledger.sent.get(client_id)
         self.ledger.forget(client_id)
         if sent is None:
             return None
-        self.ledger.send(client_id, sent.name, sent.received, sent.version)
-        return _pack_whole(sent.name, sent.received)
+        self.ledger.send(client_id, sent.names, sent.received, sent.version)
+        models, others = split_models(sent.received)
+        parts = [
+            ModelPart(name, NOTHING, sent.names[name], [Change(WHOLE, _only(name, item).encode())])
+            for name, item in models.items_.items()
+        ]
+        return _pack(parts, self._others(others)[0])
 
-    def _move(self, client_info: ClientInfo, models: Payload) -> Estimate:
-        """Return the estimate of these models, moved towards them unless it has been already.
+    def _steps(self, client_info: ClientInfo, models: Payload) -> dict[tuple[str, str], Step]:
+        """Return the moves towards the models that a client is sent, by item and group.
 
         Raises:
             UserError: If clients that should share an estimate are sent different models.
         """
-        per_client = self._links.algorithm.needs.models_per_client
-        key = tensor_structure(models), client_info.client_id if per_client else ""
-        estimate = self.estimates.setdefault(key, Estimate())
-        digest = self._digests(models)
-        if (estimate.version, estimate.digest) != (self._version, digest):
-            estimate.move(self._links, models, self._archs, self._version)
-            estimate.digest = digest
-        if client_info.purpose == "train":
-            trained = self._version, self._round_idx, digest
-            if estimate.trained[:2] == trained[:2] and estimate.trained != trained:
+        group = estimate_group(self._links.algorithm, client_info)
+        steps = {}
+        for name, item in models.items_.items():
+            target = _only(name, item)
+            digest = self._digests(target)
+            key = name, group, client_info.purpose, self._round_idx
+            if self._sent_digests.setdefault(key, digest) != digest:
                 raise UserError(
-                    "channel.compress_down: the method sends different models of the same shapes "
-                    "to clients; say so: needs = Needs(models_per_client=True)"
+                    "channel.compress_down: the method sends different models to clients with the "
+                    "same architecture; say so: needs = Needs(models_per_client=True)"
                 )
-            estimate.trained = trained
-        return estimate
+            estimate = self.estimates.setdefault((name, group), Estimate())
+            steps[name, group] = estimate.step(
+                self._links, target, digest, self._archs, self._version
+            )
+        return steps
 
-    def _decoded(self, estimate: Estimate, others: Payload) -> Payload:
+    def _decoded(self, steps: Mapping[tuple[str, str], Step], others: Payload) -> Payload:
         """Return what clients decode; the same object for all of them."""
         rest, decoded = self._others(others)
-        key = estimate.name, rest
+        key = tuple((place, step.name) for place, step in steps.items()), rest
         if key not in self._received:
-            assert estimate.payload is not None
-            items = {**estimate.payload.items_, **decoded.items_}
-            self._received[key] = Payload(items, decoded.report)
+            models = {n: i for step in steps.values() for n, i in step.payload.items_.items()}
+            self._received[key] = Payload({**models, **decoded.items_}, decoded.report)
         return self._received[key]
 
     def _encode_others(self, others: Payload) -> tuple[bytes, Payload]:
@@ -379,34 +455,40 @@ class EstimateBroadcasts:
         places = {key: place for place, key in enumerate(payloads)}
         return {
             "estimates": [
-                [client_id, self.estimates[structure, client_id].state_dict()]
-                for structure, client_id in sorted(self.estimates)
+                [item, group, self.estimates[item, group].state_dict()]
+                for item, group in sorted(self.estimates)
+                if self.estimates[item, group].has_moved
             ],
-            "held": {client: name.hex() for client, name in sorted(self.ledger.held.items())},
+            "held": {client: _to_hex(names) for client, names in sorted(self.ledger.held.items())},
             "sent": {
-                client: [each.name.hex(), places[id(each.received)], each.version]
+                client: [_to_hex(each.names), places[id(each.received)], each.version]
                 for client, each in sent.items()
             },
             "received": [as_tensor(payload.encode()) for payload in payloads.values()],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.estimates = {}
-        for client_id, saved in state["estimates"]:
-            estimate = Estimate.from_state_dict(saved)
-            assert estimate.payload is not None
-            self.estimates[tensor_structure(estimate.payload), client_id] = estimate
+        self.estimates = {
+            (item, group): Estimate.from_state_dict(saved)
+            for item, group, saved in state["estimates"]
+        }
         received = [Payload.decode(as_bytes(content)) for content in state["received"]]
-        ledger = self.ledger
-        ledger.sent.clear()
-        ledger.held = {client: bytes.fromhex(name) for client, name in state["held"].items()}
-        for client, (name, place, version) in state["sent"].items():
-            ledger.send(client, bytes.fromhex(name), received[place], version)
+        self.ledger.sent.clear()
+        self.ledger.held = {client: _from_hex(names) for client, names in state["held"].items()}
+        for client, (names, place, version) in state["sent"].items():
+            self.ledger.send(client, _from_hex(names), received[place], version)
 
 
 def make_broadcasts(links: FederationLinks, stamp: Callable[[str], int | None]) -> Broadcasts:
     """Return what encodes the broadcasts of a federation."""
     return EstimateBroadcasts(links, stamp) if links.sends_changes else PlainBroadcasts(links)
+
+
+def estimate_group(algorithm: Algorithm, client_info: ClientInfo) -> str:
+    """Return the name of the clients that share the estimates of what they are sent."""
+    if algorithm.needs.models_per_client:
+        return client_info.client_id
+    return ",".join(f"{slot}={arch.spec_id}" for slot, arch in sorted(client_info.models.items()))
 
 
 def read_broadcast(
@@ -418,7 +500,7 @@ def read_broadcast(
         links: Decode messages.
         round_idx: The round.
         body: The message.
-        held: The estimate that the client holds (`HELD` of its private state); None if it holds
+        held: The estimates that the client holds (`HELD` of its private state); None if it holds
             none.
 
     Raises:
@@ -427,79 +509,96 @@ def read_broadcast(
     """
     if not links.sends_changes:
         return links.decode_broadcast(round_idx, body)
-    before, after, changes, rest = _unpack(body)
-    if after == NOTHING:
-        return links.decode_broadcast(round_idx, rest)
-    if changes and changes[0].number == WHOLE:
-        return Payload.decode(changes[0].body)
-    models = _find_reference(held, before)
-    for change in changes:
-        models = links.decode_broadcast(change.number, change.body, models)
-    if models is None:
-        raise PayloadError("names an estimate without a change that leads to it")
+    parts, rest = _unpack(body)
     others = links.decode_broadcast(round_idx, rest)
-    return Payload({**models.items_, **others.items_}, others.report)
+    items: dict[str, Item] = {}
+    for part in parts:
+        is_whole = part.before == NOTHING or any(c.number == WHOLE for c in part.changes)
+        estimate = None if is_whole else _find_held(held, part)
+        for change in part.changes:
+            if change.number == WHOLE:
+                estimate = Payload.decode(change.body)
+            else:
+                estimate = links.decode_broadcast(change.number, change.body, estimate)
+        if estimate is None or list(estimate.items_) != [part.item]:
+            raise PayloadError(f"contains no change that leads to its estimate of {part.item!r}")
+        items |= estimate.items_
+    return Payload({**items, **others.items_}, others.report)
 
 
-def hold(body: bytes, received: Payload, held: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return what a client that received a message holds, in memory of its own.
+def hold(body: bytes, received: Payload, held: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the estimates that a client holds after a message, in memory of their own.
 
     Args:
         body: The message, which `read_broadcast` has read.
         received: What it contains.
-        held: The estimate that the client held.
+        held: The estimates that the client held.
     """
-    _, after, _ = HEADER.unpack_from(body)
-    if after == NOTHING:
-        return held
-    models = {
-        name: {n: tensor.clone() for n, tensor in item.tensors.items()}
-        for name, item in split_models(received)[0].items_.items()
-    }
-    return {"name": after.hex(), "models": models}
+    after = dict(held or {})
+    for part in _unpack(body)[0]:
+        tensors = {n: t.clone() for n, t in received.items_[part.item].tensors.items()}
+        after[part.item] = {"name": part.after.hex(), "tensors": tensors}
+    return after
 
 
-def _find_reference(held: Mapping[str, Any] | None, name: bytes) -> Payload | None:
+def _find_held(held: Mapping[str, Any] | None, part: ModelPart) -> Payload:
     """Return the estimate that a client holds, which a message says to change."""
-    if name == NOTHING:
-        return None
-    if held is None or held["name"] != name.hex():
+    known = (held or {}).get(part.item)
+    if known is None or known["name"] != part.before.hex():
         raise PayloadError("changes an estimate that this client does not hold")
-    return Payload({n: Item(tensors, kind="params") for n, tensors in held["models"].items()})
+    return _only(part.item, Item(known["tensors"], kind="params"))
 
 
-def message_bytes(changes: Iterable[int], rest: int) -> int:
-    """Return the bytes of a message, given those of its changes and of all else in it."""
-    return HEADER.size + sum(CHANGE_HEADER.size + size for size in changes) + rest
+def message_bytes(models: Mapping[str, Sequence[int]], rest: int) -> int:
+    """Return the bytes of a message.
+
+    Args:
+        models: Bytes of each change, by item.
+        rest: Bytes of everything else.
+    """
+    parts = sum(HEADER.size + len(n.encode()) + _size(sizes) for n, sizes in models.items())
+    return COUNT.size + parts + rest
 
 
-def _pack(before: bytes, after: bytes, changes: Collection[Change], rest: bytes) -> bytes:
-    parts = [HEADER.pack(before, after, len(changes))]
-    for change in changes:
-        parts += [CHANGE_HEADER.pack(change.number, len(change.body)), change.body]
-    return b"".join([*parts, rest])
+def _size(sizes: Iterable[int]) -> int:
+    """Return the bytes of changes with their headers."""
+    return sum(CHANGE_HEADER.size + size for size in sizes)
 
 
-def _pack_whole(name: bytes, payload: Payload) -> bytes:
-    return _pack(NOTHING, name, [Change(WHOLE, payload.encode())], b"")
+def _pack(parts: Sequence[ModelPart], rest: bytes) -> bytes:
+    pieces = [COUNT.pack(len(parts))]
+    for part in parts:
+        name = part.item.encode()
+        pieces += [HEADER.pack(len(name), part.before, part.after, len(part.changes)), name]
+        for change in part.changes:
+            pieces += [CHANGE_HEADER.pack(change.number, len(change.body)), change.body]
+    return b"".join([*pieces, rest])
 
 
-def _unpack(body: bytes) -> tuple[bytes, bytes, list[Change], bytes]:
-    """Return the names before and after, the changes and the rest of a message."""
-    try:
-        before, after, count = HEADER.unpack_from(body)
-        start = HEADER.size
+def _unpack(body: bytes) -> tuple[list[ModelPart], bytes]:
+    """Return the parts of a message that concern models, and the rest."""
+    start = 0
+
+    def take(size: int) -> bytes:
+        nonlocal start
+        start += size
+        if start > len(body):
+            raise PayloadError("ends within a header or a change")
+        return body[start - size : start]
+
+    parts = []
+    for _ in range(*COUNT.unpack(take(COUNT.size))):
+        length, before, after, count = HEADER.unpack(take(HEADER.size))
+        try:
+            name = take(length).decode()
+        except UnicodeDecodeError:
+            raise PayloadError("names an item in another encoding than UTF-8") from None
         changes = []
         for _ in range(count):
-            number, size = CHANGE_HEADER.unpack_from(body, start)
-            start += CHANGE_HEADER.size
-            if start + size > len(body):
-                raise PayloadError("ends within a change")
-            changes.append(Change(number, body[start : start + size]))
-            start += size
-    except struct.error:
-        raise PayloadError("ends within a header") from None
-    return before, after, changes, body[start:]
+            number, size = CHANGE_HEADER.unpack(take(CHANGE_HEADER.size))
+            changes.append(Change(number, take(size)))
+        parts.append(ModelPart(name, before, after, changes))
+    return parts, body[start:]
 
 
 def split_models(payload: Payload) -> tuple[Payload, Payload]:
@@ -509,19 +608,26 @@ def split_models(payload: Payload) -> tuple[Payload, Payload]:
     return Payload(models), Payload(others, payload.report)
 
 
-def tensor_structure(payload: Payload) -> Any:
-    """Return the names, shapes and types of the tensors of a payload."""
-    return tuple(
-        (name, tuple((n, tuple(t.shape), str(t.dtype)) for n, t in sorted(item.tensors.items())))
-        for name, item in sorted(payload.items_.items())
-    )
+def _only(name: str, item: Item) -> Payload:
+    """Return a payload of one item."""
+    return Payload({name: item})
 
 
 def _digest(models: Payload) -> bytes:
-    """Return a digest of the numbers of models."""
+    """Return a digest of names, shapes and numbers of models."""
     digest = hashlib.sha256()
-    for _, item in sorted(models.items_.items()):
-        for _, tensor in sorted(item.tensors.items()):
-            array = tensor.detach().cpu().contiguous().numpy()
-            digest.update(array.reshape(-1).view(np.uint8).data)
+    for name, item in sorted(models.items_.items()):
+        for key, tensor in sorted(item.tensors.items()):
+            digest.update(repr((name, key, tuple(tensor.shape), str(tensor.dtype))).encode())
+            digest.update(
+                tensor.detach().cpu().contiguous().numpy().reshape(-1).view(np.uint8).data
+            )
     return digest.digest()
+
+
+def _to_hex(names: Mapping[str, bytes]) -> dict[str, str]:
+    return {item: name.hex() for item, name in names.items()}
+
+
+def _from_hex(names: Mapping[str, str]) -> dict[str, bytes]:
+    return {item: bytes.fromhex(name) for item, name in names.items()}

@@ -15,9 +15,9 @@ from hetero_fl.core.payload import Payload
 from hetero_fl.engine.driver import run_plan, translate_user_errors
 from hetero_fl.federation.broadcasts import (
     KEPT_CHANGES,
+    estimate_group,
     message_bytes,
     split_models,
-    tensor_structure,
 )
 from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.dry_run import ExpectedUploads, payload_structure
@@ -113,8 +113,10 @@ class DryRun:
         self.links = FederationLinks(algorithm, federation, bound=True)
         self.protocol = make_protocol(algorithm, federation)
         algorithm.setup(self.server)
-        self._estimates: dict[Any, ExpectedEstimate] = {}
-        self._held: dict[str, tuple[ExpectedEstimate, int]] = {}  # estimate and change, by client
+        self._estimates: dict[tuple[str, str], ExpectedEstimate] = {}  # by item and group
+        # By client and item: the last change that the client received.
+        self._held: dict[tuple[str, str], int] = {}
+        self._uploads: dict[Any, tuple[int, tuple[PrivacyCharge, ...]]] = {}
         self._exchanges: dict[Any, ExchangeCost] = {}
         self._lengths: dict[Any, int] = {}  # bytes of encoded broadcasts and of parts of them
         self._aggregated: set[tuple[int, ...]] = set()  # phases
@@ -126,16 +128,19 @@ class DryRun:
         received = call_broadcast(self.algorithm, self.server, client_info)
         down = self._broadcast_bytes(client_info, received, round_idx)
         # a weight in an upload has the digits of the client's number of rows
-        key = (phase, self._form(client_info, received), client_info.num_rows, down)
-        if key not in self._exchanges:
+        key = (phase, self._form(client_info, received), client_info.num_rows)
+        if key not in self._uploads:
             upload, charges = self.expectations.dry_run_upload(client_info, received, round_idx)
             up = 0
             if not self.protocol.setup:
                 body = self.links.encode_upload(client_info, round_idx, upload, received, {})
                 up = len(body)
+            self._uploads[key] = up, charges
+        up, charges = self._uploads[key]
+        if (key, down) not in self._exchanges:
             sizes = self.protocol.sizes(self.federation.cohort, round_idx, down, up)
-            self._exchanges[key] = ExchangeCost(*total_bytes(sizes.values()), charges)
-        return self._exchanges[key]
+            self._exchanges[key, down] = ExchangeCost(*total_bytes(sizes.values()), charges)
+        return self._exchanges[key, down]
 
     def evaluation_bytes(self, client_id: str, round_idx: int) -> int:
         """Return the bytes down to a client that is evaluated before a round."""
@@ -170,45 +175,50 @@ class DryRun:
         return profile.first, payload_structure(received)
 
     def _broadcast_bytes(self, client_info: ClientInfo, payload: Payload, round_idx: int) -> int:
-        """Return the bytes of a broadcast, and note that a client that trains has received it."""
+        """Return the bytes of a broadcast, and note what a client that trains then holds."""
         if not self.links.sends_changes:
             return self._length(payload, round_idx)
         models, others = split_models(payload)
-        rest = self._length(others, round_idx)
-        if not models.items_:
-            return message_bytes([], rest)
-        client_id = client_info.client_id
-        per_client = self.algorithm.needs.models_per_client
-        key = tensor_structure(models), client_id if per_client else ""
-        estimate = self._estimates.setdefault(key, ExpectedEstimate())
-        if estimate.version != round_idx:
-            estimate.number += 1
-            estimate.version = round_idx
-        held, first = self._held.get(client_id, (estimate, 0))
-        if client_info.purpose == "train":
-            self._held[client_id] = estimate, estimate.number
-        if held is not estimate or estimate.number - first > KEPT_CHANGES:
-            return message_bytes([len(payload.encode())], 0)
-        changes = [
-            self._length(models, round_idx, is_change=number > 0)
-            for number in range(first, estimate.number)
-        ]
-        return message_bytes(changes, rest)
+        group = estimate_group(self.algorithm, client_info)
+        is_training = client_info.purpose == "train"
+        sizes = {}
+        for name, item in models.items_.items():
+            only = Payload({name: item})
+            estimate = self._estimates.setdefault((name, group), ExpectedEstimate())
+            number = estimate.number + (estimate.version != round_idx)
+            key = client_info.client_id, name
+            held = self._held.get(key, 0)
+            whole = self._length(only, round_idx, "whole")
+            changes = [
+                self._length(only, round_idx, "change" if n else "first")
+                for n in range(held, number)
+            ]
+            is_kept = estimate.number - held <= KEPT_CHANGES
+            is_short = message_bytes({name: changes}, 0) <= message_bytes({name: [whole]}, 0)
+            sizes[name] = changes if is_kept and is_short else [whole]
+            if is_training:
+                estimate.number = number
+                estimate.version = round_idx
+                self._held[key] = number
+        return message_bytes(sizes, self._length(others, round_idx))
 
-    def _length(self, payload: Payload, round_idx: int, is_change: bool = False) -> int:
-        """Return the bytes of an encoded payload, or of a change from one of the same shapes."""
-        key = tensor_structure(payload), min(round_idx, 1), is_change
+    def _length(self, payload: Payload, round_idx: int, form: str = "first") -> int:
+        """Return the bytes of a payload: a "first" message, a "change" from one alike, or "whole"."""
+        key = tensor_structure(payload), min(round_idx, 1), form
         if key not in self._lengths:
-            reference = payload if is_change else None
+            reference = payload if form == "change" else None
             archs = self.server.arch.values()
-            body = self.links.encode_broadcast(round_idx, payload, archs, reference)
-            self._lengths[key] = len(body)
+            self._lengths[key] = (
+                payload.encoded_size
+                if form == "whole"
+                else len(self.links.encode_broadcast(round_idx, payload, archs, reference))
+            )
         return self._lengths[key]
 
 
 @dataclass
 class ExpectedEstimate:
-    """An estimate that clients hold of models.
+    """An estimate that clients hold of a model.
 
     Attributes:
         number: Number of changes so far.
@@ -217,3 +227,11 @@ class ExpectedEstimate:
 
     number: int = 0
     version: int = -1
+
+
+def tensor_structure(payload: Payload) -> Any:
+    """Return the names, kinds and shapes of the tensors of a payload."""
+    return tuple(
+        (name, item.kind, tuple((n, tuple(t.shape)) for n, t in item.tensors.items()))
+        for name, item in payload.items_.items()
+    )

@@ -186,6 +186,7 @@ class RemoteAsynchronousTrainer(AsynchronousTrainer):
         for task in self.queue:
             if task.client == client and body is not None:
                 task.broadcast = body
+                self.count_traffic(down=len(body))
 
     def _idle_clients(self) -> tuple[int, Callable[[int], int]]:
         """Those who are there, but for those who had no answer: they are asked again after the next version, or if else nobody is

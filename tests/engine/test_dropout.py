@@ -42,8 +42,9 @@ def test_elements_are_dropped_independently_of_their_neighbors() -> None:
         assert abs(float(correlation)) < 4 / len(zero) ** 0.5
 
 
-def test_everything_is_dropped_if_the_probability_is_one() -> None:
+def test_everything_is_dropped_if_the_probability_is_one_and_nothing_if_it_is_tiny() -> None:
     assert not dropped(1, 1.0).any()
+    assert torch.equal(dropped(1, 1e-6), ONES)
 
 
 def test_keyed_dropout_follows_from_its_seed_and_draws_anew_at_each_call() -> None:

@@ -39,11 +39,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def trained(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, int]]:
     """How often each client has trained in each round, at whatever node."""
     counts: Counter[tuple[str, int]] = Counter()
-    encode = ClientRuntime._encode_upload
+    send = ClientRuntime._send
 
-    def counted(self: ClientRuntime, client: Any, upload: Any, received: Any, request: Any) -> Any:
+    def counted(
+        self: ClientRuntime, client: Any, upload: Any, received: Any, request: Any, training: Any
+    ) -> Any:
         counts[client.participant_id, request.round_idx] += 1
-        return encode(self, client, upload, received, request)
+        return send(self, client, upload, received, request, training)
 
-    monkeypatch.setattr(ClientRuntime, "_encode_upload", counted)
+    monkeypatch.setattr(ClientRuntime, "_send", counted)
     return counts

@@ -79,7 +79,7 @@ def floats_in(data: bytes) -> Iterator[np.ndarray]:
 
 @contextmanager
 def tapped() -> Iterator[set[bytes]]:
-    """Every payload that is encoded meanwhile, in either direction."""
+    """Every payload that is sent meanwhile, in either direction, as between machines."""
     taken: set[bytes] = set()
     encode = Payload.encode
 
@@ -90,6 +90,8 @@ def tapped() -> Iterator[set[bytes]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Payload, "encode", tap)
+        encoded = property(lambda self: False, lambda self, value: None)
+        patch.setattr(ClientRuntime, "hands_over", encoded, raising=False)
         yield taken
 
 

@@ -210,7 +210,7 @@ class EncodeCache(Generic[T]):
     """Encode equal payloads once.
 
     Clients of one group receive the same tensors, so the payload of the first is encoded and the
-    result reused. Payloads are equal if their tensors are the same memory.
+    result reused. Payloads are equal if their reports are, and their tensors are the same memory.
 
     Args:
         encode: What to do with a payload.
@@ -225,10 +225,11 @@ class EncodeCache(Generic[T]):
 
     def __call__(self, payload: Payload) -> T:
         """Return the encoding of `payload`."""
-        key = tuple(
+        items = [
             (name, item.kind, _identity(item.values), _identity(item.weight))
             for name, item in payload.items_.items()
-        )
+        ]
+        key = repr(payload.report), *items
         if key not in self._entries:
             if len(self._entries) >= self._max_entries:
                 self._entries.pop(next(iter(self._entries)))

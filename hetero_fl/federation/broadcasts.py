@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,8 +38,15 @@ CHANGE_HEADER = struct.Struct(">II")  # number, bytes
 WHOLE = 0  # number of a change that replaces the estimate, uncompressed
 
 
-class Broadcasts(Protocol):
-    """Encodes the server's broadcasts."""
+class Broadcasts(ABC):
+    """Encodes the server's broadcasts.
+
+    Args:
+        links: Encode and decode messages.
+    """
+
+    def __init__(self, links: FederationLinks) -> None:
+        self._links = links
 
     def begin(
         self,
@@ -55,13 +63,24 @@ class Broadcasts(Protocol):
             archs: Architectures of the server's models.
             training: Clients that still train on an earlier version.
         """
+        self._round_idx = round_idx
+        self._version = version
+        self._archs = tuple(archs)
+        self._clear(training)
 
+    @abstractmethod
+    def _clear(self, training: Collection[str]) -> None:
+        """Forget encoded broadcasts, but not what clients still train on."""
+
+    @abstractmethod
     def encode(self, client_info: ClientInfo, payload: Payload) -> bytes:
         """Return the message to a client; one that several clients receive is encoded once."""
 
+    @abstractmethod
     def received(self, client_info: ClientInfo, payload: Payload) -> Payload:
         """Return what a client decodes from the message."""
 
+    @abstractmethod
     def received_by(self, client_id: str, round_idx: int, body: bytes) -> Payload:
         """Return what a client decoded from an earlier message, on which it trains."""
 
@@ -72,32 +91,23 @@ class Broadcasts(Protocol):
             The message on which it trains, for a client that holds nothing; None if that is the
             message that it was sent.
         """
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs."""
+        return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state from `state_dict`; the clients' states have been loaded."""
+        return
 
 
-class PlainBroadcasts:
-    """Messages that do not depend on what clients hold.
+class PlainBroadcasts(Broadcasts):
+    """Messages that do not depend on what clients hold."""
 
-    Args:
-        links: Encode and decode messages.
-    """
-
-    def __init__(self, links: FederationLinks) -> None:
-        self._links = links
-
-    def begin(
-        self,
-        round_idx: int,
-        version: int,
-        archs: Iterable[ModelSpec],
-        training: Collection[str] = (),
-    ) -> None:
-        archs = tuple(archs)
+    def _clear(self, training: Collection[str]) -> None:
+        round_idx = self._round_idx
+        archs = self._archs
         self._encoded = EncodeCache(
             lambda payload: self._links.encode_broadcast(round_idx, payload, archs)
         )
@@ -113,15 +123,6 @@ class PlainBroadcasts:
 
     def received_by(self, client_id: str, round_idx: int, body: bytes) -> Payload:
         return self._links.decode_broadcast(round_idx, body)
-
-    def reset(self, client_id: str) -> bytes | None:
-        return None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass
 
 
 class Change(NamedTuple):
@@ -222,15 +223,14 @@ class Estimate:
 
     def changes_to(self, step: Step, held: bytes) -> list[Change]:
         """Return what leads from an estimate that a client holds to that of a step."""
-        whole = Change(WHOLE, b"")
-        size = step.payload.encoded_size
+        whole = step.payload.encoded_size
         if held in self._names:
             changes = list(self._changes)[self._names.index(held) :]
             if step.change is not None:
                 changes.append(step.change)
-            if _size(len(change.body) for change in changes) <= _size([size]):
+            if _size(len(change.body) for change in changes) <= _size([whole]):
                 return changes
-        return [whole._replace(body=step.payload.encode())]
+        return [Change(WHOLE, step.payload.encode())]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs of an estimate that has moved."""
@@ -272,12 +272,14 @@ class Sent:
     Attributes:
         names: Names of the estimates, by item.
         received: What the client decoded.
+        rest: The part of the message that contains no models.
         stamp: Of the client's private state at that time.
         version: The server's version at that time.
     """
 
     names: dict[str, bytes]
     received: Payload
+    rest: bytes
     stamp: int | None
     version: int
 
@@ -306,11 +308,11 @@ class Ledger:
         return self.held.get(client_id, {})
 
     def send(
-        self, client_id: str, names: dict[str, bytes], received: Payload, version: int
+        self, client_id: str, names: dict[str, bytes], received: Payload, rest: bytes, version: int
     ) -> None:
         """Note what a client was sent to train on."""
         self.held_by(client_id)
-        self.sent[client_id] = Sent(names, received, self._stamp(client_id), version)
+        self.sent[client_id] = Sent(names, received, rest, self._stamp(client_id), version)
 
     def drop_unused(self, version: int, training: Collection[str]) -> None:
         """Forget what was sent before a version, but for clients that still train on it."""
@@ -326,7 +328,7 @@ class Ledger:
         self.sent.pop(client_id, None)
 
 
-class EstimateBroadcasts:
+class EstimateBroadcasts(Broadcasts):
     """Messages that change estimates of the server's models, which clients hold.
 
     Args:
@@ -335,22 +337,13 @@ class EstimateBroadcasts:
     """
 
     def __init__(self, links: FederationLinks, stamp: Callable[[str], int | None]) -> None:
-        self._links = links
+        super().__init__(links)
         self.ledger = Ledger(stamp)
         # By item and by group of clients (`estimate_group`).
         self.estimates: dict[tuple[str, str], Estimate] = {}
 
-    def begin(
-        self,
-        round_idx: int,
-        version: int,
-        archs: Iterable[ModelSpec],
-        training: Collection[str] = (),
-    ) -> None:
-        self._round_idx = round_idx
-        self._version = version
-        self._archs = tuple(archs)
-        self.ledger.drop_unused(version, training)
+    def _clear(self, training: Collection[str]) -> None:
+        self.ledger.drop_unused(self._version, training)
         self._digests = EncodeCache(_digest)
         self._others = EncodeCache(self._encode_others)
         self._bodies: dict[Any, bytes] = {}
@@ -367,25 +360,25 @@ class EstimateBroadcasts:
         if client_info.purpose == "train":
             steps = {place: self.estimates[place].move(step) for place, step in steps.items()}
             names = {item: step.name for (item, _), step in steps.items()}
-            self.ledger.send(client_id, names, received, self._version)
-        parts = {
+            self.ledger.send(client_id, names, received, rest, self._version)
+        parts = tuple(
             (item, group, step.name, held.get(item, NOTHING))
             for (item, group), step in steps.items()
-        }
-        key = frozenset(parts), rest
+        )
+        key = parts, rest
         if key not in self._bodies:
             self._bodies[key] = _pack(
                 [
-                    self._part(item, self.estimates[item, group], step, held.get(item, NOTHING))
-                    for (item, group), step in steps.items()
+                    ModelPart(
+                        item, before, after, self.estimates[item, group].changes_to(step, before)
+                    )
+                    for (item, group, after, before), step in zip(
+                        parts, steps.values(), strict=True
+                    )
                 ],
                 rest,
             )
         return self._bodies[key]
-
-    def _part(self, item: str, estimate: Estimate, step: Step, held: bytes) -> ModelPart:
-        changes = estimate.changes_to(step, held)
-        return ModelPart(item, held, step.name, changes)
 
     def received(self, client_info: ClientInfo, payload: Payload) -> Payload:
         sent = self.ledger.sent.get(client_info.client_id)
@@ -402,13 +395,13 @@ class EstimateBroadcasts:
         self.ledger.forget(client_id)
         if sent is None:
             return None
-        self.ledger.send(client_id, sent.names, sent.received, sent.version)
-        models, others = split_models(sent.received)
+        self.ledger.send(client_id, sent.names, sent.received, sent.rest, sent.version)
+        models, _ = split_models(sent.received)
         parts = [
             ModelPart(name, NOTHING, sent.names[name], [Change(WHOLE, _only(name, item).encode())])
             for name, item in models.items_.items()
         ]
-        return _pack(parts, self._others(others)[0])
+        return _pack(parts, sent.rest)
 
     def _steps(self, client_info: ClientInfo, models: Payload) -> dict[tuple[str, str], Step]:
         """Return the moves towards the models that a client is sent, by item and group.
@@ -451,8 +444,8 @@ class EstimateBroadcasts:
             self.ledger.held_by(client_id)
         # Sorted, because workers are given clients in an order of their own.
         sent = dict(sorted(self.ledger.sent.items()))
-        payloads = {id(each.received): each.received for each in sent.values()}
-        places = {key: place for place, key in enumerate(payloads)}
+        received = {id(each.received): each for each in sent.values()}
+        places = {key: place for place, key in enumerate(received)}
         return {
             "estimates": [
                 [item, group, self.estimates[item, group].state_dict()]
@@ -464,7 +457,10 @@ class EstimateBroadcasts:
                 client: [_to_hex(each.names), places[id(each.received)], each.version]
                 for client, each in sent.items()
             },
-            "received": [as_tensor(payload.encode()) for payload in payloads.values()],
+            "received": [
+                [as_tensor(each.received.encode()), as_tensor(each.rest)]
+                for each in received.values()
+            ],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -472,11 +468,15 @@ class EstimateBroadcasts:
             (item, group): Estimate.from_state_dict(saved)
             for item, group, saved in state["estimates"]
         }
-        received = [Payload.decode(as_bytes(content)) for content in state["received"]]
+        received = [
+            (Payload.decode(as_bytes(content)), as_bytes(rest))
+            for content, rest in state["received"]
+        ]
         self.ledger.sent.clear()
         self.ledger.held = {client: _from_hex(names) for client, names in state["held"].items()}
         for client, (names, place, version) in state["sent"].items():
-            self.ledger.send(client, _from_hex(names), received[place], version)
+            payload, rest = received[place]
+            self.ledger.send(client, _from_hex(names), payload, rest, version)
 
 
 def make_broadcasts(links: FederationLinks, stamp: Callable[[str], int | None]) -> Broadcasts:

@@ -95,7 +95,7 @@ class RemoteExecutor(Executor, Protocol):
         """The clients that are there now."""
 
     def dispatch(self, client: str, make_request: Callable[[str], Message]) -> None:
-        """Have one client's task done beside others.
+        """Begin one client's task while others are running.
 
         Args:
             client: The client.

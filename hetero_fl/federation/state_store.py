@@ -16,12 +16,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from cachetools import LRUCache
 
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.utils.errors import RunFailedError
-from hetero_fl.utils.serialization import CodecError, decode, encode, num_tensor_bytes, sync_folder
+from hetero_fl.utils.serialization import (
+    CodecError,
+    copy_tree,
+    decode,
+    encode,
+    num_tensor_bytes,
+    sync_folder,
+)
 
 # Layout of a segment: 8 bytes of magic; the blobs, one after the other; the head; the length of the
 # head (8 bytes, little-endian); the SHA-256 of head and length. Offsets and checksums of blobs are
@@ -195,15 +201,7 @@ class PrivateState:
 
     def normalized(self) -> PrivateState:
         """Return a copy as decoding would give it: contiguous tensors with memory of their own."""
-        models = {
-            slot: {
-                name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-                for name, tensor in tensors.items()
-            }
-            for slot, tensors in self.models.items()
-        }
-        state = PrivateState.decode(PrivateState(state=self.state).encode()).state
-        return PrivateState(models, state)
+        return PrivateState(**copy_tree({"models": self.models, "state": self.state}))
 
 
 @dataclass

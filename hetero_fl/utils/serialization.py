@@ -155,6 +155,17 @@ def decode(data: bytes, form: str, bounded: bool = True) -> Tree:
         return _unflatten(head["tree"], tensors, 0)
 
 
+def copy_tree(tree: Tree) -> Tree:
+    """Return the tree as `decode` returns it from its bytes: contiguous tensors with their own memory.
+
+    Raises:
+        TypeError: If a value has no plain form.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    plain = json.loads(json.dumps(_flatten(tree, arrays), allow_nan=False))
+    return _unflatten(plain, {n: torch.from_numpy(a).clone() for n, a in arrays.items()}, 0)
+
+
 def read_json(text: str | bytes, bounded: bool = True) -> Any:
     """Parse untrusted JSON, within the bounds of a header.
 

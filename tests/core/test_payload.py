@@ -19,7 +19,7 @@ from safetensors import safe_open
 import hetero_fl
 from hetero_fl.communication.protocol import EncodeCache
 from hetero_fl.core.payload import Item, ItemSpec, Payload, PayloadError, check_upload
-from hetero_fl.utils.serialization import CodecError, decode, encode
+from hetero_fl.utils.serialization import CodecError, copy_tree, decode, encode
 
 SPECS = {"model": ItemSpec("params"), "logits": ItemSpec("rows", share="predictions")}
 
@@ -379,3 +379,19 @@ def test_magnitude_of_a_payload_is_its_largest_norm_even_where_float32_overflows
     assert Payload.decode(Payload({"x": small, "y": large}).encode()).magnitude == pytest.approx(
         9e19
     )
+
+
+def test_the_copy_of_a_tree_is_what_its_bytes_say() -> None:
+    matrix = torch.arange(6.0).reshape(2, 3)
+    tree = {
+        "t": matrix.T,
+        "n": [1, 2.5, None, True, float("inf"), (torch.tensor(3), "text")],
+        "d": {"same": matrix, "empty": {}},
+    }
+    copy, read = copy_tree(tree), decode(encode(tree, "x"), "x")
+    assert repr(copy) == repr(read)
+    assert copy["t"].is_contiguous()
+    matrix.zero_()
+    assert repr(copy) == repr(read)
+    with pytest.raises(TypeError, match="set has no plain form"):
+        copy_tree({"s": {1}})

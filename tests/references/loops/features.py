@@ -27,7 +27,7 @@ class FedGKT(Loop):
 
     def start(self) -> None:
         super().start()
-        self.large = self.module(self.method.large_model(10))
+        self.large = self.module(self.method.large_model_spec(10))
         self.optimizer = adam([self.large])
         self.said: tuple[Tensor, ...] = ()
 

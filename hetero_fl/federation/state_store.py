@@ -281,6 +281,11 @@ class StateStore:
         version = self._committed.get(client)
         return None if version is None else version.stamp
 
+    def num_bytes(self, client: str) -> int:
+        """Return the bytes of the committed state in memory, decoded or encoded as it is cached."""
+        version = self._committed.get(client)
+        return 0 if version is None else _num_bytes(self._load(client, version))
+
     def clients(self) -> list[str]:
         """Return the ids of clients that keep something, sorted."""
         return sorted(self._committed)

@@ -59,7 +59,9 @@ def setup_of(method: str | dict[str, Any]) -> WorkerSetup:
     return WorkerSetup(prepared.method, prepared.federation, 1, ("cpu",))
 
 
-def rounds_on(setup: WorkerSetup, crew: WorkerPool | None, size: int = 1) -> SynchronousTrainer:
+def rounds_on(
+    setup: WorkerSetup, crew: WorkerPool | None, size: int = 1, cohort: int = 3
+) -> SynchronousTrainer:
     """A run that begins, on the first `size` workers of a crew; without one in this process."""
     executor: Executor
     if crew is None:
@@ -68,7 +70,7 @@ def rounds_on(setup: WorkerSetup, crew: WorkerPool | None, size: int = 1) -> Syn
         crew.size = size
         performer = make_backend(torch.device("cpu"))
         executor = WorkerExecutor(crew, setup.federation.client_infos, StateStore(), performer)
-    return SynchronousTrainer(setup.algorithm, setup.federation, executor, 3)
+    return SynchronousTrainer(setup.algorithm, setup.federation, executor, cohort)
 
 
 def first_job(setup: WorkerSetup) -> WorkerJob:

@@ -10,6 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import cycle
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -20,7 +21,13 @@ import torch.multiprocessing  # how tensors are sent
 from torch import Tensor
 
 from hetero_fl.core.payload import Payload
-from hetero_fl.federation.executors.workers import JobResult, Worker, WorkerJob, WorkerSetup
+from hetero_fl.federation.executors.workers import (
+    JobResult,
+    Worker,
+    WorkerJob,
+    WorkerSetup,
+    run_jobs,
+)
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.processes import (
     ADVICE,
@@ -60,9 +67,10 @@ class TensorReference:
 
 
 class SharedMemoryConnection:
-    """One end of a connection between two processes that send and receive in turn.
+    """One end of a connection between two processes, each of which answers what it receives in order.
 
-    Messages travel through a pipe, but for tensors and long byte strings, which are copied through
+    One end may send a second message before the first is answered, but not a third: messages are
+    written to two blocks of shared memory in turn. Messages travel through a pipe, but for tensors and long byte strings, which are copied through
     shared memory: a pipe takes every byte through the kernel in small pieces while both processes
     wait. A string that the other end still remembers, such as the broadcast of another client, is
     not sent again. If there is no room in shared memory, they go through the pipe. Messages are
@@ -79,8 +87,8 @@ class SharedMemoryConnection:
         self, connection: Connection, sent_strings: int = 0, received_strings: int = 0
     ) -> None:
         self.connection = connection
-        self._outgoing = SharedMemoryBlock()
-        self._incoming = SharedMemoryBlock()
+        self._outgoing = cycle((SharedMemoryBlock(), SharedMemoryBlock()))
+        self._incoming = cycle((SharedMemoryBlock(), SharedMemoryBlock()))
         self._sent = StringCache(sent_strings)
         self._received = StringCache(received_strings)
 
@@ -88,16 +96,17 @@ class SharedMemoryConnection:
         """Send a message. Raises OSError if the other process is gone."""
         new: list[memoryview] = []
         message = map_values(message, lambda value: self._to_reference(value, new))
-        update = self._outgoing.fill(new)
+        update = next(self._outgoing).fill(new)
         self._sent.trim()
         self.connection.send((update, message))
 
     def receive(self) -> Any:
         """Wait for the next message. Raises EOFError or OSError if none can come."""
         update, message = self.connection.recv()
+        incoming = next(self._incoming)
         if isinstance(update, Tensor):
-            self._incoming.tensor = update
-        strings = memoryview(update) if isinstance(update, bytes) else self._incoming.view()
+            incoming.tensor = update
+        strings = memoryview(update) if isinstance(update, bytes) else incoming.view()
         message = map_values(message, lambda value: self._from_reference(value, strings))
         self._received.trim()
         return message
@@ -118,7 +127,7 @@ class SharedMemoryConnection:
         return StringReference(self._sent.add(value), start, start + len(value))
 
     def _from_reference(self, value: Any, block: memoryview) -> Any:
-        # Copies: the next message overwrites the shared memory.
+        # Copies: the next message but one overwrites the shared memory.
         if type(value) is TensorReference:
             data = bytearray(block[value.start : value.stop])
             return torch.from_numpy(np.frombuffer(data, value.dtype).reshape(value.shape))
@@ -327,8 +336,7 @@ def run_worker(
     worker = Worker(setup, index)
     jobs = SharedMemoryConnection(connection, received_strings=BROADCASTS)
     with contextlib.suppress(EOFError, OSError):
-        while True:
-            jobs.send(worker.run_job(jobs.receive()))
+        run_jobs(worker, jobs.receive, jobs.send)
 
 
 def _exit_with_parent() -> None:

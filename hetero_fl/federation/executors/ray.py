@@ -60,6 +60,7 @@ class RayActorPool:
             if getattr(error, "actor_init_failed", False):
                 raise RunFailedError(f"a worker cannot start: {_describe(error)}") from error
             ray.kill(self._workers[worker][0])
+            self._tasks = {task: w for task, w in self._tasks.items() if w != worker}
             # Without a CPU of its own, because it has to fit on what is left.
             self._workers[worker] = self._start(worker, 0)
             return worker, None

@@ -18,7 +18,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from hetero_fl.federation.executors.workers import JobResult, Worker, WorkerJob, WorkerSetup
+from hetero_fl.federation.executors.workers import (
+    JobResult,
+    Worker,
+    WorkerJob,
+    WorkerSetup,
+    run_jobs,
+)
 from hetero_fl.utils.errors import RunFailedError
 
 # A rank waits as long as another one works; torchrun itself notices when one dies.
@@ -109,20 +115,23 @@ def _receive_object(source: int) -> Any:
 
 def _serve_rank_zero() -> None:
     """Run jobs until rank 0 is done. If it fails or is killed, end the process even during a job."""
-    jobs: queue.SimpleQueue[WorkerJob] = queue.SimpleQueue()
     setup = _receive_object(0)
     if setup is END:
         return
     worker = Worker(setup, int(os.environ.get("LOCAL_RANK", "0")))
-    threading.Thread(target=_listen_to_rank_zero, args=(jobs,), daemon=True).start()
-    while True:
-        dist.send_object_list([worker.run_job(jobs.get()).with_checksums()], dst=0)
+    run_jobs(worker, _receive_job, _send_result)
 
 
-def _listen_to_rank_zero(jobs: queue.SimpleQueue[WorkerJob]) -> None:
+def _receive_job() -> Any:
+    """Wait for the next job; end the process if there is none."""
     try:
-        while (job := _receive_object(0)) is not END:
-            jobs.put(job)
+        job = _receive_object(0)
     except RuntimeError:
         os._exit(1)
-    os._exit(0)
+    if job is END:
+        os._exit(0)
+    return job
+
+
+def _send_result(result: JobResult) -> None:
+    dist.send_object_list([result.with_checksums()], dst=0)

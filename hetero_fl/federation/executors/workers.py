@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
 import traceback
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -42,6 +44,8 @@ MAX_DEATHS = 3  # of workers that computed the same client, after which the run 
 CHUNKS_AHEAD = 4  # per worker, which may start before the first unfinished one in a large cohort
 MAX_CHUNKS_PER_JOB = 2  # whose results come back together
 LARGE_COHORT = 16  # chunks per worker
+# Jobs that a worker has at a time: one that runs, and one that waits, so that the worker need not.
+JOBS_PER_WORKER = 2
 # Exceptions that another process can unpickle.
 _TRANSFERABLE_ERRORS = (UserError, RunFailedError, DivergedError, PayloadError)
 
@@ -119,6 +123,8 @@ class Worker:
         self.store = StateStore()
         # clients whose state is held, least recently used first
         self._used: OrderedDict[str, None] = OrderedDict()
+        # clients whose state is dropped after the next job, which may have been sent already
+        self._leaving: list[str] = []
 
     @cached_property
     def runtime(self) -> ClientRuntime:
@@ -172,18 +178,28 @@ class Worker:
                 result.private[client] = self.store.encoded(client) or b""
 
     def _drop_oldest_states(self, clients: list[str]) -> list[str]:
-        """Drop the state of the least recently used clients while there is too much of it."""
+        """Drop the state of the least recently used clients while there is too much of it.
+
+        Args:
+            clients: Those of the job that has run.
+
+        Returns:
+            The clients whose state is gone after the next job, unless that job is theirs.
+        """
+        for client in set(self._leaving).difference(clients):
+            self.store.stage(client, b"")
+        self.store.commit()
         for client in clients:
             self._used.pop(client, None)
             if self.store.stamp(client) is not None:
                 self._used[client] = None
-        dropped = []
-        while self.store.cached_bytes > MAX_HELD_STATE_BYTES and self._used:
+        excess = self.store.cached_bytes - MAX_HELD_STATE_BYTES
+        self._leaving = []
+        while excess > 0 and self._used:
             client, _ = self._used.popitem(last=False)
-            self.store.stage(client, b"")
-            self.store.commit()
-            dropped.append(client)
-        return dropped
+            excess -= self.store.num_bytes(client)
+            self._leaving.append(client)
+        return self._leaving
 
 
 def _transferable_error(error: Exception) -> Exception:
@@ -201,18 +217,46 @@ class RemoteTraceback(Exception):
 
 
 class WorkerPool(Protocol):
-    """Workers, numbered from 0. Each takes one job at a time."""
+    """Workers, numbered from 0. Each runs its jobs in order."""
 
     size: int
 
     def send(self, worker: int, job: WorkerJob) -> None:
-        """Send a job to an idle worker."""
+        """Send a job to a worker that has fewer than `JOBS_PER_WORKER`."""
 
     def receive(self) -> tuple[int, JobResult | None]:
-        """Wait for the next result; None if the worker died and has been replaced."""
+        """Wait for the next result; None if the worker died, with all its jobs, and was replaced."""
 
     def close(self) -> None:
         """Release the workers."""
+
+
+def run_jobs(
+    worker: Worker, receive: Callable[[], WorkerJob], send: Callable[[JobResult], None]
+) -> None:
+    """Run jobs in the order in which they come; while one runs, the next is received.
+
+    If it were not, the server could wait for the worker to receive a long job, and the worker for
+    the server to receive a long result.
+
+    Args:
+        worker: Runs the jobs.
+        receive: Waits for the next job. What it raises ends the loop, after the jobs before.
+        send: Sends a result.
+    """
+    jobs: queue.SimpleQueue[WorkerJob | Exception] = queue.SimpleQueue()
+
+    def listen() -> None:
+        try:
+            while True:
+                jobs.put(receive())
+        except Exception as error:
+            jobs.put(error)
+
+    threading.Thread(target=listen, daemon=True).start()
+    while not isinstance(job := jobs.get(), Exception):
+        send(worker.run_job(job))
+    raise job
 
 
 class WorkerExecutor:
@@ -234,8 +278,8 @@ class WorkerExecutor:
         self.costs = TaskCosts(client_infos)
         # by client: the worker that holds its state, and the stamp of that state
         self._holders: dict[str, tuple[int, int]] = {}
-        # by worker; the job may belong to a round that was given up
-        self._running: dict[int, WorkerJob] = {}
+        # by worker, in order; jobs may belong to a round that was given up
+        self._running: defaultdict[int, deque[WorkerJob]] = defaultdict(deque)
         self._num_jobs = 0
         self._listener: Callable[[str], None] | None = None
 
@@ -275,31 +319,41 @@ class WorkerExecutor:
     ) -> Iterator[JobResult]:
         """Run all tasks; yield results as they arrive, with private state staged."""
         chunks = client_chunks(clients, self.client_infos, self.chunk)
-        queue = ChunkQueue(chunks, self.costs, self.pool.size)
+        waiting = ChunkQueue(chunks, self.costs, self.pool.size)
         deaths: Counter[str] = Counter()
         last_old_job = self._num_jobs  # jobs up to this number belong to calls that were given up
 
+        def may_wait_behind(job: WorkerJob) -> bool:
+            # An old job may change private state after the next one was made without it.
+            return job.number > last_old_job and waiting.outlasts(job)
+
         def send_jobs() -> None:
-            for worker in range(self.pool.size):
-                if worker in self._running:
-                    continue
-                taken = queue.take(partial(self._may_compute, worker))
-                if taken:
-                    job = self._make_job(worker, kind, taken, request, details)
-                    self._running[worker] = job
-                    self.pool.send(worker, job)
+            for num_jobs in range(JOBS_PER_WORKER):  # first to those that are idle
+                for worker in range(self.pool.size):
+                    jobs = self._running[worker]
+                    if len(jobs) != num_jobs or not all(map(may_wait_behind, jobs)):
+                        continue
+                    taken = waiting.take(partial(self._may_compute, worker))
+                    if taken:
+                        job = self._make_job(worker, kind, taken, request, details)
+                        jobs.append(job)
+                        self.pool.send(worker, job)
 
         send_jobs()
-        while queue or any(job.number > last_old_job for job in self._running.values()):
+        while waiting or any(
+            j.number > last_old_job for jobs in self._running.values() for j in jobs
+        ):
             worker, result = self.pool.receive()
-            finished = self._running.pop(worker, None)
-            if finished is None or result is None:  # the worker died, if idle without a job
+            if result is None:  # the worker died, if idle without a job
                 self._forget_states(worker, list(self._holders))
-                if finished is not None and finished.number > last_old_job:
-                    _count_deaths(finished, deaths)
-                    queue.put_back(finished.chunks)
+                lost = [job for job in self._running.pop(worker, ()) if job.number > last_old_job]
+                if lost:
+                    _count_deaths(lost[0], deaths)  # the others had not begun
+                for job in lost:
+                    waiting.put_back(job.chunks)
                 send_jobs()
                 continue
+            finished = self._running[worker].popleft()
             if finished.number <= last_old_job or result.error is not None:
                 # What the worker holds now is not the committed state.
                 self._forget_states(worker, [*finished.clients, *result.dropped_states])
@@ -309,7 +363,7 @@ class WorkerExecutor:
             if result.error is not None:
                 raise result.error from (RemoteTraceback(result.trace) if result.trace else None)
             self._accept(worker, finished, result)
-            queue.mark_finished(finished.chunks)
+            waiting.mark_finished(finished.chunks)
             send_jobs()  # the worker computes while the server takes the result
             yield result
             del finished, result  # the size of a model
@@ -400,10 +454,19 @@ class ChunkQueue:
         is_large = len(chunks) > LARGE_COHORT * workers
         self._num_near = CHUNKS_AHEAD * workers if is_large else len(chunks)
         self._waiting_cost = sum(self._costs.values())
+        self._workers = workers
         self._num_shares = LARGE_COHORT * workers  # in which what waits is sent, at least
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    def outlasts(self, job: WorkerJob) -> bool:
+        """Return whether what waits keeps all workers busy for longer than a job takes.
+
+        If not, another worker may be idle before this one can begin with a second job.
+        """
+        cost = sum(self._costs.get(chunk[0], 0.0) for chunk in job.chunks)
+        return self._waiting_cost > self._workers * cost
 
     def take(self, may_compute: Callable[[str], bool]) -> list[list[str]]:
         """Take the next chunks for a worker: an expensive one, or a few small ones.

@@ -12,7 +12,11 @@ import torch
 
 from hetero_fl.communication.protocol import Message
 from hetero_fl.core.payload import Item, Payload
-from hetero_fl.federation.executors.processes import LONG, SharedMemoryConnection
+from hetero_fl.federation.executors.processes import (
+    LONG,
+    SharedMemoryBlock,
+    SharedMemoryConnection,
+)
 from tests.helpers.workers import PATIENCE
 
 
@@ -67,17 +71,26 @@ def test_memory_is_written_again_without_disturbing_what_was_read() -> None:
     assert [string[:1] + string[-1:] for string in kept] == [b"aa", b"bb", b"cc"]
 
 
+def test_a_second_message_may_follow_before_the_first_is_read() -> None:
+    here, there = ends(remembered=0)
+    for _ in range(3):
+        first, second = b"a" * LONG, b"b" * LONG
+        here.send(first)
+        here.send(second)
+        assert (there.receive(), there.receive()) == (first, second)
+
+
 def test_a_string_is_sent_once_while_the_other_side_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     here, there = ends()
     first, second, third = (bytes([b]) * (LONG + b) for b in b"abc")
     filled: list[int] = []
-    plain = here._outgoing.fill
+    plain = SharedMemoryBlock.fill
 
-    def fill(strings: list[bytes]) -> object:
+    def fill(self: SharedMemoryBlock, strings: list[memoryview]) -> object:
         filled.append(len(strings))
-        return plain(strings)
+        return plain(self, strings)
 
-    monkeypatch.setattr(here._outgoing, "fill", fill)
+    monkeypatch.setattr(SharedMemoryBlock, "fill", fill)
     got = []
     for string in (first, second, first, second, third, second, first, third):
         got.append(passed([string, string], here, there))

@@ -74,8 +74,8 @@ def test_what_a_rank_sends_carries_its_checksum(monkeypatch: pytest.MonkeyPatch)
         sent.extend(done)
         raise Sent
 
-    monkeypatch.setattr(torchrun, "_receive_object", lambda source: setup)
-    monkeypatch.setattr(torchrun, "_listen_to_rank_zero", lambda jobs: jobs.put(first_job(setup)))
+    messages = iter([setup, first_job(setup)])
+    monkeypatch.setattr(torchrun, "_receive_object", lambda source: next(messages))
     monkeypatch.setattr("torch.distributed.send_object_list", send)
     with pytest.raises(Sent):
         torchrun._serve_rank_zero()

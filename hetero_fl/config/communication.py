@@ -150,7 +150,8 @@ def _expand_words(chain: Any) -> Any:
     """A chain with the word `half` written out. Raises ValueError for other words and for what is no list."""
     if not isinstance(chain, list | tuple):
         raise ValueError(
-            f"found {str(chain)[:60]!r}; a list of stages was meant, as [topk: 0.01, quantize: 8]"
+            f"found {str(chain)[:60]!r}; a list of stages was meant, as [topk: 0.01, quantize: 8], "
+            "or [] for none"
         )
     for entry in chain:
         if isinstance(entry, str) and entry in STAGES and entry != "half":
@@ -191,12 +192,12 @@ class ChannelConfig(ConfigSection):
 
     compress: Chain = Field(
         (),
-        description="stages of what clients send, as `[topk: 0.01, quantize: 8]`; none: as it is",
+        description="stages of what clients send, as `[topk: 0.01, quantize: 8]`; `[]`: as it is",
     )
     compress_down: Chain = Field(
         (),
         description="stages of what the server sends; topk, randk and lowrank send changes of the model, and what they leave out "
-        "is part of the next change; none: as it is",
+        "is part of the next change; `[]`: as it is",
     )
     entropy: bool = Field(
         False,
@@ -208,9 +209,9 @@ class ChannelConfig(ConfigSection):
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("preset") not in PRESETS:
+        name = values.get("preset") if isinstance(values, dict) else None
+        if not isinstance(name, str) or name not in PRESETS:
             return values
-        name = values["preset"]
         given = {key: values[key] for key in PRESETS[name] if key in values}
         if given.keys() == PRESETS[name].keys():
             own = cls(**given)

@@ -156,10 +156,11 @@ def decode(data: bytes, form: str, bounded: bool = True) -> Tree:
 
 
 def copy_tree(tree: Tree) -> Tree:
-    """Return the tree as `decode` returns it from its bytes: contiguous tensors with their own memory.
+    """Return the tree as `decode` returns it: contiguous tensors with memory of their own.
 
     Raises:
         TypeError: If a value has no plain form.
+        CodecError: If the tree is nested too deeply.
     """
     arrays: dict[str, np.ndarray] = {}
     plain = json.loads(json.dumps(_flatten(tree, arrays), allow_nan=False))

@@ -58,8 +58,9 @@ def test_a_chain_is_written_as_a_list_of_stages_and_comes_back_from_a_resolved_c
         ({"compress": ["topk"]}, "channel.compress: found 'topk' alone; it takes a number"),
         (
             {"compress": "half"},
-            "channel.compress: found 'half'; a list of stages was meant, as [topk: 0.01, quantize: 8]",
+            "channel.compress: found 'half'; a list of stages was meant, as [topk: 0.01, quantize: 8], or [] for none",
         ),
+        ({"preset": ["small"]}, "channel.preset: expected 'small', got ['small']"),
         ({"compress": [{}]}, "channel.compress.0: found no stage"),
         (
             {"compress": [{"topk": 2, "quantize": 3}]},

@@ -381,7 +381,7 @@ def test_magnitude_of_a_payload_is_its_largest_norm_even_where_float32_overflows
     )
 
 
-def test_the_copy_of_a_tree_is_what_its_bytes_say() -> None:
+def test_copy_tree_equals_decoded_bytes() -> None:
     matrix = torch.arange(6.0).reshape(2, 3)
     tree = {
         "t": matrix.T,

@@ -67,10 +67,12 @@ class TensorReference:
 
 
 class SharedMemoryConnection:
-    """One end of a connection between two processes, each of which answers what it receives in order.
+    """One end of a connection between two processes that answer messages in order.
 
     One end may send a second message before the first is answered, but not a third: messages are
-    written to two blocks of shared memory in turn. Messages travel through a pipe, but for tensors and long byte strings, which are copied through
+    written to two blocks of shared memory in turn.
+
+    Messages travel through a pipe, but for tensors and long byte strings, which are copied through
     shared memory: a pipe takes every byte through the kernel in small pieces while both processes
     wait. A string that the other end still remembers, such as the broadcast of another client, is
     not sent again. If there is no room in shared memory, they go through the pipe. Messages are
@@ -127,7 +129,7 @@ class SharedMemoryConnection:
         return StringReference(self._sent.add(value), start, start + len(value))
 
     def _from_reference(self, value: Any, block: memoryview) -> Any:
-        # Copies: the next message but one overwrites the shared memory.
+        # Copies: a later message overwrites the block.
         if type(value) is TensorReference:
             data = bytearray(block[value.start : value.stop])
             return torch.from_numpy(np.frombuffer(data, value.dtype).reshape(value.shape))
@@ -232,6 +234,7 @@ class ProcessPool:
         self._setup = replace(setup, shares_memory=True)
         self._context = worker_context(__name__)
         self._workers: list[tuple[BaseProcess, SharedMemoryConnection]] = []
+        self._interrupted: set[int] = set()  # workers whose messages cannot be read any more
         try:
             setup.federation.data.share_memory()
         except RuntimeError as error:
@@ -250,6 +253,8 @@ class ProcessPool:
             connection.send(job)
 
     def receive(self) -> tuple[int, JobResult | None]:
+        if self._interrupted:
+            return self._replace(self._interrupted.pop())
         # A process that has ended may have left a result in its pipe, which is read first.
         ready = set(
             wait([c.connection for _, c in self._workers] + [p.sentinel for p, _ in self._workers])
@@ -263,9 +268,8 @@ class ProcessPool:
             for i, (process, connection) in enumerate(self._workers)
             if {process.sentinel, connection.connection} & ready
         )
-        self._release_dead(dead)
-        self._workers[dead] = self._start(dead)
-        return dead, None
+        self._check_exit(dead)
+        return self._replace(dead)
 
     def close(self) -> None:
         for i in range(len(self._workers)):
@@ -276,8 +280,8 @@ class ProcessPool:
     def _communicate_with(self, worker: int) -> Iterator[SharedMemoryConnection]:
         """Ignore that a worker is dead, which `receive` reports.
 
-        If this process is interrupted, the worker is killed: after half a message, or a lost one,
-        both ends would wait for each other.
+        If this process is interrupted, the worker is replaced: after half a message, or a lost one,
+        both ends would wait for each other, or read the wrong block of memory.
         """
         process, connection = self._workers[worker]
         try:
@@ -285,9 +289,16 @@ class ProcessPool:
         except (OSError, EOFError):
             pass
         except BaseException:
+            self._interrupted.add(worker)
             process.kill()
             process.join()
             raise
+
+    def _replace(self, worker: int) -> tuple[int, None]:
+        """Start a worker anew; return what `receive` returns of one that has died."""
+        self._end(worker)
+        self._workers[worker] = self._start(worker)
+        return worker, None
 
     def _start(self, index: int) -> tuple[BaseProcess, SharedMemoryConnection]:
         here, there = self._context.Pipe()
@@ -302,8 +313,8 @@ class ProcessPool:
         there.close()
         return process, SharedMemoryConnection(here, sent_strings=BROADCASTS)
 
-    def _release_dead(self, index: int) -> None:
-        """Release a dead worker's resources.
+    def _check_exit(self, index: int) -> None:
+        """Check why a worker has died.
 
         Raises:
             UserError: If the user's script starts processes without a guard.
@@ -311,7 +322,6 @@ class ProcessPool:
         """
         process, _ = self._workers[index]
         process.join(EXIT_SECONDS)  # its pipe breaks a moment before its status is known
-        self._end(index)
         if process.exitcode == UNGUARDED:
             raise UserError(ADVICE)
         if process.exitcode is not None and process.exitcode >= 0:  # negative: killed by a signal

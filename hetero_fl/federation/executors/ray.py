@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -41,16 +42,19 @@ class RayActorPool:
         self._stack = ExitStack()
         self._stack.enter_context(connect(None, size * setup.threads))
         self._setup = _store_setup(setup)
-        self._tasks: dict[Any, int] = {}  # workers with a job, by its future
+        # By worker, in order. Only the first is waited for: a later, smaller result may arrive sooner.
+        self._tasks: list[deque[Any]] = [deque() for _ in range(size)]
         self._workers = [self._start(i, setup.threads) for i in range(size)]
 
     def send(self, worker: int, job: WorkerJob) -> None:
-        self._tasks[self._workers[worker][0].run_job.remote(job)] = worker
+        self._tasks[worker].append(self._workers[worker][0].run_job.remote(job))
 
     def receive(self) -> tuple[int, JobResult | None]:
-        while not (ended := ray.wait(list(self._tasks), timeout=CHECK_INTERVAL)[0]):
+        first = {tasks[0]: worker for worker, tasks in enumerate(self._tasks) if tasks}
+        while not (ended := ray.wait(list(first), timeout=CHECK_INTERVAL)[0]):
             self._check_room()
-        worker = self._tasks.pop(ended[0])
+        worker = first[ended[0]]
+        self._tasks[worker].popleft()
         try:
             return worker, ray.get(ended[0])
         except ray.exceptions.RayTaskError as error:
@@ -60,7 +64,7 @@ class RayActorPool:
             if getattr(error, "actor_init_failed", False):
                 raise RunFailedError(f"a worker cannot start: {_describe(error)}") from error
             ray.kill(self._workers[worker][0])
-            self._tasks = {task: w for task, w in self._tasks.items() if w != worker}
+            self._tasks[worker].clear()
             # Without a CPU of its own, because it has to fit on what is left.
             self._workers[worker] = self._start(worker, 0)
             return worker, None
@@ -80,8 +84,9 @@ class RayActorPool:
 
     def _check_room(self) -> None:
         """Raise RunFailedError if an actor has not found a place for too long."""
-        for worker in self._tasks.values():
-            _, ready, since = self._workers[worker]
+        for worker, (_, ready, since) in enumerate(self._workers):
+            if not self._tasks[worker]:
+                continue
             if time.monotonic() - since > START_TIMEOUT and not ray.wait([ready], timeout=0)[0]:
                 needs = f"{self._threads} CPUs" + (" and a GPU" if self._gpu else "")
                 raise RunFailedError(

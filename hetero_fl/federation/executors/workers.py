@@ -44,7 +44,7 @@ MAX_DEATHS = 3  # of workers that computed the same client, after which the run 
 CHUNKS_AHEAD = 4  # per worker, which may start before the first unfinished one in a large cohort
 MAX_CHUNKS_PER_JOB = 2  # whose results come back together
 LARGE_COHORT = 16  # chunks per worker
-# Jobs that a worker has at a time: one that runs, and one that waits, so that the worker need not.
+# Jobs of a worker: one runs, one waits, so that the worker is never idle.
 JOBS_PER_WORKER = 2
 # Exceptions that another process can unpickle.
 _TRANSFERABLE_ERRORS = (UserError, RunFailedError, DivergedError, PayloadError)
@@ -98,7 +98,7 @@ class JobResult:
     seconds: dict[str, float] = field(
         default_factory=dict
     )  # by client, an equal share of its chunk
-    # clients whose state this worker no longer holds
+    # clients whose state the server must send again
     dropped_states: list[str] = field(default_factory=list)
     error: Exception | None = None
     trace: str = ""  # where the error was raised
@@ -123,7 +123,8 @@ class Worker:
         self.store = StateStore()
         # clients whose state is held, least recently used first
         self._used: OrderedDict[str, None] = OrderedDict()
-        # clients whose state is dropped after the next job, which may have been sent already
+        # Clients whose state is dropped after the next job, unless it is theirs: that job may have
+        # been sent already.
         self._leaving: list[str] = []
 
     @cached_property
@@ -225,7 +226,7 @@ class WorkerPool(Protocol):
         """Send a job to a worker that has fewer than `JOBS_PER_WORKER`."""
 
     def receive(self) -> tuple[int, JobResult | None]:
-        """Wait for the next result; None if the worker died, with all its jobs, and was replaced."""
+        """Wait for a worker's next result; None if it died, with all its jobs, and was replaced."""
 
     def close(self) -> None:
         """Release the workers."""
@@ -236,27 +237,29 @@ def run_jobs(
 ) -> None:
     """Run jobs in the order in which they come; while one runs, the next is received.
 
-    If it were not, the server could wait for the worker to receive a long job, and the worker for
-    the server to receive a long result.
+    Otherwise both processes could block: one sends a long job, the other a long result.
 
     Args:
         worker: Runs the jobs.
         receive: Waits for the next job. What it raises ends the loop, after the jobs before.
         send: Sends a result.
     """
-    jobs: queue.SimpleQueue[WorkerJob | Exception] = queue.SimpleQueue()
+    received: queue.SimpleQueue[WorkerJob | Exception] = queue.SimpleQueue()
 
     def listen() -> None:
         try:
             while True:
-                jobs.put(receive())
+                received.put(receive())
         except Exception as error:
-            jobs.put(error)
+            received.put(error)
 
     threading.Thread(target=listen, daemon=True).start()
-    while not isinstance(job := jobs.get(), Exception):
+    while True:
+        job = received.get()
+        if isinstance(job, Exception):
+            raise job
         send(worker.run_job(job))
-    raise job
+        del job  # the size of a model
 
 
 class WorkerExecutor:

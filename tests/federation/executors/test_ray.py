@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -131,6 +132,22 @@ def test_what_leaves_a_machine_carries_its_checksum(setup: WorkerSetup) -> None:
 
 
 @pytest.mark.slow
+def test_results_of_a_worker_are_taken_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second may arrive sooner, because it is smaller."""
+    pool = RayActorPool.__new__(RayActorPool)
+    pool._workers = []
+    pool._tasks = [deque(["a1", "a2"]), deque(["b1"]), deque()]
+    arrived = iter([["a2", "b1"], ["a1", "a2"], ["a2"]])
+
+    def wait(tasks: list[str], timeout: float) -> tuple[list[str], list[str]]:
+        now = next(arrived)
+        return [task for task in tasks if task in now], []
+
+    monkeypatch.setattr(ray, "wait", wait)
+    monkeypatch.setattr(ray, "get", lambda task: task)
+    assert [pool.receive() for _ in range(3)] == [(1, "b1"), (0, "a1"), (0, "a2")]
+
+
 def test_a_worker_killed_and_a_node_lost_in_mid_round_change_nothing(
     cluster: Cluster, setup: WorkerSetup, want: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -181,6 +183,33 @@ def test_a_worker_that_is_interrupted_in_sending_or_receiving_is_replaced(
     assert sorted(process.exitcode or 0 for process in before) == [-signal.SIGKILL, 0]
 
 
+def test_interrupted_worker_is_replaced_before_its_next_result_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Every second result is large; the others' block of memory is too small for it.
+    models = [{"name": "mlp", "hidden": [8]}, {"name": "mlp", "hidden": [400]}]
+    groups = [{"name": "calm", "count": 8, "model": models}]
+    monkeypatch.setattr(TaskCosts, "cost_of", lambda self, client: 10.0 - int(client[-1]))
+    setup = setup_of(config("fedper", rounds=3, clients__groups=groups))
+    crew = ProcessPool(setup, 1)
+    rounds = rounds_on(setup, crew, cohort=8)
+    plain, calls = SharedMemoryConnection.receive, itertools.count(1)
+
+    def receive(self: SharedMemoryConnection) -> Any:
+        if next(calls) == 3:
+            self.connection.recv()
+            assert self.connection.poll(PATIENCE)
+            time.sleep(0.2)  # until the whole of the next message is there
+            raise KeyboardInterrupt
+        return plain(self)
+
+    monkeypatch.setattr(SharedMemoryConnection, "receive", receive)
+    with pytest.raises(KeyboardInterrupt):
+        rounds.run_round()
+    assert outcome(rounds, 1) == outcome(rounds_on(setup, None, cohort=8), 1)
+    crew.close()
+
+
 class Pipe:
     """A connection that is not of the usual class, as on Windows."""
 
@@ -256,7 +285,7 @@ def test_only_clients_with_private_state_are_remembered() -> None:
 
 
 @pytest.mark.parametrize("held", [0.5, 1.5, 2.5, 3.5])
-def test_a_job_that_waits_finds_the_state_that_its_worker_drops(
+def test_worker_keeps_dropped_state_for_waiting_job(
     held: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups = [{"name": "calm", "count": 8, "model": {"name": "mlp", "hidden": [8]}}]

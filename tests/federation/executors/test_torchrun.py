@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,12 @@ def test_what_a_rank_sends_carries_its_checksum(monkeypatch: pytest.MonkeyPatch)
         raise Sent
 
     messages = iter([setup, first_job(setup)])
-    monkeypatch.setattr(torchrun, "_receive_object", lambda source: next(messages))
+
+    def receive(source: int) -> Any:
+        message = next(messages, None)
+        return message or threading.Event().wait()  # there is no other one
+
+    monkeypatch.setattr(torchrun, "_receive_object", receive)
     monkeypatch.setattr("torch.distributed.send_object_list", send)
     with pytest.raises(Sent):
         torchrun._serve_rank_zero()

@@ -15,6 +15,18 @@ from hetero_fl.utils.errors import NoUploadError
 
 T = TypeVar("T")
 
+Content = bytes | Payload  # encoded, or as it is where sender and receiver are in one process
+
+
+def encoded(content: Content) -> bytes:
+    """Return the content as it travels."""
+    return content if isinstance(content, bytes) else content.encode()
+
+
+def content_size(content: Content) -> int:
+    """Return the bytes of the encoded content."""
+    return len(content) if isinstance(content, bytes) else content.encoded_size
+
 
 @dataclass(frozen=True)
 class Message:
@@ -33,7 +45,7 @@ class Message:
     """
 
     kind: str
-    content: bytes | Payload
+    content: Content
     round_idx: int = 0
     attempt: int = 0
     step_share: float = 1.0
@@ -42,13 +54,12 @@ class Message:
     @property
     def body(self) -> bytes:
         """The encoded content."""
-        return self.content if isinstance(self.content, bytes) else self.content.encode()
+        return encoded(self.content)
 
     @property
     def size(self) -> int:
         """The bytes of the encoded content."""
-        content = self.content
-        return len(content) if isinstance(content, bytes) else content.encoded_size
+        return content_size(self.content)
 
     def with_checksum(self) -> Message:
         """Return a copy that carries the checksum of its body."""
@@ -86,10 +97,10 @@ class Exchange(Interface):
     kind: str
     clients: Sequence[str]
 
-    def request(self, client_id: str, broadcast_to: Callable[[str], bytes]) -> Message:
-        """Return the request to a client; `broadcast_to` encodes its broadcast if it is needed."""
+    def request(self, client_id: str, broadcast_to: Callable[[str], Content]) -> Message:
+        """Return the request to a client; `broadcast_to` gives its broadcast if it is needed."""
 
-    def accept(self, client_id: str, reply: Message) -> bytes | Payload | None:
+    def accept(self, client_id: str, reply: Message) -> Content | None:
         """Take a client's reply. Return the upload in it if the server may see it."""
 
 
@@ -101,23 +112,25 @@ class TrainingRequest:
     """A request that asks a client to train.
 
     Attributes:
-        broadcast: The encoded broadcast.
+        broadcast: The broadcast.
         reply: Returns the reply with an upload.
-        takes_payload: Whether `reply` takes uploads that are not encoded, too.
     """
 
-    broadcast: bytes
+    broadcast: Content
     reply: Callable[[Any], Message]
-    takes_payload: bool = False
 
 
 class RoundProtocol(Interface):
     """How the uploads of a round reach the server.
 
-    `setup` names the exchanges before the one in which clients train ("train").
+    Attributes:
+        setup: The exchanges before the one in which clients train ("train").
+        takes_payload: Whether it passes broadcasts and uploads on without reading their bytes, so
+            that they need not be encoded within a process.
     """
 
     setup: tuple[str, ...]
+    takes_payload: bool
 
     def exchanges(self, cohort: Sequence[str], round_idx: int) -> Exchanges:
         """Yield the exchanges of a round, each after the replies to the one before.
@@ -161,10 +174,10 @@ class TrainExchange:
     clients: Sequence[str]
     kind: str = "train"
 
-    def request(self, client_id: str, broadcast_to: Callable[[str], bytes]) -> Message:
+    def request(self, client_id: str, broadcast_to: Callable[[str], Content]) -> Message:
         return Message(self.kind, broadcast_to(client_id))
 
-    def accept(self, client_id: str, reply: Message) -> bytes | Payload:
+    def accept(self, client_id: str, reply: Message) -> Content:
         return reply.content
 
 
@@ -172,6 +185,7 @@ class DirectProtocol:
     """One exchange: every client trains on its broadcast and sends its upload."""
 
     setup: tuple[str, ...] = ()
+    takes_payload = True
 
     def exchanges(self, cohort: Sequence[str], round_idx: int) -> Exchanges:
         yield TrainExchange(cohort)
@@ -180,7 +194,7 @@ class DirectProtocol:
     def answer(
         self, client_id: str, message: Message, round_idx: int, notes: MutableMapping[str, bytes]
     ) -> TrainingRequest:
-        return TrainingRequest(message.body, _upload, takes_payload=True)
+        return TrainingRequest(message.content, _upload)
 
     def sizes(
         self, cohort: int, round_idx: int, broadcast: int, upload: int
@@ -188,7 +202,7 @@ class DirectProtocol:
         return {"train": (broadcast, upload)}
 
 
-def _upload(content: bytes | Payload) -> Message:
+def _upload(content: Content) -> Message:
     return Message("upload", content)
 
 

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
-from hetero_fl.communication.protocol import DirectProtocol, Message, Reply
+from hetero_fl.communication.protocol import Content, DirectProtocol, Message, Reply
 from hetero_fl.deployment.conversations import Conversation, Conversations
 from hetero_fl.deployment.handshake import Handshake
 from hetero_fl.deployment.messages import (
@@ -46,6 +46,8 @@ class NodeExecutor:
         deadline: seconds that a node may take for a task; who takes longer is late.
         need: clients without whom nothing can come of a round; whoever has gone is waited for while there are fewer.
     """
+
+    takes_payload = False
 
     def __init__(
         self,
@@ -94,7 +96,7 @@ class NodeExecutor:
     def evaluate(
         self,
         clients: Sequence[str],
-        broadcast: Callable[[str], bytes],
+        broadcast: Callable[[str], Content],
         round_idx: int,
         details: bool,
     ) -> Iterator[tuple[str, ClientEvaluation | ClientAbsentError]]:
@@ -173,7 +175,7 @@ class NodeExecutor:
         return conversation
 
     def _evaluation_conversation(
-        self, client: str, broadcast: Callable[[str], bytes], round_idx: int, details: bool
+        self, client: str, broadcast: Callable[[str], Content], round_idx: int, details: bool
     ) -> Callable[[], Conversation]:
         def conversation() -> Conversation:
             def make_request(client: str) -> Message:

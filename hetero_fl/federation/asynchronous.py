@@ -14,7 +14,7 @@ from typing import Any
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.aggregation.means import discount_upload
 from hetero_fl.algorithms.base import AsyncPolicy
-from hetero_fl.communication.protocol import Message
+from hetero_fl.communication.protocol import Message, encoded
 from hetero_fl.config.base import StalenessConfig
 from hetero_fl.core.payload import Payload, PayloadError, logged_from_report, loss_from_report
 from hetero_fl.engine.driver import run_plan
@@ -263,6 +263,8 @@ class AsynchronousTrainer(FederatedTrainer):
         staleness: what an upload is worth, where the method does not say it.
     """
 
+    keeps_requests = True
+
     def __init__(
         self,
         *args: Any,
@@ -360,7 +362,7 @@ class AsynchronousTrainer(FederatedTrainer):
         self.num_tasks = number + 1
         self._attempts[client] = again + 1
         payload = self.broadcast(client_info)
-        body = self.encode_broadcast(client_info, payload)
+        body = encoded(self.broadcast_content(client_info, payload))
         fate = self.environment.faults.outcome(client, number)
         up = self.upload_sizes(client_info, payload, self.version)
         self.count_traffic(down=len(body))

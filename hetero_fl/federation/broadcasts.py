@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.communication.protocol import EncodeCache
+from hetero_fl.communication.protocol import Content, EncodeCache
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Item, Payload, PayloadError
@@ -39,7 +39,7 @@ WHOLE = 0  # number of a change that replaces the estimate, uncompressed
 
 
 class Broadcasts(ABC):
-    """Encodes the server's broadcasts.
+    """Makes messages of the server's broadcasts.
 
     Args:
         links: Encode and decode messages.
@@ -55,7 +55,7 @@ class Broadcasts(ABC):
         archs: Iterable[ModelSpec],
         training: Collection[str] = (),
     ) -> None:
-        """Forget encoded broadcasts.
+        """Forget the messages of earlier rounds.
 
         Args:
             round_idx: The round, which keys random draws.
@@ -70,11 +70,11 @@ class Broadcasts(ABC):
 
     @abstractmethod
     def _clear(self, training: Collection[str]) -> None:
-        """Forget encoded broadcasts, but not what clients still train on."""
+        """Forget messages, but not what clients still train on."""
 
     @abstractmethod
-    def encode(self, client_info: ClientInfo, payload: Payload) -> bytes:
-        """Return the message to a client; one that several clients receive is encoded once."""
+    def content(self, client_info: ClientInfo, payload: Payload) -> Content:
+        """Return the message to a client; clients that receive the same are given one object."""
 
     @abstractmethod
     def received(self, client_info: ClientInfo, payload: Payload) -> Payload:
@@ -103,20 +103,34 @@ class Broadcasts(ABC):
 
 
 class PlainBroadcasts(Broadcasts):
-    """Messages that do not depend on what clients hold."""
+    """Messages that do not depend on what clients hold.
+
+    Args:
+        links: Encode and decode messages.
+        hand_over: Whether clients take payloads as they are. What must be compressed is encoded all
+            the same.
+    """
+
+    def __init__(self, links: FederationLinks, hand_over: bool = False) -> None:
+        super().__init__(links)
+        self._hands_over = hand_over and links.down is None
 
     def _clear(self, training: Collection[str]) -> None:
         round_idx = self._round_idx
         archs = self._archs
-        self._encoded = EncodeCache(
-            lambda payload: self._links.encode_broadcast(round_idx, payload, archs)
+        self._contents: EncodeCache[Content] = EncodeCache(
+            lambda payload: (
+                payload
+                if self._hands_over
+                else self._links.encode_broadcast(round_idx, payload, archs)
+            )
         )
         self._decoded = EncodeCache(
             lambda payload: self._links.simulate_broadcast(round_idx, payload, archs)
         )
 
-    def encode(self, client_info: ClientInfo, payload: Payload) -> bytes:
-        return self._encoded(payload)
+    def content(self, client_info: ClientInfo, payload: Payload) -> Content:
+        return self._contents(payload)
 
     def received(self, client_info: ClientInfo, payload: Payload) -> Payload:
         return payload if self._links.down is None else self._decoded(payload)
@@ -350,7 +364,7 @@ class EstimateBroadcasts(Broadcasts):
         self._received: dict[Any, Payload] = {}
         self._sent_digests: dict[Any, bytes] = {}
 
-    def encode(self, client_info: ClientInfo, payload: Payload) -> bytes:
+    def content(self, client_info: ClientInfo, payload: Payload) -> bytes:
         client_id = client_info.client_id
         models, others = split_models(payload)
         rest, _ = self._others(others)
@@ -479,9 +493,19 @@ class EstimateBroadcasts(Broadcasts):
             self.ledger.send(client, _from_hex(names), payload, rest, version)
 
 
-def make_broadcasts(links: FederationLinks, stamp: Callable[[str], int | None]) -> Broadcasts:
-    """Return what encodes the broadcasts of a federation."""
-    return EstimateBroadcasts(links, stamp) if links.sends_changes else PlainBroadcasts(links)
+def make_broadcasts(
+    links: FederationLinks, stamp: Callable[[str], int | None], hand_over: bool = False
+) -> Broadcasts:
+    """Return what makes messages of a federation's broadcasts.
+
+    Args:
+        links: Encode and decode messages.
+        stamp: Returns the number of a client's private state, see `StateStore.stamp`.
+        hand_over: Whether clients take payloads as they are.
+    """
+    if links.sends_changes:
+        return EstimateBroadcasts(links, stamp)
+    return PlainBroadcasts(links, hand_over)
 
 
 def estimate_group(algorithm: Algorithm, client_info: ClientInfo) -> str:

@@ -5,10 +5,10 @@ The same code runs in simulation and on nodes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,14 +17,16 @@ from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import Items, inference_model, is_user_method, kept_state
 from hetero_fl.algorithms.local_training import add_log_prior
 from hetero_fl.communication.protocol import (
+    Content,
     Message,
     Reply,
     RoundProtocol,
     TrainingRequest,
+    encoded,
 )
 from hetero_fl.core.metrics import Scores, calibration, confusion, score
 from hetero_fl.core.participant import Participant
-from hetero_fl.core.payload import Item, Payload, report_with_loss
+from hetero_fl.core.payload import Payload, report_with_loss
 from hetero_fl.core.plan import Plan, Rows
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
@@ -43,85 +45,66 @@ from hetero_fl.federation.state_store import PrivateState, StateStore
 from hetero_fl.privacy.client_side import ClientPrivacy
 from hetero_fl.robustness.attacks import TRIGGERED
 
-# Broadcasts that many clients read: decoded once, and lent to one client after the other.
-
-MOST = 8  # broadcasts kept: in most federations there are no more architectures
+MAX_BROADCASTS = 8  # that are kept: in most federations there are no more architectures
 
 
-@dataclass
-class DecodedBroadcast:
-    """What a broadcast says, and its tensors' versions, by which changes in place are known."""
+class ReceivedBroadcast(NamedTuple):
+    """A message of a round, and what clients decode from it."""
 
     round_idx: int
-    body: bytes
+    content: Content
     payload: Payload
-    versions: list[int]
-
-    def is_unchanged(self) -> bool:
-        return self.versions == tensor_versions(self.payload)
 
 
 class BroadcastCache:
-    """Decoded broadcasts of a round. Each is in one client's hands at a time, in dictionaries of that client's own, and is
-    lent again only if nobody changed a tensor in place: nothing passes from client to client.
+    """What clients received in a round; each message is decoded and checked once.
 
-    `most`: broadcasts kept. None for code that may write past a tensor's version (`.data`, `.numpy()`): all are decoded anew.
+    Clients that received the same message share its tensors, within a process also with the server.
+    No method of this package changes them in place.
+
+    Args:
+        decode: Decodes the message to a client in a round.
+        max_entries: Number of messages to keep; 0 for methods that may change tensors in place.
     """
 
-    def __init__(self, decode: Callable[[str, int, bytes], Payload], most: int = MOST) -> None:
+    def __init__(
+        self, decode: Callable[[str, int, Content], Payload], max_entries: int = MAX_BROADCASTS
+    ) -> None:
         self._decode = decode
-        self._most = most
-        self._idle: list[DecodedBroadcast] = []
+        self._entries: deque[ReceivedBroadcast] = deque(maxlen=max_entries)
 
-    @contextmanager
-    def get_copies(
-        self, broadcasts: Mapping[str, bytes], round_idx: int
-    ) -> Iterator[dict[str, Payload]]:
-        """What each of these clients was sent. Raises PayloadError."""
-        self._idle = [copy for copy in self._idle if copy.round_idx == round_idx]
-        copies = {c: self._take(c, round_idx, body) for c, body in broadcasts.items()}
-        yield {client: copy_payload(copy.payload) for client, copy in copies.items()}
-        self._idle = [*copies.values(), *self._idle][: self._most]
+    def get(self, client_id: str, round_idx: int, content: Content) -> Payload:
+        """Return what a client received, in dictionaries of its own.
+
+        Args:
+            client_id: The client.
+            round_idx: The round; what was received in another round is forgotten.
+            content: The message. Messages are the same if they are one object.
+
+        Raises:
+            PayloadError: If the message is malformed.
+        """
+        if self._entries and self._entries[0].round_idx != round_idx:
+            self.clear()
+        for entry in self._entries:
+            if entry.content is content:
+                return copy_dictionaries(entry.payload)
+        payload = self._decode(client_id, round_idx, content)
+        self._entries.append(ReceivedBroadcast(round_idx, content, payload))
+        return copy_dictionaries(payload)
 
     def clear(self) -> None:
         """Free the memory."""
-        self._idle.clear()
-
-    def _take(self, client_id: str, round_idx: int, body: bytes) -> DecodedBroadcast:
-        """Messages are the same if they are one object: comparing them would take as long as reading them."""
-        at = next(
-            (
-                i
-                for i, copy in enumerate(self._idle)
-                if copy.body is body and copy.round_idx == round_idx
-            ),
-            None,
-        )
-        if at is not None and (copy := self._idle.pop(at)).is_unchanged():
-            return copy
-        payload = self._decode(client_id, round_idx, body)
-        return DecodedBroadcast(round_idx, body, payload, tensor_versions(payload))
+        self._entries.clear()
 
 
-def tensor_versions(payload: Payload) -> list[int]:
-    """How often each tensor was changed in place."""
-    return [t._version for item in payload.items_.values() for t in item_tensors(item)]
-
-
-def item_tensors(item: Item) -> list[Tensor]:
-    """All tensors of an item."""
-    values = list(item.values.values()) if isinstance(item.values, dict) else [item.values]
-    return [*values, item.weight] if isinstance(item.weight, Tensor) else values
-
-
-def copy_payload(payload: Payload) -> Payload:
-    """The same tensors in dictionaries of their own."""
-    items = payload.items_.items()
-    made = {
-        n: replace(i, values=dict(i.values) if isinstance(i.values, dict) else i.values)
-        for n, i in items
+def copy_dictionaries(payload: Payload) -> Payload:
+    """Return a payload with the same tensors."""
+    items = {
+        name: replace(i, values=dict(i.values) if isinstance(i.values, dict) else i.values)
+        for name, i in payload.items_.items()
     }
-    return Payload(made, payload.report)
+    return Payload(items, payload.report)
 
 
 # What a report shows besides scores: what simple rules reach on the same rows, and a stretch of
@@ -221,9 +204,14 @@ class ClientRuntime:
         self.protocol = protocol
         self.links = FederationLinks(algorithm, federation)
         self.broadcast_cache = BroadcastCache(
-            self._decode_broadcast, 0 if is_user_method(algorithm) else MOST
+            self._decode_broadcast, 0 if is_user_method(algorithm) else MAX_BROADCASTS
         )
-        self.hands_over = local and self.links.up is None and not is_user_method(algorithm)
+        self.hands_over = (
+            local
+            and protocol.takes_payload
+            and self.links.up is None
+            and not is_user_method(algorithm)
+        )
         self.privacy = ClientPrivacy.from_federation(algorithm, federation)
         self.listener: Callable[[str], None] | None = None
         self.review_upload: Callable[[str, Payload], None] | None = None
@@ -251,42 +239,27 @@ class ClientRuntime:
                 client_id, self.store.get(client_id), request.round_idx, request.attempt
             )
             clients[client_id].step_share = request.step_share
-        with self._receive(training, requests) as received:
-            held = {c: self._hold(c, training[c].broadcast, received[c]) for c in clients}
-            outcomes = self._train(clients, received)
-            for client_id, outcome in zip(clients, outcomes, strict=True):
-                if outcome.failure is not None:
-                    replies[client_id] = outcome.failure
-                    continue
-                upload = self._finish_upload(clients[client_id], outcome, received[client_id])
-                if held[client_id] is not None:
-                    clients[client_id].state[HELD] = held[client_id]
-                replies[client_id] = self._send(
-                    clients[client_id],
-                    upload,
-                    received[client_id],
-                    requests[client_id],
-                    training[client_id],
-                )
+        received = {
+            c: self.broadcast_cache.get(c, requests[c].round_idx, training[c].broadcast)
+            for c in sorted(training, key=lambda c: requests[c].round_idx)
+        }
+        held = {c: self._hold(c, training[c].broadcast, received[c]) for c in clients}
+        outcomes = self._train(clients, received)
+        for client_id, outcome in zip(clients, outcomes, strict=True):
+            if outcome.failure is not None:
+                replies[client_id] = outcome.failure
+                continue
+            upload = self._finish_upload(clients[client_id], outcome, received[client_id])
+            if held[client_id] is not None:
+                clients[client_id].state[HELD] = held[client_id]
+            replies[client_id] = self._send(
+                clients[client_id],
+                upload,
+                received[client_id],
+                requests[client_id],
+                training[client_id],
+            )
         return replies
-
-    @contextmanager
-    def _receive(
-        self,
-        training: Mapping[str, TrainingRequest],
-        requests: Mapping[str, Message],
-    ) -> Iterator[dict[str, Payload]]:
-        """Yield what each client received, for as long as it trains."""
-        received: dict[str, Payload] = {}
-        with ExitStack() as stack:
-            for round_idx in sorted({requests[c].round_idx for c in training}):
-                bodies = {
-                    c: answer.broadcast
-                    for c, answer in training.items()
-                    if requests[c].round_idx == round_idx
-                }
-                received |= stack.enter_context(self.broadcast_cache.get_copies(bodies, round_idx))
-            yield received
 
     def _train(
         self, clients: Mapping[str, Participant], received: Mapping[str, Payload]
@@ -299,15 +272,17 @@ class ClientRuntime:
         watch = self._report_progress if self.listener is not None else None
         return run_plans(plans, backend, watch)
 
-    def _decode_broadcast(self, client_id: str, round_idx: int, body: bytes) -> Payload:
+    def _decode_broadcast(self, client_id: str, round_idx: int, content: Content) -> Payload:
+        if isinstance(content, Payload):
+            return Payload.from_untrusted(content.tree())
         held = self.store.get(client_id).state.get(HELD)
-        return read_broadcast(self.links, round_idx, body, held)
+        return read_broadcast(self.links, round_idx, content, held)
 
-    def _hold(self, client_id: str, body: bytes, received: Payload) -> dict[str, Any] | None:
+    def _hold(self, client_id: str, content: Content, received: Payload) -> dict[str, Any] | None:
         """Return the estimate that a client holds from now on, where broadcasts need one."""
         if not self.links.sends_changes:
             return None
-        return hold(body, received, self.store.get(client_id).state.get(HELD))
+        return hold(encoded(content), received, self.store.get(client_id).state.get(HELD))
 
     def _finish_upload(
         self, client: Participant, outcome: PlanOutcome[Items], received: Payload
@@ -332,8 +307,8 @@ class ClientRuntime:
     ) -> Message:
         """Return the reply with an upload, and stage the private state that the client keeps."""
         client_id = client.participant_id
-        content: bytes | Payload = upload
-        if not (self.hands_over and training.takes_payload):
+        content: Content = upload
+        if not self.hands_over:
             content = self.links.encode_upload(
                 self.federation.client_infos[client_id],
                 request.round_idx,
@@ -356,7 +331,7 @@ class ClientRuntime:
         return clients
 
     def evaluate(
-        self, broadcasts: Mapping[str, bytes], round_idx: int, details: bool = False
+        self, broadcasts: Mapping[str, Content], round_idx: int, details: bool = False
     ) -> dict[str, ClientEvaluation]:
         """Score clients' models at home and in common, on test and validation rows; `details`: all that a report shows.
 
@@ -364,8 +339,10 @@ class ClientRuntime:
         """
         for client in broadcasts:
             self._report_progress(client, "evaluation")
-        with self.broadcast_cache.get_copies(broadcasts, round_idx) as got:
-            return self._evaluate_clients(self.deploy_clients(got, round_idx), details)
+        received = {
+            c: self.broadcast_cache.get(c, round_idx, content) for c, content in broadcasts.items()
+        }
+        return self._evaluate_clients(self.deploy_clients(received, round_idx), details)
 
     def _evaluate_clients(
         self, clients: Mapping[str, Participant], details: bool

@@ -10,7 +10,7 @@ from typing import Any
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import call_broadcast, is_user_method
-from hetero_fl.communication.protocol import Message, Traffic
+from hetero_fl.communication.protocol import Content, Message, Traffic, content_size
 from hetero_fl.config.simulation import CohortConfig
 from hetero_fl.core.metrics import Scores, score, summarize_clients
 from hetero_fl.core.participant import ClientInfo, copy_containers, copy_tree
@@ -89,7 +89,14 @@ class FederatedTrainer(ABC):
         per_round: Clients in a round; None: all.
         stop_on_divergence: End the run if a client's or the server's training diverges.
         policy: How cohorts are drawn, and what happens with too few uploads.
+
+    Attributes:
+        keeps_requests: Whether requests outlive the server's version, and are part of checkpoints.
+        hands_over: Whether clients in this process are handed broadcasts as they are. A user's
+            method may change what it receives in place, so that its broadcasts are encoded.
     """
+
+    keeps_requests = False
 
     def __init__(
         self,
@@ -111,7 +118,13 @@ class FederatedTrainer(ABC):
         self.backend = executor.backend
         self.protocol = make_protocol(algorithm, federation)
         self.links = FederationLinks(algorithm, federation)
-        self.broadcasts = make_broadcasts(self.links, self.store.stamp)
+        self.hands_over = (
+            executor.takes_payload
+            and self.protocol.takes_payload
+            and not self.keeps_requests
+            and not is_user_method(algorithm)
+        )
+        self.broadcasts = make_broadcasts(self.links, self.store.stamp, self.hands_over)
         self.expectations = ExpectedUploads(algorithm, federation)
         self.privacy = ServerPrivacy.from_federation(
             self.expectations.privacy, federation, self.expectations.expected_items, per_round
@@ -194,16 +207,16 @@ class FederatedTrainer(ABC):
         payload = call_broadcast(self.algorithm, speaker, client_info)
         return payload if self.privacy is None else self.privacy.add_bounds(payload)
 
-    def encode_broadcast(self, client_info: ClientInfo, payload: Payload) -> bytes:
-        """Encode a broadcast; one that several clients receive is encoded once."""
-        return self.broadcasts.encode(client_info, payload)
+    def broadcast_content(self, client_info: ClientInfo, payload: Payload) -> Content:
+        """Return the message to a client; clients that receive the same are given one object."""
+        return self.broadcasts.content(client_info, payload)
 
     def as_received(self, client_info: ClientInfo, payload: Payload) -> Payload:
         """Return the payload that a client decodes from a broadcast."""
         return self.broadcasts.received(client_info, payload)
 
     def _clear_broadcasts(self) -> None:
-        """Forget encoded broadcasts: the server has changed, or goes on to another round."""
+        """Forget messages: the server has changed, or goes on to another round."""
         self.broadcasts.begin(
             self.server.round_context.round_idx,
             self.round_idx,
@@ -226,7 +239,7 @@ class FederatedTrainer(ABC):
     def decode_upload(
         self,
         client_info: ClientInfo,
-        content: bytes | Payload,
+        content: Content,
         received: Payload,
         round_idx: int,
         attempt: int = 0,
@@ -328,7 +341,7 @@ class FederatedTrainer(ABC):
         self._set_round_context(round_idx)
         client_info = self.federation.client_infos[client_id]
         payload = self.broadcast(client_info)
-        request = Message("train", self.encode_broadcast(client_info, payload), round_idx)
+        request = Message("train", self.broadcast_content(client_info, payload), round_idx)
         try:
             ((_, reply),) = self.executor.run([client_id], lambda client_id: request)
         finally:
@@ -353,11 +366,11 @@ class FederatedTrainer(ABC):
         client_ids = natural_order(self.federation.evaluated_clients)
         sizes: dict[str, int] = {}
 
-        def broadcast(client_id: str) -> bytes:
+        def broadcast(client_id: str) -> Content:
             client_info = replace(self.federation.client_infos[client_id], purpose="evaluate")
-            body = self.encode_broadcast(client_info, self.broadcast(client_info))
-            sizes[client_id] = len(body)
-            return body
+            content = self.broadcast_content(client_info, self.broadcast(client_info))
+            sizes[client_id] = content_size(content)
+            return content
 
         clients: dict[str, ClientEvaluation] = {}
         absent: dict[str, str] = {}

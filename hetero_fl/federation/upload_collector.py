@@ -7,7 +7,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hetero_fl.aggregation import Upload, Uploads
-from hetero_fl.communication.protocol import AggregatedUploads, Exchange, Message, Reply, Traffic
+from hetero_fl.communication.protocol import (
+    AggregatedUploads,
+    Content,
+    Exchange,
+    Message,
+    Reply,
+    Traffic,
+)
 from hetero_fl.communication.secure_aggregation.protocol import SecureAggregation
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import ClientInfo
@@ -158,7 +165,7 @@ class UploadCollector:
         self.fail(client_id, reason)
         self.trainer.store.discard_client(client_id)
 
-    def _add_upload(self, client_id: str, content: bytes | Payload) -> None:
+    def _add_upload(self, client_id: str, content: Content) -> None:
         client_info = self.trainer.federation.client_infos[client_id]
         try:
             received = self.trainer.as_received(client_info, self._sent.pop(client_id))
@@ -242,11 +249,11 @@ class UploadCollector:
             memory=self.trainer.rule_memory,
         )
 
-    def _broadcast_to(self, client_id: str) -> bytes:
+    def _broadcast_to(self, client_id: str) -> Content:
         client_info = self.trainer.federation.client_infos[client_id]
         payload = self.trainer.broadcast(client_info)
         self._sent[client_id] = payload
-        return self.trainer.encode_broadcast(client_info, payload)
+        return self.trainer.broadcast_content(client_info, payload)
 
     def _received_by(self, client_info: ClientInfo) -> Payload:
         return self.trainer.as_received(client_info, self.trainer.broadcast(client_info))

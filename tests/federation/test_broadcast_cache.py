@@ -1,4 +1,4 @@
-"""A broadcast is decoded once for all that read it, and nothing passes from one reader to the next."""
+"""Each broadcast is decoded once for all clients that receive it, and nothing passes between them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from hetero_fl.algorithms import FedAvg
+from hetero_fl.communication.protocol import Content, encoded
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.core.plan import Plan
-from hetero_fl.federation.client_runtime import MOST, BroadcastCache
+from hetero_fl.federation.client_runtime import MAX_BROADCASTS, BroadcastCache
+from tests.federation.test_synchronous import METHODS
 from tests.helpers.small_federations import MIXED, broadcasts, config, rounds_of
 
 BODIES = [
@@ -21,77 +24,45 @@ BODIES = [
             "rows": Item(torch.ones(2, 2), torch.ones(2, 1)),
         }
     ).encode()
-    for i in range(MOST + 2)
+    for i in range(MAX_BROADCASTS + 2)
 ]
 
 
-class Counted:
+class CountedDecoder:
     """Decodes, and counts how often."""
 
     def __init__(self) -> None:
         self.times = 0
 
-    def __call__(self, client: str, round: int, body: bytes) -> Payload:
+    def __call__(self, client_id: str, round_idx: int, content: Content) -> Payload:
         self.times += 1
-        return Payload.decode(body)
+        return Payload.decode(encoded(content))
 
 
 @pytest.fixture
-def decode() -> Counted:
-    return Counted()
+def decode() -> CountedDecoder:
+    return CountedDecoder()
 
 
-def read(lent: BroadcastCache, body: bytes, round: int = 0) -> Payload:
-    """What one client is given, that has given it back."""
-    with lent.get_copies({"a": body}, round) as got:
-        return got["a"]
-
-
-def test_the_same_message_is_decoded_once_and_another_anew(decode: Counted) -> None:
-    lent = BroadcastCache(decode)
-    first, second = read(lent, BODIES[0]), read(lent, BODIES[0])
+def test_the_same_message_is_decoded_once_and_another_anew(decode: CountedDecoder) -> None:
+    cache = BroadcastCache(decode)
+    first, second = cache.get("a", 0, BODIES[0]), cache.get("b", 0, BODIES[0])
     assert decode.times == 1 and first["model"]["w"] is second["model"]["w"]
-    assert read(lent, BODIES[1])["model"]["w"].tolist() == [1.0] * 3 and decode.times == 2
+    assert cache.get("a", 0, BODIES[1])["model"]["w"].tolist() == [1.0] * 3 and decode.times == 2
     # compressed, the same bytes would say something else in another round
-    read(lent, BODIES[0], round=1)
+    cache.get("a", 1, BODIES[0])
     assert decode.times == 3
-    read(lent, BODIES[0])  # what was kept of another round is gone
+    cache.get("a", 0, BODIES[0])  # what was kept of another round is gone
     assert decode.times == 4
 
 
-def test_two_clients_at_a_time_never_hold_one_tensor(decode: Counted) -> None:
-    lent = BroadcastCache(decode)
-    read(lent, BODIES[0])
-    with lent.get_copies({"a": BODIES[0], "b": BODIES[0]}, 0) as got:
-        got["a"]["model"]["w"].add_(1)
-        assert got["b"]["model"]["w"].tolist() == [0.0] * 3
-
-
-@pytest.mark.parametrize("where", ["values", "rows", "weight", "view"])
-def test_what_was_changed_in_place_is_not_lent_again(decode: Counted, where: str) -> None:
-    lent = BroadcastCache(decode)
-    got = read(lent, BODIES[0])
-    item = got.item("rows")
-    touched: dict[str, Any] = {
-        "values": got["model"]["w"],
-        "rows": item.values,
-        "weight": item.weight,
-    }
-    with lent.get_copies({"a": BODIES[0]}, 0):
-        touched.get(where, got["model"]["w"][:1]).add_(1)
-    again = read(lent, BODIES[0])
-    assert decode.times == 2 and again["model"]["w"].tolist() == [0.0] * 3
-    read(lent, BODIES[0])["model"]["w"].add_(1)  # after it was given back
-    assert read(lent, BODIES[0])["model"]["w"].tolist() == [0.0] * 3
-
-
-def test_dictionaries_are_each_readers_own(decode: Counted) -> None:
-    lent = BroadcastCache(decode)
-    got = read(lent, BODIES[0])
-    got["model"]["w"] = torch.full((3,), 9.0)
-    del got.items_["rows"]
-    got.report["more"] = 1
-    again = read(lent, BODIES[0])
+def test_dictionaries_are_each_clients_own(decode: CountedDecoder) -> None:
+    cache = BroadcastCache(decode)
+    received = cache.get("a", 0, BODIES[0])
+    received["model"]["w"] = torch.full((3,), 9.0)
+    del received.items_["rows"]
+    received.report["more"] = 1
+    again = cache.get("b", 0, BODIES[0])
     assert (
         set(again) == {"model", "rows"}
         and again["model"]["w"].tolist() == [0.0] * 3
@@ -99,51 +70,50 @@ def test_dictionaries_are_each_readers_own(decode: Counted) -> None:
     )
 
 
-def test_no_more_than_so_many_are_kept(decode: Counted) -> None:
-    lent = BroadcastCache(decode)
+def test_a_limited_number_of_messages_is_kept(decode: CountedDecoder) -> None:
+    cache = BroadcastCache(decode)
     for body in BODIES:
-        read(lent, body)
-    assert len(lent._idle) == MOST
+        cache.get("a", 0, body)
+    for body in BODIES[-MAX_BROADCASTS:]:
+        cache.get("a", 0, body)
+    assert decode.times == len(BODIES)
+    cache.get("a", 0, BODIES[0])
+    assert decode.times == len(BODIES) + 1
 
 
-class Spoiling(FedAvg):
-    """Its clients change what they received, in place, before they are read."""
-
-    def personalize(self, client: Participant, received: Payload) -> Plan[None]:
-        for tensor in received["model"].values():
-            if tensor.is_floating_point():
-                tensor.mul_(0.5)
-        client.load("model", received["model"])
-        yield from ()
+def all_tensors(payload: Payload) -> list[Tensor]:
+    """The tensors of a payload, weights included."""
+    found: list[Tensor] = []
+    for item in payload.items_.values():
+        found += item.tensors.values()
+        found += [item.weight] if isinstance(item.weight, Tensor) else []
+    return found
 
 
 @pytest.mark.parametrize("chunk", [1, 6])
-def test_clients_that_spoil_what_they_received_spoil_nobody_elses(chunk: int) -> None:
-    losses: list[dict[str, Any]] = []
-    for alone in (True, False):
-        rounds = rounds_of(config("fedavg", MIXED, clients=6), held=1)
-        rounds.algorithm = rounds.executor.runtime.algorithm = Spoiling()  # type: ignore[attr-defined]
-        site = rounds.executor.runtime  # type: ignore[attr-defined]
-        bodies = broadcasts(rounds, list(rounds.federation.client_infos), for_evaluation=True)
-        ids = list(bodies)
-        groups = (
-            [[id] for id in ids]
-            if alone
-            else [ids[i : i + chunk] for i in range(0, len(ids), chunk)]
-        )
-        found: dict[str, Any] = {}
-        for group in groups:
-            if alone:
-                site.broadcast_cache._idle.clear()
-            found |= {
-                c: r.scores for c, r in site.evaluate({c: bodies[c] for c in group}, 1).items()
-            }
-        losses.append(found)
-    assert losses[0] == losses[1]
+@pytest.mark.parametrize("method", METHODS)
+def test_no_method_changes_in_place_what_its_clients_share(
+    method: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared: list[tuple[Tensor, Tensor]] = []
+    get = BroadcastCache.get
+
+    def watched(*args: Any) -> Payload:
+        received = get(*args)
+        shared.extend((t, t.clone()) for t in all_tensors(received))
+        return received
+
+    monkeypatch.setattr(BroadcastCache, "get", watched)
+    trainer = rounds_of(config(method, MIXED, clients=6, server={"model": "linear"}), held=0)
+    trainer.executor.chunk = chunk  # type: ignore[attr-defined]
+    for _ in range(2):
+        trainer.run_round()
+        trainer.evaluate()
+    assert all(torch.equal(now, before) for now, before in shared)
 
 
-class Unseen(FedAvg):
-    """A user's own, whose clients change what they received where no version tells of it."""
+class OwnMethod(FedAvg):
+    """A user's method, whose clients change in place what they received."""
 
     def personalize(self, client: Participant, received: Payload) -> Plan[None]:
         for tensor in received["model"].values():
@@ -153,16 +123,20 @@ class Unseen(FedAvg):
         yield from ()
 
 
-def test_a_method_of_the_users_own_may_write_where_no_version_tells(decode: Counted) -> None:
-    rounds = rounds_of(config(f"python:{__name__}:Unseen", MIXED, clients=6), held=1)
-    site = rounds.executor.runtime  # type: ignore[attr-defined]
-    (first, body), *_ = broadcasts(
-        rounds, list(rounds.federation.client_infos), for_evaluation=True
-    ).items()
-    want = Payload.decode(body)
-    site.evaluate({first: body}, 1)
-    with site.broadcast_cache.get_copies({first: body}, 1) as got:
-        assert all(torch.equal(t, want["model"][n]) for n, t in got[first]["model"].items())
-    lent = BroadcastCache(decode, 0)
-    read(lent, BODIES[0])["model"]["w"].data.add_(1)
-    assert read(lent, BODIES[0])["model"]["w"].tolist() == [0.0] * 3 and decode.times == 2
+@pytest.mark.parametrize("chunk", [1, 6])
+def test_clients_of_a_users_method_may_change_what_they_received(chunk: int) -> None:
+    losses: list[dict[str, Any]] = []
+    for size in (1, chunk):
+        trainer = rounds_of(config(f"python:{__name__}:OwnMethod", MIXED, clients=6), held=1)
+        runtime = trainer.executor.runtime  # type: ignore[attr-defined]
+        bodies = broadcasts(trainer, list(trainer.federation.client_infos), for_evaluation=True)
+        before = [Payload.decode(body) for body in bodies.values()]
+        found: dict[str, Any] = {}
+        for start in range(0, len(bodies), size):
+            chosen = dict(list(bodies.items())[start : start + size])
+            found |= {c: e.scores for c, e in runtime.evaluate(chosen, 1).items()}
+        losses.append(found)
+        for (client, body), sent in zip(bodies.items(), before, strict=True):
+            received = runtime.broadcast_cache.get(client, 1, body)
+            assert all(torch.equal(t, sent["model"][n]) for n, t in received["model"].items())
+    assert losses[0] == losses[1]

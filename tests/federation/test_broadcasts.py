@@ -110,7 +110,7 @@ def test_what_is_left_out_is_sent_later() -> None:
     gaps = []
     for version in range(1, 6):
         made.begin(version, version, trainer.server.arch.values())
-        made.encode(info, payload)
+        made.content(info, payload)
         received = made.received(info, payload)["model"]
         gaps.append(max(float((received[n] - t).abs().max()) for n, t in payload["model"].items()))
     assert gaps[0] > 0 and gaps == sorted(gaps, reverse=True) and gaps[-1] < 1e-7
@@ -138,7 +138,7 @@ def test_a_client_is_sent_the_changes_that_it_missed_or_the_whole_estimate() -> 
     for version in range(2, KEPT_CHANGES + 5):
         made.begin(version, version, trainer.server.arch.values())
         # The other client trains, this one is evaluated only.
-        made.encode(info, trainer.broadcast(info))
+        made.content(info, trainer.broadcast(info))
         (body,) = broadcasts(trainer, ["site_1"], for_evaluation=True).values()
         missed = list(range(2, version + 1))
         assert changes_in(body) == (missed if len(missed) <= KEPT_CHANGES else [WHOLE])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +11,8 @@ import pytest
 from hetero_fl.aggregation import Uploads
 from hetero_fl.algorithms import FedAvg
 from hetero_fl.communication.protocol import Message
+from hetero_fl.core.payload import Payload
+from hetero_fl.federation.executors.base import InProcessExecutor
 from hetero_fl.federation.upload_collector import UploadCollector
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.serialization import encode
@@ -93,18 +95,22 @@ def test_a_repeated_round_holds_the_uploads_of_one_attempt() -> None:
 
 
 @pytest.mark.parametrize("method", ["fedavg", "hybrid", "fedproto", "scaffold"])
-def test_uploads_that_are_handed_over_are_what_their_bytes_say(method: str) -> None:
+def test_what_is_handed_over_is_what_its_bytes_say(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = config(method, MIXED if method in ("hybrid", "fedproto") else "mlp", 3)
     records = []
     for hands_over in (True, False):
+        monkeypatch.setattr(InProcessExecutor, "takes_payload", hands_over)
         trainer = rounds_of(source, held=0)
         runtime = trainer.executor.runtime  # type: ignore[attr-defined]
-        assert runtime.hands_over
+        assert runtime.hands_over and trainer.hands_over == hands_over
         runtime.hands_over = hands_over
         records.append([trainer.run_round() for _ in range(2)])
-        records[-1].append(encode(trainer.state_dict(), "x"))
-        for record in records[-1][:2]:
+        for record in records[-1]:
             del record["seconds"]
+        records[-1].append(trainer.evaluate())
+        records[-1].append(encode(trainer.state_dict(), "x"))
     assert records[0] == records[1]
 
 
@@ -112,19 +118,38 @@ class OwnMethod(FedAvg):
     """FedAvg, as a user's own."""
 
 
-def test_uploads_are_bytes_where_something_needs_them() -> None:
+def test_messages_are_bytes_where_something_needs_them() -> None:
     own = config(f"python:{__name__}:OwnMethod", "mlp", 2)
     compressed = config("fedavg", "mlp", 2, channel={"compress": ["half"]})
+    compressed_down = config("fedavg", "mlp", 2, channel={"compress_down": ["half"]})
     summed = config("fedavg", "mlp", 3, channel={"secure_sum": {"threshold": 2}})
-    for source in (own, compressed, summed):
+    for source, down, up in (
+        (config("fedavg", "mlp", 2), Payload, Payload),
+        (own, bytes, bytes),
+        (compressed, Payload, bytes),
+        (compressed_down, bytes, Payload),
+        (summed, bytes, bytes),
+    ):
         trainer = rounds_of(source, held=0)
-        plain, kinds = trainer.executor.run, set[type]()
+        kinds: set[tuple[type, type]] = set()
+        run = trainer.executor.run
 
-        def watched(*args: Any, plain: Any = plain, kinds: set[type] = kinds) -> Any:
-            for client_id, reply in plain(*args):
-                kinds.add(type(reply.content))
+        def watched(
+            clients: Sequence[str],
+            request: Callable[[str], Message],
+            run: Any = run,
+            kinds: set[tuple[type, type]] = kinds,
+        ) -> Any:
+            sent = {}
+
+            def watched_request(client_id: str) -> Message:
+                sent[client_id] = request(client_id)
+                return sent[client_id]
+
+            for client_id, reply in run(clients, watched_request):
+                kinds.add((type(sent[client_id].content), type(reply.content)))
                 yield client_id, reply
 
         trainer.executor.run = watched  # type: ignore[method-assign]
         assert not trainer.run_round()["failed"]
-        assert kinds == {bytes}
+        assert kinds == {(down, up)}

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hetero_fl.communication.protocol import encoded
 from hetero_fl.core.participant import Participant
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.state_store import StateStore
@@ -91,7 +92,8 @@ def broadcasts(
     if for_evaluation:
         infos = [replace(info, purpose="evaluate") for info in infos]
     return {
-        info.client_id: trainer.encode_broadcast(info, trainer.broadcast(info)) for info in infos
+        info.client_id: encoded(trainer.broadcast_content(info, trainer.broadcast(info)))
+        for info in infos
     }
 
 

@@ -58,6 +58,8 @@ def main() -> int:
 
     mutants = [m for m in load() if fnmatch(m.function, options.only)]
     mutants = [m for m in mutants if options.slow or not m.slow]
+    if not mutants:
+        parser.error(f"--only: no mutant of a function that matches {options.only!r}")
     with tempfile.TemporaryDirectory() as folder:
         copies = [_copy_tree(Path(folder) / str(number)) for number in range(options.jobs)]
         tests = sorted({test for mutant in mutants for test in mutant.tests.split()})

@@ -184,6 +184,7 @@ class SecureAggregation:
     """
 
     setup: tuple[str, ...] = ("keys", "shares")
+    takes_payload = False
 
     def __init__(
         self, config: SecureAggregationConfig, cohort: int, shared_setup: SharedSetup

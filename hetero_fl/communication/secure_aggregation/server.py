@@ -12,7 +12,13 @@ from functools import partial
 
 import numpy as np
 
-from hetero_fl.communication.protocol import AggregatedUploads, Exchanges, Message
+from hetero_fl.communication.protocol import (
+    AggregatedUploads,
+    Content,
+    Exchanges,
+    Message,
+    encoded,
+)
 from hetero_fl.communication.secure_aggregation import crypto
 from hetero_fl.communication.secure_aggregation.client import pair_mask
 from hetero_fl.communication.secure_aggregation.crypto import (
@@ -52,7 +58,7 @@ class SecureExchange:
     round: SecureAggregationRound
     kind: str
     numbers: Iterable[int]
-    arrays: Callable[[int, Callable[[str], bytes]], Arrays]
+    arrays: Callable[[int, Callable[[str], Content]], Arrays]
     take: Callable[[int, Arrays], None]
     check: Callable[[int, Arrays], None] | None = None
 
@@ -60,7 +66,7 @@ class SecureExchange:
         self._silent = {self.round.names[number]: number for number in self.numbers}
         self.clients: Sequence[str] = list(self._silent)
 
-    def request(self, client_id: str, broadcast_to: Callable[[str], bytes]) -> Message:
+    def request(self, client_id: str, broadcast_to: Callable[[str], Content]) -> Message:
         """Return the request to a client."""
         arrays = self.arrays(self.round.numbers[client_id], broadcast_to)
         tag = byte_string_to_row(self.round.tag)
@@ -159,7 +165,7 @@ class SecureAggregationRound:
         self.threshold = self.survivors if k == len(self.public) - 1 else share_threshold(k + 1)
         sealed: dict[int, dict[int, np.ndarray]] = {}
 
-        def arrays(number: int, broadcast_to: Callable[[str], bytes]) -> Arrays:
+        def arrays(number: int, broadcast_to: Callable[[str], Content]) -> Arrays:
             members = self.mask_partners[number]
             head = np.array([number, self.threshold], np.int32)
             public = np.stack([self.public[m] for m in members])
@@ -194,14 +200,14 @@ class SecureAggregationRound:
         total = np.zeros(self.layout[1], np.uint64)
         summed: list[int] = []
 
-        def arrays(number: int, broadcast_to: Callable[[str], bytes]) -> Arrays:
+        def arrays(number: int, broadcast_to: Callable[[str], Content]) -> Arrays:
             senders = list(shares[number])
             return {
                 "head": np.array([self.unit], np.int32),
                 "layout": byte_string_to_row(self.layout[0]),
                 "numbers": np.array(senders, np.int32),
                 "sealed": np.stack([shares[number][m] for m in senders]),
-                "broadcast": byte_string_to_row(broadcast_to(self.names[number])),
+                "broadcast": byte_string_to_row(encoded(broadcast_to(self.names[number]))),
             }
 
         def take(number: int, reply: Arrays) -> None:
@@ -220,7 +226,7 @@ class SecureAggregationRound:
         """Take the remaining masks off `total`, with the shares that enough holders give back."""
         shares: dict[int, dict[int, bytes]] = {}
 
-        def arrays(number: int, broadcast_to: Callable[[str], bytes]) -> Arrays:
+        def arrays(number: int, broadcast_to: Callable[[str], Content]) -> Arrays:
             here = self._summed_neighbours(summed, number)
             gone = [m for m in self.mask_partners[number] if m not in here]
             return {"survivors": np.array(here, np.int32), "dropped": np.array(gone, np.int32)}

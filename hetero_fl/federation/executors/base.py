@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
-from hetero_fl.communication.protocol import Message, Reply
+from hetero_fl.communication.protocol import Content, Message, Reply
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.engine.driver import Backend
 from hetero_fl.federation.client_runtime import ClientEvaluation, ClientRuntime
@@ -34,10 +34,13 @@ class Executor(Protocol):
     Attributes:
         store: The clients' private state. What a task writes is staged by the time its reply comes.
         backend: Computes the server's own plans, in this process.
+        takes_payload: Whether clients are computed in this process, so that requests may hold
+            broadcasts that are not encoded.
     """
 
     store: StateStore
     backend: Backend
+    takes_payload: bool
 
     def run(
         self, clients: Sequence[str], request: Callable[[str], Message]
@@ -46,14 +49,14 @@ class Executor(Protocol):
 
         Args:
             clients: Client ids. A client that gives no reply at all is left out.
-            request: Encodes the request to a client. Called when the request is sent; again if it
+            request: Returns the request to a client. Called when the request is sent; again if it
                 has to be sent again.
         """
 
     def evaluate(
         self,
         clients: Sequence[str],
-        broadcast: Callable[[str], bytes],
+        broadcast: Callable[[str], Content],
         round_idx: int,
         details: bool,
     ) -> Iterator[tuple[str, ClientEvaluation | ClientAbsentError]]:
@@ -61,7 +64,7 @@ class Executor(Protocol):
 
         Args:
             clients: Client ids.
-            broadcast: Encodes the broadcast to a client.
+            broadcast: Returns the broadcast to a client.
             round_idx: The round that comes next.
             details: Whether to include all that a report shows.
 
@@ -119,6 +122,8 @@ class RemoteExecutor(Executor, Protocol):
 class InProcessExecutor:
     """Computes tasks in this process, `chunk` clients of one architecture at a time."""
 
+    takes_payload = True
+
     def __init__(self, runtime: ClientRuntime, chunk: int = 1) -> None:
         self.runtime = runtime
         self.chunk = chunk
@@ -144,7 +149,7 @@ class InProcessExecutor:
     def evaluate(
         self,
         clients: Sequence[str],
-        broadcast: Callable[[str], bytes],
+        broadcast: Callable[[str], Content],
         round_idx: int,
         details: bool,
     ) -> Iterator[tuple[str, ClientEvaluation]]:

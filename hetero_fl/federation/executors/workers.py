@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 import torch
 
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.communication.protocol import Message, Reply
+from hetero_fl.communication.protocol import Content, Message, Reply
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import PayloadError
 from hetero_fl.engine.driver import (
@@ -265,6 +265,8 @@ def run_jobs(
 class WorkerExecutor:
     """Executor whose clients are computed by workers, and the server's plans in this process."""
 
+    takes_payload = False
+
     def __init__(
         self,
         pool: WorkerPool,
@@ -295,7 +297,7 @@ class WorkerExecutor:
     def evaluate(
         self,
         clients: Sequence[str],
-        broadcast: Callable[[str], bytes],
+        broadcast: Callable[[str], Content],
         round_idx: int,
         details: bool,
     ) -> Iterator[tuple[str, ClientEvaluation]]:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hetero_fl.communication.protocol import Exchange, Message, Reply, total_bytes
+from hetero_fl.communication.protocol import Exchange, Message, Reply, content_size, total_bytes
 from hetero_fl.federation.channel import UploadSizes
 from hetero_fl.federation.simulation.faults import drop_duplicates, inject_faults
 from hetero_fl.federation.simulation.sampling import ClientSampler
@@ -222,7 +222,7 @@ class SimulatedTrainer(ScheduledTrainer):
         upload = 0
         if not self.protocol.setup:
             upload = self.upload_sizes(client_info, payload, self.round_idx)
-        broadcast = len(self.encode_broadcast(client_info, payload))
+        broadcast = content_size(self.broadcast_content(client_info, payload))
         return self.protocol.sizes(cohort_size, self.round_idx, broadcast, upload)
 
     def _count_unseen_traffic(

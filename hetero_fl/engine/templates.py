@@ -137,8 +137,9 @@ class Template:
 
     def hand_over(self) -> Tensors:
         """Return the module's tensors, contiguous and on the CPU; when it is loaded again, it gets other memory."""
+        # Unlike `detach()`, `data` does not count later changes of the module as changes of its own.
         tensors = {
-            name: mine.detach().to("cpu", memory_format=torch.contiguous_format)
+            name: mine.data.to("cpu", memory_format=torch.contiguous_format)
             for name, mine in self.tensors.items()
         }
         self._handed_over = {

@@ -54,9 +54,12 @@ def test_tensors_that_were_handed_over_are_not_written_again(name: str) -> None:
     first, second = (arch.initial_tensors(seed) for seed in (1, 2))
     template.load(first)
     taken = template.hand_over()
+    versions = {n: t._version for n, t in taken.items()}
     parameters = list(template.module.parameters())
 
     template.load(second)
+    # predictions of the taken model are still known to be its own
+    assert {n: t._version for n, t in taken.items()} == versions
 
     assert all(t.is_contiguous() and not t.requires_grad for t in taken.values())
     assert all(torch.equal(t, first[n]) for n, t in taken.items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import torch
@@ -89,6 +89,12 @@ class Batches:
         return {n: t.to(self.device) for n, t in self.source.items()}
 
     @cached_property
+    def device_indices(self) -> Sequence[Tensor]:
+        """Row numbers of each step, on the device: one copy for the whole fit."""
+        lengths = [len(rows) for rows in self.indices]
+        return torch.cat(self.indices).to(self.device).split(lengths)
+
+    @cached_property
     def dropout_key(self) -> int:
         """From which those of the steps follow."""
         return stream_key(*self.stream, "dropout")
@@ -108,7 +114,7 @@ class Batches:
         if isinstance(self.fit.data, SampledBatches):
             batch = Batch(self.sampled_batch(i))
         else:
-            rows = self.indices[i].to(self.device)
+            rows = self.device_indices[i]
             batch = Batch({n: t.index_select(0, rows) for n, t in self.columns.items()})
         if self.fit.augment is not None:
             batch["x"] = self.augment_batch(batch["x"], i)

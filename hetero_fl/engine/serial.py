@@ -175,8 +175,8 @@ class SerialBackend:
         for batch in first.data.columns(participant)["x"].split(first.batch_size):
             out = module(batch.to(self.templates.device))
             for parts, step in zip(found, steps, strict=True):
-                parts.append(select_output(step, out).cpu())
-        return [torch.cat(parts) for parts in found]
+                parts.append(select_output(step, out))
+        return [torch.cat(parts).cpu() for parts in found]
 
 
 def share_forward_pass(one: tuple[Participant, Step], other: tuple[Participant, Step]) -> bool:

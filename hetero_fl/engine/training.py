@@ -218,23 +218,18 @@ def run_fit(
                     [p.data for p, _ in drift], [d for _, d in drift], alpha=-fit.optimizer.lr
                 )
             total += loss.detach()
-    if not all(
-        map(
-            math.isfinite,
-            [
-                float(total),
-                *(float(n) for n in torch._foreach_norm([p.detach() for p in parameters])),
-            ],
-        )
-    ):
-        raise divergence_message(fit, float(total) / len(batches))
+    norms = torch._foreach_norm([p.detach() for p in parameters])
+    # one wait for the device, not one for each tensor
+    loss_sum, *magnitudes = torch.stack([total, *(n.to(total) for n in norms)]).tolist()
+    if not all(map(math.isfinite, [loss_sum, *magnitudes])):
+        raise divergence_message(fit, loss_sum / len(batches))
     for slot in fit.train:
         participant.models[slot] = live[slot].hand_over()
     if fit.keep:
         participant.state.setdefault("optimizers", {})[fit.keep] = snapshot_optimizer(
             optimizer, trainable
         )
-    return FitReport(len(batches), batches.examples, float(total) / len(batches))
+    return FitReport(len(batches), batches.examples, loss_sum / len(batches))
 
 
 def _prepare(participant: Participant, fit: Fit, state: Mapping[str, Template]) -> TrainableTensors:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from hetero_fl.engine.vectorized_training import fit_stacked
 
 # Outputs of many models of one architecture in one computation, in evaluation mode.
 
+T = TypeVar("T")
 OutputWork = Sequence[tuple[Participant, Predict | ClassSums]]
 
 
@@ -68,10 +69,10 @@ def _forward(work: OutputWork, inputs: Sequence[Tensor], templates: Templates) -
         # Shorter batches are padded with zeros; in evaluation mode no row sees another.
         batch = pad_sequence(parts, batch_first=True)
         tensors = {n: t[:active] for n, t in stacked.items()}
-        out = vmap(outputs, randomness="error")(tensors, batch.to(device)).cpu()
+        out = vmap(outputs, randomness="error")(tensors, batch.to(device))
         for i in range(active):
             found[i].append(out[i, : len(x[i]) - begin])
-    whole = [torch.cat(parts) for parts in found]
+    whole = [torch.cat(parts).cpu() for parts in found]
     back = {i: whole[place] for place, i in enumerate(order)}
     return [back[i] for i in range(len(work))]
 
@@ -115,6 +116,8 @@ class VectorizedBackend:
         self.templates = self.serial.templates
         self._refused: set[Any] = set()
         self._explained: set[str] = set()
+        # By kind of step: participants that fit into the device's memory together.
+        self._most_together: dict[Any, int] = {}
 
     def run(self, work: Work) -> list[Any]:
         """The results in order; where a fit diverged, the `DivergedError` stands in place of its result."""
@@ -146,7 +149,7 @@ class VectorizedBackend:
                 )
         return [results[i] for i in range(len(work))]
 
-    def _split_by_size(self, members: list[int], work: Work) -> list[list[int]]:
+    def _split_by_size(self, members: Sequence[int], work: Work) -> list[Sequence[int]]:
         """On a CPU, groups of equal size whose largest stacked tensor stays within LARGEST."""
         if self.templates.device.type != "cpu":
             return [members]
@@ -157,17 +160,16 @@ class VectorizedBackend:
             for t in self.templates(arch).tensors.values()
         ]
         each = max(t.numel() * t.element_size() for t in tensors)
-        count = -(-len(members) // max(2, LARGEST // max(1, each)))
-        return [
-            members[i * len(members) // count : (i + 1) * len(members) // count]
-            for i in range(count)
-        ]
+        return _cut(members, max(2, LARGEST // max(1, each)))
 
     def _run_vectorized(self, work: Work) -> list[Any]:
         participant, step = work[0]
         family = _vmap_support_key(participant, step)
         if len(work) == 1 or family in self._refused:
             return self.serial.run(work)
+        most = self._most_together.get(family, len(work))
+        if len(work) > most:
+            return [result for piece in _cut(work, most) for result in self._run_vectorized(piece)]
         uses = [dict(p.stream_uses) for p, _ in work]
         try:
             with warnings.catch_warnings():
@@ -177,21 +179,38 @@ class VectorizedBackend:
                     return fit_stacked(work, self.templates)  # type: ignore[arg-type]  # all are fits
                 return run_stacked_outputs(work, self.templates)  # type: ignore[arg-type]
         except torch.OutOfMemoryError:
-            raise
+            half = self._most_together[family] = -(-len(work) // 2)
+            self._say_once(
+                f"{_names(participant, step)}: {len(work)} participants together do not fit into "
+                f"the memory of {self.templates.device}; at most {half} from here on"
+            )
         except (RuntimeError, UserWarning) as refusal:
             self._refused.add(family)
-            self._explain(participant, step, refusal)
+            reason = str(refusal).strip().split("\n")[0].split(". ")[0]
+            self._say_once(
+                f"{_names(participant, step)} runs one participant after the other: {reason}"
+            )
         for (p, _), before in zip(work, uses, strict=True):
             p.stream_uses.clear()
             p.stream_uses.update(before)
-        return self.serial.run(work)
+        return self._run_vectorized(work)
 
-    def _explain(self, participant: Participant, step: Step, refusal: Exception) -> None:
-        reason = str(refusal).strip().split("\n")[0].split(". ")[0]
-        line = f"{' + '.join(a.name for a in architectures(participant, step))} runs one participant after the other: {reason}"
+    def _say_once(self, line: str) -> None:
         if line not in self._explained:
             self._explained.add(line)
             self.say(line)
+
+
+def _names(participant: Participant, step: Step) -> str:
+    return " + ".join(arch.name for arch in architectures(participant, step))
+
+
+def _cut(members: Sequence[T], most: int) -> list[Sequence[T]]:
+    """Cut into pieces of about equal size, of at most so many."""
+    count = -(-len(members) // most)
+    return [
+        members[i * len(members) // count : (i + 1) * len(members) // count] for i in range(count)
+    ]
 
 
 def architectures(participant: Participant, step: Step) -> list[ModelSpec]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.communication.protocol import DirectProtocol
+from hetero_fl.engine import vectorized
 from hetero_fl.engine.driver import Backend
 from hetero_fl.engine.serial import SerialBackend
 from hetero_fl.engine.vectorized import VectorizedBackend
@@ -18,6 +19,7 @@ from hetero_fl.federation.executors.base import InProcessExecutor
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from tests.federation.test_synchronous import METHODS
+from tests.helpers.pretend_gpu import PretendGPU
 from tests.helpers.small_federations import config
 
 CPU = torch.device("cpu")
@@ -97,3 +99,35 @@ def agree(source: dict[str, Any]) -> None:
         c: {n: pytest.approx(s, abs=1e-8) for n, s in r.scores.items()}
         for c, r in b.clients.items()
     }
+
+
+@pytest.mark.parametrize("fit_together", [1, 2, 3])
+def test_participants_that_do_not_fit_into_memory_are_halved(
+    fit_together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+    fit_stacked = vectorized.fit_stacked
+
+    def limited(work: Any, templates: Any) -> Any:
+        tried.append(len(work))
+        if len(work) > fit_together:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return fit_stacked(work, templates)
+
+    source = config("fedavg", "mlp", clients=6)
+    wanted = tensors(held(source, SerialBackend(CPU)))
+    monkeypatch.setattr(vectorized, "fit_stacked", limited)
+    lines: list[str] = []
+    with PretendGPU():
+        found = tensors(held(source, VectorizedBackend(torch.device("cuda"), lines.append)))
+    assert (
+        tried
+        == {
+            1: [6, 3, 2],  # then one after the other
+            2: [6, 3, *[2] * 8],
+            3: [6, *[3] * 6],
+        }[fit_together]
+    )
+    assert lines[0].startswith("mlp: 6 participants together do not fit into the memory of cuda")
+    for name, tensor in wanted.items():
+        assert torch.allclose(found[name], tensor, atol=1e-5), name

@@ -1,0 +1,281 @@
+"""A GPU that is pretended: computed on the CPU, with the rules and the transfers of a real one.
+
+    with PretendGPU() as gpu:
+        trainer.run_round()
+    print(gpu.summary())
+
+Tensors that were made on "cuda" or moved there say so, and an operation on tensors of both sides
+fails as it does on a GPU. Every copy between the sides and every wait for a value is noted with the
+line that asked for it. Numbers are those of the CPU: kernels, memory and speed are not pretended.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from unittest import mock
+
+import torch
+import torch._dynamo  # imported late, it would look at what is replaced here
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+PACKAGE = Path(__file__).parents[2] / "hetero_fl"
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda", 0)
+GETTERS = {
+    Tensor.device.__get__: lambda device: device,  # type: ignore[attr-defined]
+    Tensor.is_cuda.__get__: lambda device: device.type == "cuda",  # type: ignore[attr-defined]
+    Tensor.is_cpu.__get__: lambda device: device.type == "cpu",
+}
+WAITS = ("aten._local_scalar_dense", "aten.equal", "aten.nonzero", "aten.masked_select")
+INDEXING = ("aten.index.", "aten.index_put", "aten._index_put", "aten._unsafe_index")
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A copy between host and device, or a wait for the device.
+
+    Attributes:
+        kind: "to device", "to host" or "wait".
+        where: File, line and function of this package that asked for it.
+        nbytes: Bytes that were copied.
+    """
+
+    kind: str
+    where: str
+    nbytes: int
+
+
+class _Placement:
+    """Which storages are on the device."""
+
+    def __init__(self) -> None:
+        # A weak reference keeps the address from being used again.
+        self._on_device: dict[int, StorageWeakRef] = {}
+
+    def device_of(self, tensor: Tensor) -> torch.device:
+        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+        return CUDA if tensor.untyped_storage()._cdata in self._on_device else CPU
+
+    def put(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._on_device[storage._cdata] = StorageWeakRef(storage)
+        if len(self._on_device) % 4096 == 0:
+            self._on_device = {k: r for k, r in self._on_device.items() if not r.expired()}
+
+
+class PretendGPU:
+    """A context in which torch finds one GPU.
+
+    Attributes:
+        transfers: What crossed between host and device so far.
+    """
+
+    def __init__(self) -> None:
+        self.transfers: list[Transfer] = []
+        self.placement = _Placement()
+        self.is_moving = False  # within a copy that was asked for
+        self.factory = CPU  # where new tensors are made
+        self._stack = ExitStack()
+
+    def __enter__(self) -> PretendGPU:
+        for name, value in {
+            "is_available": lambda: True,
+            "device_count": lambda: 1,
+            "current_device": lambda: 0,
+            "get_device_name": lambda device=None: "pretended GPU",
+            "get_rng_state": lambda device="cuda": torch.get_rng_state(),
+            "set_rng_state": lambda state, device="cuda": None,
+            "manual_seed": lambda seed: None,
+            "synchronize": lambda device=None: None,
+            "empty_cache": lambda: None,
+            "is_current_stream_capturing": lambda: False,
+            "device": lambda device: nullcontext(),
+        }.items():
+            self._stack.enter_context(mock.patch.object(torch.cuda, name, value))
+        self._stack.enter_context(
+            mock.patch.object(
+                torch.accelerator,
+                "current_stream",
+                lambda device=None: mock.Mock(is_capturing=lambda: False),
+            )
+        )
+        generator = torch.Generator
+        self._stack.enter_context(
+            mock.patch.object(torch, "Generator", lambda device="cpu": generator())
+        )
+        self._stack.enter_context(_Kernels(self))
+        self._stack.enter_context(_Calls(self))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def note(self, kind: str, nbytes: int = 0) -> None:
+        """Note a transfer."""
+        frames = [f for f in traceback.extract_stack() if Path(f.filename).is_relative_to(PACKAGE)]
+        where = "outside the package"
+        if frames:
+            path = Path(frames[-1].filename).relative_to(PACKAGE)
+            where = f"{path}:{frames[-1].lineno} {frames[-1].name}"
+        self.transfers.append(Transfer(kind, where, nbytes))
+
+    @contextmanager
+    def moving(self, target: torch.device) -> Iterator[None]:
+        """Let one operation cross between the sides."""
+        factory, self.factory, self.is_moving = self.factory, target, True
+        try:
+            yield
+        finally:
+            self.factory, self.is_moving = factory, False
+
+    def summary(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """Return number and bytes of the transfers of each kind and line."""
+        numbers = Counter((t.kind, t.where) for t in self.transfers)
+        sizes: Counter[tuple[str, str]] = Counter()
+        for t in self.transfers:
+            sizes[t.kind, t.where] += t.nbytes
+        return {key: (numbers[key], sizes[key]) for key in sorted(numbers)}
+
+
+class _Calls(TorchFunctionMode):
+    """What Python code asks for: devices by name, and moves between them."""
+
+    def __init__(self, gpu: PretendGPU) -> None:
+        super().__init__()
+        self.gpu = gpu
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        named = dict(kwargs or {})
+        gpu = self.gpu
+        if function in GETTERS:
+            return GETTERS[function](gpu.placement.device_of(args[0]))
+        if function in (Tensor.to, Tensor.cpu, Tensor.cuda):
+            return self._move(function, args, named)
+        if function in (Tensor.numpy, Tensor.__array__) and self._is_on_device(args[0]):
+            raise TypeError("can't convert cuda:0 device type tensor to numpy")
+        if function is Tensor.tolist and self._is_on_device(args[0]):
+            gpu.note("wait", args[0].nbytes)
+            return function(*args, **named)
+        if named.get("device") is None:
+            return function(*args, **named)
+        target = torch.device(named["device"])
+        named["device"] = CPU
+        factory, gpu.factory = gpu.factory, CUDA if target.type == "cuda" else CPU
+        try:
+            with gpu.moving(gpu.factory) if any(map(_is_tensor, args)) else nullcontext():
+                return function(*args, **named)
+        finally:
+            gpu.factory = factory
+
+    def _is_on_device(self, tensor: Tensor) -> bool:
+        return self.gpu.placement.device_of(tensor).type == "cuda"
+
+    def _move(self, function: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        source, *rest = args
+        here = self.gpu.placement.device_of(source)
+        if function is Tensor.to:
+            asked, dtype = self._parse_to(here, rest, named)
+        else:
+            asked, dtype = (CPU if function is Tensor.cpu else CUDA), None
+        target = CUDA if asked.type == "cuda" else CPU
+        copy = bool(named.get("copy")) or target != here
+        layout = named.get("memory_format", torch.preserve_format)
+        if target == here:
+            return Tensor.to(source, dtype or source.dtype, copy=copy, memory_format=layout)
+        self.gpu.note(f"to {'device' if target.type == 'cuda' else 'host'}", source.nbytes)
+        with self.gpu.moving(target):
+            return Tensor.to(source, dtype or source.dtype, copy=copy, memory_format=layout)
+
+    def _parse_to(
+        self, here: torch.device, rest: list[Any], named: Mapping[str, Any]
+    ) -> tuple[torch.device, torch.dtype | None]:
+        """Device and dtype that `Tensor.to` was given."""
+        device, dtype = named.get("device"), named.get("dtype")
+        other = rest[0] if rest else named.get("other")
+        if isinstance(other, Tensor):
+            device, dtype = self.gpu.placement.device_of(other), other.dtype
+        elif isinstance(other, torch.dtype):
+            dtype = other
+        elif other is not None:
+            device = other
+            dtype = rest[1] if len(rest) > 1 else dtype
+        return torch.device(device) if device is not None else here, dtype
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+class _Kernels(TorchDispatchMode):
+    """What is computed: results are where the operands are, and these must not differ."""
+
+    def __init__(self, gpu: PretendGPU) -> None:
+        super().__init__()
+        self.gpu = gpu
+
+    def __torch_dispatch__(
+        self,
+        function: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        gpu = self.gpu
+        place = gpu.placement.device_of
+        operands = [t for t in tree_flatten((args, dict(kwargs or {})))[0] if _is_tensor(t)]
+        devices = [place(t) for t in operands]
+        on_device = any(d.type == "cuda" for d in devices)
+        name = str(function)
+        if name.startswith("aten.copy_") and devices[0] != devices[1]:
+            if not gpu.is_moving:
+                gpu.note(
+                    f"to {'device' if devices[0].type == 'cuda' else 'host'}", operands[1].nbytes
+                )
+        elif on_device and not gpu.is_moving:
+            for tensor, device in zip(operands, devices, strict=True):
+                if device.type == "cpu" and tensor.ndim and not name.startswith(INDEXING):
+                    raise RuntimeError(
+                        f"{name}: Expected all tensors to be on the same device, but found at "
+                        f"least two devices, cuda:0 and cpu! {tuple(tensor.shape)}"
+                    )
+                if device.type == "cpu" and tensor.ndim and name.startswith(INDEXING):
+                    gpu.note("to device", tensor.nbytes)
+            if name.startswith(WAITS):
+                gpu.note("wait", operands[0].itemsize)
+        result = function(*args, **dict(kwargs or {}))
+        target = gpu.factory
+        if operands and not gpu.is_moving:
+            target = CUDA if on_device else gpu.factory
+        if target.type == "cuda":
+            known = {t.untyped_storage()._cdata for t in operands}
+
+            def put(tensor: Tensor) -> Tensor:
+                if tensor.untyped_storage()._cdata not in known:
+                    gpu.placement.put(tensor)
+                return tensor
+
+            tree_map_only(Tensor, put, result)
+        return result

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 
 from benchmarks.common import add_quick
 from hetero_fl.core.model_spec import ModelSpec
+from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.templates import Template, describe_model
 
 CASES = [
@@ -55,7 +56,7 @@ def main() -> None:
         options.turns = 1
     for name, shape, batch in CASES[:2] if options.quick else CASES:
         arch = ModelSpec.from_config(name, 10, shape)
-        module = Template(arch, torch.device("cpu")).module
+        module = Template(arch, DeviceMemory(torch.device("cpu"))).module
         optimizer = torch.optim.SGD(module.parameters(), 0.01, fused=True)
         x, y = torch.rand(batch, *shape), torch.arange(batch) % 10
         flops = batch * describe_model(arch).forward_flops

@@ -254,7 +254,8 @@ class Participant:
     def load(self, slot: str, tensors: Mapping[str, Tensor]) -> None:
         """Replace the named tensors of a slot, keep its others. They are shared with whoever gave them: a participant's tensors
         are replaced, never changed in place."""
-        self.models[slot] = {**self.models[slot], **{n: t.detach() for n, t in tensors.items()}}
+        plain = {n: t.detach() if t.requires_grad else t for n, t in tensors.items()}
+        self.models[slot] = {**self.models[slot], **plain}
 
     def stream(self, label: str, as_id: str | None = None) -> tuple[Key, ...]:
         """The key of this round's next random stream with that label."""

@@ -12,6 +12,7 @@ from hetero_fl.core.objectives import Batch
 from hetero_fl.core.participant import Columns, Participant
 from hetero_fl.core.plan import Fit, SampledBatches
 from hetero_fl.data.preprocessing import augment
+from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.utils.seeding import Key, keyed_generator, stream_key
 
 MASK = 0xFFFFFFFF
@@ -63,10 +64,11 @@ def full_step_count(n: int, batch_size: int, epochs: int, steps: int | None) -> 
 class Batches:
     """The steps of one fit: `len()` of them, each a dropout key and a batch."""
 
-    def __init__(self, participant: Participant, fit: Fit, device: torch.device) -> None:
+    def __init__(self, participant: Participant, fit: Fit, memory: DeviceMemory) -> None:
         self.stream = participant.stream(fit.label, fit.as_id)
         self.fit = fit
-        self.device = device
+        self.memory = memory
+        self.device = memory.device
         if isinstance(fit.data, SampledBatches):
             if fit.steps is None:
                 raise ValueError("a fit on endless draws needs steps")
@@ -86,7 +88,7 @@ class Batches:
     @cached_property
     def columns(self) -> Columns:
         """All rows, on the device."""
-        return {n: t.to(self.device) for n, t in self.source.items()}
+        return {n: self.memory.keep(t).to(self.device) for n, t in self.source.items()}
 
     @cached_property
     def device_indices(self) -> Sequence[Tensor]:

@@ -172,7 +172,8 @@ class SerialBackend:
         module = template.load({**counters, **step_tensors(participant, first)})
         template.set_mode(training=False)
         found: list[list[Tensor]] = [[] for _ in steps]
-        for batch in first.data.columns(participant)["x"].split(first.batch_size):
+        rows = self.templates.memory.keep(first.data.columns(participant)["x"])
+        for batch in rows.split(first.batch_size):
             out = module(batch.to(self.templates.device))
             for parts, step in zip(found, steps, strict=True):
                 parts.append(select_output(step, out))

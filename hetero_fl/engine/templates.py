@@ -14,6 +14,7 @@ from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.objectives import ModelView
 from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.plan import ClassSums, Predict
+from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.dropout import DropoutStreams, use_keyed_dropout
 from hetero_fl.utils.code_permission import OWN
 from model_zoo import ModelDescription, Outputs, SplitModel, describe
@@ -99,10 +100,12 @@ class Template:
     def __init__(
         self,
         arch: ModelSpec,
-        device: torch.device,
+        memory: DeviceMemory,
         precision: str = "float32",
         dropout: DropoutStreams | None = None,
     ) -> None:
+        self.memory = memory
+        device = memory.device
         with torch.random.fork_rng(devices=[]):
             self.module = arch.build().to(device)
         self.drops = use_keyed_dropout(self.module, dropout or DropoutStreams(device))
@@ -125,7 +128,7 @@ class Template:
                 continue
             if name in self._handed_over:
                 mine.data = torch.empty_like(mine)
-            mine.copy_(tensors[name])
+            mine.copy_(self.memory.keep(tensors[name]))
         self._handed_over.clear()
         return self.module
 
@@ -162,6 +165,7 @@ class Templates:
 
     def __init__(self, device: torch.device, precision: str = "float32") -> None:
         self.device = device
+        self.memory = DeviceMemory(device)
         self.precision = precision
         # devices whose generators a fit borrows
         self.forked = [device] if device.type == "cuda" else []
@@ -170,7 +174,7 @@ class Templates:
 
     def __call__(self, arch: ModelSpec, slot: str = "") -> Template:
         if (arch, slot) not in self._templates:
-            self._templates[arch, slot] = Template(arch, self.device, self.precision, self.dropout)
+            self._templates[arch, slot] = Template(arch, self.memory, self.precision, self.dropout)
         return self._templates[arch, slot]
 
 

@@ -15,6 +15,7 @@ from hetero_fl.core.objectives import Batch, ModelView, ModelViews
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import Fit, FitReport
 from hetero_fl.engine.batches import Batches
+from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.driver import DivergedError
 from hetero_fl.engine.dropout import DropoutStreams
 from hetero_fl.engine.templates import Template, Templates
@@ -107,12 +108,12 @@ def restore_optimizer(
         }
 
 
-def move_to_device(device: torch.device, value: Any) -> Any:
-    """A tree of tensors, detached, on the device."""
+def move_to_device(memory: DeviceMemory, value: Any) -> Any:
+    """Return a tree of tensors, detached, on the device; copies are kept as long as their originals."""
     if isinstance(value, Tensor):
-        return value.detach().to(device)
+        return memory.keep(value).detach().to(memory.device)
     return (
-        {k: move_to_device(device, v) for k, v in value.items()}
+        {k: move_to_device(memory, v) for k, v in value.items()}
         if isinstance(value, Mapping)
         else value
     )
@@ -148,7 +149,7 @@ class FitState:
 class Gradients(Protocol):
     """How the batches of a fit are drawn and the gradients of a step made."""
 
-    def batches(self, participant: Participant, fit: Fit, device: torch.device) -> Batches:
+    def batches(self, participant: Participant, fit: Fit, memory: DeviceMemory) -> Batches:
         """The steps of the fit."""
 
     def compute(self, state: FitState, step: int, dropout_key: int, batch: Batch) -> Tensor:
@@ -183,7 +184,7 @@ def run_fit(
         restore_optimizer(
             optimizer, trainable, participant.state.get("optimizers", {}).get(fit.keep, {})
         )
-    given = move_to_device(templates.device, fit.context)
+    given = move_to_device(templates.memory, fit.context)
     named = [(*split_name(n), p) for n, p in trainable.items()]
     drift = [
         (p, fit.drift[slot][name].to(p))
@@ -191,7 +192,7 @@ def run_fit(
         if name in fit.drift.get(slot, {})
     ]
     draw_batches = Batches if gradients is None else gradients.batches
-    batches = draw_batches(participant, fit, templates.device)
+    batches = draw_batches(participant, fit, templates.memory)
     state = FitState(fit, live, trainable, nets, given, batches, templates.dropout)
     uses_dropout = state.uses_dropout
     parameters = list(trainable.values())

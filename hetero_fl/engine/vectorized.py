@@ -53,7 +53,7 @@ def _forward(work: OutputWork, inputs: Sequence[Tensor], templates: Templates) -
     order = sorted(range(len(work)), key=lambda i: -len(inputs[i]))
     models = [step_tensors(*work[i]) for i in order]
     stacked = {
-        n: torch.stack([m[n].detach() for m in models]).to(mine)
+        n: templates.memory.stack([m[n] for m in models]).to(mine)
         for n, mine in template.tensors.items()
         if mine.is_floating_point()  # counters do not travel, and evaluation ignores them
     }
@@ -61,15 +61,15 @@ def _forward(work: OutputWork, inputs: Sequence[Tensor], templates: Templates) -
     def outputs(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
         return select_output(step, functional_call(module, dict(tensors), (x,)))
 
-    x = [inputs[i] for i in order]
+    x = [templates.memory.keep(inputs[i]) for i in order]
     found: list[list[Tensor]] = [[] for _ in order]
     for begin in range(0, len(x[0]), step.batch_size):
         active = sum(len(rows) > begin for rows in x)
-        parts = [rows[begin : begin + step.batch_size] for rows in x[:active]]
+        parts = [rows[begin : begin + step.batch_size].to(device) for rows in x[:active]]
         # Shorter batches are padded with zeros; in evaluation mode no row sees another.
         batch = pad_sequence(parts, batch_first=True)
         tensors = {n: t[:active] for n, t in stacked.items()}
-        out = vmap(outputs, randomness="error")(tensors, batch.to(device))
+        out = vmap(outputs, randomness="error")(tensors, batch)
         for i in range(active):
             found[i].append(out[i, : len(x[i]) - begin])
     whole = [torch.cat(parts).cpu() for parts in found]
@@ -179,6 +179,7 @@ class VectorizedBackend:
                     return fit_stacked(work, self.templates)  # type: ignore[arg-type]  # all are fits
                 return run_stacked_outputs(work, self.templates)  # type: ignore[arg-type]
         except torch.OutOfMemoryError:
+            self.templates.memory.clear()
             half = self._most_together[family] = -(-len(work) // 2)
             self._say_once(
                 f"{_names(participant, step)}: {len(work)} participants together do not fit into "

@@ -153,10 +153,10 @@ class StackedBatches:
     A batch shorter than another of the same step is filled up with copies of its own first row, which weigh nothing.
     """
 
-    def __init__(self, runs: Sequence[Batches], device: torch.device) -> None:
+    def __init__(self, runs: Sequence[Batches]) -> None:
         self.runs = runs
-        self.device = device
         self.fit = runs[0].fit
+        device = runs[0].device
         self.counts = [run.count for run in runs]
         if isinstance(self.fit.data, SampledBatches):
             return
@@ -173,8 +173,10 @@ class StackedBatches:
         self._columns: dict[str, tuple[Tensor, bool]] = {}
         for name, first in runs[0].source.items():
             shared = all(run.source[name] is first for run in runs)
-            rows = first if shared else torch.cat([run.source[name] for run in runs])
-            self._columns[name] = (rows.to(device), shared)
+            rows = (
+                runs[0].columns[name] if shared else torch.cat([run.columns[name] for run in runs])
+            )
+            self._columns[name] = (rows, shared)
         n = torch.tensor([len(next(iter(run.source.values()))) for run in runs])
         self._offsets = (n.cumsum(0) - n).to(device)
 
@@ -244,7 +246,7 @@ def fit_stacked(work: Work, templates: Templates) -> list[FitReport | DivergedEr
     Raises RuntimeError where the models or the objective cannot be batched; participants' models and states are then as
     they were, only their streams have moved on.
     """
-    batches = [Batches(participant, fit, templates.device) for participant, fit in work]
+    batches = [Batches(participant, fit, templates.memory) for participant, fit in work]
     order = sorted(range(len(work)), key=lambda i: -batches[i].count)
     stack = _StackedFits([work[i] for i in order], [batches[i] for i in order], templates)
     stack.run()
@@ -259,7 +261,7 @@ class _StackedFits:
         self.work = work
         self.fit = work[0][1]
         self.device = templates.device
-        self.batches = StackedBatches(runs, self.device)
+        self.batches = StackedBatches(runs)
         first = work[0][0]
         fit = self.fit
         self.templates = {
@@ -270,7 +272,7 @@ class _StackedFits:
             template.module.train(slot in fit.train)
             models = [participant.models[slot] for participant, _ in work]
             self.tensors[slot] = {
-                n: torch.stack([m[n].detach() for m in models]).to(mine)
+                n: templates.memory.stack([m[n] for m in models]).to(mine)
                 for n, mine in template.tensors.items()
             }
         self.trained = [
@@ -283,9 +285,9 @@ class _StackedFits:
         self.dropout = templates.dropout
         self.drops = any(t.drops for t in self.templates.values())
         context, self.context_dims = stack_trees([f.context for _, f in work])
-        self.context = move_to_device(self.device, context)
+        self.context = move_to_device(templates.memory, context)
         self.drift = {
-            (s, n): torch.stack([f.drift[s][n] for _, f in work]).to(self.tensors[s][n])
+            (s, n): templates.memory.stack([f.drift[s][n] for _, f in work]).to(self.tensors[s][n])
             for s, n in self.trained
             if n in fit.drift.get(s, {})
         }

@@ -19,6 +19,7 @@ from hetero_fl.core.participant import Columns, Participant
 from hetero_fl.core.plan import ClassSums, Fit, Predict, Rows, SampledBatches, Step
 from hetero_fl.data.federated_data import PUBLIC
 from hetero_fl.engine.batches import MASK, Batches
+from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.driver import Backend, DivergedError, Work
 from hetero_fl.engine.serial import class_sums, select_output
 from hetero_fl.engine.templates import Templates
@@ -57,14 +58,14 @@ class PoissonBatches(Batches):
         self,
         participant: Participant,
         fit: Fit,
-        device: torch.device,
+        memory: DeviceMemory,
         noise: NoiseSource,
         rate: float | None = None,
     ) -> None:
         assert not isinstance(fit.data, SampledBatches)
         self.noise = noise
         self.rate = rate
-        super().__init__(participant, fit, device)
+        super().__init__(participant, fit, memory)
         self.examples = round(self.expected * self.count)
 
     def _draw_indices(self, n: int, work: float) -> list[Tensor]:
@@ -92,8 +93,8 @@ class PrivateGradients:
         self.rate = rate
         self._refused: set[Any] = set()
 
-    def batches(self, participant: Participant, fit: Fit, device: torch.device) -> PoissonBatches:
-        return PoissonBatches(participant, fit, device, self.noise, self.rate)
+    def batches(self, participant: Participant, fit: Fit, memory: DeviceMemory) -> PoissonBatches:
+        return PoissonBatches(participant, fit, memory, self.noise, self.rate)
 
     def compute(self, state: FitState, step: int, dropout_key: int, batch: Batch) -> Tensor:
         """(Σ clipped + N(0, (z·clip)²)) / expected, and the gradient of what is public. The loss would be a release: 0."""

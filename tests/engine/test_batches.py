@@ -12,6 +12,7 @@ from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import Fit, SampledBatches
 from hetero_fl.core.task import Task
 from hetero_fl.engine.batches import Batches, index_batches
+from hetero_fl.engine.device_memory import DeviceMemory
 
 STREAM = (0, 3, "site_1", "train", 0)
 
@@ -48,6 +49,8 @@ def test_each_step_has_a_dropout_key_of_its_own() -> None:
     )
     rows = SampledBatches(lambda generator, size: {"x": torch.zeros(size)}, 4)
 
-    keys = [key for key, _ in Batches(site, fit(data=rows, steps=5), torch.device("cpu"))]
+    keys = [
+        key for key, _ in Batches(site, fit(data=rows, steps=5), DeviceMemory(torch.device("cpu")))
+    ]
 
     assert len(set(keys)) == 5

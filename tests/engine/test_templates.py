@@ -7,12 +7,15 @@ import torch
 from torch import nn
 
 from hetero_fl.core.model_spec import ModelSpec
+from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.templates import Template
 
 
 @pytest.fixture
 def template() -> Template:
-    return Template(ModelSpec.from_config("cnn_bn_small", 10, (1, 8, 8)), torch.device("cpu"))
+    return Template(
+        ModelSpec.from_config("cnn_bn_small", 10, (1, 8, 8)), DeviceMemory(torch.device("cpu"))
+    )
 
 
 def modes(template: Template) -> set[bool]:
@@ -50,7 +53,7 @@ def test_a_mode_that_somebody_else_set_is_noticed(template: Template) -> None:
 @pytest.mark.parametrize("name", ["cnn_bn_small", "mlp"])
 def test_tensors_that_were_handed_over_are_not_written_again(name: str) -> None:
     arch = ModelSpec.from_config(name, 10, (1, 8, 8))
-    template = Template(arch, torch.device("cpu"))
+    template = Template(arch, DeviceMemory(torch.device("cpu")))
     first, second = (arch.initial_tensors(seed) for seed in (1, 2))
     template.load(first)
     taken = template.hand_over()

@@ -33,9 +33,9 @@ PACKAGE = Path(__file__).parents[2] / "hetero_fl"
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
 GETTERS = {
-    Tensor.device.__get__: lambda device: device,  # type: ignore[attr-defined]
+    Tensor.device.__get__: lambda device: device,
     Tensor.is_cuda.__get__: lambda device: device.type == "cuda",  # type: ignore[attr-defined]
-    Tensor.is_cpu.__get__: lambda device: device.type == "cpu",
+    Tensor.is_cpu.__get__: lambda device: device.type == "cpu",  # type: ignore[attr-defined]
 }
 WAITS = ("aten._local_scalar_dense", "aten.equal", "aten.nonzero", "aten.masked_select")
 INDEXING = ("aten.index.", "aten.index_put", "aten._index_put", "aten._unsafe_index")
@@ -100,6 +100,7 @@ class PretendGPU:
             "manual_seed": lambda seed: None,
             "synchronize": lambda device=None: None,
             "empty_cache": lambda: None,
+            "mem_get_info": lambda device=None: (2**33, 2**34),
             "is_current_stream_capturing": lambda: False,
             "device": lambda device: nullcontext(),
         }.items():

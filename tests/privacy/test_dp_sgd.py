@@ -25,6 +25,7 @@ from hetero_fl.core.objectives import (
 )
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import Fit, Rows, SampledBatches
+from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.templates import Templates
 from hetero_fl.engine.training import run_fit
 from hetero_fl.experiment import prepare
@@ -213,7 +214,7 @@ def test_the_noise_has_its_scale_and_batches_their_rate() -> None:
     numbers = torch.cat([t.flatten() for t in found.values()])
     expected = 1.5 * 0.7 / 16 * 20**0.5
     assert abs(float(numbers.std()) / expected - 1) < 4 / (2 * len(numbers)) ** 0.5
-    batches = PoissonBatches(participant, replace(fit, steps=400), CPU, NOISE)
+    batches = PoissonBatches(participant, replace(fit, steps=400), DeviceMemory(CPU), NOISE)
     sizes = torch.tensor([len(rows) for rows in batches.indices], dtype=torch.float64)
     q = 16 / n
     assert batches.expected == pytest.approx(16)

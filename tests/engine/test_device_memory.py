@@ -1,0 +1,80 @@
+"""Copies of host tensors on a pretended GPU."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from hetero_fl.engine import device_memory
+from hetero_fl.engine.device_memory import DeviceMemory
+from tests.helpers.pretend_gpu import PretendGPU
+from tests.helpers.small_federations import MIXED, config, rounds_of
+
+
+def test_a_tensor_is_copied_once_until_it_changes() -> None:
+    with PretendGPU() as gpu:
+        memory = DeviceMemory(torch.device("cuda"))
+        rows = torch.arange(3.0)
+        copy = memory.keep(rows)
+        assert copy.is_cuda and memory.keep(rows) is copy and memory.keep(copy) is copy
+        rows.add_(1)
+        assert memory.keep(rows).tolist() == [1.0, 2.0, 3.0]
+        assert memory.stack([rows, rows]).shape == (2, 3)
+        assert [t.kind for t in gpu.transfers].count("to device") == 2
+        memory.clear()
+        assert memory.keep(rows) is not copy
+
+
+def test_copies_go_with_their_originals() -> None:
+    with PretendGPU():
+        memory = DeviceMemory(torch.device("cuda"))
+        rows = torch.arange(3.0)
+        memory.keep(rows)
+        assert memory._copies is not None and len(memory._copies) == 1
+        del rows
+        gc.collect()
+        assert not memory._copies
+
+
+def test_what_does_not_fit_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    with PretendGPU():
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (32, 64))
+        monkeypatch.setattr(device_memory, "SHARE", 0.5)
+        memory = DeviceMemory(torch.device("cuda"))
+        small, other, large = torch.zeros(3), torch.zeros(3), torch.zeros(5)
+        assert memory.keep(large) is large and memory.stack([large, large]).is_cuda
+        kept = memory.keep(small)
+        assert kept.is_cuda
+        memory.keep(other)  # takes the room
+        assert memory.keep(small) is not kept
+
+
+def test_on_a_cpu_nothing_is_copied() -> None:
+    rows = torch.arange(3.0)
+    assert DeviceMemory(torch.device("cpu")).keep(rows) is rows
+
+
+@pytest.mark.parametrize("executor", ["serial", "batched"])
+def test_rows_are_copied_to_the_device_in_the_first_round_only(executor: str) -> None:
+    with PretendGPU() as gpu:
+        source = config("fedavg", MIXED, clients=6)
+        source["runtime"] = {"threads": 1, "device": "cuda", "executor": executor}
+        trainer = rounds_of(source, held=1)
+        trainer.evaluate()
+        rows = sum(
+            columns["x"].nbytes
+            for client in trainer.federation.client_infos
+            for columns in [
+                trainer.federation.data.columns(
+                    client, "train", trainer.federation.client_infos[client].preprocess
+                )
+            ]
+        )
+        models = sum(t.nbytes for m in trainer.server.models.values() for t in m.values())
+        gpu.transfers.clear()
+        trainer.run_round()
+        sent = sum(t.nbytes for t in gpu.transfers if t.kind == "to device")
+        # Each model once, and row numbers.
+        assert sent < models + rows / 10

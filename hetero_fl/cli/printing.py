@@ -22,16 +22,20 @@ from hetero_fl.algorithms.requirements import (
 from hetero_fl.config import Config, dump, expand_population
 from hetero_fl.config.describe import describe_key, describe_values, format_default
 from hetero_fl.core.model_spec import ModelSpec
+from hetero_fl.engine.device_memory import MemoryPlan
 from hetero_fl.experiment import PreparedRun
 from hetero_fl.federation.cost import DryRun, communication_cost
-from hetero_fl.federation.executors.choose import choose_executor
+from hetero_fl.federation.executors.choose import choose_executor, plan_memory
 from hetero_fl.federation.federation import SOME
 from hetero_fl.federation.simulation.schedule import SimulationEnvironment
 from hetero_fl.reporting.formatting import format_bytes
 from hetero_fl.reporting.rendering import render
 from hetero_fl.utils.serialization import num_tensor_bytes
+from hetero_fl.utils.text import pluralize
 
 # `--check`: the resolved configuration, and what a run of it will cost.
+
+TOGETHER = (1, 8, 32)  # numbers of clients for which the memory is shown
 
 UNKNOWN = "unknown"
 
@@ -70,9 +74,8 @@ def print_check(prepared: PreparedRun) -> None:
         table.add_row(f"and {others:,} more", "", "", "", "", "")
     console = Console()
     console.print(table)
+    console.print(_memory_table(prepared))
     at_most = config.evaluation.patience or cost.is_upper_bound
-    # with those that the method adds
-    largest = max(sum(map(_parameters, models)) for models in archs.values()) * 4
     server = DryRun(prepared.method, federation).server
     text = render(
         "expected_cost.txt",
@@ -84,12 +87,39 @@ def print_check(prepared: PreparedRun) -> None:
         down=cost.down.total(),
         evaluation=cost.evaluation.total(),
         server_memory=num_tensor_bytes(list(server.models.values())),
-        client_memory=4 * largest,
         notes=prepared.notes,
         # engines that are to be reached or launched are not tried here
         reasons=choose_executor(config, federation).reasons,
     )
     console.print(text, end="")
+
+
+def _memory_table(prepared: PreparedRun) -> Table:
+    """The memory of local training, by how many clients are computed together.
+
+    Gradients stand with the optimizer; "forward" is what a batch's forward pass keeps for them.
+    """
+    table = Table(
+        "model",
+        "weights",
+        "optimizer",
+        "forward",
+        *(pluralize(n, "client") for n in TOGETHER),
+        title="memory of training clients together, about",
+    )
+    client_infos = prepared.federation.client_infos
+    rows: dict[str, MemoryPlan] = {}
+    for profile in client_infos.profiles:
+        client_info = client_infos[profile.first]
+        names = " + ".join(arch.display_name for arch in client_info.models.values())
+        plan = plan_memory(client_info)
+        if names not in rows or rows[names].total < plan.total:
+            rows[names] = plan
+    for names, plan in islice(rows.items(), SOME):
+        parts = [plan.weights, plan.gradients + plan.optimizer, plan.activations]
+        sums = [n * plan.total for n in TOGETHER]
+        table.add_row(names, *map(format_bytes, [*parts, *sums]))
+    return table
 
 
 def print_draft(config: Config, refused: Mapping[str, str]) -> None:

@@ -1,17 +1,26 @@
-"""Copies of the host's tensors on a device."""
+"""Memory of a device: copies of the host's tensors that stay there, and what training takes."""
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hetero_fl.config.base import OptimizerConfig
+from hetero_fl.core.model_spec import ModelSpec
+from hetero_fl.engine.dropout import DropoutStreams, use_keyed_dropout
 from hetero_fl.utils.caching import BoundedCache
+from model_zoo.shapes import make_shape
 
 SHARE = 0.5  # of the memory that is free when the first tensor is copied
+# Examples of the two forward passes that are compared. BatchNorm has no variance of one example.
+FEWER, MORE = 2, 4
 
 
 class DeviceCopy(NamedTuple):
@@ -68,3 +77,82 @@ class DeviceMemory:
     def _forget(self, key: int) -> None:
         if self._copies is not None:
             self._copies.pop(key, None)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that the local training of one participant takes, about.
+
+    What a step computes with besides (the convolutions' workspace, the batch) is not counted.
+
+    Attributes:
+        weights: Tensors of its models.
+        gradients: One for each parameter.
+        optimizer: Momentum, or both moments of Adam.
+        activations: What the forward pass of a batch keeps for the gradients.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it together."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    @classmethod
+    def estimate(
+        cls, models: Mapping[str, ModelSpec], optimizer: OptimizerConfig, batch_size: int
+    ) -> MemoryPlan:
+        """Plan for a participant that trains all of its models at once.
+
+        Args:
+            models: Its models by slot.
+            optimizer: Settings of the optimizer.
+            batch_size: Examples per step.
+        """
+        size = torch.finfo(torch.get_default_dtype()).bits // 8
+        archs = models.values()
+        values = sum(math.prod(shape) for arch in archs for shape in arch.shapes.values())
+        parameters = sum(
+            math.prod(arch.shapes[name]) for arch in archs for name in arch.parameter_names
+        )
+        states = {"sgd": 1 if optimizer.momentum else 0, "adam": 2, "adamw": 2}[optimizer.name]
+        return cls(
+            weights=values * size,
+            gradients=parameters * size,
+            optimizer=states * parameters * size,
+            activations=sum(map(activation_bytes, archs)) * batch_size,
+        )
+
+
+@cache
+def activation_bytes(arch: ModelSpec) -> int:
+    """Return the bytes that a model's forward pass in training keeps for each example.
+
+    Measured: the memory that two forward passes keep, of which one has more examples.
+    """
+    return (_kept_bytes(arch, MORE) - _kept_bytes(arch, FEWER)) // (MORE - FEWER)
+
+
+def _kept_bytes(arch: ModelSpec, examples: int) -> int:
+    sizes: dict[int, int] = {}
+    kept: list[Tensor] = []  # so that no other tensor gets the same memory
+
+    def count(tensor: Tensor) -> Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        kept.append(tensor)
+        return tensor
+
+    with torch.random.fork_rng(devices=[]):
+        module = arch.build().train()
+        dropout = DropoutStreams(torch.device("cpu"))
+        use_keyed_dropout(module, dropout)
+        dropout.seed([0], examples)
+        _, channels, size, _ = arch.size_arguments
+        x = make_shape(channels, size, arch.vocabulary).blank(examples)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            module(x)
+    return sum(sizes.values())

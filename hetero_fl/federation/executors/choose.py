@@ -14,6 +14,8 @@ import torch
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.config.schema import Config, RuntimeConfig
 from hetero_fl.core.model_spec import ModelSpec
+from hetero_fl.core.participant import ClientInfo
+from hetero_fl.engine.device_memory import SHARE, MemoryPlan
 from hetero_fl.engine.templates import (
     RATE,
     describe_model,
@@ -251,9 +253,14 @@ def choose_executor(
     chunk = runtime.chunk or (MAX_CHUNK if executor == "batched" else 1)
     if executor == "serial":
         chunk = 1
+    room = ""
+    if executor == "batched" and runtime.chunk is None and device.type == "cuda":
+        chunk, room = _chunk_for_device(federation, device)
     together = min(chunk, _largest_group(federation, load.cohort)) if executor == "batched" else 1
     threads, server_threads, size = _choose_threads(runtime, load, together, executor, available)
     reasons = [f"{executor} executor: {why}", size]
+    if room:
+        reasons.append(room)
     workers = 1
     if executor not in IN_PROCESS:
         workers, why = worker_count(executor, runtime.workers, threads, load.cohort, available)
@@ -374,6 +381,25 @@ def _num_worth_vectorizing(federation: FederationSpec, cohort: int, device: torc
     members = max(groups.values(), default=0) * (cohort / population)
     fewest = MIN_VECTORIZED_CLIENTS if device.type == "cpu" else 2
     return int(members) if members >= fewest and 2 * groups.total() > population else 0
+
+
+def plan_memory(client_info: ClientInfo) -> MemoryPlan:
+    """Return what the local training of a client takes in memory, about."""
+    settings = client_info.settings
+    return MemoryPlan.estimate(client_info.models, settings.optimizer, settings.batch_size)
+
+
+def _chunk_for_device(federation: FederationSpec, device: torch.device) -> tuple[int, str]:
+    """Return how many clients are computed together on a device, and why."""
+    client_infos = federation.client_infos
+    largest = max(plan_memory(client_infos[p.first]).total for p in client_infos.profiles)
+    # The rest is for copies of what the host holds.
+    free = (1 - SHARE) * torch.cuda.mem_get_info(device)[0]
+    chunk = min(MAX_CHUNK, max(1, int(free // largest)))
+    return chunk, (
+        f"{chunk} clients at a time: a client takes up to {largest / 1e6:,.0f} MB, "
+        f"and {free / 1e6:,.0f} MB of {device} are for them"
+    )
 
 
 def _largest_group(federation: FederationSpec, cohort: int) -> int:

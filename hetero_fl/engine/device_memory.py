@@ -39,10 +39,13 @@ class DeviceMemory:
 
     Args:
         device: The device. If it is the CPU, nothing is copied.
+        keeps_copies: Whether copies stay. A user's method may change a tensor where no version
+            tells (`.data`, `.numpy()`): what it computes with is copied each time.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, keeps_copies: bool = True) -> None:
         self.device = device
+        self._keeps_copies = keeps_copies
         self._copies: BoundedCache[DeviceCopy] | None = None
 
     def keep(self, tensor: Tensor) -> Tensor:
@@ -51,7 +54,7 @@ class DeviceMemory:
         The latter if it is there already or larger than the room for copies: move what is computed
         with to the device all the same. Copies must not be changed in place.
         """
-        if tensor.device.type == self.device.type:
+        if tensor.device.type == self.device.type or not self._keeps_copies:
             return tensor
         if self._copies is None:
             free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0

@@ -106,8 +106,10 @@ def prediction_key(participant: Participant, step: Step) -> Any:
 class SerialBackend:
     """One step after the other, on one device."""
 
-    def __init__(self, device: torch.device, precision: str = "float32") -> None:
-        self.templates = Templates(device, precision)
+    def __init__(
+        self, device: torch.device, precision: str = "float32", keeps_copies: bool = True
+    ) -> None:
+        self.templates = Templates(device, precision, keeps_copies)
         self._predictions: FIFOCache[Any, CachedOutputs] = FIFOCache(CACHED_PREDICTIONS)
         self._received: FIFOCache[Any, CachedOutputs] = FIFOCache(CACHED_RECEIVED)
 

@@ -163,9 +163,11 @@ class Template:
 class Templates:
     """Templates by (architecture, slot): two slots of one fit need two modules."""
 
-    def __init__(self, device: torch.device, precision: str = "float32") -> None:
+    def __init__(
+        self, device: torch.device, precision: str = "float32", keeps_copies: bool = True
+    ) -> None:
         self.device = device
-        self.memory = DeviceMemory(device)
+        self.memory = DeviceMemory(device, keeps_copies)
         self.precision = precision
         # devices whose generators a fit borrows
         self.forked = [device] if device.type == "cuda" else []

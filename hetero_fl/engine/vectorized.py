@@ -109,9 +109,13 @@ class VectorizedBackend:
     """Performs steps on one device, equal ones together; `say` is told once of each architecture that cannot be batched."""
 
     def __init__(
-        self, device: torch.device, say: Callable[[str], None], precision: str = "float32"
+        self,
+        device: torch.device,
+        say: Callable[[str], None],
+        precision: str = "float32",
+        keeps_copies: bool = True,
     ) -> None:
-        self.serial = SerialBackend(device, precision)
+        self.serial = SerialBackend(device, precision, keeps_copies)
         self.say = say
         self.templates = self.serial.templates
         self._refused: set[Any] = set()
@@ -281,6 +285,7 @@ def make_backend(
     chunk: int = 1,
     precision: str = "float32",
     say: Callable[[str], None] = lambda line: None,
+    keeps_copies: bool = True,
 ) -> Backend:
     """Return a backend for chunks of so many clients.
 
@@ -289,7 +294,8 @@ def make_backend(
         chunk: Clients that are computed together; 1: one step after the other.
         precision: Of training.
         say: Called with a line for each architecture that cannot be vectorized.
+        keeps_copies: Whether copies of tensors stay on the device, see `DeviceMemory`.
     """
     if chunk == 1:
-        return SerialBackend(device, precision)
-    return VectorizedBackend(device, say, precision)
+        return SerialBackend(device, precision, keeps_copies)
+    return VectorizedBackend(device, say, precision, keeps_copies)

@@ -7,6 +7,10 @@ import gc
 import pytest
 import torch
 
+from hetero_fl.algorithms import FedAvg
+from hetero_fl.core.participant import Participant
+from hetero_fl.core.payload import Payload
+from hetero_fl.core.plan import Plan, Predict, Rows
 from hetero_fl.engine import device_memory
 from hetero_fl.engine.device_memory import DeviceMemory
 from tests.helpers.pretend_gpu import PretendGPU
@@ -54,6 +58,23 @@ def test_what_does_not_fit_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) ->
 def test_on_a_cpu_nothing_is_copied() -> None:
     rows = torch.arange(3.0)
     assert DeviceMemory(torch.device("cpu")).keep(rows) is rows
+
+
+class OwnMethod(FedAvg):
+    """A user's method, which changes a tensor where no version tells between two predictions."""
+
+    def personalize(self, client: Participant, received: Payload) -> Plan[None]:
+        before = yield Predict("model", Rows("test"))
+        client.models["model"]["head.bias"].data.add_(torch.arange(10.0))
+        after = yield Predict("model", Rows("test"))
+        assert torch.allclose(after - before, torch.arange(10.0), atol=1e-4)
+
+
+def test_a_users_method_may_change_tensors_in_place() -> None:
+    with PretendGPU():
+        source = config(f"python:{__name__}:OwnMethod", "mlp", clients=2)
+        source["runtime"] = {"threads": 1, "device": "cuda", "executor": "serial"}
+        rounds_of(source, held=1).evaluate()
 
 
 @pytest.mark.parametrize("executor", ["serial", "batched"])

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hetero_fl.algorithms import Algorithm
+from hetero_fl.algorithms.base import is_user_method
 from hetero_fl.config.schema import Config, RuntimeConfig
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import ClientInfo
@@ -429,7 +430,13 @@ def make_executor(
     """
     torch.set_num_threads(choice.server_threads)
     store = store or StateStore()
-    backend = make_backend(torch.device(choice.device), choice.chunk, choice.precision, say)
+    backend = make_backend(
+        torch.device(choice.device),
+        choice.chunk,
+        choice.precision,
+        say,
+        keeps_copies=not is_user_method(algorithm),
+    )
     if choice.executor in IN_PROCESS:
         protocol = make_protocol(algorithm, federation)
         runtime = ClientRuntime(algorithm, federation, store, backend, protocol, local=True)

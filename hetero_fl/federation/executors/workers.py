@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 import torch
 
 from hetero_fl.algorithms import Algorithm
+from hetero_fl.algorithms.base import is_user_method
 from hetero_fl.communication.protocol import Content, Message, Reply
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import PayloadError
@@ -131,7 +132,12 @@ class Worker:
     def runtime(self) -> ClientRuntime:
         """The runtime, created with the first job so that its errors are reported with the result."""
         device = torch.device(self.setup.devices[self.index % len(self.setup.devices)])
-        backend = make_backend(device, self.setup.chunk, self.setup.precision)
+        backend = make_backend(
+            device,
+            self.setup.chunk,
+            self.setup.precision,
+            keeps_copies=not is_user_method(self.setup.algorithm),
+        )
         algorithm = self.setup.algorithm
         federation = self.setup.federation
         return ClientRuntime(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import pytest
 import torch
 import yaml
 
+from hetero_fl.communication.protocol import Message
+from hetero_fl.core.payload import Payload, loss_from_report
 from hetero_fl.engine.templates import TaskCosts
 from hetero_fl.experiment import run
 from hetero_fl.federation.executors import processes, workers
@@ -31,7 +34,7 @@ from hetero_fl.federation.executors.workers import (
     WorkerSetup,
 )
 from hetero_fl.utils.errors import RunFailedError
-from tests.helpers.small_federations import config
+from tests.helpers.small_federations import broadcasts, config
 from tests.helpers.workers import (
     METHODS,
     PATIENCE,
@@ -85,6 +88,26 @@ def test_any_number_of_workers_in_any_order_computes_what_one_process_does(
         )
         monkeypatch.setattr(TaskCosts, "cost_of", shuffled)
         assert outcome(rounds_on(setup, crew, most)) == want
+
+
+def test_clients_of_a_chunk_have_requests_of_their_own() -> None:
+    setup = replace(setup_of(config("fedavg", "mlp", clients=3)), chunk=3)
+    bodies = broadcasts(rounds_on(setup, None), setup.federation.client_infos)
+    requests = {
+        client: Message("train", body, step_share=share)
+        for (client, body), share in zip(bodies.items(), (1.0, 0.5, 0.25), strict=True)
+    }
+    losses = []
+    for chunks in ([[*requests]], [[client] for client in requests]):
+        replies = Worker(setup, 0).run_job(WorkerJob(0, "answer", chunks, requests, {})).replies
+        losses.append(
+            {
+                client: loss_from_report(Payload.decode(reply.body).report)
+                for client, reply in replies.items()
+                if isinstance(reply, Message)
+            }
+        )
+    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def killing(crew: Any, monkeypatch: pytest.MonkeyPatch, which: Any) -> list[int]:

@@ -211,6 +211,16 @@ class Algorithm(BaseModel):
         return None if local_tensor_names(self, server.arch[slot]) else slot
 
 
+def runs_user_code(algorithm: Algorithm, client_infos: ClientDirectory) -> bool:
+    """Return whether the method or an objective is defined outside this package.
+
+    Such code may change in place what it is given.
+    """
+    return is_user_method(algorithm) or any(
+        profile.settings.objective is not None for profile in client_infos.profiles
+    )
+
+
 def is_user_method(algorithm: Algorithm) -> bool:
     """Return whether a method is defined outside this package."""
     return not type(algorithm).__module__.startswith("hetero_fl.")

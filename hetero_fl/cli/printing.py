@@ -95,9 +95,9 @@ def print_check(prepared: PreparedRun) -> None:
 
 
 def _memory_table(prepared: PreparedRun) -> Table:
-    """The memory of local training, by how many clients are computed together.
+    """Return a table of the memory of local training by clients computed together.
 
-    Gradients stand with the optimizer; "forward" is what a batch's forward pass keeps for them.
+    The optimizer column includes gradients, "forward" is what a batch's forward pass keeps for them.
     """
     table = Table(
         "model",
@@ -105,7 +105,7 @@ def _memory_table(prepared: PreparedRun) -> Table:
         "optimizer",
         "forward",
         *(pluralize(n, "client") for n in TOGETHER),
-        title="memory of training clients together, about",
+        title="approximate memory by clients trained together",
     )
     client_infos = prepared.federation.client_infos
     rows: dict[str, MemoryPlan] = {}

@@ -139,7 +139,9 @@ def run_federation(
                 # What is drawn at the server must not follow from the seed, which every node is told.
                 noise = SecretNoiseSource(NodeStorage(out / "secrets").secret("noise"))
                 prepared.federation = replace(prepared.federation, noise=noise)
-                backend = make_backend(torch.device(choice.device), 1, choice.precision)
+                backend = make_backend(
+                    torch.device(choice.device), 1, choice.precision, keeps_copies=False
+                )
                 seconds = min(deadline, config.cohort.deadline or deadline)
                 return NodeExecutor(handshake, store, backend, seconds, _min_clients(prepared))
 

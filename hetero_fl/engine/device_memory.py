@@ -1,4 +1,4 @@
-"""Memory of a device: copies of the host's tensors that stay there, and what training takes."""
+"""Memory of a device: copies of the host's tensors, and estimates of what training needs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from hetero_fl.engine.dropout import DropoutStreams, use_keyed_dropout
 from hetero_fl.utils.caching import BoundedCache
 from model_zoo.shapes import make_shape
 
-SHARE = 0.5  # of the memory that is free when the first tensor is copied
+# Of the memory that is free when the first tensor is copied; shared by the processes on a device.
+CACHE_SHARE = 0.5
 # Examples of the two forward passes that are compared. BatchNorm has no variance of one example.
 FEWER, MORE = 2, 4
 
@@ -47,46 +48,69 @@ class DeviceMemory:
         self.device = device
         self._keeps_copies = keeps_copies
         self._copies: BoundedCache[DeviceCopy] | None = None
+        self._gone: list[int] = []  # keys of tensors that no longer exist
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """Return a copy on the device that is kept, or the tensor itself.
+        """Return a copy on the device, detached, that stays there; or the tensor itself.
 
-        The latter if it is there already or larger than the room for copies: move what is computed
-        with to the device all the same. Copies must not be changed in place.
+        Returns the tensor itself if it is on the device already or does not fit. Callers must
+        therefore still move the result to the device, and must not change it in place.
+
+        Args:
+            tensor: Any tensor. If it was changed in place, it is copied again; changes that its
+                version does not count (`.data`, `.numpy()`, fused optimizers) go unnoticed.
         """
         if tensor.device.type == self.device.type or not self._keeps_copies:
             return tensor
+        if tensor.is_inference():  # has no version
+            return tensor
         if self._copies is None:
-            free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
-            self._copies = BoundedCache(max(1, int(SHARE * free)), lambda entry: entry.copy.nbytes)
+            room = int(CACHE_SHARE * free_bytes(self.device))
+            self._copies = BoundedCache(max(1, room), lambda entry: entry.copy.nbytes)
+        while self._gone:
+            self._copies.pop(self._gone.pop(), None)
         if tensor.nbytes > self._copies.maxsize:
             return tensor
         key = id(tensor)
         known = self._copies.get(key)
         if known is None or known.original() is not tensor or known.version != tensor._version:
-            original = weakref.ref(tensor, lambda _: self._forget(key))
-            known = DeviceCopy(tensor.to(self.device), original, tensor._version)
-            self._copies[key] = known
+            # Removed later: the callback may come while the cache is being changed.
+            original = weakref.ref(tensor, lambda _: self._gone.append(key))
+            copy = tensor.detach().to(self.device)
+            known = self._copies[key] = DeviceCopy(copy, original, tensor._version)
         return known.copy
 
     def stack(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return the tensors stacked on the device; one that occurs several times is copied once."""
         return torch.stack([self.keep(t).detach().to(self.device) for t in tensors])
 
-    def clear(self) -> None:
-        """Free the memory."""
-        self._copies = None
+    @property
+    def has_copies(self) -> bool:
+        """Whether copies take memory that training could use."""
+        return bool(self._copies)
 
-    def _forget(self, key: int) -> None:
-        if self._copies is not None:
-            self._copies.pop(key, None)
+    def give_up(self) -> None:
+        """Free the memory, and keep no more copies: training needs all of it."""
+        self._keeps_copies = False
+        self._copies = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes of a GPU that this process can still use; 0 for other devices."""
+    if device.type != "cuda":
+        return 0
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes that the local training of one participant takes, about.
 
-    What a step computes with besides (the convolutions' workspace, the batch) is not counted.
+    The workspace of convolutions, the batch and the gradients of single examples, which private
+    records need, are not counted.
 
     Attributes:
         weights: Tensors of its models.
@@ -109,7 +133,7 @@ class MemoryPlan:
     def estimate(
         cls, models: Mapping[str, ModelSpec], optimizer: OptimizerConfig, batch_size: int
     ) -> MemoryPlan:
-        """Plan for a participant that trains all of its models at once.
+        """Estimate it for a participant that trains all of its models at once.
 
         Args:
             models: Its models by slot.

@@ -12,7 +12,7 @@ from cachetools import FIFOCache
 from torch import Tensor
 
 from hetero_fl.core.participant import Participant
-from hetero_fl.core.plan import ClassSums, Fit, Predict, Rows, Step, TensorRows
+from hetero_fl.core.plan import ClassSums, Fit, FitReport, Predict, Rows, Step, TensorRows
 from hetero_fl.data.federated_data import PUBLIC
 from hetero_fl.engine.driver import DivergedError, Work
 from hetero_fl.engine.templates import OutputStep, Templates, step_model_spec, step_tensors
@@ -125,7 +125,7 @@ class SerialBackend:
             participant, step = work[begin]
             if isinstance(step, Fit):
                 try:
-                    results.append(run_fit(participant, step, self.templates))
+                    results.append(self._fit(participant, step))
                 except DivergedError as failure:
                     results.append(failure)
             elif (key := prediction_key(participant, step)) is not None:
@@ -136,6 +136,19 @@ class SerialBackend:
                     end += 1
                 results += self._output_results(work[begin:end])
         return results
+
+    def _fit(self, participant: Participant, fit: Fit) -> FitReport:
+        """Train; where copies of other tensors leave too little memory, again without them."""
+        uses = dict(participant.stream_uses)
+        try:
+            return run_fit(participant, fit, self.templates)
+        except torch.OutOfMemoryError:
+            if not self.templates.memory.has_copies:
+                raise
+        self.templates.memory.give_up()
+        participant.stream_uses.clear()
+        participant.stream_uses.update(uses)
+        return run_fit(participant, fit, self.templates)
 
     def predict_public(self, key: Any, participant: Participant, step: Predict) -> Tensor:
         """Return a prediction on public rows; several participants may get the same tensor.

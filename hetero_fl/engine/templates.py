@@ -128,8 +128,8 @@ class Template:
                 continue
             if name in self._handed_over:
                 mine.data = torch.empty_like(mine)
+                self._handed_over.discard(name)
             mine.copy_(self.memory.keep(tensors[name]))
-        self._handed_over.clear()
         return self.module
 
     def set_mode(self, training: bool) -> None:

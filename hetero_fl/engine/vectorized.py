@@ -171,7 +171,8 @@ class VectorizedBackend:
         family = _vmap_support_key(participant, step)
         if len(work) == 1 or family in self._refused:
             return self.serial.run(work)
-        most = self._most_together.get(family, len(work))
+        size = (family, getattr(step, "batch_size", 0))
+        most = self._most_together.get(size, len(work))
         if len(work) > most:
             return [result for piece in _cut(work, most) for result in self._run_vectorized(piece)]
         uses = [dict(p.stream_uses) for p, _ in work]
@@ -183,8 +184,8 @@ class VectorizedBackend:
                     return fit_stacked(work, self.templates)  # type: ignore[arg-type]  # all are fits
                 return run_stacked_outputs(work, self.templates)  # type: ignore[arg-type]
         except torch.OutOfMemoryError:
-            self.templates.memory.clear()
-            half = self._most_together[family] = -(-len(work) // 2)
+            self.templates.memory.give_up()
+            half = self._most_together[size] = -(-len(work) // 2)
             self._say_once(
                 f"{_names(participant, step)}: {len(work)} participants together do not fit into "
                 f"the memory of {self.templates.device}; at most {half} from here on"
@@ -285,7 +286,7 @@ def make_backend(
     chunk: int = 1,
     precision: str = "float32",
     say: Callable[[str], None] = lambda line: None,
-    keeps_copies: bool = True,
+    keeps_copies: bool = False,
 ) -> Backend:
     """Return a backend for chunks of so many clients.
 

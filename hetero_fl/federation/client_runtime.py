@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.algorithms.base import Items, inference_model, is_user_method, kept_state
+from hetero_fl.algorithms.base import Items, inference_model, kept_state, runs_user_code
 from hetero_fl.algorithms.local_training import add_log_prior
 from hetero_fl.communication.protocol import (
     Content,
@@ -203,14 +203,12 @@ class ClientRuntime:
         self.backend = backend
         self.protocol = protocol
         self.links = FederationLinks(algorithm, federation)
+        shares_nothing = runs_user_code(algorithm, federation.client_infos)
         self.broadcast_cache = BroadcastCache(
-            self._decode_broadcast, 0 if is_user_method(algorithm) else MAX_BROADCASTS
+            self._decode_broadcast, 0 if shares_nothing else MAX_BROADCASTS
         )
         self.hands_over = (
-            local
-            and protocol.takes_payload
-            and self.links.up is None
-            and not is_user_method(algorithm)
+            local and protocol.takes_payload and self.links.up is None and not shares_nothing
         )
         self.privacy = ClientPrivacy.from_federation(algorithm, federation)
         self.listener: Callable[[str], None] | None = None

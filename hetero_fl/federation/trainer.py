@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.algorithms.base import call_broadcast, is_user_method
+from hetero_fl.algorithms.base import call_broadcast, is_user_method, runs_user_code
 from hetero_fl.communication.protocol import Content, Message, Traffic, content_size
 from hetero_fl.config.simulation import CohortConfig
 from hetero_fl.core.metrics import Scores, score, summarize_clients
@@ -122,7 +122,7 @@ class FederatedTrainer(ABC):
             executor.takes_payload
             and self.protocol.takes_payload
             and not self.keeps_requests
-            and not is_user_method(algorithm)
+            and not runs_user_code(algorithm, federation.client_infos)
         )
         self.broadcasts = make_broadcasts(self.links, self.store.stamp, self.hands_over)
         self.expectations = ExpectedUploads(algorithm, federation)

@@ -10,9 +10,10 @@ import torch
 from hetero_fl.algorithms import FedAvg
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Payload
-from hetero_fl.core.plan import Plan, Predict, Rows
-from hetero_fl.engine import device_memory
+from hetero_fl.core.plan import Fit, FitReport, Plan, Predict, Rows
+from hetero_fl.engine import device_memory, serial
 from hetero_fl.engine.device_memory import DeviceMemory
+from hetero_fl.engine.templates import Templates
 from tests.helpers.pretend_gpu import PretendGPU
 from tests.helpers.small_federations import MIXED, config, rounds_of
 
@@ -27,8 +28,8 @@ def test_a_tensor_is_copied_once_until_it_changes() -> None:
         assert memory.keep(rows).tolist() == [1.0, 2.0, 3.0]
         assert memory.stack([rows, rows]).shape == (2, 3)
         assert [t.kind for t in gpu.transfers].count("to device") == 2
-        memory.clear()
-        assert memory.keep(rows) is not copy
+        memory.give_up()
+        assert memory.keep(rows) is rows and not memory.has_copies
 
 
 def test_copies_go_with_their_originals() -> None:
@@ -39,13 +40,15 @@ def test_copies_go_with_their_originals() -> None:
         assert memory._copies is not None and len(memory._copies) == 1
         del rows
         gc.collect()
-        assert not memory._copies
+        other = torch.arange(2.0)
+        memory.keep(other)
+        assert len(memory._copies) == 1
 
 
 def test_what_does_not_fit_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     with PretendGPU():
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (32, 64))
-        monkeypatch.setattr(device_memory, "SHARE", 0.5)
+        monkeypatch.setattr(device_memory, "CACHE_SHARE", 0.5)
         memory = DeviceMemory(torch.device("cuda"))
         small, other, large = torch.zeros(3), torch.zeros(3), torch.zeros(5)
         assert memory.keep(large) is large and memory.stack([large, large]).is_cuda
@@ -58,6 +61,28 @@ def test_what_does_not_fit_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) ->
 def test_on_a_cpu_nothing_is_copied() -> None:
     rows = torch.arange(3.0)
     assert DeviceMemory(torch.device("cpu")).keep(rows) is rows
+
+
+def test_training_takes_the_memory_of_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_fit, rows = serial.run_fit, torch.zeros(5)
+    failures: list[str] = []
+
+    def limited(participant: Participant, fit: Fit, templates: Templates) -> FitReport:
+        if not failures:
+            failures.append(participant.participant_id)
+            templates.memory.keep(rows)
+            participant.stream(fit.label)  # the fit had begun
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        assert not templates.memory.has_copies
+        return run_fit(participant, fit, templates)
+
+    with PretendGPU():
+        source = config("fedavg", "mlp", clients=3)
+        source["runtime"] = {"threads": 1, "device": "cuda", "executor": "serial"}
+        wanted = rounds_of(source, held=0).run_round()["train_loss"]
+        monkeypatch.setattr(serial, "run_fit", limited)
+        assert rounds_of(source, held=0).run_round()["train_loss"] == wanted
+    assert failures == ["site_1"]
 
 
 class OwnMethod(FedAvg):

@@ -14,6 +14,7 @@ from hetero_fl.experiment import prepare, run
 from hetero_fl.federation.cost import (
     communication_cost,
 )
+from hetero_fl.federation.executors.choose import plan_memory
 from hetero_fl.reporting.formatting import format_bytes
 from model_zoo import create_model
 from tests.federation.test_asynchronous import SUMS
@@ -204,14 +205,16 @@ def test_check_of_an_asynchronous_run_says_what_it_leaves_out(
 def test_the_check_counts_the_models_that_a_method_adds(
     mentee: str, tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At the server what is averaged, at a client its own model and the shared one, for each also gradient and moments."""
+    """At the server what is averaged, at a client its own model and the shared one."""
     path = tmp_path / "a.yaml"
     path.write_text(yaml.safe_dump(config("fml", algorithm={"name": "fml", "mentee": mentee})))
     assert main(["--config", str(path), "--check"], command="train") == 0
-    (told,) = re.findall(
-        r"about: (\S+) kB at the server, (\S+) kB", " ".join(capsys.readouterr().out.split())
-    )
+    printed = " ".join(capsys.readouterr().out.split())
+    (at_server,) = re.findall(r"memory for models at the server, about: (\S+) kB", printed)
     models = [create_model(name, 10, 1, 8) for name in ("cnn_bn_small", mentee)]
     trained = sum(p.numel() for model in models for p in model.parameters())
     held = sum(t.numel() for model in models for t in model.state_dict().values())
-    assert [float(t) for t in told] == pytest.approx([4e-3 * held, 16e-3 * trained], rel=0.02)
+    assert float(at_server) == pytest.approx(4e-3 * held, rel=0.02)
+    plan = plan_memory(prepare(path).federation.client_infos["site_1"])
+    assert (plan.weights, plan.gradients) == (4 * held, 4 * trained)
+    assert format_bytes(plan.weights) in printed and format_bytes(8 * plan.total) in printed

@@ -100,6 +100,8 @@ class PretendGPU:
             "manual_seed": lambda seed: None,
             "synchronize": lambda device=None: None,
             "empty_cache": lambda: None,
+            "memory_reserved": lambda device=None: 0,
+            "memory_allocated": lambda device=None: 0,
             "mem_get_info": lambda device=None: (2**33, 2**34),
             "is_current_stream_capturing": lambda: False,
             "device": lambda device: nullcontext(),

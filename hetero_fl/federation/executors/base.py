@@ -133,12 +133,14 @@ class InProcessExecutor:
     def run(
         self, clients: Sequence[str], request: Callable[[str], Message]
     ) -> Iterator[tuple[str, Reply]]:
-        if self.chunk == 1:
-            for client_id in clients:
-                yield from drain(self.runtime.run({client_id: request(client_id)}))
-        else:
-            yield from in_order(clients, self._run_chunks(clients, request))
-        self.runtime.broadcast_cache.clear()  # before the server aggregates
+        try:
+            if self.chunk == 1:
+                for client_id in clients:
+                    yield from drain(self.runtime.run({client_id: request(client_id)}))
+            else:
+                yield from in_order(clients, self._run_chunks(clients, request))
+        finally:
+            self.runtime.broadcast_cache.clear()  # before the server aggregates
 
     def _run_chunks(
         self, clients: Sequence[str], request: Callable[[str], Message]
@@ -158,7 +160,10 @@ class InProcessExecutor:
             self.runtime.evaluate({c: broadcast(c) for c in chunk}, round_idx, details).items()
             for chunk in chunks
         )
-        return in_order(clients, (pair for chunk in evaluations for pair in chunk))
+        try:
+            yield from in_order(clients, (pair for chunk in evaluations for pair in chunk))
+        finally:
+            self.runtime.broadcast_cache.clear()
 
     def set_listener(self, listener: Callable[[str], None] | None) -> None:
         self.runtime.listener = listener

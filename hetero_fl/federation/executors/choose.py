@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.algorithms.base import is_user_method
+from hetero_fl.algorithms.base import runs_user_code
 from hetero_fl.config.schema import Config, RuntimeConfig
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import ClientInfo
-from hetero_fl.engine.device_memory import SHARE, MemoryPlan
+from hetero_fl.engine.device_memory import CACHE_SHARE, MemoryPlan, free_bytes
 from hetero_fl.engine.templates import (
     RATE,
     describe_model,
@@ -385,7 +385,7 @@ def _num_worth_vectorizing(federation: FederationSpec, cohort: int, device: torc
 
 
 def plan_memory(client_info: ClientInfo) -> MemoryPlan:
-    """Return what the local training of a client takes in memory, about."""
+    """Estimate the memory of a client's local training."""
     settings = client_info.settings
     return MemoryPlan.estimate(client_info.models, settings.optimizer, settings.batch_size)
 
@@ -395,10 +395,10 @@ def _chunk_for_device(federation: FederationSpec, device: torch.device) -> tuple
     client_infos = federation.client_infos
     largest = max(plan_memory(client_infos[p.first]).total for p in client_infos.profiles)
     # The rest is for copies of what the host holds.
-    free = (1 - SHARE) * torch.cuda.mem_get_info(device)[0]
+    free = (1 - CACHE_SHARE) * free_bytes(device)
     chunk = min(MAX_CHUNK, max(1, int(free // largest)))
     return chunk, (
-        f"{chunk} clients at a time: a client takes up to {largest / 1e6:,.0f} MB, "
+        f"{pluralize(chunk, 'client')} at a time: a client takes up to {largest / 1e6:,.0f} MB, "
         f"and {free / 1e6:,.0f} MB of {device} are for them"
     )
 
@@ -435,7 +435,7 @@ def make_executor(
         choice.chunk,
         choice.precision,
         say,
-        keeps_copies=not is_user_method(algorithm),
+        keeps_copies=not runs_user_code(algorithm, federation.client_infos),
     )
     if choice.executor in IN_PROCESS:
         protocol = make_protocol(algorithm, federation)

@@ -16,7 +16,6 @@ from typing import Literal, Protocol
 import torch
 
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.algorithms.base import is_user_method
 from hetero_fl.communication.protocol import Content, Message, Reply
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import PayloadError
@@ -136,7 +135,8 @@ class Worker:
             device,
             self.setup.chunk,
             self.setup.precision,
-            keeps_copies=not is_user_method(self.setup.algorithm),
+            # Workers may share a device, of which each would take its share of copies.
+            keeps_copies=False,
         )
         algorithm = self.setup.algorithm
         federation = self.setup.federation

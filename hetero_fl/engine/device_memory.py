@@ -18,7 +18,7 @@ from hetero_fl.engine.dropout import DropoutStreams, use_keyed_dropout
 from hetero_fl.utils.caching import BoundedCache
 from model_zoo.shapes import make_shape
 
-# Of the memory that is free when the first tensor is copied; shared by the processes on a device.
+# Of the memory that is free when the first tensor is copied.
 CACHE_SHARE = 0.5
 # Examples of the two forward passes that are compared. BatchNorm has no variance of one example.
 FEWER, MORE = 2, 4

@@ -184,12 +184,14 @@ class VectorizedBackend:
                     return fit_stacked(work, self.templates)  # type: ignore[arg-type]  # all are fits
                 return run_stacked_outputs(work, self.templates)  # type: ignore[arg-type]
         except torch.OutOfMemoryError:
-            self.templates.memory.give_up()
-            half = self._most_together[size] = -(-len(work) // 2)
-            self._say_once(
-                f"{_names(participant, step)}: {len(work)} participants together do not fit into "
-                f"the memory of {self.templates.device}; at most {half} from here on"
-            )
+            if self.templates.memory.has_copies:
+                self.templates.memory.give_up()
+            else:
+                half = self._most_together[size] = -(-len(work) // 2)
+                self._say_once(
+                    f"{_names(participant, step)}: {len(work)} participants together do not fit "
+                    f"into the memory of {self.templates.device}; at most {half} from here on"
+                )
         except (RuntimeError, UserWarning) as refusal:
             self._refused.add(family)
             reason = str(refusal).strip().split("\n")[0].split(". ")[0]

@@ -11,6 +11,7 @@ import pytest
 from hetero_fl.aggregation import Uploads
 from hetero_fl.algorithms import FedAvg
 from hetero_fl.communication.protocol import Message
+from hetero_fl.core.objectives import Supervised
 from hetero_fl.core.payload import Payload
 from hetero_fl.federation.executors.base import InProcessExecutor
 from hetero_fl.federation.upload_collector import UploadCollector
@@ -118,14 +119,22 @@ class OwnMethod(FedAvg):
     """FedAvg, as a user's own."""
 
 
+class OwnObjective(Supervised):
+    """The supervised loss, as a user's own."""
+
+
 def test_messages_are_bytes_where_something_needs_them() -> None:
     own = config(f"python:{__name__}:OwnMethod", "mlp", 2)
+    objective = config(
+        "fedavg", "mlp", 2, clients__defaults__objective=f"python:{__name__}:OwnObjective"
+    )
     compressed = config("fedavg", "mlp", 2, channel={"compress": ["half"]})
     compressed_down = config("fedavg", "mlp", 2, channel={"compress_down": ["half"]})
     summed = config("fedavg", "mlp", 3, channel={"secure_sum": {"threshold": 2}})
     for source, down, up in (
         (config("fedavg", "mlp", 2), Payload, Payload),
         (own, bytes, bytes),
+        (objective, bytes, bytes),
         (compressed, Payload, bytes),
         (compressed_down, bytes, Payload),
         (summed, bytes, bytes),

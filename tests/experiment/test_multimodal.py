@@ -25,7 +25,7 @@ from hetero_fl.federation.client_runtime import ClientRuntime
 from hetero_fl.federation.executors.base import InProcessExecutor
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.synchronous import SynchronousTrainer
-from hetero_fl.federation.trainer import add_evaluation
+from hetero_fl.federation.trainer import FederatedTrainer, add_evaluation
 from hetero_fl.utils.errors import UserError
 from tests.federation.test_synchronous import METHODS
 from tests.helpers.small_federations import deployed, same_bits
@@ -91,7 +91,8 @@ def tapped() -> Iterator[set[bytes]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Payload, "encode", tap)
         encoded = property(lambda self: False, lambda self, value: None)
-        patch.setattr(ClientRuntime, "hands_over", encoded, raising=False)
+        for kind in (ClientRuntime, FederatedTrainer):
+            patch.setattr(kind, "hands_over", encoded, raising=False)
         yield taken
 
 

@@ -14,18 +14,23 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-GROUPS = ("speed", "scale", "science", "robustness")
+GROUPS = ("", "speed", "scale", "science", "robustness")  # "": the modules of the folder itself
 
 
 def find_benchmarks() -> dict[str, Path]:
     """Return the file of each benchmark by its name: the modules of the groups that define `main`."""
     found = {}
     for group in GROUPS:
-        for path in sorted((FOLDER / group).glob("*.py")):
+        for path in sorted((FOLDER / group).glob("[!_]*.py")):
             body = ast.parse(path.read_text(encoding="utf-8")).body
             if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in body):
                 found[path.stem] = path
     return found
+
+
+def module_name(path: Path) -> str:
+    """Return the name by which a benchmark is imported."""
+    return ".".join(path.relative_to(FOLDER.parent).with_suffix("").parts)
 
 
 def summary(path: Path) -> str:
@@ -40,16 +45,17 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print((__doc__ or "").strip())
         for group in GROUPS:
-            print(f"\n{group}: {summary(FOLDER / group / '__init__.py')}")
+            title = summary(FOLDER / group / "__init__.py")
+            print(f"\n{group}: {title}" if group else f"\n{title}")
             for name, path in benchmarks.items():
-                if path.parent.name == group:
+                if path.parent == FOLDER / group:
                     print(f"  {name:20} {summary(path)}")
         return
     name = sys.argv[1]
     if name not in benchmarks:
         sys.exit(f"no benchmark {name!r}; choose from {', '.join(sorted(benchmarks))}")
     sys.argv = [f"python -m benchmarks {name}", *sys.argv[2:]]
-    importlib.import_module(f"benchmarks.{benchmarks[name].parent.name}.{name}").main()
+    importlib.import_module(module_name(benchmarks[name])).main()
 
 
 if __name__ == "__main__":

@@ -140,10 +140,9 @@ class RoundsProcess:
 
     def close(self) -> None:
         """End the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
         self.process.kill()
-        self.process.wait()
+        with self.process:  # closes the pipes and waits
+            pass
 
 
 class CommandLine:

@@ -1,6 +1,6 @@
 """FedAvg by hand on pfl-research's benchmark: a loop without a framework, for `pfl_research`.
 
-    python -m benchmarks.speed.bare_loop IMAGES.npz ROWS CLIENTS
+    python -m benchmarks.speed.bare_loop IMAGES.npz ROWS CLIENTS [DEVICE]
 
 For each line on standard input a round is trained, and one line of JSON with its `seconds` printed.
 """
@@ -60,8 +60,8 @@ class BareLoop:
     """FedAvg without a framework: nothing is encoded, checked, recorded or saved.
 
     Args:
-        images: Shape `[rows, channels, height, width]`, normalized.
-        labels: Shape `[rows]`.
+        images: Shape `[rows, channels, height, width]`, normalized, on the device that computes.
+        labels: Shape `[rows]`, on the same device.
         per_round: Clients per round.
     """
 
@@ -70,7 +70,7 @@ class BareLoop:
         self.labels = labels.split(ROWS)
         self.per_round = per_round
         side = (images.shape[2], images.shape[3])
-        self.module = SimpleCNN(10, images.shape[1], side).train()
+        self.module = SimpleCNN(10, images.shape[1], side).to(images.device).train()
         self.weights = {n: t.clone() for n, t in self.module.state_dict().items()}
 
     def run_round(self) -> None:
@@ -80,7 +80,7 @@ class BareLoop:
             x, y = self.images[client], self.labels[client]
             self.module.load_state_dict(self.weights)
             optimizer = torch.optim.SGD(self.module.parameters(), LR, fused=True)
-            for batch in torch.randperm(len(x)).split(BATCH):
+            for batch in torch.randperm(len(x), device=x.device).split(BATCH):
                 optimizer.zero_grad()
                 logits = self.module.head(self.module.backbone(x[batch]))
                 F.cross_entropy(logits, y[batch]).backward()
@@ -91,7 +91,7 @@ class BareLoop:
         self.weights = mean
 
 
-def serve(path: Path, rows: int, per_round: int) -> None:
+def serve(path: Path, rows: int, per_round: int, device: str = "cpu") -> None:
     """Train a round for each line on standard input."""
     torch.manual_seed(0)
     with np.load(path) as arrays:
@@ -99,12 +99,15 @@ def serve(path: Path, rows: int, per_round: int) -> None:
         labels = torch.from_numpy(arrays["train_labels"][:rows].astype(np.int64))
     images = images.permute(0, 3, 1, 2).float()
     images = (images - images.mean((0, 2, 3), True)) / images.std((0, 2, 3), keepdim=True)
-    loop = BareLoop(images.contiguous(), labels.flatten(), per_round)
+    images, labels = images.contiguous().to(device), labels.flatten().to(device)
+    loop = BareLoop(images, labels, per_round)
     for _ in sys.stdin:
         started = time.perf_counter()
         loop.run_round()
+        if images.is_cuda:
+            torch.cuda.synchronize()
         print(json.dumps({"seconds": time.perf_counter() - started}), flush=True)
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    serve(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.__main__ import FOLDER, GROUPS, find_benchmarks, main, summary
+from benchmarks.__main__ import FOLDER, GROUPS, find_benchmarks, main, module_name, summary
 
 
 def test_command_lists_each_benchmark_with_its_summary(
@@ -29,7 +29,7 @@ def test_command_lists_each_benchmark_with_its_summary(
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Flower's libraries
 def test_each_benchmark_can_be_imported() -> None:
     for path in find_benchmarks().values():
-        importlib.import_module(f"benchmarks.{path.parent.name}.{path.stem}")
+        importlib.import_module(module_name(path))
 
 
 def test_command_refuses_an_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:

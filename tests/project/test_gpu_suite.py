@@ -1,0 +1,94 @@
+"""The GPU suite works in its dry form, goes on where it stopped, and survives a part that fails."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_suite
+from benchmarks.gpu_suite import PARTS, Outcome, Setting, format_part, main, run_parts
+
+DRY = Setting(is_dry=True, pairs=1)
+
+
+def test_part_is_measured_once_and_listed(tmp_path: Path) -> None:
+    assert run_parts(["vectorized_mlp"], DRY, tmp_path, minutes=9) == {}
+
+    file = tmp_path / "vectorized_mlp.json"
+    part = json.loads(file.read_text("utf-8"))
+    assert set(part["seconds"]) == {"serial", "vectorized"}
+    assert format_part("vectorized_mlp", part) in (tmp_path / "table.md").read_text("utf-8")
+
+    file.write_text("measured before", encoding="utf-8")
+    assert run_parts(["vectorized_mlp"], DRY, tmp_path, minutes=9) == {}
+    assert file.read_text("utf-8") == "measured before"
+
+
+def test_failing_part_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(setting: Setting) -> Outcome:
+        raise ValueError("on purpose")
+
+    monkeypatch.setitem(PARTS, "pfl_research", (fail, 1))
+    monkeypatch.setitem(PARTS, "htfllib", (lambda setting: Outcome("fine"), 1))
+
+    missing = run_parts(["pfl_research", "htfllib"], DRY, tmp_path, minutes=9)
+
+    assert missing == {"pfl_research": "failed: on purpose"}
+    assert [file.name for file in tmp_path.glob("*.json")] == ["htfllib.json"]
+
+
+def test_part_that_may_not_end_in_time_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter([0.0, 0.0, 0.0, 400.0, 400.0, 400.0])
+    monkeypatch.setattr(gpu_suite.time, "monotonic", lambda: next(times))
+    for name in ("pfl_research", "htfllib"):
+        monkeypatch.setitem(PARTS, name, (lambda setting: Outcome("fine"), 4))
+
+    missing = run_parts(["pfl_research", "htfllib"], Setting(False), tmp_path, minutes=9)
+
+    assert missing == {"htfllib": "takes 4 minutes, 2.3 were left"}
+
+
+def test_table_shows_ratios_of_turns_and_failed_tests() -> None:
+    measured = Outcome(
+        "rounds",
+        seconds={"serial": [1.0, 2.0, 4.0], "vectorized": [0.5, 0.2, 1.0]},
+        targets=[("vectorized", "serial", 0.2)],
+        details={"vectorized": {"kernels": 12}},
+    )
+    tested = Outcome("tests", tests={"passed": 3, "failed": 1, "failures": ["test_it[a]"]})
+    machine = {"machine": {"device": "a GPU"}}
+
+    table = format_part("one", {**vars(measured), **machine})
+    tests = format_part("two", {**vars(tested), **machine})
+
+    row = next(line for line in table.splitlines() if line.startswith("| vectorized"))
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == [
+        "0.5000 (0.2000 to 1.0000)",
+        "0.25 (0.10 to 0.50)",
+        "0.2 / serial",
+        "12",
+    ]
+    assert "3 passed, 1 failed\n- failed: test_it[a]" in tests
+
+
+@pytest.mark.slow
+def test_every_part_works_in_its_dry_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_suite", "--dry", "--out", str(tmp_path)])
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+
+    assert ended.value.code == 0, capsys.readouterr().out
+    for name in PARTS:
+        part = json.loads((tmp_path / f"{name}.json").read_text("utf-8"))
+        assert part["seconds"] or part["tests"]["failures"] == []
+        assert name in (tmp_path / "table.md").read_text("utf-8")

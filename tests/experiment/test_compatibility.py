@@ -159,3 +159,21 @@ def test_weights_need_classes_that_exclude_one_another() -> None:
     ):
         prepare(source, dataset=make_table(kind="regression"))
     prepare(config(clients__defaults__class_weights="balanced"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"algorithm": {"nmae": "fedavg"}},
+            r"algorithm\.nmae: unknown key; did you mean 'name'\?",
+        ),
+        (
+            {"data": {"name": "digits", "train_limit": 60, "proxy": {"size": 60}}},
+            r"data\.proxy\.size: found 60, but data\.train_limit leaves 60 rows",
+        ),
+    ],
+)
+def test_misspelled_method_and_too_large_proxy_set(changes: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        prepare({**config(), **changes})

@@ -21,6 +21,7 @@ from hetero_fl.algorithms import local_fit
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import Fit
 from hetero_fl.data import make_images
+from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.serial import SerialBackend
 from hetero_fl.engine.vectorized import VectorizedBackend
 from hetero_fl.experiment import prepare
@@ -61,7 +62,11 @@ def pairs(
     work: list[tuple[Participant, Fit]], count: int, device: torch.device
 ) -> list[tuple[float, float]]:
     """Seconds of serial and batched runs, in turn; the first pair is not counted."""
-    serial, batched, seconds = SerialBackend(device), VectorizedBackend(device, print), []
+    serial, batched, seconds = (
+        SerialBackend(DeviceMemory(device)),
+        VectorizedBackend(DeviceMemory(device), print),
+        [],
+    )
     for i in range(count + 1):
         begun = time.perf_counter()
         serial.run(work)

@@ -21,6 +21,7 @@ from hetero_fl.algorithms import local_fit
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import Fit
 from hetero_fl.data import make_images
+from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.serial import SerialBackend
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.state_store import PrivateState
@@ -86,7 +87,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     for name, (model, optimizer, batch, target) in CASES.items():
         client, fit = participant(model, optimizer, batch, options.rows)
-        serial = SerialBackend(torch.device("cpu"))
+        serial = SerialBackend(DeviceMemory(torch.device("cpu")))
         columns = client.data("train", None)
         module = client.arch["model"].build()
         start = {n: t.clone() for n, t in client.models["model"].items()}

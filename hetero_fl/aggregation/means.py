@@ -88,7 +88,7 @@ class ItemSum:
         if self._sums is None and not ready and not isinstance(item.weight, Tensor):
             self._mean = self._mean or RunningMean()
             return self._mean.add(item.values, item.weight)
-        weight = torch.as_tensor(item.weight, dtype=item.values.dtype)
+        weight = torch.as_tensor(item.weight, dtype=item.values.dtype, device=item.values.device)
         term = item.values if ready else item.values * weight
         if self._sums is None and self._mean is not None:
             self._sums = self.total  # weights of both kinds under one name
@@ -119,7 +119,7 @@ class ItemSum:
         if self._sums is not None:
             return self._sums
         assert self._mean is not None and self._mean.value is not None
-        weight = torch.tensor(self._mean.weight, dtype=self._mean.value.dtype)
+        weight = self._mean.value.new_tensor(self._mean.weight)
         return self._mean.value * weight, weight
 
 

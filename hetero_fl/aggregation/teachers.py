@@ -42,7 +42,8 @@ def proxy_predictions(
     release its label counts (None) speaks as if its n rows were spread evenly over the classes.
     """
     if kind == "contrast" and task.kind == "multiclass":
-        counts = torch.full((task.outputs,), n / task.outputs) if counts is None else counts
+        if counts is None:
+            counts = logits.new_full((task.outputs,), n / task.outputs)
         return Item(F.log_softmax(logits, -1).clamp(min=CLIP), contrast_weights(counts), "rows")
     if kind == "entropy" and task.kind != "regression":
         return Item(logits, certainty_weights(task, logits), "rows")

@@ -356,6 +356,7 @@ class FedGen(CommonHead, FedAvg):
 
     def sample_inputs(self, labels: Tensor) -> Callable[[torch.Generator, int], Columns]:
         """Return a sampler of classes with these frequencies `[C]`, one-hot next to noise."""
+        labels = labels.cpu()  # as the generators that draw
         one_hot = torch.eye(len(labels))
 
         def draw(generator: torch.Generator, size: int) -> Columns:
@@ -371,7 +372,10 @@ class FedGen(CommonHead, FedAvg):
         if not teachers:
             return
         classes = server.task.outputs
-        evenly = [torch.full((classes,), u.client_info.num_rows / classes) for u in teachers]
+        evenly = [
+            u.payload["model"]["head.weight"].new_full((classes,), u.client_info.num_rows / classes)
+            for u in teachers
+        ]
         counts = torch.stack(
             [u.payload.get("counts", e) for u, e in zip(teachers, evenly, strict=True)]
         )

@@ -41,21 +41,21 @@ def quantize_probabilities(p: Tensor, bits: int, sums_to_one: bool = True) -> Te
     missing = (top - down.sum(-1, keepdim=True)).round()
     order = (p * top - down).sort(dim=-1, descending=True, stable=True).indices
     place = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(p.shape[-1]).expand_as(order).contiguous()
+        -1, order, torch.arange(p.shape[-1], device=p.device).expand_as(order).contiguous()
     )
     return (down + (place < missing)).to(torch.uint8)
 
 
 def pack_labels(levels: Tensor, bits: int) -> Tensor:
-    """Pack levels `[N, C]` of so many bits end to end into uint8 `[N, ceil(C·bits / 8)]`."""
-    singles = (levels[..., None] >> torch.arange(bits, dtype=torch.uint8)) & 1
+    """Pack levels `[N, C]` of so many bits end to end into uint8 `[N, ceil(C·bits / 8)]`, on the CPU."""
+    singles = (levels.cpu()[..., None] >> torch.arange(bits, dtype=torch.uint8)) & 1
     packed = np.packbits(singles.flatten(1).numpy(), axis=1, bitorder="little")
     return torch.from_numpy(packed)
 
 
 def unpack_labels(packed: Tensor, bits: int, classes: int) -> Tensor:
     """Reverse `pack_labels`; return levels, uint8 `[N, classes]`."""
-    flat = np.unpackbits(packed.numpy(), axis=1, count=classes * bits, bitorder="little")
+    flat = np.unpackbits(packed.cpu().numpy(), axis=1, count=classes * bits, bitorder="little")
     singles = torch.from_numpy(flat).unflatten(1, (classes, bits))
     return (singles << torch.arange(bits, dtype=torch.uint8)).sum(-1).to(torch.uint8)
 
@@ -130,7 +130,7 @@ class CachedPredictions(ProxyDistillation):
         if teacher is not None:
             made = self.consensus_rounds(server).clone()
             rows = server.state.get(TEACHER)
-            rows = torch.zeros(len(made), teacher.shape[1]) if rows is None else rows.clone()
+            rows = teacher.new_zeros(len(made), teacher.shape[1]) if rows is None else rows.clone()
             rows[asked], made[asked] = teacher, now
             state.update({CONSENSUS_ROUNDS: made, TEACHER: rows})
         self.store_teacher(server)

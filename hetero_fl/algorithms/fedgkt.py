@@ -168,7 +168,9 @@ class FedGKT(CommonFeatureWidth):
         labels = upload.payload["labels"]
         counts = torch.bincount(labels, minlength=server.task.outputs)
         context = objective_context(server.task, counts, upload.client_info.settings)
-        return context.get("log_prior", torch.zeros(len(counts))).expand(len(labels), -1)
+        return context.get("log_prior", torch.zeros(len(counts), device=counts.device)).expand(
+            len(labels), -1
+        )
 
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
         if LARGE not in client.models:

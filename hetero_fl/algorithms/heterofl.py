@@ -313,7 +313,7 @@ class HeteroFL(FedAvg):
     @staticmethod
     def present_classes(client: Participant) -> Tensor:
         """Return 1 for each class that the client has rows of, else 0, shape `[C]`; all 1 if it does not share that."""
-        every = torch.ones(len(client.counts))
+        every = torch.ones_like(client.counts)
         if "statistics" not in client.settings.shares:
             return every
         return (client.counts > 0).to(every.dtype)

@@ -62,7 +62,7 @@ class KTpFL(InitialPhase):
         state = server.state
         if "senders" not in state or not recipient.has_proxy:
             return {}
-        weights = torch.ones(len(state["senders"]))
+        weights = state["predictions"].new_ones(len(state["senders"]))
         if recipient.client_id in state["seen"]:
             weights = state["coefficients"][
                 self.coefficient_indices(server, [recipient.client_id]),
@@ -97,7 +97,7 @@ class KTpFL(InitialPhase):
             return
         p = torch.stack([u.payload["predictions"] for u in sent])
         ids = [u.client for u in sent]
-        c = self.extend_coefficients(server, ids)
+        c = self.extend_coefficients(server, ids, p)
         place = self.coefficient_indices(server, ids)
         among = c[place][:, place]
         if self.coefficient_steps:
@@ -105,17 +105,17 @@ class KTpFL(InitialPhase):
             c[place[:, None], place] = learned * among.sum(1, keepdim=True)
         self.store_teacher(server, coefficients=c, predictions=p, senders=ids)
         yield from self.train_student(
-            server, self.mixed_teacher(torch.full((len(ids),), 1 / len(ids)), p)
+            server, self.mixed_teacher(p.new_full((len(ids),), 1 / len(ids)), p)
         )
 
     @staticmethod
-    def extend_coefficients(server: Participant, ids: list[str]) -> Tensor:
-        """c of all clients seen, these among them from now on."""
+    def extend_coefficients(server: Participant, ids: list[str], p: Tensor) -> Tensor:
+        """c of all clients seen, these among them from now on; of the device and dtype of `p`."""
         had = server.state.get("coefficients")
         seen = server.state.get("seen", [])
         known = set(seen)
         server.state["seen"] = seen = [*seen, *(id for id in ids if id not in known)]
-        c = torch.full((len(seen), len(seen)), 1 / len(server.peers))
+        c = p.new_full((len(seen), len(seen)), 1 / len(server.peers))
         if had is not None:
             c[: len(had), : len(had)] = had
         return c
@@ -152,6 +152,8 @@ def normalize_rows(weights: Tensor) -> Tensor:
 def project_to_simplex(rows: Tensor) -> Tensor:
     """The nearest distribution to each row (Euclidean; Duchi et al. 2008, Figure 1)."""
     u = rows.sort(-1, descending=True).values
-    excess = (u.cumsum(-1) - 1) / torch.arange(1, rows.shape[-1] + 1, dtype=rows.dtype)
+    excess = (u.cumsum(-1) - 1) / torch.arange(
+        1, rows.shape[-1] + 1, dtype=rows.dtype, device=rows.device
+    )
     last = (u > excess).sum(-1, keepdim=True) - 1
     return (rows - excess.gather(-1, last)).clamp(min=0)

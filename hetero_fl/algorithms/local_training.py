@@ -91,7 +91,7 @@ def objective_context(task: Task, counts: Tensor, settings: ClientSettings) -> d
     weights = settings.class_weights
     if weights is not None and task.kind == "multiclass":
         n = counts.to(torch.get_default_dtype())
-        w = 1 / n.clamp(min=1) if weights == "balanced" else torch.tensor(weights, dtype=n.dtype)
+        w = 1 / n.clamp(min=1) if weights == "balanced" else n.new_tensor(weights)
         # the mean over the training rows is one
         context["class_weights"] = w * n.sum() / (w * n).sum()
     return context

@@ -138,7 +138,7 @@ class FedProto(CommonFeatureWidth):
         mean = uploads.mean("features")
         if mean is not None:
             sent = uploads.total("features")[1] > 0
-            known = server.state.get("known", torch.zeros(len(sent), dtype=mean.dtype))
+            known = server.state.get("known", mean.new_zeros(len(sent)))
             server.state["prototypes"] = torch.where(
                 sent, mean, server.state.get("prototypes", torch.zeros_like(mean))
             )
@@ -237,7 +237,7 @@ class FedTGP(FedProto):
         )
         vectors = server.models[VECTORS]["head.weight"].T
         server.state["prototypes"] = yield Predict(PROTOTYPES, TensorRows({"x": vectors}))
-        known = server.state.get("known", torch.zeros(len(seen)))
+        known = server.state.get("known", means.new_zeros(len(seen)))
         server.state["known"] = torch.where(seen, torch.ones_like(known), known)
 
 

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hetero_fl.communication.bit_packing import (
@@ -70,7 +69,8 @@ def _terms(matrix: Tensor, energy: float) -> Tensor:
         k = min(int((kept < energy * kept[-1]).sum()) + 1, len(s))
         if k < most:
             return torch.cat([u[:, :k].T * s[:k, None], v[:k]], 1)
-    return F.pad(matrix.reshape(-1), (0, most * (m + n) - m * n)).reshape(most, m + n)
+    padding = matrix.new_zeros(most * (m + n) - m * n)
+    return torch.cat([matrix.reshape(-1), padding]).reshape(most, m + n)
 
 
 def _matrix(packed: Tensor, like: Tensor) -> Tensor:

@@ -87,6 +87,11 @@ class RuntimeConfig(ConfigSection):
         "float32",
         description="bfloat16: products in half the bits (autocast), parameters and losses as ever; for GPUs",
     )
+    deterministic: bool = Field(
+        False,
+        description="on a GPU: only algorithms that compute the same bits in every run; slower, and an operation that has none "
+        "fails",
+    )
     divergence: Literal["skip", "stop"] = Field(
         "skip",
         description="a client whose loss is no longer finite: leave it out of the round, or end the run",

@@ -64,7 +64,7 @@ class GeneratorObjective(Objective):
         z = nets[self.slot](batch.x).logits
         heads = context["heads"]
         logits = torch.einsum("kcd,bd->kbc", heads["weight"], z) + heads["bias"][:, None]
-        wrong = -logits.log_softmax(-1)[:, torch.arange(len(z)), batch.y]  # [K, B]
+        wrong = -logits.log_softmax(-1)[:, torch.arange(len(z), device=z.device), batch.y]  # [K, B]
         noise = batch.x[:, heads["bias"].shape[-1] :]
         far = (z[:, None] - z[None]).abs().mean(-1) * (noise[:, None] - noise[None]).square().mean(
             -1

@@ -7,7 +7,7 @@ bytes, and checked on arrival against what the method declared.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -166,11 +166,22 @@ class Payload(Mapping[str, Any]):
             )
         return self.items_[name]
 
+    def to(self, device: torch.device) -> Payload:
+        """Return the payload with its tensors on a device."""
+        moved = Payload(report=self.report)
+        moved.magnitude = self.magnitude
+        for name, item in self.items_.items():
+            values = item.with_tensors({n: t.to(device) for n, t in item.tensors.items()})
+            weight = item.weight
+            moved.items_[name] = replace(
+                values, weight=weight.to(device) if isinstance(weight, Tensor) else weight
+            )
+        return moved
+
     def norm(self) -> float:
         """Return the largest norm of its floating-point tensors."""
         tensors = [t for item in self.items_.values() for t in item.tensors.values()]
-        norms = [float(torch.linalg.vector_norm(t)) for t in tensors if t.is_floating_point()]
-        return max(norms, default=0.0)
+        return max(_norms([t for t in tensors if t.is_floating_point()]), default=0.0)
 
     def encode(self) -> bytes:
         """As it travels; its length is what is counted."""
@@ -178,14 +189,14 @@ class Payload(Mapping[str, Any]):
 
     @property
     def encoded_size(self) -> int:
-        """The length of `encode()`; tensors that are contiguous and on the CPU are not read."""
+        """The length of `encode()`; tensors that are contiguous are not read."""
         return encoded_size(self.tree(), FORM)
 
     def tree(self) -> dict[str, Any]:
         """Return the payload as plain values and tensors, as `from_untrusted` reads it.
 
-        Its tensors are detached, contiguous and on the CPU, as decoded ones are; those that are so already
-        are not copied.
+        Its tensors are detached and contiguous, as decoded ones are; those that are so already are not
+        copied.
         """
         items = {
             n: {"values": _plain(i.values), "weight": _plain(i.weight), "kind": i.kind}
@@ -233,7 +244,7 @@ class Payload(Mapping[str, Any]):
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(each) for name, each in value.items()}
-    return value.detach().cpu().contiguous() if isinstance(value, Tensor) else value
+    return value.detach().contiguous() if isinstance(value, Tensor) else value
 
 
 def report_with_loss(
@@ -298,10 +309,12 @@ def _item(name: str, raw: Any) -> tuple[Item, float]:
             raise PayloadError(f"item {name!r} holds something else than tensors")
     elif not isinstance(values, Tensor):
         raise PayloadError(f"item {name!r} is neither a tensor nor named tensors")
-    largest = 0.0
-    for t in [*Item(values).tensors.values(), weight]:
-        if isinstance(t, Tensor) and t.is_floating_point():
-            largest = max(largest, _check_norm(name, t))
+    tensors = [*Item(values).tensors.values(), *([weight] if isinstance(weight, Tensor) else [])]
+    floating = [t for t in tensors if t.is_floating_point()]
+    norms = _norms(floating)
+    largest = max(
+        (_check_norm(name, t, n) for t, n in zip(floating, norms, strict=True)), default=0.0
+    )
     if isinstance(weight, Tensor):
         if not weight.is_floating_point() or bool((weight < 0).any()):
             raise PayloadError(f"item {name!r} has a weight below nought")
@@ -316,13 +329,23 @@ def _item(name: str, raw: Any) -> tuple[Item, float]:
     return Item(values, weight, kind), largest
 
 
-def _check_norm(name: str, tensor: Tensor) -> float:
-    """Return the norm of a floating-point tensor of an item.
+def _norms(tensors: Sequence[Tensor]) -> list[float]:
+    """Return the norm of each tensor, with one wait for their device."""
+    norms = [torch.linalg.vector_norm(tensor) for tensor in tensors]
+    if all(norm.is_cpu for norm in norms):
+        return [float(norm) for norm in norms]
+    device = next(norm.device for norm in norms if not norm.is_cpu)
+    together = torch.stack([norm.to(device, torch.float64) for norm in norms])
+    return [float(norm) for norm in together.tolist()]
+
+
+def _check_norm(name: str, tensor: Tensor, norm: float) -> float:
+    """Return the norm of a floating-point tensor of an item, taken in double precision if need be.
 
     The norm carries every NaN, infinity and large value, and takes no longer than a sum. Only where it is beyond `LARGEST`
     every element is looked at. Raises PayloadError for one that is not finite or beyond `LARGEST`.
     """
-    if (norm := float(torch.linalg.vector_norm(tensor))) <= LARGEST:
+    if norm <= LARGEST:
         return norm
     low, high = map(float, tensor.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):

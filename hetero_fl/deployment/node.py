@@ -118,7 +118,12 @@ class ParticipatingRun:
             raise RequestRefusedError(f"threads: found {threads}; expected 1 to {MOST_THREADS}")
         threads = min(threads, site.threads or threads)
         setup = WorkerSetup(
-            prepared.method, federation, threads, (str(device),), 1, self.config.runtime.precision
+            prepared.method,
+            federation,
+            threads,
+            (str(device),),
+            precision=self.config.runtime.precision,
+            deterministic=self.config.runtime.deterministic,
         )
         self.worker = Worker(setup, 0)
         self.policy = Policy(site, prepared, self.usage)

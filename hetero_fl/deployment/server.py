@@ -37,6 +37,7 @@ from hetero_fl.deployment.messages import (
 from hetero_fl.deployment.monitoring import EventLog, LineStream, RunStatus, serve_status
 from hetero_fl.deployment.node_storage import NodeStorage
 from hetero_fl.deployment.remote_executor import NodeExecutor
+from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.experiment.preparation import PreparedRun, load_config
 from hetero_fl.experiment.runner import Callback, check_resumed_choice, default_out, run_prepared
@@ -48,6 +49,7 @@ from hetero_fl.privacy.mechanisms import SecretNoiseSource
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import RunDirectory, check_vacant
 from hetero_fl.utils.code_permission import CodePermission
+from hetero_fl.utils.environment import use_deterministic_algorithms
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.serialization import write_atomically
 
@@ -135,13 +137,15 @@ def run_federation(
                 prepared: PreparedRun, choice: ExecutorChoice, store: StateStore
             ) -> NodeExecutor:
                 torch.set_num_threads(choice.server_threads)
+                device = torch.device(choice.device)
+                if choice.deterministic:
+                    use_deterministic_algorithms(device)
                 write_atomically(out / IDENTITY, json.dumps(handshake.state_dict()).encode())
                 # What is drawn at the server must not follow from the seed, which every node is told.
                 noise = SecretNoiseSource(NodeStorage(out / "secrets").secret("noise"))
                 prepared.federation = replace(prepared.federation, noise=noise)
-                backend = make_backend(
-                    torch.device(choice.device), 1, choice.precision, keeps_copies=False
-                )
+                memory = DeviceMemory(device, keeps_copies=False)
+                backend = make_backend(memory, 1, choice.precision)
                 seconds = min(deadline, config.cohort.deadline or deadline)
                 return NodeExecutor(handshake, store, backend, seconds, _min_clients(prepared))
 

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from hetero_fl.engine.dropout import DropoutStreams, use_keyed_dropout
 from hetero_fl.utils.caching import BoundedCache
 from model_zoo.shapes import make_shape
 
+CPU = torch.device("cpu")
 # Of the memory that is free when the first tensor is copied.
 CACHE_SHARE = 0.5
 # Examples of the two forward passes that are compared. BatchNorm has no variance of one example.
@@ -42,10 +43,18 @@ class DeviceMemory:
         device: The device. If it is the CPU, nothing is copied.
         keeps_copies: Whether copies stay. A user's method may change a tensor where no version
             tells (`.data`, `.numpy()`): what it computes with is copied each time.
+        is_home: Whether what participants hold is on the device, too: models, state, rows,
+            predictions and messages that are handed over.
+
+    Attributes:
+        home: Where participants' tensors are, the device or the CPU.
     """
 
-    def __init__(self, device: torch.device, keeps_copies: bool = True) -> None:
+    def __init__(
+        self, device: torch.device, keeps_copies: bool = True, is_home: bool = False
+    ) -> None:
         self.device = device
+        self.home = device if is_home else CPU
         self._keeps_copies = keeps_copies
         self._copies: BoundedCache[DeviceCopy] | None = None
         self._gone: list[int] = []  # keys of tensors that no longer exist
@@ -79,6 +88,20 @@ class DeviceMemory:
             copy = tensor.detach().to(self.device)
             known = self._copies[key] = DeviceCopy(copy, original, tensor._version)
         return known.copy
+
+    def bring_home(self, tree: Any) -> Any:
+        """Return a tree of dictionaries, lists and tensors whose tensors are at home."""
+        if isinstance(tree, Tensor):
+            return tree.to(self.home)
+        if isinstance(tree, Mapping):
+            return {key: self.bring_home(value) for key, value in tree.items()}
+        return [self.bring_home(value) for value in tree] if isinstance(tree, list) else tree
+
+    def columns_at_home(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return columns of rows, as far as they fit on the device if that is the home."""
+        if self.home.type == "cpu":
+            return dict(columns)
+        return {name: self.keep(column) for name, column in columns.items()}
 
     def stack(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return the tensors stacked on the device; one that occurs several times is copied once."""
@@ -175,7 +198,7 @@ def _kept_bytes(arch: ModelSpec, examples: int) -> int:
 
     with torch.random.fork_rng(devices=[]):
         module = arch.build().train()
-        dropout = DropoutStreams(torch.device("cpu"))
+        dropout = DropoutStreams(CPU)
         use_keyed_dropout(module, dropout)
         dropout.seed([0], examples)
         _, channels, size, _ = arch.size_arguments

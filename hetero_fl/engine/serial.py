@@ -14,6 +14,7 @@ from torch import Tensor
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import ClassSums, Fit, FitReport, Predict, Rows, Step, TensorRows
 from hetero_fl.data.federated_data import PUBLIC
+from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.driver import DivergedError, Work
 from hetero_fl.engine.templates import OutputStep, Templates, step_model_spec, step_tensors
 from hetero_fl.engine.training import run_fit
@@ -30,6 +31,10 @@ def select_output(step: OutputStep, outputs: Outputs) -> Tensor:
 
 def class_sums(values: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """Sum and count by class, `[C, …]` and `[C]`."""
+    if values.is_cuda:  # where `index_add_` and `bincount` add in any order
+        numbers = torch.arange(classes, device=values.device)
+        members = (y.to(values.device)[:, None] == numbers).to(values.dtype)
+        return members.t() @ values, members.sum(0)
     sums = torch.zeros(classes, values.shape[1], dtype=values.dtype).index_add_(0, y, values)
     return sums, torch.bincount(y, minlength=classes).to(values.dtype)
 
@@ -106,10 +111,8 @@ def prediction_key(participant: Participant, step: Step) -> Any:
 class SerialBackend:
     """One step after the other, on one device."""
 
-    def __init__(
-        self, device: torch.device, precision: str = "float32", keeps_copies: bool = True
-    ) -> None:
-        self.templates = Templates(device, precision, keeps_copies)
+    def __init__(self, memory: DeviceMemory, precision: str = "float32") -> None:
+        self.templates = Templates(memory, precision)
         self._predictions: FIFOCache[Any, CachedOutputs] = FIFOCache(CACHED_PREDICTIONS)
         self._received: FIFOCache[Any, CachedOutputs] = FIFOCache(CACHED_RECEIVED)
 
@@ -192,7 +195,7 @@ class SerialBackend:
             out = module(batch.to(self.templates.device))
             for parts, step in zip(found, steps, strict=True):
                 parts.append(select_output(step, out))
-        return [torch.cat(parts).cpu() for parts in found]
+        return [torch.cat(parts).to(self.templates.memory.home) for parts in found]
 
 
 def share_forward_pass(one: tuple[Participant, Step], other: tuple[Participant, Step]) -> bool:

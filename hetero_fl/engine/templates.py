@@ -14,7 +14,7 @@ from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.objectives import ModelView
 from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.plan import ClassSums, Predict
-from hetero_fl.engine.device_memory import DeviceMemory
+from hetero_fl.engine.device_memory import CPU, DeviceMemory
 from hetero_fl.engine.dropout import DropoutStreams, use_keyed_dropout
 from hetero_fl.utils.code_permission import OWN
 from model_zoo import ModelDescription, Outputs, SplitModel, describe
@@ -139,10 +139,10 @@ class Template:
             self._mode = training
 
     def hand_over(self) -> Tensors:
-        """Return the module's tensors, contiguous and on the CPU; when it is loaded again, it gets other memory."""
+        """Return the module's tensors, contiguous and at home; when it is loaded again, it gets other memory."""
         # Unlike `detach()`, `data` does not count later changes of the module as changes of its own.
         tensors = {
-            name: mine.data.to("cpu", memory_format=torch.contiguous_format)
+            name: mine.data.to(self.memory.home, memory_format=torch.contiguous_format)
             for name, mine in self.tensors.items()
         }
         self._handed_over = {
@@ -163,11 +163,9 @@ class Template:
 class Templates:
     """Templates by (architecture, slot): two slots of one fit need two modules."""
 
-    def __init__(
-        self, device: torch.device, precision: str = "float32", keeps_copies: bool = True
-    ) -> None:
-        self.device = device
-        self.memory = DeviceMemory(device, keeps_copies)
+    def __init__(self, memory: DeviceMemory, precision: str = "float32") -> None:
+        self.memory = memory
+        self.device = device = memory.device
         self.precision = precision
         # devices whose generators a fit borrows
         self.forked = [device] if device.type == "cuda" else []
@@ -209,7 +207,7 @@ def measure_step(arch: ModelSpec, batch_size: int, threads: int) -> float:
     """
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    templates = Templates(torch.device("cpu"))
+    templates = Templates(DeviceMemory(CPU))
     template = templates(arch)
     template.set_mode(training=True)
     _, channels, size, _ = arch.size_arguments

@@ -76,7 +76,7 @@ def scale_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> Non
 
 
 def snapshot_optimizer(
-    optimizer: torch.optim.Optimizer, trainable: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer, trainable: Mapping[str, Tensor], home: torch.device
 ) -> OptimizerSnapshot:
     """The optimizer's state, in memory of its own."""
     copy = {k: optimizer.state[p] for k, p in trainable.items() if p in optimizer.state}
@@ -84,7 +84,7 @@ def snapshot_optimizer(
         k: {
             n: torch.as_tensor(v)
             .detach()
-            .to("cpu", copy=True, memory_format=torch.contiguous_format)
+            .to(home, copy=True, memory_format=torch.contiguous_format)
             for n, v in s.items()
             if v is not None
         }
@@ -228,7 +228,7 @@ def run_fit(
         participant.models[slot] = live[slot].hand_over()
     if fit.keep:
         participant.state.setdefault("optimizers", {})[fit.keep] = snapshot_optimizer(
-            optimizer, trainable
+            optimizer, trainable, templates.memory.home
         )
     return FitReport(len(batches), batches.examples, loss_sum / len(batches))
 

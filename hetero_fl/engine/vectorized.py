@@ -15,6 +15,7 @@ from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import ClassSums, Fit, Predict, SampledBatches, Step
 from hetero_fl.engine.batches import step_count
+from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.driver import Backend, Work
 from hetero_fl.engine.serial import (
     SerialBackend,
@@ -72,7 +73,7 @@ def _forward(work: OutputWork, inputs: Sequence[Tensor], templates: Templates) -
         out = vmap(outputs, randomness="error")(tensors, batch)
         for i in range(active):
             found[i].append(out[i, : len(x[i]) - begin])
-    whole = [torch.cat(parts).cpu() for parts in found]
+    whole = [torch.cat(parts).to(templates.memory.home) for parts in found]
     back = {i: whole[place] for place, i in enumerate(order)}
     return [back[i] for i in range(len(work))]
 
@@ -110,12 +111,11 @@ class VectorizedBackend:
 
     def __init__(
         self,
-        device: torch.device,
+        memory: DeviceMemory,
         say: Callable[[str], None],
         precision: str = "float32",
-        keeps_copies: bool = True,
     ) -> None:
-        self.serial = SerialBackend(device, precision, keeps_copies)
+        self.serial = SerialBackend(memory, precision)
         self.say = say
         self.templates = self.serial.templates
         self._refused: set[Any] = set()
@@ -284,21 +284,19 @@ def _tree_structure(tree: Any) -> Any:
 
 
 def make_backend(
-    device: torch.device,
+    memory: DeviceMemory,
     chunk: int = 1,
     precision: str = "float32",
     say: Callable[[str], None] = lambda line: None,
-    keeps_copies: bool = False,
 ) -> Backend:
     """Return a backend for chunks of so many clients.
 
     Args:
-        device: Where to compute.
+        memory: Of the device that computes.
         chunk: Clients that are computed together; 1: one step after the other.
         precision: Of training.
         say: Called with a line for each architecture that cannot be vectorized.
-        keeps_copies: Whether copies of tensors stay on the device, see `DeviceMemory`.
     """
     if chunk == 1:
-        return SerialBackend(device, precision, keeps_copies)
-    return VectorizedBackend(device, say, precision, keeps_copies)
+        return SerialBackend(memory, precision)
+    return VectorizedBackend(memory, say, precision)

@@ -261,6 +261,7 @@ class _StackedFits:
         self.work = work
         self.fit = work[0][1]
         self.device = templates.device
+        self.home = templates.memory.home
         self.batches = StackedBatches(runs)
         first = work[0][0]
         fit = self.fit
@@ -443,7 +444,7 @@ class _StackedFits:
     ) -> None:
         """Note the optimizer's state of the participants who finish now."""
         if self.fit.keep and optimizer is not None:
-            state = snapshot_optimizer(optimizer, leaves)
+            state = snapshot_optimizer(optimizer, leaves, self.home)
             for i in range(begin, end):
                 self.kept[i] = {
                     k: {n: (v[i].clone() if v.ndim else v.clone()) for n, v in s.items()}
@@ -457,7 +458,9 @@ class _StackedFits:
         ]
         finite = torch.stack([self.totals.to(norms[0]), *norms]).isfinite().all(0).tolist()
         totals = self.totals.tolist()
-        tensors = {s: {n: t.cpu() for n, t in self.tensors[s].items()} for s in self.fit.train}
+        tensors = {
+            s: {n: t.to(self.home) for n, t in self.tensors[s].items()} for s in self.fit.train
+        }
         results: list[FitReport | DivergedError] = []
         for i, (participant, fit) in enumerate(self.work):
             steps = self.batches.counts[i]

@@ -154,6 +154,8 @@ EVALUATION_SETS = {
 
 # classes: of more nobody reads a matrix, and every client would have one
 MAX_CONFUSION_CLASSES = 100
+# Logits and labels that are remembered, in case other clients share them.
+MAX_SHARED = 64
 
 
 @dataclass
@@ -198,7 +200,7 @@ class ClientRuntime:
         local: bool = False,
     ) -> None:
         self.algorithm = algorithm
-        self.federation = federation
+        self.federation = federation.at_home(backend.templates.memory)
         self.store = store
         self.backend = backend
         self.protocol = protocol
@@ -213,7 +215,8 @@ class ClientRuntime:
         self.privacy = ClientPrivacy.from_federation(algorithm, federation)
         self.listener: Callable[[str], None] | None = None
         self.review_upload: Callable[[str, Payload], None] | None = None
-        # scores of logits that several clients share
+        # of logits and labels that several clients share: copies on the CPU, scores
+        self._host_copies: dict[int, tuple[Tensor, Tensor]] = {}
         self._common: dict[int, tuple[Tensor, Scores]] = {}
 
     def run(self, requests: Mapping[str, Message]) -> dict[str, Reply]:
@@ -274,7 +277,8 @@ class ClientRuntime:
         if isinstance(content, Payload):
             return Payload.from_untrusted(content.tree())
         held = self.store.get(client_id).state.get(HELD)
-        return read_broadcast(self.links, round_idx, content, held)
+        received = read_broadcast(self.links, round_idx, content, held)
+        return received.to(self.federation.memory.home)
 
     def _hold(self, client_id: str, content: Content, received: Payload) -> dict[str, Any] | None:
         """Return the estimate that a client holds from now on, where broadcasts need one."""
@@ -352,7 +356,9 @@ class ClientRuntime:
             for c, participant in clients.items():
                 slot, view = inference_model(self.algorithm, participant)
                 view = view or self.federation.client_infos[c].preprocess
-                at_home = add_log_prior(participant, torch.zeros(task.outputs))
+                at_home = add_log_prior(
+                    participant, torch.zeros(task.outputs, device=self.federation.memory.home)
+                )
                 # Exact label frequencies of a private client stay out of its model's file.
                 tells_prior = bool(at_home.any()) and (
                     not private or self.federation.has_noisy_counts
@@ -366,10 +372,11 @@ class ClientRuntime:
                 )
                 readings[c].model = saved.encode()
         for name, (rows, home) in EVALUATION_SETS.items():
-            labels = {c: p.data(rows, None)["y"] for c, p in clients.items()}
+            labels = {c: self._on_host(p.data(rows, None)["y"]) for c, p in clients.items()}
             some = {c: p for c, p in clients.items() if len(labels[c])}
             plans = {c: self.algorithm.predict(p, Rows(rows), home) for c, p in some.items()}
-            for c, logits in self._run(plans, some).items():
+            for c, predicted in self._run(plans, some).items():
+                logits = self._on_host(predicted)
                 beside = self.federation.data.extra_columns(c, rows)
                 readings[c].scores[name] = self._score(logits, labels[c], beside.unit)
                 if details and name in ("personal", "global"):
@@ -392,11 +399,22 @@ class ClientRuntime:
                 readings[c].triggered = float((logits.argmax(-1) == target).double().mean())
         return readings
 
+    def _on_host(self, tensor: Tensor) -> Tensor:
+        """Return logits or labels on the CPU; those that several clients share are copied once."""
+        if tensor.is_cpu:
+            return tensor
+        known = self._host_copies.get(id(tensor))
+        if known is None or known[0] is not tensor:
+            if len(self._host_copies) >= MAX_SHARED:
+                self._host_copies.clear()
+            known = self._host_copies[id(tensor)] = (tensor, tensor.cpu())
+        return known[1]
+
     def _score(self, logits: Tensor, y: Tensor, unit: Tensor | None) -> Scores:
         """Scores of the logits; those that several clients share are scored once."""
         known = self._common.get(id(logits))
         if known is None or known[0] is not logits:
-            if len(self._common) >= 64:
+            if len(self._common) >= MAX_SHARED:
                 self._common.clear()
             known = self._common[id(logits)] = (
                 logits,
@@ -405,10 +423,9 @@ class ClientRuntime:
         return known[1]
 
     def predict(self, participant: Participant, rows: Rows, personal: bool) -> Tensor:
-        """Logits of a deployed client's model."""
-        return run_plan(
-            self.algorithm.predict(participant, rows, personal), participant, self.backend
-        )[0]
+        """Logits of a deployed client's model, on the CPU."""
+        plan = self.algorithm.predict(participant, rows, personal)
+        return run_plan(plan, participant, self.backend)[0].cpu()
 
     def _run(
         self, plans: Mapping[str, Plan[Any]], clients: Mapping[str, Participant]

@@ -27,6 +27,7 @@ from hetero_fl.algorithms.base import (
 from hetero_fl.core.participant import ClientInfo, Columns, Participant
 from hetero_fl.core.payload import Item, Payload, PayloadError, report_with_loss
 from hetero_fl.core.plan import ClassSums, Fit, FitReport, Predict, Step, StepKey, record_steps
+from hetero_fl.engine.device_memory import CPU, DeviceMemory
 from hetero_fl.engine.driver import Work, reported_loss, run_plan, translate_user_errors
 from hetero_fl.engine.templates import Templates
 from hetero_fl.federation.federation import FederationSpec
@@ -46,7 +47,7 @@ class DryRunBackend:
     """
 
     def __init__(self) -> None:
-        self.templates = Templates(torch.device("cpu"))
+        self.templates = Templates(DeviceMemory(CPU))
         self.computed: set[StepKey] = set()
 
     def run(self, work: Work) -> list[Any]:
@@ -114,7 +115,8 @@ class ExpectedUploads:
             if self.is_user_method:
                 self._known = {k: v for k, v in self._known.items() if k[2] == key[2]}
             try:
-                upload, _ = self.dry_run_upload(client_info, broadcast, round_idx)
+                # on the CPU, as the rows and models of a dry run
+                upload, _ = self.dry_run_upload(client_info, broadcast.to(CPU), round_idx)
             except (MemoryError, RuntimeError) as error:
                 if isinstance(error, RuntimeError) and "alloc" not in str(error):
                     raise

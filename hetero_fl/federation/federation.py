@@ -27,6 +27,7 @@ from hetero_fl.core.participant import (
 )
 from hetero_fl.core.task import Task
 from hetero_fl.data import FederatedData, Preprocess
+from hetero_fl.engine.device_memory import CPU, DeviceMemory
 from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.privacy.mechanisms import KeyedNoiseSource, NoiseSource, noisy_label_counts
 from hetero_fl.robustness.attacks import CountsFunction, DataFunction, MaliciousClients
@@ -64,6 +65,7 @@ class FederationSpec:
     noise: NoiseSource = field(
         default_factory=lambda: KeyedNoiseSource(0)
     )  # a deployment's participants draw theirs from the system
+    memory: DeviceMemory = field(default_factory=lambda: DeviceMemory(CPU), repr=False)
     _initial: dict[str, Tensors] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -138,10 +140,15 @@ class FederationSpec:
                 _check_model(kind.arch, f"clients: {kind.first}: model")
         return replace(self, client_infos=client_infos)
 
+    def at_home(self, memory: DeviceMemory) -> FederationSpec:
+        """Return the federation with participants whose tensors are at the home of this memory."""
+        return replace(self, memory=memory, _initial={})
+
     def initial_tensors(self, arch: ModelSpec) -> Tensors:
         """The tensors that every participant with this architecture starts from. Do not change them in place."""
         if arch.spec_id not in self._initial:
-            self._initial[arch.spec_id] = arch.initial_tensors(self.seed)
+            made = self.memory.bring_home(arch.initial_tensors(self.seed))
+            self._initial[arch.spec_id] = made
         return self._initial[arch.spec_id]
 
     def round_context(self, round_idx: int, attempt: int = 0) -> RoundContext:
@@ -169,7 +176,8 @@ class FederationSpec:
     ) -> Participant:
         """A client, with what it keeps privately, ready for one task of that round."""
         client_info = self.client_infos[client_id]
-        kept = {slot: dict(tensors) for slot, tensors in state.models.items()}
+        memory = self.memory
+        kept = {slot: memory.bring_home(tensors) for slot, tensors in state.models.items()}
         models = {
             slot: {**self.initial_tensors(arch), **kept.get(slot, {})}
             for slot, arch in client_info.models.items()
@@ -190,13 +198,13 @@ class FederationSpec:
             task=self.task,
             arch=dict(client_info.models),
             models=models,
-            data=data,
+            data=lambda name, through: memory.columns_at_home(data(name, through)),
             settings=client_info.settings,
-            label_counts=label_counts,
+            label_counts=lambda: memory.bring_home(label_counts()),
             num_rows=client_info.num_rows,
             has_proxy=client_info.has_proxy,
             peers=self.client_infos,
-            state=copy_tree(state.state),
+            state=memory.bring_home(copy_tree(state.state)),
             round_context=self.round_context(round_idx, attempt),
         )
 
@@ -224,11 +232,11 @@ class FederationSpec:
             task=self.task,
             arch=archs,
             models={slot: copy_tensors(tensors) for slot, tensors in models.items()},
-            data=lambda name, through: self.data.columns(
-                SERVER, name, through or self.server_preprocess
+            data=lambda name, through: self.memory.columns_at_home(
+                self.data.columns(SERVER, name, through or self.server_preprocess)
             ),
             settings=self.server_settings,
-            label_counts=lambda: torch.zeros(self.task.outputs),
+            label_counts=lambda: torch.zeros(self.task.outputs, device=self.memory.home),
             has_proxy=self.data.n_proxy > 0,
             peers=self.client_infos,
             common=self.common,

@@ -109,7 +109,7 @@ class FederatedTrainer(ABC):
         policy: CohortConfig | None = None,
     ) -> None:
         self.algorithm = algorithm
-        self.federation = federation
+        self.federation = federation.at_home(executor.backend.templates.memory)
         self.executor = executor
         self.per_round = per_round
         self.stop_on_divergence = stop_on_divergence
@@ -136,9 +136,11 @@ class FederatedTrainer(ABC):
         self.now = 0.0  # seconds since the run began, where a subclass simulates or measures them
         self.completed = 0
         self.num_diverged = 0  # rounds in succession given up because the server diverged
-        self.server = federation.server()
+        self.server = self.federation.server()
         with translate_user_errors():
             algorithm.setup(self.server)
+        self.server.models = self.federation.memory.bring_home(self.server.models)
+        self.server.state = self.federation.memory.bring_home(self.server.state)
         self._clear_broadcasts()
 
     @property
@@ -264,7 +266,7 @@ class FederatedTrainer(ABC):
             check_size(len(content), specs, expected)
             payload = self.links.decode_upload(
                 client_info, round_idx, content, expected, received, attempt
-            )
+            ).to(self.federation.memory.home)
         check_upload(payload, specs, expected)
         return payload
 
@@ -401,13 +403,13 @@ class FederatedTrainer(ABC):
         view = self.federation.preprocessing_of(slot)
         scores = {}
         for name, rows in (("global", "common_test"), ("validation_global", "common_validation")):
-            y = self.server.data(rows, view)["y"]
+            y = self.server.data(rows, view)["y"].cpu()
             if len(y):
                 (logits,) = self.backend.run(
                     [(self.server, Predict(slot, Rows(rows, preprocess=view)))]
                 )
                 unit = self.federation.data.extra_columns(self.server.participant_id, rows).unit
-                scores[name] = score(self.federation.task, logits, y, unit)
+                scores[name] = score(self.federation.task, logits.cpu(), y, unit)
         return scores
 
     # Crash safety ------------------------------------------------------------------------------
@@ -430,8 +432,9 @@ class FederatedTrainer(ABC):
         """Go on from what `state_dict` returned."""
         self.completed = state["completed"]
         self.num_diverged = state.get("diverged", 0)
-        self.server.models = state["server"]["models"]
-        self.server.state = state["server"]["state"]
+        home = self.federation.memory.bring_home
+        self.server.models = home(state["server"]["models"])
+        self.server.state = home(state["server"]["state"])
         self.traffic = Traffic(**state["traffic"])
         self.rule_memory = state["aggregation"]
         if self.privacy is not None:

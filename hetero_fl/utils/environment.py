@@ -82,6 +82,18 @@ def choose_device(name: str) -> torch.device:
 _one_core = False
 
 
+def use_deterministic_algorithms(device: torch.device) -> None:
+    """Let this process compute the same bits on a GPU in every run; on a CPU it does so anyway.
+
+    From then on an operation that has no such algorithm raises RuntimeError.
+    """
+    if device.type == "cuda":
+        # cuBLAS reads it when it is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
 def use_one_core() -> None:
     """Others like this process run beside it on the other cores: it shall count on one, whatever there are."""
     global _one_core

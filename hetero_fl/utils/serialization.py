@@ -35,7 +35,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype("uint8"),
     "BOOL": np.dtype("bool"),
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {torch.from_numpy(np.empty(0, dtype)).dtype: name for name, dtype in DTYPES.items()}
 DEEPEST = 12
 # A header is parsed only within these bounds: a value takes up to a hundred bytes of memory, however few its text has.
 MOST_HEADER_BYTES = 2**22  # 10,000 tensors with names of 100 characters take 3 MB
@@ -70,43 +70,44 @@ def encode(tree: Tree, form: str) -> bytes:
 
     Raises TypeError for values that have no plain form.
     """
-    header, arrays = _layout(tree, form)
+    header, tensors = _layout(tree, form)
+    arrays = [tensor.cpu().contiguous().numpy() for tensor in tensors]
     # The library's own writer fills fresh memory twice, which takes forty times as long.
     return b"".join([header, *(array.reshape(-1).data for array in arrays)])
 
 
 def encoded_size(tree: Tree, form: str) -> int:
     """Return the length of `encode(tree, form)`, for which no tensor is read."""
-    header, arrays = _layout(tree, form)
-    return len(header) + sum(array.nbytes for array in arrays)
+    header, tensors = _layout(tree, form)
+    return len(header) + sum(tensor.nbytes for tensor in tensors)
 
 
-def _layout(tree: Tree, form: str) -> tuple[bytes, list[np.ndarray]]:
-    """Return the header of a safetensors file, and the arrays that follow it."""
-    tensors: dict[str, np.ndarray] = {}
+def _layout(tree: Tree, form: str) -> tuple[bytes, list[Tensor]]:
+    """Return the header of a safetensors file, and the tensors that follow it."""
+    tensors: dict[str, Tensor] = {}
     plain = _flatten(tree, tensors)
     head = json.dumps({"form": form, "tree": plain}, allow_nan=False)
     header: dict[str, Any] = {"__metadata__": {"hetero_fl": head}}
     at = 0
     # so that all are aligned
     widest_first = sorted(tensors.items(), key=lambda entry: -entry[1].itemsize)
-    for name, array in widest_first:
+    for name, tensor in widest_first:
         header[name] = {
-            "dtype": NAMES[array.dtype],
-            "shape": array.shape,
-            "data_offsets": [at, at + array.nbytes],
+            "dtype": NAMES[tensor.dtype],
+            "shape": tuple(tensor.shape),
+            "data_offsets": [at, at + tensor.nbytes],
         }
-        at += array.nbytes
+        at += tensor.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, [array for _, array in widest_first]
+    return len(text).to_bytes(8, "little") + text, [tensor for _, tensor in widest_first]
 
 
-def _flatten(tree: Tree, tensors: dict[str, np.ndarray]) -> Any:
+def _flatten(tree: Tree, tensors: dict[str, Tensor]) -> Any:
     if isinstance(tree, Tensor):
         name = str(len(tensors))
-        tensors[name] = tree.detach().cpu().contiguous().numpy()
-        if tensors[name].dtype not in NAMES:
+        tensors[name] = tree.detach()
+        if tree.dtype not in NAMES:
             raise TypeError(f"a tensor of {tree.dtype} has no plain form")
         return {"t": name}
     if isinstance(tree, dict):
@@ -158,13 +159,16 @@ def decode(data: bytes, form: str, bounded: bool = True) -> Tree:
 def copy_tree(tree: Tree) -> Tree:
     """Return the tree as `decode` returns it: contiguous tensors with memory of their own.
 
+    They stay on their device.
+
     Raises:
         TypeError: If a value has no plain form.
         CodecError: If the tree is nested too deeply.
     """
-    arrays: dict[str, np.ndarray] = {}
-    plain = json.loads(json.dumps(_flatten(tree, arrays), allow_nan=False))
-    return _unflatten(plain, {n: torch.from_numpy(a).clone() for n, a in arrays.items()}, 0)
+    tensors: dict[str, Tensor] = {}
+    plain = json.loads(json.dumps(_flatten(tree, tensors), allow_nan=False))
+    copies = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
+    return _unflatten(plain, copies, 0)
 
 
 def read_json(text: str | bytes, bounded: bool = True) -> Any:

@@ -15,6 +15,7 @@ from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.plan import Fit
 from hetero_fl.data import augment
 from hetero_fl.engine.batches import index_batches
+from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.templates import Templates
 from hetero_fl.utils.seeding import keyed_generator
 from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
@@ -100,7 +101,9 @@ def test_one_client_with_everything_is_a_plain_training_loop_bit_for_bit(
                clients__per_round=1), held=0,
     )  # fmt: skip
     (client,) = clients(rounds).values()
-    template = Templates(torch.device("cpu"))(client.arch["model"]).load(client.models["model"])
+    template = Templates(DeviceMemory(torch.device("cpu")))(client.arch["model"]).load(
+        client.models["model"]
+    )
     model = client.arch["model"].build().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.load_state_dict(template.state_dict())
     model.train()

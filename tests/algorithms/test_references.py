@@ -31,6 +31,7 @@ from hetero_fl.core.payload import Item, Payload
 from hetero_fl.core.plan import ClassSums, Fit, Rows
 from hetero_fl.core.task import Task
 from hetero_fl.engine.batches import index_batches
+from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.driver import run_plan
 from hetero_fl.engine.serial import SerialBackend
 from hetero_fl.engine.templates import Templates
@@ -218,7 +219,7 @@ def test_fd_divides_the_total_of_sums_by_the_total_of_counts() -> None:
     sums, counts = torch.zeros(10, 10), torch.zeros(10)
     for participant, _ in sent.values():
         model = (
-            Templates(torch.device("cpu"))(participant.arch["model"])
+            Templates(DeviceMemory(torch.device("cpu")))(participant.arch["model"])
             .load(participant.models["model"])
             .eval()
         )
@@ -294,7 +295,7 @@ def test_training_is_a_plain_pytorch_loop(optimizer: dict) -> None:
         if "clip_norm" in optimizer:
             nn.utils.clip_grad_norm_(model.parameters(), optimizer["clip_norm"])
         opt.step()
-    SerialBackend(torch.device("cpu")).run([(client, local_fit(client))])
+    SerialBackend(DeviceMemory(torch.device("cpu"))).run([(client, local_fit(client))])
     for name, tensor in model.state_dict().items():
         assert torch.allclose(client.models["model"][name], tensor, rtol=0, atol=1e-12), name
 
@@ -315,7 +316,11 @@ def test_class_sums_step_equals_a_loop() -> None:
     ((sums, counts),) = rounds.backend.run(
         [(client, ClassSums("model", Rows("train"), "features"))]
     )
-    model = Templates(torch.device("cpu"))(client.arch["model"]).load(client.models["model"]).eval()
+    model = (
+        Templates(DeviceMemory(torch.device("cpu")))(client.arch["model"])
+        .load(client.models["model"])
+        .eval()
+    )
     data = client.data("train", None)
     for c in range(10):
         rows = data["x"][data["y"] == c]

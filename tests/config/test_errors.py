@@ -44,7 +44,7 @@ def said(tree: dict[str, Any], *overrides: str) -> str:
         ("algorithm.rounds=3", "algorithm.rounds: unknown key; did you mean 'rounds'? (of fedmd)"),
         ("algorithm.temprature=3", "did you mean 'temperature'? (of fedmd)"),
         ("evaluation.device=cpu", "did you mean 'runtime.device'?"),
-        ("runtime.qqq=1", "unknown key; choose from address, buffer, chunk, device"),
+        ("runtime.qqq=1", "unknown key; choose from address, buffer, chunk, deterministic"),
         ("algorithm.temp=3", "algorithm.temp: unknown key; did you mean 'temperature'? (of fedmd)"),
         ("algorithm.windws=3", "algorithm.windws: unknown key; choose from "),
         (

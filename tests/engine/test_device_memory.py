@@ -14,6 +14,8 @@ from hetero_fl.core.plan import Fit, FitReport, Plan, Predict, Rows
 from hetero_fl.engine import device_memory, serial
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.templates import Templates
+from hetero_fl.experiment import prepare
+from hetero_fl.federation.executors.choose import stays_on_device
 from tests.helpers.pretend_gpu import PretendGPU
 from tests.helpers.small_federations import MIXED, config, rounds_of
 
@@ -124,3 +126,45 @@ def test_rows_are_copied_to_the_device_in_the_first_round_only(executor: str) ->
         sent = sum(t.nbytes for t in gpu.transfers if t.kind == "to device")
         # Each model once, and row numbers.
         assert sent < models + rows / 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "stays"),
+    [
+        ({}, True),
+        ({"runtime__mode": "async", "method": "fedbuff"}, True),
+        ({"channel": {"compress": [{"quantize": 8}]}}, False),
+        ({"channel": {"compress_down": [{"quantize": 8}]}}, False),
+        ({"channel": {"secure_sum": {"threshold": 2}}}, False),
+        ({"aggregation": {"rule": "median"}}, False),
+        ({"privacy": {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-4}}, False),
+        ({"method": "python:tests.helpers.failing_methods:Fails"}, False),
+    ],
+)
+def test_what_the_cpu_reads_does_not_stay_on_the_device(
+    changes: dict[str, object], stays: bool
+) -> None:
+    prepared = prepare(config(**{"models": "cnn_gn_small", **changes}))  # type: ignore[arg-type]
+    assert stays_on_device(prepared.method, prepared.federation) is stays
+
+
+def test_home_is_the_device_or_the_cpu() -> None:
+    with PretendGPU():
+        cuda = torch.device("cuda:0")
+        tree = {"a": [torch.ones(2)], "b": {"c": 1.5}}
+        assert DeviceMemory(cuda).bring_home(tree)["a"][0].is_cpu
+        there = DeviceMemory(cuda, is_home=True).bring_home(tree)
+        assert there["a"][0].is_cuda and there["b"] == {"c": 1.5}
+
+        payload = Payload({"x": torch.ones(2), "model": {"w": torch.zeros(3)}}).to(cuda)
+        assert payload["x"].is_cuda and payload["model"]["w"].is_cuda
+        assert payload.encode() == payload.to(torch.device("cpu")).encode()
+
+
+def test_rows_that_do_not_fit_stay_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_memory, "free_bytes", lambda device: 100)
+    with PretendGPU():
+        memory = DeviceMemory(torch.device("cuda:0"), is_home=True)
+        columns = {"x": torch.ones(40), "y": torch.ones(4)}
+        found = memory.columns_at_home(columns)
+        assert found["x"] is columns["x"] and found["y"].is_cuda

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ import pytest
 import torch
 
 from hetero_fl import run
+from hetero_fl.experiment import prepare
+from hetero_fl.federation.executors.workers import Worker, WorkerSetup
 from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.utils.errors import Interrupted
 from tests.federation.test_synchronous import METHODS
 from tests.helpers.pretend_gpu import PretendGPU
 from tests.helpers.small_federations import MIXED, TOP, config, rounds_of
+from tests.helpers.workers import Here, rounds_on, setup_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("float64", "gpu")]
 IS_REAL = torch.cuda.is_available()
@@ -112,6 +116,35 @@ def test_a_run_that_is_resumed(tmp_path: Path) -> None:
     assert resumed.summary["personal"] == whole.summary["personal"]
 
 
+@pytest.mark.parametrize("executor", ["serial", "processes"])
+def test_deterministic_algorithms_are_used_on_request(
+    executor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    source = config(clients=2)
+    for device, wanted in (("cpu", []), ("cuda", [True])):
+        source["runtime"] = {"device": device, "deterministic": True, "executor": "serial"}
+        prepared = prepare(source)
+        if executor == "serial":
+            prepared.make_trainer()
+        else:
+            setup = WorkerSetup(
+                prepared.method, prepared.federation, 1, (device,), deterministic=True
+            )
+            Worker(setup, 0).runtime  # noqa: B018  # made when it is first asked for
+        assert asked == wanted
+    assert torch.backends.cudnn.benchmark is False
+
+
+def test_two_workers_in_this_process_share_a_device() -> None:
+    source = config("hybrid", MIXED, clients=6, server={"model": "linear"})
+    setup = replace(setup_of(source), devices=("cuda:0", "cuda:0"), dtype=torch.float64)
+    check_equal(on("cpu", "serial", source), rounds_on(setup, Here(setup, 2), 2, cohort=6))
+
+
 @pytest.mark.skipif(not IS_REAL, reason="a pretended GPU is in one process")
 def test_two_workers_share_a_device() -> None:
     source = config("hybrid", MIXED, clients=6, server={"model": "linear"})
@@ -123,6 +156,30 @@ def test_two_workers_share_a_device() -> None:
         together.executor.close()
 
 
+@pytest.mark.skipif(IS_REAL, reason="transfers of a pretended GPU are noted")
+@pytest.mark.parametrize("executor", ["serial", "batched"])
+@pytest.mark.parametrize("method", ["fedavg", "scaffold", "fedproto", "fedmd"])
+def test_models_and_predictions_stay_on_the_device(method: str, executor: str) -> None:
+    with PretendGPU() as gpu:
+        trainer = on("cuda", executor, config(method, MIXED, clients=6, rounds=4))
+        for _ in range(2):  # in the second, clients receive what the first has made
+            trainer.run_round()
+        trainer.evaluate()
+        gpu.transfers.clear()
+
+        trainer.run_round()
+
+        moved = [t for t in gpu.transfers if t.kind != "wait"]
+        assert {t.kind for t in moved} == {"to device"}
+        # row numbers of the batches
+        assert all(t.where.startswith(("engine/batches", "engine/vectorized")) for t in moved)
+        assert sum(t.nbytes for t in moved) < 10_000
+        gpu.transfers.clear()
+        trainer.evaluate()
+        predicted = {t.where.split()[1] for t in gpu.transfers if t.kind == "to host"}
+        assert predicted <= {"_on_host", "_evaluate_server"}
+
+
 @pytest.mark.skipif(IS_REAL, reason="of a pretended GPU")
 def test_the_pretended_gpu_refuses_what_a_real_one_does() -> None:
     here, there = torch.ones(3), torch.ones(3, device="cuda")
@@ -132,6 +189,8 @@ def test_the_pretended_gpu_refuses_what_a_real_one_does() -> None:
         here + there
     with pytest.raises(TypeError, match="numpy"):
         there.numpy()
+    with pytest.raises(RuntimeError, match="same device"):
+        torch.stack([here.sum(), there.sum()])
     layer = torch.nn.Linear(3, 2).to("cuda")
     layer(there).sum().backward()
     assert layer.weight.grad is not None and layer.weight.grad.is_cuda

@@ -13,6 +13,7 @@ from hetero_fl.algorithms import FedAvg
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import ClassSums, Predict, Rows
 from hetero_fl.data.federated_data import column_cache
+from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.serial import SerialBackend
 from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.experiment import prepare
@@ -70,13 +71,13 @@ def test_views_that_are_forgotten_are_not_mistaken_for_one_another(chunk: int) -
     made.federation.data._public_columns = column_cache(1)
     fresh = [made.federation.client(p.participant_id, PrivateState(), 0) for p in people]
     work = [(p, Predict("model", Rows("common_test"))) for p in fresh]
-    together = make_backend(CPU, chunk).run(work)
+    together = make_backend(DeviceMemory(CPU), chunk).run(work)
     for one, (p, step) in zip(together, work, strict=True):
-        assert torch.allclose(one, SerialBackend(CPU).run([(p, step)])[0], atol=1e-6)
+        assert torch.allclose(one, SerialBackend(DeviceMemory(CPU)).run([(p, step)])[0], atol=1e-6)
 
 
 def test_a_model_changed_in_place_is_another_one() -> None:
-    (participant, *_), performer = clients(), make_backend(CPU)
+    (participant, *_), performer = clients(), make_backend(DeviceMemory(CPU))
     step = Predict("model", Rows("common_test"))
     before = performer.run([(participant, step)])[0].clone()
     for tensor in participant.models["model"].values():
@@ -87,7 +88,7 @@ def test_a_model_changed_in_place_is_another_one() -> None:
 def test_what_is_remembered_does_not_change_whom_others_are_computed_with() -> None:
     people = clients(clients__defaults={"preprocess": {"normalize": "own"}})
     work = [(p, Predict("model", Rows("common_test"))) for p in people[:2]]
-    cold, warm = make_backend(CPU, 16), make_backend(CPU, 16)
+    cold, warm = make_backend(DeviceMemory(CPU), 16), make_backend(DeviceMemory(CPU), 16)
     warm.run(work[:1])
     assert all(torch.equal(a, b) for a, b in zip(cold.run(work), warm.run(work), strict=True))
 
@@ -97,7 +98,7 @@ def test_predictions_on_no_rows_can_be_made_together() -> None:
         (p, Predict("model", Rows("train", rows=torch.tensor([], dtype=torch.int64))))
         for p in clients()[:3]
     ]
-    assert [tuple(z.shape) for z in make_backend(CPU, 16).run(work)] == [(0, 10)] * 3
+    assert [tuple(z.shape) for z in make_backend(DeviceMemory(CPU), 16).run(work)] == [(0, 10)] * 3
     assert isinstance(work[0][1], Predict) and not isinstance(work[0][1], ClassSums)
 
 
@@ -192,7 +193,7 @@ def test_several_outputs_of_one_model_on_the_same_rows_take_one_pass(
         # another's rows
         (other, Predict("model", Rows("train", rows=some), tensors=other.models["model"])),
     ]
-    serial, passes = SerialBackend(CPU), []
+    serial, passes = SerialBackend(DeviceMemory(CPU)), []
     alone = [serial.run([one])[0] for one in work]
     module = serial.templates(participant.arch["model"], "model").module
     module.register_forward_hook(lambda *_: passes.append(1))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hetero_fl.communication.protocol import DirectProtocol
 from hetero_fl.engine import vectorized
+from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.driver import Backend
 from hetero_fl.engine.serial import SerialBackend
 from hetero_fl.engine.vectorized import VectorizedBackend
@@ -88,7 +89,10 @@ def test_dropped_channels_and_a_head_with_dropout_too(method: str) -> None:
 def agree(source: dict[str, Any]) -> None:
     """The course of a run batched and serial."""
     said: list[str] = []
-    one, many = held(source, SerialBackend(CPU)), held(source, VectorizedBackend(CPU, said.append))
+    one, many = (
+        held(source, SerialBackend(DeviceMemory(CPU))),
+        held(source, VectorizedBackend(DeviceMemory(CPU), said.append)),
+    )
     assert said == []
     ours, theirs = tensors(many), tensors(one)
     assert ours.keys() == theirs.keys() and ours
@@ -117,11 +121,13 @@ def test_participants_that_do_not_fit_into_memory_are_halved(
         return fit_stacked(work, templates)
 
     source = config("fedavg", "mlp", clients=6)
-    wanted = tensors(held(source, SerialBackend(CPU)))
+    wanted = tensors(held(source, SerialBackend(DeviceMemory(CPU))))
     monkeypatch.setattr(vectorized, "fit_stacked", limited)
     lines: list[str] = []
     with PretendGPU():
-        found = tensors(held(source, VectorizedBackend(torch.device("cuda"), lines.append)))
+        found = tensors(
+            held(source, VectorizedBackend(DeviceMemory(torch.device("cuda")), lines.append))
+        )
     # the second time without copies of rows
     assert (
         tried

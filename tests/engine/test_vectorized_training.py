@@ -36,6 +36,7 @@ from hetero_fl.core.plan import (
 from hetero_fl.core.task import Task
 from hetero_fl.engine import vectorized, vectorized_training
 from hetero_fl.engine.batches import index_batches, step_count
+from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.driver import DivergedError
 from hetero_fl.engine.serial import SerialBackend
 from hetero_fl.engine.vectorized import VectorizedBackend
@@ -90,7 +91,10 @@ def both(of: ModelSpec, make: Make, sizes: tuple[int, ...] = SIZES, times: int =
     """The results, after both performers have been found to do the same to all participants."""
     one, many = clients(of, sizes), clients(of, sizes)
     said: list[str] = []
-    serial, batched = SerialBackend(CPU), VectorizedBackend(CPU, said.append)
+    serial, batched = (
+        SerialBackend(DeviceMemory(CPU)),
+        VectorizedBackend(DeviceMemory(CPU), said.append),
+    )
     for _ in range(times):
         expected = serial.run([(p, make(p)) for p in one])
         found = batched.run([(p, make(p)) for p in many])
@@ -239,8 +243,8 @@ def test_serial_and_batched_runs_resume_one_another() -> None:
     fit = replace(FIT, optimizer=OPTIMIZERS["adam"], keep="local")
     one, many = clients(arch(width=4)), clients(arch(width=4))
     first, second = (
-        (SerialBackend(CPU), VectorizedBackend(CPU, pytest.fail)),
-        (VectorizedBackend(CPU, pytest.fail), SerialBackend(CPU)),
+        (SerialBackend(DeviceMemory(CPU)), VectorizedBackend(DeviceMemory(CPU), pytest.fail)),
+        (VectorizedBackend(DeviceMemory(CPU), pytest.fail), SerialBackend(DeviceMemory(CPU))),
     )
     for a, b in zip(first, second, strict=True):
         a.run([(p, fit) for p in one])
@@ -264,7 +268,7 @@ def stacks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 def test_unequal_steps_are_kept_apart(stacks: list[int]) -> None:
     other = replace(FIT, optimizer=OPTIMIZERS["adam"])
     work = [(p, other if i == 1 else FIT) for i, p in enumerate(clients(arch(width=4)))]
-    VectorizedBackend(CPU, pytest.fail).run(work)
+    VectorizedBackend(DeviceMemory(CPU), pytest.fail).run(work)
     assert stacks == [4]
 
 
@@ -291,8 +295,8 @@ def test_fits_of_one_participant_draw_in_their_order() -> None:
         return made
 
     agree(
-        [p.models for p in double_fit(VectorizedBackend(CPU, pytest.fail))],
-        [p.models for p in double_fit(SerialBackend(CPU))],
+        [p.models for p in double_fit(VectorizedBackend(DeviceMemory(CPU), pytest.fail))],
+        [p.models for p in double_fit(SerialBackend(DeviceMemory(CPU)))],
     )
 
 
@@ -304,8 +308,8 @@ def test_one_that_diverges_leaves_the_others_alone() -> None:
         )
 
     one, many = clients(arch(width=4)), clients(arch(width=4))
-    expected = SerialBackend(CPU).run([(p, make(p)) for p in one])
-    found = VectorizedBackend(CPU, pytest.fail).run([(p, make(p)) for p in many])
+    expected = SerialBackend(DeviceMemory(CPU)).run([(p, make(p)) for p in one])
+    found = VectorizedBackend(DeviceMemory(CPU), pytest.fail).run([(p, make(p)) for p in many])
     assert isinstance(found[3], DivergedError) and str(found[3]) == str(expected[3])
     assert all(isinstance(r, FitReport) for i, r in enumerate(found) if i != 3)
     agree([(p.models, p.state) for p in many], [(p.models, p.state) for p in one])
@@ -322,7 +326,10 @@ def test_what_cannot_be_batched_runs_serially_and_says_so_once(
     for p in (*one, *many):
         # used before: the attempt that fails must not be counted, and this one not be forgotten
         p.stream("train")
-    serial, batched = SerialBackend(CPU), VectorizedBackend(CPU, said.append)
+    serial, batched = (
+        SerialBackend(DeviceMemory(CPU)),
+        VectorizedBackend(DeviceMemory(CPU), said.append),
+    )
     for _ in range(2):
         expected = serial.run([(p, fit) for p in one])
         assert batched.run([(p, fit) for p in many]) == expected

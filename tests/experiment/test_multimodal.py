@@ -17,6 +17,7 @@ from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.payload import Payload
 from hetero_fl.data import load_source
 from hetero_fl.data.sources.synthetic import HOSPITALS, make_profiles
+from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.serial import SerialBackend
 from hetero_fl.engine.vectorized import VectorizedBackend
 from hetero_fl.experiment import PreparedRun, prepare
@@ -296,8 +297,8 @@ def test_hiding_blocks_is_the_same_in_lockstep() -> None:
         said: list[str] = []
         ways = []
         for performer in (
-            SerialBackend(torch.device("cpu")),
-            VectorizedBackend(torch.device("cpu"), said.append),
+            SerialBackend(DeviceMemory(torch.device("cpu"))),
+            VectorizedBackend(DeviceMemory(torch.device("cpu")), said.append),
         ):
             prepared = reduced("hybrid")
             site = ClientRuntime(

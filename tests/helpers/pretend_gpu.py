@@ -38,6 +38,7 @@ GETTERS = {
     Tensor.is_cpu.__get__: lambda device: device.type == "cpu",  # type: ignore[attr-defined]
 }
 WAITS = ("aten._local_scalar_dense", "aten.equal", "aten.nonzero", "aten.masked_select")
+JOINING = ("aten.cat", "aten.stack")  # which take no scalars of the other side
 INDEXING = ("aten.index.", "aten.index_put", "aten._index_put", "aten._unsafe_index")
 
 
@@ -259,7 +260,8 @@ class _Kernels(TorchDispatchMode):
                 )
         elif on_device and not gpu.is_moving:
             for tensor, device in zip(operands, devices, strict=True):
-                if device.type == "cpu" and tensor.ndim and not name.startswith(INDEXING):
+                is_operand = tensor.ndim or name.startswith(JOINING)
+                if device.type == "cpu" and is_operand and not name.startswith(INDEXING):
                     raise RuntimeError(
                         f"{name}: Expected all tensors to be on the same device, but found at "
                         f"least two devices, cuda:0 and cpu! {tuple(tensor.shape)}"

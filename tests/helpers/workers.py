@@ -17,12 +17,14 @@ import pytest
 import torch
 
 from hetero_fl.communication.protocol import Message
+from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.executors import processes
 from hetero_fl.federation.executors.base import Executor, InProcessExecutor
 from hetero_fl.federation.executors.processes import SharedMemoryConnection
 from hetero_fl.federation.executors.workers import (
+    JOBS_PER_WORKER,
     JobResult,
     Worker,
     WorkerExecutor,
@@ -68,7 +70,7 @@ def rounds_on(
         executor = InProcessExecutor(Worker(setup, 0).runtime)
     else:
         crew.size = size
-        performer = make_backend(torch.device("cpu"))
+        performer = make_backend(DeviceMemory(torch.device("cpu")))
         executor = WorkerExecutor(crew, setup.federation.client_infos, StateStore(), performer)
     return SynchronousTrainer(setup.algorithm, setup.federation, executor, cohort)
 
@@ -101,6 +103,34 @@ def outcome(rounds: SynchronousTrainer, held: int = 3) -> dict[str, Any]:
         },
         "readings": read,
     }
+
+
+class Here:
+    """Workers in this process, whose results come in a known order.
+
+    The first worker's come first, once `turned` is set the last one's.
+    """
+
+    def __init__(self, setup: WorkerSetup, size: int) -> None:
+        self.size, self.turned = size, False
+        self.workers = [Worker(setup, i) for i in range(size)]
+        self.jobs: dict[int, list[WorkerJob]] = {}
+        self.waited = 0  # jobs that were sent to a busy worker
+
+    def send(self, worker: int, job: WorkerJob) -> None:
+        self.waited += worker in self.jobs
+        self.jobs.setdefault(worker, []).append(job)
+        assert len(self.jobs[worker]) <= JOBS_PER_WORKER
+
+    def receive(self) -> tuple[int, JobResult | None]:
+        worker = (max if self.turned else min)(self.jobs)
+        result = self.workers[worker].run_job(self.jobs[worker].pop(0))
+        if not self.jobs[worker]:
+            del self.jobs[worker]
+        return worker, result
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
 
 class Lent(processes.ProcessPool):

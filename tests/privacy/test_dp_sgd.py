@@ -49,7 +49,7 @@ def moved(
 ) -> dict[str, Tensor]:
     """What one private fit takes off each tensor of a slot: with plain SGD of rate one, its gradients."""
     before = dict(participant.models[slot])
-    run_fit(participant, fit, Templates(CPU), PrivateGradients(clip, z, NOISE))
+    run_fit(participant, fit, Templates(DeviceMemory(CPU)), PrivateGradients(clip, z, NOISE))
     return {n: before[n] - t for n, t in participant.models[slot].items()}
 
 
@@ -116,7 +116,7 @@ def test_two_models_are_clipped_together() -> None:
     expected = by_hand(participant, objective, 0.3, ("model", "mentee"))
     fit = replace(whole(participant, objective), train={"model": None, "mentee": None})
     before = {s: dict(participant.models[s]) for s in ("model", "mentee")}
-    run_fit(participant, fit, Templates(CPU), PrivateGradients(0.3, 0.0, NOISE))
+    run_fit(participant, fit, Templates(DeviceMemory(CPU)), PrivateGradients(0.3, 0.0, NOISE))
     for name, gradient in expected.items():
         slot, n = name.split(":")
         assert torch.allclose(before[slot][n] - participant.models[slot][n], gradient, atol=1e-6)
@@ -235,7 +235,7 @@ def test_only_the_secret_decides_the_noise_of_a_deployment() -> None:
 
     def trained(noise: NoiseSource) -> Tensor:
         participant = client()
-        run_fit(participant, fit, Templates(CPU), PrivateGradients(1.0, 1.0, noise))
+        run_fit(participant, fit, Templates(DeviceMemory(CPU)), PrivateGradients(1.0, 1.0, noise))
         return participant.models["model"]["head.bias"]
 
     assert torch.equal(trained(NOISE), trained(KeyedNoiseSource(0)))

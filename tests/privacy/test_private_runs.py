@@ -19,6 +19,7 @@ from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.core.plan import ClassSums, Fit, Predict, Rows
+from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.experiment import prepare, run
 from hetero_fl.federation.state_store import PrivateState
@@ -171,7 +172,7 @@ def test_statistics_are_charged_every_round() -> None:
 
 def guard(client: Participant, **changes: Any) -> PrivacyBackend:
     privacy = PrivacyConfig(**{**RECORD, "statistics_clip": 1.0, **changes})
-    return PrivacyBackend(make_backend(CPU), privacy, KeyedNoiseSource(0), [client])
+    return PrivacyBackend(make_backend(DeviceMemory(CPU)), privacy, KeyedNoiseSource(0), [client])
 
 
 def test_private_rows_are_read_inside_of_steps_only() -> None:
@@ -196,7 +197,9 @@ def test_class_sums_are_clipped_and_noised() -> None:
     """Many draws: means are those of the clipped rows, deviations √2·4·z and that times the clip."""
     client = client_of(private("fedavg", RECORD))
     columns = client.data("train", None)
-    (features,) = make_backend(CPU).run([(client, Predict("model", readout="features"))])
+    (features,) = make_backend(DeviceMemory(CPU)).run(
+        [(client, Predict("model", readout="features"))]
+    )
     rows = features * (0.5 / features.norm(dim=1, keepdim=True)).clamp(max=1)
     plain = torch.zeros(10, rows.shape[1]).index_add_(0, columns["y"], rows)
     keeper = guard(client, statistics_clip=0.5)

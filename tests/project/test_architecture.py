@@ -212,7 +212,7 @@ def test_tests_and_benchmarks_lie_in_the_folder_of_their_subject(
     loose = {path.name for path in files if len(path.parts) == 1}
 
     assert {path.parts[0] for path in files if len(path.parts) > 1} <= folders
-    assert loose <= {"__init__.py", "__main__.py", "common.py", "conftest.py"}
+    assert loose <= {"__init__.py", "__main__.py", "common.py", "conftest.py", "gpu_suite.py"}
 
 
 def test_tests_have_a_folder_for_each_package() -> None:

@@ -16,7 +16,7 @@ from hetero_fl.algorithms.base import runs_user_code
 from hetero_fl.config.schema import Config, RuntimeConfig
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import ClientInfo
-from hetero_fl.engine.device_memory import CACHE_SHARE, MemoryPlan, free_bytes
+from hetero_fl.engine.device_memory import CACHE_SHARE, DeviceMemory, MemoryPlan, free_bytes
 from hetero_fl.engine.templates import (
     RATE,
     describe_model,
@@ -26,6 +26,7 @@ from hetero_fl.engine.templates import (
     training_flops,
 )
 from hetero_fl.engine.vectorized import make_backend
+from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.client_runtime import ClientRuntime
 from hetero_fl.federation.executors.base import Executor, InProcessExecutor
 from hetero_fl.federation.executors.processes import ProcessPool
@@ -34,7 +35,12 @@ from hetero_fl.federation.executors.workers import WorkerExecutor, WorkerPool, W
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.secure_aggregation import make_protocol
 from hetero_fl.federation.state_store import StateStore
-from hetero_fl.utils.environment import available_cores, choose_device, thread_limit
+from hetero_fl.utils.environment import (
+    available_cores,
+    choose_device,
+    thread_limit,
+    use_deterministic_algorithms,
+)
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import pluralize
 
@@ -140,6 +146,7 @@ class ExecutorChoice:
     server_threads: int  # of the process that computes the server
     chunk: int = 1  # clients of one architecture that are computed together
     precision: str = "float32"
+    deterministic: bool = False
     workers: int = 1
     reasons: tuple[str, ...] = field(default=(), compare=False)
 
@@ -283,6 +290,7 @@ def choose_executor(
         server_threads,
         chunk,
         runtime.precision,
+        runtime.deterministic,
         workers,
         tuple(reasons),
     )
@@ -412,6 +420,25 @@ def _largest_group(federation: FederationSpec, cohort: int) -> int:
     return max(1, round(max(groups.values(), default=0) * cohort / len(federation.client_infos)))
 
 
+def stays_on_device(algorithm: Algorithm, federation: FederationSpec) -> bool:
+    """Return whether a run in one process may hold everything on its device.
+
+    It does where only the engine, the methods of this package and the plain mean read what
+    participants hold. Compression, secure sums, privacy, attacks and robust rules work on the CPU,
+    and so does a user's code.
+    """
+    links = FederationLinks(algorithm, federation)
+    return (
+        make_protocol(algorithm, federation).takes_payload
+        and links.up is None
+        and links.down is None
+        and federation.privacy is None
+        and federation.malicious is None
+        and federation.aggregation.is_plain_mean
+        and not runs_user_code(algorithm, federation.client_infos)
+    )
+
+
 def make_executor(
     choice: ExecutorChoice,
     algorithm: Algorithm,
@@ -429,14 +456,16 @@ def make_executor(
         say: Receives a line on what cannot be computed as chosen.
     """
     torch.set_num_threads(choice.server_threads)
+    device = torch.device(choice.device)
+    if choice.deterministic:
+        use_deterministic_algorithms(device)
     store = store or StateStore()
-    backend = make_backend(
-        torch.device(choice.device),
-        choice.chunk,
-        choice.precision,
-        say,
+    memory = DeviceMemory(
+        device,
         keeps_copies=not runs_user_code(algorithm, federation.client_infos),
+        is_home=choice.executor in IN_PROCESS and stays_on_device(algorithm, federation),
     )
+    backend = make_backend(memory, choice.chunk, choice.precision, say)
     if choice.executor in IN_PROCESS:
         protocol = make_protocol(algorithm, federation)
         runtime = ClientRuntime(algorithm, federation, store, backend, protocol, local=True)
@@ -453,6 +482,8 @@ def make_executor(
         choice.chunk,
         choice.precision,
         torch.get_default_dtype(),
+        deterministic=choice.deterministic,
+        owns_device=choice.executor != "ray" and choice.workers <= len(devices),
     )
     pool: WorkerPool
     if choice.executor == "ray":

@@ -16,9 +16,11 @@ from typing import Literal, Protocol
 import torch
 
 from hetero_fl.algorithms import Algorithm
+from hetero_fl.algorithms.base import runs_user_code
 from hetero_fl.communication.protocol import Content, Message, Reply
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import PayloadError
+from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.driver import (
     MAX_MESSAGE_LENGTH,
     Backend,
@@ -32,6 +34,7 @@ from hetero_fl.federation.executors.base import client_chunks, drain, in_order
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.secure_aggregation import make_protocol
 from hetero_fl.federation.state_store import StateStore
+from hetero_fl.utils.environment import use_deterministic_algorithms
 from hetero_fl.utils.errors import RunFailedError, UserError
 
 # Whole tasks of clients and their results travel between a run and its workers, never code or live
@@ -62,6 +65,8 @@ class WorkerSetup:
     precision: str = "float32"
     dtype: torch.dtype = torch.float32
     shares_memory: bool = False  # with the server's process
+    deterministic: bool = False
+    owns_device: bool = False  # no other worker computes there
 
 
 @dataclass(frozen=True)
@@ -131,15 +136,16 @@ class Worker:
     def runtime(self) -> ClientRuntime:
         """The runtime, created with the first job so that its errors are reported with the result."""
         device = torch.device(self.setup.devices[self.index % len(self.setup.devices)])
-        backend = make_backend(
-            device,
-            self.setup.chunk,
-            self.setup.precision,
-            # Workers may share a device, of which each would take its share of copies.
-            keeps_copies=False,
-        )
+        if self.setup.deterministic:
+            use_deterministic_algorithms(device)
         algorithm = self.setup.algorithm
         federation = self.setup.federation
+        # Workers that share a device would each take half of it for copies.
+        keeps_copies = self.setup.owns_device and not runs_user_code(
+            algorithm, federation.client_infos
+        )
+        memory = DeviceMemory(device, keeps_copies)
+        backend = make_backend(memory, self.setup.chunk, self.setup.precision)
         return ClientRuntime(
             algorithm,
             federation,

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hetero_fl.algorithms import register_algorithm
+from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.federation.executors.workers import WorkerExecutor
 from hetero_fl.federation.state_store import StateStore
@@ -72,7 +73,10 @@ def test_nor_do_they_in_an_asynchronous_run_in_which_everything_goes_wrong(
     for size in (1, 2, 3):
         crew.size = size
         workers = WorkerExecutor(
-            crew, setup.federation.client_infos, StateStore(), make_backend(torch.device("cpu"))
+            crew,
+            setup.federation.client_infos,
+            StateStore(),
+            make_backend(DeviceMemory(torch.device("cpu"))),
         )
         assert outcome(asynchronous_runs.session(made, workers)) == want
 

@@ -26,7 +26,6 @@ from hetero_fl.experiment import run
 from hetero_fl.federation.executors import processes, workers
 from hetero_fl.federation.executors.processes import ProcessPool, SharedMemoryConnection
 from hetero_fl.federation.executors.workers import (
-    JOBS_PER_WORKER,
     JobResult,
     RemoteTraceback,
     Worker,
@@ -39,6 +38,7 @@ from tests.helpers.workers import (
     METHODS,
     PATIENCE,
     ROOT,
+    Here,
     comes,
     environment,
     gone,
@@ -270,31 +270,6 @@ def test_workers_without_shared_memory_for_the_data_end_the_run_in_one_line(
         match=r"^runtime\.executor: no shared memory for workers' data \(unable .*No space",
     ):
         ProcessPool(setup_of("fedavg"), 2)
-
-
-class Here:
-    """Workers in this process, whose results come in a known order: the first worker's first, later the last one's."""
-
-    def __init__(self, setup: WorkerSetup, size: int) -> None:
-        self.size, self.turned = size, False
-        self.workers = [Worker(setup, i) for i in range(size)]
-        self.jobs: dict[int, list[WorkerJob]] = {}
-        self.waited = 0  # jobs that were sent to a busy worker
-
-    def send(self, worker: int, job: WorkerJob) -> None:
-        self.waited += worker in self.jobs
-        self.jobs.setdefault(worker, []).append(job)
-        assert len(self.jobs[worker]) <= JOBS_PER_WORKER
-
-    def receive(self) -> tuple[int, JobResult | None]:
-        worker = (max if self.turned else min)(self.jobs)
-        result = self.workers[worker].run_job(self.jobs[worker].pop(0))
-        if not self.jobs[worker]:
-            del self.jobs[worker]
-        return worker, result
-
-    def close(self) -> None:
-        """Nothing to give back."""
 
 
 def test_only_clients_with_private_state_are_remembered() -> None:

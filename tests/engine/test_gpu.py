@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from hetero_fl import run
+from hetero_fl.engine.serial import class_sums
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.executors.workers import Worker, WorkerSetup
 from hetero_fl.federation.trainer import FederatedTrainer
@@ -114,6 +115,14 @@ def test_a_run_that_is_resumed(tmp_path: Path) -> None:
         run(source, out=tmp_path / "resumed", callbacks=[stop])
     resumed = run(source, out=tmp_path / "resumed", resume=True)
     assert resumed.summary["personal"] == whole.summary["personal"]
+
+
+def test_class_sums() -> None:
+    values, y = torch.randn(20, 3), torch.arange(20) % 4
+    expected = class_sums(values, y, 5)
+    found = class_sums(values.to("cuda"), y.to("cuda"), 5)
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(other.cpu(), one)
 
 
 @pytest.mark.parametrize("executor", ["serial", "processes"])

@@ -6,11 +6,12 @@
 
 Each part writes FOLDER/PART.json when it ends, and FOLDER/table.md is written anew from all of them.
 A part that has its file is not repeated, and none begins that may not end within `--minutes`: repeat
-the command until no part is left. Images are generated; nothing is downloaded.
+the command until no part is left. A part that failed or was interrupted before comes last. Images are
+generated; nothing is downloaded.
 
-`--pfl` and `--htfllib` are checkouts of pfl-research and HtFLlib, which are then measured too, with
-the packages that they need installed. `--dry` computes everything on the CPU in a small form: its
-figures mean nothing.
+`--pfl` and `--htfllib` are checkouts of pfl-research and HtFLlib, which are then measured too; what
+they import besides must be installed. `--dry` computes everything on the CPU in a small form: its
+figures mean nothing, and it needs a folder of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -29,6 +31,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from xml.etree import ElementTree
 
@@ -37,7 +40,7 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.common import Ours, in_turns
+from benchmarks.common import Ours, in_turns, now
 from benchmarks.speed import htfllib, pfl_research
 from benchmarks.speed.against_commit import CHILD, write_images
 from benchmarks.speed.executors import configuration
@@ -100,6 +103,7 @@ class Outcome:
         targets: Contender, what it is compared with, and the ratio that is aimed at.
         details: Further figures of contenders, by their names.
         tests: Numbers of tests by result, and the names of those that failed.
+        failures: Why contenders could not be measured, by their names.
     """
 
     title: str
@@ -107,6 +111,7 @@ class Outcome:
     targets: Sequence[tuple[str, str, float | None]] = ()
     details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tests: Mapping[str, Any] = field(default_factory=dict)
+    failures: Mapping[str, str] = field(default_factory=dict)
 
 
 def run_tests(setting: Setting, expression: str) -> Outcome:
@@ -134,7 +139,7 @@ def run_tests(setting: Setting, expression: str) -> Outcome:
 
 
 def profile_round(run: Ours, device: str) -> dict[str, Any]:
-    """Return what a round asks of the device: memory, time of computing and of copies."""
+    """Return the peak memory of a round, the share of it in which the GPU computes, and its copies."""
     if device == "cpu":
         run.round()
         return {}
@@ -179,9 +184,9 @@ def compare_runs(
 def equal_clients(setting: Setting, model: str) -> PreparedRun:
     """Return FedAvg of clients that all have the same model, before its first round."""
     options, side, channels = MODELS[model]
-    clients, rows = CLIENTS, ROWS
-    if setting.is_dry:
-        clients, rows, side = 3, 20, 16
+    clients = 3 if setting.is_dry else CLIENTS
+    rows = 20 if setting.is_dry else ROWS
+    side = 16 if setting.is_dry else side
     if setting.is_dry and model == "vit_tiny":
         options = {**options, "width": 24, "depth": 1}
     data = make_images(clients * rows + 1, 100, classes=10, channels=channels, side=side)
@@ -282,14 +287,19 @@ def measure_htfllib(setting: Setting) -> Outcome:
 
 def measure_switches(setting: Setting, model: str, batch_size: int) -> Outcome:
     """Measure what torch's switches are worth: steps of a bare training loop, each switch alone."""
-    steps = {
-        switch: make_steps(setting, model, batch_size, switch)
-        for switch in SWITCHES
-        if switch != "CUDA graph" or not setting.is_dry
-    }
-    seconds = in_turns(steps, setting.pairs)
+    steps, failures = {}, {}
+    for switch in SWITCHES:
+        if switch == "CUDA graph" and setting.is_dry:
+            continue
+        try:
+            run = make_steps(setting, model, batch_size, switch)
+            run()  # compiles, where anything is compiled
+            steps[switch] = run
+        except Exception as error:
+            failures[switch] = f"{type(error).__name__}: {error}".splitlines()[0]
     title = f"steps of a bare loop, {model}, batches of {batch_size}, by switch"
-    return Outcome(title, seconds, [(switch, "none", None) for switch in steps if switch != "none"])
+    targets = [(switch, "none", None) for switch in steps if switch != "none"]
+    return Outcome(title, in_turns(steps, setting.pairs), targets, failures=failures)
 
 
 def make_steps(setting: Setting, model: str, batch_size: int, switch: str) -> Callable[[], None]:
@@ -304,7 +314,7 @@ def make_steps(setting: Setting, model: str, batch_size: int, switch: str) -> Ca
         module.to(memory_format=torch.channels_last)
         x = x.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
-        module.parameters(), 0.01, momentum=0.9, fused=switch == "fused optimizer"
+        module.parameters(), 0.01, momentum=0.9, fused=switch == "fused optimizer" or None
     )
     forward: Callable[..., Any] = module
     if switch == "torch.compile":
@@ -317,7 +327,8 @@ def make_steps(setting: Setting, model: str, batch_size: int, switch: str) -> Ca
         optimizer.step()
         optimizer.zero_grad()
 
-    run = captured(step) if switch == "CUDA graph" else step
+    with tensor_float_32(switch == "TF32"):
+        run = captured(step) if switch == "CUDA graph" else step
 
     def steps() -> None:
         with tensor_float_32(switch == "TF32"):
@@ -356,7 +367,7 @@ def tensor_float_32(enabled: bool) -> Iterator[None]:
             flag.allow_tf32 = value
 
 
-# What each part does, and the minutes in which it has surely ended.
+# What each part does, and the minutes after which it is interrupted.
 PARTS: dict[str, tuple[Callable[[Setting], Outcome], float]] = {
     "tests_serial": (partial(run_tests, expression="serial"), 5),
     "vectorized_cnn": (partial(measure_vectorized, model="cnn"), 2),
@@ -374,11 +385,10 @@ PARTS: dict[str, tuple[Callable[[Setting], Outcome], float]] = {
 }
 
 
-def describe_machine() -> dict[str, str]:
+def describe_machine(is_dry: bool) -> dict[str, str]:
     """Return what the figures depend on besides the code."""
-    has_gpu = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if has_gpu else f"CPU, {platform.machine()}",
+        "device": "dry form on the CPU" if is_dry else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
         "python": platform.python_version(),
@@ -391,6 +401,7 @@ def format_part(name: str, part: Mapping[str, Any]) -> str:
     if part["tests"]:
         counts = [f"{n} {kind}" for kind, n in part["tests"].items() if isinstance(n, int)]
         lines += [", ".join(counts), *(f"- failed: {test}" for test in part["tests"]["failures"])]
+    lines += [f"- failed: {name}: {why}" for name, why in part["failures"].items()]
     rows = []
     for contender, seconds in part["seconds"].items():
         row = {"": contender, "seconds": _spread(seconds, 4)}
@@ -416,7 +427,7 @@ def _spread(values: Sequence[float], digits: int) -> str:
 
 
 def write_table(folder: Path) -> None:
-    """Write all parts that are there as one page."""
+    """Write one page with all parts that have been measured."""
     found = {name: folder / f"{name}.json" for name in PARTS}
     parts = {n: json.loads(p.read_text("utf-8")) for n, p in found.items() if p.exists()}
     text = "\n".join(format_part(name, part) for name, part in parts.items())
@@ -426,7 +437,7 @@ def write_table(folder: Path) -> None:
 def run_parts(
     names: Sequence[str], setting: Setting, folder: Path, minutes: float
 ) -> dict[str, str]:
-    """Run parts that have no file yet; a part that fails does not keep others from being run.
+    """Run parts that have no file yet; the others are run when one fails or takes too long.
 
     Args:
         names: The parts, most important first.
@@ -438,11 +449,13 @@ def run_parts(
         Why parts have no file, by their names.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    started, missing = time.monotonic(), {}
-    for name in names:
+    started = now()
+    missing: dict[str, str] = {}
+    for name in sorted(names, key=lambda name: (folder / f"{name}.failed").exists()):
         file = folder / f"{name}.json"
+        mark = folder / f"{name}.failed"
         part, longest = PARTS[name]
-        begun = time.monotonic()
+        begun = now()
         left = minutes - (begun - started) / 60
         if file.exists():
             continue
@@ -450,17 +463,46 @@ def run_parts(
             missing[name] = f"takes {longest:g} minutes, {left:.1f} were left"
             continue
         print(f"{name} …", flush=True)
+        mark.touch()  # until it ends well, even if this process is killed
         try:
-            outcome = vars(part(setting))
-        except Exception as error:
+            with time_limit(60 * longest):
+                outcome = vars(part(setting))
+        except (Exception, SystemExit) as error:
             traceback.print_exc()
             missing[name] = f"failed: {error}".splitlines()[0]
             continue
-        result = {**outcome, "machine": describe_machine(), "took": time.monotonic() - begun}
+        machine = describe_machine(setting.is_dry)
+        result = {**outcome, "machine": machine, "took": now() - begun}
         file.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        mark.unlink()
         write_table(folder)
         print(format_part(name, result), flush=True)
     return missing
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the main thread after so many seconds."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"it took more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def check_folder(folder: Path, is_dry: bool) -> None:
+    """End with a line if a folder holds parts of the dry form and others are to be added, or the reverse."""
+    for file in folder.glob("*.json"):
+        was_dry = json.loads(file.read_text("utf-8"))["machine"] == describe_machine(True)
+        if was_dry != is_dry:
+            kind = "the dry form" if was_dry else "a GPU"
+            sys.exit(f"gpu_suite: --out {folder} holds figures of {kind}; give another folder")
 
 
 def main() -> None:
@@ -469,9 +511,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help="some parts")
-    parser.add_argument("--minutes", type=float, default=9, help="in which the call ends (9)")
-    parser.add_argument("--pairs", type=int, default=5, help="turns that are counted (5)")
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, metavar="PART", help=f"some of: {', '.join(PARTS)}"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=9, help="the command ends within this time (9)"
+    )
+    parser.add_argument("--pairs", type=int, default=5, help="timed turns of each contender (5)")
     parser.add_argument("--pfl", type=Path, metavar="CHECKOUT", help="pfl-research's repository")
     parser.add_argument("--htfllib", type=Path, metavar="CHECKOUT", help="HtFLlib's repository")
     parser.add_argument(
@@ -484,6 +530,7 @@ def main() -> None:
         name: path and path.resolve()
         for name, path in {"pfl": options.pfl, "htfllib": options.htfllib}.items()
     }
+    check_folder(options.out, options.dry)
     setting = Setting(options.dry, 1 if options.dry else options.pairs, **rivals)
     missing = run_parts(options.only or list(PARTS), setting, options.out, options.minutes)
     for name, reason in missing.items():

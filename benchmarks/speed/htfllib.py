@@ -5,9 +5,8 @@
 
 Federated distillation (FD) of class-wise mean predictions with evaluation after each round: 20
 clients with 192 training and 64 test images of CIFAR-10's shape each, batches of 32, one epoch. Each
-side is a process of its own that trains a round when asked, in turns. HtFLlib needs h5py and calmsize.
-Its CNN
-has no padding, ours has, and does more arithmetic; its round does not draw batches anew.
+side is a process of its own that trains a round when asked, in turns. HtFLlib needs h5py and
+calmsize. Its CNN has no padding, and does less arithmetic than ours; it does not shuffle the rows.
 
 `--rival` is a checkout of HtFLlib; without it ours is timed alone.
 """
@@ -30,7 +29,8 @@ from benchmarks.speed.pfl_research import measure
 
 RIVAL = Path(__file__).with_name("htfllib_rounds.py")
 TARGETS = [("hetero_fl, vectorized", "HtFLlib", 0.2), ("hetero_fl, serial", "HtFLlib", None)]
-BATCH, LR = 32, 0.01
+BATCH = 32
+LR = 0.01
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,8 @@ def main() -> None:
         "--quick", action="store_true", help="one pair of four clients: to see that it works"
     )
     options = parser.parse_args()
-    size, pairs = (Size(4, 32, 32), 1) if options.quick else (Size(), options.pairs)
+    size = Size(4, 32, 32) if options.quick else Size()
+    pairs = 1 if options.quick else options.pairs
     with tempfile.TemporaryDirectory() as folder:
         seconds = compare(Path(folder), options.rival, size, pairs, options.device)
     for name, spent in seconds.items():

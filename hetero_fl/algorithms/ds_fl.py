@@ -47,17 +47,18 @@ def quantize_probabilities(p: Tensor, bits: int, sums_to_one: bool = True) -> Te
 
 
 def pack_labels(levels: Tensor, bits: int) -> Tensor:
-    """Pack levels `[N, C]` of so many bits end to end into uint8 `[N, ceil(C·bits / 8)]`, on the CPU."""
+    """Pack levels `[N, C]` of so many bits end to end into uint8 `[N, ceil(C·bits / 8)]`."""
     singles = (levels.cpu()[..., None] >> torch.arange(bits, dtype=torch.uint8)) & 1
     packed = np.packbits(singles.flatten(1).numpy(), axis=1, bitorder="little")
-    return torch.from_numpy(packed)
+    return torch.from_numpy(packed).to(levels.device)
 
 
 def unpack_labels(packed: Tensor, bits: int, classes: int) -> Tensor:
     """Reverse `pack_labels`; return levels, uint8 `[N, classes]`."""
     flat = np.unpackbits(packed.cpu().numpy(), axis=1, count=classes * bits, bitorder="little")
     singles = torch.from_numpy(flat).unflatten(1, (classes, bits))
-    return (singles << torch.arange(bits, dtype=torch.uint8)).sum(-1).to(torch.uint8)
+    levels = (singles << torch.arange(bits, dtype=torch.uint8)).sum(-1).to(torch.uint8)
+    return levels.to(packed.device)
 
 
 # The cache of a consensus, at the server and at the clients: what was said of a proxy row serves
@@ -98,7 +99,9 @@ class CachedPredictions(ProxyDistillation):
     def consensus_rounds(server: Participant) -> Tensor:
         """The round in which each proxy row's consensus was made, int64 `[D]`; −1: never."""
         made: Tensor | None = server.state.get(CONSENSUS_ROUNDS)
-        return torch.full((len(server.data("proxy", None)["x"]),), -1) if made is None else made
+        if made is None:
+            return torch.full((len(server.data("proxy", None)["x"]),), -1)
+        return made.cpu()  # as the proxy indices
 
     def cache_update(self, server: Participant, client_info: ClientInfo) -> Items:
         """What this client is asked for, and what it lacks of the teacher."""
@@ -227,7 +230,7 @@ class DSFL(CachedPredictions):
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
         yield local_fit(client)
-        asked = received["ask"].long() if "ask" in received else self.proxy_indices(client)
+        asked = received["ask"].cpu().long() if "ask" in received else self.proxy_indices(client)
         if (asked is not None and not len(asked)) or not may_share(client, "predictions"):
             return {}
         logits = yield Predict("model", Rows("proxy", asked))

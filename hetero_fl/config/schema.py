@@ -56,7 +56,7 @@ class RuntimeConfig(ConfigSection):
     staleness: StalenessConfig = StalenessConfig()
     executor: choice_type("auto", "serial", "batched", "processes", "ray", "torchrun") = Field(  # type: ignore[valid-type]
         "auto",
-        description="how steps are carried out; auto: chosen from what is known before the run, never by the clock",
+        description="how steps are carried out; auto: chosen before the run from its size and, where it is close, a few timed steps",
     )
     address: str | None = Field(
         None,
@@ -89,8 +89,8 @@ class RuntimeConfig(ConfigSection):
     )
     deterministic: bool = Field(
         False,
-        description="on a GPU: only algorithms that compute the same bits in every run; slower, and an operation that has none "
-        "fails",
+        description="on a GPU: use only algorithms that compute the same bits in every run; slower, and an operation without "
+        "one raises an error; no effect on a CPU",
     )
     divergence: Literal["skip", "stop"] = Field(
         "skip",

@@ -10,6 +10,7 @@ from functools import cached_property
 from itertools import islice
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from hetero_fl.config.base import OptimizerConfig
@@ -298,6 +299,15 @@ def copy_tree(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {k: copy_tree(v) for k, v in tree.items()}
     return [copy_tree(v) for v in tree] if isinstance(tree, list) else tree
+
+
+def move_tree(tree: Any, device: torch.device) -> Any:
+    """Return a tree of dictionaries, lists and tensors with its tensors on a device."""
+    if isinstance(tree, Tensor):
+        return tree.to(device)
+    if isinstance(tree, Mapping):
+        return {k: move_tree(v, device) for k, v in tree.items()}
+    return [move_tree(v, device) for v in tree] if isinstance(tree, list) else tree
 
 
 def copy_containers(tree: Any) -> Any:

@@ -167,7 +167,11 @@ class Payload(Mapping[str, Any]):
         return self.items_[name]
 
     def to(self, device: torch.device) -> Payload:
-        """Return the payload with its tensors on a device."""
+        """Return the payload with its tensors on a device; itself if they are there."""
+        weights = [i.weight for i in self.items_.values() if isinstance(i.weight, Tensor)]
+        tensors = [t for item in self.items_.values() for t in item.tensors.values()]
+        if all(t.device == device for t in [*tensors, *weights]):
+            return self
         moved = Payload(report=self.report)
         moved.magnitude = self.magnitude
         for name, item in self.items_.items():

@@ -138,8 +138,7 @@ def run_federation(
             ) -> NodeExecutor:
                 torch.set_num_threads(choice.server_threads)
                 device = torch.device(choice.device)
-                if choice.deterministic:
-                    use_deterministic_algorithms(device)
+                use_deterministic_algorithms(device, choice.deterministic)
                 write_atomically(out / IDENTITY, json.dumps(handshake.state_dict()).encode())
                 # What is drawn at the server must not follow from the seed, which every node is told.
                 noise = SecretNoiseSource(NodeStorage(out / "secrets").secret("noise"))

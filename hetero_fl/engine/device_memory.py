@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.model_spec import ModelSpec
+from hetero_fl.core.participant import move_tree
 from hetero_fl.engine.dropout import DropoutStreams, use_keyed_dropout
 from hetero_fl.utils.caching import BoundedCache
 from model_zoo.shapes import make_shape
@@ -21,6 +22,8 @@ from model_zoo.shapes import make_shape
 CPU = torch.device("cpu")
 # Of the memory that is free when the first tensor is copied.
 CACHE_SHARE = 0.5
+# For private state, of the memory that is free when the first is stored.
+STATE_SHARE = 0.25
 # Examples of the two forward passes that are compared. BatchNorm has no variance of one example.
 FEWER, MORE = 2, 4
 
@@ -43,19 +46,20 @@ class DeviceMemory:
         device: The device. If it is the CPU, nothing is copied.
         keeps_copies: Whether copies stay. A user's method may change a tensor where no version
             tells (`.data`, `.numpy()`): what it computes with is copied each time.
-        is_home: Whether what participants hold is on the device, too: models, state, rows,
-            predictions and messages that are handed over.
+        stores_tensors: Whether the tensors of participants are stored on the device, if it is a
+            GPU: models, state, rows, predictions and messages that are handed over.
 
     Attributes:
-        home: Where participants' tensors are, the device or the CPU.
+        storage_device: Where the tensors of participants are stored, the device or the CPU.
     """
 
     def __init__(
-        self, device: torch.device, keeps_copies: bool = True, is_home: bool = False
+        self, device: torch.device, keeps_copies: bool = True, stores_tensors: bool = False
     ) -> None:
         self.device = device
-        self.home = device if is_home else CPU
+        self.storage_device = device if stores_tensors and device.type == "cuda" else CPU
         self._keeps_copies = keeps_copies
+        self._state_room: int | None = None  # bytes
         self._copies: BoundedCache[DeviceCopy] | None = None
         self._gone: list[int] = []  # keys of tensors that no longer exist
 
@@ -89,19 +93,23 @@ class DeviceMemory:
             known = self._copies[key] = DeviceCopy(copy, original, tensor._version)
         return known.copy
 
-    def bring_home(self, tree: Any) -> Any:
-        """Return a tree of dictionaries, lists and tensors whose tensors are at home."""
-        if isinstance(tree, Tensor):
-            return tree.to(self.home)
-        if isinstance(tree, Mapping):
-            return {key: self.bring_home(value) for key, value in tree.items()}
-        return [self.bring_home(value) for value in tree] if isinstance(tree, list) else tree
+    def to_storage(self, tree: Any) -> Any:
+        """Return a tree of dictionaries, lists and tensors with its tensors on the storage device."""
+        return move_tree(tree, self.storage_device)
 
-    def columns_at_home(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return columns of rows, as far as they fit on the device if that is the home."""
-        if self.home.type == "cpu":
+    def columns_to_storage(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return columns of rows on the storage device, or as they are if they do not fit there."""
+        if self.storage_device.type == "cpu":
             return dict(columns)
         return {name: self.keep(column) for name, column in columns.items()}
+
+    def has_room_for_state(self, num_bytes: int) -> bool:
+        """Return whether so many bytes of private state may be stored on the storage device."""
+        if self.storage_device.type == "cpu":
+            return True
+        if self._state_room is None:
+            self._state_room = int(STATE_SHARE * free_bytes(self.device))
+        return num_bytes <= self._state_room
 
     def stack(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return the tensors stacked on the device; one that occurs several times is copied once."""

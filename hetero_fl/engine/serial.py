@@ -195,7 +195,7 @@ class SerialBackend:
             out = module(batch.to(self.templates.device))
             for parts, step in zip(found, steps, strict=True):
                 parts.append(select_output(step, out))
-        return [torch.cat(parts).to(self.templates.memory.home) for parts in found]
+        return [torch.cat(parts).to(self.templates.memory.storage_device) for parts in found]
 
 
 def share_forward_pass(one: tuple[Participant, Step], other: tuple[Participant, Step]) -> bool:

@@ -116,6 +116,10 @@ class Template:
         # the module's own tensors
         self.tensors: Mapping[str, Tensor] = self.module.state_dict(keep_vars=True)
         self._handed_over: set[str] = set()
+        # cuDNN wants the weights of a recurrent layer in one piece: others are given copies.
+        self._keeps_memory = device.type == "cuda" and any(
+            isinstance(m, nn.RNNBase) for m in self.module.modules()
+        )
         self.parameters: Mapping[str, nn.Parameter] = dict(self.module.named_parameters())
         # not the module's own word: a model's `train` may do more than set it
         self._mode: bool | None = None
@@ -139,10 +143,14 @@ class Template:
             self._mode = training
 
     def hand_over(self) -> Tensors:
-        """Return the module's tensors, contiguous and at home; when it is loaded again, it gets other memory."""
+        """Return the module's tensors, contiguous and on the storage device; when it is loaded again, it gets other memory."""
         # Unlike `detach()`, `data` does not count later changes of the module as changes of its own.
         tensors = {
-            name: mine.data.to(self.memory.home, memory_format=torch.contiguous_format)
+            name: mine.data.to(
+                self.memory.storage_device,
+                copy=self._keeps_memory,
+                memory_format=torch.contiguous_format,
+            )
             for name, mine in self.tensors.items()
         }
         self._handed_over = {

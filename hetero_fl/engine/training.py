@@ -76,15 +76,15 @@ def scale_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> Non
 
 
 def snapshot_optimizer(
-    optimizer: torch.optim.Optimizer, trainable: Mapping[str, Tensor], home: torch.device
+    optimizer: torch.optim.Optimizer, trainable: Mapping[str, Tensor], device: torch.device
 ) -> OptimizerSnapshot:
-    """The optimizer's state, in memory of its own."""
+    """Return a copy of the optimizer's state on a device."""
     copy = {k: optimizer.state[p] for k, p in trainable.items() if p in optimizer.state}
     return {
         k: {
             n: torch.as_tensor(v)
             .detach()
-            .to(home, copy=True, memory_format=torch.contiguous_format)
+            .to(device, copy=True, memory_format=torch.contiguous_format)
             for n, v in s.items()
             if v is not None
         }
@@ -224,12 +224,14 @@ def run_fit(
     loss_sum, *magnitudes = torch.stack([total, *(n.to(total) for n in norms)]).tolist()
     if not all(map(math.isfinite, [loss_sum, *magnitudes])):
         raise divergence_message(fit, loss_sum / len(batches))
-    for slot in fit.train:
-        participant.models[slot] = live[slot].hand_over()
+    # Nothing of the participant changes before all memory is had: a fit that runs out of it is repeated.
+    kept = None
     if fit.keep:
-        participant.state.setdefault("optimizers", {})[fit.keep] = snapshot_optimizer(
-            optimizer, trainable, templates.memory.home
-        )
+        kept = snapshot_optimizer(optimizer, trainable, templates.memory.storage_device)
+    trained = {slot: live[slot].hand_over() for slot in fit.train}
+    participant.models.update(trained)
+    if kept is not None:
+        participant.state.setdefault("optimizers", {})[fit.keep] = kept
     return FitReport(len(batches), batches.examples, loss_sum / len(batches))
 
 

@@ -73,7 +73,7 @@ def _forward(work: OutputWork, inputs: Sequence[Tensor], templates: Templates) -
         out = vmap(outputs, randomness="error")(tensors, batch)
         for i in range(active):
             found[i].append(out[i, : len(x[i]) - begin])
-    whole = [torch.cat(parts).to(templates.memory.home) for parts in found]
+    whole = [torch.cat(parts).to(templates.memory.storage_device) for parts in found]
     back = {i: whole[place] for place, i in enumerate(order)}
     return [back[i] for i in range(len(work))]
 

@@ -261,7 +261,7 @@ class _StackedFits:
         self.work = work
         self.fit = work[0][1]
         self.device = templates.device
-        self.home = templates.memory.home
+        self.storage_device = templates.memory.storage_device
         self.batches = StackedBatches(runs)
         first = work[0][0]
         fit = self.fit
@@ -444,7 +444,7 @@ class _StackedFits:
     ) -> None:
         """Note the optimizer's state of the participants who finish now."""
         if self.fit.keep and optimizer is not None:
-            state = snapshot_optimizer(optimizer, leaves, self.home)
+            state = snapshot_optimizer(optimizer, leaves, self.storage_device)
             for i in range(begin, end):
                 self.kept[i] = {
                     k: {n: (v[i].clone() if v.ndim else v.clone()) for n, v in s.items()}
@@ -459,16 +459,21 @@ class _StackedFits:
         finite = torch.stack([self.totals.to(norms[0]), *norms]).isfinite().all(0).tolist()
         totals = self.totals.tolist()
         tensors = {
-            s: {n: t.to(self.home) for n, t in self.tensors[s].items()} for s in self.fit.train
+            s: {n: t.to(self.storage_device) for n, t in self.tensors[s].items()}
+            for s in self.fit.train
         }
+        # Before any participant changes: a fit that runs out of memory is repeated.
+        models = [
+            {s: {n: t[i].clone() for n, t in own.items()} for s, own in tensors.items()}
+            for i in range(len(self.work))
+        ]
         results: list[FitReport | DivergedError] = []
         for i, (participant, fit) in enumerate(self.work):
             steps = self.batches.counts[i]
             if not finite[i]:
                 results.append(divergence_message(fit, totals[i] / steps))
                 continue
-            for slot, own in tensors.items():
-                participant.models[slot] = {n: t[i].clone() for n, t in own.items()}
+            participant.models.update(models[i])
             if fit.keep:
                 participant.state.setdefault("optimizers", {})[fit.keep] = self.kept[i]
             results.append(FitReport(steps, self.batches.runs[i].examples, totals[i] / steps))

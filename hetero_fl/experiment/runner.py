@@ -335,9 +335,8 @@ def load_inherited_models(models: Mapping[str, SavedModel], trainer: FederatedTr
     for group, members in groups.items():
         for name, tensor in trainer.server.models[group].items():
             if tensor.is_floating_point():
-                trainer.server.models[group][name] = torch.stack(
-                    [m.tensors[name] for m in members]
-                ).mean(0)
+                mean = torch.stack([m.tensors[name] for m in members]).mean(0)
+                trainer.server.models[group][name] = mean.to(tensor.device)
 
 
 # One run: configuration in, finished run directory out.

@@ -492,7 +492,8 @@ class AsynchronousTrainer(FederatedTrainer):
         self._set_round_context(self.version)
         self._attempts = Counter(state["asked"])
         self._barren = Counter(state["barren"])
+        device = self.federation.memory.storage_device
         self._buffer = [
-            (client, Payload.decode(as_bytes(body)), worth)
+            (client, Payload.decode(as_bytes(body)).to(device), worth)
             for client, body, worth in state["buffer"]
         ]

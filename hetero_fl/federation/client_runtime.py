@@ -200,7 +200,7 @@ class ClientRuntime:
         local: bool = False,
     ) -> None:
         self.algorithm = algorithm
-        self.federation = federation.at_home(backend.templates.memory)
+        self.federation = federation.with_memory(backend.templates.memory)
         self.store = store
         self.backend = backend
         self.protocol = protocol
@@ -274,11 +274,11 @@ class ClientRuntime:
         return run_plans(plans, backend, watch)
 
     def _decode_broadcast(self, client_id: str, round_idx: int, content: Content) -> Payload:
+        device = self.federation.memory.storage_device
         if isinstance(content, Payload):
-            return Payload.from_untrusted(content.tree())
+            return Payload.from_untrusted(content.tree()).to(device)
         held = self.store.get(client_id).state.get(HELD)
-        received = read_broadcast(self.links, round_idx, content, held)
-        return received.to(self.federation.memory.home)
+        return read_broadcast(self.links, round_idx, content, held).to(device)
 
     def _hold(self, client_id: str, content: Content, received: Payload) -> dict[str, Any] | None:
         """Return the estimate that a client holds from now on, where broadcasts need one."""
@@ -320,7 +320,11 @@ class ClientRuntime:
                 request.attempt,
             )
         reply = training.reply(content)
-        self.store.stage(client_id, PrivateState(kept_state(self.algorithm, client), client.state))
+        state = PrivateState(kept_state(self.algorithm, client), client.state)
+        num_bytes = self.store.cached_bytes + state.num_bytes
+        if not self.federation.memory.has_room_for_state(num_bytes):
+            state = state.on_cpu()
+        self.store.stage(client_id, state)
         return reply
 
     def deploy_clients(
@@ -357,7 +361,8 @@ class ClientRuntime:
                 slot, view = inference_model(self.algorithm, participant)
                 view = view or self.federation.client_infos[c].preprocess
                 at_home = add_log_prior(
-                    participant, torch.zeros(task.outputs, device=self.federation.memory.home)
+                    participant,
+                    torch.zeros(task.outputs, device=self.federation.memory.storage_device),
                 )
                 # Exact label frequencies of a private client stay out of its model's file.
                 tells_prior = bool(at_home.any()) and (
@@ -409,6 +414,12 @@ class ClientRuntime:
                 self._host_copies.clear()
             known = self._host_copies[id(tensor)] = (tensor, tensor.cpu())
         return known[1]
+
+    def clear_caches(self) -> None:
+        """Forget broadcasts, and what clients share of an evaluation."""
+        self.broadcast_cache.clear()
+        self._host_copies.clear()
+        self._common.clear()
 
     def _score(self, logits: Tensor, y: Tensor, unit: Tensor | None) -> Scores:
         """Scores of the logits; those that several clients share are scored once."""

@@ -140,14 +140,16 @@ class FederationSpec:
                 _check_model(kind.arch, f"clients: {kind.first}: model")
         return replace(self, client_infos=client_infos)
 
-    def at_home(self, memory: DeviceMemory) -> FederationSpec:
-        """Return the federation with participants whose tensors are at the home of this memory."""
+    def with_memory(self, memory: DeviceMemory) -> FederationSpec:
+        """Return the federation whose participants store their tensors as this memory says."""
+        if memory.storage_device == self.memory.storage_device:
+            return self
         return replace(self, memory=memory, _initial={})
 
     def initial_tensors(self, arch: ModelSpec) -> Tensors:
         """The tensors that every participant with this architecture starts from. Do not change them in place."""
         if arch.spec_id not in self._initial:
-            made = self.memory.bring_home(arch.initial_tensors(self.seed))
+            made = self.memory.to_storage(arch.initial_tensors(self.seed))
             self._initial[arch.spec_id] = made
         return self._initial[arch.spec_id]
 
@@ -177,7 +179,7 @@ class FederationSpec:
         """A client, with what it keeps privately, ready for one task of that round."""
         client_info = self.client_infos[client_id]
         memory = self.memory
-        kept = {slot: memory.bring_home(tensors) for slot, tensors in state.models.items()}
+        kept = {slot: memory.to_storage(tensors) for slot, tensors in state.models.items()}
         models = {
             slot: {**self.initial_tensors(arch), **kept.get(slot, {})}
             for slot, arch in client_info.models.items()
@@ -198,13 +200,13 @@ class FederationSpec:
             task=self.task,
             arch=dict(client_info.models),
             models=models,
-            data=lambda name, through: memory.columns_at_home(data(name, through)),
+            data=lambda name, through: memory.columns_to_storage(data(name, through)),
             settings=client_info.settings,
-            label_counts=lambda: memory.bring_home(label_counts()),
+            label_counts=lambda: memory.to_storage(label_counts()),
             num_rows=client_info.num_rows,
             has_proxy=client_info.has_proxy,
             peers=self.client_infos,
-            state=memory.bring_home(copy_tree(state.state)),
+            state=memory.to_storage(copy_tree(state.state)),
             round_context=self.round_context(round_idx, attempt),
         )
 
@@ -232,11 +234,11 @@ class FederationSpec:
             task=self.task,
             arch=archs,
             models={slot: copy_tensors(tensors) for slot, tensors in models.items()},
-            data=lambda name, through: self.memory.columns_at_home(
+            data=lambda name, through: self.memory.columns_to_storage(
                 self.data.columns(SERVER, name, through or self.server_preprocess)
             ),
             settings=self.server_settings,
-            label_counts=lambda: torch.zeros(self.task.outputs, device=self.memory.home),
+            label_counts=lambda: torch.zeros(self.task.outputs, device=self.memory.storage_device),
             has_proxy=self.data.n_proxy > 0,
             peers=self.client_infos,
             common=self.common,

@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from cachetools import LRUCache
 
 from hetero_fl.core.model_spec import Tensors
+from hetero_fl.core.participant import move_tree
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.serialization import (
     CodecError,
@@ -198,6 +200,16 @@ class PrivateState:
             TypeError: If they encode something else.
         """
         return cls(**decode(data, FORM, bounded)) if data else cls()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its tensors."""
+        return num_tensor_bytes([self.models, self.state])
+
+    def on_cpu(self) -> PrivateState:
+        """Return the state with its tensors on the CPU."""
+        cpu = torch.device("cpu")
+        return PrivateState(move_tree(self.models, cpu), move_tree(self.state, cpu))
 
     def normalized(self) -> PrivateState:
         """Return a copy as decoding would give it: contiguous tensors with memory of their own."""

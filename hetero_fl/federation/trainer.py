@@ -109,7 +109,7 @@ class FederatedTrainer(ABC):
         policy: CohortConfig | None = None,
     ) -> None:
         self.algorithm = algorithm
-        self.federation = federation.at_home(executor.backend.templates.memory)
+        self.federation = federation.with_memory(executor.backend.templates.memory)
         self.executor = executor
         self.per_round = per_round
         self.stop_on_divergence = stop_on_divergence
@@ -139,8 +139,8 @@ class FederatedTrainer(ABC):
         self.server = self.federation.server()
         with translate_user_errors():
             algorithm.setup(self.server)
-        self.server.models = self.federation.memory.bring_home(self.server.models)
-        self.server.state = self.federation.memory.bring_home(self.server.state)
+        self.server.models = self.federation.memory.to_storage(self.server.models)
+        self.server.state = self.federation.memory.to_storage(self.server.state)
         self._clear_broadcasts()
 
     @property
@@ -266,7 +266,8 @@ class FederatedTrainer(ABC):
             check_size(len(content), specs, expected)
             payload = self.links.decode_upload(
                 client_info, round_idx, content, expected, received, attempt
-            ).to(self.federation.memory.home)
+            )
+        payload = payload.to(self.federation.memory.storage_device)
         check_upload(payload, specs, expected)
         return payload
 
@@ -432,9 +433,9 @@ class FederatedTrainer(ABC):
         """Go on from what `state_dict` returned."""
         self.completed = state["completed"]
         self.num_diverged = state.get("diverged", 0)
-        home = self.federation.memory.bring_home
-        self.server.models = home(state["server"]["models"])
-        self.server.state = home(state["server"]["state"])
+        to_storage = self.federation.memory.to_storage
+        self.server.models = to_storage(state["server"]["models"])
+        self.server.state = to_storage(state["server"]["state"])
         self.traffic = Traffic(**state["traffic"])
         self.rule_memory = state["aggregation"]
         if self.privacy is not None:

@@ -72,7 +72,7 @@ def choose_device(name: str) -> torch.device:
         ) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"runtime.device: found '{name}', but {torch.cuda.device_count()} CUDA devices are here; use cpu"
+            f"runtime.device: found '{name}', but torch finds {torch.cuda.device_count()} CUDA devices; use cpu"
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("runtime.device: found 'mps', but it is not available here; use cpu")
@@ -82,16 +82,17 @@ def choose_device(name: str) -> torch.device:
 _one_core = False
 
 
-def use_deterministic_algorithms(device: torch.device) -> None:
-    """Let this process compute the same bits on a GPU in every run; on a CPU it does so anyway.
+def use_deterministic_algorithms(device: torch.device, enabled: bool) -> None:
+    """Let this process compute the same bits on a GPU in every run, or not; on a CPU it does anyway.
 
-    From then on an operation that has no such algorithm raises RuntimeError.
+    While it is enabled, an operation without a deterministic algorithm raises RuntimeError.
     """
-    if device.type == "cuda":
+    if device.type != "cuda":
+        return
+    if enabled:
         # cuBLAS reads it when it is first used.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(enabled)
 
 
 def use_one_core() -> None:

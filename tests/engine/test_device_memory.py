@@ -148,12 +148,12 @@ def test_what_the_cpu_reads_does_not_stay_on_the_device(
     assert stays_on_device(prepared.method, prepared.federation) is stays
 
 
-def test_home_is_the_device_or_the_cpu() -> None:
+def test_tensors_are_stored_on_the_device_or_the_cpu() -> None:
     with PretendGPU():
         cuda = torch.device("cuda:0")
         tree = {"a": [torch.ones(2)], "b": {"c": 1.5}}
-        assert DeviceMemory(cuda).bring_home(tree)["a"][0].is_cpu
-        there = DeviceMemory(cuda, is_home=True).bring_home(tree)
+        assert DeviceMemory(cuda).to_storage(tree)["a"][0].is_cpu
+        there = DeviceMemory(cuda, stores_tensors=True).to_storage(tree)
         assert there["a"][0].is_cuda and there["b"] == {"c": 1.5}
 
         payload = Payload({"x": torch.ones(2), "model": {"w": torch.zeros(3)}}).to(cuda)
@@ -164,7 +164,24 @@ def test_home_is_the_device_or_the_cpu() -> None:
 def test_rows_that_do_not_fit_stay_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_memory, "free_bytes", lambda device: 100)
     with PretendGPU():
-        memory = DeviceMemory(torch.device("cuda:0"), is_home=True)
+        memory = DeviceMemory(torch.device("cuda:0"), stores_tensors=True)
         columns = {"x": torch.ones(40), "y": torch.ones(4)}
-        found = memory.columns_at_home(columns)
+        found = memory.columns_to_storage(columns)
         assert found["x"] is columns["x"] and found["y"].is_cuda
+
+
+def test_private_state_stays_on_the_device_while_there_is_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with PretendGPU():
+        for room, stays in ((2**30, True), (100, False)):
+            monkeypatch.setattr(device_memory, "free_bytes", lambda device, room=room: room)
+            source = config("fedper", clients=2)
+            source["runtime"] = {"threads": 1, "device": "cuda", "executor": "serial"}
+            trainer = rounds_of(source, held=1)
+            kept = trainer.store.get("site_1").models["model"].values()
+            assert all(tensor.is_cuda is stays for tensor in kept)
+
+
+def test_only_a_gpu_stores_tensors() -> None:
+    assert DeviceMemory(torch.device("mps"), stores_tensors=True).storage_device.type == "cpu"

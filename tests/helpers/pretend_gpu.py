@@ -88,6 +88,7 @@ class PretendGPU:
         self.placement = _Placement()
         self.is_moving = False  # within a copy that was asked for
         self.factory = CPU  # where new tensors are made
+        self.generators: dict[int, torch.Generator] = {}  # of the device
         self._stack = ExitStack()
 
     def __enter__(self) -> PretendGPU:
@@ -115,10 +116,15 @@ class PretendGPU:
                 lambda device=None: mock.Mock(is_capturing=lambda: False),
             )
         )
-        generator = torch.Generator
-        self._stack.enter_context(
-            mock.patch.object(torch, "Generator", lambda device="cpu": generator())
-        )
+        make_generator = torch.Generator
+
+        def generator(device: str | torch.device = "cpu") -> torch.Generator:
+            made = make_generator()
+            if torch.device(device).type == "cuda":
+                self.generators[made._cdata] = made
+            return made
+
+        self._stack.enter_context(mock.patch.object(torch, "Generator", generator))
         self._stack.enter_context(_Kernels(self))
         self._stack.enter_context(_Calls(self))
         return self
@@ -183,14 +189,39 @@ class _Calls(TorchFunctionMode):
         if function is Tensor.tolist and self._is_on_device(args[0]):
             gpu.note("wait", args[0].nbytes)
             return function(*args, **named)
+        if function is Tensor.new_tensor and named.get("device") is None:
+            result = function(*args, **named)
+            if self._is_on_device(args[0]):
+                gpu.placement.put(result)
+            return result
         if named.get("device") is None:
-            return function(*args, **named)
+            return self._call(function, args, named)
+        if function is torch.as_tensor and _is_tensor(args[0]):
+            return self._move(Tensor.to, (args[0],), named)
+        if function in (torch.tensor, torch.as_tensor) and not _is_tensor(args[0]):
+            target = torch.device(named.pop("device"))
+            result = function(*args, **named)
+            if target.type == "cuda":
+                gpu.placement.put(result)
+            return result
         target = torch.device(named["device"])
         named["device"] = CPU
         factory, gpu.factory = gpu.factory, CUDA if target.type == "cuda" else CPU
         try:
             with gpu.moving(gpu.factory) if any(map(_is_tensor, args)) else nullcontext():
                 return function(*args, **named)
+        finally:
+            gpu.factory = factory
+
+    def _call(self, function: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """Call a function; what it makes besides is where its operands are."""
+        gpu = self.gpu
+        operands = [t for t in tree_flatten((args, named))[0] if _is_tensor(t)]
+        if gpu.is_moving or not any(map(self._is_on_device, operands)):
+            return function(*args, **named)
+        factory, gpu.factory = gpu.factory, CUDA
+        try:
+            return function(*args, **named)
         finally:
             gpu.factory = factory
 
@@ -270,6 +301,14 @@ class _Kernels(TorchDispatchMode):
                     gpu.note("to device", tensor.nbytes)
             if name.startswith(WAITS):
                 gpu.note("wait", operands[0].itemsize)
+            if name.startswith(INDEXING):
+                self._check_indexing(name, args)
+        if (on_device and not gpu.is_moving) or gpu.factory.type == "cuda":
+            for value in tree_flatten((args, dict(kwargs or {})))[0]:
+                if isinstance(value, torch._C.Generator) and value._cdata not in gpu.generators:
+                    raise RuntimeError(
+                        f"{name}: Expected a 'cuda' device type for generator but found 'cpu'"
+                    )
         result = function(*args, **dict(kwargs or {}))
         target = gpu.factory
         if operands and not gpu.is_moving:
@@ -284,3 +323,16 @@ class _Kernels(TorchDispatchMode):
 
             tree_map_only(Tensor, put, result)
         return result
+
+    def _check_indexing(self, name: str, args: tuple[Any, ...]) -> None:
+        """Raise RuntimeError for indices and values on the other side, as far as a GPU refuses them."""
+        place = self.gpu.placement.device_of
+        base = place(args[0])
+        indices = [t for t in tree_flatten(args[1])[0] if _is_tensor(t)]
+        if base.type == "cpu" and any(place(t) != base for t in indices):
+            raise RuntimeError(
+                f"{name}: indices should be either on cpu or on the same device as the indexed "
+                "tensor (cpu)"
+            )
+        if "put" in name and _is_tensor(args[2]) and args[2].ndim and place(args[2]) != base:
+            raise RuntimeError(f"{name}: expected self and source to be on the same device")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,9 @@ def test_failing_part_does_not_stop_the_others(
 def test_part_that_may_not_end_in_time_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    times = iter([0.0, 0.0, 0.0, 400.0, 400.0, 400.0])
-    monkeypatch.setattr(gpu_suite.time, "monotonic", lambda: next(times))
+    times = iter([0.0, 0.0, 400.0, 400.0])
+    monkeypatch.setattr(gpu_suite, "now", lambda: next(times))
+    monkeypatch.setattr(gpu_suite, "describe_machine", lambda is_dry: {"device": "a GPU"})
     for name in ("pfl_research", "htfllib"):
         monkeypatch.setitem(PARTS, name, (lambda setting: Outcome("fine"), 4))
 
@@ -62,7 +64,11 @@ def test_table_shows_ratios_of_turns_and_failed_tests() -> None:
         targets=[("vectorized", "serial", 0.2)],
         details={"vectorized": {"kernels": 12}},
     )
-    tested = Outcome("tests", tests={"passed": 3, "failed": 1, "failures": ["test_it[a]"]})
+    tested = Outcome(
+        "tests",
+        tests={"passed": 3, "failed": 1, "failures": ["test_it[a]"]},
+        failures={"torch.compile": "no compiler"},
+    )
     machine = {"machine": {"device": "a GPU"}}
 
     table = format_part("one", {**vars(measured), **machine})
@@ -75,7 +81,44 @@ def test_table_shows_ratios_of_turns_and_failed_tests() -> None:
         "0.2 / serial",
         "12",
     ]
-    assert "3 passed, 1 failed\n- failed: test_it[a]" in tests
+    assert "3 passed, 1 failed\n- failed: test_it[a]\n- failed: torch.compile: no compiler" in tests
+
+
+def test_part_that_failed_before_comes_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(setting: Setting) -> Outcome:
+        order.append("pfl_research")
+        sys.exit("no module named pfl")
+
+    def succeed(setting: Setting) -> Outcome:
+        order.append("htfllib")
+        return Outcome("fine")
+
+    order: list[str] = []
+    monkeypatch.setitem(PARTS, "pfl_research", (fail, 1))
+    monkeypatch.setitem(PARTS, "htfllib", (succeed, 1))
+
+    run_parts(["pfl_research"], DRY, tmp_path, minutes=9)
+    missing = run_parts(["pfl_research", "htfllib"], DRY, tmp_path, minutes=9)
+
+    assert order == ["pfl_research", "htfllib", "pfl_research"]
+    assert missing == {"pfl_research": "failed: no module named pfl"}
+
+
+def test_part_is_interrupted_after_its_time() -> None:
+    with pytest.raises(TimeoutError, match=r"more than 0\.05 s"), gpu_suite.time_limit(0.05):
+        time.sleep(5)
+
+
+def test_dry_figures_have_a_folder_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_parts(["vectorized_mlp"], DRY, tmp_path, minutes=9)
+
+    gpu_suite.check_folder(tmp_path, is_dry=True)
+    with pytest.raises(SystemExit, match="holds figures of the dry form; give another folder"):
+        gpu_suite.check_folder(tmp_path, is_dry=False)
 
 
 @pytest.mark.slow

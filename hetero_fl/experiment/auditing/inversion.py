@@ -179,7 +179,7 @@ def observe_upload(
     index = client_info.settings.share_every - 1
     method = SingleStepMethod(prepared.method, rows, rate)
     runtime = prepared.config.runtime.model_copy(
-        update={"executor": "serial", "precision": "float32"}
+        update={"executor": "serial", "device": "cpu", "precision": "float32"}
     )
     config = prepared.config.model_copy(update={"runtime": runtime})
     trainer = replace(prepared, config=config, method=cast(Algorithm, method)).make_trainer()

@@ -140,7 +140,7 @@ class InProcessExecutor:
             else:
                 yield from in_order(clients, self._run_chunks(clients, request))
         finally:
-            self.runtime.broadcast_cache.clear()  # before the server aggregates
+            self.runtime.clear_caches()  # before the server aggregates
 
     def _run_chunks(
         self, clients: Sequence[str], request: Callable[[str], Message]
@@ -163,7 +163,7 @@ class InProcessExecutor:
         try:
             yield from in_order(clients, (pair for chunk in evaluations for pair in chunk))
         finally:
-            self.runtime.broadcast_cache.clear()
+            self.runtime.clear_caches()
 
     def set_listener(self, listener: Callable[[str], None] | None) -> None:
         self.runtime.listener = listener

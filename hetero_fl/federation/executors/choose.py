@@ -457,13 +457,12 @@ def make_executor(
     """
     torch.set_num_threads(choice.server_threads)
     device = torch.device(choice.device)
-    if choice.deterministic:
-        use_deterministic_algorithms(device)
+    use_deterministic_algorithms(device, choice.deterministic)
     store = store or StateStore()
     memory = DeviceMemory(
         device,
         keeps_copies=not runs_user_code(algorithm, federation.client_infos),
-        is_home=choice.executor in IN_PROCESS and stays_on_device(algorithm, federation),
+        stores_tensors=choice.executor in IN_PROCESS and stays_on_device(algorithm, federation),
     )
     backend = make_backend(memory, choice.chunk, choice.precision, say)
     if choice.executor in IN_PROCESS:

@@ -136,8 +136,7 @@ class Worker:
     def runtime(self) -> ClientRuntime:
         """The runtime, created with the first job so that its errors are reported with the result."""
         device = torch.device(self.setup.devices[self.index % len(self.setup.devices)])
-        if self.setup.deterministic:
-            use_deterministic_algorithms(device)
+        use_deterministic_algorithms(device, self.setup.deterministic)
         algorithm = self.setup.algorithm
         federation = self.setup.federation
         # Workers that share a device would each take half of it for copies.

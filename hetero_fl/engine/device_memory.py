@@ -56,6 +56,8 @@ class DeviceMemory:
     def __init__(
         self, device: torch.device, keeps_copies: bool = True, stores_tensors: bool = False
     ) -> None:
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
         self.storage_device = device if stores_tensors and device.type == "cuda" else CPU
         self._keeps_copies = keeps_copies

@@ -158,6 +158,7 @@ def test_tensors_are_stored_on_the_device_or_the_cpu() -> None:
 
         payload = Payload({"x": torch.ones(2), "model": {"w": torch.zeros(3)}}).to(cuda)
         assert payload["x"].is_cuda and payload["model"]["w"].is_cuda
+        assert payload.to(DeviceMemory(torch.device("cuda")).device) is payload
         assert payload.encode() == payload.to(torch.device("cpu")).encode()
 
 

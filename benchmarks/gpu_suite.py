@@ -459,7 +459,7 @@ def run_parts(
         left = minutes - (begun - started) / 60
         if file.exists():
             continue
-        if left < min(longest, minutes) and not setting.is_dry:
+        if left < longest and not setting.is_dry:
             missing[name] = f"takes {longest:g} minutes, {left:.1f} were left"
             continue
         print(f"{name} …", flush=True)

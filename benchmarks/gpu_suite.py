@@ -4,7 +4,7 @@
     python -m benchmarks gpu_suite --out FOLDER [--minutes 9] [--only PART …]
                                    [--pfl CHECKOUT] [--htfllib CHECKOUT] [--dry]
 
-Each part writes FOLDER/PART.json when it ends, and FOLDER/table.md is written anew from all of them.
+Each part writes FOLDER/PART.json when it ends, and FOLDER/table.md is rewritten from all of them.
 A part that has its file is not repeated, and none begins that may not end within `--minutes`: repeat
 the command until no part is left. A part that failed or was interrupted before comes last. Images are
 generated; nothing is downloaded.

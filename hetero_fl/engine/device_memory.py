@@ -106,7 +106,7 @@ class DeviceMemory:
         return {name: self.keep(column) for name, column in columns.items()}
 
     def has_room_for_state(self, num_bytes: int) -> bool:
-        """Return whether so many bytes of private state may be stored on the storage device."""
+        """Return whether private state of this size, in total, may be on the storage device."""
         if self.storage_device.type == "cpu":
             return True
         if self._state_room is None:

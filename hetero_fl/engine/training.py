@@ -224,7 +224,7 @@ def run_fit(
     loss_sum, *magnitudes = torch.stack([total, *(n.to(total) for n in norms)]).tolist()
     if not all(map(math.isfinite, [loss_sum, *magnitudes])):
         raise divergence_message(fit, loss_sum / len(batches))
-    # Nothing of the participant changes before all memory is had: a fit that runs out of it is repeated.
+    # The participant changes last: a fit that runs out of memory is repeated.
     kept = None
     if fit.keep:
         kept = snapshot_optimizer(optimizer, trainable, templates.memory.storage_device)

@@ -462,7 +462,7 @@ class _StackedFits:
             s: {n: t.to(self.storage_device) for n, t in self.tensors[s].items()}
             for s in self.fit.train
         }
-        # Before any participant changes: a fit that runs out of memory is repeated.
+        # Participants change last: a fit that runs out of memory is repeated.
         models = [
             {s: {n: t[i].clone() for n, t in own.items()} for s, own in tensors.items()}
             for i in range(len(self.work))

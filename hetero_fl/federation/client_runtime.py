@@ -215,7 +215,7 @@ class ClientRuntime:
         self.privacy = ClientPrivacy.from_federation(algorithm, federation)
         self.listener: Callable[[str], None] | None = None
         self.review_upload: Callable[[str, Payload], None] | None = None
-        # of logits and labels that several clients share: copies on the CPU, scores
+        # Copies on the CPU and scores, of logits and labels that several clients share.
         self._host_copies: dict[int, tuple[Tensor, Tensor]] = {}
         self._common: dict[int, tuple[Tensor, Scores]] = {}
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-import multiprocessing
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -123,9 +124,9 @@ def run_jobs(
     failed: dict[ComparisonJob, str] = {}
     progress.log(f"{len(work)} runs, {jobs} at a time")
     schedule = _Schedule(work)
-    others = multiprocessing.active_children()
     pool_size = min(jobs, len(work))
-    context = worker_context(__name__)
+    workers: list[BaseProcess] = []
+    context = _remember_processes(worker_context(__name__), workers)
     environ = (dict(os.environ),)
     with ProcessPoolExecutor(pool_size, context, start_worker, environ) as pool:
         with ignore_interrupts_in_children():
@@ -133,7 +134,6 @@ def run_jobs(
                 pool.submit(run_job, source, [*base, *job.overrides], job.out, allow_code): job
                 for job in work
             }
-        workers = [child for child in multiprocessing.active_children() if child not in others]
         try:
             for done, future in enumerate(as_completed(waiting), 1):
                 job = waiting[future]
@@ -155,6 +155,22 @@ def run_jobs(
             pool.shutdown(cancel_futures=True)
             raise
     return failed
+
+
+def _remember_processes(context: Any, started: list[BaseProcess]) -> Any:
+    """Return a copy of a multiprocessing context that appends each process it makes to `started`.
+
+    `multiprocessing.active_children` omits processes that have already ended.
+    """
+    make = context.Process
+
+    def make_and_remember(*args: Any, **kwargs: Any) -> BaseProcess:
+        started.append(make(*args, **kwargs))
+        return started[-1]
+
+    context = copy.copy(context)
+    context.Process = make_and_remember
+    return context
 
 
 def start_worker(environ: Mapping[str, str]) -> None:

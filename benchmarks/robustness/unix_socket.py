@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hetero_fl.deployment.config import DisclosureConfig, SiteConfig
-from hetero_fl.deployment.messages import Envelope
+from hetero_fl.deployment.envelope import Envelope
 from hetero_fl.deployment.node import Node
 
 CONTEXT = multiprocessing.get_context("forkserver")  # imports once, for all nodes

@@ -30,9 +30,10 @@ import httpx
 
 from benchmarks.common import add_quick
 from hetero_fl.deployment.certificates import load_node_key, make_node_key
-from hetero_fl.deployment.flower import FlowerTransport, SuperLink, serve
-from hetero_fl.deployment.flower.superlink import free_port
-from hetero_fl.deployment.messages import Envelope
+from hetero_fl.deployment.envelope import Envelope
+from hetero_fl.deployment.flower.node import serve
+from hetero_fl.deployment.flower.superlink import SuperLink, free_port
+from hetero_fl.deployment.flower.transport import FlowerTransport
 
 PROJECT = """\
 [project]

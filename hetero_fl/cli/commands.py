@@ -11,7 +11,14 @@ import click
 from click import Context, Group, Option, Parameter
 from click.exceptions import Exit, NoSuchOption, UsageError
 
-from hetero_fl.cli.deployment_commands import certificates, federate, node, server, status
+from hetero_fl.cli.deployment_commands import (
+    certificates,
+    federate,
+    flower_app,
+    node,
+    server,
+    status,
+)
 from hetero_fl.cli.experiment_commands import audit, check, compare, export, join
 from hetero_fl.cli.run_options import (
     HINT,
@@ -158,6 +165,7 @@ APP = OrderedGroup(
         federate,
         server,
         node,
+        flower_app,
         certificates,
         status,
         compare,

@@ -1,4 +1,4 @@
-"""The commands `federate`, `server`, `node`, `certificates` and `status`."""
+"""The commands `federate`, `server`, `node`, `flower-app`, `certificates` and `status`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from hetero_fl.cli.run_options import (
     allow_code_option,
     code_permission,
     command,
+    config_option,
+    overrides_argument,
     quiet_option,
     training_command,
 )
@@ -121,6 +123,26 @@ def _verify_audit_log(path: Path, key: Path | None, head: str | None) -> None:
         print(
             "signatures were not checked, so lines may have been appended; --key names the site's public key"
         )
+
+
+@command("flower-app")
+@click.argument("folder", type=PATH, metavar="DIR")
+@overrides_argument
+@config_option
+@allow_code_option
+def flower_app(
+    folder: Path, overrides: tuple[str, ...], config: Path | None, allow_code: bool
+) -> None:
+    """Write a configuration as a Flower app: `flwr run DIR` trains on an existing federation."""
+    if config is None:
+        raise UserError("--config is missing: name a YAML or JSON file")
+    from hetero_fl.deployment.flower.installation import check_installed
+
+    check_installed()
+    from hetero_fl.deployment.flower.app import write_app
+
+    for path in write_app(folder, config, overrides, code_permission(allow_code)):
+        print(path)
 
 
 @command()

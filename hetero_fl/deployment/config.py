@@ -20,7 +20,7 @@ from hetero_fl.config.clients import AugmentConfig, ClientSettings, Models, Prep
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.config.errors import describe_error
 from hetero_fl.config.load import read_config_file
-from hetero_fl.deployment.messages import MESSAGE_BYTES
+from hetero_fl.deployment.envelope import MESSAGE_BYTES
 from hetero_fl.utils.code_permission import CONTEXT, OWN, CodePermission, find_references
 from hetero_fl.utils.errors import UserError, suggest_or_list, suggest_similar
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from hetero_fl.deployment.envelope import Envelope
 from hetero_fl.deployment.messages import (
-    Envelope,
     RequestRefusedError,
     Transport,
     body_of,
@@ -231,7 +231,7 @@ class Conversations:
 # The server's connections: which node stands for which client, and what is sent to whom.
 
 GREETING = 2.0  # seconds that a node which has just come has to say who it is
-FAREWELL = 5.0  # seconds, at most, for telling nodes that a run is over
+FAREWELL = 15.0  # seconds, at most, for telling nodes that a run is over
 PATIENCE = 60.0  # seconds that a node which has gone is waited for, as long as others are there
 GREETING = 60.0  # seconds that a node may take to say who it is, before it is asked again
 # seconds by which clocks may differ: a greeting that is waited for has not expired at a node that

@@ -27,6 +27,7 @@ from hetero_fl.deployment.certificates import (
     load_public_key,
     public_bytes,
 )
+from hetero_fl.deployment.envelope import Envelope, Handle, Head, find_fault
 from hetero_fl.federation.client_runtime import ClientEvaluation
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.serialization import CodecError, as_tensor, decode, encode
@@ -35,20 +36,6 @@ from hetero_fl.utils.version import __version__
 # What carries messages between the server and its nodes, and one that carries them within this
 # process.
 
-Head = dict[str, str | int | float | bool | bytes]
-
-MESSAGE_BYTES = 2**30  # of one message, unless a server's or a site's file says otherwise
-MOST_HEAD_ENTRIES = 32
-MOST_HEAD_BYTES = 2**16
-
-
-@dataclass(frozen=True)
-class Envelope:
-    """One message, either way: what it is about, and bytes."""
-
-    head: Head = field(default_factory=dict)
-    body: bytes = b""
-
 
 class UnreadableAnswer(Envelope):
     """Placeholder for an answer that was refused."""
@@ -56,37 +43,6 @@ class UnreadableAnswer(Envelope):
     @classmethod
     def with_reason(cls, why: str) -> UnreadableAnswer:
         return cls({"ask": "refused", "why": why})
-
-
-def find_fault(envelope: Envelope, most: int) -> str:
-    """Return what is out of bounds in a message, before anything in it is used; empty if nothing is.
-
-    A head is a few plain values that can be encoded as UTF-8; a body has at most `most` bytes.
-    """
-    head = envelope.head
-    size = 0
-    if len(envelope.body) > most:
-        return f"a message of {len(envelope.body):,} bytes; at most {most:,} are read"
-    if len(head) > MOST_HEAD_ENTRIES:
-        return f"a head of {len(head)} entries; at most {MOST_HEAD_ENTRIES} are read"
-    for name, value in head.items():
-        if not isinstance(name, str) or not isinstance(value, str | int | float | bytes):
-            return f"a head with {type(value).__name__} in it; expected plain values"
-        if isinstance(value, int) and value.bit_length() > 64:
-            return f"a head with a number of {value.bit_length()} bits; expected at most 64"
-        try:
-            size += len(name.encode()) + len(value.encode() if isinstance(value, str) else b"")
-        except UnicodeEncodeError:
-            return "a head whose text is not valid Unicode"
-        size += len(value) if isinstance(value, bytes) else 8
-    return (
-        f"a head of {size:,} bytes; at most {MOST_HEAD_BYTES:,} are read"
-        if size > MOST_HEAD_BYTES
-        else ""
-    )
-
-
-Handle = Callable[[Envelope], Envelope]
 
 
 class Transport(Protocol):

@@ -28,18 +28,17 @@ from hetero_fl.data.remote import PublicPack, describe_client_rows, restrict_to_
 from hetero_fl.deployment.audit_log import REPEATED, TRAIN, AuditLog, Entry, SiteUsage
 from hetero_fl.deployment.certificates import check_authority, load_node_key, load_public_key
 from hetero_fl.deployment.config import SiteConfig, load_site_config
+from hetero_fl.deployment.envelope import Envelope, find_fault
 from hetero_fl.deployment.handshake import federation_fingerprint
 from hetero_fl.deployment.messages import (
     FORM,
     JUNK,
     LOG,
-    Envelope,
     NodeKeys,
     RequestRefusedError,
     body_of,
     data_info_tree,
     evaluation_tree,
-    find_fault,
     head_value,
     message,
     versions,
@@ -541,17 +540,16 @@ def run_node(
         raise UserError(
             f"{path}: server: missing; it says whom this site answers (address, authority, key)"
         )
-    if site.data is not None:  # before a server counts on it
-        try:
-            check_source(site.data)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+    check_site_data(path, site)
     authority = None if site.server.authority is None else Path(site.server.authority)
     if authority is not None:
         check_authority(authority)
     import torch._dynamo  # noqa: F401 which optimizers load at their first step: better now than in a round
 
-    from hetero_fl.deployment.flower import serve
+    from hetero_fl.deployment.flower.installation import check_installed
+
+    check_installed()
+    from hetero_fl.deployment.flower.node import serve
 
     key = load_node_key(Path(site.server.key))
     log = EventLog(site.logs, client=site.client)
@@ -566,7 +564,7 @@ def run_node(
     with lock_folder(folder) as unheld, _forward_transport_log(log), _handle_termination(log, stop):
         for line in unheld:
             log(line)
-        attended = _LoggedNode(Node(site, folder, log, keys, key), log, stop, once)
+        attended = LoggedNode(Node(site, folder, log, keys, key), log, stop, once)
         log(f"{site.client}: looking for the server at {site.server.address}")
         try:
             serve(
@@ -581,13 +579,36 @@ def run_node(
     return hurried
 
 
-class _LoggedNode:
-    """A node whose messages are logged, and which stops when there is no more to do."""
+def check_site_data(path: Path, site: SiteConfig) -> None:
+    """Check a site's own data, before a server counts on it.
 
-    def __init__(self, node: Node, log: EventLog, stop: threading.Event, once: bool) -> None:
+    Raises:
+        UserError: If it cannot be read; the message begins with the site's file.
+    """
+    if site.data is None:
+        return
+    try:
+        check_source(site.data)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+class LoggedNode:
+    """A node whose messages are logged.
+
+    Args:
+        node: The node.
+        log: Receives a line for each task.
+        stop: Set when the server refuses the node, and with `once` at the end of a run.
+        once: Whether to take part in one run only.
+    """
+
+    def __init__(
+        self, node: Node, log: EventLog, stop: threading.Event | None = None, once: bool = False
+    ) -> None:
         self._node = node
         self._log = log
-        self._stop = stop
+        self._stop = stop or threading.Event()
         self._once = once
         self.refused = ""
 

@@ -26,14 +26,9 @@ from hetero_fl.deployment.certificates import (
 )
 from hetero_fl.deployment.config import load_server_config
 from hetero_fl.deployment.conversations import NUDGE, PATIENCE, Connections
+from hetero_fl.deployment.envelope import MESSAGE_BYTES
 from hetero_fl.deployment.handshake import perform_handshake
-from hetero_fl.deployment.messages import (
-    MESSAGE_BYTES,
-    BoundedTransport,
-    ServerKeys,
-    SignedTransport,
-    Transport,
-)
+from hetero_fl.deployment.messages import BoundedTransport, ServerKeys, SignedTransport, Transport
 from hetero_fl.deployment.monitoring import EventLog, LineStream, RunStatus, serve_status
 from hetero_fl.deployment.node_storage import NodeStorage
 from hetero_fl.deployment.remote_executor import NodeExecutor
@@ -73,6 +68,7 @@ def run_federation(
     callbacks: Sequence[Callback] = (),
     quiet: bool = True,
     keys: ServerKeys | None = None,
+    authenticated: bool = False,
     say: Callable[[str], None] = lambda line: None,
     status: RunStatus | None = None,
     console: Console | None = None,
@@ -86,6 +82,7 @@ def run_federation(
         patience: seconds that a node which has gone is waited for, as long as enough others are there.
         nudge: seconds of silence after which a node is asked whether it is there.
         keys: with which messages are signed, and answers checked; none: for rehearsals on one machine.
+        authenticated: whether the transport knows its nodes by itself, so that no keys are needed.
         say: told, in one line, of whoever comes, goes or is refused.
         status: kept up to date.
         console: where the run's progress is shown, if not in a terminal.
@@ -150,7 +147,7 @@ def run_federation(
 
             notes = handshake.prepared.notes
             notes += unused_simulation_keys(handshake.prepared.federation, config)
-            if keys is None:
+            if keys is None and not authenticated:
                 notes.append(
                     "no keys were given: messages are not signed, and anybody may speak for anybody"
                 )
@@ -267,7 +264,11 @@ def run_server(
         else ServerKeys(load_node_key(Path(server.key), "the server's"), nodes)
     )
     path = default_out(config) if out is None else out
-    from hetero_fl.deployment.flower import FlowerTransport, SuperLink
+    from hetero_fl.deployment.flower.installation import check_installed
+
+    check_installed()
+    from hetero_fl.deployment.flower.superlink import SuperLink
+    from hetero_fl.deployment.flower.transport import FlowerTransport
 
     status = RunStatus(path, list(expand_population(config.clients)))
     log = _RunLog(server.logs, status)

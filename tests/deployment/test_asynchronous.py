@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from hetero_fl.deployment.messages import Envelope, RequestRefusedError
+from hetero_fl.deployment.envelope import Envelope
+from hetero_fl.deployment.messages import RequestRefusedError
 from hetero_fl.deployment.node import Node
 from hetero_fl.experiment import run
 from hetero_fl.experiment.runner import _evaluate

@@ -25,7 +25,8 @@ from hetero_fl.deployment.audit_log import (
 )
 from hetero_fl.deployment.certificates import make_node_key
 from hetero_fl.deployment.config import SiteConfig
-from hetero_fl.deployment.messages import Envelope, NodeKeys
+from hetero_fl.deployment.envelope import Envelope
+from hetero_fl.deployment.messages import NodeKeys
 from hetero_fl.deployment.node import Node
 from hetero_fl.utils.errors import UserError
 

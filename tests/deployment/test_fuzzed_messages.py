@@ -34,15 +34,8 @@ from hetero_fl.data.preprocessing import Preprocess
 from hetero_fl.data.remote import FORM as PACK
 from hetero_fl.deployment.audit_log import verify
 from hetero_fl.deployment.config import SiteConfig
-from hetero_fl.deployment.messages import (
-    FORM,
-    Envelope,
-    Handle,
-    RequestRefusedError,
-    body_of,
-    find_fault,
-    message,
-)
+from hetero_fl.deployment.envelope import Envelope, Handle, find_fault
+from hetero_fl.deployment.messages import FORM, RequestRefusedError, body_of, message
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.validation import read_data_info, read_evaluation, read_settings
 from hetero_fl.experiment.preparation import prepare

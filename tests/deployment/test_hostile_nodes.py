@@ -22,10 +22,9 @@ from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Examples, RowSelection
 from hetero_fl.data.preprocessing import Preprocess
 from hetero_fl.deployment import validation
+from hetero_fl.deployment.envelope import Envelope, Handle
 from hetero_fl.deployment.messages import (
     FORM,
-    Envelope,
-    Handle,
     RequestRefusedError,
     body_of,
     evaluation_tree,

@@ -17,14 +17,8 @@ from hetero_fl.deployment.audit_log import AuditLog, verify
 from hetero_fl.deployment.certificates import make_node_key
 from hetero_fl.deployment.config import SiteConfig
 from hetero_fl.deployment.conversations import GREETING, Connections
-from hetero_fl.deployment.messages import (
-    Envelope,
-    Handle,
-    LoopbackTransport,
-    NodeKeys,
-    ServerKeys,
-    SignedTransport,
-)
+from hetero_fl.deployment.envelope import Envelope, Handle
+from hetero_fl.deployment.messages import LoopbackTransport, NodeKeys, ServerKeys, SignedTransport
 from hetero_fl.deployment.monitoring import read_status
 from hetero_fl.deployment.node import Node
 from hetero_fl.utils.errors import RunFailedError, UserError

@@ -17,9 +17,10 @@ import pytest
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.deployment import messages
 from hetero_fl.deployment.config import DisclosureConfig, SiteConfig
-from hetero_fl.deployment.messages import Envelope, LoopbackTransport
+from hetero_fl.deployment.envelope import Envelope
+from hetero_fl.deployment.messages import LoopbackTransport
 from hetero_fl.deployment.monitoring import EventLog, RunStatus, read_status
-from hetero_fl.deployment.node import Node, _handle_termination, _LoggedNode
+from hetero_fl.deployment.node import Node, _handle_termination, LoggedNode
 from hetero_fl.deployment.server import _handle_termination as _server_ending
 from hetero_fl.deployment.server import run_federation
 from hetero_fl.experiment import run
@@ -39,7 +40,7 @@ class Sites:
         self.folder, self.sites, self.once = folder, sites, once
         self.stops: list[threading.Event] = []
         self.lines: list[str] = []
-        self.refused: list[_LoggedNode] = []
+        self.refused: list[LoggedNode] = []
 
     def gathered(
         self, change: Callable[[Envelope], Envelope] = lambda envelope: envelope
@@ -53,7 +54,7 @@ class Sites:
                 "Kept", (EventLog,), {"__call__": lambda _, line, **about: self.lines.append(line)}
             )
             node = Node(site, self.folder / site.client, log)
-            attended = _LoggedNode(node, log, self.stops[-1], self.once)
+            attended = LoggedNode(node, log, self.stops[-1], self.once)
             self.refused.append(attended)
             asked = attended.handle
             loopback.join((lambda e, asked=asked: change(asked(e))) if index == 0 else asked)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hetero_fl.deployment.config import SiteConfig
-from hetero_fl.deployment.messages import Envelope, Handle, LoopbackTransport
+from hetero_fl.deployment.envelope import Envelope, Handle
+from hetero_fl.deployment.messages import LoopbackTransport
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.server import run_federation
 from hetero_fl.reporting.run import Run

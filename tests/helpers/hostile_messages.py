@@ -13,7 +13,8 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 from hetero_fl.core.payload import FORM as PAYLOAD
-from hetero_fl.deployment.messages import FORM, Envelope, Handle, NodeKeys, sign_envelope
+from hetero_fl.deployment.envelope import Envelope, Handle
+from hetero_fl.deployment.messages import FORM, NodeKeys, sign_envelope
 from hetero_fl.utils.serialization import encode
 
 T = TypeVar("T")

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from hetero_fl.deployment.config import DisclosureConfig, SiteConfig
-from hetero_fl.deployment.messages import Envelope, LoopbackTransport
+from hetero_fl.deployment.envelope import Envelope
+from hetero_fl.deployment.messages import LoopbackTransport
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.node_storage import NodeStorage
 from hetero_fl.deployment.server import run_federation

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 import httpx
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, Metadata, RecordDict
+from flwr.app import Array, Error, Message, Metadata
 from flwr.app.message import make_message, remove_content_from_message
 from flwr.app.message.arraychunk import ArrayChunk
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
@@ -49,7 +49,8 @@ from flwr.supercore.inflatable.inflatable_utils import (
     push_objects,
 )
 
-from hetero_fl.deployment.messages import MESSAGE_BYTES, Envelope, Head
+from hetero_fl.deployment.envelope import MESSAGE_BYTES, Envelope
+from hetero_fl.deployment.flower.records import to_content
 from hetero_fl.utils.errors import RunFailedError, UserError
 
 # How often to ask whether something has come: often at first, seldom when nothing has come for
@@ -135,10 +136,6 @@ def _reason(error: Exception) -> str:
 
 SERVER = Node(node_id=SUPERLINK_NODE_ID)
 KIND = "query"  # Flower wants one of its own
-HEAD = "head"
-BODY = "body"
-# bytes; a body of no more goes with the head, which saves six of fourteen calls each way
-SMALL = 2**16
 PARTS_TIMEOUT = 60.0  # seconds within which the parts of a message that is announced must have come
 MOST_PARTS = 64  # of a message, beside one for every PART_BYTES of its body
 PART_BYTES = 2**20  # of a part that is not a piece of a body, at most
@@ -174,7 +171,7 @@ def message_to_node(envelope: Envelope, run: int, node: int, within: float) -> M
             ttl=within,
             message_type=KIND,
         ),
-        content=_content(envelope),
+        content=to_content(envelope),
     )
 
 
@@ -199,33 +196,9 @@ def answer_message(message: Message, answer: Envelope | None, after: float) -> M
         **(
             {"error": Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "the node failed")}
             if answer is None
-            else {"content": _content(answer)}
+            else {"content": to_content(answer)}
         ),
     )
-
-
-def _content(envelope: Envelope) -> RecordDict:
-    head = ConfigRecord(dict(envelope.head))
-    body = envelope.body
-    if len(body) <= SMALL:
-        return RecordDict({HEAD: head, BODY: ConfigRecord({BODY: body})})
-    array = Array(dtype="uint8", shape=(len(body),), stype="bytes", data=body)
-    return RecordDict({HEAD: head, BODY: ArrayRecord({BODY: array})})
-
-
-def envelope_of(message: Message) -> Envelope | None:
-    """What a message holds; None if it says that something failed, or was not made by `message_to_node` or `answer_message`."""
-    if not message.has_content():
-        return None
-    small = message.content.config_records
-    large = message.content.array_records
-    try:
-        head = small[HEAD]
-        body = large[BODY][BODY].data if BODY in large else small[BODY][BODY]
-    except (KeyError, AttributeError, TypeError):
-        return None
-    plain: Head = {name: value for name, value in head.items() if not isinstance(value, list)}
-    return Envelope(plain, body) if len(plain) == len(head) and isinstance(body, bytes) else None
 
 
 def announce(message: Message) -> tuple[Proto, ObjectTree]:

@@ -25,6 +25,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from hetero_fl.deployment.certificates import public_bytes
+from hetero_fl.deployment.envelope import MESSAGE_BYTES, Envelope, Handle
 from hetero_fl.deployment.flower.connection import (
     MessageTooLongError,
     PollBackoff,
@@ -33,12 +34,11 @@ from hetero_fl.deployment.flower.connection import (
     UnreachableError,
     announce,
     answer_message,
-    envelope_of,
     fetch,
     send_parts,
     translate_call_errors,
 )
-from hetero_fl.deployment.messages import MESSAGE_BYTES, Envelope, Handle
+from hetero_fl.deployment.flower.records import from_message
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.serialization import write_atomically
 
@@ -197,7 +197,7 @@ class _FlowerNode:
             except ObjectPullError:
                 log.warning("a message was announced that never came whole")
                 continue
-            answer = _handle_safely(handle, envelope_of(message))
+            answer = _handle_safely(handle, from_message(message))
             took = time.monotonic() - began
             self._send(
                 node,

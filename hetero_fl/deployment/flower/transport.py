@@ -33,6 +33,7 @@ from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, SuperExecAu
 from flwr.supercore.runtime import RuntimeHttpClient
 
 from hetero_fl.deployment.certificates import PublicKey, public_bytes
+from hetero_fl.deployment.envelope import MESSAGE_BYTES, Envelope
 from hetero_fl.deployment.flower.connection import (
     SERVER,
     MessageTooLongError,
@@ -41,14 +42,14 @@ from hetero_fl.deployment.flower.connection import (
     UnknownCallerError,
     UnreachableError,
     announce,
-    envelope_of,
     fetch,
     message_to_node,
     send_parts,
     translate_call_errors,
 )
+from hetero_fl.deployment.flower.records import from_message
 from hetero_fl.deployment.flower.superlink import SuperLink
-from hetero_fl.deployment.messages import MESSAGE_BYTES, Envelope, UnreadableAnswer
+from hetero_fl.deployment.messages import UnreadableAnswer
 from hetero_fl.utils.errors import RunFailedError, UserError
 
 # A run of Flower's that this process is the app of: nodes admitted, the run begun, its right to
@@ -296,7 +297,7 @@ class FlowerTransport:
     def _fetch_answer(self, tree: ObjectTree) -> Envelope | None:
         try:
             return self._call(
-                lambda run: envelope_of(fetch(run.client, SERVER, run.number, tree, self._most))
+                lambda run: from_message(fetch(run.client, SERVER, run.number, tree, self._most))
             )
         except MessageTooLongError as error:
             return UnreadableAnswer.with_reason(str(error))

@@ -23,7 +23,11 @@ NODE_FAILED = 3  # exit status of a launcher in which a node ended by itself
 
 def main() -> int:
     """Returns 0 when the parent has ended; FAULT, with a line on standard output, when a node has by itself."""
-    from hetero_fl.deployment import flower, node  # noqa: F401
+    from hetero_fl.deployment import node  # noqa: F401
+    from hetero_fl.deployment.flower.installation import check_installed
+
+    check_installed()
+    import hetero_fl.deployment.flower.node  # noqa: F401
 
     with os.fdopen(0, "rb", buffering=0, closefd=False) as told:
         if not (config := told.readline()):

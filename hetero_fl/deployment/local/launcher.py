@@ -44,7 +44,11 @@ def run_local_federation(
     Raises:
         UserError, RunFailedError, Interrupted: as `run` does; Flower is not installed.
     """
-    from hetero_fl.deployment.flower import FlowerTransport, SuperLink
+    from hetero_fl.deployment.flower.installation import check_installed
+
+    check_installed()
+    from hetero_fl.deployment.flower.superlink import SuperLink
+    from hetero_fl.deployment.flower.transport import FlowerTransport
 
     with launcher or CompanionProcess(LAUNCHER) as launcher, ExitStack() as stack:
         config = load_config(source, overrides, allow_code)

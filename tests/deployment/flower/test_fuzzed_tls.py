@@ -30,21 +30,21 @@ from hetero_fl.core.payload import FORM as PAYLOAD
 from hetero_fl.deployment.audit_log import verify
 from hetero_fl.deployment.certificates import ServerFiles, make_node_key, make_server_files
 from hetero_fl.deployment.config import SiteConfig
-from hetero_fl.deployment.flower import FlowerTransport, SuperLink, serve
+from hetero_fl.deployment.envelope import Envelope, Handle
 from hetero_fl.deployment.flower.connection import (
     SERVER,
-    SMALL,
     MessageTooLongError,
     _check_parts,
     announce,
-    envelope_of,
     fetch,
     get_all_nested_objects,
     message_to_node,
 )
+from hetero_fl.deployment.flower.node import serve
+from hetero_fl.deployment.flower.records import SMALL_BODY_BYTES, from_message
+from hetero_fl.deployment.flower.superlink import SuperLink
+from hetero_fl.deployment.flower.transport import FlowerTransport
 from hetero_fl.deployment.messages import (
-    Envelope,
-    Handle,
     NodeKeys,
     ServerKeys,
     SignedTransport,
@@ -259,11 +259,11 @@ class Parts:
         raise AssertionError
 
 
-@pytest.mark.parametrize("size", [0, 100, SMALL + 1, 12_000_000])
+@pytest.mark.parametrize("size", [0, 100, SMALL_BODY_BYTES + 1, 12_000_000])
 def test_fetch_reads_what_was_sent(size: int) -> None:
     sent = Envelope({"a": 1}, bytes(size))
     parts = Parts(sent)
-    assert envelope_of(fetch(parts, SERVER, 1, parts.tree, most=max(size, 1))) == sent
+    assert from_message(fetch(parts, SERVER, 1, parts.tree, most=max(size, 1))) == sent
 
 
 def test_fetch_stops_when_too_much_has_come() -> None:
@@ -320,7 +320,7 @@ def test_message_of_many_parts_is_refused_before_any_is_fetched() -> None:
 def test_parts_of_any_bytes_make_a_message_or_are_refused(
     at: int, place: float, change: bytes, kind: str, large: bool
 ) -> None:
-    parts = Parts(Envelope({"a": 1, "b": "x"}, bytes(2 * SMALL if large else 10)))
+    parts = Parts(Envelope({"a": 1, "b": "x"}, bytes(2 * SMALL_BODY_BYTES if large else 10)))
     number = sorted(parts.content)[at % len(parts.content)]
     content, cut = parts.content[number], int(place * len(parts.content[number]))
     parts.content[number] = {
@@ -330,7 +330,7 @@ def test_parts_of_any_bytes_make_a_message_or_are_refused(
         "junk": change,
     }[kind]
     with suppress(ObjectPullError):
-        envelope_of(fetch(parts, SERVER, 1, parts.tree, most=2**20))
+        from_message(fetch(parts, SERVER, 1, parts.tree, most=2**20))
 
 
 def test_content_of_other_records_is_no_message() -> None:
@@ -342,5 +342,5 @@ def test_content_of_other_records_is_no_message() -> None:
         RecordDict(),
     ):
         ours._content = content
-        assert envelope_of(ours) is None
+        assert from_message(ours) is None
     assert get_object_id(add_header_to_object_body(b"", array))

@@ -29,15 +29,17 @@ from hetero_fl.deployment.certificates import (
     make_server_files,
     public_bytes,
 )
-from hetero_fl.deployment.flower import FlowerTransport, SuperLink, check_installed, serve
+from hetero_fl.deployment.envelope import Envelope, Handle
+from hetero_fl.deployment.flower import installation
 from hetero_fl.deployment.flower import node as node_module
 from hetero_fl.deployment.flower.connection import (
-    SMALL,
     answer_message,
-    envelope_of,
     message_to_node,
 )
-from hetero_fl.deployment.messages import Envelope, Handle
+from hetero_fl.deployment.flower.node import serve
+from hetero_fl.deployment.flower.records import SMALL_BODY_BYTES, from_message
+from hetero_fl.deployment.flower.superlink import SuperLink
+from hetero_fl.deployment.flower.transport import FlowerTransport
 from hetero_fl.utils.errors import RunFailedError, UserError
 
 SOON = 300.0  # seconds; this machine may be busy
@@ -120,7 +122,12 @@ def answer(transport: FlowerTransport, message: str) -> Envelope | None:
 
 def test_messages_go_both_ways(transport: FlowerTransport, keys: Keys) -> None:
     head = {"text": "ä", "whole": -(2**60), "real": 0.1, "truth": True, "bytes": b"\0\xff"}
-    bodies = [b"", os.urandom(SMALL), os.urandom(SMALL + 1), os.urandom(12_000_000)]
+    bodies = [
+        b"",
+        os.urandom(SMALL_BODY_BYTES),
+        os.urandom(SMALL_BODY_BYTES + 1),
+        os.urandom(12_000_000),
+    ]
     address = transport._superlink.address
     with (
         node(address, keys["north"], lambda e: Envelope({**e.head, "by": "north"}, e.body[::-1])),
@@ -287,15 +294,15 @@ def test_who_is_let_in(keys: Keys, tmp_path: Path) -> None:
 
 def test_messages_of_somebody_else() -> None:
     ours = message_to_node(Envelope({"a": 1}, b"b"), 1, 2, 3.0)
-    assert envelope_of(ours) == Envelope({"a": 1}, b"b")
+    assert from_message(ours) == Envelope({"a": 1}, b"b")
     for content in (
         RecordDict({"head": ConfigRecord({"a": 1})}),
         RecordDict({"head": ConfigRecord({"a": [1]}), "body": ConfigRecord({"body": b""})}),
         RecordDict({"head": ConfigRecord(), "body": ConfigRecord({"body": 1})}),
         RecordDict({"body": ArrayRecord()}),
     ):
-        assert envelope_of(make_message(ours.metadata, content=content)) is None
-    assert envelope_of(answer_message(ours, None, 1.0)) is None
+        assert from_message(make_message(ours.metadata, content=content)) is None
+    assert from_message(answer_message(ours, None, 1.0)) is None
 
 
 def test_what_stands_in_the_way_is_told() -> None:
@@ -325,24 +332,24 @@ def test_a_host_that_is_not_this_machine_is_told_from_a_port_that_is_taken(
 
 
 def test_another_flower(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hetero_fl.deployment.flower.version", lambda _: "1.40.0")
+    monkeypatch.setattr(installation, "version", lambda _: "1.40.0")
     with pytest.raises(
         UserError,
         match=r"flwr 1.40.0 is installed; pip install 'hetero_fl\[flower\]' brings flwr 1.41",
     ):
-        check_installed()
+        installation.check_installed()
 
     def missing(_: str) -> str:
         raise metadata.PackageNotFoundError
 
-    monkeypatch.setattr("hetero_fl.deployment.flower.version", missing)
+    monkeypatch.setattr(installation, "version", missing)
     with pytest.raises(UserError, match="Flower is not installed"):
-        check_installed()
+        installation.check_installed()
 
 
 KILLED = """
 import time
-from hetero_fl.deployment.flower import SuperLink
+from hetero_fl.deployment.flower.superlink import SuperLink
 superlink = SuperLink()
 print(superlink.pid, superlink.port, superlink._scratch, flush=True)
 time.sleep(1000)

@@ -1,0 +1,107 @@
+"""Write a configuration as a Flower app, for `flwr run` on an existing federation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hetero_fl.config import Config, resolve_config
+from hetero_fl.deployment.flower.server_app import RUN_CONFIG
+from hetero_fl.deployment.server import check_deployable
+from hetero_fl.experiment.preparation import load_config
+from hetero_fl.reporting.run_directory import check_vacant
+from hetero_fl.utils.code_permission import CodePermission
+
+PACKAGE = "hetero_fl_app"
+
+PROJECT = """\
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = "hetero-fl-app"
+version = "1.0.0"
+description = {description}
+license = "Apache-2.0"
+# hetero_fl is installed next to Flower at the server and at every site, in one version.
+dependencies = []
+
+[tool.hatch.build.targets.wheel]
+packages = ["."]
+
+[tool.flwr.app]
+publisher = "hetero-fl"
+
+[tool.flwr.app.components]
+serverapp = "{package}.server_app:app"
+clientapp = "{package}.client_app:app"
+
+[tool.flwr.app.config]
+{settings}
+"""
+
+SERVER_APP = '''\
+"""The ServerApp: trains with the connected nodes as config.yaml says."""
+
+from pathlib import Path
+
+from hetero_fl.deployment.flower.server_app import make_server_app
+
+app = make_server_app(Path(__file__).with_name("config.yaml"))
+'''
+
+CLIENT_APP = '''\
+"""The ClientApp: hands each message to the worker process of its site."""
+
+from hetero_fl.deployment.flower.client_app import app
+
+__all__ = ["app"]
+'''
+
+
+def write_app(
+    folder: Path,
+    source: str | Path | Mapping[str, Any] | Config,
+    overrides: Iterable[str] = (),
+    allow_code: bool | CodePermission = False,
+) -> list[Path]:
+    """Write a Flower app that carries out a run.
+
+    Args:
+        folder: A new folder.
+        source: The configuration.
+        overrides: Changes to it, `key.path=value`.
+        allow_code: Whether the configuration may name code.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        UserError: If the configuration is wrong or works in a simulation only, or the folder
+            exists and is not empty.
+    """
+    config = load_config(source, overrides, allow_code)
+    check_deployable(config)
+    check_vacant(folder)
+    project = PROJECT.format(
+        description=json.dumps(f"hetero_fl: {config.name}"),
+        package=PACKAGE,
+        settings="\n".join(f"{key} = {json.dumps(value)}" for key, value in RUN_CONFIG.items()),
+    )
+    contents = {
+        "pyproject.toml": project,
+        f"{PACKAGE}/__init__.py": "",
+        f"{PACKAGE}/server_app.py": SERVER_APP,
+        f"{PACKAGE}/client_app.py": CLIENT_APP,
+        f"{PACKAGE}/config.yaml": yaml.safe_dump(resolve_config(config), sort_keys=False),
+    }
+    written = [folder / name for name in contents]
+    (folder / PACKAGE).mkdir(parents=True)
+    for path, content in zip(written, contents.values(), strict=True):
+        path.write_text(content, encoding="utf-8")
+    return written

@@ -1,0 +1,44 @@
+"""The ClientApp of a federation: it hands each message to the worker process of its site.
+
+Flower starts a process for every message. This one imports neither torch nor the site's data: the
+worker (see `worker.py`), which is started at the first message, has both in memory already.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from hetero_fl.deployment.envelope import Envelope
+from hetero_fl.deployment.flower.records import from_message, to_content
+from hetero_fl.deployment.flower.worker_socket import WorkerError, forward
+
+SITE = "site"  # key of the node's configuration: path of the site's file
+ALLOW_CODE = "allow-code"
+
+app = ClientApp()
+
+
+@app.query()
+def handle_query(message: Message, context: Context) -> Message:
+    """Forward a message to the site's worker and return its answer."""
+    envelope = from_message(message)
+    if envelope is None:
+        answer = _refusal("not a message of hetero_fl")
+    elif not isinstance(site := context.node_config.get(SITE), str):
+        answer = _refusal(
+            f"""--node-config has no {SITE}; expected '{SITE}="/path/to/site.yaml"'"""
+        )
+    else:
+        allow_code = bool(context.node_config.get(ALLOW_CODE, False))
+        try:
+            answer = forward(envelope, Path(site), allow_code)
+        except WorkerError as error:
+            answer = _refusal(str(error))
+    return Message(to_content(answer), reply_to=message)
+
+
+def _refusal(reason: str) -> Envelope:
+    return Envelope({"ask": "refused", "why": reason})

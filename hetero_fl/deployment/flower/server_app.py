@@ -1,0 +1,83 @@
+"""The ServerApp of a federation: it carries out a run over Flower's grid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from hetero_fl.config import Config
+from hetero_fl.deployment.flower.grid import GridTransport
+from hetero_fl.deployment.monitoring import EventLog
+from hetero_fl.deployment.server import run_federation
+from hetero_fl.experiment.preparation import load_config
+from hetero_fl.experiment.runner import default_out
+from hetero_fl.reporting.run import Run
+from hetero_fl.utils.errors import UserError
+
+# Keys of Flower's run configuration, with their defaults.
+RUN_CONFIG: dict[str, str | float | bool] = {
+    "out": "",  # run directory; default: runs/<name>-<timestamp>
+    "resume": False,
+    "overrides": "",  # changes to the configuration, key.path=value, separated by spaces
+    "allow-code": False,
+    "wait": 600.0,  # seconds until all clients have connected
+    "deadline": 3600.0,  # seconds that a node may take for a task
+    "patience": 60.0,  # seconds to wait for a node that has gone while others are connected
+}
+
+
+def make_server_app(config: Path) -> ServerApp:
+    """Return the ServerApp that carries out a run.
+
+    Args:
+        config: The configuration, a YAML or JSON file in the folder of the app.
+    """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        run_in_app(grid, context.run_config, config)
+
+    return app
+
+
+def run_in_app(
+    grid: Grid, run_config: Mapping[str, Any], source: str | Path | Mapping[str, Any] | Config
+) -> Run:
+    """Carry out a run with the nodes of a grid.
+
+    Args:
+        grid: Flower's grid.
+        run_config: Flower's run configuration; see `RUN_CONFIG`.
+        source: The configuration.
+
+    Raises:
+        UserError: If the configuration or `run_config` is wrong.
+        RunFailedError: If nodes are missing, or the run cannot go on.
+    """
+    settings = {**RUN_CONFIG, **run_config}
+    if unknown := settings.keys() - RUN_CONFIG.keys():
+        raise UserError(f"run-config: found {min(unknown)}; choose from {', '.join(RUN_CONFIG)}")
+    log = EventLog()
+    overrides = str(settings["overrides"]).split()
+    config = load_config(source, overrides, bool(settings["allow-code"]))
+    out = Path(settings["out"]) if settings["out"] else default_out(config)
+    log(f"run directory: {out.resolve()}")
+    run = run_federation(
+        config,
+        GridTransport(grid),
+        out=out,
+        resume=bool(settings["resume"]),
+        wait=float(settings["wait"]),
+        deadline=float(settings["deadline"]),
+        patience=float(settings["patience"]),
+        quiet=False,
+        say=log,
+        authenticated=True,
+    )
+    log(f"done: {out.resolve()}")
+    return run

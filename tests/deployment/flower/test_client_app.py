@@ -1,0 +1,153 @@
+"""The ClientApp and the worker process of a site."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+from hetero_fl.deployment.envelope import Envelope
+from hetero_fl.deployment.flower.client_app import handle_query
+from hetero_fl.deployment.flower.records import from_message, to_content
+from hetero_fl.deployment.flower.worker_socket import WorkerError, forward, socket_path
+from tests.helpers.flower_federation import until, worker_processes
+
+pytestmark = pytest.mark.usefixtures("flower_task")
+HELLO = Envelope({"ask": "hello"})
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A site's file; sockets lie in a folder of the test's own, whose path is short."""
+    path = tmp_path / "site.yaml"
+    path.write_text("client: north\n")
+    return path
+
+
+@pytest.fixture
+def supernode(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in the role of the one that starts ClientApps; workers end with it."""
+    with (
+        tempfile.TemporaryDirectory() as sockets,
+        subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process,
+    ):
+        monkeypatch.setattr(tempfile, "tempdir", sockets)
+        monkeypatch.setattr(os, "getppid", lambda: process.pid)
+        yield process
+        process.kill()
+
+
+def query(envelope: Envelope | RecordDict, **node_config: str) -> Envelope:
+    """Send a message through the ClientApp."""
+    content = to_content(envelope) if isinstance(envelope, Envelope) else envelope
+    message = Message(content, 1, "query")
+    message.metadata.__dict__["_message_id"] = message.object_id
+    context = Context(1, 1, dict(node_config), RecordDict(), {})
+    answer = from_message(handle_query(message, context))
+    assert answer is not None
+    return answer
+
+
+def test_client_app_does_not_import_torch() -> None:
+    code = (
+        "import sys; import hetero_fl.deployment.flower.client_app; "
+        "assert not {'torch', 'numpy.random', 'pydantic'} & set(sys.modules), 'slow imports'"
+    )
+
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_one_worker_answers_and_ends_with_its_parent(
+    site: Path, supernode: subprocess.Popen[bytes]
+) -> None:
+    answers: list[Envelope] = []
+    both = [threading.Thread(target=lambda: answers.append(forward(HELLO, site))) for _ in range(2)]
+
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+
+    assert [(a.head["ask"], a.head["client"]) for a in answers] == [("here", "north")] * 2
+    assert query(HELLO, site=str(site)) == answers[0]
+    (worker,) = worker_processes([site])
+
+    os.kill(worker, signal.SIGKILL)  # it is started again
+    until(lambda: not Path(f"/proc/{worker}").exists())
+    assert forward(HELLO, site) == answers[0]
+    (again,) = worker_processes([site])
+    assert again != worker
+
+    supernode.kill()
+    supernode.wait()
+    until(lambda: not worker_processes([site]))
+    assert not socket_path(site).exists()
+
+
+def test_worker_that_dies_while_it_computes_fails_the_message(
+    site: Path, supernode: subprocess.Popen[bytes]
+) -> None:
+    forward(HELLO, site)
+    (worker,) = worker_processes([site])
+    os.kill(worker, signal.SIGSTOP)
+    failures: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            forward(HELLO, site)
+        except (EOFError, OSError) as error:
+            failures.append(error)
+
+    waiting = threading.Thread(target=call)
+    waiting.start()
+    os.kill(worker, signal.SIGKILL)
+    waiting.join()
+
+    assert len(failures) == 1
+
+
+def test_mistake_in_the_site_file_is_one_line(
+    site: Path, supernode: subprocess.Popen[bytes]
+) -> None:
+    site.write_text("client: north\nfoldr: state\n")
+
+    answer = query(HELLO, site=str(site))
+
+    assert answer.head["ask"] == "refused"
+    assert f"{site}: foldr: unknown key; did you mean 'folder'?" in str(answer.head["why"])
+    assert "\n" not in str(answer.head["why"])
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (HELLO, "--node-config has no site; expected 'site=\"/path/to/site.yaml\"'"),
+        (RecordDict({"other": ConfigRecord({"a": 1})}), "not a message of hetero_fl"),
+    ],
+)
+def test_message_without_a_site_or_of_another_app_is_refused(
+    content: Envelope | RecordDict, expected: str
+) -> None:
+    answer = query(content)
+
+    assert answer.head == {"ask": "refused", "why": expected}
+
+
+def test_socket_folder_of_others_is_not_used(
+    site: Path, supernode: subprocess.Popen[bytes]
+) -> None:
+    socket_path(site).parent.chmod(0o755)
+
+    with pytest.raises(WorkerError, match="others can enter it"):
+        forward(HELLO, site)

@@ -1,0 +1,242 @@
+"""The transport over Flower's grid: what is sent, answered, lost and unreadable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
+
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.serverapp import Grid
+
+import hetero_fl
+from hetero_fl.deployment.config import SiteConfig
+from hetero_fl.deployment.envelope import Envelope, Handle
+from hetero_fl.deployment.flower import grid as grid_module
+from hetero_fl.deployment.flower.grid import GridTransport
+from hetero_fl.deployment.flower.records import SMALL_BODY_BYTES, from_message, to_content
+from hetero_fl.deployment.flower.server_app import run_in_app
+from hetero_fl.deployment.messages import UnreadableAnswer
+from hetero_fl.deployment.node import Node
+from hetero_fl.utils.errors import RunFailedError, UserError
+from tests.helpers.nodes import ALL
+from tests.helpers.small_federations import config
+
+pytestmark = pytest.mark.usefixtures("flower_task")
+
+
+@dataclass
+class FakeNode:
+    """A SuperNode as the grid lists it."""
+
+    node_id: int
+    handle: Handle
+    last_activated_at: str = "first"
+
+
+class FakeGrid(Grid):
+    """A grid whose nodes answer at once, in this process."""
+
+    def __init__(self) -> None:
+        self.members: dict[int, FakeNode] = {}
+        self.answers: dict[str, Any] = {}
+        self.unreadable: set[str] = set()
+        self.is_down = False
+
+    def join(self, handle: Handle) -> FakeNode:
+        node = FakeNode(100 + len(self.members), handle)
+        self.members[node.node_id] = node
+        return node
+
+    def set_run(self, run: Any) -> None:
+        raise NotImplementedError
+
+    @property
+    def run(self) -> Any:
+        raise NotImplementedError
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        raise NotImplementedError
+
+    def send_and_receive(self, *args: Any, **kwargs: Any) -> Iterable[Message]:
+        raise NotImplementedError
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.members)
+
+    def get_nodes(self) -> Any:
+        self._check_up()
+        return list(self.members.values())
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[Any]:
+        self._check_up()
+        return [self._push(message) for message in messages]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        self._check_up()
+        wanted = list(message_ids)
+        if self.unreadable & set(wanted):
+            raise ValueError("a chunk that names itself")
+        return [self.answers.pop(number) for number in wanted if number in self.answers]
+
+    def _push(self, message: Message) -> str | None:
+        if message.metadata.dst_node_id not in self.members:
+            return None
+        number = message.object_id
+        message.metadata.__dict__["_message_id"] = number
+        envelope = from_message(message)
+        assert envelope is not None
+        try:
+            answer = self.members[message.metadata.dst_node_id].handle(envelope)
+            self.answers[number] = Message(to_content(answer), reply_to=message)
+        except ArithmeticError:
+            self.answers[number] = Message(Error(1, "the ClientApp failed"), reply_to=message)
+        return number
+
+    def _check_up(self) -> None:
+        if self.is_down:
+            raise httpx.ConnectError("connection refused")
+
+
+def echo(envelope: Envelope) -> Envelope:
+    return Envelope({**envelope.head, "answered": True}, envelope.body[::-1])
+
+
+@pytest.fixture
+def grid() -> FakeGrid:
+    return FakeGrid()
+
+
+@pytest.fixture
+def transport(grid: FakeGrid) -> GridTransport:
+    return GridTransport(grid)
+
+
+@pytest.mark.parametrize("size", [0, 1, SMALL_BODY_BYTES, SMALL_BODY_BYTES + 1])
+def test_message_and_answer_arrive_unchanged(
+    grid: FakeGrid, transport: GridTransport, size: int
+) -> None:
+    grid.join(echo)
+    (node,) = transport.nodes()
+    head = {"ask": "do", "round": 3, "work": 0.5, "details": False, "key": b"\0\xff"}
+    body = bytes(i % 251 for i in range(size))
+
+    number = transport.push(node, Envelope(head, body), 60.0)
+    answers = transport.pull([number], 1.0)
+
+    assert answers == {number: Envelope({**head, "answered": True}, body[::-1])}
+
+
+def test_message_to_unknown_node_has_no_answer(grid: FakeGrid, transport: GridTransport) -> None:
+    grid.join(echo)
+    (node,) = transport.nodes()
+    grid.members.clear()
+
+    lost = [transport.push(node, Envelope(), 60.0), transport.push(77, Envelope(), 60.0)]
+
+    assert transport.pull(lost, 1.0) == dict.fromkeys(lost)
+
+
+def test_failed_client_app_has_no_answer(grid: FakeGrid, transport: GridTransport) -> None:
+    grid.join(lambda envelope: Envelope({"ask": str(1 // 0)}))
+    (node,) = transport.nodes()
+
+    number = transport.push(node, Envelope({"ask": "hello"}), 60.0)
+
+    assert transport.pull([number], 1.0) == {number: None}
+
+
+def test_restarted_node_is_another_node(
+    grid: FakeGrid, transport: GridTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid_module, "NODES_SECONDS", 0.0)
+    first = grid.join(echo)
+    other = grid.join(echo)
+    before = list(transport.nodes())
+    number = transport.push(before[0], Envelope(), 60.0)
+    grid.answers.clear()  # the node restarts before it answers
+
+    first.last_activated_at = "second"
+    answers = transport.pull([number], 1.0)
+
+    assert answers == {number: None}
+    assert other.node_id in grid.members
+    after = set(transport.nodes())
+    assert before[1] in after and before[0] not in after and len(after) == 2
+
+
+def test_unreadable_answer_does_not_hide_others(grid: FakeGrid, transport: GridTransport) -> None:
+    grid.join(echo)
+    grid.join(echo)
+    numbers = [transport.push(node, Envelope(), 60.0) for node in transport.nodes()]
+    grid.unreadable.add(numbers[0])
+
+    answers = transport.pull(numbers, 1.0)
+
+    assert isinstance(answers[numbers[0]], UnreadableAnswer)
+    assert "a chunk that names itself" in str(answers[numbers[0]])
+    assert answers[numbers[1]] == Envelope({"answered": True})
+
+
+def test_superlink_that_is_down_fails_the_run(grid: FakeGrid, transport: GridTransport) -> None:
+    grid.join(echo)
+    (node,) = transport.nodes()
+    number = transport.push(node, Envelope(), 60.0)
+    grid.is_down = True
+
+    for call in (
+        transport.nodes,
+        lambda: transport.push(node, Envelope(), 60.0),
+        lambda: transport.pull([number], 1.0),
+    ):
+        with pytest.raises(RunFailedError, match="SuperLink does not answer"):
+            call()
+
+
+def test_expired_answers_are_discarded(grid: FakeGrid, transport: GridTransport) -> None:
+    grid.join(echo)
+    (node,) = transport.nodes()
+    transport.push(node, Envelope({"n": 1}), -1.0)  # nobody asks for its answer
+    number = transport.push(node, Envelope({"n": 2}), 60.0)
+
+    transport.pull([number], 1.0)
+
+    assert not grid.answers
+
+
+def test_foreign_messages_hold_no_envelope() -> None:
+    foreign = [
+        RecordDict(),
+        RecordDict({"head": ConfigRecord({"a": 1})}),
+        RecordDict({"head": ConfigRecord({"a": [1]}), "body": ConfigRecord({"body": b""})}),
+        RecordDict({"head": ConfigRecord({"a": 1}), "body": ConfigRecord({"body": "text"})}),
+    ]
+
+    assert [from_message(Message(content, 1, "query")) for content in foreign] == [None] * 4
+
+
+def test_run_in_app_equals_simulation(grid: FakeGrid, tmp_path: Path) -> None:
+    source = config("fedmd", "cnn_gn_small", runtime={"executor": "serial", "threads": 1})
+    for client in ("site_1", "site_2", "site_3"):
+        grid.join(Node(SiteConfig(client=client, tells=ALL), tmp_path / client).handle)
+
+    run = run_in_app(grid, {"out": str(tmp_path / "run"), "overrides": "seed=3"}, source)
+
+    simulated = hetero_fl.run(source, overrides=["seed=3"], out=tmp_path / "simulated")
+    models = sorted(path.name for path in (simulated.path / "models").iterdir())
+    assert models
+    for name in models:
+        expected = (simulated.path / "models" / name).read_bytes()
+        assert (run.path / "models" / name).read_bytes() == expected
+    assert "not signed" not in (run.path / "log.txt").read_text()
+
+
+def test_unknown_run_config_is_named(grid: FakeGrid) -> None:
+    with pytest.raises(UserError, match="run-config: found dedline; choose from out, resume"):
+        run_in_app(grid, {"dedline": 3}, config("fedavg", "cnn_gn_small"))

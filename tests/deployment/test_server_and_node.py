@@ -20,7 +20,7 @@ from hetero_fl.deployment.config import DisclosureConfig, SiteConfig
 from hetero_fl.deployment.envelope import Envelope
 from hetero_fl.deployment.messages import LoopbackTransport
 from hetero_fl.deployment.monitoring import EventLog, RunStatus, read_status
-from hetero_fl.deployment.node import Node, _handle_termination, LoggedNode
+from hetero_fl.deployment.node import LoggedNode, Node, _handle_termination
 from hetero_fl.deployment.server import _handle_termination as _server_ending
 from hetero_fl.deployment.server import run_federation
 from hetero_fl.experiment import run

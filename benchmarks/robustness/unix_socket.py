@@ -9,14 +9,14 @@ import itertools
 import multiprocessing
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
 from hetero_fl.deployment.config import DisclosureConfig, SiteConfig
-from hetero_fl.deployment.envelope import Envelope
 from hetero_fl.deployment.node import Node
+from hetero_fl.deployment.transport import Envelope
 
 CONTEXT = multiprocessing.get_context("forkserver")  # imports once, for all nodes
 CONTEXT.set_forkserver_preload(["hetero_fl.deployment.node", "sklearn.datasets", "torch._dynamo"])
@@ -37,10 +37,10 @@ class UnixSocket:
         self._changed, self._open = threading.Condition(), True
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def nodes(self) -> Collection[int]:
+    def nodes(self) -> Mapping[int, bytes]:
         """The nodes that are connected now."""
         with self._changed:
-            return list(self._nodes)
+            return dict.fromkeys(self._nodes, b"")
 
     def push(self, node: int, envelope: Envelope, within: float) -> str:
         """Hand over a message. Returns its number."""

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Seconds of a round of a real federation in which nobody computes: our messages, and Flower's own empty round.
+"""Seconds of a round of a real federation in which nobody computes: ours, and Flower's own.
 
     python -m benchmarks federation_overhead [--nodes 4] [--pairs 5] [--bytes 0] [--out FILE]
 
-Both sides have a SuperLink and nodes in processes of their own on this machine; a round sends every node one message and has
-one answer of each. Flower's is an ordinary ServerApp and ClientApp that do nothing, under SuperNodes as they come. It is timed
-twice: as it is shipped (`send_and_receive`), and with what its settings allow: SuperExec looks for work every 0.05 s
-(FLWR_SUPEREXEC_TASK_POLL_INTERVAL), and the ServerApp asks for answers as often. The two sides take turns.
+Both have a SuperLink and SuperNodes on this machine; a round sends every node one message and has
+one answer of each. Flower's app does nothing, in a process of its own for each message. It is timed
+twice: as it is shipped (`send_and_receive`), and with what its settings allow: SuperExec looks for
+work every 0.05 s (FLWR_SUPEREXEC_TASK_POLL_INTERVAL), and the ServerApp asks for answers as often.
+Ours hands messages to a process that stays: `warm`, by Flower's own process for each message;
+`forked`, by processes that are forked after the imports. The two sides take turns.
 """
 
 from __future__ import annotations
@@ -24,16 +26,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 
 from benchmarks.common import add_quick
-from hetero_fl.deployment.certificates import load_node_key, make_node_key
-from hetero_fl.deployment.envelope import Envelope
-from hetero_fl.deployment.flower.node import serve
-from hetero_fl.deployment.flower.superlink import SuperLink, free_port
-from hetero_fl.deployment.flower.transport import FlowerTransport
+from hetero_fl.deployment.config import ServerConnectionConfig
+from hetero_fl.deployment.flower.commands import free_port
+from hetero_fl.deployment.flower.superlink import FlowerTransport, SuperLink
+from hetero_fl.deployment.flower.supernode import SuperNode
+from hetero_fl.deployment.flower.worker import WorkerListener
+from hetero_fl.deployment.monitoring import EventLog
+from hetero_fl.deployment.transport import Envelope
 
 PROJECT = """\
 [project]
@@ -101,25 +106,38 @@ def main(grid, context):
 '''
 
 
-def echo(address: str, key: Path) -> None:
-    """A node of ours."""
-    serve(lambda envelope: envelope, address, load_node_key(key))
+def echo(address: str, folder: Path, forks: bool) -> None:
+    """A SuperNode and the warm process of its site, which answers with what it is sent."""
+    folder.mkdir()
+    log = EventLog()
+    log.quiet = True
+    site = SimpleNamespace(handle=lambda envelope: envelope)
+    server = ServerConnectionConfig(address=address)
+    with (
+        WorkerListener(folder / "worker", site, log) as worker,  # type: ignore[arg-type]
+        SuperNode(server, folder / "worker", folder, log, None if forks else folder) as node,
+    ):
+        while True:
+            node.keep_running()
+            worker.serve(0.1)
 
 
 @contextmanager
-def ours(nodes: int, size: int) -> Iterator[Callable[[], float]]:
-    """A federation over our messages, and what times a round of it."""
+def ours(nodes: int, size: int, forks: bool) -> Iterator[Callable[[], float]]:
+    """A federation of warm workers, and what times a round of it.
+
+    `forks`: whether ClientApps are forked from a process that has imported Flower.
+    """
     context = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        keys = {f"node_{i}": make_node_key(scratch / f"node_{i}") for i in range(nodes)}
-        transport = FlowerTransport(
-            SuperLink(), {name: key.public_key() for name, key in keys.items()}
-        )
+        transport = FlowerTransport(SuperLink())
         stack.callback(transport.close)
-        for name in keys:
+        for index in range(nodes):
             process = context.Process(
-                target=echo, args=(transport._superlink.address, scratch / name), daemon=True
+                target=echo,
+                args=(transport._superlink.address, scratch / str(index), forks),
+                daemon=True,
             )
             process.start()
             stack.callback(process.kill)
@@ -241,21 +259,23 @@ def main() -> None:
         options.nodes = 2
         options.pairs = 1
     figures: dict[str, Any] = {"nodes": options.nodes, "bytes": options.bytes}
-    with ours(options.nodes, options.bytes) as mine:
-        for name, pause in (("as shipped", 0.0), ("tuned", 0.05)):
-            with flowers(options.nodes, options.bytes, pause) as theirs:
+    for name, pause in (("as shipped", 0.0), ("tuned", 0.05)):
+        for kind in ("forked", "warm"):
+            with (
+                ours(options.nodes, options.bytes, kind == "forked") as mine,
+                flowers(options.nodes, options.bytes, pause) as theirs,
+            ):
                 pairs = []
                 for turn in range(options.pairs + 1):
                     one = mine(), theirs()
-                    print(
-                        f"  {name}, {turn or 'not counted'}: {one[0]:.3f} {one[1]:.3f}", flush=True
-                    )
+                    print(f"  {turn or 'not counted'}: {one[0]:.3f} {one[1]:.3f}", flush=True)
                     pairs += [one] if turn else []
             a, b = ([pair[i] for pair in pairs] for i in (0, 1))
             ratios = [x / y for x, y in pairs]
-            figures[name] = {"ours": a, "flower": b}
+            figures[f"{kind}, Flower {name}"] = {"ours": a, "flower": b}
             print(
-                f"Flower {name}: ours {_spread(a)} s, Flower's {_spread(b)} s a round, ratio {_spread(ratios)}",
+                f"{kind}: {_spread(a)} s, Flower {name}: {_spread(b)} s a round, "
+                f"ratio {_spread(ratios)}",
                 flush=True,
             )
     if options.out:

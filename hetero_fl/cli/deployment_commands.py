@@ -104,7 +104,7 @@ def node(
         return
     if site is None:
         raise UserError(f"--site is missing: name a file ({CERTIFICATES_HINT}); or --audit")
-    from hetero_fl.deployment.node import run_node
+    from hetero_fl.deployment.flower.worker import run_node
 
     if run_node(site, once, code_permission(allow_code), quiet):
         raise Exit(130)
@@ -136,7 +136,7 @@ def flower_app(
     """Write a configuration as a Flower app: `flwr run DIR` trains on an existing federation."""
     if config is None:
         raise UserError("--config is missing: name a YAML or JSON file")
-    from hetero_fl.deployment.flower.installation import check_installed
+    from hetero_fl.deployment.flower.commands import check_installed
 
     check_installed()
     from hetero_fl.deployment.flower.app import write_app

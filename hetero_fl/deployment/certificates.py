@@ -306,7 +306,6 @@ SERVER_FILE = """\
 host: 0.0.0.0
 port: {port}
 certificates: {{authority: authority.pem, certificate: server.pem, key: server.key}}
-key: sign        # with which it signs what it says
 nodes:
 {nodes}
 wait: 600        # seconds until all clients of a configuration have to be there
@@ -318,7 +317,7 @@ deadline: 3600   # seconds that a node may take for a task
 SITE_FILE = """\
 # One site of a federation. What stands here the server cannot override.
 client: {client}
-server: {{address: "{host}:{port}", authority: authority.pem, key: key, public: server.pub}}
+server: {{address: "{host}:{port}", authority: authority.pem, key: key}}
 folder: state    # private models and secrets: nobody else's business
 
 # Its own data; without it the site gets the part that the server's configuration deals it, for rehearsals.
@@ -350,10 +349,8 @@ def provision(folder: Path, hosts: Sequence[str], clients: Sequence[str]) -> lis
     authority.mkdir(mode=0o700)
     os.replace(server / "authority.key", authority / "authority.key")  # the server runs without it
     _write(authority / "authority.pem", made.authority.read_text())
-    make_node_key(server / "sign", "server")
     for client in clients:
         site = folder / client
-        _write(site / "server.pub", (server / "sign.pub").read_text())
         make_node_key(site / "key", client)
         _write(server / "nodes" / f"{client}.pub", (site / "key.pub").read_text())
         _write(site / "authority.pem", made.authority.read_text())

@@ -20,9 +20,11 @@ from hetero_fl.config.clients import AugmentConfig, ClientSettings, Models, Prep
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.config.errors import describe_error
 from hetero_fl.config.load import read_config_file
-from hetero_fl.deployment.envelope import MESSAGE_BYTES
+from hetero_fl.deployment.transport import MESSAGE_BYTES
 from hetero_fl.utils.code_permission import CONTEXT, OWN, CodePermission, find_references
 from hetero_fl.utils.errors import UserError, suggest_or_list, suggest_similar
+
+REMOVED = "no longer used; remove it (TLS and the nodes' keys authenticate server and nodes)"
 
 # What a site's file allows a server to ask for; nothing is limited that is not named.
 
@@ -105,10 +107,6 @@ class ServerConnectionConfig(ConfigSection):
         description="the certificate of who vouches for the server; none: nothing is encrypted, for one machine alone",
     )
     key: str = Field("key", description="this site's private key; the server has the public one")
-    public: str | None = Field(
-        None,
-        description="the server's public key: what it did not sign is refused; none: nothing is signed",
-    )
 
     @field_validator("address")
     @classmethod
@@ -183,6 +181,8 @@ def load_site_config(
     """
     path = Path(path)
     raw = read_config_file(path)
+    if isinstance(server := raw.get("server"), dict) and "public" in server:
+        raise UserError(f"{path}: server.public: {REMOVED}")
     try:
         site = SiteConfig.model_validate(raw)
         CodePermission.from_argument(allow_code).check(
@@ -201,7 +201,7 @@ def load_site_config(
     if site.server is not None:
         files = {
             n: str((path.parent / f).resolve())
-            for n in ("authority", "key", "public")
+            for n in ("authority", "key")
             if (f := getattr(site.server, n)) is not None
         }
         site = site.model_copy(update={"server": site.server.model_copy(update=files)})
@@ -240,10 +240,6 @@ class DeploymentServerConfig(ConfigSection):
     certificates: CertificatesConfig | None = Field(
         None, description="none: nothing is encrypted, for this machine alone"
     )
-    key: str | None = Field(
-        None,
-        description="private key with which it signs what it says, as sites know it; none: nothing is signed",
-    )
     nodes: dict[str, str] = Field(
         min_length=1,
         description="client -> file with the public key of its node; relative to the server's file",
@@ -274,6 +270,8 @@ def load_server_config(path: str | Path) -> DeploymentServerConfig:
     """A server's file, its paths made absolute. Raises UserError, in one line, for everything that is wrong with it."""
     path = Path(path)
     raw = read_config_file(path)
+    if "key" in raw:
+        raise UserError(f"{path}: key: {REMOVED}")
     try:
         server = DeploymentServerConfig.model_validate(raw)
     except ValidationError as error:
@@ -282,8 +280,6 @@ def load_server_config(path: str | Path) -> DeploymentServerConfig:
     changes: dict[str, object] = {
         "nodes": {client: str(base / file) for client, file in server.nodes.items()}
     }
-    if server.key is not None:
-        changes["key"] = str(base / server.key)
     if server.certificates is not None:
         made = {name: str(base / file) for name, file in server.certificates.model_dump().items()}
         changes["certificates"] = CertificatesConfig(**made)

@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-from hetero_fl.deployment.envelope import Envelope
 from hetero_fl.deployment.messages import (
+    LOG,
     RequestRefusedError,
-    Transport,
     body_of,
     message,
     reason,
     version_mismatch,
 )
+from hetero_fl.deployment.transport import Envelope, Transport
 from hetero_fl.federation.executors.base import ClientAbsentError, ClientLateError
 
-# Conversations of the server with many nodes side by side: who answers, who is late, who is gone,
-# who came back.
-#
-# A conversation is a coroutine that yields what to send and is sent the answer. Whoever is lost in
-# the midst of one begins it anew when it is back: a node answers a task that it has done from what
-# it kept. A message may be lost without anybody noticing; so a node that is silent for long is
-# asked whether it is there, and if it is, and was, the message is sent once more.
+# A conversation is a coroutine that yields what to send and is sent the answer. If its node is lost
+# in the middle of it, it begins anew once the node is back: a node answers a task that it has
+# completed from its store.
 
-if TYPE_CHECKING:
-    pass
-
-LOOK = 0.5  # seconds between two looks at who is there
-SETTLE = 2.0  # seconds that an answer may still be on its way after a later one
-TRIES = 8  # times that a conversation is begun before its node is given up
+LOOK = 0.5  # seconds between two looks at the connected nodes
+TRIES = 8  # times that a conversation begins before its node is given up
 
 Conversation = Generator[Envelope, Envelope, Envelope]
 End = tuple[str, Envelope | ClientAbsentError]
@@ -50,22 +42,12 @@ class PendingConversation:
 
 @dataclass
 class MessageInFlight:
-    """A message on its way, as often as it was sent; `ping_number`: the question whether its node is there; `next_send_time`: when to ask that,
-    or to send it once more."""
+    """A message of a conversation that has not been answered yet."""
 
     client: str
     conversation: Conversation
     node: int
-    envelope: Envelope
-    next_send_time: float
-    pause: float
-    numbers: set[str] = field(default_factory=set)
-    ping_number: str | None = None
-    answered: bool = False  # the ping was
-
-    def awaited_numbers(self) -> set[str]:
-        """Numbers of the messages of which one must be answered."""
-        return self.numbers if self.ping_number is None else self.numbers | {self.ping_number}
+    number: str
 
 
 class Conversations:
@@ -116,9 +98,7 @@ class Conversations:
             self._looked = now
         for client in [c for c in self._waiting if c in self.connections.node_of]:
             self._begin(client)
-        for flight in [f for f in self._flying.values() if f.next_send_time <= now]:
-            self._ping(flight)
-        numbers = {n for flight in self._flying.values() for n in flight.awaited_numbers()}
+        numbers = {flight.number for flight in self._flying.values()}
         soonest = min((errand.end for errand in self._errands.values()), default=now + wait)
         wait = max(0.0, min(wait, soonest - now))
         came = self.connections.pull_answers(numbers, wait)
@@ -141,53 +121,19 @@ class Conversations:
             self._end(client, ClientAbsentError(str(error)))
 
     def _send(self, client: str, conversation: Conversation, node: int, envelope: Envelope) -> None:
-        pause = self.connections.nudge
-        flight = MessageInFlight(
-            client, conversation, node, envelope, time.monotonic() + pause, pause
-        )
-        self._flying[client] = flight
-        self._push(flight)
-
-    def _push(self, flight: MessageInFlight) -> None:
-        flight.numbers.add(
-            self.connections.transport.push(
-                flight.node, flight.envelope, self._on_node_left(flight.client)
-            )
-        )
-
-    def _on_node_left(self, client: str) -> float:
-        return max(1.0, self._errands[client].end - time.monotonic())
-
-    def _ping(self, flight: MessageInFlight) -> None:
-        """Nothing was heard for long: is it there? Once it says so, what it was sent before has been lost."""
-        now = time.monotonic()
-        if flight.answered:
-            flight.ping_number = None
-            flight.answered = False
-            self._push(flight)
-        else:  # once more, if it has been asked: the question may be lost as well
-            flight.ping_number = self.connections.transport.push(
-                flight.node, message("hello"), self._on_node_left(flight.client)
-            )
-        flight.pause *= 2
-        flight.next_send_time = now + flight.pause
+        within = max(1.0, self._errands[client].end - time.monotonic())
+        number = self.connections.transport.push(node, envelope, within)
+        self._flying[client] = MessageInFlight(client, conversation, node, number)
 
     def _take(self, number: str, answer: Envelope | None) -> None:
-        flight = next((f for f in self._flying.values() if number in f.awaited_numbers()), None)
+        flight = next((f for f in self._flying.values() if f.number == number), None)
         if flight is None:
             return
-        if number == flight.ping_number:
-            flight.ping_number = None
-            if answer is not None:
-                flight.answered = True
-                flight.next_send_time = time.monotonic() + SETTLE
-            return
         if answer is None:
-            flight.numbers.discard(number)
-            if not flight.numbers:
-                self.connections.forget_node(flight.node)
-                self._restart(flight)
+            self.connections.forget_node(flight.node)
+            self._restart(flight)
             return
+        self.connections.log_heads.note(flight.client, answer)
         try:
             envelope = flight.conversation.send(answer)
         except StopIteration as stop:
@@ -228,25 +174,64 @@ class Conversations:
         self._ended.append((client, what))
 
 
-# The server's connections: which node stands for which client, and what is sent to whom.
-
-GREETING = 2.0  # seconds that a node which has just come has to say who it is
+PATIENCE = 60.0  # seconds to wait for a node that has gone while others are connected
 FAREWELL = 15.0  # seconds, at most, for telling nodes that a run is over
-PATIENCE = 60.0  # seconds that a node which has gone is waited for, as long as others are there
-GREETING = 60.0  # seconds that a node may take to say who it is, before it is asked again
-# seconds by which clocks may differ: a greeting that is waited for has not expired at a node that
-# was busy
-SKEW = 10.0
-# seconds of silence after which a node is asked whether it is there; then twice as many, and so on
-NUDGE = 30.0
+GREETING = 60.0  # seconds that a node may take to introduce itself before it is asked again
+SKEW = 10.0  # seconds by which the clocks of two machines may differ
+HEAD = re.compile(r"(\d{1,12}):[0-9a-f]{64}")  # of an audit log
+
+
+class LogHeads:
+    """The heads of the sites' audit logs, as the answers carry them.
+
+    A site that cuts its log off, or writes it anew, does not verify against the head kept here.
+
+    Args:
+        say: Called with a line on each head that contradicts an earlier one.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self.longest: dict[str, str] = {}  # client -> the head with the most lines
+        self._last: dict[str, str] = {}
+
+    def note(self, client: str, answer: Envelope) -> None:
+        """Keep the head that a client's answer carries, if it has more lines than any before."""
+        head = str(answer.head.get(LOG, ""))
+        if HEAD.fullmatch(head) is None:
+            return
+        kept = self.longest.setdefault(client, head)
+        last = self._last.get(client, head)
+        self._last[client] = head
+        if _lines(head) < _lines(last):
+            self.say(
+                f"the audit log of '{client}' has {_lines(head)} lines; "
+                f"it had {_lines(last)} (kept: {kept})"
+            )
+        elif any(_lines(head) == _lines(before) and head != before for before in (last, kept)):
+            self.say(
+                f"line {_lines(head)} of the audit log of '{client}' was replaced: "
+                f"found {head} (kept: {kept})"
+            )
+        if _lines(head) > _lines(kept):
+            self.longest[client] = head
+
+
+def _lines(head: str) -> int:
+    """Return the number of lines of an audit log, from its head."""
+    return int(head.partition(":")[0])
 
 
 class Connections:
     """The server's side of all conversations (see `conversations.py`).
 
     Args:
-        clients: those who are expected; a node that says it is somebody else is refused.
-        say: told, in one line, of whoever comes, goes or is refused.
+        transport: Carries the messages.
+        clients: The expected clients; nodes of others are refused.
+        say: Called with a line on each node that connects, disconnects or is refused.
+        patience: Seconds to wait for a node that has gone while others are connected.
+        keys: Public key of each client's node in PEM. None: a client belongs to the node that
+            first claims it.
     """
 
     def __init__(
@@ -255,13 +240,16 @@ class Connections:
         clients: Collection[str],
         say: Callable[[str], None],
         patience: float = PATIENCE,
-        nudge: float = NUDGE,
+        keys: Mapping[str, bytes] | None = None,
     ) -> None:
         self.transport = transport
         self.clients = frozenset(clients)
         self.say = say
         self.patience = patience
-        self.nudge = nudge
+        self.log_heads = LogHeads(say)
+        self._keys: dict[str, bytes] = dict(keys or {})
+        self._are_keys_known = keys is not None
+        self._key_of: Mapping[int, bytes] = {}  # of connected nodes
         self.node_of: dict[str, int] = {}
         self.connected_clients: dict[str, object] = {}  # what each said when it came
         self._began = time.monotonic()
@@ -330,6 +318,7 @@ class Connections:
     def greet_new_nodes(self) -> None:
         """Greet who is new."""
         there = self.transport.nodes()
+        self._key_of = there
         for node in [n for n in self._met if n not in there]:
             self.forget_node(node)
         now = time.monotonic()
@@ -363,6 +352,7 @@ class Connections:
         why = why or version_mismatch(answer.head)
         if not why and client not in self.clients:
             why = "the configuration has no such client"
+        why = why or self._key_mismatch(node, client)
         said: object = None
         try:
             said = body_of(answer) if not why else None
@@ -374,8 +364,20 @@ class Connections:
             self.transport.push(node, message("leave", why=why), 10.0)
             return
         again = " again" if client in self.connected_clients else ""
-        self.node_of[client], self.connected_clients[client] = node, said
+        self._keys.setdefault(client, self._key_of.get(node, b""))
+        self.node_of[client] = node
+        self.connected_clients[client] = said
+        self.log_heads.note(client, answer)
         self.say(f"{client} is here{again}")
+
+    def _key_mismatch(self, node: int, client: str) -> str:
+        """Return why a node's key is not that of a client, or an empty string."""
+        key = self._key_of.get(node, b"")
+        if self._are_keys_known and client not in self._keys:
+            return f"no key is known of '{client}'"
+        if key.strip() != self._keys.get(client, key).strip():
+            return f"its key is not that of '{client}'"
+        return ""
 
     # Messages --------------------------------------------------------------------------------------------------------
     def pull_answers(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:

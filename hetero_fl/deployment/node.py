@@ -5,16 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
-import logging
-import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
@@ -22,19 +18,16 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from hetero_fl.communication.protocol import Message
 from hetero_fl.config import Config, expand_population
 from hetero_fl.core.payload import Payload
-from hetero_fl.data import FederatedData, check_source
+from hetero_fl.data import FederatedData
 from hetero_fl.data.client_rows import RemoteDataInfo
 from hetero_fl.data.remote import PublicPack, describe_client_rows, restrict_to_holder
 from hetero_fl.deployment.audit_log import REPEATED, TRAIN, AuditLog, Entry, SiteUsage
-from hetero_fl.deployment.certificates import check_authority, load_node_key, load_public_key
-from hetero_fl.deployment.config import SiteConfig, load_site_config
-from hetero_fl.deployment.envelope import Envelope, find_fault
+from hetero_fl.deployment.config import SiteConfig
 from hetero_fl.deployment.handshake import federation_fingerprint
 from hetero_fl.deployment.messages import (
     FORM,
     JUNK,
     LOG,
-    NodeKeys,
     RequestRefusedError,
     body_of,
     data_info_tree,
@@ -43,7 +36,6 @@ from hetero_fl.deployment.messages import (
     message,
     versions,
 )
-from hetero_fl.deployment.monitoring import EventLog, ForwardingHandler
 from hetero_fl.deployment.node_storage import MAX_STATES, Cipher, NodeStorage, StateLostError
 from hetero_fl.deployment.policy import (
     Policy,
@@ -52,13 +44,13 @@ from hetero_fl.deployment.policy import (
     digest_of,
     run_fingerprint,
 )
+from hetero_fl.deployment.transport import Envelope, find_fault
 from hetero_fl.deployment.validation import read_data_info
 from hetero_fl.experiment.preparation import load_config, load_federated_data, prepare
 from hetero_fl.federation.client_runtime import ClientEvaluation
 from hetero_fl.federation.executors.workers import Worker, WorkerJob, WorkerSetup
 from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.privacy.mechanisms import SecretNoiseSource
-from hetero_fl.reporting.run_directory import lock_folder
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.environment import choose_device
 from hetero_fl.utils.errors import NoUploadError, RunFailedError, UserError, one_line
@@ -223,8 +215,7 @@ class Node:
     Args:
         folder: where it keeps what must outlive its process.
         say: told, in one line, of what it is asked and of what it refuses.
-        keys: of whoever is spoken with; none: no message is signed.
-        key: this site's own, with which its log is signed; none: that of `keys`, if there are any.
+        key: this site's private key, with which its log is signed; none: it is not.
 
     Raises:
         UserError: its log was tampered with, or the key of its folder is none.
@@ -235,20 +226,16 @@ class Node:
         site: SiteConfig,
         folder: Path,
         say: Callable[[str], None] = lambda line: None,
-        keys: NodeKeys | None = None,
         key: EllipticCurvePrivateKey | None = None,
     ) -> None:
         self.site = site
         self.folder = folder
         self.say = say
-        self.keys = keys
         self.cipher = None if site.encrypt is None else Cipher.from_key_file(Path(site.encrypt))
         for each in (folder, folder / "runs"):
             each.mkdir(parents=True, exist_ok=True)
             each.chmod(0o700)
-        self.log = AuditLog(
-            folder / "audit.jsonl", keys.own if key is None and keys is not None else key
-        )
+        self.log = AuditLog(folder / "audit.jsonl", key)
         self._line: Entry = {}  # what the log will say of the message in hand
         self.joined: ParticipatingRun | None = None
         self.left: str | None = None  # why it was let go, once it was
@@ -271,8 +258,6 @@ class Node:
             try:
                 if why := find_fault(envelope, self.site.message_bytes):
                     raise RequestRefusedError(why)
-                if self.keys is not None:
-                    self.keys.check(envelope, self.site.client)
                 ask = head_value(head, "ask", str)
                 if ask not in answers:
                     raise RequestRefusedError(
@@ -287,11 +272,7 @@ class Node:
                 answer = self._refusal(str(error))
             except (*JUNK, OSError) as error:  # the disk may be full
                 answer = self._refusal(f"{type(error).__name__}: {one_line(error, 200)}")
-            if self.keys is None:
-                return answer
-            with contextlib.suppress(UserError):
-                answer = Envelope({**answer.head, LOG: self.log.head}, answer.body)
-            return self.keys.sign(answer, envelope, self.site.client)
+            return Envelope({**answer.head, LOG: self.log.head}, answer.body)
 
     def _log_answer(self, answer: Envelope) -> None:
         """Into the log, before the answer leaves."""
@@ -512,171 +493,3 @@ class Node:
         if self.joined is None or self.joined.run != run:
             raise RequestRefusedError(f"this site is not in run {run[:12]}")
         return self.joined
-
-
-# A site's process: it waits for the server, answers it, and ends politely.
-
-NUMBER = "number"  # of this node at the transport; in the site's folder
-
-
-def run_node(
-    path: Path, once: bool = False, allow_code: bool | CodePermission = False, quiet: bool = False
-) -> bool:
-    """Answer the server that a site's file names until SIGTERM comes, and finish the task in hand; at once if it comes again, or
-    Ctrl-C. Returns whether a task may have been left so.
-
-    Args:
-        path: The site's file.
-        once: end when a run is over, too.
-        allow_code: Whether code may run that the site's file names: its own, and what `allows.own_code` lets a server name.
-        quiet: Write no log to stderr.
-
-    Raises:
-        UserError: what is wrong with the file or what it names; Flower is missing; the server is not who it should be.
-        RunFailedError: the server will not have this site.
-    """
-    site, folder = load_site_config(path, allow_code)
-    if site.server is None:
-        raise UserError(
-            f"{path}: server: missing; it says whom this site answers (address, authority, key)"
-        )
-    check_site_data(path, site)
-    authority = None if site.server.authority is None else Path(site.server.authority)
-    if authority is not None:
-        check_authority(authority)
-    import torch._dynamo  # noqa: F401 which optimizers load at their first step: better now than in a round
-
-    from hetero_fl.deployment.flower.installation import check_installed
-
-    check_installed()
-    from hetero_fl.deployment.flower.node import serve
-
-    key = load_node_key(Path(site.server.key))
-    log = EventLog(site.logs, client=site.client)
-    log.quiet = quiet
-    keys = (
-        None
-        if site.server.public is None
-        else NodeKeys(key, load_public_key(Path(site.server.public)))
-    )
-    stop = threading.Event()
-    hurried = False
-    with lock_folder(folder) as unheld, _forward_transport_log(log), _handle_termination(log, stop):
-        for line in unheld:
-            log(line)
-        attended = LoggedNode(Node(site, folder, log, keys, key), log, stop, once)
-        log(f"{site.client}: looking for the server at {site.server.address}")
-        try:
-            serve(
-                attended.handle, site.server.address, key, authority, folder / NUMBER, stop=stop,
-                most=site.message_bytes,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            hurried = True
-    log(f"{site.client}: has said goodbye")
-    if attended.refused:
-        raise RunFailedError(f"the server will not have this site: {attended.refused}")
-    return hurried
-
-
-def check_site_data(path: Path, site: SiteConfig) -> None:
-    """Check a site's own data, before a server counts on it.
-
-    Raises:
-        UserError: If it cannot be read; the message begins with the site's file.
-    """
-    if site.data is None:
-        return
-    try:
-        check_source(site.data)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-class LoggedNode:
-    """A node whose messages are logged.
-
-    Args:
-        node: The node.
-        log: Receives a line for each task.
-        stop: Set when the server refuses the node, and with `once` at the end of a run.
-        once: Whether to take part in one run only.
-    """
-
-    def __init__(
-        self, node: Node, log: EventLog, stop: threading.Event | None = None, once: bool = False
-    ) -> None:
-        self._node = node
-        self._log = log
-        self._stop = stop or threading.Event()
-        self._once = once
-        self.refused = ""
-
-    def handle(self, envelope: Envelope) -> Envelope:
-        began = time.monotonic()
-        head = envelope.head
-        answer = self._node.handle(envelope)
-        if head.get("ask") == "do":
-            self._log_task(envelope, answer, time.monotonic() - began)
-        if head.get("ask") == "leave":
-            self.refused = one_line(head.get("why", ""))
-            if self.refused or self._once:
-                self._stop.set()
-        return answer
-
-    def _log_task(self, request: Envelope, answer: Envelope, seconds: float) -> None:
-        what = one_line(request.head.get("what"), 20)
-        run = one_line(request.head.get("run", ""), 64)
-        turn = request.head.get("round")
-        # Models are read when a round is complete.
-        number = turn + (what != "read") if isinstance(turn, int) else 0
-        sizes = {"bytes_in": len(request.body), "bytes_out": len(answer.body)}
-        line = f"round {number}: {what}: {answer.head.get('ask')!s} in {seconds:.2f} s"
-        line += f", {sizes['bytes_in']:,} bytes came, {sizes['bytes_out']:,} went"
-        self._log(line, run=run, round=number, task=what, seconds=float(f"{seconds:.3f}"), **sizes)
-
-
-@contextmanager
-def _forward_transport_log(log: EventLog) -> Iterator[None]:
-    """What the transport has to say goes to the log, too."""
-    logger = logging.getLogger("hetero_fl.deployment")
-    handler = ForwardingHandler(log)
-    level = logger.level
-    passed = logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = passed
-
-
-@contextmanager
-def _handle_termination(log: EventLog, stop: threading.Event) -> Iterator[None]:
-    """SIGTERM sets the event; the second one is Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():  # only there can a handler be set
-        yield
-        return
-
-    asked = False
-
-    def end(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        # this thread may hold the locks of the log and the event
-        threading.Thread(target=_stop_requested).start()
-
-    def _stop_requested() -> None:
-        log("stopping after the task in hand; once more: at once")
-        stop.set()
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

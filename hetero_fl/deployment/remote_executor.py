@@ -14,9 +14,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from hetero_fl.communication.protocol import Content, DirectProtocol, Message, Reply
 from hetero_fl.deployment.conversations import Conversation, Conversations
-from hetero_fl.deployment.envelope import Envelope, Head
 from hetero_fl.deployment.handshake import Handshake
 from hetero_fl.deployment.messages import RequestRefusedError, body_of, head_value, message, reason
+from hetero_fl.deployment.transport import Envelope, Head
 from hetero_fl.deployment.validation import read_evaluation, read_state_name
 from hetero_fl.engine.driver import Backend, DivergedError
 from hetero_fl.federation.checkpoint import KEPT_CHECKPOINTS

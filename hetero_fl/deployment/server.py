@@ -21,17 +21,16 @@ from hetero_fl.config import Config, expand_population
 from hetero_fl.deployment.certificates import (
     ServerFiles,
     check_server_files,
-    load_node_key,
     load_public_key,
+    public_bytes,
 )
 from hetero_fl.deployment.config import load_server_config
-from hetero_fl.deployment.conversations import NUDGE, PATIENCE, Connections
-from hetero_fl.deployment.envelope import MESSAGE_BYTES
+from hetero_fl.deployment.conversations import PATIENCE, Connections
 from hetero_fl.deployment.handshake import perform_handshake
-from hetero_fl.deployment.messages import BoundedTransport, ServerKeys, SignedTransport, Transport
 from hetero_fl.deployment.monitoring import EventLog, LineStream, RunStatus, serve_status
 from hetero_fl.deployment.node_storage import NodeStorage
 from hetero_fl.deployment.remote_executor import NodeExecutor
+from hetero_fl.deployment.transport import MESSAGE_BYTES, BoundedTransport, Transport
 from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.experiment.preparation import PreparedRun, load_config
@@ -64,11 +63,9 @@ def run_federation(
     wait: float = 120.0,
     deadline: float = 3600.0,
     patience: float = PATIENCE,
-    nudge: float = NUDGE,
     callbacks: Sequence[Callback] = (),
     quiet: bool = True,
-    keys: ServerKeys | None = None,
-    authenticated: bool = False,
+    keys: Mapping[str, bytes] | None = None,
     say: Callable[[str], None] = lambda line: None,
     status: RunStatus | None = None,
     console: Console | None = None,
@@ -80,9 +77,7 @@ def run_federation(
         wait: seconds until all clients of the configuration have to be there.
         deadline: seconds that a node may take for a task; `cohort.deadline` can ask for fewer.
         patience: seconds that a node which has gone is waited for, as long as enough others are there.
-        nudge: seconds of silence after which a node is asked whether it is there.
-        keys: with which messages are signed, and answers checked; none: for rehearsals on one machine.
-        authenticated: whether the transport knows its nodes by itself, so that no keys are needed.
+        keys: public key of each client's node in PEM; none: a client belongs to the node that first claims it.
         say: told, in one line, of whoever comes, goes or is refused.
         status: kept up to date.
         console: where the run's progress is shown, if not in a terminal.
@@ -110,10 +105,8 @@ def run_federation(
             say(line)
 
         transport = BoundedTransport(transport, message_bytes)
-        if keys is not None:
-            transport = signed = SignedTransport(transport, keys, tell)
-            status.set_log_source(lambda: signed.logs)
-        connections = Connections(transport, clients, tell, patience, nudge)
+        connections = Connections(transport, clients, tell, patience, keys)
+        status.set_log_source(lambda: connections.log_heads.longest)
         status.set_presence_source(lambda: connections.node_of)
     except BaseException:
         transport.close()
@@ -147,10 +140,6 @@ def run_federation(
 
             notes = handshake.prepared.notes
             notes += unused_simulation_keys(handshake.prepared.federation, config)
-            if keys is None and not authenticated:
-                notes.append(
-                    "no keys were given: messages are not signed, and anybody may speak for anybody"
-                )
             told = [status.add_record, *callbacks]
             run = run_prepared(
                 handshake.prepared,
@@ -257,18 +246,15 @@ def run_server(
     if (made := server.certificates) is not None:
         files = ServerFiles(Path(made.authority), Path(made.certificate), Path(made.key))
         check_server_files(files)
-    nodes = {client: load_public_key(Path(path)) for client, path in server.nodes.items()}
-    keys = (
-        None
-        if server.key is None
-        else ServerKeys(load_node_key(Path(server.key), "the server's"), nodes)
-    )
+    keys = {
+        client: public_bytes(load_public_key(Path(path))) for client, path in server.nodes.items()
+    }
+    _check_distinct(keys, file)
     path = default_out(config) if out is None else out
-    from hetero_fl.deployment.flower.installation import check_installed
+    from hetero_fl.deployment.flower.commands import check_installed
 
     check_installed()
-    from hetero_fl.deployment.flower.superlink import SuperLink
-    from hetero_fl.deployment.flower.transport import FlowerTransport
+    from hetero_fl.deployment.flower.superlink import FlowerTransport, SuperLink
 
     status = RunStatus(path, list(expand_population(config.clients)))
     log = _RunLog(server.logs, status)
@@ -279,17 +265,24 @@ def run_server(
                 serve_status(status, server.metrics.host, server.metrics.port)
             )
             log(f"status, metrics and health: http://{server.metrics.host}:{port}")
-        superlink = SuperLink(server.host, server.port, files)
+        superlink = SuperLink(server.host, server.port, files, map(Path, server.nodes.values()))
         log(
             f"waiting at {server.host}:{superlink.port} for {', '.join(expand_population(config.clients))}"
         )
-        transport = FlowerTransport(superlink, nodes, server.message_bytes)
+        transport = FlowerTransport(superlink, server.message_bytes)
         ending = stack.enter_context(_handle_termination(status, log))
         return run_federation(
             config, transport, out=path, resume=resume, wait=server.wait, deadline=server.deadline,
             callbacks=[log.log_round, ending], quiet=quiet, say=log, status=status, console=log.console(),
-            keys=keys, patience=server.patience, message_bytes=server.message_bytes,
+            keys=None if files is None else keys, patience=server.patience, message_bytes=server.message_bytes,
         )  # fmt: skip
+
+
+def _check_distinct(keys: Mapping[str, bytes], file: Path) -> None:
+    owner: dict[bytes, str] = {}
+    for client, key in keys.items():
+        if (other := owner.setdefault(key, client)) != client:
+            raise UserError(f"{file}: nodes: '{other}' and '{client}' have the same key")
 
 
 class _RunLog(EventLog):

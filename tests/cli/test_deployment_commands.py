@@ -271,7 +271,6 @@ def test_machines_of_their_own(tmp_path: Path) -> None:
             "address": f"127.0.0.1:{port}",
             "authority": "authority.pem",
             "key": "key",
-            "public": "server.pub",
         }
         edit(
             net / client / "site.yaml",
@@ -298,7 +297,7 @@ def test_machines_of_their_own(tmp_path: Path) -> None:
                 assert ended(server, log) == 130, log.read_text()
             os.kill(second.pid, signal.SIGTERM)
             assert ended(second, logs["site_2"]) == 0
-            assert lines(logs["site_2"])[-1]["message"] == "site_2: has said goodbye"
+            assert lines(logs["site_2"])[-1]["message"] == "site_2: stopped"
         assert first.poll() is None, "it waits for the server"
         done = [line for line in lines(logs["site_1"]) if line.get("task") == "train"]
         assert [line["round"] for line in done] == list(range(1, len(done) + 1)) and done[0][

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from hetero_fl.deployment.envelope import Envelope
 from hetero_fl.deployment.messages import RequestRefusedError
 from hetero_fl.deployment.node import Node
+from hetero_fl.deployment.transport import Envelope
 from hetero_fl.experiment import run
 from hetero_fl.experiment.runner import _evaluate
 from hetero_fl.federation import asynchronous, real_time

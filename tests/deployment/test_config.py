@@ -68,20 +68,14 @@ def test_what_is_made_fits_together(net: Path) -> None:
         assert site.server.address == "fl.example.org:9092"
         key = load_node_key(Path(site.server.key))
         assert public_bytes(key.public_key()) == public_bytes(load_public_key(Path(public)))
-        assert (
-            site.server.authority is not None
-            and site.server.public is not None
-            and server.key is not None
-        )
-        signs = load_node_key(Path(server.key)).public_key()
-        assert public_bytes(signs) == public_bytes(load_public_key(Path(site.server.public)))
+        assert site.server.authority is not None
         assert (
             Path(site.server.authority).read_bytes()
             == (net / "server" / "authority.pem").read_bytes()
         )
     secret = [path for path in net.rglob("*") if path.is_file() and b"PRIVATE" in path.read_bytes()]
     assert {str(path.relative_to(net)) for path in secret} == {
-        "authority/authority.key", "server/server.key", "server/sign", "north/key", "south/key",
+        "authority/authority.key", "server/server.key", "north/key", "south/key",
     }  # fmt: skip
     if os.name == "posix":
         assert all(path.stat().st_mode & 0o077 == 0 for path in secret)
@@ -243,3 +237,15 @@ def test_a_simulation_is_not_gone_on_with_on_nodes_and_nobody_is_waited_for(tmp_
         run_federation({"name": "a"}, transport, out=run.path, resume=True, wait=0.1)
     transport.close.assert_called_once_with()
     transport.push.assert_not_called()
+
+
+def test_keys_of_earlier_releases_are_named(net: Path) -> None:
+    site = net / "north" / "site.yaml"
+    site.write_text(site.read_text().replace("key: key}", "key: key, public: server.pub}"))
+    server = net / "server" / "server.yaml"
+    server.write_text("key: sign\n" + server.read_text())
+
+    with pytest.raises(UserError, match=r"site.yaml: server.public: no longer used; remove it"):
+        load_site_config(site)
+    with pytest.raises(UserError, match=r"server.yaml: key: no longer used; remove it"):
+        load_server_config(server)

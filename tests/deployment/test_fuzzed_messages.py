@@ -34,9 +34,9 @@ from hetero_fl.data.preprocessing import Preprocess
 from hetero_fl.data.remote import FORM as PACK
 from hetero_fl.deployment.audit_log import verify
 from hetero_fl.deployment.config import SiteConfig
-from hetero_fl.deployment.envelope import Envelope, Handle, find_fault
 from hetero_fl.deployment.messages import FORM, RequestRefusedError, body_of, message
 from hetero_fl.deployment.node import Node
+from hetero_fl.deployment.transport import Envelope, Handle, find_fault
 from hetero_fl.deployment.validation import read_data_info, read_evaluation, read_settings
 from hetero_fl.experiment.preparation import prepare
 from hetero_fl.utils.errors import RoundAbandonedError

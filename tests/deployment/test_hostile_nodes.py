@@ -22,7 +22,6 @@ from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Examples, RowSelection
 from hetero_fl.data.preprocessing import Preprocess
 from hetero_fl.deployment import validation
-from hetero_fl.deployment.envelope import Envelope, Handle
 from hetero_fl.deployment.messages import (
     FORM,
     RequestRefusedError,
@@ -30,6 +29,7 @@ from hetero_fl.deployment.messages import (
     evaluation_tree,
     message,
 )
+from hetero_fl.deployment.transport import Envelope, Handle
 from hetero_fl.deployment.validation import (
     read_data_info,
     read_evaluation,

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from hetero_fl.deployment.config import SiteConfig, load_site_config
-from hetero_fl.deployment.envelope import Envelope, Handle
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.node_storage import NodeStorage
+from hetero_fl.deployment.transport import Envelope, Handle
 from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.privacy.mechanisms import SecretNoiseSource
 from hetero_fl.utils.errors import UserError

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hetero_fl.experiment import run
-from tests.helpers.nodes import Point, Sites, federation, records, same
+from tests.helpers.nodes import LONG, Point, Sites, federation, records, same
 from tests.helpers.small_federations import MIXED, TOP, config
 
 CLIENTS = ["site_1", "site_2", "site_3", "site_4"]
@@ -89,7 +89,7 @@ def test_what_is_lost_on_its_way_is_sent_again_and_never_trained_twice(
         ("site_3", 1, "train"): "slow",
     }
     sites = Sites(CLIENTS, tmp_path / "sites", kills)
-    there = federation(hybrid(2), sites, tmp_path / "there", nudge=1.0)
+    there = federation(hybrid(2), sites, tmp_path / "there", patience=LONG)
     assert not sites.kills and set(trained.values()) == {1}
     assert sites.asked["site_1", 0, "train"] == sites.asked["site_2", 0, "train"] == 2
     assert sites.asked["site_3", 1, "train"] == 1  # it was there all the time
@@ -100,6 +100,6 @@ def test_what_is_lost_on_its_way_is_sent_again_and_never_trained_twice(
 def test_a_lost_answer_in_each_exchange_of_a_secure_sum(tmp_path: Path) -> None:
     kills = {(f"site_{i + 1}", i, ask): "lost" for i, ask in enumerate(EXCHANGES)}
     sites = Sites(CLIENTS, tmp_path / "sites", kills)
-    there = federation(secret(4), sites, tmp_path / "there", nudge=0.3)
+    there = federation(secret(4), sites, tmp_path / "there", patience=LONG)
     assert not sites.kills
     same(there, run(secret(4), out=tmp_path / "here"))

@@ -13,10 +13,10 @@ from hetero_fl.config import expand_population
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.deployment.audit_log import verify
 from hetero_fl.deployment.config import SiteConfig, load_site_config
-from hetero_fl.deployment.envelope import Envelope, Handle
 from hetero_fl.deployment.messages import RequestRefusedError, message
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.policy import check_config, check_raw_config, run_fingerprint
+from hetero_fl.deployment.transport import Envelope, Handle
 from hetero_fl.experiment.preparation import load_config
 from hetero_fl.privacy.accounting import gaussian_epsilon
 from hetero_fl.utils.errors import RunFailedError, UserError

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hetero_fl.communication.secure_aggregation.messages import REQUESTS, decode_arrays
-from hetero_fl.deployment.envelope import Envelope
+from hetero_fl.deployment.transport import Envelope
 from tests.helpers.nodes import (
     LONG,
     Clock,

@@ -17,12 +17,12 @@ import pytest
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.deployment import messages
 from hetero_fl.deployment.config import DisclosureConfig, SiteConfig
-from hetero_fl.deployment.envelope import Envelope
-from hetero_fl.deployment.messages import LoopbackTransport
+from hetero_fl.deployment.flower.worker import LoggedNode, handle_termination
 from hetero_fl.deployment.monitoring import EventLog, RunStatus, read_status
-from hetero_fl.deployment.node import LoggedNode, Node, _handle_termination
+from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.server import _handle_termination as _server_ending
 from hetero_fl.deployment.server import run_federation
+from hetero_fl.deployment.transport import Envelope, LoopbackTransport
 from hetero_fl.experiment import run
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import Interrupted, RunFailedError, UserError
@@ -159,7 +159,7 @@ def test_sigterm_ends_a_server_after_the_round_in_hand(
 def test_sigterm_at_a_node_is_polite_once() -> None:
     stop = threading.Event()
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), _handle_termination(EventLog("json"), stop):
+    with pytest.raises(KeyboardInterrupt), handle_termination(EventLog("json"), stop):
         signal.raise_signal(signal.SIGTERM)
         assert stop.wait(LONG)
         signal.raise_signal(signal.SIGTERM)

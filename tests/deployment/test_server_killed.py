@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from hetero_fl.deployment.envelope import Envelope
 from hetero_fl.deployment.node_storage import MAX_STATES, NodeStorage, StateLostError
+from hetero_fl.deployment.transport import Envelope
 from hetero_fl.experiment import run
 from tests.deployment.test_secure_aggregation import Heard
 from tests.helpers.nodes import Clock, Killed, Sites, federation, records, same

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from hetero_fl.deployment.config import SiteConfig
-from hetero_fl.deployment.envelope import Envelope, Handle
-from hetero_fl.deployment.messages import LoopbackTransport
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.server import run_federation
+from hetero_fl.deployment.transport import Envelope, Handle, LoopbackTransport
 from hetero_fl.reporting.run import Run
 from tests.helpers.nodes import LONG
 from tests.helpers.small_federations import config
@@ -42,12 +41,19 @@ class Federation:
             for id in SITES
         }
 
-    def serve(self, source: Any, between: Mapping[str, Between] | None = None, **more: Any) -> Run:
-        """The whole run. `between`: what stands between a node and the network."""
+    def serve(
+        self,
+        source: Any,
+        between: Mapping[str, Between] | None = None,
+        public: Mapping[str, bytes] | None = None,
+        **more: Any,
+    ) -> Run:
+        """The whole run. `between`: what stands between a node and the network; `public`: the nodes' keys."""
         try:
             for id, node in self.nodes.items():
                 handle: Handle = node.handle
-                self.transport.join((between or {}).get(id, lambda h: h)(handle))
+                key = (public or {}).get(id, b"")
+                self.transport.join((between or {}).get(id, lambda h: h)(handle), key)
             return run_federation(
                 source,
                 **{"transport": self.transport, "out": self.folder / "run", "wait": LONG, **more},

@@ -13,8 +13,8 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 from hetero_fl.core.payload import FORM as PAYLOAD
-from hetero_fl.deployment.envelope import Envelope, Handle
-from hetero_fl.deployment.messages import FORM, NodeKeys, sign_envelope
+from hetero_fl.deployment.messages import FORM
+from hetero_fl.deployment.transport import Envelope, Handle
 from hetero_fl.utils.serialization import encode
 
 T = TypeVar("T")
@@ -124,9 +124,8 @@ ANSWERS = st.tuples(HEADS, bodies(PAYLOAD) | bodies(FORM) | st.none(), st.boolea
 Answer = tuple[dict[str, Any], bytes | None, bool]
 
 
-def hostile(handle: Handle, answers: list[Answer], keys: NodeKeys | None = None) -> Handle:
-    """A node that answers tasks with these, one after the other: each changes the honest answer's head, and may replace its body.
-    With `keys` what it says is well signed."""
+def hostile(handle: Handle, answers: list[Answer]) -> Handle:
+    """A node that answers tasks with these, one after the other: each changes the honest answer's head, and may replace its body."""
     left = list(answers)
 
     def handles(asked: Envelope) -> Envelope:
@@ -138,10 +137,7 @@ def hostile(handle: Handle, answers: list[Answer], keys: NodeKeys | None = None)
         head = {**answer.head, **changes}
         if sealed:
             head["check"] = hashlib.sha256(body).hexdigest()
-        if keys is None:
-            return Envelope(head, body)
-        kept = {name: answer.head[name] for name in ("client", "answers") if name in answer.head}
-        return sign_envelope(Envelope({**head, **kept}, body), keys.own, "node")
+        return Envelope(head, body)
 
     return handles
 

@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 
 from hetero_fl.deployment.config import DisclosureConfig, SiteConfig
-from hetero_fl.deployment.envelope import Envelope
-from hetero_fl.deployment.messages import LoopbackTransport
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.node_storage import NodeStorage
 from hetero_fl.deployment.server import run_federation
+from hetero_fl.deployment.transport import Envelope, LoopbackTransport
 from hetero_fl.reporting.run import Run
 
 ALL = DisclosureConfig(labels=True, details=True, model=True)
@@ -66,7 +65,7 @@ class Clock:
 
 
 class Losing(LoopbackTransport):
-    """Some answers never come, and nobody is told. The server dies at its message of number `last`; whoever uses the transport
+    """Some answers never come; the transport says so. The server dies at its message of number `last`; whoever uses the transport
     after that is another process, once `last` has been set anew. `open`: the nodes that were sent something whose answer the
     server has not had."""
 
@@ -95,7 +94,7 @@ class Losing(LoopbackTransport):
         with self._changed:
             for number in found:
                 self.open.pop(number, None)
-        return {number: answer for number, answer in found.items() if answer is not LOST}
+        return {number: None if answer is LOST else answer for number, answer in found.items()}
 
 
 class InOrder(Losing):

@@ -31,7 +31,7 @@ PACKAGES = (  # bottom to top: each may import those before it
     "deployment",
     "cli",
 )
-LARGEST_FOLDER, LONGEST_MODULE, MOST_MODULES = 14, 700, 227
+LARGEST_FOLDER, LONGEST_MODULE, MOST_MODULES = 14, 700, 228
 WIDE_FOLDERS = {"algorithms"}  # one module per method or close family
 TEST_FOLDERS = {
     *PACKAGES,

@@ -10,13 +10,24 @@ from typing import Any
 import yaml
 
 from hetero_fl.config import Config, resolve_config
-from hetero_fl.deployment.flower.server_app import RUN_CONFIG
 from hetero_fl.deployment.server import check_deployable
 from hetero_fl.experiment.preparation import load_config
 from hetero_fl.reporting.run_directory import check_vacant
 from hetero_fl.utils.code_permission import CodePermission
 
 PACKAGE = "hetero_fl_app"
+
+# Keys of Flower's run configuration, with their defaults.
+RUN_CONFIG: dict[str, str | float | bool] = {
+    "out": "",  # run directory; default: runs/<name>-<timestamp>
+    "resume": False,
+    "overrides": "",  # changes to the configuration, key.path=value, separated by spaces
+    "allow-code": False,
+    "nodes": "",  # YAML file, client: file with the public key of its node
+    "wait": 600.0,  # seconds until all clients have connected
+    "deadline": 3600.0,  # seconds that a node may take for a task
+    "patience": 60.0,  # seconds to wait for a node that has gone while others are connected
+}
 
 PROJECT = """\
 [build-system]
@@ -26,7 +37,7 @@ build-backend = "hatchling.build"
 [project]
 name = "hetero-fl-app"
 version = "1.0.0"
-description = {description}
+description = "Federated learning with hetero_fl"
 license = "Apache-2.0"
 # hetero_fl is installed next to Flower at the server and at every site, in one version.
 dependencies = []
@@ -53,6 +64,17 @@ from pathlib import Path
 from hetero_fl.deployment.flower.server_app import make_server_app
 
 app = make_server_app(Path(__file__).with_name("config.yaml"))
+'''
+
+BRIDGE_APP = '''\
+"""The ServerApp of `hetero-fl server`: passes messages on to that process."""
+
+from flwr.serverapp import ServerApp
+
+from hetero_fl.deployment.flower.bridge import serve_grid
+
+app = ServerApp()
+app.main()(serve_grid)
 '''
 
 CLIENT_APP = '''\
@@ -88,17 +110,32 @@ def write_app(
     config = load_config(source, overrides, allow_code)
     check_deployable(config)
     check_vacant(folder)
-    project = PROJECT.format(
-        description=json.dumps(f"hetero_fl: {config.name}"),
-        package=PACKAGE,
-        settings="\n".join(f"{key} = {json.dumps(value)}" for key, value in RUN_CONFIG.items()),
-    )
+    written = _write_project(folder, SERVER_APP, RUN_CONFIG)
+    written.append(folder / PACKAGE / "config.yaml")
+    written[-1].write_text(yaml.safe_dump(resolve_config(config), sort_keys=False))
+    return written
+
+
+def write_bridge_app(folder: Path, socket: Path, message_bytes: int) -> None:
+    """Write the Flower app of `hetero-fl server`.
+
+    Args:
+        folder: A new folder.
+        socket: Path of the socket to which the app connects.
+        message_bytes: Maximum size of a message.
+    """
+    _write_project(folder, BRIDGE_APP, {"socket": str(socket), "message-bytes": message_bytes})
+
+
+def _write_project(
+    folder: Path, server_app: str, run_config: Mapping[str, str | float | bool]
+) -> list[Path]:
+    settings = [f"{key} = {json.dumps(value)}" for key, value in run_config.items()]
     contents = {
-        "pyproject.toml": project,
+        "pyproject.toml": PROJECT.format(package=PACKAGE, settings="\n".join(settings)),
         f"{PACKAGE}/__init__.py": "",
-        f"{PACKAGE}/server_app.py": SERVER_APP,
+        f"{PACKAGE}/server_app.py": server_app,
         f"{PACKAGE}/client_app.py": CLIENT_APP,
-        f"{PACKAGE}/config.yaml": yaml.safe_dump(resolve_config(config), sort_keys=False),
     }
     written = [folder / name for name in contents]
     (folder / PACKAGE).mkdir(parents=True)

@@ -11,12 +11,16 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from hetero_fl.deployment.envelope import Envelope
 from hetero_fl.deployment.flower.records import from_message, to_content
-from hetero_fl.deployment.flower.worker_socket import WorkerError, forward
-
-SITE = "site"  # key of the node's configuration: path of the site's file
-ALLOW_CODE = "allow-code"
+from hetero_fl.deployment.flower.worker_socket import (
+    ALLOW_CODE,
+    SITE,
+    SOCKET,
+    WorkerError,
+    ask,
+    forward,
+)
+from hetero_fl.deployment.transport import Envelope
 
 app = ClientApp()
 
@@ -27,6 +31,8 @@ def handle_query(message: Message, context: Context) -> Message:
     envelope = from_message(message)
     if envelope is None:
         answer = _refusal("not a message of hetero_fl")
+    elif SOCKET in context.node_config:
+        answer = ask(envelope, Path(str(context.node_config[SOCKET])))
     elif not isinstance(site := context.node_config.get(SITE), str):
         answer = _refusal(
             f"""--node-config has no {SITE}; expected '{SITE}="/path/to/site.yaml"'"""

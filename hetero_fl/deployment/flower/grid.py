@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import httpx
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
-from hetero_fl.deployment.envelope import Envelope
 from hetero_fl.deployment.flower.records import from_message, to_content
-from hetero_fl.deployment.messages import UnreadableAnswer
+from hetero_fl.deployment.transport import Envelope, UnreadableAnswer
 from hetero_fl.utils.errors import RunFailedError, one_line
 
 SHORTEST_PAUSE = 0.02  # seconds between two questions whether an answer has come
@@ -22,7 +21,7 @@ NODES_SECONDS = 2.0  # between two looks at the connected nodes while answers ar
 
 
 class GridTransport:
-    """A transport (see `messages.Transport`) over the grid of a running ServerApp.
+    """A transport (see `transport.Transport`) over the grid of a running ServerApp.
 
     A node that restarts keeps its Flower ID but loses the messages that it had taken, so it is
     given another number here.
@@ -39,20 +38,23 @@ class GridTransport:
         self._awaited: dict[str, tuple[int, float]] = {}  # message -> (node, when it expires)
         self._lost = itertools.count(1)
 
-    def nodes(self) -> Collection[int]:
-        """Return the numbers of the nodes that are connected."""
+    def nodes(self) -> Mapping[int, bytes]:
+        """Return the connected nodes, each with its public key in PEM."""
         try:
             found = list(self._grid.get_nodes())
         except httpx.HTTPError as error:
             raise _unreachable(error) from None
         present: dict[tuple[int, str], int] = {}
+        keys: dict[int, bytes] = {}
         for info in found:
             identity = (info.node_id, getattr(info, "last_activated_at", ""))
             number = self._known.get(identity)
-            present[identity] = next(self._numbers) if number is None else number
+            number = next(self._numbers) if number is None else number
+            present[identity] = number
+            keys[number] = getattr(info, "public_key", b"")
         self._known = present
         self._flower_ids = {number: identity[0] for identity, number in present.items()}
-        return self._flower_ids.keys()
+        return keys
 
     def push(self, node: int, envelope: Envelope, within: float) -> str:
         """Send a message to a node and return the message's ID.

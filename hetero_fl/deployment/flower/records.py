@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from hetero_fl.deployment.envelope import Envelope, Head
+from hetero_fl.deployment.transport import Envelope, Head
 
 HEAD = "head"
 BODY = "body"

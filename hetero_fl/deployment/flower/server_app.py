@@ -10,6 +10,9 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from hetero_fl.config import Config
+from hetero_fl.config.load import read_config_file
+from hetero_fl.deployment.certificates import load_public_key, public_bytes
+from hetero_fl.deployment.flower.app import RUN_CONFIG
 from hetero_fl.deployment.flower.grid import GridTransport
 from hetero_fl.deployment.monitoring import EventLog
 from hetero_fl.deployment.server import run_federation
@@ -17,17 +20,6 @@ from hetero_fl.experiment.preparation import load_config
 from hetero_fl.experiment.runner import default_out
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import UserError
-
-# Keys of Flower's run configuration, with their defaults.
-RUN_CONFIG: dict[str, str | float | bool] = {
-    "out": "",  # run directory; default: runs/<name>-<timestamp>
-    "resume": False,
-    "overrides": "",  # changes to the configuration, key.path=value, separated by spaces
-    "allow-code": False,
-    "wait": 600.0,  # seconds until all clients have connected
-    "deadline": 3600.0,  # seconds that a node may take for a task
-    "patience": 60.0,  # seconds to wait for a node that has gone while others are connected
-}
 
 
 def make_server_app(config: Path) -> ServerApp:
@@ -74,10 +66,21 @@ def run_in_app(
         resume=bool(settings["resume"]),
         wait=float(settings["wait"]),
         deadline=float(settings["deadline"]),
+        keys=_load_keys(Path(settings["nodes"])) if settings["nodes"] else None,
         patience=float(settings["patience"]),
         quiet=False,
         say=log,
-        authenticated=True,
     )
     log(f"done: {out.resolve()}")
     return run
+
+
+def _load_keys(file: Path) -> dict[str, bytes]:
+    """Return the public key of each client's node in PEM. Paths are relative to the file."""
+    raw = read_config_file(file)
+    for client, path in raw.items():
+        if not isinstance(path, str):
+            raise UserError(f"{file}: {client}: found {path!r}; expected a file with a public key")
+    return {
+        client: public_bytes(load_public_key(file.parent / path)) for client, path in raw.items()
+    }

@@ -1,200 +1,277 @@
-"""Flower's SuperLink as a process of ours: started, waited for, started anew when it has died, ended with us."""
+"""A SuperLink of our own, and the transport over the app that runs on it."""
 
 from __future__ import annotations
 
-import errno
-import os
-import secrets
 import shutil
-import socket
-import ssl
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
+from socket import AF_UNIX, socket
+from typing import TypeVar
 
-import httpx
-from flwr.common.constant import FLWR_HOME, ISOLATION_MODE_PROCESS
-
-from hetero_fl.deployment.certificates import ServerFiles
+from hetero_fl.deployment.certificates import ServerFiles, make_server_files
+from hetero_fl.deployment.flower.app import write_bridge_app
+from hetero_fl.deployment.flower.bridge import RemoteTransport
+from hetero_fl.deployment.flower.commands import (
+    STARTING,
+    FlowerCommand,
+    environment,
+    free_port,
+    is_listening,
+    run_flwr,
+)
+from hetero_fl.deployment.transport import MESSAGE_BYTES, Envelope
 from hetero_fl.utils.errors import RunFailedError, UserError
 
-STARTING = 120.0  # seconds; two of them are usual
-LAUNCH = Path(__file__).with_name("launch.py")
-TOO_SOON = 10.0  # seconds: one that lives no longer is not started again
+T = TypeVar("T")
+
+LOCAL = "127.0.0.1"
+NAME = "hetero-fl"  # of the SuperLink in Flower's settings
+SHORTEST_LIFE = 10.0  # seconds; what ends sooner is not started again
+GENERATION = 2**32  # distance between the numbers of nodes of one Flower run and of the next
 
 
 class SuperLink:
-    """A SuperLink on `host`:`port` (0: any free port), with TLS if there are files for it.
+    """Flower's SuperLink as a process that ends with this one.
 
-    Its state is in memory and its scratch folder is taken away with it; `log` is a file that it writes to. It answers only us
-    when it gives out the right to send messages: a secret that is made here guards it. Without TLS nodes on other machines are
-    refused (`host` must be this machine's own).
+    Without certificates it serves this machine only. With them it still listens on this machine,
+    and a gateway passes on what nodes send to `host` and `port`; they need a registered key.
 
-    Raises UserError if the port is taken, RunFailedError if it does not start.
+    Args:
+        host: Address at which nodes reach it.
+        port: Port at which nodes reach it; 0 for a free one.
+        files: Certificate and key of the server.
+        nodes: Files with the public keys of the nodes; used with `files`.
+
+    Raises:
+        UserError: If the port is not available.
+        RunFailedError: If a process does not start.
     """
 
     def __init__(
         self,
-        host: str = "127.0.0.1",
+        host: str = LOCAL,
         port: int = 0,
         files: ServerFiles | None = None,
-        log: Path | None = None,
+        nodes: Iterable[Path] = (),
     ) -> None:
-        if files is None and host not in ("127.0.0.1", "localhost", "::1"):
+        if files is None and host not in (LOCAL, "localhost", "::1"):
             raise UserError(
-                f"server.host: {host} can be reached from elsewhere, which needs certificates; or 127.0.0.1"
+                f"server.host: {host} can be reached from other machines, which needs "
+                f"certificates; choose {LOCAL} for this machine only"
             )
-        self.secret = secrets.token_bytes(32)
-        self.files = files
-        self._host = host
-        self._scratch = Path(tempfile.mkdtemp(prefix="hetero_fl-flower-"))
-        self._log = log or self._scratch / "superlink.log"
-        self._process: subprocess.Popen[bytes] | None = None
+        self.host = host
+        self.port = free_port(host, port)
+        self.folder = Path(tempfile.mkdtemp(prefix="hetero_fl-flower-"))
+        self._files = files
+        self._nodes = list(nodes)
+        self._inner_host = host if files is None else LOCAL
+        self._inner_port = self.port if files is None else free_port(LOCAL)
+        self._inner_files: ServerFiles | None = None
+        self._gateway: FlowerCommand | None = None
+        self._environment = environment(self.folder / "home")
         try:
-            self.port = free_port(host, port)
-            self._start()
+            if files is not None:
+                self._inner_files = make_server_files(self.folder / "tls", [LOCAL])
+            self._write_settings()
+            self._process = self._start()
+            if files is not None:
+                self._gateway = self._start_gateway(files)
         except BaseException:
             self.close()
             raise
 
     @property
     def address(self) -> str:
-        """Where a client on this machine finds it, and a node that runs on it."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._host, self._host)
+        """Address for nodes on this machine."""
+        host = {"0.0.0.0": LOCAL, "::": "::1"}.get(self.host, self.host)
         return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
 
     @property
-    def pid(self) -> int:
-        """The number of its process."""
-        assert self._process is not None
-        return self._process.pid
+    def is_running(self) -> bool:
+        return self._process.is_running
 
-    def verification(self) -> ssl.SSLContext | bool:
-        """For clients in this process: its very certificate, whatever host it is made out to."""
-        if self.files is None:
-            return False
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname = False
-        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-        context.load_verify_locations(cafile=self.files.certificate)
-        return context
+    def revive(self) -> None:
+        """Start it again if it has ended.
 
-    def restart_if_dead(self) -> bool:
-        """Start it anew, on the same port, if it has died. Returns whether it had. Raises RunFailedError if that is of no use."""
-        assert self._process is not None
-        if self._process.poll() is None:
-            return False
-        if time.monotonic() - self._started < TOO_SOON:
+        Raises:
+            RunFailedError: If it ended soon after its start.
+        """
+        if self._gateway is not None and not self._gateway.is_running:
+            assert self._files is not None
+            self._gateway.kill()
+            self._gateway = self._start_gateway(self._files)
+        if self._process.is_running:
+            return
+        if time.monotonic() - self._process.started < SHORTEST_LIFE:
             raise RunFailedError(
-                f"Flower's SuperLink has died within {TOO_SOON:.0f} s of its start; {self._last_words()}"
+                f"Flower's SuperLink ended within {SHORTEST_LIFE:.0f} s of its start; "
+                f"{self._process.last_words()}"
             )
-        self._start()
-        return True
+        self._process.kill()
+        self._process = self._start()
+
+    def run(self, app: Path) -> None:
+        """Start a run of an app.
+
+        Raises:
+            RunFailedError: If Flower refuses it.
+        """
+        run_flwr(self._environment, "run", str(app), NAME)
+
+    def last_words(self) -> str:
+        """Return the last line of its log."""
+        return self._process.last_words()
 
     def close(self) -> None:
-        """End it, and take its scratch folder away."""
-        if self._process is not None:
-            self._process.kill()  # it keeps nothing
-            self._process.wait()
-            assert self._process.stdin is not None
-            with suppress(OSError):
-                self._process.stdin.close()
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        """End its processes and delete its folder."""
+        for process in (self._gateway, getattr(self, "_process", None)):
+            if process is not None:
+                process.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _start(self) -> None:
-        if self._process is not None and self._process.stdin is not None:
-            self._process.stdin.close()
-        secret = self._scratch / "secret"
-        secret.touch(0o600)
-        secret.write_bytes(self.secret)
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._log, "ab") as log:
-            self._process = subprocess.Popen(
-                # -P: the folder of the script is not searched for modules
-                [sys.executable, "-P", str(LAUNCH), str(self._scratch), *self._arguments(secret)],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, FLWR_HOME: str(self._scratch / "home")},
-                start_new_session=True,  # Ctrl-C in a terminal is ours to hear
-            )
-        self._started = time.monotonic()
-        self._wait_until_it_answers()
-
-    def _arguments(self, secret: Path) -> list[str]:
-        common = [
-            "--host",
-            self._host,
-            "--port",
-            str(self.port),
-            "--isolation",
-            ISOLATION_MODE_PROCESS,
-        ]
-        common += [
-            "--superexec-auth-secret-file",
-            str(secret),
-            "--disable-runtime-dependency-installation",
-        ]
-        if self.files is None:
-            return [*common, "--insecure"]
-        tls = [
-            "--ssl-ca-certfile",
-            str(self.files.authority),
-            "--ssl-certfile",
-            str(self.files.certificate),
-        ]
-        return [*common, *tls, "--ssl-keyfile", str(self.files.key), "--enable-supernode-auth"]
-
-    def _wait_until_it_answers(self) -> None:
-        assert self._process is not None
-        url = f"{'http' if self.files is None else 'https'}://{self.address}/health"
-        end = time.monotonic() + STARTING
-        with httpx.Client(verify=self.verification(), timeout=5.0) as client:
-            while time.monotonic() < end:
-                if self._process.poll() is not None:
-                    raise RunFailedError(f"Flower's SuperLink did not start; {self._last_words()}")
-                with suppress(httpx.TransportError):
-                    if client.get(url).is_success:
-                        return
-                time.sleep(0.05)
-        raise RunFailedError(
-            f"Flower's SuperLink did not answer within {STARTING:.0f} s; {self._last_words()}"
+    def _write_settings(self) -> None:
+        home = self.folder / "home"
+        home.mkdir()
+        files = self._inner_files
+        security = (
+            "insecure = true" if files is None else f'root-certificates = "{files.authority}"'
+        )
+        host = f"[{self._inner_host}]" if ":" in self._inner_host else self._inner_host
+        (home / "config.toml").write_text(
+            f'[superlink]\ndefault = "{NAME}"\n\n[superlink.{NAME}]\n'
+            f'address = "{host}:{self._inner_port}"\n{security}\n'
         )
 
-    def _last_words(self) -> str:
-        """The last line of the log that says something."""
-        with suppress(OSError):
-            lines = [
-                line.strip()
-                for line in self._log.read_text(errors="replace").splitlines()
-                if line.strip()
-            ]
-            if lines:
-                return f"its last line: {lines[-1][:300]}"
-        return "it said nothing"
-
-
-def free_port(host: str, port: int) -> int:
-    """The port, or any that is free for 0. Raises UserError, naming host or port, if nobody can listen there."""
-    with _socket(host) as probe:
-        if port:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    def _start(self) -> FlowerCommand:
+        command = ["flower-superlink", "--host", self._inner_host, "--port", str(self._inner_port)]
+        # The app needs nothing that is not installed already.
+        command.append("--disable-runtime-dependency-installation")
+        if (files := self._inner_files) is None:
+            command.append("--insecure")
+        else:
+            command += ["--ssl-ca-certfile", str(files.authority), "--enable-supernode-auth"]
+            command += ["--ssl-certfile", str(files.certificate), "--ssl-keyfile", str(files.key)]
+        process = FlowerCommand(command, self._environment, self.folder / "superlink.log")
         try:
-            probe.bind((host, port))
-        except OSError as error:
-            why = error.strerror or str(error)
-            if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-                raise UserError(
-                    f"server.host: {host} is no address of this machine ({why}); 0.0.0.0 is all that it has"
-                ) from None
-            raise UserError(
-                f"server.port: {port} cannot be had ({why}); another, or 0 for any that is free"
-            ) from None
-        return int(probe.getsockname()[1])
+            process.wait_for(lambda: is_listening(self._inner_host, self._inner_port))
+            for key in self._nodes if files is not None else ():
+                run_flwr(self._environment, "supernode", "register", str(key), NAME)
+        except BaseException:
+            process.kill()
+            raise
+        return process
+
+    def _start_gateway(self, files: ServerFiles) -> FlowerCommand:
+        assert self._inner_files is not None
+        command = [sys.executable, "-P", "-m", "hetero_fl.deployment.flower.gateway"]
+        command += ["--host", self.host, "--port", str(self.port)]
+        command += ["--certificate", str(files.certificate), "--key", str(files.key)]
+        command += ["--superlink", f"https://{self._inner_host}:{self._inner_port}"]
+        command += ["--superlink-authority", str(self._inner_files.authority)]
+        gateway = FlowerCommand(command, self._environment, self.folder / "gateway.log")
+        host, _, port = self.address.rpartition(":")
+        gateway.wait_for(lambda: is_listening(host.strip("[]"), int(port)))
+        return gateway
 
 
-def _socket(host: str) -> socket.socket:
-    return socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+class FlowerTransport:
+    """The transport over a SuperLink of our own (see `transport.Transport`).
+
+    If the SuperLink or the app on it ends, it begins another run of the app. Answers to earlier
+    messages are lost then, and nodes have other numbers.
+
+    Args:
+        superlink: The SuperLink; it is closed with the transport.
+        message_bytes: Maximum size of a message.
+    """
+
+    def __init__(self, superlink: SuperLink, message_bytes: int = MESSAGE_BYTES) -> None:
+        self._superlink = superlink
+        self._generation = 0
+        self._is_closed = False
+        self._app = superlink.folder / "app"
+        address = superlink.folder / "socket"
+        self._listener = socket(AF_UNIX)
+        try:
+            write_bridge_app(self._app, address, message_bytes)
+            self._listener.bind(str(address))
+            self._listener.listen()
+            self._remote = self._begin()
+        except BaseException:
+            self._listener.close()
+            superlink.close()
+            raise
+
+    def nodes(self) -> Mapping[int, bytes]:
+        """See `Transport.nodes`."""
+        if self._is_closed:
+            return {}
+        found = self._call(lambda remote: remote.nodes())
+        return {self._generation * GENERATION + node: key for node, key in found.items()}
+
+    def push(self, node: int, envelope: Envelope, within: float) -> str:
+        """See `Transport.push`."""
+        generation, number = divmod(node, GENERATION)
+        if self._is_closed or generation != self._generation:
+            return "lost"
+        pushed = self._call(lambda remote: remote.push(number, envelope, within))
+        return f"{generation}/{pushed}" if generation == self._generation else "lost"
+
+    def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
+        """See `Transport.pull`."""
+        current = f"{self._generation}/"
+        lost = [number for number in numbers if not number.startswith(current)]
+        if lost or not numbers or self._is_closed:
+            return dict.fromkeys(lost)
+        wanted = [number.removeprefix(current) for number in numbers]
+        pulled = self._call(lambda remote: remote.pull(wanted, wait))
+        return {f"{current}{number}": answer for number, answer in pulled.items()}
+
+    def close(self) -> None:
+        """End the app and the SuperLink. Nodes go on looking for a server."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._remote.close()
+        self._listener.close()
+        self._superlink.close()
+
+    def _call(self, call: Callable[[RemoteTransport], T]) -> T:
+        """Call the app. If it has ended, begin another run; the call then raises or finds less."""
+        while True:
+            try:
+                return call(self._remote)
+            except (EOFError, OSError):
+                pass
+            except RunFailedError:
+                if self._superlink.is_running:
+                    raise
+            if time.monotonic() - self._began < SHORTEST_LIFE:
+                raise RunFailedError(
+                    f"Flower ended the server's app within {SHORTEST_LIFE:.0f} s of its start; "
+                    f"{self._superlink.last_words()}"
+                )
+            self._superlink.revive()
+            self._remote.close()
+            self._remote = self._begin()
+
+    def _begin(self) -> RemoteTransport:
+        """Start a run of the app and wait until it connects."""
+        self._superlink.run(self._app)
+        self._listener.settimeout(1.0)
+        end = time.monotonic() + STARTING
+        while time.monotonic() < end and self._superlink.is_running:
+            with suppress(TimeoutError):
+                connection = self._listener.accept()[0]
+                connection.setblocking(True)
+                self._began = time.monotonic()
+                self._generation += 1
+                return RemoteTransport(Connection(connection.detach()))
+        raise RunFailedError(
+            f"Flower did not start the server's app; {self._superlink.last_words()}"
+        )

@@ -18,9 +18,13 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from hetero_fl.deployment.envelope import Envelope, Head
+from hetero_fl.deployment.transport import Envelope, Head
 
 WORKER = "hetero_fl.deployment.flower.worker"
+# Keys of the node's configuration.
+SITE = "site"  # path of the site's file
+ALLOW_CODE = "allow-code"
+SOCKET = "socket"  # of a worker that runs already; given by `hetero-fl node`
 LISTENING = "listening"  # what it prints once it can be connected to
 
 
@@ -55,9 +59,23 @@ def forward(envelope: Envelope, site: Path, allow_code: bool = False) -> Envelop
         WorkerError: If the worker cannot be started.
         EOFError, OSError: If it ends before it answers.
     """
-    with _connect(site, allow_code) as connection:
-        send(connection, envelope)
-        return receive(connection)
+    address = socket_path(site)
+    try:
+        connection = Client(str(address))
+    except (FileNotFoundError, ConnectionRefusedError):
+        # Two messages that come at once start one worker.
+        with FileLock(address.with_suffix(".lock")):
+            connection = _connect_or_start(site, address, allow_code)
+    return _exchange(connection, envelope)
+
+
+def ask(envelope: Envelope, address: Path) -> Envelope:
+    """Return the answer of the worker that listens at a socket.
+
+    Raises:
+        EOFError, OSError: If there is none, or it ends before it answers.
+    """
+    return _exchange(Client(str(address)), envelope)
 
 
 def send(connection: Connection, envelope: Envelope) -> None:
@@ -79,20 +97,18 @@ def receive(connection: Connection) -> Envelope:
     return Envelope(head, connection.recv_bytes())
 
 
-def _connect(site: Path, allow_code: bool) -> Connection:
-    """Connect to a site's worker, which is started if it does not run."""
-    path = socket_path(site)
+def _exchange(connection: Connection, envelope: Envelope) -> Envelope:
+    with connection:
+        send(connection, envelope)
+        return receive(connection)
+
+
+def _connect_or_start(site: Path, address: Path, allow_code: bool) -> Connection:
     try:
-        return Client(str(path))
+        return Client(str(address))
     except (FileNotFoundError, ConnectionRefusedError):
-        pass
-    # Two messages that come at once start one worker.
-    with FileLock(path.with_suffix(".lock")):
-        try:
-            return Client(str(path))
-        except (FileNotFoundError, ConnectionRefusedError):
-            _start_worker(site, path, allow_code)
-            return Client(str(path))
+        _start_worker(site, address, allow_code)
+        return Client(str(address))
 
 
 def _start_worker(site: Path, address: Path, allow_code: bool) -> None:

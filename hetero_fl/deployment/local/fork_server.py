@@ -23,11 +23,11 @@ NODE_FAILED = 3  # exit status of a launcher in which a node ended by itself
 
 def main() -> int:
     """Returns 0 when the parent has ended; FAULT, with a line on standard output, when a node has by itself."""
-    from hetero_fl.deployment import node  # noqa: F401
-    from hetero_fl.deployment.flower.installation import check_installed
+    from hetero_fl.deployment.flower.commands import check_installed
 
     check_installed()
-    import hetero_fl.deployment.flower.node  # noqa: F401
+    from hetero_fl.deployment.flower.supernode import start_prefork
+    from hetero_fl.deployment.flower.worker import run_node  # noqa: F401
 
     with os.fdopen(0, "rb", buffering=0, closefd=False) as told:
         if not (config := told.readline()):
@@ -35,7 +35,10 @@ def main() -> int:
         _preload(json.loads(config))
         if not (sites := told.readline()):
             return 0
-    living = {_start_node(Path(site)): Path(site) for site in json.loads(sites)}
+    files = [Path(site) for site in json.loads(sites)]
+    launcher = files[0].parent.parent
+    prefork = start_prefork(launcher)
+    living = {_start_node(site, launcher): site for site in files}
     try:
         while not select.select([0], [], [], LOOK)[0]:  # readable at its end alone
             for pid, site in list(living.items()):
@@ -46,12 +49,13 @@ def main() -> int:
                 if not os.WIFSIGNALED(status):
                     print(_last_words(site), flush=True)
                     return NODE_FAILED
-                living[_start_node(site)] = site
+                living[_start_node(site, launcher)] = site
         return 0
     finally:
         for pid in living:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        prefork.kill()
 
 
 def _preload(config: dict[str, Any]) -> None:
@@ -66,8 +70,8 @@ def _preload(config: dict[str, Any]) -> None:
         prepare(config)
 
 
-def _start_node(site: Path) -> int:
-    """A process for a site. Returns its number."""
+def _start_node(site: Path, launcher: Path) -> int:
+    """Start a process for a site and return its number."""
     if (pid := os.fork()) != 0:
         return pid
     log = os.open(site.parent / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -76,10 +80,11 @@ def _start_node(site: Path) -> int:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     status = 1
     try:
-        from hetero_fl.deployment.node import run_node
+        from hetero_fl.deployment.flower.worker import run_node
         from hetero_fl.utils.errors import RunFailedError, UserError
 
-        run_node(site, allow_code=True)  # the parent has permitted what the site's file lists
+        # The parent has permitted what the site's file lists.
+        run_node(site, allow_code=True, launcher=launcher, scratch=site.parent)
         status = 0
     except (RunFailedError, UserError) as error:
         print(error, flush=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 
 from hetero_fl.config import Config, expand_population, resolve_config
-from hetero_fl.deployment.certificates import load_node_key, make_node_key
-from hetero_fl.deployment.messages import ServerKeys, Transport
+from hetero_fl.deployment.certificates import make_node_key
 from hetero_fl.deployment.server import check_deployable, run_federation
+from hetero_fl.deployment.transport import Transport
 from hetero_fl.experiment.preparation import load_config
 from hetero_fl.experiment.runner import Callback, default_out
 from hetero_fl.reporting.run import Run
@@ -44,11 +44,10 @@ def run_local_federation(
     Raises:
         UserError, RunFailedError, Interrupted: as `run` does; Flower is not installed.
     """
-    from hetero_fl.deployment.flower.installation import check_installed
+    from hetero_fl.deployment.flower.commands import check_installed
 
     check_installed()
-    from hetero_fl.deployment.flower.superlink import SuperLink
-    from hetero_fl.deployment.flower.transport import FlowerTransport
+    from hetero_fl.deployment.flower.superlink import FlowerTransport, SuperLink
 
     with launcher or CompanionProcess(LAUNCHER) as launcher, ExitStack() as stack:
         config = load_config(source, overrides, allow_code)
@@ -62,20 +61,15 @@ def run_local_federation(
         launcher.send(resolve_config(config))
         superlink = SuperLink()
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hetero_fl-sites-")))
-        own = make_node_key(scratch / "server")
-        keys = {}
         sites = []
         allows = {"own_code": list(find_references(config.model_dump()))}
         for client in expand_population(config.clients):
             folder = str((path / SITES / client).resolve())
-            # beside the log that it signs: a resumed run goes on with both
+            # Next to the log that it signs: a resumed run uses both.
             key = Path(folder) / "key"
-            keys[client] = (load_node_key(key) if key.exists() else make_node_key(key)).public_key()
-            server = {
-                "address": superlink.address,
-                "key": str(key),
-                "public": str(scratch / "server.pub"),
-            }
+            if not key.exists():
+                make_node_key(key)
+            server = {"address": superlink.address, "key": str(key)}
             about = {
                 "client": client,
                 "folder": folder,
@@ -86,7 +80,7 @@ def run_local_federation(
             sites.append(scratch / client / "site.yaml")
             sites[-1].parent.mkdir()
             sites[-1].write_text(yaml.safe_dump(about))
-        transport = _WatchedTransport(FlowerTransport(superlink, keys), launcher)
+        transport = _WatchedTransport(FlowerTransport(superlink), launcher)
         launcher.send([str(site) for site in sites])
         return run_federation(
             config,
@@ -95,7 +89,6 @@ def run_local_federation(
             resume=resume,
             callbacks=callbacks,
             quiet=quiet,
-            keys=ServerKeys(own, keys),
         )
 
 
@@ -109,6 +102,6 @@ class _WatchedTransport:
         self.pull = transport.pull
         self.close = transport.close
 
-    def nodes(self) -> Collection[int]:
+    def nodes(self) -> Mapping[int, bytes]:
         self._launcher.check()
         return self._transport.nodes()

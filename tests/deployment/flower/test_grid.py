@@ -16,14 +16,14 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 import hetero_fl
+from hetero_fl.deployment.certificates import make_node_key, public_bytes
 from hetero_fl.deployment.config import SiteConfig
-from hetero_fl.deployment.envelope import Envelope, Handle
 from hetero_fl.deployment.flower import grid as grid_module
 from hetero_fl.deployment.flower.grid import GridTransport
 from hetero_fl.deployment.flower.records import SMALL_BODY_BYTES, from_message, to_content
 from hetero_fl.deployment.flower.server_app import run_in_app
-from hetero_fl.deployment.messages import UnreadableAnswer
 from hetero_fl.deployment.node import Node
+from hetero_fl.deployment.transport import Envelope, Handle, UnreadableAnswer
 from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.helpers.nodes import ALL
 from tests.helpers.small_federations import config
@@ -38,6 +38,7 @@ class FakeNode:
     node_id: int
     handle: Handle
     last_activated_at: str = "first"
+    public_key: bytes = b""
 
 
 class FakeGrid(Grid):
@@ -234,7 +235,26 @@ def test_run_in_app_equals_simulation(grid: FakeGrid, tmp_path: Path) -> None:
     for name in models:
         expected = (simulated.path / "models" / name).read_bytes()
         assert (run.path / "models" / name).read_bytes() == expected
-    assert "not signed" not in (run.path / "log.txt").read_text()
+
+
+def test_nodes_file_binds_clients_to_keys(
+    grid: FakeGrid, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for client in ("site_1", "site_2", "site_3"):
+        key = make_node_key(tmp_path / client)
+        member = grid.join(Node(SiteConfig(client=client), tmp_path / f"{client}_state").handle)
+        member.public_key = public_bytes(key.public_key())
+    nodes = tmp_path / "nodes.yaml"
+    nodes.write_text("site_1: site_1.pub\nsite_2: site_2.pub\nsite_3: site_1.pub\n")
+    settings = {"out": str(tmp_path / "run"), "nodes": str(nodes), "wait": 0.5}
+
+    with pytest.raises(RunFailedError, match=r"not there after 0\.5 s: site_3"):
+        run_in_app(grid, settings, config("fedavg", "cnn_gn_small"))
+
+    assert "its key is not that of 'site_3'" in capsys.readouterr().err
+    nodes.write_text("site_1: 7\n")
+    with pytest.raises(UserError, match="site_1: found 7; expected a file with a public key"):
+        run_in_app(grid, settings, config("fedavg", "cnn_gn_small"))
 
 
 def test_unknown_run_config_is_named(grid: FakeGrid) -> None:

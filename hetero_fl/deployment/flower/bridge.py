@@ -1,0 +1,143 @@
+"""The ServerApp of `hetero-fl server` and `hetero-fl federate`, and its other end.
+
+Those commands carry a run out themselves, with their own console, signals and callbacks. Flower
+starts this app in a process of its own, which passes their messages on until they close the socket.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import resource
+import sys
+from multiprocessing.connection import Client, Connection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hetero_fl.deployment.flower.worker_socket import receive, send
+from hetero_fl.deployment.transport import (
+    BoundedTransport,
+    Envelope,
+    Head,
+    Transport,
+    UnreadableAnswer,
+)
+from hetero_fl.utils.errors import RunFailedError
+
+if TYPE_CHECKING:
+    from flwr.app import Context
+    from flwr.serverapp import Grid
+
+UNREADABLE = "unreadable"
+MESSAGES = 8  # of the maximum size that fit in memory
+RESERVE = 2**30  # bytes of address space for everything else
+
+
+def serve_grid(grid: Grid, context: Context) -> None:
+    """Connect to the socket that the run configuration names, and serve the grid there.
+
+    Args:
+        grid: Flower's grid.
+        context: Flower's context of the ServerApp.
+    """
+    from hetero_fl.deployment.flower.grid import GridTransport
+
+    message_bytes = int(context.run_config["message-bytes"])
+    limit_memory(message_bytes)
+    with Client(str(context.run_config["socket"])) as connection:
+        serve_transport(BoundedTransport(GridTransport(grid), message_bytes), connection)
+
+
+def limit_memory(message_bytes: int) -> None:
+    """Limit the memory of this process to a few messages.
+
+    A few bytes of a Flower message can stand for many (an array may name the same chunk any number
+    of times). A node that sends such an answer makes reading it fail, and nothing else.
+
+    Args:
+        message_bytes: Maximum size of a message.
+    """
+    if sys.platform != "linux":
+        return
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limit = used + MESSAGES * message_bytes + RESERVE
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if hard == resource.RLIM_INFINITY or limit < hard:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+def serve_transport(transport: Transport, connection: Connection) -> None:
+    """Answer calls of a `RemoteTransport` until the connection closes."""
+    while True:
+        try:
+            call = receive(connection)
+            _answer(transport, connection, call)
+        except (EOFError, ConnectionError):
+            return
+        except RunFailedError as error:
+            send(connection, Envelope({"error": str(error)}))
+
+
+def _answer(transport: Transport, connection: Connection, call: Envelope) -> None:
+    if call.head["call"] == "nodes":
+        nodes = {n: base64.b64encode(key).decode() for n, key in transport.nodes().items()}
+        send(connection, Envelope({}, json.dumps(nodes).encode()))
+    elif call.head["call"] == "push":
+        envelope = receive(connection)
+        number = transport.push(int(call.head["node"]), envelope, float(call.head["within"]))
+        send(connection, Envelope({"number": number}))
+    else:
+        answers = transport.pull(json.loads(call.body), float(call.head["wait"]))
+        send(connection, Envelope({"count": len(answers)}))
+        for number, answer in answers.items():
+            about: Head = {"number": number, "is_lost": answer is None}
+            about[UNREADABLE] = isinstance(answer, UnreadableAnswer)
+            send(connection, Envelope(about))
+            send(connection, answer or Envelope())
+
+
+class RemoteTransport:
+    """The transport at the other end of a connection to `serve_transport`.
+
+    Its methods are those of `transport.Transport`. They raise EOFError or ConnectionError once the
+    connection is lost.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def nodes(self) -> dict[int, bytes]:
+        """See `Transport.nodes`."""
+        answer = self._call(Envelope({"call": "nodes"}))
+        return {int(n): base64.b64decode(key) for n, key in json.loads(answer.body).items()}
+
+    def push(self, node: int, envelope: Envelope, within: float) -> str:
+        """See `Transport.push`."""
+        send(self._connection, Envelope({"call": "push", "node": node, "within": within}))
+        send(self._connection, envelope)
+        return str(self._checked(receive(self._connection)).head["number"])
+
+    def pull(self, numbers: list[str], wait: float) -> dict[str, Envelope | None]:
+        """See `Transport.pull`."""
+        call = Envelope({"call": "pull", "wait": wait}, json.dumps(numbers).encode())
+        answers: dict[str, Envelope | None] = {}
+        for _ in range(int(self._call(call).head["count"])):
+            about = receive(self._connection).head
+            answer = receive(self._connection)
+            if about[UNREADABLE]:
+                answer = UnreadableAnswer(answer.head)
+            answers[str(about["number"])] = None if about["is_lost"] else answer
+        return answers
+
+    def close(self) -> None:
+        """Close the connection, which ends the app at its other end."""
+        self._connection.close()
+
+    def _call(self, call: Envelope) -> Envelope:
+        send(self._connection, call)
+        return self._checked(receive(self._connection))
+
+    def _checked(self, answer: Envelope) -> Envelope:
+        if "error" in answer.head:
+            raise RunFailedError(str(answer.head["error"]))
+        return answer

@@ -1,0 +1,111 @@
+"""Run as a process: the part of a SuperLink that nodes need, reachable from other machines.
+
+A SuperLink offers three interfaces on one port. Nodes need the one below /v1/fleet, which checks
+their keys. The others control runs and nodes and ask for no key, so the SuperLink listens on this
+machine only and this process passes on what is for the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+
+PREFIX = "/v1/fleet/"
+REQUEST_BYTES = 64 * 2**20  # Flower sends larger messages in pieces
+HOP_HEADERS = {b"connection", b"content-length", b"host", b"keep-alive", b"transfer-encoding"}
+TIMEOUT = 120.0  # seconds that the SuperLink may take for an answer
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+class Gateway:
+    """An ASGI application that passes POST requests below `PREFIX` on to a SuperLink.
+
+    Args:
+        url: The SuperLink's address.
+        authority: Certificate by which the SuperLink's own is checked.
+    """
+
+    def __init__(self, url: str, authority: Path) -> None:
+        context = ssl.create_default_context(cafile=authority)
+        self._client = httpx.AsyncClient(base_url=url, verify=context, timeout=TIMEOUT)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] != "http":
+            return
+        if scope["method"] != "POST" or not scope["path"].startswith(PREFIX):
+            await _respond(send, 404)
+            return
+        if ".." in scope["path"] or b"%" in scope["raw_path"]:
+            await _respond(send, 400)
+            return
+        body = bytearray()
+        async for chunk in _chunks(receive):
+            body += chunk
+            if len(body) > REQUEST_BYTES:
+                await _respond(send, 413)
+                return
+        headers = [(name, value) for name, value in scope["headers"] if name not in HOP_HEADERS]
+        try:
+            answer = await self._client.post(
+                scope["path"],
+                params=scope["query_string"].decode("latin-1"),
+                headers=headers,
+                content=bytes(body),
+            )
+        except httpx.TransportError:
+            await _respond(send, 503)
+            return
+        passed = [(n.lower(), v) for n, v in answer.headers.raw if n.lower() not in HOP_HEADERS]
+        await _respond(send, answer.status_code, passed, answer.content)
+
+
+async def _chunks(receive: Receive) -> AsyncIterator[bytes]:
+    """Yield the body of a request."""
+    while (message := await receive())["type"] == "http.request":
+        yield message.get("body", b"")
+        if not message.get("more_body", False):
+            return
+
+
+async def _respond(
+    send: Send, status: int, headers: list[tuple[bytes, bytes]] | None = None, body: bytes = b""
+) -> None:
+    length = (b"content-length", str(len(body)).encode())
+    head = {"type": "http.response.start", "status": status, "headers": [*(headers or []), length]}
+    await send(head)
+    await send({"type": "http.response.body", "body": body})
+
+
+def main() -> None:
+    """Serve with TLS until the process is ended."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--host", required=True)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--certificate", type=Path, required=True)
+    parser.add_argument("--key", type=Path, required=True)
+    parser.add_argument("--superlink", required=True)
+    parser.add_argument("--superlink-authority", type=Path, required=True)
+    arguments = parser.parse_args()
+    uvicorn.run(
+        Gateway(arguments.superlink, arguments.superlink_authority),
+        host=arguments.host,
+        port=arguments.port,
+        ssl_certfile=arguments.certificate,
+        ssl_keyfile=arguments.key,
+        log_level="warning",
+        lifespan="off",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Flower's SuperNode beside the process of a site."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import ssl
+import sys
+import time
+from pathlib import Path
+
+from hetero_fl.deployment.config import ServerConnectionConfig
+from hetero_fl.deployment.flower.commands import FlowerCommand, environment, free_port
+from hetero_fl.deployment.flower.prefork import COMMAND, write_launcher
+from hetero_fl.deployment.flower.worker_socket import SOCKET
+from hetero_fl.deployment.monitoring import EventLog
+from hetero_fl.utils.errors import UserError
+
+RETRY_SECONDS = 2.0  # between two attempts to reach the server, or to start the SuperNode
+SETTLED = 30.0  # seconds after which a running SuperNode counts as admitted
+PATIENCE = 60.0  # seconds in which a SuperNode may end again and again before it is given up
+
+
+class SuperNode:
+    """A SuperNode that is kept running; use it as a context manager.
+
+    It is started once the server can be reached.
+
+    Args:
+        server: The section `server` of the site's file.
+        worker: Socket of the site's process.
+        folder: Scratch folder.
+        log: Receives a line when the server cannot be reached or the SuperNode ends.
+        launcher: Folder of the launcher (see `prefork.py`); None: one is made here.
+    """
+
+    def __init__(
+        self,
+        server: ServerConnectionConfig,
+        worker: Path,
+        folder: Path,
+        log: EventLog,
+        launcher: Path | None = None,
+    ) -> None:
+        self._server = server
+        self._worker = worker
+        self._folder = folder
+        self._log = log
+        self._prefork = None if launcher is not None else start_prefork(folder)
+        self._environment = environment(folder / "home", launcher or folder)
+        self._process: FlowerCommand | None = None
+        self._next_attempt = 0.0
+        self._failing_since: float | None = None
+        self._said = ""
+
+    def __enter__(self) -> SuperNode:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.terminate()
+        if self._prefork is not None:
+            self._prefork.kill()
+
+    def keep_running(self) -> None:
+        """Start the SuperNode if it does not run and the server can be reached.
+
+        Raises:
+            UserError: If the server is not the one it should be, or does not admit this node.
+        """
+        now = time.monotonic()
+        if self._process is not None and self._process.is_running:
+            return
+        if now < self._next_attempt:
+            return
+        self._next_attempt = now + RETRY_SECONDS
+        if self._process is not None:
+            self._report_end(self._process, now)
+            self._process.kill()
+            self._process = None
+        if problem := self._find_problem():
+            self._say(f"waiting for the server; {problem}")
+            return
+        self._process = self._start()
+
+    def _report_end(self, process: FlowerCommand, now: float) -> None:
+        """Log why the SuperNode ended.
+
+        Raises:
+            UserError: If it has ended again and again.
+        """
+        self._say(f"Flower's SuperNode ended; {process.last_words()}")
+        if self._failing_since is None or now - process.started > SETTLED:
+            self._failing_since = now
+        if now - self._failing_since > PATIENCE:
+            raise UserError(
+                f"{self._server.address}: the server does not admit this node: its key is not "
+                "among those that the server was given, or another node uses it "
+                f"({process.last_words()})"
+            )
+
+    def _find_problem(self) -> str:
+        """Return why the server cannot be reached, or an empty string.
+
+        Raises:
+            UserError: If the server's certificate is refused, or it does not use TLS.
+        """
+        address = self._server.address
+        host, _, port = address.rpartition(":")
+        host = host.strip("[]")
+        try:
+            with socket.create_connection((host, int(port)), timeout=10.0) as connection:
+                if self._server.authority is None:
+                    return ""
+                context = ssl.create_default_context(cafile=self._server.authority)
+                with context.wrap_socket(connection, server_hostname=host):
+                    return ""
+        except ssl.SSLCertVerificationError as error:
+            raise UserError(
+                f"{address}: the server's certificate is refused ({error.verify_message})"
+            ) from None
+        except ssl.SSLError as error:
+            if error.reason == "WRONG_VERSION_NUMBER":
+                raise UserError(
+                    f"{address}: the server does not use TLS; it was started without certificates"
+                ) from None
+            return f"{address}: {error.reason or error}"
+        except OSError as error:
+            return f"{address}: {error}"
+
+    def _start(self) -> FlowerCommand:
+        server = self._server
+        command = ["flower-supernode", "--superlink", server.address]
+        if server.authority is None:
+            command.append("--insecure")
+        else:
+            command += ["--root-certificates", server.authority]
+            command += ["--auth-supernode-private-key", server.key]
+        command += ["--port", str(free_port("127.0.0.1"))]
+        command += ["--node-config", f"{SOCKET}={str(self._worker)!r}"]
+        return FlowerCommand(command, self._environment, self._folder / "supernode.log")
+
+    def _say(self, line: str) -> None:
+        """Log a line unless it repeats the last one."""
+        if line and line != self._said:
+            self._log(line)
+        self._said = line
+
+
+def start_prefork(folder: Path) -> FlowerCommand:
+    """Start the process that forks ClientApps, and write its launcher into a folder."""
+    environ = environment(folder / "home")
+    command = shutil.which(COMMAND, path=environ["PATH"])
+    if command is None:
+        raise UserError(f"{COMMAND}: no such command; is Flower installed completely?")
+    write_launcher(folder, command)
+    module = [sys.executable, "-P", "-m", "hetero_fl.deployment.flower.prefork", str(folder)]
+    return FlowerCommand(module, environ, folder / "prefork.log")

@@ -1,0 +1,223 @@
+"""Messages between the server and its nodes, and what carries them.
+
+Imports the standard library only: a process that forwards messages starts quickly.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+Head = dict[str, str | int | float | bool | bytes]
+
+MESSAGE_BYTES = 2**30  # default limit of one message in bytes
+MOST_HEAD_ENTRIES = 32
+MOST_HEAD_BYTES = 2**16
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """One message in either direction: a few plain values and a body of bytes."""
+
+    head: Head = field(default_factory=dict)
+    body: bytes = b""
+
+
+Handle = Callable[[Envelope], Envelope]
+
+
+def find_fault(envelope: Envelope, most: int) -> str:
+    """Return what is out of bounds in a message, or an empty string.
+
+    A head holds a few plain values that can be encoded as UTF-8.
+
+    Args:
+        envelope: The message, of which nothing was used yet.
+        most: Maximum size of the body in bytes.
+    """
+    head = envelope.head
+    size = 0
+    if len(envelope.body) > most:
+        return f"a message of {len(envelope.body):,} bytes; at most {most:,} are read"
+    if len(head) > MOST_HEAD_ENTRIES:
+        return f"a head of {len(head)} entries; at most {MOST_HEAD_ENTRIES} are read"
+    for name, value in head.items():
+        if not isinstance(name, str) or not isinstance(value, str | int | float | bytes):
+            return f"a head with {type(value).__name__} in it; expected plain values"
+        if isinstance(value, int) and value.bit_length() > 64:
+            return f"a head with a number of {value.bit_length()} bits; expected at most 64"
+        try:
+            size += len(name.encode()) + len(value.encode() if isinstance(value, str) else b"")
+        except UnicodeEncodeError:
+            return "a head whose text is not valid Unicode"
+        size += len(value) if isinstance(value, bytes) else 8
+    return (
+        f"a head of {size:,} bytes; at most {MOST_HEAD_BYTES:,} are read"
+        if size > MOST_HEAD_BYTES
+        else ""
+    )
+
+
+class UnreadableAnswer(Envelope):
+    """Placeholder for an answer that was refused."""
+
+    @classmethod
+    def with_reason(cls, why: str) -> UnreadableAnswer:
+        return cls({"ask": "refused", "why": why})
+
+
+class Transport(Protocol):
+    """The server's end. A node answers each message with one message."""
+
+    def nodes(self) -> Mapping[int, bytes]:
+        """Return the connected nodes, each with its public key in PEM.
+
+        A key is empty where the transport does not authenticate nodes. A node that restarts may
+        have another number.
+        """
+
+    def push(self, node: int, envelope: Envelope, within: float) -> str:
+        """Send a message to a node and return the message's number.
+
+        Args:
+            node: The node's number.
+            envelope: The message.
+            within: Seconds after which the message and its answer expire.
+        """
+
+    def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
+        """Return answers that have come, waiting for the first up to `wait` seconds.
+
+        None stands for an answer that will never come: the message expired, or its node has gone
+        or failed.
+
+        Raises:
+            RunFailedError: If the transport itself has broken down.
+        """
+
+    def close(self) -> None:
+        """Release what the transport holds."""
+
+
+class BoundedTransport:
+    """A transport whose answers are within bounds; `UnreadableAnswer` takes the place of others.
+
+    Args:
+        transport: The transport that carries the messages.
+        most: Bytes of an answer's body, at most.
+    """
+
+    def __init__(self, transport: Transport, most: int) -> None:
+        self.transport = transport
+        self.most = most
+        self.nodes = transport.nodes
+        self.push = transport.push
+        self.close = transport.close
+
+    def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
+        """See `Transport.pull`."""
+        return {
+            n: None if a is None else self._check_answer(a)
+            for n, a in self.transport.pull(numbers, wait).items()
+        }
+
+    def _check_answer(self, answer: Envelope) -> Envelope:
+        why = find_fault(answer, self.most)
+        return UnreadableAnswer.with_reason(why) if why else answer
+
+
+class LoopbackTransport:
+    """Nodes in this process, a thread each."""
+
+    def __init__(self) -> None:
+        self._nodes: dict[
+            int, tuple[queue.Queue[tuple[str, Envelope] | None], threading.Thread]
+        ] = {}
+        self._keys: dict[int, bytes] = {}
+        self._numbers = itertools.count(1)
+        self._messages = itertools.count(1)
+        self._waiting: dict[str, int] = {}  # message -> node
+        self._answers: dict[str, Envelope | None] = {}
+        self._ends: dict[str, float] = {}  # when an answer is of no use any more
+        self._changed = threading.Condition()
+        self._working = threading.Lock()  # one at a time: torch's generator is the process's
+
+    def join(self, handle: Handle, key: bytes = b"") -> int:
+        """Connect a node and return its number.
+
+        Args:
+            handle: Answers the node's messages.
+            key: The node's public key in PEM.
+        """
+        number = next(self._numbers)
+        inbox = queue.Queue[tuple[str, Envelope] | None]()
+        thread = threading.Thread(target=self._work, args=(inbox, handle), daemon=True)
+        with self._changed:
+            self._nodes[number] = inbox, thread
+            self._keys[number] = key
+        thread.start()
+        return number
+
+    def leave(self, node: int) -> None:
+        """Disconnect a node; its pending answers are lost."""
+        with self._changed:
+            inbox, _ = self._nodes.pop(node)
+            inbox.put(None)
+            for message in [m for m, n in self._waiting.items() if n == node]:
+                del self._waiting[message]
+                self._answers[message] = None
+            self._changed.notify_all()
+
+    def nodes(self) -> Mapping[int, bytes]:
+        with self._changed:
+            return {number: self._keys[number] for number in self._nodes}
+
+    def push(self, node: int, envelope: Envelope, within: float) -> str:
+        message = str(next(self._messages))
+        now = time.monotonic()
+        with self._changed:
+            for old in [m for m, end in self._ends.items() if end < now]:
+                del self._ends[old]
+                self._answers.pop(old, None)
+            self._ends[message] = now + within
+            if node not in self._nodes:
+                self._answers[message] = None
+            else:
+                self._waiting[message] = node
+                self._nodes[node][0].put((message, envelope))
+        return message
+
+    def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
+        end = time.monotonic() + wait
+        with self._changed:
+            while not (
+                found := {n: self._answers.pop(n) for n in list(numbers) if n in self._answers}
+            ):
+                if (left := end - time.monotonic()) <= 0:
+                    break
+                self._changed.wait(left)
+            for number in found:
+                self._ends.pop(number, None)
+        return found
+
+    def close(self) -> None:
+        for node in list(self._nodes):
+            self.leave(node)
+
+    def _work(self, inbox: queue.Queue[tuple[str, Envelope] | None], handle: Handle) -> None:
+        while (given := inbox.get()) is not None:
+            message, envelope = given
+            try:
+                with self._working:
+                    answer: Envelope | None = handle(envelope)
+            except Exception:  # as a node whose process has died
+                answer = None
+            with self._changed:
+                if self._waiting.pop(message, None) is not None:
+                    self._answers[message] = answer
+                    self._changed.notify_all()

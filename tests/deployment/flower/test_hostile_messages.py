@@ -1,0 +1,129 @@
+"""Hostile nodes and a hostile server over Flower."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+
+pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
+
+from flwr.app import ConfigRecord
+
+from hetero_fl.core.payload import FORM as PAYLOAD
+from hetero_fl.deployment.audit_log import verify
+from hetero_fl.deployment.config import SiteConfig
+from hetero_fl.deployment.flower.superlink import FlowerTransport, SuperLink
+from hetero_fl.deployment.node import Node
+from hetero_fl.deployment.server import run_federation
+from hetero_fl.deployment.transport import Envelope, Handle
+from tests.helpers.deployments import SITES, small
+from tests.helpers.echo_node import EchoNode
+from tests.helpers.flower_federation import until
+from tests.helpers.hostile_messages import (
+    ANSWERS,
+    HEADS,
+    Answer,
+    bodies,
+    bomb,
+    examples,
+    hostile,
+    sealed,
+)
+from tests.helpers.nodes import LONG
+
+pytestmark = pytest.mark.slow
+MOST = 2**22  # bytes of an answer
+
+
+def sendable(head: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a head Flower carries: it refuses some values at the sender."""
+    kept = {}
+    for name, value in head.items():
+        try:
+            ConfigRecord({name: value}).deflate()
+        except (TypeError, ValueError, OverflowError, UnicodeError):
+            continue
+        kept[name] = value
+    return kept
+
+
+def one_at_a_time(handle: Handle, working: threading.Lock) -> Handle:
+    """Torch's generator is the process's, so nodes in one process take turns."""
+
+    def handles(envelope: Envelope) -> Envelope:
+        with working:
+            return handle(envelope)
+
+    return handles
+
+
+def test_run_ends_well_with_a_hostile_site(tmp_path: Path) -> None:
+    answers: list[Answer] = [
+        sealed(bomb(MOST // 4)),
+        ({"why": "x" * 10**6, "ask": "refused"}, None, False),
+        sealed(bytes(MOST + 1)),
+        sealed(bytes(2 * MOST)),
+        *examples(ANSWERS, 4),
+    ]
+    answers = [(sendable(head), body, check) for head, body, check in answers]
+    nodes = {site: Node(SiteConfig(client=site), tmp_path / site) for site in SITES}
+    handles = {site: node.handle for site, node in nodes.items()}
+    handles["site_3"] = hostile(handles["site_3"], answers)
+    source = small(models="linear", rounds=len(answers), evaluation__every=len(answers))
+    transport = FlowerTransport(SuperLink(), MOST)
+    working = threading.Lock()
+
+    with ExitStack() as stack:
+        for handle in handles.values():
+            address = transport._superlink.address
+            stack.enter_context(EchoNode(address, one_at_a_time(handle, working)))
+        run = run_federation(
+            source,
+            transport,
+            out=tmp_path / "run",
+            wait=LONG,
+            deadline=LONG,
+            message_bytes=MOST,
+        )
+
+    assert run.summary["rounds_completed"] == len(answers)
+    failed = [record["failed"] for record in run.metrics]
+    assert all(set(each) <= {"site_3"} for each in failed)
+    assert "what was agreed takes at most" in failed[0]["site_3"]
+    assert "a head of" in failed[1]["site_3"]
+    assert "at most 4,194,304" in failed[2]["site_3"]
+    assert "at most 4,194,304" in failed[3]["site_3"]
+    assert all(why.isprintable() and len(why) < 500 for each in failed for why in each.values())
+    for site in SITES:
+        assert verify(tmp_path / site / "audit.jsonl")
+
+
+def test_node_answers_a_hostile_server(tmp_path: Path) -> None:
+    drawn = examples(st.tuples(HEADS, st.none() | bodies(PAYLOAD)), 20)
+    asked = [Envelope({"ask": "terms", **sendable(head)}, body or b"") for head, body in drawn]
+    node = Node(SiteConfig(client="site_1"), tmp_path / "site_1")
+    transport = FlowerTransport(SuperLink())
+    try:
+        with EchoNode(transport._superlink.address, node.handle):
+            until(transport.nodes)
+            (number,) = transport.nodes()
+            waiting = {transport.push(number, envelope, LONG) for envelope in asked}
+            answers: dict[str, Envelope | None] = {}
+            while waiting:
+                answers |= transport.pull(waiting, 1.0)
+                waiting -= answers.keys()
+            hello = transport.push(number, Envelope({"ask": "hello"}), LONG)
+            while hello not in answers:
+                answers |= transport.pull([hello], 1.0)
+    finally:
+        transport.close()
+
+    assert None not in answers.values()
+    last = answers[hello]
+    assert last is not None and last.head["ask"] == "here"
+    assert len(verify(tmp_path / "site_1" / "audit.jsonl")) == len(asked) + 1

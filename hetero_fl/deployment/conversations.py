@@ -177,6 +177,7 @@ class Conversations:
 PATIENCE = 60.0  # seconds to wait for a node that has gone while others are connected
 FAREWELL = 15.0  # seconds, at most, for telling nodes that a run is over
 GREETING = 60.0  # seconds that a node may take to introduce itself before it is asked again
+GREET_AGAIN = 10.0  # seconds until a node that names no client is asked again
 SKEW = 10.0  # seconds by which the clocks of two machines may differ
 HEAD = re.compile(r"(\d{1,12}):[0-9a-f]{64}")  # of an audit log
 
@@ -255,6 +256,8 @@ class Connections:
         self._began = time.monotonic()
         self._gone = dict[str, float]()  # when somebody went
         self._met: dict[int, str] = {}  # node -> client; "" if it was refused
+        self._greet_again: dict[int, float] = {}  # node -> when
+        self._refusals: set[tuple[int, str]] = set()  # that were reported
         self._greetings: dict[str, tuple[int, float]] = {}  # message -> node, and when it was sent
 
     def wait_for_clients(self, seconds: float) -> list[str]:
@@ -322,6 +325,8 @@ class Connections:
         for node in [n for n in self._met if n not in there]:
             self.forget_node(node)
         now = time.monotonic()
+        for node in [n for n, when in self._greet_again.items() if when < now]:
+            self.forget_node(node)
         self._greetings = {
             m: (n, sent)
             for m, (n, sent) in self._greetings.items()
@@ -338,9 +343,13 @@ class Connections:
     def forget_node(self, node: int) -> None:
         """A node has gone, or has lost what it was given; if it is there it is greeted anew."""
         client = self._met.pop(node, "")
+        self._greet_again.pop(node, None)
         if client and self.node_of.get(client) == node:
             del self.node_of[client]
             self._gone[client] = time.monotonic()
+            if not self._are_keys_known:
+                # The node may come back with another key, which Flower draws without TLS.
+                del self._keys[client]
             self.say(f"{client} has gone")
 
     def _register_node(self, node: int, answer: Envelope) -> None:
@@ -360,8 +369,14 @@ class Connections:
             why = str(error)
         self._met[node] = "" if why else client
         if why:
-            self.say(f"refused a node that says it is {client[:80]!r}: {why}")
-            self.transport.push(node, message("leave", why=why), 10.0)
+            if (node, why) not in self._refusals:
+                self._refusals.add((node, why))
+                self.say(f"refused a node that says it is {client[:80]!r}: {why}")
+            if client:
+                self.transport.push(node, message("leave", why=why), 10.0)
+            else:
+                # Its site's worker did not start; the site may be set right meanwhile.
+                self._greet_again[node] = time.monotonic() + GREET_AGAIN
             return
         again = " again" if client in self.connected_clients else ""
         self._keys.setdefault(client, self._key_of.get(node, b""))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import os
 import socket
 import sys
@@ -79,21 +78,6 @@ class LineStream(io.TextIOBase):
         return len(text)
 
 
-class ForwardingHandler(logging.Handler):
-    """Passes on what the transport logs; the same line twice in a row is one."""
-
-    def __init__(self, log: EventLog) -> None:
-        super().__init__(logging.INFO)
-        self._log = log
-        self._last = ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        line = self.format(record)
-        if line != self._last:
-            self._last = line
-            self._log(line)
-
-
 # How a run across machines stands: who is here, which round, what was sent; for people, for files,
 # for Prometheus.
 
@@ -124,11 +108,6 @@ class RunStatus:
             "up_bytes": 0, "down_bytes": 0, "failures": 0, "seconds": None, "epsilon": None,
             **dict.fromkeys(EVALUATION_SETS), "pid": os.getpid(), "host": socket.gethostname(), "versions": versions(),
         }  # fmt: skip
-
-    @property
-    def last_round(self) -> int:
-        """The last one that is complete."""
-        return int(self._tree["round"])
 
     def update(self, **known: Any) -> None:
         """Something else is known: `phase` (waiting, running, stopping, done, interrupted, failed), `run`, `name` …"""

@@ -266,6 +266,7 @@ def run_server(
             )
             log(f"status, metrics and health: http://{server.metrics.host}:{port}")
         superlink = SuperLink(server.host, server.port, files, map(Path, server.nodes.values()))
+        stack.callback(superlink.close)
         log(
             f"waiting at {server.host}:{superlink.port} for {', '.join(expand_population(config.clients))}"
         )

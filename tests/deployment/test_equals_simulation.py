@@ -12,10 +12,10 @@ from hetero_fl.algorithms import Centralized
 from hetero_fl.deployment.config import DisclosureConfig, SiteConfig
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.server import run_federation
-from hetero_fl.deployment.transport import LoopbackTransport
 from hetero_fl.experiment import run
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import UserError
+from tests.helpers.loopback import LoopbackTransport
 from tests.helpers.nodes import LONG
 from tests.helpers.small_federations import config
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, generate_private_key
 
+from hetero_fl.deployment import conversations
 from hetero_fl.deployment.audit_log import AuditLog, verify
 from hetero_fl.deployment.certificates import public_bytes
 from hetero_fl.deployment.config import SiteConfig
@@ -15,9 +16,10 @@ from hetero_fl.deployment.conversations import Connections, LogHeads
 from hetero_fl.deployment.messages import LOG
 from hetero_fl.deployment.monitoring import read_status
 from hetero_fl.deployment.node import Node
-from hetero_fl.deployment.transport import Envelope, LoopbackTransport
+from hetero_fl.deployment.transport import Envelope
 from hetero_fl.utils.errors import RunFailedError
 from tests.helpers.deployments import SITES, Federation, small
+from tests.helpers.loopback import LoopbackTransport
 from tests.helpers.nodes import Clock, until
 
 PRIVATE = {client: generate_private_key(SECP384R1()) for client in SITES}
@@ -72,7 +74,7 @@ def test_client_without_a_known_key_is_refused(tmp_path: Path) -> None:
     assert server.said == [line]
 
 
-def test_without_keys_a_client_belongs_to_the_first_key(tmp_path: Path) -> None:
+def test_without_keys_a_client_belongs_to_its_connected_node(tmp_path: Path) -> None:
     server = Server(tmp_path, None)
 
     first = server.meet("site_1", KEYS["site_1"])
@@ -82,12 +84,30 @@ def test_without_keys_a_client_belongs_to_the_first_key(tmp_path: Path) -> None:
 
     server.transport.leave(first)
     server.connections.refresh()
-    server.meet("site_1", KEYS["site_3"])
-    assert not server.connections.node_of
-
-    again = server.meet("site_1", KEYS["site_1"])
+    again = server.meet("site_1", KEYS["site_3"])
     assert server.connections.node_of == {"site_1": again}
     assert server.said[-1] == "site_1 is here again"
+
+
+def test_node_whose_worker_did_not_start_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversations, "GREET_AGAIN", 0.1)
+    server = Server(tmp_path, None)
+    node = Node(SiteConfig(client="site_1"), tmp_path / "site")
+    refusals = ["the folder is locked", "the folder is locked"]
+
+    def handle(envelope: Envelope) -> Envelope:
+        if refusals:
+            return Envelope({"ask": "refused", "why": refusals.pop()})
+        return node.handle(envelope)
+
+    number = server.transport.join(handle)
+    until(lambda: server.connections.refresh() or server.connections.node_of)
+
+    assert server.connections.node_of == {"site_1": number}
+    refused = "refused a node that says it is '': the folder is locked"
+    assert server.said == [refused, "site_1 is here"]
 
 
 def test_without_its_node_a_run_does_not_begin(tmp_path: Path, clock: Clock) -> None:

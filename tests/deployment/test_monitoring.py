@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import re
 import socket
 import subprocess
@@ -23,7 +22,6 @@ from hetero_fl.cli.deployment_commands import print_status
 from hetero_fl.deployment.monitoring import (
     FILE,
     EventLog,
-    ForwardingHandler,
     LineStream,
     RunStatus,
     fetch_status,
@@ -206,15 +204,6 @@ def test_json_lines_say_what_they_are_about() -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", first.pop("time"))
     assert first == {"message": "round 1: done", "client": "north", "round": 1, "seconds": 0.5}
     assert [line["message"] for line in others] == ["a line of", "somebody else's"]
-
-
-def test_what_the_transport_repeats_is_told_once() -> None:
-
-    stream = io.StringIO()
-    handler = ForwardingHandler(EventLog("text", stream))
-    for line in ("waiting", "waiting", "joined"):
-        handler.emit(logging.LogRecord("any", logging.INFO, "", 0, line, None, None))
-    assert [line.split("  ")[1] for line in stream.getvalue().splitlines()] == ["waiting", "joined"]
 
 
 def test_print_status_shows_what_happened_as_it_is(status: RunStatus) -> None:

@@ -22,10 +22,11 @@ from hetero_fl.deployment.monitoring import EventLog, RunStatus, read_status
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.server import _handle_termination as _server_ending
 from hetero_fl.deployment.server import run_federation
-from hetero_fl.deployment.transport import Envelope, LoopbackTransport
+from hetero_fl.deployment.transport import Envelope
 from hetero_fl.experiment import run
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import Interrupted, RunFailedError, UserError
+from tests.helpers.loopback import LoopbackTransport
 from tests.helpers.nodes import LONG, Clock
 from tests.helpers.small_federations import changed, config
 
@@ -135,7 +136,7 @@ def test_sigterm_ends_a_server_after_the_round_in_hand(
         if (
             answer.head.get("what") == "upload"
             and status.to_dict()["phase"] == "running"
-            and status.last_round == 1
+            and status.to_dict()["round"] == 1
         ):
             signal.raise_signal(signal.SIGTERM)
             while status.to_dict()["phase"] == "running":

@@ -9,8 +9,9 @@ from typing import Any
 from hetero_fl.deployment.config import SiteConfig
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.server import run_federation
-from hetero_fl.deployment.transport import Envelope, Handle, LoopbackTransport
+from hetero_fl.deployment.transport import Envelope, Handle
 from hetero_fl.reporting.run import Run
+from tests.helpers.loopback import LoopbackTransport
 from tests.helpers.nodes import LONG
 from tests.helpers.small_federations import config
 

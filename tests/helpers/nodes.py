@@ -17,8 +17,9 @@ from hetero_fl.deployment.config import DisclosureConfig, SiteConfig
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.node_storage import NodeStorage
 from hetero_fl.deployment.server import run_federation
-from hetero_fl.deployment.transport import Envelope, LoopbackTransport
+from hetero_fl.deployment.transport import Envelope
 from hetero_fl.reporting.run import Run
+from tests.helpers.loopback import LoopbackTransport
 
 ALL = DisclosureConfig(labels=True, details=True, model=True)
 LONG = 300.0  # seconds: for what has to happen, however slow the machine is

@@ -10,11 +10,11 @@ import base64
 import json
 import resource
 import sys
-from multiprocessing.connection import Client, Connection
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hetero_fl.deployment.flower.worker_socket import receive, send
+from hetero_fl.deployment.flower.worker_socket import connect, receive, send
 from hetero_fl.deployment.transport import (
     BoundedTransport,
     Envelope,
@@ -29,8 +29,11 @@ if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
 UNREADABLE = "unreadable"
-MESSAGES = 8  # of the maximum size that fit in memory
-RESERVE = 2**30  # bytes of address space for everything else
+# Address space of the app: so many messages of the maximum size, and so many bytes besides.
+MESSAGES = 16
+RESERVE = 2**30
+# Seconds after which an app that does not answer is replaced.
+STALLED = 120.0
 
 
 def serve_grid(grid: Grid, context: Context) -> None:
@@ -44,7 +47,7 @@ def serve_grid(grid: Grid, context: Context) -> None:
 
     message_bytes = int(context.run_config["message-bytes"])
     limit_memory(message_bytes)
-    with Client(str(context.run_config["socket"])) as connection:
+    with connect(Path(str(context.run_config["socket"]))) as connection:
         serve_transport(BoundedTransport(GridTransport(grid), message_bytes), connection)
 
 
@@ -106,6 +109,12 @@ class RemoteTransport:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
+    def _receive(self, seconds: float = 0.0) -> Envelope:
+        """Receive what the app sends within some seconds, and a generous reserve."""
+        if not self._connection.poll(seconds + STALLED):
+            raise ConnectionError("the server's app does not answer")
+        return receive(self._connection)
+
     def nodes(self) -> dict[int, bytes]:
         """See `Transport.nodes`."""
         answer = self._call(Envelope({"call": "nodes"}))
@@ -115,15 +124,15 @@ class RemoteTransport:
         """See `Transport.push`."""
         send(self._connection, Envelope({"call": "push", "node": node, "within": within}))
         send(self._connection, envelope)
-        return str(self._checked(receive(self._connection)).head["number"])
+        return str(self._checked(self._receive()).head["number"])
 
     def pull(self, numbers: list[str], wait: float) -> dict[str, Envelope | None]:
         """See `Transport.pull`."""
         call = Envelope({"call": "pull", "wait": wait}, json.dumps(numbers).encode())
         answers: dict[str, Envelope | None] = {}
-        for _ in range(int(self._call(call).head["count"])):
-            about = receive(self._connection).head
-            answer = receive(self._connection)
+        for _ in range(int(self._call(call, wait).head["count"])):
+            about = self._receive().head
+            answer = self._receive()
             if about[UNREADABLE]:
                 answer = UnreadableAnswer(answer.head)
             answers[str(about["number"])] = None if about["is_lost"] else answer
@@ -133,9 +142,9 @@ class RemoteTransport:
         """Close the connection, which ends the app at its other end."""
         self._connection.close()
 
-    def _call(self, call: Envelope) -> Envelope:
+    def _call(self, call: Envelope, seconds: float = 0.0) -> Envelope:
         send(self._connection, call)
-        return self._checked(receive(self._connection))
+        return self._checked(self._receive(seconds))
 
     def _checked(self, answer: Envelope) -> Envelope:
         if "error" in answer.head:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -68,16 +69,23 @@ class FlowerCommand:
         command: The command and its arguments.
         environ: Its environment; see `environment`.
         log: File to which its output is appended.
+        scratch: Folder that is deleted if this process is killed.
     """
 
-    def __init__(self, command: Sequence[str], environ: dict[str, str], log: Path) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        environ: dict[str, str],
+        log: Path,
+        scratch: Path | None = None,
+    ) -> None:
         self.name = command[0]
         self.log = log
         self.started = time.monotonic()
         with open(log, "ab") as output:
             self._process = subprocess.Popen(
                 # -P: do not search the folder of the script for modules
-                [sys.executable, "-P", str(GUARD), *command],
+                [sys.executable, "-P", str(GUARD), str(scratch or ""), *command],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -104,7 +112,12 @@ class FlowerCommand:
         assert self._process.stdin is not None
         with suppress(OSError):
             self._process.stdin.close()
-        self._process.wait()
+        try:
+            self._process.wait(ENDING)
+        except subprocess.TimeoutExpired:
+            # The guard itself was stopped.
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
     def wait_for(self, listens: Callable[[], bool]) -> None:
         """Wait until it listens.
@@ -139,13 +152,19 @@ def run_flwr(environ: dict[str, str], *arguments: str) -> str:
     Raises:
         RunFailedError: If it fails.
     """
-    done = subprocess.run(
-        ["flwr", *arguments],
-        env=environ,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    try:
+        done = subprocess.run(
+            ["flwr", *arguments],
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=STARTING,
+        )
+    except subprocess.TimeoutExpired:
+        raise RunFailedError(
+            f"flwr {' '.join(arguments[:2])} has not ended within {STARTING:.0f} s"
+        ) from None
     printed = COLORS.sub("", done.stdout.decode(errors="replace")).strip()
     if done.returncode != 0:
         lines = " ".join(printed.split())[-300:]

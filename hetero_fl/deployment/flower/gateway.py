@@ -2,7 +2,7 @@
 
 A SuperLink offers three interfaces on one port. Nodes need the one below /v1/fleet, which checks
 their keys. The others control runs and nodes and ask for no key, so the SuperLink listens on this
-machine only and this process passes on what is for the first.
+machine only and this process forwards requests below /v1/fleet only.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import uvicorn
 PREFIX = "/v1/fleet/"
 REQUEST_BYTES = 64 * 2**20  # Flower sends larger messages in pieces
 HOP_HEADERS = {b"connection", b"content-length", b"host", b"keep-alive", b"transfer-encoding"}
+CONNECTIONS = 1000  # at a time
 TIMEOUT = 120.0  # seconds that the SuperLink may take for an answer
 
 Scope = MutableMapping[str, Any]
@@ -48,6 +49,10 @@ class Gateway:
         if ".." in scope["path"] or b"%" in scope["raw_path"]:
             await _respond(send, 400)
             return
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > REQUEST_BYTES:
+            await _respond(send, 413)
+            return
         body = bytearray()
         async for chunk in _chunks(receive):
             body += chunk
@@ -62,7 +67,7 @@ class Gateway:
                 headers=headers,
                 content=bytes(body),
             )
-        except httpx.TransportError:
+        except (httpx.RequestError, httpx.InvalidURL):
             await _respond(send, 503)
             return
         passed = [(n.lower(), v) for n, v in answer.headers.raw if n.lower() not in HOP_HEADERS]
@@ -104,6 +109,7 @@ def main() -> None:
         ssl_keyfile=arguments.key,
         log_level="warning",
         lifespan="off",
+        limit_concurrency=CONNECTIONS,
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import queue
+import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import httpx
 from flwr.app import Message, MessageType
@@ -14,17 +16,24 @@ from hetero_fl.deployment.flower.records import from_message, to_content
 from hetero_fl.deployment.transport import Envelope, UnreadableAnswer
 from hetero_fl.utils.errors import RunFailedError, one_line
 
-SHORTEST_PAUSE = 0.02  # seconds between two questions whether an answer has come
+# Seconds between two questions whether an answer has come.
+SHORTEST_PAUSE = 0.05
 LONGEST_PAUSE = 0.5
 PAUSE_GROWTH = 1.15
-NODES_SECONDS = 2.0  # between two looks at the connected nodes while answers are awaited
+# Seconds between two looks at the connected nodes while answers are awaited.
+NODES_SECONDS = 2.0
+
+# What a question for an answer has found: nothing yet, an answer (None if there will be none), or
+# that the SuperLink does not answer.
+Found = list[Envelope | None] | RunFailedError
 
 
 class GridTransport:
     """A transport (see `transport.Transport`) over the grid of a running ServerApp.
 
     A node that restarts keeps its Flower ID but loses the messages that it had taken, so it is
-    given another number here.
+    given another number here. Each answer is pulled by itself and in a thread: Flower hands out an
+    answer once, whether it can be read or not, and waits while a node is still sending it.
 
     Args:
         grid: The grid that Flower passes to the ServerApp.
@@ -33,17 +42,26 @@ class GridTransport:
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
         self._numbers = itertools.count(1)
-        self._known: dict[tuple[int, str], int] = {}  # (Flower ID, activation) -> number
-        self._flower_ids: dict[int, int] = {}  # number -> Flower ID, of connected nodes
-        self._awaited: dict[str, tuple[int, float]] = {}  # message -> (node, when it expires)
-        self._lost = itertools.count(1)
+        self._lost_numbers = itertools.count(1)
+        # By (Flower ID, activation): the node's number.
+        self._known: dict[tuple[int, str], int] = {}
+        # By the number of a connected node: its Flower ID.
+        self._flower_ids: dict[int, int] = {}
+        # By message: its node.
+        self._awaited: dict[str, int] = {}
+        # By message that is awaited or answered, and by message whose node was lost: its expiry.
+        self._expiry: dict[str, float] = {}
+        self._unclaimed: dict[str, float] = {}
+        self._ready: dict[str, Envelope | None] = {}
+        self._pulling: set[str] = set()
+        self._found: queue.SimpleQueue[tuple[str, Found]] = queue.SimpleQueue()
 
     def nodes(self) -> Mapping[int, bytes]:
         """Return the connected nodes, each with its public key in PEM."""
         try:
             found = list(self._grid.get_nodes())
-        except httpx.HTTPError as error:
-            raise _unreachable(error) from None
+        except BaseException as error:
+            raise _failure(error) from None
         present: dict[tuple[int, str], int] = {}
         keys: dict[int, bytes] = {}
         for info in found:
@@ -65,17 +83,18 @@ class GridTransport:
             within: Seconds after which the message and its answer expire.
         """
         if node not in self._flower_ids:
-            return f"lost-{next(self._lost)}"
+            return f"lost-{next(self._lost_numbers)}"
         message = Message(
             to_content(envelope), self._flower_ids[node], MessageType.QUERY, ttl=within
         )
         try:
             sent = list(self._grid.push_messages([message]))
-        except httpx.HTTPError as error:
-            raise _unreachable(error) from None
+        except BaseException as error:
+            raise _failure(error) from None
         if not sent or not sent[0]:
-            return f"lost-{next(self._lost)}"
-        self._awaited[sent[0]] = (node, time.monotonic() + within)
+            return f"lost-{next(self._lost_numbers)}"
+        self._awaited[sent[0]] = node
+        self._expiry[sent[0]] = time.monotonic() + within
         return sent[0]
 
     def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
@@ -86,58 +105,93 @@ class GridTransport:
         end = time.monotonic() + wait
         look = time.monotonic() + NODES_SECONDS
         pause = SHORTEST_PAUSE
+        self._abandon_expired(numbers)
         while True:
+            left = max(0.0, end - time.monotonic())
+            self._start_pulls(number for number in numbers if number in self._awaited)
+            self._take_found(min(pause, left))
             answers: dict[str, Envelope | None] = {
-                n: None for n in numbers if n not in self._awaited
+                n: None for n in numbers if n not in self._awaited and n not in self._ready
             }
-            awaited = [number for number in numbers if number in self._awaited]
-            if awaited:
-                answers |= self._answers(awaited)
-            if not answers and time.monotonic() >= look:
-                answers = self._lost_messages(awaited)
-                look = time.monotonic() + NODES_SECONDS
+            answers |= {n: self._ready.pop(n) for n in numbers if n in self._ready}
             for number in answers:
-                self._awaited.pop(number, None)
-            left = end - time.monotonic()
+                self._expiry.pop(number, None)
+            if not answers and time.monotonic() >= look:
+                answers = self._lost_messages(numbers)
+                self._start_pulls(self._unclaimed)
+                look = time.monotonic() + NODES_SECONDS
             if answers or left <= 0 or not numbers:
                 return answers
-            time.sleep(min(pause, left))
             pause = min(pause * PAUSE_GROWTH, LONGEST_PAUSE)
 
     def close(self) -> None:
-        """Drop answers that nobody awaits; Flower closes the grid itself."""
+        """Forget all messages; Flower closes the grid itself."""
         self._awaited.clear()
+        self._unclaimed.clear()
 
-    def _answers(self, awaited: list[str]) -> dict[str, Envelope | None]:
-        """Return the answers that have come; those to expired messages are discarded."""
-        now = time.monotonic()
-        expired = [n for n, (_, end) in self._awaited.items() if end < now and n not in awaited]
-        for number in expired:
-            del self._awaited[number]
-        answers = self._pull([*awaited, *expired])
-        return {number: answer for number, answer in answers.items() if number in awaited}
+    def _start_pulls(self, numbers: Iterable[str]) -> None:
+        for number in [n for n in numbers if n not in self._pulling]:
+            self._pulling.add(number)
+            threading.Thread(target=self._pull, args=(number,), daemon=True).start()
 
-    def _pull(self, numbers: list[str]) -> dict[str, Envelope | None]:
-        """Return the answers that have come. One that cannot be read does not hide the others."""
+    def _pull(self, number: str) -> None:
+        """Ask for an answer; runs in a thread."""
+        found: Found
         try:
-            messages = list(self._grid.pull_messages(numbers))
-        except httpx.HTTPError as error:
-            raise _unreachable(error) from None
-        except Exception as error:  # whatever a node has sent
-            if len(numbers) == 1:
-                reason = f"{type(error).__name__}: {error}"
-                return {numbers[0]: UnreadableAnswer.with_reason(one_line(reason))}
-            answers: dict[str, Envelope | None] = {}
-            for number in numbers:
-                answers |= self._pull([number])
-            return answers
-        return {m.metadata.reply_to_message_id: from_message(m) for m in messages}
+            found = [from_message(message) for message in self._grid.pull_messages([number])]
+        except BaseException as error:
+            if isinstance(error, httpx.HTTPError) or not isinstance(error, Exception):
+                found = _failure(error)
+            else:
+                # Whatever a node has sent.
+                reason = one_line(f"{type(error).__name__}: {error}")
+                found = [UnreadableAnswer.with_reason(reason)]
+        self._found.put((number, found))
 
-    def _lost_messages(self, awaited: list[str]) -> dict[str, Envelope | None]:
+    def _take_found(self, seconds: float) -> None:
+        """Take what the threads have found, up to some seconds or the first answer."""
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                number, found = self._found.get(timeout=max(0.0, end - time.monotonic()))
+            except queue.Empty:
+                return
+            self._pulling.discard(number)
+            if isinstance(found, RunFailedError):
+                raise found
+            for answer in found:
+                self._unclaimed.pop(number, None)
+                if self._awaited.pop(number, None) is not None:
+                    self._ready[number] = answer
+                    end = 0.0
+
+    def _lost_messages(self, numbers: Collection[str]) -> dict[str, Envelope | None]:
         """Return the messages whose nodes have gone or restarted since."""
         present = self.nodes()
-        return {number: None for number in awaited if self._awaited[number][0] not in present}
+        lost = [n for n in numbers if n in self._awaited and self._awaited[n] not in present]
+        for number in lost:
+            del self._awaited[number]
+            self._unclaimed[number] = self._expiry.pop(number)
+        return dict.fromkeys(lost)
+
+    def _abandon_expired(self, numbers: Collection[str]) -> None:
+        """Have Flower drop the answers to messages that nobody asks for any more."""
+        now = time.monotonic()
+        for number in [n for n, end in self._unclaimed.items() if end < now]:
+            del self._unclaimed[number]
+        expired = [n for n, end in self._expiry.items() if end < now and n not in numbers]
+        for number in expired:
+            del self._expiry[number]
+            self._ready.pop(number, None)
+            if self._awaited.pop(number, None) is not None:
+                self._start_pulls([number])
 
 
-def _unreachable(error: httpx.HTTPError) -> RunFailedError:
+def _failure(error: BaseException) -> RunFailedError:
+    """Return the error to raise for one of Flower's; an interrupt is raised as it is."""
+    # It has no public name, and is no Exception.
+    if type(error).__name__ == "RunNotRunningException":
+        return RunFailedError("Flower has stopped the run")
+    if not isinstance(error, Exception):
+        raise error
     return RunFailedError(f"Flower's SuperLink does not answer ({one_line(error)})")

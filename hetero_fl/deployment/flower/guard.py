@@ -1,25 +1,33 @@
 """Run as a process, by its path: a command that ends, with what it has started, when stdin closes.
 
 However the process that holds the other end of stdin dies, nothing of the command stays behind. A
-line on stdin asks the command to end by itself. Imports the standard library only.
+byte on stdin asks the command to end by itself. The first argument is a folder to delete if that
+process has died, or empty. Imports the standard library only.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 
-GRACE = 1.0  # seconds in which the command's own processes may notice that it has ended
+# Seconds in which the command's own processes may notice that it has ended.
+GRACE = 1.0
 
 
 def main() -> None:
     """Run the command in `sys.argv`; end what it leaves behind."""
-    command = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+    scratch = sys.argv[1]
+    parent = os.getppid()
+    command = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL)
     threading.Thread(target=_obey, args=(command,), daemon=True).start()
-    command.wait()  # until then its own processes see that it exists
+    # Until then its own processes see that it exists.
+    command.wait()
     time.sleep(GRACE)
+    if scratch and os.getppid() != parent:
+        shutil.rmtree(scratch, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
 
 

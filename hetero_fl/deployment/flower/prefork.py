@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
+from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
+
+from hetero_fl.deployment.flower.worker_socket import listen
 
 COMMAND = "flwr-clientapp"
 CALLS = "calls"  # socket in the folder of the launcher
@@ -24,7 +26,8 @@ import json, os, socket, sys
 
 try:
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect({address!r})
+        connection.settimeout(10)
+        connection.connect({name})
         connection.sendall(json.dumps(sys.argv[1:]).encode())
         connection.shutdown(socket.SHUT_WR)
         done = connection.recv(1)
@@ -43,7 +46,12 @@ def write_launcher(folder: Path, command: str) -> None:
         command: Path of Flower's own command.
     """
     launcher = folder / COMMAND
-    text = LAUNCHER.format(python=sys.executable, address=str(folder / CALLS), command=command)
+    name = repr(str(folder / CALLS))
+    if sys.platform == "linux":
+        # The path of a socket must be short.
+        opened = f"os.open({str(folder)!r}, os.O_RDONLY)"
+        name = f"'/proc/self/fd/%d/{CALLS}' % {opened}"
+    text = LAUNCHER.format(python=sys.executable, name=name, command=command)
     launcher.write_text(text)
     launcher.chmod(0o700)
 
@@ -55,9 +63,7 @@ def serve(folder: Path) -> None:
     import hetero_fl.deployment.flower.client_app  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(folder / CALLS))
-    listener.listen()
+    listener = listen(folder / CALLS)
     while True:
         connection = listener.accept()[0]
         with connection:
@@ -67,7 +73,8 @@ def serve(folder: Path) -> None:
             except (OSError, ValueError):
                 continue
             if os.fork() != 0:
-                connection.send(b"1")
+                with suppress(OSError):
+                    connection.send(b"1")
                 continue
         listener.close()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from socket import AF_UNIX, socket
 from typing import TypeVar
 
 from hetero_fl.deployment.certificates import ServerFiles, make_server_files
@@ -24,6 +23,7 @@ from hetero_fl.deployment.flower.commands import (
     is_listening,
     run_flwr,
 )
+from hetero_fl.deployment.flower.worker_socket import listen
 from hetero_fl.deployment.transport import MESSAGE_BYTES, Envelope
 from hetero_fl.utils.errors import RunFailedError, UserError
 
@@ -95,16 +95,20 @@ class SuperLink:
     def is_running(self) -> bool:
         return self._process.is_running
 
+    def revive_gateway(self) -> None:
+        """Start the gateway again if it has ended."""
+        if self._gateway is not None and not self._gateway.is_running:
+            assert self._files is not None
+            self._gateway.kill()
+            self._gateway = self._start_gateway(self._files)
+
     def revive(self) -> None:
         """Start it again if it has ended.
 
         Raises:
             RunFailedError: If it ended soon after its start.
         """
-        if self._gateway is not None and not self._gateway.is_running:
-            assert self._files is not None
-            self._gateway.kill()
-            self._gateway = self._start_gateway(self._files)
+        self.revive_gateway()
         if self._process.is_running:
             return
         if time.monotonic() - self._process.started < SHORTEST_LIFE:
@@ -156,7 +160,9 @@ class SuperLink:
         else:
             command += ["--ssl-ca-certfile", str(files.authority), "--enable-supernode-auth"]
             command += ["--ssl-certfile", str(files.certificate), "--ssl-keyfile", str(files.key)]
-        process = FlowerCommand(command, self._environment, self.folder / "superlink.log")
+        process = FlowerCommand(
+            command, self._environment, self.folder / "superlink.log", self.folder
+        )
         try:
             process.wait_for(lambda: is_listening(self._inner_host, self._inner_port))
             for key in self._nodes if files is not None else ():
@@ -196,11 +202,9 @@ class FlowerTransport:
         self._is_closed = False
         self._app = superlink.folder / "app"
         address = superlink.folder / "socket"
-        self._listener = socket(AF_UNIX)
+        self._listener = listen(address)
         try:
             write_bridge_app(self._app, address, message_bytes)
-            self._listener.bind(str(address))
-            self._listener.listen()
             self._remote = self._begin()
         except BaseException:
             self._listener.close()
@@ -211,6 +215,7 @@ class FlowerTransport:
         """See `Transport.nodes`."""
         if self._is_closed:
             return {}
+        self._superlink.revive_gateway()
         found = self._call(lambda remote: remote.nodes())
         return {self._generation * GENERATION + node: key for node, key in found.items()}
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from hetero_fl.deployment.config import ServerConnectionConfig
 from hetero_fl.deployment.flower.commands import FlowerCommand, environment, free_port
-from hetero_fl.deployment.flower.prefork import COMMAND, write_launcher
+from hetero_fl.deployment.flower.prefork import CALLS, COMMAND, write_launcher
 from hetero_fl.deployment.flower.worker_socket import SOCKET
 from hetero_fl.deployment.monitoring import EventLog
 from hetero_fl.utils.errors import UserError
 
 RETRY_SECONDS = 2.0  # between two attempts to reach the server, or to start the SuperNode
 SETTLED = 30.0  # seconds after which a running SuperNode counts as admitted
-PATIENCE = 60.0  # seconds in which a SuperNode may end again and again before it is given up
+PATIENCE = 120.0  # seconds in which a SuperNode may end again and again before it is given up
 
 
 class SuperNode:
@@ -69,6 +69,9 @@ class SuperNode:
             UserError: If the server is not the one it should be, or does not admit this node.
         """
         now = time.monotonic()
+        if self._prefork is not None and not self._prefork.is_running:
+            self._prefork.kill()
+            self._prefork = start_prefork(self._folder)
         if self._process is not None and self._process.is_running:
             return
         if now < self._next_attempt:
@@ -79,6 +82,7 @@ class SuperNode:
             self._process.kill()
             self._process = None
         if problem := self._find_problem():
+            self._failing_since = None
             self._say(f"waiting for the server; {problem}")
             return
         self._process = self._start()
@@ -95,8 +99,8 @@ class SuperNode:
         if now - self._failing_since > PATIENCE:
             raise UserError(
                 f"{self._server.address}: the server does not admit this node: its key is not "
-                "among those that the server was given, or another node uses it "
-                f"({process.last_words()})"
+                "among those that the server was given, another node uses it, or the clocks "
+                f"differ by more than 5 s ({process.last_words()})"
             )
 
     def _find_problem(self) -> str:
@@ -138,7 +142,9 @@ class SuperNode:
             command += ["--auth-supernode-private-key", server.key]
         command += ["--port", str(free_port("127.0.0.1"))]
         command += ["--node-config", f"{SOCKET}={str(self._worker)!r}"]
-        return FlowerCommand(command, self._environment, self._folder / "supernode.log")
+        log = self._folder / "supernode.log"
+        scratch = self._folder if self._prefork is not None else None
+        return FlowerCommand(command, self._environment, log, scratch)
 
     def _say(self, line: str) -> None:
         """Log a line unless it repeats the last one."""
@@ -153,6 +159,7 @@ def start_prefork(folder: Path) -> FlowerCommand:
     command = shutil.which(COMMAND, path=environ["PATH"])
     if command is None:
         raise UserError(f"{COMMAND}: no such command; is Flower installed completely?")
+    (folder / CALLS).unlink(missing_ok=True)
     write_launcher(folder, command)
     module = [sys.executable, "-P", "-m", "hetero_fl.deployment.flower.prefork", str(folder)]
     return FlowerCommand(module, environ, folder / "prefork.log")

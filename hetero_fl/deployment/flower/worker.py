@@ -10,7 +10,6 @@ import argparse
 import os
 import select
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -26,7 +25,7 @@ from hetero_fl.deployment.certificates import check_authority, load_node_key
 from hetero_fl.deployment.config import SiteConfig, load_site_config
 from hetero_fl.deployment.flower.commands import check_installed
 from hetero_fl.deployment.flower.supernode import SuperNode
-from hetero_fl.deployment.flower.worker_socket import LISTENING, receive, send
+from hetero_fl.deployment.flower.worker_socket import LISTENING, listen, receive, send
 from hetero_fl.deployment.monitoring import EventLog
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.transport import Envelope
@@ -210,10 +209,9 @@ class WorkerListener:
         self._address = address
         self._node = node
         self._log = log
-        self._listener = socket.socket(socket.AF_UNIX)
-        address.unlink(missing_ok=True)  # of a process that was killed
-        self._listener.bind(str(address))
-        self._listener.listen()
+        # One may be left of a process that was killed.
+        address.unlink(missing_ok=True)
+        self._listener = listen(address)
 
     def __enter__(self) -> WorkerListener:
         return self

@@ -9,10 +9,13 @@ import base64
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 
@@ -28,8 +31,44 @@ SOCKET = "socket"  # of a worker that runs already; given by `hetero-fl node`
 LISTENING = "listening"  # what it prints once it can be connected to
 
 
+# Longest path of a Unix socket that all systems accept.
+MOST_PATH_BYTES = 100
+
+
 class WorkerError(Exception):
     """The worker of a site could not be started. The message is one line that says why."""
+
+
+@contextmanager
+def short_path(path: Path) -> Iterator[str]:
+    """Yield a name for a Unix socket that is short enough, however long its path is."""
+    if len(os.fsencode(path)) <= MOST_PATH_BYTES or sys.platform != "linux":
+        yield str(path)
+        return
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
+
+
+def connect(path: Path) -> Connection:
+    """Connect to a Unix socket."""
+    with short_path(path) as name:
+        return Client(name)
+
+
+def listen(path: Path) -> socket.socket:
+    """Return a Unix socket that listens at a path."""
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        with short_path(path) as name:
+            listener.bind(name)
+        listener.listen()
+    except BaseException:
+        listener.close()
+        raise
+    return listener
 
 
 def socket_path(site: Path) -> Path:
@@ -43,7 +82,6 @@ def socket_path(site: Path) -> Path:
     status = folder.lstat()
     if status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise WorkerError(f"{folder}: belongs to another user, or others can enter it")
-    # The path of a Unix socket has at most 107 characters.
     return folder / hashlib.sha256(os.fsencode(site.resolve())).hexdigest()[:32]
 
 
@@ -61,7 +99,7 @@ def forward(envelope: Envelope, site: Path, allow_code: bool = False) -> Envelop
     """
     address = socket_path(site)
     try:
-        connection = Client(str(address))
+        connection = connect(address)
     except (FileNotFoundError, ConnectionRefusedError):
         # Two messages that come at once start one worker.
         with FileLock(address.with_suffix(".lock")):
@@ -75,7 +113,7 @@ def ask(envelope: Envelope, address: Path) -> Envelope:
     Raises:
         EOFError, OSError: If there is none, or it ends before it answers.
     """
-    return _exchange(Client(str(address)), envelope)
+    return _exchange(connect(address), envelope)
 
 
 def send(connection: Connection, envelope: Envelope) -> None:
@@ -105,10 +143,10 @@ def _exchange(connection: Connection, envelope: Envelope) -> Envelope:
 
 def _connect_or_start(site: Path, address: Path, allow_code: bool) -> Connection:
     try:
-        return Client(str(address))
+        return connect(address)
     except (FileNotFoundError, ConnectionRefusedError):
         _start_worker(site, address, allow_code)
-        return Client(str(address))
+        return connect(address)
 
 
 def _start_worker(site: Path, address: Path, allow_code: bool) -> None:

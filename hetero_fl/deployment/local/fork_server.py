@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import signal
 import threading
 import traceback
@@ -22,7 +23,7 @@ NODE_FAILED = 3  # exit status of a launcher in which a node ended by itself
 
 
 def main() -> int:
-    """Returns 0 when the parent has ended; FAULT, with a line on standard output, when a node has by itself."""
+    """Return 0 when the parent has ended, NODE_FAILED with a line on stdout when a node has."""
     from hetero_fl.deployment.flower.commands import check_installed
 
     check_installed()
@@ -56,6 +57,7 @@ def main() -> int:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         prefork.kill()
+        shutil.rmtree(launcher, ignore_errors=True)
 
 
 def _preload(config: dict[str, Any]) -> None:

@@ -60,6 +60,7 @@ def run_local_federation(
             check_vacant(path)
         launcher.send(resolve_config(config))
         superlink = SuperLink()
+        stack.callback(superlink.close)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hetero_fl-sites-")))
         sites = []
         allows = {"own_code": list(find_references(config.model_dump()))}

@@ -19,9 +19,10 @@ from hetero_fl.deployment.flower.bridge import RemoteTransport, serve_transport
 from hetero_fl.deployment.flower.gateway import REQUEST_BYTES, Gateway
 from hetero_fl.deployment.flower.prefork import COMMAND, write_launcher
 from hetero_fl.deployment.flower.supernode import start_prefork
-from hetero_fl.deployment.transport import Envelope, LoopbackTransport, UnreadableAnswer
+from hetero_fl.deployment.transport import Envelope, UnreadableAnswer
 from hetero_fl.utils.errors import RunFailedError
 from tests.helpers.flower_federation import until
+from tests.helpers.loopback import LoopbackTransport
 
 
 class Failing(LoopbackTransport):
@@ -181,7 +182,10 @@ def test_gateway_says_that_the_superlink_is_away(tmp_path: Path) -> None:
     assert answer.status_code == 503
 
 
-def test_launcher_asks_the_prefork_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["short", "long" * 40])
+def test_launcher_asks_the_prefork_process(name: str, tmp_path: Path) -> None:
+    tmp_path = tmp_path / name
+    tmp_path.mkdir()
     pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
     prefork = start_prefork(tmp_path)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from hetero_fl.deployment.flower.server_app import run_in_app
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.transport import Envelope, Handle, UnreadableAnswer
 from hetero_fl.utils.errors import RunFailedError, UserError
-from tests.helpers.nodes import ALL
+from tests.helpers.nodes import ALL, until
 from tests.helpers.small_federations import config
 
 pytestmark = pytest.mark.usefixtures("flower_task")
@@ -48,6 +49,7 @@ class FakeGrid(Grid):
         self.members: dict[int, FakeNode] = {}
         self.answers: dict[str, Any] = {}
         self.unreadable: set[str] = set()
+        self.slow: dict[str, threading.Event] = {}
         self.is_down = False
 
     def join(self, handle: Handle) -> FakeNode:
@@ -81,10 +83,13 @@ class FakeGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         self._check_up()
-        wanted = list(message_ids)
-        if self.unreadable & set(wanted):
+        found = [(n, self.answers.pop(n)) for n in message_ids if n in self.answers]
+        if self.unreadable & {number for number, _ in found}:
             raise ValueError("a chunk that names itself")
-        return [self.answers.pop(number) for number in wanted if number in self.answers]
+        for number, _ in found:
+            if number in self.slow:
+                self.slow[number].wait(60.0)
+        return [answer for _, answer in found]
 
     def _push(self, message: Message) -> str | None:
         if message.metadata.dst_node_id not in self.members:
@@ -107,6 +112,14 @@ class FakeGrid(Grid):
 
 def echo(envelope: Envelope) -> Envelope:
     return Envelope({**envelope.head, "answered": True}, envelope.body[::-1])
+
+
+def pull_all(transport: GridTransport, numbers: list[str]) -> dict[str, Envelope | None]:
+    """Pull until all of these messages are answered."""
+    answers: dict[str, Envelope | None] = {}
+    while left := [number for number in numbers if number not in answers]:
+        answers |= transport.pull(left, 1.0)
+    return answers
 
 
 @pytest.fixture
@@ -178,7 +191,7 @@ def test_unreadable_answer_does_not_hide_others(grid: FakeGrid, transport: GridT
     numbers = [transport.push(node, Envelope(), 60.0) for node in transport.nodes()]
     grid.unreadable.add(numbers[0])
 
-    answers = transport.pull(numbers, 1.0)
+    answers = pull_all(transport, numbers)
 
     assert isinstance(answers[numbers[0]], UnreadableAnswer)
     assert "a chunk that names itself" in str(answers[numbers[0]])
@@ -208,7 +221,69 @@ def test_expired_answers_are_discarded(grid: FakeGrid, transport: GridTransport)
 
     transport.pull([number], 1.0)
 
-    assert not grid.answers
+    until(lambda: not grid.answers)
+
+
+def test_slow_answer_does_not_hold_up_others(grid: FakeGrid, transport: GridTransport) -> None:
+    grid.join(echo)
+    grid.join(echo)
+    numbers = [transport.push(node, Envelope(), 60.0) for node in transport.nodes()]
+    grid.slow[numbers[0]] = threading.Event()
+
+    assert transport.pull(numbers, 10.0) == {numbers[1]: Envelope({"answered": True})}
+    assert transport.pull(numbers[:1], 0.1) == {}
+    grid.slow[numbers[0]].set()
+    assert transport.pull(numbers[:1], 10.0) == {numbers[0]: Envelope({"answered": True})}
+
+
+def test_answers_that_are_asked_for_later_are_kept(
+    grid: FakeGrid, transport: GridTransport
+) -> None:
+    grid.join(echo)
+    (node,) = transport.nodes()
+    first = transport.push(node, Envelope({"n": 1}), 60.0)
+    second = transport.push(node, Envelope({"n": 2}), 60.0)
+
+    pull_all(transport, [first])
+    assert pull_all(transport, [second]) == {second: Envelope({"n": 2, "answered": True})}
+    assert transport.pull([first], 0.0) == {first: None}
+
+
+def test_late_answer_of_a_lost_node_is_collected(
+    grid: FakeGrid, transport: GridTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid_module, "NODES_SECONDS", 0.0)
+    away = grid.join(echo)
+    grid.join(echo)
+    gone, here = transport.nodes()
+    number = transport.push(gone, Envelope(), 60.0)
+    late = grid.answers.pop(number)
+    away.last_activated_at = "second"
+    assert pull_all(transport, [number]) == {number: None}
+
+    grid.answers[number] = late
+    waiting = transport.push(here, Envelope(), 60.0)
+    grid.answers.pop(waiting)
+
+    until(lambda: transport.pull([waiting], 0.1) or not grid.answers)
+
+
+def test_run_that_flower_has_stopped_is_named(grid: FakeGrid, transport: GridTransport) -> None:
+    class RunNotRunningException(BaseException):
+        """As Flower's."""
+
+    def stopped(_: object) -> Any:
+        raise RunNotRunningException
+
+    grid.join(echo)
+    (node,) = transport.nodes()
+    number = transport.push(node, Envelope(), 60.0)
+    grid.push_messages = grid.pull_messages = stopped  # type: ignore[method-assign]
+
+    with pytest.raises(RunFailedError, match="Flower has stopped the run"):
+        transport.pull([number], 10.0)
+    with pytest.raises(RunFailedError, match="Flower has stopped the run"):
+        transport.push(node, Envelope(), 60.0)
 
 
 def test_foreign_messages_hold_no_envelope() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -143,6 +144,7 @@ def flower_app(
 
     for path in write_app(folder, config, overrides, code_permission(allow_code)):
         print(path)
+    print(f"to train: flwr run {folder}", file=sys.stderr)
 
 
 @command()

@@ -372,11 +372,12 @@ class Connections:
             if (node, why) not in self._refusals:
                 self._refusals.add((node, why))
                 self.say(f"refused a node that says it is {client[:80]!r}: {why}")
-            if client:
-                self.transport.push(node, message("leave", why=why), 10.0)
-            else:
-                # Its site's worker did not start; the site may be set right meanwhile.
+            if not client or (client in self.node_of and not self._are_keys_known):
+                # Its worker did not start, or it has restarted and its earlier self is still
+                # listed as connected: either may change.
                 self._greet_again[node] = time.monotonic() + GREET_AGAIN
+            else:
+                self.transport.push(node, message("leave", why=why), 10.0)
             return
         again = " again" if client in self.connected_clients else ""
         self._keys.setdefault(client, self._key_of.get(node, b""))

@@ -12,8 +12,8 @@ import yaml
 from hetero_fl.config import Config, resolve_config
 from hetero_fl.deployment.server import check_deployable
 from hetero_fl.experiment.preparation import load_config
-from hetero_fl.reporting.run_directory import check_vacant
 from hetero_fl.utils.code_permission import CodePermission
+from hetero_fl.utils.errors import UserError
 
 PACKAGE = "hetero_fl_app"
 
@@ -109,7 +109,8 @@ def write_app(
     """
     config = load_config(source, overrides, allow_code)
     check_deployable(config)
-    check_vacant(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder}: already exists; choose a new folder")
     written = _write_project(folder, SERVER_APP, RUN_CONFIG)
     written.append(folder / PACKAGE / "config.yaml")
     written[-1].write_text(yaml.safe_dump(resolve_config(config), sort_keys=False))

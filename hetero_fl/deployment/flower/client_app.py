@@ -6,6 +6,7 @@ worker (see `worker.py`), which is started at the first message, has both in mem
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from flwr.app import Context, Message
@@ -42,9 +43,12 @@ def handle_query(message: Message, context: Context) -> Message:
         try:
             answer = forward(envelope, Path(site), allow_code)
         except WorkerError as error:
-            answer = _refusal(str(error))
+            # It may name files of the site, which are nobody else's business.
+            print(error, file=sys.stderr, flush=True)
+            answer = _refusal("its worker did not start; the log of its SuperNode says why")
     return Message(to_content(answer), reply_to=message)
 
 
 def _refusal(reason: str) -> Envelope:
+    print(f"refused: {reason}", file=sys.stderr, flush=True)
     return Envelope({"ask": "refused", "why": reason})

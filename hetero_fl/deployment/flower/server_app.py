@@ -51,13 +51,16 @@ def run_in_app(
         UserError: If the configuration or `run_config` is wrong.
         RunFailedError: If nodes are missing, or the run cannot go on.
     """
-    settings = {**RUN_CONFIG, **run_config}
-    if unknown := settings.keys() - RUN_CONFIG.keys():
-        raise UserError(f"run-config: found {min(unknown)}; choose from {', '.join(RUN_CONFIG)}")
+    settings = _read_settings(run_config)
     log = EventLog()
     overrides = str(settings["overrides"]).split()
+    out = Path(settings["out"]) if settings["out"] else None
+    if settings["resume"] and out is None:
+        raise UserError("run-config: resume needs out, the directory of the run")
+    if settings["resume"] and out is not None and (out / "config.yaml").exists():
+        source = out / "config.yaml"
     config = load_config(source, overrides, bool(settings["allow-code"]))
-    out = Path(settings["out"]) if settings["out"] else default_out(config)
+    out = out or default_out(config)
     log(f"run directory: {out.resolve()}")
     run = run_federation(
         config,
@@ -73,6 +76,17 @@ def run_in_app(
     )
     log(f"done: {out.resolve()}")
     return run
+
+
+def _read_settings(run_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Flower's run configuration with its defaults."""
+    for key, value in run_config.items():
+        if key not in RUN_CONFIG:
+            raise UserError(f"run-config: found {key}; choose from {', '.join(RUN_CONFIG)}")
+        kind = type(RUN_CONFIG[key])
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise UserError(f"run-config: {key}: expected {kind.__name__}, got {value!r}")
+    return {**RUN_CONFIG, **run_config}
 
 
 def _load_keys(file: Path) -> dict[str, bytes]:

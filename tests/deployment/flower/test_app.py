@@ -41,7 +41,7 @@ def test_app_is_not_written_over_other_files(tmp_path: Path) -> None:
     (tmp_path / "app").mkdir()
     (tmp_path / "app" / "notes.txt").write_text("mine")
 
-    with pytest.raises(UserError, match="app: exists already"):
+    with pytest.raises(UserError, match="app: already exists; choose a new folder"):
         write_app(tmp_path / "app", config("fedmd"))
 
     assert [path.name for path in (tmp_path / "app").iterdir()] == ["notes.txt"]

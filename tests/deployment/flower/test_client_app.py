@@ -117,16 +117,18 @@ def test_worker_that_dies_while_it_computes_fails_the_message(
     assert len(failures) == 1
 
 
-def test_mistake_in_the_site_file_is_one_line(
-    site: Path, supernode: subprocess.Popen[bytes]
+def test_mistake_in_the_site_file_is_told_at_the_site(
+    site: Path, supernode: subprocess.Popen[bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     site.write_text("client: north\nfoldr: state\n")
 
     answer = query(HELLO, site=str(site))
 
     assert answer.head["ask"] == "refused"
-    assert f"{site}: foldr: unknown key; did you mean 'folder'?" in str(answer.head["why"])
-    assert "\n" not in str(answer.head["why"])
+    reason = "its worker did not start; the log of its SuperNode says why"
+    assert answer.head["why"] == reason
+    line = f"{site}: foldr: unknown key; did you mean 'folder'?"
+    assert capsys.readouterr().err.splitlines() == [line, f"refused: {reason}"]
 
 
 @pytest.mark.parametrize(

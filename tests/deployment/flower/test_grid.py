@@ -332,6 +332,28 @@ def test_nodes_file_binds_clients_to_keys(
         run_in_app(grid, settings, config("fedavg", "cnn_gn_small"))
 
 
-def test_unknown_run_config_is_named(grid: FakeGrid) -> None:
-    with pytest.raises(UserError, match="run-config: found dedline; choose from out, resume"):
-        run_in_app(grid, {"dedline": 3}, config("fedavg", "cnn_gn_small"))
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"dedline": 3}, "run-config: found dedline; choose from out, resume"),
+        ({"wait": "soon"}, "run-config: wait: expected float, got 'soon'"),
+        ({"resume": 1}, "run-config: resume: expected bool, got 1"),
+        ({"resume": True}, "run-config: resume needs out, the directory of the run"),
+    ],
+)
+def test_mistakes_in_the_run_config_are_named(
+    grid: FakeGrid, settings: dict[str, Any], line: str
+) -> None:
+    with pytest.raises(UserError, match=line):
+        run_in_app(grid, settings, config("fedavg", "cnn_gn_small"))
+
+
+def test_resumed_run_keeps_its_configuration(grid: FakeGrid, tmp_path: Path) -> None:
+    source = config("fedavg", "cnn_gn_small", runtime={"executor": "serial", "threads": 1})
+    for client in ("site_1", "site_2", "site_3"):
+        grid.join(Node(SiteConfig(client=client), tmp_path / client).handle)
+    out = str(tmp_path / "run")
+    run_in_app(grid, {"out": out, "overrides": "seed=3"}, source)
+    again = run_in_app(grid, {"out": out, "resume": True}, source)
+
+    assert again.summary["seed"] == 3

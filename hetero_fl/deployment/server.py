@@ -161,7 +161,8 @@ def _report_outcome(status: RunStatus) -> Iterator[None]:
     """How it ends goes to the status."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
+        # Flower ends a process that it stops with the second.
         status.update(phase="interrupted")
         raise
     except BaseException:

@@ -26,6 +26,7 @@ from hetero_fl.deployment.transport import Envelope
 from hetero_fl.experiment import run
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import Interrupted, RunFailedError, UserError
+from tests.helpers.deployments import Federation, small
 from tests.helpers.loopback import LoopbackTransport
 from tests.helpers.nodes import LONG, Clock
 from tests.helpers.small_federations import changed, config
@@ -277,3 +278,13 @@ def test_attended_node_answers_a_task_whose_round_is_no_number(sites: Sites) -> 
         Envelope({"ask": "do", "run": "r", "round": "first", "what": "\x1b[2J"})
     )
     assert answer.head["ask"] == "unready" and "\\x1b[2J: unready" in sites.lines[-1]
+
+
+def test_run_that_flower_stops_is_interrupted(tmp_path: Path) -> None:
+    def stopped(record: dict[str, Any]) -> None:
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        Federation(tmp_path).serve(small(), callbacks=[stopped])
+
+    assert read_status(tmp_path / "run")["phase"] == "interrupted"

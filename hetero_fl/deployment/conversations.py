@@ -20,7 +20,7 @@ from hetero_fl.deployment.transport import Envelope, Transport
 from hetero_fl.federation.executors.base import ClientAbsentError, ClientLateError
 
 # A conversation is a coroutine that yields what to send and is sent the answer. If its node is lost
-# in the middle of it, it begins anew once the node is back: a node answers a task that it has
+# in the middle of it, it begins again once the node is back: a node answers a task that it has
 # completed from its store.
 
 LOOK = 0.5  # seconds between two looks at the connected nodes
@@ -185,7 +185,7 @@ HEAD = re.compile(r"(\d{1,12}):[0-9a-f]{64}")  # of an audit log
 class LogHeads:
     """The heads of the sites' audit logs, as the answers carry them.
 
-    A site that cuts its log off, or writes it anew, does not verify against the head kept here.
+    A log that a site has cut off or rewritten does not verify against the head kept here.
 
     Args:
         say: Called with a line on each head that contradicts an earlier one.
@@ -232,7 +232,7 @@ class Connections:
         say: Called with a line on each node that connects, disconnects or is refused.
         patience: Seconds to wait for a node that has gone while others are connected.
         keys: Public key of each client's node in PEM. None: a client belongs to the node that
-            first claims it.
+            first claims it, until that node disconnects.
     """
 
     def __init__(

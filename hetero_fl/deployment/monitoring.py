@@ -20,6 +20,7 @@ from urllib.request import urlopen
 
 from hetero_fl.deployment.messages import versions
 from hetero_fl.utils.errors import UserError, one_line
+from hetero_fl.utils.processes import is_process_running
 from hetero_fl.utils.serialization import write_atomically
 
 if TYPE_CHECKING:
@@ -235,13 +236,7 @@ def _is_process_alive(tree: Mapping[str, Any]) -> bool:
     """Whether its process runs; of another machine's nobody here can say."""
     if tree["host"] != socket.gethostname():
         return True
-    try:
-        os.kill(int(tree["pid"]), 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
+    return is_process_running(int(tree["pid"]))
 
 
 # A server's small window: `/healthz`, `/metrics` for Prometheus, `/status` as JSON, over plain

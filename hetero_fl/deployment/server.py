@@ -77,7 +77,8 @@ def run_federation(
         wait: seconds until all clients of the configuration have to be there.
         deadline: seconds that a node may take for a task; `cohort.deadline` can ask for fewer.
         patience: seconds that a node which has gone is waited for, as long as enough others are there.
-        keys: public key of each client's node in PEM; none: a client belongs to the node that first claims it.
+        keys: public key of each client's node in PEM; none: a client belongs to the node that
+            first claims it, until that node disconnects.
         say: told, in one line, of whoever comes, goes or is refused.
         status: kept up to date.
         console: where the run's progress is shown, if not in a terminal.

@@ -126,7 +126,7 @@ def run_jobs(
     schedule = _Schedule(work)
     pool_size = min(jobs, len(work))
     workers: list[BaseProcess] = []
-    context = _remember_processes(worker_context(__name__), workers)
+    context = _record_processes(worker_context(__name__), workers)
     environ = (dict(os.environ),)
     with ProcessPoolExecutor(pool_size, context, start_worker, environ) as pool:
         with ignore_interrupts_in_children():
@@ -157,19 +157,19 @@ def run_jobs(
     return failed
 
 
-def _remember_processes(context: Any, started: list[BaseProcess]) -> Any:
+def _record_processes(context: Any, started: list[BaseProcess]) -> Any:
     """Return a copy of a multiprocessing context that appends each process it makes to `started`.
 
     `multiprocessing.active_children` omits processes that have already ended.
     """
     make = context.Process
 
-    def make_and_remember(*args: Any, **kwargs: Any) -> BaseProcess:
+    def make_and_record(*args: Any, **kwargs: Any) -> BaseProcess:
         started.append(make(*args, **kwargs))
         return started[-1]
 
     context = copy.copy(context)
-    context.Process = make_and_remember
+    context.Process = make_and_record
     return context
 
 

@@ -66,6 +66,17 @@ def ignore_interrupts_in_children() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
+def is_process_running(pid: int) -> bool:
+    """Return whether a process exists on this machine, of this or another user."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 # What every worker process imports: the first optimizer imports torch._dynamo.
 PRELOADED = ["torch._dynamo"]
 

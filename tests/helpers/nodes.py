@@ -66,7 +66,7 @@ class Clock:
 
 
 class Losing(LoopbackTransport):
-    """Some answers never come; the transport says so. The server dies at its message of number `last`; whoever uses the transport
+    """Some answers never come; the transport says so. The server dies at its message of number `last`; a user of the transport
     after that is another process, once `last` has been set anew. `open`: the nodes that were sent something whose answer the
     server has not had."""
 

@@ -173,7 +173,7 @@ def run_flwr(environ: dict[str, str], *arguments: str) -> str:
 
 
 def is_listening(host: str, port: int) -> bool:
-    """Return whether somebody accepts connections at an address."""
+    """Return whether a process accepts connections at an address."""
     try:
         with socket.create_connection((host, port), timeout=1.0):
             return True

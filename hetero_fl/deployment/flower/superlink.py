@@ -247,14 +247,16 @@ class FlowerTransport:
         self._superlink.close()
 
     def _call(self, call: Callable[[RemoteTransport], T]) -> T:
-        """Call the app. If it has ended, begin another run; the call then raises or finds less."""
+        """Call the app. If it has ended, begin another run and call that, which knows no message.
+
+        Raises:
+            RunFailedError: If the app reports a failure, or ends soon after its start.
+        """
         while True:
             try:
                 return call(self._remote)
-            except (EOFError, OSError):
-                pass
-            except RunFailedError:
-                if self._superlink.is_running:
+            except (EOFError, OSError, RunFailedError) as error:
+                if isinstance(error, RunFailedError) and self._superlink.is_running:
                     raise
             if time.monotonic() - self._began < SHORTEST_LIFE:
                 raise RunFailedError(

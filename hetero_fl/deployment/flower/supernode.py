@@ -1,4 +1,4 @@
-"""Flower's SuperNode beside the process of a site."""
+"""Flower's SuperNode as a child of the process of a site."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The process of a site: it keeps models and data between messages.
 
-Under `hetero-fl node` it is that command, which runs Flower's SuperNode beside itself. Under a
-SuperNode that somebody else runs, `worker_socket.py` starts it at the first message.
+Under `hetero-fl node` it is that command, which runs Flower's SuperNode as a child. Under a
+SuperNode that was started without it, `worker_socket.py` starts it at the first message.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from hetero_fl.deployment.transport import Envelope
 from hetero_fl.reporting.run_directory import lock_folder
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.errors import RunFailedError, UserError, one_line
+from hetero_fl.utils.processes import is_process_running
 
 LOOK = 0.2  # seconds between two looks whether to stop
 DELIVERY = 3.0  # seconds that Flower may take to send the last answer
@@ -261,20 +262,10 @@ def handle_termination(log: EventLog, stop: threading.Event) -> Iterator[None]:
 
 def _end_with(parent: int, address: Path) -> None:
     """End this process when its parent has ended. What it has answered is on disk."""
-    while _runs(parent):
+    while is_process_running(parent):
         time.sleep(PARENT_SECONDS)
     address.unlink(missing_ok=True)
     os._exit(0)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def main() -> int:

@@ -29,8 +29,6 @@ SITE = "site"  # path of the site's file
 ALLOW_CODE = "allow-code"
 SOCKET = "socket"  # of a worker that runs already; given by `hetero-fl node`
 LISTENING = "listening"  # what it prints once it can be connected to
-
-
 # Longest path of a Unix socket that all systems accept.
 MOST_PATH_BYTES = 100
 
@@ -75,7 +73,7 @@ def socket_path(site: Path) -> Path:
     """Return the path of a site's socket, in a folder that only this user can enter.
 
     Raises:
-        WorkerError: If the folder belongs to somebody else.
+        WorkerError: If the folder belongs to another user.
     """
     folder = Path(tempfile.gettempdir()) / f"hetero_fl-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)

@@ -1,19 +1,20 @@
-"""Models that come apart into a backbone and a head, by name.
+"""Neural networks by name, each split into a backbone and a head.
 
-In ten seconds::
+Every model returns logits and features, and both parts can be called, trained and shared
+separately. `python -m model_zoo` prints a table of the models. The package does not depend on
+hetero_fl.
 
-    import torch
-    from model_zoo import create_model, describe, list_models
-
-    list_models("cnn_*")                                    # ['cnn_bn_large', 'cnn_bn_medium', …]
-    model = create_model("cnn_bn_small", num_classes=10)    # for grey images of 28x28 pixels
-    logits, features = model(torch.rand(4, 1, 28, 28))      # [4, 10] and [4, 32]
-    model.head(model.features(torch.rand(4, 1, 28, 28)))    # the same in two steps
-    create_model("timm:resnet10t", num_classes=3, in_channels=3, input_size=32, feature_dim=64)
-    print(describe("resnet18"))                             # parameters, features, arithmetic
-
-``python -m model_zoo`` prints a table of the models. Input shapes are in :func:`create_model`, groups of models for
-the clients of a federation in :mod:`model_zoo.registry`.
+Example:
+    >>> import torch
+    >>> from model_zoo import create_model, describe, list_models
+    >>> list_models("cnn_bn_*")
+    ['cnn_bn_large', 'cnn_bn_medium', 'cnn_bn_small']
+    >>> model = create_model("cnn_bn_small", num_classes=10, in_channels=1, input_size=28)
+    >>> logits, features = model(torch.rand(4, 1, 28, 28))
+    >>> logits.shape, features.shape
+    (torch.Size([4, 10]), torch.Size([4, 32]))
+    >>> describe("cnn_bn_small").parameters
+    6330
 """
 
 from model_zoo.description import ModelDescription, describe

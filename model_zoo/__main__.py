@@ -1,4 +1,4 @@
-"""``python -m model_zoo [PATTERN]``: a table of the models."""
+"""The command `python -m model_zoo [PATTERN]`, which prints a table of models."""
 
 from __future__ import annotations
 
@@ -12,58 +12,73 @@ from model_zoo.description import describe, format_count
 from model_zoo.errors import ModelError
 from model_zoo.registry import MODELS, list_models
 
-WORDS = 1000  # of the vocabulary of the texts
+# Vocabulary with which text models are measured.
+VOCABULARY_SIZE = 1000
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the table and returns the exit status: 0, or 2 after one line about a mistake."""
+    """Print the table and return the exit status: 0, or 2 after an invalid argument."""
     parser = argparse.ArgumentParser(
-        prog="python -m model_zoo", description="A table of the models."
+        prog="python -m model_zoo", description="Print a table of models and their cost."
     )
     parser.add_argument(
-        "pattern", nargs="?", default="*", help="such as 'cnn_*' or 'timm:resnet*' (default: all)"
+        "pattern",
+        nargs="?",
+        default="*",
+        help="pattern of model names, such as 'cnn_*' or 'timm:resnet*' (default: all models)",
     )
-    parser.add_argument("--classes", type=int, default=10)
-    parser.add_argument("--channels", type=int, default=1)
     parser.add_argument(
-        "--size", type=int, default=28, help="height and width of the images in pixels"
+        "--classes", type=int, default=10, help="number of classes (default: %(default)s)"
     )
-    given = parser.parse_args(arguments)
+    parser.add_argument(
+        "--channels", type=int, default=1, help="channels of the images (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=28,
+        help="height and width of the images in pixels (default: %(default)s)",
+    )
+    args = parser.parse_args(arguments)
     console = Console()
     try:
-        names = list_models(given.pattern)
+        names = list_models(args.pattern)
         if not names:
-            raise ModelError(f"no model matches {given.pattern}")
-        # a thousand names: building each of them to describe it would take hours
-        if ":" in given.pattern:
+            raise ModelError(f"PATTERN: no model matches '{args.pattern}'")
+        # Building about a thousand models of another library would take hours.
+        if ":" in args.pattern:
             console.print("\n".join(names), markup=False, highlight=False)
             return 0
-        console.print(_table(names, given.classes, given.channels, given.size))
+        console.print(_make_table(names, args.classes, args.channels, args.size))
     except ModelError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _table(names: list[str], classes: int, channels: int, size: int) -> Table:
-    title = f"{classes} classes; images of {channels}x{size}x{size}, table rows of {size} columns"
-    table = Table(title=f"{title}, texts of {size} words of {WORDS:,}")
+def _make_table(names: list[str], classes: int, channels: int, size: int) -> Table:
+    table = Table(
+        title=f"{classes} classes; images of {channels}x{size}x{size}, table rows of {size} "
+        f"columns, texts of {size} words from a vocabulary of {VOCABULARY_SIZE:,}"
+    )
     table.add_column("model", no_wrap=True)
     for heading in ("parameters", "features", "FLOP"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("what it is")
+    table.add_column("description")
     for name in names:
         kinds = MODELS[name].kinds
         if "tokens" in kinds:
-            about = describe(name, classes, 1, (size,), vocabulary=WORDS)
+            description = describe(name, classes, 1, (size,), vocabulary=VOCABULARY_SIZE)
+        elif "image" in kinds:
+            description = describe(name, classes, channels, size)
         else:
-            about = describe(name, classes, *((channels, size) if "image" in kinds else (size, ())))
+            description = describe(name, classes, size, ())
         table.add_row(
             name,
-            f"{about.parameters:,}",
-            str(about.feature_dim),
-            format_count(about.forward_flops),
-            about.summary,
+            f"{description.parameters:,}",
+            str(description.feature_dim),
+            format_count(description.forward_flops),
+            description.summary,
         )
     return table
 

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, features, and arithmetic."""
+"""Size and computational cost of a model."""
 
 from __future__ import annotations
 
@@ -20,8 +20,29 @@ from model_zoo.split_model import is_batch_norm
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """``forward_flops`` are the floating-point operations of one example's forward pass, a multiply-add being two;
-    ``convolution_flops`` those of them in convolutions."""
+    """Size and cost of a model, as returned by `describe`.
+
+    Attributes:
+        name: Name of the model.
+        parameters: Number of parameters.
+        backbone_parameters: Number of parameters of the backbone.
+        head_parameters: Number of parameters of the head.
+        feature_dim: Width of the features.
+        forward_flops: Floating-point operations of the forward pass of one example; a
+            multiply-add counts as two.
+        convolution_flops: The part of `forward_flops` that belongs to convolutions.
+        has_batch_norm: Whether the model contains BatchNorm layers.
+        summary: One line about the architecture.
+
+    Example:
+        >>> from model_zoo import describe
+        >>> print(describe("lenet"))
+        lenet: LeNet-5 with ReLU and max pooling (LeCun et al., 1998)
+          parameters     61,706 (backbone 60,856, head 850)
+          features       84
+          forward pass   833 kFLOP per example
+          BatchNorm      no
+    """
 
     name: str
     parameters: int
@@ -40,29 +61,29 @@ class ModelDescription:
                 f"  parameters     {self.parameters:,} "
                 f"(backbone {self.backbone_parameters:,}, head {self.head_parameters:,})",
                 f"  features       {self.feature_dim}",
-                f"  forward pass   {format_count(self.forward_flops)}FLOP an example",
+                f"  forward pass   {format_count(self.forward_flops)}FLOP per example",
                 f"  BatchNorm      {'yes' if self.has_batch_norm else 'no'}",
             )
         )
 
 
 def format_count(number: int) -> str:
-    """1234567 to ``"1.23 M"``."""
+    """Return a number with three digits and a metric prefix: `1.23 M` for 1234567."""
     for power, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= power:
             return f"{number / power:.3g} {letter}"
     return f"{number} "
 
 
-def summary_of(name: str) -> str:
-    """One line about a model."""
+def summarize(name: str) -> str:
+    """Return one line about a model."""
     prefix, colon, rest = name.partition(":")
     if not colon:
         return MODELS[name].summary
-    return f"your own {rest}" if prefix == "python" else f"{rest} of {prefix}"
+    return f"user-defined {rest}" if prefix == "python" else f"{rest} from {prefix}"
 
 
-def _is_enlarged(model: nn.Module) -> str:
+def _describe_enlargement(model: nn.Module) -> str:
     sizes = [module.size for module in model.modules() if isinstance(module, Enlarge)]
     return f", images enlarged to {'x'.join(map(str, sizes[0]))}" if sizes else ""  # type: ignore[arg-type]
 
@@ -77,19 +98,38 @@ def describe(
     vocabulary: int | None = None,
     **options: Any,
 ) -> ModelDescription:
-    """Builds the model once, in memory, and measures it; arguments and errors as :func:`create_model`'s.
+    """Build a model once and measure its size and cost.
 
-    The global random state is left as it was.
+    The state of the global random number generator does not change.
+
+    Args:
+        name: See `create_model`.
+        num_classes: See `create_model`.
+        in_channels: See `create_model`.
+        input_size: See `create_model`.
+        feature_dim: See `create_model`.
+        vocabulary: See `create_model`.
+        **options: Options of the model.
+
+    Raises:
+        ModelError: If the model cannot be created.
+
+    Example:
+        >>> from model_zoo import describe
+        >>> small = describe("resnet8", num_classes=10, in_channels=3, input_size=32)
+        >>> small.parameters, small.feature_dim, small.has_batch_norm
+        (78042, 64, True)
     """
     with torch.random.fork_rng(devices=[]):
         sizes = (num_classes, in_channels, input_size, feature_dim)
         model = create_model(name, *sizes, vocabulary=vocabulary, **options).eval()
-    enlarged = _is_enlarged(model)
-    # Tensors of the zoo's own models need no numbers, and so no memory, for operations to be counted.
+    enlargement = _describe_enlargement(model)
+    # Operations can be counted on meta tensors, which need no memory. Models of other libraries and
+    # of users may not support them.
     device = "cpu" if ":" in name else "meta"
     with torch.device(device):
         example = make_shape(in_channels, input_size, vocabulary).blank(1)
-    flops, convolutions = _flops(model.to(device), example)
+    flops, convolutions = _count_flops(model.to(device), example)
     return ModelDescription(
         name=name,
         parameters=num_parameters(model),
@@ -99,17 +139,18 @@ def describe(
         forward_flops=flops,
         convolution_flops=convolutions,
         has_batch_norm=any(is_batch_norm(module) for module in model.modules()),
-        summary=summary_of(name) + enlarged,
+        summary=summarize(name) + enlargement,
     )
 
 
 def num_parameters(module: nn.Module) -> int:
-    """How many numbers the parameters hold; shared ones count once."""
+    """Return the number of parameters; shared parameters count once."""
     return sum(math.prod(p.shape) for p in module.parameters())
 
 
-def _flops(model: nn.Module, example: torch.Tensor) -> tuple[int, int]:
-    # oneDNN runs an LSTM as one kernel that the counter does not know; its switch may warn about TF32 on CPUs.
+def _count_flops(model: nn.Module, example: torch.Tensor) -> tuple[int, int]:
+    # With oneDNN an LSTM is one kernel that the counter does not know. Disabling oneDNN may warn
+    # about TF32 on CPUs.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with (
@@ -118,6 +159,8 @@ def _flops(model: nn.Module, example: torch.Tensor) -> tuple[int, int]:
             FlopCounterMode(display=False) as counter,
         ):
             model(example)
-    by_kind = counter.get_flop_counts()["Global"]
-    convolutions = sum(int(n) for kind, n in by_kind.items() if "convolution" in str(kind))
+    by_operator = counter.get_flop_counts()["Global"]
+    convolutions = sum(
+        int(count) for operator, count in by_operator.items() if "convolution" in str(operator)
+    )
     return int(counter.get_total_flops()), convolutions

@@ -1,4 +1,4 @@
-"""The one error of this package, and the small helpers that word it."""
+"""The exceptions of model_zoo and helpers for their messages."""
 
 from __future__ import annotations
 
@@ -7,25 +7,50 @@ from difflib import get_close_matches
 
 
 class ModelError(ValueError):
-    """A model that cannot be made as asked. The message is one line: which model, what was found, what would do."""
+    """Raised when a model cannot be created.
+
+    The message is one line that names the model, the argument, the value found and what is valid.
+
+    Example:
+        >>> from model_zoo import ModelError, create_model
+        >>> try:
+        ...     create_model("resnet8x", num_classes=10)
+        ... except ModelError as error:
+        ...     print(error)
+        model resnet8x: unknown model; did you mean 'resnet8', 'resnet18' or 'resnet'?
+    """
 
 
 class InputError(ModelError):
-    """A model that exists, but cannot take examples of this shape."""
+    """Raised when a model exists but does not accept examples of the given shape."""
 
 
-def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """``"; the nearest are a, b"`` for the names like ``name`` (case does not count), or ``""`` where none is."""
+def suggest_names(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return a hint with the known names that are most similar to a name.
+
+    Args:
+        name: The name that was not found. The comparison ignores case.
+        known: All valid names.
+        prefix: Text to put before each suggested name.
+
+    Returns:
+        Text such as `; did you mean 'a' or 'b'?`, or an empty string if no name is similar.
+    """
     by_lower = {k.lower(): k for k in known}
     close = [
-        prefix + by_lower[m] for m in get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
+        f"'{prefix}{by_lower[match]}'"
+        for match in get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
     ]
     if not close:
         return ""
-    return f"; the nearest {'is' if len(close) == 1 else 'are'} {', '.join(close)}"
+    names = close[0] if len(close) == 1 else f"{', '.join(close[:-1])} or {close[-1]}"
+    return f"; did you mean {names}?"
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
-    """Another library's error as one line, cut to ``limit`` characters; its type where it says nothing."""
+    """Return the message of another library's error as one line of at most `limit` characters.
+
+    An error without a message is represented by the name of its type.
+    """
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"

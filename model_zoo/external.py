@@ -1,6 +1,8 @@
 """Image classifiers of torchvision and timm as backbones.
 
-Both libraries are imported on first use.
+Both libraries are imported on first use. Models that do not accept small images receive them
+enlarged to the smallest accepted multiple of 32 pixels. Stochastic depth is disabled, so that
+dropout is the only source of randomness.
 """
 
 from __future__ import annotations
@@ -19,39 +21,36 @@ from torch import nn
 
 from model_zoo.errors import InputError, ModelError, one_line
 from model_zoo.shapes import Shape
-from model_zoo.split_model import Body, feature_width
+from model_zoo.split_model import Body, measure_feature_width
 
-# Any image classifier of torchvision or timm as a backbone. Both libraries are imported when first
-# asked for.
-#
-# Many of them cannot take small images. Such a model sees them enlarged (bilinearly), to the
-# smallest multiple of 32 pixels that it can take; ``describe`` says so. Stochastic depth is off, so
-# that all randomness is dropout's.
-
+# Options of each library's models. None keeps the model's default. Some models lack the option.
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "torchvision": {"dropout": None},
     "timm": {"drop_rate": None},
 }
-"""The options of each library's models; None leaves the model's own value. Not every model has them."""
 
 
 class Enlarge(nn.Upsample):
-    """Bilinear enlargement of [B, C, H, W] to the size that the model behind it needs."""
+    """Bilinear upsampling of images `[B, C, H, W]` to a size that the model accepts."""
 
 
-def library(name: str) -> ModuleType:
-    """``timm``, or torchvision's models. Raises :class:`ModelError` where the library is not installed."""
+def import_library(name: str) -> ModuleType:
+    """Import `timm` or the models of torchvision.
+
+    Raises:
+        ModelError: If the library is not installed.
+    """
     try:
         return import_module("torchvision.models" if name == "torchvision" else name)
     except ImportError as error:
         raise ModelError(
-            f"needs the package {name} ({one_line(error)}); pip install {name}"
+            f"package {name} cannot be imported ({one_line(error)}); run pip install {name}"
         ) from error
 
 
 def model_names(library_name: str) -> list[str]:
-    """The library's image classifiers, without the prefix."""
-    module = library(library_name)
+    """Return the names of a library's image classifiers, without the prefix."""
+    module = import_library(library_name)
     listed: list[str] = (
         module.list_models(module=module) if library_name == "torchvision" else module.list_models()
     )
@@ -59,7 +58,10 @@ def model_names(library_name: str) -> list[str]:
 
 
 def is_known(library_name: str, name: str) -> bool:
-    """Is ``name`` one of them? timm's may carry the tag of their weights (``resnet18.a1_in1k``)."""
+    """Return whether a library has an image classifier of this name.
+
+    Names of timm models may end with the tag of their weights (`resnet18.a1_in1k`).
+    """
     return (
         name.partition(".")[0] in model_names(library_name)
         if library_name == "timm"
@@ -70,59 +72,72 @@ def is_known(library_name: str, name: str) -> bool:
 def external_backbone(
     library_name: str, name: str, shape: Shape, *, pretrained: bool = False, **options: Any
 ) -> Body:
-    """The model ``name`` of the library ``library_name`` (``torchvision`` or ``timm``) without its classifier.
+    """Return a library's model without its classifier, and the width of its features.
 
-    The size to enlarge to, if any, is found by making the model and trying it on two blank images. Pretrained weights
-    are the library's default ones. Raises :class:`ModelError` where no size will do, where the model does not have
-    an option, or where weights cannot be had.
+    The size to which images are enlarged, if necessary, is determined by running the model on two
+    blank images.
+
+    Args:
+        library_name: `torchvision` or `timm`.
+        name: Name of the model in that library.
+        shape: Shape of an image.
+        pretrained: Whether to load the library's default weights.
+        **options: Options of the model, see `OPTIONS`.
+
+    Raises:
+        ModelError: If the model accepts no size, lacks an option, or its weights cannot be loaded.
     """
-    make = _torchvision if library_name == "torchvision" else _timm
-    refusal: ModelError | None = None
-    for size in _sizes(shape):
-        seen = Shape(shape.channels, size)
+    make = _make_torchvision if library_name == "torchvision" else _make_timm
+    first_error: ModelError | None = None
+    for size in _candidate_sizes(shape):
+        model_shape = Shape(shape.channels, size)
         try:
-            model = make(name, seen, False, options)
-            width = feature_width(model, seen)
+            model = make(name, model_shape, False, options)
+            width = measure_feature_width(model, model_shape)
             break
         except InputError as error:
-            refusal = refusal or error
+            first_error = first_error or error
     else:
-        assert refusal is not None
-        raise refusal
+        assert first_error is not None
+        raise first_error
     if pretrained:
-        model = make(name, seen, True, options)
-    leave_only_dropout(model)
+        model = make(name, model_shape, True, options)
+    disable_stochastic_depth(model)
     if size != shape.size:
         enlarge = Enlarge(size=size, mode="bilinear", align_corners=False)
         model = nn.Sequential(OrderedDict(enlarge=enlarge, model=model))
     return model, width
 
 
-def _sizes(shape: Shape) -> list[tuple[int, ...]]:
-    """The image's own size, then larger ones of about its proportions: shorter side the next 8 multiples of 32."""
+def _candidate_sizes(shape: Shape) -> list[tuple[int, ...]]:
+    """Return the image's size and eight larger ones of about the same aspect ratio.
+
+    The shorter sides of the larger sizes are the next multiples of 32.
+    """
     shorter = min(shape.size)
     first = (shorter // 32 + 1) * 32
     return [shape.size] + [
-        tuple(max(32, round(side * wanted / shorter / 32) * 32) for side in shape.size)
-        for wanted in range(first, first + 8 * 32, 32)
+        tuple(max(32, round(side * target / shorter / 32) * 32) for side in shape.size)
+        for target in range(first, first + 8 * 32, 32)
     ]
 
 
-def _torchvision(
+def _make_torchvision(
     name: str, shape: Shape, pretrained: bool, options: Mapping[str, Any]
 ) -> nn.Module:
-    """torchvision's model, its first convolution replaced where the images have not 3 channels."""
-    models = library("torchvision")
+    models = import_library("torchvision")
     arguments = dict(options)
-    if name in ("googlenet", "inception_v3"):  # their auxiliary classifiers need larger images
+    # The auxiliary classifiers of these models need larger images.
+    if name in ("googlenet", "inception_v3"):
         arguments["aux_logits"] = False
         if not pretrained:
             arguments["init_weights"] = True
     patch = int(name.rpartition("_")[2]) if name.startswith("vit_") else 0
     side = shape.size[0]
-    if patch:  # these fix the image's size when made
+    # Vision transformers are built for one size of square images.
+    if patch:
         if shape.size != (side, side):
-            raise ModelError(f"takes square images only, found {shape}")
+            raise ModelError(f"expected a square image, got {shape}")
         _check_patches(shape, (patch, patch))
         arguments["image_size"] = side
     with _translate_errors(pretrained):
@@ -137,20 +152,22 @@ def _torchvision(
             model = models.get_model(name, weights=weights, progress=False, **arguments)
     replace_first_convolution(model, shape.channels, pretrained)
     if shape.channels != 3 and hasattr(model, "transform_input"):
-        model.transform_input = False  # GoogLeNet's and Inception's own colour normalisation
+        # GoogLeNet and Inception normalize the three color channels themselves.
+        model.transform_input = False
     if not remove_classifier(model):
         raise ModelError(
-            "no classifier was found in it (fc, classifier, head or heads with a Linear layer)"
+            "no classifier found; expected fc, classifier, head or heads with a Linear layer"
         )
     return model
 
 
-def _timm(name: str, shape: Shape, pretrained: bool, options: Mapping[str, Any]) -> nn.Module:
-    """timm's model with ``num_classes=0``: its features, pooled as the model does it."""
-    timm = library("timm")
+def _make_timm(name: str, shape: Shape, pretrained: bool, options: Mapping[str, Any]) -> nn.Module:
+    timm = import_library("timm")
+    # With num_classes=0 the model returns its pooled features.
     arguments = {"pretrained": pretrained, "num_classes": 0, "in_chans": shape.channels, **options}
     with _translate_errors(pretrained):
-        try:  # transformers are made for one image size, convolutional networks refuse the argument
+        # Transformers are built for one image size; convolutional networks reject the argument.
+        try:
             model = timm.create_model(name, img_size=shape.size, **arguments)
         except TypeError as error:
             if "img_size" not in str(error):
@@ -160,19 +177,19 @@ def _timm(name: str, shape: Shape, pretrained: bool, options: Mapping[str, Any])
         (module for module in model.modules() if isinstance(module, timm.layers.PatchEmbed)), None
     )
     if patches is not None and not patches.dynamic_img_pad:
-        # timm would leave the pixels beyond the last whole patch unread
+        # timm would ignore the pixels beyond the last whole patch.
         _check_patches(shape, patches.patch_size)
     return model
 
 
 def _check_patches(shape: Shape, patch: tuple[int, int]) -> None:
     if any(side % p for side, p in zip(shape.size, patch, strict=True)):
-        raise InputError(f"cannot take {shape}: its patches are {patch[0]}x{patch[1]}")
+        raise InputError(f"expected multiples of the patch size {patch[0]}x{patch[1]}, got {shape}")
 
 
 @contextlib.contextmanager
 def _translate_errors(pretrained: bool) -> Iterator[None]:
-    """Words what the library raises; mutes what is printed while weights are downloaded."""
+    """Convert the library's errors and silence its output while weights are downloaded."""
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
     try:
@@ -182,27 +199,30 @@ def _translate_errors(pretrained: bool) -> Iterator[None]:
         hub.setLevel(logging.ERROR)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield
-    except Exception as error:  # building and downloading raise the errors of several libraries
+    # Building and downloading raise the errors of several libraries.
+    except Exception as error:
         if pretrained:
             raise ModelError(
-                f"the pretrained weights could not be had: {one_line(error)}"
+                f"pretrained: cannot load the pretrained weights: {one_line(error)}"
             ) from error
-        # an argument that the model has not
-        kind = ModelError if isinstance(error, TypeError) else InputError
-        raise kind(f"could not be made: {one_line(error)}") from error
+        # A TypeError means that the model lacks one of the arguments, whatever the image size.
+        error_type = ModelError if isinstance(error, TypeError) else InputError
+        raise error_type(f"cannot create the model: {one_line(error)}") from error
     finally:
         hub.setLevel(level)
 
 
-# What is changed in another library's model to make a backbone of it: its ends, and its random
-# draws.
-
-
 def replace_first_convolution(model: nn.Module, channels: int, pretrained: bool) -> None:
-    """Lets a model for RGB take ``channels`` input channels, in place.
+    """Change the number of input channels of an RGB model in place.
 
-    Pretrained weights are kept as timm does it: summed over the colours for one channel, else repeated and scaled by
-    3/channels, so that grey images excite the layer as before. New weights are drawn with the old ones' deviation.
+    Pretrained weights are adapted as in timm: summed over the colors for one channel, otherwise
+    repeated and scaled by 3 / channels, which preserves the activations of gray images. Other
+    weights are drawn with the standard deviation of the old ones.
+
+    Args:
+        model: A model with three input channels.
+        channels: The new number of input channels.
+        pretrained: Whether the weights are pretrained.
     """
     path, old = next((p, m) for p, m in model.named_modules() if isinstance(m, nn.Conv2d))
     if old.in_channels == channels:
@@ -231,28 +251,37 @@ def replace_first_convolution(model: nn.Module, channels: int, pretrained: bool)
 
 
 def remove_classifier(model: nn.Module) -> bool:
-    """Puts Identity for the classifier's last Linear (SqueezeNet's last layer is a 1x1 convolution).
+    """Replace the last linear layer of the classifier by the identity.
 
-    The classifier is looked for under ``fc``, ``classifier``, ``head`` and ``heads``; False if there is none.
+    The classifier is the submodule `fc`, `classifier`, `head` or `heads`. If it has no linear
+    layer, its last convolution is replaced (SqueezeNet ends with a 1x1 convolution).
+
+    Returns:
+        Whether a classifier was found.
     """
     for part in ("fc", "classifier", "head", "heads"):
         if not isinstance(getattr(model, part, None), nn.Module):
             continue
         inside = list(model.get_submodule(part).named_modules(prefix=part))
-        for kind in (nn.Linear, nn.Conv2d):
-            if paths := [path for path, module in inside if isinstance(module, kind)]:
+        for layer_type in (nn.Linear, nn.Conv2d):
+            if paths := [path for path, module in inside if isinstance(module, layer_type)]:
                 _replace(model, paths[-1], nn.Identity())
                 return True
     return False
 
 
-def leave_only_dropout(model: nn.Module) -> None:
-    """Turns stochastic depth off and dropout out of place, so that ``F.dropout`` is all that draws in training."""
+def disable_stochastic_depth(model: nn.Module) -> None:
+    """Disable stochastic depth and in-place dropout.
+
+    Afterwards `F.dropout` is the only operation that draws random numbers in training.
+    """
     for module in model.modules():
-        kind = type(module).__name__
-        if kind == "StochasticDepth":  # torchvision's
+        class_name = type(module).__name__
+        # torchvision
+        if class_name == "StochasticDepth":
             module.p = 0.0  # type: ignore[assignment]
-        elif kind == "DropPath":  # timm's
+        # timm
+        elif class_name == "DropPath":
             module.drop_prob = 0.0  # type: ignore[assignment]
         elif isinstance(module, nn.modules.dropout._DropoutNd):
             module.inplace = False

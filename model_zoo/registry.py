@@ -1,4 +1,4 @@
-"""Models by name: the table of models, their options, groups, and `create_model`."""
+"""The registry of models by name: their options, groups of models, and `create_model`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ from typing import Any
 
 from model_zoo import external, user_models
 from model_zoo.backbones import cnn, multimodal, resnet, sequence, tabular, text, transformer
-from model_zoo.errors import InputError, ModelError, nearest
+from model_zoo.errors import InputError, ModelError, suggest_names
 from model_zoo.external import external_backbone
 from model_zoo.shapes import KINDS, Kind, Shape, is_integer, make_shape
 from model_zoo.split_model import Body, SplitModel, assemble
 
-# The table of this package's own models, and the checks of their options.
-
 IMAGE: tuple[Kind, ...] = ("image",)
 SEQUENCE: tuple[Kind, ...] = ("series", "image")
 TOKENS: tuple[Kind, ...] = ("tokens",)
-NAMES: dict[Kind, str] = {
+KIND_NAMES: dict[Kind, str] = {
     "table": "table rows",
     "series": "series",
     "image": "images",
@@ -31,22 +29,27 @@ NAMES: dict[Kind, str] = {
 
 
 @dataclass(frozen=True)
-class CatalogueEntry:
-    """One model: its builder, what kinds of example it takes, and the options that its name settles.
+class CatalogEntry:
+    """A model of this package.
 
-    ``build(shape, *, option=default, …)`` gives the backbone and its width. ``smallest`` is the least height and width
-    of an image in pixels. A builder with an argument ``pretrained`` has pretrained weights.
+    Attributes:
+        summary: One line about the architecture.
+        build: `build(shape, *, option=default, …)` returns the backbone and its width. A builder
+            with the argument `pretrained` has pretrained weights.
+        kinds: Kinds of examples that the model accepts.
+        min_size: Minimum height and width of an image in pixels.
+        fixed: Options that the name of the model determines.
     """
 
     summary: str
     build: Callable[..., Body]
     kinds: tuple[Kind, ...] = KINDS
-    smallest: int = 1
+    min_size: int = 1
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def options(self) -> dict[str, Any]:
-        """What remains to be chosen, with the defaults."""
+        """Options that the user may set, with their defaults."""
         parameters = inspect.signature(self.build).parameters.values()
         keywords = {
             p.name: p.default
@@ -57,19 +60,21 @@ class CatalogueEntry:
 
     @property
     def has_weights(self) -> bool:
+        """Whether pretrained weights exist."""
         return "pretrained" in inspect.signature(self.build).parameters
 
     def check_shape(self, shape: Shape) -> None:
+        """Raise InputError if the model does not accept examples of this shape."""
         if shape.kind not in self.kinds:
-            takes = " or ".join(NAMES[k] for k in self.kinds)
-            raise InputError(f"takes {takes}, found {shape}")
-        if shape.kind == "image" and min(shape.size) < self.smallest:
+            expected = " or ".join(KIND_NAMES[k] for k in self.kinds)
+            raise InputError(f"expected {expected}, got {shape}")
+        if shape.kind == "image" and min(shape.size) < self.min_size:
             raise InputError(
-                f"needs at least {self.smallest}x{self.smallest} pixels, found {shape}"
+                f"expected at least {self.min_size}x{self.min_size} pixels, got {shape}"
             )
 
     def check_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The values of ``options``, each checked against its option's default; lists become tuples."""
+        """Return valid options with lists converted to tuples; raise ModelError for others."""
         hints = typing.get_type_hints(self.build)
         return {
             name: check_value(name, value, self.options[name], hints[name])
@@ -78,83 +83,97 @@ class CatalogueEntry:
 
 
 def check_value(name: str, value: Any, default: Any, hint: Any = None) -> Any:
-    """``value``, if it fits: whole numbers, dropout rates (the only fractions), lists of whole numbers, choices."""
+    """Return the value of an option if it is valid.
+
+    The type of the default determines which values are valid: an integer of at least 1, a tuple of
+    these, a dropout rate, or one of several names.
+
+    Args:
+        name: Name of the option, for the error message.
+        value: The value to check.
+        default: Default of the option.
+        hint: Type hint of the option, which lists the valid names.
+
+    Raises:
+        ModelError: If the value is not valid.
+    """
     if hint == multimodal.Blocks:
-        return multimodal.checked_blocks(value)
+        return multimodal.validate_blocks(value)
     if isinstance(default, str):
         if value not in (choices := typing.get_args(hint)):
-            raise ModelError(f"option {name}: found {value!r}, it is one of {', '.join(choices)}")
+            raise ModelError(f"option {name}: expected one of {', '.join(choices)}, got {value!r}")
         return value
     if isinstance(default, float):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-            raise ModelError(
-                f"option {name}: found {value!r}, a number from 0 to below 1 is needed"
-            )
+            raise ModelError(f"option {name}: expected a number in [0, 1), got {value!r}")
         return float(value)
     if isinstance(default, tuple):
-        several = (
-            list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-        )
-        if not several or not all(is_integer(v) for v in several):
-            raise ModelError(
-                f"option {name}: found {value!r}, a list of whole numbers of at least 1 is needed"
-            )
-        return tuple(int(v) for v in several)
+        return _check_integers(name, value)
     if not is_integer(value):
-        raise ModelError(f"option {name}: found {value!r}, a whole number of at least 1 is needed")
+        raise ModelError(f"option {name}: expected an integer >= 1, got {value!r}")
     return int(value)
+
+
+def _check_integers(name: str, value: Any) -> tuple[int, ...]:
+    integers = (
+        list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    )
+    if not integers or not all(is_integer(v) for v in integers):
+        raise ModelError(f"option {name}: expected a list of integers >= 1, got {value!r}")
+    return tuple(int(v) for v in integers)
 
 
 def _resnet18(shape: Shape, *, pretrained: bool = False) -> Body:
     return external_backbone("torchvision", "resnet18", shape, pretrained=pretrained)
 
 
-def _cnn(norm: str, width: int, size: str) -> CatalogueEntry:
-    text = f"the three-block CNN, {size}: {width}-{2 * width}-{4 * width} channels, {norm.capitalize()}Norm"
-    return CatalogueEntry(text, cnn.cnn, IMAGE, 4, {"width": width, "norm": norm})
+def _cnn(norm: str, width: int, size: str) -> CatalogEntry:
+    channels = f"{width}-{2 * width}-{4 * width} channels"
+    text = f"three-block CNN, {size}: {channels}, {norm.capitalize()}Norm"
+    return CatalogEntry(text, cnn.cnn, IMAGE, 4, {"width": width, "norm": norm})
 
 
-def _imagenet_resnet(widths: tuple[int, ...]) -> CatalogueEntry:
-    text = f"ImageNet stem, one block a stage ({'-'.join(map(str, widths))}), as in HtFLlib"
+def _imagenet_resnet(widths: tuple[int, ...]) -> CatalogEntry:
+    text = f"ImageNet stem, one block per stage ({'-'.join(map(str, widths))}), as in HtFLlib"
     fixed = {"widths": widths, "blocks": (1,) * len(widths), "stem": "imagenet"}
-    return CatalogueEntry(text, resnet.resnet, IMAGE, fixed=fixed)
+    return CatalogEntry(text, resnet.resnet, IMAGE, fixed=fixed)
 
 
 _SMALL = {"widths": (16, 32, 64), "stem": "small"}
 
-MODELS: dict[str, CatalogueEntry] = {
-    "linear": CatalogueEntry("logistic regression on the flattened input", tabular.linear),
-    "mlp": CatalogueEntry("multi-layer perceptron with ReLU", tabular.mlp),
-    "tabular": CatalogueEntry(
+MODELS: dict[str, CatalogEntry] = {
+    "linear": CatalogEntry("logistic regression on the flattened input", tabular.linear),
+    "mlp": CatalogEntry("multi-layer perceptron with ReLU", tabular.mlp),
+    "tabular": CatalogEntry(
         "residual network for table rows (Gorishniy et al., 2021)", tabular.tabular, ("table",)
     ),
-    "wide_deep": CatalogueEntry(
-        "linear on crossed columns beside a perceptron (Cheng et al., 2016)",
+    "wide_deep": CatalogEntry(
+        "linear model on crossed columns and perceptron (Cheng et al., 2016)",
         tabular.wide_deep,
         ("table",),
     ),
-    "ft_transformer": CatalogueEntry(
+    "ft_transformer": CatalogEntry(
         "transformer over columns (Gorishniy et al., 2021)", tabular.ft_transformer, ("table",)
     ),
-    "lenet": CatalogueEntry(
+    "lenet": CatalogEntry(
         "LeNet-5 with ReLU and max pooling (LeCun et al., 1998)", cnn.lenet, IMAGE, 12
     ),
-    "fedavg_cnn": CatalogueEntry(
+    "fedavg_cnn": CatalogEntry(
         "two 5x5 convolutions and 512 units (McMahan et al., 2017)", cnn.fedavg_cnn, IMAGE, 4
     ),
-    "niid_cnn": CatalogueEntry(
-        "LeNet without padding, of NIID-Bench (Li et al., 2022)", cnn.niid_cnn, IMAGE, 16
+    "niid_cnn": CatalogEntry(
+        "LeNet without padding, as in NIID-Bench (Li et al., 2022)", cnn.niid_cnn, IMAGE, 16
     ),
-    "fedproto_cnn": CatalogueEntry(
+    "fedproto_cnn": CatalogEntry(
         "two 5x5 convolutions with dropout, and 50 units (Tan et al., 2022)",
         cnn.fedproto_cnn,
         IMAGE,
         16,
     ),
-    "fedgen_cnn": CatalogueEntry(
+    "fedgen_cnn": CatalogEntry(
         "two strided 3x3 convolutions, 32 features (Zhu et al., 2021)", cnn.fedgen_cnn, IMAGE
     ),
-    "cnn": CatalogueEntry(
+    "cnn": CatalogEntry(
         "three 3x3 convolutions of any width, with BatchNorm, GroupNorm or none", cnn.cnn, IMAGE, 4
     ),
     "cnn_bn_small": _cnn("batch", 8, "small"),
@@ -163,65 +182,64 @@ MODELS: dict[str, CatalogueEntry] = {
     "cnn_gn_small": _cnn("group", 8, "small"),
     "cnn_gn_medium": _cnn("group", 16, "medium"),
     "cnn_gn_large": _cnn("group", 32, "large"),
-    "resnet": CatalogueEntry(
-        "a residual network of any widths and blocks (He et al., 2016)", resnet.resnet, IMAGE
+    "resnet": CatalogEntry(
+        "residual network of any widths and depths (He et al., 2016)", resnet.resnet, IMAGE
     ),
-    "resnet8": CatalogueEntry(
-        "16-32-64 channels, one block a stage (FedDF's)",
+    "resnet8": CatalogEntry(
+        "16-32-64 channels, one block per stage, as in FedDF",
         resnet.resnet,
         IMAGE,
         fixed={**_SMALL, "blocks": (1, 1, 1)},
     ),
-    "resnet20": CatalogueEntry(
-        "16-32-64 channels, three blocks a stage (CIFAR form of He et al., 2016; option B shortcuts)",
+    "resnet20": CatalogEntry(
+        "16-32-64 channels, three blocks per stage (He et al., 2016, for CIFAR; B shortcuts)",
         resnet.resnet,
         IMAGE,
         fixed={**_SMALL, "blocks": (3, 3, 3)},
     ),
-    "resnet18_small": CatalogueEntry(
+    "resnet18_small": CatalogEntry(
         "ResNet-18 with a 3x3 stem and no pooling, for small images",
         resnet.resnet,
         IMAGE,
         fixed={"widths": (64, 128, 256, 512), "blocks": (2, 2, 2, 2), "stem": "small"},
     ),
-    "resnet18": CatalogueEntry("torchvision's ResNet-18, with its ImageNet stem", _resnet18, IMAGE),
+    "resnet18": CatalogEntry("ResNet-18 of torchvision with the ImageNet stem", _resnet18, IMAGE),
     "resnet4_imagenet": _imagenet_resnet((64,)),
     "resnet6_imagenet": _imagenet_resnet((64, 128)),
     "resnet8_imagenet": _imagenet_resnet((64, 128, 256)),
     "resnet10_imagenet": _imagenet_resnet((64, 128, 256, 512)),
-    "gru": CatalogueEntry("gated recurrent units; images row by row", sequence.gru, SEQUENCE),
-    "lstm": CatalogueEntry("long short-term memory; images row by row", sequence.lstm, SEQUENCE),
-    "transformer": CatalogueEntry(
+    "gru": CatalogEntry("gated recurrent units; images row by row", sequence.gru, SEQUENCE),
+    "lstm": CatalogEntry("long short-term memory; images row by row", sequence.lstm, SEQUENCE),
+    "transformer": CatalogEntry(
         "small transformer encoder; images row by row", sequence.transformer, SEQUENCE
     ),
-    "cnn1d": CatalogueEntry(
+    "cnn1d": CatalogEntry(
         "dilated residual convolutions along a series; images row by row", sequence.cnn1d, SEQUENCE
     ),
-    "multimodal": CatalogueEntry(
-        "a branch for each block of a row, and a fusion that knows which are there",
+    "multimodal": CatalogEntry(
+        "one branch per block of a row, and a fusion that handles missing blocks",
         multimodal.multimodal,
     ),
-    "vit": CatalogueEntry(
+    "vit": CatalogEntry(
         "small vision transformer (Dosovitskiy et al., 2021)", transformer.vit, IMAGE
     ),
-    "text_gru": CatalogueEntry("embedded words under gated recurrent units", text.text_gru, TOKENS),
-    "text_cnn": CatalogueEntry(
+    "text_gru": CatalogEntry("embedded words under gated recurrent units", text.text_gru, TOKENS),
+    "text_cnn": CatalogEntry(
         "embedded words under causal convolutions (Bai et al., 2018)", text.text_cnn, TOKENS
     ),
-    "text_transformer": CatalogueEntry(
+    "text_transformer": CatalogEntry(
         "embedded words under a small transformer", text.text_transformer, TOKENS
     ),
 }
 
 
-# Named groups of models, to be dealt out to clients in turn.
+# Groups of models for federations with heterogeneous clients.
 #
-# HtFLlib's groups (github.com/TsingZ0/HtFLlib, ``system/main.py``: HtFE2 … HtFE9 and HtM10, there
-# also called HtFE-img-2 …; Zhang et al., FedTGP, AAAI 2024) are given with this package's models.
-# Three differences: ``fedavg_cnn`` pads its convolutions (McMahan et al., 2017), HtFLlib's does
-# not; ``mobilenet_v2`` is torchvision's; and a common feature width is a projection here
-# (``feature_dim=512``) where HtFLlib pools the features to it. HtM10's vision transformers need
-# images whose sides are multiples of 32, as in HtFLlib.
+# The HtFE and HtM groups follow HtFLlib (github.com/TsingZ0/HtFLlib, `system/main.py`, also named
+# HtFE-img-2 …; Zhang et al., FedTGP, AAAI 2024) with three differences: `fedavg_cnn` pads its
+# convolutions (McMahan et al., 2017), `mobilenet_v2` comes from torchvision, and a common feature
+# width is obtained by a projection (`feature_dim=512`) instead of pooling. As in HtFLlib, the
+# vision transformers of HtM10 need images whose sides are multiples of 32.
 
 _DEEP = [f"torchvision:resnet{depth}" for depth in (18, 34, 50, 101, 152)]
 _HTFE8 = ["fedavg_cnn", "torchvision:googlenet", "torchvision:mobilenet_v2", *_DEEP]
@@ -247,35 +265,57 @@ GROUPS: dict[str, list[str]] = {
 
 
 def list_groups() -> list[str]:
-    """Names of all groups."""
+    """Return the names of all groups of models.
+
+    Example:
+        >>> from model_zoo import list_groups
+        >>> list_groups()[:3]
+        ['cnn_pair', 'cnn_trio', 'resnet_family']
+    """
     return list(GROUPS)
 
 
 def group_models(name: str) -> list[str]:
-    """The models of a group, in order. Raises :class:`ModelError` with the nearest name where there is none."""
+    """Return the names of the models of a group.
+
+    Raises:
+        ModelError: If there is no group of this name.
+
+    Example:
+        >>> from model_zoo import group_models
+        >>> group_models("resnet_family")
+        ['resnet8', 'resnet20', 'resnet18_small']
+    """
     if name not in GROUPS:
-        raise ModelError(f"group {name}: no such group{nearest(str(name), GROUPS)}")
+        raise ModelError(f"group {name}: unknown group{suggest_names(str(name), GROUPS)}")
     return list(GROUPS[name])
 
-
-# Models by name: what there is, what options each takes, and :func:`create_model`.
 
 EXTERNAL = tuple(external.OPTIONS)
 PREFIXES = (*EXTERNAL, "python")
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names that match ``pattern`` (``*``, ``?``, ``[…]``), sorted.
+    """Return the sorted names of the models that match a pattern.
 
-    This package's own models; for a pattern that begins with ``timm:`` or ``torchvision:``, that library's, with
-    the prefix. Every name listed can be given to :func:`create_model`.
+    Args:
+        pattern: Shell-style pattern (`*`, `?`, `[…]`). A pattern that begins with `timm:` or
+            `torchvision:` lists the models of that library, with the prefix.
+
+    Raises:
+        ModelError: If the pattern begins with another prefix or the library is not installed.
+
+    Example:
+        >>> from model_zoo import list_models
+        >>> list_models("resnet18*")
+        ['resnet18', 'resnet18_small']
     """
     prefix, colon, rest = pattern.partition(":")
     if not colon:
         return sorted(name for name in MODELS if fnmatchcase(name, pattern))
     if prefix not in EXTERNAL:
         raise ModelError(
-            f"pattern {pattern}: models can be listed for {' and '.join(EXTERNAL)}, not for {prefix}"
+            f"pattern {pattern}: unknown prefix '{prefix}'; choose from {', '.join(EXTERNAL)}"
         )
     return sorted(
         f"{prefix}:{name}" for name in external.model_names(prefix) if fnmatchcase(name, rest)
@@ -283,19 +323,38 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def model_options(name: str) -> dict[str, Any]:
-    """The options that ``create_model(name, …)`` takes as keywords, with their defaults.
+    """Return the options of a model, which `create_model` accepts as keywords, with their defaults.
 
-    For a ``timm:`` or ``torchvision:`` model None stands for the model's own default, for a user's own for a value
-    that must be given. Raises :class:`ModelError` for an unknown name.
+    None represents the library's default for `timm:` and `torchvision:` models, and a required
+    option for `python:` models.
+
+    Raises:
+        ModelError: If the model does not exist.
+
+    Example:
+        >>> from model_zoo import model_options
+        >>> model_options("transformer")
+        {'width': 64, 'depth': 2, 'heads': 4, 'dropout': 0.0}
     """
     with _prefix_errors(name):
-        return _known_options(name)[0]
+        return _find_options(name)[0]
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Raises :class:`ModelError`, in one line, where ``name`` or an option is unknown or a value is out of range."""
+    """Check the name and the options of a model without creating it.
+
+    Raises:
+        ModelError: If the name or an option is unknown, or a value is not valid.
+
+    Example:
+        >>> from model_zoo import check_options
+        >>> check_options("cnn", {"width": 8, "norm": "group"})
+        >>> check_options("cnn", {"width": 0})
+        Traceback (most recent call last):
+        model_zoo.errors.ModelError: model cnn: option width: expected an integer >= 1, got 0
+    """
     with _prefix_errors(name):
-        _checked_options(name, options)
+        _validate_options(name, options)
 
 
 def create_model(
@@ -309,36 +368,49 @@ def create_model(
     vocabulary: int | None = None,
     **options: Any,
 ) -> SplitModel:
-    """Makes a model that is a backbone under a head.
+    """Create a model that consists of a backbone and a head.
+
+    The initial weights are drawn from PyTorch's global random number generator.
 
     Args:
-        name: one of :func:`list_models`; or ``torchvision:NAME``, ``timm:NAME``, or ``python:package.module:Class`` for
-            one's own.
-        num_classes: width of the logits, at least 1.
-        in_channels: channels of an image or series, columns of a table row.
-        input_size: S for images of S x S pixels, (H, W) for images, (L,) for series of length L, () for table rows.
-            The model then takes x of shape [B, in_channels, *input_size].
-        feature_dim: the common width of the features. Where the backbone has another width, a projection
-            (Linear, then ReLU) ends it; None leaves the backbone's own width.
-        pretrained: start from the library's published weights (torchvision's, timm's, and ``resnet18``).
-        vocabulary: how many different tokens there are, for models of text. ``input_size`` is then (L,), and the model takes
-            x of whole numbers [B, L] from 0 (no word: shorter texts are filled up with it from the left) to below it.
-        options: the model's own, see :func:`model_options`.
-
-    The initial weights come from torch's global generator, as every module's do: for weights that depend on a seed
-    alone, call it under ``torch.random.fork_rng()`` and ``torch.manual_seed(seed)``.
+        name: A name returned by `list_models`, `torchvision:NAME`, `timm:NAME`, or
+            `python:package.module:Class` for a user-defined model.
+        num_classes: Number of outputs, at least 1.
+        in_channels: Channels of an image or series, or columns of a table row.
+        input_size: `S` for images of S x S pixels, `(H, W)` for images, `(L,)` for series of
+            length L, `()` for table rows. The model accepts inputs of shape
+            `[B, in_channels, *input_size]`.
+        feature_dim: Width of the features. If the backbone has another width, it ends with a
+            projection (linear layer and ReLU) to this width. None keeps the backbone's width.
+        pretrained: Whether to load published weights (`resnet18`, torchvision and timm).
+        vocabulary: Number of different tokens, for text models. `input_size` is `(L,)`, and the
+            model accepts int64 inputs of shape `[B, L]` in `[0, vocabulary)`; 0 is the padding,
+            which precedes shorter texts.
+        **options: Options of the model, see `model_options`.
 
     Raises:
-        ModelError: one line, for anything that cannot be made as asked.
+        ModelError: If the model cannot be created.
+
+    Example:
+        >>> import torch
+        >>> from model_zoo import create_model
+        >>> model = create_model("resnet8", num_classes=10, in_channels=3, input_size=32)
+        >>> model(torch.rand(4, 3, 32, 32)).logits.shape
+        torch.Size([4, 10])
+        >>> model = create_model("mlp", num_classes=2, in_channels=7, input_size=(), hidden=[32])
+        >>> model.feature_dim
+        32
     """
     with _prefix_errors(name):
         shape = make_shape(in_channels, input_size, vocabulary)
-        return _create(name, num_classes, shape, feature_dim, pretrained, options)
+        return _create(
+            name, num_classes, shape, feature_dim, pretrained=pretrained, options=options
+        )
 
 
 @contextmanager
 def _prefix_errors(name: str) -> Iterator[None]:
-    """Puts the model's name before the message."""
+    """Prepend the model's name to the messages of errors."""
     try:
         yield
     except ModelError as error:
@@ -350,60 +422,67 @@ def _create(
     num_classes: int,
     shape: Shape,
     feature_dim: int | None,
+    *,
     pretrained: bool,
     options: Mapping[str, Any],
 ) -> SplitModel:
-    given = _checked_options(name, options)
+    valid_options = _validate_options(name, options)
     for argument, value in (("num_classes", num_classes), ("feature_dim", feature_dim)):
         if not is_integer(value) and not (argument == "feature_dim" and value is None):
-            raise ModelError(f"{argument}: found {value!r}, a whole number of at least 1 is needed")
+            raise ModelError(f"{argument}: expected an integer >= 1, got {value!r}")
     prefix, _, rest = name.partition(":")
     if prefix == "python":
-        return user_models.build(rest, shape, num_classes, feature_dim, pretrained, given)
+        return user_models.build(
+            rest, shape, num_classes, feature_dim, pretrained=pretrained, options=valid_options
+        )
     if prefix in EXTERNAL:
         if shape.kind != "image":
-            raise InputError(f"takes images, found {shape}")
-        body = external.external_backbone(prefix, rest, shape, pretrained=pretrained, **given)
+            raise InputError(f"expected images, got {shape}")
+        body = external.external_backbone(
+            prefix, rest, shape, pretrained=pretrained, **valid_options
+        )
         return assemble(body, num_classes, feature_dim)
     entry = MODELS[name]
     entry.check_shape(shape)
     if pretrained and not entry.has_weights:
-        having = [model for model, e in MODELS.items() if e.has_weights]
+        pretrained_models = [model for model, e in MODELS.items() if e.has_weights]
         raise ModelError(
-            f"pretrained: it has no published weights; {', '.join(having)}, torchvision: and timm: have"
+            "pretrained: the model has no published weights; choose "
+            f"{', '.join(pretrained_models)} or a model of torchvision or timm"
         )
     if entry.has_weights:
-        given["pretrained"] = pretrained
-    return assemble(entry.build(shape, **entry.fixed, **given), num_classes, feature_dim)
+        valid_options["pretrained"] = pretrained
+    return assemble(entry.build(shape, **entry.fixed, **valid_options), num_classes, feature_dim)
 
 
-def _known_options(name: str) -> tuple[dict[str, Any], bool]:
-    """The options of ``name``, and whether it takes any others too. Raises :class:`ModelError` for no such model."""
+def _find_options(name: str) -> tuple[dict[str, Any], bool]:
+    """Return the options of a model and whether it accepts any others."""
     if not isinstance(name, str):
-        raise ModelError("a name is needed")
+        raise ModelError("expected a name")
     prefix, colon, rest = name.partition(":")
     if prefix == "python" and colon:
-        return user_models.options(user_models.load(rest))
+        return user_models.inspect_options(user_models.load(rest))
     if prefix in EXTERNAL and colon:
         if not external.is_known(prefix, rest):
-            near = nearest(rest, external.model_names(prefix), f"{prefix}:")
-            raise ModelError(f"{prefix} has no such image classifier{near}")
+            hint = suggest_names(rest, external.model_names(prefix), f"{prefix}:")
+            raise ModelError(f"unknown image classifier of {prefix}{hint}")
         return dict(external.OPTIONS[prefix]), False
     if colon:
-        raise ModelError(
-            f"no such prefix{nearest(prefix, PREFIXES)}; there are {', '.join(PREFIXES)}"
-        )
+        hint = suggest_names(prefix, PREFIXES) or f"; choose from {', '.join(PREFIXES)}"
+        raise ModelError(f"unknown prefix '{prefix}'{hint}")
     if name not in MODELS:
-        raise ModelError(f"no such model{nearest(name, MODELS)}")
+        hint = suggest_names(name, MODELS) or "; choose from model_zoo.list_models()"
+        raise ModelError(f"unknown model{hint}")
     return MODELS[name].options, False
 
 
-def _checked_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    known, takes_any = _known_options(name)
+def _validate_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    known, accepts_any = _find_options(name)
     for option in options:
-        if option not in known and not takes_any:
-            takes = f"it takes {', '.join(known)}" if known else "it takes none"
-            raise ModelError(f"unknown option {option}{nearest(option, known)}; {takes}")
+        if option not in known and not accepts_any:
+            choices = f"choose from {', '.join(known)}" if known else "the model has no options"
+            hint = suggest_names(option, known) or f"; {choices}"
+            raise ModelError(f"unknown option '{option}'{hint}")
     if name in MODELS:
         return MODELS[name].check_options(options)
     if name.startswith("python:"):

@@ -1,4 +1,4 @@
-"""What one example looks like: an image, a series, a row of a table, or tokens."""
+"""The shape of one example: an image, a series, a table row, or tokens."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ import torch
 from model_zoo.errors import ModelError
 
 Kind = Literal["table", "series", "image", "tokens"]
-# of numbers, by the number of dimensions beside the channels
+# Kinds of numeric examples; the index is the number of dimensions besides the channels.
 KINDS: tuple[Kind, ...] = ("table", "series", "image")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """An example's shape ``(channels, *size)``: size ``()`` a table row, ``(L,)`` a series, ``(H, W)`` an image.
+    """The shape of one example.
 
-    With a ``vocabulary`` it is ``(L,)`` tokens, whole numbers from 0 to below the vocabulary's size.
+    Attributes:
+        channels: Channels of an image or series, columns of a table row, 1 for tokens.
+        size: `()` for a table row, `(L,)` for a series or tokens, `(H, W)` for an image.
+        vocabulary: Number of different tokens; None for numeric examples.
     """
 
     channels: int
@@ -30,32 +33,39 @@ class Shape:
 
     @property
     def kind(self) -> Kind:
+        """The kind of example that has this shape."""
         return KINDS[len(self.size)] if self.vocabulary is None else "tokens"
 
     @property
-    def words(self) -> int:
-        """Size of the vocabulary; 0 where there is none."""
+    def vocabulary_size(self) -> int:
+        """Number of different tokens, 0 for numeric examples."""
         return self.vocabulary or 0
 
     @property
-    def numbers(self) -> int:
-        """How many numbers an example has."""
+    def num_values(self) -> int:
+        """Number of values in an example."""
         return self.channels * math.prod(self.size)
 
     @property
     def steps(self) -> tuple[int, int]:
-        """(number of steps, width of a step) when read as a sequence: an image row by row, a series point by point."""
+        """Number of steps and width of a step of the example as a sequence.
+
+        An image is a sequence of rows, a series a sequence of points.
+        """
         return self.size[0], self.channels * math.prod(self.size[1:])
 
-    def blank(self, n: int) -> torch.Tensor:
-        """A batch of ``n`` examples of nothing but noughts: [n, channels, *size]; tokens [n, L], int64."""
+    def blank(self, batch_size: int) -> torch.Tensor:
+        """Return a batch of zeros.
+
+        Its shape is `[batch_size, channels, *size]`, or `[batch_size, L]` (int64) for tokens.
+        """
         if self.vocabulary is not None:
-            return torch.zeros(n, *self.size, dtype=torch.int64)
-        return torch.zeros(n, self.channels, *self.size)
+            return torch.zeros(batch_size, *self.size, dtype=torch.int64)
+        return torch.zeros(batch_size, self.channels, *self.size)
 
     def __str__(self) -> str:
         if self.kind == "tokens":
-            return f"a text of {self.size[0]} tokens (of a vocabulary of {self.vocabulary})"
+            return f"a text of {self.size[0]} tokens (vocabulary of {self.vocabulary})"
         if self.kind == "table":
             return f"a table row of {self.channels} columns"
         if self.kind == "series":
@@ -63,42 +73,48 @@ class Shape:
         return f"an image of {self.size[0]}x{self.size[1]} pixels ({self.channels} channels)"
 
 
-def is_integer(value: Any, least: int = 1) -> bool:
-    """Is ``value`` a whole number of at least ``least``? (True and False are not numbers here.)"""
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+def is_integer(value: Any, minimum: int = 1) -> bool:
+    """Return whether `value` is an integer of at least `minimum`; booleans are not integers."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= minimum
 
 
 def make_shape(
     in_channels: int, input_size: int | Sequence[int], vocabulary: int | None = None
 ) -> Shape:
-    """Checks all and gives the :class:`Shape`. Raises :class:`ModelError`."""
+    """Return the shape of an example after checking the arguments.
+
+    Args:
+        in_channels: See `create_model`.
+        input_size: See `create_model`.
+        vocabulary: See `create_model`.
+
+    Raises:
+        ModelError: If an argument is not valid.
+    """
     if vocabulary is not None:
-        return _tokens(in_channels, input_size, vocabulary)
+        return _make_token_shape(in_channels, input_size, vocabulary)
     if not is_integer(in_channels):
-        raise ModelError(
-            f"in_channels: found {in_channels!r}, a whole number of at least 1 is needed"
-        )
+        raise ModelError(f"in_channels: expected an integer >= 1, got {in_channels!r}")
     if is_integer(input_size):
         return Shape(int(in_channels), (int(input_size),) * 2)  # type: ignore[arg-type]
     listed = isinstance(input_size, Sequence) and not isinstance(input_size, str)
     if not listed or len(input_size) > 2 or not all(is_integer(s) for s in input_size):  # type: ignore[arg-type, union-attr]
         raise ModelError(
-            f"input_size: found {input_size!r}; give S or (H, W) for an image, (L,) for a series, () for a table row"
+            "input_size: expected S or (H, W) for an image, (L,) for a series or () for a table "
+            f"row, got {input_size!r}"
         )
     return Shape(int(in_channels), tuple(int(s) for s in input_size))  # type: ignore[union-attr]
 
 
-def _tokens(in_channels: int, input_size: int | Sequence[int], vocabulary: int) -> Shape:
+def _make_token_shape(in_channels: int, input_size: int | Sequence[int], vocabulary: int) -> Shape:
     if not is_integer(vocabulary, 2):
-        raise ModelError(
-            f"vocabulary: found {vocabulary!r}, a whole number of at least 2 is needed"
-        )
+        raise ModelError(f"vocabulary: expected an integer >= 2, got {vocabulary!r}")
     if (
         not isinstance(input_size, Sequence)
         or len(input_size) != 1
         or not is_integer(input_size[0])
     ):
-        raise ModelError(f"input_size: found {input_size!r}; give (L,) for texts of L tokens")
+        raise ModelError(f"input_size: expected (L,) for texts of L tokens, got {input_size!r}")
     if in_channels != 1:
-        raise ModelError(f"in_channels: found {in_channels!r}; tokens have 1")
+        raise ModelError(f"in_channels: expected 1 for tokens, got {in_channels!r}")
     return Shape(1, (int(input_size[0]),), int(vocabulary))

@@ -1,4 +1,4 @@
-"""A model in two parts that can be taken apart: a backbone (input to features) and a head (features to logits)."""
+"""Models that consist of a backbone (input to features) and a head (features to logits)."""
 
 from __future__ import annotations
 
@@ -7,28 +7,59 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from model_zoo.errors import InputError, ModelError, one_line
 from model_zoo.shapes import Shape
 
+# A backbone, the width of its features and, optionally, the dropout rate between features and head.
 Body = tuple[nn.Module, int] | tuple[nn.Module, int, float]
-"""A backbone, the width of its features, and the dropout of features on their way to the head, if there is any."""
 
 
 class Outputs(NamedTuple):
-    """What a model returns: ``logits`` [B, num_classes] and the ``features`` [B, feature_dim] they were read from."""
+    """The outputs of a model.
+
+    Attributes:
+        logits: Logits, shape `[B, num_classes]`.
+        features: Output of the backbone, from which the head computes the logits,
+            shape `[B, feature_dim]`.
+
+    Example:
+        >>> import torch
+        >>> from model_zoo import create_model
+        >>> outputs = create_model("mlp", 3, input_size=8)(torch.rand(2, 1, 8, 8))
+        >>> outputs.logits.shape
+        torch.Size([2, 3])
+        >>> outputs.features.shape
+        torch.Size([2, 128])
+    """
 
     logits: Tensor
     features: Tensor
 
 
 class SplitModel(nn.Module):
-    """A backbone under a head; every parameter's name begins with ``backbone.`` or ``head.``.
+    """A backbone followed by a head.
+
+    The names of all parameters begin with `backbone.` or `head.`.
 
     Args:
-        backbone: maps [B, channels, *size] to features [B, feature_dim].
-        head: maps features to logits [B, num_classes].
-        feature_dim: the width of the features.
+        backbone: Maps inputs `[B, channels, *size]` to features `[B, feature_dim]`.
+        head: Maps features to logits `[B, num_classes]`.
+        feature_dim: Width of the features.
+
+    Attributes:
+        backbone: The backbone.
+        head: The head.
+        feature_dim: Width of the features.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from model_zoo import SplitModel
+        >>> model = SplitModel(nn.Flatten(), nn.Linear(64, 3), feature_dim=64)
+        >>> model(torch.rand(2, 1, 8, 8)).logits.shape
+        torch.Size([2, 3])
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module, feature_dim: int) -> None:
@@ -38,31 +69,42 @@ class SplitModel(nn.Module):
         self.feature_dim = feature_dim
 
     def features(self, x: Tensor) -> Tensor:
-        """[B, feature_dim]."""
+        """Return the features of a batch, shape `[B, feature_dim]`."""
         features: Tensor = self.backbone(x)
         return features
 
+    @override
     def forward(self, x: Tensor) -> Outputs:
         features = self.backbone(x)
         return Outputs(self.head(features), features)
 
 
-class DroppedLinear(nn.Linear):
-    """A linear head on features of which a share ``p`` is dropped in training, while the model gives them whole."""
+class DropoutLinear(nn.Linear):
+    """A linear head with dropout on its input, which leaves the returned features unchanged.
 
-    def __init__(self, width: int, num_classes: int, p: float) -> None:
-        super().__init__(width, num_classes)
+    Args:
+        in_features: Width of the features.
+        out_features: Number of outputs.
+        p: Probability of dropping a feature in training.
+    """
+
+    def __init__(self, in_features: int, out_features: int, p: float) -> None:
+        super().__init__(in_features, out_features)
         self.dropout = nn.Dropout(p)
 
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(self.dropout(input))
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.dropout(x))
 
 
 def assemble(body: Body, num_classes: int, feature_dim: int | None) -> SplitModel:
-    """Puts a linear head on a backbone.
+    """Return a model with a linear head on a backbone.
 
-    The rule for ``feature_dim``: where the backbone's width is another, a projection (Linear, then ReLU) to
-    ``feature_dim`` becomes the end of the backbone; where it is that width already, nothing is added.
+    Args:
+        body: The backbone, the width of its features and, optionally, the dropout rate of the head.
+        num_classes: Number of outputs.
+        feature_dim: Width of the features. If the backbone has another width, it ends with a
+            projection (linear layer and ReLU) to this width. None keeps the backbone's width.
     """
     backbone = body[0]
     width = body[1]
@@ -71,7 +113,7 @@ def assemble(body: Body, num_classes: int, feature_dim: int | None) -> SplitMode
         backbone = nn.Sequential(OrderedDict(body=backbone, projection=projection))
         width = feature_dim
     head = (
-        DroppedLinear(width, num_classes, body[2])
+        DropoutLinear(width, num_classes, body[2])
         if len(body) == 3
         else nn.Linear(width, num_classes)
     )
@@ -79,13 +121,21 @@ def assemble(body: Body, num_classes: int, feature_dim: int | None) -> SplitMode
 
 
 def scale_outputs(backbone: nn.Module, share: float) -> nn.Module:
-    """The backbone, what each of its convolutions and linear layers gives divided by ``share``; 0 leaves it as it is.
+    """Divide the outputs of all convolutions and linear layers of a backbone by `share`.
 
-    A narrow copy of a wide model sums over fewer channels: dividing by its share of them keeps the sums' size.
+    A narrow copy of a model sums over fewer channels; the division preserves the size of the sums
+    (the scaler of Diao et al., HeteroFL, ICLR 2021, section 3).
+
+    Args:
+        backbone: The backbone, modified in place.
+        share: The copy's share of the channels; 0 leaves the backbone unchanged.
+
+    Returns:
+        The backbone.
     """
 
-    def divide(layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        return out / share
+    def divide(_layer: nn.Module, _inputs: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
+        return outputs / share
 
     if share:
         for module in backbone.modules():
@@ -94,40 +144,62 @@ def scale_outputs(backbone: nn.Module, share: float) -> nn.Module:
     return backbone
 
 
-def feature_width(backbone: nn.Module, shape: Shape) -> int:
-    """The width of a foreign backbone's features, found by a dry run on two blank examples.
+def measure_feature_width(backbone: nn.Module, shape: Shape) -> int:
+    """Return the width of a backbone's features, measured on a batch of two blank examples.
 
-    The run is in evaluation mode, so it draws no random number and moves no BatchNorm statistic.
-    Raises :class:`InputError` where the backbone does not take such examples, :class:`ModelError` where it does not
-    give features [B, D].
+    The backbone runs in evaluation mode, so no random numbers are drawn and no BatchNorm statistics
+    change.
+
+    Args:
+        backbone: A module of any origin.
+        shape: Shape of an example.
+
+    Raises:
+        InputError: If the backbone does not accept examples of this shape.
+        ModelError: If the backbone does not return features of shape `[B, D]`.
     """
     modes = {module: module.training for module in backbone.modules()}
     backbone.eval()
     try:
         with torch.no_grad():
             features = backbone(shape.blank(2))
-    except Exception as error:  # whatever a foreign model raises: it cannot take this input
-        raise InputError(f"cannot take {shape}: {one_line(error)}") from error
+    # A module of unknown origin may raise any exception.
+    except Exception as error:
+        raise InputError(f"cannot process {shape}: {one_line(error)}") from error
     finally:
         for module, mode in modes.items():
             module.training = mode
     if not isinstance(features, Tensor) or features.ndim != 2 or features.shape[0] != 2:
         found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise ModelError(
-            f"the backbone must give features of shape [batch, D]; for 2 examples it gave {found}"
+            f"backbone: expected features of shape (2, D) for a batch of 2 examples, got {found}"
         )
     return features.shape[1]
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """Is this a BatchNorm of any dimension or library? Decided by type, as names differ between libraries."""
+    """Return whether a module is a BatchNorm layer of any dimension.
+
+    Example:
+        >>> from torch import nn
+        >>> from model_zoo import is_batch_norm
+        >>> is_batch_norm(nn.BatchNorm2d(4)), is_batch_norm(nn.GroupNorm(2, 4))
+        (True, False)
+    """
     return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 def batch_norm_buffers(model: nn.Module) -> set[str]:
-    """Names of the floating-point BatchNorm statistics (running means and variances), found by type.
+    """Return the names of the running means and variances of all BatchNorm layers.
 
-    These are averaged together with the weights; the integer ``num_batches_tracked`` is left out.
+    These are averaged together with the weights. The integer buffer `num_batches_tracked` is not
+    included.
+
+    Example:
+        >>> from torch import nn
+        >>> from model_zoo import batch_norm_buffers
+        >>> sorted(batch_norm_buffers(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))))
+        ['1.running_mean', '1.running_var']
     """
     return {
         f"{path}.{name}" if path else name

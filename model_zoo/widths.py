@@ -1,8 +1,8 @@
-"""Narrower copies of a model: the same layers with a share of the channels.
+"""Narrow copies of a model: the same layers with a share of the channels.
 
-Their tensors have the names of the wide model's and are no longer in any dimension, so that each can be a leading slice of it.
-That holds for stacks of layers in which every output channel is one row of a weight: not for fused gates (gru, lstm) or
-fused queries, keys and values (transformer, vit).
+Tensors of a copy have the names of the wide model's tensors and are at most as large in every
+dimension, so each is a leading slice. This requires layers in which every output channel is one row
+of a weight; fused gates (gru, lstm) and fused queries, keys and values (transformer, vit) are not.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from model_zoo.backbones import cnn, resnet, tabular, text
 from model_zoo.errors import ModelError
 from model_zoo.registry import MODELS
 
-_BUILDERS = {
+# For each builder the name of its general model and the option that sets the width.
+_WIDTH_OPTIONS = {
     cnn.cnn: ("cnn", "width"),
     resnet.resnet: ("resnet", "widths"),
     tabular.mlp: ("mlp", "hidden"),
@@ -25,56 +26,106 @@ _BUILDERS = {
 
 
 def can_narrow(name: str) -> bool:
-    """Whether the model has narrower copies."""
-    return name in MODELS and MODELS[name].build in _BUILDERS
+    """Return whether narrow copies of a model can be created.
+
+    Example:
+        >>> from model_zoo import can_narrow
+        >>> can_narrow("resnet20"), can_narrow("gru")
+        (True, False)
+    """
+    return name in MODELS and MODELS[name].build in _WIDTH_OPTIONS
 
 
-def general_name(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The model by the name under which its width is an option, with every option: ``cnn_bn_small`` is ``cnn`` with
-    ``width=8, norm="batch"``. Raises :class:`ModelError` where it has no narrower copies."""
+def resolve_general_model(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the general model of which `name` is a preset, with all options.
+
+    For example, `cnn_bn_small` is `cnn` with `width=8` and `norm="batch"`.
+
+    Raises:
+        ModelError: If the model has no narrow copies.
+    """
     if not can_narrow(name):
-        able = ", ".join(n for n in MODELS if can_narrow(n))
-        raise ModelError(f"model {name}: has no narrower copies; {able} have")
+        supported = ", ".join(n for n in MODELS if can_narrow(n))
+        raise ModelError(f"model {name}: cannot be narrowed; choose from {supported}")
     entry = MODELS[name]
-    kind, _ = _BUILDERS[entry.build]
-    return kind, {**MODELS[kind].options, **entry.fixed, **entry.check_options(options)}
+    general_name, _ = _WIDTH_OPTIONS[entry.build]
+    return general_name, {
+        **MODELS[general_name].options,
+        **entry.fixed,
+        **entry.check_options(options),
+    }
 
 
 def narrow_options(
     name: str, options: Mapping[str, Any], share: float, scaler: bool = False
 ) -> tuple[str, dict[str, Any]]:
-    """Name and options of the copy with this share of every width, rounded up.
+    """Return name and options of the narrow copy with a share of every width, rounded up.
 
     Args:
-        share: above 0, at most 1.
-        scaler: divide what its layers give by the share (Diao et al., HeteroFL, ICLR 2021, section 3).
+        name: Name of the wide model.
+        options: Options of the wide model.
+        share: Share of the channels, greater than 0 and at most 1.
+        scaler: Whether the outputs of the copy's layers are divided by the share (Diao et al.,
+            HeteroFL, ICLR 2021, section 3).
 
-    Raises :class:`ModelError` as :func:`general_name` does.
+    Raises:
+        ModelError: If the model has no narrow copies.
+
+    Example:
+        >>> from model_zoo import narrow_options
+        >>> name, options = narrow_options("cnn_bn_large", {}, share=0.5)
+        >>> name, options["width"]
+        ('cnn', 16)
     """
-    kind, full = general_name(name, options)
-    width = _BUILDERS[MODELS[kind].build][1]
-    wide = full[width]
-    less = tuple(_part(w, share) for w in wide) if isinstance(wide, tuple) else _part(wide, share)
-    return kind, {**full, width: less, "scaler": share if scaler and share < 1 else 0.0}
+    general_name, all_options = resolve_general_model(name, options)
+    key = _WIDTH_OPTIONS[MODELS[general_name].build][1]
+    wide = all_options[key]
+    narrow = (
+        tuple(_part(width, share) for width in wide)
+        if isinstance(wide, tuple)
+        else _part(wide, share)
+    )
+    return general_name, {
+        **all_options,
+        key: narrow,
+        "scaler": share if scaler and share < 1 else 0.0,
+    }
 
 
 def share_of(
     name: str, options: Mapping[str, Any], wide: str, wide_options: Mapping[str, Any]
 ) -> float | None:
-    """Which share of the wide model's widths a model has; None if it is no narrower copy of it, nor itself."""
+    """Return the share of a wide model's widths that another model has.
+
+    Args:
+        name: Name of the narrow model.
+        options: Options of the narrow model.
+        wide: Name of the wide model.
+        wide_options: Options of the wide model.
+
+    Returns:
+        The share, 1 for equal models; None if the model is not a narrow copy of the wide one.
+
+    Example:
+        >>> from model_zoo import share_of
+        >>> share_of("cnn_bn_small", {}, "cnn_bn_large", {})
+        0.25
+    """
     if not can_narrow(name) or not can_narrow(wide):
         return None
-    kind, own = general_name(name, options)
-    other, full = general_name(wide, wide_options)
-    if kind != other:
+    resolved = resolve_general_model(name, options)
+    resolved_wide = resolve_general_model(wide, wide_options)
+    if resolved[0] != resolved_wide[0]:
         return None
-    width = _BUILDERS[MODELS[kind].build][1]
-    first = [o[width][0] if isinstance(o[width], tuple) else o[width] for o in (own, full)]
-    share = first[0] / first[1]
-    return (
-        share if share <= 1 and narrow_options(wide, wide_options, share) == (kind, own) else None
-    )
+    key = _WIDTH_OPTIONS[MODELS[resolved[0]].build][1]
+    first_widths = [
+        model_options[key][0] if isinstance(model_options[key], tuple) else model_options[key]
+        for _, model_options in (resolved, resolved_wide)
+    ]
+    share = first_widths[0] / first_widths[1]
+    return share if share <= 1 and narrow_options(wide, wide_options, share) == resolved else None
 
 
 def _part(width: int, share: float) -> int:
+    # Rounding errors of the product must not add a channel.
     return max(1, math.ceil(width * share - 1e-9))

@@ -1,1 +1,1 @@
-"""The network families: each builds a backbone from an input shape."""
+"""Network architectures; each function builds a backbone for an input shape."""

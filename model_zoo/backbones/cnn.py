@@ -1,4 +1,4 @@
-"""Convolutional networks without shortcuts: LeNet, FedAvg's CNN, three blocks, published CNNs."""
+"""Convolutional networks without shortcuts: LeNet, the three-block CNN, CNNs of published work."""
 
 from __future__ import annotations
 
@@ -6,41 +6,41 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from model_zoo.shapes import Shape
 from model_zoo.split_model import Body, scale_outputs
-
-# Convolutional networks without shortcuts: LeNet, FedAvg's CNN, and the three-block CNN in any
-# width and norm.
 
 Norm = Literal["batch", "group", "none"]
 
 
 def norm_2d(norm: Norm, channels: int) -> nn.Module:
-    """A normalisation of [B, channels, H, W].
+    """Return a normalization layer for images `[B, channels, H, W]`.
 
-    ``group`` takes groups of at least 4 channels, and at most 32 groups: the largest number of groups that fits
-    and divides the channels (Wu & He, "Group Normalization", ECCV 2018).
+    For `group` the number of groups is the largest divisor of the channels that is at most 32 and
+    leaves at least 4 channels per group (Wu & He, "Group Normalization", ECCV 2018).
     """
     if norm == "batch":
         return nn.BatchNorm2d(channels)
     if norm == "group":
-        most = min(32, max(1, channels // 4))
-        return nn.GroupNorm(next(g for g in range(most, 0, -1) if channels % g == 0), channels)
+        max_groups = min(32, max(1, channels // 4))
+        groups = next(g for g in range(max_groups, 0, -1) if channels % g == 0)
+        return nn.GroupNorm(groups, channels)
     return nn.Identity()
 
 
 def lenet(shape: Shape) -> Body:
-    """LeNet-5 with ReLU and max pooling; 61,706 parameters for 28x28 grey images and 10 classes.
+    """Build LeNet-5 with ReLU and max pooling.
 
-    After LeCun et al., "Gradient-based learning applied to document recognition" (1998). The first convolution pads
-    by 2, so 28x28 is what the paper's 32x32 is.
+    It has 61,706 parameters for 28x28 gray images and 10 classes (LeCun et al., "Gradient-based
+    learning applied to document recognition", 1998). The first convolution pads by 2, so 28x28
+    images correspond to the paper's 32x32 images.
     """
     return padded_lenet(shape, 2)
 
 
 def padded_lenet(shape: Shape, padding: int) -> Body:
-    """LeNet-5 whose first convolution pads by ``padding``."""
+    """Build LeNet-5 with a given padding of the first convolution."""
     height, width = ((s + 2 * padding - 4) // 2 - 4 for s in shape.size)
     layers = nn.Sequential(
         nn.Conv2d(shape.channels, 6, 5, padding=padding),
@@ -59,10 +59,12 @@ def padded_lenet(shape: Shape, padding: int) -> Body:
 
 
 def fedavg_cnn(shape: Shape) -> Body:
-    """Two 5x5 convolutions (32 and 64 channels, same padding), each with 2x2 max pooling, and 512 hidden units.
+    """Build the CNN of the FedAvg paper.
 
-    McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data" (AISTATS 2017),
-    section 3: 1,663,370 parameters for 28x28 grey images and 10 classes.
+    Two 5x5 convolutions (32 and 64 channels, same padding), each followed by 2x2 max pooling, and
+    512 hidden units; 1,663,370 parameters for 28x28 gray images and 10 classes (McMahan et al.,
+    "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017,
+    section 3).
     """
     height, width = (s // 2 // 2 for s in shape.size)
     layers = nn.Sequential(
@@ -87,17 +89,24 @@ def cnn(
     dropout: float = 0.0,
     scaler: float = 0.0,
 ) -> Body:
-    """Three 3x3 convolutions of ``width``, 2·``width`` and 4·``width`` channels, each with a norm and ReLU.
+    """Build a CNN with three 3x3 convolutions, each followed by normalization and ReLU.
 
-    2x2 max pooling after the first two, the mean over the pixels after the third: features of width 4·``width``,
-    whatever the image's size. Dropout, where asked for, acts on the features; ``scaler`` as in
-    :func:`model_zoo.split_model.scale_outputs`.
+    The first two blocks end with 2x2 max pooling, the third with global average pooling. The width
+    of the features is `4 * width` for images of any size.
+
+    Args:
+        shape: Shape of an image.
+        width: Channels of the first convolution; the second has twice, the third four times as
+            many.
+        norm: Normalization layer.
+        dropout: Dropout rate of the features.
+        scaler: See `model_zoo.split_model.scale_outputs`.
     """
 
-    def block(channels: int, wider: int) -> list[nn.Module]:
-        layers: list[nn.Module] = [nn.Conv2d(channels, wider, 3, padding=1)]
+    def block(in_channels: int, out_channels: int) -> list[nn.Module]:
+        layers: list[nn.Module] = [nn.Conv2d(in_channels, out_channels, 3, padding=1)]
         if norm != "none":
-            layers.append(norm_2d(norm, wider))
+            layers.append(norm_2d(norm, out_channels))
         return [*layers, nn.ReLU()]
 
     layers = [
@@ -114,38 +123,42 @@ def cnn(
     return scale_outputs(nn.Sequential(*layers), scaler), 4 * width
 
 
-# The small CNNs with which published comparisons were made, so that their tables can be repeated.
-
-
 class ChannelDropout(nn.Module):
-    """Dropout of whole channels of [B, C, H, W] with probability ``p``; its randomness is ``nn.Dropout``'s."""
+    """Dropout of whole channels of images `[B, C, H, W]`, drawn by `nn.Dropout`.
+
+    Args:
+        p: Probability of dropping a channel in training.
+    """
 
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()
         self.dropout = nn.Dropout(p)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = x * self.dropout(torch.ones_like(x[:, :, :1, :1]))
         return out
 
 
 def niid_cnn(shape: Shape) -> Body:
-    """LeNet-5 without padding: two 5x5 convolutions (6 and 16 channels), each with 2x2 max pooling, 120 and 84 hidden units.
+    """Build LeNet-5 without padding, the CNN of NIID-Bench.
 
-    Li et al., "Federated Learning on Non-IID Data Silos: An Experimental Study" (ICDE 2022), section 5: 44,426
-    parameters for 28x28 grey images and 10 classes.
+    It has 44,426 parameters for 28x28 gray images and 10 classes (Li et al., "Federated Learning on
+    Non-IID Data Silos: An Experimental Study", ICDE 2022, section 5).
     """
     return padded_lenet(shape, 0)
 
 
 def fedproto_cnn(shape: Shape, *, width: int = 20) -> Body:
-    """Two 5x5 convolutions (10 and ``width`` channels, no padding), each with 2x2 max pooling, and 50 hidden units.
+    """Build the CNN of FedProto.
 
-    The second convolution's channels, and the features on their way to the head, are dropped with probability 0.5. Tan et al.,
-    "FedProto: Federated Prototype Learning across Heterogeneous Clients" (AAAI 2022), whose mixed clients have ``width``
-    18, 20 and 22: 21,840 parameters for 28x28 grey images and 10 classes with 20.
+    Two 5x5 convolutions (10 and `width` channels, no padding), each followed by 2x2 max pooling,
+    and 50 hidden units. The channels of the second convolution and the input of the head are
+    dropped with probability 0.5. With `width=20` the model has 21,840 parameters for 28x28 gray
+    images and 10 classes; the paper's heterogeneous clients have widths of 18, 20 and 22 (Tan et
+    al., "FedProto: Federated Prototype Learning across Heterogeneous Clients", AAAI 2022).
     """
-    height, across = (((s - 4) // 2 - 4) // 2 for s in shape.size)
+    map_height, map_width = (((s - 4) // 2 - 4) // 2 for s in shape.size)
     layers = nn.Sequential(
         nn.Conv2d(shape.channels, 10, 5),
         nn.MaxPool2d(2),
@@ -155,19 +168,22 @@ def fedproto_cnn(shape: Shape, *, width: int = 20) -> Body:
         nn.MaxPool2d(2),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(width * height * across, 50),
+        nn.Linear(width * map_height * map_width, 50),
         nn.ReLU(),
     )
     return layers, 50, 0.5
 
 
 def fedgen_cnn(shape: Shape) -> Body:
-    """Two 3x3 convolutions of stride 2 (6 and 16 channels), each with BatchNorm and ReLU, and a linear layer to 32 features.
+    """Build the CNN of FedGen.
 
-    After Zhu et al., "Data-Free Knowledge Distillation for Heterogeneous Federated Learning" (ICML 2021): 26,434 parameters
-    for 28x28 grey images and 10 classes. The features are not rectified.
+    Two 3x3 convolutions of stride 2 (6 and 16 channels), each followed by BatchNorm and ReLU, and a
+    linear layer to 32 features without activation; 26,434 parameters for 28x28 gray images and 10
+    classes (Zhu et al., "Data-Free Knowledge Distillation for Heterogeneous Federated Learning",
+    ICML 2021).
     """
-    height, width = ((s + 3) // 4 for s in shape.size)  # halved twice, rounded up
+    # Each stride of 2 halves the size and rounds up.
+    height, width = ((s + 3) // 4 for s in shape.size)
     layers = nn.Sequential(
         nn.Conv2d(shape.channels, 6, 3, stride=2, padding=1),
         nn.BatchNorm2d(6),

@@ -1,6 +1,4 @@
-"""One model for several kinds of measurement of the same thing: a branch for each block of a row, and a fusion that knows which
-blocks are there.
-"""
+"""A model for several modalities: one branch per block and a fusion that handles missing blocks."""
 
 from __future__ import annotations
 
@@ -11,59 +9,73 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from model_zoo.backbones.cnn import cnn
 from model_zoo.errors import InputError, ModelError
 from model_zoo.shapes import Shape, is_integer
 from model_zoo.split_model import Body
 
+# Name and shape of each block in a row, in order: `(("image", (1, 28, 28)), ("genes", (60,)))`.
 Blocks = tuple[tuple[str, tuple[int, ...]], ...]
-"""Name and shape of each block, in the order in which they lie in a row: ``(("image", (1, 28, 28)), ("genes", (60,)))``."""
 Fusion = Literal["concat", "gated"]
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
-def checked_blocks(value: Any) -> Blocks:
-    """``value`` as blocks. Raises :class:`ModelError` for anything else."""
-    found = []
+def validate_blocks(value: Any) -> Blocks:
+    """Return blocks with all sequences converted to tuples.
+
+    Raises:
+        ModelError: If a name or a shape is not valid, or a name occurs twice.
+    """
+    blocks = []
     for pair in value if isinstance(value, Sequence) and not isinstance(value, str) else [None]:
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-            raise ModelError(
-                f"option blocks: found {value!r}, pairs of a name and a shape are needed"
-            )
+            raise ModelError(f"option blocks: expected pairs of a name and a shape, got {value!r}")
         name, shape = pair
         if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise ModelError(f"option blocks: found name {name!r}; take letters, digits and _")
-        if name in ("fusion", "hide") or hasattr(nn.Module(), name):
             raise ModelError(
-                f"option blocks: found name '{name}', which a part of the model has; take another"
+                f"option blocks: name {name!r} is not valid; use letters, digits and _"
             )
+        # The branches are attributes of the module.
+        if name in ("fusion", "hide") or hasattr(nn.Module(), name):
+            raise ModelError(f"option blocks: name '{name}' is reserved; choose another name")
         if (
             not isinstance(shape, Sequence)
             or len(shape) not in (1, 2, 3)
             or not all(is_integer(s) for s in shape)
         ):
             raise ModelError(
-                f"option blocks: found shape {shape!r} of {name}, one to three whole numbers are needed"
+                f"option blocks: expected one to three integers >= 1 as shape of '{name}', "
+                f"got {shape!r}"
             )
-        found.append((name, tuple(int(s) for s in shape)))
-    if len({name for name, _ in found}) < len(found):
-        raise ModelError(f"option blocks: found {value!r}, each name may be there once")
-    return tuple(found)
+        blocks.append((name, tuple(int(s) for s in shape)))
+    if len({name for name, _ in blocks}) < len(blocks):
+        raise ModelError(f"option blocks: expected different names, got {value!r}")
+    return tuple(blocks)
 
 
 class Branch(nn.Sequential):
-    """Features [B, width] of one block: a small CNN with GroupNorm for images, else two layers with LayerNorm.
+    """The features `[B, width]` of one block.
 
-    Neither looks at other examples: no statistics of those who have a block leak into those who share the branch.
+    Images are processed by a small CNN with GroupNorm, other blocks by two layers with LayerNorm.
+    Neither norm depends on other examples, so the statistics of clients that have a block do not
+    leak into clients that share the branch.
+
+    Args:
+        shape: Shape of the block.
+        image_width: Channels of the first convolution.
+        hidden: Width of the hidden layer.
+        width: Width of the features.
+        dropout: Dropout rate of the hidden layer.
     """
 
     def __init__(
         self, shape: tuple[int, ...], image_width: int, hidden: int, width: int, dropout: float
     ) -> None:
         if len(shape) == 3:
-            body, out = cnn(Shape(shape[0], shape[1:]), width=image_width, norm="group")[:2]
-            super().__init__(body, nn.Linear(out, width), nn.ReLU())
+            body, body_width = cnn(Shape(shape[0], shape[1:]), width=image_width, norm="group")[:2]
+            super().__init__(body, nn.Linear(body_width, width), nn.ReLU())
         else:
             super().__init__(
                 nn.Linear(math.prod(shape), hidden),
@@ -76,17 +88,21 @@ class Branch(nn.Sequential):
 
 
 class Fuse(nn.Module):
-    """One vector of several: what a learned embedding says in place of a block that is absent is part of it.
+    """The fusion of the branches, where a learned embedding replaces a missing block.
 
-    ``concat``: LayerNorm of the branches side by side, then Linear and ReLU. ``gated``: the sum of the branches, each with a
-    weight that a softmax gives it; an absent block's embedding competes with the others.
+    Args:
+        blocks: Number of blocks.
+        width: Width of the features.
+        method: `concat` applies LayerNorm, a linear layer and ReLU to the concatenated branches.
+            `gated` sums the branches with softmax weights; the embedding of a missing block has a
+            weight, too.
     """
 
-    def __init__(self, blocks: int, width: int, how: Fusion) -> None:
+    def __init__(self, blocks: int, width: int, method: Fusion) -> None:
         super().__init__()
         self.absent = nn.Parameter(torch.zeros(blocks, width))
-        self.how = how
-        if how == "concat":
+        self.method = method
+        if method == "concat":
             self.norm = nn.LayerNorm(blocks * width)
             self.mix = nn.Linear(blocks * width, width)
         else:
@@ -94,28 +110,45 @@ class Fuse(nn.Module):
             self.gate = nn.Linear(width, 1)
             self.mix = nn.Linear(width, width)
 
+    @override
     def forward(self, parts: Tensor, present: Tensor) -> Tensor:
-        """[B, width] of ``parts`` [B, blocks, width], where ``present`` [B, blocks]."""
-        seen = torch.where(present[..., None], parts, self.absent)
-        if self.how == "concat":
-            mixed: Tensor = self.mix(self.norm(seen.flatten(-2))).relu()
+        """Return the fused features, shape `[B, width]`.
+
+        Args:
+            parts: Outputs of the branches, shape `[B, blocks, width]`.
+            present: Which blocks are present, boolean of shape `[B, blocks]`.
+        """
+        filled = torch.where(present[..., None], parts, self.absent)
+        if self.method == "concat":
+            mixed: Tensor = self.mix(self.norm(filled.flatten(-2))).relu()
             return mixed
-        seen = self.norm(seen)
-        weights = self.gate(seen).softmax(-2)
-        gated: Tensor = self.mix((weights * seen).sum(-2)).relu()
+        filled = self.norm(filled)
+        weights = self.gate(filled).softmax(-2)
+        gated: Tensor = self.mix((weights * filled).sum(-2)).relu()
         return gated
 
 
 class Multimodal(nn.Module):
-    """The backbone: rows [B, D] of blocks side by side, or [B, D + blocks] with a 1 for each block that is missing.
+    """A backbone for rows of concatenated blocks.
 
-    In training each block that is there is hidden with probability ``drop`` (never all of them), so that a reading by any of
-    them alone is learned, too. The draws are :class:`nn.Dropout`'s.
+    Inputs have shape `[B, D]`, or `[B, D + blocks]` with an indicator per block that is 1 if the
+    block is missing. In training each block is hidden at random, but never all blocks of an
+    example, so that the model learns to predict from any subset.
+
+    Args:
+        blocks: Name and shape of each block.
+        width: Width of the features.
+        image_width: Channels of the first convolution of image branches.
+        hidden: Width of the hidden layer of other branches.
+        fusion: Method of the fusion, see `Fuse`.
+        drop: Probability of hiding a block in training.
+        dropout: Dropout rate of branches that are not images.
     """
 
     def __init__(
         self,
         blocks: Blocks,
+        *,
         width: int,
         image_width: int,
         hidden: int,
@@ -130,6 +163,7 @@ class Multimodal(nn.Module):
         self.hide = nn.Dropout(drop) if drop > 0 and len(blocks) > 1 else nn.Identity()
         self.fusion = Fuse(len(blocks), width, fusion)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(1)
         sizes = [math.prod(shape) for shape in self._shapes.values()]
@@ -138,14 +172,14 @@ class Multimodal(nn.Module):
             getattr(self, name)(block.reshape(-1, *shape) if len(shape) == 3 else block)
             for (name, shape), block in zip(self._shapes.items(), values, strict=True)
         ]
-        there = (
+        present = (
             x.new_ones(x.shape[0], len(sizes))
             if x.shape[1] == sum(sizes)
             else 1 - x[:, sum(sizes) :]
         )
-        kept = self.hide(there)
-        # who would see nothing sees what there is
-        kept = torch.where(kept.sum(1, keepdim=True) > 0, kept, there)
+        kept = self.hide(present)
+        # If all blocks of an example are hidden, none is.
+        kept = torch.where(kept.sum(1, keepdim=True) > 0, kept, present)
         fused: Tensor = self.fusion(torch.stack(parts, dim=1), kept > 0)
         return fused
 
@@ -161,23 +195,46 @@ def multimodal(
     drop: float = 0.3,
     dropout: float = 0.0,
 ) -> Body:
-    """A branch for each of ``blocks``, each giving ``width`` numbers, and their fusion to ``width`` features.
+    """Build a branch for each block of a row and the fusion of the branches.
 
-    Tensors are called ``backbone.NAME.…`` by block, and ``backbone.fusion.…``. Images have ``image_width``, twice and four
-    times as many channels (:func:`model_zoo.backbones.cnn.cnn`), other blocks ``hidden`` units with ``dropout``. Without ``blocks`` the
-    example is one block, called after its kind. In place of a block that is absent stands an embedding that is learned;
-    hiding blocks at random in training is the modality dropout of Neverova et al., "ModDrop" (TPAMI 2016).
+    The names of tensors begin with `backbone.NAME.` for each block and with `backbone.fusion.`. A
+    learned embedding replaces a missing block. Hiding blocks at random in training is the modality
+    dropout of Neverova et al., "ModDrop" (TPAMI 2016).
+
+    Args:
+        shape: Shape of a row.
+        blocks: Name and shape of each block. Without blocks the example is one block that is named
+            after its kind.
+        width: Width of the branches and of the features.
+        image_width: Channels of the first convolution of image branches, see
+            `model_zoo.backbones.cnn.cnn`.
+        hidden: Width of the hidden layer of other branches.
+        fusion: Method of the fusion, see `Fuse`.
+        drop: Probability of hiding a block in training.
+        dropout: Dropout rate of branches that are not images.
 
     Raises:
-        InputError: rows of another width than the blocks have (with an indicator for each, or without).
+        InputError: If the rows do not have the width of the blocks, with or without an indicator
+            for each block, or an image is smaller than 4x4 pixels.
     """
     if not blocks:
         blocks = ((shape.kind, (shape.channels, *shape.size)),)
-    numbers = sum(math.prod(s) for _, s in blocks)
-    if shape.numbers not in (numbers, numbers + len(blocks)):
+    num_values = sum(math.prod(s) for _, s in blocks)
+    if shape.num_values not in (num_values, num_values + len(blocks)):
         listed = " + ".join(f"{name} {'x'.join(map(str, s))}" for name, s in blocks)
-        raise InputError(f"takes {listed}, {numbers} numbers, found {shape}")
+        raise InputError(f"expected {num_values} values ({listed}), got {shape}")
     for name, size in blocks:
         if len(size) == 3 and min(size[1:]) < 4:
-            raise InputError(f"needs at least 4x4 pixels, found {size[1]}x{size[2]} ({name})")
-    return Multimodal(blocks, width, image_width, hidden, fusion, drop, dropout), width
+            raise InputError(
+                f"option blocks: expected at least 4x4 pixels for '{name}', got {size[1]}x{size[2]}"
+            )
+    backbone = Multimodal(
+        blocks,
+        width=width,
+        image_width=image_width,
+        hidden=hidden,
+        fusion=fusion,
+        drop=drop,
+        dropout=dropout,
+    )
+    return backbone, width

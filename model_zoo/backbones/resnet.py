@@ -1,4 +1,4 @@
-"""Residual networks of two-convolution blocks, with a stem for small images or the ImageNet stem."""
+"""Residual networks of two-convolution blocks, for small images or with the ImageNet stem."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from model_zoo.backbones.cnn import norm_2d
 from model_zoo.errors import ModelError
@@ -17,23 +18,32 @@ Norm = Literal["batch", "group"]
 
 
 class BasicBlock(nn.Module):
-    """ReLU(norm(conv(ReLU(norm(conv(x))))) + shortcut(x)), two 3x3 convolutions (He et al., 2016, figure 2).
+    """A residual block of two 3x3 convolutions (He et al., 2016, figure 2).
 
-    The shortcut is the identity; where the shape changes, a 1x1 convolution with a norm (the paper's option B).
+    It computes `ReLU(norm(conv(ReLU(norm(conv(x))))) + shortcut(x))`. The shortcut is the identity,
+    or a normalized 1x1 convolution if the shape changes (the paper's option B).
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        stride: Stride of the first convolution.
+        norm: Normalization layer.
     """
 
-    def __init__(self, channels: int, wider: int, stride: int, norm: Norm) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: Norm) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, wider, 3, stride=stride, padding=1, bias=False)
-        self.norm1 = norm_2d(norm, wider)
-        self.conv2 = nn.Conv2d(wider, wider, 3, padding=1, bias=False)
-        self.norm2 = norm_2d(norm, wider)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.norm1 = norm_2d(norm, out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.norm2 = norm_2d(norm, out_channels)
         self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or channels != wider:
+        if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(
-                nn.Conv2d(channels, wider, 1, stride=stride, bias=False), norm_2d(norm, wider)
+                nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
+                norm_2d(norm, out_channels),
             )
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         inner = self.norm1(self.conv1(x)).relu()
         out: Tensor = self.norm2(self.conv2(inner)) + self.shortcut(x)
@@ -49,21 +59,27 @@ def resnet(
     norm: Norm = "batch",
     scaler: float = 0.0,
 ) -> Body:
-    """A residual network (He et al., "Deep Residual Learning for Image Recognition", CVPR 2016).
+    """Build a residual network.
+
+    The features are the mean over the pixels of the last stage, `[B, widths[-1]]`. Convolutions
+    start from He initialization (He et al., "Deep Residual Learning for Image Recognition", CVPR
+    2016).
 
     Args:
-        widths: channels of each stage; every stage but the first halves the image.
-        blocks: blocks of each stage, as many numbers as there are widths.
-        stem: ``small``, a 3x3 convolution that keeps the size (the paper's CIFAR form); ``imagenet``, a 7x7
-            convolution and a max pooling that quarter it.
-        norm: ``batch`` or ``group``.
-        scaler: as in :func:`model_zoo.split_model.scale_outputs`.
+        shape: Shape of an image.
+        widths: Channels of each stage. Every stage except the first halves the image.
+        blocks: Number of blocks of each stage.
+        stem: `small` is a 3x3 convolution that preserves the size (the paper's form for CIFAR);
+            `imagenet` is a 7x7 convolution with max pooling, which reduces it to a quarter.
+        norm: Normalization layer.
+        scaler: See `model_zoo.split_model.scale_outputs`.
 
-    The features are the mean over the last stage's pixels: [B, widths[-1]]. With He's initial weights.
+    Raises:
+        ModelError: If `widths` and `blocks` differ in length.
     """
     if len(blocks) != len(widths):
         raise ModelError(
-            f"blocks and widths: found {len(blocks)} and {len(widths)} stages, they must be as many"
+            f"option blocks: expected {len(widths)} stages as in widths, got {len(blocks)}"
         )
     first = widths[0]
     layers: OrderedDict[str, nn.Module] = OrderedDict()
@@ -76,12 +92,12 @@ def resnet(
     if stem == "imagenet":
         layers["shrink"] = nn.MaxPool2d(3, stride=2, padding=1)
     channels = first
-    for number, (wider, depth) in enumerate(zip(widths, blocks, strict=True), start=1):
+    for number, (width, depth) in enumerate(zip(widths, blocks, strict=True), start=1):
         strides = [1 if number == 1 else 2] + [1] * (depth - 1)
         stage = []
         for stride in strides:
-            stage.append(BasicBlock(channels, wider, stride, norm))
-            channels = wider
+            stage.append(BasicBlock(channels, width, stride, norm))
+            channels = width
         layers[f"stage{number}"] = nn.Sequential(*stage)
     layers["pool"] = nn.AdaptiveAvgPool2d(1)
     layers["flatten"] = nn.Flatten()

@@ -1,4 +1,7 @@
-"""Models of sequences: GRU, LSTM, a small transformer, dilated convolutions."""
+"""Models for sequences: GRU, LSTM, a small transformer and dilated convolutions.
+
+Series are sequences of points, images sequences of rows from top to bottom.
+"""
 
 from __future__ import annotations
 
@@ -7,30 +10,33 @@ from typing import Literal
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from typing_extensions import override
 
 from model_zoo.backbones.cnn import Norm, norm_2d
 from model_zoo.backbones.transformer import Encoder
 from model_zoo.shapes import Shape
 from model_zoo.split_model import Body
 
-# Models that read a sequence: GRU, LSTM, and a small transformer. Images are read row by row, from
-# the top.
-
 
 def to_steps(x: Tensor) -> Tensor:
-    """[B, C, H, W] to [B, H, C·W], a row a step; [B, C, L] to [B, L, C], a point a step."""
+    """Convert images `[B, C, H, W]` to steps `[B, H, C * W]`, series `[B, C, L]` to `[B, L, C]`."""
     if x.ndim == 4:
         return rearrange(x, "b c h w -> b h (c w)")
     return rearrange(x, "b c l -> b l c")
 
 
 class Recurrent(nn.Module):
-    """The last step's output of a recurrent network: [B, hidden]."""
+    """A recurrent network that returns the output of its last step, `[B, hidden]`.
+
+    Args:
+        network: The network.
+    """
 
     def __init__(self, network: nn.GRU | nn.LSTM) -> None:
         super().__init__()
         self.network = network
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         outputs, _ = self.network(to_steps(x))
         last: Tensor = outputs[:, -1]
@@ -38,22 +44,39 @@ class Recurrent(nn.Module):
 
 
 def gru(shape: Shape, *, hidden: int = 64, layers: int = 1) -> Body:
-    """Gated recurrent units (Cho et al., 2014), ``layers`` deep. Not for ``vmap``, which has no rule for it."""
+    """Build a network of gated recurrent units (Cho et al., 2014), which does not support `vmap`.
+
+    Args:
+        shape: Shape of an example.
+        hidden: Width of the hidden state and of the features.
+        layers: Number of layers.
+    """
     return Recurrent(nn.GRU(shape.steps[1], hidden, layers, batch_first=True)), hidden
 
 
 def lstm(shape: Shape, *, hidden: int = 64, layers: int = 1) -> Body:
-    """Long short-term memory (Hochreiter & Schmidhuber, 1997), ``layers`` deep. Not for ``vmap``."""
+    """Build an LSTM (Hochreiter & Schmidhuber, 1997), which does not support `vmap`.
+
+    Args:
+        shape: Shape of an example.
+        hidden: Width of the hidden state and of the features.
+        layers: Number of layers.
+    """
     return Recurrent(nn.LSTM(shape.steps[1], hidden, layers, batch_first=True)), hidden
 
 
 class SequenceTransformer(nn.Module):
-    """The encoder over an image's rows or a series' points."""
+    """A transformer encoder over the rows of an image or the points of a series.
+
+    Args:
+        encoder: The encoder.
+    """
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         features: Tensor = self.encoder(to_steps(x))
         return features
@@ -62,13 +85,21 @@ class SequenceTransformer(nn.Module):
 def transformer(
     shape: Shape, *, width: int = 64, depth: int = 2, heads: int = 4, dropout: float = 0.0
 ) -> Body:
-    """A small pre-norm transformer encoder (Vaswani et al., 2017), the mean over the steps as features."""
+    """Build a small pre-norm transformer encoder (Vaswani et al., 2017).
+
+    The features are the mean over the steps.
+
+    Args:
+        shape: Shape of an example.
+        width: Width of the features.
+        depth: Number of transformer blocks.
+        heads: Number of attention heads.
+        dropout: Dropout rate.
+    """
     steps, step_width = shape.steps
-    return SequenceTransformer(Encoder(steps, step_width, width, depth, heads, dropout)), width
+    encoder = Encoder(steps, step_width, width, depth=depth, heads=heads, dropout=dropout)
+    return SequenceTransformer(encoder), width
 
-
-# A convolutional network for series, with dilated residual blocks. Images are read row by row, from
-# the top.
 
 Pool = Literal["both", "mean", "last"]
 
@@ -78,28 +109,40 @@ def _norm(norm: Norm, channels: int) -> nn.Module:
 
 
 class _DilatedBlock(nn.Module):
-    """x + Conv(ReLU(Norm(Conv(x)))) on [B, width, steps]: the first convolution dilated, the second of one step."""
+    """A residual block `x + conv1x1(ReLU(norm(dilated_conv(x))))` on `[B, width, steps]`."""
 
     def __init__(self, width: int, kernel: int, dilation: int, norm: Norm, dropout: float) -> None:
         super().__init__()
-        reach = dilation * (kernel - 1)
-        self.pad = nn.ConstantPad1d((reach - reach // 2, reach // 2), 0.0)
+        padding = dilation * (kernel - 1)
+        self.pad = nn.ConstantPad1d((padding - padding // 2, padding // 2), 0.0)
         self.dilated = nn.Conv1d(width, width, kernel, dilation=dilation)
         self.norm = _norm(norm, width)
         self.mix = nn.Conv1d(width, width, 1)
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = x + self.dropout(self.mix(self.norm(self.dilated(self.pad(x))).relu()))
         return out
 
 
 class DilatedCNN(nn.Module):
-    """A stem of one step's width, blocks with dilation 1, 2, 4 …, and the mean over the steps beside the last one."""
+    """A stem of kernel size 1, residual blocks with dilation 1, 2, 4, … and pooling over the steps.
+
+    Args:
+        step_width: Width of a step.
+        width: Channels of the convolutions.
+        blocks: Number of blocks.
+        kernel: Kernel size of the dilated convolutions.
+        norm: Normalization layer.
+        pool: `mean` over the steps, `last` step, or `both` concatenated.
+        dropout: Dropout rate of the blocks.
+    """
 
     def __init__(
         self,
         step_width: int,
+        *,
         width: int,
         blocks: int,
         kernel: int,
@@ -114,10 +157,11 @@ class DilatedCNN(nn.Module):
         )
         self.pool = pool
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         steps = self.blocks(self.stem(to_steps(x).transpose(1, 2))).relu()
-        found = {"mean": [steps.mean(-1)], "last": [steps[..., -1]]}
-        return torch.cat(found.get(self.pool, [*found["mean"], *found["last"]]), dim=1)
+        pooled = {"mean": [steps.mean(-1)], "last": [steps[..., -1]]}
+        return torch.cat(pooled.get(self.pool, [*pooled["mean"], *pooled["last"]]), dim=1)
 
 
 def cnn1d(
@@ -130,13 +174,30 @@ def cnn1d(
     pool: Pool = "both",
     dropout: float = 0.0,
 ) -> Body:
-    """Residual blocks of dilated convolutions along the steps, after Bai et al., "An Empirical Evaluation of Generic
-    Convolutional and Recurrent Networks for Sequence Modeling" (2018), section 3; not causal, as the whole window is
-    known when it is read.
+    """Build a network of residual blocks with dilated convolutions along the steps.
 
-    Block b has dilation 2^b, so the last step sees (kernel − 1)·(2^blocks − 1)/2 steps to each side. ``pool`` gives the
-    features: the mean over the steps (what a sensor window contains, wherever), the last step (where a forecast
-    begins), or both side by side, of width 2·``width``.
+    Block b has dilation 2^b, so an output depends on (kernel - 1) * (2^blocks - 1) / 2 steps on
+    each side. The convolutions are not causal because the whole window is known (after Bai et al.,
+    "An Empirical Evaluation of Generic Convolutional and Recurrent Networks for Sequence Modeling",
+    2018, section 3).
+
+    Args:
+        shape: Shape of an example.
+        width: Channels of the convolutions.
+        blocks: Number of residual blocks.
+        kernel: Kernel size of the dilated convolutions.
+        norm: Normalization layer.
+        pool: Features: the `mean` over the steps (patterns at any position), the `last` step (the
+            start of a forecast), or `both`, of width `2 * width`.
+        dropout: Dropout rate of the blocks.
     """
-    network = DilatedCNN(shape.steps[1], width, blocks, kernel, norm, pool, dropout)
+    network = DilatedCNN(
+        shape.steps[1],
+        width=width,
+        blocks=blocks,
+        kernel=kernel,
+        norm=norm,
+        pool=pool,
+        dropout=dropout,
+    )
     return network, 2 * width if pool == "both" else width

@@ -1,4 +1,4 @@
-"""Models of table rows: linear, perceptron, residual, wide and deep, transformer over columns."""
+"""Models for tables: wide and deep, column transformer, linear, perceptron, residual network."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from model_zoo.backbones.transformer import SelfAttention
 from model_zoo.shapes import Shape
 from model_zoo.split_model import Body, scale_outputs
 
-# Models of table rows that treat columns one by one: wide and deep parts side by side, and a
-# transformer over columns.
-
 
 class _WideDeep(nn.Module):
-    """[B, columns] to the columns, their products and what the perceptron makes of them, side by side."""
+    """Concatenates the columns, products of pairs of columns and the output of a perceptron."""
 
     def __init__(self, columns: int, deep: nn.Module, crosses: bool) -> None:
         super().__init__()
@@ -30,8 +28,10 @@ class _WideDeep(nn.Module):
         self.first: list[int] = pairs[0].tolist()
         self.second: list[int] = pairs[1].tolist()
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
-        bounded = x.tanh()  # a product of two outliers would drown all else
+        # The products of unbounded outliers would dominate the features.
+        bounded = x.tanh()
         crossed = bounded[:, self.first] * bounded[:, self.second]
         return torch.cat([x, crossed, self.deep(x)], 1)
 
@@ -43,20 +43,27 @@ def wide_deep(
     crosses: Literal["pairs", "none"] = "pairs",
     dropout: float = 0.0,
 ) -> Body:
-    """A linear model on columns and crossed columns (wide) beside a perceptron (deep), trained jointly.
+    """Build a linear model on columns and crossed columns (wide) and a perceptron (deep).
 
-    Cheng et al., "Wide & Deep Learning for Recommender Systems" (2016), section 3: the head, a linear layer on both parts, is
-    eq. 3. The paper crosses binary columns by AND; ours, which are numbers, by the product of each pair, tanh of either.
+    A linear head on both parts trains them jointly (Cheng et al., "Wide & Deep Learning for
+    Recommender Systems", 2016, section 3, eq. 3). The paper crosses binary columns with AND; here
+    the columns are numbers, and a pair is crossed by multiplying the tanh of both.
+
+    Args:
+        shape: Shape of a table row.
+        hidden: Widths of the perceptron's layers.
+        crosses: Whether to add the products of all `pairs` of columns.
+        dropout: Dropout rate of the perceptron.
     """
     layers: list[nn.Module] = []
     width = shape.channels
-    for wider in hidden:
+    for hidden_width in hidden:
         layers += [
-            nn.Linear(width, wider),
+            nn.Linear(width, hidden_width),
             nn.ReLU(),
             *([nn.Dropout(dropout)] if dropout > 0 else []),
         ]
-        width = wider
+        width = hidden_width
     crossed = shape.channels * (shape.channels - 1) // 2 if crosses == "pairs" else 0
     return _WideDeep(
         shape.channels, nn.Sequential(*layers), crosses == "pairs"
@@ -64,7 +71,7 @@ def wide_deep(
 
 
 class _ColumnBlock(nn.Module):
-    """x + attention(norm(x)), then x + ReGLU perceptron(norm(x)); the first block's attention has no norm before it."""
+    """A transformer block with a ReGLU perceptron; the first block has no norm before attention."""
 
     def __init__(self, width: int, heads: int, dropout: float, first: bool) -> None:
         super().__init__()
@@ -76,6 +83,7 @@ class _ColumnBlock(nn.Module):
         self.down = nn.Linear(inner, width)
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.dropout(self.attention(self.norm1(x)))
         value, gate = self.up(self.norm2(x)).chunk(2, -1)
@@ -84,11 +92,11 @@ class _ColumnBlock(nn.Module):
 
 
 class _ColumnTransformer(nn.Module):
-    """[B, columns] to features [B, width]: a token for each column, one more that is read."""
+    """A transformer over one token per column and a readout token."""
 
     def __init__(self, columns: int, width: int, depth: int, heads: int, dropout: float) -> None:
         super().__init__()
-        # The bound of the authors' tokeniser: uniform within ±1/√width.
+        # Uniform in ±1/√width, as in the authors' tokenizer.
         self.scale = nn.Parameter((2 * torch.rand(columns, width) - 1) * width**-0.5)
         self.shift = nn.Parameter((2 * torch.rand(columns, width) - 1) * width**-0.5)
         self.read = nn.Parameter((2 * torch.rand(1, 1, width) - 1) * width**-0.5)
@@ -97,6 +105,7 @@ class _ColumnTransformer(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.unsqueeze(-1) * self.scale + self.shift
         steps = self.blocks(torch.cat([tokens, self.read.expand(x.shape[0], -1, -1)], 1))
@@ -107,22 +116,27 @@ class _ColumnTransformer(nn.Module):
 def ft_transformer(
     shape: Shape, *, width: int = 32, depth: int = 2, heads: int = 4, dropout: float = 0.0
 ) -> Body:
-    """A small transformer over columns: column j with value x becomes the token x·w_j + b_j.
+    """Build a small transformer over the columns of a table.
 
-    Gorishniy et al., "Revisiting Deep Learning Models for Tabular Data" (NeurIPS 2021), section 3.3: pre-norm blocks, ReGLU
-    of 4/3 of the width, and the last token read by LayerNorm and ReLU. All tensors but ``scale`` and ``shift`` have the same
-    shapes whatever the columns, so that clients with different columns can share them.
+    Column j with value x becomes the token `x * scale[j] + shift[j]`. The blocks are pre-norm with
+    ReGLU of 4/3 of the width; the features are the last token after LayerNorm and ReLU (Gorishniy
+    et al., "Revisiting Deep Learning Models for Tabular Data", NeurIPS 2021, section 3.3). Only the
+    shapes of `scale` and `shift` depend on the columns, so clients with different columns can share
+    all other tensors.
+
+    Args:
+        shape: Shape of a table row.
+        width: Width of the tokens and of the features.
+        depth: Number of transformer blocks.
+        heads: Number of attention heads.
+        dropout: Dropout rate.
     """
     return _ColumnTransformer(shape.channels, width, depth, heads, dropout), width
 
 
-# Models without convolutions: a linear classifier, a multi-layer perceptron, and a residual network
-# for tables.
-
-
 def linear(shape: Shape) -> Body:
-    """Logistic regression: the features are the flattened input itself."""
-    return nn.Flatten(), shape.numbers
+    """Build logistic regression: the features are the flattened input."""
+    return nn.Flatten(), shape.num_values
 
 
 def mlp(
@@ -133,23 +147,28 @@ def mlp(
     norm: Literal["none", "batch"] = "none",
     scaler: float = 0.0,
 ) -> Body:
-    """Flatten, then Linear and ReLU for each width in ``hidden`` (BatchNorm between, dropout after, where asked for).
+    """Build a multi-layer perceptron on the flattened input.
 
-    ``scaler`` is that of :func:`model_zoo.split_model.scale_outputs`, here and below.
+    Args:
+        shape: Shape of an example.
+        hidden: Widths of the hidden layers, each followed by ReLU.
+        dropout: Dropout rate after each ReLU.
+        norm: Whether BatchNorm precedes each ReLU.
+        scaler: See `model_zoo.split_model.scale_outputs`.
     """
     layers: list[nn.Module] = [nn.Flatten()]
-    width = shape.numbers
-    for wider in hidden:
-        between = [nn.BatchNorm1d(wider)] if norm == "batch" else []
-        layers += [nn.Linear(width, wider), *between, nn.ReLU()]
+    width = shape.num_values
+    for hidden_width in hidden:
+        batch_norm = [nn.BatchNorm1d(hidden_width)] if norm == "batch" else []
+        layers += [nn.Linear(width, hidden_width), *batch_norm, nn.ReLU()]
         if dropout > 0:
             layers.append(nn.Dropout(dropout))
-        width = wider
+        width = hidden_width
     return scale_outputs(nn.Sequential(*layers), scaler), width
 
 
 class _TableBlock(nn.Module):
-    """x + Linear(ReLU(Linear(BatchNorm(x)))), with dropout after the ReLU and at the end."""
+    """A residual block `x + linear(ReLU(linear(norm(x))))` with dropout after both layers."""
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
@@ -158,6 +177,7 @@ class _TableBlock(nn.Module):
         self.down = nn.Linear(2 * width, width)
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         inner = self.dropout(self.up(self.norm(x)).relu())
         out: Tensor = x + self.dropout(self.down(inner))
@@ -167,9 +187,17 @@ class _TableBlock(nn.Module):
 def tabular(
     shape: Shape, *, width: int = 64, blocks: int = 2, dropout: float = 0.0, scaler: float = 0.0
 ) -> Body:
-    """A residual network for table rows [B, columns].
+    """Build a residual network for table rows `[B, columns]`.
 
-    Gorishniy et al., "Revisiting Deep Learning Models for Tabular Data" (NeurIPS 2021), section 3.2.
+    See Gorishniy et al., "Revisiting Deep Learning Models for Tabular Data" (NeurIPS 2021), section
+    3.2.
+
+    Args:
+        shape: Shape of a table row.
+        width: Width of the features.
+        blocks: Number of residual blocks.
+        dropout: Dropout rate.
+        scaler: See `model_zoo.split_model.scale_outputs`.
     """
     layers = [_TableBlock(width, dropout) for _ in range(blocks)]
     backbone = nn.Sequential(

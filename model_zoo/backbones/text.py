@@ -1,7 +1,7 @@
-"""Models that read tokens: an embedding under gated recurrent units, a causal CNN, or a small transformer.
+"""Models for text: an embedding followed by a GRU, a causal CNN or a small transformer.
 
-Tokens are whole numbers [B, T] below the size of the vocabulary. Number 0 is no word: shorter texts are filled up with it
-from the left, so that the last step is always the newest word, from which all three read.
+Tokens are int64 `[B, T]` in `[0, vocabulary)`. Token 0 is the padding, which precedes shorter
+texts, so the last step is always the last word.
 """
 
 from __future__ import annotations
@@ -9,24 +9,32 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from model_zoo.backbones.transformer import TransformerBlock
 from model_zoo.shapes import Shape
 from model_zoo.split_model import Body, scale_outputs
 
-EMPTY = 0
-DEEPEST = 6  # layers of the causal CNN that double their reach; it is then over a hundred words
+PADDING = 0
+# Layers of the causal CNN whose dilation doubles. The receptive field is then over a hundred words.
+MAX_DOUBLINGS = 6
 
 
 class Embedding(nn.Module):
-    """Tokens [B, T] to vectors [B, T, width], nought where there is no word."""
+    """An embedding of tokens `[B, T]` in vectors `[B, T, width]`; padding becomes zeros.
+
+    Args:
+        vocabulary: Number of different tokens.
+        width: Width of the vectors.
+    """
 
     def __init__(self, vocabulary: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(vocabulary, width) * width**-0.5)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
-        return F.embedding(x, self.weight) * (x != EMPTY).unsqueeze(-1)
+        return F.embedding(x, self.weight) * (x != PADDING).unsqueeze(-1)
 
 
 class _Recurrent(nn.Module):
@@ -35,6 +43,7 @@ class _Recurrent(nn.Module):
         self.embedding = embedding
         self.network = network
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         outputs, _ = self.network(self.embedding(x))
         last: Tensor = outputs[:, -1]
@@ -42,23 +51,33 @@ class _Recurrent(nn.Module):
 
 
 def text_gru(shape: Shape, *, embedding: int = 32, hidden: int = 64, layers: int = 1) -> Body:
-    """Gated recurrent units over embedded words (Hard et al., "Federated Learning for Mobile Keyboard Prediction", 2018, have
-    a relative of it on phones); the last step as features. Not for ``vmap``, which has no rule for it."""
+    """Build a GRU over embedded words, which does not support `vmap`.
+
+    The features are the output of the last step. Hard et al. ("Federated Learning for Mobile
+    Keyboard Prediction", 2018) use a related network on phones.
+
+    Args:
+        shape: Shape of an example.
+        embedding: Width of the embedding.
+        hidden: Width of the hidden state and of the features.
+        layers: Number of layers.
+    """
     network = nn.GRU(embedding, hidden, layers, batch_first=True)
-    return _Recurrent(Embedding(shape.words, embedding), network), hidden
+    return _Recurrent(Embedding(shape.vocabulary_size, embedding), network), hidden
 
 
 class _CausalLayer(nn.Module):
-    """x + ReLU(norm(convolution(x))) on [B, width, T]; a step sees itself and earlier ones."""
+    """A residual causal convolution `x + ReLU(norm(conv(x)))` on `[B, width, T]`."""
 
     def __init__(self, width: int, kernel: int, dilation: int, dropout: float) -> None:
         super().__init__()
         self.before = (kernel - 1) * dilation
         self.convolution = nn.Conv1d(width, width, kernel, dilation=dilation)
-        # of each step by itself: a norm over all steps would look ahead
+        # Normalization over all steps would not be causal.
         self.norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         inner = self.convolution(F.pad(x, (self.before, 0))).transpose(1, 2)
         out: Tensor = x + self.dropout(self.norm(inner).relu()).transpose(1, 2)
@@ -71,9 +90,10 @@ class _CausalCNN(nn.Module):
         self.embedding = embedding
         self.layers = layers
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         steps = self.layers(self.embedding(x).transpose(1, 2))
-        # Side by side for each channel, so that the features of a narrower copy are the leading ones.
+        # Interleaved by channel, so that the features of a narrow copy are a leading slice.
         return torch.stack([steps[..., -1], steps.amax(-1)], -1).flatten(1)
 
 
@@ -86,15 +106,25 @@ def text_cnn(
     dropout: float = 0.0,
     scaler: float = 0.0,
 ) -> Body:
-    """Causal convolutions over embedded words, each layer reaching twice as far back (Bai et al., "An Empirical Evaluation of
-    Generic Convolutional and Recurrent Networks for Sequence Modeling", 2018).
+    """Build a causal CNN over embedded words whose dilation doubles from layer to layer.
 
-    Features are the last step, which is the newest word and what came before it, and the largest value over all steps
-    (Kim, 2014), which finds a telling phrase anywhere in a text. ``scaler`` is that of :func:`model_zoo.split_model.scale_outputs`.
+    The features are the last step and the maximum over all steps, `[B, 2 * width]` (Bai et al., "An
+    Empirical Evaluation of Generic Convolutional and Recurrent Networks for Sequence Modeling",
+    2018; Kim, "Convolutional Neural Networks for Sentence Classification", 2014).
+
+    Args:
+        shape: Shape of an example.
+        width: Width of the embedding and channels of the convolutions.
+        layers: Number of convolutions.
+        kernel: Kernel size.
+        dropout: Dropout rate.
+        scaler: See `model_zoo.split_model.scale_outputs`.
     """
-    stack = [_CausalLayer(width, kernel, 2 ** min(i, DEEPEST), dropout) for i in range(layers)]
+    stack = [
+        _CausalLayer(width, kernel, 2 ** min(i, MAX_DOUBLINGS), dropout) for i in range(layers)
+    ]
     return scale_outputs(
-        _CausalCNN(Embedding(shape.words, width), nn.Sequential(*stack)), scaler
+        _CausalCNN(Embedding(shape.vocabulary_size, width), nn.Sequential(*stack)), scaler
     ), 2 * width
 
 
@@ -108,10 +138,11 @@ class _TextTransformer(nn.Module):
         self.blocks = blocks
         self.norm = nn.LayerNorm(width)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         steps = self.embedding(x) + self.positions
         for block in self.blocks:
-            steps = block(steps, x == EMPTY)
+            steps = block(steps, x == PADDING)
         features: Tensor = self.norm(steps[:, -1])
         return features
 
@@ -119,7 +150,18 @@ class _TextTransformer(nn.Module):
 def text_transformer(
     shape: Shape, *, width: int = 64, depth: int = 2, heads: int = 4, dropout: float = 0.0
 ) -> Body:
-    """A small pre-norm transformer encoder (Vaswani et al., 2017) over embedded words; the last step, which looks at all the
-    others but the empty ones, as features."""
+    """Build a small pre-norm transformer encoder over embedded words (Vaswani et al., 2017).
+
+    The features are the last step, which attends to all words and ignores padding.
+
+    Args:
+        shape: Shape of an example.
+        width: Width of the features.
+        depth: Number of transformer blocks.
+        heads: Number of attention heads.
+        dropout: Dropout rate.
+    """
     blocks = nn.ModuleList(TransformerBlock(width, heads, dropout) for _ in range(depth))
-    return _TextTransformer(Embedding(shape.words, width), shape.size[0], blocks, width), width
+    return _TextTransformer(
+        Embedding(shape.vocabulary_size, width), shape.size[0], blocks, width
+    ), width

@@ -1,4 +1,4 @@
-"""A small pre-norm transformer encoder, and the vision transformer."""
+"""A small pre-norm transformer encoder for sequences and the vision transformer."""
 
 from __future__ import annotations
 
@@ -7,48 +7,62 @@ import math
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from typing_extensions import override
 
 from model_zoo.errors import ModelError
 from model_zoo.shapes import Shape
 from model_zoo.split_model import Body
 
-# A small pre-norm transformer encoder, which the sequence and the image transformers share.
-#
-# All its randomness is ``nn.Dropout``'s. The attention is written out, not
-# ``F.scaled_dot_product_attention``: the fused CPU kernel behind that has no batching rule, so
-# under ``vmap`` it would run one model after another, and at the lengths meant here (tens of steps)
-# fusing gains nothing.
 
-
+# `F.scaled_dot_product_attention` is not used: its fused CPU kernel has no batching rule, so `vmap`
+# would run one model after another, and for tens of steps fusing gains nothing.
 class SelfAttention(nn.Module):
-    """Multi-head self-attention on [B, steps, width] (Vaswani et al., 2017, section 3.2)."""
+    """Multi-head self-attention on `[B, steps, width]` (Vaswani et al., 2017, section 3.2).
+
+    Args:
+        width: Width of a step.
+        heads: Number of heads.
+
+    Raises:
+        ModelError: If `width` is not a multiple of `heads`.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         if width % heads:
-            raise ModelError(
-                f"option heads: found {heads}, but the width {width} must be a multiple of it"
-            )
+            raise ModelError(f"option heads: expected a divisor of the width {width}, got {heads}")
         self.heads = heads
         self.to_qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, absent: Tensor | None = None) -> Tensor:
-        """``absent`` [B, steps]: where there is nothing to look at."""
+    @override
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Return the attention output.
+
+        Args:
+            x: Steps, shape `[B, steps, width]`.
+            padding_mask: Boolean, shape `[B, steps]`; True at steps that are ignored.
+        """
         q, k, v = rearrange(
             self.to_qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads
         )
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-        # not minus infinity: where nothing is there at all, that would be NaN
-        if absent is not None:
-            scores = scores.masked_fill(absent[:, None, None, :], -1e4)
+        # With minus infinity, a text that is all padding would result in NaN.
+        if padding_mask is not None:
+            scores = scores.masked_fill(padding_mask[:, None, None, :], -1e4)
         weights = scores.softmax(-1)
         out: Tensor = self.out(rearrange(weights @ v, "b h n d -> b n (h d)"))
         return out
 
 
 class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); dropout on each branch."""
+    """A pre-norm transformer block: self-attention and a perceptron with residual connections.
+
+    Args:
+        width: Width of a step.
+        heads: Number of heads.
+        dropout: Dropout rate of both branches.
+    """
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -60,20 +74,30 @@ class TransformerBlock(nn.Module):
         )
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
 
-    def forward(self, x: Tensor, absent: Tensor | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm1(x), absent))
+    @override
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x), padding_mask))
         out: Tensor = x + self.dropout(self.mlp(self.norm2(x)))
         return out
 
 
 class Encoder(nn.Module):
-    """Tokens [B, steps, token_width] to features [B, width].
+    """A transformer encoder that maps tokens `[B, steps, token_width]` to features `[B, width]`.
 
-    A linear embedding plus learned positions, ``depth`` blocks, a LayerNorm, the mean over the steps.
+    It consists of a linear embedding with learned positions, transformer blocks, LayerNorm and the
+    mean over the steps.
+
+    Args:
+        steps: Number of steps.
+        token_width: Width of a token.
+        width: Width of the features.
+        depth: Number of blocks.
+        heads: Number of attention heads.
+        dropout: Dropout rate.
     """
 
     def __init__(
-        self, steps: int, token_width: int, width: int, depth: int, heads: int, dropout: float
+        self, steps: int, token_width: int, width: int, *, depth: int, heads: int, dropout: float
     ) -> None:
         super().__init__()
         self.embed = nn.Linear(token_width, width)
@@ -83,23 +107,27 @@ class Encoder(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
 
+    @override
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.blocks(self.embed(tokens) + self.positions)
         features: Tensor = self.norm(x).mean(1)
         return features
 
 
-# A small vision transformer.
-
-
 class VisionTransformer(nn.Module):
-    """Cuts [B, C, H, W] into square patches and encodes them as tokens."""
+    """A vision transformer that encodes the square patches of images `[B, C, H, W]` as tokens.
+
+    Args:
+        patch: Height and width of a patch in pixels.
+        encoder: Encoder of the tokens.
+    """
 
     def __init__(self, patch: int, encoder: Encoder) -> None:
         super().__init__()
         self.patch = patch
         self.encoder = encoder
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         tokens = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
         features: Tensor = self.encoder(tokens)
@@ -115,19 +143,35 @@ def vit(
     heads: int = 4,
     dropout: float = 0.0,
 ) -> Body:
-    """Patches of ``patch`` x ``patch`` pixels through a transformer encoder; the mean over the patches as features.
+    """Build a small vision transformer (Dosovitskiy et al., ICLR 2021).
 
-    After Dosovitskiy et al., "An Image is Worth 16x16 Words" (ICLR 2021). Raises :class:`ModelError` where the image
-    is not a whole number of patches.
+    The features are the mean over the patches.
+
+    Args:
+        shape: Shape of an image.
+        patch: Height and width of a patch in pixels.
+        width: Width of the features.
+        depth: Number of transformer blocks.
+        heads: Number of attention heads.
+        dropout: Dropout rate.
+
+    Raises:
+        ModelError: If the image cannot be divided into patches.
     """
-    height, along = shape.size
-    if height % patch or along % patch:
-        divisors = [p for p in range(1, min(shape.size) + 1) if height % p == 0 and along % p == 0]
-        best = min(divisors, key=lambda p: abs(p - patch))
+    image_height, image_width = shape.size
+    if image_height % patch or image_width % patch:
+        divisors = [
+            p
+            for p in range(1, min(shape.size) + 1)
+            if image_height % p == 0 and image_width % p == 0
+        ]
+        nearest = min(divisors, key=lambda p: abs(p - patch))
         raise ModelError(
-            f"option patch: found {patch}, which does not divide {height}x{along}; the nearest is {best}"
+            f"option patch: expected a divisor of {image_height}x{image_width}, got {patch}; "
+            f"the nearest is {nearest}"
         )
-    tokens = (height // patch) * (along // patch)
-    return VisionTransformer(
-        patch, Encoder(tokens, shape.channels * patch**2, width, depth, heads, dropout)
-    ), width
+    tokens = (image_height // patch) * (image_width // patch)
+    encoder = Encoder(
+        tokens, shape.channels * patch**2, width, depth=depth, heads=heads, dropout=dropout
+    )
+    return VisionTransformer(patch, encoder), width

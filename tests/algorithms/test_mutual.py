@@ -326,7 +326,7 @@ def test_mistakes_are_one_line() -> None:
         ({"mentee": {"name": "cnn_gn_smal"}}, "cnn_gn_small"),
         (
             {"mentee": {"name": "lenet"}},
-            "algorithm.mentee: model lenet: needs at least 12x12 pixels",
+            "algorithm.mentee: model lenet: expected at least 12x12 pixels",
         ),
         (
             {"mentee_input": [64]},

@@ -71,7 +71,7 @@ def test_overrides_are_of_the_configuration_or_of_the_tutorials_own_keys() -> No
         ({"lambda": -1}, "lambda: must be > 0, got -1"),
         (
             {"model_name": "resnet81"},
-            "model: found 'resnet81'; model resnet81: no such model; the nearest are",
+            "model: found 'resnet81'; model resnet81: unknown model; did you mean",
         ),
     ],
 )

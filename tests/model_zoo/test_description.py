@@ -59,7 +59,7 @@ def test_text() -> None:
     assert text.splitlines()[0].startswith("resnet20: 16-32-64 channels")
     assert "272,474 (backbone 271,824, head 650)" in text
     # 40.55 M multiply-adds of the plain network, 0.26 M of the shortcuts
-    assert "81.6 MFLOP an example" in text
+    assert "81.6 MFLOP per example" in text
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["nothing"], "no model matches nothing"), (["lenet", "--size", "5"], "at least 12x12")],
+    [(["nothing"], "no model matches 'nothing'"), (["lenet", "--size", "5"], "at least 12x12")],
 )
 def test_command_line_mistakes(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]

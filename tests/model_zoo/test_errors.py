@@ -20,50 +20,51 @@ from model_zoo import (
 
 WRONG: list[tuple[str, dict[str, Any], list[str]]] = [
     ("cnn_bn_smal", {}, ["cnn_bn_smal", "cnn_bn_small"]),
-    ("ResNet18", {}, ["no such model", "resnet18"]),
-    ("nothing-like-it", {}, ["no such model"]),
-    ("", {}, ["no such model"]),
-    ("tim:resnet18", {}, ["no such prefix", "timm"]),
-    ("timm:resnet10x", {}, ["no such image classifier", "timm:resnet10t"]),
-    ("torchvision:resnet181", {}, ["no such image classifier", "torchvision:resnet18"]),
-    ("torchvision:fasterrcnn_resnet50_fpn", {}, ["no such image classifier"]),
-    ("cnn", {"widht": 8}, ["unknown option widht", "nearest is width", "width, norm, dropout"]),
-    ("lenet", {"width": 8}, ["unknown option width", "it takes none"]),
-    ("cnn_bn_small", {"width": 8}, ["unknown option width", "it takes dropout"]),
-    ("timm:resnet10t", {"dropout": 0.1}, ["unknown option dropout", "drop_rate"]),
+    ("ResNet18", {}, ["unknown model", "did you mean 'resnet18'"]),
+    ("nothing-like-it", {}, ["unknown model; choose from model_zoo.list_models()"]),
+    ("", {}, ["unknown model"]),
+    ("tim:resnet18", {}, ["unknown prefix 'tim'", "'timm'"]),
+    ("timm:resnet10x", {}, ["unknown image classifier of timm", "timm:resnet10t"]),
+    ("torchvision:resnet181", {}, ["unknown image classifier", "torchvision:resnet18"]),
+    ("torchvision:fasterrcnn_resnet50_fpn", {}, ["unknown image classifier"]),
+    ("cnn", {"widht": 8}, ["unknown option 'widht'; did you mean 'width'?"]),
+    ("cnn", {"zzzzz": 8}, ["unknown option 'zzzzz'; choose from width, norm, dropout"]),
+    ("lenet", {"width": 8}, ["unknown option 'width'", "has no options"]),
+    ("cnn_bn_small", {"width": 8}, ["unknown option 'width'", "choose from dropout"]),
+    ("timm:resnet10t", {"dropout": 0.1}, ["unknown option 'dropout'", "drop_rate"]),
     ("torchvision:resnet18", {"dropout": 0.1}, ["dropout"]),
     ("torchvision:mobilenet_v2", {"dropout": 1.5}, ["option dropout", "1.5"]),
-    ("cnn", {"width": 0}, ["option width", "found 0", "at least 1"]),
+    ("cnn", {"width": 0}, ["option width: expected an integer >= 1, got 0"]),
     ("cnn", {"width": "wide"}, ["option width", "'wide'"]),
     ("cnn", {"width": True}, ["option width", "True"]),
     ("cnn", {"norm": "layer"}, ["option norm", "'layer'", "batch, group, none"]),
     ("resnet8", {"norm": "none"}, ["option norm", "batch, group"]),
-    ("cnn", {"dropout": 1.0}, ["option dropout", "1.0", "below 1"]),
+    ("cnn", {"dropout": 1.0}, ["option dropout: expected a number in [0, 1), got 1.0"]),
     ("cnn", {"dropout": -0.1}, ["option dropout", "-0.1"]),
     ("cnn", {"dropout": "0.1"}, ["option dropout", "'0.1'"]),
     ("mlp", {"hidden": []}, ["option hidden", "[]"]),
     ("mlp", {"hidden": [10, 0]}, ["option hidden", "[10, 0]"]),
     ("mlp", {"hidden": "10"}, ["option hidden", "'10'"]),
-    ("resnet", {"widths": [16, 32]}, ["blocks and widths", "3 and 2"]),
+    ("resnet", {"widths": [16, 32]}, ["option blocks: expected 2 stages as in widths, got 3"]),
     ("transformer", {"width": 30}, ["option heads", "4", "30"]),
-    ("vit", {"patch": 5}, ["option patch", "found 5", "28x28", "nearest is 4"]),
-    ("mlp", {"num_classes": 0}, ["num_classes", "found 0"]),
+    ("vit", {"patch": 5}, ["option patch", "got 5", "28x28", "nearest is 4"]),
+    ("mlp", {"num_classes": 0}, ["num_classes", "got 0"]),
     ("mlp", {"num_classes": 2.5}, ["num_classes", "2.5"]),
-    ("mlp", {"in_channels": 0}, ["in_channels", "found 0"]),
-    ("mlp", {"input_size": 0}, ["input_size", "found 0"]),
+    ("mlp", {"in_channels": 0}, ["in_channels", "got 0"]),
+    ("mlp", {"input_size": 0}, ["input_size", "got 0"]),
     ("mlp", {"input_size": (28, 28, 28)}, ["input_size", "(28, 28, 28)"]),
     ("mlp", {"input_size": "28"}, ["input_size", "'28'"]),
     ("mlp", {"input_size": (28, -1)}, ["input_size", "(28, -1)"]),
     ("mlp", {"input_size": None}, ["input_size", "None"]),
-    ("mlp", {"feature_dim": 0}, ["feature_dim", "found 0"]),
+    ("mlp", {"feature_dim": 0}, ["feature_dim", "got 0"]),
     ("mlp", {"feature_dim": "64"}, ["feature_dim", "'64'"]),
-    ("cnn_bn_small", {"input_size": ()}, ["takes images", "table row"]),
-    ("cnn_bn_small", {"input_size": (100,)}, ["takes images", "series of length 100"]),
-    ("resnet18", {"input_size": ()}, ["takes images", "table row"]),
-    ("timm:resnet10t", {"input_size": (9,)}, ["takes images", "series"]),
+    ("cnn_bn_small", {"input_size": ()}, ["expected images", "table row"]),
+    ("cnn_bn_small", {"input_size": (100,)}, ["expected images", "series of length 100"]),
+    ("resnet18", {"input_size": ()}, ["expected images", "table row"]),
+    ("timm:resnet10t", {"input_size": (9,)}, ["expected images", "series"]),
     ("cnn1d", {"pool": "first"}, ["option pool", "first", "both, mean, last"]),
-    ("gru", {"input_size": ()}, ["takes series or images", "table row"]),
-    ("tabular", {}, ["takes table rows", "28x28"]),
+    ("gru", {"input_size": ()}, ["expected series or images", "table row"]),
+    ("tabular", {}, ["expected table rows", "28x28"]),
     ("lenet", {"input_size": 11}, ["at least 12x12", "11x11"]),
     ("lenet", {"input_size": (28, 11)}, ["at least 12x12", "28x11"]),
     ("fedavg_cnn", {"input_size": 3}, ["at least 4x4", "3x3"]),
@@ -86,7 +87,7 @@ def test_refused_in_one_line(name: str, arguments: dict[str, Any], said: list[st
 
 
 def test_a_name_that_is_no_text_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"^model 3: a name is needed$"):
+    with pytest.raises(ModelError, match=r"^model 3: expected a name$"):
         create_model(3, 10)
 
 
@@ -107,7 +108,7 @@ def test_options_by_name() -> None:
     assert model_options("resnet20") == {"norm": "batch", "scaler": 0.0}
     assert model_options("resnet18") == model_options("linear") == {}
     assert model_options("timm:resnet10t") == {"drop_rate": None}
-    with pytest.raises(ModelError, match="nearest is mlp"):
+    with pytest.raises(ModelError, match="did you mean 'mlp'"):
         model_options("mpl")
 
 
@@ -115,10 +116,10 @@ def test_options_can_be_checked_without_making_the_model() -> None:
     check_options("cnn", {"width": 8, "norm": "group"})
     check_options("timm:resnet10t", {"drop_rate": None})
     for name, options, said in (
-        ("cnn", {"wdth": 8}, "unknown option wdth"),
-        ("cnn", {"width": -8}, "found -8"),
-        ("timm:resnet10t", {"drop_rate": 2}, "found 2"),
-        ("cnnn", {}, "no such model"),
+        ("cnn", {"wdth": 8}, "unknown option 'wdth'"),
+        ("cnn", {"width": -8}, "got -8"),
+        ("timm:resnet10t", {"drop_rate": 2}, "got 2"),
+        ("cnnn", {}, "unknown model"),
     ):
         with pytest.raises(ModelError, match=said):
             check_options(name, options)
@@ -138,7 +139,7 @@ def test_listing() -> None:
     ]
     assert "timm:vit_tiny_patch16_224" in list_models("timm:vit_tiny*")
     assert all(name.startswith("timm:") for name in list_models("timm:*"))
-    with pytest.raises(ModelError, match="not for python"):
+    with pytest.raises(ModelError, match="unknown prefix 'python'; choose from torchvision, timm"):
         list_models("python:*")
 
 
@@ -167,7 +168,7 @@ def test_groups_cannot_be_changed_from_outside() -> None:
 
 
 def test_an_unknown_group_gives_the_nearest() -> None:
-    with pytest.raises(ModelError, match=r"^group HtFE7: no such group; the nearest are HtFE"):
+    with pytest.raises(ModelError, match=r"^group HtFE7: unknown group; did you mean 'HtFE"):
         group_models("HtFE7")
 
 

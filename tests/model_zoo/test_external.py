@@ -105,14 +105,16 @@ def test_an_image_too_small_for_every_enlargement_is_refused(
     monkeypatch.setattr("torchvision.models.ResNet.forward", refuse)
     with pytest.raises(
         ModelError,
-        match=r"^model torchvision:resnet18: cannot take an image of 28x28 .* \(28, 28\) and a second line$",
+        match=r"^model torchvision:resnet18: cannot process an image of 28x28 .* \(28, 28\) and a second line$",
     ):
         create_model("torchvision:resnet18", 10)
 
 
 def test_a_model_that_gives_no_feature_vector_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchvision.models.ResNet.forward", lambda self, x: x)
-    with pytest.raises(ModelError, match=r"\[batch, D\]; for 2 examples it gave \(2, 1, 28, 28\)$"):
+    with pytest.raises(
+        ModelError, match=r"shape \(2, D\) for a batch of 2 examples, got \(2, 1, 28, 28\)$"
+    ):
         create_model("torchvision:resnet18", 10)
 
 
@@ -199,7 +201,9 @@ def test_weights_that_cannot_be_fetched(
     monkeypatch.setattr(hub, "handlers", [logging.StreamHandler(logged := io.StringIO())])
     with pytest.raises(ModelError) as caught:
         create_model(name, 10, pretrained=True)
-    assert str(caught.value).startswith(f"model {name}: the pretrained weights could not be had: ")
+    assert str(caught.value).startswith(
+        f"model {name}: pretrained: cannot load the pretrained weights: "
+    )
     assert "Name or service not known" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
@@ -292,23 +296,27 @@ def test_own_class_that_takes_anything(own: str) -> None:
 
 
 WRONG_OWN: list[tuple[str, dict[str, Any], str]] = [
-    ("Whol", {}, r"has no class Whol; the nearest is Whole"),
-    ("Whole", {"slop": 0.1}, r"unknown option slop; the nearest is slope; it takes slope"),
-    ("Parts", {"feature_dim": 9}, r"feature_dim=9 was asked for, its features have width 4"),
-    ("Parts", {"pretrained": True}, r"pretrained: it has no such argument"),
-    ("Parts", {"input_size": ()}, r"cannot take a table row of 1 columns: "),
-    ("WrongHead", {}, r"must give logits of shape \(2, 3\) for two examples, it gave \(2, 4\)"),
-    ("OddHead", {}, r"its head cannot take features of width 4: "),
+    ("Whol", {}, r"has no class Whol; did you mean 'Whole'"),
+    ("Whole", {"slop": 0.1}, r"unknown option 'slop'; did you mean 'slope'\?"),
+    ("Parts", {"feature_dim": 9}, r"feature_dim: expected features of width 9, got 4"),
+    ("Parts", {"pretrained": True}, r"pretrained: the class has no such argument"),
+    ("Parts", {"input_size": ()}, r"cannot process a table row of 1 columns: "),
+    (
+        "WrongHead",
+        {},
+        r"head: expected logits of shape \(2, 3\) for a batch of 2 examples, got \(2, 4\)",
+    ),
+    ("OddHead", {}, r"head: cannot process features of width 4: "),
     (
         "Headless",
         {},
-        r"found Headless; it must be a model_zoo.SplitModel, or a module with .backbone and .head",
+        r"expected a model_zoo.SplitModel or a module with .backbone and .head, got Headless",
     ),
-    ("function", {}, r"function of zoo_own_models is not a subclass of torch\.nn\.Module"),
-    ("number", {}, r"number of zoo_own_models is not a subclass of torch\.nn\.Module"),
-    ("WrongWidth", {}, r"its feature_dim says 5, its features have width 4"),
-    ("Broken", {}, r"could not be made: KeyError: "),
-    ("Maps", {}, r"\[batch, D\]; for 2 examples it gave \(2, 4, 26, 26\)"),
+    ("function", {}, r"function in zoo_own_models is not a subclass of torch\.nn\.Module"),
+    ("number", {}, r"number in zoo_own_models is not a subclass of torch\.nn\.Module"),
+    ("WrongWidth", {}, r"feature_dim is 5, but the backbone returns 4 features"),
+    ("Broken", {}, r"cannot create the model: KeyError: "),
+    ("Maps", {}, r"shape \(2, D\) for a batch of 2 examples, got \(2, 4, 26, 26\)"),
 ]
 
 
@@ -327,11 +335,11 @@ def test_own_models_that_do_not_fit(
     [
         (
             "python:zoo_no_such_module:Net",
-            "zoo_no_such_module cannot be imported: ModuleNotFoundError: No module named",
+            "cannot import zoo_no_such_module: ModuleNotFoundError: No module named",
         ),
-        ("python:zoo_broken_module:Net", "cannot be imported: OSError: disk on fire"),
-        ("python:zoo_own_models", "the form is python:package.module:Class"),
-        ("python:", "the form is python:package.module:Class"),
+        ("python:zoo_broken_module:Net", "cannot import zoo_broken_module: OSError: disk on fire"),
+        ("python:zoo_own_models", "expected python:package.module:Class"),
+        ("python:", "expected python:package.module:Class"),
     ],
 )
 def test_own_models_that_cannot_be_found(own: str, name: str, said: str) -> None:
@@ -340,9 +348,9 @@ def test_own_models_that_cannot_be_found(own: str, name: str, said: str) -> None
 
 
 def test_description_of_models_from_elsewhere(own: str) -> None:
-    assert describe(own + "Parts").summary == "your own zoo_own_models:Parts"
-    assert describe("timm:resnet10t").summary == "resnet10t of timm"
+    assert describe(own + "Parts").summary == "user-defined zoo_own_models:Parts"
+    assert describe("timm:resnet10t").summary == "resnet10t from timm"
     assert (
         describe("torchvision:densenet121").summary
-        == "densenet121 of torchvision, images enlarged to 32x32"
+        == "densenet121 from torchvision, images enlarged to 32x32"
     )

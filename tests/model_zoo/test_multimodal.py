@@ -94,14 +94,14 @@ def test_without_indicators_all_is_there() -> None:
 
 def test_mistakes_are_one_line() -> None:
     for blocks, words in (
-        ("image", "option blocks: found 'image', pairs of a name and a shape are needed"),
-        ([["fusion", [71]]], "found name 'fusion', which a part of the model has"),
-        ([["forward", [71]]], "found name 'forward', which a part of the model has"),
-        ([["a.b", [71]]], "found name 'a.b'; take letters, digits and _"),
-        ([["a", [70, 0]]], r"found shape \[70, 0\] of a"),
-        ([["a", [35]], ["a", [36]]], "each name may be there once"),
-        ([["a", [60]]], "takes a 60, 60 numbers, found a table row of 71 columns"),
-        ([["a", [1, 71, 1]]], "needs at least 4x4 pixels, found 71x1"),
+        ("image", "option blocks: expected pairs of a name and a shape, got 'image'"),
+        ([["fusion", [71]]], "name 'fusion' is reserved"),
+        ([["forward", [71]]], "name 'forward' is reserved"),
+        ([["a.b", [71]]], "name 'a.b' is not valid; use letters, digits and _"),
+        ([["a", [70, 0]]], r"as shape of 'a', got \[70, 0\]"),
+        ([["a", [35]], ["a", [36]]], "expected different names"),
+        ([["a", [60]]], r"expected 60 values \(a 60\), got a table row of 71 columns"),
+        ([["a", [1, 71, 1]]], "expected at least 4x4 pixels for 'a', got 71x1"),
     ):
         with pytest.raises(ModelError, match=words):
             create_model("multimodal", 2, 71, (), blocks=blocks)

@@ -29,7 +29,7 @@ def test_wide_and_deep_is_a_linear_model_on_columns_and_pairs_beside_a_perceptro
         model(x).logits, wide + deep @ model.head.weight[:, 10:].T + model.head.bias
     )
     assert make("wide_deep", 2, 4, (), crosses="none").feature_dim == 4 + 32
-    with pytest.raises(ModelError, match="crosses: found 'all', it is one of pairs, none"):
+    with pytest.raises(ModelError, match="crosses: expected one of pairs, none, got 'all'"):
         create_model("wide_deep", 2, 4, (), crosses="all")
 
 

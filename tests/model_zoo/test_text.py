@@ -94,20 +94,26 @@ def test_vmap_in_training_equals_one_model_after_another(name: str) -> None:
 
 def test_mistakes_are_one_line() -> None:
     for call, words in (
-        (lambda: create_model("text_gru", 5, 3, (7,)), "takes tokens, found a series of length 7"),
+        (lambda: create_model("text_gru", 5, 3, (7,)), "expected tokens, got a series of length 7"),
         (
             lambda: create_model("mlp", 5, 1, (7,), vocabulary=9),
-            "takes table rows or series or images, found a text of 7",
+            "expected table rows or series or images, got a text of 7",
         ),
-        (lambda: create_model("text_cnn", 5, 1, (7,), vocabulary=1), "vocabulary: found 1"),
+        (
+            lambda: create_model("text_cnn", 5, 1, (7,), vocabulary=1),
+            "vocabulary: expected an integer >= 2, got 1",
+        ),
         (
             lambda: create_model("text_cnn", 5, 1, 7, vocabulary=9),
-            r"input_size: found 7; give \(L,\)",
+            r"input_size: expected \(L,\) for texts of L tokens, got 7",
         ),
-        (lambda: create_model("text_cnn", 5, 2, (7,), vocabulary=9), "in_channels: found 2"),
+        (
+            lambda: create_model("text_cnn", 5, 2, (7,), vocabulary=9),
+            "in_channels: expected 1 for tokens, got 2",
+        ),
         (
             lambda: create_model("text_transformer", 5, 1, (7,), vocabulary=9, heads=3),
-            "must be a multiple of it",
+            "expected a divisor of the width 64, got 3",
         ),
     ):
         with pytest.raises(ModelError, match=words) as refused:

@@ -86,5 +86,7 @@ def test_shares() -> None:
 
 def test_what_cannot_be_narrowed_is_told_in_one_line() -> None:
     assert {"gru", "lstm", "transformer", "vit", "lenet", "fedavg_cnn", "linear"}.isdisjoint(ABLE)
-    with pytest.raises(ModelError, match="model gru: has no narrower copies; mlp, tabular, cnn"):
+    with pytest.raises(
+        ModelError, match="model gru: cannot be narrowed; choose from mlp, tabular, cnn"
+    ):
         narrow_options("gru", {}, 0.5)

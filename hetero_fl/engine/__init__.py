@@ -1,1 +1,1 @@
-"""Compute the steps of plans, serially or vectorized over clients."""
+"""Backends that compute the steps of plans, serially or vectorized over clients."""

@@ -1,4 +1,4 @@
-"""Keyed batches."""
+"""Keyed batches: which examples each step of a fit sees, the same wherever it is computed."""
 
 from __future__ import annotations
 
@@ -16,17 +16,24 @@ from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.utils.seeding import Key, keyed_generator, stream_key
 
 MASK = 0xFFFFFFFF
-GOLDEN = 0x9E3779B9  # between the dropout keys of two steps
+# Difference between the dropout keys of two consecutive steps.
+GOLDEN = 0x9E3779B9
 
 
-# Which examples each step of a fit sees: keyed, the same wherever it is computed.
+def index_batches(
+    n: int, fit: Fit, stream: tuple[Key, ...], step_share: float = 1.0
+) -> list[Tensor]:
+    """Return the row indices of each step, shape `[B]` each.
 
+    With `fit.epochs`, each epoch is a permutation of the rows, split into batches. A last batch of
+    one example is merged with the batch before it, because BatchNorm needs at least two. With
+    `fit.steps`, permutations follow each other without end and all batches are full.
 
-def index_batches(n: int, fit: Fit, stream: tuple[Key, ...], work: float = 1.0) -> list[Tensor]:
-    """Row numbers for each step, `[B]` each.
-
-    Epochs: each a permutation, cut into batches; a last batch of one joins the one before (BatchNorm has no variance of
-    one example). Steps: endless permutations, always full batches. `work` is the share of the steps there is time for.
+    Args:
+        n: Number of rows.
+        fit: Batch size and number of epochs or steps.
+        stream: Key of the random draws.
+        step_share: Share of the steps to compute, between 0 and 1; at least one step remains.
     """
     size = min(fit.batch_size, n)
     if fit.steps is None:
@@ -36,8 +43,8 @@ def index_batches(n: int, fit: Fit, stream: tuple[Key, ...], work: float = 1.0) 
             if len(cut) > 1 and len(cut[-1]) == 1:
                 cut[-2:] = [torch.cat(cut[-2:])]
             batches += cut
-        return batches[: max(1, int(len(batches) * work))]
-    total = max(1, int(fit.steps * work))
+        return batches[: max(1, int(len(batches) * step_share))]
+    total = max(1, int(fit.steps * step_share))
     epochs = -(-total * size // n)
     order = torch.cat(
         [torch.randperm(n, generator=keyed_generator(*stream, e)) for e in range(epochs)]
@@ -45,13 +52,26 @@ def index_batches(n: int, fit: Fit, stream: tuple[Key, ...], work: float = 1.0) 
     return list(order[: total * size].split(size))
 
 
-def step_count(n: int, fit: Fit, work: float = 1.0) -> int:
-    """How many steps a fit on `n` rows takes: the length of `index_batches`, before anything is drawn."""
-    return max(1, int(full_step_count(n, fit.batch_size, fit.epochs, fit.steps) * work))
+def step_count(n: int, fit: Fit, step_share: float = 1.0) -> int:
+    """Return the number of batches of `index_batches` without drawing them.
+
+    Args:
+        n: Number of rows.
+        fit: Batch size and number of epochs or steps.
+        step_share: Share of the steps to compute, between 0 and 1.
+    """
+    return max(1, int(full_step_count(n, fit.batch_size, fit.epochs, fit.steps) * step_share))
 
 
 def full_step_count(n: int, batch_size: int, epochs: int, steps: int | None) -> int:
-    """How many steps a fit on `n` rows takes where there is time for all of them."""
+    """Return the number of steps of a complete fit.
+
+    Args:
+        n: Number of rows.
+        batch_size: Examples per step.
+        epochs: Passes over the rows; ignored if `steps` is given.
+        steps: Number of steps, or None to count epochs.
+    """
     if steps is not None:
         return steps
     size = min(batch_size, n)
@@ -62,7 +82,19 @@ def full_step_count(n: int, batch_size: int, epochs: int, steps: int | None) -> 
 
 
 class Batches:
-    """The steps of one fit: `len()` of them, each a dropout key and a batch."""
+    """The steps of one fit: an iterable of (dropout key, batch).
+
+    Args:
+        participant: The participant that is trained.
+        fit: The fit.
+        memory: The device to which batches are moved.
+
+    Attributes:
+        count: Number of steps.
+        examples: Number of examples of all steps.
+        source: The columns of all rows, on the host; not set for sampled batches.
+        indices: Row indices of each step, shape `[B]` each; not set for sampled batches.
+    """
 
     def __init__(self, participant: Participant, fit: Fit, memory: DeviceMemory) -> None:
         self.stream = participant.stream(fit.label, fit.as_id)
@@ -71,7 +103,7 @@ class Batches:
         self.device = memory.device
         if isinstance(fit.data, SampledBatches):
             if fit.steps is None:
-                raise ValueError("a fit on endless draws needs steps")
+                raise ValueError("Fit.steps: required if data is SampledBatches, got None")
             self.count = step_count(fit.data.size, fit, participant.step_share)
             self.examples = self.count * fit.data.size
             return
@@ -82,60 +114,61 @@ class Batches:
         self.count = len(self.indices)
         self.examples = sum(map(len, self.indices))
 
-    def _draw_indices(self, n: int, work: float) -> list[Tensor]:
-        return index_batches(n, self.fit, self.stream, work)
+    def _draw_indices(self, n: int, step_share: float) -> list[Tensor]:
+        return index_batches(n, self.fit, self.stream, step_share)
 
     @cached_property
     def columns(self) -> Columns:
-        """All rows, on the device."""
+        """The columns of all rows, on the device."""
         return {n: self.memory.keep(t).to(self.device) for n, t in self.source.items()}
 
     @cached_property
     def device_indices(self) -> Sequence[Tensor]:
-        """Row numbers of each step, on the device: one copy for the whole fit."""
+        """The row indices of each step, on the device."""
+        # One copy for the whole fit.
         lengths = [len(rows) for rows in self.indices]
         return torch.cat(self.indices).to(self.device).split(lengths)
 
     @cached_property
     def dropout_key(self) -> int:
-        """From which those of the steps follow."""
+        """The dropout key of the first step."""
         return stream_key(*self.stream, "dropout")
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
-        for i in range(self.count):
-            yield self.dropout_key_at(i), self._batch(i)
+        for step in range(self.count):
+            yield self.dropout_key_at(step), self._batch(step)
 
     def dropout_key_at(self, step: int) -> int:
-        """Return the seed of a step's dropout masks."""
+        """Return the seed of the dropout masks of a step."""
         return (self.dropout_key + step * GOLDEN) & MASK
 
-    def _batch(self, i: int) -> Batch:
+    def _batch(self, step: int) -> Batch:
         if isinstance(self.fit.data, SampledBatches):
-            batch = Batch(self.sampled_batch(i))
+            batch = Batch(self.sampled_batch(step))
         else:
-            rows = self.device_indices[i]
+            rows = self.device_indices[step]
             batch = Batch({n: t.index_select(0, rows) for n, t in self.columns.items()})
         if self.fit.augment is not None:
-            batch["x"] = self.augment_batch(batch["x"], i)
-        batch.update(self.extra_batch(i))
+            batch["x"] = self.augment_batch(batch["x"], step)
+        batch.update(self.extra_batch(step))
         return batch
 
-    def sampled_batch(self, i: int) -> Columns:
-        """The batch of step `i` of a fit on endless draws."""
+    def sampled_batch(self, step: int) -> Columns:
+        """Draw the batch of a step of a fit on `SampledBatches`."""
         assert isinstance(self.fit.data, SampledBatches)
-        columns = self.fit.data.draw(keyed_generator(*self.stream, i), self.fit.data.size)
+        columns = self.fit.data.draw(keyed_generator(*self.stream, step), self.fit.data.size)
         return {n: t.to(self.device) for n, t in columns.items()}
 
-    def augment_batch(self, x: Tensor, i: int) -> Tensor:
-        """The images of step `i`, changed as its key has it."""
+    def augment_batch(self, x: Tensor, step: int) -> Tensor:
+        """Return randomly augmented images of a step, shape `[B, C, H, W]`."""
         assert self.fit.augment is not None
-        return augment(x, self.fit.augment, keyed_generator(*self.stream, "augment", i))
+        return augment(x, self.fit.augment, keyed_generator(*self.stream, "augment", step))
 
     def extra_batch(self, step: int) -> Columns:
-        """What is drawn beside the batch of step `step`, under the names that an objective reads."""
+        """Draw the extra batches of a step, named `<extra batch>_<column>` for the objective."""
         columns: Columns = {}
         for name, draws in self.fit.extra_batches.items():
             drawn = draws.draw(keyed_generator(*self.stream, name, step), draws.size)

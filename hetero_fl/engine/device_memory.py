@@ -1,4 +1,4 @@
-"""Memory of a device: copies of the host's tensors, and estimates of what training needs."""
+"""Device memory: cached copies of host tensors, and estimates of what training needs."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from hetero_fl.utils.caching import BoundedCache
 from model_zoo.shapes import make_shape
 
 CPU = torch.device("cpu")
-# Of the memory that is free when the first tensor is copied.
+# Share of the memory that is free when the first tensor is copied.
 CACHE_SHARE = 0.5
-# For private state, of the memory that is free when the first is stored.
+# Share of the memory that is free when the first private state is stored.
 STATE_SHARE = 0.25
-# Examples of the two forward passes that are compared. BatchNorm has no variance of one example.
-FEWER, MORE = 2, 4
+# Batch sizes of the two forward passes that are compared; BatchNorm needs at least two examples.
+SMALL_BATCH = 2
+LARGE_BATCH = 4
 
 
 class DeviceCopy(NamedTuple):
-    """A copy, the tensor that it was made of, and how often that had been changed in place."""
+    """A copy of a tensor on the device, with the version of the original that was copied."""
 
     copy: Tensor
     original: weakref.ref[Tensor]
@@ -37,20 +38,20 @@ class DeviceCopy(NamedTuple):
 
 
 class DeviceMemory:
-    """A device, and copies of the host's tensors that stay there as long as there is room.
+    """A device, and a cache of the host tensors that were copied to it.
 
-    Rows are read in every round, and copied to the device once. A copy does not keep its original
-    alive, and goes when that does.
+    Rows are read in every round but copied to the device only once. A copy does not keep its
+    original alive and is removed together with it.
 
     Args:
         device: The device. If it is the CPU, nothing is copied.
-        keeps_copies: Whether copies stay. A user's method may change a tensor where no version
-            tells (`.data`, `.numpy()`): what it computes with is copied each time.
-        stores_tensors: Whether the tensors of participants are stored on the device, if it is a
-            GPU: models, state, rows, predictions and messages that are handed over.
+        keeps_copies: Whether copies are cached. A user-defined method may change a tensor without
+            a change of its version (`.data`, `.numpy()`); its tensors are copied each time.
+        stores_tensors: Whether the tensors of participants (models, state, rows, predictions and
+            messages within the process) are stored on the device if it is a GPU.
 
     Attributes:
-        storage_device: Where the tensors of participants are stored, the device or the CPU.
+        storage_device: Where the tensors of participants are stored: the device or the CPU.
     """
 
     def __init__(
@@ -61,23 +62,26 @@ class DeviceMemory:
         self.device = device
         self.storage_device = device if stores_tensors and device.type == "cuda" else CPU
         self._keeps_copies = keeps_copies
-        self._state_room: int | None = None  # bytes
+        # Bytes that private state may take; None until it is first needed.
+        self._state_room: int | None = None
         self._copies: BoundedCache[DeviceCopy] | None = None
-        self._gone: list[int] = []  # keys of tensors that no longer exist
+        # Cache keys of tensors that no longer exist.
+        self._gone: list[int] = []
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """Return a copy on the device, detached, that stays there; or the tensor itself.
+        """Return a cached, detached copy of a tensor on the device.
 
-        Returns the tensor itself if it is on the device already or does not fit. Callers must
+        The tensor itself is returned if it is on the device already or does not fit. Callers must
         therefore still move the result to the device, and must not change it in place.
 
         Args:
-            tensor: Any tensor. If it was changed in place, it is copied again; changes that its
-                version does not count (`.data`, `.numpy()`, fused optimizers) go unnoticed.
+            tensor: Any tensor. If it was changed in place, it is copied again; changes that do not
+                increment its version (`.data`, `.numpy()`, fused optimizers) go unnoticed.
         """
         if tensor.device.type == self.device.type or not self._keeps_copies:
             return tensor
-        if tensor.is_inference():  # has no version
+        # Inference tensors have no version.
+        if tensor.is_inference():
             return tensor
         if self._copies is None:
             room = int(CACHE_SHARE * free_bytes(self.device))
@@ -89,24 +93,24 @@ class DeviceMemory:
         key = id(tensor)
         known = self._copies.get(key)
         if known is None or known.original() is not tensor or known.version != tensor._version:
-            # Removed later: the callback may come while the cache is being changed.
+            # The entry is removed later: the callback may run while the cache is being changed.
             original = weakref.ref(tensor, lambda _: self._gone.append(key))
             copy = tensor.detach().to(self.device)
             known = self._copies[key] = DeviceCopy(copy, original, tensor._version)
         return known.copy
 
     def to_storage(self, tree: Any) -> Any:
-        """Return a tree of dictionaries, lists and tensors with its tensors on the storage device."""
+        """Return a tree of dictionaries, lists and tensors, moved to the storage device."""
         return move_tree(tree, self.storage_device)
 
     def columns_to_storage(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return columns of rows on the storage device, or as they are if they do not fit there."""
+        """Return columns of rows on the storage device, or unchanged if they do not fit."""
         if self.storage_device.type == "cpu":
             return dict(columns)
         return {name: self.keep(column) for name, column in columns.items()}
 
     def has_room_for_state(self, num_bytes: int) -> bool:
-        """Return whether private state of this size, in total, may be on the storage device."""
+        """Return whether private state of `num_bytes` in total fits on the storage device."""
         if self.storage_device.type == "cpu":
             return True
         if self._state_room is None:
@@ -114,16 +118,16 @@ class DeviceMemory:
         return num_bytes <= self._state_room
 
     def stack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return the tensors stacked on the device; one that occurs several times is copied once."""
+        """Return the tensors stacked on the device; a repeated tensor is copied once."""
         return torch.stack([self.keep(t).detach().to(self.device) for t in tensors])
 
     @property
     def has_copies(self) -> bool:
-        """Whether copies take memory that training could use."""
+        """Whether cached copies take memory that training could use."""
         return bool(self._copies)
 
-    def give_up(self) -> None:
-        """Free the memory, and keep no more copies: training needs all of it."""
+    def disable_cache(self) -> None:
+        """Free all cached copies and cache no more, to leave the memory to training."""
         self._keeps_copies = False
         self._copies = None
         if self.device.type == "cuda":
@@ -131,7 +135,7 @@ class DeviceMemory:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes of a GPU that this process can still use; 0 for other devices."""
+    """Return the bytes of a GPU that this process can still allocate; 0 for other devices."""
     if device.type != "cuda":
         return 0
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -140,16 +144,16 @@ def free_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that the local training of one participant takes, about.
+    """Estimated bytes of the local training of one participant.
 
-    The workspace of convolutions, the batch and the gradients of single examples, which private
-    records need, are not counted.
+    Not counted are the workspace of convolutions, the batch, and the gradients per example that
+    differentially private training needs.
 
     Attributes:
-        weights: Tensors of its models.
-        gradients: One for each parameter.
+        weights: Parameters and buffers of the models.
+        gradients: Gradients of all parameters.
         optimizer: Momentum, or both moments of Adam.
-        activations: What the forward pass of a batch keeps for the gradients.
+        activations: Tensors that the forward pass of a batch saves for the backward pass.
     """
 
     weights: int
@@ -159,17 +163,17 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """All of it together."""
+        """The sum of all parts."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
     @classmethod
     def estimate(
         cls, models: Mapping[str, ModelSpec], optimizer: OptimizerConfig, batch_size: int
     ) -> MemoryPlan:
-        """Estimate it for a participant that trains all of its models at once.
+        """Estimate the memory of a participant that trains all of its models at once.
 
         Args:
-            models: Its models by slot.
+            models: The models by slot.
             optimizer: Settings of the optimizer.
             batch_size: Examples per step.
         """
@@ -190,20 +194,22 @@ class MemoryPlan:
 
 @cache
 def activation_bytes(arch: ModelSpec) -> int:
-    """Return the bytes that a model's forward pass in training keeps for each example.
+    """Return the bytes per example that a forward pass in training saves for the backward pass.
 
-    Measured: the memory that two forward passes keep, of which one has more examples.
+    They are measured from two forward passes with different batch sizes.
     """
-    return (_kept_bytes(arch, MORE) - _kept_bytes(arch, FEWER)) // (MORE - FEWER)
+    difference = _saved_bytes(arch, LARGE_BATCH) - _saved_bytes(arch, SMALL_BATCH)
+    return difference // (LARGE_BATCH - SMALL_BATCH)
 
 
-def _kept_bytes(arch: ModelSpec, examples: int) -> int:
+def _saved_bytes(arch: ModelSpec, examples: int) -> int:
     sizes: dict[int, int] = {}
-    kept: list[Tensor] = []  # so that no other tensor gets the same memory
+    # Keeps the tensors alive, so that no two of them get the same memory.
+    saved: list[Tensor] = []
 
     def count(tensor: Tensor) -> Tensor:
         sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        kept.append(tensor)
+        saved.append(tensor)
         return tensor
 
     with torch.random.fork_rng(devices=[]):

@@ -27,18 +27,18 @@ T = TypeVar("T")
 
 
 def advance_plan(participant: Participant, plan: Plan[Any], answer: Any) -> Step | list[Step]:
-    """Send a plan the last result (None at first) and return what it asks for next.
+    """Send a plan the result of its last step and return the next step or list of steps.
 
-    A hook that computes nothing may be an ordinary function: what it returned is then the result.
+    A hook that computes nothing may be an ordinary function; `plan` is then its result.
 
     Args:
-        participant: Whose plan it is.
-        plan: What a hook returned.
-        answer: The results of the steps that the plan asked for last.
+        participant: The participant that the plan belongs to.
+        plan: The return value of a hook, usually a generator.
+        answer: The result of the last step, a list of results, or None at first.
 
     Raises:
-        StopIteration: With what the plan returned.
-        UserError: If the plan yielded something that is no step, or a step on a model that the
+        StopIteration: When the plan returns; `value` is its return value.
+        UserError: If the plan yields an object that is not a step, or a step on a model that the
             participant does not have.
     """
     if not isinstance(plan, GeneratorType):
@@ -46,12 +46,12 @@ def advance_plan(participant: Participant, plan: Plan[Any], answer: Any) -> Step
     request: Step | list[Step] = plan.send(answer)
     for step in request if isinstance(request, list) else [request]:
         if not isinstance(step, Fit | Predict | ClassSums):
-            raise UserError(f"{_describe_place(plan)}: yields {_describe_request(step)}")
+            raise UserError(f"{_describe_place(plan)}: {_describe_request(step)}")
         if missing := [slot for slot in model_slots(step) if slot not in participant.arch]:
             known = ", ".join(map(repr, participant.arch))
             raise UserError(
-                f"{_describe_place(plan)}: {participant.participant_id} has no model {missing[0]!r}, "
-                f"only {known}; return it from `models`"
+                f"{_describe_place(plan)}: {participant.participant_id} has no model "
+                f"{missing[0]!r}; choose from {known}, or return it from `models`"
             )
     return request
 
@@ -65,7 +65,7 @@ def model_slots(step: Step) -> tuple[str, ...]:
 
 
 def _describe_place(plan: Any) -> str:
-    """Return where a plan stands, in the sub-plan that yielded: `Method.train (file, line n)`."""
+    """Return the place where a plan or its sub-plan yielded: `Method.train (file, line n)`."""
     while isinstance(plan.gi_yieldfrom, GeneratorType):
         plan = plan.gi_yieldfrom
     return f"{plan.__qualname__} ({plan.gi_code.co_filename}, line {plan.gi_frame.f_lineno})"
@@ -73,41 +73,51 @@ def _describe_place(plan: Any) -> str:
 
 def _describe_request(request: Any) -> str:
     if isinstance(request, GeneratorType):
-        return f"the plan {request.__name__}(…); write `yield from`"
-    return f"{type(request).__name__}, which is no step; yield a Fit, a Predict, a ClassSums, or a list of them"
+        return f"yields the plan {request.__name__}(…); write `yield from`"
+    name = type(request).__name__
+    return f"expected a Fit, Predict or ClassSums step, or a list of steps, got {name}"
 
 
-# Plans are carried out here: many advance in lockstep, so that whoever computes may put their equal
-# steps together.
 Work = Sequence[tuple[Participant, Step]]
-Listener = Callable[[str, str], None]  # (participant, label of what it begins)
+# Called with (participant id, label of the fit that begins).
+Listener = Callable[[str, str], None]
 
 
 class DivergedError(NoUploadError):
-    """A fit's loss or tensors are no longer finite."""
+    """Raised when the loss or a trained tensor is no longer finite."""
 
 
 class Backend(Protocol):
-    """Whoever computes steps; it may change the participants' models."""
+    """Computes steps; it may change the participants' models."""
 
     @property
     def templates(self) -> Templates:
-        """The live modules that it works with, on its device."""
+        """The modules of the backend, on its device."""
 
     def run(self, work: Work) -> list[Any]:
-        """The results in order; where a fit diverged, the `DivergedError` stands in place of its result."""
+        """Return the result of each step in order, or the `DivergedError` of a fit."""
 
 
 @dataclass
 class PlanOutcome(Generic[T]):
-    """What became of a plan: what it returned, or why it ended early; and the reports of its fits with their labels."""
+    """The outcome of a plan.
+
+    Attributes:
+        value: Return value of the plan; None if it ended early.
+        failure: Error of the fit that ended the plan early.
+        reports: Label and report of each fit.
+    """
 
     value: T | None = None
     failure: DivergedError | None = None
     reports: list[tuple[str, FitReport]] = field(default_factory=list)
 
     def result(self) -> T:
-        """What the plan returned. Raises DivergedError if one of its fits did."""
+        """Return the return value of the plan.
+
+        Raises:
+            DivergedError: If one of the plan's fits diverged.
+        """
         if self.failure is not None:
             raise self.failure
         return self.value  # type: ignore[return-value]
@@ -116,44 +126,44 @@ class PlanOutcome(Generic[T]):
 def run_plans(
     plans: Sequence[tuple[Participant, Plan[T]]], backend: Backend, watch: Listener | None = None
 ) -> list[PlanOutcome[T]]:
-    """Run plans to their ends, in lockstep: each advances by one step (or list of steps) at a time. Outcomes in order.
+    """Run plans to their ends in lockstep.
 
-    Raises UserError if a plan yields something that is no step.
+    Each plan advances by one step or list of steps at a time, so that the backend can compute equal
+    steps of several participants together.
+
+    Args:
+        plans: The participants and their plans.
+        backend: Computes the steps.
+        watch: Called when a fit begins, with the participant's id and the label of the fit.
+
+    Returns:
+        The outcomes in the order of `plans`.
+
+    Raises:
+        UserError: If a plan yields an object that is not a step.
     """
     outcomes: list[PlanOutcome[T]] = [PlanOutcome() for _ in plans]
     answers: dict[int, Any] = dict.fromkeys(range(len(plans)))
     while answers:
-        asked: dict[int, Any] = {}
-        for i, answer in answers.items():
-            try:
-                asked[i] = advance_plan(*plans[i], answer)
-            except StopIteration as stop:
-                outcomes[i].value = stop.value
+        requests = _advance_plans(plans, answers, outcomes)
         work = [
             (i, step)
-            for i, steps in asked.items()
+            for i, steps in requests.items()
             for step in (steps if isinstance(steps, list) else [steps])
         ]
         if watch is not None:
             for i, step in work:
                 if isinstance(step, Fit):
                     watch(plans[i][0].participant_id, step.label)
-        results: dict[int, list[Any]] = {i: [] for i in asked}
-        try:
-            computed = backend.run([(plans[i][0], step) for i, step in work])
-        except Exception as error:
-            # Raised where the steps were yielded: the traceback shows which they were.
-            with suppress(StopIteration):
-                plans[work[0][0]][1].throw(error)
-            raise
-        for (i, step), result in zip(work, computed, strict=True):
+        results: dict[int, list[Any]] = {i: [] for i in requests}
+        for (i, step), result in zip(work, _compute(plans, work, backend), strict=True):
             results[i].append(result)
             if isinstance(result, DivergedError):
                 outcomes[i].failure = result
             elif isinstance(step, Fit):
                 outcomes[i].reports.append((step.label, result))
         answers = {}
-        for i, steps in asked.items():
+        for i, steps in requests.items():
             if outcomes[i].failure is None:
                 answers[i] = results[i] if isinstance(steps, list) else results[i][0]
             else:
@@ -161,32 +171,71 @@ def run_plans(
     return outcomes
 
 
+def _advance_plans(
+    plans: Sequence[tuple[Participant, Plan[T]]],
+    answers: dict[int, Any],
+    outcomes: Sequence[PlanOutcome[T]],
+) -> dict[int, Any]:
+    """Return the next steps by plan index, and set the value of the plans that return."""
+    requests: dict[int, Any] = {}
+    for i, answer in answers.items():
+        try:
+            requests[i] = advance_plan(*plans[i], answer)
+        except StopIteration as stop:
+            outcomes[i].value = stop.value
+    return requests
+
+
+def _compute(
+    plans: Sequence[tuple[Participant, Plan[Any]]],
+    work: Sequence[tuple[int, Step]],
+    backend: Backend,
+) -> list[Any]:
+    try:
+        return backend.run([(plans[i][0], step) for i, step in work])
+    except Exception as error:
+        # Raise it where the first step was yielded, so that the traceback shows the plan.
+        with suppress(StopIteration):
+            plans[work[0][0]][1].throw(error)
+        raise
+
+
 def run_plan(
     plan: Plan[T], participant: Participant, backend: Backend
 ) -> tuple[T, list[tuple[str, FitReport]]]:
-    """Run one plan to its end. Returns what it returned, and the reports of its fits with their labels.
+    """Run one plan to its end.
 
-    Raises DivergedError if a fit does.
+    Args:
+        plan: The plan.
+        participant: The participant that the plan belongs to.
+        backend: Computes the steps.
+
+    Returns:
+        The return value of the plan, and the label and report of each fit.
+
+    Raises:
+        DivergedError: If a fit diverged.
     """
     (outcome,) = run_plans([(participant, plan)], backend)
     return outcome.result(), outcome.reports
 
 
 def reported_loss(reports: list[tuple[str, FitReport]]) -> float | None:
-    """The loss that a client reports: of its last fit on its own rows."""
+    """Return the loss that a client reports: the loss of its last fit on local data."""
     losses = [report.loss for label, report in reports if label == "train"]
     return losses[-1] if losses else None
 
 
-MAX_MESSAGE_LENGTH = 300  # characters of another library's message
+# Characters of a quoted error message.
+MAX_MESSAGE_LENGTH = 300
 
 
 @contextmanager
 def translate_user_errors() -> Iterator[None]:
-    """Raise RunFailedError for an exception that a user's method, objective or model raised.
+    """Convert exceptions of user-defined methods, objectives and models to RunFailedError.
 
-    Its message is one line with the file and line; its cause is the exception. Other exceptions
-    pass unchanged.
+    The message is one line with the file and line number; the original exception is the cause.
+    Other exceptions pass unchanged.
     """
     try:
         yield

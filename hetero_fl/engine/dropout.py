@@ -1,7 +1,7 @@
-"""Dropout whose masks are drawn from generators that are seeded for each step and participant.
+"""Dropout with masks from a generator that is seeded for each step and participant.
 
-Masks depend on the step, the participant and the order of the layers, and not on a global generator
-or on the participants that are trained together.
+A mask depends on the step, the participant and the position of the layer, but neither on the global
+generator nor on the participants that are trained together.
 """
 
 from __future__ import annotations
@@ -13,20 +13,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-STRIDE = 0x7F4A7C15  # between the seeds of two masks of a step; another than between steps
-SEEDS = 2**32  # of which torch's generator on CPUs reads no more
-LEVELS = 2**16  # a drop probability is rounded to one of so many
+# Difference between the seeds of two masks of a step; it must differ from the one between steps.
+STRIDE = 0x7F4A7C15
+# Number of seeds that the CPU generator of torch distinguishes.
+SEEDS = 2**32
+# Drop probabilities are rounded to multiples of 1 / LEVELS.
+LEVELS = 2**16
 
 
 class DropoutStreams:
-    """The masks of a step: of one participant, or of each participant of a stack.
+    """The dropout masks of a step, for one participant or for each participant of a stack.
 
-    Each mask is drawn from a seed of its own, for whole batches, of which a short batch takes the
-    first rows. So padding a batch to the length of another participant's changes no draw.
+    Each mask has its own seed and is drawn for a full batch; a smaller batch takes the first rows.
+    Therefore padding a batch to the size of another participant's batch changes no mask.
 
     Args:
-        device: Where the masks are drawn.
+        device: The device on which masks are drawn.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -41,33 +45,34 @@ class DropoutStreams:
 
         Args:
             keys: The seed of each participant.
-            batch_size: Number of examples of a whole batch.
+            batch_size: Number of examples of a full batch.
         """
         self._keys = keys
-        self._most_rows = batch_size + 1  # a last example alone joins the batch before it
+        # A last batch of one example is merged with the batch before it.
+        self._most_rows = batch_size + 1
         self._num_masks = 0
 
     @contextmanager
     def stacked(self, place: Tensor) -> Iterator[None]:
-        """Draw a mask for each participant; `place` is batched by `torch.vmap`."""
+        """Draw a mask for each participant; `place` is the index that `torch.vmap` batches."""
         self._place = place
         try:
             yield
         finally:
             self._place = None
 
-    def mask(self, input: Tensor, p: float) -> Tensor:
-        """Return the next mask, 0 or `1 / (1 - p)`, in the shape of `input`."""
+    def mask(self, x: Tensor, p: float) -> Tensor:
+        """Return the next mask in the shape of `x`, with values 0 and `1 / (1 - p)`."""
         if not self._keys:
-            raise RuntimeError("dropout of a model in training outside a training step")
+            raise RuntimeError("dropout in training mode was used outside a training step")
         self._num_masks += 1
         if self._place is not None:
-            mask: Tensor = _StackedMask.apply(input.detach(), self._place, p, self)
+            mask: Tensor = _StackedMask.apply(x.detach(), self._place, p, self)
             return mask
-        return self._draw(input, self._keys[0], p)
+        return self._draw(x, self._keys[0], p)
 
     def draw_stacked(self, like: Tensor, p: float) -> Tensor:
-        """Return the masks of all participants, shape `[K, ...]` as `like`."""
+        """Return the masks of all participants in the shape of `like`, `[K, B, ...]`."""
         return torch.stack(
             [self._draw(rows, k, p) for rows, k in zip(like, self._keys, strict=True)]
         )
@@ -79,7 +84,7 @@ class DropoutStreams:
         rows = -(-len(like) // self._most_rows) * self._most_rows
         shape = (rows, *like.shape[1:])
         self._generator.manual_seed((key + self._num_masks * STRIDE) % SEEDS)
-        # Four 16-bit levels per draw take a tenth of the time of `bernoulli_`.
+        # Drawing four 16-bit levels at once takes a tenth of the time of `bernoulli_`.
         draws = torch.empty(-(-prod(shape) // 4), dtype=torch.int64, device=like.device)
         draws.random_(-(2**63), None, generator=self._generator)
         levels = draws.view(torch.int16)[: prod(shape)].view(shape)
@@ -88,33 +93,24 @@ class DropoutStreams:
 
 
 class _StackedMask(torch.autograd.Function):
-    """The mask of one participant; under vmap those of all of them."""
+    """The mask of one participant; under vmap, the masks of all participants."""
 
     @staticmethod
-    def forward(input: Tensor, place: Tensor, p: float, streams: DropoutStreams) -> Tensor:
-        return streams.draw_stacked(input[None], p)[0]
+    def forward(x: Tensor, _place: Tensor, p: float, streams: DropoutStreams) -> Tensor:
+        return streams.draw_stacked(x[None], p)[0]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, _inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.mark_non_differentiable(output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None]:
+    def backward(_ctx: Any, _grad: Tensor) -> tuple[None, None, None, None]:
         return None, None, None, None
 
     @staticmethod
-    def vmap(
-        info: Any,
-        dims: tuple[int | None, ...],
-        input: Tensor,
-        place: Tensor,
-        p: float,
-        streams: DropoutStreams,
-    ) -> tuple[Tensor, int]:
-        if dims[0] is None:
-            like = input.expand(info.batch_size, *input.shape)
-        else:
-            like = input.movedim(dims[0], 0)
+    def vmap(info: Any, dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        x, _place, p, streams = args
+        like = x.expand(info.batch_size, *x.shape) if dims[0] is None else x.movedim(dims[0], 0)
         return streams.draw_stacked(like, p), 0
 
 
@@ -123,24 +119,26 @@ class KeyedDropout(nn.Dropout):
 
     Args:
         p: Probability of an element to be zeroed.
-        streams: The generators of the step.
+        streams: The masks of the current step.
     """
 
     def __init__(self, p: float, streams: DropoutStreams) -> None:
         super().__init__(p)
         self._streams = streams
 
-    def forward(self, input: Tensor) -> Tensor:
+    @override
+    def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
-            return input
-        return input * self._streams.mask(input, self.p)
+            return x
+        return x * self._streams.mask(x, self.p)
 
 
 def use_keyed_dropout(module: nn.Module, streams: DropoutStreams) -> bool:
-    """Replace a model's dropout layers; return whether it has any that drops."""
+    """Replace the dropout layers of a model and return whether any of them drops elements."""
     found = False
     for parent in list(module.modules()):
-        for name, child in list(parent._modules.items()):  # also one that is there twice
+        # `_modules` also lists a layer that is used twice.
+        for name, child in list(parent._modules.items()):
             if type(child) is nn.Dropout:
                 setattr(parent, name, KeyedDropout(child.p, streams))
                 found = found or child.p > 0

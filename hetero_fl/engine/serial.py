@@ -1,4 +1,10 @@
-"""The backend that computes one step after the other, and evaluates equal models once."""
+"""The backend that computes one step after the other.
+
+Predictions on public rows are cached with the model that made them: after FedAvg all clients have
+equal models, and the global test set is predicted once. Public predictions are always computed one
+model at a time. A batch of several models changes the last bits of its outputs, so a cache hit must
+not decide which models are batched together.
+"""
 
 from __future__ import annotations
 
@@ -22,42 +28,48 @@ from model_zoo import Outputs
 
 
 def select_output(step: OutputStep, outputs: Outputs) -> Tensor:
-    """The output that the step asks for, `[B, …]`."""
-    log = step.readout == "log_probabilities"
-    found = F.log_softmax(outputs.logits, -1) if log else getattr(outputs, step.readout)
-    least = getattr(step, "at_least", None)
-    return found if least is None else found.clamp(min=least)
+    """Return the output that the step reads, shape `[B, ...]`."""
+    is_log = step.readout == "log_probabilities"
+    selected = F.log_softmax(outputs.logits, -1) if is_log else getattr(outputs, step.readout)
+    minimum = getattr(step, "at_least", None)
+    return selected if minimum is None else selected.clamp(min=minimum)
 
 
-def class_sums(values: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Sum and count by class, `[C, …]` and `[C]`."""
-    if values.is_cuda:  # where `index_add_` and `bincount` add in any order
-        numbers = torch.arange(classes, device=values.device)
-        members = (y.to(values.device)[:, None] == numbers).to(values.dtype)
+def class_sums(values: Tensor, y: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Return the sum of the values and the number of rows of each class.
+
+    Args:
+        values: Values, shape `[N, D]`.
+        y: Class indices, shape `[N]`.
+        num_classes: Number of classes C.
+
+    Returns:
+        Sums, shape `[C, D]`, and counts, shape `[C]`.
+    """
+    # On a GPU the order of the additions of `index_add_` and `bincount` is not defined.
+    if values.is_cuda:
+        classes = torch.arange(num_classes, device=values.device)
+        members = (y.to(values.device)[:, None] == classes).to(values.dtype)
         return members.t() @ values, members.sum(0)
-    sums = torch.zeros(classes, values.shape[1], dtype=values.dtype).index_add_(0, y, values)
-    return sums, torch.bincount(y, minlength=classes).to(values.dtype)
+    sums = torch.zeros(num_classes, values.shape[1], dtype=values.dtype).index_add_(0, y, values)
+    return sums, torch.bincount(y, minlength=num_classes).to(values.dtype)
 
 
-# One evaluation of equal models: after FedAvg every client holds the same one, and the common test
-# set is predicted once.
-#
-# Predictions on public rows are kept for each (architecture, rows, view) with the model that made
-# them, and reused where the next model has equal tensors. A comparison costs at most one pass over
-# the model and stops at the first difference. These predictions are computed one by one: whether a
-# prediction is cached must not decide which others are computed together, because the batch changes
-# the last bits. A model that was received is known by its slot too: every member of an ensemble is
-# evaluated once.
-
-CACHED_PREDICTIONS = 16  # each with its model
-# Predictions of received models: the participant that evaluates them holds all of them anyway.
+# Cached predictions, each with the model that made it.
+CACHED_PREDICTIONS = 16
+# Cached predictions of received models; their participant keeps all of those models anyway.
 CACHED_RECEIVED = 128
 
 
 class CachedOutputs:
-    """Outputs of a model on some rows.
+    """Outputs of a model on some rows, and what identifies both.
 
-    The rows are not kept alive, and a tensor that was changed in place no longer matches.
+    The rows are not kept alive. A tensor that was changed in place no longer matches.
+
+    Args:
+        x: Inputs, shape `[N, ...]`.
+        tensors: The model's tensors by name.
+        outputs: The outputs, shape `[N, ...]`.
     """
 
     def __init__(self, x: Tensor, tensors: Mapping[str, Tensor], outputs: Tensor) -> None:
@@ -67,9 +79,9 @@ class CachedOutputs:
         self._tensors = {n: (t, t._version) for n, t in tensors.items() if t.is_floating_point()}
 
     def matches(self, x: Tensor, tensors: Mapping[str, Tensor]) -> bool:
-        """Return whether these rows and an equal model made the outputs.
+        """Return whether the outputs are those of these rows and an equal model.
 
-        Integer buffers are not compared: evaluation does not read them.
+        Integer buffers are not compared, because evaluation does not read them.
         """
         if self._x() is not x or self.outputs._version != self._version:
             return False
@@ -82,34 +94,40 @@ class CachedOutputs:
 
 
 def _are_equal(one: Tensor, other: Tensor) -> bool:
-    """Compare tensors; the same memory is not read."""
+    # `is_set_to` does not read the values.
     return one.is_set_to(other) or torch.equal(one, other)
 
 
 def prediction_key(participant: Participant, step: Step) -> Any:
-    """Return what decides a prediction besides rows and tensors; None if it is not on public rows."""
+    """Return the cache key of a prediction on public rows, or None for any other step.
+
+    The values of the rows and of the model's tensors are not part of the key.
+    """
     if not isinstance(step, Predict) or not isinstance(step.data, Rows):
         return None
     rows = step.data
     if rows.name not in PUBLIC or rows.rows is not None:
         return None
     shape = tuple(participant.data(rows.name, rows.preprocess)["x"].shape)
-    sent = None if step.tensors is None else step.slot
+    # The slot tells the members of a received ensemble apart.
+    received_slot = None if step.tensors is None else step.slot
     return (
         step_model_spec(participant, step),
         rows.name,
         shape,
         step.readout,
         step.batch_size,
-        sent,
+        received_slot,
     )
 
 
-# Steps computed one after the other on live modules.
-
-
 class SerialBackend:
-    """One step after the other, on one device."""
+    """Computes one step after the other on one device.
+
+    Args:
+        memory: The device.
+        precision: "float32" or "bfloat16".
+    """
 
     def __init__(self, memory: DeviceMemory, precision: str = "float32") -> None:
         self.templates = Templates(memory, precision)
@@ -117,11 +135,7 @@ class SerialBackend:
         self._received: FIFOCache[Any, CachedOutputs] = FIFOCache(CACHED_RECEIVED)
 
     def run(self, work: Work) -> list[Any]:
-        """Return the results in order.
-
-        Several outputs of one model on the same rows, one after the other, take one pass. Equal
-        models are evaluated on public rows once; their predictions are one tensor.
-        """
+        """Return the result of each step in order, or the `DivergedError` of a fit."""
         results: list[Any] = []
         while len(results) < len(work):
             begin = len(results)
@@ -134,6 +148,7 @@ class SerialBackend:
             elif (key := prediction_key(participant, step)) is not None:
                 results.append(self.predict_public(key, participant, step))  # type: ignore[arg-type]
             else:
+                # Consecutive outputs of one model on the same rows take one forward pass.
                 end = begin + 1
                 while end < len(work) and share_forward_pass(work[begin], work[end]):
                     end += 1
@@ -141,14 +156,14 @@ class SerialBackend:
         return results
 
     def _fit(self, participant: Participant, fit: Fit) -> FitReport:
-        """Train; where copies of other tensors leave too little memory, again without them."""
+        """Train; if memory runs out, free the cached copies and train again."""
         uses = dict(participant.stream_uses)
         try:
             return run_fit(participant, fit, self.templates)
         except torch.OutOfMemoryError:
             if not self.templates.memory.has_copies:
                 raise
-        self.templates.memory.give_up()
+        self.templates.memory.disable_cache()
         participant.stream_uses.clear()
         participant.stream_uses.update(uses)
         return run_fit(participant, fit, self.templates)
@@ -157,8 +172,8 @@ class SerialBackend:
         """Return a prediction on public rows; several participants may get the same tensor.
 
         Args:
-            key: What `prediction_key` returns for the step.
-            participant: Whose model predicts.
+            key: The return value of `prediction_key`.
+            participant: The participant whose model predicts.
             step: The prediction.
         """
         x = step.data.columns(participant)["x"]
@@ -172,50 +187,54 @@ class SerialBackend:
 
     def _output_results(self, work: Work) -> list[Any]:
         participant = work[0][0]
-        steps: list[Predict | ClassSums] = [step for _, step in work]  # type: ignore[misc]  # no fits
-        return [
-            outputs
-            if isinstance(step, Predict)
-            else class_sums(outputs, step.data.columns(participant)["y"], participant.task.outputs)
-            for step, outputs in zip(steps, self._outputs(participant, steps), strict=True)
-        ]
+        # `run` passes no fits.
+        steps: list[Predict | ClassSums] = [step for _, step in work]  # type: ignore[misc]
+        results: list[Any] = []
+        for step, outputs in zip(steps, self._outputs(participant, steps), strict=True):
+            if isinstance(step, Predict):
+                results.append(outputs)
+            else:
+                y = step.data.columns(participant)["y"]
+                results.append(class_sums(outputs, y, participant.task.outputs))
+        return results
 
     @torch.no_grad()
     def _outputs(self, participant: Participant, steps: list[Predict | ClassSums]) -> list[Tensor]:
         first = steps[0]
-        own = getattr(first, "tensors", None) is None
-        template = self.templates(step_model_spec(participant, first), first.slot if own else "")
-        # Counters do not travel, and evaluation ignores them.
+        is_received = getattr(first, "tensors", None) is not None
+        slot = "" if is_received else first.slot
+        template = self.templates(step_model_spec(participant, first), slot)
+        # Integer counters are not transmitted, and evaluation ignores them.
         counters = {n: t for n, t in template.tensors.items() if not t.is_floating_point()}
         module = template.load({**counters, **step_tensors(participant, first)})
         template.set_mode(training=False)
-        found: list[list[Tensor]] = [[] for _ in steps]
+        batches: list[list[Tensor]] = [[] for _ in steps]
         rows = self.templates.memory.keep(first.data.columns(participant)["x"])
         for batch in rows.split(first.batch_size):
             out = module(batch.to(self.templates.device))
-            for parts, step in zip(found, steps, strict=True):
+            for parts, step in zip(batches, steps, strict=True):
                 parts.append(select_output(step, out))
-        return [torch.cat(parts).to(self.templates.memory.storage_device) for parts in found]
+        return [torch.cat(parts).to(self.templates.memory.storage_device) for parts in batches]
 
 
 def share_forward_pass(one: tuple[Participant, Step], other: tuple[Participant, Step]) -> bool:
-    """Whether both steps want outputs of the same model on the very same rows."""
-    (participant, a), (another, b) = one, other
-    if participant is not another or isinstance(a, Fit) or isinstance(b, Fit):
+    """Return whether both steps read outputs of the same model on the same rows."""
+    participant, a = one
+    other_participant, b = other
+    if participant is not other_participant or isinstance(a, Fit) or isinstance(b, Fit):
         return False
     if (
         a.slot != b.slot
         or a.batch_size != b.batch_size
-        or step_tensors(participant, a) is not step_tensors(another, b)
+        or step_tensors(participant, a) is not step_tensors(other_participant, b)
     ):
         return False
-    if isinstance(a.data, Rows) and isinstance(b.data, Rows):
-        return (a.data.name, a.data.preprocess) == (
-            b.data.name,
-            b.data.preprocess,
-        ) and a.data.rows is b.data.rows
+    return _are_same_rows(a.data, b.data)
+
+
+def _are_same_rows(a: Rows | TensorRows, b: Rows | TensorRows) -> bool:
+    if isinstance(a, Rows) and isinstance(b, Rows):
+        return (a.name, a.preprocess) == (b.name, b.preprocess) and a.rows is b.rows
     return (
-        isinstance(a.data, TensorRows)
-        and isinstance(b.data, TensorRows)
-        and a.data.tensors["x"] is b.data.tensors["x"]
+        isinstance(a, TensorRows) and isinstance(b, TensorRows) and a.tensors["x"] is b.tensors["x"]
     )

@@ -1,4 +1,4 @@
-"""Live modules by architecture, and their cost in operations and bytes."""
+"""Modules by architecture into which tensors are loaded, and estimates of training time."""
 
 from __future__ import annotations
 
@@ -20,82 +20,98 @@ from hetero_fl.utils.code_permission import OWN
 from model_zoo import ModelDescription, Outputs, SplitModel, describe
 from model_zoo.shapes import make_shape
 
-# What a client's task costs, and which memory layout suits its model: estimated from what is known
-# before the run.
-#
 # Estimates decide which executor a run gets, and are the same on every machine. Measured times only
-# decide who is begun first, which changes no bit.
+# decide the order in which clients start, which does not change results.
 
-# floating-point operations a second of one core: turns estimates into about the measured times'
-# unit
+# Assumed floating-point operations per second of one core; converts estimates to seconds.
 RATE = 2e10
-INTENSE = 10  # operations on a parameter, for each example
+# Operations per parameter and example above which a convolutional model uses channels-last memory.
+INTENSE = 10
 
 
 @cache
 def describe_model(arch: ModelSpec) -> ModelDescription:
-    """Parameters and arithmetic of a model."""
+    """Return the number of parameters and operations of a model."""
     return describe(
         arch.name, *arch.size_arguments, vocabulary=arch.vocabulary, **dict(arch.options)
     )
 
 
 def prefers_channels_last(arch: ModelSpec) -> bool:
-    """Whether a model is faster with its channels innermost.
+    """Return whether a model is faster in the channels-last memory format.
 
-    On CPUs that takes 0.7 to 0.9 of the time for convolutions that use each weight at many places, and 1.2 to 1.4 for wide
-    ones on images of a few pixels, such as ResNet-18's last blocks at 28x28. A user's own model stays as it is: a `view` of
-    features in its code counts on the plain layout.
+    On CPUs it takes 0.7 to 0.9 of the time for convolutions that use each weight at many positions,
+    but 1.2 to 1.4 for wide ones on images of a few pixels, such as the last blocks of ResNet-18 at
+    28x28. User-defined models keep the default format, because a `view` in their code may rely on
+    it.
     """
     if arch.name.startswith(OWN):
         return False
-    about = describe_model(arch)
-    convolutional = 2 * about.convolution_flops >= about.forward_flops > 0
-    return convolutional and about.forward_flops >= INTENSE * about.parameters
+    model = describe_model(arch)
+    is_convolutional = 2 * model.convolution_flops >= model.forward_flops > 0
+    return is_convolutional and model.forward_flops >= INTENSE * model.parameters
 
 
 @cache
 def is_recurrent(arch: ModelSpec) -> bool:
-    """Whether a model has recurrent layers, for which there is no computing together."""
+    """Return whether a model has recurrent layers, which cannot be vectorized over clients."""
     with torch.random.fork_rng(devices=[]):
         return any(isinstance(m, nn.RNNBase) for m in arch.build().modules())
 
 
 def training_flops(client_info: ClientInfo) -> float:
-    """Return the floating-point operations of a client's local training in a round, about."""
-    s = client_info.settings
-    examples = client_info.num_rows * s.epochs if s.steps is None else s.steps * s.batch_size
+    """Estimate the floating-point operations of a client's local training in one round."""
+    settings = client_info.settings
+    if settings.steps is None:
+        examples = client_info.num_rows * settings.epochs
+    else:
+        examples = settings.steps * settings.batch_size
     return float(examples * example_flops(client_info.arch))
 
 
 def example_flops(arch: ModelSpec) -> int:
-    """Return the operations of training on one example, about: forward, and twice that for gradients."""
-    about = describe_model(arch)
-    return 3 * max(about.forward_flops, 2 * about.parameters)
+    """Estimate the floating-point operations of training on one example."""
+    model = describe_model(arch)
+    # The backward pass takes about twice the operations of the forward pass.
+    return 3 * max(model.forward_flops, 2 * model.parameters)
 
 
 class TaskCosts:
-    """Seconds a task takes, about."""
+    """Estimated or measured duration of each client's task.
+
+    Args:
+        client_infos: The clients by id.
+    """
 
     def __init__(self, client_infos: Mapping[str, ClientInfo]) -> None:
         self._client_infos = client_infos
         self._measured: dict[str, float] = {}
 
-    def cost_of(self, client: str) -> float:
-        """As measured the last time, else as estimated."""
-        return self._measured.get(client) or training_flops(self._client_infos[client]) / RATE
+    def cost_of(self, client_id: str) -> float:
+        """Return the seconds that were last measured for a client, or else an estimate."""
+        measured = self._measured.get(client_id)
+        return measured or training_flops(self._client_infos[client_id]) / RATE
 
     def update(self, seconds: Mapping[str, float]) -> None:
-        """What tasks took."""
+        """Record measured durations by client id."""
         self._measured.update(seconds)
 
 
-# Live modules: one per architecture and slot in a process, into which participants' tensors are
-# loaded in turn.
-
-
 class Template:
-    """A module into which tensors are loaded, and that hands trained ones over without a copy."""
+    """A module into which the tensors of participants are loaded in turn.
+
+    Args:
+        arch: The architecture.
+        memory: The device.
+        precision: "float32" or "bfloat16".
+        dropout: The masks of the dropout layers.
+
+    Attributes:
+        module: The module.
+        drops: Whether the module has dropout layers.
+        tensors: The module's parameters and buffers by name.
+        parameters: The module's parameters by name.
+    """
 
     def __init__(
         self,
@@ -113,20 +129,24 @@ class Template:
             _use_bfloat16(self.module, device)
         if prefers_channels_last(arch):
             self.module.to(memory_format=torch.channels_last)
-        # the module's own tensors
         self.tensors: Mapping[str, Tensor] = self.module.state_dict(keep_vars=True)
         self._handed_over: set[str] = set()
-        # cuDNN wants the weights of a recurrent layer in one piece: others are given copies.
+        # cuDNN expects the weights of a recurrent layer in one block of memory, so the module keeps
+        # its memory and hands over copies.
         self._keeps_memory = device.type == "cuda" and any(
             isinstance(m, nn.RNNBase) for m in self.module.modules()
         )
         self.parameters: Mapping[str, nn.Parameter] = dict(self.module.named_parameters())
-        # not the module's own word: a model's `train` may do more than set it
+        # `module.training` alone does not suffice: a model's `train` may do more than set it.
         self._mode: bool | None = None
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """The module with these tensors in it. Raises KeyError if one is missing."""
+        """Copy tensors into the module and return the module.
+
+        Raises:
+            KeyError: If a tensor is missing.
+        """
         for name, mine in self.tensors.items():
             if tensors[name] is mine:
                 continue
@@ -137,14 +157,18 @@ class Template:
         return self.module
 
     def set_mode(self, training: bool) -> None:
-        """Training or evaluation. Telling every layer takes half a millisecond, so they are told when it changes."""
+        """Set training or evaluation mode, if it differs from the current mode."""
+        # `train` takes half a millisecond, because it visits every layer.
         if self._mode is not training or self.module.training is not training:
             self.module.train(training)
             self._mode = training
 
     def hand_over(self) -> Tensors:
-        """Return the module's tensors, contiguous and on the storage device; when it is loaded again, it gets other memory."""
-        # Unlike `detach()`, `data` does not count later changes of the module as changes of its own.
+        """Return the module's tensors, contiguous and on the storage device.
+
+        They are not copied if possible; the next `load` then gives the module new memory.
+        """
+        # Unlike `detach()`, `data` does not share its version counter with the module's tensor.
         tensors = {
             name: mine.data.to(
                 self.memory.storage_device,
@@ -159,7 +183,7 @@ class Template:
         return tensors
 
     def view_of(self, tensors: Mapping[str, Tensor]) -> ModelView:
-        """The module as a function of these tensors, its own left alone."""
+        """Return the module as a function of the given tensors; the module does not change."""
         head = {n.removeprefix("head."): t for n, t in tensors.items() if n.startswith("head.")}
         return ModelView(
             lambda x: functional_call(self.module, dict(tensors), (x,)),
@@ -169,49 +193,63 @@ class Template:
 
 
 class Templates:
-    """Templates by (architecture, slot): two slots of one fit need two modules."""
+    """The templates of a process by architecture and slot.
+
+    Calling it returns a template; two slots of one fit have two modules.
+
+    Args:
+        memory: The device.
+        precision: "float32" or "bfloat16".
+
+    Attributes:
+        device: The device of the modules.
+        forked: GPUs whose random state a fit saves and restores.
+        dropout: The masks of all dropout layers.
+    """
 
     def __init__(self, memory: DeviceMemory, precision: str = "float32") -> None:
         self.memory = memory
-        self.device = device = memory.device
+        self.device = memory.device
         self.precision = precision
-        # devices whose generators a fit borrows
-        self.forked = [device] if device.type == "cuda" else []
-        self.dropout = DropoutStreams(device)
+        self.forked = [self.device] if self.device.type == "cuda" else []
+        self.dropout = DropoutStreams(self.device)
         self._templates: dict[tuple[ModelSpec, str], Template] = {}
 
     def __call__(self, arch: ModelSpec, slot: str = "") -> Template:
+        """Return the template of an architecture and slot."""
         if (arch, slot) not in self._templates:
             self._templates[arch, slot] = Template(arch, self.memory, self.precision, self.dropout)
         return self._templates[arch, slot]
 
 
 def _use_bfloat16(module: SplitModel, device: torch.device) -> None:
-    """Let products be computed in bfloat16; parameters, losses and what comes out stay in float32."""
+    """Compute the forward pass in bfloat16; parameters, outputs and losses stay in float32."""
     forward = module.forward
 
-    def mixed(x: Tensor) -> Outputs:
+    def mixed_forward(x: Tensor) -> Outputs:
         with torch.autocast(device.type, torch.bfloat16):
             out = forward(x)
         return Outputs(out.logits.float(), out.features.float())
 
-    module.forward = mixed  # type: ignore[method-assign]
+    module.forward = mixed_forward  # type: ignore[method-assign]
 
 
-MEASURED_SECONDS = 0.1  # after which no further step is timed
-SLOW_STEP = 0.5  # seconds of a first step after which no second one is timed
+# Seconds after which no further step is timed.
+MEASURED_SECONDS = 0.1
+# Seconds of a first step from which on no second one is timed.
+SLOW_STEP = 0.5
 
 
 def measure_step(arch: ModelSpec, batch_size: int, threads: int) -> float:
-    """Return the seconds of a training step on this machine's processor.
+    """Return the seconds of a training step on the CPU.
 
-    Forward, backward and a step of SGD on blank examples. The least of several, of which the first
-    does not count; of a slow model, the first.
+    A step consists of a forward pass, a backward pass and an SGD update on blank examples. The
+    result is the minimum of several steps without the first, or the first step of a slow model.
 
     Args:
-        arch: The model.
+        arch: The architecture.
         batch_size: Examples per step.
-        threads: Threads that compute it.
+        threads: Number of CPU threads.
     """
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -240,11 +278,11 @@ OutputStep = Predict | ClassSums
 
 
 def step_model_spec(participant: Participant, step: OutputStep) -> ModelSpec:
-    """Return the architecture of the model that a step computes with."""
+    """Return the architecture of the model that a step evaluates."""
     return getattr(step, "arch", None) or participant.arch[step.slot]
 
 
 def step_tensors(participant: Participant, step: OutputStep) -> Mapping[str, Tensor]:
-    """Return the tensors of that model: those in the step, or those in its slot."""
-    sent: Mapping[str, Tensor] | None = getattr(step, "tensors", None)
-    return participant.models[step.slot] if sent is None else sent
+    """Return the tensors of the model that a step evaluates, from the step or from its slot."""
+    received: Mapping[str, Tensor] | None = getattr(step, "tensors", None)
+    return participant.models[step.slot] if received is None else received

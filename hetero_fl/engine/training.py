@@ -1,9 +1,12 @@
-"""The training loop on live modules, and the optimizers."""
+"""The training loop for one participant at a time, and the optimizers.
+
+`vectorized_training` contains the loop for several participants at once.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,15 +24,20 @@ from hetero_fl.engine.dropout import DropoutStreams
 from hetero_fl.engine.templates import Template, Templates
 from hetero_fl.utils.seeding import seed_torch, stream_key
 
-# What the two training loops, live and stacked, have in common: optimizers, what is kept of them,
-# what is trained.
-
-TrainableTensors = dict[str, Tensor]  # "slot:name" -> what an optimizer moves
-OptimizerSnapshot = dict[str, dict[str, Tensor]]  # "slot:name" -> an optimizer's state of it
+# Trained tensors by "slot:name".
+TrainableTensors = dict[str, Tensor]
+# Optimizer state of each trained tensor by "slot:name".
+OptimizerSnapshot = dict[str, dict[str, Tensor]]
 
 
 def is_trained(fit: Fit, slot: str, name: str) -> bool:
-    """Whether the fit moves this parameter of the slot."""
+    """Return whether a fit trains a parameter.
+
+    Args:
+        fit: The fit.
+        slot: Slot of the model.
+        name: Name of the parameter.
+    """
     if slot not in fit.train:
         return False
     part = fit.train[slot]
@@ -37,7 +45,7 @@ def is_trained(fit: Fit, slot: str, name: str) -> bool:
 
 
 def split_name(key: str) -> tuple[str, str]:
-    """Slot and parameter of a key of `TrainableTensors`."""
+    """Split a key of `TrainableTensors` into slot and parameter name."""
     slot, name = key.rsplit(":", 1)
     return slot, name
 
@@ -45,13 +53,11 @@ def split_name(key: str) -> tuple[str, str]:
 def make_optimizer(
     config: OptimizerConfig, trainable: Mapping[str, Tensor]
 ) -> torch.optim.Optimizer:
-    """Return the torch optimizer of some tensors.
-
-    Its fused form takes a third of the time of the others on CPUs.
+    """Return a torch optimizer for the given tensors.
 
     Args:
-        config: Settings of the optimizer; heads may have their own learning rate.
-        trainable: The tensors by slot and name.
+        config: Settings of the optimizer; heads may have a different learning rate.
+        trainable: The tensors by "slot:name".
     """
     heads = [key for key in trainable if config.head_lr and split_name(key)[1].startswith("head.")]
     groups: list[dict[str, Any]] = [
@@ -59,18 +65,19 @@ def make_optimizer(
         {"params": [trainable[key] for key in heads], "lr": config.head_lr},
     ]
     groups = [group for group in groups if group["params"]]
+    # On CPUs, the fused implementation takes a third of the time of the others.
     fused = next(iter(trainable.values())).device.type in ("cpu", "cuda")
     common: dict[str, Any] = {"weight_decay": config.weight_decay, "fused": fused}
     if config.name == "sgd":
         return torch.optim.SGD(
             groups, config.lr, config.momentum, nesterov=config.nesterov, **common
         )
-    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-    return kind(groups, config.lr, **common)
+    optimizer_class = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+    return optimizer_class(groups, config.lr, **common)
 
 
 def scale_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Every learning rate becomes so much of what it was at first."""
+    """Set every learning rate to its initial value times a factor."""
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("first_lr", group["lr"]) * factor
 
@@ -78,7 +85,13 @@ def scale_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> Non
 def snapshot_optimizer(
     optimizer: torch.optim.Optimizer, trainable: Mapping[str, Tensor], device: torch.device
 ) -> OptimizerSnapshot:
-    """Return a copy of the optimizer's state on a device."""
+    """Return a copy of the state of an optimizer.
+
+    Args:
+        optimizer: The optimizer.
+        trainable: The tensors that it updates, by "slot:name".
+        device: The device of the copy.
+    """
     copy = {k: optimizer.state[p] for k, p in trainable.items() if p in optimizer.state}
     return {
         k: {
@@ -97,11 +110,17 @@ def restore_optimizer(
     trainable: Mapping[str, Tensor],
     saved: Mapping[str, Mapping[str, Tensor]],
 ) -> None:
-    """The reverse of `snapshot_optimizer`."""
+    """Restore the state of an optimizer from `snapshot_optimizer`.
+
+    Args:
+        optimizer: The optimizer.
+        trainable: The tensors that it updates, by "slot:name".
+        saved: The return value of `snapshot_optimizer`.
+    """
     for name, state in saved.items():
         p = trainable[name]
-        # Fused optimizers want their step counter on the parameter's device, and in float32 whatever the parameter is; the
-        # rest in the parameter's own layout.
+        # Fused optimizers expect the step counter in float32 on the device of the parameter, and
+        # all other state in the memory format of the parameter.
         optimizer.state[p] = {
             n: t.to(p.device, copy=True) if n == "step" else torch.empty_like(p).copy_(t)
             for n, t in state.items()
@@ -109,28 +128,32 @@ def restore_optimizer(
 
 
 def move_to_device(memory: DeviceMemory, value: Any) -> Any:
-    """Return a tree of tensors, detached, on the device; copies are kept as long as their originals."""
+    """Return a tree of dictionaries and tensors, detached and on the device; copies are cached."""
     if isinstance(value, Tensor):
         return memory.keep(value).detach().to(memory.device)
-    return (
-        {k: move_to_device(memory, v) for k, v in value.items()}
-        if isinstance(value, Mapping)
-        else value
-    )
+    if isinstance(value, Mapping):
+        return {k: move_to_device(memory, v) for k, v in value.items()}
+    return value
 
 
-def divergence_message(fit: Fit, loss: float) -> DivergedError:
-    """What is said of a fit that ended in something else than numbers; `loss` is the mean over its steps."""
+def divergence_error(fit: Fit, loss: float) -> DivergedError:
+    """Return the error for a fit that diverged; `loss` is the mean over its steps."""
     return DivergedError(f"'{fit.label}' is no longer finite (loss {loss:g})")
-
-
-# The training loop on live modules, one participant at a time. There is one other, on stacked
-# models (vectorized_training.py).
 
 
 @dataclass
 class FitState:
-    """A fit on its way: its modules by slot, those of their parameters that move, and what its steps see."""
+    """The state of a fit in progress.
+
+    Attributes:
+        fit: The fit.
+        modules: The modules by slot.
+        trainable: The trained parameters.
+        nets: The models as the objective calls them.
+        context: The tensors that the objective reads, on the device.
+        batches: The batches of the fit.
+        dropout: The masks of the dropout layers.
+    """
 
     fit: Fit
     modules: Mapping[str, Template]
@@ -142,18 +165,34 @@ class FitState:
 
     @property
     def uses_dropout(self) -> bool:
-        """Whether a model has dropout."""
+        """Whether a model has dropout layers."""
         return any(template.drops for template in self.modules.values())
 
 
 class Gradients(Protocol):
-    """How the batches of a fit are drawn and the gradients of a step made."""
+    """Draws batches and computes gradients, in place of the gradient of the mean loss."""
 
     def batches(self, participant: Participant, fit: Fit, memory: DeviceMemory) -> Batches:
-        """The steps of the fit."""
+        """Return the batches of a fit.
+
+        Args:
+            participant: The participant that is trained.
+            fit: The fit.
+            memory: The device.
+        """
 
     def compute(self, state: FitState, step: int, dropout_key: int, batch: Batch) -> Tensor:
-        """Set `grad` of what is trained, which is None before; the loss, as far as it may be told."""
+        """Set the gradients of the trained parameters.
+
+        Args:
+            state: The fit; all gradients are None.
+            step: Index of the step.
+            dropout_key: Seed of the dropout masks.
+            batch: The examples.
+
+        Returns:
+            The loss, or a value in its place if the loss must not be revealed.
+        """
 
 
 def run_fit(
@@ -162,43 +201,38 @@ def run_fit(
     """Train the fit's slots of the participant in place.
 
     Args:
-        participant: Whose models are trained.
-        fit: What to train, on which rows.
-        templates: The live modules, on their device.
-        gradients: Draws batches and computes gradients in place of the gradient of the mean loss.
+        participant: The participant.
+        fit: The fit.
+        templates: The modules.
+        gradients: Draws batches and computes gradients; by default, the gradient of the mean loss.
 
     Returns:
-        Steps, examples and the mean loss over the steps.
+        The number of steps and examples and the mean loss over the steps.
 
     Raises:
-        DivergedError: If the loss or a trained tensor is no longer finite. The participant is then
-            as it was.
+        DivergedError: If the loss or a trained tensor is no longer finite. The participant is
+            unchanged.
     """
-    live = {slot: templates(participant.arch[slot], slot) for slot in (*fit.train, *fit.frozen)}
-    trainable = _prepare(participant, fit, live)
+    modules = {slot: templates(participant.arch[slot], slot) for slot in (*fit.train, *fit.frozen)}
+    trainable = _prepare(participant, fit, modules)
     nets = ModelViews(
-        {slot: ModelView.from_module(template.module) for slot, template in live.items()}
+        {slot: ModelView.from_module(template.module) for slot, template in modules.items()}
     )
     optimizer = make_optimizer(fit.optimizer, trainable)
     if fit.keep:
         restore_optimizer(
             optimizer, trainable, participant.state.get("optimizers", {}).get(fit.keep, {})
         )
-    given = move_to_device(templates.memory, fit.context)
-    named = [(*split_name(n), p) for n, p in trainable.items()]
-    drift = [
-        (p, fit.drift[slot][name].to(p))
-        for slot, name, p in named
-        if name in fit.drift.get(slot, {})
-    ]
+    context = move_to_device(templates.memory, fit.context)
+    drift = _trained_drift(fit, trainable)
     draw_batches = Batches if gradients is None else gradients.batches
     batches = draw_batches(participant, fit, templates.memory)
-    state = FitState(fit, live, trainable, nets, given, batches, templates.dropout)
+    state = FitState(fit, modules, trainable, nets, context, batches, templates.dropout)
     uses_dropout = state.uses_dropout
     parameters = list(trainable.values())
     total = torch.zeros((), device=templates.device)
     with torch.random.fork_rng(devices=templates.forked):
-        # Whatever a model draws besides nn.Dropout is keyed too.
+        # Random operations of a model other than nn.Dropout use the global generator.
         seed_torch(stream_key(*batches.stream, "torch"), templates.device)
         for i, (dropout_key, batch) in enumerate(batches):
             if fit.anneal:
@@ -207,7 +241,7 @@ def run_fit(
             if gradients is None:
                 if uses_dropout:
                     templates.dropout.seed([dropout_key], fit.batch_size)
-                loss = fit.objective.total_loss(nets, batch, given)
+                loss = fit.objective.total_loss(nets, batch, context)
                 loss.backward()
             else:
                 loss = gradients.compute(state, i, dropout_key, batch)
@@ -219,26 +253,46 @@ def run_fit(
                     [p.data for p, _ in drift], [d for _, d in drift], alpha=-fit.optimizer.lr
                 )
             total += loss.detach()
+    mean_loss = _finite_mean_loss(fit, total, parameters, len(batches))
+    # The participant changes last: a fit that runs out of memory is repeated.
+    snapshot = None
+    if fit.keep:
+        snapshot = snapshot_optimizer(optimizer, trainable, templates.memory.storage_device)
+    trained = {slot: modules[slot].hand_over() for slot in fit.train}
+    participant.models.update(trained)
+    if snapshot is not None:
+        participant.state.setdefault("optimizers", {})[fit.keep] = snapshot
+    return FitReport(len(batches), batches.examples, mean_loss)
+
+
+def _trained_drift(fit: Fit, trainable: TrainableTensors) -> list[tuple[Tensor, Tensor]]:
+    """Return each trained parameter that drifts, with its drift per unit of learning rate."""
+    named = [(*split_name(key), p) for key, p in trainable.items()]
+    return [
+        (p, fit.drift[slot][name].to(p))
+        for slot, name, p in named
+        if name in fit.drift.get(slot, {})
+    ]
+
+
+def _finite_mean_loss(
+    fit: Fit, total: Tensor, parameters: Sequence[Tensor], num_steps: int
+) -> float:
+    """Return the mean loss; raise DivergedError if it or a parameter is not finite."""
     norms = torch._foreach_norm([p.detach() for p in parameters])
-    # one wait for the device, not one for each tensor
+    # One synchronization with the device instead of one for each tensor.
     loss_sum, *magnitudes = torch.stack([total, *(n.to(total) for n in norms)]).tolist()
     if not all(map(math.isfinite, [loss_sum, *magnitudes])):
-        raise divergence_message(fit, loss_sum / len(batches))
-    # The participant changes last: a fit that runs out of memory is repeated.
-    kept = None
-    if fit.keep:
-        kept = snapshot_optimizer(optimizer, trainable, templates.memory.storage_device)
-    trained = {slot: live[slot].hand_over() for slot in fit.train}
-    participant.models.update(trained)
-    if kept is not None:
-        participant.state.setdefault("optimizers", {})[fit.keep] = kept
-    return FitReport(len(batches), batches.examples, loss_sum / len(batches))
+        raise divergence_error(fit, loss_sum / num_steps)
+    return float(loss_sum / num_steps)
 
 
-def _prepare(participant: Participant, fit: Fit, state: Mapping[str, Template]) -> TrainableTensors:
-    """Load tensors, set modes and gradients; returns what is to be trained."""
+def _prepare(
+    participant: Participant, fit: Fit, modules: Mapping[str, Template]
+) -> TrainableTensors:
+    """Load the models, set modes and `requires_grad`, and return the trained parameters."""
     trainable: TrainableTensors = {}
-    for slot, template in state.items():
+    for slot, template in modules.items():
         template.load(participant.models[slot])
         template.set_mode(training=slot in fit.train)
         for name, parameter in template.parameters.items():

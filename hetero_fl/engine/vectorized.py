@@ -1,4 +1,9 @@
-"""The backend that computes equal steps of many participants at once."""
+"""The backend that computes equal steps of many participants at once.
+
+Steps are equal if their `vectorization_key` is: the same architectures, objective, optimizer and
+shapes; the number of rows may differ. Steps that `torch.vmap` does not support (recurrent networks,
+dropout of whole channels or paths, data-dependent branches) run serially.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +31,17 @@ from hetero_fl.engine.serial import (
 from hetero_fl.engine.templates import Templates, step_model_spec, step_tensors
 from hetero_fl.engine.vectorized_training import fit_stacked
 
-# Outputs of many models of one architecture in one computation, in evaluation mode.
-
 T = TypeVar("T")
 OutputWork = Sequence[tuple[Participant, Predict | ClassSums]]
 
 
 @torch.no_grad()
 def run_stacked_outputs(work: OutputWork, templates: Templates) -> list[Any]:
-    """Results of equal `Predict` or `ClassSums` steps, in order. Raises RuntimeError where the model cannot be batched."""
+    """Return the results of equal `Predict` or `ClassSums` steps in order.
+
+    Raises:
+        RuntimeError: If `torch.vmap` does not support the model.
+    """
     columns = [step.data.columns(participant) for participant, step in work]
     outputs = _forward(work, [c["x"] for c in columns], templates)
     if isinstance(work[0][1], Predict):
@@ -46,95 +53,99 @@ def run_stacked_outputs(work: OutputWork, templates: Templates) -> list[Any]:
 
 
 def _forward(work: OutputWork, inputs: Sequence[Tensor], templates: Templates) -> list[Tensor]:
-    """Each model's output `[N, …]` on its own rows; those who have fewer rows drop out earlier, the most rows first."""
+    """Return the outputs of each model on its rows, shape `[N, ...]`."""
     step = work[0][1]
     device = templates.device
     template = templates(step_model_spec(*work[0]), "")
     module = template.module.eval()
+    # Models with the most rows come first, so that the active ones are always a prefix.
     order = sorted(range(len(work)), key=lambda i: -len(inputs[i]))
     models = [step_tensors(*work[i]) for i in order]
+    # Integer counters are not transmitted, and evaluation ignores them.
     stacked = {
         n: templates.memory.stack([m[n] for m in models]).to(mine)
         for n, mine in template.tensors.items()
-        if mine.is_floating_point()  # counters do not travel, and evaluation ignores them
+        if mine.is_floating_point()
     }
 
     def outputs(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
         return select_output(step, functional_call(module, dict(tensors), (x,)))
 
     x = [templates.memory.keep(inputs[i]) for i in order]
-    found: list[list[Tensor]] = [[] for _ in order]
+    batches: list[list[Tensor]] = [[] for _ in order]
     for begin in range(0, len(x[0]), step.batch_size):
         active = sum(len(rows) > begin for rows in x)
         parts = [rows[begin : begin + step.batch_size].to(device) for rows in x[:active]]
-        # Shorter batches are padded with zeros; in evaluation mode no row sees another.
+        # Shorter batches are padded with zeros; in evaluation mode rows do not affect each other.
         batch = pad_sequence(parts, batch_first=True)
         tensors = {n: t[:active] for n, t in stacked.items()}
         out = vmap(outputs, randomness="error")(tensors, batch)
         for i in range(active):
-            found[i].append(out[i, : len(x[i]) - begin])
-    whole = [torch.cat(parts).to(templates.memory.storage_device) for parts in found]
-    back = {i: whole[place] for place, i in enumerate(order)}
-    return [back[i] for i in range(len(work))]
+            batches[i].append(out[i, : len(x[i]) - begin])
+    whole = [torch.cat(parts).to(templates.memory.storage_device) for parts in batches]
+    outputs_by_index = {i: whole[place] for place, i in enumerate(order)}
+    return [outputs_by_index[i] for i in range(len(work))]
 
 
-# The batched backend: equal steps of many participants in one computation, everything else one by
-# one.
+# Time relative to the serial backend on one CPU thread, for 5 / 20 clients with 100 rows each
+# (benchmarks/speed/batched.py, SGD, batch size 10):
 #
-# What makes steps equal is their signature: the same architectures, objective, optimizer, shapes.
-# The number of rows may differ. What `vmap` refuses (recurrent networks, dropout of whole channels
-# or paths, data-dependent branches) runs serially.
+#                     8x8 pixels      28x28 pixels
+#     linear          0.95 / 0.31     0.94 / 0.49
+#     mlp             0.94 / 0.33     1.43 / 0.47     (100 clients with 60 rows: 0.16, 0.42)
+#     cnn_bn_small    0.62 / 0.22     0.76 / 0.53
+#     cnn_gn_small    0.53 / 0.23     0.70 / 0.45
+#     lenet                           0.94 / 0.57
+#     fedavg_cnn      0.98 / 0.57     0.99 / 1.13
 #
-# Where it pays on one CPU thread (benchmarks/speed/batched.py, SGD, 100 rows a client; batched time over
-# serial time, 5 / 20 clients):
-#
-#     batch 10                  8x8 pixels      28x28 pixels
-#     linear                    0.95 / 0.31     0.94 / 0.49
-#     mlp                       0.94 / 0.33     1.43 / 0.47     (100 clients of 60 rows: 0.16 and 0.42)
-#     cnn_bn_small              0.62 / 0.22     0.76 / 0.53
-#     cnn_gn_small              0.53 / 0.23     0.70 / 0.45
-#     lenet                                     0.94 / 0.57
-#     fedavg_cnn                0.98 / 0.57     0.99 / 1.13
-#
-# With a batch of 32, images of 28x28 keep the processor busy by themselves: cnn_bn_small 0.94 /
-# 0.75, cnn_gn_small 0.79 / 0.86. Groups of two lose nearly everywhere (0.9 to 3.3), and so do
-# models of more than a million parameters, which no longer fit the cache together. The pairs were
-# few and the machine was shared: the second digit is not to be relied on.
+# With batch size 32, images of 28x28 pixels use the whole CPU also without vectorization
+# (cnn_bn_small 0.94 / 0.75, cnn_gn_small 0.79 / 0.86). Groups of two clients are mostly slower (0.9
+# to 3.3), and so are models of more than a million parameters, which exceed the CPU cache together.
+# There were few measurements on a shared machine, so the second digit is not reliable.
 
-# Bytes. Beyond 32 MB (glibc) every gradient is fresh memory from the system, whose page faults cost more than the product
-# that fills it: a hundred perceptrons on 28x28 pixels took 0.74 of the serial time in one piece, 0.60 in pieces.
+# Maximum bytes of a stacked tensor on a CPU. Above 32 MB, glibc requests new memory from the system
+# for every gradient, and the page faults take longer than the computation: 100 perceptrons on 28x28
+# pixels took 0.74 of the serial time in one group, but 0.60 in several.
 LARGEST = 16 * 2**20
 
 
 class VectorizedBackend:
-    """Performs steps on one device, equal ones together; `say` is told once of each architecture that cannot be batched."""
+    """Computes steps on one device, equal steps together.
+
+    Args:
+        memory: The device.
+        log: Called once with a line for each architecture that cannot be vectorized.
+        precision: "float32" or "bfloat16".
+    """
 
     def __init__(
         self,
         memory: DeviceMemory,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         precision: str = "float32",
     ) -> None:
         self.serial = SerialBackend(memory, precision)
-        self.say = say
+        self.log = log
         self.templates = self.serial.templates
-        self._refused: set[Any] = set()
-        self._explained: set[str] = set()
-        # By kind of step: participants that fit into the device's memory together.
-        self._most_together: dict[Any, int] = {}
+        self._unsupported: set[Any] = set()
+        self._logged: set[str] = set()
+        # Largest number of participants whose steps fit into device memory together.
+        self._max_group_sizes: dict[Any, int] = {}
 
     def run(self, work: Work) -> list[Any]:
-        """The results in order; where a fit diverged, the `DivergedError` stands in place of its result."""
+        """Return the result of each step in order, or the `DivergedError` of a fit."""
         groups: dict[Any, list[int]] = {}
         seen: dict[tuple[int, str], int] = {}
         results: dict[int, Any] = {}
         for i, (participant, step) in enumerate(work):
-            # One by one: what is known already must not decide with whom the others are computed.
+            # Public predictions are computed one model at a time: see `engine.serial`.
             key = prediction_key(participant, step)
             if key is not None:
-                results[i] = self.serial.predict_public(key, participant, step)  # type: ignore[arg-type]
+                assert isinstance(step, Predict)
+                results[i] = self.serial.predict_public(key, participant, step)
                 continue
-            # A participant's fits of one label draw from one stream, in the order of the work: one after the other.
+            # Fits of one participant with the same label draw from one stream in the order of the
+            # work, so they run in successive waves.
             wave = 0
             if isinstance(step, Fit):
                 wave = seen[id(participant), step.label] = (
@@ -143,7 +154,8 @@ class VectorizedBackend:
             equal: Any = vectorization_key(participant, step)
             try:
                 hash(equal)
-            except TypeError:  # somebody's own objective: nothing is known to be equal to it
+            except TypeError:
+                # A user-defined objective without a hash is equal to no other.
                 equal = i
             groups.setdefault((wave, equal), []).append(i)
         for _, members in sorted(groups.items(), key=lambda group: group[0][0]):
@@ -154,7 +166,7 @@ class VectorizedBackend:
         return [results[i] for i in range(len(work))]
 
     def _split_by_size(self, members: Sequence[int], work: Work) -> list[Sequence[int]]:
-        """On a CPU, groups of equal size whose largest stacked tensor stays within LARGEST."""
+        """On a CPU, split a group so that no stacked tensor exceeds LARGEST."""
         if self.templates.device.type != "cpu":
             return [members]
         participant, step = work[members[0]]
@@ -163,78 +175,86 @@ class VectorizedBackend:
             for arch in architectures(participant, step)
             for t in self.templates(arch).tensors.values()
         ]
-        each = max(t.numel() * t.element_size() for t in tensors)
-        return _cut(members, max(2, LARGEST // max(1, each)))
+        largest = max(t.numel() * t.element_size() for t in tensors)
+        return _split_evenly(members, max(2, LARGEST // max(1, largest)))
 
     def _run_vectorized(self, work: Work) -> list[Any]:
         participant, step = work[0]
-        family = _vmap_support_key(participant, step)
-        if len(work) == 1 or family in self._refused:
+        support_key = _vmap_support_key(participant, step)
+        if len(work) == 1 or support_key in self._unsupported:
             return self.serial.run(work)
-        size = (family, getattr(step, "batch_size", 0))
-        most = self._most_together.get(size, len(work))
-        if len(work) > most:
-            return [result for piece in _cut(work, most) for result in self._run_vectorized(piece)]
+        size_key = (support_key, getattr(step, "batch_size", 0))
+        max_size = self._max_group_sizes.get(size_key, len(work))
+        if len(work) > max_size:
+            pieces = _split_evenly(work, max_size)
+            return [result for piece in pieces for result in self._run_vectorized(piece)]
         uses = [dict(p.stream_uses) for p, _ in work]
         try:
             with warnings.catch_warnings():
-                # Where an operation has no batching rule, vmap may loop over the participants: serial is faster.
+                # For an operation without a batching rule, vmap loops over the participants, which
+                # is slower than the serial backend.
                 warnings.filterwarnings("error", message="There is a performance drop")
+                # All steps are of the type of the first one.
                 if isinstance(step, Fit):
-                    return fit_stacked(work, self.templates)  # type: ignore[arg-type]  # all are fits
+                    return fit_stacked(work, self.templates)  # type: ignore[arg-type]
                 return run_stacked_outputs(work, self.templates)  # type: ignore[arg-type]
         except torch.OutOfMemoryError:
             if self.templates.memory.has_copies:
-                self.templates.memory.give_up()
+                self.templates.memory.disable_cache()
             else:
-                half = self._most_together[size] = -(-len(work) // 2)
-                self._say_once(
-                    f"{_names(participant, step)}: {len(work)} participants together do not fit "
-                    f"into the memory of {self.templates.device}; at most {half} from here on"
+                half = self._max_group_sizes[size_key] = -(-len(work) // 2)
+                self._log_once(
+                    f"{_model_names(participant, step)}: the memory of {self.templates.device} "
+                    f"is too small for {len(work)} participants at once; "
+                    f"continuing with at most {half}"
                 )
-        except (RuntimeError, UserWarning) as refusal:
-            self._refused.add(family)
-            reason = str(refusal).strip().split("\n")[0].split(". ")[0]
-            self._say_once(
-                f"{_names(participant, step)} runs one participant after the other: {reason}"
+        except (RuntimeError, UserWarning) as error:
+            self._unsupported.add(support_key)
+            reason = str(error).strip().split("\n")[0].split(". ")[0]
+            self._log_once(
+                f"{_model_names(participant, step)}: cannot be vectorized over clients, "
+                f"running them one after the other: {reason}"
             )
         for (p, _), before in zip(work, uses, strict=True):
             p.stream_uses.clear()
             p.stream_uses.update(before)
         return self._run_vectorized(work)
 
-    def _say_once(self, line: str) -> None:
-        if line not in self._explained:
-            self._explained.add(line)
-            self.say(line)
+    def _log_once(self, line: str) -> None:
+        if line not in self._logged:
+            self._logged.add(line)
+            self.log(line)
 
 
-def _names(participant: Participant, step: Step) -> str:
+def _model_names(participant: Participant, step: Step) -> str:
     return " + ".join(arch.name for arch in architectures(participant, step))
 
 
-def _cut(members: Sequence[T], most: int) -> list[Sequence[T]]:
-    """Cut into pieces of about equal size, of at most so many."""
-    count = -(-len(members) // most)
+def _split_evenly(members: Sequence[T], max_size: int) -> list[Sequence[T]]:
+    count = -(-len(members) // max_size)
     return [
         members[i * len(members) // count : (i + 1) * len(members) // count] for i in range(count)
     ]
 
 
 def architectures(participant: Participant, step: Step) -> list[ModelSpec]:
-    """Of all models that the step computes with."""
+    """Return the architectures of all models that a step uses."""
     if isinstance(step, Fit):
         return [participant.arch[slot] for slot in (*step.train, *step.frozen)]
     return [step_model_spec(participant, step)]
 
 
 def vectorization_key(participant: Participant, step: Step) -> Any:
-    """Hashable; equal for steps that may be computed together."""
+    """Return a key that is equal for steps that can be computed together.
+
+    The key is not hashable if the objective is not.
+    """
     if not isinstance(step, Fit):
         x = step.data.columns(participant)["x"]
         plain = [step.readout, step.batch_size, getattr(step, "at_least", None)]
         if not len(x):
-            return object()  # nothing to compute, together or alone
+            # Without rows there is no output to compute together.
+            return object()
         return (type(step), step_model_spec(participant, step), *plain, _tree_structure(x[:0]))
     data: Any
     if isinstance(step.data, SampledBatches):
@@ -253,7 +273,7 @@ def vectorization_key(participant: Participant, step: Step) -> Any:
         getattr(step, name)
         for name in ("epochs", "steps", "batch_size", "optimizer", "augment", "anneal")
     ]
-    beside = tuple((name, draws.size) for name, draws in step.extra_batches.items())
+    extra_batches = tuple((name, draws.size) for name, draws in step.extra_batches.items())
     trees = (_tree_structure(step.context), _tree_structure(step.drift))
     return (
         _vmap_support_key(participant, step),
@@ -263,13 +283,13 @@ def vectorization_key(participant: Participant, step: Step) -> Any:
         data,
         steps,
         count,
-        beside,
+        extra_batches,
         trees,
     )
 
 
 def _vmap_support_key(participant: Participant, step: Step) -> Any:
-    """What decides whether vmap can take a step."""
+    """Return a key that is equal for steps that vmap either supports or not."""
     if not isinstance(step, Fit):
         return type(step), step_model_spec(participant, step), step.readout
     archs = tuple((s, participant.arch[s]) for s in (*step.train, *step.frozen))
@@ -277,7 +297,7 @@ def _vmap_support_key(participant: Participant, step: Step) -> Any:
 
 
 def _tree_structure(tree: Any) -> Any:
-    """Names, shapes and dtypes of a tree of tensors; anything else stands for itself."""
+    """Return a tree in which tensors are replaced by their shapes and dtypes."""
     if isinstance(tree, Mapping):
         return tuple((k, _tree_structure(v)) for k, v in sorted(tree.items()))
     return ("tensor", tuple(tree.shape), tree.dtype) if isinstance(tree, Tensor) else tree
@@ -287,16 +307,16 @@ def make_backend(
     memory: DeviceMemory,
     chunk: int = 1,
     precision: str = "float32",
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda _line: None,
 ) -> Backend:
-    """Return a backend for chunks of so many clients.
+    """Return a serial or a vectorized backend.
 
     Args:
-        memory: Of the device that computes.
-        chunk: Clients that are computed together; 1: one step after the other.
-        precision: Of training.
-        say: Called with a line for each architecture that cannot be vectorized.
+        memory: The device.
+        chunk: Number of clients that are computed together; 1 for the serial backend.
+        precision: "float32" or "bfloat16".
+        log: Called with a line for each architecture that cannot be vectorized.
     """
     if chunk == 1:
         return SerialBackend(memory, precision)
-    return VectorizedBackend(memory, say, precision)
+    return VectorizedBackend(memory, log, precision)

@@ -1,4 +1,10 @@
-"""The training loop on models of equal architecture stacked along a client dimension."""
+"""The training loop on models of equal architecture, stacked along a client dimension.
+
+Only the forward pass runs under `torch.vmap`. The backward pass and the optimizer are the ordinary
+ones, on leaves of shape `[K, ...]`: the loss of a participant depends on its own slice alone, so
+the gradient of the sum of all losses contains the gradient of each participant, and elementwise
+optimizers treat a stack like single models.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import vmap
 from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 from hetero_fl.core.objectives import Batch, ModelViews
 from hetero_fl.core.participant import Columns, Participant
@@ -24,7 +31,7 @@ from hetero_fl.engine.templates import Templates
 from hetero_fl.engine.training import (
     OptimizerSnapshot,
     TrainableTensors,
-    divergence_message,
+    divergence_error,
     is_trained,
     make_optimizer,
     move_to_device,
@@ -35,11 +42,14 @@ from hetero_fl.engine.training import (
 )
 from model_zoo.split_model import is_batch_norm
 
-# Trees of tensors of many participants, stacked leaf by leaf.
-
 
 def stack_trees(trees: Sequence[Any]) -> tuple[Any, Any]:
-    """Trees of one shape stacked leaf by leaf, and vmap's dimensions for them: what all share goes in once (None)."""
+    """Stack trees of equal structure leaf by leaf.
+
+    Returns:
+        The stacked tree, and the `in_dims` of `torch.vmap` for it. A tensor that all trees share is
+        not stacked; its dimension is None.
+    """
     first = trees[0]
     if isinstance(first, Mapping):
         parts = {k: stack_trees([t[k] for t in trees]) for k in first}
@@ -50,14 +60,20 @@ def stack_trees(trees: Sequence[Any]) -> tuple[Any, Any]:
 
 
 def select_participants(tree: Any, dims: Any, who: Tensor | slice) -> Any:
-    """Those participants' slices of a stacked tree."""
+    """Return the slices of some participants from a stacked tree.
+
+    Args:
+        tree: The stacked tree.
+        dims: Its dimensions, from `stack_trees`.
+        who: Indices of the participants.
+    """
     if isinstance(tree, Mapping):
         return {k: select_participants(v, dims[k], who) for k, v in tree.items()}
     return tree if dims is None else tree[who]
 
 
 def stack_optimizer_states(saved: Sequence[OptimizerSnapshot]) -> OptimizerSnapshot:
-    """Optimizers' states stacked; their step counters are equal (see `batched.signature`)."""
+    """Stack the states of optimizers, whose step counters are equal (see `vectorization_key`)."""
     return {
         key: {
             n: v if n == "step" else torch.stack([s[key][n] for s in saved])
@@ -67,43 +83,50 @@ def stack_optimizer_states(saved: Sequence[OptimizerSnapshot]) -> OptimizerSnaps
     }
 
 
-# What runs differently under `vmap` than in a live module: linear layers have a backward pass of
-# their own.
-
-LARGE = 2**14  # weights of a participant's layer
+# Number of weights from which a linear layer uses `_Linear`.
+LARGE = 2**14
 
 
 class StackedOps(TorchFunctionMode):
-    """While active, linear layers take `linear` below."""
+    """Context manager that replaces `F.linear` by `linear`."""
 
+    @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear:
             return linear(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` for one participant, `[…, in]` to `[…, out]`.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute `F.linear` with a backward pass that is faster under `torch.vmap`.
 
-    torch's own rule leaves the gradient of stacked weights transposed, and copying it into place costs as much as
-    computing it. Small layers keep that rule: for them calling this one costs more.
+    The batching rule of torch returns the gradient of stacked weights transposed, and copying it
+    takes as long as computing it. For small layers the overhead of this function is larger.
+
+    Args:
+        x: Inputs, shape `[..., in]`.
+        weight: Weights, shape `[out, in]`.
+        bias: Bias, shape `[out]`.
+
+    Returns:
+        Outputs, shape `[..., out]`.
     """
     if weight.numel() < LARGE:
-        return F.linear(input, weight, bias)
-    out: Tensor = _Linear.apply(input.reshape(-1, input.shape[-1]), weight)
-    out = out.view(*input.shape[:-1], -1)
+        return F.linear(x, weight, bias)
+    out: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight)
+    out = out.view(*x.shape[:-1], -1)
     return out if bias is None else out + bias
 
 
 class _Linear(torch.autograd.Function):
-    """x·Wᵀ of one participant; under vmap that of all of them."""
+    """The product x Wᵀ of one participant; under vmap, of all participants."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:
         return x @ weight.t()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], _output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
@@ -116,17 +139,18 @@ class _Linear(torch.autograd.Function):
     def vmap(
         info: Any, dims: tuple[int | None, int | None], x: Tensor, weight: Tensor
     ) -> tuple[Tensor, int]:
-        if dims[1] is None:  # all have the same weights: one matrix product
+        # All participants have the same weights: one matrix product.
+        if dims[1] is None:
             assert dims[0] is not None
             return F.linear(x, weight), dims[0]
-        stacked = weight.movedim(dims[1], 0)
-        own = x.expand(info.batch_size, *x.shape) if dims[0] is None else x.movedim(dims[0], 0)
-        out: Tensor = _StackedLinear.apply(own, stacked)
+        weights = weight.movedim(dims[1], 0)
+        inputs = x.expand(info.batch_size, *x.shape) if dims[0] is None else x.movedim(dims[0], 0)
+        out: Tensor = _StackedLinear.apply(inputs, weights)
         return out, 0
 
 
 class _StackedLinear(torch.autograd.Function):
-    """x·Wᵀ for each participant: `[K, B, in]` and `[K, out, in]` to `[K, B, out]`."""
+    """The products x Wᵀ of all participants: `[K, B, in]` and `[K, out, in]` to `[K, B, out]`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -137,20 +161,22 @@ class _StackedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
+        needs_x, needs_weight = ctx.needs_input_grad
         return (
-            torch.bmm(grad, weight) if wanted[0] else None,
-            torch.bmm(grad.transpose(1, 2), x) if wanted[1] else None,
+            torch.bmm(grad, weight) if needs_x else None,
+            torch.bmm(grad.transpose(1, 2), x) if needs_weight else None,
         )
 
 
-# The batches of many fits side by side: one gather a step for all participants.
-
-
 class StackedBatches:
-    """Steps of fits that differ only in whose they are, the longest first, so that those still in training are a prefix.
+    """The batches of equal fits of several participants, gathered in one operation per step.
 
-    A batch shorter than another of the same step is filled up with copies of its own first row, which weigh nothing.
+    A batch that is smaller than others of the same step is padded with copies of its first row,
+    which have weight zero.
+
+    Args:
+        runs: The batches of each participant, in descending order of their number, so that the
+            participants that are still training are always a prefix.
     """
 
     def __init__(self, runs: Sequence[Batches]) -> None:
@@ -161,15 +187,14 @@ class StackedBatches:
         if isinstance(self.fit.data, SampledBatches):
             return
         lengths = torch.tensor([len(b) for run in runs for b in run.indices])
-        table = pad_sequence(
-            [b for run in runs for b in run.indices], batch_first=True
-        )  # [steps of all, longest batch]
-        real = torch.arange(table.shape[1]) < lengths[:, None]
+        # Shape [steps of all participants, largest batch].
+        table = pad_sequence([b for run in runs for b in run.indices], batch_first=True)
+        is_real = torch.arange(table.shape[1]) < lengths[:, None]
         self._sizes = [run.tolist() for run in lengths.split(self.counts)]
         self._starts = (torch.tensor(self.counts).cumsum(0) - torch.tensor(self.counts)).to(device)
-        self._table = torch.where(real, table, table[:, :1]).to(device)
-        self._real = real.to(torch.get_default_dtype()).to(device)
-        # all rows of all participants, and whether they share them
+        self._table = torch.where(is_real, table, table[:, :1]).to(device)
+        self._weights = is_real.to(torch.get_default_dtype()).to(device)
+        # All rows of all participants, and whether the participants share them.
         self._columns: dict[str, tuple[Tensor, bool]] = {}
         for name, first in runs[0].source.items():
             shared = all(run.source[name] is first for run in runs)
@@ -181,23 +206,33 @@ class StackedBatches:
         self._offsets = (n.cumsum(0) - n).to(device)
 
     def batch_sizes(self, step: int, active: int) -> list[int]:
-        """How many examples the first so many participants have in that step."""
+        """Return the batch sizes of the first `active` participants in a step."""
         if isinstance(self.fit.data, SampledBatches):
             return [self.fit.data.size] * active
         return [sizes[step] for sizes in self._sizes[:active]]
 
     def members(self, who: Tensor | slice) -> Sequence[int]:
-        """Return the places of those participants."""
+        """Return the indices of the selected participants as integers."""
         return range(len(self.runs))[who] if isinstance(who, slice) else who.tolist()
 
     def dropout_keys(self, step: int, who: Tensor | slice) -> list[int]:
-        """Return the seeds of a step's dropout masks, one for each of those participants."""
+        """Return the seed of the dropout masks of each selected participant in a step."""
         return [self.runs[i].dropout_key_at(step) for i in self.members(who)]
 
     def batch_at(
         self, step: int, who: Tensor | slice, sizes: Sequence[int]
     ) -> tuple[Columns, Tensor | None]:
-        """Columns `[K, B, …]` of those participants, who have `sizes` examples in that step; weights `[K, B]` if they differ."""
+        """Return the batches of the selected participants in a step.
+
+        Args:
+            step: Index of the step.
+            who: Indices of the participants.
+            sizes: Batch size of each of them.
+
+        Returns:
+            Columns, shape `[K, B, ...]`, and weights of the rows, shape `[K, B]`, or None if all
+            sizes are equal.
+        """
         members = self.members(who)
         weight = None
         if isinstance(self.fit.data, SampledBatches):
@@ -206,13 +241,13 @@ class StackedBatches:
             place = self._starts[who] + step
             longest = max(sizes)
             rows = self._table[place, :longest]
-            own = rows + self._offsets[who, None]
+            offset_rows = rows + self._offsets[who, None]
             columns = {
-                name: all_rows[rows if shared else own]
+                name: all_rows[rows if shared else offset_rows]
                 for name, (all_rows, shared) in self._columns.items()
             }
             if min(sizes) < longest:
-                weight = self._real[place, :longest]
+                weight = self._weights[place, :longest]
         if self.fit.augment is not None:
             for j, (i, size) in enumerate(zip(members, sizes, strict=True)):
                 columns["x"][j, :size] = self.runs[i].augment_batch(columns["x"][j, :size], step)
@@ -222,29 +257,26 @@ class StackedBatches:
 
 
 def _stack(drawn: Sequence[Columns]) -> Columns:
-    """Raises RuntimeError where the draws are not alike."""
+    """Stack columns; raise RuntimeError if their names or dtypes differ."""
     first = drawn[0]
     for other in drawn:
         if other.keys() != first.keys() or any(other[n].dtype != t.dtype for n, t in first.items()):
-            raise RuntimeError("draws of different columns cannot be stacked")
+            raise RuntimeError("sampled batches with different columns or dtypes cannot be stacked")
     return {n: torch.stack([d[n] for d in drawn]) for n in first}
 
-
-# The training loop on stacked models: equal fits of many participants in one computation.
-#
-# The forward pass alone runs under `vmap`; the backward pass and the optimizers are the ordinary
-# ones, on leaves `[participants, …]`. A participant's loss reads its own slice only, so the
-# gradient of the sum of the losses is everyone's own gradient, and elementwise optimizers cannot
-# tell a stack from single models.
 
 Work = Sequence[tuple[Participant, Fit]]
 
 
 def fit_stacked(work: Work, templates: Templates) -> list[FitReport | DivergedError]:
-    """Train equal fits of several participants in place; reports in order, `DivergedError` where one is no longer finite.
+    """Train equal fits of several participants in place.
 
-    Raises RuntimeError where the models or the objective cannot be batched; participants' models and states are then as
-    they were, only their streams have moved on.
+    Returns:
+        The report of each fit in order, or its `DivergedError`.
+
+    Raises:
+        RuntimeError: If `torch.vmap` does not support the models or the objective. The models and
+            states of the participants are unchanged, but their random streams have advanced.
     """
     batches = [Batches(participant, fit, templates.memory) for participant, fit in work]
     order = sorted(range(len(work)), key=lambda i: -batches[i].count)
@@ -255,7 +287,7 @@ def fit_stacked(work: Work, templates: Templates) -> list[FitReport | DivergedEr
 
 
 class _StackedFits:
-    """Fits in progress, the longest first; the first `active` of them still are in training."""
+    """Equal fits in progress, in descending order of their number of steps."""
 
     def __init__(self, work: Work, runs: list[Batches], templates: Templates) -> None:
         self.work = work
@@ -279,7 +311,7 @@ class _StackedFits:
         self.trained = [
             (s, n) for s, t in self.templates.items() for n in t.parameters if is_trained(fit, s, n)
         ]
-        # BatchNorm's statistics are those of the whole batch: only batches of equal size may run together.
+        # BatchNorm uses statistics of the whole batch, so only batches of equal size are stacked.
         self.equal_sizes = any(
             is_batch_norm(m) for s in fit.train for m in self.templates[s].module.modules()
         )
@@ -295,20 +327,19 @@ class _StackedFits:
         self.totals = torch.zeros(len(work), device=self.device)
         self.kept: list[OptimizerSnapshot] = [{} for _ in work]
         self.leaves: TrainableTensors = {}
-        # tensors of all who are still in training, leaves included
-        self.everyone: dict[str, dict[str, Tensor]] = {}
+        # Tensors of all participants that are still training, leaves included.
+        self.active_tensors: dict[str, dict[str, Tensor]] = {}
         self.optimizer: torch.optim.Optimizer | None = None
 
-    # Training ----------------------------------------------------------------------------------------------------
     def run(self) -> None:
-        """All steps of all fits."""
+        """Compute all steps of all fits."""
         active = 0
         fit = self.fit
         for step in range(self.batches.counts[0]):
-            now = sum(count > step for count in self.batches.counts)
-            if now != active:
-                self._narrow(now, active)
-                active = now
+            remaining = sum(count > step for count in self.batches.counts)
+            if remaining != active:
+                self._narrow(remaining, active)
+                active = remaining
             assert self.optimizer is not None
             if fit.anneal:
                 scale_learning_rates(
@@ -325,24 +356,25 @@ class _StackedFits:
                 )
         self._keep(0, active, self.optimizer, self.leaves)
 
-    def _narrow(self, now: int, before: int) -> None:
-        """Go on with the first `now` alone, on the same storage, optimizer's state included."""
+    def _narrow(self, active: int, before: int) -> None:
+        """Continue with the first `active` participants on the same storage."""
         old = self.optimizer
         leaves = self.leaves
         self.leaves = {
-            f"{s}:{n}": self.tensors[s][n][:now].detach().requires_grad_() for s, n in self.trained
+            f"{s}:{n}": self.tensors[s][n][:active].detach().requires_grad_()
+            for s, n in self.trained
         }
-        self.everyone = self._with_tensors(
+        self.active_tensors = self._with_leaves(
             self.leaves,
-            {s: {n: t[:now] for n, t in own.items()} for s, own in self.tensors.items()},
+            {s: {n: t[:active] for n, t in own.items()} for s, own in self.tensors.items()},
         )
         self.optimizer = make_optimizer(self.fit.optimizer, self.leaves)
         if old is not None:
-            self._keep(now, before, old, leaves)
+            self._keep(active, before, old, leaves)
             for key, leaf in leaves.items():
                 if leaf in old.state:
                     self.optimizer.state[self.leaves[key]] = {
-                        n: v[:now] if isinstance(v, Tensor) and v.ndim else v
+                        n: v[:active] if isinstance(v, Tensor) and v.ndim else v
                         for n, v in old.state[leaf].items()
                     }
         elif self.fit.keep:
@@ -350,12 +382,12 @@ class _StackedFits:
             restore_optimizer(self.optimizer, self.leaves, stack_optimizer_states(saved))
 
     def _gradients(self, step: int, active: int) -> None:
-        """Set the leaves' gradients, and count the losses."""
+        """Set the gradients of the leaves and add the losses to the totals."""
         sizes = self.batches.batch_sizes(step, active)
         if not self.equal_sizes or len(set(sizes)) == 1:
             for leaf in self.leaves.values():
                 leaf.grad = None
-            self._backward(step, slice(0, active), sizes, self.everyone)
+            self._backward(step, slice(0, active), sizes, self.active_tensors)
             return
         parts: list[tuple[Tensor, TrainableTensors]] = []
         for size in sorted(set(sizes)):
@@ -364,7 +396,8 @@ class _StackedFits:
             leaves = {f"{s}:{n}": tensors[s][n].requires_grad_() for s, n in self.trained}
             self._backward(step, who, [size] * len(who), tensors)
             parts.append((who, leaves))
-            for s in self.fit.train:  # buffers were copied by the indexing: put them back
+            # Indexing has copied the buffers: write their new values back.
+            for s in self.fit.train:
                 for n, t in self.tensors[s].items():
                     if n not in self.templates[s].parameters:
                         t[who] = tensors[s][n]
@@ -374,10 +407,11 @@ class _StackedFits:
             if all(grad is not None for _, grad in grads):
                 leaf.grad = torch.empty_like(leaf)
                 for who, grad in grads:
-                    leaf.grad[who] = grad  # type: ignore[assignment]  # none of them is None
+                    assert grad is not None
+                    leaf.grad[who] = grad
 
     @staticmethod
-    def _with_tensors(
+    def _with_leaves(
         leaves: TrainableTensors, tensors: dict[str, dict[str, Tensor]]
     ) -> dict[str, dict[str, Tensor]]:
         for key, leaf in leaves.items():
@@ -388,7 +422,7 @@ class _StackedFits:
     def _backward(
         self, step: int, who: Tensor | slice, sizes: Sequence[int], tensors: Mapping[str, Any]
     ) -> None:
-        """Add the gradients of those participants' losses to the leaves among the tensors."""
+        """Compute the losses of the selected participants and the gradients of their leaves."""
         columns, weight = self.batches.batch_at(step, who, sizes)
         place = None
         if self.drops:
@@ -416,7 +450,7 @@ class _StackedFits:
         context: Mapping[str, Any],
         weight: Tensor | None,
     ) -> Tensor:
-        """The loss of one participant; runs under vmap."""
+        """Return the loss of one participant; runs under vmap."""
         nets = ModelViews(
             {slot: self.templates[slot].view_of(own) for slot, own in tensors.items()}
         )
@@ -427,14 +461,13 @@ class _StackedFits:
             return self.fit.objective.total_loss(nets, batch, context)
 
     def _clip(self, norm: float) -> None:
-        """Each participant's whole gradient to at most this norm, as torch's `clip_grad_norm_` does it."""
+        """Clip the gradient norm of each participant, as `torch.nn.utils.clip_grad_norm_` does."""
         grads = [leaf.grad for leaf in self.leaves.values() if leaf.grad is not None]
         each = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in grads])
         factor = (norm / (torch.linalg.vector_norm(each, dim=0) + 1e-6)).clamp(max=1.0)
         for g in grads:
             g.mul_(factor.view(-1, *[1] * (g.ndim - 1)))
 
-    # The end -----------------------------------------------------------------------------------------------------
     def _keep(
         self,
         begin: int,
@@ -442,7 +475,7 @@ class _StackedFits:
         optimizer: torch.optim.Optimizer | None,
         leaves: TrainableTensors,
     ) -> None:
-        """Note the optimizer's state of the participants who finish now."""
+        """Store the optimizer state of the participants from `begin` to `end`, which finish now."""
         if self.fit.keep and optimizer is not None:
             state = snapshot_optimizer(optimizer, leaves, self.storage_device)
             for i in range(begin, end):
@@ -452,7 +485,7 @@ class _StackedFits:
                 }
 
     def finish(self) -> list[FitReport | DivergedError]:
-        """Hand the participants what they have become; results in the order of the work."""
+        """Update the participants and return the results in the order of the work."""
         norms = [
             torch.linalg.vector_norm(self.tensors[s][n].flatten(1), dim=1) for s, n in self.trained
         ]
@@ -462,7 +495,7 @@ class _StackedFits:
             s: {n: t.to(self.storage_device) for n, t in self.tensors[s].items()}
             for s in self.fit.train
         }
-        # Participants change last: a fit that runs out of memory is repeated.
+        # The participants change last: a fit that runs out of memory is repeated.
         models = [
             {s: {n: t[i].clone() for n, t in own.items()} for s, own in tensors.items()}
             for i in range(len(self.work))
@@ -471,7 +504,7 @@ class _StackedFits:
         for i, (participant, fit) in enumerate(self.work):
             steps = self.batches.counts[i]
             if not finite[i]:
-                results.append(divergence_message(fit, totals[i] / steps))
+                results.append(divergence_error(fit, totals[i] / steps))
                 continue
             participant.models.update(models[i])
             if fit.keep:

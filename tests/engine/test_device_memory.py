@@ -30,7 +30,7 @@ def test_a_tensor_is_copied_once_until_it_changes() -> None:
         assert memory.keep(rows).tolist() == [1.0, 2.0, 3.0]
         assert memory.stack([rows, rows]).shape == (2, 3)
         assert [t.kind for t in gpu.transfers].count("to device") == 2
-        memory.give_up()
+        memory.disable_cache()
         assert memory.keep(rows) is rows and not memory.has_copies
 
 

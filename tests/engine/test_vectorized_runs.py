@@ -137,6 +137,7 @@ def test_participants_that_do_not_fit_into_memory_are_halved(
             3: [6, 6, *[3] * 6],
         }[fit_together]
     )
-    assert lines[0].startswith("mlp: 6 participants together do not fit into the memory of cuda")
+    assert lines[0].startswith("mlp: the memory of cuda")
+    assert "is too small for 6 participants at once" in lines[0]
     for name, tensor in wanted.items():
         assert torch.allclose(found[name], tensor, atol=1e-5), name

@@ -336,7 +336,7 @@ def test_what_cannot_be_batched_runs_serially_and_says_so_once(
     agree([(p.models, p.stream_uses) for p in many], [(p.models, p.stream_uses) for p in one])
     assert (
         len(said) == 1
-        and said[0].startswith(f"{name} runs one participant after the other")
+        and said[0].startswith(f"{name}: cannot be vectorized over clients")
         and reason in said[0]
     )
     assert stacks == [5]  # tried once

@@ -1,4 +1,4 @@
-"""What a server does with many items: means over owners, teachers."""
+"""Aggregation on the server: uploads, means over owners, and consensus teachers."""
 
 from hetero_fl.aggregation.uploads import Upload, Uploads
 

@@ -1,6 +1,6 @@
 """Weighted means over the owners of each tensor, accumulated as uploads arrive.
 
-Includes discounts for stale uploads.
+The memory needed is that of one upload, not of the cohort. The module also discounts stale uploads.
 """
 
 from __future__ import annotations
@@ -15,40 +15,53 @@ from torch import Tensor
 from hetero_fl.core.model_spec import Owner, Tensors, owners_of
 from hetero_fl.core.payload import Item, Payload
 
-# Weighted means and sums taken as uploads arrive: the memory of one, not of the cohort.
-#
-# A mean starts as its first term, untouched, and then moves towards each further one by that one's
-# share of the weight so far: weights are normalised before they multiply, a tensor with one owner
-# passes through to the bit, and so do equal tensors.
+# Kinds of items whose values are sums already; their weight is the divisor of the mean.
+SUMS = ("class_sums", "counts")
 
 
 class RunningMean:
-    """Σ w·v / Σ w of tensors of one shape, for weights that are numbers; the plain mean while all weights are nought."""
+    """The weighted mean of tensors of one shape, with scalar weights.
+
+    The mean starts as the first term and is interpolated towards each further term by that term's
+    share of the weight so far. It is therefore bit-identical to its terms if they are all equal or
+    if there is only one. While all weights are zero, it is the unweighted mean.
+
+    Attributes:
+        weight: Sum of the weights.
+        count: Number of terms.
+    """
 
     def __init__(self) -> None:
         self.weight = 0.0
         self.count = 0
         self._weightless = 0
         self._value: Tensor | None = None
-        self._own = False  # nobody else has seen the value: it may be changed in place
+        # Whether the value was created here and not yet returned, and may be changed in place.
+        self._is_owned = False
 
     @classmethod
     def from_mean(cls, value: Tensor, weight: float, count: int) -> RunningMean:
-        """Return the mean of so many terms with this mean and this sum of weights."""
-        made = cls()
-        made._value = value
-        made.weight = weight
-        made.count = count
-        return made
+        """Return a running mean with a given state.
+
+        Args:
+            value: The mean.
+            weight: Sum of the weights.
+            count: Number of terms.
+        """
+        running_mean = cls()
+        running_mean._value = value
+        running_mean.weight = weight
+        running_mean.count = count
+        return running_mean
 
     @property
     def value(self) -> Tensor | None:
-        """The mean so far; further terms do not change this tensor."""
-        self._own = False
+        """The mean so far, or None without terms; further terms do not change this tensor."""
+        self._is_owned = False
         return self._value
 
     def add(self, value: Tensor, weight: float) -> None:
-        """One more term. Terms are never changed in place, so the first may be somebody's own tensor."""
+        """Add a term; `value` is never changed in place."""
         self.count += 1
         if weight == 0 and self.weight > 0:
             return
@@ -56,24 +69,24 @@ class RunningMean:
             self._weightless += 1
             share = 1 / self._weightless
         else:
-            # 1 for the first with any weight: it replaces the weightless
+            # 1 for the first term with a positive weight: it replaces all terms of weight zero.
             share = weight / (self.weight + weight)
             self.weight += weight
         if self._value is None or share == 1:
             self._value = value
-            self._own = False
-        elif self._own:
+            self._is_owned = False
+        elif self._is_owned:
             self._value.lerp_(value, share)
         else:
             self._value = torch.lerp(self._value, value, share)
-            self._own = True
+            self._is_owned = True
 
 
 class ItemSum:
-    """Items of one name, each a tensor: their mean over whoever has a say in an element, and their totals.
+    """The mean and the totals of single-tensor items of one name.
 
-    `class_sums` and `counts` are sums already. Where a weight is a tensor, or values are sums, Σ values and Σ weights are
-    kept; else a running mean.
+    Scalar weights are accumulated in a running mean. If a weight is a tensor, or the values are
+    sums already (`class_sums`, `counts`), the sums of values and weights are accumulated instead.
     """
 
     def __init__(self) -> None:
@@ -81,17 +94,22 @@ class ItemSum:
         self._sums: tuple[Tensor, Tensor] | None = None
 
     def add(self, item: Item) -> None:
-        """One more item."""
+        """Add an item.
+
+        Raises:
+            TypeError: If the item consists of named tensors.
+        """
         if not isinstance(item.values, Tensor):
-            raise TypeError("named tensors are averaged by their owners: Uploads.mean_by_group")
-        ready = item.kind in ("class_sums", "counts")
-        if self._sums is None and not ready and not isinstance(item.weight, Tensor):
+            raise TypeError("item: expected a single tensor, got named tensors; use mean_by_group")
+        is_sum = item.kind in SUMS
+        if self._sums is None and not is_sum and not isinstance(item.weight, Tensor):
             self._mean = self._mean or RunningMean()
             return self._mean.add(item.values, item.weight)
         weight = torch.as_tensor(item.weight, dtype=item.values.dtype, device=item.values.device)
-        term = item.values if ready else item.values * weight
+        term = item.values if is_sum else item.values * weight
+        # Earlier items of this name had scalar weights.
         if self._sums is None and self._mean is not None:
-            self._sums = self.total  # weights of both kinds under one name
+            self._sums = self.total
         self._sums = (
             (term, weight) if self._sums is None else (self._sums[0] + term, self._sums[1] + weight)
         )
@@ -99,14 +117,14 @@ class ItemSum:
 
     @classmethod
     def from_total(cls, total: Tensor, weight: Tensor) -> ItemSum:
-        """As if whatever has these totals had been added."""
-        made = cls()
-        made._sums = total, weight
-        return made
+        """Return the sum of items with the given totals of weighted values and weights."""
+        item_sum = cls()
+        item_sum._sums = (total, weight)
+        return item_sum
 
     @property
     def mean(self) -> Tensor:
-        """Σ w·v / Σ w, element by element; nought where nobody has weight."""
+        """The elementwise mean Σ w v / Σ w; zero for elements without weight."""
         if self._sums is None:
             assert self._mean is not None and self._mean.value is not None
             return self._mean.value
@@ -115,7 +133,7 @@ class ItemSum:
 
     @property
     def total(self) -> tuple[Tensor, Tensor]:
-        """(Σ values·weight, Σ weight)."""
+        """The totals Σ w v and Σ w."""
         if self._sums is not None:
             return self._sums
         assert self._mean is not None and self._mean.value is not None
@@ -124,22 +142,21 @@ class ItemSum:
 
 
 def mean_of_items(items: Sequence[Item]) -> Tensor:
-    """The mean of single-tensor items in the order given (see `ItemSum`)."""
-    held = ItemSum()
+    """Return the mean of single-tensor items, added in the given order (see `ItemSum`)."""
+    item_sum = ItemSum()
     for item in items:
-        held.add(item)
-    return held.mean
-
-
-# Averaging named tensors over their owners: by architecture, and across architectures where a
-# common part is declared.
+        item_sum.add(item)
+    return item_sum.mean
 
 
 class OwnerMeans:
-    """The mean of each tensor over its owners, folded as models arrive.
+    """The mean of each named tensor over its owners, accumulated as models arrive.
 
-    Tensors whose names start with a prefix in `common` are averaged with those of equal name and shape of every group;
-    others only within their group: equal shapes never mix by accident.
+    A tensor is averaged within its architecture group, or across all groups with equal name and
+    shape if its name starts with a prefix in `common`.
+
+    Args:
+        common: Prefixes of tensors that are averaged across groups.
     """
 
     def __init__(self, common: Sequence[str] = ()) -> None:
@@ -148,12 +165,25 @@ class OwnerMeans:
         self._groups: dict[str, dict[str, Owner]] = {}
 
     def add(self, group: str, tensors: Mapping[str, Tensor], weight: float) -> None:
-        """One more model, or part of one."""
+        """Add a model or a part of one.
+
+        Args:
+            group: Architecture group of the model.
+            tensors: The tensors by name.
+            weight: Weight in the mean.
+        """
         for name, owner in self._owners(group, tensors).items():
             self._means.setdefault(owner, RunningMean()).add(tensors[name], weight)
 
     def set_mean(self, group: str, name: str, mean: Tensor, weight: float) -> None:
-        """Set the mean of a tensor over all its owners, with the sum of their weights; once for each owner."""
+        """Set the mean of a tensor over all of its owners; call it once per group.
+
+        Args:
+            group: Architecture group.
+            name: Name of the tensor.
+            mean: The mean.
+            weight: Sum of the weights.
+        """
         owner = self._owners(group, {name: mean})[name]
         count = self._means[owner].count + 1 if owner in self._means else 1
         self._means[owner] = RunningMean.from_mean(mean, weight, count)
@@ -164,28 +194,28 @@ class OwnerMeans:
         return owners
 
     def by_group(self) -> dict[str, Tensors]:
-        """For each group the means of the tensors that its members sent; what nobody sent is left out."""
+        """Return the means of the tensors that the members of each group sent."""
         return {
             group: {
                 name: mean
-                for name, owner in wanted.items()
+                for name, owner in owners.items()
                 if (mean := self._means[owner].value) is not None
             }
-            for group, wanted in self._groups.items()
+            for group, owners in self._groups.items()
         }
 
     def weights_by_group(self) -> dict[str, dict[str, float]]:
-        """The sum of the weights behind each of these means."""
+        """Return the sum of the weights of each mean."""
         return {
-            group: {name: self._means[owner].weight for name, owner in wanted.items()}
-            for group, wanted in self._groups.items()
+            group: {name: self._means[owner].weight for name, owner in owners.items()}
+            for group, owners in self._groups.items()
         }
 
     def counts_by_group(self) -> dict[str, dict[str, int]]:
-        """How many sent each of these tensors."""
+        """Return the number of uploads in each mean."""
         return {
-            group: {name: self._means[owner].count for name, owner in wanted.items()}
-            for group, wanted in self._groups.items()
+            group: {name: self._means[owner].count for name, owner in owners.items()}
+            for group, owners in self._groups.items()
         }
 
 
@@ -194,9 +224,16 @@ def tie_common_tensors(
     common: Sequence[str],
     updated: Mapping[str, Iterable[str]] = MappingProxyType({}),
 ) -> None:
-    """What groups have in common becomes one tensor: one that `updated` (names by group), else the first group's.
+    """Replace tensors that groups have in common by one of them, in place.
 
-    For methods that add changes: means of models meet by themselves, sums of changes only where they begin equal.
+    Methods that add updates need this: means of models are equal in all groups, but sums of updates
+    are equal only if the groups start from equal tensors.
+
+    Args:
+        models: Tensors by group.
+        common: Prefixes of the names of common tensors.
+        updated: Names of updated tensors by group; the first updated tensor is taken, or else the
+            tensor of the first group.
     """
     first: dict[tuple[str, torch.Size], Tensor] = {}
     for group, names in [*updated.items(), *models.items()]:
@@ -210,27 +247,33 @@ def tie_common_tensors(
 
 
 def leading_slice(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """Its leading slice of that shape, a view."""
+    """Return a view of the leading slice of a tensor, such as its first channels."""
     return tensor[tuple(slice(0, size) for size in shape)]
 
 
 def leading_slice_means(current: Tensors, members: Iterable[tuple[Tensors, float]]) -> Tensors:
-    """The weighted mean of each element over its owners, where members hold leading slices of the current tensors.
+    """Return the weighted mean of each element over the members that own it.
 
-    Elements that nobody owns stay as they are; tensors that nobody sent are left out.
+    Args:
+        current: The current tensors by name.
+        members: Tensors and weight of each member; a tensor is a leading slice of the current one.
+
+    Returns:
+        The means of the tensors that at least one member sent. Elements without owner keep their
+        current value.
     """
     means: Tensors = {}
-    held: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for tensors, weight in members:
         for name, tensor in tensors.items():
             if name not in means:
-                means[name], held[name] = current[name].clone(), torch.zeros_like(current[name])
+                means[name] = current[name].clone()
+                weights[name] = torch.zeros_like(current[name])
             mean = leading_slice(means[name], tensor.shape)
-            owned = leading_slice(held[name], tensor.shape)
+            owned = leading_slice(weights[name], tensor.shape)
             owned += weight
-            share = torch.where(
-                owned > 0, weight / owned, 0.0
-            )  # 1 for the first owner, whose value is taken to the bit
+            # 1 for the first owner, so that a single value is not rounded.
+            share = torch.where(owned > 0, weight / owned, 0.0)
             mean.copy_(torch.lerp(mean, tensor, share))
     return means
 
@@ -238,16 +281,23 @@ def leading_slice_means(current: Tensors, members: Iterable[tuple[Tensors, float
 def interpolate_model(
     current: Tensors, mean: Tensors, rate: float, parameters: Iterable[str]
 ) -> Tensors:
-    """current + rate·(mean − current) for parameters; buffers (BatchNorm statistics) take the mean as it is.
+    """Move a model towards a mean: `current + rate * (mean - current)` for parameters.
 
-    A rate of one takes the mean to the bit. Extrapolating a running variance could make it negative.
+    Buffers such as BatchNorm statistics are set to the mean, because a rate above 1 could make a
+    running variance negative.
+
+    Args:
+        current: The current tensors by name.
+        mean: Means of some or all of them.
+        rate: Server learning rate; with 1, the result is the mean without rounding.
+        parameters: Names of the parameters; all other tensors are buffers.
     """
     trainable = set(parameters)
-    moved = {
+    updated = {
         n: m if rate == 1 or n not in trainable else current[n] + rate * (m - current[n])
         for n, m in mean.items()
     }
-    return {**current, **moved}
+    return {**current, **updated}
 
 
 def add_updates(
@@ -257,26 +307,29 @@ def add_updates(
     factor: float,
     parameters: Iterable[str],
 ) -> Tensors:
-    """current + factor·Σ_k(θ_k − current), which is a step of factor·K towards the mean of the K owners of each tensor.
+    """Add the sum of the owners' updates: `current + factor * sum(θ_k - current)`.
 
-    Buffers move by the same rule, though not beyond the mean: a running variance that is extrapolated could be negative.
+    This is a step of `factor * K` towards the mean of the K owners of each tensor. Buffers follow
+    the same rule but do not move beyond the mean, because extrapolation could make a running
+    variance negative.
+
+    Args:
+        current: The current tensors by name.
+        mean: Means over the owners of some or all of them.
+        owners: Number of owners K of each tensor.
+        factor: Factor of the updates.
+        parameters: Names of the parameters; all other tensors are buffers.
     """
     trainable = set(parameters)
-    moved = {}
+    updated = {}
     for name, tensor in mean.items():
         rate = factor * owners[name] if name in trainable else min(1.0, factor * owners[name])
-        moved[name] = tensor if rate == 1 else current[name] + rate * (tensor - current[name])
-    return {**current, **moved}
-
-
-# Uploads that were made from an older version of the server count for less.
-
-# their values are sums already: the weight is what they are divided by
-SUMS = ("class_sums", "counts")
+        updated[name] = tensor if rate == 1 else current[name] + rate * (tensor - current[name])
+    return {**current, **updated}
 
 
 def discount_upload(payload: Payload, factor: float) -> Payload:
-    """The upload with the weight of every item multiplied by the factor, and the values with it where they are sums."""
+    """Return an upload whose weights, and values that are sums, are multiplied by a factor."""
     if factor == 1:
         return payload
     return Payload(

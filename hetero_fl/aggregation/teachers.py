@@ -1,4 +1,10 @@
-"""Consensus teachers from clients' predictions, averaged and sharpened."""
+"""Consensus teachers: weighted and sharpened means of clients' predictions on the proxy set.
+
+Under label skew, the plain mean of logits is dominated by clients that over-predict their majority
+class. Contrast weights let a client contribute to a class according to how many examples of the
+class and of other classes it has seen; entropy weights let it contribute to an example according to
+its confidence. `align_to_labels` restores classes that the consensus has lost.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +18,29 @@ from torch import Tensor
 from hetero_fl.core.payload import Item
 from hetero_fl.core.task import Task
 
-# Consensus teachers: what each client says of the public rows, with the weight that its word has.
-#
-# Under label skew the plain mean of logits is ruled by whoever over-predicts its own majority. The
-# contrast-weighted teacher lets a client speak on a class as far as it has seen both the class and
-# something else; the entropy-weighted one lets it speak on an example as far as it is sure.
-# Whatever the weights, a class that only weak models know can be lost in the consensus; `align_to_labels`
-# brings it back.
-
 TeacherKind = Literal["mean", "samples", "contrast", "entropy"]
-CLIP = -8.0  # keeps one client's certainty about a class that it has never met from deciding
-FLOOR = 0.1  # a class on which nobody has contrast falls back to the plain mean
+Sharpening = Literal["era", "power", "none"]
+# Minimum log-probability: limits the influence of a client on a class that it has never seen.
+CLIP = -8.0
+# Minimum weight: a class without contrast at any client falls back to the plain mean.
+FLOOR = 0.1
+# Minimum of a class probability before its logarithm is taken.
+TINY = 1e-12
+# Minimum distance of a label probability from 0 and 1, the resolution of float32.
+CERTAIN = 1e-6
 
 
 def contrast_weights(counts: Tensor) -> Tensor:
-    """a_c = n_c·(1 − n_c/n), `[C]`: large where a client has seen the class and other classes too."""
+    """Return the weight of a client for each class, `n_c * (1 - n_c / n) + 0.1`.
+
+    The weight is large if the client has many examples of the class and of other classes.
+
+    Args:
+        counts: Number of the client's examples n_c of each class, shape `[C]`.
+
+    Returns:
+        Weights, shape `[C]`.
+    """
     n = counts.to(torch.get_default_dtype())
     return n * (1 - n / n.sum().clamp(min=1)) + FLOOR
 
@@ -34,12 +48,21 @@ def contrast_weights(counts: Tensor) -> Tensor:
 def proxy_predictions(
     task: Task, kind: TeacherKind, logits: Tensor, counts: Tensor | None, n: int
 ) -> Item:
-    """A client's predictions `[N, C]` as an item of the consensus.
+    """Return a client's predictions as a weighted item of the consensus.
 
-    mean: logits, weight 1; samples: logits, weight n; contrast: max(log p, −8) with weight a_c by class (multi-label and
-    regression have no exclusive classes: there contrast is `samples`); entropy: logits, with weight `certainty_weights` by row (by
-    row and label where labels exclude nothing; regression has no entropy: there it is `mean`). A client that does not
-    release its label counts (None) speaks as if its n rows were spread evenly over the classes.
+    - "mean": logits with weight 1.
+    - "samples": logits with weight `n`.
+    - "contrast": log-probabilities, at least -8, with `contrast_weights`; like "samples" for
+      multi-label tasks and regression, which have no exclusive classes.
+    - "entropy": logits with `certainty_weights`; like "mean" for regression.
+
+    Args:
+        task: The task.
+        kind: How predictions are weighted.
+        logits: Logits, shape `[N, C]`.
+        counts: Number of the client's examples of each class, shape `[C]`. None if the client does
+            not share them; its examples then count as evenly distributed over the classes.
+        n: Number of the client's examples.
     """
     if kind == "contrast" and task.kind == "multiclass":
         if counts is None:
@@ -51,8 +74,15 @@ def proxy_predictions(
 
 
 def certainty_weights(task: Task, logits: Tensor) -> Tensor:
-    """exp(−H(p)) of each prediction, `[N, 1]`: 1 for certainty, 1/C for an even guess (C labels apart: `[N, C]`, of each
-    label's Bernoulli). One over the number of classes that the prediction still wavers between."""
+    """Return `exp(-H(p))` of each prediction: 1 if it is certain, 1 / C if it is uniform.
+
+    Args:
+        task: The task.
+        logits: Logits, shape `[N, C]`.
+
+    Returns:
+        Weights, shape `[N, 1]`; for multi-label tasks one per label, shape `[N, C]`.
+    """
     if task.kind == "multilabel":
         pairs = torch.stack([logits, torch.zeros_like(logits)], -1)
         return _exp_negative_entropy(pairs)
@@ -60,13 +90,23 @@ def certainty_weights(task: Task, logits: Tensor) -> Tensor:
 
 
 def align_to_labels(teacher: Tensor, log_q: Tensor, strength: float, balanced: bool) -> Tensor:
-    """The teacher `[N, C]` with b_c = strength·(log q_c − log p̄_c) added to each class: p̄, its mean prediction over all rows,
-    moves towards the label frequencies q (`log_q`: `[C]`). `balanced`: the teacher has no prior in it, as after logit-adjusted
-    training, and is read with log q added; else it is read as it is.
+    """Align the mean prediction of a teacher with the label frequencies.
 
-    A class that is lost in the consensus is learned by nobody, whose next words then are worse still: the bias breaks that
-    circle (distribution alignment: Berthelot et al., ICLR 2020, section 3.1, there of probabilities with strength 1; p̄ = q is
-    where the EM of Saerens et al., Neural Computation 2002, stands still).
+    The bias `strength * (log q_c - log p_c)` is added to each class, where p is the mean prediction
+    over all rows and q are the label frequencies. Without it, a class that the consensus has lost
+    is no longer learned by any client, and the next consensus is even worse. See distribution
+    alignment (Berthelot et al., ICLR 2020, section 3.1: on probabilities, with strength 1); p = q
+    is a fixed point of the EM algorithm of Saerens et al. (Neural Computation 2002).
+
+    Args:
+        teacher: Logits, shape `[N, C]`.
+        log_q: Logarithms of the label frequencies, shape `[C]`.
+        strength: Factor of the bias.
+        balanced: Whether the teacher contains no prior, as after training with logit adjustment;
+            log q is then added to compute p.
+
+    Returns:
+        Logits, shape `[N, C]`.
     """
     log_p = (teacher + log_q if balanced else teacher).log_softmax(-1)
     return teacher + strength * (log_q - (log_p.logsumexp(0) - math.log(len(log_p))))
@@ -77,19 +117,23 @@ def _exp_negative_entropy(logits: Tensor) -> Tensor:
     return (log_p.exp() * log_p).sum(-1).exp()
 
 
-# Making a mean of probabilities more decided than it is.
-
-Sharpening = Literal["era", "power", "none"]
-TINY = 1e-12  # of a probability, before its logarithm
-# how near to nought or one that of a label may be: nearer, float32 knows no difference
-CERTAIN = 1e-6
-
-
 def sharpen(task: Task, p: Tensor, method: Sharpening, strength: float) -> Tensor:
-    """Logits `[N, C]` of the sharpened probabilities.
+    """Return the logits of sharpened probabilities.
 
-    era: softmax(p / T), entropy reduction on probabilities (Itahara et al. 2020, DS-FL); power: p^β / Σ p^β (Azuma et al.
-    2025, SCARLET); none: p. `strength` is T or β. A label of several is a distribution over yes and no.
+    - "era": softmax(p / T), entropy reduction aggregation (Itahara et al. 2020, DS-FL).
+    - "power": p^β / Σ p^β (Azuma et al. 2025, SCARLET).
+    - "none": p.
+
+    In multi-label tasks, each label is a distribution over two outcomes.
+
+    Args:
+        task: The task.
+        p: Probabilities, shape `[N, C]`.
+        method: How to sharpen.
+        strength: Temperature T of "era" or exponent β of "power".
+
+    Returns:
+        Logits, shape `[N, C]`.
     """
     if method == "era":
         return (2 * p - 1 if task.kind == "multilabel" else p) / strength

@@ -1,9 +1,8 @@
-"""The uploads of a round, and the one rule by which they are combined: the weighted mean over the owners of each element.
+"""The uploads of a round, combined by the weighted mean over the owners of each element.
 
-That rule is FedAvg within an architecture, partial sharing, and the mean of predictions at once. Uploads are added in
-client-id order, so that the order of arrival changes no bit, and are folded into means as they come; what a method declares
-with `use="each"` is kept whole besides. Where liars have to be borne, another rule stands in for the mean
-(`hetero_fl.robustness.rules`), and the methods do not know: for it, all that it governs is kept until it is asked for.
+This mean covers FedAvg within an architecture, partial sharing, and the mean of predictions.
+Uploads are added in client-id order and accumulated as they come; items declared with `use="each"`
+are kept as well. Robust aggregation rules (`hetero_fl.robustness.rules`) replace the mean if configured.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ from hetero_fl.utils.ordering import natural_order
 
 
 class CombineNoise(Protocol):
-    """Noise on the sums of a round, where clients are private."""
+    """Noise on the sums of a round with client-level differential privacy."""
 
     def expects(self, name: str) -> bool:
         """Return whether clients may send single tensors under this item name."""
 
     def total(self, name: str, totals: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Return the noised totals of values and weights; `totals` is None if nobody sent any."""
+        """Return the noised totals of values and weights; `totals` is None without uploads."""
 
     def mean(self, name: str, totals: tuple[Tensor, Tensor] | None) -> Tensor:
         """Return the noised mean."""
@@ -49,18 +48,31 @@ class CombineNoise(Protocol):
         weights: Mapping[str, Mapping[str, float]],
         senders: Sequence[ClientInfo],
     ) -> dict[str, Tensors]:
-        """Return the noised means of named tensors, for every group that may have sent some."""
+        """Return the noised means of every group whose clients may have sent the item.
+
+        Args:
+            name: Name of the item.
+            means: Means by group and tensor, of the groups that sent any.
+            weights: Sum of the weights of each mean.
+            senders: The clients that sent the item.
+        """
 
     def weights_by_group(self, name: str) -> dict[str, dict[str, float]]:
-        """Return the expected number of clients behind each of these means."""
+        """Return the expected number of clients in each of these means."""
 
     def senders(self, name: str) -> list[ClientInfo]:
-        """Return one client of each kind that may send the item."""
+        """Return one client of each profile that may send the item."""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """What one client sent. `staleness_weight`: what its staleness has left of every weight in it."""
+    """The upload of one client.
+
+    Attributes:
+        client_info: The client.
+        payload: The items.
+        staleness_weight: Factor by which staleness has reduced every weight.
+    """
 
     client_info: ClientInfo
     payload: Payload
@@ -68,24 +80,27 @@ class Upload:
 
     @property
     def client(self) -> str:
-        """The sender's id."""
+        """The client's id."""
         return self.client_info.client_id
 
     @property
     def group(self) -> str:
-        """The architecture group of the sender's model."""
+        """The architecture group of the client's model."""
         return self.client_info.arch.spec_id
 
 
 class Uploads:
-    """What arrived in a round.
+    """The uploads of a round.
 
     Args:
-        uploads: in hand; more can be added, in client-id order.
-        specs: what the method declares of its items; those used one by one are kept.
-        common: prefixes of tensors that are averaged across architectures.
-        rules: what stands in for the mean; None: nothing does.
-        noise: what is added to every sum, and what takes the place of its weight.
+        uploads: Uploads to add in client-id order; more can be added later.
+        specs: The items that the method declares, by name.
+        common: Prefixes of tensors that are averaged across architectures.
+        rules: Robust aggregation rules that replace the mean.
+        noise: Noise that is added to every sum.
+
+    Attributes:
+        combined: Items of which an aggregate was read, as pairs of name and kind.
     """
 
     def __init__(
@@ -101,7 +116,6 @@ class Uploads:
         self._rules = rules
         self._noise = noise
         self.combined: set[tuple[str, str]] = set()
-        """What was asked for in one piece: names of items, each with the kind of what it was combined as."""
         self._kept: list[Upload] = []
         self._senders: dict[str, list[ClientInfo]] = {}
         self._staleness_weights: dict[str, list[float]] = {}
@@ -119,33 +133,43 @@ class Uploads:
         senders: Mapping[str, list[ClientInfo]],
         items: Mapping[str, ItemSum],
         models: Mapping[str, OwnerMeans],
+        *,
         specs: Mapping[str, ItemSpec],
         noise: CombineNoise | None = None,
     ) -> Uploads:
-        """The uploads of so many clients of which only the sums are known, by item; none of them is kept one by one."""
-        made = cls(specs=specs, noise=noise)
-        made._count = count
-        made._senders = dict(senders)
-        made._tensors = dict(items)
-        made._models = dict(models)
-        return made
+        """Return the uploads of a round of which only sums are known.
+
+        Args:
+            count: Number of clients.
+            senders: The clients that sent each item.
+            items: Sums of single-tensor items by name.
+            models: Means of named tensors by item name.
+            specs: The items that the method declares, by name.
+            noise: Noise that is added to every sum.
+        """
+        uploads = cls(specs=specs, noise=noise)
+        uploads._count = count
+        uploads._senders = dict(senders)
+        uploads._tensors = dict(items)
+        uploads._models = dict(models)
+        return uploads
 
     def __len__(self) -> int:
         return self._count
 
     def add(self, upload: Upload) -> None:
-        """Fold one more upload in, or keep it. Clients come in the order of their ids."""
+        """Add an upload; uploads must be added in the order of their client ids."""
         self._count += 1
-        whole = {}
+        kept_items = {}
         for name in upload.payload:
             self._senders.setdefault(name, []).append(upload.client_info)
             self._staleness_weights.setdefault(name, []).append(upload.staleness_weight)
             if self._spec(name).use == "each":
-                whole[name] = upload.payload.item(name)
+                kept_items[name] = upload.payload.item(name)
             if self._spec(name).use != "each" or self._uses_rule(name):
-                self._fold(name, upload)
+                self._accumulate(name, upload)
         if any(spec.use == "each" for spec in self._specs.values()):
-            self._kept.append(Upload(upload.client_info, Payload(whole)))
+            self._kept.append(Upload(upload.client_info, Payload(kept_items)))
 
     def _spec(self, name: str) -> ItemSpec:
         return self._specs.get(name, ItemSpec("params"))
@@ -153,16 +177,16 @@ class Uploads:
     def _uses_rule(self, name: str) -> bool:
         return self._rules is not None and self._rules.applies_to(self._spec(name))
 
-    def _fold(self, name: str, upload: Upload) -> None:
+    def _accumulate(self, name: str, upload: Upload) -> None:
         item = upload.payload.item(name)
         rules = self._rules if self._uses_rule(name) else None
         if isinstance(item.values, Tensor):
             if name not in self._tensors:
-                # a tensor apart from its model: no rule is for these
-                whole = item.kind in PARAMETERS
+                # Rules for parameters need named tensors, so they do not apply to a single tensor.
+                is_parameter = item.kind in PARAMETERS
                 self._tensors[name] = (
                     RobustItemMeans(name, rules, self._senders[name])
-                    if rules and not whole
+                    if rules and not is_parameter
                     else ItemSum()
                 )
             self._tensors[name].add(item)
@@ -177,45 +201,47 @@ class Uploads:
             group = "" if self._spec(name).across else upload.group
             self._models[name].add(group, item.values, float(item.weight))
 
-    def _folded(self, name: str) -> None:
-        """Fold what was kept one by one, where its mean is asked for after all."""
-        self._declared(name)
+    def _prepare_aggregate(self, name: str) -> None:
+        """Accumulate kept uploads of an item if its aggregate is read for the first time."""
+        self._check_declared(name)
         if (
             self._spec(name).use == "each"
             and name not in self._tensors
             and name not in self._models
         ):
             for upload in self.having(name):
-                self._fold(name, upload)
+                self._accumulate(name, upload)
 
-    def _declared(self, name: str) -> None:
+    def _check_declared(self, name: str) -> None:
         if self._specs and name not in self._specs:
             raise MissingItemError(
                 f"item {name!r} is not declared in `uploads`{suggest_or_list(name, self._specs)}"
             )
 
     def senders(self, name: str) -> list[ClientInfo]:
-        """Return the clients that sent the item; under noise, which hides them, one of each kind that may have.
+        """Return the clients that sent the item.
+
+        With noise, which hides the senders, return one client of each profile that may send it.
 
         Raises:
             MissingItemError: If the method does not declare the item.
         """
-        self._declared(name)
+        self._check_declared(name)
         if self._noise is not None:
             return self._noise.senders(name)
         return list(self._senders.get(name, []))
 
     def is_available(self, name: str) -> bool:
-        """Whether there is something to combine: somebody sent it or, where noise hides who did, somebody may have."""
+        """Return whether a client sent the item or, with noise, may have sent it."""
         return bool(self.senders(name))
 
     def staleness_weights(self, name: str) -> list[float]:
-        """Return the staleness weight of each of `senders`; 1 in a synchronous round."""
+        """Return the staleness weight of each client in `senders`; 1 in synchronous rounds."""
         return list(self._staleness_weights.get(name, [1.0] * len(self.senders(name))))
 
     def mean(self, name: str) -> Tensor | None:
-        """Σ w·v / Σ w of the single-tensor items of that name, element by element; None if nobody sent it."""
-        self._folded(name)
+        """Return the elementwise mean of a single-tensor item, or None if no client sent it."""
+        self._prepare_aggregate(name)
         self.combined.add((name, self._spec(name).kind))
         if self._noise is not None and self._noise.expects(name):
             return self._noise.mean(
@@ -224,8 +250,12 @@ class Uploads:
         return self._tensors[name].mean if name in self._tensors else None
 
     def total(self, name: str) -> tuple[Tensor, Tensor]:
-        """(Σ values·weight, Σ weight) of the single-tensor items of that name. Raises KeyError if nobody sent it."""
-        self._folded(name)
+        """Return the totals Σ w v and Σ w of a single-tensor item.
+
+        Raises:
+            KeyError: If no client sent the item.
+        """
+        self._prepare_aggregate(name)
         if self._spec(name).kind == "counts":
             self.combined.add((name, "counts"))
         if self._noise is not None and self._noise.expects(name):
@@ -235,9 +265,11 @@ class Uploads:
         return self._tensors[name].total
 
     def mean_by_group(self, name: str) -> dict[str, Tensors]:
-        """For each architecture group the mean over the owners of each tensor that its members sent under that name; all
-        under "" where the item was declared with `across`."""
-        self._folded(name)
+        """Return the mean of each named tensor of an item over its owners, by architecture group.
+
+        If the item was declared with `across`, there is one group "".
+        """
+        self._prepare_aggregate(name)
         self.combined.add((name, "models"))
         means = self._models[name].by_group() if name in self._models else {}
         if self._noise is None:
@@ -246,40 +278,56 @@ class Uploads:
         return self._noise.by_group(name, means, weights, self._senders.get(name, []))
 
     def weights_by_group(self, name: str) -> dict[str, dict[str, float]]:
-        """The sum of weights behind each tensor of `mean_by_group`."""
-        self._folded(name)
+        """Return the sum of the weights of each tensor of `mean_by_group`."""
+        self._prepare_aggregate(name)
         if self._noise is not None:
             return self._noise.weights_by_group(name)
         return self._models[name].weights_by_group() if name in self._models else {}
 
     def counts_by_group(self, name: str) -> Mapping[str, Mapping[str, float]]:
-        """Return how many uploads are behind each tensor of `mean_by_group`; under noise, how many are expected."""
-        self._folded(name)
+        """Return the number of uploads of each tensor of `mean_by_group`.
+
+        With noise, return the expected number.
+        """
+        self._prepare_aggregate(name)
         if self._noise is not None:
             return self._noise.weights_by_group(name)
         return self._models[name].counts_by_group() if name in self._models else {}
 
     def consensus(self, name: str, predictions: Mapping[str, Item]) -> Tensor | None:
-        """What is made of one prediction `[N, C]` a client, by id, that the server has from single uploads (of their models,
-        of codes): as `mean` of items of kind "rows". `name`: what a rule remembers it by. None if nobody says anything."""
+        """Return the mean of predictions that the server computed from single uploads.
+
+        Args:
+            name: Name under which aggregation rules keep their state.
+            predictions: Predictions of each client by id, shape `[N, C]`.
+
+        Returns:
+            The mean as for items of kind "rows", or None without predictions.
+        """
         self.combined.add((name, "rows"))
-        ids = natural_order(predictions)
+        client_ids = natural_order(predictions)
         if self._rules is None or not self._rules.applies_to(ItemSpec("rows")):
-            return mean_of_items([predictions[id] for id in ids]) if ids else None
+            ordered = [predictions[client_id] for client_id in client_ids]
+            return mean_of_items(ordered) if ordered else None
         client_infos = {upload.client: upload.client_info for upload in self._kept}
-        ruled = RobustItemMeans(name, self._rules, [client_infos[id] for id in ids])
-        for id in ids:
-            ruled.add(predictions[id])
-        return ruled.mean if ids else None
+        senders = [client_infos[client_id] for client_id in client_ids]
+        robust_means = RobustItemMeans(name, self._rules, senders)
+        for client_id in client_ids:
+            robust_means.add(predictions[client_id])
+        return robust_means.mean if client_ids else None
 
     def with_uploads(self, uploads: Iterable[Upload], specs: Mapping[str, ItemSpec]) -> Uploads:
-        """Others in place of these, under the same rules: what the server made of single uploads."""
-        made = Uploads(uploads, specs, rules=self._rules)
+        """Return other uploads, derived from these, under the same aggregation rules."""
+        derived = Uploads(uploads, specs, rules=self._rules)
         self.combined |= {(name, "models") for name in specs}
-        return made
+        return derived
 
     def prepare(self, server: Participant) -> Plan[None]:
-        """What a rule has to compute before it is asked; on a copy of the server, which is not to be used afterwards."""
+        """Compute what aggregation rules need in advance.
+
+        Args:
+            server: A copy of the server; do not use it afterwards.
+        """
         for models in self._models.values():
             if isinstance(models, RobustModelMeans) and models.rules.of_parameters.uses_root:
                 models.roots = yield from root_models(server, models.sent)
@@ -288,15 +336,20 @@ class Uploads:
     def each(self) -> Sequence[Upload]:
         """The single uploads, with the items that were declared with `use="each"`.
 
-        Raises UserError if there are none: what is only summed is not kept.
+        Raises:
+            UserError: If no item is declared with `use="each"`.
         """
         if self._count and all(spec.use != "each" for spec in self._specs.values()):
             raise UserError("uploads.each: no item of this method is declared with use='each'")
         return tuple(self._kept)
 
     def having(self, name: str) -> list[Upload]:
-        """The single uploads with that item, which has to be declared with `use="each"`."""
-        self._declared(name)
+        """Return the single uploads that contain an item declared with `use="each"`.
+
+        Raises:
+            UserError: If the item is not declared with `use="each"`.
+        """
+        self._check_declared(name)
         if name in self._specs and self._specs[name].use != "each":
             raise UserError(f"uploads.having: item '{name}' is not declared with use='each'")
         return [u for u in self._kept if name in u.payload]

@@ -1,4 +1,4 @@
-"""Secure aggregation in a run: what both sides derive from the federation, and sums as uploads."""
+"""Secure aggregation of a federation: layout of the summed vectors, and sums as uploads."""
 
 from __future__ import annotations
 
@@ -29,25 +29,36 @@ from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.privacy.server_side import SumNoise
 from hetero_fl.utils.caching import BoundedCache
 
-RECENT = 8  # layouts that are kept
+# Number of cached layouts.
+MAX_LAYOUTS = 8
 
 
 class DerivedSetup:
-    """The layout of each round, from dry runs of one client's plan of each kind; what else both sides know."""
+    """Setup of secure aggregation that clients and server derive independently.
+
+    The layout of a round follows from dry runs of the plan of one client of each profile.
+
+    Args:
+        algorithm: The method.
+        federation: The federation.
+
+    Attributes:
+        expectations: The expected form of uploads.
+    """
 
     def __init__(self, algorithm: Algorithm, federation: FederationSpec) -> None:
         self.algorithm = algorithm
         self.federation = federation
         self.expectations = ExpectedUploads(algorithm, federation)
-        self._layouts: BoundedCache[VectorLayout] = BoundedCache(RECENT)
+        self._layouts: BoundedCache[VectorLayout] = BoundedCache(MAX_LAYOUTS)
 
     def layout(self, round_idx: int) -> VectorLayout:
-        """Of all families' uploads in that round. Rounds of one phase share it."""
+        """Return the layout of all clients' uploads in a round; rounds of one phase share it."""
         phase = self.expectations.round_phase(round_idx)
         if phase not in self._layouts:
             forms = [
-                (self.aggregation_group(kind.first), self.upload_form(kind.first, round_idx))
-                for kind in self.federation.client_infos.profiles
+                (self.aggregation_group(profile.first), self.upload_form(profile.first, round_idx))
+                for profile in self.federation.client_infos.profiles
             ]
             self._layouts[phase] = VectorLayout.from_forms(
                 forms, self.expectations.specs, self.federation.common
@@ -55,8 +66,11 @@ class DerivedSetup:
         return self._layouts[phase]
 
     def upload_form(self, client: str, round_idx: int) -> Mapping[str, Item]:
-        """An upload as this client's would be in that round, from a server that has received nothing yet: of what it has
-        learnt by then, the form must not depend."""
+        """Return items of the form of a client's upload in a round.
+
+        They are derived from the server before the first round, as the form must not depend on
+        received uploads.
+        """
         client_info = self.federation.client_infos[client]
         self.server.round_context = self.federation.round_context(round_idx)
         self.server.stream_uses = {}
@@ -66,43 +80,56 @@ class DerivedSetup:
 
     @cached_property
     def server(self) -> Participant:
-        """A server before the first round."""
+        """The server before the first round."""
         server = self.federation.server()
         self.algorithm.setup(server)
         return server
 
     def aggregation_group(self, client: str) -> str:
+        """Return the id of the architecture within which a client's tensors are averaged."""
         return self.federation.client_infos[client].arch.spec_id
 
     def noise(
         self, client: str, round_idx: int, layout: VectorLayout, unit: float, shares: int
     ) -> np.ndarray | None:
-        """A client's share of the noise on sums (`privacy.distributed`), on every number of the vector that is noised at the
-        server otherwise, its own or not: N(0, deviation² / shares), of which so many and more are noise enough."""
+        """Return a client's share of the privacy noise on sums (`privacy.distributed`).
+
+        The noise is N(0, deviation**2 / shares) for every element of the vector to which the server
+        would otherwise add noise, whether or not the client uploads it.
+
+        Args:
+            client: The client.
+            round_idx: Index of the round, from 0.
+            layout: Layout of the vector.
+            unit: Value of one unit of the vector.
+            shares: Number of shares whose sum is sufficient noise.
+
+        Returns:
+            The noise in units, or None if noise is not distributed.
+        """
         privacy = self.expectations.privacy
         if privacy is None or not privacy.config.distributed:
             return None
         vector = np.zeros(layout.size)
-        for place, slot in layout.slices.items():
-            values, weights = slot.parts(place)
-            # its weights count private rows
-            counted = layout.specs[place.item].kind == "class_sums"
-            parts = slice(values.start, weights.stop) if counted else values
+        for key, tensor_slice in layout.slices.items():
+            values, weights = tensor_slice.parts(key)
+            # The weights of class sums are counts of private rows.
+            has_private_weights = layout.specs[key.item].kind == "class_sums"
+            parts = slice(values.start, weights.stop) if has_private_weights else values
             draws = self.federation.noise.stream(
-                "share", round_idx, client, *map(str, astuple(place))
+                "share", round_idx, client, *map(str, astuple(key))
             )
-            drawn = draws.normal(torch.empty(parts.stop - parts.start, dtype=torch.float64), 1.0)
-            vector[parts] = drawn.numpy() * (
-                privacy.deviation(place.item) / math.sqrt(shares) / unit
-            )
+            noise = draws.normal(torch.empty(parts.stop - parts.start, dtype=torch.float64), 1.0)
+            vector[parts] = noise.numpy() * (privacy.deviation(key.item) / math.sqrt(shares) / unit)
         return vector
 
     def num_rows(self, client: str) -> int:
+        """Return the number of training rows of a client."""
         return self.federation.client_infos[client].num_rows
 
 
 def make_protocol(algorithm: Algorithm, federation: FederationSpec) -> RoundProtocol:
-    """How the run's uploads reach the server, at either side. What sends nothing has nothing to be summed."""
+    """Return the protocol by which uploads reach the server: secure aggregation, or direct."""
     config = federation.channel.secure_sum
     if config is None or not algorithm.uploads:
         return DirectProtocol()
@@ -116,10 +143,19 @@ def open_sums(
     forms: Sequence[tuple[ClientInfo, Mapping[str, Item]]],
     noise: SumNoise | None = None,
 ) -> tuple[Uploads, float | None]:
-    """A round's uploads as far as their sums tell, and the mean training loss.
+    """Convert a securely aggregated sum to the uploads of a round.
 
-    `forms`: of each client in the sum its `ClientInfo` and what it was to send; `noise`: what makes the sums private. An element that
-    nobody has given weight to was sent by nobody.
+    Elements with a total weight of zero were sent by no client and are left out.
+
+    Args:
+        aggregated: The sum.
+        layout: Layout of the summed vectors.
+        fixed: Fixed-point representation of the sum.
+        forms: Each client in the sum with the items of the expected form of its upload.
+        noise: Privacy noise on the sums, or None.
+
+    Returns:
+        The uploads, and the mean training loss.
     """
     vector = fixed.decode(aggregated.total)
     common = layout.common
@@ -130,23 +166,18 @@ def open_sums(
     for client_info, form in forms:
         for name in form:
             senders.setdefault(name, []).append(client_info)
-        for place in layout.tensor_keys(client_info.arch.spec_id, form):
-            if place not in means:
-                total, weight = layout.read(place, vector, aggregated.unit)
-                dtype = layout.slices[place].dtype
-                if place.tensor:
-                    means[place] = (
-                        ((total / weight).to(dtype), float(weight)) if weight > 0 else None
-                    )
+        for key in layout.tensor_keys(client_info.arch.spec_id, form):
+            if key not in means:
+                total, weight = layout.read(key, vector, aggregated.unit)
+                dtype = layout.slices[key].dtype
+                if key.tensor:
+                    means[key] = ((total / weight).to(dtype), float(weight)) if weight > 0 else None
                 else:
-                    items[place.item] = ItemSum.from_total(total.to(dtype), weight.to(dtype))
-                    means[place] = None
-            if means[place] is not None:
-                across = layout.specs[place.item].across
-                held = models.setdefault(place.item, OwnerMeans(common))
-                held.set_mean(
-                    "" if across else client_info.arch.spec_id, place.tensor, *means[place]
-                )
-    return Uploads.from_sums(
-        len(forms), senders, items, models, layout.specs, noise
-    ), layout.mean_loss(vector)
+                    items[key.item] = ItemSum.from_total(total.to(dtype), weight.to(dtype))
+                    means[key] = None
+            if means[key] is not None:
+                group = "" if layout.specs[key.item].across else client_info.arch.spec_id
+                model_means = models.setdefault(key.item, OwnerMeans(common))
+                model_means.set_mean(group, key.tensor, *means[key])
+    uploads = Uploads.from_sums(len(forms), senders, items, models, specs=layout.specs, noise=noise)
+    return uploads, layout.mean_loss(vector)

@@ -42,18 +42,23 @@ INTRODUCTION = """\
 
 <!-- written by scripts/describe_config.py (`make docs`) from the schema in hetero_fl/config; do not edit -->
 
-A configuration is a YAML file (or JSON, or a dictionary from Python). Every key has a default; a file holds what differs.
-`configs/medical_hetero.yaml` explains the keys where they first appear.
+A configuration is a YAML file, a JSON file or a Python dictionary. Every key has a default; a file
+contains the keys that differ. `configs/medical_hetero.yaml` is a commented example.
 
-- **Overrides** on the command line come after the file: `rounds=5 data.partition.alpha=0.1 algorithm.name=fedmd`. Lists and
-  tables are written as in YAML: `"clients.groups.0.model={name: mlp, hidden: [64]}"`. When an override names another
-  algorithm, the file's settings of its own algorithm are dropped.
-- **Mistakes** are one line: the place, what was found, and the nearest valid key or value. Nothing is written.
-- `--check` prints the resolved configuration; a run keeps it as `config.yaml`.
-- **Your own** algorithm, model, data source or partition stands as `python:package.module:Name` in place of a name; it runs with
-  `--allow-code` ([why](trust.md#code-from-configuration-files)).
-- A JSON file with the ten keys of the classic tutorial is translated as it is read ([page](scenarios/cifar10.md)).
-- A model, where one is asked for, may be given by its name alone: `model: mlp` is `model: {name: mlp}`.
+- **Overrides** on the command line take precedence over the file:
+  `rounds=5 data.partition.alpha=0.1 algorithm.name=fedmd`. Lists and mappings are written as in
+  YAML: `"clients.groups.0.model={name: mlp, hidden: [64]}"`. An override that names another
+  algorithm drops the settings of the file's algorithm.
+- **Errors** are reported in one line with the key, the value found and the nearest valid key or
+  value, before anything is written.
+- `--check` prints the resolved configuration. A run saves it as `config.yaml`.
+- **User-defined** algorithms, models, data sources and partitions are written as
+  `python:package.module:Name` instead of a name. They require `--allow-code`
+  ([why](trust.md#code-from-configuration-files)).
+- JSON files of a well-known tutorial, which have ten keys, are translated
+  ([page](scenarios/cifar10.md)).
+- A model may be given by its name: `model: mlp` means `model: {name: mlp}`.
+- `null` is the default of keys that are not set.
 """
 
 
@@ -70,7 +75,7 @@ def _sections(model: type[BaseModel], path: str, seen: dict[type[BaseModel], str
         n: f for n, f in model.model_fields.items() if base is None or n not in base.model_fields
     }
     lines = [
-        f"## {'The whole' if not path else f'`{path}`'}",
+        f"## {'Top level' if not path else f'`{path}`'}",
         "",
         f"{section_summary(model)}{_also(model, base, seen)}",
         "",
@@ -99,13 +104,13 @@ def _algorithms() -> str:
     lines = [
         "## Settings of the algorithms",
         "",
-        "They stand next to `algorithm.name`, as does `logit_adjustment`, an alias of `clients.defaults.logit_adjustment`. What the",
-        "methods do is in [methods.md](methods.md).",
+        "Write them next to `algorithm.name`. `logit_adjustment` may be written there, too; it is an",
+        "alias of `clients.defaults.logit_adjustment`. [methods.md](methods.md) describes the methods.",
         "",
     ]
     of_distilling = list(ProxyDistillation.model_fields)
     sections: list[tuple[str, type[BaseModel], list[str]]] = [
-        (f"Every distilling algorithm ({distilling})", ProxyDistillation, of_distilling),
+        (f"All distillation algorithms ({distilling})", ProxyDistillation, of_distilling),
     ]
     sections += [
         (f"`{n}`", kind, [f for f in kind.model_fields if _differs(kind, f)])
@@ -155,9 +160,14 @@ def _also(
     model: type[BaseModel], base: type[BaseModel] | None, seen: dict[type[BaseModel], str]
 ) -> str:
     if model.model_config.get("extra") == "allow":
-        return " Options: `python -m model_zoo` lists the models, `model_zoo.model_options(name)` their options."
+        return (
+            " Options: `python -m model_zoo` lists the models, `model_zoo.model_options(name)` "
+            "their options."
+        )
     return (
-        "" if base is None else f" Besides: every key of [`{seen[base]}`](#{_anchor(seen[base])})."
+        ""
+        if base is None
+        else f" It also has every key of [`{seen[base]}`](#{_anchor(seen[base])})."
     )
 
 

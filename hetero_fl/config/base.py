@@ -1,7 +1,9 @@
-"""The base class of all sections, and the settings of optimizers and staleness weights."""
+"""The base class of all sections of the configuration, and sections that several others use."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from pydantic import (
@@ -19,125 +21,188 @@ from pydantic import (
 
 from hetero_fl.utils.errors import suggest_or_list
 
-# What every part of the configuration has in common: unknown keys, infinities and NaN are refused,
-# values are frozen.
-
 
 class ConfigSection(BaseModel):
-    """A part of the configuration."""
+    """A section of the configuration.
+
+    Instances are immutable. Unknown keys, infinities and NaN are rejected.
+    """
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True
     )
 
 
-def choice_type(*names: str, prefix: str | None = None, suffix: str | None = None) -> Any:
-    """A string type that takes one of the names (or what starts with the prefix, or ends in the suffix) and suggests the
-    nearest."""
+@dataclass(frozen=True)
+class Choice:
+    """A pydantic validator that accepts one of several names.
 
-    def check(value: object) -> object:
-        if isinstance(value, str):
-            other = (prefix and value.startswith(prefix)) or (suffix and value.endswith(suffix))
-            if value in names or other:
-                return value
-        raise ValueError(f"found {value!r}{suggest_or_list(value, names)}")
+    Args:
+        names: Valid values.
+        prefix: Values that start with it are valid, too.
+        suffix: Values that end with it are valid, too.
+        synonyms: Valid values to suggest for common other names.
+    """
 
-    return Annotated[str, BeforeValidator(check)]
+    names: tuple[str, ...]
+    prefix: str | None = None
+    suffix: str | None = None
+    synonyms: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    def __call__(self, value: object) -> object:
+        """Return the value. Raises ValueError if it is not valid."""
+        if isinstance(value, str) and (
+            value in self.names
+            or (self.prefix is not None and value.startswith(self.prefix))
+            or (self.suffix is not None and value.endswith(self.suffix))
+        ):
+            return value
+        if isinstance(value, str) and value in self.synonyms:
+            hint = f"; did you mean '{self.synonyms[value]}'?"
+        else:
+            hint = suggest_or_list(value, self.names)
+        raise ValueError(f"unknown value {format_value(value)}{hint}")
+
+
+def choice_type(
+    *names: str,
+    prefix: str | None = None,
+    suffix: str | None = None,
+    synonyms: Mapping[str, str] | None = None,
+) -> Any:
+    """Return a string type that accepts one of several names and suggests the nearest one.
+
+    Args:
+        *names: Valid values.
+        prefix: Values that start with it are valid, too.
+        suffix: Values that end with it are valid, too.
+        synonyms: Valid values to suggest for common other names.
+    """
+    choice = Choice(names, prefix, suffix, synonyms or {})
+    return Annotated[str, BeforeValidator(choice)]
+
+
+def format_value(value: object) -> str:
+    """Return a value as it appears in error messages: as in YAML, at most 60 characters long.
+
+    Example:
+        >>> format_value("ten"), format_value(None), format_value(True)
+        ("'ten'", 'null', 'true')
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python does not convert an integer with thousands of digits to text.
+        return "a very large integer"
+    return text if len(text) < 60 else text[:57] + "…"
 
 
 def _check_unique(names: list[str]) -> list[str]:
     if len(set(names)) < len(names):
-        raise ValueError(f"found {names}; each at most once")
+        raise ValueError(f"each entry may occur once, got {format_value(names)}")
     return names
 
 
 UniqueNames = Annotated[list[str], AfterValidator(_check_unique)]
 
 
-# The optimizers of local training.
-
-
 class OptimizerConfig(ConfigSection):
-    """A torch optimizer and how its learning rate moves over the rounds."""
+    """Optimizer of local training and its learning rate schedule over the rounds."""
 
     name: choice_type("sgd", "adam", "adamw") = Field(  # type: ignore[valid-type]
-        "adam", description="torch's optimizer, made anew each round"
+        "adam", description="optimizer of `torch.optim`; its state is reset in each round"
     )
-    lr: PositiveFloat = Field(1e-3, description="learning rate of the first round")
+    lr: PositiveFloat = Field(1e-3, description="learning rate in the first round")
     head_lr: PositiveFloat | None = Field(
-        None, description="the head's own learning rate; none: the same"
+        None, description="learning rate of the head; `null`: `lr`"
     )
-    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
-    nesterov: bool = Field(False, description="of sgd with momentum")
+    momentum: float = Field(0.0, ge=0, lt=1, description="momentum; only for `sgd`")
+    nesterov: bool = Field(
+        False, description="use Nesterov momentum; only for `sgd` with `momentum` > 0"
+    )
     weight_decay: float = Field(
-        0.0, ge=0, description="L2 penalty; adamw: decoupled from the gradient"
+        0.0, ge=0, description="L2 penalty; for `adamw` decoupled weight decay"
     )
-    clip_norm: PositiveFloat | None = Field(None, description="largest norm of the whole gradient")
+    clip_norm: PositiveFloat | None = Field(
+        None, description="maximum L2 norm of the gradient; `null`: no clipping"
+    )
     schedule: choice_type("constant", "cosine", "step", "linear") = Field(  # type: ignore[valid-type]
-        "constant", description="of lr over the rounds"
+        "constant", description="learning rate schedule over the rounds"
     )
     gamma: float = Field(
-        0.1, gt=0, le=1, description="step: the factor; cosine, linear: the last lr over the first"
+        0.1,
+        gt=0,
+        le=1,
+        description="`step`: factor of each reduction; `cosine` and `linear`: "
+        "learning rate of the last round divided by `lr`",
     )
-    step_rounds: PositiveInt = Field(10, description="step: rounds between two reductions")
+    step_rounds: PositiveInt = Field(10, description="`step`: rounds between two reductions")
 
     @model_validator(mode="after")
     def _check_combination(self) -> OptimizerConfig:
+        """Check that momentum and Nesterov momentum are used with SGD only."""
         if self.nesterov and (self.name != "sgd" or not self.momentum):
-            raise ValueError("nesterov needs name: sgd and momentum above 0")
+            raise ValueError("nesterov=true requires name=sgd and momentum > 0")
         if self.momentum and self.name != "sgd":
-            raise ValueError(f"momentum belongs to sgd, not {self.name}")
+            raise ValueError(f"momentum requires name=sgd, got name={self.name}")
         return self
 
 
 class OptimizerLayer(OptimizerConfig):
-    """Settings over those of an optimizer: whether they go together is seen once the layers are merged."""
+    """Optimizer settings of a group or an override, before they are merged with the defaults."""
 
     @model_validator(mode="after")
     def _check_combination(self) -> OptimizerLayer:
-        if (
-            "name" in self.model_fields_set
-            and self.name != "sgd"
-            and (self.momentum or self.nesterov)
-        ):
-            raise ValueError(
-                f"{'momentum' if self.momentum else 'nesterov'} belongs to sgd, not {self.name}"
-            )
+        """Check settings that contradict each other whatever the defaults are."""
+        is_named = "name" in self.model_fields_set
+        if is_named and self.name != "sgd" and (self.momentum or self.nesterov):
+            setting = "momentum" if self.momentum else "nesterov"
+            raise ValueError(f"{setting} requires name=sgd, got name={self.name}")
         return self
 
 
-# What an upload is worth that comes from an older version of the server: settings of asynchronous
-# running.
-
 Kind = choice_type("constant", "polynomial", "hinge")
-STEEPNESS = {"constant": 0.0, "polynomial": 0.5, "hinge": 10.0}  # a, as Xie et al. have it
+
+# The values of `a` that Xie et al. (2019) use.
+STEEPNESS = {"constant": 0.0, "polynomial": 0.5, "hinge": 10.0}
 
 
 class StalenessConfig(ConfigSection):
-    """s(τ), τ being the versions that the server has made since the client was given its task (Xie et al. 2019, section 5.2)."""
+    """Weight s(τ) of an upload in asynchronous training (Xie et al. 2019, section 5.2).
+
+    The staleness τ is the number of versions that the server has made since the client received
+    its task.
+    """
 
     kind: Kind = Field(  # type: ignore[valid-type]
         "polynomial",
-        description="constant: 1; polynomial: (1 + τ)^−a; hinge: 1 up to τ = b, 1/(a·(τ − b) + 1) after it",
+        description="`constant`: 1; `polynomial`: (1 + τ)^−a; "
+        "`hinge`: 1 for τ ≤ b, 1/(a·(τ − b) + 1) for τ > b",
     )
     a: NonNegativeFloat | None = Field(
-        None, description="how steep; none: 0.5 of the polynomial, 10 of the hinge"
+        None, description="steepness a; `null`: 0.5 for `polynomial`, 10 for `hinge`"
     )
-    b: NonNegativeInt = Field(4, description="of the hinge: versions that cost nothing")
+    b: NonNegativeInt = Field(4, description="`hinge`: largest staleness with full weight")
 
     @property
     def unused_keys(self) -> list[str]:
-        """What is set, and means nothing to this kind."""
-        steep = ["a"] if self.kind == "constant" and self.a is not None else []
-        return [*steep, *(["b"] if self.kind != "hinge" and self.b != StalenessConfig().b else [])]
+        """The keys that are set but have no effect on this kind of weight."""
+        unused = []
+        if self.kind == "constant" and self.a is not None:
+            unused.append("a")
+        if self.kind != "hinge" and self.b != StalenessConfig().b:
+            unused.append("b")
+        return unused
 
     def weight(self, staleness: int) -> float:
-        """s(τ), 1 for an upload that is not stale."""
+        """Return the weight s(τ) of an upload, 1 for `staleness` 0."""
         a = STEEPNESS[self.kind] if self.a is None else self.a
         if self.kind == "polynomial":
             return float((1 + staleness) ** -a)
-        return (
-            1.0
-            if self.kind == "constant" or staleness <= self.b
-            else 1 / (a * (staleness - self.b) + 1)
-        )
+        if self.kind == "constant" or staleness <= self.b:
+            return 1.0
+        return 1 / (a * (staleness - self.b) + 1)

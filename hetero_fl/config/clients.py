@@ -1,4 +1,4 @@
-"""The clients' side of the configuration: what each one runs, how it trains, how it sees its data, what it shares."""
+"""Settings of the clients: model, local training, preprocessing and what they share."""
 
 from __future__ import annotations
 
@@ -28,21 +28,24 @@ from hetero_fl.utils.code_permission import CONTEXT, OWN
 
 
 class ModelConfig(ConfigSection):
-    """A model of the zoo: its name, a common feature width if wished, and the model's own options beside them."""
+    """A model: its name, an optional feature width, and options of the model."""
 
     model_config = ConfigDict(extra="allow")
 
     name: str = Field(
-        description="a name of model_zoo.list_models(), or timm:NAME, torchvision:NAME, python:module:Class"
+        description="one of `model_zoo.list_models()`, `timm:NAME`, `torchvision:NAME` or "
+        "`python:module:Class`"
     )
     feature_dim: PositiveInt | None = Field(
-        None, description="width of the features; none: the model's own"
+        None, description="width of the features; `null`: the model's default"
     )
-    pretrained: bool = Field(False, description="published weights (timm: and torchvision: models)")
+    pretrained: bool = Field(
+        False, description="load published weights (`timm:` and `torchvision:` models)"
+    )
 
     @model_validator(mode="after")
     def _check_options(self, info: ValidationInfo) -> ModelConfig:
-        """Check the options; those of a user's own model only in a context that permits to import it."""
+        """Check the options. Those of a user's model need the permission to import it."""
         from model_zoo import ModelError, check_options
 
         if self.name.startswith(OWN) and not (info.context or {}).get(CONTEXT):
@@ -55,16 +58,17 @@ class ModelConfig(ConfigSection):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The model's own options."""
+        """The options of the model."""
         return dict(self.model_extra or {})
 
 
 def expand_model_name(value: object) -> object:
+    """Return `{"name": value}` for a string, other values unchanged."""
     return {"name": value} if isinstance(value, str) else value
 
 
 def _expand_models(value: object) -> object:
-    """One model, several in turn, or a named group of the zoo (`group:resnet_family`) become a list."""
+    """Convert a model, a list or the name of a group (`group:resnet_family`) to a list."""
     if isinstance(value, str) and value.startswith("group:"):
         from model_zoo import ModelError, group_models
 
@@ -81,81 +85,104 @@ Models = Annotated[list[ModelConfig], Field(min_length=1), BeforeValidator(_expa
 
 
 class Normalize(ConfigSection):
-    """Pixel values p in 0..1 become (p − mean) / std."""
+    """Normalization of inputs x to (x − mean) / std; pixel values range from 0 to 1."""
 
     mean: float | Annotated[list[float], Field(min_length=1)] = Field(
         0.5,
-        description="subtracted; a list: of each channel of an image, each column of a table or series",
+        description="mean, one number or a list with one per image channel or table column",
     )
     std: PositiveFloat | Annotated[list[PositiveFloat], Field(min_length=1)] = Field(
-        0.25, description="divided by; a list: as `mean`"
+        0.25, description="standard deviation, one number or a list as for `mean`"
     )
 
 
 class PreprocessConfig(ConfigSection):
-    """How one participant sees every example, its own and the public ones: its columns, resize, channels, normalise; then
-    what is missing."""
+    """Preprocessing of all inputs of a participant, private and public.
+
+    The steps are: select columns, resize, convert channels, normalize, handle missing values.
+    """
 
     columns: UniqueNames | None = Field(
         None,
         min_length=1,
-        description="names of the columns (tables, series) or blocks (images and genes, say) that it has; none: all",
+        description="available columns (tables, time series) or blocks (for example images and "
+        "genes); `null`: all",
     )
-    resize: PositiveInt | None = Field(None, description="side in pixels (bilinear)")
-    channels: Literal[1, 3] | None = Field(None, description="1: grey, 3: RGB")
+    resize: PositiveInt | None = Field(
+        None, description="side length of images in pixels (bilinear); `null`: the original size"
+    )
+    channels: Literal[1, 3] | None = Field(
+        None, description="image channels: 1 is grayscale, 3 is RGB; `null`: as in the data"
+    )
     normalize: Normalize | Literal["own"] | None = Field(
-        None, description="fixed mean and std, or `own`: those of the participant's training rows"
+        None,
+        description="fixed mean and std, or `own` for those of the participant's training rows; "
+        "`null`: no normalization",
     )
     missing: Literal["indicate"] | None = Field(
         None,
-        description="indicate: a missing value (NaN) becomes 0 after normalising, and an indicator follows (1: it was missing), "
-        "one a column, or one a block where there are blocks; none: missing values are refused",
+        description="`indicate`: replace missing values (NaN) by 0 after normalization and append "
+        "an indicator (1: missing) per column, or per block of data with blocks; `null`: missing "
+        "values are an error",
     )
 
 
 class AugmentConfig(ConfigSection):
-    """Random changes of training images, drawn anew each step; never in evaluation."""
+    """Random augmentation of training images, sampled in each step."""
 
-    crop: int = Field(0, ge=0, description="pad by so many pixels and crop back at random")
-    flip: bool = Field(False, description="left and right at random")
-    rotate: float = Field(0.0, ge=0, le=180, description="up to so many degrees either way")
+    crop: int = Field(
+        0, ge=0, description="padding in pixels before a random crop to the original size; 0: off"
+    )
+    flip: bool = Field(False, description="flip horizontally with probability 0.5")
+    rotate: float = Field(
+        0.0, ge=0, le=180, description="maximum rotation in degrees, in both directions"
+    )
 
 
 class ScannerConfig(ConfigSection):
-    """A site's own imaging device: what it does to the images made there (feature shift)."""
+    """Simulated imaging device of a client, which changes all its images (feature shift)."""
 
-    contrast: PositiveFloat = Field(1.0, description="factor around the middle grey")
-    brightness: float = Field(0.0, ge=-1, le=1, description="added, of the whole range")
-    blur: float = Field(0.0, ge=0, description="Gaussian blur, sigma in pixels")
-    noise: float = Field(0.0, ge=0, description="Gaussian noise, sigma of the whole range")
+    contrast: PositiveFloat = Field(1.0, description="contrast factor around middle gray")
+    brightness: float = Field(
+        0.0, ge=-1, le=1, description="offset added to pixel values in the range 0 to 1"
+    )
+    blur: float = Field(0.0, ge=0, description="σ of a Gaussian blur in pixels; 0: none")
+    noise: float = Field(
+        0.0, ge=0, description="σ of Gaussian noise on pixel values in the range 0 to 1"
+    )
     resolution: float = Field(
-        1.0, gt=0, le=1, description="scaled down by this factor and up again"
+        1.0, gt=0, le=1, description="factor by which images are scaled down and up again"
     )
 
 
 class ClientSettings(ConfigSection):
-    """Everything that may differ from client to client."""
+    """Settings that may differ between clients."""
 
     model: Models = Field(
-        [ModelConfig(name="cnn_bn_small")], description="a model, or a list to take in turn"
+        [ModelConfig(name="cnn_bn_small")],
+        description="model, or a list of models that the clients use in turn",
     )
     optimizer: OptimizerConfig = OptimizerConfig()
-    epochs: PositiveInt = Field(1, description="local epochs a round")
-    steps: PositiveInt | None = Field(None, description="local steps a round in place of epochs")
-    batch_size: PositiveInt = Field(32, description="examples a step, of private training")
+    epochs: PositiveInt = Field(1, description="local epochs per round")
+    steps: PositiveInt | None = Field(
+        None, description="local steps per round; `null`: determined by `epochs`"
+    )
+    batch_size: PositiveInt = Field(32, description="examples per step of local training")
     class_weights: Literal["balanced"] | list[float] | None = Field(
         None,
-        description="of the cross-entropy: one number a class; balanced: the inverse of its frequency",
+        description="weights of the classes in the cross-entropy: one number per class, or "
+        "`balanced` for inverse class frequencies; `null`: equal weights",
     )
     logit_adjustment: bool | None = Field(
         None,
-        description="train on z + log π with the client's own label frequencies π, and predict its own rows with z + log π; "
-        "none: as the method has it",
+        description="train on z + log π, where π are the client's label frequencies, and predict "
+        "its own rows with z + log π; `null`: the method's default",
     )
     objective: str | None = Field(
         None,
         pattern="^python:",
-        description="a local objective of your own (python:module:Class) in place of the supervised loss",
+        description="user-defined local objective, `python:module:Class`; `null`: the supervised "
+        "loss",
     )
     preprocess: PreprocessConfig = PreprocessConfig()
     augment: AugmentConfig = AugmentConfig()
@@ -164,78 +191,93 @@ class ClientSettings(ConfigSection):
         choice_type("parameters", "backbone", "predictions", "statistics", "features", suffix=".")  # type: ignore[valid-type]
     ] = Field(
         ["parameters", "predictions", "statistics", "features"],
-        description="what may leave: all parameters, the backbone only, or the tensors whose names begin so "
-        "(`backbone.image.`; ends in a dot); proxy predictions, class statistics; features, prediction and label of each "
-        "private row (FedGKT)",
+        description="what the client may upload; `parameters`: all parameters; `backbone`: only "
+        "the backbone; a prefix of tensor names that ends in a dot, such as `backbone.image.`; "
+        "`predictions`: predictions on the proxy set; `statistics`: class statistics; `features`: "
+        "features, prediction and label of each private row (FedGKT)",
     )
-    share_every: PositiveInt = Field(1, description="uploads in every n-th round only")
-    size: PositiveFloat = Field(1.0, description="how much data it gets, relative to the others")
+    share_every: PositiveInt = Field(1, description="the client uploads in every n-th round")
+    size: PositiveFloat = Field(
+        1.0, description="amount of data relative to the other clients (see `data.partition`)"
+    )
     data: SourceConfig | None = Field(
-        None, description="its own source in place of a part of the common one"
+        None, description="the client's own data source; `null`: a part of the common source"
     )
     machine: DeviceConfig = DeviceConfig()
 
     @field_validator("shares")
     @classmethod
     def _check_extent(cls, value: list[str]) -> list[str]:
+        """Check that at most one entry says which parameters are shared."""
         extents = [share for share in ("parameters", "backbone") if share in value]
         parts = [share for share in value if share.endswith(".")]
         if extents and len(extents + parts) > 1:
             first, second, *_ = extents + parts
-            raise ValueError(f"found both '{first}' and '{second}'; name the one that is meant")
+            raise ValueError(f"'{first}' and '{second}' exclude each other, got {value}")
         if len(set(value)) < len(value):
-            raise ValueError(f"found {value}; each at most once")
+            raise ValueError(f"each entry may occur once, got {value}")
         return value
 
 
 class ClientGroup(ClientSettings):
-    """Clients that are described together: so many, or this fraction of `clients.count`."""
+    """Clients with common settings."""
 
     name: str = Field(
         pattern=r"^[A-Za-z][A-Za-z0-9_-]*$",
-        description="ids are name_1, name_2 …, or the name alone for one",
+        description="prefix of the client ids `name_1`, `name_2`, …; the id of a single client",
     )
     count: PositiveInt | None = Field(
-        None, description="clients in the group; none: one, or what `clients.count` leaves"
+        None,
+        description="number of clients; `null`: 1, or with `clients.count` the remaining clients",
     )
     fraction: float | None = Field(
-        None, gt=0, le=1, description="of `clients.count`, in place of `count`"
+        None, gt=0, le=1, description="fraction of `clients.count`, instead of `count`"
     )
     optimizer: OptimizerLayer = OptimizerLayer()
 
     @field_validator("name")
     @classmethod
     def _check_name(cls, value: str) -> str:
-        if value.lower() == "server":  # in any case: file systems may not tell them apart
-            raise ValueError(
-                f"found '{value}', which is what the server is called; choose another name"
-            )
+        """Reject the name of the server, also in another case: some file systems ignore it."""
+        if value.lower() == "server":
+            raise ValueError(f"'{value}' is reserved for the server; choose another name")
         return value
 
     @model_validator(mode="after")
     def _check_size(self) -> ClientGroup:
+        """Check that the size is given only once."""
         if self.count and self.fraction:
-            raise ValueError("found count and fraction; give one of them")
+            raise ValueError("count cannot be combined with fraction; set one of them")
         return self
 
 
 class ClientOverride(ClientSettings):
-    """Settings of the clients whose id matches a pattern (`clinic_*`), over those of their group."""
+    """Settings of the clients whose id matches a pattern.
 
-    match: str = Field(description="shell-style pattern of ids")
+    They take precedence over those of the group.
+    """
+
+    match: str = Field(description="shell-style pattern of client ids, such as `clinic_*`")
     optimizer: OptimizerLayer = OptimizerLayer()
 
 
 class ClientsConfig(ConfigSection):
-    """Who takes part: defaults, then groups, then overrides by id; the later wins, key by key."""
+    """Clients and their settings.
+
+    Groups take precedence over defaults, and overrides over groups, for each key.
+    """
 
     count: PositiveInt | None = Field(
-        None, description="number of clients; none: the sum of the groups"
+        None, description="number of clients; `null`: the sum over the groups"
     )
-    per_round: PositiveInt | None = Field(None, description="clients sampled each round; none: all")
+    per_round: PositiveInt | None = Field(
+        None, description="number of clients sampled in each round; `null`: all"
+    )
     defaults: ClientSettings = ClientSettings()
     groups: list[ClientGroup] = []
     overrides: list[ClientOverride] = []
     common: list[str] = Field(
-        [], description="prefixes of tensors that are averaged across architectures too"
+        [],
+        description="prefixes of tensor names that are averaged across models of different "
+        "architectures, too",
     )

@@ -1,4 +1,4 @@
-"""The data's side of the configuration: where examples come from, how they are dealt out, what is public."""
+"""Settings of the data: sources, partition among the clients, proxy set and splits."""
 
 from __future__ import annotations
 
@@ -19,149 +19,163 @@ WEEK = 168  # hours
 
 
 class SeriesConfig(ConfigSection):
-    """How series that are measured hour by hour become examples: the window that is seen, and what is forecast."""
+    """Windows and forecast targets of hourly time series."""
 
-    window: int = Field(24, ge=1, le=WEEK, description="hours that an example shows, up to now")
+    window: int = Field(
+        24, ge=1, le=WEEK, description="input length in hours, including the current hour"
+    )
     horizons: tuple[PositiveInt, ...] = Field(
-        (1, 3, 6), min_length=1, description="so many hours ahead are forecast"
+        (1, 3, 6),
+        min_length=1,
+        description=f"hours ahead to forecast, in ascending order; at most {WEEK}",
     )
     target: choice_type("value", "busy") = Field(  # type: ignore[valid-type]
         "value",
-        description="the number itself; or whether it is above the `busy` share of the site's training period",
+        description="`value`: forecast the value; `busy`: classify whether it exceeds the "
+        "`busy` quantile of the site's training period",
     )
     level: choice_type("training", "week") = Field(  # type: ignore[valid-type]
         "training",
-        description="what inputs and targets are relative to: the site's mean in training; or over the week up to now",
+        description="reference level of inputs and targets; `training`: the site's mean over the "
+        "training period; `week`: its mean over the last week",
     )
     busy: float = Field(
         0.8,
         gt=0,
         lt=1,
-        description="busy: share of the training period's hours below the threshold",
+        description="for `target: busy`: share of the training hours below the threshold",
     )
     test: float = Field(
-        0.2, gt=0, lt=1, description="the last part of the time, which is the common test set"
+        0.2, gt=0, lt=1, description="share of the time range, at its end, for the global test set"
     )
     validation: float = Field(
-        0.05, gt=0, lt=1, description="the part before it, which selects a round"
+        0.05, gt=0, lt=1, description="share of the time range before the test set, for validation"
     )
     sites: tuple[str, ...] | None = Field(
-        None, min_length=1, description="these sites only; none: all"
+        None, min_length=1, description="sites to use; `null`: all"
     )
-    time: str = Field("DateTime", description="file: the column of dates")
+    time: str = Field("DateTime", description="CSV file: column of dates")
     format: str | None = Field(
         None,
-        description="file: how dates are written, as `%d/%m/%Y %H:%M`; none: read off the dates, if one reading fits",
+        description="CSV file: date format such as `%d/%m/%Y %H:%M`; "
+        "`null`: inferred if it is unambiguous",
     )
     lanes: tuple[str, ...] = Field(
         ("lane_1", "lane_2", "lane_3"),
-        description="file: columns of parts of the whole; missing ones are missing values",
+        description="CSV file: columns of the lanes; values of absent columns are missing",
     )
     weather: tuple[str, ...] = Field(
         ("temperature", "rain"),
-        description="file: columns of what else is measured; missing ones are missing values",
+        description="CSV file: columns of further measurements; values of absent columns are "
+        "missing",
     )
     gaps: choice_type("refuse", "skip") = Field(  # type: ignore[valid-type]
         "refuse",
-        description="file: hours without a row are a mistake, or examples that would need them are left out",
+        description="CSV file: hours without a row; `refuse`: an error; `skip`: leave out the "
+        "examples that need them",
     )
 
     @model_validator(mode="after")
     def _check_fractions(self) -> SeriesConfig:
-        if self.validation + self.test >= 0.9:
+        """Check that some time is left for training and that the horizons ascend."""
+        held_out = self.validation + self.test
+        if held_out >= 0.9:
             raise ValueError(
-                f"validation + test is {self.validation + self.test:g}; must leave time to train on"
+                f"validation + test must be < 0.9, which leaves time to train on, got {held_out:g}"
             )
-        if max(self.horizons) > WEEK:
-            raise ValueError(
-                f"found horizons {list(self.horizons)}; at most {WEEK} hours, a week, ahead"
-            )
-        if len(set(self.horizons)) < len(self.horizons) or list(self.horizons) != sorted(
-            self.horizons
-        ):
-            raise ValueError(
-                f"found horizons {list(self.horizons)}; list each once, the nearest first"
-            )
+        horizons = list(self.horizons)
+        if max(horizons) > WEEK:
+            raise ValueError(f"horizons must be <= {WEEK} hours, got {horizons}")
+        if horizons != sorted(set(horizons)):
+            raise ValueError(f"horizons must be in ascending order, each once, got {horizons}")
         return self
 
 
 class TextConfig(ConfigSection):
-    """How text becomes tokens. Words are numbered without a look at any client's text."""
+    """Conversion of text to tokens. The vocabulary never depends on a client's text."""
 
     predict: choice_type("next", "class") = Field(  # type: ignore[valid-type]
-        "next", description="the next word from those before it; or the class of a whole text"
+        "next",
+        description="`next`: predict the next word; `class`: classify the whole text",
     )
     length: PositiveInt = Field(
         8,
-        description="words that an example shows, the last ones of more; fewer are filled up from the left",
+        description="words per example; longer texts keep their last words, shorter ones are "
+        "padded on the left",
     )
     tokenizer: choice_type("words", "hashing") = Field(  # type: ignore[valid-type]
         "words",
-        description="the most frequent words of the public text, all others are one unknown; or every word a number by its "
-        "hash, for which nobody's text is read",
+        description="`words`: the most frequent words of the public text, all others are one "
+        "unknown token; `hashing`: a token for each hash value, no text is needed",
     )
     vocabulary: PositiveInt = Field(
-        1000, description="at most so many words; hashing: so many numbers"
+        1000, description="`words`: maximum vocabulary size; `hashing`: number of hash values"
     )
     public: str | None = Field(
-        None, description="`text` with words: the file of public text from which they are taken"
+        None, description="file of public text that defines the vocabulary (`tokenizer: words`)"
     )
 
 
 class WindowsConfig(ConfigSection):
-    """How a file of samples, a row each, is cut into windows."""
+    """Windows that are cut from a table with one sample per row."""
 
-    length: PositiveInt = Field(64, description="samples of a window")
+    length: PositiveInt = Field(64, description="samples per window")
     step: PositiveInt | None = Field(
-        None, description="samples from one window to the next; none: as many as it has"
+        None, description="samples between the starts of two windows; `null`: `length`"
     )
     time: str | None = Field(
-        None, description="column of times, which have to run forward; it is no channel"
+        None,
+        description="column of times, which must increase; it is not an input channel; "
+        "`null`: no such column",
     )
 
 
 class SourceConfig(ConfigSection):
-    """A data source by name, or a local file in its place."""
+    """A data source by name, or a local file."""
 
     name: str = Field(
-        "chest_xray", description="a name of hetero_fl.data.list_sources(), or python:module:Name"
+        "chest_xray",
+        description="source, one of `hetero_fl.data.list_sources()` or `python:module:Name`",
     )
     path: str | None = Field(
-        None, description="a local file or folder that takes the place of the download"
+        None, description="local file or folder to read; `null`: download the source"
     )
     label: str | None = Field(
-        None, description="tables: the column of labels (several: comma between them)"
+        None, description="tables: label column, or several separated by commas"
     )
     group: str | None = Field(
-        None, description="tables: the column that says whose row it is (natural partition)"
+        None, description="tables: column that names the client of each row (`natural` partition)"
     )
     patient: str | None = Field(
         None,
-        description="tables: the column that says of whom a row is (`.npz`: the array); no patient's rows are split up",
+        description="tables and `.npz` files: column or array that identifies the patient of each "
+        "row; a patient's rows stay in one split of one client",
     )
     task: choice_type("multiclass", "multilabel", "regression") | None = Field(  # type: ignore[valid-type]
-        None,
-        description="tables and `.npz`: what is learned, in place of what the labels look like",
+        None, description="tables and `.npz` files: learning task; `null`: inferred from the labels"
     )
     categories: dict[str, tuple[Annotated[str, Field(coerce_numbers_to_str=True)], ...]] | None = (
         Field(
             None,
-            description="tables: columns that become an indicator, 0 or 1, per value, and these values; none: the text columns with "
-            "fewer than 20 different values in the common file; `{}`: no column",
+            description="tables: columns to one-hot encode, with their values; `null`: text "
+            "columns with fewer than 20 different values in the common file; `{}`: none",
         )
     )
     size: PositiveInt | None = Field(
         None,
-        description="image folders: every image is scaled to so many pixels a side as it is read",
+        description="image folders: side length in pixels to which images are resized; "
+        "`null`: the original size",
     )
     series: SeriesConfig | None = Field(
-        None, description="series by the hour (`traffic`): windows and forecasts"
+        None, description="hourly time series (`traffic`): windows and forecasts"
     )
     windows: WindowsConfig | None = Field(
-        None, description="`activity` from a table: how its samples become windows"
+        None, description="`activity` from a table: windows of samples"
     )
     text: TextConfig | None = Field(
-        None, description="texts: how they become tokens; a proxy set's are as the common set's"
+        None,
+        description="text sources: conversion of text to tokens; a proxy source uses the settings "
+        "of `data`",
     )
 
     @field_validator("categories")
@@ -169,14 +183,13 @@ class SourceConfig(ConfigSection):
     def _check_unique(
         cls, categories: dict[str, tuple[str, ...]] | None
     ) -> dict[str, tuple[str, ...]] | None:
+        """Check that each column has values that are distinct, not empty and without margins."""
         for column, values in (categories or {}).items():
-            if (
-                not values
-                or len(set(values)) < len(values)
-                or any(value != value.strip() or not value for value in values)
-            ):
+            are_distinct = len(set(values)) == len(values) > 0
+            if not are_distinct or any(value != value.strip() or not value for value in values):
                 raise ValueError(
-                    f"found {list(values)} for '{column}'; list each value once, without spaces around it"
+                    f"'{column}': list each value once, without surrounding spaces, "
+                    f"got {list(values)}"
                 )
         return categories
 
@@ -185,100 +198,123 @@ class SourceConfig(ConfigSection):
 
 
 class PartitionConfig(ConfigSection):
-    """How the training rows are dealt out to the clients."""
+    """Distribution of the training rows among the clients."""
 
     kind: choice_type(  # type: ignore[valid-type]
         "iid", "in_order", "dirichlet", "classes", "quantity", "natural", "drawn", prefix="python:"
     ) = Field(
         "iid",
-        description="rows at random; consecutive slices of the set, in the order of ids; skewed labels; few classes a client; "
-        "skewed numbers; a client for each group; each client draws for itself, also what others have (for large "
-        "populations); one's own",
+        description="`iid`: random rows; `in_order`: consecutive rows in the order of client ids; "
+        "`dirichlet`: label skew; `classes`: few classes per client; `quantity`: skewed numbers "
+        "of rows; `natural`: one client per group of `data.group`; `drawn`: each client samples "
+        "its rows independently, so clients may share rows (for large populations); "
+        "`python:module:Name`: a user-defined partition",
     )
     alpha: PositiveFloat | None = Field(
         None,
-        description="concentration, small is more skewed; dirichlet, quantity: 0.5 if not given; drawn: of each client's "
-        "own mix of labels, rows at random if not given",
+        description="concentration of the Dirichlet distribution, smaller is more skewed; `null`: "
+        "0.5 for `dirichlet` and `quantity`; for `drawn` no label skew",
     )
     cap: float | None = Field(
         None,
         ge=1,
-        description="dirichlet: a client that has so many times its part of the rows gets none of the further classes; "
-        "none: no bound",
+        description="`dirichlet`: a client with this multiple of its share of the rows receives no "
+        "further classes; `null`: no limit",
     )
-    classes: PositiveInt = Field(2, description="classes: so many a client")
+    classes: PositiveInt = Field(2, description="`classes`: classes per client")
     classes_spread: NonNegativeInt = Field(
         0,
-        description="classes: up to so many more or fewer, drawn for each client; two stay the fewest",
+        description="`classes`: maximum deviation from `classes`, sampled for each client; "
+        "a client has at least two classes",
     )
     shots: PositiveInt | None = Field(
         None,
-        description="classes: a client gets so many rows of each, times its `size`, the rest stays out; none: all",
+        description="`classes`: rows per class and client, multiplied by the client's `size`; "
+        "other rows are not used; `null`: all rows",
     )
-    min_size: PositiveInt = Field(20, description="fewest rows a client may get")
-    rows: PositiveInt = Field(100, description="drawn: rows of a client, times its `size`")
+    min_size: PositiveInt = Field(20, description="minimum number of rows per client")
+    rows: PositiveInt = Field(
+        100, description="`drawn`: rows per client, multiplied by the client's `size`"
+    )
     spread: float = Field(
         0.0,
         ge=0,
         le=3,
-        description="drawn: σ of a log-normal factor on each client's number of rows; 0: none",
+        description="`drawn`: σ of a log-normal factor on each client's number of rows; 0: none",
     )
 
     @model_validator(mode="after")
     def _set_default_alpha(self) -> PartitionConfig:
+        """Set the default of `alpha`, which depends on the kind of partition."""
         if self.alpha is None and self.kind != "drawn":
-            # not among the fields that were set: another kind would take it for given
+            # Do not mark it as set by the user: an override may choose another kind.
             self.__dict__["alpha"] = 0.5
         return self
 
 
 class ProxyConfig(ConfigSection):
-    """The public set on which predictions are compared. Its labels are read only where `labels` says so."""
+    """Public data on which clients and server exchange predictions.
+
+    Its labels are not used unless `labels` is true.
+    """
 
     size: int = Field(
         0,
         ge=0,
-        description="rows held out of the training data before anything is dealt out; 0: none",
+        description="number of rows, taken from the training data before the partition; "
+        "0: no proxy set",
     )
     source: SourceConfig | None = Field(
-        None, description="another set in place of held-out rows (size: at most so many)"
+        None, description="separate data source for the proxy set, of which `size` is the limit"
     )
     columns: list[str] | None = Field(
         None,
         min_length=1,
-        description="columns or blocks that are public; the others are missing in it, and who sees them needs "
-        "`preprocess.missing: indicate`; none: all that it has",
+        description="public columns or blocks; the others are missing in the proxy set, so clients "
+        "that use them need `preprocess.missing: indicate`; `null`: all",
     )
     labels: bool = Field(
         False,
-        description="keep its labels; only the initial phase of fedmd (`algorithm.initial_phase`) trains on them",
+        description="keep the labels; only the initial phase of fedmd (`algorithm.initial_phase`) "
+        "trains on them",
     )
 
 
 class SplitConfig(ConfigSection):
-    """How each client splits its own rows; fractions of them."""
+    """Split of each client's rows into training, validation and local test set."""
 
-    validation: float = Field(0.15, ge=0, lt=1, description="selects a round")
-    test: float = Field(0.25, ge=0, lt=1, description="the local test is on these")
+    validation: float = Field(
+        0.15,
+        ge=0,
+        lt=1,
+        description="fraction of the client's rows for validation, which selects the best round",
+    )
+    test: float = Field(
+        0.25, ge=0, lt=1, description="fraction of the client's rows for the local test"
+    )
 
     @model_validator(mode="after")
     def _check_fractions(self) -> SplitConfig:
-        if self.validation + self.test >= 1:
+        """Check that some rows are left for training."""
+        held_out = self.validation + self.test
+        if held_out >= 1:
             raise ValueError(
-                f"validation + test is {self.validation + self.test:g}; must leave rows to train on"
+                f"validation + test must be < 1, which leaves rows to train on, got {held_out:g}"
             )
         return self
 
 
 class DataConfig(SourceConfig):
-    """The common source and what becomes of it."""
+    """The common data source, its partition among the clients, and the proxy set."""
 
-    root: str = Field("~/.cache/hetero_fl", description="where downloads are kept")
+    root: str = Field("~/.cache/hetero_fl", description="folder for downloads")
     train_limit: PositiveInt | None = Field(
-        None, description="keep so many training rows (drawn), the proxy included"
+        None,
+        description="maximum number of training rows, sampled at random, including the proxy set; "
+        "`null`: all",
     )
     test_limit: PositiveInt | None = Field(
-        None, description="keep so many rows of the common test set (drawn)"
+        None, description="maximum number of global test rows, sampled at random; `null`: all"
     )
     partition: PartitionConfig = PartitionConfig()
     proxy: ProxyConfig = ProxyConfig()
@@ -287,5 +323,6 @@ class DataConfig(SourceConfig):
         0.1,
         ge=0,
         lt=1,
-        description="share carved for common validation if the set has none; 0: none is",
+        description="fraction of the training rows for global validation if the source has no "
+        "validation set; 0: none",
     )

@@ -6,120 +6,147 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
+from hetero_fl.config.base import Choice, format_value
 from hetero_fl.config.schema import Config
 
-# What a key of the schema takes and means, in words: for `docs/configuration.md` and for `hetero-fl
-# methods`.
+# Names of types in the reference and in `hetero-fl methods`.
+WORDS = {str: "string", int: "integer", float: "number", bool: "true or false", dict: "mapping"}
 
-WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", dict: "table"}
+BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
 def describe_key(model: type[BaseModel], name: str) -> str:
-    """What a key means: its description, or that of the key it takes over, or what the part that it holds says of itself."""
+    """Return the meaning of a configuration key.
+
+    This is the field's description, that of the same field in a base class, or the summary of the
+    section that the field contains.
+    """
     for kind in model.__mro__:
         fields = getattr(kind, "model_fields", {})
-        if name in fields and (told := fields[name].description):
-            return str(told)
-    part = section_of(model.model_fields[name].annotation)
-    return "" if part is None else re.split(r"(?<!et al)\. ", section_summary(part))[0].rstrip(".")
+        if name in fields and fields[name].description:
+            return str(fields[name].description)
+    section = section_of(model.model_fields[name].annotation)
+    if section is None:
+        return ""
+    summary = re.split(r"(?<!et al)\. ", section_summary(section))[0].rstrip(".")
+    return summary[:1].lower() + summary[1:]
 
 
 def format_default(field: FieldInfo) -> str:
-    """A key's default as one writes it in a configuration; of a part of the schema its name, if it has one."""
+    """Return the default of a key as it is written in YAML; for a section its name or kind."""
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
         return f"`{value.name}`" if hasattr(value, "name") else ""
     if isinstance(value, list) and value and isinstance(value[0], BaseModel):
         return f"`{', '.join(str(getattr(v, 'name', v)) for v in value)}`"
-    if value is None:
-        return "none"
-    return f"`{str(value).lower() if isinstance(value, bool) else value if isinstance(value, str) else _plain(value)}`"
+    if value is None or isinstance(value, bool):
+        return f"`{format_value(value)}`"
+    return f"`{value if isinstance(value, str) else _to_flow_style(value)}`"
 
 
-def _plain(value: Any) -> str:
+def _to_flow_style(value: Any) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{k}: {_plain(v)}" for k, v in value.items()) + "}"
-    return (
-        "[" + ", ".join(map(_plain, value)) + "]" if isinstance(value, list | tuple) else str(value)
-    )
+        return "{" + ", ".join(f"{k}: {_to_flow_style(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_to_flow_style, value)) + "]"
+    return str(value)
+
+
+def _name_section(_section: type[BaseModel]) -> str:
+    return WORDS[dict]
 
 
 def describe_values(
     annotation: Any,
-    metadata: typing.Iterable[Any] = (),
-    link: Callable[[type[BaseModel]], str] = lambda part: "table",
+    metadata: Iterable[Any] = (),
+    link: Callable[[type[BaseModel]], str] = _name_section,
 ) -> str:
-    """The values that a field takes, in words; `link`: what stands for a part of the schema."""
+    """Return the valid values of a field in words.
+
+    Args:
+        annotation: Type of the field.
+        metadata: Metadata of the field, for example bounds.
+        link: Function that returns the text for a section of the schema.
+    """
     metadata = list(metadata)
     for validator in metadata:
-        # hetero_fl.config.base.choice_type keeps its names in a closure
-        if isinstance(validator, BeforeValidator):
-            known = inspect.getclosurevars(validator.func).nonlocals
-            if "names" in known:
-                own = [f"{known['prefix']}…"] if known.get("prefix") else []
-                return ", ".join(f"`{n}`" for n in [*known["names"], *own])
+        if isinstance(validator, BeforeValidator) and isinstance(validator.func, Choice):
+            return _describe_choice(validator.func)
     origin = typing.get_origin(annotation)
     arguments = typing.get_args(annotation)
     if origin is typing.Annotated:
         return describe_values(arguments[0], [*arguments[1:], *metadata], link)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(
-            describe_values(a, metadata, link) for a in arguments if a is not type(None)
-        )
+        choices = [a for a in arguments if a is not type(None)]
+        return " or ".join(describe_values(a, metadata, link) for a in choices)
     if origin is typing.Literal:
         return ", ".join(f"`{a}`" for a in arguments)
     if origin in (list, tuple):
         return f"list of {describe_values(arguments[0], [], link)}"
+    return _describe_type(annotation, metadata, link)
+
+
+def _describe_choice(choice: Choice) -> str:
+    names = [*choice.names, *([f"{choice.prefix}…"] if choice.prefix else [])]
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _describe_type(
+    annotation: Any, metadata: list[Any], link: Callable[[type[BaseModel]], str]
+) -> str:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return link(annotation)
-    name = getattr(annotation, "__name__", str(annotation))  # of an own method any type may be met
-    return WORDS.get(origin or annotation, name) + _bounds(metadata)
+    # A user's method may have fields of any type.
+    name = getattr(annotation, "__name__", str(annotation))
+    return WORDS.get(typing.get_origin(annotation) or annotation, name) + _bounds(metadata)
 
 
-def _bounds(metadata: typing.Iterable[Any]) -> str:
-    told = {"gt": "above {}", "ge": "at least {}", "lt": "below {}", "le": "at most {}"}
-    constraints = [
-        part for m in metadata for part in (m.metadata if isinstance(m, FieldInfo) else [m])
+def _bounds(metadata: Iterable[Any]) -> str:
+    constraints: list[Any] = []
+    for entry in metadata:
+        constraints += entry.metadata if isinstance(entry, FieldInfo) else [entry]
+    bounds = [
+        f"{sign} {getattr(constraint, key)}"
+        for constraint in constraints
+        for key, sign in BOUNDS.items()
+        if getattr(constraint, key, None) is not None
     ]
-    found = [
-        text.format(v)
-        for m in constraints
-        for k, text in told.items()
-        if (v := getattr(m, k, None)) is not None
-    ]
-    return f", {' and '.join(found)}" if found else ""
+    return f" {' and '.join(bounds)}" if bounds else ""
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The part of the schema that a field holds, if it holds one."""
+    """Return the section of the schema that a field contains, None for other fields."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next(filter(None, map(section_of, typing.get_args(annotation))), None)
 
 
 def section_summary(model: type[BaseModel]) -> str:
-    """Its docstring in one line."""
+    """Return the docstring of a section in one line."""
     return " ".join(inspect.cleandoc(model.__doc__ or "").split())
 
 
-# The resolved configuration, as a run directory keeps it, and in what two of them differ.
+# Number of differences that `describe_difference` lists.
+SHOWN = 3
 
-SHOWN = 3  # differences told one by one
-FREE = ("store_memory", "workers", "address")  # keys of `runtime` that change no result
+# Keys of `runtime` that do not affect results.
+FREE = ("store_memory", "workers", "address")
+
 ABSENT = object()
 
 
 def resolve_config(config: Config) -> dict[str, Any]:
-    """The whole configuration as plain values, defaults included; loading it gives the same clients again.
+    """Return the whole configuration as plain values, including defaults.
 
-    Groups and overrides hold only what was written in them: a default filled in there would hide `clients.defaults`.
+    Loading it gives the same settings again. Groups and overrides keep only the keys that were
+    written, because a default in them would take precedence over `clients.defaults`.
     """
     plain = config.model_dump(mode="json")
     written = config.clients.model_dump(mode="json", exclude_unset=True)
@@ -128,14 +155,15 @@ def resolve_config(config: Config) -> dict[str, Any]:
 
 
 def dump(config: Config) -> str:
-    """The resolved configuration as YAML."""
+    """Return the resolved configuration as YAML."""
     return yaml.safe_dump(resolve_config(config), sort_keys=False, allow_unicode=True, width=120)
 
 
 def resume_relevant(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a plain configuration without what may change when a run is resumed.
+    """Return a plain configuration without the keys that may change when a run is resumed.
 
-    That is what changes no result (memory, workers, cluster), and `rounds`, which may grow.
+    These are the keys that do not affect results (memory, workers, cluster), and `rounds`, which
+    may be increased.
     """
     kept = {key: value for key, value in plain.items() if key != "rounds"}
     if isinstance(runtime := plain.get("runtime"), Mapping):
@@ -144,11 +172,15 @@ def resume_relevant(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """The leaves in which two plain configurations differ, the first three with both values; None if they are equal."""
-    found = list(_differing_leaves(old, new, ""))
-    told = [f"{path}: was {_shorten(a)}, is now {_shorten(b)}" for path, a, b in found[:SHOWN]]
-    more = [f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
-    return "; ".join([*told, *more]) or None
+    """Return the differences of two plain configurations in one line, None if they are equal.
+
+    The first three values that differ are listed.
+    """
+    differing = list(_differing_leaves(old, new, ""))
+    parts = [f"{key}: was {_shorten(a)}, is now {_shorten(b)}" for key, a, b in differing[:SHOWN]]
+    if len(differing) > SHOWN:
+        parts.append(f"and {len(differing) - SHOWN} more")
+    return "; ".join(parts) or None
 
 
 def _differing_leaves(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
@@ -157,7 +189,7 @@ def _differing_leaves(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any,
             yield from _differing_leaves(
                 old.get(key, ABSENT), new.get(key, ABSENT), f"{path}.{key}" if path else str(key)
             )
-    elif _to_flow_tables(old) and _to_flow_tables(new):
+    elif _is_list_of_mappings(old) and _is_list_of_mappings(new):
         for i in range(max(len(old), len(new))):
             a, b = (side[i] if i < len(side) else ABSENT for side in (old, new))
             yield from _differing_leaves(a, b, f"{path}.{i}")
@@ -165,12 +197,9 @@ def _differing_leaves(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any,
         yield path, old, new
 
 
-def _to_flow_tables(value: Any) -> bool:
+def _is_list_of_mappings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(v, Mapping) for v in value)
 
 
 def _shorten(value: Any) -> str:
-    if value is ABSENT:
-        return "not given"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:59] + "…"
+    return "not set" if value is ABSENT else format_value(value)

@@ -1,6 +1,6 @@
 """Load a configuration from YAML, JSON or a dictionary and apply overrides.
 
-The keys of the tutorial's JSON are translated to the schema.
+JSON files of a well-known tutorial are translated to the schema.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
-from hetero_fl.config.base import ConfigSection, choice_type
+from hetero_fl.config.base import ConfigSection, choice_type, format_value
 from hetero_fl.config.errors import describe_error
 from hetero_fl.config.schema import Config
 from hetero_fl.utils.code_permission import iterate_strings
@@ -27,27 +27,28 @@ from hetero_fl.utils.errors import (
     suggest_similar,
 )
 
-# From a file, overrides or a dictionary to a checked configuration.
-
+# References to other keys, and references that call a resolver of OmegaConf.
 REFERENCE = re.compile(r"\$\{[^{}]*\}")
 RESOLVER = re.compile(r"\$\{[^{}]*:")
+
 SUFFIXES = (".yaml", ".yml", ".json")
 
+# Number of files of a folder that an error message lists.
+LISTED = 10
 
 Source = str | Path | Mapping[str, Any] | Config
 Overrides = str | Mapping[str, Any] | Iterable[str]
 """Changes to a configuration: one or several `key.path=value`, or a dictionary of them."""
-LISTED = 10  # files of a folder that an error names
 
 
 def override_list(overrides: Overrides) -> list[str]:
     """Return overrides as a list of `key.path=value`.
 
     Args:
-        overrides: One such text, several, or a dictionary from keys to values.
+        overrides: One string, several, or a dictionary from keys to values.
 
     Raises:
-        UserError: If one of several is no text.
+        UserError: If one of several is not a string.
 
     Example:
         >>> override_list("rounds=1")
@@ -62,25 +63,25 @@ def override_list(overrides: Overrides) -> list[str]:
     listed = list(overrides)
     for override in listed:
         if not isinstance(override, str):
-            raise UserError(f"overrides: expected texts key.path=value, got {override!r}")
+            raise UserError(f"overrides: expected strings key.path=value, got {override!r}")
     return listed
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Return a configuration with its overrides. Raises UserError for one that cannot be applied."""
+    """Return a configuration with its overrides. Raises UserError for one that cannot be applied.
+
+    If the overrides name another algorithm, the settings of the previous algorithm are dropped.
+    """
     named = [o.split("=", 1)[1].strip("'\" ") for o in overrides if o.startswith("algorithm.name=")]
-    if (
-        named
-        and isinstance(raw.get("algorithm"), dict)
-        and raw["algorithm"].get("name") != named[-1]
-    ):
+    algorithm = raw.get("algorithm")
+    if named and isinstance(algorithm, dict) and algorithm.get("name") != named[-1]:
         raw = {**raw, "algorithm": {"name": named[-1]}}
     for override in overrides:
         raw = _override(raw, override)
     return raw
 
 
-def raw_algorithm_section(source: str | Path | Mapping[str, Any] | Config) -> dict[str, Any]:
+def raw_algorithm_section(source: Source) -> dict[str, Any]:
     """Return the `algorithm` section as the source writes it, without defaults."""
     raw = read_config_file(Path(source)) if isinstance(source, str | Path) else plain(source)
     if is_tutorial(raw):
@@ -90,8 +91,12 @@ def raw_algorithm_section(source: str | Path | Mapping[str, Any] | Config) -> di
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """A configuration file as plain values, unchecked. Raises UserError if it cannot be read."""
-    # only whoever reads a configuration needs it; worker processes do not
+    """Return a configuration file as plain values, without validation.
+
+    Raises:
+        UserError: If the file cannot be read.
+    """
+    # Worker processes import this module and do not need OmegaConf.
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -100,32 +105,45 @@ def read_config_file(path: Path) -> dict[str, Any]:
         _check_references(OmegaConf.to_container(loaded), str(path))
         raw = OmegaConf.to_container(loaded, resolve=True)
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file{suggest_file(path, SUFFIXES) or _files(path.parent)}"
-        ) from None
+        hint = suggest_file(path, SUFFIXES) or _list_files(path.parent)
+        raise UserError(f"{path}: file not found{hint}") from None
     except IsADirectoryError:
-        raise UserError(f"{path}: is a folder; name a file{_files(path)}") from None
+        raise UserError(f"{path}: expected a file, got a folder{_list_files(path)}") from None
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        json = " (or JSON; a comma between its entries?)" if path.suffix == ".json" else ""
-        raise UserError(
-            f"{path}{line}: not YAML{json}: {getattr(error, 'problem', None) or error}"
-        ) from None
+        raise UserError(_describe_syntax_error(path, error)) from None
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: {error.full_key}: {_describe_reference_error(error)}") from None
     except (OSError, ValueError) as error:
-        # Not in UTF-8, or an integer with thousands of digits.
+        # The file is not UTF-8, or contains an integer with thousands of digits.
         raise UserError(f"{path}: cannot be read: {error}") from None
     except RecursionError:
         raise UserError(f"{path}: cannot be read: nested too deeply") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: found a {type(raw).__name__} where a table of keys was expected")
+        raise UserError(f"{path}: expected a mapping of keys, got {format_value(raw)}")
     return typing.cast("dict[str, Any]", raw)
 
 
+def _describe_syntax_error(path: Path, error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    line = f", line {mark.line + 1}" if mark else ""
+    problem = getattr(error, "problem", None) or error
+    if path.suffix == ".json":
+        return f"{path}{line}: invalid JSON: {problem}; is a comma missing?"
+    return f"{path}{line}: invalid YAML: {problem}"
+
+
+def _describe_reference_error(error: Exception) -> str:
+    """Return what is wrong with a reference `${key}`, given the error of OmegaConf."""
+    text = str(error).splitlines()[0]
+    if unknown := re.fullmatch(r"Interpolation key '(.*)' not found", text):
+        return f"reference to unknown key '{unknown[1]}'"
+    if text.startswith("Recursive interpolation"):
+        return "circular reference"
+    return "invalid reference; write ${key.path}"
+
+
 def _check_references(tree: Any, where: str) -> None:
-    """Refuse a `${resolver:…}` in a tree: it could reveal what is in the environment.
+    """Reject `${resolver:…}` in a tree: it could reveal environment variables.
 
     References may contain references, so the innermost ones are replaced until none is left.
     """
@@ -135,23 +153,23 @@ def _check_references(tree: Any, where: str) -> None:
         while count:
             if RESOLVER.search(rest):
                 raise UserError(
-                    f"{where}: found {text[:60]!r}; ${{…}} refers to another key of the file, "
-                    "and to nothing else"
+                    f"{where}: ${{…}} may only refer to another key of the file, got {text[:60]!r}"
                 )
             rest, count = REFERENCE.subn("key", rest)
 
 
-def _files(folder: Path) -> str:
-    """Return the configuration files of a folder, for an error; empty if there are none."""
+def _list_files(folder: Path) -> str:
+    """Return the configuration files of a folder for an error message; empty without any."""
     try:
         names = sorted(path.name for path in folder.iterdir() if path.suffix in SUFFIXES)
     except OSError:
         return ""
     more = ", …" if len(names) > LISTED else ""
-    return f"; found {', '.join(names[:LISTED])}{more} there" if names else ""
+    return f"; the folder contains {', '.join(names[:LISTED])}{more}" if names else ""
 
 
 def plain(source: Mapping[str, Any] | Config) -> dict[str, Any]:
+    """Return a configuration as a dictionary of the keys that are set."""
     return source.model_dump(exclude_unset=True) if isinstance(source, Config) else dict(source)
 
 
@@ -161,7 +179,7 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
 
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise UserError(f"overrides: found '{override}'; an override is written key.path=value")
+        raise UserError(f"overrides: expected key.path=value, got '{override}'")
     try:
         config = OmegaConf.create(raw)
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
@@ -173,44 +191,57 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
             merge=True,
         )
         return typing.cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
-    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, IndexError, AssertionError,
-            RecursionError) as error:  # fmt: skip
-        why = _invalid_path_reason(raw, key) or str(error).splitlines()[0]
-        raise UserError(f"{override}: {key} cannot be set: {why}") from None
+    except yaml.YAMLError:
+        reason = f"expected a YAML value, got {format_value(value)}"
+    except OmegaConfBaseException as error:
+        reason = _invalid_path_reason(raw, key) or _describe_reference_error(error)
+    except (TypeError, ValueError, IndexError, AssertionError) as error:
+        reason = _invalid_path_reason(raw, key) or f"cannot be set: {str(error).splitlines()[0]}"
+    except RecursionError:
+        reason = "nested too deeply"
+    raise UserError(f"{override}: {key}: {reason}")
 
 
 def _invalid_path_reason(value: Any, key: str) -> str:
-    """Return what is wrong with a path that leads out of a list, or into it by another word than a number; else nothing."""
+    """Return why a path does not lead to an entry of a list; empty if the reason is another."""
     steps = key.split(".")
-    for at, step in enumerate(steps):
-        if isinstance(value, list) and step.isdigit() and int(step) >= len(value):
-            return f"found {step}, but {'.'.join(steps[:at])} has {len(value)}, and the first is 0"
-        if isinstance(value, list) and not step.isdigit():
-            place = ".".join(steps[:at])
-            names = {
-                str(entry["name"]): i
-                for i, entry in enumerate(value)
-                if isinstance(entry, dict) and "name" in entry
-            }
-            if (meant := step if step in names else closest(step, names)) is None:
-                known = "; ".join(f"{place}.{i} is '{name}'" for name, i in names.items())
-                return f"entries of {place} are numbered from 0" + (
-                    f", and {known}" if known else ""
-                )
-            written = ".".join([place, str(names[meant]), *steps[at + 1 :]])
-            return f"entries of {place} are numbered from 0, and '{meant}' is number {names[meant]}; write {written}"
-        value = (
-            value.get(step)
-            if isinstance(value, dict)
-            else value[int(step)]
-            if step.isdigit()
-            else None
-        )
+    for position, step in enumerate(steps):
+        if isinstance(value, list):
+            where = ".".join(steps[:position])
+            if not step.isdigit():
+                return _suggest_entry(value, where, step, steps[position + 1 :])
+            if int(step) >= len(value):
+                return f"index {step} is out of range, {where} has length {len(value)}"
+            value = value[int(step)]
+        else:
+            value = value.get(step) if isinstance(value, dict) else None
     return ""
 
 
+def _suggest_entry(entries: list[Any], where: str, step: str, rest: list[str]) -> str:
+    """Return how to address the entry of a list that was addressed by its name.
+
+    Args:
+        entries: The list.
+        where: Path of the list.
+        step: Part of the path that should be an index.
+        rest: Parts of the path after it.
+    """
+    index = {
+        str(entry["name"]): i
+        for i, entry in enumerate(entries)
+        if isinstance(entry, dict) and "name" in entry
+    }
+    meant = step if step in index else closest(step, index)
+    message = f"entries of {where} are counted from 0"
+    if meant is not None:
+        return f"{message}; for '{meant}' write {'.'.join([where, str(index[meant]), *rest])}"
+    known = ", ".join(f"{where}.{i} is '{name}'" for name, i in index.items())
+    return f"{message}; {known}" if known else message
+
+
 def _add_yaml_spaces(value: Any) -> Any:
-    """`{a:1,b:2}` as if written `{a: 1, b: 2}`: to YAML it has two keys without a value."""
+    """Return `{a:1,b:2}` as if written `{a: 1, b: 2}`: in YAML it has two keys without a value."""
     if not isinstance(value, dict):
         return value
     tight = {k: str(k).split(":", 1) for k, v in value.items() if v is None and ":" in str(k)}
@@ -220,15 +251,14 @@ def _add_yaml_spaces(value: Any) -> Any:
     )
 
 
-# The ten keys of the JSON file with which the classic tutorial of horizontal federated learning
-# begins, read as a configuration.
+# The JSON file with which a well-known tutorial on horizontal federated learning configures a run:
 #
-#     {"model_name": "resnet18", "no_models": 10, "type": "cifar", "global_epochs": 20, "local_epochs": 3, "k": 6,
-#      "batch_size": 32, "lr": 0.001, "momentum": 0.0001, "lambda": 0.1}
+#     {"model_name": "resnet18", "no_models": 10, "type": "cifar", "global_epochs": 20,
+#      "local_epochs": 3, "k": 6, "batch_size": 32, "lr": 0.001, "momentum": 0.0001, "lambda": 0.1}
 #
-# Training rows are cut in order among `no_models` clients, `k` of them train in a round with SGD,
-# and the server takes G + λ·Σ(L − G). Images of CIFAR-10 are cropped and mirrored at random and
-# normalised by channel, those of MNIST come as they are.
+# The training rows are divided in order among `no_models` clients, `k` of which train with SGD in
+# each round, and the server computes G + λ·Σ(L − G). CIFAR-10 images are cropped and flipped at
+# random and normalized per channel, MNIST images are not changed.
 
 SETS: dict[str, dict[str, Any]] = {
     "cifar": {
@@ -243,7 +273,7 @@ SETS: dict[str, dict[str, Any]] = {
 
 
 class Tutorial(ConfigSection):
-    """The tutorial's keys."""
+    """The keys of the tutorial's file."""
 
     model_name: str
     no_models: PositiveInt
@@ -258,7 +288,7 @@ class Tutorial(ConfigSection):
 
     @property
     def model(self) -> str:
-        """The name of the model here: torchvision's, as in the tutorial, where it has one of that name."""
+        """Name of the model: torchvision's if it has one of that name, as in the tutorial."""
         from model_zoo import list_models
 
         published = f"torchvision:{self.model_name}"
@@ -269,27 +299,35 @@ KEYS = tuple(field.alias or name for name, field in Tutorial.model_fields.items(
 
 
 def is_tutorial(raw: Mapping[str, Any]) -> bool:
-    """Whether a file has the tutorial's keys and not ours: most of them, and more than of a configuration."""
-    theirs = len(set(raw) & set(KEYS))
-    return 2 * theirs > len(KEYS) and theirs > len(set(raw) & set(Config.model_fields))
+    """Return whether most keys are those of the tutorial, and more than of a configuration."""
+    count = len(set(raw) & set(KEYS))
+    return 2 * count > len(KEYS) and count > len(set(raw) & set(Config.model_fields))
 
 
 def translate_tutorial(
     raw: Mapping[str, Any], overrides: Iterable[str], where: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """The configuration that the tutorial's keys stand for, and the overrides that are left for it: those of the tutorial's
-    own keys (`k=3`) are taken first.
+    """Translate a file of the tutorial to a configuration.
 
-    Raises UserError, in one line, for a key that is missing or unknown and a value that none can have.
+    Args:
+        raw: Content of the file.
+        overrides: Overrides; those of the tutorial's keys (`k=3`) are applied to the file.
+        where: The file, for error messages.
+
+    Returns:
+        The configuration, and the overrides that are to be applied to it.
+
+    Raises:
+        UserError: If a key is missing or unknown, or a value is invalid.
     """
     raw = dict(raw)
-    left = []
-    given: dict[str, str] = {}  # the overrides of the tutorial's keys
+    remaining = []
+    source: dict[str, str] = {}
     for override in overrides:
         key, equals, value = override.partition("=")
         if equals and key in KEYS:
-            raw[key] = _value(override, value)
-            given[key] = override
+            raw[key] = _parse_value(override, value)
+            source[key] = override
         elif (
             "." not in key
             and key not in Config.model_fields
@@ -297,57 +335,64 @@ def translate_tutorial(
         ):
             raise UserError(f"{override}: {key}: unknown key{hint}")
         else:
-            left.append(override)
+            remaining.append(override)
+    _check_tutorial_keys(raw, where)
+    try:
+        settings = Tutorial.model_validate(raw)
+    except ValidationError as error:
+        line = describe_error(error, raw, Tutorial)
+        raise UserError(f"{source.get(line.partition(': ')[0], where)}: {line}") from None
+    if settings.k > settings.no_models:
+        raise UserError(
+            f"{source.get('k') or source.get('no_models', where)}: k: must be <= no_models, "
+            f"which is {settings.no_models}, got {settings.k}"
+        )
+    return _to_configuration(settings), remaining
+
+
+def _check_tutorial_keys(raw: Mapping[str, Any], where: str) -> None:
     for key in raw:
         if key not in KEYS:
-            known = " (what else a configuration has is set on the command line, key.path=value)"
             raise UserError(
-                f"{where}: {key}: unknown key among the tutorial's{suggest_or_list(key, KEYS)}{known}"
+                f"{where}: {key}: unknown key of the tutorial's format{suggest_or_list(key, KEYS)} "
+                "(other settings can be given on the command line as key.path=value)"
             )
     for key in KEYS:
         if key not in raw:
-            raise UserError(f"{where}: {key}: missing; the tutorial's keys are {', '.join(KEYS)}")
-    try:
-        read = Tutorial.model_validate(raw)
-    except ValidationError as error:
-        line = describe_error(error, raw, Tutorial)
-        raise UserError(f"{given.get(line.partition(': ')[0], where)}: {line}") from None
-    if read.k > read.no_models:
-        raise UserError(
-            f"{given.get('k') or given.get('no_models', where)}: k: found {read.k}, but no_models is {read.no_models}"
-        )
-    return _to_configuration(read), left
+            raise UserError(
+                f"{where}: {key}: missing; the tutorial's format requires {', '.join(KEYS)}"
+            )
 
 
-def _value(override: str, text: str) -> Any:
+def _parse_value(override: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
-        raise UserError(f"{override}: found {text!r}, which is no value") from None
+        raise UserError(f"{override}: expected a YAML value, got {format_value(text)}") from None
 
 
-def _to_configuration(t: Tutorial) -> dict[str, Any]:
-    chosen = SETS[t.type]
+def _to_configuration(tutorial: Tutorial) -> dict[str, Any]:
+    dataset = SETS[tutorial.type]
     return {
-        "name": f"{chosen['data']}_conf",
-        "rounds": t.global_epochs,
+        "name": f"{dataset['data']}_conf",
+        "rounds": tutorial.global_epochs,
         "data": {
-            "name": chosen["data"],
+            "name": dataset["data"],
             "partition": {"kind": "in_order", "min_size": 2},
             "split": {"validation": 0, "test": 0},
             "validation": 0,
         },
         "clients": {
-            "per_round": t.k,
+            "per_round": tutorial.k,
             "defaults": {
-                "model": t.model,
-                "optimizer": {"name": "sgd", "lr": t.lr, "momentum": t.momentum},
-                "epochs": t.local_epochs,
-                "batch_size": t.batch_size,
-                "preprocess": chosen["preprocess"],
-                "augment": chosen["augment"],
+                "model": tutorial.model,
+                "optimizer": {"name": "sgd", "lr": tutorial.lr, "momentum": tutorial.momentum},
+                "epochs": tutorial.local_epochs,
+                "batch_size": tutorial.batch_size,
+                "preprocess": dataset["preprocess"],
+                "augment": dataset["augment"],
             },
-            "groups": [{"name": "client", "count": t.no_models}],
+            "groups": [{"name": "client", "count": tutorial.no_models}],
         },
-        "algorithm": {"name": "fedavg", "weighting": "sum", "server_lr": t.factor},
+        "algorithm": {"name": "fedavg", "weighting": "sum", "server_lr": tutorial.factor},
     }

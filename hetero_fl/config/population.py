@@ -1,7 +1,7 @@
 """Resolve client groups and overrides into settings per client id.
 
-Clients with the same settings share them: a population costs its profiles, and a byte or two per
-client that say which profile is whose.
+Clients with the same settings share a profile, so that a population needs memory for its profiles
+and one or two bytes per client.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from hetero_fl.config.errors import describe_error
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import ClientIds, IdSeries
 
-# Who takes part, as a mapping from ids to settings.
+# Settings as the user wrote them, without defaults.
+Layer = dict[str, Any]
 
-Layer = dict[str, Any]  # settings as they were written
+# Number of client ids that an error message lists.
+SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,10 @@ class SettingsProfile:
     """Clients with the same settings.
 
     Attributes:
-        number: Its index in `Population.profiles`.
-        settings: What the clients share.
-        first: The id of the first of them in the order of the configuration.
-        count: How many there are.
+        number: Index in `Population.profiles`.
+        settings: Settings of the clients.
+        first: Id of the first of these clients, in the order of the configuration.
+        count: Number of these clients.
     """
 
     number: int
@@ -49,7 +51,13 @@ class SettingsProfile:
 
 @dataclass(frozen=True)
 class GroupMembers:
-    """The clients of one group, with its settings over the defaults; a list of models is taken in turn."""
+    """The clients of one group.
+
+    Attributes:
+        series: Their ids.
+        layer: Settings of the group, merged with the defaults. The clients use the models of a
+            list in turn.
+    """
 
     series: IdSeries
     layer: Layer = field(default_factory=dict)
@@ -57,7 +65,12 @@ class GroupMembers:
 
 @dataclass(frozen=True)
 class OverrideLayer:
-    """Settings over those of the clients whose ids match a pattern, as `fnmatch.fnmatchcase` has it."""
+    """Settings of the clients whose ids match a pattern.
+
+    Attributes:
+        pattern: Pattern of ids, as for `fnmatch.fnmatchcase`.
+        layer: Settings that take precedence over those of the group.
+    """
 
     pattern: str
     layer: Layer
@@ -65,25 +78,34 @@ class OverrideLayer:
 
 @dataclass(frozen=True)
 class ListedSettings:
-    """Settings that were listed by id."""
+    """Settings given for each id, used to build a population from them.
+
+    Attributes:
+        clients: Settings by client id.
+    """
 
     clients: Mapping[str, ClientSettings]
 
-    def __call__(self, client_id: str, *rest: object) -> ClientSettings:
+    def __call__(self, client_id: str, *_unused: object) -> ClientSettings:
+        """Return the settings of a client."""
         return self.clients[client_id]
 
 
 class Population(Mapping[str, ClientSettings]):
     """Settings by client id, shared by all clients of a profile.
 
-    Iteration follows the configuration, group by group; `ids` has the same clients in natural order.
+    Iteration follows the configuration, group by group. `ids` has the same clients in natural
+    order.
 
     Args:
         groups: Groups of clients, in the order of the configuration.
-        overrides: Settings for ids that match a pattern; the later override wins.
-        settle: Function that makes the settings of a profile from the id of its first client, the
-            layer of its group, its turn among the group's models, and pairs of a matching
-            override's layer and its turn among that override's models.
+        overrides: Settings for ids that match a pattern; later overrides take precedence.
+        resolve: Function that returns the settings of a profile, given the id of its first client,
+            the layer of its group, the index of its model in the group, and for each matching
+            override the layer and the index of its model in the override.
+
+    Attributes:
+        ids: Client ids in natural order.
     """
 
     def __init__(
@@ -91,11 +113,11 @@ class Population(Mapping[str, ClientSettings]):
         groups: Sequence[GroupMembers],
         overrides: Sequence[OverrideLayer] = (),
         *,
-        settle: Callable[[str, Layer, int, Sequence[tuple[Layer, int]]], ClientSettings],
+        resolve: Callable[[str, Layer, int, Sequence[tuple[Layer, int]]], ClientSettings],
     ) -> None:
         self._groups = groups
         self._overrides = overrides
-        self._settle = settle
+        self._resolve = resolve
         self.ids = ClientIds([g.series for g in groups])
         self._by_name: dict[str, list[int]] = {}
         for number, group in enumerate(groups):
@@ -104,10 +126,10 @@ class Population(Mapping[str, ClientSettings]):
         self._assign_profiles()
 
     def _assign_profiles(self) -> None:
-        """Number the profiles in the order of their first clients.
+        """Assign each client a profile. Profiles are numbered in the order of their first clients.
 
-        A client's profile follows from its group, its turn among the group's models, and for every
-        override from whether it matches and the client's turn among those that it matches.
+        A client's profile is determined by its group, the index of its model in the group, and for
+        each override by whether it matches and the index of its model in the override.
         """
         numbers = self._group_turns()
         turns = []
@@ -117,7 +139,8 @@ class Population(Mapping[str, ClientSettings]):
             _, numbers = np.unique(numbers * (cycle + 1) + turns[-1], return_inverse=True)
         counts = np.bincount(numbers)
         first = np.zeros(len(counts), dtype=int)
-        first[numbers[::-1]] = np.arange(len(self))[::-1]  # the last assignment counts
+        # In reverse, so that the last assignment to each number is that of the first client.
+        first[numbers[::-1]] = np.arange(len(self))[::-1]
         order = np.argsort(first)
         self._profile_starts = first[order].tolist()
         self._profile_counts = counts[order].tolist()
@@ -125,7 +148,7 @@ class Population(Mapping[str, ClientSettings]):
         self._profile_numbers = np.argsort(order).astype(np.min_scalar_type(len(order)))[numbers]
 
     def _group_turns(self) -> NDArray[np.signedinteger[Any]]:
-        """Number the combinations of a group and a turn in it, shape `[clients]`."""
+        """Return the number of each client's combination of group and model, shape `[clients]`."""
         parts = [np.empty(0, dtype=np.int32)]
         start = 0
         for group in self._groups:
@@ -145,12 +168,11 @@ class Population(Mapping[str, ClientSettings]):
 
     @classmethod
     def from_settings(cls, clients: Mapping[str, ClientSettings]) -> Population:
-        """Return clients that were listed one by one as a population, each with its own profile."""
+        """Return a population of clients with given settings, a profile for each."""
         if isinstance(clients, Population):
             return clients
-        return cls(
-            [GroupMembers(IdSeries(id, 1)) for id in clients], settle=ListedSettings(clients)
-        )
+        groups = [GroupMembers(IdSeries(client_id, 1)) for client_id in clients]
+        return cls(groups, resolve=ListedSettings(clients))
 
     @cached_property
     def profiles(self) -> list[SettingsProfile]:
@@ -167,7 +189,7 @@ class Population(Mapping[str, ClientSettings]):
             ]
             first = group.series[place]
             turn = place % _num_models(group.layer)
-            settings = self._settle(first, group.layer, turn, overrides)
+            settings = self._resolve(first, group.layer, turn, overrides)
             profiles.append(SettingsProfile(number, settings, first, self._profile_counts[number]))
         return profiles
 
@@ -180,7 +202,7 @@ class Population(Mapping[str, ClientSettings]):
         return self.profiles[self._profile_numbers[self._starts[group] + place]]
 
     def set_default(self, name: str, value: object) -> None:
-        """Set a setting of all clients that leave it open (None)."""
+        """Set a setting of all clients for which it is None."""
         self.profiles = [
             replace(profile, settings=profile.settings.model_copy(update={name: value}))
             if getattr(profile.settings, name) is None
@@ -189,9 +211,9 @@ class Population(Mapping[str, ClientSettings]):
         ]
 
     def position(self, client_id: str) -> tuple[int, int] | None:
-        """Return the number of a client's group and its place there; None for an unknown id.
+        """Return the index of a client's group and its index in it; None for an unknown id.
 
-        Positions sort as the configuration does.
+        Sorted by position, clients are in the order of the configuration.
         """
         for name in (client_id, client_id.rpartition("_")[0]):
             for number in self._by_name.get(name, ()):
@@ -219,22 +241,25 @@ class Population(Mapping[str, ClientSettings]):
 
 
 def _num_models(layer: Layer) -> int:
-    """How many models a layer hands out in turn."""
+    """Return the number of models that clients use in turn, at least 1."""
     return len(layer.get("model") or [None])
 
 
-# From groups, defaults and overrides to one set of settings per client.
-
-# of groups and overrides: not settings of a client
+# Keys of groups and overrides that are not settings of a client.
 DESCRIBES = {"name", "count", "fraction", "match"}
-OF_SGD = {"momentum", "nesterov"}  # settings of one optimizer, which another does not inherit
+
+# Settings of SGD, which other optimizers do not inherit.
+OF_SGD = {"momentum", "nesterov"}
 
 
 def expand_population(config: ClientsConfig) -> Population:
-    """Settings by client id. Ids are `name_1`, `name_2` … (zero-padded), or the group's name where it is one client.
+    """Return the settings of all clients by id.
 
-    Raises UserError for counts that do not add up, doubled ids, overrides that match nobody, and layers that contradict
-    one another.
+    Ids are `name_1`, `name_2`, … (zero-padded), or the name of the group if it has one client.
+
+    Raises:
+        UserError: If counts do not add up, ids are not unique, an override matches no client, or
+            settings of different layers contradict each other.
     """
     groups = config.groups or [ClientGroup(name="client")]
     defaults = _explicit_settings(config.defaults)
@@ -244,31 +269,45 @@ def expand_population(config: ClientsConfig) -> Population:
     ]
     overrides = [OverrideLayer(o.match, _explicit_settings(o)) for o in config.overrides]
     try:
-        plain = Population(members, settle=_resolve_settings)
+        without_overrides = Population(members, resolve=_resolve_settings)
         population = (
-            Population(members, overrides, settle=_resolve_settings) if overrides else plain
+            Population(members, overrides, resolve=_resolve_settings)
+            if overrides
+            else without_overrides
         )
     except ValueError as error:
         raise UserError(
-            f"clients.groups: two clients are called '{error}'; give the groups different names"
+            f"clients.groups: two clients have the id '{error}'; choose different group names"
         ) from None
-    # what contradicts itself already is told of its group, and no override drops it unseen
-    _ = plain.profiles
-    for override, found in zip(overrides, population.matched_overrides(), strict=True):
-        if not found:
-            known = ", ".join(islice(population, 8))
-            raise UserError(f"clients.overrides: '{override.pattern}' matches none of {known} …")
-    _ = population.profiles  # whoever is asked for later can be made
+    # Resolve the profiles without overrides, too: an override must not hide a contradiction.
+    _ = without_overrides.profiles
+    for override, matches in zip(overrides, population.matched_overrides(), strict=True):
+        if not matches:
+            known = ", ".join(islice(population, SHOWN))
+            more = ", …" if len(population) > SHOWN else ""
+            raise UserError(
+                f"clients.overrides: '{override.pattern}' matches no client; "
+                f"the clients are {known}{more}"
+            )
+    # Resolve all profiles now, so that no error is raised later.
+    _ = population.profiles
     return population
 
 
 def _resolve_settings(
     client_id: str, layer: Layer, index: int, overrides: Sequence[tuple[Layer, int]]
 ) -> ClientSettings:
-    """Settings of a client who is number `index` of its group, under overrides of whose clients it has turns, too."""
+    """Return the settings of a client.
+
+    Args:
+        client_id: The client, for error messages.
+        layer: Settings of its group.
+        index: Index of its model in the group.
+        overrides: Layers of the matching overrides, with the index of its model in each.
+    """
     settings = _select_model(layer, index)
-    for over, among in overrides:
-        settings = _select_model(_apply_layer(settings, over), among)
+    for override, override_index in overrides:
+        settings = _select_model(_apply_layer(settings, override), override_index)
     try:
         return ClientSettings.model_validate(settings)
     except ValidationError as error:
@@ -278,55 +317,55 @@ def _resolve_settings(
 
 
 def _explicit_settings(settings: ClientSettings) -> dict[str, Any]:
-    """What was really written, not the defaults."""
+    """Return the settings that were written, without defaults."""
     return {k: v for k, v in settings.model_dump(exclude_unset=True).items() if k not in DESCRIBES}
 
 
-def _apply_layer(base: Mapping[str, Any], over: Mapping[str, Any]) -> Layer:
-    """Settings with another layer over them."""
-    had = base.get("optimizer", {})
-    named = over.get("optimizer", {}).get("name")
-    if named is not None and named != had.get("name", OptimizerConfig().name):
-        base = {**base, "optimizer": {k: v for k, v in had.items() if k not in OF_SGD}}
-    return _merge(base, over)
+def _apply_layer(base: Mapping[str, Any], override: Mapping[str, Any]) -> Layer:
+    """Return settings merged with those of another layer, which take precedence."""
+    optimizer = base.get("optimizer", {})
+    name = override.get("optimizer", {}).get("name")
+    if name is not None and name != optimizer.get("name", OptimizerConfig().name):
+        base = {**base, "optimizer": {k: v for k, v in optimizer.items() if k not in OF_SGD}}
+    return _merge(base, override)
 
 
 def _select_model(layer: Layer, index: int) -> Layer:
-    """With the one model whose turn it is (from 0)."""
+    """Return the layer with only the model of an index, counted cyclically."""
     models = layer.get("model")
     return {**layer, "model": [models[index % len(models)]]} if models else layer
 
 
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Layer:
+def _merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> Layer:
     merged = dict(base)
-    for key, value in over.items():
+    for key, value in override.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
 
 
 def _counts(config: ClientsConfig, groups: list[ClientGroup]) -> list[int]:
-    """How many clients each group has."""
+    """Return the number of clients of each group."""
     if config.count is None:
         if any(g.fraction for g in groups):
-            raise UserError(
-                "clients.groups: a group has a fraction, but clients.count is not given"
-            )
+            raise UserError("clients.groups: fraction requires clients.count; set it")
         return [g.count or 1 for g in groups]
     counts = [g.count or (round(g.fraction * config.count) if g.fraction else 0) for g in groups]
-    open_ = [i for i, g in enumerate(groups) if not g.count]
-    rest = config.count - sum(counts)
-    free = [i for i in open_ if not groups[i].fraction]
-    if len(free) > 1:
+    without_count = [i for i, g in enumerate(groups) if not g.count]
+    without_size = [i for i in without_count if not groups[i].fraction]
+    if len(without_size) > 1:
+        names = ", ".join(groups[i].name for i in without_size)
         raise UserError(
-            f"clients.groups: {', '.join(groups[i].name for i in free)} have neither count nor fraction"
+            f"clients.groups: only one group may have neither count nor fraction, got {names}"
         )
-    full = abs(sum(g.fraction or 0 for g in groups) - 1) < 1e-9
-    if free or (rest and open_ and (full or not free) and abs(rest) <= len(groups)):
-        counts[(free or open_)[-1]] += rest  # rounding, or what is left
+    rest = config.count - sum(counts)
+    is_rounding_error = rest != 0 and abs(rest) <= len(groups)
+    if without_size or (without_count and is_rounding_error):
+        counts[(without_size or without_count)[-1]] += rest
         rest = 0
     if rest or min(counts) < 1:
         raise UserError(
-            f"clients.count: found {config.count}, but the groups add up to {sum(counts)} ({counts})"
+            f"clients.count: the groups add up to {sum(counts)} clients {counts}, "
+            f"got {config.count}"
         )
     return counts

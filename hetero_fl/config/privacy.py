@@ -1,4 +1,4 @@
-"""Differential privacy: of whom, how much noise, and how it is accounted."""
+"""Settings of differential privacy."""
 
 from __future__ import annotations
 
@@ -8,122 +8,132 @@ from hetero_fl.config.base import ConfigSection, choice_type
 
 
 class AdaptiveClipConfig(ConfigSection):
-    """The bound follows a quantile of the updates' norms (Andrew et al. 2021)."""
+    """Clipping bound that tracks a quantile of the update norms (Andrew et al. 2021)."""
 
     quantile: float = Field(
-        0.5, ge=0, le=1, description="share of the updates that the bound is to leave as they are"
+        0.5, ge=0, le=1, description="share of the updates whose norm is below the bound"
     )
     lr: PositiveFloat = Field(
-        0.2, description="C becomes C·exp(−lr·(share that was left − quantile))"
+        0.2,
+        description="step size: in each round the bound C is multiplied by "
+        "exp(−lr·(share of unclipped updates − quantile))",
     )
     noise: PositiveFloat | None = Field(
         None,
-        description="standard deviation on the number of unclipped updates; none: a twentieth of the cohort",
+        description="standard deviation of the noise added to the number of unclipped updates; "
+        "`null`: 1/20 of the cohort size",
     )
 
 
 class PrivacyConfig(ConfigSection):
-    """What one record, or one client, may change in everything that leaves."""
+    """Differential privacy for training rows or clients."""
 
     unit: choice_type("record", "client", "local") = Field(  # type: ignore[valid-type]
         "record",
-        description="record: one training row, noised at its client (DP-SGD); client: all of one client, noised once at the "
-        "server (DP-FedAvg); local: all of one client, noised before it leaves",
+        description="what is protected and where noise is added; `record`: one training row, at "
+        "its client (DP-SGD); `client`: all data of a client, at the server (DP-FedAvg); `local`: "
+        "all data of a client, at the client",
     )
     target_epsilon: PositiveFloat | None = Field(
         None,
-        description="largest ε: without `noise_multiplier` the noise follows from it and the planned rounds; the run stops "
-        "before a round that would exceed it",
+        description="upper bound of ε; without `noise_multiplier` it determines the noise; "
+        "training stops before a round that would exceed it; `null`: no bound",
     )
     noise_multiplier: PositiveFloat | None = Field(
         None,
-        description="z: standard deviation of the noise over the sensitivity; none: from `target_epsilon`",
+        description="noise multiplier z, the standard deviation of the noise divided by the "
+        "sensitivity; `null`: computed from `target_epsilon` and the number of rounds",
     )
     delta: float = Field(
         1e-5,
         gt=0,
         lt=1,
-        description="δ; well below one over the number of rows (record) or clients (client)",
+        description="δ; choose it well below 1/n for n training rows (`record`) or clients",
     )
     accountant: choice_type("prv", "rdp") = Field(  # type: ignore[valid-type]
-        "prv", description="opacus' accountant: prv is tighter, rdp a little faster"
+        "prv",
+        description="privacy accountant of Opacus; `prv` is tighter, `rdp` slightly faster",
     )
     clip: PositiveFloat | dict[str, PositiveFloat] = Field(
         1.0,
-        description="largest L2 norm: of a row's gradient (record), of a client's update (client, local); there by item, too: "
-        "{model: 1, logits: 50}",
+        description="maximum L2 norm of a row's gradient (`record`) or of a client's update "
+        "(`client`, `local`; also by item, such as `{model: 1, logits: 50}`)",
     )
     sample_rate: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="record: chance of each row to be in a step; none: batch_size over the client's rows. One rate for all gives "
-        "them one ε, and large clients large batches",
+        description="`record`: probability of each row to be in a batch; a common rate gives all "
+        "clients the same ε, and large clients large batches; `null`: batch size divided by the "
+        "client's number of rows",
     )
     statistics_clip: PositiveFloat = Field(
         10.0,
-        description="record: largest L2 norm of what a row adds to class statistics (features, logits)",
+        description="`record`: maximum L2 norm of a row's contribution to class statistics "
+        "(features, logits)",
     )
     statistics_noise: PositiveFloat = Field(
         4.0,
-        description="record: noise multiplier of class statistics and label counts, in units of `noise_multiplier`: they see "
-        "every row, training a sample",
+        description="`record`: noise multiplier of class statistics and label counts, as a "
+        "multiple of `noise_multiplier`; unlike training steps, they use all rows",
     )
     poisson_cohorts: bool = Field(
         False,
-        description="client: each client takes part with probability per_round / clients, which ε then counts on; else the "
-        "cohort has a fixed size and nothing is gained from sampling",
+        description="`client`: sample each client independently with probability "
+        "per_round / clients, which reduces ε; otherwise the cohort size is fixed and ε is "
+        "computed without amplification by sampling",
     )
     adaptive_clip: AdaptiveClipConfig | None = Field(
-        None, description="client: the bound follows the norms"
+        None, description="`client`: adapt the clipping bound; `null`: a fixed bound"
     )
     votes: bool = Field(
         False,
-        description="client: a prediction on a public row leaves as one vote; the class with most votes, after noise, is "
-        "the teacher's (PATE)",
+        description="`client`: upload each prediction as one vote; the teacher is the class with "
+        "the most votes after noise (PATE)",
     )
-
     distributed: bool = Field(
         False,
-        description="client: under channel.secure_sum each client adds a share of the noise, so that not even the server sees a "
-        "sum without it; enough as long as `threshold` clients stay and add theirs",
+        description="`client`: with `channel.secure_sum`, each client adds a share of the noise, "
+        "so that the server never sees a sum without noise; the noise suffices if "
+        "`channel.secure_sum.threshold` clients complete the round",
     )
 
     @model_validator(mode="after")
     def _check_goal(self) -> PrivacyConfig:
+        """Check that the noise is determined and that all settings apply to the unit."""
         if self.target_epsilon is None and self.noise_multiplier is None:
-            raise ValueError("needs target_epsilon or noise_multiplier")
+            raise ValueError("set target_epsilon or noise_multiplier")
         if self.unit == "record" and isinstance(self.clip, dict):
-            raise ValueError(
-                "clip: by item is for unit: client or local; a row's gradient has one bound"
-            )
+            raise ValueError("clip by item requires unit=client or unit=local, got unit=record")
         for unit, names in {
             "record": ("sample_rate",),
             "client": ("poisson_cohorts", "adaptive_clip", "votes", "distributed"),
         }.items():
             for name in names:
                 if getattr(self, name) and self.unit != unit:
-                    raise ValueError(f"{name} belongs to unit: {unit}, not {self.unit}")
+                    raise ValueError(f"{name} requires unit={unit}, got unit={self.unit}")
         if self.distributed and self.adaptive_clip is not None:
             raise ValueError(
-                "distributed: cannot be combined with adaptive_clip, whose counts the server noises"
+                "distributed cannot be combined with adaptive_clip, "
+                "for which the server adds noise; set one of them"
             )
         if self.votes and self.adaptive_clip is not None:
             raise ValueError(
-                "votes: cannot be combined with adaptive_clip: all votes have one norm"
+                "votes cannot be combined with adaptive_clip, "
+                "as all votes have the same norm; remove adaptive_clip"
             )
         return self
 
     def with_placeholder_noise(self) -> PrivacyConfig:
-        """The section with some noise multiplier, for rehearsals in which no number matters."""
+        """Return a copy with a noise multiplier, for dry runs that do not depend on its value."""
         return self.model_copy(update={"noise_multiplier": self.noise_multiplier or 1.0})
 
     @property
     def known_noise_multiplier(self) -> float:
-        """The noise multiplier, once it is known."""
-        assert self.noise_multiplier is not None  # the run was prepared
+        """The noise multiplier of a prepared run, in which it has been computed if necessary."""
+        assert self.noise_multiplier is not None
         return self.noise_multiplier
 
     def clip_norm(self, item: str) -> float:
-        """The largest norm of what a client sends under that name."""
+        """Return the maximum L2 norm of a client's contribution to an item."""
         return self.clip.get(item, 1.0) if isinstance(self.clip, dict) else self.clip

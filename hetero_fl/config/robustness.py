@@ -1,4 +1,4 @@
-"""Rules that bear liars, and liars for studies."""
+"""Settings of robust aggregation and of simulated attacks."""
 
 from __future__ import annotations
 
@@ -17,76 +17,91 @@ ATTACKS = ("label_flip", "backdoor", *UPLOAD_ATTACKS, *ROW_ATTACKS)
 
 
 class AggregationConfig(ConfigSection):
-    """How uploads are combined. A rule other than `mean` weighs all senders alike: anyone can claim any number of rows."""
+    """Aggregation of uploads.
+
+    All rules but `mean` give clients equal weights, as a client could claim any number of rows.
+    """
 
     rule: choice_type(*RULES, prefix="python:") = Field(  # type: ignore[valid-type]
-        "mean", description="of parameters and their updates, within the owners of each tensor"
+        "mean",
+        description="aggregation of parameters and model updates, for each tensor over the "
+        "clients that have it",
     )
     predictions: choice_type(*PREDICTIONS, prefix="python:") = Field(  # type: ignore[valid-type]
-        "mean", description="of predictions on proxy rows, over all who send any"
+        "mean", description="aggregation of predictions on the proxy set"
     )
     statistics: Literal["mean", "median"] = Field(
         "mean",
-        description="of class sums (prototypes, logits by class); median: of the clients' class means",
+        description="aggregation of class statistics (prototypes, mean logits); `median`: of the "
+        "clients' class means",
     )
     liars: int | float = Field(
         0.2,
-        description="how many liars a rule has to bear: a number, or a share (below 0.5) of those whose word it is",
+        description="malicious clients that a robust rule tolerates: a number, or a share < 0.5 "
+        "of the clients that upload",
     )
     bound: PositiveFloat | None = Field(
         None,
-        description="norm_bound: largest norm of a client's update; none: the median of theirs",
+        description="`norm_bound`: maximum L2 norm of a client's update; `null`: the median of the "
+        "update norms",
     )
 
     @field_validator("liars")
     @classmethod
     def _check_malicious(cls, value: int | float) -> int | float:
+        """Check that the value is a number of clients or a minority of them."""
         if value < 0 or (isinstance(value, float) and value >= 0.5):
-            raise ValueError(
-                f"found {value}; write a whole number of liars, or a share of 0 to below 0.5"
-            )
+            raise ValueError(f"must be an integer >= 0 or a share >= 0 and < 0.5, got {value}")
         return value
 
     @property
     def is_plain_mean(self) -> bool:
-        """Whether everything is combined by its mean."""
+        """Whether all uploads are aggregated by their mean."""
         return self.rule == self.predictions == self.statistics == "mean"
 
     def num_malicious(self, num_senders: int) -> int:
-        """How many of so many senders may lie; a share is rounded up."""
-        return (
-            self.liars
-            if isinstance(self.liars, int)
-            else math.ceil(self.liars * num_senders - 1e-9)
-        )
+        """Return how many of `num_senders` clients may be malicious; a share is rounded up."""
+        if isinstance(self.liars, int):
+            return self.liars
+        return math.ceil(self.liars * num_senders - 1e-9)
 
 
 class AttacksConfig(ConfigSection):
-    """Simulated liars, for studies. Figures are then means over the honest clients."""
+    """Simulated attacks. Reported metrics are means over the honest clients."""
 
     name: choice_type(*ATTACKS, prefix="python:") = Field(  # type: ignore[valid-type]
-        description="what they do: to their training rows (label_flip, backdoor), to all that they upload (sign_flip, scaled, "
-        "gaussian, little_is_enough, inner_product), to their predictions (flipped, confident_wrong, targeted, collusion)"
+        description="attack; on training rows: `label_flip`, `backdoor`; on all uploads: "
+        "`sign_flip`, `scaled`, `gaussian`, `little_is_enough`, `inner_product`; on predictions: "
+        "`flipped`, `confident_wrong`, `targeted`, `collusion`"
     )
-    share: float = Field(0.2, gt=0, lt=1, description="of the clients, drawn by the seed")
+    share: float = Field(
+        0.2, gt=0, lt=1, description="share of the clients that are malicious; sampled by the seed"
+    )
     clients: list[str] | None = Field(
-        None, min_length=1, description="ids of the liars, in place of a share"
+        None, min_length=1, description="ids of the malicious clients; `null`: sampled by `share`"
     )
-    from_round: PositiveInt = Field(1, description="the first round in which they lie")
+    from_round: PositiveInt = Field(1, description="first round of the attack")
     strength: PositiveFloat | None = Field(
         None,
-        description="factor on the update (sign_flip 4, scaled 10, backdoor 1), on its size (gaussian 10), of deviations "
-        "(little_is_enough: the most that theory lets pass), of the mean (inner_product 8), of logits (others 10); none: these",
+        description="factor on the update (default for `sign_flip` 4, `scaled` 10, `backdoor` 1), "
+        "on the noise norm (`gaussian` 10), on the standard deviation (`little_is_enough`: the "
+        "theoretical maximum), on the mean (`inner_product` 8), on logits (others 10); `null`: "
+        "these defaults",
     )
     target: NonNegativeInt = Field(
-        0, description="backdoor, targeted: the class that liars want to be seen"
+        0, description="`backdoor`, `targeted`: class that the attack promotes"
     )
     pairs: dict[int, int] | None = Field(
-        None, description="label_flip: class to class; none: y to C − 1 − y"
+        None,
+        description="`label_flip`: new class by old class; `null`: y becomes C − 1 − y for C "
+        "classes",
     )
     stamped: float = Field(
-        0.5, gt=0, le=1, description="backdoor: share of a liar's rows that bear the trigger"
+        0.5,
+        gt=0,
+        le=1,
+        description="`backdoor`: share of a malicious client's rows that receive the trigger",
     )
     trigger: PositiveInt = Field(
-        3, description="backdoor: side of the bright square in the lower right corner, pixels"
+        3, description="`backdoor`: side length in pixels of the bright square, bottom right"
     )

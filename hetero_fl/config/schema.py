@@ -1,4 +1,4 @@
-"""The whole configuration of a run, as one typed schema."""
+"""The typed schema of a configuration."""
 
 from __future__ import annotations
 
@@ -14,145 +14,168 @@ from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.config.robustness import AggregationConfig, AttacksConfig
 from hetero_fl.config.simulation import CohortConfig, DevicesConfig, FaultsConfig
 
+Device = choice_type("auto", "cpu", "cuda", "mps", prefix="cuda:", synonyms={"gpu": "cuda"})
+
 
 class ServerConfig(ConfigSection):
-    """What the server trains with, and the one student that it may train for itself."""
+    """Training at the server, and an optional student model."""
 
     model: Annotated[ModelConfig, BeforeValidator(expand_model_name)] | None = Field(
         None,
-        description="architecture of a student distilled at the server from the clients' consensus; none: no student",
+        description="model of a student that the server distills from the clients' consensus; "
+        "`null`: no student",
     )
     optimizer: OptimizerConfig = OptimizerConfig()
     preprocess: PreprocessConfig = PreprocessConfig()
 
 
 class EvaluationConfig(ConfigSection):
-    """When models are read, and when a run that no longer improves stops."""
+    """Evaluation schedule and early stopping."""
 
     every: PositiveInt = Field(
         1, description="rounds between two evaluations; the last round is always evaluated"
     )
     patience: PositiveInt | None = Field(
-        None, description="stop after so many evaluations without a better validation"
+        None,
+        description="stop after this number of evaluations without a better validation metric; "
+        "`null`: no early stopping",
     )
     clients: PositiveInt | None = Field(
         None,
-        description="read so many clients' models, drawn once by the seed; none: all, or 100 of more than 1,000",
+        description="number of clients whose models are evaluated, sampled once; `null`: all, or "
+        "100 of more than 1,000",
     )
 
 
 class RuntimeConfig(ConfigSection):
-    """Where and how a run computes. Threads are part of the result's bits, the number of workers is not."""
+    """Execution of a run: synchronous or asynchronous, processes, device and precision."""
 
     mode: choice_type("sync", "async") = Field(  # type: ignore[valid-type]
         "sync",
-        description="sync: rounds that wait for the whole cohort; async: clients.per_round clients train at any time, each at "
-        "its own pace, and the server aggregates when enough uploads have come",
+        description="`sync`: each round waits for its cohort; `async`: `clients.per_round` clients "
+        "train at any time, each at its own pace, and the server aggregates after `buffer` uploads",
     )
     buffer: PositiveInt | None = Field(
         None,
-        description="async: uploads after which the server aggregates; none: as many as clients train at a time",
+        description="`async`: uploads per aggregation; `null`: the number of clients that train at "
+        "a time",
     )
     staleness: StalenessConfig = StalenessConfig()
     executor: choice_type("auto", "serial", "batched", "processes", "ray", "torchrun") = Field(  # type: ignore[valid-type]
         "auto",
-        description="how steps are carried out; auto: chosen before the run from its size and, where it is close, a few timed steps",
+        description="how clients are computed; `serial`: one after another; `batched`: clients "
+        "with the same architecture vectorized; `processes`, `ray`, `torchrun`: in worker "
+        "processes; `auto`: chosen before the run by its size and, if necessary, timed steps",
     )
     address: str | None = Field(
         None,
-        description="of the Ray cluster, `auto` for the one that runs on this machine; none: what RAY_ADDRESS says, "
-        "else a cluster for this run alone; changes no result",
+        description="address of the Ray cluster, `auto` for one on this machine; `null`: "
+        "RAY_ADDRESS if it is set, else a new cluster for this run; does not affect results",
     )
     workers: PositiveInt | None = Field(
         None,
-        description="worker processes (executors that have them); none: as many as cores; changes no result; "
-        "with torchrun, its processes but the first",
+        description="number of worker processes; `null`: the number of cores, with `torchrun` its "
+        "processes except the first; does not affect results",
     )
     chunk: PositiveInt | None = Field(
         None,
-        description="clients of one architecture computed together at most; none: 128 if batched, a worker's share of a large "
-        "group if auto takes workers, else 1",
+        description="maximum number of clients with one architecture that are computed together; "
+        "`null`: 128 for `batched`, chosen by `auto` for worker processes, else 1",
     )
     threads: PositiveInt | None = Field(
-        None, description="threads of a process; none: chosen from cores and models"
+        None,
+        description="threads per process; `null`: chosen from the number of cores and the models",
     )
-    device: choice_type("auto", "cpu", "cuda", "mps", prefix="cuda:") = Field(  # type: ignore[valid-type]
-        "auto", description="auto: the first GPU if there is one"
+    device: Device = Field(  # type: ignore[valid-type]
+        "auto", description="device of computations; `auto`: the first GPU, or the CPU without one"
     )
     store_memory: NonNegativeInt = Field(
         1024,
-        description="MiB of clients' private state held in memory, the rest lies on disk; may change when a run is resumed",
+        description="memory in MiB for clients' private state, the rest is stored on disk; does "
+        "not affect results",
     )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32",
-        description="bfloat16: products in half the bits (autocast), parameters and losses as ever; for GPUs",
+        description="`bfloat16`: automatic mixed precision with float32 parameters and losses, "
+        "for GPUs",
     )
     deterministic: bool = Field(
         False,
-        description="on a GPU: use only algorithms that compute the same bits in every run; slower, and an operation without "
-        "one raises an error; no effect on a CPU",
+        description="use only deterministic algorithms on a GPU; slower, and operations without a "
+        "deterministic implementation raise an error; no effect on a CPU",
     )
     divergence: Literal["skip", "stop"] = Field(
         "skip",
-        description="a client whose loss is no longer finite: leave it out of the round, or end the run",
+        description="when a client's loss is not finite; `skip`: drop the client from the round; "
+        "`stop`: end the run",
     )
 
 
 class OutputConfig(ConfigSection):
-    """What a run leaves behind besides metrics and models."""
+    """Optional output files of a run."""
 
-    plots: bool = Field(True, description="`plots/*.png`")
-    report: bool = Field(True, description="`report.html`")
+    plots: bool = Field(True, description="write figures to `plots/*.png`")
+    report: bool = Field(True, description="write `report.html`")
     tensorboard: bool = Field(
-        False, description="the same figures below `tensorboard/`; needs `hetero_fl[tensorboard]`"
+        False,
+        description="write TensorBoard event files to `tensorboard/`; requires "
+        "`hetero_fl[tensorboard]`",
     )
 
 
-# client settings that may be written next to `algorithm.name`, too
+# Client settings that may also be written next to `algorithm.name`.
 CLIENT_OPTIONS = ("logit_adjustment",)
 
 
 class Config(ConfigSection):
-    """One run: data, clients, method, and how it is computed."""
+    """The configuration of a run."""
 
     name: str = Field(
         "run",
         min_length=1,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
-        description="`runs/<name>-<time>` holds the results",
+        description="name of the run; the default run directory is `runs/<name>-<timestamp>`",
     )
     seed: NonNegativeInt = Field(
-        0, description="partition, proxy set, initial weights, sampling and batches follow from it"
+        0,
+        description="random seed of partition, proxy set, initial weights, client sampling and "
+        "batches",
     )
-    rounds: PositiveInt = Field(10, description="global rounds")
+    rounds: PositiveInt = Field(10, description="number of rounds")
     data: DataConfig = DataConfig()
     clients: ClientsConfig = ClientsConfig()
     server: ServerConfig = ServerConfig()
     algorithm: dict[str, Any] = Field(
-        {"name": "fedavg"}, description="the method's name and its own settings beside it"
+        {"name": "fedavg"},
+        description="`name` of the method and its settings "
+        "(see [below](#settings-of-the-algorithms))",
     )
     channel: ChannelConfig = ChannelConfig()
     aggregation: AggregationConfig = AggregationConfig()
     attacks: AttacksConfig | None = Field(
-        None, description="clients that lie, for studies; none: nobody does"
+        None, description="simulated malicious clients; `null`: none"
     )
     privacy: PrivacyConfig | None = Field(
-        None, description="differential privacy; none: nothing is noised"
+        None, description="differential privacy; `null`: no noise is added"
     )
     evaluation: EvaluationConfig = EvaluationConfig()
-    devices: DevicesConfig | None = Field(None, description="none: nobody's time is simulated")
-    faults: FaultsConfig | None = Field(None, description="none: nothing goes wrong on purpose")
+    devices: DevicesConfig | None = Field(
+        None, description="simulated devices; `null`: time is not simulated"
+    )
+    faults: FaultsConfig | None = Field(None, description="simulated faults; `null`: none")
     cohort: CohortConfig = CohortConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     output: OutputConfig = OutputConfig()
     init_from: str | None = Field(
-        None, description="a run directory whose models this run starts from"
+        None,
+        description="directory of a run whose models initialize this run; `null`: random "
+        "initialization",
     )
 
     @model_validator(mode="before")
     @classmethod
     def _move_client_options(cls, raw: Any) -> Any:
-        """Read `algorithm.logit_adjustment` as `clients.defaults.logit_adjustment`."""
+        """Move `algorithm.logit_adjustment` to `clients.defaults.logit_adjustment`."""
         algorithm = raw.get("algorithm") if isinstance(raw, dict) else None
         clients = raw.get("clients") or {} if isinstance(raw, dict) else {}
         if not isinstance(algorithm, dict) or not isinstance(clients, dict):

@@ -1,8 +1,7 @@
-"""Simulated machines and what goes wrong with them: how fast, how well connected, how often online; faults by probability."""
+"""Settings of simulated devices, faults and cohorts."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -17,17 +16,18 @@ from pydantic import (
     model_validator,
 )
 
-from hetero_fl.config.base import ConfigSection, choice_type
+from hetero_fl.config.base import ConfigSection, choice_type, format_value
 
 Chance = Annotated[float, Field(ge=0, le=1)]
-WIDEST = 10.0  # sigma: beyond it clients differ by more than anything that computes
+WIDEST = 10.0
 
 
 def _check_log_spread(value: float) -> float:
-    """A spread in the quantity's own unit is meant where it is this large."""
+    """Reject spreads so large that they were probably meant in the unit of the quantity."""
     if value > WIDEST:
         raise ValueError(
-            f"found {value:g}; it is of the natural logarithm, at most {WIDEST:g}: with 0.9 the middle 80 % differ ten-fold"
+            f"must be <= {WIDEST:g}, got {value:g}; it is the standard deviation of the natural "
+            "logarithm"
         )
     return value
 
@@ -36,159 +36,182 @@ Spread = Annotated[NonNegativeFloat, AfterValidator(_check_log_spread)]
 
 
 class QuantityConfig(ConfigSection):
-    """A number of each client's own, drawn once by the key: log-normal."""
+    """A log-normal distribution from which each client's value is sampled once."""
 
-    median: PositiveFloat = Field(description="half of the clients have less")
+    median: PositiveFloat = Field(description="median over the clients")
     sigma: Spread = Field(
         0.0,
-        description="standard deviation of the natural logarithm; 0: all the same; 0.9: the middle 80 % differ ten-fold",
+        description="standard deviation of the natural logarithm; 0: the same value for all "
+        "clients; 0.9: the middle 80 % of the clients differ by a factor of 10",
     )
 
 
-def _fixed_quantity(value: object) -> object:
-    """A plain number: everybody's."""
+def _expand_number(value: object) -> object:
+    """Return the distribution in which all clients have a given number, others unchanged."""
     if isinstance(value, dict | QuantityConfig):
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
-        found = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
-        raise ValueError(f"found {found}; give a number, or {{median, sigma}} to draw from")
+        raise ValueError(
+            f"expected a number or a mapping {{median, sigma}}, got {format_value(value)}"
+        )
     return {"median": value, "sigma": 0.0}
 
 
-Quantity = Annotated[QuantityConfig, BeforeValidator(_fixed_quantity)]
+Quantity = Annotated[QuantityConfig, BeforeValidator(_expand_number)]
 
 
 class AvailabilityConfig(ConfigSection):
-    """When a client is online: one stretch of every day, which begins at a time of its own."""
+    """Daily period in which a client is online."""
 
-    share: float = Field(1.0, gt=0, le=1, description="of the day that it is online")
-    day: PositiveFloat = Field(86400.0, description="seconds of a day")
+    share: float = Field(1.0, gt=0, le=1, description="share of the day that the client is online")
+    day: PositiveFloat = Field(86400.0, description="length of a day in simulated seconds")
     phase: float | None = Field(
         None,
         ge=0,
         lt=1,
-        description="when it comes online, as a share of the day; none: its own, drawn by the key",
+        description="start of the online period as a share of the day; `null`: sampled for each "
+        "client",
     )
 
 
 class DeviceConfig(ConfigSection):
-    """A client's machine. What is not given takes no time, and is always there."""
+    """Simulated device of a client. By default it takes no time and is always available."""
 
     speed: Quantity | None = Field(
         None,
-        description="floating-point operations a second (FLOP/s): a number, or `{median, sigma}` to draw from",
+        description="speed in FLOP/s, a number or `{median, sigma}` to sample it; `null`: "
+        "computation takes no time",
     )
     up: Quantity | None = Field(
-        None, description="bytes a second to the server; a number, or `{median, sigma}`"
+        None,
+        description="upload bandwidth in bytes/s, a number or `{median, sigma}`; `null`: uploads "
+        "take no time",
     )
     down: Quantity | None = Field(
-        None, description="bytes a second from the server; a number, or `{median, sigma}`"
+        None,
+        description="download bandwidth in bytes/s, a number or `{median, sigma}`; `null`: "
+        "downloads take no time",
     )
     jitter: Spread | None = Field(
         None,
-        description="how much the same training takes now more, now less time: sigma of a log-normal factor",
+        description="σ of a log-normal factor on the duration of each task; `null`: none",
     )
-    availability: AvailabilityConfig | None = Field(None, description="none: always online")
-    failure: Chance | None = Field(None, description="chance that it fails in the midst of a task")
+    availability: AvailabilityConfig | None = Field(
+        None, description="when the client is online; `null`: always"
+    )
+    failure: Chance | None = Field(
+        None, description="probability that the client fails during a task; `null`: 0"
+    )
 
 
 class DevicesConfig(DeviceConfig):
-    """The clients' machines, for simulated time; `clients.groups[].machine` and overrides have the last word."""
+    """Simulated devices of all clients.
+
+    Settings in `clients.groups[].machine` and `clients.overrides[].machine` take precedence.
+    """
 
     file: str | None = Field(
         None,
-        description="a CSV of devices, a row each, with any of the columns speed, up, down, jitter, failure, online "
-        "(`0-21600;64800-86400`: seconds of the day); a column `client` says whose a row is, else rows are drawn by the key",
+        description="CSV file with a device per row and any of the columns speed, up, down, "
+        "jitter, failure, online (seconds of the day, such as `0-21600;64800-86400`); a column "
+        "`client` assigns rows to client ids, otherwise they are sampled; `null`: no file",
     )
 
 
 class FaultsConfig(ConfigSection):
-    """What goes wrong, by probability for each task; at most one of them befalls it."""
+    """Simulated faults by their probability per task. A task has at most one fault."""
 
-    before: Chance = Field(0.0, description="the client fails before it trains")
-    during: Chance = Field(0.0, description="it fails in the midst of training")
-    after: Chance = Field(0.0, description="it fails when it has trained, before it sends")
-    lost: Chance = Field(0.0, description="its upload never comes")
-    late: Chance = Field(0.0, description="its upload comes `delay` seconds later")
+    before: Chance = Field(0.0, description="probability that the client fails before training")
+    during: Chance = Field(0.0, description="probability that the client fails during training")
+    after: Chance = Field(
+        0.0, description="probability that the client fails after training, before its upload"
+    )
+    lost: Chance = Field(0.0, description="probability that the upload is lost")
+    late: Chance = Field(0.0, description="probability that the upload is delayed by `delay`")
     twice: Chance = Field(
-        0.0, description="its upload comes twice; the second one is recognised and dropped"
+        0.0, description="probability that the upload arrives twice; the duplicate is dropped"
     )
     corrupted: Chance = Field(
-        0.0, description="bytes of its upload are changed on the way; it is refused"
+        0.0, description="probability that the upload is corrupted and therefore rejected"
     )
-    delay: PositiveFloat = Field(3600.0, description="seconds of `late`")
+    delay: PositiveFloat = Field(3600.0, description="delay of `late` uploads in seconds")
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_server(cls, values: Any) -> Any:
-        # The configuration of every run with faults has the key, most of them an empty list.
+        """Drop the former key `server`, which is an empty list in the files of older runs."""
         if isinstance(values, Mapping) and "server" in values:
             if values["server"]:
                 raise ValueError(
-                    "server is no longer simulated; leave it out (a run whose process is killed goes on with --resume)"
+                    "server faults are no longer simulated; remove the key 'server' "
+                    "(a run whose process is killed continues with --resume)"
                 )
             return {key: value for key, value in values.items() if key != "server"}
         return values
 
     @property
     def probabilities(self) -> dict[str, float]:
-        """Probabilities by name."""
+        """Probability of each fault by name."""
         names = ("before", "during", "after", "lost", "late", "twice", "corrupted")
         return {name: getattr(self, name) for name in names}
 
     @model_validator(mode="after")
     def _check_total_probability(self) -> FaultsConfig:
+        """Check that the probabilities of all faults sum to at most 1."""
         total = sum(self.probabilities.values())
         if total > 1 + 1e-9:
-            raise ValueError(
-                f"found probabilities that add up to {total:g}; at most one fault befalls a task: at most 1"
-            )
+            raise ValueError(f"the sum of the probabilities must be <= 1, got {total:g}")
         return self
 
 
 class CohortConfig(ConfigSection):
-    """Who is invited to a round, how long the server waits for them, and what it does if too few come."""
+    """Sampling of the clients of a round, its deadline, and what happens if uploads are missing."""
 
     sampling: choice_type("uniform", "available", "oort") = Field(  # type: ignore[valid-type]
         "uniform",
-        description="who is drawn: anybody; among those online; or those whose losses are high and who are quick enough (Oort), "
-        "among those online",
+        description="`uniform`: all clients with equal probability; `available`: only clients that "
+        "are online; `oort`: online clients, preferring high losses and fast devices (Oort)",
     )
     over_selection: float = Field(
         1.0,
         ge=1,
-        description="invite so many times clients.per_round and take the first per_round to arrive",
+        description="sample this multiple of `clients.per_round` and use the first `per_round` "
+        "uploads that arrive",
     )
     deadline: PositiveFloat | None = Field(
         None,
-        description="seconds after which a round is closed, simulated or, in a federation, real; none: it waits for everybody",
+        description="maximum duration of a round in seconds, simulated or, with real clients, "
+        "wall-clock; `null`: wait for all clients",
     )
     partial_work: bool = Field(
         False,
-        description="who would miss the deadline trains as many steps as there is time for, and is on time",
+        description="clients that would miss the deadline train fewer steps and arrive in time",
     )
-    least: PositiveInt = Field(1, description="uploads without which a round is not averaged")
+    least: PositiveInt = Field(1, description="minimum number of uploads for an aggregation")
     too_few: choice_type("repeat", "skip", "fail") | None = Field(  # type: ignore[valid-type]
         None,
-        description="fewer than `least`: invite anew, leave the server as it is, or end the run; none: skip where `devices`, "
-        "`faults` or a deadline are simulated, and in a federation; else fail",
+        description="with fewer uploads than `least`; `repeat`: sample another cohort; `skip`: "
+        "continue without an aggregation; `fail`: end the run; `null`: `skip` with `devices`, "
+        "`faults`, `deadline` or real clients, else `fail`",
     )
     attempts: PositiveInt = Field(
-        10, description="too_few: repeat: how often a round is tried before the run fails"
+        10, description="`too_few: repeat`: attempts per round before the run fails"
     )
 
     def num_sampled(self, per_round: int | None, clients: int) -> int:
-        """How many of so many clients are invited to a round."""
-        return (
-            clients
-            if per_round is None
-            else min(clients, math.ceil(self.over_selection * per_round - 1e-9))
-        )
+        """Return the number of clients to sample for a round.
+
+        Args:
+            per_round: Uploads to aggregate, `clients.per_round`; None for all clients.
+            clients: Number of clients.
+        """
+        if per_round is None:
+            return clients
+        return min(clients, math.ceil(self.over_selection * per_round - 1e-9))
 
     @model_validator(mode="after")
     def _check_deadline(self) -> CohortConfig:
+        """Check that there is a deadline that partial work can meet."""
         if self.partial_work and self.deadline is None:
-            raise ValueError(
-                "found partial_work without a deadline; give cohort.deadline, in simulated seconds"
-            )
+            raise ValueError("partial_work=true requires deadline; set it in simulated seconds")
         return self

@@ -113,9 +113,11 @@ class ServerConnectionConfig(ConfigSection):
     def _check_address(cls, address: str) -> str:
         host, _, port = address.rpartition(":")
         if not host or "://" in host or not port.isdecimal():
-            raise ValueError("write host:port, such as fl.example.org:9092")
+            raise ValueError(
+                f"expected host:port, such as fl.example.org:9092, got '{address}'"
+            )
         if not 0 < int(port) <= 65535:
-            raise ValueError("a port is a number from 1 to 65535")
+            raise ValueError(f"port must be >= 1 and <= 65535, got {port}")
         return address
 
 

@@ -1,4 +1,4 @@
-"""Chains of compression: how they are written, and what is refused in one line that names the place."""
+"""Compression chains: valid forms and error messages."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ from tests.helpers.small_federations import config
         ("[]", []),
     ],
 )
-def test_a_chain_is_written_as_a_list_of_stages_and_comes_back_from_a_resolved_configuration(
-    text: str, names: list[str]
-) -> None:
+def test_chain_survives_a_resolved_configuration(text: str, names: list[str]) -> None:
     loaded = load_config(config(), [f"channel.compress={text}"])
     assert [stage.kind for stage in loaded.channel.compress] == names
     assert load_config(yaml.safe_load(dump(loaded))).channel == loaded.channel
@@ -42,53 +40,59 @@ def test_a_chain_is_written_as_a_list_of_stages_and_comes_back_from_a_resolved_c
         ),
         (
             {"compress": [{"topk": 1.5}]},
-            "channel.compress.0.topk: found 1.5; a share below 1, or a whole number",
+            "channel.compress.0.topk: must be a share < 1 or a whole number, got 1.5",
         ),
         ({"compress": [{"topk": 0}]}, "channel.compress.0.topk: must be > 0, got 0"),
         ({"compress": [{"quantize": 17}]}, "channel.compress.0.quantize: must be <= 16, got 17"),
         (
             {"compress": [{"name": "topk"}]},
-            "channel.compress: found the key 'name'; a stage is its own key, as in {topk: 0.01}; choose from topk, randk",
+            "channel.compress: unknown key 'name'; write a stage as {topk: 0.01}, choose from topk, randk",
         ),
         (
             {"compress": [{"name": "halb"}]},
-            "channel.compress: found the key 'name'; a stage is its own key, as in {topk: 0.01}; choose from topk, randk",
+            "channel.compress: unknown key 'name'; write a stage as {topk: 0.01}, choose from topk, randk",
         ),
-        ({"compress": ["halv"]}, "channel.compress: found 'halv'; did you mean 'half'?"),
-        ({"compress": ["topk"]}, "channel.compress: found 'topk' alone; it takes a number"),
+        ({"compress": ["halv"]}, "channel.compress: unknown stage 'halv'; did you mean 'half'?"),
+        ({"compress": ["topk"]}, "channel.compress: stage 'topk' requires a number"),
         (
             {"compress": "half"},
-            "channel.compress: found 'half'; a list of stages was meant, as [topk: 0.01, quantize: 8], or [] for none",
+            "channel.compress: expected a list of stages, got 'half'; write for example [topk: 0.01, quantize: 8], or [] for none",
         ),
         ({"preset": ["small"]}, "channel.preset: expected 'small', got ['small']"),
-        ({"compress": [{}]}, "channel.compress.0: found no stage"),
+        ({"compress": [{}]}, "channel.compress.0: expected one stage per entry, got none"),
         (
             {"compress": [{"topk": 2, "quantize": 3}]},
-            "channel.compress.0: found topk and quantize; each stage has an entry",
+            "channel.compress.0: expected one stage per entry, got topk and quantize",
         ),
         (
             {"compress": [{"topk": 2, "bucket": 3}]},
-            "channel.compress.0: found bucket with topk; it is for quantize",
+            "channel.compress.0: bucket requires quantize, got topk",
         ),
         (
             {"compress": [{"quantize": 8}, {"topk": 2}]},
-            "channel.compress: found topk after quantize",
+            "channel.compress: quantize must be the last stage, got topk after it",
         ),
-        ({"compress": ["half", {"quantize": 8}]}, "channel.compress: found half and quantize"),
-        ({"compress": [{"topk": 2}, {"topk": 1}]}, "channel.compress: found topk twice"),
+        (
+            {"compress": ["half", {"quantize": 8}]},
+            "channel.compress: cannot combine half with quantize",
+        ),
+        (
+            {"compress": [{"topk": 2}, {"topk": 1}]},
+            "channel.compress: each stage may occur once, got topk more than once",
+        ),
         (
             {"compress": [{"randk": 2}, {"lowrank": 0.5}]},
-            "channel.compress: found randk and lowrank",
+            "channel.compress: cannot combine randk, which is unbiased, with lowrank",
         ),
         ({"preset": "smal"}, "channel.preset: expected 'small', got 'smal'; did you mean 'small'?"),
         (
             {"preset": "small", "compress": [], "compress_down": [], "entropy": False},
-            "channel: found preset small and compress, compress_down, entropy, which replace all of it; remove them",
+            "channel: preset=small has no effect, as compress, compress_down, entropy replace all its keys; remove preset",
         ),
         ({"compres": []}, "channel.compres: unknown key; did you mean 'compress'?"),
     ],
 )
-def test_mistakes_are_one_line(channel: dict[str, Any], words: str) -> None:
+def test_invalid_channel_raises_one_line(channel: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError) as error:
         load_config(config(channel=channel))
     assert str(error.value).removeprefix("configuration: ").startswith(words) and "\n" not in str(
@@ -96,7 +100,7 @@ def test_mistakes_are_one_line(channel: dict[str, Any], words: str) -> None:
     )
 
 
-def test_a_preset_stands_for_its_keys_and_others_replace_them() -> None:
+def test_explicit_keys_replace_those_of_a_preset() -> None:
     whole = load_config(config(channel={"preset": "small"})).channel
     assert [stage.kind for stage in whole.compress_down] == ["topk", "quantize"]
     assert whole.entropy

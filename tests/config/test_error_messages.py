@@ -1,4 +1,4 @@
-"""Every error that pydantic can have with the schema is put into this project's own words."""
+"""Every validation error of pydantic that the schema can cause is translated."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ERRORS_OF_NODE: dict[str, set[str]] = {
     "function-before": {"value_error", "assertion_error"},
     "function-plain": {"value_error", "assertion_error"},
     "is-instance": {"is_instance_of"},
-    "lax-or-strict": {"path_type"},  # the form in which pydantic has a Path
+    "lax-or-strict": {"path_type"},  # pydantic's node of a Path
     **{
         name: set()
         for name in (
@@ -69,11 +69,11 @@ def nodes(schema: Any) -> Iterator[dict[str, Any]]:
             yield from nodes(part)
 
 
-def test_every_error_of_the_schema_has_its_words() -> None:
+def test_every_error_type_of_the_schema_has_a_message() -> None:
     errors = set()
     for model in (Config, Study, *(register_algorithm[name] for name in register_algorithm)):
         for node in nodes(model.__pydantic_core_schema__):
-            # a KeyError: add the node's errors, here and in errors.py
+            # After a KeyError, add the errors of the node here and in errors.py.
             errors |= ERRORS_OF_NODE[node["type"]]
             errors |= set().union(
                 *(found for key, found in ERRORS_OF_CONSTRAINT.items() if key in node)
@@ -99,7 +99,7 @@ class Small(BaseModel):
     [
         ({"rounds": "ten"}, "rounds: expected an integer, got 'ten'"),
         ({"rounds": 2.5}, "rounds: expected an integer, got 2.5"),
-        ({"rounds": None}, "rounds: expected an integer, got nothing"),
+        ({"rounds": None}, "rounds: expected an integer, got null"),
         ({"rounds": [1]}, "rounds: expected an integer, got [1]"),
         ({"rounds": float("nan")}, "rounds: expected a finite number, got nan"),
         ({"rounds": 0}, "rounds: must be > 0, got 0"),
@@ -116,11 +116,11 @@ class Small(BaseModel):
         ),
         ({"output": {"plots": "maybe"}}, "output.plots: expected true or false, got 'maybe'"),
         ({"output": {"plots": 2}}, "output.plots: expected true or false, got 2"),
-        ({"name": 5}, "name: expected text, got 5"),
+        ({"name": 5}, "name: expected a string, got 5"),
         ({"name": ""}, "name: expected at least 1 character, got ''"),
         ({"name": "my run"}, "name: must match ^[A-Za-z0-9][A-Za-z0-9_.-]*$, got 'my run'"),
-        ({5: 1}, "5: expected text as a key, got 5"),
-        ({"algorithm": {5: 1}}, "algorithm.5: expected text as a key, got 5"),
+        ({5: 1}, "5: expected a string as key, got 5"),
+        ({"algorithm": {5: 1}}, "algorithm.5: expected a string as key, got 5"),
         (
             {"runtime": {"divergence": "skp"}},
             "expected 'skip' or 'stop', got 'skp'; did you mean 'skip'?",
@@ -131,7 +131,7 @@ class Small(BaseModel):
         ),
         (
             {"clients": {"defaults": {"preprocess": {"normalize": "x"}}}},
-            "expected a table or 'own', got 'x'",
+            "expected a mapping or 'own', got 'x'",
         ),
         (
             {"clients": {"defaults": {"preprocess": {"normalize": {"mean": "x"}}}}},
@@ -156,7 +156,7 @@ class Small(BaseModel):
         ({"clients": {"groups": [{}]}}, "clients.groups.0.name: missing"),
     ],
 )
-def test_a_wrong_value_reads_expected_and_got(tree: dict[Any, Any], line: str) -> None:
+def test_describe_error_names_expected_and_found_values(tree: dict[Any, Any], line: str) -> None:
     with pytest.raises(UserError) as error:
         load_config(tree)
 
@@ -170,10 +170,10 @@ def test_a_wrong_value_reads_expected_and_got(tree: dict[Any, Any], line: str) -
         ({"exact": 4}, "exact: must be a multiple of 3, got 4"),
         ({"code": "abc"}, "code: expected at most 2 characters, got 'abc'"),
         ({"few": [1, 2]}, "few: expected at most 1 entry, got [1, 2]"),
-        ({"file": 5}, "file: expected text, got 5"),
+        ({"file": 5}, "file: expected a string, got 5"),
     ],
 )
-def test_what_a_method_of_ones_own_may_have_too(tree: dict[str, Any], line: str) -> None:
+def test_describe_error_covers_fields_of_user_methods(tree: dict[str, Any], line: str) -> None:
     with pytest.raises(ValidationError) as error:
         Small.model_validate(tree)
 

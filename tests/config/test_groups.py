@@ -1,4 +1,4 @@
-"""Layers of settings: defaults, groups and overrides, the later over the earlier, key by key."""
+"""Merging of defaults, groups and overrides."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hetero_fl.utils.errors import UserError
 SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9, "nesterov": True}
 
 
-def roster(**clients: Any) -> dict[str, ClientSettings]:
+def expand(**clients: Any) -> dict[str, ClientSettings]:
     return expand_population(load_config({"clients": clients}).clients)
 
 
@@ -29,20 +29,20 @@ def roster(**clients: Any) -> dict[str, ClientSettings]:
         ),
     ],
 )
-def test_expand_gives_clients_that_are_left_to_the_group_without_a_count(
+def test_group_without_a_count_gets_the_remaining_clients(
     groups: list[dict[str, Any]], members: dict[str, int]
 ) -> None:
-    clients = roster(count=10, groups=groups)
+    clients = expand(count=10, groups=groups)
 
-    assert Counter(id[0] for id in clients) == members
+    assert Counter(client_id[0] for client_id in clients) == members
 
 
 @pytest.mark.parametrize("layer", ["group", "override"])
-def test_another_optimizer_does_not_inherit_momentum(layer: str) -> None:
+def test_other_optimizer_does_not_inherit_momentum(layer: str) -> None:
     adam: dict[str, Any] = {"optimizer": {"name": "adam"}}
     groups = [{"name": "a", **(adam if layer == "group" else {})}, {"name": "b"}]
     overrides = [{"match": "a", **adam}] if layer == "override" else []
-    clients = roster(defaults={"optimizer": SGD}, groups=groups, overrides=overrides)
+    clients = expand(defaults={"optimizer": SGD}, groups=groups, overrides=overrides)
     changed, kept = clients["a"].optimizer, clients["b"].optimizer
     assert (changed.name, changed.lr, changed.momentum, changed.nesterov) == (
         "adam",
@@ -53,27 +53,27 @@ def test_another_optimizer_does_not_inherit_momentum(layer: str) -> None:
     assert (kept.name, kept.lr, kept.momentum, kept.nesterov) == ("sgd", 0.05, 0.9, True)
 
 
-def test_the_same_optimizer_named_again_keeps_its_settings() -> None:
-    again = roster(
+def test_same_optimizer_inherits_momentum() -> None:
+    again = expand(
         defaults={"optimizer": SGD}, groups=[{"name": "a", "optimizer": {"name": "sgd", "lr": 0.1}}]
     )
     assert (again["a"].optimizer.lr, again["a"].optimizer.momentum) == (0.1, 0.9)
 
 
-def test_layers_that_contradict_one_another_are_one_line() -> None:
+def test_contradicting_layers_raise_one_line() -> None:
     with pytest.raises(
-        UserError, match=r"^clients: 'a': optimizer: .*nesterov needs name: sgd and momentum"
+        UserError, match=r"^clients: 'a': optimizer: .*nesterov=true requires name=sgd and momentum"
     ) as error:
-        roster(defaults={"optimizer": SGD}, groups=[{"name": "a", "optimizer": {"momentum": 0.0}}])
+        expand(defaults={"optimizer": SGD}, groups=[{"name": "a", "optimizer": {"momentum": 0.0}}])
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("layer", ["group", "override"])
-def test_a_layer_that_names_no_optimizer_changes_that_of_the_layers_below(layer: str) -> None:
+def test_layer_without_optimizer_name_changes_the_inherited_one(layer: str) -> None:
     changed: dict[str, Any] = {"optimizer": {"momentum": 0.5, "nesterov": True}}
     groups = [{"name": "a", **(changed if layer == "group" else {})}, {"name": "b"}]
     overrides = [{"match": "a", **changed}] if layer == "override" else []
-    clients = roster(
+    clients = expand(
         defaults={"optimizer": {"name": "sgd", "lr": 0.05}}, groups=groups, overrides=overrides
     )
     got = clients["a"].optimizer
@@ -81,24 +81,25 @@ def test_a_layer_that_names_no_optimizer_changes_that_of_the_layers_below(layer:
     assert clients["b"].optimizer.momentum == 0.0
 
 
-def test_a_layer_that_the_optimizer_below_does_not_support_is_one_line() -> None:
+def test_momentum_for_an_inherited_adam_raises_one_line() -> None:
     with pytest.raises(
-        UserError, match=r"^clients: 'a': optimizer: .*momentum belongs to sgd, not adam$"
+        UserError, match=r"^clients: 'a': optimizer: .*momentum requires name=sgd, got name=adam$"
     ):
-        roster(groups=[{"name": "a", "optimizer": {"momentum": 0.5}}])
+        expand(groups=[{"name": "a", "optimizer": {"momentum": 0.5}}])
     with pytest.raises(
-        UserError, match=r"^clients: 'a': optimizer: .*momentum belongs to sgd, not adam$"
+        UserError, match=r"^clients: 'a': optimizer: .*momentum requires name=sgd, got name=adam$"
     ):
         group = {"name": "a", "optimizer": {"momentum": 0.5}}
-        roster(groups=[group], overrides=[{"match": "a", "optimizer": {"name": "sgd"}}])
+        expand(groups=[group], overrides=[{"match": "a", "optimizer": {"name": "sgd"}}])
     with pytest.raises(
-        UserError, match=r"clients\.groups\.0\.optimizer: .*momentum belongs to sgd, not adam$"
+        UserError,
+        match=r"clients\.groups\.0\.optimizer: .*momentum requires name=sgd, got name=adam$",
     ):
-        roster(groups=[{"name": "a", "optimizer": {"name": "adam", "momentum": 0.5}}])
+        expand(groups=[{"name": "a", "optimizer": {"name": "adam", "momentum": 0.5}}])
 
 
-def test_models_of_an_override_are_taken_in_turn() -> None:
-    clients = roster(
+def test_clients_use_the_models_of_an_override_in_turn() -> None:
+    clients = expand(
         groups=[
             {"name": "x", "count": 1, "model": "linear"},
             {"name": "a", "count": 5, "model": "linear"},
@@ -117,9 +118,9 @@ def test_models_of_an_override_are_taken_in_turn() -> None:
 
 
 @pytest.mark.parametrize("name", ["server", "Server"])
-def test_nobody_is_called_as_the_server_is(name: str) -> None:
+def test_group_cannot_have_the_name_of_the_server(name: str) -> None:
     with pytest.raises(
         UserError,
-        match=rf"clients\.groups\.0\.name: found '{name}', which is what the server is called",
+        match=rf"clients\.groups\.0\.name: '{name}' is reserved for the server",
     ):
-        roster(groups=[{"name": name}])
+        expand(groups=[{"name": name}])

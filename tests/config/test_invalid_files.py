@@ -1,4 +1,4 @@
-"""200 broken configurations made by a program: status 2, one line that names the place, nothing written."""
+"""200 generated invalid configurations: exit status 2, one line that names the key, no files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def changed(path: tuple[Any, ...], value: Any = None, rename: str = "") -> dict[
     return made
 
 
-def misspelt_and_mistyped() -> Iterator[Case]:
+def misspelled_or_mistyped() -> Iterator[Case]:
     rng = random.Random(3)
     paths = [p for p in leaves(MEDICAL) if not isinstance(p[-1], int)]
     for i in range(130):
@@ -152,7 +152,7 @@ def bad_values() -> Iterator[Case]:
 
 
 def bad_files(folder: Path) -> Iterator[Case]:
-    """Files in the MedMNIST layout, each with one thing wrong."""
+    """Yield files in the MedMNIST layout with one defect each."""
     rng = np.random.default_rng(0)
     x, y = (
         rng.integers(0, 255, (300, 28, 28), dtype=np.uint8),
@@ -214,10 +214,10 @@ def refused(
 
 
 @pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.slow)])
-def test_two_hundred_broken_configurations(
+def test_invalid_configurations_exit_with_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], step: int
 ) -> None:
-    cases = [*misspelt_and_mistyped(), *bad_values(), *bad_files(tmp_path)]
+    cases = [*misspelled_or_mistyped(), *bad_values(), *bad_files(tmp_path)]
     assert len(cases) >= 200
     for i, (tree, overrides, names) in enumerate(cases[::step]):
         path = tmp_path / f"{i}.yaml"
@@ -227,7 +227,7 @@ def test_two_hundred_broken_configurations(
         refused(["--config", str(path)], tmp_path / "out", capsys, names)
 
 
-def test_wrong_flags_are_one_line_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_flags_exit_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(ROOT / "configs" / "digits_quickstart.yaml")
     for arguments in (
         [],

@@ -1,4 +1,4 @@
-"""Populations of clients: the same ids, order and settings as a list of them would give."""
+"""Populations of clients against a reference that expands every client."""
 
 from __future__ import annotations
 
@@ -22,50 +22,55 @@ NAMES = st.sampled_from(
 )
 COUNTS = st.one_of(st.integers(1, 12), st.sampled_from([99, 100, 101, 120]))
 PATTERNS = st.text("ab1_2*?[]!-", min_size=1, max_size=7)
+OVERRIDES = ["*", "a*", "*_1", "*1", "*[13579]", "a_1?", "*0*", "site_*"]
 MODELS = ["linear", "mlp", "cnn"]
 CASES = settings(max_examples=50, deadline=None, derandomize=True)
 
 
 @CASES
 @given(st.lists(st.tuples(NAMES, COUNTS), min_size=1, max_size=6))
-def test_order_is_that_in_which_people_count(groups: list[tuple[str, int]]) -> None:
+def test_client_ids_are_in_natural_order(groups: list[tuple[str, int]]) -> None:
     series = [IdSeries(*group) for group in groups]
-    listed = [id for s in series for id in s]
-    if doubled := [id for id, n in Counter(listed).items() if n > 1]:
+    listed = [client_id for s in series for client_id in s]
+    if doubled := [client_id for client_id, n in Counter(listed).items() if n > 1]:
         with pytest.raises(ValueError) as error:
             ClientIds(series)
         assert str(error.value) in doubled
         return
     ids = ClientIds(series)
     assert list(ids) == natural_order(listed) and len(ids) == len(listed)
-    assert [s.position(id) for s in series for id in s] == [
+    assert [s.position(client_id) for s in series for client_id in s] == [
         i for s in series for i in range(len(s))
     ]
     strangers = {
         f"{s.name}_{n}" for s in series for n in ("0", "00", "1", "01", "13", "²", "1000")
     } - set(listed)
-    assert all(s.position(id) is None for id in strangers for s in series)
+    assert all(s.position(client_id) is None for client_id in strangers for s in series)
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(PATTERNS, st.text("ab1_2[]-", min_size=1, max_size=7))
-def test_patterns_match_as_fnmatch_does(pattern: str, client_id: str) -> None:
+def test_overrides_match_like_fnmatch(pattern: str, client_id: str) -> None:
     group = GroupMembers(IdSeries(client_id, 1))
-    population = Population([group], [OverrideLayer(pattern, {})], settle=lambda *layers: None)
+    population = Population([group], [OverrideLayer(pattern, {})], resolve=lambda *layers: None)
 
     assert population.matched_overrides() == [fnmatchcase(client_id, pattern)]
 
 
 @CASES
 @given(
-    st.lists(st.tuples(NAMES, COUNTS, st.integers(0, 3)), min_size=1, max_size=3, unique_by=lambda g: g[0]),
-    st.lists(st.tuples(st.sampled_from(["*", "a*", "*_1", "*1", "*[13579]", "a_1?", "*0*", "site_*"]), st.integers(0, 3)),
-             max_size=3),
-)  # fmt: skip
-def test_settings_are_those_of_a_list(
+    st.lists(
+        st.tuples(NAMES, COUNTS, st.integers(0, 3)),
+        min_size=1,
+        max_size=3,
+        unique_by=lambda group: group[0],
+    ),
+    st.lists(st.tuples(st.sampled_from(OVERRIDES), st.integers(0, 3)), max_size=3),
+)
+def test_settings_equal_a_reference_expansion(
     groups: list[tuple[str, int, int]], overrides: list[tuple[str, int]]
 ) -> None:
-    """The reference lists everybody and hands out models one by one."""
+    """Compare with a reference that expands clients one by one."""
     listed = [(name, g) for g in groups for name in IdSeries(g[0], g[1])]
     ids = [name for name, _ in listed]
     assume(
@@ -82,10 +87,14 @@ def test_settings_are_those_of_a_list(
             expected[name] = (MODELS[turn % models] if models else expected[name][0], number + 2)
     source: dict[str, Any] = {
         "defaults": {"model": "resnet18"},
-        "groups": [{"name": n, "count": c, **({"model": MODELS[:m]} if m else {})} for n, c, m in groups],
-        "overrides": [{"match": p, "epochs": i + 2, **({"model": MODELS[:m]} if m else {})}
-                      for i, (p, m) in enumerate(overrides)],
-    }  # fmt: skip
+        "groups": [
+            {"name": n, "count": c, **({"model": MODELS[:m]} if m else {})} for n, c, m in groups
+        ],
+        "overrides": [
+            {"match": p, "epochs": i + 2, **({"model": MODELS[:m]} if m else {})}
+            for i, (p, m) in enumerate(overrides)
+        ],
+    }
     population = expand_population(load_config({"clients": source}).clients)
     assert list(population) == ids
     assert {name: (s.model[0].name, s.epochs) for name, s in population.items()} == expected
@@ -100,7 +109,7 @@ def test_settings_are_those_of_a_list(
     assert again == population and len({id(s) for s in again.values()}) == len(population.profiles)
 
 
-def test_a_million_clients_are_a_few_kinds() -> None:
+def test_million_clients_share_few_profiles() -> None:
     source = {
         "groups": [
             {"name": "phone", "count": 999_990, "model": ["mlp", "linear"]},
@@ -122,34 +131,37 @@ def test_a_million_clients_are_a_few_kinds() -> None:
         population["phone_000077"].model[0].name == "cnn"
         and population["phone_999977"].model[0].name == "cnn"
     )
-    # both train the first of two models
+    # Both train the first of two models.
     assert population["phone_000005"] is population["phone_999985"]
     assert population["clinic_10"].epochs == 2 and population.ids[0] == "clinic_01"
     assert population.ids[10] == "phone_000001" and population.ids[999_999] == "phone_999990"
     assert "phone_999991" not in population and "phone_5" not in population
 
 
-def test_mistakes_among_a_million_are_one_line() -> None:
+def test_invalid_large_population_raises_one_line() -> None:
     def refused(words: str, **clients: Any) -> None:
         with pytest.raises(UserError, match=words):
             expand_population(load_config({"clients": clients}).clients)
 
     million = {"name": "a", "count": 1_000_000}
-    refused("overrides: 'a_9999999' matches none of a_0000001, a_0000002, .* a_0000008 …$",
-            groups=[million], overrides=[{"match": "a_9999999"}])  # fmt: skip
-    refused("two clients are called 'a_0000005'", groups=[million, {"name": "a_0000005"}])
+    refused(
+        "overrides: 'a_9999999' matches no client; the clients are a_0000001, .*, a_0000008, …$",
+        groups=[million],
+        overrides=[{"match": "a_9999999"}],
+    )
+    refused("two clients have the id 'a_0000005'", groups=[million, {"name": "a_0000005"}])
     sgd = {"match": "a_0*5", "optimizer": {"momentum": 0.5}}
     refused(
-        "clients: 'a_0000005': optimizer: .*momentum belongs to sgd",
+        "clients: 'a_0000005': optimizer: .*momentum requires name=sgd",
         groups=[million],
         overrides=[sgd],
     )
 
 
-def test_clients_listed_one_by_one_are_a_population_too() -> None:
+def test_from_settings_accepts_individual_clients() -> None:
     listed = {
-        id: expand_population(load_config({}).clients)["client"]
-        for id in ("site_10", "b", "site_2")
+        client_id: expand_population(load_config({}).clients)["client"]
+        for client_id in ("site_10", "b", "site_2")
     }
     population = Population.from_settings(listed)
     assert dict(population) == listed and list(population.ids) == ["b", "site_2", "site_10"]

@@ -1,4 +1,4 @@
-"""docs/configuration.md tells what the schema says."""
+"""The generated reference docs/configuration.md."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def script() -> ModuleType:
     return module
 
 
-def test_the_page_is_up_to_date(script: ModuleType) -> None:
+def test_page_is_up_to_date(script: ModuleType) -> None:
     assert script.PAGE.read_text(encoding="utf-8") == script.page(), "run `make docs`"
     assert script.INDEX.read_text(encoding="utf-8") == script.methods_index(), "run `make docs`"
 
 
-def test_check_notices_a_page_that_is_not(
+def test_check_reports_an_outdated_page(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(script, "PAGE", tmp_path / "configuration.md")
@@ -45,18 +45,18 @@ def test_check_notices_a_page_that_is_not(
     assert script.main() == 0
 
 
-def test_every_section_and_every_key_is_there(script: ModuleType) -> None:
+def test_page_contains_every_section_and_key(script: ModuleType) -> None:
     page = script.page()
     for name in Config.model_fields:
         assert f"| `{name}` |" in page
     for name in OptimizerConfig.model_fields:
         assert f"| `{name}` |" in page.split("## `clients.defaults.optimizer`")[1].split("\n## ")[0]
-    assert "| `lr` | number, above 0 | `0.001` |" in page
+    assert "| `lr` | number > 0 | `0.001` |" in page
     assert "| `name` | `sgd`, `adam`, `adamw` | `adam` |" in page
     assert "### `hybrid`" in page and "| `heads` | `take`, `keep` | `take` |" in page
 
 
-def test_a_method_that_somebody_registered_does_not_change_it(
+def test_registered_user_method_does_not_change_the_page(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hetero_fl.algorithms import Algorithm, register_algorithm
@@ -64,19 +64,19 @@ def test_a_method_that_somebody_registered_does_not_change_it(
     before = script.page()
     monkeypatch.setattr(register_algorithm, "_known", dict(register_algorithm._known))
 
-    @register_algorithm("of_my_own")
-    class OfMyOwn(Algorithm):
+    @register_algorithm("user_method")
+    class UserMethod(Algorithm):
         setting: int = 1
 
     assert script.page() == before
 
 
 @pytest.mark.slow
-def test_the_script_runs_by_itself() -> None:
+def test_script_runs_from_another_folder() -> None:
     subprocess.run([sys.executable, str(SCRIPT), "--check"], check=True, cwd="/", timeout=300)
 
 
-def test_every_key_is_described(script: ModuleType) -> None:
+def test_every_key_has_a_description(script: ModuleType) -> None:
     rows = [line for line in script.page().splitlines() if line.startswith("| `")]
     assert len(rows) > 100
     assert not [row for row in rows if row.endswith("|  |")]

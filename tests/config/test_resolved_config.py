@@ -1,4 +1,4 @@
-"""What a run directory keeps of a configuration: it loads to the same clients, and differences are told by their leaves."""
+"""Resolved configurations and descriptions of their differences."""
 
 from __future__ import annotations
 
@@ -42,19 +42,20 @@ LAYERS: list[dict[str, Any]] = [
 ]
 
 
+# Studies refer to other configurations.
 CONFIGS = sorted(
     path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "studies"
-)  # those name others
+)
 
 
 @pytest.mark.parametrize("source", [*CONFIGS, *[{"clients": c} for c in LAYERS]])
-def test_what_is_kept_loads_to_the_same_clients(source: Path | dict[str, Any]) -> None:
+def test_resolved_configuration_loads_to_the_same_clients(source: Path | dict[str, Any]) -> None:
     config = load_config(source)
     again = load_config(yaml.safe_load(dump(config)))
     assert describe_difference(resolve_config(config), resolve_config(again)) is None
     want, got = expand_population(config.clients), expand_population(again.clients)
-    assert {id: s.model_dump() for id, s in got.items()} == {
-        id: s.model_dump() for id, s in want.items()
+    assert {client_id: s.model_dump() for client_id, s in got.items()} == {
+        client_id: s.model_dump() for client_id, s in want.items()
     }
     assert again.model_dump(exclude={"clients"}) == config.model_dump(exclude={"clients"})
 
@@ -70,10 +71,10 @@ def differences(changes: dict[str, Any], **more: Any) -> str | None:
     )
 
 
-def test_a_difference_is_told_by_its_leaf() -> None:
+def test_difference_names_the_key() -> None:
     assert differences({}) is None
-    said = differences({"objective": "python:own:Loss"})
-    assert said == "clients.groups.0.objective: was not given, is now 'python:own:Loss'"
+    line = differences({"objective": "python:own:Loss"})
+    assert line == "clients.groups.0.objective: was not set, is now 'python:own:Loss'"
     assert (
         differences({"model": "linear"})
         == "clients.groups.0.model.0.name: was 'mlp', is now 'linear'"
@@ -81,25 +82,23 @@ def test_a_difference_is_told_by_its_leaf() -> None:
     assert differences({}, rounds=3) == "rounds: was 10, is now 3"
 
 
-def test_difference_tells_a_key_that_is_gone() -> None:
+def test_difference_names_a_removed_key() -> None:
     assert (
         describe_difference({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {}})
-        == "b.c: was 2, is now not given"
+        == "b.c: was 2, is now not set"
     )
 
 
-def test_three_differences_and_a_count() -> None:
-    said = differences({"epochs": 2, "steps": 5}, rounds=3, seed=4, evaluation={"every": 2})
+def test_difference_lists_three_keys_and_counts_the_rest() -> None:
+    line = differences({"epochs": 2, "steps": 5}, rounds=3, seed=4, evaluation={"every": 2})
     assert (
-        said
-        == "seed: was 0, is now 4; rounds: was 10, is now 3; clients.groups.0.epochs: was not given, is now 2; and 2 more"
+        line
+        == "seed: was 0, is now 4; rounds: was 10, is now 3; clients.groups.0.epochs: was not set, is now 2; and 2 more"
     )
 
 
-def test_lists_of_other_lengths_and_long_values() -> None:
-    assert (
-        describe_difference({"a": [{"b": 1}]}, {"a": []}) == "a.0: was {'b': 1}, is now not given"
-    )
+def test_difference_of_list_lengths_and_long_values() -> None:
+    assert describe_difference({"a": [{"b": 1}]}, {"a": []}) == "a.0: was {'b': 1}, is now not set"
     assert describe_difference({"a": [1, 2]}, {"a": [1]}) == "a: was [1, 2], is now [1]"
-    said = describe_difference({"a": "x" * 5000}, {"a": "y" * 5000})
-    assert said is not None and len(said) < 150
+    line = describe_difference({"a": "x" * 5000}, {"a": "y" * 5000})
+    assert line is not None and len(line) < 150

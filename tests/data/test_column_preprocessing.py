@@ -133,7 +133,7 @@ def test_names_that_are_not_there() -> None:
         UserError, match=r"preprocess\.missing: is for tables, series and blocks, not for images"
     ):
         view(torch.zeros(3, 1, 4, 4), ColumnLayout(), missing="indicate").shape((1, 4, 4))
-    with pytest.raises(ValueError, match="each at most once"):
+    with pytest.raises(ValueError, match="each entry may occur once"):
         PreprocessConfig(columns=["a", "a"])
 
 
@@ -251,11 +251,11 @@ def test_sets_from_elsewhere_are_matched_by_name() -> None:
         assert words in str(refused.value)
     tables = from_arrays(torch.rand(6, 4), torch.arange(6) % 2, columns=TABLE.columns)
     x, extra = match_columns(
-        torch.arange(3.0)[None], ("bmi", "age", "new"), tables, "here", {"age"}
+        torch.arange(3.0)[None], ("bmi", "age", "new"), tables, "here", needed={"age"}
     )
     assert x[0, [0, 2]].tolist() == [1, 0] and x[0, [1, 3]].isnan().all() and extra == ["new"]
     with pytest.raises(UserError, match="here has no column 'crp'"):
-        match_columns(torch.arange(3.0)[None], ("bmi", "age", "new"), tables, "here", {"crp"})
+        match_columns(torch.arange(3.0)[None], ("bmi", "age", "new"), tables, "here", needed={"crp"})
 
 
 def test_a_table_with_gaps(tmp_path: Any) -> None:

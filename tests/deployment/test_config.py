@@ -123,11 +123,11 @@ SITE: dict[str, Any] = {"client": "north", "server": {"address": "here:1"}}
         ({"prot": 1}, "prot: unknown key; did you mean 'port'?"),
         ({"port": 70000}, "port: must be <= 65535, got 70000"),
         ({"nodes": {}}, "nodes: expected at least 1 entry, got {}"),
-        ({"nodes": ["north"]}, "nodes: expected a table, got ['north']"),
-        ({"certificates": "server.pem"}, "certificates: expected a table, got 'server.pem'"),
+        ({"nodes": ["north"]}, "nodes: expected a mapping, got ['north']"),
+        ({"certificates": "server.pem"}, "certificates: expected a mapping, got 'server.pem'"),
         ({"certificates": {"certificat": "a"}}, "certificates.certificat: unknown key; did you mean 'certificate'?"),
         ({"wait": -1}, "wait: must be > 0, got -1"),
-        ({"logs": "jsn"}, "logs: found 'jsn'; did you mean 'json'?"),
+        ({"logs": "jsn"}, "logs: unknown value 'jsn'; did you mean 'json'?"),
         ({"metrics": {"port": "x"}}, "metrics.port: expected an integer, got 'x'"),
     ],
 )  # fmt: skip
@@ -142,11 +142,11 @@ def test_a_mistake_in_the_servers_file_is_one_line(
     [
         ({"clint": "north"}, "clint: unknown key; did you mean 'client'?"),
         ({"server": {"adress": "here:1"}}, "server.adress: unknown key; did you mean 'address'?"),
-        ({"server": {"address": "here"}}, "server.address: found 'here'; write host:port"),
-        ({"server": {"address": "https://here:1"}}, "server.address: found 'https://here:1'; write host:port"),
-        ({"server": {"address": "here:99999"}}, "server.address: found 'here:99999'; a port is a number from 1 to"),
+        ({"server": {"address": "here"}}, "server.address: expected host:port, such as fl.example.org:9092, got 'here'"),
+        ({"server": {"address": "https://here:1"}}, "server.address: expected host:port, such as"),
+        ({"server": {"address": "here:99999"}}, "server.address: port must be >= 1 and <= 65535, got 99999"),
         ({"server": {}}, "server.address: missing"),
-        ({"logs": "yaml"}, "logs: found 'yaml'; choose from json, text"),
+        ({"logs": "yaml"}, "logs: unknown value 'yaml'; choose from json, text"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_sites_file_is_one_line(
@@ -232,7 +232,7 @@ def test_a_simulation_is_not_gone_on_with_on_nodes_and_nobody_is_waited_for(tmp_
     transport = Mock()
     with pytest.raises(
         UserError,
-        match=r"--resume: this run was begun on one machine; hetero-fl train goes on with it",
+        match=r"--resume: this run was started on one machine; resume it with hetero-fl train",
     ):
         run_federation({"name": "a"}, transport, out=run.path, resume=True, wait=0.1)
     transport.close.assert_called_once_with()

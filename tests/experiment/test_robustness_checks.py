@@ -34,15 +34,15 @@ def refused(words: str, *source: Any, **changes: Any) -> None:
 
 
 def test_values_that_are_none() -> None:
-    refused("aggregation.rule: found 'krun'; did you mean 'krum'?", aggregation={"rule": "krun"})
+    refused("aggregation.rule: unknown value 'krun'; did you mean 'krum'?", aggregation={"rule": "krun"})
     refused(
-        "attacks.name: found 'sign_flop'; did you mean 'sign_flip'?", attacks={"name": "sign_flop"}
+        "attacks.name: unknown value 'sign_flop'; did you mean 'sign_flip'?", attacks={"name": "sign_flop"}
     )
     refused("attacks.clients: found 'site_77'", attacks={"name": "scaled", "clients": ["site_77"]})
     refused("attacks.name: missing", attacks={"share": 0.2})
     for liars in (-1, 0.5, 1.5):
         refused(
-            f"aggregation.liars: found {liars}; write a whole number", aggregation={"liars": liars}
+            f"aggregation.liars: must be an integer >= 0 or a share >= 0 and < 0.5, got {liars}", aggregation={"liars": liars}
         )
     assert load_config(small(aggregation={"liars": 3})).aggregation.num_malicious(9) == 3
     shares = [
@@ -174,7 +174,7 @@ def test_attacks_that_do_not_fit() -> None:
     )
     refused("attacks.pairs: found class 11", attacks={"name": "label_flip", "pairs": {0: 11}})
     refused(
-        "everybody whose model is read lies",
+        "every evaluated client is malicious",
         attacks={"name": "scaled", "clients": [f"site_{i}" for i in range(1, 8)]},
     )
 

@@ -65,8 +65,8 @@ def client_of(source: dict[str, Any]) -> Participant:
         (private("fedavg", CLIENT, clients__defaults__preprocess={"normalize": "own"}), "preprocess.normalize: found own"),
         (private("fedavg", {**CLIENT, "clip": {"modle": 1.0}}), "uploads no 'modle'; did you mean 'model'?"),
         (private("fedavg", {"noise_multiplier": 0.5, "target_epsilon": 0.1, "delta": 1e-4}), "the first round costs"),
-        (private("fedavg", {"delta": 1e-4}), "needs target_epsilon or noise_multiplier"),
-        (private("fedavg", {**RECORD, "poisson_cohorts": True}), "poisson_cohorts belongs to unit: client"),
+        (private("fedavg", {"delta": 1e-4}), "set target_epsilon or noise_multiplier"),
+        (private("fedavg", {**RECORD, "poisson_cohorts": True}), "poisson_cohorts requires unit=client"),
         (private("fedavg", {**CLIENT, "adaptive_clip": {"noise": 0.1}}), "take more than 0.5"),
         (private("fedavg", {**CLIENT, "votes": True}), "sends no word on classes"),
         (private("fedavg", RECORD, init_from="runs/other"), "init_from: found runs/other"),
@@ -88,7 +88,7 @@ def test_a_delta_that_gives_somebody_away_is_told() -> None:
         ]
 
     assert (
-        "privacy.delta: 0.25 is not below one over 4 clients" in told({**CLIENT, "delta": 0.25})[0]
+        "privacy.delta: 0.25 allows a mechanism that reveals one of 4 clients" in told({**CLIENT, "delta": 0.25})[0]
     )
     assert "training rows of the smallest client" in told({**RECORD, "delta": 0.25})[0]
     assert not told({**CLIENT, "delta": 0.24}) and not told(RECORD)

@@ -218,8 +218,8 @@ def test_named_columns_have_to_be_there(tmp_path: Path) -> None:
 
 
 def test_settings_that_cannot_be() -> None:
-    for bad, words in (({"horizons": (3, 1)}, "nearest first"), ({"horizons": (169,)}, "at most 168 hours"),
-                       ({"test": 0.8, "validation": 0.1}, "must leave time to train on")):  # fmt: skip
+    for bad, words in (({"horizons": (3, 1)}, "in ascending order"), ({"horizons": (169,)}, "<= 168 hours"),
+                       ({"test": 0.8, "validation": 0.1}, "which leaves time to train on")):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             SeriesConfig(**bad)
     with pytest.raises(UserError, match=r"data\.series: found .* but digits takes none"):

@@ -77,27 +77,27 @@ def test_a_groups_own_device_has_the_last_word(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("sped\n1\n", "column 'sped'.*'speed'"),
-        ("speed\n0\n", "row 2, column speed: found '0'; write a number above 0"),
-        ("speed\nfast\n", "found 'fast'"),
-        ("online\n5-1\n", "found '5-1'"),
-        ("online\n8:00-18:00\n", "found '8:00-18:00'; write stretches of seconds of the day"),
-        ("online\n0-5;4-9\n", "found '0-5;4-9'"),
-        ("online\n0-inf\n", "found '0-inf'"),
-        ("failure\n1.5\n", "found '1.5'; write a chance from 0 to 1"),
-        ("failure\n10%\n", "found '10%'"),
+        ("speed\n0\n", "row 2, column speed: expected a number > 0, such as 1.0e\\+8, got '0'"),
+        ("speed\nfast\n", "got 'fast'"),
+        ("online\n5-1\n", "got '5-1'"),
+        ("online\n8:00-18:00\n", "expected disjoint intervals in seconds .*, got '8:00-18:00'"),
+        ("online\n0-5;4-9\n", "got '0-5;4-9'"),
+        ("online\n0-inf\n", "got '0-inf'"),
+        ("failure\n1.5\n", "expected a probability from 0 to 1, got '1.5'"),
+        ("failure\n10%\n", "got '10%'"),
         ("speed,up\n1\n", "row 2: fewer values than columns"),
         ("speed\n1,5e9\n", "row 2: more values than columns"),
-        ("online\n0-5,6-9\n", "row 2: more values than columns; .*semicolons between stretches"),
+        ("online\n0-5,6-9\n", "row 2: more values than columns; separate intervals of `online` by"),
         (
             "client;speed\na;1\n",
-            "found a semicolon between the columns' names; separate them with commas",
+            "expected column names separated by commas, got semicolons",
         ),
-        ("speed,up,speed\n1,2,3\n", "two columns are called 'speed'"),
-        ("client,speed\nsite_1,1\nsite_2,1\nsite_1,2\n", "two rows are of client 'site_1'"),
-        ("client,speed\nsite1,1\n", "no client is called 'site1'; did you mean 'site_1'"),
-        ("speed\n", "no rows"),
-        ("client,speed\nnobody,1\n", "no client is called 'nobody'"),
-        ("online\n0-90000\n", "90000 of a day of 86400"),
+        ("speed,up,speed\n1,2,3\n", "duplicate column 'speed'"),
+        ("client,speed\nsite_1,1\nsite_2,1\nsite_1,2\n", "expected one row per client, got 2 for client 'site_1'"),
+        ("client,speed\nsite1,1\n", "unknown client 'site1'; did you mean 'site_1'"),
+        ("speed\n", "contains no rows"),
+        ("client,speed\nnobody,1\n", "unknown client 'nobody'"),
+        ("online\n0-90000\n", "must be <= 86400, the seconds of a day, got 90000"),
         ("up\n1\n", "devices.up: .*give one"),
     ],
 )
@@ -176,20 +176,20 @@ def test_fates_are_drawn_by_client_and_task_with_their_probabilities() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"add up to 1\.2"):
+    with pytest.raises(ValueError, match=r"sum of the probabilities must be <= 1, got 1\.2"):
         FaultsConfig(before=0.6, lost=0.6)
     with pytest.raises(ValueError, match="deadline"):
         CohortConfig(partial_work=True)
     with pytest.raises(UserError, match=r"devices.speed.median: must be > 0, got -1"):
         prepare(config("fedavg", devices={"speed": {"median": -1}}))
     with pytest.raises(
-        UserError, match=r"devices.speed: found 'fast'; give a number, or {median, sigma}"
+        UserError, match=r"devices.speed: expected a number or a mapping \{median, sigma\}, got 'fast'"
     ):
         prepare(config("fedavg", devices={"speed": "fast"}))
-    with pytest.raises(UserError, match=r"devices.up: found \[1, 2\]; give a number"):
+    with pytest.raises(UserError, match=r"devices.up: expected a number or a mapping \{median, sigma\}, got \[1, 2\]"):
         prepare(config("fedavg", devices={"up": [1, 2]}))
     with pytest.raises(
-        UserError, match=r"devices: expected a table, got 'd.csv'; did you mean 'devices.file'"
+        UserError, match=r"devices: expected a mapping, got 'd.csv'; did you mean 'devices.file'"
     ):
         prepare(config("fedavg", devices="d.csv"))
     assert FaultsConfig.model_validate({"server": [], "lost": 0.5}) == FaultsConfig(lost=0.5)

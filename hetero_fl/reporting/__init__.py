@@ -1,1 +1,1 @@
-"""What a run leaves behind and shows: run directory, progress, pictures, reports, comparisons."""
+"""Run directories, progress, plots, reports and comparisons."""

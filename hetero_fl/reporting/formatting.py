@@ -1,4 +1,4 @@
-"""How numbers and names are put into words: the same in the terminal, in plots, in tables and in reports."""
+"""Format numbers and names for the terminal, plots, tables and reports."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from hetero_fl.utils.text import format_list, split_top_level
 MISSING = "–"
 
 FEW_ROWS = 20
-"""A figure from fewer test rows is marked as uncertain: one row more that is right moves it by over five points."""
+"""Scores on fewer test rows are marked as uncertain: one row changes them by over 5 points."""
 
-READINGS = {"personal": "local test", "global": "global test", "server": "server"}
+TEST_NAMES = {"personal": "local test", "global": "global test", "server": "server"}
 
-READING_WORDS = {
-    "personal": "local test (own test split)",
-    "global": "global test (one set for all)",
-    "server": "server's own model",
+TEST_DESCRIPTIONS = {
+    "personal": "local test (client's test split)",
+    "global": "global test (same for all clients)",
+    "server": "server's model",
 }
 
 METRICS = {
@@ -40,7 +40,7 @@ METRICS = {
 }
 
 BALANCED = ("balanced_accuracy", "auroc")
-"""The metrics that a line has room for where the task has a few classes."""
+"""Metrics of a one-line summary for tasks with few classes."""
 
 MOST_DECIMALS = 20
 
@@ -50,13 +50,13 @@ _DECIMAL = {"auroc", "average_precision", "r2"}
 
 
 def algorithm_base(label: str) -> str:
-    """The method of a label: `hybrid` of `hybrid:teacher=mean`, `python:module:Class` of `python:module:Class:lr=1`."""
+    """Return the method of a label: `hybrid` for `hybrid:teacher=mean`."""
     parts = split_top_level(label, ":")
     return ":".join(parts[:3]) if parts[0] == "python" else parts[0]
 
 
 def algorithm_name(label: str) -> str:
-    """Return a method's title, followed by the settings of the label."""
+    """Return the title of a method, followed by the settings of the label."""
     base = algorithm_base(label)
     kind = register_algorithm.get_loaded(base)
     name = (kind is not None and method_title(kind)) or base.rsplit(":", 1)[-1]
@@ -67,12 +67,12 @@ def algorithm_name(label: str) -> str:
 
 
 def capitalize_first(text: str) -> str:
-    """The same text with a capital first letter."""
+    """Return the text with its first letter capitalized."""
     return text[:1].upper() + text[1:]
 
 
 def format_metric(value: float | None, metric: str) -> str:
-    """One value of a metric for reading: 84.7%, 0.944 or, for errors and losses, three digits that count."""
+    """Format a metric: `84.7%`, `0.944` or, for errors and losses, three significant digits."""
     if value is None:
         return MISSING
     if metric in _PERCENT:
@@ -81,30 +81,30 @@ def format_metric(value: float | None, metric: str) -> str:
 
 
 def metric_name(metric: str, unit: str = "") -> str:
-    """What a metric is called, with the unit of the target where errors are counted in one: `mean absolute error (vehicles)`."""
+    """Return the name of a metric, errors with their unit: `mean absolute error (vehicles)`."""
     return f"{METRICS[metric]} ({unit})" if unit and metric in _IN_UNIT else METRICS[metric]
 
 
-def tested_metric(reading: str, metric: str, unit: str = "") -> str:
-    """Return what a metric is called on a test set: `Global test accuracy`, `Local test mean absolute error (vehicles)`."""
-    return capitalize_first(f"{READINGS[reading]} {metric_name(metric, unit)}")
+def tested_metric(test: str, metric: str, unit: str = "") -> str:
+    """Return the name of a metric on a test: `Global test accuracy`."""
+    return capitalize_first(f"{TEST_NAMES[test]} {metric_name(metric, unit)}")
 
 
 def format_significant(value: float, count: int = 3) -> str:
-    """A number with so many digits that count, never as a power of ten: 0.0341, 2.80, 1234."""
+    """Format a number with `count` significant digits, without exponent: 0.0341, 2.80, 1234."""
     before = math.floor(math.log10(abs(value))) + 1 if value else 1
     return f"{value:.{min(max(0, count - before), MOST_DECIMALS)}f}"
 
 
 def format_bytes(count: float) -> str:
-    """Bytes in decimal units: 0 B, 812 kB, 12.3 MB."""
+    """Format bytes in decimal units: 0 B, 812 kB, 12.3 MB."""
     factor, unit = byte_unit(count)
     value = count / factor
     return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.3g} {unit}"
 
 
 def byte_unit(largest: float) -> tuple[float, str]:
-    """The decimal unit in which the largest of some byte counts reads best, as (bytes of one unit, name)."""
+    """Return a suitable decimal unit for byte counts up to `largest`, as (bytes, name)."""
     units = [(1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")]
     return next(
         ((factor, unit) for factor, unit in units if largest >= 0.9995 * factor), (1.0, "B")
@@ -112,7 +112,7 @@ def byte_unit(largest: float) -> tuple[float, str]:
 
 
 def format_duration(seconds: float) -> str:
-    """A time for reading: 0.4 s, 36 s, 2 min 5 s, 1 h 3 min."""
+    """Format a duration: 0.4 s, 36 s, 2 min 5 s, 1 h 3 min."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -123,7 +123,7 @@ def format_duration(seconds: float) -> str:
 
 
 def time_unit(seconds: float) -> tuple[float, str]:
-    """The unit in which simulated times up to this one read best, as (seconds of one unit, name)."""
+    """Return a suitable unit for simulated times up to `seconds`, as (seconds, name)."""
     units = [(2 * 86400.0, 86400.0, "days"), (3600.0, 3600.0, "hours"), (300.0, 60.0, "minutes")]
     return next(
         ((factor, name) for least, factor, name in units if seconds >= least), (1.0, "seconds")
@@ -131,36 +131,37 @@ def time_unit(seconds: float) -> tuple[float, str]:
 
 
 def format_arrivals(record: Mapping[str, Any]) -> str:
-    """What came of a round's invitations: `10 invited, 7 arrived, 2 failed, 1 late`; empty where all arrived.
+    """Return the outcomes of invited clients: `10 invited, 7 arrived, 2 failed, 1 late`.
 
-    Of a round that was given up because training at the server diverged: why.
+    The text is empty if all arrived. For a round without update because training on the server
+    diverged, it is the reason.
     """
     if diverged := record.get("diverged"):
-        return f"nothing was changed: {diverged}"
+        return f"no update: {diverged}"
     counts = record.get("counts") or {}
     if not counts or counts["invited"] == counts["arrived"]:
         return ""
-    told = [
-        f"{counts[what]} {what}"
-        for what in ("invited", "arrived", "failed", "late")
-        if counts[what]
+    parts = [
+        f"{counts[outcome]} {outcome}"
+        for outcome in ("invited", "arrived", "failed", "late")
+        if counts[outcome]
     ]
-    return ", ".join(told) + ("; too few, nothing was changed" if record.get("skipped") else "")
+    return ", ".join(parts) + ("; too few uploads, no update" if record.get("skipped") else "")
 
 
 def is_better(metric: str, a: float, b: float) -> bool:
-    """Is a better than b?"""
+    """Return whether score `a` is better than `b`."""
     return a < b if metric in SMALLER_IS_BETTER else a > b
 
 
 def is_regression(metrics: Mapping[str, Any]) -> bool:
-    """Do these metrics belong to a regression task?"""
+    """Return whether the metrics are those of a regression."""
     return "mae" in metrics
 
 
 def last_scores(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The last round's figures of the first reading that there is; they tell which metrics the task has."""
-    return next((summary[reading]["last"] for reading in READINGS if summary[reading]), {})
+    """Return the scores of the last round on the first test that has any."""
+    return next((summary[test]["last"] for test in TEST_NAMES if summary[test]), {})
 
 
 def target_kind(summary: Mapping[str, Any], details: Mapping[str, Any]) -> str:
@@ -177,19 +178,19 @@ def target_kind(summary: Mapping[str, Any], details: Mapping[str, Any]) -> str:
     return "multilabel" if isinstance(first[0][0], list) else "multiclass"
 
 
-def client_score(client: Mapping[str, Any], reading: str, metric: str) -> float | None:
-    """One client's figure; None where it is undefined, or where the client has no test rows."""
-    return (client[reading] or {}).get(metric)
+def client_score(client: Mapping[str, Any], test: str, metric: str) -> float | None:
+    """Return the score of a client; None if it is undefined or the client has no test rows."""
+    return (client[test] or {}).get(metric)
 
 
 def selection_metric_of(summary: Mapping[str, Any], details: Mapping[str, Any]) -> str:
-    """The metric by which validation selects rounds: the one that headline, story and pictures are about."""
+    """Return the metric by which rounds are selected, the leading one of reports and plots."""
     kind: Any = target_kind(summary, details)
     return selection_metric(Task(kind, len(details["labels"]), rare=details.get("rare")))[0]
 
 
 def headline_metrics(summary: Mapping[str, Any], details: Mapping[str, Any]) -> tuple[str, str]:
-    """The selection metric, and the one shown beside it."""
+    """Return the selection metric and the second metric of the learning curves."""
     first = selection_metric_of(summary, details)
     if details.get("rare") is not None:
         return first, "average_precision"
@@ -199,17 +200,17 @@ def headline_metrics(summary: Mapping[str, Any], details: Mapping[str, Any]) -> 
 
 
 def population(summary: Mapping[str, Any], details: Mapping[str, Any]) -> int:
-    """How many clients there were; the summary lists those whose models were read."""
+    """Return the number of clients; the summary lists only those that were evaluated."""
     return int(details.get("population", len(summary["clients"])))
 
 
 def local_test_rows(details: Mapping[str, Any]) -> dict[str, int]:
-    """Return how many local test rows each client has."""
+    """Return the number of local test rows of each client."""
     return {client: rows["test"] for client, rows in details["rows"].items()}
 
 
 def format_range(counts: Iterable[int]) -> str:
-    """`24 to 102`, or `60` where all are equal."""
+    """Format the range of counts: `24 to 102`, or `60` if all are equal."""
     known = list(counts)
     low = min(known)
     high = max(known)
@@ -225,40 +226,46 @@ def small_test_note(rows: Mapping[str, int]) -> str:
 
 
 def format_evaluation(record: Mapping[str, Any], unit: str = "") -> str:
-    """Return a round's figures in one line, the same metrics for every test set.
+    """Return the scores of a round in one line, the same metrics for every test.
 
-    For example `local test: balanced accuracy 81.0%, AUROC 0.951; global test: balanced accuracy 71.0%, AUROC 0.930`. A metric
-    that is undefined on one of the test sets is shown there as missing; one that is undefined on all of them is left out.
-    `unit`: of errors.
+    For example `local test: balanced accuracy 81.0%, AUROC 0.951; global test: balanced accuracy
+    71.0%, AUROC 0.930`. A metric that is undefined on one test is shown as missing; one that is
+    undefined on all tests is omitted.
+
+    Args:
+        record: A line of `metrics.jsonl`.
+        unit: Unit of errors.
     """
-    scored = {words: record[reading] for reading, words in READINGS.items() if record.get(reading)}
+    scored = {name: record[test] for test, name in TEST_NAMES.items() if record.get(test)}
     wanted = short_metrics(next(iter(scored.values()))) if scored else ()
     names = [
         name for name in wanted if any(scores.get(name) is not None for scores in scored.values())
     ]
     parts = []
-    for words, scores in scored.items() if names else ():
-        after = f" {unit}" if is_regression(scores) and unit else ""
-        told = (f"{METRICS[name]} {format_metric(scores.get(name), name)}{after}" for name in names)
-        parts.append(f"{words}: {', '.join(told)}")
+    for test_name, scores in scored.items() if names else ():
+        suffix = f" {unit}" if is_regression(scores) and unit else ""
+        values = (
+            f"{METRICS[name]} {format_metric(scores.get(name), name)}{suffix}" for name in names
+        )
+        parts.append(f"{test_name}: {', '.join(values)}")
     if parts and record.get("privacy"):
         parts.append(format_privacy(record["privacy"]))
     return "; ".join(parts)
 
 
 def format_final_evaluation(summary: Mapping[str, Any], unit: str = "") -> str:
-    """Return the figures after the last round of a finished run in one line (see `format_evaluation`)."""
-    last = {reading: (summary[reading] or {}).get("last") for reading in READINGS}
+    """Return the scores after the last round in one line (see `format_evaluation`)."""
+    last = {test: (summary[test] or {}).get("last") for test in TEST_NAMES}
     return format_evaluation({**last, "privacy": summary.get("privacy")}, unit)
 
 
 def format_privacy(privacy: Mapping[str, Any]) -> str:
-    """`ε 7.98 at δ 1e-05`."""
+    """Format a privacy budget: `ε 7.98 at δ 1e-05`."""
     return f"ε {format_significant(privacy['epsilon'])} at δ {privacy['delta']:g}"
 
 
 def short_metrics(scores: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the metrics that a line has room for; the first of the scores is the leading one."""
+    """Return the metrics of a one-line summary; the leading one is first."""
     if is_regression(scores):
         return ("mae",)
     if "top3_accuracy" in scores:

@@ -1,4 +1,4 @@
-"""Whether a run directory is whole: every file there, every line, checksum and model as the run wrote it."""
+"""Check that a run directory is complete and unmodified."""
 
 from __future__ import annotations
 
@@ -24,19 +24,28 @@ from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import CodecError, sha256_of
 from hetero_fl.utils.text import pluralize
 
-NODES = "nodes"  # the executor of a run across machines, whose sites may keep their models
-FREE = ("workers", "reasons")  # what may differ in the record of how a run is computed
-CHANGED = "is not what the run wrote"
+# Executor of a run across machines, whose sites may keep their models.
+NODES = "nodes"
+# Fields of the executor's record in `environment.json` that do not affect results.
+IRRELEVANT_CHOICES = ("workers", "reasons")
+CHANGED = "modified since the run wrote it"
 MISSING = "missing"
-FOREIGN = "is not a model of this run"
-EARLIER = "the run was made by an earlier version"
+FOREIGN = "not a model of this run"
+EARLIER = "the run was written by an earlier version"
 _LOGGED_ROUND = re.compile(r"^\S+ \S+  round \d+[/:]", re.MULTILINE)
 _LOGGED_START = re.compile(r"^\S+ \S+  [\d,]+ clients?, [\d,]+ rounds?\b", re.MULTILINE)
 
 
 @dataclass
 class Inspection:
-    """What was found in a run directory: damage by file name, and notes on what is not damage."""
+    """The result of `inspect`.
+
+    Attributes:
+        path: The run directory.
+        state: Whether the run has finished, and its number of rounds.
+        damage: Descriptions of missing and damaged files, by file name.
+        notes: Remarks that are not about damage, or say how to repair it.
+    """
 
     path: Path
     state: str = ""
@@ -45,11 +54,11 @@ class Inspection:
 
     @property
     def lines(self) -> list[str]:
-        """Return the damage, a line each."""
+        """The damage, one line for each file."""
         return [f"{self.path / name}: {what}" for name, what in self.damage.items()]
 
     def require_whole(self) -> None:
-        """Raise UserError with the first thing that is damaged, if anything is."""
+        """Raise UserError with the first damaged file, if there is any."""
         if not self.damage:
             return
         more = f", and {len(self.damage) - 1} more" if len(self.damage) > 1 else ""
@@ -60,83 +69,86 @@ def inspect(path: str | Path, thorough: bool = True) -> Inspection:
     """Look for missing and damaged files in a run directory.
 
     Args:
-        path: The run directory, of a run that has finished or not.
-        thorough: Also read every model and checkpoint. Otherwise of models only the presence is checked, and
-            checkpoints are left out; everything else is read.
+        path: The directory of a finished or unfinished run.
+        thorough: Whether to read models and checkpoints. Otherwise models only have to exist,
+            and checkpoints are not checked.
 
     Raises:
-        UserError: If it is not a run directory at all.
+        UserError: If the path is no run directory.
     """
     directory = RunDirectory.open(path)
-    found = Inspection(directory.path)
-    # A run that is in progress writes a line before its checkpoint, and checksums before the summary.
+    inspection = Inspection(directory.path)
+    # Listed before the other files: an active run writes each line before its checkpoint, and the
+    # checksums before the summary.
     checkpoints = checkpoint_files(directory.path / "checkpoint")
     finished = directory.finished
     sums: dict[str, str] = {}
     try:
         sums = directory.checksums()
     except UserError as error:
-        found.damage[CHECKSUMS] = _describe_error(error, directory, CHECKSUMS)
-    _check_readable(directory, found)
+        inspection.damage[CHECKSUMS] = _describe_error(error, directory, CHECKSUMS)
+    _check_readable(directory, inspection)
     if _evidence_of_rounds(directory) and not (directory.path / METRICS).exists():
-        found.damage.setdefault(METRICS, MISSING)
+        inspection.damage.setdefault(METRICS, MISSING)
     if sums and (finished or thorough):
-        _check_checksums(directory, sums, thorough, found)
+        _check_checksums(directory, sums, thorough, inspection)
     elif finished and "run" in directory.environment():
-        found.damage.setdefault(CHECKSUMS, f"{MISSING} or empty")
+        inspection.damage.setdefault(CHECKSUMS, f"{MISSING} or empty")
     elif finished:
-        found.notes.append(
-            f"{EARLIER}, without checksums: only form and number of its files are checked"
+        inspection.notes.append(
+            f"{EARLIER}, without checksums: only the format and number of files are checked"
         )
-        if thorough and "summary.json" not in found.damage:
-            _check_models(directory, found)
-    rounds = len(_lines(directory, found))
+        if thorough and "summary.json" not in inspection.damage:
+            _check_models(directory, inspection)
+    rounds = len(_lines(directory, inspection))
     expected = max(map(checkpoint_round, checkpoints), default=0)
-    if finished and "summary.json" not in found.damage:
+    if finished and "summary.json" not in inspection.damage:
         expected = directory.summary()["rounds_completed"]
-    if rounds < expected and found.damage.get(METRICS) in (None, MISSING, CHANGED):
-        found.damage[METRICS] = _missing_lines(directory, rounds, expected)
+    if rounds < expected and inspection.damage.get(METRICS) in (None, MISSING, CHANGED):
+        inspection.damage[METRICS] = _missing_lines(directory, rounds, expected)
     if thorough:
-        # A run may have been killed between its last line and the checkpoint of that round.
-        _check_checkpoints(directory, checkpoints, expected if finished else rounds - 1, found)
-    found.state = _state(directory, rounds)
-    found.notes += _missing_derived(directory) if finished else []
-    found.notes += _missing_optional(directory, checkpoints) if thorough else []
-    found.notes += _remedy(directory, checkpoints, found) if thorough else []
-    return found
+        # A run may have been killed between the last line and the checkpoint of that round.
+        _check_checkpoints(directory, checkpoints, expected if finished else rounds - 1, inspection)
+    inspection.state = _state(directory, rounds)
+    inspection.notes += _missing_derived(directory) if finished else []
+    inspection.notes += _missing_optional(directory, checkpoints) if thorough else []
+    inspection.notes += _remedy(directory, checkpoints, inspection) if thorough else []
+    return inspection
 
 
 def check_resumable(directory: RunDirectory, saved: Mapping[str, Any]) -> None:
-    """Raise UserError if a run directory is not the one whose state is in a checkpoint.
+    """Check that a checkpoint belongs to a run directory.
 
     Args:
-        directory: Where the run is to be resumed.
-        saved: The tree of the checkpoint.
+        directory: The run directory.
+        saved: The state dict of the checkpoint.
+
+    Raises:
+        UserError: If it belongs to another run, or a file was modified.
     """
-    found = Inspection(directory.path)
+    inspection = Inspection(directory.path)
     completed = saved["run"]["completed"]
-    _compare(directory, saved, checkpoint_name(completed), found)
-    found.require_whole()
+    _compare(directory, saved, checkpoint_name(completed), inspection)
+    inspection.require_whole()
 
 
 def evidence_of_start(directory: RunDirectory) -> str:
-    """Return which file shows that a run has written the checkpoint before its first round; empty if none does."""
+    """Return which file shows that a run wrote its first checkpoint; empty if none does."""
     if evidence := _evidence_of_rounds(directory):
         return evidence
-    return f"{LOG} says that the run has started" if _LOGGED_START.search(_log(directory)) else ""
+    return f"{LOG} shows that the run has started" if _LOGGED_START.search(_log(directory)) else ""
 
 
 def identity(directory: RunDirectory) -> dict[str, Any]:
-    """Return what a checkpoint holds of its run directory: which run it is, and its configuration."""
+    """Return the id and configuration of a run, which checkpoints contain."""
     return {
         "run": directory.environment().get("run"),
         "config": json.dumps(resume_relevant(directory.config())),
     }
 
 
-# Files ---------------------------------------------------------------------------------------------------------------
-def _check_readable(directory: RunDirectory, found: Inspection) -> None:
-    """Read what is text: it has to be there, and of the right form."""
+def _check_readable(directory: RunDirectory, inspection: Inspection) -> None:
+    """Check that text files exist and have the right format."""
     readers: dict[str, Callable[[], Any]] = {"config.yaml": directory.config}
     if directory.finished:
         readers |= {"summary.json": lambda: _summary(directory), "details.json": directory.details}
@@ -144,69 +156,69 @@ def _check_readable(directory: RunDirectory, found: Inspection) -> None:
         readers[METRICS] = directory.metrics
     for name, read in readers.items():
         if not (directory.path / name).exists():
-            found.damage[name] = MISSING
+            inspection.damage[name] = MISSING
             continue
         try:
             read()
         except UserError as error:
-            found.damage[name] = _describe_error(error, directory, name)
+            inspection.damage[name] = _describe_error(error, directory, name)
 
 
 def _summary(directory: RunDirectory) -> dict[str, Any]:
-    """Return the summary. Raises UserError if it lacks what is needed here."""
+    """Return the summary; raise UserError if it lacks required keys."""
     summary = directory.summary()
     clients = summary.get("clients", [])
-    named = isinstance(clients, list) and all(
+    has_ids = isinstance(clients, list) and all(
         isinstance(c, dict) and isinstance(c.get("id"), str) for c in clients
     )
-    if not isinstance(summary.get("rounds_completed"), int) or not named:
-        raise UserError("is not the summary of a run")
+    if not isinstance(summary.get("rounds_completed"), int) or not has_ids:
+        raise UserError("not the summary of a run")
     return summary
 
 
 def _check_checksums(
-    directory: RunDirectory, sums: Mapping[str, str], thorough: bool, found: Inspection
+    directory: RunDirectory, sums: Mapping[str, str], thorough: bool, inspection: Inspection
 ) -> None:
     for name in (*ALWAYS, "summary.json"):
         if name not in sums:
-            found.damage.setdefault(CHECKSUMS, f"has no checksum of {name}")
+            inspection.damage.setdefault(CHECKSUMS, f"no checksum of {name}")
     for name, checksum in sums.items():
         path = directory.path / name
         try:
             if not path.exists():
-                found.damage[name] = MISSING
+                inspection.damage[name] = MISSING
             elif (thorough or path.suffix != ".safetensors") and sha256_of(path) != checksum:
-                found.damage.setdefault(name, CHANGED)
+                inspection.damage.setdefault(name, CHANGED)
         except OSError as error:
-            found.damage.setdefault(name, f"cannot be read ({error.strerror})")
+            inspection.damage.setdefault(name, f"cannot be read ({error.strerror})")
     for path in directory.model_files():
         if f"models/{path.name}" not in sums:
-            found.damage[f"models/{path.name}"] = FOREIGN
+            inspection.damage[f"models/{path.name}"] = FOREIGN
 
 
-def _check_models(directory: RunDirectory, found: Inspection) -> None:
-    """Look for the models of a run without checksums: of each client of its summary, and the server's."""
+def _check_models(directory: RunDirectory, inspection: Inspection) -> None:
+    """Check the models of a run without checksums."""
     summary = directory.summary()
     choice = directory.environment().get("choice")
     expected = [f"{client['id']}.safetensors" for client in summary.get("clients", [])]
     expected += ["server.safetensors"] if summary.get("server") else []
     if isinstance(choice, Mapping) and choice.get("executor") == NODES:
-        found.notes.append("sites may keep their models: whether one is missing cannot be told")
+        inspection.notes.append("sites may keep their models, so missing models are not detected")
         expected = []
     for name in expected:
         if not (directory.path / "models" / name).is_file():
-            found.damage[f"models/{name}"] = MISSING
+            inspection.damage[f"models/{name}"] = MISSING
     for path in directory.model_files():
         try:
             read_model_file(path)
         except UserError as error:
-            found.damage[f"models/{path.name}"] = _describe_error(
+            inspection.damage[f"models/{path.name}"] = _describe_error(
                 error, directory, f"models/{path.name}"
             )
 
 
 def _missing_derived(directory: RunDirectory) -> list[str]:
-    """Return a note for each of plots and report that is missing and can be made again."""
+    """Return notes on missing plots and a missing report, which can be created again."""
     try:
         output = directory.config().get("output")
     except UserError:
@@ -215,7 +227,8 @@ def _missing_derived(directory: RunDirectory) -> list[str]:
     notes = []
     if output.get("plots") and not any(directory.plots.glob("*.png")):
         notes.append(
-            f"{directory.plots}: no plots; `hetero_fl.Run({str(directory.path)!r}).plot()` draws them again"
+            f"{directory.plots}: no plots; "
+            f"`hetero_fl.Run({str(directory.path)!r}).plot()` draws them again"
         )
     if output.get("report") and not (directory.path / "report.html").exists():
         notes.append(f"{directory.path / 'report.html'}: missing; `--resume` writes it again")
@@ -223,7 +236,7 @@ def _missing_derived(directory: RunDirectory) -> list[str]:
 
 
 def _missing_optional(directory: RunDirectory, checkpoints: list[Path]) -> list[str]:
-    """Return a note for each of log and older checkpoint that is missing: the run can do without them."""
+    """Return notes on a missing log or older checkpoint, which the run does not need."""
     notes = []
     rounds = {checkpoint_round(path) for path in checkpoints}
     older = max(rounds, default=0) - 1
@@ -235,33 +248,35 @@ def _missing_optional(directory: RunDirectory, checkpoints: list[Path]) -> list[
     return notes
 
 
-def _remedy(directory: RunDirectory, checkpoints: list[Path], found: Inspection) -> list[str]:
-    """Return a note on how the damage can be repaired, or that it cannot; none if nothing is damaged."""
-    if not found.damage:
+def _remedy(directory: RunDirectory, checkpoints: list[Path], inspection: Inspection) -> list[str]:
+    """Return a note on how to repair the damage; none if there is no damage."""
+    if not inspection.damage:
         return []
-    if METRICS in found.damage:
+    if METRICS in inspection.damage:
         return [
-            f"{directory.path / METRICS}: no other file has its lines; the run cannot be repaired"
+            f"{directory.path / METRICS}: no other file contains its lines; "
+            "the run cannot be repaired"
         ]
     if any(
-        name.startswith(("checkpoint", "config.yaml", "environment.json")) for name in found.damage
+        name.startswith(("checkpoint", "config.yaml", "environment.json"))
+        for name in inspection.damage
     ):
         return []
-    if not checkpoints or not directory.finished or FOREIGN in found.damage.values():
+    if not checkpoints or not directory.finished or FOREIGN in inspection.damage.values():
         return []
-    again = "models, details, checksums and summary are written again with the same results"
     return [
-        f"{directory.path}: delete summary.json and run `hetero-fl train --resume --out {directory.path}`; {again}"
+        f"{directory.path}: delete summary.json and run "
+        f"`hetero-fl train --resume --out {directory.path}`; "
+        "models, details, checksums and summary are written again with the same results"
     ]
 
 
-# Rounds --------------------------------------------------------------------------------------------------------------
-def _lines(directory: RunDirectory, found: Inspection) -> list[bytes]:
-    """Return the lines of `metrics.jsonl`; none, which is noted as damage, if it cannot be read."""
+def _lines(directory: RunDirectory, inspection: Inspection) -> list[bytes]:
+    """Return the lines of `metrics.jsonl`; none if it cannot be read, which is damage."""
     try:
         return directory.lines()
     except UserError as error:
-        found.damage.setdefault(METRICS, _describe_error(error, directory, METRICS))
+        inspection.damage.setdefault(METRICS, _describe_error(error, directory, METRICS))
         return []
 
 
@@ -287,77 +302,81 @@ def _log(directory: RunDirectory) -> str:
 def _missing_lines(directory: RunDirectory, rounds: int, expected: int) -> str:
     if not (directory.path / METRICS).exists():
         return f"{MISSING}; expected a line for each of {pluralize(expected, 'round')}"
-    return f"found {pluralize(rounds, 'line')}; expected {expected}, one for each round"
+    return f"expected {expected} lines, one for each round, got {rounds}"
 
 
 def _check_checkpoints(
-    directory: RunDirectory, files: list[Path], least: int, found: Inspection
+    directory: RunDirectory, files: list[Path], least: int, inspection: Inspection
 ) -> None:
-    """Read the two newest checkpoints, and compare the directory with what they say of it.
+    """Read the newest checkpoints and compare the run directory with them.
 
     Args:
         directory: The run directory.
         files: Its checkpoints, the newest last.
-        least: The round that the newest has to be of, if not a later one.
-        found: Takes what is missing or damaged.
+        least: The earliest round that the newest checkpoint may have.
+        inspection: The result, to which damage is added.
     """
     newest = max(map(checkpoint_round, files), default=-1)
     if newest < least:
-        found.damage[f"checkpoint/{checkpoint_name(least)}"] = MISSING
+        inspection.damage[f"checkpoint/{checkpoint_name(least)}"] = MISSING
     elif not files and (evidence := evidence_of_start(directory)):
-        found.damage["checkpoint"] = f"{MISSING}, although {evidence}"
+        inspection.damage["checkpoint"] = f"{MISSING}, although {evidence}"
     for path in reversed(files[-KEPT_CHECKPOINTS:]):
         try:
             saved = read_checkpoint(path).tree
         except (CodecError, OSError) as error:
-            reason = str(error)
-            if isinstance(error, OSError):
-                missing = isinstance(error, FileNotFoundError)
-                reason = (
-                    f"refers to {error.filename}, which is missing"
-                    if missing
-                    else str(error.strerror)
-                )
-            found.damage[f"checkpoint/{path.name}"] = f"damaged ({reason})"
+            inspection.damage[f"checkpoint/{path.name}"] = f"damaged ({_reason(error)})"
             continue
-        _compare(directory, saved, path.name, found)
+        _compare(directory, saved, path.name, inspection)
+
+
+def _reason(error: CodecError | OSError) -> str:
+    """Describe why a checkpoint could not be read."""
+    if isinstance(error, FileNotFoundError):
+        return f"refers to {error.filename}, which is missing"
+    return str(error.strerror) if isinstance(error, OSError) else str(error)
 
 
 def _compare(
-    directory: RunDirectory, saved: Mapping[str, Any], name: str, found: Inspection
+    directory: RunDirectory, saved: Mapping[str, Any], name: str, inspection: Inspection
 ) -> None:
-    """Compare a run directory with what one of its checkpoints says of it."""
+    """Compare a run directory with the facts about it in a checkpoint."""
     known = saved.get("directory")
     completed = saved["run"]["completed"]
     if known is None:
-        note = f"{EARLIER}: that {METRICS} and config.yaml are as written cannot be checked"
-        if not directory.finished and note not in found.notes:
-            found.notes.append(note)
+        note = f"{EARLIER}: changes of {METRICS} and config.yaml cannot be detected"
+        if not directory.finished and note not in inspection.notes:
+            inspection.notes.append(note)
     elif known["run"] != directory.environment().get("run"):
-        found.damage[f"checkpoint/{name}"] = "is of another run"
+        inspection.damage[f"checkpoint/{name}"] = "belongs to another run"
         return
     if checkpoint_name(completed) != name:
-        found.damage[f"checkpoint/{name}"] = (
-            f"holds the state after {pluralize(completed, 'round')}"
+        inspection.damage[f"checkpoint/{name}"] = (
+            f"contains the state after {pluralize(completed, 'round')}"
         )
-    lines = _lines(directory, found)
+    lines = _lines(directory, inspection)
     if len(lines) < completed:
-        found.damage.setdefault(METRICS, _missing_lines(directory, len(lines), completed))
+        inspection.damage.setdefault(METRICS, _missing_lines(directory, len(lines), completed))
     elif known is not None and sha256(b"".join(lines[:completed])).hexdigest() != known["metrics"]:
-        found.damage.setdefault(METRICS, _changed_lines(directory, completed))
+        inspection.damage.setdefault(METRICS, _changed_lines(directory, completed))
     if _result_relevant(directory.environment().get("choice")) != _result_relevant(saved["choice"]):
-        found.damage["environment.json"] = f"choice {CHANGED}"
-    if known is None or found.damage.get("config.yaml") not in (None, CHANGED):
-        return
+        inspection.damage["environment.json"] = f"choice {CHANGED}"
+    if known is not None and inspection.damage.get("config.yaml") in (None, CHANGED):
+        _compare_config(directory, known, inspection)
+
+
+def _compare_config(
+    directory: RunDirectory, known: Mapping[str, Any], inspection: Inspection
+) -> None:
     config = directory.config()
-    was = json.loads(known["config"])
+    before = json.loads(known["config"])
     now = resume_relevant(config)
     rounds = config.get("rounds")
     if not isinstance(rounds, int) or rounds < known["rounds"]:
-        was = {"rounds": known["rounds"], **was}
+        before = {"rounds": known["rounds"], **before}
         now = {"rounds": rounds, **now}
-    if differs := describe_difference(was, now):
-        found.damage["config.yaml"] = f"{CHANGED}: {differs}"
+    if difference := describe_difference(before, now):
+        inspection.damage["config.yaml"] = f"{CHANGED}: {difference}"
 
 
 def _changed_lines(directory: RunDirectory, completed: int) -> str:
@@ -380,12 +399,10 @@ def _state(directory: RunDirectory, rounds: int) -> str:
 
 
 def _result_relevant(choice: Any) -> Any:
-    """What decides the bits of a run's results in the record of how it is computed."""
-    return (
-        {k: v for k, v in choice.items() if k not in FREE}
-        if isinstance(choice, Mapping)
-        else choice
-    )
+    """Return the fields of the executor's record that affect results."""
+    if not isinstance(choice, Mapping):
+        return choice
+    return {key: value for key, value in choice.items() if key not in IRRELEVANT_CHOICES}
 
 
 def _describe_error(error: UserError, directory: RunDirectory, name: str) -> str:

@@ -1,4 +1,4 @@
-"""What a method is, in words, from its docstring and what its class declares."""
+"""Describe methods by their docstrings and declarations."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from hetero_fl.utils.text import split_top_level
 
 
 def method_class(label: str) -> type[Algorithm] | None:
-    """Return the class of a label's method; None for a user's own method whose module this process has not imported."""
+    """Return the class of a method; None if the module of a user's method is not imported."""
     return register_algorithm.get_loaded(algorithm_base(label))
 
 
 def is_bound(label: str) -> bool:
-    """Does a label name a bound, which others are measured against?"""
+    """Return whether a method is a bound, which competes with no other method."""
     kind = method_class(label)
     return kind is not None and requirements.is_bound(kind)
 
 
 def is_baseline(label: str) -> bool:
-    """Does it name the line to beat, no federation at all?"""
+    """Return whether a method is the baseline without federation."""
     kind = method_class(label)
     return kind is not None and requirements.is_baseline(kind)
 
 
 def method_needs(label: str) -> list[requirements.Need]:
-    """What the method needs, with the settings of the label where they are plain."""
+    """Return the requirements of a method with the settings of its label."""
     kind = method_class(label)
     if kind is None:
         return []
@@ -37,28 +37,29 @@ def method_needs(label: str) -> list[requirements.Need]:
     settings = dict(pair for s in own if len(pair := s.split("=", 1)) == 2 and "." not in pair[0])
     try:
         return requirements.describe_needs(kind.model_validate(settings))
-    except ValidationError:  # a list, say, or a setting without a default
+    except ValidationError:
+        # Settings that are no plain values, or a required setting without a value.
         return requirements.describe_needs(kind.model_construct())
 
 
 def format_needs(label: str) -> str:
-    """The same in words, for a table."""
+    """Return the requirements of a method as text for a table."""
     return requirements.format_needs(method_needs(label))
 
 
 def docstring_paragraph(label: str, number: int = 0) -> str:
-    """Return a paragraph of a method's docstring as one line; empty if there is none."""
+    """Return a paragraph of the docstring of a method as one line; empty if there is none."""
     kind = method_class(label)
-    paragraphs = ((kind.__doc__ if kind else None) or "").strip().split("\n\n")
-    return " ".join(paragraphs[number].split()) if number < len(paragraphs) else ""
+    paragraphs = requirements.method_paragraphs(kind) if kind else []
+    return paragraphs[number] if number < len(paragraphs) else ""
 
 
 def describe_methods(labels: Iterable[str]) -> list[tuple[str, str, str, str]]:
-    """Return (name, summary, details, when it is evaluated) of each method, once, whatever its settings."""
-    found = []
+    """Return (name, summary, details, time of evaluation) of each method, once for all settings."""
+    described = []
     for base in dict.fromkeys(map(algorithm_base, labels)):
         kind = method_class(base)
-        summary = docstring_paragraph(base) or "It has no docstring."
-        read = f"Read: {kind.evaluated_when}." if kind else ""
-        found.append((algorithm_name(base), summary, docstring_paragraph(base, 1), read))
-    return found
+        summary = docstring_paragraph(base) or "No docstring."
+        evaluated = f"Evaluated: {kind.evaluated_when}." if kind else ""
+        described.append((algorithm_name(base), summary, docstring_paragraph(base, 1), evaluated))
+    return described

@@ -1,14 +1,17 @@
-"""Show progress in the terminal and write TensorBoard events."""
+"""Show progress in the terminal, log it to a file and write TensorBoard events.
+
+All output goes to stderr, so that stdout stays free for results.
+"""
 
 from __future__ import annotations
 
 import os
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from traceback import format_exception
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -36,17 +39,20 @@ from hetero_fl.reporting.formatting import (
 from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.text import pluralize
 
-# What a run shows while it runs: a live display in a terminal, one quiet line an evaluated round
-# elsewhere.
-#
-# Everything goes to stderr, so that stdout stays free for results; the lines go to the log file
-# too.
-
 
 class Progress:
-    """Shows how far a run is. Use it as a context manager: leaving it puts the terminal in order, whatever happened.
+    """Show the progress of a run, as a context manager.
 
-    Without a log path nothing is written to disk. `quiet`: nothing is shown, the log is written all the same.
+    A terminal shows a live display, other streams get one line for each evaluated round. On exit
+    the terminal is restored, and an error is written to the log.
+
+    Args:
+        log_path: File that log lines are appended to; None writes no log.
+        quiet: Whether to show nothing. The log is still written.
+        console: Console to print to; by default stderr.
+
+    Attributes:
+        unit: Unit of errors in a regression.
     """
 
     def __init__(
@@ -71,21 +77,23 @@ class Progress:
         )
         self._task = Text("", style="dim")
         self._scores = Text("")
-        self._rounds = self._done = self._first = 0
-        self._began = 0.0
-        self.unit = ""  # of errors
+        self._rounds = 0
+        self._completed = 0
+        self._first = 0
+        self._started = 0.0
+        self.unit = ""
 
     def __enter__(self) -> Progress:
         if self._log_path is not None:
-            # Line by line, so that the log of a killed run is whole up to its last line.
+            # With line buffering, the log of a killed run is complete up to its last line.
             self._log = open(self._log_path, "a", encoding="utf-8", buffering=1)
         return self
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
-        trace: TracebackType | None,
+        traceback: TracebackType | None,
     ) -> None:
         self._stop()
         if self._log is not None:
@@ -100,12 +108,18 @@ class Progress:
         return self._console.is_terminal
 
     def start(self, rounds: int, clients: int, done: int = 0) -> None:
-        """The run begins, or goes on after `done` completed rounds."""
+        """Start the display.
+
+        Args:
+            rounds: Number of rounds of the run.
+            clients: Number of clients.
+            done: Number of rounds that were completed before a resume.
+        """
         self._rounds = rounds
         self._first = done
-        self._done = done
-        self._began = time.monotonic()
-        resumed = f", {done} of them done before" if done else ""
+        self._completed = done
+        self._started = time.monotonic()
+        resumed = f", {done} of them already completed" if done else ""
         self.log(f"{pluralize(clients, 'client')}, {pluralize(rounds, 'round')}{resumed}")
         if self.is_terminal:
             self._bar_task = self._bar.add_task("round", total=rounds, completed=done, left="")
@@ -118,57 +132,67 @@ class Progress:
             self._live.start()
 
     def show_task(self, text: str) -> None:
-        """What is being done now, such as `hospital_2 trains resnet18`; shown in a terminal only."""
+        """Show the current task in a terminal, such as `hospital_2 trains resnet18`."""
         self._task.plain = text
 
     def finish_round(self, record: Mapping[str, Any]) -> None:
-        """A round is complete: the record of `metrics.jsonl`."""
-        self._done = record["round"]
-        if "simulated" not in record:  # else there may be many, and they are counted
+        """Report a completed round.
+
+        Args:
+            record: Its line of `metrics.jsonl`.
+        """
+        self._completed = record["round"]
+        # A simulation may have many failures; only their number is logged.
+        if "simulated" not in record:
             for client, reason in record["failed"].items():
-                self.log(f"round {self._done}: {client} left out ({reason})")
+                self.log(f"round {self._completed}: {client} dropped ({reason})")
         if ("counts" in record or "diverged" in record) and (arrivals := format_arrivals(record)):
-            self.log(f"round {self._done}: {arrivals}")
+            self.log(f"round {self._completed}: {arrivals}")
         for client, reason in record.get("unread", {}).items():
-            self.log(f"round {self._done}: {client} not read ({reason})")
+            self.log(f"round {self._completed}: {client} not evaluated ({reason})")
         if self._live is not None:
-            self._bar.update(self._bar_task, completed=self._done, left=self._time_left())
+            self._bar.update(self._bar_task, completed=self._completed, left=self._time_left())
         if "personal" in record:
             self._show_evaluation(record)
 
     def _show_evaluation(self, record: Mapping[str, Any]) -> None:
-        figures = format_evaluation(record, self.unit)
-        if not figures:
+        scores = format_evaluation(record, self.unit)
+        if not scores:
             return
-        line = f"round {self._done}/{self._rounds}  {figures}"
+        line = f"round {self._completed}/{self._rounds}  {scores}"
         self._write(line)
         if self._live is None:
             left = self._time_left()
             self._print(line + (f"  ({left})" if left else ""))
-        self._scores.plain = capitalize_first(figures)
+        self._scores.plain = capitalize_first(scores)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """The run is over: its summary."""
+        """Report the end of the run.
+
+        Args:
+            summary: Content of `summary.json`.
+        """
         self._stop()
-        figures = format_final_evaluation(summary, self.unit)
-        exchanged = summary["communication"]
-        self.log(
-            f"done: {pluralize(summary['rounds_completed'], 'round')} in {format_duration(summary['seconds']['total'])}, "
-            f"{format_bytes(exchanged['up_bytes'])} up and {format_bytes(exchanged['down_bytes'])} down"
-            + (f"; {figures}" if figures else "")
-        )
+        scores = format_final_evaluation(summary, self.unit)
+        rounds = pluralize(summary["rounds_completed"], "round")
+        duration = format_duration(summary["seconds"]["total"])
+        up = format_bytes(summary["communication"]["up_bytes"])
+        down = format_bytes(summary["communication"]["down_bytes"])
+        line = f"done: {rounds} in {duration}, {up} up and {down} down"
+        self.log(f"{line}; {scores}" if scores else line)
 
     def log(self, line: str) -> None:
-        """One line for the reader and for the log file."""
+        """Print one line and append it to the log file."""
         line = " ".join(line.split())
         self._write(line)
         self._print(line)
 
     def _time_left(self) -> str:
-        fresh = self._done - self._first
-        if fresh < 1 or self._done >= self._rounds:
+        completed_here = self._completed - self._first
+        if completed_here < 1 or self._completed >= self._rounds:
             return ""
-        return f"{format_duration((time.monotonic() - self._began) / fresh * (self._rounds - self._done))} left"
+        seconds_per_round = (time.monotonic() - self._started) / completed_here
+        return f"{format_duration(seconds_per_round * (self._rounds - self._completed))} left"
 
     def _print(self, line: str) -> None:
         self._console.print(Text(line))
@@ -178,11 +202,11 @@ class Progress:
             self._log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n")
 
     def _write_failure(self, error: Exception) -> None:
-        """What ended the run; with the traceback of what lies behind the one line that the user sees."""
+        """Log the error that ended the run, with the traceback of its cause."""
         self._write(f"failed: {' '.join(str(error).split())}")
-        behind = error.__cause__ if isinstance(error, UserError | RunFailedError) else error
-        if behind is not None and self._log is not None:
-            self._log.writelines(traceback.format_exception(behind))
+        cause = error.__cause__ if isinstance(error, UserError | RunFailedError) else error
+        if cause is not None and self._log is not None:
+            self._log.writelines(format_exception(cause))
 
     def _stop(self) -> None:
         if self._live is not None:
@@ -190,31 +214,30 @@ class Progress:
             self._live = None
 
 
-# The same figures as `metrics.jsonl`, for TensorBoard (the extra `hetero_fl[tensorboard]`).
-
-
 def writer_callback(run_dir: str | os.PathLike[str]) -> Callable[[Mapping[str, Any]], None]:
-    """A callback that writes each round's record below the run's `tensorboard/`.
+    """Return a callback that writes the record of a round to the folder `tensorboard/` of a run.
 
-    Raises UserError if TensorBoard is not installed.
+    Raises:
+        UserError: If TensorBoard is not installed.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError(
-            "output.tensorboard: TensorBoard is not installed; pip install 'hetero_fl[tensorboard]', or set it to false"
+            "output.tensorboard: TensorBoard is not installed; "
+            "run pip install 'hetero_fl[tensorboard]' or set it to false"
         ) from None
     return partial(log_record, SummaryWriter(str(Path(run_dir) / "tensorboard")))
 
 
 def log_record(writer: Any, record: Mapping[str, Any]) -> None:
-    """Write one round's record: every defined metric, the mean training loss, bytes and seconds."""
+    """Write all defined metrics, the mean training loss, bytes and seconds of a round."""
     step = record["round"]
-    for reading in ("personal", "global", "server"):
+    for test in ("personal", "global", "server"):
         for scores, prefix in ((record, "test"), (record.get("validation") or {}, "validation")):
-            for name, value in (scores.get(reading) or {}).items():
+            for name, value in (scores.get(test) or {}).items():
                 if value is not None:
-                    writer.add_scalar(f"{prefix}/{reading}/{name}", value, step)
+                    writer.add_scalar(f"{prefix}/{test}/{name}", value, step)
     losses = list(record["train_loss"].values())
     if losses:
         writer.add_scalar("train/loss", sum(losses) / len(losses), step)

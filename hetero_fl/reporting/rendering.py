@@ -1,4 +1,4 @@
-"""Fill the templates of reports, and write tables as Markdown."""
+"""Fill the templates of reports and format tables in Markdown."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LATEX = {
     "”": "''",
     **{character: "\\" + character for character in "&%$#_{}"},
 }
-"""How characters are written in LaTeX that are not plain text there."""
+"""Characters that have to be escaped or replaced in LaTeX."""
 
 
 def escape_latex(text: str) -> str:
@@ -49,12 +49,15 @@ def escape_latex(text: str) -> str:
 def markdown_table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], alignment: Sequence[str]
 ) -> str:
-    """Format a table in GitHub's Markdown.
+    """Format a table in GitHub Markdown.
 
     Args:
         columns: Names of the columns.
-        rows: Cells of each row; a row that is shorter than the header ends with empty cells.
+        rows: Cells of each row; short rows are filled with empty cells.
         alignment: `left` or `right` for each column.
+
+    Returns:
+        The table, without a final line break.
     """
     from tabulate import tabulate
 
@@ -68,18 +71,18 @@ def markdown_table(
 
 
 def join_values(value: Any) -> str:
-    """Write a value of `environment.json`, lists and objects too, as one line."""
+    """Format a value of `environment.json`, including lists and objects, as one line."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {join_values(found)}" for name, found in value.items())
     return "; ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-# Settings of a client that change its loss; a method may set them.
+# Client settings that change the loss; a method may set them.
 ADJUSTMENTS = ("logit_adjustment", "class_weights")
 
 
 def format_training(settings: Mapping[str, Any]) -> str:
-    """Write a client's own training settings, as far as `details.json` has them, as one line."""
+    """Format the training settings of a client in `details.json` as one line."""
     own = {
         **settings.get("optimizer", {}),
         **{key: settings[key] for key in ("epochs", "steps", "batch_size") if key in settings},
@@ -107,12 +110,12 @@ FILTERS: dict[str, Callable[..., str]] = {
     "thousands": "{:,}".format,
     "training_settings": format_training,
 }
-"""Filters that the templates use in addition to Jinja's own."""
+"""Template filters in addition to those of Jinja."""
 
 
 @cache
 def _environment() -> Environment:
-    # a run that writes no report does not load Jinja
+    # Runs without a report do not need Jinja.
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
     environment = Environment(
@@ -128,7 +131,7 @@ def _environment() -> Environment:
 
 
 def render(template: str, **content: Any) -> str:
-    """Fill a template of this package; what is put into an HTML page is escaped."""
+    """Fill a template of this package; values are escaped in HTML pages."""
     return _environment().get_template(template).render(**content)
 
 

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file with everything in it, which opens anywhere and needs nothing from the network."""
+"""Write the report of a run: a self-contained HTML file that works offline."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hetero_fl.reporting.formatting import (
     FEW_ROWS,
     METRICS,
     MISSING,
-    READINGS,
+    TEST_NAMES,
     client_score,
     is_better,
     is_regression,
@@ -32,7 +32,7 @@ from hetero_fl.reporting.integrity import NODES
 from hetero_fl.reporting.methods import docstring_paragraph, method_class
 from hetero_fl.reporting.plots import style
 from hetero_fl.reporting.plots.clients import FEW
-from hetero_fl.reporting.plots.rounds import ROUNDS, SHOWN
+from hetero_fl.reporting.plots.rounds import TASK_CLIENTS, TASK_ROUNDS
 from hetero_fl.reporting.plots.scores import PANELS
 from hetero_fl.reporting.rendering import render
 from hetero_fl.reporting.run_directory import RunDirectory
@@ -42,27 +42,30 @@ Json = dict[str, Any]
 LISTED_MODELS = 8
 
 
-def write_report(run_dir: str | os.PathLike[str], say: Callable[[str], None] | None = None) -> Path:
-    """Write a finished run's `report.html` and return its path.
+def write_report(run_dir: str | os.PathLike[str], log: Callable[[str], None] | None = None) -> Path:
+    """Write the `report.html` of a finished run and return its path.
 
-    It takes the pictures of `plots/`, or draws its own if there are none. Raises UserError if the folder is no finished
-    run.
+    The report contains the plots in `plots/`; if there are none, they are drawn.
 
     Args:
-        run_dir: The finished run.
-        say: Where a picture or a report that cannot be made is reported in one line; None raises what went wrong.
+        run_dir: The run directory.
+        log: Called with a line for each plot or report that cannot be created; None raises the
+            error instead.
+
+    Raises:
+        UserError: If the folder is no finished run.
     """
     run = RunDirectory.open(run_dir)
-    with plots.report_errors("the report cannot be written", say):
-        run.write_text("report.html", _page(run, say))
+    with plots.report_errors("the report cannot be written", log):
+        run.write_text("report.html", _page(run, log))
     return run.path / "report.html"
 
 
-def _page(run: RunDirectory, say: Callable[[str], None] | None) -> str:
-    found = {name: run.plots / f"{name}.png" for name in plots.NAMES}
+def _page(run: RunDirectory, log: Callable[[str], None] | None) -> str:
+    paths = {name: run.plots / f"{name}.png" for name in plots.NAMES}
     pictures = {
-        name: path.read_bytes() for name, path in found.items() if path.is_file()
-    } or plots.draw_plots(run, say)
+        name: path.read_bytes() for name, path in paths.items() if path.is_file()
+    } or plots.draw_plots(run, log)
     return render(
         "report.html",
         **report_facts(run.summary(), run.details(), run.metrics()),
@@ -75,7 +78,7 @@ def _page(run: RunDirectory, say: Callable[[str], None] | None) -> str:
 
 
 def _repeat_command(run: RunDirectory) -> str:
-    """Return the command that repeats a run; `auto` might choose another executor the next time."""
+    """Return the command that repeats a run with the executor that it used."""
     folder = run.path.name if run.path.is_absolute() else run.path.as_posix()
     command = f"python scripts/train.py --config {folder}/config.yaml --out runs/again"
     configured = run.config().get("runtime", {}).get("executor")
@@ -87,7 +90,7 @@ def _repeat_command(run: RunDirectory) -> str:
 
 
 def report_facts(summary: Json, details: Json, records: Sequence[Json] = ()) -> Json:
-    """Return what the templates of the report are filled with.
+    """Return the values for the templates of the report.
 
     Args:
         summary: Content of `summary.json`.
@@ -127,32 +130,30 @@ def report_facts(summary: Json, details: Json, records: Sequence[Json] = ()) -> 
         and is_regression(scores),
         "attack": describe_attack(attacks),
         "protections": describe_protections(summary, details),
-        "worst": {
-            reading: _worst_client(summary, reading, metric) for reading in ("personal", "global")
-        },
+        "worst": {test: _worst_client(summary, test, metric) for test in ("personal", "global")},
         "rules": _compare_with_rules(summary, details, metric),
-        "readings": READINGS,
+        "test_names": TEST_NAMES,
         "missing": MISSING,
         "few_rows": FEW_ROWS,
         "panels": PANELS,
         "drawn_as_points": FEW,
-        "drawn_rounds": ROUNDS,
-        "drawn_clients": SHOWN,
+        "drawn_rounds": TASK_ROUNDS,
+        "drawn_clients": TASK_CLIENTS,
     }
 
 
 def _client_metrics(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return (reading, metric) of the columns in the table of clients."""
+    """Return the columns of the table of clients as (test, metric)."""
     names = REGRESSION if is_regression(scores) else short_metrics(scores)
     if names == BALANCED:
         names = ("accuracy", "balanced_accuracy")
         return [("personal", name) for name in names] + [("global", n) for n in (*names, "auroc")]
-    return [(reading, name) for reading in ("personal", "global") for name in names]
+    return [(test, name) for test in ("personal", "global") for name in names]
 
 
-def _worst_client(summary: Json, reading: str, metric: str) -> Json | None:
+def _worst_client(summary: Json, test: str, metric: str) -> Json | None:
     """Return the client with the worst score; None if fewer than two have one."""
-    scores = {c["id"]: client_score(c, reading, metric) for c in summary["clients"]}
+    scores = {c["id"]: client_score(c, test, metric) for c in summary["clients"]}
     known = {client: score for client, score in scores.items() if score is not None}
     if len(known) < 2:
         return None
@@ -161,9 +162,9 @@ def _worst_client(summary: Json, reading: str, metric: str) -> Json | None:
 
 
 def _compare_with_rules(summary: Json, details: Json, metric: str) -> list[Json]:
-    """Return, for each simple rule of the data, its score and how many clients' models are better on local tests."""
+    """Return the score of each simple rule and how many client models beat it on the local test."""
     compared = []
-    for rule, readings in summary.get("baselines", {}).items():
+    for rule, scores in summary.get("baselines", {}).items():
         known = []
         for client in summary["clients"]:
             found = details["baselines"].get(client["id"], {}).get("personal", {})
@@ -173,6 +174,6 @@ def _compare_with_rules(summary: Json, details: Json, metric: str) -> list[Json]
                 known.append((score, simple))
         if known:
             beaten = sum(is_better(metric, score, simple) for score, simple in known)
-            score = readings["personal"].get(metric)
+            score = scores["personal"].get(metric)
             compared.append({"name": rule, "score": score, "beaten": beaten, "known": len(known)})
     return compared

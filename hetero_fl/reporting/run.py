@@ -1,4 +1,4 @@
-"""A finished run, from Python: its summary, its models, predictions and pictures."""
+"""Read a finished run from Python: summary, models, predictions and plots."""
 
 from __future__ import annotations
 
@@ -21,16 +21,45 @@ from hetero_fl.utils.text import pluralize
 
 
 class Run:
-    """The directory of a finished run.
+    """A run, read from its run directory.
 
-    Opening it reads every file but models and checkpoints, of which a model is checked when it is first used.
+    Opening a run checks its text files against their checksums. The models are read and checked
+    on first use.
 
     Args:
-        path: The directory.
-        allow_code: Whether code that its files name (`python:package.module:Name`) may run, such as a user's model.
+        path: The run directory.
+        allow_code: Whether code that the files name (`python:package.module:Name`) may run, such
+            as the class of a user's own model.
+
+    Attributes:
+        directory: The files of the run.
+        permission: The code that may run when models are loaded.
 
     Raises:
-        UserError: There is no run directory at the path, or something in it is missing or damaged.
+        UserError: If the path is no run directory, or a file is missing or damaged.
+
+    Example:
+        >>> import hetero_fl
+        >>> import numpy as np
+        >>> config = {
+        ...     "name": "digits",
+        ...     "data": {"name": "digits"},
+        ...     "algorithm": {"name": "fedavg"},
+        ...     "clients": {"count": 2, "defaults": {"model": "mlp"}},
+        ...     "rounds": 1,
+        ...     "output": {"plots": False, "report": False},
+        ... }
+        >>> path = hetero_fl.run(config, out="runs/digits").path
+        >>> run = hetero_fl.Run.open(path)
+        >>> run.summary["rounds_completed"], run.metrics[-1]["round"]
+        (1, 1)
+        >>> list(run.models)
+        ['client_1', 'client_2', 'server']
+        >>> images = np.zeros((3, 8, 8), dtype=np.uint8)
+        >>> run.predict("client_1", images).shape
+        torch.Size([3, 10])
+        >>> [path.name for path in run.plot()][:3]
+        ['curves.png', 'clients.png', 'labels.png']
     """
 
     def __init__(self, path: str | Path, allow_code: bool | CodePermission = False) -> None:
@@ -40,7 +69,7 @@ class Run:
 
     @classmethod
     def open(cls, run: Run | str | Path, allow_code: bool | CodePermission = False) -> Run:
-        """Return the run at a path; for a `Run`, itself, or with `allow_code` another one with that permission."""
+        """Return the run at a path; an open run is returned unless `allow_code` differs."""
         if isinstance(run, Run) and (not allow_code or run.permission is allow_code):
             return run
         return cls(run.path if isinstance(run, Run) else run, allow_code)
@@ -52,40 +81,36 @@ class Run:
         details = self.directory.details()
         done = pluralize(summary["rounds_completed"], "round")
         about = f"{algorithm_name(summary['algorithm'])} on {summary['data']['name']}, {done}"
-        return "\n".join(
-            [
-                f"Run({str(self.path)!r}: {about}, {pluralize(population(summary, details), 'client')}, seed {summary['seed']};",
-                f"    {format_final_evaluation(summary, details.get('unit', ''))})",
-            ]
-        )
+        clients = pluralize(population(summary, details), "client")
+        scores = format_final_evaluation(summary, details.get("unit", ""))
+        return f"Run({str(self.path)!r}: {about}, {clients}, seed {summary['seed']};\n    {scores})"
 
     @property
     def path(self) -> Path:
-        """Where it lies."""
+        """The path of the run directory."""
         return self.directory.path
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """`summary.json`."""
+        """The content of `summary.json`."""
         return self.directory.summary()
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
-        """The records of `metrics.jsonl`, one a round."""
+        """The records of `metrics.jsonl`, one for each round."""
         return self.directory.metrics()
 
     @cached_property
     def models(self) -> dict[str, SavedModel]:
-        """The models by client id, and "server" if the server has one."""
+        """The models by client id; `server` is the model of the server, if it has one."""
         files = self.directory.model_files()
         if not files:
-            over = (self.path / "summary.json").exists()
-            why = (
-                "no site tells its own (tells.model in a site's file)"
-                if over
-                else "the run has not finished"
+            if not self.directory.finished:
+                raise UserError(f"{self.path}: has no models; the run has not finished")
+            raise UserError(
+                f"{self.path}: has no models; no site uploads its own "
+                "(tells.model in a site's file)"
             )
-            raise UserError(f"{self.path}: holds no models; {why}")
         sums = self.directory.checksums()
         for name in (f"models/{f.name}" for f in files):
             if name in sums and sha256_of(self.path / name) != sums[name]:
@@ -93,27 +118,43 @@ class Run:
         return {f.stem: SavedModel.load(f, self.permission) for f in files}
 
     def predict(self, client: str, x: Any, personal: bool = True, unit: Any = None) -> Tensor:
-        """Probabilities `[N, outputs]` (regression: values) of a client's model for raw examples.
+        """Predict raw examples with the model of a client.
 
-        `x`: images `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` as uint8 or as floats in 0..1 (0..255 where that is
-        plain), tables `[N, F]`, series `[N, T, F]`; a data frame, whose columns are found by their names; a dictionary of
-        blocks, from which one may be absent if the model knows what to do then. They are preprocessed as that client does.
-        `personal`: read with the client's own label frequencies, as on its own patients. `unit`: of a regression whose targets are
-        relative to something, what each row's are relative to (`[N]` or a number): values are then in the target's unit.
-        Raises UserError for examples that the model cannot take.
+        The examples are preprocessed as on that client.
+
+        Args:
+            client: Client id, or `server`.
+            x: Raw examples. Images: `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`, as uint8 or as
+                floats in [0, 1] (or in [0, 255] where that is unambiguous). Tables: `[N, F]`, or a
+                data frame, whose columns are matched by name. Series: `[N, T, F]`. Several blocks:
+                a dictionary by name; a block may be missing if the model can handle that.
+            personal: Whether the client's label frequencies are added to the logits, as in the
+                local test. Only models trained with logit adjustment have them.
+            unit: For a regression with relative targets: the reference value of each row, `[N]` or
+                a number. Predictions are multiplied by it and are then in the unit of the target.
+
+        Returns:
+            Probabilities, or values for a regression, shape `[N, outputs]`.
+
+        Raises:
+            UserError: If there is no such client, or the model cannot process the examples.
         """
         if client not in self.models:
             raise UserError(
-                f"{self.path}: found no model of '{client}'{suggest_or_list(client, self.models)}"
+                f"{self.path}: no model of '{client}'{suggest_or_list(client, self.models)}"
             )
         model = self.models[client]
-        z = model.logits(preprocess_inputs(model, x), personal)
-        if model.task.kind == "regression":
-            return z if unit is None else z * torch.as_tensor(unit, dtype=z.dtype).reshape(-1, 1)
-        return z.sigmoid() if model.task.kind == "multilabel" else z.softmax(-1)
+        logits = model.logits(preprocess_inputs(model, x), personal)
+        if model.task.kind == "multilabel":
+            return logits.sigmoid()
+        if model.task.kind != "regression":
+            return logits.softmax(-1)
+        if unit is None:
+            return logits
+        return logits * torch.as_tensor(unit, dtype=logits.dtype).reshape(-1, 1)
 
     def plot(self) -> list[Path]:
-        """Draw the pictures (again); returns their paths."""
+        """Draw the plots of the run into its folder `plots/` and return their paths."""
         from hetero_fl.reporting.plots import write_plots
 
         return write_plots(self.path)

@@ -1,4 +1,4 @@
-"""The run directory: the files that a run leaves behind, written so that a crash at any moment leaves them readable."""
+"""Write and read the files of a run; they stay readable after a crash at any time."""
 
 from __future__ import annotations
 
@@ -25,10 +25,13 @@ LOCK = ".lock"
 LOG = "log.txt"
 CHECKSUMS = "SHA256SUMS"
 METRICS = "metrics.jsonl"
-ALWAYS = ("config.yaml", "environment.json", METRICS, "details.json")  # of a finished run
-DERIVED = ("report.html", "plots/*.png")  # can be made again from the other files
-SITES = "sites"  # of a federation on one machine: what its nodes keep
-# of a creation cut short
+# Files that every finished run has, besides its summary.
+ALWAYS = ("config.yaml", "environment.json", METRICS, "details.json")
+# Files that can be created again from the others.
+DERIVED = ("report.html", "plots/*.png")
+# Folder of the nodes of a federation on one machine.
+SITES = "sites"
+# Files that may exist if the creation of a run directory was interrupted.
 UNFINISHED = {"environment.json", ".environment.json.tmp", ".config.yaml.tmp", LOCK, SITES}
 
 Json = dict[str, Any]
@@ -36,50 +39,56 @@ Json = dict[str, Any]
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[list[str]]:
-    """Hold a folder, which is made if it is not there, against other processes; yields lines for the log.
+    """Create a folder if necessary and lock it against other processes.
 
-    The operating system ends the hold with the process, however that ends; the empty file `.lock` stays and means nothing.
-    Where the file system has no locks nothing is held, and the line says so. Raises UserError if another process holds the
-    folder, or it cannot be written to.
+    The operating system releases the lock when the process ends; the empty file `.lock` remains.
+    On file systems without locks the folder is not locked.
+
+    Args:
+        folder: The folder.
+
+    Yields:
+        Lines for the log: a warning if the file system has no locks.
+
+    Raises:
+        UserError: If another process has locked the folder, or it is not writable.
     """
     _make_folder(folder)
     lock = FileLock(folder / LOCK, timeout=0)
     try:
-        held = _try_lock(lock)
+        is_supported = _try_lock(lock)
     except Timeout:
         raise UserError(
-            f"{folder}: another process is at work there; let it end, or choose another --out"
+            f"{folder}: in use by another process; wait for it to end or choose another --out"
         ) from None
     except OSError as error:
         raise UserError(
-            f"{folder}: cannot be written to ({error.strerror}); choose another --out"
+            f"{folder}: not writable ({error.strerror}); choose another --out"
         ) from None
+    warning = (
+        f"{folder}: the file system has no locks; do not start a second process in this folder"
+    )
     try:
-        yield (
-            []
-            if held
-            else [
-                f"{folder}: its file system has no locks; see to it that no second process works there"
-            ]
-        )
+        yield [] if is_supported else [warning]
     finally:
         lock.release()
 
 
 def _try_lock(lock: BaseFileLock) -> bool:
-    """Whether the operating system holds it now; not where the file system has no locks. Raises Timeout and OSError."""
+    """Acquire a lock; return False if the file system has no locks."""
     with warnings.catch_warnings():
-        # told by the line in the log
+        # The caller logs this.
         warnings.filterwarnings("ignore", message="flock not supported")
         lock.acquire()
-    if isinstance(lock, SoftFileLock):  # a plain file outlives a kill: worse than none
+    # A lock that is a plain file would remain after a crash.
+    if isinstance(lock, SoftFileLock):
         lock.release()
         return False
     return True
 
 
 def is_locked(folder: Path) -> bool:
-    """Return whether another process is at work in a folder; False where that cannot be told."""
+    """Return whether another process has locked a folder; False if that is unknown."""
     if not (folder / LOCK).is_file():
         return False
     lock = FileLock(folder / LOCK, timeout=0)
@@ -94,7 +103,11 @@ def is_locked(folder: Path) -> bool:
 
 
 def has_run(path: Path) -> bool:
-    """Return whether a run was begun in a folder. Raises UserError if it was, and has no configuration any more."""
+    """Return whether a folder contains a run, finished or not.
+
+    Raises:
+        UserError: If it contains results, but no configuration.
+    """
     if (path / "config.yaml").is_file():
         return True
     if (path / METRICS).is_file() or (path / "summary.json").is_file():
@@ -102,10 +115,21 @@ def has_run(path: Path) -> bool:
     return False
 
 
-def check_vacant(path: Path, besides: str = ", or --resume if it is an interrupted run") -> None:
-    """Raises UserError if the path is taken by anything but an empty folder, or one whose creation was interrupted."""
+def check_vacant(
+    path: Path, alternatives: str = ", or --resume if it is an interrupted run"
+) -> None:
+    """Check that a run directory can be created.
+
+    Args:
+        path: The run directory.
+        alternatives: End of the error message.
+
+    Raises:
+        UserError: If the path exists and is neither an empty folder nor the result of an
+            interrupted creation.
+    """
     if path.exists() and not (path.is_dir() and {p.name for p in path.iterdir()} <= UNFINISHED):
-        raise UserError(f"{path}: exists already; choose another --out{besides}")
+        raise UserError(f"{path}: already exists; choose another --out{alternatives}")
 
 
 def _make_folder(folder: Path) -> None:
@@ -113,22 +137,29 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{folder}: cannot be made ({error.strerror}); choose another --out"
+            f"{folder}: cannot be created ({error.strerror}); choose another --out"
         ) from None
 
 
 class RunDirectory:
-    """One run's folder.
+    """The folder of a run.
 
-    It holds `config.yaml` (resolved), `environment.json`, `metrics.jsonl` (a line a round), `summary.json`,
-    `details.json` (what the report shows of each client), `log.txt`, `plots/`, `models/`, `checkpoint/`, `report.html`.
-    `environment.json` names the layout's version, and so marks a folder as a run directory. `SHA256SUMS` holds the
-    checksums of a finished run, and `summary.json`, written last, marks it as finished.
+    It contains `config.yaml` (resolved), `environment.json`, `metrics.jsonl` (a line for each
+    round), `summary.json`, `details.json` (facts about each client for the report), `log.txt`,
+    `plots/`, `models/`, `checkpoint/` and `report.html`. `environment.json` contains the version of
+    the layout and marks a folder as a run directory. `SHA256SUMS` contains the checksums of a
+    finished run. `summary.json` is written last and marks the run as finished.
+
+    Args:
+        path: The folder. It is not accessed before a method needs it.
+
+    Attributes:
+        path: The folder.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._written: hashlib._Hash | None = None  # over metrics.jsonl
+        self._metrics_hash: hashlib._Hash | None = None
 
     @classmethod
     def create(
@@ -138,10 +169,18 @@ class RunDirectory:
         config: Mapping[str, Any],
         environment: Mapping[str, Any],
     ) -> RunDirectory:
-        """A new run directory with the resolved configuration and a description of the machine.
+        """Create a run directory.
 
-        `config.yaml` is written last: where it is, the folder is complete. Raises UserError if the path is taken by
-        anything but an empty folder, or one in which this was interrupted.
+        `config.yaml` is written last and marks the creation as complete.
+
+        Args:
+            path: The folder.
+            config: The resolved configuration.
+            environment: Versions, machine and identity of the run.
+
+        Raises:
+            UserError: If the path exists and is neither an empty folder nor the result of an
+                interrupted creation.
         """
         run = cls(path)
         check_vacant(run.path)
@@ -152,73 +191,85 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunDirectory:
-        """An existing run directory. Raises UserError if there is none, or one of another version."""
+        """Open an existing run directory.
+
+        Raises:
+            UserError: If there is none, or its version is not supported.
+        """
         run = cls(path)
         if not run.path.is_dir():
             raise UserError(
-                f"{run.path}: no such folder; expected a run directory, such as runs/NAME"
+                f"{run.path}: folder not found; expected a run directory, such as runs/NAME"
             )
         if not (run.path / "environment.json").is_file():
             raise UserError(f"{run.path}: not a run directory (it has no environment.json)")
         version = run.environment().get("run_directory_version")
         if version != VERSION:
             raise UserError(
-                f"{run.path}: run directory version {version}; this release reads version {VERSION}"
+                f"{run.path}: run directory of version {version}; "
+                f"this release reads version {VERSION}"
             )
         return run
 
     @property
     def log(self) -> Path:
-        """Where the log lines go."""
+        """The path of the log file."""
         return self.path / LOG
 
     @property
     def plots(self) -> Path:
-        """Where the pictures go."""
+        """The path of the folder with plots."""
         return self.path / "plots"
 
     def write_text(self, name: str, text: str) -> Path:
-        """Replace a file in one step: after a crash it holds the old text or the new, never half of one."""
+        """Replace a file atomically and return its path."""
         target = self.path / name
         write_atomically(target, text.encode())
         return target
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
-        """Replace a JSON file in one step. Raises ValueError for NaN and infinities, which JSON does not have."""
+        """Replace a JSON file atomically and return its path.
+
+        Raises:
+            ValueError: If the content contains NaN or infinity, which JSON does not support.
+        """
         return self.write_text(name, _json_text(content))
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Replace `config.yaml` in one step."""
+        """Replace `config.yaml` atomically."""
         text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=110)
         self.write_text("config.yaml", text)
 
-    # Rounds ------------------------------------------------------------------------------------------------------
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Add a round's line to `metrics.jsonl`; it is on the disk when this returns. Raises ValueError for NaN."""
+        """Append the line of a round to `metrics.jsonl` and flush it to disk.
+
+        Raises:
+            ValueError: If the record contains NaN or infinity.
+        """
         line = (json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n").encode()
-        checksum = self._checksum()
+        metrics_hash = self._hash_of_metrics()
         with open(self.path / METRICS, "ab") as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
-        checksum.update(line)
+        metrics_hash.update(line)
 
     def metrics_checksum(self) -> str:
-        """Return the SHA-256 of `metrics.jsonl` as this process has written it, or found it first."""
-        return self._checksum().hexdigest()
+        """Return the SHA-256 of the lines of `metrics.jsonl` that this process read and wrote."""
+        return self._hash_of_metrics().hexdigest()
 
     def rewind_metrics(self, completed: int) -> None:
-        """Drop the lines of rounds after `completed`, and a last line torn by a crash; a resume writes them anew."""
+        """Keep the lines of the first `completed` rounds; a resumed run writes the others again."""
         kept = b"".join(self.lines()[:completed])
         if (self.path / METRICS).exists():
             write_atomically(self.path / METRICS, kept)
-        self._written = hashlib.sha256(kept)
+        self._metrics_hash = hashlib.sha256(kept)
 
     def lines(self) -> list[bytes]:
-        """Return the complete lines of `metrics.jsonl` as bytes; none if there is no such file.
+        """Return the complete lines of `metrics.jsonl` as bytes; none if the file is missing.
 
         Raises:
-            UserError: If it cannot be read.
+            UserError: If the file cannot be read.
         """
         try:
             content = (self.path / METRICS).read_bytes()
@@ -228,19 +279,18 @@ class RunDirectory:
             raise UserError(f"{self.path / METRICS}: cannot be read ({error.strerror})") from None
         return [line + b"\n" for line in content.split(b"\n")[:-1]]
 
-    def _checksum(self) -> hashlib._Hash:
-        if self._written is None:
-            self._written = hashlib.sha256(b"".join(self.lines()))
-        return self._written
+    def _hash_of_metrics(self) -> hashlib._Hash:
+        if self._metrics_hash is None:
+            self._metrics_hash = hashlib.sha256(b"".join(self.lines()))
+        return self._metrics_hash
 
-    # The end -----------------------------------------------------------------------------------------------------
     @property
     def finished(self) -> bool:
         """Whether the run has finished."""
         return (self.path / "summary.json").exists()
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write `SHA256SUMS`, and `summary.json` last: where that is, all results are complete."""
+        """Write `SHA256SUMS` and then `summary.json`, which marks the run as finished."""
         text = _json_text(summary)
         names = [*ALWAYS, *(f"models/{path.name}" for path in self.model_files())]
         sums = {name: sha256_of(self.path / name) for name in names}
@@ -251,7 +301,10 @@ class RunDirectory:
         self.write_text("summary.json", text)
 
     def reopen(self) -> None:
-        """Remove what finishing has left: more rounds follow. The summary goes first, the rest is incomplete without it."""
+        """Delete the results of a finished run so that it can continue with more rounds.
+
+        The summary is deleted first, so that an interrupted call leaves an unfinished run.
+        """
         for name in ("summary.json", CHECKSUMS, "details.json"):
             (self.path / name).unlink(missing_ok=True)
         for path in (*self.model_files(), *(p for name in DERIVED for p in self.path.glob(name))):
@@ -262,7 +315,11 @@ class RunDirectory:
         return sorted((self.path / "models").glob("*.safetensors"))
 
     def checksums(self) -> dict[str, str]:
-        """Return what `SHA256SUMS` says, by file name; empty if there is no such file. Raises UserError if it is damaged."""
+        """Return the checksums in `SHA256SUMS` by file name; empty if the file is missing.
+
+        Raises:
+            UserError: If the file is damaged.
+        """
         if not (self.path / CHECKSUMS).exists():
             return {}
         sums = {}
@@ -270,55 +327,62 @@ class RunDirectory:
             match = re.fullmatch(r"([0-9a-f]{64})  (\S.*)", line)
             if match is None:
                 raise UserError(
-                    f"{self.path / CHECKSUMS}: line {number} is not a checksum and a file name"
+                    f"{self.path / CHECKSUMS}: line {number}: expected a checksum and a file name"
                 )
             sums[match[2]] = match[1]
         return sums
 
-    # Reading -----------------------------------------------------------------------------------------------------
     def summary(self) -> Json:
-        """`summary.json`. Raises UserError if the run has not written it."""
+        """Return the content of `summary.json`.
+
+        Raises:
+            UserError: If the run has not finished, or the file cannot be read.
+        """
         return self._json("summary.json")
 
     def details(self) -> Json:
-        """`details.json`: labels, rows, models, confusion and calibration by client."""
+        """Return the content of `details.json`: labels, rows, models and errors by client."""
         return self._json("details.json")
 
     def environment(self) -> Json:
-        """`environment.json`: versions, machine, layout version."""
+        """Return the content of `environment.json`: versions, machine, version of the layout."""
         return self._json("environment.json")
 
     def config(self) -> Json:
-        """`config.yaml`, resolved, as plain values."""
+        """Return the resolved configuration in `config.yaml` as plain values."""
         try:
             content = _parse_yaml(self.read_text("config.yaml"))
-        except (
-            yaml.YAMLError,
-            ValueError,
-            RecursionError,
-        ) as error:  # no such day, too many digits, nested too deeply
-            raise UserError(f"{self.path / 'config.yaml'}: not YAML ({error})") from None
+        # ValueError: an invalid date or a number with too many digits.
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise UserError(f"{self.path / 'config.yaml'}: not valid YAML ({error})") from None
         return deepcopy(content) if isinstance(content, dict) else {}
 
     def metrics(self) -> list[Json]:
-        """The records of `metrics.jsonl`, in order; a last line that a crash has cut is left out."""
-        lines = self.read_text(METRICS).split("\n")
-        complete = lines[:-1]
+        """Return the records of `metrics.jsonl` in order, without an incomplete last line.
+
+        Raises:
+            UserError: If the file cannot be read, or a line is not the record of its round.
+        """
+        complete_lines = self.read_text(METRICS).split("\n")[:-1]
         records = []
-        for number, line in enumerate(complete, 1):
+        for number, line in enumerate(complete_lines, 1):
             where = f"{self.path / METRICS}: line {number}"
             try:
                 record = json.loads(line)
                 record["round"] += 0
             except (ValueError, TypeError, KeyError, RecursionError):
-                raise UserError(f"{where} is not a round's record") from None
+                raise UserError(f"{where}: expected the record of a round") from None
             if record["round"] != number:
-                raise UserError(f"{where} is of round {record['round']}; expected round {number}")
+                raise UserError(f"{where}: expected round {number}, got round {record['round']}")
             records.append(record)
         return records
 
     def read_text(self, name: str) -> str:
-        """A file's text. Raises UserError if it is missing or not text."""
+        """Return the text of a file.
+
+        Raises:
+            UserError: If the file is missing or not text.
+        """
         try:
             return (self.path / name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -329,10 +393,10 @@ class RunDirectory:
         try:
             content = json.loads(self.read_text(name))
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{self.path / name}: not JSON ({error})") from None
+            raise UserError(f"{self.path / name}: not valid JSON ({error})") from None
         if not isinstance(content, dict):
             raise UserError(
-                f"{self.path / name}: found a {type(content).__name__}, expected an object"
+                f"{self.path / name}: expected an object, got a {type(content).__name__}"
             )
         return content
 
@@ -343,5 +407,5 @@ def _json_text(content: Mapping[str, Any]) -> str:
 
 @lru_cache(maxsize=4)
 def _parse_yaml(text: str) -> Any:
-    """Return what a YAML text says; callers copy it. A run reads its configuration several times."""
+    """Parse YAML, cached because a run reads its configuration several times; do not modify."""
     return yaml.safe_load(text)

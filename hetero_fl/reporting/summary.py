@@ -18,39 +18,39 @@ from hetero_fl.reporting.rendering import render, render_line
 from hetero_fl.utils.errors import RunFailedError
 
 Json = dict[str, Any]
+
 PRIVACY_UNITS = {
     "record": " of each training row",
     "client": " of each client",
-    "local": " of each client, noised by the client itself",
+    "local": " of each client, with noise added by the client",
 }
-SHOWN = 6  # malicious clients that are named
+
+MAX_NAMED_ATTACKERS = 6
 
 
 def collect_protections(federation: FederationSpec) -> dict[str, Any]:
-    """What a report tells of the channel and of how uploads were combined; JSON."""
+    """Return facts about compression, secure aggregation and robust rules for `details.json`."""
     channel = federation.channel
-    terms = federation.aggregation
+    aggregation = federation.aggregation
     rules = {
-        "parameters": terms.rule,
-        "predictions": terms.predictions,
-        "class sums": terms.statistics,
+        "parameters": aggregation.rule,
+        "predictions": aggregation.predictions,
+        "class sums": aggregation.statistics,
     }
     return {
         "compress": [_format_stage(stage.model_dump()) for stage in channel.compress],
         "compress_down": [_format_stage(stage.model_dump()) for stage in channel.compress_down],
         "secure_sum": channel.secure_sum is not None,
-        "rules": {what: rule for what, rule in rules.items() if rule != "mean"},
+        "rules": {name: rule for name, rule in rules.items() if rule != "mean"},
     }
 
 
-def _format_stage(written: Json) -> str:
-    return " ".join(
-        name if value is True else f"{name} {value:g}" for name, value in written.items()
-    )
+def _format_stage(stage: Json) -> str:
+    return " ".join(name if value is True else f"{name} {value:g}" for name, value in stage.items())
 
 
 def describe_protections(summary: Json, details: Json) -> list[str]:
-    """Return a sentence on each protection; the first on privacy, whether there was any or not."""
+    """Return a sentence on each protection; the first says whether there was privacy."""
     privacy = summary["privacy"]
     text = render(
         "protections.txt",
@@ -62,38 +62,59 @@ def describe_protections(summary: Json, details: Json) -> list[str]:
 
 
 def describe_attack(attacks: Json | None) -> str:
-    """Return which clients attacked and how; empty if none did."""
-    return render_line("attack.txt", attacks=attacks, named=SHOWN)
-
-
-# From the records of a run to `summary.json` and `details.json`.
+    """Return a sentence on malicious clients; empty if there were none."""
+    return render_line("attack.txt", attacks=attacks, named=MAX_NAMED_ATTACKERS)
 
 
 def validation_score(task: Task, record: Record, which: str) -> float | None:
-    """A record's validation figure for `personal`, `global` or `server`; larger is better."""
+    """Return the validation score in a record; larger is better.
+
+    Args:
+        task: The task, which determines the metric.
+        record: Record of a round.
+        which: `personal`, `global` or `server`.
+    """
     name, sign = selection_metric(task)
     value = ((record.get("validation") or {}).get(which) or {}).get(name)
     return None if value is None else sign * value
 
 
 def mean_validation_score(task: Task, record: Record) -> float | None:
-    """Return the mean of a record's local and global validation score; larger is better."""
+    """Return the mean of the local and global validation score; larger is better."""
     both = [validation_score(task, record, which) for which in ("personal", "global")]
     known = [score for score in both if score is not None]
     return sum(known) / len(known) if known else None
 
 
 def best_round(task: Task, history: Sequence[Record], which: str) -> Record | None:
-    """The record selected by validation, ties to the earlier; the last one where there is nothing to select by."""
-    read = [r for r in history if r.get(which)]
-    scored = [r for r in read if validation_score(task, r, which) is not None]
+    """Return the record with the best validation score, the earlier one in a tie.
+
+    Without validation scores it is the last evaluated record.
+
+    Args:
+        task: The task, which determines the metric.
+        history: Records of the rounds.
+        which: `personal`, `global` or `server`.
+    """
+    evaluated = [r for r in history if r.get(which)]
+    scored = [r for r in evaluated if validation_score(task, r, which) is not None]
     if scored:
         return max(scored, key=lambda r: validation_score(task, r, which) or 0.0)
-    return read[-1] if read else None
+    return evaluated[-1] if evaluated else None
 
 
 class Patience:
-    """Early stopping: so many evaluations without a better validation (personal and global together)."""
+    """Early stopping by the mean of the local and global validation score.
+
+    Args:
+        task: The task, which determines the metric.
+        limit: Number of evaluations without improvement before the run stops; None never stops.
+        history: Records of the rounds before a resume.
+
+    Attributes:
+        best: The best score so far.
+        without: Number of evaluations since then.
+    """
 
     def __init__(self, task: Task, limit: int | None, history: Sequence[Record]) -> None:
         self.task = task
@@ -105,7 +126,7 @@ class Patience:
                 self.look(record)
 
     def look(self, record: Record) -> None:
-        """Take an evaluated round into account."""
+        """Take the record of an evaluated round into account."""
         value = mean_validation_score(self.task, record)
         if value is None:
             return
@@ -122,40 +143,42 @@ class Patience:
 
 
 def timing_summary(history: Sequence[Record]) -> dict[str, Any]:
-    """Seconds of a run, under `simulated` or, of a federation of machines, `wall`, and what came of all invitations; empty where
-    nobody took any time."""
-    told = [r for r in history if "counts" in r]
-    if not told:
+    """Return the duration of a run with arrival times, and the outcomes of all invitations.
+
+    The key is `simulated`, or `wall` in a real federation. Runs without arrival times have none.
+    """
+    timed = [r for r in history if "counts" in r]
+    if not timed:
         return {}
-    counts = {what: sum(r["counts"][what] for r in told) for what in told[0]["counts"]}
-    time = "simulated" if "simulated" in told[-1] else "wall"
+    counts = {name: sum(r["counts"][name] for r in timed) for name in timed[0]["counts"]}
+    clock = "simulated" if "simulated" in timed[-1] else "wall"
     return {
-        time: {
-            "seconds": told[-1][time]["end"],
+        clock: {
+            "seconds": timed[-1][clock]["end"],
             **counts,
-            "skipped": sum(r.get("skipped", False) for r in told),
+            "skipped": sum(r.get("skipped", False) for r in timed),
         }
     }
 
 
 def baseline_summary(
-    readings: EvaluationResult,
+    evaluation: EvaluationResult,
 ) -> dict[str, dict[str, dict[str, float | int | None]]]:
-    """What simple rules reach on the same rows: by name and reading, spread over the clients as a method's figures are."""
-    clients = readings.clients.items()
+    """Return the scores of simple rules by name and test, summarized over clients."""
+    clients = evaluation.clients.items()
     names = dict.fromkeys(
-        name for _, r in clients for found in r.baselines.values() for name in found
+        name for _, client in clients for scores in client.baselines.values() for name in scores
     )
     return {
         name: {
-            reading: summarize_clients(
+            test: summarize_clients(
                 {
-                    id: r.baselines[reading][name]
-                    for id, r in clients
-                    if name in r.baselines.get(reading, {})
+                    client_id: client.baselines[test][name]
+                    for client_id, client in clients
+                    if name in client.baselines.get(test, {})
                 }
             )
-            for reading in ("personal", "global")
+            for test in ("personal", "global")
         }
         for name in names
     }
@@ -163,20 +186,31 @@ def baseline_summary(
 
 def summarize(
     config: Config,
-    method: Algorithm,
     federation: FederationSpec,
+    *,
     history: Sequence[Record],
     traffic: Traffic,
-    setup: float,
-    readings: EvaluationResult,
+    setup_seconds: float,
+    evaluation: EvaluationResult,
 ) -> dict[str, Any]:
-    """The content of `summary.json`; its `clients` are those whose models were read. `setup`: seconds before the first round;
-    `readings`: the last ones, of which baselines are taken where the data has any."""
+    """Return the content of `summary.json`.
+
+    Args:
+        config: The resolved configuration.
+        federation: The clients and their data.
+        history: Records of all rounds.
+        traffic: Bytes exchanged in the run.
+        setup_seconds: Seconds before the first round.
+        evaluation: The last evaluation, for the scores of simple rules.
+
+    Raises:
+        RunFailedError: If no round was evaluated.
+    """
     task = federation.task
-    read = [r for r in history if r.get("personal") or r.get("global")]
-    if not read:
-        raise RunFailedError("nobody's model could be read in any round")
-    last = read[-1]
+    evaluated = [r for r in history if r.get("personal") or r.get("global")]
+    if not evaluated:
+        raise RunFailedError("no model could be evaluated in any round")
+    last = evaluated[-1]
 
     def both(which: str) -> dict[str, Any] | None:
         if not last.get(which):
@@ -203,74 +237,84 @@ def summarize(
         "server": both("server"),
         "clients": [
             {
-                "id": id,
+                "id": client_id,
                 "model": client_info.arch.display_name,
                 "parameters": sum(
                     federation.initial_tensors(client_info.arch)[n].numel()
                     for n in client_info.arch.parameter_names
                 ),
                 "n_train": client_info.num_rows,
-                "personal": last["clients"].get(id, {}).get("personal"),
-                "global": last["clients"].get(id, {}).get("global"),
+                "personal": last["clients"].get(client_id, {}).get("personal"),
+                "global": last["clients"].get(client_id, {}).get("global"),
             }
-            for id, client_info in _evaluated_clients(federation)
+            for client_id, client_info in _evaluated_clients(federation)
         ],
         "communication": {"up_bytes": traffic.up, "down_bytes": traffic.down},
-        "seconds": {"total": setup + sum(seconds.values()), **seconds},
+        "seconds": {"total": setup_seconds + sum(seconds.values()), **seconds},
         "privacy": history[-1].get("privacy"),
         **({"attacks": attacked} if (attacked := attack_summary(federation, history)) else {}),
         **timing_summary(history),
-        **({"baselines": found} if (found := baseline_summary(readings)) else {}),
+        **({"baselines": found} if (found := baseline_summary(evaluation)) else {}),
     }
 
 
 def attack_summary(federation: FederationSpec, history: Sequence[Record]) -> dict[str, Any]:
-    """Who lied how, where anybody did; `success`: of a backdoor, the share of the common test rows with its trigger that honest
-    clients' models took for the target when they were last read. All other figures are the honest clients'."""
-    liars = federation.malicious
-    if liars is None:
+    """Return the attack and its clients; empty if there are no malicious clients.
+
+    `success` is the success rate of a backdoor at the last evaluation: the fraction of global test
+    rows with the trigger that the models of the other clients assign to the target class.
+    """
+    malicious = federation.malicious
+    if malicious is None:
         return {}
     success = [r["attacks"]["success"] for r in history if "success" in r["attacks"]]
     return {
-        "name": liars.config.name,
-        "liars": liars.sorted_ids,
+        "name": malicious.config.name,
+        "liars": malicious.sorted_ids,  # style: ok (file key)
         "success": success[-1] if success else None,
     }
 
 
 def collect_details(
-    federation: FederationSpec, readings: EvaluationResult, notes: Sequence[str], method: Algorithm
+    federation: FederationSpec,
+    evaluation: EvaluationResult,
+    notes: Sequence[str],
+    method: Algorithm,
 ) -> dict[str, Any]:
-    """Return the content of `details.json`: what a report shows of each client.
+    """Return the content of `details.json`, the facts about each client in the report.
 
-    Label counts are left out if the run is private: nothing accounts for their release.
+    Label counts of private runs are omitted because the privacy budget does not cover them.
 
     Args:
         federation: The clients, their data and their protections.
-        readings: The last evaluation, with details.
-        notes: What preparation noted, one line each.
-        method: The algorithm; it says when its models are read.
+        evaluation: The last evaluation, with details.
+        notes: Notes from the preparation of the run, one line each.
+        method: The algorithm.
     """
     data = federation.data
-    tells_labels = [
-        id
-        for id in federation.evaluated_clients
-        if federation.privacy is None and data.reveals_labels(id)
+    label_clients = [
+        client_id
+        for client_id in federation.evaluated_clients
+        if federation.privacy is None and data.reveals_labels(client_id)
     ]
     return {
         "kind": federation.task.kind,
         "labels": list(federation.task.output_names),
         "rare": federation.task.rare,
         "population": len(federation.client_infos),
-        "label_counts": {id: data.label_counts(id).int().tolist() for id in tells_labels},
+        "label_counts": {
+            client_id: data.label_counts(client_id).int().tolist() for client_id in label_clients
+        },
         "proxy": data.n_proxy,
         "proxy_labels": method.needs.proxy_set == "labeled",
         "rows": {
-            id: {s: data.n_rows(id, s) for s in ("train", "validation", "test")}
-            for id in federation.evaluated_clients
+            client_id: {
+                split: data.n_rows(client_id, split) for split in ("train", "validation", "test")
+            }
+            for client_id in federation.evaluated_clients
         },
         "clients": {
-            id: {
+            client_id: {
                 "model": client_info.arch.spec_id,
                 "group": client_info.arch.spec_id,
                 "shares": list(client_info.settings.shares),
@@ -280,16 +324,26 @@ def collect_details(
                 ),
                 "settings": describe_settings(client_info.settings),
             }
-            for id, client_info in _evaluated_clients(federation)
+            for client_id, client_info in _evaluated_clients(federation)
         },
         "unit": federation.task.unit,
         "relative": data.extra_columns("", "common_test").unit is not None,
         "baselines": {
-            id: r.baselines for id, r in readings.clients.items() if any(r.baselines.values())
+            client_id: client.baselines
+            for client_id, client in evaluation.clients.items()
+            if any(client.baselines.values())
         },
-        "forecast": {id: r.forecast for id, r in readings.clients.items() if r.forecast},
-        "confusion": {id: r.confusion for id, r in readings.clients.items()},
-        "calibration": {id: r.calibration for id, r in readings.clients.items()},
+        "forecast": {
+            client_id: client.forecast
+            for client_id, client in evaluation.clients.items()
+            if client.forecast
+        },
+        "confusion": {
+            client_id: client.confusion for client_id, client in evaluation.clients.items()
+        },
+        "calibration": {
+            client_id: client.calibration for client_id, client in evaluation.clients.items()
+        },
         "read": method.evaluated_when,
         "about": data.about,
         "notes": list(notes),
@@ -298,17 +352,19 @@ def collect_details(
 
 
 def _evaluated_clients(federation: FederationSpec) -> list[tuple[str, ClientInfo]]:
-    """The clients whose models were read, in the order of the configuration."""
-    return [(id, federation.client_infos[id]) for id in federation.evaluated_clients]
+    """Return the evaluated clients in the order of the configuration."""
+    return [
+        (client_id, federation.client_infos[client_id])
+        for client_id in federation.evaluated_clients
+    ]
 
 
 def _without_defaults(fields: dict[str, Any]) -> str:
     shown = {
         k: v for k, v in fields.items() if v is not None and v != () and k not in ("raw", "spans")
     }
-    shown |= (
-        {"blocks": " and ".join(name for name, _ in shown["blocks"])} if "blocks" in shown else {}
-    )
+    if "blocks" in shown:
+        shown["blocks"] = " and ".join(name for name, _ in shown["blocks"])
     return ", ".join(
         f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()
     )

@@ -112,52 +112,52 @@ FINISHED = {
     ),
     "last line missing": (
         lines(lambda kept: kept[:-1]),
-        "metrics.jsonl: found 3 lines; expected 4, one for each round",
+        "metrics.jsonl: expected 4 lines, one for each round, got 3",
     ),
     "cut within a line": (
         lines(lambda kept: [*kept[:1], kept[1][:9]]),
-        "metrics.jsonl: found 1 line; expected 4",
+        "metrics.jsonl: expected 4 lines, one for each round, got 1",
     ),
     "first line missing": (
         lines(lambda kept: kept[1:]),
-        "metrics.jsonl: line 1 is of round 2; expected round 1",
+        "metrics.jsonl: line 1: expected round 1, got round 2",
     ),
     "line twice": (
         lines(lambda kept: [*kept[:2], *kept[1:]]),
-        "metrics.jsonl: line 3 is of round 2; expected round 3",
+        "metrics.jsonl: line 3: expected round 3, got round 2",
     ),
     "half a line": (
         lines(lambda kept: [kept[0], kept[1][:9] + "\n", *kept[2:]]),
-        "metrics.jsonl: line 2 is not a round's record",
+        "metrics.jsonl: line 2: expected the record of a round",
     ),
     "line edited": (
         lines(lambda kept: [edit(kept[0]), *kept[1:]]),
-        "metrics.jsonl: is not what the run wrote",
+        "metrics.jsonl: modified since the run wrote it",
     ),
     "model missing": (remove("models/site_2.safetensors"), "models/site_2.safetensors: missing"),
     "model added": (
         lambda path: shutil.copy(
             path / "models/site_1.safetensors", path / "models/site_9.safetensors"
         ),
-        "models/site_9.safetensors: is not a model of this run",
+        "models/site_9.safetensors: not a model of this run",
     ),
     "summary edited": (
         replace("summary.json", '"seed": 0', '"seed": 1'),
-        "summary.json: is not what the run wrote",
+        "summary.json: modified since the run wrote it",
     ),
-    "summary cut": (replace("summary.json", "}\n", ""), "summary.json: not JSON"),
+    "summary cut": (replace("summary.json", "}\n", ""), "summary.json: not valid JSON"),
     "details missing": (remove("details.json"), "details.json: missing"),
     "configuration": (
         replace("config.yaml", "seed: 0", "seed: 7"),
-        "config.yaml: is not what the run wrote",
+        "config.yaml: modified since the run wrote it",
     ),
     "environment": (
         replace("environment.json", '"cores"', '"core"'),
-        "environment.json: is not what the run wrote",
+        "environment.json: modified since the run wrote it",
     ),
     "checksums": (
         replace(CHECKSUMS, "  config", " config"),
-        "SHA256SUMS: line 1 is not a checksum and a file name",
+        "SHA256SUMS: line 1: expected a checksum and a file name",
     ),
     "checksums missing": (remove(CHECKSUMS), "SHA256SUMS: missing or empty"),
     "checksums empty": (
@@ -173,7 +173,7 @@ FINISHED = {
 DEEP = {
     "model damaged": (
         flip("models/site_2.safetensors"),
-        "models/site_2.safetensors: is not what the run wrote",
+        "models/site_2.safetensors: modified since the run wrote it",
     ),
     "checkpoints missing": (no_checkpoints, "checkpoint/round-000004.ckpt: missing"),
     "newest checkpoint missing": (
@@ -184,7 +184,7 @@ DEEP = {
         lambda path: shutil.copy(
             path / "checkpoint/round-000003.ckpt", path / "checkpoint/round-000004.ckpt"
         ),
-        "checkpoint/round-000004.ckpt: holds the state after 3 rounds",
+        "checkpoint/round-000004.ckpt: contains the state after 3 rounds",
     ),
     "checkpoint damaged": (
         flip("checkpoint/round-000004.ckpt"),
@@ -241,7 +241,7 @@ def test_opening_a_run_needs_no_checkpoint_and_reading_models_checks_them(finish
     assert Run(finished).models.keys() == {"server", "site_1", "site_2"}
 
     flip("models/site_2.safetensors")(finished)
-    with pytest.raises(UserError, match=r"site_2.safetensors: is not what the run wrote"):
+    with pytest.raises(UserError, match=r"site_2.safetensors: modified since the run wrote it"):
         _ = Run(finished).models
 
 
@@ -287,7 +287,7 @@ def test_check_names_no_remedy_where_there_is_none(
 
     told = capsys.readouterr().err
     assert "delete summary.json" not in told
-    lost = f"note: {finished / 'metrics.jsonl'}: no other file has its lines; the run cannot be repaired"
+    lost = f"note: {finished / 'metrics.jsonl'}: no other file contains its lines; the run cannot be repaired"
     assert (lost in told.splitlines()) == ("line" in case)
 
 
@@ -359,15 +359,15 @@ UNFINISHED = {
     ),
     "last line missing": (
         lines(lambda kept: kept[:-1]),
-        "metrics.jsonl: found 2 lines; expected 3, one for each round",
+        "metrics.jsonl: expected 3 lines, one for each round, got 2",
     ),
     "line edited": (
         lines(lambda kept: [edit(kept[0]), *kept[1:]]),
-        "metrics.jsonl: is not what the run wrote (lines 1 to 3)",
+        "metrics.jsonl: modified since the run wrote it (lines 1 to 3)",
     ),
     "line twice": (
         lines(lambda kept: [*kept[:2], *kept[1:]]),
-        "metrics.jsonl: line 3 is of round 2; expected round 3",
+        "metrics.jsonl: line 3: expected round 3, got round 2",
     ),
     "lines in a folder": (
         folder_at("metrics.jsonl"),
@@ -376,11 +376,11 @@ UNFINISHED = {
     "checkpoints missing": (no_checkpoints, "checkpoint"),
     "environment": (
         replace("environment.json", '"chunk": 1', '"chunk": 2'),
-        "environment.json: choice is not what",
+        "environment.json: choice modified since",
     ),
     "configuration": (
         replace("config.yaml", "seed: 0", "seed: 7"),
-        "config.yaml: is not what the run wrote: seed: was 0",
+        "config.yaml: modified since the run wrote it: seed: was 0",
     ),
 }
 
@@ -412,7 +412,7 @@ def test_a_stopped_run_without_lines_and_checkpoints_is_damaged(
         f"{stopped / 'metrics.jsonl'}: missing",
         f"{stopped / 'checkpoint'}: missing, although log.txt has rounds",
     ]
-    lost = f"note: {stopped / 'metrics.jsonl'}: no other file has its lines; the run cannot be repaired"
+    lost = f"note: {stopped / 'metrics.jsonl'}: no other file contains its lines; the run cannot be repaired"
     assert capsys.readouterr().err.splitlines() == [*(f"error: {line}" for line in told), lost]
     assert main(["train", "--resume", "--out", str(stopped)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -462,7 +462,7 @@ def test_a_run_stopped_within_its_first_round_needs_its_checkpoint(
     assert main(["check", str(tmp_path / "a")]) == 2
 
     assert (
-        "checkpoint: missing, although log.txt says that the run has started"
+        "checkpoint: missing, although log.txt shows that the run has started"
         in capsys.readouterr().err
     )
 
@@ -499,7 +499,7 @@ def test_a_checkpoint_of_another_run_is_refused(
     )
 
     assert main(["check", str(stopped)]) == 2
-    assert "round-000003.ckpt: is of another run" in capsys.readouterr().err
+    assert "round-000003.ckpt: belongs to another run" in capsys.readouterr().err
     assert main(["train", "--resume", "--out", str(stopped)]) == 2
 
 
@@ -560,7 +560,7 @@ def test_a_finished_run_of_an_earlier_version_stays_readable(
     assert main(["check", str(finished)]) == 0
     out, err = capsys.readouterr()
     assert out.startswith(f"{finished}: whole; finished after 4 rounds")
-    assert err.startswith("note: the run was made by an earlier version, without checksums")
+    assert err.startswith("note: the run was written by an earlier version, without checksums")
 
     for case in (
         "lines missing",
@@ -584,7 +584,7 @@ def test_an_unfinished_run_of_an_earlier_version_is_resumed(
     assert main(["check", str(stopped)]) == 0
     (note,) = capsys.readouterr().err.splitlines()
     assert note.startswith(
-        "note: the run was made by an earlier version: that metrics.jsonl and config.yaml"
+        "note: the run was written by an earlier version: changes of metrics.jsonl and config.yaml"
     )
 
     assert main(["train", "--resume", "--out", str(stopped)]) == 0

@@ -174,11 +174,11 @@ def test_the_command(status: RunStatus, tmp_path: Path, capsys: pytest.CaptureFi
     for words in (
         'a "run", hybrid: running, round 2 of 3',
         "local test: balanced accuracy 70.0%",
-        "1 upload asked for and not used",
+        "1 upload requested but not used",
         "torch '1'",
     ):
         assert words in out
-    assert re.search(r"north +here for", out) and re.search(r"south +has not come", out)
+    assert re.search(r"north +connected for", out) and re.search(r"south +not connected yet", out)
     with serve_status(status, "127.0.0.1", 0) as port:
         assert main(["status", f"127.0.0.1:{port}", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["round"] == 2

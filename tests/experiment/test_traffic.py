@@ -76,8 +76,8 @@ def test_forecasts_are_drawn_in_vehicles(finished: Run) -> None:
         )
     assert (finished.path / "plots" / "forecasts.png").stat().st_size > 20_000
     report = (finished.path / "report.html").read_text()
-    for words in ("Mean absolute error (vehicles)", "Persistence", "A week before", "Truth and forecast", "squared error",
-                  "In vehicles; the second weighs", "Generated data stood in"):  # fmt: skip
+    for words in ("Mean absolute error (vehicles)", "Persistence", "A week before", "Targets and forecasts", "squared error",
+                  "In vehicles; the second weights", "The data of this run is generated"):  # fmt: skip
         assert words in report
 
 

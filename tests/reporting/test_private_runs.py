@@ -118,7 +118,7 @@ def test_private_run_directory_holds_no_label_counts(
     assert disclosed(finished.path, label_counts(source)) == set()
     assert all(client["n_train"] > 0 for client in finished.summary["clients"])
     report = (finished.path / "report.html").read_text()
-    assert "label counts" in report.lower() and "Who holds which labels" not in report
+    assert "label counts" in report.lower() and "Labels of each client" not in report
 
 
 @pytest.mark.slow
@@ -142,8 +142,8 @@ def test_pictures_of_a_private_run_show_rows_and_the_global_test_set(tmp_path: P
     caption = render(
         "report_pictures.html", **report_facts(summary, details), pictures={"labels": picture}
     )
-    assert "<b>Who holds how much.</b>" in caption and "Label counts are left out" in caption
-    assert {reading for found in details["confusion"].values() for reading in found} == {"global"}
+    assert "<b>Rows of each client.</b>" in caption and "Label counts are not shown" in caption
+    assert {test for found in details["confusion"].values() for test in found} == {"global"}
 
 
 @pytest.mark.slow

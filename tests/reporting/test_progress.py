@@ -33,7 +33,7 @@ def test_quiet_lines_one_for_each_evaluated_round(
     play(run, Progress(tmp_path / "log.txt", console=Console(file=shown, soft_wrap=True)))
     lines = shown.getvalue().splitlines()
     assert lines[0] == "6 clients, 5 rounds"
-    assert lines[1].startswith("round 2: hospital_2 left out (its loss is no longer finite)")
+    assert lines[1].startswith("round 2: hospital_2 dropped (its loss is no longer finite)")
     assert [line.split()[1] for line in lines[2:-1]] == ["2/5", "4/5", "5/5"]
     assert (
         "local test: balanced accuracy" in lines[2] and "global test: balanced accuracy" in lines[2]
@@ -52,7 +52,7 @@ def test_a_resumed_run_says_so_and_adds_to_the_log(tmp_path: Path) -> None:
     with Progress(tmp_path / "log.txt", quiet=True) as progress:
         progress.start(10, 1, done=4)
     before, line = (tmp_path / "log.txt").read_text().splitlines()
-    assert before == "before" and line.endswith("1 client, 10 rounds, 4 of them done before")
+    assert before == "before" and line.endswith("1 client, 10 rounds, 4 of them already completed")
 
 
 def test_the_live_display_shows_rounds_task_and_scores(
@@ -107,4 +107,4 @@ def test_markup_and_line_breaks_in_a_line_do_no_harm(capsys: pytest.CaptureFixtu
     with Progress() as progress:
         progress.start(2, 1)
         progress.finish_round(record)
-    assert "round 1: a left out (found [red] x[0])" in capsys.readouterr().err
+    assert "round 1: a dropped (found [red] x[0])" in capsys.readouterr().err

@@ -22,11 +22,11 @@ def details(method: str = "hybrid", **changes: Any) -> dict[str, Any]:
 
 
 def test_whose_privacy_it_is() -> None:
-    assert describe_protections({"privacy": None}, {}) == ["No differential privacy was in force."]
+    assert describe_protections({"privacy": None}, {}) == ["No differential privacy was used."]
     for unit, whose in {
         "record": "of each training row",
         "client": "of each client",
-        "local": "noised by the client itself",
+        "local": "with noise added by the client",
     }.items():
         (line,) = describe_protections({"privacy": {**SPENT, "unit": unit}}, details())
         assert line.startswith("Differential privacy of each") and whose in line
@@ -45,12 +45,12 @@ def test_channel_and_rules_are_told() -> None:
     rules = {"predictions": "spectral", "rule": "median"}
     lines = describe_protections({"privacy": None}, details(channel=channel, aggregation=rules))[1:]
     assert lines == [
-        "Parameters by median, predictions by spectral: combined so that a few malicious clients cannot decide.",
-        "What clients sent was compressed: topk 0.05, quantize 8 bucket 64.",
-        "What the server sent was compressed: half.",
+        "Parameters by median, predictions by spectral: robust against a few malicious clients.",
+        "Compression of messages from clients: topk 0.05, quantize 8 bucket 64.",
+        "Compression of messages from the server: half.",
     ]
     assert (
-        "no single one"
+        "sums of uploads only"
         in describe_protections({"privacy": None}, details(channel={"secure_sum": {}}))[1]
     )
 
@@ -59,8 +59,8 @@ def test_malicious_clients_are_named_and_not_taken_for_clients_that_were_not_dra
     attacks = {"name": "backdoor", "liars": ["site_2"], "success": 0.25}
     assert describe_attack(None) == ""
     assert describe_attack(attacks) == (
-        "1 client sent malicious uploads (backdoor): site_2; the backdoor worked on 25.0% of the test rows of other classes. All figures are "
-        "of honest clients."
+        "1 client sent malicious uploads (backdoor): site_2; the backdoor worked on 25.0% of the test rows of other classes. "
+        "All scores exclude these clients."
     )
     assert describe_attack(
         {"name": "scaled", "liars": list("abcdefgh"), "success": None}
@@ -81,4 +81,4 @@ def test_malicious_clients_are_named_and_not_taken_for_clients_that_were_not_dra
             "rows": {client["id"]: {"test": 5} for client in read},
         }  # fmt: skip
         story = render("report_story.html", **report_facts(summary, found))
-        assert "site_2" in story and ("drawn once" in story) == drawn
+        assert "site_2" in story and ("fixed random sample" in story) == drawn

@@ -40,5 +40,5 @@ def test_an_audit_names_only_the_attack_that_was_made(attack: str) -> None:
         picture={"data": "", "width": 1}, **tables,
     )  # fmt: skip
 
-    assert ("who was among the training rows" in page) == (attack == "membership")
-    assert ("shows the images that it was computed from" in page) == (attack == "inversion")
+    assert ("which rows they were trained on" in page) == (attack == "membership")
+    assert ("can be reconstructed from a client" in page) == (attack == "inversion")

@@ -158,8 +158,8 @@ def test_the_figures_are_those_of_the_summary(made_run: MakeRun) -> None:
         == f"{100 * summary['clients'][2]['personal']['accuracy']:.1f}% n = {tested}"
     )
     assert "8.64 MB" in page.text and "2.88 MB up, 5.76 MB down" in page.text
-    assert "500 rows, whose labels are never read" in page.text
-    assert "Guessing among 2 classes would give 50%" in page.text
+    assert "500 rows, whose labels are never used" in page.text
+    assert "Random guessing among 2 classes gives 50%" in page.text
 
 
 @pytest.mark.slow
@@ -172,9 +172,12 @@ def test_pictures_are_those_of_the_run(made_run: MakeRun) -> None:
 
 def test_what_a_reader_must_know_comes_first(made_run: MakeRun) -> None:
     page = read(made_run(simulated=True, failures=True))
-    assert "Generated data stood in for the real set." in page.text
-    assert "Left out of 1 round: round 2: hospital_2 (its loss is no longer finite)." in page.text
-    assert page.text.index("Generated data") < page.text.index("In short")
+    assert "The data of this run is generated, not real." in page.text
+    assert (
+        "Clients dropped in 1 round: round 2: hospital_2 (its loss is no longer finite)."
+        in page.text
+    )
+    assert page.text.index("The data of this run is generated") < page.text.index("Summary")
 
 
 def test_undefined_figures_are_counted(made_run: MakeRun) -> None:
@@ -206,14 +209,14 @@ def test_figures_of_few_rows_are_marked(made_run: MakeRun) -> None:
         and "n =" not in rows["hospital_2 small"][7]
     )
     assert "Uncertain, from fewer than 20 local test rows: hospital_2." in page.text
-    assert "n = 19 to 60 test rows a client" in page.text and "n = 624 test rows" in page.text
+    assert "n = 19 to 60 test rows per client" in page.text and "n = 624 test rows" in page.text
 
 
 @pytest.mark.parametrize("server", [True, False])
 def test_a_server_is_told_of_where_there_is_one(made_run: MakeRun, server: bool) -> None:
     page = read(made_run(rounds=1, server=server))
     assert ("The server has one model" in page.text) == server
-    assert ("server's own model" in page.text) == server
+    assert ("server's model" in page.text) == server
 
 
 def test_ones_own_method_is_told_in_its_own_words(
@@ -251,6 +254,6 @@ def test_a_long_list_of_clients_is_whole(made_run: MakeRun) -> None:
 
 def test_privacy_is_told(made_run: MakeRun) -> None:
     run = made_run(rounds=1)
-    assert "No differential privacy was in force." in read(run).text
+    assert "No differential privacy was used." in read(run).text
     run.write_json("summary.json", run.summary() | {"privacy": {"epsilon": 3.456, "delta": 1e-5}})
     assert "ε = 3.46 at δ = 1e-05" in read(run).text

@@ -64,7 +64,7 @@ def test_prepared_run_shows_its_federation() -> None:
     prepared = hetero_fl.prepare(config("fedavg", clients=2))
 
     assert re.fullmatch(
-        r"Prepared\('small': fedavg, 2 clients, 2 rounds; FederatedData\('digits': multiclass with 10 outputs, 2 clients; "
+        r"PreparedRun\('small': fedavg, 2 clients, 2 rounds; FederatedData\('digits': multiclass with 10 outputs, 2 clients; "
         r"rows: train \d+, proxy 60, test 90\)\)",
         repr(prepared),
     )

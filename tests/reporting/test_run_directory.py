@@ -39,11 +39,11 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 
 def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="exists already; choose another --out, or --resume"):
+    with pytest.raises(UserError, match="already exists; choose another --out, or --resume"):
         create(tmp_path)
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         create(tmp_path / "notes.txt")
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         create(tmp_path / "notes.txt" / "below")
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -70,11 +70,11 @@ def test_a_creation_cut_short_can_be_repeated(
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (None, "no such folder; expected a run directory"),
+        (None, "folder not found; expected a run directory"),
         ({}, "not a run directory"),
-        ({"environment.json": "{"}, "environment.json: not JSON"),
-        ({"environment.json": "[]"}, "found a list, expected an object"),
-        ({"environment.json": "{}"}, "run directory version None; this release reads version 1"),
+        ({"environment.json": "{"}, "environment.json: not valid JSON"),
+        ({"environment.json": "[]"}, "expected an object, got a list"),
+        ({"environment.json": "{}"}, "run directory of version None; this release reads version 1"),
         (
             {"environment.json": '{"run_directory_version": 99}'},
             "version 99; this release reads version 1",
@@ -103,7 +103,7 @@ def test_a_config_that_cannot_be_read_is_one_line(content: str, tmp_path: Path) 
     run = create(tmp_path / "a")
     (run.path / "config.yaml").write_text(content)
 
-    with pytest.raises(UserError, match=r"a/config.yaml: not YAML \(") as error:
+    with pytest.raises(UserError, match=r"a/config.yaml: not valid YAML \(") as error:
         run.config()
 
     assert "\n" not in str(error.value)
@@ -116,13 +116,13 @@ def test_a_missing_summary_is_one_line(tmp_path: Path) -> None:
 
 def test_why_a_run_holds_no_models(tmp_path: Path) -> None:
     run = create(tmp_path / "a")
-    with pytest.raises(UserError, match="holds no models; the run has not finished"):
+    with pytest.raises(UserError, match="has no models; the run has not finished"):
         _ = Run(run.path).models
     run.append_metrics({"round": 1})
     run.write_json("details.json", {})
     run.finish({"rounds_completed": 1})
     with pytest.raises(
-        UserError, match=r"holds no models; no site tells its own \(tells.model in a site's file\)"
+        UserError, match=r"has no models; no site uploads its own \(tells.model in a site's file\)"
     ):
         _ = Run(run.path).models
 
@@ -191,7 +191,7 @@ def test_a_damaged_line_is_named(tmp_path: Path, bad: str) -> None:
     run.append_metrics({"round": 1})
     with open(run.path / "metrics.jsonl", "a") as file:
         file.write(bad + "\n")
-    with pytest.raises(UserError, match=r"metrics.jsonl: line 2 is not a round's record"):
+    with pytest.raises(UserError, match=r"metrics.jsonl: line 2: expected the record of a round"):
         run.metrics()
 
 
@@ -213,7 +213,7 @@ def test_a_folder_belongs_to_one_process_and_a_kill_frees_it(tmp_path: Path) -> 
     process = context.Process(target=hold, args=(str(tmp_path / "a"), there))
     process.start()
     here.recv()
-    words = "a: another process is at work there; let it end, or choose another --out"
+    words = "a: in use by another process; wait for it to end or choose another --out"
     with pytest.raises(UserError, match=words), lock_folder(tmp_path / "a"):
         pass
     process.kill()
@@ -241,7 +241,7 @@ def test_a_file_system_without_locks_is_used_without(
         with lock_folder(tmp_path / "a") as unheld:
             assert not list((tmp_path / "a").iterdir())  # nothing that could outlive a kill
             assert unheld == [
-                f"{tmp_path / 'a'}: its file system has no locks; see to it that no second process works there"
+                f"{tmp_path / 'a'}: the file system has no locks; do not start a second process in this folder"
             ]
 
     monkeypatch.undo()
@@ -253,9 +253,9 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be made"), lock_folder(tmp_path / "file"):
+    with pytest.raises(UserError, match="cannot be created"), lock_folder(tmp_path / "file"):
         pass
     # stands for a folder of another's: root may write anywhere
     (tmp_path / "a" / LOCK).mkdir(parents=True)
-    with pytest.raises(UserError, match="a: cannot be written to"), lock_folder(tmp_path / "a"):
+    with pytest.raises(UserError, match="a: not writable"), lock_folder(tmp_path / "a"):
         pass

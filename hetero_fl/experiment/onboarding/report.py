@@ -1,4 +1,4 @@
-"""A newcomer's results: `join.json`, `join.md` and `join.png`."""
+"""Write the results of a joining client: `join.json`, `join.md` and `join.png`."""
 
 from __future__ import annotations
 
@@ -26,25 +26,34 @@ WORDS = {
     TEACHER: "consensus teacher",
     BOTH: "backbone and teacher",
 }
-COLOURS = {SCRATCH: style.GREY, BACKBONE: style.BLUE, TEACHER: style.VERMILION, BOTH: style.GREEN}
+COLORS = {SCRATCH: style.GREY, BACKBONE: style.BLUE, TEACHER: style.VERMILION, BOTH: style.GREEN}
 MARKERS = {SCRATCH: "o", BACKBONE: "s", TEACHER: "^", BOTH: "D"}
-_SHOWN = {"multiclass": ("accuracy", "balanced_accuracy", "auroc"), "multilabel": ("auroc", "balanced_accuracy"),
-          "regression": ("mae", "r2")}  # fmt: skip
+_SHOWN = {
+    "multiclass": ("accuracy", "balanced_accuracy", "auroc"),
+    "multilabel": ("auroc", "balanced_accuracy"),
+    "regression": ("mae", "r2"),
+}
 Json = dict[str, Any]
 
 
 def write_join(out: Path, content: Json, task: Task) -> None:
-    """Write the three files. `content`: what `hetero_fl.experiment.join` found."""
-    made = RunDirectory(out)
+    """Write the three files of a joining client.
+
+    Args:
+        out: The folder to write to.
+        content: The results of `hetero_fl.join`; the table over seeds is added.
+        task: The task of the run.
+    """
+    directory = RunDirectory(out)
     content["table"] = summarize_seeds(content, task)
-    made.write_json("join.json", content)
-    made.write_text("join.md", join_markdown(content, task))
+    directory.write_json("join.json", content)
+    directory.write_text("join.md", join_markdown(content, task))
     with style.plot_style():
         (out / "join.png").write_bytes(style.to_png(draw_join(content, task)))
 
 
 def summarize_seeds(content: Mapping[str, Any], task: Task) -> list[Json]:
-    """For each beginning and number of labels the mean of each metric over the seeds, and its sample standard deviation."""
+    """Return mean and sample standard deviation over seeds, by start and number of labels."""
     table = []
     for way in dict.fromkeys(row["begins"] for row in content["rows"]):
         for count in content["patients"]:
@@ -59,12 +68,12 @@ def summarize_seeds(content: Mapping[str, Any], task: Task) -> list[Json]:
 
 
 def shown_metrics(content: Mapping[str, Any], task: Task) -> list[str]:
-    """The metrics that the page and the picture are about, as far as they are defined."""
+    """Return the metrics to show, without undefined ones."""
     return [m for m in _SHOWN[task.kind] if any(row[m] is not None for row in content["rows"])]
 
 
 def join_markdown(content: Json, task: Task) -> str:
-    """Return a page: what was compared, and a table for each metric."""
+    """Return a page with the setting and a table for each metric."""
     return render(
         "join.md",
         **content,
@@ -91,9 +100,15 @@ def _metric_table(content: Json, metric: str) -> str:
 
 
 def is_better(entry: Mapping[str, Any], scratch: Mapping[str, Any], metric: str) -> bool:
-    """Whether a beginning is better than from scratch by more than both standard deviations together."""
+    """Return whether a start beats training from scratch by more than the sum of both deviations.
+
+    Args:
+        entry: Means and standard deviations of the start.
+        scratch: Means and standard deviations of training from scratch.
+        metric: The metric to compare.
+    """
     values = [entry[metric], entry[f"{metric}_std"], scratch[metric], scratch[f"{metric}_std"]]
-    if any(v is None for v in values):
+    if any(value is None for value in values):
         return False
     gain = values[2] - values[0] if metric in ("mae", "rmse", "loss") else values[0] - values[2]
     return bool(gain > values[1] + values[3])
@@ -107,7 +122,7 @@ def _cell(entry: Json, scratch: Json, metric: str) -> str:
 
 
 def draw_join(content: Json, task: Task) -> Figure:
-    """A panel a metric: mean against the number of labels, a band of one standard deviation over the seeds."""
+    """Draw the mean and standard deviation over seeds against the number of labels."""
     metrics = shown_metrics(content, task)
     figure = style.figure(2.7)
     panels: Sequence[Axes] = figure.subplots(1, len(metrics), squeeze=False)[0]
@@ -117,11 +132,16 @@ def draw_join(content: Json, task: Task) -> Figure:
             x = [e["patients"] for e in known]
             y = np.array([e[metric] for e in known])
             spread = np.array([e[f"{metric}_std"] or 0.0 for e in known])
-            axes.plot(x, y, marker=MARKERS[way], color=COLOURS[way], label=WORDS[way])
-            style.draw_band(axes, x, y, spread, metric, COLOURS[way], alpha=0.18)
+            axes.plot(x, y, marker=MARKERS[way], color=COLORS[way], label=WORDS[way])
+            style.draw_band(axes, x, y, spread, metric=metric, color=COLORS[way], alpha=0.18)
         if content["consensus"][metric] is not None:
-            axes.axhline(content["consensus"][metric], color=style.INK, linewidth=0.9, linestyle=(0, (1, 1.5)),
-                         label="the run's consensus, no labels")  # fmt: skip
+            axes.axhline(
+                content["consensus"][metric],
+                color=style.INK,
+                linewidth=0.9,
+                linestyle=(0, (1, 1.5)),
+                label="the run's consensus, no labels",
+            )
         axes.set_xscale("log")
         axes.set_xticks(content["patients"], [f"{n:,}" for n in content["patients"]])
         axes.minorticks_off()

@@ -1,4 +1,4 @@
-"""The subject of a comparison: columns, data, and the settings of each method."""
+"""Facts about a comparison: columns, data, and the settings of each method."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 from hetero_fl.core.metrics import SMALLER_IS_BETTER
 from hetero_fl.core.task import Task
 from hetero_fl.reporting.formatting import (
-    READINGS,
+    TEST_NAMES,
     algorithm_base,
     algorithm_name,
     capitalize_first,
@@ -32,17 +32,13 @@ from hetero_fl.reporting.methods import is_baseline, is_bound
 from hetero_fl.reporting.rendering import render_line
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.errors import PACKAGE, UserError
-from hetero_fl.utils.text import pluralize
-
-# What a comparison shows, and in which order: columns that fit the task, methods that compete and
-# those that bound them.
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class _ShownMetrics:
-    """Metrics shown for a kind of task: on both test sets, for the worst client, and for the server's model."""
+    """Metrics shown for a kind of task: on both tests, for the worst client, for the server."""
 
     metrics: tuple[str, ...]
     worst: str
@@ -65,7 +61,15 @@ _SHOWN = {
 
 @dataclass(frozen=True)
 class Column:
-    """A metric column: where its values are in a row, its title, its metric; its test set and its title below that."""
+    """A column with scores.
+
+    Attributes:
+        key: Key of the values in a row.
+        title: Title of the column.
+        metric: The metric.
+        group: Name of the test, shown above several columns.
+        short: Title below the name of the test.
+    """
 
     key: str
     title: str
@@ -76,24 +80,24 @@ class Column:
 
 @dataclass(frozen=True)
 class ComparedMethods:
-    """Labels of the methods in the order in which they are shown: those that compete, then the bounds."""
+    """Labels of the methods in the order of display: federated methods, then bounds."""
 
     federated: tuple[str, ...]
     bounds: tuple[str, ...]
 
     @property
     def all_labels(self) -> tuple[str, ...]:
-        """The one after the other."""
+        """Labels of all methods."""
         return self.federated + self.bounds
 
     @property
     def baseline(self) -> str | None:
-        """The line to beat, if it takes part."""
+        """Label of the baseline without federation, if it is part of the comparison."""
         return next((label for label in self.federated if is_baseline(label)), None)
 
 
 def compared_methods(rows: Sequence[Row]) -> ComparedMethods:
-    """The methods of these rows, in their order."""
+    """Return the methods of the rows, in the same order."""
     labels = list(dict.fromkeys(str(row["algorithm"]) for row in rows))
     return ComparedMethods(
         tuple(a for a in labels if not is_bound(a)), tuple(a for a in labels if is_bound(a))
@@ -101,79 +105,82 @@ def compared_methods(rows: Sequence[Row]) -> ComparedMethods:
 
 
 def rank_methods(rows: Sequence[Row], task: Task) -> list[Row]:
-    """The rows with the best method first, by the mean of the tables' first column in the last round; ties as they were."""
-    found = columns_of(rows, task, "last")
-    if not found:
+    """Sort rows by their method's mean in the first column of the tables, the best first."""
+    columns = columns_of(rows, task, "last")
+    if not columns:
         return list(rows)
-    key = found[0].key
-    sign = 1 if found[0].metric in SMALLER_IS_BETTER else -1
+    key = columns[0].key
+    sign = 1 if columns[0].metric in SMALLER_IS_BETTER else -1
     values: dict[str, list[float]] = {}
     for row in rows:
         values.setdefault(str(row["algorithm"]), []).extend(
             [sign * row[key]] if row.get(key) is not None else []
         )
-    place = {a: (not v, fmean(v) if v else 0.0) for a, v in values.items()}
-    return sorted(rows, key=lambda row: place[str(row["algorithm"])])
+    rank = {a: (not v, fmean(v) if v else 0.0) for a, v in values.items()}
+    return sorted(rows, key=lambda row: rank[str(row["algorithm"])])
 
 
 def _kind(task: Task) -> str:
     if task.kind != "multiclass":
         return task.kind
-    return (
-        "rare"
-        if task.rare is not None
-        else "many"
-        if task.has_many_classes
-        else "binary"
-        if task.outputs == 2
-        else "multiclass"
-    )
+    if task.rare is not None:
+        return "rare"
+    if task.has_many_classes:
+        return "many"
+    return "binary" if task.outputs == 2 else "multiclass"
 
 
 def metrics_of(task: Task) -> tuple[str, ...]:
-    """Return the metrics that a comparison shows, each on global and local tests."""
+    """Return the metrics that a comparison shows for the global and the local test."""
     return _SHOWN[_kind(task)].metrics
 
 
 def columns_of(rows: Sequence[Row], task: Task, moment: str) -> tuple[Column, ...]:
-    """Return the columns that fit the task and that any row has a value for.
+    """Return the columns for a task that have a value in any row.
 
     Args:
         rows: One row for each run.
-        task: What the runs learn.
+        task: Task of the runs.
         moment: `last` or `best`.
     """
     shown = _SHOWN[_kind(task)]
     columns = []
-    for reading in ("global", "personal"):
+    for test in ("global", "personal"):
         for metric in shown.metrics:
-            columns.append(_column(f"{reading}_{moment}_{metric}", reading, metric))
+            columns.append(_column(f"{test}_{moment}_{metric}", test, metric))
     name = metric_name(shown.worst)
-    worst = f"Worst client's {READINGS['personal']} {name}", f"Worst client's {name}"
-    group = capitalize_first(READINGS["personal"])
     columns.append(
-        Column(f"personal_{moment}_{shown.worst}_worst", worst[0], shown.worst, group, worst[1])
+        Column(
+            f"personal_{moment}_{shown.worst}_worst",
+            title=f"Worst client's {TEST_NAMES['personal']} {name}",
+            metric=shown.worst,
+            group=capitalize_first(TEST_NAMES["personal"]),
+            short=f"Worst client's {name}",
+        )
     )
     columns.append(_column(f"server_{moment}_{shown.server}", "server", shown.server))
     return tuple(c for c in columns if any(row.get(c.key) is not None for row in rows))
 
 
-def _column(key: str, reading: str, metric: str) -> Column:
+def _column(key: str, test: str, metric: str) -> Column:
     name = metric_name(metric)
-    group = capitalize_first(READINGS[reading])
-    title = f"Server's {name}" if reading == "server" else tested_metric(reading, metric)
+    group = capitalize_first(TEST_NAMES[test])
+    title = f"Server's {name}" if test == "server" else tested_metric(test, metric)
     return Column(key, title, metric, group, capitalize_first(name))
 
-
-# The settings that each method of a comparison ran with, in words, and where each of them was
-# written.
 
 DEFAULTS = "defaults"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting that is not the method's default, and where it was written."""
+    """A setting that differs from the default of its method.
+
+    Attributes:
+        key: Key of the setting.
+        value: Its value as text.
+        origin: Where it was set, such as `grid`.
+    """
 
     key: str
     value: str
@@ -182,42 +189,52 @@ class Setting:
 
 @dataclass(frozen=True)
 class UsedSettings:
-    """Settings by label of the method, and a sentence on those of the configuration's `algorithm` section."""
+    """The settings of the methods of a comparison.
+
+    Attributes:
+        methods: Settings by label of the method.
+        note: A sentence on the settings in the section `algorithm` of the configuration.
+    """
 
     methods: tuple[tuple[str, tuple[Setting, ...]], ...] = ()
     note: str = ""
 
     def lines(self) -> list[tuple[str, str]]:
-        """Return (methods, settings) for reading; methods at their defaults share the first line."""
-        plain = [algorithm_name(label) for label, settings in self.methods if not settings]
+        """Return (methods, settings) as text; methods with defaults share the first line."""
+        default = [algorithm_name(label) for label, settings in self.methods if not settings]
         tuned = [
             (algorithm_name(label), format_settings(settings))
             for label, settings in self.methods
             if settings
         ]
-        return [*([(", ".join(plain), DEFAULTS)] if plain else []), *tuned]
+        return [*([(", ".join(default), DEFAULTS)] if default else []), *tuned]
 
 
 def format_settings(settings: Sequence[Setting]) -> str:
-    """Return settings as one line, those of one origin together: `a = 1, b = 2 (variant); c = 3 (grid)`."""
+    """Format settings by origin: `a = 1, b = 2 (variant); c = 3 (grid)`."""
     parts = []
     for origin, found in groupby(settings, key=lambda setting: setting.origin):
         parts.append(f"{', '.join(f'{s.key} = {s.value}' for s in found)} ({origin})")
     return "; ".join(parts)
 
 
-# What a comparison is about: data, clients, rounds and the command, gathered from its runs and its
-# log.
-
 Json = dict[str, Any]
 
 NAMED = 6
-"""So many clients of one model are named; of more the first and the last."""
+"""Most clients with the same model that are named; of more, only the first and last are."""
 
 
 @dataclass(frozen=True)
 class ComparisonFacts:
-    """Facts as (name, text); the command, or the call from Python; how many runs shared the machine, where it is known."""
+    """Facts about a comparison.
+
+    Attributes:
+        facts: Facts as (name, text).
+        warning: A sentence on generated data; empty for real data.
+        command: The command line or the Python call.
+        jobs: Number of runs that shared the machine; None if unknown.
+        local_test_note: A sentence on the number of local test rows.
+    """
 
     facts: tuple[tuple[str, str], ...]
     warning: str
@@ -229,12 +246,12 @@ class ComparisonFacts:
 def gather_facts(
     out: Path, rows: Sequence[Row], missing: Mapping[str, str] | None = None
 ) -> ComparisonFacts:
-    """Gather the facts about a comparison; those whose files are missing are left out.
+    """Gather the facts about a comparison from its files, as far as they exist.
 
     Args:
         out: The folder of the comparison.
         rows: One row for each run.
-        missing: Why a method, or a run of it, is not among the rows.
+        missing: Reasons why methods or runs are not among the rows.
     """
     runs = _runs(out, rows)
     labels = list(dict.fromkeys(str(row["algorithm"]) for row in rows))
@@ -261,20 +278,20 @@ def gather_facts(
                 rules=rules,
                 metric=selection_metric_of(summary, details),
                 unit=details.get("unit", ""),
-                readings=READINGS,
+                test_names=TEST_NAMES,
             )
         if summary["data"]["simulated"]:
-            warning = "Generated data stood in for the real set. These figures say nothing about real data."
+            warning = "The data is generated, not real. The scores say nothing about real data."
     facts["Seeds"] = ", ".join(map(str, seeds))
     if jobs is not None:
-        facts["At a time"] = pluralize(jobs, "run")
+        facts["Parallel runs"] = str(jobs)
     facts |= {f"Without {name}": why for name, why in (missing or {}).items()}
     command = _command() or _call(labels, seeds)
     return ComparisonFacts(tuple(facts.items()), warning, command, jobs, local_test_note)
 
 
 def _local_test_note(tested: Sequence[Mapping[str, int]]) -> str:
-    """Return how many local test rows clients have over all runs; empty if they have none."""
+    """Return a sentence on the number of local test rows; empty if there are none."""
     counts = [count for rows in tested for count in rows.values()]
     if not any(counts):
         return ""
@@ -282,12 +299,12 @@ def _local_test_note(tested: Sequence[Mapping[str, int]]) -> str:
         client: min(rows.get(client, count) for rows in tested)
         for client, count in tested[0].items()
     }
-    note = f"n = {format_range(counts)} rows a client over all seeds."
+    note = f"n = {format_range(counts)} rows per client over all seeds."
     return f"{note} {small_test_note(fewest)}".strip()
 
 
 def _runs(out: Path, rows: Sequence[Row]) -> list[RunDirectory]:
-    """The finished runs that the rows are of, those of federated methods first."""
+    """Return the finished runs of the rows, federated methods first."""
     wanted = {(algorithm_base(str(row["algorithm"])), row["seed"]) for row in rows}
     found = []
     for folder in sorted((out / "runs").glob("*")):
@@ -295,7 +312,8 @@ def _runs(out: Path, rows: Sequence[Row]) -> list[RunDirectory]:
             run = RunDirectory.open(folder)
             summary = run.summary()
             run.details()
-        except UserError:  # one that failed
+        except UserError:
+            # The run failed.
             continue
         if (summary["algorithm"], summary["seed"]) in wanted:
             found.append((is_bound(summary["algorithm"]), run))
@@ -317,13 +335,13 @@ def _clients(summary: Json, details: Json, config: Json) -> str:
 
 
 def _own_model(client: Json, details: Json) -> str:
-    """A client's model as configured, which some methods replace."""
+    """Return the configured model of a client, which some methods replace."""
     configured = details["clients"].get(client["id"], {}).get("settings", {}).get("model")
     return str(configured[0]["name"] if configured else client["model"])
 
 
 def _jobs(out: Path) -> int | None:
-    """The most runs at a time that the log tells of; None without a log."""
+    """Return the largest number of parallel runs in the log; None without a log."""
     try:
         text = (out / "log.txt").read_text(encoding="utf-8")
     except OSError:
@@ -336,22 +354,22 @@ def _jobs(out: Path) -> int | None:
 
 
 def _command() -> str:
-    """The command line of this process if it is a comparison's, without the folders of the machine; else empty."""
+    """Return the command line of this process with short paths; empty if it is no comparison."""
     program, *rest = sys.argv or [""]
     name = Path(program).name
     if Path(program).resolve() == PACKAGE.resolve().parent / "scripts" / "compare.py":
-        return shlex.join(["python", "scripts/compare.py", *map(_shorten_word, rest)])
+        return shlex.join(["python", "scripts/compare.py", *map(_shorten_path, rest)])
     if name in ("hetero-fl", "hetero-fl.exe") and rest[:1] == ["compare"]:
-        return shlex.join(["hetero-fl", *map(_shorten_word, rest)])
+        return shlex.join(["hetero-fl", *map(_shorten_path, rest)])
     return ""
 
 
-def _shorten_word(word: str) -> str:
-    """A word of a command line; an absolute path in it, after `=` too, from the working folder or as the bare name."""
-    key, equals, value = word.rpartition("=")
+def _shorten_path(argument: str) -> str:
+    """Replace an absolute path in an argument by a relative path or the name of the file."""
+    key, equals, value = argument.rpartition("=")
     path = Path(value).expanduser()
     if not path.is_absolute():
-        return word
+        return argument
     inside = path.is_relative_to(Path.cwd())
     return key + equals + (os.path.relpath(path) if inside else path.name)
 

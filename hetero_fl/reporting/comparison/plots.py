@@ -1,4 +1,4 @@
-"""Plots of a comparison: bars and curves."""
+"""Plots of a comparison: scores of all methods, and learning curves."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from hetero_fl.core.metrics import SMALLER_IS_BETTER, selection_metric
 from hetero_fl.core.task import Task
 from hetero_fl.reporting.comparison.facts import ComparedMethods, Row, compared_methods, metrics_of
 from hetero_fl.reporting.formatting import (
-    READING_WORDS,
-    READINGS,
+    TEST_DESCRIPTIONS,
+    TEST_NAMES,
     algorithm_name,
     capitalize_first,
     format_bytes,
@@ -31,27 +31,29 @@ from hetero_fl.reporting.formatting import (
 from hetero_fl.reporting.methods import is_bound, method_needs
 from hetero_fl.reporting.plots import style
 
-# The picture of a comparison: every method on global and local tests, what it exchanged, how long
-# it took, what it needs.
-
 LABEL_WIDTH = 25
-"""Letters on a line of a method's name."""
+"""Most letters of a method's name on one line."""
 
 MANY = 16
-"""With more methods their lines move together, so that the picture stays on a page."""
+"""With more methods, the lines of the plot are closer together."""
 
 
 def draw_comparison(rows: Sequence[Row], task: Task, jobs: int | None = None) -> Figure:
-    """A line a method: mean and standard deviation over seeds at the last round, seeds as faint points, bytes, time, needs.
+    """Plot the scores, bytes, time and requirements of each method.
 
-    The metrics are those of the tables. The line to beat is dotted; bounds stand below a rule. `jobs`: so
-    many runs shared the machine (None: unknown).
+    Scores are those of the last round, with mean and standard deviation over seeds; faint points
+    are single seeds. The baseline is dotted, and bounds are below a dashed line.
+
+    Args:
+        rows: One row for each run.
+        task: Task of the runs.
+        jobs: Number of runs that shared the machine; None if unknown.
     """
     shown = compared_methods(rows)
     metrics = [
         m
         for m in metrics_of(task)
-        if any(row.get(f"{r}_last_{m}") is not None for row in rows for r in READINGS)
+        if any(row.get(f"{r}_last_{m}") is not None for row in rows for r in TEST_NAMES)
     ]
     labels = [_label(a) for a in shown.all_labels]
     wanted = Counter(word for a in shown.all_labels for need in method_needs(a) for word in need)
@@ -61,15 +63,16 @@ def draw_comparison(rows: Sequence[Row], task: Task, jobs: int | None = None) ->
     figure = style.figure(height + (0.07 * max(map(len, needed)) if needed else 0))
     present = [
         r
-        for r in READINGS
+        for r in TEST_NAMES
         if any(row.get(f"{r}_last_{m}") is not None for row in rows for m in metrics)
     ]
     widths = [*(2.4 for _ in metrics), 1.7, 1.7, max(0.4, 0.34 * len(needed))]
     panels = figure.subplots(1, len(widths), sharey=True, width_ratios=widths)
     *scores, exchanged, time, needs_axes = panels
     for axes, metric in zip(scores, metrics, strict=True):
-        for place, reading in enumerate(present):
-            _dots(axes, rows, shown, reading, metric, 0.2 * (place - (len(present) - 1) / 2))
+        for place, test in enumerate(present):
+            offset = 0.2 * (place - (len(present) - 1) / 2)
+            _draw_scores(axes, rows, shown, test=test, metric=metric, offset=offset)
         axes.set_title(textwrap.fill(capitalize_first(metric_name(metric, task.unit)), 12))
     _bars(
         exchanged,
@@ -86,7 +89,7 @@ def draw_comparison(rows: Sequence[Row], task: Task, jobs: int | None = None) ->
         format_duration,
     )
     time.set_title("Time" if jobs == 1 else "Time,\nshared")
-    _matrix(needs_axes, [method_needs(a) for a in shown.all_labels], needed)
+    _draw_needs(needs_axes, [method_needs(a) for a in shown.all_labels], needed)
     panels[0].set_yticks(range(len(labels)), labels)
     panels[0].set_ylim(len(labels) - 0.4, -0.6)
     for axes in panels:
@@ -100,7 +103,7 @@ def draw_comparison(rows: Sequence[Row], task: Task, jobs: int | None = None) ->
             )
         if axes is not panels[0]:
             axes.tick_params(axis="y", length=0)
-    # Beside the words of the needs, which stand upright above their panel, there is room for it.
+    # The vertical labels of the requirements leave space for a legend at the top.
     handles = _handles(rows, shown, present)
     if needed:
         figure.legend(handles=handles, loc="upper left", ncols=3)
@@ -110,9 +113,9 @@ def draw_comparison(rows: Sequence[Row], task: Task, jobs: int | None = None) ->
 
 
 def _label(label: str) -> str:
-    """Return the name of a method on at most three lines, each setting whole if it fits."""
-    whole = algorithm_name(label).replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
-    lines = textwrap.wrap(whole, LABEL_WIDTH, max_lines=3, placeholder=" …")
+    """Wrap the name of a method to at most three lines, without breaks within settings."""
+    name = algorithm_name(label).replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
+    lines = textwrap.wrap(name, LABEL_WIDTH, max_lines=3, placeholder=" …")
     return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
 
 
@@ -120,30 +123,31 @@ def _rows_of_label(rows: Sequence[Row], label: str) -> list[Row]:
     return [row for row in rows if row["algorithm"] == label]
 
 
-def _dots(
+def _draw_scores(
     axes: Axes,
     rows: Sequence[Row],
     shown: ComparedMethods,
-    reading: str,
+    *,
+    test: str,
     metric: str,
     offset: float,
 ) -> None:
-    key = f"{reading}_last_{metric}"
-    colour = style.READING_COLOURS[reading]
+    key = f"{test}_last_{metric}"
+    color = style.TEST_COLORS[test]
     for place, label in enumerate(shown.all_labels):
         values = [row[key] for row in _rows_of_label(rows, label) if row.get(key) is not None]
         if not values:
             continue
         mean = float(np.mean(values))
         if label == shown.baseline:
-            axes.axvline(mean, color=colour, linewidth=0.9, linestyle=(0, (1, 1.5)), zorder=1)
+            axes.axvline(mean, color=color, linewidth=0.9, linestyle=(0, (1, 1.5)), zorder=1)
         if len(values) > 1:
             axes.plot(
                 values,
                 [place + offset] * len(values),
                 ".",
                 markersize=5,
-                color=colour,
+                color=color,
                 alpha=0.35,
                 mew=0,
             )
@@ -151,38 +155,42 @@ def _dots(
             mean,
             place + offset,
             xerr=float(np.std(values, ddof=1)) if len(values) > 1 else None,
-            color=colour,
-            marker=style.READING_MARKERS[reading],
+            color=color,
+            marker=style.TEST_MARKERS[test],
             markersize=5,
             elinewidth=1.2,
-            markerfacecolor="white" if label in shown.bounds else colour,
+            markerfacecolor="white" if label in shown.bounds else color,
         )
     axes.xaxis.set_major_locator(style.ticks(3))
 
 
-def _bars(axes: Axes, values: Sequence[Sequence[float]], words: Callable[[float], str]) -> None:
-    """The mean of each method as a bar with its figure beside it; no axis, since the figures say it."""
+def _bars(
+    axes: Axes, values: Sequence[Sequence[float]], format_value: Callable[[float], str]
+) -> None:
+    """Draw the mean of each method as a bar, labeled with its value."""
     means = [float(np.mean(v)) for v in values]
     axes.barh(range(len(means)), means, 0.6, color=style.LIGHT)
     for place, mean in enumerate(means):
-        told = words(mean) if mean else "nothing"
+        text = format_value(mean) if mean else "none"
         axes.annotate(
-            told, (mean, place), xytext=(2, 0), textcoords="offset points", va="center", fontsize=7
+            text, (mean, place), xytext=(2, 0), textcoords="offset points", va="center", fontsize=7
         )
     axes.set_xlim(0, 2.3 * max(means) or 1)
     axes.set_xticks([])
     axes.spines["bottom"].set_visible(False)
 
 
-def _matrix(axes: Axes, found: Sequence[Sequence[tuple[str, ...]]], needed: Sequence[str]) -> None:
-    """A dot where a method needs what stands above; hollow ones are alternatives."""
-    for place, each in enumerate(found):
-        for need in each:
+def _draw_needs(
+    axes: Axes, needs: Sequence[Sequence[tuple[str, ...]]], needed: Sequence[str]
+) -> None:
+    """Draw a dot for each requirement of a method; hollow dots are alternatives."""
+    for row, needs_of_method in enumerate(needs):
+        for need in needs_of_method:
             for word in need:
                 face = "white" if len(need) > 1 else style.INK
                 axes.plot(
                     needed.index(word),
-                    place,
+                    row,
                     "o",
                     markersize=4.5,
                     color=style.INK,
@@ -199,39 +207,45 @@ def _matrix(axes: Axes, found: Sequence[Sequence[tuple[str, ...]]], needed: Sequ
 
 def _handles(rows: Sequence[Row], shown: ComparedMethods, present: Sequence[str]) -> list[Line2D]:
     handles = []
-    for reading in present:
+    for test in present:
         look: dict[str, Any] = {
-            "color": style.READING_COLOURS[reading],
-            "marker": style.READING_MARKERS[reading],
+            "color": style.TEST_COLORS[test],
+            "marker": style.TEST_MARKERS[test],
         }
         handles.append(
-            Line2D([], [], markersize=5, linestyle="none", label=READING_WORDS[reading], **look)
+            Line2D([], [], markersize=5, linestyle="none", label=TEST_DESCRIPTIONS[test], **look)
         )
     if len({row["seed"] for row in rows}) > 1:
         handles.append(Line2D([], [], color=style.GREY, linewidth=1.3, label="± std over seeds"))
     if shown.baseline and len(shown.all_labels) > 1:
         dotted: dict[str, Any] = {"color": style.GREY, "linewidth": 0.9, "linestyle": (0, (1, 1.5))}
         handles.append(
-            Line2D([], [], label=f"{algorithm_name(shown.baseline)}, the line to beat", **dotted)
+            Line2D([], [], label=f"{algorithm_name(shown.baseline)}, the baseline", **dotted)
         )
     return handles
 
 
-# How the methods of a comparison get where they are: global test figures against rounds, mean and
-# spread over seeds.
+History = Sequence[Mapping[str, Any]]
+"""Records of the rounds of one run."""
 
-History = Sequence[Mapping[str, Any]]  # the records of one run
 MANY_CURVES = 10
-"""Of more methods there are too many lines to follow; no picture is made."""
-COLOURS = (style.BLUE, style.VERMILION, style.GREEN, *style.CATEGORIES)
+"""Most methods in a plot of learning curves; with more, there is no plot."""
+
+COLORS = (style.BLUE, style.VERMILION, style.GREEN, *style.CATEGORIES)
 
 
 def write_curves(
     path: Path, histories: Mapping[str, Sequence[History]], task: Task, timed: bool = False
 ) -> None:
-    """Write the picture if there is something to draw: methods that are few, and read in more than one round.
+    """Plot the global test score of each method by round, with mean and spread over seeds.
 
-    `timed`: by simulated hours in place of rounds, of the runs that have them.
+    Nothing is written for too many methods, or without methods evaluated in several rounds.
+
+    Args:
+        path: The PNG file.
+        histories: Records of the runs of each method.
+        task: Task of the runs.
+        timed: Whether the x axis is simulated hours instead of rounds.
     """
     metric = _metric(task)
     lines = {
@@ -247,9 +261,16 @@ def write_curves(
 
 
 def hours_to_reach(histories: Sequence[History], task: Task) -> list[dict[str, float]]:
-    """Return for each run the simulated hours until its global test figure is what every run reaches.
+    """Return the simulated hours until each run reaches a target score on the global test.
 
-    That is the best figure of the worst run, cut to two decimals. Empty if a run has no simulated time or no such figure.
+    The target is the best score of the worst run, rounded down to two decimals.
+
+    Args:
+        histories: Records of each run.
+        task: Task of the runs.
+
+    Returns:
+        A column name with hours for each run; empty if a run has no simulated time or scores.
     """
     metric = _metric(task)
     sign = -1 if metric in SMALLER_IS_BETTER else 1
@@ -274,7 +295,7 @@ def _metric(task: Task) -> str:
 def _line(
     runs: Sequence[History], metric: str, timed: bool = False
 ) -> list[tuple[float, list[float]]]:
-    """(round, values of the seeds) for each round that any was read in; `timed`: (mean simulated hours of the seeds, values)."""
+    """Return the round, or the mean simulated hours, and the scores of the seeds."""
     values: dict[int, list[float]] = {}
     hours: dict[int, list[float]] = {}
     for history in runs:
@@ -285,23 +306,23 @@ def _line(
                 hours.setdefault(record["round"], []).append(
                     record["simulated"]["end"] / 3600 if timed else record["round"]
                 )
-    return [(float(np.mean(hours[round])), values[round]) for round in sorted(values)]
+    return [(float(np.mean(hours[round_idx])), values[round_idx]) for round_idx in sorted(values)]
 
 
 def _draw(lines: Mapping[str, list[tuple[float, list[float]]]], metric: str, axis: str) -> Figure:
     figure = style.figure(3.2)
     axes = figure.subplots()
     for place, (label, line) in enumerate(lines.items()):
-        rounds = [round for round, _ in line]
+        x = [position for position, _ in line]
         mean = np.array([np.mean(values) for _, values in line])
         spread = np.array(
             [np.std(values, ddof=1) if len(values) > 1 else 0.0 for _, values in line]
         )
-        colour = COLOURS[place % len(COLOURS)]
-        dashed = (0, (4, 2)) if is_bound(label) or place >= len(COLOURS) else "-"
+        color = COLORS[place % len(COLORS)]
+        dashed = (0, (4, 2)) if is_bound(label) or place >= len(COLORS) else "-"
         name = textwrap.fill(algorithm_name(label), 44, max_lines=2, placeholder=" …")
-        axes.plot(rounds, mean, color=colour, linestyle=dashed, label=name)
-        style.draw_band(axes, rounds, mean, spread, metric, colour, alpha=0.15)
+        axes.plot(x, mean, color=color, linestyle=dashed, label=name)
+        style.draw_band(axes, x, mean, spread, metric=metric, color=color, alpha=0.15)
     axes.set_xlabel(axis)
     axes.xaxis.set_major_locator(
         MaxNLocator(8, integer=True, min_n_ticks=1) if axis == "round" else style.ticks(8)

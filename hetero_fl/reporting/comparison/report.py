@@ -1,4 +1,4 @@
-"""A comparison of algorithms over seeds: `comparison.csv`, `.md`, `.tex`, `.png` and `report.html`."""
+"""Write the results of a comparison: CSV, Markdown, LaTeX, PNG and HTML."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from hetero_fl.algorithms.requirements import ONE_BY_ONE
+from hetero_fl.algorithms.requirements import SINGLE_UPLOADS
 from hetero_fl.core.metrics import metric_names
 from hetero_fl.core.task import Task
 from hetero_fl.reporting.comparison import plots
@@ -21,7 +21,7 @@ from hetero_fl.reporting.comparison.tables import (
     make_tuning_table,
     seconds_note,
 )
-from hetero_fl.reporting.formatting import METRICS, MISSING, READINGS
+from hetero_fl.reporting.formatting import METRICS, MISSING, TEST_NAMES
 from hetero_fl.reporting.methods import describe_methods
 from hetero_fl.reporting.plots import style
 from hetero_fl.reporting.rendering import render
@@ -29,27 +29,27 @@ from hetero_fl.reporting.run_directory import RunDirectory
 
 
 def comparison_row(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's row, from its `summary.json`.
+    """Return the row of a run from the content of its `summary.json`.
 
-    Keys: `algorithm`, `seed`; `{personal,global,server}_{last,best}_{metric}`, where there is such a reading, and for
-    the worst client on local tests `personal_{last,best}_{metric}_worst`; `up_bytes`, `down_bytes`, `seconds_total`;
-    `simulated_hours` where time was simulated.
+    Its keys are `algorithm`, `seed`, `{personal,global,server}_{last,best}_{metric}` as far as
+    there are scores, `personal_{last,best}_{metric}_worst` for the worst client, `up_bytes`,
+    `down_bytes`, `seconds_total`, and `simulated_hours` with simulated time.
     """
     row: dict[str, Any] = {"algorithm": summary["algorithm"], "seed": summary["seed"]}
-    for reading in READINGS:
+    for test in TEST_NAMES:
         for moment, name in (("last", "last"), ("best", "best_by_validation")):
-            for metric, value in ((summary[reading] or {}).get(name) or {}).items():
-                of_worst = reading == "personal" and metric.endswith("_worst")
+            for metric, value in ((summary[test] or {}).get(name) or {}).items():
+                of_worst = test == "personal" and metric.endswith("_worst")
                 if metric in METRICS or of_worst:
-                    row[f"{reading}_{moment}_{metric}"] = value
+                    row[f"{test}_{moment}_{metric}"] = value
     exchanged = summary["communication"]
     return row | {
         "up_bytes": exchanged["up_bytes"],
         "down_bytes": exchanged["down_bytes"],
         "seconds_total": summary["seconds"]["total"],
         **(
-            {"simulated_hours": told["seconds"] / 3600}
-            if (told := summary.get("simulated"))
+            {"simulated_hours": simulated["seconds"] / 3600}
+            if (simulated := summary.get("simulated"))
             else {}
         ),
     }
@@ -66,27 +66,27 @@ def write_comparison(
     tried: Sequence[Candidate] = (),
     settings: UsedSettings | None = None,
 ) -> None:
-    """Write table, figure and report of a comparison.
+    """Write the tables, plot and report of a comparison.
 
-    Tables and picture keep the order of the rows, the bounds last. What the comparison is about is read from `runs/` and
-    `log.txt` in `out_dir`, as far as they exist.
+    Methods keep the order of the rows, with bounds last. Facts about the comparison are read from
+    `runs/` and `log.txt` in `out_dir`, as far as they exist.
 
     Args:
         out_dir: Folder of the comparison.
-        rows: One row for each run, from `comparison_row`; `algorithm` is a name, or one with settings of its own
+        rows: One row for each run, from `comparison_row`. `algorithm` may contain settings
             (`hybrid:teacher=mean`).
-        title: Title of the page.
-        note: What was chosen among the candidates of a grid; below the title, and in the captions in LaTeX.
-        task: What the runs learn.
-        missing: Why a method, or a run of it, is not among the rows.
-        tried: The candidates of a grid.
-        settings: Those of each method that are not its defaults.
+        title: Title of the report.
+        note: A sentence on the tuning, shown below the title and in LaTeX captions.
+        task: Task of the runs.
+        missing: Reasons why methods or runs are not among the rows.
+        tried: Candidates of a tuning grid.
+        settings: Settings of the methods that differ from their defaults.
 
     Raises:
         ValueError: If there are no rows.
     """
     if not rows:
-        raise ValueError("a comparison needs at least one run")
+        raise ValueError("rows: expected at least one row, got none")
     out = RunDirectory(out_dir)
     out.path.mkdir(parents=True, exist_ok=True)
     frame = pd.DataFrame(rows, columns=csv_columns(rows, task), dtype=object)
@@ -125,19 +125,19 @@ def write_comparison(
         several=len({row["seed"] for row in rows}) > 1,
         below=BELOW,
         missing=MISSING,
-        one_by_one=any(ONE_BY_ONE in line.needs for line in last.lines),
+        one_by_one=any(SINGLE_UPLOADS in line.needs for line in last.lines),
         seconds=seconds_note(known.jobs),
     )
     out.write_text("report.html", page)
 
 
 def csv_columns(rows: Sequence[Row], task: Task) -> list[str]:
-    """The columns of `comparison.csv`; keys of the rows that are not among the contract's come last."""
+    """Return the columns of `comparison.csv`, those beyond the standard columns last."""
     names = ["algorithm", "seed"]
     names += [
-        f"{r}_{m}_{metric}"
-        for r in READINGS
-        for m in ("last", "best")
+        f"{test}_{moment}_{metric}"
+        for test in TEST_NAMES
+        for moment in ("last", "best")
         for metric in metric_names(task)
     ]
     names += ["up_bytes", "down_bytes", "seconds_total"]

@@ -1,4 +1,4 @@
-"""Tables of a comparison: means, best values, p-values, tuning."""
+"""Tables of a comparison: means, best values, p-values and tuning."""
 
 from __future__ import annotations
 
@@ -31,35 +31,44 @@ from hetero_fl.reporting.methods import format_needs, is_bound
 from hetero_fl.reporting.rendering import markdown_table, render, render_line
 
 LEAST_SEEDS = 5
-"""With fewer pairs a paired t-test has so little power, and depends so much on normality, that its p is no finding."""
+"""Fewest seeds for a paired t-test. With fewer, its power is low and it depends on normality."""
 
 BELOW = "↓"
-"""Marks figures that are worse than the baseline's."""
+"""Mark of scores that are worse than those of the baseline."""
 
 
 def p_value(a: Mapping[int, float], b: Mapping[int, float]) -> str:
-    """Two-sided paired t-test over the seeds that both have; a dash where they are too few for a finding."""
+    """Return the p-value of a two-sided paired t-test over common seeds; a dash if too few."""
     seeds = sorted(a.keys() & b.keys())
     if len(seeds) < LEAST_SEEDS:
         return MISSING
     difference = np.array([a[s] - b[s] for s in seeds])
-    if np.ptp(difference) <= 1e-12:  # the test statistic would be 0/0 or infinite
+    # With equal differences, the test statistic is undefined or infinite.
+    if np.ptp(difference) <= 1e-12:
         return "1" if abs(difference[0]) <= 1e-12 else "<0.001"
-    from scipy import stats  # takes longer to load than everything else here
+    # Slow to import.
+    from scipy import stats
 
     p = float(stats.ttest_rel([a[s] for s in seeds], [b[s] for s in seeds]).pvalue)
     return "<0.001" if p < 0.001 else format_significant(p, 2)
 
 
 def seconds_note(jobs: int | None) -> str:
-    """Return a sentence on the column “Seconds”: what it measures, and whether it can be compared."""
+    """Return a sentence on what the column “Seconds” measures."""
     return render_line("seconds.txt", jobs=jobs)
 
 
 @dataclass(frozen=True)
 class TableCell:
-    """One algorithm in one column: mean and sample standard deviation over seeds, None where there are none; `below`: worse
-    than the line to beat."""
+    """The score of a method in a column.
+
+    Attributes:
+        mean: Mean over seeds; None without scores.
+        deviation: Sample standard deviation over seeds; None for a single seed.
+        text: Both as text.
+        best: Whether the score is the best in its column.
+        below: Whether it is worse than the score of the baseline.
+    """
 
     mean: float | None
     deviation: float | None
@@ -69,7 +78,7 @@ class TableCell:
 
     @property
     def markdown(self) -> str:
-        """The text as Markdown, the best in bold."""
+        """The text in Markdown, with the best score in bold."""
         if self.best:
             return f"**{self.text}**"
         return f"{self.text} {BELOW}" if self.below else self.text
@@ -77,7 +86,18 @@ class TableCell:
 
 @dataclass(frozen=True)
 class TableLine:
-    """One algorithm's line: its cells, its p-value against the best, megabytes and seconds a run, what it needs."""
+    """A row of the table.
+
+    Attributes:
+        algorithm: Label of the method.
+        name: Name of the method.
+        bound: Whether the method is a bound.
+        cells: Scores.
+        p: p-value against the best method; empty for bounds.
+        megabytes: Megabytes exchanged per run.
+        seconds: Seconds per run.
+        needs: Requirements of the method.
+    """
 
     algorithm: str
     name: str
@@ -91,7 +111,16 @@ class TableLine:
 
 @dataclass(frozen=True)
 class ComparisonTable:
-    """A table of a comparison; the first column is the one that p-values are about, the bounds come last."""
+    """A table of a comparison.
+
+    Attributes:
+        title: Title of the table.
+        columns: Columns with scores; p-values compare the first one.
+        lines: Rows of the table, bounds last.
+        caption: Text below the table.
+        tested: Whether there is a column with p-values.
+        jobs: Number of runs that shared the machine; None if unknown.
+    """
 
     title: str
     columns: tuple[Column, ...]
@@ -102,23 +131,23 @@ class ComparisonTable:
 
     @property
     def header(self) -> list[str]:
-        """Names of all columns."""
+        """Titles of all columns."""
         return ["Method", *(column.title for column in self.columns), *self.others]
 
     @property
     def others(self) -> list[str]:
-        """Names of the columns after the metrics."""
+        """Titles of the columns after the scores."""
         shared = f" ({self.jobs} runs at a time)" if self.jobs is not None and self.jobs > 1 else ""
         return [*(["p"] if self.tested else []), "MB", f"Seconds{shared}", "Needs"]
 
     @property
     def groups(self) -> list[tuple[str, list[str]]]:
-        """Test sets in the order of the columns, each with the titles of its columns."""
+        """Names of tests in the order of the columns, each with the titles of its columns."""
         by_group = groupby(self.columns, key=lambda column: column.group)
         return [(group, [column.short for column in columns]) for group, columns in by_group]
 
     def markdown(self) -> str:
-        """Return the table in GitHub's Markdown, the bounds below a line of their own."""
+        """Return the table in GitHub Markdown, with a separate line above the bounds."""
         rows = []
         for line in self.lines:
             if line.bound and ["*Bounds*"] not in rows:
@@ -133,23 +162,27 @@ class ComparisonTable:
         """Return the table in LaTeX, for the packages booktabs and graphicx.
 
         Args:
-            label: Name for references; the prefix is `tab:`.
-            note: A sentence more in the caption.
+            label: Label for references, without the prefix `tab:`.
+            note: An additional sentence in the caption.
         """
         return render("comparison.tex", table=self, label=label, note=note, below=BELOW)
 
 
 def make_table(
-    rows: Sequence[Row], task: Task, moment: str, jobs: int | None = None, personal: str = ""
+    rows: Sequence[Row],
+    task: Task,
+    moment: str,
+    jobs: int | None = None,
+    local_test_note: str = "",
 ) -> ComparisonTable:
     """Return the table of the last round or of the round that validation selected.
 
     Args:
         rows: One row for each run.
-        task: What the runs learn.
+        task: Task of the runs.
         moment: `last` or `best`.
         jobs: Number of runs that shared the machine; None if unknown.
-        personal: A sentence on the local test rows, for the caption.
+        local_test_note: A sentence on the local test rows, for the caption.
     """
     columns = columns_of(rows, task, moment)
     shown = compared_methods(rows)
@@ -165,7 +198,7 @@ def make_table(
     if columns and len(seeds) > 1:
         leader = _best_method(columns[0], means[columns[0].key], shown)
     lines = []
-    for place, label in enumerate(shown.all_labels):
+    for index, label in enumerate(shown.all_labels):
         own = frame.loc[[label]]
         short = f" ({len(own)} of {len(seeds)} seeds)" if len(own) < len(seeds) else ""
         lines.append(
@@ -173,7 +206,7 @@ def make_table(
                 label,
                 algorithm_name(label) + short,
                 is_bound(label),
-                tuple(column[place] for column in cells),
+                tuple(column[index] for column in cells),
                 "" if leader is None or is_bound(label) else _p(frame, columns[0], label, leader),
                 _megabytes((own["up_bytes"] + own["down_bytes"]).mean() / 1e6),
                 format_significant(own["seconds_total"].mean()),
@@ -191,7 +224,7 @@ def make_table(
         first=columns[0].title if columns else "",
         baseline=algorithm_name(str(shown.baseline)),
         below=BELOW if any(cell.below for line in lines for cell in line.cells) else "",
-        personal=personal if any(c.key.startswith("personal") for c in columns) else "",
+        personal=local_test_note if any(c.key.startswith("personal") for c in columns) else "",
         seconds=seconds_note(jobs),
     )
     title = "Last round" if moment == "last" else "Round selected by validation"
@@ -201,7 +234,7 @@ def make_table(
 def _make_column(
     column: Column, means: pd.Series, deviations: pd.Series, shown: ComparedMethods
 ) -> list[TableCell]:
-    """Return each method's cell in a column; what prints the same as the best is marked as the best."""
+    """Return the cells of a column; scores that look equal to the best are marked as best."""
     metric = column.metric
     best = _best_method(column, means, shown)
     best_mean = math.nan if best is None else float(means[best])
@@ -233,7 +266,7 @@ def _make_column(
 
 
 def _best_method(column: Column, means: pd.Series, shown: ComparedMethods) -> str | None:
-    """Return the method with the best mean in a column, bounds left out; None if none has a value."""
+    """Return the federated method with the best mean in a column; None without scores."""
     known = means[list(shown.federated)].dropna()
     if known.empty:
         return None
@@ -245,10 +278,11 @@ def _p(frame: pd.DataFrame, column: Column, label: str, leader: str) -> str:
     if label == leader:
         return "best"
     values = frame[["seed", column.key]].dropna()
-    found = {
-        name: of.set_index("seed")[column.key].to_dict() for name, of in values.groupby(level=0)
+    by_method = {
+        name: scores.set_index("seed")[column.key].to_dict()
+        for name, scores in values.groupby(level=0)
     }
-    return p_value(found.get(label, {}), found[leader])
+    return p_value(by_method.get(label, {}), by_method[leader])
 
 
 def _megabytes(value: float) -> str:
@@ -256,7 +290,7 @@ def _megabytes(value: float) -> str:
 
 
 def format_single(value: float | None, metric: str) -> str:
-    """Return one run's value as the tables print it."""
+    """Format the score of one run as in the tables."""
     return MISSING if value is None else _number(value, metric)
 
 
@@ -268,17 +302,31 @@ def _number(value: float, metric: str) -> str:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A point of the grid for one method; `score`: its mean validation over the seeds, larger is better; None without one."""
+    """A point of the tuning grid of a method.
+
+    Attributes:
+        algorithm: Label of the method.
+        point: Settings as `key=value`.
+        score: Mean validation score over seeds, larger is better; None without one.
+        chosen: Whether the candidate was chosen.
+    """
 
     algorithm: str
-    point: tuple[str, ...]  # key=value
+    point: tuple[str, ...]
     score: float | None
     chosen: bool
 
 
 @dataclass(frozen=True)
 class TuningTable:
-    """The candidates as they are printed: (method, values, validation, whether it was chosen)."""
+    """The table of tuning candidates.
+
+    Attributes:
+        title: Title of the table.
+        header: Titles of the columns.
+        lines: Method, settings, validation score and whether it was chosen, for each candidate.
+        caption: Text below the table.
+    """
 
     title: str
     header: tuple[str, str, str]
@@ -286,7 +334,7 @@ class TuningTable:
     caption: str
 
     def markdown(self) -> str:
-        """Return the candidates in GitHub's Markdown, the chosen ones in bold."""
+        """Return the candidates in GitHub Markdown, with the chosen ones in bold."""
         rows = [
             [name, values, f"**{text}**" if chosen else text]
             for name, values, text, chosen in self.lines
@@ -295,7 +343,7 @@ class TuningTable:
 
 
 def make_tuning_table(candidates: Sequence[Candidate], task: Task) -> TuningTable | None:
-    """The table of the candidates; None where there was nothing to choose."""
+    """Return the table of tuning candidates; None if there are none."""
     if not candidates:
         return None
     metric, sign = selection_metric(task)
@@ -306,5 +354,5 @@ def make_tuning_table(candidates: Sequence[Candidate], task: Task) -> TuningTabl
         lines.append((algorithm_name(c.algorithm), ", ".join(c.point), text, c.chosen))
     caption = render_line("tuning_caption.txt", metric=capitalize_first(metric_name(metric)))
     return TuningTable(
-        "The values that were tried", ("Method", "Values", "Validation"), tuple(lines), caption
+        "Tuning candidates", ("Method", "Values", "Validation"), tuple(lines), caption
     )

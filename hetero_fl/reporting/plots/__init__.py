@@ -1,4 +1,4 @@
-"""All pictures of a run, drawn from its files into its `plots/`."""
+"""Draw the plots of a finished run."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ NAMES = (
 )
 
 
-def draw_plots(run: RunDirectory, say: Callable[[str], None] | None = None) -> dict[str, bytes]:
-    """A finished run's pictures as PNG, by name, in the order of the report.
+def draw_plots(run: RunDirectory, log: Callable[[str], None] | None = None) -> dict[str, bytes]:
+    """Return the plots of a finished run as PNG by name, in the order of the report.
 
-    Left out: `communication` where nothing was exchanged, `time` and `tasks` where no time was simulated, `staleness` where
-    rounds wait for their cohorts, `privacy` where nothing was protected, `forecasts` where rows have no dates, `confusion` and
-    `calibration` where targets are no classes.
+    Plots that do not apply to the run are omitted: `communication` without exchanged bytes, `time`
+    and `tasks` without simulated time, `staleness` of synchronous runs, `privacy` without privacy,
+    `forecasts` without dates, `confusion` and `calibration` without classes.
 
     Args:
         run: The finished run.
-        say: Where a picture that cannot be drawn is reported in one line, and left out; None raises what went wrong.
+        log: Called with a line for each plot that cannot be drawn; None raises the error instead.
 
     Raises:
         UserError: If a file of the run is missing.
@@ -51,8 +51,8 @@ def draw_plots(run: RunDirectory, say: Callable[[str], None] | None = None) -> d
         lambda: clients.plot_labels(summary, details),
         lambda: rounds.plot_communication(summary, records, details),
         lambda: rounds.plot_time(summary, records, details),
-        lambda: rounds.plot_tasks(summary, records, details),
-        lambda: rounds.plot_staleness(summary, records, details),
+        lambda: rounds.plot_tasks(records),
+        lambda: rounds.plot_staleness(records),
         lambda: rounds.plot_privacy(summary, records),
         lambda: scores.plot_forecasts(summary, details),
         lambda: scores.plot_confusion(summary, details),
@@ -60,33 +60,38 @@ def draw_plots(run: RunDirectory, say: Callable[[str], None] | None = None) -> d
     )
     pictures: dict[str, bytes] = {}
     with style.plot_style():
-        for name, make in zip(NAMES, figures, strict=True):
-            with report_errors(f"the picture {name!r} cannot be drawn", say):
-                if (made := make()) is not None:
-                    pictures[name] = style.to_png(made)
+        for name, draw in zip(NAMES, figures, strict=True):
+            with report_errors(f"the plot {name!r} cannot be drawn", log):
+                if (figure := draw()) is not None:
+                    pictures[name] = style.to_png(figure)
     return pictures
 
 
 @contextmanager
-def report_errors(subject: str, say: Callable[[str], None] | None) -> Iterator[None]:
-    """Report an error in one line that begins with `subject`, and go on; without `say` it is raised."""
+def report_errors(subject: str, log: Callable[[str], None] | None) -> Iterator[None]:
+    """Log an error in one line that begins with `subject`; without `log` it is raised."""
     try:
         yield
     except Exception as error:
-        if say is None:
+        if log is None:
             raise
-        say(one_line(f"{subject}: {type(error).__name__}: {error}"))
+        log(one_line(f"{subject}: {type(error).__name__}: {error}"))
 
 
 def write_plots(
-    run_dir: str | os.PathLike[str], say: Callable[[str], None] | None = None
+    run_dir: str | os.PathLike[str], log: Callable[[str], None] | None = None
 ) -> list[Path]:
-    """Draw a finished run's pictures into its `plots/`, and return their paths.
+    """Draw the plots of a finished run into its folder `plots/` and return their paths.
 
-    `say`: see `draw`. Raises UserError if the folder is no finished run.
+    Args:
+        run_dir: The run directory.
+        log: See `draw_plots`.
+
+    Raises:
+        UserError: If the folder is no finished run.
     """
     run = RunDirectory.open(run_dir)
-    pictures = draw_plots(run, say)
+    pictures = draw_plots(run, log)
     run.plots.mkdir(exist_ok=True)
     paths = {name: run.plots / f"{name}.png" for name in pictures}
     for name, content in pictures.items():

@@ -1,4 +1,4 @@
-"""What each client has and reaches: `clients` (metrics on local and global test) and `labels` (who holds which labels)."""
+"""Plots of clients: scores on local and global test, and label distributions."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from matplotlib.lines import Line2D
 
 from hetero_fl.reporting.formatting import (
     FEW_ROWS,
-    READING_WORDS,
-    READINGS,
+    TEST_DESCRIPTIONS,
+    TEST_NAMES,
     capitalize_first,
     client_score,
     format_range,
@@ -29,31 +29,29 @@ from hetero_fl.utils.text import pluralize
 Json = dict[str, Any]
 
 FEW = 40
+"""Most clients that are named one by one."""
+
 MOST_LABELS = 20
-"""So many clients, and so many labels, can be named one by one."""
+"""Most labels that are named one by one."""
 
 
 def plot_client_scores(summary: Json, details: Json) -> Figure:
-    """Two metrics of each client's model, on local and global test, at the last round.
+    """Plot two metrics of each client's model on local and global test after the last round.
 
-    Up to 40 clients: a line each, two points joined, with the number n of local test rows. More: a point each, local
-    against global. Hollow: fewer than 20 local test rows.
+    Up to 40 clients have a line each, with two points and the number n of local test rows. More
+    clients are points in a scatter plot, local against global test. Hollow points have fewer than
+    20 local test rows.
     """
     rows = summary["clients"]
     tested = local_test_rows(details)
-    first = selection_metric_of(
-        summary, details
-    )  # AUROC beside it would be undefined where a class is missing in a local test split
-    pair = (
-        first,
-        {"mae": "rmse", "auroc": "balanced_accuracy", "accuracy": "top3_accuracy"}.get(
-            first, "accuracy"
-        ),
-    )
+    first = selection_metric_of(summary, details)
+    # AUROC is no second metric, because it is undefined on local tests that lack a class.
+    second = {"mae": "rmse", "auroc": "balanced_accuracy", "accuracy": "top3_accuracy"}
+    pair = (first, second.get(first, "accuracy"))
     if details.get("rare") is not None:
         pair = first, "average_precision"
     if len(rows) > FEW:
-        return _against(rows, pair, tested, details.get("unit", ""))
+        return _scatter(rows, pair, tested, details.get("unit", ""))
     figure = style.figure(1.35 + 0.21 * len(rows))
     panels = figure.subplots(1, 2, sharey=True)
     for axes, name in zip(panels, pair, strict=True):
@@ -63,19 +61,19 @@ def plot_client_scores(summary: Json, details: Json) -> Figure:
         range(len(rows)), [f"{style.shorten(row['id'])} (n = {tested[row['id']]})" for row in rows]
     )
     panels[0].set_ylim(len(rows) - 0.4, -0.6)
-    handles, words = panels[0].get_legend_handles_labels()
-    if hollow := _marker_fill(tested):
+    handles, labels = panels[0].get_legend_handles_labels()
+    if hollow := _hollow_handle(tested):
         handles = [*handles, hollow]
-        words = [*words, str(hollow.get_label())]
-    figure.legend(handles, words, loc="outside lower center", ncols=3)
+        labels = [*labels, str(hollow.get_label())]
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure
 
 
-def _few(rows: list[Json], tested: dict[str, int]) -> np.ndarray:
+def _has_few_rows(rows: list[Json], tested: dict[str, int]) -> np.ndarray:
     return np.array([tested[row["id"]] < FEW_ROWS for row in rows])
 
 
-def _marker_fill(tested: dict[str, int]) -> Line2D | None:
+def _hollow_handle(tested: dict[str, int]) -> Line2D | None:
     if not any(0 < count < FEW_ROWS for count in tested.values()):
         return None
     look: dict[str, Any] = {
@@ -92,20 +90,20 @@ def _dumbbells(axes: Axes, rows: list[Json], name: str, tested: dict[str, int]) 
     values = np.array(
         [[client_score(row, r, name) for r in ("personal", "global")] for row in rows], dtype=float
     )
-    places = np.arange(len(rows))
-    few = _few(rows, tested)
-    axes.hlines(places, *values.T, color=style.LIGHT, linewidth=2.5, zorder=1)
-    for column, reading in enumerate(("personal", "global")):
-        colour = style.READING_COLOURS[reading]
+    positions = np.arange(len(rows))
+    few = _has_few_rows(rows, tested)
+    axes.hlines(positions, *values.T, color=style.LIGHT, linewidth=2.5, zorder=1)
+    for column, test in enumerate(("personal", "global")):
+        color = style.TEST_COLORS[test]
         look: dict[str, Any] = {
             "linestyle": "none",
-            "marker": style.READING_MARKERS[reading],
+            "marker": style.TEST_MARKERS[test],
             "markersize": 6,
         }
-        axes.plot(values[:, column], places, color=colour, label=READING_WORDS[reading], **look)
-        if reading == "personal" and few.any():
+        axes.plot(values[:, column], positions, color=color, label=TEST_DESCRIPTIONS[test], **look)
+        if test == "personal" and few.any():
             axes.plot(
-                values[few, column], places[few], color=colour, markerfacecolor="white", **look
+                values[few, column], positions[few], color=color, markerfacecolor="white", **look
             )
     axes.grid(axis="y", visible=False)
     axes.xaxis.set_major_locator(style.ticks())
@@ -113,49 +111,49 @@ def _dumbbells(axes: Axes, rows: list[Json], name: str, tested: dict[str, int]) 
         axes.text(0.5, 0.5, "undefined for every client", transform=axes.transAxes, ha="center")
 
 
-def _against(rows: list[Json], pair: tuple[str, str], tested: dict[str, int], unit: str) -> Figure:
+def _scatter(rows: list[Json], pair: tuple[str, str], tested: dict[str, int], unit: str) -> Figure:
     figure = style.figure(3.8)
     models = sorted({row["model"] for row in rows})
-    colours = (
+    colors = (
         dict(zip(models, style.CATEGORIES, strict=False))
         if len(models) <= len(style.CATEGORIES)
         else {}
     )
     panels = figure.subplots(1, 2)
-    few = _few(rows, tested)
+    few = _has_few_rows(rows, tested)
     for axes, name in zip(panels, pair, strict=True):
         values = np.array(
             [[client_score(row, r, name) for r in ("personal", "global")] for row in rows],
             dtype=float,
         )
-        for model in models if colours else [None]:
+        for model in models if colors else [None]:
             of_model = np.array([model in (None, row["model"]) for row in rows])
-            colour = colours.get(model or "", style.GREY)
+            color = colors.get(model or "", style.GREY)
             axes.scatter(
-                *values[of_model & ~few].T, s=15, alpha=0.75, linewidth=0, color=colour, label=model
+                *values[of_model & ~few].T, s=15, alpha=0.75, linewidth=0, color=color, label=model
             )
             axes.scatter(
-                *values[of_model & few].T, s=12, linewidth=0.9, facecolor="none", edgecolor=colour
+                *values[of_model & few].T, s=12, linewidth=0.9, facecolor="none", edgecolor=color
             )
         if np.isfinite(values).any():
             ends = [np.nanmin(values), np.nanmax(values)]
             axes.plot(ends, ends, color=style.GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
         axes.set(
             title=capitalize_first(metric_name(name, unit)),
-            xlabel=f"{READINGS['personal']} (n = {format_range(tested.values())})",
-            ylabel=READINGS["global"],
+            xlabel=f"{TEST_NAMES['personal']} (n = {format_range(tested.values())})",
+            ylabel=TEST_NAMES["global"],
         )
         axes.xaxis.set_major_locator(style.ticks())
         axes.yaxis.set_major_locator(style.ticks())
         axes.set_aspect("equal", adjustable="datalim")
     handles: list[Artist] = []
-    for model, colour in colours.items():
+    for model, color in colors.items():
         handles.append(
             Line2D(
-                [], [], linestyle="none", marker="o", color=colour, label=style.shorten(model, 30)
+                [], [], linestyle="none", marker="o", color=color, label=style.shorten(model, 30)
             )
         )
-    if hollow := _marker_fill(tested):
+    if hollow := _hollow_handle(tested):
         handles.append(hollow)
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)))
@@ -163,35 +161,21 @@ def _against(rows: list[Json], pair: tuple[str, str], tested: dict[str, int], un
 
 
 def plot_labels(summary: Json, details: Json) -> Figure:
-    """Who holds which labels.
+    """Plot the label distribution of each client.
 
-    Up to forty clients: stacked bars for up to four classes, bubbles whose area is the count for up to twenty. More
-    clients or classes: the share of each label among a client's examples, of the twenty most frequent labels. Targets
-    without classes, and where no client tells its labels: how many rows each client has for training, validation and test.
+    Up to 40 clients have stacked bars for up to 4 classes, or bubbles for up to 20. With more
+    clients or classes, a heat map shows the fraction of each of the 20 most frequent labels. If
+    there are no classes or label counts, the plot shows the number of rows in each split.
     """
     counts = details["label_counts"]
     names = details["labels"]
     if is_regression(last_scores(summary)) or not counts:
-        parts = ("train", "validation", "test")
-        table = np.array(
-            [[rows[part] for part in parts] for rows in details["rows"].values()], dtype=float
-        )
-        if len(table) > FEW:
-            return _stacked_many(
-                table, parts, "rows", np.argsort(-table.sum(1), kind="stable"), "largest first"
-            )
-        return _stacked(list(details["rows"]), table, parts, "rows")
+        return _plot_split_sizes(details["rows"])
     table = np.array(list(counts.values()), dtype=float)
     ids = list(counts)
     share = table / np.maximum(table.sum(1, keepdims=True), 1)
-    if len(names) <= 4 and len(ids) <= FEW:
-        return _stacked(ids, table, tuple(names), "examples")
     if len(names) <= 4:
-        order = np.lexsort(share.T[::-1])
-        unit = "share of the client's examples"
-        return _stacked_many(
-            share, tuple(names), unit, order, f"ordered by their share of {names[0]}"
-        )
+        return _plot_few_labels(ids, table, share, tuple(names))
     if len(names) <= MOST_LABELS and len(ids) <= FEW:
         return _bubbles(ids, table, names)
     if len(names) <= MOST_LABELS:
@@ -202,27 +186,46 @@ def plot_labels(summary: Json, details: Json) -> Figure:
     return figure
 
 
+def _plot_split_sizes(rows: dict[str, dict[str, int]]) -> Figure:
+    splits = ("train", "validation", "test")
+    table = np.array([[counts[split] for split in splits] for counts in rows.values()], dtype=float)
+    if len(table) <= FEW:
+        return _stacked(list(rows), table, splits, "rows")
+    order = np.argsort(-table.sum(1), kind="stable")
+    return _stacked_many(table, splits, "rows", order, "largest first")
+
+
+def _plot_few_labels(
+    ids: list[str], table: np.ndarray, share: np.ndarray, names: tuple[str, ...]
+) -> Figure:
+    if len(ids) <= FEW:
+        return _stacked(ids, table, names, "examples")
+    order = np.lexsort(share.T[::-1])
+    unit = "fraction of the client's examples"
+    return _stacked_many(share, names, unit, order, f"ordered by their fraction of {names[0]}")
+
+
 def _stacked(ids: list[str], table: np.ndarray, names: tuple[str, ...], unit: str) -> Figure:
     figure = style.figure(1.35 + 0.24 * len(ids))
     axes = figure.subplots()
-    places = np.arange(len(ids))
+    positions = np.arange(len(ids))
     start = np.cumsum(table, 1) - table
-    wide = 0.05 * table.sum(1).max()
+    min_labeled = 0.05 * table.sum(1).max()
     for c, name in enumerate(names):
         axes.barh(
-            places,
+            positions,
             table[:, c],
             0.72,
             left=start[:, c],
             color=style.CATEGORIES[c],
             label=style.shorten(name, 20),
         )
-        for place, (count, left) in enumerate(zip(table[:, c], start[:, c], strict=True)):
-            if count > wide:
+        for row, (count, left) in enumerate(zip(table[:, c], start[:, c], strict=True)):
+            if count > min_labeled:
                 axes.text(
-                    left + count / 2, place, f"{count:.0f}", ha="center", va="center", fontsize=7.5
+                    left + count / 2, row, f"{count:.0f}", ha="center", va="center", fontsize=7.5
                 )
-    axes.set_yticks(places, [style.shorten(i) for i in ids])
+    axes.set_yticks(positions, [style.shorten(i) for i in ids])
     axes.set(ylim=(len(ids) - 0.4, -0.6), xlabel=unit)
     axes.grid(axis="y", visible=False)
     figure.legend(loc="outside lower center", ncols=len(names))
@@ -230,7 +233,7 @@ def _stacked(ids: list[str], table: np.ndarray, names: tuple[str, ...], unit: st
 
 
 def _stacked_many(
-    table: np.ndarray, names: tuple[str, ...], unit: str, order: np.ndarray, by: str
+    table: np.ndarray, names: tuple[str, ...], unit: str, order: np.ndarray, order_text: str
 ) -> Figure:
     figure = style.figure(3.0)
     axes = figure.subplots()
@@ -248,7 +251,7 @@ def _stacked_many(
             linewidth=0,
         )
     axes.set(
-        xlabel=f"{pluralize(len(table), 'client')}, {by}",
+        xlabel=f"{pluralize(len(table), 'client')}, {order_text}",
         ylabel=unit,
         xlim=(edges[0], edges[-1]),
         ylim=(0, top.max()),
@@ -279,22 +282,23 @@ def _bubbles(ids: list[str], table: np.ndarray, names: list[str]) -> Figure:
                 fontsize=style.SMALLEST,
                 color=style.GREY,
             )
-    words = [style.shorten(name, 12) for name in names]
-    axes.set_xticks(range(classes), words, **(style.SLANTED if sum(map(len, words)) > 75 else {}))
+    labels = [style.shorten(name, 12) for name in names]
+    slant = style.SLANTED if sum(map(len, labels)) > 75 else {}
+    axes.set_xticks(range(classes), labels, **slant)
     axes.set_yticks(range(clients), [style.shorten(i) for i in ids])
     style.remove_axes(axes)
     axes.grid(True)
     axes.set(
         xlim=(-0.5, classes - 0.3),
         ylim=(clients - 0.4, -0.6),
-        title="Examples by label (area is the count)",
+        title="Number of training rows by label",
     )
     return figure
 
 
 def _shares(ids: list[str], share: np.ndarray, names: list[str]) -> Figure:
     clients, classes = share.shape
-    # Clients with the same main label side by side: the map then shows how skewed they are at a glance.
+    # Clients with the same main label are neighbors, which makes the label skew visible.
     order = np.lexsort((-share.max(1), share.argmax(1)))
     figure = style.figure(4.4)
     axes = figure.subplots()
@@ -307,7 +311,7 @@ def _shares(ids: list[str], share: np.ndarray, names: list[str]) -> Figure:
         axes.set_xticks(range(clients), [style.shorten(ids[i], 14) for i in order], rotation=90)
     else:
         axes.set(xticks=[], xlabel=f"{pluralize(clients, 'client')}, ordered by main label")
-    label = "share of the client's examples"
+    label = "fraction of the client's examples"
     bar = style.add_colorbar(figure, image, axes, label, pad=0.01, aspect=30)
     bar.yaxis.set_major_locator(style.ticks())
     return figure

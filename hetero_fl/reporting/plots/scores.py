@@ -13,96 +13,114 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from hetero_fl.reporting.formatting import (
-    READINGS,
+    TEST_NAMES,
     client_score,
+    format_metric,
     local_test_rows,
     selection_metric_of,
 )
-from hetero_fl.reporting.formatting import format_metric as told
 from hetero_fl.reporting.plots import style
-
-# How models err: `confusion` (which class is taken for which) and `calibration` (confidence against
-# accuracy).
 
 Json = dict[str, Any]
 
 PANELS = 12
-"""So many clients fit one figure; of more, the weakest on the global test are shown after all together."""
+"""Most panels of a figure. With more clients, all together and the weakest are shown."""
+
+MAX_LABELS = 16
+"""Most matrices of a multilabel task."""
 
 ALL = "all clients"
 
 
 def plot_confusion(summary: Json, details: Json) -> Figure | None:
-    """Confusion matrices after the last round, each row as shares of its true class; None for targets without classes.
+    """Plot confusion matrices after the last round; None for targets without classes.
 
-    Classes stand in the task's order everywhere, and one colour scale (0 to 100%) serves all matrices. Up to six
-    clients: local test, with the number n of rows, above global test. Up to twelve: global test. More: all clients
-    together, then the eleven weakest. Multilabel targets: all clients together, global test, a matrix a label (the first
-    sixteen).
+    Each row of a matrix is normalized by its true class. Up to 6 clients have a matrix for the
+    local test, with the number n of rows, above one for the global test. Up to 12 clients have a
+    matrix for the global test. With more, the figure shows all clients together and the 11 weakest.
+    Multilabel targets have a matrix for each of the first 16 labels, for all clients together.
     """
     by_client = _order_clients(details["confusion"], summary)
-    matrices = {
-        r: {i: np.array(m[r], dtype=float) for i, m in by_client.items() if m.get(r)}
-        for r in ("personal", "global")
-    }
-    common = matrices["global"]
-    home = matrices["personal"]
+    local_test, global_test = (
+        {
+            client_id: np.array(found[test], dtype=float)
+            for client_id, found in by_client.items()
+            if found.get(test)
+        }
+        for test in ("personal", "global")
+    )
     names = details["labels"]
-    if not common and not home:
+    if not global_test and not local_test:
         return None
-    whole = np.sum(list((common or home).values()), axis=0)
-    if whole.ndim == 3:
-        panels = [(name, "", matrix) for name, matrix in zip(names[:16], whole, strict=False)]
+    total = np.sum(list((global_test or local_test).values()), axis=0)
+    if total.ndim == 3:
+        panels = [
+            (name, "", matrix) for name, matrix in zip(names[:MAX_LABELS], total, strict=False)
+        ]
         return _matrices(panels, ["absent", "present"], 4, 1.35)
     if len(by_client) > 6:
-        shown = _with_all(common or home, summary, details, np.add)
+        shown = _with_all(global_test or local_test, summary, details, np.add)
         return _matrices([(name, "", matrix) for name, matrix in shown.items()], names, 4, 1.35)
-    tested = local_test_rows(details)
-    ids = list(by_client)
-    panels = []
-    roomy = len(names) > 4 or max(map(len, names)) > 11  # six in a row leave no room for these
-    columns = -(-len(ids) // 2) if roomy and len(ids) > 3 else len(ids)
-    # above narrow panels there is no room for more words
+    # Large matrices or long names do not fit six times in a row.
+    is_wide = len(names) > 4 or max(map(len, names)) > 11
+    columns = -(-len(by_client) // 2) if is_wide and len(by_client) > 3 else len(by_client)
+    side = 1.0 if columns > 4 else 1.35 if len(names) <= 4 else 1.75
+    panels = _panels_by_client(
+        list(by_client), local_test, global_test, num_rows=local_test_rows(details), columns=columns
+    )
+    return _matrices(panels, names, columns, side)
+
+
+def _panels_by_client(
+    ids: list[str],
+    local_test: Mapping[str, np.ndarray],
+    global_test: Mapping[str, np.ndarray],
+    *,
+    num_rows: Mapping[str, int],
+    columns: int,
+) -> list[Panel]:
+    """Return rows of panels, alternately for the local and the global test."""
+    # Titles of narrow panels have to be short.
     count = "n" if columns > 4 else "local test n"
-    rows = {i: f"\n{count} = {tested[i]}" if home else "" for i in ids}
+    panels: list[Panel] = []
     for first in range(0, len(ids), columns):
         block: list[str | None] = [*ids[first : first + columns]]
         block += [None] * (columns - len(block))
-        for reading, words in ((home, READINGS["personal"]), (common, READINGS["global"])):
-            if reading:
-                below = reading is common and bool(home)
-                titles = ["" if below or i is None else f"{i}{rows[i]}" for i in block]
-                panels += [
-                    (t, words, reading.get(i) if i else None)
-                    for t, i in zip(titles, block, strict=True)
-                ]
-    return _matrices(
-        panels, names, columns, 1.0 if columns > 4 else 1.35 if len(names) <= 4 else 1.75
-    )
+        if local_test:
+            for client_id in block:
+                title = f"{client_id}\n{count} = {num_rows[client_id]}" if client_id else ""
+                matrix = local_test.get(client_id) if client_id else None
+                panels.append((title, TEST_NAMES["personal"], matrix))
+        if global_test:
+            for client_id in block:
+                title = client_id if client_id and not local_test else ""
+                matrix = global_test.get(client_id) if client_id else None
+                panels.append((title, TEST_NAMES["global"], matrix))
+    return panels
 
 
 Panel = tuple[str, str, "np.ndarray | None"]
-"""Title (a second line after a break), what stands at its row's left, counts `[true, predicted]`."""
+"""Title of one or two lines, label at the left of the row, counts `[true, predicted]`."""
 
 
 def _matrices(panels: list[Panel], names: Sequence[str], columns: int, side: float) -> Figure:
     figure, grid = _grid(len(panels), columns, side, between=0.3, around=1.0)
     narrow = side < 1.2
-    for place, (axes, (title, words, matrix)) in enumerate(zip(grid, panels, strict=True)):
-        left = place % columns == 0
-        below = place + columns >= len(panels)
-        name, *more = title.split("\n")
-        room = 14 if side < 1.5 else 18  # a panel is about as wide as so many letters
-        axes.set_title(
-            "\n".join([style.shorten(name, room), *more]), fontsize=7 if narrow else 8, loc="center"
-        )
-        _matrix(axes, matrix, names, left, below)
+    for index, (axes, (full_title, row_label, matrix)) in enumerate(zip(grid, panels, strict=True)):
+        left = index % columns == 0
+        below = index + columns >= len(panels)
+        name, *more = full_title.split("\n")
+        # The number of letters that fit the width of a panel.
+        length = 14 if side < 1.5 else 18
+        title = "\n".join([style.shorten(name, length), *more])
+        axes.set_title(title, fontsize=7 if narrow else 8, loc="center")
+        _matrix(axes, matrix, names, left=left, below=below)
         if left:
-            axes.set_ylabel("\n".join([*([words] if words else []), "true class"]), fontsize=8)
+            axes.set_ylabel(f"{row_label}\ntrue class" if row_label else "true class", fontsize=8)
         if below:
             axes.set_xlabel("predicted class", fontsize=8)
     size = {"fraction": 0.03, "pad": 0.015, "aspect": 30}
-    bar = style.add_colorbar(figure, grid[0].images[0], grid, "share of the true class", **size)
+    bar = style.add_colorbar(figure, grid[0].images[0], grid, "fraction of the true class", **size)
     bar.yaxis.set_major_formatter(PercentFormatter(1.0))
     return figure
 
@@ -110,12 +128,21 @@ def _matrices(panels: list[Panel], names: Sequence[str], columns: int, side: flo
 def _grid(
     count: int, columns: int, side: float, between: float, around: float
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` square panels of that side (inches), with room for titles between and labels around."""
+    """Create a figure with a grid of square panels.
+
+    Args:
+        count: Number of panels.
+        columns: Number of columns.
+        side: Side of a panel in inches.
+        between: Space between rows in inches.
+        around: Space around the grid in inches.
+    """
     rows = -(-count // columns)
     figure = style.figure(
         rows * (side + between) + around, min(style.WIDTH, columns * (side + 0.2) + around)
     )
-    figure.set_layout_engine("compressed")  # square panels stand close
+    # Removes the space between square panels.
+    figure.set_layout_engine("compressed")
     grid = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
     for axes in grid[count:]:
         axes.set_visible(False)
@@ -123,10 +150,11 @@ def _grid(
 
 
 def _matrix(
-    axes: Axes, matrix: np.ndarray | None, names: Sequence[str], left: bool, below: bool
+    axes: Axes, matrix: np.ndarray | None, names: Sequence[str], *, left: bool, below: bool
 ) -> None:
     classes = len(names)
-    if matrix is None:  # a client without test rows of its own
+    if matrix is None:
+        # The client has no local test rows.
         matrix = np.zeros((classes, classes))
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
@@ -138,7 +166,7 @@ def _matrix(
                 if matrix[row].sum()
                 else "none"
             )
-            colour = style.text_color(share[row, column])
+            color = style.text_color(share[row, column])
             axes.text(
                 column,
                 row,
@@ -147,26 +175,26 @@ def _matrix(
                 va="center",
                 fontsize=style.SMALLEST,
                 linespacing=1.15,
-                color=colour,
+                color=color,
             )
     shown = list(style.thin_labels(classes, 10))
-    words = [style.shorten(names[c], 11) for c in shown]
-    axes.set_yticks(shown, words if left else [""] * len(shown), fontsize=style.SMALLEST)
-    longest = max(map(len, words))
-    turned: dict[str, Any] = {}
+    labels = [style.shorten(names[c], 11) for c in shown]
+    hidden = [""] * len(shown)
+    axes.set_yticks(shown, labels if left else hidden, fontsize=style.SMALLEST)
+    longest = max(map(len, labels))
+    rotation: dict[str, Any] = {}
     if classes > 4 and longest > 2:
-        turned = {"rotation": 90}
+        rotation = {"rotation": 90}
     elif longest > 7:
-        turned = style.SLANTED
-    labels = words if below else [""] * len(shown)
-    axes.set_xticks(shown, labels, fontsize=style.SMALLEST, **turned)
+        rotation = style.SLANTED
+    axes.set_xticks(shown, labels if below else hidden, fontsize=style.SMALLEST, **rotation)
 
 
 def plot_calibration(summary: Json, details: Json) -> Figure | None:
-    """Reliability diagrams: accuracy of the predictions made with each confidence, and the error (ECE) by reading.
+    """Plot reliability diagrams with the expected calibration error (ECE) of each test.
 
-    The size of a point shows how many predictions it stands for. More than twelve clients: all together, then the
-    eleven weakest. None if there are none.
+    The area of a point shows the number of predictions in its bin. With more than 12 clients, the
+    figure shows all together and the 11 weakest. None for targets without classes.
     """
     found = {i: c for i, c in _order_clients(details["calibration"], summary).items() if c}
     if not found:
@@ -176,20 +204,20 @@ def plot_calibration(summary: Json, details: Json) -> Figure | None:
     tested[ALL] = sum(tested.values())
     columns = 3 if len(group) in (5, 6) else min(4, len(group))
     figure, grid = _grid(len(group), columns, 1.5, between=0.62, around=0.9)
-    for place, (axes, (name, readings)) in enumerate(zip(grid, group.items(), strict=True)):
-        _reliability(axes, readings, tested[name])
+    for index, (axes, (name, by_test)) in enumerate(zip(grid, group.items(), strict=True)):
+        _reliability(axes, by_test, tested[name])
         axes.set_title(style.shorten(name, 18), fontsize=8, pad=25)
-        left = place % columns == 0
-        below = place + columns >= len(group)
+        left = index % columns == 0
+        below = index + columns >= len(group)
         axes.tick_params(labelleft=left, labelbottom=below)
         axes.set(xlabel="confidence" if below else "", ylabel="accuracy" if left else "")
     handles: list[Line2D] = [
         Line2D(
             [],
             [],
-            color=style.READING_COLOURS[r],
-            marker=style.READING_MARKERS[r],
-            label=READINGS[r],
+            color=style.TEST_COLORS[r],
+            marker=style.TEST_MARKERS[r],
+            label=TEST_NAMES[r],
         )
         for r in ("personal", "global")
     ]
@@ -207,46 +235,48 @@ def plot_calibration(summary: Json, details: Json) -> Figure | None:
     return figure
 
 
-def _reliability(axes: Axes, readings: Mapping[str, Json], tested: int) -> None:
+def _reliability(axes: Axes, by_test: Mapping[str, Json], num_rows: int) -> None:
     axes.plot([0, 1], [0, 1], color=style.GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
     lines = []
-    for reading in ("personal", "global"):
-        found = readings.get(reading)
+    for test in ("personal", "global"):
+        found = by_test.get(test)
         if found is None or found["ece"] is None:
             continue
         count = np.array(found["count"], dtype=float)
         kept = count > 0
         x = np.array(found["confidence"], dtype=float)[kept]
         y = np.array(found["accuracy"], dtype=float)[kept]
-        colour = style.READING_COLOURS[reading]
-        axes.plot(x, y, color=colour, linewidth=1.1, zorder=2)
+        color = style.TEST_COLORS[test]
+        # The accuracy of a single prediction is 0 or 1, which would make the curve a zigzag.
+        joined = count[kept] > 1
+        axes.plot(x[joined], y[joined], color=color, linewidth=1.1, zorder=2)
         area = 4 + 50 * count[kept] / count.sum()
         axes.scatter(
             x,
             y,
             s=area,
-            marker=style.READING_MARKERS[reading],
-            color=colour,
+            marker=style.TEST_MARKERS[test],
+            color=color,
             linewidth=0,
             zorder=3,
             clip_on=False,
         )
-        rows = f" (n = {tested})" if reading == "personal" else ""
-        lines.append((f"ECE {READINGS[reading]} {found['ece']:.3f}{rows}", colour))
-    # in points, so that they keep off the title at any size
-    for place, (text, colour) in enumerate(reversed(lines)):
+        rows = f" (n = {num_rows})" if test == "personal" else ""
+        lines.append((f"ECE {TEST_NAMES[test]} {found['ece']:.3f}{rows}", color))
+    # Offsets in points keep the text off the title at any size.
+    for line_idx, (text, color) in enumerate(reversed(lines)):
         at: dict[str, Any] = {
             "xycoords": "axes fraction",
-            "xytext": (0, 5 + 9.5 * place),
+            "xytext": (0, 5 + 9.5 * line_idx),
             "textcoords": "offset points",
         }
-        axes.annotate(text, (0, 1), fontsize=style.SMALLEST, color=colour, **at)
+        axes.annotate(text, (0, 1), fontsize=style.SMALLEST, color=color, **at)
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
 
 
 def _merge_calibrations(a: Mapping[str, Json], b: Mapping[str, Json]) -> dict[str, Json]:
-    """Both clients' predictions in the same bins."""
-    both = {reading: _merge_bins(a[reading], b[reading]) for reading in a if reading in b}
+    """Merge the bins of two clients."""
+    both = {test: _merge_bins(a[test], b[test]) for test in a if test in b}
     return {**a, **b, **both}
 
 
@@ -263,43 +293,47 @@ def _merge_bins(a: Json, b: Json) -> Json:
 
 
 def _order_clients(by_client: Mapping[str, Any], summary: Json) -> dict[str, Any]:
-    """In the order of the clients, as every figure and table has them."""
+    """Sort values by client in the order of the summary."""
     return {row["id"]: by_client[row["id"]] for row in summary["clients"] if row["id"] in by_client}
 
 
 def _with_all(
-    by_client: Mapping[str, Any], summary: Json, details: Json, join: Any
+    by_client: Mapping[str, Any], summary: Json, details: Json, merge: Any
 ) -> dict[str, Any]:
-    """All clients if they fit; else their sum, then the weakest on the global test set (without one, on local tests)."""
+    """Return all clients if they fit, or else the merged clients and the weakest ones.
+
+    The weakest have the lowest scores on the global test, or on the local test without one.
+    """
     if len(by_client) <= PANELS:
         return dict(by_client)
-    whole: Any = None
+    total: Any = None
     for found in by_client.values():
-        whole = found if whole is None else join(whole, found)
-    judged = "global" if summary["global"] else "personal"
+        total = found if total is None else merge(total, found)
+    ranked_by = "global" if summary["global"] else "personal"
     scores = {
-        row["id"]: client_score(row, judged, selection_metric_of(summary, details))
+        row["id"]: client_score(row, ranked_by, selection_metric_of(summary, details))
         for row in summary["clients"]
     }
     weakest = sorted(by_client, key=lambda i: (scores[i] is None, scores[i] or 0.0))[: PANELS - 1]
-    return {ALL: whole} | {i: by_client[i] for i in weakest}
+    return {ALL: total} | {i: by_client[i] for i in weakest}
 
-
-# Truth and forecast over time: `forecasts`, for regressions whose rows have dates.
 
 FORECAST_PANELS = 8
-"""So many clients are shown, the first ones."""
+"""Most clients in the plot of forecasts; the first ones are shown."""
 
-FROM = 315_532_800
-"""Times from here on (1980, in seconds) are dates; smaller ones are counts."""
+FIRST_DATE = 315_532_800
+"""The year 1980 in seconds. Smaller times are counts, not dates."""
 
-TO = 253_402_300_799
-"""The end of the year 9999, after which there are no dates."""
+LAST_DATE = 253_402_300_799
+"""The end of the year 9999 in seconds, the last date that can be represented."""
 
 
 def plot_forecasts(summary: Json, details: Json) -> Figure | None:
-    """Each client's own test rows, the last in time: truth, forecast, and of the simple rules the nearest. The output that is
-    furthest ahead, which is the last. None without dates."""
+    """Plot targets and forecasts on the latest local test rows of each client.
+
+    The plot shows the last output, which is furthest ahead, and the simple rule with the smallest
+    error. None without dates.
+    """
     found = details.get("forecast", {})
     shown = [row["id"] for row in summary["clients"] if found.get(row["id"], {}).get("time")][
         :FORECAST_PANELS
@@ -309,27 +343,27 @@ def plot_forecasts(summary: Json, details: Json) -> Figure | None:
     figure = style.figure(0.9 + 1.25 * len(shown))
     panels = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
     for axes, client in zip(panels, shown, strict=True):
-        _panel(axes, client, found[client], details)
-    handles, words = panels[0].get_legend_handles_labels()
-    figure.legend(handles, words, loc="outside lower center", ncols=3)
+        _forecast_panel(axes, client, found[client], details)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
     figure.supylabel(details.get("unit") or "target", fontsize=8.5)
     return figure
 
 
-def _panel(axes: Axes, client: str, found: Json, details: Json) -> None:
+def _forecast_panel(axes: Axes, client: str, found: Json, details: Json) -> None:
     time = np.array(found["time"])
     truth = np.array(found["truth"][-1])
-    said = np.array(found["predicted"][-1])
-    dated = bool(((time >= FROM) & (time <= TO)).all())
-    places: Any = time.astype("datetime64[s]") if dated else time
+    predicted = np.array(found["predicted"][-1])
+    has_dates = bool(((time >= FIRST_DATE) & (time <= LAST_DATE)).all())
+    x: Any = time.astype("datetime64[s]") if has_dates else time
     rules = {name: np.array(outputs[-1]) for name, outputs in found["baselines"].items()}
-    axes.plot(places, truth, color=style.INK, linewidth=1.1, label="truth")
-    axes.plot(places, said, color=style.BLUE, linewidth=1.4, label="forecast")
-    text = f"{client}, {details['labels'][-1]}: mean absolute error here {_error(said, truth)}"
+    axes.plot(x, truth, color=style.INK, linewidth=1.1, label="target")
+    axes.plot(x, predicted, color=style.BLUE, linewidth=1.4, label="forecast")
+    text = f"{client}, {details['labels'][-1]}: mean absolute error {_error(predicted, truth)}"
     if rules:
         rule = min(rules, key=lambda name: float(np.abs(rules[name] - truth).mean()))
         axes.plot(
-            places,
+            x,
             rules[rule],
             color=style.CATEGORIES[1],
             linewidth=0.9,
@@ -340,11 +374,11 @@ def _panel(axes: Axes, client: str, found: Json, details: Json) -> None:
     axes.set_title(text, fontsize=8)
     axes.yaxis.set_major_locator(style.ticks(3))
     axes.margins(x=0.01)
-    if dated:
+    if has_dates:
         locator = AutoDateLocator(minticks=4, maxticks=9)
         axes.xaxis.set_major_locator(locator)
         axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
 
 
 def _error(prediction: np.ndarray, truth: np.ndarray) -> str:
-    return told(float(np.abs(prediction - truth).mean()), "mae")
+    return format_metric(float(np.abs(prediction - truth).mean()), "mae")

@@ -1,4 +1,4 @@
-"""How every picture looks: a paper's sizes, colours that colour-blind readers tell apart, one way to save."""
+"""Style of all plots: sizes for printing and colors for color-blind readers."""
 
 from __future__ import annotations
 
@@ -19,23 +19,28 @@ from matplotlib.ticker import MaxNLocator
 from hetero_fl.core.metrics import SMALLER_IS_BETTER
 
 WIDTH = 7.2
+"""Width of a figure in inches, the text width of most journals."""
+
 COLUMN = 3.5
-"""Inches: the text width of most journals, and the width of one of two columns. Figures are printed at the size they have."""
+"""Width of a figure in inches that fits one of two columns."""
 
 SMALLEST = 7.0
-"""Points: no smaller type in any figure."""
+"""Smallest font size in points."""
 
 DPI = 300
 
-# Okabe and Ito's palette (2008), less its yellow, which white paper swallows.
-BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
-# For classes, splits and models: none of the readings' colours, which mean a reading wherever they appear.
+# The palette of Okabe and Ito (2008) without yellow, which is hard to see on white.
+BLUE = "#0072B2"
+VERMILION = "#D55E00"
+GREEN = "#009E73"
+# Colors of classes, splits and models. They differ from the colors of tests.
 CATEGORIES = ("#56B4E9", "#E69F00", "#CC79A7", "#8C8C8C", "#000000")
-READING_COLOURS = {"personal": BLUE, "global": VERMILION, "server": GREEN}
-READING_MARKERS = {"personal": "o", "global": "s", "server": "^"}
+TEST_COLORS = {"personal": BLUE, "global": VERMILION, "server": GREEN}
+TEST_MARKERS = {"personal": "o", "global": "s", "server": "^"}
 GREY = "#6B6B6B"
 LIGHT = "#C9CDD2"
-INK, BAND = "#222222", "#F4F5F7"
+INK = "#222222"
+BAND = "#F4F5F7"
 
 _SETTINGS: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -69,20 +74,20 @@ _SETTINGS: dict[Any, Any] = {
 
 @contextmanager
 def plot_style() -> Iterator[None]:
-    """Within it figures take this style; matplotlib's settings are as before afterwards."""
+    """Use this style for figures; matplotlib's settings are restored on exit."""
     with matplotlib.rc_context(_SETTINGS):
         yield
 
 
 def figure(height: float, width: float = WIDTH) -> Figure:
-    """An empty figure (inches) that draws into memory; pyplot and its windows are not involved."""
+    """Create an empty figure without pyplot; sizes are in inches."""
     made = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(made)
     return made
 
 
 def to_png(figure: Figure) -> bytes:
-    """The figure as PNG, cropped to what is drawn, without the version stamp: equal figures give equal bytes."""
+    """Render a cropped PNG; equal figures give equal bytes."""
     buffer = BytesIO()
     figure.savefig(
         buffer,
@@ -96,16 +101,13 @@ def to_png(figure: Figure) -> bytes:
 
 
 def embed_picture(picture: bytes) -> dict[str, Any]:
-    """Return the data of a PNG for an HTML page, and the width at which it is shown.
-
-    At that width type is one and a half times as large as on paper.
-    """
+    """Return the base64 data of a PNG for an HTML page, and its width in CSS pixels."""
     width = int.from_bytes(picture[16:20], "big")
     return {"data": b64encode(picture).decode("ascii"), "width": round(width * 140 / DPI)}
 
 
 def shorten(text: str, length: int = 18) -> str:
-    """A label that fits. Cut in the middle: names of one family differ at their ends."""
+    """Shorten a label in the middle, because similar names differ at their ends."""
     if len(text) <= length:
         return text
     tail = (length - 1) // 2
@@ -113,12 +115,12 @@ def shorten(text: str, length: int = 18) -> str:
 
 
 def ticks(most: int = 5) -> MaxNLocator:
-    """At most so many steps between ticks, each 1, 2 or 5 times a power of ten."""
+    """Return a locator for at most `most` intervals of 1, 2 or 5 times a power of ten."""
     return MaxNLocator(most, steps=[1, 2, 5, 10])
 
 
 def remove_axes(axes: Axes) -> None:
-    """No grid and no frame: for pictures made of cells."""
+    """Remove grid and frame, for images of cells."""
     axes.grid(False)
     for spine in axes.spines.values():
         spine.set_visible(False)
@@ -126,12 +128,12 @@ def remove_axes(axes: Axes) -> None:
 
 
 def text_color(shade: float) -> str:
-    """The colour of writing on a cell of the map `Blues` at this shade (0 to 1)."""
+    """Return the text color on a cell of the color map `Blues` at a shade in [0, 1]."""
     return "white" if shade > 0.55 else INK
 
 
 SLANTED: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
-"""Properties of tick labels that would run into each other otherwise."""
+"""Properties of slanted tick labels, which do not overlap."""
 
 
 def draw_band(
@@ -139,6 +141,7 @@ def draw_band(
     x: Sequence[float],
     mean: np.ndarray,
     deviation: np.ndarray,
+    *,
     metric: str,
     color: str,
     alpha: float,
@@ -146,12 +149,12 @@ def draw_band(
     """Draw a band of one standard deviation around a curve.
 
     Args:
-        axes: Where the curve is.
-        x: Its positions.
-        mean: Its values.
-        deviation: Their standard deviations.
-        metric: What they measure; bands of shares stay within 0 and 1.
-        color: The color of the curve.
+        axes: Axes of the curve.
+        x: Positions.
+        mean: Values of the curve.
+        deviation: Standard deviations.
+        metric: The metric; bands of metrics in [0, 1] are clipped.
+        color: Color of the curve.
         alpha: Opacity of the band.
     """
     low = mean - deviation
@@ -167,10 +170,10 @@ def add_colorbar(figure: Figure, image: AxesImage, axes: Any, label: str, **plac
 
     Args:
         figure: The figure.
-        image: The image whose colors it explains.
-        axes: The axes, or all axes, that make room for it.
-        label: What the colors stand for.
-        place: Size and padding, as `Figure.colorbar` takes them.
+        image: The image.
+        axes: The axes, or a list of them, next to the color bar.
+        label: Label of the color bar.
+        place: Size and padding, passed to `Figure.colorbar`.
     """
     bar = figure.colorbar(image, ax=axes, **place)
     bar.set_label(label)
@@ -179,5 +182,5 @@ def add_colorbar(figure: Figure, image: AxesImage, axes: Any, label: str, **plac
 
 
 def thin_labels(count: int, most: int) -> range:
-    """Positions of at most `most` labels, evenly apart, of `count`."""
+    """Return evenly spaced positions of at most `most` of `count` labels."""
     return range(0, count, -(-count // most))

@@ -126,8 +126,8 @@ def test_a_card_says_what_the_run_recorded(run: hetero_fl.Run, tmp_path: Path) -
         f"{100 * client['personal']['accuracy']:.1f}%" in page and f"(n = {rows['test']})" in page
     )
     for words in (
-        "No differential privacy was in force.",
-        "label frequencies are left out",
+        "No differential privacy was used.",
+        "does not include the client's label frequencies",
         "batch × 1 × height × width",
     ):
         assert words in page
@@ -157,12 +157,12 @@ def test_a_card_knows_privacy_few_rows_and_another_readout(
     assert told["privacy"]["epsilon"] == 7.5
     for words in (
         "ε = 7.5 at δ = 1e-05",
-        "uncertain: they are from 7 rows",
-        "in a way of its own",
-        "Generated data",
+        "uncertain: they come from 7 rows",
+        "has its own evaluation",
+        "The data is generated",
     ):
         assert words in page
-    assert "label frequencies are in the file" in page
+    assert "The file includes the client's label frequencies" in page
 
 
 def test_one_card_for_all_formats_of_a_model(run: hetero_fl.Run, tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_one_card_for_all_formats_of_a_model(run: hetero_fl.Run, tmp_path: Path)
     page = graph.card.read_text()
     assert [file["format"] for file in card["files"]] == ["safetensors", "onnx"]
     assert "site_2.onnx` needs numpy and onnxruntime" in page
-    assert "site_2.safetensors` holds tensors only" in page
+    assert "site_2.safetensors` contains tensors only" in page
     assert tensors.model.read_bytes() == (run.path / "models" / "site_2.safetensors").read_bytes()
     other = tmp_path / "other"
     hetero_fl.export(run, "site_2", "safetensors", other)

@@ -57,7 +57,7 @@ def test_facts_are_those_of_the_runs(tmp_path: Path) -> None:
         for r in RunDirectory.open(tmp_path / "runs" / "local-seed0").details()["rows"].values()
     ]
     assert found.local_test_note.startswith(
-        f"Local test: n = {min(tested)} to {max(tested)} rows a client over all seeds."
+        f"Local test: n = {min(tested)} to {max(tested)} rows per client over all seeds."
     )
     assert (
         f"hospital_{tested.index(min(tested)) + 1}" in facts["Local test rows"] and min(tested) < 20
@@ -77,7 +77,7 @@ def test_generated_data_are_told(tmp_path: Path) -> None:
     rows = made(tmp_path, simulated=True)
     write_comparison(tmp_path, rows, title="t", note="", task=Task("multiclass", 2))
     for name in ("report.html", "comparison.md"):
-        assert "Generated data stood in for the real set." in (tmp_path / name).read_text()
+        assert "The data is generated, not real." in (tmp_path / name).read_text()
 
 
 def test_without_runs_and_log_it_says_what_the_rows_say(tmp_path: Path) -> None:
@@ -130,9 +130,9 @@ def test_methods_in_the_words_of_their_docstrings(monkeypatch: pytest.MonkeyPatc
     }
     assert list(found) == ["FedMD", "mine", "silent"]
     assert found["mine"][:2] == ["Half of the clients wait (Doe 2020).", "More of it."]
-    assert found["silent"][0] == "It has no docstring."
+    assert found["silent"][0] == "No docstring."
     assert found["FedMD"][0].startswith("Distill the mean of all clients' predictions")
-    assert "Li & Wang 2019" in found["FedMD"][1]
+    assert "Wang 2019" in found["FedMD"][1]
     assert found["FedMD"][2] == "Read: after local training, as in the paper."
 
 
@@ -141,12 +141,12 @@ def test_reports_show_it(tmp_path: Path) -> None:
     page = Page((tmp_path / "report.html").read_text())
     rows = {row[0].strip(): row for row in page.cells}
     assert rows["Rounds"][1].strip() == "3" and rows["Data"][1].startswith("chest_xray")
-    assert "hetero_fl.compare(" in rows["Made by"][1] and rows["Method"][-1].strip() == "Time"
+    assert "hetero_fl.compare(" in rows["Command"][1] and rows["Method"][-1].strip() == "Time"
     assert "Seconds (2 runs at a time)" in page.text and "2 runs shared the machine" in page.text
     assert "None" not in page.text and str(tmp_path) not in page.text
     text = (tmp_path / "comparison.md").read_text()
     assert (
         "- **Clients:** 6 clients" in text
         and "- **FedMD:** Distill the mean" in text
-        and "Made by `" in text
+        and "Command: `" in text
     )

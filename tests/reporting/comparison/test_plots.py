@@ -41,9 +41,9 @@ def made(names: list[str], seeds: int, scale: float = 1.0) -> list[dict[str, Any
                 "seed": seed,
                 "seconds_total": 4000.0 * scale + 60 * place,
             }
-            for reading in ("personal", "global", "server"):
+            for test in ("personal", "global", "server"):
                 for metric in ("accuracy", "auroc", "balanced_accuracy", "mae", "r2"):
-                    row[f"{reading}_last_{metric}"] = float(rng.uniform(0.2, 1.0))
+                    row[f"{test}_last_{metric}"] = float(rng.uniform(0.2, 1.0))
             row |= {
                 "up_bytes": 0 if name == "local" else int(10 ** rng.uniform(3, 9)),
                 "down_bytes": 0,
@@ -107,22 +107,20 @@ def test_every_method_has_its_line_and_its_needs() -> None:
     assert ("Hybrid", "proxy set", True) in dots and ("FedMD", "proxy set", False) in dots
 
 
-def test_the_line_to_beat_runs_through_all() -> None:
+def test_the_baseline_runs_through_all_panels() -> None:
     rows = made(["fedavg", "local"], 3)
     with style.plot_style():
         figure = draw_comparison(rows, Task("multiclass", 10))
     axes = panels(figure)["Accuracy"]
-    for reading in ("personal", "global"):
+    for test in ("personal", "global"):
         mean = np.mean(
-            [row[f"{reading}_last_accuracy"] for row in rows if row["algorithm"] == "local"]
+            [row[f"{test}_last_accuracy"] for row in rows if row["algorithm"] == "local"]
         )
         drawn = [
-            line.get_xdata()
-            for line in axes.lines
-            if line.get_color() == style.READING_COLOURS[reading]
+            line.get_xdata() for line in axes.lines if line.get_color() == style.TEST_COLORS[test]
         ]
         assert [mean, mean] in [list(x) for x in drawn if len(x) == 2]
-    assert "Local, the line to beat" in [t.get_text() for t in figure.legends[0].get_texts()]
+    assert "Local, the baseline" in [t.get_text() for t in figure.legends[0].get_texts()]
     with style.plot_style():
         alone = draw_comparison(
             [row for row in rows if row["algorithm"] != "local"], Task("multiclass", 10)

@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from hetero_fl.core.metrics import CLASSIFICATION, REGRESSION
-from hetero_fl.core.task import MANY, Task
+from hetero_fl.core.task import MANY_CLASSES, Task
 from hetero_fl.reporting.comparison.facts import rank_methods
 from hetero_fl.reporting.comparison.report import comparison_row, write_comparison
 from hetero_fl.reporting.comparison.tables import make_table
@@ -37,12 +37,12 @@ def made(
     for seed in seeds:
         for algorithm in algorithms:
             row: dict[str, Any] = {"algorithm": algorithm, "seed": seed}
-            for reading in ("personal", "global"):
+            for test in ("personal", "global"):
                 for moment in ("last", "best"):
                     for metric in metrics:
                         level = LEVELS[algorithm.split(":")[0]] + rng.normal(0, 0.02)
                         error = metric in ("mae", "rmse", "loss")
-                        row[f"{reading}_{moment}_{metric}"] = 10 * (1 - level) if error else level
+                        row[f"{test}_{moment}_{metric}"] = 10 * (1 - level) if error else level
             total = MB.get(algorithm.split(":")[0], 0.0)
             rows.append(
                 row
@@ -170,9 +170,13 @@ def test_p_of_fewer_than_five_seeds_is_no_finding() -> None:
         (
             2,
             "Seconds (2 runs at a time)",
-            "2 runs shared the machine, so they are no measure of speed.",
+            "2 runs shared the machine, so the times do not measure speed.",
         ),
-        (None, "Seconds", "runs may have shared the machine, so they are no measure of speed."),
+        (
+            None,
+            "Seconds",
+            "several runs may have shared the machine, so the times do not measure speed.",
+        ),
     ],
 )
 def test_seconds_say_what_shared_the_machine(jobs: int | None, header: str, words: str) -> None:
@@ -207,7 +211,7 @@ def test_columns_without_a_value_are_left_out_and_others_marked() -> None:
         (LABELS, CLASSIFICATION, ["auroc", "average_precision", "balanced_accuracy"], "auroc"),
         (VALUES, REGRESSION, ["mae", "rmse", "r2"], "mae"),
         (Task("multiclass", 2, rare=1), CLASSIFICATION, ["auroc", "average_precision"], "auroc"),
-        (Task("multiclass", MANY), GUESSES, list(GUESSES), "accuracy"),
+        (Task("multiclass", MANY_CLASSES), GUESSES, list(GUESSES), "accuracy"),
     ],
 )
 def test_columns_have_the_same_metrics_on_both_test_sets(
@@ -219,7 +223,7 @@ def test_columns_have_the_same_metrics_on_both_test_sets(
 
     table = make_table(rows, task, "last")
 
-    keys = [f"{reading}_last_{metric}" for reading in ("global", "personal") for metric in shown]
+    keys = [f"{test}_last_{metric}" for test in ("global", "personal") for metric in shown]
     assert [column.key for column in table.columns] == [*keys, f"personal_last_{worst}_worst"]
     (globally, first), (locally, second) = table.groups
     assert (globally, locally) == ("Global test", "Local test")
@@ -361,7 +365,7 @@ def test_small_comparisons(
 
 
 def test_no_rows_is_a_mistake_of_the_program(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="at least one run"):
+    with pytest.raises(ValueError, match="at least one row"):
         write_comparison(tmp_path / "out", [], title="t", note="", task=BINARY)
     assert not (tmp_path / "out").exists()
 
@@ -394,7 +398,7 @@ def test_what_is_worse_than_the_line_to_beat_is_marked() -> None:
     assert [line.cells[1].below for line in table.lines] == [True, False, False, False], (
         "printed alike, and the bounds"
     )
-    assert "↓ worse than Local." in table.caption
+    assert "↓: worse than Local." in table.caption
     assert " 50.0 ± 0.0 ↓ |" in table.markdown()
     assert "50.0 $\\pm$ 0.0 $\\downarrow$" in table.latex("x")
     errors = make_table(made(["local", "fedavg"], metrics=REGRESSION), VALUES, "last")
@@ -437,7 +441,7 @@ def test_the_best_comes_first() -> None:
 def test_what_is_missing_is_told_with_the_reason(tmp_path: Path) -> None:
     why = {
         "FedGKT": "needs clients that share features",
-        "FedMD, seed 1": "it failed: no proxy set",
+        "FedMD, seed 1": "failed: no proxy set",
     }
     write_comparison(tmp_path, made(["local"], [0]), title="t", note="", task=TEN, missing=why)
     page = Page((tmp_path / "report.html").read_text())

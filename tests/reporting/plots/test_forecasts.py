@@ -36,9 +36,7 @@ def test_the_furthest_output_and_the_nearest_rule() -> None:
     assert figure is not None and len(figure.axes) == 2
     truth, forecast, rule = (line.get_ydata() for line in figure.axes[0].lines)
     assert np.allclose(forecast, np.asarray(truth) + 2) and np.allclose(rule, np.asarray(truth) + 1)
-    assert (
-        figure.axes[0].get_title("left") == "c0, 6 h: mean absolute error here 2.00, “close” 1.00"
-    )
+    assert figure.axes[0].get_title("left") == "c0, 6 h: mean absolute error 2.00, “close” 1.00"
     assert (
         num2date(figure.axes[0].lines[0].get_xdata(orig=False)[0]).strftime("%Y-%m-%d")
         == "2023-01-01"

@@ -83,7 +83,7 @@ def test_nothing_overlaps(
         boxes = [(t.get_text(), t.get_window_extent().padded(-1.5)) for t in shown]
         if name == "confusion":
             (bar,) = (axes for axes in figure.axes if not axes.images and axes.get_visible())
-            boxes.append(("the colour bar", bar.get_window_extent()))
+            boxes.append(("the color bar", bar.get_window_extent()))
         for (first, a), (second, b) in combinations(boxes, 2):
             assert not a.overlaps(b), (name, first, second)
 

@@ -118,9 +118,9 @@ def drawn(make: Callable[..., Figure | None], *content: Any) -> Figure:
     return made
 
 
-def lines(figure: Figure, panel: int, colour: str) -> list[np.ndarray]:
-    """The data of a panel's lines of that colour: curve, last round."""
-    found = [line for line in figure.axes[panel].lines if line.get_color() == colour]
+def lines(figure: Figure, panel: int, color: str) -> list[np.ndarray]:
+    """The data of a panel's lines of that color: curve, last round."""
+    found = [line for line in figure.axes[panel].lines if line.get_color() == color]
     return [np.array(line.get_data()) for line in found]
 
 
@@ -129,7 +129,7 @@ def test_curves_show_records_last_and_selected_rounds(made_run: MakeRun) -> None
     summary, records = run.summary(), run.metrics()
     figure = drawn(round_plots.plot_curves, summary, records, run.details())
     read = [r for r in records if "global" in r]
-    curve, last = lines(figure, 0, style.READING_COLOURS["global"])[:2]
+    curve, last = lines(figure, 0, style.TEST_COLORS["global"])[:2]
     assert curve[0].tolist() == [5, 10, 12]
     assert curve[1].tolist() == [r["global"]["balanced_accuracy"] for r in read]
     assert last.ravel().tolist() == [12, summary["global"]["last"]["balanced_accuracy"]]
@@ -138,7 +138,7 @@ def test_curves_show_records_last_and_selected_rounds(made_run: MakeRun) -> None
     marked = {
         line.get_markeredgecolor(): np.array(line.get_data()).ravel().tolist() for line in chosen
     }
-    assert marked[style.READING_COLOURS["server"]] == [best["round"], best["auroc"]]
+    assert marked[style.TEST_COLORS["server"]] == [best["round"], best["auroc"]]
     assert len(marked) == 3
     band = figure.axes[0].collections[1].get_paths()[0].vertices
     scores = read[0]["global"]
@@ -167,7 +167,7 @@ def test_the_first_picture_is_of_the_selection_metric(
     panel = drawn(round_plots.plot_curves, summary, records, details).axes[0]
     assert panel.get_title(loc="left") == capitalize_first(METRICS[name])
     against = drawn(round_plots.plot_communication, summary, records, details)
-    shown = lines(against, 0, style.READING_COLOURS["personal"])[0][1]
+    shown = lines(against, 0, style.TEST_COLORS["personal"])[0][1]
     assert shown.tolist() == [r["personal"][name] for r in records]
 
 
@@ -178,8 +178,8 @@ def test_curves_leave_out_undefined_rounds(made_run: MakeRun) -> None:
     for record in records:
         record["personal"]["auroc"] = None
     figure = drawn(round_plots.plot_curves, summary, records, run.details())
-    assert lines(figure, 1, style.READING_COLOURS["global"])[0][0].tolist() == [1, 3, 4]
-    assert not lines(figure, 1, style.READING_COLOURS["personal"])
+    assert lines(figure, 1, style.TEST_COLORS["global"])[0][0].tolist() == [1, 3, 4]
+    assert not lines(figure, 1, style.TEST_COLORS["personal"])
     for record in records:
         record["global"]["auroc"] = None
     (words,) = drawn(round_plots.plot_curves, summary, records, run.details()).axes[1].texts
@@ -189,7 +189,7 @@ def test_curves_leave_out_undefined_rounds(made_run: MakeRun) -> None:
 def test_bytes_are_summed_over_all_rounds(made_run: MakeRun) -> None:
     run = made_run(every=5, rounds=12)
     figure = drawn(round_plots.plot_communication, run.summary(), run.metrics(), run.details())
-    curve = lines(figure, 0, style.READING_COLOURS["personal"])[0]
+    curve = lines(figure, 0, style.TEST_COLORS["personal"])[0]
     assert curve[0] == pytest.approx([0.72 * r for r in (5, 10, 12)])
     assert "(MB)" in figure.axes[0].get_xlabel()
 
@@ -204,7 +204,7 @@ def test_clients_at_home_and_in_common(made_run: MakeRun) -> None:
     named = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert named[2:5] == ["hospital_3 (n = 60)", "hospital_4 (n = 19)", "hospital_5 (n = 20)"]
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["Balanced accuracy", "Accuracy"]
-    home, hollow = lines(figure, 0, style.READING_COLOURS["personal"])
+    home, hollow = lines(figure, 0, style.TEST_COLORS["personal"])
     assert (
         np.isnan(home[0][2])
         and home[0][3] == summary["clients"][3]["personal"]["balanced_accuracy"]
@@ -288,7 +288,7 @@ def test_regression_shows_rows(made_run: MakeRun) -> None:
 
 
 def images(figure: Figure) -> list[np.ndarray]:
-    """What the panels show; the colour bar has no image."""
+    """What the panels show; the color bar has no image."""
     return [np.array(axes.images[0].get_array()) for axes in figure.axes if axes.images]
 
 
@@ -310,7 +310,7 @@ def test_confusion_has_one_order_of_clients_and_classes_and_one_scale(made_run: 
     figure = drawn(score_plots.plot_confusion, summary, details)
     panels = [axes for axes in figure.axes if axes.images]
     assert {axes.images[0].get_clim() for axes in panels} == {(0.0, 1.0)}
-    assert len([axes for axes in figure.axes if not axes.images]) == 1, "one colour bar"
+    assert len([axes for axes in figure.axes if not axes.images]) == 1, "one color bar"
     tested = {i: rows["test"] for i, rows in details["rows"].items()}
     titles = [axes.get_title(loc="center") for axes in panels if axes.get_title(loc="center")]
     assert titles == [f"{c['id']}\nlocal test n = {tested[c['id']]}" for c in summary["clients"]]
@@ -353,7 +353,7 @@ def test_calibration_of_all_clients_is_that_of_their_pooled_predictions(made_run
     words = [text.get_text() for text in figure.axes[0].texts]
     assert f"ECE global test {error:.3f}" in words
     kept = count.sum(0) > 0
-    curve = lines(figure, 0, style.READING_COLOURS["global"])[0]
+    curve = lines(figure, 0, style.TEST_COLORS["global"])[0]
     assert curve == pytest.approx(np.array(sums)[:, kept] / count.sum(0)[kept])
 
 
@@ -384,11 +384,11 @@ def test_privacy_plot_shows_what_each_round_has_spent() -> None:
 def test_staleness_plot_counts_the_uploads_of_all_rounds() -> None:
     records = [{"staleness": {"0": 3, "2": 1}}, {}, {"staleness": {"0": 2}}]
 
-    figure = round_plots.plot_staleness({}, records, {})
+    figure = round_plots.plot_staleness(records)
 
     assert figure is not None
     axes = figure.axes[0]
     bars = {bar.get_center()[0]: bar.get_height() for bar in axes.patches}
     assert bars == {0: 5, 2: 1}
     assert axes.lines[0].get_xdata()[0] == pytest.approx(2 / 6)
-    assert round_plots.plot_staleness({}, [{}], {}) is None
+    assert round_plots.plot_staleness([{}]) is None

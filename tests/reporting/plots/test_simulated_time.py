@@ -53,7 +53,7 @@ def test_a_run_in_simulated_time_has_its_pictures_and_its_report_says_so(
     assert names[names.index("communication") + 1 : names.index("confusion")] == ["time", "tasks"]
     text = write_report(run.path).read_text()
     assert "Simulated time" in text and "13 min 20 s" in text and "1 round with too few" in text
-    assert "Who was at it when" in text and "Left out of" not in text
+    assert "Tasks of each client" in text and "Clients dropped in" not in text
     assert f"{20 * clients:,} invited" in text
 
 
@@ -61,12 +61,13 @@ def test_the_pictures_show_the_tasks_of_the_file(made_run: MakeRun) -> None:
     run = timed(made_run(clients=60, rounds=20), each=7200.0)
     summary, records, details = run.summary(), run.metrics(), run.details()
     with style.plot_style():
-        gantt = rounds.plot_tasks(summary, records, details)
+        gantt = rounds.plot_tasks(records)
         both = rounds.plot_time(summary, records, details)
     assert gantt is not None and both is not None
     (axes,) = gantt.axes
     assert (
-        len(axes.get_yticks()) == rounds.SHOWN and len(axes.patches) == rounds.SHOWN * rounds.ROUNDS
+        len(axes.get_yticks()) == rounds.TASK_CLIENTS
+        and len(axes.patches) == rounds.TASK_CLIENTS * rounds.TASK_ROUNDS
     )
     assert axes.get_xlabel() == "simulated hours"  # of the rounds shown
     assert sum(bar.get_height() for bar in both.axes[1].patches) == 20 * 60
@@ -91,7 +92,7 @@ def test_words() -> None:
         "counts": {"invited": 3, "arrived": 1, "failed": 0, "late": 2},
         "skipped": True,
     }
-    assert format_arrivals(record) == "3 invited, 1 arrived, 2 late; too few, nothing was changed"
+    assert format_arrivals(record) == "3 invited, 1 arrived, 2 late; too few uploads, no update"
     assert [time_unit(s)[1] for s in (10, 400, 4000, 200000)] == [
         "seconds",
         "minutes",

@@ -1,4 +1,4 @@
-"""The `hetero-fl` command; the scripts are its subcommands."""
+"""The `hetero-fl` command line and its exit statuses. The scripts run its commands."""
 
 from __future__ import annotations
 
@@ -12,30 +12,42 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 from hetero_fl.utils.errors import Interrupted, RunFailedError, UserError
 
-# Before torch is loaded: threads that wait for one another spin for a moment only. As long as OpenMP has it by default, two
-# runs on one machine crawl; not at all, and a second thread is worth nothing (benchmarks/speed/threads.py).
+# Must be set before torch is imported. Without it, threads that wait for one another use spinning
+# for so long that two runs on one machine slow each other down; see benchmarks/speed/threads.py.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 VERBOSE = re.compile(r"-q*v[qv]*|--verbose")
-ANYWHERE = re.compile(r"-[qv]+|--verbose|--quiet")  # options that may also stand before the command
-PIPE_CLOSED = 141  # 128 + SIGPIPE, which Windows does not have
+
+# Options that may also precede the command.
+ANYWHERE = re.compile(r"-[qv]+|--verbose|--quiet")
+
+# 128 + SIGPIPE; Windows does not define the signal.
+PIPE_CLOSED = 141
+
+# Error numbers of a full disk.
 FULL = (errno.ENOSPC, errno.EDQUOT)
-LAUNCHED = "TORCHELASTIC_RUN_ID"  # torchrun sets it
+
+# Environment variable that torchrun sets.
+LAUNCHED = "TORCHELASTIC_RUN_ID"
 
 
 def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
     """Run a command and return its exit status.
 
-    0: done. 1: the run failed. 2: a mistake of the user. 130: interrupted, with a checkpoint written. 141: the output
-    was no longer read.
+    The status is 0 for success, 1 if the run failed, 2 for a user error, 130 if the run was
+    interrupted (a checkpoint is written), and 141 if the reader of the output closed the pipe.
+    Under torchrun, the first process runs the command and the others are its workers.
 
-    Launched by torchrun, the first of its processes runs it, and the others compute for that one.
+    Args:
+        argv: Arguments; None for those of the process.
+        command: Name of the command; None if it is the first argument.
     """
     if LAUNCHED in os.environ:
         from hetero_fl.federation.executors.torchrun import run_as_ranks
@@ -45,36 +57,41 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
 
 
 def _run_with_sigterm(argv: Sequence[str] | None, command: str | None) -> int:
-    """`_main`, with SIGTERM, a cluster's polite way to stop a job, as Ctrl-C; the caller's own handler is put back."""
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    """Call `_main` and treat SIGTERM like Ctrl-C: clusters stop jobs with it."""
+    handler = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return _main(argv, command)
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
 
 
 def _main(argv: Sequence[str] | None, command: str | None) -> int:
-    """Run `_dispatch`; exit with status 141 if the reader of stdout or stderr has closed the pipe."""
+    """Call `_dispatch` and return 141 if the reader of stdout or stderr closed the pipe."""
     try:
         return _dispatch(argv, command)
     except (BrokenPipeError, SystemExit) as error:
         closed = [stream for stream in (sys.stdout, sys.stderr) if _is_closed(stream)]
-        by_rich = isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError)
-        # or a pipe to another process
-        if not by_rich and (isinstance(error, SystemExit) or not closed):
+        # Rich exits after a broken pipe.
+        is_from_rich = isinstance(error, SystemExit) and isinstance(
+            error.__context__, BrokenPipeError
+        )
+        # A pipe to another process may be broken, too.
+        if not is_from_rich and (isinstance(error, SystemExit) or not closed):
             raise
-        for stream in closed:  # what is still buffered goes nowhere, also when the interpreter ends
+        # Discard buffered output, so that flushing it on exit does not fail.
+        for stream in closed:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return PIPE_CLOSED
 
 
 def _is_closed(stream: TextIO | None) -> bool:
-    """Return whether a stream is a pipe whose reader has closed it; False where that cannot be told (Windows)."""
+    """Return whether a stream is a pipe whose reader closed it; always False on Windows."""
     if not hasattr(select, "poll"):
         return False
     try:
         descriptor = -1 if stream is None else stream.fileno()
-    except (OSError, ValueError):  # no file
+    except (OSError, ValueError):
+        # The stream is not a file.
         return False
     if descriptor < 0:
         return False
@@ -83,78 +100,133 @@ def _is_closed(stream: TextIO | None) -> bool:
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
-def _dispatch(argv: Sequence[str] | None, command: str | None) -> int:
-    from click.exceptions import Exit
+@dataclass(frozen=True)
+class Invocation:
+    """A command with its arguments.
 
-    from hetero_fl.cli.commands import parse_command
+    Attributes:
+        prog: How the command was called, for messages.
+        command: Name of the command; None for `hetero-fl` itself.
+        arguments: Arguments of the command.
+        typed: The whole command line, to suggest one that resumes the run.
+        is_verbose: Whether to print tracebacks.
+    """
 
+    prog: str
+    command: str | None
+    arguments: list[str]
+    typed: list[str]
+    is_verbose: bool
+
+
+def _parse_invocation(argv: Sequence[str] | None, command: str | None) -> Invocation:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if command is None:  # hetero-fl --quiet train
+    if command is None:
+        # Move options that precede the command after it: `hetero-fl --quiet train`.
         before = list(itertools.takewhile(ANYWHERE.fullmatch, arguments))
         arguments = [*arguments[len(before) :][:1], *before, *arguments[len(before) + 1 :]]
-    verbose = any(map(VERBOSE.fullmatch, arguments))
-    typed = [*(_script_name() if command or LAUNCHED in os.environ else ["hetero-fl"]), *arguments]
+    is_verbose = any(map(VERBOSE.fullmatch, arguments))
+    launcher = _script_name() if command or LAUNCHED in os.environ else ["hetero-fl"]
+    typed = [*launcher, *arguments]
     prog = f"{command}.py" if command else "hetero-fl"
     if command is None and arguments and not arguments[0].startswith("-"):
         command = arguments.pop(0)
         prog = f"hetero-fl {command}"
+    return Invocation(prog, command, arguments, typed, is_verbose)
+
+
+def _dispatch(argv: Sequence[str] | None, command: str | None) -> int:
+    """Run a command and print one line for each kind of error. Other exceptions are raised."""
+    invocation = _parse_invocation(argv, command)
     options: dict[str, Any] = {}
     try:
-        try:
-            with parse_command(prog, command, arguments) as context:
-                options = context.params
-                context.command.invoke(context)
-            return 0
-        except Exit as ended:
-            return ended.exit_code
-        finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()
+        return _invoke(invocation, options)
     except UserError as error:
-        _print_error("error", error, verbose)
+        _print_error("error", error, invocation.is_verbose)
         return 2
     except RunFailedError as error:
-        _print_error("failed", error, verbose)
+        _print_error("failed", error, invocation.is_verbose)
         return 1
     except OSError as error:
         if error.errno not in FULL:
             raise
         print(
-            "failed: no space left on the disk; what was committed is kept, and --resume goes on from it",
+            "failed: no space left on the disk; completed rounds are saved, "
+            "free some space and continue with --resume",
             file=sys.stderr,
         )
         return 1
     except Interrupted as stop:
-        program = typed[: len(typed) - len(arguments)]
-        again = typed if command == "compare" else [*program, "--resume", "--out", str(stop.path)]
-        again += ["--server", str(options["server_file"])] if command == "server" else []
-        again += ["--allow-code"] if options["allow_code"] and "--allow-code" not in again else []
-        print(f"interrupted; to go on: {shlex.join(again)}", file=sys.stderr)
-        return 130
+        again = _resume_command(invocation, options, stop)
+        print(f"interrupted; to resume: {shlex.join(again)}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("interrupted; there is nothing yet to go on from", file=sys.stderr)
-        return 130
+        print("interrupted before the first checkpoint; there is no run to resume", file=sys.stderr)
+    return 130
+
+
+def _invoke(invocation: Invocation, options: dict[str, Any]) -> int:
+    """Parse and run a command.
+
+    Args:
+        invocation: The command and its arguments.
+        options: Receives the parsed options, also if the command fails.
+
+    Returns:
+        The exit status.
+    """
+    from click.exceptions import Exit
+
+    from hetero_fl.cli.commands import parse_command
+
+    try:
+        with parse_command(invocation.prog, invocation.command, invocation.arguments) as context:
+            options.update(context.params)
+            context.command.invoke(context)
+        return 0
+    except Exit as ended:
+        return ended.exit_code
+    finally:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+
+
+def _resume_command(
+    invocation: Invocation, options: dict[str, Any], stop: Interrupted
+) -> list[str]:
+    """Return the command line that resumes an interrupted run."""
+    typed = invocation.typed
+    if invocation.command == "compare":
+        again = list(typed)
+    else:
+        program = typed[: len(typed) - len(invocation.arguments)]
+        again = [*program, "--resume", "--out", str(stop.path)]
+    if invocation.command == "server":
+        again += ["--server", str(options["server_file"])]
+    if options["allow_code"] and "--allow-code" not in again:
+        again.append("--allow-code")
+    return again
 
 
 def _print_error(kind: str, error: BaseException, verbose: bool) -> None:
-    """Print an error in one line; before it, if wished, the tracebacks of all that led to it."""
-    led_to: list[BaseException] = []
+    """Print an error in one line, after the tracebacks of the error and its causes if verbose."""
+    chain: list[BaseException] = []
     cause: BaseException | None = error if verbose else None
-    while cause is not None and cause not in led_to:
-        led_to.append(cause)
+    while cause is not None and cause not in chain:
+        chain.append(cause)
         cause = cause.__cause__ or cause.__context__
-    for cause in reversed(led_to):
+    for cause in reversed(chain):
         traceback.print_exception(cause, chain=False)
     print(f"{kind}: {error}", file=sys.stderr)
 
 
 def _script_name() -> list[str]:
-    """How the script was started, its arguments left out: `python scripts/train.py`."""
+    """Return how the script was started, without its arguments: `python scripts/train.py`."""
     typed = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
-    if LAUNCHED in os.environ:  # which has added: python -u
+    if LAUNCHED in os.environ:
+        # torchrun has added `python -u`.
         return ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], *typed[2:]]
     return typed
 
 
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt

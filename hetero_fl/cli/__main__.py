@@ -1,4 +1,4 @@
-"""`python -m hetero_fl.cli`, for launchers that take a module: `torchrun … -m hetero_fl.cli train …`."""
+"""Run the command line with `python -m hetero_fl.cli`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The command-line application: all commands, and `train`, `evaluate` and `methods`."""
+"""The group of all commands, and the commands `train`, `evaluate` and `methods`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click import Context, Group, Option, Parameter
 from click.exceptions import Exit, NoSuchOption, UsageError
+from typing_extensions import override
 
 from hetero_fl.cli.deployment_commands import (
     certificates,
@@ -21,12 +22,13 @@ from hetero_fl.cli.deployment_commands import (
 )
 from hetero_fl.cli.experiment_commands import audit, check, compare, export, join
 from hetero_fl.cli.run_options import (
-    HINT,
+    METHODS_HINT,
     PATH,
     QUIET_HELP,
     allow_code_option,
     code_permission,
     command,
+    examples,
     make_printer,
     quiet_option,
     run_argument,
@@ -40,35 +42,42 @@ if TYPE_CHECKING:
     from hetero_fl.reporting.run import Run
 
 
-@training_command
+@training_command(
+    "hetero-fl train -c configs/digits_quickstart.yaml",
+    "hetero-fl train -c configs/digits_quickstart.yaml rounds=5 algorithm.name=fedprox",
+    "hetero-fl train --resume --out runs/my-run",
+)
 def train(source: Path, **options: Any) -> Run:
-    """Train one federation and write its run directory."""
+    """Train a federation in simulation and write a run directory."""
     from hetero_fl import experiment
 
     return experiment.run(source, **options)
 
 
-@command()
+@command(
+    epilog=examples(
+        "hetero-fl evaluate runs/my-run --data digits",
+        "hetero-fl evaluate runs/my-run --data clinic.csv --label diagnosis --client clinic_1",
+    )
+)
 @run_argument
 @click.option(
-    "--data",
-    required=True,
-    metavar="FILE|NAME",
-    help="a local file or folder, or a source by name",
+    "--data", required=True, metavar="FILE|NAME", help="Local file or folder, or name of a source."
 )
 @click.option(
     "--label",
     metavar="COLUMN",
-    help="of a table: the column of labels (several: A,B,…; default: the run's own)",
+    help="Label column of a table, or several as A,B.  [default: those of the run]",
 )
-@click.option("--client", help="only this client's model")
-@click.option("--home", is_flag=True, help="evaluate with the client's own label frequencies")
+@click.option("--client", metavar="ID", help="Evaluate only this client's model.")
+@click.option("--home", is_flag=True, help="Predict with the client's own label frequencies.")
 @click.option(
-    "--json", "json_file", type=PATH, metavar="FILE", help="also write the figures to a file"
+    "--json", "json_file", type=PATH, metavar="FILE", help="Also write the metrics as JSON."
 )
 @allow_code_option
 @quiet_option
 def evaluate(
+    *,
     run: Path,
     data: str,
     label: str | None,
@@ -78,7 +87,7 @@ def evaluate(
     allow_code: bool,
     quiet: bool,
 ) -> None:
-    """Score the saved models of a run on any data set."""
+    """Evaluate the models of a finished run on a data set."""
     from rich.console import Console
 
     from hetero_fl import experiment
@@ -86,12 +95,18 @@ def evaluate(
     from hetero_fl.reporting.run import Run
 
     if json_file and (json_file.is_dir() or not json_file.parent.is_dir()):
-        raise UserError(f"--json: found {json_file}; name a file in a folder that exists")
+        raise UserError(f"--json: expected a file in an existing folder, got {json_file}")
     permission = code_permission(allow_code)
     say = make_printer(quiet)
     loaded = Run(run, permission)
     results = experiment.evaluate(
-        loaded, data, client, home, label, permission, lambda note: say(f"note: {note}")
+        loaded,
+        data,
+        client,
+        personal=home,
+        label=label,
+        allow_code=permission,
+        say=lambda note: say(f"note: {note}"),
     )
     unit = next(iter(loaded.models.values())).task.unit
     title = f"{run} on {data}" + (f", errors in {unit}" if unit else "")
@@ -103,16 +118,16 @@ def evaluate(
             raise UserError(f"--json: {json_file}: cannot be written ({error.strerror})") from None
 
 
-@command()
+@command(epilog=examples("hetero-fl methods", "hetero-fl methods fedprox fedmd"))
 @click.argument(
     "names",
     nargs=-1,
     metavar="[NAME]...",
-    help="explain these and their settings (default: all, a line each)",
+    help="Describe these methods and their settings. Without a name, list all methods.",
 )
 @allow_code_option
 def methods(names: tuple[str, ...], allow_code: bool) -> None:
-    """List the algorithms: what each does, sends and needs."""
+    """List the methods, or describe some of them."""
     from rich.console import Console
 
     from hetero_fl.cli.printing import print_method_details, print_methods
@@ -125,7 +140,7 @@ def methods(names: tuple[str, ...], allow_code: bool) -> None:
         print_methods(Console())
 
 
-def _print_version(context: Context, option: Parameter, is_given: bool) -> None:
+def _print_version(_context: Context, _option: Parameter, is_given: bool) -> None:
     if is_given:
         print(f"hetero-fl {__version__}")
         raise Exit(0)
@@ -138,22 +153,23 @@ COMMON_OPTIONS = (
         is_eager=True,
         expose_value=False,
         callback=_print_version,
-        help="print the version",
+        help="Print the version and exit.",
     ),
     Option(["-q", "--quiet"], is_flag=True, expose_value=False, help=QUIET_HELP),
     Option(
         ["-v", "--verbose"],
         is_flag=True,
         expose_value=False,
-        help="print the tracebacks of an error and its causes before it",
+        help="Print the tracebacks of an error and its causes.",
     ),
 )
-"""Taken by every command, whether it needs them or not."""
+"""Options of all commands, also of those on which they have no effect."""
 
 
 class OrderedGroup(Group):
     """A group that lists its commands in the order in which they were added."""
 
+    @override
     def list_commands(self, ctx: Context) -> list[str]:
         return list(self.commands)
 
@@ -177,27 +193,27 @@ APP = OrderedGroup(
         methods,
     ],
     params=list(COMMON_OPTIONS),
-    help="Train federations of participants whose models differ.",
-    epilog=HINT,
+    help="Federated learning with clients whose models differ.",
+    epilog=METHODS_HINT,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 for _command in APP.commands.values():
-    _command.short_help = _command.help
+    _command.short_help = (_command.help or "").split("\n\n")[0]
     _own = {parameter.name for parameter in _command.params}
     _command.params += [option for option in COMMON_OPTIONS if option.name not in _own]
 
 
 def parse_command(prog: str, name: str | None, arguments: list[str]) -> Context:
-    """Parse the arguments of a command, and return the context to invoke it in.
+    """Parse the arguments of a command and return the context in which to invoke it.
 
     Args:
-        prog: How the command was called.
-        name: Its name; None for `hetero-fl` itself, which only has `--help` and `--version`.
-        arguments: What follows it on the command line.
+        prog: How the command was called, for messages.
+        name: Name of the command; None for `hetero-fl` itself.
+        arguments: Arguments of the command.
 
     Raises:
-        UserError: If there is no such command, option or value.
+        UserError: If a command, option or value is not valid.
         Exit: After `--help` or `--version`.
     """
     if name is not None and name not in APP.commands:
@@ -218,15 +234,15 @@ def parse_command(prog: str, name: str | None, arguments: list[str]) -> Context:
 
 
 def _suggest_override(option: str, arguments: Sequence[str]) -> str:
-    """Return `; did you mean rounds=3?` for an option that is a key of the configuration, else nothing."""
+    """Return `; did you mean rounds=3?` for an option that is a configuration key, else ""."""
     from hetero_fl.config.errors import full_key
 
     key = full_key(option.removeprefix("--"))
     if key is None:
         return ""
-    at = [argument.partition("=")[0] for argument in arguments].index(option)
-    value = arguments[at].partition("=")[2]
-    following = arguments[at + 1 :][:1]
-    if "=" not in arguments[at] and following and not following[0].startswith("-"):
+    index = [argument.partition("=")[0] for argument in arguments].index(option)
+    value = arguments[index].partition("=")[2]
+    following = arguments[index + 1 :][:1]
+    if "=" not in arguments[index] and following and not following[0].startswith("-"):
         value = following[0]
     return f"; did you mean {key}={value or '…'}?"

@@ -14,83 +14,85 @@ import click
 from click.exceptions import Exit
 
 from hetero_fl.cli.run_options import (
+    METHODS_HINT,
     PATH,
     allow_code_option,
     code_permission,
     command,
     config_option,
+    examples,
     overrides_argument,
     quiet_option,
     training_command,
 )
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.processes import CompanionProcess
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from hetero_fl.reporting.run import Run
 
-LAUNCHER = "hetero_fl.deployment.local.fork_server"
-CERTIFICATES_HINT = "`hetero-fl certificates` makes one"
+CERTIFICATES_HINT = "created by `hetero-fl certificates`"
 ADDRESS = re.compile(r"(https?://.+)|([^/\s]+:\d+)")
 
 
-@training_command
+@training_command("hetero-fl federate -c configs/digits_quickstart.yaml rounds=2")
 def federate(source: Path, **options: Any) -> Run:
-    """Train as a real federation on this machine, a process for each client."""
-    # before torch is loaded here: the nodes load it in the same time
-    launcher = CompanionProcess(LAUNCHER)
-    with launcher:
-        from hetero_fl.deployment.local.launcher import run_local_federation
+    """Train on this machine with one process per client."""
+    from hetero_fl.deployment.flower.commands import check_installed
 
-        return run_local_federation(source, launcher=launcher, **options)
+    check_installed()
+    from hetero_fl.deployment.flower.local_federation import run_local_federation
+
+    return run_local_federation(source, **options)
 
 
-@training_command
+@training_command("hetero-fl server -c federation.yaml --server net/server/server.yaml")
 @click.option(
     "--server",
     "server_file",
     type=PATH,
     metavar="FILE",
-    help=f"address of the server and the nodes that may connect; {CERTIFICATES_HINT}",
+    help=f"Server file with the port and the permitted nodes, {CERTIFICATES_HINT}.",
 )
 def server(source: Path, server_file: Path | None, **options: Any) -> Run:
-    """Train with nodes on other machines."""
+    """Run the server of a federation on several machines."""
     if server_file is None:
-        raise UserError(f"--server is missing: name a file ({CERTIFICATES_HINT})")
+        raise UserError(f"--server: missing; expected a file {CERTIFICATES_HINT}")
     from hetero_fl.deployment.server import run_server
 
     return run_server(source, server_file, **options)
 
 
-@command()
-@click.option(
-    "--site", type=PATH, metavar="FILE", help=f"this site's own file; {CERTIFICATES_HINT}"
+@command(
+    epilog=examples(
+        "hetero-fl node --site net/clinic_1/site.yaml",
+        "hetero-fl node --audit net/clinic_1/state/audit.jsonl --key net/clinic_1/key.pub",
+    )
 )
-@click.option(
-    "--once", is_flag=True, help="end when a run is over (default: wait for the next one)"
-)
+@click.option("--site", type=PATH, metavar="FILE", help=f"Site file, {CERTIFICATES_HINT}.")
+@click.option("--once", is_flag=True, help="Exit after one run instead of waiting for the next.")
 @click.option(
     "--audit",
     type=PATH,
     metavar="FILE",
-    help="print a node's log, audit.jsonl in its folder, and check it",
+    help="Print and verify the log of a node (audit.jsonl in its folder), then exit.",
 )
 @click.option(
     "--key",
     type=PATH,
     metavar="FILE",
-    help="with --audit: the node's public key (….pub), which shows who wrote the log",
+    help="With --audit: the node's public key (.pub), to verify the signatures.",
 )
 @click.option(
     "--head",
     metavar="N:HASH",
-    help="with --audit: what was noted of the log earlier, which must still be in it",
+    help="With --audit: head that was printed earlier and must be part of the log.",
 )
 @allow_code_option
 @quiet_option
 def node(
+    *,
     site: Path | None,
     once: bool,
     audit: Path | None,
@@ -99,12 +101,12 @@ def node(
     allow_code: bool,
     quiet: bool,
 ) -> None:
-    """Run one site of such a federation, on a machine of its own."""
+    """Run the node of one site of a federation on several machines."""
     if audit is not None:
         _verify_audit_log(audit, key, head)
         return
     if site is None:
-        raise UserError(f"--site is missing: name a file ({CERTIFICATES_HINT}); or --audit")
+        raise UserError(f"--site: missing; expected a file {CERTIFICATES_HINT}, or use --audit")
     from hetero_fl.deployment.flower.worker import run_node
 
     if run_node(site, once, code_permission(allow_code), quiet):
@@ -118,25 +120,36 @@ def _verify_audit_log(path: Path, key: Path | None, head: str | None) -> None:
     entries = verify(path, None if key is None else load_public_key(key), head)
     print(*format_entries(entries), sep="\n")
     sums = traffic_totals(entries)
-    print(f"whole: {len(entries):,} messages; of tasks {sums.down:,} bytes came, {sums.up:,} went")
+    print(
+        f"log complete: {len(entries):,} messages; "
+        f"tasks: {sums.down:,} bytes received, {sums.up:,} bytes sent"
+    )
     print(f"head: {verified_head(path)}")
     if key is None:
         print(
-            "signatures were not checked, so lines may have been appended; --key names the site's public key"
+            "signatures were not checked, so lines may have been appended; "
+            "check them with --key and the site's public key"
         )
 
 
-@command("flower-app")
-@click.argument("folder", type=PATH, metavar="DIR")
+@command(
+    "flower-app",
+    epilog=examples(
+        "hetero-fl flower-app my-app -c configs/digits_quickstart.yaml",
+        "flwr run my-app",
+        hint=METHODS_HINT,
+    ),
+)
+@click.argument("folder", type=PATH, metavar="DIR", help="Folder to write the app to.")
 @overrides_argument
-@config_option
+@config_option()
 @allow_code_option
 def flower_app(
     folder: Path, overrides: tuple[str, ...], config: Path | None, allow_code: bool
 ) -> None:
-    """Write a configuration as a Flower app: `flwr run DIR` trains on an existing federation."""
+    """Write a Flower app that trains with `flwr run`."""
     if config is None:
-        raise UserError("--config is missing: name a YAML or JSON file")
+        raise UserError("--config: missing; expected a YAML or JSON file")
     from hetero_fl.deployment.flower.commands import check_installed
 
     check_installed()
@@ -147,12 +160,14 @@ def flower_app(
     print(f"to train: flwr run {folder}", file=sys.stderr)
 
 
-@command()
+@command(
+    epilog=examples("hetero-fl certificates net --host fl.example.org --clients clinic_1,clinic_2")
+)
 @click.argument(
     "folder",
     type=PATH,
     metavar="DIR",
-    help="a new folder: one for the server in it, one for each site",
+    help="New folder, which gets a subfolder for the server and one for each site.",
 )
 @click.option(
     "--host",
@@ -160,24 +175,26 @@ def flower_app(
     multiple=True,
     required=True,
     metavar="NAME",
-    help="name or address of the server (several: again)",
+    help="Host name or address of the server; may be repeated.",
 )
-@click.option("--clients", required=True, metavar="A,B,…", help="the clients of the configuration")
+@click.option(
+    "--clients", required=True, metavar="A,B,...", help="Client ids of the configuration."
+)
 def certificates(folder: Path, hosts: tuple[str, ...], clients: str) -> None:
-    """Make the keys and certificates of a federation's machines."""
+    """Create keys and certificates for a server and its sites."""
     from hetero_fl.deployment.certificates import provision
 
     for path in provision(folder, hosts, [name.strip() for name in clients.split(",")]):
         print(path)
 
 
-@command()
+@command(epilog=examples("hetero-fl status runs/my-run", "hetero-fl status 127.0.0.1:9464 --json"))
 @click.argument(
-    "run", metavar="OUT|ADDRESS", help="run directory, or host:port of a server's metrics"
+    "run", metavar="RUN|ADDRESS", help="Run directory, or host:port of the server's metrics."
 )
-@click.option("--json", "as_json", is_flag=True, help="as JSON")
+@click.option("--json", "as_json", is_flag=True, help="Print the status as JSON.")
 def status(run: str, as_json: bool) -> None:
-    """Show the state of a run across machines: nodes, round, figures."""
+    """Show the nodes, the round and the metrics of a federation."""
     from hetero_fl.deployment.monitoring import fetch_status, read_status
 
     is_address = not Path(run).exists() and ADDRESS.fullmatch(run)
@@ -191,13 +208,11 @@ def status(run: str, as_json: bool) -> None:
     try:
         print_status(tree, Console(highlight=False, soft_wrap=True))
     except (KeyError, TypeError, AttributeError, UndefinedError):
-        raise UserError(
-            f"{run}: what is shown there is no status that this release knows"
-        ) from None
+        raise UserError(f"{run}: the status has an unknown format; upgrade hetero_fl") from None
 
 
 def print_status(tree: Mapping[str, Any], console: Console) -> None:
-    """Print a few lines: the run, its figures, a row for each node, what happened last."""
+    """Print the run, its metrics, a line for each node, and the latest events."""
     from rich.text import Text
 
     from hetero_fl.reporting.formatting import format_evaluation

@@ -1,4 +1,4 @@
-"""The commands `audit`, `compare`, `export`, `join` and `check`."""
+"""The commands `audit`, `compare`, `export`, `join` and `check` for runs and comparisons."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import click
 from click.exceptions import Exit
 
 from hetero_fl.cli.run_options import (
+    METHODS_HINT,
     PATH,
     allow_code_option,
     code_permission,
     command,
     config_option,
+    examples,
     make_printer,
     overrides_argument,
     quiet_option,
@@ -27,29 +29,35 @@ if TYPE_CHECKING:
     from hetero_fl.experiment.comparison import Study
 
 
-@command()
+@command(epilog=examples("hetero-fl audit runs/my-run --attack membership --shadows 8"))
 @run_argument
 @click.option(
-    "--clients", metavar="ID,…", help="whose rows are sought (default: the first two clients)"
+    "--clients", metavar="ID,...", help="Clients to attack.  [default: the first two clients]"
 )
 @click.option(
     "--attack",
     default="both",
     metavar="NAME",
-    help="membership, inversion or both, as far as they apply",
+    help="membership, inversion or both; attacks that do not apply are skipped.",
 )
 @click.option(
-    "--shadows", default=4, help="shadow runs, even; 0: the attack by the loss alone, at once"
+    "--shadows",
+    default=4,
+    help="Number of shadow runs, even; 0 uses only the loss and trains no shadow runs.",
 )
-@click.option("--images", default=3, help="steps to invert, of each client")
-@click.option("--batch", default=1, help="images in a step, 1 to 4")
-@click.option("--seed", default=0, help="of the audit's own draws")
+@click.option("--images", default=3, help="Training steps to invert per client.")
+@click.option("--batch", default=1, help="Images per training step, 1 to 4.")
+@click.option("--seed", default=0, help="Random seed of the audit.")
 @click.option(
-    "--out", type=PATH, help="folder for figures, picture and report (default: RUN/audit)"
+    "--out",
+    type=PATH,
+    metavar="DIR",
+    help="Folder for tables, figures and report.  [default: RUN/audit]",
 )
 @allow_code_option
 @quiet_option
 def audit(
+    *,
     run: Path,
     clients: str | None,
     attack: Literal["membership", "inversion", "both"],
@@ -61,7 +69,11 @@ def audit(
     allow_code: bool,
     quiet: bool,
 ) -> None:
-    """Attack a finished run: who was a member, and images from an upload."""
+    """Audit the privacy of a finished run by attacking it.
+
+    Membership inference finds out whose rows were trained on, gradient inversion reconstructs
+    images from an upload.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -102,33 +114,48 @@ def audit(
     print(folder)
 
 
-@command()
+@command(
+    epilog=examples(
+        "hetero-fl compare -c configs/digits_quickstart.yaml --algorithms fedavg,fedprox \\",
+        "    --seeds 0,1,2 --out runs/comparison",
+        "hetero-fl compare --study configs/studies/effect_of_k.yaml",
+        hint=METHODS_HINT,
+    )
+)
 @overrides_argument
-@config_option
+@config_option()
 @click.option(
     "--algorithms",
-    metavar="A,B,…",
-    help="names, or name:setting=value; `all`: all that this configuration admits",
+    metavar="A,B,...",
+    help="Methods to compare, as NAME or NAME:setting=value; `all` for all compatible methods.",
 )
 @click.option(
     "--study",
     type=PATH,
     metavar="FILE",
-    help="a YAML file that holds config, algorithms and seeds; options win",
+    help="YAML file with config, algorithms and seeds. Options take precedence.",
 )
-@click.option("--seeds", metavar="0,1,…", help="default: the study's, else 0")
+@click.option("--seeds", metavar="0,1,...", help="Random seeds.  [default: those of --study, or 0]")
 @click.option(
     "--out",
     type=PATH,
-    help="folder of the comparison; finished runs in it are kept (default, of a study: runs/NAME)",
+    metavar="DIR",
+    help="Folder of the comparison; finished runs in it are reused.  "
+    "[default: runs/NAME for a study]",
 )
-@click.option("--jobs", type=int, help="runs at a time (default: one per core, one thread each)")
 @click.option(
-    "--grid", multiple=True, metavar="key=a,b,c", help="tune each algorithm alike, by validation"
+    "--jobs", type=int, help="Parallel runs.  [default: one per core, with one thread each]"
+)
+@click.option(
+    "--grid",
+    multiple=True,
+    metavar="key=a,b,c",
+    help="Tune a key of each method by validation; may be repeated.",
 )
 @allow_code_option
 @quiet_option
 def compare(
+    *,
     overrides: tuple[str, ...],
     config: Path | None,
     algorithms: str | None,
@@ -140,7 +167,11 @@ def compare(
     allow_code: bool,
     quiet: bool,
 ) -> None:
-    """Compare algorithms over seeds: table, figure and report."""
+    """Compare methods over several seeds.
+
+    Writes a table, figures and a report, and prints the table. An interrupted comparison continues
+    when the command is repeated.
+    """
     from hetero_fl import experiment
     from hetero_fl.experiment.comparison import Study
 
@@ -152,7 +183,7 @@ def compare(
     for entry in grid:
         key, equals, values = entry.partition("=")
         if not equals or not values:
-            raise UserError(f"--grid: found '{entry}'; write key=a,b,c")
+            raise UserError(f"--grid: expected key=a,b,c, got '{entry}'")
         tuned[key] = split_top_level(values, ",")
     changes = [*(loaded.overrides if loaded else ()), *(overrides)]
     origins = {}
@@ -178,27 +209,35 @@ def compare(
 def _option_or_study(name: str, value: Any, study: Study | None) -> Any:
     value = getattr(study, name) if value is None and study is not None else value
     if value is None:
-        raise UserError(f"--{name} is missing: give it, or a --study that holds it (see --help)")
+        raise UserError(f"--{name}: missing; set it or use a --study that contains it (see --help)")
     return value
 
 
-@command()
+@command(epilog=examples("hetero-fl export runs/my-run --client clinic_1 --format onnx"))
 @run_argument
-@click.option("--client", metavar="ID", help="whose model, or server (default: all)")
+@click.option(
+    "--client",
+    metavar="ID",
+    help="Export the model of this client, or of `server`.  [default: all]",
+)
 @click.option(
     "--format",
     "file_format",
     default="onnx",
     metavar="NAME",
-    help="onnx or safetensors",
+    help="File format, onnx or safetensors.",
 )
-@click.option("--home", is_flag=True, help="with the client's own label frequencies")
+@click.option("--home", is_flag=True, help="Predict with the client's own label frequencies.")
 @click.option(
-    "--out", type=PATH, help="folder for models, cards and score.py (default: RUN/export)"
+    "--out",
+    type=PATH,
+    metavar="DIR",
+    help="Folder for models, model cards and score.py.  [default: RUN/export]",
 )
 @allow_code_option
 @quiet_option
 def export(
+    *,
     run: Path,
     client: str | None,
     file_format: str,
@@ -207,7 +246,7 @@ def export(
     allow_code: bool,
     quiet: bool,
 ) -> None:
-    """Export models of a run as files that predict without this package."""
+    """Export models of a finished run to ONNX or safetensors."""
     from hetero_fl import experiment
 
     made = experiment.export(
@@ -222,45 +261,53 @@ def export(
     print(next(iter(made.values())).model.parent)
 
 
-@command()
+@command(epilog=examples("hetero-fl join runs/my-run --data new_clinic.csv --take backbone"))
 @run_argument
 @click.argument(
     "overrides",
     nargs=-1,
     metavar="[key.path=value]...",
-    help="settings of the joining client: optimizer.lr=…",
+    help="Settings of the new client to override, such as optimizer.lr=0.01.",
 )
 @click.option(
     "--data",
     required=True,
     metavar="FILE|NAME",
-    help="the joining client's: a local file or folder, or a source by name",
+    help="Data of the new client: local file or folder, or name of a source.",
 )
-@click.option("--model", metavar="NAME", help="of the zoo (default: the run's most frequent)")
+@click.option(
+    "--model",
+    metavar="NAME",
+    help="Model of the new client.  [default: the most frequent model of the run]",
+)
 @click.option(
     "--take",
     type=click.Choice(["backbone", "teacher", "both"]),
-    help="begin with (default: each that there is)",
+    help="Knowledge to start from.  [default: all that the run has]",
 )
 @click.option(
-    "--label",
-    metavar="COLUMN",
-    help="of a table: the column of labels (default: the run's own)",
+    "--label", metavar="COLUMN", help="Label column of a table.  [default: that of the run]"
 )
-@click.option("--patients", default="10,30,100,300", metavar="N,…", help="labeled")
-@click.option("--seeds", default="0,1,2,3,4", metavar="0,1,…")
+@click.option(
+    "--patients", default="10,30,100,300", metavar="N,...", help="Numbers of labeled patients."
+)
+@click.option("--seeds", default="0,1,2,3,4", metavar="0,1,...", help="Random seeds.")
 @click.option(
     "--epochs",
     type=click.IntRange(min=1),
     default=10,
-    help="of fine-tuning, but at least 60 steps; from scratch × 4",
+    help="Epochs of fine-tuning, at least 60 steps; four times as many from scratch.",
 )
 @click.option(
-    "--out", type=PATH, help="folder for table, picture and JSON (default: RUN/join-MODEL)"
+    "--out",
+    type=PATH,
+    metavar="DIR",
+    help="Folder for table, figure and JSON.  [default: RUN/join-MODEL]",
 )
 @allow_code_option
 @quiet_option
 def join(
+    *,
     run: Path,
     overrides: tuple[str, ...],
     data: str,
@@ -274,7 +321,10 @@ def join(
     allow_code: bool,
     quiet: bool,
 ) -> None:
-    """Join a finished run as a new client, and compare with training from scratch."""
+    """Train a new client with the knowledge of a finished run.
+
+    Compares the result with training from scratch.
+    """
     from hetero_fl import experiment
     from hetero_fl.experiment.onboarding.transfer import TransferSource
     from hetero_fl.reporting.run import Run
@@ -305,25 +355,33 @@ def join(
 
 
 def parse_numbers(flag: str, text: str) -> list[int]:
-    """Parse whole numbers with commas between them. Raises UserError for anything else, and for none."""
+    """Parse one or more non-negative integers that are separated by commas.
+
+    Args:
+        flag: Name of the option, for the error message.
+        text: Value of the option.
+
+    Raises:
+        UserError: If the text is anything else.
+    """
     try:
         found = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         found = []
     if not found or min(found) < 0:
-        raise UserError(f"{flag}: found '{text}'; write whole numbers with commas, such as 0,1,2")
+        raise UserError(f"{flag}: expected integers such as 0,1,2, got '{text}'")
     return found
 
 
-@command()
-@click.argument("run", type=PATH, metavar="RUN", help="directory of a run, finished or not")
+@command(epilog=examples("hetero-fl check runs/my-run"))
+@click.argument("run", type=PATH, metavar="RUN", help="Run directory, finished or not.")
 def check(run: Path) -> None:
-    """Check that a run directory is whole: lines, checksums, models, checkpoints."""
+    """Check a run directory for damaged or missing files."""
     from hetero_fl.reporting.integrity import inspect
     from hetero_fl.reporting.run_directory import is_locked
 
     if is_locked(run):
-        raise UserError(f"{run}: another process is at work there; check it when that has ended")
+        raise UserError(f"{run}: in use by another process; check it after that has ended")
     found = inspect(run)
     for line in found.lines:
         print(f"error: {line}", file=sys.stderr)
@@ -331,4 +389,4 @@ def check(run: Path) -> None:
         print(f"note: {note}", file=sys.stderr)
     if found.damage:
         raise Exit(2)
-    print(f"{run}: whole; {found.state}")
+    print(f"{run}: no damage found; {found.state}")

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what `train`, `federate` and `server` do with them."""
+"""Options that several commands share, and the common part of `train`, `federate` and `server`."""
 
 from __future__ import annotations
 
@@ -16,71 +16,91 @@ from hetero_fl.utils.errors import UserError, closest, printable
 if TYPE_CHECKING:
     from hetero_fl.reporting.run import Run
 
-HINT = (
-    "`hetero-fl methods` lists what algorithm.name may be: what each method does, sends and needs."
-)
+METHODS_HINT = "Run `hetero-fl methods` to list the values of algorithm.name."
 PATH = click.Path(path_type=Path)
-QUIET_HELP = "print results and errors only"
+QUIET_HELP = "Print only results and errors."
 
 command = partial(
     click.command,
-    epilog=HINT,
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )
+
+
+def examples(*lines: str, hint: str = "") -> str:
+    """Return the end of a help page: examples, which click does not rewrap, and a hint."""
+    return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines), "", hint])
+
 
 allow_code_option = click.option(
     "--allow-code",
     is_flag=True,
-    help="run the code that a file or an option names as python:module:Name "
-    "(default: ask in a terminal, else refuse)",
+    help="Run code that a file or an option names as python:module:Name. By default, ask in a "
+    "terminal and refuse otherwise.",
 )
-config_option = click.option(
-    "--config",
-    "-c",
-    "--conf",
-    type=PATH,
-    metavar="FILE",
-    help="YAML or JSON; with --resume, by default that of the run in --out",
-)
+
+
+def config_option(text: str = "Configuration file (YAML or JSON).") -> Callable[[Any], Any]:
+    """Return the option `--config` with a help text."""
+    return click.option("--config", "-c", "--conf", type=PATH, metavar="FILE", help=text)
+
+
 overrides_argument = click.argument(
-    "overrides", nargs=-1, metavar="[key.path=value]...", help="changes to the configuration"
+    "overrides",
+    nargs=-1,
+    metavar="[key.path=value]...",
+    help="Configuration keys to override, such as rounds=5.",
 )
 quiet_option = click.option("-q", "--quiet", is_flag=True, help=QUIET_HELP)
-run_argument = click.argument("run", type=PATH, metavar="RUN", help="directory of a finished run")
+run_argument = click.argument(
+    "run", type=PATH, metavar="RUN", help="Run directory of a finished run."
+)
 
 
 def run_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of commands that train: a configuration, changes to it, a run directory."""
+    """Add the options of commands that train: configuration, overrides, run directory."""
     for add in (
         quiet_option,
         allow_code_option,
         click.option(
             "--check",
             is_flag=True,
-            help="print the resolved configuration and what the run will cost",
+            help="Print the resolved configuration and the expected cost, then exit.",
         ),
         click.option(
-            "--resume", is_flag=True, help="continue from the newest whole checkpoint in --out"
+            "--resume", is_flag=True, help="Continue the run in --out from its last checkpoint."
         ),
-        click.option("--out", type=PATH, help="run directory (default: runs/<name>-<timestamp>)"),
-        config_option,
+        click.option(
+            "--out",
+            type=PATH,
+            metavar="DIR",
+            help="Run directory.  [default: runs/<name>-<timestamp>]",
+        ),
+        config_option("Configuration file (YAML or JSON). Optional with --resume."),
         overrides_argument,
     ):
         function = add(function)
     return function
 
 
-def training_command(function: Callable[..., Run]) -> click.Command:
-    """Make the command of a function that trains, with the options of `run_options`.
+def training_command(*lines: str) -> Callable[[Callable[..., Run]], click.Command]:
+    """Return a decorator that makes a command of a function that trains.
 
-    The function receives the configuration, the command's own options, and `out`, `resume`,
-    `overrides`, `quiet` and `allow_code` as `hetero_fl.run` takes them; it returns the finished
-    run. With `--check` it is not called.
+    The command has the options of `run_options`. The function receives the configuration, options
+    of its own, and `out`, `resume`, `overrides`, `quiet` and `allow_code` as for `hetero_fl.run`;
+    it returns the finished run. With `--check` it is not called.
+
+    Args:
+        *lines: Examples for the help page.
     """
+    return lambda function: _make_training_command(function, examples(*lines, hint=METHODS_HINT))
+
+
+def _make_training_command(function: Callable[..., Run], epilog: str) -> click.Command:
 
     @run_options
     @wraps(function)
     def train(
+        *,
         overrides: tuple[str, ...],
         config: Path | None,
         out: Path | None,
@@ -92,7 +112,15 @@ def training_command(function: Callable[..., Run]) -> click.Command:
     ) -> None:
         permission = code_permission(allow_code)
         say = make_printer(quiet)
-        source = load_checked_run(config, overrides, out, resume, check, permission, say)
+        source = load_checked_run(
+            config=config,
+            overrides=overrides,
+            out=out,
+            resume=resume,
+            check=check,
+            permission=permission,
+            say=say,
+        )
         if source is None:
             return
         finished = function(
@@ -108,11 +136,11 @@ def training_command(function: Callable[..., Run]) -> click.Command:
             say(f"report: {finished.path / 'report.html'}")
         print(finished.path)
 
-    return command()(train)
+    return command(epilog=epilog)(train)
 
 
 def make_printer(quiet: bool) -> Callable[[str], None]:
-    """Return what prints a notice to stderr, or does nothing with `--quiet`."""
+    """Return a function that prints a notice to stderr, or does nothing if quiet."""
 
     def say(line: str) -> None:
         if not quiet:
@@ -122,7 +150,7 @@ def make_printer(quiet: bool) -> Callable[[str], None]:
 
 
 def code_permission(allow_code: bool) -> CodePermission:
-    """Return the permission that `--allow-code` gives; without the flag, a question in a terminal gives it."""
+    """Return the permission given by `--allow-code`, or a prompt for it in a terminal."""
     in_terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
     return CodePermission(everything=allow_code, ask=_ask_permission if in_terminal else None)
 
@@ -140,6 +168,7 @@ def _ask_permission(where: str, key: str, reference: str) -> bool:
 
 
 def load_checked_run(
+    *,
     config: Path | None,
     overrides: Sequence[str],
     out: Path | None,
@@ -148,32 +177,33 @@ def load_checked_run(
     permission: CodePermission,
     say: Callable[[str], None],
 ) -> Path | None:
-    """Return the configuration of the run that the options name; None if it was only to be checked.
+    """Return the configuration file of the run to start or resume; None after `--check`.
 
     Args:
-        config: `--config`.
-        overrides: Changes to the configuration.
-        out: `--out`.
-        resume: `--resume`.
-        check: `--check`: print the configuration and the expected cost.
-        permission: Whether code that the configuration names may run.
-        say: Prints a notice.
+        config: Value of `--config`.
+        overrides: Overrides of the configuration.
+        out: Value of `--out`.
+        resume: Whether `--resume` is set.
+        check: Whether `--check` is set: print the configuration and the expected cost.
+        permission: Permission to run code that the configuration names.
+        say: Function that prints a notice.
 
     Raises:
-        UserError: If the options name no run.
+        UserError: If the options do not determine a run.
     """
     from hetero_fl.reporting.run_directory import has_run
 
     if resume and out is None:
-        raise UserError("--resume: which run? name its directory with --out")
+        raise UserError("--resume: requires --out, the directory of the run to continue")
     if config is None and out is not None and resume:
         if not has_run(out):
             raise UserError(
-                f"--out: {out} is no run to continue{_similar_run(out)} (a new one needs --config)"
+                f"--out: {out} is not a run directory{_similar_run(out)} "
+                "(a new run requires --config)"
             )
         config = out / "config.yaml"
     if config is None:
-        raise UserError("--config is missing: name a file (see --help)")
+        raise UserError("--config: missing; expected a YAML or JSON file (see --help)")
     if check:
         from hetero_fl.cli.printing import print_check, print_draft
         from hetero_fl.experiment import prepare
@@ -185,19 +215,19 @@ def load_checked_run(
         else:
             print_check(prepare(config, overrides, allow_code=permission))
         return None
-    # the first turn of a job that is always started with --resume
+    # Jobs on clusters are often started with --resume from the beginning.
     if resume and out is not None and _is_vacant(out):
-        say(f"nothing to resume in {out}: starting a new run{_similar_run(out)}")
+        say(f"{out}: no run to resume, starting a new one{_similar_run(out)}")
     return config
 
 
 def _similar_run(out: Path) -> str:
-    """Return the name of a run directory next to it whose name is nearly that of one that is not there."""
-    runs = [mark.parent.name for mark in out.parent.glob("*/environment.json")]
+    """Return a suggestion of a run directory with a similar name; empty if there is none."""
+    runs = [file.parent.name for file in out.parent.glob("*/environment.json")]
     meant = closest(out.name, runs)
     return "" if meant is None else f"; did you mean {out.parent / meant}?"
 
 
 def _is_vacant(out: Path) -> bool:
-    """Return whether nothing exists at a place, or an empty folder."""
+    """Return whether a path does not exist or is an empty folder."""
     return not out.exists() or (out.is_dir() and not any(out.iterdir()))

@@ -293,10 +293,13 @@ def test_check_names_no_remedy_where_there_is_none(
 
 def test_check_of_a_whole_run_is_one_line(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(made / "finished")]) == 0
-    assert capsys.readouterr() == (f"{made / 'finished'}: whole; finished after 4 rounds\n", "")
+    assert capsys.readouterr() == (
+        f"{made / 'finished'}: no damage found; finished after 4 rounds\n",
+        "",
+    )
 
     assert main(["check", str(made / "stopped")]) == 0
-    told = f"{made / 'stopped'}: whole; not finished, 3 of 4 rounds; `--resume` continues it\n"
+    told = f"{made / 'stopped'}: no damage found; not finished, 3 of 4 rounds; `--resume` continues it\n"
     assert capsys.readouterr().out == told
 
 
@@ -333,7 +336,7 @@ def test_check_refuses_what_is_no_run_directory(
 def test_check_refuses_a_run_in_progress(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with lock_folder(stopped):
         assert main(["check", str(stopped)]) == 2
-    assert "another process is at work there" in capsys.readouterr().err
+    assert "in use by another process" in capsys.readouterr().err
     assert main(["check", str(stopped)]) == 0
 
 
@@ -559,7 +562,7 @@ def test_a_finished_run_of_an_earlier_version_stays_readable(
     capsys.readouterr()
     assert main(["check", str(finished)]) == 0
     out, err = capsys.readouterr()
-    assert out.startswith(f"{finished}: whole; finished after 4 rounds")
+    assert out.startswith(f"{finished}: no damage found; finished after 4 rounds")
     assert err.startswith("note: the run was written by an earlier version, without checksums")
 
     for case in (

@@ -92,7 +92,10 @@ def test_quiet_leaves_results_alone(
 
 def test_quiet_prints_errors(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-q", "train", "--config", "nope.yaml"]) == 2
-    assert capsys.readouterr() == ("", "error: nope.yaml: no such file; found compose.yaml there\n")
+    assert capsys.readouterr() == (
+        "",
+        "error: nope.yaml: file not found; the folder contains compose.yaml\n",
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,7 +108,10 @@ def test_verbose_prints_the_tracebacks_of_all_causes(
     told = capsys.readouterr().err
     assert told.count("Traceback (most recent call last)") == 2 and "FileNotFoundError" in told
     assert told.index("FileNotFoundError") < told.index("hetero_fl.utils.errors.UserError")
-    assert told.splitlines()[-1] == "error: nope.yaml: no such file; found compose.yaml there"
+    assert (
+        told.splitlines()[-1]
+        == "error: nope.yaml: file not found; the folder contains compose.yaml"
+    )
 
 
 @pytest.mark.parametrize("command", APP.commands)
@@ -126,8 +132,17 @@ def test_help_lists_the_commands_and_what_they_take(capsys: pytest.CaptureFixtur
 
     assert main(["train", "-h"]) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "-c, --config, --conf FILE YAML or JSON" in told
-    assert "[key.path=value]... changes to the configuration" in told
+    assert "-c, --config, --conf FILE Configuration file (YAML or JSON)." in told
+    assert "[key.path=value]... Configuration keys to override" in told
+
+
+@pytest.mark.parametrize("module", ["hetero_fl", "hetero_fl.cli"])
+def test_package_runs_as_a_module(module: str) -> None:
+    command = [sys.executable, "-m", module, "--version"]
+
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+
+    assert ended.stdout == f"hetero-fl {hetero_fl.__version__}\n"
 
 
 @pytest.mark.parametrize("option", ["--help", "--version"])

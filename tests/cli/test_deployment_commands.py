@@ -96,13 +96,13 @@ def test_mistakes_are_one_line(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = ["--out", str(tmp_path / "out")]
-    assert "--config is missing" in told(["federate", *out], capsys)
-    assert "--server is missing" in told(["server", "--config", str(file), *out], capsys)
-    assert "no such file" in told(
+    assert "--config: missing" in told(["federate", *out], capsys)
+    assert "--server: missing" in told(["server", "--config", str(file), *out], capsys)
+    assert "file not found" in told(
         ["server", "--config", str(file), "--server", "none.yaml", *out], capsys
     )
     assert "--site" in told(["node"], capsys)
-    assert "no such file" in told(["node", "--site", str(tmp_path / "none.yaml")], capsys)
+    assert "file not found" in told(["node", "--site", str(tmp_path / "none.yaml")], capsys)
     site = written(tmp_path, {"client": "north"}, "site.yaml")
     assert "server: missing" in told(["node", "--site", str(site)], capsys)
     assert not (tmp_path / "out").exists()
@@ -227,7 +227,7 @@ def test_federate_is_the_simulation_interrupted_or_not_and_leaves_nothing(tmp_pa
         os.killpg(process.pid, signal.SIGINT)
         assert ended(process, log) == 130, log.read_text()
     assert (
-        "interrupted; to go on:" in log.read_text()
+        "interrupted; to resume:" in log.read_text()
         and "federate --resume --out out" in log.read_text()
     )
     until(lambda: not relatives(tmp_path), log)

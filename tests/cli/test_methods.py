@@ -1,4 +1,4 @@
-"""`hetero-fl methods`: all of them, in the words of their docstrings, with what their classes declare."""
+"""`hetero-fl methods`: summaries, requirements and settings."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_one_method_with_its_settings(capsys: pytest.CaptureFixture[str]) -> Non
     for name in ("fedprox", "kt_pfl"):
         for key, field in register_algorithm[name].model_fields.items():
             assert re.search(rf"{key}\s.*{re.escape(field.description or '')}", out), key
-    assert re.search(r"mu\s+│ number, at least 0\s+│ 0\.01", out) and "samples, uniform, sum" in out
+    assert re.search(r"mu\s+│ number >= 0\s+│ 0\.01", out) and "samples, uniform, sum" in out
     assert "needs proxy set, single uploads" in out
 
 
@@ -97,7 +97,7 @@ def test_names_that_are_too_many_for_a_line(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["compare", "--help"]])
 def test_help_leads_there(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command) == 0
-    assert "`hetero-fl methods` lists" in capsys.readouterr().out
+    assert "Run `hetero-fl methods` to list" in capsys.readouterr().out
 
 
 class Summed(Algorithm):
@@ -167,5 +167,5 @@ def test_a_method_of_ones_own_is_explained_whatever_its_settings_are(
 ) -> None:
     assert main(["methods", "--allow-code", f"python:{__name__}:Odd"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"by_client\s+│ table", out) and re.search(r"must\s+│ complex\s+│\s+│", out)
-    assert re.search(r"kinds\s+│ list of whole number\s+│ \[1, 2\]", out)
+    assert re.search(r"by_client\s+│ mapping", out) and re.search(r"must\s+│ complex\s+│\s+│", out)
+    assert re.search(r"kinds\s+│ list of integer\s+│ \[1, 2\]", out)

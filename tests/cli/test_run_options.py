@@ -1,4 +1,4 @@
-"""Options that all commands share that hold a run."""
+"""Options of the commands that train."""
 
 from __future__ import annotations
 
@@ -10,4 +10,6 @@ from hetero_fl.cli import main
 def test_resume_needs_a_run_directory(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--config", "x.yaml", "--resume"]) == 2
 
-    assert "--resume: which run? name its directory with --out" in capsys.readouterr().err
+    assert (
+        "--resume: requires --out, the directory of the run to continue" in capsys.readouterr().err
+    )

@@ -110,7 +110,7 @@ def test_a_study_runs_in_one_command_and_options_win(
             "config: a.yaml\nalgorithms: [fedavg]\nseeds: [x]\n",
             "seeds.0: expected an integer, got 'x'",
         ),
-        ("config: no.yaml\nalgorithms: [fedavg]\n", "no.yaml: no such file"),
+        ("config: no.yaml\nalgorithms: [fedavg]\n", "no.yaml: file not found"),
     ],
 )
 def test_a_study_that_is_wrong_is_one_line(
@@ -143,7 +143,7 @@ def test_without_a_study_compare_says_what_is_missing(capsys: pytest.CaptureFixt
         (["--config", "x.yaml"], "--out"),
     ):
         assert main(["compare", *given]) == 2
-        assert f"{missing} is missing" in capsys.readouterr().err
+        assert f"{missing}: missing" in capsys.readouterr().err
 
 
 def test_curves_need_few_methods_and_several_rounds(tmp_path: Path) -> None:

@@ -240,4 +240,4 @@ def test_wrong_flags_exit_with_one_line(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "a").write_text("")
     assert main(["--config", config, "--out", str(tmp_path / "taken")], command="train") == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err

@@ -27,15 +27,15 @@ def small(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--seeds", ","], "--seeds: found ','"),
-        (["--seeds", "0,x"], "--seeds: found '0,x'"),
-        (["--seeds", "0,-1"], "--seeds: found '0,-1'"),
-        (["--algorithms", ","], "--algorithms: found none; choose from all, fedasync, fedbuff"),
-        (["--jobs", "0"], "--jobs: found 0; take 1 or more"),
-        (["--jobs", "-1"], "--jobs: found -1; take 1 or more"),
-        (["--out", "a_file"], "--out: a_file is a file; name a folder"),
+        (["--seeds", ","], "--seeds: expected integers such as 0,1,2, got ','"),
+        (["--seeds", "0,x"], "--seeds: expected integers such as 0,1,2, got '0,x'"),
+        (["--seeds", "0,-1"], "--seeds: expected integers such as 0,1,2, got '0,-1'"),
+        (["--algorithms", ","], "--algorithms: expected one or more; choose from all, fedasync, fedbuff"),
+        (["--jobs", "0"], "--jobs: must be >= 1, got 0"),
+        (["--jobs", "-1"], "--jobs: must be >= 1, got -1"),
+        (["--out", "a_file"], "--out: a_file is a file; choose a folder"),
         (["--out", "a_file/below"], "a_file/below: cannot be made"),
-        (["--grid", "rounds"], "--grid: found 'rounds'"),
+        (["--grid", "rounds"], "--grid: expected key=a,b,c, got 'rounds'"),
         (["--grid", "rounds=1,two"], "error: --grid: rounds: expected an integer, got 'two'"),
         (
             ["--algorithms", "local,fedvag"],
@@ -92,7 +92,7 @@ def test_the_candidates_are_shown_with_their_validation(
     compare(small(), "local,fedavg", [0, 1], out=tmp_path / "out", grid=grid)
     out = tmp_path / "out"
     text, page = (out / "comparison.md").read_text(), (out / "report.html").read_text()
-    section = text.partition("## The values that were tried")[2].partition("## Settings")[0]
+    section = text.partition("## Tuning candidates")[2].partition("## Settings")[0]
     for name in ("local", "fedavg"):
         for value in ("1e-9", "0.05"):
             both = []
@@ -136,7 +136,7 @@ def test_the_choice_follows_the_metric_of_the_task(
     ]
     for kind, best in (("multilabel", 0), ("regression", 0), ("multiclass", 1)):
         task = Task(kind, 3)  # type: ignore[arg-type]
-        scores = comparison._validations(done, task)
+        scores = comparison._mean_validation_scores(done, task)
         assert comparison._choose(scores, [variant], points) == {variant: points[best]}
 
 
@@ -199,14 +199,14 @@ def test_a_grid_takes_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_from_python_too(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--jobs: found 0"):
+    with pytest.raises(UserError, match="--jobs: must be >= 1, got 0"):
         compare(small(), "local", out=tmp_path, jobs=0)
 
 
 def test_resume_where_nothing_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(small()))
     asked = ["--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run"), "--resume"]
-    line = f"nothing to resume in {tmp_path / 'run'}: starting a new run"
+    line = f"{tmp_path / 'run'}: no run to resume, starting a new one"
     assert main(asked, command="train") == 0
     assert line in capsys.readouterr().err.splitlines()
     assert main(asked, command="train") == 0
@@ -227,8 +227,8 @@ def test_all_is_whatever_the_configuration_admits(
     compare(source, "ALL", out=tmp_path / "out")
     assert in_process == ["fedavg-seed0", "centralized-seed0", "local-seed0"]
     text = (tmp_path / "out" / "comparison.md").read_text()
-    assert "- **Without FedMD:** algorithm.name: fedmd compares predictions on a proxy set" in text
-    assert "- **Without FedGKT:** algorithm.name: fedgkt needs clients that share features" in text
+    assert "- **Without FedMD:** algorithm.name=fedmd requires a proxy set" in text
+    assert "- **Without FedGKT:** algorithm.name=fedgkt requires clients that share features" in text
     assert "left out fedmd: " in (tmp_path / "out" / "log.txt").read_text()
     rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").read_text().splitlines()))
     figures = [float(row["global_last_accuracy"]) for row in rows]

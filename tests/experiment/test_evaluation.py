@@ -117,7 +117,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert main([*asked, "--json", str(place)], command="evaluate") == 2
         said = capsys.readouterr()
         assert (
-            said.err == f"error: --json: found {place}; name a file in a folder that exists\n"
+            said.err == f"error: --json: expected a file in an existing folder, got {place}\n"
             and not said.out
         )
 

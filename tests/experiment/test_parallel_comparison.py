@@ -59,7 +59,7 @@ def test_runs_made_with_other_settings_are_told_first(
     folder = "out/runs/local-clients.defaults.epochs=1-seed0"
     assert (
         line
-        == f"error: --out: {folder} was made with other settings (rounds: was 1, is now 2); choose another --out"
+        == f"error: --out: {folder} has other settings (rounds: was 1, is now 2); choose another --out"
     )
     assert Path("out/log.txt").read_bytes() == log
     Path("out/runs/fedavg-clients.defaults.epochs=2-seed0").mkdir()
@@ -68,7 +68,7 @@ def test_runs_made_with_other_settings_are_told_first(
     assert "epochs=2-seed0: exists already" in capsys.readouterr().err
     with lock_folder(Path("out")):
         assert main(made, command="compare") == 2
-    assert "out: another process is at work there" in capsys.readouterr().err
+    assert "out: in use by another process" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -176,7 +176,7 @@ def test_an_interrupted_comparison_tells_its_own_command(tmp_path: Path) -> None
     assert process.returncode == 130 and "Traceback" not in said
     assert (
         said.splitlines()[-1]
-        == f"interrupted; to go on: {sys.executable} {script} {' '.join(long)}"
+        == f"interrupted; to resume: {sys.executable} {script} {' '.join(long)}"
     )
     for folder in (tmp_path / "out" / "runs").iterdir():
         with lock_folder(folder):  # nobody is at work there any more
@@ -243,7 +243,7 @@ def test_the_remaining_time_follows_the_clock(
 
     def left_at(seconds: float, job: comparison.ComparisonJob) -> str:
         monkeypatch.setattr("time.monotonic", lambda: seconds)
-        return schedule.left_after(job)
+        return schedule.remaining_after(job)
 
     work = [
         comparison.ComparisonJob(comparison.Variant.parse("local"), (), seed, tmp_path / str(seed))

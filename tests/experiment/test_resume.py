@@ -55,7 +55,7 @@ def test_the_line_of_an_interrupted_run_goes_on_with_it(
     stopped_after[1] = number
     assert main(["train", "--config", "c.yaml", "seed=4"]) == 130
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("interrupted; to go on: hetero-fl train --resume --out runs/small-")
+    assert line.startswith("interrupted; to resume: hetero-fl train --resume --out runs/small-")
     Path("c.yaml").unlink()
     assert main(shlex.split(line.partition(": ")[2])[1:]) == 0
     (again,) = Path("runs").iterdir()
@@ -113,7 +113,7 @@ def test_a_script_is_named_as_it_was_started(
     monkeypatch.setattr("sys.orig_argv", ["python3", "scripts/train.py", *given])
     assert main(command="train") == 130
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line == "interrupted; to go on: python3 scripts/train.py --resume --out 'a run'"
+    assert line == "interrupted; to resume: python3 scripts/train.py --resume --out 'a run'"
 
 
 def test_before_there_is_a_run_nothing_is_promised(
@@ -124,7 +124,7 @@ def test_before_there_is_a_run_nothing_is_promised(
 
     monkeypatch.setattr("hetero_fl.experiment.runner.prepare", stop)
     assert main(["train", "--config", "c.yaml", "--out", "a"]) == 130
-    assert capsys.readouterr().err == "interrupted; there is nothing yet to go on from\n"
+    assert capsys.readouterr().err == "interrupted before the first checkpoint; there is no run to resume\n"
 
 
 def test_a_name_that_is_nearly_that_of_a_run(
@@ -133,13 +133,13 @@ def test_a_name_that_is_nearly_that_of_a_run(
     assert main(["train", "--config", "c.yaml", "--out", "runs/first", "rounds=1"]) == 0
     capsys.readouterr()
     assert main(["train", "--resume", "--out", "runs/frist"]) == 2
-    said = "error: --out: runs/frist is no run to continue; did you mean runs/first? (a new one needs --config)\n"
+    said = "error: --out: runs/frist is not a run directory; did you mean runs/first? (a new run requires --config)\n"
     assert capsys.readouterr().err == said and not Path("runs/frist").exists()
     assert main(["train", "--config", "c.yaml", "--resume", "--out", "runs/frist", "rounds=1"]) == 0
-    line = "nothing to resume in runs/frist: starting a new run; did you mean runs/first?"
+    line = "runs/frist: no run to resume, starting a new one; did you mean runs/first?"
     assert capsys.readouterr().err.splitlines()[0] == line
     assert main(["train"]) == 2
-    assert "--config is missing" in capsys.readouterr().err
+    assert "--config: missing" in capsys.readouterr().err
 
 
 def test_overrides_are_compared_with_the_runs_own_configuration(
@@ -150,7 +150,7 @@ def test_overrides_are_compared_with_the_runs_own_configuration(
     capsys.readouterr()
     assert main(["train", "--resume", "--out", "a", "clients.groups.0.epochs=2"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    said = "error: a: --resume with another configuration: clients.groups.0.epochs: was not given, is now 2"
+    said = "error: a: --resume: the configuration differs: clients.groups.0.epochs: was not set, is now 2"
     assert line == said
 
 
@@ -161,7 +161,7 @@ def test_a_second_process_is_refused(folder: Path, capsys: pytest.CaptureFixture
         (line,) = capsys.readouterr().err.splitlines()
         assert (
             line
-            == "error: a: another process is at work there; let it end, or choose another --out"
+            == "error: a: in use by another process; wait for it to end or choose another --out"
         )
     assert [p.name for p in Path("a").iterdir()] == [".lock"]
 
@@ -170,7 +170,7 @@ def test_a_new_run_says_that_there_is_none_to_resume(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", "--config", "c.yaml", "--out", "a", "--resume"]) == 0
-    line = "a: there is no run to resume; a new one starts"
+    line = "a: no run to resume; starting a new one"
     assert capsys.readouterr().err.count(line) == 1
 
     assert main(["train", "--config", "c.yaml", "--out", "b"]) == 0

@@ -138,7 +138,7 @@ def test_the_packages_are_those_of_the_design() -> None:
 def test_nothing_but_the_public_interface_lies_at_the_root() -> None:
     files = {path.name for path in PACKAGE.iterdir() if path.is_file()}
 
-    assert files == {"__init__.py", "py.typed"}
+    assert files == {"__init__.py", "__main__.py", "py.typed"}
 
 
 def test_packages_import_only_packages_below_them() -> None:

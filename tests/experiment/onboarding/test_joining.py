@@ -174,19 +174,19 @@ def test_the_consensus_is_the_mean_prediction(place: Folder) -> None:
 
 @pytest.mark.slow
 def test_nobody_shared_a_backbone(place: Folder, tmp_path: Folder) -> None:
-    with pytest.raises(UserError, match=r"--take: nobody in .* shared the backbone of a vit"):
+    with pytest.raises(UserError, match=r"--take: no client in .* shared the backbone of a vit"):
         join(place, tmp_path / "a", "vit", transfer="backbone")
     content = join(
         place, tmp_path / "b", "vit", patients=(20,), seeds=(0,), overrides=["optimizer.lr=0.002"]
     )
-    assert {r["begins"] for r in content["rows"]} == {"scratch", "teacher"} and "nobody" in content[
+    assert {r["begins"] for r in content["rows"]} == {"scratch", "teacher"} and "no client" in content[
         "notes"
     ][0]
     finished(place, "alone", "local", proxy=0)
     with pytest.raises(UserError, match="shared the backbone of a cnn_gn_small"):
         join(place, tmp_path / "c", run="alone", transfer="backbone")
     content = join(place, tmp_path / "d", run="alone", patients=(20,), seeds=(0,))
-    assert content["teacher_on"] == "the newcomer's own 500 training rows, without their labels"
+    assert content["teacher_on"] == "the joining client's 500 training rows, without labels"
 
 
 @pytest.mark.slow
@@ -201,7 +201,7 @@ def test_rows_that_the_run_has_trained_on_are_told(place: Folder, tmp_path: Fold
     )
     assert {r["begins"] for r in content["rows"]} == {"scratch", "both"}
     (note,) = content["notes"]
-    assert "training rows are also in the run's training rows: figures flatter it" in note
+    assert "training rows are also in the run's training rows: scores are too optimistic for it" in note
 
 
 def test_rows_are_looked_for_all_at_once(place: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +250,7 @@ def test_ahead_means_by_more_than_both_deviations() -> None:
     ("arguments", "told"),
     [
         (["--model", "cnn_gn_smal"], "cnn_gn_smal"),
-        (["--patients", "10,many"], "--patients: found '10,many'"),
+        (["--patients", "10,many"], "--patients: expected integers such as 0,1,2, got '10,many'"),
         (["--patients", "1"], "--patients: found 1"),
         (["--patients", "5000"], "has 500 labelled examples"),
         (["optimizer.lrr=1"], "clients.defaults.optimizer.lrr: unknown key"),
@@ -293,7 +293,7 @@ def test_the_command(place: Folder, capsys: pytest.CaptureFixture[str]) -> None:
         )
         == 2
     )
-    assert capsys.readouterr().err.endswith("join-mlp: exists already; choose another --out\n")
+    assert capsys.readouterr().err.endswith("join-mlp: already exists; choose another --out\n")
 
 
 def test_a_band_of_shares_ends_where_they_do() -> None:

@@ -228,7 +228,7 @@ def test_a_run_whose_driver_is_killed_goes_on_on_the_cluster(
 def test_more_workers_than_the_cluster_has_room_for(cluster: Cluster, tmp_path: Path) -> None:
     source = config("fedavg", "mlp", runtime={"executor": "ray", "workers": 50, "threads": 2})
     with pytest.raises(
-        UserError, match=r"^runtime\.workers: found 50 of 2 threads, but the cluster has \d CPUs"
+        UserError, match=r"^runtime\.workers: 50 with 2 threads each exceed the \d CPUs of the cluster"
     ):
         run(source, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -253,7 +253,7 @@ def test_a_cluster_of_its_own_leaves_nothing_behind(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and "Traceback" not in said, said
-    assert said.splitlines()[-1].startswith("interrupted; to go on:")
+    assert said.splitlines()[-1].startswith("interrupted; to resume:")
     first = [line.split()[0] for line in said.splitlines()[:4]]
     assert first == ["data:", "ray", "1", "1"]  # the run, the reasons, and nothing of Ray's
     assert (

@@ -164,7 +164,7 @@ def test_ctrl_c_ends_all_ranks_with_a_checkpoint(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=PATIENCE)
     assert nobody(out) and list((out / "checkpoint").glob("*.ckpt"))
-    assert said.count("interrupted; to go on: torchrun --nproc-per-node 2 ") == 1
+    assert said.count("interrupted; to resume: torchrun --nproc-per-node 2 ") == 1
 
 
 @pytest.mark.slow
@@ -176,7 +176,8 @@ def test_a_users_mistake_is_one_line_by_rank_0(tmp_path: Path) -> None:
     _, said = process.communicate(timeout=PATIENCE)
     told = [line for line in said.splitlines() if line.startswith("error:")]
     assert told == [
-        "error: runtime.executor: found 'serial', but torchrun started 3 processes; write runtime.executor=torchrun"
+        "error: runtime.executor: must be torchrun, because torchrun started 3 processes, "
+        "got 'serial'"
     ]
     assert process.returncode != 0 and "exitcode  : 2 " in said and not (tmp_path / "runs").exists()
 

@@ -27,7 +27,7 @@ from hetero_fl.federation.executors import processes, workers
 from hetero_fl.federation.executors.processes import ProcessPool, SharedMemoryConnection
 from hetero_fl.federation.executors.workers import (
     JobResult,
-    RemoteTraceback,
+    RemoteTracebackError,
     Worker,
     WorkerJob,
     WorkerSetup,
@@ -267,7 +267,7 @@ def test_workers_without_shared_memory_for_the_data_end_the_run_in_one_line(
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     with pytest.raises(
         RunFailedError,
-        match=r"^runtime\.executor: no shared memory for workers' data \(unable .*No space",
+        match=r"^runtime\.executor: not enough shared memory for the workers' data \(unable .*No space",
     ):
         ProcessPool(setup_of("fedavg"), 2)
 
@@ -341,7 +341,7 @@ def test_three_deaths_on_one_client_end_the_run(
     client = rounds.sample_cohort(0)[0]
     killed = killing(crew, monkeypatch, lambda job: client in job.clients)
     with pytest.raises(
-        RunFailedError, match=rf"^3 workers died on {client}; is there enough memory\?$"
+        RunFailedError, match=rf"^3 workers died while computing {client}; is there enough memory\?$"
     ):
         rounds.run_round()
     assert len(killed) == 3
@@ -362,10 +362,10 @@ def test_an_exception_in_a_worker_is_told_in_one_line(
     if method == "Leaves":
         assert (
             str(told.value)
-            == "a worker process ended with status 3; it has printed why, if it knew"
+            == "a worker process ended with status 3; see its error output"
         )
         return
-    assert isinstance(told.value.__cause__, RemoteTraceback) and "ZeroDivisionError" in str(
+    assert isinstance(told.value.__cause__, RemoteTracebackError) and "ZeroDivisionError" in str(
         told.value.__cause__
     )
     source["runtime"]["executor"] = "serial"
@@ -401,4 +401,4 @@ def test_no_process_is_left_when_a_run_is_stopped(
     assert gone(process.pid)
     if end is not signal.SIGKILL:
         assert process.returncode == 130 and "Traceback" not in said
-        assert said.splitlines()[-1].startswith("interrupted; to go on:")
+        assert said.splitlines()[-1].startswith("interrupted; to resume:")

@@ -1,4 +1,4 @@
-"""Runs, comparisons, scorings, audits and exports, from Python. The one place that knows every room."""
+"""Run, compare, evaluate, audit and export federations from Python."""
 
 from hetero_fl.experiment.auditing.audit import audit
 from hetero_fl.experiment.comparison import compare

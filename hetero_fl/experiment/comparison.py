@@ -50,39 +50,48 @@ from hetero_fl.utils.processes import (
 )
 from hetero_fl.utils.text import split_top_level
 
-# The runs of a comparison, carried out side by side in processes of their own.
-
 Source = str | Path | Mapping[str, Any]
 Point = tuple[str, ...]
-"""A point of a grid: key=value for each of its keys."""
+"""A point of a grid: `key=value` for each key."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """An algorithm with settings of its own: `hybrid:teacher=mean:heads=take`."""
+    """An algorithm with settings, such as `hybrid:teacher=mean:heads=take`.
+
+    Args:
+        label: The variant as the user writes it.
+        overrides: Its changes to the configuration, `key.path=value`.
+    """
 
     label: str
     overrides: tuple[str, ...]
 
     @classmethod
     def parse(cls, text: str) -> Variant:
-        """From the command line's form. Settings are those of the algorithm, or full key paths."""
+        """Parse `name:setting=value`; settings belong to the algorithm or are full key paths."""
         name, *settings = split_top_level(text, ":")
-        if name == "python":  # python:package.module:Class:setting=value
+        # A user's method is written python:package.module:Class:setting=value.
+        if name == "python":
             name = ":".join([name, *settings[:2]])
             settings = settings[2:]
         for setting in settings:
             if "=" not in setting:
-                raise UserError(
-                    f"--algorithms: '{text}': write name:setting=value, found '{setting}'"
-                )
+                raise UserError(f"--algorithms: {text}: expected setting=value, got '{setting}'")
         paths = [s if "." in s.split("=")[0] else f"algorithm.{s}" for s in settings]
         return cls(text, (f"algorithm.name={name}", *paths))
 
 
 @dataclass(frozen=True)
 class ComparisonJob:
-    """One run of a comparison."""
+    """One run of a comparison.
+
+    Args:
+        variant: The algorithm and its settings.
+        point: The point of the grid.
+        seed: The seed of the run.
+        out: The run directory.
+    """
 
     variant: Variant
     point: Point
@@ -91,7 +100,7 @@ class ComparisonJob:
 
     @property
     def overrides(self) -> list[str]:
-        """What the run changes in the configuration."""
+        """Changes of this run to the configuration."""
         return [*self.variant.overrides, *self.point, f"seed={self.seed}"]
 
     def __str__(self) -> str:
@@ -104,22 +113,24 @@ def run_jobs(
     work: list[ComparisonJob],
     jobs: int,
     progress: Progress,
+    *,
     allow_code: bool | CodePermission = False,
 ) -> dict[ComparisonJob, str]:
-    """Carry out runs in processes of their own.
+    """Execute runs in worker processes.
 
-    Each run that ends is a line of the log: its figures, or why it failed, and about how long the others will take.
+    For each run that ends, one line with its scores or its error, and the estimated time left, is
+    logged.
 
     Args:
         source: The configuration.
         base: Overrides for all runs.
-        work: The runs; those that have finished already are left alone.
-        jobs: Runs at a time.
-        progress: Where lines go.
-        allow_code: As for `run`.
+        work: The runs; finished ones are skipped.
+        jobs: Number of runs at a time.
+        progress: Receives log lines.
+        allow_code: Whether code that a file names may run (see `hetero_fl.load_config`).
 
     Returns:
-        The runs that failed, each with the reason.
+        The errors of the runs that failed.
     """
     failed: dict[ComparisonJob, str] = {}
     progress.log(f"{len(work)} runs, {jobs} at a time")
@@ -140,17 +151,24 @@ def run_jobs(
                 try:
                     future.result()
                 except BrokenProcessPool:
-                    pool.shutdown()  # their exit statuses are known then
+                    # Exit codes are known after the shutdown.
+                    pool.shutdown()
                     if any(worker.exitcode == UNGUARDED for worker in workers):
                         raise UserError(ADVICE) from None
-                    failed[job] = "its process was killed (memory?); run the command again to go on"
+                    failed[job] = (
+                        "its process was killed, possibly for lack of memory; "
+                        "run the command again to continue"
+                    )
                 except (UserError, RunFailedError) as error:
                     failed[job] = str(error)
-                told = f"failed: {failed[job]}" if job in failed else _format_scores(job.out)
-                before = " (finished before)" if job in schedule.finished_before else ""
-                progress.log(f"{done}/{len(work)} {job}{before}: {told} {schedule.left_after(job)}")
-        except BaseException:  # also where nobody reads the lines any longer
-            for worker in workers:  # each goes on from its newest checkpoint
+                result = f"failed: {failed[job]}" if job in failed else _format_scores(job.out)
+                mark = " (finished before)" if job in schedule.finished_before else ""
+                progress.log(
+                    f"{done}/{len(work)} {job}{mark}: {result} {schedule.remaining_after(job)}"
+                )
+        except BaseException:
+            # This includes a closed output. Runs can be resumed from their newest checkpoints.
+            for worker in workers:
                 worker.terminate()
             pool.shutdown(cancel_futures=True)
             raise
@@ -158,29 +176,29 @@ def run_jobs(
 
 
 def _record_processes(context: Any, started: list[BaseProcess]) -> Any:
-    """Return a copy of a multiprocessing context that appends each process it makes to `started`.
+    """Return a copy of a multiprocessing context that appends each process it creates to `started`.
 
     `multiprocessing.active_children` omits processes that have already ended.
     """
-    make = context.Process
+    create = context.Process
 
-    def make_and_record(*args: Any, **kwargs: Any) -> BaseProcess:
-        started.append(make(*args, **kwargs))
+    def create_and_record(*args: Any, **kwargs: Any) -> BaseProcess:
+        started.append(create(*args, **kwargs))
         return started[-1]
 
     context = copy.copy(context)
-    context.Process = make_and_record
+    context.Process = create_and_record
     return context
 
 
 def start_worker(environ: Mapping[str, str]) -> None:
-    """Prepare a process that carries out runs: the others take the other cores."""
+    """Prepare a worker process, which computes on one core."""
     adopt_environment(environ)
     use_one_core()
 
 
 class _Schedule:
-    """How long the runs of a comparison that have not ended will take, from those that have."""
+    """Estimate of the time left, from the runs that have finished."""
 
     def __init__(self, work: Sequence[ComparisonJob]) -> None:
         self.finished_before = {job for job in work if RunDirectory(job.out).finished}
@@ -188,16 +206,19 @@ class _Schedule:
         self._started = time.monotonic()
         self._num_finished = 0
 
-    def left_after(self, job: ComparisonJob) -> str:
-        """Return `(about 3 min 20 s left)` after a run has ended; empty while nothing is known, or if it was the last."""
+    def remaining_after(self, job: ComparisonJob) -> str:
+        """Return `(about 3 min 20 s left)` after a run has ended.
+
+        The text is empty before the first run has finished and after the last one.
+        """
         if job in self._todo:
             self._todo.remove(job)
             self._num_finished += RunDirectory(job.out).finished
         if not self._todo or not self._num_finished:
             return ""
-        # By the clock, so that starts, pictures and runs side by side count.
-        left = (time.monotonic() - self._started) / self._num_finished * len(self._todo)
-        return f"(about {format_duration(left)} left)"
+        # Wall time also covers startup, plots and runs in parallel.
+        seconds = (time.monotonic() - self._started) / self._num_finished * len(self._todo)
+        return f"(about {format_duration(seconds)} left)"
 
 
 def _format_scores(out: Path) -> str:
@@ -208,12 +229,15 @@ def _format_scores(out: Path) -> str:
 def run_job(
     source: Source, overrides: list[str], out: Path, allow_code: bool | CodePermission = False
 ) -> None:
-    """A run in a process of its own; one that was interrupted goes on, one that has finished is left alone."""
+    """Execute one run; an interrupted run is resumed, a finished one is skipped.
+
+    Args:
+        source: The configuration.
+        overrides: Changes to the configuration.
+        out: The run directory.
+        allow_code: Whether code that a file names may run (see `hetero_fl.load_config`).
+    """
     run(source, out=out, resume=True, overrides=overrides, allow_code=allow_code)
-
-
-# Many runs side by side: algorithms × seeds, each tuned alike if wished; what has finished is not
-# run again.
 
 
 def compare(
@@ -229,93 +253,116 @@ def compare(
     origins: Mapping[str, str] | None = None,
     allow_code: bool | CodePermission = False,
 ) -> Path:
-    """Run every algorithm with every seed and write table, figure and report into `out`.
+    """Run every algorithm with every seed and write a table, figures and a report into `out`.
 
-    A script calls this under its `__main__` guard: the runs' processes import it.
+    Finished runs in `out` are reused. Call this under the `__main__` guard of a script, because the
+    worker processes import the script.
 
     Args:
         source: A configuration file or a dictionary.
-        algorithms: Names or variants (`hybrid:teacher=mean`), and "all" for all that can mean something with this
-            configuration: then the best is shown first, and what is left out named with the reason.
-        seeds: Each algorithm runs with each of them.
-        out: The folder.
+        algorithms: Names or variants (`hybrid:teacher=mean`). "all" stands for all methods that
+            this configuration supports; the table is then sorted by score and lists the other
+            methods with the reason.
+        seeds: Seeds of the runs of each algorithm.
+        out: The folder of the comparison.
         overrides: Changes to the configuration, `key.path=value`, or a dictionary of them.
-        grid: Values to try for keys; each algorithm takes the point with the best mean validation over the seeds.
-        jobs: Runs at a time; None: one per core, with one thread each.
-        quiet: Show no progress.
-        origins: Where entries of `algorithms` and `overrides` were written, if not in this call; the
-            comparison states it.
+        grid: Values to try, by key. Each algorithm uses the point with the best mean validation
+            score over the seeds.
+        jobs: Number of runs at a time. None: one per core, with one thread each.
+        quiet: Whether to hide the progress display.
+        origins: Where entries of `algorithms` and `overrides` were written, by entry; shown with
+            the settings.
         allow_code: Whether code that a file names may run (see `hetero_fl.load_config`).
 
+    Returns:
+        The folder of the comparison.
+
     Raises:
-        UserError: Before anything runs: a configuration is impossible, or a run in `out` was made with another one.
-        RunFailedError: After the others have ended: runs failed; a line for each of them.
+        UserError: If a configuration is invalid, or a run in `out` has other settings. Nothing has
+            been run then.
+        RunFailedError: If runs failed, after the others have ended; one line for each.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> import hetero_fl
+        >>> config = {"data": {"name": "digits"}, "clients": {"count": 2}, "rounds": 1}
+        >>> folder = hetero_fl.compare(config, ["local", "fedavg"], out=mkdtemp(), jobs=1)
+        >>> sorted(path.name for path in (folder / "runs").iterdir())
+        ['fedavg-seed0', 'local-seed0']
+        >>> print((folder / "comparison.md").read_text())
+        # run...
     """
     exit_if_importing()
     plan = _Plan(
         source,
         algorithms,
-        list(dict.fromkeys(seeds)),
-        Path(out),
-        override_list(overrides),
-        grid or {},
-        jobs,
-        CodePermission.from_argument(allow_code),
+        seeds=list(dict.fromkeys(seeds)),
+        out=Path(out),
+        base=override_list(overrides),
+        grid=grid or {},
+        jobs=jobs,
+        permission=CodePermission.from_argument(allow_code),
     )
-    with lock_folder(plan.out) as unheld, Progress(plan.out / "log.txt", quiet) as progress:
-        for line in unheld:
+    with lock_folder(plan.out) as lock_notes, Progress(plan.out / "log.txt", quiet) as progress:
+        for line in lock_notes:
             progress.log(line)
         settings = plan.settings(dict.fromkeys(plan.variants, ()), origins or {})
         _log_plan(plan, settings, progress)
         try:
             failed = run_jobs(
-                plan.source, plan.base, plan.work, plan.jobs, progress, plan.permission
+                plan.source,
+                plan.base,
+                plan.work,
+                plan.jobs,
+                progress,
+                allow_code=plan.permission,
             )
         except KeyboardInterrupt as stop:
             raise Interrupted(plan.out) from stop
     _write_results(plan, failed, origins or {})
     if failed:
-        lines = (f"{job}: {' '.join(why.split())}" for job, why in failed.items())
+        lines = (f"{job}: {' '.join(error.split())}" for job, error in failed.items())
         raise RunFailedError("\n".join([f"{len(failed)} of {len(plan.work)} runs failed", *lines]))
     return plan.out
 
 
 class _Plan:
-    """The runs of a comparison, checked before the first one starts.
-
-    Attributes:
-        source: The keys of the configuration; its file may change while the runs go on.
-        file: What the configuration is called.
-        out: The folder.
-        title: Name of the configuration.
-        base: Overrides of all runs.
-        variants: What is compared.
-        admitted: The variants that "all" stands for.
-        left_out: The methods that "all" does not stand for, with the reason.
-        points: Grid points, each tried with all variants; one without keys if there is no grid.
-        work: One run for each seed, variant and point.
-        jobs: Runs at a time.
-        task: What all runs learn.
-        permission: Whether code that the configuration names may run.
+    """The runs of a comparison, all checked before the first one starts.
 
     Args:
         source: The configuration.
         algorithms: Names or variants, and "all".
-        seeds: Each algorithm runs with each of them.
-        out: The folder.
-        base: Overrides of all runs.
-        grid: Values to try for keys.
-        jobs: Runs at a time; None: one per core.
-        permission: Whether code that the configuration names may run.
+        seeds: Seeds of the runs of each algorithm.
+        out: The folder of the comparison.
+        base: Overrides for all runs.
+        grid: Values to try, by key.
+        jobs: Number of runs at a time. None: one per core.
+        permission: Which code may run.
+
+    Attributes:
+        source: The values of the configuration, so that its file may change during the comparison.
+        file: The name of the configuration file.
+        out: The folder of the comparison.
+        title: The name of the configuration.
+        base: Overrides for all runs.
+        variants: The variants to compare.
+        admitted: The variants that "all" stands for.
+        left_out: Why methods do not support this configuration, by method.
+        points: Grid points, each tried with all variants; one empty point without a grid.
+        work: One run for each seed, variant and point.
+        jobs: Number of runs at a time.
+        task: The task of all runs.
+        permission: Which code may run.
 
     Raises:
-        UserError: If anything is wrong with any of the runs.
+        UserError: If any of the runs is invalid.
     """
 
     def __init__(
         self,
         source: Source,
         algorithms: Sequence[str] | str,
+        *,
         seeds: list[int],
         out: Path,
         base: list[str],
@@ -324,11 +371,13 @@ class _Plan:
         permission: CodePermission,
     ) -> None:
         if not seeds:
-            raise UserError("--seeds: found none; write whole numbers with commas, such as 0,1,2")
+            raise UserError(
+                "--seeds: expected integers separated by commas, such as 0,1,2; got none"
+            )
         if jobs is not None and jobs < 1:
-            raise UserError(f"--jobs: found {jobs}; take 1 or more")
+            raise UserError(f"--jobs: must be >= 1, got {jobs}")
         if out.exists() and not out.is_dir():
-            raise UserError(f"--out: {out} is a file; name a folder")
+            raise UserError(f"--out: {out} is a file; choose a folder")
         config = load_config(source, base, permission)
         for seed in seeds:
             load_config(source, [*base, f"seed={seed}"], permission)
@@ -342,7 +391,8 @@ class _Plan:
         self.variants = list(dict.fromkeys([*self.admitted, *listed]))
         if not self.variants:
             raise UserError(
-                f"--algorithms: found none; choose from all, {', '.join(register_algorithm)}"
+                "--algorithms: expected one or more; choose from all, "
+                f"{', '.join(register_algorithm)}"
             )
         threads = config.runtime.threads
         self.jobs = jobs or max(1, available_cores() // (threads or 1))
@@ -359,7 +409,7 @@ class _Plan:
         ]
         _check_same_configuration(source, self.base, self.work, permission)
         first_seed = self.work[: len(self.variants) * len(self.points)]
-        # "all" has prepared its methods already
+        # The methods of "all" have been checked already.
         unchecked = [job for job in first_seed if grid or job.variant not in self.admitted]
         tasks = [_task(source, self.base, job, permission) for job in unchecked or first_seed[:1]]
         self.task = tasks[0]
@@ -376,20 +426,26 @@ class _Plan:
 
     @property
     def is_tuned(self) -> bool:
-        """Whether grid points are chosen by validation."""
+        """Whether grid points are chosen by validation score."""
         return len(self.points) > 1
 
     def settings(self, points: Mapping[Variant, Point], origins: Mapping[str, str]) -> UsedSettings:
         """Return the settings of every variant at its grid point (see `used_settings`)."""
         grid = "grid, chosen by validation" if self.is_tuned else "grid"
         return used_settings(
-            self.source, self.base, points, origins, self.file, grid, self.permission
+            self.source,
+            self.base,
+            points,
+            origins,
+            file=self.file,
+            grid=grid,
+            allow_code=self.permission,
         )
 
 
 def _log_plan(plan: _Plan, settings: UsedSettings, progress: Progress) -> None:
-    for name, why in plan.left_out.items():
-        progress.log(f"left out {name}: {why}")
+    for name, reason in plan.left_out.items():
+        progress.log(f"left out {name}: {reason}")
     for methods, text in settings.lines():
         progress.log(f"settings of {methods}: {text}")
     if settings.note:
@@ -399,14 +455,14 @@ def _log_plan(plan: _Plan, settings: UsedSettings, progress: Progress) -> None:
 def _write_results(
     plan: _Plan, failed: Mapping[ComparisonJob, str], origins: Mapping[str, str]
 ) -> None:
-    """Write table, figures and report of the runs that have finished, at the chosen grid points."""
-    # loads what draws
+    """Write the table, figures and report of the finished runs at the chosen grid points."""
+    # Slow to import: matplotlib.
     from hetero_fl.reporting.comparison.plots import hours_to_reach, write_curves
     from hetero_fl.reporting.comparison.report import comparison_row, write_comparison
     from hetero_fl.reporting.comparison.tables import Candidate
 
     finished = [job for job in plan.work if job not in failed]
-    scores = _validations(finished, plan.task) if plan.is_tuned else {}
+    scores = _mean_validation_scores(finished, plan.task) if plan.is_tuned else {}
     chosen = _choose(scores, plan.variants, plan.points)
     best = [job for job in finished if job.point == chosen[job.variant]]
     if not best:
@@ -414,7 +470,7 @@ def _write_results(
     metrics = {job: Run(job.out).metrics for job in best}
     reached = hours_to_reach(list(metrics.values()), plan.task)
     rows = [
-        _values(job.point)
+        _point_values(job.point)
         | comparison_row(Run(job.out).summary)
         | {"algorithm": job.variant.label}
         | hours
@@ -450,35 +506,40 @@ def _write_results(
 
 
 def _missing_methods(plan: _Plan, failed: Mapping[ComparisonJob, str]) -> dict[str, str]:
-    """Return why methods and runs are not in the table, by their names."""
-    missing = {algorithm_name(name): why for name, why in plan.left_out.items()}
-    for job, why in failed.items():
+    """Return why methods and runs are missing in the table, by name."""
+    missing = {algorithm_name(name): reason for name, reason in plan.left_out.items()}
+    for job, reason in failed.items():
         name = ", ".join([algorithm_name(job.variant.label), *job.point, f"seed {job.seed}"])
-        missing[name] = f"it failed: {why}"
+        missing[name] = f"failed: {reason}"
     return missing
 
 
 def _compatible_methods(
     source: Source, base: list[str], seed: int, permission: CodePermission
 ) -> tuple[list[Variant], dict[str, str]]:
-    """The methods that this configuration admits, and why the others are refused."""
-    kept = []
+    """Return the methods that support this configuration, and why the others do not."""
+    compatible = []
     left_out = {}
     for name in register_algorithm:
         try:
             prepare(
                 source, [*base, f"algorithm.name={name}", f"seed={seed}"], allow_code=permission
             )
-            kept.append(Variant.parse(name))
+            compatible.append(Variant.parse(name))
         except UserError as error:
             left_out[name] = str(error)
-    if not kept:  # then it is no matter of the method
+    if not compatible:
+        # The configuration is invalid whatever the method.
         raise UserError(next(iter(left_out.values())))
-    return kept, left_out
+    return compatible, left_out
 
 
 def _task(source: Source, base: list[str], job: ComparisonJob, permission: CodePermission) -> Task:
-    """What a run learns. Raises UserError, which says by which option the key was set, if the run is impossible."""
+    """Return the task of a run.
+
+    Raises:
+        UserError: If the run is invalid; the message names the option that set the key.
+    """
     try:
         return prepare(source, [*base, *job.overrides], allow_code=permission).federation.task
     except UserError as error:
@@ -493,29 +554,34 @@ def _task(source: Source, base: list[str], job: ComparisonJob, permission: CodeP
 def _check_same_configuration(
     source: Source, base: list[str], work: list[ComparisonJob], permission: CodePermission
 ) -> None:
-    """Raises UserError, before anything runs, for a run directory that is there and was made with other settings."""
+    """Raise UserError if an existing run directory has other settings."""
     for job in work:
         if not (job.out / "config.yaml").exists():
             check_vacant(job.out)
             continue
-        made = RunDirectory.open(job.out).config()
-        now = resolve_config(load_config(source, [*base, *job.overrides], permission))
+        recorded = RunDirectory.open(job.out).config()
+        current = resolve_config(load_config(source, [*base, *job.overrides], permission))
+        # Open settings of the algorithm were derived from the federation.
         derived = {
-            k: v for k, v in made.get("algorithm", {}).items() if now["algorithm"].get(k, v) is None
+            key: value
+            for key, value in recorded.get("algorithm", {}).items()
+            if current["algorithm"].get(key, value) is None
         }
-        now["algorithm"] |= derived  # what is left open follows from the federation
-        if needs_of(register_algorithm[now["algorithm"]["name"]]).asynchronous is not None:
-            now["runtime"]["mode"] = "async"  # whatever was asked for
+        current["algorithm"] |= derived
+        # Asynchronous methods override the configured mode.
+        if needs_of(register_algorithm[current["algorithm"]["name"]]).asynchronous is not None:
+            current["runtime"]["mode"] = "async"
+        # The noise was derived from the target.
         if (
-            now["privacy"] is not None
-            and now["privacy"]["noise_multiplier"] is None
-            and made.get("privacy")
+            current["privacy"] is not None
+            and current["privacy"]["noise_multiplier"] is None
+            and recorded.get("privacy")
         ):
-            # follows from the target
-            now["privacy"]["noise_multiplier"] = made["privacy"].get("noise_multiplier")
-        if differs := describe_difference(made, now):
+            noise_multiplier = recorded["privacy"].get("noise_multiplier")
+            current["privacy"]["noise_multiplier"] = noise_multiplier
+        if differs := describe_difference(recorded, current):
             raise UserError(
-                f"--out: {job.out} was made with other settings ({differs}); choose another --out"
+                f"--out: {job.out} has other settings ({differs}); choose another --out"
             )
 
 
@@ -526,38 +592,47 @@ def _folder(variant: Variant, point: Point, seed: int) -> str:
     )
 
 
-def _values(point: Point) -> dict[str, str]:
-    """A point's values under their keys."""
+def _point_values(point: Point) -> dict[str, str]:
     return {key: value for key, _, value in (entry.partition("=") for entry in point)}
 
 
-def _validations(finished: list[ComparisonJob], task: Task) -> dict[tuple[Variant, Point], float]:
-    """The mean validation of each variant at each grid point over its seeds; larger is better."""
+def _mean_validation_scores(
+    finished: list[ComparisonJob], task: Task
+) -> dict[tuple[Variant, Point], float]:
+    """Return the mean validation score over seeds, by variant and grid point; larger is better."""
     scores: dict[tuple[Variant, Point], list[float]] = {}
     for job in finished:
-        scores.setdefault((job.variant, job.point), []).append(_validation(Run(job.out), task))
+        scores.setdefault((job.variant, job.point), []).append(
+            _validation_score(Run(job.out), task)
+        )
     return {key: sum(values) / len(values) for key, values in scores.items()}
 
 
 def _choose(
     scores: Mapping[tuple[Variant, Point], float], variants: list[Variant], points: list[Point]
 ) -> dict[Variant, Point]:
-    """For each variant the grid point with the best validation; ties to the first."""
+    """Return the grid point with the best validation score of each variant, the first of equals."""
     return {v: max(points, key=lambda p: scores.get((v, p), float("-inf"))) for v in variants}
 
 
-def _validation(finished: Run, task: Task) -> float:
-    """The validation of the last round that was read, at home and in common together; larger is better."""
+def _validation_score(finished: Run, task: Task) -> float:
+    """Return the mean local and global validation score of the last evaluation."""
     last = [r for r in finished.metrics if r.get("validation")][-1]
     score = mean_validation_score(task, last)
     return float("-inf") if score is None else score
 
 
-# A study: a comparison that is written down, so that one command repeats it.
-
-
 class Study(ConfigSection):
-    """`config`: a configuration's file, seen from the study's own folder; `algorithms`: as compare's `--algorithms` has them."""
+    """A comparison as a file, so that one command repeats it.
+
+    Attributes:
+        config: The configuration file, relative to the study's folder.
+        algorithms: Names or variants of the methods to compare.
+        seeds: Seeds of the runs of each algorithm.
+        overrides: Changes to the configuration, `key.path=value`.
+        jobs: Number of runs at a time; None: one per core.
+        out: The folder of the comparison; by default `runs/<name of the study>`.
+    """
 
     config: Path
     algorithms: Annotated[list[str], Field(min_length=1)]
@@ -568,7 +643,11 @@ class Study(ConfigSection):
 
     @classmethod
     def load(cls, path: Path) -> Study:
-        """A study's file; without `--out` it goes to `runs/<its name>`. Raises UserError, in one line, for what is wrong."""
+        """Load a study from a file.
+
+        Raises:
+            UserError: If the file is invalid.
+        """
         raw = read_config_file(path)
         for key in raw:
             if key not in cls.model_fields:
@@ -582,13 +661,8 @@ class Study(ConfigSection):
         return study.model_copy(update={"config": path.parent / study.config})
 
 
-# Which settings each method of a comparison gets, and from where: file, override, variant, study or
-# grid.
-
 SECTION = "algorithm"
-
-
-# client settings that count as the method's, by key
+# Keys of client settings that may be written in the algorithm section.
 CLIENT_KEYS = {f"clients.defaults.{name}": f"{SECTION}.{name}" for name in CLIENT_OPTIONS}
 
 
@@ -597,20 +671,22 @@ def used_settings(
     base: Sequence[str],
     points: Mapping[Variant, Point],
     origins: Mapping[str, str],
+    *,
     file: str = "the configuration",
     grid: str = "grid",
     allow_code: bool | CodePermission = False,
 ) -> UsedSettings:
-    """Return the settings of every variant that differ from its method's defaults.
+    """Return the settings of every variant that differ from the method's defaults, with origins.
 
     Args:
         source: The configuration of the comparison.
-        base: Overrides that hold for every run.
+        base: Overrides for all runs.
         points: The grid point of each variant; empty without a grid.
-        origins: Where labels of variants and overrides were written, if not in the call: a study's name, say.
-        file: What the configuration is called.
-        grid: What settings of a grid point are said to come from.
-        allow_code: Whether code that the configuration names may run (see `hetero_fl.load_config`).
+        origins: Where variants and overrides were written, by label or override, if not in the
+            call; for example the name of a study.
+        file: The name of the configuration file.
+        grid: The origin to show for settings of a grid point.
+        allow_code: Whether code that a file names may run (see `hetero_fl.load_config`).
     """
     section = f"{SECTION} section of {file}"
     methods = []
@@ -622,14 +698,14 @@ def used_settings(
         written += [(override, grid) for override in point]
         config = load_config(source, [override for override, _ in written], allow_code)
         settings = config.algorithm | _client_options(config)
-        # a user's method may have a setting without a default
+        # A user's method may have settings without a default, which validation would refuse.
         defaults = register_algorithm[settings["name"]].model_construct().model_dump()
         found = [
-            Setting(key, _plain(value), _origin(f"{SECTION}.{key}", written, section))
+            Setting(key, _format_setting(value), _origin(f"{SECTION}.{key}", written, section))
             for key, value in settings.items()
             if key != "name" and value != defaults.get(key)
         ]
-        # Keys of other sections that only this variant or the grid sets.
+        # Add keys of other sections that only this variant or the grid sets.
         for override, origin in written[len(base) :]:
             key, _, value = override.partition("=")
             if key.partition(".")[0] != SECTION and key not in CLIENT_KEYS:
@@ -644,7 +720,7 @@ def used_settings(
 
 
 def _client_options(config: Config) -> dict[str, Any]:
-    """Return the options of all clients that may be written in the algorithm section, if set."""
+    """Return the client defaults that may be written in the algorithm section, if set."""
     defaults = config.clients.defaults
     options = {name: getattr(defaults, name, None) for name in CLIENT_OPTIONS}
     return {name: value for name, value in options.items() if value is not None}
@@ -653,28 +729,30 @@ def _client_options(config: Config) -> dict[str, Any]:
 def _origin(key: str, overrides: Sequence[tuple[str, str]], otherwise: str) -> str:
     """Return the origin of the last override that sets the key or a part of it."""
     for override, origin in reversed(overrides):
-        named = override.partition("=")[0]
-        named = CLIENT_KEYS.get(named, named)
-        if named in (SECTION, key) or named.startswith(f"{key}."):
+        written_key = override.partition("=")[0]
+        target = CLIENT_KEYS.get(written_key, written_key)
+        if target in (SECTION, key) or target.startswith(f"{key}."):
             return origin
     return otherwise
 
 
-def _plain(value: Any) -> str:
+def _format_setting(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return "none" if value is None else str(value)
 
 
 def _note(source: Source, section: str, labels: Sequence[str]) -> str:
-    """Return a sentence on which method the configuration's own settings went to; empty if it has none."""
+    """Return a sentence on which method uses the algorithm section; empty if it has no settings."""
     written = raw_algorithm_section(source)
-    own = ", ".join(f"{key} = {_plain(value)}" for key, value in written.items() if key != "name")
+    settings = ", ".join(
+        f"{key} = {_format_setting(value)}" for key, value in written.items() if key != "name"
+    )
     name = written.get("name")
-    if not own or not isinstance(name, str):
+    if not settings or not isinstance(name, str):
         return ""
     method = algorithm_name(name)
-    told = f"The settings in the {section} ({own})"
+    subject = f"The settings in the {section} ({settings})"
     if name in map(algorithm_base, labels):
-        return f"{told} were applied to {method} only; every other method starts from its own defaults."
-    return f"{told} are those of {method}, which is not compared: every method starts from its own defaults."
+        return f"{subject} apply to {method} only; all other methods use their defaults."
+    return f"{subject} belong to {method}, which is not compared: all methods use their defaults."

@@ -1,7 +1,6 @@
-"""Which features work together: one table of rules, each with the two configuration keys that it is about.
+"""Rules on which features can be combined.
 
-A rule is checked as soon as its facts are known: those of `RULES_ON_LOADING` before data is loaded,
-those of `RULES_AFTER_PREPARATION` before training starts.
+`RULES_ON_LOADING` are checked before data is loaded, `RULES_AFTER_PREPARATION` before training.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from hetero_fl.utils.text import pluralize
 from model_zoo import ModelError
 
 ROUNDING = ("quantize", "half")
-"""Compression stages that change numbers only, so that compressed uploads can be added."""
+"""Compression stages that keep all values, so that compressed uploads can be summed."""
 FEWEST_IN_SUM = 3
-"""Clients in a secure sum: in a sum of two, each knows the other's part."""
+"""Smallest cohort of secure aggregation; in a sum of two, each client knows the other's part."""
 MOST_IN_ONE_PLACE = 10_000
-"""Clients of which a method may need all rows or models in one place."""
+"""Largest number of clients whose rows or models a method may need in one place."""
 
 BOUNDED = ("client", "local")
 """Units of privacy under which whole uploads are bounded."""
@@ -39,14 +38,13 @@ Facts = TypeVar("Facts", bound=ConfigFacts)
 
 @dataclass(frozen=True)
 class CompatibilityRule(Generic[Facts]):
-    """A combination of settings that cannot work, or that may not be meant.
+    """A combination of settings that cannot work or may not be intended.
 
     Args:
-        keys: The two configuration keys, as the message names them.
-        violation: Returns something true if a run violates the rule; a list if it does so more
-            than once.
-        message: The line that the user reads. `{run...}` is filled in from the facts; `{found}`, or
-            the names in a mapping, from what `violation` returns.
+        keys: The two configuration keys.
+        violation: Returns a true value if a run violates the rule, or a list of several.
+        message: The error message, a format string. `{run}` is the facts; `{found}`, or the keys of
+            a mapping, is what `violation` returns.
     """
 
     keys: tuple[str, str]
@@ -59,8 +57,8 @@ class CompatibilityRule(Generic[Facts]):
         if not found:
             return []
         lines = []
-        for one in found if isinstance(found, list) else [found]:
-            values = one if isinstance(one, Mapping) else {"found": one}
+        for violation in found if isinstance(found, list) else [found]:
+            values = violation if isinstance(violation, Mapping) else {"found": violation}
             lines.append(self.message.format(run=run, **values))
         return lines
 
@@ -77,138 +75,136 @@ RULES_ON_LOADING: dict[str, CompatibilityRule[ConfigFacts]] = {
     "cohort_larger_than_population": CompatibilityRule(
         ("clients.per_round", "clients"),
         lambda run: (run.config.clients.per_round or 0) > len(run.clients) and len(run.clients),
-        "clients.per_round: found {run.config.clients.per_round}, but there are {found} clients",
+        "clients.per_round: must be <= {found}, the number of clients, got "
+        "{run.config.clients.per_round}",
     ),
     "sampled_clients_share_rarely": CompatibilityRule(
         ("clients.per_round", "share_every"),
         lambda run: run.config.clients.per_round is not None and run.rare_sender(),
-        "clients.per_round: cannot be combined with share_every ({client}): who is sampled may "
-        "not be who shares",
+        "clients.per_round: cannot be combined with share_every ({client}), because sampled "
+        "clients may not share in that round",
     ),
     # Synchronous and asynchronous runs
     "synchronous_buffer": CompatibilityRule(
         ("runtime.buffer", "runtime.mode"),
         lambda run: not run.is_async and run.config.runtime.buffer,
-        "runtime.buffer: found {found}, but a synchronous round takes its whole cohort; write "
-        "runtime.mode=async, or leave this out",
+        "runtime.buffer={found} requires runtime.mode=async; set it, or remove the buffer",
     ),
     "synchronous_staleness": CompatibilityRule(
         ("runtime.staleness", "runtime.mode"),
         lambda run: not run.is_async and run.config.runtime.staleness != StalenessConfig(),
-        "runtime.staleness: nothing is stale in synchronous rounds; write runtime.mode=async, or "
-        "leave this out",
+        "runtime.staleness: requires runtime.mode=async; set it, or remove the staleness",
     ),
     "asynchronous_secure_sum": CompatibilityRule(
         ("runtime.mode", "channel.secure_sum"),
         lambda run: run.is_async and run.config.channel.secure_sum,
-        "runtime.mode: async cannot be combined with channel.secure_sum, which sums one cohort's "
-        "uploads",
+        "runtime.mode=async cannot be combined with channel.secure_sum, which sums the "
+        "uploads of one cohort",
     ),
     "asynchronous_robustness": CompatibilityRule(
         ("runtime.mode", "aggregation.rule"),
         lambda run: run.is_async and run.single_uploads(),
-        "runtime.mode: async cannot be combined with {found}: both look at the uploads of one "
-        "cohort",
+        "runtime.mode=async cannot be combined with {found}, which needs the uploads of one cohort",
     ),
     "asynchronous_clients_share_rarely": CompatibilityRule(
         ("runtime.mode", "share_every"),
         lambda run: run.is_async and run.rare_sender(),
-        "runtime.mode: async cannot be combined with share_every ({client}): there are no rounds",
+        "runtime.mode=async cannot be combined with share_every ({client}), because there are "
+        "no rounds",
     ),
     "two_staleness_settings": CompatibilityRule(
         ("runtime.staleness", "algorithm.staleness"),
         lambda run: (
             run.policy.staleness is not None and run.config.runtime.staleness != StalenessConfig()
         ),
-        "runtime.staleness: is not used: {run.name} has its own, algorithm.staleness",
+        "runtime.staleness: not used by {run.name}; set algorithm.staleness instead",
     ),
     "asynchronous_cohort": CompatibilityRule(
         ("cohort", "runtime.mode"),
         lambda run: run.is_async and run.waiting_setting(),
-        "cohort.{found}: is for rounds that wait for a cohort; runtime.mode is async",
+        "cohort.{found}: cannot be combined with runtime.mode=async, which has no cohorts",
     ),
     # Privacy
     "private_asynchronous_run": CompatibilityRule(
         ("runtime.mode", "privacy.unit"),
         lambda run: run.unit and run.is_async,
-        "runtime.mode: found async, with privacy.unit: found {run.unit}; what is spent is planned for cohorts, round "
-        "by round",
+        "runtime.mode=async cannot be combined with privacy.unit={run.unit}, whose budget is "
+        "planned for the cohorts of rounds",
     ),
     "private_run_from_other_models": CompatibilityRule(
         ("init_from", "privacy.unit"),
         lambda run: run.unit and run.config.init_from,
-        "init_from: found {found}, with privacy.unit: found {run.unit}; what those models know of private rows is not "
-        "counted in ε; leave one of them out",
+        "init_from={found} cannot be combined with privacy.unit={run.unit}, because ε does "
+        "not include what these models reveal; remove one of them",
     ),
     "private_sampling": CompatibilityRule(
         ("cohort.sampling", "privacy.unit"),
         lambda run: run.unit and run.config.cohort.sampling != "uniform",
-        "cohort.sampling: found {run.config.cohort.sampling}, with privacy.unit: found {run.unit}; "
-        "who takes part has to be known before the run, to be accounted",
+        "cohort.sampling={run.config.cohort.sampling} cannot be combined with "
+        "privacy.unit={run.unit}, whose accounting needs the cohorts in advance",
     ),
     "private_over_selection": CompatibilityRule(
         ("cohort.over_selection", "privacy.unit"),
         lambda run: run.unit and run.config.cohort.over_selection > 1,
-        "cohort.over_selection: found {run.config.cohort.over_selection}, with privacy.unit: found "
-        "{run.unit}; who takes part has to be known before the run, to be accounted",
+        "cohort.over_selection={run.config.cohort.over_selection} cannot be combined with "
+        "privacy.unit={run.unit}, whose accounting needs the cohorts in advance",
     ),
     "private_repeated_rounds": CompatibilityRule(
         ("cohort.too_few", "privacy.unit"),
         lambda run: run.unit and run.config.cohort.too_few == "repeat",
-        "cohort.too_few: found repeat, with privacy.unit: found {run.unit}; who takes part has to "
-        "be known before the run, to be accounted",
+        "cohort.too_few=repeat cannot be combined with privacy.unit={run.unit}, whose "
+        "accounting needs the cohorts in advance",
     ),
     "distributed_noise_in_plain_sum": CompatibilityRule(
         ("privacy.distributed", "channel.secure_sum"),
         lambda run: (
             run.privacy and run.privacy.distributed and run.config.channel.secure_sum is None
         ),
-        "privacy.distributed: needs channel.secure_sum: of a single upload the server would see "
-        "all but a little noise",
+        "privacy.distributed: requires channel.secure_sum, because the noise of a single "
+        "upload is too small",
     ),
     "private_clients_robustness": CompatibilityRule(
         ("aggregation.rule", "privacy.unit"),
         lambda run: run.unit == "client" and run.single_uploads(),
-        "{found}: cannot be combined with privacy.unit: found {run.unit}: noise is added to sums; take unit: record or "
-        "local",
+        "{found} cannot be combined with privacy.unit={run.unit}, which adds noise to sums; "
+        "set privacy.unit=record or local",
     ),
     "poisson_cohorts_secure_sum": CompatibilityRule(
         ("privacy.poisson_cohorts", "channel.secure_sum"),
         lambda run: run.privacy and run.privacy.poisson_cohorts and run.config.channel.secure_sum,
-        "privacy.poisson_cohorts: cannot be combined with channel.secure_sum, which is agreed on "
-        "for cohorts of one size; leave one of them out",
+        "privacy.poisson_cohorts: cannot be combined with channel.secure_sum, which needs "
+        "cohorts of a fixed size; remove one of them",
     ),
     "private_clients_compression": CompatibilityRule(
         ("channel.compress", "privacy.unit"),
         lambda run: run.unit == "client" and first(run.config.channel.compress),
-        "channel.compress: found {found.kind}, which changes uploads after they were bounded, with "
-        "privacy.unit: found {run.unit}; take unit: record or local",
+        "channel.compress={found.kind} cannot be combined with privacy.unit={run.unit}, "
+        "because it changes uploads after clipping; set privacy.unit=record or local",
     ),
     # Robustness
     "secure_sum_robustness": CompatibilityRule(
         ("aggregation.rule", "channel.secure_sum"),
         lambda run: run.config.channel.secure_sum and run.single_uploads(),
-        "{found}: needs single uploads, but channel.secure_sum tells only their sum; leave one of "
-        "them out",
+        "{found} cannot be combined with channel.secure_sum, which reveals only the sum of "
+        "uploads; remove one of them",
     ),
     # Cohorts that are chosen or repeated
     "choice_among_all_clients": CompatibilityRule(
         ("cohort.over_selection", "clients.per_round"),
         lambda run: run.config.clients.per_round is None and run.choosing_setting(),
-        "cohort.{found}: chooses among clients, but clients.per_round is not given: all clients "
-        "are sampled",
+        "cohort.{found}: requires clients.per_round; without it all clients are sampled",
     ),
     "least_above_sampled": CompatibilityRule(
         ("cohort.least", "clients.per_round"),
         lambda run: run.config.cohort.least > run.num_wanted() and run.num_wanted(),
-        "cohort.least: found {run.config.cohort.least}, but {found} clients take part in a round "
-        "(clients.per_round)",
+        "cohort.least: must be <= {found}, the clients in a round (clients.per_round), got "
+        "{run.config.cohort.least}",
     ),
     "losses_of_secure_sum": CompatibilityRule(
         ("cohort.sampling", "channel.secure_sum"),
         lambda run: run.config.cohort.sampling == "oort" and run.config.channel.secure_sum,
-        "cohort.sampling: oort goes by each client's training loss, of which channel.secure_sum "
-        "tells the mean alone; take available or uniform, or leave channel.secure_sum out",
+        "cohort.sampling=oort cannot be combined with channel.secure_sum, which hides the "
+        "training losses of single clients; choose available or uniform",
     ),
     "over_selection_secure_sum": CompatibilityRule(
         ("cohort.over_selection", "channel.secure_sum"),
@@ -217,10 +213,10 @@ RULES_ON_LOADING: dict[str, CompatibilityRule[ConfigFacts]] = {
             and run.min_survivors() > run.num_wanted()
             and {"sampled": run.num_sampled(), "survivors": run.min_survivors()}
         ),
-        "cohort.over_selection: found {run.config.cohort.over_selection:g}; of {sampled} sampled "
-        "clients the first {run.config.clients.per_round} are taken, but "
-        "channel.secure_sum.threshold asks for {survivors} to stay: no round would be opened; take "
-        "a smaller over_selection or threshold",
+        "cohort.over_selection={run.config.cohort.over_selection:g} is too large: only the first "
+        "{run.config.clients.per_round} of {sampled} sampled clients are used, but "
+        "channel.secure_sum.threshold requires {survivors}; choose a smaller over_selection or "
+        "threshold",
     ),
     "repeated_secure_sum": CompatibilityRule(
         ("cohort.least", "channel.secure_sum"),
@@ -229,9 +225,9 @@ RULES_ON_LOADING: dict[str, CompatibilityRule[ConfigFacts]] = {
             and 0 < run.min_survivors() < run.config.cohort.least
             and run.min_survivors()
         ),
-        "cohort.least: found {run.config.cohort.least}, with cohort.too_few: repeat and "
-        "channel.secure_sum, which opens sums of {found}: of two sums of a round the difference "
-        "tells single uploads; take no more, or too_few: skip",
+        "cohort.least: must be <= {found} with cohort.too_few=repeat and channel.secure_sum, "
+        "because the difference of two sums reveals single uploads; got "
+        "{run.config.cohort.least}. Or set cohort.too_few=skip",
     ),
 }
 
@@ -239,7 +235,7 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
     "over_selection_without_time": CompatibilityRule(
         ("cohort.over_selection", "devices"),
         lambda run: run.config.cohort.over_selection > 1 and not run.takes_time(),
-        "cohort.over_selection: takes the first to arrive, but without `devices` nobody takes time",
+        "cohort.over_selection: requires devices; without them all uploads arrive at the same time",
     ),
     # Methods
     "task_of_method": CompatibilityRule(
@@ -247,53 +243,50 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         lambda run: (
             run.task.kind not in run.algorithm.needs.tasks and ", ".join(run.algorithm.needs.tasks)
         ),
-        "algorithm.name: {run.name} is for {found}, but data.name has a {run.task.kind} task",
+        "algorithm.name={run.name} supports {found}, but data.name has a {run.task.kind} task",
     ),
     "no_proxy_set": CompatibilityRule(
         ("algorithm.name", "data.proxy.size"),
         lambda run: run.algorithm.needs.has_required_proxy and not run.num_proxy,
-        "algorithm.name: {run.name} compares predictions on a proxy set, but data.proxy.size is 0; "
-        "set it above 0, so that so many training rows are public, or name another set in "
-        "data.proxy.source",
+        "algorithm.name={run.name} requires a proxy set, but data.proxy.size is 0; set "
+        "data.proxy.size > 0 to make training rows public, or set data.proxy.source",
     ),
     "no_proxy_labels": CompatibilityRule(
         ("algorithm.initial_phase", "data.proxy.labels"),
         lambda run: (
             run.algorithm.needs.proxy_set == "labeled" and not run.federation.data.has_proxy_labels
         ),
-        "algorithm.initial_phase: found true, with which {run.name} trains on labels of the proxy "
-        "set, but data.proxy.labels is false; set it to true, or algorithm.initial_public_epochs "
-        "to 0",
+        "algorithm.initial_phase=true makes {run.name} train on labels of the proxy set, but "
+        "data.proxy.labels is false; set it to true, or set algorithm.initial_public_epochs=0",
     ),
     "no_shares": CompatibilityRule(
         ("algorithm.name", "clients.defaults.shares"),
         lambda run: run.missing_shares(),
-        "algorithm.name: {run.name} needs clients that share {found}, but no client's `shares` has "
-        "it; add it in clients.defaults.shares, or to those who may send it",
+        "algorithm.name={run.name} requires clients that share {found}; add it to "
+        "clients.defaults.shares or to the shares of some clients",
     ),
     "large_population": CompatibilityRule(
         ("algorithm.name", "clients"),
         lambda run: run.algorithm.needs.all_clients and run.num_clients > MOST_IN_ONE_PLACE,
-        f"algorithm.name: {{run.name}} brings all clients' rows or models together, at most "
-        f"{MOST_IN_ONE_PLACE:,} of them; found {{run.num_clients:,}} clients",
+        f"algorithm.name={{run.name}} needs the rows or models of all clients in one place, "
+        f"which supports at most {MOST_IN_ONE_PLACE:,} clients, got {{run.num_clients:,}}",
     ),
     "unknown_part": CompatibilityRule(
         ("clients.common", "model"),
         lambda run: run.unknown_prefix(),
-        "{key}: no client's `model` has a tensor whose name begins with '{prefix}'{hint}",
+        "{key}: no model has a tensor with prefix '{prefix}'{hint}",
     ),
     "part_of_other_model": CompatibilityRule(
         ("algorithm.name", "shares"),
         lambda run: run.part_of_other_model(),
-        "algorithm.name: {run.name} averages a small model next to each client's own, of which no "
-        "client's `shares` names a part; found '{found}'",
+        "algorithm.name={run.name} averages an auxiliary model, of which no client shares a "
+        "part; found '{found}' in shares",
     ),
     "nothing_to_average": CompatibilityRule(
         ("algorithm.name", "model"),
         lambda run: sum(kind.count for kind in run.clients_alone) == run.num_clients,
-        "algorithm.name: {run.name} averages parameters here, but no two clients send the same "
-        "tensor; give clients the same `model`, let their `shares` overlap, or name common "
-        "prefixes in clients.common",
+        "algorithm.name={run.name} averages parameters, but no two clients upload the same tensor; "
+        "give clients the same model, let their shares overlap, or set clients.common",
     ),
     # Training
     "class_weights_of_other_task": CompatibilityRule(
@@ -302,8 +295,8 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
             run.task.kind != "multiclass"
             and first(k.first for k in run.profiles if k.settings.class_weights is not None)
         ),
-        "clients: {found}: class_weights: is for classes that exclude one another, but data.name "
-        "has a {run.task.kind} task",
+        "clients: {found}: class_weights: requires a multiclass task, but data.name has a "
+        "{run.task.kind} task",
     ),
     "number_of_class_weights": CompatibilityRule(
         ("class_weights", "data.name"),
@@ -312,8 +305,8 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
             for client, weights in run.class_weights.items()
             if len(weights) != run.task.outputs
         ),
-        "clients: {client}: class_weights: found {count} numbers for {run.task.outputs} classes of "
-        "data.name",
+        "clients: {client}: class_weights: expected {run.task.outputs} numbers, one for each "
+        "class of data.name, got {count}",
     ),
     "negative_class_weights": CompatibilityRule(
         ("class_weights", "weights"),
@@ -322,27 +315,27 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
             for client, weights in run.class_weights.items()
             if min(weights) < 0
         ),
-        "clients: {client}: class_weights: found {weight:g}; weights are 0 or more",
+        "clients: {client}: class_weights: must be >= 0, got {weight:g}",
     ),
     "class_weights_without_effect": CompatibilityRule(
         ("class_weights", "training row"),
         lambda run: run.weightless_client(),
-        "clients: {client}: class_weights: found {weights}, which is 0 for every training row of "
-        "{client}; raise one",
+        "clients: {client}: class_weights: {weights} is 0 for every training row of the "
+        "client; increase a weight",
     ),
     "batches_of_one": CompatibilityRule(
         ("batch_size", "model"),
         lambda run: run.batch_of_one(),
-        "{key}, but {model} has BatchNorm, which cannot train on batches of one; take 2 or more, or "
-        "a model without it",
+        "{key}, but {model} has BatchNorm, which cannot train on batches of one row; choose 2 "
+        "or more, or a model without BatchNorm",
     ),
     # Secure aggregation
     "secure_sum_of_single_uploads": CompatibilityRule(
         ("algorithm.name", "channel.secure_sum"),
         lambda run: run.secure_sum and run.items_used_singly(),
-        "algorithm.name: {run.name} needs single uploads ({found}), but channel.secure_sum tells "
-        "only their sum; take a method that needs no more, such as hybrid, fedmd, fedavg or "
-        "fedproto, or leave the key out",
+        "algorithm.name={run.name} cannot be combined with channel.secure_sum, which reveals "
+        "only the sum of uploads, because it needs single uploads ({found}); choose hybrid, "
+        "fedmd, fedavg or fedproto, or remove channel.secure_sum",
     ),
     "secure_sum_compression": CompatibilityRule(
         ("channel.compress", "channel.secure_sum"),
@@ -350,16 +343,16 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
             run.secure_sum
             and first(s.kind for s in run.config.channel.compress if s.kind not in ROUNDING)
         ),
-        "channel.compress: found {found}, but channel.secure_sum adds whole vectors, in which "
-        "nothing is left out; take quantize or half, or leave one of the keys out",
+        "channel.compress={found} cannot be combined with channel.secure_sum, which sums "
+        "complete vectors; choose quantize or half, or remove one of them",
     ),
     "secure_sum_of_few": CompatibilityRule(
         ("channel.secure_sum", "clients.per_round"),
         lambda run: (
             run.secure_sum and run.cohort < FEWEST_IN_SUM and pluralize(run.cohort, "client")
         ),
-        "channel.secure_sum: found {found} in a round (clients.per_round); a sum hides a part of "
-        f"it among {FEWEST_IN_SUM} or more",
+        f"channel.secure_sum: requires {FEWEST_IN_SUM} or more clients in a round "
+        f"(clients.per_round), got {{found}}",
     ),
     "high_threshold": CompatibilityRule(
         ("channel.secure_sum.threshold", "clients.per_round"),
@@ -368,8 +361,8 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
             and run.secure_sum.min_survivors(run.cohort) > run.cohort
             and run.secure_sum.min_survivors(run.cohort)
         ),
-        "channel.secure_sum.threshold: found {found}, but a round has {run.cohort} clients "
-        "(clients.per_round)",
+        "channel.secure_sum.threshold: must be <= {run.cohort}, the clients in a round "
+        "(clients.per_round), got {found}",
     ),
     "low_threshold": CompatibilityRule(
         ("channel.secure_sum.threshold", "clients.per_round"),
@@ -378,14 +371,14 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
             and 2 * run.secure_sum.min_survivors(run.cohort) <= run.cohort
             and {"least": run.secure_sum.min_survivors(run.cohort), "more": run.cohort // 2 + 1}
         ),
-        "channel.secure_sum.threshold: found {least}, which is not more than half of the "
-        "{run.cohort} clients of a round (clients.per_round); choose {more} or more",
+        "channel.secure_sum.threshold: must be more than half of the {run.cohort} clients in a "
+        "round (clients.per_round), got {least}; choose {more} or more",
     ),
     "large_range": CompatibilityRule(
         ("channel.secure_sum.range", "clients.per_round"),
         lambda run: run.secure_sum and run.secure_sum.max_fraction_bits(run.cohort) < 1,
-        "channel.secure_sum.range: found {run.secure_sum.range:g}; sums over {run.cohort} clients "
-        "leave 64-bit integers (clients.per_round)",
+        "channel.secure_sum.range: {run.secure_sum.range:g} is too large; sums over "
+        "{run.cohort} clients (clients.per_round) exceed 64-bit integers",
     ),
     "many_fraction_bits": CompatibilityRule(
         ("channel.secure_sum.fraction_bits", "channel.secure_sum.range"),
@@ -398,22 +391,22 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
                 "most": run.secure_sum.max_fraction_bits(run.cohort),
             }
         ),
-        "channel.secure_sum.fraction_bits: found {bits}; with channel.secure_sum.range "
-        "{run.secure_sum.range:g} sums over {run.cohort} clients leave 64-bit integers, choose {most} "
-        "or fewer",
+        "channel.secure_sum.fraction_bits: must be <= {most}, got {bits}; with "
+        "channel.secure_sum.range={run.secure_sum.range:g}, sums over {run.cohort} clients "
+        "would exceed 64-bit integers",
     ),
     # Robust aggregation
     "robustness_without_uploads": CompatibilityRule(
         ("aggregation.rule", "algorithm.name"),
         lambda run: run.sends_nothing and run.single_uploads(),
-        "{found}: {run.name} has no uploads that a federation would combine; take another "
-        "algorithm.name",
+        "{found} cannot be combined with algorithm.name={run.name}, which has no uploads to "
+        "aggregate; choose another method",
     ),
     "idle_rule": CompatibilityRule(
         ("aggregation", "algorithm.name"),
         lambda run: run.idle_rule(),
-        "aggregation.{key}: found '{value}', but {run.name} combines no {items} that clients send "
-        "here; leave it at 'mean', or take another algorithm.name",
+        "aggregation.{key}={value} has no effect: {run.name} does not aggregate {items} here; "
+        "use mean, or choose another algorithm.name",
     ),
     "rule_beside_model": CompatibilityRule(
         ("aggregation.rule", "algorithm.name"),
@@ -421,8 +414,8 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
             "rule" in run.rules
             and first(name for name, how in run.dry_round[1] if how in PARAMETERS)
         ),
-        "aggregation.rule: found '{run.config.aggregation.rule}', but algorithm.name: {run.name} "
-        "averages '{found}' apart from its model",
+        "aggregation.rule={run.config.aggregation.rule} cannot be combined with "
+        "algorithm.name={run.name}, which averages '{found}' separately from its model",
     ),
     "exclusive_rule": CompatibilityRule(
         ("aggregation.predictions", "data.name"),
@@ -432,8 +425,8 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
             and prediction_rule[run.rules["predictions"]].exclusive
             and run.rules["predictions"]
         ),
-        "aggregation.predictions: {found} is for classes that exclude one another, but data.name "
-        "has a {run.task.kind} task",
+        "aggregation.predictions={found} requires a multiclass task, but data.name has a "
+        "{run.task.kind} task",
     ),
     "rule_without_proxy_set": CompatibilityRule(
         ("aggregation.rule", "data.proxy.size"),
@@ -441,103 +434,102 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
             run.uses_root
             and not all(run.federation.client_infos[k.first].has_proxy for k in run.profiles)
         ),
-        "aggregation.rule: {run.rules[rule]} compares with what the server makes of the proxy set; "
-        "found data.proxy.size 0, or a client without",
+        "aggregation.rule={run.rules[rule]} requires a proxy set that all clients have, "
+        "because the server trains on it; set data.proxy.size > 0",
     ),
     "rule_for_whole_models": CompatibilityRule(
         ("aggregation.rule", "algorithm.name"),
         lambda run: run.uses_root and run.averages_parts(),
-        "aggregation.rule: {run.rules[rule]} is for whole models averaged by architecture; take "
-        "another rule, or algorithm.name fedavg or hybrid",
+        "aggregation.rule={run.rules[rule]} requires whole models averaged by architecture; "
+        "choose another rule, or algorithm.name=fedavg or hybrid",
     ),
     "outvoted_rule": CompatibilityRule(
         ("aggregation.rule", "aggregation.liars"),
         lambda run: run.outvoted_rule(),
-        "aggregation.{key}: {value} bears {malicious} (aggregation.liars: "
-        "{run.config.aggregation.liars:g}) among {least} clients or more, but {senders} send "
-        "{item}; {advice}",
+        "aggregation.{key}={value} tolerates {malicious} "
+        "(aggregation.liars={run.config.aggregation.liars:g}) among {least} or more clients, "
+        "but {senders} upload {item}; {advice}",
     ),
     # Attacks
     "attack_on_nothing": CompatibilityRule(
         ("attacks.name", "algorithm.name"),
         lambda run: run.attack and run.missing_targets(),
-        "{run.attack} acts on {found}, of which algorithm.name {run.name} sends none here",
+        "{run.attack} changes {found}, which algorithm.name={run.name} does not upload here",
     ),
     "attack_on_factors": CompatibilityRule(
         ("attacks.name", "algorithm.name"),
         lambda run: (
             "updates" in run.acts_on and any(spec.ranks for spec in run.algorithm.uploads.values())
         ),
-        "{run.attack}: algorithm.name {run.name} sends factors of updates, which it cannot forge; "
-        "take label_flip",
+        "{run.attack} cannot be combined with algorithm.name={run.name}, which uploads "
+        "factors of updates; choose label_flip",
     ),
     "attack_on_classes": CompatibilityRule(
         ("attacks.name", "data.name"),
         lambda run: "data" in run.acts_on and run.task.kind == "regression",
-        "{run.attack} is for classes, but data.name has a regression task",
+        "{run.attack} requires a classification task, but data.name has a regression task",
     ),
     "trigger_of_other_task": CompatibilityRule(
         ("attacks.name", "data.name"),
         lambda run: run.has_trigger and run.task.kind != "multiclass",
-        "{run.attack} is for classes that exclude one another, but data.name has a "
-        "{run.task.kind} task",
+        "{run.attack} requires a multiclass task, but data.name has a {run.task.kind} task",
     ),
     "trigger_without_images": CompatibilityRule(
         ("attacks.name", "data.name"),
         lambda run: run.has_trigger and any(len(k.arch.input_shape) != 3 for k in run.profiles),
-        "{run.attack} stamps images, but examples of data.name are none to every client",
+        "{run.attack} requires images, but not all clients of data.name have images",
     ),
     "attack_after_the_run": CompatibilityRule(
         ("attacks.from_round", "rounds"),
         lambda run: (
             run.config.attacks and run.config.attacks.from_round > run.federation.num_rounds
         ),
-        "attacks.from_round: found {run.config.attacks.from_round}, but the run ends with round "
-        "{run.federation.num_rounds} (rounds): no client would be malicious",
+        "attacks.from_round: must be <= {run.federation.num_rounds}, the last round (rounds), "
+        "got {run.config.attacks.from_round}",
     ),
     "trigger_larger_than_images": CompatibilityRule(
         ("attacks.trigger", "data.name"),
         lambda run: run.has_trigger and run.small_image(),
-        "attacks.trigger: found {run.config.attacks.trigger}, but images have sides of {found} "
-        "pixels in data.name",
+        "attacks.trigger: must be <= {found}, the side of images in data.name in pixels, got "
+        "{run.config.attacks.trigger}",
     ),
     "unknown_class_in_attack": CompatibilityRule(
         ("attacks.target", "data.name"),
         lambda run: run.unknown_class(),
-        "attacks.{key}: found class {value}, but there are {run.task.outputs} in data.name, from 0",
+        "attacks.{key}: class must be less than {run.task.outputs}, the number of classes in "
+        "data.name, got {value}",
     ),
     # Asynchronous runs
     "asynchronous_single_uploads": CompatibilityRule(
         ("runtime.mode", "algorithm.name"),
         lambda run: run.is_async and (run.algorithm.needs.all_clients or run.items_used_singly()),
-        "runtime.mode: async cannot be combined with algorithm.name: {run.name}, which needs the "
-        "uploads of one cohort side by side; others are weighted by staleness and summed",
+        "runtime.mode=async cannot be combined with algorithm.name={run.name}, which needs "
+        "all uploads of one cohort",
     ),
     "asynchronous_proxy_rows": CompatibilityRule(
         ("algorithm.proxy_rows", "runtime.mode"),
         lambda run: run.is_async and run.drawn_proxy_rows(),
-        "algorithm.proxy_rows: found {found}, drawn again each round; with runtime.mode=async "
-        "predictions of different versions meet, so they have to be of the same rows: leave it "
-        "out, or lower data.proxy.size",
+        "algorithm.proxy_rows={found} cannot be combined with runtime.mode=async, because "
+        "predictions of different versions must be on the same rows; remove it, or lower "
+        "data.proxy.size",
     ),
     "buffer_of_one": CompatibilityRule(
         ("runtime.buffer", "algorithm.name"),
         lambda run: run.policy.buffer_size == 1 and run.config.runtime.buffer,
-        "runtime.buffer: found {found}, but algorithm.name is {run.name}, which aggregates after "
-        "each upload",
+        "runtime.buffer={found} cannot be combined with algorithm.name={run.name}, which "
+        "aggregates after each upload",
     ),
     "two_buffers": CompatibilityRule(
         ("runtime.buffer", "algorithm.buffer"),
         lambda run: run.policy.buffer_size and run.config.runtime.buffer,
-        "runtime.buffer: found {found}, but algorithm.name is {run.name}: its own is "
-        "algorithm.buffer: {run.policy.buffer_size}",
+        "runtime.buffer={found} cannot be combined with algorithm.name={run.name}, which uses "
+        "algorithm.buffer={run.policy.buffer_size}",
     ),
     "instant_clients": CompatibilityRule(
         ("devices", "runtime.mode"),
         lambda run: run.is_async and run.instant_client(),
-        "{key}: tasks of {client} take no time, so with runtime.mode=async it would have every "
-        "turn before all who do take some; give all of them a speed, up or down (`devices`, "
-        "`machine`)",
+        "{key}: tasks of {client} take no time, so that with runtime.mode=async it would run "
+        "before all other clients; set speed, up or down for all clients (devices, machine)",
     ),
     "large_buffer": CompatibilityRule(
         ("buffer", "rounds"),
@@ -546,15 +538,15 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
             and run.buffer_size > run.num_uploads
             and ("algorithm.buffer" if run.policy.buffer_size else "runtime.buffer")
         ),
-        "{found}: found {run.buffer_size}, but {run.config.rounds} rounds of {run.concurrency} "
-        "clients take {run.num_uploads} uploads: there would be no new version; choose "
-        "{run.num_uploads} or fewer",
+        "{found}: must be <= {run.num_uploads}, the uploads of {run.config.rounds} rounds of "
+        "{run.concurrency} clients, got {run.buffer_size}",
     ),
     # Privacy
     "private_rows_in_one_place": CompatibilityRule(
         ("privacy.unit", "algorithm.name"),
         lambda run: run.unit and run.algorithm.needs.all_clients and not run.algorithm.uploads,
-        "privacy.unit: found {run.unit}, but algorithm.name: {run.name} brings all private rows together in one place",
+        "privacy.unit={run.unit} cannot be combined with algorithm.name={run.name}, which "
+        "collects all private rows in one place",
     ),
     "private_statistics": CompatibilityRule(
         ("preprocess.normalize", "privacy.unit"),
@@ -562,8 +554,9 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
             run.unit
             and first(k.first for k in run.profiles if k.settings.preprocess.normalize == "own")
         ),
-        "clients: {found}: preprocess.normalize: found own, statistics of private rows that are "
-        "not noised; give fixed numbers with privacy.unit: found {run.unit}",
+        "clients: {found}: preprocess.normalize=own cannot be combined with "
+        "privacy.unit={run.unit}, because no noise is added to these statistics; set fixed "
+        "numbers",
     ),
     "private_initial_phase": CompatibilityRule(
         ("algorithm.initial_phase", "privacy.unit"),
@@ -572,8 +565,9 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
             and isinstance(run.algorithm, InitialPhase)
             and run.algorithm.initial_phase
         ),
-        "algorithm.initial_phase: found true, with privacy.unit: found {run.unit}: its epochs on private rows are not "
-        "accounted; set it to false, or take unit: client or local",
+        "algorithm.initial_phase=true cannot be combined with privacy.unit={run.unit}, which "
+        "does not account for its epochs on private rows; set it to false, or set "
+        "privacy.unit=client or local",
     ),
     "private_rows_sent": CompatibilityRule(
         ("privacy.unit", "algorithm.name"),
@@ -585,29 +579,30 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
                 if spec.kind == "rows" and spec.rows_of == "train"
             )
         ),
-        "privacy.unit: found {run.unit}, but algorithm.name: {run.name} sends '{found}' of every private row as it is",
+        "privacy.unit={run.unit} cannot be combined with algorithm.name={run.name}, which "
+        "uploads '{found}' of every private row",
     ),
     "private_records_batch_norm": CompatibilityRule(
         ("model", "privacy.unit"),
         lambda run: run.unit == "record" and run.mixing_model(),
-        "{key}: found {model}, whose BatchNorm mixes the rows of a batch, with privacy.unit: found {run.unit}; take "
-        "{other}",
+        "{key}={model} cannot be combined with privacy.unit={run.unit}, because BatchNorm "
+        "mixes the rows of a batch; choose {other}",
     ),
     "private_records_in_evaluation": CompatibilityRule(
         ("privacy.unit", "algorithm.name"),
         lambda run: run.unit == "record" and run.trains_before_evaluation(),
-        "privacy.unit: found {run.unit}, but algorithm.name: {run.name} trains on private rows before a model is read, "
-        "which nothing accounts for",
+        "privacy.unit={run.unit} cannot be combined with algorithm.name={run.name}, which "
+        "trains on private rows before evaluation without accounting",
     ),
     "private_records_unaccounted": CompatibilityRule(
         ("privacy.unit", "algorithm.name"),
         lambda run: run.unit == "record" and run.unaccountable_training(),
-        "privacy.unit: found {run.unit}, but algorithm.name: {run.name} {found}",
+        "privacy.unit={run.unit} cannot be combined with algorithm.name={run.name}: {found}",
     ),
     "clip_of_unknown_item": CompatibilityRule(
         ("privacy.clip", "algorithm.name"),
         lambda run: run.unit in BOUNDED and run.unknown_clip(),
-        "privacy.clip: algorithm.name {run.name} uploads no '{item}'{hint}",
+        "privacy.clip: algorithm.name={run.name} does not upload '{item}'{hint}",
     ),
     "votes_without_classes": CompatibilityRule(
         ("privacy.votes", "algorithm.name"),
@@ -619,8 +614,8 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
                 or not any(spec.says for spec in run.uploadable.values())
             )
         ),
-        "privacy.votes: algorithm.name: {run.name} sends no word on classes that exclude one "
-        "another here",
+        "privacy.votes: requires a method that uploads class predictions of a multiclass task, "
+        "got algorithm.name={run.name}",
     ),
     "bounded_factors": CompatibilityRule(
         ("privacy.unit", "algorithm.name"),
@@ -628,7 +623,8 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
             run.unit in BOUNDED
             and first(name for name, spec in run.uploadable.items() if spec.ranks)
         ),
-        "privacy.unit: found {run.unit}, but the shape of '{found}' of algorithm.name: {run.name} tells of its values",
+        "privacy.unit={run.unit} cannot be combined with algorithm.name={run.name}, because "
+        "the shape of '{found}' depends on private values",
     ),
     "private_clients_single_uploads": CompatibilityRule(
         ("privacy.unit", "algorithm.name"),
@@ -636,39 +632,38 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
             run.unit == "client"
             and first(name for name, spec in run.uploadable.items() if spec.use == "each")
         ),
-        "privacy.unit: found {run.unit}, but algorithm.name: {run.name} needs single uploads ('{found}'); noise is "
-        "added to their sum. Take unit: local",
+        "privacy.unit={run.unit} cannot be combined with algorithm.name={run.name}, which "
+        "needs single uploads ('{found}'); set privacy.unit=local",
     ),
     "bounded_uploads_share_rarely": CompatibilityRule(
         ("share_every", "privacy.unit"),
         lambda run: run.unit in BOUNDED and run.rare_sender(),
-        "clients: {client}: share_every: found {every}, with privacy.unit: found {run.unit}; an update is measured "
-        "from what was received in the same round",
+        "clients: {client}: share_every={every} cannot be combined with "
+        "privacy.unit={run.unit}, because an update is relative to the broadcast of the same "
+        "round",
     ),
     "noised_batch_norm": CompatibilityRule(
         ("model", "privacy.unit"),
         lambda run: run.unit in BOUNDED and run.noised_statistics(),
-        "clients: {client}: model: found {model}, whose BatchNorm statistics would be noised, with "
-        "privacy.unit: found {run.unit}; take {other}, or fedbn, where they stay",
+        "clients: {client}: model={model} cannot be combined with privacy.unit={run.unit}, "
+        "which adds noise to BatchNorm statistics; choose {other}, or algorithm.name=fedbn, "
+        "which keeps them local",
     ),
     "parameters_without_start": CompatibilityRule(
         ("privacy.unit", "algorithm.name"),
         lambda run: run.unit in BOUNDED and run.item_without_start(),
-        "privacy.unit: found {run.unit}, but '{found}' of algorithm.name: {run.name} is no change of what a client "
-        "received",
+        "privacy.unit={run.unit} cannot be combined with algorithm.name={run.name}, because "
+        "'{found}' is not relative to a broadcast",
     ),
 }
 
 
-# What a rule cannot say: code and models are loaded and tried.
-
-
 def check_compatibility(run: RunFacts) -> None:
-    """Check everything about a prepared run before it trains.
+    """Check a prepared run before it trains: custom code, models, rules and a dry run.
 
     Raises:
-        UserError: If it cannot work.
-        RunFailedError: If a user's method does not run.
+        UserError: If the features of the run cannot be combined.
+        RunFailedError: If a user's method fails in a dry run.
     """
     _load_robustness(run)
     checked = {kind.arch for kind in run.profiles}
@@ -687,14 +682,14 @@ def check_compatibility(run: RunFacts) -> None:
 
 
 def _load_robustness(run: RunFacts) -> None:
-    """Load the rules and the attack that the configuration names by `python:`."""
+    """Import rules and attacks that the configuration names by `python:`."""
     aggregation = run.config.aggregation
-    named: list[tuple[str, str, type]] = [
+    references: list[tuple[str, str, type]] = [
         ("aggregation.rule", aggregation.rule, Rule),
         ("aggregation.predictions", aggregation.predictions, PredictionRule),
     ]
     if run.config.attacks is not None:
-        named.append(("attacks.name", run.config.attacks.name, Attack))
-    for key, value, base in named:
+        references.append(("attacks.name", run.config.attacks.name, Attack))
+    for key, value, base in references:
         if value.startswith(OWN):
             import_reference(value, key, base)

@@ -1,4 +1,4 @@
-"""Scoring the saved models of a run on any data set."""
+"""Evaluate the saved models of a run on any data set."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.metrics import score
+from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, Preprocess, load_source, with_test
 from hetero_fl.data.external import classes_from_labels, match_columns, source_with_task
@@ -33,77 +34,59 @@ def evaluate(
     client: str | None = None,
     personal: bool = False,
     label: str | None = None,
+    *,
     allow_code: bool | CodePermission = False,
     say: Callable[[str], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Return metrics by model (client id, or "server") on a data set: on its test split, or on all of a local file without one.
+    """Compute the metrics of a finished run's models on a data set.
 
-    Named classes and targets are matched by name, unnamed ones by number.
+    The test split is used, or all rows of a local file without one. Classes and targets are matched
+    by name if both sides have names, otherwise by position.
 
     Args:
-        run: A finished run.
-        data: A source's name, or a local file (`.npz` in the MedMNIST layout, a table, an image folder).
-        client: Only this client's model.
-        personal: Read as on the client's own examples, with its label frequencies.
-        label: A table's column of labels (several: comma between them); None: that of the run's configuration.
+        run: A finished run or its directory.
+        data: The name of a source, or a local file (`.npz` in the MedMNIST layout, a table) or
+            image folder.
+        client: A client id or "server". None: all models.
+        personal: Whether to predict with the client's label frequencies, as on the client's own
+            examples.
+        label: The label column of a table (several: separated by commas). None: that of the run.
         allow_code: Whether code that the run's files name may run.
-        say: Called with a note if rows of the set are also training rows of the run; None: the note is a `UserWarning`.
-            There is none if the run's own data cannot be had.
+        say: Called with a note if rows of the data set were training rows of the run. None: the
+            note is a `UserWarning`. Rows are compared only if the run's data is available.
+
+    Returns:
+        Metrics by client id or "server".
 
     Raises:
-        UserError: The set does not fit the models.
+        UserError: If the data set does not fit the models.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> import hetero_fl
+        >>> config = {"data": {"name": "digits"}, "algorithm": {"name": "fedavg"}, "rounds": 1}
+        >>> run = hetero_fl.run(config, out=mkdtemp())
+        >>> scores = hetero_fl.evaluate(run, "digits", client="server")
+        >>> sorted(scores["server"])[:3]
+        ['accuracy', 'auroc', 'average_precision']
     """
     run = Run.open(run, allow_code)
     CodePermission.from_argument(allow_code).check_written(find_references({"--data": data}))
     if client is not None and client not in run.models:
-        raise UserError(f"--client: found '{client}'{suggest_or_list(client, run.models)}")
+        raise UserError(f"--client: no model of '{client}'{suggest_or_list(client, run.models)}")
     dataset = load_as(run, data, label)
-    # the rows that a federation on it holds out, too
-    named = dataset if Path(data).exists() else with_test(dataset)
-    examples = named.test or named.train
+    # A named source without a test split is split as a federation would split it.
+    dataset_with_test = dataset if Path(data).exists() else with_test(dataset)
+    examples = dataset_with_test.test or dataset_with_test.train
     results = {}
     for name, model in run.models.items():
         if client is not None and name != client:
             continue
-        if not are_comparable(dataset.task, model.task):
-            raise UserError(
-                f"--data: {data} is {dataset.task.kind} with {dataset.task.outputs} outputs, "
-                f"the models of {run.path} are {model.task.kind} with {model.task.outputs}"
-            )
-        view = Preprocess(**model.preprocess)
-        raw = tuple(examples.x.shape[1:])
-        if view.raw not in (None, raw):
-            raise UserError(
-                f"--data: examples of {data} are {raw}, the model of {name} was trained on {view.raw}"
-            )
-        found = view.shape(raw)
-        if found != model.arch.input_shape:
-            raise UserError(
-                f"--data: examples of {data} are {found} to {name}, whose model takes {model.arch.input_shape}"
-            )
-        words = dataset.vocabulary.size if dataset.vocabulary else None
-        if words != model.arch.vocabulary:
-            one, other = (
-                "no tokens" if n is None else f"tokens of {n:,} kinds"
-                for n in (words, model.arch.vocabulary)
-            )
-            raise UserError(
-                f"--data: examples of {data} are {one}, the model of {name} takes {other}"
-            )
-        whole = (
-            torch.ones(len(examples), dtype=torch.bool)
-            if view.missing is not None
-            else usable_rows(examples.x, view)
-        )
-        if not bool(whole.all()):
-            row = int((~whole).to(torch.uint8).argmax())
-            raise UserError(
-                f"--data: {data}: row {row}: a value is missing that the model of {name} has to see"
-            )
+        _check_model_fits(run, name, model, dataset, examples.x, data=data)
         y = renumber_targets(examples.labels, dataset.task, model.task, f"--data: {data}")
-        results[name] = score(
-            model.task, model.logits(view(examples.x), personal), y, examples.unit
-        )
+        preprocess = Preprocess(**model.preprocess)
+        logits = model.logits(preprocess(examples.x), personal)
+        results[name] = score(model.task, logits, y, examples.unit)
     rows = f"the {pluralize(len(examples), 'row')} of {data}"
     if run.directory.finished and (
         note := TransferSource(run).overlap(examples.x, rows, "the models")
@@ -115,16 +98,77 @@ def evaluate(
     return results
 
 
+def _check_model_fits(
+    run: Run, name: str, model: SavedModel, dataset: Dataset, x: Tensor, *, data: str
+) -> None:
+    """Raise UserError if a model cannot predict the examples of a data set."""
+    if not are_comparable(dataset.task, model.task):
+        raise UserError(
+            f"--data: {data} is {dataset.task.kind} with {dataset.task.outputs} outputs, "
+            f"but the models of {run.path} are {model.task.kind} with {model.task.outputs}"
+        )
+    preprocess = Preprocess(**model.preprocess)
+    raw_shape = tuple(x.shape[1:])
+    if preprocess.raw not in (None, raw_shape):
+        raise UserError(
+            f"--data: {data} has examples of shape {raw_shape}, "
+            f"but the model of {name} was trained on {preprocess.raw}"
+        )
+    input_shape = preprocess.shape(raw_shape)
+    if input_shape != model.arch.input_shape:
+        raise UserError(
+            f"--data: {data} has examples of shape {input_shape} after preprocessing, "
+            f"but the model of {name} expects {model.arch.input_shape}"
+        )
+    vocabulary_size = dataset.vocabulary.size if dataset.vocabulary else None
+    if vocabulary_size != model.arch.vocabulary:
+        raise UserError(
+            f"--data: {data} has {_describe_tokens(vocabulary_size)}, "
+            f"but the model of {name} expects {_describe_tokens(model.arch.vocabulary)}"
+        )
+    usable = (
+        torch.ones(len(x), dtype=torch.bool)
+        if preprocess.missing is not None
+        else usable_rows(x, preprocess)
+    )
+    if not bool(usable.all()):
+        row = int((~usable).to(torch.uint8).argmax())
+        raise UserError(
+            f"--data: {data}: row {row}: a value is missing that the model of {name} needs"
+        )
+
+
+def _describe_tokens(vocabulary_size: int | None) -> str:
+    if vocabulary_size is None:
+        return "no tokens"
+    return f"tokens from a vocabulary of {vocabulary_size:,}"
+
+
 def are_comparable(found: Task, known: Task) -> bool:
-    """Whether targets of one task can be those of the other; unnamed labels may be those that classes are named after."""
+    """Return whether targets of one task can be mapped to those of another.
+
+    Unnamed labels may be the integers that the classes of `known` are named after.
+    """
     if found.kind == known.kind == "multiclass" and known.numbers and not found.names:
         return True
     return (found.kind, found.outputs) == (known.kind, known.outputs)
 
 
 def renumber_targets(y: Tensor, given_task: Task, known: Task, where: str) -> Tensor:
-    """Targets with the classes, or the columns, numbered as the model's are, where both are named; unnamed labels are found
-    among those that the model's classes are named after, if they are named after integers."""
+    """Return targets with classes or columns in the order of a model's task.
+
+    They are matched by name if both tasks have names. Unnamed labels are matched with the classes
+    of the model if those are named after integers.
+
+    Args:
+        y: Class indices `[N]`, or targets `[N, outputs]`.
+        given_task: The task of the targets.
+        known: The task of the model.
+        where: The place for error messages.
+
+    Raises:
+        UserError: If a name exists on one side only.
+    """
     if known.numbers and not given_task.names:
         return classes_from_labels(y, known, where)
     if not given_task.names or not known.names or given_task.names == known.names:
@@ -132,12 +176,13 @@ def renumber_targets(y: Tensor, given_task: Task, known: Task, where: str) -> Te
     for name in given_task.names:
         if name not in known.names:
             raise UserError(
-                f"{where} has '{name}', which the models do not know{suggest_or_list(name, known.names)}"
+                f"{where}: '{name}' is unknown to the models{suggest_or_list(name, known.names)}"
             )
     for name in known.names:
         if name not in given_task.names:
             raise UserError(
-                f"{where} lacks '{name}', which the models know{suggest_or_list(name, given_task.names)}"
+                f"{where}: '{name}', which the models predict, is missing"
+                f"{suggest_or_list(name, given_task.names)}"
             )
     if known.kind == "multiclass":
         return torch.tensor([known.names.index(name) for name in given_task.names])[y]
@@ -145,52 +190,60 @@ def renumber_targets(y: Tensor, given_task: Task, known: Task, where: str) -> Te
 
 
 def load_as(run: Run, data: str, label: str | None) -> Dataset:
-    """Load a data set; a local file is read as the run read its own.
+    """Load a data set; a local file is read with the settings of the run's data.
 
-    That is for the same task, without its columns of groups and patients, and images at the same
-    size.
+    These are the task, the group and patient columns, and the image size.
 
     Args:
         run: The finished run.
-        data: A source's name, or a local file or folder.
-        label: A table's column of labels; None: that of the run's configuration.
+        data: The name of a source, or a local file or folder.
+        label: The label column of a table. None: that of the run.
 
     Raises:
-        UserError: If there is no such data set, or it cannot be read in this way.
+        UserError: If the data set does not exist or cannot be read with these settings.
     """
     path = Path(data)
-    # no name of a source is written like a path
+    # Names of sources do not look like paths.
     if not path.exists() and ":" not in data and (path.suffix or len(path.parts) > 1):
-        raise UserError(f"--data: {data}: no such file or folder{suggest_file(path)}")
+        raise UserError(f"--data: file or folder '{data}' not found{suggest_file(path)}")
     source = _source_as(run, data, label)
-    views = [model.preprocess for model in run.models.values()]
-    missing = any(view.get("missing") or view.get("spans") for view in views)
+    preprocesses = [model.preprocess for model in run.models.values()]
+    missing = any(p.get("missing") or p.get("spans") for p in preprocesses)
     try:
         return order_columns(load_source(source, CACHE.expanduser(), "--data", missing), run)
-    except UserError as error:  # the key that is missing or too many is a flag here
+    except UserError as error:
+        # The configuration key is a command-line flag here.
         raise UserError(str(error).replace("--data.label", "--label", 1)) from None
 
 
 def _source_as(run: Run, data: str, label: str | None) -> SourceConfig:
-    """Return the source that reads a data set as the run read its own."""
+    """Return the source that reads a data set with the settings of the run's data."""
     path = Path(data)
     known = run.directory.config().get("data") or {}
     name = known.get("name")
     if label is None and (data == name or (path.is_file() and path.suffix != ".npz")):
         label = known.get("label")
-    # how series and texts are cut and numbered
+    # Settings that decide how time series and texts are cut into examples.
     cut = {key: known.get(key) or {} for key in ("series", "text") if reads_key(name, key)}
     if data == name or ("text" in cut and reads_key(data, "text")):
         return SourceConfig.model_validate({"name": data, "label": label, **cut})
     if reads_key(name, "windows"):
         cut["windows"] = known.get("windows")
-    if ("series" in cut or "windows" in cut) and path.is_file():
-        file = {"name": name, "path": data, "label": label, "group": known.get("group")}
-        return SourceConfig.model_validate({**file, **cut})
-    if "text" in cut and path.exists() and path.suffix != ".npz":
-        return SourceConfig.model_validate({"name": "text", "path": data, "text": cut["text"]})
     if not path.exists():
         return SourceConfig(name=data, label=label)
+    return _file_source(run, data, label, known, cut)
+
+
+def _file_source(
+    run: Run, data: str, label: str | None, known: dict[str, Any], cut: dict[str, Any]
+) -> SourceConfig:
+    path = Path(data)
+    if ("series" in cut or "windows" in cut) and path.is_file():
+        group = known.get("group")
+        file = {"name": known.get("name"), "path": data, "label": label, "group": group}
+        return SourceConfig.model_validate({**file, **cut})
+    if "text" in cut and path.suffix != ".npz":
+        return SourceConfig.model_validate({"name": "text", "path": data, "text": cut["text"]})
     if path.is_dir():
         return SourceConfig(name="image_folder", path=data, label=label, size=known.get("size"))
     if path.suffix == ".npz":
@@ -199,12 +252,22 @@ def _source_as(run: Run, data: str, label: str | None) -> SourceConfig:
     table = SourceConfig(name="table", path=data, label=label)
     table = source_with_task(table, model.task, categories=model.categories)
     columns = _columns(path)
-    own = {key: known[key] for key in ("group", "patient") if known.get(key) in columns}
-    return table.model_copy(update=own)
+    copied = {key: known[key] for key in ("group", "patient") if known.get(key) in columns}
+    return table.model_copy(update=copied)
 
 
 def order_columns(dataset: Dataset, run: Run) -> Dataset:
-    """The set with the columns, by name, in the order that the run's models know; what none of them has to see may be missing."""
+    """Return a data set with its columns in the order of the run's models, matched by name.
+
+    Columns that no model needs may be missing.
+
+    Args:
+        dataset: The data set.
+        run: The finished run.
+
+    Raises:
+        UserError: If a column that a model needs is missing.
+    """
     models = list(run.models.values())
     known = next((model.columns for model in models if model.columns), ())
     categories = next((model.categories for model in models if model.columns), ())
@@ -212,20 +275,21 @@ def order_columns(dataset: Dataset, run: Run) -> Dataset:
         return dataset
     needed: set[str] = set()
     for model in models:
-        view = Preprocess(**model.preprocess)
-        if view.missing is None:
-            needed.update(view.names(known))
+        preprocess = Preprocess(**model.preprocess)
+        if preprocess.missing is None:
+            needed.update(preprocess.names(known))
     like = replace(dataset, name=f"of {run.path}", columns=known, categories=categories)
     found = dataset.columns
     parts: dict[str, Any] = {}
     for split, examples in dataset.splits().items():
-        x, _ = match_columns(examples.x, found, like, f"--data: {dataset.name}", needed)
+        x, _ = match_columns(examples.x, found, like, f"--data: {dataset.name}", needed=needed)
         parts[split] = replace(examples, x=x)
     return replace(dataset, columns=known, categories=categories, **parts)
 
 
 def _columns(path: Path) -> list[str]:
-    from hetero_fl.data.sources.table_files import read_frame  # loads pandas
+    # Slow to import: pandas.
+    from hetero_fl.data.sources.table_files import read_frame
 
     try:
         return list(map(str, read_frame(path).columns))

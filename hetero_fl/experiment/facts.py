@@ -1,7 +1,7 @@
-"""What is known about a run before it trains: the facts that the rules of `compatibility` ask for.
+"""Facts about a run before training, which the rules of `compatibility` check.
 
-`ConfigFacts` follow from the configuration alone, `RunFacts` from the prepared federation. Facts that
-take a dry round of the method are computed on first use.
+`ConfigFacts` depend on the configuration only, `RunFacts` on the prepared federation. Facts that
+need a dry round of the method are computed on first use.
 """
 
 from __future__ import annotations
@@ -53,18 +53,18 @@ ROBUST_KEYS = ("rule", "predictions", "statistics")
 T = TypeVar("T")
 
 
-def first(found: Iterable[T]) -> T | None:
+def first(elements: Iterable[T]) -> T | None:
     """Return the first element, or None if there is none."""
-    return next(iter(found), None)
+    return next(iter(elements), None)
 
 
 class ConfigFacts:
-    """What follows from the configuration alone, before data is loaded.
+    """Facts that depend on the configuration only.
 
     Args:
         config: The configuration.
-        clients: Its clients.
-        method: Its method, before settings that depend on the federation are derived.
+        clients: The clients.
+        method: The method, before settings are derived from the federation.
     """
 
     def __init__(self, config: Config, clients: Population, method: Algorithm) -> None:
@@ -78,22 +78,22 @@ class ConfigFacts:
         self.is_async = config.runtime.mode == "async" or method.needs.asynchronous is not None
 
     def single_uploads(self) -> str | None:
-        """Return the key, with its value, for which the server has to see single uploads."""
+        """Return the setting, `key=value`, that needs single uploads at the server."""
         for key in ROBUST_KEYS:
             if (value := getattr(self.config.aggregation, key)) != "mean":
-                return f"aggregation.{key}: {value}"
+                return f"aggregation.{key}={value}"
         attacks = self.config.attacks
-        return None if attacks is None else f"attacks.name: {attacks.name}"
+        return None if attacks is None else f"attacks.name={attacks.name}"
 
     def choosing_setting(self) -> str | None:
         """Return the key of `cohort` that chooses among more clients than a round needs."""
         cohort = self.config.cohort
         if cohort.over_selection > 1:
             return "over_selection"
-        return "sampling: oort" if cohort.sampling == "oort" else None
+        return "sampling=oort" if cohort.sampling == "oort" else None
 
     def num_wanted(self) -> int:
-        """Return how many clients' uploads a round is meant to have."""
+        """Return how many uploads a round should have."""
         return self.config.clients.per_round or len(self.clients)
 
     def num_sampled(self) -> int:
@@ -101,7 +101,7 @@ class ConfigFacts:
         return self.config.cohort.num_sampled(self.config.clients.per_round, len(self.clients))
 
     def min_survivors(self) -> int:
-        """Return how many clients have to stay for a secure sum to be opened; 0 without one."""
+        """Return how many clients must complete a secure sum; 0 without secure aggregation."""
         secure_sum = self.config.channel.secure_sum
         return 0 if secure_sum is None else secure_sum.min_survivors(self.num_sampled())
 
@@ -113,15 +113,15 @@ class ConfigFacts:
         return None
 
     def waiting_setting(self) -> str | None:
-        """Return a key of `cohort` that is set: all are for rounds that wait for a cohort."""
+        """Return a key of `cohort` that is not at its default."""
         cohort = self.config.cohort
-        plain = type(cohort)()
-        names = [n for n in type(plain).model_fields if getattr(cohort, n) != getattr(plain, n)]
+        default = type(cohort)()
+        names = [n for n in type(default).model_fields if getattr(cohort, n) != getattr(default, n)]
         return min(names, default=None)
 
 
 class RunFacts(ConfigFacts):
-    """What is known once data is loaded and models are built.
+    """Facts that depend on the data and the models.
 
     Args:
         config: The configuration.
@@ -138,14 +138,14 @@ class RunFacts(ConfigFacts):
         self.num_proxy = federation.data.n_proxy
         self.profiles = federation.client_infos.profiles
         self.cohort = federation.cohort
-        # nothing is summed if nothing is uploaded
+        # Without uploads there is no sum.
         self.secure_sum = config.channel.secure_sum if algorithm.uploads else None
         self.concurrency = config.clients.per_round or self.num_clients
         self.num_uploads = config.rounds * self.concurrency
         self.buffer_size = self.policy.buffer_size or config.runtime.buffer or self.concurrency
         self.sends_nothing = algorithm.needs.all_clients or not algorithm.uploads
         self.malicious = federation.malicious
-        self.attack = f"attacks.name: {config.attacks.name}" if config.attacks else None
+        self.attack = f"attacks.name={config.attacks.name}" if config.attacks else None
 
     def takes_time(self) -> bool:
         """Return whether clients' tasks take time, simulated or real."""
@@ -153,39 +153,37 @@ class RunFacts(ConfigFacts):
             return True
         return any(profile.settings.machine != DeviceConfig() for profile in self.profiles)
 
-    # Items ------------------------------------------------------------------------------------
-
     @cached_property
     def declared(self) -> dict[str, ItemSpec]:
-        """Items that the method declares, without label counts, which go with something else."""
+        """Declared uploads without label counts, which accompany other items."""
         return {n: spec for n, spec in self.algorithm.uploads.items() if spec.kind != "counts"}
 
     @cached_property
     def shared(self) -> set[str]:
-        """What some client shares."""
+        """What at least one client shares."""
         settings = [kind.settings for kind in self.profiles]
         named = {share for own in settings for share in own.shares}
         return named | {"parameters" for own in settings if permitted_part(own.shares)}
 
     @cached_property
     def uploadable(self) -> dict[str, ItemSpec]:
-        """Items that some client may upload."""
+        """Items that at least one client may upload."""
         return uploadable_items(self.algorithm, self.federation)
 
     def items_used_singly(self) -> str:
-        """Return the names of the items of which the method needs single uploads."""
+        """Return the names of items that the method needs singly, not summed."""
         return ", ".join(n for n, spec in self.algorithm.uploads.items() if spec.use == "each")
 
     def missing_shares(self) -> str | None:
-        """Return what clients would have to share, if nobody shares any of it."""
+        """Return what the method needs clients to share, if no client shares any of it."""
         needed = {spec.needed_share for spec in self.declared.values()}
         return " or ".join(sorted(needed)) if needed and not needed & self.shared else None
 
     def unknown_prefix(self) -> dict[str, str] | None:
-        """Return a part of models that no tensor belongs to, with the key that names it."""
-        wanted = dict.fromkeys(self.federation.common, "clients.common") | self._named_parts
-        names = self._tensor_names if wanted else set()
-        for prefix, key in wanted.items():
+        """Return a configured prefix that no tensor has, with its key."""
+        prefixes = dict.fromkeys(self.federation.common, "clients.common") | self._named_parts
+        names = self._tensor_names if prefixes else set()
+        for prefix, key in prefixes.items():
             if not any(name.startswith(prefix) for name in names):
                 depth = range(1, max(1, prefix.count(".")) + 1)
                 parts = {".".join(name.split(".")[:i]) + "." for name in names for i in depth}
@@ -193,7 +191,7 @@ class RunFacts(ConfigFacts):
         return None
 
     def part_of_other_model(self) -> str | None:
-        """Return a part that clients share, if it belongs to no model that the method averages."""
+        """Return a shared part, if the model that the method averages has no such part."""
         slot = shared_part_of(self.algorithm).slot
         if not self._named_parts or slot == "model":
             return None
@@ -221,7 +219,7 @@ class RunFacts(ConfigFacts):
 
     @cached_property
     def clients_alone(self) -> list[ClientProfile]:
-        """Clients that average and send no tensor that another one sends, too."""
+        """Clients that upload no tensor that another client uploads, if models are averaged."""
         travel = {
             spec.kind
             for spec in self.declared.values()
@@ -236,7 +234,7 @@ class RunFacts(ConfigFacts):
         sent = []
         for kind in self.profiles:
             group = kind.arch.group_id
-            # the owners of hetero_fl.aggregation.means
+            # As in `hetero_fl.aggregation.means`.
             own: set[tuple[str, tuple[int, ...], str]] = set()
             for name, tensor in self.shareable_tensors(kind).items():
                 is_common = bool(common) and name.startswith(common)
@@ -245,7 +243,7 @@ class RunFacts(ConfigFacts):
         return _lone_owners(sent, all)
 
     def shareable_tensors(self, kind: ClientProfile) -> Mapping[str, Tensor]:
-        """Return the tensors of its model that a client sends."""
+        """Return the tensors of the model that a client uploads."""
         part = shared_part(self.algorithm, kind.settings)
         initial = self.federation.initial_tensors(kind.arch)
         return shareable_tensors(self.algorithm, kind.arch, initial, part)
@@ -255,24 +253,22 @@ class RunFacts(ConfigFacts):
         groups = dict.fromkeys(kind.arch.spec_id for kind in self.clients_alone)
         if not groups:
             return None
-        return {"groups": ", ".join(groups), "verb": "stands" if len(groups) == 1 else "stand"}
+        return {"groups": ", ".join(groups), "verb": "has" if len(groups) == 1 else "have"}
 
     def num_evaluated(self) -> int | None:
-        """Return how many clients are evaluated, if not all that are honest."""
+        """Return how many clients are evaluated, if not all that are not malicious."""
         evaluated = len(self.federation.evaluated_clients)
         malicious = len(self.malicious.ids) if self.malicious else 0
         return evaluated if evaluated < self.num_clients - malicious else None
 
-    # Training ---------------------------------------------------------------------------------
-
     @cached_property
     def class_weights(self) -> dict[str, list[float]]:
-        """Class weights that are given as numbers, by the first client of each kind."""
+        """Class weights as numbers, by the first client of each profile."""
         weights = {kind.first: kind.settings.class_weights for kind in self.profiles}
         return {client: found for client, found in weights.items() if isinstance(found, list)}
 
     def weightless_client(self) -> dict[str, Any] | None:
-        """Return a client that would learn nothing, as all its rows have weight 0."""
+        """Return a client whose training rows all have weight 0."""
         infos = self.federation.client_infos
         for leader, weights in self.class_weights.items():
             for client_id in self.federation.representative_clients if min(weights) == 0 else ():
@@ -284,7 +280,7 @@ class RunFacts(ConfigFacts):
         return None
 
     def batch_of_one(self) -> dict[str, str] | None:
-        """Return where a model with BatchNorm is trained on batches of one row."""
+        """Return the setting that trains a model with BatchNorm on batches of one row."""
         for key, arch in self._batches_of_one():
             if arch in self.batch_norm_models:
                 return {"key": key, "model": arch.name}
@@ -294,13 +290,13 @@ class RunFacts(ConfigFacts):
         for kind in self.profiles:
             if kind.settings.batch_size == 1:
                 for arch in kind.models.values():
-                    yield f"clients: {kind.first}: batch_size: found 1", arch
+                    yield f"clients: {kind.first}: batch_size: got 1", arch
         for client_id in self.federation.data.client_rows.clients_with_one_row():
             for arch in self.federation.client_infos[client_id].models.values():
-                yield f"clients: {client_id}: data: found 1 training row", arch
+                yield f"clients: {client_id}: data: has 1 training row", arch
         size = getattr(self.algorithm, "proxy_batch_size", None)
         if size is not None and self.num_proxy and min(size, self.num_proxy) == 1:
-            key = "algorithm.proxy_batch_size: found 1" if size == 1 else "data.proxy: found 1 row"
+            key = "algorithm.proxy_batch_size: got 1" if size == 1 else "data.proxy: has 1 row"
             for kind in self.profiles:
                 yield key, kind.arch
             if self.federation.student is not None:
@@ -308,22 +304,20 @@ class RunFacts(ConfigFacts):
 
     @cached_property
     def batch_norm_models(self) -> set[ModelSpec]:
-        """The models with BatchNorm."""
+        """Models with BatchNorm."""
         models = {m for kind in self.profiles for m in kind.models.values()}
         if self.federation.student is not None:
             models.add(self.federation.student)
         with torch.random.fork_rng(devices=[]):
             return {m for m in models if any(map(is_batch_norm, m.build().modules()))}
 
-    # Asynchronous runs ------------------------------------------------------------------------
-
     def drawn_proxy_rows(self) -> int | None:
-        """Return how many rows of the proxy set are drawn each round, if not all of them."""
+        """Return how many proxy rows are sampled in each round, if not all of them."""
         rows = getattr(self.algorithm, "proxy_rows", None)
         return rows if rows is not None and rows < self.num_proxy else None
 
     def instant_client(self) -> dict[str, str] | None:
-        """Return a client whose tasks take no time, while those of others do."""
+        """Return a client whose tasks take no time while those of other clients do."""
         if self.federation.data.is_distributed:
             return None
         devices = Devices.from_config(self.federation, self.config.devices)
@@ -339,46 +333,42 @@ class RunFacts(ConfigFacts):
 
     @property
     def staleness(self) -> StalenessConfig:
-        """How uploads are weighted by their staleness: as the method says, else as configured."""
+        """Staleness settings of the method, otherwise of the configuration."""
         return self.policy.staleness or self.config.runtime.staleness
 
     @property
     def staleness_key(self) -> str:
-        """The section of the configuration that `staleness` is from."""
+        """Configuration section of `staleness`."""
         return "runtime.staleness" if self.policy.staleness is None else "algorithm"
 
-    # Secure aggregation -----------------------------------------------------------------------
-
     def needed_neighbors(self) -> int | None:
-        """Return with how many clients each has to share masks, if fewer are configured."""
+        """Return the number of neighbors that secure aggregation needs, if fewer are configured."""
         if self.secure_sum is None or self.secure_sum.neighbours is None:
             return None
         needed = num_neighbours(self.cohort, self.secure_sum.min_survivors(self.cohort))
         return needed if self.secure_sum.neighbours < needed else None
 
     def clients_alone_in_sum(self) -> str:
-        """Return the clients of which a sum holds something that no other client sends."""
+        """Return the clients with a tensor in a sum that no other client uploads."""
         derived = DerivedSetup(self.algorithm, self.federation)
         layout = VectorLayout(derived.expectations.specs, self.federation.common)
         sent = []
         for kind in self.profiles:
-            # a round in which it shares
+            # A round in which the client shares.
             form = derived.upload_form(kind.first, kind.settings.share_every - 1)
             keys: set[TensorKey] = set(layout.tensor_keys(kind.arch.spec_id, form))
             sent.append((kind, keys))
         alone = _lone_owners(sent, any)
         return self.federation.client_infos.format_clients(alone) if alone else ""
 
-    # Dry rounds -------------------------------------------------------------------------------
-
     @cached_property
     def expectations(self) -> ExpectedUploads:
-        """The form of uploads."""
+        """Expected uploads."""
         return ExpectedUploads(self.algorithm, self.federation)
 
     @cached_property
     def broadcasts(self) -> list[tuple[ClientInfo, Payload]]:
-        """The first broadcast to one client of each kind."""
+        """First broadcast to one client of each profile."""
         with translate_user_errors():
             server = self.federation.server()
             self.algorithm.setup(server)
@@ -386,9 +376,10 @@ class RunFacts(ConfigFacts):
             return [(info, call_broadcast(self.algorithm, server, info)) for info in infos]
 
     def trains_before_evaluation(self) -> bool:
-        """Return whether deployed models are made from private rows outside of training."""
+        """Return whether the method trains on private rows before evaluation."""
         privacy = self.expectations.privacy
-        assert privacy is not None  # records are private
+        # Only called for record-level privacy.
+        assert privacy is not None
         with translate_user_errors():
             for info, received in self.broadcasts:
                 client = self.expectations.placeholder_client(info, 0)
@@ -410,8 +401,6 @@ class RunFacts(ConfigFacts):
                     return str(error)
         return None
 
-    # Privacy ----------------------------------------------------------------------------------
-
     def mixing_model(self) -> dict[str, str] | None:
         """Return a model in which the gradient of one row depends on the whole batch."""
         for kind in self.profiles:
@@ -422,7 +411,7 @@ class RunFacts(ConfigFacts):
         return None
 
     def noised_statistics(self) -> dict[str, str] | None:
-        """Return a client that would send BatchNorm statistics, which noise makes useless."""
+        """Return a client that would upload BatchNorm statistics, which noise makes useless."""
         if not any(spec.kind == "params" for spec in self.uploadable.values()):
             return None
         for kind in self.profiles:
@@ -431,7 +420,7 @@ class RunFacts(ConfigFacts):
         return None
 
     def unknown_clip(self) -> dict[str, str] | None:
-        """Return an item with a bound of its own that the method does not upload."""
+        """Return an item in `privacy.clip` that the method does not upload."""
         clip = self.privacy.clip if self.privacy else None
         uploads = self.algorithm.uploads
         unknown = first(n for n in clip if n not in uploads) if isinstance(clip, dict) else None
@@ -440,7 +429,7 @@ class RunFacts(ConfigFacts):
         return {"item": unknown, "hint": suggest_or_list(unknown, uploads)}
 
     def item_without_start(self) -> str | None:
-        """Return uploaded parameters that are no change of what a client received."""
+        """Return uploaded parameters that are not relative to a broadcast."""
         with translate_user_errors():
             for info, received in self.broadcasts:
                 for name, item in self.expectations.expected_items(info, received, 0).items():
@@ -449,9 +438,9 @@ class RunFacts(ConfigFacts):
         return None
 
     def weakly_protected(self) -> str | None:
-        """Return what is protected, if δ allows to give one of them away as it is.
+        """Return what is protected, if δ is too large for its number.
 
-        To publish the row or client of a random one of n costs δ = 1/n.
+        A mechanism that publishes one of n rows or clients at random satisfies δ = 1/n.
         """
         if self.privacy is None:
             return None
@@ -465,11 +454,9 @@ class RunFacts(ConfigFacts):
             protected = f"the {count} training rows of the smallest client"
         return protected if self.privacy.delta * count >= 1 else None
 
-    # Robust aggregation -----------------------------------------------------------------------
-
     @cached_property
     def dry_round(self) -> tuple[dict[str, Mapping[str, Item]], set[tuple[str, str]]]:
-        """The first round in which all send: items by the first client of each kind, and what the server combined."""
+        """First round with uploads of all: items by client, and what the server combined."""
         with translate_user_errors():
             intervals = {kind.settings.share_every for kind in self.profiles}
             index = min(math.lcm(*intervals), self.federation.num_rounds) - 1
@@ -490,13 +477,13 @@ class RunFacts(ConfigFacts):
 
     @cached_property
     def rules(self) -> dict[str, str]:
-        """The keys of `aggregation` whose rule is not the mean, with the rule."""
+        """Rules of `aggregation` other than the mean, by key."""
         values = {key: str(getattr(self.config.aggregation, key)) for key in ROBUST_KEYS}
         return {key: value for key, value in values.items() if value != "mean"}
 
     @cached_property
     def items_by_rule(self) -> dict[str, list[str]]:
-        """The items that the rule of each key would combine."""
+        """Items that each key of `aggregation` applies to."""
         combined = self.dry_round[1]
         kinds = {"rule": "models", "predictions": "rows", "statistics": "class_sums"}
         return {key: sorted(n for n, how in combined if how == kinds[key]) for key in ROBUST_KEYS}
@@ -510,7 +497,7 @@ class RunFacts(ConfigFacts):
         ]
 
     def idle_rule(self) -> dict[str, str] | None:
-        """Return a rule that has nothing to combine."""
+        """Return a rule that applies to no item."""
         described = {
             "rule": "parameters",
             "predictions": "predictions",
@@ -523,11 +510,11 @@ class RunFacts(ConfigFacts):
 
     @cached_property
     def uses_root(self) -> bool:
-        """Whether the rule compares with an update that the server makes from the proxy set."""
+        """Whether the rule needs an update that the server computes on the proxy set."""
         return "rule" in self.rules and bool(rule[self.rules["rule"]].uses_root)
 
     def averages_parts(self) -> bool:
-        """Return whether anything else than whole models is averaged by architecture."""
+        """Return whether the method averages anything but whole models by architecture."""
         infos = [self.federation.client_infos[kind.first] for kind in self.profiles]
         return (
             self.items_by_rule["rule"] != ["model"]
@@ -541,7 +528,7 @@ class RunFacts(ConfigFacts):
         )
 
     def outvoted_rule(self) -> dict[str, Any] | None:
-        """Return a rule to which too few clients send an item in some round."""
+        """Return a rule that gets too few uploads of an item in some round."""
         config = self.config.aggregation
         combiners: dict[str, Rule | PredictionRule] = {}
         for key, value in self.rules.items():
@@ -550,7 +537,8 @@ class RunFacts(ConfigFacts):
             elif key == "predictions":
                 combiners[key] = prediction_rule[value](config)
             else:
-                combiners[key] = Rule(config)  # the median's needs
+                # The requirements of the median.
+                combiners[key] = Rule(config)
         for cohort in self._cohorts():
             for key, combiner in combiners.items():
                 for item in self.items_by_rule[key]:
@@ -560,7 +548,7 @@ class RunFacts(ConfigFacts):
         return None
 
     def _cohorts(self) -> Iterator[Counter[str]]:
-        """Yield each composition that cohorts have: how many clients of each kind, by its first client."""
+        """Yield the distinct compositions of cohorts: the number of clients of each profile."""
         seen: set[frozenset[tuple[str, int]]] = set()
         per_round = self.config.clients.per_round
         for index in range(self.federation.num_rounds if per_round is not None else 1):
@@ -572,12 +560,12 @@ class RunFacts(ConfigFacts):
                 yield count
 
     def _senders(self, item: str, key: str, cohort: Counter[str]) -> Iterator[tuple[str, int]]:
-        """Yield what of an item is combined in one piece, and how many of a cohort send it."""
+        """Yield each separately combined piece of an item, and how many of a cohort upload it."""
         sent = self.dry_round[0]
         senders = [client for client in sent if item in sent[client]]
         if key != "rule":
             spec = self.algorithm.uploads.get(item)
-            # predictions that the server makes of models are voices, too
+            # The server also combines predictions that it computes with uploaded models.
             from_models = spec is not None and spec.use == "each"
             yield item, sum(cohort[client] for client in (sent if from_models else senders))
             return
@@ -601,16 +589,14 @@ class RunFacts(ConfigFacts):
         if senders >= least:
             return None
         most = max((f for f in range(senders) if combiner.min_clients(f) <= senders), default=0)
-        advice = "give a model to more clients, or leave the rule out"
+        advice = "use the model for more clients, or remove the rule"
         return {
             "malicious": f"{malicious} malicious client{'s' if malicious != 1 else ''}",
             "least": least,
             "senders": senders,
             "item": description,
-            "advice": f"aggregation.liars may be {most} at most" if most else advice,
+            "advice": f"set aggregation.liars to {most} or less" if most else advice,
         }
-
-    # Attacks ----------------------------------------------------------------------------------
 
     @property
     def acts_on(self) -> frozenset[str]:
@@ -630,7 +616,7 @@ class RunFacts(ConfigFacts):
         return {"count": len(ids), "ids": format_list(ids, 6)}
 
     def missing_targets(self) -> str | None:
-        """Return what an attack acts on, if clients send none of it."""
+        """Return what an attack changes, if clients upload none of it."""
         items = [item for sent in self.dry_round[0].values() for item in sent.values()]
         present = {"data"}
         for item in items:
@@ -640,11 +626,11 @@ class RunFacts(ConfigFacts):
                 present |= {"rows"} if item.values.is_floating_point() else set()
         if not self.acts_on or self.acts_on & present:
             return None
-        described = {"data": "labelled rows", "updates": "updates", "rows": "predictions"}
+        described = {"data": "labeled rows", "updates": "updates", "rows": "predictions"}
         return " and ".join(described[kind] for kind in sorted(self.acts_on))
 
     def small_image(self) -> int | None:
-        """Return the shortest side of images that do not hold the trigger, in pixels."""
+        """Return the shortest image side in pixels, if smaller than the trigger."""
         attacks = self.config.attacks
         sides = [side for kind in self.profiles for side in kind.arch.input_shape[1:]]
         return min(sides) if attacks is not None and attacks.trigger > min(sides) else None
@@ -664,7 +650,7 @@ class RunFacts(ConfigFacts):
 def _lone_owners(
     sent: list[tuple[ClientProfile, set[Any]]], test: Callable[[Iterable[bool]], bool]
 ) -> list[ClientProfile]:
-    """Return the clients of whose keys all, or any, are sent by no other client."""
+    """Return the clients of whose keys all, or any, are uploaded by no other client."""
     owners = Counter[Any]()
     for kind, keys in sent:
         owners.update(dict.fromkeys(keys, kind.count))
@@ -672,12 +658,12 @@ def _lone_owners(
 
 
 def _other(arch: ModelSpec) -> dict[str, str]:
-    """Return a model's name and the one with GroupNorm in place of its BatchNorm."""
+    """Return the name of a model and of its variant with GroupNorm."""
     return {"model": arch.name, "other": group_norm_variant(arch.name)}
 
 
 def group_norm_variant(name: str) -> str:
-    """Return the model with GroupNorm in place of BatchNorm, as a configuration names it."""
+    """Return the configuration value of a model with GroupNorm instead of BatchNorm."""
     if "_bn_" in name:
         return name.replace("_bn_", "_gn_")
     if "norm" in model_options(name):

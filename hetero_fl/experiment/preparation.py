@@ -1,4 +1,4 @@
-"""Everything about a run before it computes: configuration, data and method, loaded and checked together."""
+"""Prepare a run: load and check its configuration, data and method together."""
 
 from __future__ import annotations
 
@@ -61,74 +61,90 @@ from hetero_fl.utils.errors import UserError, closest
 from hetero_fl.utils.text import pluralize
 from model_zoo import ModelError
 
-# has somebody else compute the clients
-Engage = Callable[["PreparedRun", ExecutorChoice, StateStore], RemoteExecutor]
+ExecutorFactory = Callable[["PreparedRun", ExecutorChoice, StateStore], RemoteExecutor]
+"""Creates an executor whose clients train on other machines."""
 
 
 @dataclass
 class PreparedRun:
-    """Everything about a run that is known before it computes; nothing has been written."""
+    """A run that is ready to train; nothing has been written yet.
+
+    Args:
+        config: The configuration, with everything that preparation derived.
+        method: The algorithm, configured for these clients.
+        federation: Clients, models and settings of the federation.
+        data: The data of all clients.
+        notes: Lines for the log.
+        inherited: Models of another run to start from, by client id.
+        budget: The privacy budget; None for a run without privacy.
+        headline: Data, task, method and number of clients, in one line.
+    """
 
     config: Config
     method: Algorithm
     federation: FederationSpec
     data: FederatedData
     notes: list[str]
-    inherited: dict[str, SavedModel]  # models of another run to start from, by client
-    budget: PrivacyBudget | None = None  # of a private run
-    headline: str = ""  # data, task, method and number of clients, with what is a default
+    inherited: dict[str, SavedModel]
+    budget: PrivacyBudget | None = None
+    headline: str = ""
 
     def __repr__(self) -> str:
         clients = pluralize(len(self.federation.client_infos), "client")
         rounds = pluralize(self.config.rounds, "round")
-        return f"Prepared({self.config.name!r}: {self.name}, {clients}, {rounds}; {self.data!r})"
+        return f"PreparedRun({self.config.name!r}: {self.name}, {clients}, {rounds}; {self.data!r})"
 
     @property
     def name(self) -> str:
-        """The algorithm's name."""
+        """The name of the algorithm."""
         return str(self.config.algorithm["name"])
 
     def make_trainer(
         self,
         choice: ExecutorChoice | None = None,
         store: StateStore | None = None,
-        say: Callable[[str], None] = lambda line: None,
-        executor_factory: Engage | None = None,
+        say: Callable[[str], None] = lambda _line: None,
+        executor_factory: ExecutorFactory | None = None,
     ) -> FederatedTrainer:
-        """The run itself, to be held round by round; in memory unless a store is given, computed as chosen by the rule
-        unless a choice is, and here unless somebody else is engaged for it. Close its executor afterwards.
+        """Create the trainer, which runs the rounds. Close its executor afterwards.
+
+        Args:
+            choice: How the run computes. None: chosen automatically.
+            store: Where state and checkpoints are kept. None: in memory.
+            say: Called with log lines.
+            executor_factory: Creates the executor if the clients train on other machines. None:
+                they train on this machine.
         """
         choice = choice or choose_executor(self.config, self.federation)
         clients = self.config.clients
-        apart = (
+        remote = (
             executor_factory(self, choice, store or StateStore())
             if executor_factory is not None
             else None
         )
-        executor = apart or make_executor(choice, self.method, self.federation, store, say)
+        executor = remote or make_executor(choice, self.method, self.federation, store, say)
         stop = self.config.runtime.divergence == "stop"
         try:
-            environment = SimulationEnvironment.from_config(
-                self.federation, self.config, apart.connected_clients if apart is not None else None
-            )
+            connected = remote.connected_clients if remote is not None else None
+            environment = SimulationEnvironment.from_config(self.federation, self.config, connected)
             runtime = self.config.runtime
-            about = (self.method, self.federation, executor, clients.per_round, stop)
+            arguments = (self.method, self.federation, executor, clients.per_round, stop)
             if runtime.mode == "async":
-                kind = AsynchronousTrainer if apart is None else RemoteAsynchronousTrainer
-                return kind(
-                    *about,
+                trainer_type = AsynchronousTrainer if remote is None else RemoteAsynchronousTrainer
+                return trainer_type(
+                    *arguments,
                     environment=environment,
                     buffer=runtime.buffer,
                     staleness=runtime.staleness,
                 )
-            if apart is not None:
-                return RemoteSynchronousTrainer(*about, environment=environment)
+            if remote is not None:
+                return RemoteSynchronousTrainer(*arguments, environment=environment)
             if environment.simulated:
-                return SimulatedTrainer(*about, environment=environment)
+                return SimulatedTrainer(*arguments, environment=environment)
             policy = environment.policy
             if policy.sampling == "uniform" and policy.too_few != "repeat":
-                return SynchronousTrainer(*about, policy=policy)
-            return ScheduledTrainer(*about, environment=environment)
+                return SynchronousTrainer(*arguments, policy=policy)
+            return ScheduledTrainer(*arguments, environment=environment)
         except BaseException:
             executor.close()
             raise
@@ -137,8 +153,16 @@ class PreparedRun:
 def load_federated_data(
     config: Config, dataset: Dataset | None = None, absent: Collection[str] = ()
 ) -> FederatedData:
-    """The data as the configuration has it: loaded, split into public and private, dealt out. `absent`: clients whose rows lie
-    on machines of their own. Raises UserError for whatever is wrong with it."""
+    """Load the configured data, split off the public rows and partition the rest among the clients.
+
+    Args:
+        config: The configuration.
+        dataset: Examples in memory that replace `data.name`.
+        absent: Ids of clients whose rows are on other machines.
+
+    Raises:
+        UserError: If the data does not exist or does not fit the configuration.
+    """
     clients = expand_population(config.clients)
     if (
         config.data.train_limit is not None
@@ -146,12 +170,13 @@ def load_federated_data(
         and config.data.proxy.size >= config.data.train_limit
     ):
         raise UserError(
-            f"data.proxy.size: found {config.data.proxy.size}, but data.train_limit leaves {config.data.train_limit} rows"
+            f"data.proxy.size: must be smaller than data.train_limit={config.data.train_limit}, "
+            f"got {config.data.proxy.size}"
         )
-    views = [kind.settings.preprocess for kind in clients.profiles]
-    # then federate looks at what each of them sees
-    known = any(view.missing or view.columns for view in views)
-    own_view = (
+    preprocesses = [profile.settings.preprocess for profile in clients.profiles]
+    # If so, `federate` checks the columns of each client for missing values.
+    allows_missing = any(p.missing or p.columns for p in preprocesses)
+    server_preprocess = (
         config.server.preprocess
         if config.server.model and make_algorithm(config).needs.proxy_set != "unused"
         else None
@@ -159,19 +184,21 @@ def load_federated_data(
     if dataset is None and not has_common_source(config.data):
         if absent:
             raise UserError(
-                "data.path: missing; without a common file the test set is drawn from all clients' files, which real sites do "
-                "not bring together; name a common file"
+                "data.path: required if clients keep their files on their machines, because the "
+                "test set cannot be drawn from them; name a file with test data"
             )
-        dataset, pooled, members = pool_client_files(config.data, clients, known)
-        return federate(dataset, pooled, members, config.seed, server=own_view)
+        dataset, pooled, members = pool_client_files(config.data, clients, allows_missing)
+        return federate(dataset, pooled, members, config.seed, server=server_preprocess)
     dataset = dataset or load_source(
-        config.data, Path(config.data.root).expanduser(), missing=known
+        config.data, Path(config.data.root).expanduser(), missing=allows_missing
     )
-    return federate(dataset, config.data, clients, config.seed, server=own_view, absent=absent)
+    return federate(
+        dataset, config.data, clients, config.seed, server=server_preprocess, absent=absent
+    )
 
 
 def make_algorithm(config: Config) -> Algorithm:
-    """Return the method of a configuration, with its settings."""
+    """Return the configured algorithm."""
     settings = {k: v for k, v in config.algorithm.items() if k != "name"}
     method: Algorithm = register_algorithm[config.algorithm["name"]].model_validate(settings)
     return method
@@ -184,17 +211,30 @@ def prepare(
     data: FederatedData | None = None,
     allow_code: bool | CodePermission = False,
 ) -> PreparedRun:
-    """Load, build and check everything; trains and writes nothing.
+    """Load and check everything that a run needs, without training or writing files.
 
     Args:
-        source: A file, a dictionary or a configuration.
-        overrides: Changes, `key.path=value`, or a dictionary of them.
-        dataset: examples in memory in place of `data.name`.
-        data: what `load_federated_data` made of the same configuration, all of it or what one of several machines has.
+        source: A configuration file, a dictionary or a configuration.
+        overrides: Changes to the configuration, `key.path=value`, or a dictionary of them.
+        dataset: Examples in memory that replace `data.name`.
+        data: Data that was loaded before from the same configuration, of all clients or of those
+            on this machine.
         allow_code: Whether code that a file names may run (see `load_config`).
 
+    Returns:
+        The run, ready to train.
+
     Raises:
-        UserError: whatever is wrong.
+        UserError: If configuration, data, models and method do not fit together.
+
+    Example:
+        >>> import hetero_fl
+        >>> config = {"data": {"name": "digits"}, "algorithm": {"name": "fedavg"}, "rounds": 1}
+        >>> prepared = hetero_fl.prepare(config, overrides=["clients.count=3"])
+        >>> prepared.name
+        'fedavg'
+        >>> list(prepared.data.clients)
+        ['client_1', 'client_2', 'client_3']
     """
     config = load_config(source, overrides, allow_code)
     permission = CodePermission.from_argument(allow_code).with_granted(
@@ -226,8 +266,8 @@ def prepare(
     if budget is not None:
         notes.append(budget.description())
     notes += compatibility_notes(LATER_NOTES, facts)
-    for own in {kind.settings.objective for kind in clients.profiles}:
-        load_objective(own, federation.task)
+    for objective in {profile.settings.objective for profile in clients.profiles}:
+        load_objective(objective, federation.task)
     choose_device(config.runtime.device)
     notes += SimulationEnvironment.from_config(federation, config).notes()
     return PreparedRun(
@@ -245,7 +285,7 @@ def prepare(
 def _models_of_clients(
     method: Algorithm, client_infos: ClientDirectory
 ) -> list[Mapping[str, ModelSpec]] | dict[str, Mapping[str, ModelSpec]]:
-    """Return the models by slot of each client profile, or of each client by id."""
+    """Return the models by slot, for each client profile or for each client id."""
     try:
         if method.needs.models_per_client:
             return {client_id: method.models(info) for client_id, info in client_infos.items()}
@@ -255,25 +295,25 @@ def _models_of_clients(
 
 
 def _headline(config: Config, dataset: Dataset | None, task: Task, clients: int) -> str:
-    """Return which data, task, method and number of clients a run has, each marked if it was not written."""
-    written = {"name", "count", "groups"}
+    """Return data, task, method and number of clients in one line that marks defaults."""
+    explicit_keys = {"name", "count", "groups"}
     data = f"data: {config.data.name if dataset is None else dataset.name}"
-    if dataset is None and not written & config.data.model_fields_set:
+    if dataset is None and not explicit_keys & config.data.model_fields_set:
         data += " (default)"
     data += f", {task.describe()}"
     method = f"method: {config.algorithm['name']}"
     if "algorithm" not in config.model_fields_set:
         method += " (default)"
-    who = pluralize(clients, "client")
-    if not written & config.clients.model_fields_set:
-        who += " (default)"
-    return f"{data}; {method}; {who}"
+    population = pluralize(clients, "client")
+    if not explicit_keys & config.clients.model_fields_set:
+        population += " (default)"
+    return f"{data}; {method}; {population}"
 
 
 def _set_asynchronous(run: RunFacts) -> tuple[Config, FederationSpec]:
     """Return configuration and federation of an asynchronous run.
 
-    Such a run has as many versions as its uploads make: learning rates move along them.
+    Its number of rounds, which learning rate schedules use, is the number of server versions.
     """
     runtime = run.config.runtime.model_copy(update={"mode": "async"})
     versions = max(1, math.ceil(run.num_uploads / run.buffer_size))
@@ -284,14 +324,18 @@ def _set_asynchronous(run: RunFacts) -> tuple[Config, FederationSpec]:
 def _solve_privacy(
     config: Config, method: Algorithm, federation: FederationSpec
 ) -> tuple[Config, FederationSpec, PrivacyBudget | None]:
-    """The same with privacy's noise solved for, and what each round will have spent; None without privacy."""
+    """Solve for the noise of a private run, and return its budget too (None without privacy)."""
     if config.privacy is None:
         return config, federation, None
     privacy = config.privacy
     if privacy.unit == "record" or privacy.accountant == "rdp" or privacy.poisson_cohorts:
         opacus_accountants()
     budget = PrivacyBudget.for_run(
-        config.privacy, method, federation, config.rounds, config.clients.per_round
+        config.privacy,
+        method,
+        federation,
+        rounds=config.rounds,
+        per_round=config.clients.per_round,
     )
     privacy = budget.solved_privacy()
     federation = replace(federation, privacy=privacy)
@@ -311,7 +355,7 @@ def _solve_privacy(
 def _load_inherited_models(
     path: str | None, federation: FederationSpec, permission: CodePermission
 ) -> dict[str, SavedModel]:
-    """The models of another run that fit clients of this one: same id, same architecture."""
+    """Load the models of another run that match a client of this one in id and architecture."""
     if path is None:
         return {}
     try:
@@ -319,21 +363,22 @@ def _load_inherited_models(
     except UserError as error:
         raise UserError(f"init_from: {error}") from None
     known = sorted(
-        (place, id)
-        for id in models
-        if (place := federation.client_infos.clients.position(id)) is not None
+        (position, client_id)
+        for client_id in models
+        if (position := federation.client_infos.clients.position(client_id)) is not None
     )
     fitting = {
-        id: models[id] for _, id in known if models[id].arch == federation.client_infos[id].arch
+        client_id: models[client_id]
+        for _, client_id in known
+        if models[client_id].arch == federation.client_infos[client_id].arch
     }
     if not fitting:
         raise UserError(
-            f"init_from: none of the models in {path} fits a client of this run (same id, same model)"
+            f"init_from: no model in {path} fits a client of this run; "
+            "client id and model must be the same"
         )
     return fitting
 
-
-# What works but may not be meant.
 
 NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
     CompatibilityRule(
@@ -345,20 +390,20 @@ NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
     CompatibilityRule(
         ("channel.secure_sum.neighbours", "clients.per_round"),
         lambda run: run.needed_neighbors(),
-        "channel.secure_sum.neighbours: {run.secure_sum.neighbours} are fewer than the {found} "
-        "that keep an upload hidden though a fifth of all clients tell the server what they know",
+        "channel.secure_sum.neighbours: {run.secure_sum.neighbours} may reveal uploads if a fifth "
+        "of all clients collude with the server; use {found} or more",
     ),
     CompatibilityRule(
         ("channel.compress", "channel.secure_sum"),
         lambda run: run.secure_sum is not None and bool(run.config.channel.compress),
-        "channel.compress rounds what clients add up; under channel.secure_sum it makes no "
-        "message shorter",
+        "channel.compress rounds the values that clients upload; with channel.secure_sum it does "
+        "not make messages smaller",
     ),
     CompatibilityRule(
         ("channel.secure_sum", "model"),
         lambda run: run.secure_sum and run.clients_alone_in_sum(),
-        "channel.secure_sum hides nothing of some items for {found}: no other client sends such "
-        "tensors, and their sum is what the client has",
+        "channel.secure_sum does not hide some items of {found}: no other client uploads these "
+        "tensors, so their sum equals the client's upload",
     ),
     # Methods
     CompatibilityRule(
@@ -370,36 +415,35 @@ NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
     CompatibilityRule(
         ("algorithm.name", "model"),
         lambda run: run.architectures_alone(),
-        "{run.name} averages within an architecture: {groups} {verb} alone",
+        "{run.name} averages clients with the same architecture: {groups} {verb} only one client",
     ),
     # Robust aggregation and attacks
     CompatibilityRule(
         ("aggregation.rule", "algorithm.name"),
         lambda run: run.rules and run.unprotected_items(),
-        "aggregation.{key} is mean: a malicious client among the senders of {items} is not held "
-        "back",
+        "aggregation.{key}=mean: {items} of malicious clients are averaged without protection",
     ),
     CompatibilityRule(
         ("aggregation.rule", "algorithm.name"),
         lambda run: run.rules and sorted({n for n, how in run.dry_round[1] if how == "counts"}),
-        "{found} are summed as sent: a malicious client's are not held back",
+        "{found} are summed without protection from malicious clients",
     ),
     CompatibilityRule(
         ("attacks.name", "clients"),
         lambda run: run.named_malicious(),
         "{count:,} of {run.num_clients:,} clients are malicious ({run.config.attacks.name}, from "
-        "round {run.config.attacks.from_round}): {ids}; all figures are means over the others",
+        "round {run.config.attacks.from_round}): {ids}; scores are means over the other clients",
     ),
     # Asynchronous runs
     CompatibilityRule(
         ("runtime.mode", "algorithm.name"),
         lambda run: run.is_async and run.config.runtime.mode == "sync",
-        "runtime.mode is async: {run.name} aggregates uploads as they come",
+        "runtime.mode=async: {run.name} aggregates uploads as they arrive",
     ),
     CompatibilityRule(
         ("runtime.staleness", "runtime.mode"),
         lambda run: run.is_async and run.staleness.unused_keys,
-        "{run.staleness_key}.{found} is not used: staleness is {run.staleness.kind}",
+        "{run.staleness_key}.{found} is ignored because the staleness kind is {run.staleness.kind}",
     ),
     CompatibilityRule(
         ("runtime.staleness", "runtime.buffer"),
@@ -409,61 +453,57 @@ NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
             and run.policy.staleness is None
             and run.staleness.kind != "constant"
         ),
-        "runtime.staleness has no effect: a version is one upload here (runtime.buffer), and the "
-        "mean of one is that one whatever its weight; fedasync moves the server less the staler "
-        "an upload is",
+        "runtime.staleness has no effect with runtime.buffer=1: the weighted mean of one upload is "
+        "that upload; consider algorithm.name=fedasync, whose server steps shrink with staleness",
     ),
     CompatibilityRule(
         ("devices", "runtime.mode"),
         lambda run: (
             run.is_async and run.config.devices is None and not run.federation.data.is_distributed
         ),
-        "without `devices` no task takes any time: all that are given out together end together",
+        "devices: not set, so tasks take no time and tasks that start together end together",
     ),
 )
-"""Lines on combinations that work."""
+"""Notes on combinations that work but may not be intended."""
 
 LATER_NOTES: tuple[CompatibilityRule[RunFacts], ...] = (
     CompatibilityRule(
         ("privacy.delta", "clients"),
         lambda run: run.weakly_protected(),
-        "privacy.delta: {run.privacy.delta:g} is not below one over {found}: one of them may be "
-        "given away whole",
+        "privacy.delta: {run.privacy.delta:g} allows a mechanism that reveals one of {found}; "
+        "choose less than one over their number",
     ),
     CompatibilityRule(
         ("server.model", "data.proxy.size"),
         lambda run: run.config.server.model and run.federation.student is None,
-        "server.model is not used: without a consensus on a proxy set there is nothing to distill "
-        "a student from",
+        "server.model is ignored: a server model is distilled from a consensus on a proxy set, "
+        "which this run does not have",
     ),
     CompatibilityRule(
         ("evaluation.clients", "clients"),
         lambda run: run.num_evaluated(),
-        "the models of {found:,} of {run.num_clients:,} clients are read, each time the same "
-        "(evaluation.clients)",
+        "evaluation.clients: every evaluation uses the same {found:,} of {run.num_clients:,} "
+        "clients",
     ),
 )
-"""Lines that follow the one on the privacy budget."""
+"""Notes that are shown after the privacy budget."""
 
 
 def compatibility_notes(notes: Iterable[CompatibilityRule[RunFacts]], run: RunFacts) -> list[str]:
-    """Return a line for each combination that works but may not be meant."""
+    """Return a line for each combination that works but may not be intended."""
     return [line for note in notes for line in note.lines(run)]
-
-
-# A configuration is loaded and checked before anything that it names is imported.
 
 
 @dataclass(frozen=True)
 class DraftConfig:
-    """A configuration of the right form whose algorithm has not been looked up; nothing that it names is imported.
+    """A configuration that was checked without importing the code that it names.
 
     Args:
-        config: The configuration.
-        raw: The same as plain values, as they were written.
-        overrides: Overrides that are part of it.
+        config: The configuration; the settings of its algorithm are not checked yet.
+        raw: The configuration as plain values, with overrides.
+        overrides: The overrides.
         source: The file, for error messages.
-        written: What the file has, without overrides.
+        written: Plain values of the file, without overrides.
     """
 
     config: Config
@@ -474,7 +514,7 @@ class DraftConfig:
 
     @property
     def code_references(self) -> dict[str, str]:
-        """References to code, each with the key that names it."""
+        """References to code, each with the key that contains it."""
         written = find_references(self.raw)
         return {
             name: written.get(name, key)
@@ -490,14 +530,14 @@ class DraftConfig:
         return where
 
     def error(self, line: str) -> UserError:
-        """Return the error for a line that begins with a key, after the place where the key was set.
+        """Return the error for a message that begins with a key, prefixed with the key's origin.
 
-        If the error is one of a section as a whole, this is the last override within it without which the error is not made,
-        or the last one within it if each of several makes the error.
+        If the error is about a whole section, this is the last override within the section
+        without which the error disappears, or the last one within it if several cause the error.
         """
         key = line.partition(": ")[0]
         where = self.key_source(key)
-        # The search applies other combinations of overrides, and must not import what one of them names.
+        # The search tries other combinations of overrides and must not import code.
         names_code = bool(find_references([self.raw, self.written])) or any(
             OWN in o for o in self.overrides
         )
@@ -507,13 +547,13 @@ class DraftConfig:
 
     def _override_in(self, section: str, line: str) -> str | None:
         inside = [o for o in self.overrides if section == "here" or o.startswith(f"{section}.")]
-        if not inside or _find_mistake(self.written, []) == line:
+        if not inside or _find_error(self.written, []) == line:
             return None
         for override in reversed(inside):
-            if _find_mistake(self.written, [o for o in self.overrides if o != override]) != line:
+            if _find_error(self.written, [o for o in self.overrides if o != override]) != line:
                 return override
         outside = [o for o in self.overrides if o not in inside]
-        return inside[-1] if _find_mistake(self.written, outside) != line else None
+        return inside[-1] if _find_error(self.written, outside) != line else None
 
 
 def load_config(
@@ -521,17 +561,31 @@ def load_config(
 ) -> Config:
     """Load and check a configuration.
 
-    A file with the keys of the classic tutorial (see `hetero_fl.config.load`) is translated. When an override names
-    another algorithm than the file, the file's settings of its own algorithm are dropped.
+    A file with the keys of the classic tutorial (see `hetero_fl.config.load`) is translated. If an
+    override names another algorithm than the file, the algorithm settings of the file are dropped.
 
     Args:
         source: A YAML or JSON file, a dictionary, or another configuration.
-        overrides: Changes, `key.path=value`, or a dictionary of them.
-        allow_code: Whether code that a file names (`python:package.module:Name`) may run. Names in a dictionary or in
-            `overrides` are the caller's own and always allowed.
+        overrides: Changes to the configuration, `key.path=value`, or a dictionary of them.
+        allow_code: Whether code that a file names (`python:package.module:Name`) may run. Names in
+            a dictionary or in `overrides` are always allowed.
+
+    Returns:
+        The validated configuration, with all defaults.
 
     Raises:
-        UserError: In one line that names the place, for everything that is wrong with the configuration.
+        UserError: If the configuration is invalid; the message names the key.
+
+    Example:
+        >>> import hetero_fl
+        >>> config = hetero_fl.load_config({"rounds": 5}, overrides=["algorithm.name=fedprox"])
+        >>> config.rounds
+        5
+        >>> config.algorithm["mu"]
+        0.01
+        >>> hetero_fl.load_config({"round": 5})
+        Traceback (most recent call last):
+        hetero_fl.utils.errors.UserError: configuration: round: unknown key; did you mean 'rounds'?
     """
     overrides = override_list(overrides)
     draft = draft_config(source, overrides)
@@ -543,82 +597,96 @@ def load_config(
             config = Config.model_validate(draft.raw, context={CONTEXT: True})
         except ValidationError as error:
             raise draft.error(describe_error(error, draft.raw)) from None
-    made = config.model_copy(update={"algorithm": _load_algorithm_config(draft, permission)})
+    loaded = config.model_copy(update={"algorithm": _load_algorithm_config(draft, permission)})
     if "algorithm" not in config.model_fields_set:
-        # the copy has it among the keys that were written
-        made.model_fields_set.discard("algorithm")
-    return made
+        # `model_copy` marks it as set explicitly.
+        loaded.model_fields_set.discard("algorithm")
+    return loaded
 
 
 def draft_config(source: Source, overrides: Overrides = ()) -> DraftConfig:
-    """Read a configuration and check its form, without importing anything that it names. Raises UserError."""
+    """Read a configuration and check it, without importing the code that it names.
+
+    Args:
+        source: A YAML or JSON file, a dictionary, or another configuration.
+        overrides: Changes to the configuration, `key.path=value`, or a dictionary of them.
+
+    Raises:
+        UserError: If the configuration is invalid.
+    """
     where = str(source) if isinstance(source, str | Path) else "configuration"
     raw = read_config_file(Path(source)) if isinstance(source, str | Path) else plain(source)
     if not raw and isinstance(source, str | Path):
-        raise UserError(f"{where}: has no keys; name at least data, clients and algorithm")
+        raise UserError(f"{where}: has no keys; expected at least data, clients and algorithm")
     overrides = override_list(overrides)
     if is_tutorial(raw):
         raw, overrides = translate_tutorial(raw, overrides, where)
-    made = apply_overrides(raw, overrides)
+    values = apply_overrides(raw, overrides)
     try:
-        return DraftConfig(Config.model_validate(made), made, overrides, where, raw)
+        return DraftConfig(Config.model_validate(values), values, overrides, where, raw)
     except ValidationError as error:
-        unread = DraftConfig(Config(), made, overrides, where, raw)
-        raise unread.error(describe_error(error, made, own=_method_keys(made))) from None
+        draft = DraftConfig(Config(), values, overrides, where, raw)
+        raise draft.error(describe_error(error, values, own=_method_keys(values))) from None
 
 
-def _find_mistake(raw: dict[str, Any], overrides: Sequence[str]) -> str | None:
-    """Return what is wrong with a configuration that names no code, None if nothing is."""
+def _find_error(raw: dict[str, Any], overrides: Sequence[str]) -> str | None:
+    """Return the first error in a configuration that names no code, or None."""
     try:
-        made = apply_overrides(raw, overrides)
-        _settings(Config.model_validate(made).algorithm)
+        values = apply_overrides(raw, overrides)
+        _validate_algorithm(Config.model_validate(values).algorithm)
     except ValidationError as error:
-        return describe_error(error, made, own=_method_keys(made))
+        return describe_error(error, values, own=_method_keys(values))
     except UserError as error:
         return str(error)
     return None
 
 
 def _load_algorithm_config(draft: DraftConfig, permission: CodePermission) -> dict[str, Any]:
-    """Return the algorithm's settings, complete with its defaults. Raises UserError with the key's place."""
+    """Return the algorithm's settings with all defaults.
+
+    Raises:
+        UserError: If a setting is invalid; the message says where it was set.
+    """
     try:
-        settings = _settings(draft.config.algorithm)
+        settings = _validate_algorithm(draft.config.algorithm)
     except UserError as error:
         raise draft.error(str(error)) from None
     found = {name: f"algorithm.{key}" for name, key in find_references(settings).items()}
     permission.check(found, draft.key_source)
     try:
-        return _settings(draft.config.algorithm, {CONTEXT: True}) if found else settings
+        return _validate_algorithm(draft.config.algorithm, {CONTEXT: True}) if found else settings
     except UserError as error:
         raise draft.error(str(error)) from None
 
 
-def _settings(
-    given: Mapping[str, Any], context: Mapping[str, bool] | None = None
+def _validate_algorithm(
+    section: Mapping[str, Any], context: Mapping[str, bool] | None = None
 ) -> dict[str, Any]:
-    if "name" not in given and (meant := closest("name", given)) is not None:
-        raise UserError(f"algorithm.{meant}: unknown key; did you mean 'name'?")
-    if not isinstance(given.get("name"), str):
+    if "name" not in section and (misspelled := closest("name", section)) is not None:
+        raise UserError(f"algorithm.{misspelled}: unknown key; did you mean 'name'?")
+    name = section.get("name")
+    if not isinstance(name, str):
         raise UserError(
-            f"algorithm.name: found {given.get('name')!r}; choose from {', '.join(register_algorithm)}"
+            f"algorithm.name: expected the name of a method, got {name!r}; "
+            f"choose from {', '.join(register_algorithm)}"
         )
     try:
-        kind = register_algorithm[given["name"]]
+        algorithm_type = register_algorithm[name]
     except UserError as error:
         raise UserError(f"algorithm.name: {error}") from None
-    own = {k: v for k, v in given.items() if k != "name"}
+    settings = {key: value for key, value in section.items() if key != "name"}
     try:
-        return {"name": given["name"], **kind.model_validate(own, context=context).model_dump()}
+        validated = algorithm_type.model_validate(settings, context=context)
     except ValidationError as error:
-        raise UserError(
-            f"{describe_error(error, own, kind, ['algorithm'])} (of {given['name']})"
-        ) from None
+        problem = describe_error(error, settings, algorithm_type, ["algorithm"])
+        raise UserError(f"{problem} (of {name})") from None
+    return {"name": name, **validated.model_dump()}
 
 
 def _method_keys(raw: Mapping[str, Any]) -> list[str]:
-    """The settings of the algorithm that a configuration names, whatever else is wrong with it."""
-    named = raw.get("algorithm")
-    name = named.get("name") if isinstance(named, dict) else None
+    """Return the setting names of the algorithm in a configuration that may be invalid."""
+    section = raw.get("algorithm")
+    name = section.get("name") if isinstance(section, dict) else None
     return (
         list(register_algorithm[name].model_fields)
         if isinstance(name, str) and name in register_algorithm

@@ -1,8 +1,8 @@
-"""The privacy budget of a run: what its rounds spend, known before they begin.
+"""The privacy budget of a run, computed before training.
 
-Cohorts are drawn by key, and a dry run of one round of each phase shows what a plan reads, so no
-charge depends on training. A run spends as much, or less if a client drops out. The formulas are
-in `hetero_fl.privacy.accounting`.
+Cohorts are drawn by keyed randomness, and a dry run of one round of each phase shows which private
+rows a plan reads. A run spends this budget, or less if clients drop out. The formulas are in
+`hetero_fl.privacy.accounting`.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from hetero_fl.utils.errors import UserError
 PROTECTED = {
     "record": "a training row",
     "client": "a client",
-    "local": "a client, noised before its upload leaves",
+    "local": "a client, with noise added before upload",
 }
 
 
 @dataclass(frozen=True)
 class PrivacyBudget:
-    """The privacy that a run spends, round by round.
+    """The privacy that a run spends in each round.
 
-    Attributes:
+    Args:
         privacy: The configuration section.
-        histories: After each round, the different histories that clients have by then.
+        histories: For each round, the distinct histories of charges of all clients after it.
     """
 
     privacy: PrivacyConfig
@@ -49,10 +49,18 @@ class PrivacyBudget:
         privacy: PrivacyConfig,
         algorithm: Algorithm,
         federation: FederationSpec,
+        *,
         rounds: int,
         per_round: int | None,
     ) -> PrivacyBudget:
-        """Return the budget of a run.
+        """Compute the budget of a run.
+
+        Args:
+            privacy: The configuration section.
+            algorithm: The algorithm.
+            federation: The federation.
+            rounds: Number of rounds.
+            per_round: Clients sampled in each round. None: all.
 
         Raises:
             UserError: If the method reads private rows without noise.
@@ -60,15 +68,18 @@ class PrivacyBudget:
         run = DryRun(algorithm, federation)
         spent: dict[str, History] = {}
         charged_once: set[tuple[str, str]] = set()
-        num_clients: Counter[History] = Counter()  # by history
+        num_clients: Counter[History] = Counter()
         histories = []
-        everyone = list(federation.client_infos.clients.ids) if privacy.poisson_cohorts else []
-        rate = min(1.0, (per_round or len(everyone)) / max(1, len(everyone)))
+        poisson_clients = (
+            list(federation.client_infos.clients.ids) if privacy.poisson_cohorts else []
+        )
+        rate = min(1.0, (per_round or len(poisson_clients)) / max(1, len(poisson_clients)))
         for round_idx in range(rounds):
             cohort = federation.sample_cohort(per_round, round_idx)
             charged = {c: run.exchange_cost(c, round_idx).charges for c in cohort}
-            if everyone:  # each is charged for the chance that it took part
-                charged = dict.fromkeys(everyone, (PrivacyCharge(rate),))
+            # With Poisson sampling every client is charged for the chance of being sampled.
+            if poisson_clients:
+                charged = dict.fromkeys(poisson_clients, (PrivacyCharge(rate),))
             for client_id, charges in charged.items():
                 due = [c for c in charges if (client_id, c.once) not in charged_once]
                 charged_once.update((client_id, c.once) for c in charges if c.once)
@@ -82,7 +93,7 @@ class PrivacyBudget:
         return cls(privacy, tuple(histories))
 
     def solved_privacy(self) -> PrivacyConfig:
-        """Return the section with its noise multiplier, which is solved for if only ε was given.
+        """Return the section with its noise multiplier, solved for if only the target ε is set.
 
         Raises:
             UserError: If the first round costs more than the target.
@@ -90,21 +101,22 @@ class PrivacyBudget:
         target = self.privacy.target_epsilon
         privacy = self.privacy
         if privacy.noise_multiplier is None:
-            assert target is not None  # one of them is given
-            z = solve_noise_multiplier(
+            # The schema requires one of the two.
+            assert target is not None
+            noise_multiplier = solve_noise_multiplier(
                 self.histories[-1], target, privacy.delta, privacy.accountant
             )
-            privacy = privacy.model_copy(update={"noise_multiplier": z})
+            privacy = privacy.model_copy(update={"noise_multiplier": noise_multiplier})
         elif target is not None and (first := self.epsilon(1)) > target:
             raise UserError(
-                f"privacy.noise_multiplier: found {privacy.known_noise_multiplier:g}, with which the "
-                f"first round costs ε = {first:.3g}, more than privacy.target_epsilon {target:g}; "
-                "leave it out, and it follows from the target"
+                f"privacy.noise_multiplier: {privacy.known_noise_multiplier:g} is too small: the "
+                f"first round costs ε = {first:.3g}, more than privacy.target_epsilon={target:g}; "
+                "remove it to derive it from the target"
             )
         return privacy
 
     def epsilon(self, rounds: int) -> float:
-        """Return the largest ε of any client after so many rounds."""
+        """Return the largest ε of any client after a number of rounds."""
         if rounds == 0:
             return 0.0
         privacy = self.privacy
@@ -116,7 +128,7 @@ class PrivacyBudget:
         )
 
     def description(self) -> str:
-        """Return a line on what is protected, and how far."""
+        """Return one line with the unit of privacy, the noise and the total ε."""
         privacy = self.privacy
         rounds = self.affordable_rounds()
         return (
@@ -126,9 +138,10 @@ class PrivacyBudget:
         )
 
     def affordable_rounds(self) -> int:
-        """Return how many rounds fit into the target: all if there is none."""
+        """Return the number of rounds within the target; all if there is no target."""
         target = self.privacy.target_epsilon
         planned = len(self.histories)
         if target is None or self.epsilon(planned) <= target:
             return planned
-        return bisect_right(range(planned), target, key=self.epsilon) - 1  # ε never falls
+        # ε is non-decreasing in the number of rounds.
+        return bisect_right(range(planned), target, key=self.epsilon) - 1

@@ -16,7 +16,8 @@ from hetero_fl.config import Config, describe_difference, resolve_config, resume
 from hetero_fl.config.load import Overrides
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.data import Dataset
-from hetero_fl.experiment.preparation import Engage, PreparedRun, prepare
+from hetero_fl.experiment.preparation import ExecutorFactory, PreparedRun, prepare
+from hetero_fl.experiment.privacy_budget import PrivacyBudget
 from hetero_fl.federation.checkpoint import Checkpoints
 from hetero_fl.federation.executors.choose import ExecutorChoice, choose_executor, require_engine
 from hetero_fl.federation.state_store import PrivateState, StateStore
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-# The course of a run: rounds, evaluations, checkpoints, and what is left behind at the end.
-
 Callback = Callable[[Record], None]
 
 
@@ -53,10 +52,25 @@ def run_rounds(
     directory: RunDirectory,
     choice: ExecutorChoice,
     progress: Progress,
-    callbacks: Sequence[Callback],
-    executor_factory: Engage | None = None,
+    *,
+    callbacks: Sequence[Callback] = (),
+    executor_factory: ExecutorFactory | None = None,
 ) -> None:
-    """All rounds that are still to be held, and what is made of them; every round is safe on disk before the next."""
+    """Run all remaining rounds and write the results.
+
+    Each round is committed to disk before the next one starts.
+
+    Args:
+        prepared: The run.
+        directory: The run directory.
+        choice: How the run computes.
+        progress: Receives log lines and progress.
+        callbacks: Called with the record of each round after it was committed.
+        executor_factory: Creates the executor if the clients train on other machines.
+
+    Raises:
+        UserError: If the run directory does not match the run.
+    """
     run_started = time.perf_counter()
     config = prepared.config
     store = StateStore(directory.path / "checkpoint", config.runtime.store_memory << 20)
@@ -65,7 +79,13 @@ def run_rounds(
         trainer.executor.set_listener(progress.show_task)
     try:
         _run_remaining_rounds(
-            prepared, directory, trainer, choice, progress, callbacks, run_started
+            prepared,
+            directory,
+            trainer,
+            choice=choice,
+            progress=progress,
+            callbacks=callbacks,
+            run_started=run_started,
         )
     finally:
         trainer.executor.close()
@@ -75,26 +95,93 @@ def _run_remaining_rounds(
     prepared: PreparedRun,
     directory: RunDirectory,
     trainer: FederatedTrainer,
+    *,
     choice: ExecutorChoice,
     progress: Progress,
     callbacks: Sequence[Callback],
     run_started: float,
 ) -> None:
     config = prepared.config
-    planned = config.rounds if prepared.budget is None else prepared.budget.affordable_rounds()
+    budget = prepared.budget
+    planned = config.rounds if budget is None else budget.affordable_rounds()
     checkpoints = Checkpoints(trainer.store, progress.log)
-    about: dict[str, Any] = {
+    metadata = _start_or_resume(
+        prepared, directory, trainer, checkpoints, choice=choice, planned=planned, progress=progress
+    )
+    listeners = list(callbacks)
+    if config.output.tensorboard:
+        listeners.append(writer_callback(directory.path))
+    patience = Patience(
+        prepared.federation.task, config.evaluation.patience, _read_history(directory)
+    )
+    setup_seconds = time.perf_counter() - run_started
+    progress.unit = prepared.federation.task.unit
+    progress.start(config.rounds, len(prepared.federation.client_infos), trainer.completed)
+    evaluation: EvaluationResult | None = None
+    while trainer.completed < planned and not patience.exhausted:
+        record = trainer.run_round()
+        is_last = trainer.completed == planned
+        if budget is not None:
+            record["privacy"] = _spent_privacy(budget, trainer.completed)
+        if trainer.completed % config.evaluation.every == 0 or is_last:
+            result = _evaluate(trainer, record, directory if is_last else None)
+            patience.look(record)
+            evaluation = result if is_last else None
+        directory.append_metrics(record)
+        metadata["directory"]["metrics"] = directory.metrics_checksum()
+        trainer.save(checkpoints, metadata)
+        for callback in listeners:
+            callback(record)
+        progress.finish_round(record)
+    if patience.exhausted:
+        progress.log(
+            f"stopped after round {trainer.completed}: validation has not improved for "
+            f"{config.evaluation.patience} evaluations (evaluation.patience)"
+        )
+    if budget is not None and trainer.completed == planned < config.rounds:
+        next_epsilon = budget.epsilon(planned + 1)
+        progress.log(
+            f"stopped after round {planned}: another round would raise ε to {next_epsilon:.3g}, "
+            f"above privacy.target_epsilon={budget.privacy.target_epsilon:g}"
+        )
+    _finish(
+        prepared,
+        directory,
+        trainer,
+        evaluation=evaluation,
+        history=_read_history(directory),
+        setup_seconds=setup_seconds,
+        progress=progress,
+    )
+
+
+def _start_or_resume(
+    prepared: PreparedRun,
+    directory: RunDirectory,
+    trainer: FederatedTrainer,
+    checkpoints: Checkpoints,
+    *,
+    choice: ExecutorChoice,
+    planned: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Restore the newest checkpoint, or save the first one; return the metadata of checkpoints."""
+    rounds = prepared.config.rounds
+    metadata: dict[str, Any] = {
         "data": prepared.data.content_hash(),
         "traces": trainer.fingerprint,
         "choice": choice.record(),
     }
     saved = checkpoints.load_newest()
     if saved is not None:
-        saved = _restore(saved, prepared, directory, trainer, checkpoints, about, planned)
+        saved = _restore(
+            saved, prepared, directory, trainer, checkpoints, metadata=metadata, planned=planned
+        )
         threads = pluralize(choice.threads, "thread")
         workers = pluralize(choice.workers, "worker")
         progress.log(
-            f"resumed after round {trainer.completed}; {choice.executor} executor, {threads}, {workers}"
+            f"resumed after round {trainer.completed}; "
+            f"{choice.executor} executor, {threads}, {workers}"
         )
     elif evidence := evidence_of_start(directory):
         raise UserError(
@@ -102,59 +189,24 @@ def _run_remaining_rounds(
             "restore it, or start a new run with another --out"
         )
     directory.rewind_metrics(trainer.completed)
-    extended = _extend(directory, saved, config.rounds, progress)
+    extended = _extend(directory, saved, rounds, progress)
     prepared.notes += extended
-    about["directory"] = {**identity(directory), "rounds": config.rounds, "extended": extended}
+    metadata["directory"] = {**identity(directory), "rounds": rounds, "extended": extended}
     if saved is None:
         load_inherited_models(prepared.inherited, trainer)
-        about["directory"]["metrics"] = directory.metrics_checksum()
-        trainer.save(checkpoints, about)
+        metadata["directory"]["metrics"] = directory.metrics_checksum()
+        trainer.save(checkpoints, metadata)
         for note in [prepared.headline, *prepared.notes, *choice.reasons]:
             progress.log(note)
-    listeners = list(callbacks)
-    if config.output.tensorboard:
-        listeners.append(writer_callback(directory.path))
-    patience = Patience(
-        prepared.federation.task, config.evaluation.patience, _read_history(directory)
-    )
-    setup = time.perf_counter() - run_started
-    progress.unit = prepared.federation.task.unit
-    progress.start(config.rounds, len(prepared.federation.client_infos), trainer.completed)
-    evaluation: EvaluationResult | None = None
-    is_exhausted = patience.exhausted
-    while trainer.completed < planned and not is_exhausted:
-        record = trainer.run_round()
-        is_last = trainer.completed == planned
-        if prepared.budget is not None:
-            record["privacy"] = {
-                "epsilon": prepared.budget.epsilon(trainer.completed),
-                "delta": prepared.budget.privacy.delta,
-                "unit": prepared.budget.privacy.unit,
-            }
-        if trainer.completed % config.evaluation.every == 0 or is_last:
-            result = _evaluate(trainer, record, directory if is_last else None)
-            patience.look(record)
-            is_exhausted = patience.exhausted
-            evaluation = result if is_last else None
-        directory.append_metrics(record)
-        about["directory"]["metrics"] = directory.metrics_checksum()
-        trainer.save(checkpoints, about)
-        for callback in listeners:
-            callback(record)
-        progress.finish_round(record)
-    if is_exhausted:
-        progress.log(
-            f"stopped after round {trainer.completed}: "
-            f"no better validation in {config.evaluation.patience} evaluations"
-        )
-    if prepared.budget is not None and trainer.completed == planned < config.rounds:
-        over = prepared.budget.epsilon(planned + 1)
-        target = prepared.budget.privacy.target_epsilon
-        progress.log(
-            f"stopped after round {planned}: the next would bring ε to {over:.3g}, "
-            f"above privacy.target_epsilon {target:g}"
-        )
-    _finish(prepared, directory, trainer, evaluation, _read_history(directory), setup, progress)
+    return metadata
+
+
+def _spent_privacy(budget: PrivacyBudget, rounds: int) -> dict[str, Any]:
+    return {
+        "epsilon": budget.epsilon(rounds),
+        "delta": budget.privacy.delta,
+        "unit": budget.privacy.unit,
+    }
 
 
 def _restore(
@@ -163,7 +215,8 @@ def _restore(
     directory: RunDirectory,
     trainer: FederatedTrainer,
     checkpoints: Checkpoints,
-    about: Mapping[str, Any],
+    *,
+    metadata: Mapping[str, Any],
     planned: int,
 ) -> dict[str, Any]:
     """Restore the trainer's state and return the checkpoint that it was restored from.
@@ -171,24 +224,26 @@ def _restore(
     Args:
         saved: The newest checkpoint.
         prepared: The run.
-        directory: Where it is recorded.
-        trainer: The trainer.
-        checkpoints: All checkpoints.
-        about: What the run must have in common with the checkpoint.
-        planned: Rounds of the whole run.
+        directory: The run directory.
+        trainer: The trainer to restore.
+        checkpoints: All checkpoints of the run.
+        metadata: What the checkpoint must match.
+        planned: Total number of rounds.
 
     Raises:
         UserError: If the checkpoint was written with other data or devices.
     """
     config = prepared.config
     check_resumable(directory, saved)
-    if saved["data"] != about["data"]:
+    if saved["data"] != metadata["data"]:
         raise UserError(
-            f"{directory.path}: the data is not what this run began with; restore it, or start a new run"
+            f"{directory.path}: the data differs from the data that this run started with; "
+            "restore it, or start a new run"
         )
-    if saved.get("traces", "") != about["traces"]:
+    if saved.get("traces", "") != metadata["traces"]:
         raise UserError(
-            f"devices.file: {config.devices and config.devices.file} is not what this run began with"
+            f"devices.file: {config.devices and config.devices.file} differs from the file that "
+            "this run started with; restore it, or start a new run"
         )
     if saved["run"]["completed"] < planned:
         saved = _reopen_directory(directory, checkpoints, saved, config.evaluation.every)
@@ -200,10 +255,10 @@ def _restore(
 def _reopen_directory(
     directory: RunDirectory, checkpoints: Checkpoints, saved: dict[str, Any], every: int
 ) -> dict[str, Any]:
-    """Prepare a run directory for more rounds; returns the checkpoint from which they follow.
+    """Prepare a run directory for more rounds and return the checkpoint that they start from.
 
-    The last round of a shorter run was evaluated whatever `evaluation.every` says. In the longer run it is not, so that
-    round is repeated from the checkpoint before it.
+    The last round of the shorter run was evaluated regardless of `evaluation.every`. If the longer
+    run does not evaluate that round, it is repeated from the checkpoint before it.
     """
     directory.reopen()
     completed = saved["run"]["completed"]
@@ -215,66 +270,74 @@ def _reopen_directory(
 def _extend(
     directory: RunDirectory, saved: Mapping[str, Any] | None, rounds: int, progress: Progress
 ) -> list[str]:
-    """Write the number of rounds to `config.yaml` if it has grown; returns a line for each time that it has."""
+    """Write a larger number of rounds to `config.yaml` and return a line for each extension."""
     recorded = directory.config()
     if recorded.get("rounds") != rounds:
         directory.write_config({**recorded, "rounds": rounds})
     if saved is None:
         return []
-    about = saved.get("directory", {})
-    extended = list(about.get("extended", []))
-    if (planned := about.get("rounds", recorded.get("rounds", rounds))) < rounds:
+    recorded_run = saved.get("directory", {})
+    extended = list(recorded_run.get("extended", []))
+    if (planned := recorded_run.get("rounds", recorded.get("rounds", rounds))) < rounds:
         completed = saved["run"]["completed"]
-        line = f"extended from {planned} to {pluralize(rounds, 'round')} after round {completed}; schedules use the new total"
+        line = (
+            f"extended from {planned} to {pluralize(rounds, 'round')} after round {completed}; "
+            "schedules use the new total"
+        )
         progress.log(line)
         extended.append(line)
     return extended
 
 
 def _read_history(directory: RunDirectory) -> list[Record]:
-    """The records so far; they are not held in memory while a run goes on, however long."""
+    """Return the records so far, which are read from disk so that long runs need no memory."""
     return directory.metrics() if (directory.path / "metrics.jsonl").exists() else []
 
 
 def _evaluate(
     trainer: FederatedTrainer, record: Record, directory: RunDirectory | None
 ) -> EvaluationResult:
-    """`directory`: where the models go, if this is the last evaluation."""
+    """Evaluate the current models and add the result to the record of the round.
+
+    The last evaluation passes `directory`, where the models are then saved.
+    """
     started = time.perf_counter()
-    down = trainer.traffic.down
-    readings = trainer.evaluate() if directory is None else _evaluate_fully(trainer, directory)
-    add_evaluation(record, readings)
-    record["down_bytes"] += trainer.traffic.down - down
+    down_bytes = trainer.traffic.down
+    result = trainer.evaluate() if directory is None else _evaluate_fully(trainer, directory)
+    add_evaluation(record, result)
+    record["down_bytes"] += trainer.traffic.down - down_bytes
     record["seconds"]["evaluation"] = time.perf_counter() - started
-    return readings
+    return result
 
 
 def _finish(
     prepared: PreparedRun,
     directory: RunDirectory,
     trainer: FederatedTrainer,
+    *,
     evaluation: EvaluationResult | None,
     history: list[Record],
-    setup: float,
+    setup_seconds: float,
     progress: Progress,
 ) -> None:
-    """Models, summary, pictures and report of a run whose rounds are done."""
-    if evaluation is None:  # stopped early, or killed after the last round
-        traffic = trainer.traffic.down
+    """Write the models, summary, plots and report of a run whose rounds are done."""
+    if evaluation is None:
+        # The run stopped early, or the process was killed after the last round. The models were
+        # evaluated before, so the traffic of this evaluation is not counted.
+        down_bytes = trainer.traffic.down
         evaluation = _evaluate_fully(trainer, directory)
-        trainer.traffic.down = traffic  # the same reading once more: nobody would send it again
+        trainer.traffic.down = down_bytes
     directory.write_json(
         "details.json",
         collect_details(prepared.federation, evaluation, prepared.notes, prepared.method),
     )
     summary = summarize(
         prepared.config,
-        prepared.method,
         prepared.federation,
-        history,
-        trainer.traffic,
-        setup,
-        evaluation,
+        history=history,
+        traffic=trainer.traffic,
+        setup_seconds=setup_seconds,
+        evaluation=evaluation,
     )
     directory.finish(summary)
     write_presentation(prepared.config, directory, progress.log)
@@ -282,13 +345,18 @@ def _finish(
 
 
 def write_presentation(config: Config, directory: RunDirectory, say: Callable[[str], None]) -> None:
-    """Draw the pictures and the report, unless a process that finished has left them.
+    """Write the plots and the report, unless they exist.
 
-    The run is finished whatever becomes of them: an error in a drawing is reported to `say` in one line.
+    An error while drawing does not fail the run; it is logged in one line.
+
+    Args:
+        config: The configuration of the run.
+        directory: The run directory.
+        say: Called with log lines.
     """
     if (directory.path / "report.html").exists():
         return
-    # not needed before the last round, and slow to load
+    # Slow to import, and not needed before the last round.
     from hetero_fl.reporting.plots import write_plots
     from hetero_fl.reporting.report import write_report
 
@@ -299,47 +367,50 @@ def write_presentation(config: Config, directory: RunDirectory, say: Callable[[s
 
 
 def _evaluate_fully(trainer: FederatedTrainer, directory: RunDirectory) -> EvaluationResult:
-    """An evaluation with all that a report shows; every model, and the server's own, goes to its file as it comes."""
+    """Evaluate with all details of the report, and save each model as soon as it is evaluated."""
 
     def save(name: str, model: bytes) -> None:
-        if model:  # a real site may keep its own
+        # A remote client may keep its model to itself, which is then empty.
+        if model:
             write_atomically(directory.path / "models" / f"{name}.safetensors", model)
 
-    readings = trainer.evaluate(details=True, save=save)
+    result = trainer.evaluate(details=True, save=save)
     slot = trainer.algorithm.server_model(trainer.server)
     if slot is not None:
         federation = trainer.federation
         server = trainer.server
-        view = asdict(federation.preprocessing_of(slot))
+        preprocess = asdict(federation.preprocessing_of(slot))
         layout = federation.data.layout
         model = SavedModel(
             server.models[slot],
             server.arch[slot],
-            view,
+            preprocess,
             federation.task,
             None,
             layout.columns,
             layout.categories,
         )
         save("server", model.encode())
-    return readings
+    return result
 
 
 def load_inherited_models(models: Mapping[str, SavedModel], trainer: FederatedTrainer) -> None:
-    """Begin with another run's models: each client with its own, each group at the server with the mean of its members'."""
+    """Initialize clients and server with the models of another run.
+
+    Each client starts with its model, each group at the server with the mean over its members.
+    """
     groups: dict[str, list[SavedModel]] = {}
     for model in models.values():
         groups.setdefault(model.arch.spec_id, []).append(model)
-    states = {id: PrivateState({"model": model.tensors}) for id, model in models.items()}
+    states = {
+        client_id: PrivateState({"model": model.tensors}) for client_id, model in models.items()
+    }
     trainer.load_client_states(states)
     for group, members in groups.items():
         for name, tensor in trainer.server.models[group].items():
             if tensor.is_floating_point():
                 mean = torch.stack([m.tensors[name] for m in members]).mean(0)
                 trainer.server.models[group][name] = mean.to(tensor.device)
-
-
-# One run: configuration in, finished run directory out.
 
 
 def run(
@@ -353,56 +424,76 @@ def run(
     quiet: bool = True,
     allow_code: bool | CodePermission = False,
 ) -> Run:
-    """Carry out a run and leave its directory behind.
+    """Train a federation as configured and write the run directory.
 
     Args:
         source: A configuration file, a dictionary or a configuration.
-        out: The run directory; None: `runs/<name>-<time>`.
-        resume: Go on from the newest whole checkpoint in `out`.
+        out: The run directory. None: `runs/<name>-<time>`.
+        resume: Whether to continue from the newest intact checkpoint in `out`.
         overrides: Changes to the configuration, `key.path=value`, or a dictionary of them.
-        callbacks: Called with each round's record (a line of `metrics.jsonl`) once it is safe on disk.
-        dataset: Examples in memory in place of `data.name`.
-        quiet: Show no progress.
-        allow_code: Whether code that a file names (`python:package.module:Name`) may run. Names in a dictionary or in
-            `overrides` are the caller's own and always allowed.
+        callbacks: Called with the record of each round (a line of `metrics.jsonl`) after it was
+            committed to disk.
+        dataset: Examples in memory that replace `data.name`.
+        quiet: Whether to hide the progress display.
+        allow_code: Whether code that a file names (`python:package.module:Name`) may run. Names in
+            a dictionary or in `overrides` are always allowed.
+
+    Returns:
+        The finished run.
 
     Raises:
-        UserError: A mistake in the configuration, the data or the call; another process is at work in `out`.
-        RunFailedError: The run itself cannot go on.
-        Interrupted: A KeyboardInterrupt, once there is something to resume.
+        UserError: If the configuration, the data or an argument is invalid, or if another process
+            uses `out`.
+        RunFailedError: If the run cannot continue.
+        Interrupted: After a `KeyboardInterrupt`, if the run can be resumed.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> import hetero_fl
+        >>> config = {"data": {"name": "digits"}, "algorithm": {"name": "fedavg"}, "rounds": 1}
+        >>> run = hetero_fl.run(config, out=mkdtemp(), overrides=["clients.count=3"])
+        >>> sorted(run.models)
+        ['client_1', 'client_2', 'client_3', 'server']
+        >>> run.summary["rounds_completed"]
+        1
     """
     exit_if_importing()
     try:
         prepared = prepare(source, overrides, dataset, allow_code=allow_code)
     except KeyboardInterrupt as stop:
         if resume and out is not None and (Path(out) / "config.yaml").exists():
-            raise Interrupted(Path(out)) from stop  # what lies there is still there
+            # Preparation writes nothing, so the run in `out` can still be resumed.
+            raise Interrupted(Path(out)) from stop
         raise
     return run_prepared(prepared, out=out, resume=resume, callbacks=callbacks, quiet=quiet)
 
 
 def default_out(config: Config) -> Path:
-    """Where a run goes that is started now."""
+    """Return the default directory of a run that starts now."""
     return Path("runs") / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def check_resumed_choice(path: Path, on_nodes: bool) -> dict[str, Any]:
-    """What a run that is gone on with was begun with: executor, threads, device. Raises UserError if it was the other way."""
-    began = RunDirectory.open(path).environment().get("choice")
-    if not isinstance(began, dict) or not isinstance(began.get("executor"), str):
+    """Return the executor, threads and device that a run to be resumed was started with.
+
+    Raises:
+        UserError: If it was started on nodes and is resumed on one machine, or vice versa.
+    """
+    started_with = RunDirectory.open(path).environment().get("choice")
+    if not isinstance(started_with, dict) or not isinstance(started_with.get("executor"), str):
         raise _missing_choice_error(path)
-    if (began["executor"] == NODES) != on_nodes:
-        how = (
-            "on one machine; hetero-fl train"
+    if (started_with["executor"] == NODES) != on_nodes:
+        advice = (
+            "on one machine; resume it with hetero-fl train"
             if on_nodes
-            else "on nodes; hetero-fl federate or server"
+            else "on nodes; resume it with hetero-fl federate or server"
         )
-        raise UserError(f"{path}: --resume: this run was begun {how} goes on with it")
-    return began
+        raise UserError(f"{path}: --resume: this run was started {advice}")
+    return started_with
 
 
 def _missing_choice_error(path: Path) -> UserError:
-    return UserError(f"{path / 'environment.json'}: choice does not say how the run was computed")
+    return UserError(f"{path / 'environment.json'}: choice: missing or invalid; restore the file")
 
 
 def run_prepared(
@@ -412,46 +503,54 @@ def run_prepared(
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
     quiet: bool = True,
-    executor_factory: Engage | None = None,
+    executor_factory: ExecutorFactory | None = None,
     console: Console | None = None,
 ) -> Run:
-    """Carry out what was prepared (see `run`); `executor_factory`: who computes the clients, if not this machine; `console`: where what is
-    shown goes, if not to a terminal."""
+    """Train a prepared run and write the run directory (see `run`).
+
+    Args:
+        prepared: The run, from `prepare`.
+        out: The run directory. None: `runs/<name>-<time>`.
+        resume: Whether to continue from the newest intact checkpoint in `out`.
+        callbacks: Called with the record of each round after it was committed to disk.
+        quiet: Whether to hide the progress display.
+        executor_factory: Creates the executor if the clients train on other machines.
+        console: Receives the progress display; None: the terminal.
+
+    Returns:
+        The finished run.
+    """
     config = prepared.config
     path = Path(out) if out is not None else default_out(config)
-    going_on = resume and has_run(path)
-    if not going_on:
-        check_vacant(path)  # before anything is put there
-    if resume and not going_on:
-        prepared.notes.insert(0, f"{path}: there is no run to resume; a new one starts")
-    # The same bits need the same executor, threads and device, whatever this machine would choose.
-    began = check_resumed_choice(path, executor_factory is not None) if going_on else None
+    on_nodes = executor_factory is not None
+    is_resumed = resume and has_run(path)
+    if not is_resumed:
+        check_vacant(path)
+    if resume and not is_resumed:
+        prepared.notes.insert(0, f"{path}: no run to resume; starting a new one")
+    # Identical results need the same executor, threads and device, whatever this machine prefers.
+    started_with = check_resumed_choice(path, on_nodes) if is_resumed else None
     try:
-        with require_engine(
-            config.runtime,
-            began["executor"] if began else NODES if executor_factory else config.runtime.executor,
-        ):
-            if began:
-                try:
-                    choice = ExecutorChoice.from_record(began, config.runtime)
-                except (TypeError, KeyError):
-                    raise _missing_choice_error(path) from None
+        executor = NODES if on_nodes else config.runtime.executor
+        if started_with is not None:
+            executor = started_with["executor"]
+        with require_engine(config.runtime, executor):
+            if started_with is not None:
+                choice = _recorded_choice(path, started_with, config)
+            elif on_nodes:
+                choice = choose_for_nodes(prepared)
             else:
-                choice = (
-                    choose_executor(config, prepared.federation)
-                    if executor_factory is None
-                    else choose_for_nodes(prepared)
-                )
-            with lock_folder(path) as unheld:
-                prepared.notes[:0] = unheld
+                choice = choose_executor(config, prepared.federation)
+            with lock_folder(path) as lock_notes:
+                prepared.notes[:0] = lock_notes
                 _run_in_directory(
                     path,
                     prepared,
                     choice,
-                    resume,
-                    callbacks,
-                    executor_factory,
-                    Progress(path / LOG, quiet, console),
+                    resume=resume,
+                    callbacks=callbacks,
+                    executor_factory=executor_factory,
+                    progress=Progress(path / LOG, quiet, console),
                 )
     except KeyboardInterrupt as stop:
         if (path / "config.yaml").exists():
@@ -460,13 +559,23 @@ def run_prepared(
     return Run(path, CodePermission(granted=find_references(config.model_dump())))
 
 
+def _recorded_choice(path: Path, record: dict[str, Any], config: Config) -> ExecutorChoice:
+    try:
+        return ExecutorChoice.from_record(record, config.runtime)
+    except (TypeError, KeyError):
+        raise _missing_choice_error(path) from None
+
+
 def choose_for_nodes(prepared: PreparedRun) -> ExecutorChoice:
-    """What a run across machines computes with: one client at a time, with as many threads as a simulation would have here."""
+    """Return how the nodes of a deployed run compute.
+
+    Each node trains one client, with as many threads as a simulation would use on this machine.
+    """
     config = prepared.config
-    asked = (
+    executor = (
         config.runtime.executor if config.runtime.executor in ("serial", "processes") else "auto"
     )
-    runtime = config.runtime.model_copy(update={"executor": asked, "chunk": None})
+    runtime = config.runtime.model_copy(update={"executor": executor, "chunk": None})
     updated = config.model_copy(update={"runtime": runtime})
     chosen = choose_executor(updated, prepared.federation, measure=False)
     reasons = (f"on nodes, {pluralize(chosen.threads, 'thread')} each",)
@@ -483,33 +592,40 @@ def _run_in_directory(
     path: Path,
     prepared: PreparedRun,
     choice: ExecutorChoice,
+    *,
     resume: bool,
     callbacks: Sequence[Callback],
-    executor_factory: Engage | None,
-    shown: Progress,
+    executor_factory: ExecutorFactory | None,
+    progress: Progress,
 ) -> None:
     config = prepared.config
+    on_nodes = executor_factory is not None
     if resume and (path / "config.yaml").exists():
-        directory = _open_for_resume(path, prepared, executor_factory is not None)
+        directory = _open_for_resume(path, prepared, on_nodes)
         if directory.finished:
             inspect(path).require_whole()
             if config.rounds == directory.config().get("rounds", config.rounds):
-                write_presentation(config, directory, shown.log)
-                shown.log(
-                    f"{path}: {_finished_message(directory, prepared, executor_factory is not None)}"
-                )
+                write_presentation(config, directory, progress.log)
+                progress.log(f"{path}: {_finished_message(directory, prepared, on_nodes)}")
                 return
     else:
         environment = {"run": secrets.token_hex(8), **describe_environment(choice.record())}
         directory = RunDirectory.create(
             path, config=resolve_config(config), environment=environment
         )
-    with shown as progress:
-        run_rounds(prepared, directory, choice, progress, callbacks, executor_factory)
+    with progress:
+        run_rounds(
+            prepared,
+            directory,
+            choice,
+            progress,
+            callbacks=callbacks,
+            executor_factory=executor_factory,
+        )
 
 
 def _finished_message(directory: RunDirectory, prepared: PreparedRun, on_nodes: bool) -> str:
-    """Return that a run has finished, and how to extend it if that is known to be possible."""
+    """Return a line that the run has finished, and how to extend it if that is possible."""
     completed = directory.summary()["rounds_completed"]
     planned = prepared.config.rounds
     rounds = (
@@ -517,11 +633,11 @@ def _finished_message(directory: RunDirectory, prepared: PreparedRun, on_nodes: 
         if completed < planned
         else pluralize(planned, "round")
     )
-    # What a further round would spend is known only once it is configured.
+    # The privacy cost of another round is only known once that round is configured.
     limited = prepared.budget is not None and prepared.budget.privacy.target_epsilon is not None
-    final = limited or _reason_not_extendable(directory, prepared, planned, on_nodes)
+    is_final = limited or _reason_not_extendable(directory, prepared, planned, on_nodes)
     return f"this run has finished, after {rounds}" + (
-        "" if final else "; add `rounds=N` to extend it"
+        "" if is_final else "; add `rounds=N` to extend it"
     )
 
 
@@ -533,7 +649,8 @@ def _reason_not_extendable(
     if prepared.method.needs.one_upload:
         return f"{prepared.name} is a one-shot method, whose runs cannot be extended"
     if on_nodes:
-        return f"a run on nodes cannot be extended, its sites agreed to {planned}"
+        agreed = pluralize(planned, "round")
+        return f"a run on nodes cannot be extended; its clients agreed to {agreed}"
     if config.evaluation.patience is not None and directory.lines():
         # The last round of a shorter run may be evaluated only because it is the last.
         history = [
@@ -543,12 +660,19 @@ def _reason_not_extendable(
         ]
         if Patience(prepared.federation.task, config.evaluation.patience, history).exhausted:
             completed = history[-1]["round"]
-            return f"evaluation.patience ({config.evaluation.patience}) stopped the run after round {completed}"
+            return (
+                f"evaluation.patience={config.evaluation.patience} stopped the run after "
+                f"round {completed}"
+            )
     return ""
 
 
 def _open_for_resume(path: Path, prepared: PreparedRun, on_nodes: bool) -> RunDirectory:
-    """The run directory of a run that is resumed, or extended. Raises UserError naming the keys that differ."""
+    """Open the directory of a run to resume or extend it.
+
+    Raises:
+        UserError: If the configuration differs; the message names the keys.
+    """
     directory = RunDirectory.open(path)
     config = prepared.config
     old = directory.config()
@@ -558,16 +682,16 @@ def _open_for_resume(path: Path, prepared: PreparedRun, on_nodes: bool) -> RunDi
     if config.rounds != planned:
         changed = f"{path}: rounds: was {planned}, is now {config.rounds}"
         if config.rounds < planned:
-            raise UserError(f"{changed}; a run that is resumed may have more rounds, not fewer")
+            raise UserError(f"{changed}; a resumed run may have more rounds, not fewer")
         if reason := _reason_not_extendable(directory, prepared, planned, on_nodes):
             raise UserError(f"{changed}; {reason}")
     if differs := describe_difference(
         resume_relevant(old), resume_relevant(resolve_config(config))
     ):
-        raise UserError(f"{path}: --resume with another configuration: {differs}")
+        raise UserError(f"{path}: --resume: the configuration differs: {differs}")
     affordable = (
         prepared.budget.affordable_rounds() if prepared.budget is not None else config.rounds
     )
     if config.rounds > planned >= affordable:
-        raise UserError(f"{changed}; privacy.target_epsilon allows {affordable}")
+        raise UserError(f"{changed}; privacy.target_epsilon allows at most {affordable}")
     return directory

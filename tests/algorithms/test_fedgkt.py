@@ -148,7 +148,7 @@ def test_what_of_private_rows_leaves_is_declared_told_and_refused_where_not_shar
     }
     assert set(rounds.server.state["logits"]) == {"site_1", "site_3"}
     source["clients"]["overrides"][0]["match"] = "*"
-    with pytest.raises(UserError, match="needs clients that share features"):
+    with pytest.raises(UserError, match="requires clients that share features"):
         prepare(source)
 
 
@@ -188,7 +188,7 @@ def test_mistakes_are_one_line() -> None:
 
 def test_old_name_of_the_large_model_is_read_with_a_warning() -> None:
     with pytest.warns(
-        DeprecationWarning, match="algorithm.server_model is now algorithm.large_model"
+        DeprecationWarning, match="algorithm.server_model: deprecated; use algorithm.large_model"
     ):
         method = FedGKT.model_validate({"server_model": "linear"})
 

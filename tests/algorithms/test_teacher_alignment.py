@@ -159,7 +159,7 @@ def test_a_class_without_a_vote_leaves_the_teacher_finite() -> None:
 
 
 def test_a_cache_of_which_few_rows_are_asked_for_is_not_aligned() -> None:
-    words = "align needs what is said of all rows of a round, but with cache_life few are asked for"
+    words = "align cannot be combined with cache_life"
     with pytest.raises(UserError, match=words):
         prepare(config("ds_fl", MIXED, algorithm__align=0.5, algorithm__cache_life=2))
 
@@ -260,6 +260,6 @@ def test_under_noise_on_sums_nothing_tells_whether_somebody_was_there() -> None:
 
 def test_that_no_rule_holds_back_a_liars_counts_is_said() -> None:
     rule = {"aggregation__predictions": "median"}
-    line = "counts are summed as sent: a malicious client's are not held back"
+    line = "counts are summed without protection from malicious clients"
     assert line in prepare(config("fedmd", MIXED, 4, algorithm__align=0.5, **rule)).notes
     assert line not in prepare(config("fedmd", MIXED, 4, **rule)).notes

@@ -20,6 +20,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         work: list[comparison.ComparisonJob],
         jobs: int,
         progress: Any,
+        *,
         allow_code: Any = False,
     ) -> dict[comparison.ComparisonJob, str]:
         for job in work:

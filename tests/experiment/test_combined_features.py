@@ -54,12 +54,12 @@ def test_a_private_run_with_time_and_faults_loses_nothing_of_its_ledger() -> Non
     ("changes", "parts"),
     [
         ({**RECORD, "runtime__mode": "async"}, ("runtime.mode", "privacy.unit")),
-        ({**RECORD, "cohort": {"sampling": "oort"}, "devices": {}}, ("cohort.sampling: found oort", "privacy.unit")),
+        ({**RECORD, "cohort": {"sampling": "oort"}, "devices": {}}, ("cohort.sampling=oort", "privacy.unit")),
         ({**RECORD, "cohort": {"too_few": "repeat"}}, ("cohort.too_few", "privacy.unit")),
-        ({**CLIENT, **ROUNDED}, ("channel.compress: found quantize", "privacy.unit: found client")),
-        ({**CLIENT, "aggregation__rule": "median"}, ("aggregation.rule: median", "privacy.unit: found client")),
+        ({**CLIENT, **ROUNDED}, ("channel.compress=quantize", "privacy.unit=client")),
+        ({**CLIENT, "aggregation__rule": "median"}, ("aggregation.rule=median", "privacy.unit=client")),
         ({**SECURE, "runtime__mode": "async"}, ("runtime.mode", "channel.secure_sum")),
-        ({"aggregation__rule": "median", "runtime__mode": "async"}, ("runtime.mode", "aggregation.rule: median")),
+        ({"aggregation__rule": "median", "runtime__mode": "async"}, ("runtime.mode", "aggregation.rule=median")),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(

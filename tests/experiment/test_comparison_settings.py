@@ -75,14 +75,16 @@ def test_used_settings_of_a_study_say_so() -> None:
         (
             FILE,
             ["local", "hybrid", "hybrid:rehearse=0"],
-            "The settings in the algorithm section of the configuration (temperature = 2.0, heads = keep) were applied to "
-            "Hybrid only; every other method starts from its own defaults.",
+            "The settings in the algorithm section of the configuration "
+            "(temperature = 2.0, heads = keep) apply to Hybrid only; all other methods use their "
+            "defaults.",
         ),
         (
             FILE,
             ["local"],
-            "The settings in the algorithm section of the configuration (temperature = 2.0, heads = keep) are those of Hybrid, "
-            "which is not compared: every method starts from its own defaults.",
+            "The settings in the algorithm section of the configuration "
+            "(temperature = 2.0, heads = keep) belong to Hybrid, which is not compared: all methods "
+            "use their defaults.",
         ),
         ({"name": "fedavg"}, ["local", "fedavg"], ""),
     ],
@@ -110,7 +112,7 @@ def test_compare_prints_and_writes_the_settings(
     assert main([*command, *grid, "--out", str(tmp_path / "out")], command="compare") == 0
 
     console = capsys.readouterr().err
-    note = "were applied to Hybrid only; every other method starts from its own defaults."
+    note = "apply to Hybrid only; all other methods use their defaults."
     page = Page((tmp_path / "out" / "report.html").read_text())
     written = (tmp_path / "out" / "comparison.md").read_text()
     for text in (console, written, page.text):
@@ -152,7 +154,7 @@ def test_compare_names_the_study_as_the_source(
     told = capsys.readouterr().err
     assert "settings of FedAvg: logit_adjustment = true (study both.yaml)" in told
     assert "logit_adjustment = true): logit_adjustment = true (study both.yaml)" in told
-    assert "are those of Hybrid, which is not compared" in told
+    assert "belong to Hybrid, which is not compared" in told
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def test_public_batches_of_one_and_batch_norm(method: str) -> None:
 @pytest.mark.parametrize("method", ["fedmd", "feddf", "kt_pfl"])
 def test_who_needs_a_proxy_set_is_told_how_to_have_one(method: str) -> None:
     refused(
-        f"{method} compares predictions on a proxy set, but data.proxy.size is 0; set it above 0",
+        f"{method} requires a proxy set, but data.proxy.size is 0; set data.proxy.size > 0",
         method,
         data__proxy__size=0,
     )
@@ -77,14 +77,14 @@ def test_without_a_proxy_set_its_batch_does_not_matter() -> None:
 
 @pytest.mark.parametrize("method", ["fedavg", "fedprox", "fedper", "lg_fedavg"])
 def test_averaging_where_nobody_has_a_tensor_in_common(method: str) -> None:
-    words = "no two clients send the same tensor; give clients the same `model`, let their `shares` overlap"
+    words = "no two clients upload the same tensor; give clients the same model, let their shares overlap"
     refused(words, method, DIFFERENT)
     accepted(method, DIFFERENT, clients=4)  # two of them share a model
     accepted(method, DIFFERENT[:1], clients=1)
 
 
 def test_what_counts_is_what_is_sent() -> None:
-    words = "no two clients send the same tensor"
+    words = "no two clients upload the same tensor"
     refused(words, "hybrid", DIFFERENT, data__proxy__size=0)
     accepted("hybrid", DIFFERENT)
     refused(words, "hybrid", data__proxy__size=0, clients__defaults__shares=["predictions"])
@@ -100,11 +100,11 @@ def test_what_counts_is_what_is_sent() -> None:
 
 @pytest.mark.parametrize("align", [0.0, 0.5])
 def test_label_counts_are_no_word_of_their_own(align: float) -> None:
-    words = "no two clients send the same tensor"
+    words = "no two clients upload the same tensor"
     refused(words, "hybrid", DIFFERENT, data__proxy__size=0, algorithm__align=align)
     for method, needed in (("fedmd", "predictions"), ("feddf", "parameters or predictions")):
         silent = {"clients__defaults__shares": ["statistics"], "algorithm__align": align}
-        refused(f"{method} needs clients that share {needed}", method, **silent)
+        refused(f"{method} requires clients that share {needed}", method, **silent)
 
 
 def test_common_prefixes() -> None:
@@ -113,7 +113,7 @@ def test_common_prefixes() -> None:
     assert accepted("fedavg", hidden, clients__common=["backbone."]).notes == []
     # of different shapes
     refused("no two clients", "fedavg", DIFFERENT, clients__common=["head.weight"])
-    refused("clients.common: no client's `model` has a tensor whose name begins with 'backbon_'; did you mean 'backbone.'?",
+    refused("clients.common: no model has a tensor with prefix 'backbon_'; did you mean 'backbone.'?",
             "fedavg", clients__common=["backbon_"])  # fmt: skip
     refused("did you mean 'head.'?", "fedmd", clients__common=["backbone.", "heads."])
 
@@ -121,8 +121,9 @@ def test_common_prefixes() -> None:
 def test_who_stands_alone_is_noted() -> None:
     # of three clients, the first and the third are alike
     (note,) = accepted("fedavg", DIFFERENT[:2]).notes
-    assert (
-        note == "fedavg averages within an architecture: mlp(1x8x8->10, hidden=(12,)) stands alone"
+    assert note == (
+        "fedavg averages clients with the same architecture: "
+        "mlp(1x8x8->10, hidden=(12,)) has only one client"
     )
 
 
@@ -130,17 +131,16 @@ def test_several_that_stand_alone_are_noted_in_the_plural() -> None:
     # the first and the fourth are alike
     (note,) = accepted("fedavg", [*DIFFERENT[:2], "linear"], clients=4).notes
 
-    assert note.startswith("fedavg averages within an architecture: mlp(") and note.endswith(
-        ") stand alone"
-    )
+    assert note.startswith("fedavg averages clients with the same architecture: mlp(")
+    assert note.endswith(") have only one client")
 
 
 @pytest.mark.parametrize(
     ("weights", "words"),
     [
-        ([1] * 9, "site_1: class_weights: found 9 numbers for 10 classes"),
-        ([1] * 9 + [-1], "site_1: class_weights: found -1; weights are 0 or more"),
-        ([0] * 10, "site_1: class_weights: found [0.0, "),
+        ([1] * 9, "site_1: class_weights: expected 10 numbers"),
+        ([1] * 9 + [-1], "site_1: class_weights: must be >= 0, got -1"),
+        ([0] * 10, "site_1: class_weights: [0.0, "),
         ([1] * 9 + [float("nan")], "class_weights"),
         ([1] * 9 + [float("inf")], "class_weights"),
     ],
@@ -155,7 +155,7 @@ def test_weights_need_classes_that_exclude_one_another() -> None:
     source["clients"]["defaults"]["class_weights"] = "balanced"
     with pytest.raises(
         UserError,
-        match=r"class_weights: is for classes that exclude one another, .* regression task",
+        match=r"class_weights: requires a multiclass task, .* regression task",
     ):
         prepare(source, dataset=make_table(kind="regression"))
     prepare(config(clients__defaults__class_weights="balanced"))

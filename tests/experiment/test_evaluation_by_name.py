@@ -111,7 +111,7 @@ def test_scores_on_training_rows_come_with_a_note(
     frame.to_csv(tmp_path / "t.csv", index=False)
     frame.assign(a=-frame["a"]).to_csv(tmp_path / "new.csv", index=False)
     run = finished(tmp_path, name="table", path=str(tmp_path / "t.csv"), label="y")
-    note = f"of the 200 rows of {tmp_path / 't.csv'} are also in the run's training rows: figures flatter the models"
+    note = f"of the 200 rows of {tmp_path / 't.csv'} are also in the run's training rows: scores are too optimistic for the models"
     trained = run.summary["data"]["n_train"]
     assert 0 < trained < 200
 

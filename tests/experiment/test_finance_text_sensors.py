@@ -75,9 +75,9 @@ def _used_again(finished: Any, path: Path) -> None:
     assert p.shape == (2, dataset.task.outputs) and torch.allclose(p.sum(1), torch.ones(2))
     client = next(iter(finished.models))
     for bad, words in (
-        (x[:, :5], r"found int64 of shape \(2, 5\); this model takes whole numbers \(N, 8\)"),
-        (x.float(), "found float32 of shape"),
-        (x + 900, "row 0 has a token out of range; they are 0 to 200"),
+        (x[:, :5], r"expected integers \(N, 8\), got int64 of shape \(2, 5\)"),
+        (x.float(), "got float32 of shape"),
+        (x + 900, "row 0: expected tokens from 0 to 200, got"),
     ):
         with pytest.raises(UserError, match=words):
             finished.predict(client, bad)

@@ -122,7 +122,7 @@ def test_runs_with_many_clients(method: str, nobody_lists_everybody: None, tmp_p
 def test_who_needs_everybody_is_refused(method: str, nobody_lists_everybody: None) -> None:
     with pytest.raises(
         UserError,
-        match=rf"^algorithm.name: {method} brings all clients' rows or models together, at most",
+        match=rf"^algorithm.name={method} needs the rows or models of all clients in one place",
     ):
         prepare(many(method))
     prepare(many(method, clients=500, data__partition={"kind": "drawn", "rows": 40}))
@@ -161,9 +161,11 @@ def test_the_same_clients_are_read_each_time() -> None:
         c: everybody.clients[c].scores for c in second.clients
     }
     assert prepare(source).notes == [
-        "the models of 2 of 6 clients are read, each time the same (evaluation.clients)"
+        "evaluation.clients: every evaluation uses the same 2 of 6 clients"
     ]
-    with pytest.raises(UserError, match=r"^evaluation.clients: found 7, but there are 6 clients$"):
+    with pytest.raises(
+        UserError, match=r"^evaluation.clients: must be <= 6, the number of clients, got 7$"
+    ):
         prepare({**source, "evaluation": {"clients": 7}})
 
 

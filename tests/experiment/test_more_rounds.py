@@ -217,7 +217,7 @@ def test_rounds_may_not_shrink(short: Path, capsys: pytest.CaptureFixture[str]) 
 
     assert main(["train", "--resume", "--out", str(short), "rounds=3"]) == 2
 
-    said = f"error: {short}: rounds: was 4, is now 3; a run that is resumed may have more rounds, not fewer\n"
+    said = f"error: {short}: rounds: was 4, is now 3; a resumed run may have more rounds, not fewer\n"
     assert capsys.readouterr().err == said
     assert {path: path.read_bytes() for path in short.rglob("*") if path.is_file()} == before
 
@@ -229,7 +229,7 @@ def test_another_key_beside_rounds_is_refused(
 
     assert (
         capsys.readouterr().err
-        == f"error: {short}: --resume with another configuration: seed: was 0, is now 3\n"
+        == f"error: {short}: --resume: the configuration differs: seed: was 0, is now 3\n"
     )
 
 
@@ -258,7 +258,7 @@ def test_a_run_whose_privacy_is_spent_is_not_extended(
     assert main(["train", "--resume", "--out", str(tmp_path / "a"), "rounds=3"]) == 2
 
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("rounds: was 2, is now 3; privacy.target_epsilon allows 2")
+    assert line.endswith("rounds: was 2, is now 3; privacy.target_epsilon allows at most 2")
     assert main(["train", "--resume", "--out", str(tmp_path / "a")]) == 0
     assert capsys.readouterr().err.endswith("this run has finished, after 2 rounds\n")
 
@@ -280,7 +280,7 @@ def test_a_run_on_nodes_is_not_extended(tmp_path: Path, capsys: pytest.CaptureFi
     with pytest.raises(UserError) as refused:
         Federation(tmp_path).serve(small(rounds=2), resume=True)
 
-    reason = "a run on nodes cannot be extended, its sites agreed to 1"
+    reason = "a run on nodes cannot be extended; its clients agreed to 1 round"
     assert str(refused.value) == f"{path}: rounds: was 1, is now 2; {reason}"
     capsys.readouterr()
     for folder in forgetful:
@@ -301,7 +301,7 @@ def test_a_run_that_patience_stopped_is_not_extended(
 
     assert main(["train", "--resume", "--out", str(tmp_path / "a"), "rounds=40"]) == 2
 
-    reason = f"evaluation.patience (2) stopped the run after round {completed}"
+    reason = f"evaluation.patience=2 stopped the run after round {completed}"
     assert (
         capsys.readouterr().err == f"error: {tmp_path / 'a'}: rounds: was 30, is now 40; {reason}\n"
     )

@@ -165,7 +165,7 @@ def test_early_stopping(tmp_path: Path) -> None:
     source["clients"]["defaults"] = {"optimizer": {"name": "sgd", "lr": 1e-9}}
     stopped = run(source, out=tmp_path / "a")
     assert stopped.summary["rounds_completed"] < 8
-    assert "no better validation" in (tmp_path / "a" / "log.txt").read_text()
+    assert "validation has not improved" in (tmp_path / "a" / "log.txt").read_text()
 
 
 def test_tensorboard(tmp_path: Path) -> None:

@@ -38,5 +38,5 @@ def test_models_read_series_along_their_steps(tmp_path: Path) -> None:
         assert model.arch.input_shape == (2, 9), name
         assert finished.predict(name, data.train.x[:5]).shape == (5, 2)
     assert finished.models["gru"].tensors["backbone.network.weight_ih_l0"].shape[1] == 2
-    with pytest.raises(UserError, match=r"found shape \(5, 2, 9\); this model takes \(N, 9, 2\)"):
+    with pytest.raises(UserError, match=r"expected \(N, 9, 2\), got shape \(5, 2, 9\)"):
         finished.predict("gru", data.train.x[:5].transpose(1, 2))

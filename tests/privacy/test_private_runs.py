@@ -55,9 +55,9 @@ def client_of(source: dict[str, Any]) -> Participant:
     [
         (private("fedavg", RECORD, "cnn_bn_small"), "take cnn_gn_small"),
         (private("fedavg", RECORD, "resnet8"), "take {name: resnet8, norm: group}"),
-        (private("fedgkt", RECORD), "algorithm.name: fedgkt sends 'features' of every private row"),
-        (private("centralized", RECORD), "brings all private rows together"),
-        (private("fedbabu", RECORD), "trains on private rows before a model is read"),
+        (private("fedgkt", RECORD), "algorithm.name=fedgkt, which uploads 'features' of every private row"),
+        (private("centralized", RECORD), "collects all private rows in one place"),
+        (private("fedbabu", RECORD), "trains on private rows before evaluation"),
         (private("feddf", CLIENT), "needs single uploads"),
         (private("fedkd", {**CLIENT, "unit": "local"}), "the shape of 'mentee'"),
         (private("fedavg", CLIENT, "cnn_bn_small"), "BatchNorm statistics would be noised"),
@@ -68,8 +68,8 @@ def client_of(source: dict[str, Any]) -> Participant:
         (private("fedavg", {"delta": 1e-4}), "set target_epsilon or noise_multiplier"),
         (private("fedavg", {**RECORD, "poisson_cohorts": True}), "poisson_cohorts requires unit=client"),
         (private("fedavg", {**CLIENT, "adaptive_clip": {"noise": 0.1}}), "take more than 0.5"),
-        (private("fedavg", {**CLIENT, "votes": True}), "sends no word on classes"),
-        (private("fedavg", RECORD, init_from="runs/other"), "init_from: found runs/other"),
+        (private("fedavg", {**CLIENT, "votes": True}), "requires a method that uploads class predictions"),
+        (private("fedavg", RECORD, init_from="runs/other"), "init_from=runs/other"),
     ],
 )  # fmt: skip
 def test_refused_in_one_line_when_the_configuration_is_loaded(

@@ -1,4 +1,4 @@
-"""What a finished run gives away: membership of its training rows, and images out of a client's upload."""
+"""Audit the privacy of a finished run by membership inference and gradient inversion."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from hetero_fl.config import Config
 from hetero_fl.data import Dataset
 from hetero_fl.experiment.auditing.inversion import Protect, Say, invert, reason_not_invertible
 from hetero_fl.experiment.auditing.membership import (
+    Candidates,
     candidates,
     client_logits,
     confidence,
@@ -35,7 +36,7 @@ from hetero_fl.utils.text import pluralize
 CLIENTS = 2
 SHADOWS = 4
 IMAGES = 3
-# sections of the configuration that change what an upload tells
+# Configuration sections that change what an upload reveals.
 PROTECTIONS = ("channel", "privacy")
 Attack = Literal["membership", "inversion", "both"]
 Json = dict[str, Any]
@@ -53,70 +54,90 @@ def audit(
     protect: Protect | None = None,
     dataset: Dataset | None = None,
     out: str | Path | None = None,
-    say: Say = lambda line: None,
+    say: Say = lambda _line: None,
     allow_code: bool | CodePermission = False,
 ) -> Json:
-    """Attack a finished run and write `audit.json`, `audit.png`, `images.png` and `audit.html`; returns the content of the first.
+    """Attack a finished run and report what its models and uploads reveal about training rows.
+
+    Writes `audit.json`, `audit.png` and `audit.html`.
 
     Args:
-        clients: whose rows are sought (ids); none: the first two.
-        attack: membership inference, gradient inversion, or both; of both, what cannot be tried is left out with a note.
-        shadows: how often the run is held again with other rows; even, 4 at least; 0: the attack by the loss alone.
-        images: how many steps are inverted, of each client; `batch` images in each.
-        seed: of the audit's own draws.
-        protect: what becomes of an update (named tensors, sent minus received) on its way, as a trial; shown beside.
-        dataset: the run's examples, if it was given them in memory.
-        out: the folder; none: `audit` in the run's own.
+        run: A finished run or its directory.
+        clients: Ids of the clients to attack. None: the first two.
+        attack: "membership", "inversion" or "both". With "both", an attack that does not apply is
+            skipped with a note.
+        shadows: Number of shadow runs, which repeat the run with other training rows: an even
+            number >= 4, or 0 for the attack by the loss alone.
+        images: Number of training steps to invert, for each client.
+        batch: Images in each step, 1 to 4.
+        seed: Seed of the audit.
+        protect: Changes an update (named tensors, sent minus received) before the attacker sees it;
+            shown as a further variant.
+        dataset: The run's examples, if it was trained on examples in memory.
+        out: The folder to write to. None: `audit` in the run directory.
+        say: Called with progress lines.
         allow_code: Whether code that the run's files name may run.
 
+    Returns:
+        The content of `audit.json`.
+
     Raises:
-        UserError: no finished run, other data than the run's, an unknown client, a number that makes no sense, or an attack
-            that was asked for by name and cannot be tried.
+        UserError: If the run is not finished, its data has changed, an argument is invalid, or the
+            only requested attack does not apply.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> import hetero_fl
+        >>> config = {"data": {"name": "digits"}, "algorithm": {"name": "fedavg"}, "rounds": 1}
+        >>> run = hetero_fl.run(config, out=mkdtemp())
+        >>> found = hetero_fl.audit(run, clients=["client_1"], attack="membership", shadows=0)
+        >>> [(row["client"], row["attack"]) for row in found["membership"]]
+        [('client_1', 'loss')]
     """
-    begun = time.perf_counter()
+    started = time.perf_counter()
     run = Run.open(run, allow_code)
-    if attack not in ("membership", "inversion", "both"):
-        raise UserError(
-            f"--attack: found '{attack}'{suggest_or_list(attack, ['membership', 'inversion', 'both'])}"
-        )
-    if shadows and (shadows < 4 or shadows % 2):
-        raise UserError(
-            f"--shadows: found {shadows}; take an even number from 4 on, or 0 for the attack by the loss alone"
-        )
-    if not 1 <= batch <= 4 or images < 1:
-        raise UserError(
-            f"--batch, --images: found {batch} and {images}; take 1 to 4 images a step, and 1 step or more"
-        )
-    summary = run.summary
-    models = run.models
-    chosen = (
-        list(dict.fromkeys(clients)) if clients else [c for c in models if c != "server"][:CLIENTS]
-    )
-    for client in chosen:
-        if client not in models or client == "server":
-            raise UserError(
-                f"--clients: {run.path} has no model of '{client}'{suggest_or_list(client, set(models) - {'server'})}"
-            )
+    _check_arguments(attack, shadows, images, batch)
+    chosen = _chosen_clients(run, clients)
     prepared = prepare(run.path / "config.yaml", dataset=dataset, allow_code=run.permission)
     _check_data(run, prepared)
+    summary = run.summary
     notes: list[str] = []
     content: Json = {
-        "run": summary["name"], "algorithm": summary["algorithm"], "data": summary["data"]["name"], "seed": seed,
-        "rounds": summary["rounds_completed"], "privacy": summary.get("privacy"), "clients": chosen, "shadows": shadows,
-        "membership": [], "inversion": [], "notes": notes,
-    }  # fmt: skip
+        "run": summary["name"],
+        "algorithm": summary["algorithm"],
+        "data": summary["data"]["name"],
+        "seed": seed,
+        "rounds": summary["rounds_completed"],
+        "privacy": summary.get("privacy"),
+        "clients": chosen,
+        "shadows": shadows,
+        "membership": [],
+        "inversion": [],
+        "notes": notes,
+    }
     pictures: list[Json] = []
     if attack != "inversion":
-        content["membership"] = _membership(run, prepared, chosen, shadows, seed, notes, say)
-    if attack != "membership":
-        found, pictures = _inversion(
-            prepared, chosen, images, batch, seed, protect, dataset, notes, say
+        content["membership"] = _membership(
+            run, prepared, chosen, shadows=shadows, seed=seed, notes=notes, say=say
         )
-        content["inversion"] = found
-        if not found and attack == "inversion":
-            raise UserError(f"--attack: found inversion; {notes[0]}")
-    content["seconds"] = time.perf_counter() - begun
-    from hetero_fl.experiment.auditing.report import write_audit  # loads what draws
+    if attack != "membership":
+        results, pictures = _inversion(
+            prepared,
+            chosen,
+            images=images,
+            batch=batch,
+            seed=seed,
+            protect=protect,
+            dataset=dataset,
+            notes=notes,
+            say=say,
+        )
+        content["inversion"] = results
+        if not results and attack == "inversion":
+            raise UserError(f"--attack: inversion does not apply: {notes[0]}")
+    content["seconds"] = time.perf_counter() - started
+    # Slow to import: matplotlib.
+    from hetero_fl.experiment.auditing.report import write_audit
 
     folder = Path(out) if out is not None else run.path / "audit"
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,101 +145,160 @@ def audit(
     return content
 
 
-def _check_data(run: Run, prepared: PreparedRun) -> None:
-    """Members are told from others by the data: it has to be what the run was trained on."""
-    checkpoints = sorted((run.path / "checkpoint").glob("round-*.ckpt"))
-    if (
-        checkpoints
-        and read_checkpoint(checkpoints[-1]).tree["data"] != prepared.data.content_hash()
-    ):
+def _check_arguments(attack: str, shadows: int, images: int, batch: int) -> None:
+    attacks = ["membership", "inversion", "both"]
+    if attack not in attacks:
+        raise UserError(f"--attack: unknown attack '{attack}'{suggest_or_list(attack, attacks)}")
+    if shadows and (shadows < 4 or shadows % 2):
         raise UserError(
-            f"{run.path}: the data is not what this run was trained on; restore it, or pass it as dataset="
+            f"--shadows: must be an even number >= 4, or 0 for the attack by the loss alone, "
+            f"got {shadows}"
+        )
+    if not 1 <= batch <= 4:
+        raise UserError(f"--batch: must be between 1 and 4, got {batch}")
+    if images < 1:
+        raise UserError(f"--images: must be >= 1, got {images}")
+
+
+def _chosen_clients(run: Run, clients: Sequence[str] | None) -> list[str]:
+    ids = [name for name in run.models if name != "server"]
+    chosen = list(dict.fromkeys(clients)) if clients else ids[:CLIENTS]
+    for client_id in chosen:
+        if client_id not in ids:
+            raise UserError(
+                f"--clients: {run.path} has no model of '{client_id}'"
+                f"{suggest_or_list(client_id, set(ids))}"
+            )
+    return chosen
+
+
+def _check_data(run: Run, prepared: PreparedRun) -> None:
+    """Raise UserError if the data is not that of the run, which decides who is a member."""
+    checkpoints = sorted((run.path / "checkpoint").glob("round-*.ckpt"))
+    if not checkpoints:
+        return
+    if read_checkpoint(checkpoints[-1]).tree["data"] != prepared.data.content_hash():
+        raise UserError(
+            f"{run.path}: the data differs from the data that this run was trained on; "
+            "restore it, or pass it as dataset="
         )
 
 
-# Membership ------------------------------------------------------------------------------------------------------------
 def _membership(
     run: Run,
     prepared: PreparedRun,
     clients: Sequence[str],
+    *,
     shadows: int,
     seed: int,
     notes: list[str],
     say: Say,
 ) -> list[Json]:
-    data = prepared.data
-    rounds = run.summary["rounds_completed"]
-    task = data.task
-    asked = {client: candidates(data, client, seed) for client in clients}
-    if any(c.examples.time is not None for c in asked.values()):
+    """Run the membership attacks and return one row for each client and attack."""
+    task = prepared.data.task
+    candidate_rows = {client: candidates(prepared.data, client, seed) for client in clients}
+    if any(c.examples.time is not None for c in candidate_rows.values()):
         notes.append(
-            "rows are cut by date: non-members are later than members, so that the attack by the loss may tell dates apart"
+            "rows are split by date: non-members are later than members, so the attack by the loss "
+            "may detect dates instead of membership"
         )
-    halves = (
-        {client: c.shadow_assignments(shadows, seed, client) for client, c in asked.items()}
-        if shadows
-        else {}
-    )
-    said: dict[str, list[Tensor]] = {client: [] for client in clients}
+    assignments: dict[str, Tensor] = {}
+    confidences: dict[str, list[Tensor]] = {client: [] for client in clients}
     if shadows:
-        seconds = run.summary["seconds"]["training"]
-        say(
-            f"{pluralize(shadows, 'shadow run')} of {pluralize(rounds, 'round')}; the run itself trained for {seconds:.0f} s"
-        )
-    for s in range(shadows):
-        begun = time.perf_counter()
-        train = {client: c.shadow_rows(halves[client][s]) for client, c in asked.items()}
-        models = train_shadow(prepared, train, shadow_seed(seed, s), rounds, lambda line: None)
-        for client, c in asked.items():
-            said[client].append(
-                confidence(task, client_logits(models[client], c.examples), targets(c.examples))
-            )
-        say(f"shadow {s + 1} of {shadows}: {time.perf_counter() - begun:.0f} s")
-    found = []
-    for client, c in asked.items():
+        assignments = {
+            client: c.shadow_assignments(shadows, seed, client)
+            for client, c in candidate_rows.items()
+        }
+        _train_shadows(run, prepared, candidate_rows, assignments, confidences, seed=seed, say=say)
+    rows = []
+    for client, c in candidate_rows.items():
         logits = client_logits(run.models[client], c.examples)
         y = targets(c.examples)
         scores = {"loss": loss_score(task, logits, y)}
         if shadows:
             scores["lira"] = likelihood_ratio(
-                confidence(task, logits, y), torch.stack(said[client]), halves[client]
+                confidence(task, logits, y), torch.stack(confidences[client]), assignments[client]
             )
         for name, values in scores.items():
             result = score_attack(values, c.member, "audit", seed, client, name)
-            rows = {
-                "client": client,
-                "attack": name,
-                "members": int(c.member.sum()),
-                "others": int((~c.member).sum()),
-            }
-            found.append({**rows, **asdict(result), "at_chance": result.at_chance})
-    return found
+            rows.append(
+                {
+                    "client": client,
+                    "attack": name,
+                    "members": int(c.member.sum()),
+                    "others": int((~c.member).sum()),
+                    **asdict(result),
+                    "at_chance": result.at_chance,
+                }
+            )
+    return rows
 
 
-# Inversion -------------------------------------------------------------------------------------------------------------
+def _train_shadows(
+    run: Run,
+    prepared: PreparedRun,
+    candidate_rows: dict[str, Candidates],
+    assignments: dict[str, Tensor],
+    confidences: dict[str, list[Tensor]],
+    *,
+    seed: int,
+    say: Say,
+) -> None:
+    """Train the shadow runs and append their confidences on the candidate rows of each client."""
+    task = prepared.data.task
+    rounds = run.summary["rounds_completed"]
+    shadows = len(next(iter(assignments.values())))
+    seconds = run.summary["seconds"]["training"]
+    say(
+        f"{pluralize(shadows, 'shadow run')} of {pluralize(rounds, 'round')}; "
+        f"the run itself trained for {seconds:.0f} s"
+    )
+    for shadow in range(shadows):
+        started = time.perf_counter()
+        train = {
+            client: c.shadow_rows(assignments[client][shadow])
+            for client, c in candidate_rows.items()
+        }
+        models = train_shadow(prepared, train, shadow_seed(seed, shadow), rounds)
+        for client, c in candidate_rows.items():
+            logits = client_logits(models[client], c.examples)
+            confidences[client].append(confidence(task, logits, targets(c.examples)))
+        say(f"shadow {shadow + 1} of {shadows}: {time.perf_counter() - started:.0f} s")
+
+
 def _inversion(
-    prepared: PreparedRun, clients: Sequence[str], images: int, batch: int, seed: int,
-    protect: Protect | None, dataset: Dataset | None, notes: list[str], say: Say,
-) -> tuple[list[Json], list[Json]]:  # fmt: skip
-    """Figures of each step, and its pictures: originals and reconstructions by way."""
-    bare = without_protection(prepared.config)
+    prepared: PreparedRun,
+    clients: Sequence[str],
+    *,
+    images: int,
+    batch: int,
+    seed: int,
+    protect: Protect | None,
+    dataset: Dataset | None,
+    notes: list[str],
+    say: Say,
+) -> tuple[list[Json], list[Json]]:
+    """Run gradient inversion and return the scores and the images of each step."""
+    unprotected = without_protection(prepared.config)
     ways: dict[str, tuple[PreparedRun, Protect | None]] = {"as trained": (prepared, None)}
-    if bare != prepared.config:
-        ways = {"without protection": (prepare(bare, dataset=dataset), None), **ways}
+    if unprotected != prepared.config:
+        ways = {"without protection": (prepare(unprotected, dataset=dataset), None), **ways}
     if prepared.config.channel.secure_sum is not None:
         del ways["as trained"]
         notes.append(
-            "channel.secure_sum: the server sees no single upload; shown is what one would give away without it"
+            "channel.secure_sum: the server does not see single uploads; the results show what an "
+            "upload would reveal without it"
         )
     if protect is not None and "as trained" in ways:
         ways["with protect"] = (prepared, protect)
-    found = []
+    rows = []
     pictures = []
     for client in clients:
-        if why := reason_not_invertible(prepared, client):
-            notes.append(why)
+        if reason := reason_not_invertible(prepared, client):
+            notes.append(reason)
             continue
-        for number, step in enumerate(invert(ways, client, images, batch, seed, say), 1):
+        steps = invert(ways, client, images=images, batch=batch, seed=seed, say=say)
+        for number, step in enumerate(steps, 1):
             pictures.append(
                 {
                     "client": client,
@@ -228,12 +308,12 @@ def _inversion(
                     "blind": step.blind,
                 }
             )
-            found += [{"client": client, "step": number, **row} for row in step.rows]
-    return found, pictures
+            rows += [{"client": client, "step": number, **row} for row in step.rows]
+    return rows, pictures
 
 
 def without_protection(config: Config) -> Config:
-    """The configuration without what protects an upload."""
+    """Return the configuration with default `channel` and `privacy` sections."""
     fields = Config.model_fields
-    plain = {name: fields[name].get_default(call_default_factory=True) for name in PROTECTIONS}
-    return config.model_copy(update=plain)
+    defaults = {name: fields[name].get_default(call_default_factory=True) for name in PROTECTIONS}
+    return config.model_copy(update=defaults)

@@ -1,4 +1,9 @@
-"""Gradient inversion: reconstruct examples from one upload."""
+"""Gradient inversion: reconstruct images from one upload.
+
+Labels are read off the gradient of the head (iDLG, Zhao et al. 2020). The input of a fully
+connected first layer is exact (Phong et al. 2018; Geiping et al. 2020, proposition 3.1). Otherwise
+descent matches the direction of the gradient (Geiping et al. 2020, equation 4).
+"""
 
 from __future__ import annotations
 
@@ -29,11 +34,21 @@ from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.seeding import Key, keyed_generator
 from model_zoo import SplitModel
 
-# How like two images are, and which of several is which. Images are in 0..1.
+MODEL = "model"
+# Descent steps and learning rate.
+STEPS = 800
+RATE = 0.1
+# Weights of the total variation, one for each start.
+SMOOTH = (0.01, 0.05, 0.2)
+# Cosine distance below which no further start is tried.
+ENOUGH = 1e-3
+Protect = Callable[[Tensors], Tensors]
+"""Changes an update (named tensors, sent minus received)."""
+Say = Callable[[str], None]
 
 
 def image_similarity(found: Tensor, true: Tensor) -> dict[str, float]:
-    """PSNR and SSIM, the mean over a step's images."""
+    """Return the mean PSNR and SSIM over a batch of images in 0..1, `[B, C, H, W]`."""
     pairs = list(zip(found, true, strict=True))
     return {
         "psnr": sum(psnr(a, b) for a, b in pairs) / len(pairs),
@@ -42,12 +57,21 @@ def image_similarity(found: Tensor, true: Tensor) -> dict[str, float]:
 
 
 def psnr(found: Tensor, true: Tensor) -> float:
-    """Peak signal-to-noise ratio of images in 0..1, dB; at most 100."""
+    """Return the peak signal-to-noise ratio of images in 0..1 in dB, at most 100."""
     return float(-10 * (found - true).square().mean().clamp(min=1e-10).log10())
 
 
 def ssim(found: Tensor, true: Tensor, window: int = 7) -> float:
-    """Structural similarity of images `[C, H, W]` in 0..1, the mean over windows (Wang et al. 2004, eq. 13); 1 for equal ones."""
+    """Return the structural similarity of two images (Wang et al. 2004, equation 13).
+
+    Args:
+        found: An image in 0..1, `[C, H, W]`.
+        true: An image in 0..1, `[C, H, W]`.
+        window: Side of the windows, in pixels.
+
+    Returns:
+        The mean over all windows; 1 for equal images.
+    """
     window = min(window, *true.shape[-2:])
     a = found[None].double()
     b = true[None].double()
@@ -69,26 +93,31 @@ def ssim(found: Tensor, true: Tensor, window: int = 7) -> float:
 
 
 def match_order(found: Tensor, true: Tensor) -> Tensor:
-    """The reconstructions in the order of the originals that they are nearest to: a sum over the batch has no order."""
+    """Reorder reconstructions to match the originals, because a batch gradient has no order.
+
+    Args:
+        found: Reconstructions, `[B, C, H, W]`.
+        true: Originals, `[B, C, H, W]`.
+
+    Returns:
+        The order of reconstructions with the smallest squared error.
+    """
     cost = (found[:, None] - true[None]).square().flatten(2).mean(2)
-    turns = permutations(range(len(true)))
-    best = min(turns, key=lambda turn: float(sum(cost[i, j] for j, i in enumerate(turn))))
+    orders = permutations(range(len(true)))
+    best = min(orders, key=lambda order: float(sum(cost[i, j] for j, i in enumerate(order))))
     return found[list(best)]
-
-
-# What the server holds of one client after a single step on a few rows: made by the run's own
-# machinery, not imitated.
-
-MODEL = "model"
 
 
 @dataclass(frozen=True)
 class ObservedUpload:
-    """What an attacker at the server starts from.
+    """What an attacker at the server knows about one training step of a client.
 
-    `model` are the tensors at which the step was taken, as far as they travelled those that the server sent, and else the
-    initial ones; `gradient` is what the upload gives away of the loss's gradient, parameters only; `objective` and `context` are
-    the client's loss, which the attacker is granted.
+    Attributes:
+        arch: Architecture of the client's model.
+        model: Tensors before the step: those of the broadcast, otherwise the initial ones.
+        gradient: Gradient of the loss for the parameters in the upload.
+        objective: The client's loss, which the attacker is assumed to know.
+        context: The context of the loss.
     """
 
     arch: ModelSpec
@@ -99,63 +128,84 @@ class ObservedUpload:
 
 
 class SingleStepMethod:
-    """A method whose clients take a single step of SGD on some of their training rows; all else is the method's own."""
+    """Wrapper of a method whose clients take one step of SGD on given training rows.
+
+    Args:
+        method: The method; everything but `train` is delegated to it.
+        rows: Indices of the training rows, int64 `[B]`.
+        rate: Learning rate.
+
+    Attributes:
+        rounds: The training steps of each call of `train`; the first may be a dry run.
+    """
 
     def __init__(self, method: Algorithm, rows: Tensor, rate: float) -> None:
         self.method = method
         self.rows = rows
         self.rate = rate
-        self.rounds: list[
-            list[Fit]
-        ] = []  # the fits of each time that it was carried out, the server's dry runs included
+        self.rounds: list[list[Fit]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.method, name)
 
     def train(self, client: Participant, received: Payload) -> Plan[Any]:
-        """The method's round of a client, its fits on own rows cut to one step."""
+        """Run the client's part of a round, with training on private rows limited to one step."""
         plan = self.method.train(client, received)
         answer = None
         self.rounds.append([])
         while True:
             try:
-                asked = plan.send(answer)
+                requested = plan.send(answer)
             except StopIteration as stop:
                 return stop.value
-            answer = (
-                yield [self._limit_step(s) for s in asked]
-                if isinstance(asked, list)
-                else self._limit_step(asked)
-            )
+            if isinstance(requested, list):
+                answer = yield [self._limit_step(step) for step in requested]
+            else:
+                answer = yield self._limit_step(requested)
 
     def _limit_step(self, step: Step) -> Step:
         if not (
             isinstance(step, Fit) and isinstance(step.data, Rows) and step.data.name == "train"
         ):
             return step
-        beside = {name: column[self.rows] for name, column in step.data.extra_columns.items()}
-        data = replace(step.data, rows=self.rows, extra_columns=beside)
-        short = replace(
-            step, data=data, epochs=1, steps=1, batch_size=len(self.rows), augment=None, anneal=False, keep=None, drift={},
+        extra_columns = {
+            name: column[self.rows] for name, column in step.data.extra_columns.items()
+        }
+        limited = replace(
+            step,
+            data=replace(step.data, rows=self.rows, extra_columns=extra_columns),
+            epochs=1,
+            steps=1,
+            batch_size=len(self.rows),
+            augment=None,
+            anneal=False,
+            keep=None,
+            drift={},
             optimizer=OptimizerConfig(name="sgd", lr=self.rate),
-        )  # fmt: skip
-        self.rounds[-1].append(short)
-        return short
+        )
+        self.rounds[-1].append(limited)
+        return limited
 
 
 def reason_not_invertible(prepared: PreparedRun, client: str) -> str | None:
-    """Why no image can be sought in this client's upload; None if one can."""
+    """Return why images cannot be reconstructed from a client's upload; None if they can."""
     method = prepared.method
     client_info = prepared.federation.client_infos[client]
     spec = method.uploads.get(MODEL)
     shape = client_info.arch.input_shape
     sends = upload_part(method, client_info.settings, client_info.settings.share_every - 1) != ()
     if spec is None or spec.kind != "params" or not method.needs.counts_traffic or not sends:
-        return f"{prepared.name}: '{client}' sends no parameters of its model; there is no gradient to invert"
+        return (
+            f"{prepared.name}: '{client}' uploads no model parameters, "
+            "so there is no gradient to invert"
+        )
     if prepared.data.vocabulary is not None:
-        return f"{prepared.data.name}: examples are tokens; inversion is for images"
+        return f"{prepared.data.name}: examples are tokens; inversion needs images"
     if len(shape) != 3:
-        return f"{prepared.data.name}: '{client}' sees examples of shape {shape}; inversion is for images"
+        return (
+            f"{prepared.data.name}: examples of '{client}' have shape {shape}; "
+            "inversion needs images"
+        )
     return None
 
 
@@ -165,14 +215,18 @@ def observe_upload(
     rows: Tensor,
     protect: Callable[[Tensors], Tensors] | None = None,
 ) -> ObservedUpload:
-    """What arrives from a client that has taken one step on these of its training rows (int64 `[B]`), in the first round in
-    which it sends, with whatever the run does to an upload on its way.
+    """Let a client train one step in its first round with an upload, and observe that upload.
+
+    Compression, privacy and secure aggregation apply as configured.
 
     Args:
-        protect: what becomes of the update (sent minus received) besides, by a function of one's own.
+        prepared: The run.
+        client: Id of the client.
+        rows: Indices of training rows, int64 `[B]`.
+        protect: Changes the update (sent minus received) in addition.
 
     Raises:
-        UserError: no update came of the step.
+        UserError: If the upload does not depend on the step.
     """
     client_info = prepared.federation.client_infos[client]
     rate = client_info.settings.optimizer.lr
@@ -191,81 +245,88 @@ def observe_upload(
     fits = [fit for fit in method.rounds[0] if MODEL in fit.train]
     if MODEL not in sent or not fits:
         raise UserError(
-            f"--clients: '{client}' sends nothing of a step on its own rows under {prepared.name}"
+            f"--clients: '{client}' uploads no result of training on its rows with {prepared.name}"
         )
     before = copy_tensors(prepared.federation.initial_tensors(client_info.arch))
     before |= received.get(MODEL, {})
     update = {
-        n: t - before[n] for n, t in sent[MODEL].items() if n in client_info.arch.parameter_names
+        name: tensor - before[name]
+        for name, tensor in sent[MODEL].items()
+        if name in client_info.arch.parameter_names
     }
     if protect is not None:
         update = protect(update)
-    gradient = {n: -t / rate for n, t in update.items()}
+    gradient = {name: -tensor / rate for name, tensor in update.items()}
     if not any(bool(g.any()) for g in gradient.values()):
         raise UserError(
-            f"--clients: '{client}': the upload tells nothing of the step; all of the update is nought"
+            f"--clients: '{client}': the update is all zeros, so that the upload reveals nothing"
         )
     return ObservedUpload(client_info.arch, before, gradient, fits[-1].objective, fits[-1].context)
 
 
-# Gradient inversion: images from what a step on them changed.
-#
-# Three means: labels read off the head's gradient (iDLG, Zhao et al. 2020); the exact input of a
-# fully connected first layer (Phong et al. 2018; Geiping et al. 2020, proposition 3.1); and the
-# image whose gradient points where the upload does, found by descent on 1 − cosine + total
-# variation (Geiping et al. 2020, eq. 4).
-
-STEPS = 800
-RATE = 0.1
-SMOOTH = (0.01, 0.05, 0.2)  # weights of the total variation: a beginning for each
-Protect = Callable[[Tensors], Tensors]
-Say = Callable[[str], None]
-ENOUGH = 1e-3  # of the cosine's distance: no further beginning is tried
-
-
 class Inverter:
-    """One upload, and the descent towards the images behind it. Images are in 0..1 here, as people look at them.
+    """Descent from random images towards the images of an upload. Pixels are in 0..1.
 
     Args:
-        view: from pixels in 0..1, `[B, *shape]`, to what the model takes.
+        upload: What the attacker knows.
+        labels: Labels of the images, `[B]` or `[B, C]`.
+        to_input: Maps pixels `[B, C, H, W]` to the inputs of the model.
     """
 
     def __init__(
-        self, upload: ObservedUpload, labels: Tensor, view: Callable[[Tensor], Tensor]
+        self, upload: ObservedUpload, labels: Tensor, to_input: Callable[[Tensor], Tensor]
     ) -> None:
         self.upload = upload
         self.labels = labels
-        self.seen = view
+        self.to_input = to_input
         with torch.random.fork_rng(devices=[]):
             self.module: SplitModel = upload.arch.build()
-        counters = {n: t for n, t in self.module.state_dict().items() if n not in upload.model}
-        self.module.load_state_dict({**counters, **upload.model})
+        missing = {n: t for n, t in self.module.state_dict().items() if n not in upload.model}
+        self.module.load_state_dict({**missing, **upload.model})
         self.module.train()
         for layer in self.module.modules():
             if isinstance(layer, nn.modules.dropout._DropoutNd):
-                layer.eval()  # nobody else knows what was dropped
+                # The attacker does not know which units were dropped.
+                layer.eval()
         named = dict(self.module.named_parameters())
         self.parameters = [named[n] for n in upload.gradient]
-        self.wanted = torch.cat([g.flatten() for g in upload.gradient.values()])
-        self.nets = ModelViews({"model": ModelView.from_module(self.module)})
+        self.target_gradient = torch.cat([g.flatten() for g in upload.gradient.values()])
+        self.models = ModelViews({"model": ModelView.from_module(self.module)})
 
-    def distance(self, pixels: Tensor, preprocess: bool = False) -> Tensor:
-        """1 − cosine of the angle between the gradient of these images and the upload's; differentiable if asked for."""
-        batch = Batch(x=self.seen(pixels), y=self.labels)
-        loss = self.upload.objective.total_loss(self.nets, batch, self.upload.context)
-        found = torch.autograd.grad(
-            loss, self.parameters, create_graph=preprocess, allow_unused=True
+    def distance(self, pixels: Tensor, create_graph: bool = False) -> Tensor:
+        """Return 1 - cosine similarity of the gradient of images and the gradient of the upload.
+
+        Args:
+            pixels: Images in 0..1, `[B, C, H, W]`.
+            create_graph: Whether the result must be differentiable with respect to the pixels.
+        """
+        batch = Batch(x=self.to_input(pixels), y=self.labels)
+        loss = self.upload.objective.total_loss(self.models, batch, self.upload.context)
+        gradients = torch.autograd.grad(
+            loss, self.parameters, create_graph=create_graph, allow_unused=True
         )
         flat = torch.cat(
             [
                 torch.zeros_like(p).flatten() if g is None else g.flatten()
-                for g, p in zip(found, self.parameters, strict=True)
+                for g, p in zip(gradients, self.parameters, strict=True)
             ]
         )
-        return 1 - F.cosine_similarity(flat, self.wanted, dim=0, eps=1e-12)
+        return 1 - F.cosine_similarity(flat, self.target_gradient, dim=0, eps=1e-12)
 
     def descend(self, start: Tensor, smooth: float = SMOOTH[0], steps: int = STEPS) -> Tensor:
-        """Adam on the sign of the gradient, its rate lowered three times (Geiping et al. 2020, section 5)."""
+        """Minimize the distance plus total variation.
+
+        Adam uses the sign of the gradient, and its learning rate is lowered three times (Geiping et
+        al. 2020, section 5).
+
+        Args:
+            start: Initial images in 0..1, `[B, C, H, W]`.
+            smooth: Weight of the total variation.
+            steps: Number of steps.
+
+        Returns:
+            The images with the lowest cost, `[B, C, H, W]`.
+        """
         pixels = start.clone().requires_grad_()
         optimizer = torch.optim.Adam([pixels], lr=RATE)
         marks = [int(steps * part) for part in (3 / 8, 5 / 8, 7 / 8)]
@@ -273,12 +334,12 @@ class Inverter:
         best = start
         least = math.inf
         for _ in range(steps):
-            cost = self.distance(pixels, preprocess=True) + smooth * total_variation(pixels)
+            cost = self.distance(pixels, create_graph=True) + smooth * total_variation(pixels)
             if float(cost.detach()) < least:
                 best = pixels.detach().clone()
                 least = float(cost.detach())
-            (slope,) = torch.autograd.grad(cost, [pixels])
-            pixels.grad = slope.sign()
+            (gradient,) = torch.autograd.grad(cost, [pixels])
+            pixels.grad = gradient.sign()
             optimizer.step()
             schedule.step()
             with torch.no_grad():
@@ -288,9 +349,18 @@ class Inverter:
     def invert_from_starts(
         self, shape: tuple[int, ...], *key: Key, steps: int = STEPS
     ) -> tuple[Tensor, float]:
-        """The best images of several beginnings, `[B, *shape]`, and their distance; beginnings are drawn by the key.
+        """Reconstruct images from several random starts and return the best.
 
-        How smooth images are is not known beforehand: each beginning takes another weight, and the upload decides.
+        The smoothness of the images is unknown, so each start uses another weight of the total
+        variation.
+
+        Args:
+            shape: Shape of an image, `(C, H, W)`.
+            key: Key of the random starts.
+            steps: Descent steps for each start.
+
+        Returns:
+            Images in 0..1, `[B, *shape]`, and their distance.
         """
         found: list[tuple[float, Tensor]] = []
         exact = (
@@ -298,7 +368,7 @@ class Inverter:
         )
         if exact is not None:
             low, high = (
-                self.seen(torch.full((1, *shape), value)).flatten() for value in (0.0, 1.0)
+                self.to_input(torch.full((1, *shape), value)).flatten() for value in (0.0, 1.0)
             )
             pixels = ((exact - low) / (high - low)).reshape(1, *shape).clamp(0, 1)
             found.append((float(self.distance(pixels)), pixels))
@@ -315,8 +385,18 @@ class Inverter:
 
 
 def read_labels(upload: ObservedUpload, kind: str) -> Tensor | None:
-    """The label of a batch of one, `[1]` (classes) or `[1, C]`, off the head's bias: cross-entropy's gradient is p − y there,
-    below nought only where y is. None where the head's bias does not travel, or there are no labels to read."""
+    """Read the label of a batch of one off the gradient of the head's bias.
+
+    The gradient of cross-entropy is p - y there, which is negative only for the true classes.
+
+    Args:
+        upload: What the attacker knows.
+        kind: The kind of task: "multiclass", "multilabel" or "regression".
+
+    Returns:
+        The label, `[1]` (classes) or `[1, C]`. None for regression, or if the upload does not
+        contain the head's bias.
+    """
     if kind == "regression":
         return None
     outputs = upload.arch.outputs
@@ -335,8 +415,17 @@ def read_labels(upload: ObservedUpload, kind: str) -> Tensor | None:
 
 
 def first_layer_input(module: nn.Module, gradient: Tensors) -> Tensor | None:
-    """The input of a batch of one to a model whose first layer is fully connected, flat: of any of its units, the weights'
-    gradient over the bias's. None for other models."""
+    """Compute the input of a batch of one to a model whose first layer is fully connected.
+
+    It is the gradient of a unit's weights divided by the gradient of its bias.
+
+    Args:
+        module: The model.
+        gradient: Gradient by parameter name.
+
+    Returns:
+        The flat input. None if the first layer is of another type.
+    """
     first = next(
         (
             (n, m)
@@ -355,13 +444,20 @@ def first_layer_input(module: nn.Module, gradient: Tensors) -> Tensor | None:
 
 
 def total_variation(pixels: Tensor) -> Tensor:
-    """Mean absolute difference of neighbours, of images `[B, C, H, W]`."""
+    """Return the mean absolute difference of neighboring pixels of images `[B, C, H, W]`."""
     return (pixels.diff(dim=-1).abs().mean() + pixels.diff(dim=-2).abs().mean()).nan_to_num()
 
 
 @dataclass(frozen=True)
 class InvertedBatch:
-    """One step inverted: images in 0..1, `[B, C, H, W]`, true, found by way, and guessed without the upload; figures by way."""
+    """Reconstruction of the images of one training step. Images are in 0..1, `[B, C, H, W]`.
+
+    Attributes:
+        true: The original images.
+        found: The reconstructed images, by way of observing the upload.
+        blind: The guess without an upload.
+        rows: Scores of each way.
+    """
 
     true: Tensor
     found: dict[str, Tensor]
@@ -372,74 +468,89 @@ class InvertedBatch:
 def invert(
     ways: Mapping[str, tuple[PreparedRun, Protect | None]],
     client: str,
+    *,
     images: int,
     batch: int,
     seed: int,
     say: Say,
 ) -> Iterator[InvertedBatch]:
-    """So many steps of a client on keyed draws of its training rows, each inverted from what arrives in each way.
+    """Yield the reconstruction of each of several training steps of a client.
 
-    Labels are read off the upload where that can be done, and else known. The blind guess is the mean image of the common
-    test set: what needs no upload.
+    Labels are read off the upload if possible, and assumed to be known otherwise. The blind guess
+    is the mean image of the global test set.
+
+    Args:
+        ways: Ways of observing the upload: a run and a function that changes the update, by name.
+        client: Id of the client.
+        images: Number of steps.
+        batch: Images in each step.
+        seed: Seed of the audit.
+        say: Called with progress lines.
     """
     prepared, _ = next(iter(ways.values()))
     data = prepared.data
-    view = prepared.federation.client_infos[client].preprocess
-    train = data.columns(client, "train", view)
-    low, high = _value_range(unprocessed_rows(data, client, ["train"]).x, view)
-    guess = data.columns(client, "common_test", view)["x"].mean(0, keepdim=True)
+    preprocess = prepared.federation.client_infos[client].preprocess
+    train = data.columns(client, "train", preprocess)
+    low, high = _value_range(unprocessed_rows(data, client, ["train"]).x, preprocess)
+    mean_input = data.columns(client, "common_test", preprocess)["x"].mean(0, keepdim=True)
 
-    def pixels(x: Tensor) -> Tensor:
+    def to_pixels(x: Tensor) -> Tensor:
         return (x - low) / (high - low)
+
+    def to_input(pixels: Tensor) -> Tensor:
+        return low + pixels * (high - low)
 
     for number in range(images):
         rows = _draw_rows(train["y"], batch, "audit", seed, "inversion", client, number)
-        true = pixels(train["x"][rows])
-        blind = pixels(guess).expand(len(rows), -1, -1, -1)
-        figures = [{"way": "blind", **image_similarity(blind, true)}]
+        true = to_pixels(train["x"][rows])
+        true_labels = train["y"][rows]
+        blind = to_pixels(mean_input).expand(len(rows), -1, -1, -1)
+        scores = [{"way": "blind", **image_similarity(blind, true)}]
         found = {}
-        for way, (setting, protect) in ways.items():
-            begun = time.perf_counter()
-            given = observe_upload(setting, client, rows, protect)
-            read = read_labels(given, data.task.kind) if len(rows) == 1 else None
-            labels = train["y"][rows] if read is None else read
-            inverter = Inverter(given, labels, lambda p: low + p * (high - low))
+        for way, (variant, protect) in ways.items():
+            started = time.perf_counter()
+            upload = observe_upload(variant, client, rows, protect)
+            read = read_labels(upload, data.task.kind) if len(rows) == 1 else None
+            inverter = Inverter(upload, true_labels if read is None else read, to_input)
             best, distance = inverter.invert_from_starts(
                 tuple(true.shape[1:]), "audit", seed, "start", client, number
             )
             found[way] = match_order(best, true)
-            known = (
-                "known"
-                if read is None
-                else "read"
-                if bool((read == train["y"][rows]).all())
-                else "misread"
+            scores.append(
+                {
+                    "way": way,
+                    **image_similarity(found[way], true),
+                    "distance": distance,
+                    "label": _label_source(read, true_labels),
+                    "seconds": time.perf_counter() - started,
+                }
             )
-            figures.append(
-                {"way": way, **image_similarity(found[way], true), "distance": distance, "label": known,
-                 "seconds": time.perf_counter() - begun}
-            )  # fmt: skip
-            say(
-                f"{client}, step {number + 1} of {images}, {way}: PSNR {figures[-1]['psnr']:.1f} dB"
-            )
-        yield InvertedBatch(true, found, blind, figures)
+            say(f"{client}, step {number + 1} of {images}, {way}: PSNR {scores[-1]['psnr']:.1f} dB")
+        yield InvertedBatch(true, found, blind, scores)
 
 
-def _value_range(x: Tensor, view: Preprocess) -> tuple[Tensor, Tensor]:
-    """Black and white as a client's model sees them, `[1, C, H, W]` each."""
+def _label_source(read: Tensor | None, true: Tensor) -> str:
+    if read is None:
+        return "known"
+    return "read" if bool((read == true).all()) else "misread"
+
+
+def _value_range(x: Tensor, preprocess: Preprocess) -> tuple[Tensor, Tensor]:
+    """Return black and white after a client's preprocessing, `[1, C, H, W]` each."""
     white = 255.0 if x.dtype == torch.uint8 else max(1.0, float(x.max()))
     black = min(0.0, float(x.min()))
-    return view(torch.full_like(x[:1], black)), view(torch.full_like(x[:1], white))
+    return preprocess(torch.full_like(x[:1], black)), preprocess(torch.full_like(x[:1], white))
 
 
 def _draw_rows(y: Tensor, count: int, *key: Key) -> Tensor:
-    """Return the indices of `count` rows drawn by the key, from as many classes as possible."""
-    import pandas as pd  # slow to load
+    """Return the indices of `count` random rows, from as many classes as possible."""
+    # Slow to import.
+    import pandas as pd
 
     order = torch.randperm(len(y), generator=keyed_generator(*key))
     if y.ndim > 1:
         return order[:count]
     labels = pd.Series(y[order].numpy())
-    turn = labels.groupby(labels).cumcount().to_numpy()
-    # the first row of each class, then the second
-    return order[turn.argsort(kind="stable")[:count]]
+    # The first row of each class, then the second.
+    place_in_class = labels.groupby(labels).cumcount().to_numpy()
+    return order[place_in_class.argsort(kind="stable")[:count]]

@@ -1,8 +1,8 @@
-"""Membership inference with shadow runs."""
+"""Membership inference by the loss and with shadow runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,18 +23,31 @@ from hetero_fl.experiment.runner import load_inherited_models
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.seeding import Key, keyed_generator, stream_key
 
-# Membership inference: the scores of an attack, and what they are worth. Tensors in, numbers out.
-
-FALSE_ALARMS = 0.01  # the rate at which hits are counted
-RESAMPLES = 1000  # of the bootstrap
-SMALLEST = 1e-12  # a variance, and a squared error
+# False positive rate at which the true positive rate is reported.
+FALSE_ALARMS = 0.01
+# Bootstrap samples for standard errors.
+RESAMPLES = 1000
+# Lower bound of variances and squared errors.
+SMALLEST = 1e-12
+# Candidate rows of a client: largest number of members, and of non-members.
+MOST = 1000
+FEWEST = 5
 
 
 def confidence(task: Task, logits: Tensor, y: Tensor) -> Tensor:
-    """How sure a model is of what is true, on a scale on which that is about normal, float64 `[N]`.
+    """Return the model's confidence in the targets, on an approximately normal scale.
 
-    Classes: the log-odds of the true one, log p_y − log(1 − p_y) (Carlini et al. 2022, section V.A), computed from the logits
-    so that no certainty overflows. Labels: the mean over them. Regression: minus the logarithm of the mean squared error.
+    For classes this is the log-odds of the true class, `log p_y - log(1 - p_y)` (Carlini et al.
+    2022, section V.A), computed from logits so that it does not overflow; for multiple labels the
+    mean over the labels; for regression minus the logarithm of the mean squared error.
+
+    Args:
+        task: The task of the model.
+        logits: Model outputs, `[N, outputs]`.
+        y: Class indices `[N]`, or targets `[N, outputs]`.
+
+    Returns:
+        Confidence, float64 `[N]`.
     """
     z = logits.double()
     if task.kind == "multiclass":
@@ -46,22 +59,35 @@ def confidence(task: Task, logits: Tensor, y: Tensor) -> Tensor:
 
 
 def loss_score(task: Task, logits: Tensor, y: Tensor) -> Tensor:
-    """Minus the loss: whoever is fitted well is taken for a member (Yeom et al. 2018), float64 `[N]`."""
+    """Return minus the loss, which is larger for members (Yeom et al. 2018).
+
+    Args:
+        task: The task of the model.
+        logits: Model outputs, `[N, outputs]`.
+        y: Class indices `[N]`, or targets `[N, outputs]`.
+
+    Returns:
+        Scores, float64 `[N]`.
+    """
     return -supervised_loss(task.kind, logits.double(), y.double() if y.is_floating_point() else y)
 
 
 def likelihood_ratio(target: Tensor, shadows: Tensor, inside: Tensor) -> Tensor:
-    """Log-likelihood ratio of each example's being a member, up to a factor common to all, `[N]` (after Carlini et al. 2022).
+    """Return the log-likelihood ratio of membership, up to a positive factor.
 
-    LiRA compares N(φ; μ_in, σ²_in) with N(φ; μ_out, σ²_out). Of few shadows no example's gap μ_in − μ_out can be told, and no
-    variance. So the gap and the variance σ² are those of all examples (as section VI.D of the paper has the variance), and an
-    example's own is only its level μ = (μ_in + μ_out)/2. The ratio is gap·(φ − μ)/σ² then: how much surer the model is
-    than other models are, half of them trained on the example. Returned is (φ − μ)/σ; members are the surer.
+    LiRA (Carlini et al. 2022) compares N(φ; μ_in, σ²_in) with N(φ; μ_out, σ²_out). A few shadow
+    models do not suffice to estimate the gap μ_in - μ_out and the variance of each example, so both
+    are estimated over all examples (section VI.D of the paper does so for the variance); only the
+    level μ = (μ_in + μ_out) / 2 is that of the example. The ratio is then gap · (φ - μ) / σ².
 
     Args:
-        target: confidence of the attacked model, `[N]`.
-        shadows: of the shadow models, `[S, N]`.
-        inside: which of them were trained on the example, bool `[S, N]`; at least two with and two without it.
+        target: Confidence of the attacked model, `[N]`.
+        shadows: Confidence of the shadow models, `[S, N]`.
+        inside: Whether a shadow model was trained on the example, bool `[S, N]`; at least two were
+            and two were not.
+
+    Returns:
+        (φ - μ) / σ, `[N]`; larger for members.
     """
     means = []
     squares = torch.zeros((), dtype=target.dtype)
@@ -75,23 +101,39 @@ def likelihood_ratio(target: Tensor, shadows: Tensor, inside: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class AttackScore:
-    """What an attack achieved: area under its ROC curve, hits at 1% false alarms, their standard errors, and the curve."""
+    """Scores of an attack.
+
+    Attributes:
+        auroc: Area under the ROC curve.
+        auroc_se: Its standard error.
+        hits: True positive rate at a false positive rate of 1%.
+        hits_se: Its standard error.
+        curve: ROC curve as [false positive rate, true positive rate], from (0, 0) to (1, 1).
+    """
 
     auroc: float
     auroc_se: float
     hits: float
     hits_se: float
-    curve: list[list[float]]  # [false alarms, hits], from (0, 0) to (1, 1)
+    curve: list[list[float]]
 
     @property
     def at_chance(self) -> bool:
-        """Whether one half lies within two standard errors of the area."""
+        """Whether the area is within two standard errors of 0.5."""
         return abs(self.auroc - 0.5) <= 2 * self.auroc_se
 
 
 def score_attack(scores: Tensor, member: Tensor, *key: Key) -> AttackScore:
-    """Of scores `[N]`, high for members, and who is one, bool `[N]`. Standard errors by a bootstrap over members and over
-    non-members, drawn by the key; they do not know of the luck of training, in the target or in the shadows."""
+    """Compute how well scores separate members from non-members.
+
+    Standard errors come from a bootstrap over members and over non-members; they do not include the
+    randomness of training.
+
+    Args:
+        scores: Scores, larger for members, `[N]`.
+        member: Whether each example is a member, bool `[N]`.
+        key: Key of the bootstrap's random draws.
+    """
     ins = scores[member]
     outs = scores[~member].sort().values
     draws = keyed_generator(*key)
@@ -100,9 +142,9 @@ def score_attack(scores: Tensor, member: Tensor, *key: Key) -> AttackScore:
     areas = []
     hits = []
     for i, o in zip(picked_in, picked_out, strict=True):
-        some = outs[o].sort().values
-        areas.append(_roc_area(ins[i], some))
-        hits.append(_true_positive_rate(ins[i], some))
+        resampled = outs[o].sort().values
+        areas.append(_roc_area(ins[i], resampled))
+        hits.append(_true_positive_rate(ins[i], resampled))
     se = [float(torch.tensor(values, dtype=torch.float64).std()) for values in (areas, hits)]
     return AttackScore(
         _roc_area(ins, outs), se[0], _true_positive_rate(ins, outs), se[1], _curve(ins, outs)
@@ -110,85 +152,104 @@ def score_attack(scores: Tensor, member: Tensor, *key: Key) -> AttackScore:
 
 
 def _roc_area(ins: Tensor, outs: Tensor) -> float:
-    """P(a member's score is above a non-member's), ties counted half; `outs` sorted."""
+    """Return P(member score > non-member score), where ties count half; `outs` is sorted."""
     both = torch.searchsorted(outs, ins) + torch.searchsorted(outs, ins, right=True)
     return float(both.double().mean()) / (2 * len(outs))
 
 
 def _true_positive_rate(ins: Tensor, outs: Tensor) -> float:
-    """Share of members above a threshold that at most so many non-members exceed; `outs` sorted. Of fewer than a hundred
-    non-members none may."""
+    """Return the true positive rate at a false positive rate of 1%; `outs` is sorted.
+
+    With fewer than a hundred non-members no false positive is allowed.
+    """
     allowed = int(FALSE_ALARMS * len(outs))
     return float((ins > outs[len(outs) - 1 - allowed]).double().mean())
 
 
 def _curve(ins: Tensor, outs: Tensor) -> list[list[float]]:
-    """The ROC curve's corners."""
+    """Return the corners of the ROC curve."""
     levels = torch.cat([ins, outs]).unique().flip(0)
     hits = [(ins >= level).double().mean() for level in levels]
     alarms = [(outs >= level).double().mean() for level in levels]
     return [[0.0, 0.0], *([float(a), float(h)] for a, h in zip(alarms, hits, strict=True))]
 
 
-# Shadow runs: what a run's models would be with other halves of the rows in question among a
-# client's training rows.
-
-MOST = 1000  # members in question of a client, and as many non-members
-FEWEST = 5
-
-
 @dataclass(frozen=True)
 class Candidates:
-    """The rows in question of one client: as many members as non-members, of each class as many of the one as of the other.
+    """Candidate rows of one client: as many members as non-members, in each class too.
 
-    Both were dealt to this client and told apart by a draw, so that nothing but training can tell them apart again.
+    Both come from the same random split, so that only training can make a difference.
+
+    Attributes:
+        examples: The candidate rows.
+        member: Whether a row is a training row, bool `[N]`.
+        others: All other training rows, on which every shadow trains too.
+        unit: Patient of each row, int64 `[N]`; a patient's rows are in or out together.
+        stratum: Stratum (class) of each row, int64 `[N]`.
     """
 
     examples: Examples
-    member: Tensor  # bool [N]
-    others: Examples  # its other training rows: in every shadow's training set, too
-    unit: Tensor  # int64 [N], whose row it is: a patient's rows are in or out together
-    stratum: Tensor  # int64 [N]
+    member: Tensor
+    others: Examples
+    unit: Tensor
+    stratum: Tensor
 
     def shadow_assignments(self, shadows: int, seed: int, client: str) -> Tensor:
-        """Which rows each shadow trains on, bool `[shadows, N]`: drawn half of each class, and the other half for the next
-        shadow, so that every row is in half of them."""
+        """Return the rows that each shadow trains on.
+
+        Shadows come in pairs. The first trains on a random half of each class, the second on the
+        other half, so that every row is in half of the shadows.
+
+        Args:
+            shadows: Number of shadows, even.
+            seed: Seed of the audit.
+            client: Id of the client.
+
+        Returns:
+            Whether a shadow trains on a row, bool `[shadows, N]`.
+        """
         unit = self.unit.unique(return_inverse=True)[1]
         label = most_common_stratum(self.stratum, unit)
-        drawn = []
+        assignments = []
         for pair in range(shadows // 2):
-            turn = torch.rand(
+            tiebreak = torch.rand(
                 len(label),
                 generator=keyed_generator("audit", seed, "halves", client, pair),
                 dtype=torch.float64,
             )
-            order = torch.argsort(label.double() + turn)  # class by class, at random within each
+            # Class by class, in random order within each.
+            order = torch.argsort(label.double() + tiebreak)
             chosen = torch.zeros(len(label), dtype=torch.bool)
             chosen[order[pair % 2 :: 2]] = True
-            drawn += [chosen[unit], ~chosen[unit]]
-        return torch.stack(drawn)
+            assignments += [chosen[unit], ~chosen[unit]]
+        return torch.stack(assignments)
 
     def shadow_rows(self, inside: Tensor) -> Examples:
-        """A shadow's training rows: about as many as the client has."""
+        """Return the training rows of a shadow, about as many as the client has."""
         return concatenate_examples(
             [self.others, self.examples.select_rows(inside.nonzero().squeeze(1))]
         )
 
 
 def candidates(data: FederatedData, client: str, seed: int) -> Candidates:
-    """Members: training rows. Non-members: test and validation rows, on which no parameter was ever trained.
+    """Select as many training rows as test and validation rows of each class.
 
-    Raises UserError where too few are left once classes are matched.
+    Args:
+        data: The data of the run.
+        client: Id of the client.
+        seed: Seed of the audit.
+
+    Raises:
+        UserError: If too few rows are left after matching classes.
     """
     train = unprocessed_rows(data, client, ["train"])
-    held = unprocessed_rows(data, client, ["test", "validation"])
-    task = data.task
+    holdout = unprocessed_rows(data, client, ["test", "validation"])
     draws = keyed_generator("audit", seed, "candidates", client)
-    both = concatenate_examples([train, held])
-    stratum = row_strata(both.labels, task)
+    both = concatenate_examples([train, holdout])
+    stratum = row_strata(both.labels, data.task)
     pairs: list[Tensor] = []
-    for kind in stratum.unique():
-        rows = torch.nonzero(stratum == kind).squeeze(1)
+    for value in stratum.unique():
+        rows = torch.nonzero(stratum == value).squeeze(1)
         sides = [rows[rows < len(train)], rows[rows >= len(train)]]
         n = min(map(len, sides))
         pairs.append(
@@ -198,76 +259,88 @@ def candidates(data: FederatedData, client: str, seed: int) -> Candidates:
     pair = pair[torch.randperm(len(pair), generator=draws)[:MOST]]
     if len(pair) < FEWEST:
         raise UserError(
-            f"--clients: '{client}' has {len(pair)} rows that it did not train on and of which there is a training row of the "
-            f"same class; an attack needs {FEWEST}; choose another client"
+            f"--clients: '{client}' has only {len(pair)} pairs of a training row and another row "
+            f"of the same class, but an attack needs {FEWEST}; choose another client"
         )
     chosen = torch.cat([pair[:, 0], pair[:, 1]])
     rest = torch.ones(len(train), dtype=torch.bool)
     rest[pair[:, 0]] = False
     unit = torch.arange(len(both)) if both.patient is None else both.patient
-    member = torch.arange(len(chosen)) < len(pair)
     return Candidates(
-        both.select_rows(chosen), member, train.select_rows(rest.nonzero().squeeze(1)), unit[chosen], stratum[chosen]
-    )  # fmt: skip
+        examples=both.select_rows(chosen),
+        member=torch.arange(len(chosen)) < len(pair),
+        others=train.select_rows(rest.nonzero().squeeze(1)),
+        unit=unit[chosen],
+        stratum=stratum[chosen],
+    )
 
 
 def train_shadow(
-    prepared: PreparedRun,
-    train: Mapping[str, Examples],
-    seed: int,
-    rounds: int,
-    say: Callable[[str], None],
+    prepared: PreparedRun, train: Mapping[str, Examples], seed: int, rounds: int
 ) -> dict[str, SavedModel]:
-    """The run once more, with these training rows of some clients and random draws of its own (initial weights, cohorts,
-    batches, noise): those clients' models at the end."""
-    held = prepared.data.client_rows
+    """Repeat a run with other training rows of some clients and other random draws.
+
+    Initial weights, cohorts, batches and noise are drawn again.
+
+    Args:
+        prepared: The run.
+        train: Training rows of some clients, by client id.
+        seed: Seed of the shadow run.
+        rounds: Number of rounds.
+
+    Returns:
+        The final models of these clients.
+    """
+    client_rows = prepared.data.client_rows
     resampled = {
-        client: {**held[client], "train": RowSelection.all_rows(examples)}
+        client: {**client_rows[client], "train": RowSelection.all_rows(examples)}
         for client, examples in train.items()
     }
-    rows = ClientRows({**held.assigned, **resampled}, held.lazy_partition)
+    rows = ClientRows({**client_rows.assigned, **resampled}, client_rows.lazy_partition)
     data = prepared.data.with_rows(rows, unscanned=train)
-    method = prepared.method
-    before = prepared.federation
+    original = prepared.federation
     models = (
-        {id: info.models for id, info in before.client_infos.items()}
-        if method.needs.models_per_client
-        else [profile.models for profile in before.client_infos.profiles]
+        {client_id: info.models for client_id, info in original.client_infos.items()}
+        if prepared.method.needs.models_per_client
+        else [profile.models for profile in original.client_infos.profiles]
     )
     federation = replace(
-        before, data=data, seed=seed, evaluated_clients=list(train), _initial={}
+        original, data=data, seed=seed, evaluated_clients=list(train), _initial={}
     ).with_models(models)
     shadow = replace(prepared, data=data, federation=federation)
     with TemporaryDirectory() as folder:
 
-        def save(client_id: str, model: bytes) -> None:
-            (Path(folder) / f"{client_id}.safetensors").write_bytes(model)
+        def model_path(client_id: str) -> Path:
+            return Path(folder) / f"{client_id}.safetensors"
 
-        course = shadow.make_trainer()
+        def save(client_id: str, model: bytes) -> None:
+            model_path(client_id).write_bytes(model)
+
+        trainer = shadow.make_trainer()
         try:
-            load_inherited_models(prepared.inherited, course)
-            while course.completed < rounds:
-                course.run_round()
-                say(f"round {course.completed} of {rounds}")
-            course.evaluate(details=True, save=save)
+            load_inherited_models(prepared.inherited, trainer)
+            while trainer.completed < rounds:
+                trainer.run_round()
+            trainer.evaluate(details=True, save=save)
         finally:
-            course.executor.close()
+            trainer.executor.close()
         return {
-            id: SavedModel.load(Path(folder) / f"{id}.safetensors", allow_code=True) for id in train
+            client_id: SavedModel.load(model_path(client_id), allow_code=True)
+            for client_id in train
         }
 
 
 def shadow_seed(seed: int, shadow: int) -> int:
-    """The seed of a shadow's own draws."""
+    """Return the seed of a shadow run."""
     return stream_key("audit", seed, "shadow", shadow) >> 1
 
 
 def client_logits(model: SavedModel, examples: Examples) -> Tensor:
-    """Logits of a saved model for a client's rows, as it reads its own, `[N, outputs]`."""
+    """Return the personalized logits of a client's saved model for its rows, `[N, outputs]`."""
     return model.logits(Preprocess(**model.preprocess)(examples.x), personal=True)
 
 
 def targets(examples: Examples) -> Tensor:
-    """What is true of a client's rows, as losses take it."""
+    """Return the labels in the data type that losses expect."""
     y = examples.labels
     return y.to(torch.get_default_dtype()) if y.is_floating_point() else y

@@ -1,4 +1,4 @@
-"""What an audit found: `audit.json`, `audit.png` and `audit.html`."""
+"""Write the results of an audit: `audit.json`, `audit.png` and `audit.html`."""
 
 from __future__ import annotations
 
@@ -18,25 +18,42 @@ from hetero_fl.utils.text import pluralize
 
 Json = dict[str, Any]
 ATTACKS = {"loss": "by the loss", "lira": "with shadow models"}
-COLOURS = {"loss": style.GREY, "lira": style.VERMILION}
+COLORS = {"loss": style.GREY, "lira": style.VERMILION}
 LABELS = {"read": "read off it", "misread": "misread", "known": "known"}
-EXACT = 99.0  # dB and more
-LINES = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "dash-dot"}  # a client each
-MOST_COLUMNS = 8  # of pictures beside one another
+# PSNR in dB from which a reconstruction counts as exact.
+EXACT = 99.0
+# Line styles, one for each client.
+LINES = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "dash-dot"}
+# Largest number of images in a row.
+MOST_COLUMNS = 8
+MEMBERSHIP = ("client", "attack", "rows in / out", "AUROC ± s.e.", "hits at 1% false alarms", "")
+INVERSION = ("client", "step", "upload", "PSNR (dB)", "SSIM", "label")
 
 
 def write_audit(folder: Path, content: Json, pictures: list[Json]) -> None:
-    """Write the three files. `content`: what `hetero_fl.audit` found; `pictures`: a dictionary a step with the images of it,
-    in 0..1, `[B, C, H, W]`: `true`, and `found` by way."""
-    made = RunDirectory(folder)
-    made.write_json("audit.json", content)
+    """Write the three files of an audit.
+
+    Args:
+        folder: The folder to write to.
+        content: The content of `audit.json`.
+        pictures: One dictionary for each inverted step, with images in 0..1, `[B, C, H, W]`:
+            `true`, and `found` by way of observing the upload.
+    """
+    directory = RunDirectory(folder)
+    directory.write_json("audit.json", content)
     with style.plot_style():
         picture = draw_audit(content, pictures)
     (folder / "audit.png").write_bytes(picture)
     text = render(
         "audit.html",
         title=f"Audit of {content['run']}",
-        subtitle=f"{algorithm_name(content['algorithm'])} · {content['data']} · {pluralize(content['rounds'], 'round')}",
+        subtitle=" · ".join(
+            [
+                algorithm_name(content["algorithm"]),
+                content["data"],
+                pluralize(content["rounds"], "round"),
+            ]
+        ),
         privacy=content["privacy"],
         whose=PRIVACY_UNITS.get((content["privacy"] or {}).get("unit", ""), ""),
         membership=membership_rows(content),
@@ -46,16 +63,11 @@ def write_audit(folder: Path, content: Json, pictures: list[Json]) -> None:
         notes=content["notes"],
         time=format_duration(content["seconds"]),
     )
-    made.write_text("audit.html", text)
-
-
-# In words --------------------------------------------------------------------------------------------------------------
-MEMBERSHIP = ("client", "attack", "rows in / out", "AUROC ± s.e.", "hits at 1% false alarms", "")
-INVERSION = ("client", "step", "upload", "PSNR (dB)", "SSIM", "label")
+    directory.write_text("audit.html", text)
 
 
 def membership_rows(content: Json) -> list[list[str]]:
-    """A line an attack, under the columns of `MEMBERSHIP`."""
+    """Return one table row for each attack, with the columns `MEMBERSHIP`."""
     return [
         [
             r["client"],
@@ -63,18 +75,20 @@ def membership_rows(content: Json) -> list[list[str]]:
             f"{r['members']} / {r['others']}",
             f"{r['auroc']:.3f} ± {r['auroc_se']:.3f}",
             f"{100 * r['hits']:.1f}% ± {100 * r['hits_se']:.1f}%",
-            "at chance"
-            if r["at_chance"]
-            else "above chance"
-            if r["auroc"] > 0.5
-            else "below chance",
+            _verdict(r),
         ]
         for r in content["membership"]
     ]
 
 
+def _verdict(row: Json) -> str:
+    if row["at_chance"]:
+        return "at chance"
+    return "above chance" if row["auroc"] > 0.5 else "below chance"
+
+
 def inversion_rows(content: Json) -> list[list[str]]:
-    """A line a step and way, under the columns of `INVERSION`."""
+    """Return one table row for each step and way, with the columns `INVERSION`."""
     return [
         [
             r["client"],
@@ -88,9 +102,8 @@ def inversion_rows(content: Json) -> list[list[str]]:
     ]
 
 
-# In a picture ----------------------------------------------------------------------------------------------------------
 def draw_audit(content: Json, pictures: list[Json]) -> bytes:
-    """The ROC curves and areas of membership attacks above, originals over reconstructions below; as PNG."""
+    """Draw the audit as PNG: ROC curves at the top, original and reconstructed images below."""
     columns = [(p, i) for p in pictures for i in range(len(p["true"]))][:MOST_COLUMNS]
     ways = list(pictures[0]["found"]) if pictures else []
     grid = 0.55 + (len(ways) + 1) * 0.98 if columns else 0.0
@@ -114,7 +127,7 @@ def _membership(part: FigureBase, rows: list[Json]) -> None:
         curves.plot(
             alarms,
             hits,
-            color=COLOURS[r["attack"]],
+            color=COLORS[r["attack"]],
             linestyle=list(LINES)[clients.index(r["client"]) % 4],
             linewidth=1.2,
         )
@@ -124,11 +137,12 @@ def _membership(part: FigureBase, rows: list[Json]) -> None:
         ylim=(0, 1),
         xlabel="false alarms",
         ylabel="members found",
-        title="Who was a member?",
+        title="Membership inference",
     )
     words = list(LINES.values())
     names = [
-        f"{style.shorten(r['client'])} ({words[clients.index(r['client']) % 4]})\n{ATTACKS[r['attack']]}"
+        f"{style.shorten(r['client'])} ({words[clients.index(r['client']) % 4]})\n"
+        f"{ATTACKS[r['attack']]}"
         for r in rows
     ]
     for place, r in enumerate(rows):
@@ -137,7 +151,7 @@ def _membership(part: FigureBase, rows: list[Json]) -> None:
             place,
             xerr=2 * r["auroc_se"],
             fmt="o",
-            color=COLOURS[r["attack"]],
+            color=COLORS[r["attack"]],
             capsize=2.5,
         )
     areas.axvline(0.5, color=style.INK, linewidth=0.9, linestyle=(0, (1, 1.5)))
@@ -145,7 +159,7 @@ def _membership(part: FigureBase, rows: list[Json]) -> None:
     areas.set(
         ylim=(len(rows) - 0.4, -0.6),
         xlabel="AUROC ± 2 s.e.; dotted: chance",
-        title="How well can it be told?",
+        title="Area under the ROC curve",
     )
 
 

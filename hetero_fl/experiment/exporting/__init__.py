@@ -1,1 +1,1 @@
-"""Models of a finished run as files that run without this package, with a card that says what they are."""
+"""Export of models from finished runs to files that work without this package."""

@@ -1,4 +1,4 @@
-"""Export models to ONNX or safetensors files and compare them with the run."""
+"""Export models to ONNX or safetensors files and check that they predict as in the run."""
 
 from __future__ import annotations
 
@@ -29,11 +29,31 @@ from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.seeding import keyed_generator
 from hetero_fl.utils.serialization import sha256_of, write_atomically
 
-# Graphs as files, and files run again by onnxruntime.
-
 SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors"}
-ABOUT = "hetero_fl"  # the name under which a file says what it takes and gives
+# Key of the description in an ONNX file's metadata.
+ABOUT = "hetero_fl"
+# Number of examples with which a graph is traced.
+TRACED_EXAMPLES = 3
+# Batch sizes with which an exported file is checked.
+BATCHES = (1, 2, 7)
+TOLERANCE = 1e-5
+ROWS = "rows"
 Scorer = Callable[[tuple[Tensor, ...]], Tensor]
+Say = Callable[[str], None]
+
+
+class ExportedFile(NamedTuple):
+    """An exported model.
+
+    Attributes:
+        model: The model file.
+        card: The model card.
+        largest_difference: Largest difference from the run's predictions; None for safetensors.
+    """
+
+    model: Path
+    card: Path
+    largest_difference: float | None
 
 
 def check_installed() -> None:
@@ -44,19 +64,20 @@ def check_installed() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"--format: onnx needs {error.name}, which is not installed; pip install 'hetero_fl[export]'"
+            f"--format: onnx needs {error.name}, which is not installed; "
+            "pip install 'hetero_fl[export]'"
         ) from None
 
 
 def load_scorer(content: bytes) -> Scorer:
-    """Return an ONNX file as a function of raw inputs, on the CPU."""
+    """Load an ONNX file as a function of raw inputs that runs on the CPU."""
     from onnxruntime import InferenceSession
 
     session = InferenceSession(content, providers=["CPUExecutionProvider"])
-    names = [one.name for one in session.get_inputs()]
+    names = [node.name for node in session.get_inputs()]
 
-    def score(given: tuple[Tensor, ...]) -> Tensor:
-        arrays = {name: part.numpy() for name, part in zip(names, given, strict=True)}
+    def score(inputs: tuple[Tensor, ...]) -> Tensor:
+        arrays = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
         return torch.from_numpy(session.run(None, arrays)[0])
 
     return score
@@ -65,80 +86,62 @@ def load_scorer(content: bytes) -> Scorer:
 def export_graph(
     graph: ExportedModel, examples: tuple[Tensor, ...], about: Mapping[str, Any]
 ) -> bytes:
-    """Return the content of an ONNX file that holds the graph.
+    """Return the content of an ONNX file with the graph of a model.
 
     Args:
         graph: The model to export; it is switched to evaluation mode.
-        examples: Two or more of each input, on which the graph is traced.
+        examples: Two or more of each input, with which the graph is traced.
         about: Description of inputs and outputs, stored in the file's metadata.
 
     Raises:
-        Exception: Whatever torch raises for a model that it cannot export.
+        Exception: If torch cannot export the model; the type depends on the model.
     """
     sizes = {
         name: torch.export.Dim(name, min=1) for name in ("batch", "channels", "height", "width")
     }
-    free = [
+    dynamic_axes = [
         {
             axis: sizes[size]
-            for axis, size in enumerate(("batch", *one.shape))
+            for axis, size in enumerate(("batch", *spec.shape))
             if isinstance(size, str)
         }
-        for one in graph.inputs
+        for spec in graph.inputs
     ]
     with torch.no_grad(), _ignore_export_warnings():
         program = torch.onnx.export(
             graph.eval(),
             examples,
-            input_names=[one.name for one in graph.inputs],
+            input_names=[spec.name for spec in graph.inputs],
             output_names=[OUTPUTS[graph.kind]],
-            dynamic_shapes=(tuple(free),),
+            dynamic_shapes=(tuple(dynamic_axes),),
             dynamo=True,
             external_data=False,
             verbose=False,
         )
-    assert program is not None  # it is asked for no file
+    # Only None if a file name is given.
+    assert program is not None
+    # The metadata of nodes contains paths of this machine.
     for node in program.model.graph.all_nodes():
-        node.metadata_props.clear()  # where the sources lay on this machine
+        node.metadata_props.clear()
     program.model.metadata_props[ABOUT] = json.dumps(about, sort_keys=True)
     return program.model_proto.SerializeToString()
 
 
 @contextmanager
 def _ignore_export_warnings() -> Iterator[None]:
-    """Ignore warnings of torch's exporter that say nothing about the result."""
+    """Ignore warnings of torch's exporter that do not concern the result."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "_check_is_size will be removed", FutureWarning)
         warnings.filterwarnings(
             "ignore", r"`torch\.jit\.\w+` is (deprecated|not supported)", FutureWarning
         )
-        # by a GRU
+        # Raised for a GRU.
         warnings.filterwarnings(
             "ignore", r"The tensor attributes? .* assigned during export", UserWarning
         )
-        warnings.filterwarnings(
-            "ignore", "# The axis name: batch will not be used", UserWarning
-        )  # another input's, too
+        # Raised if several inputs share the batch axis.
+        warnings.filterwarnings("ignore", "# The axis name: batch will not be used", UserWarning)
         yield
-
-
-# From a finished run to files that predict without it: written, run again, compared with the run,
-# described.
-
-TRACED_EXAMPLES = 3  # examples on which a graph is followed
-BATCHES = (1, 2, 7)  # sizes that it then has to take, too
-TOLERANCE = 1e-5
-ROWS = "rows"
-
-Say = Callable[[str], None]
-
-
-class ExportedFile(NamedTuple):
-    """An exported model, its card, and how far it was from the run's predictions at most (None: it is no graph)."""
-
-    model: Path
-    card: Path
-    largest_difference: float | None
 
 
 def export(
@@ -147,55 +150,77 @@ def export(
     file_format: str = "onnx",
     out: str | Path | None = None,
     personal: bool = False,
-    say: Say = lambda line: None,
+    *,
+    say: Say = lambda _line: None,
     allow_code: bool | CodePermission = False,
 ) -> dict[str, ExportedFile]:
-    """Write models of a finished run as files for use without this package; returns them by client id.
+    """Export models of a finished run as files that work without this package.
 
-    ONNX files hold the preprocessing too: they take raw examples (`Input`), any number at once, and give
-    probabilities, or values of a regression. Each is run again before it is kept, and has to agree with `Run.predict` within
-    1e-5. Beside it lie `NAME.md` and `NAME.json`, which say what it is, and `score.py`, which needs no hetero_fl. A safetensors
-    file is tensors alone, for `model_zoo`.
+    ONNX files include the preprocessing: they map raw examples, in batches of any size, to
+    probabilities or, for regression, values. Each file must agree with `Run.predict` within 1e-5.
+    `NAME.md` and `NAME.json` describe the model, and `score.py` predicts with it without hetero_fl.
+    A safetensors file contains the tensors only, for `model_zoo`.
 
     Args:
-        client: a client's id, or "server"; None: all models.
-        file_format: onnx or safetensors.
-        out: the folder, by default `export` in the run's.
-        personal: with the client's own label frequencies, as on its own patients (`Run.predict`'s default); the file is then called
-            `NAME-home`.
+        run: A finished run or its directory.
+        client: A client id or "server". None: all models.
+        file_format: "onnx" or "safetensors".
+        out: The folder to write to. None: `export` in the run directory.
+        personal: Whether to include the client's label frequencies, as `Run.predict` does by
+            default; the file is then named `NAME-home`.
+        say: Called with a line for each exported model.
         allow_code: Whether code that the run's files name may run.
 
+    Returns:
+        The exported files by client id or "server".
+
     Raises:
-        UserError: no such model; a model that cannot be written in this format, or would predict otherwise there.
+        UserError: If a model does not exist, cannot be exported in this format, or predicts
+            differently when exported.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> import hetero_fl
+        >>> config = {"data": {"name": "digits"}, "algorithm": {"name": "fedavg"}, "rounds": 1}
+        >>> run = hetero_fl.run(config, out=mkdtemp())
+        >>> files = hetero_fl.export(run, "server", "safetensors")
+        >>> files["server"].model.name, files["server"].card.name
+        ('server.safetensors', 'server.md')
     """
     run = Run.open(run, allow_code)
     if file_format == "torchscript":
         raise UserError(
-            "--format: torchscript is no longer written, because PyTorch has deprecated it; use onnx"
+            "--format: torchscript is no longer supported because PyTorch has deprecated it; "
+            "use onnx"
         )
     if file_format not in SUFFIXES:
-        raise UserError(f"--format: found '{file_format}'{suggest_or_list(file_format, SUFFIXES)}")
+        raise UserError(
+            f"--format: unknown format '{file_format}'{suggest_or_list(file_format, SUFFIXES)}"
+        )
     if client is not None and client not in run.models:
-        raise UserError(f"--client: found '{client}'{suggest_or_list(client, run.models)}")
+        raise UserError(f"--client: no model of '{client}'{suggest_or_list(client, run.models)}")
     if personal and file_format == "safetensors":
         raise UserError(
-            "--home: a safetensors file holds the label frequencies beside the tensors; leave it out"
+            "--home: cannot be combined with --format safetensors, which always includes the label "
+            "frequencies"
         )
     if file_format == "onnx":
         check_installed()
     folder = run.path / "export" if out is None else Path(out)
-    made = {}
+    exported = {}
     for name, model in run.models.items():
         if client is None or name == client:
-            made[name] = _export_one(run, name, model, file_format, folder, personal)
-            say(f"{name}: {made[name].model.name}{_summary_line(made[name])}")
+            exported[name] = _export_model(
+                run, name, model, file_format=file_format, folder=folder, personal=personal
+            )
+            say(f"{name}: {exported[name].model.name}{_describe_difference(exported[name])}")
     if file_format != "safetensors":
         _write(folder / "score.py", Path(score.__file__).read_bytes())
-    return made
+    return exported
 
 
-def _export_one(
-    run: Run, name: str, model: SavedModel, file_format: str, folder: Path, personal: bool
+def _export_model(
+    run: Run, name: str, model: SavedModel, *, file_format: str, folder: Path, personal: bool
 ) -> ExportedFile:
     largest = None
     if file_format == "safetensors":
@@ -215,30 +240,32 @@ def _export_one(
         "checked": checked,
     }
     files = [*(f for f in _other_formats(card, source) if f["format"] != file_format), entry]
-    told = card_facts(
+    facts = card_facts(
         run, name, {"files": files, "source_sha256": source, "home": personal, **interface(model)}
     )
     _write(file, content)
-    _write(card, (json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
-    _write(card.with_suffix(".md"), card_markdown(told).encode())
+    text = json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    _write(card, text.encode())
+    _write(card.with_suffix(".md"), card_markdown(facts).encode())
     return ExportedFile(file, card.with_suffix(".md"), largest)
 
 
-def _other_formats(client_info: Path, source: str) -> list[dict[str, Any]]:
+def _other_formats(card_path: Path, source: str) -> list[dict[str, Any]]:
     """Return the entries of an existing card for the same model in other formats."""
     try:
-        card = json.loads(client_info.read_text(encoding="utf-8"))
+        card = json.loads(card_path.read_text(encoding="utf-8"))
         if (card["form"], card["source_sha256"]) != (FORM, source):
             return []
         return [file for file in card["files"] if file["format"] in SUFFIXES]
-    except (OSError, ValueError, TypeError, KeyError):  # none, or no card
+    except (OSError, ValueError, TypeError, KeyError):
+        # The file does not exist or is not a card.
         return []
 
 
 def interface(model: SavedModel) -> dict[str, Any]:
-    """What a file takes and gives, in plain fields; it is written into the file, too."""
+    """Describe the inputs and outputs of an exported model; the file contains the description."""
     return {
-        "inputs": [one.record() for one in inputs_of(model)],
+        "inputs": [spec.record() for spec in inputs_of(model)],
         "output": {
             "name": OUTPUTS[model.task.kind],
             "shape": ["batch", model.task.outputs],
@@ -253,51 +280,56 @@ def _onnx_content(name: str, model: SavedModel, personal: bool) -> bytes:
     examples = draw_inputs(model, TRACED_EXAMPLES, keyed_generator("export", ROWS, TRACED_EXAMPLES))
     try:
         return export_graph(ExportedModel(model, personal), examples, interface(model))
-    except Exception as error:  # an operation of a model of whatever origin that the format has not
+    except Exception as error:
+        # A user's model may use any operation that ONNX lacks.
         raise UserError(
-            f"{name}: {model.arch.name} cannot be written as onnx: {_root_cause(error)}"
+            f"{name}: {model.arch.name} cannot be exported to onnx: {_root_cause(error)}"
         ) from error
 
 
 def _largest_difference(run: Run, name: str, scorer: Scorer, personal: bool) -> float:
-    """The largest difference to the run's own predictions, relative to them where they are larger than 1."""
+    """Return the largest difference from the run's predictions, relative above 1."""
     model = run.models[name]
     largest = 0.0
     for size in BATCHES:
-        given = draw_inputs(model, size, keyed_generator("export", ROWS, size))
-        wanted = run.predict(name, to_predict_form(model, given), personal)
+        inputs = draw_inputs(model, size, keyed_generator("export", ROWS, size))
+        expected = run.predict(name, to_predict_form(model, inputs), personal)
         try:
-            found = scorer(given)
-        except Exception as error:  # what a runtime raises for a size that the graph is fixed to
+            found = scorer(inputs)
+        except Exception as error:
+            # The type depends on the operation that does not support the batch size.
             raise UserError(
-                f"{name}: {model.arch.name} as onnx takes no batch of {size} (a model of one's own reads x.shape[0], "
-                f"not len(x)): {_root_cause(error)}"
+                f"{name}: {model.arch.name} exported to onnx fails for a batch of {size} "
+                f"(use x.shape[0] instead of len(x) in the model): {_root_cause(error)}"
             ) from error
-        largest = max(largest, _relative_difference(found, wanted))
+        largest = max(largest, _relative_difference(found, expected))
     if not largest <= TOLERANCE:
         raise UserError(
-            f"{name}: {model.arch.name} as onnx predicts otherwise than the run does, by {largest:.2g}; nothing is written"
+            f"{name}: {model.arch.name} exported to onnx predicts differently than in the run, "
+            f"by {largest:.2g}; nothing is written"
         )
     return largest
 
 
-def _relative_difference(found: Tensor, wanted: Tensor) -> float:
-    if found.shape != wanted.shape:
+def _relative_difference(found: Tensor, expected: Tensor) -> float:
+    if found.shape != expected.shape:
         return float("inf")
-    apart = (found - wanted).abs() / wanted.abs().clamp(min=1)
-    return float(apart.nan_to_num(nan=torch.inf).max())
+    difference = (found - expected).abs() / expected.abs().clamp(min=1)
+    return float(difference.nan_to_num(nan=torch.inf).max())
 
 
 def _root_cause(error: BaseException) -> str:
-    """The first line of what went wrong at the bottom of it."""
+    """Return the type and the first line of the innermost cause of an error."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
-def _summary_line(file: ExportedFile) -> str:
-    apart = file.largest_difference
-    return "" if apart is None else f", at most {apart:.1e} from the run's predictions"
+def _describe_difference(file: ExportedFile) -> str:
+    difference = file.largest_difference
+    if difference is None:
+        return ""
+    return f", differs from the run's predictions by at most {difference:.1e}"
 
 
 def _write(path: Path, content: bytes) -> None:

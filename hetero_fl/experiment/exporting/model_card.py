@@ -1,4 +1,4 @@
-"""The card of an exported model: what it is, its training data, its scores and its limits."""
+"""Model cards of exported models: training data, scores and limitations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.core.task import MANY
+from hetero_fl.core.task import MANY_CLASSES
 from hetero_fl.reporting.formatting import (
     FEW_ROWS,
     METRICS,
@@ -29,7 +29,7 @@ PARTITION_SETTINGS = {
     "drawn": "alpha",
     "classes": "classes",
 }
-"""The setting that describes each kind of partition best."""
+"""The main setting of each kind of partition."""
 PREDICTS = {
     "multiclass": "a probability for each class",
     "multilabel": "a probability for each label",
@@ -41,18 +41,18 @@ PREPROCESSING = {
     "mean": "normalization",
     "missing": "missing",
 }
-"""Steps of preprocessing that a card names, by the field that shows that they are taken."""
+"""Preprocessing steps that a card lists, by the field that enables them."""
 TEST_SETS = {"at home": "local test", "in common": "global test"}  # style: ok (file keys)
 Json = dict[str, Any]
 
 
 def card_facts(run: Run, name: str, exported: Mapping[str, Any]) -> Json:
-    """Return the content of `NAME.json`: what the run recorded, and the facts about its files.
+    """Return the content of `NAME.json`, from the records of the run and the exported files.
 
     Args:
         run: The finished run.
         name: A client id, or "server".
-        exported: The files that were written, and what they take and give.
+        exported: The exported files and their inputs and outputs.
     """
     summary = run.summary
     details = run.directory.details()
@@ -111,18 +111,18 @@ def card_facts(run: Run, name: str, exported: Mapping[str, Any]) -> Json:
 
 
 def _last_scores(summary: Json, details: Json, name: str) -> Json:
-    """Return a model's scores in the last round, on each test set with its number of rows."""
+    """Return a model's scores and the number of rows of each test set in the last round."""
     client = next((c for c in summary["clients"] if c["id"] == name), None)
     scores = {
         "at home": None,  # style: ok (file key)
         "in common": (summary["server"] or {}).get("last"),  # style: ok (file key)
-    }  # style: ok (file keys)
+    }
     rows = {"in common": summary["data"]["n_test"]}  # style: ok (file key)
     if client is not None:
         scores = {
             "at home": client["personal"],  # style: ok (file key)
             "in common": client["global"],  # style: ok (file key)
-        }  # style: ok (file keys)
+        }
         rows["at home"] = details["rows"][name]["test"]  # style: ok (file key)
     return {
         test_set: {"n": rows[test_set], **{m: found[m] for m in METRICS if m in found}}
@@ -132,14 +132,14 @@ def _last_scores(summary: Json, details: Json, name: str) -> Json:
 
 
 def card_markdown(content: Mapping[str, Any]) -> str:
-    """Return the card as a page, from the content of `NAME.json`."""
+    """Return the card as Markdown, from the content of `NAME.json`."""
     return render(
         "card.md",
         **content,
         predicts=PREDICTS[content["task"]],
         inputs_table=_inputs_table(content["inputs"]),
         steps=[PREPROCESSING[k] for k in content["model"]["preprocess"] if k in PREPROCESSING],
-        most_names=MANY,
+        most_names=MANY_CLASSES,
         partition_setting=PARTITION_SETTINGS.get(content["data"]["partition"].get("kind", "")),
         figures_table=_figures_table(content["figures"], content["unit"]),
     )
@@ -147,10 +147,10 @@ def card_markdown(content: Mapping[str, Any]) -> str:
 
 def _inputs_table(inputs: list[Json]) -> str:
     rows = []
-    for one in inputs:
-        columns = f" ({', '.join(one['columns'])})" if "columns" in one else ""
-        shape = " × ".join(map(str, one["shape"]))
-        rows.append([f"`{one['name']}`", shape, one["dtype"], one["meaning"] + columns])
+    for spec in inputs:
+        columns = f" ({', '.join(spec['columns'])})" if "columns" in spec else ""
+        shape = " × ".join(map(str, spec["shape"]))
+        rows.append([f"`{spec['name']}`", shape, spec["dtype"], spec["meaning"] + columns])
     return markdown_table(["input", "shape", "type", "meaning"], rows, ["left"] * 4)
 
 

@@ -2,10 +2,11 @@
 
     python score.py --model NAME.onnx --data FILE.csv --out scores.csv
 
-Needs numpy and onnxruntime, nothing else. Examples are raw, as NAME.md says.
-FILE.npz: an array for each input, under its name; a single input may also be called images, test_images, x or test_x, or be
-the only array. FILE.csv: a row an example, with a header; columns are found by name where the model knows names, and an empty
-cell is a missing value. The result is a CSV: a row an example, a column an output, and the likeliest class.
+Requires numpy and onnxruntime. NAME.md describes the raw examples. A .npz file contains one array
+for each input, under its name; a single input may also be named images, test_images, x or test_x,
+or be the only array. A .csv file has a header and one example per row; columns are matched by name
+if the model has column names, and an empty cell is a missing value. The result is a CSV file with
+one row per example, one column per output, and the most likely class.
 """
 
 from __future__ import annotations
@@ -23,194 +24,242 @@ import numpy as np
 
 BATCH = 500
 NAMES = ("images", "test_images", "x", "test_x")
-OVERSHOOT = 1e-3  # what round-off in scaling may add to 0..1
+# Tolerance of the range 0..1 for rounding errors.
+OVERSHOOT = 1e-3
 
 Arrays = dict[str, Any]
 
 
 class ScoringError(Exception):
-    """One line for whoever started the script."""
+    """An error of the user, shown in one line."""
 
 
 def load(path: Path) -> tuple[dict[str, Any], Callable[[Arrays], Any]]:
-    """What a model takes and gives, and the model as a function of arrays by input name."""
+    """Load a model.
+
+    Returns:
+        The description of its inputs and outputs, and a function of arrays by input name.
+
+    Raises:
+        ScoringError: If the file is not an exported model.
+    """
     if not path.is_file():
-        raise ScoringError(f"--model: {path}: no such file")
+        raise ScoringError(f"--model: file '{path}' not found")
     if path.suffix == ".safetensors":
-        raise ScoringError(f"--model: {path}: tensors alone, without an architecture; export onnx")
+        raise ScoringError(f"--model: {path} contains tensors only; export the model as onnx")
     if path.suffix != ".onnx":
-        raise ScoringError(f"--model: found {path.name}; a .onnx file is needed")
+        raise ScoringError(f"--model: expected a .onnx file, got {path.name}")
     try:
         import onnxruntime
     except ImportError:
         raise ScoringError("--model: .onnx needs onnxruntime: pip install onnxruntime") from None
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions have no common type
+    except Exception as error:
+        # The exceptions of onnxruntime have no common type.
         raise ScoringError(f"--model: {path}: {error}") from None
     text = session.get_modelmeta().custom_metadata_map.get("hetero_fl")
     if not text:
-        raise ScoringError(f"--model: {path}: was not written by hetero-fl export")
+        raise ScoringError(f"--model: {path} was not created by hetero-fl export")
     return json.loads(text), lambda x: session.run(None, x)[0]
 
 
 def read(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
-    """The examples of a file as the model's inputs. Raises Mistake."""
+    """Read the examples of a file as inputs of the model.
+
+    Raises:
+        ScoringError: If the file does not contain valid examples.
+    """
     if not path.is_file():
-        raise ScoringError(f"--data: {path}: no such file")
+        raise ScoringError(f"--data: file '{path}' not found")
     try:
         if path.suffix == ".npz":
             found = _npz(path, inputs)
         elif path.suffix == ".csv":
             found = _csv(path, inputs)
         else:
-            raise ScoringError(f"--data: found {path.name}; a .npz or .csv file is needed")
+            raise ScoringError(f"--data: expected a .npz or .csv file, got {path.name}")
     except (OSError, ValueError) as error:
-        # numpy would have it unpickled
-        why = "no archive of arrays of numbers" if "pickle" in str(error) else error
-        raise ScoringError(f"--data: {path}: {why}") from None
-    given = {
-        one["name"]: to_input(found[one["name"]], one, f"--data: {path}: {one['name']}")
-        for one in inputs
+        # numpy suggests unpickling, which is unsafe.
+        reason = "expected arrays of numbers" if "pickle" in str(error) else error
+        raise ScoringError(f"--data: {path}: {reason}") from None
+    arrays = {
+        spec["name"]: to_input(found[spec["name"]], spec, f"--data: {path}: {spec['name']}")
+        for spec in inputs
     }
-    if len({len(x) for x in given.values()}) > 1:
-        raise ScoringError(
-            f"--data: {path}: found {', '.join(f'{len(x)} rows of {n}' for n, x in given.items())}"
-        )
-    return given
+    if len({len(x) for x in arrays.values()}) > 1:
+        counts = ", ".join(f"{len(x)} rows of {name}" for name, x in arrays.items())
+        raise ScoringError(f"--data: {path}: expected the same number of rows, got {counts}")
+    return arrays
 
 
 def _npz(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
     with np.load(path, allow_pickle=False) as file:
-        names = [one["name"] for one in inputs]
+        names = [spec["name"] for spec in inputs]
         if len(inputs) > 1:
-            there = [name for name in names if name in file]
-            if not there or any(
-                name not in file and not one.get("gaps")
-                for name, one in zip(names, inputs, strict=True)
+            present = [name for name in names if name in file]
+            if not present or any(
+                name not in file and not spec.get("gaps")
+                for name, spec in zip(names, inputs, strict=True)
             ):
                 raise ScoringError(
-                    f"--data: {path}: found {', '.join(file.files)}; arrays {', '.join(names)} are needed"
+                    f"--data: {path}: expected arrays {', '.join(names)}, "
+                    f"got {', '.join(file.files)}"
                 )
-            rows = len(file[there[0]])
-            absent = {one["name"]: np.full((rows, *one["shape"][1:]), np.nan) for one in inputs}
-            return {name: file[name] if name in file else absent[name] for name in names}
-        wanted = next(
+            rows = len(file[present[0]])
+            missing = {spec["name"]: np.full((rows, *spec["shape"][1:]), np.nan) for spec in inputs}
+            return {name: file[name] if name in file else missing[name] for name in names}
+        chosen = next(
             (n for n in (*names, *NAMES) if n in file),
             file.files[0] if len(file.files) == 1 else None,
         )
-        if wanted is None:
+        if chosen is None:
             raise ScoringError(
-                f"--data: {path}: found {', '.join(file.files)}; an array {names[0]} is needed"
+                f"--data: {path}: expected an array {names[0]}, got {', '.join(file.files)}"
             )
-        return {names[0]: file[wanted]}
+        return {names[0]: file[chosen]}
 
 
 def _csv(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
-    one = inputs[0]
-    if len(inputs) > 1 or one["kind"] not in ("row", "tokens"):
-        raise ScoringError(
-            f"--data: {path}: this model takes {', '.join(i['name'] for i in inputs)}, which need a .npz file"
-        )
+    spec = inputs[0]
+    if len(inputs) > 1 or spec["kind"] not in ("row", "tokens"):
+        names = ", ".join(i["name"] for i in inputs)
+        raise ScoringError(f"--data: {path}: expected a .npz file for a model with inputs {names}")
     with path.open(newline="", encoding="utf-8-sig") as file:
         header, *lines = [row for row in csv.reader(file) if row] or [[]]
     for i, line in enumerate(lines):
         if len(line) != len(header):
             raise ScoringError(
-                f"--data: {path}: row {i + 1}: found {len(line)} cells below {len(header)} names"
+                f"--data: {path}: row {i + 1}: expected {len(header)} cells as in the header, "
+                f"got {len(line)}"
             )
-    for name, categories in one.get("categories", {}).items():
-        if name in header:
-            place = header.index(name)
-            header += [f"{name}={category}" for category in categories]
-            for line in lines:
-                line += [
-                    str(float(_normalize_cell(line[place], categories) == category))
-                    for category in categories
-                ]
-        elif not one.get("gaps"):
-            raise ScoringError(f"--data: {path}: no column '{name}'; found {', '.join(header)}")
-    wanted = one.get("columns") or header
-    for name in wanted:
-        if name not in header and not one.get("gaps"):
-            raise ScoringError(f"--data: {path}: no column '{name}'; found {', '.join(header)}")
-    places = [header.index(name) if name in header else None for name in wanted]
-    values = np.full((len(lines), len(wanted)), np.nan)
+    _add_indicator_columns(path, spec, header, lines)
+    columns = spec.get("columns") or header
+    for name in columns:
+        if name not in header and not spec.get("gaps"):
+            raise _missing_column(path, name, header)
+    places = [header.index(name) if name in header else None for name in columns]
+    values = np.full((len(lines), len(columns)), np.nan)
     for i, line in enumerate(lines):
-        for j, column in enumerate(places):
-            cell = "" if column is None else line[column].strip()
+        for j, place in enumerate(places):
+            cell = "" if place is None else line[place].strip()
             try:
                 values[i, j] = float(cell) if cell else np.nan
             except ValueError:
                 raise ScoringError(
-                    f"--data: {path}: row {i + 1}, column '{wanted[j]}': found '{cell}', not a number"
+                    f"--data: {path}: row {i + 1}, column '{columns[j]}': "
+                    f"expected a number, got '{cell}'"
                 ) from None
-    return {one["name"]: values}
+    return {spec["name"]: values}
+
+
+def _add_indicator_columns(
+    path: Path, spec: dict[str, Any], header: list[str], lines: list[list[str]]
+) -> None:
+    """Append the columns NAME=VALUE of each text column that the model encodes, in place."""
+    for name, categories in spec.get("categories", {}).items():
+        if name in header:
+            place = header.index(name)
+            header += [f"{name}={category}" for category in categories]
+            for line in lines:
+                cell = _normalize_cell(line[place], categories)
+                line += [str(float(cell == category)) for category in categories]
+        elif not spec.get("gaps"):
+            raise _missing_column(path, name, header)
+
+
+def _missing_column(path: Path, name: str, header: list[str]) -> ScoringError:
+    return ScoringError(f"--data: {path}: column '{name}' not found; found {', '.join(header)}")
 
 
 def _normalize_cell(cell: str, categories: list[str]) -> str:
-    """A cell without spaces around it; 1.0 is 1 where no category is called 1.0."""
+    """Strip spaces, and write 1.0 as 1 unless 1.0 is a category."""
     cell = cell.strip()
     whole = re.fullmatch(r"([+-]?\d+)\.0*", cell)
     return whole[1] if whole and cell not in categories else cell
 
 
-def to_input(x: Any, one: dict[str, Any], where: str) -> Any:
-    """An array as an input wants it: type, channels first, bytes divided by 255. Raises Mistake for what is no example."""
+def to_input(x: Any, spec: dict[str, Any], where: str) -> Any:
+    """Convert an array to an input of the model: data type, channels first, bytes divided by 255.
+
+    Args:
+        x: Array of examples.
+        spec: Description of the input.
+        where: Place for error messages.
+
+    Raises:
+        ScoringError: If the array does not contain valid examples.
+    """
     if x.dtype.kind not in "buif" or x.ndim == 0:
         raise ScoringError(
-            f"{where}: found {x.dtype} of shape {x.shape}; an array of numbers is needed"
+            f"{where}: expected an array of numbers, got {x.dtype} of shape {x.shape}"
         )
-    shape = one["shape"][1:]
-    if one["kind"] == "image":
-        x = x[:, None] if x.ndim == 3 else x
-        if (
-            x.ndim == 4
-            and not _shapes_match(x.shape[1:], shape)
-            and _shapes_match((x.shape[3], *x.shape[1:3]), shape)
-        ):
-            x = np.moveaxis(x, 3, 1)
-        if x.dtype.kind in "bui":
-            if x.size and (x.min() < 0 or x.max() > 255):
-                raise ScoringError(
-                    f"{where}: found whole numbers from {x.min()} to {x.max()}; bytes, or floats from 0 to 1"
-                )
-            x = x.astype(np.float32) / np.float32(255)
+    shape = spec["shape"][1:]
+    if spec["kind"] == "image":
+        x = _to_image(x, shape, where)
     if not _shapes_match(x.shape[1:], shape):
         raise ScoringError(
-            f"{where}: found shape {x.shape}; wanted ({', '.join(map(str, ['N', *shape]))})"
+            f"{where}: expected shape ({', '.join(map(str, ['N', *shape]))}), got {x.shape}"
         )
-    bad = _bad(x, one)
-    if bad.any():
-        row = int(bad.reshape(len(x), -1).any(1).argmax())
-        low, high = {"tokens": (0, one.get("tokens", 0) - 1), "image": (0, 1)}.get(
-            one["kind"], (None, None)
-        )
-        told = "no number, or infinity" if low is None else f"no number from {low} to {high}"
-        raise ScoringError(f"{where}: row {row + 1}: found {told}")
-    return np.ascontiguousarray(x, dtype=one["dtype"])
+    invalid = _invalid_values(x, spec)
+    if invalid.any():
+        row = int(invalid.reshape(len(x), -1).any(1).argmax())
+        ranges = {"tokens": (0, spec.get("tokens", 0) - 1), "image": (0, 1)}
+        low, high = ranges.get(spec["kind"], (None, None))
+        valid = "finite numbers" if low is None else f"numbers from {low} to {high}"
+        raise ScoringError(f"{where}: row {row + 1}: expected {valid}")
+    return np.ascontiguousarray(x, dtype=spec["dtype"])
 
 
-def _bad(x: Any, one: dict[str, Any]) -> Any:
-    if one["kind"] == "tokens":
-        return (x != np.floor(x)) | (x < 0) | (x >= one["tokens"]) | np.isnan(x)
-    bad = np.isinf(x) if one.get("gaps") else ~np.isfinite(x)
-    return bad | (x < -OVERSHOOT) | (x > 1 + OVERSHOOT) if one["kind"] == "image" else bad
+def _to_image(x: Any, shape: list[int | str], where: str) -> Any:
+    x = x[:, None] if x.ndim == 3 else x
+    if (
+        x.ndim == 4
+        and not _shapes_match(x.shape[1:], shape)
+        and _shapes_match((x.shape[3], *x.shape[1:3]), shape)
+    ):
+        x = np.moveaxis(x, 3, 1)
+    if x.dtype.kind in "bui":
+        if x.size and (x.min() < 0 or x.max() > 255):
+            raise ScoringError(
+                f"{where}: expected bytes, or floats from 0 to 1, "
+                f"got integers from {x.min()} to {x.max()}"
+            )
+        x = x.astype(np.float32) / np.float32(255)
+    return x
 
 
-def _shapes_match(found: tuple[int, ...], wanted: list[int | str]) -> bool:
-    free = all(isinstance(w, str) or f == w for f, w in zip(found, wanted, strict=False))
-    # else it could be any of the three
-    few = "channels" not in wanted or (len(found) == 3 and found[0] in (1, 3))
-    return len(found) == len(wanted) and free and few
+def _invalid_values(x: Any, spec: dict[str, Any]) -> Any:
+    if spec["kind"] == "tokens":
+        return (x != np.floor(x)) | (x < 0) | (x >= spec["tokens"]) | np.isnan(x)
+    invalid = np.isinf(x) if spec.get("gaps") else ~np.isfinite(x)
+    if spec["kind"] != "image":
+        return invalid
+    return invalid | (x < -OVERSHOOT) | (x > 1 + OVERSHOOT)
+
+
+def _shapes_match(found: tuple[int, ...], expected: list[int | str]) -> bool:
+    sizes_match = all(isinstance(e, str) or f == e for f, e in zip(found, expected, strict=False))
+    # With dynamic sizes only the number of channels shows which axis is which.
+    channels_match = "channels" not in expected or (len(found) == 3 and found[0] in (1, 3))
+    return len(found) == len(expected) and sizes_match and channels_match
 
 
 def write(scores: Any, about: dict[str, Any], out: Path | None) -> None:
-    """A row an example, numbered from 1."""
-    pick = about["task"] == "multiclass"
-    lines = [["row", *about["names"], *(["prediction"] if pick else [])]]
+    """Write one row per example, numbered from 1.
+
+    Args:
+        scores: Model outputs, `[N, outputs]`.
+        about: Description of the model's outputs.
+        out: The file to write. None: standard output.
+
+    Raises:
+        ScoringError: If the file cannot be written.
+    """
+    is_multiclass = about["task"] == "multiclass"
+    lines = [["row", *about["names"], *(["prediction"] if is_multiclass else [])]]
     for i, row in enumerate(scores):
-        best = [about["names"][int(row.argmax())]] if pick else []
+        best = [about["names"][int(row.argmax())]] if is_multiclass else []
         lines.append([str(i + 1), *(f"{value:.7g}" for value in row), *best])
     if out is None:
         csv.writer(sys.stdout, lineterminator="\n").writerows(lines)
@@ -223,7 +272,7 @@ def write(scores: Any, about: dict[str, Any], out: Path | None) -> None:
 
 
 def main() -> int:
-    """0 done, 2 a mistake, in one line."""
+    """Run the command line and return its exit status: 0, or 2 for an error of the user."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -234,25 +283,25 @@ def main() -> int:
         "--unit",
         type=float,
         default=1.0,
-        help="regression: what values are multiplied by (default: 1)",
+        help="regression: factor for the predicted values (default: 1)",
     )
     options = parser.parse_args()
     try:
         about, model = load(options.model)
         if options.unit != 1 and about["task"] != "regression":
             raise ScoringError(
-                "--unit: is for values, and this model gives probabilities; leave it out"
+                "--unit: only applies to regression, but this model predicts probabilities"
             )
-        given = read(options.data, about["inputs"])
-        rows = len(next(iter(given.values())))
+        inputs = read(options.data, about["inputs"])
+        rows = len(next(iter(inputs.values())))
         if not rows:
-            raise ScoringError(f"--data: {options.data}: has no rows")
+            raise ScoringError(f"--data: {options.data} has no rows")
         parts = [
-            model({n: x[i : i + BATCH] for n, x in given.items()}) for i in range(0, rows, BATCH)
+            model({n: x[i : i + BATCH] for n, x in inputs.items()}) for i in range(0, rows, BATCH)
         ]
         write(np.concatenate(parts) * np.float32(options.unit), about, options.out)
-    except ScoringError as mistake:
-        print("error:", " ".join(str(mistake).split()), file=sys.stderr)
+    except ScoringError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0
 

@@ -1,4 +1,4 @@
-"""Evaluate what a finished run is worth to a client that joins later."""
+"""Evaluate how much a finished run helps a client that joins later."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.seeding import keyed_generator
 from hetero_fl.utils.serialization import write_atomically
 
-# Newcomers with different numbers of labels, in a federation of their own in which each trains
-# alone.
-
-FEWEST_STEPS = 60  # of a training, however few examples there are
-LONGER = 4  # times the steps that a training from scratch gets: it has further to go
+# Smallest number of training steps, however few examples there are.
+FEWEST_STEPS = 60
+# Factor for the number of steps when training from scratch.
+LONGER = 4
+# Settings of a client in the run that the joining client does not adopt.
 OF_OTHERS = {
     "scanner",
     "data",
@@ -48,15 +48,28 @@ OF_OTHERS = {
     "epochs",
     "steps",
     "machine",
-}  # not taken over from a client of the run
+}
+PATIENTS = (10, 30, 100, 300)
+SEEDS = (0, 1, 2, 3, 4)
+EPOCHS = 10
 
-TransferredParts = dict[str, Tensors | Tensor]  # what is received, by name
+TransferredParts = dict[str, Tensors | Tensor]
+"""What the joining client receives, by name."""
 
 
 @dataclass(frozen=True)
 class JoiningSite:
-    """The newcomer: its examples, the numbers of labelled patients to try, what those are called, and how often each label
-    occurs (see `hetero_fl.data.row_strata`; of a patient with several the commonest)."""
+    """The data of the joining client.
+
+    Args:
+        train: Training rows.
+        test: Test rows.
+        counts: Numbers of labeled patients or examples to try, increasing.
+        unit: "patients" or "examples".
+        task: The task of the run.
+        layout: Columns of the data.
+        vocabulary: Vocabulary of texts.
+    """
 
     train: Examples
     test: Examples
@@ -67,8 +80,15 @@ class JoiningSite:
     vocabulary: Vocabulary | None = None
 
     def rows(self, count: int, seed: int) -> Tensor:
-        """Rows of the first so many patients in an order drawn by the seed in which labels come evenly: any number has the
-        mix of all, and a larger one has the patients of a smaller."""
+        """Return the training rows of `count` patients in a random order.
+
+        The order is stratified by label, so that every count has the label distribution of all
+        rows, and a larger count includes the patients of a smaller one.
+
+        Args:
+            count: Number of patients.
+            seed: Seed of the order.
+        """
         unit = torch.arange(len(self.train)) if self.train.patient is None else self.train.patient
         unit = unit.unique(return_inverse=True)[1]
         label = most_common_stratum(row_strata(self.train.labels, self.task), unit)
@@ -76,38 +96,52 @@ class JoiningSite:
             len(label), generator=keyed_generator("join", seed, "labelled"), dtype=torch.float64
         )
         place = torch.empty_like(draws)
-        for kind in label.unique():
-            mine = torch.nonzero(label == kind).squeeze(1)
-            place[mine[draws[mine].argsort()]] = (
-                torch.arange(len(mine), dtype=torch.float64) + 0.5
-            ) / len(mine)
-        # the draws decide between labels that are level
+        for value in label.unique():
+            members = torch.nonzero(label == value).squeeze(1)
+            place[members[draws[members].argsort()]] = (
+                torch.arange(len(members), dtype=torch.float64) + 0.5
+            ) / len(members)
+        # Random draws break ties between labels.
         chosen = (place + 1e-4 * draws / len(label)).argsort()[:count]
         return torch.nonzero(torch.isin(unit, chosen)).squeeze(1)
 
 
 class JoiningClients:
-    """One newcomer of each number of labels in a federation of its own, in which each trains alone."""
+    """Joining clients with different numbers of labels, each of which trains alone.
+
+    Args:
+        source_run: The finished run.
+        site: The data of the joining client.
+        name: Name of the data set.
+        model: Name of the model.
+        epochs: Epochs of fine-tuning.
+        overrides: Client settings, `key=value`, or settings of `runtime`.
+
+    Attributes:
+        transfer: Raw rows on which the teacher predicts; None without a teacher.
+        teacher_on: Description of these rows; empty without a teacher.
+    """
 
     def __init__(
         self,
         source_run: TransferSource,
         site: JoiningSite,
+        *,
         name: str,
         model: str,
         epochs: int,
         overrides: Sequence[str],
     ) -> None:
-        self.legacy = source_run
+        self.source_run = source_run
         self.site = site
         self.name = name
         self.model = model
         self.epochs = epochs
         settings, fits = source_run.settings_for(model)
-        taken = settings.model_dump(mode="json", exclude_unset=True)
-        self.defaults = {k: v for k, v in taken.items() if k not in OF_OTHERS} | (
-            {} if fits else {"model": model}
-        )
+        adopted = settings.model_dump(mode="json", exclude_unset=True)
+        self.defaults = {key: value for key, value in adopted.items() if key not in OF_OTHERS}
+        if not fits:
+            self.defaults["model"] = model
         self.overrides = [
             o if o.startswith("runtime.") else f"clients.defaults.{o}" for o in overrides
         ]
@@ -115,7 +149,7 @@ class JoiningClients:
         self.teacher_on = ""
 
     def config(self, seed: int, times: int = 1) -> Config:
-        """The newcomers' configuration: as the run's client trains, for longer if `times` is above one."""
+        """Return the configuration of the joining clients, with `times` the number of steps."""
         batch = int(self.defaults.get("batch_size", ClientSettings().batch_size))
         groups = [
             {"name": f"with_{n}", "steps": times * max(FEWEST_STEPS, self.epochs * -(-n // batch))}
@@ -126,12 +160,12 @@ class JoiningClients:
             "seed": seed,
             "rounds": 1,
             "clients": {"defaults": self.defaults, "groups": groups},
-            "runtime": {"executor": "serial", "device": self.legacy.config.runtime.device},
+            "runtime": {"executor": "serial", "device": self.source_run.config.runtime.device},
         }
         return load_config(source, self.overrides)
 
     def federation(self, config: Config) -> tuple[FederatedData, FederationSpec]:
-        """The newcomers and their rows; public rows if a teacher speaks of them."""
+        """Return the data and the federation of the joining clients."""
         clients = expand_population(config.clients)
         site = self.site
         none = torch.zeros(0, dtype=torch.int64)
@@ -143,7 +177,7 @@ class JoiningClients:
             }
             for n in site.counts
         }
-        # all is at home
+        # Only local test rows are evaluated.
         public = {
             name: RowSelection(site.test, none) for name in ("common_test", "common_validation")
         }
@@ -151,81 +185,115 @@ class JoiningClients:
             public["proxy"] = RowSelection(
                 Examples(self.transfer), torch.arange(len(self.transfer))
             )
-        own = ClientRows(private)
+        client_rows = ClientRows(private)
         data = FederatedData(
-            self.legacy.task, self.name, clients, own, public, config.seed,
-            layout=site.layout, vocabulary=site.vocabulary,
-        )  # fmt: skip
-        check_missing_values(clients.profiles, clients, own, public, site.layout)
+            self.source_run.task,
+            self.name,
+            clients,
+            client_rows,
+            public,
+            seed=config.seed,
+            layout=site.layout,
+            vocabulary=site.vocabulary,
+        )
+        check_missing_values(clients.profiles, clients, client_rows, public, layout=site.layout)
         return data, FederationSpec.from_config(
             config.model_copy(update={"privacy": None}), data, clients, student=False
         )
 
     def transfer_options(self, requested: str | None) -> dict[str, TransferredParts]:
-        """What a newcomer may begin with: nothing, and of the run what is asked for or can be had."""
+        """Return what a joining client may start with, by name; "scratch" is always included.
+
+        Args:
+            requested: "backbone", "teacher" or "both". None: all that the run provides.
+
+        Raises:
+            UserError: If the run does not provide what is requested.
+        """
         _, federation = self.federation(self.config(0))
         client_info = next(iter(federation.client_infos.values()))
-        begins: dict[str, TransferredParts] = {SCRATCH: {}}
+        options: dict[str, TransferredParts] = {SCRATCH: {}}
         if requested not in (None, BACKBONE, TEACHER, BOTH):
             raise UserError(
-                f"--take: found '{requested}'; choose from {BACKBONE}, {TEACHER}, {BOTH}"
+                f"--take: unknown choice '{requested}'; choose from {BACKBONE}, {TEACHER}, {BOTH}"
             )
         if requested != TEACHER:
-            backbone = self.legacy.backbone(client_info.arch)
-            if backbone is None:
-                why = f"nobody in {self.legacy.run.path} shared the backbone of a {client_info.arch.spec_id}"
-                if requested is not None:
-                    raise UserError(
-                        f"--take: {why}; take teacher, or --model {self.legacy.most_common_model}"
-                    )
-                self.legacy.notes.append(why)
+            backbone = self.source_run.backbone(client_info.arch)
+            if backbone is not None:
+                options[BACKBONE] = {BACKBONE: backbone}
             else:
-                begins[BACKBONE] = {BACKBONE: backbone}
+                problem = (
+                    f"no client in {self.source_run.run.path} shared the backbone of a "
+                    f"{client_info.arch.spec_id}"
+                )
+                advice = f"choose teacher, or --model {self.source_run.most_common_model}"
+                self._report_missing(problem, advice, requested)
         if requested != BACKBONE:
-            transfer, self.teacher_on = self._transfer_rows(client_info.preprocess)
-            teacher = self.legacy.consensus(transfer)
-            heard = usable_rows(transfer, client_info.preprocess) & ~teacher.isnan().any(1)
-            if bool(heard.any()):
-                self.transfer = transfer[heard]
-                begins[TEACHER] = {TEACHER: teacher[heard]}
-            else:
-                why = f"of {self.teacher_on} there is none that both the newcomer and a model of the run see"
-                if requested is not None:
-                    raise UserError(f"--take: {why}; take backbone")
-                self.legacy.notes.append(why)
-                self.teacher_on = ""
-        if BACKBONE in begins and TEACHER in begins:
-            begins[BOTH] = {**begins[BACKBONE], **begins[TEACHER]}
-        return begins if requested is None else {way: begins[way] for way in (SCRATCH, requested)}
+            self._add_teacher(options, client_info.preprocess, requested)
+        if BACKBONE in options and TEACHER in options:
+            options[BOTH] = {**options[BACKBONE], **options[TEACHER]}
+        if requested is None:
+            return options
+        return {name: options[name] for name in (SCRATCH, requested)}
 
-    def _transfer_rows(self, view: Preprocess) -> tuple[Tensor, str]:
-        """The raw rows on which the teacher is heard, in words, too."""
-        public = self.legacy.public
-        own = self.site.train.x
-        fits = public is not None and view.shape(tuple(public.shape[1:])) == view.shape(
-            tuple(own.shape[1:])
+    def _add_teacher(
+        self, options: dict[str, TransferredParts], preprocess: Preprocess, requested: str | None
+    ) -> None:
+        rows, self.teacher_on = self._transfer_rows(preprocess)
+        teacher = self.source_run.consensus(rows)
+        usable = usable_rows(rows, preprocess) & ~teacher.isnan().any(1)
+        if bool(usable.any()):
+            self.transfer = rows[usable]
+            options[TEACHER] = {TEACHER: teacher[usable]}
+            return
+        problem = (
+            f"{self.teacher_on}: no row is usable for both the joining client and a model of the "
+            "run"
         )
-        if public is not None and fits and bool(usable_rows(public, view).any()):
-            return public, f"the run's {len(public):,} public rows"
+        self._report_missing(problem, "choose backbone", requested)
+        self.teacher_on = ""
+
+    def _report_missing(self, problem: str, advice: str, requested: str | None) -> None:
+        if requested is not None:
+            raise UserError(f"--take: {problem}; {advice}")
+        self.source_run.notes.append(problem)
+
+    def _transfer_rows(self, preprocess: Preprocess) -> tuple[Tensor, str]:
+        """Return the raw rows on which the teacher predicts, and their description."""
+        public = self.source_run.public
+        private = self.site.train.x
         if public is not None:
-            why = "the newcomer sees nothing of the run's public rows"
-            self.legacy.notes.append(
-                why if fits else "the run's public rows have another shape than the newcomer's"
+            has_shape = preprocess.shape(tuple(public.shape[1:])) == preprocess.shape(
+                tuple(private.shape[1:])
             )
-        return own, f"the newcomer's own {len(own):,} training rows, without their labels"
+            if has_shape and bool(usable_rows(public, preprocess).any()):
+                return public, f"the run's {len(public):,} public rows"
+            self.source_run.notes.append(
+                "the run's public rows have no values that the joining client uses"
+                if has_shape
+                else "the run's public rows have another shape than the joining client's rows"
+            )
+        return private, f"the joining client's {len(private):,} training rows, without labels"
 
     def consensus_scores(self) -> Scores:
-        """What all models of the run together reach on the test rows, those of which one of them sees anything."""
+        """Return the scores of the consensus on the test rows that at least one model can use."""
         test = self.site.test
-        said = self.legacy.consensus(test.x)
-        heard = ~said.isnan().any(1)
-        unit = None if test.unit is None else test.unit[heard]
-        return score(self.legacy.task, said[heard], test.labels[heard], unit)
+        logits = self.source_run.consensus(test.x)
+        usable = ~logits.isnan().any(1)
+        unit = None if test.unit is None else test.unit[usable]
+        return score(self.source_run.task, logits[usable], test.labels[usable], unit)
 
     def run_transfer(
         self, seed: int, option: str, parts: TransferredParts, save_path: Path | None
     ) -> list[dict[str, Any]]:
-        """Figures on the test rows for each number of labels; `save_path`: where the model with the most goes."""
+        """Train the joining clients and return their test scores for each number of labels.
+
+        Args:
+            seed: Seed of the run.
+            option: What the clients start with.
+            parts: The tensors that they receive.
+            save_path: Where to save the model with the most labels. None: do not save it.
+        """
         config = self.config(seed, LONGER if option == SCRATCH else 1)
         data, federation = self.federation(config)
         trainer = PreparedRun(config, JoiningClient(), federation, data, [], {}).make_trainer()
@@ -239,24 +307,19 @@ class JoiningClients:
         try:
             trainer.server.state.update(parts)
             trainer.run_round()
-            readings = trainer.evaluate(
+            result = trainer.evaluate(
                 details=save_path is not None, save=save if save_path is not None else None
             )
         finally:
             trainer.executor.close()
-        found = {id: reading.scores["personal"] for id, reading in readings.clients.items()}
         return [
-            {"patients": n, "rows": data.n_rows(f"with_{n}", "train"), **found[f"with_{n}"]}
+            {
+                "patients": n,
+                "rows": data.n_rows(f"with_{n}", "train"),
+                **result.clients[f"with_{n}"].scores["personal"],
+            }
             for n in self.site.counts
         ]
-
-
-# A newcomer: what a finished run is worth to somebody who was not in it, against the number of
-# labelled examples.
-
-PATIENTS = (10, 30, 100, 300)
-SEEDS = (0, 1, 2, 3, 4)
-EPOCHS = 10
 
 
 def join(
@@ -271,77 +334,107 @@ def join(
     seeds: Iterable[int] = SEEDS,
     epochs: int = EPOCHS,
     overrides: Overrides = (),
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = lambda _line: None,
     allow_code: bool | CodePermission = False,
 ) -> dict[str, Any]:
-    """Let a newcomer begin with what a finished run leaves, and compare that with training from scratch.
+    """Train a client that joins a finished run, and compare with training from scratch.
 
-    It takes the shared backbone (if clients with its architecture shared theirs), or the consensus of all models as a
-    teacher on the run's public rows, or on its own unlabelled ones where there are none, and trains on with its own labelled
-    examples. Writes `join.json`, `join.md`, `join.png` and the models of the first seed with the most labels into `out`;
-    returns the content of `join.json`.
+    The client starts with the shared backbone, if clients with its architecture shared theirs, or
+    with the consensus of all models as a teacher on the run's public rows (without public rows, on
+    its training rows). It then trains on its labeled examples. Writes `join.json`, `join.md`,
+    `join.png`, and the models of the first seed with the most labels.
 
     Args:
-        data: a local file, a source's name, or a data set in hand: training rows, and a test set (else a fifth of them).
-        model: of `model_zoo`; none: the run's most frequent. It trains as the run's clients with that model do.
-        label: a table's column of labels; none: the run's own.
-        transfer: backbone, teacher or both; none: each that there is.
-        patients: numbers of labelled patients (of examples, where the data does not say whose they are).
-        epochs: of fine-tuning, though at least 60 steps; from scratch four times as many.
-        overrides: settings of the newcomer as of a client, `optimizer.lr=0.0005`, or of `runtime`.
+        run: A finished run or its directory.
+        data: A local file, the name of a source or a data set, with training rows and a test set
+            (otherwise a fifth of the rows).
+        model: Name of a model of `model_zoo`. None: the most frequent model of the run. The client
+            trains with the settings of the run's clients with this model.
+        out: The folder to write to.
+        label: The label column of a table. None: that of the run.
+        transfer: "backbone", "teacher" or "both". None: all that the run provides.
+        patients: Numbers of labeled patients; of examples if the data has no patients.
+        seeds: Seeds to repeat the training with.
+        epochs: Epochs of fine-tuning, at least 60 steps; four times as many from scratch.
+        overrides: Client settings, such as `optimizer.lr=0.0005`, or settings of `runtime`.
+        say: Called with progress lines.
         allow_code: Whether code that the run's files name may run.
 
+    Returns:
+        The content of `join.json`.
+
     Raises:
-        UserError: data, model or settings that do not fit the run; a backbone that nobody shared.
+        UserError: If the data, model or settings do not fit the run, or the run does not provide
+            the requested transfer.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> import hetero_fl
+        >>> config = {"data": {"name": "digits"}, "algorithm": {"name": "fedavg"}, "rounds": 1}
+        >>> run = hetero_fl.run(config, out=mkdtemp())
+        >>> found = hetero_fl.join(
+        ...     run, "digits", out=mkdtemp(), transfer="backbone", patients=[10], seeds=[0]
+        ... )
+        >>> [row["begins"] for row in found["rows"]]
+        ['scratch', 'backbone']
     """
-    legacy = TransferSource(Run.open(run, allow_code))
+    source_run = TransferSource(Run.open(run, allow_code))
     out = Path(out)
     overrides = override_list(overrides)
     CodePermission.from_argument(allow_code).check_written(
         find_references({"--data": data, "--model": model, "overrides": overrides})
     )
-    check_vacant(out, besides="")  # nothing of it is gone on with
+    # A folder with results is refused, because joining cannot be resumed.
+    check_vacant(out, alternatives="")
     dataset = (
-        order_columns(data, legacy.run)
+        order_columns(data, source_run.run)
         if isinstance(data, Dataset)
-        else load_as(legacy.run, data, label)
+        else load_as(source_run.run, data, label)
     )
-    site = _joining_site(dataset, legacy, patients)
-    name = model or legacy.most_common_model
-    plan = JoiningClients(legacy, site, dataset.name, name, epochs, overrides)
-    begins = plan.transfer_options(transfer)
+    site = _joining_site(dataset, source_run, patients)
+    model_name = model or source_run.most_common_model
+    joining = JoiningClients(
+        source_run,
+        site,
+        name=dataset.name,
+        model=model_name,
+        epochs=epochs,
+        overrides=overrides,
+    )
+    options = joining.transfer_options(transfer)
     for split, examples in (("training", site.train), ("test", site.test)):
-        if note := legacy.overlap(examples.x, f"the newcomer's {split} rows", "it"):
-            legacy.notes.append(note)
+        if note := source_run.overlap(examples.x, f"the joining client's {split} rows", "it"):
+            source_run.notes.append(note)
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     seeds = list(dict.fromkeys(seeds))
     for seed in seeds:
-        for way, given in begins.items():
-            keep = None if seed != seeds[0] else out / "models" / f"{way}.safetensors"
+        for option, parts in options.items():
+            save_path = None if seed != seeds[0] else out / "models" / f"{option}.safetensors"
             rows += [
-                {"begins": way, "seed": seed, **found}
-                for found in plan.run_transfer(seed, way, given, keep)
+                {"begins": option, "seed": seed, **scores}
+                for scores in joining.run_transfer(seed, option, parts, save_path)
             ]
-            say(f"seed {seed}, {way}: done")
+            say(f"seed {seed}, {option}: done")
     content = {
-        "run": legacy.run.summary["name"],
-        "algorithm": legacy.run.summary["algorithm"],
+        "run": source_run.run.summary["name"],
+        "algorithm": source_run.run.summary["algorithm"],
         "data": dataset.name,
-        "model": name,
+        "model": model_name,
         "unit": site.unit,
         "patients": list(site.counts),
         "seeds": seeds,
         "epochs": epochs,
         "n_test": len(site.test),
-        "teacher_on": plan.teacher_on or None,
-        "consensus": plan.consensus_scores(),
-        "notes": legacy.notes,
+        "teacher_on": joining.teacher_on or None,
+        "consensus": joining.consensus_scores(),
+        "notes": source_run.notes,
         "rows": rows,
     }
-    from hetero_fl.experiment.onboarding.report import write_join  # loads what draws
+    # Slow to import: matplotlib.
+    from hetero_fl.experiment.onboarding.report import write_join
 
-    write_join(out, content, legacy.task)
+    write_join(out, content, source_run.task)
     return content
 
 
@@ -351,8 +444,8 @@ def _joining_site(
     task = source_run.task
     if not are_comparable(dataset.task, task):
         raise UserError(
-            f"--data: {dataset.name} is {dataset.task.kind} with {dataset.task.outputs} outputs, the run's models are "
-            f"{task.kind} with {task.outputs}"
+            f"--data: {dataset.name} is {dataset.task.kind} with {dataset.task.outputs} outputs, "
+            f"but the run's models are {task.kind} with {task.outputs}"
         )
     dataset = with_test(dataset)
     assert dataset.test is not None
@@ -361,20 +454,22 @@ def _joining_site(
         y = renumber_targets(examples.labels, dataset.task, task, f"--data: {dataset.name}")
         parts.append(replace(examples, y=y, group=None, group_names=()))
     train, test = parts
-    whole = len(train) if train.patient is None else len(train.patient.unique())
+    available = len(train) if train.patient is None else len(train.patient.unique())
     unit = "examples" if train.patient is None else "patients"
-    asked = sorted(set(patients))
-    if not asked or asked[0] < 2:
+    requested = sorted(set(patients))
+    if not requested or requested[0] < 2:
         raise UserError(
-            f"--patients: found {', '.join(map(str, asked)) or 'none'}; write numbers from 2 on, such as 10,30,100"
+            "--patients: expected integers >= 2, such as 10,30,100; "
+            f"got {', '.join(map(str, requested)) or 'none'}"
         )
-    counts = tuple(n for n in asked if n <= whole)
+    counts = tuple(n for n in requested if n <= available)
     if not counts:
         raise UserError(
-            f"--patients: found {asked[0]} and more, but {dataset.name} has {whole} labelled {unit} to train on"
+            f"--patients: must be <= {available}, the number of labeled training {unit} in "
+            f"{dataset.name}; got {requested[0]}"
         )
-    if len(counts) < len(asked):
+    if len(counts) < len(requested):
         source_run.notes.append(
-            f"{dataset.name} has {whole} labelled {unit} to train on; larger numbers are left out"
+            f"{dataset.name} has {available} labeled training {unit}; larger numbers are skipped"
         )
     return JoiningSite(train, test, counts, unit, task, dataset.layout, dataset.vocabulary)

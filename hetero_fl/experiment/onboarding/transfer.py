@@ -1,4 +1,4 @@
-"""What a finished run leaves to somebody who was not in it: a shared backbone, a consensus, and the public rows."""
+"""What a finished run provides to a joining client: backbone, consensus and public rows."""
 
 from __future__ import annotations
 
@@ -30,100 +30,125 @@ BODY = ("backbone.",)
 
 @dataclass
 class TransferSource:
-    """A finished run as a newcomer finds it. Only what clients were willing to share leaves it: the part of their models that
-    travelled, and predictions."""
+    """A finished run from which a joining client starts.
+
+    Only what the clients shared is available: the uploaded part of their models, and predictions.
+
+    Args:
+        run: The finished run.
+        notes: Lines for the results.
+    """
 
     run: Run
     notes: list[str] = field(default_factory=list)
 
     @cached_property
     def config(self) -> Config:
-        """The run's resolved configuration."""
+        """Resolved configuration of the run."""
         return load_config(self.run.path / "config.yaml", allow_code=self.run.permission)
 
     @cached_property
     def clients(self) -> Population:
-        """Who took part."""
+        """Clients of the run."""
         return expand_population(self.config.clients)
 
     @cached_property
     def method(self) -> Algorithm:
-        """The method, with the run's settings."""
+        """Algorithm with the settings of the run."""
         return make_algorithm(self.config)
 
     @cached_property
     def models(self) -> dict[str, SavedModel]:
-        """The clients' models as they were used last."""
-        return {id: model for id, model in self.run.models.items() if id in self.clients}
+        """Final models of the clients, by client id."""
+        return {
+            client_id: model
+            for client_id, model in self.run.models.items()
+            if client_id in self.clients
+        }
 
     @property
     def task(self) -> Task:
-        """What was learned."""
+        """Task of the run."""
         return next(iter(self.models.values())).task
 
     @property
     def most_common_model(self) -> str:
-        """The name of the most frequent model; of equals the first client's."""
-        return Counter(self.clients[id].model[0].name for id in self.models).most_common(1)[0][0]
+        """Name of the most frequent model; of equals, the first client's."""
+        names = Counter(self.clients[client_id].model[0].name for client_id in self.models)
+        return names.most_common(1)[0][0]
 
     def settings_for(self, name: str) -> tuple[ClientSettings, bool]:
-        """How somebody with a model of that name trains: as the first client of the run that has it; else by the run's
-        defaults, with that model's. Whether anybody has it is the second."""
-        for id in self.models:
-            if self.clients[id].model[0].name == name:
-                return self.clients[id], True
+        """Return the settings for a client with a model, and whether a client of the run has it.
+
+        The settings are those of the first client with the model, otherwise the defaults.
+        """
+        for client_id in self.models:
+            if self.clients[client_id].model[0].name == name:
+                return self.clients[client_id], True
         return self.config.clients.defaults, False
 
     def backbone(self, arch: ModelSpec) -> Tensors | None:
-        """The mean of what clients with this architecture shared of their backbones; None if nobody did."""
+        """Return the mean of the shared backbones of an architecture; None if none was shared."""
         if shared_part_of(self.method).slot != "model":
             return None
         sent = []
-        for id, model in self.models.items():
-            part = common_part(shared_part(self.method, self.clients[id]), BODY)
+        for client_id, model in self.models.items():
+            part = common_part(shared_part(self.method, self.clients[client_id]), BODY)
             if model.arch == arch and part != ():
                 sent.append(shareable_tensors(self.method, arch, model.tensors, part))
         names = dict.fromkeys(n for tensors in sent for n in tensors)
-        return {n: torch.stack([t[n] for t in sent if n in t]).mean(0) for n in names} or None
+        means = {n: torch.stack([t[n] for t in sent if n in t]).mean(0) for n in names}
+        return means or None
 
     def consensus(self, x: Tensor) -> Tensor:
-        """Logits `[N, outputs]` of all clients' models together, each through its own preprocessing, on raw rows: the log of
-        their mean probability; of regressions the mean. Whose view has nothing of a row, or lacks what it has to see, says
-        nothing of it; NaN where all are silent."""
-        said = []
-        able = []
+        """Combine the predictions of all clients' models on raw rows.
+
+        Each model uses its client's preprocessing. A model is skipped for rows in which values that
+        it needs are missing.
+
+        Args:
+            x: Raw rows, `[N, ...]`.
+
+        Returns:
+            The logarithm of the mean probability (for regression the mean), `[N, outputs]`; NaN
+            for rows that no model can use.
+
+        Raises:
+            UserError: If the rows do not fit the models.
+        """
+        logits = []
+        usable = []
         for model in self.models.values():
-            view = Preprocess(**model.preprocess)
-            found = view.shape(tuple(x.shape[1:]), "the run's preprocessing")
+            preprocess = Preprocess(**model.preprocess)
+            found = preprocess.shape(tuple(x.shape[1:]), "the run's preprocessing")
             if found != model.arch.input_shape:
                 raise UserError(
-                    f"--data: examples are {found} to the run's models, which take {model.arch.input_shape}"
+                    f"--data: examples have shape {found} after preprocessing, "
+                    f"but the run's models expect {model.arch.input_shape}"
                 )
-            able.append(usable_rows(x, view))
-            said.append(model.logits(view(x)))
-        sees = torch.stack(able)[..., None]
-        count = sees.sum(0)
+            usable.append(usable_rows(x, preprocess))
+            logits.append(model.logits(preprocess(x)))
+        mask = torch.stack(usable)[..., None]
+        count = mask.sum(0)
+        stacked = torch.stack(logits)
 
         def mean(values: Tensor) -> Tensor:
-            return values.masked_fill(~sees, 0.0).sum(0) / count
+            return values.masked_fill(~mask, 0.0).sum(0) / count
 
         if self.task.kind == "regression":
-            return mean(torch.stack(said))
+            return mean(stacked)
         if self.task.kind == "multilabel":
-            return mean(torch.stack(said).sigmoid()).logit(eps=1e-7)
-        return (
-            torch.stack(said).log_softmax(-1).masked_fill(~sees, -torch.inf).logsumexp(0)
-            - count.log()
-        )
+            return mean(stacked.sigmoid()).logit(eps=1e-7)
+        return stacked.log_softmax(-1).masked_fill(~mask, -torch.inf).logsumexp(0) - count.log()
 
     @cached_property
     def data(self) -> PreparedRun | None:
-        """The run's data, dealt out as it was; None, with a note, where it cannot be had here."""
+        """The run prepared again with its data; None, with a note, if it is not available."""
         known: dict[str, Any] = self.run.summary["data"]
         try:
             prepared = prepare(self.config)
         except UserError as error:
-            self.notes.append(f"the run's own data cannot be had here ({error})")
+            self.notes.append(f"the run's data is not available ({error})")
             return None
         data = prepared.data
         found = {
@@ -133,13 +158,13 @@ class TransferSource:
             "n_test": data.n_test,
         }
         if any(known[key] != value for key, value in found.items()):
-            self.notes.append("the run's own data is not what its configuration names now")
+            self.notes.append("the run's data has changed since the run")
             return None
         return prepared
 
     @property
     def public(self) -> Tensor | None:
-        """The run's public rows, raw; None if it had none, or they cannot be had here."""
+        """Raw public rows of the run; None if it has none or they are not available."""
         return (
             self.data.data.raw_examples("proxy")
             if self.data is not None and self.data.data.n_proxy
@@ -147,37 +172,36 @@ class TransferSource:
         )
 
     def num_seen(self, x: Tensor) -> int:
-        """How many of these raw rows somebody in the run has trained on."""
+        """Return how many of the raw rows were training rows in the run."""
         if self.data is None or tuple(x.shape[1:]) != self.data.data.input_shape:
             return 0
-        mine = rows_as_bytes(x)
-        asked = set(mine)
-        known: set[bytes] = set()
+        given = rows_as_bytes(x)
+        distinct = set(given)
+        seen: set[bytes] = set()
         for rows in self.data.data.private_rows():
-            known |= asked.intersection(rows_as_bytes(rows))
-        return sum(map(known.__contains__, mine))
+            seen |= distinct.intersection(rows_as_bytes(rows))
+        return sum(row in seen for row in given)
 
     def overlap(self, x: Tensor, rows: str, description: str) -> str:
-        """Return a note on raw rows that somebody in the run has trained on; empty if there are none.
+        """Return a note on raw rows that were training rows in the run; empty if there are none.
 
         Args:
-            x: The raw rows.
-            rows: What they are called.
-            description: Who or what has too good figures because of them.
+            x: Raw rows, `[N, ...]`.
+            rows: Description of the rows.
+            description: Whose scores are too high because of them.
         """
         count = self.num_seen(x)
         verb = "is also in the run's" if count == 1 else "are also in the run's"
         return (
-            f"{count} of {rows} {verb} training rows: figures flatter {description}"
+            f"{count} of {rows} {verb} training rows: scores are too optimistic for {description}"
             if count
             else ""
         )
 
 
 def rows_as_bytes(x: Tensor) -> list[bytes]:
-    """The bytes of each row."""
+    """Return the bytes of each row."""
     flat = np.ascontiguousarray(x.flatten(1).numpy())
-    found: list[bytes] = flat.view(np.dtype((np.void, flat.itemsize * flat.shape[1])))[
-        :, 0
-    ].tolist()
+    row_type = np.dtype((np.void, flat.itemsize * flat.shape[1]))
+    found: list[bytes] = flat.view(row_type)[:, 0].tolist()
     return found

@@ -96,9 +96,9 @@ def test_a_patients_rows_are_in_or_out_together() -> None:
 def test_a_shadow_with_the_runs_own_rows_and_seed_is_the_run(run: hetero_fl.Run) -> None:
     prepared = prepare(run.path / "config.yaml")
     rows = {"site_1": unprocessed_rows(prepared.data, "site_1", ["train"])}
-    again = train_shadow(prepared, rows, prepared.config.seed, 2, lambda line: None)["site_1"]
+    again = train_shadow(prepared, rows, prepared.config.seed, 2)["site_1"]
     assert all(torch.equal(again.tensors[n], t) for n, t in run.models["site_1"].tensors.items())
-    other = train_shadow(prepared, rows, 7, 1, lambda line: None)["site_1"]
+    other = train_shadow(prepared, rows, 7, 1)["site_1"]
     assert not torch.equal(other.tensors["head.weight"], again.tensors["head.weight"])
 
 
@@ -127,10 +127,10 @@ def test_what_cannot_be_inverted_is_noted_or_refused_by_name(
     found = audit(run, clients=["site_1"], shadows=0, out=tmp_path)
     assert found["inversion"] == []
     assert found["notes"] == [
-        "local: 'site_1' sends no parameters of its model; there is no gradient to invert"
+        "local: 'site_1' uploads no model parameters, so there is no gradient to invert"
     ]
     with pytest.raises(
-        UserError, match="--attack: found inversion; local: 'site_1' sends no parameters"
+        UserError, match="--attack: inversion does not apply: local: 'site_1' uploads no model parameters"
     ):
         audit(run, clients=["site_1"], attack="inversion", out=tmp_path)
 
@@ -139,9 +139,9 @@ def test_what_cannot_be_inverted_is_noted_or_refused_by_name(
     ("flags", "said"),
     [
         (["--clients", "siet_1"], "has no model of 'siet_1'; did you mean 'site_1'?"),
-        (["--shadows", "3"], "--shadows: found 3; take an even number from 4 on"),
-        (["--batch", "9"], "--batch, --images: found 9"),
-        (["--attack", "members"], "--attack: found 'members'; did you mean 'membership'?"),
+        (["--shadows", "3"], "--shadows: must be an even number >= 4, or 0"),
+        (["--batch", "9"], "--batch: must be between 1 and 4, got 9"),
+        (["--attack", "members"], "--attack: unknown attack 'members'; did you mean 'membership'?"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -161,7 +161,7 @@ def test_no_such_run_and_other_data(
     text = (run.path / "config.yaml").read_text()
     (run.path / "config.yaml").write_text(text.replace("train_limit: 330", "train_limit: 300"))
     try:
-        with pytest.raises(UserError, match="the data is not what this run was trained on"):
+        with pytest.raises(UserError, match="the data differs from the data that this run was trained on"):
             audit(run, attack="membership", shadows=0, out=tmp_path)
     finally:
         (run.path / "config.yaml").write_text(text)

@@ -109,7 +109,7 @@ def test_who_shares_no_parameters_or_has_no_images_is_told_so() -> None:
     prepared = prepare(config("fedmd"))
     assert (
         reason_not_invertible(prepared, "site_1")
-        == "fedmd: 'site_1' sends no parameters of its model; there is no gradient to invert"
+        == "fedmd: 'site_1' uploads no model parameters, so there is no gradient to invert"
     )
     assert reason_not_invertible(prepare(config("local")), "site_1") is not None
     assert reason_not_invertible(prepare(config("fedper")), "site_1") is None

@@ -200,13 +200,13 @@ def test_the_command(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--client", "sitee_2"], "--client: found 'sitee_2'; did you mean 'site_2'?"),
-        (["--format", "onx"], "--format: found 'onx'; did you mean 'onnx'?"),
+        (["--client", "sitee_2"], "--client: no model of 'sitee_2'; did you mean 'site_2'?"),
+        (["--format", "onx"], "--format: unknown format 'onx'; did you mean 'onnx'?"),
         (
             ["--format", "safetensors", "--home"],
-            "--home: a safetensors file holds the label frequencies",
+            "--home: cannot be combined with --format safetensors",
         ),
-        (["--format", "torchscript"], "--format: torchscript is no longer written"),
+        (["--format", "torchscript"], "--format: torchscript is no longer supported"),
         (["--format", "safetensors", "--out", "FILE/x"], "cannot be written"),
     ],
 )
@@ -250,7 +250,7 @@ def test_what_predicts_otherwise_is_not_written(
         monkeypatch.setattr(
             export, "load_scorer", lambda _, error=error: lambda given: score(given) + error
         )
-        with pytest.raises(UserError, match=r"site_2: .* predicts otherwise than the run does"):
+        with pytest.raises(UserError, match=r"site_2: .* predicts differently than in the run"):
             hetero_fl.export(run, "site_2", out=tmp_path / "differs")
 
     assert not (tmp_path / "differs").exists()
@@ -293,6 +293,6 @@ def test_a_model_of_ones_own(
     else:
         with pytest.raises(
             UserError,
-            match=r"site_1: .* as onnx takes no batch of 1 .* x\.shape\[0\], not len\(x\)",
+            match=r"site_1: .* exported to onnx fails for a batch of 1 .*x\.shape\[0\] instead of len\(x\)",
         ):
             hetero_fl.export(finished, "site_1")

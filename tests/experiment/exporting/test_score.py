@@ -206,37 +206,37 @@ def test_a_block_that_is_absent_and_channels_that_come_last(
 @pytest.mark.parametrize(
     ("name", "data", "words"),
     [
-        ("vit", {"image": np.full((3, 12, 12), 2.0)}, "row 1: found no number from 0 to 1"),
-        ("vit", {"image": np.full((3, 12, 12), 300)}, "whole numbers from 300 to 300"),
+        ("vit", {"image": np.full((3, 12, 12), 2.0)}, "row 1: expected numbers from 0 to 1"),
+        ("vit", {"image": np.full((3, 12, 12), 300)}, "integers from 300 to 300"),
         (
             "vit",
             {"image": np.zeros((3, 12, 13))},
-            "found shape (3, 1, 12, 13); wanted (N, 1, 12, 12)",
+            "expected shape (N, 1, 12, 12), got (3, 1, 12, 13)",
         ),
         ("vit", {"image": np.zeros((0, 12, 12))}, "has no rows"),
-        ("vit", {"image": np.array(["a"])}, "an array of numbers is needed"),
-        ("vit", {"a": np.zeros(2), "b": np.zeros(2)}, "found a, b; an array image is needed"),
-        ("text_gru", {"tokens": np.full((2, 9), 30)}, "row 1: found no number from 0 to 29"),
-        ("text_gru", {"tokens": np.full((2, 9), 0.5)}, "row 1: found no number from 0 to 29"),
-        ("lstm", {"x": np.full((2, 20, 3), np.nan)}, "row 1: found no number, or infinity"),
-        ("multimodal", {"image": np.zeros((2, 1, 12, 12))}, "arrays image, genes are needed"),
-        ("mlp_of_columns", "weight,pulse\n1,2\n", "no column 'glucose'; found weight, pulse"),
+        ("vit", {"image": np.array(["a"])}, "expected an array of numbers"),
+        ("vit", {"a": np.zeros(2), "b": np.zeros(2)}, "expected an array image, got a, b"),
+        ("text_gru", {"tokens": np.full((2, 9), 30)}, "row 1: expected numbers from 0 to 29"),
+        ("text_gru", {"tokens": np.full((2, 9), 0.5)}, "row 1: expected numbers from 0 to 29"),
+        ("lstm", {"x": np.full((2, 20, 3), np.nan)}, "row 1: expected finite numbers"),
+        ("multimodal", {"image": np.zeros((2, 1, 12, 12))}, "expected arrays image, genes"),
+        ("mlp_of_columns", "weight,pulse\n1,2\n", "column 'glucose' not found; found weight, pulse"),
         (
             "mlp_of_columns",
             "weight,pulse,glucose\n1,2,x\n",
-            "row 1, column 'glucose': found 'x', not a number",
+            "row 1, column 'glucose': expected a number, got 'x'",
         ),
         (
             "mlp_of_columns",
             "weight,pulse,glucose\n1,2,3\n1,2\n",
-            "row 2: found 2 cells below 3 names",
+            "row 2: expected 3 cells as in the header, got 2",
         ),
         (
             "mlp_of_columns",
             "weight,pulse,glucose\n1,2,3\n1,,2\n",
-            "row 2: found no number, or infinity",
+            "row 2: expected finite numbers",
         ),
-        ("lstm", "a,b,c\n1,2,3\n", "this model takes series, which need a .npz file"),
+        ("lstm", "a,b,c\n1,2,3\n", "expected a .npz file for a model with inputs series"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -261,10 +261,10 @@ def test_a_model_of_somebody_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, words in (
-        ("m.safetensors", "tensors alone"),
+        ("m.safetensors", "contains tensors only"),
         ("m.onnx", "m.onnx"),
-        ("m.pt", "found m.pt; a .onnx file is needed"),
-        ("no.onnx", "no such"),
+        ("m.pt", "expected a .onnx file, got m.pt"),
+        ("no.onnx", "not found"),
     ):
         if name != "no.onnx":
             (tmp_path / name).write_bytes(b"something")

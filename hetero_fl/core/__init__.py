@@ -1,1 +1,1 @@
-"""The vocabulary of a federation: tasks, models, participants, payloads, plans, objectives."""
+"""Core concepts: tasks, models, participants, payloads, plans, objectives and metrics."""

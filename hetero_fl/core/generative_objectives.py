@@ -1,4 +1,4 @@
-"""Objectives that train prototypes, feature generators and example generators."""
+"""Objectives for trainable prototypes and for generators of features and of examples."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 from hetero_fl.core.objectives import (
     Batch,
@@ -22,75 +23,105 @@ from hetero_fl.core.objectives import (
 )
 from model_zoo import SplitModel
 
-# Objectives in the space of features: prototypes that are trained, and generators of features.
+Number = float | tuple[float, ...] | None
+# The shape of a model's inputs and the mean and standard deviation that normalize them, if any.
+View = tuple[tuple[int, ...], Number, Number]
 
-# a squared distance: below it the root has no gradient to speak of, and at nought none at all
-NEAREST = 1e-12
+# Lower bound of squared distances: the square root has no gradient at 0.
+MIN_SQUARED_DISTANCE = 1e-12
 
 
 @dataclass(frozen=True)
 class AdaptiveMargin(Objective):
-    """−log softmax_y(−(‖x − P̂_c‖ + δ·[c = y])) of a client's prototype x of class y (Zhang et al. 2024, FedTGP).
+    """The contrastive loss with adaptive margin of FedTGP (Zhang et al. 2024).
 
-    P̂ = F(P̆): the rows of the slot `vectors` (a linear map of one-hot classes) through the network of the slot `slot`.
-    given `one_hot` `[C, C]`, the identity, and `margin`, the number δ.
+    For a client's prototype x of class y it is -log softmax_y(-(‖x - P̂_c‖ + δ·[c = y])). The
+    prototypes are P̂ = F(P̆), where P̆ are the rows of the slot `vectors` (a linear map of one-hot
+    classes) and F is the network of the slot `slot`. In the context, `one_hot` `[C, C]` is the
+    identity and `margin` is the scalar δ.
+
+    Args:
+        slot: Slot of the network F.
+        vectors: Slot of the vectors P̆.
     """
 
     slot: str = "prototypes"
     vectors: str = "vectors"
 
+    @override
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         prototypes = nets[self.slot](nets[self.vectors](context["one_hot"]).logits).logits
         squares = (batch.x[:, None] - prototypes[None]).square().sum(-1)
         distances = (
-            squares.clamp(min=NEAREST).sqrt() + context["margin"] * context["one_hot"][batch.y]
+            squares.clamp(min=MIN_SQUARED_DISTANCE).sqrt()
+            + context["margin"] * context["one_hot"][batch.y]
         )
         return F.cross_entropy(-distances, batch.y, reduction="none")
 
 
 @dataclass(frozen=True)
 class GeneratorObjective(Objective):
-    """Σ_k a_k(y)·CE(head_k(G(y, ε)), y) + η·exp(−mean_ij(mean|z_i − z_j| · mean(ε_i − ε_j)²)), z = G(y, ε) (Zhu et al. 2021,
-    FedGen, in the form of the authors' code: teachers weighted one by one, and features that differ where noise does).
+    """The loss of the feature generator of FedGen (Zhu et al. 2021), as in the authors' code.
 
-    Columns `x` `[B, C + noise]`, one-hot class beside noise, and `y`. given `heads`, the teachers' `weight` `[K, C, d]` and
-    `bias` `[K, C]`, and `say` `[K, C]`, the weight of each teacher's word on a class.
+    With z = G(y, ε) it is Σ_k a_k(y)·CE(head_k(z), y) + η·exp(-mean_ij(mean|z_i - z_j| ·
+    mean(ε_i - ε_j)²)). The second term rewards features that differ where the noise differs.
+
+    The columns are `x` `[B, C + noise]`, the one-hot class followed by noise, and `y`. In the
+    context, `heads` contains the clients' `weight` `[K, C, d]` and `bias` `[K, C]`, and `say`
+    `[K, C]` the weights a_k of the clients by class.
+
+    Args:
+        diversity: Weight η of the second term.
+        slot: Slot of the generator G.
     """
 
     diversity: float = 1.0
     slot: str = "generator"
 
+    @override
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         z = nets[self.slot](batch.x).logits
         heads = context["heads"]
         logits = torch.einsum("kcd,bd->kbc", heads["weight"], z) + heads["bias"][:, None]
-        wrong = -logits.log_softmax(-1)[:, torch.arange(len(z), device=z.device), batch.y]  # [K, B]
+        examples = torch.arange(len(z), device=z.device)
+        # Cross-entropy by head and example, [K, B].
+        losses = -logits.log_softmax(-1)[:, examples, batch.y]
         noise = batch.x[:, heads["bias"].shape[-1] :]
-        far = (z[:, None] - z[None]).abs().mean(-1) * (noise[:, None] - noise[None]).square().mean(
-            -1
-        )
-        return (context["say"][:, batch.y] * wrong).sum(0) + self.diversity * torch.exp(-far.mean())
+        feature_distances = (z[:, None] - z[None]).abs().mean(-1)
+        noise_distances = (noise[:, None] - noise[None]).square().mean(-1)
+        similarity = torch.exp(-(feature_distances * noise_distances).mean())
+        return (context["say"][:, batch.y] * losses).sum(0) + self.diversity * similarity
 
 
 @dataclass(frozen=True)
 class GeneratedFeatures(Supervised):
-    """The task plus α·CE(head(G(ŷ, ε)), ŷ) on drawn classes ŷ (Zhu et al. 2021, FedGen), and, as the authors' code adds,
-    β·KL(head(G(y, ε)) ‖ model(x)) on the batch's own.
+    """The local loss of FedGen (Zhu et al. 2021).
 
-    Columns `fake_x` and `fake_y` as `GeneratorObjective` has them; with β `noise_x` `[at least B, noise]` too, and given `one_hot`.
+    It is the supervised loss plus α·CE(head(G(ŷ, ε)), ŷ) for sampled classes ŷ and, as in the
+    authors' code, β·KL(head(G(y, ε)) ‖ model(x)) for the classes of the batch. The columns `fake_x`
+    and `fake_y` are those of `GeneratorObjective`. If β is not 0, the column `noise_x` has at least
+    B rows and the context contains `one_hot`, the identity.
+
+    Args:
+        weight: Weight α.
+        latent_weight: Weight β.
+        generator: Slot of the generator G.
     """
 
     weight: float = 1.0
     latent_weight: float = 0.0
     generator: str = "generator"
 
+    @override
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         return self.private_loss(nets, batch, context) + self.public_loss(nets, batch, context)
 
+    @override
     def public_loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         features = nets[self.generator](batch.fake_x).logits
         return self.weight * F.cross_entropy(nets[self.slot].head(features), batch.fake_y)
 
+    @override
     def private_loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         net = nets[self.slot]
         generator = nets[self.generator]
@@ -98,30 +129,25 @@ class GeneratedFeatures(Supervised):
         loss = self.loss_of_outputs(outputs, batch, context)
         if self.latent_weight:
             noise = batch.noise_x[: len(batch.y)]
-            alike = generator(torch.cat([context["one_hot"][batch.y], noise], 1)).logits
+            generated = generator(torch.cat([context["one_hot"][batch.y], noise], 1)).logits
             loss = loss + self.latent_weight * distillation_loss(
-                self.kind, outputs.logits, net.head(alike)
+                self.kind, outputs.logits, net.head(generated)
             )
         return loss
 
 
-# Examples made from models alone: a generator, and the objective that DENSE trains it with.
-
-Number = float | tuple[float, ...] | None
-# the shape in which a model takes examples, their mean and std (or none)
-View = tuple[tuple[int, ...], Number, Number]
-
-
 class Generator(SplitModel):
-    """Noise `[B, z]` to flattened examples. Images: a quarter of the size, twice doubled, values in 0…1; else a perceptron.
+    """A generator of examples from noise `[B, z]`; its logits are flattened examples.
 
-    GroupNorm and no BatchNorm, so that what is used is what was trained.
+    Images with values in [0, 1] are generated at a quarter of their size and upsampled twice; other
+    examples are generated by a perceptron. The network has GroupNorm instead of BatchNorm, so it
+    behaves equally in training and evaluation.
 
     Args:
-        num_classes: numbers in an example.
-        in_channels: z, width of the noise.
-        shape: of an example, (channels, *size).
-        width: channels inside.
+        num_classes: Number of values in an example.
+        in_channels: Width z of the noise.
+        shape: Shape of an example, `(channels, *size)`.
+        width: Number of hidden channels.
     """
 
     def __init__(
@@ -147,21 +173,31 @@ class Generator(SplitModel):
         )
 
 
-def _upsampling_block(before: int, after: int, size: Sequence[int]) -> list[nn.Module]:
-    up = nn.Upsample(size=tuple(size), mode="nearest")
-    return [up, nn.Conv2d(before, after, 3, padding=1), nn.GroupNorm(8, after), nn.LeakyReLU(0.2)]
+def _upsampling_block(in_channels: int, out_channels: int, size: Sequence[int]) -> list[nn.Module]:
+    return [
+        nn.Upsample(size=tuple(size), mode="nearest"),
+        nn.Conv2d(in_channels, out_channels, 3, padding=1),
+        nn.GroupNorm(8, out_channels),
+        nn.LeakyReLU(0.2),
+    ]
 
 
 def preprocess_generated(x: Tensor, view: View) -> Tensor:
-    """Generated examples `[B, *shape]` as a model with this view takes them."""
+    """Convert generated examples `[B, *shape]` to the shape and scale of a model's inputs."""
     shape, mean, std = view
     x = to_shape(x, shape)
     return x if mean is None or std is None else (x - x.new_tensor(mean)) / x.new_tensor(std)
 
 
 class BatchStatistics(TorchFunctionMode):
-    """While active, sums over BatchNorm layers how far a batch is from what the layer has seen in training:
-    ‖mean − running mean‖ + ‖variance − running variance‖ of its input (Zhang et al. 2022, DENSE)."""
+    """Context manager that compares a batch with the statistics of all BatchNorm layers.
+
+    It sums ‖mean - running mean‖ + ‖variance - running variance‖ of the inputs of the layers that
+    run while it is active (DENSE, Zhang et al. 2022).
+
+    Attributes:
+        distance: The sum.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,21 +209,34 @@ class BatchStatistics(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _compare(
-        self, input: Tensor, mean: Tensor | None, variance: Tensor | None, *rest: Any, **named: Any
+        self, x: Tensor, mean: Tensor | None, variance: Tensor | None, *_args: Any, **_kwargs: Any
     ) -> None:
-        if mean is None or variance is None:  # a layer that keeps none
+        # The layer tracks no statistics.
+        if mean is None or variance is None:
             return
-        over = [d for d in range(input.ndim) if d != 1]
-        ours = input.mean(over), input.var(over, unbiased=False)
-        self.distance = self.distance + (ours[0] - mean).norm() + (ours[1] - variance).norm()
+        dims = [d for d in range(x.ndim) if d != 1]
+        batch_mean = x.mean(dims)
+        batch_variance = x.var(dims, unbiased=False)
+        self.distance = (
+            self.distance + (batch_mean - mean).norm() + (batch_variance - variance).norm()
+        )
 
 
 @dataclass(frozen=True)
 class Synthesis(Objective):
-    """CE(z̄, y) + λ₁·BN − λ₂·ω·KL(z̄ ‖ z_student), z̄ the mean logits of the teachers (Zhang et al. 2022, DENSE).
+    """The loss of the example generator of DENSE (Zhang et al. 2022).
 
-    BN is the teachers' mean of `BatchStatistics`; ω is 1 where student and teachers name different classes, else 0. Columns:
-    noise `x`, labels `y`. Slots: `generator`, the student's and the teachers', each with its view.
+    It is CE(z̄, y) + λ₁·BN - λ₂·ω·KL(z̄ ‖ z_student), where z̄ are the mean logits of the teachers, BN
+    is the mean of `BatchStatistics` over the teachers, and ω is 1 if student and teachers predict
+    different classes, else 0. The columns are noise `x` and labels `y`; the generator is in the
+    slot `generator`.
+
+    Args:
+        shape: Shape of a generated example, `(channels, *size)`.
+        teachers: Slot and view of each teacher.
+        student: Slot and view of the student.
+        statistics_weight: Weight λ₁.
+        adversarial_weight: Weight λ₂.
     """
 
     shape: tuple[int, ...]
@@ -196,15 +245,16 @@ class Synthesis(Objective):
     statistics_weight: float = 1.0
     adversarial_weight: float = 0.5
 
+    @override
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         x = nets.generator(batch.x).logits.unflatten(1, self.shape)
-        said = []
+        teacher_logits = []
         distances = []
         for slot, view in self.teachers:
             with BatchStatistics() as statistics:
-                said.append(nets[slot](preprocess_generated(x, view)).logits)
+                teacher_logits.append(nets[slot](preprocess_generated(x, view)).logits)
             distances.append(statistics.distance)
-        mean = torch.stack(said).mean(0)
+        mean = torch.stack(teacher_logits).mean(0)
         student = nets[self.student[0]](preprocess_generated(x, self.student[1])).logits
         differ = (mean.argmax(-1) != student.argmax(-1)).to(mean.dtype)
         log_p = mean.log_softmax(-1)

@@ -1,6 +1,6 @@
-"""Images as users have them, turned into the one form used here; what could mean two things is refused.
+"""Conversion of users' arrays to images `[N, C, H, W]`, uint8 or floats in [0, 1].
 
-The form: uint8 `[N, C, H, W]`, or floats `[N, C, H, W]` in 0..1.
+Arrays that can be interpreted in more than one way are rejected.
 """
 
 from __future__ import annotations
@@ -14,22 +14,29 @@ from torch import Tensor
 
 from hetero_fl.utils.errors import UserError
 
-COLOURS = (1, 3)
-# an axis longer than that is not one of channels, unless there is no other choice
-MOST_CHANNELS = 16
-OVERSHOOT = 1e-3  # what round-off in scaling may add to 0..1
-BRIGHT = 128  # floats up to at least this, and to 255 at most, were made from bytes
+# Usual numbers of channels: gray and RGB.
+USUAL_CHANNELS = (1, 3)
+# A longer axis is not the axis of channels if the other candidate is shorter.
+MAX_CHANNELS = 16
+# Tolerance for rounding errors of images scaled to [0, 1].
+SCALE_TOLERANCE = 1e-3
+# Floats with a maximum between this value and 255 are bytes.
+MIN_BYTE_MAXIMUM = 128
 
 
 def as_numbers(values: Any, where: str) -> Tensor:
-    """An array as a tensor that owns no surprises: uint8, int64 or a float type torch can compute with.
+    """Convert an array to a tensor of type uint8, int64 or floating point.
+
+    Args:
+        values: Any array-like object.
+        where: Prefix of error messages.
 
     Raises:
-        UserError: not an array of numbers.
+        UserError: If `values` is not an array of numbers.
     """
     if isinstance(values, Tensor):
         if values.is_complex():
-            raise UserError(f"{where}: found {dtype_name(values)}; want numbers")
+            raise UserError(f"{where}: expected real numbers, got {dtype_name(values)}")
         x = values.detach().cpu()
         return (
             x
@@ -41,12 +48,12 @@ def as_numbers(values: Any, where: str) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{where}: not an array of numbers: {error}") from error
     if array.dtype.kind not in "buif":
-        found = f"{where}: not an array of numbers: found {array.dtype}"
+        message = f"{where}: not an array of numbers: found {array.dtype}"
         if hasattr(values, "columns"):
             raise UserError(
-                f"{found}; save a data frame with text as a file, which data.name: table reads"
+                f"{message}; save the data frame to a file and load it with data.name=table"
             )
-        raise UserError(found)
+        raise UserError(message)
     if array.dtype.kind in "bui" and array.dtype != np.uint8:
         array = array.astype(np.int64)
     elif array.dtype.kind == "f" and array.dtype.itemsize > 8:
@@ -56,10 +63,14 @@ def as_numbers(values: Any, where: str) -> Tensor:
 
 
 def as_bytes(x: Tensor, where: str) -> Tensor:
-    """Whole numbers of another type, `[N, ...]`, as uint8; anything else as it is.
+    """Convert integers to uint8 and return floats unchanged.
+
+    Args:
+        x: Images, shape `[N, …]`.
+        where: Prefix of error messages.
 
     Raises:
-        UserError: whole numbers outside 0..255.
+        UserError: If integers are outside 0..255.
     """
     if x.is_floating_point() or x.dtype == torch.uint8 or x.numel() == 0:
         return x
@@ -67,47 +78,60 @@ def as_bytes(x: Tensor, where: str) -> Tensor:
     high = int(x.max())
     if low < 0 or high > 255:
         raise UserError(
-            f"{where}: found {dtype_name(x)} from {low} to {high}; give uint8, or floats from 0 to 1"
+            f"{where}: found {dtype_name(x)} from {low} to {high}; "
+            "pass uint8, or floats from 0 to 1"
         )
     return x.to(torch.uint8)
 
 
 def channels_first(x: Tensor, where: str, documented: str = "first") -> Tensor:
-    """Images `[N, C, H, W]` or `[N, H, W, C]` as the former; told apart by the lengths of the axes.
+    """Convert images `[N, C, H, W]` or `[N, H, W, C]` to `[N, C, H, W]`.
+
+    The axis of channels is inferred from the lengths of the axes.
 
     Args:
-        documented: "first" or "last", what the caller's own documentation asks for; it decides where neither reading
-            gives one or three channels.
+        x: The images.
+        where: Prefix of error messages.
+        documented: The order, `first` or `last`, that the documentation of the data source
+            specifies; it decides if neither order results in one or three channels.
 
     Raises:
-        UserError: both readings give one or three channels, and neither or both square images.
+        UserError: If both orders result in one or three channels, and neither or both in square
+            images.
     """
     _, first, middle, last = x.shape
-    if {first, last} <= set(COLOURS) and first * middle * last > 1:
-        if (square := middle == last) == (first == middle):
+    if {first, last} <= set(USUAL_CHANNELS) and first * middle * last > 1:
+        is_square = middle == last
+        if is_square == (first == middle):
             raise UserError(
-                f"{where}: found shape {tuple(x.shape)}, channels first or last? give N x 1 or 3 x H x W pixels"
+                f"{where}: found shape {tuple(x.shape)}, channels first or last is ambiguous; "
+                "pass images of shape (N, 1 or 3, H, W)"
             )
-        at_front = square
-    elif first in COLOURS or last in COLOURS:
-        at_front = first in COLOURS
-    elif (first > MOST_CHANNELS) != (last > MOST_CHANNELS):
-        at_front = last > MOST_CHANNELS
+        is_first = is_square
+    elif first in USUAL_CHANNELS or last in USUAL_CHANNELS:
+        is_first = first in USUAL_CHANNELS
+    elif (first > MAX_CHANNELS) != (last > MAX_CHANNELS):
+        is_first = last > MAX_CHANNELS
     else:
-        at_front = documented == "first"
-    return x if at_front else x.movedim(-1, 1).contiguous()
+        is_first = documented == "first"
+    return x if is_first else x.movedim(-1, 1).contiguous()
 
 
 def in_range(images: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
-    """Images of one set in 0..1 if they are floats. Floats that are bytes, from 0 to between 128 and 255, are divided by
-    255, or made uint8 where all are whole; all parts of the set alike. The second result says whether that was done.
+    """Convert the floating-point images of a data set to the range [0, 1].
+
+    Floats with a maximum between 128 and 255 are bytes: they are divided by 255, or converted to
+    uint8 if all are integers. All parts of the data set are treated equally.
 
     Args:
-        images: `[N, C, H, W]` each, by the name that a message gives them. Those with NaN or infinity stay as they are:
-            `check_examples` names their row.
+        images: Images `[N, C, H, W]` by the name for error messages. Images with NaN or infinity
+            are not changed, because `check_examples` rejects them.
+
+    Returns:
+        The images, and whether they were bytes.
 
     Raises:
-        UserError: floats of any other range.
+        UserError: If floats have another range.
     """
     ranges = {
         n: (float(x.min()), float(x.max()))
@@ -116,24 +140,25 @@ def in_range(images: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
     }
     low = min((a for a, _ in ranges.values()), default=0.0)
     high = max((b for _, b in ranges.values()), default=0.0)
-    if not all(np.isfinite(ends).all() for ends in ranges.values()) or (
-        low >= -OVERSHOOT and high <= 1 + OVERSHOOT
+    if not all(np.isfinite(limits).all() for limits in ranges.values()) or (
+        low >= -SCALE_TOLERANCE and high <= 1 + SCALE_TOLERANCE
     ):
         return dict(images), False
-    if low < 0 or not BRIGHT <= high <= 255:
+    if low < 0 or not MIN_BYTE_MAXIMUM <= high <= 255:
         name = next(n for n, (a, b) in ranges.items() if a == low or b == high)
         a, b = ranges[name]
         raise UserError(
-            f"{name}: found floats from {a:g} to {b:g}; give uint8, or floats from 0 to 1 "
-            "(preprocess.normalize standardises them)"
+            f"{name}: found floats from {a:g} to {b:g}; pass uint8, or floats from 0 to 1 "
+            "(preprocess.normalize standardizes them)"
         )
-    whole = all(bool((images[n] == images[n].floor()).all()) for n in ranges)
-    return {
-        n: x if n not in ranges else x.to(torch.uint8) if whole else x / 255
-        for n, x in images.items()
-    }, True
+    are_integers = all(bool((images[n] == images[n].floor()).all()) for n in ranges)
+    converted = dict(images)
+    for name in ranges:
+        x = images[name]
+        converted[name] = x.to(torch.uint8) if are_integers else x / 255
+    return converted, True
 
 
 def dtype_name(tensor: Tensor) -> str:
-    """Return the name of a tensor's type without `torch.`."""
+    """Return the name of a tensor's dtype without `torch.`."""
     return str(tensor.dtype).removeprefix("torch.")

@@ -1,4 +1,8 @@
-"""Metrics of one model, and their mean, spread and worst value over many clients."""
+"""Metrics of a model and their summary over clients.
+
+All metrics are fractions, or in the unit of the target for errors, computed in float64. A metric
+that is undefined is None, never NaN.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from hetero_fl.core.task import Task
-
-# How good scores are, per model: `score`, `confusion`, `calibration`; over many clients see
-# `hetero_fl.core.metrics`.
-#
-# All figures are fractions (or in the unit of the target, for errors), computed in float64. A
-# figure that is not defined is None, never NaN.
 
 Scores = dict[str, float | None]
 
@@ -33,20 +31,29 @@ MANY = (
     "average_precision",
     "loss",
 )
+# Metrics of larger magnitude are undefined. Others can be squared and summed in float32.
 LARGEST_FIGURE = 1e18
-"""A metric of larger magnitude is undefined: figures can be squared and summed over clients without overflow, in float32 too."""
 SMALLER_IS_BETTER = frozenset({"loss", "perplexity", "mae", "rmse"})
 
 
 def metric_names(task: Task) -> tuple[str, ...]:
-    """The metrics that `score` returns for a task, in the order of tables: those that lead come first."""
+    """Return the names of the metrics that `score` computes for a task, in the order of tables.
+
+    Example:
+        >>> from hetero_fl.core.metrics import metric_names
+        >>> from hetero_fl.core.task import Task
+        >>> metric_names(Task("regression", 1))
+        ('mae', 'rmse', 'r2')
+    """
     if task.kind == "regression":
         return REGRESSION
-    return MANY if task.has_many_classes else CLASSIFICATION if task.rare is None else RARE
+    if task.has_many_classes:
+        return MANY
+    return CLASSIFICATION if task.rare is None else RARE
 
 
 def selection_metric(task: Task) -> tuple[str, int]:
-    """The metric by which validation selects a round, and its sign: +1 if larger is better, −1 if smaller is."""
+    """Return the metric that selects the best round, and 1 if larger is better or -1 if not."""
     if task.kind == "regression":
         return "mae", -1
     if task.has_many_classes:
@@ -55,31 +62,52 @@ def selection_metric(task: Task) -> tuple[str, int]:
 
 
 def score(task: Task, logits: Tensor, y: Tensor, unit: Tensor | None = None) -> Scores:
-    """Every metric of a task for the outputs `[N, C]` of one model and the targets of the same N examples.
+    """Compute all metrics of a task for the outputs of one model.
 
-    Multiclass (y `[N]`, classes): `accuracy`; `balanced_accuracy`, the mean recall over the classes in y; `macro_f1`
-    over the classes in y or predicted (scikit-learn's default labels); `auroc`, of P(class 1) for two classes, else the
-    mean of one-vs-rest over all classes, None unless every class is in y; `average_precision`, the mean of one-vs-rest
-    over the classes in y, None if y holds one class only (it would be 1 whatever the scores); `loss`, the mean
-    cross-entropy. A task with a `rare` class: `average_precision` is that class's. Many classes: `top3_accuracy` besides,
-    how often the truth is among the three likeliest, and `perplexity`, the exponential of the loss.
+    Multiclass:
 
-    Multilabel (y `[N, C]` of 0 and 1, decisions at probability 0.5): the same keys, each computed label by label and
-    averaged over the labels for which it is defined; `accuracy` and `loss` over all N·C decisions.
+    - `accuracy`.
+    - `balanced_accuracy`: mean recall over the classes in y.
+    - `macro_f1`: over the classes that are in y or predicted (the default of scikit-learn).
+    - `auroc`: of class 1 for two classes, otherwise the one-vs-rest mean; None unless all classes
+      are in y.
+    - `average_precision`: one-vs-rest mean over the classes in y, None if y contains one class
+      only; for a task with a `rare` class that of this class.
+    - `loss`: mean cross-entropy.
+    - `top3_accuracy` and `perplexity` (exponential of the loss): for tasks with many classes.
 
-    Regression (y `[N, C]`): `mae`, `rmse`, `r2`, averaged over outputs (r2: those whose target varies), of outputs and targets
-    times `unit` `[N]` where that is given.
+    Multilabel, with decisions at probability 0.5: the same names, computed by label and averaged
+    over the labels for which they are defined; `accuracy` and `loss` are means over all decisions.
 
-    All are None without examples, and where the outputs give no probabilities (NaN, +inf). A figure beyond
-    `LARGEST_FIGURE` is None.
-    Raises ValueError if the shapes do not fit the task.
+    Regression: `mae`, `rmse` and `r2`, averaged over outputs (`r2` over those whose targets vary).
+
+    All metrics are None without examples or if the outputs contain NaN or infinity. A metric whose
+    magnitude exceeds `LARGEST_FIGURE` is None.
+
+    Args:
+        task: The task.
+        logits: Outputs, shape `[N, C]`.
+        y: Targets, shape `[N]` (classes) or `[N, C]`.
+        unit: Factors for outputs and targets of a regression by example, shape `[N]`.
+
+    Raises:
+        ValueError: If the shapes do not match the task.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.core.metrics import score
+        >>> from hetero_fl.core.task import Task
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+        >>> scores = score(Task("multiclass", 2), logits, torch.tensor([0, 1, 1]))
+        >>> round(scores["accuracy"], 3), scores["auroc"]
+        (0.667, 1.0)
     """
     _check_shapes(task, logits, y)
     outputs = logits.detach().double()
     if unit is not None and task.kind == "regression":
-        by = unit.to(outputs.device).double()[:, None]
-        y = y.to(outputs.device) * by
-        outputs = outputs * by
+        factors = unit.to(outputs.device).double()[:, None]
+        y = y.to(outputs.device) * factors
+        outputs = outputs * factors
     names = metric_names(task)
     if not len(outputs):
         return dict.fromkeys(names)
@@ -98,9 +126,9 @@ def score(task: Task, logits: Tensor, y: Tensor, unit: Tensor | None = None) -> 
     )
     if task.has_many_classes:
         loss = found["loss"]
-        among = (outputs.topk(3).indices == y[:, None]).any(1)
-        known = loss is not None and bool(outputs.isfinite().all())
-        found["top3_accuracy"] = among.double().mean() if known else None
+        in_top3 = (outputs.topk(3).indices == y[:, None]).any(1)
+        defined = loss is not None and bool(outputs.isfinite().all())
+        found["top3_accuracy"] = in_top3.double().mean() if defined else None
         found["perplexity"] = loss.exp() if loss is not None else None
     if task.rare is not None and found["average_precision"] is not None:
         found["average_precision"] = _ranking(
@@ -115,19 +143,19 @@ def _multiclass(logits: Tensor, y: Tensor) -> list[Tensor | None]:
         return [None] * len(CLASSIFICATION)
     classes = p.shape[1]
     truth = functional.one_hot(y, classes).T.bool()
-    guess = functional.one_hot(p.argmax(1), classes).T.bool()
-    hits = (truth & guess).sum(1).double()
-    true = truth.sum(1).double()
-    said = guess.sum(1).double()
-    there = true > 0
-    area, precision = _ranking(p.T[there], truth[there])  # of others there is nothing to rank
+    prediction = functional.one_hot(p.argmax(1), classes).T.bool()
+    hits = (truth & prediction).sum(1).double()
+    num_true = truth.sum(1).double()
+    num_predicted = prediction.sum(1).double()
+    present = num_true > 0
+    area, precision = _ranking(p.T[present], truth[present])
     area = area[-1] if classes == 2 else area.mean()
     return [
         hits.sum() / len(y),
-        _mean(hits / true, true > 0),
-        _mean(2 * hits / (true + said), true + said > 0),
-        area if there.all() else None,
-        precision.mean() if (true < len(y)).all() else None,
+        _mean(hits / num_true, num_true > 0),
+        _mean(2 * hits / (num_true + num_predicted), num_true + num_predicted > 0),
+        area if present.all() else None,
+        precision.mean() if (num_true < len(y)).all() else None,
         functional.cross_entropy(logits, y),
     ]
 
@@ -138,22 +166,23 @@ def _multilabel(logits: Tensor, y: Tensor) -> list[Tensor | None]:
     p = logits.sigmoid()
     target = y.double()
     truth = target.T > 0.5
-    guess = (p > 0.5).T
-    hits = (truth & guess).sum(1).double()
-    true = truth.sum(1).double()
-    said = guess.sum(1).double()
-    false = len(y) - true
-    both = (true > 0) & (false > 0)
-    # Recall of the label's presence and of its absence; a label that is always or never there has one of the two.
-    recalls = torch.stack([hits / true, (false - (said - hits)) / false])
-    balanced = recalls.nan_to_num(0.0).sum(0) / torch.stack([true > 0, false > 0]).sum(0)
+    prediction = (p > 0.5).T
+    hits = (truth & prediction).sum(1).double()
+    num_true = truth.sum(1).double()
+    num_predicted = prediction.sum(1).double()
+    num_false = len(y) - num_true
+    varies = (num_true > 0) & (num_false > 0)
+    # Recall of positive and of negative examples; a constant label has only one of them.
+    recalls = torch.stack([hits / num_true, (num_false - (num_predicted - hits)) / num_false])
+    num_recalls = torch.stack([num_true > 0, num_false > 0]).sum(0)
+    balanced = recalls.nan_to_num(0.0).sum(0) / num_recalls
     area, precision = _ranking(p.T.contiguous(), truth)
     return [
-        (truth == guess).double().mean(),
+        (truth == prediction).double().mean(),
         balanced.mean(),
-        _mean(2 * hits / (true + said), true + said > 0),
-        _mean(area, both),
-        _mean(precision, both),
+        _mean(2 * hits / (num_true + num_predicted), num_true + num_predicted > 0),
+        _mean(area, varies),
+        _mean(precision, varies),
         functional.binary_cross_entropy_with_logits(logits, target),
     ]
 
@@ -171,22 +200,31 @@ def _regression(outputs: Tensor, y: Tensor) -> list[Tensor | None]:
 
 
 def _ranking(scores: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-    """Area under the ROC curve and average precision of each row; scores and truth `[R, N]`. NaN where undefined.
+    """Compute the area under the ROC curve and the average precision of each row.
 
-    One descending sort serves both. Equal scores share one threshold: the area counts them half (Mann and Whitney's U
-    with mid-ranks), and every positive gets the precision at the end of its run of equals.
+    Equal scores share one threshold: the area counts ties half (the Mann-Whitney U statistic with
+    midranks), and each positive example has the precision at the end of its run of ties.
+
+    Args:
+        scores: Scores, shape `[R, N]`.
+        truth: Which examples are positive, shape `[R, N]`.
+
+    Returns:
+        Two tensors of shape `[R]`, NaN where undefined.
     """
     n = scores.shape[1]
     ordered, order = scores.sort(dim=1, descending=True)
     hit = truth.gather(1, order).double()
-    place = torch.arange(n, device=scores.device).expand_as(order)
-    edge = ordered[:, 1:] != ordered[:, :-1]
-    wall = torch.ones_like(edge[:, :1]) if n > 1 else torch.ones_like(truth)
-    first = torch.where(torch.cat([wall, edge], 1), place, 0).cummax(1).values
-    last = torch.where(torch.cat([edge, wall], 1), place, n - 1).flip(1).cummin(1).values.flip(1)
+    position = torch.arange(n, device=scores.device).expand_as(order)
+    # First and last position of the run of ties to which each example belongs.
+    differs = ordered[:, 1:] != ordered[:, :-1]
+    boundary = torch.ones_like(differs[:, :1]) if n > 1 else torch.ones_like(truth)
+    first = torch.where(torch.cat([boundary, differs], 1), position, 0).cummax(1).values
+    is_last = torch.cat([differs, boundary], 1)
+    last = torch.where(is_last, position, n - 1).flip(1).cummin(1).values.flip(1)
     positives = hit.sum(1)
     negatives = n - positives
-    # how many examples a positive beats, equals counted half, itself not
+    # Number of other examples with a lower score; ties count half.
     below = n - 1 - (first + last) / 2
     area = ((below * hit).sum(1) - positives * (positives - 1) / 2) / (positives * negatives)
     precision = hit.cumsum(1).gather(1, last) / (last + 1)
@@ -194,13 +232,22 @@ def _ranking(scores: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def confusion(task: Task, logits: Tensor, y: Tensor) -> Tensor:
-    """How often each class was taken for each, int64: rows are true, columns predicted.
+    """Compute the confusion matrix; rows are true classes, columns predicted ones.
 
-    Multiclass: `[C, C]`. Multilabel: `[C, 2, 2]`, for each label absent and present (scikit-learn's
-    `multilabel_confusion_matrix`). Raises ValueError for regression.
+    Args:
+        task: The task.
+        logits: Outputs, shape `[N, C]`.
+        y: Targets, shape `[N]` (classes) or `[N, C]`.
+
+    Returns:
+        Counts (int64) of shape `[C, C]`, or `[C, 2, 2]` for multilabel as in scikit-learn's
+        `multilabel_confusion_matrix`.
+
+    Raises:
+        ValueError: If the task is a regression or the shapes do not match the task.
     """
     if task.kind == "regression":
-        raise ValueError("a regression task has no confusion matrix")
+        raise ValueError("confusion: not defined for regression")
     _check_shapes(task, logits, y)
     if task.kind == "multilabel":
         labels = torch.arange(task.outputs, device=logits.device)
@@ -213,35 +260,46 @@ def confusion(task: Task, logits: Tensor, y: Tensor) -> Tensor:
 
 
 def calibration(task: Task, logits: Tensor, y: Tensor, bins: int = 15) -> dict[str, Any]:
-    """How far confidence is from accuracy: expected calibration error, bins of equal width (Guo et al., ICML 2017).
+    """Compute the expected calibration error with bins of equal width (Guo et al., ICML 2017).
 
-    Returns `ece` (None without examples or probabilities), and for each bin of (i/bins, (i+1)/bins] the mean
-    `confidence`, the `accuracy` (both None in an empty bin) and the `count`. Multiclass: the probability of the
-    predicted class; multilabel: that of each decision, N·C of them. Raises ValueError for regression.
+    The confidence is the probability of the predicted class, or of each decision for multilabel.
+
+    Args:
+        task: The task.
+        logits: Outputs, shape `[N, C]`.
+        y: Targets, shape `[N]` (classes) or `[N, C]`.
+        bins: Number of bins (i / bins, (i + 1) / bins].
+
+    Returns:
+        A dictionary with `ece`, which is None without examples or probabilities, and by bin the
+        mean `confidence` and the `accuracy`, which are None for empty bins, and the `count`.
+
+    Raises:
+        ValueError: If the task is a regression or the shapes do not match the task.
     """
     if task.kind == "regression":
-        raise ValueError("a regression task has no calibration of confidence")
+        raise ValueError("calibration: not defined for regression")
     _check_shapes(task, logits, y)
     outputs = logits.detach().double()
     if task.kind == "multiclass":
-        confidence, guess = outputs.softmax(1).max(1)
-        right = guess == y.to(guess.device)
+        confidence, prediction = outputs.softmax(1).max(1)
+        correct = prediction == y.to(prediction.device)
     else:
         p = outputs.sigmoid().flatten()
         confidence = torch.maximum(p, 1 - p)
-        right = (p > 0.5) == (y.to(p.device).flatten() > 0.5)
-    known = bool(confidence.isfinite().all()) and len(confidence) > 0
-    if not known:
+        correct = (p > 0.5) == (y.to(p.device).flatten() > 0.5)
+    is_defined = bool(confidence.isfinite().all()) and len(confidence) > 0
+    if not is_defined:
         confidence = confidence[:0]
-        right = right[:0]
-    which = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    count, sure, hits = (
-        torch.bincount(which, weights=w, minlength=bins).double()
-        for w in (None, confidence, right.double())
+        correct = correct[:0]
+    bin_idx = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    count, confidence_sum, hits = (
+        torch.bincount(bin_idx, weights=w, minlength=bins).double()
+        for w in (None, confidence, correct.double())
     )
     return {
-        "ece": float((sure - hits).abs().sum() / count.sum()) if known else None,
-        "confidence": _finite((sure / count).unbind()),
+        "ece": float((confidence_sum - hits).abs().sum() / count.sum()) if is_defined else None,
+        "confidence": _finite((confidence_sum / count).unbind()),
         "accuracy": _finite((hits / count).unbind()),
         "count": [int(c) for c in count],
     }
@@ -251,13 +309,13 @@ def _check_shapes(task: Task, logits: Tensor, y: Tensor) -> None:
     expected = logits.shape[:1] if task.kind == "multiclass" else logits.shape
     if logits.ndim != 2 or logits.shape[1] != task.outputs or y.shape != expected:
         raise ValueError(
-            f"{task.kind} with {task.outputs} outputs: found outputs of shape {tuple(logits.shape)} "
-            f"and targets of shape {tuple(y.shape)}"
+            f"{task.kind} task with {task.outputs} outputs: got outputs of shape "
+            f"{tuple(logits.shape)} and targets of shape {tuple(y.shape)}"
         )
 
 
-def _mean(values: Tensor, which: Tensor) -> Tensor | None:
-    return values[which].mean() if which.any() else None
+def _mean(values: Tensor, mask: Tensor) -> Tensor | None:
+    return values[mask].mean() if mask.any() else None
 
 
 def _finite(values: list[Tensor | None] | tuple[Tensor, ...]) -> list[float | None]:
@@ -265,29 +323,38 @@ def _finite(values: list[Tensor | None] | tuple[Tensor, ...]) -> list[float | No
     return [v if v is not None and abs(v) <= LARGEST_FIGURE else None for v in numbers]
 
 
-# A metric over many clients: the mean, how far they are apart, the worst.
-
-
 def summarize_clients(
     values: Mapping[str, Mapping[str, float | None]],
 ) -> dict[str, float | int | None]:
-    """Over clients: for each metric m the mean as `m`, the population standard deviation `m_std`, and `m_worst`.
+    """Compute mean, population standard deviation and worst value of each metric over clients.
 
-    The worst is the minimum, for errors and losses the maximum. Undefined values, and those beyond `LARGEST_FIGURE`, are left
-    out and counted as `m_undefined` where there are any; a metric that is defined for no client has None in all three. The
-    order of clients changes no bit.
+    The result does not depend on the order of the clients.
+
+    Args:
+        values: Metrics by client and name.
+
+    Returns:
+        For each metric m the mean as `m`, the standard deviation as `m_std` and the worst value as
+        `m_worst`; all are None if the metric is undefined for all clients. Undefined values, and
+        those beyond `LARGEST_FIGURE`, are excluded and counted as `m_undefined`.
+
+    Example:
+        >>> from hetero_fl.core.metrics import summarize_clients
+        >>> summarize_clients({"a": {"accuracy": 0.5}, "b": {"accuracy": 1.0}})
+        {'accuracy': 0.75, 'accuracy_std': 0.25, 'accuracy_worst': 0.5}
     """
-    found: dict[str, float | int | None] = {}
+    summary: dict[str, float | int | None] = {}
     for name in dict.fromkeys(name for scores in values.values() for name in scores):
         given = [scores.get(name) for scores in values.values()]
         known = [float(v) for v in given if v is not None and abs(v) <= LARGEST_FIGURE]
         if known:
             mean = math.fsum(known) / len(known)
-            found[name] = mean
-            found[f"{name}_std"] = math.sqrt(math.fsum((v - mean) ** 2 for v in known) / len(known))
-            found[f"{name}_worst"] = max(known) if name in SMALLER_IS_BETTER else min(known)
+            variance = math.fsum((v - mean) ** 2 for v in known) / len(known)
+            summary[name] = mean
+            summary[f"{name}_std"] = math.sqrt(variance)
+            summary[f"{name}_worst"] = max(known) if name in SMALLER_IS_BETTER else min(known)
         else:
-            found |= dict.fromkeys((name, f"{name}_std", f"{name}_worst"))
+            summary |= dict.fromkeys((name, f"{name}_std", f"{name}_worst"))
         if len(known) < len(given):
-            found[f"{name}_undefined"] = len(given) - len(known)
-    return found
+            summary[f"{name}_undefined"] = len(given) - len(known)
+    return summary

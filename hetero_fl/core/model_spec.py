@@ -1,4 +1,4 @@
-"""Which network a slot holds: a hashable description from which every process builds the same module."""
+"""Hashable specifications of models, from which every process builds the same module."""
 
 from __future__ import annotations
 
@@ -18,17 +18,37 @@ Tensors = dict[str, Tensor]
 
 
 def freeze_lists(value: Any) -> Any:
-    """A value of which every list, however deep, is a tuple."""
+    """Return a value with all nested lists converted to tuples."""
     return tuple(map(freeze_lists, value)) if isinstance(value, list | tuple) else value
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model of the zoo with everything that decides its shapes. Equal architectures have equal tensors.
+    """The specification of a model: its name and everything that determines its shapes.
 
-    `input_shape` is (channels, *size) as `model_zoo.create_model` takes it; with a `vocabulary` (its size) examples are
-    tokens, and it is (length,). `label` and `group` say of a slice of another model what tables call it and with whose
-    tensors its own are averaged; they do not tell architectures apart and are not stored with tensors.
+    Equal specifications have tensors of equal names and shapes.
+
+    Args:
+        name: Name of the model, see `model_zoo.create_model`.
+        outputs: Number of outputs.
+        input_shape: Shape of an example, `(channels, *size)`, or `(length,)` for tokens.
+        feature_dim: Width of the features; None keeps the model's own width.
+        options: Options of the model as sorted pairs.
+        pretrained: Whether training starts from published weights.
+        vocabulary: Number of different tokens; None for other examples.
+        label: Name in tables and reports; empty for `name`. It is not compared or stored.
+        group: Group of models with which the tensors are averaged; empty for `spec_id`. It is not
+            compared or stored.
+
+    Example:
+        >>> from hetero_fl.core.model_spec import ModelSpec
+        >>> arch = ModelSpec.from_config("cnn", 10, (1, 28, 28), options={"width": 8})
+        >>> arch.spec_id
+        'cnn(1x28x28->10, width=8)'
+        >>> arch.feature_width
+        32
+        >>> arch.build().head
+        Linear(in_features=32, out_features=10, bias=True)
     """
 
     name: str
@@ -49,24 +69,38 @@ class ModelSpec:
         input_shape: tuple[int, ...],
         feature_dim: int | None = None,
         options: Mapping[str, Any] | None = None,
+        *,
         pretrained: bool = False,
         vocabulary: int | None = None,
     ) -> ModelSpec:
-        """An architecture from a configuration's plain values (lists become tuples, so that it can be hashed)."""
-        settled = tuple(sorted((k, freeze_lists(v)) for k, v in (options or {}).items()))
-        return cls(name, outputs, tuple(input_shape), feature_dim, settled, pretrained, vocabulary)
+        """Create a specification from the plain values of a configuration.
+
+        Args:
+            name: See `ModelSpec`.
+            outputs: See `ModelSpec`.
+            input_shape: See `ModelSpec`.
+            feature_dim: See `ModelSpec`.
+            options: Options of the model by name; lists are converted to tuples.
+            pretrained: See `ModelSpec`.
+            vocabulary: See `ModelSpec`.
+        """
+        pairs = tuple(sorted((k, freeze_lists(v)) for k, v in (options or {}).items()))
+        return cls(name, outputs, tuple(input_shape), feature_dim, pairs, pretrained, vocabulary)
 
     @property
     def size_arguments(self) -> tuple[int, int, tuple[int, ...], int | None]:
-        """Outputs, channels, size and feature width, as `model_zoo.create_model` takes them."""
+        """Number of outputs, channels, size and feature width, the arguments of `create_model`."""
         channels, *size = self.input_shape if self.vocabulary is None else (1, *self.input_shape)
         return self.outputs, channels, tuple(size), self.feature_dim
 
     def build(self, pretrained: bool = False) -> SplitModel:
-        """A new module, with weights from the global generator: call it inside `torch.random.fork_rng`.
+        """Build a module whose weights are drawn from the global random number generator.
 
-        `pretrained`: with the published weights, for a first start only; everybody else loads tensors into it. Raises
-        `model_zoo.ModelError` where the model can not be made for this input.
+        Args:
+            pretrained: Whether to load the published weights instead.
+
+        Raises:
+            ModelError: If the model cannot be created.
         """
         options = dict(self.options)
         return create_model(
@@ -78,12 +112,12 @@ class ModelSpec:
         )
 
     def initial_tensors(self, seed: int) -> Tensors:
-        """The tensors that every participant with this architecture starts from. Do not change them in place."""
+        """Return the tensors with which every participant starts; they must not be modified."""
         return dict(_initial_tensors(self, seed, torch.get_default_dtype()))
 
     @cached_property
     def spec_id(self) -> str:
-        """One line that names the architecture: the name of its group at the server."""
+        """One line that identifies the architecture."""
         detail = [f"{'x'.join(map(str, self.input_shape))}->{self.outputs}"]
         detail += [f"vocabulary={self.vocabulary}"] if self.vocabulary else []
         detail += [f"feature_dim={self.feature_dim}"] if self.feature_dim else []
@@ -94,42 +128,46 @@ class ModelSpec:
 
     @property
     def display_name(self) -> str:
-        """The name for tables and reports."""
+        """Name in tables and reports."""
         return self.label or self.name
 
     @cached_property
     def group_id(self) -> str:
-        """The server's slot of the model that this one is averaged into."""
+        """Name of the group of models with which this one is averaged, a slot of the server."""
         return self.group or self.spec_id
 
     @cached_property
     def parameter_names(self) -> frozenset[str]:
-        """Names of trainable tensors; the others are buffers (BatchNorm statistics and counters)."""
+        """Names of the trainable tensors; all others are buffers."""
         return _measure(self).parameters
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The shape of each tensor by name. Raises ModelError where the model cannot be made."""
+        """Shapes of all tensors by name."""
         return _measure(self).shapes
 
     @property
     def batch_norm_names(self) -> frozenset[str]:
-        """Names of all that BatchNorm layers hold, parameters and statistics; found by type, as names differ."""
+        """Names of all parameters and buffers of BatchNorm layers."""
         return _measure(self).batch_norm
 
     @property
     def feature_width(self) -> int:
-        """Width of the features. Raises ModelError where the model cannot be made."""
+        """Width of the features."""
         return _measure(self).width
 
     def to_json(self) -> str:
-        """Return the description that is stored with saved tensors."""
+        """Return the specification as JSON text, which is stored with saved tensors."""
         stored = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
         return json.dumps(stored, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> ModelSpec:
-        """The reverse of `to_json`. Raises ValueError on anything else."""
+        """Create a specification from the result of `to_json`.
+
+        Raises:
+            ValueError: If the text is not a specification.
+        """
         try:
             raw = json.loads(text)
             return cls.from_config(
@@ -138,30 +176,34 @@ class ModelSpec:
                 tuple(raw["input_shape"]),
                 raw["feature_dim"],
                 dict(raw["options"]),
-                bool(raw["pretrained"]),
-                raw.get("vocabulary"),  # older files have none
+                pretrained=bool(raw["pretrained"]),
+                # Files of older versions have no vocabulary.
+                vocabulary=raw.get("vocabulary"),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"not a description of an architecture: {error}") from None
+            raise ValueError(f"not a model specification: {error}") from None
 
     def check(self) -> None:
-        """Build it once. Raises ModelError in one line for whatever is wrong with it."""
+        """Check that the model can be built.
+
+        Raises:
+            ModelError: If it cannot.
+        """
         try:
             with torch.random.fork_rng(devices=[]):
                 self.build()
         except ModelError:
             raise
-        except (
-            Exception
-        ) as error:  # a wrong option value fails somewhere inside torch: one line for the user
+        # An invalid option may fail anywhere inside torch.
+        except Exception as error:
             raise ModelError(
-                f"{self.name} cannot be built with {dict(self.options)}: {error}"
+                f"model {self.name}: cannot be built with {dict(self.options)}: {error}"
             ) from None
 
 
 @dataclass(frozen=True)
 class _ModelFacts:
-    """What is known of a model without its values."""
+    """Properties of a model that do not depend on the values of its tensors."""
 
     parameters: frozenset[str]
     width: int
@@ -171,7 +213,7 @@ class _ModelFacts:
 
 @lru_cache(maxsize=256)
 def _measure(arch: ModelSpec) -> _ModelFacts:
-    """Equal architectures are built once: methods derive them anew each round."""
+    # Cached because methods create equal specifications in each round.
     with torch.random.fork_rng(devices=[]):
         module = arch.build()
     layers = [(path, m) for path, m in module.named_modules() if is_batch_norm(m)]
@@ -184,25 +226,26 @@ def _measure(arch: ModelSpec) -> _ModelFacts:
 
 
 @lru_cache(maxsize=16)
-def _initial_tensors(arch: ModelSpec, seed: int, dtype: torch.dtype) -> Tensors:
-    """`dtype` is torch's default one, which decides the result."""
+def _initial_tensors(arch: ModelSpec, seed: int, _dtype: torch.dtype) -> Tensors:
+    # The result depends on torch's default dtype, which is therefore part of the cache key.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_key(seed, "init", arch.spec_id))
         return {n: t.detach().clone() for n, t in arch.build(arch.pretrained).state_dict().items()}
 
 
-Owner = tuple[str, tuple[int, ...], str]  # (tensor name, shape, group or "" for common ones)
+# Name and shape of a tensor, and the group of the model; "" for tensors common to all groups.
+Owner = tuple[str, tuple[int, ...], str]
 
 
 def owners_of(
     tensors: Mapping[str, Tensor], group: str, common: tuple[str, ...]
 ) -> dict[str, Owner]:
-    """Return with which tensors each tensor of a model is averaged.
+    """Return the owner of each tensor of a model; tensors with equal owners are averaged.
 
     Args:
-        tensors: Tensors of the model, by name.
-        group: The group of the client that holds it.
-        common: Prefixes of tensors that are averaged across groups.
+        tensors: Tensors of the model by name.
+        group: Group of the client's model.
+        common: Prefixes of the names of tensors that are averaged across groups.
     """
     return {
         name: (name, tuple(tensor.shape), "" if name.startswith(common) else group)

@@ -1,6 +1,8 @@
-"""Objectives of training: one loss per example and a separate penalty on the parameters.
+"""Training objectives: a loss per example and a separate penalty on the parameters.
 
-Supervised, proximal, distillation and mutual objectives, for live and for stacked models.
+The separation allows exact weighting of ragged batches, per-example clipping (the penalty is never
+clipped) and vectorized training of many clients. Objectives are frozen dataclasses; clients with
+equal objectives can be trained in one batch.
 """
 
 from __future__ import annotations
@@ -12,19 +14,34 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from hetero_fl.core.task import Task
 from model_zoo import Outputs, SplitModel
 
-# Models and batches as an objective sees them, whether the modules are live or stacked.
-
+Context = Mapping[str, Any]
+Kind = Literal["multiclass", "multilabel", "regression"]
 T = TypeVar("T")
+
+# Lower bound of probabilities before a logarithm.
+TINY = 1e-12
+# Lower bound of a sum of losses that is used as a divisor.
+MIN_LOSS_SUM = 1e-12
 
 
 class ModelView:
-    """A model as an objective sees it: call it on inputs for `Outputs(logits, features)`.
+    """A model as objectives see it: a callable that returns `Outputs(logits, features)`.
 
-    `parameters` are its trainable tensors by name; `forward` and `head` hide whether the module is live or stacked.
+    The module may be an ordinary one or one of several that are trained together with `vmap`.
+
+    Args:
+        forward: Maps inputs to outputs.
+        head: Maps features to logits.
+        parameters: Trainable tensors by name.
+
+    Attributes:
+        head: Maps features to logits.
+        parameters: Trainable tensors by name.
     """
 
     def __init__(
@@ -39,15 +56,16 @@ class ModelView:
 
     @classmethod
     def from_module(cls, module: SplitModel) -> ModelView:
-        """The module itself."""
+        """Return the view of an ordinary module."""
         return cls(module, module.head, dict(module.named_parameters()))
 
     def __call__(self, x: Tensor) -> Outputs:
+        """Return logits and features of a batch."""
         return self._forward(x)
 
 
 class AttributeDict(dict[str, T]):
-    """A dictionary whose values can be read as attributes, too."""
+    """A dictionary whose values are also attributes."""
 
     kind: ClassVar[str]
     hint: ClassVar[str]
@@ -64,65 +82,100 @@ class AttributeDict(dict[str, T]):
 
 
 class ModelViews(AttributeDict[ModelView]):
-    """The models of a fit by slot; `nets.model` is `nets["model"]`."""
+    """The models of a `Fit` step by slot; `nets.model` is `nets["model"]`."""
 
     kind = "model"
     hint = "name it in `train` or `frozen` of the fit"
 
 
 class Batch(AttributeDict[Tensor]):
-    """The columns of one step; `batch.x` is `batch["x"]`. `weight` `[B]` marks examples that are really there."""
+    """The columns of a batch; `batch.x` is `batch["x"]`.
+
+    Attributes:
+        weight: 1 for examples and 0 for the padding of a ragged batch, shape `[B]`; None if there
+            is no padding.
+    """
 
     kind = "column"
-    hint = "add it by `extra_columns` of the rows"
+    hint = "add it with `extra_columns` of the rows"
     weight: Tensor | None = None
 
     def mean(self, per_example: Tensor) -> Tensor:
-        """Mean over the examples that are really there."""
+        """Return the mean over all examples except padding."""
         if self.weight is None:
             return per_example.mean()
         return (per_example * self.weight).sum() / self.weight.sum()
 
 
-Context = Mapping[str, Any]
-
-
-# What is optimized: one loss per example and, apart from it, a penalty on the parameters.
-#
-# Keeping the two apart gives exact weighting of ragged batches, per-example clipping (the penalty
-# is never clipped), and batched training of many clients. Objectives are frozen dataclasses: equal
-# ones may share a batch.
-
-Kind = Literal["multiclass", "multilabel", "regression"]
-
-
 class Objective:
-    """One loss per example, and a penalty of the parameters alone."""
+    """Base class of objectives: a loss per example and a penalty on the parameters.
+
+    Subclasses are frozen dataclasses and implement `loss`. The arguments of all methods are:
+
+    - `nets`: the models by slot,
+    - `batch`: the columns of the batch, and
+    - `context`: the tensors of `Fit.context`.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import torch
+        >>> from hetero_fl.core.objectives import Batch, ModelView, ModelViews, Objective
+        >>> from model_zoo import create_model
+        >>> @dataclass(frozen=True)
+        ... class MeanSquaredLogit(Objective):
+        ...     def loss(self, nets, batch, context):
+        ...         return nets.model(batch.x).logits.square().mean(-1)
+        >>> nets = ModelViews(model=ModelView.from_module(create_model("linear", 3, input_size=4)))
+        >>> batch = Batch(x=torch.rand(5, 1, 4, 4))
+        >>> MeanSquaredLogit().loss(nets, batch, {}).shape
+        torch.Size([5])
+    """
 
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
-        """`[B]`."""
-        raise TypeError(f"{type(self).__name__} defines no loss")
+        """Return the loss of each example, shape `[B]`."""
+        raise TypeError(f"{type(self).__name__} does not implement loss")
 
     def penalty(self, nets: ModelViews, context: Context) -> Tensor | float:
-        """A number; never clipped, masked or weighted."""
+        """Return a scalar that depends on parameters only; it is never clipped or weighted."""
         return 0.0
 
     def private_loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
-        """`[B]`, what of the loss reads the rows: it is clipped and noised where they are to stay private. All of it, unless an
-        objective says what `public` is."""
+        """Return the part of the loss that depends on private rows, shape `[B]`.
+
+        DP-SGD clips its gradients and adds noise to them. By default it is the whole loss.
+        """
         return self.loss(nets, batch, context)
 
     def public_loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor | float:
-        """A number, what of the loss reads only columns that were drawn beside the rows (`Fit.extra_batches`)."""
+        """Return the part of the loss, a scalar, that depends on `Fit.extra_batches` only."""
         return 0.0
 
     def total_loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
-        """The number to minimise on this batch."""
+        """Return the scalar that an optimizer step minimizes."""
         return batch.mean(self.loss(nets, batch, context)) + self.penalty(nets, context)
 
 
 def supervised_loss(kind: Kind, logits: Tensor, y: Tensor, reduction: str = "none") -> Tensor:
-    """Cross-entropy, binary cross-entropy (mean over labels) or squared error (mean over targets), `[B]`."""
+    """Compute the loss of a task.
+
+    The loss is cross-entropy for classes, binary cross-entropy (mean over labels) for labels, and
+    squared error (mean over targets) for regression.
+
+    Args:
+        kind: Kind of the task.
+        logits: Outputs, shape `[B, C]`.
+        y: Targets, shape `[B]` (classes) or `[B, C]`.
+        reduction: `none` or `mean`.
+
+    Returns:
+        Loss per example, shape `[B]`, or their mean.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.core.objectives import supervised_loss
+        >>> supervised_loss("regression", torch.tensor([[1.0], [3.0]]), torch.zeros(2, 1))
+        tensor([1., 9.])
+    """
     if kind == "multiclass":
         return F.cross_entropy(logits, y, reduction=reduction)
     if kind == "multilabel":
@@ -135,10 +188,27 @@ def supervised_loss(kind: Kind, logits: Tensor, y: Tensor, reduction: str = "non
 def distillation_loss(
     kind: Kind, student: Tensor, teacher: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    """Distance of a student's logits from a teacher's, `[B]`; the teacher is detached.
+    """Compute the distillation loss of a student with respect to a teacher.
 
-    Classes: KL(softmax(teacher/T) ‖ softmax(student/T)) · T² (Hinton et al. 2015), the sum over classes, so that its mean
-    over examples is `batchmean`. Labels: the same for each label's Bernoulli, summed. Regression: squared error.
+    For classes it is `T**2 * KL(softmax(teacher / T) || softmax(student / T))` (Hinton et al.
+    2015, section 2); its mean over examples equals `batchmean`. For labels it is the sum of the
+    same divergence between Bernoulli distributions, for regression the squared error. The teacher
+    is detached.
+
+    Args:
+        kind: Kind of the task.
+        student: Outputs of the student, shape `[B, C]`.
+        teacher: Outputs of the teacher, shape `[B, C]`.
+        temperature: Temperature T, greater than 0.
+
+    Returns:
+        Loss per example, shape `[B]`.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.core.objectives import distillation_loss
+        >>> distillation_loss("multiclass", torch.zeros(2, 3), torch.zeros(2, 3), temperature=2.0)
+        tensor([0., 0.])
     """
     teacher = teacher.detach()
     if kind == "regression":
@@ -147,49 +217,71 @@ def distillation_loss(
     s = student / temperature
     if kind == "multilabel":
         p = t.sigmoid()
-        gap = p * (F.logsigmoid(t) - F.logsigmoid(s)) + (1 - p) * (
+        divergence = p * (F.logsigmoid(t) - F.logsigmoid(s)) + (1 - p) * (
             F.logsigmoid(-t) - F.logsigmoid(-s)
         )
     else:
         log_t = F.log_softmax(t, -1)
-        # F.kl_div has no batching rule under vmap
-        gap = log_t.exp() * (log_t - F.log_softmax(s, -1))
-    return gap.sum(-1) * temperature**2
+        # F.kl_div has no batching rule under vmap.
+        divergence = log_t.exp() * (log_t - F.log_softmax(s, -1))
+    return divergence.sum(-1) * temperature**2
 
 
 def squared_distance(parameters: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Tensor:
-    """Σ‖θ − anchor‖² over all tensors."""
+    """Return the sum of squared differences between two sets of tensors with equal names."""
     return torch.stack([(p - anchor[n]).square().sum() for n, p in parameters.items()]).sum()
 
 
 @dataclass(frozen=True)
 class Supervised(Objective):
-    """The local task.
+    """The supervised loss of the task.
 
-    given `log_prior` `[C]`: logit adjustment, cross-entropy of z + log π (Menon et al. 2021, eq. 10); given
-    `class_weights` `[C]`: each example's loss times its class's weight.
+    Two entries of the context modify it: `log_prior` `[C]` is added to the logits (logit
+    adjustment, Menon et al. 2021, eq. 10), and `class_weights` `[C]` weights examples by class.
+
+    Args:
+        kind: Kind of the task.
+        slot: Slot of the model.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.core.objectives import Batch, ModelView, ModelViews, Supervised
+        >>> from model_zoo import create_model
+        >>> nets = ModelViews(model=ModelView.from_module(create_model("linear", 3, input_size=4)))
+        >>> batch = Batch(x=torch.rand(5, 1, 4, 4), y=torch.tensor([0, 1, 2, 0, 1]))
+        >>> Supervised("multiclass").loss(nets, batch, {}).shape
+        torch.Size([5])
     """
 
     kind: Kind = "multiclass"
     slot: str = "model"
 
+    @override
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         return self.loss_of_outputs(nets[self.slot](batch.x), batch, context)
 
     def loss_of_outputs(
         self, outputs: Outputs, batch: Batch, context: Context, reduction: str = "none"
     ) -> Tensor:
-        """The loss of outputs that another objective has computed."""
+        """Return the loss of given outputs.
+
+        Args:
+            outputs: Outputs of the model.
+            batch: The columns of the batch.
+            context: The tensors of `Fit.context`.
+            reduction: `none` or `mean`.
+        """
         logits = outputs.logits + context["log_prior"] if "log_prior" in context else outputs.logits
         if "class_weights" in context:
-            each = supervised_loss(self.kind, logits, batch.y) * context["class_weights"][batch.y]
-            return each.mean() if reduction == "mean" else each
+            losses = supervised_loss(self.kind, logits, batch.y) * context["class_weights"][batch.y]
+            return losses.mean() if reduction == "mean" else losses
         return supervised_loss(self.kind, logits, batch.y, reduction)
 
+    @override
     def total_loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         if batch.weight is not None or type(self).loss is not Supervised.loss:
             return super().total_loss(nets, batch, context)
-        # one fused kernel
+        # The mean over the batch is one fused kernel.
         return self.loss_of_outputs(
             nets[self.slot](batch.x), batch, context, "mean"
         ) + self.penalty(nets, context)
@@ -197,11 +289,13 @@ class Supervised(Objective):
 
 @dataclass(frozen=True)
 class Masked(Supervised):
-    """The task with the logits of classes that are not there held at nought (Diao et al. 2021, HeteroFL, section 3).
+    """The supervised loss with the logits of missing classes set to 0.
 
-    given `present` `[C]` is 1 where the client has the class, else 0.
+    This is the masked loss of HeteroFL (Diao et al. 2021, section 3).
+    In the context, `present` `[C]` is 1 for classes of the client and 0 for others.
     """
 
+    @override
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         outputs = nets[self.slot](batch.x)
         return self.loss_of_outputs(
@@ -211,23 +305,48 @@ class Masked(Supervised):
 
 @dataclass(frozen=True)
 class Proximal(Supervised):
-    """The task plus (μ/2)·Σ‖θ − anchor‖² (Li et al. 2020, FedProx, eq. 2)."""
+    """The supervised loss plus (μ/2)·Σ‖θ - anchor‖² (FedProx, Li et al. 2020, eq. 2).
+
+    In the context, `anchor` contains the tensors of the received model.
+
+    Args:
+        mu: Weight μ of the penalty.
+    """
 
     mu: float = 0.01
 
+    @override
     def penalty(self, nets: ModelViews, context: Context) -> Tensor | float:
         return self.mu / 2 * squared_distance(nets[self.slot].parameters, context["anchor"])
 
 
 @dataclass(frozen=True)
 class TeacherDistillation(Objective):
-    """Follow the column `teacher` (logits): KL · T², or mean absolute error of logits as FedMD's authors have it."""
+    """The distance of the model's logits from the column `teacher`.
+
+    Args:
+        kind: Kind of the task.
+        temperature: Temperature of the distillation loss.
+        distance: `kl` is the distillation loss, `mae` the mean absolute error of logits as in the
+            code of the FedMD authors.
+        slot: Slot of the model.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.core.objectives import Batch, ModelView, ModelViews, TeacherDistillation
+        >>> from model_zoo import create_model
+        >>> nets = ModelViews(model=ModelView.from_module(create_model("linear", 3, input_size=4)))
+        >>> batch = Batch(x=torch.rand(5, 1, 4, 4), teacher=torch.zeros(5, 3))
+        >>> TeacherDistillation(temperature=2.0).loss(nets, batch, {}).shape
+        torch.Size([5])
+    """
 
     kind: Kind = "multiclass"
     temperature: float = 1.0
     distance: Literal["kl", "mae"] = "kl"
     slot: str = "model"
 
+    @override
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         logits = nets[self.slot](batch.x).logits
         if self.distance == "mae":
@@ -237,20 +356,28 @@ class TeacherDistillation(Objective):
 
 @dataclass(frozen=True)
 class ProxyReplay(Supervised):
-    """The task plus λ·KL·T² towards a teacher on public rows beside the batch (columns `public_x`, `public_teacher`).
+    """The supervised loss plus a distillation loss on public rows.
 
-    What a client learns from its own rows does not cost it what it knows of the others' classes.
+    While a client trains on its private rows, it keeps what it learned about other clients'
+    classes. The public rows are the columns `public_x` and `public_teacher` (logits).
+
+    Args:
+        weight: Weight of the distillation loss.
+        temperature: Temperature of the distillation loss.
     """
 
     weight: float = 1.0
     temperature: float = 1.0
 
+    @override
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         return self.private_loss(nets, batch, context) + self.public_loss(nets, batch, context)
 
+    @override
     def private_loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         return self.loss_of_outputs(nets[self.slot](batch.x), batch, context)
 
+    @override
     def public_loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         logits = nets[self.slot](batch.public_x).logits
         return (
@@ -261,108 +388,147 @@ class ProxyReplay(Supervised):
 
 @dataclass(frozen=True)
 class ClassTeacherDistillation(Supervised):
-    """The task plus λ·KL·T² towards given `teacher` `[C, C]`, the consensus logits of the example's class (Jeong et al. 2018).
+    """The supervised loss plus distillation from the consensus logits of the example's class.
 
-    given `known` `[C]` is 1 where the class has a teacher, else 0.
+    This is the regularizer of federated distillation (Jeong et al. 2018). In the context, row c of
+    `teacher` `[C, C]` contains the logits of class c, and `known` `[C]` is 1 for classes with a
+    teacher and 0 for others.
+
+    Args:
+        weight: Weight of the distillation loss.
+        temperature: Temperature of the distillation loss.
     """
 
     weight: float = 1.0
     temperature: float = 1.0
 
+    @override
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         outputs = nets[self.slot](batch.x)
-        towards = distillation_loss(
+        distillation = distillation_loss(
             self.kind, outputs.logits, context["teacher"][batch.y], self.temperature
         )
         return (
             self.loss_of_outputs(outputs, batch, context)
-            + self.weight * towards * context["known"][batch.y]
+            + self.weight * distillation * context["known"][batch.y]
         )
 
 
 @dataclass(frozen=True)
 class PrototypePull(Supervised):
-    """The task plus λ·MSE(features, prototype of the example's class), the mean over the width (Tan et al. 2022, FedProto).
+    """The supervised loss plus the mean squared distance of the features from a class prototype.
 
-    given `prototypes` `[C, width]`, and `known` `[C]`, which is 1 where the class has one, else 0.
+    This is the loss of FedProto (Tan et al. 2022). In the context, `prototypes` has shape
+    `[C, width]`, and `known` `[C]` is 1 for classes with a prototype and 0 for others.
+
+    Args:
+        weight: Weight of the distance.
     """
 
     weight: float = 1.0
 
+    @override
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         outputs = nets[self.slot](batch.x)
-        apart = (outputs.features - context["prototypes"][batch.y]).square().mean(-1)
+        distance = (outputs.features - context["prototypes"][batch.y]).square().mean(-1)
         return (
             self.loss_of_outputs(outputs, batch, context)
-            + self.weight * apart * context["known"][batch.y]
+            + self.weight * distance * context["known"][batch.y]
         )
 
 
 def log_prior(task: Task, counts: Tensor) -> Tensor | None:
-    """log π with π_c = (n_c + 1) / Σ(n + 1), `[C]`; None where the task has no classes that exclude one another."""
+    """Compute the logarithm of the smoothed class prior π_c = (n_c + 1) / Σ(n + 1).
+
+    Args:
+        task: The task.
+        counts: Number of examples of each class, shape `[C]`.
+
+    Returns:
+        Tensor of shape `[C]`, or None if the task is not multiclass.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.core.objectives import log_prior
+        >>> from hetero_fl.core.task import Task
+        >>> log_prior(Task("multiclass", 2), torch.tensor([2, 0])).exp()
+        tensor([0.7500, 0.2500])
+    """
     if task.kind != "multiclass":
         return None
     smoothed = counts.to(torch.get_default_dtype()) + 1
     return (smoothed / smoothed.sum()).log()
 
 
-# Objectives of methods that distil: the task with a teacher beside it, and the mixture weights of
-# teachers.
-
-TINY = 1e-12  # of a probability, before its logarithm
-
-
 @dataclass(frozen=True)
 class SupervisedDistillation(Supervised):
-    """The task plus λ·KL·T² towards the column `teacher` (logits) of the same examples (He et al. 2020, FedGKT). A
-    column `log_prior` is logit adjustment by example, for rows of several clients."""
+    """The supervised loss plus distillation from the column `teacher` (FedGKT, He et al. 2020).
+
+    A column `log_prior` adjusts the logits by example, for rows of several clients.
+
+    Args:
+        weight: Weight of the distillation loss.
+        temperature: Temperature of the distillation loss.
+    """
 
     weight: float = 1.0
     temperature: float = 1.0
 
+    @override
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         outputs = nets[self.slot](batch.x)
-        towards = distillation_loss(self.kind, outputs.logits, batch.teacher, self.temperature)
+        distillation = distillation_loss(self.kind, outputs.logits, batch.teacher, self.temperature)
         context = {**context, "log_prior": batch.log_prior} if "log_prior" in batch else context
-        return self.loss_of_outputs(outputs, batch, context) + self.weight * towards
+        return self.loss_of_outputs(outputs, batch, context) + self.weight * distillation
 
 
 @dataclass(frozen=True)
 class Coefficients(Objective):
-    """KL(Σ_j c_kj p_j ‖ p_k)·T² + ρ‖c_k − 1/K‖², an example being a client k (Zhang et al. 2021, KT-pFL).
+    """The loss of the knowledge coefficients of KT-pFL (Zhang et al. 2021).
 
-    The slot `mix` maps column `x`, one-hot `[B, K]`, to c_k; `own` is k; given `predictions` `[K, D, C]`, softened by T. The
-    KL is the mean over the D public examples. Unlike in distillation the gradient goes through the mixture.
+    For client k it is `T**2 * KL(Σ_j c_kj p_j || p_k) + ρ ‖c_k - 1/K‖²`, with the divergence
+    averaged over D public examples. Each example of a batch is a client: column `x` `[B, K]` is its
+    one-hot index, which the slot `mix` maps to c_k, and column `own` is the index k. In the
+    context, `predictions` `[K, D, C]` are the softened probabilities p. Unlike in distillation the
+    gradient passes through the mixture.
+
+    Args:
+        temperature: Temperature T.
+        rho: Weight ρ of the regularizer.
     """
 
     temperature: float = 1.0
     rho: float = 0.7
 
+    @override
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         c = nets.mix(batch.x).logits
         p = context["predictions"]
         mixed = torch.einsum("bk,kdc->bdc", c, p).clamp(min=TINY)
-        apart = (mixed * (mixed.log() - p[batch.own].clamp(min=TINY).log())).sum(-1).mean(-1)
-        return self.temperature**2 * apart + self.rho * (c - 1 / c.shape[-1]).square().sum(-1)
-
-
-# Objectives of two models that train together on the same rows and learn from one another.
-#
-# Each model minimises its own loss: what the other says is detached. The sum of both losses is
-# therefore minimised in one step, and each model's gradient is that of its own.
-
-SMALLEST = 1e-12  # a denominator: both models right and sure of it, to the last bit
+        divergence = (mixed * (mixed.log() - p[batch.own].clamp(min=TINY).log())).sum(-1).mean(-1)
+        return self.temperature**2 * divergence + self.rho * (c - 1 / c.shape[-1]).square().sum(-1)
 
 
 def is_convertible(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether `to_shape` can turn examples of the one shape into the other: the same, or images of as many channels or one."""
+    """Return whether `to_shape` can convert examples of one shape to another.
+
+    It can if the shapes are equal, or if both are images with the same number of channels or with
+    one channel on either side.
+    """
     images = len(shape) == len(other) == 3
     return shape == other or (images and len({shape[0], other[0]} | {1}) <= 2)
 
 
 def to_shape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Examples `[B, …]` as examples of another shape `(channels, *size)`: images are resized (bilinear), then their channels
-    averaged into one or one repeated. What has the shape is returned as it is."""
+    """Convert examples to another shape.
+
+    Images are resized (bilinear); then their channels are averaged into one, or a single channel is
+    repeated.
+
+    Args:
+        x: Examples, shape `[B, …]`.
+        shape: New shape of an example, `(channels, *size)`.
+    """
     if tuple(x.shape[1:]) == shape:
         return x
     channels, *size = shape
@@ -375,8 +541,18 @@ def to_shape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 @dataclass(frozen=True)
 class MutualDistillation(Supervised):
-    """α·task(p) + (1 − α)·KL(m ‖ p) for the model p, and β·task(m) + (1 − β)·KL(p ‖ m) for its mentee m (Shen et al. 2020,
-    FML, eq. 6 and 7). The mentee sees examples in `shape`, (channels, *size)."""
+    """The loss of two models that learn from each other (FML, Shen et al. 2020, eq. 6 and 7).
+
+    It is the sum of α·task(p) + (1 - α)·KL(m ‖ p) for the model p and β·task(m) + (1 - β)·KL(p ‖ m)
+    for its mentee m. The teacher of each divergence is detached, so both models are trained in one
+    step with the gradients of their own losses.
+
+    Args:
+        alpha: Weight α of the model's supervised loss.
+        beta: Weight β of the mentee's supervised loss.
+        mentee: Slot of the mentee.
+        shape: Shape of the mentee's inputs, `(channels, *size)`.
+    """
 
     alpha: float = 0.5
     beta: float = 0.5
@@ -384,9 +560,10 @@ class MutualDistillation(Supervised):
     shape: tuple[int, ...] = ()
 
     def both_outputs(self, nets: ModelViews, batch: Batch) -> tuple[Outputs, Outputs]:
-        """What the model and its mentee say."""
+        """Return the outputs of the model and of its mentee."""
         return nets[self.slot](batch.x), nets[self.mentee](to_shape(batch.x, self.shape))
 
+    @override
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         p, m = self.both_outputs(nets, batch)
         own = self.alpha * self.loss_of_outputs(p, batch, context) + (
@@ -400,40 +577,53 @@ class MutualDistillation(Supervised):
 
 @dataclass(frozen=True)
 class AdaptiveMutual(MutualDistillation):
-    """task(t) + task(s) + (KL(s ‖ t) + KL(t ‖ s) + λ·MSE(h_t, W·h_s)) / (task(t) + task(s)) for mentor t and mentee s
-    (Wu et al. 2022, FedKD, eq. 1 to 6), h the features and W the matrix of the slot `hidden`.
+    """The adaptive mutual distillation of FedKD (Wu et al. 2022, eq. 1 to 6).
 
-    The denominator is the batch's mean and a weight, so no gradient goes through it: two models that are often wrong
-    listen less to one another, but neither gets better at its distance by being wrong.
+    For mentor t and mentee s it is task(t) + task(s) + (KL(s ‖ t) + KL(t ‖ s) + λ·MSE(h_t, W·h_s))
+    / (task(t) + task(s)), where h are the features and W is the matrix of the slot `hidden`. The
+    denominator is averaged over the batch and detached: models with a large supervised loss learn
+    less from each other, but cannot reduce their distance by increasing that loss.
+
+    Args:
+        hidden_weight: Weight λ of the distance between features.
+        hidden: Slot of the linear map W.
     """
 
     hidden_weight: float = 1.0
     hidden: str = "hidden"
 
+    @override
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         t, s = self.both_outputs(nets, batch)
         mentor = self.loss_of_outputs(t, batch, context)
         mentee = self.loss_of_outputs(s, batch, context)
-        apart = distillation_loss(self.kind, t.logits, s.logits) + distillation_loss(
+        divergence = distillation_loss(self.kind, t.logits, s.logits) + distillation_loss(
             self.kind, s.logits, t.logits
         )
         hidden = (t.features - nets[self.hidden](s.features).logits).square().mean(-1)
-        weight = (batch.mean(mentor) + batch.mean(mentee)).detach().clamp(min=SMALLEST)
-        return mentor + mentee + (apart + self.hidden_weight * hidden) / weight
+        weight = (batch.mean(mentor) + batch.mean(mentee)).detach().clamp(min=MIN_LOSS_SUM)
+        return mentor + mentee + (divergence + self.hidden_weight * hidden) / weight
 
 
 @dataclass(frozen=True)
 class NestedRepresentations(MutualDistillation):
-    """m_F·task(head_F(r)) + m_G·task(head_G(r[:d₁])), r = P·[g, f] of width d₂ (Yi et al. 2024, FedMRL); g are features of the
-    mentee G (width d₁), f those of the own model F (width d₂), P is the linear map of the slot `projection`.
+    """The loss of nested representations (FedMRL, Yi et al. 2024).
 
-    `alpha` is m_F, `beta` m_G.
+    It is m_F·task(head_F(r)) + m_G·task(head_G(r[:d₁])) with r = P·[g, f] of width d₂. Here f are
+    the features of the model F (width d₂), g those of the mentee G (width d₁), and P is the linear
+    map of the slot `projection`.
+
+    Args:
+        alpha: Weight m_F.
+        beta: Weight m_G.
+        projection: Slot of the linear map P.
     """
 
     alpha: float = 1.0
     beta: float = 1.0
     projection: str = "projection"
 
+    @override
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         f, g = (outputs.features for outputs in self.both_outputs(nets, batch))
         r = nets[self.projection](torch.cat([g, f], -1)).logits

@@ -1,4 +1,4 @@
-"""Participants: whoever carries out a plan. A client and the server are the same thing with other data and models."""
+"""Participants of a federation (clients and the server) and the server's view of the clients."""
 
 from __future__ import annotations
 
@@ -23,38 +23,63 @@ from hetero_fl.utils.ordering import natural_key, natural_order
 from hetero_fl.utils.seeding import Key
 
 Columns = dict[str, Tensor]
-LOOKED = 1000  # clients among whom examples are looked for
+# Messages and suggestions consider only so many clients of a large population.
+MAX_SEARCHED_CLIENTS = 1000
 CACHED_CLIENTS = 4096
-# Numbers that a client may log in a round; a report has room for a few more values.
+# Values that a client may log in a round; a report has room for a few more.
 MAX_LOGGED = 60
-# of a model: None is all of it, else prefixes of tensor names; () is nothing
+# A part of a model: prefixes of tensor names, or None for the whole model.
 Part = tuple[str, ...] | None
 
 
 def copy_tensors(tensors: Mapping[str, Tensor]) -> Tensors:
-    """A copy that shares no memory."""
+    """Return copies of tensors that are detached and own their memory.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.core.participant import copy_tensors
+        >>> weights = {"head.weight": torch.zeros(2)}
+        >>> copy = copy_tensors(weights)
+        >>> _ = copy["head.weight"].add_(1)
+        >>> weights["head.weight"]
+        tensor([0., 0.])
+    """
     return {n: t.detach().clone() for n, t in tensors.items()}
 
 
 def select_part(tensors: Mapping[str, Tensor], part: Part) -> Tensors:
-    """The tensors that belong to the part."""
+    """Return the tensors that belong to a part of a model."""
     return {n: t for n, t in tensors.items() if part is None or n.startswith(part)}
 
 
 def exclude_part(tensors: Mapping[str, Tensor], part: Part) -> Tensors:
-    """The tensors that do not belong to the part."""
+    """Return the tensors that do not belong to a part of a model."""
     return {} if part is None else {n: t for n, t in tensors.items() if not n.startswith(part)}
 
 
 def floating_tensors(tensors: Mapping[str, Tensor]) -> Tensors:
-    """What may travel: integer buffers (`num_batches_tracked`) stay at home."""
+    """Return the floating-point tensors; integer buffers such as `num_batches_tracked` stay local.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.core.participant import floating_tensors
+        >>> tensors = {"weight": torch.zeros(2), "num_batches_tracked": torch.tensor(3)}
+        >>> list(floating_tensors(tensors))
+        ['weight']
+    """
     return {n: t for n, t in tensors.items() if t.is_floating_point()}
 
 
 @dataclass(frozen=True)
 class RoundContext:
-    """Where a run stands. `round_idx` counts from 0; random streams are keyed by it, and by how often this participant trained in
-    that round before (`attempt`: where a run is asynchronous)."""
+    """The position of a run, which keys its random streams.
+
+    Args:
+        seed: Seed of the run.
+        round_idx: Index of the round, from 0.
+        num_rounds: Number of rounds of the run.
+        attempt: How often the participant trained in this round before (asynchronous runs).
+    """
 
     seed: int = 0
     round_idx: int = 0
@@ -64,43 +89,75 @@ class RoundContext:
 
 @dataclass(frozen=True)
 class ClientInfo:
-    """What the server knows of a client."""
+    """A client as the server knows it.
+
+    Args:
+        client_id: Name of the client.
+        arch: Architecture of the client's model.
+        num_rows: Number of training rows.
+        preprocess: Preprocessing of public examples, a `hetero_fl.data.Preprocess`.
+        settings: Settings of the client.
+        purpose: Purpose of a broadcast to the client; nothing is trained for `evaluate`.
+        has_proxy: Whether the client can use the proxy set, if there is one.
+        models: Architectures of all models of the client by slot; `arch` is the slot `model`.
+
+    Example:
+        >>> from hetero_fl.config.clients import ClientSettings
+        >>> from hetero_fl.core.model_spec import ModelSpec
+        >>> from hetero_fl.core.participant import ClientInfo
+        >>> arch = ModelSpec.from_config("linear", 2, (3,))
+        >>> client = ClientInfo("site_1", arch, 120, None, ClientSettings())
+        >>> client.client_id, client.num_rows, client.purpose
+        ('site_1', 120, 'train')
+    """
 
     client_id: str
     arch: ModelSpec
-    num_rows: int  # training rows
-    preprocess: Any  # hetero_fl.data.Preprocess: how it sees public examples
+    num_rows: int
+    preprocess: Any
     settings: ClientSettings
-    # what a broadcast to it is for: nothing is trained on one for evaluation
     purpose: Literal["train", "evaluate"] = "train"
-    has_proxy: bool = True  # whether it sees anything of the proxy set; of no account without one
-    # every model that it has, by slot; `arch` is that of the slot "model"
+    has_proxy: bool = True
     models: Mapping[str, ModelSpec] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
 class ClientProfile:
-    """Clients with the very same settings, and so with the same models: how many, and the first in the configuration."""
+    """Clients with equal settings and models.
+
+    Args:
+        settings: Settings of the clients.
+        models: Architectures of the clients' models by slot.
+        first: Name of the first of these clients in the configuration.
+        count: Number of clients.
+    """
 
     settings: ClientSettings
-    models: Mapping[str, ModelSpec]  # by slot
+    models: Mapping[str, ModelSpec]
     first: str
     count: int
 
     @property
     def arch(self) -> ModelSpec:
-        """The architecture of the clients' own model."""
+        """Architecture of the clients' own model, the slot `model`."""
         return self.models["model"]
 
 
 class ClientDirectory(Mapping[str, ClientInfo]):
-    """All clients as the server knows them. An entry is made when it is asked for; whatever follows from settings alone is to
-    be asked of `profiles`, which are few however many clients there are.
+    """All clients as the server knows them, by name.
+
+    Entries are created on access. Use `profiles` for properties that depend on settings only: their
+    number does not grow with the number of clients.
 
     Args:
-        models: By slot, of each profile in `clients.profiles`; or of each client by id, where a method gives them models one
-            by one.
-        data: hetero_fl.data.FederatedData, which knows a client's rows and view.
+        clients: The population of clients.
+        models: Architectures by slot, for each profile in `clients.profiles`; or by client and slot
+            if a method gives clients individual models.
+        data: The federated data, a `hetero_fl.data.FederatedData`.
+
+    Attributes:
+        clients: The population of clients.
+        profiles: Profiles of the clients.
     """
 
     def __init__(
@@ -111,19 +168,19 @@ class ClientDirectory(Mapping[str, ClientInfo]):
     ) -> None:
         self.clients = clients
         self._data = data
-        # of each client in `profiles`; none: as in `clients.profiles`
+        # Index in `profiles` by client; None if it is that of the client's profile in `clients`.
         self._places: dict[str, int] | None = None
         if isinstance(models, Mapping):
             self._places, self.profiles = _split_profiles(clients, models)
         else:
             self.profiles = [
-                ClientProfile(k.settings, own, k.first, k.count)
-                for k, own in zip(clients.profiles, models, strict=True)
+                ClientProfile(profile.settings, slots, profile.first, profile.count)
+                for profile, slots in zip(clients.profiles, models, strict=True)
             ]
         self._client_infos: BoundedCache[ClientInfo] = BoundedCache(CACHED_CLIENTS)
 
     def profile(self, client_id: str) -> ClientProfile:
-        """The kind that a client is of."""
+        """Return the profile of a client."""
         return self.profiles[
             self.clients.profile(client_id).number
             if self._places is None
@@ -131,11 +188,11 @@ class ClientDirectory(Mapping[str, ClientInfo]):
         ]
 
     def set_default(self, name: str, value: object) -> None:
-        """Set a setting of all clients that leave it open (None), as a method's `configure` may.
+        """Set a setting of all clients for which it is None, for use in `Algorithm.configure`.
 
         Args:
             name: A field of `ClientSettings`.
-            value: Its value for these clients.
+            value: The value to set.
         """
         self.clients.set_default(name, value)
         self.profiles = [replace(p, settings=self.clients[p.first]) for p in self.profiles]
@@ -143,42 +200,46 @@ class ClientDirectory(Mapping[str, ClientInfo]):
 
     @property
     def main_profile(self) -> ClientProfile:
-        """The kind of the first client, as people count, among those of the most frequent architecture."""
+        """Profile of the first client, in natural order, with the most frequent architecture."""
         members = Counter[str]()
-        for kind in self.profiles:
-            members[kind.arch.spec_id] += kind.count
+        for profile in self.profiles:
+            members[profile.arch.spec_id] += profile.count
         return min(
-            self.profiles, key=lambda kind: (-members[kind.arch.spec_id], natural_key(kind.first))
+            self.profiles,
+            key=lambda profile: (-members[profile.arch.spec_id], natural_key(profile.first)),
         )
 
-    def format_clients(self, kinds: Sequence[ClientProfile], most: int = 6) -> str:
-        """The clients of these kinds for a reader: the first of them by name, and how many more there are."""
-        among = {kind.first for kind in kinds}
-        ids = self.clients.ids
-        here = (id for id in islice(ids, LOOKED) if self.profile(id).first in among)
-        shown = list(islice(here, most)) or natural_order(among)[:most]
-        more = sum(kind.count for kind in kinds) - len(shown)
+    def format_clients(self, profiles: Sequence[ClientProfile], max_names: int = 6) -> str:
+        """Return the names of the first clients with these profiles: `a, b and 3 more`."""
+        first_clients = {profile.first for profile in profiles}
+        matching = (
+            client_id
+            for client_id in islice(self.clients.ids, MAX_SEARCHED_CLIENTS)
+            if self.profile(client_id).first in first_clients
+        )
+        shown = list(islice(matching, max_names)) or natural_order(first_clients)[:max_names]
+        more = sum(profile.count for profile in profiles) - len(shown)
         return ", ".join(shown) + (f" and {more:,} more" if more else "")
 
     def __getitem__(self, client_id: str) -> ClientInfo:
         info = self._client_infos.get(client_id)
         if info is None:
-            info = self._make(client_id)
+            info = self._make_info(client_id)
             self._client_infos[client_id] = info
         return info
 
-    def _make(self, client_id: str) -> ClientInfo:
-        kind = self.profile(client_id)
+    def _make_info(self, client_id: str) -> ClientInfo:
+        profile = self.profile(client_id)
         data = self._data
         view = self._data.preprocess(client_id)
         return ClientInfo(
             client_id,
-            kind.arch,
+            profile.arch,
             data.n_rows(client_id, "train"),
             view,
-            kind.settings,
+            profile.settings,
             has_proxy=data.has_proxy(view),
-            models=kind.models,
+            models=profile.models,
         )
 
     def __contains__(self, client_id: object) -> bool:
@@ -194,26 +255,74 @@ class ClientDirectory(Mapping[str, ClientInfo]):
 def _split_profiles(
     clients: Population, models: Mapping[str, Mapping[str, ModelSpec]]
 ) -> tuple[dict[str, int], list[ClientProfile]]:
-    """Split profiles whose clients have different models; return each client's place, and the profiles."""
+    """Split profiles by the models of their clients.
+
+    Returns:
+        The index of each client's profile, and the profiles.
+    """
     members: dict[tuple[int, tuple[tuple[str, ModelSpec], ...]], list[str]] = {}
-    for id in natural_order(models):
-        key = (clients.profile(id).number, tuple(sorted(models[id].items())))
-        members.setdefault(key, []).append(id)
-    settings = [kind.settings for kind in clients.profiles]
-    places = {id: place for place, ids in enumerate(members.values()) for id in ids}
+    for client_id in natural_order(models):
+        key = (clients.profile(client_id).number, tuple(sorted(models[client_id].items())))
+        members.setdefault(key, []).append(client_id)
+    settings = [profile.settings for profile in clients.profiles]
+    places = {
+        client_id: place
+        for place, client_ids in enumerate(members.values())
+        for client_id in client_ids
+    }
     return places, [
-        ClientProfile(settings[number], dict(slots), ids[0], len(ids))
-        for (number, slots), ids in members.items()
+        ClientProfile(settings[number], dict(slots), client_ids[0], len(client_ids))
+        for (number, slots), client_ids in members.items()
     ]
 
 
 @dataclass
 class Participant:
-    """A client, or the server: named models, named data, private state.
+    """A client or the server: its models, data and state.
 
-    `models` maps slots ("model", "personal", "student", at the server a group's name …) to named tensors, `arch` the same
-    slots to architectures. `data(name, through)` gives the columns of a named set, seen through this participant's own
-    preprocessing unless another is named.
+    Args:
+        participant_id: Name of the client, or `server`.
+        task: The learning task.
+        arch: Architectures by slot. A client's own model is in the slot `model`; the server has a
+            slot for each group of models.
+        models: Tensors of the models by slot and name.
+        data: `data(name, preprocess)` returns the columns of a named data set; the participant's
+            own preprocessing is used if `preprocess` is None.
+        settings: Settings of the client.
+        label_counts: Returns the number of training rows by class.
+        num_rows: Number of training rows.
+        has_proxy: Whether the participant can use the proxy set.
+        peers: All clients, as far as the participant knows them.
+        common: Prefixes of the names of tensors that are averaged across architectures.
+        state: Private state that the method keeps between rounds.
+        round_context: Position of the run.
+        step_share: Share of the local steps for which there is time (simulated devices).
+        stream_uses: Number of uses of each random stream in this round, by label.
+        logged: Values that the participant logged in this round.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.config.clients import ClientSettings
+        >>> from hetero_fl.core.model_spec import ModelSpec
+        >>> from hetero_fl.core.participant import Participant
+        >>> from hetero_fl.core.task import Task
+        >>> arch = ModelSpec.from_config("linear", 2, (3,))
+        >>> data = {"train": {"x": torch.rand(4, 3), "y": torch.tensor([0, 1, 1, 1])}}
+        >>> client = Participant(
+        ...     "site_1",
+        ...     Task("multiclass", 2),
+        ...     {"model": arch},
+        ...     {"model": arch.initial_tensors(seed=0)},
+        ...     lambda name, preprocess: data[name],
+        ...     ClientSettings(),
+        ...     lambda: torch.bincount(data["train"]["y"]),
+        ...     num_rows=4,
+        ... )
+        >>> client.counts
+        tensor([1, 3])
+        >>> client.load("model", {"head.bias": torch.ones(2)})
+        >>> client.models["model"]["head.bias"]
+        tensor([1., 1.])
     """
 
     participant_id: str
@@ -222,63 +331,83 @@ class Participant:
     models: dict[str, Tensors]
     data: Callable[[str, Any], Columns]
     settings: ClientSettings
-    label_counts: Callable[[], Tensor]  # computed only where they are used
+    # A function, because most methods do not use the counts.
+    label_counts: Callable[[], Tensor]
     num_rows: int = 0
     has_proxy: bool = False
     peers: ClientDirectory = field(
         default_factory=lambda: ClientDirectory(Population.from_settings({}), [], None)
-    )  # where it is known: in simulation
-    common: tuple[str, ...] = ()  # prefixes of tensors that are averaged across architectures
+    )
+    common: tuple[str, ...] = ()
     state: dict[str, Any] = field(default_factory=dict)
     round_context: RoundContext = RoundContext()
-    step_share: float = 1.0  # share of the steps there is time for
+    step_share: float = 1.0
     stream_uses: dict[str, int] = field(default_factory=dict)
     logged: dict[str, float] = field(default_factory=dict)
 
     @cached_property
     def counts(self) -> Tensor:
-        """Label counts of the training rows, shape `[outputs]`."""
+        """Number of training rows by class, shape `[outputs]`."""
         return self.label_counts()
 
     def log(self, name: str, value: float) -> None:
-        """Report a number with this round's upload; the round's record has it under `logged`, by client.
+        """Log a value in the record of this round, in the field `logged` by client.
 
-        Nothing is reported where uploads are private or only summed.
+        The value is sent with the upload, unless uploads are private or only their sum is revealed.
+
+        Args:
+            name: Name of the value.
+            value: The value.
 
         Raises:
-            ValueError: For more than `MAX_LOGGED` different names.
+            ValueError: If more than `MAX_LOGGED` different names are logged in a round.
         """
         if name not in self.logged and len(self.logged) == MAX_LOGGED:
-            raise ValueError(f"log: {name!r} is one number too many; a client may log {MAX_LOGGED}")
+            raise ValueError(
+                f"log: cannot log {name!r}; a client may log at most {MAX_LOGGED} values per round"
+            )
         self.logged[name] = float(value)
 
     def load(self, slot: str, tensors: Mapping[str, Tensor]) -> None:
-        """Replace the named tensors of a slot, keep its others. They are shared with whoever gave them: a participant's tensors
-        are replaced, never changed in place."""
+        """Replace some of the tensors of a slot.
+
+        The tensors are not copied; they must not be modified in place afterwards.
+
+        Args:
+            slot: The slot.
+            tensors: New tensors by name; all others remain.
+        """
         plain = {n: t.detach() if t.requires_grad else t for n, t in tensors.items()}
         self.models[slot] = {**self.models[slot], **plain}
 
     def stream(self, label: str, as_id: str | None = None) -> tuple[Key, ...]:
-        """The key of this round's next random stream with that label."""
-        n = self.stream_uses[label] = self.stream_uses.get(label, -1) + 1
-        anew = ("again", self.round_context.attempt) if self.round_context.attempt else ()
+        """Return the key of the next random stream with a label in this round.
+
+        Args:
+            label: Label of the stream.
+            as_id: Name of the participant whose stream is used instead of this participant's.
+        """
+        use = self.stream_uses.get(label, -1) + 1
+        self.stream_uses[label] = use
+        # Part of the key: renaming "again" would change the results of asynchronous runs.
+        attempt = ("again", self.round_context.attempt) if self.round_context.attempt else ()
         return (
             self.round_context.seed,
             self.round_context.round_idx,
             as_id or self.participant_id,
             label,
-            n,
-            *anew,
+            use,
+            *attempt,
         )
 
     @property
     def optimizer(self) -> OptimizerConfig:
-        """The optimizer of this round, its learning rates moved along their schedule."""
+        """Optimizer settings of this round, with scheduled learning rates."""
         return scheduled_optimizer(self.settings.optimizer, self.round_context)
 
 
 def scheduled_optimizer(config: OptimizerConfig, context: RoundContext) -> OptimizerConfig:
-    """Return the optimizer of a round, its learning rates moved along their schedule."""
+    """Return the optimizer settings of a round, with scheduled learning rates."""
     done = min(1.0, context.round_idx / max(1, context.num_rounds - 1))
     factor = {
         "constant": 1.0,
@@ -293,7 +422,7 @@ def scheduled_optimizer(config: OptimizerConfig, context: RoundContext) -> Optim
 
 
 def copy_tree(tree: Any) -> Any:
-    """A tree of dictionaries, lists and tensors that may be changed without changing the original."""
+    """Return a deep copy of a tree of dictionaries, lists and tensors; tensors are detached."""
     if isinstance(tree, Tensor):
         return tree.detach().clone()
     if isinstance(tree, dict):
@@ -302,7 +431,7 @@ def copy_tree(tree: Any) -> Any:
 
 
 def move_tree(tree: Any, device: torch.device) -> Any:
-    """Return a tree of dictionaries, lists and tensors with its tensors on a device."""
+    """Return a tree of dictionaries, lists and tensors with all tensors on a device."""
     if isinstance(tree, Tensor):
         return tree.to(device)
     if isinstance(tree, Mapping):
@@ -311,7 +440,7 @@ def move_tree(tree: Any, device: torch.device) -> Any:
 
 
 def copy_containers(tree: Any) -> Any:
-    """Return a tree with dictionaries and lists of its own, whose tensors are those of the original."""
+    """Return a copy of a tree of dictionaries and lists that shares the original's tensors."""
     if isinstance(tree, dict):
         return {k: copy_containers(v) for k, v in tree.items()}
     return [copy_containers(v) for v in tree] if isinstance(tree, list) else tree

@@ -1,7 +1,7 @@
-"""The trust boundary: what crosses between client and server, and nothing else.
+"""Payloads, the only data that crosses between client and server.
 
-A payload is a set of named items, each with values, a weight and a kind. It is encoded without pickle, counted in exact
-bytes, and checked on arrival against what the method declared.
+A payload consists of named items with values, a weight and a kind. It is encoded without pickle,
+counted in exact bytes and, on arrival, validated against the declaration of the method.
 """
 
 from __future__ import annotations
@@ -21,24 +21,40 @@ from hetero_fl.utils.serialization import CodecError, decode, encode, encoded_si
 Kind = Literal["params", "update", "rows", "class_sums", "counts"]
 KINDS: tuple[Kind, ...] = ("params", "update", "rows", "class_sums", "counts")
 FORM = "hetero_fl payload 1"
-MOST_REASON = 240  # characters of a PayloadError
-LOGGED = "log "  # before a logged number's name in a report
-MOST_REPORTED = 64  # values in a report: a loss, factors by item
-LONGEST_REPORTED = 256  # characters of a name or a value in it
-LARGEST = 1e18  # magnitude of a value or weight: the square of it is a float32
-SPARE_BYTES = 2**16  # of a message, beside its tensors
-SPARE_TENSOR_BYTES = 2**10  # of a message for each of its tensors: name, shape, where it lies
+MAX_MESSAGE_CHARACTERS = 240
+# Prefix of the names of logged values in a report.
+LOGGED_PREFIX = "log "
+# Limits of a report: number of values and length of a name or a value.
+MAX_REPORT_VALUES = 64
+MAX_REPORT_CHARACTERS = 256
+# Maximum magnitude of values and weights, whose square is still a float32.
+LARGEST = 1e18
+# Bytes of a message beyond its tensors: in total, and for name, shape and offset of each tensor.
+SPARE_BYTES = 2**16
+SPARE_TENSOR_BYTES = 2**10
 
 
 class PayloadError(ValueError):
-    """A payload that is malformed, or not what was agreed; one short printable line."""
+    """Raised when a payload is malformed or does not match the declaration of the method.
+
+    Args:
+        message: The message, which is shortened to one printable line.
+
+    Example:
+        >>> from hetero_fl.core.payload import Payload, PayloadError
+        >>> try:
+        ...     Payload.decode(b"not a payload")
+        ... except PayloadError as error:
+        ...     print("rejected")
+        rejected
+    """
 
     def __init__(self, message: object) -> None:
-        super().__init__(one_line(message, MOST_REASON))
+        super().__init__(one_line(message, MAX_MESSAGE_CHARACTERS))
 
 
 class MissingItemError(KeyError):
-    """An item that was not sent, or a name that no upload can have; one line."""
+    """Raised when a payload does not contain an item, or no upload can contain it."""
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -46,11 +62,21 @@ class MissingItemError(KeyError):
 
 @dataclass(frozen=True)
 class Item:
-    """Values with their weight.
+    """Values with a weight.
 
-    kind: "params" named tensors, "update" their difference from what was received, "rows" a row per proxy example, "counts" a
-    vector that is summed; "class_sums" values that are already sums, whose weight `[C, 1]` is what they are divided by. A
-    tensor as weight broadcasts against the values (a weight per class on logits `[N, C]`).
+    Args:
+        values: A tensor, or tensors by name.
+        weight: Weight in the average over clients. A tensor is broadcast against the values, for
+            example a weight per class for logits `[N, C]`.
+        kind: `params` are tensors of a model and `update` is their difference from the received
+            ones; `rows` has one row per example; `counts` is a vector that is summed; `class_sums`
+            are sums by class, whose weight `[C, 1]` is the divisor.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.core.payload import Item
+        >>> Item({"head.bias": torch.zeros(2)}, weight=50.0, kind="params").tensors
+        {'head.bias': tensor([0., 0.])}
     """
 
     values: Tensor | Tensors
@@ -59,11 +85,11 @@ class Item:
 
     @property
     def tensors(self) -> Tensors:
-        """The values by name; a single tensor has the name ""."""
+        """Values as tensors by name; a single tensor has the name ""."""
         return self.values if isinstance(self.values, dict) else {"": self.values}
 
     def with_tensors(self, tensors: Tensors) -> Item:
-        """Return the item with other values; `tensors` has the names of its own."""
+        """Return a copy of the item with other values of the same names."""
         return replace(self, values=tensors if isinstance(self.values, dict) else tensors[""])
 
 
@@ -79,15 +105,28 @@ SHARE_OF_KIND: dict[Kind, Share] = {
 
 @dataclass(frozen=True)
 class ItemSpec:
-    """What a method declares of an item that its clients upload.
+    """The declaration of an item that clients upload.
 
-    `across`: whether tensors of that name belong to one model, whatever the senders' own architectures.
-    `use`: "sum" if the server needs only the weighted sum of all (a secure sum will do), "each" if it needs them one by one.
-    `private`: whether it is computed from private rows with no model in between that is released anyway.
-    `share`: which of a client's `shares` must be given for it to leave; None: what the kind is (`SHARE_OF_KIND`).
-    `ranks`: matrices in it are stacks of terms `[k, …]` whose number k depends on the values (hetero_fl.communication.compression).
-    `says`: what the rows are, where each is a word on the classes.
-    `rows_of`: whose rows those of kind "rows" are: the proxy set's, or each of the sender's own training rows.
+    Args:
+        kind: Kind of the item, see `Item`.
+        use: `sum` if the server needs only the weighted sum over clients, which secure aggregation
+            can provide; `each` if it needs the items of all clients.
+        private: Whether the item is computed directly from private rows, so that it needs noise of
+            its own under differential privacy.
+        share: The entry of a client's `shares` that permits the upload; None for that of the kind
+            (`SHARE_OF_KIND`).
+        ranks: Whether matrices are stacks of terms `[k, …]` whose number k depends on the values
+            (see `hetero_fl.communication.compression`).
+        across: Whether the tensors belong to one model that clients of all architectures share.
+        rows_of: The rows of an item of kind `rows`: those of the proxy set, or the sender's
+            training rows.
+        says: The meaning of rows that are predictions.
+
+    Example:
+        >>> from hetero_fl.core.payload import ItemSpec
+        >>> uploads = {"model": ItemSpec("params"), "logits": ItemSpec("rows", use="each")}
+        >>> uploads["logits"].needed_share
+        'predictions'
     """
 
     kind: Kind
@@ -101,37 +140,68 @@ class ItemSpec:
 
     @property
     def needed_share(self) -> Share:
-        """The entry of a client's `shares` without which the item may not leave."""
+        """The entry of a client's `shares` that permits the upload."""
         return self.share or SHARE_OF_KIND[self.kind]
 
 
 class Payload(Mapping[str, Any]):
-    """Named items; `payload[name]` gives an item's values. Plain values are wrapped with weight 1."""
+    """Named items; `payload[name]` returns the values of an item.
+
+    Args:
+        items: Items by name. A tensor, or tensors by name, become an item with weight 1.
+        report: Short values next to the items, such as the training loss.
+
+    Attributes:
+        report: The report.
+        magnitude: Largest norm of a tensor if the payload was decoded, otherwise 0.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.core.payload import Item, Payload
+        >>> counts = Item(torch.ones(2), 1.0, "counts")
+        >>> payload = Payload({"logits": torch.zeros(4, 2), "counts": counts})
+        >>> received = Payload.decode(payload.encode())
+        >>> received["logits"].shape
+        torch.Size([4, 2])
+        >>> received.item("counts").kind
+        'counts'
+    """
 
     def __init__(
         self,
         items: Mapping[str, Item | Tensor | Tensors] | None = None,
         report: Mapping[str, Any] | None = None,
     ):
-        self.items_: dict[str, Item] = {}
-        for name, value in (items or {}).items():
-            if not isinstance(value, Item):
-                value = Item(value, kind="rows" if isinstance(value, Tensor) else "params")
-            self.items_[name] = value
+        self.items_: dict[str, Item] = {
+            name: value
+            if isinstance(value, Item)
+            else Item(value, kind="rows" if isinstance(value, Tensor) else "params")
+            for name, value in (items or {}).items()
+        }
         self.report = dict(report or {})
         self.magnitude = 0.0
-        """The largest norm of its tensors, where it was read from bytes."""
 
     @classmethod
     def from_hook(cls, items: Any, specs: Mapping[str, ItemSpec] | None = None) -> Payload:
-        """What a method's hook returned; with `specs`, as it declared it. Raises PayloadError naming the item at fault."""
+        """Create a payload from the result of a method's hook.
+
+        Args:
+            items: The result.
+            specs: Declarations against which the items are validated; None skips the validation.
+
+        Raises:
+            PayloadError: If the result is not a dictionary of items, or an item does not match its
+                declaration.
+        """
         if not isinstance(items, Mapping):
             raise PayloadError(f"returns {type(items).__name__}, not a dictionary of items")
         payload = cls(items)
         for name, item in payload.items_.items():
-            odd = [type(t).__name__ for t in item.tensors.values() if not isinstance(t, Tensor)]
-            if odd:
-                raise PayloadError(f"item {name!r} holds {odd[0]}, not a tensor or named tensors")
+            invalid = [type(t).__name__ for t in item.tensors.values() if not isinstance(t, Tensor)]
+            if invalid:
+                raise PayloadError(
+                    f"item {name!r}: expected a tensor or tensors by name, got {invalid[0]}"
+                )
             if specs is None:
                 continue
             if name not in specs:
@@ -141,7 +211,8 @@ class Payload(Mapping[str, Any]):
             if item.kind != specs[name].kind:
                 kind = specs[name].kind
                 raise PayloadError(
-                    f"item {name!r} is of kind {item.kind!r}, declared is {kind!r}; return Item(values, weight, {kind!r})"
+                    f"item {name!r}: expected kind {kind!r} as declared, got {item.kind!r}; "
+                    f"return Item(values, weight, {kind!r})"
                 )
         return payload
 
@@ -158,16 +229,19 @@ class Payload(Mapping[str, Any]):
         return len(self.items_)
 
     def item(self, name: str) -> Item:
-        """The item with its weight and kind. Raises MissingItemError, a KeyError, that says what was sent."""
+        """Return an item with its weight and kind.
+
+        Raises:
+            MissingItemError: If the payload does not contain the item.
+        """
         if name not in self.items_:
-            sent = ", ".join(map(repr, self.items_)) or "nothing"
-            raise MissingItemError(
-                f"no item {name!r} was sent, but {sent}{suggest_similar(name, self.items_)}"
-            )
+            received = ", ".join(map(repr, self.items_)) or "no items"
+            hint = suggest_similar(name, self.items_)
+            raise MissingItemError(f"item {name!r} was not sent; received {received}{hint}")
         return self.items_[name]
 
     def to(self, device: torch.device) -> Payload:
-        """Return the payload with its tensors on a device; itself if they are there."""
+        """Return the payload with all tensors on a device; the same object if they already are."""
         weights = [i.weight for i in self.items_.values() if isinstance(i.weight, Tensor)]
         tensors = [t for item in self.items_.values() for t in item.tensors.values()]
         if all(t.device == device for t in [*tensors, *weights]):
@@ -183,24 +257,23 @@ class Payload(Mapping[str, Any]):
         return moved
 
     def norm(self) -> float:
-        """Return the largest norm of its floating-point tensors."""
+        """Return the largest norm of a floating-point tensor."""
         tensors = [t for item in self.items_.values() for t in item.tensors.values()]
         return max(_norms([t for t in tensors if t.is_floating_point()]), default=0.0)
 
     def encode(self) -> bytes:
-        """As it travels; its length is what is counted."""
+        """Encode the payload as it is transmitted; the length is the communication cost."""
         return encode(self.tree(), FORM)
 
     @property
     def encoded_size(self) -> int:
-        """The length of `encode()`; tensors that are contiguous are not read."""
+        """Length of `encode()`, computed without reading contiguous tensors."""
         return encoded_size(self.tree(), FORM)
 
     def tree(self) -> dict[str, Any]:
-        """Return the payload as plain values and tensors, as `from_untrusted` reads it.
+        """Return the payload as plain values and tensors, the input of `from_untrusted`.
 
-        Its tensors are detached and contiguous, as decoded ones are; those that are so already are not
-        copied.
+        The tensors are detached and contiguous; those that already are contiguous are not copied.
         """
         items = {
             n: {"values": _plain(i.values), "weight": _plain(i.weight), "kind": i.kind}
@@ -214,11 +287,12 @@ class Payload(Mapping[str, Any]):
 
         Args:
             data: The encoded payload.
-            like: Items of the names, shapes and dtypes that are expected, if they are known: a
-                header that is longer than theirs can be is not parsed.
+            like: Items with the expected names, shapes and dtypes, if known. A header that is too
+                long for them is not parsed.
 
         Raises:
-            PayloadError: If anything is malformed, or not finite and up to `LARGEST`.
+            PayloadError: If the payload is malformed, or a value is not finite or exceeds
+                `LARGEST`.
         """
         if like is not None:
             check_header(data, like)
@@ -229,14 +303,21 @@ class Payload(Mapping[str, Any]):
 
     @classmethod
     def from_untrusted(cls, tree: Any) -> Payload:
-        """A payload from a tree of plain values and tensors that somebody sent: `items`, each with values, weight and kind,
-        and a `report`. Raises PayloadError for anything malformed, or not finite and up to `LARGEST`."""
+        """Create a payload from a received tree of plain values and tensors.
+
+        Args:
+            tree: A dictionary with `items`, each of which has values, weight and kind, and a
+                `report`.
+
+        Raises:
+            PayloadError: If the tree is malformed, or a value is not finite or exceeds `LARGEST`.
+        """
         if not isinstance(tree, dict) or set(tree) != {"items", "report"}:
-            raise PayloadError("holds something else than items and a report")
+            raise PayloadError("expected a dictionary of items and a report")
         items = tree["items"]
         report = tree["report"]
         if not isinstance(items, dict) or not isinstance(report, dict):
-            raise PayloadError("holds something else than items and a report")
+            raise PayloadError("expected a dictionary of items and a report")
         _check_report(report)
         payload = cls(report=report)
         for name, raw in items.items():
@@ -247,31 +328,33 @@ class Payload(Mapping[str, Any]):
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
+        return {name: _plain(nested) for name, nested in value.items()}
     return value.detach().contiguous() if isinstance(value, Tensor) else value
 
 
 def report_with_loss(
     loss: float | None, logged: Mapping[str, float] | None = None
 ) -> dict[str, str]:
-    """Return the report of an upload: the training loss and what the client logged.
+    """Return the report of an upload: the training loss and the values that the client logged.
 
-    Numbers have all 17 digits, in a fixed width, so that the upload's size is known before its numbers are.
+    Numbers have a fixed width of 17 digits, so that the size of an upload does not depend on them.
     """
     values = {} if loss is None else {"loss": loss}
-    values |= {LOGGED + name: value for name, value in (logged or {}).items()}
+    values |= {LOGGED_PREFIX + name: value for name, value in (logged or {}).items()}
     return {name: f"{value:+.16e}" for name, value in values.items()}
 
 
 def loss_from_report(report: Mapping[str, Any]) -> float | None:
-    """Return the loss in a report, None if there is none of a magnitude up to `LARGEST`."""
+    """Return the loss in a report; None if it is missing, not a number, or exceeds `LARGEST`."""
     return _read_number(report.get("loss"))
 
 
 def logged_from_report(report: Mapping[str, Any]) -> dict[str, float]:
-    """Return what the client logged, as far as it is of a magnitude up to `LARGEST`."""
+    """Return the logged values in a report whose magnitude is at most `LARGEST`."""
     logged = {
-        n.removeprefix(LOGGED): _read_number(report[n]) for n in report if n.startswith(LOGGED)
+        name.removeprefix(LOGGED_PREFIX): _read_number(value)
+        for name, value in report.items()
+        if name.startswith(LOGGED_PREFIX)
     }
     return {name: value for name, value in logged.items() if value is not None}
 
@@ -285,34 +368,39 @@ def _read_number(value: Any) -> float | None:
 
 
 def _check_report(report: Mapping[str, Any]) -> None:
-    """Raise PayloadError for a report that is more than a few short values."""
-    if len(report) > MOST_REPORTED:
-        raise PayloadError(f"reports {len(report)} values; at most {MOST_REPORTED} are read")
+    if len(report) > MAX_REPORT_VALUES:
+        raise PayloadError(
+            f"report: expected at most {MAX_REPORT_VALUES} values, got {len(report)}"
+        )
     for name, value in report.items():
         if not isinstance(value, str | int | float | None) or (
             isinstance(value, int) and value.bit_length() > 64
         ):
-            raise PayloadError(f"reports {name!r}: found {type(value).__name__}, no plain value")
-        if len(name) > LONGEST_REPORTED or (
-            isinstance(value, str) and len(value) > LONGEST_REPORTED
+            raise PayloadError(
+                f"report, {name!r}: expected a string or a number, got {type(value).__name__}"
+            )
+        if len(name) > MAX_REPORT_CHARACTERS or (
+            isinstance(value, str) and len(value) > MAX_REPORT_CHARACTERS
         ):
-            raise PayloadError(f"reports {name!r}: more than {LONGEST_REPORTED} characters")
+            raise PayloadError(
+                f"report, {name!r}: expected at most {MAX_REPORT_CHARACTERS} characters"
+            )
 
 
 def _item(name: str, raw: Any) -> tuple[Item, float]:
-    """Return the item and the largest norm of its tensors. Raises PayloadError."""
+    """Return an item of an untrusted tree and the largest norm of its tensors."""
     if not isinstance(raw, dict) or set(raw) != {"values", "weight", "kind"}:
-        raise PayloadError(f"item {name!r} has no values, weight and kind")
+        raise PayloadError(f"item {name!r}: expected values, weight and kind")
     values = raw["values"]
     weight = raw["weight"]
     kind = raw["kind"]
     if kind not in KINDS:
-        raise PayloadError(f"item {name!r} is of unknown kind {one_line(kind, 20)!r}")
+        raise PayloadError(f"item {name!r}: unknown kind {one_line(kind, 20)!r}")
     if isinstance(values, dict):
         if not all(isinstance(t, Tensor) for t in values.values()):
-            raise PayloadError(f"item {name!r} holds something else than tensors")
+            raise PayloadError(f"item {name!r}: expected tensors by name")
     elif not isinstance(values, Tensor):
-        raise PayloadError(f"item {name!r} is neither a tensor nor named tensors")
+        raise PayloadError(f"item {name!r}: expected a tensor or tensors by name")
     tensors = [*Item(values).tensors.values(), *([weight] if isinstance(weight, Tensor) else [])]
     floating = [t for t in tensors if t.is_floating_point()]
     norms = _norms(floating)
@@ -321,20 +409,20 @@ def _item(name: str, raw: Any) -> tuple[Item, float]:
     )
     if isinstance(weight, Tensor):
         if not weight.is_floating_point() or bool((weight < 0).any()):
-            raise PayloadError(f"item {name!r} has a weight below nought")
+            raise PayloadError(f"item {name!r}: expected a floating-point weight >= 0")
     elif (
         isinstance(weight, bool)
         or not isinstance(weight, int | float)
         or not 0 <= weight <= LARGEST
     ):
-        raise PayloadError(f"item {name!r} has a weight that is no number from 0 to {LARGEST:g}")
+        raise PayloadError(f"item {name!r}: expected a weight from 0 to {LARGEST:g}")
     else:
         weight = float(weight)
     return Item(values, weight, kind), largest
 
 
 def _norms(tensors: Sequence[Tensor]) -> list[float]:
-    """Return the norm of each tensor, with one wait for their device."""
+    """Return the norm of each tensor with a single device synchronization."""
     norms = [torch.linalg.vector_norm(tensor) for tensor in tensors]
     if all(norm.is_cpu for norm in norms):
         return [float(norm) for norm in norms]
@@ -344,10 +432,13 @@ def _norms(tensors: Sequence[Tensor]) -> list[float]:
 
 
 def _check_norm(name: str, tensor: Tensor, norm: float) -> float:
-    """Return the norm of a floating-point tensor of an item, taken in double precision if need be.
+    """Return the norm of a tensor in an item, in double precision if it overflows.
 
-    The norm carries every NaN, infinity and large value, and takes no longer than a sum. Only where it is beyond `LARGEST`
-    every element is looked at. Raises PayloadError for one that is not finite or beyond `LARGEST`.
+    A single NaN, infinity or large value makes the norm exceed `LARGEST` or NaN, so the elements
+    are checked only in that case.
+
+    Raises:
+        PayloadError: If a value is not finite or exceeds `LARGEST`.
     """
     if norm <= LARGEST:
         return norm
@@ -357,83 +448,120 @@ def _check_norm(name: str, tensor: Tensor, norm: float) -> float:
     largest = max(-low, high)
     if largest > LARGEST:
         raise PayloadError(
-            f"item {name!r} holds a value of magnitude {largest:g}; at most {LARGEST:g} is taken"
+            f"item {name!r}: expected magnitudes of at most {LARGEST:g}, got {largest:g}"
         )
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
 def check_size(size: int, specs: Mapping[str, ItemSpec], like: Mapping[str, Item]) -> None:
-    """Raise PayloadError for a message that is too long to be the agreed upload, before it is read.
+    """Check the size of a message before it is read.
 
-    The bound is three times the bytes of the agreed tensors, whatever the channel makes of them, and something for names.
+    The maximum is three times the bytes of the expected tensors plus a constant for names.
 
     Args:
         size: Bytes of the message.
-        specs: What the method declares of its items.
-        like: For each item an example of the right names, shapes and dtypes.
+        specs: Declarations of the items.
+        like: Items with the expected names, shapes and dtypes.
+
+    Raises:
+        PayloadError: If the message is too long to be the expected upload.
     """
-    most = SPARE_BYTES
+    max_size = SPARE_BYTES
     for name, item in like.items():
         tensors = [*item.tensors.values()]
         tensors += [item.weight] if isinstance(item.weight, Tensor) else []
         ranks = name in specs and specs[name].ranks
-        most += sum(SPARE_TENSOR_BYTES + 3 * _max_tensor_bytes(tensor, ranks) for tensor in tensors)
-    if size > most:
-        raise PayloadError(f"{size:,} bytes; what was agreed takes at most {most:,}")
+        max_size += sum(
+            SPARE_TENSOR_BYTES + 3 * _max_tensor_bytes(tensor, ranks) for tensor in tensors
+        )
+    if size > max_size:
+        raise PayloadError(f"expected at most {max_size:,} bytes, got {size:,}")
 
 
 def check_header(data: bytes, like: Mapping[str, Item]) -> None:
-    """Raise PayloadError for a message whose header is too long for the agreed upload, before it is parsed.
+    """Check the size of a message's header before it is parsed.
 
-    `like`: see `check_size`.
+    Args:
+        data: The message.
+        like: Items with the expected names, shapes and dtypes.
+
+    Raises:
+        PayloadError: If the header is too long for the expected upload.
     """
     tensors = sum(len(item.tensors) + 1 for item in like.values())
     size = int.from_bytes(data[:8], "little")
-    most = SPARE_BYTES + SPARE_TENSOR_BYTES * tensors
-    if len(data) >= 8 and most < size <= len(data):
-        raise PayloadError(f"a header of {size:,} bytes; what was agreed takes at most {most:,}")
+    max_size = SPARE_BYTES + SPARE_TENSOR_BYTES * tensors
+    if len(data) >= 8 and max_size < size <= len(data):
+        raise PayloadError(f"header: expected at most {max_size:,} bytes, got {size:,}")
 
 
 def _max_tensor_bytes(tensor: Tensor, ranks: bool) -> int:
-    """Bytes of a tensor; where it may be a stack of any number of terms `[k, m + n]`, of the most that are of use, mn/(m + n)."""
+    # A stack of terms [k, m + n] represents an m x n matrix. It saves bytes for k < mn / (m + n),
+    # which is at most (m + n) / 4.
     if ranks and tensor.ndim == 2:
         return (tensor.shape[1] // 4 + 1) * tensor.shape[1] * tensor.itemsize
     return tensor.nbytes
 
 
 def check_upload(payload: Payload, specs: Mapping[str, ItemSpec], like: Mapping[str, Item]) -> None:
-    """Whether an upload is what the method declared. `like`: for each item an example of the right names, shapes and dtypes.
+    """Validate an upload against the declarations of the method.
 
-    Raises PayloadError in one line that names the item.
+    Args:
+        payload: The upload.
+        specs: Declarations of the items.
+        like: Items with the expected names, shapes and dtypes.
+
+    Raises:
+        PayloadError: If an item does not match.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.core.payload import Item, ItemSpec, Payload, PayloadError
+        >>> from hetero_fl.core.payload import check_upload
+        >>> specs = {"logits": ItemSpec("rows")}
+        >>> like = {"logits": Item(torch.zeros(4, 2))}
+        >>> check_upload(Payload({"logits": torch.rand(4, 2)}), specs, like)
+        >>> try:
+        ...     check_upload(Payload({"logits": torch.rand(4, 3)}), specs, like)
+        ... except PayloadError as error:
+        ...     print(error)
+        item 'logits', values: expected shape (4, 2), got (4, 3)
     """
     for name in payload:
         item = payload.item(name)
         if name not in specs or name not in like:
-            raise PayloadError(f"item {name!r} was not asked for")
+            raise PayloadError(f"item {name!r}: not expected")
         if item.kind != specs[name].kind:
             raise PayloadError(
-                f"item {name!r} is of kind {item.kind!r} where {specs[name].kind!r} was declared"
+                f"item {name!r}: expected kind {specs[name].kind!r}, got {item.kind!r}"
             )
-        want = like[name]
-        if isinstance(want.values, dict) != isinstance(item.values, dict):
-            raise PayloadError(f"item {name!r} has another structure than agreed")
-        if set(want.tensors) != set(item.tensors):
-            raise PayloadError(f"item {name!r} has other tensors than agreed")
-        for tensor_name, got in item.tensors.items():
-            expected = want.tensors[tensor_name]
+        expected_item = like[name]
+        if isinstance(expected_item.values, dict) != isinstance(item.values, dict):
+            expected_form = (
+                "tensors by name" if isinstance(expected_item.values, dict) else "a tensor"
+            )
+            raise PayloadError(f"item {name!r}: expected {expected_form}")
+        if set(expected_item.tensors) != set(item.tensors):
+            raise PayloadError(f"item {name!r}: unexpected tensor names")
+        for tensor_name, received in item.tensors.items():
+            expected = expected_item.tensors[tensor_name]
             place = f"item {name!r}, {tensor_name or 'values'}"
-            free = specs[name].ranks and got.ndim == expected.ndim == 2 and len(got) > 0
-            _check_shape(place, got.shape[free:] == expected.shape[free:], got, expected)
-            if got.dtype != expected.dtype:
-                raise PayloadError(f"{place}: dtype {got.dtype} where {expected.dtype} was agreed")
+            # The number of terms of a stack is free.
+            free = specs[name].ranks and received.ndim == expected.ndim == 2 and len(received) > 0
+            if received.shape[free:] != expected.shape[free:]:
+                raise _shape_error(place, received, expected)
+            if received.dtype != expected.dtype:
+                raise PayloadError(
+                    f"{place}: expected dtype {expected.dtype}, got {received.dtype}"
+                )
         # A weight may be a plain number or of another precision.
-        agreed = torch.as_tensor(want.weight)
+        expected_weight = torch.as_tensor(expected_item.weight)
         weight = torch.as_tensor(item.weight)
-        _check_shape(f"item {name!r}, weight", weight.shape == agreed.shape, weight, agreed)
+        if weight.shape != expected_weight.shape:
+            raise _shape_error(f"item {name!r}, weight", weight, expected_weight)
 
 
-def _check_shape(what: str, fits: bool, received: Tensor, expected: Tensor) -> None:
-    if not fits:
-        raise PayloadError(
-            f"{what}: shape {tuple(received.shape)} where {tuple(expected.shape)} was agreed"
-        )
+def _shape_error(place: str, received: Tensor, expected: Tensor) -> PayloadError:
+    return PayloadError(
+        f"{place}: expected shape {tuple(expected.shape)}, got {tuple(received.shape)}"
+    )

@@ -1,8 +1,8 @@
-"""The steps that a plan may yield.
+"""Plans and the compute steps that they yield.
 
-A plan is a generator: it yields a step (or a list of steps that may run in any order, together),
-is sent the result (or results), and returns what its author promised, an upload for instance. It
-contains no training loop; the engine decides how a step is computed.
+A plan is a generator. It yields a step, or a list of steps that may run together in any order,
+receives the result or the results, and returns a value such as an upload. The engine decides how a
+step is computed.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from hetero_fl.core.participant import Columns, Part, Participant
 
 
 class StepKey:
-    """The identity of a step, which copies by `dataclasses.replace` share."""
+    """The identity of a step; copies made by `dataclasses.replace` share it."""
 
 
-# the steps created while `record_steps` is active, by key; None: nothing is recorded
+# The steps created while `record_steps` is active, by key; None if it is not active.
 _created: ContextVar[dict[StepKey, Step] | None] = ContextVar("created_steps", default=None)
 
 
@@ -35,7 +35,7 @@ _created: ContextVar[dict[StepKey, Step] | None] = ContextVar("created_steps", d
 def record_steps() -> Iterator[dict[StepKey, Step]]:
     """Collect the steps that are created inside the `with` block, by key.
 
-    A dry run compares them with the steps that were yielded, so that a forgotten `yield` is found.
+    The dry run compares them with the yielded steps to detect a forgotten `yield`.
     """
     created: dict[StepKey, Step] = {}
     token = _created.set(created)
@@ -46,7 +46,7 @@ def record_steps() -> Iterator[dict[StepKey, Step]]:
 
 
 class RecordedStep:
-    """A step that `record_steps` collects."""
+    """Base class of steps, which registers them with `record_steps`."""
 
     key: StepKey
 
@@ -58,15 +58,30 @@ class RecordedStep:
 
 @dataclass(frozen=True)
 class Rows:
-    """A named data set of the participant, with extra columns aligned to its rows (a teacher's logits)."""
+    """Rows of a participant's named data set, with optional extra columns.
+
+    Args:
+        name: Name of the data set: `train`, `validation`, `test`, `proxy`, or at the server
+            `common_validation`.
+        rows: Indices of the rows to use, int64 `[N]`; None for all rows.
+        extra_columns: Further columns, aligned with the selected rows, such as a teacher's logits.
+        preprocess: Preprocessing to use instead of the participant's.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.core.plan import Rows
+        >>> rows = Rows("proxy", rows=torch.tensor([0, 2]), extra_columns={"teacher": torch.eye(2)})
+        >>> rows.name, rows.extra_columns["teacher"].shape
+        ('proxy', torch.Size([2, 2]))
+    """
 
     name: str = "train"
-    rows: Tensor | None = None  # int64 [N]: only these
+    rows: Tensor | None = None
     extra_columns: Mapping[str, Tensor] = field(default_factory=dict)
-    preprocess: Any = None  # another preprocessing than the participant's own
+    preprocess: Any = None
 
     def columns(self, participant: Participant) -> Columns:
-        """The tensors, aligned on dimension 0."""
+        """Return the columns by name, aligned along dimension 0."""
         columns = participant.data(self.name, self.preprocess)
         if self.rows is not None:
             columns = {n: t[self.rows] for n, t in columns.items()}
@@ -75,18 +90,43 @@ class Rows:
 
 @dataclass(frozen=True)
 class TensorRows:
-    """Tensors in hand, aligned on dimension 0 (what a server made of its uploads)."""
+    """Rows given as tensors, for example data that a server derived from uploads.
+
+    Args:
+        tensors: Columns by name, aligned along dimension 0.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.core.plan import TensorRows
+        >>> rows = TensorRows({"x": torch.rand(4, 3), "y": torch.zeros(4, dtype=torch.int64)})
+        >>> sorted(rows.tensors)
+        ['x', 'y']
+    """
 
     tensors: Columns
 
     def columns(self, participant: Participant) -> Columns:
-        """The tensors themselves."""
+        """Return the columns by name, aligned along dimension 0."""
         return self.tensors
 
 
 @dataclass(frozen=True)
 class SampledBatches:
-    """Batches without end, each drawn with a keyed generator: `draw(generator, size)` gives columns."""
+    """An endless stream of batches, drawn with keyed generators.
+
+    Args:
+        draw: `draw(generator, size)` returns the columns of a batch.
+        size: Number of examples in a batch.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.core.plan import SampledBatches
+        >>> def draw(generator, size):
+        ...     return {"x": torch.randn(size, 2, generator=generator)}
+        >>> batches = SampledBatches(draw, size=8)
+        >>> batches.draw(torch.Generator(), batches.size)["x"].shape
+        torch.Size([8, 2])
+    """
 
     draw: Callable[[torch.Generator, int], Columns]
     size: int
@@ -94,33 +134,73 @@ class SampledBatches:
 
 @dataclass(frozen=True)
 class Fit(RecordedStep):
-    """Minimize an objective. `train` maps slots to the part of them that moves (None: all of it)."""
+    """A step that minimizes an objective. Its result is a `FitReport`.
+
+    Args:
+        train: The part of the model to train, by slot; None trains all of it.
+        objective: The objective.
+        data: The examples.
+        epochs: Number of passes over the data.
+        steps: Number of optimizer steps instead of `epochs`. All batches are full; the data is
+            shuffled again whenever it is exhausted.
+        batch_size: Number of examples in a batch.
+        optimizer: Settings of the optimizer.
+        augment: Random augmentation of the images of each batch.
+        anneal: Whether the learning rate follows a cosine from its value to 0 within this step.
+        frozen: Slots that the objective uses without training them.
+        context: Tensors, or named tensors, that the objective reads.
+        extra_batches: Further batches by name; each optimizer step draws one of each, and the
+            objective reads its columns with the name as prefix.
+        drift: Correction d by slot: every optimizer step is followed by θ ← θ - lr · d.
+        keep: Name under which the participant keeps the optimizer's state for later steps; None
+            discards it.
+        label: Label of the step's random stream.
+        as_id: Participant whose random stream is used instead of the participant's own.
+
+    Example:
+        >>> from hetero_fl.core.objectives import Supervised
+        >>> from hetero_fl.core.plan import Fit, Rows
+        >>> def train(client):
+        ...     report = yield Fit({"model": None}, Supervised(), Rows("train"), epochs=2)
+        ...     return report.loss
+        >>> step = next(train(client=None))
+        >>> step.epochs, step.data.name
+        (2, 'train')
+    """
 
     train: Mapping[str, Part]
     objective: Objective
     data: Rows | TensorRows | SampledBatches = field(default_factory=Rows)
     epochs: int = 1
-    steps: int | None = None  # in place of epochs; endless permutations, full batches
+    steps: int | None = None
     batch_size: int = 32
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    augment: AugmentConfig | None = None  # random changes of the images of each batch
-    anneal: bool = False  # cosine from lr to 0 within this fit
-    frozen: tuple[str, ...] = ()  # slots that the objective may call but not change
-    # tensors (or named tensors) an objective reads
+    augment: AugmentConfig | None = None
+    anneal: bool = False
+    frozen: tuple[str, ...] = ()
     context: Mapping[str, Any] = field(default_factory=dict)
-    # one batch of each per step
     extra_batches: Mapping[str, SampledBatches] = field(default_factory=dict)
-    # slot -> d: θ −= lr·d after every optimizer step
     drift: Mapping[str, Tensors] = field(default_factory=dict)
-    keep: str | None = None  # a name under which the optimizer's state lives on in the participant
-    label: str = "train"  # names the random stream
-    as_id: str | None = None  # draw as this participant would
+    keep: str | None = None
+    label: str = "train"
+    as_id: str | None = None
     key: StepKey = field(default_factory=StepKey, kw_only=True, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
 class FitReport:
-    """What a fit did: optimizer steps, examples seen, mean loss over the steps."""
+    """The result of a `Fit` step.
+
+    Attributes:
+        steps: Number of optimizer steps.
+        examples: Number of examples processed.
+        loss: Mean loss over the steps.
+
+    Example:
+        >>> from hetero_fl.core.plan import FitReport
+        >>> FitReport(steps=10, examples=320, loss=0.5)
+        FitReport(steps=10, examples=320, loss=0.5)
+    """
 
     steps: int
     examples: int
@@ -129,9 +209,25 @@ class FitReport:
 
 @dataclass(frozen=True)
 class Predict(RecordedStep):
-    """Outputs of a model in evaluation mode, `[N, …]` in the order of the rows.
+    """A step that computes the outputs of a model in evaluation mode.
 
-    `tensors` and `arch` in place of a slot: a model that another participant sent.
+    Its result is a tensor `[N, …]` in the order of the rows.
+
+    Args:
+        slot: Slot of the model.
+        data: The examples.
+        readout: The output to return.
+        batch_size: Number of examples per forward pass.
+        tensors: Tensors to use instead of the slot's, for a model that another participant sent.
+        arch: Architecture of the model whose tensors are given.
+
+    Example:
+        >>> from hetero_fl.core.plan import Predict, Rows
+        >>> def upload_logits(client):
+        ...     logits = yield Predict("model", Rows("proxy"))
+        ...     return {"logits": logits}
+        >>> next(upload_logits(client=None)).readout
+        'logits'
     """
 
     slot: str
@@ -145,12 +241,31 @@ class Predict(RecordedStep):
 
 @dataclass(frozen=True)
 class ClassSums(RecordedStep):
-    """Sum and count by class of a model's output on labelled rows: `([C, width], [C])`."""
+    """A step that sums a model's outputs on labeled rows by class.
+
+    Its result is the pair of the sums `[C, width]` and the counts `[C]`.
+
+    Args:
+        slot: Slot of the model.
+        data: The examples.
+        readout: The output to sum.
+        at_least: Lower bound to which the outputs are clipped before they are summed.
+        batch_size: Number of examples per forward pass.
+
+    Example:
+        >>> from hetero_fl.core.payload import Item
+        >>> from hetero_fl.core.plan import ClassSums, Rows
+        >>> def upload_prototypes(client):
+        ...     sums, counts = yield ClassSums("model", Rows("train"), readout="features")
+        ...     return {"prototypes": Item(sums, counts[:, None], "class_sums")}
+        >>> next(upload_prototypes(client=None)).readout
+        'features'
+    """
 
     slot: str
     data: Rows | TensorRows = field(default_factory=Rows)
     readout: Literal["logits", "features", "log_probabilities"] = "logits"
-    at_least: float | None = None  # outputs are clipped from below before they are summed
+    at_least: float | None = None
     batch_size: int = 500
     key: StepKey = field(default_factory=StepKey, kw_only=True, repr=False, compare=False)
 

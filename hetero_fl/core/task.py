@@ -1,4 +1,4 @@
-"""What is learned: the kind of target, how many outputs a model needs, what they are called."""
+"""The learning task: the kind of target and the number and names of outputs."""
 
 from __future__ import annotations
 
@@ -7,16 +7,32 @@ from typing import Literal
 
 from hetero_fl.utils.text import pluralize
 
-MANY = 20  # classes
-MOST_NAMED = 6  # outputs that a line lists by name
+# From this number of classes on, tables show top-3 accuracy instead of figures for each class.
+MANY_CLASSES = 20
+# `Task.describe` lists the names of at most so many outputs.
+MAX_LISTED_NAMES = 6
 
 
 @dataclass(frozen=True)
 class Task:
-    """A learning task that a whole federation has in common.
+    """The learning task of a federation.
 
-    Targets `y` are int64 `[N]` of class numbers (multiclass), floats `[N, outputs]` of 0 and 1 (multilabel), or floats
-    `[N, outputs]` (regression). `unit` is what figures of a regression are counted in, if that has a name: `vehicles`.
+    Targets are class indices `[N]` (int64) for multiclass, 0 or 1 `[N, outputs]` (floating point)
+    for multilabel, and numbers `[N, outputs]` for regression.
+
+    Args:
+        kind: Kind of the task.
+        outputs: Number of outputs of a model.
+        names: Names of the outputs; empty if they have none.
+        unit: Unit of the targets of a regression, such as `vehicles`.
+        rare: Index of a class of a binary task that fewer than a tenth of all rows have. Its
+            average precision is then more informative than accuracy.
+
+    Example:
+        >>> from hetero_fl.core.task import Task
+        >>> task = Task("multiclass", 2, names=("no", "yes"))
+        >>> task.describe()
+        '2 classes: no, yes'
     """
 
     kind: Literal["multiclass", "multilabel", "regression"]
@@ -24,34 +40,33 @@ class Task:
     names: tuple[str, ...] = ()
     unit: str = ""
     rare: int | None = None
-    """Of two classes the one that less than a tenth of all rows have: which models rank highest is then what counts."""
 
     def describe(self) -> str:
-        """Return what is learned, such as `2 classes: no, yes`."""
+        """Return a short description, such as `2 classes: no, yes`."""
         if self.kind == "regression":
             text = pluralize(self.outputs, "number")
         else:
             labels = ("class", "classes") if self.kind == "multiclass" else ("label", "labels")
             text = f"{self.outputs} {labels[self.outputs != 1]}"
-        if not self.names or len(self.names) > MOST_NAMED:
+        if not self.names or len(self.names) > MAX_LISTED_NAMES:
             return text
         return f"{text}: {', '.join(self.names)}"
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """A name for each output."""
+        """A name for each output; its index if it has none."""
         return self.names or tuple(str(i) for i in range(self.outputs))
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """Labels that the classes are named after, if these are other integers than the class numbers; else nothing."""
-        whole = self.kind == "multiclass" and all(
+        """Integer labels of the classes if they differ from the class indices, otherwise empty."""
+        are_integers = self.kind == "multiclass" and all(
             name.isascii() and name.removeprefix("-").isdigit() for name in self.names
         )
-        found = tuple(map(int, self.names)) if whole else ()
-        return () if found == tuple(range(len(found))) else found
+        labels = tuple(map(int, self.names)) if are_integers else ()
+        return () if labels == tuple(range(len(labels))) else labels
 
     @property
     def has_many_classes(self) -> bool:
-        """Whether there are so many classes that a figure for each says little, and the first few guesses matter."""
-        return self.kind == "multiclass" and self.outputs >= MANY
+        """Whether there are too many classes for figures by class to be informative."""
+        return self.kind == "multiclass" and self.outputs >= MANY_CLASSES

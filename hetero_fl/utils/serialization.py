@@ -1,4 +1,8 @@
-"""Encode trees of tensors as bytes without pickle, and write files atomically."""
+"""Encode trees of tensors and plain values as bytes without pickle, and write files atomically.
+
+The encoding is a safetensors file whose metadata contains the tree. Decoding trusts no input: sizes
+are checked against the available bytes before memory is allocated.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +22,6 @@ from torch import Tensor
 
 from hetero_fl.utils.errors import one_line
 
-# Trees of tensors and plain values as bytes, without pickle: a safetensors file whose metadata
-# holds the tree.
-#
-# Used for what travels (payloads) and for what is kept (checkpoints, saved models). Decoding trusts
-# nothing: sizes are checked against the bytes that are there before anything is allocated.
-
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("float64"),
     "F32": np.dtype("float32"),
@@ -37,22 +35,30 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 NAMES = {torch.from_numpy(np.empty(0, dtype)).dtype: name for name, dtype in DTYPES.items()}
 DEEPEST = 12
-# A header is parsed only within these bounds: a value takes up to a hundred bytes of memory, however few its text has.
-MOST_HEADER_BYTES = 2**22  # 10,000 tensors with names of 100 characters take 3 MB
-MOST_HEADER_VALUES = 2**18  # names and values, roughly; a tensor takes about thirteen
-MOST_REASON = 240  # characters of a CodecError
-Tree = Any  # dict[str, Tree] | list[Tree] | Tensor | str | int | float | bool | None
+# Limits of a header. A parsed value occupies up to a hundred bytes, even if its text is short.
+# 10,000 tensors with names of 100 characters need 3 MB; a tensor has about 13 names and values.
+MOST_HEADER_BYTES = 2**22
+MOST_HEADER_VALUES = 2**18
+MAX_MESSAGE_CHARACTERS = 240
+# Bytes that are read at once when a file is hashed.
+CHUNK = 1 << 20
+# dict[str, Tree] | list[Tree] | Tensor | str | int | float | bool | None
+Tree = Any
 
 
 class CodecError(ValueError):
-    """Bytes that are not a tree of this format, in one short printable line."""
+    """Raised when bytes are not a valid encoding of a tree.
+
+    Args:
+        message: The message, which is shortened to one printable line.
+    """
 
     def __init__(self, message: object) -> None:
-        super().__init__(one_line(message, MOST_REASON))
+        super().__init__(one_line(message, MAX_MESSAGE_CHARACTERS))
 
 
 def as_tensor(data: bytes) -> Tensor:
-    """Bytes as a leaf of a tree: uint8 `[N]`."""
+    """Return bytes as a tensor, uint8 `[N]`."""
     return (
         torch.frombuffer(bytearray(data), dtype=torch.uint8)
         if data
@@ -61,23 +67,35 @@ def as_tensor(data: bytes) -> Tensor:
 
 
 def as_bytes(data: Tensor) -> bytes:
-    """The reverse of `as_tensor`."""
+    """Return the bytes of a tensor created by `as_tensor`."""
     return data.numpy().tobytes()
 
 
 def encode(tree: Tree, form: str) -> bytes:
-    """The tree as bytes. `form` names what it is ("payload 1"); `decode` asks for the same.
+    """Encode a tree as bytes.
 
-    Raises TypeError for values that have no plain form.
+    Args:
+        tree: The tree.
+        form: Name of the format, such as `payload 1`, which `decode` compares.
+
+    Raises:
+        TypeError: If a value cannot be encoded.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.utils.serialization import decode, encode
+        >>> data = encode({"weight": torch.ones(2), "round": 3}, "example 1")
+        >>> decode(data, "example 1")
+        {'weight': tensor([1., 1.]), 'round': 3}
     """
     header, tensors = _layout(tree, form)
     arrays = [tensor.cpu().contiguous().numpy() for tensor in tensors]
-    # The library's own writer fills fresh memory twice, which takes forty times as long.
+    # The writer of safetensors copies the data twice and takes forty times as long.
     return b"".join([header, *(array.reshape(-1).data for array in arrays)])
 
 
 def encoded_size(tree: Tree, form: str) -> int:
-    """Return the length of `encode(tree, form)`, for which no tensor is read."""
+    """Return the length of `encode(tree, form)` without reading the tensors."""
     header, tensors = _layout(tree, form)
     return len(header) + sum(tensor.nbytes for tensor in tensors)
 
@@ -88,16 +106,16 @@ def _layout(tree: Tree, form: str) -> tuple[bytes, list[Tensor]]:
     plain = _flatten(tree, tensors)
     head = json.dumps({"form": form, "tree": plain}, allow_nan=False)
     header: dict[str, Any] = {"__metadata__": {"hetero_fl": head}}
-    at = 0
-    # so that all are aligned
+    offset = 0
+    # This order aligns all tensors.
     widest_first = sorted(tensors.items(), key=lambda entry: -entry[1].itemsize)
     for name, tensor in widest_first:
         header[name] = {
             "dtype": NAMES[tensor.dtype],
             "shape": tuple(tensor.shape),
-            "data_offsets": [at, at + tensor.nbytes],
+            "data_offsets": [offset, offset + tensor.nbytes],
         }
-        at += tensor.nbytes
+        offset += tensor.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, [tensor for _, tensor in widest_first]
@@ -108,27 +126,27 @@ def _flatten(tree: Tree, tensors: dict[str, Tensor]) -> Any:
         name = str(len(tensors))
         tensors[name] = tree.detach()
         if tree.dtype not in NAMES:
-            raise TypeError(f"a tensor of {tree.dtype} has no plain form")
+            raise TypeError(f"cannot encode a tensor of {tree.dtype}")
         return {"t": name}
     if isinstance(tree, dict):
-        return {"d": {_string(k): _flatten(v, tensors) for k, v in tree.items()}}
+        return {"d": {_check_key(k): _flatten(v, tensors) for k, v in tree.items()}}
     if isinstance(tree, list | tuple):
         return [_flatten(v, tensors) for v in tree]
     if isinstance(tree, float) and not math.isfinite(tree):
         return {"f": repr(tree)}
     if tree is None or isinstance(tree, str | int | float):
         return tree
-    raise TypeError(f"{type(tree).__name__} has no plain form")
+    raise TypeError(f"cannot encode {type(tree).__name__}")
 
 
-def _string(key: object) -> str:
+def _check_key(key: object) -> str:
     if not isinstance(key, str):
-        raise TypeError(f"keys are strings, not {type(key).__name__}")
+        raise TypeError(f"expected keys of type str, got {type(key).__name__}")
     return key
 
 
 def num_tensor_bytes(tree: Tree) -> int:
-    """Bytes of a tree's tensors in memory."""
+    """Return the number of bytes of a tree's tensors in memory."""
     if isinstance(tree, Tensor):
         return tree.nbytes
     if isinstance(tree, dict | list | tuple):
@@ -137,32 +155,30 @@ def num_tensor_bytes(tree: Tree) -> int:
 
 
 def decode(data: bytes, form: str, bounded: bool = True) -> Tree:
-    """Read what `encode` wrote. Tensors own their memory.
+    """Decode a tree; the tensors own their memory.
 
     Args:
-        data: The bytes; nothing of them is trusted.
-        form: What the tree is, as it was given to `encode`.
-        bounded: Whether headers over MOST_HEADER_BYTES or MOST_HEADER_VALUES are refused before they are parsed. Files that
-            this process's own run directory holds may have longer ones.
+        data: Untrusted bytes.
+        form: Name of the format, as passed to `encode`.
+        bounded: Whether headers that exceed the limits are rejected before they are parsed. The
+            headers of files in the process's own run directory may be longer.
 
     Raises:
-        CodecError: The bytes are malformed or out of bounds.
+        CodecError: If the bytes are malformed or exceed the limits.
     """
     with _refuse_malformed():
         head = _read_head(data, bounded)
         if head["form"] != form:
-            raise CodecError(f"found {str(head['form'])[:40]!r} where '{form}' was expected")
+            raise CodecError(f"expected '{form}', got {str(head['form'])[:40]!r}")
         tensors = {n: _tensor(a) for n, a in deserialize(data)}
         return _unflatten(head["tree"], tensors, 0)
 
 
 def copy_tree(tree: Tree) -> Tree:
-    """Return the tree as `decode` returns it: contiguous tensors with memory of their own.
-
-    They stay on their device.
+    """Return a copy of a tree with contiguous tensors on the same devices, as `decode` returns it.
 
     Raises:
-        TypeError: If a value has no plain form.
+        TypeError: If a value cannot be encoded.
         CodecError: If the tree is nested too deeply.
     """
     tensors: dict[str, Tensor] = {}
@@ -172,34 +188,43 @@ def copy_tree(tree: Tree) -> Tree:
 
 
 def read_json(text: str | bytes, bounded: bool = True) -> Any:
-    """Parse untrusted JSON, within the bounds of a header.
+    """Parse untrusted JSON.
+
+    Args:
+        text: The text, UTF-8 if it is bytes.
+        bounded: Whether a text that exceeds the limits of a header is rejected.
 
     Raises:
-        CodecError: The text is too long or has too many values.
-        ValueError, RecursionError: It is not JSON or not UTF-8, is nested too deeply, or has a lone surrogate in a string.
+        CodecError: If the text is too long or has too many values.
+        ValueError: If the text is not valid JSON or UTF-8, or a string contains a lone surrogate.
+        RecursionError: If the text is nested too deeply.
     """
     if bounded and len(text) > MOST_HEADER_BYTES:
-        raise CodecError(f"a header of {len(text):,} bytes; at most {MOST_HEADER_BYTES:,} are read")
+        raise CodecError(f"header: expected at most {MOST_HEADER_BYTES:,} bytes, got {len(text):,}")
     text = text if isinstance(text, str) else str(text, "utf-8")
     values = sum(text.count(mark) for mark in ",:[{")
     if bounded and values > MOST_HEADER_VALUES:
-        raise CodecError(f"a header of {values:,} values; at most {MOST_HEADER_VALUES:,} are read")
-    found = json.loads(text)
-    # the only way in for a lone surrogate; a pair of them is one character
+        raise CodecError(f"header: expected at most {MOST_HEADER_VALUES:,} values, got {values:,}")
+    parsed = json.loads(text)
+    # Only an escape can result in a lone surrogate, which cannot be encoded.
     if "\\ud" in text.lower():
-        json.dumps(found, ensure_ascii=False).encode()
-    return found
+        json.dumps(parsed, ensure_ascii=False).encode()
+    return parsed
 
 
 def check_header(data: bytes) -> None:
-    """Raise CodecError for bytes that are no file of ours with a header within bounds."""
+    """Check the header of an encoded tree.
+
+    Raises:
+        CodecError: If the header is malformed or exceeds the limits.
+    """
     with _refuse_malformed():
         _read_head(data, bounded=True)
 
 
 @contextmanager
 def _refuse_malformed() -> Iterator[None]:
-    """Raise CodecError for whatever the parsing of malformed bytes raises."""
+    """Convert all errors that malformed bytes cause to CodecError."""
     try:
         yield
     except CodecError:
@@ -217,9 +242,8 @@ def _refuse_malformed() -> Iterator[None]:
 
 
 def _read_head(data: bytes, bounded: bool) -> Any:
-    """Return what `encode` wrote next to the tensors."""
     if len(data) < 8:
-        raise CodecError(f"{len(data)} bytes are too few")
+        raise CodecError(f"expected at least 8 bytes, got {len(data)}")
     size = int.from_bytes(data[:8], "little")
     if size > len(data) - 8:
         raise CodecError("the declared header is longer than the data")
@@ -229,11 +253,11 @@ def _read_head(data: bytes, bounded: bool) -> Any:
 
 def _tensor(entry: dict[str, Any]) -> Tensor:
     if entry["dtype"] not in DTYPES:
-        raise CodecError(f"dtype {entry['dtype']!r} does not travel")
+        raise CodecError(f"dtype {entry['dtype']!r} is not supported")
     dtype = DTYPES[entry["dtype"]]
     raw = entry["data"]
     if entry["dtype"] == "BOOL" and np.frombuffer(raw, np.uint8).max(initial=0) > 1:
-        raise CodecError("a truth value that is neither 0 nor 1")
+        raise CodecError("expected booleans as bytes 0 and 1")
     array = np.frombuffer(bytearray(raw) if isinstance(raw, bytes) else raw, dtype).reshape(
         entry["shape"]
     )
@@ -249,32 +273,33 @@ def _unflatten(plain: Any, tensors: dict[str, Tensor], depth: int) -> Tree:
         return plain
     match plain:
         case {"t": str(name), **rest} if not rest:
-            # each once: two names for one memory would be two owners of it
+            # Each tensor may occur once: two names must not share memory.
             return tensors.pop(name)
         case {"d": dict(items), **rest} if not rest:
             return {k: _unflatten(v, tensors, depth + 1) for k, v in items.items()}
         case {"f": ("inf" | "-inf" | "nan") as number, **rest} if not rest:
             return float(number)
-    raise CodecError("neither a value, a list, a tensor nor a dictionary")
-
-
-# Files written in one step: after a crash at any moment they hold the old content or the new, never
-# half of one.
-
-CHUNK = 1 << 20  # bytes in memory while a file is hashed
+    raise CodecError("expected a value, a list, a tensor or a dictionary")
 
 
 def write_atomically(path: Path, data: bytes, private: bool = False) -> None:
-    """Replace a file: written beside it, flushed to disk, then renamed. Its folder is made if it is not there.
+    """Replace the content of a file in one step.
 
-    `private`: readable by its owner alone, at every moment.
+    The data is written to a temporary file, flushed to disk and renamed, so that after a crash the
+    file has either the old or the new content. Missing folders are created.
+
+    Args:
+        path: The file.
+        data: The new content.
+        private: Whether only the owner may read the file, also while it is written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Always the same temporary name: what a crash leaves behind is overwritten, not piled up.
+    # The name is always the same, so that files left by crashes do not accumulate.
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        # A file left by a crash may be readable by others.
         if private:
-            temporary.unlink(missing_ok=True)  # one that a crash left may be readable by others
+            temporary.unlink(missing_ok=True)
         with open(
             os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o666),
             "wb",
@@ -290,7 +315,7 @@ def write_atomically(path: Path, data: bytes, private: bool = False) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file's content as hexadecimal digits. Raises OSError if it cannot be read."""
+    """Return the SHA-256 of a file's content as hexadecimal digits."""
     checksum = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
@@ -299,7 +324,7 @@ def sha256_of(path: Path) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename durable; systems that cannot open a folder (Windows) do it by themselves."""
+    """Flush a folder to disk, which makes a rename durable; not needed on Windows."""
     if hasattr(os, "O_DIRECTORY"):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

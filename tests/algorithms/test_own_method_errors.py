@@ -49,7 +49,7 @@ def deployed(self: Any) -> bool:
 
 def test_hook_whose_name_is_misspelt() -> None:
     with pytest.raises(
-        UserError, match=r"^agregate: no hook has this name; did you mean aggregate\?$"
+        UserError, match=r"^agregate: unknown hook 'agregate'; did you mean 'aggregate'\?$"
     ):
         dry_run(agregate=agregate)
     dry_run(deployed=deployed, _agregate=deployed)
@@ -81,7 +81,7 @@ def no_yield_at_all(self: Any, client: Any, got: Any) -> Any:
 
 @pytest.mark.parametrize("train", [fit_forgotten, fit_spelt_out, fit_kept, no_yield_at_all])
 def test_step_that_is_created_and_not_yielded(train: Callable[..., Any]) -> None:
-    words = "^Mine.train: a Fit is created but never yielded, so nothing is computed; write `yield` before it$"
+    words = "^Mine.train: a Fit is created but never yielded and has no effect; write `yield` before it$"
     with pytest.raises(UserError, match=words):
         dry_run(train=train)
 
@@ -148,8 +148,8 @@ def test_steps_may_be_made_early_changed_in_a_list_or_elsewhere() -> None:
             lambda self, c, got: self.deploy(c, got),
             r"yields the plan deploy\(…\); write `yield from`",
         ),
-        (lambda self, c, got: {"model": None}, "yields dict, which is no step"),
-        (lambda self, c, got: [local_fit(c), None], "yields NoneType, which is no step"),
+        (lambda self, c, got: {"model": None}, "expected a Fit, Predict or ClassSums step, or a list of steps, got dict"),
+        (lambda self, c, got: [local_fit(c), None], "expected a Fit, Predict or ClassSums step, or a list of steps, got NoneType"),
     ],
 )
 def test_yielding_what_is_no_step(yielded: Callable[..., Any], words: str) -> None:
@@ -175,7 +175,7 @@ def predict_unknown_slot(self: Any, client: Any, got: Any) -> Any:
 @pytest.mark.parametrize("train", [train_unknown_slot, predict_unknown_slot])
 def test_step_on_a_model_that_the_client_does_not_have(train: Callable[..., Any]) -> None:
     place = rf"{train.__name__} \({re.escape(__file__)}, line \d+\)"
-    words = "site_1 has no model 'modle', only 'model'; return it from `models`"
+    words = "site_1 has no model 'modle'; choose from 'model', or return it from `models`"
 
     with pytest.raises(UserError, match=f"^{place}: {words}$"):
         dry_run(train=train)
@@ -191,8 +191,8 @@ def test_item_that_a_client_does_not_share_is_refused_before_the_run() -> None:
     source["clients"]["overrides"] = [{"match": "site_2", "shares": ["parameters"]}]
     method = type("Mine", (FedAvg,), {"train": train, "uploads": uploads})()
     words = (
-        r"^Mine\.train: 'counts' needs statistics, but site_2 shares parameters; ask `may_share` "
-        "before the item is made$"
+        r"^Mine\.train: 'counts' needs statistics, but site_2 shares parameters; check `may_share` "
+        "before creating the item$"
     )
 
     with pytest.raises(UserError, match=words):
@@ -208,7 +208,7 @@ def test_tensors_outside_the_part_that_a_client_shares_are_refused() -> None:
     source["clients"]["defaults"]["shares"] = ["backbone"]
     method = type("Mine", (FedAvg,), {"train": train})()
 
-    with pytest.raises(UserError, match=r"'model' holds head\.weight, but site_1 shares backbone"):
+    with pytest.raises(UserError, match=r"'model' contains head\.weight, but site_1 shares backbone"):
         check_user_method(method, prepare(source).federation)
 
 
@@ -238,7 +238,7 @@ def test_objective_that_reads_a_missing_column_or_model_is_told_what_there_is() 
     batch = Batch(x=torch.zeros(1), y=torch.zeros(1))
 
     assert getattr(batch, "teacher", None) is None
-    with pytest.raises(AttributeError, match="no column 'teacher', only 'x', 'y'; add it by"):
+    with pytest.raises(AttributeError, match="no column 'teacher', only 'x', 'y'; add it with"):
         batch.teacher  # noqa: B018
     with pytest.raises(KeyError, match="no model 'own', only none; name it in `train` or"):
         ModelViews()["own"]
@@ -282,7 +282,7 @@ def test_deploy_without_yield_is_refused_before_the_run(
         == 2
     )
     told = capsys.readouterr().err
-    assert told.startswith("error: PlainDeploy.deploy: returns NoneType, but `train` runs it with")
+    assert told.startswith("error: PlainDeploy.deploy: expected a generator, got NoneType")
     assert told.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
@@ -338,9 +338,9 @@ class Forgotten(FedAvg):
         ),
         (
             WrongKind,
-            "WrongKind.train: item 'seen' is of kind 'rows', declared is 'counts'; return Item(values, weight, 'counts')",
+            "WrongKind.train: item 'seen': expected kind 'counts' as declared, got 'rows'; return Item(values, weight, 'counts')",
         ),
-        (Number, "Number.train: item 'model' holds float, not a tensor or named tensors"),
+        (Number, "Number.train: item 'model': expected a tensor or tensors by name, got float"),
         (NoReturn, "NoReturn.train: returns NoneType, not a dictionary of items"),
         (NoBroadcast, "NoBroadcast.broadcast: returns NoneType, not a dictionary of items"),
         (Forgotten, "Forgotten.train: a Fit is created but never yielded"),
@@ -368,7 +368,7 @@ class WrongShape(FedAvg):
 def test_a_shape_that_was_not_agreed_is_named() -> None:
     with pytest.raises(
         RunFailedError,
-        match=r"upload refused: item 'seen', values: shape \(\d+,\) where \(0,\) was agreed",
+        match=r"upload refused: item 'seen', values: expected shape \(0,\), got \(\d+,\)",
     ):
         rounds_of(source(WrongShape))
 
@@ -426,7 +426,7 @@ class OldArgument(FedAvg):
         (OldArgument, r"in train: TypeError: .*; Fit\.given is now Fit\.context$"),
         (
             Misspelt,
-            r"in deploy: MissingItemError: no item 'modle' was sent, but 'model'; did you mean 'model'\?$",
+            r"in deploy: MissingItemError: item 'modle' was not sent; received 'model'; did you mean 'model'\?$",
         ),
         (
             AsksForAnother,

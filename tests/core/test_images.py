@@ -78,7 +78,7 @@ def test_floats_keep_or_get_the_range_0_to_1(tmp_path: Path) -> None:
     assert scaled.test is not None and scaled.train.x.max() == pytest.approx(254.5 / 255)
     assert scaled.test.x.max() < 0.01
     for x, words in (
-        (unit * 2 - 1, r"floats from -1 to 1; give uint8, or floats from 0 to 1"),
+        (unit * 2 - 1, r"floats from -1 to 1; pass uint8, or floats from 0 to 1"),
         (unit * 4, "floats from 0 to 4"),
         (unit * 4000, "floats from 0 to 4000"),
     ):
@@ -118,20 +118,20 @@ def test_predict_takes_what_can_only_mean_one_thing() -> None:
         (
             (3, 8, 8),
             BYTES[..., 0],
-            r"found shape (6, 8, 8); this model takes images (N, 3, 8, 8), uint8 or floats",
+            r"expected images (N, 3, 8, 8), uint8 or floats from 0 to 1, got shape (6, 8, 8)",
         ),
         (
             (1, 8, 8),
             np.zeros((2, 1, 9, 8)),
-            "found shape (2, 1, 9, 8); this model takes images (N, 1, 8, 8)",
+            "expected images (N, 1, 8, 8), uint8 or floats from 0 to 1, got shape (2, 1, 9, 8)",
         ),
-        ((3, 8, 8), BYTES[0, 0, 0], "found shape (3,); this model takes"),
-        ((4,), np.zeros((2, 5)), "found shape (2, 5); this model takes (N, 4)"),
-        ((4,), np.zeros(4), "found shape (4,); this model takes (N, 4)"),
+        ((3, 8, 8), BYTES[0, 0, 0], "got shape (3,)"),
+        ((4,), np.zeros((2, 5)), "expected (N, 4), got shape (2, 5)"),
+        ((4,), np.zeros(4), "expected (N, 4), got shape (4,)"),
         ((4,), [["a", "b", "c", "d"]], "not an array of numbers: found <U1"),
         ((4,), [[1, 2], [3]], "not an array of numbers"),
         ((4,), np.array([[0, 1, np.nan, 2]]), "NaN or infinity in row 0"),
-        ((1, 8, 8), np.full((2, 8, 8), -1.0), "found floats from -1 to -1; give uint8"),
+        ((1, 8, 8), np.full((2, 8, 8), -1.0), "found floats from -1 to -1; pass uint8"),
         ((1, 8, 8), np.full((2, 8, 8), 4000), "found int64 from 4000 to 4000"),
     ],
 )

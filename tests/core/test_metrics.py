@@ -163,9 +163,9 @@ def test_a_masked_class_still_has_scores() -> None:
 
 
 def test_the_wrong_shape_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"multiclass with 2 outputs.*\(4, 3\)"):
+    with pytest.raises(ValueError, match=r"multiclass task with 2 outputs.*\(4, 3\)"):
         score(BINARY, torch.zeros(4, 3), torch.zeros(4, dtype=torch.long))
-    with pytest.raises(ValueError, match="regression with 3 outputs"):
+    with pytest.raises(ValueError, match="regression task with 3 outputs"):
         score(VALUES, torch.zeros(4, 3), torch.zeros(4))
 
 

@@ -135,7 +135,7 @@ def test_any_tree_is_a_file_for_the_librarys_own_readers(
 
 
 def test_the_form_is_checked() -> None:
-    with pytest.raises(CodecError, match="'one' where 'two'"):
+    with pytest.raises(CodecError, match="expected 'two', got 'one'"):
         decode(encode(1, "one"), "two")
 
 
@@ -330,7 +330,11 @@ def test_values_up_to_the_largest_are_taken(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("value", "said"),
-    [(1.1e18, "magnitude 1.1e+18"), (-3.4e38, "magnitude 3.4e+38"), (math.nan, "is not finite")],
+    [
+        (1.1e18, "at most 1e+18, got 1.1e+18"),
+        (-3.4e38, "got 3.4e+38"),
+        (math.nan, "is not finite"),
+    ],
 )
 def test_one_value_beyond_the_largest_is_refused(value: float, said: str) -> None:
     values = torch.zeros(100)
@@ -347,7 +351,7 @@ def test_dtype_of_a_tensor_is_checked_whatever_its_name(name: str) -> None:
         {"model": Item({name: torch.zeros(3)}, 1.0, "params")},
     )
 
-    with pytest.raises(PayloadError, match=r"dtype torch\.float64 where torch\.float32 was agreed"):
+    with pytest.raises(PayloadError, match=r"expected dtype torch\.float32, got torch\.float64"):
         check_upload(Payload({"model": {name: torch.zeros(3, dtype=torch.float64)}}), specs, like)
 
 
@@ -368,7 +372,7 @@ def test_weight_of_an_item_may_be_of_another_precision_but_not_shape() -> None:
     check_upload(
         Payload({"x": Item(torch.zeros(4, 2), torch.zeros(4, 1, dtype=torch.float64))}), specs, like
     )
-    with pytest.raises(PayloadError, match="item 'x', weight: shape"):
+    with pytest.raises(PayloadError, match="item 'x', weight: expected shape"):
         check_upload(Payload({"x": Item(torch.zeros(4, 2), torch.zeros(4))}), specs, like)
 
 
@@ -393,5 +397,5 @@ def test_copy_tree_equals_decoded_bytes() -> None:
     assert copy["t"].is_contiguous()
     matrix.zero_()
     assert repr(copy) == repr(read)
-    with pytest.raises(TypeError, match="set has no plain form"):
+    with pytest.raises(TypeError, match="cannot encode set"):
         copy_tree({"s": {1}})

@@ -134,7 +134,7 @@ def _describe_own_error(problem: ErrorDetails) -> str:
     """Return the message of a validator, with the value unless the message contains it."""
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     is_section = isinstance(problem["input"], dict)
-    if is_section or " got " in message or message.startswith(("unknown ", "found ")):
+    if is_section or re.search(r"\b(got|unknown|found)\b", message):
         return message
     return f"{message}, got {_format_found(problem['input'])}"
 

@@ -27,7 +27,7 @@ Damage = Callable[[Path], None]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished run, one that was interrupted after three rounds, and a run of another seed."""
+    """Return a folder with a finished run, one interrupted after round 3, and one of another seed."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("made")
     run(SOURCE, out=folder / "finished")
@@ -291,7 +291,9 @@ def test_check_names_no_remedy_where_there_is_none(
     assert (lost in told.splitlines()) == ("line" in case)
 
 
-def test_check_of_a_whole_run_is_one_line(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_of_an_undamaged_run_prints_one_line(
+    made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["check", str(made / "finished")]) == 0
     assert capsys.readouterr() == (
         f"{made / 'finished'}: no damage found; finished after 4 rounds\n",
@@ -304,7 +306,7 @@ def test_check_of_a_whole_run_is_one_line(made: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("name", ["round-000003 (1).ckpt", "round-copy.ckpt", "round-9.ckpt"])
-def test_files_with_other_names_are_no_checkpoints(name: str, made: Path, stopped: Path) -> None:
+def test_check_ignores_files_with_other_names(name: str, made: Path, stopped: Path) -> None:
     finished = Path(shutil.copytree(made / "finished", stopped.with_name("finished")))
     for path in (stopped, finished):
         shutil.copy(path / "checkpoint" / "round-000003.ckpt", path / "checkpoint" / name)

@@ -1,4 +1,4 @@
-"""The command line: misspelled commands and options, and what every command has."""
+"""The command line: suggestions, common options, help and exit status."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ DIGITS = str(Path(__file__).parents[2] / "configs" / "digits_quickstart.yaml")
         ),
     ],
 )
-def test_parser_suggests_what_was_meant(
+def test_parser_suggests_the_nearest_name(
     arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 2
@@ -56,7 +56,7 @@ def test_parser_suggests_what_was_meant(
     assert line in told and told.count("\n") == 1
 
 
-def test_parser_suggests_to_a_script_too(capsys: pytest.CaptureFixture[str]) -> None:
+def test_parser_of_a_script_suggests_the_nearest_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--conifg", "x.yaml"], command="train") == 2
     assert (
         "unknown option --conifg; did you mean '--config'? (see train.py --help)"
@@ -124,7 +124,7 @@ def test_every_command_takes_the_common_options(
     assert all(option in told for option in ("--version", "-q, --quiet", "-v, --verbose"))
 
 
-def test_help_lists_the_commands_and_what_they_take(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_commands_and_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == main(["-h"]) == main(["--quiet"]) == 0
     told = capsys.readouterr().out
     assert [line.split()[0] for line in told.splitlines() if line[:3].strip()].count("Usage:") == 3
@@ -146,9 +146,7 @@ def test_package_runs_as_a_module(module: str) -> None:
 
 
 @pytest.mark.parametrize("option", ["--help", "--version"])
-def test_help_needs_nothing_that_windows_lacks(
-    option: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_help_works_without_posix_features(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("select.poll")
     monkeypatch.delattr("signal.SIGPIPE")
     with open(os.devnull, "w") as out:
@@ -160,14 +158,16 @@ def test_help_needs_nothing_that_windows_lacks(
 def without_reader(
     *arguments: str, stream: str, unbuffered: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command that writes to a pipe whose other end has been closed; the other stream is captured."""
+    """Run a command with one stream connected to a closed pipe; the other stream is captured."""
     reader, writer = os.pipe()
     os.close(reader)
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: writer}
     environment = {**os.environ, "PYTHONUNBUFFERED": "1" if unbuffered else ""}
     command = [sys.executable, "-m", "hetero_fl.cli", *arguments]
     try:
-        return subprocess.run(command, text=True, timeout=300, env=environment, **streams)  # type: ignore[call-overload]
+        return subprocess.run(  # type: ignore[call-overload]
+            command, text=True, timeout=300, env=environment, check=False, **streams
+        )
     finally:
         os.close(writer)
 
@@ -187,21 +187,21 @@ def without_reader(
         ),
     ],
 )
-def test_command_ends_quietly_where_nobody_reads(arguments: list[str]) -> None:
+def test_closed_pipe_ends_command_silently(arguments: list[str]) -> None:
     ended = without_reader(*arguments, stream="stdout")
 
     assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
 
 
 @pytest.mark.slow
-def test_command_ends_quietly_where_nobody_reads_unbuffered() -> None:
+def test_closed_pipe_ends_unbuffered_command_silently() -> None:
     ended = without_reader("methods", stream="stdout", unbuffered=True)
 
     assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
 
 
 @pytest.mark.slow
-def test_run_ends_quietly_where_nobody_reads_its_progress(tmp_path: Path) -> None:
+def test_closed_stderr_ends_run_silently(tmp_path: Path) -> None:
     run = tmp_path / "run"
     ended = without_reader(
         "train", "--config", DIGITS, "--out", str(run), "rounds=1", stream="stderr"
@@ -211,7 +211,7 @@ def test_run_ends_quietly_where_nobody_reads_its_progress(tmp_path: Path) -> Non
     assert (run / "config.yaml").exists() and not (run / "summary.json").exists()
 
 
-def test_a_broken_pipe_to_another_process_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_pipe_to_another_process_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(**options: object) -> None:
         raise BrokenPipeError
 
@@ -221,12 +221,18 @@ def test_a_broken_pipe_to_another_process_is_not_hidden(monkeypatch: pytest.Monk
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_full_disk_under_stdout_is_one_line() -> None:
+def test_full_disk_prints_one_line() -> None:
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "hetero_fl.cli", "methods", "--help"]
         environment = {**os.environ, "PYTHONUNBUFFERED": ""}
         ended = subprocess.run(
-            command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300, env=environment
+            command,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=300,
+            env=environment,
+            check=False,
         )
 
     assert "Traceback" not in ended.stderr and ended.stderr.startswith(
@@ -245,7 +251,7 @@ def test_full_disk_under_stdout_is_one_line() -> None:
         (["--rounds"], "rounds=…"),
     ],
 )
-def test_an_option_that_is_a_configuration_key(
+def test_option_with_a_configuration_key_suggests_the_override(
     option: list[str], meant: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", "--config", DIGITS, *option]) == 2
@@ -255,9 +261,7 @@ def test_an_option_that_is_a_configuration_key(
     assert capsys.readouterr().err == line
 
 
-def test_the_first_line_of_a_run_names_what_is_a_default(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_headline_marks_defaults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = ["data.train_limit=60", "data.test_limit=20", "clients.groups=[{name: a, model: linear}]"]
     (tmp_path / "c.yaml").write_text("rounds: 1\noutput: {plots: false, report: false}\n")
     command = ["train", "--config", str(tmp_path / "c.yaml"), "--out"]

@@ -48,7 +48,7 @@ def written(folder: Path, source: dict[str, Any], name: str = "small.yaml") -> P
 
 
 def told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line of a user's mistake."""
+    """Return the one line that a user error prints."""
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert (
@@ -59,7 +59,7 @@ def told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.fixture
 def without_flower(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As on a machine without Flower. What is imported meanwhile is forgotten, else later tests would lack Flower, too."""
+    """Hide Flower, and forget modules that were imported without it."""
 
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
@@ -108,7 +108,7 @@ def test_mistakes_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_check_is_that_of_train(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_prints_the_same_as_train(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = []
     for command in ("train", "federate"):
         assert main([command, "--config", str(file), "--check"]) == 0
@@ -124,7 +124,7 @@ def test_check_is_that_of_train(file: Path, capsys: pytest.CaptureFixture[str]) 
 def started(
     *arguments: str | Path, cwd: Path, log: Path, module: str = "hetero_fl.cli"
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A command of ours in a process group of its own, at whose end nothing is left of it."""
+    """Start a command in a new process group, which is killed at the end."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -151,7 +151,7 @@ def until(what: Callable[[], object], *logs: Path) -> None:
 
 
 def ended(process: subprocess.Popen[bytes], log: Path) -> int:
-    """Its exit status. If it does not end, the log has where its threads are."""
+    """Return the exit status; if the process hangs, its stack traces are in the log."""
     try:
         return process.wait(PATIENCE)
     except subprocess.TimeoutExpired:
@@ -161,7 +161,7 @@ def ended(process: subprocess.Popen[bytes], log: Path) -> int:
 
 
 def relatives(folder: Path) -> list[str]:
-    """Command lines of processes that were started with this folder for their temporary files."""
+    """Return command lines of processes that use this folder for temporary files."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -217,7 +217,7 @@ def test_federate_runs_code_with_permission_alone(tmp_path: Path) -> None:
 @pytest.mark.slow
 @needs_processes
 def test_federate_is_the_simulation_interrupted_or_not_and_leaves_nothing(tmp_path: Path) -> None:
-    """Ctrl-C after a round, with a node that was killed before; then the rest, to the same bits; then a kill."""
+    """Kill a node, interrupt the run, resume it to the same bits, then kill the command."""
     pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
     source = config("hybrid", rounds=4, clients=2, **SERIAL)
     written(tmp_path, source)
@@ -250,7 +250,7 @@ def test_federate_is_the_simulation_interrupted_or_not_and_leaves_nothing(tmp_pa
 @pytest.mark.slow
 @needs_processes
 def test_machines_of_their_own(tmp_path: Path) -> None:
-    """TLS and keys; a node goes politely and comes back; the server is ended by SIGTERM, and goes on."""
+    """Use TLS and keys; restart a node, then stop the server by SIGTERM and resume."""
     pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
     source = config(rounds=4, clients=2, **SERIAL)
     written(tmp_path, source)
@@ -331,7 +331,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Of those that no system gives out by itself, so that nobody else has them a moment later."""
+    """Return free ports outside the ephemeral range, so that no other process takes them."""
     found = list[int]()
     for port in random.sample(range(10_000, 30_000), 1000):
         with socket.socket() as probe, suppress(OSError):

@@ -33,7 +33,7 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "400")
 
 
-def test_all_have_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_methods_lists_all_methods(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods"]) == 0
     lines = capsys.readouterr().out.splitlines()
     for name in BUILT_IN:
@@ -43,13 +43,13 @@ def test_all_have_a_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_a_line_is_a_whole_sentence_and_not_a_long_one(name: str) -> None:
+def test_summary_is_a_short_sentence(name: str) -> None:
     text = method_summary(register_algorithm[name])
     assert text.endswith(".") and 20 < len(text) <= 200, text
     assert text.count("(") == text.count(")")
 
 
-def test_one_method_with_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
+def test_methods_describes_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "fedprox", "kt_pfl"]) == 0
     out = capsys.readouterr().out
     for name in ("fedprox", "kt_pfl"):
@@ -59,7 +59,7 @@ def test_one_method_with_its_settings(capsys: pytest.CaptureFixture[str]) -> Non
     assert "needs proxy set, single uploads" in out
 
 
-def test_a_wrong_name_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_method_suggests_the_nearest_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "fedporx"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "fedporx" in line and "did you mean" in line and "fedprox" in line
@@ -78,7 +78,7 @@ def test_a_wrong_name_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         ("fedpotro", "fedproto"),
     ],
 )
-def test_a_name_as_papers_print_it(
+def test_method_name_as_in_papers_is_suggested(
     typed: str, meant: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["methods", typed]) == 2
@@ -89,13 +89,13 @@ def test_a_name_as_papers_print_it(
         load_config({}, [f"algorithm.name={typed}"])
 
 
-def test_names_that_are_too_many_for_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_list_of_methods_is_shortened(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "qqq"]) == 2
     assert capsys.readouterr().err.endswith("fedmrl, … (`hetero-fl methods` has all)\n")
 
 
 @pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["compare", "--help"]])
-def test_help_leads_there(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_mentions_methods(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command) == 0
     assert "Run `hetero-fl methods` to list" in capsys.readouterr().out
 
@@ -146,7 +146,7 @@ def test_settings_change_what_is_needed() -> None:
     )
 
 
-def test_bounds_and_the_line_to_beat() -> None:
+def test_bounds_and_baselines() -> None:
     assert {n for n in BUILT_IN if is_bound(register_algorithm[n])} == {"centralized", "ensemble"}
     assert [n for n in BUILT_IN if is_baseline(register_algorithm[n])] == ["local"]
     assert shared_kinds(register_algorithm["local"]()) == [] and shared_kinds(
@@ -162,7 +162,7 @@ class Odd(Algorithm):
     must: complex
 
 
-def test_a_method_of_ones_own_is_explained_whatever_its_settings_are(
+def test_user_method_with_any_setting_types_is_described(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["methods", "--allow-code", f"python:{__name__}:Odd"]) == 0

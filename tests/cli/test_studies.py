@@ -1,4 +1,4 @@
-"""The classic run's configurations and studies: all load, and reduced forms of them run."""
+"""The configurations and studies of this repository load, and reduced forms of them run."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_two_rounds_of_the_reduced_form(
 
 
 @pytest.mark.slow
-def test_a_study_runs_in_one_command_and_options_win(
+def test_options_override_a_study_that_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -113,7 +113,7 @@ def test_a_study_runs_in_one_command_and_options_win(
         ("config: no.yaml\nalgorithms: [fedavg]\n", "no.yaml: file not found"),
     ],
 )
-def test_a_study_that_is_wrong_is_one_line(
+def test_invalid_study_raises_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, told: str
 ) -> None:
     (tmp_path / "study.yaml").write_text(text)
@@ -137,7 +137,7 @@ def test_options_of_compare_override_the_study(
     assert "'of_the_option'" in capsys.readouterr().err
 
 
-def test_without_a_study_compare_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_without_study_names_the_missing_option(capsys: pytest.CaptureFixture[str]) -> None:
     for given, missing in (
         (["--algorithms", "local", "--out", "x"], "--config"),
         (["--config", "x.yaml"], "--out"),

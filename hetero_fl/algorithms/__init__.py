@@ -1,4 +1,7 @@
-"""Federated methods, one module per method or close family. Importing this package registers them all."""
+"""Federated learning methods, one module per method or family of methods.
+
+Importing this package registers all of them in `register_algorithm`.
+"""
 
 from hetero_fl.algorithms.asynchronous import FedAsync, FedBuff
 from hetero_fl.algorithms.base import (

@@ -1,10 +1,15 @@
-"""Asynchronous methods: FedAsync and FedBuff."""
+"""Asynchronous methods: FedAsync and FedBuff.
+
+Xie et al. 2019 (https://arxiv.org/abs/1903.03934), Nguyen et al. 2022
+(https://arxiv.org/abs/2106.06639).
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from typing_extensions import override
 
 from hetero_fl.aggregation.means import tie_common_tensors
 from hetero_fl.aggregation.uploads import Uploads
@@ -26,48 +31,57 @@ from hetero_fl.core.plan import Plan
 
 
 class StalenessWeighted(Algorithm):
-    """Base of methods that only run asynchronously and weight stale uploads themselves.
+    """Base class of asynchronous methods that weight stale uploads.
 
-    What architectures have in common (`clients.common`) is one at the server, whichever of them moves it.
+    Tensors that architectures share (`clients.common`) stay equal in all models of the server.
     """
 
     staleness: Kind = Field(
         "polynomial",
-        description="s(τ): constant 1; (1 + τ)^−a; hinge: 1 up to τ = b, 1/(a·(τ − b) + 1) after it",
+        description="s(τ): 1, (1 + τ)^−a, or 1 up to τ = b and 1/(a·(τ − b) + 1) after it",
     )
     a: NonNegativeFloat | None = Field(
-        None, description="how steep s is; none: 0.5 of the polynomial, 10 of the hinge"
+        None, description="parameter a of s(τ); `null`: 0.5 for polynomial, 10 for hinge"
     )
-    b: NonNegativeInt = Field(4, description="of the hinge: versions that cost nothing")
+    b: NonNegativeInt = Field(4, description="parameter b of the hinge: staleness without penalty")
 
     @property
-    def needs(self) -> Needs:  # type: ignore[override]  # follows from settings
-        """One architecture, and the server's policy for stale uploads."""
+    def needs(self) -> Needs:  # type: ignore[override]  # depends on settings
+        """The requirement of one architecture, and the policy for stale uploads."""
         staleness = StalenessConfig(kind=self.staleness, a=self.a, b=self.b)
         return Needs(one_architecture=True, asynchronous=AsyncPolicy(1, staleness))
 
+    @override
     def setup(self, server: Participant) -> None:
         tie_common_tensors(server.models, server.common)
 
 
 @register_algorithm("fedasync")
 class FedAsync(StalenessWeighted):
-    """Move the server's model towards every upload as it comes, the less the older the model it started from.
+    """Mix every upload into the server's model on arrival, with a weight that falls with staleness.
 
-    The rule is θ ← (1 − α·s(τ))·θ + α·s(τ)·θ_k, where τ counts the versions made since the client was given its task
-    (Xie et al. 2019, Algorithm 1). On a mixed federation an upload moves the model of its architecture. s(τ) = 1/(1 + τ) is the polynomial with a = 1. Runs
-    asynchronously whatever `runtime.mode` says.
+    The server computes θ ← (1 − α·s(τ))·θ + α·s(τ)·θ_k, where the staleness τ is the number of
+    server versions since the client received its model (Xie et al. 2019, Algorithm 1). With
+    several architectures, an upload updates the model of its architecture. s(τ) = 1/(1 + τ) is
+    the polynomial with a = 1. The method always runs asynchronously, whatever `runtime.mode` is.
+
+    Example:
+        >>> from hetero_fl.algorithms import FedAsync
+        >>> policy = FedAsync(staleness="hinge", b=2).needs.asynchronous
+        >>> policy.buffer_size, policy.staleness.kind
+        (1, 'hinge')
     """
 
     title = "FedAsync"
 
     alpha: float = Field(
-        0.6, gt=0, le=1, description="α: how far a fresh upload moves the server's model"
+        0.6, gt=0, le=1, description="mixing weight α of an upload without staleness"
     )
     rho: NonNegativeFloat = Field(
-        0.0, description="ρ: pull of local training towards the model that was received"
+        0.0, description="weight ρ of the proximal term in local training"
     )
 
+    @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
         if self.rho:
@@ -75,8 +89,10 @@ class FedAsync(StalenessWeighted):
             yield local_fit(client, Proximal(client.task.kind, mu=self.rho), context=anchor)
         else:
             yield local_fit(client)
-        return upload_model(self, client, weight=1.0)  # what arrives weighs s(τ)
+        # The trainer multiplies the weight by s(τ).
+        return upload_model(self, client, weight=1.0)
 
+    @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         add_up_models(server, uploads, self.alpha)
         tie_common_tensors(server.models, server.common, uploads.weights_by_group("model"))
@@ -84,41 +100,55 @@ class FedAsync(StalenessWeighted):
 
 
 BUFFERS = "buffers"
-PAPER = 10  # K
+# K in the paper.
+PAPER_BUFFER_SIZE = 10
 
 
 @register_algorithm("fedbuff")
 class FedBuff(StalenessWeighted):
-    """Collect clients' changes in a buffer and add their mean when it is full; stale changes count less.
+    """Collect updates in a buffer and apply their staleness-weighted mean when it is full.
 
-    Clients send Δ_k = θ_k − θ as received; of every K the server makes θ ← θ + λ·Σ s(τ_k)·Δ_k / K, s = 1/√(1 + τ)
-    (Nguyen et al. 2022, Algorithm 1). On a mixed federation the sum and its divisor are those of each architecture in the buffer.
-    BatchNorm's statistics move towards the clients' by the same weights, though never past them: a variance plus changes of
-    another one could be negative. Runs asynchronously whatever `runtime.mode` says.
+    Clients upload Δ_k = θ_k − θ. After every K uploads the server computes
+    θ ← θ + λ·Σ s(τ_k)·Δ_k / K with s(τ) = 1/√(1 + τ) (Nguyen et al. 2022, Algorithm 1). With
+    several architectures, sum and divisor are those of each architecture in the buffer. BatchNorm
+    statistics are interpolated towards the clients' with the same weights, as an added change
+    could make a variance negative. The method always runs asynchronously.
+
+    Example:
+        >>> from hetero_fl.algorithms import FedBuff
+        >>> FedBuff(buffer=5).needs.asynchronous.buffer_size
+        5
+        >>> FedBuff().uploads["model"].kind
+        'update'
     """
 
     title = "FedBuff"
     uploads = {"model": ItemSpec("update"), BUFFERS: ItemSpec("params")}
 
     buffer: PositiveInt | None = Field(
-        None, description="K; none: 10 as in the paper, but no more than half of the clients"
+        None, description="buffer size K; `null`: 10 as in the paper, at most half of the clients"
     )
-    server_lr: PositiveFloat = Field(1.0, description="λ: the server's learning rate")
+    server_lr: PositiveFloat = Field(1.0, description="server learning rate λ")
 
     @property
-    def needs(self) -> Needs:  # type: ignore[override]  # follows from settings
-        """As every asynchronous method, with a buffer of its own size."""
+    def needs(self) -> Needs:  # type: ignore[override]  # depends on settings
+        """The requirements of asynchronous methods, with the buffer size K."""
         needs = super().needs
         assert needs.asynchronous is not None
         return replace(needs, asynchronous=replace(needs.asynchronous, buffer_size=self.buffer))
 
+    @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         if self.buffer is not None:
             return self, []
-        size = max(1, min(PAPER, len(clients) // 2))
-        note = f"algorithm.buffer is {size}: half of the clients, where the paper has {PAPER}"
-        return self.model_copy(update={"buffer": size}), [] if size == PAPER else [note]
+        size = max(1, min(PAPER_BUFFER_SIZE, len(clients) // 2))
+        method = self.model_copy(update={"buffer": size})
+        if size == PAPER_BUFFER_SIZE:
+            return method, []
+        note = f"algorithm.buffer is {size}: half of the clients (paper: {PAPER_BUFFER_SIZE})"
+        return method, [note]
 
+    @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
         start = client.models["model"]
@@ -128,36 +158,37 @@ class FedBuff(StalenessWeighted):
             return {}
         model = items["model"].values
         names = client.arch["model"].parameter_names
-        moved = {n: t - start[n] for n, t in model.items() if n in names}
-        kept = {n: t for n, t in model.items() if n not in names}
-        return {
-            "model": Item(moved, 1.0, "update"),
-            **({BUFFERS: Item(kept, 1.0, "params")} if kept else {}),
-        }
+        change = {n: t - start[n] for n, t in model.items() if n in names}
+        buffers = {n: t for n, t in model.items() if n not in names}
+        upload: Items = {"model": Item(change, 1.0, "update")}
+        if buffers:
+            upload[BUFFERS] = Item(buffers, 1.0, "params")
+        return upload
 
+    @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         shares = mean_weights(uploads, "model")
         for group, mean in uploads.mean_by_group("model").items():
             model = server.models[group]
-            moved = {
+            updated = {
                 n: model[n] + self.server_lr * shares[group][n] * change
                 for n, change in mean.items()
             }
-            server.models[group] = {**model, **moved}
+            server.models[group] = {**model, **updated}
         tie_common_tensors(server.models, server.common, shares)
         shares = mean_weights(uploads, BUFFERS)
         for group, mean in uploads.mean_by_group(BUFFERS).items():
             model = server.models[group]
-            near = {n: model[n].lerp(tensor, shares[group][n]) for n, tensor in mean.items()}
-            server.models[group] = {**model, **near}
+            mixed = {n: model[n].lerp(tensor, shares[group][n]) for n, tensor in mean.items()}
+            server.models[group] = {**model, **mixed}
         tie_common_tensors(server.models, server.common, shares)
         yield from ()
 
 
 def mean_weights(uploads: Uploads, name: str) -> dict[str, dict[str, float]]:
-    """Return Σ s / K of each tensor by group, K being its senders.
+    """Return Σ s / K of each tensor by group, where K is the number of clients that sent it.
 
-    The weighted mean times this is Σ s·Δ / K.
+    Multiplying the weighted mean by this factor gives Σ s·Δ / K.
     """
     counts = uploads.counts_by_group(name)
     return {

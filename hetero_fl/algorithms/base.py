@@ -1,4 +1,4 @@
-"""The interface of a method: what it declares, its hooks in the order of a round, and helpers for them."""
+"""Base class of federated methods, the declarations it uses, and helpers for method authors."""
 
 from __future__ import annotations
 
@@ -30,8 +30,11 @@ from hetero_fl.core.plan import Plan, Predict, Rows
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.registry import Registry
 
-STUDENT = "student"  # the server's slot of the one model that it trains for itself
-Items = dict[str, Any]  # name -> Item, tensor or named tensors
+# Slot of the student model that the server trains.
+STUDENT = "student"
+# Item names to an `Item`, a tensor or named tensors.
+Items = dict[str, Any]
+# Decorator that registers a method: `@register_algorithm("name")`. Indexing returns the class.
 register_algorithm: Registry[type[Algorithm]] = Registry(
     "algorithm", lambda: Algorithm, all_of="`hetero-fl methods`"
 )
@@ -39,11 +42,11 @@ register_algorithm: Registry[type[Algorithm]] = Registry(
 
 @dataclass(frozen=True)
 class AsyncPolicy:
-    """How the server of an asynchronous method takes uploads.
+    """Policy of an asynchronous method for buffering and weighting uploads.
 
-    Attributes:
-        buffer_size: Uploads after which it aggregates; None: `runtime.buffer`.
-        staleness: The weight of a stale upload; None: `runtime.staleness`.
+    Args:
+        buffer_size: Number of uploads per aggregation. None uses `runtime.buffer`.
+        staleness: Weight of a stale upload. None uses `runtime.staleness`.
     """
 
     buffer_size: int | None = None
@@ -52,21 +55,28 @@ class AsyncPolicy:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method needs of a federation, for checks before a run and for tables.
+    """Requirements of a method, used by the checks before a run and in tables.
 
-    Attributes:
-        proxy_set: Whether it trains on a proxy set, and on the labels of that.
-        tasks: The kinds of task that it is for.
-        one_architecture: Whether it averages parameters within each architecture, so that a client
-            with a model of its own learns nothing from others.
-        all_clients: Whether all clients' rows or models are in one place: a bound, no competitor.
-        counts_traffic: Whether what it sends is traffic of a federation.
-        one_upload: Whether clients upload once, in the last round: such a run cannot be extended.
-        models_per_client: Whether clients with equal settings may get different models.
-        asynchronous: For a method that only runs asynchronously, how its server takes uploads.
-        largest_uploads: Settings with which uploads are as long as they can be, where their size
-            follows from what is learned.
-        also: Further needs, in words that tables print.
+    Args:
+        proxy_set: Whether the method trains on a proxy set, and whether it needs its labels.
+        tasks: Supported kinds of task.
+        one_architecture: Whether parameters are averaged within each architecture. A client whose
+            architecture no other client has then learns nothing from the others.
+        all_clients: Whether the rows or models of all clients are in one place. Tables list this
+            method as a reference, not as a competitor.
+        counts_traffic: Whether the bytes sent count as communication cost.
+        one_upload: Whether clients upload only once, in the last round. More rounds cannot be
+            added to such a run.
+        models_per_client: Whether clients with equal settings may have different models.
+        asynchronous: Policy of a method that only runs asynchronously.
+        largest_uploads: Settings that give the largest uploads, for methods whose upload size
+            depends on the training.
+        also: Descriptions of further requirements, as printed in tables.
+
+    Example:
+        >>> from hetero_fl.algorithms import Needs
+        >>> Needs(proxy_set="labeled").has_required_proxy
+        True
     """
 
     proxy_set: Literal["unused", "optional", "required", "labeled"] = "unused"
@@ -82,19 +92,25 @@ class Needs:
 
     @property
     def has_required_proxy(self) -> bool:
-        """Whether the method does not run without a proxy set."""
+        """Whether the method requires a proxy set."""
         return self.proxy_set in ("required", "labeled")
 
 
 @dataclass(frozen=True)
 class SharedPart:
-    """Which part of a client's model travels, where prefixes of tensor names do not say it all.
+    """Part of a client's model that travels, for methods that need more than name prefixes.
 
-    Attributes:
-        part: Prefixes of tensor names; None: all of the model, (): nothing.
-        slot: The client's model that it is a part of.
-        received: What of `part` the client replaces by the server's; None: all of it.
-        local: Tensors that stay with the client, whatever part travels.
+    Args:
+        part: Prefixes of tensor names. None is the whole model, () nothing.
+        slot: Slot of the client's model.
+        received: Prefixes of the tensors that the client replaces with the server's. None
+            replaces all of `part`.
+        local: Tensors that never leave the client.
+
+    Example:
+        >>> from hetero_fl.algorithms import SharedPart
+        >>> SharedPart(("backbone.",), local="batch_norm").slot
+        'model'
     """
 
     part: Part = None
@@ -104,20 +120,36 @@ class SharedPart:
 
 
 class Algorithm(BaseModel):
-    """A federated method. As it stands: FedAvg of the `shared` part, within each architecture.
+    """Base class of federated methods; its defaults average the `shared` part by architecture.
 
-    Settings are pydantic fields; they stand next to `algorithm.name` in the configuration. A hook
-    that computes is a plan (see `hetero_fl.core.plan`); one that does not may be an ordinary
-    function.
+    Settings are pydantic fields; in a configuration they are keys next to `algorithm.name`. Hooks
+    that compute are plans (see `hetero_fl.core.plan`); other hooks may be ordinary functions.
+    Decorate a subclass with `@register_algorithm("name")` to make it available under a name.
 
     Attributes:
-        title: The name for tables; the first line of the docstring is the summary.
-        evaluated_when: When a model is evaluated, for tables.
-        shared: The part of the model that travels: None all, () nothing, else prefixes of tensor
+        title: Display name. The first sentence of the docstring is the one-line summary.
+        evaluated_when: Description of the evaluated model, for tables.
+        shared: Part of the model that travels: None for all, () for nothing, prefixes of tensor
             names, or a `SharedPart`.
-        uploads: What clients send.
-        downloads: What compression has to know of broadcast items.
-        needs: What the method needs of a federation.
+        uploads: Items that clients send, by name.
+        downloads: Properties of broadcast items that compression needs.
+        needs: Requirements of the method.
+
+    Example:
+        >>> from pydantic import Field
+        >>> from hetero_fl.algorithms import Algorithm, local_fit, register_algorithm, upload_model
+        >>> class LongerFedAvg(Algorithm):
+        ...     title = "Longer FedAvg"
+        ...     factor: int = Field(2, ge=1, description="factor on the local epochs")
+        ...
+        ...     def train(self, client, received):
+        ...         yield from self.deploy(client, received)
+        ...         yield local_fit(client, epochs=self.factor * client.settings.epochs)
+        ...         return upload_model(self, client)
+        >>> LongerFedAvg(factor=3).uploads["model"].kind
+        'params'
+        >>> register_algorithm["fedavg"].title
+        'FedAvg'
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -130,30 +162,39 @@ class Algorithm(BaseModel):
     needs: ClassVar[Needs] = Needs(one_architecture=True)
 
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
-        """Derive settings that were left open from the federation.
+        """Derive unset settings from the federation.
 
-        Called once, before anything is built; the run's `config.yaml` has the result.
+        Called once, before models are built. The run's `config.yaml` contains the result.
+
+        Args:
+            clients: All clients of the federation.
 
         Returns:
-            The method with these settings, and lines that say what was derived.
+            The method with all settings, and one line of text for each derived setting.
 
         Raises:
-            UserError: If settings do not fit the clients.
+            UserError: If the settings do not suit the clients.
         """
         return self, []
 
     def models(self, client: ClientInfo) -> Mapping[str, ModelSpec]:
-        """Return the models that a client has, by slot; its own is in the slot "model".
+        """Return the models of a client by slot; "model" is the slot of its own model.
 
-        Called once for all clients with the same settings, unless the method needs otherwise.
+        Called once for all clients with equal settings, or for each client if
+        `needs.models_per_client` is set.
         """
         return {"model": client.arch}
 
     def setup(self, server: Participant) -> None:
-        """Prepare the server's state before the first round."""
+        """Initialize the server's state before the first round."""
 
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
-        """Return what the server sends to one client, to train on or for evaluation only."""
+        """Return the items that the server sends to one client.
+
+        Args:
+            server: The server.
+            recipient: The client. Its `purpose` is "train" or "evaluate".
+        """
         part = download_part(self, recipient.settings, server.round_context.round_idx)
         if part == ():
             return {}
@@ -161,7 +202,7 @@ class Algorithm(BaseModel):
         return {"model": shareable_tensors(self, recipient.arch, model, part)}
 
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
-        """Make the model that this client would use now."""
+        """Prepare the model that the client would use now, from the received items."""
         slot = shared_part_of(self).slot
         if slot in received:
             client.load(slot, received[slot])
@@ -174,13 +215,13 @@ class Algorithm(BaseModel):
         return upload_model(self, client)
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
-        """Combine the uploads of a round at the server."""
+        """Aggregate the uploads of a round at the server."""
         if "model" in self.uploads:
             average_models(server, uploads)
         yield from ()
 
     def personalize(self, client: Participant, received: Payload) -> Plan[None]:
-        """Change the deployed model before it is evaluated; this is done on a copy."""
+        """Adapt the deployed model before evaluation; the engine calls this on a copy."""
         yield from ()
 
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
@@ -189,23 +230,24 @@ class Algorithm(BaseModel):
         Args:
             client: The client.
             rows: The rows to predict.
-            personal: Whether the rows are distributed as the client's own, so that its label
-                frequencies hold.
+            personal: Whether the rows follow the client's own label distribution.
         """
         logits = yield Predict("model", rows)
         return add_log_prior(client, logits) if personal else logits
 
     def server_model(self, server: Participant) -> str | None:
-        """Return the slot of the server's own model, if it has one.
+        """Return the slot of the model that the server can deploy, or None.
 
-        It is the student, else the global model of a single group, if clients share all of it.
-        What no client shares was never trained at the server.
+        This is the student if there is one, else the global model if all clients have the same
+        architecture and at least one shares its whole model.
         """
         if STUDENT in server.models:
             return STUDENT
         profiles = server.peers.profiles
-        is_whole = any(shared_part(self, profile.settings) is None for profile in profiles)
-        if not is_whole or len(server.models) != 1:
+        shares_whole_model = any(
+            shared_part(self, profile.settings) is None for profile in profiles
+        )
+        if not shares_whole_model or len(server.models) != 1:
             return None
         (slot,) = server.models
         return None if local_tensor_names(self, server.arch[slot]) else slot
@@ -214,7 +256,7 @@ class Algorithm(BaseModel):
 def runs_user_code(algorithm: Algorithm, client_infos: ClientDirectory) -> bool:
     """Return whether the method or an objective is defined outside this package.
 
-    Such code may change in place what it is given.
+    User code may modify its arguments in place.
     """
     return is_user_method(algorithm) or any(
         profile.settings.objective is not None for profile in client_infos.profiles
@@ -227,10 +269,15 @@ def is_user_method(algorithm: Algorithm) -> bool:
 
 
 def call_broadcast(algorithm: Algorithm, server: Participant, client_info: ClientInfo) -> Payload:
-    """Return what the method broadcasts to a client.
+    """Call the method's `broadcast` and return the result as a payload.
+
+    Args:
+        algorithm: The method.
+        server: The server.
+        client_info: The recipient.
 
     Raises:
-        UserError: If it is no dictionary of items.
+        UserError: If the method did not return a dictionary of items.
     """
     try:
         return Payload.from_hook(algorithm.broadcast(server, client_info))
@@ -238,16 +285,13 @@ def call_broadcast(algorithm: Algorithm, server: Participant, client_info: Clien
         raise UserError(f"{type(algorithm).__name__}.broadcast: {error}") from None
 
 
-# What of a client's model travels.
-
-
 def shared_part_of(method: Algorithm) -> SharedPart:
-    """Return the method's shared part, also where it declares prefixes only."""
+    """Return the method's shared part as a `SharedPart`."""
     return method.shared if isinstance(method.shared, SharedPart) else SharedPart(method.shared)
 
 
 def permitted_part(shares: Sequence[str]) -> Part:
-    """Return the part of its model that a client with these `shares` may share."""
+    """Return the part of the model that a client's `shares` permit it to share."""
     if "parameters" in shares:
         return None
     prefixes = ["backbone." if share == "backbone" else share for share in shares]
@@ -255,17 +299,19 @@ def permitted_part(shares: Sequence[str]) -> Part:
 
 
 def common_part(a: Part, b: Part) -> Part:
-    """Return what lies in both parts."""
-    if a is None or b is None:
-        return b if a is None else a
-    shorter = (
-        {p for p in a if p.startswith(b)} | {p for p in b if p.startswith(a)} if a and b else set()
-    )
-    return tuple(sorted(shorter))
+    """Return the intersection of two parts."""
+    if a is None:
+        return b
+    if b is None:
+        return a
+    if not a or not b:
+        return ()
+    prefixes = {p for p in a if p.startswith(b)} | {p for p in b if p.startswith(a)}
+    return tuple(sorted(prefixes))
 
 
 def shared_part(method: Algorithm, settings: ClientSettings) -> Part:
-    """Return what a client shares of its model: the method's part, as far as its settings allow."""
+    """Return the part of the model that the method shares and the client's settings permit."""
     return common_part(shared_part_of(method).part, permitted_part(settings.shares))
 
 
@@ -275,26 +321,36 @@ def uploads_in_round(settings: ClientSettings, round_idx: int) -> bool:
 
 
 def upload_part(method: Algorithm, settings: ClientSettings, round_idx: int) -> Part:
-    """Return what of its model a client uploads in this round."""
+    """Return the part of the model that a client uploads in a round; () if it uploads nothing."""
     return shared_part(method, settings) if uploads_in_round(settings, round_idx) else ()
 
 
 def download_part(method: Algorithm, settings: ClientSettings, round_idx: int) -> Part:
-    """Return what of its model a client replaces by the server's: in the round after each upload."""
+    """Return the part of the model that a client replaces with the server's in a round.
+
+    It is not empty in the first round and after each upload only.
+    """
     if round_idx % settings.share_every != 0:
         return ()
     return common_part(shared_part(method, settings), shared_part_of(method).received)
 
 
 def upload_phase(method: Algorithm, share_every: int, round_idx: int, num_rounds: int) -> int:
-    """Return what of the round decides the form of an upload: that of equal phases is the same."""
+    """Return the phase of a round; uploads of rounds with equal phases have the same form.
+
+    Args:
+        method: The method.
+        share_every: The client's setting of that name.
+        round_idx: Index of the round.
+        num_rounds: Number of rounds of the run.
+    """
     if method.needs.one_upload:
         return int(round_idx == num_rounds - 1)
     return round_idx % share_every
 
 
 def local_tensor_names(method: Algorithm, arch: ModelSpec) -> frozenset[str]:
-    """Return the names of tensors that stay with a client of this architecture."""
+    """Return the names of the tensors that stay at clients with this architecture."""
     local = shared_part_of(method).local
     if local is None:
         return frozenset()
@@ -305,14 +361,21 @@ def local_tensor_names(method: Algorithm, arch: ModelSpec) -> frozenset[str]:
 def shareable_tensors(
     method: Algorithm, arch: ModelSpec, tensors: Mapping[str, Tensor], part: Part
 ) -> Tensors:
-    """Return the tensors of a part that travel: the same at client and server."""
+    """Return the floating-point tensors of a part that travel between client and server.
+
+    Args:
+        method: The method.
+        arch: Architecture of the model.
+        tensors: Tensors of the model by name.
+        part: The shared part.
+    """
     local = local_tensor_names(method, arch)
     selected = floating_tensors(select_part(tensors, part))
     return {name: tensor for name, tensor in selected.items() if name not in local}
 
 
 def kept_state(method: Algorithm, client: Participant) -> dict[str, Tensors]:
-    """Return what of its models a client keeps between rounds: what no broadcast replaces."""
+    """Return the tensors of a client's models that no broadcast replaces, by slot."""
     slot = shared_part_of(method).slot
     settings = client.settings
     replaced = download_part(method, settings, 0) if settings.share_every == 1 else ()
@@ -320,16 +383,26 @@ def kept_state(method: Algorithm, client: Participant) -> dict[str, Tensors]:
     own = client.models[slot]
     kept = exclude_part(own, replaced) | {n: t for n, t in own.items() if n in local}
     models = {**client.models, slot: kept}
-    # counters alone are not worth it
-    return {slot: tensors for slot, tensors in models.items() if floating_tensors(tensors)}
+    # Integer counters alone are not worth storing.
+    return {name: tensors for name, tensors in models.items() if floating_tensors(tensors)}
 
 
 def may_share(client: Participant, share: str) -> bool:
-    """Return whether a client uploads a kind of thing in this round.
+    """Return whether a client may upload an item of this kind in this round.
 
     Args:
         client: The client.
         share: "predictions", "statistics" or "features", as in a client's `shares`.
+
+    Example:
+        >>> from hetero_fl.algorithms import may_share
+        >>> from hetero_fl.config.clients import ClientSettings
+        >>> from hetero_fl.core.participant import Participant
+        >>> from hetero_fl.core.task import Task
+        >>> settings = ClientSettings(shares=["parameters", "statistics"])
+        >>> client = Participant("a", Task("multiclass", 2), {}, {}, None, settings, None)
+        >>> may_share(client, "statistics"), may_share(client, "features")
+        (True, False)
     """
     if share not in client.settings.shares or (share == "predictions" and not client.has_proxy):
         return False
@@ -339,11 +412,11 @@ def may_share(client: Participant, share: str) -> bool:
 def describe_unshared(
     items: Mapping[str, Item], specs: Mapping[str, ItemSpec], shares: Sequence[str]
 ) -> str:
-    """Return which item of an upload may not leave; empty if all may.
+    """Describe the first item of an upload that the client does not share; empty if there is none.
 
     Args:
         items: The upload.
-        specs: What the method declares of its items.
+        specs: The method's declarations of the items.
         shares: The client's `shares`.
     """
     part = permitted_part(shares)
@@ -353,20 +426,20 @@ def describe_unshared(
             return f"'{name}' needs {share}"
         if share == "parameters" and part is not None:
             for tensor in exclude_part(item.tensors, part):
-                return f"'{name}' holds {tensor or share}"
+                return f"'{name}' contains {tensor or share}"
     return ""
 
 
 def inference_model(method: Algorithm, client: Participant) -> tuple[str, Any]:
     """Return the model with which a deployed client predicts its own rows.
 
-    That is the one whose logits `predict` asks for first. Where `predict` combines several, it is
-    the client's own.
+    This is the model whose logits `predict` requests first. If `predict` combines several models,
+    it is the client's own.
 
     Returns:
-        The slot, and the preprocessing if it is not the client's own.
+        The slot, and the preprocessing if it differs from the client's own.
     """
-    # A copy: a plan that draws random numbers must not move the client's streams.
+    # Use a copy, as a plan that draws random numbers would advance the client's streams.
     plan = method.predict(replace(client, stream_uses={}), Rows("test"), True)
     if not isinstance(plan, GeneratorType):
         return "model", None
@@ -377,16 +450,30 @@ def inference_model(method: Algorithm, client: Participant) -> tuple[str, Any]:
     return "model", None
 
 
-# Averaging of models.
-
-
 def upload_model(method: Algorithm, client: Participant, weight: float | None = None) -> Items:
     """Return the upload of the client's shared part; empty if it shares nothing in this round.
 
     Args:
         method: The method.
         client: The client.
-        weight: Its weight in the mean; None: the number of its training rows.
+        weight: Weight of the client in the mean. None uses the number of its training rows.
+
+    Example:
+        >>> from hetero_fl.algorithms import FedAvg, FedPer, upload_model
+        >>> from hetero_fl.config.clients import ClientSettings
+        >>> from hetero_fl.core.model_spec import ModelSpec
+        >>> from hetero_fl.core.participant import Participant
+        >>> from hetero_fl.core.task import Task
+        >>> arch = ModelSpec.from_config("linear", 2, (3,))
+        >>> models = {"model": arch.initial_tensors(0)}
+        >>> task = Task("multiclass", 2)
+        >>> settings = ClientSettings()
+        >>> client = Participant("a", task, {"model": arch}, models, None, settings, None, 50)
+        >>> item = upload_model(FedAvg(), client)["model"]
+        >>> sorted(item.values), item.weight
+        (['head.bias', 'head.weight'], 50.0)
+        >>> upload_model(FedPer(), client)  # FedPer shares the backbone only
+        {}
     """
     part = upload_part(method, client.settings, client.round_context.round_idx)
     if part == ():
@@ -400,16 +487,47 @@ def upload_model(method: Algorithm, client: Participant, weight: float | None = 
 
 
 def average_models(server: Participant, uploads: Uploads, rate: float = 1.0) -> None:
-    """Move each group's model towards the mean over the owners of each tensor."""
+    """Move each group's model towards the mean of the uploaded models, tensor by tensor.
+
+    Args:
+        server: The server.
+        uploads: Uploads of the round with the item "model".
+        rate: Server learning rate λ; 1 replaces parameters by their mean.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.aggregation.uploads import Upload, Uploads
+        >>> from hetero_fl.algorithms import average_models
+        >>> from hetero_fl.config.clients import ClientSettings
+        >>> from hetero_fl.core.model_spec import ModelSpec
+        >>> from hetero_fl.core.participant import ClientInfo, Participant
+        >>> from hetero_fl.core.payload import Item, Payload
+        >>> arch = ModelSpec.from_config("linear", 1, (1,))
+        >>> def upload(client_id, value, num_rows):
+        ...     info = ClientInfo(client_id, arch, num_rows, None, ClientSettings())
+        ...     tensors = {"head.weight": torch.full((1, 1), value)}
+        ...     return Upload(info, Payload({"model": Item(tensors, num_rows, "params")}))
+        >>> group = arch.group_id
+        >>> models = {group: arch.initial_tensors(0)}
+        >>> server = Participant("server", None, {group: arch}, models, None, None, None)
+        >>> average_models(server, Uploads([upload("a", 1.0, 30), upload("b", 2.0, 10)]))
+        >>> server.models[group]["head.weight"]
+        tensor([[1.2500]])
+    """
     for group, mean in uploads.mean_by_group("model").items():
         parameters = server.arch[group].parameter_names
         server.models[group] = interpolate_model(server.models[group], mean, rate, parameters)
 
 
 def add_up_models(server: Participant, uploads: Uploads, factor: float) -> None:
-    """Add the changes of all clients to each group's model; `factor` scales them.
+    """Add the scaled sum of all clients' updates to each group's model.
 
-    For uploads whose weight is one, or what staleness leaves of it.
+    Uploads must have weight 1, or 1 times their staleness weight.
+
+    Args:
+        server: The server.
+        uploads: Uploads of the round with the item "model".
+        factor: Scale of the sum.
     """
     owners = uploads.weights_by_group("model")
     for group, mean in uploads.mean_by_group("model").items():

@@ -1,4 +1,4 @@
-"""Reference points of every table: no federation, the ensemble of all models, all data in one place."""
+"""Reference methods: local training, the ensemble of all models, training on pooled data."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Algorithm, Items, Needs, register_algorithm
@@ -29,7 +30,15 @@ from hetero_fl.utils.ordering import natural_order
 
 @register_algorithm("local")
 class Local(Algorithm):
-    """Train every client alone: the line that every method has to beat."""
+    """Train every client alone, without communication.
+
+    This is the baseline that a federated method has to improve on.
+
+    Example:
+        >>> from hetero_fl.algorithms import Local
+        >>> Local().shared, dict(Local().uploads)
+        ((), {})
+    """
 
     title = "Local"
     evaluated_when = "after local training"
@@ -40,45 +49,60 @@ class Local(Algorithm):
 
 @register_algorithm("ensemble")
 class Ensemble(Local):
-    """Average the class probabilities of all clients' models, each of which was trained alone.
+    """Average the class probabilities of all clients' locally trained models.
 
-    Each model sees the rows through its own preprocessing; of regressions outputs are averaged. This is a bound: every client
-    would have to hold every other's model.
+    Each model predicts with its own preprocessing. For regression, outputs are averaged. The
+    ensemble is a reference, as every client would need the models of all others.
+
+    Example:
+        >>> from hetero_fl.algorithms import Ensemble
+        >>> Ensemble().needs.all_clients
+        True
+        >>> Ensemble().uploads["member"].use  # the models are not summed
+        'each'
     """
 
     title = "Ensemble"
-    evaluated_when = "mean prediction of all clients' models after local training (the models saved are the members)"
+    evaluated_when = (
+        "mean prediction of all clients' models after local training (saved models: the members)"
+    )
     uploads = {"member": ItemSpec("params", use="each")}
     needs = Needs(all_clients=True)
 
+    @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield local_fit(client)
         tensors = floating_tensors(client.models["model"])
         return {"member": Item(tensors, float(client.num_rows), "params")}
 
+    @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         members = dict(server.state.get("members", {}))
         members.update({u.client: u.payload["member"] for u in uploads.having("member")})
         server.state["members"] = members
         yield from ()
 
+    @override
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
         return server.state.get("members", {}) if recipient.purpose == "evaluate" else {}
 
+    @override
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
         client.state["members"] = {name: received[name] for name in received}
         yield from ()
 
+    @override
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
-        members = [client.peers[i] for i in natural_order(client.state["members"])]
+        models = client.state["members"]
+        members = [client.peers[client_id] for client_id in natural_order(models)]
         logits = yield [
             Predict(
-                c.client_id,
-                Rows(rows.name, preprocess=c.preprocess),
-                tensors=client.state["members"][c.client_id],
-                arch=c.arch,
+                member.client_id,
+                Rows(rows.name, preprocess=member.preprocess),
+                tensors=models[member.client_id],
+                arch=member.arch,
             )
-            for c in members
+            for member in members
         ]
         if client.task.kind == "regression":
             return torch.stack(logits).mean(0)
@@ -90,10 +114,17 @@ class Ensemble(Local):
 
 @register_algorithm("centralized")
 class Centralized(Algorithm):
-    """Train one model on all clients' rows in one place: what a federation gives up.
+    """Train one model on the pooled rows of all clients.
 
-    Each round is the clients' local training on the pooled rows, with a new optimizer as a client has; one client that has
-    everything, under FedAvg with λ = 1, is the same computation. Each client evaluates the model on its own view of the data.
+    Each round runs the clients' local training on the pooled rows with a new optimizer. This is
+    the same computation as FedAvg with λ = 1 and one client that has all rows. The model and the
+    settings are those of the most frequent client profile. Predictions use its preprocessing.
+
+    Example:
+        >>> from hetero_fl.algorithms import Centralized
+        >>> needs = Centralized().needs
+        >>> needs.all_clients, needs.counts_traffic
+        (True, False)
     """
 
     title = "Centralized"
@@ -101,17 +132,20 @@ class Centralized(Algorithm):
     uploads = {}
     needs = Needs(all_clients=True, counts_traffic=False)
 
+    @override
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
         model = server.models[pooled_client(server).arch.spec_id]
         return {"model": floating_tensors(model)} if recipient.purpose == "evaluate" else {}
 
+    @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from ()
         return {}
 
+    @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         reference = pooled_client(server)
-        s = reference.settings
+        settings = reference.settings
         rows = Rows("pooled", preprocess=reference.preprocess)
         counts = server.counts
         if server.task.kind == "multiclass":
@@ -120,29 +154,32 @@ class Centralized(Algorithm):
             {reference.arch.spec_id: None},
             Supervised(server.task.kind, slot=reference.arch.spec_id),
             rows,
-            context=objective_context(server.task, counts, s),
-            augment=augmentation(s),
-            epochs=s.epochs,
-            steps=s.steps,
-            batch_size=s.batch_size,
-            optimizer=scheduled_optimizer(s.optimizer, server.round_context),
-            as_id=min(kind.first for kind in server.peers.profiles),
+            context=objective_context(server.task, counts, settings),
+            augment=augmentation(settings),
+            epochs=settings.epochs,
+            steps=settings.steps,
+            batch_size=settings.batch_size,
+            optimizer=scheduled_optimizer(settings.optimizer, server.round_context),
+            as_id=min(profile.first for profile in server.peers.profiles),
         )
 
+    @override
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
         client.arch["pooled"] = pooled_client(client).arch
         client.models["pooled"] = received["model"]
         yield from ()
 
+    @override
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
-        view = pooled_client(client).preprocess
-        logits = yield Predict("pooled", replace(rows, preprocess=view))
+        preprocess = pooled_client(client).preprocess
+        logits = yield Predict("pooled", replace(rows, preprocess=preprocess))
         return add_log_prior(client, logits) if personal else logits
 
+    @override
     def server_model(self, server: Participant) -> str | None:
         return pooled_client(server).arch.spec_id
 
 
 def pooled_client(participant: Participant) -> ClientInfo:
-    """Return the first client of the most frequent architecture: the pooled model has its settings."""
+    """Return the first client of the most frequent profile, whose settings the pooled model has."""
     return participant.peers[participant.peers.main_profile.first]

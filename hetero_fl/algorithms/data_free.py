@@ -1,4 +1,8 @@
-"""Data-free distillation with generators: DENSE and FedGen."""
+"""Data-free distillation with generators: DENSE and FedGen.
+
+Zhang et al. 2022 (https://arxiv.org/abs/2112.12371), Zhu et al. 2021
+(https://arxiv.org/abs/2105.10056).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from itertools import islice
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
+from typing_extensions import override
 
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import (
@@ -38,7 +43,7 @@ from hetero_fl.core.generative_objectives import (
 from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import TeacherDistillation, is_convertible
 from hetero_fl.core.participant import (
-    LOOKED,
+    MAX_SEARCHED_CLIENTS,
     ClientDirectory,
     ClientInfo,
     Columns,
@@ -54,46 +59,51 @@ GENERATOR = "generator"
 
 
 class DataFreeDistillation(Algorithm):
-    """Base of methods whose server alternates between a generator of examples and a student."""
+    """Base class of methods that train a generator of examples and a student at the server."""
 
     synthesis_epochs: PositiveInt = Field(
-        15, description="alternations of generator and student; the authors: 200"
+        15, description="alternations between generator and student; 200 in the paper"
     )
     generator_steps: PositiveInt = Field(
-        30,
-        description="steps of the generator on one batch of noise and labels, as the authors have it",
+        30, description="steps of the generator on one batch of noise and labels"
     )
     student_steps: PositiveInt = Field(
-        50, description="steps of the student on all batches so far, after each"
+        50, description="steps of the student per alternation, on all batches so far"
     )
-    synthetic_batch: int = Field(64, ge=2, description="generated examples of a batch")
+    synthetic_batch: int = Field(64, ge=2, description="batch size of generated examples")
     noise: PositiveInt = Field(64, description="width of the generator's input")
-    generator_lr: PositiveFloat = Field(1e-3, description="its learning rate (Adam)")
+    generator_lr: PositiveFloat = Field(1e-3, description="learning rate of Adam for the generator")
     statistics_weight: NonNegativeFloat = Field(
-        1.0, description="λ₁: weight of the BatchNorm statistics"
+        1.0, description="weight λ₁ of the loss on BatchNorm statistics"
     )
     adversarial_weight: NonNegativeFloat = Field(
-        0.5, description="λ₂: weight of the difference to the student"
+        0.5, description="weight λ₂ of the adversarial loss"
     )
-    temperature: PositiveFloat = Field(4.0, description="T of the student's softened softmax")
+    temperature: PositiveFloat = Field(
+        4.0, description="temperature T of the softmax in the student's distillation"
+    )
 
     def generator(self, shape: tuple[int, ...]) -> ModelSpec:
-        """Return the generator: from noise to examples of this shape."""
+        """Return the generator, which maps noise to examples of a shape."""
         name = f"python:{Generator.__module__}:{Generator.__name__}"
         options = {"shape": shape}
         return ModelSpec.from_config(name, math.prod(shape), (self.noise,), options=options)
 
     def sample_noise(self, server: Participant) -> Columns:
-        """Draw a batch of noise and labels."""
-        draws = keyed_generator(*server.stream("noise"))
-        x = torch.randn(self.synthetic_batch, self.noise, generator=draws)
-        return {
-            "x": x,
-            "y": torch.randint(server.task.outputs, (self.synthetic_batch,), generator=draws),
-        }
+        """Sample a batch of noise and labels."""
+        generator = keyed_generator(*server.stream("noise"))
+        x = torch.randn(self.synthetic_batch, self.noise, generator=generator)
+        y = torch.randint(server.task.outputs, (self.synthetic_batch,), generator=generator)
+        return {"x": x, "y": y}
 
     def train_generator(self, synthesis: Synthesis, noise: Columns, frozen: tuple[str, ...]) -> Fit:
-        """Create the step that trains the generator on one batch of noise."""
+        """Create the step that trains the generator on one batch of noise.
+
+        Args:
+            synthesis: Objective of the generator.
+            noise: The batch of noise and labels.
+            frozen: Slots that the objective uses but does not train.
+        """
         return Fit(
             {GENERATOR: None},
             synthesis,
@@ -107,7 +117,13 @@ class DataFreeDistillation(Algorithm):
         )
 
     def train_student(self, server: Participant, x: Tensor, teacher: Tensor) -> Fit:
-        """Create the step that trains the student on all examples so far."""
+        """Create the step that trains the student on generated examples.
+
+        Args:
+            server: The server.
+            x: All generated examples so far.
+            teacher: Logits of the teachers' ensemble, shape `[N, C]`.
+        """
         return Fit(
             {STUDENT: None},
             TeacherDistillation(server.task.kind, self.temperature, slot=STUDENT),
@@ -122,14 +138,22 @@ class DataFreeDistillation(Algorithm):
 
 @register_algorithm("dense")
 class Dense(DataFreeDistillation):
-    """Upload every client's model once, at the end, and distill all of them into a student on generated examples.
+    """Upload every model once after local training and distill them all on generated examples.
 
-    Clients train alone and upload θ in the last round. The server then alternates: a generator learns a batch by
-    CE + λ₁·BN statistics − λ₂·KL where student and teachers differ; a student learns the teachers' mean logits on all batches
-    so far (Zhang et al. 2022, Algorithm 1).
+    Clients train alone and upload their parameters in the last round. The server alternates between
+    a generator, which minimizes CE + λ₁·(distance of BatchNorm statistics) − λ₂·KL on one batch,
+    with the KL divergence where student and teachers disagree, and a student, which learns the
+    teachers' mean logits on all batches so far (Zhang et al. 2022, Algorithm 1).
 
-    Teachers may differ in architecture; the student has that of one client, and all clients then use it. Before the last round
-    each client uses its own model, as under Local; a run that stops early never gets there.
+    Teachers may have different architectures. The student has that of one client, and all clients
+    use it afterwards. Before the last round, each client uses its own model, as with Local; a run
+    that stops early trains no student.
+
+    Example:
+        >>> from hetero_fl.algorithms import Dense
+        >>> method = Dense(student="site_1", synthesis_epochs=200)
+        >>> method.needs.one_upload, method.uploads["model"].use
+        (True, 'each')
     """
 
     title = "DENSE"
@@ -142,36 +166,44 @@ class Dense(DataFreeDistillation):
 
     student: str | None = Field(
         None,
-        description="client whose architecture and view the student takes; none: the first of the most frequent",
+        description="client whose architecture and preprocessing the student has; `null`: the "
+        "first client of the most frequent profile",
     )
 
+    @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         if self.student is not None and self.student not in clients:
-            raise UserError(
-                f"algorithm.student: found '{self.student}'{suggest_or_list(self.student, islice(clients, LOOKED))}"
-            )
+            names = islice(clients, MAX_SEARCHED_CLIENTS)
+            suggestion = suggest_or_list(self.student, names)
+            raise UserError(f"algorithm.student: unknown client '{self.student}'{suggestion}")
         student = self.student or clients.main_profile.first
         arch = clients[student].arch
         if arch.vocabulary:
             raise UserError(
-                "algorithm.name: dense makes examples by their gradient, and the examples here are tokens"
+                "algorithm.name: dense cannot generate tokens; choose another method for text"
             )
-        for kind in clients.profiles:
-            own = kind.arch.input_shape
+        for profile in clients.profiles:
+            own = profile.arch.input_shape
             shape = arch.input_shape
             if not is_convertible(shape, own):
                 raise UserError(
-                    f"algorithm.student: examples of {student} are {list(shape)}, but of {kind.first} {list(own)}"
+                    f"algorithm.student: examples of {student} have shape {list(shape)}, those of "
+                    f"{profile.first} {list(own)}"
                 )
-        note = f"dense: one student for all, a {arch.name} as {student} has it; models travel once, at the end"
+        note = (
+            f"dense: the student is a {arch.name}, as at {student}; clients upload their models in "
+            "the last round"
+        )
         return self.model_copy(update={"student": student}), [note]
 
+    @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield local_fit(client)
         is_last = client.round_context.round_idx == client.round_context.num_rounds - 1
-        is_whole = shared_part(self, client.settings) is None
-        return {"model": floating_tensors(client.models["model"])} if is_last and is_whole else {}
+        shares_all = shared_part(self, client.settings) is None
+        return {"model": floating_tensors(client.models["model"])} if is_last and shares_all else {}
 
+    @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         sent = uploads.having("model")
         if not sent:
@@ -203,8 +235,8 @@ class Dense(DataFreeDistillation):
             yield self.train_generator(synthesis, noise, (*slots, STUDENT))
             x = (yield Predict(GENERATOR, TensorRows(noise))).unflatten(1, shape)
             predictions = yield [
-                Predict(slot, TensorRows({"x": preprocess_generated(x, view)}))
-                for slot, view in teachers
+                Predict(slot, TensorRows({"x": preprocess_generated(x, preprocess)}))
+                for slot, preprocess in teachers
             ]
             examples.append(preprocess_generated(x, preprocessing_of(reference)))
             logits.append(torch.stack(predictions).mean(0))
@@ -215,10 +247,11 @@ class Dense(DataFreeDistillation):
         server.state = {"student": self.student}
 
     def reference_client(self, participant: Participant) -> ClientInfo:
-        """Return the client whose architecture and view the student has."""
-        assert self.student is not None  # `configure` has set it
+        """Return the client whose architecture and preprocessing the student has."""
+        assert self.student is not None, "set by configure"
         return participant.peers[self.student]
 
+    @override
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
         if recipient.purpose == "train" or "student" not in server.state:
             return {}
@@ -226,88 +259,106 @@ class Dense(DataFreeDistillation):
             STUDENT: floating_tensors(server.models[self.reference_client(server).arch.spec_id])
         }
 
+    @override
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
         yield from super().deploy(client, received)
         if STUDENT in received:
             client.arch[STUDENT] = self.reference_client(client).arch
             client.models[STUDENT] = received[STUDENT]
 
+    @override
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
         if STUDENT not in client.models:
             return (yield from super().predict(client, rows, personal))
-        view = self.reference_client(client).preprocess
-        logits = yield Predict(STUDENT, replace(rows, preprocess=view))
+        preprocess = self.reference_client(client).preprocess
+        logits = yield Predict(STUDENT, replace(rows, preprocess=preprocess))
         return add_log_prior(client, logits) if personal else logits
 
+    @override
     def server_model(self, server: Participant) -> str | None:
         slot = self.reference_client(server).arch.spec_id
-        mine = [k for k in server.peers.profiles if k.arch.spec_id == slot]
-        own = (
-            any(k.settings.preprocess.normalize == "own" for k in mine)
-            and sum(k.count for k in mine) > 1
+        profiles = [p for p in server.peers.profiles if p.arch.spec_id == slot]
+        normalizes_own_rows = (
+            any(p.settings.preprocess.normalize == "own" for p in profiles)
+            and sum(p.count for p in profiles) > 1
         )
-        one = not own and len({server.peers[k.first].preprocess for k in mine}) == 1
-        # else it is unknown through which view
-        return slot if "student" in server.state and one else None
+        # The student is usable at the server only if its preprocessing is unambiguous.
+        has_one_preprocess = (
+            not normalizes_own_rows
+            and len({server.peers[p.first].preprocess for p in profiles}) == 1
+        )
+        return slot if "student" in server.state and has_one_preprocess else None
 
 
 def preprocessing_of(client_info: ClientInfo) -> View:
-    """Return how a client's model takes examples."""
+    """Return the input shape, mean and standard deviation with which a client sees examples."""
     return client_info.arch.input_shape, client_info.preprocess.mean, client_info.preprocess.std
 
 
 @register_algorithm("fedgen")
 class FedGen(CommonHead, FedAvg):
-    """Average parameters, and train a generator of features at the server from which clients learn as well.
+    """Average parameters; clients also train on features from a generator at the server.
 
-    FedAvg within each architecture, and a generator G(y, ε) of features that clients draw in addition to their own rows
-    (Zhu et al. 2021, Algorithm 1). The server trains G to make what the clients' heads take for class y, each head weighted by its client's share of that
-    class. Classes are drawn by their frequency among the round's clients.
+    The method is FedAvg within each architecture, with a generator G(y, ε) of features on which
+    clients train their heads in addition to their own rows (Zhu et al. 2021, Algorithm 1). The
+    server trains G so that the clients' heads classify its features as class y; each head is
+    weighted by its client's share of the class. Classes are sampled by their frequency among the
+    round's clients.
 
-    Heads of all architectures teach the one generator. A client that does not share its label counts counts as if its rows
-    were spread evenly; one that keeps its head does not teach. G: linear, BatchNorm, ReLU, linear. The authors' code
-    takes weight 10 and latent_weight 10, both with decay 0.98.
+    Heads of all architectures train the same generator, which is linear, BatchNorm, ReLU, linear. A
+    client that does not share label counts is treated as if its classes were balanced; one that
+    does not share its head does not contribute. The authors' code uses weight 10 and latent_weight
+    10, both with decay 0.98.
+
+    Example:
+        >>> from hetero_fl.algorithms import FedGen
+        >>> sorted(FedGen(weight=10.0, decay=0.98).uploads)
+        ['counts', 'model']
     """
 
     title = "FedGen"
-    features_leave = False  # G makes its own
+    # The generator creates features, so clients do not upload theirs.
+    features_leave = False
     uploads = {
         "model": ItemSpec("params", use="each"),
         "counts": ItemSpec("counts", use="each", private=True, share="statistics"),
     }
 
     weight: NonNegativeFloat = Field(
-        1.0, description="α: weight of the loss on drawn features, at the client"
+        1.0, description="weight α of the loss on generated features, at the client"
     )
     latent_weight: NonNegativeFloat = Field(
         0.0,
-        description="β: weight of KL from the head's word on features drawn for the batch's own classes",
+        description="weight β of the KL divergence to the head's predictions on features generated "
+        "for the classes of the batch",
     )
-    decay: float = Field(1.0, gt=0, le=1, description="factor on both weights from round to round")
+    decay: float = Field(1.0, gt=0, le=1, description="factor on both weights per round")
     diversity: NonNegativeFloat = Field(
-        1.0, description="η: weight of the diversity term, at the server"
+        1.0, description="weight η of the diversity loss, at the server"
     )
-    generator_steps: PositiveInt = Field(50, description="steps a round of the generator")
+    generator_steps: PositiveInt = Field(50, description="steps per round of the generator")
     generator_lr: PositiveFloat = Field(3e-4, description="learning rate of Adam for the generator")
-    generator_hidden: PositiveInt = Field(256, description="units in the generator")
+    generator_hidden: PositiveInt = Field(256, description="hidden units of the generator")
     generator_batch_size: PositiveInt = Field(
-        32, ge=2, description="features drawn a step, at server and clients"
+        32, ge=2, description="generated features per step, at server and clients"
     )
     noise_dim: PositiveInt = Field(
-        32, description="width of the generator's noise ε, standard normal"
+        32, description="width of the generator's standard normal noise ε"
     )
 
     def generator(self, classes: int) -> ModelSpec:
-        """Return the generator: from class and noise to features."""
+        """Return the generator, which maps a one-hot class and noise to features."""
         options = {"hidden": [self.generator_hidden], "norm": "batch"}
         return ModelSpec.from_config(
             "mlp", self.feature_dim or 1, (classes + self.noise_dim,), options=options
         )
 
+    @override
     def setup(self, server: Participant) -> None:
         server.arch[GENERATOR] = self.generator(server.task.outputs)
         server.models[GENERATOR] = server.arch[GENERATOR].initial_tensors(server.round_context.seed)
 
+    @override
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
         items = super().broadcast(server, recipient)
         if "labels" in server.state and recipient.purpose == "train":
@@ -317,6 +368,7 @@ class FedGen(CommonHead, FedAvg):
             }
         return items
 
+    @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
         if GENERATOR in received:
@@ -326,7 +378,8 @@ class FedGen(CommonHead, FedAvg):
                 **received[GENERATOR],
             }
             yield self.fit_with_generator(client, received["labels"])
-            del client.models[GENERATOR]  # the next broadcast has another
+            # The next broadcast contains a new generator.
+            del client.models[GENERATOR]
         else:
             yield local_fit(client)
         items = upload_model(self, client, self.weight_of(client))
@@ -335,7 +388,12 @@ class FedGen(CommonHead, FedAvg):
         return items
 
     def fit_with_generator(self, client: Participant, labels: Tensor) -> Fit:
-        """Create the step of local training with drawn features next to each batch."""
+        """Create the local training step with additional batches of generated features.
+
+        Args:
+            client: The client.
+            labels: Label counts of the round's clients, shape `[C]`.
+        """
         fade = self.decay**client.round_context.round_idx
         objective = GeneratedFeatures(
             client.task.kind,
@@ -345,7 +403,8 @@ class FedGen(CommonHead, FedAvg):
         )
         batches = {"fake": SampledBatches(self.sample_inputs(labels), self.generator_batch_size)}
         if self.latent_weight:
-            size = client.settings.batch_size + 1  # a last batch of one joins the one before
+            # A last batch with a single example is merged into the previous one.
+            size = client.settings.batch_size + 1
             batches["noise"] = SampledBatches(
                 lambda g, size: {"x": torch.randn(size, self.noise_dim, generator=g)}, size
             )
@@ -355,29 +414,35 @@ class FedGen(CommonHead, FedAvg):
         )
 
     def sample_inputs(self, labels: Tensor) -> Callable[[torch.Generator, int], Columns]:
-        """Return a sampler of classes with these frequencies `[C]`, one-hot next to noise."""
-        labels = labels.cpu()  # as the generators that draw
+        """Return a sampler of the generator's inputs, one-hot classes and noise.
+
+        Args:
+            labels: Frequencies of the classes, shape `[C]`.
+        """
+        # Random generators are on the CPU.
+        labels = labels.cpu()
         one_hot = torch.eye(len(labels))
 
-        def draw(generator: torch.Generator, size: int) -> Columns:
+        def sample(generator: torch.Generator, size: int) -> Columns:
             y = torch.multinomial(labels, size, replacement=True, generator=generator)
             noise = torch.randn(size, self.noise_dim, generator=generator)
             return {"x": torch.cat([one_hot[y], noise], 1), "y": y}
 
-        return draw
+        return sample
 
+    @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         yield from super().aggregate(server, uploads)
         teachers = [u for u in uploads.having("model") if "head.weight" in u.payload["model"]]
         if not teachers:
             return
         classes = server.task.outputs
-        evenly = [
+        balanced = [
             u.payload["model"]["head.weight"].new_full((classes,), u.client_info.num_rows / classes)
             for u in teachers
         ]
         counts = torch.stack(
-            [u.payload.get("counts", e) for u, e in zip(teachers, evenly, strict=True)]
+            [u.payload.get("counts", b) for u, b in zip(teachers, balanced, strict=True)]
         )
         labels = server.state["labels"] = counts.sum(0)
         heads = {
@@ -398,9 +463,10 @@ class FedGen(CommonHead, FedAvg):
             label=GENERATOR,
         )
 
+    @override
     def server_model(self, server: Participant) -> str | None:
         groups = [slot for slot in server.models if slot != GENERATOR]
-        is_whole = any(
+        shares_all = any(
             shared_part(self, profile.settings) is None for profile in server.peers.profiles
         )
-        return groups[0] if is_whole and len(groups) == 1 else None
+        return groups[0] if shares_all and len(groups) == 1 else None

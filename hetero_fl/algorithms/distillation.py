@@ -1,17 +1,18 @@
-"""Bases of methods that distill on a proxy set.
+"""Base classes of methods that distill on a proxy set.
 
-They share the proxy rows of a round, the consensus of all predictions, its alignment with label
-frequencies, and the training phase before a client's first round.
+They provide the selection of proxy rows, the teacher from clients' predictions and its alignment
+with label frequencies, distillation steps, and the initial training phase of a client.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
+from typing_extensions import override
 
 from hetero_fl.aggregation.teachers import TeacherKind, align_to_labels, proxy_predictions
 from hetero_fl.aggregation.uploads import Uploads
@@ -24,62 +25,71 @@ from hetero_fl.core.plan import Fit, Plan, Predict, Rows, SampledBatches
 from hetero_fl.utils.seeding import keyed_generator
 
 TEACHER = "teacher"
-PROXY_INDICES = "drawn"  # the round whose rows the teacher speaks of
+# Item with the index of the round in which the teacher's proxy rows were sampled.
+PROXY_INDICES = "drawn"
 
 
 class ProxyTraining(Algorithm):
-    """Base of methods that train towards a teacher on the proxy set (KL · T², Hinton et al. 2015)."""
+    """Base class of methods that distill a teacher on the proxy set (Hinton et al. 2015)."""
 
     needs = Needs(proxy_set="required")
     downloads = {TEACHER: ItemSpec("rows", share="predictions")}
 
-    temperature: PositiveFloat = Field(2.0, description="T of the softened softmax")
+    temperature: PositiveFloat = Field(2.0, description="temperature T of the softmax")
     proxy_rows: int | None = Field(
         None,
         ge=2,
-        description="proxy rows drawn anew each round; none, or more than there are: the whole set",
+        description="proxy rows sampled in each round; `null`: the whole proxy set",
     )
     proxy_batch_size: PositiveInt = Field(
-        32, description="batch of every fit on the proxy set, at clients and server"
+        32, description="batch size on the proxy set, at clients and server"
     )
     student_epochs: PositiveInt = Field(
-        2, description="epochs a round of the server's own student on the proxy set"
+        2, description="epochs per round of the server's student on the proxy set"
     )
 
     def proxy_indices(
         self, participant: Participant, round_idx: int | None = None
     ) -> Tensor | None:
-        """Return the proxy rows of a round (by default this one), int64 `[D]`; None for all.
+        """Return the indices of a round's proxy rows, int64 `[D]`; None for all rows.
 
-        Both sides draw them by the round's key, so that no index travels.
+        Client and server sample with the same key, so indices are not sent.
+
+        Args:
+            participant: The client or the server.
+            round_idx: Index of the round. None is the current round.
         """
         if self.proxy_rows is None:
             return None
         total = len(participant.data("proxy", None)["x"])
         if self.proxy_rows >= total:
             return None
-        draws = keyed_generator(
+        generator = keyed_generator(
             participant.round_context.seed,
             participant.round_context.round_idx if round_idx is None else round_idx,
             "proxy rows",
         )
-        return torch.randperm(total, generator=draws)[: self.proxy_rows].sort().values
+        return torch.randperm(total, generator=generator)[: self.proxy_rows].sort().values
 
     def store_teacher(self, server: Participant, **content: object) -> None:
-        """Keep what this round made, usually the teacher, and the round, for the next broadcasts."""
+        """Store the teacher or other values, and the round, in the server's state."""
         server.state.update(content)
         if self.proxy_rows is not None:
             server.state[PROXY_INDICES] = torch.tensor([server.round_context.round_idx])
 
     @staticmethod
     def teacher_for(server: Participant, client_info: ClientInfo) -> Items:
-        """Return the teacher and the round of its rows, as far as the server has them, for a client with proxy rows."""
+        """Return the items to broadcast: the teacher and the round of its proxy rows.
+
+        The result is empty before the first teacher and for clients without proxy rows.
+        """
         if not client_info.has_proxy:
             return {}
-        return {n: server.state[n] for n in (TEACHER, PROXY_INDICES) if n in server.state}
+        names = (TEACHER, PROXY_INDICES)
+        return {name: server.state[name] for name in names if name in server.state}
 
     def teacher_rows(self, client: Participant, received: Payload) -> Tensor | None:
-        """Return the proxy rows that a received teacher is aligned to; None for all."""
+        """Return the indices of the proxy rows of a received teacher; None for all rows."""
         if PROXY_INDICES not in received:
             return None
         return self.proxy_indices(client, int(received[PROXY_INDICES]))
@@ -90,59 +100,70 @@ class ProxyTraining(Algorithm):
         received: Payload,
         epochs: int,
         teacher: Tensor | None = None,
-        **objective: object,
+        **objective: Any,
     ) -> Fit:
-        """Create the step that trains a client towards the teacher on the teacher's proxy rows.
+        """Create the step that distills the teacher into a client's model on the proxy set.
 
         Args:
             client: The client.
-            received: The broadcast, with the teacher.
-            epochs: Epochs on these rows.
-            teacher: Logits in place of those that were received, shape `[D, C]`.
+            received: Received items, which include the teacher.
+            epochs: Number of epochs.
+            teacher: Logits that replace the received ones, shape `[D, C]`.
             **objective: Further fields of `TeacherDistillation`.
         """
-        follow = TeacherDistillation(client.task.kind, self.temperature, **objective)  # type: ignore[arg-type]
+        loss = TeacherDistillation(client.task.kind, self.temperature, **objective)
         columns = {TEACHER: received[TEACHER] if teacher is None else teacher}
         rows = Rows("proxy", self.teacher_rows(client, received), extra_columns=columns)
         return local_fit(
-            client, follow, rows, epochs=epochs, batch_size=self.proxy_batch_size, label="digest"
+            client, loss, rows, epochs=epochs, batch_size=self.proxy_batch_size, label="digest"
         )
 
     def proxy_replay(self, client: Participant, received: Payload, weight: float) -> Fit:
-        """Create the step of local training with a batch of the teacher's proxy rows next to each of the client's."""
-        public = Rows("proxy", self.teacher_rows(client, received)).columns(client)["x"]
+        """Create the local training step that also distills on a batch of proxy rows.
+
+        Args:
+            client: The client.
+            received: Received items, which include the teacher.
+            weight: Weight of the distillation loss.
+        """
+        examples = Rows("proxy", self.teacher_rows(client, received)).columns(client)["x"]
         teacher = received[TEACHER]
 
-        def draw(generator: torch.Generator, size: int) -> Columns:
-            some = torch.randint(len(public), (size,), generator=generator)
-            return {"x": public[some], TEACHER: teacher[some]}
+        def sample(generator: torch.Generator, size: int) -> Columns:
+            indices = torch.randint(len(examples), (size,), generator=generator)
+            return {"x": examples[indices], TEACHER: teacher[indices]}
 
         objective = ProxyReplay(client.task.kind, weight=weight, temperature=self.temperature)
-        batches = {"public": SampledBatches(draw, self.proxy_batch_size)}
+        batches = {"public": SampledBatches(sample, self.proxy_batch_size)}
         return local_fit(client, objective, extra_batches=batches)
 
     def train_student(self, server: Participant, teacher: Tensor) -> Plan[None]:
-        """Distill this round's teacher into the server's own student, if one was asked for."""
+        """Distill this round's teacher into the server's student, if there is one."""
         if STUDENT in server.models:
             yield self.server_fit(server, STUDENT, teacher, self.student_epochs)
 
     def server_fit(
-        self, server: Participant, slot: str, teacher: Tensor, epochs: int, view: object = None
+        self,
+        server: Participant,
+        slot: str,
+        teacher: Tensor,
+        epochs: int,
+        preprocess: object = None,
     ) -> Fit:
-        """Create the step that fits one of the server's models to this round's teacher.
+        """Create the step that distills this round's teacher into one of the server's models.
 
         Args:
             server: The server.
-            slot: The model; the student keeps its optimizer from round to round.
+            slot: Slot of the model. The student keeps its optimizer state between rounds.
             teacher: Logits of the round's proxy rows, shape `[D, C]`.
-            epochs: Epochs on these rows.
-            view: The preprocessing of the rows; None: the server's.
+            epochs: Number of epochs.
+            preprocess: Preprocessing of the rows. None is the server's.
         """
         rows = self.proxy_indices(server)
         return Fit(
             {slot: None},
             TeacherDistillation(server.task.kind, self.temperature, slot=slot),
-            Rows("proxy", rows, extra_columns={TEACHER: teacher}, preprocess=view),
+            Rows("proxy", rows, extra_columns={TEACHER: teacher}, preprocess=preprocess),
             epochs=epochs,
             batch_size=self.proxy_batch_size,
             optimizer=server.optimizer,
@@ -152,65 +173,72 @@ class ProxyTraining(Algorithm):
 
 
 COUNTS = "counts"
-LABELS = "labels"  # label counts of all uploads so far
+# Key of the server's state with the label counts of all uploads so far.
+LABELS = "labels"
 
 
 class ProxyDistillation(ProxyTraining):
-    """Base of methods whose teacher is a consensus of all clients' predictions on the proxy set.
+    """Base class of methods whose teacher is the consensus of clients' predictions.
 
-    The teacher can be aligned with the clients' label frequencies, so that no class is lost in the consensus
-    (`hetero_fl.aggregation.teachers.align_to_labels`). Clients then send their label counts too, where classes exclude one
-    another and `shares` has `statistics`.
+    The teacher can be aligned with the clients' label frequencies, so that the consensus does not
+    lose a class (`hetero_fl.aggregation.teachers.align_to_labels`). Clients then also upload label
+    counts, if the task is multi-class and their `shares` contain `statistics`.
     """
 
     teacher: TeacherKind = Field(
         "mean",
-        description="weight of a client's predictions: mean, samples, contrast by class, entropy of each prediction",
+        description="weight of clients' predictions: equal, by samples, by contrast of each class, "
+        "or by entropy of each prediction",
     )
     align: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="how far the teacher moves towards the clients' label frequencies; 0: not at all",
+        description="degree to which the teacher is aligned with label frequencies; 0 disables it",
     )
 
     @property
-    def uploads(self) -> Mapping[str, ItemSpec]:  # type: ignore[override]  # follows from settings
-        """Predictions on the proxy set, and label counts where the teacher is aligned."""
+    @override
+    def uploads(self) -> Mapping[str, ItemSpec]:  # type: ignore[override]  # depends on settings
+        """Predictions on the proxy set, and label counts if the teacher is aligned."""
         logits = ItemSpec("rows", private=True, share="predictions", says="logits")
         return {"logits": logits, **self.label_counts_spec()}
 
     def label_counts_spec(self, use: Literal["sum", "each"] = "sum") -> Mapping[str, ItemSpec]:
-        """Return the declaration of label counts, if the teacher is aligned."""
+        """Return the declaration of label counts; empty if the teacher is not aligned."""
         spec = ItemSpec("counts", use, private=True, share="statistics")
         return {COUNTS: spec} if self.align else {}
 
     def upload_predictions(self, client: Participant) -> Plan[Items]:
-        """Predict the round's proxy rows and return the upload; empty if the client does not share predictions now."""
+        """Predict the round's proxy rows and return the upload.
+
+        The upload is empty if the client does not share predictions in this round.
+        """
         if not may_share(client, "predictions"):
             return {}
         logits = yield Predict("model", Rows("proxy", self.proxy_indices(client)))
         return {"logits": self.weighted_predictions(client, logits), **self.label_counts(client)}
 
     def weighted_predictions(self, client: Participant, logits: Tensor) -> Item:
-        """Return a client's predictions with their weight in the teacher."""
+        """Return an item with a client's predictions and their weight in the teacher."""
         counts = None
         if self.teacher == "contrast" and "statistics" in client.settings.shares:
             counts = client.counts
         return proxy_predictions(client.task, self.teacher, logits, counts, client.num_rows)
 
     def label_counts(self, client: Participant) -> Items:
-        """Return the client's label counts, if the teacher is aligned and the client shares them now."""
-        if (
-            not self.align
-            or client.task.kind != "multiclass"
-            or not may_share(client, "statistics")
-        ):
+        """Return the client's label counts as an item; empty if not needed or not shared."""
+        is_used = bool(self.align) and client.task.kind == "multiclass"
+        if not is_used or not may_share(client, "statistics"):
             return {}
         return {COUNTS: Item(client.counts, kind="counts")}
 
     def update_teacher(self, server: Participant, uploads: Uploads) -> Tensor | None:
-        """Make the mean of the uploaded logits the teacher and return it; None if there are none."""
+        """Compute, store and return the teacher, the mean of uploaded logits.
+
+        Returns:
+            Logits of shape `[D, C]`; None if no client uploaded any.
+        """
         teacher = uploads.mean("logits")
         if teacher is not None:
             teacher = self.align_teacher(server, uploads, teacher)
@@ -218,12 +246,23 @@ class ProxyDistillation(ProxyTraining):
         return teacher
 
     def align_teacher(self, server: Participant, uploads: Uploads, teacher: Tensor) -> Tensor:
-        """Return the teacher, aligned with the labels of all uploads so far: one small cohort may lack a class."""
+        """Align the teacher with the labels of all uploads so far, if `align` is set.
+
+        Counts accumulate over the rounds, as a small cohort may lack a class.
+
+        Args:
+            server: The server.
+            uploads: Uploads of the round.
+            teacher: Mean logits, shape `[D, C]`.
+
+        Returns:
+            Aligned logits, shape `[D, C]`.
+        """
         if self.align and uploads.is_available(COUNTS):
             server.state[LABELS] = uploads.total(COUNTS)[0] + server.state.get(LABELS, 0)
         if not self.align or LABELS not in server.state:
             return teacher
-        # noise may leave less than 0
+        # Noisy counts may be negative.
         log_q = log_prior(server.task, server.state[LABELS].clamp(min=0))
         if log_q is None:
             return teacher
@@ -233,14 +272,22 @@ class ProxyDistillation(ProxyTraining):
     def distill_into_groups(
         self, server: Participant, teacher: Tensor, senders: Iterable[ClientInfo], epochs: int
     ) -> Plan[None]:
-        """Distill this round's teacher into the model of each group that sent something, at the server."""
-        # the lowest id decides the view
-        views = {
+        """Distill this round's teacher into the server's model of each architecture group.
+
+        Args:
+            server: The server.
+            teacher: Logits of the round's proxy rows, shape `[D, C]`.
+            senders: Clients that uploaded a model; other groups are not trained.
+            epochs: Number of epochs.
+        """
+        # The client with the lowest id determines the preprocessing of its group.
+        preprocess = {
             c.arch.spec_id: c.preprocess
             for c in sorted(senders, key=lambda c: c.client_id, reverse=True)
         }
         yield [
-            self.server_fit(server, group, teacher, epochs, views[group]) for group in sorted(views)
+            self.server_fit(server, group, teacher, epochs, preprocess[group])
+            for group in sorted(preprocess)
         ]
 
 
@@ -248,29 +295,29 @@ DONE = "initial_phase"
 
 
 class InitialPhase(ProxyTraining):
-    """Base of methods whose clients can train before their first round: on labeled public rows, then on their own.
+    """Base class of methods with an initial training phase before a client's first round.
 
-    A client does so when it first takes part, whichever round that is, and remembers it in its
-    private state: the phase happens again only where nothing came of that round. A model that is
-    evaluated before has not had it.
+    Clients train on the labeled proxy set and then on their own rows, in the first round in which
+    they participate. This is recorded in their private state; the phase is repeated only if that
+    round fails. Models evaluated earlier have not been trained.
     """
 
     initial_phase: bool = Field(
-        False, description="train before the first round in which a client takes part"
+        False, description="whether clients train before the first round in which they participate"
     )
     initial_private_epochs: PositiveInt = Field(
         25, description="initial phase: epochs on the client's own rows"
     )
 
     def initial_training(self, client: Participant, public_epochs: int = 0) -> Plan[None]:
-        """Train a client that takes part for the first time, if the initial phase is on.
+        """Run the initial phase of a client, if it is enabled and has not been run.
 
-        Public rows have the task's loss without the client's label frequencies or class weights,
-        which are those of its own rows.
+        The loss on proxy rows uses neither logit adjustment nor class weights, as these depend on
+        the client's own rows.
 
         Args:
-            client: Whose round it is.
-            public_epochs: Epochs on the labeled proxy set; 0: it is left out.
+            client: The client.
+            public_epochs: Epochs on the labeled proxy set; 0 skips it.
         """
         if not self.initial_phase or DONE in client.state:
             return

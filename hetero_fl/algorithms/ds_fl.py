@@ -1,4 +1,8 @@
-"""DS-FL, with SCARLET's prediction cache and CFD's quantized soft labels."""
+"""DS-FL, with the prediction cache of SCARLET and the quantized soft labels of CFD.
+
+Itahara et al. 2020 (https://arxiv.org/abs/2008.06180), Azuma et al. 2025 ("SCARLET"), Sattler et
+al. 2020 (https://arxiv.org/abs/2012.00632).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import numpy as np
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
+from typing_extensions import override
 
 from hetero_fl.aggregation.teachers import CLIP, TINY, Sharpening, sharpen
 from hetero_fl.aggregation.uploads import Uploads
@@ -21,18 +26,25 @@ from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.plan import Plan, Predict, Rows
 from hetero_fl.core.task import Task
 
-# Soft labels in a few bits: the constrained quantiser of CFD (Sattler et al. 2020), packed end to
-# end.
-#
-# A distribution becomes the nearest one (in L1) whose probabilities are multiples of 1 / (2^b − 1).
-# With one bit that is a vote for the most probable class.
-
 
 def quantize_probabilities(p: Tensor, bits: int, sums_to_one: bool = True) -> Tensor:
-    """Probabilities `[N, C]` as levels of 0 … 2^bits − 1, uint8 `[N, C]`; probability = level / (2^bits − 1).
+    """Quantize probabilities to multiples of 1 / (2^bits − 1) (CFD, Sattler et al. 2020).
 
-    `sums_to_one`: so does each row, before and after: every level is rounded down, and what is missing goes to the largest
-    remainders, the first of equals. Else each is rounded by itself (labels that do not exclude one another).
+    Args:
+        p: Probabilities, shape `[N, C]`.
+        bits: Number of bits per probability. One bit is a vote for the most probable class.
+        sums_to_one: Whether rows are distributions. They then stay distributions: all values are
+            rounded down, and the missing levels are added to the largest remainders. Otherwise each
+            value is rounded to the nearest level.
+
+    Returns:
+        Levels from 0 to 2^bits − 1, uint8 `[N, C]`; the probability is level / (2^bits − 1).
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.algorithms.ds_fl import quantize_probabilities
+        >>> quantize_probabilities(torch.tensor([[0.5, 0.3, 0.2]]), bits=2)
+        tensor([[1, 1, 1]], dtype=torch.uint8)
     """
     top = 2**bits - 1
     if not sums_to_one:
@@ -47,48 +59,57 @@ def quantize_probabilities(p: Tensor, bits: int, sums_to_one: bool = True) -> Te
 
 
 def pack_labels(levels: Tensor, bits: int) -> Tensor:
-    """Pack levels `[N, C]` of so many bits end to end into uint8 `[N, ceil(C·bits / 8)]`."""
-    singles = (levels.cpu()[..., None] >> torch.arange(bits, dtype=torch.uint8)) & 1
-    packed = np.packbits(singles.flatten(1).numpy(), axis=1, bitorder="little")
+    """Pack levels `[N, C]` with `bits` bits each into uint8 `[N, ceil(C·bits / 8)]`."""
+    single_bits = (levels.cpu()[..., None] >> torch.arange(bits, dtype=torch.uint8)) & 1
+    packed = np.packbits(single_bits.flatten(1).numpy(), axis=1, bitorder="little")
     return torch.from_numpy(packed).to(levels.device)
 
 
 def unpack_labels(packed: Tensor, bits: int, classes: int) -> Tensor:
-    """Reverse `pack_labels`; return levels, uint8 `[N, classes]`."""
+    """Reverse `pack_labels`.
+
+    Args:
+        packed: Packed levels, uint8 `[N, ceil(C·bits / 8)]`.
+        bits: Number of bits per level.
+        classes: Number of classes C.
+
+    Returns:
+        Levels, uint8 `[N, C]`.
+    """
     flat = np.unpackbits(packed.cpu().numpy(), axis=1, count=classes * bits, bitorder="little")
-    singles = torch.from_numpy(flat).unflatten(1, (classes, bits))
-    levels = (singles << torch.arange(bits, dtype=torch.uint8)).sum(-1).to(torch.uint8)
+    single_bits = torch.from_numpy(flat).unflatten(1, (classes, bits))
+    levels = (single_bits << torch.arange(bits, dtype=torch.uint8)).sum(-1).to(torch.uint8)
     return levels.to(packed.device)
 
 
-# The cache of a consensus, at the server and at the clients: what was said of a proxy row serves
-# for several rounds.
-
+# Key of the server's state with the round of each cached row.
 CONSENSUS_ROUNDS = "made"
 
 
 class CachedPredictions(ProxyDistillation):
-    """A row is asked for, and sent, only where the receiver lacks it or it is too old (Azuma et al. 2025, SCARLET).
+    """Base class of methods that cache the consensus on proxy rows (SCARLET, Azuma et al. 2025).
 
-    The server's cache is `teacher` `[D, C]` with the round in which each row was `consensus_rounds`, and for each client seen the round
-    in which it `held` all of it: it then lacks what was made since. A client's is `cache` `[D, C]`.
+    Rows are requested and sent only if the receiver lacks them or they have expired. The server
+    caches the `teacher`, shape `[D, C]`, the round in which each row was computed, and for each
+    client the last round in which it was up to date (`held`). Clients keep a `cache`, shape
+    `[D, C]`.
     """
 
     cache_life: PositiveInt | None = Field(
-        None, description="rounds until a row is asked for again; none: no cache"
+        None, description="rounds after which a cached row expires; `null`: no cache"
     )
 
     @model_validator(mode="after")
-    def _whole_rounds(self) -> CachedPredictions:
+    def _check_cache(self) -> CachedPredictions:
         if self.align and self.cache_life is not None:
             raise ValueError(
-                "align needs what is said of all rows of a round, but with cache_life few are asked for; leave one of them out"
+                "align cannot be combined with cache_life, as it needs the predictions of all rows "
+                "of a round; set only one of them"
             )
         return self
 
-    # At the server -----------------------------------------------------------------------------------------------
     def requested_rows(self, server: Participant) -> Tensor:
-        """Those of the round's rows that the cache lacks or has had too long: what clients are asked for, int64."""
+        """Return the indices of the round's rows that are not cached or have expired, int64."""
         assert self.cache_life is not None
         made = self.consensus_rounds(server)
         rows = self.proxy_indices(server)
@@ -97,82 +118,99 @@ class CachedPredictions(ProxyDistillation):
 
     @staticmethod
     def consensus_rounds(server: Participant) -> Tensor:
-        """The round in which each proxy row's consensus was made, int64 `[D]`; −1: never."""
+        """Return the round in which each row's consensus was computed, int64 `[D]`, or -1."""
         made: Tensor | None = server.state.get(CONSENSUS_ROUNDS)
         if made is None:
             return torch.full((len(server.data("proxy", None)["x"]),), -1)
-        return made.cpu()  # as the proxy indices
+        # Proxy indices are on the CPU.
+        return made.cpu()
 
     def cache_update(self, server: Participant, client_info: ClientInfo) -> Items:
-        """What this client is asked for, and what it lacks of the teacher."""
+        """Return the requested rows, and the rows of the teacher that the client lacks."""
         if not client_info.has_proxy:
             return {}
-        items: Items = (
-            {"ask": self.requested_rows(server).int()} if client_info.purpose == "train" else {}
-        )
+        items: Items = {}
+        if client_info.purpose == "train":
+            items["ask"] = self.requested_rows(server).int()
         if TEACHER in server.state:
-            new = (
-                self.consensus_rounds(server) >= server.state["held"].get(client_info.client_id, 0)
-            ).nonzero()[:, 0]
-            items |= self.teacher_for(server, client_info) | {
-                "new": new.int(),
-                TEACHER: server.state[TEACHER][new],
-            }
+            last_round = server.state["held"].get(client_info.client_id, 0)
+            new = (self.consensus_rounds(server) >= last_round).nonzero()[:, 0]
+            items |= self.teacher_for(server, client_info)
+            items |= {"new": new.int(), TEACHER: server.state[TEACHER][new]}
         return items
 
     def update_cache(
         self, server: Participant, uploads: Uploads, teacher: Tensor | None
     ) -> Tensor | None:
-        """Set what was asked for into the cache; returns the teacher of all the round's rows, None if some lack a word."""
-        asked = self.requested_rows(server)
+        """Store the consensus on requested rows in the cache.
+
+        Args:
+            server: The server.
+            uploads: Uploads of the round.
+            teacher: Logits of the requested rows; None if no client predicted them.
+
+        Returns:
+            Logits of all of the round's rows; None if some were requested but not predicted.
+        """
+        requested = self.requested_rows(server)
         now = server.round_context.round_idx
         state = server.state
         state["held"] = {**state.get("held", {}), **{u.client: now for u in uploads.each}}
-        if teacher is None and len(asked):
+        if teacher is None and len(requested):
             return None
         if teacher is not None:
             made = self.consensus_rounds(server).clone()
             rows = server.state.get(TEACHER)
             rows = teacher.new_zeros(len(made), teacher.shape[1]) if rows is None else rows.clone()
-            rows[asked], made[asked] = teacher, now
+            rows[requested] = teacher
+            made[requested] = now
             state.update({CONSENSUS_ROUNDS: made, TEACHER: rows})
         self.store_teacher(server)
-        known = state[TEACHER]
-        use = self.proxy_indices(server)
-        return known if use is None else known[use]
+        cached = state[TEACHER]
+        indices = self.proxy_indices(server)
+        return cached if indices is None else cached[indices]
 
-    # At the client -----------------------------------------------------------------------------------------------
     @staticmethod
     def cached_teacher(client: Participant, received: Payload, rows: Tensor | None) -> Tensor:
-        """The teacher of these rows, or of all, from what was received and what the client has kept."""
-        news: Tensor = received[TEACHER]
+        """Update the client's cache with the received rows and return the teacher.
+
+        Args:
+            client: The client.
+            received: Received items, which include the teacher.
+            rows: Indices of the rows to return; None for all.
+
+        Returns:
+            Logits of these rows, shape `[D, C]`.
+        """
+        teacher: Tensor = received[TEACHER]
         if "new" not in received:
-            return news
-        kept = client.state.get("cache")
-        kept = (
-            news.new_zeros(len(client.data("proxy", None)["x"]), news.shape[1])
-            if kept is None
-            else kept.clone()
-        )
-        kept[received["new"].long()] = news
-        client.state["cache"] = kept
-        return kept if rows is None else kept[rows]
-
-
-# DS-FL: a sharpened consensus of probabilities on proxy rows; with SCARLET's cache and CFD's soft
-# labels of a few bits.
+            return teacher
+        cache = client.state.get("cache")
+        if cache is None:
+            cache = teacher.new_zeros(len(client.data("proxy", None)["x"]), teacher.shape[1])
+        else:
+            cache = cache.clone()
+        cache[received["new"].long()] = teacher
+        client.state["cache"] = cache
+        return cache if rows is None else cache[rows]
 
 
 @register_algorithm("ds_fl")
 class DSFL(CachedPredictions):
-    """Distill the sharpened mean of all clients' class probabilities on public rows that change each round.
+    """Distill the sharpened mean of all clients' probabilities on sampled proxy rows.
 
-    Clients train, upload their probabilities on the round's proxy rows, and learn from the mean of all, made more decided, as
-    does the server's student (Itahara et al. 2020, Algorithm 1).
+    Clients train, upload probabilities on the round's proxy rows, and distill the sharpened mean,
+    as does the server's student (Itahara et al. 2020, Algorithm 1).
 
-    `era` (entropy reduction): softmax(p̄ / T), on probabilities; `power`: p̄^β / Σ p̄^β (Azuma et al. 2025, SCARLET). With
-    `cache_life` a row is asked for, and sent, only where the receiver lacks it or it is too old (SCARLET). With `bits` clients
-    send quantised probabilities (Sattler et al. 2020, CFD). The teacher travels as the logits of which it is the softmax.
+    `sharpen: era` (entropy reduction) is softmax(p̄ / T) on probabilities; `power` is p̄^β / Σ p̄^β
+    (SCARLET, Azuma et al. 2025). With `cache_life`, rows are sent only if the receiver lacks them
+    or they have expired (SCARLET). With `bits`, clients upload quantized probabilities (CFD,
+    Sattler et al. 2020). The teacher is broadcast as logits.
+
+    Example:
+        >>> from hetero_fl.algorithms import DSFL
+        >>> list(DSFL(era_temperature=0.5).uploads), list(DSFL(bits=1).uploads)
+        (['probabilities'], ['codes'])
     """
 
     title = "DS-FL"
@@ -186,40 +224,42 @@ class DSFL(CachedPredictions):
     proxy_rows: int | None = Field(
         1000,
         ge=2,
-        description="proxy rows drawn anew each round; none, or more than there are: the whole set",
+        description="proxy rows sampled in each round; `null`: the whole proxy set",
     )
     distil_epochs: PositiveInt = Field(
-        1, description="epochs of a client on the proxy rows of a round"
+        1, description="epochs of distillation per round at the client"
     )
     sharpen: Sharpening = Field(
-        "era", description="of the mean: softmax(p/T), p^β/Σp^β, or as it is"
+        "era", description="sharpening of the mean: softmax(p/T), p^β/Σp^β, or none"
     )
-    era_temperature: PositiveFloat = Field(0.1, description="T of era; the lower, the sharper")
-    beta: PositiveFloat = Field(1.5, description="β of power; 1 changes nothing")
+    era_temperature: PositiveFloat = Field(
+        0.1, description="temperature T of era; lower values sharpen more"
+    )
+    beta: PositiveFloat = Field(1.5, description="exponent β of power; 1 does not sharpen")
     bits: int | None = Field(
-        None, ge=1, le=8, description="of an uploaded probability; 1: a vote; none: a float"
+        None, ge=1, le=8, description="bits per uploaded probability; 1: a vote; `null`: a float"
     )
 
     @property
-    def uploads(self) -> Mapping[str, ItemSpec]:  # type: ignore[override]  # what travels follows from the settings
-        """Sums will do, unless codes have to be read or who received what has to be known."""
-        use: Literal["each", "sum"] = (
-            "sum" if self.bits is None and self.cache_life is None else "each"
-        )
+    @override
+    def uploads(self) -> Mapping[str, ItemSpec]:  # type: ignore[override]  # depends on settings
+        """Probabilities or their codes, and label counts if the teacher is aligned."""
+        # Codes cannot be summed, and the cache needs to know which clients sent predictions.
+        can_sum = self.bits is None and self.cache_life is None
+        use: Literal["each", "sum"] = "sum" if can_sum else "each"
         name = "probabilities" if self.bits is None else "codes"
         return {
             name: ItemSpec("rows", use, private=True, share="predictions"),
             **self.label_counts_spec(),
         }
 
-    # The round ---------------------------------------------------------------------------------------------------
+    @override
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
-        return (
-            self.teacher_for(server, recipient)
-            if self.cache_life is None
-            else self.cache_update(server, recipient)
-        )
+        if self.cache_life is None:
+            return self.teacher_for(server, recipient)
+        return self.cache_update(server, recipient)
 
+    @override
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
         yield from super().deploy(client, received)
         if TEACHER in received:
@@ -227,13 +267,14 @@ class DSFL(CachedPredictions):
             teacher = self.cached_teacher(client, received, rows)
             yield self.distill(client, received, self.distil_epochs, teacher)
 
+    @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
         yield local_fit(client)
-        asked = received["ask"].cpu().long() if "ask" in received else self.proxy_indices(client)
-        if (asked is not None and not len(asked)) or not may_share(client, "predictions"):
+        rows = received["ask"].cpu().long() if "ask" in received else self.proxy_indices(client)
+        if (rows is not None and not len(rows)) or not may_share(client, "predictions"):
             return {}
-        logits = yield Predict("model", Rows("proxy", asked))
+        logits = yield Predict("model", Rows("proxy", rows))
         weighted = self.weighted_probabilities(client, logits)
         counts = self.label_counts(client)
         if self.bits is None:
@@ -243,30 +284,28 @@ class DSFL(CachedPredictions):
         return {"codes": replace(weighted, values=pack_labels(levels, self.bits)), **counts}
 
     def weighted_probabilities(self, client: Participant, logits: Tensor) -> Item:
-        """Return a client's probabilities, or their clipped logarithm, with their weight in the teacher."""
+        """Return an item with a client's (log) probabilities and their weight in the teacher."""
         p = predicted_probabilities(client.task, logits)
         weighted = self.weighted_predictions(client, logits)
         return replace(weighted, values=self.averaged_form(client.task, p))
 
     def averaged_form(self, task: Task, p: Tensor) -> Tensor:
-        """What of probabilities is averaged."""
+        """Return the values to average: probabilities, or their clipped logarithms."""
         return p.log().clamp(min=CLIP) if self.averages_logarithms(task) else p
 
     def averages_logarithms(self, task: Task) -> bool:
-        """Whether the mean is one of log p."""
+        """Return whether logarithms of probabilities are averaged."""
         return self.teacher == "contrast" and task.kind == "multiclass"
 
+    @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
-        mean = (
-            uploads.mean("probabilities")
-            if self.bits is None
-            else self.decoded_mean(server, uploads)
-        )
-        teacher = (
-            None
-            if mean is None
-            else self.sharpened_teacher(server.task, self.align_mean(server, uploads, mean))
-        )
+        if self.bits is None:
+            mean = uploads.mean("probabilities")
+        else:
+            mean = self.decoded_mean(server, uploads)
+        teacher = None
+        if mean is not None:
+            teacher = self.sharpened_teacher(server.task, self.align_mean(server, uploads, mean))
         if self.cache_life is not None:
             teacher = self.update_cache(server, uploads, teacher)
         elif teacher is not None:
@@ -275,18 +314,25 @@ class DSFL(CachedPredictions):
             yield from self.train_student(server, teacher)
 
     def decoded_mean(self, server: Participant, uploads: Uploads) -> Tensor | None:
-        """The mean of what quantised uploads say."""
+        """Return the mean of the quantized uploads, or None if there are none."""
         assert self.bits is not None
-        said = {}
+        predictions = {}
         for upload in uploads.having("codes"):
             item = upload.payload.item("codes")
-            levels = unpack_labels(item.values, self.bits, server.task.outputs)  # type: ignore[arg-type]  # rows are a tensor
+            assert isinstance(item.values, Tensor)
+            levels = unpack_labels(item.values, self.bits, server.task.outputs)
             p = levels.to(torch.get_default_dtype()) / (2**self.bits - 1)
-            said[upload.client] = Item(self.averaged_form(server.task, p), item.weight)
-        return uploads.consensus("codes", said)
+            predictions[upload.client] = Item(self.averaged_form(server.task, p), item.weight)
+        return uploads.consensus("codes", predictions)
 
     def align_mean(self, server: Participant, uploads: Uploads, mean: Tensor) -> Tensor:
-        """The mean of what was said, aligned before it is sharpened."""
+        """Return the mean after alignment with label frequencies, which precedes sharpening.
+
+        Args:
+            server: The server.
+            uploads: Uploads of the round.
+            mean: Mean of the uploaded (log) probabilities, shape `[D, C]`.
+        """
         if not self.align or server.task.kind != "multiclass":
             return mean
         if self.averages_logarithms(server.task):
@@ -294,13 +340,12 @@ class DSFL(CachedPredictions):
         return self.align_teacher(server, uploads, mean.clamp(min=TINY).log()).softmax(-1)
 
     def sharpened_teacher(self, task: Task, mean: Tensor) -> Tensor:
-        """Logits of the teacher, from the mean of what was said."""
+        """Return the teacher's logits from the mean of the (log) probabilities."""
         p = mean.softmax(-1) if self.averages_logarithms(task) else mean
-        return sharpen(
-            task, p, self.sharpen, self.era_temperature if self.sharpen == "era" else self.beta
-        )
+        strength = self.era_temperature if self.sharpen == "era" else self.beta
+        return sharpen(task, p, self.sharpen, strength)
 
 
 def predicted_probabilities(task: Task, logits: Tensor) -> Tensor:
-    """Of classes, or of each label by itself."""
+    """Return the softmax of logits, or their sigmoid if the task is not multi-class."""
     return logits.softmax(-1) if task.kind == "multiclass" else logits.sigmoid()

@@ -1,10 +1,14 @@
-"""Federated distillation without a public set: clients exchange their mean logits by class."""
+"""FD: federated distillation without a proxy set, by mean logits of each class.
+
+Jeong et al. 2018 (https://arxiv.org/abs/1811.11479).
+"""
 
 from __future__ import annotations
 
 from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
+from typing_extensions import override
 
 from hetero_fl.aggregation.teachers import CLIP, contrast_weights
 from hetero_fl.aggregation.uploads import Uploads
@@ -18,10 +22,21 @@ from hetero_fl.core.plan import ClassSums, Plan
 
 @register_algorithm("fd")
 class FD(Algorithm):
-    """Exchange each class's mean logits; each client learns from its rows and from the mean of the row's class.
+    """Distill the mean logits of each class over all clients into the clients' models.
 
-    The loss is cross-entropy plus λ·KL·T² towards the consensus logits of the example's class (Jeong et al. 2018,
-    Algorithm 1). Clients upload sums of logits and counts by class; the server divides the total of the sums by the total of the counts.
+    The local loss is cross-entropy plus λ·KL·T² towards the mean logits of the example's class
+    (Jeong et al. 2018, Algorithm 1). Clients upload sums of logits and counts by class; the server
+    divides the total sums by the total counts.
+
+    Deviations: a client's own logits are part of its teacher, and logits are computed after local
+    training.
+
+    Example:
+        >>> from hetero_fl.algorithms import FD
+        >>> FD(temperature=2.0).uploads["class_logits"].kind
+        'class_sums'
+        >>> FD().needs.tasks
+        ('multiclass',)
     """
 
     title = "FD"
@@ -31,21 +46,24 @@ class FD(Algorithm):
     downloads = {"teacher": ItemSpec("rows", share="predictions")}
     needs = Needs(tasks=("multiclass",))
 
-    weight: NonNegativeFloat = Field(1.0, description="λ: weight of the distillation term")
-    temperature: PositiveFloat = Field(1.0, description="T of the softened softmax")
+    weight: NonNegativeFloat = Field(1.0, description="weight λ of the distillation loss")
+    temperature: PositiveFloat = Field(1.0, description="temperature T of the softmax")
     teacher: Literal["mean", "contrast"] = Field(
-        "mean", description="by counts, or contrast-weighted clipped log p"
+        "mean", description="mean of logits by counts, or contrast-weighted mean of clipped log p"
     )
 
+    @override
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
         return dict(server.state.get("consensus", {})) if recipient.purpose == "train" else {}
 
+    @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         if "teacher" in received:
-            follow = ClassTeacherDistillation(
+            objective = ClassTeacherDistillation(
                 client.task.kind, weight=self.weight, temperature=self.temperature
             )
-            yield local_fit(client, follow, context={n: received[n] for n in ("teacher", "known")})
+            context = {name: received[name] for name in ("teacher", "known")}
+            yield local_fit(client, objective, context=context)
         else:
             yield local_fit(client)
         if not may_share(client, "statistics"):
@@ -53,7 +71,7 @@ class FD(Algorithm):
         return {"class_logits": (yield from self.class_statistics(client))}
 
     def class_statistics(self, client: Participant) -> Plan[Item]:
-        """Return the sums of the client's logits by true class, `[C, C]`, with their divisors as the weight."""
+        """Return the sums of the client's logits by true class, `[C, C]`, weighted by counts."""
         if self.teacher == "mean":
             sums, counts = yield ClassSums("model")
             return Item(sums, counts[:, None], "class_sums")
@@ -61,6 +79,7 @@ class FD(Algorithm):
         weight = contrast_weights(client.counts).to(sums.dtype) / max(1, client.num_rows)
         return Item(sums * weight, counts[:, None] * weight, "class_sums")
 
+    @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         mean = uploads.mean("class_logits")
         if mean is not None:

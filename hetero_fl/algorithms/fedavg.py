@@ -1,4 +1,8 @@
-"""Parameter averaging: FedAvg, FedProx, FedNova."""
+"""Parameter averaging: FedAvg, FedProx and FedNova.
+
+McMahan et al. 2017 (https://arxiv.org/abs/1602.05629), Li et al. 2020
+(https://arxiv.org/abs/1812.06127), Wang et al. 2020 (https://arxiv.org/abs/2007.07481).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
+from typing_extensions import override
 
 from hetero_fl.aggregation.means import tie_common_tensors
 from hetero_fl.aggregation.uploads import Uploads
@@ -31,30 +36,37 @@ from hetero_fl.core.plan import FitReport, Plan
 class FedAvg(Algorithm):
     """Average the parameters of all clients with the same model.
 
-    The rule is θ ← θ + λ(Σ w_k θ_k − θ) (McMahan et al. 2017, Algorithm 1). On a mixed federation each tensor is averaged
-    among the clients of one architecture. `weighting: sum` adds the clients' changes up in place of their mean:
-    θ ← θ + λ·Σ(θ_k − θ), for K senders a plain mean with λ·K.
+    The server computes θ ← θ + λ(Σ w_k θ_k − θ) (McMahan et al. 2017, Algorithm 1). With several
+    architectures, clients are averaged within each architecture. `weighting: sum` adds the
+    clients' updates instead of averaging them: θ ← θ + λ·Σ(θ_k − θ). With K uploads this equals
+    uniform weights and a server learning rate of λ·K.
+
+    Example:
+        >>> from hetero_fl.algorithms import FedAvg
+        >>> method = FedAvg(weighting="uniform", server_lr=0.5)
+        >>> method.uploads["model"].kind, method.needs.one_architecture
+        ('params', True)
     """
 
     title = "FedAvg"
 
     weighting: Literal["samples", "uniform", "sum"] = Field(
         "samples",
-        description="w_k = n_k / Σn, or all equal; sum: w_k = 1, changes are added up and λ is their factor",
+        description="client weights: w_k = n_k / Σn, all equal, or w_k = 1 without normalization",
     )
-    server_lr: PositiveFloat = Field(
-        1.0, description="λ: how far the server moves towards the mean"
-    )
+    server_lr: PositiveFloat = Field(1.0, description="server learning rate λ")
 
     def weight_of(self, client: Participant | ClientInfo) -> float:
-        """Return the weight of a client's parameters in the mean."""
+        """Return the weight of a client in the mean."""
         return float(client.num_rows) if self.weighting == "samples" else 1.0
 
+    @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
         yield local_fit(client)
         return upload_model(self, client, self.weight_of(client))
 
+    @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         if self.weighting == "sum":
             add_up_models(server, uploads, self.server_lr)
@@ -65,15 +77,22 @@ class FedAvg(Algorithm):
 
 @register_algorithm("fedprox")
 class FedProx(FedAvg):
-    """Average parameters, and keep each client's training close to the average that it started from.
+    """Average parameters trained with a proximal term that keeps clients close to the average.
 
-    Clients minimize loss + (μ/2)‖θ − θ_round_start‖² (Li et al. 2020, eq. 2).
+    Clients minimize loss + (μ/2)‖θ − θ_0‖², where θ_0 is the model they received at the start of
+    the round (Li et al. 2020, eq. 2).
+
+    Example:
+        >>> from hetero_fl.algorithms import FedProx
+        >>> FedProx(mu=0.1).model_dump()
+        {'weighting': 'samples', 'server_lr': 1.0, 'mu': 0.1}
     """
 
     title = "FedProx"
 
-    mu: NonNegativeFloat = Field(0.01, description="strength of the pull towards the round's start")
+    mu: NonNegativeFloat = Field(0.01, description="weight μ of the proximal term")
 
+    @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
         anchor = client.models["model"]
@@ -86,33 +105,39 @@ PATH = "path"
 
 @register_algorithm("fednova")
 class FedNova(Algorithm):
-    """Average each client's change divided by the length of its path, so that more steps count no more.
+    """Average updates normalized by each client's number of local steps.
 
-    The rule is θ ← θ + λ·τ_eff·Σ w_k (θ_k − θ)/‖a_k‖₁ with τ_eff = Σ w_k ‖a_k‖₁ (Wang et al., NeurIPS 2020, eqs. 3, 6 and 13).
-    ‖a_k‖₁ is how often a client's gradients count in its change: the number of its steps, more with momentum (`path`). Equal
-    paths make it FedAvg. Buffers (BatchNorm statistics) are averaged plainly.
+    The server computes θ ← θ + λ·τ_eff·Σ w_k (θ_k − θ)/‖a_k‖₁ with τ_eff = Σ w_k ‖a_k‖₁ (Wang et
+    al., NeurIPS 2020, eqs. 3, 6 and 13). ‖a_k‖₁, the item `path`, is the number of local steps; it
+    is larger with momentum. If it is equal for all clients, the method is FedAvg. Buffers
+    (BatchNorm statistics) are averaged without normalization.
+
+    Example:
+        >>> from hetero_fl.algorithms import FedNova
+        >>> {name: spec.kind for name, spec in FedNova().uploads.items()}
+        {'model': 'update', 'path': 'params'}
     """
 
     title = "FedNova"
     uploads = {"model": ItemSpec("update"), PATH: ItemSpec("params")}
 
     weighting: Literal["samples", "uniform"] = Field(
-        "samples", description="w_k = n_k / Σn, or all equal"
+        "samples", description="client weights: w_k = n_k / Σn, or all equal"
     )
-    server_lr: PositiveFloat = Field(
-        1.0, description="λ: how far the server moves along the mean direction"
-    )
+    server_lr: PositiveFloat = Field(1.0, description="server learning rate λ")
 
+    @override
     def setup(self, server: Participant) -> None:
         tie_common_tensors(server.models, server.common)
 
+    @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
         arch = client.arch["model"]
         part = shared_part(self, client.settings)
-        mine = shareable_tensors(self, arch, client.models["model"], part)
-        # until it uploads (`share_every`)
-        since = client.state.setdefault("since", {"start": mine, PATH: 0.0})
+        start = shareable_tensors(self, arch, client.models["model"], part)
+        # With `share_every`, the state accumulates over several rounds until the upload.
+        since = client.state.setdefault("since", {"start": start, PATH: 0.0})
         report: FitReport = yield local_fit(client)
         since[PATH] += accumulated_steps(report.steps, client.optimizer)
         weight = float(client.num_rows) if self.weighting == "samples" else 1.0
@@ -129,29 +154,29 @@ class FedNova(Algorithm):
             items = {"model": Item(change, weight, "update"), PATH: Item(paths, weight, "params")}
         return items
 
+    @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         paths = uploads.mean_by_group(PATH)
         for group, mean in uploads.mean_by_group("model").items():
             model = server.models[group]
             names = server.arch[group].parameter_names
-            effective = {n: paths[group][n] * (self.server_lr if n in names else 1.0) for n in mean}
-            server.models[group] = {
-                **model,
-                **{n: model[n] + effective[n] * change for n, change in mean.items()},
-            }
-        # groups without a client in the cohort, too
+            scale = {n: paths[group][n] * (self.server_lr if n in names else 1.0) for n in mean}
+            updated = {n: model[n] + scale[n] * change for n, change in mean.items()}
+            server.models[group] = {**model, **updated}
+        # This also updates groups without a client in the cohort.
         tie_common_tensors(server.models, server.common, paths)
         yield from ()
 
 
 def accumulated_steps(steps: int, optimizer: OptimizerConfig) -> float:
-    """Return ‖a‖₁: the sum over gradients of how much of each the model has moved by.
+    """Return ‖a‖₁, the sum of the coefficients of all gradients in a client's update.
 
-    The unit is the learning rate. With momentum ρ it is (τ − ρ(1 − ρ^τ)/(1 − ρ))/(1 − ρ), section 4 of the paper; with
-    Nesterov's, ρ² stands in place of the first ρ. Each of Adam's steps counts one.
+    The unit is the learning rate. With momentum ρ and τ steps it is
+    (τ − ρ(1 − ρ^τ)/(1 − ρ))/(1 − ρ) (Wang et al. 2020, section 4); with Nesterov momentum, ρ²
+    replaces the first ρ. Steps of other optimizers count 1.
     """
     rho = optimizer.momentum
     if not rho:
         return float(steps)
-    head = rho**2 if optimizer.nesterov else rho
-    return (steps - head * (1 - rho**steps) / (1 - rho)) / (1 - rho)
+    first = rho**2 if optimizer.nesterov else rho
+    return (steps - first * (1 - rho**steps) / (1 - rho)) / (1 - rho)

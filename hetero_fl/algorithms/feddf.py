@@ -1,9 +1,13 @@
-"""FedDF: ensemble distillation at the server, on top of averaging by architecture."""
+"""FedDF: averaging by architecture, followed by ensemble distillation at the server.
+
+Lin et al., NeurIPS 2020 (https://arxiv.org/abs/2006.07242).
+"""
 
 from __future__ import annotations
 
 from pydantic import Field, PositiveInt
 from torch import Tensor
+from typing_extensions import override
 
 from hetero_fl.aggregation.teachers import proxy_predictions
 from hetero_fl.aggregation.uploads import Upload, Uploads
@@ -17,11 +21,21 @@ from hetero_fl.core.plan import Plan, Predict, Rows
 
 @register_algorithm("feddf")
 class FedDF(ProxyDistillation, FedAvg):
-    """Average models by architecture, then distill the predictions of all of them into each average at the server.
+    """Average models by architecture, then distill the ensemble of all clients into each average.
 
-    Each architecture's average is the start, the mean of all clients' logits on the proxy set the teacher; the result goes
-    back (Lin et al. 2020, Algorithm 3). A client that does not share its whole model sends its proxy logits itself: the same
-    teacher. Label counts travel only for the contrast-weighted teacher, and for one that is aligned.
+    The teacher is the mean of all clients' logits on the proxy set; the server distills it into the
+    average of each architecture and sends the result (Lin et al. 2020, Algorithm 3). Clients that
+    do not share their whole model upload proxy logits, which gives the same teacher. Label counts
+    are uploaded only for the contrast-weighted or the aligned teacher.
+
+    Deviations from the authors' defaults: T = 2, batches of 32 and a fixed number of epochs with a
+    constant learning rate.
+
+    Example:
+        >>> from hetero_fl.algorithms import FedDF
+        >>> method = FedDF(teacher="contrast", distil_epochs=5)
+        >>> method.needs.proxy_set, method.uploads["model"].use
+        ('required', 'each')
     """
 
     title = "FedDF"
@@ -32,22 +46,25 @@ class FedDF(ProxyDistillation, FedAvg):
     }
 
     distil_epochs: PositiveInt = Field(
-        2, description="epochs of each group's average on the proxy set"
+        2, description="epochs of distillation per round into each architecture's average"
     )
 
+    @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         items: Items = yield from super().train(client, received)
         if upload_part(self, client.settings, client.round_context.round_idx) is not None:
             items |= yield from self.upload_predictions(client)
         elif self.teacher == "contrast" and may_share(client, "statistics"):
             items[COUNTS] = Item(client.counts, kind="counts")
-        elif client.has_proxy:  # else its model is no part of the teacher
+        elif client.has_proxy:
+            # Without proxy rows, the client's model does not contribute to the teacher.
             items |= self.label_counts(client)
         return items
 
+    @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         round_idx = server.round_context.round_idx
-        whole = [
+        teachers = [
             u
             for u in uploads.having("model")
             if "logits" not in u.payload
@@ -62,10 +79,11 @@ class FedDF(ProxyDistillation, FedAvg):
                 tensors={**server.models[u.group], **u.payload["model"]},
                 arch=u.client_info.arch,
             )
-            for u in whole
+            for u in teachers
         ]
         predictions = {
-            u.client: self.predictions_of(server, u, z) for u, z in zip(whole, logits, strict=True)
+            u.client: self.predictions_of(server, u, z)
+            for u, z in zip(teachers, logits, strict=True)
         }
         predictions |= {u.client: u.payload.item("logits") for u in uploads.having("logits")}
         yield from super().aggregate(server, uploads)
@@ -77,7 +95,13 @@ class FedDF(ProxyDistillation, FedAvg):
             yield from self.train_student(server, teacher)
 
     def predictions_of(self, server: Participant, upload: Upload, logits: Tensor) -> Item:
-        """Return the weighted predictions of a client's model at the server."""
+        """Return an item with the predictions of a client's model and their weight in the teacher.
+
+        Args:
+            server: The server.
+            upload: The client's upload.
+            logits: Logits of the client's model on the proxy rows, shape `[D, C]`.
+        """
         return proxy_predictions(
             server.task,
             self.teacher,

@@ -1,4 +1,7 @@
-"""FedGKT: the server trains a large model on clients' features, and both sides learn from each other."""
+"""FedGKT: split training of client models and a large server model by mutual distillation.
+
+He et al., NeurIPS 2020 (https://arxiv.org/abs/2007.14513).
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 from torch import Tensor
+from typing_extensions import override
 
 from hetero_fl.aggregation.uploads import Upload, Uploads
 from hetero_fl.algorithms.base import Algorithm, Items, Needs, may_share, register_algorithm
@@ -29,24 +33,36 @@ from hetero_fl.core.plan import Fit, Plan, Predict, Rows, TensorRows
 from hetero_fl.utils.errors import UserError
 from model_zoo import ModelError
 
-LARGE = "large"  # the server's model, of features
-# what clients send of their rows, and the column that it is at the server
+# Slot of the server's model on features.
+LARGE = "large"
+# Uploaded items by name, and the columns of the server's training set that they become.
 ROWS = {"features": "x", "logits": "teacher", "labels": "y"}
 
 
 @register_algorithm("fedgkt")
 class FedGKT(CommonFeatureWidth):
-    """Train a large model at the server on all clients' features; each side learns from the other's logits.
+    """Train a large server model on clients' features, with mutual distillation of logits.
 
-    Clients send features, logits and label of every private row (He et al. 2020, Algorithm 1). Clients train extractor and head on CE + λ·KL·T² towards the server's logits of their rows, the server its model on the
-    same towards theirs, and sends its logits back.
+    Clients train on CE + λ·KL·T² towards the server's logits of their rows and upload the features,
+    logits and label of every training row. The server trains its model on all features with the
+    same loss towards the clients' logits and returns its logits (He et al. 2020, Algorithm 1).
 
-    A client's own model, with features of the common width, is its extractor. An example is classified by the server's model
-    on the client's features. Each private row gives away as much as its features tell of it.
+    The backbone of a client's model, with features of the common width, is its extractor. The
+    server's model classifies examples by the client's features. Uploaded features and labels
+    reveal information about each training row.
+
+    Example:
+        >>> from hetero_fl.algorithms import FedGKT
+        >>> method = FedGKT(large_model={"name": "mlp", "hidden": [512]})
+        >>> list(method.uploads), method.uploads["features"].needed_share
+        (['features', 'logits', 'labels'], 'features')
     """
 
     title = "FedGKT"
-    evaluated_when = "after local training, by the server's model on the client's features (the models saved have clients' heads)"
+    evaluated_when = (
+        "after local training, by the server's model on the client's features (saved models: with "
+        "clients' heads)"
+    )
     shared = ()
     uploads = {
         name: ItemSpec("rows", "each", private=True, share="features", rows_of="train")
@@ -56,21 +72,21 @@ class FedGKT(CommonFeatureWidth):
     needs = Needs(tasks=("multiclass",), also=("one feature width",))
 
     temperature: PositiveFloat = Field(
-        3.0, description="T of the softened softmax, at clients and server"
+        3.0, description="temperature T of the softmax, at clients and server"
     )
     weight: NonNegativeFloat = Field(
-        1.0, description="λ: weight of the other side's logits, at clients and server"
+        1.0, description="weight λ of the distillation loss, at clients and server"
     )
     large_model: Annotated[ModelConfig, BeforeValidator(expand_model_name)] = Field(
         ModelConfig(name="mlp", hidden=[256, 256]),
-        description="the large model; it takes features as a table's columns",
+        description="the server's model, which takes features as the columns of a table",
     )
     server_epochs: PositiveInt = Field(
-        2, description="epochs a round of the large model on all rows that were sent"
+        2, description="epochs per round of the large model on the uploaded rows"
     )
-    server_batch_size: PositiveInt = Field(64, description="batch of these")
+    server_batch_size: PositiveInt = Field(64, description="batch size of the large model")
     inference: Literal["server", "client"] = Field(
-        "server", description="large model on the features, or own head"
+        "server", description="predict with the large model, or with the client's head"
     )
 
     @model_validator(mode="before")
@@ -78,7 +94,7 @@ class FedGKT(CommonFeatureWidth):
     def _rename_settings(cls, settings: Any) -> Any:
         if isinstance(settings, dict) and "server_model" in settings:
             warnings.warn(
-                "algorithm.server_model is now algorithm.large_model",
+                "algorithm.server_model: deprecated; use algorithm.large_model",
                 DeprecationWarning,
                 stacklevel=2,
             )
@@ -86,6 +102,7 @@ class FedGKT(CommonFeatureWidth):
             settings["large_model"] = settings.pop("server_model")
         return settings
 
+    @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         method, notes = super().configure(clients)
         assert isinstance(method, FedGKT)
@@ -99,17 +116,24 @@ class FedGKT(CommonFeatureWidth):
         ]
 
     def large_model_spec(self, outputs: int) -> ModelSpec:
-        """Return the server's model: features to logits."""
-        assert self.feature_dim is not None  # `configure` has set it
-        m = self.large_model
+        """Return the server's model, which maps features to logits."""
+        assert self.feature_dim is not None, "set by configure"
+        config = self.large_model
         return ModelSpec.from_config(
-            m.name, outputs, (self.feature_dim,), m.feature_dim, m.options, m.pretrained
+            config.name,
+            outputs,
+            (self.feature_dim,),
+            config.feature_dim,
+            config.options,
+            pretrained=config.pretrained,
         )
 
+    @override
     def setup(self, server: Participant) -> None:
         server.arch[LARGE] = self.large_model_spec(server.task.outputs)
         server.models[LARGE] = server.arch[LARGE].initial_tensors(server.round_context.seed)
 
+    @override
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
         if recipient.purpose == "train":
             logits = server.state.get("logits", {})
@@ -117,12 +141,14 @@ class FedGKT(CommonFeatureWidth):
         is_used = self.inference == "server" and "logits" in server.state
         return {LARGE: floating_tensors(server.models[LARGE])} if is_used else {}
 
+    @override
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
         yield from super().deploy(client, received)
         if LARGE in received:
             client.arch[LARGE] = self.large_model_spec(client.task.outputs)
             client.models[LARGE] = received[LARGE]
 
+    @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         if "logits" in received:
             objective = SupervisedDistillation(
@@ -137,6 +163,7 @@ class FedGKT(CommonFeatureWidth):
         features, logits = yield [Predict("model", readout="features"), Predict("model")]
         return {"features": features, "logits": logits, "labels": client.data("train", None)["y"]}
 
+    @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         sent = uploads.having("features")
         if not sent:
@@ -144,7 +171,7 @@ class FedGKT(CommonFeatureWidth):
         table = {
             column: torch.cat([u.payload[name] for u in sent]) for name, column in ROWS.items()
         }
-        if any(u.client_info.settings.logit_adjustment for u in sent):  # of the row's sender
+        if any(u.client_info.settings.logit_adjustment for u in sent):
             table["log_prior"] = torch.cat([self.log_prior_of(server, u) for u in sent])
         yield Fit(
             {LARGE: None},
@@ -159,19 +186,22 @@ class FedGKT(CommonFeatureWidth):
             label="server",
         )
         predictions = yield [Predict(LARGE, TensorRows({"x": u.payload["features"]})) for u in sent]
-        mine = dict(zip((u.client for u in sent), predictions, strict=True))
-        server.state["logits"] = {**server.state.get("logits", {}), **mine}
+        logits = dict(zip((u.client for u in sent), predictions, strict=True))
+        server.state["logits"] = {**server.state.get("logits", {}), **logits}
 
     @staticmethod
     def log_prior_of(server: Participant, upload: Upload) -> Tensor:
-        """Return the sender's log π for each of its rows, shape `[n, C]`; 0 without logit adjustment."""
+        """Return the log prior of the client for each of its rows, shape `[n, C]`.
+
+        It is 0 if the client does not use logit adjustment.
+        """
         labels = upload.payload["labels"]
         counts = torch.bincount(labels, minlength=server.task.outputs)
         context = objective_context(server.task, counts, upload.client_info.settings)
-        return context.get("log_prior", torch.zeros(len(counts), device=counts.device)).expand(
-            len(labels), -1
-        )
+        zeros = torch.zeros(len(counts), device=counts.device)
+        return context.get("log_prior", zeros).expand(len(labels), -1)
 
+    @override
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
         if LARGE not in client.models:
             return (yield from super().predict(client, rows, personal))

@@ -1,10 +1,14 @@
-"""FedMD: models of any kind learn from one another through their predictions on a public set."""
+"""FedMD: distillation between models of any architecture on a public proxy set.
+
+Li and Wang 2019 (https://arxiv.org/abs/1910.03581).
+"""
 
 from __future__ import annotations
 
 from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
+from typing_extensions import override
 
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Items, Needs, register_algorithm
@@ -19,13 +23,21 @@ from hetero_fl.core.plan import Plan
 class FedMD(InitialPhase, ProxyDistillation):
     """Distill the mean of all clients' predictions on a public proxy set into each client's model.
 
-    Clients first fit last round's consensus on the proxy set, then their own data (Li & Wang 2019, Algorithm 1). The authors'
-    code takes the mean absolute error of logits; KL with T = 2 is what our comparisons use.
+    Clients first distill the last round's consensus on the proxy set, then train on their own rows
+    (Li and Wang 2019, Algorithm 1).
 
-    Deviation: the paper's initial phase, in which each client trains on the labeled public set and
-    then on its own rows, is off by default (`initial_phase`), so that labels of the proxy set are not
-    needed. With it, the first round has its usual local epochs as well, and the authors' early
-    stopping is left out.
+    Deviations: the default distance is the KL divergence with T = 2; the authors' code uses the
+    mean absolute error of logits. The paper's initial phase, in which each client trains on the
+    labeled public set and then on its own rows, is off by default (`initial_phase`), so that the
+    proxy set needs no labels. With it, the first round has its local epochs as well, and there is
+    no early stopping.
+
+    Example:
+        >>> from hetero_fl.algorithms import FedMD
+        >>> FedMD(distance="mae").uploads["logits"].needed_share
+        'predictions'
+        >>> FedMD(initial_phase=True).needs.proxy_set
+        'labeled'
     """
 
     title = "FedMD"
@@ -33,29 +45,31 @@ class FedMD(InitialPhase, ProxyDistillation):
     shared = ()
 
     distance: Literal["kl", "mae"] = Field(
-        "kl", description="between a client's logits and the consensus"
+        "kl", description="distance between a client's logits and the consensus"
     )
     digest_epochs: PositiveInt = Field(
         1, description="epochs on the proxy set before local training"
     )
     initial_phase: bool = Field(
         False,
-        description="before a client's first round: train on the labels of the proxy set (`data.proxy.labels`), then on its "
-        "own rows",
+        description="whether clients train on the labeled proxy set (`data.proxy.labels`) and then "
+        "on their own rows before their first round",
     )
     initial_public_epochs: NonNegativeInt = Field(
         20, description="initial phase: epochs on the labeled proxy set"
     )
 
     @property
-    def needs(self) -> Needs:  # type: ignore[override]  # follows from settings
-        """A proxy set, with labels for the initial phase."""
+    def needs(self) -> Needs:  # type: ignore[override]  # depends on settings
+        """The requirement of a proxy set, with labels for the initial phase."""
         reads_labels = self.initial_phase and self.initial_public_epochs > 0
         return Needs(proxy_set="labeled" if reads_labels else "required")
 
+    @override
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
         return self.teacher_for(server, recipient) if recipient.purpose == "train" else {}
 
+    @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.initial_training(client, self.initial_public_epochs)
         if TEACHER in received:
@@ -63,6 +77,7 @@ class FedMD(InitialPhase, ProxyDistillation):
         yield local_fit(client)
         return (yield from self.upload_predictions(client))
 
+    @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         teacher = self.update_teacher(server, uploads)
         if teacher is not None:

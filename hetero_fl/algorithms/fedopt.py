@@ -1,4 +1,8 @@
-"""Server optimizers: the server follows the mean update of a round as if it were a gradient."""
+"""Server optimizers, which use the mean update of a round as a gradient.
+
+FedAvgM (Hsu et al. 2019, https://arxiv.org/abs/1909.06335); FedAdam and FedYogi (Reddi et al. 2021,
+https://arxiv.org/abs/2003.00295).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, PositiveFloat
+from typing_extensions import override
 
 from hetero_fl.aggregation.means import interpolate_model
 from hetero_fl.aggregation.uploads import Uploads
@@ -17,17 +22,18 @@ from hetero_fl.core.plan import Plan
 
 
 class ServerOptimizer(FedAvg):
-    """Base of methods that move parameters by an optimizer over Δ = Σ w_k θ_k − θ, within each architecture.
+    """Base class of methods with a server optimizer on the update Δ = Σ w_k θ_k − θ.
 
-    Buffers take the mean as it is, since an extrapolated variance may be negative. The optimizer's state stays at the server.
-    Δ is what clients moved from the server's present model. A tensor that no client sends in a round does not move, and
-    neither does its state.
+    Each architecture has its own optimizer state, which stays at the server. Tensors that no client
+    uploads in a round, and their state, do not change. Buffers are set to the mean, as an
+    extrapolated variance may be negative.
     """
 
     weighting: Literal["samples", "uniform"] = Field(
-        "samples", description="w_k = n_k / Σn, or all equal"
+        "samples", description="client weights: w_k = n_k / Σn, or all equal"
     )
 
+    @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         states: dict[str, Any] = server.state.setdefault("optimizer", {})
         for group, mean in uploads.mean_by_group("model").items():
@@ -45,29 +51,35 @@ class ServerOptimizer(FedAvg):
         """Return the parameters after the step.
 
         Args:
-            model: The server's model.
-            mean: The mean of the clients' parameters.
-            optimizer_state: Tensors by kind and name, updated in place.
+            model: Current model of the server.
+            mean: Mean of the clients' parameters.
+            optimizer_state: Tensors by kind and name; updated in place.
         """
         raise TypeError(f"{type(self).__name__} has no server optimizer")
 
 
 @register_algorithm("fedavgm")
 class FedAvgM(ServerOptimizer):
-    """Average parameters, with momentum at the server.
+    """Average parameters with momentum at the server.
 
-    The rule is v ← β·v + Δ, θ ← θ + λ·v (Hsu et al. 2019, section 4.2; Reddi et al. 2021).
+    The server computes v ← β·v + Δ and θ ← θ + λ·v (Hsu et al. 2019, section 4.2).
+
+    Example:
+        >>> from hetero_fl.algorithms import FedAvgM
+        >>> FedAvgM(momentum=0.95).server_lr
+        1.0
     """
 
     title = "FedAvgM"
 
-    momentum: float = Field(0.9, ge=0, lt=1, description="β: what is kept of the earlier updates")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum coefficient β")
 
+    @override
     def server_step(
         self, model: Tensors, mean: Tensors, optimizer_state: dict[str, Tensors]
     ) -> Tensors:
         velocity = optimizer_state.setdefault("velocity", {})
-        # θ + λΔ: with β = 0 FedAvg to the bit
+        # Computing θ + λΔ first makes the method with β = 0 equal FedAvg bit for bit.
         ahead = interpolate_model(model, mean, self.server_lr, mean)
         for n, average in mean.items():
             earlier = self.momentum * velocity[n] if n in velocity else torch.zeros_like(average)
@@ -77,17 +89,18 @@ class FedAvgM(ServerOptimizer):
 
 
 class AdaptiveServerOptimizer(ServerOptimizer):
-    """Base of server optimizers with second moments (Reddi et al. 2021, Algorithm 2).
+    """Base class of server optimizers with second moments (Reddi et al. 2021, Algorithm 2).
 
-    The rule is m ← β₁m + (1 − β₁)Δ, θ ← θ + λ·m/(√v + τ), v from Δ² as the method has it, τ² at first; no correction of the
-    first rounds' bias, as in the paper.
+    The server computes m ← β₁m + (1 − β₁)Δ and θ ← θ + λ·m/(√v + τ). The subclass computes v from
+    Δ²; its initial value is τ². As in the paper, there is no bias correction.
     """
 
-    server_lr: PositiveFloat = Field(0.01, description="λ: about how far a parameter moves a round")
-    beta1: float = Field(0.9, ge=0, lt=1, description="β₁: what is kept of the mean update")
-    beta2: float = Field(0.99, ge=0, lt=1, description="β₂: what is kept of its square")
-    tau: PositiveFloat = Field(1e-3, description="τ: adaptivity, added to √v; small adapts more")
+    server_lr: PositiveFloat = Field(0.01, description="server learning rate λ")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay rate β₁ of the mean update")
+    beta2: float = Field(0.99, ge=0, lt=1, description="decay rate β₂ of the squared update")
+    tau: PositiveFloat = Field(1e-3, description="τ, added to √v; smaller values adapt more")
 
+    @override
     def server_step(
         self, model: Tensors, mean: Tensors, optimizer_state: dict[str, Tensors]
     ) -> Tensors:
@@ -104,32 +117,51 @@ class AdaptiveServerOptimizer(ServerOptimizer):
         return moved
 
     def second_moment(self, v: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-        """Return v after a round whose mean update has these squares."""
+        """Return the new v.
+
+        Args:
+            v: Second moment before the round.
+            change: Squared mean update Δ² of the round.
+        """
         raise TypeError(f"{type(self).__name__} has no second moment")
 
 
 @register_algorithm("fedadam")
 class FedAdam(AdaptiveServerOptimizer):
-    """Follow the mean update with the Adam optimizer at the server.
+    """Apply the mean update with the Adam optimizer at the server.
 
     The second moment is v ← β₂v + (1 − β₂)Δ² (Reddi et al. 2021, Algorithm 2).
+
+    Example:
+        >>> from hetero_fl.algorithms import FedAdam
+        >>> method = FedAdam(server_lr=0.1)
+        >>> method.beta1, method.beta2, method.tau
+        (0.9, 0.99, 0.001)
     """
 
     title = "FedAdam"
 
+    @override
     def second_moment(self, v: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
         return self.beta2 * v + (1 - self.beta2) * change
 
 
 @register_algorithm("fedyogi")
 class FedYogi(AdaptiveServerOptimizer):
-    """Follow the mean update with the Yogi optimizer at the server.
+    """Apply the mean update with the Yogi optimizer at the server.
 
-    The second moment is v ← v − (1 − β₂)Δ²·sign(v − Δ²), so that one large update does not dominate v (Reddi et al. 2021,
-    Algorithm 2).
+    The second moment is v ← v − (1 − β₂)Δ²·sign(v − Δ²), so that one large update does not
+    dominate v (Reddi et al. 2021, Algorithm 2).
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.algorithms import FedYogi
+        >>> FedYogi(beta2=0.9).second_moment(torch.tensor(1.0), torch.tensor(4.0))
+        tensor(1.4000)
     """
 
     title = "FedYogi"
 
+    @override
     def second_moment(self, v: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
         return v - (1 - self.beta2) * change * (v - change).sign()

@@ -1,4 +1,7 @@
-"""HeteroFL: clients train slices of one wide model."""
+"""HeteroFL: clients train slices of one wide model.
+
+Diao et al., ICLR 2021 (https://arxiv.org/abs/2010.01264).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor
+from typing_extensions import override
 
 from hetero_fl.aggregation.means import interpolate_model, leading_slice, leading_slice_means
 from hetero_fl.aggregation.uploads import Uploads
@@ -35,11 +39,12 @@ from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.ordering import natural_key, natural_order
 from model_zoo import can_narrow, narrow_options, share_of
 
-# Which family of widths a federation has: the wide model, and each client's share of its channels.
-
-NARROWEST = 1 / 16  # as in Diao et al. 2021
-LISTED = 1000  # clients, above which nobody's width is written down by id
-WIDE = {  # by the number of dimensions; 0: tokens
+# The smallest width of Diao et al. 2021.
+MIN_WIDTH = 1 / 16
+# Largest number of clients whose widths are configured by client id.
+MAX_LISTED_CLIENTS = 1000
+# Default wide models by the number of input dimensions; 0 stands for tokens.
+DEFAULT_MODELS = {
     0: ModelConfig(name="text_cnn"),
     1: ModelConfig(name="mlp", hidden=[64]),
     2: ModelConfig(name="mlp", hidden=[64]),
@@ -48,21 +53,24 @@ WIDE = {  # by the number of dimensions; 0: tokens
 
 
 def choose_model(client_infos: ClientDirectory) -> ModelConfig:
-    """The widest of the kind that most clients run, of the kinds that can be narrowed; the wider kind of equals.
+    """Return the wide model: the widest of the model family that most clients use.
 
-    A model and its narrower copies are one kind. Where no client runs any such, one that suits the examples.
+    A family consists of a model and its narrower copies. Of equally frequent families, the one with
+    the widest model is chosen. If no client's model can be narrowed, the choice depends on the
+    shape of the examples.
     """
     members = Counter[ModelSpec]()
-    for kind in sorted(client_infos.profiles, key=lambda kind: natural_key(kind.first)):
-        if can_narrow(kind.arch.name):
-            members[kind.arch] += kind.count
+    for profile in sorted(client_infos.profiles, key=lambda p: natural_key(p.first)):
+        if can_narrow(profile.arch.name):
+            members[profile.arch] += profile.count
     if not members:
         example = client_infos.profiles[0].arch
-        return WIDE[0 if example.vocabulary else len(example.input_shape)]
-    widest = {
-        a: sum(n for other, n in members.items() if _share(other, a) is not None) for a in members
+        return DEFAULT_MODELS[0 if example.vocabulary else len(example.input_shape)]
+    family_sizes = {
+        arch: sum(n for other, n in members.items() if _relative_width(other, arch) is not None)
+        for arch in members
     }
-    wide = max(widest, key=lambda a: (widest[a], num_parameters(a)))
+    wide = max(family_sizes, key=lambda arch: (family_sizes[arch], num_parameters(arch)))
     return ModelConfig(name=wide.name, feature_dim=wide.feature_dim, **dict(wide.options))
 
 
@@ -71,65 +79,86 @@ def choose_widths(
     model: ModelConfig,
     client_infos: ClientDirectory,
 ) -> dict[str, float] | None:
-    """Each client's share of the wide model's channels, by id; None where there are more than LISTED and their own models say
-    it. Raises UserError for shares that do not fit.
+    """Return each client's share of the wide model's channels by client id.
 
-    Not given: as `derived` of the client's own model.
+    Args:
+        configured: The setting `algorithm.widths`. None derives widths from the clients' models.
+        model: The wide model.
+        client_infos: All clients.
+
+    Returns:
+        Widths by client id; None if there are more than `MAX_LISTED_CLIENTS` clients, whose widths
+        then follow from their models.
+
+    Raises:
+        UserError: If the model cannot be narrowed or the widths do not suit the clients.
     """
     if not can_narrow(model.name):
         raise UserError(
-            f"algorithm.model: {model.name} has no narrower copies; take mlp, tabular, a cnn or a resnet"
+            f"algorithm.model: {model.name} has no narrower copies; choose mlp, tabular, a cnn or "
+            "a resnet"
         )
-    if len(client_infos) > LISTED:
+    if len(client_infos) > MAX_LISTED_CLIENTS:
         if configured is not None:
             raise UserError(
-                f"algorithm.widths: found {len(client_infos):,} clients; by id or in turn they are for up to {LISTED:,}. Leave it "
-                "out, and give the groups models of these widths"
+                f"algorithm.widths: expected at most {MAX_LISTED_CLIENTS:,} clients, got "
+                f"{len(client_infos):,}; leave it out and set models of these widths in the groups"
             )
-        widest = max(client_infos.profiles, key=lambda kind: derive_width(kind.arch, model))
-        _check_whole(model, derive_width(widest.arch, model))
+        widest = max(client_infos.profiles, key=lambda p: derive_width(p.arch, model))
+        _check_full_width(model, derive_width(widest.arch, model))
         return None
-    ids = natural_order(client_infos)
+    client_ids = natural_order(client_infos)
     if configured is None:
-        widths = {id: derive_width(client_infos[id].arch, model) for id in ids}
+        widths = {c: derive_width(client_infos[c].arch, model) for c in client_ids}
     elif isinstance(configured, Mapping):
-        for pattern in configured:
-            if not any(fnmatchcase(id, pattern) for id in ids):
-                raise UserError(
-                    f"algorithm.widths: no client is called '{pattern}'{suggest_or_list(pattern, ids)}"
-                )
-        matched = {
-            id: [w for pattern, w in configured.items() if fnmatchcase(id, pattern)] for id in ids
-        }
-        if missing := [id for id in ids if not matched[id]]:
-            raise UserError(
-                f"algorithm.widths: none is given for {missing[0]}; `'*': 1` stands for everybody else"
-            )
-        widths = {id: matched[id][0] for id in ids}
+        widths = _match_widths(configured, client_ids)
+    elif configured:
+        widths = {c: configured[i % len(configured)] for i, c in enumerate(client_ids)}
     else:
-        if not configured:
-            raise UserError(
-                "algorithm.widths: found no number; give shares of the width, such as [1, 0.5, 0.25]"
-            )
-        widths = {id: configured[i % len(configured)] for i, id in enumerate(ids)}
-    for id, width in widths.items():
+        raise UserError(
+            "algorithm.widths: expected at least one width, got []; set for example [1, 0.5, 0.25]"
+        )
+    for client_id, width in widths.items():
         if not 0 < width <= 1:
+            raise UserError(f"algorithm.widths: {client_id}: must be > 0 and <= 1, got {width:g}")
+    _check_full_width(model, max(widths.values()))
+    return widths
+
+
+def _match_widths(configured: Mapping[str, float], client_ids: Sequence[str]) -> dict[str, float]:
+    """Return each client's width: that of the first pattern that matches its id."""
+    for pattern in configured:
+        if not any(fnmatchcase(client_id, pattern) for client_id in client_ids):
             raise UserError(
-                f"algorithm.widths: {id}: found {width:g}; a share of the width is above 0 and at most 1"
+                f"algorithm.widths: unknown client '{pattern}'"
+                f"{suggest_or_list(pattern, client_ids)}"
             )
-    _check_whole(model, max(widths.values()))
+    widths = {}
+    for client_id in client_ids:
+        matched = [w for pattern, w in configured.items() if fnmatchcase(client_id, pattern)]
+        if not matched:
+            raise UserError(
+                f"algorithm.widths: missing width for {client_id}; use '*': 1 for all others"
+            )
+        widths[client_id] = matched[0]
     return widths
 
 
 def describe_widths(
     model: ModelConfig, widths: Mapping[str, float] | None, client_infos: ClientDirectory
 ) -> list[str]:
-    """Return a line on which clients train which share of the wide model."""
+    """Return a note on the wide model and the width of each client.
+
+    Args:
+        model: The wide model.
+        widths: Widths by client id; None derives them from the clients' models.
+        client_infos: All clients.
+    """
     if widths is None:
-        kinds = defaultdict(list)
-        for kind in client_infos.profiles:
-            kinds[derive_width(kind.arch, model)].append(kind)
-        listed = {width: client_infos.format_clients(mine, 4) for width, mine in kinds.items()}
+        profiles = defaultdict(list)
+        for profile in client_infos.profiles:
+            profiles[derive_width(profile.arch, model)].append(profile)
+        listed = {width: client_infos.format_clients(some, 4) for width, some in profiles.items()}
     else:
         members = defaultdict(list)
         for client_id, width in widths.items():
@@ -138,23 +167,22 @@ def describe_widths(
             width: ", ".join(ids[:4]) + (f" and {len(ids) - 4} more" if len(ids) > 4 else "")
             for width, ids in members.items()
         }
-    parts = [
-        f"{'all' if w == 1 else f'{w:g}'} of it for {listed[w]}"
-        for w in sorted(listed, reverse=True)
-    ]
-    return [f"algorithm.model is {model.name}, in place of clients' own models: {'; '.join(parts)}"]
+    parts = [f"width {w:g} for {listed[w]}" for w in sorted(listed, reverse=True)]
+    return [f"algorithm.model is {model.name} and replaces clients' models: {'; '.join(parts)}"]
 
 
 def derive_width(arch: ModelSpec, model: ModelConfig) -> float:
-    """A client's share by its own model: that of a narrower copy of the wide one; of another the power of two nearest to the
-    root of its part of the wide model's parameters, which grow with the square of the width.
+    """Return the width of a client with this model, relative to the wide model.
+
+    If the model is not a narrower copy of the wide one, this is a power of two near the square
+    root of the ratio of their parameters, as these grow with the square of the width.
     """
     wide = wide_model(model, arch)
-    share = _share(arch, wide)
-    if share is not None:
-        return share
+    width = _relative_width(arch, wide)
+    if width is not None:
+        return width
     level = round(math.log2(num_parameters(arch) / num_parameters(wide)) / 2)
-    return max(NARROWEST, 2.0 ** min(0, level))
+    return max(MIN_WIDTH, 2.0 ** min(0, level))
 
 
 def wide_model(model: ModelConfig, arch: ModelSpec) -> ModelSpec:
@@ -164,59 +192,83 @@ def wide_model(model: ModelConfig, arch: ModelSpec) -> ModelSpec:
 
 
 def num_parameters(arch: ModelSpec) -> int:
-    """How many trainable numbers a model has."""
+    """Return the number of trainable parameters of a model."""
     return sum(
         math.prod(shape) for name, shape in arch.shapes.items() if name in arch.parameter_names
     )
 
 
-def _share(arch: ModelSpec, wide: ModelSpec) -> float | None:
+def _relative_width(arch: ModelSpec, wide: ModelSpec) -> float | None:
     if arch.feature_dim != wide.feature_dim:
         return None
     return share_of(arch.name, dict(arch.options), wide.name, dict(wide.options))
 
 
-def _check_whole(model: ModelConfig, widest: float) -> None:
+def _check_full_width(model: ModelConfig, widest: float) -> None:
     if widest < 1:
         raise UserError(
-            f"algorithm.widths: nobody has the whole of {model.name}, the widest has {widest:g} of it; "
-            "give a client width 1, or name a narrower algorithm.model"
+            f"algorithm.widths: at least one client must have the full width of {model.name}, the "
+            f"widest has {widest:g}; set a width to 1 or choose a narrower algorithm.model"
         )
 
 
-# The head of a model of which each client trains a leading slice and leaves out the classes that it
-# lacks.
-
+# With `masked`, heads are uploaded as one padded tensor, so that heads of all widths can be summed.
 HEAD = ("head.weight", "head.bias")
 
 
 def pack_head(weight: Tensor, bias: Tensor, width: int, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """A linear head `[C, d]`, `[C]` as wide as the wide one, so that heads of all widths add up: values `[C, width + 1]` with
-    the bias last, and their weights, which are those of the classes, `mask` `[C]`, and nought where the client owns nothing."""
+    """Pad a linear head to the width of the wide model.
+
+    Args:
+        weight: Weight of the head, shape `[C, d]`.
+        bias: Bias of the head, shape `[C]`.
+        width: Feature width of the wide model.
+        mask: Weight of each class, shape `[C]`.
+
+    Returns:
+        Values with the bias in the last column, and the weight of each value, which is 0 in the
+        padding. Both have shape `[C, width + 1]`.
+    """
     values, weights = weight.new_zeros(2, len(bias), width + 1)
-    values[:, : weight.shape[1]], values[:, width] = weight, bias
-    weights[:, : weight.shape[1]], weights[:, width] = 1, 1
+    values[:, : weight.shape[1]] = weight
+    values[:, width] = bias
+    weights[:, : weight.shape[1]] = 1
+    weights[:, width] = 1
     return values, weights * mask[:, None]
 
 
 def unpack_head(model: Tensors, mean: Tensor, weight: Tensor) -> Tensors:
-    """The wide head with the mean of packed ones wherever anybody had a say."""
+    """Replace the head of the wide model by the mean of packed heads, where its weight is not 0.
+
+    Args:
+        model: The wide model.
+        mean: Mean of the packed heads, shape `[C, width + 1]`.
+        weight: Total weight of each value, shape `[C, width + 1]`.
+
+    Returns:
+        The new weight and bias by name.
+    """
     width = mean.shape[1] - 1
-    now = torch.cat([model[HEAD[0]], model[HEAD[1]][:, None]], 1)
-    new = torch.where(weight > 0, mean, now)
+    current = torch.cat([model[HEAD[0]], model[HEAD[1]][:, None]], 1)
+    new = torch.where(weight > 0, mean, current)
     return {HEAD[0]: new[:, :width].clone(), HEAD[1]: new[:, width].clone()}
-
-
-# HeteroFL: one wide model at the server, of which each client trains a leading slice.
 
 
 @register_algorithm("heterofl")
 class HeteroFL(FedAvg):
-    """Train leading slices of one wide model; average each element over its owners (Diao et al. 2021, Algorithm 1).
+    """Train slices of one wide model and average each element over the clients that have it.
 
-    The wide model takes the place of the clients' own: each trains as many of its channels as its width allows. Each owner counts once, as in the authors' code. Deviation: the mask of absent classes is off by default. BatchNorm is
-    static: batches are normalized by their own statistics, which differ by width and stay with the client; scales and shifts
-    are averaged. Each client is evaluated with its own narrow model, so the scaler is applied there as well.
+    A wide model replaces the clients' models; each client trains the leading channels up to its
+    width (Diao et al. 2021, Algorithm 1). All clients have equal weight, as in the authors' code.
+    BatchNorm is static: batches are normalized with their own statistics, running statistics stay
+    at the client, and scales and shifts are averaged. Each client is evaluated with its own slice
+    and its scaler. Deviation: the mask of absent classes is off by default.
+
+    Example:
+        >>> from hetero_fl.algorithms import HeteroFL
+        >>> method = HeteroFL(model="cnn", widths=[1, 0.5])
+        >>> method.model.name, method.needs.models_per_client
+        ('cnn', True)
     """
 
     title = "HeteroFL"
@@ -224,49 +276,51 @@ class HeteroFL(FedAvg):
     uploads = {"model": ItemSpec("params"), "head": ItemSpec("params", private=True)}
 
     weighting: Literal["uniform", "samples"] = Field(
-        "uniform", description="each owner counts once, or as n_k"
+        "uniform", description="client weights: all equal, or w_k = n_k"
     )
     model: Annotated[ModelConfig, BeforeValidator(expand_model_name)] | None = Field(
         None,
-        description="the wide model; none: the clients' most frequent kind that can be narrowed, its widest",
+        description="the wide model; `null`: the widest of the clients' most frequent model family",
     )
     widths: dict[str, float] | list[float] | None = Field(
         None,
-        description="share of the wide model's channels by id or pattern, or in turn; none: as wide as its own model is",
+        description="widths relative to the wide model, by client id or pattern, or a list that is "
+        "repeated; `null`: derived from the clients' models",
     )
     scaler: bool = Field(
-        True, description="divide what a narrow model's layers give by its share of the width"
+        True, description="whether to divide layer outputs of a narrow model by its width"
     )
     masked: bool = Field(
         False,
-        description="hold the logits of classes that a client lacks at nought, and average their rows without it",
+        description="whether logits of classes that a client lacks are 0 and its head rows for "
+        "these classes are not averaged",
     )
 
     @property
-    def needs(self) -> Needs:  # type: ignore[override]  # follows from a setting
-        """Models that are slices of one, by client where widths are."""
+    def needs(self) -> Needs:  # type: ignore[override]  # depends on a setting
+        """The requirement of one model family."""
         return Needs(also=("one model family",), models_per_client=self.widths is not None)
 
+    @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         model = self.model or choose_model(clients)
         widths = choose_widths(self.widths, model, clients)
-        views = sorted({kind.arch.input_shape for kind in clients.profiles})
-        if self.masked and len(views) > 1:
+        shapes = sorted({profile.arch.input_shape for profile in clients.profiles})
+        if self.masked and len(shapes) > 1:
             raise UserError(
-                f"algorithm.masked: clients see examples of {len(views)} shapes, averaged apart; it is for one: {views}"
+                f"algorithm.masked: examples must have the same shape for all clients, got {shapes}"
             )
-        return self.model_copy(update={"model": model, "widths": widths}), describe_widths(
-            model, widths, clients
-        )
+        method = self.model_copy(update={"model": model, "widths": widths})
+        return method, describe_widths(model, widths, clients)
 
     def wide_model(self, arch: ModelSpec) -> ModelSpec:
         """Return the wide model for the inputs of a client with this architecture."""
-        assert self.model is not None  # `configure` has set it
+        assert self.model is not None, "configure sets the model"
         return wide_model(self.model, arch)
 
+    @override
     def models(self, client: ClientInfo) -> Mapping[str, ModelSpec]:
-        # `configure` has set them
-        assert self.model is not None and not isinstance(self.widths, list)
+        assert self.model is not None and not isinstance(self.widths, list), "set by configure"
         wide = self.wide_model(client.arch)
         if self.widths is None:
             width = derive_width(client.arch, self.model)
@@ -280,16 +334,16 @@ class HeteroFL(FedAvg):
         narrow = replace(wide, name=name, options=tuple(sorted(options.items())))
         return {"model": replace(narrow, label=label, group=wide.spec_id)}
 
+    @override
     def setup(self, server: Participant) -> None:
-        server.arch = {
-            arch.spec_id: arch
-            for arch in (self.wide_model(kind.arch) for kind in server.peers.profiles)
-        }
+        models = [self.wide_model(profile.arch) for profile in server.peers.profiles]
+        server.arch = {arch.spec_id: arch for arch in models}
         server.models = {
-            id: server.arch[id].initial_tensors(server.round_context.seed)
-            for id in sorted(server.arch)
+            group: server.arch[group].initial_tensors(server.round_context.seed)
+            for group in sorted(server.arch)
         }
 
+    @override
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
         items = super().broadcast(server, recipient)
         return {
@@ -297,6 +351,7 @@ class HeteroFL(FedAvg):
             for name, wide in items.items()
         }
 
+    @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
         if self.uses_mask(client):
@@ -312,14 +367,17 @@ class HeteroFL(FedAvg):
 
     @staticmethod
     def present_classes(client: Participant) -> Tensor:
-        """Return 1 for each class that the client has rows of, else 0, shape `[C]`; all 1 if it does not share that."""
-        every = torch.ones_like(client.counts)
+        """Return 1 for each class of the client's training rows and 0 for others, shape `[C]`.
+
+        All values are 1 if the client does not share statistics.
+        """
+        ones = torch.ones_like(client.counts)
         if "statistics" not in client.settings.shares:
-            return every
-        return (client.counts > 0).to(every.dtype)
+            return ones
+        return (client.counts > 0).to(ones.dtype)
 
     def upload_slice(self, client: Participant) -> Items:
-        """Return the upload of the client's slice, its head apart where classes are masked."""
+        """Return the upload of the client's slice; with `masked`, the head is a separate item."""
         items = upload_model(self, client, self.weight_of(client))
         if not items or not self.uses_mask(client) or HEAD[0] not in items["model"].values:
             return items
@@ -330,11 +388,13 @@ class HeteroFL(FedAvg):
         head = Item(values, weight, "params")
         return {"model": replace(items["model"], values=model), "head": head}
 
+    @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
+        # Dictionaries serve as ordered sets here.
         families: dict[str, dict[str, None]] = {}
         for sender in uploads.senders("model"):
             families.setdefault(sender.arch.group_id, {})[sender.arch.spec_id] = None
-        # Of the tensors that all senders of a group share.
+        # The maximum is the weight of the tensors that all clients of a group share.
         weights = {g: max(w.values()) for g, w in uploads.weights_by_group("model").items()}
         means = uploads.mean_by_group("model")
         head = uploads.mean("head")
@@ -348,6 +408,7 @@ class HeteroFL(FedAvg):
             )
         yield from ()
 
+    @override
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
         if not personal or not self.uses_mask(client):
             return (yield from super().predict(client, rows, personal))

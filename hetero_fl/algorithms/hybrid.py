@@ -1,4 +1,8 @@
-"""Hybrid: average what clients have in common and distill the consensus of all. This project's own method."""
+"""Hybrid: parameter averaging and ensemble distillation in one method, introduced by this project.
+
+It builds on FedAvg (McMahan et al. 2017), FedDF (Lin et al. 2020) and logit adjustment (Menon et
+al. 2021, https://arxiv.org/abs/2007.07314).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
+from typing_extensions import override
 
 from hetero_fl.aggregation.teachers import TeacherKind
 from hetero_fl.aggregation.uploads import Uploads
@@ -27,16 +32,28 @@ from hetero_fl.core.plan import Plan
 
 @register_algorithm("hybrid")
 class Hybrid(ProxyDistillation, FedAvg):
-    """Average the parameters that clients have in common, and distill the consensus of all on a public proxy set.
+    """Average shared parameters and distill the consensus of all clients on a public proxy set.
 
-    FedAvg over the owners of each tensor, and distillation (KL · T²), in one method. Each client says what it shares: all its
-    parameters, its backbone, its proxy predictions, or several. Its defaults make distillation hold under label skew: a
-    logit-adjusted local loss (Menon et al. 2021), a contrast-weighted teacher, and replay: while a client trains on its own
-    rows it goes on following the teacher on public ones. (Heads that stay with their clients, `heads: keep`, are no longer
-    needed then: a head is used under the backbone that it was distilled with. Distilling the teacher after receiving,
-    `distil_at: both`, is what replay replaces: it makes the clients' next predictions alike, and the teacher learns nothing
-    new from them.) Without a proxy set and in one group, with these off, it is FedAvg; with all-different architectures that
-    distill at the clients it is FedMD.
+    The server averages each tensor over the clients that share it and distills the consensus
+    (KL · T²) into the average of each architecture. Each client chooses what it shares: its
+    parameters, its backbone, its proxy predictions, or several of them.
+
+    Three defaults make distillation work under label skew: a logit-adjusted local loss (Menon et
+    al. 2021), a contrast-weighted teacher, and replay, the distillation of the teacher on proxy
+    rows during local training. With replay, `heads: keep` is not needed, and neither is
+    distillation at the client after each broadcast, which makes the clients' next predictions
+    similar and the next teacher less informative.
+
+    With these options off, the method equals FedAvg if all clients have one architecture and there
+    is no proxy set, and FedMD if all architectures differ and clients distill.
+
+    Example:
+        >>> from hetero_fl.algorithms import Hybrid
+        >>> method = Hybrid(heads="keep", align=0.5)
+        >>> method.shared.received
+        ('backbone.',)
+        >>> sorted(method.uploads), method.needs.proxy_set
+        (['counts', 'logits', 'model'], 'optional')
     """
 
     title = "Hybrid"
@@ -44,56 +61,65 @@ class Hybrid(ProxyDistillation, FedAvg):
 
     teacher: TeacherKind = "contrast"
     heads: Literal["take", "keep"] = Field(
-        "take", description="whether clients keep their own heads"
+        "take", description="whether clients take the server's head or keep their own"
     )
     distil_at: Literal["server", "client", "both"] = Field(
         "server", description="where the teacher is distilled"
     )
-    rehearse: NonNegativeFloat = Field(
-        0.5, description="weight of the teacher on public rows in local training; 0: none"
+    rehearse: NonNegativeFloat = Field(  # style: ok (configuration key)
+        0.5, description="weight of the teacher on proxy rows in local training; 0 disables it"
     )
     distil_epochs: PositiveInt = Field(
-        3, description="epochs of each group's average on the proxy set, at the server"
+        3, description="epochs of distillation per round into each architecture's average"
     )
     digest_epochs: PositiveInt = Field(
-        1, description="epochs on the proxy set at the client, after receiving"
+        1, description="epochs of distillation at the client after each broadcast"
     )
 
     @property
-    def shared(self) -> SharedPart:  # type: ignore[override]  # follows from a setting
-        """All of the model; clients that keep their heads replace the backbone only."""
+    @override
+    def shared(self) -> SharedPart:  # type: ignore[override]  # depends on a setting
+        """The whole model; with `heads: keep`, clients replace their backbone only."""
         return SharedPart(received=("backbone.",) if self.heads == "keep" else None)
 
     @property
-    def uploads(self) -> Mapping[str, ItemSpec]:  # type: ignore[override]  # follows from settings
-        """Parameters and predictions, and label counts where the teacher is aligned."""
+    @override
+    def uploads(self) -> Mapping[str, ItemSpec]:  # type: ignore[override]  # depends on settings
+        """Parameters and predictions, and label counts if the teacher is aligned."""
         return {"model": ItemSpec("params"), **super().uploads}
 
+    @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         clients.set_default("logit_adjustment", True)
         return super().configure(clients)
 
+    @override
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
         items = super().broadcast(server, recipient)
-        replays = self.rehearse > 0 and recipient.purpose == "train"
+        weight = self.rehearse  # style: ok (configuration key)
+        replays = weight > 0 and recipient.purpose == "train"
         if self.distil_at == "server" and not replays:
             return items
         return {**items, **self.teacher_for(server, recipient)}
 
+    @override
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
         yield from super().deploy(client, received)
         if TEACHER in received and self.distil_at != "server":
             yield self.distill(client, received, self.digest_epochs)
 
+    @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
-        if TEACHER in received and self.rehearse:
-            yield self.proxy_replay(client, received, self.rehearse)
+        weight = self.rehearse  # style: ok (configuration key)
+        if TEACHER in received and weight:
+            yield self.proxy_replay(client, received, weight)
         else:
             yield local_fit(client)
         items = upload_model(self, client, self.weight_of(client))
         return {**items, **(yield from self.upload_predictions(client))}
 
+    @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         yield from super().aggregate(server, uploads)
         teacher = self.update_teacher(server, uploads)

@@ -1,10 +1,14 @@
-"""KT-pFL: each client has a teacher of its own, a mixture of all clients' predictions with weights that are learned."""
+"""KT-pFL: personalized teachers, which are learned mixtures of all clients' predictions.
+
+Zhang et al., "Parameterized Knowledge Transfer for Personalized Federated Learning", NeurIPS 2021.
+"""
 
 from __future__ import annotations
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
+from typing_extensions import override
 
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Items, Needs, may_share, register_algorithm
@@ -17,22 +21,31 @@ from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.payload import ItemSpec, Payload
 from hetero_fl.core.plan import Fit, Plan, Predict, Rows, TensorRows
 
-MIX = "mix"  # a linear layer without bias whose row k is c_k
+# Slot of a linear layer without bias. Row k of its weight contains the coefficients of client k.
+MIX = "mix"
 
 
 @register_algorithm("kt_pfl")
 class KTpFL(InitialPhase):
-    """Distill into each client its own mixture of all clients' predictions, with weights that the server learns.
+    """Distill a personalized mixture of all clients' proxy predictions into each client's model.
 
-    Predictions are those on the proxy set (Zhang et al. 2021, Algorithm 1). Client k's teacher is Σ_j c_kj p_j, p_j softened; c takes gradient steps on Σ_k KL(Σ_j c_kj p_j ‖ p_k)·T² + ρ‖c_k − 1/N‖².
-    Predictions are sent after local training and before distillation, or clients would repeat the teacher.
+    The teacher of client k is Σ_j c_kj p_j, where p_j are softened predictions on the proxy set
+    (Zhang et al. 2021, Algorithm 1). The server learns c by gradient steps on
+    Σ_k KL(Σ_j c_kj p_j ‖ p_k)·T² + ρ‖c_k − 1/N‖² and projects each row onto the probability simplex
+    after every step. Clients upload predictions after local training, before distillation.
 
-    Rows of c stay distributions: after each step they are projected onto the simplex. In a round in which only some take
-    part, c is learned among them, each row's weight on the absent stays, and teachers are mixtures of those present. The
-    server keeps `coefficients` `[S, S]` of the S clients `seen` so far; all others are 1/N.
+    With partial participation, c is learned among the participants of the round, whose total
+    weight in each row does not change, and teachers are mixtures of their predictions. The server
+    keeps `coefficients`, shape `[S, S]`, of the S clients `seen` so far; all others are 1/N.
 
-    Deviation: the authors train each model on its own rows before round 1; here that is off by
-    default (`initial_phase`), and with it the first round has its usual local epochs besides.
+    Deviations: the authors normalize c with a softmax and use the mean squared error for
+    distillation. They train each model on its own rows before the first round; here this is off by
+    default (`initial_phase`), and the first round has its local epochs as well.
+
+    Example:
+        >>> from hetero_fl.algorithms import KTpFL
+        >>> KTpFL(rho=0.5).uploads["predictions"].use  # the server needs each client's predictions
+        'each'
     """
 
     title = "KT-pFL"
@@ -45,19 +58,24 @@ class KTpFL(InitialPhase):
     initial_private_epochs: PositiveInt = Field(
         1, description="initial phase: epochs on the client's own rows"
     )
-    digest_epochs: PositiveInt = Field(1, description="epochs on the proxy set, after receiving")
-    rho: NonNegativeFloat = Field(0.7, description="ρ: pull of the coefficients towards 1/N")
+    digest_epochs: PositiveInt = Field(
+        1, description="epochs of distillation at the client after each broadcast"
+    )
+    rho: NonNegativeFloat = Field(
+        0.7, description="weight ρ of the coefficients' distance to uniform weights 1/N"
+    )
     coefficient_lr: PositiveFloat = Field(0.01, description="learning rate of the coefficients")
     coefficient_steps: NonNegativeInt = Field(
-        5, description="gradient steps on the coefficients a round; 0: plain means"
+        5, description="gradient steps per round on the coefficients; 0: uniform means"
     )
 
     @staticmethod
-    def coefficient_indices(server: Participant, ids: list[str]) -> Tensor:
-        """Rows and columns of clients that were seen in c, int64."""
-        place = {id: i for i, id in enumerate(server.state["seen"])}
-        return torch.tensor([place[id] for id in ids])
+    def coefficient_indices(server: Participant, client_ids: list[str]) -> Tensor:
+        """Return the rows of clients in the coefficients, int64 `[K]`."""
+        index = {client_id: i for i, client_id in enumerate(server.state["seen"])}
+        return torch.tensor([index[client_id] for client_id in client_ids])
 
+    @override
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
         state = server.state
         if "senders" not in state or not recipient.has_proxy:
@@ -74,14 +92,24 @@ class KTpFL(InitialPhase):
         }
 
     def mixed_teacher(self, weights: Tensor, p: Tensor) -> Tensor:
-        """Logits `[D, C]` whose softmax at temperature T is the mixture of predictions `[K, D, C]`."""
+        """Return logits whose softmax at temperature T is a mixture of predictions.
+
+        Args:
+            weights: Weights of the mixture, shape `[K]`.
+            p: Predictions of K clients, shape `[K, D, C]`.
+
+        Returns:
+            Logits of shape `[D, C]`.
+        """
         return self.temperature * torch.einsum("k,kdc->dc", weights, p).clamp(min=TINY).log()
 
+    @override
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
         yield from super().deploy(client, received)
         if TEACHER in received:
             yield self.distill(client, received, self.digest_epochs)
 
+    @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.initial_training(client)
         yield from self.deploy(client, received)
@@ -91,37 +119,56 @@ class KTpFL(InitialPhase):
         logits = yield Predict("model", Rows("proxy", self.proxy_indices(client)))
         return {"predictions": (logits / self.temperature).softmax(-1)}
 
+    @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         sent = uploads.having("predictions")
         if not sent:
             return
         p = torch.stack([u.payload["predictions"] for u in sent])
-        ids = [u.client for u in sent]
-        c = self.extend_coefficients(server, ids, p)
-        place = self.coefficient_indices(server, ids)
-        among = c[place][:, place]
+        client_ids = [u.client for u in sent]
+        c = self.extend_coefficients(server, client_ids, p)
+        indices = self.coefficient_indices(server, client_ids)
+        among = c[indices][:, indices]
         if self.coefficient_steps:
             learned = yield from self.update_coefficients(server, normalize_rows(among), p)
-            c[place[:, None], place] = learned * among.sum(1, keepdim=True)
-        self.store_teacher(server, coefficients=c, predictions=p, senders=ids)
-        yield from self.train_student(
-            server, self.mixed_teacher(p.new_full((len(ids),), 1 / len(ids)), p)
-        )
+            c[indices[:, None], indices] = learned * among.sum(1, keepdim=True)
+        self.store_teacher(server, coefficients=c, predictions=p, senders=client_ids)
+        uniform = p.new_full((len(client_ids),), 1 / len(client_ids))
+        yield from self.train_student(server, self.mixed_teacher(uniform, p))
 
     @staticmethod
-    def extend_coefficients(server: Participant, ids: list[str], p: Tensor) -> Tensor:
-        """c of all clients seen, these among them from now on; of the device and dtype of `p`."""
-        had = server.state.get("coefficients")
+    def extend_coefficients(server: Participant, client_ids: list[str], p: Tensor) -> Tensor:
+        """Add clients to those seen and return the coefficients of all of them.
+
+        Args:
+            server: The server.
+            client_ids: Participants of the round.
+            p: Predictions, whose device and dtype the result has.
+
+        Returns:
+            Coefficients of the S clients seen so far, shape `[S, S]`.
+        """
+        previous = server.state.get("coefficients")
         seen = server.state.get("seen", [])
         known = set(seen)
-        server.state["seen"] = seen = [*seen, *(id for id in ids if id not in known)]
+        seen = [*seen, *(client_id for client_id in client_ids if client_id not in known)]
+        server.state["seen"] = seen
         c = p.new_full((len(seen), len(seen)), 1 / len(server.peers))
-        if had is not None:
-            c[: len(had), : len(had)] = had
+        if previous is not None:
+            c[: len(previous), : len(previous)] = previous
         return c
 
     def update_coefficients(self, server: Participant, mix: Tensor, p: Tensor) -> Plan[Tensor]:
-        """Coefficients `[K, K]` after this round's gradient steps."""
+        """Take this round's gradient steps on the coefficients.
+
+        Args:
+            server: The server.
+            mix: Coefficients of the K participants, shape `[K, K]`.
+            p: Their predictions, shape `[K, D, C]`.
+
+        Returns:
+            The new coefficients, shape `[K, K]`.
+        """
         k = len(mix)
         server.arch[MIX] = ModelSpec.from_config("linear", k, (k,))
         for _ in range(self.coefficient_steps):
@@ -131,7 +178,7 @@ class KTpFL(InitialPhase):
                 Coefficients(self.temperature, self.rho),
                 TensorRows({"x": torch.eye(k), "own": torch.arange(k)}),
                 batch_size=k,
-                # a sum over clients, not their mean
+                # The loss is a sum over clients, but `Fit` minimizes the mean.
                 optimizer=OptimizerConfig(name="sgd", lr=self.coefficient_lr * k),
                 context={"predictions": p},
                 label="coefficients",
@@ -142,7 +189,7 @@ class KTpFL(InitialPhase):
 
 
 def normalize_rows(weights: Tensor) -> Tensor:
-    """Each row divided by its sum; equal shares where that is nought."""
+    """Divide each row by its sum; a row whose sum is 0 becomes uniform."""
     total = weights.sum(-1, keepdim=True)
     return torch.where(
         total > 0, weights / total.clamp(min=TINY), torch.full_like(weights, 1 / weights.shape[-1])
@@ -150,7 +197,15 @@ def normalize_rows(weights: Tensor) -> Tensor:
 
 
 def project_to_simplex(rows: Tensor) -> Tensor:
-    """The nearest distribution to each row (Euclidean; Duchi et al. 2008, Figure 1)."""
+    """Project each row onto the probability simplex (Duchi et al. 2008, Figure 1).
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.algorithms.kt_pfl import project_to_simplex
+        >>> project_to_simplex(torch.tensor([[1.5, 0.5], [0.3, 0.3]]))
+        tensor([[1.0000, 0.0000],
+                [0.5000, 0.5000]])
+    """
     u = rows.sort(-1, descending=True).values
     excess = (u.cumsum(-1) - 1) / torch.arange(
         1, rows.shape[-1] + 1, dtype=rows.dtype, device=rows.device

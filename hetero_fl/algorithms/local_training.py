@@ -1,4 +1,4 @@
-"""Local training with a client's own settings: steps, options that any method can take, predictions."""
+"""Local training of a client with its own settings: training steps, losses and predictions."""
 
 from __future__ import annotations
 
@@ -26,18 +26,31 @@ def local_fit(
 ) -> Fit:
     """Create the step that trains a client's model with the client's own settings.
 
-    The supervised loss reads the client's label frequencies if its settings have
-    `logit_adjustment`, and its `class_weights`.
+    The supervised loss applies the client's `logit_adjustment` and `class_weights`.
 
     Args:
         client: The client.
-        objective: What is minimized; None: the client's `objective`, else the supervised loss.
-        data: The rows; None: the client's training rows.
-        context: Tensors that the objective reads in addition to the batch.
-        **changes: Other fields of `Fit`, such as `train`, `epochs` or `label`.
+        objective: Objective to minimize. None uses the client's `objective`, or the supervised
+            loss if that is not set.
+        data: Rows to train on. None uses the client's training rows.
+        context: Tensors that the objective needs in addition to the batch.
+        **changes: Values of other fields of `Fit`, such as `train`, `epochs` or `label`.
 
     Returns:
-        The step, to be yielded.
+        The step, to be yielded by the method's plan.
+
+    Example:
+        >>> from hetero_fl.algorithms import local_fit
+        >>> from hetero_fl.config.clients import ClientSettings
+        >>> from hetero_fl.core.participant import Participant
+        >>> from hetero_fl.core.task import Task
+        >>> settings = ClientSettings(epochs=2, batch_size=16)
+        >>> client = Participant("a", Task("multiclass", 2), {}, {}, None, settings, None)
+        >>> step = local_fit(client)
+        >>> step.epochs, step.batch_size, step.train
+        (2, 16, {'model': None})
+        >>> local_fit(client, train={"model": ("head.",)}, epochs=5).epochs
+        5
     """
     settings = client.settings
     objective = objective or load_objective(settings.objective, client.task)
@@ -51,7 +64,7 @@ def local_fit(
         fields |= {"epochs": settings.epochs, "steps": settings.steps}
     if data.name == "train":
         fields["augment"] = augmentation(settings)
-    # The counts are read only where they are used: with private rows, reading them is accounted.
+    # Read the label counts only if they are used: with private rows, reading them costs budget.
     extra = {}
     is_weighted = bool(settings.logit_adjustment) or settings.class_weights is not None
     if is_weighted and client.task.kind == "multiclass" and isinstance(objective, Supervised):
@@ -65,10 +78,10 @@ def local_fit(
 
 
 def load_objective(reference: str | None, task: Task) -> Objective:
-    """Return the supervised loss, or the objective that `python:package.module:Name` names.
+    """Return the supervised loss, or the objective that a `python:package.module:Name` names.
 
     Raises:
-        UserError: If there is no such class.
+        UserError: If the named class does not exist.
     """
     if reference is None:
         return Supervised(task.kind)
@@ -77,12 +90,15 @@ def load_objective(reference: str | None, task: Task) -> Objective:
 
 
 def objective_context(task: Task, counts: Tensor, settings: ClientSettings) -> dict[str, Tensor]:
-    """Return what the supervised loss reads in addition to the batch.
+    """Return the tensors that the supervised loss needs in addition to the batch.
 
     Args:
         task: The task.
-        counts: Label counts of the rows that are trained on, shape `[C]`.
-        settings: The client's settings: `logit_adjustment` and `class_weights`.
+        counts: Label counts of the training rows, shape `[C]`.
+        settings: Settings of the client; `logit_adjustment` and `class_weights` are used.
+
+    Returns:
+        "log_prior" and "class_weights", each of shape `[C]`, as far as the settings require them.
     """
     context = {}
     prior = log_prior(task, counts) if settings.logit_adjustment else None
@@ -92,17 +108,30 @@ def objective_context(task: Task, counts: Tensor, settings: ClientSettings) -> d
     if weights is not None and task.kind == "multiclass":
         n = counts.to(torch.get_default_dtype())
         w = 1 / n.clamp(min=1) if weights == "balanced" else n.new_tensor(weights)
-        # the mean over the training rows is one
+        # Scale the weights so that their mean over the training rows is one.
         context["class_weights"] = w * n.sum() / (w * n).sum()
     return context
 
 
 def augmentation(settings: ClientSettings) -> AugmentConfig | None:
-    """Return the random changes of training images; None if there are none."""
+    """Return the augmentation of training images; None if there is none."""
     return None if settings.augment == AugmentConfig() else settings.augment
 
 
 def add_log_prior(client: Participant, logits: Tensor) -> Tensor:
-    """Add the log of the client's label frequencies if it trains with logit adjustment."""
+    """Add the log of the client's label frequencies to logits if it uses logit adjustment.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.algorithms import add_log_prior
+        >>> from hetero_fl.config.clients import ClientSettings
+        >>> from hetero_fl.core.participant import Participant
+        >>> from hetero_fl.core.task import Task
+        >>> settings = ClientSettings(logit_adjustment=True)
+        >>> counts = lambda: torch.tensor([2.0, 0.0])  # counts are smoothed by one
+        >>> client = Participant("a", Task("multiclass", 2), {}, {}, None, settings, counts)
+        >>> add_log_prior(client, torch.zeros(1, 2)).exp()
+        tensor([[0.7500, 0.2500]])
+    """
     prior = log_prior(client.task, client.counts) if client.settings.logit_adjustment else None
     return logits if prior is None else logits + prior

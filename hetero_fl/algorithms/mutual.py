@@ -1,4 +1,9 @@
-"""A small shared model next to each client's own: FML, FedKD, FedMRL."""
+"""Methods with a small shared model in addition to each client's own: FML, FedKD and FedMRL.
+
+Shen et al. 2020 (https://arxiv.org/abs/2006.16765), Wu et al. 2022
+(https://arxiv.org/abs/2108.13323), Yi et al., "Federated Model Heterogeneous Matryoshka
+Representation Learning", NeurIPS 2024.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,7 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
+from typing_extensions import override
 
 from hetero_fl.aggregation.uploads import Upload, Uploads
 from hetero_fl.algorithms.base import (
@@ -50,8 +56,10 @@ from hetero_fl.core.task import Task
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import natural_key
 
+# Slot of the small shared model.
 MENTEE = "mentee"
-SMALL = {  # by the number of dimensions; 0: tokens
+# Default mentees by the number of input dimensions; 0 stands for tokens.
+DEFAULT_MENTEES = {
     0: ModelConfig(name="text_transformer"),
     1: ModelConfig(name="mlp", hidden=[64]),
     2: ModelConfig(name="transformer"),
@@ -60,71 +68,87 @@ SMALL = {  # by the number of dimensions; 0: tokens
 
 
 class MenteeTraining(Algorithm):
-    """Base of methods whose clients train their own model together with the mentee, a small model that travels.
+    """Base class of methods that train a small shared model, the mentee, with each client's own.
 
-    The mentee has one architecture and sees what its client sees, augmentation included; where clients' views differ in shape,
-    images are resized to the mentee's, and their channels averaged or repeated. A client uses its own model on local tests and
-    the mentee on the global test.
+    The mentee has the same architecture for all clients and sees the same augmented batches as
+    the client's own model. Images of another shape are resized to the mentee's, and their channels
+    averaged or repeated. A client's own model is evaluated on the local test set, the mentee on
+    the global test set.
+
+    Attributes:
+        trained: Part of each slot that local training updates.
     """
 
     evaluated_when = (
-        "own model on local tests, the mentee on the global test, as deployed with the next broadcast (the models saved are "
-        "clients' own)"
+        "own model on local tests, the mentee on the global test, as deployed with the next "
+        "broadcast (saved models: clients' own)"
     )
     shared = SharedPart(slot=MENTEE)
     needs = Needs(also=("small common model",))
-    # the part of each slot that local training moves
     trained: ClassVar[Mapping[str, Part]] = {"model": None, MENTEE: None}
 
     mentee: Annotated[ModelConfig, BeforeValidator(expand_model_name)] | None = Field(
         None,
-        description="architecture of the mentee; none: cnn_gn_small for images, transformer for series, mlp (64) for tables, "
-        "text_transformer for tokens",
+        description="architecture of the mentee; `null`: cnn_gn_small for images, transformer for "
+        "series, mlp (64) for tables, text_transformer for tokens",
     )
     mentee_input: list[PositiveInt] | None = Field(
         None,
-        description="shape in which it sees examples, channels first; none: the clients' most frequent, the smallest of equals",
+        description="input shape of the mentee, channels first; `null`: the most frequent shape of "
+        "the clients' examples",
     )
 
+    @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         shapes = Counter[tuple[int, ...]]()
-        for kind in clients.profiles:
-            shapes[kind.arch.input_shape] += kind.count
+        for profile in clients.profiles:
+            shapes[profile.arch.input_shape] += profile.count
+        # Of equally frequent shapes, take the smallest.
         shape = tuple(self.mentee_input or min(shapes, key=lambda s: (-shapes[s], math.prod(s), s)))
-        for kind in sorted(clients.profiles, key=lambda kind: natural_key(kind.first)):
-            own = kind.arch.input_shape
+        for profile in sorted(clients.profiles, key=lambda p: natural_key(p.first)):
+            own = profile.arch.input_shape
             if not is_convertible(own, shape):
                 raise UserError(
-                    f"algorithm.mentee_input: found {list(shape)}, but examples of {kind.first} are {list(own)}"
+                    f"algorithm.mentee_input: {list(shape)} does not suit examples of "
+                    f"{profile.first}, which have shape {list(own)}"
                 )
-        mentee = self.mentee or SMALL[0 if clients.profiles[0].arch.vocabulary else len(shape)]
-        notes = (
-            []
-            if self.mentee
-            else [f"algorithm.mentee is {mentee.name}, for inputs {'x'.join(map(str, shape))}"]
-        )
+        dimensions = 0 if clients.profiles[0].arch.vocabulary else len(shape)
+        mentee = self.mentee or DEFAULT_MENTEES[dimensions]
+        size = "x".join(map(str, shape))
+        notes = [] if self.mentee else [f"algorithm.mentee is {mentee.name} for inputs of {size}"]
         return self.model_copy(update={"mentee": mentee, "mentee_input": list(shape)}), notes
 
+    @override
     def models(self, client: ClientInfo) -> Mapping[str, ModelSpec]:
         return {"model": client.arch, MENTEE: self.mentee_model(client.arch)}
 
     def mentee_model(self, own: ModelSpec) -> ModelSpec:
-        """Return the mentee's architecture; its outputs and vocabulary are those of any client's own model."""
-        assert self.mentee is not None and self.mentee_input is not None  # `configure` has set them
-        m = self.mentee
-        about = (m.feature_dim, m.options, m.pretrained, own.vocabulary)
-        return ModelSpec.from_config(m.name, own.outputs, tuple(self.mentee_input), *about)
+        """Return the mentee's architecture, with the outputs and vocabulary of a client's model."""
+        assert self.mentee is not None and self.mentee_input is not None, "set by configure"
+        config = self.mentee
+        return ModelSpec.from_config(
+            config.name,
+            own.outputs,
+            tuple(self.mentee_input),
+            config.feature_dim,
+            config.options,
+            pretrained=config.pretrained,
+            vocabulary=own.vocabulary,
+        )
 
+    @override
     def setup(self, server: Participant) -> None:
         server.arch[MENTEE] = self.mentee_model(server.peers.profiles[0].arch)
         server.models[MENTEE] = server.arch[MENTEE].initial_tensors(server.round_context.seed)
 
+    @override
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
         part = download_part(self, recipient.settings, server.round_context.round_idx)
         if part == ():
             return {}
         return {MENTEE: floating_tensors(select_part(server.models[MENTEE], part))}
 
+    @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
         shape = client.arch[MENTEE].input_shape
@@ -133,63 +157,87 @@ class MenteeTraining(Algorithm):
         return self.upload_mentee(client)
 
     def objective(self, task: Task) -> MutualDistillation:
-        """Return the loss of own model and mentee."""
-        raise TypeError(f"{type(self).__name__} trains no mentee")
+        """Return the objective of the own model and the mentee."""
+        raise TypeError(f"{type(self).__name__} does not define objective")
 
     def upload_mentee(self, client: Participant) -> Items:
         """Return the upload of the mentee."""
         return upload_model(self, client)
 
+    @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         server.models[MENTEE] = {**server.models[MENTEE], **self.mentee_mean(uploads)}
         yield from ()
 
     @staticmethod
     def mentee_mean(uploads: Uploads) -> Tensors:
-        """Return the weighted mean of each of the mentee's tensors over the clients that sent it."""
+        """Return the weighted mean of each tensor of the mentee over the clients that sent it."""
         return uploads.mean_by_group(MENTEE).get("", {})
 
+    @override
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
         if personal:
             return (yield from super().predict(client, rows, personal))
         seen = to_shape(rows.columns(client)["x"], client.arch[MENTEE].input_shape)
         return (yield Predict(MENTEE, TensorRows({"x": seen})))
 
+    @override
     def server_model(self, server: Participant) -> str | None:
-        return None  # the mentee is used at the clients, through their preprocessing
+        # The mentee needs the preprocessing of a client.
+        return None
 
 
 @register_algorithm("fml")
 class FML(MenteeTraining):
-    """Train each client's own model together with a small shared one; each learns from the other's predictions.
+    """Train each client's model and a small shared model by mutual distillation.
 
-    KL goes both ways; the shared model, the mentee, is averaged (Shen et al. 2020, Algorithm 1, there "meme model").
+    Each model minimizes cross-entropy and the KL divergence to the other's predictions. The shared
+    model, the mentee ("meme model" in the paper), is averaged (Shen et al. 2020, Algorithm 1).
+
+    Example:
+        >>> from hetero_fl.algorithms import FML
+        >>> method = FML(alpha=0.7, mentee="cnn_gn_small")
+        >>> method.shared.slot, method.mentee.name
+        ('mentee', 'cnn_gn_small')
     """
 
     title = "FML"
     uploads = {MENTEE: ItemSpec("params", across=True)}
 
     alpha: float = Field(
-        0.5, ge=0, le=1, description="weight of the task for the own model, the rest is KL"
+        0.5, ge=0, le=1, description="weight α of the own model's task loss; that of KL is 1 − α"
     )
     beta: float = Field(
-        0.5, ge=0, le=1, description="weight of the task for the mentee, the rest is KL"
+        0.5, ge=0, le=1, description="weight β of the mentee's task loss; that of KL is 1 − β"
     )
 
+    @override
     def objective(self, task: Task) -> MutualDistillation:
         return MutualDistillation(task.kind, alpha=self.alpha, beta=self.beta)
 
 
-HIDDEN = "hidden"  # W: from the mentee's features to the own model's, kept by the client
-WHOLE = 2.0  # an energy that no truncation keeps: updates travel as they are
+# Slot of the projection W from the mentee's features to those of the own model.
+HIDDEN = "hidden"
+# An energy above 1 disables the truncation, so that updates have their largest size.
+FULL_ENERGY = 2.0
 
 
 @register_algorithm("fedkd")
 class FedKD(MenteeTraining):
-    """Distill each client's own model and a small shared one into each other, the more the better both are.
+    """Mutually distill each client's model and a small shared model sent as truncated SVDs.
 
-    Updates of the shared model, the mentee, travel as truncated SVDs (Wu et al. 2022, Algorithm 1). The energy that a truncation keeps rises over the rounds. The server's mentee moves by the mean update as it sends it,
-    truncated, so that it stays the one its clients hold; a client that missed a round is sent the mentee whole.
+    Distillation terms are divided by the sum of both models' task losses. Updates of the shared
+    model, the mentee, are truncated to a share of their energy that rises over the rounds (Wu et
+    al. 2022, Algorithm 1). The server applies the truncated mean update, so that its mentee equals
+    that of the clients. Clients that missed a round receive the whole mentee.
+
+    Deviations: the denominator of the distillation terms is detached, and the mean squared error
+    of the features is counted once.
+
+    Example:
+        >>> from hetero_fl.algorithms import FedKD
+        >>> FedKD(energy_start=0.9).uploads["mentee"].kind
+        'update'
     """
 
     title = "FedKD"
@@ -198,16 +246,18 @@ class FedKD(MenteeTraining):
     trained = {"model": None, MENTEE: None, HIDDEN: ("head.weight",)}
     needs = Needs(
         also=("small common model",),
-        largest_uploads={"energy_start": WHOLE, "energy_end": WHOLE},
+        largest_uploads={"energy_start": FULL_ENERGY, "energy_end": FULL_ENERGY},
     )
 
     hidden_weight: NonNegativeFloat = Field(
-        1.0, description="weight of the distance between features"
+        1.0, description="weight of the mean squared error between features"
     )
     energy_start: float = Field(
         0.95, gt=0, le=1, description="share of an update's energy kept in the first round"
     )
-    energy_end: float = Field(0.98, gt=0, le=1, description="the same in the last round")
+    energy_end: float = Field(
+        0.98, gt=0, le=1, description="share of an update's energy kept in the last round"
+    )
 
     def kept_energy(self, participant: Participant) -> float:
         """Return the share of an update's energy that is kept in this round."""
@@ -216,18 +266,21 @@ class FedKD(MenteeTraining):
         )
         return self.energy_start + (self.energy_end - self.energy_start) * min(1.0, done)
 
+    @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         method, notes = super().configure(clients)
         return method, [
             *notes,
-            "ranks of updates follow from what is learned: `--check` counts all of them whole",
+            "ranks of updates depend on the training; `--check` counts updates of full rank",
         ]
 
+    @override
     def models(self, client: ClientInfo) -> Mapping[str, ModelSpec]:
         models = super().models(client)
         sizes = (client.arch.feature_width, (models[MENTEE].feature_width,))
         return {**models, HIDDEN: ModelSpec.from_config("linear", *sizes)}
 
+    @override
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
         part = download_part(self, recipient.settings, server.round_context.round_idx)
         state = server.state
@@ -238,22 +291,25 @@ class FedKD(MenteeTraining):
             return {"change": Item(select_part(state["change"], part), kind="update")}
         return super().broadcast(server, recipient)
 
+    @override
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
         yield from super().deploy(client, received)
-        # W is a matrix
+        # W is a linear map without bias.
         client.load(HIDDEN, {"head.bias": torch.zeros_like(client.models[HIDDEN]["head.bias"])})
         part = shared_part(self, client.settings)
-        mine = floating_tensors(select_part(client.models[MENTEE], part))
-        base = received[MENTEE] if MENTEE in received else client.state.get("base", mine)
+        own = floating_tensors(select_part(client.models[MENTEE], part))
+        base = received[MENTEE] if MENTEE in received else client.state.get("base", own)
         if "change" in received:
             base = add_low_rank(base, received["change"])
         if download_part(self, client.settings, client.round_context.round_idx) != ():
             client.load(MENTEE, base)
         client.state["base"] = base
 
+    @override
     def objective(self, task: Task) -> MutualDistillation:
         return AdaptiveMutual(task.kind, hidden_weight=self.hidden_weight)
 
+    @override
     def upload_mentee(self, client: Participant) -> Items:
         part = upload_part(self, client.settings, client.round_context.round_idx)
         base = select_part(client.state["base"], part)
@@ -263,6 +319,7 @@ class FedKD(MenteeTraining):
         factors = compress_low_rank(update, self.kept_energy(client))
         return {MENTEE: Item(factors, float(client.num_rows), "update")}
 
+    @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         mentee = server.models[MENTEE]
         version = server.state.get("version", 0)
@@ -288,66 +345,82 @@ def add_low_rank(tensors: Tensors, change: Mapping[str, Tensor]) -> Tensors:
     return {**tensors, **{n: tensors[n] + d for n, d in restored.items()}}
 
 
-def _restore_update(upload: Upload, like: dict[str, torch.Tensor]) -> Upload:
+def _restore_update(upload: Upload, like: Tensors) -> Upload:
     item = upload.payload.item(MENTEE)
     values = reconstruct_low_rank(item.values, like)  # type: ignore[arg-type]
     return Upload(upload.client_info, Payload({MENTEE: replace(item, values=values)}))
 
 
-PROJECTION = "projection"  # P: kept by the client
+# Slot of the projection from the features of both models, which stays at the client.
+PROJECTION = "projection"
 
 
 @register_algorithm("fedmrl")
 class FedMRL(MenteeTraining):
-    """Train each client's own network together with a small shared one, on features of both, one nested in the other.
+    """Train each client's model and a small shared model on nested projections of their features.
 
-    The shared network G alone is averaged, each client's own F stays (Yi et al. 2024, Algorithm 1). G's features have width d₁, F's d₂ > d₁. A private linear projection takes both to width d₂, all of which goes to F's head
-    and the first d₁ to G's; the loss is the sum of both.
+    Only the shared model G is averaged (Yi et al. 2024, Algorithm 1). Its features have width d₁,
+    those of the client's model F width d₂ > d₁. A private linear projection maps both to width d₂;
+    F's head uses all of it, G's head the first d₁ components, and the losses are added.
 
-    A client's model is all three: F's head on the projected features is what predicts, on local and global tests.
+    Clients predict with F's head on the projected features, on local and global test sets.
+
+    Example:
+        >>> from hetero_fl.algorithms import FedMRL
+        >>> sorted(FedMRL.trained), list(FedMRL.uploads)
+        (['mentee', 'model', 'projection'], ['mentee'])
     """
 
     title = "FedMRL"
-    evaluated_when = "own head on projected features, as deployed with the next broadcast (the models saved are clients' own F alone)"
+    evaluated_when = (
+        "own head on projected features, as deployed with the next broadcast (saved models: "
+        "clients' F only)"
+    )
     uploads = {MENTEE: ItemSpec("params", across=True)}
     trained = {"model": None, MENTEE: None, PROJECTION: None}
     needs = Needs(also=("small common model", "linear heads"))
 
-    own_weight: NonNegativeFloat = Field(1.0, description="m_F: weight of the own head's loss")
-    mentee_weight: NonNegativeFloat = Field(
-        1.0, description="m_G: weight of the mentee's head's loss"
-    )
+    own_weight: NonNegativeFloat = Field(1.0, description="weight m_F of the own head's loss")
+    mentee_weight: NonNegativeFloat = Field(1.0, description="weight m_G of the mentee head's loss")
 
+    @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
-        made, notes = super().configure(clients)
-        assert isinstance(made, FedMRL) and made.mentee is not None
-        for kind in clients.profiles:
-            require_linear_head(kind.first, kind.arch)
-        narrowest = min(clients.profiles, key=lambda kind: kind.arch.feature_width)
-        name = narrowest.first
-        least = narrowest.arch.feature_width
-        width = made.mentee_model(narrowest.arch).feature_width
-        if width < least:
-            return made, notes
-        if made.mentee.feature_dim or least < 2:
-            is_set = made.mentee.feature_dim is not None
-            key = "algorithm.mentee.feature_dim" if is_set else f"clients: {name}: model"
+        method, notes = super().configure(clients)
+        assert isinstance(method, FedMRL) and method.mentee is not None
+        for profile in clients.profiles:
+            require_linear_head(profile.first, profile.arch)
+        narrowest = min(clients.profiles, key=lambda p: p.arch.feature_width)
+        client_id = narrowest.first
+        smallest = narrowest.arch.feature_width
+        width = method.mentee_model(narrowest.arch).feature_width
+        if width < smallest:
+            return method, notes
+        if method.mentee.feature_dim or smallest < 2:
+            is_set = method.mentee.feature_dim is not None
+            key = "algorithm.mentee.feature_dim" if is_set else f"clients: {client_id}: model"
             raise UserError(
-                f"{key}: the mentee's features have width {width}, those of {name} {least}, not more"
+                f"{key}: the mentee's feature width must be smaller than that of {client_id}, got "
+                f"{width} and {smallest}"
             )
-        mentee = made.mentee.model_copy(update={"feature_dim": least // 2})
-        note = f"algorithm.mentee.feature_dim is {least // 2}: less than the {least} of {name}"
-        return made.model_copy(update={"mentee": mentee}), [*notes, note]
+        mentee = method.mentee.model_copy(update={"feature_dim": smallest // 2})
+        note = (
+            f"algorithm.mentee.feature_dim is {smallest // 2}, half of the feature width of "
+            f"{client_id}"
+        )
+        return method.model_copy(update={"mentee": mentee}), [*notes, note]
 
+    @override
     def models(self, client: ClientInfo) -> Mapping[str, ModelSpec]:
         models = super().models(client)
         width = client.arch.feature_width
         both = (models[MENTEE].feature_width + width,)
         return {**models, PROJECTION: ModelSpec.from_config("linear", width, both)}
 
+    @override
     def objective(self, task: Task) -> MutualDistillation:
         return NestedRepresentations(task.kind, alpha=self.own_weight, beta=self.mentee_weight)
 
+    @override
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
         seen = to_shape(rows.columns(client)["x"], client.arch[MENTEE].input_shape)
         g = yield Predict(MENTEE, TensorRows({"x": seen}), readout="features")

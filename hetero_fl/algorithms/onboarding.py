@@ -1,10 +1,14 @@
-"""A client that joins when a federation has finished: what it receives, and how it goes on training."""
+"""Training of a client that joins after a federation has finished.
+
+Fine-tuning on a received backbone follows Kumar et al. 2022 (https://arxiv.org/abs/2202.10054).
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
+from typing_extensions import override
 
 from hetero_fl.algorithms.base import Items, Needs
 from hetero_fl.algorithms.distillation import TEACHER, ProxyTraining
@@ -20,14 +24,16 @@ HEAD = ("head.",)
 
 
 class JoiningClient(ProxyTraining):
-    """Train one client on its own labeled rows, from a shared backbone, the consensus of others, both or neither.
+    """Train one new client on its own rows, starting from a shared backbone, a teacher or both.
 
-    A new head on a received backbone is trained before the backbone moves: by the teacher if there is one, else by a training
-    of the head alone (Kumar et al. 2022: linear probing, then fine-tuning). With a teacher, local training goes on replaying
-    it: a few labels would soon make it forgotten.
+    The new head on a received backbone is trained before the backbone changes: by distilling the
+    teacher if there is one, else by training the head alone (linear probing followed by
+    fine-tuning, Kumar et al. 2022). If there is a teacher, local training replays it so that the
+    client does not forget it.
 
-    The start is in the server's state, under `backbone` (named tensors) or `teacher` (logits of the proxy rows,
-    `[D, outputs]`), and is received once. Not in the registry: a run of many rounds has no use for it.
+    The server's state contains `backbone` (named tensors), `teacher` (logits of the proxy rows,
+    shape `[D, outputs]`), both or neither; the client receives them once. The method is not
+    registered because it is not meant for runs of several rounds.
     """
 
     evaluated_when = "after local training"
@@ -38,29 +44,35 @@ class JoiningClient(ProxyTraining):
     digest_epochs: PositiveInt = Field(
         10, description="epochs on the proxy set before local training"
     )
-    rehearse: NonNegativeFloat = Field(
-        1.0, description="weight of the teacher on public rows in local training; 0: none"
+    rehearse: NonNegativeFloat = Field(  # style: ok (configuration key)
+        1.0, description="weight of the teacher on proxy rows in local training; 0 disables it"
     )
     probe: bool = Field(
         True,
-        description="without a teacher: the head is trained alone before a received backbone follows",
+        description="whether to train the head alone first if only a backbone is received",
     )
 
+    @override
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
         names = (BACKBONE, TEACHER) if recipient.purpose == "train" else ()
-        return {n: server.state[n] for n in names if n in server.state}
+        return {name: server.state[name] for name in names if name in server.state}
 
+    @override
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
         if BACKBONE in received:
             client.load("model", received[BACKBONE])
         yield from ()
 
+    @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
         if TEACHER in received:
             yield self.distill(client, received, self.digest_epochs)
         elif BACKBONE in received and self.probe:
             yield replace(local_fit(client, label="head"), train={"model": HEAD})
-        replays = TEACHER in received and self.rehearse > 0
-        yield self.proxy_replay(client, received, self.rehearse) if replays else local_fit(client)
+        weight = self.rehearse  # style: ok (configuration key)
+        if TEACHER in received and weight > 0:
+            yield self.proxy_replay(client, received, weight)
+        else:
+            yield local_fit(client)
         return {}

@@ -1,6 +1,9 @@
-"""Partial sharing and personal models: FedPer, LG-FedAvg, FedBN, FedRep, FedBABU, Ditto.
+"""Partial sharing and personal models: FedPer, LG-FedAvg, FedBN, FedRep, FedBABU and Ditto.
 
-The first five differ in the part of the model that travels and in when each part is trained.
+Arivazhagan et al. 2019 (https://arxiv.org/abs/1912.00818), Liang et al. 2020
+(https://arxiv.org/abs/2001.01523), Li et al. 2021 (https://arxiv.org/abs/2102.07623), Collins et
+al. 2021 (https://arxiv.org/abs/2102.07078), Oh et al. 2022 (https://arxiv.org/abs/2106.06042), Li
+et al. 2021 (https://arxiv.org/abs/2012.04221).
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
+from typing_extensions import override
 
 from hetero_fl.algorithms.base import (
     Items,
@@ -32,7 +36,15 @@ HEAD = ("head.",)
 
 @register_algorithm("fedper")
 class FedPer(FedAvg):
-    """Average the backbone; each client keeps its own head (Arivazhagan et al. 2019)."""
+    """Average the backbone; each client keeps its own head (Arivazhagan et al. 2019).
+
+    Backbone and head are trained together.
+
+    Example:
+        >>> from hetero_fl.algorithms import FedPer
+        >>> FedPer.shared
+        ('backbone.',)
+    """
 
     title = "FedPer"
     shared = BODY
@@ -40,53 +52,81 @@ class FedPer(FedAvg):
 
 @register_algorithm("lg_fedavg")
 class LGFedAvg(FedAvg):
-    """Average the head; each client keeps its own backbone (Liang et al. 2020)."""
+    """Average the head; each client keeps its own backbone (Liang et al. 2020).
+
+    Backbone and head are trained together. Deviation: the FedAvg rounds with which the authors
+    start are omitted.
+
+    Example:
+        >>> from hetero_fl.algorithms import LGFedAvg
+        >>> LGFedAvg.shared
+        ('head.',)
+    """
 
     title = "LG-FedAvg"
     shared = HEAD
 
 
 def fit_part(client: Participant, part: tuple[str, ...], **changes: Any) -> Plan[None]:
-    """Train a part of the model alone, if the model has it (`linear` has no backbone)."""
+    """Train one part of the model, if the model has it (`linear` has no backbone).
+
+    Args:
+        client: The client.
+        part: Prefixes of the names of the trained tensors.
+        **changes: Arguments of `local_fit`.
+    """
     if any(n.startswith(part) for n in client.arch["model"].parameter_names):
         yield replace(local_fit(client, **changes), train={"model": part})
 
 
 @register_algorithm("fedbn")
 class FedBN(FedAvg):
-    """Average all but BatchNorm: each client keeps these layers, fitted to how its data looks.
+    """Average all layers except BatchNorm, which each client keeps for its own data.
 
-    These are whole layers (Li et al. 2021, Algorithm 1), or their statistics alone (Andreux et al. 2020, SiloBN). Averaging `parameters()` alone comes to the latter. BatchNorm is found by type; a model without any is averaged as under
-    FedAvg.
+    Local are whole BatchNorm layers (Li et al. 2021, Algorithm 1) or only their running
+    statistics (SiloBN, Andreux et al. 2020). The layers are found by type. Models without
+    BatchNorm are averaged as in FedAvg.
+
+    Example:
+        >>> from hetero_fl.algorithms import FedBN
+        >>> FedBN().shared.local, FedBN(keep="statistics").shared.local
+        ('batch_norm', 'batch_norm_statistics')
     """
 
     title = "FedBN"
 
     keep: Literal["layers", "statistics"] = Field(
         "layers",
-        description="all of a BatchNorm layer stays, or its running mean and variance only",
+        description="whether whole BatchNorm layers or only their running statistics stay local",
     )
 
     @property
-    def shared(self) -> SharedPart:  # type: ignore[override]  # follows from a setting
-        """All of the model but its BatchNorm layers, or their statistics."""
+    def shared(self) -> SharedPart:  # type: ignore[override]  # depends on a setting
+        """The whole model without its BatchNorm layers or statistics."""
         return SharedPart(local="batch_norm" if self.keep == "layers" else "batch_norm_statistics")
 
 
 @register_algorithm("fedrep")
 class FedRep(FedPer):
-    """Average the backbone; train the head on it first, then the backbone under the new head.
+    """Average the backbone; clients train their own heads first and the backbone afterwards.
 
-    Each client keeps its head (Collins et al. 2021, Algorithm 1).
+    The backbone is frozen while the head is trained, and vice versa (Collins et al. 2021,
+    Algorithm 1).
+
+    Example:
+        >>> from hetero_fl.algorithms import FedRep
+        >>> FedRep(head_epochs=10).shared
+        ('backbone.',)
     """
 
     title = "FedRep"
 
     head_epochs: PositiveInt | None = Field(
-        None, description="local epochs of the head; none: the client's own `epochs` or `steps`"
+        None, description="local epochs of the head; `null`: the client's `epochs` or `steps`"
     )
-    body_epochs: PositiveInt = Field(1, description="local epochs of the backbone, after the head")
+    body_epochs: PositiveInt = Field(1, description="local epochs of the backbone")
 
+    @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
         epochs: dict[str, Any] = {} if self.head_epochs is None else {"epochs": self.head_epochs}
@@ -97,39 +137,50 @@ class FedRep(FedPer):
 
 @register_algorithm("fedbabu")
 class FedBABU(FedPer):
-    """Train and average the backbone alone; each client fine-tunes a copy of the model before it is used.
+    """Train and average the backbone with a frozen head; clients fine-tune before evaluation.
 
-    All clients have the head that they began with (Oh et al. 2022, Algorithm 1 and section 5).
+    All clients keep the same initial head during training. Each fine-tunes a copy of the model
+    before it is evaluated (Oh et al. 2022, Algorithm 1 and section 5).
+
+    Example:
+        >>> from hetero_fl.algorithms import FedBABU
+        >>> FedBABU(finetune="head").finetune_epochs
+        5
     """
 
     title = "FedBABU"
-    evaluated_when = "after aggregation and fine-tuning of the client's copy, on the global test set too (the server's own: before it)"
+    evaluated_when = (
+        "after aggregation and fine-tuning of the client's copy, on both test sets (the server's "
+        "own model: before fine-tuning)"
+    )
 
     finetune_epochs: PositiveInt = Field(
-        5, description="epochs on the client's own rows before its model is used"
+        5, description="epochs of fine-tuning on the client's rows before evaluation"
     )
     finetune: Literal["all", "head"] = Field(
-        "all", description="what fine-tuning moves: the whole model, or the head"
+        "all", description="part that is fine-tuned: the whole model or the head"
     )
 
+    @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
         yield from fit_part(client, BODY)
         return upload_model(self, client, self.weight_of(client))
 
+    @override
     def personalize(self, client: Participant, received: Payload) -> Plan[None]:
         part = None if self.finetune == "all" else HEAD
-        fit = local_fit(
-            client, epochs=self.finetune_epochs, label="personalise"
-        )  # style: ok (label of a random stream)
+        label = "personalise"  # style: ok (label of a random stream)
+        fit = local_fit(client, epochs=self.finetune_epochs, label=label)
         yield replace(fit, train={"model": part})
 
+    @override
     def server_model(self, server: Participant) -> str | None:
         is_trained = any(
             common_part(shared_part(self, profile.settings), BODY)
             for profile in server.peers.profiles
         )
-        # all clients have the same head
+        # All clients have the same head.
         return next(iter(server.models)) if is_trained and len(server.models) == 1 else None
 
 
@@ -138,29 +189,41 @@ PERSONAL = "personal"
 
 @register_algorithm("ditto")
 class Ditto(FedAvg):
-    """Average parameters; each client also trains a personal model that is held close to the shared one.
+    """Average parameters; each client also trains a personal model close to the average.
 
-    The personal model v is trained on loss + (λ/2)‖v − θ‖², θ the model as received (Li et al. 2021, Algorithm 1). It begins
-    as the first model received and never leaves. On local tests the personal model is evaluated, on the global test the
-    shared one; a client that has never trained uses the shared one for both.
+    The personal model v minimizes loss + (λ/2)‖v − θ‖², where θ is the received model (Li et al.
+    2021, Algorithm 1). It starts from the first received model and stays at the client. The
+    personal model is evaluated on the local test set, the shared model on the global test set.
+    Clients that have not been trained use the shared model for both.
+
+    Example:
+        >>> from hetero_fl.algorithms import Ditto
+        >>> method = Ditto(weight=1.0)
+        >>> list(method.uploads)  # the personal model is not uploaded
+        ['model']
     """
 
     title = "Ditto"
-    evaluated_when = "personal model on local tests, the shared one on the global test, after aggregation (the models saved are personal)"
+    evaluated_when = (
+        "personal model on local tests, the shared one on the global test, after aggregation "
+        "(saved models: personal)"
+    )
 
     weight: NonNegativeFloat = Field(
-        0.1, description="λ: how strongly the personal model is held to the shared one"
+        0.1, description="weight λ of the personal model's distance to the shared model"
     )
     personal_epochs: PositiveInt | None = Field(
         None,
-        description="local epochs of the personal model; none: the client's own `epochs` or `steps`",
+        description="local epochs of the personal model; `null`: the client's `epochs` or `steps`",
     )
 
+    @override
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
         yield from super().deploy(client, received)
         client.arch[PERSONAL] = client.arch["model"]
         client.models.setdefault(PERSONAL, client.models["model"])
 
+    @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
         objective = Proximal(client.task.kind, PERSONAL, mu=self.weight)
@@ -172,6 +235,7 @@ class Ditto(FedAvg):
         yield [local_fit(client), replace(personal, train={PERSONAL: None})]
         return upload_model(self, client, self.weight_of(client))
 
+    @override
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
         if not personal:
             return (yield Predict("model", rows))

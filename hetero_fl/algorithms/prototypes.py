@@ -1,4 +1,8 @@
-"""Class prototypes and common feature widths: FedProto, FedTGP, FedGH."""
+"""Methods that exchange class means of features: FedProto, FedTGP and FedGH.
+
+Tan et al. 2022 (https://arxiv.org/abs/2105.00243), Zhang et al. 2024
+(https://arxiv.org/abs/2401.03230), Yi et al. 2023 (https://arxiv.org/abs/2303.13137).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
+from typing_extensions import override
 
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Algorithm, Items, Needs, may_share, register_algorithm
@@ -23,109 +28,139 @@ from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.plan import ClassSums, Fit, Plan, Predict, Rows, TensorRows
 from hetero_fl.utils.errors import UserError
 
-# Methods that compare or exchange features: all clients need features of one width.
-
 
 class CommonFeatureWidth(Algorithm):
-    """Base of methods for features of one width: a model with another width ends in a projection to the common one."""
+    """Base class of methods that need the same feature width for all clients.
+
+    Models with another feature width end in a projection to the common one.
+
+    Attributes:
+        features_leave: Whether clients upload features, by row or as means of classes.
+    """
 
     needs = Needs(one_architecture=True, also=("one feature width",))
-    features_leave: ClassVar[bool] = True  # the clients', row by row or as means of classes
+    features_leave: ClassVar[bool] = True
 
     feature_dim: PositiveInt | None = Field(
         None,
-        description="common width of the features; none: the most frequent of the clients', the widest of equals",
+        description="common feature width; `null`: the most frequent width of the clients' models",
     )
 
+    @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         widths = Counter[int]()
-        for kind in clients.profiles:
-            widths[kind.arch.feature_width] += kind.count
+        for profile in clients.profiles:
+            widths[profile.arch.feature_width] += profile.count
+        # Of equally frequent widths, take the largest.
         width = self.feature_dim or max(widths, key=lambda w: (widths[w], w))
-        for kind in clients.profiles if self.features_leave else []:
-            require_features(kind.first, kind.arch, width)
-        other = [kind for kind in clients.profiles if kind.arch.feature_width != width]
-        listed = clients.format_clients(other)
-        notes = (
-            [f"algorithm.feature_dim is {width}: the models of {listed} end in a projection to it"]
-            if other
-            else []
-        )
-        return self.model_copy(update={"feature_dim": width}), notes
+        if self.features_leave:
+            for profile in clients.profiles:
+                require_features(profile.first, profile.arch, width)
+        method = self.model_copy(update={"feature_dim": width})
+        other = [p for p in clients.profiles if p.arch.feature_width != width]
+        if not other:
+            return method, []
+        names = clients.format_clients(other)
+        return method, [f"algorithm.feature_dim is {width}; the models of {names} get a projection"]
 
+    @override
     def models(self, client: ClientInfo) -> Mapping[str, ModelSpec]:
-        fits = client.arch.feature_width == self.feature_dim
-        return {
-            "model": client.arch if fits else replace(client.arch, feature_dim=self.feature_dim)
-        }
+        arch = client.arch
+        if arch.feature_width != self.feature_dim:
+            arch = replace(arch, feature_dim=self.feature_dim)
+        return {"model": arch}
 
 
 class CommonHead(CommonFeatureWidth):
-    """Base of methods for features of one width and heads that fit one another: each a single linear layer."""
+    """Base class of methods that need the same feature width and a linear head for all clients."""
 
     needs = Needs(tasks=("multiclass",), also=("one feature width", "linear heads"))
 
+    @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
-        for kind in clients.profiles:
-            require_linear_head(kind.first, kind.arch)
+        for profile in clients.profiles:
+            require_linear_head(profile.first, profile.arch)
         return super().configure(clients)
 
 
 def require_features(client_id: str, arch: ModelSpec, width: int) -> None:
-    """Raise UserError for a model whose features are the example itself: uploaded, they would be the client's data."""
+    """Check that a model learns its features, as uploaded inputs would reveal the client's data.
+
+    Args:
+        client_id: The client.
+        arch: Its model.
+        width: Common feature width.
+
+    Raises:
+        UserError: If the features of the model are its inputs.
+    """
     if arch.feature_width == width and not any(
         name.startswith("backbone.") for name in arch.parameter_names
     ):
         raise UserError(
-            f"clients: {client_id}: model: the features of '{arch.name}' are the example itself, and this method sends features; "
-            "choose one that learns its own, such as mlp, or set algorithm.feature_dim to another width"
+            f"clients: {client_id}: model: the features of '{arch.name}' are its inputs, and this "
+            "method uploads features; choose a model with a backbone, such as mlp, or set "
+            "algorithm.feature_dim to another width"
         )
 
 
 def require_linear_head(client_id: str, arch: ModelSpec) -> None:
-    """Raise UserError for a model whose head is anything but a linear layer with a bias."""
+    """Raise UserError if the head of a model is not a linear layer with a bias."""
     head = sorted(n for n in arch.parameter_names if n.startswith("head."))
     if head != ["head.bias", "head.weight"]:
         found = ", ".join(head) or "no parameters"
         raise UserError(
-            f"clients: {client_id}: model: its head has {found}; this method needs a linear layer with a bias"
+            f"clients: {client_id}: model: this method needs a linear head with a bias, got {found}"
         )
 
 
-# how far below the farthest prototype a class without one stands: e^-20 of its probability
-NEVER = 20.0
+# Difference of the logits of the farthest prototype and a class without one, a factor e^-20.
+MISSING_PROTOTYPE_MARGIN = 20.0
 
 
 @register_algorithm("fedproto")
 class FedProto(CommonFeatureWidth):
-    """Exchange each class's mean features; each client pulls its features towards the mean of their class.
+    """Exchange class prototypes; clients train features that are close to their prototype.
 
-    The loss is cross-entropy plus λ·MSE of features to the prototype of their class, the mean feature over all clients' rows;
-    an example belongs to the class of the nearest prototype (Tan et al. 2022, Algorithm 1). Clients upload sums of features and counts by class, taken after their local training; the server divides the total
-    of the sums by the total of the counts. A class that no client sends in a round keeps its prototype. Before there is any,
-    the head decides.
+    The loss is cross-entropy plus λ·MSE between a feature and the prototype of its class, the mean
+    feature over all clients' rows. Examples are assigned to the nearest prototype (Tan et al. 2022,
+    Algorithm 1). Clients upload sums of features and counts by class after local training; the
+    server divides the total sums by the total counts. A class that no client uploads in a round
+    keeps its prototype. Until there are prototypes, the head classifies.
+
+    Example:
+        >>> from hetero_fl.algorithms import FedProto
+        >>> method = FedProto(weight=10.0, inference="own")
+        >>> method.shared, method.uploads["features"].kind
+        ((), 'class_sums')
     """
 
     title = "FedProto"
-    evaluated_when = "after local training, by the nearest prototype of the last aggregation (the models saved have their heads)"
+    evaluated_when = (
+        "after local training, by the nearest prototype of the last aggregation (saved models: "
+        "with their heads)"
+    )
     shared = ()
     uploads = {"features": ItemSpec("class_sums", private=True, share="statistics")}
     needs = Needs(tasks=("multiclass",), also=("one feature width",))
 
-    weight: NonNegativeFloat = Field(1.0, description="λ: weight of the distance to the prototype")
+    weight: NonNegativeFloat = Field(1.0, description="weight λ of the distance to the prototype")
     inference: Literal["prototype", "own", "head"] = Field(
         "prototype",
-        description="nearest prototype; on local tests the nearest of its own classes only (the authors' code); or the model's "
-        "head",
+        description="classify by the nearest prototype; on local tests by the nearest prototype of "
+        "the client's classes, as in the authors' code; or by the head",
     )
 
+    @override
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
         return dict(server.state)
 
+    @override
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
         client.state.update({name: received[name] for name in received})
         yield from ()
 
+    @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         if "prototypes" in received:
             pull = PrototypePull(client.task.kind, weight=self.weight)
@@ -134,6 +169,7 @@ class FedProto(CommonFeatureWidth):
             yield local_fit(client)
         return (yield from upload_class_features(client))
 
+    @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         mean = uploads.mean("features")
         if mean is not None:
@@ -145,19 +181,23 @@ class FedProto(CommonFeatureWidth):
             server.state["known"] = torch.where(sent[:, 0], torch.ones_like(known), known)
         yield from ()
 
+    @override
     def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
         if self.inference == "head" or "prototypes" not in client.state:
             return (yield from super().predict(client, rows, personal))
         features = yield Predict("model", rows, readout="features")
         known = client.state["known"]
-        mine = known * (client.counts > 0).to(known.dtype)
-        if self.inference == "own" and personal and bool(mine.any()):
-            known = mine
+        own = known * (client.counts > 0).to(known.dtype)
+        if self.inference == "own" and personal and bool(own.any()):
+            known = own
         return prototype_logits(features, client.state["prototypes"], known)
 
 
 def upload_class_features(client: Participant) -> Plan[Items]:
-    """Sum the client's features by class and return the upload; empty if it does not share statistics now."""
+    """Sum the client's features by class and return the upload.
+
+    The upload is empty if the client does not share statistics in this round.
+    """
     if not may_share(client, "statistics"):
         return {}
     sums, counts = yield ClassSums("model", readout="features")
@@ -165,44 +205,69 @@ def upload_class_features(client: Participant) -> Plan[Items]:
 
 
 def prototype_logits(features: Tensor, prototypes: Tensor, known: Tensor) -> Tensor:
-    """Return −‖f − prototype_c‖₂ as logits `[N, C]`; a class without a prototype stands below all others."""
-    apart = torch.cdist(features, prototypes, compute_mode="donot_use_mm_for_euclid_dist")
+    """Return negative distances to prototypes as logits.
+
+    Args:
+        features: Features of the examples, shape `[N, d]`.
+        prototypes: Prototypes, shape `[C, d]`.
+        known: 1 for classes with a prototype, else 0, shape `[C]`.
+
+    Returns:
+        −‖f − prototype_c‖₂, shape `[N, C]`; lower than all of these for other classes.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.algorithms.prototypes import prototype_logits
+        >>> prototypes = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+        >>> prototype_logits(torch.zeros(1, 2), prototypes, torch.ones(2))
+        tensor([[-0., -5.]])
+    """
+    distances = torch.cdist(features, prototypes, compute_mode="donot_use_mm_for_euclid_dist")
     has = known > 0
-    return torch.where(has, -apart, -apart[:, has].amax(-1, keepdim=True) - NEVER)
+    lowest = -distances[:, has].amax(-1, keepdim=True) - MISSING_PROTOTYPE_MARGIN
+    return torch.where(has, -distances, lowest)
 
 
-# at the server: P̆, a trainable row for each class, and the network F
+# Slots of the server: P̆, a trainable row for each class, and the network F.
 VECTORS = "vectors"
 PROTOTYPES = "prototypes"
 
 
 @register_algorithm("fedtgp")
 class FedTGP(FedProto):
-    """Train one prototype per class at the server, so that classes stand apart; clients follow as in FedProto.
+    """Train separated class prototypes at the server; clients train as in FedProto.
 
-    Each client pulls its features towards these prototypes (Zhang et al. 2024, Algorithm 1). P̂_c = F(P̆_c), F linear, ReLU, linear; P̆ and F are trained so that each client's own prototypes lie nearest to that of
-    their class, by a margin δ = min(largest distance of two class centres, τ).
+    The prototypes are P̂_c = F(P̆_c), where F is linear, ReLU, linear (Zhang et al. 2024, Algorithm
+    1). The server trains P̆ and F, starting from those of the last round, so that each client's
+    class means are nearest to the prototype of their class by a margin
+    δ = min(largest distance of two class centers, τ). A class center is the unweighted mean of the
+    clients' class means.
 
-    A class centre is the plain mean of the clients' prototypes. The server starts from the last round's P̆ and F.
+    The default λ is that of the authors' script; the paper uses 0.1. Deviations from the authors'
+    code: δ is the largest distance of two class centers, as in the paper, where the code uses the
+    largest distance of a class center to its nearest neighbor. P̆ is initialized uniformly in
+    ±1/√C, where the code uses a standard normal distribution.
 
-    λ is that of the authors' script; the paper says 0.1. Deviations from the authors' code: δ is the
-    paper's largest distance of two class centres, where the code takes each class' nearest neighbor
-    and then the largest; and P̆ starts uniform within ±1/√C, where the code draws it standard normal.
+    Example:
+        >>> from hetero_fl.algorithms import FedTGP
+        >>> FedTGP(margin=50.0).uploads["features"].use  # each client's means are needed
+        'each'
     """
 
     title = "FedTGP"
     uploads = {"features": ItemSpec("class_sums", use="each", private=True, share="statistics")}
 
-    weight: NonNegativeFloat = Field(10.0, description="λ: weight of the distance to the prototype")
-    margin: PositiveFloat = Field(100.0, description="τ: largest margin δ")
+    weight: NonNegativeFloat = Field(10.0, description="weight λ of the distance to the prototype")
+    margin: PositiveFloat = Field(100.0, description="largest margin τ")
     server_epochs: PositiveInt = Field(
-        100, description="epochs a round on the clients' prototypes, at the server"
+        100, description="epochs per round on the clients' class means, at the server"
     )
     server_lr: PositiveFloat = Field(0.01, description="learning rate of SGD at the server")
     server_batch_size: PositiveInt = Field(
-        10, description="clients' prototypes a step, at the server"
+        10, description="batch size of class means, at the server"
     )
 
+    @override
     def setup(self, server: Participant) -> None:
         width = self.feature_dim or 1
         classes = server.task.outputs
@@ -212,9 +277,10 @@ class FedTGP(FedProto):
         )
         for slot in (VECTORS, PROTOTYPES):
             server.models[slot] = server.arch[slot].initial_tensors(server.round_context.seed)
-        # P̆ is a table: the bias stays at 0
+        # P̆ has no bias, so that of the linear layer stays 0.
         server.load(VECTORS, {"head.bias": torch.zeros(width)})
 
+    @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         items = [u.payload.item("features") for u in uploads.having("features")]
         if not items:
@@ -242,19 +308,34 @@ class FedTGP(FedProto):
 
 
 def client_class_means(items: list[Item]) -> tuple[Tensor, Tensor]:
-    """Return the means of K clients' sums by class `[K, C, d]`, and whether there is one `[K, C]`."""
-    counts = torch.stack([torch.as_tensor(item.weight) for item in items])  # [K, C, 1]
+    """Return the class means of K clients, and which of them exist.
+
+    Args:
+        items: Sums and counts of features by class, one item per client.
+
+    Returns:
+        Means of shape `[K, C, d]`, and a mask of shape `[K, C]`.
+    """
+    counts = torch.stack([torch.as_tensor(item.weight) for item in items])
     sums = torch.stack([item.values for item in items if isinstance(item.values, Tensor)])
     return sums / counts.clamp(min=1), counts[..., 0] > 0
 
 
 def largest_center_distance(means: Tensor, has: Tensor) -> Tensor:
-    """Return the largest Euclidean distance of two class centers, each the mean over the clients with the class."""
-    mine = has[..., None].to(means.dtype)
-    centres = (means * mine).sum(0) / mine.sum(0).clamp(min=1)
-    there = has.any(0)
-    apart = torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist")
-    return torch.where(there[:, None] & there, apart, torch.zeros_like(apart)).max()
+    """Return the largest Euclidean distance of two class centers.
+
+    Args:
+        means: Class means of K clients, shape `[K, C, d]`.
+        has: Mask of existing class means, shape `[K, C]`.
+
+    Returns:
+        A scalar. A class center is the mean over the clients that have the class.
+    """
+    mask = has[..., None].to(means.dtype)
+    centers = (means * mask).sum(0) / mask.sum(0).clamp(min=1)
+    exists = has.any(0)
+    distances = torch.cdist(centers, centers, compute_mode="donot_use_mm_for_euclid_dist")
+    return torch.where(exists[:, None] & exists, distances, torch.zeros_like(distances)).max()
 
 
 HEAD = "head"
@@ -262,11 +343,16 @@ HEAD = "head"
 
 @register_algorithm("fedgh")
 class FedGH(CommonHead):
-    """Train one head for all clients at the server, on each client's mean features by class.
+    """Train a shared head at the server on clients' mean features of each class.
 
-    Clients of any architecture train on their own rows from this head; the rest of each model stays with its client (Yi et al.
-    2023, Algorithm 1). Clients upload sums of features and counts by class, taken after their local training. Each client's mean of a class
-    is one example at the server, whatever its count.
+    Clients of any architecture replace their head by the server's, train on their own rows, and
+    keep their backbone (Yi et al. 2023, Algorithm 1). They upload sums of features and counts by
+    class after local training. The server trains on one example per client and class, its mean.
+
+    Example:
+        >>> from hetero_fl.algorithms import FedGH
+        >>> FedGH(server_lr=0.1).needs.also
+        ('one feature width', 'linear heads')
     """
 
     title = "FedGH"
@@ -274,35 +360,42 @@ class FedGH(CommonHead):
     uploads = {"features": ItemSpec("class_sums", use="each", private=True, share="statistics")}
 
     server_epochs: PositiveInt = Field(
-        100, description="epochs a round on the clients' class means, at the server"
+        100, description="epochs per round on the clients' class means, at the server"
     )
     server_lr: PositiveFloat = Field(0.01, description="learning rate of SGD at the server")
-    server_batch_size: PositiveInt = Field(10, description="class means a step, at the server")
+    server_batch_size: PositiveInt = Field(
+        10, description="batch size of class means, at the server"
+    )
 
+    @override
     def setup(self, server: Participant) -> None:
         server.arch[HEAD] = ModelSpec.from_config(
             "linear", server.task.outputs, (self.feature_dim or 1,)
         )
         server.models[HEAD] = server.arch[HEAD].initial_tensors(server.round_context.seed)
 
+    @override
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
-        due = (
+        # An untrained head would discard what clients have learned.
+        is_due = (
             server.state.get("trained", False)
             and server.round_context.round_idx % recipient.settings.share_every == 0
         )
-        # an untrained head would only undo what clients know
-        return {HEAD: server.models[HEAD]} if due else {}
+        return {HEAD: server.models[HEAD]} if is_due else {}
 
+    @override
     def deploy(self, client: Participant, received: Payload) -> Plan[None]:
         if HEAD in received:
             client.load("model", received[HEAD])
         yield from ()
 
+    @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
         yield local_fit(client)
         return (yield from upload_class_features(client))
 
+    @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         items = [u.payload.item("features") for u in uploads.having("features")]
         if not items:

@@ -1,15 +1,18 @@
-"""What a method is called, sends and needs, in words for tables, from what its class declares."""
+"""Titles, summaries and requirements of methods as text for tables, read from their classes."""
 
 from __future__ import annotations
 
+import inspect
+
 from hetero_fl.algorithms.base import Algorithm, Needs, shared_part_of
 
-Need = tuple[str, ...]  # one thing, or alternatives of which any will do
+# A requirement: one item, or alternatives of which one suffices.
+Need = tuple[str, ...]
 
-EVERYTHING = "all in one place"
+ALL_CLIENTS = "all in one place"
 PROXY = "proxy set"
-ALIKE = "one architecture"
-ONE_BY_ONE = "single uploads"
+ONE_ARCHITECTURE = "one architecture"
+SINGLE_UPLOADS = "single uploads"
 LABELED_PROXY = "labeled proxy set"
 SHARES = {
     "parameters": "parameters",
@@ -20,47 +23,47 @@ SHARES = {
 TASKS = {"multiclass": "multi-class", "multilabel": "multi-label", "regression": "regression"}
 
 
-def method_title(kind: type[Algorithm]) -> str:
-    """Return the class's own title, not that of a base; empty if it has none."""
-    return str(vars(kind).get("title", ""))
+def method_title(method_class: type[Algorithm]) -> str:
+    """Return the title that the class itself defines; empty if it defines none."""
+    return str(vars(method_class).get("title", ""))
 
 
-def needs_of(kind: type[Algorithm]) -> Needs:
-    """Return what a class needs with default settings."""
-    return kind.model_construct().needs
+def needs_of(method_class: type[Algorithm]) -> Needs:
+    """Return the requirements of a method with default settings."""
+    return method_class.model_construct().needs
 
 
-def is_bound(kind: type[Algorithm]) -> bool:
-    """Return whether others are measured against it: all rows or all models are in one place."""
-    return needs_of(kind).all_clients
+def is_bound(method_class: type[Algorithm]) -> bool:
+    """Return whether the method is a reference that has all rows or all models in one place."""
+    return needs_of(method_class).all_clients
 
 
-def is_baseline(kind: type[Algorithm]) -> bool:
-    """Return whether it is no federation at all: the line to beat."""
-    needs = needs_of(kind)
+def is_baseline(method_class: type[Algorithm]) -> bool:
+    """Return whether the method trains every client alone."""
+    needs = needs_of(method_class)
     return not needs.counts_traffic and not needs.all_clients
 
 
 def describe_needs(method: Algorithm) -> list[Need]:
-    """Return what a method needs of a federation in words, the most important first."""
+    """Return the requirements of a method, the most important first."""
     needs = method.needs
-    found: list[Need] = [(EVERYTHING,)] if needs.all_clients else []
+    found: list[Need] = [(ALL_CLIENTS,)] if needs.all_clients else []
     if needs.proxy_set == "optional" and needs.one_architecture:
-        found.append((PROXY, ALIKE))
+        found.append((PROXY, ONE_ARCHITECTURE))
     elif needs.proxy_set == "required":
         found.append((PROXY,))
     elif needs.proxy_set == "labeled":
         found.append((LABELED_PROXY,))
     elif needs.one_architecture:
-        found.append((ALIKE,))
+        found.append((ONE_ARCHITECTURE,))
     found += [(need,) for need in needs.also]
     if any(spec.use == "each" for spec in method.uploads.values()):
-        found.append((ONE_BY_ONE,))
+        found.append((SINGLE_UPLOADS,))
     return found
 
 
 def shared_kinds(method: Algorithm) -> list[str]:
-    """Return what may leave a client, by kind; of the model only a part where the method shares no more."""
+    """Return the kinds of information that leave a client, such as `backbone parameters`."""
     shares = dict.fromkeys(spec.needed_share for spec in method.uploads.values())
     words = [SHARES[share] for share in SHARES if share in shares]
     part = shared_part_of(method).part
@@ -70,21 +73,28 @@ def shared_kinds(method: Algorithm) -> list[str]:
 
 
 def supported_tasks(method: Algorithm) -> list[str]:
-    """Return the kinds of target that it is for; empty where any will do."""
+    """Return the supported kinds of target; empty if all are supported."""
     tasks = method.needs.tasks
     return [] if tasks == Needs().tasks else [TASKS[task] for task in tasks]
 
 
 def format_needs(needs: list[Need]) -> str:
-    """Return needs as `proxy set, single uploads`; empty if there are none."""
+    """Join requirements to a text such as `proxy set, single uploads`; empty if there are none."""
     return ", ".join(" or ".join(need) for need in needs)
 
 
-def method_summary(kind: type[Algorithm]) -> str:
-    """Return the first sentence of its docstring; empty if it has none."""
-    text = " ".join((kind.__doc__ or "").partition("\n\n")[0].split())
-    head, stop, rest = text.partition(". ")
-    while stop and not rest[:1].isupper():  # `et al. 2017`
-        more, stop, rest = rest.partition(". ")
-        head = f"{head}. {more}"
-    return head + ("." if stop else "")
+def method_paragraphs(method_class: type[Algorithm]) -> list[str]:
+    """Return the paragraphs of the docstring, each as one line, without the example."""
+    docstring = inspect.cleandoc(method_class.__doc__ or "")
+    paragraphs = docstring.partition("\n\nExample:\n")[0].split("\n\n")
+    return [" ".join(paragraph.split()) for paragraph in paragraphs]
+
+
+def method_summary(method_class: type[Algorithm]) -> str:
+    """Return the first sentence of the docstring; empty if there is none."""
+    summary, stop, rest = method_paragraphs(method_class)[0].partition(". ")
+    # The point of an abbreviation, as in `et al. 2017`, does not end the sentence.
+    while stop and not rest[:1].isupper():
+        part, stop, rest = rest.partition(". ")
+        summary = f"{summary}. {part}"
+    return summary + ("." if stop else "")

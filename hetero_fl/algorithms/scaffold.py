@@ -1,9 +1,13 @@
-"""SCAFFOLD: control variates against the drift of clients."""
+"""SCAFFOLD: control variates that correct client drift.
+
+Karimireddy et al., ICML 2020 (https://arxiv.org/abs/1910.06378).
+"""
 
 from __future__ import annotations
 
 import torch
 from pydantic import Field, PositiveFloat
+from typing_extensions import override
 
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import (
@@ -33,32 +37,47 @@ CONTROL = "control"
 
 @register_algorithm("scaffold")
 class Scaffold(FedAvg):
-    """Average parameters, and correct each local step by how the client's mean gradient differs from the federation's.
+    """Average parameters; control variates correct the drift of each client's local steps.
 
-    The correction is c − c_k, of the federation's and the client's mean gradient (Karimireddy et al. 2020, Algorithm 1,
-    option II). After K steps of rate η from x to y: c_k⁺ = c_k − c + (x − y)/(Kη), and the server's c moves by |S|/N times the mean of
-    c_k⁺ − c_k over the S of N clients that took part, weighted as the models are (the paper: evenly). The correction follows the
-    optimizer's step: inside the gradient, momentum would pile it up. A client whose optimizer is not SGD trains with SGD, as
-    Kη says nothing of Adam's steps. c_k never leaves the client, its change does.
+    Each local step is corrected by c − c_k, the difference of the mean gradients of the federation
+    and of the client (Karimireddy et al. 2020, Algorithm 1, option II). After K steps with learning
+    rate η from x to y, c_k⁺ = c_k − c + (x − y)/(Kη). The server adds |S|/N times the weighted mean
+    of c_k⁺ − c_k, where |S| of the N clients participated. Clients upload the change of c_k.
+
+    Deviations: the mean has the weights of the models (the paper: uniform), and the correction is
+    applied after the optimizer step, as momentum would accumulate a correction of the gradient.
+    Clients whose optimizer is not SGD train with SGD, because Kη does not describe the path of
+    adaptive optimizers.
+
+    Example:
+        >>> from hetero_fl.algorithms import Scaffold
+        >>> list(Scaffold(sgd_lr=0.05).uploads)
+        ['model', 'control']
     """
 
     title = "SCAFFOLD"
     uploads = {"model": ItemSpec("params"), CONTROL: ItemSpec("update")}
 
     sgd_lr: PositiveFloat = Field(
-        0.01, description="learning rate of SGD for clients whose optimizer is another"
+        0.01, description="learning rate of SGD for clients with another optimizer"
     )
-    sgd_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD for these clients")
+    sgd_momentum: float = Field(
+        0.9, ge=0, lt=1, description="momentum of SGD for clients with another optimizer"
+    )
 
+    @override
     def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
-        other = [kind for kind in clients.profiles if kind.settings.optimizer.name != "sgd"]
-        sgd = f"sgd (lr {self.sgd_lr:g}, momentum {self.sgd_momentum:g}) in place of their own optimizer"
-        return self, [
-            f"scaffold trains {clients.format_clients(other)} with {sgd}"
-        ] if other else []
+        other = [p for p in clients.profiles if p.settings.optimizer.name != "sgd"]
+        if not other:
+            return self, []
+        sgd = f"sgd (lr {self.sgd_lr:g}, momentum {self.sgd_momentum:g})"
+        note = (
+            f"scaffold trains {clients.format_clients(other)} with {sgd}, not their own optimizer"
+        )
+        return self, [note]
 
     def optimizer(self, client: Participant) -> OptimizerConfig:
-        """Return the client's SGD of this round, or the method's in place of another optimizer."""
+        """Return the SGD configuration with which a client trains in this round."""
         config = client.settings.optimizer
         if config.name != "sgd":
             changes = {
@@ -70,6 +89,7 @@ class Scaffold(FedAvg):
             config = config.model_copy(update=changes)
         return scheduled_optimizer(config, client.round_context)
 
+    @override
     def setup(self, server: Participant) -> None:
         server.state[CONTROL] = {
             group: {
@@ -80,6 +100,7 @@ class Scaffold(FedAvg):
             for group, model in server.models.items()
         }
 
+    @override
     def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
         items = super().broadcast(server, recipient)
         if "model" in items and recipient.purpose == "train":
@@ -88,6 +109,7 @@ class Scaffold(FedAvg):
             items[CONTROL] = select_part(control, part)
         return items
 
+    @override
     def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.deploy(client, received)
         model = client.models["model"]
@@ -98,50 +120,56 @@ class Scaffold(FedAvg):
             for n, t in select_part(model, shared_part(self, client.settings)).items()
             if n in names
         }
-        mine = client.state.get(CONTROL) or {n: torch.zeros_like(t) for n, t in shared.items()}
-        # with nothing received there is nothing to correct
+        own = client.state.get(CONTROL) or {n: torch.zeros_like(t) for n, t in shared.items()}
+        # Without a received control variate there is no correction.
         if CONTROL in received or "since" not in client.state:
             client.state["since"] = {
-                CONTROL: received.get(CONTROL, mine),
+                CONTROL: received.get(CONTROL, own),
                 "start": shared,
                 "path": 0.0,
             }
-        # kept until the client uploads, which may be rounds later (`share_every`)
+        # With `share_every`, this state is kept over several rounds until the upload.
         since = client.state["since"]
-        # The runtime multiplies by lr: a head with a rate of its own gets its correction at that rate.
-        head = (optimizer.head_lr or optimizer.lr) / optimizer.lr
-        rates = {n: head if n.startswith("head.") else 1.0 for n in mine}
-        drift = {n: c - mine[n] for n, c in since[CONTROL].items()}
-        # ours to change: it is fresh
+        # The engine scales the correction by `lr`; rescale it for a head with its own rate.
+        head_rate = (optimizer.head_lr or optimizer.lr) / optimizer.lr
+        rates = {n: head_rate if n.startswith("head.") else 1.0 for n in own}
+        drift = {n: c - own[n] for n, c in since[CONTROL].items()}
         drift = {n: d if rates[n] == 1 else d.mul_(rates[n]) for n, d in drift.items()}
         report: FitReport = yield local_fit(client, optimizer=optimizer, drift={"model": drift})
         since["path"] += report.steps * optimizer.lr
         items = upload_model(self, client, self.weight_of(client))
         if items:
             end = client.models["model"]
-            moved = {
+            gradient = {
                 n: (x - end[n]).div_(since["path"] * rates[n]) for n, x in since["start"].items()
             }
             client.state[CONTROL] = {
-                n: (mine[n] - since[CONTROL][n]).add_(d) for n, d in moved.items()
+                n: (own[n] - since[CONTROL][n]).add_(g) for n, g in gradient.items()
             }
-            change = {n: c - mine[n] for n, c in client.state[CONTROL].items()}
+            change = {n: c - own[n] for n, c in client.state[CONTROL].items()}
             items[CONTROL] = Item(change, self.weight_of(client), "update")
             del client.state["since"]
         return items
 
+    @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         yield from super().aggregate(server, uploads)
         sent = uploads.counts_by_group(CONTROL)
         for group, mean in uploads.mean_by_group(CONTROL).items():
-            held = server.state[CONTROL][group]
+            control = server.state[CONTROL][group]
             for name, change in mean.items():
                 share = sent[group][name] / self.num_owners(server, group, name)
-                held[name] = (share * change).add_(held[name])
+                control[name] = (share * change).add_(control[name])
         yield from ()
 
     def num_owners(self, server: Participant, group: str, name: str) -> int:
-        """Return how many clients of the federation share a tensor with the group."""
+        """Return the number of clients in the federation that share a tensor with a group.
+
+        Args:
+            server: The server.
+            group: Identifier of the architecture group.
+            name: Name of the tensor.
+        """
         models = server.models
         common = bool(server.common) and name.startswith(server.common)
 

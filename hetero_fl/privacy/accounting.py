@@ -1,7 +1,8 @@
-"""What noised releases cost: (ε, δ) of everything that was computed from somebody's rows, composed.
+"""Privacy accounting: the (ε, δ) of composed Gaussian mechanisms.
 
-Sampled Gaussian mechanisms are composed by opacus' accountants (PRV: Gopi et al. 2021; RDP: Mironov et al. 2019). Where
-nothing is sampled, a composition of Gaussians is a Gaussian, whose ε is known exactly (Balle and Wang 2018, theorem 8).
+Sampled Gaussian mechanisms are composed by the accountants of opacus (PRV: Gopi et al. 2021; RDP:
+Mironov et al. 2019). Without sampling, the composition of Gaussian mechanisms is a Gaussian
+mechanism, whose ε is computed exactly (Balle and Wang 2018, theorem 8).
 """
 
 from __future__ import annotations
@@ -15,15 +16,21 @@ from typing import Any
 
 from hetero_fl.utils.errors import UserError
 
-TIGHT = 1e-3  # of the noise that is solved for
-GENTLE = 0.05  # least noise multiplier that is looked at: below it ε is in the thousands
+# Relative tolerance of the noise multiplier that is solved for.
+TOLERANCE = 1e-3
+# Smallest noise multiplier considered; for smaller ones ε is in the thousands.
+MIN_NOISE_MULTIPLIER = 0.05
 
 
 @dataclass(frozen=True, order=True)
 class PrivacyCharge:
-    """`steps` Gaussian mechanisms on a Poisson sample of `rate`, with noise of `scale`·z times the sensitivity.
+    """Privacy cost of Gaussian mechanisms with noise of standard deviation scale·z·sensitivity.
 
-    `once`: the name of what is released a single time however often it is read.
+    Args:
+        rate: Probability of each row in the Poisson sample of a step.
+        steps: Number of mechanisms.
+        scale: Factor on the noise multiplier z of the run.
+        once: Name of a release that is made, and charged, only once; "" for other releases.
     """
 
     rate: float
@@ -32,12 +39,19 @@ class PrivacyCharge:
     once: str = ""
 
 
-# (scale, rate, steps), sorted: what one participant has spent
+# Charges of one participant as sorted tuples (scale, rate, steps).
 History = tuple[tuple[float, float, int], ...]
 
 
 def add_charges(history: History, charges: Iterable[PrivacyCharge]) -> History:
-    """The history with these charges."""
+    """Return the history with additional charges.
+
+    Example:
+        >>> from hetero_fl.privacy.accounting import PrivacyCharge, add_charges
+        >>> history = add_charges((), [PrivacyCharge(rate=0.1, steps=5)])
+        >>> add_charges(history, [PrivacyCharge(rate=0.1, steps=2)])
+        ((1.0, 0.1, 7),)
+    """
     steps = {(scale, rate): n for scale, rate, n in history}
     for charge in charges:
         at = (charge.scale, charge.rate)
@@ -46,7 +60,17 @@ def add_charges(history: History, charges: Iterable[PrivacyCharge]) -> History:
 
 
 def epsilon_of_history(history: History, z: float, delta: float, accountant: str = "prv") -> float:
-    """ε of a history at noise multiplier z. Raises UserError if opacus is not installed."""
+    """Return ε of a history.
+
+    Args:
+        history: Charges of a participant.
+        z: Noise multiplier of the run.
+        delta: δ of the guarantee.
+        accountant: "prv" or "rdp".
+
+    Raises:
+        UserError: If opacus is not installed.
+    """
     return epsilon_of_mechanisms(
         tuple((scale * z, rate, steps) for scale, rate, steps in history), delta, accountant
     )
@@ -55,12 +79,18 @@ def epsilon_of_history(history: History, z: float, delta: float, accountant: str
 def worst_epsilon(
     histories: Iterable[History], z: float, delta: float, accountant: str = "prv"
 ) -> float:
-    """The largest ε of several histories.
+    """Return the largest ε of several histories.
 
-    PRV takes half a second a history, RDP a hundredth and is never below it: PRV is asked in the order of RDP until no
-    other can be the largest.
+    The PRV accountant takes half a second per history. RDP is much faster and never smaller, so
+    histories are evaluated in descending order of RDP until no other can be the largest.
+
+    Args:
+        histories: Histories of participants.
+        z: Noise multiplier of the run.
+        delta: δ of the guarantee.
+        accountant: "prv" or "rdp".
     """
-    known = sorted(
+    bounds = sorted(
         (
             (epsilon_of_history(h, z, delta, _fast_accountant(h, accountant)), h)
             for h in set(histories)
@@ -68,7 +98,7 @@ def worst_epsilon(
         reverse=True,
     )
     largest = 0.0
-    for bound, history in known:
+    for bound, history in bounds:
         if bound <= largest:
             break
         largest = max(largest, min(bound, epsilon_of_history(history, z, delta, accountant)))
@@ -78,43 +108,63 @@ def worst_epsilon(
 def solve_noise_multiplier(
     histories: Iterable[History], target: float, delta: float, accountant: str = "prv"
 ) -> float:
-    """The least noise multiplier, up to a thousandth of it, at which no history exceeds the target ε."""
-    apart = set(histories)
-    if not any(apart):
-        return GENTLE
+    """Return the smallest noise multiplier at which no history exceeds the target ε.
 
-    def quickly(z: float) -> float:
-        return max(epsilon_of_history(h, z, delta, _fast_accountant(h, accountant)) for h in apart)
+    Args:
+        histories: Histories of participants.
+        target: Largest permitted ε.
+        delta: δ of the guarantee.
+        accountant: "prv" or "rdp".
 
-    def exactly(z: float) -> float:
-        return worst_epsilon(apart, z, delta, accountant)
+    Returns:
+        The noise multiplier, with a relative tolerance of 1e-3.
+    """
+    distinct = set(histories)
+    if not any(distinct):
+        return MIN_NOISE_MULTIPLIER
 
-    high = GENTLE
-    while quickly(high) > target:
+    def upper_bound(z: float) -> float:
+        return max(
+            epsilon_of_history(h, z, delta, _fast_accountant(h, accountant)) for h in distinct
+        )
+
+    def exact(z: float) -> float:
+        return worst_epsilon(distinct, z, delta, accountant)
+
+    high = MIN_NOISE_MULTIPLIER
+    while upper_bound(high) > target:
         high *= 2
-    high = _smallest_multiplier(quickly, target, high / 2, high)
-    low = high * 0.9  # PRV needs a little less than RDP says
-    while low > GENTLE and exactly(low) <= target:
+    high = _smallest_multiplier(upper_bound, target, high / 2, high)
+    # PRV needs slightly less noise than RDP.
+    low = high * 0.9
+    while low > MIN_NOISE_MULTIPLIER and exact(low) <= target:
         high = low
         low = low * 0.9
-    return math.ceil(_smallest_multiplier(exactly, target, low, high) * 1e4) / 1e4
+    return math.ceil(_smallest_multiplier(exact, target, low, high) * 1e4) / 1e4
 
 
 def _fast_accountant(history: History, accountant: str) -> str:
-    """The accountant that bounds a history at once: the exact formula where nothing is sampled, else RDP."""
+    """Return a fast accountant that bounds ε: the exact formula without sampling, else RDP."""
     return accountant if all(rate == 1 for _, rate, _ in history) else "rdp"
 
 
 def _smallest_multiplier(
     epsilon_at: Callable[[float], float], target: float, low: float, high: float
 ) -> float:
-    """The least z between `low`, where too much is spent, and `high` with spent(z) up to the target (regula falsi in
-    logarithms, Illinois form: ε costs time, and is nearly straight there)."""
+    """Return the smallest noise multiplier between `low` and `high` with ε up to the target.
+
+    ε exceeds the target at `low`. It is expensive to compute and nearly linear on a logarithmic
+    scale, so this uses the Illinois variant of regula falsi there.
+    """
     a = math.log(low)
     b = math.log(high)
     above, below = (math.log(max(epsilon_at(z), 1e-300) / target) for z in (low, high))
-    real = below
-    while math.exp(b) - math.exp(a) > TIGHT * math.exp(b) and real < -TIGHT and above > 0:
+    last_below = below
+    while (
+        math.exp(b) - math.exp(a) > TOLERANCE * math.exp(b)
+        and last_below < -TOLERANCE
+        and above > 0
+    ):
         middle = min(
             max(b - below * (b - a) / (below - above), a + 0.01 * (b - a)), b - 0.01 * (b - a)
         )
@@ -122,7 +172,7 @@ def _smallest_multiplier(
         if found <= 0:
             b = middle
             below = found
-            real = found
+            last_below = found
             above = above / 2
         else:
             a = middle
@@ -133,7 +183,12 @@ def _smallest_multiplier(
 
 @lru_cache(maxsize=4096)
 def epsilon_of_mechanisms(mechanisms: History, delta: float, accountant: str = "prv") -> float:
-    """Return ε of mechanisms with a noise multiplier each, `(noise, rate, steps)`, sorted.
+    """Return ε of composed mechanisms.
+
+    Args:
+        mechanisms: Sorted tuples (noise multiplier, rate, steps).
+        delta: δ of the guarantee.
+        accountant: "prv" or "rdp".
 
     Raises:
         UserError: If opacus is not installed.
@@ -144,18 +199,19 @@ def epsilon_of_mechanisms(mechanisms: History, delta: float, accountant: str = "
         return gaussian_epsilon(
             math.sqrt(sum(steps / noise**2 for noise, _, steps in mechanisms)), delta
         )
-    kinds = opacus_accountants()
+    accountants = opacus_accountants()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on orders of RDP at the ends of their range
+        # opacus warns if the optimal RDP order is the smallest or largest one.
+        warnings.simplefilter("ignore")
         if accountant == "rdp":
             return _rdp_epsilon(mechanisms, delta)
-        made = kinds["PRVAccountant"]()
-        made.history = list(mechanisms)
-        return float(made.get_epsilon(delta=delta))
+        prv = accountants["PRVAccountant"]()
+        prv.history = list(mechanisms)
+        return float(prv.get_epsilon(delta=delta))
 
 
 def _rdp_epsilon(mechanisms: History, delta: float) -> float:
-    """Return ε by opacus' RDP accountant, whose divergences of a step are computed once for a run."""
+    """Return ε by the RDP accountant of opacus, with cached divergences of single steps."""
     from opacus.accountants import RDPAccountant
     from opacus.accountants.analysis.rdp import get_privacy_spent
 
@@ -165,7 +221,7 @@ def _rdp_epsilon(mechanisms: History, delta: float) -> float:
 
 @lru_cache(maxsize=4096)
 def _rdp_of_step(noise: float, rate: float) -> Any:
-    """Return the Rényi divergence of one step at each of opacus' orders, shape `[orders]`."""
+    """Return the Rényi divergence of one step at each default order of opacus."""
     from opacus.accountants import RDPAccountant
     from opacus.accountants.analysis.rdp import compute_rdp
 
@@ -174,22 +230,31 @@ def _rdp_of_step(noise: float, rate: float) -> Any:
 
 
 def opacus_accountants() -> dict[str, Any]:
-    """opacus' accountants by name. Raises UserError if it is not installed."""
+    """Return the accountant classes of opacus by name.
+
+    Raises:
+        UserError: If opacus is not installed.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from opacus import accountants
     except ImportError:
         raise UserError(
-            "privacy: accounting needs opacus, which is not here; pip install 'hetero_fl[privacy]'"
+            "privacy: accounting needs opacus; install it with pip install 'hetero_fl[privacy]'"
         ) from None
     return vars(accountants)
 
 
-# The Gaussian mechanism, exactly -------------------------------------------------------------------------------------
 def gaussian_delta(mu: float, epsilon: float) -> float:
-    """δ of a Gaussian mechanism of sensitivity over standard deviation μ at this ε (Balle and Wang 2018, theorem 8):
-    Φ(μ/2 − ε/μ) − e^ε Φ(−μ/2 − ε/μ)."""
+    """Return δ of a Gaussian mechanism, Φ(μ/2 − ε/μ) − e^ε Φ(−μ/2 − ε/μ).
+
+    The formula is theorem 8 of Balle and Wang 2018.
+
+    Args:
+        mu: Sensitivity divided by the standard deviation of the noise.
+        epsilon: ε of the guarantee.
+    """
     first = mu / 2 - epsilon / mu
     second = -mu / 2 - epsilon / mu
     tail = 0.5 * math.erfc(-second / math.sqrt(2))
@@ -198,7 +263,13 @@ def gaussian_delta(mu: float, epsilon: float) -> float:
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
-    """The least ε of a Gaussian mechanism at this δ, to ten digits."""
+    """Return the smallest ε of a Gaussian mechanism at δ.
+
+    Example:
+        >>> from hetero_fl.privacy.accounting import gaussian_epsilon
+        >>> round(gaussian_epsilon(mu=1.0, delta=1e-5), 3)
+        4.377
+    """
     if gaussian_delta(mu, 0.0) <= delta:
         return 0.0
     low = 0.0
@@ -208,5 +279,8 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
         high = 2 * high
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (low, middle) if gaussian_delta(mu, middle) <= delta else (middle, high)
+        if gaussian_delta(mu, middle) <= delta:
+            high = middle
+        else:
+            low = middle
     return high

@@ -1,8 +1,8 @@
-"""Differential privacy on the client: guarded training, and bounds on uploads.
+"""Differential privacy at the client: private training and clipped or noisy uploads.
 
-With `privacy.unit` "record" training is DP-SGD (`hetero_fl.privacy.dp_sgd`); with "local" each upload
-is noised here; with "client" it is only bounded here, and the server noises the sum
-(`hetero_fl.privacy.server_side`).
+With `privacy.unit: record`, training is DP-SGD (`hetero_fl.privacy.dp_sgd`). With `local`, uploads
+are clipped and noised here. With `client`, they are clipped here, and the server adds noise to the
+sum (`hetero_fl.privacy.server_side`).
 """
 
 from __future__ import annotations
@@ -31,20 +31,23 @@ from hetero_fl.privacy.mechanisms import (
     predictions_to_votes,
 )
 
-WITHIN = "within_clip"  # of each item, whether it was within its bound
-FACTOR = "clip "  # before an item's name: the factor on its bound, in a broadcast's report
+# Item with one bit per uploaded item: whether its norm was within the clipping bound.
+WITHIN = "within_clip"
+# Prefix of an item's name in the report of a broadcast; the value is the factor on its bound.
+FACTOR = "clip "
 
 
 def received_factors(received: Payload) -> dict[str, float]:
-    """The factors on bounds that came with a broadcast."""
-    told = {
-        n.removeprefix(FACTOR): str(v) for n, v in received.report.items() if n.startswith(FACTOR)
+    """Return the factors on clipping bounds that a broadcast contains, by item."""
+    return {
+        name.removeprefix(FACTOR): float(str(value))
+        for name, value in received.report.items()
+        if name.startswith(FACTOR)
     }
-    return {name: float(factor) for name, factor in told.items()}
 
 
 class PrivateFederation(Protocol):
-    """What privacy reads of a federation."""
+    """The attributes of a federation that privacy uses."""
 
     task: Task
     data: FederatedData
@@ -55,7 +58,7 @@ class PrivateFederation(Protocol):
 
 
 def uploadable_items(algorithm: Algorithm, federation: PrivateFederation) -> dict[str, ItemSpec]:
-    """Return the declared items that some client of the federation may upload."""
+    """Return the declarations of the items that at least one client may upload."""
     settings = [profile.settings for profile in federation.client_infos.profiles]
     allowed = {share for s in settings for share in s.shares}
     allowed |= {"parameters" for s in settings if permitted_part(s.shares)}
@@ -69,7 +72,7 @@ def uploadable_items(algorithm: Algorithm, federation: PrivateFederation) -> dic
 
 
 def upload_specs(algorithm: Algorithm, federation: PrivateFederation) -> dict[str, ItemSpec]:
-    """Return the declarations of all that an upload may hold, adaptive clipping included."""
+    """Return the declarations of all items of an upload, including that of adaptive clipping."""
     specs = dict(algorithm.uploads)
     if federation.privacy is not None and federation.privacy.adaptive_clip is not None:
         specs[WITHIN] = ItemSpec("counts", private=True)
@@ -78,13 +81,13 @@ def upload_specs(algorithm: Algorithm, federation: PrivateFederation) -> dict[st
 
 @dataclass(frozen=True)
 class ClientPrivacy:
-    """The client's side of a `privacy` section.
+    """Differential privacy at the client.
 
     Args:
-        config: The section.
+        config: The `privacy` section of the configuration.
         noise: Source of noise.
-        specs: Declarations of all that an upload may hold.
-        items: Names of the items that clients of this federation send, sorted.
+        specs: Declarations of all items of an upload.
+        items: Sorted names of the items that clients of this federation upload.
         task_kind: Kind of the task.
     """
 
@@ -98,7 +101,7 @@ class ClientPrivacy:
     def from_federation(
         cls, algorithm: Algorithm, federation: PrivateFederation
     ) -> ClientPrivacy | None:
-        """Return the client's side of the federation's `privacy` section; None without one."""
+        """Create an instance for a federation; None if it has no `privacy` section."""
         if federation.privacy is None:
             return None
         return cls(
@@ -110,24 +113,24 @@ class ClientPrivacy:
         )
 
     def make_backend(self, clients: Iterable[Participant], backend: Backend) -> Backend:
-        """Return the backend for these clients' training."""
+        """Return the backend that trains these clients."""
         if self.config.unit != "record":
             return backend
         return PrivacyBackend(backend, self.config, self.noise, list(clients))
 
     def make_ledger(self, backend: Backend) -> PrivacyLedger | None:
-        """Return a backend that notes what each step costs; None if steps cost nothing."""
+        """Return a backend that records the privacy charges of steps; None if there are none."""
         return PrivacyLedger(backend, self.config) if self.config.unit == "record" else None
 
     def charges(
         self, steps: Sequence[PrivacyCharge], counts_read: bool, sent: bool
     ) -> tuple[PrivacyCharge, ...]:
-        """Return what a round costs a client.
+        """Return the privacy charges of a round for one client.
 
         Args:
-            steps: What its training steps cost.
+            steps: Charges of its training steps.
             counts_read: Whether its label counts were read.
-            sent: Whether it uploads anything.
+            sent: Whether it sent an upload.
         """
         if self.config.unit != "record":
             return (PrivacyCharge(1.0),) if sent else ()
@@ -135,7 +138,13 @@ class ClientPrivacy:
         return (*steps, *counts)
 
     def release_upload(self, client: Participant, upload: Payload, received: Payload) -> Payload:
-        """Return the upload as it may leave the client: with votes, bounds and noise as configured."""
+        """Apply votes, clipping and noise to an upload, as configured.
+
+        Args:
+            client: The client.
+            upload: Upload returned by the method.
+            received: Received items, from which updates start.
+        """
         privacy = self.config
         if privacy.unit == "record":
             return upload
@@ -148,12 +157,12 @@ class ClientPrivacy:
             for name in [n for n in upload if self.specs[n].says]:
                 upload.items_[name] = predictions_to_votes(upload.item(name), bound(name))
         if privacy.unit == "client":
-            released_, within = clip_upload(upload, received, bound)
+            clipped, within = clip_upload(upload, received, bound)
             if privacy.adaptive_clip is not None and upload:
-                # A bit less one half moves a sum by one half (Andrew et al. 2021, section 3).
+                # Subtracting 1/2 reduces the sensitivity to 1/2 (Andrew et al. 2021, section 3).
                 bits = torch.tensor([float(within.get(name, True)) - 0.5 for name in self.items])
-                released_.items_[WITHIN] = Item(bits, 1.0, "counts")
-            return released_
+                clipped.items_[WITHIN] = Item(bits, 1.0, "counts")
+            return clipped
         stream = client.stream("release")
 
         def add(name: str, item: Item) -> Item:
@@ -167,7 +176,15 @@ class ClientPrivacy:
         return clip_upload(upload, received, bound, add)[0]
 
     def deviation(self, name: str, factor: float = 1.0, z: float | None = None) -> float:
-        """Standard deviation of the noise on one item: z·√m·C; local: twice that, for any upload may take another's place."""
+        """Return the standard deviation z·√m·C of the noise on one of m items.
+
+        It is twice that with `unit: local`, where an upload may be replaced by any other.
+
+        Args:
+            name: Name of the item.
+            factor: Factor on the clipping bound C.
+            z: Noise multiplier. None uses that of the run.
+        """
         twice = 2 if self.config.unit == "local" else 1
         return (
             twice
@@ -179,5 +196,5 @@ class ClientPrivacy:
 
     @staticmethod
     def factors_item(factors: Mapping[str, float]) -> dict[str, str]:
-        """Bounds' factors as they go with a broadcast: to the bit, in a fixed width."""
+        """Return the factors on clipping bounds as report values, exactly and with fixed width."""
         return {FACTOR + name: f"{factor:.16e}" for name, factor in sorted(factors.items())}

@@ -1,4 +1,4 @@
-"""DP-SGD, and the guard around steps that read private rows."""
+"""DP-SGD, and a backend that adds noise to all steps on private rows."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import vmap
+from typing_extensions import override
 
 from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.core.objectives import Batch, ModelViews
@@ -30,29 +31,45 @@ from hetero_fl.privacy.mechanisms import NoiseSource
 from hetero_fl.utils.errors import UserError
 from model_zoo import Outputs
 
-# DP-SGD: gradients of single examples, clipped, summed and noised (Abadi et al. 2016, Algorithm 1),
-# for any objective.
-#
-# Each step sees a Poisson sample of the rows; the sum is divided by the expected number, never by
-# the number that came. What reads no private row is not clipped: the objective's penalty, and what
-# it makes of columns drawn beside the rows.
-
-# bytes of single gradients at a time; a model of which that holds one alone runs row by row
+# Bytes of per-example gradients computed at a time.
 MEMORY = 64 * 2**20
-ROW_KEY_STRIDE = 0x85EBCA6B  # between the dropout keys of one step's examples
+# Difference of the dropout keys of subsequent examples in a step.
+ROW_KEY_STRIDE = 0x85EBCA6B
 
 
 def sampling_plan(
     n: int, fit: Fit, work: float = 1.0, rate: float | None = None
 ) -> tuple[float, int]:
-    """(q, steps) of a private fit on n rows: q = batch / n unless given, and an epoch is round(1 / q) steps."""
+    """Return the sampling rate and the number of steps of a private fit.
+
+    Args:
+        n: Number of rows.
+        fit: The step. An epoch consists of round(1 / rate) training steps.
+        work: Share of the steps that is computed.
+        rate: Sampling rate. None is the batch size divided by n.
+
+    Example:
+        >>> from hetero_fl.core.objectives import Supervised
+        >>> from hetero_fl.core.plan import Fit
+        >>> from hetero_fl.privacy.dp_sgd import sampling_plan
+        >>> sampling_plan(200, Fit({"model": None}, Supervised(), epochs=3, batch_size=20))
+        (0.1, 30)
+    """
     rate = rate or min(fit.batch_size, n) / n
     steps = fit.steps if fit.steps is not None else fit.epochs * round(1 / rate)
     return rate, max(1, int(steps * work))
 
 
 class PoissonBatches(Batches):
-    """Each step takes each row with probability q, on its own."""
+    """Poisson-sampled batches, to which each row belongs independently with probability `rate`.
+
+    Args:
+        participant: The client.
+        fit: The step.
+        memory: Memory of the device.
+        noise: Source of random numbers.
+        rate: Sampling rate. None is the batch size divided by the number of rows.
+    """
 
     def __init__(
         self,
@@ -71,17 +88,26 @@ class PoissonBatches(Batches):
     def _draw_indices(self, n: int, work: float) -> list[Tensor]:
         rate, steps = sampling_plan(n, self.fit, work, self.rate)
         self.expected = rate * n
-        draws = self.noise.stream(*self.stream, "sample")
-        return [(draws.uniform(n) < rate).nonzero().squeeze(1) for _ in range(steps)]
+        stream = self.noise.stream(*self.stream, "sample")
+        return [(stream.uniform(n) < rate).nonzero().squeeze(1) for _ in range(steps)]
 
+    @override
     def augment_batch(self, x: Tensor, i: int) -> Tensor:
         return super().augment_batch(x, i) if len(x) else x
 
 
 class PrivateGradients:
-    """Gradients for `run_fit` of which no row can be read: noise of z·clip on their sum.
+    """DP-SGD gradients for `run_fit` (Abadi et al. 2016, Algorithm 1), for any objective.
 
-    Models that `vmap` refuses, and large ones, are run row by row.
+    Gradients of single examples are clipped, summed, noised and divided by the expected batch
+    size. Terms of the objective that do not depend on private rows are not clipped. Models that
+    `vmap` does not support, and large ones, are computed row by row.
+
+    Args:
+        clip: Clipping norm of per-example gradients.
+        z: Noise multiplier.
+        noise: Source of noise.
+        rate: Sampling rate. None is the batch size divided by the number of rows.
     """
 
     def __init__(
@@ -94,18 +120,28 @@ class PrivateGradients:
         self._refused: set[Any] = set()
 
     def batches(self, participant: Participant, fit: Fit, memory: DeviceMemory) -> PoissonBatches:
+        """Return the Poisson-sampled batches of a fit."""
         return PoissonBatches(participant, fit, memory, self.noise, self.rate)
 
     def compute(self, state: FitState, step: int, dropout_key: int, batch: Batch) -> Tensor:
-        """(Σ clipped + N(0, (z·clip)²)) / expected, and the gradient of what is public. The loss would be a release: 0."""
+        """Set the gradients of the parameters: (Σ clipped + N(0, (z·clip)²)) / expected + public.
+
+        Args:
+            state: State of the fit.
+            step: Index of the training step.
+            dropout_key: Key of the step's dropout.
+            batch: The batch.
+
+        Returns:
+            A loss of 0, as the true loss would be a release without noise.
+        """
         assert isinstance(state.batches, PoissonBatches)
         total = self._clipped_sum(state, dropout_key, batch)
-        draws = self.noise.stream(*state.batches.stream, "noise", step)
+        stream = self.noise.stream(*state.batches.stream, "noise", step)
         for name, parameter in state.trainable.items():
             parameter.grad = None
-            total[name].add_(draws.normal(parameter, self.z * self.clip)).div_(
-                state.batches.expected
-            )
+            noise = stream.normal(parameter, self.z * self.clip)
+            total[name].add_(noise).div_(state.batches.expected)
         if state.uses_dropout:
             state.dropout.seed([dropout_key])
         public = state.fit.objective.public_loss(state.nets, batch, state.context)
@@ -118,45 +154,44 @@ class PrivateGradients:
             )
         return torch.zeros((), device=next(iter(total.values())).device)
 
-    def _clipped_sum(self, live: FitState, dropout_key: int, batch: Batch) -> TrainableTensors:
-        columns = {n: t for n, t in batch.items() if n in live.batches.columns}
-        beside = {n: t for n, t in batch.items() if n not in columns}
+    def _clipped_sum(self, state: FitState, dropout_key: int, batch: Batch) -> TrainableTensors:
+        columns = {n: t for n, t in batch.items() if n in state.batches.columns}
+        extra = {n: t for n, t in batch.items() if n not in columns}
         count = len(next(iter(columns.values())))
         keys = [(dropout_key + (i + 1) * ROW_KEY_STRIDE) & MASK for i in range(count)]
         total = {
-            name: torch.zeros_like(p, requires_grad=False) for name, p in live.trainable.items()
+            name: torch.zeros_like(p, requires_grad=False) for name, p in state.trainable.items()
         }
-        one = sum(p.numel() * p.element_size() for p in live.trainable.values())
-        size = max(1, MEMORY // max(1, one))
-        family = _vmap_support_key(live)
+        bytes_per_row = sum(p.numel() * p.element_size() for p in state.trainable.values())
+        size = max(1, MEMORY // max(1, bytes_per_row))
+        support_key = _vmap_support_key(state)
         for begin in range(0, count, size):
             part = {n: t[begin : begin + size] for n, t in columns.items()}
-            some = keys[begin : begin + size]
-            if len(some) > 1 and family not in self._refused:
+            part_keys = keys[begin : begin + size]
+            if len(part_keys) > 1 and support_key not in self._refused:
                 try:
-                    self._add_clipped(total, _gradients_vectorized(live, part, beside, some))
+                    self._add_clipped(total, _gradients_vectorized(state, part, extra, part_keys))
                     continue
                 except torch.OutOfMemoryError:
                     raise
-                except (RuntimeError, UserWarning):  # no rule under vmap
-                    self._refused.add(family)
-            for i, key in enumerate(some):
-                self._add_clipped(
-                    total,
-                    _gradient_of_row(live, {n: t[i : i + 1] for n, t in part.items()}, beside, key),
-                )
+                except (RuntimeError, UserWarning):
+                    # vmap does not support an operation of the model.
+                    self._refused.add(support_key)
+            for i, key in enumerate(part_keys):
+                row = {n: t[i : i + 1] for n, t in part.items()}
+                self._add_clipped(total, _gradient_of_row(state, row, extra, key))
         return total
 
     @torch.no_grad()
     def _add_clipped(self, total: TrainableTensors, each: TrainableTensors) -> None:
-        """Clip gradients `[rows, …]`, over all that is trained together, and add them up."""
+        """Clip per-example gradients `[rows, …]` by their norm over all tensors, and add them."""
         squares = torch.stack([g.flatten(1).square().sum(1) for g in each.values()]).sum(0)
         factor = (self.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
-        if not bool(
-            (here := squares.isfinite()).all()
-        ):  # such a row would end the fit, and so tell of itself: it counts nought
-            factor = factor.where(here, 0)
-            each = {n: g.where(_broadcast_rows(here, g), 0) for n, g in each.items()}
+        is_finite = squares.isfinite()
+        if not bool(is_finite.all()):
+            # A row with an infinite gradient would end the fit and so reveal itself; leave it out.
+            factor = factor.where(is_finite, 0)
+            each = {n: g.where(_broadcast_rows(is_finite, g), 0) for n, g in each.items()}
         for name, gradients in each.items():
             if len(factor) == 1:
                 total[name].add_(gradients[0] * factor[0])
@@ -165,100 +200,118 @@ class PrivateGradients:
 
 
 def _gradients_vectorized(
-    live: FitState,
+    state: FitState,
     columns: Mapping[str, Tensor],
     extra_batch: Mapping[str, Tensor],
     keys: list[int],
 ) -> TrainableTensors:
-    """Gradients of all rows, `[rows, …]`, in one computation: each has a leaf of its own (see vectorized_training.py)."""
-    device = next(iter(live.trainable.values())).device
+    """Return the gradients of all rows, `[rows, …]`, computed at once.
+
+    Each row has its own leaf tensors, as in `hetero_fl.engine.vectorized_training`.
+    """
+    device = next(iter(state.trainable.values())).device
     leaves = {
         name: p.detach().expand(len(keys), *p.shape).requires_grad_()
-        for name, p in live.trainable.items()
+        for name, p in state.trainable.items()
     }
     fixed = {
         slot: {n: t.detach() for n, t in template.tensors.items() if f"{slot}:{n}" not in leaves}
-        for slot, template in live.modules.items()
+        for slot, template in state.modules.items()
     }
 
-    if live.uses_dropout:
-        live.dropout.seed(keys)
+    if state.uses_dropout:
+        state.dropout.seed(keys)
 
-    def loss(own: TrainableTensors, row: Mapping[str, Tensor], place: Tensor) -> Tensor:
+    def loss(own: TrainableTensors, row: Mapping[str, Tensor], index: Tensor) -> Tensor:
         tensors = {slot: dict(rest) for slot, rest in fixed.items()}
         for name, tensor in own.items():
             slot, parameter = split_name(name)
             tensors[slot][parameter] = tensor
         nets = ModelViews(
-            {slot: live.modules[slot].view_of(tensors[slot]) for slot in live.modules}
+            {slot: state.modules[slot].view_of(tensors[slot]) for slot in state.modules}
         )
         batch = Batch({**{n: t[None] for n, t in row.items()}, **extra_batch})
-        with StackedOps(), live.dropout.stacked(place):
-            return live.fit.objective.private_loss(nets, batch, live.context).sum()
+        with StackedOps(), state.dropout.stacked(index):
+            return state.fit.objective.private_loss(nets, batch, state.context).sum()
 
     with warnings.catch_warnings():
-        # Where an operation has no batching rule, vmap may loop over the rows.
+        # Without a batching rule for an operation, vmap would loop over the rows.
         warnings.filterwarnings("error", message="There is a performance drop")
         losses = vmap(loss, randomness="error")(
             leaves, dict(columns), torch.arange(len(keys), device=device)
         )
-    found = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
-    pairs = zip(leaves.items(), found, strict=True)
+    gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
+    pairs = zip(leaves.items(), gradients, strict=True)
     return {name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in pairs}
 
 
 def _gradient_of_row(
-    live: FitState, columns: Mapping[str, Tensor], extra_batch: Mapping[str, Tensor], key: int
+    state: FitState, columns: Mapping[str, Tensor], extra_batch: Mapping[str, Tensor], key: int
 ) -> TrainableTensors:
-    """The gradient of one row, `[1, …]`, on the live modules."""
-    if live.uses_dropout:
-        live.dropout.seed([key])
-    loss = live.fit.objective.private_loss(
-        live.nets, Batch({**columns, **extra_batch}), live.context
-    ).sum()
-    found = torch.autograd.grad(loss, list(live.trainable.values()), allow_unused=True)
-    pairs = zip(live.trainable.items(), found, strict=True)
+    """Return the gradient of one row, `[1, …]`."""
+    if state.uses_dropout:
+        state.dropout.seed([key])
+    batch = Batch({**columns, **extra_batch})
+    loss = state.fit.objective.private_loss(state.nets, batch, state.context).sum()
+    gradients = torch.autograd.grad(loss, list(state.trainable.values()), allow_unused=True)
+    pairs = zip(state.trainable.items(), gradients, strict=True)
     return {name: (torch.zeros_like(p) if g is None else g)[None] for (name, p), g in pairs}
 
 
 def _broadcast_rows(rows: Tensor, like: Tensor) -> Tensor:
-    """`[rows]` in a shape that broadcasts against `[rows, …]`."""
+    """Reshape `[rows]` so that it broadcasts against `[rows, …]`."""
     return rows.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _vmap_support_key(live: FitState) -> Any:
-    """What decides whether vmap can take a fit."""
-    return tuple(map(id, live.modules.values())), repr(live.fit.objective)
+def _vmap_support_key(state: FitState) -> Any:
+    """Return a key of fits that vmap either all supports or all does not."""
+    return tuple(map(id, state.modules.values())), repr(state.fit.objective)
 
 
-# The steps of a client's plan that read its private rows, where records are to stay private: a
-# guard around the backend.
-#
-# Whatever such a step gives back has noise on it: fits are DP-SGD, class sums are clipped and
-# noised. Each is charged. Nothing else may read these rows: predictions on them are refused, and so
-# is reading them between the steps.
+# With `privacy.unit: record`, results of steps on private rows have noise: fits are DP-SGD, and
+# class sums are clipped and noised. Other access to private rows is refused.
 
 StepData = Callable[[str, Any], Columns]
 
 
 def is_private(step: Step) -> bool:
-    """Whether a step reads rows that are not public."""
+    """Return whether a step reads rows that are not public."""
     return isinstance(step.data, Rows) and step.data.name not in PUBLIC
 
 
 def step_charge(participant: Participant, step: Step, privacy: PrivacyConfig) -> PrivacyCharge:
-    """What a private step costs. Raises UserError for a prediction: a row's own output cannot be noised and be of use."""
-    n = len(next(iter(step.data.columns(participant).values())))  # type: ignore[union-attr]  # it is on Rows
+    """Return the privacy charge of a step on private rows.
+
+    Args:
+        participant: The client.
+        step: The step.
+        privacy: The `privacy` section of the configuration.
+
+    Raises:
+        UserError: If the step predicts single rows, which would be useless with noise.
+    """
+    assert isinstance(step.data, Rows)
+    n = len(next(iter(step.data.columns(participant).values())))
     if isinstance(step, Fit):
         rate, steps = sampling_plan(n, step, participant.step_share, privacy.sample_rate)
         return PrivacyCharge(rate, steps)
     if isinstance(step, ClassSums):
         return PrivacyCharge(1.0, scale=privacy.statistics_noise)
-    raise UserError("predicts on private rows, one by one")
+    raise UserError(
+        "privacy.unit: record cannot be combined with a method that predicts private rows"
+    )
 
 
 class PrivacyLedger:
-    """Hands every step on, and notes what private ones cost. Around a dry backend: the price of a plan in ε."""
+    """Backend that records the privacy charges of steps and delegates them to another backend.
+
+    Args:
+        backend: Backend that runs the steps. With a dry backend, charges are computed in advance.
+        privacy: The `privacy` section of the configuration.
+
+    Attributes:
+        charges: Charges by participant.
+    """
 
     def __init__(self, backend: Backend, privacy: PrivacyConfig) -> None:
         self.backend = backend
@@ -267,11 +320,11 @@ class PrivacyLedger:
 
     @property
     def templates(self) -> Templates:
-        """The other's."""
+        """Templates of the wrapped backend."""
         return self.backend.templates
 
     def run(self, work: Work) -> list[Any]:
-        """The results in order."""
+        """Run steps and return their results in order."""
         self._record(work)
         return self.backend.run(work)
 
@@ -284,10 +337,13 @@ class PrivacyLedger:
 
 
 class PrivacyBackend(PrivacyLedger):
-    """Performs private steps with noise, hands the others on.
+    """Backend that runs steps on private rows with noise and delegates others.
 
     Args:
-        clients: whose plans are carried out. Their private rows are readable from now on inside of steps only.
+        backend: Backend that runs steps on public rows.
+        privacy: The `privacy` section of the configuration.
+        noise: Source of noise.
+        clients: Clients whose plans are run. Afterwards, only steps can read their private rows.
     """
 
     def __init__(
@@ -308,16 +364,18 @@ class PrivacyBackend(PrivacyLedger):
             self._data[client.participant_id] = client.data
             client.data = without_private_data(client.data)
 
+    @override
+    @override
     def run(self, work: Work) -> list[Any]:
-        inside = [
+        with_data = [
             (replace(p, data=self._data[p.participant_id]) if is_private(s) else p, s)
             for p, s in work
         ]
-        self._record(inside)
+        self._record(with_data)
         public = [i for i, (_, step) in enumerate(work) if not is_private(step)]
-        found = self.backend.run([work[i] for i in public]) if public else []
-        results = dict(zip(public, found, strict=True))
-        for i, (participant, step) in enumerate(inside):
+        public_results = self.backend.run([work[i] for i in public]) if public else []
+        results = dict(zip(public, public_results, strict=True))
+        for i, (participant, step) in enumerate(with_data):
             if i not in results:
                 results[i] = self._run_private(participant, step)
         return [results[i] for i in range(len(work))]
@@ -330,37 +388,43 @@ class PrivacyBackend(PrivacyLedger):
             report = run_fit(participant, step, self.templates, self._gradients)
         except DivergedError as failure:
             return failure
-        return replace(report, loss=math.nan)  # nobody noised it
+        # The loss has no noise and must not be released.
+        return replace(report, loss=math.nan)
 
     def _class_sums(self, participant: Participant, step: ClassSums) -> tuple[Tensor, Tensor]:
-        """A row adds a vector of norm up to C to its class's sum and one to its count: (v/C, 1) has a norm up to √2."""
+        """Return sums of clipped outputs by class and counts, both with noise.
+
+        A row adds a vector v of norm up to C to the sum and 1 to the count of its class. The norm
+        of (v/C, 1), and so the sensitivity, is at most √2.
+        """
         clip = self.privacy.statistics_clip
         classes = participant.task.outputs
-        of = step.readout if step.readout == "features" else "logits"
-        asked = Predict(step.slot, step.data, of, step.batch_size)
-        (raw,) = self.backend.run([(participant, asked)])
+        readout = step.readout if step.readout == "features" else "logits"
+        predict = Predict(step.slot, step.data, readout, step.batch_size)
+        (raw,) = self.backend.run([(participant, predict)])
         values = select_output(step, Outputs(logits=raw, features=raw))
-        values = values.where(
-            values.norm(dim=-1, keepdim=True).isfinite(), 0
-        )  # else one row could spoil the sum, and tell
+        # A row with infinite outputs would make the sum infinite and so reveal itself.
+        values = values.where(values.norm(dim=-1, keepdim=True).isfinite(), 0)
         values = values * (clip / values.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
         sums, counts = class_sums(values, step.data.columns(participant)["y"], classes)
-        draws = (*participant.stream("class sums"), "noise")
+        key = (*participant.stream("class sums"), "noise")
         deviation = (
             math.sqrt(2) * self.privacy.statistics_noise * self.privacy.known_noise_multiplier
         )
-        noised = counts + self.noise.normal(counts, deviation, *draws, "counts")
-        return sums + self.noise.normal(sums, deviation * clip, *draws, "sums"), noised.clamp(min=0)
+        noisy_counts = counts + self.noise.normal(counts, deviation, *key, "counts")
+        noisy_sums = sums + self.noise.normal(sums, deviation * clip, *key, "sums")
+        return noisy_sums, noisy_counts.clamp(min=0)
 
 
 def without_private_data(data: StepData) -> StepData:
-    """The same data, of which private sets cannot be read. Raises UserError for them."""
+    """Wrap a client's data so that reading private sets raises a UserError."""
 
-    def public(name: str, through: Any) -> Columns:
+    def public_data(name: str, preprocess: Any) -> Columns:
         if name not in PUBLIC:
             raise UserError(
-                f"privacy.unit: record: the method reads '{name}' outside of its steps, where nothing is noised"
+                f"privacy.unit: record cannot be combined with a method that reads '{name}' rows "
+                "outside of its steps, as that adds no noise"
             )
-        return data(name, through)
+        return data(name, preprocess)
 
-    return public
+    return public_data

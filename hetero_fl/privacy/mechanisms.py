@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.ciphers.modes import CTR
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from torch import Tensor
+from typing_extensions import override
 
 from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.core.model_spec import Tensors
@@ -25,166 +26,199 @@ from hetero_fl.core.payload import Item, Payload
 from hetero_fl.privacy.accounting import PrivacyCharge
 from hetero_fl.utils.seeding import Key, keyed_generator
 
-# Where privacy's noise comes from: in a simulation the run's key, in a deployment a secret of the
-# system's.
-#
-# Whoever can predict the noise can take it off again, and so can whoever is shown two values under
-# the same noise. A deployed participant therefore draws a secret of its own, once, and keeps it
-# with its private state; every draw is a keystream of AES-256-CTR under a key that HKDF-SHA256
-# makes of the secret, of what the draw is for, and of what it is put on. What is repeated after a
-# crash repeats its noise and is no second release; what differs in anything has noise of its own.
-
-BLOCK = 2**16  # numbers at a time: half a megabyte, which stays in the cache
-TINY = 2.0**-53  # distance of the numbers that 53 bits tell apart in (0, 1)
+# Numbers generated at a time; a block of half a megabyte stays in the CPU cache.
+BLOCK = 2**16
+# Spacing of uniform numbers in [0, 1) with 53 bits.
+TINY = 2.0**-53
 
 
 class NoiseStream(Protocol):
-    """One stream, each draw of it once."""
+    """A stream of random numbers, each of which is used once."""
 
     def normal(self, like: Tensor, deviation: float) -> Tensor:
-        """N(0, deviation²) in the shape, dtype and place of a tensor."""
+        """Sample from N(0, deviation²), with the shape, dtype and device of a tensor."""
 
     def uniform(self, count: int) -> Tensor:
-        """So many numbers in [0, 1), float64 `[count]`."""
+        """Sample uniformly from [0, 1), float64 `[count]`."""
 
 
 class NoiseSource(Protocol):
-    """Draws that follow from a root and from what they are for."""
+    """A source of noise streams, keyed by their purpose."""
 
     def stream(self, *parts: Key) -> NoiseStream:
-        """For the draws that the parts name, in the task at hand."""
+        """Return the stream of the current task with this key."""
 
     def normal(self, value: Tensor, deviation: float, *parts: Key) -> Tensor:
-        """N(0, deviation²) to be put on a value that is told once, in its shape, dtype and place: the same on the same value,
-        whatever the task."""
+        """Sample noise for a value that is released once.
+
+        Args:
+            value: The value, whose shape, dtype and device the noise has.
+            deviation: Standard deviation of the noise.
+            *parts: Key of the noise.
+
+        Returns:
+            Noise that is the same for the same value and key, whatever the task.
+        """
 
 
-# In a simulation -----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class KeyedNoiseSource:
-    """The same in every repetition of the run."""
+class KeyedNoiseSource(NoiseSource):
+    """Reproducible noise for simulations.
+
+    Args:
+        seed: Seed of the run.
+    """
 
     seed: int
 
+    @override
     def stream(self, *parts: Key) -> NoiseStream:
         return KeyedNoiseStream(keyed_generator("privacy", self.seed, *parts))
 
+    @override
     def normal(self, value: Tensor, deviation: float, *parts: Key) -> Tensor:
         return self.stream(*parts).normal(value, deviation)
 
 
 @dataclass(frozen=True)
-class KeyedNoiseStream:
-    """Of torch's own generator, which is quick and can be predicted."""
+class KeyedNoiseStream(NoiseStream):
+    """Noise of a PyTorch generator, which is fast but predictable."""
 
     generator: torch.Generator
 
+    @override
     def normal(self, like: Tensor, deviation: float) -> Tensor:
-        return (torch.randn(like.shape, generator=self.generator, dtype=like.dtype) * deviation).to(
-            like.device
-        )
+        noise = torch.randn(like.shape, generator=self.generator, dtype=like.dtype)
+        return (noise * deviation).to(like.device)
 
+    @override
     def uniform(self, count: int) -> Tensor:
         return torch.rand(count, generator=self.generator, dtype=torch.float64)
 
 
-# In a deployment -----------------------------------------------------------------------------------------------------
-class SecretNoiseSource:
-    """Of 256 bits that nobody else may learn; from the system if none are given.
+class SecretNoiseSource(NoiseSource):
+    """Unpredictable noise for deployments.
 
-    `task`: what is being answered. Streams are keyed by it: asked twice for different things in what is said to be one round,
-    a participant must not put the same noise on both.
+    Noise that can be predicted, or that is added to two values, can be removed again. Each
+    participant therefore keeps a secret with its private state. Numbers come from an AES-256-CTR
+    keystream whose key HKDF-SHA256 derives from the secret, the purpose of the noise and the noised
+    value. Repeating a task after a crash repeats the noise, which is not a second release; any
+    other value gets new noise.
+
+    Args:
+        secret: 256 secret bits. None samples them from the operating system.
+        task: Identifier of the current task, part of the key of each stream.
     """
 
     def __init__(self, secret: bytes | None = None, task: bytes = b"") -> None:
         self._secret = os.urandom(32) if secret is None else secret
         self.task = task
 
+    @override
     def stream(self, *parts: Key) -> NoiseStream:
         return self._new_stream("stream", self.task.hex(), *parts)
 
+    @override
     def normal(self, value: Tensor, deviation: float, *parts: Key) -> Tensor:
-        told = value.detach().cpu().contiguous()
-        about = hashlib.sha256(told.numpy().reshape(-1).view(np.uint8).data).hexdigest()
-        form = f"{told.dtype} {tuple(told.shape)}"
-        return self._new_stream("value", form, about, float(deviation).hex(), *parts).normal(
-            value, deviation
-        )
+        released = value.detach().cpu().contiguous()
+        digest = hashlib.sha256(released.numpy().reshape(-1).view(np.uint8).data).hexdigest()
+        form = f"{released.dtype} {tuple(released.shape)}"
+        stream = self._new_stream("value", form, digest, float(deviation).hex(), *parts)
+        return stream.normal(value, deviation)
 
     def _new_stream(self, *parts: Key) -> NoiseStream:
-        made = HKDF(SHA256(), 32, None, b"hetero_fl noise " + repr(parts).encode())
-        return SecretNoiseStream(made.derive(self._secret))
+        key = HKDF(SHA256(), 32, None, b"hetero_fl noise " + repr(parts).encode())
+        return SecretNoiseStream(key.derive(self._secret))
 
 
-class SecretNoiseStream:
-    """A keystream as numbers: 53 bits of each eight bytes, Gaussian by Box and Muller (1958), in float64."""
+class SecretNoiseStream(NoiseStream):
+    """Random numbers from an AES-256-CTR keystream.
+
+    Each number uses 53 bits of eight bytes. Gaussian numbers are computed in float64 by the method
+    of Box and Muller (1958).
+
+    Args:
+        key: 256-bit key.
+    """
 
     def __init__(self, key: bytes) -> None:
         self._cipher = Cipher(AES(key), CTR(bytes(16))).encryptor()
 
+    @override
     def normal(self, like: Tensor, deviation: float) -> Tensor:
-        made = torch.from_numpy(self._normal(like.numel()) * deviation)
-        return made.reshape(like.shape).to(like.dtype).to(like.device)
+        noise = torch.from_numpy(self._normal(like.numel()) * deviation)
+        return noise.reshape(like.shape).to(like.dtype).to(like.device)
 
+    @override
     def uniform(self, count: int) -> Tensor:
         return torch.from_numpy(self._words(count) * TINY)
 
     def _normal(self, count: int) -> np.ndarray:
-        found = np.empty(count)
+        numbers = np.empty(count)
         for start in range(0, count, BLOCK):
-            part = found[start : start + BLOCK]
+            part = numbers[start : start + BLOCK]
             half = (len(part) + 1) // 2
             words = self._words(2 * half)
-            radius = np.sqrt(-2 * np.log((words[:half] + 0.5) * TINY))  # never of nought
+            # Adding 0.5 avoids the logarithm of 0.
+            radius = np.sqrt(-2 * np.log((words[:half] + 0.5) * TINY))
             angle = words[half:] * (2 * math.pi * TINY)
             part[:half] = radius * np.cos(angle)
             part[half:] = (radius * np.sin(angle))[: len(part) - half]
-        return found
+        return numbers
 
     def _words(self, count: int) -> np.ndarray:
-        """Whole numbers below 2^53, as float64."""
+        """Return random integers below 2^53 as float64."""
         stream = self._cipher.update(bytes(8 * count))
         return (np.frombuffer(stream, "<u8") >> np.uint64(11)).astype(np.float64)
 
 
-# A client's whole upload as one bounded vector: clipped before it leaves, and under local privacy
-# noised as well.
-#
-# The items of an upload are bounded one by one, each to a norm C_i of its own, and noised with
-# z·√m·C_i where m items may be sent: scaled by 1/C_i and laid end to end they are one vector of
-# norm up to √m with noise z·√m, one Gaussian mechanism of multiplier z (McMahan et al. 2018,
-# section 3, "per-layer clipping"; Balle and Wang 2018 for its ε).
+# Each item i of an upload is clipped to a norm C_i and, where m items may be sent, noised with
+# z·√m·C_i. Scaled by 1/C_i and concatenated, the items are one vector of norm at most √m with noise
+# z·√m: one Gaussian mechanism with multiplier z (McMahan et al. 2018, section 3, "per-layer
+# clipping").
 
 VALUES = "values"
 WEIGHT = "weight"
-NoiseFunction = Callable[[Tensor, float, str], Tensor]  # (like, standard deviation, what for)
+# Maps a tensor, a standard deviation and the name of a part of the item to noise.
+NoiseFunction = Callable[[Tensor, float, str], Tensor]
 
 
 def clip_item(item: Item, received: Item | None, bound: float) -> tuple[Item, bool]:
-    """The item with weight one, moved from its reference by at most `bound` in L2; and whether it was within it already.
+    """Clip the update in an item to an L2 norm and set its weight to 1.
 
-    "params" move from what the client received (nought where it received no such tensor), others from nought. Of
-    "class_sums" the weights, which count rows, are part of the vector.
+    The update of "params" is the difference from what the client received; of other items it is
+    the value. The weights of "class_sums", counts of rows, are part of the clipped vector.
+
+    Args:
+        item: The item.
+        received: Received item of the same name; None if there is none.
+        bound: Largest norm.
+
+    Returns:
+        The clipped item, and whether its norm was within the bound.
     """
     reference = reference_tensors(item, received)
     parts = {n: t - reference[n] for n, t in _flatten_item(item).items()}
-    norm = (
-        float(torch.stack([t.double().square().sum() for t in parts.values()]).sum().sqrt())
-        if parts
-        else 0.0
-    )
+    norm = 0.0
+    if parts:
+        squares = torch.stack([t.double().square().sum() for t in parts.values()])
+        norm = float(squares.sum().sqrt())
     if norm <= bound:
         return _unflatten_item(item, _flatten_item(item)), True
-    return _unflatten_item(
-        item, {n: reference[n] + t * (bound / norm) for n, t in parts.items()}
-    ), False
+    clipped = {n: reference[n] + t * (bound / norm) for n, t in parts.items()}
+    return _unflatten_item(item, clipped), False
 
 
-def add_noise(item: Item, deviation: float, draw: NoiseFunction) -> Item:
-    """The item with N(0, deviation²) on every number of it; weights of class sums stay at nought or above."""
-    return _unflatten_item(
-        item, {n: t + draw(t, deviation, n) for n, t in _flatten_item(item).items()}
-    )
+def add_noise(item: Item, deviation: float, sample: NoiseFunction) -> Item:
+    """Add noise to all numbers of an item; noisy weights of class sums are clipped to at least 0.
+
+    Args:
+        item: The item.
+        deviation: Standard deviation of the noise.
+        sample: Returns the noise.
+    """
+    noisy = {n: t + sample(t, deviation, n) for n, t in _flatten_item(item).items()}
+    return _unflatten_item(item, noisy)
 
 
 def clip_upload(
@@ -193,7 +227,17 @@ def clip_upload(
     bounds: Callable[[str], float],
     noise: Callable[[str, Item], Item] | None = None,
 ) -> tuple[Payload, dict[str, bool]]:
-    """The upload with every item clipped (and noised, where `noise(name, item)` is given), and which were within bounds."""
+    """Clip all items of an upload and optionally add noise.
+
+    Args:
+        payload: The upload.
+        received: Received items.
+        bounds: Returns the clipping bound of an item.
+        noise: Returns an item with noise, given its name and the clipped item.
+
+    Returns:
+        The upload, and by item whether its norm was within the bound.
+    """
     items = {}
     within = {}
     for name in payload:
@@ -204,7 +248,7 @@ def clip_upload(
 
 
 def _flatten_item(item: Item) -> Tensors:
-    """All numbers of an item that its receiver reads, named."""
+    """Return all numbers of an item that its receiver uses as named tensors."""
     if isinstance(item.values, Mapping):
         return dict(item.values)
     if item.kind == "class_sums":
@@ -221,8 +265,10 @@ def _unflatten_item(like: Item, vector: Tensors) -> Item:
 
 
 def reference_tensors(item: Item, received: Item | None) -> Tensors:
-    """Return where the update in an item starts, tensor by tensor: parameters at what the client
-    received, if that has the same shape, all else at zero."""
+    """Return the tensors from which the update in an item starts.
+
+    These are the received parameters if their shapes are equal, and zeros otherwise.
+    """
     known = received.tensors if received is not None and item.kind == "params" else {}
     vector = _flatten_item(item)
     return {
@@ -231,51 +277,68 @@ def reference_tensors(item: Item, received: Item | None) -> Tensors:
     }
 
 
-# Teachers by noisy majority (PATE with Gaussian noise: Papernot et al. 2018, GNMax): each client
-# has one vote a row.
-
-SURE = 0.9  # the elected class's probability; the others share the rest
+# Probability of the elected class in a teacher made from votes.
+ELECTED_PROBABILITY = 0.9
 
 
 def predictions_to_votes(item: Item, norm: float) -> Item:
-    """Predictions `[D, C]` as votes, of so large a norm together: who has most is the same at any scale."""
+    """Replace predictions `[D, C]` by one-hot votes, scaled to an L2 norm.
+
+    The noisy majority of votes is PATE's GNMax (Papernot et al. 2018); it does not depend on the
+    scale.
+    """
     assert isinstance(item.values, Tensor)
     votes = F.one_hot(item.values.argmax(-1), item.values.shape[-1]).to(item.values.dtype)
     return Item(votes * (norm / max(1, len(votes)) ** 0.5), 1.0, item.kind)
 
 
 def teacher_from_votes(votes: Tensor, prediction_kind: str) -> Tensor:
-    """What a teacher says of the rows whose noised votes these are, `[D, C]`: logits or probabilities."""
+    """Return the teacher of the class with most noisy votes in each row.
+
+    Args:
+        votes: Sum of noisy votes, shape `[D, C]`.
+        prediction_kind: "probabilities" or "logits", the form of the result.
+
+    Returns:
+        Probabilities or log probabilities, shape `[D, C]`.
+    """
     classes = votes.shape[-1]
-    p = torch.full_like(votes, (1 - SURE) / max(1, classes - 1))
-    p.scatter_(-1, votes.argmax(-1, keepdim=True), SURE)
+    p = torch.full_like(votes, (1 - ELECTED_PROBABILITY) / max(1, classes - 1))
+    p.scatter_(-1, votes.argmax(-1, keepdim=True), ELECTED_PROBABILITY)
     return p if prediction_kind == "probabilities" else p.log()
 
 
-# Label counts as they may be known where records are private.
-
+# Name of the release of label counts, and key of its noise.
 COUNTS = "label counts"
 
 
 def label_counts_charge(kind: str, privacy: PrivacyConfig) -> list[PrivacyCharge]:
-    """What reading a client's label counts costs, once; nothing where they are only the number of rows."""
-    return (
-        []
-        if kind == "regression"
-        else [PrivacyCharge(1.0, scale=privacy.statistics_noise, once=COUNTS)]
-    )
+    """Return the privacy charge of label counts; empty for regression, which has none."""
+    if kind == "regression":
+        return []
+    return [PrivacyCharge(1.0, scale=privacy.statistics_noise, once=COUNTS)]
 
 
 def noisy_label_counts(
     counts: Tensor, kind: str, privacy: PrivacyConfig, noise: NoiseSource, client: str
 ) -> Tensor:
-    """Label counts as they may be known, `[outputs]`, nought or more: the same draw whenever it is asked for, one release.
+    """Return label counts with noise; repeated calls return the same noise and are one release.
 
-    A row is counted once, under several labels up to `outputs` times. Rows themselves are no secret: of regression, where
-    every count is their number, nothing is noised.
+    One row changes one count by 1, or in a multi-label task up to `outputs` counts. The number of
+    rows is not private, so the counts of a regression task are not noised.
+
+    Args:
+        counts: Label counts, shape `[outputs]`.
+        kind: Kind of the task.
+        privacy: The `privacy` section of the configuration.
+        noise: Source of noise.
+        client: Id of the client.
+
+    Returns:
+        Counts of at least 0, shape `[outputs]`.
     """
     if kind == "regression":
         return counts
-    once = math.sqrt(len(counts)) if kind == "multilabel" else 1.0
-    deviation = once * privacy.statistics_noise * privacy.known_noise_multiplier
+    sensitivity = math.sqrt(len(counts)) if kind == "multilabel" else 1.0
+    deviation = sensitivity * privacy.statistics_noise * privacy.known_noise_multiplier
     return (counts + noise.normal(counts, deviation, client, COUNTS)).clamp(min=0)

@@ -1,8 +1,7 @@
-"""Differential privacy of clients at the server: noise on sums, and adaptive clipping bounds.
+"""Client-level differential privacy at the server: noise on sums, and adaptive clipping.
 
-With `privacy.unit` "client" the sums and means that a method asks of `Uploads` are noised here, once,
-where they are asked for. What a run spends is known before it begins
-(`hetero_fl.experiment.privacy_budget`).
+With `privacy.unit: client`, noise is added once to each sum and mean that a method requests from
+`Uploads`. The privacy budget of a run is known in advance (`hetero_fl.experiment.privacy_budget`).
 """
 
 from __future__ import annotations
@@ -23,37 +22,33 @@ from hetero_fl.privacy.client_side import WITHIN, ClientPrivacy, PrivateFederati
 from hetero_fl.privacy.mechanisms import reference_tensors, teacher_from_votes
 from hetero_fl.utils.errors import UserError
 
-# Means of which no single client can be read: noise once on the sum of bounded uploads, over a
-# fixed denominator.
-#
-# With clipped updates Δ_k of weight one, μ the plain mean of what arrived, Σw how many that were
-# and ref their mean reference,
-#
-#     ref + (μ − ref)·Σw / expected + N(0, deviation²) / expected  =  ref + (ΣΔ_k + N(0, deviation²)) / expected
-#
-# (McMahan et al. 2018, Algorithm 1, the estimator with a fixed denominator): a function of the
-# mean, the weight and the references, so that it is the same after a plain and after a secure sum.
-# How many came decides nothing but the sum. Clients that own a tensor in common may have received
-# different ones (models of several architectures begin so): each group's moves from its own by the
-# same noised update, for of what a client sends only the update is bounded.
-
-Normal = Callable[..., Tensor]  # (what it is put on, standard deviation, *what for)
+# Maps a noised value, a standard deviation and a key to noise.
+Normal = Callable[..., Tensor]
 
 
 @dataclass
 class SharedTensor:
-    """One tensor that several clients may send: where the updates of each kind of them start, and how many are expected."""
+    """A tensor that several clients may send.
+
+    Args:
+        starts: Tensors from which clients' updates start, by kind of client.
+        expected: Expected number of clients that send the tensor.
+    """
 
     starts: dict[str, Tensor] = field(default_factory=dict)
     expected: float = 0.0
 
     @property
     def example(self) -> Tensor:
-        """A tensor of its form."""
+        """A tensor with the same shape, dtype and device."""
         return next(iter(self.starts.values()))
 
     def mean_start(self, senders_by_kind: Mapping[str, int]) -> Tensor:
-        """The mean of where the updates of those who sent it started. `senders_by_kind`: how many of each kind sent the item."""
+        """Return the mean of `starts` over the clients that sent the tensor.
+
+        Args:
+            senders_by_kind: Number of clients of each kind that sent the item.
+        """
         if all(
             start is self.example or torch.equal(start, self.example)
             for start in self.starts.values()
@@ -67,19 +62,35 @@ class SharedTensor:
 
 @dataclass
 class SumNoise:
-    """The noise of one round, and what its sums are divided by. The same question has the same answer.
+    """Noise on the sums of one round, and their denominators; repeated requests give equal results.
 
-    `deviation(item)`: of the noise on every number of the item's sum; `normal`: keyed draws of it; `kind(client_info)`: of a client, by
-    name; `postprocess(item, mean)`: what a noised mean becomes.
+    Noise is added to the sum of clipped updates Δ_k of weight one, and the sum is divided by the
+    expected number of clients (McMahan et al. 2018, Algorithm 1, fixed denominator). With the mean
+    μ of the uploads, their number Σw and the mean reference ref, this is
+
+        ref + (μ − ref)·Σw / expected + N(0, deviation²) / expected
+            = ref + (ΣΔ_k + N(0, deviation²)) / expected,
+
+    which can be computed after secure aggregation as well. Clients that share a tensor may have
+    received different values of it; the same noisy update is then added to the tensor of each
+    group, because only updates are clipped.
+
+    Args:
+        deviation: Returns the standard deviation of the noise on the sum of an item.
+        normal: Returns keyed noise.
+        kind: Returns the name of a client's kind.
+        postprocess: Transforms the noisy mean of an item.
     """
 
     deviation: Callable[[str], float]
     normal: Normal
     kind: Callable[[ClientInfo], str]
-    postprocess: Callable[[str, Tensor], Tensor] = lambda name, mean: mean
+    postprocess: Callable[[str, Tensor], Tensor] = lambda _name, mean: mean
     _singles: dict[str, SharedTensor] = field(default_factory=dict)
-    _weights: dict[str, Tensor] = field(default_factory=dict)  # of class sums: their shape
-    _senders: dict[str, dict[str, ClientInfo]] = field(default_factory=dict)  # by item and kind
+    # Zeros in the shape of the weights of class sums, by item.
+    _weights: dict[str, Tensor] = field(default_factory=dict)
+    # One client by item and kind.
+    _senders: dict[str, dict[str, ClientInfo]] = field(default_factory=dict)
     _owned: dict[str, dict[Owner, SharedTensor]] = field(default_factory=dict)
     _groups: dict[str, dict[str, dict[str, tuple[Owner, str]]]] = field(default_factory=dict)
 
@@ -87,13 +98,24 @@ class SumNoise:
         self,
         name: str,
         like: Item,
+        *,
         received: Item | None,
         count: float,
         client_info: ClientInfo,
         group: str,
         common: tuple[str, ...],
     ) -> None:
-        """So many more clients like this one, of a group, may send an item of this form, having received another of that name."""
+        """Register an item that clients of one kind may send.
+
+        Args:
+            name: Name of the item.
+            like: An item of the same form.
+            received: Received item of this name; None if there is none.
+            count: Expected number of these clients.
+            client_info: One of these clients.
+            group: Architecture group of the item's tensors.
+            common: Prefixes of tensors that are averaged across architectures.
+        """
         kind = self.kind(client_info)
         self._senders.setdefault(name, {})[kind] = client_info
         if isinstance(like.values, Tensor):
@@ -114,35 +136,42 @@ class SumNoise:
             )
 
     def senders(self, name: str) -> list[ClientInfo]:
-        """Return one client of each kind that may send the item, whether or not any did."""
+        """Return one client of each kind that may send the item."""
         return list(self._senders.get(name, {}).values())
 
-    # Single tensors ------------------------------------------------------------------------------------------------
     def expects(self, name: str) -> bool:
-        """Whether anybody may send single tensors of that name."""
+        """Return whether clients may send a single tensor as this item."""
         return name in self._singles
 
     def total(self, name: str, totals: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """(Σ values·weight + noise, Σ weight): the expected number in place of the weights, but of class sums, whose weights
-        are counts of rows and noised as well. `totals`: the plain totals; None if nobody sent any."""
-        one = self._singles[name]
-        values = one.example if totals is None else totals[0]
+        """Return the noisy sum of an item's values, and the sum of weights.
+
+        Args:
+            name: Name of the item, a single tensor.
+            totals: Sums of values and weights without noise; None if no client sent the item.
+
+        Returns:
+            Σ values·weight with noise, and the expected number of clients. For class sums, the
+            latter is the noisy sum of the weights, which are counts of rows.
+        """
+        shared = self._singles[name]
+        values = shared.example if totals is None else totals[0]
         values = values + self.normal(values, self.deviation(name), name, "values")
         if name not in self._weights:
-            return values, torch.tensor(one.expected, dtype=values.dtype)
+            return values, torch.tensor(shared.expected, dtype=values.dtype)
         weight = self._weights[name] if totals is None else totals[1]
-        return values, (weight + self.normal(weight, self.deviation(name), name, "weight")).clamp(
-            min=0
-        )
+        weight = weight + self.normal(weight, self.deviation(name), name, "weight")
+        return values, weight.clamp(min=0)
 
     def mean(self, name: str, totals: tuple[Tensor, Tensor] | None) -> Tensor:
-        """The noised total over its weight; nought where that is."""
-        values, weight = self.total(name, totals)
-        return self.postprocess(
-            name, values / torch.where(weight > 0, weight, torch.ones_like(weight))
-        )
+        """Return the noisy mean of an item: the noisy sum divided by its weight.
 
-    # Named tensors -------------------------------------------------------------------------------------------------
+        Values are not divided where the weight is 0. The arguments are those of `total`.
+        """
+        values, weight = self.total(name, totals)
+        mean = values / torch.where(weight > 0, weight, torch.ones_like(weight))
+        return self.postprocess(name, mean)
+
     def by_group(
         self,
         name: str,
@@ -150,21 +179,31 @@ class SumNoise:
         weights: Mapping[str, Mapping[str, float]],
         senders: Sequence[ClientInfo],
     ) -> dict[str, Tensors]:
-        """For every group that could have sent something, whether or not it did, its noised means."""
-        moved: dict[Owner, Tensor] = {}
-        there = Counter(self.kind(client_info) for client_info in senders)
+        """Return the noisy means of named tensors for all groups that may send the item.
+
+        Args:
+            name: Name of the item.
+            means: Means without noise by group; groups that sent nothing are missing.
+            weights: Weights of these means.
+            senders: Clients that sent the item.
+        """
+        updates: dict[Owner, Tensor] = {}
+        senders_by_kind = Counter(self.kind(client_info) for client_info in senders)
         groups = self._groups.get(name, {})
         for group, tensors in groups.items():
             for tensor, (owner, _) in tensors.items():
-                if owner not in moved and tensor in means.get(group, {}):
-                    one = self._owned[name][owner]
-                    share = weights[group][tensor] / one.expected
-                    moved[owner] = (means[group][tensor] - one.mean_start(there)) * share
+                if owner not in updates and tensor in means.get(group, {}):
+                    shared = self._owned[name][owner]
+                    share = weights[group][tensor] / shared.expected
+                    start = shared.mean_start(senders_by_kind)
+                    updates[owner] = (means[group][tensor] - start) * share
         owners = {owner for tensors in groups.values() for owner, _ in tensors.values()}
-        noise = {owner: self._noise(name, owner, moved.get(owner)) for owner in owners}
+        noise = {owner: self._noise(name, owner, updates.get(owner)) for owner in owners}
         return {
             group: {
-                tensor: self._apply_update(self._owned[name][owner].starts[kind], moved.get(owner))
+                tensor: self._apply_update(
+                    self._owned[name][owner].starts[kind], updates.get(owner)
+                )
                 + noise[owner]
                 for tensor, (owner, kind) in tensors.items()
             }
@@ -172,7 +211,7 @@ class SumNoise:
         }
 
     def _noise(self, name: str, owner: Owner, update: Tensor | None) -> Tensor:
-        """On the mean update, nought if nobody sent any."""
+        """Return the noise on a mean update, which is None if no client sent the tensor."""
         one = self._owned[name][owner]
         like = torch.zeros_like(one.example) if update is None else update.to(one.example.dtype)
         return self.normal(like, self.deviation(name) / one.expected, name, *map(str, owner))
@@ -182,7 +221,7 @@ class SumNoise:
         return start if update is None else start + update
 
     def weights_by_group(self, name: str) -> dict[str, dict[str, float]]:
-        """How many clients are expected behind each of these means."""
+        """Return the expected number of clients of each mean."""
         owned = self._owned.get(name, {})
         groups = self._groups.get(name, {})
         return {
@@ -191,21 +230,23 @@ class SumNoise:
         }
 
 
-# The server's side of privacy of clients: the bounds that a round's updates have, the noise on its
-# sums, the next bounds.
-
-
+# Maps a client, its broadcast and the round to the form of its upload.
 ExpectedItems = Callable[[ClientInfo, Payload, int], Mapping[str, Item]]
 
 
 class ServerPrivacy:
-    """The server's side of privacy of clients, for one run.
+    """Client-level differential privacy at the server, for one run.
 
     Args:
-        client: The clients' side.
+        client: Differential privacy at the clients.
         federation: The federation.
-        expected_items: Returns the form of a client's upload, given its broadcast and the round.
-        per_round: Clients in a round; None: all.
+        expected_items: Returns the form of a client's upload.
+        per_round: Number of clients in a round. None is all.
+
+    Attributes:
+        cohort: Expected number of clients in a round.
+        share: Probability of each client to be sampled in a round.
+        factors: Factors on the clipping bounds by item; 1 without adaptive clipping.
     """
 
     def __init__(
@@ -220,9 +261,8 @@ class ServerPrivacy:
         self.federation = federation
         self.expected_items = expected_items
         population = len(federation.client_infos)
-        self.cohort = min(per_round or population, population)  # expected number of clients
+        self.cohort = min(per_round or population, population)
         self.share = self.cohort / population
-        # Factors on each item's clipping bound: 1 unless bounds adapt.
         self.factors: dict[str, float] = dict.fromkeys(client.items, 1.0)
 
     @classmethod
@@ -233,23 +273,26 @@ class ServerPrivacy:
         expected_items: ExpectedItems,
         per_round: int | None,
     ) -> ServerPrivacy | None:
-        """Return the server's side; None where the server adds no noise."""
+        """Create an instance for a run; None if the server adds no noise.
+
+        The arguments are those of the class.
+        """
         if client is None or client.config.unit != "client":
             return None
         return cls(client, federation, expected_items, per_round)
 
     def add_bounds(self, broadcast: Payload) -> Payload:
-        """Add the round's clipping bounds to a broadcast, where they adapt."""
+        """Add the round's clipping bounds to a broadcast if they are adaptive."""
         if self.config.adaptive_clip is not None:
             broadcast.report = {**broadcast.report, **self.client.factors_item(self.factors)}
         return broadcast
 
     def sum_noise(self, received_by: Callable[[ClientInfo], Payload], round_idx: int) -> SumNoise:
-        """Return the noise on a round's sums.
+        """Return the noise on the sums of a round.
 
         Args:
             received_by: Returns what a client received.
-            round_idx: The round.
+            round_idx: Index of the round.
         """
         privacy = self.config
         federation = self.federation
@@ -260,9 +303,10 @@ class ServerPrivacy:
 
         def deviation(name: str) -> float:
             if privacy.distributed:
-                return 0.0  # clients have added it
+                # The clients have added the noise.
+                return 0.0
             if name == WITHIN:
-                # m bits, each as if it were one of m
+                # The m bits of an upload are one vector of norm √m/2.
                 return self.count_noise() * math.sqrt(len(self.factors))
             return self.client.deviation(name, self.factors[name], self.update_noise_multiplier())
 
@@ -285,47 +329,66 @@ class ServerPrivacy:
                 before = received.item(name) if name in received else None
                 group = "" if specs[name].across else client_info.arch.spec_id
                 count = profile.count * self.share
-                noise.expect(name, like, before, count, client_info, group, federation.common)
+                noise.expect(
+                    name,
+                    like,
+                    received=before,
+                    count=count,
+                    client_info=client_info,
+                    group=group,
+                    common=federation.common,
+                )
         return noise
 
     def check_count_noise(self) -> None:
-        """Raises UserError if counting the updates within bounds costs all there is."""
+        """Check that adaptive clipping leaves budget for the updates.
+
+        Raises:
+            UserError: If counting the updates within bounds spends the whole budget.
+        """
         privacy = self.config
         if privacy.adaptive_clip is None:
             return
-        if (sigma := self.count_noise()) * 2 <= privacy.known_noise_multiplier:
+        multiplier = privacy.known_noise_multiplier
+        if (sigma := self.count_noise()) * 2 <= multiplier:
             raise UserError(
-                f"privacy.adaptive_clip.noise: found {sigma:g}, with which counting alone spends more than "
-                f"privacy.noise_multiplier {privacy.known_noise_multiplier:g} allows; take more than {privacy.known_noise_multiplier / 2:.3g}"
+                f"privacy.adaptive_clip.noise: must be > {multiplier / 2:.3g}, half of the noise "
+                f"multiplier, got {sigma:g}"
             )
 
     def count_noise(self) -> float:
-        """σ_b of the paper: what a count of bits would be noised with if there were one."""
+        """Return σ_b, the noise on the number of updates within bounds (Andrew et al. 2021)."""
         assert self.config.adaptive_clip is not None
         return self.config.adaptive_clip.noise or self.cohort / 20
 
     def update_noise_multiplier(self) -> float:
-        """The multiplier that is left for the updates: z_Δ = (z⁻² − (2σ_b)⁻²)^(−½) (Andrew et al. 2021, theorem 1)."""
+        """Return the noise multiplier of the updates, z_Δ = (z⁻² − (2σ_b)⁻²)^(−½).
+
+        The formula is theorem 1 of Andrew et al. 2021.
+        """
         multiplier = self.config.known_noise_multiplier
         if self.config.adaptive_clip is None:
             return multiplier
         return float((multiplier**-2 - (2 * self.count_noise()) ** -2) ** -0.5)
 
     def adapt_bounds(self, uploads: Uploads) -> None:
-        """Each bound times exp(−η·(share of updates within it − γ)), the share noised (ibid., Algorithm 1)."""
-        privacy = self.config
-        if privacy.adaptive_clip is None:
+        """Multiply each bound by exp(−η·(b − γ)), where b is the noisy share of updates within it.
+
+        This is Algorithm 1 of Andrew et al. 2021, with the target quantile γ.
+        """
+        config = self.config.adaptive_clip
+        if config is None:
             return
-        wanted = privacy.adaptive_clip
         total = uploads.total(WITHIN)
-        shares = (total[0] / total[1] + 0.5).tolist()  # what is sent is the bit less one half
+        # Clients send the bit minus 1/2.
+        shares = (total[0] / total[1] + 0.5).tolist()
         for name, share in zip(sorted(self.factors), shares, strict=True):
-            self.factors[name] *= math.exp(-wanted.lr * (share - wanted.quantile))
+            self.factors[name] *= math.exp(-config.lr * (share - config.quantile))
 
     def state_dict(self) -> dict[str, float]:
-        """What a checkpoint keeps."""
+        """Return the state for a checkpoint, the factors on clipping bounds."""
         return dict(self.factors)
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """The reverse."""
+        """Restore the state of a checkpoint."""
         self.factors = dict(state)

@@ -1,4 +1,4 @@
-"""Attacks on updates, predictions and training rows, and the malicious clients that use them."""
+"""Simulated attacks on updates, predictions and training rows, and the malicious clients."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from hetero_fl.config.population import Population
 from hetero_fl.config.robustness import AttacksConfig
@@ -22,17 +23,21 @@ from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.registry import Registry
 from hetero_fl.utils.seeding import keyed_generator, sample_numbers
 
-# What an attack is: what simulated liars do to their rows, or to their uploads with one another's
-# in hand. For studies only.
-
 ActsOn = Literal["data", "updates", "rows"]
 
 
 @dataclass(frozen=True)
 class AttackContext:
-    """Who lies, and when.
+    """Round and participants of an attack.
 
-    `senders`: how many sent this item, liars included; `item`: the name of what is forged; `tensor`: of which tensor in it.
+    Args:
+        task: Task of the federation.
+        seed: Seed of the run.
+        round_idx: Index of the round.
+        malicious: Ids of the malicious clients.
+        senders: Number of clients that sent the item, malicious clients included.
+        item: Name of the attacked item.
+        tensor: Name of the attacked tensor in the item.
     """
 
     task: Task
@@ -44,54 +49,91 @@ class AttackContext:
     tensor: str = ""
 
     def generator(self, client_id: str = "") -> torch.Generator:
-        """A generator of this liar's own; of all together by default."""
+        """Return the random generator of a malicious client; by default that of all of them."""
         return keyed_generator(
             self.seed, self.round_idx, "attack", client_id, self.item, self.tensor
         )
 
 
 class Attack:
-    """An attack. `acts_on`: the training rows, the updates (parameters, class sums), the predictions on proxy rows; what it
-    does not act on is as honest clients have it, to the bit."""
+    """Base class of attacks, for simulations only.
+
+    Args:
+        config: The `attacks` section of the configuration.
+
+    Attributes:
+        acts_on: The attacked parts: training rows ("data"), parameters and class sums ("updates"),
+            or predictions on proxy rows ("rows"). Other parts are not changed.
+        strength: Default of the setting `strength`.
+        factor: The setting `strength`, or its default.
+
+    Example:
+        >>> from hetero_fl.config.robustness import AttacksConfig
+        >>> from hetero_fl.robustness.attacks import SignFlip
+        >>> attack = SignFlip(AttacksConfig(name="sign_flip", strength=2.0))
+        >>> attack.poison_updates(torch.ones(1, 3), None)
+        tensor([[-2., -2., -2.]])
+    """
 
     acts_on: frozenset[ActsOn] = frozenset()
-    strength: ClassVar[float] = 1.0  # where the configuration says none
+    strength: ClassVar[float] = 1.0
 
     def __init__(self, config: AttacksConfig) -> None:
         self.config = config
         self.factor = config.strength or self.strength
 
     def poison_rows(self, columns: Columns, context: AttackContext) -> Columns:
-        """A liar's training rows, from its own."""
+        """Return the training rows of a malicious client, given its true rows."""
         return columns
 
     def poison_updates(self, true_uploads: Tensor, context: AttackContext) -> Tensor:
-        """`[L, …]`: what L liars send, from what they would have sent honestly, as differences from what they received."""
+        """Return the updates that malicious clients send.
+
+        Args:
+            true_uploads: True updates of L malicious clients, relative to what they received,
+                shape `[L, …]`.
+            context: Round and participants.
+
+        Returns:
+            Poisoned updates, shape `[L, …]`.
+        """
         return true_uploads
 
     def poison_predictions(self, true_uploads: Tensor, context: AttackContext) -> Tensor:
-        """`[L, N, C]`: the predictions that they send."""
+        """Return the predictions that malicious clients send.
+
+        Args:
+            true_uploads: True predictions of L malicious clients, shape `[L, N, C]`.
+            context: Round and participants.
+
+        Returns:
+            Poisoned predictions, shape `[L, N, C]`.
+        """
         return true_uploads
 
     def triggered_rows(self, columns: Columns, context: AttackContext) -> Columns | None:
-        """Test rows on which success shows as the class `config.target`; None: this attack has none."""
+        """Return test rows with the trigger, which a successful attack assigns to `config.target`.
+
+        Returns None if the attack has no trigger.
+        """
         return None
 
 
 attack: Registry[type[Attack]] = Registry("attack", lambda: Attack)
 
 
-# Attacks on the predictions that clients send of the proxy rows. Where classes exclude one another,
-# a row is forged about its mean over the classes, so that forged probabilities still sum to one.
-
-
 class PredictionAttack(Attack):
-    """One that forges predictions: `strength` times what `poison_logits` makes of the rows `[L, N, C]`, less their mean where classes
-    exclude one another."""
+    """Base class of attacks on predictions.
+
+    Predictions are replaced by `strength` times the result of `poison_logits`. For multi-class
+    tasks, the mean of each row is subtracted before and added afterwards, so that poisoned
+    probabilities sum to one.
+    """
 
     acts_on = frozenset({"rows"})
     strength = 10.0
 
+    @override
     def poison_predictions(self, true_uploads: Tensor, context: AttackContext) -> Tensor:
         level = (
             true_uploads.mean(-1, keepdim=True)
@@ -101,113 +143,143 @@ class PredictionAttack(Attack):
         return level + self.factor * self.poison_logits(true_uploads - level, context)
 
     def poison_logits(self, rows: Tensor, context: AttackContext) -> Tensor:
-        """The false rows `[L, N, C]`."""
-        raise TypeError(f"{type(self).__name__} defines no poison_logits")
+        """Return the poisoned predictions of L malicious clients, shape `[L, N, C]`."""
+        raise TypeError(f"{type(self).__name__} does not define poison_logits")
 
 
 @attack("flipped")
 class FlippedPredictions(PredictionAttack):
-    """The opposite of what the liar believes."""
+    """Send the negative of the predictions."""
 
+    @override
     def poison_logits(self, rows: Tensor, context: AttackContext) -> Tensor:
         return -rows
 
 
 @attack("confident_wrong")
 class ConfidentWrong(PredictionAttack):
-    """Of each row a class that the liar does not believe in, drawn, with the confidence of the one that it does; every liar draws
-    for itself."""
+    """Predict a random wrong class with the confidence of the predicted one.
 
+    Each malicious client samples its own classes.
+    """
+
+    @override
     def poison_logits(self, rows: Tensor, context: AttackContext) -> Tensor:
         return torch.stack(
             [
-                swap_with_largest(r, draw_other_class(r, context.generator(c)))
-                for c, r in zip(context.malicious, rows, strict=True)
+                swap_with_largest(predictions, sample_other_class(predictions, generator))
+                for generator, predictions in zip(
+                    map(context.generator, context.malicious), rows, strict=True
+                )
             ]
         )
 
 
 @attack("targeted")
 class TargetedPredictions(PredictionAttack):
-    """Of each row the class `target`, with the confidence of the one that the liar believes in."""
+    """Predict the class `target` with the confidence of the predicted one."""
 
+    @override
     def poison_logits(self, rows: Tensor, context: AttackContext) -> Tensor:
-        to = torch.full(rows.shape[1:-1], self.config.target)
-        return torch.stack([swap_with_largest(r, to) for r in rows])
+        target = torch.full(rows.shape[1:-1], self.config.target)
+        return torch.stack([swap_with_largest(predictions, target) for predictions in rows])
 
 
 @attack("collusion")
 class Collusion(PredictionAttack):
-    """As `confident_wrong`, from the liars' mean belief, and all liars say the very same."""
+    """Send the same confident wrong predictions, based on the mean of all malicious clients."""
 
+    @override
     def poison_logits(self, rows: Tensor, context: AttackContext) -> Tensor:
         mean = rows.mean(0)
-        return swap_with_largest(mean, draw_other_class(mean, context.generator())).expand_as(rows)
+        target = sample_other_class(mean, context.generator())
+        return swap_with_largest(mean, target).expand_as(rows)
 
 
-def draw_other_class(rows: Tensor, generator: torch.Generator) -> Tensor:
-    """For each row `[N, C]` a class other than the first one, `[N]`."""
-    by = torch.randint(1, rows.shape[-1], rows.shape[:-1], generator=generator)
-    return (rows.argmax(-1) + by) % rows.shape[-1]
+def sample_other_class(rows: Tensor, generator: torch.Generator) -> Tensor:
+    """Return for each row of predictions `[N, C]` a random class that is not its largest, `[N]`."""
+    offset = torch.randint(1, rows.shape[-1], rows.shape[:-1], generator=generator)
+    return (rows.argmax(-1) + offset) % rows.shape[-1]
 
 
 def swap_with_largest(rows: Tensor, target: Tensor) -> Tensor:
-    """Rows `[N, C]` whose largest value has changed places with that of the class `target`."""
-    made = rows.clone()
-    first = rows.argmax(-1, keepdim=True)
-    made.scatter_(-1, first, rows.gather(-1, target[..., None]))
-    return made.scatter_(-1, target[..., None], rows.gather(-1, first))
+    """Swap the largest value of each row with the value of its target class.
 
+    Args:
+        rows: Predictions, shape `[N, C]`.
+        target: Class of each row, shape `[N]`.
 
-# Attacks by what liars train on.
+    Example:
+        >>> import torch
+        >>> from hetero_fl.robustness.attacks import swap_with_largest
+        >>> swap_with_largest(torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([2]))
+        tensor([[0.1000, 0.2000, 0.7000]])
+    """
+    swapped = rows.clone()
+    largest = rows.argmax(-1, keepdim=True)
+    swapped.scatter_(-1, largest, rows.gather(-1, target[..., None]))
+    return swapped.scatter_(-1, target[..., None], rows.gather(-1, largest))
 
 
 @attack("label_flip")
 class LabelFlip(Attack):
-    """Labels y become C − 1 − y, or as `pairs` says (Tolpegin et al. 2020); labels that exclude nothing become their opposite."""
+    """Replace training labels y by C − 1 − y, or by `pairs` (Tolpegin et al. 2020).
+
+    Multi-label targets are inverted.
+    """
 
     acts_on = frozenset({"data"})
 
+    @override
     def poison_rows(self, columns: Columns, context: AttackContext) -> Columns:
         y = columns["y"]
         classes = context.task.outputs
         if context.task.kind == "multilabel":
             return {**columns, "y": 1 - y}
         pairs = self.config.pairs
-        becomes = torch.arange(classes).flip(0) if pairs is None else torch.arange(classes)
-        for one, other in (pairs or {}).items():
-            becomes[one] = other
-        return {**columns, "y": becomes[y]}
+        new_labels = torch.arange(classes).flip(0) if pairs is None else torch.arange(classes)
+        for label, new_label in (pairs or {}).items():
+            new_labels[label] = new_label
+        return {**columns, "y": new_labels[y]}
 
 
 @attack("backdoor")
 class Backdoor(Attack):
-    """A share of a liar's images bear a trigger and the target's label; it may send its update scaled besides (Gu et al. 2017;
-    Bagdasaryan et al. 2020)."""
+    """Add a trigger and the target label to a share of the training images (Gu et al. 2017).
+
+    With a `strength` other than 1, updates are scaled as well (Bagdasaryan et al. 2020).
+    """
 
     def __init__(self, config: AttacksConfig) -> None:
         super().__init__(config)
         self.acts_on = frozenset({"data"}) if self.factor == 1 else frozenset({"data", "updates"})
 
+    @override
     def poison_rows(self, columns: Columns, context: AttackContext) -> Columns:
         x = columns["x"]
         y = columns["y"]
-        draws = keyed_generator(context.seed, "attack", "stamped", context.malicious[0])
-        some = torch.randperm(len(x), generator=draws)[
-            : max(1, round(self.config.stamped * len(x)))
-        ]
+        generator = keyed_generator(context.seed, "attack", "stamped", context.malicious[0])
+        count = max(1, round(self.config.stamped * len(x)))
+        indices = torch.randperm(len(x), generator=generator)[:count]
         x = x.clone()
         y = y.clone()
-        x[some], y[some] = self.stamp_trigger(x[some], x), self.config.target
+        x[indices] = self.stamp_trigger(x[indices], x)
+        y[indices] = self.config.target
         return {**columns, "x": x, "y": y}
 
     def stamp_trigger(self, images: Tensor, all_images: Tensor) -> Tensor:
-        """These images `[n, C, H, W]` with the trigger: a square in the lower right corner, as bright as anything is."""
-        made = images.clone()
-        side = self.config.trigger
-        made[..., -side:, -side:] = all_images.amax()
-        return made
+        """Add the trigger, a bright square in the lower right corner, to images.
 
+        Args:
+            images: Images, shape `[n, C, H, W]`.
+            all_images: Images whose largest value is the brightness of the square.
+        """
+        stamped = images.clone()
+        side = self.config.trigger
+        stamped[..., -side:, -side:] = all_images.amax()
+        return stamped
+
+    @override
     def triggered_rows(self, columns: Columns, context: AttackContext) -> Columns | None:
         others = columns["y"] != self.config.target
         return {
@@ -215,51 +287,58 @@ class Backdoor(Attack):
             "y": columns["y"][others],
         }
 
+    @override
     def poison_updates(self, true_uploads: Tensor, context: AttackContext) -> Tensor:
         return true_uploads * self.factor
 
 
-# Attacks on the update, tensor by tensor. Liars have trained honestly, and know one another's
-# updates; buffers (BatchNorm statistics) they send as they are, for a variance below nought would
-# give them away.
-
-
 class UpdateAttack(Attack):
-    """One that forges whatever is sent."""
+    """Base class of attacks on updates, tensor by tensor.
+
+    Malicious clients train honestly and know each other's updates. They do not change buffers, as
+    a negative BatchNorm variance would reveal them. Predictions are attacked in the same way.
+    """
 
     acts_on = frozenset({"updates", "rows"})
 
+    @override
     def poison_predictions(self, true_uploads: Tensor, context: AttackContext) -> Tensor:
         return self.poison_updates(true_uploads, context)
 
 
 @attack("sign_flip")
 class SignFlip(UpdateAttack):
-    """−strength·u: the update against its own direction."""
+    """Send −strength·u in place of the update u."""
 
     strength = 4.0
 
+    @override
     def poison_updates(self, true_uploads: Tensor, context: AttackContext) -> Tensor:
         return -self.factor * true_uploads
 
 
 @attack("scaled")
 class ScaledUpdate(UpdateAttack):
-    """strength·u: the update boosted."""
+    """Send strength·u in place of the update u."""
 
     strength = 10.0
 
+    @override
     def poison_updates(self, true_uploads: Tensor, context: AttackContext) -> Tensor:
         return self.factor * true_uploads
 
 
 @attack("gaussian")
 class GaussianNoiseAttack(UpdateAttack):
-    """Noise in place of the update, strength times as large (root mean square of the tensor); each liar has its own
-    (Blanchard et al. 2017, section 5)."""
+    """Send Gaussian noise in place of the update (Blanchard et al. 2017, section 5).
+
+    The standard deviation is `strength` times the root mean square of the tensor. Each malicious
+    client samples its own noise.
+    """
 
     strength = 10.0
 
+    @override
     def poison_updates(self, true_uploads: Tensor, context: AttackContext) -> Tensor:
         noise = [
             torch.randn(u.shape, generator=context.generator(c), dtype=u.dtype)
@@ -277,12 +356,14 @@ class GaussianNoiseAttack(UpdateAttack):
 
 @attack("little_is_enough")
 class LittleIsEnough(UpdateAttack):
-    """mean − z·std, by coordinate, of what the liars know; all send the same (Baruch et al. 2019, Algorithm 3).
+    """Send mean − z·std of the malicious clients' true updates (Baruch et al. 2019, Algorithm 3).
 
-    deviations: `strength`, or the largest with which enough honest clients lie further out: Φ(z) = (n − f − s)/(n − f), with
-    s = ⌊n/2⌋ + 1 − f.
+    Mean and standard deviation are taken by coordinate; all malicious clients send the same. z is
+    `strength`, or the largest value for which enough honest clients are farther from the mean:
+    Φ(z) = (n − f − s)/(n − f) with s = ⌊n/2⌋ + 1 − f.
     """
 
+    @override
     def poison_updates(self, true_uploads: Tensor, context: AttackContext) -> Tensor:
         forged = true_uploads.mean(0) - self.deviations(
             context.senders, len(true_uploads)
@@ -290,7 +371,7 @@ class LittleIsEnough(UpdateAttack):
         return forged.expand_as(true_uploads)
 
     def deviations(self, n: int, num_malicious: int) -> float:
-        """How many deviations from the mean."""
+        """Return z for n clients of which `num_malicious` are malicious."""
         if self.config.strength is not None:
             return self.config.strength
         honest = n - num_malicious
@@ -301,29 +382,41 @@ class LittleIsEnough(UpdateAttack):
 
 @attack("inner_product")
 class InnerProduct(UpdateAttack):
-    """−strength·mean of what the liars know: the sum's product with the true gradient turns negative (Xie et al. 2020,
-    section 3); all send the same."""
+    """Send −strength·mean of the malicious clients' true updates (Xie et al. 2020, section 3).
+
+    The inner product of the aggregate and the true gradient becomes negative. All malicious
+    clients send the same.
+    """
 
     strength = 8.0
 
+    @override
     def poison_updates(self, true_uploads: Tensor, context: AttackContext) -> Tensor:
         return (-self.factor * true_uploads.mean(0)).expand_as(true_uploads)
 
 
-# The liars of a run: who they are, and what becomes of their rows and uploads.
-
-DataFunction = Callable[[str, Any], Columns]  # (name, preprocessing or None) to columns
-CountsFunction = Callable[[], Tensor]  # label counts of training rows, `[outputs]`
+# Maps the name of a data set and a preprocessing (or None) to columns.
+DataFunction = Callable[[str, Any], Columns]
+# Returns the label counts of training rows, shape `[outputs]`.
+CountsFunction = Callable[[], Tensor]
+# Name of the data set of test rows with the trigger.
 TRIGGERED = "triggered"
-# what a client was sent under an item's name; {} if nothing
+# Returns what a client received under an item's name; {} if nothing.
 ReferenceTensors = Callable[[ClientInfo, str], Tensors]
-# names of the parameters of the model that an item holds
+# Returns the names of the parameters of the model in an item.
 TrainedNames = Callable[[ClientInfo, str], frozenset[str]]
 
 
 @dataclass(frozen=True)
 class MaliciousClients:
-    """Who lies, how, and from when; travels to workers with the federation."""
+    """The malicious clients of a run and their attack.
+
+    Args:
+        config: The `attacks` section of the configuration.
+        ids: Ids of the malicious clients.
+        task: Task of the federation.
+        seed: Seed of the run.
+    """
 
     config: AttacksConfig
     ids: frozenset[str]
@@ -334,76 +427,89 @@ class MaliciousClients:
     def from_config(
         cls, config: AttacksConfig, clients: Population, task: Task, seed: int
     ) -> MaliciousClients:
-        """Those named, or so many drawn by the seed, at least one. Raises UserError for a name that is no client's."""
+        """Select the configured malicious clients, or sample a share of all clients.
+
+        Args:
+            config: The `attacks` section of the configuration.
+            clients: All clients.
+            task: Task of the federation.
+            seed: Seed of the run.
+
+        Raises:
+            UserError: If a configured client does not exist.
+        """
         if config.clients is not None:
-            for id in config.clients:
-                if id not in clients:
-                    raise UserError(
-                        f"attacks.clients: found '{id}'{suggest_or_list(id, list(clients.ids)[:1000])}"
-                    )
+            for client_id in config.clients:
+                if client_id not in clients:
+                    suggestion = suggest_or_list(client_id, list(clients.ids)[:1000])
+                    raise UserError(f"attacks.clients: unknown client '{client_id}'{suggestion}")
             return cls(config, frozenset(config.clients), task, seed)
         count = max(1, round(config.share * len(clients)))
-        return cls(
-            config,
-            frozenset(clients.ids[i] for i in sample_numbers(len(clients), count, seed, "liars")),
-            task,
-            seed,
-        )
+        label = "liars"  # style: ok (label of a random stream)
+        indices = sample_numbers(len(clients), count, seed, label)
+        return cls(config, frozenset(clients.ids[i] for i in indices), task, seed)
 
     @cached_property
     def attack(self) -> Attack:
-        """What they do."""
+        """The attack."""
         return attack[self.config.name](self.config)
 
     @property
     def sorted_ids(self) -> list[str]:
-        """Their ids in order."""
+        """Ids of the malicious clients in natural order."""
         return natural_order(self.ids)
 
     @property
     def has_trigger(self) -> bool:
-        """Whether there are rows on which the attack's success shows."""
+        """Whether the attack has test rows with a trigger."""
         return type(self.attack).triggered_rows is not Attack.triggered_rows
 
     def is_malicious(self, client_id: str, round_idx: int) -> bool:
-        """Whether this client does, in that round (from 0)."""
+        """Return whether a client is malicious in a round (counted from 0)."""
         return client_id in self.ids and round_idx + 1 >= self.config.from_round
 
     def poison_data(
         self, client_id: str, data: DataFunction, label_counts: CountsFunction, round_idx: int
     ) -> tuple[DataFunction, CountsFunction]:
-        """A client's data sets, and the label counts of its training rows, as it has them in that round.
+        """Wrap a client's data so that malicious clients train on poisoned rows.
 
-        Everybody has one more, `triggered`: the common test rows on which the attack's success shows.
+        All clients also get the data set `triggered`, the global test rows with the trigger.
+
+        Args:
+            client_id: The client.
+            data: Returns the client's data sets.
+            label_counts: Returns the label counts of its training rows.
+            round_idx: Index of the round.
+
+        Returns:
+            Replacements of `data` and `label_counts`.
         """
-        known: dict[Any, Columns] = {}  # of a forged set every step asks several times
+        is_poisoned = self.is_malicious(client_id, round_idx) and "data" in self.attack.acts_on
+        cache: dict[Any, Columns] = {}
 
-        def forged(name: str, through: Any) -> Columns:
+        def poison(name: str, preprocess: Any) -> Columns:
             if name == TRIGGERED:
-                made = self.attack.triggered_rows(
-                    data("common_test", through), self._context(round_idx, [])
-                )
-                assert made is not None  # `has_trigger`
-                return made
-            return self.attack.poison_rows(
-                data(name, through), self._context(round_idx, [client_id])
-            )
+                test_rows = data("common_test", preprocess)
+                rows = self.attack.triggered_rows(test_rows, self._context(round_idx, []))
+                assert rows is not None, "only used if has_trigger"
+                return rows
+            context = self._context(round_idx, [client_id])
+            return self.attack.poison_rows(data(name, preprocess), context)
 
-        def seen(name: str, through: Any) -> Columns:
-            if name != TRIGGERED and not (name == "train" and lies):
-                return data(name, through)
-            if (name, through) not in known:
-                known[name, through] = forged(name, through)
-            return known[name, through]
+        def poisoned_data(name: str, preprocess: Any) -> Columns:
+            if name != TRIGGERED and not (name == "train" and is_poisoned):
+                return data(name, preprocess)
+            if (name, preprocess) not in cache:
+                cache[name, preprocess] = poison(name, preprocess)
+            return cache[name, preprocess]
 
         def poisoned_counts() -> Tensor:
-            y = seen("train", None)["y"]
+            y = poisoned_data("train", None)["y"]
             is_multiclass = self.task.kind == "multiclass"
             counts = torch.bincount(y, minlength=self.task.outputs) if is_multiclass else y.sum(0)
             return counts.to(torch.get_default_dtype())
 
-        lies = self.is_malicious(client_id, round_idx) and "data" in self.attack.acts_on
-        return seen, poisoned_counts if lies else label_counts
+        return poisoned_data, poisoned_counts if is_poisoned else label_counts
 
     def _context(self, round_idx: int, malicious: Sequence[str]) -> AttackContext:
         return AttackContext(self.task, self.seed, round_idx, malicious)
@@ -416,48 +522,57 @@ class MaliciousClients:
         reference: ReferenceTensors,
         trained_names: TrainedNames,
     ) -> dict[str, Payload]:
-        """What the liars among a round's clients send, from what they would have sent. `senders`: how many sent anything.
+        """Return the uploads that the malicious clients of a round send.
 
-        Those of one architecture, and so with the same tensors, know one another's. Weights and reports stay.
+        Malicious clients with the same architecture, and so with equal tensors, know each other's
+        uploads. Weights and reports are not changed.
+
+        Args:
+            true_uploads: Malicious clients by id, with their true uploads.
+            round_idx: Index of the round.
+            senders: Number of clients that sent an upload.
+            reference: Returns what a client received.
+            trained_names: Returns the names of a model's parameters.
         """
-        made = {id: dict(payload.items_) for id, (_, payload) in true_uploads.items()}
-        for (name, _, tensor, _), ids in self._equal_tensors(true_uploads).items():
-            kind = made[ids[0]][name].kind
+        poisoned = {c: dict(payload.items_) for c, (_, payload) in true_uploads.items()}
+        for (name, _, tensor, _), ids in self._attacked_tensors(true_uploads).items():
+            kind = poisoned[ids[0]][name].kind
             client_info = true_uploads[ids[0]][0]
-            if tensor and tensor not in trained_names(client_info, name):
-                continue  # a buffer
-            scene = replace(
+            is_buffer = bool(tensor) and tensor not in trained_names(client_info, name)
+            if is_buffer:
+                continue
+            context = replace(
                 self._context(round_idx, ids), senders=senders, item=name, tensor=tensor
             )
-            items = [made[id][name] for id in ids]
-            was = torch.stack([item.tensors[tensor] for item in items])
-            start = torch.zeros_like(was)
-            for row, id in enumerate(ids):
-                received = reference(true_uploads[id][0], name)
+            items = [poisoned[client_id][name] for client_id in ids]
+            true_values = torch.stack([item.tensors[tensor] for item in items])
+            start = torch.zeros_like(true_values)
+            for row, client_id in enumerate(ids):
+                received = reference(true_uploads[client_id][0], name)
                 if kind == "params" and tensor in received:
                     start[row] = received[tensor]
-            lie = self.attack.poison_predictions if kind == "rows" else self.attack.poison_updates
-            for id, item, forged in zip(ids, items, start + lie(was - start, scene), strict=True):
-                values = forged.to(item.tensors[tensor].dtype)
-                made[id][name] = item.with_tensors({**item.tensors, tensor: values})
-        return {id: Payload(items, true_uploads[id][1].report) for id, items in made.items()}
+            is_rows = kind == "rows"
+            poison = self.attack.poison_predictions if is_rows else self.attack.poison_updates
+            new_values = start + poison(true_values - start, context)
+            for client_id, item, values in zip(ids, items, new_values, strict=True):
+                tensors = {**item.tensors, tensor: values.to(item.tensors[tensor].dtype)}
+                poisoned[client_id][name] = item.with_tensors(tensors)
+        return {c: Payload(items, true_uploads[c][1].report) for c, items in poisoned.items()}
 
-    def _equal_tensors(
+    def _attacked_tensors(
         self, true_uploads: Mapping[str, tuple[ClientInfo, Payload]]
     ) -> dict[tuple[str, str, str, tuple[int, ...]], list[str]]:
-        """What the attack acts on: (item, architecture, tensor, shape), with the liars that send it."""
-        found: dict[tuple[str, str, str, tuple[int, ...]], list[str]] = {}
-        for id in natural_order(true_uploads):
-            client_info, payload = true_uploads[id]
+        """Return the senders of each tensor by item, architecture, name and shape."""
+        senders: dict[tuple[str, str, str, tuple[int, ...]], list[str]] = {}
+        for client_id in natural_order(true_uploads):
+            client_info, payload = true_uploads[client_id]
             for name, item in payload.items_.items():
-                if (
-                    item.kind == "counts"
-                    or ("rows" if item.kind == "rows" else "updates") not in self.attack.acts_on
-                ):
+                part: ActsOn = "rows" if item.kind == "rows" else "updates"
+                if item.kind == "counts" or part not in self.attack.acts_on:
                     continue
-                for tensor, t in item.tensors.items():
-                    if t.is_floating_point():
+                for tensor, values in item.tensors.items():
+                    if values.is_floating_point():
                         arch = client_info.arch.spec_id if tensor else ""
-                        key = (name, arch, tensor, tuple(t.shape))
-                        found.setdefault(key, []).append(id)
-        return found
+                        key = (name, arch, tensor, tuple(values.shape))
+                        senders.setdefault(key, []).append(client_id)
+        return senders

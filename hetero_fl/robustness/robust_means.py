@@ -1,4 +1,4 @@
-"""Where a rule stands in for the mean: the same questions as `ItemSum` and `OwnerMeans` answer, from uploads that are kept."""
+"""Robust replacements of `ItemSum` and `OwnerMeans`, which keep uploads and apply a robust rule."""
 
 from __future__ import annotations
 
@@ -17,44 +17,59 @@ from hetero_fl.core.task import Task
 from hetero_fl.robustness.rules import Rule, UploadBlock, prediction_rule, rule, trimmed_mean
 
 PARAMETERS = ("params", "update")
-# what a client was sent under an item's name; {} if nothing
+# Returns what a client received under an item's name; {} if nothing.
 ReferenceTensors = Callable[[ClientInfo, str], Tensors]
-# names of the parameters of the model that an item holds
+# Returns the names of the parameters of the model in an item.
 TrainedNames = Callable[[ClientInfo, str], frozenset[str]]
 
 
 @dataclass
 class AggregationRules:
-    """The rules of a run, and what they remember from round to round (`memory`, part of a checkpoint).
+    """Aggregation rules of a run, and their state.
 
-    `too_few`: for each item the tensors, or "", that stayed as they were because fewer clients sent them than the rule needs to
-    bear its liars.
+    Args:
+        config: The `aggregation` section of the configuration.
+        task: Task of the federation.
+        reference: Returns what a client received.
+        trained: Returns the names of a model's parameters.
+        memory: State of the rules that is kept between rounds and in checkpoints.
+        too_few: Names of tensors by item (or "") that did not change, because fewer clients sent
+            them than the rule needs.
     """
 
     config: AggregationConfig
     task: Task
-    reference: ReferenceTensors = lambda client_info, item: {}
-    trained: TrainedNames = lambda client_info, item: client_info.arch.parameter_names
+    reference: ReferenceTensors = lambda _client_info, _item: {}
+    trained: TrainedNames = lambda client_info, _item: client_info.arch.parameter_names
     memory: dict[str, Any] = field(default_factory=dict)
     too_few: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def of_parameters(self) -> Rule:
-        """The rule for parameters."""
+        """Rule for parameters."""
         return rule[self.config.rule](self.config)
 
     def applies_to(self, spec: ItemSpec) -> bool:
-        """Whether items of that kind are combined by another rule than the mean."""
+        """Return whether items of this kind are combined by a rule other than the mean."""
         config = self.config
-        by = {"rows": config.predictions, "class_sums": config.statistics, "counts": "mean"}
-        return by.get(spec.kind, config.rule) != "mean"
+        rules = {"rows": config.predictions, "class_sums": config.statistics, "counts": "mean"}
+        return rules.get(spec.kind, config.rule) != "mean"
 
 
 class RobustModelMeans:
-    """Named tensors under a rule, owner by owner as `OwnerMeans` has them. The tensors of a group that the very same clients
-    sent are one block: whoever measures distances measures them over all of it.
+    """Named tensors of several clients, combined by a robust rule instead of `OwnerMeans`.
 
-    `senders`: who sent them, in the order in which they are added.
+    Tensors of a group that were sent by the same clients form one block, over which rules measure
+    distances.
+
+    Args:
+        name: Name of the item.
+        rules: Rules of the run.
+        senders: Clients in the order in which their tensors are added.
+        common: Prefixes of tensors that are averaged across architectures.
+
+    Attributes:
+        roots: Reference models of the server by group, for rules with `uses_root`.
     """
 
     def __init__(
@@ -73,46 +88,50 @@ class RobustModelMeans:
         self._results: dict[Owner, tuple[Tensor, int]] | None = None
 
     def add(self, group: str, tensors: Mapping[str, Tensor], weight: float) -> None:
-        """One more model, or part of one. Its weight is of no account."""
+        """Add the tensors of the next sender.
+
+        Args:
+            group: Architecture group of the sender.
+            tensors: Named tensors.
+            weight: Ignored, as all clients have equal weight.
+        """
         client_info = self.senders[len(self._sent)]
-        reference = (
-            self.rules.reference(client_info, self.name)
-            if self.rules.of_parameters.uses_reference
-            else {}
-        )
+        reference: Tensors = {}
+        if self.rules.of_parameters.uses_reference:
+            reference = self.rules.reference(client_info, self.name)
         self._sent.append((group, dict(tensors), reference))
 
     @property
     def sent(self) -> list[tuple[ClientInfo, Tensors]]:
-        """What every client sent."""
+        """Clients and the tensors that they sent."""
         return [
             (client_info, tensors)
             for client_info, (_, tensors, _) in zip(self.senders, self._sent, strict=True)
         ]
 
     def by_group(self) -> dict[str, Tensors]:
-        """For each group what the rule makes of the tensors that its members sent; what too few sent is left out."""
+        """Return the combined tensors of each group, without those that too few clients sent."""
         return {
             group: {name: mean for name, (mean, _) in named.items()}
             for group, named in self._results_by_group().items()
         }
 
     def weights_by_group(self) -> dict[str, dict[str, float]]:
-        """How many sent each of these tensors."""
+        """Return the weight of each combined tensor, the number of clients that sent it."""
         return {
             group: {name: float(count) for name, count in named.items()}
             for group, named in self.counts_by_group().items()
         }
 
     def counts_by_group(self) -> dict[str, dict[str, int]]:
-        """Return how many clients sent each of these tensors."""
+        """Return the number of clients that sent each combined tensor."""
         return {
             group: {name: count for name, (_, count) in named.items()}
             for group, named in self._results_by_group().items()
         }
 
     def _results_by_group(self) -> dict[str, dict[str, tuple[Tensor, int]]]:
-        """Return the combined tensors of each group, with how many clients sent them."""
+        """Return the combined tensors of each group, with the number of clients that sent them."""
         combined = self._combined()
         results: dict[str, dict[str, tuple[Tensor, int]]] = {}
         for group, tensors, _ in self._sent:
@@ -130,7 +149,7 @@ class RobustModelMeans:
         return self._results
 
     def blocks(self) -> dict[tuple[str, tuple[int, ...]], list[Owner]]:
-        """The owners that the same clients (by place) stand behind, by group."""
+        """Return the owners of each block by group and the positions of its senders."""
         members: dict[Owner, list[int]] = {}
         for place, (group, tensors, _) in enumerate(self._sent):
             for owner in owners_of(tensors, group, self.common).values():
@@ -142,23 +161,30 @@ class RobustModelMeans:
 
     def _combine(self, members: Sequence[int], owners: Sequence[Owner]) -> None:
         assert self._results is not None
-        how = self.rules.of_parameters
+        robust_rule = self.rules.of_parameters
         names = [owner[0] for owner in owners]
         num_malicious = self.rules.config.num_malicious(len(members))
-        if len(members) < how.min_clients(num_malicious):
+        if len(members) < robust_rule.min_clients(num_malicious):
             self.rules.too_few.setdefault(self.name, []).extend(names)
             return
         sent = [{name: self._sent[i][1][name] for name in names} for i in members]
         references = [self._sent[i][2] for i in members]
         trained = self.rules.trained(self.senders[members[0]], self.name)
         root = self.roots.get(self._sent[members[0]][0])
-        combined = how.combine(UploadBlock(sent, references, trained, root), num_malicious)
+        combined = robust_rule.combine(UploadBlock(sent, references, trained, root), num_malicious)
         self._results.update({owner: (combined[owner[0]], len(members)) for owner in owners})
 
 
 class RobustItemMeans:
-    """Single tensors under a rule: predictions `[N, C]`, or class sums. Weights are of no account, but that of a class sum says
-    what it is to be divided by, and whether the client has the class."""
+    """Predictions `[N, C]` or class sums of several clients, combined by a robust rule.
+
+    Weights are ignored, except those of class sums, which are the divisors of the class means.
+
+    Args:
+        name: Name of the item.
+        rules: Rules of the run.
+        senders: Clients in the order in which their items are added.
+    """
 
     def __init__(self, name: str, rules: AggregationRules, senders: Sequence[ClientInfo]) -> None:
         self.name = name
@@ -168,27 +194,27 @@ class RobustItemMeans:
         self._results: tuple[Tensor, Tensor] | None = None
 
     def add(self, item: Item) -> None:
-        """One more client's."""
+        """Add the item of the next sender."""
         self._items.append(item)
         self._results = None
 
     @property
     def mean(self) -> Tensor | None:
-        """What the rule makes of them; None where too few sent any."""
-        made = self._combined()
-        return None if made is None else made[0]
+        """Combined tensor; None if too few clients sent the item."""
+        combined = self._combined()
+        return None if combined is None else combined[0]
 
     @property
     def total(self) -> tuple[Tensor, Tensor]:
-        """(mean times weight, weight): how many had a say, by class for class sums."""
-        made = self._combined()
-        if made is None:
+        """Combined tensor times weight, and the weight: the number of clients, or by class."""
+        combined = self._combined()
+        if combined is None:
             values = self._items[0].values
             assert isinstance(values, Tensor)
-            return torch.zeros_like(values), torch.zeros_like(
-                torch.as_tensor(self._items[0].weight, dtype=values.dtype)
-            )
-        return made[0] * made[1], made[1]
+            weight = torch.as_tensor(self._items[0].weight, dtype=values.dtype)
+            return torch.zeros_like(values), torch.zeros_like(weight)
+        mean, weight = combined
+        return mean * weight, weight
 
     def _combined(self) -> tuple[Tensor, Tensor] | None:
         if self._results is None:
@@ -198,7 +224,10 @@ class RobustItemMeans:
         return self._results
 
     def _class_means(self) -> tuple[Tensor, Tensor]:
-        """The median of the means of the clients that have a class; none where liars could be more than half of these."""
+        """Return the median of the clients' means of each class, and the number of clients.
+
+        A class is left out if half or more of the clients that have it may be malicious.
+        """
         values = torch.stack(
             [item.values for item in self._items if isinstance(item.values, Tensor)]
         )
@@ -206,36 +235,38 @@ class RobustItemMeans:
             [torch.as_tensor(item.weight, dtype=values.dtype) for item in self._items]
         )
         num_malicious = self.rules.config.num_malicious(len(values))
-        made = torch.zeros_like(values[0])
+        means = torch.zeros_like(values[0])
         owners = (counts > 0).sum(0).to(values.dtype)
-        for c in range(len(made)):
+        for c in range(len(means)):
             has = (counts[:, c] > 0).reshape(len(values), -1).all(1)
             if int(has.sum()) > 2 * num_malicious:
-                made[c] = trimmed_mean(values[has, c] / counts[has, c])
+                means[c] = trimmed_mean(values[has, c] / counts[has, c])
             else:
                 owners[c] = 0
                 self.rules.too_few.setdefault(self.name, []).append(f"class {c}")
-        return made, owners
+        return means, owners
 
     def _predictions(self) -> tuple[Tensor, Tensor] | None:
-        how = prediction_rule[self.rules.config.predictions](self.rules.config)
-        said = torch.stack([item.values for item in self._items if isinstance(item.values, Tensor)])
-        # sums and squares of the largest numbers that can be sent stay finite
-        dtype = said.dtype
-        said = said.double()
-        num_malicious = self.rules.config.num_malicious(len(said))
-        if len(said) < how.min_clients(num_malicious):
+        robust_rule = prediction_rule[self.rules.config.predictions](self.rules.config)
+        predictions = torch.stack(
+            [item.values for item in self._items if isinstance(item.values, Tensor)]
+        )
+        dtype = predictions.dtype
+        # In double precision, sums and squares of the largest valid uploads stay finite.
+        predictions = predictions.double()
+        num_malicious = self.rules.config.num_malicious(len(predictions))
+        if len(predictions) < robust_rule.min_clients(num_malicious):
             self.rules.too_few.setdefault(self.name, []).append("")
             return None
-        apart = self.rules.task.kind == "multiclass" and said.shape[-1] == self.rules.task.outputs
-        level = said.mean(-1, keepdim=True) if apart else torch.zeros_like(said[..., :1])
+        task = self.rules.task
+        is_centered = task.kind == "multiclass" and predictions.shape[-1] == task.outputs
+        level = torch.zeros_like(predictions[..., :1])
+        if is_centered:
+            level = predictions.mean(-1, keepdim=True)
         memory = self.rules.memory.setdefault(self.name, {})
-        made = how.combine(
-            said - level,
-            num_malicious,
-            [client_info.client_id for client_info in self.senders],
-            memory,
-        )
-        if apart:  # as a row of probabilities sums to one again
-            made = made - made.mean(-1, keepdim=True) + trimmed_mean(level)
-        return made.to(dtype), torch.tensor(float(len(said)), dtype=dtype)
+        client_ids = [client_info.client_id for client_info in self.senders]
+        combined = robust_rule.combine(predictions - level, num_malicious, client_ids, memory)
+        if is_centered:
+            # Probabilities then sum to one again.
+            combined = combined - combined.mean(-1, keepdim=True) + trimmed_mean(level)
+        return combined.to(dtype), torch.tensor(float(len(predictions)), dtype=dtype)

@@ -1,4 +1,8 @@
-"""Byzantine-robust aggregation rules: medians, trimmed means, Krum, norm bounds, FLTrust."""
+"""Byzantine-robust aggregation rules for parameters and for predictions.
+
+All rules give equal weight to all clients. In a configuration, `python:package.module:Name` in
+place of a rule's name selects a user-defined class with the same methods.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from hetero_fl.config.robustness import AggregationConfig
 from hetero_fl.core.model_spec import Tensors
@@ -15,21 +20,20 @@ from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.plan import Fit, Plan, Predict, Rows
 from hetero_fl.utils.registry import Registry
 
-# What a rule is: how the words of several clients, of whom some may lie, become one.
-#
-# A rule of parameters gets an `UploadBlock`, the tensors that the same clients sent; a rule of predictions
-# gets one tensor of all. Both weigh all senders alike. `python:package.module:Name` in place of a
-# rule's name takes one's own class with the same methods.
-
 
 class UploadBlock:
-    """Tensors that the same n clients sent under one name, in the order of their ids.
+    """Named tensors sent by the same n clients in one item, in the order of client ids.
 
     Args:
-        sent: of each client the tensors; all have the same names and shapes.
-        references: of each client what it was sent under these names; {} or a name that is missing stands for nought.
-        parameters: names of those that are trained; the others are buffers (BatchNorm statistics), which no distance counts.
-        root: what the server itself would have made of the reference, for rules that ask for it.
+        sent: Tensors of each client; all have the same names and shapes.
+        references: Tensors that each client received under these names; missing ones are zero.
+        parameters: Names of the trained tensors. Others are buffers (BatchNorm statistics), which
+            distances and norms ignore. None: all tensors are trained.
+        root: The server's own update of the reference, for rules with `uses_root`.
+
+    Attributes:
+        names: Names of all tensors.
+        buffers: Names of the tensors that are not parameters.
     """
 
     def __init__(
@@ -50,16 +54,16 @@ class UploadBlock:
         return len(self.sent)
 
     def stack(self, name: str) -> Tensor:
-        """`[n, …]`: a tensor of every client."""
+        """Return a tensor of all clients, shape `[n, …]`."""
         return torch.stack([tensors[name] for tensors in self.sent])
 
     def start(self, name: str) -> Tensor:
-        """`[n, …]`: what every client was sent of it."""
+        """Return what each client received of a tensor, shape `[n, …]`."""
         pairs = zip(self.sent, self.references, strict=True)
         return torch.stack([r[name] if name in r else torch.zeros_like(t[name]) for t, r in pairs])
 
     def distances(self) -> Tensor:
-        """Squared Euclidean distances between the clients' parameters, float64 `[n, n]`."""
+        """Return squared Euclidean distances between the clients' parameters, float64 `[n, n]`."""
         total = torch.zeros(len(self), len(self), dtype=torch.float64)
         for name in self.parameters or self.names:
             flat = self.stack(name).double().flatten(1)
@@ -67,7 +71,7 @@ class UploadBlock:
         return total
 
     def norms(self, names: Sequence[str]) -> Tensor:
-        """Euclidean norms of the clients' updates of these tensors together, float64 `[n]`."""
+        """Return the Euclidean norms of the clients' updates of these tensors, float64 `[n]`."""
         squares = torch.zeros(len(self), dtype=torch.float64)
         for name in names:
             squares += (self.stack(name) - self.start(name)).double().flatten(1).square().sum(1)
@@ -75,31 +79,56 @@ class UploadBlock:
 
 
 class RobustRule:
-    """Base of rules for parameters and of rules for predictions."""
+    """Base class of rules for parameters and rules for predictions.
+
+    Args:
+        config: The `aggregation` section of the configuration.
+    """
 
     def __init__(self, config: AggregationConfig) -> None:
         self.config = config
 
     def min_clients(self, num_malicious: int) -> int:
-        """Return how many clients the rule needs if so many of them are malicious."""
+        """Return the number of clients that the rule needs to tolerate `num_malicious` of them."""
         return 2 * num_malicious + 1
 
 
 class Rule(RobustRule):
-    """A rule for parameters and updates."""
+    """Base class of rules for parameters and updates.
 
-    uses_reference: ClassVar[bool] = False  # whether it looks at what clients were sent
-    uses_root: ClassVar[bool] = False  # whether it compares with an update of the server's own
+    Attributes:
+        uses_reference: Whether the rule needs what clients received.
+        uses_root: Whether the rule needs an update computed by the server.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.config.robustness import AggregationConfig
+        >>> from hetero_fl.robustness.rules import UploadBlock, rule
+        >>> median = rule["median"](AggregationConfig(rule="median"))
+        >>> sent = [{"w": torch.tensor([value])} for value in (1.0, 2.0, 100.0)]
+        >>> median.combine(UploadBlock(sent), num_malicious=1)
+        {'w': tensor([2.])}
+    """
+
+    uses_reference: ClassVar[bool] = False
+    uses_root: ClassVar[bool] = False
 
     def combine(self, block: UploadBlock, num_malicious: int) -> Tensors:
-        """One tensor for each name of the block, in the dtype of what was sent."""
-        raise TypeError(f"{type(self).__name__} defines no combine")
+        """Return one tensor for each name of the block, in the dtype of the uploads."""
+        raise TypeError(f"{type(self).__name__} does not define combine")
 
 
 class PredictionRule(RobustRule):
-    """A rule for predictions on public rows."""
+    """Base class of rules for predictions on proxy rows.
 
-    exclusive: ClassVar[bool] = False  # whether it is for classes of which each row has one
+    Predictions are logits, log probabilities or probabilities. For multi-class tasks, the mean over
+    the classes is subtracted from each row, as a constant does not change the meaning of logits.
+
+    Attributes:
+        exclusive: Whether the rule is for multi-class tasks only.
+    """
+
+    exclusive: ClassVar[bool] = False
 
     def combine(
         self,
@@ -108,11 +137,18 @@ class PredictionRule(RobustRule):
         clients: Sequence[str],
         memory: dict[str, Any],
     ) -> Tensor:
-        """`[N, C]` from `predictions` `[n, N, C]`, one client after the other.
+        """Combine the predictions of n clients.
 
-        `clients`: their ids; `memory`: what the rule remembers from round to round, plain numbers by id.
+        Args:
+            predictions: Predictions of the clients, shape `[n, N, C]`.
+            num_malicious: Number of malicious clients to tolerate.
+            clients: Ids of the clients.
+            memory: State of the rule, which is kept between rounds: numbers by client id.
+
+        Returns:
+            Combined predictions, shape `[N, C]`.
         """
-        raise TypeError(f"{type(self).__name__} defines no combine")
+        raise TypeError(f"{type(self).__name__} does not define combine")
 
 
 rule: Registry[type[Rule]] = Registry("aggregation rule", lambda: Rule)
@@ -122,38 +158,48 @@ prediction_rule: Registry[type[PredictionRule]] = Registry(
 
 
 def trimmed_mean(values: Tensor, num_malicious: int | None = None) -> Tensor:
-    """The mean over dimension 0 without the `num_malicious` lowest and highest of every coordinate; None: all but the middle one
-    or two, the median."""
+    """Return the trimmed mean over dimension 0 by coordinate.
+
+    Args:
+        values: Values of the clients, shape `[n, …]`.
+        num_malicious: Number of lowest and of highest values to leave out. None returns the median.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.robustness.rules import trimmed_mean
+        >>> trimmed_mean(torch.tensor([1.0, 2.0, 4.0, 100.0]), num_malicious=1)
+        tensor(3.)
+    """
     n = len(values)
     drop = (n - 1) // 2 if num_malicious is None else num_malicious
     return values.sort(0).values[drop : n - drop].mean(0)
 
 
-# Rules that look at each coordinate by itself (Yin et al. 2018); buffers like any other.
-
-
 @rule("median")
 class Median(Rule):
-    """The median of each coordinate; of an even number the mean of the two in the middle (Yin et al. 2018, Definition 1)."""
+    """Coordinate-wise median (Yin et al. 2018, Definition 1)."""
 
+    @override
     def combine(self, block: UploadBlock, num_malicious: int) -> Tensors:
         return {name: trimmed_mean(block.stack(name)) for name in block.names}
 
 
 @rule("trimmed_mean")
 class TrimmedMean(Rule):
-    """The mean of each coordinate without its f lowest and f highest (Yin et al. 2018, Definition 2)."""
+    """Coordinate-wise mean without the f lowest and f highest values (Yin et al. 2018, Def. 2)."""
 
+    @override
     def combine(self, block: UploadBlock, num_malicious: int) -> Tensors:
         return {name: trimmed_mean(block.stack(name), num_malicious) for name in block.names}
 
 
-# Rules that select whole clients by their distances to one another. Buffers are those of the
-# selected.
-
-
 def krum_scores(distances: Tensor, num_malicious: int) -> Tensor:
-    """Of each client the sum of the squared distances to its n − f − 2 nearest others, `[n]`; at least to one."""
+    """Return the sum of squared distances of each client to its n − f − 2 nearest others, `[n]`.
+
+    Args:
+        distances: Squared distances between clients, shape `[n, n]`.
+        num_malicious: Number f of malicious clients to tolerate.
+    """
     n = len(distances)
     others = distances.masked_fill(torch.eye(n, dtype=torch.bool), torch.inf)
     return others.sort(1).values[:, : max(1, n - num_malicious - 2)].sum(1)
@@ -161,19 +207,25 @@ def krum_scores(distances: Tensor, num_malicious: int) -> Tensor:
 
 @rule("krum")
 class Krum(Rule):
-    """The client whose n − f − 2 nearest others are nearest (Blanchard et al. 2017); of equals the first by id."""
+    """Upload of the client that is closest to its n − f − 2 nearest others (Blanchard et al. 2017).
 
+    Ties are resolved in favor of the first client by id.
+    """
+
+    @override
     def min_clients(self, num_malicious: int) -> int:
         return 2 * num_malicious + 3
 
+    @override
     def combine(self, block: UploadBlock, num_malicious: int) -> Tensors:
         return dict(block.sent[int(krum_scores(block.distances(), num_malicious).argmin())])
 
 
 @rule("multi_krum")
 class MultiKrum(Krum):
-    """The mean of the n − f clients with the lowest scores of Krum (Blanchard et al. 2017, section 5)."""
+    """Mean of the n − f clients with the lowest Krum scores (Blanchard et al. 2017, section 5)."""
 
+    @override
     def combine(self, block: UploadBlock, num_malicious: int) -> Tensors:
         ranked = krum_scores(block.distances(), num_malicious).argsort(stable=True)
         chosen = ranked[: len(block) - num_malicious].sort().values
@@ -182,24 +234,28 @@ class MultiKrum(Krum):
 
 @rule("bulyan")
 class Bulyan(Rule):
-    """n − 2f clients selected by Krum, one after the other; of each coordinate the mean of the n − 4f values nearest to their
-    median (El Mhamdi et al. 2018, section 4)."""
+    """Bulyan (El Mhamdi et al. 2018, section 4).
 
+    Krum repeatedly selects one client until there are n − 2f. Each coordinate is the mean of the
+    n − 4f values nearest to their median.
+    """
+
+    @override
     def min_clients(self, num_malicious: int) -> int:
         return 4 * num_malicious + 3
 
+    @override
     def combine(self, block: UploadBlock, num_malicious: int) -> Tensors:
         distances = block.distances()
-        left = torch.arange(len(block))
+        remaining = torch.arange(len(block))
         chosen: list[int] = []
         while len(chosen) < len(block) - 2 * num_malicious:
-            best = (
-                int(krum_scores(distances[left][:, left], num_malicious).argmin())
-                if len(left) > 1
-                else 0
-            )
-            chosen.append(int(left[best]))
-            left = torch.cat([left[:best], left[best + 1 :]])
+            best = 0
+            if len(remaining) > 1:
+                scores = krum_scores(distances[remaining][:, remaining], num_malicious)
+                best = int(scores.argmin())
+            chosen.append(int(remaining[best]))
+            remaining = torch.cat([remaining[:best], remaining[best + 1 :]])
         keep = len(chosen) - 2 * num_malicious
         return {
             name: mean_nearest_to_median(block.stack(name)[sorted(chosen)], keep)
@@ -208,64 +264,73 @@ class Bulyan(Rule):
 
 
 def mean_nearest_to_median(values: Tensor, keep: int) -> Tensor:
-    """Of each coordinate the mean of the `keep` values that lie nearest to its median, over dimension 0."""
+    """Return the coordinate-wise mean of the `keep` values nearest to the median, over dim 0."""
     ordered = values.sort(0).values
     n = len(ordered)
-    centre = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
-    near = (ordered - centre).abs().argsort(dim=0, stable=True)[:keep]
-    return ordered.gather(0, near).mean(0)
+    median = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+    nearest = (ordered - median).abs().argsort(dim=0, stable=True)[:keep]
+    return ordered.gather(0, nearest).mean(0)
 
-
-# Rules that bound how far one client can move the model. Both act on updates, what was sent less
-# what was received.
 
 TINY = 1e-12
 
 
 @rule("norm_bound")
 class NormBound(Rule):
-    """The mean of updates clipped to a norm: the one that is given, or the median of the clients' (Sun et al. 2019, section 4).
+    """Mean of updates clipped to a norm (Sun et al. 2019, section 4).
 
-    Buffers have a norm of their own, always bounded by the median: a clipped one lies between what was received and sent.
+    The bound is the setting `bound`, or the median of the clients' norms. Updates of buffers are
+    clipped separately, always to the median of their norms, so that a clipped buffer lies between
+    the received and the sent one.
     """
 
     uses_reference = True
 
+    @override
     def combine(self, block: UploadBlock, num_malicious: int) -> Tensors:
-        made: Tensors = {}
+        combined: Tensors = {}
         for names, bound in ((block.parameters, self.config.bound), (block.buffers, None)):
             norms = block.norms(names)
-            most = trimmed_mean(norms) if bound is None else torch.as_tensor(bound)
-            made |= scale_updates(
-                block, names, (most / norms.clamp(min=TINY)).clamp(max=1.0) / len(block)
-            )
-        return {name: made[name] for name in block.names}
+            limit = trimmed_mean(norms) if bound is None else torch.as_tensor(bound)
+            factors = (limit / norms.clamp(min=TINY)).clamp(max=1.0) / len(block)
+            combined |= scale_updates(block, names, factors)
+        return {name: combined[name] for name in block.names}
 
 
 @rule("fltrust")
 class FLTrust(Rule):
-    """Updates of the norm of the server's own, weighted by ReLU(cos) with it (Cao et al. 2021, Algorithm 2).
+    """FLTrust (Cao et al. 2021, Algorithm 2).
 
-    The paper's server has labelled rows. Here it has the proxy set, without labels: its own update is what the reference
-    becomes when the median of the uploaded models' predictions is distilled into it (hetero_fl.robustness.rules).
-    Buffers take the same weights and are never moved further than their client did. Without trust in anybody nothing moves.
+    Updates are scaled to the norm of the server's update and weighted by the ReLU of their cosine
+    similarity with it. If all weights are 0, the model does not change. Buffers have the same
+    weights, but their updates are never enlarged.
+
+    Deviation: the paper's server trains on labeled rows. Here its update is the result of
+    distilling the median of the uploaded models' predictions on the unlabeled proxy set
+    (`root_models`).
     """
 
     uses_reference = True
     uses_root = True
 
+    @override
     def combine(self, block: UploadBlock, num_malicious: int) -> Tensors:
-        assert block.root is not None  # the runtime has made it: `uses_root`
+        assert block.root is not None, "provided because of uses_root"
         trust, size = self.trust_scores(block)
         norms = block.norms(block.parameters).clamp(min=TINY)
         share = trust / trust.sum().clamp(min=TINY)
-        made = scale_updates(block, block.parameters, share * size / norms)
-        made |= scale_updates(block, block.buffers, share * (size / norms).clamp(max=1.0))
-        return {name: made[name] for name in block.names}
+        combined = scale_updates(block, block.parameters, share * size / norms)
+        combined |= scale_updates(block, block.buffers, share * (size / norms).clamp(max=1.0))
+        return {name: combined[name] for name in block.names}
 
     @staticmethod
     def trust_scores(block: UploadBlock) -> tuple[Tensor, Tensor]:
-        """ReLU of the cosine of each client's update with the server's `[n]`, and the norm of the server's own."""
+        """Return the trust score of each client, and the norm of the server's update.
+
+        Returns:
+            The ReLU of the cosine similarity of each client's update with the server's, shape
+            `[n]`, and the norm, a scalar.
+        """
         assert block.root is not None
         dots = torch.zeros(len(block), dtype=torch.float64)
         square = torch.zeros((), dtype=torch.float64)
@@ -280,27 +345,30 @@ class FLTrust(Rule):
 
 
 def scale_updates(block: UploadBlock, names: list[str], factors: Tensor) -> Tensors:
-    """The mean of what clients received, moved by Σ factor·update."""
-    made = {}
+    """Add the scaled updates of all clients to the mean of what they received.
+
+    Args:
+        block: The uploads.
+        names: Names of the tensors.
+        factors: Factor of each client's update, shape `[n]`.
+    """
+    combined = {}
     for name in names:
         start = block.start(name)
-        by = factors.to(start.dtype).reshape(-1, *[1] * (start.ndim - 1))
-        made[name] = start.mean(0) + (by * (block.stack(name) - start)).sum(0)
-    return made
+        scale = factors.to(start.dtype).reshape(-1, *[1] * (start.ndim - 1))
+        combined[name] = start.mean(0) + (scale * (block.stack(name) - start)).sum(0)
+    return combined
 
 
-# Rules for predictions on proxy rows. They see them as the clients sent them (logits, log p,
-# probabilities), each row less its mean over the classes where classes exclude one another: a
-# constant added to a row of logits says nothing.
-
-# of the weight's decay: a client that stands twice as far out as the middle one loses e^-2 a round
+# η of `DownWeight`: a client at twice the median distance loses a factor e^-2 per round.
 RATE = 2.0
 
 
 @prediction_rule("median")
 class MedianPredictions(PredictionRule):
-    """The median of each coordinate, over the clients."""
+    """Coordinate-wise median over the clients."""
 
+    @override
     def combine(
         self,
         predictions: Tensor,
@@ -313,10 +381,13 @@ class MedianPredictions(PredictionRule):
 
 @prediction_rule("spectral")
 class Spectral(PredictionRule):
-    """The mean of the n − f clients that are left when, f times, the one that stands out most along the direction in which
-    they differ most is dropped: the filter of Cronus (Chang et al. 2019, after Diakonikolas et al. 2017), on all rows at once.
+    """Mean after spectral filtering, as in Cronus (Chang et al. 2019; Diakonikolas et al. 2017).
+
+    f times, the client that is farthest from the mean along the direction of largest variance is
+    removed. All rows are filtered together.
     """
 
+    @override
     def combine(
         self,
         predictions: Tensor,
@@ -328,22 +399,23 @@ class Spectral(PredictionRule):
         for _ in range(num_malicious):
             flat = predictions[kept].double().flatten(1)
             flat = flat - flat.mean(0)
-            # The first left singular vector, times its value, is how far each client lies along the first direction.
+            # The first left singular vector is proportional to the projections of the clients on
+            # the direction of largest variance.
             _, vectors = torch.linalg.eigh(flat @ flat.T)
-            out = int(vectors[:, -1].abs().argmax())
-            kept = torch.cat([kept[:out], kept[out + 1 :]])
+            outlier = int(vectors[:, -1].abs().argmax())
+            kept = torch.cat([kept[:outlier], kept[outlier + 1 :]])
         return predictions[kept].mean(0)
 
 
 @prediction_rule("down_weight")
 class DownWeight(PredictionRule):
-    """The mean with weights exp(−η·s), s what a client has been outlying in all rounds so far: exponential weights, as ExpGuard
-    has them (Roux et al. 2025).
+    """Mean with exponential weights exp(−η·s), as in ExpGuard (Roux et al. 2025).
 
-    In a round that is max(0, d/d̃ − 1), d the mean distance of its rows to the clients' coordinate-wise median, d̃ the median
-    of all d.
+    s is a client's sum over all rounds of max(0, d/d̃ − 1), where d is the mean distance of its
+    rows to the clients' coordinate-wise median and d̃ is the median of all d.
     """
 
+    @override
     def combine(
         self,
         predictions: Tensor,
@@ -351,29 +423,28 @@ class DownWeight(PredictionRule):
         clients: Sequence[str],
         memory: dict[str, Any],
     ) -> Tensor:
-        far = (
-            (predictions - trimmed_mean(predictions))
-            .double()
-            .flatten(2 if predictions.ndim > 2 else 1)
-            .norm(dim=-1)
-        )
-        far = far.mean(1) if far.ndim > 1 else far
-        outlying = (far / trimmed_mean(far).clamp(min=TINY) - 1).clamp(min=0)
-        for client, more in zip(clients, outlying.tolist(), strict=True):
-            memory[client] = memory.get(client, 0.0) + more
+        deviations = (predictions - trimmed_mean(predictions)).double()
+        distances = deviations.flatten(2 if predictions.ndim > 2 else 1).norm(dim=-1)
+        distances = distances.mean(1) if distances.ndim > 1 else distances
+        excess = (distances / trimmed_mean(distances).clamp(min=TINY) - 1).clamp(min=0)
+        for client, value in zip(clients, excess.tolist(), strict=True):
+            memory[client] = memory.get(client, 0.0) + value
         weights = torch.tensor([-RATE * memory[c] for c in clients], dtype=torch.float64).softmax(0)
         return torch.einsum("n,n...->...", weights.to(predictions.dtype), predictions)
 
 
 @prediction_rule("agreement")
 class Agreement(PredictionRule):
-    """Row by row, a client's weight is the number of others whose first class is its own, nought if these are fewer than f:
-    liars alone cannot agree that much. Nobody speaks louder (in norm) than the median client. A row without any
-    agreement takes the median of each coordinate.
+    """Mean weighted by the number of other clients that predict the same class, row by row.
+
+    The weight is 0 if fewer than f others agree, as malicious clients alone cannot agree more than
+    that. Predictions are clipped to the median norm. Rows without agreement are the coordinate-wise
+    median.
     """
 
     exclusive = True
 
+    @override
     def combine(
         self,
         predictions: Tensor,
@@ -381,34 +452,37 @@ class Agreement(PredictionRule):
         clients: Sequence[str],
         memory: dict[str, Any],
     ) -> Tensor:
-        first = predictions.argmax(-1)  # [n, N]
-        agree = (first[:, None] == first).sum(1) - 1
-        weight = torch.where(agree >= max(1, num_malicious), agree, 0).to(predictions.dtype)[
-            ..., None
-        ]
-        loud = predictions.norm(dim=-1, keepdim=True)
-        heard = predictions * (trimmed_mean(loud) / loud.clamp(min=TINY)).clamp(max=1.0)
+        predicted = predictions.argmax(-1)  # [n, N]
+        agreement = (predicted[:, None] == predicted).sum(1) - 1
+        weight = torch.where(agreement >= max(1, num_malicious), agreement, 0)
+        weight = weight.to(predictions.dtype)[..., None]
+        norms = predictions.norm(dim=-1, keepdim=True)
+        clipped = predictions * (trimmed_mean(norms) / norms.clamp(min=TINY)).clamp(max=1.0)
         total = weight.sum(0)
-        return torch.where(
-            total > 0, (weight * heard).sum(0) / total.clamp(min=1), trimmed_mean(predictions)
-        )
+        mean = (weight * clipped).sum(0) / total.clamp(min=1)
+        return torch.where(total > 0, mean, trimmed_mean(predictions))
 
 
-# The server's own update, for rules that trust clients as far as they agree with it (FLTrust), of a
-# server without labels.
-
+# Temperature of the distillation in `root_models`.
 TEMPERATURE = 2.0
 
 
 def root_models(
     server: Participant, sent: Sequence[tuple[ClientInfo, Tensors]]
 ) -> Plan[dict[str, Tensors]]:
-    """What each sender's group's model becomes in an epoch on the proxy set, towards the coordinate-wise median of what all
-    models that were sent predict there; by group. `server`: a copy, whose models the plan changes.
+    """Train the server's models on the proxy set, as reference for rules with `uses_root`.
 
-    The median is over models of every architecture, more voices than any one group has. Every sender sees the proxy set.
+    The median of the predictions of all uploaded models, of any architecture, is distilled for one
+    epoch into the model of each architecture group.
+
+    Args:
+        server: A copy of the server, whose models the plan changes.
+        sent: Clients with proxy rows, and the tensors that they sent.
+
+    Returns:
+        The trained models by group.
     """
-    opinions = yield [
+    predictions = yield [
         Predict(
             client_info.arch.spec_id,
             Rows("proxy", preprocess=client_info.preprocess),
@@ -418,19 +492,20 @@ def root_models(
         for client_info, tensors in sent
     ]
     if server.task.kind == "multiclass":
-        opinions = [z.log_softmax(-1) for z in opinions]
-    teacher = trimmed_mean(torch.stack(opinions))
-    views = {
+        predictions = [z.log_softmax(-1) for z in predictions]
+    teacher = trimmed_mean(torch.stack(predictions))
+    # The client with the lowest id determines the preprocessing of its group.
+    preprocess = {
         client_info.arch.spec_id: client_info.preprocess for client_info, _ in reversed(sent)
-    }  # the lowest id's
+    }
     yield [
         Fit(
             {group: None},
             TeacherDistillation(server.task.kind, TEMPERATURE, slot=group),
-            Rows("proxy", extra_columns={"teacher": teacher}, preprocess=views[group]),
+            Rows("proxy", extra_columns={"teacher": teacher}, preprocess=preprocess[group]),
             optimizer=server.optimizer,
             label=f"root {group}",
         )
-        for group in sorted(views)
+        for group in sorted(preprocess)
     ]
-    return {group: server.models[group] for group in views}
+    return {group: server.models[group] for group in preprocess}

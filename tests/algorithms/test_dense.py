@@ -288,7 +288,7 @@ def test_the_student_is_the_most_frequent_model_and_mistakes_are_one_line() -> N
     models = ["cnn_bn_small", "mlp", "mlp", "cnn_gn_small"]
     prepared = prepare(federation(models, 4))
     assert prepared.config.algorithm["student"] == "site_2" and "mlp" in prepared.notes[-1]
-    for student, words in (("site_9", "algorithm.student: found 'site_9'; did you mean"),):
+    for student, words in (("site_9", "algorithm.student: unknown client 'site_9'; did you mean"),):
         with pytest.raises(UserError) as error:
             prepare(federation(student=student))
         assert words in str(error.value) and "\n" not in str(error.value)

@@ -187,7 +187,7 @@ def test_the_family_that_clients_models_give(
     prepared = prepare(config("heterofl", models, clients=3))
     chosen = prepared.config.algorithm
     assert chosen["model"]["name"] == name and list(chosen["widths"].values()) == widths
-    assert prepared.notes and "in place of clients' own models" in prepared.notes[0]
+    assert prepared.notes and "replaces clients' models" in prepared.notes[0]
     wide = prepared.method.wide_model(prepared.federation.client_infos["site_1"].arch)  # type: ignore[attr-defined]
     for card in prepared.federation.client_infos.values():
         assert card.arch.shapes.keys() == wide.shapes.keys()
@@ -233,7 +233,7 @@ def test_clients_that_see_other_shapes_have_a_wide_model_of_their_own() -> None:
     rounds = rounds_of(source)
     assert len(rounds.server.models) == 2 and rounds.evaluate().server is None
     source["algorithm"]["masked"] = True
-    with pytest.raises(UserError, match=r"algorithm\.masked: clients see examples of 2 shapes"):
+    with pytest.raises(UserError, match=r"algorithm\.masked: examples must have the same shape"):
         prepare(source)
 
 
@@ -283,10 +283,10 @@ def test_widths_of_thousands_follow_from_their_models() -> None:
         )
         ids = list(cards.clients.ids)[:3]
         assert [cards[id].arch.shapes["head.weight"] for id in ids] == [(10, 8), (10, 4), (10, 2)]
-    assert "all of it for site_0001, site_0004" in many.notes[0] and "and 330 more" in many.notes[0]
+    assert "width 1 for site_0001, site_0004" in many.notes[0] and "and 330 more" in many.notes[0]
     with pytest.raises(
         UserError,
-        match=r"^algorithm.widths: found 1,002 clients; .* for up to 1,000. Leave it out, and",
+        match=r"^algorithm.widths: expected at most 1,000 clients, got 1,002; leave it out and",
     ):
         prepare(config("heterofl", models, 1002, data__partition=drawn, algorithm__widths=[1, 0.5]))
 
@@ -294,13 +294,13 @@ def test_widths_of_thousands_follow_from_their_models() -> None:
 def test_mistakes_are_one_line() -> None:
     for settings, words in (
         ({"model": "gru", "widths": None}, "algorithm.model: gru has no narrower copies"),
-        ({"widths": [0.5]}, "algorithm.widths: nobody has the whole of cnn, the widest has 0.5"),
-        ({"widths": [1, 1.5]}, "algorithm.widths: site_2: found 1.5"),
-        ({"widths": []}, "algorithm.widths: found no number"),
-        ({"widths": {"site_1": 1}}, "algorithm.widths: none is given for site_2"),
+        ({"widths": [0.5]}, "algorithm.widths: at least one client must have the full width of cnn"),
+        ({"widths": [1, 1.5]}, "algorithm.widths: site_2: must be > 0 and <= 1, got 1.5"),
+        ({"widths": []}, "algorithm.widths: expected at least one width"),
+        ({"widths": {"site_1": 1}}, "algorithm.widths: missing width for site_2"),
         (
             {"widths": {"site*": 1, "clinic_1": 0.5}},
-            "algorithm.widths: no client is called 'clinic_1'",
+            "algorithm.widths: unknown client 'clinic_1'",
         ),
     ):
         with pytest.raises(UserError) as error:

@@ -330,7 +330,7 @@ def test_mistakes_are_one_line() -> None:
         ),
         (
             {"mentee_input": [64]},
-            "algorithm.mentee_input: found [64], but examples of site_1 are [1, 8, 8]",
+            "algorithm.mentee_input: [64] does not suit examples of site_1, which have shape [1, 8, 8]",
         ),
     ):
         with pytest.raises(UserError) as error:

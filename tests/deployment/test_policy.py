@@ -431,9 +431,9 @@ def test_what_a_site_does_not_share_does_not_leave_whatever_a_plan_makes(asked: 
     upload = Payload({"model": Item(tensors, 1.0, "params")})
     policy.check_upload(upload)
     for shares, said in (
-        (["predictions"], "shares: 'model' holds backbone.a; this site shares predictions"),
-        (["backbone"], "shares: 'model' holds head.b; this site shares backbone"),
-        ([], "shares: 'model' holds backbone.a; this site shares nothing"),
+        (["predictions"], "shares: 'model' contains backbone.a; this site shares predictions"),
+        (["backbone"], "shares: 'model' contains head.b; this site shares backbone"),
+        ([], "shares: 'model' contains backbone.a; this site shares nothing"),
     ):
         policy.site = asked.node.site.model_copy(update={"shares": shares})
         with pytest.raises(UserError) as caught:
@@ -463,7 +463,7 @@ def test_a_wider_plan_is_stopped_at_the_door(tmp_path: Path) -> None:
         return handles
 
     run = federation.serve(small(rounds=1), {"site_1": narrowing})
-    assert "shares: 'model' holds head." in run.metrics[0]["failed"]["site_1"]
+    assert "shares: 'model' contains head." in run.metrics[0]["failed"]["site_1"]
 
 
 def test_a_secure_sum_of_too_few_is_not_answered(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_a_rule_with_fewer_clients_than_it_needs(rule: str, liars: int, least: i
     words = f"aggregation.rule={rule} tolerates {liars} malicious clients (aggregation.liars={liars}) among {least} or more clients, but 7"
     refused(words, aggregation={"rule": rule, "liars": liars})
     refused(
-        f"aggregation.liars may be {liars - 1} at most", aggregation={"rule": rule, "liars": liars}
+        f"set aggregation.liars to {liars - 1} or less", aggregation={"rule": rule, "liars": liars}
     )
     assert (
         prepare(small(aggregation={"rule": rule, "liars": liars - 1})).config.aggregation.rule
@@ -78,12 +78,12 @@ def test_a_rule_with_fewer_clients_than_it_needs(rule: str, liars: int, least: i
 def test_every_group_has_to_be_large_enough_and_every_cohort() -> None:
     two = [{"name": "mlp", "hidden": [8]}, {"name": "mlp", "hidden": [12]}]
     refused(
-        "but 4 send backbone.1.weight of mlp",
+        "but 4 upload backbone.1.weight of mlp",
         "fedavg",
         two,
         aggregation={"rule": "krum", "liars": 1},
     )
-    refused("but 4 send", aggregation={"rule": "krum", "liars": 1}, clients__per_round=4)
+    refused("but 4 upload", aggregation={"rule": "krum", "liars": 1}, clients__per_round=4)
     prepare(small(aggregation={"rule": "krum", "liars": 1}, clients__per_round=5))
     words = "aggregation.predictions=spectral tolerates 4 malicious clients (aggregation.liars=4) among 9 or more clients, but 7 upload logits"
     refused(words, "fedmd", MIXED, aggregation={"predictions": "spectral", "liars": 4})
@@ -100,7 +100,7 @@ def test_every_group_has_to_be_large_enough_and_every_cohort() -> None:
 )  # fmt: skip
 def test_a_rule_without_effect_is_refused_by_name(method: str, key: str) -> None:
     refused(
-        f"aggregation.{key}: found 'median', but {method} combines no",
+        f"aggregation.{key}=median has no effect: {method} does not aggregate",
         method,
         aggregation={key: "median", "liars": 1},
     )
@@ -111,12 +111,12 @@ def test_what_is_no_federation_has_neither_rules_nor_liars(method: str) -> None:
     refused(
         f"aggregation.rule=median cannot be combined with algorithm.name={method}", method, aggregation={"rule": "median"}
     )
-    refused(f"attacks.name: scaled: {method} has no uploads", method, attacks={"name": "scaled"})
+    refused(f"attacks.name=scaled cannot be combined with algorithm.name={method}", method, attacks={"name": "scaled"})
 
 
 def test_tensors_that_are_averaged_apart_from_their_model() -> None:
     refused(
-        "heterofl averages 'head' apart",
+        "algorithm.name=heterofl, which averages 'head' separately",
         "heterofl",
         "cnn_gn_small",
         aggregation={"rule": "median"},
@@ -139,11 +139,11 @@ def test_fltrust_needs_whole_models_and_a_proxy_set() -> None:
 def test_what_no_rule_covers_is_told() -> None:
     notes = prepare(small("hybrid", aggregation={"rule": "median", "liars": 1})).notes
     assert any(
-        "aggregation.predictions is mean: a malicious client among the senders of logits" in note
+        "aggregation.predictions=mean: logits of malicious clients are averaged" in note
         for note in notes
     )
     assert not any(
-        "is mean" in note
+        "=mean: " in note
         for note in prepare(small("fedavg", aggregation={"rule": "median", "liars": 1})).notes
     )
 
@@ -160,7 +160,7 @@ def test_attacks_on_predictions_that_nobody_sends(name: str) -> None:
 
 
 def test_attacks_that_do_not_fit() -> None:
-    refused("fedkd sends factors of updates", "fedkd", attacks={"name": "sign_flip"})
+    refused("algorithm.name=fedkd, which uploads factors of updates", "fedkd", attacks={"name": "sign_flip"})
     refused(
         "attacks.target: class must be less than 10",
         attacks={"name": "backdoor", "target": 10},
@@ -172,7 +172,7 @@ def test_attacks_that_do_not_fit() -> None:
     refused(
         "attacks.from_round: must be <= ", attacks={"name": "scaled", "from_round": 9}
     )
-    refused("attacks.pairs: found class 11", attacks={"name": "label_flip", "pairs": {0: 11}})
+    refused("attacks.pairs: class must be less than 10", attacks={"name": "label_flip", "pairs": {0: 11}})
     refused(
         "every evaluated client is malicious",
         attacks={"name": "scaled", "clients": [f"site_{i}" for i in range(1, 8)]},

@@ -67,7 +67,7 @@ def client_of(source: dict[str, Any]) -> Participant:
         (private("fedavg", {"noise_multiplier": 0.5, "target_epsilon": 0.1, "delta": 1e-4}), "the first round costs"),
         (private("fedavg", {"delta": 1e-4}), "set target_epsilon or noise_multiplier"),
         (private("fedavg", {**RECORD, "poisson_cohorts": True}), "poisson_cohorts requires unit=client"),
-        (private("fedavg", {**CLIENT, "adaptive_clip": {"noise": 0.1}}), "take more than 0.5"),
+        (private("fedavg", {**CLIENT, "adaptive_clip": {"noise": 0.1}}), "adaptive_clip.noise: must be > 0.5"),
         (private("fedavg", {**CLIENT, "votes": True}), "requires a method that uploads class predictions"),
         (private("fedavg", RECORD, init_from="runs/other"), "init_from=runs/other"),
     ],
@@ -180,7 +180,7 @@ def test_private_rows_are_read_inside_of_steps_only() -> None:
     keeper = guard(client)
     with pytest.raises(UserError, match="outside of its steps"):
         client.data("train", None)
-    with pytest.raises(UserError, match="predicts on private rows"):
+    with pytest.raises(UserError, match="a method that predicts private rows"):
         keeper.run([(client, Predict("model"))])
     assert len(keeper.run([(client, Predict("model", Rows("proxy")))])[0]) == 60
     keeper.run([(client, Fit({"model": None}, batch_size=16, objective=_supervised()))])

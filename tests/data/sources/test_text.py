@@ -191,13 +191,13 @@ def test_tokens_are_checked() -> None:
     known, task = Vocabulary(("a", "b")), Task("multiclass", 2)
     y = torch.tensor([0, 1])
     for x, words in (
-        (torch.tensor([[0, 4], [1, 1]]), "row 0 has a token out of range; they are 0 to 3"),
-        (torch.tensor([[0, 1], [-1, 1]]), "row 1 has a token out of range"),
-        (torch.zeros(2, 3), "found float32 of shape"),
+        (torch.tensor([[0, 4], [1, 1]]), "row 0: token is out of range 0 to 3"),
+        (torch.tensor([[0, 1], [-1, 1]]), "row 1: token is out of range"),
+        (torch.zeros(2, 3), "got float32 of shape"),
     ):
         with pytest.raises(UserError, match=words):
             check_examples(Examples(x, y), task, "here", vocabulary=known)
-    with pytest.raises(UserError, match="tokens need a vocabulary"):
+    with pytest.raises(UserError, match="for tokens pass a vocabulary"):
         check_examples(Examples(torch.zeros(2, 3, dtype=torch.int64), y), task, "here")
     mine = from_arrays([[0, 1], [2, 3]], [0, 1], vocabulary=known)
     assert mine.vocabulary == known and mine.train.x.dtype == torch.int64
@@ -218,7 +218,7 @@ def config(**changes: object) -> dict[str, object]:
         ({"data__proxy": {"source": {"name": "digits"}}}, "data.proxy.source: digits has another vocabulary"),
         ({"data__proxy": {"source": {"name": "phrases_public", "text": {"length": 8, "vocabulary": 50}}}},
          "phrases_public has another vocabulary than the common set: give both the same `text`"),
-        ({"algorithm": {"name": "dense"}}, "dense makes examples by their gradient, and the examples here are tokens"),
+        ({"algorithm": {"name": "dense"}}, "algorithm.name: dense cannot generate tokens"),
         ({"server": {"model": "text_cnn", "preprocess": {"normalize": {"mean": 0, "std": 1}}}}, "server.preprocess.normalize"),
     ],
 )  # fmt: skip

@@ -65,7 +65,8 @@ def evaluate(
         >>> from tempfile import mkdtemp
         >>> import hetero_fl
         >>> config = {"data": {"name": "digits"}, "algorithm": {"name": "fedavg"}, "rounds": 1}
-        >>> run = hetero_fl.run(config, out=mkdtemp())
+        >>> overrides = ["clients.count=2", "output.plots=false", "output.report=false"]
+        >>> run = hetero_fl.run(config, out=mkdtemp(), overrides=overrides)
         >>> scores = hetero_fl.evaluate(run, "digits", client="server")
         >>> sorted(scores["server"])[:3]
         ['accuracy', 'auroc', 'average_precision']

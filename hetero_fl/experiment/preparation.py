@@ -233,7 +233,7 @@ def prepare(
         >>> prepared = hetero_fl.prepare(config, overrides=["clients.count=3"])
         >>> prepared.name
         'fedavg'
-        >>> list(prepared.data.clients)
+        >>> list(prepared.federation.client_infos.clients.ids)
         ['client_1', 'client_2', 'client_3']
     """
     config = load_config(source, overrides, allow_code)

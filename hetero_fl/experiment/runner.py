@@ -451,7 +451,8 @@ def run(
         >>> from tempfile import mkdtemp
         >>> import hetero_fl
         >>> config = {"data": {"name": "digits"}, "algorithm": {"name": "fedavg"}, "rounds": 1}
-        >>> run = hetero_fl.run(config, out=mkdtemp(), overrides=["clients.count=3"])
+        >>> no_report = ["output.plots=false", "output.report=false"]
+        >>> run = hetero_fl.run(config, out=mkdtemp(), overrides=["clients.count=3", *no_report])
         >>> sorted(run.models)
         ['client_1', 'client_2', 'client_3', 'server']
         >>> run.summary["rounds_completed"]

@@ -131,5 +131,5 @@ def test_shares_of_noise_add_up_to_the_noise_of_the_sum() -> None:
 
 def test_shares_of_noise_need_a_secure_sum() -> None:
     alone = {"privacy": {"unit": "client", "noise_multiplier": 1.0, "distributed": True}}
-    with pytest.raises(UserError, match=r"privacy\.distributed: needs channel\.secure_sum"):
+    with pytest.raises(UserError, match=r"privacy\.distributed: requires channel\.secure_sum"):
         prepare(config("fedavg", "cnn_gn_small", 4, **alone))

@@ -36,7 +36,7 @@ def test_batches_of_one_and_batch_norm() -> None:
         return made
 
     with pytest.raises(
-        UserError, match="clients: site_1: batch_size: found 1, but cnn_bn_small has BatchNorm"
+        UserError, match="clients: site_1: batch_size: got 1, but cnn_bn_small has BatchNorm"
     ):
         prepare(one("cnn_bn_small"))
     assert prepare(one(GROUP_NORM)).federation.client_infos
@@ -45,15 +45,15 @@ def test_batches_of_one_and_batch_norm() -> None:
 @pytest.mark.parametrize("method", ["fedmd", "feddf", "hybrid"])
 def test_public_batches_of_one_and_batch_norm(method: str) -> None:
     refused(
-        "algorithm.proxy_batch_size: found 1, but cnn_bn_small",
+        "algorithm.proxy_batch_size: got 1, but cnn_bn_small",
         method,
         algorithm__proxy_batch_size=1,
     )
-    refused("data.proxy: found 1 row, but cnn_bn_small", method, data__proxy__size=1)
+    refused("data.proxy: has 1 row, but cnn_bn_small", method, data__proxy__size=1)
     accepted(method, GROUP_NORM, algorithm__proxy_batch_size=1)
     student = {"model": "cnn_bn_small"}
     refused(
-        "found 1, but cnn_bn_small",
+        "got 1, but cnn_bn_small",
         method,
         GROUP_NORM,
         algorithm__proxy_batch_size=1,
@@ -170,7 +170,7 @@ def test_weights_need_classes_that_exclude_one_another() -> None:
         ),
         (
             {"data": {"name": "digits", "train_limit": 60, "proxy": {"size": 60}}},
-            r"data\.proxy\.size: found 60, but data\.train_limit leaves 60 rows",
+            r"data\.proxy\.size: must be smaller than data\.train_limit=60, got 60",
         ),
     ],
 )

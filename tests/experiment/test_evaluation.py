@@ -61,7 +61,7 @@ def test_classes_are_matched_by_name(tmp_path: Path) -> None:
     other = images(tmp_path / "others", {"normal": 0, "sick": 255})
     with pytest.raises(
         UserError,
-        match=r"^--data: .*others has 'sick', which the models do not know; choose from ill, n",
+        match=r"^--data: .*others: 'sick' is unknown to the models; choose from ill, n",
     ):
         evaluate(run, other)
     unnamed = saved(tmp_path / "unnamed", Task("multiclass", 2), (1, 4, 4), [1.0, 0.0])
@@ -97,7 +97,7 @@ def test_a_table_is_scored_by_its_label(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^--label: .* has no column 'y3'"):
         evaluate(run, str(table), label="y3")
     with pytest.raises(
-        UserError, match=r"^--data: .*/tt\.csv: no such file or folder; did you mean 't\.csv'\?"
+        UserError, match=r"^--data: file or folder '.*/tt\.csv' not found; did you mean 't\.csv'\?"
     ):
         evaluate(run, str(tmp_path / "tt.csv"))
     with pytest.raises(UserError, match=r"^--label: found 'y', but digits takes none"):

@@ -134,7 +134,7 @@ def test_a_script_without_a_guard_is_told_of_it(tmp_path: Path) -> None:
     )
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1].startswith(
-        "hetero_fl.utils.errors.UserError: processes are started that import"
+        "hetero_fl.utils.errors.UserError: worker processes import"
     )
     assert (
         ended.stderr.count("Traceback") == 1

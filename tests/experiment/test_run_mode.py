@@ -107,7 +107,7 @@ def test_a_buffer_has_one_key() -> None:
     assert "which aggregates after each upload" in refused(
         config("fedasync", runtime={"buffer": 3})
     )
-    assert "its own is algorithm.buffer: 2" in refused(
+    assert "which uses algorithm.buffer=2" in refused(
         config("fedbuff", clients=4, runtime={"buffer": 3})
     )
 
@@ -118,7 +118,7 @@ def test_asynchronous_methods_need_no_mode(method: str) -> None:
     assert prepared.config.runtime.mode == "async" and isinstance(
         prepared.make_trainer(), AsynchronousTrainer
     )
-    assert any(note.startswith("runtime.mode is async") for note in prepared.notes)
+    assert any(note.startswith("runtime.mode=async") for note in prepared.notes)
     again = prepare(prepared.config)
     assert again.config == prepared.config
 

@@ -89,7 +89,8 @@ def audit(
         >>> from tempfile import mkdtemp
         >>> import hetero_fl
         >>> config = {"data": {"name": "digits"}, "algorithm": {"name": "fedavg"}, "rounds": 1}
-        >>> run = hetero_fl.run(config, out=mkdtemp())
+        >>> overrides = ["clients.count=2", "output.plots=false", "output.report=false"]
+        >>> run = hetero_fl.run(config, out=mkdtemp(), overrides=overrides)
         >>> found = hetero_fl.audit(run, clients=["client_1"], attack="membership", shadows=0)
         >>> [(row["client"], row["attack"]) for row in found["membership"]]
         [('client_1', 'loss')]

@@ -182,7 +182,8 @@ def export(
         >>> from tempfile import mkdtemp
         >>> import hetero_fl
         >>> config = {"data": {"name": "digits"}, "algorithm": {"name": "fedavg"}, "rounds": 1}
-        >>> run = hetero_fl.run(config, out=mkdtemp())
+        >>> overrides = ["clients.count=2", "output.plots=false", "output.report=false"]
+        >>> run = hetero_fl.run(config, out=mkdtemp(), overrides=overrides)
         >>> files = hetero_fl.export(run, "server", "safetensors")
         >>> files["server"].model.name, files["server"].card.name
         ('server.safetensors', 'server.md')

@@ -371,7 +371,8 @@ def join(
         >>> from tempfile import mkdtemp
         >>> import hetero_fl
         >>> config = {"data": {"name": "digits"}, "algorithm": {"name": "fedavg"}, "rounds": 1}
-        >>> run = hetero_fl.run(config, out=mkdtemp())
+        >>> overrides = ["clients.count=2", "output.plots=false", "output.report=false"]
+        >>> run = hetero_fl.run(config, out=mkdtemp(), overrides=overrides)
         >>> found = hetero_fl.join(
         ...     run, "digits", out=mkdtemp(), transfer="backbone", patients=[10], seeds=[0]
         ... )

@@ -188,7 +188,7 @@ def test_the_command(
     command = ["export", str(run.path), "--client", "site_2", "--out", str(tmp_path)]
     assert main(command) == 0
     out, err = capsys.readouterr()
-    assert out.strip() == str(tmp_path) and "site_2.onnx, at most" in err
+    assert out.strip() == str(tmp_path) and "site_2.onnx, differs from the run's predictions by at most" in err
     assert {p.name for p in tmp_path.iterdir()} == {
         "site_2.onnx",
         "site_2.json",

@@ -251,8 +251,8 @@ def test_ahead_means_by_more_than_both_deviations() -> None:
     [
         (["--model", "cnn_gn_smal"], "cnn_gn_smal"),
         (["--patients", "10,many"], "--patients: expected integers such as 0,1,2, got '10,many'"),
-        (["--patients", "1"], "--patients: found 1"),
-        (["--patients", "5000"], "has 500 labelled examples"),
+        (["--patients", "1"], "--patients: expected integers >= 2"),
+        (["--patients", "5000"], "must be <= 500, the number of labeled training examples"),
         (["optimizer.lrr=1"], "clients.defaults.optimizer.lrr: unknown key"),
         (["--epochs", "0"], "'--epochs': 0 is not in the range"),
         (["--data", "chest_xray"], "10"),

@@ -130,9 +130,9 @@ class OptimizerConfig(ConfigSection):
     clip_norm: PositiveFloat | None = Field(
         None, description="maximum L2 norm of the gradient; `null`: no clipping"
     )
-    schedule: choice_type("constant", "cosine", "step", "linear") = Field(  # type: ignore[valid-type]
-        "constant", description="learning rate schedule over the rounds"
-    )
+    schedule: choice_type(  # type: ignore[valid-type]
+        "constant", "cosine", "step", "linear"
+    ) = Field("constant", description="learning rate schedule over the rounds")
     gamma: float = Field(
         0.1,
         gt=0,

@@ -155,6 +155,9 @@ class ScannerConfig(ConfigSection):
     )
 
 
+Share = choice_type("parameters", "backbone", "predictions", "statistics", "features", suffix=".")
+
+
 class ClientSettings(ConfigSection):
     """Settings that may differ between clients."""
 
@@ -187,9 +190,7 @@ class ClientSettings(ConfigSection):
     preprocess: PreprocessConfig = PreprocessConfig()
     augment: AugmentConfig = AugmentConfig()
     scanner: ScannerConfig = ScannerConfig()
-    shares: list[
-        choice_type("parameters", "backbone", "predictions", "statistics", "features", suffix=".")  # type: ignore[valid-type]
-    ] = Field(
+    shares: list[Share] = Field(  # type: ignore[valid-type]
         ["parameters", "predictions", "statistics", "features"],
         description="what the client may upload; `parameters`: all parameters; `backbone`: only "
         "the backbone; a prefix of tensor names that ends in a dot, such as `backbone.image.`; "

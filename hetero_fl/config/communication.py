@@ -48,7 +48,7 @@ class SecureAggregationConfig(ConfigSection):
     )
     neighbours: PositiveInt | None = Field(
         None,
-        description="clients with whom each client shares masks (SecAgg+), an even number; "
+        description="number of clients that share masks with each client (SecAgg+), even; "
         "`null`: all in a small cohort, else enough for security against a server that colludes "
         "with a fifth of the clients",
     )

@@ -151,7 +151,9 @@ class SourceConfig(ConfigSection):
         description="tables and `.npz` files: column or array that identifies the patient of each "
         "row; a patient's rows stay in one split of one client",
     )
-    task: choice_type("multiclass", "multilabel", "regression") | None = Field(  # type: ignore[valid-type]
+    task: (
+        choice_type("multiclass", "multilabel", "regression") | None  # type: ignore[valid-type]
+    ) = Field(
         None, description="tables and `.npz` files: learning task; `null`: inferred from the labels"
     )
     categories: dict[str, tuple[Annotated[str, Field(coerce_numbers_to_str=True)], ...]] | None = (

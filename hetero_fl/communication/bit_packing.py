@@ -1,4 +1,10 @@
-"""Pack integers into as few bits as they need, and read untrusted bytes within their bounds."""
+"""Pack integers into as few bits as they need, and read untrusted bytes with bounds checks.
+
+Ascending indices use the Elias-Fano code (Elias 1974; Fano 1971): the low bits as they are, the
+high bits as a unary bitmap. k of n indices take k (2 + log2(n / k)) bits, within half a bit per
+index of the entropy of a random choice, and the length depends on k and n alone. Optionally, their
+differences are compressed by LZMA if that is shorter, which is the case for clustered indices.
+"""
 
 from __future__ import annotations
 
@@ -9,67 +15,75 @@ import numpy as np
 
 from hetero_fl.core.payload import PayloadError
 
-# Bytes that somebody sent, read from front to back and never beyond their end.
-
-
-class ByteReader:
-    """A view of bytes and a place in them."""
-
-    def __init__(self, data: bytes | memoryview) -> None:
-        self._view = memoryview(data)
-        self._at = 0
-
-    def take(self, count: int) -> memoryview:
-        """The next so many bytes. Raises PayloadError if there are fewer: nothing is allocated before they are there."""
-        if not 0 <= count <= len(self._view) - self._at:
-            raise PayloadError(
-                f"cut short: {count} bytes are missing at {self._at} of {len(self._view)}"
-            )
-        self._at += count
-        return self._view[self._at - count : self._at]
-
-    def read_integer(self, size: int) -> int:
-        """The next unsigned whole number of so many bytes."""
-        return int.from_bytes(self.take(size), "little")
-
-    def read_rest(self) -> memoryview:
-        """All that is left."""
-        return self.take(len(self._view) - self._at)
-
-    def expect_end(self) -> None:
-        """Raises PayloadError if anything is left."""
-        if self._at != len(self._view):
-            raise PayloadError(f"{len(self._view) - self._at} bytes too many")
-
-
-# Whole numbers in as many bits as they need, vectorised: fields of equal width, and ascending
-# indices.
-#
-# Indices are written by Elias and Fano's code (Elias 1974; Fano 1971): the low bits of each as they
-# are, the high ones as a unary bitmap. k of n take k·(2 + log2(n/k)) bits, within half a bit each
-# of the entropy of a random choice, and the length follows from k and n alone. By option their gaps
-# are coded by LZMA instead where that is shorter: clustered indices are.
-
 Numbers = np.ndarray[Any, np.dtype[Any]]
+# First byte of encoded indices: the code.
 FANO = b"\0"
 GAPS = b"\1"
-ESCAPE = 255  # a gap of so much or more: written in full, apart
+# Differences from this value on are escaped: written separately, in 32 bits.
+ESCAPE = 255
 FILTERS = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 16, "lc": 0, "lp": 0, "pb": 0}]
 
 
+class ByteReader:
+    """Reads untrusted bytes from front to back.
+
+    Args:
+        data: The bytes.
+    """
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        self._view = memoryview(data)
+        self._offset = 0
+
+    def take(self, count: int) -> memoryview:
+        """Return the next `count` bytes without copying them.
+
+        Raises:
+            PayloadError: If fewer bytes are left.
+        """
+        if not 0 <= count <= len(self._view) - self._offset:
+            raise PayloadError(
+                f"truncated: expected {count} bytes at offset {self._offset} of {len(self._view)}"
+            )
+        self._offset += count
+        return self._view[self._offset - count : self._offset]
+
+    def read_integer(self, size: int) -> int:
+        """Return the next unsigned little-endian integer of `size` bytes."""
+        return int.from_bytes(self.take(size), "little")
+
+    def read_rest(self) -> memoryview:
+        """Return all remaining bytes."""
+        return self.take(len(self._view) - self._offset)
+
+    def expect_end(self) -> None:
+        """Raise PayloadError if any bytes are left."""
+        if self._offset != len(self._view):
+            raise PayloadError(f"{len(self._view) - self._offset} unexpected bytes at the end")
+
+
 def packed_size(count: int, bits: int) -> int:
-    """Bytes of so many fields."""
+    """Return the number of bytes of `count` packed integers of `bits` bits."""
     return count * (bits // 8) + (count * (bits % 8) + 7) // 8
 
 
 def pack_bits(values: Numbers, bits: int) -> bytes:
-    """Whole numbers below 2^bits (at most 32), one after the other: their low bytes in planes, the bits above packed."""
+    """Pack integers into `bits` bits each.
+
+    Whole low bytes are written in planes, one byte of all values after the other; the remaining
+    high bits are packed.
+
+    Args:
+        values: Integers from 0 to 2^bits - 1, shape `[N]`.
+        bits: Bits per integer, at most 32.
+    """
     values = np.ascontiguousarray(values)
     planes = []
     for place in range(bits // 8):
         planes.append((values >> (8 * place) if place else values).astype(np.uint8).tobytes())
     width = bits % 8
-    if width:  # eight fields fill so many bytes
+    if width:
+        # Eight values of `width` bits fill `width` bytes.
         rest = (values >> (bits - width)) & ((1 << width) - 1)
         padded = np.zeros(-(-len(rest) // 8) * 8, np.uint8)
         padded[: len(rest)] = rest
@@ -84,7 +98,19 @@ def pack_bits(values: Numbers, bits: int) -> bytes:
 
 
 def unpack_bits(source: ByteReader, count: int, bits: int) -> Numbers:
-    """The reverse of `pack`: uint8 or uint16 where they suffice, else int64. Raises PayloadError for too few bytes."""
+    """Unpack integers from `pack_bits`.
+
+    Args:
+        source: The bytes.
+        count: Number of integers.
+        bits: Bits per integer, at most 32.
+
+    Returns:
+        Integers, shape `[count]`, of type uint8, uint16 or int64.
+
+    Raises:
+        PayloadError: If there are too few bytes.
+    """
     dtype = np.uint8 if bits <= 8 else np.uint16 if bits <= 16 else np.int64
     raw = source.take(packed_size(count, bits))
     values = np.zeros(count, dtype)
@@ -112,7 +138,13 @@ def _low_bits(total: int, count: int) -> int:
 
 
 def write_indices(indices: Numbers, total: int, entropy: bool = False) -> bytes:
-    """Ascending indices below `total`, int64 and at least one; how many there are is not written."""
+    """Encode ascending indices without their number.
+
+    Args:
+        indices: At least one index, int64, shape `[K]`.
+        total: Upper bound; all indices are smaller.
+        entropy: Whether to compress differences by LZMA if that is shorter.
+    """
     low = _low_bits(total, len(indices))
     bitmap = np.zeros(len(indices) + (total - 1 >> low) + 1, bool)
     bitmap[(indices >> low) + np.arange(len(indices))] = True
@@ -129,9 +161,21 @@ def write_indices(indices: Numbers, total: int, entropy: bool = False) -> bytes:
 
 
 def read_indices(source: ByteReader, count: int, total: int) -> Numbers:
-    """The reverse of `write_indices`: int64, ascending and below `total`. Raises PayloadError for anything else."""
-    how = bytes(source.take(1))
-    if how == FANO:
+    """Decode indices from `write_indices`.
+
+    Args:
+        source: The bytes.
+        count: Number of indices.
+        total: Upper bound; all indices are smaller.
+
+    Returns:
+        Ascending indices, int64, shape `[count]`.
+
+    Raises:
+        PayloadError: If the bytes are malformed or the indices are not ascending and below `total`.
+    """
+    code = bytes(source.take(1))
+    if code == FANO:
         low = _low_bits(total, count)
         lows = unpack_bits(source, count, low).astype(np.int64)
         length = count + (total - 1 >> low) + 1
@@ -140,17 +184,17 @@ def read_indices(source: ByteReader, count: int, total: int) -> Numbers:
         )
         places = np.flatnonzero(bits)
         if len(places) != count:
-            raise PayloadError(f"{len(places)} indices where {count} were agreed")
+            raise PayloadError(f"expected {count} indices, got {len(places)}")
         indices = (places - np.arange(count)) << low | lows
-    elif how == GAPS:
+    elif code == GAPS:
         gaps = _index_differences(
             bytes(source.take(int.from_bytes(source.take(4), "little"))), count
         )
         indices = np.cumsum(gaps + 1) - 1
     else:
-        raise PayloadError(f"indices in an unknown code {how[0]}")
+        raise PayloadError(f"indices: unknown code {code[0]}")
     if indices[-1] >= total or (np.diff(indices) < 1).any():
-        raise PayloadError(f"indices are not ascending below {total}")
+        raise PayloadError(f"indices: expected ascending values below {total}")
     return indices
 
 
@@ -160,10 +204,10 @@ def _index_differences(coded: bytes, count: int) -> Numbers:
             coded, 5 * count + 1
         )
     except lzma.LZMAError:
-        raise PayloadError("indices that cannot be decoded") from None
+        raise PayloadError("indices: cannot be decompressed") from None
     gaps = np.frombuffer(raw[:count], np.uint8).astype(np.int64)
     wide = gaps == ESCAPE
     if len(gaps) != count or len(raw) != count + 4 * int(wide.sum()):
-        raise PayloadError(f"{len(raw)} bytes of gaps for {count} indices")
+        raise PayloadError(f"indices: {len(raw)} bytes of differences for {count} indices")
     gaps[wide] = np.frombuffer(raw[count:], "<u4")
     return gaps

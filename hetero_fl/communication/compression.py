@@ -1,4 +1,8 @@
-"""Stages of compression: top-k, quantization, half precision, low rank, top classes."""
+"""Stages of compression: top-k, quantization, half precision, low rank, top classes.
+
+A chain of stages works on one vector of numbers: each `Stage` reduces it to fewer numbers and some
+side information, and a `NumberFormat` at the end writes the remaining numbers.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from hetero_fl.communication.bit_packing import (
     ByteReader,
@@ -24,39 +29,51 @@ from hetero_fl.config.communication import StageConfig
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.payload import PayloadError
 
-# Matrices as sums of few rank-one terms: a truncated SVD that keeps a share of the energy (Wu et
-# al. 2022, FedKD, eq. 8).
-#
-# A tensor of two dimensions or more is a matrix `[m, n]`: its first dimension against all others (a
-# convolution's output channels against the rest). Vectors are few numbers, and stay as they are. A
-# matrix travels as one tensor `[k, m + n]` whose rows are the terms, the singular value in the left
-# one; where k terms would be no smaller than the matrix, as its own numbers in rows of m + n,
-# padded with nought. The number of rows tells which: terms are used only where there are fewer.
+# What the numbers of an item are: an update, a complete model, predictions (one per row), other
+# rows, or sums by class.
+Sort = Literal["change", "whole", "predictions", "rows"]
+# Shapes of the tensors that are concatenated to one vector.
+Layout = tuple[tuple[int, ...], ...]
+# Returns a generator for a label; sender and receiver draw the same numbers.
+Draw = Callable[[str], torch.Generator]
+# Largest exponent of the power of two by which half precision scales a tensor; float32 has as many.
+MAX_SHIFT = 126
+# An energy above 1, which no truncation keeps: the matrix is sent unfactored.
+WHOLE = 2.0
 
 
 def compress_low_rank(tensors: Mapping[str, Tensor], energy: float) -> Tensors:
-    """Each matrix by the fewest terms whose squared singular values sum to at least `energy` (0 to 1) of the whole, at least
-    one. Above 1 no terms suffice, and all travel as their own numbers: the most that it can be. Values must be finite."""
+    """Approximate matrices by a truncated SVD (Wu et al. 2022, FedKD, eq. 8).
+
+    A tensor of two or more dimensions is a matrix `[m, n]`: its first dimension against all others.
+    It becomes a tensor `[k, m + n]` with one rank-one term per row, scaled by the singular value.
+    If k terms are not smaller than the matrix, its values are packed into rows of m + n, padded
+    with zeros; the number of rows tells both cases apart. Vectors do not change.
+
+    Args:
+        tensors: Finite tensors by name.
+        energy: Share of the sum of squared singular values that the terms must reach, 0 to 1.
+            Above 1, no matrix is factored.
+    """
     return {
         n: _terms(t.reshape(len(t), -1), energy) if t.ndim > 1 else t for n, t in tensors.items()
     }
 
 
 def reconstruct_low_rank(packed: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Tensors:
-    """The reverse of `compress`, in the shapes of `like`. Any `[k, m + n]` has a meaning."""
+    """Reconstruct tensors from `compress_low_rank` in the shapes of `like`."""
     return {n: _matrix(t, like[n]) if like[n].ndim > 1 else t for n, t in packed.items()}
 
 
 def widest_packed_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """The shape of a packed matrix (a tensor of this shape, of two dimensions or more) that holds its own numbers: the most
-    rows that it can have, and their width."""
+    """Return the largest shape `[rows, m + n]` to which `compress_low_rank` packs a matrix."""
     m = shape[0]
     n = math.prod(shape[1:])
     return _num_packed_rows(m, n), m + n
 
 
 def _num_packed_rows(m: int, n: int) -> int:
-    """Rows of m + n that hold m · n numbers."""
+    """Return the number of rows of m + n values that contain m * n values."""
     return -(-m * n // (m + n))
 
 
@@ -81,240 +98,306 @@ def _matrix(packed: Tensor, like: Tensor) -> Tensor:
     return (packed[:, :m].T @ packed[:, m:]).reshape(like.shape)
 
 
-# What a stage of the channel is: numbers in, fewer numbers and some bytes out; or, at the end of a
-# chain, bytes.
-
-# What the numbers of an item are: a model's change, a model as it is, a prediction a row, other rows or sums by class.
-Sort = Literal["change", "whole", "predictions", "rows"]
-Layout = tuple[tuple[int, ...], ...]  # the shapes of tensors that lie end to end in one vector
-Draw = Callable[[str], torch.Generator]  # by label; both ends draw the same
-
-
 def num_values(layout: Layout) -> int:
-    """Numbers in a vector of that layout."""
+    """Return the length of a vector with the given layout."""
     return sum(map(prod, layout))
 
 
 def split_vector(numbers: Tensor, layout: Layout) -> Iterator[Tensor]:
-    """The vector's tensors, as views in their shapes."""
+    """Yield views of the tensors of a vector."""
     for flat, shape in zip(numbers.split([prod(shape) for shape in layout]), layout, strict=True):
         yield flat.view(shape)
 
 
 def read_numbers(source: ByteReader, count: int, dtype: torch.dtype) -> Tensor:
-    """Return the next numbers of a floating type. Raises PayloadError if there are fewer."""
+    """Read floating-point numbers.
+
+    Args:
+        source: The bytes.
+        count: Number of values.
+        dtype: Their type.
+
+    Raises:
+        PayloadError: If there are too few bytes.
+    """
     kind = np.dtype(str(dtype).removeprefix("torch."))
     return torch.from_numpy(np.frombuffer(bytearray(source.take(count * kind.itemsize)), kind))
 
 
 class Stage(ABC):
-    """Leaves numbers out. `numbers` is always one vector `[n]` of a floating type, in the order of `layout`."""
+    """Reduces a vector to fewer numbers.
+
+    Vectors have shape `[n]`, a floating type, and the order of their layout.
+
+    Attributes:
+        sorts: The sorts of numbers to which the stage applies.
+        biased: Whether omitted values are missing in the mean, too. The sender then keeps them and
+            adds them to its next message.
+    """
 
     sorts: ClassVar[frozenset[Sort]]
-    # whether what it leaves out is missing in the mean, too: the sender then keeps it for later
     biased: ClassVar[bool]
 
     def with_worst_case_size(self) -> Stage:
-        """The stage as a bound on its bytes takes it: itself, where what it sends is as long whatever the numbers."""
+        """Return a stage with the maximum message size of this one, independent of the values."""
         return self
 
     @abstractmethod
     def compresses(self, layout: Layout) -> bool:
-        """Whether it leaves anything out of such a vector; asked at both ends."""
+        """Return whether the stage changes a vector of this layout; equal at both ends."""
 
     @abstractmethod
     def compress(self, numbers: Tensor, layout: Layout, draw: Draw) -> tuple[Tensor, Layout, bytes]:
-        """What is left, its layout, and what the receiver has to be told besides."""
+        """Compress a vector.
+
+        Args:
+            numbers: The vector.
+            layout: Its layout.
+            draw: Source of random numbers.
+
+        Returns:
+            The remaining numbers, their layout, and the side information for the receiver.
+        """
 
     @abstractmethod
     def decode_side_information(
         self, source: ByteReader, layout: Layout, draw: Draw
     ) -> tuple[Layout, Any]:
-        """At the receiver: the layout of what was left, and what `decompress` needs. Raises PayloadError."""
+        """Read the side information at the receiver.
+
+        Args:
+            source: The bytes.
+            layout: Layout of the uncompressed vector.
+            draw: Source of random numbers.
+
+        Returns:
+            The layout of the remaining numbers, and the argument of `decompress`.
+
+        Raises:
+            PayloadError: If the bytes are malformed.
+        """
 
     @abstractmethod
     def decompress(self, numbers: Tensor, layout: Layout, side_information: Any) -> Tensor:
-        """A vector of `layout` from what was left of it."""
+        """Decompress a vector.
+
+        Args:
+            numbers: The remaining numbers.
+            layout: Layout of the uncompressed vector.
+            side_information: Second return value of `decode_side_information`.
+        """
 
 
 class NumberFormat(ABC):
-    """Writes numbers; the end of a chain."""
+    """Writes numbers as bytes at the end of a chain."""
 
     sorts: ClassVar[frozenset[Sort]] = frozenset({"change", "whole", "predictions", "rows"})
 
     @abstractmethod
     def encode(self, numbers: Tensor, layout: Layout, draw: Draw) -> bytes:
-        """The numbers as bytes. What is not finite is written as something that is not finite when it is read."""
+        """Encode a vector.
+
+        If it contains values that are not finite, so does the decoded vector.
+
+        Args:
+            numbers: The vector.
+            layout: Its layout.
+            draw: Source of random numbers.
+        """
 
     @abstractmethod
     def decode(self, source: ByteReader, layout: Layout, dtype: torch.dtype) -> Tensor:
-        """The reverse of `encode`. Raises PayloadError."""
+        """Decode a vector.
 
+        Args:
+            source: The bytes.
+            layout: Layout of the vector.
+            dtype: Type of the numbers.
 
-# The likeliest classes of each prediction.
+        Raises:
+            PayloadError: If the bytes are malformed.
+        """
 
 
 @dataclass(frozen=True)
 class TopClasses(Stage):
-    """Of each row `[C]` the k largest numbers with their classes, and the mean of all others in place of those: the sum of a row
-    stays what it was. `[N, C]` becomes `[N, k + 1]`."""
+    """Keeps the k largest values of each prediction and the mean of the others.
+
+    Predictions `[N, C]` become `[N, k + 1]`. The sum of each row does not change.
+
+    Attributes:
+        k: Number of classes to keep.
+    """
 
     k: int
 
     sorts = frozenset({"predictions"})
-    biased = False  # predictions are said anew each round: there is nothing to make up for
+    # Predictions are computed again in each round, so omitted values need not be sent later.
+    biased = False
 
+    @override
     def compresses(self, layout: Layout) -> bool:
         return len(layout) == 1 and len(layout[0]) == 2 and self.k + 1 < layout[0][1]
 
     @staticmethod
-    def _class_bits(classes: int) -> int:
-        return (classes - 1).bit_length()
+    def _class_bits(num_classes: int) -> int:
+        return (num_classes - 1).bit_length()
 
+    @override
     def compress(self, numbers: Tensor, layout: Layout, draw: Draw) -> tuple[Tensor, Layout, bytes]:
         ((n, classes),) = layout
         rows = numbers.view(n, classes)
-        which = rows.topk(self.k).indices.sort(-1).values
-        top = rows.gather(1, which)
-        rest = rows.scatter(1, which, 0).sum(1, keepdim=True) / (classes - self.k)
-        told = pack_bits(which.reshape(-1).numpy(), self._class_bits(classes))
-        return torch.cat([top, rest], 1).reshape(-1), ((n, self.k + 1),), told
+        top_classes = rows.topk(self.k).indices.sort(-1).values
+        top = rows.gather(1, top_classes)
+        rest = rows.scatter(1, top_classes, 0).sum(1, keepdim=True) / (classes - self.k)
+        packed = pack_bits(top_classes.reshape(-1).numpy(), self._class_bits(classes))
+        return torch.cat([top, rest], 1).reshape(-1), ((n, self.k + 1),), packed
 
+    @override
     def decode_side_information(
         self, source: ByteReader, layout: Layout, draw: Draw
     ) -> tuple[Layout, Any]:
         ((n, classes),) = layout
-        which = (
-            torch.from_numpy(unpack_bits(source, n * self.k, self._class_bits(classes)))
-            .long()
-            .view(n, self.k)
-        )
-        if bool((which >= classes).any()) or bool((which.diff(dim=1) < 1).any()):
-            raise PayloadError(f"classes of a row that are not ascending below {classes}")
-        return ((n, self.k + 1),), which
+        packed = unpack_bits(source, n * self.k, self._class_bits(classes))
+        top_classes = torch.from_numpy(packed).long().view(n, self.k)
+        if bool((top_classes >= classes).any()) or bool((top_classes.diff(dim=1) < 1).any()):
+            raise PayloadError(f"classes of a row: expected ascending values below {classes}")
+        return ((n, self.k + 1),), top_classes
 
+    @override
     def decompress(self, numbers: Tensor, layout: Layout, side_information: Any) -> Tensor:
         ((n, classes),) = layout
-        said = numbers.view(n, self.k + 1)
-        return (
-            said[:, -1:].expand(n, classes).scatter(1, side_information, said[:, :-1]).reshape(-1)
-        )
-
-
-# Half precision: 11 significant bits of each number, whatever its size.
-
-FAR = 126  # exponents of two that float32 has on either side
+        rows = numbers.view(n, self.k + 1)
+        rest = rows[:, -1:].expand(n, classes)
+        return rest.scatter(1, side_information, rows[:, :-1]).reshape(-1)
 
 
 @dataclass(frozen=True)
 class HalfPrecision(NumberFormat):
-    """IEEE half precision, each tensor multiplied by a power of two first that brings its largest number near the upper end:
-    otherwise small changes would be rounded to nought, and sums of many rows overflow."""
+    """IEEE half precision: 11 significant bits per number.
 
+    Each tensor is first multiplied by a power of two that brings its largest value near the upper
+    limit. Otherwise small updates would be rounded to zero, and sums of many rows could overflow.
+    """
+
+    @override
     def encode(self, numbers: Tensor, layout: Layout, draw: Draw) -> bytes:
         halves = torch.empty(len(numbers), dtype=torch.float16)
         shifts = []
         at = 0
         for part in split_vector(numbers, layout):
             most = float(part.abs().amax()) if part.numel() else 0.0
-            shift = max(-FAR, min(FAR, 15 - int(np.frexp(most)[1]))) if np.isfinite(most) else 0
+            shift = 0
+            if np.isfinite(most):
+                shift = max(-MAX_SHIFT, min(MAX_SHIFT, 15 - int(np.frexp(most)[1])))
             halves[at : (at := at + part.numel())] = part.reshape(-1) * 2.0**shift
             shifts.append(shift)
         return np.array(shifts, np.int8).tobytes() + halves.numpy().tobytes()
 
+    @override
     def decode(self, source: ByteReader, layout: Layout, dtype: torch.dtype) -> Tensor:
         shifts = np.frombuffer(source.take(len(layout)), np.int8).tolist()
         numbers = torch.from_numpy(
             np.frombuffer(bytearray(source.take(2 * num_values(layout))), "<f2")
         ).to(dtype)
         for part, shift in zip(split_vector(numbers, layout), shifts, strict=True):
-            part.mul_(2.0 ** -max(-FAR, min(FAR, shift)))
+            part.mul_(2.0 ** -max(-MAX_SHIFT, min(MAX_SHIFT, shift)))
         return numbers
 
 
 @dataclass(frozen=True)
 class FullPrecision(NumberFormat):
-    """All bits of each number: the end of a chain that names no other."""
+    """All bits of each number: the default number format."""
 
+    @override
     def encode(self, numbers: Tensor, layout: Layout, draw: Draw) -> bytes:
         return numbers.numpy().tobytes()
 
+    @override
     def decode(self, source: ByteReader, layout: Layout, dtype: torch.dtype) -> Tensor:
         return read_numbers(source, num_values(layout), dtype)
 
 
-# Matrices of a change as few rank-one terms (Wu et al. 2022, FedKD's energy rule).
-
-WHOLE = 2.0  # an energy that no truncation keeps: the most that it can be
-
-
 @dataclass(frozen=True)
 class LowRank(Stage):
-    """The fewest terms with that share of the energy, for each matrix by itself; vectors are sent as they are."""
+    """Approximates each matrix of an update by few rank-one terms (see `compress_low_rank`).
+
+    Attributes:
+        energy: Share of the energy to keep, 0 to 1.
+    """
 
     energy: float
 
     sorts = frozenset({"change"})
     biased = True
 
+    @override
     def with_worst_case_size(self) -> LowRank:
         return LowRank(WHOLE)
 
+    @override
     def compresses(self, layout: Layout) -> bool:
         return any(len(shape) > 1 for shape in layout)
 
+    @override
     def compress(self, numbers: Tensor, layout: Layout, draw: Draw) -> tuple[Tensor, Layout, bytes]:
-        # no factorisation: told from its values
+        # The SVD needs finite values.
         energy = self.energy if bool(torch.isfinite(numbers).all()) else WHOLE
         packed = compress_low_rank(
             {str(i): part for i, part in enumerate(split_vector(numbers, layout))}, energy
         )
-        left = tuple(tuple(t.shape) for t in packed.values())
+        packed_layout = tuple(tuple(t.shape) for t in packed.values())
         rows = b"".join(
-            shape[0].to_bytes(4, "little")
-            for shape, was in zip(left, layout, strict=True)
-            if len(was) > 1
+            packed_shape[0].to_bytes(4, "little")
+            for packed_shape, shape in zip(packed_layout, layout, strict=True)
+            if len(shape) > 1
         )
-        return torch.cat([t.reshape(-1) for t in packed.values()]), left, rows
+        return torch.cat([t.reshape(-1) for t in packed.values()]), packed_layout, rows
 
+    @override
     def decode_side_information(
         self, source: ByteReader, layout: Layout, draw: Draw
     ) -> tuple[Layout, Any]:
-        left: list[tuple[int, ...]] = []
+        packed_layout: list[tuple[int, ...]] = []
         for shape in layout:
             if len(shape) > 1:
-                most, width = widest_packed_shape(shape)
+                max_rows, width = widest_packed_shape(shape)
                 rows = source.read_integer(4)
-                if not 1 <= rows <= most:
-                    raise PayloadError(f"{rows} terms of a matrix that {most} hold whole")
-                left.append((rows, width))
+                if not 1 <= rows <= max_rows:
+                    raise PayloadError(f"terms of a matrix: expected 1 to {max_rows}, got {rows}")
+                packed_layout.append((rows, width))
             else:
-                left.append(shape)
-        return tuple(left), tuple(left)
+                packed_layout.append(shape)
+        return tuple(packed_layout), tuple(packed_layout)
 
+    @override
     def decompress(self, numbers: Tensor, layout: Layout, side_information: Any) -> Tensor:
         packed = {str(i): part for i, part in enumerate(split_vector(numbers, side_information))}
         like = {str(i): numbers.new_empty(shape) for i, shape in enumerate(layout)}
         return torch.cat([t.reshape(-1) for t in reconstruct_low_rank(packed, like).values()])
 
 
-# Numbers in few bits: levels at equal distances between −m and m, m being the largest size of those
-# that share a scale.
-
-
 @dataclass(frozen=True)
 class Quantize(NumberFormat):
-    """b bits: 2^b − 1 levels, nought among them; one bit: the sign (Alistarh et al. 2017, QSGD, with the largest size as norm).
+    """Quantization to equidistant levels between -m and m, where m is the largest magnitude.
 
-    Rounded up or down at random, so that the mean over draws is the number itself. `nearest`, in a chain whose sender keeps what
-    was not sent: to the nearest level, which from two bits on leaves a remainder that is exact in floating point (Sterbenz's
-    lemma); one bit is then the sign times the mean size, as the largest would overshoot most numbers by far.
+    With b bits there are 2^b - 1 levels including zero; one bit is the sign (Alistarh et al. 2017,
+    QSGD, with the maximum norm). Numbers are rounded stochastically, so that the mean over draws is
+    the number itself.
+
+    Attributes:
+        bits: Bits per number.
+        bucket: Numbers that share a scale; None for whole tensors.
+        nearest: Round to the nearest level, for a sender that keeps the remainder. With two or more
+            bits, the remainder is exact in floating point (Sterbenz lemma). One bit is then the
+            sign times the mean magnitude, because the largest would exceed most numbers by far.
     """
 
     bits: int
     bucket: int | None = None
     nearest: bool = False
 
+    @override
     def encode(self, numbers: Tensor, layout: Layout, draw: Draw) -> bytes:
         codes = torch.empty(len(numbers), dtype=torch.uint8 if self.bits <= 8 else torch.int32)
         chance = (
@@ -328,23 +411,25 @@ class Quantize(NumberFormat):
             size = block.abs()
             scales.append(size.mean(1) if self.nearest and self.bits == 1 else size.amax(1))
             scale = torch.where(scales[-1] > 0, scales[-1], torch.ones_like(scales[-1]))
-            share = block.div(scale[:, None]).view(-1)  # in [−1, 1]
-            here = slice(at, at := at + len(share))
-            codes[here] = self._encode_levels(share, None if chance is None else chance[here])
+            normalized = block.div(scale[:, None]).view(-1)
+            here = slice(at, at := at + len(normalized))
+            codes[here] = self._encode_levels(normalized, None if chance is None else chance[here])
         return torch.cat(scales).numpy().tobytes() + pack_bits(codes.numpy(), self.bits)
 
-    def _encode_levels(self, share: Tensor, chance: Tensor | None) -> Tensor:
-        """The levels next to numbers in [−1, 1], counted from the lowest."""
+    def _encode_levels(self, normalized: Tensor, chance: Tensor | None) -> Tensor:
+        """Round numbers in [-1, 1] to levels, counted from the lowest one."""
         if self.bits == 1:
-            level = share.add_(1).div_(2)
-            level = (
-                (level >= 0.5).to(share.dtype) if chance is None else level.add_(chance).floor_()
-            )
+            level = normalized.add_(1).div_(2)
+            if chance is None:
+                level = (level >= 0.5).to(normalized.dtype)
+            else:
+                level = level.add_(chance).floor_()
             return level.nan_to_num_(0).clamp_(0, 1)
-        level = share.mul_(self._max_level)
+        level = normalized.mul_(self._max_level)
         level = level.round_() if chance is None else level.add_(chance).floor_()
         return level.nan_to_num_(0).clamp_(-self._max_level, self._max_level).add_(self._max_level)
 
+    @override
     def decode(self, source: ByteReader, layout: Layout, dtype: torch.dtype) -> Tensor:
         scales = read_numbers(source, sum(rows for rows, _ in self._block_shapes(layout)), dtype)
         codes = torch.from_numpy(unpack_bits(source, num_values(layout), self.bits))
@@ -361,11 +446,11 @@ class Quantize(NumberFormat):
 
     @property
     def _max_level(self) -> int:
-        """The highest level; the lowest is its opposite."""
+        """The highest level; the lowest is its negative."""
         return max(1, 2 ** (self.bits - 1) - 1)
 
     def _block_shapes(self, layout: Layout) -> Iterator[tuple[int, int]]:
-        """How the vector is cut: rows, of so many numbers, that have a scale each."""
+        """Yield the shapes `[rows, width]` of blocks whose rows have a scale each."""
         for size in map(prod, layout):
             width = min(size, self.bucket or size)
             if size:
@@ -379,48 +464,57 @@ class Quantize(NumberFormat):
             yield flat.view(shape)
 
 
-# Few of the numbers of a change: the largest, or some drawn by a key; the others are nought at the
-# receiver.
-
-
 @dataclass(frozen=True)
 class SparseStage(Stage):
-    """`amount`: a share of the numbers below 1, or how many of them; at least one, over all tensors of an item together."""
+    """Keeps some numbers of an update; the others are zero at the receiver.
+
+    Attributes:
+        amount: Share of the numbers if below 1, or else their number; at least one of all numbers
+            of an item is kept.
+    """
 
     amount: float
 
     sorts = frozenset({"change"})
 
     def num_kept(self, total: int) -> int:
-        """How many numbers of so many are sent."""
+        """Return how many of `total` numbers are sent."""
         return (
             max(1, ceil(self.amount * total)) if self.amount < 1 else min(int(self.amount), total)
         )
 
+    @override
     def compresses(self, layout: Layout) -> bool:
         return self.num_kept(num_values(layout)) < num_values(layout)
 
+    @override
     def decompress(self, numbers: Tensor, layout: Layout, side_information: Any) -> Tensor:
-        # zero but for these numbers at these places
         return numbers.new_zeros(num_values(layout)).scatter_(0, side_information, numbers)
 
 
 @dataclass(frozen=True)
 class TopK(SparseStage):
-    """The k largest in size, with their indices (Stich et al. 2018). `entropy`: these coded, where that is shorter."""
+    """Keeps the k numbers of largest magnitude, with their indices (Stich et al. 2018).
+
+    Attributes:
+        entropy: Whether to compress indices by LZMA if that is shorter.
+    """
 
     entropy: bool = False
 
     biased = True
 
+    @override
     def with_worst_case_size(self) -> TopK:
         return TopK(self.amount)
 
+    @override
     def compress(self, numbers: Tensor, layout: Layout, draw: Draw) -> tuple[Tensor, Layout, bytes]:
         k = self.num_kept(len(numbers))
         indices = largest_indices(numbers, k)
         return numbers[indices], ((k,),), write_indices(indices.numpy(), len(numbers), self.entropy)
 
+    @override
     def decode_side_information(
         self, source: ByteReader, layout: Layout, draw: Draw
     ) -> tuple[Layout, Any]:
@@ -430,17 +524,19 @@ class TopK(SparseStage):
 
 @dataclass(frozen=True)
 class RandomK(SparseStage):
-    """Keep k of n numbers, drawn from a key that both ends know, so that no index travels.
+    """Keeps k of n numbers, drawn with a key that both ends know, so that no indices are sent.
 
     Attributes:
-        scaled: Divide the kept numbers by the sampling rate k/n, so that the mean over draws is the
-            vector itself. Off where what is left out is part of the next message.
+        scaled: Whether to divide the kept numbers by the sampling rate k / n, so that the mean over
+            draws is the vector itself. False if omitted values are part of the next message.
     """
 
     scaled: bool = True
 
+    # A property, because it depends on a setting; the base class declares a class variable.
     @property
-    def biased(self) -> bool:  # type: ignore[override]  # of the others it is a constant
+    @override
+    def biased(self) -> bool:  # type: ignore[override]
         return not self.scaled
 
     def _draw_indices(self, total: int, draw: Draw) -> Tensor:
@@ -451,6 +547,7 @@ class RandomK(SparseStage):
         chosen.sort()
         return torch.from_numpy(chosen)
 
+    @override
     def compress(self, numbers: Tensor, layout: Layout, draw: Draw) -> tuple[Tensor, Layout, bytes]:
         indices = self._draw_indices(len(numbers), draw)
         kept = numbers[indices]
@@ -458,6 +555,7 @@ class RandomK(SparseStage):
             kept = kept * (len(numbers) / len(indices))
         return kept, ((len(indices),),), b""
 
+    @override
     def decode_side_information(
         self, source: ByteReader, layout: Layout, draw: Draw
     ) -> tuple[Layout, Any]:
@@ -465,29 +563,31 @@ class RandomK(SparseStage):
 
 
 def largest_indices(numbers: Tensor, k: int) -> Tensor:
-    """Ascending indices of the k numbers of largest size, int64. Of equal ones any, but always the same."""
+    """Return the ascending indices of the k numbers of largest magnitude.
+
+    Ties are broken deterministically.
+    """
     size = numbers.abs().numpy()
     indices = np.argpartition(size, len(size) - k)[len(size) - k :]
     indices.sort()
     return torch.from_numpy(indices)
 
 
-# The stages of the channel, from the configuration.
-
+# Stages by their name in the configuration, from the settings and `entropy`.
 STAGE_TYPES: dict[str, Callable[[StageConfig, bool], Stage | NumberFormat]] = {
     "topk": lambda c, entropy: TopK(c.topk or 0, entropy),
-    "randk": lambda c, entropy: RandomK(c.randk or 0),
-    "lowrank": lambda c, entropy: LowRank(c.lowrank or 0),
-    "top_classes": lambda c, entropy: TopClasses(c.top_classes or 0),
-    "quantize": lambda c, entropy: Quantize(c.quantize or 0, c.bucket),
-    "half": lambda c, entropy: HalfPrecision(),
+    "randk": lambda c, _entropy: RandomK(c.randk or 0),
+    "lowrank": lambda c, _entropy: LowRank(c.lowrank or 0),
+    "top_classes": lambda c, _entropy: TopClasses(c.top_classes or 0),
+    "quantize": lambda c, _entropy: Quantize(c.quantize or 0, c.bucket),
+    "half": lambda _c, _entropy: HalfPrecision(),
 }
 
 
 def with_worst_case_size(
     stages: Sequence[Stage | NumberFormat],
 ) -> tuple[Stage | NumberFormat, ...]:
-    """A chain whose messages are as long as those of this one can be, and whose lengths do not depend on the numbers."""
+    """Return a chain whose message size is the maximum of this chain, independent of the values."""
     return tuple(
         stage.with_worst_case_size() if isinstance(stage, Stage) else stage for stage in stages
     )
@@ -500,9 +600,9 @@ def build_stages(
 
     Args:
         chain: The configuration.
-        entropy: Code indices, where that makes them shorter.
-        has_feedback: Whether what is left out is part of the next message. Kept values are then
-            not divided by the sampling rate.
+        entropy: Whether to compress indices by LZMA if that is shorter.
+        has_feedback: Whether omitted values are part of the next message. Kept values are then not
+            divided by the sampling rate.
     """
     stages = tuple(STAGE_TYPES[stage.kind](stage, entropy) for stage in chain)
     if not has_feedback:

@@ -1,4 +1,10 @@
-"""One direction of the channel: encode payloads to bytes and decode them, compressed as configured."""
+"""One direction of the channel: encode payloads to bytes and decode them, compressed as configured.
+
+Each item of floating-point numbers is one stream of bits over all of its tensors. A message has the
+parts `"hfl1" | report | layout | number of streams | streams | payload of the other items`, and
+a stream the parts `item index, length, weight, bits`. The layout is empty if the receiver knows
+names, shapes and types. Parameters are compressed as their change from a reference at both ends.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +36,27 @@ from hetero_fl.core.payload import KINDS, Item, ItemSpec, Kind, Payload, Payload
 from hetero_fl.utils.seeding import Key, keyed_generator
 from hetero_fl.utils.serialization import CodecError, decode, encode, read_json
 
-# A chain of stages over one vector of numbers: reduced stage by stage, then written; read, then
-# restored.
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+MARK = b"hfl1"
+WEIGHT = "weight 1"
+# Maximum bytes of the JSON layout.
+LARGEST_LAYOUT = 1 << 22
+# Maximum number of values in a message with a layout: few sent values can stand for many.
+MOST_NUMBERS = 1 << 30
+# Key of the sender's private state for values that it has not sent yet.
+UNSENT = "unsent"
 
 
 class StageChain:
-    """Those of the stages that are made for one sort of numbers. `biased`: the sender has to keep what was not sent."""
+    """The stages that apply to one sort of numbers.
+
+    Args:
+        stages: The configured stages.
+        sort: The sort of numbers.
+
+    Attributes:
+        biased: Whether the sender must keep the values that were not sent.
+    """
 
     def __init__(self, stages: Sequence[Stage | NumberFormat], sort: Sort) -> None:
         self.reducing = [s for s in stages if isinstance(s, Stage) and sort in s.sorts]
@@ -46,43 +67,60 @@ class StageChain:
             self.format = replace(self.format, nearest=True)
 
     def transforms(self, layout: Layout) -> bool:
-        """Whether a vector of this layout travels otherwise than as it is; the same at both ends."""
+        """Return whether the chain changes a vector of this layout; equal at both ends."""
         return not isinstance(self.format, FullPrecision) or any(
             s.compresses(layout) for s in self.reducing
         )
 
     def encode(self, numbers: Tensor, layout: Layout, draw: Draw) -> bytes:
-        """The vector `[n]`, as it travels."""
-        told = []
+        """Encode a vector.
+
+        Args:
+            numbers: The vector, shape `[n]`.
+            layout: Its layout.
+            draw: Source of random numbers.
+        """
+        parts = []
         for stage in self.reducing:
             if stage.compresses(layout):
-                numbers, layout, besides = stage.compress(numbers, layout, draw)
-                told.append(besides)
-        return b"".join([*told, self.format.encode(numbers, layout, draw)])
+                numbers, layout, side_information = stage.compress(numbers, layout, draw)
+                parts.append(side_information)
+        return b"".join([*parts, self.format.encode(numbers, layout, draw)])
 
     def decode(self, source: ByteReader, layout: Layout, dtype: torch.dtype, draw: Draw) -> Tensor:
-        """The reverse of `encode`, with what was left out restored. Raises PayloadError for what is not of that layout."""
+        """Decode a vector from `encode`.
+
+        Args:
+            source: The bytes.
+            layout: Layout of the vector.
+            dtype: Type of the numbers.
+            draw: Source of random numbers.
+
+        Raises:
+            PayloadError: If the bytes are malformed.
+        """
         done = []
         for stage in self.reducing:
             if stage.compresses(layout):
-                left, told = stage.decode_side_information(source, layout, draw)
-                done.append((stage, layout, told))
-                layout = left
+                reduced, side_information = stage.decode_side_information(source, layout, draw)
+                done.append((stage, layout, side_information))
+                layout = reduced
         numbers = self.format.decode(source, layout, dtype)
-        for stage, before, told in reversed(done):
-            numbers = stage.decompress(numbers, before, told)
+        for stage, before, side_information in reversed(done):
+            numbers = stage.decompress(numbers, before, side_information)
         return numbers
-
-
-# An item of floating numbers as one stream of bits: which of its tensors go through which stages,
-# and there and back.
-
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
 class ItemForm:
-    """All that is known of an item before its numbers are: `shapes` by tensor, in the item's order; which are `plain`."""
+    """The form of an item, without its values.
+
+    Attributes:
+        kind: Kind of the item.
+        dtype: Type of all tensors, "float32" or "float64".
+        shapes: Shapes by tensor name, in the order of the item.
+        plain: Names of tensors that are not compressed.
+    """
 
     kind: Kind
     dtype: str
@@ -91,7 +129,7 @@ class ItemForm:
 
     @classmethod
     def from_item(cls, item: Item, plain: frozenset[str]) -> ItemForm | None:
-        """None for an item that is not made of floating numbers of one type alone: it passes as it is."""
+        """Return the form of an item, or None if its tensors are not of one floating type."""
         tensors = item.tensors
         dtypes = {str(t.dtype).removeprefix("torch.") for t in tensors.values()}
         if len(dtypes) != 1 or not dtypes <= DTYPES.keys():
@@ -100,12 +138,16 @@ class ItemForm:
         return cls(item.kind, dtypes.pop(), shapes, plain & shapes.keys())
 
     def to_json(self) -> list[Any]:
-        """As JSON; `from_json` is the reverse."""
+        """Return the form as JSON content."""
         return [self.kind, self.dtype, self.shapes, sorted(self.plain)]
 
     @classmethod
     def from_json(cls, content: Any) -> ItemForm:
-        """Raises PayloadError for anything else."""
+        """Return the form from the result of `to_json`.
+
+        Raises:
+            PayloadError: If the content is malformed.
+        """
         match content:
             case [str(named), str(dtype), dict(shapes), list(plain)] if dtype in DTYPES and shapes:
                 kind = next((kind for kind in KINDS if kind == named), None)
@@ -121,21 +163,33 @@ class ItemForm:
                 ):
                     known = {n: tuple(shape) for n, shape in shapes.items()}
                     return cls(kind, dtype, known, frozenset(plain) & known.keys())
-        raise PayloadError("the layout is malformed")
+        raise PayloadError("layout: malformed")
 
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """Tensors that are one vector to a chain."""
+    """Tensors of an item that a chain encodes as one vector.
+
+    Attributes:
+        chain: The chain.
+        names: Names of the tensors.
+        layout: Their shapes.
+        change: Whether to encode the change from the reference, if the item has one.
+    """
 
     chain: StageChain
     names: tuple[str, ...]
     layout: Layout
-    change: bool  # against the reference, where the item has one
+    change: bool
 
 
 class ItemCodec:
-    """Items there and back, under the stages of one direction. `outputs`: predictions are rows of so many numbers."""
+    """Encodes and decodes items with the stages of one direction.
+
+    Args:
+        stages: The configured stages.
+        outputs: Number of outputs of the task, the width of predictions.
+    """
 
     def __init__(self, stages: Sequence[Stage | NumberFormat], outputs: int) -> None:
         sorts: tuple[Sort, ...] = ("change", "whole", "predictions", "rows")
@@ -144,7 +198,16 @@ class ItemCodec:
         self._plain = StageChain((), "whole")
 
     def groups(self, form: ItemForm, spec: ItemSpec, base: Tensors) -> list[TensorGroup]:
-        """How an item is cut up; empty if all of it passes as it is. The same at both ends."""
+        """Divide an item into groups; equal at both ends.
+
+        Args:
+            form: The form of the item.
+            spec: Its declaration.
+            base: The reference tensors by name.
+
+        Returns:
+            The groups, or an empty list if the item is not compressed.
+        """
         if spec.ranks:
             return []
         members: dict[Sort | None, list[str]] = {}
@@ -157,20 +220,20 @@ class ItemCodec:
                 else self._sort(form.kind, spec, shape, known)
             )
             members.setdefault(sort, []).append(name)
-        made = []
+        groups = []
         plain = members.pop(None, [])
         for sort, names in members.items():
             assert sort is not None
             layout = tuple(form.shapes[n] for n in names)
-            if self._chains[sort].transforms(layout):
-                made.append(TensorGroup(self._chains[sort], tuple(names), layout, sort == "change"))
+            chain = self._chains[sort]
+            if chain.transforms(layout):
+                groups.append(TensorGroup(chain, tuple(names), layout, sort == "change"))
             else:
                 plain += names
-        if made and plain:
-            made.append(
-                TensorGroup(self._plain, tuple(plain), tuple(form.shapes[n] for n in plain), False)
-            )
-        return made
+        if groups and plain:
+            layout = tuple(form.shapes[n] for n in plain)
+            groups.append(TensorGroup(self._plain, tuple(plain), layout, False))
+        return groups
 
     def _sort(self, kind: Kind, spec: ItemSpec, shape: tuple[int, ...], known: bool) -> Sort | None:
         if kind == "params":
@@ -179,8 +242,10 @@ class ItemCodec:
             return "change"
         if kind == "counts" or len(shape) < 2:
             return None
-        said = kind == "rows" and spec.share == "predictions" and shape[1:] == (self._outputs,)
-        return "predictions" if said else "rows"
+        is_prediction = (
+            kind == "rows" and spec.share == "predictions" and shape[1:] == (self._outputs,)
+        )
+        return "predictions" if is_prediction else "rows"
 
     def encode(
         self,
@@ -190,9 +255,18 @@ class ItemCodec:
         key: tuple[Key, ...],
         unsent: Mapping[str, Tensor] | None,
     ) -> tuple[bytes, Tensors]:
-        """Return the stream, and what a biased chain leaves out of each tensor: update + unsent - decoded, exactly.
+        """Encode an item.
 
-        `unsent` is what was left out before; None if the sender keeps nothing.
+        Args:
+            groups: The return value of `groups`.
+            item: The item.
+            base: The reference tensors by name.
+            key: Key of the random draws.
+            unsent: Values that earlier messages omitted, by tensor; None if the sender keeps none.
+
+        Returns:
+            The stream, and the values that biased chains omit from each tensor, which are exactly
+            update + unsent - decoded.
         """
         tensors = item.tensors
         bodies = []
@@ -225,14 +299,25 @@ class ItemCodec:
         key: tuple[Key, ...],
         source: ByteReader,
     ) -> Tensor | Tensors:
-        """An item's values from its stream. Raises PayloadError."""
-        found: Tensors = {}
+        """Decode the values of an item.
+
+        Args:
+            groups: The return value of `groups`.
+            form: The form of the item.
+            base: The reference tensors by name.
+            key: Key of the random draws.
+            source: The stream.
+
+        Raises:
+            PayloadError: If the stream is malformed.
+        """
+        tensors: Tensors = {}
         for place, group in enumerate(groups):
             draw = partial(keyed_generator, *key, place)
             numbers = group.chain.decode(source, group.layout, DTYPES[form.dtype], draw)
             for part, n in zip(split_vector(numbers, group.layout), group.names, strict=True):
-                found[n] = part + base[n] if group.change and n in base else part
-        return found[""] if set(form.shapes) == {""} else {n: found[n] for n in form.shapes}
+                tensors[n] = part + base[n] if group.change and n in base else part
+        return tensors[""] if set(form.shapes) == {""} else {n: tensors[n] for n in form.shapes}
 
     @staticmethod
     def _reference_change(tensor: Tensor, name: str, group: TensorGroup, base: Tensors) -> Tensor:
@@ -241,7 +326,7 @@ class ItemCodec:
 
 
 def value_kinds(spec: ItemSpec) -> set[Sort]:
-    """What the numbers of an item that is declared like this may be."""
+    """Return the possible sorts of the numbers of an item."""
     if spec.ranks or spec.kind == "counts":
         return set()
     if spec.kind in ("params", "update"):
@@ -251,33 +336,14 @@ def value_kinds(spec: ItemSpec) -> set[Sort]:
     )
 
 
-# One direction of the channel: payloads in, bytes out, and back; compressed on the way as the
-# configuration says.
-#
-# Each item of floating numbers is one stream of bits over all its tensors, in a message that names
-# nothing that the receiver knows:
-#
-#     "hfl1" | report | layout | number of streams | (item, length, weight, stream) … | what passes, as a payload of its own
-#
-# The layout is empty on the way up, where the server knows names, shapes and types from a dry run
-# of the client's plan; downwards it is deflated JSON. Model parameters are compressed as their
-# change against a reference that both ends hold.
-
-MARK = b"hfl1"
-WEIGHT = "weight 1"
-LARGEST_LAYOUT = 1 << 22  # bytes of JSON
-MOST_NUMBERS = 1 << 30  # in a message that tells its own layout: of few that are sent, all are made
-UNSENT = "unsent"  # where a sender keeps, in its private state, what it has not sent yet
-
-
 class Link:
-    """One direction.
+    """Encodes and decodes the payloads of one direction.
 
     Args:
-        stages: the chain; without a stage no link is needed.
-        specs: what the method declares of items, by name; on the way down, what there is to say of some.
-        outputs: of the task: predictions are rows of so many numbers.
-        includes_layout: Messages contain their layout, also where both ends hold a reference.
+        stages: The configured stages.
+        specs: The declared items by name; for broadcasts, only those with a declaration.
+        outputs: Number of outputs of the task, the width of predictions.
+        includes_layout: Whether messages contain their layout even if both ends have a reference.
     """
 
     def __init__(
@@ -300,30 +366,34 @@ class Link:
         reference: Payload | None = None,
         memory: dict[str, Any] | None = None,
     ) -> bytes:
-        """The message.
+        """Encode a payload.
 
         Args:
-            key: names the random draws; the receiver has the same.
-            plain: names of tensors that travel as they are (BatchNorm's statistics).
-            reference: what both ends hold; none: the message tells its own layout.
-            memory: the sender's private state. What a biased chain does not send is kept there, and sent with the next.
+            payload: The payload.
+            key: Key of the random draws; the receiver has the same.
+            plain: Names of tensors that are not compressed, such as BatchNorm statistics.
+            reference: The payload at both ends from which changes are computed; without it, the
+                message contains its layout.
+            memory: The sender's private state. Values that a biased chain omits are kept there and
+                added to the next message.
         """
         forms: dict[str, ItemForm] = {}
         bodies = {}
-        passing = {}
+        uncompressed = {}
         kept: dict[str, Tensors] = {} if memory is None else memory.get(UNSENT, {})
         for name, item in payload.items_.items():
             form = ItemForm.from_item(item, plain)
             base = _reference_item(reference, name, item.kind)
             groups = self.streams.groups(form, self._spec(name, item.kind), base) if form else []
             if form is None or not groups:
-                passing[name] = item
+                uncompressed[name] = item
                 continue
             earlier = None if memory is None else kept.get(name, {})
             body, unsent = self.streams.encode(groups, item, base, (*key, name), earlier)
             if unsent and memory is not None:
                 memory[UNSENT] = kept = {**kept, name: {**kept.get(name, {}), **unsent}}
-            forms[name], bodies[name] = form, _weight(item.weight) + body
+            forms[name] = form
+            bodies[name] = _encode_weight(item.weight) + body
         names = self.names
         layout = b""
         if reference is None or self.includes_layout:
@@ -340,7 +410,7 @@ class Link:
         streams = [
             struct.pack("<BI", names.index(name), len(body)) + body for name, body in bodies.items()
         ]
-        rest = Payload(passing).encode() if passing else b""
+        rest = Payload(uncompressed).encode() if uncompressed else b""
         return b"".join([*head, struct.pack("<B", len(streams)), *streams, rest])
 
     def receive(
@@ -351,13 +421,22 @@ class Link:
         reference: Payload | None = None,
         like: Mapping[str, Item] | None = None,
     ) -> Payload:
-        """The reverse of `send`. `like`: an upload of the right names, shapes and dtypes, where the message does not tell them.
+        """Decode a payload from `send` without allocating more memory than expected.
 
-        Raises PayloadError for what is malformed, not of that form, or not finite; allocates no more than is expected.
+        Args:
+            data: The message.
+            key: Key of the random draws.
+            plain: Names of tensors that are not compressed.
+            reference: The payload from which changes are computed.
+            like: A payload with the expected names, shapes and dtypes, if the message does not
+                contain its layout.
+
+        Raises:
+            PayloadError: If the message is malformed, not of the expected form, or not finite.
         """
         source = ByteReader(data)
         if source.take(min(len(MARK), len(data))) != MARK:
-            raise PayloadError("no compressed message, as `channel` has it")
+            raise PayloadError("expected a compressed message, as configured in channel.compress")
         report = _json(bytes(source.take(source.read_integer(2))))
         layout = bytes(source.take(source.read_integer(4)))
         forms = (
@@ -373,35 +452,45 @@ class Link:
             name = names[place] if place < len(names) else str(place)
             form = forms.get(name)
             if form is None or name in items:
-                raise PayloadError(f"item {name[:60]!r} was not asked for")
-            base = _reference_item(reference, name, form.kind)
-            groups = self.streams.groups(form, self._spec(name, form.kind), base)
-            try:
-                weight = _read_weight(stream)
-                values = self.streams.decode(groups, form, base, (*key, name), stream)
-                stream.expect_end()
-            except PayloadError as error:
-                raise PayloadError(f"item {name[:60]!r}: {error}") from None
-            items[name] = {"values": values, "weight": weight, "kind": form.kind}
+                raise PayloadError(f"item {name[:60]!r}: unexpected")
+            items[name] = self._receive_item(name, form, stream, key, reference)
         rest = bytes(source.read_rest())
         for name, item in (Payload.decode(rest, like).items_ if rest else {}).items():
             if name in items:
-                raise PayloadError(f"item {name[:60]!r} was sent twice")
+                raise PayloadError(f"item {name[:60]!r}: received twice")
             items[name] = {"values": item.values, "weight": item.weight, "kind": item.kind}
         return Payload.from_untrusted({"items": items, "report": report})
+
+    def _receive_item(
+        self,
+        name: str,
+        form: ItemForm,
+        stream: ByteReader,
+        key: tuple[Key, ...],
+        reference: Payload | None,
+    ) -> dict[str, Any]:
+        base = _reference_item(reference, name, form.kind)
+        groups = self.streams.groups(form, self._spec(name, form.kind), base)
+        try:
+            weight = _read_weight(stream)
+            values = self.streams.decode(groups, form, base, (*key, name), stream)
+            stream.expect_end()
+        except PayloadError as error:
+            raise PayloadError(f"item {name[:60]!r}: {error}") from None
+        return {"values": values, "weight": weight, "kind": form.kind}
 
     def _spec(self, name: str, kind: Any) -> ItemSpec:
         return self.specs.get(name, ItemSpec(kind))
 
 
 def _reference_item(reference: Payload | None, name: str, kind: str) -> Tensors:
-    """What the tensors of an item are a change of: its namesakes in what the sender received; nothing for other kinds."""
+    """Return the reference tensors of an item by name, or an empty dictionary."""
     if reference is None or kind != "params" or name not in reference:
         return {}
     return reference.item(name).tensors
 
 
-def _weight(weight: float | Tensor) -> bytes:
+def _encode_weight(weight: float | Tensor) -> bytes:
     if isinstance(weight, Tensor):
         coded = encode(weight, WEIGHT)
         return struct.pack("<BI", 1, len(coded)) + coded
@@ -419,24 +508,24 @@ def _read_weight(source: ByteReader) -> Any:
 
 def _json(raw: bytes) -> dict[str, Any]:
     try:
-        found = read_json(raw)
+        content = read_json(raw)
     except CodecError as error:
         raise PayloadError(f"report or layout: {error}") from None
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise PayloadError("report or layout is malformed")
-    return found
+        content = None
+    if not isinstance(content, dict):
+        raise PayloadError("report or layout: malformed")
+    return content
 
 
 def _item_forms(layout: bytes) -> dict[str, ItemForm | None]:
-    """The forms of a message that tells them."""
+    """Return the form of each item from the layout in a message."""
     try:
         raw = zlib.decompressobj().decompress(layout, LARGEST_LAYOUT)
     except zlib.error:
-        raise PayloadError("the layout is malformed") from None
+        raise PayloadError("layout: malformed") from None
     forms = {name: ItemForm.from_json(form) for name, form in _json(raw).items()}
     numbers = sum(prod(shape) for form in forms.values() for shape in form.shapes.values())
     if numbers > MOST_NUMBERS:
-        raise PayloadError(f"a layout of {numbers:,} numbers; at most {MOST_NUMBERS:,} are read")
+        raise PayloadError(f"layout: {numbers:,} numbers exceed the limit of {MOST_NUMBERS:,}")
     return dict(forms)

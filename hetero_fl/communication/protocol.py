@@ -9,17 +9,19 @@ from typing import Any, Generic, TypeVar
 from typing import Protocol as Interface
 
 from torch import Tensor
+from typing_extensions import override
 
 from hetero_fl.core.payload import Payload
 from hetero_fl.utils.errors import NoUploadError
 
 T = TypeVar("T")
 
-Content = bytes | Payload  # encoded, or as it is where sender and receiver are in one process
+# Encoded, or the payload itself if sender and receiver are in one process.
+Content = bytes | Payload
 
 
 def encoded(content: Content) -> bytes:
-    """Return the content as it travels."""
+    """Return the encoded content."""
     return content if isinstance(content, bytes) else content.encode()
 
 
@@ -33,15 +35,15 @@ class Message:
     """One transfer between server and client.
 
     Args:
-        kind: What is asked or answered, such as "train" or "upload".
-        content: What is sent: encoded, or as it is if the receiver is in this process. Its tensors
+        kind: Kind of the request or reply, such as "train" or "upload".
+        content: The encoded content, or the payload if the receiver is in this process. Its tensors
             must not be modified in place.
-        round_idx: The round of the task; the server's version in an asynchronous run. Keys the
-            client's random draws, together with `attempt`.
-        attempt: In asynchronous runs, how often the client was asked in that round before.
-        step_share: The share of its local steps that the client does.
-        checksum: SHA-256 of `body` as the sender had it, where the message leaves its machine or
-            a simulated fault may change it. Not counted as traffic.
+        round_idx: The round of the task; in an asynchronous run, the server's version. Together
+            with `attempt`, it is the key of the client's random draws.
+        attempt: In asynchronous runs, the number of earlier requests to the client in that round.
+        step_share: Share of the local steps that the client computes.
+        checksum: SHA-256 of `body` at the sender, if the message leaves the machine or a simulated
+            fault may change it. Not counted as traffic.
     """
 
     kind: str
@@ -58,11 +60,11 @@ class Message:
 
     @property
     def size(self) -> int:
-        """The bytes of the encoded content."""
+        """The number of bytes of the encoded content."""
         return content_size(self.content)
 
     def with_checksum(self) -> Message:
-        """Return a copy that carries the checksum of its body."""
+        """Return a copy with the checksum of the body."""
         return replace(self, checksum=hashlib.sha256(self.body).digest())
 
     @property
@@ -76,13 +78,13 @@ Reply = Message | NoUploadError
 
 @dataclass
 class AggregatedUploads:
-    """The outcome of a secure sum: the total of the uploads, and no single one.
+    """The result of secure aggregation: the sum of the uploads.
 
     Args:
         clients: The clients in the sum.
-        total: Integers modulo 2^64, uint64 `[L]`.
-        unit: The unit in which the weights in `total` are expressed.
-        dropouts: Why other clients are not in the sum.
+        total: Integers modulo 2^64, uint64, shape `[L]`.
+        unit: Unit of the weights in `total`.
+        dropouts: The reasons why other clients are not in the sum, by client id.
     """
 
     clients: list[str]
@@ -92,16 +94,21 @@ class AggregatedUploads:
 
 
 class Exchange(Interface):
-    """One request to each of some clients, and what the server does with the replies."""
+    """One request to each of some clients, and the processing of their replies.
+
+    Attributes:
+        kind: Kind of the request.
+        clients: The clients that receive it.
+    """
 
     kind: str
     clients: Sequence[str]
 
     def request(self, client_id: str, broadcast_to: Callable[[str], Content]) -> Message:
-        """Return the request to a client; `broadcast_to` gives its broadcast if it is needed."""
+        """Return the request to a client; `broadcast_to` returns the client's broadcast."""
 
     def accept(self, client_id: str, reply: Message) -> Content | None:
-        """Take a client's reply. Return the upload in it if the server may see it."""
+        """Process a reply and return the upload in it, if the server may see it."""
 
 
 Exchanges = Generator[Exchange, None, AggregatedUploads | None]
@@ -109,11 +116,11 @@ Exchanges = Generator[Exchange, None, AggregatedUploads | None]
 
 @dataclass(frozen=True)
 class TrainingRequest:
-    """A request that asks a client to train.
+    """A request to train.
 
     Attributes:
         broadcast: The broadcast.
-        reply: Returns the reply with an upload.
+        reply: Returns the reply that contains an upload.
     """
 
     broadcast: Content
@@ -121,22 +128,22 @@ class TrainingRequest:
 
 
 class RoundProtocol(Interface):
-    """How the uploads of a round reach the server.
+    """The protocol by which the uploads of a round reach the server.
 
     Attributes:
-        setup: The exchanges before the one in which clients train ("train").
-        takes_payload: Whether it passes broadcasts and uploads on without reading their bytes, so
-            that they need not be encoded within a process.
+        setup: Kinds of the exchanges before training (the exchange "train").
+        takes_payload: Whether broadcasts and uploads need not be encoded within a process, because
+            the protocol does not read their bytes.
     """
 
     setup: tuple[str, ...]
     takes_payload: bool
 
     def exchanges(self, cohort: Sequence[str], round_idx: int) -> Exchanges:
-        """Yield the exchanges of a round, each after the replies to the one before.
+        """Yield the exchanges of a round, each after the replies to the previous one.
 
         Returns:
-            The sum of the uploads if the protocol reveals nothing else, otherwise None.
+            The sum of the uploads if the protocol reveals only the sum, otherwise None.
 
         Raises:
             RoundAbandonedError: If too few clients are left.
@@ -151,13 +158,13 @@ class RoundProtocol(Interface):
             client_id: The client.
             message: The request.
             round_idx: The round.
-            notes: What clients remember between the exchanges of a round, by client id.
+            notes: State of clients between the exchanges of a round, by client id.
         """
 
     def sizes(
         self, cohort: int, round_idx: int, broadcast: int, upload: int
     ) -> dict[str, tuple[int, int]]:
-        """Return the bytes (down, up) per client of each exchange if nobody leaves.
+        """Return the bytes (down, up) per client of each exchange, without dropouts.
 
         Args:
             cohort: Number of clients.
@@ -168,34 +175,39 @@ class RoundProtocol(Interface):
 
 
 @dataclass
-class TrainExchange:
-    """Broadcast down, upload up."""
+class TrainExchange(Exchange):
+    """The exchange of a broadcast and an upload."""
 
     clients: Sequence[str]
     kind: str = "train"
 
+    @override
     def request(self, client_id: str, broadcast_to: Callable[[str], Content]) -> Message:
         return Message(self.kind, broadcast_to(client_id))
 
+    @override
     def accept(self, client_id: str, reply: Message) -> Content:
         return reply.content
 
 
-class DirectProtocol:
+class DirectProtocol(RoundProtocol):
     """One exchange: every client trains on its broadcast and sends its upload."""
 
     setup: tuple[str, ...] = ()
     takes_payload = True
 
+    @override
     def exchanges(self, cohort: Sequence[str], round_idx: int) -> Exchanges:
         yield TrainExchange(cohort)
         return None
 
+    @override
     def answer(
         self, client_id: str, message: Message, round_idx: int, notes: MutableMapping[str, bytes]
     ) -> TrainingRequest:
         return TrainingRequest(message.content, _upload)
 
+    @override
     def sizes(
         self, cohort: int, round_idx: int, broadcast: int, upload: int
     ) -> dict[str, tuple[int, int]]:
@@ -207,28 +219,28 @@ def _upload(content: Content) -> Message:
 
 
 def total_bytes(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """Return the bytes down and up of several exchanges together."""
+    """Return the total bytes down and up of several exchanges."""
     down, up = zip(*sizes, strict=True)
     return sum(down), sum(up)
 
 
 @dataclass
 class Traffic:
-    """Bytes of encoded messages."""
+    """Bytes of encoded messages, uploads and broadcasts."""
 
     up: int = 0
     down: int = 0
 
 
 class EncodeCache(Generic[T]):
-    """Encode equal payloads once.
+    """Encodes equal payloads once.
 
-    Clients of one group receive the same tensors, so the payload of the first is encoded and the
-    result reused. Payloads are equal if their reports are, and their tensors are the same memory.
+    Clients of one group receive the same tensors, so the encoding of the first payload is reused.
+    Payloads are equal if their reports are equal and their tensors are the same memory.
 
     Args:
-        encode: What to do with a payload.
-        max_entries: Number of results to keep.
+        encode: Encodes a payload.
+        max_entries: Number of encodings to keep.
     """
 
     def __init__(self, encode: Callable[[Payload], T], max_entries: int = 8) -> None:
@@ -254,8 +266,9 @@ class EncodeCache(Generic[T]):
 def _identity(value: Any) -> Any:
     if isinstance(value, Mapping):
         return tuple((name, _identity(tensor)) for name, tensor in value.items())
-    # Views that are made anew for each client are the same memory, too.
+    # The address also identifies views that are created for each client.
     if isinstance(value, Tensor) and value.numel():
-        version = 0 if value.is_inference() else value._version  # changes in place
+        # The version counts changes in place.
+        version = 0 if value.is_inference() else value._version
         return value.data_ptr(), version, tuple(value.shape), value.stride(), value.dtype
     return id(value) if isinstance(value, Tensor) else value

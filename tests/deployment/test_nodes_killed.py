@@ -75,7 +75,7 @@ def test_secure_sum_without_who_died_between_remembering_and_answering(tmp_path:
     counts = [(record["counts"]["arrived"], list(record["failed"])) for record in records(there)]
     # keys: drawn anew, as nobody has seen the others; unmask: its vector is in the sum already
     assert counts == [(4, []), (3, ["site_2"]), (3, ["site_3"]), (4, []), (4, []), (4, [])]
-    assert "out of turn" in records(there)[1]["failed"]["site_2"]
+    assert "out of order" in records(there)[1]["failed"]["site_2"]
 
 
 @pytest.mark.slow

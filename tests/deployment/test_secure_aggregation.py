@@ -96,7 +96,7 @@ def test_no_exchange_is_answered_for_another_sum(heard: Heard, tmp_path: Path) -
     assert all(b"another round" in answer.body for answer in answers.values())
     # nor is the present one's training done twice, were it called another task
     node, train = next((node, e) for node, e in second if e.head["what"] == "train")
-    assert b"out of turn" in heard.again(node, train).body
+    assert b"out of order" in heard.again(node, train).body
     done = federation(MADE, sites, tmp_path / "there")
     assert [r["counts"]["arrived"] for r in records(done)] == [3, 3, 3]
 

@@ -1,1 +1,1 @@
-"""Secure aggregation: the server learns the sum of a round's uploads and no single one."""
+"""Secure aggregation: the server learns the sum of a round's uploads, but no single upload."""

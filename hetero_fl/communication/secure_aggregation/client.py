@@ -1,7 +1,8 @@
-"""The client's side of the secure sum: four answers, each given once a round (Bonawitz et al. 2017, figure 4).
+"""The client of secure aggregation: four replies, each given once a round.
 
-Between them a client remembers its secrets in `notes`: private, forgotten when the round ends, on disk only in a deployment, in
-the folder of a node that may be killed between two of them.
+See Bonawitz et al. (2017), figure 4. Between the replies, a client keeps its secrets in `notes`,
+which are private and deleted when the round ends. They are on disk only in a deployment, in the
+folder of the node, because a node may be killed between two replies.
 """
 
 from __future__ import annotations
@@ -28,38 +29,52 @@ from hetero_fl.communication.secure_aggregation.messages import (
 )
 from hetero_fl.core.payload import PayloadError
 
-# (upload, unit of weights) -> integers to be summed; raises PayloadError
+# Converts (upload, unit of weights) to the integers of the sum; raises PayloadError.
 Packer = Callable[[bytes, float], Words]
 Notes = MutableMapping[str, bytes]
-STATE_FIELDS: dict[str, Field] = {  # what a client remembers
-    "next": (np.uint8, (None,)),  # the one request that it will answer
+# The state of a client between two requests:
+#   next     the only request that it will answer
+#   secrets  private keys for shares and for masks, and the seed of its own mask
+#   head     its number and the threshold
+#   numbers  its neighborhood, including itself
+#   keys     public keys of the neighborhood, for shares and for masks
+#   own      its shares of its own secrets
+#   pairs    keys that encrypt the shares of each neighbor
+#   mates    neighbors with which it shares a mask
+#   sealed   encrypted shares from these neighbors
+STATE_FIELDS: dict[str, Field] = {
+    "next": (np.uint8, (None,)),
     "tag": (np.uint8, (TAG,)),
-    "secrets": (np.uint8, (3, 32)),  # private keys of shares and of masks, the seed of its own mask
-    "head": (np.int32, (2,)),  # its own number, the threshold
-    "numbers": (np.int32, (None,)),  # of its neighbourhood, itself among them
-    "keys": (np.uint8, (None, 64)),  # their public keys: of shares and of masks
-    "own": (np.uint8, (2, crypto.SHARE_LENGTH)),  # its shares of its own secrets
-    "pairs": (np.uint8, (None, 32)),  # the keys in which shares are sealed, of each neighbour
-    "mates": (np.int32, (None,)),  # neighbours with whom it shares a mask
-    "sealed": (np.uint8, (None, SEALED)),  # their shares
+    "secrets": (np.uint8, (3, 32)),
+    "head": (np.int32, (2,)),
+    "numbers": (np.int32, (None,)),
+    "keys": (np.uint8, (None, 64)),
+    "own": (np.uint8, (2, crypto.SHARE_LENGTH)),
+    "pairs": (np.uint8, (None, 32)),
+    "mates": (np.int32, (None,)),
+    "sealed": (np.uint8, (None, SEALED)),
 }
 
 
 def answer(
     client_id: str, message: Message, notes: Notes, packer: Callable[[bytes], Packer]
 ) -> Message | TrainingRequest:
-    """Answer one request; "refused", with the reason, if an honest server would not send it now.
+    """Answer one request.
 
     Args:
         client_id: The client.
         message: The request.
-        notes: What clients remember between exchanges.
-        packer: Returns the packer of the layout with a digest. Raises PayloadError for a layout
-            that was not agreed.
+        notes: State of clients between exchanges, by client id.
+        packer: Returns the packer of the layout with the given digest, or raises PayloadError for
+            an unknown layout.
+
+    Returns:
+        The reply, a message of kind "refused" with the reason if an honest server would not send
+        the request at this point, or a request to train.
     """
     try:
         if message.kind not in REQUESTS:
-            raise PayloadError(f"{message.kind[:20]!r} is nothing that a secure sum asks")
+            raise PayloadError(f"unknown request {message.kind[:20]!r}")
         request = decode_arrays(message.body, REQUESTS[message.kind])
         if message.kind == "keys":
             return Message("keys", _advertise(client_id, request, notes))
@@ -79,8 +94,8 @@ def answer(
         except PayloadError as error:
             return _refused(error)
         apply_masks(vector, streams)
-        known = {**state, "mates": request["numbers"], "sealed": request["sealed"]}
-        _store_state(client_id, notes, "unmask", known)
+        updated = {**state, "mates": request["numbers"], "sealed": request["sealed"]}
+        _store_state(client_id, notes, "unmask", updated)
         arrays = {"tag": state["tag"], "vector": vector.view(np.int64)}
         return Message("train", encode_arrays(arrays))
 
@@ -94,7 +109,7 @@ def _refused(error: PayloadError) -> Message:
 def _advertise(client: str, request: Arrays, notes: Notes) -> bytes:
     secrets = (crypto.new_key(), crypto.new_key(), crypto.new_seed())
     public = crypto.public_key(secrets[0]) + crypto.public_key(secrets[1])
-    none = {
+    empty = {
         name: np.zeros([d or 0 for d in shape], dtype)
         for name, (dtype, shape) in STATE_FIELDS.items()
     }
@@ -103,7 +118,7 @@ def _advertise(client: str, request: Arrays, notes: Notes) -> bytes:
         notes,
         "shares",
         {
-            **none,
+            **empty,
             "tag": request["tag"],
             "secrets": stack_byte_strings(*secrets),
             "keys": stack_byte_strings(public),
@@ -113,20 +128,20 @@ def _advertise(client: str, request: Arrays, notes: Notes) -> bytes:
 
 
 def _share(client: str, state: Arrays, request: Arrays, notes: Notes) -> bytes:
-    you, threshold = request["head"].tolist()
+    own_number, threshold = request["head"].tolist()
     numbers = client_numbers(request["numbers"])
     public = [bytes(k) for k in request["keys"]]
     if (
         len(numbers) != len(public)
-        or you not in numbers
-        or public[numbers.index(you)] != state["keys"][0].tobytes()
+        or own_number not in numbers
+        or public[numbers.index(own_number)] != state["keys"][0].tobytes()
     ):
-        raise PayloadError("other keys than mine stand under my number")
+        raise PayloadError("the public keys of this client are not those that it sent")
     if len({k[:32] for k in public} | {k[32:] for k in public}) < 2 * len(public):
-        raise PayloadError("two clients with one key")
+        raise PayloadError("duplicate public keys")
     if threshold < 2 or not len(numbers) < 2 * threshold <= 2 * len(numbers):
         raise PayloadError(
-            f"a threshold of {threshold} of {len(numbers)} clients; it is more than half of them"
+            f"threshold: expected more than half of {len(numbers)} clients, got {threshold}"
         )
     secret, masking, seed = (bytes(s) for s in state["secrets"])
     pairs = [
@@ -135,82 +150,90 @@ def _share(client: str, state: Arrays, request: Arrays, notes: Notes) -> bytes:
             *(crypto.split_secret(s, threshold, numbers) for s in (masking, seed)), strict=True
         )
     ]
-    peers = [i for i, number in enumerate(numbers) if number != you]
+    peers = [i for i, number in enumerate(numbers) if number != own_number]
     tag = state["tag"].tobytes()
     loaded = crypto.load_private_key(secret)
     shared = [crypto.derive_shared_key(loaded, public[i][:32], b"shares") for i in peers]
     sealed = [
-        crypto.encrypt(key, pairs[i], _associated_data(tag, you, numbers[i]))
+        crypto.encrypt(key, pairs[i], _associated_data(tag, own_number, numbers[i]))
         for key, i in zip(shared, peers, strict=True)
     ]
-    mine = pairs[numbers.index(you)]
-    now = {
+    own_pair = pairs[numbers.index(own_number)]
+    updated = {
         "head": request["head"],
         "numbers": request["numbers"],
         "keys": request["keys"],
         "pairs": stack_byte_strings(*shared),
     }
-    own = stack_byte_strings(mine[: crypto.SHARE_LENGTH], mine[crypto.SHARE_LENGTH :])
-    _store_state(client, notes, "train", {**state, **now, "own": own})
-    others = np.array([numbers[i] for i in peers], np.int32)
-    bound = byte_string_to_row(crypto.commit_to_seed(seed, tag))
+    own = stack_byte_strings(own_pair[: crypto.SHARE_LENGTH], own_pair[crypto.SHARE_LENGTH :])
+    _store_state(client, notes, "train", {**state, **updated, "own": own})
+    commitment = byte_string_to_row(crypto.commit_to_seed(seed, tag))
     return encode_arrays(
         {
             "tag": state["tag"],
-            "commitment": bound,
-            "numbers": others,
+            "commitment": commitment,
+            "numbers": np.array([numbers[i] for i in peers], np.int32),
             "sealed": stack_byte_strings(*sealed),
         }
     )
 
 
 def _streams(state: Arrays, request: Arrays) -> list[tuple[bytes, bool]]:
-    """The masks of this client's vector: its own, and one with each mate, which the one of lower number takes off again."""
-    you, threshold = state["head"].tolist()
+    """Return the keys of the masks of this client's vector, and whether to subtract each mask.
+
+    They are the client's own mask, and one mask with each neighbor that still takes part.
+    """
+    own_number, threshold = state["head"].tolist()
     mates = client_numbers(request["numbers"])
     public = dict(zip(state["numbers"].tolist(), state["keys"], strict=True))
-    if len(mates) != len(request["sealed"]) or you in mates or not set(mates) <= set(public):
-        raise PayloadError("shares from others than my neighbours")
+    if len(mates) != len(request["sealed"]) or own_number in mates or not set(mates) <= set(public):
+        raise PayloadError("shares: expected exactly one from each neighbor")
     if len(mates) + 1 < threshold:
         raise PayloadError(
-            f"{len(mates) + 1} clients are left in my neighbourhood, {threshold} are needed"
+            f"{len(mates) + 1} clients are left in the neighborhood, {threshold} are needed"
         )
     if not 0 <= int(request["head"][0]) < 64:
-        raise PayloadError("a unit of weights that is none")
+        raise PayloadError("unit of weights: exponent must be between 0 and 63")
     _, masking, seed = (bytes(s) for s in state["secrets"])
     key = crypto.load_private_key(masking)
     tag = state["tag"].tobytes()
-    return [(seed, False), *(pair_mask(key, public[m].tobytes(), you, m, tag) for m in mates)]
+    pair_masks = [pair_mask(key, public[m].tobytes(), own_number, m, tag) for m in mates]
+    return [(seed, False), *pair_masks]
 
 
 def _unmask(client: str, state: Arrays, request: Arrays, notes: Notes) -> bytes:
-    """Of each neighbour one share: of its seed if its vector is in the sum, of its masking key if it left. Never both: what
-    is asked for twice or inconsistently is refused, and a second request of the round finds no notes."""
-    you, threshold = state["head"].tolist()
+    """Return one share of a secret of each neighbor.
+
+    The secret is the seed if the neighbor's vector is in the sum, and its masking key if it dropped
+    out, but never both. The notes are deleted, so that a second request in the round is refused.
+    """
+    own_number, threshold = state["head"].tolist()
     survivors = client_numbers(request["survivors"])
     dropped = client_numbers(request["dropped"])
     if both := set(survivors) & set(dropped):
-        raise PayloadError(f"asked for both secrets of client number {min(both)}")
-    if set(survivors) | set(dropped) != {you, *state["mates"].tolist()} or you not in survivors:
-        raise PayloadError("survivors that are not my neighbours and I")
+        raise PayloadError(f"the request reveals both secrets of client number {min(both)}")
+    neighborhood = {own_number, *state["mates"].tolist()}
+    if set(survivors) | set(dropped) != neighborhood or own_number not in survivors:
+        raise PayloadError("survivors and dropouts are not the neighborhood of this client")
     if len(survivors) < threshold:
         raise PayloadError(
-            f"{len(survivors)} survivors in my neighbourhood, {threshold} are needed"
+            f"{len(survivors)} survivors are left in the neighborhood, {threshold} are needed"
         )
-    others = [number for number in state["numbers"].tolist() if number != you]
+    others = [number for number in state["numbers"].tolist() if number != own_number]
     pairs = dict(zip(others, state["pairs"], strict=True))
     sealed = dict(zip(state["mates"].tolist(), state["sealed"], strict=True))
     numbers = []
     shares = []
     for number in (*survivors, *dropped):
         try:
-            if number == you:
+            if number == own_number:
                 pair = state["own"].tobytes()
             else:
-                about = _associated_data(state["tag"].tobytes(), number, you)
-                pair = crypto.decrypt(pairs[number].tobytes(), sealed[number].tobytes(), about)
+                context = _associated_data(state["tag"].tobytes(), number, own_number)
+                pair = crypto.decrypt(pairs[number].tobytes(), sealed[number].tobytes(), context)
         except PayloadError:
-            continue  # its sender's fault: the others' shares may do
+            # The neighbor sent an invalid share; those of other clients may suffice.
+            continue
         numbers.append(number)
         shares.append(
             pair[crypto.SHARE_LENGTH :] if number in survivors else pair[: crypto.SHARE_LENGTH]
@@ -226,28 +249,38 @@ def _unmask(client: str, state: Arrays, request: Arrays, notes: Notes) -> bytes:
 
 
 def pair_mask(
-    private: X25519PrivateKey, public: bytes, mine: int, other: int, tag: bytes
+    private: X25519PrivateKey, public: bytes, number: int, other: int, tag: bytes
 ) -> tuple[bytes, bool]:
-    """The key of the mask that two clients share, and whether this one takes it off. `public`: both keys of the other."""
-    low, high = sorted((mine, other))
-    return crypto.derive_shared_key(
-        private, public[32:], b"mask" + _associated_data(tag, low, high)
-    ), mine == low
+    """Return the mask that two clients share.
+
+    Args:
+        private: The masking key of a client.
+        public: Both public keys of the other client.
+        number: Number of the client.
+        other: Number of the other client.
+        tag: Identifies the round.
+
+    Returns:
+        The key of the mask, and whether the client subtracts it, as the lower number does.
+    """
+    low, high = sorted((number, other))
+    purpose = b"mask" + _associated_data(tag, low, high)
+    return crypto.derive_shared_key(private, public[32:], purpose), number == low
 
 
 def _associated_data(tag: bytes, first: int, second: int) -> bytes:
     return tag + first.to_bytes(4, "little") + second.to_bytes(4, "little")
 
 
-def _load_state(client: str, ask: str, request: Arrays, notes: Notes) -> Arrays:
+def _load_state(client: str, kind: str, request: Arrays, notes: Notes) -> Arrays:
     if client not in notes:
-        raise PayloadError(f"{ask!r} was asked outside a round")
-    held = decode_arrays(notes[client], STATE_FIELDS)
-    if request["tag"].tobytes() != held["tag"].tobytes():
-        raise PayloadError("a message of another round")
-    if ask.encode() != held["next"].tobytes():
-        raise PayloadError(f"{ask!r} was asked out of turn")
-    return held
+        raise PayloadError(f"request {kind!r} outside a round")
+    state = decode_arrays(notes[client], STATE_FIELDS)
+    if request["tag"].tobytes() != state["tag"].tobytes():
+        raise PayloadError("message of another round")
+    if kind.encode() != state["next"].tobytes():
+        raise PayloadError(f"request {kind!r} out of order")
+    return state
 
 
 def _store_state(client: str, notes: Notes, next_request: str, state: Arrays) -> None:

@@ -1,4 +1,9 @@
-"""Key agreement, secret sharing, masks, fixed-point numbers and the mask graph."""
+"""Key agreement, secret sharing, masks, fixed-point numbers and the mask graph.
+
+Uses X25519, HKDF-SHA256, AES-256-GCM (RFC 7748, RFC 5869, NIST SP 800-38D) and Shamir's secret
+sharing. Keys come from the operating system, never from the seed of the run, because anyone who
+knows the seed could remove every mask. They are used for one round.
+"""
 
 from __future__ import annotations
 
@@ -25,109 +30,145 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from hetero_fl.config.communication import SecureAggregationConfig
 from hetero_fl.core.payload import PayloadError
 
-# Key agreement and sealing for the secure sum: X25519, HKDF-SHA256, AES-256-GCM (RFC 7748, 5869;
-# NIST SP 800-38D).
-#
-# Keys are drawn from the operating system, never from the run's seed: whoever knows the seed could
-# take every mask off. They live for one round.
-
+# The prime of Curve25519.
 PRIME = 2**255 - 19
-KEY_LENGTH = 32  # bytes of a private key, a public key, an agreed key and a seed
+# Bytes of a private key, a public key, a shared key and a seed.
+KEY_LENGTH = 32
 NONCE = 12
-MARK = 16  # bytes that sealing adds
+# Bytes of the authentication tag that encryption adds.
+MARK = 16
+# The prime field of secret sharing; secrets are integers of 32 bytes.
+FIELD_PRIME = 2**256 + 297
+# Bytes of a share.
+SHARE_LENGTH = 33
+# Integers per block of a mask: a quarter of a megabyte, which stays in the CPU cache.
+BLOCK = 2**15
+# Share of clients that collude with the server, against which a mask graph is still secure.
+COLLUDING = 0.2
+# In bits: a probability of 2^-40 that an upload is revealed.
+SECURITY = 40
+# In bits: a probability of 2^-20 that an allowed number of dropouts ends a round.
+CORRECTNESS = 20
+Words: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.uint64]]"
 
 
 def new_key() -> bytes:
-    """A private key."""
+    """Return a new private key."""
     return X25519PrivateKey.generate().private_bytes_raw()
 
 
 def new_seed() -> bytes:
-    """32 secret bytes."""
+    """Return 32 random secret bytes."""
     return os.urandom(KEY_LENGTH)
 
 
 def public_key(private: bytes) -> bytes:
-    """The public key of a private one."""
+    """Return the public key of a private key."""
     return load_private_key(private).public_key().public_bytes_raw()
 
 
 def load_private_key(private: bytes) -> X25519PrivateKey:
-    """A private key ready to agree with many others: loading takes as long as agreeing."""
+    """Return a private key object, which can be reused for several key agreements."""
     return X25519PrivateKey.from_private_bytes(private)
 
 
 def check_public_key(public: bytes) -> None:
-    """Raise PayloadError for a public key of low order, or one that is not written as RFC 7748 has it (below 2^255 − 19)."""
+    """Raise PayloadError for a public key of low order or not below 2^255 - 19 (RFC 7748)."""
     if int.from_bytes(public, "little") >= PRIME:
-        raise PayloadError("a public key that is none")
+        raise PayloadError("invalid public key")
     derive_shared_key(load_private_key(new_key()), public, b"check")
 
 
 def derive_shared_key(private: X25519PrivateKey, public: bytes, purpose: bytes) -> bytes:
-    """The key that two parties have in common for a purpose: the same from either side.
+    """Return the key that two parties share for a purpose.
 
-    Raises PayloadError for a public key of low order, with which anybody's result would be the same.
+    Args:
+        private: The private key of one party.
+        public: The public key of the other party.
+        purpose: Distinguishes keys of the same parties.
+
+    Raises:
+        PayloadError: If the public key has low order, so that the result would be predictable.
     """
     try:
         secret = private.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError:
-        raise PayloadError("a public key that is none") from None
+        raise PayloadError("invalid public key") from None
     return HKDF(SHA256(), KEY_LENGTH, None, b"hetero_fl secure sum: " + purpose).derive(secret)
 
 
 def encrypt(key: bytes, plain: bytes, associated_data: bytes) -> bytes:
-    """Encrypted, and bound to what it is about."""
+    """Encrypt and authenticate bytes.
+
+    Args:
+        key: The key.
+        plain: The plaintext.
+        associated_data: Data that is authenticated but not encrypted.
+    """
     nonce = os.urandom(NONCE)
     return nonce + AESGCM(key).encrypt(nonce, plain, associated_data)
 
 
 def decrypt(key: bytes, sealed: bytes, associated_data: bytes) -> bytes:
-    """The reverse of `seal`. Raises PayloadError if it was made with another key, or about something else, or changed."""
+    """Decrypt bytes from `encrypt`.
+
+    Args:
+        key: The key.
+        sealed: The ciphertext.
+        associated_data: The data that was authenticated.
+
+    Raises:
+        PayloadError: If the key, the ciphertext or the associated data is not the original.
+    """
     try:
         return AESGCM(key).decrypt(sealed[:NONCE], sealed[NONCE:], associated_data)
     except (InvalidTag, ValueError):
-        raise PayloadError("a sealed share that does not open") from None
+        raise PayloadError("an encrypted share cannot be decrypted") from None
 
 
 def commit_to_seed(seed: bytes, tag: bytes) -> bytes:
-    """What binds a client to its seed without telling it: the seed has 256 bits to guess."""
+    """Return a commitment to a seed of 256 random bits, which does not reveal it."""
     return hashlib.sha256(b"hetero_fl secure sum: seed" + tag + seed).digest()
 
 
-# Secrets shared so that any t holders can put them together and fewer learn nothing (Shamir 1979).
-#
-# Secrets are 32 bytes, numbers below the prime 2^256 + 297. A polynomial of 100 shares with t = 67
-# takes a millisecond, so plain integers do.
-
-FIELD_PRIME = 2**256 + 297
-SHARE_LENGTH = 33  # bytes of a share
-
-
 def split_secret(secret: bytes, threshold: int, holders: Sequence[int]) -> list[bytes]:
-    """A share for each holder: a random polynomial of degree t − 1 whose value at 0 is the secret, at the holders' numbers.
+    """Split a secret into shares (Shamir 1979).
 
-    Holders are distinct numbers from 1 on; raises ValueError otherwise.
+    Any `threshold` shares reconstruct the secret, and fewer reveal nothing about it. A share is the
+    value of a random polynomial of degree `threshold - 1` whose value at 0 is the secret.
+
+    Args:
+        secret: 32 bytes.
+        threshold: Shares that reconstruct the secret.
+        holders: Distinct positive numbers of the holders.
+
+    Returns:
+        The share of each holder.
+
+    Raises:
+        ValueError: If holders are not distinct and positive, or fewer than the threshold.
     """
     if (
         len(set(holders)) < len(holders)
         or min(holders, default=1) < 1
         or not 1 <= threshold <= len(holders)
     ):
-        raise ValueError("holders are distinct numbers from 1 on, and no fewer than the threshold")
+        raise ValueError(
+            f"holders: expected at least {threshold} distinct positive integers, got {holders}"
+        )
     coefficients = [secrets.randbelow(FIELD_PRIME) for _ in range(threshold - 1)]
     constant = int.from_bytes(secret, "little")
-    made = []
+    shares = []
     for x in holders:
         y = 0
         for coefficient in coefficients:
             y = (y + coefficient) * x % FIELD_PRIME
-        made.append(((y + constant) % FIELD_PRIME).to_bytes(SHARE_LENGTH, "little"))
-    return made
+        shares.append(((y + constant) % FIELD_PRIME).to_bytes(SHARE_LENGTH, "little"))
+    return shares
 
 
 def combine_shares(shares: Mapping[int, bytes]) -> bytes | None:
-    """The secret of which these are shares, by holder; None if they are shares of nothing that `split` was given."""
+    """Return the secret from shares by holder, or None if they belong to no 32-byte secret."""
     weights = _lagrange_weights_at_zero(tuple(shares))
     total = sum(
         weight * int.from_bytes(share, "little")
@@ -136,52 +177,54 @@ def combine_shares(shares: Mapping[int, bytes]) -> bytes | None:
     return None if total % FIELD_PRIME >= 2**256 else (total % FIELD_PRIME).to_bytes(32, "little")
 
 
-@lru_cache(maxsize=64)  # in a complete graph the same holders answer for everybody
+# In a complete graph the same holders reconstruct the secrets of all clients.
+@lru_cache(maxsize=64)
 def _lagrange_weights_at_zero(holders: tuple[int, ...]) -> list[int]:
-    """Lagrange's weights of values at these numbers for the value at 0."""
-    made = []
+    """Return the Lagrange weights of the holders for the value at 0."""
+    weights = []
     for x in holders:
-        above = 1
-        below = 1
+        numerator = 1
+        denominator = 1
         for other in holders:
             if other != x:
-                above = above * other % FIELD_PRIME
-                below = below * (other - x) % FIELD_PRIME
-        made.append(above * pow(below, -1, FIELD_PRIME) % FIELD_PRIME)
-    return made
-
-
-# Masks: keystreams as vectors of 64-bit integers, added to a vector in place.
-#
-# AES-256 in counter mode, which was measured faster here than ChaCha20 (1.1 against 1.3 ms for 8
-# MB, in blocks that stay in the cache; 10 ms in one piece). A key serves one mask of one round, so
-# the counter starts at nought.
-
-BLOCK = 2**15  # integers: a quarter of a megabyte
-Words: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.uint64]]"
+                numerator = numerator * other % FIELD_PRIME
+                denominator = denominator * (other - x) % FIELD_PRIME
+        weights.append(numerator * pow(denominator, -1, FIELD_PRIME) % FIELD_PRIME)
+    return weights
 
 
 def apply_masks(vector: Words, streams: Iterable[tuple[bytes, bool]]) -> None:
-    """Add to the vector, modulo 2^64 and in place, the mask of each 32-byte key; True: take it off."""
+    """Add masks to a vector or subtract them, modulo 2^64 and in place.
+
+    A mask is the keystream of AES-256 in counter mode, which is faster here than ChaCha20 (1.1 and
+    1.3 ms for 8 MB in blocks; 10 ms without blocks). Each key is used for one mask of one round, so
+    the counter starts at 0.
+
+    Args:
+        vector: The vector, shape `[L]`.
+        streams: The 32-byte key of each mask, and whether to subtract the mask.
+    """
     zeros = bytes(8 * BLOCK)
-    made = bytearray(8 * BLOCK + 15)
-    stream = np.frombuffer(made, "<u8", BLOCK)
+    buffer = bytearray(8 * BLOCK + 15)
+    stream = np.frombuffer(buffer, "<u8", BLOCK)
     ciphers = [(Cipher(AES(key), CTR(bytes(16))).encryptor(), off) for key, off in streams]
     for start in range(0, len(vector), BLOCK):
         part = vector[start : start + BLOCK]
         for cipher, off in ciphers:
-            cipher.update_into(memoryview(zeros)[: 8 * len(part)], made)
+            cipher.update_into(memoryview(zeros)[: 8 * len(part)], buffer)
             (np.subtract if off else np.add)(part, stream[: len(part)], out=part)
-
-
-# Numbers as integers modulo 2^64, so that sums are exact and masks cancel to the last bit.
 
 
 @dataclass(frozen=True)
 class FixedPoint:
-    """x stands as round(x · 2^bits) modulo 2^64, for |x| ≤ limit; negative ones in two's complement.
+    """Fixed-point numbers: x is the integer `round(x * 2**bits)` modulo 2^64.
 
-    No sum over `cohort` of them leaves the range where the configuration was checked: cohort · limit · 2^bits < 2^63.
+    Sums are exact, and masks cancel without rounding. The configuration guarantees that the sum
+    over a cohort does not overflow: cohort * limit * 2^bits < 2^63.
+
+    Attributes:
+        bits: Fraction bits.
+        limit: Largest magnitude of a number.
     """
 
     bits: int
@@ -189,47 +232,47 @@ class FixedPoint:
 
     @classmethod
     def from_config(cls, config: SecureAggregationConfig, cohort: int) -> FixedPoint:
-        """As configured, for so many clients."""
+        """Return the configured format for a cohort of a given size."""
         return cls(config.num_fraction_bits(cohort), config.range)
 
     def encode(self, values: np.ndarray) -> Words:
-        """Integers `[L]` of float64 values `[L]`. Raises PayloadError for what is not finite or beyond the limit."""
+        """Encode float64 values as integers, shape `[L]`.
+
+        Raises:
+            PayloadError: If a value is not finite or exceeds the limit.
+        """
         largest = float(np.abs(values).max(initial=0.0))
         if not largest <= self.limit:
             raise PayloadError(
-                f"found {largest:.6g}, but channel.secure_sum.range is {self.limit:g}"
+                f"channel.secure_sum.range: values must be <= {self.limit:g}, got {largest:.6g}"
             )
         return np.rint(values * 2.0**self.bits).astype(np.int64).view(np.uint64)
 
     def decode(self, total: Words) -> np.ndarray:
-        """The values `[L]`, float64, of a sum."""
+        """Decode a sum to float64 values, shape `[L]`."""
         return total.view(np.int64) * 2.0**-self.bits
 
 
-# Who shares masks with whom: everybody with everybody, or a sparse random graph (Bell et al. 2020,
-# SecAgg+).
-#
-# Clients stand in a circle in an order that the server draws; each is a neighbour of the k/2 on
-# either side (a Harary graph with random labels, their section 3). A client's cost then grows with
-# k, which grows with the logarithm of the cohort.
-
-# share of clients that tell the server what they know, against whom a graph is still safe
-COLLUDING = 0.2
-SECURITY = 40
-CORRECTNESS = (
-    20  # bits: chances of 2^-40 that an upload shows, of 2^-20 that an allowed dropout ends a round
-)
-
-
 def share_threshold(members: int) -> int:
-    """Holders that put a secret together again, of the members of a neighbourhood: more than half of them, so that no two
-    sets of holders could give both secrets of a client even to a server that tells each of them another story."""
+    """Return the number of shares that reconstruct a secret in a neighborhood of a given size.
+
+    It is more than half of the members, so that a server that sends inconsistent requests cannot
+    obtain both secrets of a client from two disjoint sets of holders.
+    """
     return members // 2 + 1
 
 
 def num_neighbours(cohort: int, survivors: int, configured: int | None = None) -> int:
-    """Neighbours of each client: as many as asked for, else as the bound asks for; cohort − 1 (everybody) where that is no
-    fewer."""
+    """Return the number of neighbors of each client in the mask graph.
+
+    Args:
+        cohort: Number of clients.
+        survivors: Number of clients that must remain.
+        configured: The configured number; None for the smallest number that is secure.
+
+    Returns:
+        At most `cohort - 1`, which is a complete graph.
+    """
     if configured is not None:
         return min(configured, cohort - 1)
     return next(
@@ -238,11 +281,22 @@ def num_neighbours(cohort: int, survivors: int, configured: int | None = None) -
 
 
 def draw_neighbourhoods(clients: Sequence[int], degree: int) -> dict[int, list[int]]:
-    """Each client with its neighbours, ascending, itself among them. The order is drawn from the operating system: who could
-    foresee it could surround a client."""
+    """Draw the neighborhood of each client (Bell et al. 2020, SecAgg+, section 3).
+
+    Clients are placed on a circle in random order and are neighbors of the `degree / 2` clients on
+    either side, a Harary graph with random labels.
+
+    Args:
+        clients: Numbers of the clients.
+        degree: Number of neighbors of each client.
+
+    Returns:
+        The ascending numbers of each client's neighborhood, which contains the client.
+    """
     if degree >= len(clients) - 1:
         return {client: sorted(clients) for client in clients}
     circle = list(clients)
+    # From the operating system: if the order were predictable, attackers could surround a client.
     random.SystemRandom().shuffle(circle)
     half = degree // 2
     return {
@@ -252,19 +306,23 @@ def draw_neighbourhoods(clients: Sequence[int], degree: int) -> dict[int, list[i
 
 
 def _is_secure(cohort: int, survivors: int, k: int) -> bool:
-    """Whether k neighbours do, for every client at once: fewer than t colluding ones; honest survivors that stay connected
-    (no k/2 in a row that collude or drop out); t that stay. t of Bell et al.'s theorem 3.10 is more than half here."""
+    """Return whether k neighbors are secure for all clients (Bell et al. 2020, theorem 3.10).
+
+    Fewer than t neighbors collude, the honest survivors stay connected (no k / 2 consecutive
+    clients collude or drop out), and t neighbors remain. Here t is more than half of the members.
+    """
     colluding = math.ceil(COLLUDING * cohort)
     dropping = cohort - survivors
     t = share_threshold(k + 1)
-    shown = _hypergeometric_tail(cohort - 1, colluding, k, t)
-    apart = min(1.0, (colluding + dropping) / cohort) ** (k // 2)
+    revealed = _hypergeometric_tail(cohort - 1, colluding, k, t)
+    disconnected = min(1.0, (colluding + dropping) / cohort) ** (k // 2)
     lost = _hypergeometric_tail(cohort - 1, dropping, k, k + 1 - t + 1)
-    return cohort * max(shown, apart) <= 2.0**-SECURITY and cohort * lost <= 2.0**-CORRECTNESS
+    is_private = cohort * max(revealed, disconnected) <= 2.0**-SECURITY
+    return is_private and cohort * lost <= 2.0**-CORRECTNESS
 
 
 def _hypergeometric_tail(total: int, marked: int, num_drawn: int, least: int) -> float:
-    """Chance of `least` or more marked ones among those drawn without replacement (hypergeometric)."""
+    """Return the probability of at least `least` marked elements among those drawn."""
     ways = _log_choose(total, num_drawn)
     return math.fsum(
         math.exp(_log_choose(marked, i) + _log_choose(total - marked, num_drawn - i) - ways)

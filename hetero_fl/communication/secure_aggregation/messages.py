@@ -1,6 +1,7 @@
-"""The eight messages of the secure sum: tables of named arrays, encoded without pickle.
+"""The eight messages of secure aggregation: named arrays, encoded without pickle.
 
-Clients stand in them by their number in the cohort (from 1 on), so that lengths follow from counts alone.
+Clients are identified by their number in the cohort, starting at 1, so that the length of a message
+depends on counts alone.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from hetero_fl.core.payload import PayloadError
 from hetero_fl.utils.serialization import CodecError, decode, encode
 
 FORM = "hetero_fl secure sum 1"
-TAG = 16  # bytes that name a round's conversation: no message of another one passes for one of it
-SEALED = crypto.NONCE + 2 * crypto.SHARE_LENGTH + crypto.MARK  # two shares, encrypted
+# Bytes that identify a round, so that messages of other rounds are refused.
+TAG = 16
+# Bytes of two encrypted shares.
+SEALED = crypto.NONCE + 2 * crypto.SHARE_LENGTH + crypto.MARK
 Arrays = dict[str, np.ndarray]
-Field = tuple[type[np.generic], tuple[int | None, ...]]  # None: of any length
+# Type and shape; None for any length.
+Field = tuple[type[np.generic], tuple[int | None, ...]]
 
 TAGGED: Field = (np.uint8, (TAG,))
 NUMBERS: Field = (np.int32, (None,))
@@ -58,19 +62,23 @@ REPLIES: dict[str, dict[str, Field]] = {
 
 
 def encode_arrays(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """A message's bytes."""
+    """Encode the arrays of a message."""
     return encode({name: torch.from_numpy(array) for name, array in arrays.items()}, FORM)
 
 
 def decode_arrays(data: bytes, fields: Mapping[str, Field]) -> Arrays:
-    """A message that somebody sent. Raises PayloadError for anything but these fields of these types and shapes."""
+    """Decode a message.
+
+    Raises:
+        PayloadError: If it does not consist of the given fields with their types and shapes.
+    """
     try:
         tree = decode(data, FORM)
     except CodecError as error:
         raise PayloadError(str(error)) from None
     if not isinstance(tree, dict) or set(tree) != set(fields):
-        raise PayloadError(f"holds something else than {', '.join(fields)}")
-    made: Arrays = {}
+        raise PayloadError(f"expected the fields {', '.join(fields)}")
+    arrays: Arrays = {}
     for name, (dtype, shape) in fields.items():
         array = tree[name].numpy() if isinstance(tree[name], torch.Tensor) else None
         fits = array is not None and array.dtype == dtype and array.ndim == len(shape)
@@ -79,44 +87,54 @@ def decode_arrays(data: bytes, fields: Mapping[str, Field]) -> Arrays:
             or not fits
             or any(w not in (None, s) for s, w in zip(array.shape, shape, strict=True))
         ):
-            raise PayloadError(f"{name} has another type or shape than agreed")
-        made[name] = array
-    return made
+            raise PayloadError(f"{name}: unexpected type or shape")
+        arrays[name] = array
+    return arrays
 
 
 def client_numbers(array: np.ndarray) -> list[int]:
-    """Clients' numbers. Raises PayloadError for one that is there twice or none."""
+    """Return the numbers of clients as a list.
+
+    Raises:
+        PayloadError: If they are not distinct and positive.
+    """
     numbers = array.tolist()
     if len(set(numbers)) < len(numbers) or min(numbers, default=1) < 1:
-        raise PayloadError("numbers of clients that are not distinct numbers from 1 on")
+        raise PayloadError("client numbers: expected distinct positive integers")
     return numbers
 
 
 def stack_byte_strings(*strings: bytes) -> np.ndarray:
-    """Byte strings of equal length as rows, uint8 `[n, length]`."""
+    """Return byte strings of equal length as rows, uint8, shape `[n, length]`."""
     return np.frombuffer(bytearray(b"".join(strings)), np.uint8).reshape(len(strings), -1)
 
 
 def byte_string_to_row(string: bytes) -> np.ndarray:
-    """One byte string, uint8 `[length]`."""
+    """Return a byte string as an array, uint8, shape `[length]`."""
     return np.frombuffer(bytearray(string), np.uint8)
 
 
 def message_sizes(members: int, numbers: int, broadcast: int) -> dict[str, tuple[int, int]]:
-    """Bytes down to a client and up from it by request, in a round that nobody leaves: with so many members of its
-    neighbourhood, itself among them, numbers in the vector, and bytes of the broadcast."""
-    free = {"vector": numbers, "broadcast": broadcast, "dropped": 0}
+    """Return the bytes (down, up) per client of each exchange, without dropouts.
 
-    def size(ask: str, fields: Mapping[str, Field]) -> int:
-        peers = (
-            members if ask == "unmask" or (ask == "shares" and "keys" in fields) else members - 1
-        )
+    Args:
+        members: Members of a client's neighborhood, including the client.
+        numbers: Length of the vector.
+        broadcast: Bytes of the broadcast.
+    """
+    known_lengths = {"vector": numbers, "broadcast": broadcast, "dropped": 0}
+
+    def size(kind: str, fields: Mapping[str, Field]) -> int:
+        includes_client = kind == "unmask" or (kind == "shares" and "keys" in fields)
+        peers = members if includes_client else members - 1
         shapes = {
-            n: [free.get(n, peers) if d is None else d for d in shape]
+            n: [known_lengths.get(n, peers) if d is None else d for d in shape]
             for n, (_, shape) in fields.items()
         }
         return len(
             encode_arrays({n: np.zeros(shapes[n], dtype) for n, (dtype, _) in fields.items()})
         )
 
-    return {ask: (size(ask, fields), size(ask, REPLIES[ask])) for ask, fields in REQUESTS.items()}
+    return {
+        kind: (size(kind, fields), size(kind, REPLIES[kind])) for kind, fields in REQUESTS.items()
+    }

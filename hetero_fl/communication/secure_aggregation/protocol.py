@@ -1,4 +1,11 @@
-"""Secure aggregation as a round protocol, with the common layout of items."""
+"""Secure aggregation as a round protocol, and the common vector layout of items.
+
+All uploads of a round are vectors of one layout, so that a sum of vectors is a sum of items. Each
+tensor has a slice for Σ w v and one for Σ w, by its owner as in `hetero_fl.aggregation.means`.
+Every client sends the whole vector, with zeros for tensors that it does not have, so that the
+length does not reveal which tensors it has. The last two numbers are the sum of training losses and
+the number of clients that report one. See docs/secure_aggregation.md.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +19,9 @@ from typing import Protocol as Interface
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from hetero_fl.communication.protocol import Exchanges, Message, TrainingRequest
+from hetero_fl.communication.protocol import Exchanges, Message, RoundProtocol, TrainingRequest
 from hetero_fl.communication.secure_aggregation.client import Notes, Packer, answer
 from hetero_fl.communication.secure_aggregation.crypto import FixedPoint, Words, num_neighbours
 from hetero_fl.communication.secure_aggregation.messages import message_sizes
@@ -21,20 +29,22 @@ from hetero_fl.communication.secure_aggregation.server import SecureAggregationR
 from hetero_fl.config.communication import SecureAggregationConfig
 from hetero_fl.core.payload import Item, ItemSpec, Payload, PayloadError, loss_from_report
 
-# Items of all clients in one common vector of numbers, so that a sum of vectors is a sum of items.
-#
-# Each tensor has a place for Σ w·v and one for Σ w: that of a model by its owner (the architecture
-# group, or everybody), as in hetero_fl.aggregation.means. Every client sends the whole vector, with
-# noughts where it owns nothing, so that neither its length nor its form tells what the client has.
-# The last two numbers are the sum of training losses and how many told theirs.
-
-SUMS = ("class_sums", "counts")  # kinds whose values are sums already
-Weighted = tuple[Tensor, Tensor]  # Σ w·v, Σ w
+# Kinds of items whose values are sums already.
+SUMS = ("class_sums", "counts")
+# The totals Σ w v and Σ w.
+Weighted = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class TensorKey:
-    """Which tensor: of an item that is one (`tensor` is ""), or a named one of a model; `group` "": everybody's."""
+    """Identifies a tensor in the common vector.
+
+    Attributes:
+        item: Name of the item.
+        tensor: Name of the tensor; "" for a single-tensor item.
+        group: Architecture group; "" if the tensor is common to all groups.
+        shape: Shape of the tensor.
+    """
 
     item: str
     tensor: str
@@ -44,31 +54,39 @@ class TensorKey:
 
 @dataclass(frozen=True)
 class VectorSlice:
-    """Where a tensor's values stand, and the weights behind them."""
+    """The place of a tensor's values and weights in the common vector.
+
+    Attributes:
+        start: Index of the first value; the weights follow the values.
+        weight_shape: Shape of the weights.
+        dtype: Type of the tensor.
+    """
 
     start: int
     weight_shape: tuple[int, ...]
     dtype: torch.dtype
 
-    def parts(self, place: TensorKey) -> tuple[slice, slice]:
-        """Of the vector: values, weights."""
-        middle = self.start + math.prod(place.shape)
+    def parts(self, key: TensorKey) -> tuple[slice, slice]:
+        """Return the slices of the values and of the weights."""
+        middle = self.start + math.prod(key.shape)
         return slice(self.start, middle), slice(middle, middle + math.prod(self.weight_shape))
 
 
 @dataclass
 class VectorLayout:
-    """The common vector of a round. The same forms give the same layout, in whatever order they come.
+    """The layout of the common vector of a round.
 
     Args:
-        specs: what the method declares of its items.
-        common: prefixes of tensors that are averaged across architectures.
+        specs: The items that the method declares, by name.
+        common: Prefixes of tensors that are averaged across architectures.
+        slices: Place of each tensor.
+        size: Length of the vector.
     """
 
     specs: Mapping[str, ItemSpec]
     common: Sequence[str] = ()
     slices: dict[TensorKey, VectorSlice] = field(default_factory=dict)
-    size: int = 2  # numbers in the vector
+    size: int = 2
 
     @classmethod
     def from_forms(
@@ -77,33 +95,39 @@ class VectorLayout:
         specs: Mapping[str, ItemSpec],
         common: Sequence[str] = (),
     ) -> VectorLayout:
-        """The layout for uploads of these forms: (architecture group, items whose numbers mean nothing)."""
-        made = cls(specs, tuple(common))
+        """Return the layout for uploads of given forms, independent of their order.
+
+        Args:
+            forms: Architecture group and items of each form; the values of the items do not matter.
+            specs: The items that the method declares, by name.
+            common: Prefixes of tensors that are averaged across architectures.
+        """
+        layout = cls(specs, tuple(common))
         shapes: dict[TensorKey, tuple[tuple[int, ...], torch.dtype]] = {}
         for group, form in forms:
-            for place, values, weight in made._terms(group, form):
-                known = shapes.get(place, ((), values.dtype))
-                shapes[place] = (tuple(torch.broadcast_shapes(known[0], weight.shape)), known[1])
+            for key, values, weight in layout._terms(group, form):
+                known = shapes.get(key, ((), values.dtype))
+                shapes[key] = (tuple(torch.broadcast_shapes(known[0], weight.shape)), known[1])
         at = 0
-        for place in sorted(shapes, key=lambda p: (p.item, p.tensor, p.group, p.shape)):
-            made.slices[place] = VectorSlice(at, *shapes[place])
-            at = made.slices[place].parts(place)[1].stop
-        made.size = at + 2
-        return made
+        for key in sorted(shapes, key=lambda k: (k.item, k.tensor, k.group, k.shape)):
+            layout.slices[key] = VectorSlice(at, *shapes[key])
+            at = layout.slices[key].parts(key)[1].stop
+        layout.size = at + 2
+        return layout
 
     @cached_property
     def digest(self) -> bytes:
-        """32 bytes by which two parties see that they mean the same layout."""
+        """The SHA-256 digest of the layout."""
         return hashlib.sha256(repr((list(self.slices.items()), self.size)).encode()).digest()
 
     def digest_with(self, terms: str) -> bytes:
-        """The digest of the layout and of what else was agreed."""
+        """Return the digest of the layout and of further parameters."""
         return hashlib.sha256(self.digest + terms.encode()).digest()
 
     def _terms(
         self, group: str, items: Mapping[str, Item]
     ) -> Iterable[tuple[TensorKey, Tensor, Tensor]]:
-        """Each tensor with its place and weight."""
+        """Yield the key, values and weight of each tensor."""
         for name, item in items.items():
             weight = torch.as_tensor(item.weight, dtype=torch.float64)
             for tensor, values in item.tensors.items():
@@ -112,75 +136,103 @@ class VectorLayout:
                 yield TensorKey(name, tensor, owner, tuple(values.shape)), values, weight
 
     def pack(self, group: str, payload: Payload, unit: float) -> np.ndarray:
-        """A client's vector, float64 `[size]`: w·v and w in parts of `unit`, the cohort's largest weight.
+        """Return the vector of a client.
 
-        Raises PayloadError for items that have no place.
+        Args:
+            group: The client's architecture group.
+            payload: The upload.
+            unit: Unit of the weights, the largest weight of the cohort.
+
+        Returns:
+            w v / unit and w / unit of all tensors, float64, shape `[size]`.
+
+        Raises:
+            PayloadError: If an item is not part of the layout.
         """
         vector = np.zeros(self.size)
         items = {name: payload.item(name) for name in payload}
-        for place, values, weight in self._terms(group, items):
-            if (slot := self.slices.get(place)) is None:
+        for key, values, weight in self._terms(group, items):
+            if (place := self.slices.get(key)) is None:
                 raise PayloadError(
-                    f"item {place.item!r}: {place.tensor or 'values'}: has no place in the secure sum"
+                    f"item {key.item!r}: tensor {key.tensor!r} of shape {key.shape} is not part of "
+                    "the secure aggregation"
                 )
             try:
-                said = torch.broadcast_to(weight, slot.weight_shape)
+                weights = torch.broadcast_to(weight, place.weight_shape)
             except RuntimeError:
                 raise PayloadError(
-                    f"item {place.item!r}: a weight of shape {tuple(weight.shape)}"
+                    f"item {key.item!r}: weight must have shape {place.weight_shape}, "
+                    f"got {tuple(weight.shape)}"
                 ) from None
-            term = values.double() if items[place.item].kind in SUMS else values.double() * weight
-            here, beside = slot.parts(place)
-            vector[here], vector[beside] = (
-                (term / unit).reshape(-1).numpy(),
-                (said / unit).reshape(-1).numpy(),
-            )
+            term = values.double() if items[key.item].kind in SUMS else values.double() * weight
+            value_slice, weight_slice = place.parts(key)
+            vector[value_slice] = (term / unit).reshape(-1).numpy()
+            vector[weight_slice] = (weights / unit).reshape(-1).numpy()
         if (loss := loss_from_report(payload.report)) is not None:
-            vector[-2:] = loss, 1
+            vector[-2:] = (loss, 1)
         return vector
 
-    def read(self, place: TensorKey, vector: np.ndarray, unit: float) -> Weighted:
-        """Σ w·v in the tensor's shape, and Σ w in the weights', both float64."""
-        slot = self.slices[place]
-        values, weights = (torch.from_numpy(vector[part] * unit) for part in slot.parts(place))
-        return values.reshape(place.shape), weights.reshape(slot.weight_shape)
+    def read(self, key: TensorKey, vector: np.ndarray, unit: float) -> Weighted:
+        """Return the totals of a tensor.
+
+        Args:
+            key: The tensor.
+            vector: The sum of the clients' vectors.
+            unit: Unit of the weights.
+
+        Returns:
+            Σ w v in the shape of the tensor and Σ w in the shape of the weights, float64.
+        """
+        place = self.slices[key]
+        values, weights = (torch.from_numpy(vector[part] * unit) for part in place.parts(key))
+        return values.reshape(key.shape), weights.reshape(place.weight_shape)
 
     def tensor_keys(self, group: str, items: Mapping[str, Item]) -> list[TensorKey]:
-        """The places that an upload of this form fills."""
-        return [place for place, _, _ in self._terms(group, items)]
+        """Return the keys of the tensors in an upload of a given form."""
+        return [key for key, _, _ in self._terms(group, items)]
 
     @staticmethod
     def mean_loss(vector: np.ndarray) -> float | None:
-        """The mean training loss of those who told theirs."""
+        """Return the mean training loss of the clients that report one."""
         return float(vector[-2] / vector[-1]) if vector[-1] >= 1 else None
 
 
-# Secure aggregation: the server learns the sum of a round's uploads and no single one
-# (docs/secure_aggregation.md).
-
-
 class SharedSetup(Interface):
-    """What server and clients know alike."""
+    """The setup that is known to the server and to all clients."""
 
     def layout(self, round_idx: int) -> VectorLayout:
-        """Of everybody's vector in that round."""
+        """Return the layout of the common vector in a round."""
 
     def aggregation_group(self, client: str) -> str:
-        """The architecture group of a client."""
+        """Return the architecture group of a client."""
 
     def noise(
         self, client: str, round_idx: int, layout: VectorLayout, unit: float, shares: int
     ) -> np.ndarray | None:
-        """What a client adds to its vector so that as many such shares are the noise of the sum; None: nothing."""
+        """Return a client's share of the noise of the sum, or None without noise.
+
+        Args:
+            client: The client.
+            round_idx: The round.
+            layout: The layout of the vector.
+            unit: Unit of the weights.
+            shares: Number of shares that make up the noise of the sum.
+        """
 
     def num_rows(self, client: str) -> int:
-        """A client's training rows: the largest weight that an item of its has."""
+        """Return the number of a client's training rows, the largest weight of its items."""
 
 
-class SecureAggregation:
-    """Bonawitz et al. (2017), with the neighbour graph of Bell et al. (2020): keys, shares, masked vectors, unmasking.
+class SecureAggregation(RoundProtocol):
+    """Secure aggregation (Bonawitz et al. 2017) with the mask graph of Bell et al. (2020).
 
-    Training stands in the third exchange, so that whoever drops out or diverges in it costs the others nothing.
+    The exchanges are keys, shares, masked vectors and unmasking. Clients train in the third one, so
+    that a dropout or divergence in training does not affect the others.
+
+    Args:
+        config: The settings.
+        cohort: Number of clients in a round.
+        shared_setup: The setup that is known to the server and to all clients.
     """
 
     setup: tuple[str, ...] = ("keys", "shares")
@@ -194,6 +246,7 @@ class SecureAggregation:
         self.survivors = config.min_survivors(cohort)
         self.fixed = FixedPoint.from_config(config, cohort)
 
+    @override
     def exchanges(self, cohort: Sequence[str], round_idx: int) -> Exchanges:
         layout = self.agreed.layout(round_idx)
         server = SecureAggregationRound(
@@ -201,18 +254,19 @@ class SecureAggregation:
             self.survivors,
             self.config.neighbours,
             (self._digest(layout), layout.size),
-            self._unit(cohort),
-            round_idx,
+            unit=self._unit(cohort),
+            round_idx=round_idx,
         )
         return server.exchanges()
 
+    @override
     def answer(
         self, client_id: str, message: Message, round_idx: int, notes: Notes
     ) -> Message | TrainingRequest:
         def packer(digest: bytes) -> Packer:
             layout = self.agreed.layout(round_idx)
             if digest != self._digest(layout):
-                raise PayloadError("another layout of the sum than agreed")
+                raise PayloadError("layout: differs from the layout of this client")
             return lambda upload, unit: self.encode_upload(
                 client_id, Payload.decode(upload), layout, unit, round_idx
             )
@@ -222,15 +276,27 @@ class SecureAggregation:
     def encode_upload(
         self, client: str, payload: Payload, layout: VectorLayout, unit: float, round_idx: int
     ) -> Words:
-        """The integers of an upload, before they are masked. Raises PayloadError for what has no place or is too large."""
+        """Return the integers of an upload before masking.
+
+        Args:
+            client: The client.
+            payload: The upload.
+            layout: The layout of the vector.
+            unit: Unit of the weights.
+            round_idx: The round.
+
+        Raises:
+            PayloadError: If an item is not part of the layout or a value is too large.
+        """
         packed = layout.pack(self.agreed.aggregation_group(client), payload, unit)
         noise = self.agreed.noise(client, round_idx, layout, unit, self.survivors)
         return self.fixed.encode(packed if noise is None else packed + noise)
 
+    @override
     def sizes(
         self, cohort: int, round_idx: int, broadcast: int, upload: int
     ) -> dict[str, tuple[int, int]]:
-        """How long an upload would be by itself is of no account: everybody sends the vector of all."""
+        # All clients send the common vector, whatever the size of their uploads.
         members = num_neighbours(cohort, self.survivors, self.config.neighbours) + 1
         return message_sizes(members, self.agreed.layout(round_idx).size, broadcast)
 
@@ -238,5 +304,5 @@ class SecureAggregation:
         return layout.digest_with(repr(self.fixed))
 
     def _unit(self, clients: Sequence[str]) -> int:
-        """The power of two that the cohort's weights do not exceed."""
+        """Return the exponent of the smallest power of two that no weight of the cohort exceeds."""
         return math.ceil(math.log2(max(1, *map(self.agreed.num_rows, clients))))

@@ -1,6 +1,6 @@
-"""The server's side of the secure sum: four exchanges, whoever leaves in between, and the masks that are left taken off.
+"""The server of secure aggregation: four exchanges, dropouts between them, and unmasking.
 
-A client is in the sum if its vector arrived, whether or not it stays for the last exchange.
+A client is in the sum if its vector arrived, even if it drops out before the last exchange.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ class SecureExchange:
     """One exchange of the protocol.
 
     Args:
-        round: The round it belongs to.
-        kind: What is asked.
-        numbers: The clients that are asked, by their numbers.
+        secure_round: The round that the exchange belongs to.
+        kind: Kind of the request.
+        numbers: Numbers of the clients that receive a request.
         arrays: Returns the content of the request to a client.
-        take: Takes a valid reply.
-        check: Raises PayloadError for a reply that is not valid.
+        take: Processes a valid reply.
+        check: Raises PayloadError for an invalid reply.
     """
 
-    round: SecureAggregationRound
+    secure_round: SecureAggregationRound
     kind: str
     numbers: Iterable[int]
     arrays: Callable[[int, Callable[[str], Content]], Arrays]
@@ -63,41 +63,48 @@ class SecureExchange:
     check: Callable[[int, Arrays], None] | None = None
 
     def __post_init__(self) -> None:
-        self._silent = {self.round.names[number]: number for number in self.numbers}
+        self._silent = {self.secure_round.names[number]: number for number in self.numbers}
         self.clients: Sequence[str] = list(self._silent)
 
     def request(self, client_id: str, broadcast_to: Callable[[str], Content]) -> Message:
         """Return the request to a client."""
-        arrays = self.arrays(self.round.numbers[client_id], broadcast_to)
-        tag = byte_string_to_row(self.round.tag)
+        arrays = self.arrays(self.secure_round.numbers[client_id], broadcast_to)
+        tag = byte_string_to_row(self.secure_round.tag)
         return Message(self.kind, encode_arrays({"tag": tag, **arrays}))
 
     def accept(self, client_id: str, reply: Message) -> None:
-        """Take a reply; a client that sends another one than it should has left."""
+        """Process a reply; a client with an invalid reply is dropped."""
         number = self._silent.pop(client_id, None)
         if number is None:
             return
         try:
-            self.take(number, self.round.decode_reply(self.kind, number, reply, self.check))
+            self.take(number, self.secure_round.decode_reply(self.kind, number, reply, self.check))
         except PayloadError as error:
-            self.round.dropouts[client_id] = str(error)
+            self.secure_round.dropouts[client_id] = str(error)
 
     def close(self) -> None:
-        """Note that the clients without a reply have left."""
-        why = f"no answer to {self.kind!r} in the secure sum"
-        self.round.dropouts.update(dict.fromkeys(self._silent, why))
+        """Drop the clients without a reply."""
+        reason = f"no reply to {self.kind!r} of the secure aggregation"
+        self.secure_round.dropouts.update(dict.fromkeys(self._silent, reason))
 
 
 class SecureAggregationRound:
-    """One round of the protocol on the server. Clients are known by numbers, starting at 1.
+    """One round of the protocol on the server.
+
+    Clients are identified by numbers, starting at 1.
 
     Args:
         cohort: The clients.
-        survivors: How many have to stay.
-        neighbours: Neighbours of each client; None: as many as `num_neighbours` returns.
-        layout: Digest and length of the vector that every client sends.
-        unit: Exponent of two of the unit in which weights are sent.
+        survivors: Number of clients that must remain.
+        neighbours: Neighbors of each client; None for as many as `num_neighbours` returns.
+        layout: Digest and length of the common vector.
+        unit: Exponent of two of the unit of weights.
         round_idx: The round.
+
+    Attributes:
+        dropouts: The reasons why clients dropped out, by client id.
+        mask_partners: The neighbors with which each client shares a mask.
+        threshold: Number of shares that reconstruct a secret.
     """
 
     def __init__(
@@ -106,6 +113,7 @@ class SecureAggregationRound:
         survivors: int,
         neighbours: int | None,
         layout: tuple[bytes, int],
+        *,
         unit: int,
         round_idx: int,
     ) -> None:
@@ -117,13 +125,12 @@ class SecureAggregationRound:
         self.tag = os.urandom(TAG)
         self.names = dict(enumerate(cohort, 1))
         self.numbers = {client_id: number for number, client_id in self.names.items()}
-        self.dropouts: dict[str, str] = {}  # why clients left
+        self.dropouts: dict[str, str] = {}
         self.public: dict[int, np.ndarray] = {}
         self.seen_public_keys: set[bytes] = set()
         self.seed_commitments: dict[int, bytes] = {}
-        # with whom each shares a mask
         self.mask_partners: dict[int, list[int]] = {}
-        self.threshold = 0  # shares that reconstruct a secret
+        self.threshold = 0
 
     def exchanges(self) -> Exchanges:
         """Yield the four exchanges; return the unmasked sum.
@@ -136,8 +143,8 @@ class SecureAggregationRound:
         summed, total = yield from self._collect_vectors(shares)
         yield from self._remove_masks(summed, total)
         clients = [self.names[number] for number in summed]
-        # A client that leaves in the last exchange is in the sum all the same.
-        dropouts = {c: why for c, why in self.dropouts.items() if c not in clients}
+        # A client that drops out in the last exchange is in the sum nevertheless.
+        dropouts = {c: reason for c, reason in self.dropouts.items() if c not in clients}
         return AggregatedUploads(clients, total, 2.0**self.unit, dropouts)
 
     def _exchange_keys(self) -> Iterator[SecureExchange]:
@@ -149,7 +156,7 @@ class SecureAggregationRound:
             self.seen_public_keys |= {public.tobytes() for public in pair}
 
         exchange = SecureExchange(
-            self, "keys", self.names, lambda number, broadcast_to: {}, take, self._check_keys
+            self, "keys", self.names, lambda _number, _broadcast_to: {}, take, self._check_keys
         )
         yield exchange
         exchange.close()
@@ -159,13 +166,13 @@ class SecureAggregationRound:
     def _exchange_shares(
         self,
     ) -> Generator[SecureExchange, None, dict[int, dict[int, np.ndarray]]]:
-        """Draw neighbourhoods; collect sealed shares of secrets, by receiver and sender."""
+        """Draw neighborhoods and collect encrypted shares by receiver and sender."""
         k = num_neighbours(len(self.public), min(self.survivors, len(self.public)), self.neighbours)
         self.mask_partners = draw_neighbourhoods(list(self.public), k)
         self.threshold = self.survivors if k == len(self.public) - 1 else share_threshold(k + 1)
         sealed: dict[int, dict[int, np.ndarray]] = {}
 
-        def arrays(number: int, broadcast_to: Callable[[str], Content]) -> Arrays:
+        def arrays(number: int, _broadcast_to: Callable[[str], Content]) -> Arrays:
             members = self.mask_partners[number]
             head = np.array([number, self.threshold], np.int32)
             public = np.stack([self.public[m] for m in members])
@@ -181,12 +188,12 @@ class SecureAggregationRound:
         yield exchange
         exchange.close()
         alive = set(sealed)
-        while alone := {
+        while isolated := {
             n for n in alive if len(alive.intersection(self.mask_partners[n])) < self.threshold
         }:
-            why = "too few of its neighbours are left"
-            self.dropouts.update({self.names[number]: why for number in alone})
-            alive -= alone
+            reason = "too few of its neighbors are left"
+            self.dropouts.update({self.names[number]: reason for number in isolated})
+            alive -= isolated
         self._require_enough(alive, "shares")
         self.mask_partners = {
             n: [m for m in self.mask_partners[n] if m in alive and m != n] for n in sorted(alive)
@@ -196,7 +203,7 @@ class SecureAggregationRound:
     def _collect_vectors(
         self, shares: Mapping[int, Mapping[int, np.ndarray]]
     ) -> Generator[SecureExchange, None, tuple[list[int], Words]]:
-        """Hand out the shares and the broadcasts; add up the masked vectors."""
+        """Send the shares and the broadcasts, and add up the masked vectors."""
         total = np.zeros(self.layout[1], np.uint64)
         summed: list[int] = []
 
@@ -223,21 +230,24 @@ class SecureAggregationRound:
         return sorted(summed), total
 
     def _remove_masks(self, summed: list[int], total: Words) -> Iterator[SecureExchange]:
-        """Take the remaining masks off `total`, with the shares that enough holders give back."""
+        """Collect shares of secrets and remove the remaining masks from `total` in place."""
         shares: dict[int, dict[int, bytes]] = {}
 
-        def arrays(number: int, broadcast_to: Callable[[str], Content]) -> Arrays:
-            here = self._summed_neighbours(summed, number)
-            gone = [m for m in self.mask_partners[number] if m not in here]
-            return {"survivors": np.array(here, np.int32), "dropped": np.array(gone, np.int32)}
+        def arrays(number: int, _broadcast_to: Callable[[str], Content]) -> Arrays:
+            survivors = self._summed_neighbours(summed, number)
+            dropped = [m for m in self.mask_partners[number] if m not in survivors]
+            return {
+                "survivors": np.array(survivors, np.int32),
+                "dropped": np.array(dropped, np.int32),
+            }
 
         def take(holder: int, reply: Arrays) -> None:
             for number, share in zip(reply["numbers"].tolist(), reply["shares"], strict=False):
                 if number == holder or number in self.mask_partners[holder]:
                     shares.setdefault(number, {})[holder] = share.tobytes()
 
-        asked = [n for n in summed if len(self._summed_neighbours(summed, n)) >= self.threshold]
-        yield SecureExchange(self, "unmask", asked, arrays, take)
+        holders = [n for n in summed if len(self._summed_neighbours(summed, n)) >= self.threshold]
+        yield SecureExchange(self, "unmask", holders, arrays, take)
         streams: list[tuple[bytes, bool]] = []
         for number, mates in self.mask_partners.items():
             if number in summed:
@@ -245,7 +255,7 @@ class SecureAggregationRound:
                 streams.append((seed, True))
             elif others := [m for m in mates if m in summed]:
                 key = self._reconstruct_secret(number, shares, partial(self._is_key, number))
-                # its masks are added as it would have done itself
+                # Add the masks that the client would have added.
                 loaded = crypto.load_private_key(key)
                 streams += [
                     pair_mask(loaded, self.public[m].tobytes(), number, m, self.tag) for m in others
@@ -253,69 +263,89 @@ class SecureAggregationRound:
         apply_masks(total, streams)
 
     def decode_reply(
-        self, ask: str, number: int, message: Message, check: Callable[[int, Arrays], None] | None
+        self, kind: str, number: int, message: Message, check: Callable[[int, Arrays], None] | None
     ) -> Arrays:
-        """Decode and check a reply. Raises PayloadError."""
-        if message.kind == "refused":
-            raise PayloadError(f"it refused {ask!r}: {message.body[:200].decode(errors='replace')}")
-        most = SPARE_BYTES + 8 * self.layout[1] + 2 * SEALED * len(self.names)
-        if len(message.body) > most:
-            raise PayloadError(
-                f"{len(message.body):,} bytes; an answer to {ask!r} takes at most {most:,}"
-            )
-        got = decode_arrays(message.body, REPLIES[ask])
-        if message.kind != ask or got["tag"].tobytes() != self.tag:
-            raise PayloadError("a message of another round or exchange")
-        if check is not None:
-            check(number, got)
-        return got
+        """Decode and check a reply.
 
-    def _check_keys(self, number: int, received: Arrays) -> None:
-        # Its neighbors would all refuse what is refused here.
+        Args:
+            kind: Kind of the request.
+            number: Number of the client.
+            message: The reply.
+            check: Raises PayloadError for an invalid reply.
+
+        Raises:
+            PayloadError: If the client refused the request or the reply is invalid.
+        """
+        if message.kind == "refused":
+            reason = message.body[:200].decode(errors="replace")
+            raise PayloadError(f"the client refused {kind!r}: {reason}")
+        max_bytes = SPARE_BYTES + 8 * self.layout[1] + 2 * SEALED * len(self.names)
+        if len(message.body) > max_bytes:
+            raise PayloadError(
+                f"reply to {kind!r}: must have at most {max_bytes:,} bytes, "
+                f"got {len(message.body):,}"
+            )
+        reply = decode_arrays(message.body, REPLIES[kind])
+        if message.kind != kind or reply["tag"].tobytes() != self.tag:
+            raise PayloadError("message of another round or exchange")
+        if check is not None:
+            check(number, reply)
+        return reply
+
+    def _check_keys(self, _number: int, received: Arrays) -> None:
+        # All neighbors of the client would refuse these keys.
         pair = [public.tobytes() for public in received["keys"].reshape(2, crypto.KEY_LENGTH)]
         for public in pair:
             crypto.check_public_key(public)
         if pair[0] == pair[1] or not self.seen_public_keys.isdisjoint(pair):
-            raise PayloadError("a public key that is there twice")
+            raise PayloadError("duplicate public key")
 
     def _check_receivers(self, number: int, received: Arrays) -> None:
         if client_numbers(received["numbers"]) != [
             m for m in self.mask_partners[number] if m != number
         ]:
-            raise PayloadError("shares for others than its neighbours")
+            raise PayloadError("shares: receivers are not the neighbors of the client")
         if len(received["sealed"]) != len(received["numbers"]):
-            raise PayloadError("more or fewer shares than neighbours")
+            raise PayloadError(
+                f"shares: expected {len(received['numbers'])}, got {len(received['sealed'])}"
+            )
 
-    def _check_vector(self, number: int, received: Arrays) -> None:
+    def _check_vector(self, _number: int, received: Arrays) -> None:
         if len(received["vector"]) != self.layout[1]:
             raise PayloadError(
-                f"a vector of {len(received['vector'])} numbers where {self.layout[1]} were agreed"
+                f"vector: expected {self.layout[1]} numbers, got {len(received['vector'])}"
             )
 
     def _summed_neighbours(self, summed: Iterable[int], number: int) -> list[int]:
-        among = {number, *self.mask_partners[number]}
-        return [n for n in summed if n in among]
+        members = {number, *self.mask_partners[number]}
+        return [n for n in summed if n in members]
 
-    def _require_enough(self, there: Iterable[int], ask: str) -> None:
-        if (count := len(list(there))) < self.survivors:
-            client, why = next(iter(self.dropouts.items()), ("nobody", "left"))
+    def _require_enough(self, remaining: Iterable[int], kind: str) -> None:
+        if (count := len(list(remaining))) < self.survivors:
+            client, reason = next(iter(self.dropouts.items()), ("no client", "dropped out"))
             raise RoundAbandonedError(
-                f"round {self.round_idx + 1}: the secure sum is given up at {ask!r}: {count} of {len(self.names)} clients are "
-                f"left, channel.secure_sum.threshold asks for {self.survivors} ({client}: {why})"
+                f"round {self.round_idx + 1}: secure aggregation stopped at {kind!r}: "
+                f"{count} of {len(self.names)} clients are left, but channel.secure_sum.threshold "
+                f"requires {self.survivors} ({client}: {reason})"
             )
 
     def _reconstruct_secret(
-        self, number: int, shares: Mapping[int, Mapping[int, bytes]], right: Callable[[bytes], bool]
+        self,
+        number: int,
+        shares: Mapping[int, Mapping[int, bytes]],
+        is_valid: Callable[[bytes], bool],
     ) -> bytes:
-        """From as many shares as it takes; with wrong ones among them, from others."""
-        held = list(shares.get(number, {}).items())
-        for start in range(len(held)) if len(held) >= self.threshold else ():
-            found = crypto.combine_shares(dict((held + held)[start : start + self.threshold]))
-            if found is not None and right(found):
-                return found
+        """Return the secret of a client; try other shares if some of them are wrong."""
+        available = list(shares.get(number, {}).items())
+        for start in range(len(available)) if len(available) >= self.threshold else ():
+            chosen = (available + available)[start : start + self.threshold]
+            secret = crypto.combine_shares(dict(chosen))
+            if secret is not None and is_valid(secret):
+                return secret
         raise RoundAbandonedError(
-            f"round {self.round_idx + 1}: the secure sum is given up at 'unmask': of the {len(held)} shares of "
-            f"{self.names[number]}'s secret too few are there or right, {self.threshold} are needed"
+            f"round {self.round_idx + 1}: secure aggregation stopped at 'unmask': "
+            f"received {len(available)} shares of the secret of {self.names[number]}, but "
+            f"{self.threshold} valid shares are needed"
         )
 
     def _is_seed(self, number: int, secret: bytes) -> bool:

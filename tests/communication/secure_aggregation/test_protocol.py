@@ -25,7 +25,7 @@ def held_or_given_up(party: Party, leaves: dict[str, str]) -> bool:
     short = [e for e in EXCHANGES if len(there[e]) < least]
     if short:
         with pytest.raises(
-            RunFailedError, match=f"round 1: the secure sum is given up at '{short[0]}'"
+            RunFailedError, match=f"round 1: secure aggregation stopped at '{short[0]}'"
         ):
             party.hold(leaves)
         return False
@@ -98,7 +98,7 @@ def test_who_is_left_alone_among_its_neighbours_is_left_out(
     party = Party(8, neighbours=2, threshold=0.51)
     summed = party.hold({"site_2": "shares", "site_4": "shares"})
     assert summed.clients == ["site_1", "site_5", "site_6", "site_7", "site_8"]
-    assert summed.dropouts["site_3"] == "too few of its neighbours are left"
+    assert summed.dropouts["site_3"] == "too few of its neighbors are left"
     assert np.array_equal(summed.total, party.plain(summed.clients))
 
 
@@ -129,5 +129,5 @@ def test_a_number_out_of_range_leaves_its_client_out() -> None:
     party.uploads["site_2"]["model"]["b"][0] = 1e4
     summed = party.hold()
     assert summed.clients == ["site_1", "site_3", "site_4"]
-    assert "found 8750, but channel.secure_sum.range is 64" in summed.dropouts["site_2"]
+    assert "channel.secure_sum.range: values must be <= 64, got 8750" in summed.dropouts["site_2"]
     assert np.array_equal(summed.total, party.plain(summed.clients))

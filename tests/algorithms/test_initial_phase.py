@@ -271,7 +271,7 @@ def test_the_report_says_whether_labels_of_the_proxy_set_were_read(tmp_path: Pat
     off = {"name": "fedmd"}
     for settings, words in (
         (federation()["algorithm"], "clients train on once"),
-        (off, "are never read"),
+        (off, "are never used"),
     ):
         source = {
             **federation(),
@@ -289,7 +289,7 @@ def test_a_proxy_set_without_labels_and_private_records_are_refused_in_one_line(
     source = federation()
     source["data"]["proxy"]["labels"] = False
     with pytest.raises(
-        UserError, match=r"^algorithm\.initial_phase: found true, .*data\.proxy\.labels is false"
+        UserError, match=r"^algorithm\.initial_phase=true .*data\.proxy\.labels is false"
     ) as error:
         prepare(source)
     assert "\n" not in str(error.value)
@@ -300,7 +300,7 @@ def test_a_proxy_set_without_labels_and_private_records_are_refused_in_one_line(
     }
     private["clients"]["groups"][0]["model"] = "mlp"
     with pytest.raises(
-        UserError, match=r"^algorithm\.initial_phase: found true, with privacy\.unit: found record"
+        UserError, match=r"^algorithm\.initial_phase=true cannot be combined with privacy\.unit=record"
     ) as error:
         prepare(private)
     assert "\n" not in str(error.value)

@@ -338,5 +338,5 @@ def test_mistakes_are_one_line() -> None:
         assert words in str(error.value) and "\n" not in str(error.value)
     batch_norm = federation("fml", [{"name": "cnn", "width": 4, "norm": "group"}])
     batch_norm["clients"]["defaults"]["batch_size"] = 1
-    with pytest.raises(UserError, match="batch_size: found 1, but cnn has BatchNorm"):
+    with pytest.raises(UserError, match="batch_size: got 1, but cnn has BatchNorm"):
         prepare(batch_norm)

@@ -1,1 +1,1 @@
-"""Callbacks for loggers, to copy from (a package in name, since an installed one may be called `examples` too)."""
+"""Example callbacks that send the metrics of a run to MLflow and Weights & Biases."""

@@ -10,30 +10,31 @@ from typing import Any
 
 
 def mlflow_logger(**settings: Any) -> Callable[[Mapping[str, Any]], None]:
-    """A callback for `hetero_fl.run`; `settings` are those of `mlflow.start_run` (run_name, experiment_id …)."""
+    """Return a callback for `hetero_fl.run`; `settings` are passed to `mlflow.start_run`."""
     import mlflow
 
     mlflow.start_run(**settings)
 
     def log(record: Mapping[str, Any]) -> None:
-        mlflow.log_metrics(figures(record), step=record["round"])
+        mlflow.log_metrics(round_metrics(record), step=record["round"])
 
     return log
 
 
-def figures(record: Mapping[str, Any]) -> dict[str, float]:
-    """A round's means over clients by name (`global/accuracy`), its bytes, and the clients' mean training loss."""
-    found = {
-        f"{reading}/{metric}": value
-        # at home, in common, the server's own model
-        for reading in ("personal", "global", "server")
-        for metric, value in (record.get(reading) or {}).items()
-        if value is not None  # None: the metric is not defined (a class is missing)
+def round_metrics(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of a round: means over clients, mean training loss and bytes."""
+    # Local test, global test, and the server's model. A metric is None if it is not defined, for
+    # example because a class is missing.
+    metrics = {
+        f"{evaluation}/{metric}": value
+        for evaluation in ("personal", "global", "server")
+        for metric, value in (record.get(evaluation) or {}).items()
+        if value is not None
     }
     losses = list(record["train_loss"].values())
     if losses:
-        found["train_loss"] = sum(losses) / len(losses)
-    return found | {"up_bytes": record["up_bytes"], "down_bytes": record["down_bytes"]}
+        metrics["train_loss"] = sum(losses) / len(losses)
+    return metrics | {"up_bytes": record["up_bytes"], "down_bytes": record["down_bytes"]}
 
 
 if __name__ == "__main__":

@@ -10,30 +10,31 @@ from typing import Any
 
 
 def wandb_logger(**settings: Any) -> Callable[[Mapping[str, Any]], None]:
-    """A callback for `hetero_fl.run`; `settings` are those of `wandb.init` (project, name, config, mode …)."""
+    """Return a callback for `hetero_fl.run`; `settings` are passed to `wandb.init`."""
     import wandb
 
     logged = wandb.init(**settings)
 
     def log(record: Mapping[str, Any]) -> None:
-        logged.log(figures(record), step=record["round"])
+        logged.log(round_metrics(record), step=record["round"])
 
     return log
 
 
-def figures(record: Mapping[str, Any]) -> dict[str, float]:
-    """A round's means over clients by name (`global/accuracy`), its bytes, and the clients' mean training loss."""
-    found = {
-        f"{reading}/{metric}": value
-        # at home, in common, the server's own model
-        for reading in ("personal", "global", "server")
-        for metric, value in (record.get(reading) or {}).items()
-        if value is not None  # None: the metric is not defined (a class is missing)
+def round_metrics(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of a round: means over clients, mean training loss and bytes."""
+    # Local test, global test, and the server's model. A metric is None if it is not defined, for
+    # example because a class is missing.
+    metrics = {
+        f"{evaluation}/{metric}": value
+        for evaluation in ("personal", "global", "server")
+        for metric, value in (record.get(evaluation) or {}).items()
+        if value is not None
     }
     losses = list(record["train_loss"].values())
     if losses:
-        found["train_loss"] = sum(losses) / len(losses)
-    return found | {"up_bytes": record["up_bytes"], "down_bytes": record["down_bytes"]}
+        metrics["train_loss"] = sum(losses) / len(losses)
+    return metrics | {"up_bytes": record["up_bytes"], "down_bytes": record["down_bytes"]}
 
 
 if __name__ == "__main__":

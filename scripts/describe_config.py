@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Write docs/configuration.md from the schema, and the rows of docs/methods.md from the methods' classes.
+"""Write docs/configuration.md from the schema and the tables of docs/methods.md from the methods.
 
-python scripts/describe_config.py            # write it
-python scripts/describe_config.py --check    # status 1 if it is not up to date
+python scripts/describe_config.py            # write the pages
+python scripts/describe_config.py --check    # exit status 1 if a page is outdated
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ INDEX = ROOT / "docs" / "methods.md"
 INTRODUCTION = """\
 # Configuration
 
-<!-- written by scripts/describe_config.py (`make docs`) from the schema in hetero_fl/config; do not edit -->
+<!-- written by scripts/describe_config.py (`make docs`) from the schema in \
+hetero_fl/config; do not edit -->
 
 A configuration is a YAML file, a JSON file or a Python dictionary. Every key has a default; a file
 contains the keys that differ. `configs/medical_hetero.yaml` is a commented example.
@@ -63,12 +64,12 @@ contains the keys that differ. `configs/medical_hetero.yaml` is a commented exam
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the text of docs/configuration.md."""
     return INTRODUCTION + "\n" + "\n".join(_sections(Config, "", {})) + "\n" + _algorithms()
 
 
 def _sections(model: type[BaseModel], path: str, seen: dict[type[BaseModel], str]) -> list[str]:
-    """A section for this part of the schema, then those of its parts; each part is described where it first appears."""
+    """Return the section of a part of the schema and those of its parts at their first use."""
     seen[model] = path
     base = next((b for b in model.__mro__[1:] if b in seen), None)
     fields = {
@@ -92,7 +93,7 @@ def _sections(model: type[BaseModel], path: str, seen: dict[type[BaseModel], str
 
 
 def _algorithms() -> str:
-    # one's own methods, registered by whoever imported this, are left out
+    # Methods that are registered outside the package are not documented.
     known = {
         name: register_algorithm[name]
         for name in sorted(register_algorithm)
@@ -104,8 +105,10 @@ def _algorithms() -> str:
     lines = [
         "## Settings of the algorithms",
         "",
-        "Write them next to `algorithm.name`. `logit_adjustment` may be written there, too; it is an",
-        "alias of `clients.defaults.logit_adjustment`. [methods.md](methods.md) describes the methods.",
+        "Write them next to `algorithm.name`. `logit_adjustment` may be written there, too; "
+        "it is an",
+        "alias of `clients.defaults.logit_adjustment`. "
+        "[methods.md](methods.md) describes the methods.",
         "",
     ]
     of_distilling = list(ProxyDistillation.model_fields)
@@ -124,7 +127,7 @@ def _algorithms() -> str:
 
 
 def _differs(kind: type[BaseModel], name: str) -> bool:
-    """Return whether a setting is not in the table of all distilling algorithms with this default."""
+    """Return whether a setting or its default differs from the table of common settings."""
     common = (ProxyDistillation if issubclass(kind, ProxyDistillation) else Algorithm).model_fields
     return name not in common or common[name].default != kind.model_fields[name].default
 
@@ -172,12 +175,12 @@ def _also(
 
 
 def _anchor(path: str) -> str:
-    """The anchor that GitHub makes of a heading: without dots and backticks."""
+    """Return the anchor that GitHub creates for a heading."""
     return path.replace(".", "").lower()
 
 
 def methods_index() -> str:
-    """Return the index of methods with each row's file, summary and needs as the method's class declares them."""
+    """Return docs/methods.md with file, summary and needs of each method from its class."""
 
     def row(match: re.Match[str]) -> str:
         name, page, travels = match.groups()
@@ -195,7 +198,9 @@ def main() -> int:
     """Write or check the pages."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; status 1 if the page is not up to date"
+        "--check",
+        action="store_true",
+        help="write nothing; exit with status 1 if a page is outdated",
     )
     if parser.parse_args().check:
         current = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Write the result tables of README.md and their picture from the runs that are archived in docs/results.
+"""Write the result tables of README.md and the plot from the runs archived in docs/results.
 
-python scripts/result_tables.py --archive runs/readme runs/homogeneous   # archive comparisons, then write
-python scripts/result_tables.py                                          # write
-python scripts/result_tables.py --check                                  # status 1 if README.md is not up to date
+python scripts/result_tables.py                            # write tables and plot
+python scripts/result_tables.py --archive runs/readme ...  # archive comparisons first
+python scripts/result_tables.py --check                    # exit status 1 if README.md is outdated
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ Row = dict[str, Any]
 
 
 def archive(folder: Path, commit: str) -> None:
-    """Copy the per-run figures of a comparison to docs/results, under the name of its configuration.
+    """Copy the results of a comparison to docs/results, named after its configuration.
 
     Args:
         folder: The folder of a finished comparison.
-        commit: The commit that its runs were made with; it becomes the last column.
+        commit: The commit of the runs; it becomes the last column.
     """
     name = RunDirectory.open(sorted((folder / "runs").iterdir())[0]).config()["name"]
     with open(folder / "comparison.csv", newline="", encoding="utf-8") as file:
@@ -59,7 +59,7 @@ def archive(folder: Path, commit: str) -> None:
 
 
 def archived(name: str) -> list[Row]:
-    """Return the rows of an archived comparison, figures as numbers; a missing one is None."""
+    """Return the rows of an archived comparison; missing numbers are None."""
     with open(ARCHIVE / f"{name}.csv", newline="", encoding="utf-8") as file:
         return [
             {key: _value(key, text) for key, text in row.items()} for row in csv.DictReader(file)
@@ -75,11 +75,11 @@ def _value(key: str, text: str) -> Any:
 
 
 def section(rows: list[Row]) -> str:
-    """Return the table of the last round as README.md has it, with a line on p-values and origin below.
+    """Return the table of the last round for README.md, with a line on p-values and origin.
 
-    The columns are those of `comparison.md` without the server's own model, p-values, seconds and needs; mean and standard
-    deviation are not spaced: nine columns then fit the width of a GitHub page without scrolling. Methods with logit
-    adjustment have a group of their own, so that what a component adds is not read as what a method adds.
+    It has the columns of `comparison.md` without the server's model, p-values, seconds and needs,
+    so that it fits the width of a GitHub page. Methods with logit adjustment are a separate group,
+    to tell the effect of this component from the effect of a method.
     """
     table = make_table(rows, TASK, "last")
     kept = [
@@ -109,13 +109,13 @@ def _joined(cells: list[str]) -> str:
 def _cell(cell: TableCell, key: str) -> str:
     text = cell.text.replace(" ± ", "±")
     if key.endswith("_worst") and cell.mean is not None and cell.deviation is not None:
-        # A single client's accuracy, on as few as 18 rows: decimals would say nothing.
+        # The accuracy of a single client with as few as 18 rows: decimals are not significant.
         text = f"{100 * cell.mean:.0f}±{100 * cell.deviation:.0f}"
     return f"**{text}**" if cell.best else text
 
 
 def _name(label: str) -> str:
-    """Return the name of a method with its settings in short: `FedDF + LA + contrast teacher`."""
+    """Return the name of a method with short settings: `FedDF + LA + contrast teacher`."""
     base = algorithm_base(label)
     settings = split_top_level(label[len(base) + 1 :], ":")
     if all(setting in SHORT for setting in settings):
@@ -139,7 +139,8 @@ def _origin(table: ComparisonTable, rows: list[Row]) -> str:
         )
         first = table.columns[0].title
         parts.append(
-            f"p (two-sided t-test on “{first}”, paired by seed, uncorrected, against {_name(best.algorithm)}): {found}."
+            f"p (two-sided t-test on “{first}”, paired by seed, uncorrected, against "
+            f"{_name(best.algorithm)}): {found}."
         )
     commits = ", ".join(dict.fromkeys(f"`{row['commit']}`" for row in rows))
     parts.append(f"Commit {commits}; every run: [CSV](docs/results/{{name}}.csv).")
@@ -147,7 +148,7 @@ def _origin(table: ComparisonTable, rows: list[Row]) -> str:
 
 
 def written(text: str) -> str:
-    """Return README.md's text with every marked table as the archive has it."""
+    """Return the text of README.md with all marked tables updated from the archive."""
 
     def replaced(match: re.Match[str]) -> str:
         name = match["name"]
@@ -164,7 +165,7 @@ def written(text: str) -> str:
 
 
 def main() -> int:
-    """Archive, check or write."""
+    """Archive comparisons, and check or write README.md."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--archive", nargs="+", type=Path, default=[], metavar="FOLDER", help="finished comparisons"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The `hetero-fl train` command, for a checkout; `--help` tells its options."""
+"""Run `hetero-fl train` from a checkout; `--help` lists the options."""
 
 import sys
 from pathlib import Path

@@ -76,7 +76,7 @@ def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("stand_in", ["wandb", "mlflow"], indirect=True)
 def test_a_logger_gets_every_round(stand_in: Wandb | Mlflow, tmp_path: Path) -> None:
     name = stand_in.__name__
-    example = __import__(f"examples.{name}_logger", fromlist=["figures"])
+    example = __import__(f"examples.{name}_logger", fromlist=["round_metrics"])
     logger = getattr(example, f"{name}_logger")(name="trial")
     finished = run(config("hybrid", rounds=3, evaluation={"every": 2}),
                    out=tmp_path / "run", callbacks=[logger])  # fmt: skip

@@ -12,9 +12,7 @@ SENDING = ["fedgkt", "fedproto", "fedtgp", "fedgh"]
 
 @pytest.mark.parametrize("method", SENDING)
 def test_a_model_whose_features_are_the_example_sends_none(method: str) -> None:
-    with pytest.raises(
-        UserError, match=r"site_1: model: the features of 'linear' are its inputs"
-    ):
+    with pytest.raises(UserError, match=r"site_1: model: the features of 'linear' are its inputs"):
         rounds_of(config(method, "linear"), held=0)
     wide = [{"name": "mlp", "feature_dim": 64}] * 2
     # as wide as a digit has pixels

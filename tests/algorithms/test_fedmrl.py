@@ -142,7 +142,9 @@ def test_what_pads_a_batch_counts_for_nothing_and_clients_may_be_stacked() -> No
 def test_the_mentee_is_narrower_than_everybody() -> None:
     prepared = prepare(config("fedmrl", MIXED))  # widths 32, 24, 16; the mentee's own is 32
     assert prepared.config.algorithm["mentee"]["feature_dim"] == 8
-    assert "algorithm.mentee.feature_dim is 8, half of the feature width of site_3" in prepared.notes
+    assert (
+        "algorithm.mentee.feature_dim is 8, half of the feature width of site_3" in prepared.notes
+    )
     wide = prepare(config("fedmrl", ["mlp"], clients=2))
     assert wide.config.algorithm["mentee"]["feature_dim"] is None
     with pytest.raises(UserError) as error:

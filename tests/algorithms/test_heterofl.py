@@ -294,7 +294,10 @@ def test_widths_of_thousands_follow_from_their_models() -> None:
 def test_mistakes_are_one_line() -> None:
     for settings, words in (
         ({"model": "gru", "widths": None}, "algorithm.model: gru has no narrower copies"),
-        ({"widths": [0.5]}, "algorithm.widths: at least one client must have the full width of cnn"),
+        (
+            {"widths": [0.5]},
+            "algorithm.widths: at least one client must have the full width of cnn",
+        ),
         ({"widths": [1, 1.5]}, "algorithm.widths: site_2: must be > 0 and <= 1, got 1.5"),
         ({"widths": []}, "algorithm.widths: expected at least one width"),
         ({"widths": {"site_1": 1}}, "algorithm.widths: missing width for site_2"),

@@ -300,7 +300,8 @@ def test_a_proxy_set_without_labels_and_private_records_are_refused_in_one_line(
     }
     private["clients"]["groups"][0]["model"] = "mlp"
     with pytest.raises(
-        UserError, match=r"^algorithm\.initial_phase=true cannot be combined with privacy\.unit=record"
+        UserError,
+        match=r"^algorithm\.initial_phase=true cannot be combined with privacy\.unit=record",
     ) as error:
         prepare(private)
     assert "\n" not in str(error.value)

@@ -148,8 +148,14 @@ def test_steps_may_be_made_early_changed_in_a_list_or_elsewhere() -> None:
             lambda self, c, got: self.deploy(c, got),
             r"yields the plan deploy\(…\); write `yield from`",
         ),
-        (lambda self, c, got: {"model": None}, "expected a Fit, Predict or ClassSums step, or a list of steps, got dict"),
-        (lambda self, c, got: [local_fit(c), None], "expected a Fit, Predict or ClassSums step, or a list of steps, got NoneType"),
+        (
+            lambda self, c, got: {"model": None},
+            "expected a Fit, Predict or ClassSums step, or a list of steps, got dict",
+        ),
+        (
+            lambda self, c, got: [local_fit(c), None],
+            "expected a Fit, Predict or ClassSums step, or a list of steps, got NoneType",
+        ),
     ],
 )
 def test_yielding_what_is_no_step(yielded: Callable[..., Any], words: str) -> None:
@@ -208,7 +214,9 @@ def test_tensors_outside_the_part_that_a_client_shares_are_refused() -> None:
     source["clients"]["defaults"]["shares"] = ["backbone"]
     method = type("Mine", (FedAvg,), {"train": train})()
 
-    with pytest.raises(UserError, match=r"'model' contains head\.weight, but site_1 shares backbone"):
+    with pytest.raises(
+        UserError, match=r"'model' contains head\.weight, but site_1 shares backbone"
+    ):
         check_user_method(method, prepare(source).federation)
 
 

@@ -88,7 +88,8 @@ def test_a_delta_that_gives_somebody_away_is_told() -> None:
         ]
 
     assert (
-        "privacy.delta: 0.25 allows a mechanism that reveals one of 4 clients" in told({**CLIENT, "delta": 0.25})[0]
+        "privacy.delta: 0.25 allows a mechanism that reveals one of 4 clients"
+        in told({**CLIENT, "delta": 0.25})[0]
     )
     assert "training rows of the smallest client" in told({**RECORD, "delta": 0.25})[0]
     assert not told({**CLIENT, "delta": 0.24}) and not told(RECORD)

@@ -6,7 +6,7 @@ import hashlib
 import secrets
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor
@@ -31,21 +31,25 @@ from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.serialization import as_tensor
 
-# What must be the same at the server and at every node before the first round.
+SHOWN = 6  # clients in an error message
+PREPARATION_SECONDS = 600.0  # seconds that a node may take to load its data
 
 
 def federation_fingerprint(prepared: PreparedRun) -> str:
-    """SHA-256 over the clients as the rest of the run sees them: rows, models, views, settings; and over the method."""
+    """Return a SHA-256 digest of the method and of every client's size, model and preprocessing.
+
+    It is equal at the server and at all nodes if they agree on the federation.
+    """
     client_infos = prepared.federation.client_infos
     digest = hashlib.sha256(
         repr((prepared.config.algorithm, prepared.config.seed, prepared.config.rounds)).encode()
     )
-    for id in sorted(client_infos):
-        client_info = client_infos[id]
+    for client_id in sorted(client_infos):
+        client_info = client_infos[client_id]
         digest.update(
             repr(
                 (
-                    id,
+                    client_id,
                     client_info.num_rows,
                     client_info.arch.to_json(),
                     client_info.preprocess,
@@ -56,43 +60,45 @@ def federation_fingerprint(prepared: PreparedRun) -> str:
     return digest.hexdigest()
 
 
-# Before the first round: everybody comes, hears the configuration, tells how many rows it has, and
-# prepares for the run.
-#
-# What is the same for all follows from the configuration at each machine by itself; the server
-# knows of the clients' rows what they told, and the fingerprint shows that all mean the same
-# federation.
-
-PREPARATION_SECONDS = 600.0  # seconds that a node may take to load its data
-
-
 @dataclass
 class Handshake:
-    """A federation whose members have met. `run` is its name, which no other run has."""
+    """What the server has agreed on with the nodes.
+
+    The configuration determines the federation at the server and at every node. The server knows
+    of a client's rows only what its node reports, and compares fingerprints.
+
+    Args:
+        connections: Connections to the nodes.
+        config: Configuration, with the settings that sites choose themselves.
+        public: Data that the server and all nodes have.
+        run: Unique ID of the run.
+        settings: By client, the settings that its site chose.
+        remote_info: By client, what its node reported about its rows.
+    """
 
     connections: Connections
     config: Config
     public: FederatedData
     run: str
-    settings: dict[str, dict[str, Any]] = field(default_factory=dict)  # what each decides itself
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     remote_info: dict[str, RemoteDataInfo] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a server that is started anew has to know, as plain values."""
-        told = {client: data_info_tree(told) for client, told in self.remote_info.items()}
-        return {"run": self.run, "settings": self.settings, "told": told}
+        """Return what a restarted server needs to resume, as plain values."""
+        infos = {client: data_info_tree(info) for client, info in self.remote_info.items()}
+        return {"run": self.run, "settings": self.settings, "told": infos}
 
     @cached_property
     def prepared(self) -> PreparedRun:
-        """The run as the server knows it, once everybody has told of its rows."""
+        """The run as the server sees it, once all nodes have reported their rows."""
         return prepare(self.config, data=restrict_to_holder(self.public, None, self.remote_info))
 
     @cached_property
     def _client_directory(self) -> dict[str, Any]:
         threads = choose_for_nodes(self.prepared).threads
-        told = {client: data_info_tree(told) for client, told in self.remote_info.items()}
+        infos = {client: data_info_tree(info) for client, info in self.remote_info.items()}
         return {
-            "told": told,
+            "told": infos,
             "fingerprint": federation_fingerprint(self.prepared),
             "threads": threads,
         }
@@ -101,10 +107,13 @@ class Handshake:
     def _public_pack(self) -> Tensor:
         return as_tensor(PublicPack.from_data(self.public).encode())
 
-    # Conversations with one node ---------------------------------------------------------------------------------------
     def request_data_info(self, client: str) -> Conversation:
-        """What a client tells of its rows; it must be what it told before."""
-        # a folder of the server's; see `NodeExecutor.send_states`
+        """Ask a client's node to report its rows.
+
+        Raises:
+            RequestRefusedError: If the report is invalid or differs from an earlier one.
+        """
+        # `init_from` is a folder at the server; see `NodeExecutor.send_states`.
         config = {**resolve_config(self.config), "init_from": None}
         tree = {"config": config, "public": self.public.public_hash()}
         answer = yield message("terms", tree, run=self.run)
@@ -112,28 +121,31 @@ class Handshake:
             answer = yield message("terms", {**tree, "pack": self._public_pack}, run=self.run)
         if answer.head.get("ask") != "told":
             return answer
-        told = self.receive_data_info(client, body_of(answer))
-        if (
-            client in self.remote_info
-            and self.remote_info[client].content_hash != told.content_hash
-        ):
-            raise RequestRefusedError("its rows are not those that it began with")
-        self.remote_info.setdefault(client, told)  # nodes take no second roster in one run
+        info = self.receive_data_info(client, body_of(answer))
+        known = self.remote_info.get(client)
+        if known is not None and known.content_hash != info.content_hash:
+            raise RequestRefusedError("its rows changed since the start of the run")
+        # Keep the first report: nodes accept one roster per run.
+        self.remote_info.setdefault(client, info)
         return answer
 
     def receive_data_info(self, client: str, tree: Any) -> RemoteDataInfo:
-        """Read what a client tells of its rows. Raises RequestRefusedError."""
+        """Validate a client's report about its rows.
+
+        Raises:
+            RequestRefusedError: If the report is invalid.
+        """
         return read_data_info(tree, self.public.task.outputs, self.public.own_view(client))
 
     def request_ready(self) -> Conversation:
-        """Whether a client is ready, now that all have told."""
+        """Send a client's node the reports of all nodes and have it prepare for the run."""
         return (yield message("roster", self._client_directory, run=self.run))
 
     def prepare_restarted_node(self, client: str) -> Conversation:
-        """Repeat the whole handshake with a node that was restarted.
+        """Repeat the handshake with a node that was restarted.
 
         Raises:
-            RequestRefusedError: If it is not ready then.
+            RequestRefusedError: If the node is not ready afterwards.
         """
         answer = yield from self.request_data_info(client)
         if answer.head.get("ask") == "told":
@@ -146,56 +158,82 @@ class Handshake:
 def perform_handshake(
     config: Config, connections: Connections, wait: float, state: Mapping[str, Any] | None = None
 ) -> Handshake:
-    """Meet everybody whom the configuration names.
+    """Wait for the nodes of all clients and agree with them on the federation.
 
     Args:
-        wait: seconds until all have to be there.
-        state: of the run that is gone on with (see `Handshake.state_dict`): who is not there may come later, if anybody is.
+        config: Configuration of the run.
+        connections: Connections to the nodes.
+        wait: Seconds to wait for all clients.
+        state: For a resumed run, the result of `Handshake.state_dict`. Clients without a node may
+            then connect later, as long as one is connected.
+
+    Returns:
+        The handshake, after every connected node has prepared for the run.
 
     Raises:
-        UserError: what is wrong with the configuration or the server's own data.
-        RunFailedError: somebody is missing, or refuses.
+        UserError: If the configuration or the server's own data are wrong.
+        RunFailedError: If nodes are missing or refuse.
     """
-    ids = list(expand_population(config.clients))
+    clients = list(expand_population(config.clients))
     missing = connections.wait_for_clients(wait)
-    if missing and (state is None or len(missing) == len(ids)):
-        raise RunFailedError(
-            f"not there after {wait:g} s: {', '.join(missing[:6])}{' …' if len(missing) > 6 else ''}"
-        )
-    names = find_references(config.model_dump())
-    before = state["settings"] if state is not None else {}
+    if missing and (state is None or len(missing) == len(clients)):
+        raise RunFailedError(_describe_missing(missing, wait, connections.refusals))
+    references = find_references(config.model_dump())
+    known = state["settings"] if state is not None else {}
     largest = _largest_side(config)
-    told_by = {
-        id: _settings(id, connections.connected_clients[id], names, largest)
-        if id in connections.connected_clients
-        else before.get(id, {})
-        for id in ids
-    }
-    own = [{"match": id, **settings} for id, settings in told_by.items() if settings]
-    if own:
-        plain = resolve_config(config)
-        plain["clients"]["overrides"] = [*plain["clients"]["overrides"], *own]
-        config = load_config(plain, allow_code=CodePermission(granted=names))
+    settings: dict[str, dict[str, Any]] = {}
+    for client in clients:
+        if client in connections.connected_clients:
+            reported = connections.connected_clients[client]
+            settings[client] = _read_client_settings(client, reported, references, largest)
+        else:
+            settings[client] = known.get(client, {})
+    config = _with_client_settings(config, settings, references)
     run = str(state["run"]) if state is not None else secrets.token_hex(16)
-    handshake = Handshake(
-        connections, config, load_federated_data(config, absent=ids), run, told_by
-    )
+    public = load_federated_data(config, absent=clients)
+    handshake = Handshake(connections, config, public, run, settings)
     if state is not None:
-        handshake.remote_info |= {
-            id: handshake.receive_data_info(id, tree) for id, tree in state["told"].items()
-        }
-    here = [id for id in ids if id not in missing]
-    _converse_with_all(
-        connections, {id: _add_remote_note(handshake.request_data_info, id) for id in here}, "told"
-    )
-    _converse_with_all(connections, dict.fromkeys(here, handshake.request_ready), "ready")
-    for id in missing:
-        connections.say(f"{id} is not there; going on without it")
+        for client, tree in state["told"].items():
+            handshake.remote_info[client] = handshake.receive_data_info(client, tree)
+    present = [client for client in clients if client not in missing]
+    reports = {client: partial(handshake.request_data_info, client) for client in present}
+    _converse_with_all(connections, reports, "told")
+    _converse_with_all(connections, dict.fromkeys(present, handshake.request_ready), "ready")
+    for client in missing:
+        connections.say(f"{client} is not connected; continuing without it")
     return handshake
 
 
+def _with_client_settings(
+    config: Config, settings: Mapping[str, dict[str, Any]], references: Collection[str]
+) -> Config:
+    """Return the configuration with the settings that sites chose for their clients."""
+    chosen = [{"match": client, **values} for client, values in settings.items() if values]
+    if not chosen:
+        return config
+    plain = resolve_config(config)
+    plain["clients"]["overrides"] = [*plain["clients"]["overrides"], *chosen]
+    return load_config(plain, allow_code=CodePermission(granted=references))
+
+
+def _describe_missing(
+    missing: Collection[str], wait: float, refusals: Mapping[tuple[int, str], str]
+) -> str:
+    """Return which clients did not connect, and which nodes were refused."""
+    shown = list(missing)[:SHOWN]
+    line = f"no node connected within {wait:g} s for {', '.join(shown)}"
+    if len(missing) > SHOWN:
+        line += f" and {len(missing) - SHOWN} more"
+    for (_, client), why in list(refusals.items())[:SHOWN]:
+        line += f"; refused a node for client {client[:80]!r}: {why}"
+    return line
+
+
 def _largest_side(config: Config) -> int:
-    """Return the side in pixels to which a node may resize: more than usual where the server's own configuration asks for it."""
+    """Return the side in pixels to which a node may resize images.
+
+    It is larger than the default limit only where the server's own configuration asks for it.
+    """
     views = [
         config.server.preprocess,
         *(settings.preprocess for settings in expand_population(config.clients).values()),
@@ -203,26 +241,26 @@ def _largest_side(config: Config) -> int:
     return max(MOST_PIXELS, *(view.resize or 0 for view in views))
 
 
-def _settings(client: str, where: object, names: Collection[str], largest: int) -> dict[str, Any]:
+def _read_client_settings(
+    client: str, reported: object, references: Collection[str], largest: int
+) -> dict[str, Any]:
     try:
-        return read_settings(where, names, largest)
+        return read_settings(reported, references, largest)
     except RequestRefusedError as error:
         raise RunFailedError(f"{client}: refused: {error}") from None
 
 
-def _add_remote_note(
-    conversation: Callable[[str], Conversation], client: str
-) -> Callable[[], Conversation]:
-    return lambda: conversation(client)
-
-
 def _converse_with_all(
-    connections: Connections, conversations: Mapping[str, Callable[[], Conversation]], wanted: str
+    connections: Connections, conversations: Mapping[str, Callable[[], Conversation]], expected: str
 ) -> None:
-    for client, answer in connections.converse(
-        conversations, PREPARATION_SECONDS, len(conversations)
-    ):
+    """Hold a conversation with the node of each client; the last answer has to be `expected`.
+
+    Raises:
+        RunFailedError: If a node is absent or answers otherwise.
+    """
+    required = len(conversations)
+    for client, answer in connections.converse(conversations, PREPARATION_SECONDS, required):
         if isinstance(answer, ClientAbsentError):
             raise RunFailedError(f"{client}: {answer}")
-        if answer.head.get("ask") != wanted:
+        if answer.head.get("ask") != expected:
             raise RunFailedError(f"{client} refuses: {reason(answer)}")

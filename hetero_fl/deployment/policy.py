@@ -24,7 +24,7 @@ from hetero_fl.deployment.messages import RequestRefusedError
 from hetero_fl.engine.batches import step_count
 from hetero_fl.engine.driver import Work, run_plan
 from hetero_fl.experiment.preparation import PreparedRun
-from hetero_fl.federation.broadcasts import HELD, read_broadcast
+from hetero_fl.federation.broadcasts import ESTIMATES_KEY, read_broadcast
 from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.dry_run import DryRunBackend, ExpectedUploads
 from hetero_fl.federation.state_store import PrivateState
@@ -323,7 +323,7 @@ class Policy:
         self, round_idx: int, body: bytes, load_state: Callable[[], bytes]
     ) -> Payload:
         state = load_state() if self.links.sends_changes else b""
-        held = PrivateState.decode(state).state.get(HELD) if state else None
+        held = PrivateState.decode(state).state.get(ESTIMATES_KEY) if state else None
         return read_broadcast(self.links, round_idx, body, held)
 
     def _dry_run_training(

@@ -29,7 +29,7 @@ from hetero_fl.core.task import Task
 from hetero_fl.data.client_rows import RemoteDataInfo
 from hetero_fl.data.preprocessing import Preprocess
 from hetero_fl.deployment.messages import JUNK, RequestRefusedError
-from hetero_fl.federation.client_runtime import EVALUATION_SETS, STRETCH, ClientEvaluation
+from hetero_fl.federation.client_runtime import EVALUATION_SETS, FORECAST_ROWS, ClientEvaluation
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import UserError, one_line
@@ -237,7 +237,7 @@ def _read_forecast(found: Any, federation: FederationSpec) -> dict[str, Any]:
         raise RequestRefusedError("a forecast, although the run has none")
     named = _check_names(found, ("time", "truth", "predicted", "baselines"))
     rows = len(named["time"])
-    if not 0 < rows <= STRETCH:
+    if not 0 < rows <= FORECAST_ROWS:
         raise RequestRefusedError(f"a forecast of {rows} rows")
 
     def columns(values: Any) -> list[Any]:

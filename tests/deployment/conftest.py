@@ -23,14 +23,14 @@ def in_peace(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The server's from now on."""
-    clock, end = Clock(), conversations.Conversations._end
+    clock, end = Clock(), conversations.Conversations._finish
 
     def ended(self: conversations.Conversations, client: str, what: Any) -> None:
         end(self, client, what)
         if isinstance(what, ClientAbsentError | ClientLateError):
             clock.late.add(client)
 
-    monkeypatch.setattr(conversations.Conversations, "_end", ended)
+    monkeypatch.setattr(conversations.Conversations, "_finish", ended)
     monkeypatch.setattr(conversations, "time", clock)
     return clock
 

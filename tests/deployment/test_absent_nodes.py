@@ -39,7 +39,7 @@ def test_five_of_twenty_down(tmp_path: Path) -> None:
         and "unread" not in first
     )
     assert second["counts"] == {"invited": 20, "arrived": 15, "failed": 5, "late": 0}
-    assert second["unread"] == second["failed"] == dict.fromkeys(down, "its node is not there")
+    assert second["unread"] == second["failed"] == dict.fromkeys(down, "its node is not connected")
     assert last["counts"]["failed"] == len(last["unread"]) == 4 and down[0] not in last["unread"]
     assert sorted(last["clients"]) == sorted(set(clients) - set(down[1:]))
     read = [scores["personal"]["accuracy"] for scores in last["clients"].values()]
@@ -107,7 +107,7 @@ def test_too_few_are_waited_for_and_else_a_round_is_skipped(tmp_path: Path, cloc
     there = federation(made, sites, tmp_path / "there", patience=0.1)
     assert [r["counts"]["arrived"] for r in records(there)] == [3, 3, 3]
     assert (
-        "not used, as nobody's time is simulated: devices" in (there.path / "log.txt").read_text()
+        "devices: no effect, because time is not simulated" in (there.path / "log.txt").read_text()
     )
     sites = Sites(CLIENTS, tmp_path / "others", {("site_1", 0, "train"): "missing"}, clock=clock)
     back = [lambda record: sites.start("site_1") if record["round"] == 1 else None]

@@ -145,7 +145,7 @@ def test_places_go_to_those_who_are_there(tmp_path: Path) -> None:
     assert len(there) == 10 and not sites.kills
     assert all(record["counts"]["arrived"] == 4 for record in there)
     failed = {client: why for record in there for client, why in record["failed"].items()}
-    assert failed == dict.fromkeys(gone, "its node is not there")
+    assert failed == dict.fromkeys(gone, "its node is not connected")
     assert set(gone) <= {client for record in there[2:] for client in record["cohort"]}
 
 
@@ -156,8 +156,8 @@ def test_nodes_that_refuse_everything_are_asked_for_a_while(
         raise RequestRefusedError("not today")
 
     monkeypatch.setattr(Node, "_run_task", refuse)
-    monkeypatch.setattr(real_time, "LOOK", 0.01)
-    monkeypatch.setattr(asynchronous, "PATIENCE", 3)
+    monkeypatch.setattr(real_time, "POLL_INTERVAL", 0.01)
+    monkeypatch.setattr(asynchronous, "MAX_FAULTS_PER_PLACE", 3)
     with pytest.raises(
         RunFailedError, match=r"round 1: no usable upload from 9 tasks; site_\d: not today$"
     ):
@@ -167,14 +167,14 @@ def test_nodes_that_refuse_everything_are_asked_for_a_while(
 def test_an_empty_place_is_not_waited_at_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(real_time, "LOOK", 0.01)
-    monkeypatch.setattr(real_time, "LONGEST", 0.1)
+    monkeypatch.setattr(real_time, "POLL_INTERVAL", 0.01)
+    monkeypatch.setattr(real_time, "MAX_WAIT", 0.1)
     monkeypatch.setattr(
         real_time.RemoteAsynchronousTrainer,
         "_idle_clients",
         lambda self: (0, self.queue.idle_place),
     )
-    with pytest.raises(RunFailedError, match="round 1: nobody was there for"):
+    with pytest.raises(RunFailedError, match="round 1: no client connected for"):
         federation(source(), Sites(CLIENTS, tmp_path / "sites"), tmp_path / "there")
 
 

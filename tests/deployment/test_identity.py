@@ -52,7 +52,7 @@ def server(tmp_path: Path) -> Server:
 def test_node_with_the_key_of_its_client_is_met(server: Server) -> None:
     number = server.meet("site_1", KEYS["site_1"])
 
-    assert server.said == ["site_1 is here"]
+    assert server.said == ["site_1 connected"]
     assert server.connections.node_of == {"site_1": number}
 
 
@@ -60,7 +60,7 @@ def test_node_with_the_key_of_its_client_is_met(server: Server) -> None:
 def test_node_with_another_key_is_refused(server: Server, key: bytes) -> None:
     server.meet("site_1", key)
 
-    line = "refused a node that says it is 'site_1': its key is not that of 'site_1'"
+    line = "refused a node for client 'site_1': its key is not the key of client 'site_1'"
     assert server.said == [line]
     assert not server.connections.node_of
 
@@ -70,7 +70,7 @@ def test_client_without_a_known_key_is_refused(tmp_path: Path) -> None:
 
     server.meet("site_1", KEYS["site_1"])
 
-    line = "refused a node that says it is 'site_1': no key is known of 'site_1'"
+    line = "refused a node for client 'site_1': no key is known for client 'site_1'"
     assert server.said == [line]
 
 
@@ -80,13 +80,13 @@ def test_without_keys_a_client_belongs_to_its_connected_node(tmp_path: Path) -> 
     first = server.meet("site_1", KEYS["site_1"])
     server.meet("site_1", KEYS["site_2"])
     assert server.connections.node_of == {"site_1": first}
-    assert "its key is not that of 'site_1'" in server.said[-1]
+    assert "its key is not the key of client 'site_1'" in server.said[-1]
 
     server.transport.leave(first)
     server.connections.refresh()
     again = server.meet("site_1", KEYS["site_3"])
     assert server.connections.node_of == {"site_1": again}
-    assert server.said[-1] == "site_1 is here again"
+    assert server.said[-1] == "site_1 reconnected"
 
 
 def test_node_whose_worker_did_not_start_is_asked_again(
@@ -106,15 +106,16 @@ def test_node_whose_worker_did_not_start_is_asked_again(
     until(lambda: server.connections.refresh() or server.connections.node_of)
 
     assert server.connections.node_of == {"site_1": number}
-    refused = "refused a node that says it is '': the folder is locked"
-    assert server.said == [refused, "site_1 is here"]
+    refused = "refused a node for client '': the folder is locked"
+    assert server.said == [refused, "site_1 connected"]
 
 
 def test_without_its_node_a_run_does_not_begin(tmp_path: Path, clock: Clock) -> None:
     federation = Federation(tmp_path)
     keys = {**KEYS, "site_3": b"of another node"}
 
-    with pytest.raises(RunFailedError, match="not there after 300 s: site_3"):
+    missing = "no node connected within 300 s for site_3; refused a node for client 'site_3': its key is not"
+    with pytest.raises(RunFailedError, match=missing):
         federation.serve(small(), keys=keys, public=KEYS, say=clock.after(3, []))
 
 

@@ -57,9 +57,9 @@ def status(tmp_path: Path) -> RunStatus:
 def test_what_it_tells(status: RunStatus) -> None:
     present = ["north"]
     status.set_presence_source(lambda: present)
-    status.add_event("north is here")
+    status.add_event("north connected")
     status.add_record(
-        record(1, failed={"south": "its node is not there"}, privacy={"epsilon": 1.25})
+        record(1, failed={"south": "its node is not connected"}, privacy={"epsilon": 1.25})
     )
     status.add_record(record(1))  # after a resume: a line of a round that is held again
     tree = status.to_dict()
@@ -78,8 +78,8 @@ def test_what_it_tells(status: RunStatus) -> None:
         1.25,
         {"accuracy": 0.75, "balanced_accuracy": 0.7, "auroc": None},
     )
-    assert [event["message"] for event in tree["events"]] == ["north is here"]
-    status.add_record(record(2, failed={"north": "diverged", "south": "its node is not there"}))
+    assert [event["message"] for event in tree["events"]] == ["north connected"]
+    status.add_record(record(2, failed={"north": "diverged", "south": "its node is not connected"}))
     assert status.to_dict()["failures"] == 3
     present.clear()
     gone = status.to_dict()["nodes"]["north"]
@@ -167,7 +167,7 @@ def test_the_window(status: RunStatus) -> None:
 def test_the_command(status: RunStatus, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status.set_presence_source(lambda: ["north"])
     (tmp_path / "config.yaml").touch()
-    status.add_event("refused a node that says it is 'south': torch '1', but '2' here")
+    status.add_event("refused a node for client 'south': torch '1', but '2' here")
     status.add_record(record(2, failed={"south": "gone"}))
     assert main(["status", str(tmp_path)]) == 0
     out = capsys.readouterr().out

@@ -91,7 +91,7 @@ def test_status_and_the_word_that_it_is_over(sites: Sites, tmp_path: Path) -> No
     assert (tree["up_bytes"], tree["down_bytes"]) == (up, down)
     assert (
         sorted(said)
-        == [f"site_{i} is here" for i in (1, 2, 3)]
+        == [f"site_{i} connected" for i in (1, 2, 3)]
         == sorted(e["message"] for e in tree["events"])
     )
     assert sites.lines.count("let go") == 3
@@ -107,7 +107,7 @@ def test_a_node_of_another_version_is_refused_in_one_line(
         return answer
 
     said: list[str] = []
-    with pytest.raises(RunFailedError, match="not there after 300 s: site_1"):
+    with pytest.raises(RunFailedError, match="no node connected within 300 s for site_1"):
         run_federation(
             config(**SERIAL),
             sites.gathered(older),
@@ -116,7 +116,7 @@ def test_a_node_of_another_version_is_refused_in_one_line(
             say=clock.after(3, said),
         )
     line = f"torch '1.0', but '{messages.versions()['torch']}' here"
-    assert f"refused a node that says it is 'site_1': {line}" in said
+    assert f"refused a node for client 'site_1': {line}" in said
     assert sites.stops[0].wait(LONG) and sites.refused[0].refused == line, (
         "its process ends, and says why"
     )

@@ -90,7 +90,7 @@ def test_it_goes_on_without_who_has_gone_meanwhile(tmp_path: Path, clock: Clock)
     )
     assert [record.get("unread") for record in there] == [
         None,
-        {"site_3": "its node is not there"},
+        {"site_3": "its node is not connected"},
         None,
     ]
 

@@ -31,7 +31,11 @@ assert threading.active_count() == 1
 
 @pytest.mark.slow
 def test_what_a_fork_server_imports_uses_no_accelerator_and_no_thread() -> None:
-    modules = ["hetero_fl.federation.executors.processes", "hetero_fl.experiment.comparison"]
+    modules = [
+        "hetero_fl.federation.executors.processes",
+        "hetero_fl.experiment.comparison",
+        "hetero_fl.deployment.flower.worker",
+    ]
     code = IMPORTS.format(names=[*processes.PRELOADED, *modules])
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from hetero_fl.deployment.server import run_federation
 from hetero_fl.experiment.preparation import load_config
 from hetero_fl.experiment.runner import default_out
 from hetero_fl.reporting.run import Run
-from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.errors import RunFailedError, UserError
 
 
 def make_server_app(config: Path) -> ServerApp:
@@ -32,7 +33,12 @@ def make_server_app(config: Path) -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        run_in_app(grid, context.run_config, config)
+        try:
+            run_in_app(grid, context.run_config, config)
+        except (UserError, RunFailedError):
+            # Flower logs the exception. The message says everything; hide the traceback.
+            sys.tracebacklimit = 0
+            raise
 
     return app
 

@@ -323,10 +323,10 @@ def test_nodes_file_binds_clients_to_keys(
     nodes.write_text("site_1: site_1.pub\nsite_2: site_2.pub\nsite_3: site_1.pub\n")
     settings = {"out": str(tmp_path / "run"), "nodes": str(nodes), "wait": 0.5}
 
-    with pytest.raises(RunFailedError, match=r"not there after 0\.5 s: site_3"):
+    with pytest.raises(RunFailedError, match=r"no node connected within 0\.5 s for site_3"):
         run_in_app(grid, settings, config("fedavg", "cnn_gn_small"))
 
-    assert "its key is not that of 'site_3'" in capsys.readouterr().err
+    assert "its key is not the key of client 'site_3'" in capsys.readouterr().err
     nodes.write_text("site_1: 7\n")
     with pytest.raises(UserError, match="site_1: found 7; expected a file with a public key"):
         run_in_app(grid, settings, config("fedavg", "cnn_gn_small"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,13 +18,14 @@ from flwr.app import ConfigRecord
 from hetero_fl.core.payload import FORM as PAYLOAD
 from hetero_fl.deployment.audit_log import verify
 from hetero_fl.deployment.config import SiteConfig
+from hetero_fl.deployment.flower.app import PACKAGE, write_bridge_app
 from hetero_fl.deployment.flower.superlink import FlowerTransport, SuperLink
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.server import run_federation
 from hetero_fl.deployment.transport import Envelope, Handle
 from tests.helpers.deployments import SITES, small
 from tests.helpers.echo_node import EchoNode
-from tests.helpers.flower_federation import until
+from tests.helpers.flower_federation import FlowerFederation, until
 from tests.helpers.hostile_messages import (
     ANSWERS,
     HEADS,
@@ -94,7 +96,7 @@ def test_run_ends_well_with_a_hostile_site(tmp_path: Path) -> None:
     assert run.summary["rounds_completed"] == len(answers)
     failed = [record["failed"] for record in run.metrics]
     assert all(set(each) <= {"site_3"} for each in failed)
-    assert "what was agreed takes at most" in failed[0]["site_3"]
+    assert "expected at most" in failed[0]["site_3"]
     assert "a head of" in failed[1]["site_3"]
     assert "at most 4,194,304" in failed[2]["site_3"]
     assert "at most 4,194,304" in failed[3]["site_3"]
@@ -127,3 +129,68 @@ def test_node_answers_a_hostile_server(tmp_path: Path) -> None:
     last = answers[hello]
     assert last is not None and last.head["ask"] == "here"
     assert len(verify(tmp_path / "site_1" / "audit.jsonl")) == len(asked) + 1
+
+
+# One MiB of zeros, named so often that it stands for 8 GiB.
+BOMB_CLIENT = """
+from flwr.app import Array, ArrayRecord, Message
+from flwr.clientapp import ClientApp
+from hetero_fl.deployment.flower.records import BODY, HEAD, from_message, to_content
+from hetero_fl.deployment.transport import Envelope
+
+app = ClientApp()
+
+
+@app.query()
+def handle_query(message, context):
+    if from_message(message).head["ask"] != "bomb":
+        return Message(to_content(Envelope({"ask": "here"})), reply_to=message)
+    content = to_content(Envelope({"ask": "done"}, bytes(2**20)))
+    array = content[BODY][BODY]
+    chunks = array.slice_array()
+    array.slice_array = lambda: chunks * 2**13
+    return Message(content, reply_to=message)
+"""
+MEASURING_SERVER = """
+import json, resource, time
+from pathlib import Path
+from flwr.serverapp import ServerApp
+from hetero_fl.deployment.flower.bridge import limit_memory
+from hetero_fl.deployment.flower.grid import GridTransport
+from hetero_fl.deployment.transport import BoundedTransport, Envelope
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid, context):
+    message_bytes = context.run_config["message-bytes"]
+    limit_memory(message_bytes)
+    transport = BoundedTransport(GridTransport(grid), message_bytes)
+    while not (nodes := transport.nodes()):
+        time.sleep(0.1)
+    answers = []
+    for ask in ("bomb", "hello"):
+        number = transport.push(list(nodes)[0], Envelope({"ask": ask}), 120.0)
+        while not (found := transport.pull([number], 1.0)):
+            pass
+        answer = found[number]
+        answers.append(None if answer is None else dict(answer.head))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    Path(context.run_config["socket"]).write_text(json.dumps([answers, peak]))
+"""
+
+
+def test_array_that_stands_for_8_gib_fails_alone(tmp_path: Path) -> None:
+    write_bridge_app(tmp_path / "app", tmp_path / "report.json", 2**22)
+    (tmp_path / "app" / PACKAGE / "client_app.py").write_text(BOMB_CLIENT)
+    (tmp_path / "app" / PACKAGE / "server_app.py").write_text(MEASURING_SERVER)
+
+    with FlowerFederation(tmp_path / "federation", {"site_1": {}}) as federation:
+        ended = federation.run(tmp_path / "app")
+
+        assert ended.startswith("finished:completed"), federation.log("superlink")[-3000:]
+    (bomb, hello), peak = json.loads((tmp_path / "report.json").read_text())
+    assert bomb is None or bomb["ask"] == "refused"
+    assert hello == {"ask": "here"}
+    assert peak < 2**31

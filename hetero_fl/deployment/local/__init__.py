@@ -1,1 +1,0 @@
-"""A real federation on one machine."""

@@ -1,8 +1,11 @@
-"""Federated learning between participants whose models differ.
+"""Federated learning with heterogeneous models.
 
-import hetero_fl
-run = hetero_fl.run("configs/digits_quickstart.yaml", overrides=["rounds=3"])
-run.summary["global"]["last"]["accuracy"]
+Example:
+    >>> import hetero_fl
+    >>> run = hetero_fl.run(
+    ...     "configs/digits_quickstart.yaml", overrides=["rounds=3"]
+    ... )  # doctest: +SKIP
+    >>> run.summary["global"]["last"]["accuracy"]  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: `import hetero_fl` alone stays quick."""
+    # Public names are imported on first use, so that `import hetero_fl` is fast.
     if name == "load_config":
         from hetero_fl.experiment.preparation import load_config
 

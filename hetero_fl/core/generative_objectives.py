@@ -226,10 +226,10 @@ class BatchStatistics(TorchFunctionMode):
 class Synthesis(Objective):
     """The loss of the example generator of DENSE (Zhang et al. 2022).
 
-    It is CE(z̄, y) + λ₁·BN - λ₂·ω·KL(z̄ ‖ z_student), where z̄ are the mean logits of the teachers, BN
-    is the mean of `BatchStatistics` over the teachers, and ω is 1 if student and teachers predict
-    different classes, else 0. The columns are noise `x` and labels `y`; the generator is in the
-    slot `generator`.
+    It is CE(z̄, y) + λ₁·BN - λ₂·ω·KL(z̄ ‖ z_student), where z̄ are the mean logits of the
+    teachers, BN is the mean of `BatchStatistics` over the teachers, and ω is 1 if student and
+    teachers predict different classes, else 0. The columns are noise `x` and labels `y`; the
+    generator is in the slot `generator`.
 
     Args:
         shape: Shape of a generated example, `(channels, *size)`.

@@ -1,1 +1,1 @@
-"""Helpers that know nothing of federated learning: errors, seeding, ordering, serialization."""
+"""General utilities: errors, seeding, ordering, serialization, registries and processes."""

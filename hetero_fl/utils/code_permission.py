@@ -1,7 +1,7 @@
-"""Permission to run code that a configuration names as `python:package.module:Name`.
+"""Permission to run code that a configuration references as `python:package.module:Name`.
 
-References are checked where they enter the process, before anything is imported: when a configuration, a run directory or a
-site's file is read, and on the command line. What is in memory after that has been checked.
+References are checked before anything is imported: when a configuration, a run directory or a
+site's file is loaded, and on the command line.
 """
 
 from __future__ import annotations
@@ -12,30 +12,37 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from hetero_fl.utils.errors import UserError
 
 OWN = "python:"
-# Key of pydantic's validation context: users' own models may be imported, to check their options.
+# Key in pydantic's validation context that permits importing user-defined models.
 CONTEXT = "own_code_is_allowed"
 _REFERENCE = re.compile(r"python:[\w.]+:\w+")
 
+# Asks the user whether code may run: (place, key, reference) to the answer.
 Ask = Callable[[str, str, str], bool]
-"""(where, key, reference) to whether the user wants this code to run."""
+# The file that contains a reference, or a function from a key to the file.
 Where = str | Callable[[str], str]
 
 
-def iterate_strings(tree: object, at: str = "") -> Iterator[tuple[str, str]]:
-    """Yield all strings of a tree, keys included, each after the path of its place."""
+def iterate_strings(tree: object, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the path and the value of all strings in a tree, including keys of dictionaries."""
     if isinstance(tree, str):
-        yield at, tree
+        yield path, tree
     elif isinstance(tree, Mapping):
         for key, value in tree.items():
-            yield from iterate_strings(str(key), at)
-            yield from iterate_strings(value, f"{at}.{key}" if at else str(key))
+            yield from iterate_strings(str(key), path)
+            yield from iterate_strings(value, f"{path}.{key}" if path else str(key))
     elif isinstance(tree, list | tuple):
-        for number, value in enumerate(tree):
-            yield from iterate_strings(value, f"{at}.{number}" if at else str(number))
+        for index, value in enumerate(tree):
+            yield from iterate_strings(value, f"{path}.{index}" if path else str(index))
 
 
 def find_references(tree: object) -> dict[str, str]:
-    """Return the references to code in a tree, each with the path of its first place."""
+    """Return the references to code in a tree, each with the path of its first occurrence.
+
+    Example:
+        >>> from hetero_fl.utils.code_permission import find_references
+        >>> find_references({"algorithm": {"name": "python:median:MedianTeacher"}})
+        {'python:median:MedianTeacher': 'algorithm.name'}
+    """
     found: dict[str, str] = {}
     for key, value in iterate_strings(tree):
         if value.startswith(OWN):
@@ -44,14 +51,20 @@ def find_references(tree: object) -> dict[str, str]:
 
 
 class CodePermission:
-    """Which references to code may be imported: all of them, or those that are listed.
+    """Permission to import referenced code: all of it, or listed references.
 
     Args:
-        everything: Whether all references are allowed.
-        granted: References that are allowed in any case.
-        ask: Asked once about each other reference; without it the answer is no.
-        trusts_caller: Whether names that the caller of a function wrote itself, in a dictionary or in overrides, are
-            allowed: in Python they are the caller's own program, on the command line they need permission.
+        everything: Whether all references are permitted.
+        granted: References that are permitted in any case.
+        ask: Called once for each other reference; without it these are not permitted.
+        trusts_caller: Whether references that the caller passes as dictionaries or overrides are
+            permitted. In Python they are part of the caller's program; on the command line they
+            need permission.
+
+    Attributes:
+        everything: Whether all references are permitted.
+        granted: References that are permitted.
+        trusts_caller: Whether references of the caller are permitted.
     """
 
     def __init__(
@@ -69,13 +82,18 @@ class CodePermission:
 
     @classmethod
     def from_argument(cls, allow_code: bool | CodePermission) -> CodePermission:
-        """Return the permission that the argument `allow_code` of a function stands for."""
+        """Return the permission for the argument `allow_code` of a public function."""
         if isinstance(allow_code, CodePermission):
             return allow_code
         return cls(everything=allow_code, trusts_caller=True)
 
     def with_written(self, source: object, overrides: Iterable[str] = ()) -> CodePermission:
-        """Return this permission extended to what the caller wrote: a `source` that is no file, and `overrides`."""
+        """Return this permission extended to the references that the caller passed.
+
+        Args:
+            source: The configuration: a path, or a dictionary that the caller wrote.
+            overrides: Overrides of the configuration.
+        """
         if self.everything or not self.trusts_caller:
             return self
         if isinstance(source, str) or hasattr(source, "__fspath__"):
@@ -85,26 +103,30 @@ class CodePermission:
         return CodePermission(everything=True)
 
     def with_granted(self, granted: Iterable[str]) -> CodePermission:
-        """Return this permission with more references granted, no matter where they are written."""
-        made = CodePermission(self.everything, self.granted.union(granted), self._ask)
-        made._advice = self._advice
-        return made
+        """Return this permission extended to further references."""
+        extended = CodePermission(self.everything, self.granted.union(granted), self._ask)
+        extended._advice = self._advice
+        return extended
 
     def check_written(self, found: Mapping[str, str]) -> None:
-        """Raise UserError, as `check`, for names among a caller's arguments; in Python these are always allowed."""
+        """Check references among the arguments of the caller, which Python callers may use.
+
+        Raises:
+            UserError: If a reference is not permitted.
+        """
         if not self.trusts_caller:
             self.check(found, "")
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave the question behind: other processes have no terminal."""
+        # Other processes have no terminal and cannot ask.
         return {**self.__dict__, "_ask": None}
 
     def find_refused(self, found: Mapping[str, str], where: Where) -> Iterator[tuple[str, str]]:
-        """Yield reference and key of code that may not run, after asking about it.
+        """Yield the references that are not permitted with their keys, after asking the user.
 
         Args:
-            found: References with their keys (see `references`).
-            where: The file that has them, or a function from a key to its place.
+            found: References with their keys, see `find_references`.
+            where: The file that contains them, or a function from a key to the file.
         """
         for reference, key in found.items():
             if self.everything or reference in self.granted:
@@ -120,7 +142,15 @@ class CodePermission:
                 yield reference, key
 
     def check(self, found: Mapping[str, str], where: Where) -> None:
-        """Raise UserError, in one line with key and reference, for code that may not run; arguments as `refused`."""
+        """Check that all references are permitted.
+
+        Args:
+            found: References with their keys, see `find_references`.
+            where: The file that contains them, or a function from a key to the file.
+
+        Raises:
+            UserError: If a reference is not permitted.
+        """
         for reference, key in self.find_refused(found, where):
             place = where(key) if callable(where) else where
             prefix = ": ".join(filter(None, [place, key]))

@@ -1,4 +1,4 @@
-"""Where a run took place: versions, machine, threads, device. Kept beside its results."""
+"""The hardware and software environment of a run: versions, processor, threads and device."""
 
 from __future__ import annotations
 
@@ -24,8 +24,13 @@ PACKAGES = (
 
 
 def describe_environment(choice: Mapping[str, Any]) -> dict[str, Any]:
-    """What to know when a figure is to be reproduced. `choice`: how the run is computed (hetero_fl.federation.executors.choose)."""
+    """Return the facts about the environment that are needed to reproduce a run.
+
+    Args:
+        choice: Device, threads and executor of the run (`hetero_fl.federation.executors.choose`).
+    """
     device = torch.device(choice["device"])
+    is_cuda = device.type == "cuda"
     return {
         "hetero_fl": package_version("hetero_fl"),
         "python": platform.python_version(),
@@ -33,9 +38,7 @@ def describe_environment(choice: Mapping[str, Any]) -> dict[str, Any]:
         "cpu": _processor(),
         "cores": os.cpu_count(),
         "threads": choice["threads"],
-        "device": f"{device} ({torch.cuda.get_device_name(device)})"
-        if device.type == "cuda"
-        else str(device),
+        "device": f"{device} ({torch.cuda.get_device_name(device)})" if is_cuda else str(device),
         "choice": dict(choice),
         "packages": {name: package_version(name) for name in PACKAGES},
     }
@@ -61,21 +64,26 @@ def _processor() -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of the configuration; `auto` is the first GPU if there is one. Raises UserError if it is not there."""
+    """Return the device that `runtime.device` names; `auto` is a CUDA device if there is one.
+
+    Raises:
+        UserError: If the device does not exist.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(
-            f"runtime.device: found '{name}'; choose from auto, cpu, cuda, cuda:0, mps"
+            f"runtime.device: unknown device '{name}'; choose from auto, cpu, cuda, cuda:0, mps"
         ) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"runtime.device: found '{name}', but torch finds {torch.cuda.device_count()} CUDA devices; use cpu"
+            f"runtime.device: '{name}' is not available; the number of CUDA devices is "
+            f"{torch.cuda.device_count()}, use cpu"
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("runtime.device: found 'mps', but it is not available here; use cpu")
+        raise UserError("runtime.device: 'mps' is not available; use cpu")
     return device
 
 
@@ -83,32 +91,35 @@ _one_core = False
 
 
 def use_deterministic_algorithms(device: torch.device, enabled: bool) -> None:
-    """Let this process compute the same bits on a GPU in every run, or not; on a CPU it does anyway.
+    """Enable or disable deterministic algorithms on a GPU; CPU algorithms always are.
 
-    While it is enabled, an operation without a deterministic algorithm raises RuntimeError.
+    Args:
+        device: Device of the run.
+        enabled: Whether operations must be deterministic. Operations without a deterministic
+            algorithm then raise `RuntimeError`.
     """
     if device.type != "cuda":
         return
     if enabled:
-        # cuBLAS reads it when it is first used.
+        # cuBLAS reads the variable when it is first used.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(enabled)
 
 
 def use_one_core() -> None:
-    """Others like this process run beside it on the other cores: it shall count on one, whatever there are."""
-    global _one_core
+    """Limit `available_cores` to 1 in this process, because others use the remaining cores."""
+    global _one_core  # noqa: PLW0603 (a property of the process, set once when a worker starts)
     _one_core = True
 
 
 def available_cores() -> int:
-    """Those that this process may use."""
+    """Return the number of cores that this process may use."""
     if _one_core:
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def thread_limit() -> int | None:
-    """What OMP_NUM_THREADS says, if it does."""
+    """Return the value of OMP_NUM_THREADS, or None if it is not a positive integer."""
     limit = os.environ.get("OMP_NUM_THREADS", "")
     return int(limit) if limit.isdigit() and int(limit) > 0 else None

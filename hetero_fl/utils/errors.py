@@ -1,4 +1,4 @@
-"""The three ways a run ends early, the phrase that helps with a misspelt name, and whose code a file is."""
+"""Exceptions, suggestions for misspelled names, and printable text for messages."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from itertools import islice
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
-MOST_CHARACTERS = 400  # of a line that quotes what another participant sent
-SHORTEST = 3  # letters of an abbreviation
-# so many files of a folder at most are compared with the name of one that is not there
-LOOKED = 1000
-_OTHERS = (  # this project, Python and what was installed
+# Maximum length of a line that quotes untrusted text.
+MAX_LINE_CHARACTERS = 400
+# Minimum length of an abbreviation.
+MIN_ABBREVIATION = 3
+# A missing file is compared with at most so many files of its folder.
+MAX_COMPARED_FILES = 1000
+# Prefixes of source files that are not the user's: this project, Python and installed packages.
+_LIBRARY_PREFIXES = (
     *(os.path.join(folder, "") for folder in (PACKAGE, PACKAGE.parent / "model_zoo")),
     *(
         os.path.join(sysconfig.get_path(name), "")
@@ -25,9 +28,13 @@ _OTHERS = (  # this project, Python and what was installed
 
 
 class UserError(Exception):
-    """A mistake by the user (configuration, file, data, flag): one line that says where, what, and the nearest valid choice.
+    """Raised for an invalid configuration, file, data set or option.
 
-    The command line prints it and ends with status 2.
+    The message is one line that names the place, the value found and what is valid. The command
+    line prints it and exits with status 2.
+
+    Args:
+        message: The message; whitespace is collapsed.
     """
 
     def __init__(self, message: object) -> None:
@@ -35,19 +42,26 @@ class UserError(Exception):
 
 
 class RunFailedError(Exception):
-    """The run itself failed (every upload non-finite, say). The command line prints one line and ends with status 1."""
+    """Raised when a run fails, for example because all uploads are non-finite.
+
+    The command line prints the message and exits with status 1.
+    """
 
 
 class NoUploadError(Exception):
-    """A client's upload is missing. The message says why."""
+    """Raised when a client has no upload; the message is the reason."""
 
 
 class RoundAbandonedError(RunFailedError):
-    """A round's protocol ended without a result: fewer took part to its end than it needs. Nothing of the round was learnt."""
+    """Raised when too few clients remain to complete the protocol of a round."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, after which what lies in `path` can be gone on with."""
+    """Raised after SIGINT or SIGTERM when the run can be resumed.
+
+    Args:
+        path: The run directory.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
@@ -63,44 +77,58 @@ def printable(text: str) -> str:
     )
 
 
-def one_line(text: object, most: int = MOST_CHARACTERS) -> str:
-    """Return text that another participant may have written as one short printable line.
+def one_line(text: object, max_length: int = MAX_LINE_CHARACTERS) -> str:
+    r"""Return untrusted text as one short printable line.
 
-    Whitespace is collapsed. Control characters, lone surrogates and invisible characters are escaped, so that the line can be
-    encoded as UTF-8 and cannot move a terminal's cursor. What is longer than `most` characters is cut and ends with an ellipsis.
+    Whitespace is collapsed. Control characters, lone surrogates and invisible characters are
+    escaped, so the line can be encoded as UTF-8 and cannot control a terminal. A longer text is
+    truncated and ends with an ellipsis.
 
     Args:
-        text: Anything; its `str` is used.
-        most: Length of the result, at most.
+        text: Any object; its `str` is used.
+        max_length: Maximum length of the result.
 
     Example:
-        >>> one_line("a\\n\\x1b[2Jb")
-        'a \\\\x1b[2Jb'
+        >>> from hetero_fl.utils.errors import one_line
+        >>> one_line("a\n\x1b[2Jb")
+        'a \\x1b[2Jb'
     """
     try:
-        whole = str(text)
+        string = str(text)
     except (ValueError, RecursionError):
         # An integer of more than 4,300 digits, or deeply nested lists.
-        whole = f"({type(text).__name__} too large to show)"
-    words = " ".join(whole[: 8 * most].split())
-    line = printable(words)
-    return line if len(line) <= most else line[: most - 1] + "…"
+        string = f"({type(text).__name__} too large to show)"
+    # Escaping lengthens the text, so more characters than necessary need not be processed.
+    line = printable(" ".join(string[: 8 * max_length].split()))
+    return line if len(line) <= max_length else line[: max_length - 1] + "…"
 
 
 def closest(found: object, choices: Iterable[str]) -> str | None:
-    """Return the choice of which `found` is probably a misspelling, or else an abbreviation, if there is one.
+    """Return the choice that a misspelled or abbreviated name most likely refers to.
 
-    Neither case nor `-` and `_` count: KT-pFL is kt_pfl.
+    The comparison ignores case, hyphens and underscores.
+
+    Args:
+        found: The name.
+        choices: Valid names.
+
+    Returns:
+        The choice, or None if no choice is similar.
+
+    Example:
+        >>> from hetero_fl.utils.errors import closest
+        >>> closest("KT-pFL", ["fedmd", "kt_pfl"]), closest("fedmdd", ["fedmd", "kt_pfl"])
+        ('kt_pfl', 'fedmd')
     """
     names = list(choices)
-    meant = closest_misspelling(found, names)
-    return closest_abbreviation(found, names) if meant is None else meant
+    match = closest_misspelling(found, names)
+    return closest_abbreviation(found, names) if match is None else match
 
 
 def closest_misspelling(found: object, choices: Iterable[str]) -> str | None:
-    """Return the choice that is at most one edit in four letters away, the nearest one if there are several.
+    """Return the nearest choice within one edit per four letters, or None.
 
-    An edit is an insertion, a deletion, a substitution or a swap of two neighbors.
+    An edit is an insertion, a deletion, a substitution or a swap of adjacent letters.
     """
     names = {_normalize(name): name for name in sorted(map(str, choices), reverse=True)}
     word = _normalize(str(found))
@@ -109,7 +137,7 @@ def closest_misspelling(found: object, choices: Iterable[str]) -> str | None:
     edits = {
         name: _edit_distance(word, name)
         for name in sorted(names)
-        # With such lengths fewer edits are impossible; they need not be counted.
+        # The number of edits is at least the difference in length.
         if abs(len(word) - len(name)) <= _max_edits(word, name)
     }
     near = [name for name, count in edits.items() if count <= _max_edits(word, name)]
@@ -121,33 +149,37 @@ def closest_misspelling(found: object, choices: Iterable[str]) -> str | None:
 
 
 def closest_abbreviation(found: object, choices: Iterable[str]) -> str | None:
-    """Return the only choice that begins with `found` (`temp`, temperature), ends with it as a word (`decay`, weight_decay), or
-    has words added to it in `found` (`dirichlet_split`, dirichlet)."""
+    """Return the only choice that a name abbreviates or extends, or None.
+
+    The name may be the beginning of the choice (`temp` for temperature), its last word (`decay` for
+    weight_decay), or the choice with further words (`dirichlet_split` for dirichlet).
+    """
     word = _normalize(str(found))
-    if len(word) < SHORTEST:
+    if len(word) < MIN_ABBREVIATION:
         return None
     names = sorted(set(map(str, choices)))
     last_word = "_" + str(found).lower().replace("-", "_")
-    for meant in (
+    for matches in (
         [name for name in names if _normalize(name).startswith(word)],
         [name for name in names if name.lower().replace("-", "_").endswith(last_word)],
-        [name for name in names if len(name) >= SHORTEST and word.startswith(_normalize(name))],
+        [
+            name
+            for name in names
+            if len(name) >= MIN_ABBREVIATION and word.startswith(_normalize(name))
+        ],
     ):
-        if len(meant) == 1:
-            return meant[0]
+        if len(matches) == 1:
+            return matches[0]
     return None
 
 
 def _max_edits(a: str, b: str) -> int:
-    """How many edits apart two words may be for one to be a misspelling of the other."""
+    """Return the maximum number of edits between a word and its misspelling."""
     return max(int(max(len(a), len(b)) > 1), min(len(a), len(b)) // 4)
 
 
 def _edit_distance(a: str, b: str) -> int:
-    """Count the insertions, deletions, substitutions and swaps of neighbors that make one word the other.
-
-    The optimal string alignment distance (Damerau 1964).
-    """
+    """Return the optimal string alignment distance of two words (Damerau 1964)."""
     before: list[int] = []
     row = list(range(len(b) + 1))
     for i, letter in enumerate(a, 1):
@@ -162,9 +194,9 @@ def _edit_distance(a: str, b: str) -> int:
 
 
 def suggest_similar(found: object, choices: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` if `found` is close to one of the choices (see `closest`), else nothing."""
-    meant = closest(found, choices)
-    return "" if meant is None else f"; did you mean '{meant}'?"
+    """Return `; did you mean 'x'?` if a choice is similar (see `closest`), else an empty string."""
+    match = closest(found, choices)
+    return "" if match is None else f"; did you mean '{match}'?"
 
 
 def _normalize(name: str) -> str:
@@ -172,14 +204,20 @@ def _normalize(name: str) -> str:
 
 
 def suggest_or_list(found: object, choices: Iterable[str], all_of: str = "") -> str:
-    """`; did you mean 'x'?` if one of the choices is close to what was found, else the choices themselves.
+    """Return a suggestion if a choice is similar to a name, otherwise the list of choices.
 
-    `all_of`: what lists all of them, for where they are more than a line holds.
+    Args:
+        found: The name that was found.
+        choices: Valid names.
+        all_of: Command or function that lists all choices, mentioned if there are too many.
+
+    Returns:
+        `; did you mean 'x'?` or `; choose from x, y, z`; an empty string without choices.
     """
     names = sorted(map(str, choices))
     if hint := suggest_similar(found, names):
         return hint
-    more = f", … ({all_of} has all)" if all_of else ", …"
+    more = f", … (see {all_of})" if all_of else ", …"
     shown = ", ".join(names[:20]) + (more if len(names) > 20 else "")
     return f"; choose from {shown}" if names else ""
 
@@ -187,18 +225,19 @@ def suggest_or_list(found: object, choices: Iterable[str], all_of: str = "") -> 
 def check_names(
     found: Iterable[object], known: Iterable[object], problem: str, detail: str = ""
 ) -> None:
-    """Raise an error for the first name that is not known, with the nearest name that is.
+    """Check that all names are known.
 
     Args:
         found: Names to check.
         known: All valid names.
-        problem: Begins the message; the name follows.
-        detail: Follows the name; a suggestion ends the message.
+        problem: Beginning of the message, which the name follows.
+        detail: Text after the name, which a suggestion follows.
 
     Raises:
         UserError: If a name is not known.
 
     Example:
+        >>> from hetero_fl.utils.errors import check_names
         >>> check_names(["dirichlet"], ["iid", "dirichlet"], "data.partition.kind: found")
         >>> check_names(["site"], ["age", "sex"], "data.csv has no column")
         Traceback (most recent call last):
@@ -211,26 +250,33 @@ def check_names(
 
 
 def suggest_file(path: Path, suffixes: Sequence[str] = ()) -> str:
-    """Return `; did you mean 'x'?` if a file next to one that does not exist has nearly its name, else nothing.
+    """Return `; did you mean 'x'?` if the folder of a missing file has one of a similar name.
 
-    Suffixes are not compared: `nope.yaml` is not nearly `compose.yaml`. `suffixes`: of the files that are considered (all).
+    Args:
+        path: The missing file.
+        suffixes: Suffixes of the files to consider; empty for all.
+
+    Returns:
+        The suggestion, or an empty string. Suffixes are not part of the comparison.
     """
     try:
-        there = [
-            p for p in islice(path.parent.iterdir(), LOOKED) if not suffixes or p.suffix in suffixes
+        siblings = [
+            sibling
+            for sibling in islice(path.parent.iterdir(), MAX_COMPARED_FILES)
+            if not suffixes or sibling.suffix in suffixes
         ]
     except OSError:
         return ""
-    stem = closest(path.stem, {p.stem for p in there})
+    stem = closest(path.stem, {sibling.stem for sibling in siblings})
     if stem is None:
         return ""
-    meant = min(
-        (p for p in there if p.stem == stem),
-        key=lambda p: (_edit_distance(path.suffix, p.suffix), p.name),
+    match = min(
+        (sibling for sibling in siblings if sibling.stem == stem),
+        key=lambda sibling: (_edit_distance(path.suffix, sibling.suffix), sibling.name),
     )
-    return f"; did you mean '{meant.name}'?"
+    return f"; did you mean '{match.name}'?"
 
 
 def is_user_code(file: str) -> bool:
-    """Whether a source file is the user's own: a method, a model, an objective."""
-    return not file.startswith(_OTHERS)
+    """Return whether a source file belongs to the user, not to a library or to hetero_fl."""
+    return not file.startswith(_LIBRARY_PREFIXES)

@@ -1,7 +1,7 @@
-"""Ids of clients in the order in which people count, without a list of them.
+"""Client ids in natural order, without storing a list of them.
 
-The ids of a group follow from its name and its size; those of several groups are merged by stretches, so that the i-th of a
-million is found from a handful of numbers.
+The ids of a group follow from its name and size. Those of several groups are merged as a few
+ranges, so the i-th of a million ids is found quickly.
 """
 
 from __future__ import annotations
@@ -14,28 +14,44 @@ from dataclasses import dataclass
 from typing import Any
 
 
-# The package natsort has no option that leaves text as it is: it sorts accented letters by their
-# decomposed form, and ids that differ in leading zeros only are equal to it.
+# The package natsort is not used because it normalizes accented letters and considers ids equal
+# that differ in leading zeros only.
 def natural_key(name: str) -> tuple[list[Any], str]:
-    """Return a key that sorts in natural order: `site_2` before `site_10`. Equal keys, equal ids."""
+    """Return a sort key for natural order, in which `site_2` precedes `site_10`.
+
+    Different names have different keys.
+    """
     return [int(p) if i % 2 else p for i, p in enumerate(re.split(r"([0-9]+)", name))], name
 
 
 def natural_order(ids: Iterable[str]) -> list[str]:
-    """Sorted as people count: the one order in which sums are taken and data is dealt."""
+    """Return ids in natural order, the order in which sums are computed and data is assigned.
+
+    Example:
+        >>> from hetero_fl.utils.ordering import natural_order
+        >>> natural_order(["site_10", "site_2"])
+        ['site_2', 'site_10']
+    """
     return sorted(ids, key=natural_key)
 
 
 @dataclass(frozen=True)
 class IdSeries:
-    """The ids of one group: `name_1`, `name_2` … with zeros in front to equal width, or the name alone if it is one."""
+    """The ids of a group: `name_1`, `name_2`, …, padded with zeros to equal width.
+
+    The id of a single client is the name of the group.
+
+    Args:
+        name: Name of the group.
+        count: Number of clients.
+    """
 
     name: str
     count: int
 
     @property
     def width(self) -> int:
-        """Digits of every number."""
+        """Number of digits of each index."""
         return len(str(self.count))
 
     def __len__(self) -> int:
@@ -54,7 +70,7 @@ class IdSeries:
         return (prefix + str(number).zfill(width) for number in range(1, self.count + 1))
 
     def position(self, client_id: str) -> int | None:
-        """The place of an id, None if it is not of this series."""
+        """Return the position of an id in the series, or None if it is not part of it."""
         if self.count == 1:
             return 0 if client_id == self.name else None
         number = client_id.removeprefix(f"{self.name}_")
@@ -68,29 +84,34 @@ class IdSeries:
 
 
 class ClientIds:
-    """The ids of several series, as people count. Holds one entry for each stretch that comes from one series.
+    """The ids of several series in natural order, stored as ranges of the series.
 
-    Raises ValueError with the id that two series have.
+    Args:
+        series: The series.
+
+    Raises:
+        ValueError: If two series contain the same id, which is the message.
     """
 
     def __init__(self, series: Sequence[IdSeries]) -> None:
         self._series = series
-        self._starts: list[int] = []  # of the stretches, in the whole
-        self._stretches: list[tuple[int, int]] = []  # number of the series, place in it
+        # Position of the first id of each range; its series and the position in the series.
+        self._starts: list[int] = []
+        self._ranges: list[tuple[int, int]] = []
         self._count = 0
-        heads = [(natural_key(s[0]), number, 0) for number, s in enumerate(series)]
+        heads = [(natural_key(ids[0]), number, 0) for number, ids in enumerate(series)]
         heapq.heapify(heads)
         while heads:
-            _, number, place = heapq.heappop(heads)
-            mine = series[number]
-            end = bisect_left(mine, heads[0][0], place, key=natural_key) if heads else len(mine)
-            if end == place:
-                raise ValueError(mine[place])
+            _, number, start = heapq.heappop(heads)
+            ids = series[number]
+            end = bisect_left(ids, heads[0][0], start, key=natural_key) if heads else len(ids)
+            if end == start:
+                raise ValueError(ids[start])
             self._starts.append(self._count)
-            self._stretches.append((number, place))
-            self._count += end - place
-            if end < len(mine):
-                heapq.heappush(heads, (natural_key(mine[end]), number, end))
+            self._ranges.append((number, start))
+            self._count += end - start
+            if end < len(ids):
+                heapq.heappush(heads, (natural_key(ids[end]), number, end))
 
     def __len__(self) -> int:
         return self._count
@@ -98,9 +119,9 @@ class ClientIds:
     def __getitem__(self, index: int) -> str:
         if not 0 <= index < self._count:
             raise IndexError(index)
-        stretch = bisect_right(self._starts, index) - 1
-        number, place = self._stretches[stretch]
-        return self._series[number][place + index - self._starts[stretch]]
+        range_idx = bisect_right(self._starts, index) - 1
+        number, start = self._ranges[range_idx]
+        return self._series[number][start + index - self._starts[range_idx]]
 
     def __iter__(self) -> Iterator[str]:
         return map(self.__getitem__, range(self._count))

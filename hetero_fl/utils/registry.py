@@ -1,4 +1,4 @@
-"""Names for things that users choose: a registry per kind, and `python:package.module:Name` for one's own."""
+"""Registries of classes by name, and references `python:package.module:Name` to user code."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Names to classes of one kind; `registry("name")` is a decorator that adds one.
+    """A registry of classes by name; `registry("name")` is a decorator that registers a class.
 
     Args:
-        kind: What they are called in error messages.
-        base: Returns the class that a user's own class has to be derived from.
-        all_of: What lists all names, for error messages.
+        kind: What the classes are called in error messages.
+        base: Returns the base class that user-defined classes must have.
+        all_of: Command that lists all names, for error messages.
+
+    Attributes:
+        kind: What the classes are called in error messages.
     """
 
     def __init__(self, kind: str, base: Callable[[], type], all_of: str = "") -> None:
@@ -32,11 +35,13 @@ class Registry(Generic[T]):
         self._known: dict[str, T] = {}
 
     def __call__(self, name: str) -> Callable[[T], T]:
-        def add(thing: T) -> T:
-            self._known[name] = thing
-            return thing
+        """Return a decorator that registers a class under a name."""
 
-        return add
+        def register(entry: T) -> T:
+            self._known[name] = entry
+            return entry
+
+        return register
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._known)
@@ -45,24 +50,25 @@ class Registry(Generic[T]):
         return name in self._known
 
     def __getitem__(self, name: str) -> T:
-        """Return the class of that name; a reference, which has to be permitted already, is imported.
+        """Return the class of a name; a reference, which must be permitted, is imported.
 
-        Raises UserError with the nearest name.
+        Raises:
+            UserError: If the name is unknown or the reference cannot be imported.
         """
         if name.startswith(OWN):
             found: T = import_reference(name, self.kind, self._base())
             return found
         if name not in self._known:
             raise UserError(
-                f"found {self.kind} '{name}'{suggest_or_list(name, self._known, self._all_of)}"
+                f"unknown {self.kind} '{name}'{suggest_or_list(name, self._known, self._all_of)}"
             )
         _check_hook_names(self._known[name], f"{self.kind} '{name}'")
         return self._known[name]
 
     def get_loaded(self, name: str) -> T | None:
-        """Return the class of that name, or None; unlike `registry[name]` this imports nothing.
+        """Return the class of a name without importing anything, or None.
 
-        A user's own class is found if its module has been imported before.
+        A user-defined class is found only if its module has already been imported.
         """
         if not name.startswith(OWN):
             return self._known.get(name)
@@ -76,18 +82,21 @@ class Registry(Generic[T]):
 def import_reference(
     reference: str, where: str, base: type | None = None, takes: str | None = None
 ) -> Any:
-    """Import what `python:package.module:Name` names; the working folder may hold the module.
+    """Import the class or function that `python:package.module:Name` references.
 
-    The caller has made sure that this code may run (see `hetero_fl.utils.code_permission`).
+    The module may be located in the working directory. The caller must check that the code may run
+    (see `hetero_fl.utils.code_permission`).
 
     Args:
-        reference: The name.
-        where: Begins error messages.
-        base: Subclasses of this class are accepted.
-        takes: The arguments of a function; functions are accepted if this is given and the named module defines them.
+        reference: The reference.
+        where: Prefix of error messages.
+        base: Base class; its subclasses are accepted.
+        takes: Arguments of a function, for error messages. If given, functions that the module
+            defines are accepted.
 
     Raises:
-        UserError: The reference is malformed, the module does not import or has no such name, or it names anything else.
+        UserError: If the reference is malformed, cannot be imported, or is neither an accepted
+            class nor an accepted function.
     """
     module_name, _, name = reference.removeprefix(OWN).partition(":")
     if not module_name or not name:
@@ -96,9 +105,8 @@ def import_reference(
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except (
-        Exception
-    ) as error:  # a module of the user's may fail in any way; the reason goes into the one line
+    # A user's module may raise any exception.
+    except Exception as error:
         reason = f"{type(error).__name__}: {error}{describe_new_name(error)}"
         raise UserError(f"{where}: cannot import '{module_name}': {reason}") from error
     if not hasattr(module, name):
@@ -114,7 +122,8 @@ def import_reference(
         if found.__module__ == module_name:
             return found
         raise UserError(
-            f"{where}: '{reference}' is not defined in '{module_name}'; write {OWN}{found.__module__}:{found.__name__}"
+            f"{where}: '{reference}' is not defined in '{module_name}'; "
+            f"write {OWN}{found.__module__}:{found.__name__}"
         )
     accepted = [] if takes is None else [f"a function of ({takes}) that '{module_name}' defines"]
     accepted += [f"a subclass of {base.__module__}.{base.__qualname__}"] if base is not None else []
@@ -124,32 +133,31 @@ def import_reference(
 def call_reference(
     reference: str, where: str, takes: str, arguments: tuple[Any, ...], base: type | None = None
 ) -> Any:
-    """Return what the function that a reference names returns.
+    """Call a function by reference and return its result.
 
     Args:
-        reference: The name, which has to be permitted already.
-        where: Begins error messages.
-        takes: The names of the arguments, for error messages.
+        reference: The reference, which must be permitted.
+        where: Prefix of error messages.
+        takes: Names of the arguments, for error messages.
         arguments: The arguments.
-        base: Subclasses of this class are accepted in place of a function.
+        base: Base class; its subclasses are accepted instead of a function.
 
     Raises:
-        UserError: It cannot be imported or called, or raises anything.
+        UserError: If the function cannot be imported or raises an exception.
     """
     function = import_reference(reference, where, base, takes)
     try:
         return function(*arguments)
     except UserError as error:
         raise UserError(f"{where}: {reference}: {error}") from error
-    except (
-        Exception
-    ) as error:  # a user's function may fail in any way; the reason goes into the one line
+    # A user's function may raise any exception.
+    except Exception as error:
         reason = f"{type(error).__name__}: {error}{describe_new_name(error)}"
         raise UserError(f"{where}: {reference} raised {reason}") from error
 
 
 def _check_hook_names(found: object, where: str) -> None:
-    """Raise UserError if a user's class defines a hook by its name in the previous release."""
+    """Raise UserError if a user's class defines a hook that has been renamed."""
     renamed = describe_renamed_hooks(found) if isinstance(found, type) else ""
     if renamed:
         raise UserError(f"{where}: {renamed}")

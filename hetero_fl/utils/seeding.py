@@ -1,8 +1,8 @@
-"""Keyed randomness: every draw is named by what it is for, never by when or where it happens.
+"""Keyed randomness: random streams that depend on their purpose, not on time or place.
 
-A key is hashed from (run seed, round or task, participant, label of the step, n-th use of the label, epoch …) with SHA-256.
-The same configuration therefore draws the same numbers whatever the order of clients, the number of workers, or a crash in
-between. Nothing here touches the global generator.
+A key is the SHA-256 hash of the run's seed, the round, the participant, the label of the step and
+so on. The same configuration therefore draws the same numbers for any order of clients, number of
+workers or crash. The global random number generator is not used.
 """
 
 from __future__ import annotations
@@ -16,13 +16,26 @@ Key = str | int
 
 
 def stream_key(*parts: Key) -> int:
-    """A 63-bit integer from the parts; equal parts give equal keys on every machine."""
+    """Return a 63-bit integer that depends on the parts only, equal on all machines.
+
+    Example:
+        >>> from hetero_fl.utils.seeding import stream_key
+        >>> stream_key(0, "partition") == stream_key(0, "partition")
+        True
+    """
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
 
 def sample_numbers(total: int, count: int, *parts: Key) -> list[int]:
-    """`count` of the numbers below `total`, sorted, drawn by the parts without replacement (Floyd's algorithm: CACM 30(9),
-    1987). Costs `count`, whatever the total."""
+    """Draw sorted numbers below `total` without replacement (Floyd's algorithm, CACM 30(9), 1987).
+
+    The time is proportional to `count` and does not depend on `total`.
+
+    Args:
+        total: Number of candidates.
+        count: Number of draws.
+        *parts: Parts of the key.
+    """
     chosen: set[int] = set()
     for last in range(total - count, total):
         drawn = stream_key(*parts, last) % (last + 1)
@@ -31,20 +44,20 @@ def sample_numbers(total: int, count: int, *parts: Key) -> list[int]:
 
 
 def keyed_generator(*parts: Key) -> torch.Generator:
-    """A fresh CPU generator for the draws that the parts name."""
+    """Return a new CPU generator seeded with the key of the parts."""
     return torch.Generator().manual_seed(stream_key(*parts))
 
 
 def keyed_numpy_generator(*parts: Key) -> np.random.Generator:
-    """Return a fresh numpy generator for the draws that the parts name."""
+    """Return a new NumPy generator seeded with the key of the parts."""
     return np.random.default_rng(stream_key(*parts))
 
 
 def seed_torch(seed: int, device: torch.device) -> None:
-    """Seed torch's own generators, that of the CPU and that of the device.
+    """Seed PyTorch's global generators of the CPU and of a device.
 
-    `torch.manual_seed` also leaves a note, with a formatted stack trace, for every kind of device that is not in use: more
-    than a millisecond a call.
+    `torch.manual_seed` would also record a stack trace for each type of device that is not
+    initialized, which takes more than a millisecond.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":

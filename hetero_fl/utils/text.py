@@ -1,38 +1,56 @@
-"""What is written in a row on a command line, in its pieces: a separator within brackets or braces is none."""
+"""Text helpers: splitting outside of brackets, lists of names, plurals."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-OPEN = "[{("
-CLOSED = "]})"
+OPENING = "[{("
+CLOSING = "]})"
 
 
 def split_top_level(text: str, separator: str) -> list[str]:
-    """The text between separators (one character) that stand outside all brackets; of `a,b=[1,2]` these are `a` and `b=[1,2]`."""
+    """Split a text at a separator (one character) outside of brackets.
+
+    Example:
+        >>> from hetero_fl.utils.text import split_top_level
+        >>> split_top_level("a,b=[1,2]", ",")
+        ['a', 'b=[1,2]']
+    """
     return list(_split_top_level(text, separator))
 
 
 def _split_top_level(text: str, separator: str) -> Iterator[str]:
-    begin = depth = 0
-    for at, character in enumerate(text):
-        if character in OPEN:
+    start = 0
+    depth = 0
+    for index, character in enumerate(text):
+        if character in OPENING:
             depth += 1
-        elif character in CLOSED:
+        elif character in CLOSING:
             depth = max(0, depth - 1)
         elif character == separator and not depth:
-            yield text[begin:at]
-            begin = at + 1
-    yield text[begin:]
+            yield text[start:index]
+            start = index + 1
+    yield text[start:]
 
 
-def format_list(names: Iterable[str], most: int = 8, quote: bool = False) -> str:
-    """Return the first names and how many others there are: `a, b and 3 more`."""
+def format_list(names: Iterable[str], max_names: int = 8, quote: bool = False) -> str:
+    """Join names with commas and count those beyond a maximum.
+
+    Args:
+        names: The names.
+        max_names: Maximum number of listed names.
+        quote: Whether to put names in single quotes.
+
+    Example:
+        >>> from hetero_fl.utils.text import format_list
+        >>> format_list(["a", "b", "c"], max_names=2)
+        'a, b and 1 more'
+    """
     listed = [f"'{name}'" if quote else name for name in names]
-    more = f" and {len(listed) - most:,} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more
+    more = f" and {len(listed) - max_names:,} more" if len(listed) > max_names else ""
+    return ", ".join(listed[:max_names]) + more
 
 
 def pluralize(count: int, noun: str) -> str:
-    """`1 round`, `12 rounds`, `2,000 rows`."""
+    """Return a count with its noun, such as `1 round` or `2,000 rows`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")

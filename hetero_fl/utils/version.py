@@ -1,4 +1,4 @@
-"""The version of the package, and names that have changed since the previous one."""
+"""The version of the package and the names that have changed since the previous release."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Names that the documentation showed to users, before and after; all of this is kept for one
-# release.
+# Documented names that have moved, old to new. Kept for one release.
 MOVED_NAMES = {
     "hetero_fl.aggregation.rules": "hetero_fl.robustness.rules",
     "hetero_fl.aggregation.rules.base": "hetero_fl.robustness.rules",
@@ -42,8 +41,8 @@ MOVED_NAMES = {
     "hetero_fl.state.own": "hetero_fl.core.participant.copy_tensors",
 }
 
-# Hooks, attributes and arguments that the documentation showed to authors of methods, by class. What
-# replaces them is another member of the class, or else what to write.
+# Documented members and arguments that have been renamed, by class: the new member of the class or
+# the code to write instead. Kept for one release.
 RENAMED_MEMBERS = {
     "Algorithm": {
         "add_log_prior": "hetero_fl.algorithms.add_log_prior(client, logits)",
@@ -55,12 +54,12 @@ RENAMED_MEMBERS = {
         "called": "the label of a ModelSpec that `models` returns",
         "counted": "needs = Needs(counts_traffic=…)",
         "counts_traffic": "needs = Needs(counts_traffic=…)",
-        "dearest": "needs = Needs(largest_uploads=…)",
+        "dearest": "needs = Needs(largest_uploads=…)",  # style: ok (old name)
         "discount": "needs = Needs(asynchronous=AsyncPolicy(…))",
         "display_name": "the label of a ModelSpec that `models` returns",
-        "distils": "needs = Needs(proxy_set=…)",
+        "distils": "needs = Needs(proxy_set=…)",  # style: ok (old name)
         "download_part": "shared = SharedPart(received=…)",
-        "everybody": "needs = Needs(all_clients=…)",
+        "everybody": "needs = Needs(all_clients=…)",  # style: ok (old name)
         "extra_models": "models",
         "extras": "models",
         "family": "client_info.arch.group_id",
@@ -80,7 +79,7 @@ RENAMED_MEMBERS = {
         "one_by_one": "needs = Needs(models_per_client=…)",
         "one_shot": "needs = Needs(one_upload=True)",
         "part": "hetero_fl.algorithms.base.shared_part(method, settings)",
-        "personalise": "personalize",
+        "personalise": "personalize",  # style: ok (old name)
         "phase": "needs = Needs(one_upload=True)",
         "portion": "hetero_fl.algorithms.base.shareable_tensors(method, …)",
         "private": "shared = SharedPart(received=…)",
@@ -114,7 +113,11 @@ RENAMED_MEMBERS = {
         "triggered": "triggered_rows",
         "updates": "poison_updates",
     },
-    "AttackContext": {"draws": "generator", "liars": "malicious", "round": "round_idx"},
+    "AttackContext": {
+        "draws": "generator",
+        "liars": "malicious",  # style: ok (old name)
+        "round": "round_idx",
+    },
     "ClientDirectory": {"kind": "profile", "kinds": "profiles", "named": "format_clients"},
     "ClientInfo": {
         "id": "client_id",
@@ -123,12 +126,12 @@ RENAMED_MEMBERS = {
         "is_evaluation": "purpose",
     },
     "FederatedData": {
-        "beside": "extra_columns",
+        "beside": "extra_columns",  # style: ok (old name)
         "private": "client_rows",
         "public": "public_sets",
     },
     "FederatedTrainer": {"round": "run_round", "saved": "on_checkpoint"},
-    "Fit": {"beside": "extra_batches", "given": "context"},
+    "Fit": {"beside": "extra_batches", "given": "context"},  # style: ok (old name)
     "MenteeTraining": {
         "both": "objective",
         "fit_both": "objective",
@@ -150,7 +153,7 @@ RENAMED_MEMBERS = {
     "PredictionRule": {"least": "min_clients"},
     "PreparedRun": {"rounds": "make_trainer"},
     "ProxyDistillation": {
-        "distil": "distill_into_groups",
+        "distil": "distill_into_groups",  # style: ok (old name)
         "label_counts_item": "label_counts",
         "opinion": "upload_predictions",
         "proxy_predictions": "upload_predictions",
@@ -159,13 +162,13 @@ RENAMED_MEMBERS = {
         "at_server": "server_fit",
         "digest": "distill",
         "drawn": "proxy_indices",
-        "rehearsal": "proxy_replay",
+        "rehearsal": "proxy_replay",  # style: ok (old name)
         "remember": "store_teacher",
         "remembered": "teacher_for",
         "taught": "teacher_rows",
     },
     "RoundContext": {"again": "attempt", "round": "round_idx", "rounds": "num_rounds"},
-    "Rows": {"beside": "extra_columns", "through": "preprocess"},
+    "Rows": {"beside": "extra_columns", "through": "preprocess"},  # style: ok (old name)
     "Rule": {"least": "min_clients"},
     "TensorRows": {"table": "tensors"},
     "Upload": {"worth": "staleness_weight"},
@@ -174,16 +177,16 @@ RENAMED_MEMBERS = {
 
 
 def describe_new_name(error: Exception) -> str:
-    """Return a hint that names the new one of what a user's file did not find.
+    """Return a hint with the new name if an error of user code is caused by a renamed one.
 
     Args:
-        error: What the import or a call of the user's code raised for an import, an attribute or
-            an argument that does not exist.
+        error: The error that an unknown import, attribute or argument raised.
 
     Returns:
-        Text to append to the error's message; empty if nothing of that name has changed.
+        Text to append to the message of the error; empty if no such name has changed.
 
     Example:
+        >>> from hetero_fl.utils.version import describe_new_name
         >>> describe_new_name(ModuleNotFoundError(name="hetero_fl.plan"))
         '; hetero_fl.plan is now hetero_fl.core.plan'
     """
@@ -196,48 +199,50 @@ def describe_new_name(error: Exception) -> str:
             return _describe_import(owner.__name__, error.name)
         if isinstance(owner, super):
             owner = getattr(owner, "__self_class__", None)
-        kind = owner if isinstance(owner, type) else type(owner)
-        return _describe_member([base.__name__ for base in kind.__mro__], error.name)
-    # `replace(rows, beside=…)` and `local_fit(client, given=…)` end in the constructor, too
+        cls = owner if isinstance(owner, type) else type(owner)
+        return _describe_member([base.__name__ for base in cls.__mro__], error.name)
+    # `dataclasses.replace` and `local_fit` call the constructor, too.
     match = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if isinstance(error, TypeError) and match:
         return _describe_member([match[1]], match[2])
-    # a class variable of the previous release is to pydantic a field without a type
+    # Pydantic considers a class variable of the previous release a field without annotation.
     match = re.match(r"A non-annotated attribute was detected: `(\w+) =", str(error))
     return _describe_member(["Algorithm"], match[1]) if match else ""
 
 
-def describe_renamed_hooks(kind: type) -> str:
-    """Return which methods and class variables of a user's class have another name now.
+def describe_renamed_hooks(cls: type) -> str:
+    """Return the renamed methods and class variables that a user's class defines.
 
     Args:
-        kind: The user's class.
+        cls: The user's class.
 
     Returns:
         Comma-separated text; empty if the class defines no old name.
     """
-    bases = [base.__name__ for base in kind.__mro__ if _is_own(base)]
+    bases = [base.__name__ for base in cls.__mro__ if _is_internal(base)]
     renamed = {old: new for base in bases for old, new in RENAMED_MEMBERS.get(base, {}).items()}
     found = {
         name: f"{base.__name__}.{name} is now {renamed[name]}"
-        for base in reversed(kind.__mro__)
-        if not _is_own(base)
+        for base in reversed(cls.__mro__)
+        if not _is_internal(base)
         for name in vars(base)
         if name in renamed
     }
     return ", ".join(found.values())
 
 
-def _is_own(kind: type) -> bool:
-    return kind.__module__.startswith("hetero_fl.")
+def _is_internal(cls: type) -> bool:
+    return cls.__module__.startswith("hetero_fl.")
 
 
 def _describe_import(module: str, name: str) -> str:
     missing = f"{module}.{name}" if name else module
     found = {old: new for old, new in MOVED_NAMES.items() if f"{old}.".startswith(f"{missing}.")}
-    if not found and module in MOVED_NAMES:  # a folder that an older checkout left behind
+    # An empty folder of an older checkout can be imported.
+    if not found and module in MOVED_NAMES:
         found = {module: MOVED_NAMES[module]}
-    if not found and name:  # the module had moved before the name changed
+    # The user may know the new module, but not the new name.
+    if not found and name:
         found = {
             f"{module}.{name}": new
             for old, new in MOVED_NAMES.items()
@@ -246,9 +251,10 @@ def _describe_import(module: str, name: str) -> str:
     return "".join(f"; {old} is now {new}" for old, new in found.items())
 
 
-def _describe_member(kinds: list[str], name: str) -> str:
-    for kind in kinds:
-        new = RENAMED_MEMBERS.get(kind, {}).get(name)
+def _describe_member(class_names: list[str], name: str) -> str:
+    for class_name in class_names:
+        new = RENAMED_MEMBERS.get(class_name, {}).get(name)
         if new is not None:
-            return f"; {kind}.{name} is now {f'{kind}.{new}' if new.isidentifier() else new}"
+            replacement = f"{class_name}.{new}" if new.isidentifier() else new
+            return f"; {class_name}.{name} is now {replacement}"
     return ""

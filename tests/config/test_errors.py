@@ -206,7 +206,7 @@ def test_error_names_the_file_or_override_of_the_key(tmp_path: Path) -> None:
         ),
         (
             ["rounds=1", "algorithm.name=fedvag"],
-            "algorithm.name=fedvag: algorithm.name: found algorithm 'fedvag'",
+            "algorithm.name=fedvag: algorithm.name: unknown algorithm 'fedvag'",
         ),
     ):
         with pytest.raises(UserError) as error:

@@ -64,8 +64,8 @@ def test_bytes_in_any_form_are_the_same_images(tmp_path: Path) -> None:
         assert np.array_equal(read_npz(tmp_path / "x.npz", "npz").train.x.numpy(), front)
     notes = from_arrays(BYTES.astype(float), Y).notes
     assert [note.split(": ")[-1] for note in notes] == [
-        "read as rows x height x width x channels",
-        "floats from 0 to 255 are read as bytes",
+        "read as [rows, height, width, channels]",
+        "floats from 0 to 255 are read as pixel values",
     ]
     assert from_arrays(front, Y).notes == ()
 

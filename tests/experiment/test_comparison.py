@@ -39,7 +39,7 @@ def small(**changes: Any) -> dict[str, Any]:
         (["--grid", "rounds=1,two"], "error: --grid: rounds: expected an integer, got 'two'"),
         (
             ["--algorithms", "local,fedvag"],
-            "error: --algorithms: algorithm.name: found algorithm 'fedvag'; did you mean",
+            "error: --algorithms: algorithm.name: unknown algorithm 'fedvag'; did you mean",
         ),
         (
             ["--algorithms", "fedprox:mv=1"],

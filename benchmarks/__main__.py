@@ -18,7 +18,7 @@ GROUPS = ("", "speed", "scale", "science", "robustness")  # "": the modules of t
 
 
 def find_benchmarks() -> dict[str, Path]:
-    """Return the file of each benchmark by its name: the modules of the groups that define `main`."""
+    """Return the files of benchmarks, which are modules with a function `main`, by name."""
     found = {}
     for group in GROUPS:
         for path in sorted((FOLDER / group).glob("[!_]*.py")):

@@ -1,7 +1,7 @@
-"""What the benchmarks share: arguments, data, runs in memory, paired timing, tables.
+"""Shared parts of the benchmarks: options, data, runs in memory, paired timing.
 
-Figures are ratios of times measured side by side in one process: the contenders take turns, every other time in reverse
-order, after one turn that is not counted. Printed are the median and the range of the ratios of the turns.
+Contenders are timed in turns within one process, in reverse order every other turn, after one
+turn that is not counted. The output is the median and range of the ratios of the turns.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from hetero_fl.experiment import PreparedRun
 from hetero_fl.federation.synchronous import SynchronousTrainer
 
 CLASSES = 10
-CPU_TIME = False
+_SETTINGS = argparse.Namespace(cpu_time=False)
 
 
 def arguments(doc: str | None, pairs: int = 5, data: bool = False) -> argparse.ArgumentParser:
-    """The options that all benchmarks have."""
+    """Return a parser with the options that all benchmarks share."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--pairs", type=int, default=pairs, help=f"timed turns, after one not counted ({pairs})"
+        "--pairs", type=int, default=pairs, help=f"timed turns after one warm-up turn ({pairs})"
     )
     parser.add_argument(
         "--threads", type=int, default=cores(), help="threads of this process (all cores)"
@@ -43,7 +43,7 @@ def arguments(doc: str | None, pairs: int = 5, data: bool = False) -> argparse.A
     parser.add_argument(
         "--cpu-time",
         action="store_true",
-        help="count this process's processor time, on a busy machine; worker processes then seem to cost nothing",
+        help="measure processor time of this process, for busy machines; excludes workers",
     )
     if data:
         parser.add_argument(
@@ -55,40 +55,36 @@ def arguments(doc: str | None, pairs: int = 5, data: bool = False) -> argparse.A
 
 
 def add_quick(parser: argparse.ArgumentParser) -> None:
-    """Add `--quick`, with which a benchmark takes seconds and its figures mean nothing."""
-    parser.add_argument(
-        "--quick", action="store_true", help="one turn of a small case: to see that it works"
-    )
+    """Add `--quick`, which runs a small case for tests; its results are meaningless."""
+    parser.add_argument("--quick", action="store_true", help="one turn of a small case, for tests")
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options; threads are set."""
-    global CPU_TIME
+    """Parse the options and set the number of threads."""
     options = parser.parse_args()
-    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(
-        os.environ
-    ):  # as `hetero-fl` has it, before torch is loaded: once more
+    # `hetero-fl` sets this before torch is loaded, so the process starts again.
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
         os.execve(sys.executable, sys.orig_argv, {**os.environ, "GOMP_SPINCOUNT": "1000"})
-    CPU_TIME = options.cpu_time
+    _SETTINGS.cpu_time = options.cpu_time
     options.pairs = 1 if options.quick else options.pairs
     torch.set_num_threads(options.threads)
     return options
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def images(path: Path | None, rows: int) -> Dataset:
-    """CIFAR-10 from a file, or as many generated images of its shape."""
+    """Return CIFAR-10 from a file, or `rows` generated images of the same shape."""
     if path is not None:
         return load_source(SourceConfig(name="npz", path=str(path)), Path())
     return make_images(rows, max(200, rows // 5), classes=CLASSES, channels=3, side=32)
 
 
 def rounds_of(prepared: PreparedRun, **runtime: Any) -> SynchronousTrainer:
-    """A run in memory, with other settings of `runtime` (executor, workers, threads); sets this process's threads to its own."""
+    """Return a trainer with changed `runtime` settings; this sets the threads of the process."""
     config = prepared.config.model_copy(
         update={"runtime": prepared.config.runtime.model_copy(update=runtime)}
     )
@@ -96,12 +92,12 @@ def rounds_of(prepared: PreparedRun, **runtime: Any) -> SynchronousTrainer:
 
 
 def now() -> float:
-    """Seconds, on the clock that was asked for."""
-    return time.process_time() if CPU_TIME else time.perf_counter()
+    """Return the time in seconds on the selected clock."""
+    return time.process_time() if _SETTINGS.cpu_time else time.perf_counter()
 
 
 def in_turns(contenders: Mapping[str, Callable[[], Any]], pairs: int) -> dict[str, list[float]]:
-    """Seconds of each contender in each counted turn."""
+    """Return the seconds of each contender in each counted turn."""
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(pairs + 1):
@@ -121,10 +117,18 @@ def print_ratios(
     against: str,
     targets: Mapping[str, float | None],
 ) -> None:
-    """A line for each contender with a target (None: for information): its times over those of the one it is held against."""
+    """Print the ratio of each contender's times to those of a reference.
+
+    Args:
+        title: Title of the table.
+        seconds: Seconds of each contender in each turn.
+        against: Name of the reference.
+        targets: Largest acceptable ratio of each contender; None for no target.
+    """
     base = seconds[against]
     print(
-        f"\n{title}\n  {against}: {statistics.median(base):.3f} s ({min(base):.3f} to {max(base):.3f})"
+        f"\n{title}\n  {against}: {statistics.median(base):.3f} s "
+        f"({min(base):.3f} to {max(base):.3f})"
     )
     for name, target in targets.items():
         ratios = [a / b for a, b in zip(seconds[name], base, strict=True)]
@@ -138,23 +142,25 @@ def print_ratios(
 
 
 class Ours:
-    """A run whose clients' losses are remembered, round by round; its threads are its own, not the bare loop's.
+    """A run that records the losses of its clients and uses its own number of threads.
 
-    `evaluate`: a round ends with its evaluation. `runtime`: settings of `runtime` other than the prepared ones.
+    Args:
+        prepared: The prepared run.
+        evaluate: Whether each round ends with an evaluation.
+        runtime: Changed settings of `runtime`.
     """
 
     def __init__(self, prepared: PreparedRun, evaluate: bool = False, **runtime: Any) -> None:
         others = torch.get_num_threads()
-        self.rounds, self.evaluate, self.losses = (
-            rounds_of(prepared, **runtime),
-            evaluate,
-            list[list[float]](),
-        )
-        self.threads = torch.get_num_threads()  # as its executor has just set them
+        self.rounds = rounds_of(prepared, **runtime)
+        self.evaluate = evaluate
+        self.losses: list[list[float]] = []
+        # Set by the executor.
+        self.threads = torch.get_num_threads()
         torch.set_num_threads(others)
 
     def round(self) -> None:
-        """A round."""
+        """Run a round."""
         others = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         self.losses.append(list(self.rounds.run_round()["train_loss"].values()))
@@ -169,10 +175,17 @@ def agree(
     bare: Sequence[Sequence[float]],
     tolerance: float = 0.005,
 ) -> None:
-    """End with a line if the losses of the first two rounds differ: then the two did not compute the same thing.
+    """Exit if the losses of the first two rounds differ from those of the bare loop.
 
-    The second round hangs on everything that the first one exchanged; there the middle client is compared, as round-off grows
-    fast where BatchNorm sees one pixel of a small batch (the last blocks of a ResNet-18 on 32x32 images).
+    The second round depends on everything that was exchanged in the first. There the median client
+    is compared, because round-off grows fast where BatchNorm sees one pixel of a small batch (in
+    the last blocks of a ResNet-18 on 32x32 images).
+
+    Args:
+        what: Name of the comparison.
+        ours: Losses of the clients in each round.
+        bare: Losses of the bare loop.
+        tolerance: Largest relative difference.
     """
     first, second = (
         sorted(abs(a - b) / max(1.0, abs(b)) for a, b in zip(*pair, strict=True))
@@ -185,6 +198,7 @@ def agree(
     )
     if not worst <= tolerance:
         raise SystemExit(
-            f"{what}: losses differ by {worst:.2g} from the bare loop's; no ratio means anything"
+            f"{what}: losses differ by {worst:.2g} from those of the bare loop; "
+            "the ratios are meaningless"
         )
     print(f"  {what}: same losses as the bare loop to {worst:.1g}")

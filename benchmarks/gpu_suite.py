@@ -4,10 +4,10 @@
     python -m benchmarks gpu_suite --out FOLDER [--minutes 9] [--only PART …]
                                    [--pfl CHECKOUT] [--htfllib CHECKOUT] [--dry]
 
-Each part writes FOLDER/PART.json when it ends, and FOLDER/table.md is rewritten from all of them.
-A part that has its file is not repeated, and none begins that may not end within `--minutes`: repeat
-the command until no part is left. A part that failed or was interrupted before comes last. Images are
-generated; nothing is downloaded.
+Each part writes FOLDER/PART.json when it ends, and FOLDER/table.md is rewritten from all of them. A
+part that has its file is not repeated, and none begins that may not end within `--minutes`: repeat
+the command until no part is left. A part that failed or was interrupted before comes last. Images
+are generated; nothing is downloaded.
 
 `--pfl` and `--htfllib` are checkouts of pfl-research and HtFLlib, which are then measured too; what
 they import besides must be installed. `--dry` computes everything on the CPU in a small form: its
@@ -73,7 +73,7 @@ STEPS = 50  # of a turn, when single steps are measured
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how large the measurements are.
+    """Device and size of the measurements.
 
     Attributes:
         is_dry: Whether everything is small and on the CPU.
@@ -95,7 +95,7 @@ class Setting:
 
 @dataclass
 class Outcome:
-    """What a part has found.
+    """The result of a part.
 
     Attributes:
         title: What was measured.
@@ -139,7 +139,7 @@ def run_tests(setting: Setting, expression: str) -> Outcome:
 
 
 def profile_round(run: Ours, device: str) -> dict[str, Any]:
-    """Return the peak memory of a round, the share of it in which the GPU computes, and its copies."""
+    """Return the peak memory of a round, the fraction of GPU computation, and the copies."""
     if device == "cpu":
         run.round()
         return {}
@@ -286,7 +286,7 @@ def measure_htfllib(setting: Setting) -> Outcome:
 
 
 def measure_switches(setting: Setting, model: str, batch_size: int) -> Outcome:
-    """Measure what torch's switches are worth: steps of a bare training loop, each switch alone."""
+    """Measure the effect of each torch switch on steps of a bare training loop."""
     steps, failures = {}, {}
     for switch in SWITCHES:
         if switch == "CUDA graph" and setting.is_dry:
@@ -355,7 +355,7 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
 
 @contextmanager
 def tensor_float_32(enabled: bool) -> Iterator[None]:
-    """Let float32 products and convolutions be rounded to TF32, or not."""
+    """Enable or disable TF32 for float32 products and convolutions."""
     flags = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [flag.allow_tf32 for flag in flags]
     for flag in flags:
@@ -367,7 +367,7 @@ def tensor_float_32(enabled: bool) -> Iterator[None]:
             flag.allow_tf32 = value
 
 
-# What each part does, and the minutes after which it is interrupted.
+# The parts, and the minutes after which each is interrupted.
 PARTS: dict[str, tuple[Callable[[Setting], Outcome], float]] = {
     "tests_serial": (partial(run_tests, expression="serial"), 5),
     "vectorized_cnn": (partial(measure_vectorized, model="cnn"), 2),
@@ -386,7 +386,7 @@ PARTS: dict[str, tuple[Callable[[Setting], Outcome], float]] = {
 
 
 def describe_machine(is_dry: bool) -> dict[str, str]:
-    """Return what the figures depend on besides the code."""
+    """Return the versions and devices that affect the results."""
     return {
         "device": "dry form on the CPU" if is_dry else torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -482,10 +482,10 @@ def run_parts(
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the main thread after so many seconds."""
+    """Raise TimeoutError in the main thread after `seconds`."""
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"it took more than {seconds:g} s")
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise TimeoutError(f"took more than {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -497,7 +497,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def check_folder(folder: Path, is_dry: bool) -> None:
-    """End with a line if a folder holds parts of the dry form and others are to be added, or the reverse."""
+    """Exit if a folder would contain results of both dry and full runs."""
     for file in folder.glob("*.json"):
         was_dry = json.loads(file.read_text("utf-8"))["machine"] == describe_machine(True)
         if was_dry != is_dry:
@@ -520,9 +520,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5, help="timed turns of each contender (5)")
     parser.add_argument("--pfl", type=Path, metavar="CHECKOUT", help="pfl-research's repository")
     parser.add_argument("--htfllib", type=Path, metavar="CHECKOUT", help="HtFLlib's repository")
-    parser.add_argument(
-        "--dry", action="store_true", help="small, on the CPU: to see that it works"
-    )
+    parser.add_argument("--dry", action="store_true", help="small, on the CPU, for tests")
     options = parser.parse_args()
     if not options.dry and not torch.cuda.is_available():
         sys.exit("gpu_suite: no GPU here; --dry runs a small form on the CPU")
@@ -534,7 +532,7 @@ def main() -> None:
     setting = Setting(options.dry, 1 if options.dry else options.pairs, **rivals)
     missing = run_parts(options.only or list(PARTS), setting, options.out, options.minutes)
     for name, reason in missing.items():
-        print(f"left for the next call: {name} ({reason})")
+        print(f"not run: {name} ({reason}); repeat the command")
     print(f"{options.out / 'table.md'}: all figures so far")
     sys.exit(any(reason.startswith("failed") for reason in missing.values()))
 

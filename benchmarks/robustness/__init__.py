@@ -1,1 +1,1 @@
-"""What crashes, kills, real processes and malicious clients change."""
+"""Effects of crashes, kills, real processes and malicious clients."""

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Liars and rules: 20 clients of one architecture on Fashion-MNIST, 10 rounds, attack × rule.
+"""Compare attacks and robust rules: 20 equal clients on Fashion-MNIST, 10 rounds.
 
-    python -m benchmarks attacks --data fashionmnist.npz [--out robustness.jsonl] [--only TEXT] [--most N] [--alpha 10]
+    python -m benchmarks attacks --data fashionmnist.npz [--out robustness.jsonl]
+                                 [--only TEXT] [--most N] [--alpha 10]
 
-FedAvg under attacks on rows of data and on updates, Hybrid under attacks on predictions and on all that it sends; a fifth of the
-clients lie, and two fifths under the worst attacks. Every run leaves a line in --out and is not carried out again; the table of
-all lines there is printed at the end. Skew is mild (Dirichlet 10): rules that compare clients take those that differ for liars.
-Accuracy is that of the honest clients' models on the common test set after the last round.
+FedAvg is attacked through training rows and updates, Hybrid through predictions and all of its
+uploads. A fifth of the clients is malicious, two fifths under the strongest attacks. Every run adds
+a line to `--out` and is not repeated; at the end, the command prints a table of all lines. The
+label skew is small (Dirichlet 10), because rules that compare clients reject clients that differ.
+Accuracy is that of the other clients' models on the global test after the last round.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ from hetero_fl.data import Dataset, load_source
 from hetero_fl.experiment import prepare
 from hetero_fl.utils.errors import RunFailedError
 
-ROUNDS, CLIENTS, PROXY, ROWS = 10, 20, 400, 4000
+ROUNDS = 10
+CLIENTS = 20
+PROXY = 400
+ROWS = 4000
 HONEST = "none"
 ON_UPDATES = (
     "label_flip",
@@ -42,15 +47,15 @@ ON_ROWS = ("flipped", "confident_wrong", "targeted", "collusion")
 RULES = ("mean", "median", "trimmed_mean", "multi_krum", "norm_bound")
 FEWER = ("krum", "bulyan", "fltrust")
 PREDICTIONS = ("mean", "median", "spectral", "down_weight", "agreement")
-# Chosen for their effect: of little_is_enough the z that theory lets pass (0.16), and 2, do not hurt; noise of 10 times
-# the update costs 2 points.
+# Strong enough to have an effect. little_is_enough does no harm with the z of the paper (0.16)
+# or 2; Gaussian noise of 10 times the update costs 2 points.
 STRENGTH = {"little_is_enough": 6.0, "gaussian": 100.0}
 WORST = ("sign_flip", "gaussian", "inner_product")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A run: who lies how, and what is done about it."""
+    """A run: method, attack, rules, and fraction of malicious clients."""
 
     method: str
     attack: str
@@ -63,7 +68,7 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """All runs, 99 of them; those without attack stand for every share."""
+    """Yield all 99 runs; those without attack apply to every share."""
     for attack in (HONEST, *ON_UPDATES):
         yield from (Case("fedavg", attack, rule) for rule in RULES)
     for attack in (HONEST, "sign_flip", "little_is_enough", "inner_product"):
@@ -85,7 +90,7 @@ def cases() -> Iterator[Case]:
 
 
 def configuration(case: Case, alpha: float, seed: int) -> dict[str, Any]:
-    """The run's, with as many liars expected as there are."""
+    """Return a configuration that expects the actual fraction of malicious clients."""
     return {
         "rounds": ROUNDS,
         "seed": seed,
@@ -117,7 +122,7 @@ def configuration(case: Case, alpha: float, seed: int) -> dict[str, Any]:
 
 
 def carry_out(case: Case, dataset: Dataset, alpha: float, seed: int) -> dict[str, Any]:
-    """The run's line."""
+    """Execute a run and return its line."""
     begun = time.perf_counter()
     rounds = prepare(configuration(case, alpha, seed), dataset=dataset).make_trainer()
     accuracy: float | None = None
@@ -125,22 +130,22 @@ def carry_out(case: Case, dataset: Dataset, alpha: float, seed: int) -> dict[str
     try:
         for _ in range(ROUNDS):
             rounds.run_round()
-        read = rounds.evaluate().clients.values()
-        found = [reading.scores["global"]["accuracy"] for reading in read]
-        accuracy = None if None in found else sum(map(float, filter(None, found))) / len(found)
-        stamped = [reading.triggered for reading in read if reading.triggered is not None]
-        success = sum(stamped) / len(stamped) if stamped else None
+        clients = rounds.evaluate().clients.values()
+        scores = [client.scores["global"]["accuracy"] for client in clients]
+        accuracy = None if None in scores else sum(map(float, filter(None, scores))) / len(scores)
+        triggered = [client.triggered for client in clients if client.triggered is not None]
+        success = sum(triggered) / len(triggered) if triggered else None
     except RunFailedError:
-        pass  # nothing finite was left: as bad as an attack can get
+        # The attack made the models non-finite, which the table shows.
+        pass
     finally:
         rounds.executor.close()
     line = {**asdict(case), "alpha": alpha, "seed": seed, "accuracy": accuracy, "success": success}
     return {**line, "seconds": round(time.perf_counter() - begun, 1)}
 
 
-# The table -------------------------------------------------------------------------------------------------------
 def table(lines: list[dict[str, Any]]) -> str:
-    """A table for each method and share: rows are attacks, columns rules, the best of an attack in bold."""
+    """Return a table for each method and share, of attacks by rules, the best rule in bold."""
     parts = []
     for method in dict.fromkeys(line["method"] for line in lines):
         for share in sorted({line["share"] for line in lines if line["method"] == method}):
@@ -158,7 +163,7 @@ def _table(lines: list[dict[str, Any]], method: str, share: float) -> str:
         if any(key[1] == r and key[0] != HONEST for key in there)
     ]
     rows = [
-        f"| {method}, {share:.0%} liars | " + " | ".join(rules) + " |",
+        f"| {method}, {share:.0%} malicious | " + " | ".join(rules) + " |",
         "| --- " * (len(rules) + 1) + "|",
     ]
     for attack in attacks:
@@ -190,7 +195,7 @@ def _cell(line: dict[str, Any] | None, best: float) -> str:
 
 
 def main() -> None:
-    """Carry out what is not there, print the table."""
+    """Execute missing runs and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -201,15 +206,17 @@ def main() -> None:
         "--out",
         type=Path,
         default=Path("robustness.jsonl"),
-        help="a line per run (robustness.jsonl)",
+        help="a line for each run (robustness.jsonl)",
     )
     parser.add_argument(
         "--only",
         default="",
         metavar="TEXT",
-        help="runs whose name contains it, e.g. 'fedavg sign_flip'",
+        help="runs whose name contains the text, e.g. 'fedavg sign_flip'",
     )
-    parser.add_argument("--most", type=int, default=100, help="runs to carry out at most (100)")
+    parser.add_argument(
+        "--most", type=int, default=100, help="maximum number of runs to execute (100)"
+    )
     parser.add_argument("--alpha", type=float, default=10.0, help="label skew, Dirichlet (10)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

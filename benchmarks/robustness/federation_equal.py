@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""A federation on Flower against the simulation: the same models, figures and bytes, bit for bit.
+"""Compare a federation on Flower with the simulation: models, scores and bytes, bit for bit.
 
-    python -m benchmarks federation_equal [--configs A B] [--methods hybrid fedavg …] [--secure] [--rounds 2] [key=value …]
+    python -m benchmarks federation_equal [--configs A B] [--methods hybrid fedavg …] [--secure]
+                                          [--rounds 2] [key=value …]
 
-For each configuration and method: `scripts/train.py`, then `scripts/federate.py` (a SuperLink, and a node process for each
-client), one thread each; then every model file and the figures of both summaries are compared. `--secure`: under a secure
-sum, which is exact in the integers whatever secrets it draws. Ends with 1 if anything differs.
+For each configuration and method, the benchmark runs `scripts/train.py` and `scripts/federate.py`
+(a SuperLink, and a node process for each client) with one thread each, and compares every model
+file and the scores of both summaries. `--secure` uses secure aggregation, which is exact for any
+random secrets. The exit status is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ COMPARED = ("personal", "global", "server", "clients", "communication", "rounds_
 
 
 def carried_out(script: str, config: Path, out: Path, overrides: list[str]) -> float:
-    """A run in processes of its own; how many seconds it took."""
+    """Execute a run in new processes and return its seconds."""
     begun = time.perf_counter()
     command = [
         sys.executable,
@@ -45,7 +47,7 @@ def carried_out(script: str, config: Path, out: Path, overrides: list[str]) -> f
 
 
 def differing(one: Path, other: Path) -> list[str]:
-    """What two run directories have otherwise: parts of the summary, names of models."""
+    """Return the parts of the summary and the models that differ between two runs."""
     a, b = (json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in (one, other))
     found = [part for part in COMPARED if a[part] != b[part]]
     models = {file.name for run in (one, other) for file in (run / "models").iterdir()}
@@ -55,18 +57,18 @@ def differing(one: Path, other: Path) -> list[str]:
 
 
 def content(file: Path) -> bytes:
-    """Of a file; nothing if it is not there."""
+    """Return the content of a file; empty if it is missing."""
     return file.read_bytes() if file.exists() else b""
 
 
 def main() -> None:
-    """All comparisons, a line each."""
+    """Run all comparisons and print a line for each."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--configs", nargs="+", default=["digits_quickstart", "medical_hetero"])
     parser.add_argument("--methods", nargs="+", default=["hybrid", "fedavg", "fedmd", "fedproto"])
-    parser.add_argument("--secure", action="store_true", help="under a secure sum")
+    parser.add_argument("--secure", action="store_true", help="use secure aggregation")
     parser.add_argument("--rounds", type=int, default=2)
     add_quick(parser)
     options, overrides = parser.parse_known_args()
@@ -84,7 +86,8 @@ def main() -> None:
     for name in options.configs:
         for method in options.methods:
             with tempfile.TemporaryDirectory() as folder:
-                here, there = Path(folder) / "simulation", Path(folder) / "federation"
+                here = Path(folder) / "simulation"
+                there = Path(folder) / "federation"
                 changes = [*quick, *secure, *overrides, f"algorithm.name={method}"]
                 config = ROOT / "configs" / f"{name}.yaml"
                 seconds = [

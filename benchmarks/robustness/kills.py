@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""SIGKILL at random moments: resumed runs end with the models of uninterrupted ones, byte for byte.
+"""Kill runs at random times: resumed runs must end with byte-identical models.
 
     python -m benchmarks kills [--kills 100] [--each 5] [--kinds serial batched …] [--out DIR]
 
-Hybrid with top-k on scikit-learn's digits, four clients of three architectures with heads of their own; in turn serial,
-batched, with worker processes, asynchronous with faults; and as federations of processes, where the server is killed and, but in
-the secure sum, nodes are as well, and what they come to is compared with a simulation. A run is killed `--each` times, at any
-moment from its start on, is resumed after each, and its models and figures are compared with those of a run that nobody killed.
-With `--out`, where the count is kept, the same command goes on where it was left.
+Hybrid with top-k on scikit-learn's digits, four clients of three architectures with private heads.
+The kinds of runs take turns: serial, batched, with worker processes, asynchronous with faults, and
+federations of processes. There the server is killed, and nodes as well except with secure
+aggregation; the results are compared with a simulation. A run is killed up to `--each` times at any
+time after its start and is resumed each time; then its models and scores are compared with those of
+an uninterrupted run. With `--out`, which stores the counts, the same command continues.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from hetero_fl.experiment import run
 Source = dict[str, Any]
 ROUNDS = 8
 CLIENTS = [f"site_{i}" for i in range(1, 5)]
-CONTEXT = multiprocessing.get_context("forkserver")  # imports once, for all runs
-# which optimizers load
+# The fork server imports modules once for all runs; optimizers load torch._dynamo.
+CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["hetero_fl.experiment", "sklearn.datasets", "torch._dynamo"])
 SLOW = {"speed": {"median": 1e6, "sigma": 0.9}, "up": 1e5}
 FAULTS = {
@@ -64,11 +65,12 @@ KINDS: dict[str, Source] = {
     },
 }
 FEDERATED = ("federation", "secure")
-TIMED = ("seconds", "wall", "tasks", "counts")  # what tells of real time, or only of federations
+# Keys that depend on real time, or exist only in federations.
+TIMED = ("seconds", "wall", "tasks", "counts")
 
 
 def source(kind: str) -> Source:
-    """The configuration of that kind of run."""
+    """Return the configuration of a kind of run."""
     models = [
         "cnn_bn_small",
         {"name": "mlp", "hidden": [24]},
@@ -102,7 +104,7 @@ def source(kind: str) -> Source:
 
 
 def go_on(kind: str, out: str, socket: str) -> None:
-    """A run, or what is left of it: with the nodes that come to the socket, if there is one."""
+    """Start or resume a run, as a federation if there is a socket."""
     if socket:
         run_federation(
             source(kind), UnixSocket(Path(socket)), out=Path(out), resume=True, wait=300.0
@@ -112,21 +114,21 @@ def go_on(kind: str, out: str, socket: str) -> None:
 
 
 def start(kind: str, out: Path, socket: str = "") -> Any:
-    """The same in a process of its own."""
+    """Start or resume a run in a new process."""
     process = CONTEXT.Process(target=go_on, args=(kind, str(out), socket))
     process.start()
     return process
 
 
 def left(out: Path) -> tuple[dict[str, bytes], list[Source]]:
-    """Models and figures of a finished run."""
+    """Return the models and scores of a finished run."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     figures = [{k: v for k, v in line.items() if k not in TIMED} for line in lines]
     return {p.name: p.read_bytes() for p in sorted((out / "models").iterdir())}, figures
 
 
 def whole(kind: str, folder: Path) -> tuple[tuple[dict[str, bytes], list[Source]], float]:
-    """What is left of a run that nobody kills, and the seconds of one of its rounds; held once, and kept in the folder."""
+    """Execute an uninterrupted run; return its results and the seconds of a round."""
     out = folder / f"whole-{kind}"
     process = start(kind, out)
     process.join()
@@ -137,13 +139,13 @@ def whole(kind: str, folder: Path) -> tuple[tuple[dict[str, bytes], list[Source]
 
 
 def held(out: Path) -> int:
-    """Rounds of a run so far."""
+    """Return the number of completed rounds."""
     lines = out / "metrics.jsonl"
     return len(lines.read_bytes().splitlines()) if lines.exists() else 0
 
 
 def kill(process: Any, out: Path) -> tuple[int, int]:
-    """1 if it was alive until then, and 1 if in the middle of rounds."""
+    """Kill a run; return whether it was running, and whether it was past its first checkpoint."""
     process.kill()
     process.join()
     hit = process.exitcode == -signal.SIGKILL
@@ -155,33 +157,34 @@ class Sites:
     """The nodes of a federation, which outlive its server."""
 
     def __init__(self, folder: Path) -> None:
-        self.socket, self.folder = folder / "socket", folder / "sites"
+        self.socket = folder / "socket"
+        self.folder = folder / "sites"
         shutil.rmtree(self.folder, ignore_errors=True)
         self.processes = {
             client: start_node(self.socket, client, self.folder) for client in CLIENTS
         }
 
     def restart(self, client: str) -> None:
-        """Kill a node, and start it anew."""
+        """Kill and restart a node."""
         self.processes[client].kill()
         self.processes[client].join()
         self.processes[client] = start_node(self.socket, client, self.folder)
 
     def close(self) -> None:
-        """End all of them."""
+        """Kill all nodes."""
         for process in self.processes.values():
             process.kill()
             process.join()
 
 
 def main() -> None:
-    """Kill, resume, compare."""
+    """Kill, resume and compare runs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=100, help="in all")
-    parser.add_argument("--each", type=int, default=5, help="of one run, at most")
-    parser.add_argument("--out", type=Path, help="where the count is kept; none: nowhere")
+    parser.add_argument("--kills", type=int, default=100, help="total number of kills")
+    parser.add_argument("--each", type=int, default=5, help="maximum number of kills of one run")
+    parser.add_argument("--out", type=Path, help="folder that stores the counts")
     parser.add_argument(
-        "--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="of runs, in turn"
+        "--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="kinds of runs"
     )
     add_quick(parser)
     options = parser.parse_args()
@@ -213,7 +216,8 @@ def main() -> None:
                     time.sleep(rng.uniform(0, took))
                 hit, mid = kill(process, out)
                 hits, mids = hits + hit, mids + mid
-                if not hit:  # it had ended before
+                # The run had ended before.
+                if not hit:
                     break
             process = start(kind, out, socket)
             process.join()
@@ -228,13 +232,12 @@ def main() -> None:
             }
             tally_file.write_text(json.dumps(tally))
             print(
-                f"{kind}: {hits} kills, {mids} in mid-run, {'the same' if same else 'ANOTHER run'}",
+                f"{kind}: {hits} kills, {mids} in mid-run, {'identical' if same else 'DIFFERENT'}",
                 flush=True,
             )
     print(
-        "{kills} kills of {runs} runs, {mid} of them in the middle of rounds: {wrong} resumed runs differ".format(
-            **tally
-        )
+        "{kills} kills of {runs} runs, {mid} of them after the first checkpoint: "
+        "{wrong} resumed runs differ".format(**tally)
     )
     sys.exit(bool(tally["wrong"]))
 

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Many rounds of a federation whose nodes are killed at random: does memory grow, is anything left over?
+"""Run many rounds of a federation whose nodes are killed at random, and look for leaks.
 
     python -m benchmarks soak [--flower] [--rounds 500] [--restarts 0.05] [--out FILE.csv]
 
-Four nodes in processes of their own with tiny models and private heads, compressed uploads and residuals. After each round a node
-is killed with probability `--restarts` and started anew. Every `--every` rounds the memory and the open files
-of the server and of each node are taken. Reported is the slope over rounds with its standard error, of the server after
-`--warm` rounds, and of nodes over all stretches between two restarts, each with a level of its own.
+Four nodes in separate processes have tiny models and private heads, compressed uploads and
+residuals. After each round, a node is killed and restarted with probability `--restarts`. Every
+`--every` rounds, the memory and open files of the server and the nodes are sampled. The output is
+the slope over rounds with its standard error: for the server after `--warm` rounds, and for nodes
+over all intervals between two restarts, each with its own intercept.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from hetero_fl.reporting.run import Run
 
 CLIENTS = ["site_1", "site_2", "site_3", "site_4"]
 LIBC = ctypes.CDLL("libc.so.6")
-RESOURCES = "multiprocessing"  # processes of Python's own
+# Part of the command line of helper processes of Python.
+RESOURCES = "multiprocessing"
 Pids = Callable[[], list[tuple[str, Any]]]
 Kill = Callable[[random.Random], None]
 Go = Callable[[dict[str, Any], Path, Callable[[dict[str, Any]], None]], Run]
@@ -41,7 +43,7 @@ Stretch = list[tuple[int, float]]  # (round, value) of one process
 
 
 def source(rounds: int) -> dict[str, Any]:
-    """Rounds that are as cheap as can be, with everything in them that keeps state."""
+    """Return a configuration of cheap rounds with all kinds of state."""
     return {
         "name": "soak",
         "rounds": rounds,
@@ -68,19 +70,21 @@ def source(rounds: int) -> dict[str, Any]:
 
 
 def memory(pid: int) -> float:
-    """MiB that a process has, but for what lies in files; pages that it shares with the one it was forked from included, as
-    merely reading an object makes them its own."""
+    """Return the anonymous memory of a process in MiB, including pages shared by a fork.
+
+    Reading a Python object changes its reference count, which copies shared pages.
+    """
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) / 1024
 
 
 def files(pid: int) -> int:
-    """Open files and sockets of a process."""
+    """Return the number of open files and sockets of a process."""
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
 def children() -> int:
-    """Processes below this one."""
+    """Return the number of descendants of this process."""
     found, count = {os.getpid()}, 0
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -96,7 +100,7 @@ def children() -> int:
 
 
 def below(parent: int) -> list[int]:
-    """The processes that one has started."""
+    """Return the children of a process."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError, ValueError):
@@ -107,7 +111,7 @@ def below(parent: int) -> list[int]:
 
 
 def ports() -> int:
-    """Ports at which this process or one below it listens."""
+    """Return the number of ports on which this process or a descendant listens."""
     held, more = {os.getpid()}, {os.getpid()}
     while more := {child for pid in more for child in below(pid)} - held:
         held |= more
@@ -121,7 +125,7 @@ def ports() -> int:
 
 @contextmanager
 def sockets(folder: Path) -> Iterator[tuple[Pids, Kill, Go]]:
-    """Nodes on Unix sockets."""
+    """Run nodes on Unix sockets."""
     transport = UnixSocket(folder / "socket")
     nodes = {client: start_node(folder / "socket", client, folder / "sites") for client in CLIENTS}
 
@@ -139,9 +143,10 @@ def sockets(folder: Path) -> Iterator[tuple[Pids, Kill, Go]]:
 
 
 @contextmanager
-def flower(folder: Path) -> Iterator[tuple[Pids, Kill, Go]]:
-    """Nodes that speak with Flower's SuperLink, each started again by the nursery when it was killed."""
+def flower(_folder: Path) -> Iterator[tuple[Pids, Kill, Go]]:
+    """Run nodes of Flower, which the launcher restarts after they were killed."""
     from hetero_fl.deployment.local.launcher import LAUNCHER, run_local_federation
+
     from hetero_fl.utils.processes import CompanionProcess
 
     nursery = CompanionProcess(LAUNCHER)
@@ -151,7 +156,7 @@ def flower(folder: Path) -> Iterator[tuple[Pids, Kill, Go]]:
         links = [
             ("superlink", child)
             for child in below(os.getpid())
-            if child != pid and RESOURCES not in told(child)
+            if child != pid and RESOURCES not in command_line(child)
         ]
         return [*(("node", child) for child in below(pid)), *links]
 
@@ -164,22 +169,26 @@ def flower(folder: Path) -> Iterator[tuple[Pids, Kill, Go]]:
     yield pids, kill, go
 
 
-def told(pid: int) -> str:
-    """How a process was started."""
+def command_line(pid: int) -> str:
+    """Return the command line of a process."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
     return RESOURCES
 
 
 def end(process: Any) -> None:
-    """Kill a process, and leave nothing of it."""
+    """Kill a process and release its resources."""
     process.kill()
     process.join()
     process.close()
 
 
 def slope(stretches: Sequence[Stretch]) -> tuple[float, float, int]:
-    """Least squares with one slope and a level for each stretch: (slope, standard error, samples)."""
+    """Fit one slope and an intercept for each stretch.
+
+    Returns:
+        Slope, its standard error, and the number of samples.
+    """
     centred = []
     for stretch in stretches:
         if len(stretch) > 1:
@@ -195,7 +204,7 @@ def slope(stretches: Sequence[Stretch]) -> tuple[float, float, int]:
 
 
 def main() -> None:
-    """Run, sample, tell."""
+    """Run the federation, sample it and print the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=500)
     parser.add_argument(
@@ -209,14 +218,14 @@ def main() -> None:
         "--warm",
         type=int,
         default=50,
-        help="rounds of the server, and of a node, that are left out",
+        help="warm-up rounds of the server and of each node",
     )
     parser.add_argument(
         "--flower",
         action="store_true",
-        help="through Flower, with signed messages; else Unix sockets",
+        help="use Flower with signed messages instead of Unix sockets",
     )
-    parser.add_argument("--out", type=Path, help="where all samples go, as CSV")
+    parser.add_argument("--out", type=Path, help="CSV file of all samples")
     add_quick(parser)
     options = parser.parse_args()
     if options.quick:
@@ -227,7 +236,7 @@ def main() -> None:
     samples: list[tuple[int, str, int, float, int]] = []  # round, who, pid, MiB, files
     restarts = 0
     if not options.flower:
-        # what starting processes takes for itself
+        # Starts the fork server, which is not part of the measurement.
         end(start_node(Path("nowhere"), "nobody", Path("nowhere")))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -238,12 +247,12 @@ def main() -> None:
             def look(record: dict[str, Any]) -> None:
                 nonlocal restarts
                 if record["round"] % options.every == 0:
-                    # cycles that wait for the collector, and what the allocator keeps for later,
-                    # tell nothing:
+                    # Garbage and free memory of the server are not leaks.
                     gc.collect()
-                    LIBC.malloc_trim(0)  # so of the server; nodes are taken as they are
+                    LIBC.malloc_trim(0)
                     for who, pid in [("server", os.getpid()), *pids()]:
-                        with suppress(OSError):  # it was killed just now
+                        # The process may have been killed.
+                        with suppress(OSError):
                             samples.append((record["round"], who, pid, memory(pid), files(pid)))
                 if rng.random() < options.restarts:
                     kill(rng)
@@ -262,16 +271,15 @@ def main() -> None:
     report(samples, options.warm)
     seconds = time.perf_counter() - began
     print(f"{options.rounds} rounds in {seconds:.0f} s, {restarts} restarts; {counts}")
-    print(
-        f"processes below this one, its open files, ports listened at: before {before}, after {after}"
-    )
+    print(f"child processes, open files, listening ports: before {before}, after {after}")
     print(f"sites' folders at the end: {left:.1f} MiB")
 
 
 def report(samples: Sequence[tuple[int, str, int, float, int]], warm: int) -> None:
-    """The table of slopes."""
+    """Print the table of slopes."""
     print(
-        "| | MiB, median | KiB a round | files, most | files a round | samples |\n|---|---|---|---|---|---|"
+        "| | median MiB | KiB per round | most files | files per round | samples |\n"
+        "|---|---|---|---|---|---|"
     )
     for who in ("server", "superlink", "nodes"):
         sets: dict[int, list[tuple[int, float, int]]] = {}
@@ -287,7 +295,8 @@ def report(samples: Sequence[tuple[int, str, int, float, int]], warm: int) -> No
         most = max((f for rows in kept for _, _, f in rows), default=0)
         middle = every[len(every) // 2] if every else math.nan
         print(
-            f"| {who} | {middle:.0f} | {rate:.2f} ± {error:.2f} | {most} | {opened:.4f} ± {wrong:.4f} | {count} |"
+            f"| {who} | {middle:.0f} | {rate:.2f} ± {error:.2f} | {most} "
+            f"| {opened:.4f} ± {wrong:.4f} | {count} |"
         )
 
 

@@ -1,6 +1,7 @@
-"""A federation of processes on this machine without a network: messages through a Unix socket, nodes that can be killed.
+"""A federation of processes on this machine, with messages through a Unix socket.
 
-For measurements of what the transport has no part in. Messages are pickled, which is why it is no transport for anybody else.
+It allows measurements without a network, with nodes that can be killed. Messages are pickled, so
+this transport must not be used for anything else.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from hetero_fl.deployment.config import DisclosureConfig, SiteConfig
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.transport import Envelope
 
-CONTEXT = multiprocessing.get_context("forkserver")  # imports once, for all nodes
+# The fork server imports modules once for all nodes.
+CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["hetero_fl.deployment.node", "sklearn.datasets", "torch._dynamo"])
-REST = 0.1  # seconds until a server that is away is tried again
+# Seconds until a node tries to connect again.
+REST = 0.1
 
 
 class UnixSocket:
-    """The server's end (see `Transport`)."""
+    """The transport of the server."""
 
     def __init__(self, path: Path) -> None:
         path.unlink(missing_ok=True)
@@ -38,12 +41,12 @@ class UnixSocket:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def nodes(self) -> Mapping[int, bytes]:
-        """The nodes that are connected now."""
+        """Return the connected nodes."""
         with self._changed:
             return dict.fromkeys(self._nodes, b"")
 
     def push(self, node: int, envelope: Envelope, within: float) -> str:
-        """Hand over a message. Returns its number."""
+        """Send a message and return its number."""
         number, now = str(next(self._messages)), time.monotonic()
         with self._changed:
             for old in [m for m, (_, end) in self._waiting.items() if end < now]:
@@ -60,7 +63,7 @@ class UnixSocket:
         return number
 
     def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
-        """Answers that have come, waiting up to so many seconds for the first."""
+        """Return replies; wait up to `wait` seconds for the first one."""
         end = time.monotonic() + wait
         with self._changed:
             while not (found := {n: self._answers.pop(n) for n in numbers if n in self._answers}):
@@ -72,7 +75,7 @@ class UnixSocket:
         return found
 
     def close(self) -> None:
-        """Let all nodes go."""
+        """Disconnect all nodes."""
         self._open = False
         self._listener.close()
         for node in list(self._nodes):
@@ -97,11 +100,8 @@ class UnixSocket:
                     if number in self._waiting:
                         self._answers[number] = answer
                         self._changed.notify_all()
-        except (
-            OSError,
-            EOFError,
-            TypeError,
-        ):  # TypeError: closed by the other thread while this one was reading
+        # TypeError: another thread closed the connection.
+        except (OSError, EOFError, TypeError):
             self._lose(node)
 
     def _lose(self, node: int) -> None:
@@ -116,7 +116,7 @@ class UnixSocket:
 
 
 def attend(path: str, client: str, folder: str) -> None:
-    """A node's process: answers whatever server listens at the path, until it is killed."""
+    """Run a node that serves any server at the path until it is killed."""
     import torch
 
     torch.set_num_threads(1)
@@ -133,7 +133,7 @@ def attend(path: str, client: str, folder: str) -> None:
 
 
 def start_node(path: Path, client: str, folder: Path) -> Any:
-    """A node in a process of its own."""
+    """Start a node in a new process."""
     process = CONTEXT.Process(target=attend, args=(str(path), client, str(folder)), daemon=True)
     process.start()
     return process

@@ -1,1 +1,1 @@
-"""What many clients, a large cohort or much private state cost in time and memory."""
+"""Time and memory with many clients, large cohorts or much private state."""

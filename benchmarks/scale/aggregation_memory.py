@@ -1,15 +1,14 @@
 #!/usr/bin/env python3
-"""Memory of aggregation: a cohort of 1,000 in one FedAvg round of the two-convolution CNN, in models.
+"""Measure the memory of aggregation for a cohort of 1,000 in a FedAvg round, in model sizes.
 
     python -m benchmarks aggregation_memory
 
-How it is measured: the resident memory of the server's process is sampled in the moments when an upload has been folded in,
-and its highest mark is read from the system at the end; what it held before the round, and the model that is broadcast, are
-taken off. The clients' own work is not part of it: with `serial` each upload is a copy of bytes made beforehand, handed over
-one at a time as a client's would be; with `processes` clients train for one step in two workers, and early arrivals wait
-encoded in the server's process. Each case has a process of its own, in which freed blocks go back to the system at once
-(MALLOC_MMAP_THRESHOLD_), so that resident memory is what is in use. Targets: serial 3 models (the mean, an upload, the same
-decoded), processes 3 + 4 per worker. Linux only.
+The measurement is the peak resident memory of the server process, minus the memory before the round
+and the broadcast model. The computation of clients is not part of it: with `serial`, each upload is
+a copy of precomputed bytes, passed on one at a time. With `processes`, clients train for one step
+in two workers, and early uploads wait in encoded form in the server process. Each case runs in a
+new process that returns freed memory to the system immediately (MALLOC_MMAP_THRESHOLD_). Targets:
+serial 3 models (the mean, an upload, the decoded upload), processes 3 + 4 per worker. Linux only.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ MODEL = "fedavg_cnn"
 
 
 def configuration(cohort: int) -> dict[str, object]:
-    """Two rows a client: one step."""
+    """Return a configuration with two rows per client, for one training step."""
     return {
         "data": {
             "train_limit": cohort * 2 + 1,
@@ -54,25 +53,26 @@ def configuration(cohort: int) -> dict[str, object]:
 
 
 class Arrivals:
-    """An executor whose clients have nothing to compute: every upload is a fresh copy of the same bytes."""
+    """An executor without computation: every upload is a copy of the same bytes."""
 
     def __init__(self, rounds: SynchronousTrainer) -> None:
         (arch,) = {card.arch for card in rounds.federation.client_infos.values()}
         model = Item(floating_tensors(rounds.federation.initial_tensors(arch)), 2.0, "params")
         self.upload = Payload({"model": model}, {"loss": "1.0"}).encode()
-        self.store, self.performer = rounds.store, rounds.backend
+        self.store = rounds.store
+        self.performer = rounds.backend
 
     def run(
         self, clients: Sequence[str], request: Callable[[str], Message]
     ) -> Iterator[tuple[str, Message]]:
-        """A reply to each request."""
+        """Reply to each request."""
         for client in clients:
             assert request(client).body
             yield client, Message("upload", self.upload[:1] + self.upload[1:])
 
 
 def measured(executor: str, cohort: int) -> None:
-    """In a process of its own: prints models of memory."""
+    """Measure one case in this process and print its memory in models."""
     torch.set_num_threads(1)
     dataset = make_images(cohort * 2 + 1, 50, classes=10, channels=3, side=32)
     prepared = prepare(configuration(cohort), dataset=dataset)
@@ -81,18 +81,21 @@ def measured(executor: str, cohort: int) -> None:
         rounds.executor = Arrivals(rounds)  # type: ignore[assignment]
     size = sum(t.nbytes for t in next(iter(rounds.server.models.values())).values())
     rounds.per_round = 2
-    rounds.run_round()  # whatever is made once
+    rounds.run_round()
     rounds.per_round = None
     before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins anew
+    # Reset the peak.
+    Path("/proc/self/clear_refs").write_text("5")
     rounds.run_round()
-    peak = status("VmHWM") - before - size  # the broadcast, encoded once for all
-    rounds.executor.close() if executor == "processes" else None
+    # `size` is the broadcast, which is encoded once for all clients.
+    peak = status("VmHWM") - before - size
+    if executor == "processes":
+        rounds.executor.close()
     print(peak / size)
 
 
 def status(name: str) -> int:
-    """Bytes, as the system counts them for this process."""
+    """Return a memory counter of this process in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
@@ -100,9 +103,11 @@ def status(name: str) -> int:
 
 
 def main() -> None:
-    """Both cases, or one in this process."""
+    """Measure both cases in new processes, or one in this process."""
     parser = arguments(__doc__, pairs=1)
-    parser.add_argument("--case", choices=list(TARGETS), help="only this, in this process")
+    parser.add_argument(
+        "--case", choices=list(TARGETS), help="measure only this case, in this process"
+    )
     parser.add_argument("--cohort", type=int, default=1000)
     options = parsed(parser)
     cohort = min(options.cohort, 40) if options.quick else options.cohort
@@ -131,7 +136,8 @@ def main() -> None:
         )
         models = float(done.stdout)
         print(
-            f"  {case}: {models:.1f} models; target {target:g}: {'met' if round(models, 1) <= target else 'missed'}"
+            f"  {case}: {models:.1f} models; target {target:g}: "
+            f"{'met' if round(models, 1) <= target else 'missed'}"
         )
 
 

@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""What a large population costs: 1,000 clients against 1,000,000, the same cohort of 50.
+"""Compare populations of 1,000 and 1,000,000 clients with the same cohort of 50.
 
     python -m benchmarks population
 
-FedAvg of an MLP on scikit-learn's digits, each client drawing its own rows. Both federations stand in one process and hold
-their rounds in turn: printed is the ratio of each pair, its median and range. Of 1,000 clients many come again and find
-their rows kept; of 1,000,000 nearly all are new, and drawing their rows is part of the price. Start-up time and peak memory
-come from a process each: the peak as such, which is mostly Python and PyTorch, and what it is above the imports. With
-private state (FedPer) memory follows the clients that have been seen. Targets: 1.1 for a round's time, 1.2 for peak memory.
+FedAvg with an MLP on scikit-learn's digits; each client draws its own rows. Both federations run
+their rounds in turns in one process; the output is the median and range of the ratios. Of 1,000
+clients many are sampled again and find their rows cached; of 1,000,000 nearly all are new, and the
+time includes drawing their rows. Start-up time and peak memory are measured in separate processes:
+the total peak, which is mostly Python and PyTorch, and the increase after the imports. With private
+state (FedPer), memory grows with the number of clients seen. Targets: 1.1 for the time of a round,
+1.2 for peak memory.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ FEW, MANY = 1_000, 1_000_000
 
 
 def source(method: str, clients: int, cohort: int) -> dict[str, Any]:
-    """The configuration of a case."""
+    """Return the configuration of a case."""
     return {
         "rounds": 1000,
         "data": {"name": "digits", "partition": {"kind": "drawn", "alpha": 0.5, "rows": 60}},
@@ -48,12 +50,12 @@ def source(method: str, clients: int, cohort: int) -> dict[str, Any]:
 
 
 def begun(method: str, clients: int, cohort: int) -> SynchronousTrainer:
-    """A run that is ready for its first round."""
+    """Return a trainer before its first round."""
     return prepare(source(method, clients, cohort)).make_trainer()
 
 
 def alone(method: str, clients: int, cohort: int, rounds: int) -> dict[str, float]:
-    """One case in this process: seconds to start; MiB at the peak, and above what the imports took."""
+    """Measure one case in this process: seconds to start, peak MiB, MiB after imports."""
     _warm(method, cohort)
     imports, start = _peak(), time.perf_counter()
     run = begun(method, clients, cohort)
@@ -73,14 +75,17 @@ def alone(method: str, clients: int, cohort: int, rounds: int) -> dict[str, floa
 
 
 def _warm(method: str, cohort: int) -> None:
-    """Everything once with as many clients as a cohort has, so that what is loaded on first use is not counted."""
+    """Run a small case once, so that imports on first use are not measured."""
     run = begun(method, cohort, cohort)
     run.run_round()
     run.evaluate()
 
 
 def _peak() -> float:
-    """Peak resident memory of this program. Not `ru_maxrss` on Linux: that begins with the peak of whoever started it."""
+    """Return the peak resident memory of this process.
+
+    On Linux `ru_maxrss` includes the peak of the parent process.
+    """
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / 2**10
@@ -104,7 +109,7 @@ def _spread(ratios: list[float]) -> str:
 
 
 def main() -> None:
-    """Print time, then memory."""
+    """Measure time, then memory."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -113,11 +118,9 @@ def main() -> None:
         "--pairs",
         type=int,
         default=15,
-        help="timed pairs of rounds, after two that are not counted",
+        help="timed pairs of rounds after two warm-up pairs",
     )
-    parser.add_argument(
-        "--rounds", type=int, default=10, help="rounds of each process whose memory is measured"
-    )
+    parser.add_argument("--rounds", type=int, default=10, help="rounds of each memory measurement")
     parser.add_argument("--processes", type=int, default=3, help="pairs of processes")
     parser.add_argument("--alone", nargs=2, metavar=("METHOD", "CLIENTS"), help=argparse.SUPPRESS)
     add_quick(parser)
@@ -152,9 +155,10 @@ def main() -> None:
                 busy.append(times[many][1] / times[few][1])
                 seconds.append(times[few][0])
         print(
-            f"{what}, {MANY:,} against {FEW:,}: {_spread(ratios)}; target 1.1; {statistics.median(seconds):.3f} s"
+            f"{what}, {MANY:,} against {FEW:,}: {_spread(ratios)}; target 1.1; "
+            f"{statistics.median(seconds):.3f} s"
         )
-        print(f"  the same in processor time, which other programs disturb less: {_spread(busy)}")
+        print(f"  in processor time, which depends less on other programs: {_spread(busy)}")
     for method in ("fedavg", "fedper"):
         pairs = [
             [_elsewhere(method, clients, options) for clients in (FEW, MANY)]
@@ -165,11 +169,13 @@ def main() -> None:
             target = "; target 1.2" if name == "peak" else ""
             ratio = _spread([pair[1][name] / max(pair[0][name], 1e-9) for pair in pairs])
             print(
-                f"{method}, {name}: {values[0]:.2f} and {values[1]:.2f} {unit}, ratio {ratio}{target}"
+                f"{method}, {name}: {values[0]:.2f} and {values[1]:.2f} {unit}, "
+                f"ratio {ratio}{target}"
             )
         one, other = pairs[0]
         print(
-            f"{method}: {one['seen']:.0f} and {other['seen']:.0f} clients seen in {options.rounds} rounds, "
+            f"{method}: {one['seen']:.0f} and {other['seen']:.0f} clients seen "
+            f"in {options.rounds} rounds, "
             f"{one['private']:.2f} and {other['private']:.2f} MiB of private state"
         )
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""A secure sum for scale: seconds of a whole round of the protocol, every client's and the server's part, and bytes a client.
+"""Measure secure aggregation: seconds of a round of the protocol, and bytes per client.
 
     python -m benchmarks secure_sum
     python -m benchmarks secure_sum --clients 100 --numbers 10000 --neighbours 54 --leaving 10
 
-Nothing is trained. Clients answer one after the other in this process, on one core; in a federation they do so at once, so
-that the server's part and one client's are what a round waits for. Targets: 20 clients of 10^6 numbers, and 100 of 10^4 with
-the sparse graph, in less than 10 s each.
+Nothing is trained. Clients reply one after the other in this process on one core. In a federation
+they work in parallel, so a round waits for the server and one client. Targets: 20 clients with 10^6
+numbers, and 100 clients with 10^4 numbers and the sparse graph, in less than 10 s each.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SPECS = {"model": ItemSpec("params")}
 
 @dataclass
 class Cohort:
-    """Clients with one model each, which is made again when it is sent."""
+    """Clients with one model each, created again for each upload."""
 
     clients: list[str]
     numbers: int
@@ -42,21 +42,24 @@ class Cohort:
     busy: float = 0.0  # seconds of all clients
 
     def layout(self, round_idx: int) -> VectorLayout:
+        """Return the layout of all vectors."""
         return VectorLayout.from_forms(
             [("a", {"model": Item({"w": torch.zeros(self.numbers)}, 1.0, "params")})], SPECS
         )
 
     def aggregation_group(self, client: str) -> str:
+        """Return the only group."""
         return "a"
 
     def noise(self, *about: object) -> None:
-        """Nobody adds any."""
+        """Return no private items."""
 
     def num_rows(self, client: str) -> int:
+        """Return the same number of rows for all clients."""
         return 1
 
     def upload(self, client: str) -> Payload:
-        """Its model."""
+        """Return the model of the client."""
         draw = torch.Generator().manual_seed(int(client.rpartition("_")[2]))
         return Payload(
             {"model": Item({"w": torch.randn(self.numbers, generator=draw)}, 1.0, "params")}
@@ -65,14 +68,14 @@ class Cohort:
     def hold(
         self, protocol: SecureAggregation, leaving: set[str]
     ) -> tuple[AggregatedUploads, Traffic]:
-        """Hold a round without those who leave before they send their vector."""
+        """Run a round in which some clients drop out before they send their vector."""
         traffic = Traffic()
         exchanges = protocol.exchanges(self.clients, 0)
         try:
             while True:
                 exchange = next(exchanges)
                 for client in exchange.clients:
-                    request = exchange.request(client, lambda client: b"")
+                    request = exchange.request(client, lambda _client: b"")
                     traffic.down += len(request.body)
                     if request.kind == "train" and client in leaving:
                         continue
@@ -83,7 +86,7 @@ class Cohort:
             return stop.value, traffic
 
     def answer(self, protocol: SecureAggregation, client: str, request: Message) -> Message:
-        """A client's reply, timed but for its training."""
+        """Time the reply of a client without training."""
         upload = self.upload(client).encode() if request.kind == "train" else b""
         begun = time.process_time()
         answer = protocol.answer(client, request, 0, self.notes)
@@ -93,7 +96,7 @@ class Cohort:
 
 
 def held(clients: int, numbers: int, neighbours: int | None, leaving: int) -> None:
-    """Hold one round, check its sum and print what it took."""
+    """Run one round, check its sum and print its time."""
     cohort = Cohort([f"site_{i}" for i in range(1, clients + 1)], numbers)
     config = SecureAggregationConfig(
         threshold=max(0.51, 1 - 2 * max(leaving, 0.05 * clients) / clients), neighbours=neighbours
@@ -111,14 +114,15 @@ def held(clients: int, numbers: int, neighbours: int | None, leaving: int) -> No
     assert np.array_equal(summed.total, plain)
     server, each = seconds - cohort.busy, 1e3 * cohort.busy / clients
     print(
-        f"{clients} clients of {numbers:,} numbers, {k} neighbours each, {leaving} leaving: {wall:.2f} s; of the processor "
-        f"{seconds:.2f} s (server {server:.2f} s, a client {each:.0f} ms); the sum is the plain one; "
-        f"{traffic.up / clients / 1e3:.0f} kB up and {traffic.down / clients / 1e3:.0f} kB down a client"
+        f"{clients} clients with {numbers:,} numbers and {k} neighbors, {leaving} dropping out: "
+        f"{wall:.2f} s; processor time {seconds:.2f} s (server {server:.2f} s, per client "
+        f"{each:.0f} ms); correct sum; per client {traffic.up / clients / 1e3:.0f} kB up and "
+        f"{traffic.down / clients / 1e3:.0f} kB down"
     )
 
 
 def main() -> None:
-    """Print what the targets' rounds take, or one of other sizes."""
+    """Measure the target cases, or one of another size."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -126,7 +130,7 @@ def main() -> None:
     parser.add_argument("--numbers", type=int, default=10_000)
     parser.add_argument("--neighbours", type=int, default=None)
     parser.add_argument(
-        "--leaving", type=int, default=0, help="clients that are gone before they send their vector"
+        "--leaving", type=int, default=0, help="clients that drop out before they send their vector"
     )
     add_quick(parser)
     options = parser.parse_args()

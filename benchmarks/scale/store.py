@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Clients' private state for scale: peak resident memory and seconds a commit, with state spilled to disk.
+"""Measure the store for private state: peak memory and seconds per commit, with data on disk.
 
     python -m benchmarks store
 
-Every client gets a state of the size of a small CNN; then rounds are held in which a cohort reads its state, changes all of
-it and stages it, and a checkpoint is written. At last another store reads everything back. Target: 500 clients of 1.2 million
-float32 parameters in less than 4 GB resident.
+Every client has a state of the size of a small CNN. In each round a cohort reads its state, changes
+all of it and stages it, and a checkpoint is written. At the end, another store reads everything
+back. Target: 500 clients with 1.2 million float32 parameters in less than 4 GB of resident memory.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ LAYERS = 8
 
 
 def peak() -> float:
-    """Largest resident memory of this process so far, in GB."""
+    """Return the peak resident memory of this process in GB."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def changed(private: PrivateState, parameters: int) -> PrivateState:
-    """A client's state after training: every tensor is another."""
+    """Return the state of a client after training, in which all tensors changed."""
     start = private.models.get("model") or {
         f"layer{i}": torch.zeros(parameters // LAYERS) for i in range(LAYERS)
     }
@@ -44,21 +44,21 @@ def changed(private: PrivateState, parameters: int) -> PrivateState:
     )
 
 
-def held_round(
-    checkpoints: Checkpoints, cohort: list[str], parameters: int, round: int
+def run_round(
+    checkpoints: Checkpoints, cohort: list[str], parameters: int, round_idx: int
 ) -> tuple[float, float, int]:
-    """Seconds of reading and staging, seconds of commit and checkpoint, bytes written."""
+    """Return seconds to read and stage, seconds to commit and save, and bytes written."""
     store, begun = checkpoints.store, time.perf_counter()
     for client in cohort:
         store.stage(client, changed(store.get(client), parameters))
     middle = time.perf_counter()
     store.commit()
-    path = checkpoints.save(round, {"round": round})
+    path = checkpoints.save(round_idx, {"round": round_idx})
     return middle - begun, time.perf_counter() - middle, path.stat().st_size
 
 
 def main() -> None:
-    """Print what a round costs, and the peak."""
+    """Measure rounds and the peak memory."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -71,7 +71,7 @@ def main() -> None:
         "--folder",
         type=Path,
         default=None,
-        help="where the disk is; default: the system's temporary one",
+        help="folder of the store; default: a temporary folder",
     )
     add_quick(parser)
     options = parser.parse_args()
@@ -86,30 +86,31 @@ def main() -> None:
         folder, memory = Path(name), options.memory << 20
         checkpoints = Checkpoints(StateStore(folder, memory), print)
         print(f"imports: {before:.2f} GB resident")
-        stage, commit, size = held_round(checkpoints, clients, options.parameters, 0)
+        stage, commit, size = run_round(checkpoints, clients, options.parameters, 0)
         print(
-            f"all {len(clients)} clients: staged in {stage:.2f} s, commit {commit:.2f} s, {size / 1e6:.0f} MB written"
+            f"all {len(clients)} clients: staged in {stage:.2f} s, commit {commit:.2f} s, "
+            f"{size / 1e6:.0f} MB written"
         )
         rounds = []
-        for round in range(1, options.rounds + 1):
-            drawn = torch.randperm(len(clients), generator=keyed_generator("benchmark", round))[
+        for round_idx in range(1, options.rounds + 1):
+            drawn = torch.randperm(len(clients), generator=keyed_generator("benchmark", round_idx))[
                 : options.cohort
             ]
             rounds.append(
-                held_round(checkpoints, [clients[i] for i in drawn], options.parameters, round)
+                run_round(checkpoints, [clients[i] for i in drawn], options.parameters, round_idx)
             )
         for what, values in zip(
             ("read, change, stage", "commit"), list(zip(*rounds, strict=True))[:2], strict=True
         ):
             print(
-                f"cohort of {options.cohort}: {what} {statistics.median(values):.2f} s ({min(values):.2f} to {max(values):.2f})"
+                f"cohort of {options.cohort}: {what} {statistics.median(values):.2f} s "
+                f"({min(values):.2f} to {max(values):.2f})"
             )
-        written, disk = (
-            [r[2] / 1e6 for r in rounds],
-            sum(f.stat().st_size for f in folder.iterdir()) / 1e9,
-        )
+        written = [r[2] / 1e6 for r in rounds]
+        disk = sum(f.stat().st_size for f in folder.iterdir()) / 1e9
         print(
-            f"written a round: {min(written):.0f} to {max(written):.0f} MB; {disk:.2f} GB on disk at the end"
+            f"written per round: {min(written):.0f} to {max(written):.0f} MB; "
+            f"{disk:.2f} GB on disk at the end"
         )
         begun = time.perf_counter()
         again = Checkpoints(StateStore(folder, memory), print)
@@ -118,7 +119,8 @@ def main() -> None:
         for client in clients:
             again.store.get(client)
         print(
-            f"another store: everything verified in {verified:.2f} s and read in {time.perf_counter() - begun:.2f} s"
+            f"another store: verified in {verified:.2f} s, "
+            f"read in {time.perf_counter() - begun:.2f} s"
         )
     print(
         f"peak: {peak():.2f} GB resident (two stores of {options.memory} MiB; target: less than 4)"

@@ -1,1 +1,1 @@
-"""Which scores methods reach: published tables repeated, and studies of our own."""
+"""Scores of methods: replications of published tables, and studies."""

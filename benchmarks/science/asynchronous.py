@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
-"""Time to accuracy: rounds that wait, with a deadline, with over-selection, against asynchronous distillation.
+"""Compare the time to accuracy of synchronous and asynchronous distillation.
 
     python -m benchmarks asynchronous --data fashionmnist.npz --out runs/asynchronous
 
-Twelve clients of three architectures on Fashion-MNIST, Hybrid, speeds ten-fold apart (configs/fashion_devices.yaml, with less
-data: SMALLER). For each seed the synchronous run sets the mark: its accuracy in common after the last round, less one point.
-The other ways are given a share of its simulated time. `--out` gets every run as it ends (the same command goes on where it was
-left), and of all of them `table.md` and `time_to_accuracy.png`. Target: asynchronous at the mark in at most 0.5 of the time.
+Twelve clients of three architectures on Fashion-MNIST train with Hybrid; their speeds differ by a
+factor of ten (configs/fashion_devices.yaml, with less data: SMALLER). The other variants wait until
+a deadline, over-select clients, or train asynchronously. For each seed, the target is the global
+test accuracy of the synchronous run after the last round, minus one point; the other variants get a
+fraction of its simulated time. `--out` receives every run when it ends, and finished runs are not
+repeated. It also receives `table.md` and `time_to_accuracy.png`. Target: asynchronous training
+reaches the accuracy in at most 0.5 of the time.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ from hetero_fl.federation.trainer import add_evaluation
 
 CONFIG = Path(__file__).parents[2] / "configs" / "fashion_devices.yaml"
 SMALLER = [
-    "data.train_limit=4000", "data.test_limit=1000", "data.proxy.size=400", "algorithm.distil_epochs=5",
+    "data.train_limit=4000", "data.test_limit=1000", "data.proxy.size=400",
+    "algorithm.distil_epochs=5",
     "evaluation.every=1", "runtime.threads=1", "runtime.executor=serial",
 ]  # fmt: skip
 ASYNC = ["runtime.mode=async", "evaluation.every=2"]
@@ -51,7 +55,7 @@ Curve = Sequence[tuple[float, float, int, int]]
 
 
 def hold(overrides: list[str], until: float | None, rounds: int) -> Run:
-    """Accuracy in common (mean over clients) by simulated time; ends after the rounds, or when the time is over."""
+    """Return the global test accuracy by simulated time, until the rounds or the time end."""
     prepared = prepare(CONFIG, [*overrides, f"rounds={rounds}"])
     session = prepared.make_trainer()
     curve: list[tuple[float, float, int, int]] = []
@@ -72,16 +76,17 @@ def hold(overrides: list[str], until: float | None, rounds: int) -> Run:
 
 
 def durations(overrides: list[str]) -> list[float]:
-    """Seconds that each client's task takes in the first synchronous round."""
+    """Return the seconds of each client's task in the first synchronous round."""
     session = prepare(CONFIG, overrides).make_trainer()
     timing, size = session.environment.timing, 200_000
     return [
-        timing.task_times(id, size, size, 0.0, 0).arrived for id in session.federation.client_infos
+        timing.task_times(client_id, size, size, 0.0, 0).arrived
+        for client_id in session.federation.client_infos
     ]
 
 
 def reached(curve: Curve, mark: float) -> float | None:
-    """When accuracy is above the mark for good: at every later evaluation, too."""
+    """Return the first time from which on the accuracy stays above the target."""
     at = None
     for seconds, accuracy, *_ in reversed(curve):
         if accuracy < mark:
@@ -90,18 +95,21 @@ def reached(curve: Curve, mark: float) -> float | None:
     return at
 
 
-# What is made of the runs ---------------------------------------------------------------------------------------------
 def mark_of(runs: Mapping[str, Run]) -> tuple[float, float]:
-    """One seed's mark, and the simulated seconds of its synchronous run."""
+    """Return the target of a seed, and the simulated seconds of its synchronous run."""
     seconds, accuracy, *_ = runs["synchronous"]["curve"][-1]
     return accuracy - POINT, seconds
 
 
 def table(found: Mapping[str, Mapping[str, Run]], ways: Sequence[str]) -> str:
-    """A row for each way, in Markdown: when it is at the mark for good as a share of the synchronous run's time, seed by seed;
-    its accuracy by half of that time; uploads and bytes by then."""
+    """Return a table in Markdown with a row for each variant.
+
+    It shows the relative time to the target for each seed, the accuracy at half of the time of the
+    synchronous run, and the uploads and bytes until then.
+    """
     rows = [
-        "| | at the mark for good, share of the time | accuracy at half of the time | uploads by then | MB by then |"
+        "| | relative time to the target | accuracy at half of the time | uploads until then "
+        "| MB until then |"
     ]
     rows.append("| --- | --- | --- | --- | --- |")
     for way in ways:
@@ -120,7 +128,7 @@ def table(found: Mapping[str, Mapping[str, Run]], ways: Sequence[str]) -> str:
 
 
 def figure(found: Mapping[str, Mapping[str, Run]], ways: Sequence[str], path: Path) -> None:
-    """Accuracy less the mark by simulated time, as a share of the synchronous run's: the mean over seeds, and their range."""
+    """Plot accuracy minus target by relative simulated time: mean over seeds, and range."""
     from hetero_fl.reporting.plots import style
 
     grid = np.linspace(0, 1, 401)
@@ -129,7 +137,7 @@ def figure(found: Mapping[str, Mapping[str, Run]], ways: Sequence[str], path: Pa
         axes = made.subplots()
         axes.axhline(0, color=style.GREY, linewidth=0.8)
         axes.text(
-            1.0, -0.5, "the mark", color=style.GREY, ha="right", va="top", fontsize=style.SMALLEST
+            1.0, -0.5, "target", color=style.GREY, ha="right", va="top", fontsize=style.SMALLEST
         )
         for way, colour in zip(ways, (style.INK, *style.CATEGORIES, style.GREEN), strict=False):
             lines = []
@@ -162,14 +170,14 @@ def figure(found: Mapping[str, Mapping[str, Run]], ways: Sequence[str], path: Pa
 
 
 def main() -> None:
-    """Hold the runs that are not there yet, and show what came of all."""
+    """Execute missing runs and write the table and plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", help="Fashion-MNIST as .npz, in place of the download")
-    parser.add_argument("--rounds", type=int, default=20, help="of the synchronous run")
+    parser.add_argument("--data", help="Fashion-MNIST as .npz instead of a download")
+    parser.add_argument("--rounds", type=int, default=20, help="rounds of the synchronous run")
     parser.add_argument("--ways", nargs="+", default=COMPARED, choices=list(WAYS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
-        "--share", type=float, default=TARGET, help="of its time, which the others are given"
+        "--share", type=float, default=TARGET, help="fraction of its time for the other variants"
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
@@ -187,7 +195,8 @@ def main() -> None:
         seconds = durations(base)
         middle = statistics.median(seconds)
         print(
-            f"seed {seed}: a task takes {min(seconds):.0f} to {max(seconds):.0f} s, half of them {middle:.0f}"
+            f"seed {seed}: tasks take {min(seconds):.0f} to {max(seconds):.0f} s, "
+            f"median {middle:.0f} s"
         )
         runs = found[str(seed)] = {}
         for way in ways:
@@ -209,7 +218,8 @@ def main() -> None:
                 else f"there for good at {at:,.0f} s, {at / whole:.2f} of {whole:,.0f}"
             )
             print(
-                f"  {way}: mark {mark:.3f} {when}; last {last[1]:.3f} at {last[0]:,.0f} s; {runs[way]['counts']}",
+                f"  {way}: target {mark:.3f} {when}; last {last[1]:.3f} at {last[0]:,.0f} s; "
+                f"{runs[way]['counts']}",
                 flush=True,
             )
     (options.out / "table.md").write_text(table(found, ways))

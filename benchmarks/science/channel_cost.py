@@ -1,4 +1,4 @@
-"""Accuracy against bytes: the main job with compression in either direction, in both, and without.
+"""Measure accuracy against bytes, with compression in either direction, in both, and without.
 
     python -m benchmarks channel_cost [--seeds 0,1,2,3,4] [--out runs/channel_cost] [key=value ...]
 
@@ -41,7 +41,7 @@ Row = Mapping[str, str]
 
 
 def run_channel(name: str, seeds: Sequence[int], out: Path, changes: Sequence[str]) -> list[Row]:
-    """Return a line for each seed of a setting; its runs are carried out unless they have been."""
+    """Return a row for each seed of a setting; missing runs are executed."""
     overrides = [*CHANNELS[name], "output.plots=false", "output.report=false", *changes]
     folder = hetero_fl.compare(
         ROOT / "configs" / "medical_hetero.yaml",
@@ -56,7 +56,7 @@ def run_channel(name: str, seeds: Sequence[int], out: Path, changes: Sequence[st
 
 
 def format_row(name: str, rows: Sequence[Row]) -> str:
-    """Return a line of the table."""
+    """Return a row of the table."""
     up, down = (
         statistics.fmean(float(r[f"{way}_bytes"]) for r in rows) / MB for way in ("up", "down")
     )
@@ -69,7 +69,7 @@ def format_row(name: str, rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    """Run what is missing, write the archive and print the table."""
+    """Execute missing runs, write the CSV file and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Why FedAvg is lower in FedGen's published table than here: as the authors' code has it, with and without shuffling.
+"""Explain the FedAvg row of FedGen's table: the authors' code, with and without shuffling.
 
     python -m benchmarks fedgen_order --data DIR [--seeds 0,1,2] [--alpha 0.1]
 
-DIR holds `mnist.npz`. A bare loop over the data, model and settings of `configs/replication/fedgen_mnist.yaml`: clients keep
-their BatchNorm statistics, and each is read on the test images of its own classes. Batches come from rows sorted by class, in
-order as in the code of the time, or shuffled. Printed: the last reading and the mean of the five best of forty, in percent.
+DIR contains `mnist.npz`. This is a bare loop with the data, model and settings of
+`configs/replication/fedgen_mnist.yaml`: clients keep their BatchNorm statistics, and each is
+evaluated on the test images of its own classes. Batches are taken from rows sorted by class, in
+order as in the authors' code of that time, or shuffled. The output is the last score and the mean
+of the five best of forty, in percent.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ COHORT, STEPS, BATCH, LR, FALL = 10, 20, 32, 0.01, 0.99
 
 
 def batches(y: Tensor, draws: torch.Generator, shuffled: bool) -> Iterator[Tensor]:
-    """Rows of one whole batch after another, without end."""
+    """Yield the rows of full batches endlessly."""
     sorted_rows = y.argsort(stable=True)
     while True:
         rows = torch.randperm(len(y), generator=draws) if shuffled else sorted_rows
@@ -35,7 +37,7 @@ def batches(y: Tensor, draws: torch.Generator, shuffled: bool) -> Iterator[Tenso
 
 
 def course(prepared: PreparedRun, shuffled: bool) -> list[float]:
-    """The reading of every fifth round, all clients' test images together, in percent."""
+    """Return the accuracy on all clients' test images every fifth round, in percent."""
     federation = prepared.federation
     ids = list(federation.client_infos)
     (arch,) = {card.arch for card in federation.client_infos.values()}
@@ -48,7 +50,7 @@ def course(prepared: PreparedRun, shuffled: bool) -> list[float]:
     learnt = [n for n in weights if n in arch.parameter_names]
     kept = {c: {n: t.clone() for n, t in weights.items() if n not in learnt} for c in ids}
     shared, read = {n: weights[n].clone() for n in learnt}, []
-    for round in range(prepared.config.rounds):
+    for round_idx in range(prepared.config.rounds):
         cohort = [ids[i] for i in torch.randperm(len(ids), generator=draws)[:COHORT].tolist()]
         total, mean = (
             sum(len(train[c]["y"]) for c in cohort),
@@ -56,7 +58,7 @@ def course(prepared: PreparedRun, shuffled: bool) -> list[float]:
         )
         for c in cohort:
             module.load_state_dict({**shared, **kept[c]})
-            optimizer = torch.optim.SGD(module.train().parameters(), LR * FALL**round)
+            optimizer = torch.optim.SGD(module.train().parameters(), LR * FALL**round_idx)
             for _ in range(STEPS):
                 rows = next(stream[c])
                 optimizer.zero_grad()
@@ -83,7 +85,7 @@ def course(prepared: PreparedRun, shuffled: bool) -> list[float]:
 
 
 def main() -> None:
-    """Both orders for every seed."""
+    """Measure both orders for every seed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
-"""Why FedProto's published table is lower than here: the setting of the authors' code by hand, one thing changed at a time.
+"""Explain the FedProto row of its published table: vary the setting of the authors' code.
 
     python -m benchmarks fedproto_setting --data DIR [--only TEXT] [--rounds 100]
 
-DIR holds `mnist.npz`. As in the authors' code: classes of each client by its seed 1234; of each class a block of the training
-set's rows in their order, another for every client (99 or 100 rows), and a block of test images likewise; every client its
-own initial weights; whole batches of four; prototypes taken in passing, dropout included, and a mean of the clients' means.
-Printed, in percent, mean ± deviation over clients: each client by its head, by the nearest prototype of its own classes, and
-as the authors' code counts (its counters run on from client to client, and from one reading to the other). Test images are of
-MNIST's test set, as theirs, or further ones of its training set.
+DIR contains `mnist.npz`. As in the authors' code, the classes of clients are drawn with seed 1234.
+For each class, a client has a block of consecutive training rows (99 or 100) and a block of test
+images that no other client has. Initial weights differ between clients, batches have exactly four
+rows, prototypes are computed during training with dropout, and the global prototypes are means of
+the clients' means. The output is the mean ± deviation over clients, in percent, of the predictions
+by the head, by the nearest prototype of the client's classes, and as the authors' code counts them
+(its counters are not reset between clients and evaluations). Test images come from MNIST's test
+set, as in the authors' code, or from its training set.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ CLIENTS, BATCH, LR, MOMENTUM, BLOCK, SEED = 20, 4, 0.01, 0.5, 110, 1234
 
 @dataclass(frozen=True)
 class Setting:
-    """The setting of the authors' code, and what may be changed in it."""
+    """The setting of the authors' code and its variations."""
 
     weight: float = 1.0  # λ; nought: each client alone
     equal: bool = False  # clients start from equal weights
@@ -56,7 +58,7 @@ TESTS = {  # part, first row of a class, images of a class for each client
 
 @dataclass(frozen=True)
 class Client:
-    """The rows and the model of one; its test images by the names of `TESTS`."""
+    """A client: rows, model, and test images by the names of `TESTS`."""
 
     x: Tensor
     y: Tensor
@@ -65,7 +67,7 @@ class Client:
 
 
 def clients_of(data: dict[str, np.ndarray], setting: Setting) -> list[Client]:
-    """Classes and numbers of rows drawn as the authors' code draws them, from generators seeded as its global ones are."""
+    """Draw classes and numbers of rows as the authors' code does."""
     numbers, names = np.random.RandomState(SEED), random.Random(SEED)
     classes = numbers.randint(2, 6, CLIENTS)  # 3 give or take 2, two at least
     shots = numbers.randint(99, 101, CLIENTS)
@@ -95,7 +97,7 @@ def clients_of(data: dict[str, np.ndarray], setting: Setting) -> list[Client]:
 def train(
     client: Client, setting: Setting, prototypes: Tensor, known: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """An epoch; sums of features by class `[C, d]` and counts `[C]`."""
+    """Train an epoch; return sums of features by class `[C, d]` and counts `[C]`."""
     optimizer = torch.optim.SGD(client.model.train().parameters(), LR, setting.momentum)
     seen, labels = [], []
     for rows in [
@@ -124,7 +126,7 @@ def train(
 
 
 def course(clients: list[Client], setting: Setting, rounds: int) -> Tensor:
-    """The prototypes after the last round."""
+    """Train all rounds and return the last prototypes."""
     prototypes, known = torch.zeros(10, 50), torch.zeros(10, dtype=torch.bool)
     for _ in range(rounds):
         parts = [train(client, setting, prototypes, known) for client in clients]
@@ -137,7 +139,7 @@ def course(clients: list[Client], setting: Setting, rounds: int) -> Tensor:
 
 
 def readings(clients: list[Client], prototypes: Tensor | None, tests: str) -> dict[str, np.ndarray]:
-    """Accuracies of the clients in percent, by each reading that there is."""
+    """Return the accuracies of the clients in percent for each kind of prediction."""
     right: list[list[int]] = []
     total: list[int] = []
     with torch.no_grad():
@@ -159,12 +161,14 @@ def readings(clients: list[Client], prototypes: Tensor | None, tests: str) -> di
 
 
 def main() -> None:
-    """Every case."""
+    """Measure all selected cases."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of mnist.npz")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases that contain this")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="cases whose name contains the text"
+    )
     parser.add_argument("--rounds", type=int, default=100, help="100")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Images and genes: what each of them, both together, and a federation are worth to each kind of hospital.
+"""Compare images, genes, both and a federation for each kind of hospital.
 
     python -m benchmarks multimodal [--seeds 0,1,2] [--out runs/multimodal] [key=value …]
 
-Runs `configs/medical_multimodal.yaml` once for each row of the table and each seed, one at a time, and writes `multimodal.md`
-and `multimodal.png` in --out after each; what has finished is not run again. All rows train with logit adjustment, so that they
-differ in what is seen and shared and in nothing else.
+Runs `configs/medical_multimodal.yaml` once for each row of the table and each seed, one at a time,
+and writes `multimodal.md` and `multimodal.png` to `--out` after each. Finished runs are not
+repeated. All rows train with logit adjustment, so they differ only in the modalities that clients
+see and in what they share.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ KINDS = {
 # they see what they see in any case
 SAME = {("images alone", "institute"), ("genes alone", "clinic")}
 METRICS = ("auroc", "balanced_accuracy")
-# kind -> reading -> a mean over its hospitals for each seed
+# kind -> test -> mean over its hospitals for each seed
 Figures = dict[str, dict[str, list[float]]]
 
 
 def run_of(row: str, seed: int, out: Path, changes: list[str]) -> Run:
-    """The run of a row with a seed, carried out if it has not been."""
+    """Return the run of a row with a seed; execute it if it is missing."""
     path = out / f"{''.join(c if c.isalnum() else '_' for c in row)}-seed{seed}"
     if not (path / "summary.json").exists():
         quick = [
@@ -68,7 +69,7 @@ def run_of(row: str, seed: int, out: Path, changes: list[str]) -> Run:
 
 
 def figures(run: Run, dataset: Dataset) -> dict[str, dict[str, float]]:
-    """By kind of hospital, the mean of each reading: in common, at home, and in common by images alone where both are known."""
+    """Return mean scores by kind of hospital: global test, local test, global test by images."""
     found: dict[str, dict[str, list[float]]] = {}
     assert dataset.test is not None and dataset.test.y is not None
     image = dataset.test.x[:, :784].reshape(-1, 1, 28, 28)
@@ -91,13 +92,13 @@ def figures(run: Run, dataset: Dataset) -> dict[str, dict[str, float]]:
 
 
 def cell(values: list[float]) -> str:
-    """Mean and deviation over seeds, in percent."""
+    """Format mean and standard deviation over seeds in percent."""
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{100 * statistics.fmean(values):.1f} ± {100 * spread:.1f}"
 
 
 def table(found: dict[str, Figures], metric: str) -> str:
-    """A table of one metric: in common, and at home after a stroke."""
+    """Return a table of one metric: global test / local test."""
     lines = [
         "| | " + " | ".join(KINDS.values()) + " | universities, by images alone |",
         "| --- |" + " ---: |" * 4,
@@ -118,7 +119,7 @@ def table(found: dict[str, Figures], metric: str) -> str:
 
 
 def gains(found: dict[str, Figures]) -> str:
-    """What a federation changes, seed by seed, against both without federation."""
+    """Return the differences of federations to local training with both modalities, by seed."""
     lines = []
     base = found.get("both, without federation", {})
     for row, kinds in found.items():
@@ -132,13 +133,14 @@ def gains(found: dict[str, Figures]) -> str:
                 ]
                 shown = ", ".join(f"{100 * d:+.1f}" for d in differences)
                 lines.append(
-                    f"- {row}: {words}, {metric.replace('_', ' ')} on the global test by seed: {shown}"
+                    f"- {row}: {words}, {metric.replace('_', ' ')} on the global test "
+                    f"by seed: {shown}"
                 )
     return "\n".join(lines)
 
 
 def draw(found: dict[str, Figures], path: Path) -> None:
-    """AUROC in common by kind of hospital: the mean over seeds, and each seed."""
+    """Plot the global test AUROC by kind of hospital: mean over seeds, and each seed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -168,6 +170,7 @@ def draw(found: dict[str, Figures], path: Path) -> None:
 
 
 def main() -> None:
+    """Execute missing runs and write the table and plot."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""A newcomer's chest X-rays: the images of PneumoniaMNIST that are not in the embedded set.
+"""Create the data of a joining client: images of PneumoniaMNIST outside the embedded set.
 
     python -m benchmarks newcomer_set --data pneumoniamnist.npz --out newcomer.npz
 
-The input has the MedMNIST layout. All its splits are put together, training first; `join.py` sets a fifth apart to test on.
-Images are told by their pixels: one that lies twice in the input, and once in the embedded set, is not the newcomer's.
+The input has the MedMNIST layout. All its splits are joined, training first; `join.py` uses a fifth
+for testing. Images are compared by their pixels, so duplicates of embedded images are dropped too.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def left_over(whole: Arrays, taken: Arrays) -> Arrays:
-    """`train_images` and `train_labels` of the images `[N, ...]` of any split of `whole` that are in no split of `taken`, in the
-    order in which they lie."""
+    """Return the images `[N, ...]` and labels of `whole` that are in no split of `taken`."""
     images, labels = (
         np.concatenate([whole[f"{s}_{part}"] for s in SPLITS]) for part in ("images", "labels")
     )
@@ -31,12 +30,13 @@ def left_over(whole: Arrays, taken: Arrays) -> Arrays:
 
 
 def read(path: Path) -> Arrays:
-    """The arrays of a file."""
+    """Read the arrays of a file."""
     with np.load(path, allow_pickle=False) as archive:
         return dict(archive)
 
 
 def main() -> None:
+    """Write the images to a file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--data", type=Path, required=True, help="PneumoniaMNIST, 28x28, as an .npz file"
@@ -47,7 +47,8 @@ def main() -> None:
         made = left_over(read(options.data), read(embedded))
     np.savez_compressed(options.out, **made)
     print(
-        f"{options.out}: {len(made['train_images']):,} images, of each class {np.bincount(made['train_labels'][:, 0])}"
+        f"{options.out}: {len(made['train_images']):,} images, "
+        f"by class {np.bincount(made['train_labels'][:, 0])}"
     )
 
 

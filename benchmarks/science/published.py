@@ -1,7 +1,7 @@
-"""Published tables that a CPU can repeat: what each row says, and the settings it takes here.
+"""Published tables that a CPU can replicate: their scores and the settings used here.
 
-Accuracies are percentages, with the standard deviation where the paper gives one. `minutes` is what a run of the row takes on one
-core of the machine of benchmarks/README.md.
+Accuracies are percentages, with the standard deviation if the paper reports one. `minutes` is the
+duration of a run on one core of the machine described in benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ FILE = "{file}"  # in an override: the data file of the table
 
 @dataclass(frozen=True)
 class Row:
-    """A method of a table: its published mean and deviation, if there are any, and what it changes in the configuration."""
+    """A method of a table: settings, and the published mean and deviation if there are any."""
 
     method: str
     changes: tuple[str, ...]
     mean: float | None = None
     deviation: float | None = None
-    # what the authors had later, after a mistake in their code was mended
+    # The score that the authors published after they corrected an error in their code.
     mended: tuple[float, float] | None = None
     minutes: float = 1.0
     seeds: int | None = None  # so many of the asked seeds only; none: all
@@ -27,7 +27,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table: its configuration, the file of its data, and which accuracy of `summary.json` is the paper's."""
+    """A table: configuration, data file, and the accuracy that corresponds to the paper's."""
 
     name: str
     title: str
@@ -41,7 +41,7 @@ class Table:
 
 
 def _fedgen(alpha: str, published: dict[str, tuple[float, float | None]]) -> list[Row]:
-    """FedGen's table at one α."""
+    """Return FedGen's table for one α."""
     proxy = f"data.proxy={{size: 3000, source: {{name: mnist, path: '{FILE}'}}}}"
     feddf = ("algorithm.name=feddf", "algorithm.temperature=1", "algorithm.distil_epochs=1", proxy)
     changes = {
@@ -109,20 +109,31 @@ FEDGEN = Table(
     ),
     held=True,
     differs=(
-        "In the authors' code of the time training batches came in a fixed order, sorted by class: the loader did not shuffle. "
-        "They mended it in January 2022 (github.com/zhuangdizhu/FedGen, issue 7) and gave new figures for two rows: *mended*. "
+        "In the authors' code of the time training batches came in a fixed order, sorted by "
+        "class: the loader did not shuffle. "
+        "They mended it in January 2022 (github.com/zhuangdizhu/FedGen, issue 7) and gave new "
+        "figures for two rows: *mended*. "
         "Here batches are shuffled.",
-        "The paper says *global test accuracy* and *half of the training set*. The authors' code takes 1,500 images of each "
-        "class (15,000, a quarter), as here, reads each client's model on test images of the classes that the client has alone, "
-        "averages trained parameters but leaves each client its BatchNorm statistics, and reports the mean of the five best test "
-        "rounds. Here the statistics are averaged, and models are read on the whole test set; *classes held* is the reading of "
+        "The paper says *global test accuracy* and *half of the training set*. The authors' "
+        "code takes 1,500 images of each "
+        "class (15,000, a quarter), as here, reads each client's model on test images of the "
+        "classes that the client has alone, "
+        "averages trained parameters but leaves each client its BatchNorm statistics, and "
+        "reports the mean of the five best test "
+        "rounds. Here the statistics are averaged, and models are read on the whole test set; "
+        "*classes held* is the reading of "
         "the authors' code, after the last round.",
-        "1,500 images of each class are drawn there, 15,000 of all classes here; 500 more are the common validation set.",
-        "FedGen's generator has weight decay 0.01 and a learning rate that falls by 0.98 a round there, and neither here; noise "
-        "is uniform there, normal here and in the paper; classes are drawn evenly there, by their frequency here.",
-        "FD: there logits are summed as training goes by, over all rounds so far, and clients count alike; here they are taken "
+        "1,500 images of each class are drawn there, 15,000 of all classes here; 500 more are "
+        "the common validation set.",
+        "FedGen's generator has weight decay 0.01 and a learning rate that falls by 0.98 a "
+        "round there, and neither here; noise "
+        "is uniform there, normal here and in the paper; classes are drawn evenly there, by "
+        "their frequency here.",
+        "FD: there logits are summed as training goes by, over all rounds so far, and clients "
+        "count alike; here they are taken "
         "after training, anew each round, and rows count alike.",
-        "FedDF is not in the authors' code. Here: 3,000 unlabelled training images, an epoch of Adam a round (0.001, and "
+        "FedDF is not in the authors' code. Here: 3,000 unlabelled training images, an epoch of "
+        "Adam a round (0.001, and "
         "0.0001), T = 1.",
     ),
 )
@@ -175,13 +186,18 @@ FEDPROTO = Table(
         ),
     ),
     differs=(
-        "The published deviation is over clients, ours over seeds. The authors' code never resets its counters between "
-        "clients: what it takes for a client's accuracy is the mean over all clients so far, by the head and by prototypes "
+        "The published deviation is over clients, ours over seeds. The authors' code never "
+        "resets its counters between "
+        "clients: what it takes for a client's accuracy is the mean over all clients so far, by "
+        "the head and by prototypes "
         "together, which hides most of the deviation.",
-        "It looks for the nearest prototype among the client's own classes, as the first two FedProto rows do.",
-        "Test images are the client's own (40 a class on average, of MNIST's training set) here, 40 a class of MNIST's test set "
+        "It looks for the nearest prototype among the client's own classes, as the first two "
+        "FedProto rows do.",
+        "Test images are the client's own (40 a class on average, of MNIST's training set) "
+        "here, 40 a class of MNIST's test set "
         "there. Clients of one width begin with equal weights here, with different ones there.",
-        "Prototypes are means over all rows of a class, taken after training in evaluation mode here; means of clients' means, "
+        "Prototypes are means over all rows of a class, taken after training in evaluation mode "
+        "here; means of clients' means, "
         "taken in passing during training, dropout included, there.",
     ),
 )
@@ -199,8 +215,10 @@ NIID = Table(
     ),
     seeds=(0,),
     differs=(
-        "Published is the best test round of 50; ours are the last and the one selected on 1,200 images held out of the "
-        "training set, which are fewer to train on (58,800). The best test round of ours stands in the last column.",
+        "Published is the best test round of 50; ours are the last and the one selected on "
+        "1,200 images held out of the "
+        "training set, which are fewer to train on (58,800). The best test round of ours stands "
+        "in the last column.",
         "FedProx is tuned over μ = 0.001, 0.01, 0.1, 1 there; 0.01 here.",
     ),
 )
@@ -218,13 +236,16 @@ ORDERING = Table(
         Row("FedTGP", ("algorithm.name=fedtgp", "algorithm.weight=10"), minutes=8.0),
     ),
     differs=(
-        "Published, on CIFAR-100 with 20 clients of eight large architectures (GoogLeNet to ResNet-152) over 1,000 rounds: Local "
-        "43.46 (nine architectures), FD 41.54, FedProto 36.34, FedTGP 46.94. Only the order is compared.",
-        "Here 16 clients of eight small architectures, 8,000 images of CIFAR-10, 60 rounds; λ = 10 as in the authors' scripts.",
+        "Published, on CIFAR-100 with 20 clients of eight large architectures (GoogLeNet to "
+        "ResNet-152) over 1,000 rounds: Local "
+        "43.46 (nine architectures), FD 41.54, FedProto 36.34, FedTGP 46.94. Only the order is "
+        "compared.",
+        "Here 16 clients of eight small architectures, 8,000 images of CIFAR-10, 60 rounds; λ = "
+        "10 as in the authors' scripts.",
     ),
 )
 
-# 225 steps a round, as in the paper
+# 225 steps per round, as in the paper.
 _STEPS = ("rounds=20", "evaluation.every=5", "clients.defaults.epochs=7")
 
 ORDERING_LIGHT = Table(
@@ -254,8 +275,10 @@ ORDERING_LIGHT = Table(
     ),
     seeds=(0,),
     differs=(
-        "As above; the models are light, a client has 2,150 test images in place of 125, and α is 0.1 where nothing is said.",
-        "An epoch of 323 images is 32 steps; a client of the paper, with a twentieth of the set, makes about 225 a round.",
+        "As above; the models are light, a client has 2,150 test images in place of 125, and α "
+        "is 0.1 where nothing is said.",
+        "An epoch of 323 images is 32 steps; a client of the paper, with a twentieth of the "
+        "set, makes about 225 a round.",
     ),
 )
 

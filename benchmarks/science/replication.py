@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Published tables, repeated: what the papers say, and what comes out here.
+"""Replicate published tables.
 
-    python -m benchmarks replication --data DIR [--tables fedgen,fedproto,…] [--seeds 0,1,2] [--out DIR]
+    python -m benchmarks replication --data DIR [--tables fedgen,fedproto,…] [--seeds 0,1,2]
+                                     [--out DIR]
 
-DIR holds `mnist.npz` and `cifar10.npz` in the MedMNIST layout (train_images, train_labels, test_images, test_labels). Prints how
-long it will take, carries out what has not finished, one run at a time, and after each writes `replication.md` in --out and its
-figures to --record, which belongs to the repository: what is recorded is not run again. A run that was killed goes on from its
-last round when the command is given again. `--only TEXT` keeps rows whose method contains it.
+DIR contains `mnist.npz` and `cifar10.npz` in the MedMNIST layout (train_images, train_labels,
+test_images, test_labels). The command prints an estimate of the duration and executes the missing
+runs one at a time. After each it writes `replication.md` to `--out` and the scores to `--record`, a
+file of the repository; recorded runs are not repeated. Runs that were killed continue from their
+last round. `--only TEXT` selects rows whose method contains the text.
 """
 
 from __future__ import annotations
@@ -30,39 +32,38 @@ CONFIGS = ROOT / "configs" / "replication"
 
 
 def arguments() -> argparse.Namespace:
-    """The command line; ends with a line for a mistake."""
+    """Parse the command line; exit with one line on invalid values."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--data", type=Path, required=True, help="folder of mnist.npz and cifar10.npz"
+        "--data", type=Path, required=True, help="folder with mnist.npz and cifar10.npz"
     )
     parser.add_argument(
-        "--tables", default=",".join(TABLES), metavar="A,B,…", help=f"of {', '.join(TABLES)} (all)"
+        "--tables",
+        default=",".join(TABLES),
+        metavar="A,B,…",
+        help=f"some of {', '.join(TABLES)} (all)",
+    )
+    parser.add_argument("--seeds", metavar="A,B,…", help="seeds (default 0,1,2; niid: 0)")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="rows whose method contains the text"
     )
     parser.add_argument(
-        "--seeds", metavar="A,B,…", help="in place of the tables' own (0,1,2; niid: 0)"
-    )
-    parser.add_argument(
-        "--only", default="", metavar="TEXT", help="rows whose method contains this"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/replication"), help="where runs and tables go"
+        "--out", type=Path, default=Path("runs/replication"), help="folder of runs and tables"
     )
     parser.add_argument(
         "--record",
         type=Path,
         default=ROOT / "docs" / "replication.json",
-        help="figures of runs that other machines have finished; those of this one are added",
+        help="scores of finished runs, to which new ones are added",
     )
     parser.add_argument(
         "--report",
         action="store_true",
-        help="carry out nothing, write the tables of what has finished",
+        help="execute no runs, write the tables of finished ones",
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="two rounds of each run: to see that it works"
-    )
+    parser.add_argument("--quick", action="store_true", help="two rounds of each run, for tests")
     options = parser.parse_args()
     options.tables = [name.strip() for name in options.tables.split(",")]
     for name in options.tables:
@@ -80,7 +81,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Carry out what is left, and write the tables."""
+    """Execute missing runs and write the tables."""
     from hetero_fl import run
     from hetero_fl.utils.errors import RunFailedError
 

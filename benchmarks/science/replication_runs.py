@@ -1,7 +1,7 @@
-"""The runs behind the tables of `replication.py`, and the record of their figures.
+"""The runs of `replication.py`, and the record of their scores.
 
-Runs take hours and stay where they were made; what they gave is kept in a file of the repository, so that another machine
-goes on where the last one stopped.
+Runs take hours and stay on the machine that executed them. Their scores are recorded in a file of
+the repository, so that another machine can continue.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Record = dict[str, dict[str, float]]  # by `Job.key`
 
 @dataclass(frozen=True)
 class Job:
-    """One run: a row of a table with a seed."""
+    """A run: a row of a table with a seed."""
 
     table: Table
     row: Row
@@ -29,23 +29,23 @@ class Job:
 
     @property
     def path(self) -> Path:
-        """Its run directory."""
+        """The run directory."""
         name = "".join(c if c.isalnum() or c == "." else "_" for c in self.row.method)
         return self.out / self.table.name / f"{name}-seed{self.seed}"
 
     @property
     def finished(self) -> bool:
-        """Whether its figures are there, from this machine or from the record."""
+        """Whether the scores exist, from this machine or from the record."""
         return self.key in self.record or (self.path / "summary.json").exists()
 
     @property
     def key(self) -> str:
-        """Its name in the record."""
+        """The name in the record."""
         return f"{self.table.name}: {self.row.method}, seed {self.seed}"
 
     @property
     def figures(self) -> dict[str, float]:
-        """What the table shows of it, in percent, and the minutes that it took: recorded, or read from its run directory."""
+        """Return the scores in percent and the minutes, from the record or the run directory."""
         if self.key not in self.record:
             which = (
                 {"held": accuracy_held(self)}
@@ -62,7 +62,7 @@ class Job:
         return self.record[self.key]
 
     def overrides(self, data: Path) -> list[str]:
-        """What it changes in the table's configuration."""
+        """Return the overrides of the table's configuration."""
         file = str(data / self.table.file)
         return [
             f"data.path={file}",
@@ -71,7 +71,7 @@ class Job:
         ]
 
     def read(self, name: str) -> Any:
-        """One of the run's JSON files."""
+        """Read one of the run's JSON files."""
         return json.loads((self.path / name).read_text(encoding="utf-8"))
 
 
@@ -82,7 +82,7 @@ def jobs_of(
     out: Path,
     record: Record | None = None,
 ) -> list[Job]:
-    """All runs, every row with one seed before the next seed."""
+    """Return all runs, ordered by seed."""
     jobs, known = [], {} if record is None else record
     for table in tables:
         chosen = table.seeds if seeds is None else seeds
@@ -97,12 +97,12 @@ def jobs_of(
 
 
 def read_record(path: Path) -> Record:
-    """What earlier runs gave; nothing if there is no such file."""
+    """Return the scores of earlier runs; empty if the file is missing."""
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
 def write_record(path: Path, jobs: Sequence[Job]) -> None:
-    """Keep the figures of whatever has finished beside what the file holds already."""
+    """Add the scores of finished runs to the record."""
     known = read_record(path) | {job.key: job.figures for job in jobs if job.finished}
     path.write_text(
         json.dumps(dict(sorted(known.items())), indent=1, ensure_ascii=False) + "\n",
@@ -111,7 +111,7 @@ def write_record(path: Path, jobs: Sequence[Job]) -> None:
 
 
 def estimate(jobs: Sequence[Job]) -> str:
-    """Lines on how long each table takes: as long as the row took before, where one of its runs has finished."""
+    """Estimate the duration of each table, from finished runs of the same row if possible."""
     lines = []
     for table in dict.fromkeys(job.table for job in jobs):
         mine = [job for job in jobs if job.table is table]
@@ -124,15 +124,14 @@ def estimate(jobs: Sequence[Job]) -> str:
     return "\n".join(lines)
 
 
-# The figures of a finished run, in percent -----------------------------------------------------------------------
 def accuracy(job: Job, which: str) -> float:
-    """`last` or `best_by_validation`."""
+    """Return the score of the `last` round or the one selected by validation."""
     value = job.read("summary.json")[job.table.accuracy][which]["accuracy"]
     return 100 * float(value)
 
 
 def accuracy_held(job: Job) -> float:
-    """Of all clients' models after the last round, each on the common test images of the classes that its client has."""
+    """Return the accuracy of client models on global test images of their own classes."""
     details = job.read("details.json")
     right = total = 0
     for client, counts in details["label_counts"].items():
@@ -144,7 +143,7 @@ def accuracy_held(job: Job) -> float:
 
 
 def best_test_round(job: Job) -> float:
-    """The best round on test data, as some papers have it; for comparison with those alone."""
+    """Return the best score on test data of any round, as some papers report it."""
     lines = (job.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     read = [
         record[job.table.accuracy]["accuracy"]

@@ -1,4 +1,4 @@
-"""The tables of `replication.py`: the figures of finished runs beside what was published."""
+"""The tables of `replication.py`: scores of finished runs next to published ones."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from benchmarks.science.replication_runs import Job
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation over seeds."""
+    """Format mean ± standard deviation over seeds."""
     if len(values) < 2:
         return f"{values[0]:.2f}" if values else "not run"
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
 def difference(row: Row, ours: Sequence[float]) -> str:
-    """Ours minus theirs, and whether that is within two standard deviations: the paper's, or ours where it gives none."""
+    """Return the difference to the paper and whether it is within two standard deviations."""
     if row.mean is None or not ours:
         return ""
     apart = statistics.mean(ours) - row.mean
@@ -30,19 +30,19 @@ def difference(row: Row, ours: Sequence[float]) -> str:
 
 
 def given(mean: float | None, deviation: float | None) -> str:
-    """A paper's figure."""
+    """Format the score of a paper."""
     return "" if mean is None else f"{mean:.2f}" + (f" ± {deviation:.2f}" if deviation else "")
 
 
 def against(row: Row, held: Sequence[float]) -> list[str]:
-    """The reading of the authors' code against what was published, and against what the authors had from mended code."""
+    """Compare the evaluation of the authors' code with published and corrected scores."""
     mean, deviation = row.mended or (None, None)
     again = replace(row, mean=mean, deviation=deviation)
     return [difference(row, held), given(mean, deviation), difference(again, held)]
 
 
 def table_text(table: Table, jobs: Sequence[Job]) -> str:
-    """A table in Markdown, with what differs below it."""
+    """Return a table in Markdown, with notes below it."""
     extra = "classes held, last" if table.held else "best test round"
     head = ["method", "published", "last", "selected", "last − published", extra]
     head += ["held − published", "mended", "held − mended", "seeds"] if table.held else ["seeds"]
@@ -69,7 +69,7 @@ def table_text(table: Table, jobs: Sequence[Job]) -> str:
 
 
 def write(jobs: Sequence[Job], out: Path) -> str:
-    """All tables, to `replication.md` and as text."""
+    """Write all tables to `replication.md` and return them."""
     tables = dict.fromkeys(job.table for job in jobs)
     text = "\n".join(
         table_text(table, [job for job in jobs if job.table is table]) for table in tables

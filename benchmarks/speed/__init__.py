@@ -1,1 +1,1 @@
-"""How long a round, a step or a message takes, against a bare loop or another executor."""
+"""Time of a round, step or message, compared with bare loops or other executors."""

@@ -38,7 +38,7 @@ Config = dict[str, Any]
 
 @dataclass
 class Case:
-    """Configurations whose seconds are added up: turn i of a case is turn i of each of them.
+    """Configurations whose times are added: turn i of a case is turn i of each of them.
 
     Args:
         name: Shown in the table and matched by `--only`.
@@ -115,18 +115,18 @@ class RoundsProcess:
         return float(self._ask()["seconds"])
 
     def finish_task(self) -> None:
-        """Let the present configuration run to its end."""
+        """Run the current configuration to its end."""
         if "done" not in self._ask():
             raise SystemExit(f"{self.name}: expected the end of a run, got another turn")
 
     def request(self) -> None:
-        """Let it begin the next turn."""
+        """Start the next turn."""
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
 
     def reply(self) -> dict[str, Any]:
-        """Return what it reports of the turn."""
+        """Return the report of the turn."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
@@ -146,7 +146,7 @@ class RoundsProcess:
 
 
 class CommandLine:
-    """`scripts/train.py` of one tree, started anew for each turn."""
+    """`scripts/train.py` of one tree, in a new process for each turn."""
 
     def __init__(self, tree: Path) -> None:
         self.tree = tree
@@ -168,7 +168,7 @@ def environment(tree: Path) -> dict[str, str]:
     """Return the environment of a process that imports the package from `tree`."""
     # Both sides start from compiled modules, as an installed package does.
     inherited = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-    # PYTHONSAFEPATH: modules beside the script must not hide those of the standard library.
+    # PYTHONSAFEPATH: modules next to the script must not hide those of the standard library.
     return {
         **inherited,
         "PYTHONPATH": str(tree),
@@ -220,9 +220,6 @@ def measure_rounds(case: Case, trees: Sequence[Path], pairs: int) -> Result:
 def measure_startup(trees: Sequence[Path], pairs: int) -> Result:
     """Measure the whole command of a run of one round."""
     return Result(*alternate([CommandLine(tree) for tree in trees], pairs))
-
-
-# Cases ----------------------------------------------------------------------------------------
 
 
 def write_images(path: Path, rows: int, side: int, channels: int) -> Path:
@@ -333,7 +330,7 @@ def every_method() -> Case:
 
 
 def population() -> Case:
-    """Return a case of 100,000 clients of whom 20 take part in a round."""
+    """Return a case of 100,000 clients with 20 participants per round."""
     config = federation(
         data={"name": "digits", "partition": {"kind": "drawn", "alpha": 0.5, "rows": 60}},
         clients={
@@ -366,9 +363,6 @@ def all_measurements(folder: Path) -> dict[str, Measurement]:
     }
 
 
-# Output ---------------------------------------------------------------------------------------
-
-
 def describe(name: str, result: Result) -> str:
     """Return the line of a case."""
     ratios = result.ratios
@@ -394,7 +388,7 @@ def main() -> None:
     parser.add_argument("--only", default="*", metavar="PATTERN", help="measure matching cases")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write all seconds to a file")
     parser.add_argument(
-        "--quick", action="store_true", help="one pair of the first case: to see that it works"
+        "--quick", action="store_true", help="one pair of the first case, for tests"
     )
     options = parser.parse_args()
     if options.quick:

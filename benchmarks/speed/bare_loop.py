@@ -21,7 +21,7 @@ ROWS, BATCH, LR = 50, 10, 0.1  # rows of a client, rows of a step
 
 
 class ChannelsLast(nn.Module):
-    """Put images channels-last in memory, as the first layer of pfl-research's model leaves them."""
+    """Convert images to channels-last, like the first layer of pfl-research's model."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the same images, shape `[batch, channels, height, width]`."""

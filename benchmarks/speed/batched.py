@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Where batching pays: local fits of many equal clients in one computation against one after the other.
+"""Measure when batching pays: local training of equal clients, vectorized against serial.
 
     python -m benchmarks batched
     python -m benchmarks batched --models mlp --groups 100 --batches 10 --rows 60
 
-Both train the same models on the same batches, in turn, in one process. A row a model, size of image and batch; a column a
-number of clients; in it the median ratio batched/serial of the pairs and their range. Below 1, batching is the faster.
+Both sides train the same models on the same batches, in turns, in one process. The table has a row
+for each model, image size and batch size, and a column for each number of clients, with the median
+and range of the ratio batched/serial. Below 1, batching is faster.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ MODELS = ["linear", "mlp", "cnn_bn_small", "cnn_gn_small", "lenet", "fedavg_cnn"
 
 
 def equal_clients(
-    model: str, clients: int, batch: int, rows: int, side: int, optimizer: str
+    model: str, clients: int, batch: int, *, rows: int, side: int, optimizer: str
 ) -> list[tuple[Participant, Fit]]:
-    """Clients with so many rows each, and their local fits of one epoch."""
+    """Return equal clients, each with its local training of one epoch."""
     source = {
         "data": {
             "name": "synthetic_images",
@@ -54,14 +55,16 @@ def equal_clients(
     }
     prepared = prepare(source, dataset=make_images(clients * rows + 100, classes=10, side=side))
     federation = prepared.federation
-    made = [federation.client(id, PrivateState(), 0) for id in federation.client_infos]
+    made = [
+        federation.client(client_id, PrivateState(), 0) for client_id in federation.client_infos
+    ]
     return [(client, local_fit(client)) for client in made]
 
 
 def pairs(
     work: list[tuple[Participant, Fit]], count: int, device: torch.device
 ) -> list[tuple[float, float]]:
-    """Seconds of serial and batched runs, in turn; the first pair is not counted."""
+    """Return the seconds of serial and vectorized training, without the warm-up pair."""
     serial, batched, seconds = (
         SerialBackend(DeviceMemory(device)),
         VectorizedBackend(DeviceMemory(device), print),
@@ -78,7 +81,7 @@ def pairs(
 
 
 def main() -> None:
-    """Print the table, a row as soon as it is measured."""
+    """Measure all cases and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -88,12 +91,12 @@ def main() -> None:
     )
     parser.add_argument("--batches", nargs="+", type=int, default=[10, 32])
     parser.add_argument(
-        "--sides", nargs="+", type=int, default=[8, 28], help="of the images, in pixels"
+        "--sides", nargs="+", type=int, default=[8, 28], help="image sides in pixels"
     )
-    parser.add_argument("--rows", type=int, default=100, help="training rows of a client")
+    parser.add_argument("--rows", type=int, default=100, help="training rows per client")
     parser.add_argument("--optimizer", default="sgd")
     parser.add_argument(
-        "--pairs", type=int, default=5, help="timed pairs a case, after one that is not counted"
+        "--pairs", type=int, default=5, help="timed pairs per case after one warm-up pair"
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
@@ -119,7 +122,12 @@ def main() -> None:
                 cells = []
                 for clients in options.groups:
                     work = equal_clients(
-                        model, clients, batch, options.rows, side, options.optimizer
+                        model,
+                        clients,
+                        batch,
+                        rows=options.rows,
+                        side=side,
+                        optimizer=options.optimizer,
                     )
                     ratios = [b / s for s, b in pairs(work, options.pairs, device)]
                     cells.append(

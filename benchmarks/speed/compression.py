@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""What compression costs and saves: milliseconds to send and to receive a model's change, and its share of float32.
+"""Measure compression: milliseconds to send and receive a model update, and its relative size.
 
     python -m benchmarks compression [--threads 1] [--quick]
 
-Two models: the CNN of McMahan et al. (2017), 1.7 million parameters, and ResNet-18, 11 million. Their changes are drawn at
-random, each tensor at a size of its own. What a sender with top-k keeps for later is made, and counted, in `send`.
+There are two models: the CNN of McMahan et al. (2017) with 1.7 million parameters, and ResNet-18
+with 11 million. Updates are random, with a different scale for each tensor. The time to send
+includes the residual that top-k keeps.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ CHAINS: dict[str, tuple[list[Any], bool]] = {
 
 
 def shapes(size: str) -> dict[str, tuple[int, ...]]:
-    """Of the tensors of a model, by name."""
+    """Return the shapes of the tensors of a model by name."""
     if size == "cnn":
         layers = [(32, 1, 5, 5), (64, 32, 5, 5), (512, 3136), (10, 512)]
     else:
@@ -59,7 +60,7 @@ def shapes(size: str) -> dict[str, tuple[int, ...]]:
 def measured(
     link: Link | None, sent: Payload, got: Payload, times: int
 ) -> tuple[float, float, int]:
-    """Milliseconds to send and to receive, medians after a turn that is not counted, and the message's bytes."""
+    """Return the median milliseconds to send and to receive, and the bytes of the message."""
     key, state, taken = (0, 0, "site", "link"), dict[str, Any](), []
     for _ in range(times + 1):
         begun = common.now()
@@ -78,7 +79,8 @@ def main() -> None:
     """Print a line for each chain and model."""
     options = common.parsed(common.arguments(__doc__, pairs=3))
     print(
-        f"{'model':8} {'chain':20} {'send ms':>9} {'receive ms':>11} {'bytes':>12} {'of float32':>11}"
+        f"{'model':8} {'chain':20} {'send ms':>9} {'receive ms':>11} "
+        f"{'bytes':>12} {'of float32':>11}"
     )
     for size in ("cnn",) if options.quick else ("cnn", "resnet"):
         start = {n: torch.randn(s, generator=keyed_generator(n)) for n, s in shapes(size).items()}

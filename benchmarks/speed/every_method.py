@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""A round of every method, with the reading of models, against a bare loop of the same arithmetic; one thread, serial.
+"""Compare a round of every method, with evaluation, with a bare loop of the same arithmetic.
 
     python -m benchmarks every_method [--methods fedprox,fedmd,…]
 
-6 clients, 3 of FedAvg's CNN and 3 small BatchNorm CNNs, 1,800 images of 28x28 and 200 public ones. Two rounds are held to the
-bare loop's losses, in training and in reading; in the second of them both sides' optimizer steps, images passed through models
-and operations of products and convolutions are counted. Then rounds are timed in turns. Target: 1.05. `heterogeneous.py` has
-FD, FedProto, FML and FedKD, `fedavg_cifar.py` FedAvg.
+There are 3 clients with FedAvg's CNN and 3 with a small BatchNorm CNN, 1,800 images of 28x28 and
+200 public ones; everything is serial on one thread. In the first two rounds the losses have to
+agree with the bare loop. In the second one optimizer steps, images passed through models and
+floating point operations of both sides are counted. Then rounds are timed in turns. Target: 1.05.
+`heterogeneous` measures FD, FedProto, FML and FedKD, `fedavg_cifar` measures FedAvg.
 """
 
 from __future__ import annotations
@@ -69,14 +70,14 @@ LOOPS: dict[str, type[Loop]] = {
     "dense": bounds.Dense,
 }
 SETTINGS: dict[str, dict[str, Any]] = {  # where the defaults do not suit the case
-    # as many operations as the others' two models
+    # The same number of operations as the two models of the other methods.
     "heterofl": {"model": "cnn_bn_large", "widths": [1, 0.5]},
     "dense": {"synthesis_epochs": 2, "generator_steps": 5, "student_steps": 10},
 }
 
 
 def configuration(method: str, clients: int, rows: int, public: int) -> dict[str, Any]:
-    """Half the clients of each model; as many public rows as test rows."""
+    """Return a configuration in which half of the clients have each model."""
     return {
         "rounds": 1 if method == "dense" else 100,  # DENSE has all its work in the last round
         "data": {
@@ -99,7 +100,7 @@ def configuration(method: str, clients: int, rows: int, public: int) -> dict[str
 
 
 class Counted:
-    """What is computed while it is active: optimizer steps, images passed through models, operations."""
+    """Count optimizer steps, images passed through models, and operations."""
 
     def __enter__(self) -> Counted:
         self.steps = self.images = 0
@@ -126,13 +127,14 @@ class Counted:
 
 
 class Framework(Ours):
-    """A run of the framework whose readings' losses are remembered."""
+    """A run of the framework that records the losses of evaluations."""
 
     def __init__(self, *args: Any, **runtime: Any) -> None:
         super().__init__(*args, **runtime)
         self.scores: list[list[float]] = []
 
     def round(self) -> None:
+        """Run a round and record the losses of its evaluation."""
         if self.rounds.federation.num_rounds == 1:
             self.rounds.completed = 0
         super().round()
@@ -144,7 +146,7 @@ class Framework(Ours):
 
 
 def apart(ours: list[list[float]], bare: list[list[float]]) -> float:
-    """The largest relative difference of losses in the first two rounds."""
+    """Return the largest relative difference of losses in the first two rounds."""
     pairs = [
         pair for a, b in zip(ours[:2], bare[:2], strict=True) for pair in zip(a, b, strict=True)
     ]
@@ -155,7 +157,7 @@ def apart(ours: list[list[float]], bare: list[list[float]]) -> float:
 
 
 def measure(method: str, options: argparse.Namespace) -> str:
-    """A method's line of the table. Ends the program if the two sides do not compute the same."""
+    """Return the row of a method; exit if both sides do not compute the same."""
     sizes = (4, 120, 20) if options.quick else (6, 1800, 200)
     case = configuration(method, *sizes)
     prepared = prepare(case, dataset=make_images(2000, 200, classes=CLASSES, channels=1, side=28))
@@ -193,16 +195,20 @@ def measure(method: str, options: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    """All methods in turn."""
+    """Measure all selected methods."""
     parser = arguments(__doc__)
     parser.set_defaults(threads=1)
-    parser.add_argument("--methods", default=",".join(LOOPS), metavar="A,B,…", help="which (all)")
+    parser.add_argument("--methods", default=",".join(LOOPS), metavar="A,B,…", help="methods (all)")
     parser.add_argument(
-        "--tolerance", type=float, default=0.005, help="of losses, against the bare loop's (0.005)"
+        "--tolerance",
+        type=float,
+        default=0.005,
+        help="largest relative difference of losses (0.005)",
     )
     options = parsed(parser)
     print(
-        "| method | steps: ours / bare | images | 10⁹ operations | losses apart | bare, s | ours / bare | |"
+        "| method | steps: ours / bare | images | 10⁹ operations | loss difference | bare, s "
+        "| ours / bare | |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for method in options.methods.split(","):

@@ -1,11 +1,11 @@
-"""Whether `auto` chooses the executor with which a whole run is fastest.
+"""Check whether `auto` chooses the executor with which a whole run is fastest.
 
     python -m benchmarks executor_choice [--repeats 3] [--only PATTERN]
 
-Ten runs, short and long, of small and large models. Each is trained in a new process, with `auto` and
-with each fixed executor in turn; the seconds are those of the whole run, worker processes included,
-after imports. `auto` is right if the executor that it chose takes at most 1.05 of the seconds of the
-fastest. Target: nine of ten.
+There are ten runs, short and long, of small and large models. Each is trained in a new process,
+with `auto` and with each fixed executor in turn. The seconds are those of the whole run, including
+worker processes, after imports. `auto` is right if its executor takes at most 1.05 of the time of
+the fastest one. Target: nine of ten.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def configuration(images: Path, case: Case) -> dict[str, Any]:
 
 
 def run_once(config: Mapping[str, Any], executor: str) -> tuple[float, str]:
-    """Return the seconds of a run in a new process, and the executor that it took."""
+    """Return the seconds of a run in a new process, and its executor."""
     asked = {**config, "runtime": {"executor": executor}}
     environ = {**environment(ROOT), "PYTHONSAFEPATH": "1"}
     with tempfile.TemporaryDirectory() as folder:
@@ -126,7 +126,7 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=3, help="runs of each executor (3)")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="measure matching cases")
-    parser.add_argument("--quick", action="store_true", help="one case once: to see that it works")
+    parser.add_argument("--quick", action="store_true", help="one case once, for tests")
     options = parser.parse_args()
     if options.quick:
         options.repeats, options.only = 1, "small cnn, short"

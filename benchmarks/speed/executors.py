@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Which executor is fastest where, and whether `auto` picks it.
+"""Compare the executors on several federations, and check which one `auto` chooses.
 
     python -m benchmarks executors [--executors serial,batched,processes]
 
-Whole FedAvg rounds (no evaluation) of several federations by every executor, side by side. Targets: auto against serial 0.5
-on 100 MLP clients of 60 examples; batched against serial 0.7 on 20 equal small CNNs; auto against the best fixed executor
-1.1 everywhere. `auto` looks at the number of rounds, too: a run of 100.
+Times whole FedAvg rounds without evaluation. Targets: auto against serial 0.5 on 100 MLP clients
+with 60 examples; batched against serial 0.7 on 20 equal small CNNs; auto against the best fixed
+executor 1.1 everywhere. `auto` takes the number of rounds into account, which is 100.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ AUTO_TARGET = 1.1
 
 
 def configuration(clients: int, rows: int, defaults: dict[str, Any]) -> dict[str, Any]:
-    """Equal clients."""
+    """Return a configuration of equal clients."""
     return {
         "rounds": 100,
         "data": {
@@ -67,7 +67,7 @@ def configuration(clients: int, rows: int, defaults: dict[str, Any]) -> dict[str
 
 
 def main() -> None:
-    """All cases."""
+    """Measure all cases."""
     parser = arguments(__doc__)
     parser.add_argument(
         "--executors",
@@ -75,7 +75,7 @@ def main() -> None:
         metavar="A,B,…",
         help="names of runtime.executor",
     )
-    parser.add_argument("--workers", type=int, default=2, help="of executors that have them (2)")
+    parser.add_argument("--workers", type=int, default=2, help="worker processes (2)")
     options = parsed(parser)
     fixed = options.executors.split(",")
     for title, case in CASES.items():

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Seconds of a round of a real federation in which nobody computes: ours, and Flower's own.
+"""Time a round of a real federation without computation, ours and Flower's.
 
     python -m benchmarks federation_overhead [--nodes 4] [--pairs 5] [--bytes 0] [--out FILE]
 
-Both have a SuperLink and SuperNodes on this machine; a round sends every node one message and has
-one answer of each. Flower's app does nothing, in a process of its own for each message. It is timed
-twice: as it is shipped (`send_and_receive`), and with what its settings allow: SuperExec looks for
-work every 0.05 s (FLWR_SUPEREXEC_TASK_POLL_INTERVAL), and the ServerApp asks for answers as often.
-Ours hands messages to a process that stays: `warm`, by Flower's own process for each message;
-`forked`, by processes that are forked after the imports. The two sides take turns.
+Both have a SuperLink and SuperNodes on this machine. In a round, every node receives one message
+and sends one reply. Flower's app does nothing, in a separate process for each message. It is timed
+twice: with default settings (`send_and_receive`), and with the shortest polling intervals:
+SuperExec looks for work every 0.05 s (FLWR_SUPEREXEC_TASK_POLL_INTERVAL), and the ServerApp polls
+for replies as often. Ours passes messages to a persistent process: `warm` by Flower's own process
+for each message, `forked` by processes that are forked after the imports. The sides take turns.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ bytes = 0
 pause = 0.0
 """
 APP = '''\
-"""An app that does nothing, a round at a time, when it is told to by a file."""
+"""Source of a Flower app without computation; a file requests each round."""
 import pathlib, time
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -107,7 +107,7 @@ def main(grid, context):
 
 
 def echo(address: str, folder: Path, forks: bool) -> None:
-    """A SuperNode and the warm process of its site, which answers with what it is sent."""
+    """Run a SuperNode and the warm process of its site, which echoes messages."""
     folder.mkdir()
     log = EventLog()
     log.quiet = True
@@ -124,7 +124,7 @@ def echo(address: str, folder: Path, forks: bool) -> None:
 
 @contextmanager
 def ours(nodes: int, size: int, forks: bool) -> Iterator[Callable[[], float]]:
-    """A federation of warm workers, and what times a round of it.
+    """Run a federation of warm workers and yield a function that times a round.
 
     `forks`: whether ClientApps are forked from a process that has imported Flower.
     """
@@ -159,7 +159,13 @@ def ours(nodes: int, size: int, forks: bool) -> Iterator[Callable[[], float]]:
 
 @contextmanager
 def flowers(nodes: int, size: int, pause: float) -> Iterator[Callable[[], float]]:
-    """A federation of Flower's own, and what times a round of it. `pause` 0: as it is shipped."""
+    """Run a federation of Flower and yield a function that times a round.
+
+    Args:
+        nodes: Number of SuperNodes.
+        size: Bytes of each message.
+        pause: Polling interval in seconds; 0 for the defaults.
+    """
     scratch = Path(tempfile.mkdtemp())
     tools, port = Path(sys.executable).parent, free_port("127.0.0.1", 0)
     environment = {
@@ -191,7 +197,8 @@ def flowers(nodes: int, size: int, pause: float) -> Iterator[Callable[[], float]
         (app / "empty" / "app.py").write_text(APP)
         (scratch / "home").mkdir()
         (scratch / "home" / "config.toml").write_text(
-            f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+            '[superlink]\ndefault = "here"\n\n[superlink.here]\n'
+            f'address = "127.0.0.1:{port}"\ninsecure = true\n'
         )
         start(
             "flower-superlink",
@@ -240,19 +247,20 @@ def _wait(there: Callable[[], Any], started: list[subprocess.Popen[bytes]], logs
             break
         time.sleep(0.02)
     told = {log.name: log.read_text()[-600:] for log in logs.glob("*.log")}
-    raise SystemExit(f"Flower's own federation does not answer: {json.dumps(told, indent=1)}")
+    raise SystemExit(f"Flower's federation does not reply: {json.dumps(told, indent=1)}")
 
 
 def main() -> None:
+    """Time rounds of all sides in turns."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--nodes", type=int, default=4)
     parser.add_argument(
-        "--pairs", type=int, default=5, help="timed rounds of each side, after one not counted (5)"
+        "--pairs", type=int, default=5, help="timed rounds of each side after one warm-up round (5)"
     )
-    parser.add_argument("--bytes", type=int, default=0, help="of each message, either way (0)")
-    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
+    parser.add_argument("--bytes", type=int, default=0, help="bytes of each message and reply (0)")
+    parser.add_argument("--out", type=Path, help="JSON file of the results")
     add_quick(parser)
     options = parser.parse_args()
     if options.quick:

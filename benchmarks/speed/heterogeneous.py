@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""A mixed federation: 20 clients, 4,789 CIFAR-10 images, Dirichlet 0.1, 10 two-convolution CNNs and 10 ResNet-18.
+"""Compare a mixed federation with bare loops: 10 small CNNs and 10 ResNet-18 on CIFAR-10.
 
     python -m benchmarks heterogeneous [--methods fd,fedproto,fml,fedkd] [--data cifar10.npz]
 
-A round with its evaluation (batch 32, one epoch) against bare loops: the same batches, the fused optimizer, the same rows
-predicted in evaluation, of which the loop takes accuracy and loss alone; models stay where they are, nothing is encoded. The
-loops use all threads. Targets: FD and FedProto 1.05 serial and 0.82 with two workers; FML and FedKD, which train two models,
-1.1 serial.
+There are 20 clients with 4,789 images, split by Dirichlet 0.1. A round with evaluation (batch 32,
+one epoch) is compared with bare loops that use the same batches and the fused optimizer, predict
+the same rows in evaluation but compute only accuracy and loss, and encode nothing. The loops use
+all threads. Targets: FD and FedProto 1.05 serial and 0.82 with two workers; FML and FedKD, which
+train two models, 1.1 serial.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ TARGETS: dict[str, dict[str, float | None]] = {
 
 
 def configuration(method: str, clients: int, rows: int) -> dict[str, object]:
-    """Half the clients of each model."""
+    """Return a configuration in which half of the clients have each model."""
     return {
         "rounds": 100,
         "data": {
@@ -49,7 +50,7 @@ def configuration(method: str, clients: int, rows: int) -> dict[str, object]:
 
 
 def measure(method: str, clients: int, rows: int, options: argparse.Namespace) -> None:
-    """Print a method's ratios."""
+    """Measure a method and print its ratios."""
     prepared = prepare(configuration(method, clients, rows), dataset=images(options.data, rows * 2))
     bare = LOOPS[method](prepared)
     ours = {
@@ -72,13 +73,13 @@ def measure(method: str, clients: int, rows: int, options: argparse.Namespace) -
 
 
 def main() -> None:
-    """All methods in turn."""
+    """Measure all selected methods."""
     parser = arguments(__doc__, data=True)
     parser.add_argument(
         "--methods",
         default=",".join(TARGETS),
         metavar="A,B,…",
-        help=f"of {', '.join(TARGETS)} (all)",
+        help=f"some of {', '.join(TARGETS)} (all)",
     )
     options = parsed(parser)
     for method in options.methods.split(","):

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Compare a round of 10 CNNs and 10 ResNet-18 with HtFLlib's own.
+"""Compare a round of 10 CNNs and 10 ResNet-18 with HtFLlib.
 
     python -m benchmarks htfllib --rival CHECKOUT [--device cuda] [--pairs 5]
 
 Federated distillation (FD) of class-wise mean predictions with evaluation after each round: 20
-clients with 192 training and 64 test images of CIFAR-10's shape each, batches of 32, one epoch. Each
-side is a process of its own that trains a round when asked, in turns. HtFLlib needs h5py and
+clients with 192 training and 64 test images of CIFAR-10's shape each, batches of 32, one epoch.
+Each side is a process of its own that trains a round when asked, in turns. HtFLlib needs h5py and
 calmsize. Its CNN has no padding, and does less arithmetic than ours; it does not shuffle the rows.
 
 `--rival` is a checkout of HtFLlib; without it ours is timed alone.
@@ -43,7 +43,7 @@ class Size:
 
 
 def configuration(images: Path, size: Size, **runtime: Any) -> dict[str, Any]:
-    """Return the benchmark as a configuration of ours."""
+    """Return our configuration of the benchmark."""
     each = size.train + size.test
     return {
         "name": "htfllib",
@@ -88,7 +88,7 @@ def write_clients(images: Path, size: Size, folder: Path) -> None:
 
 
 def contenders(
-    folder: Path, images: Path, rival: Path | None, size: Size, pairs: int, device: str
+    folder: Path, images: Path, rival: Path | None, size: Size, *, pairs: int, device: str
 ) -> dict[str, list[list[str]]]:
     """Return the command lines of each contender's processes, by name."""
     found = {}
@@ -113,7 +113,7 @@ def compare(
     images = write_images(folder / "images.npz", rows, side=32, channels=3)
     work = folder / "work"  # HtFLlib reads ../dataset
     work.mkdir()
-    return measure(contenders(folder, images, rival, size, pairs, device), work, pairs)
+    return measure(contenders(folder, images, rival, size, pairs=pairs, device=device), work, pairs)
 
 
 def main() -> None:
@@ -122,11 +122,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rival", type=Path, metavar="CHECKOUT", help="HtFLlib's repository")
-    parser.add_argument("--device", default="cpu", help="where all compute (cpu)")
+    parser.add_argument("--device", default="cpu", help="device of all contenders (cpu)")
     parser.add_argument("--pairs", type=int, default=5, help="rounds that are counted (5)")
-    parser.add_argument(
-        "--quick", action="store_true", help="one pair of four clients: to see that it works"
-    )
+    parser.add_argument("--quick", action="store_true", help="one pair of four clients, for tests")
     options = parser.parse_args()
     size = Size(4, 32, 32) if options.quick else Size()
     pairs = 1 if options.quick else options.pairs

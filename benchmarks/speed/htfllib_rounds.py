@@ -2,10 +2,10 @@
 
     python htfllib_rounds.py SYSTEM DEVICE ROUNDS [option of its main.py …]
 
-`SYSTEM` is the folder `system` of a checkout of HtFLlib. The working folder must have `../dataset` with
-the files of the clients. The script runs unchanged, but waits before each round for a line on standard
-input, and prints one line of JSON with the `seconds` of the round before. Methods that need packages of
-their own (generative models, `higher`) are replaced by empty modules.
+`SYSTEM` is the folder `system` of a checkout of HtFLlib. The working folder must have `../dataset`
+with the files of the clients. The script runs unchanged, but waits before each round for a line on
+standard input, and prints one line of JSON with the `seconds` of the round before. Methods that
+need packages of their own (generative models, `higher`) are replaced by empty modules.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class TurnTimer:
 
 def serve(system: str, device: str, rounds: str, options: list[str]) -> None:
     """Run the training script."""
-    # What the script prints must not be taken for a reply.
+    # Output of the script must not be mixed with replies.
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     # It saves whole modules and loads them, which torch refuses by default since 2.6.
@@ -60,7 +60,12 @@ def serve(system: str, device: str, rounds: str, options: list[str]) -> None:
     from flcore.servers.serverbase import Server
 
     timer = TurnTimer(Server.select_clients, replies)
-    Server.select_clients = lambda server: timer(server)
+
+    # A function, so that it is bound to its object like a method.
+    def select_clients(server: Any) -> Any:
+        return timer(server)
+
+    Server.select_clients = select_clients
     sys.argv = ["main.py", "-dev", device, "-gr", rounds, *options]
     runpy.run_path(f"{system}/main.py", run_name="__main__")
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""What a client costs besides its training, and what a run costs before its first round.
+"""Measure the time of a client in addition to training, and the time until the first round.
 
     python -m benchmarks overhead
 
-A round of many clients whose training is one step of a linear model, less the same steps by hand, over their number: target
-2 ms (serial executor). Then `scripts/train.py` on digits_quickstart in a process of its own, from its start to the line of
-the first round, imports and evaluation included: target 5 s.
+The first measurement is the difference between a round of many clients that take one step with a
+linear model and the same steps by hand, per client; target 2 ms (serial executor). The second runs
+`scripts/train.py` on digits_quickstart in a new process until the line of the first round,
+including imports and evaluation; target 5 s.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ BATCH, ROWS, LR = 10, 20, 0.1
 
 
 def configuration(clients: int) -> dict[str, object]:
-    """FedAvg of logistic regression, one step a round."""
+    """Return a configuration of FedAvg with logistic regression, one step per round."""
     return {
         "data": {"split": {"validation": 0.0, "test": 0.0}, "test_limit": 50},
         "clients": {
@@ -46,7 +47,7 @@ def configuration(clients: int) -> dict[str, object]:
 
 
 class BareSteps:
-    """The steps alone: nothing is loaded, drawn or averaged."""
+    """The training steps without the framework."""
 
     def __init__(self, prepared: PreparedRun) -> None:
         federation = prepared.federation
@@ -59,7 +60,7 @@ class BareSteps:
         self.optimizer = torch.optim.SGD(self.module.parameters(), LR, fused=True)
 
     def round(self) -> None:
-        """A step for each client."""
+        """Take one step for each client."""
         for rows in self.rows:
             self.optimizer.zero_grad()
             F.cross_entropy(self.module(rows["x"][:BATCH]).logits, rows["y"][:BATCH]).backward()
@@ -67,7 +68,7 @@ class BareSteps:
 
 
 def first_round() -> float:
-    """Seconds from the start of the script to the line of its first round."""
+    """Return the seconds from the start of the script to the line of its first round."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "scripts" / "train.py")]
         command += [
@@ -90,7 +91,7 @@ def first_round() -> float:
 
 
 def main() -> None:
-    """Print both figures."""
+    """Print both measurements."""
     options = parsed(arguments(__doc__, pairs=9))
     clients = 20 if options.quick else 200
     prepared = prepare(configuration(clients), dataset=make_table(clients * 2 * ROWS, 200))
@@ -112,7 +113,7 @@ def main() -> None:
 
 
 def spread(values: list[float]) -> str:
-    """Median and range."""
+    """Format the median and range."""
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 

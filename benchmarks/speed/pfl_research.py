@@ -1,16 +1,16 @@
-"""Seconds per round on pfl-research's CIFAR-10 benchmark, ours over its and over a bare loop's.
+"""Compare a round of pfl-research's CIFAR-10 benchmark with pfl-research and a bare loop.
 
     python -m benchmarks pfl_research [--rival CHECKOUT] [--data cifar10.npz] [--pairs 5]
 
-1,000 clients of 50 images, 50 of them per round, 5 steps of batch 10 with SGD, a CNN with two layers
-of dropout; no evaluation. Each contender is a process of its own (or two) that trains one round when
-asked; they take turns, in reverse order every other time, and the first round is not counted. Only
-one contender computes at a time. Contenders on one core have one thread, those on two cores two
-processes with one thread each.
+1,000 clients of 50 images, 50 of them per round, 5 steps of batch 10 with SGD, a CNN with two
+layers of dropout; no evaluation. Each contender is a process of its own (or two) that trains one
+round when asked; they take turns, in reverse order every other time, and the first round is not
+counted. Only one contender computes at a time. Contenders on one core have one thread, those on two
+cores two processes with one thread each.
 
 `--rival` is a checkout of pfl-research, for the training script in its folder `benchmarks`; the
-package itself is the one that is installed (`pip install pfl`). Without it ours is compared with the
-bare loops alone.
+package itself is the one that is installed (`pip install pfl`). Without it ours is compared with
+the bare loops alone.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from tests.helpers.commits import ROOT
 
 TEST_ROWS = 200
 RIVAL = Path(__file__).with_name("pfl_rounds.py")
-# Contender, what it is held against, and the ratio that is aimed at.
+# Contender, its reference, and the target ratio.
 TARGETS = [
     ("hetero_fl, one core", "pfl-research, one core", 0.97),
     ("hetero_fl, one core", "bare loop", 1.03),
@@ -66,7 +66,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Size:
-    """How many clients there are, and how many of them take part in a round."""
+    """Number of clients, and of participants per round."""
 
     clients: int = 1_000
     per_round: int = 50
@@ -78,7 +78,7 @@ class Size:
 
 
 def configuration(images: Path, size: Size, **runtime: Any) -> dict[str, Any]:
-    """Return the benchmark as a configuration of ours."""
+    """Return our configuration of the benchmark."""
     return {
         "name": "pfl_research",
         "rounds": 1_500,
@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5, help="rounds that are counted (5)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some contenders, by their names")
     parser.add_argument(
-        "--quick", action="store_true", help="one pair against the bare loop: to see that it works"
+        "--quick", action="store_true", help="one pair against the bare loop, for tests"
     )
     options = parser.parse_args()
     size = Size()

@@ -3,9 +3,9 @@
     python pfl_rounds.py BENCHMARKS DATA ROUNDS [option of its train.py …]
 
 `BENCHMARKS` is the folder `benchmarks` of a checkout of pfl-research, `DATA` the folder with its
-pickled images. The script runs unchanged, but for a callback in place of its stopwatch. For each line
-on standard input one line of JSON with the `seconds` of a round is printed, by the first process of
-several.
+pickled images. The script runs unchanged, but for a callback in place of its stopwatch. For each
+line on standard input one line of JSON with the `seconds` of a round is printed, by the first
+process of several.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class TurnTimer(TrainingProcessCallback):  # type: ignore[misc]  # pfl has no ty
 
 def serve(benchmarks: Path, data: str, rounds: str, options: list[str]) -> None:
     """Run the training script."""
-    # What the script prints must not be taken for a reply.
+    # Output of the script must not be mixed with replies.
     TurnTimer.replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     if os.environ.get("RANK", "0") == "0":

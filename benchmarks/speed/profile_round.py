@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Where a round goes: the profile of whole rounds of a configuration, serial, in this process.
+"""Profile whole rounds of a configuration with the serial executor in this process.
 
-    python -m benchmarks profile_round                                      the benchmark of fedavg_cifar.py
-    python -m benchmarks profile_round --config FILE [key.path=value ...]   a configuration, evaluation included
+    python -m benchmarks profile_round                             (as in fedavg_cifar)
+    python -m benchmarks profile_round --config FILE [key=value ...]     (with evaluation)
 
-Two tables: the stages of a round with all that they call, and the functions in which most time is spent themselves. The
-profiler charges every Python call, so that small functions look dearer than they are.
+The first table shows the stages of a round with all functions that they call, the second one the
+functions with the most time of their own. The profiler adds time to every Python call, so small
+functions appear slower than they are.
 """
 
 from __future__ import annotations
@@ -93,13 +94,13 @@ def main() -> None:
     profiler.disable()
     stats = pstats.Stats(profiler)
     print_stages(stats, options.pairs, len(rounds.sample_cohort(0)))
-    print("\nwhere it is itself (ms a round):")
+    print("\nfunctions with the most time of their own (ms per round):")
     print_top(stats, options.pairs, options.top)
 
 
 def print_stages(stats: Any, rounds: int, clients: int) -> None:
-    """Milliseconds of each stage: a round, a client."""
-    print(f"{'stage':48} {'ms a round':>11} {'ms a client':>12} {'calls a round':>14}")
+    """Print the milliseconds of each stage, per round and per client."""
+    print(f"{'stage':48} {'ms/round':>11} {'ms/client':>12} {'calls/round':>14}")
     for function, what in STAGES.items():
         code = inspect.unwrap(function).__code__
         rows = [
@@ -114,7 +115,7 @@ def print_stages(stats: Any, rounds: int, clients: int) -> None:
 
 
 def print_top(stats: Any, rounds: int, top: int) -> None:
-    """The functions with most time of their own."""
+    """Print the functions with the most time of their own."""
     rows = sorted(stats.stats.items(), key=lambda entry: -entry[1][2])[:top]
     for (path, line, name), (_, calls, own, _, _) in rows:
         where = name if path == "~" else f"{Path(path).name}:{line} {name}"

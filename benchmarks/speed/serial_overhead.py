@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""What the framework adds to training: a client's local fit against a bare PyTorch loop with the same arithmetic.
+"""Compare local training of a client with a bare PyTorch loop of the same arithmetic.
 
     python -m benchmarks serial_overhead
 
-Both train the same model on the same batches with the same optimizer, in turn, in one process; printed are the ratios of
-each pair, their median and range. Targets: 1.05 on the small CNN, 1.15 on a two-layer MLP.
+Both train the same model on the same batches with the same optimizer, in turns, in one process. The
+output is the median and range of the ratios of the pairs. Targets: 1.05 on the small CNN, 1.15 on a
+two-layer MLP.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ CASES = {
 
 
 def participant(model: str, optimizer: str, batch: int, rows: int) -> tuple[Participant, Fit]:
-    """One client with so many rows, and its local fit of one epoch."""
+    """Return a client and its local training of one epoch."""
     source = {
         "data": {"name": "synthetic_images", "split": {"validation": 0.0, "test": 0.1}},
         "clients": {
@@ -52,13 +53,13 @@ def participant(model: str, optimizer: str, batch: int, rows: int) -> tuple[Part
         "algorithm": {"name": "local"},
     }
     prepared = prepare(source, dataset=make_images(rows, classes=10, side=28))
-    (id,) = prepared.federation.client_infos
-    client = prepared.federation.client(id, PrivateState(), 0)
+    (client_id,) = prepared.federation.client_infos
+    client = prepared.federation.client(client_id, PrivateState(), 0)
     return client, local_fit(client)
 
 
 def bare_loop(module: SplitModel, start: dict, x: torch.Tensor, y: torch.Tensor, fit: Fit) -> None:
-    """What one would write by hand for the same epoch."""
+    """Train the same epoch with a bare loop."""
     module.load_state_dict(start)
     module.train()
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[fit.optimizer.name]
@@ -75,7 +76,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--pairs", type=int, default=5, help="timed pairs a case, after one that is not counted"
+        "--pairs", type=int, default=5, help="timed pairs per case after one warm-up pair"
     )
     parser.add_argument("--rows", type=int, default=6000)
     parser.add_argument("--threads", type=int, default=1)
@@ -103,7 +104,8 @@ def main() -> None:
                 seconds.append(middle - begun)
         spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
         print(
-            f"{name:52} {statistics.median(ratios):.3f} ({spread}; target {target}); bare {statistics.median(seconds):.2f} s"
+            f"{name:52} {statistics.median(ratios):.3f} ({spread}; target {target}); "
+            f"bare {statistics.median(seconds):.2f} s"
         )
 
 

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""What a second thread gains in one training step, by model and batch: the ground of `auto`'s rule for threads.
+"""Measure the gain of a second thread in a training step, for the thread rule of `auto`.
 
     GOMP_SPINCOUNT=1000 python -m benchmarks threads
 
-Forward, backward and step of a bare loop, with one thread and with two, in turns; printed is the ratio of the medians. How long
-OpenMP's idle threads spin decides it. Time with two threads over time with one, on two virtual cores:
+Forward, backward and optimizer step of a bare loop are timed with one and two threads, in turns;
+the output is the ratio of the medians. It depends on how long idle OpenMP threads spin. Time with
+two threads over time with one, on two virtual cores:
 
     GOMP_SPINCOUNT                1000    OpenMP's default
     mlp, batch 10                 1.44    0.99
@@ -13,9 +14,10 @@ OpenMP's idle threads spin decides it. Time with two threads over time with one,
     fedavg_cnn, batch 10          0.68    0.82
     resnet18, batch 32            0.63    0.61
 
-Two runs at once on these two processors take a third longer than one with 1000, and nine times as long with 100000 (ResNet-18 of
-executors.py); the longer threads spin, the more they take from each other. With `OMP_WAIT_POLICY=PASSIVE` they do not spin, and
-executors.py has its serial rounds at most a twentieth faster with a second thread than with one.
+Two runs at the same time on these two cores take a third longer than one with 1000, and nine times
+as long with 100000 (ResNet-18 of `executors`), because spinning threads compete for the cores. With
+`OMP_WAIT_POLICY=PASSIVE` threads do not spin, and a second thread makes serial rounds of
+`executors` at most 5 percent faster.
 """
 
 from __future__ import annotations
@@ -74,7 +76,8 @@ def main() -> None:
                     found.append((time.perf_counter() - begun) / steps)
         one, two = (statistics.median(found) for found in seconds.values())
         print(
-            f"{name:16} batch {batch}, {flops / 1e6:6.0f} MFLOP forward: {1e3 * one:7.2f} ms, two threads {two / one:.2f} of it"
+            f"{name:16} batch {batch}, {flops / 1e6:6.0f} MFLOP forward: {1e3 * one:7.2f} ms, "
+            f"ratio with two threads {two / one:.2f}"
         )
 
 

@@ -56,7 +56,7 @@ def run_rounds(task: Mapping[str, Any], replies: TextIO) -> None:
 
 
 def run_repeatedly(task: Mapping[str, Any], replies: TextIO) -> None:
-    """Run a task's configuration from beginning to end, once for each turn and once before."""
+    """Run the configuration of a task completely, once for each turn and once for warm-up."""
     import hetero_fl
 
     for _ in range(task["turns"] + 1):
@@ -73,8 +73,8 @@ def reply(replies: TextIO, message: Mapping[str, Any]) -> None:
 
 
 def serve(path: str) -> None:
-    """Carry out all tasks of a file, in order."""
-    # What the package prints must not be taken for a reply.
+    """Run all tasks of a file in order."""
+    # Output of the package must not be mixed with replies.
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     for task in json.loads(Path(path).read_text(encoding="utf-8")):

@@ -1,1 +1,1 @@
-"""How plans are carried out: executors, rounds, checkpoints."""
+"""Rounds of a federation: trainers, executors, simulation, checkpoints."""

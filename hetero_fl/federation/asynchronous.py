@@ -1,4 +1,7 @@
-"""Asynchronous training: event queue, buffers, simulated time."""
+"""Asynchronous training: clients train continuously, and the server aggregates buffered uploads.
+
+Events are simulated in order of time (FedAsync: Xie et al. 2019; FedBuff: Nguyen et al. 2022).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from typing_extensions import override
+
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.aggregation.means import discount_upload
 from hetero_fl.algorithms.base import AsyncPolicy
@@ -22,24 +27,33 @@ from hetero_fl.federation.channel import UploadSizes
 from hetero_fl.federation.simulation.faults import FaultOutcome, inject_faults
 from hetero_fl.federation.simulation.schedule import SimulationEnvironment
 from hetero_fl.federation.trainer import FederatedTrainer, Record
-from hetero_fl.federation.upload_collector import CHANGED
+from hetero_fl.federation.upload_collector import DAMAGED
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.ordering import natural_key
 from hetero_fl.utils.seeding import sample_numbers
 from hetero_fl.utils.serialization import as_bytes, as_tensor
 
-# The event queue of an asynchronous run: tasks in flight by the simulated time at which they end,
-# and who is idle.
+# The run ends after this many faults per concurrent task in a row.
+MAX_FAULTS_PER_PLACE = 100
 
 
 @dataclass
 class ClientTask:
-    """One client's task, from when it is given out until its upload arrives or fails to. Where time is real, `end` is infinite
-    until it has ended.
+    """A training task of one client, from its assignment until its upload arrives or it fails.
 
-    `place`: the client's among all ids; `version`: the server's when the task was given out; `attempt`: how many tasks of that
-    version the client had before; `start` and `end` in simulated seconds. What it uploads, or why it cannot, stands in
-    `upload` or `diverged` once it has been computed.
+    Attributes:
+        number: Number of the task in the run.
+        client: The client's id.
+        place: Position of the client among all ids.
+        version: The server's version at the assignment.
+        attempt: Number of earlier tasks of the client for the same version.
+        start: Time of the assignment in seconds.
+        end: Time of the end in seconds; infinite while it is not known.
+        broadcast: The encoded broadcast.
+        up_bytes: Expected bytes of the upload.
+        fault: The simulated fault.
+        upload: The upload, once computed.
+        diverged: Why the task produced no upload, once computed.
     """
 
     number: int
@@ -51,87 +65,89 @@ class ClientTask:
     end: float
     broadcast: bytes
     up_bytes: int
-    fate: FaultOutcome
+    fault: FaultOutcome
     upload: Message | None = None
     diverged: str | None = None
 
     @property
     def request(self) -> Message:
-        """What the client is asked."""
+        """The request to the client."""
         return Message("train", self.broadcast, self.version, self.attempt)
 
     @property
     def is_computed(self) -> bool:
-        """Whether there is nothing left to compute: a task that fails has no effect, and never is."""
-        return self.fate.is_failure or self.upload is not None or self.diverged is not None
+        """Whether no computation is needed. Tasks that fail by a fault are never computed."""
+        return self.fault.is_failure or self.upload is not None or self.diverged is not None
 
 
 class TaskQueue:
-    """Tasks in flight, at most one of a client. The next to end comes first; of several that end together, the one given out
-    first. An event costs the logarithm of the tasks in flight, whatever the population.
+    """Priority queue of the tasks in flight, at most one per client, by the time of their end.
+
+    Tasks that end at the same time are ordered by their number. The cost of an operation grows
+    with the number of tasks in flight, not with the number of clients.
     """
 
     def __init__(self) -> None:
         self._ends: list[tuple[float, int]] = []
         self._tasks: dict[int, ClientTask] = {}
-        self._open: dict[int, ClientTask] = {}  # not computed yet
-        self._busy: list[int] = []  # places of the clients in flight, sorted
+        self._uncomputed: dict[int, ClientTask] = {}
+        # Places of the clients with a task, sorted.
+        self._busy: list[int] = []
 
     def __len__(self) -> int:
         return len(self._tasks)
 
     def __iter__(self) -> Iterator[ClientTask]:
-        """All of them, in the order in which they were given out."""
+        """Iterate over all tasks in the order of their assignment."""
         return iter(self._tasks.values())
 
     @property
     def next_end(self) -> float:
-        """When the next task ends; infinite where that is not known of any."""
+        """Time at which the next task ends; infinite if it is not known of any."""
         return self._ends[0][0] if self._ends else math.inf
 
     def push(self, task: ClientTask) -> None:
-        """One more; its client must be idle."""
+        """Add a task, whose client must be idle."""
         self._tasks[task.number] = task
         if task.end < math.inf:
             self.set_end(task)
         insort(self._busy, task.place)
         if not task.is_computed:
-            self._open[task.number] = task
+            self._uncomputed[task.number] = task
 
     def set_end(self, task: ClientTask) -> None:
-        """It is known now when this one ends."""
+        """Set the time of a task's end, once it is known."""
         heapq.heappush(self._ends, (task.end, task.number))
 
     @property
     def first(self) -> ClientTask:
-        """The next to end."""
+        """The task that ends next."""
         return self._tasks[self._ends[0][1]]
 
     def pop(self) -> ClientTask:
-        """The next to end, which is in flight no more."""
+        """Remove and return the task that ends next."""
         _, number = heapq.heappop(self._ends)
         task = self._tasks.pop(number)
-        self._open.pop(number, None)
+        self._uncomputed.pop(number, None)
         del self._busy[bisect_left(self._busy, task.place)]
         return task
 
     def pop_uncomputed(self) -> list[ClientTask]:
-        """The tasks that are still to be computed, in the order in which they were given out; they are asked for once."""
-        tasks = list(self._open.values())
-        self._open.clear()
+        """Return the tasks to compute in the order of their assignment, each of them only once."""
+        tasks = list(self._uncomputed.values())
+        self._uncomputed.clear()
         return tasks
 
     def idle_place(self, rank: int) -> int:
-        """The place of the idle client that has so many idle ones before it."""
+        """Return the place of the idle client at a position among the idle clients."""
         return rank + bisect_right(range(len(self._busy)), rank, key=lambda i: self._busy[i] - i)
 
-    # Checkpoints -------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint; equal broadcasts are kept once."""
+        """Return the state for a checkpoint, in which each broadcast is stored once."""
         broadcasts: dict[bytes, int] = {}
         rows = []
         for t in self:
-            at = broadcasts.setdefault(t.broadcast, len(broadcasts))
+            broadcast_idx = broadcasts.setdefault(t.broadcast, len(broadcasts))
             rows.append(
                 [
                     t.number,
@@ -141,14 +157,14 @@ class TaskQueue:
                     t.attempt,
                     t.start,
                     t.end,
-                    at,
+                    broadcast_idx,
                     t.up_bytes,
                     t.diverged,
                 ]
             )
         return {
             "tasks": rows,
-            "broadcasts": {str(at): as_tensor(body) for body, at in broadcasts.items()},
+            "broadcasts": {str(idx): as_tensor(body) for body, idx in broadcasts.items()},
             "uploads": {
                 str(t.number): as_tensor(t.upload.body) for t in self if t.upload is not None
             },
@@ -160,30 +176,46 @@ class TaskQueue:
 
         Args:
             state: The state.
-            outcome_of: Returns the fault of a task, given its client and number; faults are drawn
-                by key and not saved.
+            outcome_of: Returns the fault of a task, given its client and number. Faults are not
+                saved, because they depend only on keyed random draws.
         """
         queue = cls()
-        broadcasts = {int(at): as_bytes(body) for at, body in state["broadcasts"].items()}
-        for number, client, place, version, again, begun, ends, at, up, diverged in state["tasks"]:
-            when = (version, again, begun, ends)
-            fate = outcome_of(client, number)
+        broadcasts = {int(idx): as_bytes(body) for idx, body in state["broadcasts"].items()}
+        for row in state["tasks"]:
+            number, client, place, version, attempt, start, end, idx, up_bytes, diverged = row
             task = ClientTask(
-                number, client, place, *when, broadcasts[at], up, fate, diverged=diverged
+                number,
+                client,
+                place,
+                version,
+                attempt,
+                start,
+                end,
+                broadcasts[idx],
+                up_bytes,
+                outcome_of(client, number),
+                diverged=diverged,
             )
-            if (upload := state["uploads"].get(str(number))) is not None:
+            upload = state["uploads"].get(str(number))
+            if upload is not None:
                 task.upload = Message("upload", as_bytes(upload))
             queue.push(task)
         return queue
 
 
-# What a cohort's worth of an asynchronous run's events came to.
-
-
 @dataclass
 class BufferRecord:
-    """`cohort`: whose uploads were taken, in the order in which they came; `failed`: why others' were not, the last time;
-    `staleness`: how many were taken that were so many versions old; `tasks`: client, begin, end and what came of it."""
+    """Record of an asynchronous round, which has as many uploads as a cohort.
+
+    Attributes:
+        start: Time at which the round began, in seconds.
+        cohort: Clients whose uploads were accepted, in the order of arrival.
+        failed: Why the last task of a client failed, by client.
+        losses: Training loss of the last upload, by client.
+        logged: Values that clients logged, by client and name.
+        staleness: Number of accepted uploads by their age in versions.
+        tasks: Client, start, end and outcome of each task.
+    """
 
     start: float
     cohort: list[str] = field(default_factory=list)
@@ -194,7 +226,13 @@ class BufferRecord:
     tasks: list[list[Any]] = field(default_factory=list)
 
     def add_upload(self, task: ClientTask, payload: Payload, versions: int) -> None:
-        """A task's upload was taken, so many versions after it was given out."""
+        """Record an accepted upload.
+
+        Args:
+            task: The task.
+            payload: The upload.
+            versions: Age of the upload in versions of the server.
+        """
         self.cohort.append(task.client)
         self.tasks.append([task.client, task.start, task.end, "arrived"])
         self.staleness[versions] += 1
@@ -203,25 +241,33 @@ class BufferRecord:
         if logged := logged_from_report(payload.report):
             self.logged[task.client] = logged
 
-    def add_failure(self, task: ClientTask, why: str) -> None:
-        """Nothing came of a task that could be used."""
-        self.failed[task.client] = why
+    def add_failure(self, task: ClientTask, reason: str) -> None:
+        """Record a failed task."""
+        self.failed[task.client] = reason
         self.tasks.append([task.client, task.start, task.end, "failed"])
 
-    def record(self, now: float, version: int, time: str) -> Record:
-        """What `metrics.jsonl` says of it; `time`: its kind. Nobody is late: whatever comes, comes into the next version."""
-        arrived = len(self.cohort)
-        invited = len(self.tasks)
+    def record(self, now: float, version: int, time_kind: str) -> Record:
+        """Return the round's entries of `metrics.jsonl`.
+
+        No client is late, because an upload can always enter the next version.
+
+        Args:
+            now: Time at which the round ends, in seconds.
+            version: Number of aggregations so far.
+            time_kind: Key of the round's time, "simulated" or "wall".
+        """
+        num_arrived = len(self.cohort)
+        num_tasks = len(self.tasks)
         return {
             "cohort": self.cohort,
             "failed": self.failed,
             "train_loss": self.losses,
             **({"logged": self.logged} if self.logged else {}),
-            time: {"start": self.start, "end": now},
+            time_kind: {"start": self.start, "end": now},
             "counts": {
-                "invited": invited,
-                "arrived": arrived,
-                "failed": invited - arrived,
+                "invited": num_tasks,
+                "arrived": num_arrived,
+                "failed": num_tasks - num_arrived,
                 "late": 0,
             },
             "tasks": self.tasks,
@@ -232,21 +278,13 @@ class BufferRecord:
         }
 
 
-# Asynchronous running: clients train at their own pace, and the server aggregates when enough
-# uploads have come.
-#
-# An event queue in simulated time (FedAsync: Xie et al. 2019; FedBuff: Nguyen et al. 2022). A
-# client is given a task with the newest broadcast and ends when its device says so; then its upload
-# enters the buffer, weighted by how many versions the server has made meanwhile, and its place goes
-# to an idle client. What befalls a task is known when it is given out, so those in flight are
-# computed together, when the first of them is needed: when that is changes no bit.
-
-# tasks in a row for each place that may come to nothing by fate, before the run ends
-PATIENCE = 100
-
-
 class TaskFailedError(Exception):
-    """Why nothing came of a task: by `fate`, or by the `client`, which would do the same again."""
+    """Raised when a task produces no usable upload.
+
+    Args:
+        reason: The reason, for the record.
+        cause: "fate" for a random fault, "client" for a failure that would repeat.
+    """
 
     def __init__(self, reason: str, cause: str) -> None:
         super().__init__(reason)
@@ -254,16 +292,31 @@ class TaskFailedError(Exception):
 
 
 class AsynchronousTrainer(FederatedTrainer):
-    """A run without rounds; what is called one is a cohort's worth of uploads taken.
+    """Trainer without synchronous rounds.
+
+    A client receives a task with the newest broadcast. When the task ends, its upload enters the
+    buffer, weighted by its staleness, and an idle client takes the free place. The server
+    aggregates a full buffer. A "round" has as many accepted uploads as a cohort.
+
+    Faults are known when a task is assigned, so tasks in flight are computed together when the
+    first of them ends. The results do not depend on when they are computed.
 
     Args:
-        environment: The conditions of the run.
-        per_round: clients in flight at any time (None: all).
-        buffer: uploads after which the server aggregates, where the method does not say it; None: a cohort's worth.
-        staleness: what an upload is worth, where the method does not say it.
+        *args: Arguments of `FederatedTrainer`. `per_round` is the number of tasks in flight.
+        environment: Simulated devices, faults and timing.
+        buffer: Number of uploads per aggregation if the method does not set it; None for as many as
+            tasks in flight.
+        staleness: Weight of stale uploads if the method does not set it.
+        **options: Keyword arguments of `FederatedTrainer`.
+
+    Attributes:
+        version: Number of aggregations so far.
+        queue: The tasks in flight.
+        time_kind: Key of the round's time in its record.
     """
 
     keeps_requests = True
+    time_kind = "simulated"
 
     def __init__(
         self,
@@ -273,7 +326,7 @@ class AsynchronousTrainer(FederatedTrainer):
         staleness: StalenessConfig | None = None,
         **options: Any,
     ) -> None:
-        self.version = 0  # number of aggregations
+        self.version = 0
         self.queue = TaskQueue()
         super().__init__(*args, policy=environment.policy, **options)
         self.environment = environment
@@ -284,52 +337,56 @@ class AsynchronousTrainer(FederatedTrainer):
         self.goal = policy.buffer_size or buffer or self.places
         self.staleness = policy.staleness or staleness or StalenessConfig()
         self.num_tasks = 0
-        # what came from whom, and what staleness leaves of it
+        # Client, upload and weight by staleness.
         self._buffer: list[tuple[str, Payload, float]] = []
-        self._attempts: Counter[str] = Counter()  # tasks of this version by client
-        self._fillings = 0  # of places, in this version
-        # tasks that came to nothing since the last upload was taken
-        self._barren: Counter[str] = Counter()
-        self._given_up = ""  # why the newest aggregation of this round came to nothing
-
-    time_kind = "simulated"  # key of the round's time in its record
+        # Number of tasks of this version, by client.
+        self._attempts: Counter[str] = Counter()
+        # How often free places have been assigned in this version.
+        self._fillings = 0
+        # Number of failed tasks since the last accepted upload, by cause.
+        self._num_failed: Counter[str] = Counter()
+        # Why training at the server diverged in the latest aggregation of this round.
+        self._server_diverged = ""
 
     @property
+    @override
     def round_idx(self) -> int:
         return self.version
 
     @property
+    @override
     def fingerprint(self) -> str:
         return self.environment.devices.fingerprint
 
+    @override
     def clients_in_training(self) -> Collection[str]:
         return {task.client for task in self.queue}
 
-    # Events ------------------------------------------------------------------------------------------------------
+    @override
     def run_round(self) -> Record:
         started = time.perf_counter()
-        tally = BufferRecord(self.now)
+        buffer_record = BufferRecord(self.now)
         traffic = (self.traffic.up, self.traffic.down)
         with self.rollback_on_error():
-            while len(tally.cohort) < self.places:
+            while len(buffer_record.cohort) < self.places:
                 task = self._next_task()
                 self.now = task.end
-                self._finish_task(task, tally)
+                self._finish_task(task, buffer_record)
         self.completed += 1
-        given_up = self._given_up
-        self._given_up = ""
+        diverged = self._server_diverged
+        self._server_diverged = ""
         return {
             "round": self.completed,
-            **tally.record(self.now, self.version, self.time_kind),
+            **buffer_record.record(self.now, self.version, self.time_kind),
             "up_bytes": self.traffic.up - traffic[0],
             "down_bytes": self.traffic.down - traffic[1],
             "seconds": {"training": time.perf_counter() - started, "evaluation": 0.0},
-            **({"diverged": given_up} if given_up else {}),
+            **({"diverged": diverged} if diverged else {}),
         }
 
     def _next_task(self) -> ClientTask:
-        """The next task to end; vacant places are filled before."""
-        # whatever ends together has ended
+        """Assign free places, and return the next task to end."""
+        # Tasks that end at the same time are finished before places are assigned.
         if not len(self.queue) or self.queue.next_end > self.now:
             self._assign_tasks()
         if not self.queue.first.is_computed:
@@ -337,51 +394,52 @@ class AsynchronousTrainer(FederatedTrainer):
         return self.queue.pop()
 
     def _idle_clients(self) -> tuple[int, Callable[[int], int]]:
-        """How many clients can be given a task, and what place each of them in turn has among all."""
+        """Return the number of idle clients, and a function from position to place."""
         return len(self.ids) - len(self.queue), self.queue.idle_place
 
     def _assign_tasks(self) -> None:
-        """Give every vacant place to an idle client, all of them drawn together: who is alone in being idle is drawn."""
-        idle, place_of = self._idle_clients()
-        vacant = min(self.places - len(self.queue), idle)
-        if not vacant:
+        """Give every free place to an idle client, sampled without replacement."""
+        num_idle, place_of = self._idle_clients()
+        num_free = min(self.places - len(self.queue), num_idle)
+        if not num_free:
             return
         self._set_round_context(self.version)
-        # the first is drawn as a synchronous cohort is
-        anew = (self._fillings,) if self._fillings else ()
-        ranks = sample_numbers(idle, vacant, self.federation.seed, self.version, "cohort", *anew)
+        # The first sample of a version equals that of a synchronous cohort.
+        repeated = (self._fillings,) if self._fillings else ()
+        key = (self.federation.seed, self.version, "cohort", *repeated)
+        ranks = sample_numbers(num_idle, num_free, *key)
         self._fillings += 1
         for place in [place_of(rank) for rank in ranks]:
             self.queue.push(self._make_task(self.ids[place], place))
 
     def _make_task(self, client: str, place: int) -> ClientTask:
-        """A client's next task, its fate and its time known."""
+        """Return a client's next task, with its fault and end."""
         number = self.num_tasks
-        again = self._attempts[client]
+        attempt = self._attempts[client]
         client_info = self.federation.client_infos[client]
         self.num_tasks = number + 1
-        self._attempts[client] = again + 1
+        self._attempts[client] = attempt + 1
         payload = self.broadcast(client_info)
         body = encoded(self.broadcast_content(client_info, payload))
-        fate = self.environment.faults.outcome(client, number)
-        up = self.upload_sizes(client_info, payload, self.version)
+        fault = self.environment.faults.outcome(client, number)
+        up_bytes = self.upload_sizes(client_info, payload, self.version)
         self.count_traffic(down=len(body))
-        ends = self._end_time(client, len(body), up, number, fate)
+        end = self._end_time(client, len(body), up_bytes, number, fault)
         return ClientTask(
-            number, client, place, self.version, again, self.now, ends, body, up, fate
+            number, client, place, self.version, attempt, self.now, end, body, up_bytes, fault
         )
 
-    def _end_time(self, client: str, down: int, up: int, number: int, fate: FaultOutcome) -> float:
-        """When a task that is given out now will end."""
+    def _end_time(self, client: str, down: int, up: int, number: int, fault: FaultOutcome) -> float:
+        """Return the time at which a task that is assigned now will end."""
         stages = self.environment.timing.task_times(client, down, up, self.now, number)
         return {
             "before": stages.received,
-            "during": stages.received + fate.completed_share * (stages.trained - stages.received),
+            "during": stages.received + fault.completed_share * (stages.trained - stages.received),
             "after": stages.trained,
-        }.get(fate.kind, stages.arrived + fate.delay)
+        }.get(fault.kind, stages.arrived + fault.delay)
 
     def _compute(self) -> None:
-        """Whatever is in flight and will have an effect, together."""
+        """Compute all tasks in flight that will not fail by a fault."""
         tasks = {task.client: task for task in self.queue.pop_uncomputed()}
         for client, reply in self.executor.run(list(tasks), lambda client: tasks[client].request):
             if isinstance(reply, Message):
@@ -389,75 +447,86 @@ class AsynchronousTrainer(FederatedTrainer):
             else:
                 tasks[client].diverged = str(reply)
 
-    def _finish_task(self, task: ClientTask, tally: BufferRecord) -> None:
-        """A task ends. Its upload enters the buffer, and what its client keeps is settled; or nothing comes of it. Raises
-        RunFailedError if that is all that ever happens."""
+    def _finish_task(self, task: ClientTask, buffer_record: BufferRecord) -> None:
+        """Add the upload of a task to the buffer and commit the client's state, if it succeeded.
+
+        Raises:
+            RunFailedError: If too many tasks have failed in a row.
+        """
         try:
             payload = self._receive_upload(task)
-        except TaskFailedError as nothing:
+        except TaskFailedError as error:
             self.store.discard_client(task.client)
-            tally.add_failure(task, str(nothing))
-            self._barren[nothing.cause] += 1
+            buffer_record.add_failure(task, str(error))
+            self._num_failed[error.cause] += 1
             if (
-                self._barren["client"] >= self.places
-                or self._barren["fate"] >= PATIENCE * self.places
+                self._num_failed["client"] >= self.places
+                or self._num_failed["fate"] >= MAX_FAULTS_PER_PLACE * self.places
             ):
-                tasks = sum(self._barren.values())
+                num_tasks = sum(self._num_failed.values())
                 raise RunFailedError(
-                    f"round {self.completed + 1}: no usable upload from {tasks} tasks; {task.client}: {nothing}"
+                    f"round {self.completed + 1}: no usable upload from {num_tasks} tasks; "
+                    f"{task.client}: {error}"
                 ) from None
             return
         versions = self.version - task.version
         self.store.commit([task.client])
-        self._barren.clear()
-        tally.add_upload(task, payload, versions)
+        self._num_failed.clear()
+        buffer_record.add_upload(task, payload, versions)
         self._buffer.append((task.client, payload, self.staleness.weight(versions)))
         if len(self._buffer) >= self.goal:
             self._aggregate()
 
     def _receive_upload(self, task: ClientTask) -> Payload:
-        """The task's upload as it arrives, if it is what was sent and what was asked for. Raises TaskFailedError."""
-        if task.fate.is_failure:
-            self.count_traffic(up=task.up_bytes if task.fate.kind == "lost" else 0)
-            raise TaskFailedError(task.fate.description, "fate")
+        """Return the decoded upload of a task.
+
+        Raises:
+            TaskFailedError: If no upload arrives, or if it is damaged or malformed.
+        """
+        if task.fault.is_failure:
+            self.count_traffic(up=task.up_bytes if task.fault.kind == "lost" else 0)
+            raise TaskFailedError(task.fault.description, "fate")
         if task.diverged is not None:
             self.check_divergence(task.client, task.diverged)
             raise TaskFailedError(task.diverged, "client")
         sent = iter([(task.client, task.upload or Message("upload", b""))])
-        came = list(
+        replies = list(
             inject_faults(
-                sent, {task.client: task.fate}, self.federation.seed, "changed", task.number
+                sent, {task.client: task.fault}, self.federation.seed, "changed", task.number
             )
         )
-        arrivals = [message for _, message in came if isinstance(message, Message)]
+        arrivals = [message for _, message in replies if isinstance(message, Message)]
         self.count_traffic(up=sum(message.size for message in arrivals))
-        upload = arrivals[0]  # the same once more is known by the task's number, and dropped
+        # A duplicate is recognized by the number of its task and dropped.
+        upload = arrivals[0]
         if not upload.is_intact:
-            raise TaskFailedError(CHANGED, "fate")
-        asked = self.broadcasts.received_by(task.client, task.version, task.broadcast)
+            raise TaskFailedError(DAMAGED, "fate")
+        received = self.broadcasts.received_by(task.client, task.version, task.broadcast)
         client_info = self.federation.client_infos[task.client]
         try:
             return self.decode_upload(
-                client_info, upload.content, asked, task.version, task.attempt
+                client_info, upload.content, received, task.version, task.attempt
             )
         except PayloadError as error:
             raise TaskFailedError(f"upload refused: {error}", "client") from None
 
     def _aggregate(self) -> None:
-        """The buffer becomes the next version."""
+        """Aggregate the buffered uploads into the next version."""
         self._set_round_context(self.version)
         client_infos = self.federation.client_infos
-        came = sorted(self._buffer, key=lambda entry: natural_key(entry[0]))
-        sent = [
-            Upload(client_infos[c], discount_upload(payload, worth), worth)
-            for c, payload, worth in came
+        entries = sorted(self._buffer, key=lambda entry: natural_key(entry[0]))
+        uploads = [
+            Upload(client_infos[c], discount_upload(payload, weight), weight)
+            for c, payload, weight in entries
         ]
-        given_up = self.update_server(
-            lambda: self._aggregate_uploads(sent), {c: payload.magnitude for c, payload, _ in came}
+        diverged = self.update_server(
+            lambda: self._aggregate_uploads(uploads),
+            {c: payload.magnitude for c, payload, _ in entries},
         )
         self._buffer.clear()
-        if given_up:  # the version stays, and what clients keep, which they may have built on
-            self._given_up = given_up
+        if diverged:
+            # The version stays, and so do the committed states, on which clients may train already.
+            self._server_diverged = diverged
             return
         self._attempts.clear()
         self._fillings = 0
@@ -470,20 +539,21 @@ class AsynchronousTrainer(FederatedTrainer):
             uploads.add(upload)
         run_plan(self.algorithm.aggregate(self.server, uploads), self.server, self.backend)
 
-    # Crash safety ------------------------------------------------------------------------------------------------
+    @override
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {
             "now": self.now,
             "count": [self.version, self.num_tasks, self._fillings],
             "asked": dict(self._attempts),
-            "barren": dict(self._barren),
+            "barren": dict(self._num_failed),
             "buffer": [
-                [client, as_tensor(payload.encode()), worth]
-                for client, payload, worth in self._buffer
+                [client, as_tensor(payload.encode()), weight]
+                for client, payload, weight in self._buffer
             ],
             "queue": self.queue.state_dict(),
         }
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.version, self.num_tasks, self._fillings = state["count"]
         self.queue = TaskQueue.from_state_dict(state["queue"], self.environment.faults.outcome)
@@ -491,9 +561,9 @@ class AsynchronousTrainer(FederatedTrainer):
         self.now = state["now"]
         self._set_round_context(self.version)
         self._attempts = Counter(state["asked"])
-        self._barren = Counter(state["barren"])
+        self._num_failed = Counter(state["barren"])
         device = self.federation.memory.storage_device
         self._buffer = [
-            (client, Payload.decode(as_bytes(body)).to(device), worth)
-            for client, body, worth in state["buffer"]
+            (client, Payload.decode(as_bytes(body)).to(device), weight)
+            for client, body, weight in state["buffer"]
         ]

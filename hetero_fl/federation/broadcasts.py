@@ -1,11 +1,8 @@
-"""How the server's models reach clients: as they are, or as changes of what clients hold.
+"""Encode the server's broadcasts, either whole or as changes of the models that clients have.
 
-With a sparse or low-rank stage on the way down, the server keeps an estimate of each model that it
-broadcasts: what a client decodes from all messages so far. A message compresses the difference
-between the model and the estimate, and both ends add it to the estimate. What compression leaves out
-is part of the next difference (EF21-P: Gruntkowska, Tyurin and Richtárik 2023, Algorithm 1). All
-clients that receive a model share its estimate: one that missed changes is sent them all, or the
-estimate as it is. An evaluation receives what a training in its place would, and changes nothing.
+With a sparse or low-rank stage in `channel.compress_down`, server and clients keep an estimate of
+each broadcast model, and a message contains the compressed difference to it (EF21-P: Gruntkowska,
+Tyurin and Richtárik 2023, Algorithm 1). See `EstimateBroadcasts`.
 """
 
 from __future__ import annotations
@@ -19,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+from typing_extensions import override
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.communication.protocol import Content, EncodeCache
@@ -29,20 +27,27 @@ from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import as_bytes, as_tensor
 
-KEPT_CHANGES = 16  # a client that missed more is sent the whole estimate
-HELD = "received"  # key of a client's private state: the estimates that it holds, by item
-NOTHING = bytes(8)  # name of an estimate before the first change
-COUNT = struct.Struct(">B")  # number of models in a message
-HEADER = struct.Struct(">B8s8sB")  # bytes of the item's name; estimate before, after; changes
-CHANGE_HEADER = struct.Struct(">II")  # number, bytes
-WHOLE = 0  # number of a change that replaces the estimate, uncompressed
+# A client that missed more changes is sent the whole estimate.
+KEPT_CHANGES = 16
+# Key of a client's private state under which it keeps its estimates, by item.
+ESTIMATES_KEY = "received"
+# Name of an estimate before the first change.
+NO_ESTIMATE = bytes(8)
+# Number of models in a message.
+COUNT = struct.Struct(">B")
+# Bytes of the item's name, names of the estimates before and after, number of changes.
+HEADER = struct.Struct(">B8s8sB")
+# Number and bytes of a change.
+CHANGE_HEADER = struct.Struct(">II")
+# Number of a change that replaces the estimate, uncompressed.
+WHOLE = 0
 
 
 class Broadcasts(ABC):
-    """Makes messages of the server's broadcasts.
+    """Base class of encoders of the server's broadcasts.
 
     Args:
-        links: Encode and decode messages.
+        links: The links that encode and decode messages.
     """
 
     def __init__(self, links: FederationLinks) -> None:
@@ -55,11 +60,11 @@ class Broadcasts(ABC):
         archs: Iterable[ModelSpec],
         training: Collection[str] = (),
     ) -> None:
-        """Forget the messages of earlier rounds.
+        """Begin a round and drop the messages of earlier ones.
 
         Args:
-            round_idx: The round, which keys random draws.
-            version: Rounds completed; of an asynchronous run, aggregations.
+            round_idx: Index of the round, which keys random draws.
+            version: Number of completed rounds, or of aggregations in an asynchronous run.
             archs: Architectures of the server's models.
             training: Clients that still train on an earlier version.
         """
@@ -70,11 +75,11 @@ class Broadcasts(ABC):
 
     @abstractmethod
     def _clear(self, training: Collection[str]) -> None:
-        """Forget messages, but not what clients still train on."""
+        """Drop all messages except those on which clients still train."""
 
     @abstractmethod
     def content(self, client_info: ClientInfo, payload: Payload) -> Content:
-        """Return the message to a client; clients that receive the same are given one object."""
+        """Return the message to a client; clients with the same broadcast share one object."""
 
     @abstractmethod
     def received(self, client_info: ClientInfo, payload: Payload) -> Payload:
@@ -82,39 +87,46 @@ class Broadcasts(ABC):
 
     @abstractmethod
     def received_by(self, client_id: str, round_idx: int, body: bytes) -> Payload:
-        """Return what a client decoded from an earlier message, on which it trains."""
+        """Return what a client decoded from an earlier message, on which it still trains.
+
+        Args:
+            client_id: The client.
+            round_idx: Index of the round of the message.
+            body: The message.
+        """
 
     def reset(self, client_id: str) -> bytes | None:
-        """Note that a client has lost its private state.
+        """Record that a client has lost its private state.
 
         Returns:
-            The message on which it trains, for a client that holds nothing; None if that is the
-            message that it was sent.
+            A message that replaces the one on which the client trains and that it can decode
+            without private state; None if the original message will do.
         """
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs."""
+        """Return the state for a checkpoint."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state from `state_dict`; the clients' states have been loaded."""
+        """Restore the state from `state_dict`, after the clients' states have been loaded."""
         return
 
 
 class PlainBroadcasts(Broadcasts):
-    """Messages that do not depend on what clients hold.
+    """Broadcasts that do not depend on what clients received before.
 
     Args:
-        links: Encode and decode messages.
-        hand_over: Whether clients take payloads as they are. What must be compressed is encoded all
-            the same.
+        links: The links that encode and decode messages.
+        hand_over: Whether clients in this process take payloads without encoding. Has no effect if
+            broadcasts are compressed.
     """
 
     def __init__(self, links: FederationLinks, hand_over: bool = False) -> None:
         super().__init__(links)
         self._hands_over = hand_over and links.down is None
 
+    @override
     def _clear(self, training: Collection[str]) -> None:
         round_idx = self._round_idx
         archs = self._archs
@@ -129,22 +141,25 @@ class PlainBroadcasts(Broadcasts):
             lambda payload: self._links.simulate_broadcast(round_idx, payload, archs)
         )
 
+    @override
     def content(self, client_info: ClientInfo, payload: Payload) -> Content:
         return self._contents(payload)
 
+    @override
     def received(self, client_info: ClientInfo, payload: Payload) -> Payload:
         return payload if self._links.down is None else self._decoded(payload)
 
+    @override
     def received_by(self, client_id: str, round_idx: int, body: bytes) -> Payload:
         return self._links.decode_broadcast(round_idx, body)
 
 
 class Change(NamedTuple):
-    """A part of a message that leads from one estimate of a model to the next.
+    """The part of a message that changes one estimate of a model into the next.
 
     Attributes:
-        number: Position among the changes of the model, from 1, which keys random draws; or `WHOLE`.
-        body: The encoded difference; of `WHOLE`, the estimate.
+        number: Position among the model's changes, from 1, which keys random draws; or `WHOLE`.
+        body: The encoded difference, or the encoded estimate if `number` is `WHOLE`.
     """
 
     number: int
@@ -156,8 +171,8 @@ class ModelPart(NamedTuple):
 
     Attributes:
         item: Name of the item.
-        before: Name of the estimate that the client holds.
-        after: Name of the estimate to which the changes lead.
+        before: Name of the estimate that the client has.
+        after: Name of the estimate after the changes.
         changes: The changes.
     """
 
@@ -168,15 +183,15 @@ class ModelPart(NamedTuple):
 
 
 @dataclass
-class Step:
-    """A move of an estimate towards a model.
+class EstimateStep:
+    """A step of an estimate towards a model.
 
     Attributes:
         version: The server's version.
-        digest: Identifies the model.
-        name: Name of the estimate after the move.
-        payload: The estimate after the move, as a payload of one item.
-        change: What leads to it; None if the estimate is there already.
+        digest: Digest of the model.
+        name: Name of the estimate after the step.
+        payload: The estimate after the step, as a payload of one item.
+        change: The change that leads to it; None if the step has been made.
     """
 
     version: int
@@ -187,14 +202,16 @@ class Step:
 
 
 class Estimate:
-    """What clients decode from all changes of a model, and the last ones of them."""
+    """The model that clients decode from all changes so far, and the latest of these changes."""
 
     def __init__(self) -> None:
-        self._names = deque([NOTHING], KEPT_CHANGES + 1)  # before, between and after the changes
+        # Names of the estimates before, between and after the kept changes.
+        self._names = deque([NO_ESTIMATE], KEPT_CHANGES + 1)
         self._changes: deque[Change] = deque(maxlen=KEPT_CHANGES)
-        self._number = 0  # of changes so far
-        self._last: Step | None = None
-        self._next: Step | None = None
+        # Number of changes so far.
+        self._number = 0
+        self._last: EstimateStep | None = None
+        self._next: EstimateStep | None = None
 
     def step(
         self,
@@ -203,29 +220,29 @@ class Estimate:
         digest: bytes,
         archs: Iterable[ModelSpec],
         version: int,
-    ) -> Step:
-        """Return the move towards a model; there is one for each version of the server.
+    ) -> EstimateStep:
+        """Return the step towards a model, one for each version of the server.
 
         Args:
-            links: Encode and decode the change.
+            links: The links that encode and decode the change.
             target: The model, as a payload of one item.
-            digest: Identifies the model.
+            digest: Digest of the model.
             archs: Architectures of the server's models.
             version: The server's version.
         """
         for step in (self._last, self._next):
             if step is not None and (step.version, step.digest) == (version, digest):
                 return step
-        held = self._last.payload if self._last is not None else None
+        before = self._last.payload if self._last is not None else None
         number = self._number + 1
-        body = links.encode_broadcast(number, target, archs, held)
-        after = links.decode_broadcast(number, body, held)
-        name = hashlib.sha256(self._names[-1] + body).digest()[: len(NOTHING)]
-        self._next = Step(version, digest, name, after, Change(number, body))
+        body = links.encode_broadcast(number, target, archs, before)
+        after = links.decode_broadcast(number, body, before)
+        name = hashlib.sha256(self._names[-1] + body).digest()[: len(NO_ESTIMATE)]
+        self._next = EstimateStep(version, digest, name, after, Change(number, body))
         return self._next
 
-    def move(self, step: Step) -> Step:
-        """Make a move that `step` has returned, unless it has been made; return it without change."""
+    def apply(self, step: EstimateStep) -> EstimateStep:
+        """Apply a step to the estimate unless it has been applied; return it without its change."""
         if step.change is not None:
             self._number = step.change.number
             self._changes.append(step.change)
@@ -235,11 +252,19 @@ class Estimate:
         assert self._last is not None
         return self._last
 
-    def changes_to(self, step: Step, held: bytes) -> list[Change]:
-        """Return what leads from an estimate that a client holds to that of a step."""
+    def changes_to(self, step: EstimateStep, before: bytes) -> list[Change]:
+        """Return the changes from a client's estimate to that after a step.
+
+        Args:
+            step: The step.
+            before: Name of the client's estimate.
+
+        Returns:
+            The missed changes, or the whole estimate where it is shorter.
+        """
         whole = step.payload.encoded_size
-        if held in self._names:
-            changes = list(self._changes)[self._names.index(held) :]
+        if before in self._names:
+            changes = list(self._changes)[self._names.index(before) :]
             if step.change is not None:
                 changes.append(step.change)
             if _size(len(change.body) for change in changes) <= _size([whole]):
@@ -247,7 +272,7 @@ class Estimate:
         return [Change(WHOLE, step.payload.encode())]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs of an estimate that has moved."""
+        """Return the state for a checkpoint; requires `has_moved`."""
         assert self._last is not None
         return {
             "names": [name.hex() for name in self._names],
@@ -259,17 +284,17 @@ class Estimate:
 
     @property
     def has_moved(self) -> bool:
-        """Whether there is anything in `state_dict`."""
+        """Whether a step has been applied."""
         return self._last is not None
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Estimate:
-        """Restore an estimate."""
+        """Restore an estimate from `state_dict`."""
         estimate = cls()
         estimate._names = deque(map(bytes.fromhex, state["names"]), KEPT_CHANGES + 1)
         estimate._changes.extend(Change(n, as_bytes(body)) for n, body in state["changes"])
         estimate._number = estimate._changes[-1].number
-        estimate._last = Step(
+        estimate._last = EstimateStep(
             state["version"],
             bytes.fromhex(state["digest"]),
             estimate._names[-1],
@@ -280,14 +305,14 @@ class Estimate:
 
 
 @dataclass
-class Sent:
-    """What a client was sent to train on.
+class SentBroadcast:
+    """The broadcast on which a client trains.
 
     Attributes:
         names: Names of the estimates, by item.
         received: What the client decoded.
         rest: The part of the message that contains no models.
-        stamp: Of the client's private state at that time.
+        stamp: Stamp of the client's private state at that time.
         version: The server's version at that time.
     """
 
@@ -299,63 +324,85 @@ class Sent:
 
 
 class Ledger:
-    """Which estimates each client holds.
+    """Record of the estimates that each client has.
 
-    A client keeps what it received together with its private state, that is once the server has
-    used its upload.
+    A client keeps the estimates that it received together with its private state, which is
+    committed when the server has used its upload.
 
     Args:
         stamp: Returns a number that changes with each commit of a client's private state.
+
+    Attributes:
+        names: Names of the estimates that each client has, by client id and item.
+        sent: The broadcast that each client was sent last, until its private state is committed.
     """
 
     def __init__(self, stamp: Callable[[str], int | None]) -> None:
         self._stamp = stamp
-        self.held: dict[str, dict[str, bytes]] = {}
-        self.sent: dict[str, Sent] = {}
+        self.names: dict[str, dict[str, bytes]] = {}
+        self.sent: dict[str, SentBroadcast] = {}
 
-    def held_by(self, client_id: str) -> Mapping[str, bytes]:
-        """Return the names of the estimates that a client holds, by item."""
+    def names_of(self, client_id: str) -> Mapping[str, bytes]:
+        """Return the names of the estimates that a client has, by item."""
         sent = self.sent.get(client_id)
         if sent is not None and sent.stamp != self._stamp(client_id):
-            self.held[client_id] = {**self.held.get(client_id, {}), **sent.names}
+            self.names[client_id] = {**self.names.get(client_id, {}), **sent.names}
             del self.sent[client_id]
-        return self.held.get(client_id, {})
+        return self.names.get(client_id, {})
 
     def send(
         self, client_id: str, names: dict[str, bytes], received: Payload, rest: bytes, version: int
     ) -> None:
-        """Note what a client was sent to train on."""
-        self.held_by(client_id)
-        self.sent[client_id] = Sent(names, received, rest, self._stamp(client_id), version)
+        """Record the broadcast on which a client will train.
+
+        Args:
+            client_id: The client.
+            names: Names of the estimates, by item.
+            received: What the client decodes.
+            rest: The part of the message that contains no models.
+            version: The server's version.
+        """
+        self.names_of(client_id)
+        self.sent[client_id] = SentBroadcast(names, received, rest, self._stamp(client_id), version)
 
     def drop_unused(self, version: int, training: Collection[str]) -> None:
-        """Forget what was sent before a version, but for clients that still train on it."""
+        """Drop broadcasts of earlier versions, except those on which clients still train."""
         for client_id in list(self.sent):
-            self.held_by(client_id)
+            self.names_of(client_id)
             sent = self.sent.get(client_id)
             if sent is not None and sent.version != version and client_id not in training:
                 del self.sent[client_id]
 
     def forget(self, client_id: str) -> None:
-        """Note that a client has lost what it held."""
-        self.held.pop(client_id, None)
+        """Record that a client has lost its estimates."""
+        self.names.pop(client_id, None)
         self.sent.pop(client_id, None)
 
 
 class EstimateBroadcasts(Broadcasts):
-    """Messages that change estimates of the server's models, which clients hold.
+    """Broadcasts as compressed changes of estimates that server and clients keep.
+
+    The estimate of a model is what a client decodes from all messages so far. A message compresses
+    the difference between model and estimate, and both sides add the result to the estimate. The
+    compression error is part of the next difference. All clients that receive a model share its
+    estimate: a client that missed changes is sent all of them, or the whole estimate. A broadcast
+    for evaluation has the content of one for training, but does not change the estimates.
 
     Args:
-        links: Encode and decode messages.
+        links: The links that encode and decode messages.
         stamp: Returns a number that changes with each commit of a client's private state.
+
+    Attributes:
+        ledger: Record of the estimates that each client has.
+        estimates: The estimates by item and group of clients, see `estimate_group`.
     """
 
     def __init__(self, links: FederationLinks, stamp: Callable[[str], int | None]) -> None:
         super().__init__(links)
         self.ledger = Ledger(stamp)
-        # By item and by group of clients (`estimate_group`).
         self.estimates: dict[tuple[str, str], Estimate] = {}
 
+    @override
     def _clear(self, training: Collection[str]) -> None:
         self.ledger.drop_unused(self._version, training)
         self._digests = EncodeCache(_digest)
@@ -364,19 +411,20 @@ class EstimateBroadcasts(Broadcasts):
         self._received: dict[Any, Payload] = {}
         self._sent_digests: dict[Any, bytes] = {}
 
+    @override
     def content(self, client_info: ClientInfo, payload: Payload) -> bytes:
         client_id = client_info.client_id
         models, others = split_models(payload)
         rest, _ = self._others(others)
         steps = self._steps(client_info, models)
-        held = dict(self.ledger.held_by(client_id))
+        names_before = dict(self.ledger.names_of(client_id))
         received = self._decoded(steps, others)
         if client_info.purpose == "train":
-            steps = {place: self.estimates[place].move(step) for place, step in steps.items()}
+            steps = {key: self.estimates[key].apply(step) for key, step in steps.items()}
             names = {item: step.name for (item, _), step in steps.items()}
             self.ledger.send(client_id, names, received, rest, self._version)
         parts = tuple(
-            (item, group, step.name, held.get(item, NOTHING))
+            (item, group, step.name, names_before.get(item, NO_ESTIMATE))
             for (item, group), step in steps.items()
         )
         key = parts, rest
@@ -394,6 +442,7 @@ class EstimateBroadcasts(Broadcasts):
             )
         return self._bodies[key]
 
+    @override
     def received(self, client_info: ClientInfo, payload: Payload) -> Payload:
         sent = self.ledger.sent.get(client_info.client_id)
         if sent is not None and sent.version == self._version:
@@ -401,9 +450,11 @@ class EstimateBroadcasts(Broadcasts):
         models, others = split_models(payload)
         return self._decoded(self._steps(client_info, models), others)
 
+    @override
     def received_by(self, client_id: str, round_idx: int, body: bytes) -> Payload:
         return self.ledger.sent[client_id].received
 
+    @override
     def reset(self, client_id: str) -> bytes | None:
         sent = self.ledger.sent.get(client_id)
         self.ledger.forget(client_id)
@@ -412,13 +463,17 @@ class EstimateBroadcasts(Broadcasts):
         self.ledger.send(client_id, sent.names, sent.received, sent.rest, sent.version)
         models, _ = split_models(sent.received)
         parts = [
-            ModelPart(name, NOTHING, sent.names[name], [Change(WHOLE, _only(name, item).encode())])
+            ModelPart(
+                name, NO_ESTIMATE, sent.names[name], [Change(WHOLE, _only(name, item).encode())]
+            )
             for name, item in models.items_.items()
         ]
         return _pack(parts, sent.rest)
 
-    def _steps(self, client_info: ClientInfo, models: Payload) -> dict[tuple[str, str], Step]:
-        """Return the moves towards the models that a client is sent, by item and group.
+    def _steps(
+        self, client_info: ClientInfo, models: Payload
+    ) -> dict[tuple[str, str], EstimateStep]:
+        """Return the steps towards the models that a client is sent, by item and group.
 
         Raises:
             UserError: If clients that should share an estimate are sent different models.
@@ -432,7 +487,7 @@ class EstimateBroadcasts(Broadcasts):
             if self._sent_digests.setdefault(key, digest) != digest:
                 raise UserError(
                     "channel.compress_down: the method sends different models to clients with the "
-                    "same architecture; say so: needs = Needs(models_per_client=True)"
+                    "same architecture; declare it by needs = Needs(models_per_client=True)"
                 )
             estimate = self.estimates.setdefault((name, group), Estimate())
             steps[name, group] = estimate.step(
@@ -440,8 +495,8 @@ class EstimateBroadcasts(Broadcasts):
             )
         return steps
 
-    def _decoded(self, steps: Mapping[tuple[str, str], Step], others: Payload) -> Payload:
-        """Return what clients decode; the same object for all of them."""
+    def _decoded(self, steps: Mapping[tuple[str, str], EstimateStep], others: Payload) -> Payload:
+        """Return what clients decode, one object for all of them."""
         rest, decoded = self._others(others)
         key = tuple((place, step.name) for place, step in steps.items()), rest
         if key not in self._received:
@@ -453,22 +508,24 @@ class EstimateBroadcasts(Broadcasts):
         body = self._links.encode_broadcast(self._round_idx, others, self._archs)
         return body, self._links.decode_broadcast(self._round_idx, body)
 
+    @override
     def state_dict(self) -> dict[str, Any]:
+        # Update `names` before they are saved.
         for client_id in list(self.ledger.sent):
-            self.ledger.held_by(client_id)
-        # Sorted, because workers are given clients in an order of their own.
+            self.ledger.names_of(client_id)
+        # Sorted, because the order in which workers process clients varies.
         sent = dict(sorted(self.ledger.sent.items()))
         received = {id(each.received): each for each in sent.values()}
-        places = {key: place for place, key in enumerate(received)}
+        positions = {key: position for position, key in enumerate(received)}
         return {
             "estimates": [
                 [item, group, self.estimates[item, group].state_dict()]
                 for item, group in sorted(self.estimates)
                 if self.estimates[item, group].has_moved
             ],
-            "held": {client: _to_hex(names) for client, names in sorted(self.ledger.held.items())},
+            "held": {client: _to_hex(names) for client, names in sorted(self.ledger.names.items())},
             "sent": {
-                client: [_to_hex(each.names), places[id(each.received)], each.version]
+                client: [_to_hex(each.names), positions[id(each.received)], each.version]
                 for client, each in sent.items()
             },
             "received": [
@@ -477,6 +534,7 @@ class EstimateBroadcasts(Broadcasts):
             ],
         }
 
+    @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.estimates = {
             (item, group): Estimate.from_state_dict(saved)
@@ -487,21 +545,21 @@ class EstimateBroadcasts(Broadcasts):
             for content, rest in state["received"]
         ]
         self.ledger.sent.clear()
-        self.ledger.held = {client: _from_hex(names) for client, names in state["held"].items()}
-        for client, (names, place, version) in state["sent"].items():
-            payload, rest = received[place]
+        self.ledger.names = {client: _from_hex(names) for client, names in state["held"].items()}
+        for client, (names, position, version) in state["sent"].items():
+            payload, rest = received[position]
             self.ledger.send(client, _from_hex(names), payload, rest, version)
 
 
 def make_broadcasts(
     links: FederationLinks, stamp: Callable[[str], int | None], hand_over: bool = False
 ) -> Broadcasts:
-    """Return what makes messages of a federation's broadcasts.
+    """Return the encoder of a federation's broadcasts.
 
     Args:
-        links: Encode and decode messages.
-        stamp: Returns the number of a client's private state, see `StateStore.stamp`.
-        hand_over: Whether clients take payloads as they are.
+        links: The links that encode and decode messages.
+        stamp: Returns the stamp of a client's private state, see `StateStore.stamp`.
+        hand_over: Whether clients in this process take payloads without encoding.
     """
     if links.sends_changes:
         return EstimateBroadcasts(links, stamp)
@@ -509,27 +567,26 @@ def make_broadcasts(
 
 
 def estimate_group(algorithm: Algorithm, client_info: ClientInfo) -> str:
-    """Return the name of the clients that share the estimates of what they are sent."""
+    """Return the name of the group of clients that share the estimates of a client's models."""
     if algorithm.needs.models_per_client:
         return client_info.client_id
     return ",".join(f"{slot}={arch.spec_id}" for slot, arch in sorted(client_info.models.items()))
 
 
 def read_broadcast(
-    links: FederationLinks, round_idx: int, body: bytes, held: Mapping[str, Any] | None
+    links: FederationLinks, round_idx: int, body: bytes, estimates: Mapping[str, Any] | None
 ) -> Payload:
     """Decode a message on the client.
 
     Args:
-        links: Decode messages.
-        round_idx: The round.
+        links: The links that decode messages.
+        round_idx: Index of the round, from 0.
         body: The message.
-        held: The estimates that the client holds (`HELD` of its private state); None if it holds
-            none.
+        estimates: The client's estimates (`ESTIMATES_KEY` of its private state), or None.
 
     Raises:
         PayloadError: If the message is malformed, or changes an estimate that the client does not
-            hold.
+            have.
     """
     if not links.sends_changes:
         return links.decode_broadcast(round_idx, body)
@@ -537,39 +594,41 @@ def read_broadcast(
     others = links.decode_broadcast(round_idx, rest)
     items: dict[str, Item] = {}
     for part in parts:
-        is_whole = part.before == NOTHING or any(c.number == WHOLE for c in part.changes)
-        estimate = None if is_whole else _find_held(held, part)
+        is_whole = part.before == NO_ESTIMATE or any(c.number == WHOLE for c in part.changes)
+        estimate = None if is_whole else _find_estimate(estimates, part)
         for change in part.changes:
             if change.number == WHOLE:
                 estimate = Payload.decode(change.body)
             else:
                 estimate = links.decode_broadcast(change.number, change.body, estimate)
         if estimate is None or list(estimate.items_) != [part.item]:
-            raise PayloadError(f"contains no change that leads to its estimate of {part.item!r}")
+            raise PayloadError(f"contains no change that results in an estimate of {part.item!r}")
         items |= estimate.items_
     return Payload({**items, **others.items_}, others.report)
 
 
-def hold(body: bytes, received: Payload, held: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the estimates that a client holds after a message, in memory of their own.
+def updated_estimates(
+    body: bytes, received: Payload, estimates: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return copies of the estimates that a client has after a message.
 
     Args:
-        body: The message, which `read_broadcast` has read.
-        received: What it contains.
-        held: The estimates that the client held.
+        body: The message.
+        received: The decoded message.
+        estimates: The client's estimates before the message.
     """
-    after = dict(held or {})
+    after = dict(estimates or {})
     for part in _unpack(body)[0]:
         tensors = {n: t.clone() for n, t in received.items_[part.item].tensors.items()}
         after[part.item] = {"name": part.after.hex(), "tensors": tensors}
     return after
 
 
-def _find_held(held: Mapping[str, Any] | None, part: ModelPart) -> Payload:
-    """Return the estimate that a client holds, which a message says to change."""
-    known = (held or {}).get(part.item)
+def _find_estimate(estimates: Mapping[str, Any] | None, part: ModelPart) -> Payload:
+    """Return the client's estimate that a message changes."""
+    known = (estimates or {}).get(part.item)
     if known is None or known["name"] != part.before.hex():
-        raise PayloadError("changes an estimate that this client does not hold")
+        raise PayloadError("changes an estimate that this client does not have")
     return _only(part.item, Item(known["tensors"], kind="params"))
 
 
@@ -616,7 +675,7 @@ def _unpack(body: bytes) -> tuple[list[ModelPart], bytes]:
         try:
             name = take(length).decode()
         except UnicodeDecodeError:
-            raise PayloadError("names an item in another encoding than UTF-8") from None
+            raise PayloadError("contains an item name that is not valid UTF-8") from None
         changes = []
         for _ in range(count):
             number, size = CHANGE_HEADER.unpack(take(CHANGE_HEADER.size))
@@ -626,19 +685,18 @@ def _unpack(body: bytes) -> tuple[list[ModelPart], bytes]:
 
 
 def split_models(payload: Payload) -> tuple[Payload, Payload]:
-    """Return the models of a payload, and everything else."""
+    """Split a payload into its models and all other items."""
     models = {name: item for name, item in payload.items_.items() if item.kind == "params"}
     others = {name: item for name, item in payload.items_.items() if item.kind != "params"}
     return Payload(models), Payload(others, payload.report)
 
 
 def _only(name: str, item: Item) -> Payload:
-    """Return a payload of one item."""
     return Payload({name: item})
 
 
 def _digest(models: Payload) -> bytes:
-    """Return a digest of names, shapes and numbers of models."""
+    """Return a digest of the names, shapes and values of models."""
     digest = hashlib.sha256()
     for name, item in sorted(models.items_.items()):
         for key, tensor in sorted(item.tensors.items()):

@@ -1,4 +1,4 @@
-"""Both directions of a run's channel, derived alike by client and server."""
+"""Encoding of uploads and broadcasts, configured identically on clients and server."""
 
 from __future__ import annotations
 
@@ -18,14 +18,26 @@ from hetero_fl.privacy.client_side import upload_specs
 from hetero_fl.utils.caching import BoundedCache
 from hetero_fl.utils.seeding import Key
 
-# Both directions of a run's channel, as client and server make them alike from the method and the
-# federation.
+# Number of expected uploads whose size is cached.
+CACHED_SIZES = 64
 
 
 class FederationLinks:
-    """What is sent and received on either side. Bounds, which send nothing that a federation would, are not compressed.
+    """Encoder and decoder of the messages between clients and server.
 
-    `bound`: messages as long as they can be, where that depends on the numbers; `at_most`: whether it does.
+    Messages of a reference method without communication are not compressed.
+
+    Args:
+        algorithm: The method.
+        federation: The federation.
+        bound: Whether to encode messages at their largest possible size.
+
+    Attributes:
+        at_most: Whether the size of messages depends on their values and `bound` is set.
+        up: Link for uploads; None if they are not compressed.
+        down: Link for broadcasts; None if they are not compressed.
+        sends_changes: Whether broadcasts contain changes of an estimate that clients keep, see
+            `EstimateBroadcasts`.
     """
 
     def __init__(
@@ -42,15 +54,12 @@ class FederationLinks:
         if bound:
             up = with_worst_case_size(up)
             down = with_worst_case_size(down)
-        # None: payloads travel as they are, and clients receive what the server sends.
         outputs = federation.task.outputs
         self.up = Link(up, specs, outputs) if up else None
         self.down = Link(down, algorithm.downloads, outputs, includes_layout=True) if down else None
-        # Whether broadcasts contain changes of an estimate that clients hold (`EstimateBroadcasts`).
         self.sends_changes = any(stage.kind in SPARSE for stage in config.compress_down)
-        self._statistics: dict[ModelSpec, frozenset[str]] = {}
+        self._buffers: dict[ModelSpec, frozenset[str]] = {}
 
-    # Up --------------------------------------------------------------------------------------------------------------
     def encode_upload(
         self,
         client_info: ClientInfo,
@@ -58,12 +67,21 @@ class FederationLinks:
         payload: Payload,
         received: Payload,
         memory: dict[str, Any],
+        *,
         attempt: int = 0,
     ) -> bytes:
-        """A client's upload, which trained on what it `received`; `memory` is its private state. `attempt`: how often it was asked in
-        that round before, for draws of their own.
+        """Encode an upload on the client.
 
-        What is to be summed in secret is rounded as the chain has it, and goes on as the numbers that the chain's end reads.
+        With secure aggregation, values are compressed and decompressed before they are encoded,
+        because the server sees only their sum.
+
+        Args:
+            client_info: The sender.
+            round_idx: Index of the round, from 0.
+            payload: The upload.
+            received: The broadcast on which the client trained.
+            memory: The client's private state, which keeps compression errors.
+            attempt: How often the client has already trained in this round; keys random draws.
         """
         if self.up is None:
             return payload.encode()
@@ -77,7 +95,7 @@ class FederationLinks:
         if not self.summed:
             return sent
         return self.decode_upload(
-            client_info, round_idx, sent, payload.items_, received, attempt
+            client_info, round_idx, sent, payload.items_, received, attempt=attempt
         ).encode()
 
     def decode_upload(
@@ -87,9 +105,22 @@ class FederationLinks:
         data: bytes,
         like: Mapping[str, Item],
         received: Payload,
+        *,
         attempt: int = 0,
     ) -> Payload:
-        """The upload at the server, which knows what the client `received` and what its upload is `like`. Raises PayloadError."""
+        """Decode an upload on the server.
+
+        Args:
+            client_info: The sender.
+            round_idx: Index of the round, from 0.
+            data: The encoded upload.
+            like: Items of the expected form.
+            received: The broadcast on which the client trained.
+            attempt: How often the client has already trained in this round; keys random draws.
+
+        Raises:
+            PayloadError: If the upload is malformed.
+        """
         if self.up is None:
             return Payload.decode(data, like)
         return self.up.receive(
@@ -103,7 +134,6 @@ class FederationLinks:
     def _uncompressed_names(self, client_info: ClientInfo) -> frozenset[str]:
         return self._buffer_names(client_info.models.values())
 
-    # Down ------------------------------------------------------------------------------------------------------------
     def encode_broadcast(
         self,
         round_idx: int,
@@ -111,7 +141,14 @@ class FederationLinks:
         archs: Iterable[ModelSpec],
         reference: Payload | None = None,
     ) -> bytes:
-        """What the server, which holds models of these architectures, sends to clients that hold `reference`."""
+        """Encode a broadcast on the server.
+
+        Args:
+            round_idx: Index of the round, from 0; with a reference, the number of the change.
+            payload: The broadcast.
+            archs: Architectures of the server's models.
+            reference: The estimate that clients already have; None to encode the payload itself.
+        """
         if self.down is None:
             return payload.encode()
         key = self._key(SERVER, round_idx)
@@ -120,7 +157,16 @@ class FederationLinks:
     def decode_broadcast(
         self, round_idx: int, data: bytes, reference: Payload | None = None
     ) -> Payload:
-        """A broadcast at a client that holds `reference`. Raises PayloadError."""
+        """Decode a broadcast on the client.
+
+        Args:
+            round_idx: The number passed to `encode_broadcast`.
+            data: The encoded broadcast.
+            reference: The estimate that the client already has, or None.
+
+        Raises:
+            PayloadError: If the broadcast is malformed.
+        """
         if self.down is None:
             return Payload.decode(data)
         return self.down.receive(data, self._key(SERVER, round_idx), reference=reference)
@@ -128,38 +174,53 @@ class FederationLinks:
     def simulate_broadcast(
         self, round_idx: int, payload: Payload, archs: Iterable[ModelSpec]
     ) -> Payload:
-        """Return what a client decodes from a broadcast."""
+        """Encode and decode a broadcast, and return what clients decode.
+
+        Args:
+            round_idx: Index of the round, from 0.
+            payload: The broadcast.
+            archs: Architectures of the server's models.
+        """
         return self.decode_broadcast(round_idx, self.encode_broadcast(round_idx, payload, archs))
 
     def _key(self, sender: str, round_idx: int, attempt: int = 0) -> tuple[Key, ...]:
         return (self.seed, round_idx, sender, "link", *(("again", attempt) if attempt else ()))
 
     def _buffer_names(self, archs: Iterable[ModelSpec]) -> frozenset[str]:
-        """Names of what is no parameter (running means and variances): averaged as it is, never cut or rounded."""
-        found: frozenset[str] = frozenset()
+        """Return the names of buffers such as running means, which are never compressed."""
+        names: frozenset[str] = frozenset()
         for arch in archs:
-            if arch not in self._statistics:
-                self._statistics[arch] = frozenset(arch.shapes) - arch.parameter_names
-            found |= self._statistics[arch]
-        return found
-
-
-CACHED_SIZES = 64
+            if arch not in self._buffers:
+                self._buffers[arch] = frozenset(arch.shapes) - arch.parameter_names
+            names |= self._buffers[arch]
+        return names
 
 
 class UploadSizes:
-    """Bytes of uploads, known before they are computed (but for the digits of a weight)."""
+    """Expected bytes of uploads, exact up to the digits of an item's weight.
+
+    Args:
+        algorithm: The method.
+        federation: The federation.
+        expectations: The expected form of uploads.
+    """
 
     def __init__(
         self, algorithm: Algorithm, federation: FederationSpec, expectations: ExpectedUploads
     ) -> None:
         self._expectations = expectations
         self._links = FederationLinks(algorithm, federation, bound=True)
-        # by the expected items, which clients that are alike share
+        # Keyed by the identity of the expected items, which clients of the same form share.
         self._sizes: BoundedCache[tuple[Mapping[str, Item], int]] = BoundedCache(CACHED_SIZES)
 
     def __call__(self, client_info: ClientInfo, received: Payload, round_idx: int) -> int:
-        """Return the bytes of a client's upload, its report included."""
+        """Return the bytes of a client's upload with its report.
+
+        Args:
+            client_info: The client.
+            received: The broadcast on which the client trains.
+            round_idx: Index of the round, from 0.
+        """
         expected = self._expectations.expected_items(client_info, received, round_idx)
         known = self._sizes.get(id(expected))
         if known is None or known[0] is not expected:
@@ -170,28 +231,32 @@ class UploadSizes:
 
 
 def idle_stages(name: str, algorithm: Algorithm, federation: FederationSpec) -> list[str]:
-    """Lines on stages that find nothing to do in what clients of this method send."""
+    """Return a line for each compression setting that has no effect.
+
+    Args:
+        name: Name of the method.
+        algorithm: The method.
+        federation: The federation.
+    """
     config = federation.channel
     if not algorithm.needs.counts_traffic:
-        return (
-            [f"channel is not used: {name} sends nothing"]
-            if config.compress or config.compress_down
-            else []
-        )
+        is_configured = config.compress or config.compress_down
+        return [f"channel: has no effect, {name} sends no messages"] if is_configured else []
     sorts = {sort for spec in algorithm.uploads.values() for sort in value_kinds(spec)}
     stages = zip(config.compress, build_stages(config.compress, config.entropy), strict=True)
     notes = [
-        f"channel.compress: {c.kind} finds nothing to do in what {name} sends"
+        f"channel.compress: {c.kind} has no effect on the uploads of {name}"
         for c, s in stages
         if not sorts & s.sorts
     ]
     classes = federation.task.outputs
     for key, chain in (("compress", config.compress), ("compress_down", config.compress_down)):
         notes += [
-            f"channel.{key}: top_classes {c.top_classes} leaves predictions of {classes} classes as they are"
+            f"channel.{key}: top_classes={c.top_classes} has no effect on predictions of "
+            f"{classes} classes"
             for c in chain
             if c.top_classes is not None and c.top_classes + 1 >= classes
         ]
     if config.entropy and not any(c.topk for c in (*config.compress, *config.compress_down)):
-        notes.append("channel.entropy is not used: it codes the places that topk sends")
+        notes.append("channel.entropy: has no effect without topk, whose positions it encodes")
     return notes

@@ -1,11 +1,8 @@
-"""Write and read checkpoints: one file per round with what changed, of which the two newest are kept.
+"""Incremental checkpoints of a run, of which the two newest are kept.
 
-A checkpoint is a segment (`state_store.py`): the private state of the clients that changed it in
-this round, written while the round ran; the rest of the run's state; and a head that says where
-everything lies. State that did not change stays in an older file, which is kept as long as one of
-the two newest checkpoints refers to it. When less than a quarter of a file is live, the next
-checkpoint copies what is live. A run with full participation therefore has two files, each complete
-in itself, and a run with cohorts has at most about four times the bytes of its state.
+A checkpoint is a segment (see `state_store.py`) with the private states that changed in the round,
+the rest of the run's state, and a head with the locations of both. Unchanged states stay in older
+files, which are kept while one of the two newest checkpoints refers to them.
 """
 
 from __future__ import annotations
@@ -30,18 +27,22 @@ from hetero_fl.utils.serialization import (
 )
 
 FORM = "hetero_fl checkpoint 3"
-# Bytes: larger trees are written and read in pieces, so that they are not in memory twice.
+# Larger trees, in bytes, are written and read in pieces, so that they are not in memory twice.
 PIECE = 16 << 20
 KEPT_CHECKPOINTS = 2
 _NAME = re.compile(r"round-(\d{6,})\.ckpt")
 
 
 class Checkpoints:
-    """The checkpoints of a run, in the folder of the store whose state they hold.
+    """Checkpoints of a run, in the folder of its store.
+
+    If less than a quarter of a file is in use, the next checkpoint copies the part in use. With
+    full participation there are therefore two complete files; with cohorts, the files take up to
+    about four times the bytes of the state.
 
     Args:
         store: The clients' private state.
-        log: Receives a line for each checkpoint that is damaged.
+        log: Called with a line for each damaged checkpoint.
 
     Raises:
         ValueError: If the store has no folder.
@@ -49,13 +50,20 @@ class Checkpoints:
 
     def __init__(self, store: StateStore, log: Callable[[str], None]) -> None:
         if store.folder is None:
-            raise ValueError("a store that lives in memory only has no checkpoints")
+            raise ValueError("store: must have a folder for checkpoints, got a store in memory")
         self.store = store
         self.folder = store.folder
         self.log = log
 
     def save(self, completed: int, state: Mapping[str, Any]) -> Path:
-        """Write the state after `completed` rounds: `state`, and what the store has committed.
+        """Write a checkpoint with the committed private states.
+
+        Args:
+            completed: Number of completed rounds.
+            state: The rest of the run's state.
+
+        Returns:
+            Path of the checkpoint.
 
         Raises:
             RunFailedError: If private state in an older file has been damaged.
@@ -67,34 +75,41 @@ class Checkpoints:
         pieces = _write_tree(dict(state), segment)
         segment.seal(path, _encode_head(pieces, self.store, segment, path.name))
         self.store.start_segment()
-        # Later files are damaged ones, which the run has fallen back from.
+        # Later files are damaged ones that were skipped by `load_newest`.
         self._remove_files_after(completed)
         self._remove_unused_files()
         return path
 
     def load_newest(self) -> dict[str, Any] | None:
-        """Return the newest undamaged tree and put its private state into the store.
+        """Load the newest undamaged checkpoint, and put its private states into the store.
 
-        Returns None if there is no checkpoint.
+        Returns:
+            The rest of the run's state, or None if there is no checkpoint.
 
         Raises:
-            RunFailedError: If there are checkpoints and all are damaged.
+            RunFailedError: If all checkpoints are damaged.
         """
-        # Left by a process that was killed.
+        # Remove an unfinished segment of a process that was killed.
         OpenSegment(self.folder).path.unlink(missing_ok=True)
         files = checkpoint_files(self.folder)
         tree = self._load_first_undamaged(files)
         if tree is None and files:
             raise RunFailedError(
-                f"{self.folder}: no whole checkpoint is left; start anew with another --out"
+                f"{self.folder}: all checkpoints are damaged; start a new run with another --out"
             )
         return tree
 
     def load_before(self, completed: int) -> dict[str, Any] | None:
-        """Return the newest undamaged tree after fewer rounds, and remove later checkpoints.
+        """Load the newest undamaged checkpoint of fewer rounds, and remove later checkpoints.
 
-        Its private state is put into the store. Returns None if there is none; the store is then
-        empty and no checkpoint is removed.
+        Its private states are put into the store.
+
+        Args:
+            completed: The checkpoint has fewer completed rounds than this.
+
+        Returns:
+            The rest of the run's state, or None if there is no such checkpoint. The store is then
+            empty, and no checkpoint is removed.
         """
         files = checkpoint_files(self.folder)
         tree = self._load_first_undamaged([p for p in files if checkpoint_round(p) < completed])
@@ -108,8 +123,8 @@ class Checkpoints:
             try:
                 saved = read_checkpoint(path)
             except (CodecError, OSError) as error:
-                fallback = "" if path == files[0] else "; using the one before it"
-                self.log(f"{path.name} is damaged ({error}){fallback}")
+                fallback = "" if path == files[0] else "; using the previous checkpoint"
+                self.log(f"{path.name}: damaged ({error}){fallback}")
                 continue
             self.store.load_locations(saved.locations, saved.staged_locations)
             return saved.tree
@@ -121,12 +136,13 @@ class Checkpoints:
                 path.unlink()
 
     def _remove_unused_files(self) -> None:
-        """Remove the files to which neither of the two newest checkpoints refers."""
+        """Remove files to which neither of the newest checkpoints refers."""
         files = checkpoint_files(self.folder)
         used = self.store.files()
         for path in files[-KEPT_CHECKPOINTS:]:
             used.add(path)
-            with suppress(CodecError, OSError):  # a damaged one is not loaded again
+            # The references of a damaged checkpoint are not needed.
+            with suppress(CodecError, OSError):
                 used.update(path.with_name(name) for name in _decode_head(path)["files"])
         for path in files:
             if path not in used:
@@ -139,7 +155,7 @@ def checkpoint_name(completed: int) -> str:
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, the newest last; files with other names are left out."""
+    """Return the checkpoints in a folder, oldest first; files with other names are ignored."""
     return sorted(
         (path for path in folder.glob("round-*.ckpt") if _NAME.fullmatch(path.name)),
         key=checkpoint_round,
@@ -147,19 +163,25 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 def checkpoint_round(path: Path) -> int:
-    """Return the number of rounds after which a checkpoint was written, from its file name.
+    """Return the number of completed rounds from the file name of a checkpoint.
 
     Raises:
-        ValueError: If it is not the name of a checkpoint.
+        ValueError: If the file name is not that of a checkpoint.
     """
     match = _NAME.fullmatch(path.name)
     if match is None:
-        raise ValueError(f"{path}: expected a file name such as {checkpoint_name(1)}")
+        raise ValueError(f"path: expected a file name such as {checkpoint_name(1)}, got {path}")
     return int(match[1])
 
 
 class SavedState(NamedTuple):
-    """The contents of a checkpoint: a tree, and where each client's private state lies."""
+    """Contents of a checkpoint.
+
+    Attributes:
+        tree: State of the run, except for private states.
+        locations: Location of each client's committed private state.
+        staged_locations: Location of each client's staged private state; None for an empty state.
+    """
 
     tree: dict[str, Any]
     locations: dict[str, BlobLocation]
@@ -167,10 +189,10 @@ class SavedState(NamedTuple):
 
 
 def read_checkpoint(path: Path) -> SavedState:
-    """Read and verify a checkpoint, private state in older files included.
+    """Read and verify a checkpoint, including private states in older files.
 
     Raises:
-        CodecError: If any byte of it is damaged, here or in an older file.
+        CodecError: If any byte of the checkpoint is damaged, in this or an older file.
         OSError: If a file is missing or cannot be read.
     """
     head = _decode_head(path)
@@ -181,9 +203,6 @@ def read_checkpoint(path: Path) -> SavedState:
     for location in (*locations.values(), *staged.values()):
         location.segment.verify(location)
     return SavedState(tree, locations, {**staged, **dict.fromkeys(head["nothing"])})
-
-
-# Heads
 
 
 def _encode_head(pieces: Any, store: StateStore, segment: OpenSegment, file_name: str) -> bytes:
@@ -215,12 +234,12 @@ def _decode_head(path: Path) -> dict[str, Any]:
 def _encode_locations(
     locations: Mapping[str, BlobLocation], numbers: Mapping[Segment, int]
 ) -> dict[str, Any]:
-    """Encode locations as tables with one row per client; `numbers` are those of the files."""
-    rows = [(numbers[place.segment], place.offset, place.length) for place in locations.values()]
+    """Encode locations as tables with one row per client, which refer to files by number."""
+    rows = [(numbers[blob.segment], blob.offset, blob.length) for blob in locations.values()]
     return {
         "clients": list(locations),
         "places": torch.tensor(rows, dtype=torch.int64).reshape(-1, 3),
-        "digests": as_tensor(b"".join(place.digest for place in locations.values())),
+        "digests": as_tensor(b"".join(blob.digest for blob in locations.values())),
     }
 
 
@@ -233,11 +252,8 @@ def _decode_locations(table: Mapping[str, Any], segments: list[Segment]) -> dict
     }
 
 
-# Trees
-
-
 def _write_tree(tree: Any, segment: OpenSegment) -> Any:
-    """Write a tree and return where it lies; in a dictionary by key if it is larger than PIECE."""
+    """Write a tree, and return its location; by key if the tree is larger than `PIECE`."""
     if isinstance(tree, dict) and num_tensor_bytes(tree) > PIECE:
         return {key: _write_tree(value, segment) for key, value in tree.items()}
     location = segment.append(encode(tree, FORM))

@@ -1,6 +1,6 @@
 """The client side of a run: run plans for training, deployment and evaluation.
 
-The same code runs in simulation and on nodes.
+The same code runs in simulations and on the nodes of a deployment.
 """
 
 from __future__ import annotations
@@ -38,18 +38,32 @@ from hetero_fl.engine.driver import (
     run_plan,
     run_plans,
 )
-from hetero_fl.federation.broadcasts import HELD, hold, read_broadcast
+from hetero_fl.federation.broadcasts import ESTIMATES_KEY, read_broadcast, updated_estimates
 from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.state_store import PrivateState, StateStore
 from hetero_fl.privacy.client_side import ClientPrivacy
 from hetero_fl.robustness.attacks import TRIGGERED
 
-MAX_BROADCASTS = 8  # that are kept: in most federations there are no more architectures
+# Number of cached broadcasts; most federations have at most this many architectures.
+MAX_BROADCASTS = 8
+# Number of rows in the plot of a forecast: a week of hours.
+FORECAST_ROWS = 168
+# Rows of each evaluation, and whether they follow the client's own label distribution.
+EVALUATION_SETS = {
+    "personal": ("test", True),
+    "global": ("common_test", False),
+    "validation_personal": ("validation", True),
+    "validation_global": ("common_validation", False),
+}
+# Confusion matrices of more classes are too large to read and to keep for every client.
+MAX_CONFUSION_CLASSES = 100
+# Number of cached logits and labels that several clients may share.
+MAX_SHARED = 64
 
 
 class ReceivedBroadcast(NamedTuple):
-    """A message of a round, and what clients decode from it."""
+    """A message of a round and its decoded payload."""
 
     round_idx: int
     content: Content
@@ -57,14 +71,14 @@ class ReceivedBroadcast(NamedTuple):
 
 
 class BroadcastCache:
-    """What clients received in a round; each message is decoded and checked once.
+    """Cache of the broadcasts of a round, so that each message is decoded and validated once.
 
-    Clients that received the same message share its tensors, within a process also with the server.
-    No method of this package changes them in place.
+    Clients that received the same message share its tensors, as does a server in the same process.
+    No method of this package modifies them in place.
 
     Args:
-        decode: Decodes the message to a client in a round.
-        max_entries: Number of messages to keep; 0 for methods that may change tensors in place.
+        decode: Decodes a message, given client id, round index and message.
+        max_entries: Number of messages to keep; 0 for methods that may modify tensors in place.
     """
 
     def __init__(
@@ -74,12 +88,12 @@ class BroadcastCache:
         self._entries: deque[ReceivedBroadcast] = deque(maxlen=max_entries)
 
     def get(self, client_id: str, round_idx: int, content: Content) -> Payload:
-        """Return what a client received, in dictionaries of its own.
+        """Return the decoded broadcast in new dictionaries.
 
         Args:
             client_id: The client.
-            round_idx: The round; what was received in another round is forgotten.
-            content: The message. Messages are the same if they are one object.
+            round_idx: Index of the round; entries of other rounds are dropped.
+            content: The message. Messages are compared by identity.
 
         Raises:
             PayloadError: If the message is malformed.
@@ -94,12 +108,12 @@ class BroadcastCache:
         return copy_dictionaries(payload)
 
     def clear(self) -> None:
-        """Free the memory."""
+        """Drop all entries."""
         self._entries.clear()
 
 
 def copy_dictionaries(payload: Payload) -> Payload:
-    """Return a payload with the same tensors."""
+    """Return a copy of a payload that shares its tensors."""
     items = {
         name: replace(i, values=dict(i.values) if isinstance(i.values, dict) else i.values)
         for name, i in payload.items_.items()
@@ -107,87 +121,92 @@ def copy_dictionaries(payload: Payload) -> Payload:
     return Payload(items, payload.report)
 
 
-# What a report shows besides scores: what simple rules reach on the same rows, and a stretch of
-# truth and forecast.
-
-STRETCH = 168  # rows of a forecast that are kept for a picture: a week of hours
-
-
 def baseline_scores(task: Task, rows: Examples, y: Tensor) -> dict[str, Scores]:
-    """The scores of the baselines of these rows, by name."""
-    return {name: score(task, said, y, rows.unit) for name, said in rows.baselines.items()}
+    """Return the scores of each baseline on these rows, by name.
+
+    Args:
+        task: The learning task.
+        rows: The rows, with the outputs of the baselines.
+        y: Targets of the rows.
+    """
+    return {name: score(task, outputs, y, rows.unit) for name, outputs in rows.baselines.items()}
 
 
 def forecast(task: Task, rows: Examples, y: Tensor, predicted: Tensor) -> dict[str, Any]:
-    """Truth, prediction and baselines of the last rows in time, for each output, in the target's unit; empty if not dated."""
+    """Return targets, predictions and baselines of the latest rows for a plot.
+
+    Args:
+        task: The learning task.
+        rows: The rows, with their times and the outputs of the baselines.
+        y: Targets of the rows.
+        predicted: Predictions for the rows.
+
+    Returns:
+        Lists of values for each output, in the unit of the target. Empty if the rows have no time
+        or the task is not a regression.
+    """
     if rows.time is None or task.kind != "regression":
         return {}
-    order = rows.time.argsort(stable=True)[-STRETCH:]
-    by = 1.0 if rows.unit is None else rows.unit[order, None].double()
+    order = rows.time.argsort(stable=True)[-FORECAST_ROWS:]
+    unit = 1.0 if rows.unit is None else rows.unit[order, None].double()
 
-    def to_plain(values: Tensor) -> list[list[float]]:
+    def to_lists(values: Tensor) -> list[list[float]]:
         return [
             [round(v, 6) for v in column]
-            for column in (values.detach().cpu()[order].double() * by).T.tolist()
+            for column in (values.detach().cpu()[order].double() * unit).T.tolist()
         ]
 
-    said = {name: to_plain(outputs) for name, outputs in rows.baselines.items()}
     return {
         "time": rows.time[order].tolist(),
-        "truth": to_plain(y),
-        "predicted": to_plain(predicted),
-        "baselines": said,
+        "truth": to_lists(y),
+        "predicted": to_lists(predicted),
+        "baselines": {name: to_lists(outputs) for name, outputs in rows.baselines.items()},
     }
-
-
-# The client's side of a run: where plans of clients are made and carried out, in the simulator and
-# on real machines alike.
-
-# what is read on which rows, and whether the client's own label frequencies hold there
-EVALUATION_SETS = {
-    "personal": ("test", True),
-    "global": ("common_test", False),
-    "validation_personal": ("validation", True),
-    "validation_global": ("common_validation", False),
-}
-
-
-# classes: of more nobody reads a matrix, and every client would have one
-MAX_CONFUSION_CLASSES = 100
-# Logits and labels that are remembered, in case other clients share them.
-MAX_SHARED = 64
 
 
 @dataclass
 class ClientEvaluation:
-    """What an evaluation tells of one client. Only scores leave a real site; the rest is for a simulation's report."""
+    """Evaluation of one client.
+
+    In a deployment, only scores leave the client; everything else serves reports of simulations.
+
+    Attributes:
+        scores: Scores by name of the evaluation, see `EVALUATION_SETS`.
+        confusion: Confusion matrices by name of the evaluation.
+        calibration: Calibration by name of the evaluation.
+        baselines: Scores by name of the evaluation and of the baseline.
+        forecast: Latest rows of the local test set, see `forecast`.
+        triggered: Fraction of the global test rows with a backdoor's trigger that are classified as
+            the backdoor's target; None without a backdoor.
+        model: The deployed model, encoded by `SavedModel.encode`.
+    """
 
     scores: dict[str, Scores] = field(default_factory=dict)
     confusion: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
-    baselines: dict[str, dict[str, Scores]] = field(default_factory=dict)  # by reading and baseline
-    forecast: dict[str, Any] = field(default_factory=dict)  # at home, where rows are dated
-    # share of the common test rows with a backdoor's trigger that it takes for the target
+    baselines: dict[str, dict[str, Scores]] = field(default_factory=dict)
+    forecast: dict[str, Any] = field(default_factory=dict)
     triggered: float | None = None
-    model: bytes = b""  # the deployed model, as `SavedModel.encode` gives it
+    model: bytes = b""
 
 
 class ClientRuntime:
-    """Runs clients' plans with their own data and private state, several clients together.
+    """Runner of clients' plans on their data and private state, for several clients together.
 
     Args:
         algorithm: The method.
         federation: Clients and data.
         store: The clients' private state.
-        backend: What computes.
+        backend: Backend that runs the steps.
         protocol: How uploads reach the server.
-        local: Whether the server is in this process. Uploads are then handed over as they are,
-            where nothing on their way needs bytes; a user's method may change tensors that it has
-            handed over, so that its uploads are encoded.
+        local: Whether the server is in this process. Uploads are then passed on without encoding
+            where possible. Those of user-defined methods, which may modify tensors after the
+            upload, are always encoded.
 
     Attributes:
-        listener: Called with a line for each step that begins.
-        review_upload: Called with each upload before it is encoded; may refuse it by raising.
+        hands_over: Whether uploads are passed on without encoding.
+        listener: Called with a line for each step when it begins.
+        review_upload: Called with client id and upload before encoding; may raise to refuse it.
     """
 
     def __init__(
@@ -197,6 +216,7 @@ class ClientRuntime:
         store: StateStore,
         backend: Backend,
         protocol: RoundProtocol,
+        *,
         local: bool = False,
     ) -> None:
         self.algorithm = algorithm
@@ -205,25 +225,25 @@ class ClientRuntime:
         self.backend = backend
         self.protocol = protocol
         self.links = FederationLinks(algorithm, federation)
-        shares_nothing = runs_user_code(algorithm, federation.client_infos)
+        has_user_code = runs_user_code(algorithm, federation.client_infos)
         self.broadcast_cache = BroadcastCache(
-            self._decode_broadcast, 0 if shares_nothing else MAX_BROADCASTS
+            self._decode_broadcast, 0 if has_user_code else MAX_BROADCASTS
         )
         self.hands_over = (
-            local and protocol.takes_payload and self.links.up is None and not shares_nothing
+            local and protocol.takes_payload and self.links.up is None and not has_user_code
         )
         self.privacy = ClientPrivacy.from_federation(algorithm, federation)
         self.listener: Callable[[str], None] | None = None
         self.review_upload: Callable[[str, Payload], None] | None = None
-        # Copies on the CPU and scores, of logits and labels that several clients share.
+        # CPU copies and scores of tensors that several clients share, by the tensor's identity.
         self._host_copies: dict[int, tuple[Tensor, Tensor]] = {}
-        self._common: dict[int, tuple[Tensor, Scores]] = {}
+        self._shared_scores: dict[int, tuple[Tensor, Scores]] = {}
 
     def run(self, requests: Mapping[str, Message]) -> dict[str, Reply]:
-        """Answer one request per client.
+        """Run the request of each client.
 
         Returns:
-            The reply of each client; a `DivergedError` where training diverged.
+            The reply of each client, or a `DivergedError` if its training diverged.
         """
         replies: dict[str, Reply] = {}
         training: dict[str, TrainingRequest] = {}
@@ -244,15 +264,15 @@ class ClientRuntime:
             c: self.broadcast_cache.get(c, requests[c].round_idx, training[c].broadcast)
             for c in sorted(training, key=lambda c: requests[c].round_idx)
         }
-        held = {c: self._hold(c, training[c].broadcast, received[c]) for c in clients}
+        estimates = {c: self._estimates(c, training[c].broadcast, received[c]) for c in clients}
         outcomes = self._train(clients, received)
         for client_id, outcome in zip(clients, outcomes, strict=True):
             if outcome.failure is not None:
                 replies[client_id] = outcome.failure
                 continue
             upload = self._finish_upload(clients[client_id], outcome, received[client_id])
-            if held[client_id] is not None:
-                clients[client_id].state[HELD] = held[client_id]
+            if estimates[client_id] is not None:
+                clients[client_id].state[ESTIMATES_KEY] = estimates[client_id]
             replies[client_id] = self._send(
                 clients[client_id],
                 upload,
@@ -268,8 +288,11 @@ class ClientRuntime:
         backend = self.backend
         if self.privacy is not None:
             backend = self.privacy.make_backend(clients.values(), backend)
-        # A user's hook may read rows when it is called, not only when its plan runs.
-        plans = [(c, self.algorithm.train(c, received[id])) for id, c in clients.items()]
+        # A user-defined hook may read rows when it is called, not only when its plan runs.
+        plans = [
+            (client, self.algorithm.train(client, received[client_id]))
+            for client_id, client in clients.items()
+        ]
         watch = self._report_progress if self.listener is not None else None
         return run_plans(plans, backend, watch)
 
@@ -277,14 +300,18 @@ class ClientRuntime:
         device = self.federation.memory.storage_device
         if isinstance(content, Payload):
             return Payload.from_untrusted(content.tree()).to(device)
-        held = self.store.get(client_id).state.get(HELD)
-        return read_broadcast(self.links, round_idx, content, held).to(device)
+        estimates = self.store.get(client_id).state.get(ESTIMATES_KEY)
+        return read_broadcast(self.links, round_idx, content, estimates).to(device)
 
-    def _hold(self, client_id: str, content: Content, received: Payload) -> dict[str, Any] | None:
-        """Return the estimate that a client holds from now on, where broadcasts need one."""
+    def _estimates(
+        self, client_id: str, content: Content, received: Payload
+    ) -> dict[str, Any] | None:
+        """Return the client's estimates after a broadcast; None if broadcasts need none."""
         if not self.links.sends_changes:
             return None
-        return hold(encoded(content), received, self.store.get(client_id).state.get(HELD))
+        return updated_estimates(
+            encoded(content), received, self.store.get(client_id).state.get(ESTIMATES_KEY)
+        )
 
     def _finish_upload(
         self, client: Participant, outcome: PlanOutcome[Items], received: Payload
@@ -292,7 +319,8 @@ class ClientRuntime:
         upload = Payload(outcome.result())
         if self.privacy is None:
             upload.report = report_with_loss(reported_loss(outcome.reports), client.logged)
-        else:  # a training loss would be a release of its own
+        else:
+            # A training loss would release further private information.
             upload = self.privacy.release_upload(client, upload, received)
             upload.report = {}
         if self.review_upload is not None:
@@ -307,7 +335,7 @@ class ClientRuntime:
         request: Message,
         training: TrainingRequest,
     ) -> Message:
-        """Return the reply with an upload, and stage the private state that the client keeps."""
+        """Return the reply with an upload, and stage the client's private state."""
         client_id = client.participant_id
         content: Content = upload
         if not self.hands_over:
@@ -317,7 +345,7 @@ class ClientRuntime:
                 upload,
                 received,
                 client.state,
-                request.attempt,
+                attempt=request.attempt,
             )
         reply = training.reply(content)
         state = PrivateState(kept_state(self.algorithm, client), client.state)
@@ -330,7 +358,15 @@ class ClientRuntime:
     def deploy_clients(
         self, received: Mapping[str, Payload], round_idx: int
     ) -> dict[str, Participant]:
-        """Copies of the clients with the models that they would use now, personalized. Raises DivergedError if one does."""
+        """Return copies of clients with the personalized models that they would deploy now.
+
+        Args:
+            received: The broadcast to each client.
+            round_idx: Index of the round, from 0.
+
+        Raises:
+            DivergedError: If training for deployment diverges.
+        """
         clients = {c: self.federation.client(c, self.store.get(c), round_idx) for c in received}
         for hook in (self.algorithm.deploy, self.algorithm.personalize):
             self._run({c: hook(p, received[c]) for c, p in clients.items()}, clients)
@@ -339,9 +375,15 @@ class ClientRuntime:
     def evaluate(
         self, broadcasts: Mapping[str, Content], round_idx: int, details: bool = False
     ) -> dict[str, ClientEvaluation]:
-        """Score clients' models at home and in common, on test and validation rows; `details`: all that a report shows.
+        """Evaluate clients' models on local and global test and validation rows.
 
-        Raises DivergedError if a deployment does.
+        Args:
+            broadcasts: The message to each client.
+            round_idx: Index of the round, from 0.
+            details: Whether to compute everything that a report shows.
+
+        Raises:
+            DivergedError: If training for deployment diverges.
         """
         for client in broadcasts:
             self._report_progress(client, "evaluation")
@@ -353,59 +395,80 @@ class ClientRuntime:
     def _evaluate_clients(
         self, clients: Mapping[str, Participant], details: bool
     ) -> dict[str, ClientEvaluation]:
-        readings = {c: ClientEvaluation() for c in clients}
-        task = self.federation.task
-        private = self.federation.privacy is not None
+        evaluations = {c: ClientEvaluation() for c in clients}
         if details:
             for c, participant in clients.items():
-                slot, view = inference_model(self.algorithm, participant)
-                view = view or self.federation.client_infos[c].preprocess
-                at_home = add_log_prior(
-                    participant,
-                    torch.zeros(task.outputs, device=self.federation.memory.storage_device),
-                )
-                # Exact label frequencies of a private client stay out of its model's file.
-                tells_prior = bool(at_home.any()) and (
-                    not private or self.federation.has_noisy_counts
-                )
-                prior = tuple(at_home.tolist()) if tells_prior else None
-                tensors = participant.models[slot]
-                arch = participant.arch[slot]
-                layout = self.federation.data.layout
-                saved = SavedModel(
-                    tensors, arch, asdict(view), task, prior, layout.columns, layout.categories
-                )
-                readings[c].model = saved.encode()
-        for name, (rows, home) in EVALUATION_SETS.items():
+                evaluations[c].model = self._save_model(participant).encode()
+        for name, (rows, is_personal) in EVALUATION_SETS.items():
             labels = {c: self._on_host(p.data(rows, None)["y"]) for c, p in clients.items()}
-            some = {c: p for c, p in clients.items() if len(labels[c])}
-            plans = {c: self.algorithm.predict(p, Rows(rows), home) for c, p in some.items()}
-            for c, predicted in self._run(plans, some).items():
-                logits = self._on_host(predicted)
-                beside = self.federation.data.extra_columns(c, rows)
-                readings[c].scores[name] = self._score(logits, labels[c], beside.unit)
-                if details and name in ("personal", "global"):
-                    readings[c].baselines[name] = baseline_scores(task, beside, labels[c])
-                if details and name == "personal" and not private:
-                    readings[c].forecast = forecast(task, beside, labels[c], logits)
-                if details and name in ("personal", "global") and task.kind != "regression":
-                    # The rows of a local confusion matrix add up to the client's label counts.
-                    if task.outputs <= MAX_CONFUSION_CLASSES and not (
-                        private and name == "personal"
-                    ):
-                        readings[c].confusion[name] = confusion(task, logits, labels[c]).tolist()
-                    readings[c].calibration[name] = calibration(task, logits, labels[c])
-        if self.federation.malicious is not None and self.federation.malicious.has_trigger:
-            target = self.federation.malicious.config.target
+            with_rows = {c: p for c, p in clients.items() if len(labels[c])}
             plans = {
-                c: self.algorithm.predict(p, Rows(TRIGGERED), False) for c, p in clients.items()
+                c: self.algorithm.predict(p, Rows(rows), is_personal) for c, p in with_rows.items()
             }
-            for c, logits in self._run(plans, clients).items():
-                readings[c].triggered = float((logits.argmax(-1) == target).double().mean())
-        return readings
+            for c, predicted in self._run(plans, with_rows).items():
+                logits = self._on_host(predicted)
+                examples = self.federation.data.extra_columns(c, rows)
+                evaluations[c].scores[name] = self._score(logits, labels[c], examples.unit)
+                if details and name in ("personal", "global"):
+                    self._add_details(evaluations[c], name, examples, labels[c], logits)
+        self._evaluate_backdoor(clients, evaluations)
+        return evaluations
+
+    def _save_model(self, participant: Participant) -> SavedModel:
+        task = self.federation.task
+        slot, view = inference_model(self.algorithm, participant)
+        view = view or self.federation.client_infos[participant.participant_id].preprocess
+        log_prior = add_log_prior(
+            participant, torch.zeros(task.outputs, device=self.federation.memory.storage_device)
+        )
+        # The model's file must not reveal exact label frequencies of a private client.
+        is_private = self.federation.privacy is not None
+        may_save_prior = not is_private or self.federation.has_noisy_counts
+        prior = tuple(log_prior.tolist()) if bool(log_prior.any()) and may_save_prior else None
+        layout = self.federation.data.layout
+        return SavedModel(
+            participant.models[slot],
+            participant.arch[slot],
+            asdict(view),
+            task,
+            prior,
+            layout.columns,
+            layout.categories,
+        )
+
+    def _add_details(
+        self,
+        evaluation: ClientEvaluation,
+        name: str,
+        examples: Examples,
+        labels: Tensor,
+        logits: Tensor,
+    ) -> None:
+        """Add baselines, forecast, confusion matrix and calibration of one set of rows."""
+        task = self.federation.task
+        reveals_rows = self.federation.privacy is not None and name == "personal"
+        evaluation.baselines[name] = baseline_scores(task, examples, labels)
+        if name == "personal" and not reveals_rows:
+            evaluation.forecast = forecast(task, examples, labels, logits)
+        if task.kind != "regression":
+            # The rows of a local confusion matrix sum to the client's label counts.
+            if task.outputs <= MAX_CONFUSION_CLASSES and not reveals_rows:
+                evaluation.confusion[name] = confusion(task, logits, labels).tolist()
+            evaluation.calibration[name] = calibration(task, logits, labels)
+
+    def _evaluate_backdoor(
+        self, clients: Mapping[str, Participant], evaluations: Mapping[str, ClientEvaluation]
+    ) -> None:
+        malicious = self.federation.malicious
+        if malicious is None or not malicious.has_trigger:
+            return
+        target = malicious.config.target
+        plans = {c: self.algorithm.predict(p, Rows(TRIGGERED), False) for c, p in clients.items()}
+        for c, logits in self._run(plans, clients).items():
+            evaluations[c].triggered = float((logits.argmax(-1) == target).double().mean())
 
     def _on_host(self, tensor: Tensor) -> Tensor:
-        """Return logits or labels on the CPU; those that several clients share are copied once."""
+        """Return logits or labels on the CPU; tensors that clients share are copied once."""
         if tensor.is_cpu:
             return tensor
         known = self._host_copies.get(id(tensor))
@@ -416,25 +479,31 @@ class ClientRuntime:
         return known[1]
 
     def clear_caches(self) -> None:
-        """Forget broadcasts, and what clients share of an evaluation."""
+        """Drop cached broadcasts and results of evaluations."""
         self.broadcast_cache.clear()
         self._host_copies.clear()
-        self._common.clear()
+        self._shared_scores.clear()
 
     def _score(self, logits: Tensor, y: Tensor, unit: Tensor | None) -> Scores:
-        """Scores of the logits; those that several clients share are scored once."""
-        known = self._common.get(id(logits))
+        """Return the scores of logits; tensors that clients share are scored once."""
+        known = self._shared_scores.get(id(logits))
         if known is None or known[0] is not logits:
-            if len(self._common) >= MAX_SHARED:
-                self._common.clear()
-            known = self._common[id(logits)] = (
+            if len(self._shared_scores) >= MAX_SHARED:
+                self._shared_scores.clear()
+            known = self._shared_scores[id(logits)] = (
                 logits,
                 score(self.federation.task, logits, y, unit),
             )
         return known[1]
 
     def predict(self, participant: Participant, rows: Rows, personal: bool) -> Tensor:
-        """Logits of a deployed client's model, on the CPU."""
+        """Return a deployed client's logits on the CPU.
+
+        Args:
+            participant: The client, see `deploy_clients`.
+            rows: The rows to predict.
+            personal: Whether the rows follow the client's own label distribution.
+        """
         plan = self.algorithm.predict(participant, rows, personal)
         return run_plan(plan, participant, self.backend)[0].cpu()
 

@@ -1,4 +1,4 @@
-"""Estimate what a run will send before it starts."""
+"""Estimate of the bytes that a run will send."""
 
 from __future__ import annotations
 
@@ -23,11 +23,7 @@ from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.dry_run import ExpectedUploads, payload_structure
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.secure_aggregation import make_protocol
-from hetero_fl.privacy.accounting import (
-    PrivacyCharge,
-)
-
-# What a run will send.
+from hetero_fl.privacy.accounting import PrivacyCharge
 
 
 @dataclass
@@ -35,10 +31,10 @@ class CommunicationCost:
     """Expected bytes of a run by client.
 
     Attributes:
-        up: Uploads.
-        down: Broadcasts to train on.
-        evaluation: Broadcasts that serve an evaluation only.
-        is_upper_bound: Whether sizes follow from what is learned; they are counted at their largest.
+        up: Bytes of uploads, by client.
+        down: Bytes of broadcasts for training, by client.
+        evaluation: Bytes of broadcasts for evaluation only, by client.
+        is_upper_bound: Whether sizes depend on learned values; they are then the largest possible.
     """
 
     up: Counter[str] = field(default_factory=Counter)
@@ -55,22 +51,24 @@ def communication_cost(
     per_round: int | None = None,
     every: int = 1,
 ) -> CommunicationCost:
-    """Estimate what a run sends: its rounds times the bytes of a dry round of their phase.
+    """Estimate the bytes that a run sends, from one dry round for each kind of round.
 
-    Every sampled client counts as uploading once. Failures, repeated rounds, a stop by
-    `evaluation.patience` and, in asynchronous runs, the different speeds of clients are not
-    simulated.
+    Every sampled client counts as uploading once. Failures, repeated rounds, early stopping by
+    `evaluation.patience` and, in asynchronous runs, the different speeds of clients are ignored.
 
     Args:
         algorithm: The method.
         federation: The federation.
-        rounds: Number of rounds; of an asynchronous run, each is a cohort's worth of uploads.
-        per_round: Clients sampled for a round; None: all.
-        every: Rounds between evaluations; the last round is always evaluated.
+        rounds: Number of rounds. In an asynchronous run, a round has as many uploads as a cohort.
+        per_round: Number of clients sampled for a round; None for all.
+        every: Number of rounds between evaluations. The last round is always evaluated.
+
+    Returns:
+        Expected bytes by client.
 
     Raises:
-        UserError: If the method raises it for this federation.
-        RunFailedError: If a hook of a user's method raises an exception.
+        UserError: If the method does not support this federation.
+        RunFailedError: If a hook of a user-defined method raises an exception.
     """
     largest = algorithm.model_copy(update=algorithm.needs.largest_uploads)
     run = DryRun(largest, federation)
@@ -91,7 +89,13 @@ def communication_cost(
 
 
 class ExchangeCost(NamedTuple):
-    """Bytes down to a client and up from it, and what it spends of its privacy."""
+    """Cost of a client's participation in a round.
+
+    Attributes:
+        down: Bytes sent to the client.
+        up: Bytes uploaded by the client.
+        charges: Privacy charges of the upload.
+    """
 
     down: int
     up: int
@@ -99,10 +103,15 @@ class ExchangeCost(NamedTuple):
 
 
 class DryRun:
-    """A run in which nothing is computed: one round of each phase.
+    """Run without computation that determines the size of messages in each kind of round.
 
-    Rounds are of one phase if clients with the same settings send and receive the same names and
-    shapes in them. The first round is a phase of its own, because nothing was aggregated before.
+    Rounds in which clients with the same settings send and receive items of the same names and
+    shapes form a phase, and each phase is run once. The first round is a separate phase, because
+    it precedes any aggregation.
+
+    Args:
+        algorithm: The method.
+        federation: The federation.
     """
 
     def __init__(self, algorithm: Algorithm, federation: FederationSpec) -> None:
@@ -113,21 +122,24 @@ class DryRun:
         self.links = FederationLinks(algorithm, federation, bound=True)
         self.protocol = make_protocol(algorithm, federation)
         algorithm.setup(self.server)
-        self._estimates: dict[tuple[str, str], ExpectedEstimate] = {}  # by item and group
-        # By client and item: the last change that the client received.
-        self._held: dict[tuple[str, str], int] = {}
+        # By item and group of clients.
+        self._estimates: dict[tuple[str, str], ExpectedEstimate] = {}
+        # Number of the last change that a client received, by client and item.
+        self._received: dict[tuple[str, str], int] = {}
         self._uploads: dict[Any, tuple[int, tuple[PrivacyCharge, ...]]] = {}
         self._exchanges: dict[Any, ExchangeCost] = {}
-        self._lengths: dict[Any, int] = {}  # bytes of encoded broadcasts and of parts of them
-        self._aggregated: set[tuple[int, ...]] = set()  # phases
+        # Bytes of encoded broadcasts and of their parts.
+        self._lengths: dict[Any, int] = {}
+        # Phases whose server part has been run.
+        self._aggregated: set[tuple[int, ...]] = set()
 
     def exchange_cost(self, client_id: str, round_idx: int) -> ExchangeCost:
-        """Return what a client's part in a round comes to."""
+        """Return the cost of a client's participation in a round."""
         phase = self._begin_round(round_idx)
         client_info = self.federation.client_infos[client_id]
         received = call_broadcast(self.algorithm, self.server, client_info)
         down = self._broadcast_bytes(client_info, received, round_idx)
-        # a weight in an upload has the digits of the client's number of rows
+        # Items are weighted by the client's number of rows, whose digits are part of the upload.
         key = (phase, self._form(client_info, received), client_info.num_rows)
         if key not in self._uploads:
             upload, charges = self.expectations.dry_run_upload(client_info, received, round_idx)
@@ -143,14 +155,14 @@ class DryRun:
         return self._exchanges[key, down]
 
     def evaluation_bytes(self, client_id: str, round_idx: int) -> int:
-        """Return the bytes down to a client that is evaluated before a round."""
+        """Return the bytes sent to a client that is evaluated before a round."""
         self._begin_round(round_idx)
         client_info = replace(self.federation.client_infos[client_id], purpose="evaluate")
         received = call_broadcast(self.algorithm, self.server, client_info)
         return self._broadcast_bytes(client_info, received, round_idx)
 
     def aggregate(self, cohort: list[str], round_idx: int) -> None:
-        """Carry out the server's part of a round, once in each phase."""
+        """Run the server's part of a round, once for each phase."""
         phase = self._begin_round(round_idx)
         if phase in self._aggregated or not cohort:
             return
@@ -165,7 +177,7 @@ class DryRun:
         run_plan(plan, self.server, self.expectations.backend)
 
     def _begin_round(self, round_idx: int) -> tuple[int, ...]:
-        """Put the server into a round, and return the phase of that."""
+        """Set the server's round, and return the phase of that round."""
         self.server.round_context = self.federation.round_context(round_idx)
         self.server.stream_uses = {}
         return (min(round_idx, 1), *self.expectations.round_phase(round_idx))
@@ -175,7 +187,7 @@ class DryRun:
         return profile.first, payload_structure(received)
 
     def _broadcast_bytes(self, client_info: ClientInfo, payload: Payload, round_idx: int) -> int:
-        """Return the bytes of a broadcast, and note what a client that trains then holds."""
+        """Return the bytes of a broadcast, and record the estimates of a client that trains."""
         if not self.links.sends_changes:
             return self._length(payload, round_idx)
         models, others = split_models(payload)
@@ -187,23 +199,30 @@ class DryRun:
             estimate = self._estimates.setdefault((name, group), ExpectedEstimate())
             number = estimate.number + (estimate.version != round_idx)
             key = client_info.client_id, name
-            held = self._held.get(key, 0)
+            first = self._received.get(key, 0)
             whole = self._length(only, round_idx, "whole")
             changes = [
                 self._length(only, round_idx, "change" if n else "first")
-                for n in range(held, number)
+                for n in range(first, number)
             ]
-            is_kept = estimate.number - held <= KEPT_CHANGES
+            is_kept = estimate.number - first <= KEPT_CHANGES
             is_short = message_bytes({name: changes}, 0) <= message_bytes({name: [whole]}, 0)
             sizes[name] = changes if is_kept and is_short else [whole]
             if is_training:
                 estimate.number = number
                 estimate.version = round_idx
-                self._held[key] = number
+                self._received[key] = number
         return message_bytes(sizes, self._length(others, round_idx))
 
     def _length(self, payload: Payload, round_idx: int, form: str = "first") -> int:
-        """Return the bytes of a payload: a "first" message, a "change" from one alike, or "whole"."""
+        """Return the bytes of a payload.
+
+        Args:
+            payload: The payload.
+            round_idx: Index of the round, from 0.
+            form: "first" for a message without reference, "change" for the difference to a payload
+                of the same form, "whole" for a message without compression.
+        """
         key = tensor_structure(payload), min(round_idx, 1), form
         if key not in self._lengths:
             reference = payload if form == "change" else None
@@ -218,11 +237,11 @@ class DryRun:
 
 @dataclass
 class ExpectedEstimate:
-    """An estimate that clients hold of a model.
+    """Size information on an estimate that clients have of a model.
 
     Attributes:
         number: Number of changes so far.
-        version: The server's version when it changed last.
+        version: The server's version at the last change.
     """
 
     number: int = 0

@@ -1,4 +1,4 @@
-"""Plans carried out without computing: what a client would send, known before anybody trains."""
+"""Dry runs of plans, which determine the form of uploads before training and check user methods."""
 
 from __future__ import annotations
 
@@ -36,14 +36,21 @@ from hetero_fl.privacy.client_side import ClientPrivacy, upload_specs
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import natural_key
 
-NEARLY = 0.88  # likeness from which a name is a misspelt hook: `agregate`, but not `deployed`
-MOST_ZEROS = 2**24  # so many are tensors of their own, in which a method may write
+# Similarity above which a name counts as a misspelled hook: `agregate`, but not `deployed`.
+MIN_HOOK_SIMILARITY = 0.88
+# Number of elements up to which `compact_zeros` returns an ordinary, writable tensor.
+MAX_DENSE_ZEROS = 2**24
 
 
 class DryRunBackend:
-    """A backend that answers every step with a result of the right shape: fits change nothing, predictions are nought.
+    """Backend whose results have the right shapes but are all zero; fits leave models unchanged.
 
-    Large results have one number in memory, whatever their shape: how many rows a client has is what it tells.
+    Large results take the memory of one number, because the number of rows is reported by clients
+    and cannot be trusted.
+
+    Attributes:
+        templates: Modules of the architectures.
+        computed: Keys of the steps that were run.
     """
 
     def __init__(self) -> None:
@@ -51,7 +58,7 @@ class DryRunBackend:
         self.computed: set[StepKey] = set()
 
     def run(self, work: Work) -> list[Any]:
-        """Return results of the right shapes, in order."""
+        """Return results of the right shapes, in the order of `work`."""
         self.computed.update(step.key for _, step in work)
         return [self._result_of_shape(participant, step) for participant, step in work]
 
@@ -70,18 +77,33 @@ class DryRunBackend:
 
 
 class PlaceholderClient(Participant):
-    """A client of whom only the form is known; it notes whether its label counts are asked for."""
+    """Client without private data.
+
+    Attributes:
+        counts_accessed: Whether the label counts have been read.
+    """
 
     counts_accessed = False
 
     def read_counts(self) -> Tensor:
-        """Return zeros in place of the label counts."""
+        """Return zeros in place of the label counts, and record the access."""
         self.counts_accessed = True
         return torch.zeros(self.task.outputs)
 
 
 class ExpectedUploads:
-    """What each client's upload must look like: names, shapes and dtypes, from a dry run of its plan on its broadcast."""
+    """Expected names, shapes and dtypes of each client's upload, from a dry run of its plan.
+
+    Args:
+        algorithm: The method.
+        federation: The federation.
+
+    Attributes:
+        is_user_method: Whether the method is defined outside this package.
+        backend: The backend of dry runs.
+        specs: Specifications of the upload's items.
+        privacy: Client side of differential privacy, or None.
+    """
 
     def __init__(self, algorithm: Algorithm, federation: FederationSpec) -> None:
         self.algorithm = algorithm
@@ -95,12 +117,21 @@ class ExpectedUploads:
     def expected_items(
         self, client_info: ClientInfo, broadcast: Payload, round_idx: int
     ) -> Mapping[str, Item]:
-        """An upload of the right form; its numbers mean nothing. Clients alike share one.
+        """Return items of the form expected of a client's upload, with meaningless values.
 
-        Raises UserError if the method's `train` returns what it did not declare, or if there is no memory for an upload.
+        Clients with uploads of the same form share one object.
+
+        Args:
+            client_info: The client.
+            broadcast: The broadcast on which the client trains.
+            round_idx: Index of the round, from 0.
+
+        Raises:
+            UserError: If the method's `train` returns undeclared items, or if an upload does not
+                fit into memory.
         """
         s = client_info.settings
-        own_rows = any(spec.rows_of == "train" for spec in self.algorithm.uploads.values())
+        has_train_rows = any(spec.rows_of == "train" for spec in self.algorithm.uploads.values())
         phase = self.upload_phase(s.share_every, round_idx)
         shares = (tuple(s.shares), s.share_every, client_info.has_proxy)
         key = (
@@ -108,39 +139,43 @@ class ExpectedUploads:
             shares,
             phase,
             payload_structure(broadcast),
-            client_info.num_rows if own_rows else None,
+            client_info.num_rows if has_train_rows else None,
         )
         if key not in self._known:
-            # may differ in every round: the last round's are of no more use
+            # Uploads of a user-defined method may differ in every round: drop earlier ones.
             if self.is_user_method:
                 self._known = {k: v for k, v in self._known.items() if k[2] == key[2]}
             try:
-                # on the CPU, as the rows and models of a dry run
+                # The rows and models of a dry run are on the CPU.
                 upload, _ = self.dry_run_upload(client_info, broadcast.to(CPU), round_idx)
             except (MemoryError, RuntimeError) as error:
                 if isinstance(error, RuntimeError) and "alloc" not in str(error):
                     raise
                 raise UserError(
-                    f"{client_info.client_id}: an upload for {client_info.num_rows:,} rows takes more memory than there is"
+                    f"{client_info.client_id}: not enough memory for an upload of "
+                    f"{client_info.num_rows:,} rows"
                 ) from None
             self._known[key] = {n: upload.item(n) for n in upload}
         return self._known[key]
 
     def trained_names(self, client_info: ClientInfo, item: str) -> frozenset[str]:
-        """Names of the parameters of the model that an item of this client's holds: that of the slot of its name, or its own."""
+        """Return the parameter names of the model that an item contains.
+
+        This is the model in the slot of the item's name, or the client's main model.
+        """
         return client_info.models.get(item, client_info.arch).parameter_names
 
     def upload_phase(self, share_every: int, round_idx: int) -> int:
-        """Return what of the round decides the form of a client's upload.
+        """Return a number that is equal for rounds whose uploads have the same form.
 
-        That of a user's method may differ in every round.
+        Uploads of a user-defined method may differ in every round.
         """
         if self.is_user_method:
             return round_idx
         return upload_phase(self.algorithm, share_every, round_idx, self.federation.num_rounds)
 
     def round_phase(self, round_idx: int) -> tuple[int, ...]:
-        """Return the upload phase of each `share_every` that clients of the federation have."""
+        """Return the upload phase of a round for each `share_every` of the clients, sorted."""
         profiles = self.federation.client_infos.profiles
         intervals = sorted({profile.settings.share_every for profile in profiles})
         return tuple(self.upload_phase(interval, round_idx) for interval in intervals)
@@ -148,14 +183,22 @@ class ExpectedUploads:
     def dry_run_upload(
         self, client_info: ClientInfo, broadcast: Payload, round_idx: int
     ) -> tuple[Payload, tuple[PrivacyCharge, ...]]:
-        """Return an upload as long as the real one, its report included, and its privacy charges.
+        """Run a client's plan without computation.
+
+        Args:
+            client_info: The client.
+            broadcast: The broadcast on which the client trains.
+            round_idx: Index of the round, from 0.
+
+        Returns:
+            An upload with the size of the real one, report included, and its privacy charges.
 
         Raises:
-            UserError: If the method's `train` returns what it did not declare.
+            UserError: If the method's `train` returns undeclared items.
         """
         client = self.placeholder_client(client_info, round_idx)
         if self.is_user_method:
-            # The tensors are the server's own, and a hook may change what it received in place.
+            # The server shares these tensors, and the hook may modify them in place.
             broadcast = deepcopy(broadcast)
         ledger = self.privacy.make_ledger(self.backend) if self.privacy is not None else None
         with self.check_yields("train"):
@@ -179,12 +222,17 @@ class ExpectedUploads:
         if unshared := describe_unshared(upload.items_, self.algorithm.uploads, shares):
             raise UserError(
                 f"{type(self.algorithm).__name__}.train: {unshared}, but {client_info.client_id} "
-                f"shares {', '.join(shares) or 'nothing'}; ask `may_share` before the item is made"
+                f"shares {', '.join(shares) or 'nothing'}; "
+                "check `may_share` before creating the item"
             )
 
     @contextmanager
     def check_yields(self, hook: str) -> Iterator[None]:
-        """Raise UserError if the dry run inside the `with` block creates a step of a user's method and never yields it."""
+        """Raise UserError if a user-defined hook creates a step without yielding it.
+
+        Args:
+            hook: Name of the hook, for the message.
+        """
         if not self.is_user_method:
             yield
             return
@@ -194,23 +242,26 @@ class ExpectedUploads:
         for key, step in created.items():
             if key not in self.backend.computed:
                 raise UserError(
-                    f"{type(self.algorithm).__name__}.{hook}: a {type(step).__name__} is created but never yielded, so nothing "
-                    "is computed; write `yield` before it"
+                    f"{type(self.algorithm).__name__}.{hook}: a {type(step).__name__} is created "
+                    "but never yielded and has no effect; write `yield` before it"
                 )
 
     def placeholder_client(self, client_info: ClientInfo, round_idx: int) -> PlaceholderClient:
-        """A client as the server may imagine it: the public rows are real, the private ones are only counted."""
+        """Return a client with real proxy rows, and empty placeholders for its private rows."""
         federation = self.federation
 
-        def data(name: str, through: Any) -> Columns:
+        def data(name: str, preprocess: Any) -> Columns:
             if name == "proxy":
                 return federation.data.columns(
-                    client_info.client_id, name, through or client_info.preprocess
+                    client_info.client_id, name, preprocess or client_info.preprocess
                 )
             return {
                 "x": torch.empty(client_info.num_rows, 0),
                 "y": compact_zeros(client_info.num_rows, dtype=torch.int64),
             }
+
+        def label_counts() -> Tensor:
+            return client.read_counts()
 
         client = PlaceholderClient(
             participant_id=client_info.client_id,
@@ -222,7 +273,7 @@ class ExpectedUploads:
             },
             data=data,
             settings=client_info.settings,
-            label_counts=lambda: client.read_counts(),
+            label_counts=label_counts,
             num_rows=client_info.num_rows,
             has_proxy=federation.data.has_proxy(client_info.preprocess),
             peers=federation.client_infos,
@@ -233,10 +284,11 @@ class ExpectedUploads:
 
 @translate_user_errors()
 def check_user_method(algorithm: Algorithm, federation: FederationSpec) -> None:
-    """Carry out the hooks of a user's method without computing, so that slips show before anything trains.
+    """Run the hooks of a user-defined method without computation, to find mistakes before training.
 
     Raises:
-        UserError: For a hook whose name is misspelt, a plan that is never run, a step that is never yielded, or an upload that was not declared.
+        UserError: If the name of a hook is misspelled, a plan is never run, a step is never yielded
+            or an uploaded item is not declared.
         RunFailedError: If a hook raises an exception.
     """
     _check_hook_names(type(algorithm))
@@ -253,8 +305,8 @@ def check_user_method(algorithm: Algorithm, federation: FederationSpec) -> None:
         plan = algorithm.deploy(client, broadcast)
         if not isinstance(plan, GeneratorType):
             raise UserError(
-                f"{type(algorithm).__name__}.deploy: returns {type(plan).__name__}, but `train` runs it with `yield from`; end "
-                "it with `yield from ()`"
+                f"{type(algorithm).__name__}.deploy: expected a generator, got "
+                f"{type(plan).__name__}; end the function with `yield from ()`"
             )
         items = expectations.expected_items(client_info, broadcast, 0)
         uploads.add(Upload(client_info, Payload(dict(items))))
@@ -264,60 +316,65 @@ def check_user_method(algorithm: Algorithm, federation: FederationSpec) -> None:
     except UserError:
         raise
     except Exception:
-        return  # the numbers of these uploads mean nothing; what fails with real ones shows in the first round
+        # The uploads have meaningless values. A real error shows in the first round.
+        return
 
 
-def _check_hook_names(kind: type) -> None:
-    """Raise UserError for a function of a user's class whose name is nearly that of a hook."""
+def _user_functions(algorithm_class: type) -> list[FunctionType]:
+    """Return the functions that a user's class and its bases outside this package define."""
+    bases = [b for b in algorithm_class.__mro__ if not b.__module__.startswith("hetero_fl.")]
+    return [f for base in bases for f in vars(base).values() if inspect.isfunction(f)]
+
+
+def _check_hook_names(algorithm_class: type) -> None:
+    """Raise UserError if a function's name is similar to that of a hook."""
     hooks = [name for name in vars(Algorithm) if not name.startswith("_")]
-    own = [base for base in kind.__mro__ if not base.__module__.startswith("hetero_fl.")]
-    functions = [f for base in own for f in vars(base).values() if inspect.isfunction(f)]
-    for function in functions:
+    for function in _user_functions(algorithm_class):
         name = function.__name__
-        meant = get_close_matches(name, hooks, 1, cutoff=NEARLY)
-        if meant and name not in hooks and not name.startswith("_"):
+        matches = get_close_matches(name, hooks, 1, cutoff=MIN_HOOK_SIMILARITY)
+        if matches and name not in hooks and not name.startswith("_"):
             raise UserError(
-                f"{function.__qualname__}: no hook has this name; did you mean {meant[0]}?"
+                f"{function.__qualname__}: unknown hook {name!r}; did you mean {matches[0]!r}?"
             )
 
 
-def _check_plans_are_run(kind: type) -> None:
-    """Raise UserError for a statement of a user's class that creates a plan and drops it."""
-    own = [base for base in kind.__mro__ if not base.__module__.startswith("hetero_fl.")]
-    functions = [f for base in own for f in vars(base).values() if inspect.isfunction(f)]
-    for function in functions:
+def _check_plans_are_run(algorithm_class: type) -> None:
+    """Raise UserError if a statement creates a plan without running it."""
+    for function in _user_functions(algorithm_class):
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        except (OSError, SyntaxError):  # typed into a shell, or a lambda
+        except (OSError, SyntaxError):
+            # A function from an interactive shell, or a lambda.
             continue
         for node in ast.walk(tree):
-            if isinstance(node, ast.Expr) and _creates_plan(node.value, kind, function):
+            if isinstance(node, ast.Expr) and _creates_plan(node.value, algorithm_class, function):
                 name = ast.unparse(node.value.func)  # type: ignore[attr-defined]  # it is a call
                 line = function.__code__.co_firstlineno + node.lineno - 1
                 raise UserError(
-                    f"{function.__qualname__} ({function.__code__.co_filename}, line {line}): the plan {name}(…) is created but "
-                    "never run; write `yield from` before it"
+                    f"{function.__qualname__} ({function.__code__.co_filename}, line {line}): "
+                    f"the plan {name}(…) is created but never run; write `yield from` before it"
                 )
 
 
-def _creates_plan(node: ast.expr, kind: type, function: FunctionType) -> bool:
-    """Return whether an expression calls a generator function of `self`, of `super()` or of a class."""
+def _creates_plan(node: ast.expr, algorithm_class: type, function: FunctionType) -> bool:
+    """Return whether an expression calls a generator function of `self`, `super()` or a class."""
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
         return False
     owner = ast.unparse(node.func.value)
-    target = kind if owner in ("self", "super()") else function.__globals__.get(owner)
+    is_own = owner in ("self", "super()")
+    target = algorithm_class if is_own else function.__globals__.get(owner)
     return inspect.isgeneratorfunction(getattr(target, node.func.attr, None))
 
 
 def compact_zeros(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Return zeros of that shape; if there are many, all of them are one number in memory, and nothing can be written there."""
-    if math.prod(shape) <= MOST_ZEROS:
+    """Return zeros; a large tensor is read-only and takes the memory of one number."""
+    if math.prod(shape) <= MAX_DENSE_ZEROS:
         return torch.zeros(shape, dtype=dtype)
     return torch.zeros((), dtype=dtype).expand(shape)
 
 
 def payload_structure(payload: Payload) -> tuple[Any, ...]:
-    """Return the name of each item with its shape, or with its number of named tensors."""
+    """Return the name of each item with its shape or its number of named tensors."""
     return tuple(
         (name, tuple(values.shape) if isinstance(values, Tensor) else len(values))
         for name, values in payload.items()

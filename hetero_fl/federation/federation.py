@@ -1,4 +1,4 @@
-"""The federation: who takes part, with which model, on which data; and participants made from it for one task at a time."""
+"""The fixed facts of a federation, from which participants are created for each task."""
 
 from __future__ import annotations
 
@@ -36,13 +36,39 @@ from hetero_fl.utils.seeding import Key, sample_numbers
 from model_zoo import ModelError, model_options
 
 SERVER = "server"
-MANY = 1000
-SOME = 100  # of more clients than MANY only SOME are read, if nothing else is said
+# Of more than MAX_EVALUATED clients, only NUM_REPRESENTATIVE are evaluated by default.
+MAX_EVALUATED = 1000
+NUM_REPRESENTATIVE = 100
 
 
 @dataclass
 class FederationSpec:
-    """The fixed facts of a run. Participants are made from them when they are needed and dropped afterwards."""
+    """The fixed facts of a run: clients, models, data and settings.
+
+    Participants are created from them for each task and dropped afterwards.
+
+    Attributes:
+        task: The learning task.
+        data: The data of all clients and the server.
+        client_infos: What is known of each client.
+        server_settings: Settings of the server's training.
+        server_preprocess: How the server preprocesses examples.
+        student: The model that the server trains; None if the method trains none.
+        seed: Seed of the run.
+        num_rounds: Number of rounds of the run.
+        common: Prefixes of the names of tensors that all architectures share.
+        cohort: Number of clients sampled for a round.
+        evaluated_clients: The clients whose models are evaluated, in order of the configuration.
+        representative_clients: The clients that stand for all where it would be too slow to inspect
+            every client. Includes all clients of a federation of up to `MAX_EVALUATED`.
+        channel: Compression of messages.
+        aggregation: Aggregation rules.
+        malicious: The malicious clients, if any.
+        privacy: Differential privacy, if any.
+        noise: Source of privacy noise. In a deployment, participants draw it from the operating
+            system.
+        memory: Where participants store their tensors.
+    """
 
     task: Task
     data: FederatedData
@@ -53,18 +79,14 @@ class FederationSpec:
     seed: int
     num_rounds: int
     common: tuple[str, ...] = ()
-    cohort: int = 0  # clients invited to a round
-    # the clients whose models are read, in the order of the configuration
+    cohort: int = 0
     evaluated_clients: Sequence[str] = ()
-    # those who stand for all where everybody would have to be asked; all of up to MANY
     representative_clients: Sequence[str] = ()
     channel: ChannelConfig = field(default_factory=ChannelConfig)
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     malicious: MaliciousClients | None = None
     privacy: PrivacyConfig | None = None
-    noise: NoiseSource = field(
-        default_factory=lambda: KeyedNoiseSource(0)
-    )  # a deployment's participants draw theirs from the system
+    noise: NoiseSource = field(default_factory=lambda: KeyedNoiseSource(0))
     memory: DeviceMemory = field(default_factory=lambda: DeviceMemory(CPU), repr=False)
     _initial: dict[str, Tensors] = field(default_factory=dict, repr=False)
 
@@ -76,21 +98,30 @@ class FederationSpec:
         clients: Mapping[str, ClientSettings],
         student: bool = True,
     ) -> FederationSpec:
-        """Build and check every architecture once; `student`: whether the method can train one at the server.
+        """Build the federation of a configuration and check every architecture once.
 
-        Raises UserError naming the client whose model cannot be made, and for more readings than there are clients. Of liars,
-        if there are any, no model is read.
+        Models of malicious clients are not evaluated.
+
+        Args:
+            config: The configuration of the run.
+            data: The data of all clients and the server.
+            clients: Settings of each client, by id.
+            student: Whether the method can train a model at the server.
+
+        Raises:
+            UserError: If the model of a client or of the server cannot be built, or if
+                `evaluation.clients` is larger than the number of clients.
         """
         population = Population.from_settings(clients)
         archs: list[ModelSpec] = []
         checked: set[ModelSpec] = set()
-        for kind in population.profiles:
+        for profile in population.profiles:
             view = data.unnormalized_view(
-                kind.settings.preprocess, f"clients: '{kind.first}': preprocess"
+                profile.settings.preprocess, f"clients: '{profile.first}': preprocess"
             )
-            archs.append(build_model_spec(kind.settings.model[0], data, view))
+            archs.append(build_model_spec(profile.settings.model[0], data, view))
             if archs[-1] not in checked:
-                _check_model(archs[-1], f"clients: {kind.first}: model")
+                _check_model(archs[-1], f"clients: {profile.first}: model")
                 checked.add(archs[-1])
         client_infos = ClientDirectory(population, [{"model": arch} for arch in archs], data)
         server = config.server
@@ -129,45 +160,59 @@ class FederationSpec:
     def with_models(
         self, models: Sequence[Mapping[str, ModelSpec]] | Mapping[str, Mapping[str, ModelSpec]]
     ) -> FederationSpec:
-        """Return the federation with these models, by slot, of each client profile (or of each client, by id).
+        """Return a copy of the federation with other client models.
 
-        Raises UserError naming a client whose own model cannot be made.
+        Args:
+            models: The models by slot, either for each client profile or by client id.
+
+        Raises:
+            UserError: If the model of a client cannot be built.
         """
-        known = {kind.arch for kind in self.client_infos.profiles}
+        known = {profile.arch for profile in self.client_infos.profiles}
         client_infos = ClientDirectory(self.client_infos.clients, models, self.data)
-        for kind in client_infos.profiles:
-            if kind.arch not in known:
-                _check_model(kind.arch, f"clients: {kind.first}: model")
+        for profile in client_infos.profiles:
+            if profile.arch not in known:
+                _check_model(profile.arch, f"clients: {profile.first}: model")
         return replace(self, client_infos=client_infos)
 
     def with_memory(self, memory: DeviceMemory) -> FederationSpec:
-        """Return the federation whose participants store their tensors as this memory says."""
+        """Return a copy of the federation whose participants store their tensors in `memory`."""
         if memory.storage_device == self.memory.storage_device:
             return self
         return replace(self, memory=memory, _initial={})
 
     def initial_tensors(self, arch: ModelSpec) -> Tensors:
-        """The tensors that every participant with this architecture starts from. Do not change them in place."""
+        """Return the initial tensors of an architecture, which must not be modified in place."""
         if arch.spec_id not in self._initial:
-            made = self.memory.to_storage(arch.initial_tensors(self.seed))
-            self._initial[arch.spec_id] = made
+            tensors = self.memory.to_storage(arch.initial_tensors(self.seed))
+            self._initial[arch.spec_id] = tensors
         return self._initial[arch.spec_id]
 
     def round_context(self, round_idx: int, attempt: int = 0) -> RoundContext:
-        """Where the run stands in that round (from 0), for somebody who trained in it so often before."""
+        """Return the context of a round for a participant.
+
+        Args:
+            round_idx: Index of the round, from 0.
+            attempt: How often the participant has already trained in this round.
+        """
         return RoundContext(self.seed, round_idx, self.num_rounds, attempt)
 
     def sample_cohort(self, count: int | None, round_idx: int, attempt: int = 0) -> list[str]:
-        """Return the clients of a round, in id order: all, or `count` of them drawn by key.
+        """Return the clients of a round, in id order.
 
-        With `privacy.poisson_cohorts` each client takes part by a draw of its own; `count` is then
-        the mean.
+        With `privacy.poisson_cohorts`, each client is sampled independently.
+
+        Args:
+            count: Number of clients to sample; the expected number for Poisson sampling; None for
+                all clients.
+            round_idx: Index of the round, from 0.
+            attempt: How often the round has already been tried.
         """
         ids = self.client_infos.clients.ids
         if count is not None and self.privacy is not None and self.privacy.poisson_cohorts:
             draws = self.noise.stream(round_idx, "cohort")
-            taken = draws.uniform(len(ids)) < count / len(ids)
-            return [ids[i] for i in taken.nonzero().squeeze(1).tolist()]
+            is_sampled = draws.uniform(len(ids)) < count / len(ids)
+            return [ids[i] for i in is_sampled.nonzero().squeeze(1).tolist()]
         if count is None or count >= len(ids):
             return list(ids)
         key = (self.seed, round_idx, "cohort", *attempt_key(attempt))
@@ -176,18 +221,25 @@ class FederationSpec:
     def client(
         self, client_id: str, state: PrivateState, round_idx: int, attempt: int = 0
     ) -> Participant:
-        """A client, with what it keeps privately, ready for one task of that round."""
+        """Return a client with its private state, for one task of a round.
+
+        Args:
+            client_id: The client.
+            state: The client's private state.
+            round_idx: Index of the round, from 0.
+            attempt: How often the client has already trained in this round.
+        """
         client_info = self.client_infos[client_id]
         memory = self.memory
-        kept = {slot: memory.to_storage(tensors) for slot, tensors in state.models.items()}
+        private = {slot: memory.to_storage(tensors) for slot, tensors in state.models.items()}
         models = {
-            slot: {**self.initial_tensors(arch), **kept.get(slot, {})}
+            slot: {**self.initial_tensors(arch), **private.get(slot, {})}
             for slot, arch in client_info.models.items()
         }
-        models = {**kept, **models}
+        models = {**private, **models}
 
-        def columns(name: str, through: Any) -> Columns:
-            return self.data.columns(client_id, name, through or client_info.preprocess)
+        def columns(name: str, preprocess: Any) -> Columns:
+            return self.data.columns(client_id, name, preprocess or client_info.preprocess)
 
         data: DataFunction = columns
         label_counts: CountsFunction = partial(self.label_counts, client_id)
@@ -200,7 +252,7 @@ class FederationSpec:
             task=self.task,
             arch=dict(client_info.models),
             models=models,
-            data=lambda name, through: memory.columns_to_storage(data(name, through)),
+            data=lambda name, preprocess: memory.columns_to_storage(data(name, preprocess)),
             settings=client_info.settings,
             label_counts=lambda: memory.to_storage(label_counts()),
             num_rows=client_info.num_rows,
@@ -212,19 +264,23 @@ class FederationSpec:
 
     @property
     def has_noisy_counts(self) -> bool:
-        """Whether clients know their label counts with noise only: where privacy protects records."""
+        """Whether clients see only noisy label counts, which holds if privacy protects records."""
         return self.privacy is not None and self.privacy.unit == "record"
 
     def label_counts(self, client_id: str) -> Tensor:
-        """Label counts of a client's training rows, `[outputs]`, in the default dtype; with noise where records are private."""
+        """Return the label counts of a client's training rows, with noise if records are private.
+
+        Returns:
+            Label counts in the default dtype, shape `[outputs]`.
+        """
         counts = self.data.label_counts(client_id).to(torch.get_default_dtype())
         if self.privacy is None or not self.has_noisy_counts:
             return counts
         return noisy_label_counts(counts, self.task.kind, self.privacy, self.noise, client_id)
 
     def server(self) -> Participant:
-        """The server before the first round: a model for each architecture, and the student if one is asked for."""
-        archs = {kind.arch.spec_id: kind.arch for kind in self.client_infos.profiles}
+        """Return the server before the first round, with a model for each architecture."""
+        archs = {profile.arch.spec_id: profile.arch for profile in self.client_infos.profiles}
         models = {slot: dict(self.initial_tensors(arch)) for slot, arch in sorted(archs.items())}
         if self.student is not None:
             archs["student"] = self.student
@@ -234,8 +290,8 @@ class FederationSpec:
             task=self.task,
             arch=archs,
             models={slot: copy_tensors(tensors) for slot, tensors in models.items()},
-            data=lambda name, through: self.memory.columns_to_storage(
-                self.data.columns(SERVER, name, through or self.server_preprocess)
+            data=lambda name, preprocess: self.memory.columns_to_storage(
+                self.data.columns(SERVER, name, preprocess or self.server_preprocess)
             ),
             settings=self.server_settings,
             label_counts=lambda: torch.zeros(self.task.outputs, device=self.memory.storage_device),
@@ -246,26 +302,43 @@ class FederationSpec:
         )
 
     def preprocessing_of(self, slot: str) -> Preprocess:
-        """How a model at the server sees public examples: as the group's first client does, or as the server itself."""
-        members = [kind.first for kind in self.client_infos.profiles if kind.arch.spec_id == slot]
-        return self.client_infos[members[0]].preprocess if members else self.server_preprocess
+        """Return the preprocessing of public examples for a model at the server.
+
+        A model that clients train uses the preprocessing of the first client with its architecture;
+        any other model uses that of the server.
+        """
+        for profile in self.client_infos.profiles:
+            if profile.arch.spec_id == slot:
+                return self.client_infos[profile.first].preprocess
+        return self.server_preprocess
 
 
 def attempt_key(attempt: int) -> tuple[Key, ...]:
-    """Return the part of a random stream's key that tells a repeated round from the first try."""
+    """Return the part of a random stream's key that distinguishes repeated rounds."""
     return ("attempt", attempt) if attempt else ()
 
 
 def build_model_spec(model: ModelConfig, data: FederatedData, view: Preprocess) -> ModelSpec:
-    """The model of the configuration, for the shape in which its owner sees examples."""
-    shape = view.shape(tuple(data.input_shape))
-    words = data.vocabulary.size if data.vocabulary else None
-    about = (model.feature_dim, _fill_blocks(model, view), model.pretrained, words)
-    return ModelSpec.from_config(model.name, data.task.outputs, shape, *about)
+    """Return the specification of a configured model.
+
+    Args:
+        model: Configuration of the model.
+        data: The data, which determine input shape, number of outputs and vocabulary.
+        view: Preprocessing of the participant that uses the model.
+    """
+    return ModelSpec.from_config(
+        model.name,
+        data.task.outputs,
+        view.shape(tuple(data.input_shape)),
+        model.feature_dim,
+        _fill_blocks(model, view),
+        pretrained=model.pretrained,
+        vocabulary=data.vocabulary.size if data.vocabulary else None,
+    )
 
 
 def _fill_blocks(model: ModelConfig, view: Preprocess) -> dict[str, Any]:
-    """The model's options; one that asks for `blocks` and was given none gets those that its owner sees."""
+    """Return the model's options, with `blocks` from the preprocessing if the model needs them."""
     known = model_options(model.name)
     if view.blocks and "blocks" not in model.options and known.get("blocks", 0) in ((), None):
         return {**model.options, "blocks": tuple(tuple(block) for block in view.blocks)}
@@ -273,21 +346,26 @@ def _fill_blocks(model: ModelConfig, view: Preprocess) -> dict[str, Any]:
 
 
 def _sample_evaluated(clients: Population, num_evaluated: int | None, seed: int) -> list[str]:
-    """Everybody, or so many as are asked for, drawn once for the whole run."""
-    count = num_evaluated or (len(clients) if len(clients) <= MANY else SOME)
+    default = len(clients) if len(clients) <= MAX_EVALUATED else NUM_REPRESENTATIVE
+    count = num_evaluated or default
     if count > len(clients):
-        raise UserError(f"evaluation.clients: found {count}, but there are {len(clients)} clients")
+        raise UserError(
+            f"evaluation.clients: must be <= {len(clients)}, the number of clients, got {count}"
+        )
     if count == len(clients):
         return list(clients)
-    drawn = [clients.ids[i] for i in sample_numbers(len(clients), count, seed, "evaluation")]
-    return sorted(drawn, key=lambda id: clients.position(id) or (0, 0))
+    sampled = [clients.ids[i] for i in sample_numbers(len(clients), count, seed, "evaluation")]
+    return sorted(sampled, key=lambda client_id: clients.position(client_id) or (0, 0))
 
 
 def _exclude_malicious(client_ids: list[str], malicious: MaliciousClients | None) -> list[str]:
-    honest = [id for id in client_ids if malicious is None or id not in malicious.ids]
+    if malicious is None:
+        return client_ids
+    honest = [client_id for client_id in client_ids if client_id not in malicious.ids]
     if not honest:
         raise UserError(
-            "attacks: everybody whose model is read lies; leave some honest, or raise evaluation.clients"
+            "attacks: every evaluated client is malicious; "
+            "attack fewer clients or increase evaluation.clients"
         )
     return honest
 
@@ -300,5 +378,5 @@ def _check_model(arch: ModelSpec, where: str) -> None:
 
 
 def describe_settings(settings: ClientSettings) -> dict[str, Any]:
-    """What differs from the defaults, for reports."""
+    """Return the settings that differ from the defaults, for reports."""
     return settings.model_dump(mode="json", exclude_defaults=True)

@@ -1,4 +1,4 @@
-"""Runs in real time: the clients are on other machines, come and go, and take as long as they take."""
+"""Trainers in real time, whose clients are on other machines and may connect and disconnect."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
+
+from typing_extensions import override
 
 from hetero_fl.communication.protocol import Exchange, Message, Reply
 from hetero_fl.core.payload import Payload
@@ -20,38 +22,45 @@ from hetero_fl.federation.executors.base import (
 )
 from hetero_fl.federation.simulation.faults import FaultOutcome
 from hetero_fl.federation.simulation.rounds import ScheduledTrainer
-from hetero_fl.federation.simulation.sampling import LONGEST
+from hetero_fl.federation.simulation.sampling import MAX_WAIT
 from hetero_fl.federation.simulation.schedule import Schedule
 from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.federation.trainer import Record
 from hetero_fl.federation.upload_collector import UploadCollector
 from hetero_fl.utils.errors import RunFailedError
 
-LOOK = 1.0  # seconds after which free places are given to clients that have connected meanwhile
-UPLOADS = ("upload", "train")  # kinds of replies that carry an upload
+# Seconds between two searches for newly connected clients.
+POLL_INTERVAL = 1.0
+# Kinds of replies that contain an upload.
+UPLOADS = ("upload", "train")
 
 
 class Stopwatch:
-    """Real seconds since a run began, without those between a crash and a resume."""
+    """Clock of a run's real time, which excludes the time between a crash and a resume.
+
+    Args:
+        elapsed: Seconds to start from.
+    """
 
     def __init__(self, elapsed: float = 0.0) -> None:
         self._start = time.monotonic() - elapsed
 
     def elapsed(self) -> float:
-        """Return the seconds."""
+        """Return the seconds since the run began."""
         return time.monotonic() - self._start
 
 
 def reset_record(executor: RemoteExecutor) -> dict[str, Any]:
-    """Return what a record says of clients that lost their private state."""
+    """Return the entry of a round's record on clients that lost their private state."""
     clients = executor.pop_reset_clients()
-    return {"anew": clients} if clients else {}
+    return {"anew": clients} if clients else {}  # style: ok (file key)
 
 
 class RemoteSynchronousTrainer(ScheduledTrainer):
-    """Synchronous rounds with clients on other machines.
+    """Trainer of synchronous rounds with clients on other machines.
 
-    A round is closed when as many uploads have come as it wants, or the time is over.
+    A round ends when enough uploads have arrived or its deadline has passed. Takes the arguments
+    of `ScheduledTrainer`.
     """
 
     executor: RemoteExecutor
@@ -61,16 +70,20 @@ class RemoteSynchronousTrainer(ScheduledTrainer):
         self.executor.on_reset = self.broadcasts.reset
         self.stopwatch = Stopwatch()
 
+    @override
     def run_round(self) -> Record:
         self.now = self.stopwatch.elapsed()
         return super().run_round()
 
-    def hold(self, collector: UploadCollector, number: int) -> Schedule:
+    @override
+    def run_attempt(self, collector: UploadCollector, number: int) -> Schedule:
         self._sampled_at = self.stopwatch.elapsed()
-        schedule = super().hold(collector, number)
-        self.now = schedule.end = self.stopwatch.elapsed()
+        schedule = super().run_attempt(collector, number)
+        schedule.end = self.stopwatch.elapsed()
+        self.now = schedule.end
         return schedule
 
+    @override
     def replies(
         self,
         schedule: Schedule,
@@ -85,37 +98,43 @@ class RemoteSynchronousTrainer(ScheduledTrainer):
     def _in_time(
         self, schedule: Schedule, clients: Sequence[str], arrivals: Iterator[tuple[str, Reply]]
     ) -> Iterator[tuple[str, Reply]]:
-        """Yield replies until there are as many uploads as are wanted; the other clients are late."""
+        """Yield replies until enough uploads have arrived; the other clients are late."""
         tasks = schedule.tasks
         running = dict.fromkeys(clients)
-        wanted = min(len(tasks), self.per_round or len(tasks))
-        uploads = 0
+        num_required = min(len(tasks), self.per_round or len(tasks))
+        num_uploads = 0
         for client_id, reply in arrivals:
             tasks[client_id] = replace(tasks[client_id], end=self.stopwatch.elapsed())
             del running[client_id]
-            uploads += isinstance(reply, Message) and reply.kind in UPLOADS
+            num_uploads += isinstance(reply, Message) and reply.kind in UPLOADS
             yield client_id, reply
-            del reply  # a model's worth of memory
-            if uploads == wanted < len(tasks):
+            # Free the upload before the next one arrives.
+            del reply
+            if num_uploads == num_required < len(tasks):
                 break
         for client_id in running:
             tasks[client_id] = replace(tasks[client_id], end=math.inf)
-            yield client_id, ClientLateError("the round was closed")
+            yield client_id, ClientLateError("the round has ended")
 
+    @override
     def time_record(self, start: float) -> dict[str, Any]:
         wall = {"start": start, "end": self.now}
         return {"wall": wall, **self.task_record(), **reset_record(self.executor)}
 
+    @override
     def on_checkpoint(self) -> None:
         self.executor.on_checkpoint()
 
+    @override
     def load_client_states(self, states: Mapping[str, PrivateState]) -> None:
         self.executor.send_states(states)
         self.store.commit()
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"now": self.now}
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.now = state.get("now", 0.0)
@@ -123,10 +142,11 @@ class RemoteSynchronousTrainer(ScheduledTrainer):
 
 
 class RemoteAsynchronousTrainer(AsynchronousTrainer):
-    """An asynchronous run in real time: clients end when they end, and are asked when connected.
+    """Asynchronous trainer in real time, with clients on other machines.
 
-    Who is drawn follows from the order in which uploads come, so that the same order gives the
-    same bits. A task in flight when the server dies is sent again, and is the same task.
+    Clients are sampled among those connected. The samples depend only on the order in which uploads
+    arrive, so the same order reproduces the run bit by bit. After a crash of the server, tasks in
+    flight are sent again unchanged. Takes the arguments of `AsynchronousTrainer`.
     """
 
     executor: RemoteExecutor
@@ -134,38 +154,45 @@ class RemoteAsynchronousTrainer(AsynchronousTrainer):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.executor.on_reset = self._send_again
+        self.executor.on_reset = self._resend_model
         self.stopwatch = Stopwatch()
-        self._resting: dict[str, str] = {}  # why they had no answer
+        # Clients that did not answer, with the reason; they are not sampled for a while.
+        self._resting: dict[str, str] = {}
 
+    @override
     def run_round(self) -> Record:
         self.now = self.stopwatch.elapsed()
         return super().run_round() | reset_record(self.executor)
 
+    @override
     def on_checkpoint(self) -> None:
         self.executor.on_checkpoint()
 
+    @override
     def load_client_states(self, states: Mapping[str, PrivateState]) -> None:
         self.executor.send_states(states)
         self.store.commit()
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.stopwatch = Stopwatch(self.now)
 
+    @override
     def _next_task(self) -> ClientTask:
-        until = time.monotonic() + LONGEST
+        deadline = time.monotonic() + MAX_WAIT
         while math.isinf(self.queue.next_end):
             self._assign_tasks()
-            if not len(self.queue) and time.monotonic() > until:
+            if not len(self.queue) and time.monotonic() > deadline:
                 raise RunFailedError(
-                    f"round {self.completed + 1}: nobody was there for {LONGEST / 3600:g} hours"
+                    f"round {self.completed + 1}: no client connected for {MAX_WAIT / 3600:g} hours"
                 )
             for task in self.queue.pop_uncomputed():
                 self.executor.dispatch(task.client, partial(self._request, task))
-            if (came := self.executor.next_reply(LOOK)) is None:
+            arrival = self.executor.next_reply(POLL_INTERVAL)
+            if arrival is None:
                 continue
-            client, reply = came
+            client, reply = arrival
             (task,) = (task for task in self.queue if task.client == client)
             if isinstance(reply, Message):
                 task.upload = reply
@@ -177,37 +204,41 @@ class RemoteAsynchronousTrainer(AsynchronousTrainer):
             self.queue.set_end(task)
         return self.queue.pop()
 
-    def _request(self, task: ClientTask, client: str) -> Message:
+    def _request(self, task: ClientTask, _client: str) -> Message:
         return task.request
 
-    def _send_again(self, client: str) -> None:
-        """Have the next request to a client that has lost its state contain the whole model."""
+    def _resend_model(self, client: str) -> None:
+        """Put the whole model into the next request to a client that has lost its state."""
         body = self.broadcasts.reset(client)
         for task in self.queue:
             if task.client == client and body is not None:
                 task.broadcast = body
                 self.count_traffic(down=len(body))
 
+    @override
     def _idle_clients(self) -> tuple[int, Callable[[int], int]]:
-        """Those who are there, but for those who had no answer: they are asked again after the next version, or if else nobody is
-        at it."""
-        here = set(self.executor.connected_clients())
+        # Clients that did not answer are sampled again after the next aggregation, or if no other
+        # client is connected.
+        connected = set(self.executor.connected_clients())
         busy = {task.client for task in self.queue}
-        if not busy and not here - self._resting.keys():
-            time.sleep(LOOK)
+        if not busy and not connected - self._resting.keys():
+            time.sleep(POLL_INTERVAL)
             self._resting.clear()
-        free = here - busy - self._resting.keys()
-        found = [place for place, id in enumerate(self.ids) if id in free]
-        return len(found), found.__getitem__
+        idle = connected - busy - self._resting.keys()
+        places = [place for place, client_id in enumerate(self.ids) if client_id in idle]
+        return len(places), places.__getitem__
 
-    def _end_time(self, client: str, down: int, up: int, number: int, fate: FaultOutcome) -> float:
+    @override
+    def _end_time(self, client: str, down: int, up: int, number: int, fault: FaultOutcome) -> float:
         return math.inf
 
+    @override
     def _receive_upload(self, task: ClientTask) -> Payload:
         if task.client in self._resting and task.diverged is not None:
             raise TaskFailedError(task.diverged, "fate")
         return super()._receive_upload(task)
 
+    @override
     def _aggregate(self) -> None:
         super()._aggregate()
         self._resting.clear()

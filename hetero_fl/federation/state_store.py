@@ -1,7 +1,7 @@
-"""Store the private state of clients between rounds, in append-only segment files.
+"""Storage of clients' private state between rounds, in append-only segment files.
 
 State is staged while a round runs and committed when the server has used the client's upload. The
-round's checkpoint (`checkpoint.py`) then closes the segment in which it lies.
+round's checkpoint (see `checkpoint.py`) then seals the segment.
 """
 
 from __future__ import annotations
@@ -31,20 +31,29 @@ from hetero_fl.utils.serialization import (
     sync_folder,
 )
 
-# Layout of a segment: 8 bytes of magic; the blobs, one after the other; the head; the length of the
-# head (8 bytes, little-endian); the SHA-256 of head and length. Offsets and checksums of blobs are
-# in a head, not next to the blobs. A segment is renamed into place when it is sealed, so that it is
-# complete or does not exist.
-
 MAGIC = b"HFLCKPT2"
-CHUNK = 1 << 20  # bytes in memory while a blob is verified or copied
+# Bytes in memory while a blob is verified or copied.
+CHUNK = 1 << 20
+# Bytes after the head: its length and a SHA-256 checksum.
 TRAILER = 8 + 32
+FORM = "private state 1"
+# Bytes of cached states.
+MEMORY = 1 << 30
+# A segment of which less than one part in COMPACT is in use is copied and removed.
+COMPACT = 4
 
 
 class Segment:
-    """A file of blobs.
+    """File of blobs.
 
-    Blob locations refer to the segment object, so they stay valid when the file is renamed.
+    A segment consists of 8 magic bytes, the blobs, the head, the length of the head (8 bytes,
+    little-endian), and the SHA-256 checksum of head and length. Locations and checksums of blobs
+    are stored in a head. Blob locations refer to the segment object, so they stay valid when the
+    file is renamed.
+
+    Args:
+        path: Path of the file.
+        size: Size of the file in bytes.
     """
 
     def __init__(self, path: Path, size: int) -> None:
@@ -53,16 +62,30 @@ class Segment:
 
     @classmethod
     def open(cls, path: Path) -> Segment:
-        """Open a sealed segment. Raises OSError if it does not exist."""
+        """Open a sealed segment.
+
+        Raises:
+            OSError: If the file does not exist.
+        """
         return cls(path, path.stat().st_size)
 
     def read(self, location: BlobLocation) -> bytes:
-        """Read a blob. Raises CodecError if it is damaged, OSError if it cannot be read."""
-        # As a single chunk, which `join` does not copy.
+        """Read a blob.
+
+        Raises:
+            CodecError: If the blob is damaged.
+            OSError: If the file cannot be read.
+        """
+        # `join` does not copy a single chunk.
         return b"".join(self.stream(location, location.length))
 
     def stream(self, location: BlobLocation, chunk_size: int = CHUNK) -> Iterator[bytes]:
-        """Yield the chunks of a blob. Raises as `read` does, for damage after the last chunk."""
+        """Yield the chunks of a blob.
+
+        Raises:
+            CodecError: If the blob is damaged; raised after the last chunk.
+            OSError: If the file cannot be read.
+        """
         checksum = hashlib.sha256()
         with open(self.path, "rb") as file:
             file.seek(location.offset)
@@ -74,7 +97,12 @@ class Segment:
             raise CodecError(f"a checksum in {self.path.name} does not match")
 
     def verify(self, location: BlobLocation) -> None:
-        """Check a blob with one chunk in memory at a time. Raises as `read` does."""
+        """Verify the checksum of a blob, with one chunk in memory at a time.
+
+        Raises:
+            CodecError: If the blob is damaged.
+            OSError: If the file cannot be read.
+        """
         for _ in self.stream(location):
             pass
 
@@ -86,46 +114,57 @@ class Segment:
         """
         with open(self.path, "rb") as file:
             if file.read(len(MAGIC)) != MAGIC:
-                raise CodecError("not a checkpoint of this version, or its first bytes are gone")
+                raise CodecError("not a checkpoint of this version, or its first bytes are damaged")
             file.seek(max(0, self.size - TRAILER))
             trailer = file.read(TRAILER)
             length = int.from_bytes(trailer[:8], "little")
             file.seek(max(0, self.size - TRAILER - length))
             head = file.read(min(length, self.size))
         if hashlib.sha256(head + trailer[:8]).digest() != trailer[8:]:
-            raise CodecError("its checksum does not match, or it is cut short")
+            raise CodecError("its checksum does not match, or it is truncated")
         return head
 
 
 class BlobLocation(NamedTuple):
-    """Where a blob lies, and its checksum."""
+    """Location and checksum of a blob.
+
+    Attributes:
+        segment: The segment with the blob.
+        offset: Offset of the first byte.
+        length: Number of bytes.
+        digest: SHA-256 checksum.
+    """
 
     segment: Segment
     offset: int
     length: int
-    digest: bytes  # SHA-256
+    digest: bytes
 
     def read(self) -> bytes:
-        """Read the blob. Raises CodecError or OSError as `Segment.read` does."""
+        """Read the blob, see `Segment.read`."""
         return self.segment.read(self)
 
 
 class OpenSegment(Segment):
-    """A segment that is being written, under a temporary name.
+    """Segment that is being written under a temporary name.
 
-    No file handle is kept, because the process may be killed at any moment.
+    Sealing renames the file, so a sealed segment is always complete. No file handle is kept open,
+    because the process may be killed at any time.
+
+    Args:
+        folder: Folder of the file.
     """
 
     def __init__(self, folder: Path) -> None:
-        # Always the same temporary name: what a crash leaves behind is overwritten, not piled up.
+        # The name is always the same, so that files left by crashes do not accumulate.
         super().__init__(folder / ".next.ckpt.tmp", 0)
 
     def append(self, data: bytes) -> BlobLocation:
-        """Append a blob. If writing fails, the next blob overwrites what was written of it."""
+        """Append a blob. If writing fails, the next blob overwrites the incomplete one."""
         return self._append([data], hashlib.sha256(data).digest())
 
     def copy(self, location: BlobLocation) -> BlobLocation:
-        """Append a blob of another segment, one chunk in memory at a time.
+        """Append a blob of another segment, with one chunk in memory at a time.
 
         Raises:
             CodecError: If the blob is damaged in the other segment.
@@ -153,7 +192,7 @@ class OpenSegment(Segment):
             self.size = size
 
     def seal(self, path: Path, head: bytes) -> None:
-        """Append the head, flush to disk and rename to `path`. No blob can be appended afterwards."""
+        """Append the head, flush the file to disk and rename it. No blob can be appended then."""
         length = len(head).to_bytes(8, "little")
         self.append(head)
         with open(self.path, "r+b") as file:
@@ -168,14 +207,14 @@ class OpenSegment(Segment):
         self.size += TRAILER
 
 
-FORM = "private state 1"
-MEMORY = 1 << 30  # bytes
-COMPACT = 4  # segments of which less than one part in COMPACT is live are given up
-
-
 @dataclass
 class PrivateState:
-    """What one client keeps: tensors by slot, and a tree of tensors and plain values."""
+    """Private state of one client.
+
+    Attributes:
+        models: Tensors of models, by slot.
+        state: Tree of tensors and plain values.
+    """
 
     models: dict[str, Tensors] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
@@ -184,12 +223,12 @@ class PrivateState:
         return bool(self.models or self.state)
 
     def encode(self) -> bytes:
-        """Encode for disk and for other processes; an empty state has no bytes."""
+        """Encode the state for disk and other processes; an empty state has no bytes."""
         return encode({"models": self.models, "state": self.state}, FORM) if self else b""
 
     @classmethod
     def decode(cls, data: bytes, bounded: bool = False) -> PrivateState:
-        """Decode what `encode` returned.
+        """Decode a state from `encode`.
 
         Args:
             data: The bytes.
@@ -203,25 +242,26 @@ class PrivateState:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its tensors."""
+        """Number of bytes of the tensors."""
         return num_tensor_bytes([self.models, self.state])
 
     def on_cpu(self) -> PrivateState:
-        """Return the state with its tensors on the CPU."""
+        """Return the state with all tensors on the CPU."""
         cpu = torch.device("cpu")
         return PrivateState(move_tree(self.models, cpu), move_tree(self.state, cpu))
 
     def normalized(self) -> PrivateState:
-        """Return a copy as decoding would give it: contiguous tensors with memory of their own."""
+        """Return a copy as if it had been encoded and decoded, with contiguous tensors."""
         return PrivateState(**copy_tree({"models": self.models, "state": self.state}))
 
 
 @dataclass
 class StateVersion:
-    """One client's state as it was staged once.
+    """Staged or committed version of a client's state.
 
-    `stamp` identifies it within this process and is never used again. `location` is None if the
-    store has no folder.
+    Attributes:
+        stamp: Unique number of the version in this process.
+        location: Location on disk; None if the store has no folder.
     """
 
     stamp: int
@@ -229,31 +269,36 @@ class StateVersion:
 
 
 class StateStore:
-    """Private state by client id. A client without any costs nothing.
+    """Store of clients' private states. Clients without private state need no memory.
 
-    The value of a state is always what its bytes say, so neither the size of the cache nor a resume
-    changes a result.
+    A state always equals its decoded bytes, so results do not depend on the size of the cache or on
+    resuming.
 
     Args:
-        folder: Where state is written as it is staged. Without one (tests, notebooks, worker
-            processes) all of it stays in memory.
-        memory: Upper bound of the bytes that are cached, decoded or encoded, if there is a folder.
+        folder: Folder to which states are written when they are staged. Without a folder, all
+            states stay in memory.
+        memory: Largest number of bytes of cached states if there is a folder.
+
+    Attributes:
+        open_segment: The segment to which states are written; None without a folder.
+        notes: What clients keep between the exchanges of a round, by client id. Never on disk.
     """
 
     def __init__(self, folder: Path | None = None, memory: int = MEMORY) -> None:
         self.folder = folder
         self.memory = memory
         self.open_segment: OpenSegment | None = None
-        # What clients remember from one exchange of a round to the next; never on disk.
         self.notes: dict[str, bytes] = {}
-        self._cache: LRUCache[int, PrivateState | bytes] = LRUCache(  # by stamp
+        # By stamp.
+        self._cache: LRUCache[int, PrivateState | bytes] = LRUCache(
             math.inf if folder is None else memory, getsizeof=_num_bytes
         )
         self._committed: dict[str, StateVersion] = {}
-        # None: the client no longer keeps anything
+        # None for a client whose new state is empty.
         self._staged: dict[str, StateVersion | None] = {}
         self._stamps = itertools.count()
-        self._committed_size = 0  # of the open segment
+        # Size of the open segment at the last commit.
+        self._committed_size = 0
         self.start_segment()
 
     @property
@@ -262,57 +307,58 @@ class StateStore:
         return int(self._cache.currsize)
 
     def get(self, client: str) -> PrivateState:
-        """Return the committed state, empty if there is none. Do not change it in place.
+        """Return the committed state of a client, which must not be modified in place.
+
+        Returns:
+            The state, empty if the client has none.
 
         Raises:
-            RunFailedError: If it has been damaged on disk.
+            RunFailedError: If the state is damaged on disk.
         """
         version = self._committed.get(client)
         if version is None:
             return PrivateState()
-        found = self._load(client, version)
-        if isinstance(found, bytes):
-            found = PrivateState.decode(found)
-            self._add_to_cache(version.stamp, found)
-        return found
+        state = self._load(client, version)
+        if isinstance(state, bytes):
+            state = PrivateState.decode(state)
+            self._add_to_cache(version.stamp, state)
+        return state
 
     def encoded(self, client: str) -> bytes | None:
-        """Return the committed state as `PrivateState.encode` does, None if there is none.
+        """Return the encoded committed state of a client, or None if it has none.
 
         Raises:
-            RunFailedError: If it has been damaged on disk.
+            RunFailedError: If the state is damaged on disk.
         """
         version = self._committed.get(client)
         if version is None:
             return None
-        found = self._load(client, version)
-        return found if isinstance(found, bytes) else found.encode()
+        state = self._load(client, version)
+        return state if isinstance(state, bytes) else state.encode()
 
     def stamp(self, client: str) -> int | None:
-        """Return a number that changes with the committed state, None if there is none."""
+        """Return a number that changes with the client's committed state; None if it has none."""
         version = self._committed.get(client)
         return None if version is None else version.stamp
 
     def num_bytes(self, client: str) -> int:
-        """Return the bytes of the committed state in memory, decoded or encoded as it is cached."""
+        """Return the number of bytes of a client's committed state in memory."""
         version = self._committed.get(client)
         return 0 if version is None else _num_bytes(self._load(client, version))
 
     def clients(self) -> list[str]:
-        """Return the ids of clients that keep something, sorted."""
+        """Return the ids of clients with a committed state, sorted."""
         return sorted(self._committed)
 
-    # Rounds
-
     def stage(self, client: str, private: PrivateState | bytes) -> int | None:
-        """Stage the state that a client's task has written; its upload is not used yet.
+        """Stage the new state of a client, until its upload has been used.
 
         Args:
             client: The client's id.
             private: The state, encoded if it comes from another process.
 
         Returns:
-            The stamp that the state will have once it is committed, None if it is empty.
+            The stamp of the state once it is committed; None if the state is empty.
         """
         self.discard_client(client)
         if not private:
@@ -329,14 +375,14 @@ class StateStore:
         return version.stamp
 
     def discard_client(self, client: str) -> None:
-        """Drop what one client staged, because its upload is not used."""
+        """Drop the staged state of a client whose upload is not used."""
         self._remove_from_cache(self._staged.pop(client, None))
 
     def commit(self, clients: Collection[str] | None = None) -> None:
-        """Make staged state the committed state.
+        """Commit staged states.
 
         Args:
-            clients: The clients whose uploads were used; all of them by default.
+            clients: The clients whose uploads were used; None for all.
         """
         used = list(self._staged)
         if clients is not None:
@@ -350,17 +396,15 @@ class StateStore:
         self._mark_committed_size()
 
     def discard(self) -> None:
-        """Drop everything that is staged, because the round did not end."""
+        """Drop all staged states."""
         for client in list(self._staged):
             self.discard_client(client)
         self.notes.clear()
         if self.open_segment is not None:
             self.open_segment.truncate(self._committed_size)
 
-    # Checkpoints
-
     def locations(self) -> dict[str, BlobLocation]:
-        """Return where the committed state of each client lies."""
+        """Return the location of each client's committed state."""
         return {
             client: version.location
             for client, version in sorted(self._committed.items())
@@ -368,36 +412,39 @@ class StateStore:
         }
 
     def staged_locations(self) -> dict[str, BlobLocation | None]:
-        """Return where the state staged by tasks in flight lies, None for clients that keep nothing."""
+        """Return the location of each client's staged state; None for an empty state."""
         return {
             client: None if version is None else version.location
             for client, version in sorted(self._staged.items())
         }
 
     def files(self) -> set[Path]:
-        """Return the files in which committed or staged state lies."""
+        """Return the files with committed or staged states."""
         segments = {location.segment for _, _, location in self._stored_versions()}
         return {segment.path for segment in segments}
 
     def compact_segments(self, replaced: Path) -> None:
-        """Copy live state out of segments with little of it, and out of the file to be `replaced`.
+        """Copy the states in use out of segments with few of them.
+
+        Args:
+            replaced: File that will be replaced, out of which all states in use are copied.
 
         Raises:
-            RunFailedError: If it has been damaged on disk.
+            RunFailedError: If a state is damaged on disk.
         """
         assert self.open_segment is not None
         versions = self._stored_versions()
-        live: Counter[Segment] = Counter()
+        used_bytes: Counter[Segment] = Counter()
         for _, _, location in versions:
-            live[location.segment] += location.length
-        given_up = {
+            used_bytes[location.segment] += location.length
+        obsolete = {
             segment
-            for segment, num_bytes in live.items()
+            for segment, num_bytes in used_bytes.items()
             if segment is not self.open_segment
             and (segment.path == replaced or num_bytes * COMPACT < segment.size)
         }
         for client, version, location in versions:
-            if location.segment in given_up:
+            if location.segment in obsolete:
                 try:
                     version.location = self.open_segment.copy(location)
                 except (CodecError, OSError) as error:
@@ -405,7 +452,7 @@ class StateStore:
         self._mark_committed_size()
 
     def start_segment(self) -> None:
-        """Start a new segment: the checkpoint has sealed the open one."""
+        """Start a new segment after a checkpoint has sealed the previous one."""
         if self.folder is not None:
             self.open_segment = OpenSegment(self.folder)
         self._mark_committed_size()
@@ -415,7 +462,12 @@ class StateStore:
         locations: Mapping[str, BlobLocation],
         staged_locations: Mapping[str, BlobLocation | None],
     ) -> None:
-        """Replace committed and staged state by that of a checkpoint."""
+        """Replace all states by those of a checkpoint.
+
+        Args:
+            locations: Location of each client's committed state.
+            staged_locations: Location of each client's staged state; None for an empty state.
+        """
         self._cache.clear()
         self._committed = {
             client: StateVersion(next(self._stamps), location)
@@ -428,7 +480,7 @@ class StateStore:
         self.start_segment()
 
     def _stored_versions(self) -> list[tuple[str, StateVersion, BlobLocation]]:
-        """Return all versions that lie on disk, in an order that is the same in every run."""
+        """Return all versions on disk in a reproducible order."""
         return [
             (client, version, version.location)
             for versions in (self._committed, self._staged)
@@ -437,13 +489,11 @@ class StateStore:
         ]
 
     def _mark_committed_size(self) -> None:
-        """Remember up to where `discard` keeps the open segment."""
+        """Record the size to which `discard` truncates the open segment."""
         self._committed_size = 0 if self.open_segment is None else self.open_segment.size
 
-    # Cache
-
     def _load(self, client: str, version: StateVersion) -> PrivateState | bytes:
-        """Return a version from the cache, or else its bytes from disk."""
+        """Return a version from the cache, or its bytes from disk."""
         cached = self._cache.get(version.stamp)
         if cached is not None:
             return cached
@@ -469,5 +519,5 @@ def _num_bytes(value: PrivateState | bytes) -> int:
 def _damaged_error(client: str, error: Exception) -> RunFailedError:
     return RunFailedError(
         f"the private state of {client} is damaged on disk ({error}); "
-        "--resume goes on from a whole checkpoint"
+        "use --resume to continue from an undamaged checkpoint"
     )

@@ -6,6 +6,8 @@ import time
 from dataclasses import replace
 from functools import partial
 
+from typing_extensions import override
+
 from hetero_fl.communication.protocol import Traffic
 from hetero_fl.engine.driver import run_plan
 from hetero_fl.federation.trainer import FederatedTrainer, Record
@@ -13,8 +15,9 @@ from hetero_fl.federation.upload_collector import UploadCollector
 
 
 class SynchronousTrainer(FederatedTrainer):
-    """Trains in rounds that wait for their cohort (McMahan et al. 2017, Algorithm 1)."""
+    """Trainer whose rounds wait for their cohort (McMahan et al. 2017, Algorithm 1)."""
 
+    @override
     def run_round(self) -> Record:
         started = time.perf_counter()
         before = replace(self.traffic)
@@ -32,22 +35,23 @@ class SynchronousTrainer(FederatedTrainer):
         return collector.record(traffic, time.perf_counter() - started)
 
     def sample_cohort(self, round_idx: int) -> list[str]:
-        """Return the clients of a round, in order: all, or `per_round` drawn by the key."""
+        """Return the clients of a round, in id order: all, or a sample of `per_round`."""
         return self.federation.sample_cohort(self.per_round, round_idx)
 
     def collect(self, cohort: list[str]) -> UploadCollector:
-        """Broadcast to the cohort, have it train, and collect what comes back."""
+        """Send the broadcast to the cohort and collect the uploads."""
         collector = UploadCollector(self, cohort)
         for exchange in collector.exchanges():
             requests = partial(collector.request, exchange)
             for client_id, reply in self.executor.run(exchange.clients, requests):
                 collector.add(exchange, client_id, reply)
-                del reply  # free the upload before the next client trains
+                # Free the upload before the next client trains.
+                del reply
         self.count_traffic(collector.up_bytes, collector.down_bytes)
         return collector
 
     def aggregate(self, collector: UploadCollector) -> str:
-        """Aggregate the uploads; return why the server diverged, if it did."""
+        """Aggregate the uploads; return why training at the server diverged, or an empty string."""
 
         def aggregate() -> None:
             if collector.rules is not None:
@@ -64,10 +68,10 @@ class SynchronousTrainer(FederatedTrainer):
         return diverged
 
     def give_up(self, collector: UploadCollector) -> None:
-        """Leave server and clients as they were, because too few uploads came.
+        """Discard a round with too few uploads.
 
         Raises:
-            RunFailedError: If `cohort.too_few` does not say that such a round is skipped.
+            RunFailedError: If `cohort.too_few` is not "skip".
         """
         if self.on_too_few != "skip":
             raise collector.shortage()
@@ -75,5 +79,5 @@ class SynchronousTrainer(FederatedTrainer):
 
     @property
     def on_too_few(self) -> str:
-        """What happens to a round with too few uploads, such as "skip" or "fail"."""
+        """Policy for rounds with too few uploads, such as "skip" or "fail"."""
         return str(self.policy.too_few or "fail")

@@ -1,4 +1,4 @@
-"""A run in progress: the server, the clients' state, traffic and evaluation."""
+"""Base class of trainers, which run the rounds of a federation and evaluate its models."""
 
 from __future__ import annotations
 
@@ -30,15 +30,23 @@ from hetero_fl.privacy.server_side import ServerPrivacy
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.ordering import natural_order
 
-# An evaluation's figures, and how they stand in a round's record.
+# A line of metrics.jsonl.
+Record = dict[str, Any]
 
-Record = dict[str, Any]  # a line of metrics.jsonl
+# Number of successive rounds in which training at the server may diverge.
+MAX_DIVERGED_ROUNDS = 3
 
 
 @dataclass
 class EvaluationResult:
-    """An evaluation: each client's reading, the server's scores on the common sets if it has a model, and why clients on machines
-    of their own could not be read, whose scores are in no mean."""
+    """Result of an evaluation of all clients and the server.
+
+    Attributes:
+        clients: Evaluation of each client, by id.
+        server: Scores of the server's model on the global test and validation sets, by name; None
+            if the server has no model.
+        absent_clients: Why clients could not be evaluated, by id. They are excluded from all means.
+    """
 
     clients: dict[str, ClientEvaluation]
     server: dict[str, Scores] | None
@@ -46,7 +54,7 @@ class EvaluationResult:
 
 
 def add_evaluation(record: Record, evaluation: EvaluationResult) -> None:
-    """Set an evaluation's figures into a round's record."""
+    """Add the scores of an evaluation to the record of its round, in place."""
     by_name = {
         name: summarize_clients(
             {c: r.scores[name] for c, r in evaluation.clients.items() if name in r.scores}
@@ -55,16 +63,17 @@ def add_evaluation(record: Record, evaluation: EvaluationResult) -> None:
         if any(name in r.scores for r in evaluation.clients.values())
     }
     server = evaluation.server or {}
-    record["personal"], record["global"] = by_name.get("personal"), by_name.get("global")
+    record["personal"] = by_name.get("personal")
+    record["global"] = by_name.get("global")
     record["server"] = server.get("global")
     record["validation"] = {
         "personal": by_name.get("validation_personal"),
         "global": by_name.get("validation_global"),
         "server": server.get("validation_global"),
     }
-    stamped = [r.triggered for r in evaluation.clients.values() if r.triggered is not None]
-    if stamped:
-        record["attacks"]["success"] = sum(stamped) / len(stamped)
+    triggered = [r.triggered for r in evaluation.clients.values() if r.triggered is not None]
+    if triggered:
+        record["attacks"]["success"] = sum(triggered) / len(triggered)
     record["clients"] = {
         c: {name: r.scores[name] for name in ("personal", "global") if name in r.scores}
         for c, r in evaluation.clients.items()
@@ -73,27 +82,28 @@ def add_evaluation(record: Record, evaluation: EvaluationResult) -> None:
         record["unread"] = evaluation.absent_clients
 
 
-MOST_DIVERGED = 3  # rounds in succession in which training at the server may diverge
-
-
 class FederatedTrainer(ABC):
-    """A run in progress: the server, the clients' state, traffic and evaluation.
+    """Base class of trainers, with the server, the clients' state, traffic and evaluation.
 
-    Its state is the server, the store and the traffic; everything else follows from the
-    configuration.
+    The state of a run consists of the server, the store and the traffic; everything else follows
+    from the configuration.
 
     Args:
         algorithm: The method.
-        federation: Who takes part, and on which data.
-        executor: Computes the clients' tasks.
-        per_round: Clients in a round; None: all.
-        stop_on_divergence: End the run if a client's or the server's training diverges.
-        policy: How cohorts are drawn, and what happens with too few uploads.
+        federation: The clients, their models and data.
+        executor: Runs the clients' tasks.
+        per_round: Number of clients in a round; None for all.
+        stop_on_divergence: Whether the run ends if training of a client or the server diverges.
+        policy: How cohorts are sampled and how rounds with too few uploads are treated.
 
     Attributes:
-        keeps_requests: Whether requests outlive the server's version, and are part of checkpoints.
-        hands_over: Whether clients in this process are handed broadcasts as they are. A user's
-            method may change what it receives in place, so that its broadcasts are encoded.
+        keeps_requests: Whether requests outlive the server's version and are part of checkpoints.
+        hands_over: Whether clients in this process receive broadcasts without encoding.
+            User-defined methods may modify what they receive in place, so their broadcasts are
+            always encoded.
+        traffic: Bytes sent so far.
+        completed: Number of completed rounds.
+        now: Simulated or measured seconds since the run began; 0.0 in trainers without a clock.
     """
 
     keeps_requests = False
@@ -130,12 +140,14 @@ class FederatedTrainer(ABC):
             self.expectations.privacy, federation, self.expectations.expected_items, per_round
         )
         self.traffic = Traffic()
-        # Rules replace the mean, where the configuration asks for one.
+        # None if uploads are combined by their plain mean.
         self.rules_config = None if federation.aggregation.is_plain_mean else federation.aggregation
-        self.rule_memory: dict[str, Any] = {}  # what aggregation rules remember between rounds
-        self.now = 0.0  # seconds since the run began, where a subclass simulates or measures them
+        # State that aggregation rules keep between rounds.
+        self.rule_memory: dict[str, Any] = {}
+        self.now = 0.0
         self.completed = 0
-        self.num_diverged = 0  # rounds in succession given up because the server diverged
+        # Number of successive rounds discarded because training at the server diverged.
+        self.num_diverged = 0
         self.server = self.federation.server()
         with translate_user_errors():
             algorithm.setup(self.server)
@@ -145,7 +157,7 @@ class FederatedTrainer(ABC):
 
     @property
     def round_idx(self) -> int:
-        """Index of the next round, from 0. Keys what the server sends and draws."""
+        """Index of the next round, from 0, which keys the server's random draws."""
         return self.completed
 
     @abstractmethod
@@ -156,13 +168,13 @@ class FederatedTrainer(ABC):
             The round's line in `metrics.jsonl`.
 
         Raises:
-            RunFailedError: If no upload can be used, or a user's method fails. Nothing that
-                clients did in the round is kept then.
+            RunFailedError: If no upload can be used, or a user-defined method fails. The clients'
+                state is then that before the round.
         """
 
     @contextmanager
     def rollback_on_error(self) -> Iterator[None]:
-        """Undo what a round did to the store, the traffic and the clock if it fails."""
+        """Restore store, traffic and clock if the round in this context fails."""
         traffic = replace(self.traffic)
         now = self.now
         try:
@@ -176,41 +188,45 @@ class FederatedTrainer(ABC):
             raise
 
     def save(self, checkpoints: Checkpoints, about: Mapping[str, Any]) -> None:
-        """Write a checkpoint of the run with what it must be resumed with."""
+        """Write a checkpoint of the run.
+
+        Args:
+            checkpoints: Where to write it.
+            about: Further entries of the checkpoint, which describe the run.
+        """
         checkpoints.save(self.completed, {"run": self.state_dict(), **about})
         self.on_checkpoint()
 
     def on_checkpoint(self) -> None:
-        """Called when a checkpoint has been written or read."""
+        """React to a checkpoint that was written or loaded; a hook for subclasses."""
         return
 
     @property
     def fingerprint(self) -> str:
-        """A hash of what the run was given besides data and configuration; empty if nothing."""
+        """Hash of inputs other than data and configuration; empty if there are none."""
         return ""
 
     def load_client_states(self, states: Mapping[str, PrivateState]) -> None:
-        """Let clients begin with these private states."""
+        """Set the initial private states of clients."""
         for client_id, state in states.items():
             self.store.stage(client_id, state)
         self.store.commit()
 
-    # What clients receive ----------------------------------------------------------------------
     def broadcast(self, client_info: ClientInfo) -> Payload:
         """Return what the server sends to a client.
 
-        May be called several times, in any order: random draws are keyed by the client.
+        May be called several times and in any order, because random draws are keyed by the client.
         """
-        speaker = replace(
+        server = replace(
             self.server,
             participant_id=f"{self.server.participant_id} to {client_info.client_id}",
             stream_uses={},
         )
-        payload = call_broadcast(self.algorithm, speaker, client_info)
+        payload = call_broadcast(self.algorithm, server, client_info)
         return payload if self.privacy is None else self.privacy.add_bounds(payload)
 
     def broadcast_content(self, client_info: ClientInfo, payload: Payload) -> Content:
-        """Return the message to a client; clients that receive the same are given one object."""
+        """Return the message to a client; clients with the same broadcast share one object."""
         return self.broadcasts.content(client_info, payload)
 
     def as_received(self, client_info: ClientInfo, payload: Payload) -> Payload:
@@ -218,7 +234,7 @@ class FederatedTrainer(ABC):
         return self.broadcasts.received(client_info, payload)
 
     def _clear_broadcasts(self) -> None:
-        """Forget messages: the server has changed, or goes on to another round."""
+        """Drop messages that are outdated because the server has changed."""
         self.broadcasts.begin(
             self.server.round_context.round_idx,
             self.round_idx,
@@ -237,7 +253,6 @@ class FederatedTrainer(ABC):
         if is_next:
             self._clear_broadcasts()
 
-    # What the server receives ------------------------------------------------------------------
     def decode_upload(
         self,
         client_info: ClientInfo,
@@ -246,17 +261,17 @@ class FederatedTrainer(ABC):
         round_idx: int,
         attempt: int = 0,
     ) -> Payload:
-        """Decode an upload and check it against what this client was to send.
+        """Decode an upload and validate it against the form expected of this client.
 
         Args:
             client_info: The sender.
-            content: The upload, encoded or as it is.
+            content: The upload, encoded or as a payload.
             received: What the client received.
-            round_idx: The round.
-            attempt: How often the client was asked in that round before.
+            round_idx: Index of the round, from 0.
+            attempt: How often the client has already trained in this round.
 
         Raises:
-            PayloadError: If the upload is malformed or has another form.
+            PayloadError: If the upload is malformed or does not have the expected form.
         """
         expected = self.expectations.expected_items(client_info, received, round_idx)
         specs = self.expectations.specs
@@ -265,42 +280,49 @@ class FederatedTrainer(ABC):
         else:
             check_size(len(content), specs, expected)
             payload = self.links.decode_upload(
-                client_info, round_idx, content, expected, received, attempt
+                client_info, round_idx, content, expected, received, attempt=attempt
             )
         payload = payload.to(self.federation.memory.storage_device)
         check_upload(payload, specs, expected)
         return payload
 
     def count_traffic(self, up: int = 0, down: int = 0) -> None:
-        """Count bytes, unless the method is a bound that sends nothing."""
+        """Add to the traffic, unless the method is a reference without communication.
+
+        Args:
+            up: Bytes uploaded by clients.
+            down: Bytes sent to clients.
+        """
         if self.algorithm.needs.counts_traffic:
             self.traffic.up += up
             self.traffic.down += down
 
     def check_divergence(self, client_id: str, error: DivergedError | str) -> None:
-        """Raise RunFailedError if a diverged client ends the run."""
+        """Raise RunFailedError if the run is configured to stop when a client diverges."""
         if self.stop_on_divergence:
             raise RunFailedError(f"round {self.completed + 1}: {client_id} diverged: {error}")
 
     def update_server(self, aggregate: Callable[[], None], magnitudes: Mapping[str, float]) -> str:
-        """Change the server; restore it if its training diverges.
+        """Update the server, and restore it if its training diverges.
 
         Args:
-            aggregate: Changes the server, the memory of rules and the privacy bounds.
+            aggregate: Updates the server, the state of aggregation rules and the privacy bounds.
             magnitudes: Norm of each upload, by client.
 
         Returns:
-            Why the server diverged; empty if it did not.
+            Why training at the server diverged; empty if it did not.
 
         Raises:
-            RunFailedError: If this has happened `MOST_DIVERGED` times in succession, or in every
-                round of a shorter run, or if `runtime.divergence` is "stop".
+            RunFailedError: If training at the server has diverged in `MAX_DIVERGED_ROUNDS`
+                successive rounds, in every round of a shorter run, or if `runtime.divergence` is
+                "stop".
         """
-        self._clear_broadcasts()  # frees memory for the aggregation
-        # Methods of this package replace tensors; others may change them in place.
-        keep = copy_tree if is_user_method(self.algorithm) else copy_containers
-        models = keep(self.server.models)
-        state = keep(self.server.state)
+        # Free memory for the aggregation.
+        self._clear_broadcasts()
+        # Methods of this package replace tensors; user-defined ones may modify them in place.
+        copy = copy_tree if is_user_method(self.algorithm) else copy_containers
+        models = copy(self.server.models)
+        state = copy(self.server.state)
         arch = dict(self.server.arch)
         memory = copy_containers(self.rule_memory)
         bounds = self.privacy.state_dict() if self.privacy is not None else {}
@@ -314,28 +336,28 @@ class FederatedTrainer(ABC):
             if self.privacy is not None:
                 self.privacy.load_state_dict(bounds)
             self.num_diverged += 1
-            return self._server_divergence(error, magnitudes)
+            return self._describe_divergence(error, magnitudes)
         self.num_diverged = 0
         return ""
 
-    def _server_divergence(self, error: DivergedError, magnitudes: Mapping[str, float]) -> str:
-        why = f"training at the server diverged: {error}"
+    def _describe_divergence(self, error: DivergedError, magnitudes: Mapping[str, float]) -> str:
+        reason = f"training at the server diverged: {error}"
         if magnitudes and self.privacy is None:
             client = max(magnitudes, key=lambda c: magnitudes[c])
             largest = f"{magnitudes[client]:.3g}"
-            why += f"; the upload of {client} has the largest magnitude, {largest}"
-        most = min(MOST_DIVERGED, self.federation.num_rounds)
-        if self.num_diverged >= most or self.stop_on_divergence:
+            reason += f"; the upload of {client} has the largest magnitude, {largest}"
+        limit = min(MAX_DIVERGED_ROUNDS, self.federation.num_rounds)
+        if self.num_diverged >= limit or self.stop_on_divergence:
             times = f", {self.num_diverged} times in succession" if self.num_diverged > 1 else ""
-            raise RunFailedError(f"round {self.completed + 1}: {why}{times}") from None
-        return why
+            raise RunFailedError(f"round {self.completed + 1}: {reason}{times}") from None
+        return reason
 
     @translate_user_errors()
     def request_upload(self, client_id: str, round_idx: int) -> tuple[Payload, Payload]:
-        """Have one client train in a round of its own; nothing is kept.
+        """Train one client for a round without keeping any state, and return its upload.
 
         Returns:
-            What the client received, and its upload as the server sees it.
+            What the client received, and its upload as the server decodes it.
 
         Raises:
             RunFailedError: If the client sends no upload.
@@ -346,7 +368,7 @@ class FederatedTrainer(ABC):
         payload = self.broadcast(client_info)
         request = Message("train", self.broadcast_content(client_info, payload), round_idx)
         try:
-            ((_, reply),) = self.executor.run([client_id], lambda client_id: request)
+            ((_, reply),) = self.executor.run([client_id], lambda _: request)
         finally:
             self.store.discard()
         if not isinstance(reply, Message):
@@ -355,15 +377,22 @@ class FederatedTrainer(ABC):
         upload = self.decode_upload(client_info, reply.content, received, round_idx)
         return received, upload
 
-    # Evaluation --------------------------------------------------------------------------------------------------
     @translate_user_errors()
     def evaluate(
         self, details: bool = False, save: Callable[[str, bytes], None] | None = None
     ) -> EvaluationResult:
-        """Evaluate the clients' models as they would be used now, in this cohort or not; and the server's.
+        """Evaluate the models that the clients would deploy now, and the server's model.
 
-        What they receive for it is what they would receive next, and is counted like any other transfer. `details`: all
-        that a report shows; each model (see `SavedModel.encode`) is then handed to `save` as it comes, and not kept.
+        The evaluated clients are those of the federation, in this round's cohort or not. They
+        receive the next broadcast, which counts as traffic.
+
+        Args:
+            details: Whether to compute everything that a report shows, which includes the models.
+            save: Called with the id and the model of each client, encoded by `SavedModel.encode`.
+                The models are then not part of the result.
+
+        Raises:
+            RunFailedError: If a model cannot be evaluated.
         """
         self._set_round_context(self.round_idx)
         client_ids = natural_order(self.federation.evaluated_clients)
@@ -413,9 +442,8 @@ class FederatedTrainer(ABC):
                 scores[name] = score(self.federation.task, logits.cpu(), y, unit)
         return scores
 
-    # Crash safety ------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        """Return, besides the store, everything that another process needs to go on."""
+        """Return the state from which another process can resume, except for the store."""
         state: dict[str, Any] = {
             "completed": self.completed,
             "server": {"models": self.server.models, "state": self.server.state},
@@ -430,7 +458,7 @@ class FederatedTrainer(ABC):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Restore the state from `state_dict`."""
         self.completed = state["completed"]
         self.num_diverged = state.get("diverged", 0)
         to_storage = self.federation.memory.to_storage

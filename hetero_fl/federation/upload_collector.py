@@ -1,4 +1,4 @@
-"""Collect the uploads of a round: validate them, fold them into the aggregation, note failures."""
+"""Collect the uploads of a round: validate them, add them to the aggregation, record failures."""
 
 from __future__ import annotations
 
@@ -29,31 +29,32 @@ from hetero_fl.utils.text import pluralize
 if TYPE_CHECKING:
     from hetero_fl.federation.trainer import FederatedTrainer
 
-CHANGED = "upload refused: its bytes are not those that were sent"
+DAMAGED = "upload refused: its bytes are not those that were sent"
 
 
 class UploadCollector:
-    """Collects the replies of one cohort.
+    """Collector of the replies of one cohort.
 
-    Uploads are folded as they come, so that the server holds one at a time. Once a simulated
-    malicious client has sent one, the following uploads wait until all have arrived: the attacks
-    may read all of them.
+    Each upload is added to the aggregation when it arrives, so that only one is in memory at a
+    time. From the first upload of a simulated malicious client on, uploads are kept until all have
+    arrived, because an attack may depend on all of them.
 
     Args:
-        trainer: The run.
+        trainer: The trainer.
         cohort: Ids of the clients in the round, in order.
 
     Attributes:
-        uploads: What the method aggregates.
-        losses: Training losses that clients reported; under a secure sum their "mean" alone.
-        logged: Numbers that clients logged.
-        failed: Why clients sent no usable upload.
-        late: Clients that had not answered when the round was closed.
-        magnitudes: Norm of each upload.
+        uploads: The uploads that the method aggregates.
+        losses: Training loss by client; with secure aggregation, only their "mean".
+        logged: Values that clients logged, by client and name.
+        failed: Why clients sent no usable upload, by client.
+        late: Clients that had not replied when the round ended.
+        magnitudes: Norm of each upload, by client.
         malicious: Simulated malicious clients whose uploads arrived.
-        abandoned: Why the round was given up, if it was.
-        attempts: How often the round was held, this time included.
-        up_bytes, down_bytes: Traffic of the round.
+        abandoned: Why the round was abandoned, or None.
+        attempts: Number of attempts at the round.
+        diverged: Why training at the server diverged; empty if it did not.
+        up_bytes: Bytes uploaded in the round.
     """
 
     def __init__(self, trainer: FederatedTrainer, cohort: Sequence[str]) -> None:
@@ -79,24 +80,31 @@ class UploadCollector:
         self.malicious: list[str] = []
         self.abandoned: RoundAbandonedError | None = None
         self.attempts = 1
-        self.diverged = ""  # why training at the server diverged, if it did
+        self.diverged = ""
         self.up_bytes = 0
-        self._sent_bytes: dict[tuple[str, str], int] = {}  # by exchange and client
-        self._sent: dict[str, Payload] = {}  # broadcasts to clients that have not answered
-        self._waiting: dict[str, Payload] = {}  # for the malicious clients' uploads
+        # By exchange and client.
+        self._sent_bytes: dict[tuple[str, str], int] = {}
+        # Broadcasts to clients that have not replied.
+        self._sent: dict[str, Payload] = {}
+        # Uploads that are kept until those of all malicious clients have arrived.
+        self._waiting: dict[str, Payload] = {}
 
     @property
     def down_bytes(self) -> int:
+        """Bytes sent to clients in the round."""
         return sum(self._sent_bytes.values())
 
     @property
     def is_sufficient(self) -> bool:
-        """Whether enough uploads came. A cohort into which nobody was drawn is enough: with
-        `privacy.poisson_cohorts` its sum is noise."""
+        """Whether enough uploads arrived to aggregate.
+
+        Always true for an empty cohort, which `privacy.poisson_cohorts` can sample: the sum of its
+        uploads is noise.
+        """
         return not self.cohort or len(self.uploads) >= self.trainer.policy.least
 
     def shortage(self) -> RunFailedError:
-        """Return the error that says why there are too few uploads."""
+        """Return the error that describes why there are too few uploads."""
         if self.abandoned is not None:
             return self.abandoned
         least = self.trainer.policy.least
@@ -113,10 +121,10 @@ class UploadCollector:
         return RunFailedError(line)
 
     def exchanges(self, clients: Sequence[str] | None = None) -> Iterator[Exchange]:
-        """Yield the exchanges of the round, each after the replies to the one before.
+        """Yield the exchanges of the round, each after the replies to the previous one.
 
         Args:
-            clients: Those of the cohort that take part; None: all.
+            clients: The participating clients of the cohort; None for all.
         """
         clients = self.cohort if clients is None else clients
         try:
@@ -130,13 +138,18 @@ class UploadCollector:
             self._poison()
 
     def request(self, exchange: Exchange, client_id: str) -> Message:
-        """Encode the request to a client. A request that is sent again is counted once."""
+        """Return the encoded request to a client; repeated requests are counted once."""
         message = exchange.request(client_id, self._broadcast_to)
         self._sent_bytes[exchange.kind, client_id] = message.size
         return replace(message, round_idx=self.round_idx)
 
     def add(self, exchange: Exchange, client_id: str, reply: Reply) -> None:
-        """Take one client's reply. Replies come in the order of the cohort.
+        """Add the reply of a client. Replies must be added in the order of the cohort.
+
+        Args:
+            exchange: The exchange that requested the reply.
+            client_id: The client.
+            reply: The reply.
 
         Raises:
             RunFailedError: If the client diverged and `runtime.divergence` is "stop".
@@ -151,17 +164,17 @@ class UploadCollector:
         else:
             self.up_bytes += reply.size
             if not reply.is_intact:
-                self.refuse(client_id, CHANGED)
+                self.refuse(client_id, DAMAGED)
             elif (content := exchange.accept(client_id, reply)) is not None:
                 self._add_upload(client_id, content)
 
     def fail(self, client_id: str, reason: str) -> None:
-        """Note that a client sent no upload."""
+        """Record that a client sent no upload."""
         self.failed[client_id] = reason
         self._sent.pop(client_id, None)
 
     def refuse(self, client_id: str, reason: str) -> None:
-        """Note that a client's upload cannot be used, and drop what the client would keep."""
+        """Record that a client's upload cannot be used, and discard its new private state."""
         self.fail(client_id, reason)
         self.trainer.store.discard_client(client_id)
 
@@ -188,7 +201,7 @@ class UploadCollector:
             self.uploads.add(Upload(client_info, payload))
 
     def _poison(self) -> None:
-        """Replace the malicious clients' uploads by what their attack makes of them."""
+        """Add all waiting uploads, after the attack has replaced those of malicious clients."""
         attacks = self.trainer.federation.malicious
         assert attacks is not None
         client_infos = self.trainer.federation.client_infos
@@ -205,7 +218,7 @@ class UploadCollector:
             self.uploads.add(Upload(client_infos[client_id], payload))
 
     def _open_sum(self, aggregated: AggregatedUploads) -> None:
-        """Take the uploads of which only the sum is known."""
+        """Set the uploads from their securely aggregated sum."""
         protocol = self.trainer.protocol
         assert isinstance(protocol, SecureAggregation)
         client_infos = [self.trainer.federation.client_infos[c] for c in aggregated.clients]
@@ -222,7 +235,8 @@ class UploadCollector:
         self.uploads, loss = open_sums(aggregated, layout, protocol.fixed, forms, self._noise)
         if loss is not None:
             self.losses = {"mean": loss}
-        for client_id in aggregated.clients:  # whoever left later is in the sum all the same
+        # Clients that dropped out after their upload are part of the sum.
+        for client_id in aggregated.clients:
             self.failed.pop(client_id, None)
         self.late = [c for c in self.late if c not in aggregated.clients]
         for client_id, reason in aggregated.dropouts.items():
@@ -238,7 +252,7 @@ class UploadCollector:
                 self.fail(client_id, "the round was given up")
 
     def _make_rules(self) -> AggregationRules | None:
-        """Return what replaces the mean in this round; None for the plain mean."""
+        """Return the aggregation rules of this round; None for the plain mean."""
         if self.trainer.rules_config is None:
             return None
         return AggregationRules(
@@ -259,7 +273,7 @@ class UploadCollector:
         return self.trainer.as_received(client_info, self.trainer.broadcast(client_info))
 
     def _reference(self, client_info: ClientInfo, name: str) -> Tensors:
-        """Return the named tensors that a client received under an item's name; {} if none."""
+        """Return the named tensors that a client received as an item, or an empty dictionary."""
         item = self._received_by(client_info).items_.get(name)
         if item is None or item.kind != "params" or not isinstance(item.values, dict):
             return {}
@@ -269,8 +283,8 @@ class UploadCollector:
         """Return the round's line in `metrics.jsonl`.
 
         Args:
-            traffic: Bytes of the round, repetitions included.
-            seconds: Seconds of the round.
+            traffic: Bytes of the round, including all attempts.
+            seconds: Wall time of the round in seconds.
         """
         record = {
             "round": self.round_idx + 1,
@@ -284,7 +298,7 @@ class UploadCollector:
         if self.rules is not None and self.rules.too_few:
             record["too_few"] = self.rules.too_few
         if self.trainer.federation.malicious is not None:
-            record["attacks"] = {"liars": self.malicious}
+            record["attacks"] = {"liars": self.malicious}  # style: ok (file key)
         record["seconds"] = {"training": seconds, "evaluation": 0.0}
         if self.diverged or not self.is_sufficient:
             record["skipped"] = True

@@ -87,7 +87,7 @@ def test_where_all_take_equally_long_it_is_the_synchronous_run_bit_for_bit(
     made = config(method, MIXED, clients=4, rounds=3, server={"model": "linear"}, **changes)
     waits = rounds_of(made)
     pace = session(
-        {**made, "runtime": {"threads": 1, "mode": "async"}}, seconds=lambda id, task: 3.0
+        {**made, "runtime": {"threads": 1, "mode": "async"}}, seconds=lambda client_id, task: 3.0
     )
     records = [pace.run_round() for _ in range(3)]
     assert bits(pace) == bits(waits)
@@ -98,7 +98,8 @@ def test_where_all_take_equally_long_it_is_the_synchronous_run_bit_for_bit(
 def test_where_they_do_not_it_is_another() -> None:
     made = config("fedavg", clients=4, rounds=3)
     pace = session(
-        {**made, "runtime": {"threads": 1, "mode": "async"}}, seconds=lambda id, task: PACE[id]
+        {**made, "runtime": {"threads": 1, "mode": "async"}},
+        seconds=lambda client_id, task: PACE[client_id],
     )
     records = [pace.run_round() for _ in range(3)]
     assert bits(pace) != bits(rounds_of(made))
@@ -112,7 +113,7 @@ def test_every_method_whose_uploads_are_summed_runs_and_can_be_read(method: str)
     extra = {"algorithm": {"name": "ds_fl", "proxy_rows": None}} if method == "ds_fl" else {}
     made = config(method, MIXED, clients=4, rounds=2, server={"model": "linear"}, **extra)
     made["runtime"] = {"threads": 1, "mode": "async", "buffer": 2}
-    pace = session(made, seconds=lambda id, task: PACE[id])
+    pace = session(made, seconds=lambda client_id, task: PACE[client_id])
     for _ in range(2):
         record = pace.run_round()
         assert not record["failed"] and len(record["cohort"]) == 4
@@ -179,7 +180,9 @@ def test_from_every_checkpoint_it_goes_on_with_the_same_bits(
 def test_resume_in_the_middle_of_a_version_asks_the_same_clients() -> None:
     runtime = {"threads": 1, "mode": "async", "buffer": 8}
     made = config("fedavg", "mlp", clients=8, rounds=3, clients__per_round=3, runtime=runtime)
-    whole, first, second = (session(made, seconds=lambda id, task: int(id[-1])) for _ in range(3))
+    whole, first, second = (
+        session(made, seconds=lambda client_id, task: int(client_id[-1])) for _ in range(3)
+    )
 
     records = [whole.run_round() for _ in range(3)]
     first.run_round()
@@ -193,7 +196,7 @@ def test_resume_in_the_middle_of_a_version_asks_the_same_clients() -> None:
 def test_uploads_of_a_version_are_combined_in_the_order_of_client_ids() -> None:
     runtime = {"threads": 1, "mode": "async", "buffer": 4}
     made = config("fedavg", "mlp", clients=4, runtime=runtime)
-    run = session(made, seconds=lambda id, task: 10 - int(id[-1]))
+    run = session(made, seconds=lambda client_id, task: 10 - int(client_id[-1]))
     combined: list[str] = []
     run._aggregate_uploads = lambda sent: combined.extend(u.client for u in sent)  # type: ignore[method-assign]
 
@@ -237,7 +240,7 @@ def test_whatever_the_chance_of_failing_every_run_completes_and_its_counts_add_u
 def test_two_tasks_of_one_version_draw_by_themselves_on_the_channel() -> None:
     made = config("fedavg", "mlp", 3, channel={"compress": [{"quantize": 4}]})
     made["runtime"] = {"threads": 1, "mode": "async", "buffer": 6}
-    run = session(made, seconds=lambda id, _: PACE[id])
+    run = session(made, seconds=lambda client_id, _: PACE[client_id])
     link, keys = run.executor.runtime.links.up, list[Any]()  # type: ignore[attr-defined]
     send = link.send
     link.send = lambda payload, key, *rest: (keys.append(key), send(payload, key, *rest))[1]
@@ -284,11 +287,11 @@ def test_what_is_kept_follows_what_was_taken() -> None:
     """A client's head after a lost task is the one before it."""
     made = config("fedper", clients=3, runtime={"threads": 1, "mode": "async"})
     pace = {"site_1": 1.0, "site_2": 1.1, "site_3": 1.2}
-    plain = session(made, seconds=lambda id, _: pace[id])
+    plain = session(made, seconds=lambda client_id, _: pace[client_id])
     plain.run_round()
     lost = session(
         made,
-        seconds=lambda id, _: pace[id],
+        seconds=lambda client_id, _: pace[client_id],
         fates={3: FaultOutcome("lost"), 4: FaultOutcome("lost"), 5: FaultOutcome("lost")},
     )
     lost.run_round()

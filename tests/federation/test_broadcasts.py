@@ -16,7 +16,7 @@ from hetero_fl.core.payload import Payload, PayloadError
 from hetero_fl.core.plan import Plan
 from hetero_fl.experiment import prepare, run
 from hetero_fl.federation.broadcasts import (
-    HELD,
+    ESTIMATES_KEY,
     KEPT_CHANGES,
     WHOLE,
     EstimateBroadcasts,
@@ -56,8 +56,8 @@ def check_held(trainer: FederatedTrainer) -> int:
             present[item, last.name] = last.payload
     holders = 0
     for client_id in trainer.federation.client_infos:
-        held = trainer.store.get(client_id).state.get(HELD, {})
-        believed = made.ledger.held_by(client_id)
+        held = trainer.store.get(client_id).state.get(ESTIMATES_KEY, {})
+        believed = made.ledger.names_of(client_id)
         assert {item: each["name"] for item, each in held.items()} == {
             item: name.hex() for item, name in believed.items()
         }
@@ -95,7 +95,7 @@ def test_it_is_the_rule_of_the_paper() -> None:
             change = x - held
             largest = change.abs().topk(-(-len(change) * 10 // 100)).indices
             held[largest] += change[largest]
-        state = trainer.store.get("site_1").state[HELD]["model"]["tensors"]
+        state = trainer.store.get("site_1").state[ESTIMATES_KEY]["model"]["tensors"]
         found = torch.cat([t.reshape(-1) for _, t in sorted(state.items())])
         torch.testing.assert_close(found, held, rtol=0, atol=1e-7)
 
@@ -142,7 +142,7 @@ def test_a_client_is_sent_the_changes_that_it_missed_or_the_whole_estimate() -> 
         (body,) = broadcasts(trainer, ["site_1"], for_evaluation=True).values()
         missed = list(range(2, version + 1))
         assert changes_in(body) == (missed if len(missed) <= KEPT_CHANGES else [WHOLE])
-        held = trainer.store.get("site_1").state[HELD]
+        held = trainer.store.get("site_1").state[ESTIMATES_KEY]
         received = read_broadcast(trainer.links, version, body, held)
         expected = made.received(info, trainer.broadcast(info))
         assert same_bits(received["model"], expected["model"])
@@ -184,10 +184,10 @@ def test_clients_of_different_cohorts_share_an_estimate() -> None:
 def test_a_change_of_something_else_is_refused() -> None:
     trainer = rounds_of(config("fedavg", "linear", 2, channel=DOWN), held=1)
     (body,) = broadcasts(trainer, ["site_1"], for_evaluation=True).values()
-    held = trainer.store.get("site_1").state[HELD]
+    held = trainer.store.get("site_1").state[ESTIMATES_KEY]
     other = {"model": {**held["model"], "name": "00" * 8}}
     for wrong in (None, other):
-        with pytest.raises(PayloadError, match="an estimate that this client does not hold"):
+        with pytest.raises(PayloadError, match="an estimate that this client does not have"):
             read_broadcast(trainer.links, 1, body, wrong)
     for size in (0, 1, 10, 30, 50):
         with pytest.raises(PayloadError, match="ends within"):

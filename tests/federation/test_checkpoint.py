@@ -117,7 +117,7 @@ def test_damage_in_an_older_file_is_noticed_where_state_is_live_and_nowhere_else
     newest = checkpoints.load_newest()
     assert newest == {"round": 2} and not said
     first.unlink()
-    with pytest.raises(RunFailedError, match="no whole checkpoint"):
+    with pytest.raises(RunFailedError, match="all checkpoints are damaged"):
         checkpoints.load_newest()
     assert len(said) == 2
 
@@ -129,14 +129,14 @@ def test_none_is_none_and_none_whole_ends_the_run(tmp_path: Path) -> None:
     for i in (1, 2):
         checkpoints.save(i, {}).write_bytes(b"")
     with pytest.raises(
-        RunFailedError, match="no whole checkpoint is left; start anew with another --out"
+        RunFailedError, match="all checkpoints are damaged; start a new run with another --out"
     ):
         checkpoints.load_newest()
     newer, older = said
-    assert newer.startswith("round-000002.ckpt is damaged") and newer.endswith(
-        "; using the one before it"
+    assert newer.startswith("round-000002.ckpt: damaged") and newer.endswith(
+        "; using the previous checkpoint"
     )
-    assert older.startswith("round-000001.ckpt is damaged") and "before" not in older
+    assert older.startswith("round-000001.ckpt: damaged") and "previous" not in older
 
 
 def test_after_going_back_the_run_goes_on_from_there(tmp_path: Path) -> None:
@@ -246,6 +246,6 @@ def test_a_restored_run_goes_on_bit_for_bit_with_another_memory(
     again.run_round()
     for slot in straight.server.models:
         assert same_bits(straight.server.models[slot], again.server.models[slot])
-    for id in straight.federation.client_infos:
-        kept, other = straight.store.get(id).models, again.store.get(id).models
+    for client_id in straight.federation.client_infos:
+        kept, other = straight.store.get(client_id).models, again.store.get(client_id).models
         assert kept.keys() == other.keys() and all(same_bits(kept[s], other[s]) for s in kept)

@@ -233,19 +233,19 @@ def test_clients_of_a_group_receive_the_same_and_the_server_knows_what() -> None
         )
 
 
-def test_stages_without_work_are_told() -> None:
+def test_stages_without_effect_are_reported() -> None:
     notes = prepare(config("fedmd", MODELS, 4, channel=TOP)).notes
-    assert "channel.compress: topk finds nothing to do in what fedmd sends" in notes
+    assert "channel.compress: topk has no effect on the uploads of fedmd" in notes
     assert not any("quantize" in note for note in notes)
     idle = {"compress": [{"top_classes": 9}], "entropy": True}
     notes = prepare(config("fedmd", MODELS, 4, channel=idle)).notes
-    assert "channel.compress: top_classes 9 leaves predictions of 10 classes as they are" in notes
-    assert "channel.entropy is not used: it codes the places that topk sends" in notes
+    assert "channel.compress: top_classes=9 has no effect on predictions of 10 classes" in notes
+    assert "channel.entropy: has no effect without topk, whose positions it encodes" in notes
     idle = {"compress": [{"topk": 0.1}, {"top_classes": 8}], "entropy": True}
     notes = prepare(config("hybrid", MODELS, 4, channel=idle)).notes
     assert not any("channel" in note for note in notes)
     assert any(
-        "local sends nothing" in note
+        "local sends no messages" in note
         for note in prepare(config("local", MODELS, 4, channel=TOP)).notes
     )
 

@@ -219,9 +219,7 @@ def test_nor_is_one_with_another_file_of_devices(tmp_path: Path) -> None:
     run(made, out=tmp_path / "a")
     (tmp_path / "a" / "summary.json").unlink()
     file.write_text("speed\n2e6\n")
-    with pytest.raises(
-        UserError, match=r"^devices\.file: .*devices\.csv differs from the file"
-    ):
+    with pytest.raises(UserError, match=r"^devices\.file: .*devices\.csv differs from the file"):
         run(made, out=tmp_path / "a", resume=True)
     file.write_text("speed\n1000000\n")
     run(made, out=tmp_path / "a", resume=True)

@@ -29,7 +29,9 @@ def after(
 ) -> tuple[AsynchronousTrainer, dict[str, Any]]:
     """A run after two rounds, and all that server and clients have then."""
     run = session(
-        {**SOURCE, "channel": channel}, seconds=lambda id, task: seconds[task % 64], fates=fates
+        {**SOURCE, "channel": channel},
+        seconds=lambda client_id, task: seconds[task % 64],
+        fates=fates,
     )
     counts = [run.run_round()["counts"] for _ in range(2)]
     assert all(c["invited"] == c["arrived"] + c["failed"] + c["late"] for c in counts)
@@ -39,7 +41,9 @@ def after(
     }
     return run, {
         "models": models,
-        "private": {id: run.store.encoded(id) for id in run.federation.client_infos},
+        "private": {
+            client_id: run.store.encoded(client_id) for client_id in run.federation.client_infos
+        },
         "now": run.now,
     }
 

@@ -42,6 +42,6 @@ def test_rows_without_memory_are_refused_by_name(
     monkeypatch.setattr(expectations, "dry_run_upload", allocate)
 
     with pytest.raises(
-        UserError, match="site_1: an upload for 2,147,483,648 rows takes more memory than there is"
+        UserError, match="site_1: not enough memory for an upload of 2,147,483,648 rows"
     ):
         expectations.expected_items(card, Payload({}), 0)

@@ -37,11 +37,11 @@ def leaves(tree: Any, at: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Any]:
 
 
 def everything(rounds: SynchronousTrainer) -> dict[tuple[Any, ...], Any]:
-    kept = {id: rounds.store.get(id) for id in rounds.federation.client_infos}
+    kept = {client_id: rounds.store.get(client_id) for client_id in rounds.federation.client_infos}
     return leaves(
         {
             "run": rounds.state_dict(),
-            **{id: {"models": p.models, "state": p.state} for id, p in kept.items()},
+            **{client_id: {"models": p.models, "state": p.state} for client_id, p in kept.items()},
         }
     )
 

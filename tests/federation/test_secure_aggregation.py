@@ -154,17 +154,17 @@ def test_what_sends_nothing_runs_as_ever(method: str) -> None:
             {"secure_sum": {"threshold": 2}},
             "threshold: must be more than half of the 4 clients .* 3 or more",
         ),
-        ({"secure_sum": {"threshold": 0.5}}, "threshold: found 0.5; give a share above 0.5"),
-        ({"secure_sum": {"threshold": 2.5}}, "threshold: found 2.5; give a share above 0.5"),
+        ({"secure_sum": {"threshold": 0.5}}, "threshold: must be a share > 0.5 .*, got 0.5"),
+        ({"secure_sum": {"threshold": 2.5}}, "threshold: must be a share > 0.5 .*, got 2.5"),
         (
             {"secure_sum": {"range": 1e19}},
             r"range: 1e\+19 is too large; sums over 4 clients .* exceed 64-bit integers",
         ),
         (
             {"secure_sum": {"fraction_bits": 45}},
-            "fraction_bits: found 45; with .*range 65536 .* choose 44 or fewer",
+            "fraction_bits: must be <= 44, got 45; with .*range=65536",
         ),
-        ({"secure_sum": {"neighbours": 3}}, "neighbours: found 3; .* choose 2 or 4"),
+        ({"secure_sum": {"neighbours": 3}}, "neighbours: must be even, got 3; choose 2 or 4"),
         ({"secure_sum": {"neighbors": 2}}, "neighbors.*did you mean 'neighbours'"),
     ],
 )
@@ -268,7 +268,9 @@ def test_a_sum_that_is_given_up_is_a_round_with_too_few(too_few: str | None) -> 
 
 def test_what_is_out_of_range_is_told() -> None:
     rounds = rounds_of(secure("fedproto", "mlp", channel__secure_sum={"range": 0.25}), held=0)
-    with pytest.raises(RunFailedError, match=r"found .*, but channel\.secure_sum\.range is 0\.25"):
+    with pytest.raises(
+        RunFailedError, match=r"channel\.secure_sum\.range: values must be <= 0\.25"
+    ):
         rounds.run_round()
     assert rounds.store.clients() == []
 

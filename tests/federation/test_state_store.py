@@ -149,7 +149,7 @@ def test_without_a_folder_it_is_the_same_in_memory() -> None:
     store.stage("a", PrivateState())
     store.commit()
     assert store.stamp("a") is None and store.get("a") == PrivateState() and store.cached_bytes == 0
-    with pytest.raises(ValueError, match="memory only"):
+    with pytest.raises(ValueError, match="store: must have a folder"):
         Checkpoints(store, pytest.fail)
 
 
@@ -237,13 +237,13 @@ def test_a_round_writes_what_changed(tmp_path: Path) -> None:
     """Ten of five hundred: the state of ten, and 100 bytes a client for the index."""
     checkpoints, sizes = Checkpoints(StateStore(tmp_path, 0), pytest.fail), {}
     blob = len(private(0, 10_000).encode())
-    for round, cohort in enumerate((500, 10, 20, 10)):
+    for round_idx, cohort in enumerate((500, 10, 20, 10)):
         for i in range(cohort):
-            checkpoints.store.stage(f"site_{i}", private(round, 10_000))
+            checkpoints.store.stage(f"site_{i}", private(round_idx, 10_000))
         checkpoints.store.commit()
-        sizes[round] = checkpoints.save(round, {}).stat().st_size
-    for round, cohort in enumerate((500, 10, 20, 10)):
-        assert cohort * blob < sizes[round] < cohort * (blob + 10) + 100 * 500
+        sizes[round_idx] = checkpoints.save(round_idx, {}).stat().st_size
+    for round_idx, cohort in enumerate((500, 10, 20, 10)):
+        assert cohort * blob < sizes[round_idx] < cohort * (blob + 10) + 100 * 500
 
 
 def test_memory_is_bounded_in_every_step(tmp_path: Path) -> None:
@@ -251,13 +251,13 @@ def test_memory_is_bounded_in_every_step(tmp_path: Path) -> None:
     bound, size = 4_000_000, 100_000
     checkpoints = Checkpoints(StateStore(tmp_path, bound), pytest.fail)
     tracemalloc.start()
-    for round in range(3):
+    for round_idx in range(3):
         for i in range(60):
             checkpoints.store.get(f"site_{i}")
-            checkpoints.store.stage(f"site_{i}", private(round, size))
+            checkpoints.store.stage(f"site_{i}", private(round_idx, size))
             assert checkpoints.store.cached_bytes <= bound
         checkpoints.store.commit()
-        checkpoints.save(round, {})
+        checkpoints.save(round_idx, {})
     again = Checkpoints(StateStore(tmp_path, bound), pytest.fail)
     again.load_newest()
     for i in range(60):
@@ -295,12 +295,12 @@ def test_files_that_hold_little_live_state_are_given_up_and_none_of_it_is_lost(
         random.Random(0),
         {},
     )
-    for round in range(60):
-        for client in rng.sample(range(40), 40 if round == 0 else 3):
-            truth[f"site_{client}"] = private(100 * round + client, 1000).encode()
+    for round_idx in range(60):
+        for client in rng.sample(range(40), 40 if round_idx == 0 else 3):
+            truth[f"site_{client}"] = private(100 * round_idx + client, 1000).encode()
             checkpoints.store.stage(f"site_{client}", truth[f"site_{client}"])
         checkpoints.store.commit()
-        checkpoints.save(round, {"server": torch.zeros(server)})
+        checkpoints.save(round_idx, {"server": torch.zeros(server)})
         files = list(tmp_path.iterdir())
         live, size = sum(map(len, truth.values())), sum(f.stat().st_size for f in files)
         newest = 2 * (4 * server + 40 * 200 + 10_000) + 3 * len(truth["site_0"])

@@ -76,8 +76,8 @@ def test_every_method_runs_on_a_mixed_federation_and_reading_leaves_no_trace(met
         )
     for slot in plain.server.models:
         assert same_bits(plain.server.models[slot], read.server.models[slot])
-    for id in plain.federation.client_infos:
-        kept, other = plain.store.get(id).models, read.store.get(id).models
+    for client_id in plain.federation.client_infos:
+        kept, other = plain.store.get(client_id).models, read.store.get(client_id).models
         assert kept.keys() == other.keys() and all(same_bits(kept[s], other[s]) for s in kept)
 
 
@@ -314,7 +314,9 @@ def test_the_server_has_a_model_only_where_one_was_trained() -> None:
 
 def test_heads_stay_where_they_are_meant_to_stay() -> None:
     rounds = rounds_of(config("fedper"))
-    kept = [rounds.store.get(id).models["model"] for id in rounds.federation.client_infos]
+    kept = [
+        rounds.store.get(client_id).models["model"] for client_id in rounds.federation.client_infos
+    ]
     assert all(n.startswith("head.") or "num_batches" in n for k in kept for n in k)
     assert not torch.equal(kept[0]["head.weight"], kept[1]["head.weight"])
     # a client without private state costs nothing
@@ -334,8 +336,8 @@ def test_sharing_every_second_round() -> None:
     rounds.run_round()
     assert same_bits(start, rounds.server.models[group])
     assert all(
-        "backbone.0.weight" in rounds.store.get(id).models["model"]
-        for id in rounds.federation.client_infos
+        "backbone.0.weight" in rounds.store.get(client_id).models["model"]
+        for client_id in rounds.federation.client_infos
     )
     rounds.run_round()
     assert not same_bits(start, rounds.server.models[group])

@@ -81,14 +81,14 @@ def test_a_repeated_round_holds_the_uploads_of_one_attempt() -> None:
     cohort = {"too_few": "repeat", "least": 3, "attempts": 3}
     rounds = rounds_of(config(models="linear", faults=faults, cohort=cohort, devices={}), held=0)
     collectors: list[weakref.ref[UploadCollector]] = []
-    attempt = rounds.attempt  # type: ignore[attr-defined]
+    attempt = rounds.collect_attempt  # type: ignore[attr-defined]
 
     def watched(*args: Any) -> UploadCollector:
         assert not any(collector() for collector in collectors)
         collectors.append(weakref.ref(made := attempt(*args)))
         return made
 
-    rounds.attempt = watched  # type: ignore[attr-defined]
+    rounds.collect_attempt = watched  # type: ignore[attr-defined]
 
     with pytest.raises(RunFailedError):
         rounds.run_round()

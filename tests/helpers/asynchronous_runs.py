@@ -48,6 +48,7 @@ class Paced(Timing):
         up_bytes: int,
         at: float,
         task: int,
+        *,
         step_share: float = 1.0,
     ) -> TaskTimes:
         return TaskTimes(at, at, at, at + self.seconds(client_id, task))

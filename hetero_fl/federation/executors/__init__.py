@@ -1,1 +1,1 @@
-"""Kinds of workers: processes on this machine, a cluster's actors, ranks of a launched job."""
+"""Executors: in this process, worker processes, Ray actors and ranks of torchrun."""

@@ -1,13 +1,15 @@
-"""Executors compute the tasks of a cohort; here the interface, and the executor in this process.
+"""Interface of executors, which run the tasks of a cohort, and the executor in this process.
 
-Clients are computed in chunks that follow from their ids and architectures alone, never from the
-number of workers or the clock: the same chunks give the same bits.
+Clients are computed in chunks that depend only on ids and architectures, not on the number of
+workers or on time, so that results are reproducible bit by bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
+
+from typing_extensions import override
 
 from hetero_fl.communication.protocol import Content, Message, Reply
 from hetero_fl.core.participant import ClientInfo
@@ -21,21 +23,21 @@ T = TypeVar("T")
 
 
 class ClientAbsentError(NoUploadError):
-    """A client on another machine gave no answer: it is not connected, or refused."""
+    """Raised when a client on another machine does not reply or refuses a request."""
 
 
 class ClientLateError(ClientAbsentError):
-    """A client had not answered when the time was over."""
+    """Raised when a client has not replied in time."""
 
 
 class Executor(Protocol):
-    """Computes clients' tasks.
+    """Runner of clients' tasks.
 
     Attributes:
-        store: The clients' private state. What a task writes is staged by the time its reply comes.
-        backend: Computes the server's own plans, in this process.
-        takes_payload: Whether clients are computed in this process, so that requests may hold
-            broadcasts that are not encoded.
+        store: The clients' private state. A task's new state is staged before its reply is yielded.
+        backend: Backend in this process for the server's plans.
+        takes_payload: Whether clients run in this process, so that requests may contain broadcasts
+            without encoding.
     """
 
     store: StateStore
@@ -48,9 +50,8 @@ class Executor(Protocol):
         """Yield each client's reply to one request, in the order of `clients`.
 
         Args:
-            clients: Client ids. A client that gives no reply at all is left out.
-            request: Returns the request to a client. Called when the request is sent; again if it
-                has to be sent again.
+            clients: Client ids. Clients without any reply are left out.
+            request: Returns the request to a client. Called each time the request is sent.
         """
 
     def evaluate(
@@ -65,26 +66,26 @@ class Executor(Protocol):
         Args:
             clients: Client ids.
             broadcast: Returns the broadcast to a client.
-            round_idx: The round that comes next.
-            details: Whether to include all that a report shows.
+            round_idx: Index of the next round, from 0.
+            details: Whether to compute everything that a report shows.
 
         Raises:
             DivergedError: If a model cannot be deployed.
         """
 
     def set_listener(self, listener: Callable[[str], None] | None) -> None:
-        """Report what is being computed to `listener`."""
+        """Set the function that is called with a line for each task that begins."""
 
     def close(self) -> None:
         """Release all resources. The executor cannot be used afterwards."""
 
 
 class RemoteExecutor(Executor, Protocol):
-    """An executor whose clients are on machines of their own: real time passes, and they come and go.
+    """Executor whose clients are on other machines and may connect and disconnect at any time.
 
     Attributes:
-        on_reset: Called with a client that has lost its private state, before its request is made
-            again.
+        on_reset: Called with a client that has lost its private state, before its request is
+            created again.
     """
 
     on_reset: Callable[[str], object]
@@ -92,35 +93,49 @@ class RemoteExecutor(Executor, Protocol):
     def as_completed(
         self, clients: Sequence[str], request: Callable[[str], Message]
     ) -> Iterator[tuple[str, Reply]]:
-        """Yield replies as `run` does, in the order in which they come."""
+        """Yield each client's reply to one request, in the order of arrival.
+
+        Args:
+            clients: Client ids.
+            request: Returns the request to a client. Called each time the request is sent.
+        """
 
     def connected_clients(self) -> Collection[str]:
-        """The clients that are there now."""
+        """Return the clients that are connected now."""
 
     def dispatch(self, client: str, make_request: Callable[[str], Message]) -> None:
         """Begin one client's task while others are running.
 
         Args:
             client: The client.
-            make_request: Returns its request; called again if the client has lost its private
+            make_request: Returns the request; called again if the client has lost its private
                 state.
         """
 
     def next_reply(self, wait: float) -> tuple[str, Reply] | None:
-        """The next reply to what was dispatched; None if none comes in so many seconds."""
+        """Return the next reply to a dispatched request; None after `wait` seconds without one."""
 
     def send_states(self, states: Mapping[str, PrivateState]) -> None:
-        """Hand clients the private state that they begin with; it is staged. Raises RunFailedError."""
+        """Send clients their initial private states, and stage them.
+
+        Raises:
+            RunFailedError: If a client cannot be reached.
+        """
 
     def on_checkpoint(self) -> None:
-        """A checkpoint has been written: what it names must be there if the run falls back to it."""
+        """Have clients keep the states of a checkpoint, in case the run falls back to it."""
 
     def pop_reset_clients(self) -> list[str]:
-        """Clients that have lost their private state since this was last asked, and begin anew."""
+        """Return the clients that have lost their private state since the last call."""
 
 
-class InProcessExecutor:
-    """Computes tasks in this process, `chunk` clients of one architecture at a time."""
+class InProcessExecutor(Executor):
+    """Executor in this process.
+
+    Args:
+        runtime: Runs the clients' plans.
+        chunk: Number of clients of one architecture that are computed together.
+    """
 
     takes_payload = True
 
@@ -130,6 +145,7 @@ class InProcessExecutor:
         self.store = runtime.store
         self.backend = runtime.backend
 
+    @override
     def run(
         self, clients: Sequence[str], request: Callable[[str], Message]
     ) -> Iterator[tuple[str, Reply]]:
@@ -140,7 +156,8 @@ class InProcessExecutor:
             else:
                 yield from in_order(clients, self._run_chunks(clients, request))
         finally:
-            self.runtime.clear_caches()  # before the server aggregates
+            # Free memory before the server aggregates.
+            self.runtime.clear_caches()
 
     def _run_chunks(
         self, clients: Sequence[str], request: Callable[[str], Message]
@@ -148,6 +165,7 @@ class InProcessExecutor:
         for chunk in client_chunks(clients, self.runtime.federation.client_infos, self.chunk):
             yield from drain(self.runtime.run({c: request(c) for c in chunk}))
 
+    @override
     def evaluate(
         self,
         clients: Sequence[str],
@@ -165,40 +183,51 @@ class InProcessExecutor:
         finally:
             self.runtime.clear_caches()
 
+    @override
     def set_listener(self, listener: Callable[[str], None] | None) -> None:
         self.runtime.listener = listener
 
+    @override
     def close(self) -> None:
         pass
 
 
 def drain(replies: dict[str, T]) -> Iterator[tuple[str, T]]:
-    """The entries, each forgotten here as it is handed on."""
+    """Remove and yield the entries of a dictionary one by one, to free their memory."""
     while replies:
         client = next(iter(replies))
         yield client, replies.pop(client)
 
 
 def client_chunks(
-    ids: Iterable[str], client_infos: Mapping[str, ClientInfo], size: int
+    client_ids: Iterable[str], client_infos: Mapping[str, ClientInfo], size: int
 ) -> list[list[str]]:
-    """Clients that are computed together: at most `size` of one architecture, in id order."""
-    ids = natural_order(ids)
+    """Divide clients into chunks that are computed together.
+
+    Args:
+        client_ids: The clients.
+        client_infos: What is known of each client.
+        size: Largest number of clients in a chunk.
+
+    Returns:
+        Chunks of clients with the same architecture, sorted by the id of their first client.
+    """
+    client_ids = natural_order(client_ids)
     if size == 1:
-        return [[id] for id in ids]
+        return [[client_id] for client_id in client_ids]
     groups: dict[str, list[str]] = {}
-    for id in ids:
-        groups.setdefault(client_infos[id].arch.spec_id, []).append(id)
-    made = [
+    for client_id in client_ids:
+        groups.setdefault(client_infos[client_id].arch.spec_id, []).append(client_id)
+    chunks = [
         members[i : i + size] for members in groups.values() for i in range(0, len(members), size)
     ]
-    turn = {id: i for i, id in enumerate(ids)}
-    # results wait for their turn: the nearest first
-    return sorted(made, key=lambda chunk: turn[chunk[0]])
+    # Results are yielded in id order, so the first ones are computed first.
+    positions = {client_id: i for i, client_id in enumerate(client_ids)}
+    return sorted(chunks, key=lambda chunk: positions[chunk[0]])
 
 
 def in_order(clients: Iterable[str], arrivals: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
-    """Yield the arrivals in the order of `clients`. Early ones wait; what never comes is left out."""
+    """Yield arrivals in the order of `clients`; clients without an arrival are left out."""
     waiting: dict[str, T] = {}
     source = iter(arrivals)
     for client_id in clients:

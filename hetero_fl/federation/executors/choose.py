@@ -1,4 +1,8 @@
-"""Choose how a run is computed: executor, workers, threads and device."""
+"""Choice of how a run is computed: executor, workers, threads and device.
+
+The rule considers architectures, rows, rounds, cores and the device; steps are timed where these do
+not decide whether workers pay off. A resumed run keeps its choice. See docs/explanation/limits.md.
+"""
 
 from __future__ import annotations
 
@@ -45,29 +49,35 @@ from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.text import pluralize
 
 LAUNCH = "torchrun --nproc-per-node 3 scripts/train.py --config FILE runtime.executor=torchrun"
-
-# The rule looks at architectures, group sizes, rows, rounds, cores and the device. Where these
-# leave open whether workers pay, steps are timed. The choice is recorded: a run that is resumed
-# keeps it. docs/scaling.md states the rule for users.
-
-START_SECONDS = 4.5  # until worker processes have started, about
-# Estimates from operations alone are wrong by up to this factor, in either direction.
+# Approximate seconds until worker processes have started.
+START_SECONDS = 4.5
+# Estimates from the number of operations are wrong by up to this factor, in either direction.
 ESTIMATE_FACTOR = 10
-MOST_MEASURED = 4  # architectures whose steps are timed: those with most of the training
-# Parameters are copied to workers and back: bytes per second of training up to which they pay.
+# Number of architectures whose steps are timed, those with the largest part of the training.
+MAX_MEASURED = 4
+# Parameters are copied to workers and back. Workers pay off up to these bytes per second of
+# training.
 MAX_TRAFFIC = 3e8
 # Floating-point operations of a forward step from which a second thread helps
 # (benchmarks/speed/threads.py).
 LARGE_STEP = 5e7
-WORKER_GAIN = 0.9  # share of a core's time that one more worker gains
-MAX_THREADS = 4  # of one process: models of this size gain nothing from more
-# On a CPU, clients of one architecture are computed together if there are at least so many, ...
+# Fraction of a core's time that one more worker gains.
+WORKER_GAIN = 0.9
+# Threads of a process; typical models gain nothing from more.
+MAX_THREADS = 4
+# On a CPU, clients of one architecture are computed together if there are at least
+# MIN_VECTORIZED_CLIENTS, a forward step takes at most SMALL_STEP floating-point operations, and the
+# model has at most SMALL_MODEL parameters.
 MIN_VECTORIZED_CLIENTS = 8
-SMALL_STEP = 2e7  # ... a forward step takes at most so many floating-point operations ...
-SMALL_MODEL = 1_000_000  # ... and the model has at most so many parameters.
-MAX_CHUNK = 128  # clients computed together, which bounds memory
-MIN_CHUNKS = 8  # that a group is divided into for workers, or one per core
+SMALL_STEP = 2e7
+SMALL_MODEL = 1_000_000
+# Number of clients computed together, which bounds memory.
+MAX_CHUNK = 128
+# Number of chunks, at least, into which a group is divided for workers.
+MIN_CHUNKS = 8
+# Executors that run clients in this process.
 IN_PROCESS = ("serial", "batched")
+# Executors to which a key of `runtime` applies.
 EXECUTOR_KEYS = {
     "workers": ("processes", "ray"),
     "chunk": ("batched", "processes", "ray", "torchrun"),
@@ -77,25 +87,30 @@ EXECUTOR_KEYS = {
 
 @contextmanager
 def require_engine(config: RuntimeConfig, executor: str) -> Iterator[None]:
-    """Provide what an executor needs around a run: a launch by torchrun, or a cluster.
+    """Provide what an executor needs during a run: processes of torchrun, or a Ray cluster.
+
+    Args:
+        config: The runtime settings.
+        executor: Name of the chosen executor.
 
     Raises:
         UserError: If it is not available.
     """
     if executor == "torchrun" and num_ranks() == 1:
         raise UserError(
-            f"runtime.executor: torchrun needs two processes or more, launched by it: {LAUNCH}"
+            "runtime.executor: torchrun requires at least two processes started by torchrun; "
+            f"run {LAUNCH}"
         )
     if executor != "torchrun" and num_ranks() > 1:
         raise UserError(
-            f"runtime.executor: found '{config.executor}', but torchrun started {num_ranks()} processes; "
-            "write runtime.executor=torchrun"
+            f"runtime.executor: must be torchrun, because torchrun started {num_ranks()} "
+            f"processes, got '{config.executor}'"
         )
     if executor != "ray":
         yield
         return
     if find_spec("ray") is None:
-        raise UserError("runtime.executor: ray is not installed: pip install 'hetero_fl[ray]'")
+        raise UserError("runtime.executor: ray is not installed; run pip install 'hetero_fl[ray]'")
     from hetero_fl.federation.executors.ray import connect
 
     workers = config.workers or available_cores()
@@ -106,20 +121,20 @@ def require_engine(config: RuntimeConfig, executor: str) -> Iterator[None]:
 def worker_count(
     executor: str, requested: int | None, threads: int, most: int, available: int
 ) -> tuple[int, str]:
-    """Return the number of workers of an executor, and why.
+    """Return the number of workers of an executor, and the reason.
 
     Args:
-        executor: The executor's name.
-        requested: The configured number.
-        threads: Threads per worker.
+        executor: Name of the executor.
+        requested: The configured number, or None.
+        threads: Number of threads per worker.
         most: Upper bound, unless a number is configured.
-        available: Cores of this machine.
+        available: Number of cores of this machine.
 
     Raises:
-        UserError: If a cluster has no room for them.
+        UserError: If a cluster has too few CPUs.
     """
     if executor == "torchrun":
-        return num_ranks() - 1, "ranks but the first"
+        return num_ranks() - 1, "all ranks except the first"
     reason = "cores"
     if executor == "ray":
         from hetero_fl.federation.executors.ray import cluster_cpus
@@ -128,8 +143,8 @@ def worker_count(
         reason = "CPUs of the cluster"
         if (requested or 1) * threads > available:
             raise UserError(
-                f"runtime.workers: found {requested or 1} of {threads} threads, but the cluster has {available} CPUs; "
-                "take fewer, or fewer runtime.threads"
+                f"runtime.workers: {requested or 1} with {threads} threads each exceed the "
+                f"{available} CPUs of the cluster; reduce runtime.workers or runtime.threads"
             )
     if requested:
         return requested, "runtime.workers"
@@ -138,28 +153,46 @@ def worker_count(
 
 @dataclass(frozen=True)
 class ExecutorChoice:
-    """How a run is computed. All but `workers` decides its bits, and is kept when it is resumed."""
+    """Choice of how a run is computed.
 
-    executor: str  # serial, batched; or whose workers: processes, ray, torchrun
+    All attributes except `workers` affect the bits of the results, and a resumed run keeps them.
+
+    Attributes:
+        executor: "serial" or "batched" in this process, or "processes", "ray" or "torchrun".
+        device: Device of the clients.
+        threads: Number of threads of each process that computes clients.
+        server_threads: Number of threads of the process that computes the server.
+        chunk: Number of clients of one architecture that are computed together.
+        precision: Precision of training.
+        deterministic: Whether to use deterministic algorithms.
+        workers: Number of workers.
+        reasons: Reasons for the choice, for the log.
+    """
+
+    executor: str
     device: str
-    threads: int  # of every process that computes clients
-    server_threads: int  # of the process that computes the server
-    chunk: int = 1  # clients of one architecture that are computed together
+    threads: int
+    server_threads: int
+    chunk: int = 1
     precision: str = "float32"
     deterministic: bool = False
     workers: int = 1
     reasons: tuple[str, ...] = field(default=(), compare=False)
 
     def record(self) -> dict[str, Any]:
-        """Return the choice as it is stored with results and in checkpoints."""
+        """Return the choice in the form stored with results and in checkpoints."""
         return {**asdict(self), "reasons": list(self.reasons)}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], config: RuntimeConfig) -> ExecutorChoice:
-        """Restore the choice that a run began with; the number of workers may change.
+        """Restore the choice of a resumed run, except for the number of workers.
+
+        Args:
+            record: The recorded choice, see `record`.
+            config: The runtime settings.
 
         Raises:
-            UserError: If its device or workers are not available.
+            UserError: If the device or the workers are not available.
         """
         choice = cls(**{**record, "reasons": tuple(record["reasons"])})
         choose_device(choice.device)
@@ -173,22 +206,32 @@ class ExecutorChoice:
 
 @dataclass(frozen=True)
 class RunLoad:
-    """Estimates of a run's training."""
+    """Estimated amount of training of a run.
 
-    cohort: int  # clients in a round
-    seconds: float  # of all rounds, on one core
-    model_bytes: float  # of parameters, per second of training
-    busy: float  # workers that would be busy: the most expensive client keeps one to itself
-    step: float  # floating-point operations of a forward step of the most expensive client
-    thread_speedup: float = 1.0  # of a process with the threads that it would have
+    Attributes:
+        cohort: Number of clients in a round.
+        seconds: Seconds of training in all rounds on one core.
+        model_bytes: Bytes of parameters per second of training.
+        busy: Number of workers that can be busy, given that a client is computed by one worker.
+        step: Floating-point operations of a forward step of the most expensive client.
+        thread_speedup: Speedup of a process by the threads that it would have.
+    """
+
+    cohort: int
+    seconds: float
+    model_bytes: float
+    busy: float
+    step: float
+    thread_speedup: float = 1.0
 
     @classmethod
     def estimate(cls, config: Config, federation: FederationSpec) -> RunLoad:
-        """Estimate the load from the clients that are evaluated, which represent the others."""
-        clients = [federation.client_infos[id] for id in federation.representative_clients]
+        """Estimate the load of a run from representative clients."""
+        clients = [federation.client_infos[c] for c in federation.representative_clients]
         population = len(federation.client_infos)
         cohort = min(population, config.clients.per_round or population)
-        seconds = sum(map(training_flops, clients)) / len(clients) / RATE  # per client and round
+        # Per client and round.
+        seconds = sum(map(training_flops, clients)) / len(clients) / RATE
         model_bytes = sum(4 * describe_model(c.arch).parameters for c in clients) / len(clients)
         largest = max(clients, key=training_flops)
         return cls(
@@ -200,18 +243,18 @@ class RunLoad:
         )
 
     def measure(self, federation: FederationSpec, threads: int) -> RunLoad:
-        """Return the load with the seconds that steps take on this machine.
+        """Return the load with the time of steps measured on this machine.
 
         Args:
-            federation: The clients; the steps of those with most of the training are timed.
-            threads: Threads of a process that computes all clients.
+            federation: The federation. The architectures with the most training are measured.
+            threads: Number of threads of a process that computes all clients.
         """
         flops: dict[tuple[ModelSpec, int], float] = defaultdict(float)
         for client_id in federation.representative_clients:
             info = federation.client_infos[client_id]
             flops[info.arch, info.settings.batch_size] += training_flops(info)
         estimated = measured = with_threads = 0.0
-        largest = sorted(flops.items(), key=lambda pair: -pair[1])[:MOST_MEASURED]
+        largest = sorted(flops.items(), key=lambda pair: -pair[1])[:MAX_MEASURED]
         for (arch, batch_size), total in largest:
             num_steps = total / (batch_size * example_flops(arch))
             seconds = measure_step(arch, batch_size, 1)
@@ -232,11 +275,11 @@ class RunLoad:
 def choose_executor(
     config: Config, federation: FederationSpec, measure: bool = True
 ) -> ExecutorChoice:
-    """Choose how a new run is computed: as configured, else by a rule.
+    """Choose how a new run is computed, as configured or by a rule.
 
     Args:
-        config: The run's configuration.
-        federation: Its clients.
+        config: The configuration of the run.
+        federation: The federation.
         measure: Whether steps may be timed where the rule depends on it.
 
     Raises:
@@ -249,30 +292,28 @@ def choose_executor(
     group = _num_worth_vectorizing(federation, load.cohort, device)
     if runtime.executor == "serial" and (runtime.chunk or 1) > 1:
         raise UserError(
-            f"runtime.chunk: found {runtime.chunk}, but the serial executor takes one client at a time; use batched"
+            f"runtime.chunk: must be 1 with runtime.executor=serial, got {runtime.chunk}; "
+            "set runtime.executor=batched"
         )
     executor = runtime.executor
-    why = "runtime.executor"
+    executor_reason = "runtime.executor"
     if executor == "auto":
         own_threads = runtime.threads or thread_limit()
         if measure:
             load = _measure_if_open(load, federation, device, available, own_threads)
-        executor, why = _select_executor(load, group, device, available, own_threads)
-    chunk = runtime.chunk or (MAX_CHUNK if executor == "batched" else 1)
-    if executor == "serial":
-        chunk = 1
-    room = ""
-    if executor == "batched" and runtime.chunk is None and device.type == "cuda":
-        chunk, room = _chunk_for_device(federation, device)
+        executor, executor_reason = _select_executor(load, group, device, available, own_threads)
+    chunk, chunk_reason = _choose_chunk(runtime, federation, device, executor)
     together = min(chunk, _largest_group(federation, load.cohort)) if executor == "batched" else 1
-    threads, server_threads, size = _choose_threads(runtime, load, together, executor, available)
-    reasons = [f"{executor} executor: {why}", size]
-    if room:
-        reasons.append(room)
+    threads, server_threads, thread_reason = _choose_threads(
+        runtime, load, together, executor, available
+    )
+    reasons = [f"{executor} executor: {executor_reason}", thread_reason, *chunk_reason]
     workers = 1
     if executor not in IN_PROCESS:
-        workers, why = worker_count(executor, runtime.workers, threads, load.cohort, available)
-        reasons.append(f"{workers} workers: {why}")
+        workers, worker_reason = worker_count(
+            executor, runtime.workers, threads, load.cohort, available
+        )
+        reasons.append(f"{workers} workers: {worker_reason}")
     is_automatic = runtime.executor == "auto" and not runtime.chunk
     per_chunk = group // max(MIN_CHUNKS, available)
     if is_automatic and executor == "processes" and per_chunk >= MIN_VECTORIZED_CLIENTS:
@@ -280,9 +321,9 @@ def choose_executor(
         reasons.append(
             f"{chunk} clients at a time: small steps of {group} clients with one architecture"
         )
-    for key, users in EXECUTOR_KEYS.items():
-        if getattr(runtime, key) is not None and executor not in users:
-            reasons.append(f"runtime.{key} has no effect: it is for {', '.join(users)}")
+    for key, executors in EXECUTOR_KEYS.items():
+        if getattr(runtime, key) is not None and executor not in executors:
+            reasons.append(f"runtime.{key}: has no effect except with {', '.join(executors)}")
     return ExecutorChoice(
         executor,
         str(device),
@@ -303,13 +344,25 @@ def _measure_if_open(
     available: int,
     own_threads: int | None,
 ) -> RunLoad:
-    """Return the load, measured if it decides whether workers pay."""
+    """Return the load, measured if the estimate does not decide whether workers pay off."""
     short = load.seconds * ESTIMATE_FACTOR < START_SECONDS
     if device.type != "cpu" or available == 1 or load.cohort == 1 or short:
         return load
     is_large = load.step >= LARGE_STEP
     threads = own_threads or (min(MAX_THREADS, available) if is_large else 1)
     return load.measure(federation, threads)
+
+
+def _choose_chunk(
+    config: RuntimeConfig, federation: FederationSpec, device: torch.device, executor: str
+) -> tuple[int, list[str]]:
+    """Return the number of clients computed together, and the reason if it is automatic."""
+    if executor == "serial":
+        return 1, []
+    if executor == "batched" and config.chunk is None and device.type == "cuda":
+        chunk, reason = _chunk_for_device(federation, device)
+        return chunk, [reason]
+    return config.chunk or (MAX_CHUNK if executor == "batched" else 1), []
 
 
 def _select_executor(
@@ -319,65 +372,72 @@ def _select_executor(
     available: int,
     threads_per_process: int | None = None,
 ) -> tuple[str, str]:
-    """Return the executor's name, and why it is used.
+    """Return the name of the best executor, and the reason.
 
-    A configured number of workers is ignored, as it changes no result.
+    A configured number of workers is ignored, because it does not affect results.
 
     Args:
-        load: The run's training.
-        group: Clients that are worth computing together.
-        device: Where clients are computed.
-        available: Cores of this machine.
-        threads_per_process: Threads of a process whatever it computes, if they are configured.
+        load: Estimated amount of training.
+        group: Number of clients that are worth computing together.
+        device: Device of the clients.
+        available: Number of cores of this machine.
+        threads_per_process: Configured number of threads of each process, or None.
     """
-    vectorized = "batched", f"small steps of {group} clients with one architecture"
     if device.type != "cpu" or available == 1 or load.cohort == 1:
-        if group:
-            return vectorized
         place = "core" if device.type == "cpu" else "device"
-        return "serial", f"one {place}, or one client at a time"
+        serial_reason = f"one {place}, or one client at a time"
+    else:
+        serial_reason = _reason_against_workers(load, available, threads_per_process)
+        if not serial_reason:
+            seconds = f"about {load.seconds:.0f} s of training for one core"
+            return "processes", f"{seconds}, {available} cores"
+    if group:
+        return "batched", f"small steps of {group} clients with one architecture"
+    return "serial", serial_reason
+
+
+def _reason_against_workers(load: RunLoad, available: int, threads_per_process: int | None) -> str:
+    """Return why worker processes would not pay off; empty if they do."""
     workers = min(max(1, available // (threads_per_process or 1)), load.busy)
     speedup_of_each = load.thread_speedup if threads_per_process else 1.0
     with_workers = load.seconds / (WORKER_GAIN * workers * speedup_of_each)
     saved = load.seconds / load.thread_speedup - with_workers
-    about = f"about {load.seconds:.0f} s of training for one core"
-    if saved >= START_SECONDS and load.model_bytes <= MAX_TRAFFIC:
-        return "processes", f"{about}, {available} cores"
-    if group:
-        return vectorized
+    seconds = f"about {load.seconds:.0f} s of training for one core"
     if saved >= START_SECONDS:
-        rate = f"{load.model_bytes / 1e6:.0f} MB a second"
-        return "serial", f"models too large for so little training ({rate}) to travel to workers"
+        if load.model_bytes <= MAX_TRAFFIC:
+            return ""
+        rate = f"{load.model_bytes / 1e6:.0f} MB per second of training"
+        return f"sending models to workers takes too long ({rate})"
     if with_workers < START_SECONDS:
-        return "serial", f"{about}, too little for worker processes to pay"
-    return "serial", f"{about}, which threads compute about as fast as workers would"
+        return f"{seconds}, too little for worker processes to pay off"
+    return f"{seconds}, for which threads are about as fast as workers"
 
 
 def _choose_threads(
     config: RuntimeConfig, load: RunLoad, group_size: int, executor: str, available: int
 ) -> tuple[int, int, str]:
-    """Return the threads of a process that computes clients, those of the server's, and why."""
+    """Return the threads of a process that computes clients and of the server's, and the reason."""
     limit = thread_limit()
     if config.threads is not None:
-        why = f"{pluralize(config.threads, 'thread')}: runtime.threads"
-        return config.threads, config.threads, why
+        reason = f"{pluralize(config.threads, 'thread')}: runtime.threads"
+        return config.threads, config.threads, reason
     if limit is not None:
         return limit, limit, f"{pluralize(limit, 'thread')}: OMP_NUM_THREADS"
     is_large = load.step * group_size >= LARGE_STEP
     server_threads = min(MAX_THREADS, available) if is_large else 1
     threads = server_threads if executor in IN_PROCESS else 1
     size = "large enough" if is_large else "too small"
-    why = (
-        f"{pluralize(threads, 'thread')} where clients are computed, {server_threads} at the "
-        f"server: steps are {size} for more than one"
+    reason = (
+        f"{pluralize(threads, 'thread')} for clients, {server_threads} for the server: steps are "
+        f"{size} for more than one"
     )
-    return threads, server_threads, why
+    return threads, server_threads, reason
 
 
 def _num_worth_vectorizing(federation: FederationSpec, cohort: int, device: torch.device) -> int:
-    """Return how many clients of a round share an architecture, 0 if vectorizing does not pay.
+    """Return how many clients of a round share an architecture; 0 if vectorizing does not pay off.
 
-    It pays if it does so for most of the cohort.
+    It pays off if it does so for most of the cohort.
     """
     groups: Counter[ModelSpec] = Counter()
     for profile in federation.client_infos.profiles:
@@ -399,20 +459,20 @@ def plan_memory(client_info: ClientInfo) -> MemoryPlan:
 
 
 def _chunk_for_device(federation: FederationSpec, device: torch.device) -> tuple[int, str]:
-    """Return how many clients are computed together on a device, and why."""
+    """Return how many clients are computed together on a device, and the reason."""
     client_infos = federation.client_infos
     largest = max(plan_memory(client_infos[p.first]).total for p in client_infos.profiles)
-    # The rest is for copies of what the host holds.
+    # The rest of the memory caches copies of the host's tensors.
     free = (1 - CACHE_SHARE) * free_bytes(device)
     chunk = min(MAX_CHUNK, max(1, int(free // largest)))
     return chunk, (
-        f"{pluralize(chunk, 'client')} at a time: a client takes up to {largest / 1e6:,.0f} MB, "
-        f"and {free / 1e6:,.0f} MB of {device} are for them"
+        f"{pluralize(chunk, 'client')} at a time: a client needs up to {largest / 1e6:,.0f} MB "
+        f"of the {free / 1e6:,.0f} MB available on {device}"
     )
 
 
 def _largest_group(federation: FederationSpec, cohort: int) -> int:
-    """Return about how many clients of a round can be computed together, at least 1."""
+    """Return how many clients of a round can be computed together on average, at least 1."""
     groups: Counter[ModelSpec] = Counter()
     for profile in federation.client_infos.profiles:
         if not is_recurrent(profile.arch):
@@ -421,11 +481,10 @@ def _largest_group(federation: FederationSpec, cohort: int) -> int:
 
 
 def stays_on_device(algorithm: Algorithm, federation: FederationSpec) -> bool:
-    """Return whether a run in one process may hold everything on its device.
+    """Return whether a run in one process may keep all tensors of participants on its device.
 
-    It does where only the engine, the methods of this package and the plain mean read what
-    participants hold. Compression, secure sums, privacy, attacks and robust rules work on the CPU,
-    and so does a user's code.
+    Compression, secure aggregation, privacy, attacks, robust aggregation rules and user-defined
+    code work on the CPU.
     """
     links = FederationLinks(algorithm, federation)
     return (
@@ -444,16 +503,16 @@ def make_executor(
     algorithm: Algorithm,
     federation: FederationSpec,
     store: StateStore | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = lambda _line: None,
 ) -> Executor:
-    """Create the executor of a choice, and set this process's threads to the server's.
+    """Create the executor of a choice, and set the number of threads of this process.
 
     Args:
         choice: How the run is computed.
         algorithm: The method.
-        federation: Its clients and data.
-        store: Their private state; by default a new one in memory.
-        say: Receives a line on what cannot be computed as chosen.
+        federation: The federation.
+        store: The clients' private state; by default a new store in memory.
+        say: Called with a line on each limitation of the chosen backend.
     """
     torch.set_num_threads(choice.server_threads)
     device = torch.device(choice.device)
@@ -486,7 +545,7 @@ def make_executor(
     )
     pool: WorkerPool
     if choice.executor == "ray":
-        from hetero_fl.federation.executors.ray import RayActorPool  # an extra
+        from hetero_fl.federation.executors.ray import RayActorPool
 
         pool = RayActorPool(setup, choice.workers)
     elif choice.executor == "torchrun":

@@ -17,14 +17,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.multiprocessing  # how tensors are sent
+
+# Registers how tensors are pickled for pipes.
+import torch.multiprocessing
 from torch import Tensor
+from typing_extensions import override
 
 from hetero_fl.core.payload import Payload
 from hetero_fl.federation.executors.workers import (
     JobResult,
     Worker,
     WorkerJob,
+    WorkerPool,
     WorkerSetup,
     run_jobs,
 )
@@ -37,18 +41,24 @@ from hetero_fl.utils.processes import (
     worker_context,
 )
 
-LONG = 2**16  # bytes from which a string does not travel through the pipe; tensors never do
-BROADCASTS = 2  # that both ends remember: a worker's clients mostly receive the same one
-PLAIN = (str, int, float, bool, type(None))  # types of values that are sent as they are
-EXIT_SECONDS = 5.0  # that a process whose pipe is broken may take to end
+# Bytes from which a byte string is sent through shared memory; tensors always are.
+LONG = 2**16
+# Number of broadcasts that both ends cache, as most clients of a worker receive the same one.
+BROADCASTS = 2
+# Types of values that need no conversion.
+PLAIN = (str, int, float, bool, type(None))
+# Seconds within which a process with a broken pipe must end.
+EXIT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class StringReference:
-    """Stands for a long string in a message.
+    """Placeholder for a long byte string in a message.
 
-    `number` identifies the string in the caches of both ends. If it is new, it lies in shared memory
-    from `start` to `stop`.
+    Attributes:
+        number: Number of the string in the caches of both ends.
+        start: Offset of the first byte in shared memory if the string is new.
+        stop: Offset after the last byte; 0 if the string is in the cache.
     """
 
     number: int
@@ -58,7 +68,14 @@ class StringReference:
 
 @dataclass(frozen=True)
 class TensorReference:
-    """Stands for a tensor in a message, whose bytes lie in shared memory from `start` to `stop`."""
+    """Placeholder for a tensor in a message.
+
+    Attributes:
+        dtype: Data type of the tensor.
+        shape: Shape of the tensor.
+        start: Offset of the first byte in shared memory.
+        stop: Offset after the last byte.
+    """
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -69,20 +86,20 @@ class TensorReference:
 class SharedMemoryConnection:
     """One end of a connection between two processes that answer messages in order.
 
-    One end may send a second message before the first is answered, but not a third: messages are
-    written to two blocks of shared memory in turn.
+    Messages are sent through a pipe, except for tensors and long byte strings, which are copied
+    through shared memory: a pipe is slow for large messages and blocks both processes. A string
+    that the other end has cached, such as the broadcast of another client, is not sent again.
+    Without room in shared memory, everything is sent through the pipe. Messages are dictionaries,
+    lists, dataclasses and payloads, which may contain byte strings and tensors.
 
-    Messages travel through a pipe, but for tensors and long byte strings, which are copied through
-    shared memory: a pipe takes every byte through the kernel in small pieces while both processes
-    wait. A string that the other end still remembers, such as the broadcast of another client, is
-    not sent again. If there is no room in shared memory, they go through the pipe. Messages are
-    dictionaries, lists, dataclasses and payloads, with byte strings and tensors anywhere among
-    their values.
+    Messages are written to two blocks of shared memory in turn, so one end may send a second
+    message before the first is answered, but not a third.
 
     Args:
         connection: This end of the pipe.
-        sent_strings: Number of long strings sent last that are remembered.
-        received_strings: The same for strings received. At the other end, it is the other way round.
+        sent_strings: Number of long strings that are cached after sending.
+        received_strings: Number of long strings that are cached after receiving. Must equal
+            `sent_strings` of the other end.
     """
 
     def __init__(
@@ -95,7 +112,11 @@ class SharedMemoryConnection:
         self._received = StringCache(received_strings)
 
     def send(self, message: Any) -> None:
-        """Send a message. Raises OSError if the other process is gone."""
+        """Send a message.
+
+        Raises:
+            OSError: If the other process has ended.
+        """
         new: list[memoryview] = []
         message = map_values(message, lambda value: self._to_reference(value, new))
         update = next(self._outgoing).fill(new)
@@ -103,7 +124,12 @@ class SharedMemoryConnection:
         self.connection.send((update, message))
 
     def receive(self) -> Any:
-        """Wait for the next message. Raises EOFError or OSError if none can come."""
+        """Wait for the next message.
+
+        Raises:
+            EOFError: If the other end is closed.
+            OSError: If the other process has ended.
+        """
         update, message = self.connection.recv()
         incoming = next(self._incoming)
         if isinstance(update, Tensor):
@@ -114,7 +140,7 @@ class SharedMemoryConnection:
         return message
 
     def _to_reference(self, value: Any, new: list[memoryview]) -> Any:
-        """Replace a tensor or a long string by a reference; add to `new` what the other end lacks."""
+        """Replace a tensor or long string by a reference, and add its bytes to `new` if needed."""
         start = sum(map(len, new))
         if isinstance(value, Tensor):
             array = value.detach().cpu().contiguous().numpy()
@@ -145,7 +171,7 @@ def map_values(value: Any, change: Callable[[Any], Any]) -> Any:
 
     Args:
         value: The message.
-        change: Returns what replaces one of them.
+        change: Returns the replacement of a value.
     """
     if type(value) in PLAIN:
         return value
@@ -162,17 +188,18 @@ def map_values(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 class SharedMemoryBlock:
-    """A block of shared memory, replaced by a larger one when it has become too small."""
+    """Block of shared memory, which is replaced by a larger one when needed."""
 
     def __init__(self) -> None:
         self.tensor: Tensor | None = None
 
     def fill(self, strings: list[memoryview]) -> Tensor | bytes | None:
-        """Write byte strings one after the other and return what the other process needs to read them.
+        """Write byte strings one after the other.
 
         Returns:
-            The memory if it has been replaced; all strings if there is no room for them (the shared
-            memory of a container may be 64 MB); else None.
+            What the other process needs to read them: the memory if it has been replaced, the
+            joined strings if there is no room for them (the shared memory of a container may be
+            limited to 64 MB), else None.
         """
         size = sum(map(len, strings))
         replaced = None
@@ -195,12 +222,19 @@ class SharedMemoryBlock:
 
 
 class StringCache:
-    """The last long strings that were sent in one direction, numbered. Both ends drop the same ones."""
+    """Cache of the latest long strings sent in one direction; equal at both ends.
+
+    Args:
+        max_strings: Number of strings to keep.
+
+    Attributes:
+        strings: The strings by number.
+    """
 
     def __init__(self, max_strings: int) -> None:
         self.max_strings = max_strings
         self.strings: OrderedDict[int, bytes] = OrderedDict()
-        # By identity, which is unique because the strings are alive.
+        # By identity, which is unique because the cache keeps references to the strings.
         self._numbers: dict[int, int] = {}
         self._next_number = 0
 
@@ -213,20 +247,27 @@ class StringCache:
         return number
 
     def find(self, string: bytes) -> int | None:
-        """Return the number of this very string, None if it is not in the cache."""
+        """Return the number of a string, compared by identity; None if it is not cached."""
         return self._numbers.get(id(string))
 
     def trim(self) -> None:
-        """Drop the oldest strings; only between messages, as a message needs all of its own."""
+        """Drop the oldest strings. Called between messages, as a message needs all its strings."""
         while len(self.strings) > self.max_strings:
             _, string = self.strings.popitem(last=False)
             del self._numbers[id(string)]
 
 
-class ProcessPool:
-    """Worker processes on this machine, started once for a run and replaced when they die.
+class ProcessPool(WorkerPool):
+    """Pool of worker processes on this machine, which are replaced when they die.
 
-    The examples lie in shared memory and are never copied.
+    The examples are in shared memory and are not copied.
+
+    Args:
+        setup: Setup of the workers.
+        size: Number of workers.
+
+    Raises:
+        RunFailedError: If shared memory is too small for the data.
     """
 
     def __init__(self, setup: WorkerSetup, size: int) -> None:
@@ -234,12 +275,14 @@ class ProcessPool:
         self._setup = replace(setup, shares_memory=True)
         self._context = worker_context(__name__)
         self._workers: list[tuple[BaseProcess, SharedMemoryConnection]] = []
-        self._interrupted: set[int] = set()  # workers whose messages cannot be read any more
+        # Workers whose messages can no longer be read.
+        self._interrupted: set[int] = set()
         try:
             setup.federation.data.share_memory()
         except RuntimeError as error:
             raise RunFailedError(
-                f"runtime.executor: no shared memory for workers' data ({error}); serial needs none"
+                f"runtime.executor: not enough shared memory for the workers' data ({error}); "
+                "use serial or batched"
             ) from None
         try:
             for i in range(size):
@@ -248,14 +291,16 @@ class ProcessPool:
             self.close()
             raise
 
+    @override
     def send(self, worker: int, job: WorkerJob) -> None:
         with self._communicate_with(worker) as connection:
             connection.send(job)
 
+    @override
     def receive(self) -> tuple[int, JobResult | None]:
         if self._interrupted:
             return self._replace(self._interrupted.pop())
-        # A process that has ended may have left a result in its pipe, which is read first.
+        # The pipe of a process that has ended may contain a result, which is read first.
         ready = set(
             wait([c.connection for _, c in self._workers] + [p.sentinel for p, _ in self._workers])
         )
@@ -271,6 +316,7 @@ class ProcessPool:
         self._check_exit(dead)
         return self._replace(dead)
 
+    @override
     def close(self) -> None:
         for i in range(len(self._workers)):
             self._end(i)
@@ -278,10 +324,10 @@ class ProcessPool:
 
     @contextlib.contextmanager
     def _communicate_with(self, worker: int) -> Iterator[SharedMemoryConnection]:
-        """Ignore that a worker is dead, which `receive` reports.
+        """Provide the connection to a worker. A dead worker is ignored, as `receive` reports it.
 
-        If this process is interrupted, the worker is replaced: after half a message, or a lost one,
-        both ends would wait for each other, or read the wrong block of memory.
+        If this process is interrupted, the worker is replaced: after an incomplete message, both
+        ends would wait for each other or read the wrong block of memory.
         """
         process, connection = self._workers[worker]
         try:
@@ -295,38 +341,39 @@ class ProcessPool:
             raise
 
     def _replace(self, worker: int) -> tuple[int, None]:
-        """Start a worker anew; return what `receive` returns of one that has died."""
+        """Replace a worker; return what `receive` returns for a dead worker."""
         self._end(worker)
         self._workers[worker] = self._start(worker)
         return worker, None
 
     def _start(self, index: int) -> tuple[BaseProcess, SharedMemoryConnection]:
-        here, there = self._context.Pipe()
+        parent_end, child_end = self._context.Pipe()
         process = self._context.Process(
             target=run_worker,
-            args=(there, self._setup, index, dict(os.environ)),
+            args=(child_end, self._setup, index, dict(os.environ)),
             daemon=True,
             name=f"hetero_fl worker {index}",
         )
         with ignore_interrupts_in_children():
             process.start()
-        there.close()
-        return process, SharedMemoryConnection(here, sent_strings=BROADCASTS)
+        child_end.close()
+        return process, SharedMemoryConnection(parent_end, sent_strings=BROADCASTS)
 
     def _check_exit(self, index: int) -> None:
-        """Check why a worker has died.
+        """Check why a worker has died; one that was killed by a signal can be replaced.
 
         Raises:
-            UserError: If the user's script starts processes without a guard.
+            UserError: If the user's script lacks the `__main__` guard.
             RunFailedError: If the worker ended by itself, as its replacement would.
         """
         process, _ = self._workers[index]
-        process.join(EXIT_SECONDS)  # its pipe breaks a moment before its status is known
+        # The pipe breaks slightly before the exit status is known.
+        process.join(EXIT_SECONDS)
         if process.exitcode == UNGUARDED:
             raise UserError(ADVICE)
-        if process.exitcode is not None and process.exitcode >= 0:  # negative: killed by a signal
+        if process.exitcode is not None and process.exitcode >= 0:
             raise RunFailedError(
-                f"a worker process ended with status {process.exitcode}; it has printed why, if it knew"
+                f"a worker process ended with status {process.exitcode}; see its error output"
             )
 
     def _end(self, index: int) -> None:
@@ -339,7 +386,14 @@ class ProcessPool:
 def run_worker(
     connection: Connection, setup: WorkerSetup, index: int, environ: Mapping[str, str]
 ) -> None:
-    """Run jobs until the other end of the connection is closed."""
+    """Run jobs until the other end of the connection is closed.
+
+    Args:
+        connection: The worker's end of the pipe.
+        setup: Setup of the workers.
+        index: Index of the worker.
+        environ: Environment variables of the parent process.
+    """
     adopt_environment(environ)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
@@ -350,7 +404,7 @@ def run_worker(
 
 
 def _exit_with_parent() -> None:
-    """End this process when its parent has been killed, even during a job."""
+    """End this process when its parent has ended, even during a job."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

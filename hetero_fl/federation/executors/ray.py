@@ -1,6 +1,6 @@
 """Workers as actors on a Ray cluster.
 
-The federation is put into the object store once; the actors of a node read it in place.
+The federation is put into the object store once, where the actors of a node read it without a copy.
 """
 
 from __future__ import annotations
@@ -23,17 +23,31 @@ import numpy as np
 import ray
 import torch
 from ray.util.serialization import deregister_serializer, register_serializer
+from typing_extensions import override
 
-from hetero_fl.federation.executors.workers import JobResult, Worker, WorkerJob, WorkerSetup
+from hetero_fl.federation.executors.workers import (
+    JobResult,
+    Worker,
+    WorkerJob,
+    WorkerPool,
+    WorkerSetup,
+)
 from hetero_fl.utils.errors import RunFailedError, UserError
 
-START_TIMEOUT = 600.0  # seconds in which a cluster has to make room for a worker
-CHECK_INTERVAL = 10.0  # seconds between two checks whether it has
-CONNECT_TIMEOUT = 10.0  # seconds in which a cluster's head has to answer
+# Seconds within which a cluster must start a worker, and between two checks.
+START_TIMEOUT = 600.0
+CHECK_INTERVAL = 10.0
+# Seconds within which a cluster's head must answer.
+CONNECT_TIMEOUT = 10.0
 
 
-class RayActorPool:
-    """Ray actors. One that is lost, with its process or node, is replaced wherever there is room."""
+class RayActorPool(WorkerPool):
+    """Pool of Ray actors. An actor whose process or node is lost is replaced.
+
+    Args:
+        setup: Setup of the workers.
+        size: Number of workers.
+    """
 
     def __init__(self, setup: WorkerSetup, size: int) -> None:
         self.size = size
@@ -42,13 +56,16 @@ class RayActorPool:
         self._stack = ExitStack()
         self._stack.enter_context(connect(None, size * setup.threads))
         self._setup = _store_setup(setup)
-        # By worker, in order. Only the first is waited for: a later, smaller result may arrive sooner.
+        # By worker, in order. Only the first task is waited for, because a later and smaller result
+        # may arrive earlier.
         self._tasks: list[deque[Any]] = [deque() for _ in range(size)]
         self._workers = [self._start(i, setup.threads) for i in range(size)]
 
+    @override
     def send(self, worker: int, job: WorkerJob) -> None:
         self._tasks[worker].append(self._workers[worker][0].run_job.remote(job))
 
+    @override
     def receive(self) -> tuple[int, JobResult | None]:
         first = {tasks[0]: worker for worker, tasks in enumerate(self._tasks) if tasks}
         while not (ended := ray.wait(list(first), timeout=CHECK_INTERVAL)[0]):
@@ -58,17 +75,18 @@ class RayActorPool:
         try:
             return worker, ray.get(ended[0])
         except ray.exceptions.RayTaskError as error:
-            # What a job raises is in its result; this was raised around it.
+            # Exceptions of jobs are part of their results; this one was raised outside of a job.
             raise RunFailedError(f"a worker failed: {_describe(error.cause)}") from error
         except ray.exceptions.RayError as error:
             if getattr(error, "actor_init_failed", False):
                 raise RunFailedError(f"a worker cannot start: {_describe(error)}") from error
             ray.kill(self._workers[worker][0])
             self._tasks[worker].clear()
-            # Without a CPU of its own, because it has to fit on what is left.
+            # Reserve no CPU, because the remaining nodes may have none left.
             self._workers[worker] = self._start(worker, 0)
             return worker, None
 
+    @override
     def close(self) -> None:
         for actor, _, _ in self._workers:
             ray.kill(actor)
@@ -76,26 +94,34 @@ class RayActorPool:
         self._stack.close()
 
     def _start(self, index: int, cpus: int) -> tuple[Any, Any, float]:
-        """Return a new actor, a future that is ready when it has started, and the time."""
+        """Return a new actor, a future that is ready when it has started, and the current time."""
         gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0) / self.size) if self._gpu else 0.0
-        kind: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, scheduling_strategy="SPREAD")(RayActor)
-        actor = kind.remote(self._setup, index)
+        actor_class: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, scheduling_strategy="SPREAD")(
+            RayActor
+        )
+        actor = actor_class.remote(self._setup, index)
         return actor, actor.is_ready.remote(), time.monotonic()
 
     def _check_room(self) -> None:
-        """Raise RunFailedError if an actor has not found a place for too long."""
+        """Raise RunFailedError if an actor has not been started for too long."""
         for worker, (_, ready, since) in enumerate(self._workers):
             if not self._tasks[worker]:
                 continue
             if time.monotonic() - since > START_TIMEOUT and not ray.wait([ready], timeout=0)[0]:
                 needs = f"{self._threads} CPUs" + (" and a GPU" if self._gpu else "")
                 raise RunFailedError(
-                    f"the cluster has had no room for worker {worker} ({needs}) for {START_TIMEOUT:.0f} s"
+                    f"the cluster had no resources for worker {worker} ({needs}) "
+                    f"within {START_TIMEOUT:.0f} s"
                 )
 
 
 class RayActor:
-    """A worker in an actor's process, which sees only the GPU that is assigned to it."""
+    """Worker in an actor's process, which can use only the GPU that Ray assigns to it.
+
+    Args:
+        setup: Setup of the workers.
+        index: Index of the worker.
+    """
 
     def __init__(self, setup: WorkerSetup, index: int) -> None:
         self._worker = Worker(setup, index)
@@ -105,18 +131,18 @@ class RayActor:
         return True
 
     def run_job(self, job: WorkerJob) -> JobResult:
-        """Run a job as `Worker.run_job` does."""
+        """Run a job, see `Worker.run_job`; messages of the result have checksums."""
         return self._worker.run_job(job).with_checksums()
 
 
 @contextmanager
 def connect(address: str | None, cpus: int) -> Iterator[None]:
-    """Connect to a Ray cluster. An existing connection is used and stays open.
+    """Connect to a Ray cluster. An existing connection is reused and stays open.
 
     Args:
-        address: The cluster's address; by default the one in RAY_ADDRESS, else a cluster is started
-            on this machine and removed afterwards.
-        cpus: CPUs of a cluster that is started.
+        address: Address of the cluster. By default the one in RAY_ADDRESS; without it, a cluster is
+            started on this machine and stopped afterwards.
+        cpus: Number of CPUs of a cluster that is started.
 
     Raises:
         UserError: If no cluster answers at the address.
@@ -136,7 +162,9 @@ def connect(address: str | None, cpus: int) -> Iterator[None]:
             with _keep_signal_handlers():
                 ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UserError(f"runtime.address: found '{address}': {_describe(error)}") from None
+            raise UserError(
+                f"runtime.address: cannot connect to '{address}': {_describe(error)}"
+            ) from None
         yield
     finally:
         ray.shutdown()
@@ -145,20 +173,19 @@ def connect(address: str | None, cpus: int) -> Iterator[None]:
 
 
 def _check_address(address: str) -> None:
-    """Raise UserError if nothing answers at the address: Ray itself would try for minutes."""
+    """Raise UserError if the address cannot be reached, because Ray would retry for minutes."""
     host, colon, port = address.rpartition(":")
     if address in ("auto", "local"):
         return
     if not (host and colon and port.isdigit()) or "/" in host:
         raise UserError(
-            f"runtime.address: found '{address}'; write host:port of the cluster's head, or auto"
+            "runtime.address: expected host:port of the cluster's head, auto or local, "
+            f"got '{address}'"
         )
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT).close()
     except (OSError, OverflowError) as error:
-        raise UserError(
-            f"runtime.address: found '{address}', where nothing answers ({error})"
-        ) from None
+        raise UserError(f"runtime.address: cannot connect to '{address}': {error}") from None
 
 
 def cluster_cpus() -> int:
@@ -188,12 +215,12 @@ def _store_setup(setup: WorkerSetup) -> Any:
 
 def _to_tensor(array: np.ndarray) -> torch.Tensor:
     with warnings.catch_warnings():
-        # The array is read-only, on purpose: raw data is never written to.
+        # The array is read-only, which is intended: raw data is never modified.
         warnings.simplefilter("ignore", UserWarning)
         return torch.from_numpy(array)
 
 
 def _describe(error: BaseException) -> str:
-    """Return an error's class and the last line of its message."""
+    """Return the class of an error and the last line of its message."""
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]

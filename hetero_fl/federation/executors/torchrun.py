@@ -1,8 +1,8 @@
-"""Workers as the ranks of a job that torchrun launched: rank 0 runs the command, the others its jobs.
+"""Workers as ranks launched by torchrun: rank 0 runs the command, the others run its jobs.
 
-Jobs travel through torch.distributed with gloo, as NCCL carries only tensors on a GPU. Rank 0 has a
-thread that waits for each of the others, so that it still receives Ctrl-C. When a rank dies,
-torchrun ends the whole job.
+Jobs are sent by torch.distributed with gloo, because NCCL sends only tensors on a GPU. Rank 0 waits
+for each of the others in a thread, so that its main thread still receives Ctrl-C. When a rank dies,
+torchrun ends all of them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from typing_extensions import override
 
 from hetero_fl.federation.executors.workers import (
     JobResult,
     Worker,
     WorkerJob,
+    WorkerPool,
     WorkerSetup,
     run_jobs,
 )
@@ -29,25 +31,33 @@ from hetero_fl.utils.errors import RunFailedError
 
 # A rank waits as long as another one works; torchrun itself notices when one dies.
 NO_TIMEOUT = timedelta(days=20)
-START_TIMEOUT = timedelta(minutes=10)  # until all ranks are connected
-EXIT_SECONDS = 10.0  # that ranks may take to end
-END = None  # sent in place of a job when the run is over
-_listeners: list[threading.Thread] = []  # of rank 0
+# Time within which all ranks must be connected.
+START_TIMEOUT = timedelta(minutes=10)
+# Seconds within which ranks must end.
+EXIT_SECONDS = 10.0
+# Sent instead of a job at the end of the run.
+END = None
+# Threads of rank 0 that wait for results.
+_listeners: list[threading.Thread] = []
 
 
 def num_ranks() -> int:
-    """Return the number of processes that torchrun started, this one included; 1 without it."""
+    """Return the number of processes that torchrun started, including this one; 1 without it."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def run_as_ranks(lead: Callable[[], int]) -> int:
-    """Run a command in rank 0 and its jobs in the others, which end silently when rank 0 does.
+    """Run a command in rank 0 and its jobs in the other ranks, which end with rank 0.
+
+    Args:
+        lead: Runs the command and returns its exit status.
 
     Returns:
         The exit status.
     """
     if int(os.environ.get("RANK", "0")) > 0:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 handles it and ends the others
+        # Rank 0 handles interrupts and ends the others.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     store, rank, size = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
     # The store may still have the stale addresses of an earlier attempt (torchrun --max-restarts).
@@ -59,18 +69,26 @@ def run_as_ranks(lead: Callable[[], int]) -> int:
     try:
         return lead()
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):  # handled already, or too late
+        # The command has ended, so signals have no effect any more.
+        for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         for other in range(1, size):
-            with suppress(RuntimeError):  # it has ended
+            # A rank that has already ended raises RuntimeError.
+            with suppress(RuntimeError):
                 dist.send_object_list([END], dst=other)
         for listener in _listeners:
             listener.join(EXIT_SECONDS)
         dist.destroy_process_group()
 
 
-class TorchrunPool:
-    """Ranks of a torchrun job: worker i is rank i + 1. A command creates one pool for its whole run."""
+class TorchrunPool(WorkerPool):
+    """Pool of the ranks that torchrun started. Worker i is rank i + 1.
+
+    A command creates a single pool for its run.
+
+    Args:
+        setup: Setup of the workers.
+    """
 
     def __init__(self, setup: WorkerSetup) -> None:
         self.size = dist.get_world_size() - 1
@@ -80,30 +98,36 @@ class TorchrunPool:
             _listeners.append(threading.Thread(target=self._listen, args=(worker,), daemon=True))
             _listeners[-1].start()
 
+    @override
     def send(self, worker: int, job: WorkerJob) -> None:
-        with suppress(RuntimeError):  # it has ended, which `receive` reports
+        # A rank that has ended is reported by `receive`.
+        with suppress(RuntimeError):
             dist.send_object_list([job], dst=worker + 1)
 
+    @override
     def receive(self) -> tuple[int, JobResult | None]:
-        worker, done = self._results.get()
-        if done is None:
+        worker, result = self._results.get()
+        if result is None:
             raise RunFailedError(
-                f"rank {worker + 1} is gone, and torchrun ends the job; the same command goes on with --resume"
+                f"rank {worker + 1} has ended, and torchrun ends all others; "
+                "run the same command with --resume"
             )
-        return worker, done
+        return worker, result
 
+    @override
     def close(self) -> None:
-        """Do nothing: the ranks end with the command."""
+        """Do nothing, because the ranks end with the command."""
 
     def _listen(self, worker: int) -> None:
-        done: JobResult | None
+        result: JobResult | None
         while True:
             try:
-                done = _receive_object(worker + 1)
-            except Exception:  # the rank has ended, or its message cannot be read
-                done = None
-            self._results.put((worker, done))
-            if done is None:
+                result = _receive_object(worker + 1)
+            except Exception:
+                # The rank has ended, or its message cannot be read.
+                result = None
+            self._results.put((worker, result))
+            if result is None:
                 return
 
 
@@ -114,7 +138,7 @@ def _receive_object(source: int) -> Any:
 
 
 def _serve_rank_zero() -> None:
-    """Run jobs until rank 0 is done. If it fails or is killed, end the process even during a job."""
+    """Run jobs until rank 0 ends. If it is killed, end this process even during a job."""
     setup = _receive_object(0)
     if setup is END:
         return
@@ -123,7 +147,7 @@ def _serve_rank_zero() -> None:
 
 
 def _receive_job() -> Any:
-    """Wait for the next job; end the process if there is none."""
+    """Wait for the next job; end this process if there is none."""
     try:
         job = _receive_object(0)
     except RuntimeError:

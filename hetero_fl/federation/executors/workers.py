@@ -1,4 +1,9 @@
-"""Distribute clients' tasks to workers: processes on this machine, Ray actors or ranks of torchrun."""
+"""Distribution of clients' tasks to workers: processes, Ray actors or ranks of torchrun.
+
+Only tasks and results are exchanged, never code: a worker creates the plans from the method and the
+federation that it receives once. A client's result depends only on its task, and chunks depend only
+on the cohort, so the number of workers, their order and their failures do not change results.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +19,7 @@ from itertools import islice
 from typing import Literal, Protocol
 
 import torch
+from typing_extensions import override
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.base import runs_user_code
@@ -30,24 +36,24 @@ from hetero_fl.engine.driver import (
 from hetero_fl.engine.templates import TaskCosts
 from hetero_fl.engine.vectorized import make_backend
 from hetero_fl.federation.client_runtime import ClientEvaluation, ClientRuntime
-from hetero_fl.federation.executors.base import client_chunks, drain, in_order
+from hetero_fl.federation.executors.base import Executor, client_chunks, drain, in_order
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.secure_aggregation import make_protocol
 from hetero_fl.federation.state_store import StateStore
 from hetero_fl.utils.environment import use_deterministic_algorithms
 from hetero_fl.utils.errors import RunFailedError, UserError
 
-# Whole tasks of clients and their results travel between a run and its workers, never code or live
-# objects. A worker makes the plans itself, from the method and the federation that it receives once.
-# A client's result depends on nothing but its own task, and chunks follow from the cohort alone, so
-# neither the number of workers, nor which of them computes a task, nor a death changes a bit.
-
-MAX_HELD_STATE_BYTES = 256 * 2**20  # of private state that a worker keeps for later rounds
-MAX_DEATHS = 3  # of workers that computed the same client, after which the run ends
-CHUNKS_AHEAD = 4  # per worker, which may start before the first unfinished one in a large cohort
-MAX_CHUNKS_PER_JOB = 2  # whose results come back together
-LARGE_COHORT = 16  # chunks per worker
-# Jobs of a worker: one runs, one waits, so that the worker is never idle.
+# Bytes of private state that a worker keeps for later rounds.
+MAX_HELD_STATE_BYTES = 256 * 2**20
+# The run ends after this number of workers died while they computed the same client.
+MAX_DEATHS = 3
+# In a large cohort, number of chunks per worker that may start before the first unfinished one.
+CHUNKS_AHEAD = 4
+# Number of chunks whose results are sent together.
+MAX_CHUNKS_PER_JOB = 2
+# Number of chunks per worker from which a cohort is large.
+LARGE_COHORT = 16
+# One job runs and one waits, so that a worker is never idle.
 JOBS_PER_WORKER = 2
 # Exceptions that another process can unpickle.
 _TRANSFERABLE_ERRORS = (UserError, RunFailedError, DivergedError, PayloadError)
@@ -55,26 +61,45 @@ _TRANSFERABLE_ERRORS = (UserError, RunFailedError, DivergedError, PayloadError)
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """What a worker receives once."""
+    """Setup that a worker receives once.
+
+    Attributes:
+        algorithm: The method.
+        federation: The federation.
+        threads: Number of threads of a worker.
+        devices: Devices, which are assigned to workers in turn.
+        chunk: Number of clients of one architecture that are computed together.
+        precision: Precision of training.
+        dtype: Default data type.
+        shares_memory: Whether the worker shares memory with the server's process.
+        deterministic: Whether to use deterministic algorithms.
+        owns_device: Whether no other worker uses the worker's device.
+    """
 
     algorithm: Algorithm
     federation: FederationSpec
     threads: int
-    devices: tuple[str, ...]  # assigned to workers in turn
+    devices: tuple[str, ...]
     chunk: int = 1
     precision: str = "float32"
     dtype: torch.dtype = torch.float32
-    shares_memory: bool = False  # with the server's process
+    shares_memory: bool = False
     deterministic: bool = False
-    owns_device: bool = False  # no other worker computes there
+    owns_device: bool = False
 
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """Tasks of some clients, chunk by chunk.
+    """Tasks of some clients for one worker.
 
-    `private` has the state of clients whose worker does not hold it already, `notes` what clients
-    remember from the round's earlier exchanges.
+    Attributes:
+        number: Number of the job.
+        kind: "answer" to run requests, "read" to evaluate models.
+        chunks: Clients that are computed together.
+        requests: Request to each client.
+        private: Encoded private state of clients whose state the worker does not have.
+        details: Whether an evaluation computes everything that a report shows.
+        notes: What clients keep from earlier exchanges of the round.
     """
 
     number: int
@@ -93,23 +118,32 @@ class WorkerJob:
 
 @dataclass
 class JobResult:
-    """The result of a job. An `error` ends the run."""
+    """Result of a job.
+
+    Attributes:
+        job: Number of the job.
+        replies: Reply of each client.
+        evaluations: Evaluation of each client.
+        private: Encoded private states that changed.
+        notes: What clients keep for later exchanges of the round.
+        seconds: Duration of each client's task, an equal share of that of its chunk.
+        dropped_states: Clients whose private state the server must send again.
+        error: The exception that the job raised, which ends the run.
+        trace: Traceback of the error.
+    """
 
     job: int
     replies: dict[str, Reply] = field(default_factory=dict)
     evaluations: dict[str, ClientEvaluation] = field(default_factory=dict)
-    private: dict[str, bytes] = field(default_factory=dict)  # state that changed
-    notes: dict[str, bytes] = field(default_factory=dict)  # of all its clients that have any now
-    seconds: dict[str, float] = field(
-        default_factory=dict
-    )  # by client, an equal share of its chunk
-    # clients whose state the server must send again
+    private: dict[str, bytes] = field(default_factory=dict)
+    notes: dict[str, bytes] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
     dropped_states: list[str] = field(default_factory=list)
     error: Exception | None = None
-    trace: str = ""  # where the error was raised
+    trace: str = ""
 
     def with_checksums(self) -> JobResult:
-        """Return a copy whose messages have checksums, to be sent to another machine."""
+        """Return a copy whose messages have checksums, for sending to another machine."""
         replies = {
             client: reply.with_checksum() if isinstance(reply, Message) else reply
             for client, reply in self.replies.items()
@@ -118,7 +152,15 @@ class JobResult:
 
 
 class Worker:
-    """Runs jobs one after the other, usually in a process of its own."""
+    """Runner of jobs in a worker process.
+
+    Args:
+        setup: Setup of the workers.
+        index: Index of the worker.
+
+    Attributes:
+        store: Private state of clients.
+    """
 
     def __init__(self, setup: WorkerSetup, index: int) -> None:
         torch.set_num_threads(setup.threads)
@@ -126,20 +168,20 @@ class Worker:
         self.setup = setup
         self.index = index
         self.store = StateStore()
-        # clients whose state is held, least recently used first
+        # Clients whose state is in the store, least recently used first.
         self._used: OrderedDict[str, None] = OrderedDict()
-        # Clients whose state is dropped after the next job, unless it is theirs: that job may have
-        # been sent already.
+        # Clients whose state is dropped after the next job, unless that job includes them: it may
+        # have been sent already.
         self._leaving: list[str] = []
 
     @cached_property
     def runtime(self) -> ClientRuntime:
-        """The runtime, created with the first job so that its errors are reported with the result."""
+        """The clients' runtime, created by the first job so that its result reports errors."""
         device = torch.device(self.setup.devices[self.index % len(self.setup.devices)])
         use_deterministic_algorithms(device, self.setup.deterministic)
         algorithm = self.setup.algorithm
         federation = self.setup.federation
-        # Workers that share a device would each take half of it for copies.
+        # If workers share a device, each would use half of its memory for copies.
         keeps_copies = self.setup.owns_device and not runs_user_code(
             algorithm, federation.client_infos
         )
@@ -190,13 +232,13 @@ class Worker:
                 result.private[client] = self.store.encoded(client) or b""
 
     def _drop_oldest_states(self, clients: list[str]) -> list[str]:
-        """Drop the state of the least recently used clients while there is too much of it.
+        """Select the least recently used clients whose state exceeds the limit, and drop the last.
 
         Args:
-            clients: Those of the job that has run.
+            clients: The clients of the finished job.
 
         Returns:
-            The clients whose state is gone after the next job, unless that job is theirs.
+            The clients whose state is dropped after the next job, unless that job includes them.
         """
         for client in set(self._leaving).difference(clients):
             self.store.stage(client, b"")
@@ -215,7 +257,7 @@ class Worker:
 
 
 def _transferable_error(error: Exception) -> Exception:
-    """Return an error that another process can unpickle: the user's classes may not exist there."""
+    """Return an error that a process without the user's classes can unpickle."""
     if type(error) in _TRANSFERABLE_ERRORS:
         return error
     if isinstance(error, _TRANSFERABLE_ERRORS):
@@ -224,20 +266,29 @@ def _transferable_error(error: Exception) -> Exception:
     return RunFailedError(f"a worker failed: {type(error).__name__}: {message}")
 
 
-class RemoteTraceback(Exception):
-    """A traceback from another process, the cause of an exception that is raised in this one."""
+class RemoteTracebackError(Exception):
+    """Cause of an exception from a worker, with the traceback in the worker's process."""
 
 
 class WorkerPool(Protocol):
-    """Workers, numbered from 0. Each runs its jobs in order."""
+    """Pool of workers, numbered from 0. Each worker runs its jobs in order.
+
+    Attributes:
+        size: Number of workers.
+    """
 
     size: int
 
     def send(self, worker: int, job: WorkerJob) -> None:
-        """Send a job to a worker that has fewer than `JOBS_PER_WORKER`."""
+        """Send a job to a worker that has fewer than `JOBS_PER_WORKER` jobs."""
 
     def receive(self) -> tuple[int, JobResult | None]:
-        """Wait for a worker's next result; None if it died, with all its jobs, and was replaced."""
+        """Wait for the next result.
+
+        Returns:
+            The worker and its result. The result is None if the worker died and was replaced; its
+            jobs are then lost.
+        """
 
     def close(self) -> None:
         """Release the workers."""
@@ -246,13 +297,13 @@ class WorkerPool(Protocol):
 def run_jobs(
     worker: Worker, receive: Callable[[], WorkerJob], send: Callable[[JobResult], None]
 ) -> None:
-    """Run jobs in the order in which they come; while one runs, the next is received.
+    """Run jobs in order, and receive the next one while a job runs.
 
-    Otherwise both processes could block: one sends a long job, the other a long result.
+    Otherwise both processes could block, one sending a long job and the other a long result.
 
     Args:
         worker: Runs the jobs.
-        receive: Waits for the next job. What it raises ends the loop, after the jobs before.
+        receive: Waits for the next job. An exception ends the loop after the jobs before.
         send: Sends a result.
     """
     received: queue.SimpleQueue[WorkerJob | Exception] = queue.SimpleQueue()
@@ -270,11 +321,20 @@ def run_jobs(
         if isinstance(job, Exception):
             raise job
         send(worker.run_job(job))
-        del job  # the size of a model
+        # Free the model before the next job.
+        del job
 
 
-class WorkerExecutor:
-    """Executor whose clients are computed by workers, and the server's plans in this process."""
+class WorkerExecutor(Executor):
+    """Executor that runs clients in workers, and the server's plans in this process.
+
+    Args:
+        pool: The workers.
+        client_infos: What is known of each client.
+        store: The clients' private state.
+        backend: Backend for the server's plans.
+        chunk: Number of clients of one architecture that are computed together.
+    """
 
     takes_payload = False
 
@@ -292,19 +352,21 @@ class WorkerExecutor:
         self.backend = backend
         self.chunk = chunk
         self.costs = TaskCosts(client_infos)
-        # by client: the worker that holds its state, and the stamp of that state
+        # By client: the worker that has its state, and the stamp of that state.
         self._holders: dict[str, tuple[int, int]] = {}
-        # by worker, in order; jobs may belong to a round that was given up
+        # By worker, in order. Jobs may belong to a round that was abandoned.
         self._running: defaultdict[int, deque[WorkerJob]] = defaultdict(deque)
         self._num_jobs = 0
         self._listener: Callable[[str], None] | None = None
 
+    @override
     def run(
         self, clients: Sequence[str], request: Callable[[str], Message]
     ) -> Iterator[tuple[str, Reply]]:
         results = self._run_tasks("answer", clients, request)
         return in_order(clients, (pair for result in results for pair in drain(result.replies)))
 
+    @override
     def evaluate(
         self,
         clients: Sequence[str],
@@ -320,9 +382,11 @@ class WorkerExecutor:
             clients, (pair for result in results for pair in result.evaluations.items())
         )
 
+    @override
     def set_listener(self, listener: Callable[[str], None] | None) -> None:
         self._listener = listener
 
+    @override
     def close(self) -> None:
         self.pool.close()
 
@@ -337,52 +401,74 @@ class WorkerExecutor:
         chunks = client_chunks(clients, self.client_infos, self.chunk)
         waiting = ChunkQueue(chunks, self.costs, self.pool.size)
         deaths: Counter[str] = Counter()
-        last_old_job = self._num_jobs  # jobs up to this number belong to calls that were given up
+        # Jobs up to this number belong to calls that were abandoned.
+        last_old_job = self._num_jobs
 
         def may_wait_behind(job: WorkerJob) -> bool:
-            # An old job may change private state after the next one was made without it.
+            # An old job may change private state after the next one was created without it.
             return job.number > last_old_job and waiting.outlasts(job)
 
-        def send_jobs() -> None:
-            for num_jobs in range(JOBS_PER_WORKER):  # first to those that are idle
-                for worker in range(self.pool.size):
-                    jobs = self._running[worker]
-                    if len(jobs) != num_jobs or not all(map(may_wait_behind, jobs)):
-                        continue
-                    taken = waiting.take(partial(self._may_compute, worker))
-                    if taken:
-                        job = self._make_job(worker, kind, taken, request, details)
-                        jobs.append(job)
-                        self.pool.send(worker, job)
+        def make_job(worker: int, chunks: list[list[str]]) -> WorkerJob:
+            return self._make_job(worker, kind, chunks, request, details)
 
+        send_jobs = partial(self._send_jobs, waiting, may_wait_behind, make_job)
         send_jobs()
-        while waiting or any(
-            j.number > last_old_job for jobs in self._running.values() for j in jobs
-        ):
+        while waiting or self._has_job_after(last_old_job):
             worker, result = self.pool.receive()
-            if result is None:  # the worker died, if idle without a job
-                self._forget_states(worker, list(self._holders))
-                lost = [job for job in self._running.pop(worker, ()) if job.number > last_old_job]
-                if lost:
-                    _count_deaths(lost[0], deaths)  # the others had not begun
-                for job in lost:
-                    waiting.put_back(job.chunks)
+            if result is None:
+                self._put_back_lost_jobs(worker, last_old_job, waiting, deaths)
                 send_jobs()
                 continue
             finished = self._running[worker].popleft()
             if finished.number <= last_old_job or result.error is not None:
-                # What the worker holds now is not the committed state.
+                # The worker's states are not the committed ones.
                 self._forget_states(worker, [*finished.clients, *result.dropped_states])
             if finished.number <= last_old_job:
                 send_jobs()
                 continue
             if result.error is not None:
-                raise result.error from (RemoteTraceback(result.trace) if result.trace else None)
+                cause = RemoteTracebackError(result.trace) if result.trace else None
+                raise result.error from cause
             self._accept(worker, finished, result)
             waiting.mark_finished(finished.chunks)
-            send_jobs()  # the worker computes while the server takes the result
+            # The worker continues while the server processes the result.
+            send_jobs()
             yield result
-            del finished, result  # the size of a model
+            # Free the models before the next result.
+            del finished, result
+
+    def _send_jobs(
+        self,
+        waiting: ChunkQueue,
+        may_wait_behind: Callable[[WorkerJob], bool],
+        make_job: Callable[[int, list[list[str]]], WorkerJob],
+    ) -> None:
+        """Send waiting chunks to workers, first to idle ones."""
+        for num_jobs in range(JOBS_PER_WORKER):
+            for worker in range(self.pool.size):
+                jobs = self._running[worker]
+                if len(jobs) != num_jobs or not all(map(may_wait_behind, jobs)):
+                    continue
+                chunks = waiting.take(partial(self._may_compute, worker))
+                if chunks:
+                    job = make_job(worker, chunks)
+                    jobs.append(job)
+                    self.pool.send(worker, job)
+
+    def _has_job_after(self, number: int) -> bool:
+        return any(job.number > number for jobs in self._running.values() for job in jobs)
+
+    def _put_back_lost_jobs(
+        self, worker: int, last_old_job: int, waiting: ChunkQueue, deaths: Counter[str]
+    ) -> None:
+        """Queue the jobs of a dead worker again; it had none if it was idle."""
+        self._forget_states(worker, list(self._holders))
+        lost = [job for job in self._running.pop(worker, ()) if job.number > last_old_job]
+        if lost:
+            # Only the first job had begun.
+            _count_deaths(lost[0], deaths)
+        for job in lost:
+            waiting.put_back(job.chunks)
 
     def _make_job(
         self,
@@ -393,11 +479,11 @@ class WorkerExecutor:
         details: bool,
     ) -> WorkerJob:
         clients = [client for chunk in chunks for client in chunk]
-        # Making a request may call a method's hook, which may fail: only then record anything.
-        sent = {client: request(client) for client in clients}
+        # Creating a request may call a hook of the method and fail, so it comes before any change.
+        requests = {client: request(client) for client in clients}
         private: dict[str, bytes | None] = {}
         for client in clients:
-            if not _needs_state(kind, sent[client]):
+            if not _needs_state(kind, requests[client]):
                 continue
             stamp = self.store.stamp(client)
             if stamp is None or self._holders.get(client) != (worker, stamp):
@@ -408,7 +494,7 @@ class WorkerExecutor:
             self._record_holder(worker, client, self.store.stamp(client))
         notes = {c: self.store.notes[c] for c in clients if c in self.store.notes}
         self._num_jobs += 1
-        return WorkerJob(self._num_jobs, kind, chunks, sent, private, details, notes)
+        return WorkerJob(self._num_jobs, kind, chunks, requests, private, details, notes)
 
     def _accept(self, worker: int, job: WorkerJob, result: JobResult) -> None:
         """Stage private state, and record notes and costs."""
@@ -424,7 +510,7 @@ class WorkerExecutor:
             )
 
     def _may_compute(self, worker: int, client: str) -> bool:
-        """Return whether no other worker holds the client's state."""
+        """Return whether no other worker has the client's state."""
         holder = self._holders.get(client)
         return holder is None or holder[0] == worker
 
@@ -443,54 +529,64 @@ class WorkerExecutor:
 
 
 def _count_deaths(job: WorkerJob, deaths: Counter[str]) -> None:
-    """Count a worker's death for all clients of its job: any of them may have caused it."""
+    """Count a worker's death for all clients of its job, any of which may have caused it."""
     deaths.update(job.clients)
     for client in job.clients:
         if deaths[client] >= MAX_DEATHS:
-            raise RunFailedError(f"{MAX_DEATHS} workers died on {client}; is there enough memory?")
+            raise RunFailedError(
+                f"{MAX_DEATHS} workers died while computing {client}; is there enough memory?"
+            )
 
 
 def _needs_state(kind: str, request: Message) -> bool:
-    """Return whether a task reads private state; a protocol's other exchanges do not."""
+    """Return whether a task needs private state, unlike the setup exchanges of a protocol."""
     return kind == "read" or request.kind == "train"
 
 
 class ChunkQueue:
-    """Chunks that are not finished, of which the most expensive start first.
+    """Queue of unfinished chunks, in which the most expensive ones start first.
 
-    In a large cohort only chunks whose turn is near may start, so that few results have to wait for
-    their turn.
+    In a large cohort, only the next chunks in order may start, so that few results have to wait for
+    earlier ones.
+
+    Args:
+        chunks: The chunks in order.
+        costs: Estimated cost of each client's task.
+        workers: Number of workers.
     """
 
     def __init__(self, chunks: list[list[str]], costs: TaskCosts, workers: int) -> None:
-        self._order = deque(chunks)  # unfinished, in turn
-        self._waiting = {chunk[0]: chunk for chunk in chunks}  # not started
+        # Unfinished chunks in order.
+        self._order = deque(chunks)
+        # Chunks that have not started, by first client.
+        self._waiting = {chunk[0]: chunk for chunk in chunks}
         self._finished: set[str] = set()
         self._costs = {chunk[0]: sum(map(costs.cost_of, chunk)) for chunk in chunks}
         is_large = len(chunks) > LARGE_COHORT * workers
         self._num_near = CHUNKS_AHEAD * workers if is_large else len(chunks)
         self._waiting_cost = sum(self._costs.values())
         self._workers = workers
-        self._num_shares = LARGE_COHORT * workers  # in which what waits is sent, at least
+        # A job contains at most this fraction of the waiting cost, if it has several chunks.
+        self._num_shares = LARGE_COHORT * workers
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def outlasts(self, job: WorkerJob) -> bool:
-        """Return whether what waits keeps all workers busy for longer than a job takes.
+        """Return whether the waiting chunks keep all workers busy for longer than a job takes.
 
-        If not, another worker may be idle before this one can begin with a second job.
+        If not, another worker may become idle before this one can begin a second job.
         """
         cost = sum(self._costs.get(chunk[0], 0.0) for chunk in job.chunks)
         return self._waiting_cost > self._workers * cost
 
     def take(self, may_compute: Callable[[str], bool]) -> list[list[str]]:
-        """Take the next chunks for a worker: an expensive one, or a few small ones.
+        """Remove and return the next chunks for a worker: an expensive one, or a few small ones.
 
-        The less is left, the smaller a job, so that workers end at about the same time.
+        Jobs become smaller towards the end, so that workers finish at about the same time.
 
         Args:
-            may_compute: Whether no other worker holds a client's state.
+            may_compute: Returns whether no other worker has a client's state.
         """
         near = [chunk for chunk in islice(self._order, self._num_near) if chunk[0] in self._waiting]
         near.sort(key=lambda chunk: (not may_compute(chunk[0]), -self._costs[chunk[0]]))
@@ -508,12 +604,12 @@ class ChunkQueue:
         return taken
 
     def put_back(self, chunks: list[list[str]]) -> None:
-        """Return chunks whose worker died."""
+        """Queue chunks again whose worker died."""
         self._waiting.update({chunk[0]: chunk for chunk in chunks})
         self._waiting_cost += sum(self._costs[chunk[0]] for chunk in chunks)
 
     def mark_finished(self, chunks: list[list[str]]) -> None:
-        """Remove chunks that are finished."""
+        """Remove finished chunks."""
         self._finished.update(chunk[0] for chunk in chunks)
         while self._order and self._order[0][0] in self._finished:
             self._order.popleft()

@@ -21,82 +21,102 @@ from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.seeding import Key, stream_key
 
-# Files of traces: a CSV of devices, a row each. A mistake in one is a line that names the file, the
-# row and the column.
-
-DURATION_FIELDS = ("speed", "up", "down")  # what time follows from
+# Columns that determine the duration of tasks.
+DURATION_FIELDS = ("speed", "up", "down")
 NUMBERS = (*DURATION_FIELDS, "jitter", "failure")
 COLUMNS = ("client", *NUMBERS, "online")
-MEANT = {
-    **dict.fromkeys(DURATION_FIELDS, "a number above 0, such as 1.0e+8"),
+# Valid values by column, for messages.
+VALID_VALUES = {
+    **dict.fromkeys(DURATION_FIELDS, "a number > 0, such as 1.0e+8"),
     "jitter": f"a number from 0 to {WIDEST:g}",
-    "failure": "a chance from 0 to 1",
-    "online": "stretches of seconds of the day, in order and apart, such as 0-21600;64800-86400",
+    "failure": "a probability from 0 to 1",
+    "online": "disjoint intervals in seconds of the day, such as 0-21600;64800-86400",
 }
-Spans = tuple[tuple[float, float], ...]  # [from, to) in seconds of the day, in order and apart
+# Sorted, disjoint intervals [start, end) in seconds of the day.
+Spans = tuple[tuple[float, float], ...]
+# Parsed row of a file of devices, by column.
 Trace = dict[str, Any]
+# Seconds of a day.
+DAY = 86400.0
+# Number of client ids among which the closest to a misspelled one is searched.
+MAX_SUGGESTED_FROM = 20
 
 
 def read_traces(path: str) -> list[Trace]:
-    """The rows of a CSV of devices. Raises UserError in one line that names the file and the row."""
+    """Read a CSV file of devices.
+
+    Returns:
+        The rows, each with the values that are present.
+
+    Raises:
+        UserError: If the file cannot be read or a value is invalid.
+    """
     where = f"devices.file: {path}"
     try:
         with Path(path).expanduser().open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
             names = [name.strip() for name in rows.fieldnames or ()]
             _check_columns(where, names)
-            made = [_parse_row(f"{where}, row {number}", row) for number, row in enumerate(rows, 2)]
+            traces = [
+                _parse_row(f"{where}, row {number}", row) for number, row in enumerate(rows, 2)
+            ]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{where}: {getattr(error, 'strerror', None) or error}") from None
-    if not made:
-        raise UserError(f"{where}: no rows")
-    whose = Counter(row["client"] for row in made if "client" in row)
-    if again := next((id for id, rows in whose.items() if rows > 1), None):
-        raise UserError(f"{where}: two rows are of client '{again}'; give each client one")
-    return made
+    if not traces:
+        raise UserError(f"{where}: contains no rows")
+    counts = Counter(trace["client"] for trace in traces if "client" in trace)
+    for client_id, count in counts.items():
+        if count > 1:
+            raise UserError(
+                f"{where}: expected one row per client, got {count} for client '{client_id}'"
+            )
+    return traces
 
 
 def _check_columns(where: str, names: list[str]) -> None:
     for name in names:
         if name not in COLUMNS:
-            if other := next((mark for mark in (";", "\t") if mark in name), None):
-                mark = "a semicolon" if other == ";" else "a tabulator"
-                raise UserError(
-                    f"{where}: found {mark} between the columns' names; separate them with commas"
-                )
+            for separator, description in ((";", "semicolons"), ("\t", "tabs")):
+                if separator in name:
+                    raise UserError(
+                        f"{where}: expected column names separated by commas, got {description}"
+                    )
             raise UserError(f"{where}: unknown column '{name}'{suggest_or_list(name, COLUMNS)}")
         if names.count(name) > 1:
-            raise UserError(f"{where}: two columns are called '{name}'")
+            raise UserError(f"{where}: duplicate column '{name}'")
 
 
 def _parse_row(where: str, row: Mapping[str | None, Any]) -> Trace:
-    made: Trace = {}
+    trace: Trace = {}
     if None in row:
         raise UserError(
-            f"{where}: more values than columns; commas stand between values alone, semicolons between stretches of `online`"
+            f"{where}: more values than columns; separate intervals of `online` by semicolons"
         )
-    for name, text in row.items():
-        assert name is not None
-        if text is None:
+    for column, value in row.items():
+        assert column is not None
+        if value is None:
             raise UserError(
-                f"{where}: fewer values than columns; leave empty what is not known: 1.0e+8,,"
+                f"{where}: fewer values than columns; leave missing values empty, as in 1.0e+8,,"
             )
-        name = name.strip()
-        text = text.strip()
+        name = column.strip()
+        text = value.strip()
+        if not text:
+            continue
         try:
-            if text:
-                made[name] = (
-                    text
-                    if name == "client"
-                    else _parse_spans(text)
-                    if name == "online"
-                    else _parse_number(name, text)
-                )
+            trace[name] = _parse_value(name, text)
         except ValueError:
             raise UserError(
-                f"{where}, column {name}: found '{text}'; write {MEANT[name]}"
+                f"{where}, column {name}: expected {VALID_VALUES[name]}, got '{text}'"
             ) from None
-    return made
+    return trace
+
+
+def _parse_value(name: str, text: str) -> str | Spans | float:
+    if name == "client":
+        return text
+    if name == "online":
+        return _parse_spans(text)
+    return _parse_number(name, text)
 
 
 def _parse_number(name: str, text: str) -> float:
@@ -110,33 +130,41 @@ def _parse_number(name: str, text: str) -> float:
 
 def _parse_spans(text: str) -> Spans:
     spans = sorted((float(a), float(b)) for a, b in (part.split("-") for part in text.split(";")))
-    apart = all(a[1] <= b[0] for a, b in pairwise(spans))
-    if not apart or not all(0 <= start < end < math.inf for start, end in spans):
+    are_disjoint = all(a[1] <= b[0] for a, b in pairwise(spans))
+    if not are_disjoint or not all(0 <= start < end < math.inf for start, end in spans):
         raise ValueError(text)
     return tuple(spans)
 
 
-# Clients' simulated machines: made when asked for, from the key of the client's id, and not kept
-# for anybody.
-
-DAY = 86400.0
-NAMED = 20  # clients among whom a name that was misspelt is looked for
-
-
 def uniform(*parts: Key) -> float:
-    """A number in (0, 1) drawn by the parts."""
+    """Return a uniformly distributed number in (0, 1), keyed by `parts`."""
     return ((stream_key(*parts) >> 11) + 0.5) / 2**52
 
 
 def log_normal(median: float, sigma: float, *parts: Key) -> float:
-    """A number drawn by the parts: median·exp(σz) with z standard normal."""
+    """Return a log-normally distributed number.
+
+    Args:
+        median: Median of the distribution.
+        sigma: Standard deviation of the logarithm.
+        *parts: Key of the random draw.
+    """
     return median * math.exp(sigma * NormalDist().inv_cdf(uniform(*parts))) if sigma else median
 
 
 @dataclass(frozen=True)
 class Device:
-    """A machine. `speed` in FLOP/s, `up` and `down` in bytes/s, infinite where nothing takes time; `online`: its hours in a day
-    of `day` seconds, none: always."""
+    """Simulated machine of a client.
+
+    Attributes:
+        speed: Speed of training in FLOP/s; infinite if it takes no time.
+        up: Upload bandwidth in bytes/s.
+        down: Download bandwidth in bytes/s.
+        jitter: Standard deviation of the logarithm of the training time.
+        failure: Probability that a task fails.
+        online: Intervals of the day at which the device is online; empty for always.
+        day: Length of a day in seconds.
+    """
 
     speed: float = math.inf
     up: float = math.inf
@@ -147,15 +175,21 @@ class Device:
     day: float = DAY
 
     def next_online(self, at: float) -> float:
-        """The first moment from `at` on at which it is online."""
+        """Return the earliest time from `at` on at which the device is online, in seconds."""
         return self.finish_time(at, 0.0)
 
     def finish_time(self, at: float, busy: float) -> float:
-        """When something that takes `busy` seconds is done, begun at `at`: it goes on only while the machine is online."""
+        """Return when work is finished that pauses while the device is offline.
+
+        Args:
+            at: Time at which the work begins, in seconds.
+            busy: Duration of the work in seconds.
+        """
         if not self.online:
             return at + busy
         each = sum(end - start for start, end in self.online)
-        days = max(0, math.ceil(busy / each) - 1)  # whole ones; the rest ends within the day after
+        # Skip whole days; the work ends on the following day.
+        days = max(0, math.ceil(busy / each) - 1)
         busy = max(0.0, busy - days * each)
         midnight = at - at % self.day
         while True:
@@ -169,7 +203,7 @@ class Device:
             midnight += self.day
 
     def online_seconds(self, at: float, end: float) -> float:
-        """Seconds that it is online between the two."""
+        """Return the seconds for which the device is online between two times."""
         if not self.online:
             return max(0.0, end - at)
         return max(0.0, self._online_before(end) - self._online_before(at))
@@ -182,7 +216,16 @@ class Device:
 
 
 class Devices:
-    """Every client's machine, as the configuration, its file of traces and the client's own settings have it."""
+    """Simulated machines of all clients, computed on request.
+
+    A client's settings take precedence over the file of devices, and the file over the
+    configuration.
+
+    Args:
+        federation: The federation.
+        config: The configuration of devices.
+        traces: Rows of the file of devices. Rows without a client id are assigned at random.
+    """
 
     def __init__(
         self, federation: FederationSpec, config: DevicesConfig, traces: list[Trace]
@@ -194,86 +237,93 @@ class Devices:
 
     @classmethod
     def from_config(cls, federation: FederationSpec, config: DevicesConfig | None) -> Devices:
-        """The machines of a federation; without a configuration nothing takes time.
+        """Return the machines of a federation; without a configuration, tasks take no time.
 
-        Raises UserError for a file of traces that is not there, or not one.
+        Raises:
+            UserError: If the file of devices cannot be read or contradicts the configuration.
         """
         config = config or DevicesConfig()
         traces = read_traces(config.file) if config.file is not None else []
-        given = [
+        duplicates = [
             n for n in NUMBERS if getattr(config, n) is not None and any(n in row for row in traces)
         ]
-        if given:
+        if duplicates:
             raise UserError(
-                f"devices.{given[0]}: {config.file} has a column {given[0]}, too; give one of them"
+                f"devices.{duplicates[0]}: cannot be combined with column '{duplicates[0]}' of "
+                f"{config.file}; remove one of them"
             )
         day = config.availability.day if config.availability is not None else DAY
         for row in traces:
             if "online" in row and row["online"][-1][1] > day:
                 raise UserError(
-                    f"devices.file: {config.file}: online until {row['online'][-1][1]:g} of a day of {day:g} seconds"
+                    f"devices.file: {config.file}: `online` must be <= {day:g}, the seconds of a "
+                    f"day, got {row['online'][-1][1]:g}"
                 )
             if row.get("client") and row["client"] not in federation.client_infos:
-                known = islice(federation.client_infos, NAMED)
+                known = islice(federation.client_infos, MAX_SUGGESTED_FROM)
                 raise UserError(
-                    f"devices.file: {config.file}: no client is called '{row['client']}'{suggest_or_list(row['client'], known)}"
+                    f"devices.file: {config.file}: unknown client '{row['client']}'"
+                    f"{suggest_or_list(row['client'], known)}"
                 )
         return cls(federation, config, traces)
 
     def device(self, client_id: str) -> Device:
-        """A client's machine. Raises KeyError for a stranger."""
+        """Return a client's machine.
+
+        Raises:
+            KeyError: If the client does not exist.
+        """
         own = self.federation.client_infos.profile(client_id).settings.machine
         seed = self.federation.seed
         trace = self._trace(client_id)
-        found: dict[str, float] = {}
+        values: dict[str, float] = {}
         for name in NUMBERS:
-            given = next(
-                (
-                    v
-                    for v in (getattr(own, name), trace.get(name), getattr(self.config, name))
-                    if v is not None
-                ),
-                None,
-            )
-            if isinstance(given, QuantityConfig):
-                given = log_normal(given.median, given.sigma, seed, "device", client_id, name)
-            if given is not None:
-                found[name] = given
+            candidates = (getattr(own, name), trace.get(name), getattr(self.config, name))
+            value = next((v for v in candidates if v is not None), None)
+            if isinstance(value, QuantityConfig):
+                value = log_normal(value.median, value.sigma, seed, "device", client_id, name)
+            if value is not None:
+                values[name] = value
         hours = own.availability or self.config.availability
         day = hours.day if hours is not None else DAY
+        online: Spans = ()
         if own.availability is None and "online" in trace:
             online = trace["online"]
-        else:
-            online = (
-                _online_hours(hours, uniform(seed, "device", client_id, "phase"))
-                if hours is not None
-                else ()
-            )
-        return Device(**found, online=online, day=day)
+        elif hours is not None:
+            online = _online_hours(hours, uniform(seed, "device", client_id, "phase"))
+        return Device(**values, online=online, day=day)
 
     @property
     def fingerprint(self) -> str:
-        """Of what the file of traces says, by its content."""
+        """Hash of the content of the file of devices; empty without a file."""
         rows = sorted(self._named.items()), self._drawn
         return hashlib.sha256(repr(rows).encode()).hexdigest() if any(rows) else ""
 
     def timing_of_profiles(self) -> Iterator[tuple[str, bool, bool]]:
-        """For each kind of client, with each row of traces that it may have: an id, whether its tasks take time while it is
-        online, and whether it always is."""
-        named = Counter(self.federation.client_infos.profile(id).first for id in self._named)
-        found = [
-            (id, self.federation.client_infos.profile(id), row) for id, row in self._named.items()
+        """Yield the timing of each client profile with each row that it may have in the file.
+
+        Yields:
+            Id of a client, whether its tasks take time while it is online, and whether it is always
+            online.
+        """
+        client_infos = self.federation.client_infos
+        num_named = Counter(client_infos.profile(client_id).first for client_id in self._named)
+        combinations = [
+            (client_id, client_infos.profile(client_id), row)
+            for client_id, row in self._named.items()
         ]
-        for kind in self.federation.client_infos.profiles:
-            if kind.count > named[kind.first]:
-                found += [(kind.first, kind, row) for row in self._drawn or [Trace()]]
-        for id, kind, trace in found:
-            own = kind.settings.machine
-            takes = any(getattr(s, n) for s in (own, self.config) for n in DURATION_FIELDS)
-            takes = takes or any(trace.get(n, math.inf) < math.inf for n in DURATION_FIELDS)
+        for profile in client_infos.profiles:
+            if profile.count > num_named[profile.first]:
+                combinations += [(profile.first, profile, row) for row in self._drawn or [Trace()]]
+        for client_id, profile, trace in combinations:
+            own = profile.settings.machine
+            takes_time = any(getattr(s, n) for s in (own, self.config) for n in DURATION_FIELDS)
+            takes_time = takes_time or any(
+                trace.get(n, math.inf) < math.inf for n in DURATION_FIELDS
+            )
             hours = own.availability or self.config.availability
             spans = trace.get("online") if own.availability is None else None
-            yield id, takes, spans is None and (hours is None or hours.share == 1)
+            yield client_id, takes_time, spans is None and (hours is None or hours.share == 1)
 
     def _trace(self, client_id: str) -> Mapping[str, Any]:
         if client_id in self._named:
@@ -285,38 +335,53 @@ class Devices:
         ]
 
 
-def _online_hours(hours: AvailabilityConfig, drawn: float) -> Spans:
-    """The one stretch of the day, in two if it goes on over midnight."""
+def _online_hours(hours: AvailabilityConfig, random_phase: float) -> Spans:
+    """Return the online hours of the day, as two intervals if they include midnight."""
     if hours.share == 1:
         return ()
-    start = (drawn if hours.phase is None else hours.phase) * hours.day
+    start = (random_phase if hours.phase is None else hours.phase) * hours.day
     end = start + hours.share * hours.day
     return ((start, end),) if end <= hours.day else ((0.0, end - hours.day), (start, hours.day))
 
 
-# How long a task takes in simulated time: arithmetic on what is known before it is computed, never
-# the clock.
-
-
 @dataclass(frozen=True)
 class TaskTimes:
-    """When a task's parts are done, in simulated seconds since the run began."""
+    """Times at which the stages of a task are finished, in simulated seconds.
+
+    Attributes:
+        sampled: The client is sampled.
+        received: The client has received the broadcast.
+        trained: Training is finished.
+        arrived: The upload has arrived at the server, unless a fault prevents it.
+    """
 
     sampled: float
-    received: float  # the broadcast is there
+    received: float
     trained: float
-    arrived: float  # the upload is at the server, if nothing befalls it
+    arrived: float
 
 
 class Timing:
-    """Durations of clients' tasks: down/bandwidth + operations/speed + up/bandwidth, while the client is online."""
+    """Durations of clients' tasks, from their machines and the sizes of their messages.
+
+    A task takes `down_bytes / down + operations / speed + up_bytes / up` seconds while its client
+    is online.
+
+    Args:
+        devices: The clients' machines.
+    """
 
     def __init__(self, devices: Devices) -> None:
         self.devices = devices
         self.federation = devices.federation
 
     def training_seconds(self, client_id: str, task: int) -> float:
-        """Seconds that a client's whole local training takes, while it is online. `task`: its number, for the jitter."""
+        """Return the seconds of a client's local training while it is online.
+
+        Args:
+            client_id: The client.
+            task: Number of the task, which keys the jitter.
+        """
         device = self.devices.device(client_id)
         factor = log_normal(1.0, device.jitter, self.federation.seed, "jitter", client_id, task)
         return factor * operations(self.federation.client_infos[client_id]) / device.speed
@@ -328,27 +393,56 @@ class Timing:
         up_bytes: int,
         at: float,
         task: int,
+        *,
         step_share: float = 1.0,
     ) -> TaskTimes:
-        """A task that is given out at `at`; `step_share`: the share of the steps that it does."""
+        """Return the times of a task's stages.
+
+        Args:
+            client_id: The client.
+            down_bytes: Bytes of the broadcast.
+            up_bytes: Bytes of the upload.
+            at: Time of the assignment in seconds.
+            task: Number of the task, which keys the jitter.
+            step_share: Fraction of the local steps that the client makes.
+        """
         device = self.devices.device(client_id)
         received = device.finish_time(at, down_bytes / device.down)
         trained = device.finish_time(received, step_share * self.training_seconds(client_id, task))
         return TaskTimes(at, received, trained, device.finish_time(trained, up_bytes / device.up))
 
     def share_in_time(
-        self, client_id: str, down_bytes: int, up_bytes: int, at: float, task: int, deadline: float
+        self,
+        client_id: str,
+        down_bytes: int,
+        up_bytes: int,
+        at: float,
+        task: int,
+        *,
+        deadline: float,
     ) -> float:
-        """The share of the steps after which the upload still arrives by `deadline`: at most 1, 0 if there is time for none."""
+        """Return the largest fraction of the local steps after which the upload arrives in time.
+
+        Args:
+            client_id: The client.
+            down_bytes: Bytes of the broadcast.
+            up_bytes: Bytes of the upload.
+            at: Time of the assignment in seconds.
+            task: Number of the task, which keys the jitter.
+            deadline: Time at which the upload must have arrived, in seconds.
+
+        Returns:
+            A fraction from 0 to 1.
+        """
         device = self.devices.device(client_id)
-        spare = (
+        available = (
             device.online_seconds(at, deadline) - down_bytes / device.down - up_bytes / device.up
         )
-        whole = self.training_seconds(client_id, task)
-        return 1.0 if spare >= whole else max(0.0, spare / whole)
+        required = self.training_seconds(client_id, task)
+        return 1.0 if available >= required else max(0.0, available / required)
 
 
 def local_steps(client_info: ClientInfo) -> int:
-    """Steps of a client's whole local training in a round."""
+    """Return the number of steps of a client's local training in a round."""
     s = client_info.settings
     return full_step_count(client_info.num_rows, s.batch_size, s.epochs, s.steps)

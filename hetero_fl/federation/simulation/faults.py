@@ -1,4 +1,4 @@
-"""Simulated faults of tasks and of deliveries."""
+"""Simulated faults of clients' tasks and of the delivery of their uploads."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from hetero_fl.federation.executors.base import Reply
 from hetero_fl.federation.simulation.devices import Devices, uniform
 from hetero_fl.utils.seeding import Key, stream_key
 
-# What befalls a task: drawn by the key of client and task number, before anything is computed.
-
 FaultKind = Literal["fine", "before", "during", "after", "lost", "late", "twice", "corrupted"]
 DESCRIPTIONS: dict[str, str] = {
     "before": "failed before training",
@@ -21,11 +19,19 @@ DESCRIPTIONS: dict[str, str] = {
     "after": "failed after training",
     "lost": "upload lost",
 }
+# Largest number of bytes changed in a corrupted upload.
+MAX_CHANGED_BYTES = 8
 
 
 @dataclass(frozen=True)
 class FaultOutcome:
-    """What befalls a task. `delay`: seconds that its upload is late; `completed_share`: of the training after which it fails during it."""
+    """Fault of a task.
+
+    Attributes:
+        kind: Kind of fault; "fine" for none.
+        delay: Seconds by which the upload is late.
+        completed_share: Fraction of the training completed if the task fails during training.
+    """
 
     kind: FaultKind = "fine"
     delay: float = 0.0
@@ -33,12 +39,12 @@ class FaultOutcome:
 
     @property
     def is_failure(self) -> bool:
-        """Whether no upload ever comes of it."""
+        """Whether no upload arrives."""
         return self.kind in DESCRIPTIONS
 
     @property
     def description(self) -> str:
-        """The failure, in words."""
+        """Description of the failure, for the record."""
         return DESCRIPTIONS[self.kind]
 
 
@@ -46,14 +52,19 @@ NO_FAULT = FaultOutcome()
 
 
 class Faults:
-    """The fates of all tasks, by probability; a machine's own chance of failing comes on top."""
+    """Faults of all tasks, drawn by the keys of client and task.
+
+    Args:
+        config: Probabilities of faults; None for no faults.
+        devices: Devices of the clients, which may fail in addition.
+    """
 
     def __init__(self, config: FaultsConfig | None, devices: Devices) -> None:
         self.config = config or FaultsConfig()
         self.devices = devices
 
     def outcome(self, client_id: str, task: int) -> FaultOutcome:
-        """What befalls the client's task of that number: the same however often it is asked."""
+        """Return the fault of a client's task with a number, the same in every call."""
         seed = self.devices.federation.seed
         share = uniform(seed, "fate", client_id, task, "share")
         if (
@@ -63,55 +74,66 @@ class Faults:
             return FaultOutcome("during", completed_share=share)
         drawn = uniform(seed, "fate", client_id, task)
         below = 0.0
-        for what, chance in self.config.probabilities.items():
-            below += chance
+        for kind, probability in self.config.probabilities.items():
+            below += probability
             if drawn < below:
-                delay = self.config.delay if what == "late" else 0.0
-                return FaultOutcome(what, delay=delay, completed_share=share)  # type: ignore[arg-type]
+                delay = self.config.delay if kind == "late" else 0.0
+                return FaultOutcome(
+                    kind,  # type: ignore[arg-type]  # a key of a mapping is any string
+                    delay=delay,
+                    completed_share=share,
+                )
         return NO_FAULT
-
-
-# What happens to uploads on their way: some come twice, some with other bytes; the server's door
-# tells both.
-
-MOST = 8  # bytes that change
 
 
 def inject_faults(
     replies: Iterator[tuple[str, Reply]], outcomes: Mapping[str, FaultOutcome], *parts: Key
 ) -> Iterator[tuple[str, Reply]]:
-    """The replies as they arrive. `parts`: the key of these tasks, by which bytes are changed."""
+    """Yield the replies as they arrive: corrupted, twice, or unchanged.
+
+    Args:
+        replies: Client ids and replies.
+        outcomes: Fault of each client's task.
+        *parts: Key of the tasks, for random draws.
+    """
     for client, reply in replies:
-        what = outcomes[client].kind
-        if isinstance(reply, Message) and what == "corrupted":
-            reply = replace(reply.with_checksum(), content=flip_bytes(reply.body, *parts, client))
-        yield client, reply
-        if what == "twice":
-            yield client, reply
-        del reply  # a model's worth
+        kind = outcomes[client].kind
+        delivered = reply
+        if isinstance(reply, Message) and kind == "corrupted":
+            body = flip_bytes(reply.body, *parts, client)
+            delivered = replace(reply.with_checksum(), content=body)
+        yield client, delivered
+        if kind == "twice":
+            yield client, delivered
+        # Free the upload before the next client trains.
+        del reply, delivered
 
 
 def drop_duplicates(replies: Iterator[tuple[str, Reply]]) -> Iterator[tuple[str, Reply]]:
-    """Each task's first reply; a second one of the same task is dropped."""
+    """Yield the first reply of each client."""
     answered: set[str] = set()
     for client, reply in replies:
         if client not in answered:
             answered.add(client)
             yield client, reply
-        del reply  # a model's worth
+        # Free the upload before the next client trains.
+        del reply
 
 
 def flip_bytes(body: bytes, *parts: Key) -> bytes:
-    """The bytes with up to MOST of them changed, at least one, drawn by the parts."""
+    """Return a copy of `body` with between 1 and `MAX_CHANGED_BYTES` changed bytes.
+
+    Args:
+        body: The bytes. An empty body becomes a zero byte.
+        *parts: Key of the random draws.
+    """
+    if not body:
+        return b"\0"
     changed = bytearray(body)
-    for i in range(1 + stream_key(*parts, "bytes") % MOST if changed else 0):
-        changed[stream_key(*parts, i, "place") % len(changed)] ^= (
-            1 + stream_key(*parts, i, "bits") % 255
-        )
-    return (
-        bytes(changed)
-        if bytes(changed) != body
-        else bytes([body[0] ^ 1]) + body[1:]
-        if body
-        else b"\0"
-    )
+    for i in range(1 + stream_key(*parts, "bytes") % MAX_CHANGED_BYTES):
+        position = stream_key(*parts, i, "place") % len(changed)
+        changed[position] ^= 1 + stream_key(*parts, i, "bits") % 255
+    if bytes(changed) == body:
+        # Two changes of one byte can cancel each other.
+        return bytes([body[0] ^ 1]) + body[1:]
+    return bytes(changed)

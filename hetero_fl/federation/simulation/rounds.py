@@ -1,4 +1,4 @@
-"""Synchronous rounds whose tasks take time, simulated or real, and may have to be repeated."""
+"""Trainers of synchronous rounds whose tasks take time, simulated or real, and may be repeated."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+from typing_extensions import override
 
 from hetero_fl.communication.protocol import Exchange, Message, Reply, content_size, total_bytes
 from hetero_fl.federation.channel import UploadSizes
@@ -19,19 +21,24 @@ from hetero_fl.federation.simulation.schedule import (
 )
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.federation.trainer import Record
-from hetero_fl.federation.upload_collector import CHANGED, UploadCollector
+from hetero_fl.federation.upload_collector import DAMAGED, UploadCollector
 
 
 @dataclass
 class RoundAttempt:
-    """One attempt at a round: when its tasks began and ended, and why clients failed."""
+    """One attempt at a round.
+
+    Attributes:
+        schedule: Times of its tasks.
+        failed: Why clients failed, by id.
+    """
 
     schedule: Schedule
     failed: dict[str, str]
 
     @property
     def counts(self) -> Counter[str]:
-        """Numbers of tasks by outcome: invited = arrived + failed + late."""
+        """Number of tasks by outcome, with invited = arrived + failed + late."""
         invited = len(self.schedule.tasks)
         late = len(self.schedule.late)
         failed = len(self.failed)
@@ -43,10 +50,12 @@ class RoundAttempt:
 
 
 class ScheduledTrainer(SynchronousTrainer):
-    """Synchronous rounds under an environment: who can be sampled, when tasks end, repetitions.
+    """Trainer of synchronous rounds in which sampling, timing and repetition follow an environment.
 
     Args:
+        *args: Arguments of `SynchronousTrainer`.
         environment: The conditions of the run.
+        **options: Keyword arguments of `SynchronousTrainer`.
     """
 
     def __init__(self, *args: Any, environment: SimulationEnvironment, **options: Any) -> None:
@@ -57,13 +66,16 @@ class ScheduledTrainer(SynchronousTrainer):
         self._attempts: list[RoundAttempt] = []
 
     @property
+    @override
     def on_too_few(self) -> str:
         return self.environment.on_too_few
 
     @property
+    @override
     def fingerprint(self) -> str:
         return self.environment.devices.fingerprint
 
+    @override
     def run_round(self) -> Record:
         start = self.now
         record = super().run_round()
@@ -74,35 +86,43 @@ class ScheduledTrainer(SynchronousTrainer):
         flags = {key: record.pop(key) for key in ("skipped", "diverged") if key in record}
         return record | self.time_record(start) | flags
 
+    @override
     def sample_cohort(self, round_idx: int, attempt: int = 0) -> list[str]:
         cohort, self._sampled_at = self.sampler.sample(round_idx, attempt, self.now)
         return cohort
 
+    @override
     def collect(self, cohort: list[str]) -> UploadCollector:
-        """Collect the uploads of a cohort; of others, as often as the policy repeats a round."""
+        """Collect the uploads of a cohort, or of new cohorts while the policy repeats the round."""
         self._attempts = []
-        collector = self.attempt(cohort, 0)
+        collector = self.collect_attempt(cohort, 0)
         while not collector.is_sufficient and self.on_too_few == "repeat":
             number = len(self._attempts)
             if number == self.policy.attempts:
                 break
-            del collector  # free its uploads
+            # Free its uploads before the next attempt.
+            del collector
             self.store.discard()
             self._set_round_context(self.round_idx)
-            collector = self.attempt(self.sample_cohort(self.round_idx, number), number)
+            collector = self.collect_attempt(self.sample_cohort(self.round_idx, number), number)
         return collector
 
-    def attempt(self, cohort: list[str], number: int) -> UploadCollector:
-        """Hold the round once."""
+    def collect_attempt(self, cohort: list[str], number: int) -> UploadCollector:
+        """Make one attempt at the round, and return its uploads.
+
+        Args:
+            cohort: Ids of the clients.
+            number: Number of earlier attempts.
+        """
         collector = UploadCollector(self, cohort)
         collector.attempts = number + 1
-        schedule = self.hold(collector, number)
+        schedule = self.run_attempt(collector, number)
         self._attempts.append(RoundAttempt(schedule, collector.failed))
         self.sampler.update(schedule, collector.losses, self.round_idx)
         return collector
 
-    def hold(self, collector: UploadCollector, number: int) -> Schedule:
-        """Collect the uploads of a cohort; return when its tasks began and ended."""
+    def run_attempt(self, collector: UploadCollector, number: int) -> Schedule:
+        """Collect the uploads of a cohort, and return the schedule of its tasks."""
         schedule = immediate_schedule(collector.cohort, self._sampled_at)
         self.exchange(schedule, collector, collector.cohort, task=0)
         return schedule
@@ -110,18 +130,28 @@ class ScheduledTrainer(SynchronousTrainer):
     def exchange(
         self, schedule: Schedule, collector: UploadCollector, clients: Sequence[str], task: int
     ) -> None:
-        """Run the exchanges of a round with those of the cohort that are there."""
+        """Run the exchanges of a round.
+
+        Clients that do not reply are sent requests too, which count as traffic.
+
+        Args:
+            schedule: Schedule of the round.
+            collector: Collector of the replies.
+            clients: The participating clients of the cohort.
+            task: Number of the tasks, for random draws.
+        """
         for exchange in collector.exchanges(clients):
             present: Collection[str] = schedule.computing
             if exchange.kind in self.protocol.setup:
                 present = schedule.protocol_clients
             for client_id in exchange.clients:
-                if client_id not in present:  # is sent to, and does not answer
+                if client_id not in present:
                     collector.request(exchange, client_id)
-            here = [client_id for client_id in exchange.clients if client_id in present]
-            for client_id, reply in self.replies(schedule, collector, exchange, here, task):
+            replying = [client_id for client_id in exchange.clients if client_id in present]
+            for client_id, reply in self.replies(schedule, collector, exchange, replying, task):
                 collector.add(exchange, client_id, reply)
-                del reply  # free the upload before the next client trains
+                # Free the upload before the next client trains.
+                del reply
         self.count_traffic(collector.up_bytes, collector.down_bytes)
         schedule.late = collector.late
 
@@ -133,7 +163,15 @@ class ScheduledTrainer(SynchronousTrainer):
         clients: Sequence[str],
         task: int,
     ) -> Iterator[tuple[str, Reply]]:
-        """Yield the replies of the clients that are there, in order."""
+        """Yield the replies of an exchange, in order of the clients.
+
+        Args:
+            schedule: Schedule of the round.
+            collector: Collector that creates the requests.
+            exchange: The exchange.
+            clients: The clients that reply.
+            task: Number of the tasks, for random draws.
+        """
 
         def request(client_id: str) -> Message:
             message = collector.request(exchange, client_id)
@@ -142,11 +180,11 @@ class ScheduledTrainer(SynchronousTrainer):
         return self.executor.run(clients, request)
 
     def time_record(self, start: float) -> dict[str, Any]:
-        """Return what the record of a round that began at `start` says of its tasks."""
+        """Return the record's entries on the time of a round that began at `start`."""
         return {}
 
     def task_record(self) -> dict[str, Any]:
-        """Return what a record says of the tasks of all attempts."""
+        """Return the record's entries on the tasks of all attempts."""
         counts: Counter[str] = sum((attempt.counts for attempt in self._attempts), Counter())
         names = ("invited", "arrived", "failed", "late")
         record: dict[str, Any] = {"counts": {name: counts[name] for name in names}}
@@ -155,24 +193,30 @@ class ScheduledTrainer(SynchronousTrainer):
         record["tasks"] = [row for attempt in self._attempts for row in attempt.task_rows()]
         return record
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         known = self.sampler.state_dict()
         return state | {"invitation": known} if known else state
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.sampler.load_state_dict(state.get("invitation", {}))
 
 
 class SimulatedTrainer(ScheduledTrainer):
-    """Rounds in simulated time: tasks take as long as the clients' machines need, and may fail."""
+    """Trainer in simulated time, whose tasks take time on the clients' machines and may fail.
+
+    Takes the arguments of `ScheduledTrainer`.
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.upload_sizes = UploadSizes(self.algorithm, self.federation, self.expectations)
 
-    def hold(self, collector: UploadCollector, number: int) -> Schedule:
+    @override
+    def run_attempt(self, collector: UploadCollector, number: int) -> Schedule:
         """Collect the uploads that arrive in time; the others are not computed."""
         cohort = collector.cohort
         task = task_number(self.round_idx, number)
@@ -186,18 +230,20 @@ class SimulatedTrainer(ScheduledTrainer):
         )
         collector.failed.update(schedule.failed)
         collector.late = schedule.late
-        asked: Sequence[str] = ()
+        requested: Sequence[str] = ()
         if schedule.num_expected >= self.policy.least:
-            asked = cohort if self.protocol.setup else schedule.computing
-            self.exchange(schedule, collector, asked, task)
-        else:  # nothing would be made of what they compute
+            requested = cohort if self.protocol.setup else schedule.computing
+            self.exchange(schedule, collector, requested, task)
+        else:
+            # There are too few uploads to aggregate, so none is computed.
             for client_id in schedule.computing:
                 if schedule.tasks[client_id].outcome.kind == "corrupted":
-                    collector.failed[client_id] = CHANGED
+                    collector.failed[client_id] = DAMAGED
         self.now = schedule.end
-        self._count_unseen_traffic(schedule, sizes, set(asked))
+        self._count_unseen_traffic(schedule, sizes, set(requested))
         return schedule
 
+    @override
     def replies(
         self,
         schedule: Schedule,
@@ -208,15 +254,15 @@ class SimulatedTrainer(ScheduledTrainer):
     ) -> Iterator[tuple[str, Reply]]:
         replies = super().replies(schedule, collector, exchange, clients, task)
         outcomes = {c: schedule.tasks[c].outcome for c in schedule.computing}
-        changed = any(outcome.kind in ("twice", "corrupted") for outcome in outcomes.values())
-        if exchange.kind != "train" or not changed:
+        has_faults = any(outcome.kind in ("twice", "corrupted") for outcome in outcomes.values())
+        if exchange.kind != "train" or not has_faults:
             return replies
         return drop_duplicates(
             inject_faults(replies, outcomes, self.federation.seed, "changed", task)
         )
 
     def _sizes(self, client_id: str, cohort_size: int) -> dict[str, tuple[int, int]]:
-        """Return the bytes down and up of all exchanges with a client, before any is computed."""
+        """Return the expected bytes down and up of all exchanges with a client."""
         client_info = self.federation.client_infos[client_id]
         payload = self.broadcast(client_info)
         upload = 0
@@ -228,7 +274,7 @@ class SimulatedTrainer(ScheduledTrainer):
     def _count_unseen_traffic(
         self, schedule: Schedule, sizes: dict[str, dict[str, tuple[int, int]]], seen: set[str]
     ) -> None:
-        """Count what was sent although nothing of it was computed or used."""
+        """Count the traffic of messages that were not computed or not used."""
         wasted = sum(sizes[client_id]["train"][1] for client_id in schedule.wasted_uploads)
         totals = {
             client_id: total_bytes(sizes[client_id].values())
@@ -239,17 +285,20 @@ class SimulatedTrainer(ScheduledTrainer):
         up = sum(totals[client_id][1] for client_id in schedule.computing if client_id in totals)
         self.count_traffic(wasted + up, down)
 
+    @override
     def time_record(self, start: float) -> dict[str, Any]:
         return {"simulated": {"start": start, "end": self.now}, **self.task_record()}
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"now": self.now}
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.now = state.get("now", 0.0)
 
 
 def task_number(round_idx: int, attempt: int) -> int:
-    """Return the number of the tasks of one attempt at a round; the round's own for the first."""
+    """Return the number of the tasks of an attempt, which is `round_idx` for the first attempt."""
     return attempt << 32 | round_idx

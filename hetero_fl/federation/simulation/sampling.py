@@ -1,4 +1,4 @@
-"""Sample cohorts among clients that are not always available, or by their utility (Oort)."""
+"""Sampling of cohorts among the available clients, uniformly or by utility (Oort)."""
 
 from __future__ import annotations
 
@@ -14,51 +14,73 @@ from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.seeding import sample_numbers
 
-# clients, or so many times those who are wanted: among them somebody online is looked for
-CANDIDATES = (1000, 20)
-# real seconds: how long the server waits if nobody is there, and how often it looks
-LONGEST = 2 * DAY
-LOOK = 1.0
-# of a day: how long the server waits if nobody is online, and how often
-WAIT = 1 / 24
-PATIENCE = 48
-# share of newcomers in the first round, its factor by round, its least (Oort)
-EXPLORE = 0.9
-DECAY = 0.98
-LEAST = 0.2
-CUT = 0.95  # of the last chosen utility: who has less is not drawn (Oort)
-PENALTY = 2.0  # exponent for those who are too slow (Oort's alpha)
+# Number of clients whose availability is checked: at least the first, and the second times the
+# size of the cohort.
+MIN_CANDIDATES = 1000
+CANDIDATES_PER_CLIENT = 20
+# Real seconds for which the server waits for connected clients, and between two checks.
+MAX_WAIT = 2 * DAY
+POLL_INTERVAL = 1.0
+# Simulated time between two checks for online clients, as a fraction of a day, and their number.
+WAIT_SHARE = 1 / 24
+MAX_WAITS = 48
+# Fraction of new clients in the first round, its factor per round, and its minimum (Oort).
+EXPLORATION = 0.9
+EXPLORATION_DECAY = 0.98
+MIN_EXPLORATION = 0.2
+# Clients with less than this fraction of the last selected utility are not sampled (Oort).
+UTILITY_CUTOFF = 0.95
+# Exponent of the penalty for slow clients (Oort's alpha).
+PENALTY = 2.0
 
 
 class ClientSampler:
-    """Draws the cohorts of a run. `Oort` (Lai et al., OSDI 2021): a client's utility is n·loss, where the paper takes n times the
-    root of the mean squared loss of its examples, which it does not tell; clients slower than the deadline (none: the median of
-    those seen) count (T/t)² of it; who was not seen for long gains the paper's bonus; newcomers are drawn evenly.
+    """Sampler of the cohorts of a run: uniform, among available clients, or by utility.
+
+    Sampling by utility follows Oort (Lai et al. 2021, Algorithm 1), except that the utility of a
+    client is n * loss: the paper uses n times the root mean squared loss of its examples, which
+    clients do not report. The utility of clients slower than the deadline, or than the median
+    without one, is multiplied by (T/t)**2, and that of clients not sampled for a long time is
+    increased. New clients are sampled uniformly.
+
+    Args:
+        environment: Devices and policy.
+
+    Attributes:
+        known: Utility, seconds and round of the clients sampled so far, by id (Oort only).
     """
 
     def __init__(self, environment: SimulationEnvironment) -> None:
         self.environment = environment
         self.federation = environment.devices.federation
-        # id -> [utility, seconds, round] of those invited so far (Oort)
         self.known: dict[str, list[float]] = {}
 
     def sample(self, round_idx: int, attempt: int, at: float) -> tuple[list[str], float]:
-        """Who is invited, in id order, and when: later than `at` if nobody is online before.
+        """Sample the cohort of a round.
 
-        Raises RunFailedError if nobody is for two days.
+        Args:
+            round_idx: Index of the round, from 0.
+            attempt: How often the round has already been tried.
+            at: Time in seconds.
+
+        Returns:
+            Client ids in order, and the time at which they were available.
+
+        Raises:
+            RunFailedError: If no client is available for two days.
         """
         count = self.environment.num_sampled
         policy = self.environment.policy
         if policy.sampling == "uniform":
             return self.federation.sample_cohort(count, round_idx, attempt), at
-        online, at = self._online(count, round_idx, attempt, at)
+        online, at = self._available_clients(count, round_idx, attempt, at)
         chosen = (
             self._select_by_utility(online, count, round_idx, attempt)
             if policy.sampling == "oort"
             else online
         )
         if len(chosen) > count:
-            drawn = sample_numbers(
+            positions = sample_numbers(
                 len(chosen),
                 count,
                 self.federation.seed,
@@ -66,45 +88,48 @@ class ClientSampler:
                 "available",
                 *attempt_key(attempt),
             )
-            chosen = [chosen[i] for i in drawn]
+            chosen = [chosen[i] for i in positions]
         return natural_order(chosen), at
 
-    def _online(
+    def _available_clients(
         self, count: int, round_idx: int, attempt: int, at: float
     ) -> tuple[list[str], float]:
-        """Clients who are online, of a sample large enough; and when they are: as many as a round needs,
-        if they ever are. Where time is real: who is there, now."""
+        """Return available clients of a large sample, and the time at which they are available.
+
+        Waits until there are as many as a round needs, or in a simulation returns the first
+        available clients if there never are.
+        """
         if self.environment.connected_clients is not None:
             return self._connected_cohort(self.environment.connected_clients, round_idx), at
         ids = self.federation.client_infos.clients.ids
         device = self.environment.devices.device
-        looked = min(len(ids), max(CANDIDATES[0], CANDIDATES[1] * count))
+        num_candidates = min(len(ids), max(MIN_CANDIDATES, CANDIDATES_PER_CLIENT * count))
         first: tuple[list[str], float] | None = None
-        for wait in range(PATIENCE):
-            drawn = sample_numbers(
+        for wait in range(MAX_WAITS):
+            positions = sample_numbers(
                 len(ids),
-                looked,
+                num_candidates,
                 self.federation.seed,
                 round_idx,
                 "online",
                 wait,
                 *attempt_key(attempt),
             )
-            machines = {ids[i]: device(ids[i]) for i in drawn}
-            here = [id for id, machine in machines.items() if machine.next_online(at) == at]
-            if len(here) >= self._min_clients:
-                return here, at
-            first = first or ((here, at) if here else None)
-            at += WAIT * max(machine.day for machine in machines.values())
+            devices = {ids[i]: device(ids[i]) for i in positions}
+            online = [c for c, candidate in devices.items() if candidate.next_online(at) == at]
+            if len(online) >= self._min_clients:
+                return online, at
+            first = first or ((online, at) if online else None)
+            at += WAIT_SHARE * max(candidate.day for candidate in devices.values())
         if first is not None:
             return first
         raise RunFailedError(
-            f"round {round_idx + 1}: none of {looked:,} clients is online at any time of two days"
+            f"round {round_idx + 1}: none of {num_candidates:,} clients was online within two days"
         )
 
     @property
     def _min_clients(self) -> int:
-        """Clients without whom nothing can come of a round."""
+        """Number of clients that a round needs at least."""
         secret = self.federation.channel.secure_sum
         return max(
             self.environment.policy.least,
@@ -114,92 +139,101 @@ class ClientSampler:
     def _connected_cohort(
         self, connected: Callable[[], Collection[str]], round_idx: int
     ) -> list[str]:
-        """Who is there, once enough are that something can come of a round."""
-        least = self._min_clients
-        until = time.monotonic() + LONGEST
-        while len(there := natural_order(connected())) < least:
-            if time.monotonic() > until:
+        """Wait until enough clients are connected, and return them."""
+        deadline = time.monotonic() + MAX_WAIT
+        while len(clients := natural_order(connected())) < self._min_clients:
+            if time.monotonic() > deadline:
                 raise RunFailedError(
-                    f"round {round_idx + 1}: {len(there)} of {least} clients were there for {LONGEST / 3600:g} hours"
+                    f"round {round_idx + 1}: {len(clients)} of at least {self._min_clients} "
+                    f"clients connected within {MAX_WAIT / 3600:g} hours"
                 )
-            time.sleep(LOOK)
-        return there
+            time.sleep(POLL_INTERVAL)
+        return clients
 
     def _select_by_utility(
         self, online: list[str], count: int, round_idx: int, attempt: int
     ) -> list[str]:
-        """Oort's choice among those online: known ones by utility, and some newcomers."""
+        """Return known clients selected by utility, and some new clients."""
         seed = self.federation.seed
-        again = attempt_key(attempt)
-        known = [id for id in online if id in self.known]
-        fresh = [id for id in online if id not in self.known]
-        explore = max(LEAST, EXPLORE * DECAY**round_idx)
-        new = min(len(fresh), max(round_half(explore * count), count - len(known)))
+        repeated = attempt_key(attempt)
+        known = [client_id for client_id in online if client_id in self.known]
+        new = [client_id for client_id in online if client_id not in self.known]
+        exploration = max(MIN_EXPLORATION, EXPLORATION * EXPLORATION_DECAY**round_idx)
+        num_new = min(len(new), max(round_half(exploration * count), count - len(known)))
         utility = self.utilities(known, round_idx)
-        chosen = [
-            fresh[i] for i in sample_numbers(len(fresh), new, seed, round_idx, "explore", *again)
-        ]
-        wanted = min(len(known), count - new)
-        if wanted:
-            cut = CUT * sorted(utility.values(), reverse=True)[wanted - 1]
-            pool = [id for id in known if utility[id] >= cut]
-            # without replacement, by weight: the largest of u^(1/w) (Efraimidis and Spirakis 2006)
-            draw = {
-                id: math.log(uniform(seed, round_idx, "exploit", id, *again))
-                / max(utility[id], 1e-12)
-                for id in pool
+        positions = sample_numbers(len(new), num_new, seed, round_idx, "explore", *repeated)
+        chosen = [new[i] for i in positions]
+        num_known = min(len(known), count - num_new)
+        if num_known:
+            cutoff = UTILITY_CUTOFF * sorted(utility.values(), reverse=True)[num_known - 1]
+            pool = [client_id for client_id in known if utility[client_id] >= cutoff]
+            # Weighted sampling without replacement: the largest u**(1/w) (Efraimidis and Spirakis
+            # 2006).
+            draws = {
+                client_id: math.log(uniform(seed, round_idx, "exploit", client_id, *repeated))
+                / max(utility[client_id], 1e-12)
+                for client_id in pool
             }
-            chosen += sorted(pool, key=draw.__getitem__, reverse=True)[:wanted]
+            chosen += sorted(pool, key=draws.__getitem__, reverse=True)[:num_known]
         return chosen
 
-    def utilities(self, ids: Sequence[str], round_idx: int) -> dict[str, float]:
-        """What is to be expected of clients that were invited before; the most that anybody told counts one."""
-        if not ids:
+    def utilities(self, client_ids: Sequence[str], round_idx: int) -> dict[str, float]:
+        """Return the utility of clients that were sampled before.
+
+        Statistical utilities are divided by the largest of all known clients.
+        """
+        if not client_ids:
             return {}
-        most = max(worth for worth, _, _ in self.known.values()) or 1.0
-        slow = (
+        largest = max(utility for utility, _, _ in self.known.values()) or 1.0
+        expected = (
             self.environment.policy.deadline
             or sorted(s for _, s, _ in self.known.values())[len(self.known) // 2]
         )
-        found = {}
-        for id in ids:
-            worth, seconds, last = self.known[id]
-            bonus = math.sqrt(0.1 * math.log(round_idx + 1) / max(1.0, last + 1))
-            found[id] = (worth / most + bonus) * (
-                (slow / seconds) ** PENALTY if seconds > slow else 1.0
+        utilities = {}
+        for client_id in client_ids:
+            utility, seconds, last_round = self.known[client_id]
+            bonus = math.sqrt(0.1 * math.log(round_idx + 1) / max(1.0, last_round + 1))
+            utilities[client_id] = (utility / largest + bonus) * (
+                (expected / seconds) ** PENALTY if seconds > expected else 1.0
             )
-        return found
+        return utilities
 
     def update(self, schedule: Schedule, losses: Mapping[str, float], round_idx: int) -> None:
-        """What a round told of those who were invited; kept where it decides whom to invite."""
+        """Update the utilities after a round; does nothing unless sampling is by utility.
+
+        Args:
+            schedule: Schedule of the round.
+            losses: Training loss by client.
+            round_idx: Index of the round, from 0.
+        """
         if self.environment.policy.sampling != "oort":
             return
-        for id, task in schedule.tasks.items():
-            before = self.known.get(id, [0.0, 0.0, 0.0])
-            worth = (
-                self.federation.client_infos[id].num_rows * max(0.0, losses[id])
-                if id in losses
+        for client_id, task in schedule.tasks.items():
+            before = self.known.get(client_id, [0.0, 0.0, 0.0])
+            utility = (
+                self.federation.client_infos[client_id].num_rows * max(0.0, losses[client_id])
+                if client_id in losses
                 else before[0]
             )
-            # never seen: too slow
-            ends = task.end if task.end < math.inf else 2 * schedule.end - schedule.start
-            self.known[id] = [
-                worth,
-                max(before[1], ends - schedule.start)
-                if id in schedule.failed
-                else ends - schedule.start,
+            # A task whose end was not seen counts as twice as long as the round.
+            end = task.end if task.end < math.inf else 2 * schedule.end - schedule.start
+            self.known[client_id] = [
+                utility,
+                max(before[1], end - schedule.start)
+                if client_id in schedule.failed
+                else end - schedule.start,
                 float(round_idx),
             ]
 
     def state_dict(self) -> dict[str, Any]:
-        """What it knows, for a checkpoint."""
+        """Return the state for a checkpoint."""
         return {"known": self.known} if self.known else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The reverse of `state_dict`."""
+        """Restore the state from `state_dict`."""
         self.known = state.get("known", {})
 
 
 def round_half(value: float) -> int:
-    """The nearest whole number, halves up."""
+    """Round to the nearest integer, with halves rounded up."""
     return math.floor(value + 0.5)

@@ -1,4 +1,4 @@
-"""Simulated conditions of a round, and its schedule in simulated time."""
+"""Conditions of a simulated run, and the schedule of a synchronous round in simulated time."""
 
 from __future__ import annotations
 
@@ -13,22 +13,32 @@ from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.simulation.devices import Devices, Timing, local_steps, uniform
 from hetero_fl.federation.simulation.faults import NO_FAULT, FaultOutcome, Faults
 
-# The conditions under which a run is held: clients' machines, what goes wrong, and how a round
-# deals with it.
+# Number of clients checked against a deadline.
+MAX_CHECKED = 1000
 
-LOOKED = 1000  # clients among whom somebody quick enough is looked for
+# Maps a client id to the bytes down and up.
+Sizes = Callable[[str], tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class SimulationEnvironment:
-    """`simulated`: whether rounds take simulated time and arrivals are counted; `connected_clients`: where clients are on their own machines
-    and time is real, who is there now."""
+    """Conditions of a run: devices, faults, and the policy of rounds.
+
+    Attributes:
+        policy: How cohorts are sampled and how rounds deal with too few uploads.
+        devices: Devices of the clients.
+        timing: Durations of tasks.
+        faults: Faults of tasks.
+        per_round: Number of uploads that a round waits for; None for all.
+        simulated: Whether rounds take simulated time and arrivals are counted.
+        connected_clients: Returns the connected clients, if clients are on other machines.
+    """
 
     policy: CohortConfig
     devices: Devices
     timing: Timing
     faults: Faults
-    per_round: int | None  # clients whose uploads a round is meant to have; none: everybody's
+    per_round: int | None
     simulated: bool
     connected_clients: Callable[[], Collection[str]] | None = None
 
@@ -39,119 +49,139 @@ class SimulationEnvironment:
         config: Config,
         connected_clients: Callable[[], Collection[str]] | None = None,
     ) -> SimulationEnvironment:
-        """The conditions that a configuration describes.
+        """Return the conditions that a configuration describes.
 
-        Where clients are on machines of their own, what would be simulated is left out.
+        If clients are on other machines, devices and faults are not simulated.
+
+        Args:
+            federation: The federation.
+            config: The configuration.
+            connected_clients: Returns the connected clients, if clients are on other machines.
+
+        Raises:
+            UserError: If the file of devices is missing or malformed.
         """
         policy = config.cohort
-        per_round = config.clients.per_round
-        apart = federation.data.is_distributed
-        own = any(
-            kind.settings.machine != DeviceConfig() for kind in federation.client_infos.profiles
-        )
-        devices = Devices.from_config(federation, None if apart else config.devices)
-        faults = Faults(None if apart else config.faults, devices)
+        is_distributed = federation.data.is_distributed
+        devices = Devices.from_config(federation, None if is_distributed else config.devices)
         settings = (config.devices, config.faults, policy.deadline)
-        simulated = not apart and (own or any(found is not None for found in settings))
-        connected = connected_clients if apart else None
-        return cls(policy, devices, Timing(devices), faults, per_round, simulated, connected)
+        has_settings = any(setting is not None for setting in settings)
+        return cls(
+            policy=policy,
+            devices=devices,
+            timing=Timing(devices),
+            faults=Faults(None if is_distributed else config.faults, devices),
+            per_round=config.clients.per_round,
+            simulated=not is_distributed and (_has_own_machines(federation) or has_settings),
+            connected_clients=connected_clients if is_distributed else None,
+        )
 
     @property
     def num_sampled(self) -> int:
-        """How many clients are invited to a round."""
+        """Number of clients sampled for a round."""
         return self.policy.num_sampled(self.per_round, len(self.devices.federation.client_infos))
 
     @property
     def on_too_few(self) -> str:
-        """What is done about a round with too few uploads."""
+        """Policy for rounds with too few uploads, such as "skip" or "fail"."""
         return str(
             self.policy.too_few
             or ("skip" if self.simulated or self.connected_clients is not None else "fail")
         )
 
     def notes(self) -> list[str]:
-        """Return lines on settings that are possible but perhaps not meant."""
+        """Return a line for each setting that has no effect or probably not the intended one."""
         if self.devices.federation.data.is_distributed:
             return []
         policy = self.policy
         faults = self.faults.config
-        machines = list(self.devices.timing_of_profiles())
+        timing = list(self.devices.timing_of_profiles())
         by_availability = policy.sampling == "available"
-        waits = policy.deadline is None and policy.over_selection == 1
-        always_online = all(always for _, _, always in machines)
-        takes_time = any(takes for _, takes, _ in machines)
-        instant = always_online and not takes_time and faults == FaultsConfig()
+        waits_for_all = policy.deadline is None and policy.over_selection == 1
+        always_online = all(is_always_online for _, _, is_always_online in timing)
+        takes_time = any(tasks_take_time for _, tasks_take_time, _ in timing)
+        is_instant = always_online and not takes_time and faults == FaultsConfig()
         rules = [
             (
-                waits and faults.late > 0,
-                "faults.late: without cohort.deadline or over_selection a round waits for what is late",
+                waits_for_all and faults.late > 0,
+                "faults.late: without cohort.deadline or cohort.over_selection, a round waits for "
+                "late uploads",
             ),
             (
                 by_availability and self.per_round is None,
-                "cohort.sampling: without clients.per_round all clients that are online are invited",
+                "cohort.sampling: without clients.per_round, all online clients are sampled",
             ),
             (
                 by_availability and always_online,
-                "cohort.sampling: available, but all clients are always online "
-                "(`devices.availability`): as uniform",
+                "cohort.sampling: available is equivalent to uniform, because all clients are "
+                "always online; set devices.availability",
             ),
             (
-                policy.deadline is not None and instant,
-                "cohort.deadline: no task takes any time, so none misses it; give `devices` a speed, "
-                "up or down",
+                policy.deadline is not None and is_instant,
+                "cohort.deadline: has no effect, because tasks take no time; set devices.speed, "
+                "devices.up or devices.down",
             ),
             (
                 faults.delay != FaultsConfig().delay and not faults.late,
-                "faults.delay: is for uploads that are late, but faults.late is 0",
+                "faults.delay: has no effect, because faults.late is 0",
             ),
             (
                 policy.attempts != CohortConfig().attempts and policy.too_few != "repeat",
-                "cohort.attempts: is for cohort.too_few: repeat",
+                "cohort.attempts: has no effect unless cohort.too_few is repeat",
             ),
         ]
         return [line for applies, line in rules if applies] + self._unreachable_deadline()
 
     def _unreachable_deadline(self) -> list[str]:
-        """A deadline that training alone would miss, whoever is invited."""
+        """Return a line if no client can train before the deadline."""
         policy = self.policy
         client_infos = self.devices.federation.client_infos
         if policy.deadline is None:
             return []
-        least = {
-            id: local_steps(client_infos[id]) if policy.partial_work else 1
-            for id in islice(client_infos, LOOKED)
+        num_steps = {
+            client_id: local_steps(client_infos[client_id]) if policy.partial_work else 1
+            for client_id in islice(client_infos, MAX_CHECKED)
         }
-        quickest = min(self.timing.training_seconds(id, 0) / steps for id, steps in least.items())
-        if quickest <= policy.deadline:
+        shortest = min(
+            self.timing.training_seconds(client_id, 0) / steps
+            for client_id, steps in num_steps.items()
+        )
+        if shortest <= policy.deadline:
             return []
-        what = "a single step" if policy.partial_work else "training"
+        work = "a single step" if policy.partial_work else "training"
         return [
-            f"cohort.deadline: found {policy.deadline:g} s, but {what} takes the quickest client {quickest:.3g} s"
+            f"cohort.deadline: no client can meet {policy.deadline:g} s; {work} takes the fastest "
+            f"client {shortest:.3g} s"
         ]
 
 
+def _has_own_machines(federation: FederationSpec) -> bool:
+    """Return whether the settings of a client describe its machine."""
+    profiles = federation.client_infos.profiles
+    return any(profile.settings.machine != DeviceConfig() for profile in profiles)
+
+
 def unused_simulation_keys(federation: FederationSpec, config: Config) -> list[str]:
-    """What a configuration says for simulations, and a run on machines of its own has no use for; in one line, if anything."""
-    found = [name for name in ("devices", "faults") if getattr(config, name) is not None]
-    found += (
-        ["machine"]
-        if any(kind.settings.machine != DeviceConfig() for kind in federation.client_infos.profiles)
-        else []
-    )
-    found += ["cohort.partial_work"] if config.cohort.partial_work else []
-    return [f"not used, as nobody's time is simulated: {', '.join(found)}"] if found else []
-
-
-# The course of one synchronous round in simulated time, known before anything is computed: who is
-# on time, who is not.
-
-Sizes = Callable[[str], tuple[int, int]]  # client id -> bytes down, bytes up
+    """Return a line on settings of simulations, which have no effect in a deployment."""
+    unused = [name for name in ("devices", "faults") if getattr(config, name) is not None]
+    if _has_own_machines(federation):
+        unused.append("machine")
+    if config.cohort.partial_work:
+        unused.append("cohort.partial_work")
+    return [f"{', '.join(unused)}: no effect, because time is not simulated"] if unused else []
 
 
 @dataclass(frozen=True)
 class ScheduledTask:
-    """One client's part in a round: what befalls it, its share of the steps, and when the server sees the end of it, in simulated
-    seconds (infinite: never)."""
+    """Task of one client in a round.
+
+    Attributes:
+        client: The client's id.
+        outcome: The fault of the task.
+        step_share: Fraction of the local steps that the client makes.
+        end: Time at which the server sees the end of the task, in simulated seconds; infinite if it
+            never does.
+    """
 
     client: str
     outcome: FaultOutcome = NO_FAULT
@@ -161,8 +191,17 @@ class ScheduledTask:
 
 @dataclass
 class Schedule:
-    """A round's tasks. Those `computing` are computed: whose uploads arrive in time, corrupted ones included. Of the others the
-    computing would have no effect: they failed, or came late."""
+    """Schedule of a round's tasks.
+
+    Attributes:
+        tasks: Task of each client, by id.
+        start: Time at which the round begins, in seconds.
+        end: Time at which the round ends, in seconds.
+        computing: Clients whose uploads arrive in time, including corrupted ones. Only these are
+            computed.
+        failed: Why clients fail, by id.
+        late: Clients whose uploads arrive too late.
+    """
 
     tasks: dict[str, ScheduledTask]
     start: float
@@ -173,18 +212,20 @@ class Schedule:
 
     @property
     def num_expected(self) -> int:
-        """Uploads that can be used, as long as nobody diverges."""
+        """Number of usable uploads if no client diverges."""
         return sum(self.tasks[client].outcome.kind != "corrupted" for client in self.computing)
 
     @property
     def protocol_clients(self) -> set[str]:
-        """Who is there until it trains, and answers what a protocol asks before that: whoever does not fail before it."""
+        """Clients that take part in the protocol until training, as they do not fail before it."""
         return {client for client, task in self.tasks.items() if task.outcome.kind != "before"}
 
     @property
     def wasted_uploads(self) -> list[str]:
-        """Whose uploads were sent for nothing: lost and delayed ones, and second copies. Who is merely slow gives up when the
-        round is closed."""
+        """Clients whose uploads have no effect: lost, delayed or duplicated.
+
+        Slow clients are not among them, because they stop when the round ends.
+        """
         sent = [
             c
             for c, task in self.tasks.items()
@@ -193,17 +234,25 @@ class Schedule:
         return [*sent, *(c for c in self.computing if self.tasks[c].outcome.kind == "twice")]
 
     def record(self, failed: Collection[str]) -> list[list[object]]:
-        """Each task as `[client, start, end, what came of it]`, seconds; none goes on beyond the round's end. `failed`: those
-        that did, the refused ones among them."""
+        """Return each task as `[client, start, end, outcome]`, in seconds.
+
+        Args:
+            failed: Clients that failed, including those whose uploads were refused.
+        """
         rows: list[list[object]] = []
         for client, task in self.tasks.items():
-            what = "failed" if client in failed else "late" if client in self.late else "arrived"
-            rows.append([client, self.start, min(task.end, self.end), what])
+            if client in failed:
+                outcome = "failed"
+            elif client in self.late:
+                outcome = "late"
+            else:
+                outcome = "arrived"
+            rows.append([client, self.start, min(task.end, self.end), outcome])
         return rows
 
 
 def immediate_schedule(cohort: Sequence[str], at: float = 0.0) -> Schedule:
-    """Nothing takes time, as far as is known before, and all are on time."""
+    """Return a schedule in which tasks take no time and all clients are on time."""
     return Schedule(
         {client: ScheduledTask(client, end=at) for client in cohort}, at, at, list(cohort)
     )
@@ -212,38 +261,46 @@ def immediate_schedule(cohort: Sequence[str], at: float = 0.0) -> Schedule:
 def make_schedule(
     cohort: Sequence[str], environment: SimulationEnvironment, sizes: Sizes, at: float, number: int
 ) -> Schedule:
-    """What will come of inviting the cohort at `at`; `number`: of these tasks, for their draws.
+    """Return the schedule of a round.
 
-    The server waits for as many usable uploads as it wants, else until it knows what became of everybody, else until the
-    deadline. A failure is seen when it happens; a lost upload when it should have come, or, with a deadline, never.
+    The round ends when as many usable uploads have arrived as required, when the outcome of all
+    tasks is known, or at the deadline. The server sees a failure when it happens. It sees a lost
+    upload at the time of its expected arrival, or never if there is a deadline.
+
+    Args:
+        cohort: Ids of the clients.
+        environment: The conditions of the run.
+        sizes: Returns the bytes down and up of a client.
+        at: Time at which the round begins, in seconds.
+        number: Number of the tasks, for random draws.
     """
     policy = environment.policy
-    closing = math.inf if policy.deadline is None else at + policy.deadline
+    deadline = math.inf if policy.deadline is None else at + policy.deadline
     tasks = {
-        client: _schedule_task(client, environment, sizes(client), at, number, closing)
+        client: _schedule_task(client, environment, sizes(client), at, number, deadline=deadline)
         for client in cohort
     }
-    good = [
+    on_time = [
         t
         for t in tasks.values()
-        if not t.outcome.is_failure and t.outcome.kind != "corrupted" and t.end <= closing
+        if not t.outcome.is_failure and t.outcome.kind != "corrupted" and t.end <= deadline
     ]
-    wanted = min(len(cohort), environment.per_round or len(cohort))
-    # of equal machines other ones are first from round to round
+    num_required = min(len(cohort), environment.per_round or len(cohort))
+    # Clients with equal machines arrive in a different order in each round.
     seed = environment.devices.federation.seed
-    good.sort(key=lambda task: (task.end, uniform(seed, "turn", task.client, number)))
-    waited = min(closing, max((task.end for task in tasks.values()), default=at))
-    end = good[wanted - 1].end if good and len(good) >= wanted else waited
-    taken = {task.client for task in good[:wanted]}
-    made = Schedule(tasks, at, end, [])
+    on_time.sort(key=lambda task: (task.end, uniform(seed, "turn", task.client, number)))
+    last = min(deadline, max((task.end for task in tasks.values()), default=at))
+    end = on_time[num_required - 1].end if on_time and len(on_time) >= num_required else last
+    accepted = {task.client for task in on_time[:num_required]}
+    schedule = Schedule(tasks, at, end, [])
     for client, task in tasks.items():
         if task.outcome.is_failure:
-            made.failed[client] = task.outcome.description
-        elif client in taken or (task.outcome.kind == "corrupted" and task.end <= end):
-            made.computing.append(client)
+            schedule.failed[client] = task.outcome.description
+        elif client in accepted or (task.outcome.kind == "corrupted" and task.end <= end):
+            schedule.computing.append(client)
         else:
-            made.late.append(client)
-    return made
+            schedule.late.append(client)
+    return schedule
 
 
 def _schedule_task(
@@ -252,22 +309,25 @@ def _schedule_task(
     size: tuple[int, int],
     at: float,
     number: int,
-    closing: float,
+    *,
+    deadline: float,
 ) -> ScheduledTask:
     timing = environment.timing
-    fate = environment.faults.outcome(client_id, number)
-    work = 1.0
+    fault = environment.faults.outcome(client_id, number)
+    step_share = 1.0
     if environment.policy.partial_work:
-        work = timing.share_in_time(client_id, *size, at, number, closing)
-        if int(work * local_steps(environment.devices.federation.client_infos[client_id])) < 1:
-            return ScheduledTask(client_id, fate, 0.0, math.inf)  # no time for a single step
-    stages = timing.task_times(client_id, *size, at, number, work)
-    # round-off makes nobody late
-    arrived = min(stages.arrived, closing) if work < 1 else stages.arrived
+        step_share = timing.share_in_time(client_id, *size, at, number, deadline=deadline)
+        num_steps = local_steps(environment.devices.federation.client_infos[client_id])
+        if int(step_share * num_steps) < 1:
+            # There is no time for a single step.
+            return ScheduledTask(client_id, fault, 0.0, math.inf)
+    stages = timing.task_times(client_id, *size, at, number, step_share=step_share)
+    # Rounding errors must not make a client late that fits its work to the deadline.
+    arrived = min(stages.arrived, deadline) if step_share < 1 else stages.arrived
     ends = {
         "before": stages.received,
-        "during": stages.received + fate.completed_share * (stages.trained - stages.received),
+        "during": stages.received + fault.completed_share * (stages.trained - stages.received),
         "after": stages.trained,
-        "lost": arrived if closing == math.inf else math.inf,
+        "lost": arrived if deadline == math.inf else math.inf,
     }
-    return ScheduledTask(client_id, fate, work, ends.get(fate.kind, arrived + fate.delay))
+    return ScheduledTask(client_id, fault, step_share, ends.get(fault.kind, arrived + fault.delay))

@@ -237,14 +237,16 @@ def test_what_is_asked_for_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (asked.executor, asked.threads, asked.chunk) == ("batched", 3, 5)
     # auto takes serial there
     assert chosen(monkeypatch, models=MIXED, runtime={"chunk": 16}).chunk == 1
-    with pytest.raises(UserError, match=r"^runtime\.chunk: found 16, but the serial executor"):
+    with pytest.raises(
+        UserError, match=r"^runtime\.chunk: must be 1 with runtime\.executor=serial, got 16"
+    ):
         chosen(monkeypatch, runtime={"executor": "serial", "chunk": 16})
 
 
 def test_settings_without_effect_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def told(**runtime: Any) -> list[str]:
         reasons = chosen(monkeypatch, models=MIXED, runtime=runtime).reasons
-        return [reason.split(" ")[0] for reason in reasons if "has no effect" in reason]
+        return [reason.split(":")[0] for reason in reasons if "has no effect" in reason]
 
     assert told(executor="serial", workers=2, address="auto") == [
         "runtime.workers",

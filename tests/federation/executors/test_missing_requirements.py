@@ -27,7 +27,7 @@ def refused(out: Path, **runtime: object) -> str:
 def test_ray_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "find_spec", lambda name: None)
     line = refused(tmp_path / "out", executor="ray")
-    assert line == "runtime.executor: ray is not installed: pip install 'hetero_fl[ray]'"
+    assert line == "runtime.executor: ray is not installed; run pip install 'hetero_fl[ray]'"
 
 
 @needs_ray
@@ -36,11 +36,14 @@ def test_ray_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 )
 def test_an_address_where_no_cluster_is(address: str, tmp_path: Path) -> None:
     line = refused(tmp_path / "out", executor="ray", address=address)
-    assert line.startswith(f"runtime.address: found '{address}'")
+    assert line.startswith("runtime.address: ")
+    assert f"'{address}'" in line
 
 
 def test_torchrun_starts_torchruns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "torchrun --nproc-per-node 3" in refused(tmp_path / "out", executor="torchrun")
     monkeypatch.setattr(choose, "num_ranks", lambda: 3)
     line = refused(tmp_path / "out", executor="processes")
-    assert line.startswith("runtime.executor: found 'processes', but torchrun started 3 processes")
+    assert line == (
+        "runtime.executor: must be torchrun, because torchrun started 3 processes, got 'processes'"
+    )

@@ -228,7 +228,8 @@ def test_a_run_whose_driver_is_killed_goes_on_on_the_cluster(
 def test_more_workers_than_the_cluster_has_room_for(cluster: Cluster, tmp_path: Path) -> None:
     source = config("fedavg", "mlp", runtime={"executor": "ray", "workers": 50, "threads": 2})
     with pytest.raises(
-        UserError, match=r"^runtime\.workers: 50 with 2 threads each exceed the \d CPUs of the cluster"
+        UserError,
+        match=r"^runtime\.workers: 50 with 2 threads each exceed the \d CPUs of the cluster",
     ):
         run(source, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -341,7 +341,8 @@ def test_three_deaths_on_one_client_end_the_run(
     client = rounds.sample_cohort(0)[0]
     killed = killing(crew, monkeypatch, lambda job: client in job.clients)
     with pytest.raises(
-        RunFailedError, match=rf"^3 workers died while computing {client}; is there enough memory\?$"
+        RunFailedError,
+        match=rf"^3 workers died while computing {client}; is there enough memory\?$",
     ):
         rounds.run_round()
     assert len(killed) == 3
@@ -360,10 +361,7 @@ def test_an_exception_in_a_worker_is_told_in_one_line(
         run(source, out=tmp_path / "workers")
     assert set(multiprocessing.active_children()) <= set(before)
     if method == "Leaves":
-        assert (
-            str(told.value)
-            == "a worker process ended with status 3; see its error output"
-        )
+        assert str(told.value) == "a worker process ended with status 3; see its error output"
         return
     assert isinstance(told.value.__cause__, RemoteTracebackError) and "ZeroDivisionError" in str(
         told.value.__cause__

@@ -35,7 +35,7 @@ def test_speeds_are_drawn_by_the_clients_id_alone() -> None:
     section = {"speed": {"median": 1e9, "sigma": 0.9}, "up": 5e5}
     one, other = devices(few, **section), devices(many, **section)
     assert one.device("site_1") == other.device("site_1") == one.device("site_1")
-    assert len({other.device(id).speed for id in many.client_infos}) == 6
+    assert len({other.device(client_id).speed for client_id in many.client_infos}) == 6
     assert one.device("site_2").up == 5e5 and one.device("site_2").down == math.inf
     with pytest.raises(KeyError):
         one.device("stranger")
@@ -44,7 +44,9 @@ def test_speeds_are_drawn_by_the_clients_id_alone() -> None:
 def test_log_normal_speeds_have_their_median_and_spread(monkeypatch: pytest.MonkeyPatch) -> None:
     made = federation(clients__groups=[{"name": "site", "count": 3, "model": "mlp"}])
     drawn = devices(made, speed={"median": 2e9, "sigma": 0.9})
-    monkeypatch.setattr(type(made.client_infos), "profile", lambda self, id: self.profiles[0])
+    monkeypatch.setattr(
+        type(made.client_infos), "profile", lambda self, client_id: self.profiles[0]
+    )
     logs = [math.log(drawn.device(f"c{i}").speed / 2e9) for i in range(4000)]
     mean = sum(logs) / len(logs)
     assert (
@@ -93,12 +95,15 @@ def test_a_groups_own_device_has_the_last_word(tmp_path: Path) -> None:
             "expected column names separated by commas, got semicolons",
         ),
         ("speed,up,speed\n1,2,3\n", "duplicate column 'speed'"),
-        ("client,speed\nsite_1,1\nsite_2,1\nsite_1,2\n", "expected one row per client, got 2 for client 'site_1'"),
+        (
+            "client,speed\nsite_1,1\nsite_2,1\nsite_1,2\n",
+            "expected one row per client, got 2 for client 'site_1'",
+        ),
         ("client,speed\nsite1,1\n", "unknown client 'site1'; did you mean 'site_1'"),
         ("speed\n", "contains no rows"),
         ("client,speed\nnobody,1\n", "unknown client 'nobody'"),
         ("online\n0-90000\n", "must be <= 86400, the seconds of a day, got 90000"),
-        ("up\n1\n", "devices.up: .*give one"),
+        ("up\n1\n", "devices.up: cannot be combined with column 'up' of .*; remove one"),
     ],
 )
 def test_a_file_of_devices_that_is_none_is_told_in_one_line(
@@ -183,10 +188,14 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(UserError, match=r"devices.speed.median: must be > 0, got -1"):
         prepare(config("fedavg", devices={"speed": {"median": -1}}))
     with pytest.raises(
-        UserError, match=r"devices.speed: expected a number or a mapping \{median, sigma\}, got 'fast'"
+        UserError,
+        match=r"devices.speed: expected a number or a mapping \{median, sigma\}, got 'fast'",
     ):
         prepare(config("fedavg", devices={"speed": "fast"}))
-    with pytest.raises(UserError, match=r"devices.up: expected a number or a mapping \{median, sigma\}, got \[1, 2\]"):
+    with pytest.raises(
+        UserError,
+        match=r"devices.up: expected a number or a mapping \{median, sigma\}, got \[1, 2\]",
+    ):
         prepare(config("fedavg", devices={"up": [1, 2]}))
     with pytest.raises(
         UserError, match=r"devices: expected a mapping, got 'd.csv'; did you mean 'devices.file'"

@@ -42,7 +42,10 @@ def held(source: dict[str, Any]) -> tuple[SynchronousTrainer, list[Record]]:
 
 def equal(one: SynchronousTrainer, other: SynchronousTrainer) -> bool:
     """Whether two runs have the same server and the same private state."""
-    kept = [{id: r.store.encoded(id) for id in r.federation.client_infos} for r in (one, other)]
+    kept = [
+        {client_id: r.store.encoded(client_id) for client_id in r.federation.client_infos}
+        for r in (one, other)
+    ]
     models = one.server.models
     return kept[0] == kept[1] and all(
         same_bits(models[slot], other.server.models[slot]) for slot in models
@@ -159,10 +162,18 @@ def test_partial_work_has_everybody_on_time_with_as_many_steps_as_there_is_time_
     site.backend.run = counting
     record = partial.run_round()
     assert record["counts"]["arrived"] == 4 and record["simulated"]["end"] <= deadline
-    for id, end in ends.items():
-        whole = local_steps(partial.federation.client_infos[id])
-        assert steps[id] == (whole if end <= deadline else int(whole * deadline / end))
-    assert len({steps[id] / local_steps(partial.federation.client_infos[id]) for id in ends}) >= 2
+    for client_id, end in ends.items():
+        whole = local_steps(partial.federation.client_infos[client_id])
+        assert steps[client_id] == (whole if end <= deadline else int(whole * deadline / end))
+    assert (
+        len(
+            {
+                steps[client_id] / local_steps(partial.federation.client_infos[client_id])
+                for client_id in ends
+            }
+        )
+        >= 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -188,9 +199,9 @@ def test_whatever_the_chance_of_failing_every_run_completes_and_its_counts_add_u
     for record in records:
         arithmetic(record)
         failed = {
-            id
-            for id in record["cohort"]
-            if rounds.environment.faults.outcome(id, record["round"] - 1).is_failure
+            client_id
+            for client_id in record["cohort"]
+            if rounds.environment.faults.outcome(client_id, record["round"] - 1).is_failure
         }
         assert record["counts"]["failed"] == len(failed) and set(record["failed"]) == failed
         assert record.get("skipped", False) == (len(failed) == 4)
@@ -206,11 +217,13 @@ def test_every_fault_at_once_adds_up_too_and_none_is_averaged_in() -> None:
     for record in records:
         arithmetic(record)
         fates = {
-            id: rounds.environment.faults.outcome(id, record["round"] - 1).kind
-            for id in record["cohort"]
+            client_id: rounds.environment.faults.outcome(client_id, record["round"] - 1).kind
+            for client_id in record["cohort"]
         }
         arrived = {client for client, _, _, what in record["tasks"] if what == "arrived"}
-        assert set(record["train_loss"]) == arrived and {fates[id] for id in arrived} <= {
+        assert set(record["train_loss"]) == arrived and {
+            fates[client_id] for client_id in arrived
+        } <= {
             "fine",
             "twice",
             "late",
@@ -232,7 +245,10 @@ def same_as_uninvited(faults: dict[str, float], method: str, channel: dict[str, 
     assert equal(befallen, without)
     assert (
         not channel
-        or sum(UNSENT in befallen.store.get(id).state for id in befallen.federation.client_infos)
+        or sum(
+            UNSENT in befallen.store.get(client_id).state
+            for client_id in befallen.federation.client_infos
+        )
         > 1
     )
 
@@ -326,18 +342,24 @@ def test_a_round_begins_when_as_many_are_online_as_it_needs() -> None:
     )  # fmt: skip
     rounds, records = held(source)
     assert all(record["counts"]["invited"] >= 2 for record in records)
-    seen = [rounds.environment.devices.device(id) for id in rounds.federation.client_infos]
+    seen = [
+        rounds.environment.devices.device(client_id) for client_id in rounds.federation.client_infos
+    ]
     # at times they are fewer
     assert any(sum(d.next_online(10.0 * k) == 10.0 * k for d in seen) < 2 for k in range(24))
 
 
 def test_of_a_round_that_is_skipped_after_training_clients_keep_nothing() -> None:
     rounds = rounds_of(config("fedper", cohort={"least": 3, "too_few": "skip"}), held=1)
-    before = {id: rounds.store.stamp(id) for id in rounds.federation.client_infos}
+    before = {
+        client_id: rounds.store.stamp(client_id) for client_id in rounds.federation.client_infos
+    }
     poisoned(rounds, "site_1")
     record = rounds.run_round()
     assert record["skipped"] and len(record["train_loss"]) == 2 and "counts" not in record
-    assert {id: rounds.store.stamp(id) for id in rounds.federation.client_infos} == before
+    assert {
+        client_id: rounds.store.stamp(client_id) for client_id in rounds.federation.client_infos
+    } == before
 
 
 @pytest.mark.parametrize("sampling", ["available", "oort"])
@@ -357,12 +379,13 @@ def test_only_those_online_are_invited(sampling: str) -> None:
     for record in records:
         start = record["tasks"][0][1]
         assert all(
-            rounds.environment.devices.device(id).next_online(start) == start
-            for id in record["cohort"]
+            rounds.environment.devices.device(client_id).next_online(start) == start
+            for client_id in record["cohort"]
         )
     uniform = rounds_of({**source, "cohort": {}}, held=0)
     starts = [
-        uniform.environment.devices.device(id).next_online(0.0) for id in uniform.sample_cohort(0)
+        uniform.environment.devices.device(client_id).next_online(0.0)
+        for client_id in uniform.sample_cohort(0)
     ]
     assert any(start > 0 for start in starts)  # invited all the same: their tasks wait
 
@@ -380,10 +403,18 @@ def test_oort_prefers_those_with_high_losses_who_are_quick() -> None:
     rounds = rounds_of(source, held=0)
     ids = list(rounds.federation.client_infos)
     rounds.sampler.known = {
-        id: [100.0 if i < 6 else 1.0, 1.0 if i % 2 else 50.0, 0.0] for i, id in enumerate(ids)
+        client_id: [100.0 if i < 6 else 1.0, 1.0 if i % 2 else 50.0, 0.0]
+        for i, client_id in enumerate(ids)
     }
-    drawn = Counter(id for round in range(200) for id in rounds.sampler.sample(round, 0, 0.0)[0])
-    quick, slow = [drawn[id] for id in ids[1:6:2]], [drawn[id] for id in ids[6::2]]
+    drawn = Counter(
+        client_id
+        for round_idx in range(200)
+        for client_id in rounds.sampler.sample(round_idx, 0, 0.0)[0]
+    )
+    quick, slow = (
+        [drawn[client_id] for client_id in ids[1:6:2]],
+        [drawn[client_id] for client_id in ids[6::2]],
+    )
     assert min(quick) > 3 * max(slow) and sum(drawn.values()) == 800
     fresh = rounds_of(source)
     assert 4 <= len(fresh.sampler.known) <= 8 and set(fresh.sampler.known) <= set(ids)
@@ -425,13 +456,17 @@ def test_oort_learns_from_losses_where_nobody_takes_any_time() -> None:
         data__partition=MANY,
     )
     rounds, records = held(source)
-    assert set(rounds.sampler.known) == {id for record in records for id in record["cohort"]}
+    assert set(rounds.sampler.known) == {
+        client_id for record in records for client_id in record["cohort"]
+    }
     last = records[-1]
-    for id in last["cohort"]:
-        worth, seconds, round = rounds.sampler.known[id]
-        assert worth == rounds.federation.client_infos[id].num_rows * last["train_loss"][id] and (
+    for client_id in last["cohort"]:
+        worth, seconds, round_idx = rounds.sampler.known[client_id]
+        assert worth == rounds.federation.client_infos[client_id].num_rows * last["train_loss"][
+            client_id
+        ] and (
             seconds,
-            round,
+            round_idx,
         ) == (0.0, 2.0)
     again = rounds_of(source, held=0)
     again.sampler.load_state_dict(rounds.sampler.state_dict())
@@ -445,7 +480,7 @@ def test_a_round_waits_for_as_many_as_its_secure_sum_needs() -> None:
             cohort={"sampling": "available"}, data__partition=MANY, **changes,
         )  # fmt: skip
         rounds = rounds_of(source, held=0)
-        return min(len(rounds.sampler.sample(round, 0, 0.0)[0]) for round in range(6))
+        return min(len(rounds.sampler.sample(round_idx, 0, 0.0)[0]) for round_idx in range(6))
 
     assert online() < 4 <= online(channel={"secure_sum": {"threshold": 4}})
 
@@ -463,12 +498,15 @@ def test_what_has_nothing_to_go_by_is_refused_in_one_line() -> None:
     refused(
         r"cohort\.over_selection: .*devices", cohort={"over_selection": 1.3}, clients__per_round=2
     )
-    refused(r"cohort\.sampling: oort", cohort={"sampling": "oort"})
-    refused(r"cohort\.least: found 3", cohort={"least": 3}, clients__per_round=2)
-    refused(r"faults: server faults are no longer simulated; remove the key 'server'", faults={"server": [1]})
+    refused(r"cohort\.sampling=oort: requires", cohort={"sampling": "oort"})
+    refused(r"cohort\.least: must be <= 2", cohort={"least": 3}, clients__per_round=2)
+    refused(
+        r"faults: server faults are no longer simulated; remove the key 'server'",
+        faults={"server": [1]},
+    )
     oort = {"sampling": "oort"}
     refused(
-        r"cohort\.sampling: oort .* channel\.secure_sum",
+        r"cohort\.sampling=oort cannot be combined with channel\.secure_sum",
         cohort=oort,
         clients__per_round=3,
         channel={"secure_sum": {}},
@@ -512,7 +550,10 @@ def test_what_has_nothing_to_go_by_is_refused_in_one_line() -> None:
             "cohort.deadline: no client can meet 1e-06 s; a single step",
         ),
         ({"faults": {"delay": 9}}, "faults.delay: has no effect, because faults.late is 0"),
-        ({"cohort": {"attempts": 3}}, "cohort.attempts: has no effect unless cohort.too_few is repeat"),
+        (
+            {"cohort": {"attempts": 3}},
+            "cohort.attempts: has no effect unless cohort.too_few is repeat",
+        ),
     ]:
         plain = prepare(config("fedavg", "mlp", 4, devices=SLOW, cohort={"deadline": 60})).notes
         assert any(

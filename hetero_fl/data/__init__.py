@@ -1,7 +1,7 @@
-"""Data of a federation: sources, partitions, preprocessing, and the split among clients.
+"""Data of a federation: sources, partitions, splits and preprocessing.
 
-`load_source` gets a data set by name, `federate` deals it out, and the `FederatedData` that it returns serves every
-participant's columns through that participant's own preprocessing.
+`load_source` loads a data set by name, and `federate` partitions it among the clients. The
+resulting `FederatedData` returns the examples of each participant, preprocessed for its model.
 """
 
 from hetero_fl.data import sources

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from hetero_fl.core.images import (
-    COLOURS,
-    MOST_CHANNELS,
+    MAX_CHANNELS,
+    USUAL_CHANNELS,
     as_bytes,
     as_numbers,
     channels_first,
@@ -22,7 +22,7 @@ from hetero_fl.core.images import (
 )
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import (
-    MOST_NUMBERED_CLASSES,
+    MAX_NUMBERED_CLASSES,
     Block,
     Dataset,
     Examples,
@@ -33,75 +33,88 @@ from hetero_fl.data.dataset import (
 )
 from hetero_fl.utils.errors import UserError, suggest_file, suggest_or_list
 
-# A data set of arrays in hand.
-
 Kind = Literal["multiclass", "multilabel", "regression"]
-SHOWN = 8  # classes that a warning lists
+MAX_LISTED_CLASSES = 8
+"""Number of classes that a warning lists."""
 
 
 def from_arrays(
-    x: Any, y: Any, *, validation: tuple[Any, Any] | None = None,
-    test: tuple[Any, Any] | None = None, group: Any = None, patient: Any = None, time: Any = None,
-    unit: Any = None, task: Task | Kind | None = None, num_classes: int | None = None,
-    name: str = "arrays", simulated: bool = False, about: str = "",
-    columns: tuple[str, ...] = (), blocks: Sequence[tuple[str, Sequence[int]]] = (),
+    x: Any,
+    y: Any,
+    *,
+    validation: tuple[Any, Any] | None = None,
+    test: tuple[Any, Any] | None = None,
+    group: Any = None,
+    patient: Any = None,
+    time: Any = None,
+    unit: Any = None,
+    task: Task | Kind | None = None,
+    num_classes: int | None = None,
+    name: str = "arrays",
+    simulated: bool = False,
+    about: str = "",
+    columns: tuple[str, ...] = (),
+    blocks: Sequence[tuple[str, Sequence[int]]] = (),
     vocabulary: Vocabulary | None = None,
-) -> Dataset:  # fmt: skip
-    """Return a data set of numpy arrays or tensors.
+) -> Dataset:
+    """Create a data set from NumPy arrays or tensors.
 
-    Each reading of the labels that could be another one is a `UserWarning` and a line in the run's
-    log.
+    If labels can be interpreted in more than one way, the choice is reported as a `UserWarning`
+    and in the log of the run.
 
     Args:
-        x: Images `[N, C, H, W]`, `[N, H, W, C]` or, as whole numbers, `[N, H, W]`: uint8, or floats
-            in 0..1 or 0..255; or floats `[N, T, F]` (series) or `[N, F]` (a table). Series of more
-            than one channel need `columns`; without it they could be images.
-        y: Labels. Integers `[N]` are classes; if they do not start at 0 or have gaps, the classes
-            are the sorted labels that occur, and are named after them. Text `[N]` is classes, named
-            after the labels. Zeros and ones `[N, L]` are `L` labels per row (multilabel), or
-            classes if every row has exactly one 1. Other floats are regression targets, unless they
-            are few different whole numbers, none below 0 (classes).
-        validation: (x, y) of the common validation set; without it, it is held out of the training
+        x: Images `[N, C, H, W]`, `[N, H, W, C]` or, as integers, `[N, H, W]`, with values in 0..255
+            or, as floats, 0..1; or floats `[N, T, F]` (series) or `[N, F]` (tables). Series with
+            more than one channel need `columns` to distinguish them from images.
+        y: Labels. Integers `[N]` are classes; unless they are 0 to C - 1, the sorted distinct
+            labels become the class names. Strings `[N]` are class names. Zeros and ones `[N, L]`
+            are multilabel targets, or classes if every row has exactly one 1. Other floats are
+            regression targets, unless they are few distinct nonnegative integers (classes).
+        validation: (x, y) of the common validation set. By default it is held out of the training
             rows.
-        test: (x, y) of the common test set; without it, it is held out of the training rows.
-        group: Group of each row, `[N]` of numbers or strings, for the natural partition.
-        patient: Patient of each row, `[N]` of numbers or strings; rows of one patient are never
-            split.
-        time: Time of each target, `[N]` of whole numbers (seconds since 1970, or any count that
-            grows) or datetime64. Train, validation and test are then cut by date, so `validation`
-            and `test` are not to be given.
-        unit: Of regression targets, `[N]`: what a row's targets are relative to. Errors are those
-            of targets times unit.
-        task: What is learned, instead of what the labels look like: a `Task` (labels are then taken
-            as they are), "multiclass", "multilabel" or "regression".
-        num_classes: Number of classes; integer labels are then class numbers from 0, whether or not
-            all occur.
-        name: The data set's name.
-        simulated: Whether generated data stands in for a real set.
-        about: A description in a few words.
-        columns: Names of a table's columns, or of a series' channels.
-        blocks: (name, shape) of the modalities that lie side by side in rows `[N, D]`; see also
+        test: (x, y) of the common test set. By default it is held out of the training rows.
+        group: Group of each row, `[N]` numbers or strings, for the natural partition.
+        patient: Patient of each row, `[N]` numbers or strings. The rows of a patient are never
+            divided between splits or clients.
+        time: Time of each target, `[N]` integers (seconds since 1970 or any increasing unit) or
+            datetime64. Training, validation and test rows are then split by date, so `validation`
+            and `test` must not be given.
+        unit: Scale of the regression targets of each row, `[N]`. Errors are reported for targets
+            times unit.
+        task: Learning task, instead of inferring it from the labels: "multiclass", "multilabel",
+            "regression", or a `Task`, with which labels are used unchanged.
+        num_classes: Number of classes. Integer labels are then class numbers from 0.
+        name: Name of the data set.
+        simulated: Whether the data is generated.
+        about: Short description.
+        columns: Names of the columns of a table, or of the channels of a series.
+        blocks: (name, shape) of each modality in flat rows `[N, D]`; see also
             `join_images_and_table`.
-        vocabulary: What the numbers mean where x is tokens, whole numbers `[N, T]` (see
-            `Vocabulary.encode`).
+        vocabulary: Vocabulary if x is integer tokens `[N, T]` (see `Vocabulary.encode`).
 
     Raises:
-        UserError: See `check_examples`; images whose range or order of axes could mean two things;
-            floats `[N, A, B]` that could be images or series; labels that do not fit `task` or
-            `num_classes`.
+        UserError: See `check_examples`. Also if the value range or axis order of images is
+            ambiguous, floats `[N, A, B]` could be images or series, or the labels do not match
+            `task` or `num_classes`.
+
+    Example:
+        >>> import numpy as np
+        >>> from hetero_fl.data import from_arrays
+        >>> x = np.random.default_rng(0).normal(size=(6, 2)).astype("float32")
+        >>> dataset = from_arrays(x, ["ill", "well", "ill", "well", "ill", "well"])
+        >>> dataset.task.names
+        ('ill', 'well')
+        >>> dataset.train
+        Examples(6 rows: x float32 [2], y int64)
     """
     pairs = {"train": (x, y), "validation": validation, "test": test}
     given = {split: pair for split, pair in pairs.items() if pair is not None}
     labels, classes = _parse_labels(
         {split: pair[1] for split, pair in given.items()}, task, num_classes, name
     )
-    notes: tuple[str, ...] = ()
-    if vocabulary is not None:
-        images = [_tensor(pair[0], f"{split}: x").long() for split, pair in given.items()]
-    else:
-        xs = {split: as_numbers(pair[0], f"{name}: {split}: x") for split, pair in given.items()}
-        _check_series({f"{name}: {split}: x": x for split, x in xs.items()}, tuple(columns))
-        images, notes = _images({f"{name}: {split}: x": x for split, x in xs.items()})
+    inputs, notes = _parse_inputs(
+        {split: pair[0] for split, pair in given.items()}, tuple(columns), vocabulary, name
+    )
     if classes and not isinstance(task, Task):
         task = Task("multiclass", len(classes), classes)
     elif not isinstance(task, Task):
@@ -111,115 +124,148 @@ def from_arrays(
         notes += tuple(doubts)
     elif num_classes is not None:
         raise UserError(
-            f"{name}: num_classes: found {num_classes}, but task has {task.outputs} outputs; leave one out"
+            f"{name}: num_classes: cannot be combined with a Task, got {num_classes} and "
+            f"{task.outputs} outputs; remove num_classes"
         )
     if time is not None and len(given) > 1:
         raise UserError(
-            f"{name}: time: validation and test are cut by date; leave them out, or leave time out"
+            f"{name}: time: cannot be combined with validation or test, which are split by date; "
+            "remove them or time"
         )
+    extra = _extra_columns(group, patient, time, unit, name)
+    examples = {
+        split: Examples(x, _targets(labels[split], task), **(extra if split == "train" else {}))
+        for split, x in zip(given, inputs, strict=True)
+    }
+    for split, part in examples.items():
+        # Missing values are checked later, against the preprocessing of each client.
+        check_examples(part, task, f"{name}: {split}", vocabulary=vocabulary, missing=True)
+    return Dataset(
+        name,
+        task,
+        examples["train"],
+        examples.get("validation"),
+        examples.get("test"),
+        simulated,
+        about,
+        tuple(columns),
+        notes,
+        tuple(Block(title, tuple(shape)) for title, shape in blocks),
+        vocabulary=vocabulary,
+    )
+
+
+def _parse_inputs(
+    raw: Mapping[str, Any], columns: tuple[str, ...], vocabulary: Vocabulary | None, name: str
+) -> tuple[list[Tensor], tuple[str, ...]]:
+    """Return x of each split as tensors, and remarks on how images were read."""
+    if vocabulary is not None:
+        return [_tensor(x, f"{name}: {split}: x").long() for split, x in raw.items()], ()
+    tensors = {
+        f"{name}: {split}: x": as_numbers(x, f"{name}: {split}: x") for split, x in raw.items()
+    }
+    _check_series(tensors, columns)
+    return _images(tensors)
+
+
+def _extra_columns(group: Any, patient: Any, time: Any, unit: Any, name: str) -> dict[str, Any]:
+    """Return the fields of `Examples` for the columns that are given."""
     extra: dict[str, Any] = {}
     if group is not None:
-        extra["group"], extra["group_names"] = index_names(_listed(group))
+        extra["group"], extra["group_names"] = index_names(_as_list(group))
     if patient is not None:
-        extra["patient"], extra["patient_names"] = index_names(_listed(patient))
+        extra["patient"], extra["patient_names"] = index_names(_as_list(patient))
     if time is not None:
         extra["time"] = _parse_times(time, name)
     if unit is not None:
-        extra["unit"] = _tensor(unit, "unit").float()
-    examples = {
-        split: Examples(x, _targets(labels[split], task), **(extra if split == "train" else {}))
-        for split, x in zip(given, images, strict=True)
-    }
-    for split, found in examples.items():
-        # Missing values are allowed here: a view that sees them without `indicate` is refused later.
-        check_examples(found, task, f"{name}: {split}", vocabulary=vocabulary, missing=True)
-    return Dataset(
-        name, task, examples["train"], examples.get("validation"), examples.get("test"), simulated, about, tuple(columns), notes,
-        tuple(Block(title, tuple(shape)) for title, shape in blocks), vocabulary=vocabulary,
-    )  # fmt: skip
+        extra["unit"] = _tensor(unit, f"{name}: unit").float()
+    return extra
 
 
 def _parse_times(values: Any, name: str) -> Tensor:
-    """Return whole numbers as they are and dates as seconds since 1970, int64 `[N]`."""
-    found = np.asarray(values)
-    if np.issubdtype(found.dtype, np.datetime64):
-        found = found.astype("datetime64[s]").astype(np.int64)
-    if not np.issubdtype(found.dtype, np.integer):
-        raise UserError(f"{name}: time: found {found.dtype}; want whole numbers or datetime64")
-    return torch.from_numpy(found.astype(np.int64))
+    """Return integers unchanged and dates as seconds since 1970, int64 `[N]`."""
+    times = np.asarray(values)
+    if np.issubdtype(times.dtype, np.datetime64):
+        times = times.astype("datetime64[s]").astype(np.int64)
+    if not np.issubdtype(times.dtype, np.integer):
+        raise UserError(f"{name}: time: expected integers or datetime64, got {times.dtype}")
+    return torch.from_numpy(times.astype(np.int64))
 
 
-def _listed(values: Any) -> list[Any]:
+def _as_list(values: Any) -> list[Any]:
     return list(values.tolist() if hasattr(values, "tolist") else values)
 
 
-def _tensor(values: Any, split: str) -> Tensor:
+def _tensor(values: Any, where: str) -> Tensor:
     try:
         return torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{split}: not an array of numbers: {error}") from error
+        raise UserError(f"{where}: expected an array of numbers ({error})") from error
 
 
 def _parse_labels(
     labels: Mapping[str, Any], task: Task | str | None, num_classes: int | None, name: str
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Return the labels of each split as numbers, and the names of classes if they are text."""
+    """Return the labels of each split as numbers, and the class names if they are text."""
     texts = {
         split: text
         for split, y in labels.items()
         if (text := _text_labels(y, f"{name}: {split}: y")) is not None
     }
     if not texts:
-        return {split: _tensor(y, split) for split, y in labels.items()}, ()
+        return {split: _tensor(y, f"{name}: {split}: y") for split, y in labels.items()}, ()
     for split in labels:
         if split not in texts:
-            raise UserError(f"{name}: {split}: y: found numbers, but other labels are text")
+            raise UserError(f"{name}: {split}: y: expected text as in other splits, got numbers")
     if isinstance(task, Task):
-        named = _label_numbers(texts, task, name)
-        return named, task.names
+        return _label_numbers(texts, task, name), task.names
     if task not in (None, "multiclass"):
-        raise UserError(
-            f"{name}: task: found '{task}', but the labels are text; text labels are classes"
-        )
+        raise UserError(f"{name}: task: must be 'multiclass' for text labels, got '{task}'")
     numbers, classes = index_names(label for text in texts.values() for label in text)
     if num_classes not in (None, len(classes)):
         raise UserError(
-            f"{name}: num_classes: found {num_classes}, but {len(classes)} different labels occur"
+            f"{name}: num_classes: must be {len(classes)}, the number of distinct text labels, got "
+            f"{num_classes}"
         )
-    split_up = numbers.split([len(text) for text in texts.values()])
-    return dict(zip(texts, split_up, strict=True)), classes
+    per_split = numbers.split([len(text) for text in texts.values()])
+    return dict(zip(texts, per_split, strict=True)), classes
 
 
 def _text_labels(y: Any, where: str) -> list[str] | None:
-    """Return labels `[N]` of text; None if they are no text."""
+    """Return text labels `[N]`, or None if the labels are not text."""
     if isinstance(y, Tensor):
         return None
     try:
-        found = np.asarray(y)
-    except (TypeError, ValueError, RuntimeError):  # `_tensor` says what is wrong
+        array = np.asarray(y)
+    except (TypeError, ValueError, RuntimeError):
+        # `_tensor` reports the problem.
         return None
-    labels = found.ravel().tolist()
+    labels = array.ravel().tolist()
     if not any(isinstance(label, str) for label in labels):
         return None
-    if found.shape not in ((len(labels),), (len(labels), 1)):
-        raise UserError(f"{where}: found text of shape {found.shape}; want ({len(found)},)")
+    if array.shape not in ((len(labels),), (len(labels), 1)):
+        raise UserError(
+            f"{where}: expected text labels of shape ({len(array)},), got shape {array.shape}"
+        )
     for row, label in enumerate(labels):
         if not isinstance(label, str):
-            raise UserError(f"{where}: found {label!r} in row {row}, but other labels are text")
+            raise UserError(f"{where}: row {row}: expected text as in other rows, got {label!r}")
     return labels
 
 
 def _label_numbers(texts: Mapping[str, Sequence[str]], task: Task, name: str) -> dict[str, Tensor]:
-    """Return text labels as the numbers of a task's classes."""
+    """Return text labels as class numbers of a task."""
     if task.kind != "multiclass" or not task.names:
         raise UserError(
-            f"{name}: y: found text; give task the names of its classes, or leave it out"
+            f"{name}: y: text labels need a multiclass task with class names; add them to task, or "
+            "remove task"
         )
     for split, text in texts.items():
         for row, label in enumerate(text):
             if label not in task.names:
                 raise UserError(
-                    f"{name}: {split}: y: found '{label}' in row {row}{suggest_or_list(label, task.names)}"
+                    f"{name}: {split}: y: row {row}: unknown class '{label}'"
+                    f"{suggest_or_list(label, task.names)}"
                 )
     return {
         split: torch.tensor([task.names.index(label) for label in text])
@@ -232,34 +278,40 @@ def _check_series(raw: Mapping[str, Tensor], columns: tuple[str, ...]) -> None:
     for where, x in raw.items():
         if x.ndim != 3 or not x.is_floating_point() or x.shape[-1] <= 1:
             continue
-        found = f"{where}: found floats of shape {tuple(x.shape)}"
+        shape = tuple(x.shape)
         if not columns:
             raise UserError(
-                f"{found}, images or series? pass x[:, None] for images, or columns=[...], the names of the "
-                f"{x.shape[-1]} channels, for series of {x.shape[1]} steps"
+                f"{where}: floats of shape {shape} may be images or series; for images pass "
+                f"x[:, None], for series of {x.shape[1]} steps pass columns with the names of the "
+                f"{x.shape[-1]} channels"
             )
         if len(columns) != x.shape[-1]:
             raise UserError(
-                f"{found}, but {len(columns)} columns; name each of the {x.shape[-1]} channels"
+                f"{where}: columns: expected {x.shape[-1]} names for floats of shape {shape}, got "
+                f"{len(columns)}"
             )
 
 
 def _images(raw: Mapping[str, Tensor]) -> tuple[list[Tensor], tuple[str, ...]]:
-    """Return images in the form of `hetero_fl.core.images`, other x in float32, and notes."""
+    """Convert images to the format of `hetero_fl.core.images` and other x to float32.
+
+    Returns:
+        The tensors, and remarks on the axis order and value range.
+    """
     x = {where: as_bytes(x, where) if x.ndim in (3, 4) else x for where, x in raw.items()}
     x = {
         where: x[:, None] if x.dtype == torch.uint8 and x.ndim == 3 else x for where, x in x.items()
     }
     x = {where: x.float() if x.is_floating_point() else x for where, x in x.items()}
-    four = {where: channels_first(x, where) for where, x in x.items() if x.ndim == 4}
-    ranged, scaled = in_range(four)
+    images = {where: channels_first(x, where) for where, x in x.items() if x.ndim == 4}
+    ranged, scaled = in_range(images)
     notes = [
-        f"{where}: read as rows x height x width x channels"
-        for where, x in four.items()
-        if raw[where].ndim == 4 and raw[where].shape != x.shape
+        f"{where}: read as [rows, height, width, channels]"
+        for where, image in images.items()
+        if raw[where].ndim == 4 and raw[where].shape != image.shape
     ]
     if scaled:
-        notes.append(f"{next(iter(raw))}: floats from 0 to 255 are read as bytes")
+        notes.append(f"{next(iter(raw))}: floats from 0 to 255 are read as pixel values")
     return list((x | ranged).values()), tuple(notes)
 
 
@@ -270,117 +322,133 @@ def _read_labels(
     has_unit: bool,
     name: str,
 ) -> tuple[Task, dict[str, Tensor], list[str]]:
-    """Return the task, the targets of each split, and a line on each doubtful reading."""
-    if kind is not None and kind not in get_args(Kind):
-        raise UserError(f"{name}: task: found '{kind}'{suggest_or_list(kind, get_args(Kind))}")
-    if num_classes is not None and kind not in (None, "multiclass"):
-        raise UserError(
-            f"{name}: num_classes: found {num_classes}, but task is {kind}; leave one out"
-        )
-    if num_classes is not None and num_classes < 2:
-        raise UserError(f"{name}: num_classes: found {num_classes}; must be >= 2")
-    y = {split: _squeeze_labels(found, f"{name}: {split}: y") for split, found in labels.items()}
+    """Return the task, the targets of each split, and a remark on each ambiguous choice."""
+    kind = _check_kind(kind, num_classes, name)
+    y = {split: _squeeze_labels(part, f"{name}: {split}: y") for split, part in labels.items()}
     doubts: list[str] = []
     width = 1 if y["train"].ndim == 1 else y["train"].shape[1]
-    for split, found in y.items():
-        if found.shape[1:] != y["train"].shape[1:]:
+    for split, part in y.items():
+        if part.shape[1:] != y["train"].shape[1:]:
             raise UserError(
-                f"{name}: {split}: y: found shape {tuple(found.shape)}, but train has {width} columns"
+                f"{name}: {split}: y: expected {width} columns as in train, got shape "
+                f"{tuple(part.shape)}"
             )
-    if kind is None and num_classes is not None:
-        kind = "multiclass"
     if kind is None:
         kind, doubts = _label_kind(list(y.values()), has_unit, name)
     if kind == "multiclass" and width == 1:
-        whole = {
-            split: _class_numbers(found.numpy(), f"{name}: {split}: y")
-            for split, found in y.items()
+        numbers = {
+            split: _class_numbers(part.numpy(), f"{name}: {split}: y") for split, part in y.items()
         }
-        return _classes(whole, num_classes, doubts, name)
+        return _classes(numbers, num_classes, doubts, name)
     if kind == "multiclass":
         if not _one_hot(list(y.values())) or num_classes not in (None, width):
             raise UserError(
-                f"{name}: y: found {width} columns of labels, but a row of a multiclass task has one class"
+                f"{name}: y: a multiclass task needs one column of labels or one-hot rows, got "
+                f"{width} columns"
             )
         return (
             Task("multiclass", width),
-            {split: found.long().argmax(1) for split, found in y.items()},
+            {split: part.long().argmax(1) for split, part in y.items()},
             doubts,
         )
     return Task("multilabel" if kind == "multilabel" else "regression", width), y, doubts
 
 
+def _check_kind(kind: str | None, num_classes: int | None, name: str) -> str | None:
+    """Return the kind of task that the arguments `task` and `num_classes` determine, if any."""
+    if kind is not None and kind not in get_args(Kind):
+        raise UserError(
+            f"{name}: task: unknown task '{kind}'{suggest_or_list(kind, get_args(Kind))}"
+        )
+    if num_classes is None:
+        return kind
+    if kind not in (None, "multiclass"):
+        raise UserError(
+            f"{name}: num_classes: cannot be combined with task='{kind}', got {num_classes}; "
+            "remove one of them"
+        )
+    if num_classes < 2:
+        raise UserError(f"{name}: num_classes: must be >= 2, got {num_classes}")
+    return "multiclass"
+
+
 def _squeeze_labels(y: Tensor, where: str) -> Tensor:
     """Return labels `[N]` or `[N, L]` with L > 1."""
     if y.ndim not in (1, 2) or y.numel() == 0:
-        raise UserError(f"{where}: found shape {tuple(y.shape)}; want (N,) or (N, L)")
+        raise UserError(f"{where}: expected shape (N,) or (N, L), got {tuple(y.shape)}")
     return y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
 
 
 def _label_kind(y: list[Tensor], has_unit: bool, name: str) -> tuple[Kind, list[str]]:
-    """Return what the labels of all splits look like, and a line if they could be something else."""
+    """Infer the kind of task from the labels of all splits, with a remark if it is ambiguous."""
     if y[0].ndim == 2:
         if _one_hot(y):
-            line = f"every row has exactly one 1: read as {y[0].shape[1]} classes; pass task='multilabel' for labels"
-            return "multiclass", [f"{name}: y: {line} that are independent of each other"]
-        binary = all(bool(((found == 0) | (found == 1)).all()) for found in y)
+            return "multiclass", [
+                f"{name}: y: every row has exactly one 1, read as {y[0].shape[1]} classes; pass "
+                "task='multilabel' if the labels are independent"
+            ]
+        binary = all(bool(((part == 0) | (part == 1)).all()) for part in y)
         return ("multilabel" if binary else "regression"), []
     values = torch.cat(y).double()
     count = len(values.unique())
     if not y[0].is_floating_point():
-        if count > MOST_NUMBERED_CLASSES and bool((values < 0).any()):
-            found = (
-                f"found {count} different integers from {int(values.min())} to {int(values.max())}"
-            )
+        if count > MAX_NUMBERED_CLASSES and bool((values < 0).any()):
             raise UserError(
-                f"{name}: y: {found}; pass task='regression' for numbers, task='multiclass' for classes"
+                f"{name}: y: ambiguous labels, got {count} distinct integers from "
+                f"{int(values.min())} to {int(values.max())}; pass task='regression' or "
+                "task='multiclass'"
             )
         return "multiclass", []
     whole = bool((values.isfinite() & (values == values.floor())).all())
-    if has_unit or not whole or not 2 <= count <= min(MOST_NUMBERED_CLASSES, len(values) - 1):
+    if has_unit or not whole or not 2 <= count <= min(MAX_NUMBERED_CLASSES, len(values) - 1):
         return "regression", []
+    line = f"{name}: y: {count} distinct integers, as floats"
     if bool((values < 0).any()):
-        line = (
-            f"{count} different whole numbers, as floats, some below 0: read as regression targets"
-        )
-        return "regression", [f"{name}: y: {line}; pass task='multiclass' if they are classes"]
-    line = f"{count} different whole numbers, as floats: read as classes; pass task='regression' for numbers"
-    return "multiclass", [f"{name}: y: {line}"]
+        return "regression", [
+            f"{line}, some negative, read as regression targets; pass task='multiclass' if they "
+            "are classes"
+        ]
+    return "multiclass", [
+        f"{line}, read as classes; pass task='regression' if they are regression targets"
+    ]
 
 
 def _one_hot(y: list[Tensor]) -> bool:
     return all(
-        bool(((found == 0) | (found == 1)).all() and (found.double().sum(1) == 1).all())
-        for found in y
+        bool(((part == 0) | (part == 1)).all() and (part.double().sum(1) == 1).all()) for part in y
     )
 
 
 def _class_numbers(y: np.ndarray, where: str) -> Tensor:
-    """Return labels `[N]` as int64; refuse fractions."""
+    """Return labels `[N]` as int64, refusing fractions."""
     if (row := first_true(~np.isfinite(y) | (y != np.floor(y)))) is not None:
-        raise UserError(f"{where}: label {y[row]:g} in row {row} is not a class number")
+        raise UserError(f"{where}: row {row}: expected a class number, got {y[row]:g}")
     return torch.from_numpy(y.astype(np.int64))
 
 
 def _classes(
     y: dict[str, Tensor], num_classes: int | None, doubts: list[str], name: str
 ) -> tuple[Task, dict[str, Tensor], list[str]]:
-    """Return the task of integer labels, class numbers from 0, and lines on doubtful readings."""
+    """Return the task of integer labels, class numbers from 0, and remarks."""
     if num_classes is not None:
         return Task("multiclass", num_classes), y, doubts
     values = torch.cat(list(y.values())).unique()
     if int(values[0]) == 0 and int(values[-1]) == len(values) - 1:
         return Task("multiclass", len(values)), y, doubts
-    pairs = [f"{label} as class {place}" for place, label in enumerate(values[:SHOWN].tolist())]
-    more = f" and {len(values) - SHOWN} more" if len(values) > SHOWN else ""
+    listed = values[:MAX_LISTED_CLASSES].tolist()
+    pairs = ", ".join(f"{label} as class {index}" for index, label in enumerate(listed))
+    hidden = len(values) - len(listed)
+    more = f" and {hidden} more" if hidden else ""
     keep = f"num_classes={int(values[-1]) + 1} to keep the numbers, " if int(values[0]) >= 0 else ""
-    remedy = f"pass {keep}task='regression' for regression targets"
-    line = f"{name}: y: read as {len(values)} classes: {', '.join(pairs)}{more}; {remedy}"
+    note = (
+        f"{name}: y: read as {len(values)} classes: {pairs}{more}; pass {keep}task='regression' "
+        "for regression targets"
+    )
     task = Task("multiclass", len(values), tuple(str(label) for label in values.tolist()))
     return (
         task,
-        {split: torch.searchsorted(values, found) for split, found in y.items()},
-        [*doubts, line],
+        {split: torch.searchsorted(values, part) for split, part in y.items()},
+        [*doubts, note],
     )
 
 
@@ -391,13 +459,11 @@ def _targets(y: Tensor, task: Task) -> Tensor:
     return (y[:, None] if y.ndim == 1 else y).float()
 
 
-# Local .npz files in the MedMNIST layout: `{train,val,test}_images` and `{train,val,test}_labels`.
-
 SPLITS = {"train": "train", "validation": "val", "test": "test"}
-"""Our name of a split: its name in the file."""
+"""Prefix of the arrays of each split in the MedMNIST layout."""
 PATIENT = "patient"
 TABLES = (".csv", ".tsv", ".parquet")
-"""Files that the source `table` reads."""
+"""Suffixes of files that the source `table` reads."""
 
 
 def read_npz(
@@ -407,23 +473,24 @@ def read_npz(
     kind: str | None = None,
     patient: str | None = None,
 ) -> Dataset:
-    """Read a file in the MedMNIST layout.
+    """Read a `.npz` file in the MedMNIST layout.
 
-    Images are `(N, H, W)`, `(N, H, W, C)` or plainly `(N, C, H, W)`, in 0..1 or 0..255; floats
-    `(N, F)` in their place are the rows of a table. Labels are `(N,)`, `(N, 1)` or `(N, L)`: whole
-    numbers in one column are classes, several columns of 0 and 1 are multilabel, fractions are
-    regression targets. `train` is required, the other splits are optional.
+    The file has arrays `{train,val,test}_images` and `{train,val,test}_labels`; only `train` is
+    required. Images are `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`, in 0..1 or 0..255; floats
+    `[N, F]` are rows of a table. Labels are `[N]`, `[N, 1]` or `[N, L]`: integers in one column are
+    classes, several columns of 0 and 1 are multilabel targets, fractions are regression targets.
 
     Args:
-        path: The file.
-        name: The data set's name.
-        task: What is learned, if it is known; the file then has to hold images. Otherwise it is
-            read off the labels, with classes numbered from 0.
-        kind: multiclass, multilabel or regression, in place of what the labels look like.
-        patient: The array with the patient of each training row; None: "patient", if there is one.
+        path: File to read.
+        name: Name of the data set.
+        task: Learning task if it is fixed; the file must then contain images. By default the task
+            is inferred from the labels, with classes numbered from 0.
+        kind: "multiclass", "multilabel" or "regression", instead of inferring it.
+        patient: Name of the array with the patient of each training row. By default "patient", if
+            the file has it.
 
     Raises:
-        UserError: With the file, the array and the row.
+        UserError: If the file is missing or malformed, with the array and the row.
     """
     where = f"path: {path}"
     wanted = [f"{split}_{part}" for split in SPLITS.values() for part in ("images", "labels")] + [
@@ -431,14 +498,12 @@ def read_npz(
     ]
     arrays, names = read_npz_arrays(path, wanted)
     raw = {
-        ours: _split_arrays(arrays, theirs, where)
-        for ours, theirs in SPLITS.items()
-        if f"{theirs}_images" in arrays
+        split: _split_arrays(arrays, prefix, where)
+        for split, prefix in SPLITS.items()
+        if f"{prefix}_images" in arrays
     }
     if "train" not in raw:
-        raise UserError(
-            f"{where}: no array 'train_images'; found {', '.join(names) or 'no arrays'}"
-        )
+        raise _missing_images_error(where, names)
     known = task is not None
     task = task or _npz_task([y for _, y in raw.values()], where, kind)
     notes = (
@@ -454,22 +519,23 @@ def read_npz(
         images = f"{SPLITS[split]}_images"
         labels = f"{SPLITS[split]}_labels"
         splits[split] = Examples(pixels, _npz_targets(y, task, f"{where}: {labels}"))
-        check_examples(splits[split], task, where, (images, labels))
+        check_examples(splits[split], task, where, names=(images, labels))
         if splits[split].x.shape[1:] != splits["train"].x.shape[1:]:
             raise UserError(
-                f"{where}: {images}: shape {x.shape}, but train_images has {raw['train'][0].shape}"
+                f"{where}: {images}: expected rows of shape {raw['train'][0].shape[1:]} as in "
+                f"train_images, got shape {x.shape}"
             )
     train = splits["train"]
-    if (found := arrays.get(patient or PATIENT)) is not None:
-        if found.shape not in ((len(train),), (len(train), 1)):
+    if (patients := arrays.get(patient or PATIENT)) is not None:
+        if patients.shape not in ((len(train),), (len(train), 1)):
             raise UserError(
-                f"{where}: {patient or PATIENT}: found shape {found.shape}; want ({len(train)},), "
-                "as train_images"
+                f"{where}: {patient or PATIENT}: expected shape ({len(train)},) as train_images "
+                f"has rows, got {patients.shape}"
             )
-        train.patient, train.patient_names = index_names(found.reshape(-1).tolist())
+        train.patient, train.patient_names = index_names(patients.reshape(-1).tolist())
     elif patient is not None:
         raise UserError(
-            f"patient: {path} has no array '{patient}'{suggest_or_list(patient, names)}"
+            f"patient: array '{patient}' not found in {path}{suggest_or_list(patient, names)}"
         )
     return Dataset(
         name,
@@ -483,51 +549,54 @@ def read_npz(
 
 
 def read_images(path: Path) -> Tensor:
-    """Return the training images of a file in the MedMNIST layout; no labels are read."""
+    """Read the training images of a file in the MedMNIST layout, without labels."""
     where = f"path: {path}"
     arrays, names = read_npz_arrays(path, ["train_images"])
     if not arrays:
-        raise UserError(
-            f"{where}: no array 'train_images'; found {', '.join(names) or 'no arrays'}"
-        )
+        raise _missing_images_error(where, names)
     if arrays["train_images"].shape[:1] in ((), (0,)):
-        raise UserError(f"{where}: train_images: found no rows")
+        raise UserError(f"{where}: train_images: has no rows")
     return _npz_images({f"{where}: train_images": arrays["train_images"]}, table=True)[0]
 
 
+def _missing_images_error(where: str, names: Sequence[str]) -> UserError:
+    found = ", ".join(names) or "no arrays"
+    return UserError(f"{where}: array 'train_images' not found; the file has {found}")
+
+
 def read_npz_arrays(path: Path, wanted: Collection[str]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Read some arrays of a `.npz` file; no other array is unpacked.
+    """Read selected arrays of a `.npz` file.
 
     Args:
-        path: The file.
-        wanted: Names of arrays; those that are missing are left out.
+        path: File to read.
+        wanted: Names of arrays; those that do not exist are skipped.
 
     Returns:
-        The arrays that were found by name, and the names of all arrays.
+        The arrays by name, and the names of all arrays in the file.
 
     Raises:
         UserError: If the file is missing or damaged.
     """
     where = f"path: {path}"
     if not path.is_file():
-        raise UserError(f"{where}: no such file{suggest_file(path)}")
+        raise UserError(f"path: file '{path}' not found{suggest_file(path)}")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             names = list(archive.files)
             return {name: archive[name] for name in names if name in wanted}, names
     except Exception as error:
-        # A damaged file makes zipfile, zlib and numpy raise a dozen kinds of errors.
+        # zipfile, zlib and numpy raise many kinds of errors for a damaged file.
         raise UserError(
             f"{where}: not a readable .npz file{_unreadable_reason(path, error)}"
         ) from error
 
 
 def _unreadable_reason(path: Path, error: Exception) -> str:
-    """Return why a file is no .npz; numpy's own message would advise to unpickle it."""
+    # numpy's message would recommend to unpickle the file.
     if not is_zipfile(path):
-        return ": it is no whole archive of arrays, as numpy.savez writes it"
+        return ": expected a complete archive as written by numpy.savez"
     if "pickle" in str(error):
-        return ": it has an array of Python objects; save numbers"
+        return ": contains an array of Python objects; save arrays of numbers"
     return f" ({type(error).__name__}: {error})"
 
 
@@ -537,33 +606,35 @@ def _split_arrays(
     images = f"{split}_images"
     labels = f"{split}_labels"
     if labels not in arrays:
-        raise UserError(f"{where}: no array '{labels}' beside '{images}'")
+        raise UserError(f"{where}: array '{labels}' not found, which '{images}' needs")
     x = arrays[images]
     y = arrays[labels]
     if y.ndim not in (1, 2) or 0 in y.shape[1:]:
-        raise UserError(f"{where}: {labels}: found shape {y.shape}; want (N,), (N, 1) or (N, L)")
+        raise UserError(f"{where}: {labels}: expected shape (N,), (N, 1) or (N, L), got {y.shape}")
     if x.ndim == 0 or len(x) != len(y):
         raise UserError(
-            f"{where}: {images} has {len(x) if x.ndim else 0} rows, {labels} has {len(y)}"
+            f"{where}: {labels}: expected {len(x) if x.ndim else 0} rows as in {images}, got "
+            f"{len(y)}"
         )
     if y.dtype.kind not in "buif":
-        raise UserError(f"{where}: {labels}: found {y.dtype}; labels are numbers")
+        raise UserError(f"{where}: {labels}: expected numbers, got {y.dtype}")
     if y.dtype.kind == "f" and not np.isfinite(y).all():
         row = np.argwhere(~np.isfinite(y))[0][0]
-        raise UserError(f"{where}: {labels}: NaN or infinity in row {row}")
+        raise UserError(f"{where}: {labels}: row {row}: NaN or infinite value")
     return x, y[:, None] if y.ndim == 1 else y
 
 
 def _npz_task(labels: list[np.ndarray], where: str, kind: str | None) -> Task:
-    """Return what is learned, read off the labels of all splits unless the kind is known."""
+    """Infer the task from the labels of all splits, given its kind or not."""
     widths = {y.shape[1] for y in labels}
     if len(widths) > 1:
         raise UserError(
-            f"{where}: labels: found {sorted(widths)} columns; want as many in every split"
+            f"{where}: labels: expected the same number of columns in every split, got "
+            f"{' and '.join(map(str, sorted(widths)))}"
         )
     y = np.concatenate(labels)
     if len(y) == 0:
-        raise UserError(f"{where}: train_images: found no rows")
+        raise UserError(f"{where}: train_images: has no rows")
     if kind is None and y.dtype.kind == "f" and (y != np.floor(y)).any():
         kind = "regression"
     if kind == "regression":
@@ -571,29 +642,29 @@ def _npz_task(labels: list[np.ndarray], where: str, kind: str | None) -> Task:
     if kind == "multilabel" or (kind is None and y.shape[1] > 1):
         return Task("multilabel", y.shape[1])
     values = np.unique(y)
-    # A stray 255 in a file of two classes would make 256 classes of it: more than half of the
-    # numbers have to occur.
+    # At least half of the class numbers must occur, so that a stray 255 among two classes is
+    # reported instead of creating 256 classes.
     if values[0] >= 0 and int(values[-1]) + 1 > 2 * len(values):
         raise UserError(
-            f"{where}: labels: label {int(values[-1])} is out of range, as only {len(values)} different ones occur; "
-            "number the classes from 0"
+            f"{where}: labels: label {int(values[-1])} is out of range for {len(values)} distinct "
+            "labels; number the classes from 0"
         )
     return Task("multiclass", int(max(values[-1], 0)) + 1)
 
 
 def _ambiguity_note(labels: list[np.ndarray], task: Task, where: str) -> tuple[str, ...]:
-    """Return a line if the labels of all splits could mean something else."""
+    """Return a remark if the labels of all splits are ambiguous."""
     y = np.concatenate(labels)
     if task.kind == "multiclass" and (
         absent := sorted(set(range(task.outputs)) - set(y[:, 0].astype(int).tolist()))
     ):
         listed = ", ".join(map(str, absent))
-        return (
-            f"{where}: {task.outputs} classes, numbered from 0, of which {listed} do not occur",
-        )
+        return (f"{where}: read as {task.outputs} classes from 0, of which {listed} do not occur",)
     if task.kind == "multilabel" and bool((y.sum(1) == 1).all()):
-        remedy = "if they are classes, save one column of class numbers"
-        return (f"{where}: every row has exactly one 1: read as multilabel; {remedy}",)
+        return (
+            f"{where}: every row has exactly one 1, read as multilabel; if they are classes, save "
+            "one column of class numbers",
+        )
     return ()
 
 
@@ -601,29 +672,24 @@ def _npz_targets(y: np.ndarray, task: Task, where: str) -> Tensor:
     if task.kind != "multiclass":
         return torch.from_numpy(y.astype(np.float32))
     if y.shape[1] != 1:
-        raise UserError(f"{where}: found {y.shape[1]} columns of labels; this set has one")
+        raise UserError(f"{where}: expected one column of labels, got {y.shape[1]}")
     return _class_numbers(y[:, 0], where)
 
 
 def _npz_images(raw: Mapping[str, np.ndarray], table: bool) -> list[Tensor]:
-    """Return images `[N, C, H, W]` in uint8 or float32 or, where allowed, tables `[N, F]`.
-
-    Args:
-        raw: Arrays by their names in messages.
-        table: Whether `[N, F]` is allowed.
-    """
+    """Return images `[N, C, H, W]` as uint8 or float32 or, if `table` is set, tables `[N, F]`."""
     read = {}
     for where, x in raw.items():
         if x.dtype.kind not in "buif":
-            raise UserError(f"{where}: found {x.dtype}; images are uint8 or floats")
+            raise UserError(f"{where}: expected images as uint8 or floats, got {x.dtype}")
         images = as_numbers(x, where)
         images = as_bytes(images, where) if x.ndim > 2 else images.float()
         if x.ndim == 3:
             images = images[:, None]
-        elif x.ndim == 4 and (x.shape[-1] <= MOST_CHANNELS or x.shape[1] in COLOURS):
+        elif x.ndim == 4 and (x.shape[-1] <= MAX_CHANNELS or x.shape[1] in USUAL_CHANNELS):
             images = channels_first(images, where, documented="last")
         elif x.ndim != 2 or not table:
-            raise UserError(f"{where}: found shape {x.shape}; want (N, H, W) or (N, H, W, C)")
+            raise UserError(f"{where}: expected shape (N, H, W) or (N, H, W, C), got {x.shape}")
         read[where] = images.float() if images.is_floating_point() else images
-    pictures, _ = in_range({where: x for where, x in read.items() if x.ndim == 4})
-    return list((read | pictures).values())
+    ranged, _ = in_range({where: x for where, x in read.items() if x.ndim == 4})
+    return list((read | ranged).values())

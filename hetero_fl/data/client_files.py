@@ -1,9 +1,7 @@
-"""A federation without a common file: the files of all clients are pooled, and each gets its own back.
+"""Federations without a common data set, in which every client has its own file.
 
-This is the natural partition of one file with a column that says whose row it is. The common test
-set, the common validation set and the proxy set are drawn from all rows by the rules of `federate`:
-keyed by the seed (the test set by the data set's name alone), and whole patients where the files
-name them.
+The files are pooled to one data set whose groups are the clients, which `federate` divides with the
+natural partition. It holds out the common test, validation and proxy sets from the pooled rows.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ from pathlib import Path
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.data import DataConfig, SourceConfig
 from hetero_fl.config.population import Population
+from hetero_fl.core.images import dtype_name
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset, Examples, concatenate_examples, index_names
 from hetero_fl.data.external import match_to_common
@@ -25,12 +24,13 @@ from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import natural_order
 
 POOLED = ("table", "npz", "image_folder")
-# keys of `data` for files that leave them out
+"""Sources whose files can be pooled."""
 SHARED = ("label", "group", "patient", "task", "categories", "size")
+"""Keys of `data` that apply to files that do not set them."""
 
 
 def has_common_source(config: DataConfig) -> bool:
-    """Return whether the configuration names a common source: a data set by name, or a file."""
+    """Return whether the configuration has a common source: a data set by name, or a path."""
     return config.path is not None or not needs_path(config.name)
 
 
@@ -40,20 +40,21 @@ def pool_client_files(
     """Load the files of all clients as one data set whose groups are the clients.
 
     Args:
-        config: The data's configuration, without a common source.
-        clients: Settings by client; each has a source of its own.
+        config: Data configuration without a common source.
+        clients: Settings by client id; each client has its own source.
         missing: Whether values may be missing (NaN).
 
     Returns:
-        The data set, and the configuration and clients with which `federate` deals each client its own rows.
+        The data set, and the configuration and client settings for `federate`.
 
     Raises:
-        UserError: A client without a file, two clients of one file, files that do not match.
+        UserError: If a client has no file, two clients have the same file, or files do not match.
     """
     sources = _sources(config, clients)
     root = Path(config.root).expanduser()
     if config.name == "table" and config.categories is None:
-        from hetero_fl.data.sources.table_files import common_categories  # loads pandas
+        # Imported here because loading pandas is slow.
+        from hetero_fl.data.sources.table_files import common_categories
 
         categories = common_categories(
             {_config_path(client): source for client, source in sources.items()}
@@ -66,10 +67,10 @@ def pool_client_files(
         )
         for client, source in sources.items()
     }
-    like = _common_schema(own)
-    seen = required_columns((clients[client] for client in own), like.layout)
+    schema = _common_schema(own)
+    needed = required_columns((clients[client] for client in own), schema.layout)
     parts = {
-        client: match_to_common(each, like, _config_path(client), seen, "another file")
+        client: match_to_common(each, schema, _config_path(client), needed, "another file")
         for client, each in own.items()
     }
     train = _concatenate(parts)
@@ -78,12 +79,16 @@ def pool_client_files(
     ]
     notes += _note_unshared_classes(own)
     notes.append(
-        f"no data.path: common test, validation and proxy rows are drawn from the files of all {len(own)} clients"
+        "data.path is not set: common test, validation and proxy rows are held out of the files of "
+        f"all {len(own)} clients"
     )
-    about = f"{len(train):,} rows of {len(own)} files"
-    gap = next((each.min_gap for each in own.values() if each.min_gap), "")
     dataset = replace(
-        like, name=config.name, train=train, about=about, notes=tuple(notes), min_gap=gap
+        schema,
+        name=config.name,
+        train=train,
+        about=f"{len(train):,} rows of {len(own)} files",
+        notes=tuple(notes),
+        first_missing=next((each.first_missing for each in own.values() if each.first_missing), ""),
     )
     partition = config.partition.model_copy(update={"kind": "natural"})
     settings = {client: each.model_copy(update={"data": None}) for client, each in clients.items()}
@@ -91,14 +96,16 @@ def pool_client_files(
 
 
 def _sources(config: DataConfig, clients: Population) -> dict[str, SourceConfig]:
-    """Return each client's own source, with the keys of `data` that it leaves out."""
+    """Return the source of each client, with shared keys taken from `data`."""
     missing = f"data.path: missing; {config.name} reads a local file or folder"
     if config.name not in POOLED:
-        raise UserError(f"{missing}; without a common one, data.name is one of {', '.join(POOLED)}")
+        raise UserError(
+            f"{missing}, and files of clients can be pooled only for data.name {', '.join(POOLED)}"
+        )
     if config.partition.kind not in ("iid", "natural"):
         raise UserError(
-            f"data.partition.kind: found {config.partition.kind}, but without data.path each client has its own file; "
-            "leave it out"
+            f"data.partition.kind={config.partition.kind} needs data.path, as otherwise every "
+            "client has its own file; remove the key"
         )
     found: dict[str, SourceConfig] = {}
     owner: dict[str | None, str] = {}
@@ -106,20 +113,23 @@ def _sources(config: DataConfig, clients: Population) -> dict[str, SourceConfig]
         source = clients[client].data
         if source is None:
             raise UserError(
-                f"{missing}; without a common one, each client needs its own, but '{client}' has no data"
+                f"{missing}, and client '{client}' has no file of its own; set data.path, or data "
+                "for each client"
             )
         if source.name != config.name:
             raise UserError(
-                f"{_config_path(client)}.name: found {source.name}, but without data.path all are {config.name}"
+                f"{_config_path(client)}.name: must be {config.name} as in data.name if data.path "
+                f"is not set, got {source.name}"
             )
         if source.path is not None and source.path in owner:
             raise UserError(
-                f"{_config_path(client)}.path: found {source.path}, the file of '{owner[source.path]}'; without data.path each "
-                "client has its own"
+                f"{_config_path(client)}.path: already used by client '{owner[source.path]}', got "
+                f"'{source.path}'; set a different file for each client"
             )
         if source.categories not in (None, config.categories):
             raise UserError(
-                f"{_config_path(client)}.categories: all files are encoded alike; set data.categories instead"
+                f"{_config_path(client)}.categories: must be the same for all clients; set "
+                "data.categories instead"
             )
         owner[source.path] = client
         shared = {key: getattr(config, key) for key in SHARED if getattr(source, key) is None}
@@ -132,7 +142,7 @@ def _config_path(client: str) -> str:
 
 
 def _common_schema(datasets: Mapping[str, Dataset]) -> Dataset:
-    """Return what all sets are matched to: every class and every column that one of them has."""
+    """Return a data set with the classes and columns of all data sets."""
     first, one = next(iter(datasets.items()))
     columns = tuple(dict.fromkeys(name for each in datasets.values() for name in each.columns))
     with_patients = [client for client, each in datasets.items() if each.train.patient is not None]
@@ -140,56 +150,60 @@ def _common_schema(datasets: Mapping[str, Dataset]) -> Dataset:
         where = _config_path(client)
         if with_patients and each.train.patient is None:
             raise UserError(
-                f"{where}.patient: missing, but '{with_patients[0]}' names its patients"
+                f"{where}.patient: missing; client '{with_patients[0]}' has patients, so all files "
+                "need them"
             )
         if each.task.kind != one.task.kind:
             raise UserError(
-                f"{where}: {each.name} is {each.task.kind}, that of '{first}' {one.task.kind}; "
-                "set data.task"
+                f"{where}: expected a {one.task.kind} task as for client '{first}', got "
+                f"{each.task.kind} in {each.name}; set data.task"
             )
         if each.train.time is not None:
-            raise UserError(f"{where}: {each.name} is dated; name a common file in data.path")
+            raise UserError(
+                f"{where}: time series such as {each.name} cannot be pooled; set data.path to a "
+                "common file"
+            )
         if each.train.x.dtype != one.train.x.dtype:
             raise UserError(
-                f"{where}: found {each.train.x.dtype} examples, '{first}' has {one.train.x.dtype}"
+                f"{where}: expected {dtype_name(one.train.x)} examples as for client '{first}', "
+                f"got {dtype_name(each.train.x)}"
             )
         if not columns and raw_shape(each) != raw_shape(one):
             raise UserError(
-                f"{where}: examples have shape {raw_shape(each)}, those of '{first}' "
-                f"{raw_shape(one)}"
+                f"{where}: expected examples of shape {raw_shape(one)} as for client '{first}', "
+                f"got {raw_shape(each)}"
             )
-    task = one.task
-    if task.kind == "multiclass":
-        _check_spelling(datasets)
-        names = tuple(
-            natural_order({name for each in datasets.values() for name in each.task.names})
-        )
-        if all(each.task.names for each in datasets.values()):
-            task = Task("multiclass", len(names), names)
-        else:
-            outputs = max(each.task.outputs for each in datasets.values())
-            task = Task("multiclass", outputs, names if outputs == len(names) else ())
+    task = _common_classes(datasets) if one.task.kind == "multiclass" else one.task
     categories = tuple(
         dict.fromkeys(pair for each in datasets.values() for pair in each.categories)
     )
     return Dataset(one.name, task, one.train, columns=columns, categories=categories)
 
 
+def _common_classes(datasets: Mapping[str, Dataset]) -> Task:
+    _check_spelling(datasets)
+    names = tuple(natural_order({name for each in datasets.values() for name in each.task.names}))
+    if all(each.task.names for each in datasets.values()):
+        return Task("multiclass", len(names), names)
+    outputs = max(each.task.outputs for each in datasets.values())
+    return Task("multiclass", outputs, names if outputs == len(names) else ())
+
+
 def _check_spelling(datasets: Mapping[str, Dataset]) -> None:
-    """Raise UserError if the names of two classes differ in case or in spaces alone."""
+    """Refuse class names that differ only in case or spaces."""
     spellings: dict[str, tuple[str, Dataset]] = {}
     for client, each in datasets.items():
         for name in each.task.names:
             known, other = spellings.setdefault(" ".join(name.casefold().split()), (name, each))
             if known != name:
                 raise UserError(
-                    f"{_config_path(client)}: {each.name} has class '{name}', {other.name} has "
-                    f"'{known}'; spell them alike"
+                    f"{_config_path(client)}: class '{name}' of {each.name} is spelled '{known}' "
+                    f"in {other.name}; use one spelling"
                 )
 
 
 def _note_unshared_classes(datasets: Mapping[str, Dataset]) -> list[str]:
-    """Return a line for each file none of whose classes is in another one."""
+    """Return a remark for each file that shares no class with another one."""
     num_files = Counter(name for each in datasets.values() for name in each.task.names)
     return [
         f"{_config_path(client)}: no other file has a class of {each.name}: {', '.join(names)}"
@@ -202,7 +216,7 @@ def _note_unshared_classes(datasets: Mapping[str, Dataset]) -> list[str]:
 
 
 def _concatenate(parts: Mapping[str, Examples]) -> Examples:
-    """Return all rows, each of its client's group; patients are those of one file."""
+    """Concatenate all rows, with clients as groups and patients distinguished by client."""
     rows = concatenate_examples(list(parts.values()))
     owners = [client for client, part in parts.items() for _ in range(len(part))]
     rows.group, rows.group_names = index_names(owners)

@@ -1,4 +1,4 @@
-"""The rows of each client: assigned before the run, or drawn when they are asked for."""
+"""The rows of each client: assigned before the run, or sampled on demand."""
 
 from __future__ import annotations
 
@@ -19,24 +19,44 @@ from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import RowSelection
 from hetero_fl.data.partition import apportion_nonzero, row_strata
 from hetero_fl.data.preprocessing import Preprocess
-from hetero_fl.data.splits import FEWEST_TO_TRAIN, split_counts
+from hetero_fl.data.splits import MIN_TRAIN_ROWS, split_counts
 from hetero_fl.utils.caching import BoundedCache
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.seeding import keyed_numpy_generator
 
 HASH_ROWS = 8192
-SPLITS_KEPT = 1024  # clients whose drawn rows are kept
+"""Number of rows hashed at a time."""
+MAX_CACHED_CLIENTS = 1024
+"""Number of clients whose sampled rows are cached."""
 
 
 @dataclass(frozen=True)
 class LazyPartition:
-    """The partition `drawn`: each client draws rows of a pool without replacement.
+    """The partition `drawn`: each client samples rows from a pool without replacement.
 
-    Clients may share rows. A client's rows depend on its id, its `size`, the pool, the
-    configuration and the seed, and not on the other clients. With `alpha`, its mix of labels is
-    Dirichlet(alpha · C · q), q the shares of the C classes in the pool (as in Hsu et al.,
-    arXiv:1909.06335, whose q is uniform); where a class has too few rows, the other classes fill
-    up. The cost is that of the client's rows, whatever the population.
+    Clients may share rows. The rows of a client depend on its id and `size`, the pool, the
+    configuration and the seed, but not on other clients, so the cost does not grow with the
+    population. With `alpha`, the label distribution of a client is sampled from
+    Dirichlet(alpha * C * q), where q are the shares of the C classes in the pool (uniform in Hsu et
+    al., arXiv:1909.06335). If a class has too few rows, the other classes fill up.
+
+    Args:
+        pool: Rows to sample from.
+        task: Learning task.
+        config: Partition settings.
+        split: Shares of validation and test rows.
+        clients: Settings by client id.
+        seed: Seed of the run.
+
+    Example:
+        >>> from hetero_fl.config.data import DataConfig
+        >>> from hetero_fl.config.clients import ClientSettings
+        >>> from hetero_fl.data import federate, make_table
+        >>> config = DataConfig(partition={"kind": "drawn", "rows": 40})
+        >>> clients = {f"client_{i}": ClientSettings() for i in range(100)}
+        >>> data = federate(make_table(), config, clients, seed=0)
+        >>> data.n_rows("client_7", "train") + data.n_rows("client_7", "test") < 40
+        True
     """
 
     pool: RowSelection
@@ -46,48 +66,52 @@ class LazyPartition:
     clients: Population
     seed: int
     _cached_splits: BoundedCache[dict[str, RowSelection]] = field(
-        default_factory=lambda: BoundedCache(SPLITS_KEPT), compare=False
+        default_factory=lambda: BoundedCache(MAX_CACHED_CLIENTS), compare=False
     )
 
     def check(self) -> None:
-        """Check that every client can have the rows that its settings ask for.
+        """Check that every client can get the rows that its settings require.
 
         Raises:
-            UserError: If a client could have too few rows, or more than there are.
+            UserError: If a client would get too few rows, or more than the pool has.
         """
         where = "data.partition"
-        pool = len(self.pool.rows)
+        pool_size = len(self.pool.rows)
         if self.pool.examples.patient is not None:
             raise UserError(
-                f"{where}.kind: found drawn, which takes rows one by one; leave data.patient out"
+                f"{where}.kind=drawn cannot be combined with data.patient; remove data.patient"
             )
-        to_train = 1 - self.split.validation - self.split.test
-        for kind in self.clients.profiles:
-            if kind.settings.data is not None:
+        train_share = 1 - self.split.validation - self.split.test
+        for profile in self.clients.profiles:
+            if profile.settings.data is not None:
                 continue
-            rows = round(self.config.rows * kind.settings.size)
-            owner = f"for client '{kind.first}', by its size"
+            rows = round(self.config.rows * profile.settings.size)
+            client = f"client '{profile.first}'"
             if rows < self.config.min_size:
                 raise UserError(
-                    f"{where}.rows: found {rows} {owner}; min_size is {self.config.min_size}"
+                    f"{where}.rows: must be >= {self.config.min_size} (min_size) times size for "
+                    f"{client}, got {rows}"
                 )
-            if rows > pool:
+            if rows > pool_size:
                 raise UserError(
-                    f"{where}.rows: found {rows} {owner}, but there are {pool} to draw from; take fewer"
+                    f"{where}.rows: must be <= {pool_size}, the rows to sample from, times size "
+                    f"for {client}, got {rows}"
                 )
             counts = [rows]
             if self.config.spread:
-                # With more rows, rounding cannot take the last two away from training.
-                counts = list(range(self.config.min_size, min(pool, int(3 / to_train) + 1) + 1))
+                # Larger counts leave at least two training rows in spite of rounding.
+                largest = min(pool_size, int(3 / train_share) + 1)
+                counts = list(range(self.config.min_size, largest + 1))
             for count in counts:
-                if split_counts(count, self.split)["train"] < FEWEST_TO_TRAIN:
+                if split_counts(count, self.split)["train"] < MIN_TRAIN_ROWS:
                     key = "min_size" if self.config.spread else "rows"
                     raise UserError(
-                        f"{where}.{key}: {count} rows are too few to split by data.split; raise it"
+                        f"{where}.{key}: {count} rows are too few to split by data.split; choose a "
+                        "larger number"
                     )
 
     def num_rows(self, client: str) -> int:
-        """Return the number of a client's rows without drawing them."""
+        """Return the number of rows of a client without sampling them."""
         rows = self.config.rows * self.clients[client].size
         if self.config.spread:
             rows *= keyed_numpy_generator("data", self.seed, "rows", client).lognormal(
@@ -103,60 +127,61 @@ class LazyPartition:
     def splits(self, client: str) -> dict[str, RowSelection]:
         """Return the rows of each split."""
         count = self.num_rows(client)
-        draws = keyed_numpy_generator("data", self.seed, "drawn", client)
+        rng = keyed_numpy_generator("data", self.seed, "drawn", client)
         if self.config.alpha is None:
-            places = _sample_rows(draws, len(self.pool.rows), count)
+            indices = _sample_rows(rng, len(self.pool.rows), count)
         else:
-            sizes = np.array([len(c) for c in self._classes])
-            mix = draws.dirichlet(self.config.alpha * len(sizes) * sizes / sizes.sum())
-            wanted = _fill_counts(count, mix, sizes)
-            held = [(c, n) for c, n in zip(self._classes, wanted, strict=True) if n]
-            places = np.concatenate([c[_sample_rows(draws, len(c), n)] for c, n in held])
-        # so that classes are in no order where they are cut
-        rows = draws.permutation(self.pool.rows.numpy()[places])
-        sizes_of = split_counts(count, self.split)
-        parts = np.split(rows, np.cumsum(list(sizes_of.values()))[:-1])
+            sizes = np.array([len(c) for c in self._class_indices])
+            proportions = rng.dirichlet(self.config.alpha * len(sizes) * sizes / sizes.sum())
+            class_counts = _fill_counts(count, proportions, sizes)
+            nonempty = [(c, n) for c, n in zip(self._class_indices, class_counts, strict=True) if n]
+            indices = np.concatenate([c[_sample_rows(rng, len(c), n)] for c, n in nonempty])
+        # The rows are sorted by class, so they are shuffled before they are split.
+        rows = rng.permutation(self.pool.rows.numpy()[indices])
+        split_sizes = split_counts(count, self.split)
+        parts = np.split(rows, np.cumsum(list(split_sizes.values()))[:-1])
         return {
-            n: RowSelection(self.pool.examples, torch.from_numpy(np.sort(p)))
-            for n, p in zip(sizes_of, parts, strict=True)
+            name: RowSelection(self.pool.examples, torch.from_numpy(np.sort(part)))
+            for name, part in zip(split_sizes, parts, strict=True)
         }
 
     @cached_property
-    def _classes(self) -> list[np.ndarray]:
-        """Places in the pool by class."""
+    def _class_indices(self) -> list[np.ndarray]:
+        """Indices into the pool by class."""
         labels = self.pool.examples.labels[self.pool.rows]
         strata = row_strata(labels, self.task).numpy()
         return [np.flatnonzero(strata == c) for c in np.unique(strata)]
 
 
-def _sample_rows(draws: np.random.Generator, total: int, count: int) -> np.ndarray:
-    return draws.choice(total, count, replace=False, shuffle=False)
+def _sample_rows(rng: np.random.Generator, total: int, count: int) -> np.ndarray:
+    return rng.choice(total, count, replace=False, shuffle=False)
 
 
-def _fill_counts(count: int, mix: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """Return whole numbers that sum to `count` and follow the mix, none above its room.
+def _fill_counts(count: int, proportions: np.ndarray, capacity: np.ndarray) -> np.ndarray:
+    """Divide `count` by proportions without exceeding the capacity of any class.
 
-    What does not fit goes to the others, by the mix, or by their room where they have no share.
+    Excess rows go to the other classes by their proportions or, if those are all 0, by their free
+    capacity.
     """
-    found = np.zeros_like(room)
-    while (left := count - found.sum()) > 0:
-        free = room - found
-        share = np.where(free > 0, mix, 0.0)
-        found += np.minimum(
+    counts = np.zeros_like(capacity)
+    while (left := count - counts.sum()) > 0:
+        free = capacity - counts
+        share = np.where(free > 0, proportions, 0.0)
+        counts += np.minimum(
             apportion_nonzero(left, share if share.sum() > 0 else free.astype(float)), free
         )
-    return found
+    return counts
 
 
 @dataclass(frozen=True)
 class RemoteDataInfo:
-    """What is known of the rows of a client on another machine.
+    """Information about the rows of a client on another machine.
 
-    Args:
+    Attributes:
         rows: Number of rows of each split.
         content_hash: SHA-256 over the rows.
-        view: The client's preprocessing, where it depends on its rows.
-        labels: Label counts of its training rows, if it reveals them.
+        view: Preprocessing of the client if it depends on its rows.
+        labels: Label counts of the training rows if the client reveals them.
     """
 
     rows: Mapping[str, int]
@@ -166,7 +191,18 @@ class RemoteDataInfo:
 
 
 class ClientRows(Mapping[str, Mapping[str, RowSelection]]):
-    """Each client's train, validation and test rows, or what is known of rows on other machines."""
+    """A mapping from clients to their train, validation and test rows.
+
+    Args:
+        assigned: Rows of the clients that do not sample from a pool, by client id and split.
+        lazy_partition: Partition from which the other clients sample their rows.
+        remote_info: Information about clients on other machines, which are not in the mapping.
+
+    Attributes:
+        assigned: As the argument.
+        lazy_partition: As the argument.
+        remote_info: As the argument.
+    """
 
     def __init__(
         self,
@@ -179,7 +215,7 @@ class ClientRows(Mapping[str, Mapping[str, RowSelection]]):
         self.remote_info = remote_info or {}
 
     def count(self, client: str, split: str) -> int:
-        """Return the number of rows of one split without drawing them."""
+        """Return the number of rows of a split without sampling them."""
         if client in self.remote_info:
             return self.remote_info[client].rows[split]
         if client in self.assigned or self.lazy_partition is None:
@@ -188,27 +224,30 @@ class ClientRows(Mapping[str, Mapping[str, RowSelection]]):
 
     @property
     def n_train(self) -> int:
-        """Number of rows of all training splits; where clients draw, of the pool."""
+        """Number of rows of all training splits; for the partition `drawn`, of the pool."""
         pool = len(self.lazy_partition.pool.rows) if self.lazy_partition else 0
         return pool + sum(self._known_counts().values())
 
     def clients_with_one_row(self) -> list[str]:
-        """Return the clients with a single row to train on; clients that draw have more."""
+        """Return the clients with a single training row.
+
+        Clients that sample their rows always have more.
+        """
         return [client for client, rows in self._known_counts().items() if rows == 1]
 
     def _known_counts(self) -> dict[str, int]:
-        """Return the training rows of each client that does not draw."""
+        """Return the number of training rows of each client that does not sample from a pool."""
         counts = {client: len(splits["train"].rows) for client, splits in self.assigned.items()}
         return counts | {client: info.rows["train"] for client, info in self.remote_info.items()}
 
     def rows_by_location(self) -> list[tuple[tuple[str, str], RowSelection]]:
-        """Return the rows of every client and split, and the pool where clients draw."""
-        dealt = [
+        """Return the rows of every `(client, split)`, and the pool as `("", "pool")`."""
+        located = [
             ((client, name), share)
             for client, splits in self.assigned.items()
             for name, share in splits.items()
         ]
-        return dealt + ([(("", "pool"), self.lazy_partition.pool)] if self.lazy_partition else [])
+        return located + ([(("", "pool"), self.lazy_partition.pool)] if self.lazy_partition else [])
 
     def __getitem__(self, client: str) -> Mapping[str, RowSelection]:
         if client in self.assigned or self.lazy_partition is None:
@@ -230,7 +269,12 @@ class ClientRows(Mapping[str, Mapping[str, RowSelection]]):
 
 
 def fingerprint(about: object, rows_by_location: Iterable[tuple[Any, RowSelection]]) -> str:
-    """Return the SHA-256 over sets of rows with their places: examples, labels, times, units."""
+    """Return the SHA-256 over the examples, labels, times and units of sets of rows.
+
+    Args:
+        about: Description that is part of the hash.
+        rows_by_location: Sets of rows with their locations, which are part of the hash.
+    """
     digest = hashlib.sha256(repr(about).encode())
     for place, share in rows_by_location:
         each = share.examples

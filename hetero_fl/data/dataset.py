@@ -1,4 +1,4 @@
-"""Data sets of any source: examples, column layouts, vocabularies, and views of selected rows."""
+"""Examples, data sets, column layouts, vocabularies and row selections, whatever the source."""
 
 from __future__ import annotations
 
@@ -20,25 +20,30 @@ from hetero_fl.core.task import Task
 from hetero_fl.utils.errors import UserError, check_names, printable
 from hetero_fl.utils.ordering import natural_order
 
-# What a raw example is made of: named columns, or named blocks (modalities) of a flat row; and
-# which of them a view takes.
-
 Spans = tuple[tuple[int, int], ...]
-"""Runs of columns of the last axis, each from its first to before its last."""
+"""Half-open column ranges `(start, stop)` along the last axis."""
 Categories = tuple[tuple[str, tuple[str, ...]], ...]
-"""Text columns of a table that are encoded as indicators, each with its values in their order."""
+"""Text columns that are encoded as indicator columns, each with its ordered values."""
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
 def indicator_names(column: str, values: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of the columns that say 1 where a text column has a value, else 0."""
+    """Return the names of the indicator columns that encode a text column."""
     return tuple(f"{column}={value}" for value in values)
 
 
 class Block(NamedTuple):
-    """A named run of columns of a flat row `[D]`, with the shape of its values.
+    """A modality: consecutive columns of a flat row `[D]`, with the shape of their values.
 
-    `(1, 28, 28)` is an image, `(60,)` a row.
+    Attributes:
+        name: Name of the block.
+        shape: Shape of the values, for example `(1, 28, 28)` for an image or `(60,)` for a vector.
+
+    Example:
+        >>> from hetero_fl.data import Block
+        >>> block = Block("image", (1, 28, 28))
+        >>> block.size, block.image
+        (784, True)
     """
 
     name: str
@@ -46,21 +51,33 @@ class Block(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Columns."""
+        """Number of columns."""
         return math.prod(self.shape)
 
     @property
     def image(self) -> bool:
-        """Whether its values are pixels."""
+        """Whether the values are pixels of an image."""
         return len(self.shape) == 3
 
 
 @dataclass(frozen=True)
 class ColumnLayout:
-    """The names along an example's last axis: columns, or blocks, or none.
+    """Names along the last axis of the examples: columns, blocks or none.
 
-    The indicators of a text column (`categories`) lie next to each other and have that column's
-    name.
+    The indicators of a text column are adjacent and are selected by the name of that column.
+
+    Attributes:
+        columns: Name of each column.
+        blocks: Modalities of flat rows.
+        categories: Text columns that are encoded as indicators.
+
+    Example:
+        >>> from hetero_fl.data import ColumnLayout
+        >>> layout = ColumnLayout(("age", "sex=f", "sex=m"), categories=(("sex", ("f", "m")),))
+        >>> layout.names
+        ('age', 'sex')
+        >>> layout.spans(["sex"], "preprocess.columns")
+        ((1, 3),)
     """
 
     columns: tuple[str, ...] = ()
@@ -69,7 +86,7 @@ class ColumnLayout:
 
     @property
     def encoded_columns(self) -> dict[str, str]:
-        """The text column of each indicator."""
+        """Text column of each indicator column."""
         return {
             name: column
             for column, values in self.categories
@@ -78,14 +95,14 @@ class ColumnLayout:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names that a view may choose from."""
+        """Names that `preprocess.columns` may select."""
         encoded = self.encoded_columns
         columns = dict.fromkeys(encoded.get(name, name) for name in self.columns)
         return tuple(b.name for b in self.blocks) or tuple(columns)
 
     @property
     def boundaries(self) -> dict[str, tuple[int, int]]:
-        """Where each named column or block begins and ends."""
+        """Column range `(start, stop)` of each named column or block."""
         if not self.blocks:
             found: dict[str, tuple[int, int]] = {}
             encoded = self.encoded_columns
@@ -96,28 +113,32 @@ class ColumnLayout:
         return {b.name: span for b, span in zip(self.blocks, spans_of(self.blocks), strict=True)}
 
     def spans(self, names: Sequence[str], where: str) -> Spans:
-        """Return the runs of columns that have these names, in the data's order.
+        """Return the column ranges with the given names, in the order of the data.
 
-        Adjacent runs are merged.
+        Adjacent ranges are merged.
+
+        Args:
+            names: Columns or blocks.
+            where: Configuration key that names them, for error messages.
 
         Raises:
-            UserError: If nothing has a name, or nothing this one.
+            UserError: If a name is unknown, or the columns have no names.
         """
         if names and not self.names:
             raise UserError(
-                f"{where}: found '{printable(names[0])}'; nothing of these examples has a name, "
-                "leave it out"
+                f"{where}: unknown name '{printable(names[0])}'; the columns of this data set have "
+                "no names, remove the key"
             )
-        check_names(map(printable, names), self.names, f"{where}: found")
+        check_names(map(printable, names), self.names, f"{where}: unknown name")
         return merge_spans(tuple(span for name, span in self.boundaries.items() if name in names))
 
     def keep_columns(self, x: Tensor, names: Sequence[str], where: str) -> Tensor:
-        """Return a copy of examples in which all columns or blocks but these are NaN.
+        """Return a copy of the examples in which all other columns or blocks are NaN.
 
         Args:
             x: Examples, shape `[N, ..., columns]`.
-            names: Columns or blocks.
-            where: The place in the configuration that names them.
+            names: Columns or blocks to keep.
+            where: Configuration key that names them, for error messages.
 
         Raises:
             UserError: If a name is unknown.
@@ -128,12 +149,12 @@ class ColumnLayout:
         return kept
 
     def has_values(self, x: Tensor, names: Sequence[str], where: str) -> Tensor:
-        """Return which rows have a value in each of these columns or blocks, bool `[N]`.
+        """Return a mask `[N]` of the rows that have a value in each of these columns or blocks.
 
         Args:
             x: Examples, shape `[N, ..., columns]`.
             names: Columns or blocks.
-            where: The place in the configuration that names them.
+            where: Configuration key that names them, for error messages.
 
         Raises:
             UserError: If a name is unknown.
@@ -146,7 +167,7 @@ class ColumnLayout:
 
 
 def spans_of(blocks: Sequence[Block]) -> Spans:
-    """Where each block begins and ends."""
+    """Return the column range of each block."""
     found = []
     start = 0
     for block in blocks:
@@ -156,7 +177,7 @@ def spans_of(blocks: Sequence[Block]) -> Spans:
 
 
 def merge_spans(spans: Spans) -> Spans:
-    """The same columns in as few runs as can be."""
+    """Merge adjacent column ranges."""
     found: list[tuple[int, int]] = []
     for start, stop in spans:
         if found and found[-1][1] == start:
@@ -167,75 +188,98 @@ def merge_spans(spans: Spans) -> Spans:
 
 
 def check_blocks(blocks: Sequence[Block], shape: Sequence[int], where: str) -> None:
-    """Refuse blocks that do not fit the shape of an example, or whose names tensors cannot have."""
+    """Check the names of blocks, and their sizes against the shape of an example.
+
+    Args:
+        blocks: Blocks of a flat row.
+        shape: Shape of an example.
+        where: Name of the data set, for error messages.
+
+    Raises:
+        UserError: If a name is invalid or repeated, or the sizes do not add up to the row.
+    """
     names = [b.name for b in blocks]
     for name in names:
-        if not NAME.fullmatch(name) or names.count(name) > 1:
+        if not NAME.fullmatch(name):
             raise UserError(
-                f"{where}: blocks: found '{name}'; names are letters, digits and _, each once"
+                f"{where}: blocks: expected a name of letters, digits and _, got '{name}'"
             )
+        if names.count(name) > 1:
+            raise UserError(f"{where}: blocks: duplicate name '{name}'")
     if blocks and (len(shape) != 1 or shape[0] != sum(b.size for b in blocks)):
         sizes = " + ".join(str(b.size) for b in blocks)
         raise UserError(
-            f"{where}: blocks: found {sizes} columns for examples of shape {tuple(shape)}; blocks lie in rows"
+            f"{where}: blocks: expected flat rows of {sizes} columns, got examples of shape "
+            f"{tuple(shape)}"
         )
 
 
-# Words as numbers: a vocabulary taken from public text alone, or by hashing, for which no text is
-# read at all.
-
 EMPTY = 0
+"""Token of padding."""
 UNKNOWN = 1
+"""Token of words outside the vocabulary."""
 FIRST = 2
-"""No word, a word that is not in the vocabulary, the first word."""
+"""Token of the first word of a vocabulary."""
 WORD = re.compile(r"\w+(?:['’-]\w+)*|[.!?]")
 
 
 def split_words(text: str) -> list[str]:
-    """Return the words of a text in lower case.
+    """Split a text into lower-case words.
 
-    A full stop, question or exclamation mark is a word; other marks are left out.
+    A period, question mark or exclamation mark is a word; other punctuation is dropped.
     """
     return WORD.findall(text.lower())
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the numbers of tokens mean: 0 no word, 1 unknown, then `words`; or, without words, that many `buckets`.
+    """A mapping from words to tokens: a list of words, or hash buckets.
 
-    Equal vocabularies give equal numbers.
+    Token 0 is padding, token 1 an unknown word; the words or buckets follow. Equal vocabularies
+    assign equal tokens.
+
+    Attributes:
+        words: Known words, in the order of their tokens.
+        buckets: Number of hash buckets if there are no `words`.
+
+    Example:
+        >>> from hetero_fl.data import Vocabulary
+        >>> vocabulary = Vocabulary(("hello", "world"))
+        >>> vocabulary.encode(["Hello there, world"], length=4)
+        tensor([[0, 2, 1, 3]])
     """
 
     words: tuple[str, ...] = ()
     buckets: int = 0
 
     def __repr__(self) -> str:
-        return f"Vocabulary({self.size:,} tokens, {'hashed' if self.buckets else f'{len(self.words):,} words'})"
+        kind = "hashed" if self.buckets else f"{len(self.words):,} words"
+        return f"Vocabulary({self.size:,} tokens, {kind})"
 
     @classmethod
-    def from_texts(cls, texts: Iterable[Sequence[str]], most: int) -> Vocabulary:
-        """Return the vocabulary of the most frequent words of public texts.
+    def from_texts(cls, texts: Iterable[Sequence[str]], max_words: int) -> Vocabulary:
+        """Build a vocabulary from the most frequent words of public texts.
 
-        Equally frequent words are in alphabetical order; words that occur once are left out.
+        Ties are broken alphabetically. Words that occur only once are excluded.
 
         Args:
-            texts: Texts as words.
-            most: Largest number of words.
+            texts: Texts as sequences of words.
+            max_words: Maximum number of words.
         """
         counts = Counter(word for words in texts for word in words)
         frequent = sorted(
             (w for w, n in counts.items() if n > 1), key=lambda word: (-counts[word], word)
         )
-        return cls(tuple(frequent[:most]))
+        return cls(tuple(frequent[:max_words]))
 
     @property
     def size(self) -> int:
-        """Number of different tokens."""
+        """Number of distinct tokens, including padding and the unknown word."""
         return FIRST + (self.buckets or len(self.words))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Name of each token from the first word on: the word, or the number of its bucket."""
+        """Names of the tokens after padding and unknown: the words or bucket numbers."""
         return self.words or tuple(f"#{i}" for i in range(self.buckets))
 
     @cached_property
@@ -246,18 +290,26 @@ class Vocabulary:
         """Return the token of a word."""
         if not self.buckets:
             return self._places.get(word, UNKNOWN)
-        # the same in every process and release
+        # Unlike `hash`, BLAKE2 gives the same value in every process and release.
         digest = hashlib.blake2b(word.encode(), digest_size=8).digest()
         return FIRST + int.from_bytes(digest, "big") % self.buckets
 
     def encode(self, texts: Iterable[str | Sequence[str]], length: int) -> Tensor:
-        """Return the tokens of the last words of texts, int64 `[N, length]`, padded on the left."""
+        """Encode the last words of each text, padded on the left.
+
+        Args:
+            texts: Texts, as strings or as sequences of words.
+            length: Number of tokens per text.
+
+        Returns:
+            Tokens, int64 `[N, length]`.
+        """
         rows = [self.numbers(text)[-length:] for text in texts]
         filled = [[EMPTY] * (length - len(row)) + row for row in rows]
         return torch.tensor(filled, dtype=torch.int64).reshape(-1, length)
 
     def numbers(self, text: str | Sequence[str]) -> list[int]:
-        """Return the tokens of a text, or of its words."""
+        """Return the tokens of a text, given as a string or as its words."""
         return [
             self.number(word) for word in (split_words(text) if isinstance(text, str) else text)
         ]
@@ -265,59 +317,72 @@ class Vocabulary:
     def continuations(
         self, texts: Iterable[Sequence[str]], length: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return an example for every known word that follows on another word.
+        """Return one next-word example for every known word that has a predecessor.
+
+        Unknown words occur in the contexts but are never predicted.
 
         Args:
-            texts: Texts as words.
-            length: Number of words before.
+            texts: Texts as sequences of words.
+            length: Number of context words.
 
         Returns:
-            The words before it, int64 `[N, length]`; its index in `names`, int64 `[N]`; the number
-            of its text, int64 `[N]`. Unknown words are among those before, but never predicted.
+            Contexts, int64 `[N, length]`; indices of the next words in `names`, int64 `[N]`; and
+            indices of the texts, int64 `[N]`.
         """
-        before = []
-        following = []
-        whose = []
-        for number, words in enumerate(texts):
+        contexts = []
+        next_words = []
+        text_indices = []
+        for text_index, words in enumerate(texts):
             tokens = self.numbers(words)
-            for place in range(1, len(tokens)):
-                if tokens[place] != UNKNOWN:
-                    row = tokens[max(0, place - length) : place]
-                    before.append([EMPTY] * (length - len(row)) + row)
-                    following.append(tokens[place] - FIRST)
-                    whose.append(number)
-        x = torch.tensor(before, dtype=torch.int64).reshape(-1, length)
-        return x, torch.tensor(following, dtype=torch.int64), torch.tensor(whose, dtype=torch.int64)
+            for position in range(1, len(tokens)):
+                if tokens[position] != UNKNOWN:
+                    row = tokens[max(0, position - length) : position]
+                    contexts.append([EMPTY] * (length - len(row)) + row)
+                    next_words.append(tokens[position] - FIRST)
+                    text_indices.append(text_index)
+        return (
+            torch.tensor(contexts, dtype=torch.int64).reshape(-1, length),
+            torch.tensor(next_words, dtype=torch.int64),
+            torch.tensor(text_indices, dtype=torch.int64),
+        )
 
 
-# What every source yields: examples, the data set made of them, and the check that refuses
-# malformed ones.
-
-MOST_NUMBERED_CLASSES = 20  # more different numbers than that are regression targets
+MAX_NUMBERED_CLASSES = 20
+"""Labels with more distinct numbers are read as regression targets."""
 
 Columns = dict[str, Tensor]
-"""Tensors aligned on dim 0: "x" and, unless it is a proxy set without labels, "y"."""
+"""Tensors aligned on dimension 0: "x" and, except for an unlabeled proxy set, "y"."""
 
 
 @dataclass
 class Examples:
-    """Raw examples as they lie in memory.
+    """Raw examples before preprocessing.
 
     Attributes:
-        x: uint8 images `[N, C, H, W]`, floats `[N, ...]` (images, `[N, T, F]` series, `[N, F]`
-            tables), or tokens, int64 `[N, T]` below the size of the data set's vocabulary.
-        y: Targets as `Task` defines them, or None where there are none to read.
-        group: Group of each row (whose it is), int64 `[N]`, an index into `group_names`.
+        x: uint8 images `[N, C, H, W]`; floats `[N, C, H, W]` (images), `[N, T, F]` (series) or
+            `[N, F]` (tables); or int64 tokens `[N, T]`.
+        y: Targets as defined by `Task`, or None if the examples are unlabeled.
+        group: Group of each row (for example its hospital), int64 `[N]`, an index into
+            `group_names`.
         group_names: Names of the groups.
-        patient: Patient of each row, int64 `[N]`, an index into `patient_names`. Rows of one
-            patient stay together.
+        patient: Patient of each row, int64 `[N]`, an index into `patient_names`. The rows of a
+            patient are never divided between splits or clients.
         patient_names: Names of the patients.
-        time: Time of each row's target, int64 `[N]`, in seconds since 1970 or any count that grows.
-            It makes a set *dated*: train, validation and test are cut by date, never drawn.
-        unit: What each row's regression targets are relative to (a site's mean, say), float `[N]`.
-            Errors are those of targets times unit.
-        baselines: What simple rules predict for each row, as a model's outputs `[N, outputs]`, by
-            name. Models never see them.
+        time: Time of each target, int64 `[N]`, in seconds since 1970 or in any increasing unit.
+            Training, validation and test rows are then split by date, never at random.
+        unit: Scale of the regression targets of each row (for example the mean of a site), float
+            `[N]`. Errors are reported for targets times unit.
+        baselines: Outputs `[N, outputs]` of simple forecasting rules, by name. Models never see
+            them.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.data import Examples
+        >>> examples = Examples(torch.zeros(4, 3), torch.tensor([0, 1, 1, 0]))
+        >>> examples
+        Examples(4 rows: x float32 [3], y int64)
+        >>> examples.select_rows(torch.tensor([1, 2])).y
+        tensor([1, 1])
     """
 
     x: Tensor
@@ -336,7 +401,7 @@ class Examples:
             *self.baselines.items(),
         ]:
             if column is not None and len(column) != len(self.x):
-                raise UserError(f"found {len(self.x)} rows of x but {len(column)} of {name}")
+                raise UserError(f"{name}: expected {len(self.x)} rows as in x, got {len(column)}")
 
     def __repr__(self) -> str:
         columns = {name: getattr(self, name) for name in ("x", *_BY_ROW)}
@@ -350,27 +415,29 @@ class Examples:
 
     @property
     def labels(self) -> Tensor:
-        """`y` of a set that was checked to have it when it was loaded."""
+        """`y` of examples that are known to be labeled."""
         assert self.y is not None
         return self.y
 
     def select_rows(self, rows: Tensor) -> Examples:
-        """Return the rows (int64 `[M]`), in that order."""
-        found: dict[str, Any] = {
+        """Return the rows with the given indices (int64 `[M]`), in that order."""
+        columns: dict[str, Any] = {
             name: None if (c := getattr(self, name)) is None else c[rows] for name in _BY_ROW
         }
         baselines = {name: outputs[rows] for name, outputs in self.baselines.items()}
-        return replace(self, x=self.x[rows], baselines=baselines, **found)
+        return replace(self, x=self.x[rows], baselines=baselines, **columns)
 
 
 _BY_ROW = ("y", "group", "patient", "time", "unit")
 
 
 def concatenate_examples(parts: Sequence[Examples]) -> Examples:
-    """Return the rows of all parts, in order; what only some parts have is left out.
+    """Concatenate parts of one data set.
+
+    Columns that only some parts have are dropped.
 
     Args:
-        parts: Parts of one data set: groups and patients are numbered alike.
+        parts: Parts that share `group_names` and `patient_names`.
     """
     columns: dict[str, Any] = {}
     for name in _BY_ROW:
@@ -386,39 +453,46 @@ def concatenate_examples(parts: Sequence[Examples]) -> Examples:
 
 
 def _shape(column: Tensor) -> str:
-    """The type and shape of a row: `uint8 [1, 28, 28]`; of a single value the type alone."""
     name = dtype_name(column)
     return f"{name} {list(column.shape[1:])}" if column.ndim > 1 else name
 
 
 def index_names(values: Iterable[object]) -> tuple[Tensor, tuple[str, ...]]:
-    """Return each value's index, int64 `[N]`, and the distinct names in natural order."""
-    found = [str(value).strip() for value in values]
-    names = tuple(natural_order(set(found)))
-    place = {name: i for i, name in enumerate(names)}
-    return torch.tensor([place[name] for name in found], dtype=torch.int64), names
+    """Return the index of each value, int64 `[N]`, and the distinct names in natural order."""
+    texts = [str(value).strip() for value in values]
+    names = tuple(natural_order(set(texts)))
+    indices = {name: i for i, name in enumerate(names)}
+    return torch.tensor([indices[name] for name in texts], dtype=torch.int64), names
 
 
 @dataclass
 class Dataset:
-    """A data set.
+    """A data set with its task and description.
 
     Attributes:
-        name: Its name.
-        task: What is learned.
-        train: The rows that are partitioned among clients.
-        validation: The common validation set, if it has one.
-        test: The common test set, if it has one.
-        simulated: Whether generated data stands in for a real set.
-        about: A description in a few words.
-        columns: Names of a table's features, or of a series' channels.
-        notes: Lines on how the data was read that a user has to see before the run.
-        blocks: The modalities of flat float rows `[N, D]`, in order.
-        min_gap: Where the first missing value is, for the message that refuses it.
-        span: Of a dated set whose rows have several targets: how long before `time`, which is the
-            last target's, the first may be.
-        vocabulary: What the tokens mean, where x is tokens; all models of a federation share it.
-        categories: The text columns that some columns encode.
+        name: Name of the data set.
+        task: Learning task.
+        train: Rows that are partitioned among the clients.
+        validation: Common validation set, if the data set has one.
+        test: Common test set, if the data set has one.
+        simulated: Whether the data is generated.
+        about: Short description.
+        columns: Names of the features of a table, or of the channels of a series.
+        notes: Remarks on how the data was read, shown to the user before the run.
+        blocks: Modalities of flat float rows `[N, D]`, in order.
+        first_missing: Location of the first missing value, for error messages.
+        span: Maximum time between the first and the last target of a row, in the unit of
+            `Examples.time`, which is the time of the last target.
+        vocabulary: Vocabulary of the tokens if x is tokens.
+        categories: Text columns that are encoded as indicators.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.core.task import Task
+        >>> from hetero_fl.data import Dataset, Examples
+        >>> train = Examples(torch.zeros(4, 2), torch.tensor([0, 1, 1, 0]))
+        >>> Dataset("toy", Task("multiclass", 2), train, columns=("age", "dose"))
+        Dataset('toy': multiclass with 2 outputs, x float32 [2]; rows: train 4)
     """
 
     name: str
@@ -431,7 +505,7 @@ class Dataset:
     columns: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     blocks: tuple[Block, ...] = ()
-    min_gap: str = ""
+    first_missing: str = ""
     span: int = 0
     vocabulary: Vocabulary | None = None
     categories: Categories = ()
@@ -444,163 +518,192 @@ class Dataset:
         splits = ", ".join(f"{name} {len(examples):,}" for name, examples in self.splits().items())
         simulated = ", simulated" if self.simulated else ""
         return (
-            f"Dataset({self.name!r}: {self.task.kind} with {self.task.outputs} outputs, x {_shape(self.train.x)}; "
-            f"rows: {splits}{simulated})"
+            f"Dataset({self.name!r}: {self.task.kind} with {self.task.outputs} outputs, "
+            f"x {_shape(self.train.x)}; rows: {splits}{simulated})"
         )
 
     @property
     def layout(self) -> ColumnLayout:
-        """The names along an example's last axis."""
+        """Names along the last axis of the examples."""
         return ColumnLayout(self.columns, self.blocks, self.categories)
 
     def splits(self) -> dict[str, Examples]:
-        """Return the splits that the set has, by name."""
-        all_three = {"train": self.train, "validation": self.validation, "test": self.test}
-        return {name: examples for name, examples in all_three.items() if examples is not None}
+        """Return the existing splits by name."""
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: examples for name, examples in splits.items() if examples is not None}
 
 
 def check_examples(
     examples: Examples,
     task: Task,
     where: str,
+    *,
     names: tuple[str, str] = ("x", "y"),
     missing: bool = False,
     vocabulary: Vocabulary | None = None,
 ) -> None:
-    """Refuse examples that no model can learn from.
+    """Check that models can be trained on the examples.
+
+    A single class is allowed.
 
     Args:
-        examples: The examples.
-        task: What is learned.
-        where: What the set is called in messages; rows count from 0.
-        names: The names of x and y in the source.
-        missing: Whether NaN in x stands for a missing value; in images it is never allowed.
-        vocabulary: The vocabulary, where x is tokens.
+        examples: Examples to check.
+        task: Learning task.
+        where: Name of the set in error messages, in which rows count from 0.
+        names: Names of x and y in the source.
+        missing: Whether NaN in x is a missing value. Images must not have any.
+        vocabulary: Vocabulary if x is tokens.
 
     Raises:
-        UserError: No rows; x of a wrong dtype or shape; x or y not finite; tokens outside the
-            vocabulary; y missing, of a wrong dtype or shape, or out of the task's range. A single
-            class is allowed.
+        UserError: If there are no rows; x has a wrong dtype or shape, is not finite, or has tokens
+            outside the vocabulary; or y is missing, has a wrong dtype or shape, is not finite or
+            out of range.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.core.task import Task
+        >>> from hetero_fl.data import Examples, check_examples
+        >>> examples = Examples(torch.zeros(2, 3), torch.tensor([0, 5]))
+        >>> check_examples(examples, Task("multiclass", 2), "toy")
+        Traceback (most recent call last):
+        hetero_fl.utils.errors.UserError: toy: y: row 1: label 5 is out of range 0 to 1
     """
-    x = examples.x
-    y = examples.y
     x_name, y_name = names
-
-    def refuse(array: str, what: str) -> None:
-        raise UserError(f"{where}: {array}: {what}")
-
-    if len(x) == 0:
-        refuse(x_name, "found no rows")
+    if len(examples.x) == 0:
+        raise UserError(f"{where}: {x_name}: has no rows")
     if vocabulary is not None:
-        if x.dtype != torch.int64 or x.ndim != 2 or 0 in x.shape:
-            refuse(
-                x_name,
-                f"found {dtype_name(x)} of shape {tuple(x.shape)}; tokens are int64, rows x length",
-            )
-        if (row := first_true(((x < 0) | (x >= vocabulary.size)).any(1))) is not None:
-            refuse(
-                x_name, f"row {row} has a token out of range; they are 0 to {vocabulary.size - 1}"
-            )
-    elif x.dtype == torch.uint8:
-        if x.ndim != 4 or 0 in x.shape:
-            wanted = "images are rows x channels x height x width"
-            if x.ndim == 2:
-                wanted += f'; for a table pass {x_name}.astype("float32")'
-            refuse(x_name, f"found shape {tuple(x.shape)}; {wanted}")
-    elif not x.is_floating_point():
-        wanted = f'for a table pass {x_name}.astype("float32"); tokens need a vocabulary'
-        if x.ndim != 2:
-            wanted = "choose uint8 (images) or floats; tokens need a vocabulary"
-        refuse(x_name, f"found {dtype_name(x)} of shape {tuple(x.shape)}; {wanted}")
-    elif x.ndim < 2 or 0 in x.shape:
-        refuse(x_name, f"found shape {tuple(x.shape)}; every row needs at least one value")
-    elif missing and x.ndim < 4:
-        if (row := first_true(torch.isinf(x).flatten(1).any(1))) is not None:
-            refuse(x_name, f"infinity in row {row}")
-    elif (row := first_true(~torch.isfinite(x).flatten(1).all(1))) is not None:
-        refuse(x_name, f"NaN or infinity in row {row}")
-
-    if y is None:
-        refuse(y_name, "missing; every set but the proxy needs labels")
-    elif task.kind == "multiclass":
-        if y.dtype != torch.int64 or y.ndim != 1:
-            refuse(
-                y_name,
-                f"found {dtype_name(y)} of shape {tuple(y.shape)}; class numbers are int64 of shape ({len(x)},)",
-            )
-        if (row := first_true((y < 0) | (y >= task.outputs))) is not None:
-            refuse(
-                y_name,
-                f"label {int(y[row])} in row {row} is out of range; classes are 0 to {task.outputs - 1}",
-            )
+        _check_tokens(examples.x, vocabulary.size, f"{where}: {x_name}")
     else:
-        if not y.is_floating_point() or y.shape != (len(x), task.outputs):
-            wanted = f"{task.kind} takes floats of shape {(len(x), task.outputs)}"
-            refuse(y_name, f"found {dtype_name(y)} of shape {tuple(y.shape)}; {wanted}")
-        if (row := first_true(~torch.isfinite(y).all(1))) is not None:
-            refuse(y_name, f"NaN or infinity in row {row}")
-        if (
-            task.kind == "multilabel"
-            and (row := first_true(((y != 0) & (y != 1)).any(1))) is not None
-        ):
-            refuse(y_name, f"row {row} is out of range; multilabel targets are 0 or 1")
+        _check_values(examples.x, f"{where}: {x_name}", x_name, missing)
+    if examples.y is None:
+        raise UserError(f"{where}: {y_name}: missing; only proxy sets may be unlabeled")
+    if task.kind == "multiclass":
+        _check_class_labels(examples.y, task.outputs, len(examples), f"{where}: {y_name}")
+    else:
+        _check_float_targets(examples.y, task, len(examples), f"{where}: {y_name}")
     _check_extra_columns(examples, task, where)
 
 
+def _check_tokens(x: Tensor, vocabulary_size: int, where: str) -> None:
+    if x.dtype != torch.int64 or x.ndim != 2 or 0 in x.shape:
+        raise UserError(
+            f"{where}: expected int64 tokens of shape [rows, length], got {_describe(x)}"
+        )
+    if (row := first_true(((x < 0) | (x >= vocabulary_size)).any(1))) is not None:
+        raise UserError(f"{where}: row {row}: token is out of range 0 to {vocabulary_size - 1}")
+
+
+def _check_values(x: Tensor, where: str, name: str, missing: bool) -> None:
+    """Check images, series and tables; `name` is what x is called in the source."""
+    if x.dtype == torch.uint8:
+        if x.ndim != 4 or 0 in x.shape:
+            hint = f'; for a table pass {name}.astype("float32")' if x.ndim == 2 else ""
+            raise UserError(
+                f"{where}: expected images of shape [rows, channels, height, width], "
+                f"got {_describe(x)}{hint}"
+            )
+    elif not x.is_floating_point():
+        if x.ndim == 2:
+            hint = f'for a table pass {name}.astype("float32"), for tokens pass a vocabulary'
+        else:
+            hint = "tokens need a vocabulary"
+        raise UserError(f"{where}: expected uint8 images or floats, got {_describe(x)}; {hint}")
+    elif x.ndim < 2 or 0 in x.shape:
+        raise UserError(f"{where}: expected at least one value per row, got {_describe(x)}")
+    elif missing and x.ndim < 4:
+        if (row := first_true(torch.isinf(x).flatten(1).any(1))) is not None:
+            raise UserError(f"{where}: row {row}: infinite value")
+    elif (row := first_true(~torch.isfinite(x).flatten(1).all(1))) is not None:
+        raise UserError(f"{where}: row {row}: NaN or infinite value")
+
+
+def _check_class_labels(y: Tensor, num_classes: int, num_rows: int, where: str) -> None:
+    if y.dtype != torch.int64 or y.ndim != 1:
+        raise UserError(
+            f"{where}: expected int64 class labels of shape ({num_rows},), got {_describe(y)}"
+        )
+    if (row := first_true((y < 0) | (y >= num_classes))) is not None:
+        raise UserError(
+            f"{where}: row {row}: label {int(y[row])} is out of range 0 to {num_classes - 1}"
+        )
+
+
+def _check_float_targets(y: Tensor, task: Task, num_rows: int, where: str) -> None:
+    """Check multilabel and regression targets."""
+    if not y.is_floating_point() or y.shape != (num_rows, task.outputs):
+        raise UserError(
+            f"{where}: expected {task.kind} targets as floats of shape "
+            f"{(num_rows, task.outputs)}, got {_describe(y)}"
+        )
+    if (row := first_true(~torch.isfinite(y).all(1))) is not None:
+        raise UserError(f"{where}: row {row}: NaN or infinite value")
+    if task.kind == "multilabel" and (row := first_true(((y != 0) & (y != 1)).any(1))) is not None:
+        raise UserError(f"{where}: row {row}: multilabel targets must be 0 or 1")
+
+
 def _check_extra_columns(examples: Examples, task: Task, where: str) -> None:
-    """Refuse times, units and baselines that do not fit the rows."""
+    """Check times, units and baselines."""
     time = examples.time
     unit = examples.unit
     if time is not None and (time.dtype != torch.int64 or time.ndim != 1):
         raise UserError(
-            f"{where}: time: found {dtype_name(time)} of shape {tuple(time.shape)}; want int64 ({len(examples)},)"
+            f"{where}: time: expected int64 of shape ({len(examples)},), got {_describe(time)}"
         )
     if unit is not None:
         if not unit.is_floating_point() or unit.ndim != 1:
             raise UserError(
-                f"{where}: unit: found {dtype_name(unit)} of shape {tuple(unit.shape)}; want floats ({len(examples)},)"
+                f"{where}: unit: expected floats of shape ({len(examples)},), got {_describe(unit)}"
             )
         if task.kind != "regression":
-            raise UserError(f"{where}: unit: is of regression targets, but the task is {task.kind}")
+            raise UserError(
+                f"{where}: unit: cannot be combined with a {task.kind} task; it scales "
+                "regression targets"
+            )
         if (row := first_true(~(torch.isfinite(unit) & (unit > 0)))) is not None:
-            raise UserError(
-                f"{where}: unit: found {float(unit[row]):g} in row {row}; units are above 0"
-            )
+            raise UserError(f"{where}: unit: row {row}: must be > 0, got {float(unit[row]):g}")
+    shape = (len(examples), task.outputs)
     for name, outputs in examples.baselines.items():
-        if outputs.shape != (len(examples), task.outputs) or not bool(
-            torch.isfinite(outputs).all()
-        ):
+        if outputs.shape != shape:
             raise UserError(
-                f"{where}: baseline {name}: want finite outputs of shape {(len(examples), task.outputs)}"
+                f"{where}: baselines: {name}: expected shape {shape}, got {tuple(outputs.shape)}"
             )
+        if not bool(torch.isfinite(outputs).all()):
+            raise UserError(f"{where}: baselines: {name}: NaN or infinite value")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{dtype_name(tensor)} of shape {tuple(tensor.shape)}"
 
 
 def first_true(mask: Any) -> int | None:
-    """Return the index of the first True in a mask `[N]`; None if there is none."""
+    """Return the index of the first True in a mask `[N]`, or None."""
     values = np.asarray(mask, dtype=bool)
     return int(values.argmax()) if values.any() else None
 
 
 @dataclass(frozen=True)
 class RowSelection:
-    """Rows (int64 `[M]`) of examples that lie elsewhere, shared with others."""
+    """Selected rows of examples that several holders share without copying.
+
+    Attributes:
+        examples: Shared examples.
+        rows: Indices of the selected rows, int64 `[M]`.
+    """
 
     examples: Examples
     rows: Tensor
 
     @classmethod
     def all_rows(cls, examples: Examples) -> RowSelection:
-        """All rows."""
+        """Select all rows of the examples."""
         return cls(examples, torch.arange(len(examples)))
 
     def copy_rows(self) -> Examples:
-        """A copy of the rows."""
+        """Return a copy of the selected rows."""
         return self.examples.select_rows(self.rows)
 
-    def __reduce__(
-        self,
-        # between processes rows go as an array: tensors would each take a file handle
-    ) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickled as an array: every tensor sent between processes would occupy a file handle.
         return _make_selection, (self.examples, self.rows.numpy())
 
 

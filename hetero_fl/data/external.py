@@ -1,6 +1,6 @@
-"""The proxy set, and data from outside the common source: clients' own files, external proxy sets.
+"""The proxy set, and clients with their own data sources.
 
-Own files are matched to the common columns and classes.
+Data from other sources is matched to the classes, columns and blocks of the common set.
 """
 
 from __future__ import annotations
@@ -36,10 +36,8 @@ from hetero_fl.utils.code_permission import OWN
 from hetero_fl.utils.errors import UserError, check_names, suggest_or_list
 from hetero_fl.utils.seeding import keyed_generator, stream_key
 
-# Other sets matched to the common one: classes, columns, blocks.
-
-NONE = "none of that name"
-TOKENS = "give both the same `text` (length, tokenizer, vocabulary, public)"
+PROXY_COLUMNS = "data.proxy.columns"
+TOKENS = "set the same text (length, tokenizer, vocabulary, public) for both"
 
 
 def match_to_common(
@@ -49,20 +47,21 @@ def match_to_common(
     needed: Collection[str] | None = None,
     owner: str = "",
 ) -> Examples:
-    """Return the training rows of a client's own set with the common set's classes and columns.
+    """Match the training rows of a client's source to the classes and columns of the common set.
 
-    Named classes and columns are matched by name, unnamed ones by number. A client may lack
+    Named classes and columns are matched by name, unnamed ones by number. The source may lack
     classes, and columns that are not needed.
 
     Args:
-        own: The client's own set.
-        common: The common set.
-        where: The own set's place in the configuration, for messages.
-        needed: Columns or blocks that the own set may not lack; None: all of them.
-        owner: What has the columns of the common set, in messages; empty: the common set.
+        own: Data set of the client.
+        common: Common data set.
+        where: Configuration key of the source, for error messages.
+        needed: Columns or blocks that the source must have. None means all.
+        owner: Name for the owner of the columns in error messages; by default the common set.
 
     Raises:
-        UserError: Another kind of task, or a class or a column that only one of the two has.
+        UserError: If the tasks differ, the source has an unknown class, column or block, or it
+            lacks a needed column or block.
     """
     y = match_labels(own, common, where)
     if own.blocks or common.blocks:
@@ -73,58 +72,83 @@ def match_to_common(
         )
     if any(pair not in common.categories for pair in own.categories):
         raise UserError(
-            f"{where}.categories: {own.name} encodes other values than the common set {common.name}; set data.categories alone"
+            f"{where}.categories: {own.name} encodes different values than the common set "
+            f"{common.name}; set data.categories only"
         )
     place = f"{where}: {own.name}"
-    x, extra = match_columns(own.train.x, own.columns, common, place, needed, owner)
-    detail = f", the common set {common.name} has {NONE}"
-    check_names(extra, common.columns, f"{place} has column", detail)
+    x, extra = match_columns(own.train.x, own.columns, common, place, needed=needed, owner=owner)
+    detail = f" does not exist in the common set {common.name}"
+    check_names(extra, common.columns, f"{place}: column", detail)
     return replace(own.train, x=x, y=y)
 
 
 def match_labels(own: Dataset, common: Dataset, where: str) -> Tensor:
-    """Return the targets of a set's training rows, with classes numbered as the common set's are.
+    """Return the training targets of a data set with the class numbers of the common set.
+
+    Args:
+        own: Data set.
+        common: Common data set.
+        where: Configuration key of the data set, for error messages.
 
     Raises:
-        UserError: Another vocabulary, another kind of task, or a class that the common set lacks.
+        UserError: If the vocabularies or tasks differ, or a class does not exist in the common set.
     """
-    mine = own.task
-    ours = common.task
-    both = f"the common set {common.name} has"
+    own_task = own.task
+    task = common.task
+    place = f"{where}: {own.name}"
+    in_common = f"as in the common set {common.name}"
     if own.vocabulary != common.vocabulary:
         raise UserError(
-            f"{where}: {own.name} has another vocabulary than the common set {common.name}: {TOKENS}"
+            f"{place}: the vocabulary differs from that of the common set {common.name}; {TOKENS}"
         )
-    if mine.kind != ours.kind:
-        raise UserError(f"{where}: {own.name} is {mine.kind}, {both} a {ours.kind} task")
+    if own_task.kind != task.kind:
+        raise UserError(f"{place}: expected a {task.kind} task {in_common}, got {own_task.kind}")
     y = own.train.labels
-    if mine.kind == "multiclass" and mine.names and ours.names:
-        check_names(mine.names, ours.names, f"{where}: {own.name} has class", f", {both} {NONE}")
-        y = torch.tensor([ours.names.index(name) for name in mine.names])[y]
-    elif ours.numbers and not mine.names:
-        y = classes_from_labels(y, ours, f"{where}: {own.name}")
-    elif mine.outputs != ours.outputs and (
-        mine.names or mine.kind != "multiclass" or mine.outputs > ours.outputs
+    if own_task.kind == "multiclass" and own_task.names and task.names:
+        detail = f" does not exist in the common set {common.name}"
+        check_names(own_task.names, task.names, f"{place}: class", detail)
+        y = torch.tensor([task.names.index(name) for name in own_task.names])[y]
+    elif task.numbers and not own_task.names:
+        y = classes_from_labels(y, task, place)
+    elif own_task.outputs != task.outputs and (
+        own_task.names or own_task.kind != "multiclass" or own_task.outputs > task.outputs
     ):
-        noun = "classes" if mine.kind == "multiclass" else "targets"
-        raise UserError(f"{where}: {own.name} has {mine.outputs} {noun}, {both} {ours.outputs}")
-    elif mine.kind != "multiclass" and mine.names and ours.names and mine.names != ours.names:
+        noun = "classes" if own_task.kind == "multiclass" else "targets"
         raise UserError(
-            f"{where}: {own.name} has targets {', '.join(mine.names)}, {both} {', '.join(ours.names)}"
+            f"{place}: expected {task.outputs} {noun} {in_common}, got {own_task.outputs}"
+        )
+    elif (
+        own_task.kind != "multiclass"
+        and own_task.names
+        and task.names
+        and own_task.names != task.names
+    ):
+        raise UserError(
+            f"{place}: expected targets {', '.join(task.names)} {in_common}, got "
+            f"{', '.join(own_task.names)}"
         )
     return y
 
 
 def classes_from_labels(y: Tensor, task: Task, where: str) -> Tensor:
-    """Return the classes of a task that are named after these integer labels.
+    """Convert integer labels to the classes of a task that are named after them.
+
+    Args:
+        y: Labels, int64 `[N]`.
+        task: Multiclass task whose class names are integers.
+        where: Name of the labels, for error messages.
+
+    Returns:
+        Class numbers, int64 `[N]`.
 
     Raises:
-        UserError: A label that no class is named after.
+        UserError: If there is no class for a label.
     """
     numbers = torch.tensor(task.numbers)
     if (row := first_true(~torch.isin(y, numbers))) is not None:
         raise UserError(
-            f"{where}: found label {int(y[row])} in row {row}{suggest_or_list(int(y[row]), task.names)}"
+            f"{where}: row {row}: unknown class '{int(y[row])}'"
+            f"{suggest_or_list(int(y[row]), task.names)}"
         )
     return (y[:, None] == numbers).to(torch.uint8).argmax(1)
 
@@ -132,17 +156,16 @@ def classes_from_labels(y: Tensor, task: Task, where: str) -> Tensor:
 def source_with_task(
     source: SourceConfig, task: Task, text: TextConfig | None = None, categories: Categories = ()
 ) -> SourceConfig:
-    """Return a source with the settings of the common one that it leaves open.
+    """Fill in the unset options of a source from the common set.
 
-    A table is read for the common task (one file of a federation may hold two of many classes, or
-    whole numbers by chance), and its text columns are encoded by the common categories. Texts are
-    cut and numbered as the others' are.
+    Tables get the common task, which a single file may not reveal, and the common categories. Texts
+    get the common text settings.
 
     Args:
-        source: The source as it is written.
-        task: The common task.
-        text: The common settings of texts.
-        categories: The common categories.
+        source: Source configuration.
+        task: Common task.
+        text: Common text settings.
+        categories: Common categories.
     """
     if reads_key(source.name, "text") and source.text is None:
         return source.model_copy(update={"text": text})
@@ -156,166 +179,178 @@ def source_with_task(
 
 def match_columns(
     x: Tensor,
-    found: tuple[str, ...],
+    names: tuple[str, ...],
     common: Dataset,
     where: str,
+    *,
     needed: Collection[str] | None = None,
     owner: str = "",
 ) -> tuple[Tensor, list[str]]:
-    """Return the columns of the common set, in its order, and the names of those that it lacks.
+    """Match columns to those of the common set.
 
-    Columns lie along the last axis; unnamed ones stay as they are. A missing column is NaN. A
-    missing indicator whose text column is there is 0: every row has another value.
+    Unnamed columns are returned unchanged. A missing column becomes NaN. A missing indicator of a
+    text column that exists becomes 0, as no row has its value.
 
     Args:
         x: Examples, shape `[..., columns]`.
-        found: The names of their columns.
-        common: The common set.
-        where: What the examples are called in messages.
-        needed: Columns that may not be missing; None: all of them.
-        owner: What has the columns of the common set, in messages; empty: the common set.
+        names: Names of their columns.
+        common: Common data set.
+        where: Name of the examples, for error messages.
+        needed: Columns that must exist. None means all.
+        owner: Name for the owner of the columns in error messages; by default the common set.
+
+    Returns:
+        The columns in the order of the common set, and the names of unknown columns.
 
     Raises:
         UserError: If a needed column is missing.
     """
-    if not found or not common.columns:
+    if not names or not common.columns:
         return x, []
     encoded = common.layout.encoded_columns
-    known = tuple(f"{column}=" for column, _ in common.categories)
-    there = {encoded[name] for name in found if name in encoded}
+    prefixes = tuple(f"{column}=" for column, _ in common.categories)
+    existing = {encoded[name] for name in names if name in encoded}
     absent = [
-        name for name in common.columns if name not in found and encoded.get(name) not in there
+        name for name in common.columns if name not in names and encoded.get(name) not in existing
     ]
     for name in absent:
         column = encoded.get(name, name)
         if needed is None or name in needed or column in needed:
             owner = owner or f"the common set {common.name}"
             raise UserError(
-                f"{where} has no column '{column}', {owner} has{suggest_or_list(column, found)}"
+                f"{where}: column '{column}' of {owner} not found{suggest_or_list(column, names)}"
             )
     gap = x.new_full((*x.shape[:-1], 1), torch.nan)
-    x = torch.cat([x, gap, torch.zeros_like(gap)], -1) if set(common.columns) - set(found) else x
-    places = [
-        found.index(n) if n in found else len(found) + (n not in absent) for n in common.columns
+    x = torch.cat([x, gap, torch.zeros_like(gap)], -1) if set(common.columns) - set(names) else x
+    indices = [
+        names.index(n) if n in names else len(names) + (n not in absent) for n in common.columns
     ]
-    return x[..., places], [
-        name for name in found if name not in common.columns and not name.startswith(known)
+    unknown = [
+        name for name in names if name not in common.columns and not name.startswith(prefixes)
     ]
+    return x[..., indices], unknown
 
 
 def match_blocks(
     x: Tensor,
-    found: tuple[Block, ...],
+    blocks: tuple[Block, ...],
     common: Dataset,
     where: str,
     needed: Collection[str] | None = None,
 ) -> Tensor:
-    """Return rows of the common set's blocks, shape `[N, D]`.
+    """Match blocks to those of the common set by name.
 
-    Blocks are matched by name; a missing one is NaN. A set without blocks whose examples have the
-    shape of one block is that block.
+    A missing block becomes NaN. Examples without blocks are matched to the only block with their
+    shape.
 
     Args:
-        x: Examples.
-        found: Their blocks.
-        common: The common set.
-        where: What the examples are called in messages.
-        needed: Blocks that may not be missing; None: all of them.
+        x: Examples, shape `[N, ...]`.
+        blocks: Blocks of the examples.
+        common: Common data set.
+        where: Name of the examples, for error messages.
+        needed: Blocks that must exist. None means all.
+
+    Returns:
+        Rows with the blocks of the common set, shape `[N, D]`.
 
     Raises:
-        UserError: If a needed block is missing, a block has another shape, or the common set lacks
-            a block.
+        UserError: If a needed block is missing, or a block is unknown or has another shape.
     """
-    if not found:
+    if not blocks:
         if tuple(x.shape[1:]) == tuple(common.train.x.shape[1:]):
             return x
-        alike = [b for b in common.blocks if b.shape == tuple(x.shape[1:])]
-        found = tuple(alike[:1])
-        x = (x.float() / 255 if x.dtype == torch.uint8 else x).flatten(1)
-        if len(alike) != 1:
+        candidates = [b for b in common.blocks if b.shape == tuple(x.shape[1:])]
+        if len(candidates) != 1:
             known = ", ".join(f"{b.name} {b.shape}" for b in common.blocks)
             raise UserError(
-                f"{where}: examples are no block of {common.name}, which has {known or 'none'}"
+                f"{where}: examples of shape {tuple(x.shape[1:])} match no single block of "
+                f"{common.name}; choose from {known or 'none'}"
             )
-    given = {
-        b.name: x[:, start:stop] for b, (start, stop) in zip(found, spans_of(found), strict=True)
+        blocks = tuple(candidates)
+        x = (x.float() / 255 if x.dtype == torch.uint8 else x).flatten(1)
+    parts = {
+        b.name: x[:, start:stop] for b, (start, stop) in zip(blocks, spans_of(blocks), strict=True)
     }
-    ours = {b.name: b.shape for b in common.blocks}
-    for name, shape in found:
-        if ours.get(name) != shape:
-            hint = (
-                f"; there it has shape {ours[name]}"
-                if name in ours
-                else suggest_or_list(name, ours)
-            )
+    shapes = {b.name: b.shape for b in common.blocks}
+    for name, shape in blocks:
+        if name not in shapes:
             raise UserError(
-                f"{where} has block '{name}' of shape {shape}, the common set {common.name} has none{hint}"
+                f"{where}: block '{name}' does not exist in the common set {common.name}"
+                f"{suggest_or_list(name, shapes)}"
             )
-    wanted = [name for name in ours if needed is None or name in needed]
-    check_names(wanted, given, f"{where} has no block", f", the common set {common.name} has")
+        if shapes[name] != shape:
+            raise UserError(
+                f"{where}: block '{name}': expected shape {shapes[name]} as in the common set "
+                f"{common.name}, got {shape}"
+            )
+    required = [name for name in shapes if needed is None or name in needed]
+    detail = f" of the common set {common.name} not found"
+    check_names(required, parts, f"{where}: block", detail)
     return torch.cat(
-        [given.get(b.name, x.new_full((len(x), b.size), torch.nan)) for b in common.blocks], 1
+        [parts.get(b.name, x.new_full((len(x), b.size), torch.nan)) for b in common.blocks], 1
     )
 
 
-def load_unlabelled(
+def load_unlabeled(
     config: SourceConfig, root: Path, where: str, vocabulary: Vocabulary | None = None
 ) -> tuple[Tensor, tuple[str, ...], tuple[Block, ...]]:
-    """Return the training examples of a source, the names of its columns, and its blocks.
+    """Load the training examples of a source without labels.
 
-    Values may be missing (NaN). No label leaves this function, and local files need none: an .npz
-    with `train_images` alone, a table without `label`, a folder of loose images.
+    Values may be missing (NaN). Local files need no labels: a `.npz` file with `train_images` only,
+    a table without `label`, or a folder of images.
 
     Args:
-        config: The source.
-        root: The folder for downloads.
-        where: The source's place in the configuration, for messages.
-        vocabulary: The vocabulary that the examples have to share.
+        config: Source configuration.
+        root: Folder for downloads.
+        where: Configuration section, for error messages.
+        vocabulary: Vocabulary that the source must have.
+
+    Returns:
+        Examples, names of the columns, and blocks.
 
     Raises:
-        UserError: See `load_source`; or the source has another vocabulary.
+        UserError: See `load_source`; or if the source has another vocabulary.
     """
     try:
-        loose = _load_unlabelled_file(config)
+        unlabeled = _load_unlabeled_file(config)
     except UserError as error:
         raise UserError(f"{where}.{error}") from error
-    if loose is None:
+    if unlabeled is None:
         dataset = load_source(config, root, where, missing=True)
         if dataset.vocabulary != vocabulary:
             raise UserError(
-                f"{where}: {config.name} has another vocabulary than the common set: {TOKENS}"
+                f"{where}: {config.name}: the vocabulary differs from that of the common set; "
+                f"{TOKENS}"
             )
         return dataset.train.x, dataset.columns, dataset.blocks
     if vocabulary is not None:
-        raise UserError(
-            f"{where}.path: {config.path} holds no text, and the common set's examples are tokens"
-        )
-    x, columns = loose
+        raise UserError(f"{where}.path: expected text as in the common set, got '{config.path}'")
+    x, columns = unlabeled
     if bool(torch.isinf(x).any()) or (x.ndim > 2 and bool(torch.isnan(x).any())):
-        raise UserError(f"{where}.path: {config.path}: NaN or infinity among the examples")
+        raise UserError(f"{where}.path: {config.path}: the examples have NaN or infinite values")
     return x, columns, ()
 
 
 def _load_labeled(
     config: SourceConfig, root: Path, where: str, common: Dataset
 ) -> tuple[Dataset, Tensor]:
-    """Load a public set, and its labels as the common set numbers them."""
+    """Load a public set, and its labels with the class numbers of the common set."""
     try:
         own = load_source(config, root, where, missing=True)
         return own, match_labels(own, common, where)
     except UserError as error:
-        raise UserError(f"data.proxy.labels: found true, but {error}") from error
+        raise UserError(f"data.proxy.labels=true needs matching labels: {error}") from error
 
 
-def _load_unlabelled_file(config: SourceConfig) -> tuple[Tensor, tuple[str, ...]] | None:
-    """Return the examples and columns of a file or folder without labels; None for other sources."""
+def _load_unlabeled_file(config: SourceConfig) -> tuple[Tensor, tuple[str, ...]] | None:
+    """Return the examples and columns of an unlabeled file or folder; None for other sources."""
     if config.path is None or config.name.startswith(OWN):
         return None
     path = Path(config.path).expanduser()
     if path.suffix == ".npz":
         return read_images(path), ()
     if config.name == "table" and config.label is None:
-        # as in `table`: only then is pandas loaded
+        # Imported here because loading pandas is slow.
         from hetero_fl.data.sources.table_files import decimal_commas, features, read_frame
 
         categories = config.categories or {}
@@ -331,59 +366,63 @@ def _load_unlabelled_file(config: SourceConfig) -> tuple[Tensor, tuple[str, ...]
     return None
 
 
-# The proxy set: held out of the training rows, or loaded from a source of its own.
-
-PROXY_COLUMNS = "data.proxy.columns"
-
-
 def proxy_set(
     dataset: Dataset,
     config: DataConfig,
     rows: Tensor,
-    kinds: Sequence[SettingsProfile],
+    profiles: Sequence[SettingsProfile],
+    *,
     server: PreprocessConfig | None,
     seed: int,
 ) -> tuple[dict[str, RowSelection], Tensor]:
-    """Return the proxy set, if there is one, and the training rows that are left.
+    """Create the proxy set: hold it out of the training rows, or load it from its own source.
 
-    It has labels only where the configuration asks for them; which rows it takes depends on none.
+    The selection of rows does not depend on labels, which are removed unless `data.proxy.labels`
+    is set.
 
     Args:
-        dataset: The common data set.
-        config: The data's configuration.
-        rows: The training rows that are kept, int64 `[M]`.
-        kinds: The profiles of the clients that see the proxy set.
-        server: How the server sees examples, if it has a model of its own.
-        seed: The run's seed.
+        dataset: Common data set.
+        config: Data configuration.
+        rows: Training rows to hold out from, int64 `[M]`.
+        profiles: Profiles of the clients that use the proxy set.
+        server: Preprocessing of the server, if it has a model.
+        seed: Seed of the run.
+
+    Returns:
+        The proxy set as `{"proxy": rows}`, or an empty dictionary, and the remaining rows.
+
+    Raises:
+        UserError: If there are too few rows, or the source does not match the common set.
     """
-    draws = keyed_generator("data", seed, "proxy")
+    generator = keyed_generator("data", seed, "proxy")
     if config.proxy.source is not None:
-        proxy = _load_proxy_set(config.proxy.source, dataset, config, kinds, server, draws)
+        proxy = _load_proxy_set(dataset, config, profiles, server, generator)
     elif config.proxy.size > 0:
-        proxy, rows = _hold_out(dataset, config, rows, draws)
+        proxy, rows = _hold_out(dataset, config, rows, generator)
     else:
         return {}, rows
     return {"proxy": proxy}, rows
 
 
 def _hold_out(
-    dataset: Dataset, config: DataConfig, rows: Tensor, draws: torch.Generator
+    dataset: Dataset, config: DataConfig, rows: Tensor, generator: torch.Generator
 ) -> tuple[RowSelection, Tensor]:
-    """Draw the proxy set among the training rows that have something of each public column."""
+    """Sample the proxy set among the training rows that have values in each public column."""
     size = config.proxy.size
     names = config.proxy.columns
     train = dataset.train
-    having = (
+    complete = (
         rows
         if names is None
         else rows[dataset.layout.has_values(train.x[rows], names, PROXY_COLUMNS)]
     )
-    if size >= len(having):
-        what = "" if names is None else f" with {' and '.join(names)}"
+    if size >= len(complete):
+        detail = "" if names is None else f" with {' and '.join(names)}"
         raise UserError(
-            f"data.proxy.size: found {size}, but {dataset.name} has {len(having)} training rows{what}; take fewer"
+            f"data.proxy.size: must be < {len(complete)}, the number of training rows of "
+            f"{dataset.name}{detail}, got {size}"
         )
-    held, rest = draw_rows(having, size, draws, train.patient)
+    held, rest = draw_rows(complete, size, generator, train.patient)
     y = train.y if config.proxy.labels else None
     if names is None:
         return RowSelection(Examples(train.x, y), held), rest
@@ -395,14 +434,15 @@ def _hold_out(
 
 
 def _load_proxy_set(
-    source: SourceConfig,
     dataset: Dataset,
     config: DataConfig,
-    kinds: Sequence[SettingsProfile],
+    profiles: Sequence[SettingsProfile],
     server: PreprocessConfig | None,
-    draws: torch.Generator,
+    generator: torch.Generator,
 ) -> RowSelection:
-    """Load a proxy set from its own source and match it to the common set."""
+    """Load the proxy set from `data.proxy.source` and match it to the common set."""
+    source = config.proxy.source
+    assert source is not None
     where = "data.proxy.source"
     size = config.proxy.size
     read = source_with_task(source, dataset.task, config.text, dataset.categories)
@@ -414,30 +454,35 @@ def _load_proxy_set(
         columns = own.columns
         blocks = own.blocks
     else:
-        x, columns, blocks = load_unlabelled(read, root, where, dataset.vocabulary)
+        x, columns, blocks = load_unlabeled(read, root, where, dataset.vocabulary)
     name = f"{where}: {source.name}"
     if blocks or dataset.blocks:
-        x = match_blocks(x, blocks, dataset, name, ())  # who sees nothing of it has no part in it
+        # Clients for which all blocks are missing do not train on the proxy set.
+        x = match_blocks(x, blocks, dataset, name, ())
     else:
-        x, _ = match_columns(
-            x, columns, dataset, name, required_columns((k.settings for k in kinds), dataset.layout)
-        )
+        needed = required_columns((p.settings for p in profiles), dataset.layout)
+        x, _ = match_columns(x, columns, dataset, name, needed=needed)
     if config.proxy.columns is not None:
         x = dataset.layout.keep_columns(x, config.proxy.columns, PROXY_COLUMNS)
-    clients = {kind.first: kind.settings for kind in kinds}
-    check_same_shape(tuple(x.shape[1:]), where, source.name, clients, dataset, server)
+    clients = {profile.first: profile.settings for profile in profiles}
+    check_same_shape(
+        tuple(x.shape[1:]), where, source.name, clients=clients, common=dataset, server=server
+    )
     proxy = RowSelection.all_rows(Examples(x, y))
     if 0 < size < len(x):
-        proxy = RowSelection(proxy.examples, draw_rows(proxy.rows, size, draws)[0])
+        proxy = RowSelection(proxy.examples, draw_rows(proxy.rows, size, generator)[0])
     return proxy
-
-
-# Clients with a source of their own: who they are, and which of its rows each has.
 
 
 @dataclass
 class ClientSources:
-    """Rows of clients with own sources, notes on how they were read, and whether one is generated."""
+    """The rows of clients with their own sources.
+
+    Attributes:
+        private: Rows of each split by client id.
+        notes: Remarks on how the sources were read.
+        simulated: Whether a source is generated.
+    """
 
     private: dict[str, Splits]
     notes: list[str]
@@ -445,75 +490,85 @@ class ClientSources:
 
 
 def clients_by_source(config: DataConfig, clients: Population) -> dict[SourceConfig, list[str]]:
-    """Return the clients of each source that clients name as their own."""
-    holders: dict[SourceConfig, list[str]] = {}
-    named = any(kind.settings.data is not None for kind in clients.profiles)
+    """Return the clients of each source that is named in client settings.
+
+    Raises:
+        UserError: If a client names the common source.
+    """
+    clients_of: dict[SourceConfig, list[str]] = {}
+    named = any(profile.settings.data is not None for profile in clients.profiles)
     for name in clients.ids if named else ():
         source = clients[name].data
         if source is not None:
             if (source.name, source.path) == (config.name, config.path):
                 raise UserError(
-                    f"clients: '{name}': data: found the common source; leave it out to get a part of that"
+                    f"clients: '{name}': data: is the common source; remove the key to use a part "
+                    "of the common source"
                 )
-            holders.setdefault(source, []).append(name)
-    return holders
+            clients_of.setdefault(source, []).append(name)
+    return clients_of
 
 
 def load_client_sources(
-    holders_of: Mapping[SourceConfig, list[str]],
+    clients_of: Mapping[SourceConfig, list[str]],
     common: Dataset,
     config: DataConfig,
     clients: Population,
     seed: int,
 ) -> ClientSources:
-    """Load each source, match it to the common set, and partition it among those that name it.
+    """Load the sources of clients, match them to the common set, and partition them.
 
     Args:
-        holders_of: The clients of each source.
-        common: The common data set.
-        config: The data's configuration.
-        clients: Settings by client.
-        seed: The run's seed.
+        clients_of: Clients of each source.
+        common: Common data set.
+        config: Data configuration.
+        clients: Settings by client id.
+        seed: Seed of the run.
 
     Raises:
-        UserError: If a source does not match the common set, or several clients share one in a
-            partition that draws.
+        UserError: If a source does not match the common set, or several clients share a source in
+            the partition `drawn`.
     """
     found = ClientSources({}, [], False)
-    for source, holders in holders_of.items():
+    for source, holders in clients_of.items():
         where = f"clients: '{holders[0]}': data"
         read = source_with_task(source, common.task, config.text, common.categories)
         root = Path(config.root).expanduser()
         own = load_source(read, root, where, missing=True)
         found.simulated |= own.simulated
         found.notes += [f"{where}: {note}" for note in own.notes]
-        seen = required_columns((clients[name] for name in holders), common.layout)
+        needed = required_columns((clients[name] for name in holders), common.layout)
         adopted = Dataset(
-            own.name, common.task, match_to_common(own, common, where, seen), span=own.span
+            own.name, common.task, match_to_common(own, common, where, needed), span=own.span
         )
         for name in holders:
             check_same_shape(
                 raw_shape(adopted),
                 f"clients: '{name}': data",
                 own.name,
-                {name: clients[name]},
-                common,
+                clients={name: clients[name]},
+                common=common,
             )
         everything = RowSelection.all_rows(adopted.train)
         if len(holders) > 1:
             if config.partition.kind == "drawn":
                 raise UserError(
-                    f"data.partition.kind: drawn draws from the common set, and {source.name} is "
-                    f"the own source of {len(holders)} clients; give it to one of them, or take "
-                    "another kind"
+                    f"data.partition.kind=drawn cannot divide {source.name}, the source of "
+                    f"{len(holders)} clients; set it for one client, or choose another kind"
                 )
-            # A key of its own: holders of two sources would otherwise get the same mix of classes.
+            # With the seed of the run, two sources would be divided in the same proportions.
             own_seed = stream_key("data", seed, "own source", source.name, source.path or "")
             shares = assign_rows(
-                adopted, everything.rows, holders, config, clients, own_seed, found.notes
+                adopted,
+                everything.rows,
+                holders,
+                config=config,
+                clients=clients,
+                seed=own_seed,
+                notes=found.notes,
             )
         else:
-            # All rows of its own source are the client's, whatever groups are in it.
+            # A client gets all rows of its own source, including all groups.
             shares = {holders[0]: everything}
         kept = holdout_strategy(own).sets_of_own_source() if len(holders) == 1 else {}
         if not kept:
@@ -521,7 +576,7 @@ def load_client_sources(
             continue
         splits = {"train": everything}
         for name, part in kept.items():
-            matched = match_to_common(replace(own, train=part), common, where, seen)
+            matched = match_to_common(replace(own, train=part), common, where, needed)
             splits[name] = RowSelection.all_rows(matched)
         found.private[holders[0]] = splits
     return found

@@ -1,6 +1,6 @@
-"""The data of a federation: client rows, the proxy set and the common sets, as seen by each model.
+"""The data of a federation: client rows, proxy set and common sets, preprocessed per participant.
 
-`federate` builds it from a data set and a configuration.
+`federate` partitions a data set among clients and returns a `FederatedData`.
 """
 
 from __future__ import annotations
@@ -56,9 +56,6 @@ from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.ordering import natural_key
 from hetero_fl.utils.seeding import keyed_generator
 
-# Data as a federation holds it: each client's own rows, a public proxy set, as a rule without
-# labels, the common sets.
-
 PRIVATE = ("train", "validation", "test")
 PUBLIC = ("proxy", "common_test", "common_validation")
 CACHE_BYTES = 512 * 2**20
@@ -75,10 +72,48 @@ def _num_bytes(columns: Columns) -> int:
 
 
 class FederatedData:
-    """The rows of all participants, served as columns through their own preprocessing.
+    """The rows of all participants of a federation, preprocessed on demand.
 
-    Raw arrays are shared; a client's rows are copied when they are asked for, and drawn then where
-    the partition is `drawn`. `federate` returns an instance.
+    Raw arrays are shared and copied only when they are preprocessed. With the partition `drawn`,
+    rows are sampled on first use. Instances are created by `federate`.
+
+    Args:
+        task: Learning task.
+        name: Name of the data set.
+        clients: Settings by client id.
+        private: Rows of the clients.
+        public: Proxy set, if there is one, and common sets, by name.
+        seed: Seed of the run.
+        simulated: Whether the data is generated.
+        about: Short description.
+        cache_bytes: Size of each of the two caches of preprocessed examples.
+        notes: Remarks on how the data was read and partitioned.
+        layout: Names along the last axis of the examples.
+        vocabulary: Vocabulary if the examples are tokens.
+
+    Attributes:
+        task: Learning task.
+        name: Name of the data set.
+        simulated: Whether the data is generated.
+        about: Short description.
+        notes: Remarks on how the data was read and partitioned, shown to the user before the run.
+        input_shape: Shape of a raw example of the common set, without the batch dimension.
+        layout: Names along the last axis of the examples.
+        vocabulary: Vocabulary if the examples are tokens; all models share it.
+        client_rows: Rows of each client.
+        public_sets: Proxy set, if there is one, and common sets, by name.
+
+    Example:
+        >>> from hetero_fl.config.clients import ClientSettings
+        >>> from hetero_fl.config.data import DataConfig
+        >>> from hetero_fl.data import federate, make_table
+        >>> clients = {"north": ClientSettings(), "south": ClientSettings()}
+        >>> data = federate(make_table(), DataConfig(), clients, seed=0)
+        >>> data.client_ids, data.n_test
+        (['north', 'south'], 400)
+        >>> columns = data.columns("north", "validation", data.preprocess("north"))
+        >>> columns["x"].shape[1:], len(columns["y"]) == data.n_rows("north", "validation")
+        (torch.Size([10]), True)
     """
 
     def __init__(
@@ -88,6 +123,7 @@ class FederatedData:
         clients: Population,
         private: ClientRows,
         public: Mapping[str, RowSelection],
+        *,
         seed: int,
         simulated: bool = False,
         about: str = "",
@@ -101,67 +137,67 @@ class FederatedData:
         self.simulated = simulated
         self.about = about
         self.notes = list(notes)
-        """Lines on how the data was read and partitioned that a user has to see before the run."""
         self.input_shape = tuple(public["common_test"].examples.x.shape[1:])
-        """Shape of a raw example of the common set, without the batch."""
         self.layout = layout
-        """The names of its columns, or of its blocks."""
         self.vocabulary = vocabulary
-        """Meaning of the tokens, the same for all models; None where examples are no tokens."""
         self._settings = clients
         self.client_rows = private
-        """Which rows each client has."""
         self.public_sets = public
-        """The proxy set, if there is one, and the common sets."""
         self._seed = seed
         self._unscanned: frozenset[str] = frozenset()
         self._views: BoundedCache[Preprocess] = BoundedCache(CACHED_CLIENTS)
         self._label_counts: BoundedCache[Tensor] = BoundedCache(CACHED_CLIENTS)
-        # Whether a view has anything of the proxy set.
-        self._sees: dict[Hashable, bool] = {}
+        self._has_proxy_values: dict[Hashable, bool] = {}
         self._public_columns = column_cache(cache_bytes)
         self._private_columns = column_cache(cache_bytes)
 
     def __repr__(self) -> str:
         return (
-            f"FederatedData({self.name!r}: {self.task.kind} with {self.task.outputs} outputs, {len(self._settings):,} clients; "
+            f"FederatedData({self.name!r}: {self.task.kind} with {self.task.outputs} outputs, "
+            f"{len(self._settings):,} clients; "
             f"rows: train {self.n_train:,}, proxy {self.n_proxy:,}, test {self.n_test:,})"
         )
 
     @property
     def client_ids(self) -> list[str]:
-        """All clients, sorted; a new list."""
+        """Sorted ids of all clients, as a new list."""
         return sorted(self._settings)
 
     @property
     def n_train(self) -> int:
-        """Rows of all clients' training splits; where clients draw, of the pool."""
+        """Number of training rows of all clients; for the partition `drawn`, of the pool."""
         return self.client_rows.n_train
 
     @property
     def n_proxy(self) -> int:
-        """Rows of the proxy set; 0 without one."""
+        """Number of rows of the proxy set, 0 if there is none."""
         return len(self.public_sets["proxy"].rows) if "proxy" in self.public_sets else 0
 
     @property
     def has_proxy_labels(self) -> bool:
-        """Whether there is a proxy set whose labels may be read."""
+        """Whether there is a labeled proxy set."""
         return "proxy" in self.public_sets and self.public_sets["proxy"].examples.y is not None
 
     @property
     def n_test(self) -> int:
-        """Rows of the common test set."""
+        """Number of rows of the common test set."""
         return len(self.public_sets["common_test"].rows)
 
     def n_rows(self, client: str, split: str) -> int:
-        """Return the number of rows of a client's train, validation or test split."""
+        """Return the number of rows of a split ("train", "validation" or "test") of a client."""
         return self.client_rows.count(client, split)
 
     def label_counts(self, client: str) -> Tensor:
-        """Return how often each label occurs in a client's training split, float `[outputs]`.
+        """Count the labels of the training rows of a client.
 
-        Multilabel: rows where the label is 1. Regression: all rows, for each target. Of clients on
-        other machines: see `reveals_labels`.
+        Multilabel: the rows in which a label is 1. Regression: all rows, for each target. For
+        clients on other machines see `reveals_labels`.
+
+        Args:
+            client: Client id.
+
+        Returns:
+            Counts, float `[outputs]`.
         """
         return self._count_labels(client, torch.get_default_dtype())
 
@@ -185,9 +221,9 @@ class FederatedData:
         return bool(self.client_rows.remote_info)
 
     def reveals_labels(self, client: str) -> bool:
-        """Return whether a client's label counts are known here.
+        """Return whether the label counts of a client are available.
 
-        Only clients on other machines may keep theirs.
+        Clients on other machines may keep them private.
         """
         return (
             client not in self.client_rows.remote_info
@@ -195,7 +231,7 @@ class FederatedData:
         )
 
     def preprocess(self, client: str) -> Preprocess:
-        """Return a client's view; with `normalize: own`, the statistics of its training rows."""
+        """Return the view of a client; `normalize: own` uses statistics of its training rows."""
         config = self._settings[client].preprocess
         where = f"client '{client}': preprocess"
         if (
@@ -214,11 +250,16 @@ class FederatedData:
         return Preprocess.resolve(config, rows, where, self.layout, self.input_shape)
 
     def unnormalized_view(self, config: PreprocessConfig, where: str) -> Preprocess:
-        """Return the view that a configuration asks for, without normalization."""
+        """Return the view of a configuration, without normalization.
+
+        Args:
+            config: Preprocessing configuration.
+            where: Configuration section, for error messages.
+        """
         return Preprocess.without_normalization(config, self.layout, self.input_shape, where)
 
     def own_view(self, client: str) -> Preprocess | None:
-        """Return a client's view without normalization where that is `own`; else None."""
+        """Return the unnormalized view of a client with `normalize: own`, otherwise None."""
         config = self._settings[client].preprocess
         return (
             self.unnormalized_view(config, f"client '{client}': preprocess")
@@ -227,54 +268,61 @@ class FederatedData:
         )
 
     def has_proxy(self, preprocess: Preprocess) -> bool:
-        """Return whether there is a proxy set and a view sees anything of it."""
+        """Return whether there is a proxy set with values that a view selects."""
         if preprocess.raw is None or "proxy" not in self.public_sets:
             return "proxy" in self.public_sets
         key = (preprocess.spans, preprocess.blocks)
-        if key not in self._sees:
-            self._sees[key] = not is_all_missing(self.public_sets["proxy"], preprocess)
-        return self._sees[key]
+        if key not in self._has_proxy_values:
+            has_values = not is_all_missing(self.public_sets["proxy"], preprocess)
+            self._has_proxy_values[key] = has_values
+        return self._has_proxy_values[key]
 
     def server_preprocess(self, config: PreprocessConfig) -> Preprocess:
-        """Return the server's view; with `normalize: own`, the statistics of the public set."""
+        """Return the view of the server; `normalize: own` uses statistics of a public set.
+
+        The public set is the proxy set or, if there is none, the common validation set.
+
+        Raises:
+            UserError: If tokens would be normalized.
+        """
         if config.normalize is not None and self.vocabulary is not None:
-            raise UserError(
-                "server.preprocess.normalize: is for numbers, but the examples are tokens; leave it out"
-            )
+            raise UserError("server.preprocess.normalize: does not apply to tokens; remove the key")
         public = self.public_sets.get("proxy", self.public_sets["common_validation"])
         return Preprocess.resolve(
             config, public.copy_rows().x, "server.preprocess", self.layout, self.input_shape
         )
 
     def columns(self, owner: str, name: str, preprocess: Preprocess) -> Columns:
-        """Return examples as seen through a preprocessing.
+        """Return the preprocessed examples of a set.
 
-        The tensors are shared with later callers and must not be changed. They are cached as long
-        as there is room, public and private ones separately (`cache_bytes` each), so that public
-        sets usually stay for the whole run.
+        The tensors are cached and must not be modified in place. Public and private sets have
+        separate caches of `cache_bytes` each, so public sets usually stay cached.
 
         Args:
-            owner: The client's id; "server" for "pooled"; not used for a public set.
-            name: train, validation, test; proxy, common_test, common_validation; or pooled: all
-                clients' training rows in the order of sorted ids, each as its client's scanner made
-                it, without rows that the view cannot use.
-            preprocess: The view.
+            owner: Client id; "server" for the pooled set; ignored for public sets.
+            name: "train", "validation" or "test" of a client; the public set "proxy", "common_test"
+                or "common_validation"; or "pooled", the training rows of all clients in the order
+                of their ids, with scanners applied and without rows that the view cannot use.
+            preprocess: View of the examples.
 
         Returns:
-            "x" in torch's default float type and "y"; of the proxy set only where its labels are
-            kept.
+            "x" in the default float type of torch, and "y" unless the set is unlabeled.
+
+        Raises:
+            UserError: If there is no proxy set.
+            KeyError: If there is no other set with this name.
         """
+        # The caches are keyed by the default dtype, too.
         dtype = torch.get_default_dtype()
         if name in PUBLIC:
             return self._make_public_columns(name, preprocess, dtype)
         return self._make_private_columns(owner, name, preprocess, dtype)
 
-    # The default dtype is an argument only to be a part of the caches' keys.
     @cachedmethod(attrgetter("_public_columns"))
     def _make_public_columns(self, name: str, preprocess: Preprocess, _: torch.dtype) -> Columns:
         if name not in self.public_sets:
             raise UserError(
-                f"data.proxy.size: found 0, but a {name} set is asked for; hold some rows out"
+                f"data.proxy.size: must be > 0 or data.proxy.source set for the {name} set, got 0"
             )
         return self._preprocess(self.public_sets[name].copy_rows(), preprocess)
 
@@ -286,52 +334,56 @@ class FederatedData:
             return self._pool(preprocess)
         if owner not in self.client_rows or name not in PRIVATE:
             known = [*PUBLIC, *PRIVATE, "pooled"]
-            raise KeyError(
-                f"no set '{name}' of '{owner}'{suggest_or_list(name, known) if name not in known else ''}"
-            )
+            hint = suggest_or_list(name, known) if name not in known else ""
+            raise KeyError(f"unknown set '{name}' of '{owner}'{hint}")
         return self._preprocess(self._raw_rows(owner, name), preprocess)
 
     def extra_columns(self, owner: str, name: str) -> Examples:
-        """Return times, units and baselines of the rows of a set, without x."""
+        """Return the rows of a set with all columns (times, units, baselines, …) except x.
+
+        Args:
+            owner: Client id; ignored for public sets.
+            name: Name of a set, see `columns`.
+        """
         share = self.public_sets[name] if name in PUBLIC else self.client_rows[owner][name]
         return replace(share.examples, x=torch.empty(len(share.examples), 0)).select_rows(
             share.rows
         )
 
     def raw_examples(self, name: str) -> Tensor:
-        """Return the examples of a public set as they lie in memory, `[N, ...]`."""
+        """Return the raw x of a public set, shape `[N, ...]`."""
         return self.public_sets[name].copy_rows().x
 
     def private_rows(self) -> Iterator[Tensor]:
-        """Yield each client's training rows as they lie in memory; where clients draw, the pool."""
+        """Yield the raw x of the training rows of each client, or of the pool if they sample."""
         for (_, split), share in self.client_rows.rows_by_location():
             if split in ("train", "pool"):
                 yield share.copy_rows().x
 
     def public_hash(self) -> str:
-        """Return the SHA-256 over the public sets."""
+        """Return the SHA-256 hash of the public sets."""
         return fingerprint((self.task.kind, self.task.outputs), sorted(self.public_sets.items()))
 
     def with_rows(self, rows: ClientRows, unscanned: Collection[str] = ()) -> FederatedData:
-        """Return the same data with other client rows, and caches of its own.
+        """Return a copy with different client rows and empty caches.
 
         Args:
-            rows: Which rows each client has, or what is known of them.
-            unscanned: Clients whose training rows are as their devices made them, as
-                `unprocessed_rows` returns them; their scanners are not applied again.
+            rows: Rows of each client.
+            unscanned: Clients whose training rows already include the effect of their scanner (see
+                `unprocessed_rows`); it is not applied again.
         """
         data = copy.copy(self)
         data.client_rows = rows
         data._unscanned = frozenset(unscanned)
         data._views = BoundedCache(CACHED_CLIENTS)
         data._label_counts = BoundedCache(CACHED_CLIENTS)
-        data._sees = {}
+        data._has_proxy_values = {}
         data._public_columns = column_cache(self._public_columns.maxsize)
         data._private_columns = column_cache(self._private_columns.maxsize)
         return data
 
     def share_memory(self) -> None:
-        """Move the raw arrays to memory that other processes can read without a copy."""
+        """Move the raw arrays to shared memory."""
         shares = [
             *self.public_sets.values(),
             *(share for _, share in self.client_rows.rows_by_location()),
@@ -342,11 +394,11 @@ class FederatedData:
                     tensor.share_memory_()
 
     def content_hash(self) -> str:
-        """Return the SHA-256 over all examples and labels that are known here, and their owners.
+        """Return the SHA-256 hash of all available examples and labels and their owners.
 
-        Two runs with the same hash (and configuration) have the same data.
+        Two runs with the same hash and configuration have the same data.
         """
-        places = [
+        located = [
             (("", name), share) for name, share in self.public_sets.items()
         ] + self.client_rows.rows_by_location()
         remote = [
@@ -354,16 +406,16 @@ class FederatedData:
             for client, info in sorted(self.client_rows.remote_info.items())
         ]
         return fingerprint(
-            (self.task.kind, self.task.outputs, *remote), sorted(places, key=lambda p: p[0])
+            (self.task.kind, self.task.outputs, *remote), sorted(located, key=lambda pair: pair[0])
         )
 
     def _raw_rows(self, client: str, split: str) -> Examples:
-        """Return a client's rows as its own device made them."""
-        found = self.client_rows[client][split].copy_rows()
+        """Return the x and y of a client after its scanner, before preprocessing."""
+        rows = self.client_rows[client][split].copy_rows()
         if split == "train" and client in self._unscanned:
-            return found
-        draws = keyed_generator("data", self._seed, "scanner", client, split)
-        return Examples(apply_scanner(found.x, self._settings[client].scanner, draws), found.y)
+            return rows
+        generator = keyed_generator("data", self._seed, "scanner", client, split)
+        return Examples(apply_scanner(rows.x, self._settings[client].scanner, generator), rows.y)
 
     def _preprocess(self, examples: Examples, preprocess: Preprocess) -> Columns:
         columns = {"x": preprocess(examples.x)}
@@ -376,34 +428,37 @@ class FederatedData:
         return columns
 
     def _pool(self, preprocess: Preprocess) -> Columns:
-        ids = self.client_ids
+        client_ids = self.client_ids
         parts = [
             self._preprocess(_usable(self._raw_rows(client, "train"), preprocess), preprocess)
-            for client in ids
+            for client in client_ids
         ]
-        shapes = {client: tuple(p["x"].shape[1:]) for client, p in zip(ids, parts, strict=True)}
+        shapes = {
+            client: tuple(part["x"].shape[1:])
+            for client, part in zip(client_ids, parts, strict=True)
+        }
         if len(set(shapes.values())) > 1:
-            owner = next((c for c in ids if self.preprocess(c) == preprocess), None)
+            owner = next((c for c in client_ids if self.preprocess(c) == preprocess), None)
             where = "server.preprocess" if owner is None else f"clients: '{owner}': preprocess"
             raise UserError(
-                f"{where}: all clients' rows are pooled through this view, and differ in shape then ({shapes}); "
-                "set its resize and channels"
+                f"{where}: the rows of all clients are pooled and must have one shape, got "
+                f"{shapes}; set resize and channels"
             )
         return {name: torch.cat([part[name] for part in parts]) for name in ("x", "y")}
 
 
-def _usable(examples: Examples, through: Preprocess) -> Examples:
-    rows = usable_rows(examples.x, through)
+def _usable(examples: Examples, view: Preprocess) -> Examples:
+    rows = usable_rows(examples.x, view)
     return examples if bool(rows.all()) else examples.select_rows(rows.nonzero().squeeze(1))
 
 
 def unprocessed_rows(data: FederatedData, client: str, splits: Sequence[str]) -> Examples:
-    """Return a client's rows of some splits as its own device made them, before preprocessing.
+    """Return the rows of a client after its scanner, before preprocessing.
 
     Args:
-        data: The data of the federation.
-        client: The client.
-        splits: Names of its splits; their rows follow one another.
+        data: Data of the federation.
+        client: Client id.
+        splits: Names of the splits to concatenate.
     """
     parts = []
     for split in splits:
@@ -412,71 +467,80 @@ def unprocessed_rows(data: FederatedData, client: str, splits: Sequence[str]) ->
     return concatenate_examples(parts)
 
 
-# From a data set to a federation: what is kept, what is public, who gets which rows.
-
-
 def federate(
     dataset: Dataset,
     config: DataConfig,
     clients: Mapping[str, ClientSettings],
     seed: int,
+    *,
     cache_bytes: int = CACHE_BYTES,
     server: PreprocessConfig | None = None,
     absent: Collection[str] = (),
 ) -> FederatedData:
-    """Partition a data set among clients. The order of `clients` changes nothing.
+    """Partition a data set among clients.
 
-    In this order: `train_limit` rows are kept; the proxy set is held out of them, or loaded from
-    its own source, and loses its labels; the common validation set is held out if the data set has
-    none; what is left is partitioned among the clients without a source of their own. A source that
-    clients name as their own is partitioned among them (its own test and validation sets are not
-    used). Each client's rows are then split into train, validation and test.
+    The steps are:
 
-    Where the data names patients, no patient is in two of these places; numbers of rows are then
-    near those asked for. Clients whose partition is `drawn` get no rows here; they draw when they
-    are asked for theirs.
+    1. Limit the training rows to `train_limit`.
+    2. Hold out the proxy set, or load it from its own source, and remove its labels unless
+       configured otherwise.
+    3. Hold out the common validation set if the data set has none.
+    4. Partition the remaining rows among the clients without their own source. A source that
+       several clients name is partitioned among them.
+    5. Split the rows of each client into train, validation and test.
 
-    Validation and test rows of a dated set are cut by date (`train_limit` and a held-out proxy set
-    are drawn from what is before). In a natural partition a client's are its groups' rows of the
-    common sets, and a client's own dated source keeps its cuts.
+    The result does not depend on the order of `clients`. If the data names patients, no patient is
+    in two of these sets, and the numbers of rows are approximate. With the partition `drawn`,
+    clients sample their rows on first use.
+
+    Data sets with times are split by date. In a natural partition, the validation and test rows of
+    a client are then the rows of its groups in the common sets.
 
     Args:
-        dataset: The data set.
-        config: The data's configuration.
-        clients: Settings by client.
-        seed: The run's seed.
-        cache_bytes: Size of each of the two caches of columns.
-        server: How the server sees examples, if it has a model of its own; a proxy set from its own
-            source has to fit it, too.
-        absent: Clients that get no rows here: theirs are on other machines.
+        dataset: Data set.
+        config: Data configuration.
+        clients: Settings by client id.
+        seed: Seed of the run.
+        cache_bytes: Size of each of the two caches of preprocessed examples.
+        server: Preprocessing of the server, if it has a model.
+        absent: Clients whose rows are on other machines.
 
     Raises:
-        UserError: Too few rows for what is asked; classes, columns or shapes that do not match;
-            settings for images where there are none; a missing value that a participant sees
-            without `missing: indicate`.
+        UserError: If there are too few rows; classes, columns or shapes do not match; settings do
+            not apply to the data; or a participant without `missing: indicate` uses a missing
+            value.
+
+    Example:
+        >>> from hetero_fl.config.clients import ClientSettings
+        >>> from hetero_fl.config.data import DataConfig
+        >>> from hetero_fl.data import federate, make_images
+        >>> config = DataConfig(partition={"kind": "dirichlet", "alpha": 0.5}, proxy={"size": 100})
+        >>> clients = {name: ClientSettings() for name in ("a", "b", "c")}
+        >>> federate(make_images(), config, clients, seed=0).n_proxy
+        100
     """
     check_classes(dataset, config)
     check_categories(dataset, config)
     dataset = mark_rare_class(with_test(dataset))
-    how = holdout_strategy(dataset)
-    how.check(config)
+    strategy = holdout_strategy(dataset)
+    strategy.check(config)
     population = Population.from_settings(clients)
-    kinds = sorted(population.profiles, key=lambda kind: natural_key(kind.first))
-    check_settings(kinds, dataset)
+    profiles = sorted(population.profiles, key=lambda profile: natural_key(profile.first))
+    check_settings(profiles, dataset)
 
     rows = _limit_rows(dataset, config, seed)
-    proxy, rows = proxy_set(dataset, config, rows, kinds, server, seed)
-    common, rows = common_sets(dataset, config, rows, how, seed)
+    proxy, rows = proxy_set(dataset, config, rows, profiles, server=server, seed=seed)
+    common, rows = common_sets(dataset, config, rows, strategy, seed)
     public = proxy | common
 
     notes = list(dataset.notes)
-    everywhere = clients_by_source(config, population)
-    holders_of = {
-        source: held
-        for source, who in everywhere.items()
-        if (held := [c for c in who if c not in absent])
+    all_owners = clients_by_source(config, population)
+    owners_here = {
+        source: present
+        for source, names in all_owners.items()
+        if (present := [name for name in names if name not in absent])
     }
-    owners = {name for holders in everywhere.values() for name in holders}
+    owners = {name for names in all_owners.values() for name in names}
     lazy_partition: LazyPartition | None = None
     private: dict[str, Splits] = {}
     if config.partition.kind == "drawn" and not absent:
@@ -490,34 +554,51 @@ def federate(
         )
         lazy_partition.check()
     elif names := [name for name in population.ids if name not in owners and name not in absent]:
-        shares = assign_rows(dataset, rows, names, config, population, seed, notes)
+        shares = assign_rows(
+            dataset, rows, names, config=config, clients=population, seed=seed, notes=notes
+        )
         assert dataset.test is not None
-        # All test rows: `test_limit` is for the common score alone.
+        # `test_limit` applies to the common test set only, not to the clients.
         later = {
             "validation": public["common_validation"],
             "test": RowSelection.all_rows(dataset.test),
         }
-        private = how.split_clients(shares, later, config, seed)
-    owned = load_client_sources(holders_of, dataset, config, population, seed)
+        private = strategy.split_clients(shares, later, config, seed)
+    owned = load_client_sources(owners_here, dataset, config, population, seed)
     client_rows = ClientRows(private | owned.private, lazy_partition)
 
     notes += owned.notes + check_missing_values(
-        kinds, population, client_rows, public, dataset.layout, dataset.min_gap
+        profiles,
+        population,
+        client_rows,
+        public,
+        layout=dataset.layout,
+        first_missing=dataset.first_missing,
     )
     if server is not None:
         view = Preprocess.without_normalization(
             server, dataset.layout, raw_shape(dataset), "server.preprocess"
         )
         if view.missing is None:
-            check_view(public, view, dataset.layout, "server.preprocess", dataset.min_gap)
+            check_view(public, view, dataset.layout, "server.preprocess", dataset.first_missing)
     return FederatedData(
-        dataset.task, dataset.name, population, client_rows, public, seed, dataset.simulated or owned.simulated,
-        dataset.about, cache_bytes, notes, dataset.layout, dataset.vocabulary,
-    )  # fmt: skip
+        dataset.task,
+        dataset.name,
+        population,
+        client_rows,
+        public,
+        seed=seed,
+        simulated=dataset.simulated or owned.simulated,
+        about=dataset.about,
+        cache_bytes=cache_bytes,
+        notes=notes,
+        layout=dataset.layout,
+        vocabulary=dataset.vocabulary,
+    )
 
 
 def _limit_rows(dataset: Dataset, config: DataConfig, seed: int) -> Tensor:
-    """Return the training rows that are kept, int64 `[M]`."""
+    """Return the training rows within `data.train_limit`, int64 `[M]`."""
     rows = torch.arange(len(dataset.train))
     patient = dataset.train.patient
     if config.train_limit is None or config.train_limit >= len(rows):

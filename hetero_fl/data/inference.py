@@ -1,4 +1,4 @@
-"""Examples that a user gives to a saved model, as that model sees them."""
+"""Preprocess the examples that a user passes to a saved model."""
 
 from __future__ import annotations
 
@@ -20,15 +20,23 @@ WHERE = "predict: x"
 
 
 def preprocess_inputs(model: SavedModel, x: Any) -> Tensor:
-    """Raw examples as users have them (see `SavedModel.examples`), preprocessed for this model.
+    """Preprocess raw examples for a saved model.
 
-    Where the model sees named columns or blocks: whole rows as the data set has them; the values of its one block alone; or
-    a dictionary of blocks by name, each `[N, *shape]`, from which one that the model can do without may be absent. Of a data
-    frame, if the model knows the names of a table's columns, columns are taken by name, in any order; those that the model
-    does not see, or can do without, may be absent, and text columns are encoded as the run's were. NaN is a missing value.
+    NaN is a missing value.
+
+    Args:
+        model: Saved model.
+        x: Examples as accepted by `SavedModel.examples`. If the model uses named columns or blocks:
+            whole rows as in the data set; the values of its only block; or a dictionary of blocks
+            by name, each `[N, *shape]`, without those that may be missing. If the model knows the
+            column names of a table: a data frame with columns in any order; unused columns, and
+            columns that may be missing, can be omitted, and text columns are encoded as in the run.
+
+    Returns:
+        Preprocessed examples.
 
     Raises:
-        UserError: another shape or name, infinity, a missing value that the model has no answer to.
+        UserError: If a shape or name does not match, or a value is infinite or missing.
     """
     view = Preprocess(**model.preprocess)
     if model.columns and len(model.arch.input_shape) == 1 and hasattr(x, "columns"):
@@ -40,16 +48,18 @@ def preprocess_inputs(model: SavedModel, x: Any) -> Tensor:
     shape = tuple(np.shape(x)[1:])
     if view.raw is None or shape != view.raw:
         if view.raw is not None and (len(view.blocks) != 1 or view.missing is not None):
-            wanted = f"(N, {', '.join(map(str, view.raw))}), as the data set has them"
-            raise UserError(f"{WHERE}: found shape {tuple(np.shape(x))}; this model takes {wanted}")
+            raise UserError(
+                f"{WHERE}: expected shape (N, {', '.join(map(str, view.raw))}) as in the data set, "
+                f"got {tuple(np.shape(x))}"
+            )
         return replace(view, raw=None, spans=None, blocks=())(model.examples(x))
     return _check_rows(as_numbers(x, WHERE).to(torch.get_default_dtype()), view)
 
 
 def _columns_by_name(frame: Any, model: SavedModel, view: Preprocess) -> Tensor:
-    """The columns of a frame in the order of those that are known, `[N, F]`; NaN where one is absent.
+    """Return the known columns of a data frame in their order, `[N, F]`, NaN if one is missing.
 
-    A frame may have other columns, such as the label, if none is absent.
+    Other columns, such as the label, are ignored if no column is missing.
     """
     names = [str(name) for name in frame.columns]
     known = model.columns
@@ -58,22 +68,22 @@ def _columns_by_name(frame: Any, model: SavedModel, view: Preprocess) -> Tensor:
     readable = [*known, *categories]
     for name in names:
         if name in readable and names.count(name) > 1:
-            raise UserError(f"{WHERE}: found column '{name}' {names.count(name)} times")
+            raise UserError(f"{WHERE}: column '{name}' occurs {names.count(name)} times")
     absent = [n for n in view.names(known) if n not in names and encoded.get(n) not in names]
-    if absent:  # a column that is not known may be one of them, misspelt
-        check_names(names, readable, f"{WHERE}: found column")
+    if absent:
+        # An unknown column is probably a misspelled one.
+        check_names(names, readable, f"{WHERE}: unknown column")
         if view.missing is None:
-            column = encoded.get(absent[0], absent[0])
-            raise UserError(f"{WHERE}: no column '{column}', which this model sees")
+            missing = encoded.get(absent[0], absent[0])
+            raise UserError(f"{WHERE}: column '{missing}' not found, which the model needs")
     rows = torch.full((len(frame), len(known)), torch.nan, dtype=torch.get_default_dtype())
     for name, column in zip(names, frame.columns, strict=True):
         if name in categories:
-            places = [known.index(one) for one in indicator_names(name, categories[name])]
-            rows[:, places] = _encode_indicators(frame[column], categories[name]).to(rows.dtype)
+            indices = [known.index(one) for one in indicator_names(name, categories[name])]
+            rows[:, indices] = _encode_indicators(frame[column], categories[name]).to(rows.dtype)
         elif name in known:
-            rows[:, known.index(name)] = as_numbers(frame[column], f"{WHERE}: {name}").to(
-                rows.dtype
-            )
+            values = as_numbers(frame[column], f"{WHERE}: {name}")
+            rows[:, known.index(name)] = values.to(rows.dtype)
     return rows
 
 
@@ -86,19 +96,18 @@ def _encode_indicators(column: Any, values: tuple[str, ...]) -> Tensor:
 
 
 def _check_rows(rows: Tensor, view: Preprocess) -> Tensor:
-    taken = view.select_columns(rows).flatten(1)
-    bad = taken.isinf() if view.missing is not None else ~torch.isfinite(taken)
+    selected = view.select_columns(rows).flatten(1)
+    bad = selected.isinf() if view.missing is not None else ~torch.isfinite(selected)
     if bool(bad.any()):
-        raise UserError(
-            f"{WHERE}: NaN or infinity in row {int(bad.any(1).to(torch.uint8).argmax())}"
-        )
+        row = int(bad.any(1).to(torch.uint8).argmax())
+        raise UserError(f"{WHERE}: row {row}: NaN or infinite value")
     return view(rows)
 
 
 def _join_blocks(blocks: Mapping[str, Any], view: Preprocess) -> Tensor:
-    """Rows `[N, D]` of the view's blocks."""
+    """Concatenate the blocks of a view to rows `[N, D]`."""
     names = [b.name for b in view.blocks]
-    check_names(blocks, names, f"{WHERE}: found")
+    check_names(blocks, names, f"{WHERE}: unknown block")
     parts = {name: as_numbers(values, f"{WHERE}: {name}") for name, values in blocks.items()}
     count = len(next(iter(parts.values()))) if parts else 0
     rows = []
@@ -106,16 +115,17 @@ def _join_blocks(blocks: Mapping[str, Any], view: Preprocess) -> Tensor:
         part = parts.get(block.name, torch.full((count, block.size), torch.nan))
         if len(part) != count:
             raise UserError(
-                f"{WHERE}: {block.name}: found {len(part)} rows, of {next(iter(parts))} {count}"
+                f"{WHERE}: {block.name}: expected {count} rows as in {next(iter(parts))}, got "
+                f"{len(part)}"
             )
         rows.append(_block_values(part, block))
     return torch.cat(rows, dim=1)
 
 
 def _block_values(part: Tensor, block: Block) -> Tensor:
-    """A block's values `[N, size]`; images may be as `SavedModel.examples` takes them, and are in 0..1 then."""
+    """Return the values of a block, `[N, size]`; images are converted to floats in 0..1."""
     where = f"{WHERE}: {block.name}"
-    found = tuple(part.shape)
+    shape = tuple(part.shape)
     dtype = torch.get_default_dtype()
     if block.image:
         part = as_bytes(part[:, None] if part.ndim == 3 else part, where)
@@ -123,12 +133,14 @@ def _block_values(part: Tensor, block: Block) -> Tensor:
         part = part.movedim(-1, 1) if last else part
     if tuple(part.shape[1:]) not in (block.shape, (block.size,)):
         raise UserError(
-            f"{where}: found shape {found}; want ({len(part)}, {', '.join(map(str, block.shape))})"
+            f"{where}: expected shape ({len(part)}, {', '.join(map(str, block.shape))}), got "
+            f"{shape}"
         )
     if not block.image:
         return part.reshape(len(part), block.size).to(dtype)
     part = part.reshape(len(part), block.size)
-    gone = part.isnan().all(1)
-    there = in_range({where: part[~gone]})[0][where]
-    there = there.to(dtype) / 255 if there.dtype == torch.uint8 else there.to(dtype)
-    return there.new_full((len(part), block.size), torch.nan).masked_scatter(~gone[:, None], there)
+    is_missing = part.isnan().all(1)
+    values = in_range({where: part[~is_missing]})[0][where]
+    values = values.to(dtype) / 255 if values.dtype == torch.uint8 else values.to(dtype)
+    empty = values.new_full((len(part), block.size), torch.nan)
+    return empty.masked_scatter(~is_missing[:, None], values)

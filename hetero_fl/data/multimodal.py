@@ -1,4 +1,4 @@
-"""Images joined with a user's own table by the patient's number: a data set of two blocks."""
+"""Join images and a table by patient to a data set with two blocks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hetero_fl.core.task import Task
 from hetero_fl.data.arrays import from_arrays
 from hetero_fl.data.dataset import Block, Dataset, Examples, index_names
 from hetero_fl.utils.errors import UserError, suggest_similar
@@ -18,30 +19,63 @@ if TYPE_CHECKING:
 
 
 def join_images_and_table(
-    images: Any, y: Any, patient: Any, table: Any, *, by: str = "patient", columns: list[str] | None = None,
-    label: str | None = None, group: Any = None, table_group: str | None = None, blocks: tuple[str, str] = ("image", "table"),
-    name: str = "joined", simulated: bool = False, about: str = "",
-) -> Dataset:  # fmt: skip
-    """Images and the rows of a table that belong to the same patients, side by side. What a patient lacks is missing (NaN):
-    a client whose view sees it needs `preprocess.missing: indicate`, and names its blocks in `preprocess.columns`.
+    images: Any,
+    y: Any,
+    patient: Any,
+    table: Any,
+    *,
+    by: str = "patient",
+    columns: list[str] | None = None,
+    label: str | None = None,
+    group: Any = None,
+    table_group: str | None = None,
+    blocks: tuple[str, str] = ("image", "table"),
+    name: str = "joined",
+    simulated: bool = False,
+    about: str = "",
+) -> Dataset:
+    """Join images and the rows of a table that belong to the same patients.
+
+    Values that a patient does not have are NaN. Clients that use them need
+    `preprocess.missing: indicate`; `preprocess.columns` selects blocks.
 
     Args:
-        images: `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` as `from_arrays` takes them; a patient may have several.
-        y: class numbers of the images, `[N]`.
-        patient: whose image it is, `[N]` of numbers or strings; patients stay whole when rows are set apart.
-        table: a file (`.csv`, `.tsv`, `.parquet`) or a pandas frame, a row a patient. An empty cell is a missing value.
-        by: the table's column of patients.
-        columns: its columns that make the second block; none: all columns of numbers.
-        label: its column of class numbers. Patients without an image are then examples, too; without it they are refused.
-        group: whose row each image is (a hospital, say), for the natural partition; `table_group`: the table's column of it,
-            for patients without an image.
-        blocks: what the images and the columns are called, in views and in the names of a model's tensors.
+        images: Images `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`, see `from_arrays`. A patient
+            may have several images.
+        y: Class numbers of the images, `[N]`.
+        patient: Patient of each image, `[N]` numbers or strings. The rows of a patient are never
+            divided between splits or clients.
+        table: A file (`.csv`, `.tsv`, `.parquet`) or pandas data frame with one row per patient.
+            Empty cells are missing values.
+        by: Column of the table with the patient.
+        columns: Columns of the table for the second block; by default all numeric columns.
+        label: Column of the table with class numbers. Patients without an image then become
+            examples, too; without `label` they are refused.
+        group: Group of each image (for example its hospital) for the natural partition, `[N]`.
+        table_group: Column of the table with the group of patients without an image.
+        blocks: Names of the image block and the table block.
+        name: Name of the data set.
+        simulated: Whether the data is generated.
+        about: Short description.
 
     Raises:
-        UserError: one line with file, row and column (rows count from 1 below the header): a patient who has no image, is
-            there twice, or has no number; text in a number; a column that is not there; nobody in both.
+        UserError: If a patient has no image and no label, occurs twice in the table or has no id;
+            a column is missing or not numeric; or the images and the table have no patient in
+            common. Rows in messages count from 1 below the header.
+
+    Example:
+        >>> import numpy as np
+        >>> import pandas as pd
+        >>> from hetero_fl.data import join_images_and_table
+        >>> images = np.zeros((2, 8, 8), dtype="uint8")
+        >>> table = pd.DataFrame({"patient": ["p1", "p2"], "age": [54, 61]})
+        >>> dataset = join_images_and_table(images, [0, 1], ["p2", "p1"], table)
+        >>> dataset.blocks
+        (Block(name='image', shape=(1, 8, 8)), Block(name='table', shape=(1,)))
+        >>> dataset.train.x[:, -1]
+        tensor([61., 54.])
     """
-    # loads pandas, which takes half a second
+    # Imported here because loading pandas is slow.
     from hetero_fl.data.sources.table_files import (
         check_columns,
         decimal_commas,
@@ -49,30 +83,27 @@ def join_images_and_table(
         parse_names,
     )
 
-    frame, where = _frame(table, (by, table_group))
-    pictures = from_arrays(images, y, patient=patient, group=group, name=name)
-    if pictures.train.x.ndim != 4:
+    frame, where = _read_table(table, (by, table_group))
+    image_set = from_arrays(images, y, patient=patient, group=group, name=name)
+    if image_set.train.x.ndim != 4:
         raise UserError(
-            f"{name}: images: found shape {tuple(pictures.train.x.shape)}; want rows x channels x height x width"
+            f"{name}: images: expected shape [rows, channels, height, width], got "
+            f"{tuple(image_set.train.x.shape)}"
         )
     special = {"by": by, "label": label, "table_group": table_group}
     check_columns(frame, special.items(), where)
-    whose = list(parse_names(frame[by], where))
-    ids = [str(value) for value in pictures.train.patient_names]
-    whose = _match_id_format(whose, ids)
-    _check_unique(whose, where, by)
-    imaged = set(ids)
-    strangers = [i for i, id in enumerate(whose) if id not in imaged]
-    if len(strangers) == len(whose):
+    image_ids = [str(value) for value in image_set.train.patient_names]
+    table_ids = _match_id_format(list(parse_names(frame[by], where)), image_ids)
+    _check_unique(table_ids, where, by)
+    with_image = set(image_ids)
+    without_image = [row for row, table_id in enumerate(table_ids) if table_id not in with_image]
+    _check_overlap(table_ids, image_ids, where, by)
+    if without_image and label is None:
+        row = without_image[0]
         raise UserError(
-            f"{where}: row 1, column '{by}': found '{whose[0]}', and no patient of the table has an image; "
-            f"images are of {format_list(ids)}"
-        )
-    if strangers and label is None:
-        row = strangers[0]
-        raise UserError(
-            f"{where}: row {row + 1}, column '{by}': found '{whose[row]}', of whom there is no image"
-            f"{suggest_similar(whose[row], ids)} (name their labels in `label` to keep such patients: {len(strangers)} rows)"
+            f"{where}: row {row + 1}, column '{by}': patient '{table_ids[row]}' has no image"
+            f"{suggest_similar(table_ids[row], image_ids)} (pass label to keep patients without "
+            "images)"
         )
     rest = frame.drop(columns=[column for column in special.values() if column is not None])
     check_columns(rest, [("columns", column) for column in columns or ()], where)
@@ -80,31 +111,44 @@ def join_images_and_table(
     values, used, left_out = features(rest, where, [])
     if columns is not None and left_out:
         column, kind = next(iter(left_out.items()))
-        raise UserError(f"{where}: column '{column}' is {kind}; numbers are needed")
-    train = _side_by_side(pictures.train, values, whose, strangers)
-    if strangers:
-        train = _with_labels(train, pictures, frame, strangers, whose, label, table_group, where)
-    made = (Block(blocks[0], tuple(pictures.train.x.shape[1:])), Block(blocks[1], (len(used),)))
-    both = len(imaged & set(whose))
-    note = f"{name}: {len(ids)} patients with images, {len(whose)} in the table, {both} with both; columns {format_list(used)}"
-    left = tuple(
-        f"{where}: left out: {format_list(left_out)} (no numbers)" for _ in range(bool(left_out))
-    )
+        raise UserError(f"{where}: column '{column}': expected numbers, got {kind}")
+    train = _join_rows(image_set.train, values, table_ids, without_image)
+    if label is not None and without_image:
+        labels = _table_labels(frame[label], without_image, image_set.task, where)
+        groups = _table_groups(frame, without_image, table_group, image_set.train, where)
+        owners = [table_ids[row] for row in without_image]
+        train = _append_labels(train, image_set.train, labels, groups, owners)
+    both = len(with_image & set(table_ids))
+    notes = [
+        *image_set.notes,
+        f"{name}: {len(image_ids)} patients with images, {len(table_ids)} in the table, {both} "
+        f"with both; columns {format_list(used)}",
+    ]
+    if left_out:
+        notes.append(f"{where}: columns excluded because not numeric: {format_list(left_out)}")
     return Dataset(
         name,
-        pictures.task,
+        image_set.task,
         train,
-        None,
-        None,
-        simulated,
-        about,
-        (),
-        (*pictures.notes, note, *left),
-        made,
+        simulated=simulated,
+        about=about,
+        notes=tuple(notes),
+        blocks=(
+            Block(blocks[0], tuple(image_set.train.x.shape[1:])),
+            Block(blocks[1], (len(used),)),
+        ),
     )
 
 
-def _frame(table: Any, names: tuple[str | None, ...]) -> tuple[pd.DataFrame, str]:
+def _check_overlap(table_ids: list[str], image_ids: list[str], where: str, by: str) -> None:
+    if not set(table_ids) & set(image_ids):
+        raise UserError(
+            f"{where}: row 1, column '{by}': no patient of the table has an image, got "
+            f"'{table_ids[0]}'; images are of {format_list(image_ids)}"
+        )
+
+
+def _read_table(table: Any, names: tuple[str | None, ...]) -> tuple[pd.DataFrame, str]:
     import pandas as pd
 
     from hetero_fl.data.sources.table_files import read_frame
@@ -118,89 +162,99 @@ def _frame(table: Any, names: tuple[str | None, ...]) -> tuple[pd.DataFrame, str
         raise UserError(f"table: {str(error).removeprefix('path: ')}") from error
 
 
-def _match_id_format(whose: list[str], ids: list[str]) -> list[str]:
-    """The table's patients as the images' numbers are written: a file of numbers has lost the zeros of 0001."""
-    written = {_normalize_id(id): id for id in ids}
-    return (
-        [written.get(_normalize_id(id), id) for id in whose] if len(written) == len(ids) else whose
-    )
+def _match_id_format(table_ids: list[str], image_ids: list[str]) -> list[str]:
+    """Write the ids of the table as those of the images; numeric files drop leading zeros."""
+    written = {_normalize_id(image_id): image_id for image_id in image_ids}
+    if len(written) < len(image_ids):
+        return table_ids
+    return [written.get(_normalize_id(table_id), table_id) for table_id in table_ids]
 
 
 def _normalize_id(patient_id: str) -> str:
     return str(int(patient_id)) if patient_id.isascii() and patient_id.isdigit() else patient_id
 
 
-def _check_unique(whose: list[str], where: str, by: str) -> None:
+def _check_unique(table_ids: list[str], where: str, by: str) -> None:
     first: dict[str, int] = {}
-    for row, id in enumerate(whose):
-        if id in first:
+    for row, table_id in enumerate(table_ids):
+        if table_id in first:
             raise UserError(
-                f"{where}: row {row + 1}, column '{by}': found '{id}' a second time (row {first[id] + 1} is the first); "
-                "a patient has one row"
+                f"{where}: row {row + 1}, column '{by}': duplicate patient '{table_id}', first in "
+                f"row {first[table_id] + 1}; keep one row per patient"
             )
-        first[id] = row
+        first[table_id] = row
 
 
-def _side_by_side(
-    pictures: Examples, values: Tensor, whose: list[str], strangers: list[int]
+def _join_rows(
+    images: Examples, values: Tensor, table_ids: list[str], without_image: list[int]
 ) -> Examples:
-    """Rows `[N + M, D]`: every image with its patient's values, then patients without an image. Labels and groups of these
-    are not there yet."""
-    assert pictures.patient is not None
-    pixels = pictures.x.flatten(1).float()
-    pixels = pixels / 255 if pictures.x.dtype == torch.uint8 else pixels
-    row_of = {id: row for row, id in enumerate(whose)}
-    rows = torch.tensor([row_of.get(id, len(whose)) for id in pictures.patient_names])[
-        pictures.patient
-    ]
+    """Return rows `[N + M, D]`: images with the values of their patients, then other patients.
+
+    If there are patients without an image, the result has no labels, groups and patients yet.
+    """
+    assert images.patient is not None
+    pixels = images.x.flatten(1).float()
+    pixels = pixels / 255 if images.x.dtype == torch.uint8 else pixels
+    row_of = {table_id: row for row, table_id in enumerate(table_ids)}
+    patient_rows = [row_of.get(image_id, len(table_ids)) for image_id in images.patient_names]
+    rows = torch.tensor(patient_rows)[images.patient]
     table = torch.cat([values, values.new_full((1, values.shape[1]), torch.nan)])
     x = torch.cat([pixels, table[rows]], dim=1)
-    if strangers:
-        alone = values[torch.tensor(strangers)]
-        x = torch.cat(
-            [x, torch.cat([alone.new_full((len(alone), pixels.shape[1]), torch.nan), alone], dim=1)]
-        )
-        return Examples(x)
+    if without_image:
+        table_only = values[torch.tensor(without_image)]
+        no_pixels = table_only.new_full((len(table_only), pixels.shape[1]), torch.nan)
+        return Examples(torch.cat([x, torch.cat([no_pixels, table_only], dim=1)]))
     return Examples(
-        x,
-        pictures.y,
-        pictures.group,
-        pictures.group_names,
-        pictures.patient,
-        pictures.patient_names,
+        x, images.y, images.group, images.group_names, images.patient, images.patient_names
     )
 
 
-def _with_labels(
-    train: Examples, pictures: Dataset, frame: pd.DataFrame, strangers: list[int], whose: list[str], label: str | None,
-    table_group: str | None, where: str,
-) -> Examples:  # fmt: skip
-    """The rows with label, group and patient of those who have no image, too."""
-    from hetero_fl.data.sources.table_files import parse_names, parse_numbers
+def _table_labels(column: pd.Series, rows: list[int], task: Task, where: str) -> list[int]:
+    """Return the classes of the patients in some rows of the table."""
+    from hetero_fl.data.sources.table_files import parse_numbers
 
-    given = parse_numbers(frame[label], where)
-    old = pictures.train
-    assert old.patient is not None
-    if given is None:
-        raise UserError(f"{where}: column '{label}' is text; class numbers are needed")
-    classes = {float(name): place for place, name in enumerate(pictures.task.output_names)}
-    for row in strangers:
-        if given[row] not in classes:
-            found = f"found {given[row]:g}; classes of the images are {format_list(pictures.task.output_names)}"
-            raise UserError(f"{where}: row {row + 1}, column '{label}': {found}")
-    y = torch.cat([old.labels, torch.tensor([classes[given[row]] for row in strangers])])
-    owners = [old.patient_names[i] for i in old.patient.tolist()] + [
-        whose[row] for row in strangers
-    ]
-    patient, patient_names = index_names(owners)
-    if old.group is None:
-        return Examples(train.x, y, None, (), patient, patient_names)
+    labels = parse_numbers(column, where)
+    if labels is None:
+        raise UserError(f"{where}: column '{column.name}': expected class numbers, got text")
+    classes = {float(name): index for index, name in enumerate(task.output_names)}
+    for row in rows:
+        if labels[row] not in classes:
+            raise UserError(
+                f"{where}: row {row + 1}, column '{column.name}': unknown class {labels[row]:g}; "
+                f"choose from {format_list(task.output_names)}"
+            )
+    return [classes[labels[row]] for row in rows]
+
+
+def _table_groups(
+    frame: pd.DataFrame, rows: list[int], table_group: str | None, images: Examples, where: str
+) -> list[str]:
+    """Return the groups of the patients in some rows of the table; empty if images have none."""
+    from hetero_fl.data.sources.table_files import parse_names
+
+    if images.group is None:
+        return []
     if table_group is None:
         raise UserError(
-            "table_group: missing; images have groups, so name the table's column of those without an image"
+            "table_group: missing; the images have groups, so name the column with the groups of "
+            "patients without an image"
         )
-    sites = list(parse_names(frame[table_group], where))
+    groups = list(parse_names(frame[table_group], where))
+    return [groups[row] for row in rows]
+
+
+def _append_labels(
+    train: Examples, images: Examples, labels: list[int], groups: list[str], owners: list[str]
+) -> Examples:
+    """Add the labels, groups and patients of all rows."""
+    assert images.patient is not None
+    y = torch.cat([images.labels, torch.tensor(labels)])
+    patient, patient_names = index_names(
+        [images.patient_names[i] for i in images.patient.tolist()] + owners
+    )
+    if images.group is None:
+        return Examples(train.x, y, None, (), patient, patient_names)
     group, group_names = index_names(
-        [old.group_names[g] for g in old.group.tolist()] + [sites[row] for row in strangers]
+        [images.group_names[g] for g in images.group.tolist()] + groups
     )
     return Examples(train.x, y, group, group_names, patient, patient_names)

@@ -1,6 +1,8 @@
 """Partition training rows among clients: Dirichlet, classes, quantity, natural groups, custom.
 
-Whole patients stay with one client where the data names patients.
+`partition_rows` looks up the partition kind in a registry. If the data names patients, all rows of
+a patient go to the same client. Partitions depend only on the rows, the client sizes in order, the
+configuration and the seed.
 """
 
 from __future__ import annotations
@@ -24,19 +26,38 @@ from hetero_fl.utils.registry import call_reference
 from hetero_fl.utils.seeding import keyed_generator, keyed_numpy_generator
 from hetero_fl.utils.text import format_list
 
-# What partitions count with: the stratum of a row, whole numbers by shares, classes by holders.
+MAX_ATTEMPTS = 1000
+WHERE = "data.partition"
+USER_ARGUMENTS = "y, group, config, sizes, task, seed"
+"""Arguments of a user-defined partition function."""
 
 
 def row_strata(y: Tensor, task: Task) -> Tensor:
-    """Return what counts as each row's label in a partition, int64 `[N]`.
+    """Return the stratum of each row, which partitions treat as its label.
 
-    Multiclass: its class. Multilabel: the rarest of its labels plus one, 0 if it has none.
-    Regression: the tenth of all rows, by the first target, that it falls into.
+    Multiclass: the class. Multilabel: the index of the rarest positive label plus one, or 0 if
+    there is none. Regression: the decile of the first target.
+
+    Args:
+        y: Targets as defined by `Task`.
+        task: Learning task.
+
+    Returns:
+        Strata, int64 `[N]`.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.core.task import Task
+        >>> from hetero_fl.data import row_strata
+        >>> y = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
+        >>> row_strata(y, Task("multilabel", 2))
+        tensor([1, 2, 0])
     """
     if task.kind == "multiclass":
         return y
     if task.kind == "multilabel":
-        order = y.sum(0).argsort(stable=True)  # rarest first: argmax finds the first positive one
+        # Rarest label first: argmax returns the first positive one.
+        order = y.sum(0).argsort(stable=True)
         first = (y[:, order] > 0).to(torch.uint8).argmax(1)
         return torch.where((y > 0).any(1), order[first] + 1, 0)
     inner = torch.linspace(0, 1, 11, dtype=torch.float64)[1:-1]
@@ -46,17 +67,26 @@ def row_strata(y: Tensor, task: Task) -> Tensor:
 
 
 def apportion(total: int, share: np.ndarray, at_least: int = 0) -> np.ndarray:
-    """Return whole numbers that sum to `total` and are nearest to the shares (largest remainder).
+    """Divide a total into integers in proportion to shares (largest remainder method).
 
     Args:
-        total: Their sum.
+        total: Sum of the result.
         share: Shares, float `[K]`; they need not sum to one.
-        at_least: Smallest number.
+        at_least: Minimum of each integer; `K * at_least` must not exceed `total`.
+
+    Returns:
+        Integers, int64 `[K]`.
+
+    Example:
+        >>> import numpy as np
+        >>> from hetero_fl.data.partition import apportion
+        >>> apportion(10, np.array([0.32, 0.25, 0.43])).tolist()
+        [3, 3, 4]
     """
     exact = share / share.sum() * total
     counts = np.floor(exact).astype(np.int64)
     counts[np.argsort(counts - exact, kind="stable")[: total - counts.sum()]] += 1
-    # Each turn fills the smallest from the largest, and the total suffices: this ends.
+    # Terminates because the total suffices and each step fills the smallest from the largest.
     while (counts < at_least).any():
         low = counts.argmin()
         high = counts.argmax()
@@ -67,7 +97,7 @@ def apportion(total: int, share: np.ndarray, at_least: int = 0) -> np.ndarray:
 
 
 def apportion_nonzero(rows: int, share: np.ndarray) -> np.ndarray:
-    """Apportion rows among those with a share above 0; the others get none."""
+    """Apportion rows among the positive shares; zero shares get none."""
     counts = np.zeros(len(share), dtype=np.int64)
     if (share > 0).any():
         counts[share > 0] = apportion(rows, share[share > 0])
@@ -75,10 +105,10 @@ def apportion_nonzero(rows: int, share: np.ndarray) -> np.ndarray:
 
 
 def cut_proportions(proportions: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return each client's rows of each class, int64 `[classes, clients]`.
+    """Return the number of rows of each class per client, int64 `[classes, clients]`.
 
     Args:
-        proportions: Each client's proportion of a class, float `[classes, clients]`.
+        proportions: Proportion of each class per client, float `[classes, clients]`.
         counts: Rows of each class, int64 `[classes]`.
     """
     cuts = np.rint(proportions.cumsum(1) * counts[:, None]).astype(np.int64)
@@ -86,51 +116,53 @@ def cut_proportions(proportions: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.diff(cuts, axis=1, prepend=0)
 
 
-def cut_below(proportions: np.ndarray, counts: np.ndarray, most: np.ndarray) -> np.ndarray:
-    """Cut class by class; a client that has its maximum gets none of the next class.
+def cut_below(proportions: np.ndarray, counts: np.ndarray, max_rows: np.ndarray) -> np.ndarray:
+    """Return the number of rows of each class per client, skipping clients that are full.
 
-    The others share that class by their proportions. The last class that a client gets may carry
-    it above its maximum.
+    Classes are divided one after the other. A client that has reached its maximum gets no rows of
+    the next class, which the other clients share by their proportions. The last class of a client
+    may lift it above its maximum.
 
     Args:
-        proportions: Each client's proportion of a class, float `[classes, clients]`.
+        proportions: Proportion of each class per client, float `[classes, clients]`.
         counts: Rows of each class, int64 `[classes]`.
-        most: Maximum of each client, float `[clients]`; they sum to at least all rows.
+        max_rows: Maximum per client, float `[clients]`; the sum is at least the number of rows.
+
+    Returns:
+        Counts, int64 `[classes, clients]`.
     """
-    dealt = np.zeros(proportions.shape, dtype=np.int64)
+    assigned = np.zeros(proportions.shape, dtype=np.int64)
     for c in range(len(counts)):
-        below = dealt.sum(0) < most
+        below = assigned.sum(0) < max_rows
         share = np.where(below, proportions[c], 0.0)
         share = share if share.sum() > 0 else below.astype(float)
-        dealt[c] = cut_proportions(share[None] / share.sum(), counts[c : c + 1])[0]
-    return dealt
+        assigned[c] = cut_proportions(share[None] / share.sum(), counts[c : c + 1])[0]
+    return assigned
 
 
 def assign_classes(
-    draws: np.random.Generator, classes_per_client: np.ndarray, classes: int
+    rng: np.random.Generator, classes_per_client: np.ndarray, num_classes: int
 ) -> np.ndarray:
-    """Return which classes each client holds, bool `[clients, classes]`.
+    """Assign classes to clients, each time those that the fewest clients have.
 
-    Each client gets the classes that fewest others hold, at random among equals.
+    Ties are broken at random.
 
     Args:
-        draws: Random generator.
+        rng: Random generator.
         classes_per_client: Number of classes of each client, int64 `[clients]`.
-        classes: Number of classes.
+        num_classes: Number of classes.
+
+    Returns:
+        Which classes each client has, bool `[clients, classes]`.
     """
-    holds = np.zeros((len(classes_per_client), classes), dtype=bool)
-    held = np.zeros(classes)
-    for client in draws.permutation(len(classes_per_client)):
-        chosen = np.lexsort((draws.random(classes), held))[: classes_per_client[client]]
-        holds[client, chosen] = True
-        held[chosen] += 1
-    return holds
-
-
-# Partitions that users write: their results are checked.
-
-OWN_WHERE = "data.partition.kind"
-ARGUMENTS = "y, group, config, sizes, task, seed"
+    has_class = np.zeros((len(classes_per_client), num_classes), dtype=bool)
+    clients_per_class = np.zeros(num_classes)
+    for client in rng.permutation(len(classes_per_client)):
+        order = np.lexsort((rng.random(num_classes), clients_per_class))
+        chosen = order[: classes_per_client[client]]
+        has_class[client, chosen] = True
+        clients_per_class[chosen] += 1
+    return has_class
 
 
 def user_partition(
@@ -140,74 +172,80 @@ def user_partition(
     clients: int,
     patient: Tensor | None,
 ) -> list[Tensor]:
-    """Return the rows of each client as the user's function assigns them.
+    """Call a user-defined partition function and check its result.
 
     Args:
-        config: Its `kind` names the function.
-        arguments: The arguments of the function; patients are not among them.
+        config: Partition settings; `kind` is the reference to the function.
+        arguments: Arguments of the function (`USER_ARGUMENTS`).
         rows: Number of rows.
         clients: Number of clients.
-        patient: Patient of each row, `[N]`; a result that splits one is refused.
+        patient: Patient of each row, `[N]`, or None.
+
+    Returns:
+        Sorted row indices of each client.
 
     Raises:
-        UserError: If the function raises anything or returns no partition.
+        UserError: If the function raises, returns an invalid partition or divides a patient.
     """
     parts = _check_parts(
-        call_reference(config.kind, OWN_WHERE, ARGUMENTS, arguments), config, rows, clients
+        call_reference(config.kind, f"{WHERE}.kind", USER_ARGUMENTS, arguments),
+        config,
+        rows,
+        clients,
     )
     if patient is not None and (pair := split_patient_rows(parts, patient)) is not None:
         raise UserError(
-            f"{OWN_WHERE}: {config.kind}: deals rows {pair[0]} and {pair[1]}, which are of one "
-            "patient (data.patient), to two clients"
+            f"{WHERE}.kind: {config.kind}: assigns rows {pair[0]} and {pair[1]} of the same "
+            "patient (data.patient) to different clients"
         )
     return parts
 
 
 def _check_parts(parts: object, config: PartitionConfig, rows: int, clients: int) -> list[Tensor]:
-    """Return the rows of each client, sorted, after checking what a user's function returned."""
-    where = f"{OWN_WHERE}: {config.kind}"
+    """Check the result of a user-defined function and return the sorted rows of each client."""
+    where = f"{WHERE}.kind: {config.kind}"
     if not isinstance(parts, list | tuple) or len(parts) != clients:
-        raise UserError(f"{where}: has to return a list of the rows of {clients} clients")
+        found = f"{len(parts)} parts" if isinstance(parts, list | tuple) else type(parts).__name__
+        raise UserError(
+            f"{where}: expected a list with the rows of each of {clients} clients, got {found}"
+        )
     try:
-        dealt = [
+        tensors = [
             torch.as_tensor(part, dtype=torch.int64).reshape(-1).sort().values for part in parts
         ]
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{where}: rows have to be whole numbers: {error}") from error
-    every = torch.cat(dealt)
-    if len(every) and (every.min() < 0 or every.max() >= rows):
-        raise UserError(f"{where}: rows from {every.min()} to {every.max()}; there are {rows}")
-    if len(every.unique()) < len(every):
-        raise UserError(f"{where}: deals a row to two clients")
-    if (short := min(map(len, dealt))) < config.min_size:
+        raise UserError(f"{where}: expected row indices as integers: {error}") from error
+    all_rows = torch.cat(tensors)
+    if len(all_rows) and (all_rows.min() < 0 or all_rows.max() >= rows):
         raise UserError(
-            f"{where}: deals {short} rows to a client; data.partition.min_size is {config.min_size}"
+            f"{where}: expected row indices from 0 to {rows - 1}, got {all_rows.min()} to "
+            f"{all_rows.max()}"
         )
-    return dealt
-
-
-# How training rows are dealt out to clients.
-#
-# `partition_rows` is the one entry; each kind of partition is a function in the registry. A deal depends on
-# the rows, the sizes in their order, the configuration and the seed, and on nothing else.
-
-TRIES = 1000
-WHERE = "data.partition"
+    if len(all_rows.unique()) < len(all_rows):
+        raise UserError(f"{where}: assigns a row twice")
+    if (smallest := min(map(len, tensors))) < config.min_size:
+        raise UserError(
+            f"{where}: assigns only {smallest} rows to a client; {WHERE}.min_size is "
+            f"{config.min_size}"
+        )
+    return tensors
 
 
 @dataclass(frozen=True)
 class PartitionContext:
-    """What a partition depends on.
+    """The inputs of a partition function.
 
-    Where patients stay whole, a patient with its most common stratum stands for a row.
+    If the data names patients, partition functions see one entry per patient, with the most common
+    stratum of its rows, in place of the rows.
 
     Attributes:
-        strata: Label of each row, int64 `[N]` (see `row_strata`).
-        group: Group of each row, int64 `[N]`.
-        config: Settings of the partition.
-        share: Each client's share of the rows by its size, float64 `[K]`; they sum to one.
-        seed: The run's seed.
-        fewest: Smallest number of rows of a client.
+        strata: Stratum of each row, int64 `[N]` (see `row_strata`).
+        group: Group of each row, int64 `[N]`, or None.
+        config: Partition settings.
+        share: Share of the rows per client, float64 `[K]`, proportional to the client sizes and
+            summing to one.
+        seed: Seed of the run.
+        min_rows: Minimum number of rows per client.
     """
 
     strata: Tensor
@@ -215,24 +253,26 @@ class PartitionContext:
     config: PartitionConfig
     share: np.ndarray
     seed: int
-    fewest: int
+    min_rows: int
 
     @property
     def alpha(self) -> float:
-        """The concentration."""
-        assert self.config.alpha is not None  # the schema has filled it in
+        """Concentration parameter."""
+        # The configuration fills in a default for all kinds that use it.
+        assert self.config.alpha is not None
         return self.config.alpha
 
-    def rows(self) -> int:
-        """Number of rows to deal."""
+    @property
+    def num_rows(self) -> int:
+        """Number of rows to partition."""
         return len(self.strata)
 
     def rng(self, *use: str | int) -> np.random.Generator:
-        """Return a keyed generator of what torch has no public sampler for (Dirichlet)."""
+        """Return a NumPy generator keyed by the seed and the given purpose."""
         return keyed_numpy_generator("data", self.seed, "partition", *use)
 
     def shuffled(self, rows: Tensor, *use: str | int) -> Tensor:
-        """Return the rows in a keyed order."""
+        """Return the rows in random order, keyed by the seed and the given purpose."""
         generator = keyed_generator("data", self.seed, "partition", *use)
         return rows[torch.randperm(len(rows), generator=generator)]
 
@@ -242,7 +282,24 @@ _partitions: dict[str, PartitionFunction] = {}
 
 
 def register_partition(name: str) -> Callable[[PartitionFunction], PartitionFunction]:
-    """Register a function from a `PartitionContext` to the rows of each client as the partition of that name."""
+    """Register a partition function for `data.partition.kind`.
+
+    The function takes a `PartitionContext` and returns the row indices of each client.
+
+    Args:
+        name: Name of the partition kind.
+
+    Returns:
+        A decorator that registers the function and returns it unchanged.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.data import register_partition
+        >>> @register_partition("round_robin")
+        ... def partition_round_robin(context):
+        ...     num_clients = len(context.share)
+        ...     return [torch.arange(k, context.num_rows, num_clients) for k in range(num_clients)]
+    """
 
     def register(function: PartitionFunction) -> PartitionFunction:
         _partitions[name] = function
@@ -257,34 +314,48 @@ def partition_rows(
     config: PartitionConfig,
     sizes: Sequence[float],
     task: Task,
+    *,
     seed: int,
     patient: Tensor | None = None,
 ) -> list[Tensor]:
     """Partition rows among clients.
 
-    The kind `classes` leaves rows out with `shots`, and where too few clients hold every class. A
-    user's own partition (`python:` and a function of the same arguments) may leave rows out, too.
+    With kind `classes`, rows are left out if `shots` is set or a class has no client. User-defined
+    partitions (`python:` references to functions of y, group, config, sizes, task and seed) may
+    leave rows out, too.
 
     Args:
         y: Targets, `[N]` or `[N, L]`.
-        group: Group of each row, `[N]`; the natural partition needs it.
-        config: Settings of the partition.
-        sizes: How much each client gets, relative to the others.
-        task: What is learned.
-        seed: The run's seed.
-        patient: Patient of each row, `[N]`; a patient's rows all go to one client.
+        group: Group of each row, `[N]`; required by the kind `natural`.
+        config: Partition settings.
+        sizes: Relative size of each client.
+        task: Learning task.
+        seed: Seed of the run.
+        patient: Patient of each row, `[N]`; all rows of a patient go to the same client.
 
     Returns:
-        The rows of each client: int64, sorted, disjoint, at least `config.min_size` each.
+        Sorted, disjoint row indices (int64) of each client, at least `config.min_size` each.
 
     Raises:
-        UserError: Too few rows or patients; no groups, or another number of them; a patient in two
-            groups; a user's partition that is none, or splits a patient.
+        UserError: If there are too few rows or patients, the groups do not match the clients, a
+            patient is in two groups, or a user-defined partition is invalid.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.config.data import PartitionConfig
+        >>> from hetero_fl.core.task import Task
+        >>> from hetero_fl.data import partition_rows
+        >>> y = torch.arange(100) % 4
+        >>> config = PartitionConfig(kind="iid", min_size=10)
+        >>> parts = partition_rows(y, None, config, [1, 3], Task("multiclass", 4), seed=0)
+        >>> [len(part) for part in parts]
+        [25, 75]
     """
     if config.min_size * len(sizes) > len(y):
         raise UserError(
-            f"{WHERE}.min_size: found {config.min_size}, but {len(y)} training rows are left for {len(sizes)} clients; "
-            f"at most {len(y) // len(sizes)}, unless they share rows ({WHERE}.kind: drawn)"
+            f"{WHERE}.min_size: must be <= {len(y) // len(sizes)} for {len(y)} training rows and "
+            f"{len(sizes)} clients, got {config.min_size}; with {WHERE}.kind=drawn clients may "
+            "share rows"
         )
     if config.kind.startswith(OWN):
         return user_partition(
@@ -292,7 +363,8 @@ def partition_rows(
         )
     if config.kind not in _partitions:
         raise UserError(
-            f"{WHERE}.kind: found '{config.kind}'{suggest_or_list(config.kind, _partitions)}"
+            f"{WHERE}.kind: unknown partition '{config.kind}'"
+            f"{suggest_or_list(config.kind, _partitions)}"
         )
     share = np.asarray(sizes, dtype=np.float64)
     context = PartitionContext(
@@ -307,156 +379,253 @@ def partition_rows(
 
 @register_partition("iid")
 def partition_iid(context: PartitionContext) -> list[Tensor]:
-    """Assign rows at random, in numbers by the clients' sizes."""
-    counts = apportion(context.rows(), context.share, context.fewest)
-    return list(context.shuffled(torch.arange(context.rows()), "iid").split(counts.tolist()))
+    """Assign rows at random, in proportion to the client sizes.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.config.data import PartitionConfig
+        >>> from hetero_fl.core.task import Task
+        >>> from hetero_fl.data import partition_rows
+        >>> y = torch.arange(60) % 3
+        >>> config = PartitionConfig(kind="iid", min_size=10)
+        >>> parts = partition_rows(y, None, config, [1, 2], Task("multiclass", 3), seed=0)
+        >>> [len(part) for part in parts]
+        [20, 40]
+    """
+    counts = apportion(context.num_rows, context.share, context.min_rows)
+    return list(context.shuffled(torch.arange(context.num_rows), "iid").split(counts.tolist()))
 
 
 @register_partition("in_order")
 def partition_in_order(context: PartitionContext) -> list[Tensor]:
-    """Assign consecutive slices of the rows, in the order of the clients and by their sizes."""
-    counts = apportion(context.rows(), context.share, context.fewest)
-    return list(torch.arange(context.rows()).split(counts.tolist()))
+    """Assign consecutive slices of the rows, in proportion to the client sizes.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.config.data import PartitionConfig
+        >>> from hetero_fl.core.task import Task
+        >>> from hetero_fl.data import partition_rows
+        >>> y = torch.zeros(5, dtype=torch.int64)
+        >>> config = PartitionConfig(kind="in_order", min_size=1)
+        >>> partition_rows(y, None, config, [2, 3], Task("multiclass", 2), seed=0)
+        [tensor([0, 1]), tensor([2, 3, 4])]
+    """
+    counts = apportion(context.num_rows, context.share, context.min_rows)
+    return list(torch.arange(context.num_rows).split(counts.tolist()))
 
 
 @register_partition("quantity")
 def partition_by_quantity(context: PartitionContext) -> list[Tensor]:
-    """Assign rows at random, in skewed numbers: shares ~ Dirichlet(alpha · K · size share)."""
+    """Assign rows at random, with client shares ~ Dirichlet(alpha * K * size share).
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.config.data import PartitionConfig
+        >>> from hetero_fl.core.task import Task
+        >>> from hetero_fl.data import partition_rows
+        >>> y = torch.arange(300) % 3
+        >>> config = PartitionConfig(kind="quantity", alpha=0.2, min_size=10)
+        >>> parts = partition_rows(y, None, config, [1] * 4, Task("multiclass", 3), seed=0)
+        >>> sizes = sorted(len(part) for part in parts)
+        >>> sum(sizes), sizes[0] < 75 < sizes[-1]
+        (300, True)
+    """
     share = context.rng("quantity").dirichlet(context.alpha * len(context.share) * context.share)
-    counts = apportion(context.rows(), share, context.fewest)
-    return list(context.shuffled(torch.arange(context.rows()), "quantity").split(counts.tolist()))
+    counts = apportion(context.num_rows, share, context.min_rows)
+    return list(context.shuffled(torch.arange(context.num_rows), "quantity").split(counts.tolist()))
 
 
 @register_partition("dirichlet")
 def partition_dirichlet(context: PartitionContext) -> list[Tensor]:
-    """Skew the labels: each class is divided in proportions ~ Dirichlet(alpha · K · size share).
+    """Divide each class in proportions ~ Dirichlet(alpha * K * size share).
 
-    They are drawn again until no client is short; with equal sizes this is the rule of Hsu et al.,
-    arXiv:1909.06335, and Li et al., ICDE 2022. After `TRIES` draws the short clients take rows at
-    random from the largest. With `config.cap`, a client that has so many times its share of the
-    rows gets none of the further classes; 1 is the rule of the code of Li et al.
+    Proportions are sampled again until every client has enough rows; with equal sizes this is the
+    partition of Hsu et al. (arXiv:1909.06335) and Li et al. (ICDE 2022). After `MAX_ATTEMPTS`
+    samples, small clients get random rows of the largest client. With `config.cap`, a client that
+    has `cap` times its share of the rows gets no further classes; `cap=1` matches the code of Li
+    et al.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.config.data import PartitionConfig
+        >>> from hetero_fl.core.task import Task
+        >>> from hetero_fl.data import partition_rows
+        >>> y = torch.arange(400) % 2
+        >>> config = PartitionConfig(kind="dirichlet", alpha=0.1, min_size=10)
+        >>> parts = partition_rows(y, None, config, [1] * 4, Task("multiclass", 2), seed=0)
+        >>> shares = [y[part].double().mean().item() for part in parts]
+        >>> min(shares) < 0.1 and max(shares) > 0.9
+        True
     """
     classes, counts = np.unique(context.strata.numpy(), return_counts=True)
-    for attempt in range(TRIES):
+    for attempt in range(MAX_ATTEMPTS):
         proportions = context.rng("dirichlet", attempt).dirichlet(
             context.alpha * len(context.share) * context.share, size=len(classes)
         )
         if context.config.cap is None:
-            dealt = cut_proportions(proportions, counts)  # [classes, clients]
+            class_counts = cut_proportions(proportions, counts)
         else:
-            dealt = cut_below(
-                proportions, counts, context.config.cap * context.share * context.rows()
+            class_counts = cut_below(
+                proportions, counts, context.config.cap * context.share * context.num_rows
             )
-        if dealt.sum(0).min() >= context.fewest:
+        if class_counts.sum(0).min() >= context.min_rows:
             break
-    parts = _partition_classes(context, classes, dealt)
+    parts = _partition_classes(context, classes, class_counts)
     return _fill_short_clients(context, parts)
 
 
 @register_partition("classes")
 def partition_by_classes(context: PartitionContext) -> list[Tensor]:
-    """Give each client a few classes, drawn again until no client is short.
+    """Assign a few classes to each client.
 
-    A client has `config.classes` classes (McMahan et al., 2017), or as many more or fewer as
-    `config.classes_spread` allows. The rows of a class are divided among its holders by size; or
-    each holder gets `config.shots` of them and the rest stays out (Tan et al., 2022). Classes
-    without a holder stay out where there are more of them than clients times classes.
+    A client has `config.classes` classes (McMahan et al. 2017), plus or minus up to
+    `config.classes_spread`. The rows of a class are divided among its clients by size; with
+    `config.shots`, each of them gets that many rows and the others are left out (Tan et al. 2022).
+    Classes without a client are left out. The assignment is sampled again until every client has
+    enough rows.
+
+    Raises:
+        UserError: If there are fewer than `config.classes` classes, or no valid assignment is
+            found.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.config.data import PartitionConfig
+        >>> from hetero_fl.core.task import Task
+        >>> from hetero_fl.data import partition_rows
+        >>> y = torch.arange(400) % 10
+        >>> config = PartitionConfig(kind="classes", classes=2)
+        >>> parts = partition_rows(y, None, config, [1] * 5, Task("multiclass", 10), seed=0)
+        >>> [len(y[part].unique()) for part in parts]
+        [2, 2, 2, 2, 2]
     """
     classes, counts = np.unique(context.strata.numpy(), return_counts=True)
     clients = len(context.share)
     each = context.config.classes
     if each > len(classes):
         raise UserError(
-            f"{WHERE}.classes: found {each}, but the training rows have {len(classes)} classes"
+            f"{WHERE}.classes: must be <= {len(classes)}, the number of classes of the training "
+            f"rows, got {each}"
         )
-    few = max(min(2, each), each - context.config.classes_spread)
-    many = min(len(classes), each + context.config.classes_spread)
+    min_classes = max(min(2, each), each - context.config.classes_spread)
+    max_classes = min(len(classes), each + context.config.classes_spread)
     shots = (
         None
         if context.config.shots is None
         else np.rint(context.config.shots * context.share * clients).astype(np.int64)
     )
-    for attempt in range(TRIES):
-        draws = context.rng("classes", attempt)
-        numbers = np.full(clients, each) if few == many else draws.integers(few, many + 1, clients)
-        holds = assign_classes(draws, numbers, len(classes))
+    for attempt in range(MAX_ATTEMPTS):
+        rng = context.rng("classes", attempt)
+        if min_classes == max_classes:
+            classes_per_client = np.full(clients, each)
+        else:
+            classes_per_client = rng.integers(min_classes, max_classes + 1, clients)
+        has_class = assign_classes(rng, classes_per_client, len(classes))
         if shots is None:
-            # [classes, clients]
-            dealt = np.stack(
-                [apportion_nonzero(n, context.share * holds[:, c]) for c, n in enumerate(counts)]
+            class_counts = np.stack(
+                [
+                    apportion_nonzero(n, context.share * has_class[:, c])
+                    for c, n in enumerate(counts)
+                ]
             )
         else:
-            dealt = (holds * shots[:, None]).T
-        if (dealt.sum(1) <= counts).all() and dealt.sum(0).min() >= context.fewest:
-            return _partition_classes(context, classes, dealt)
-    if shots is not None and (wanted := dealt.sum(1) - counts).max() > 0:
-        c = wanted.argmax()
+            class_counts = (has_class * shots[:, None]).T
+        enough = class_counts.sum(0).min() >= context.min_rows
+        if (class_counts.sum(1) <= counts).all() and enough:
+            return _partition_classes(context, classes, class_counts)
+    if shots is not None and (excess := class_counts.sum(1) - counts).max() > 0:
+        c = excess.argmax()
         raise UserError(
-            f"{WHERE}.shots: found {context.config.shots}; class {classes[c]} has {counts[c]} rows, and {holds[:, c].sum()} clients "
-            "are to hold it; lower it"
+            f"{WHERE}.shots: class {classes[c]} has only {counts[c]} rows for "
+            f"{has_class[:, c].sum()} clients, got {context.config.shots}; choose a smaller number"
         )
-    raise _too_few_classes(context)
+    raise _too_few_rows_error(context)
 
 
 @register_partition("natural")
 def partition_natural(context: PartitionContext) -> list[Tensor]:
-    """Assign each group of rows to a client, in the order of the groups' numbers."""
+    """Assign each group of rows to one client, in the order of the group numbers.
+
+    Raises:
+        UserError: If there are no groups, the number of groups is not the number of clients, or a
+            group is too small.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.config.data import PartitionConfig
+        >>> from hetero_fl.core.task import Task
+        >>> from hetero_fl.data import partition_rows
+        >>> y = torch.tensor([0, 1, 0, 1])
+        >>> group = torch.tensor([1, 0, 0, 1])
+        >>> config = PartitionConfig(kind="natural", min_size=1)
+        >>> partition_rows(y, group, config, [1, 1], Task("multiclass", 2), seed=0)
+        [tensor([1, 2]), tensor([0, 3])]
+    """
     if context.group is None:
         raise UserError(
-            f"{WHERE}.kind: natural needs groups; name their column in data.group, or choose another kind"
+            f"{WHERE}.kind=natural needs groups; name their column in data.group, or choose "
+            "another kind"
         )
     present = context.group.unique()
     if len(present) != len(context.share):
         raise UserError(
-            f"{WHERE}.kind: natural found {len(present)} groups for {len(context.share)} clients; make them equal"
+            f"{WHERE}.kind=natural: expected one group per client, got {len(present)} groups for "
+            f"{len(context.share)} clients"
         )
     parts = [torch.nonzero(context.group == g).squeeze(1) for g in present]
-    if (short := min(map(len, parts))) < context.config.min_size:
+    if (smallest := min(map(len, parts))) < context.config.min_size:
         raise UserError(
-            f"{WHERE}.min_size: found {context.config.min_size}, but the smallest group has {short} rows"
+            f"{WHERE}.min_size: must be <= {smallest}, the rows of the smallest group, got "
+            f"{context.config.min_size}"
         )
     return parts
 
 
-def _too_few_classes(context: PartitionContext) -> UserError:
-    few = f"found {context.config.min_size}; with {context.config.classes} classes a client some get fewer; lower it"
-    return UserError(f"{WHERE}.min_size: {few}")
+def _too_few_rows_error(context: PartitionContext) -> UserError:
+    return UserError(
+        f"{WHERE}.min_size: with {context.config.classes} classes per client some clients get "
+        f"fewer than {context.config.min_size} rows; choose a smaller number"
+    )
 
 
 def _partition_patients(context: PartitionContext, patient: Tensor) -> list[Tensor]:
-    """Partition patients as if they were rows, then move patients to clients that are short."""
+    """Partition patients as if they were rows, then move patients to clients with too few rows."""
     function = _partitions[context.config.kind]
     clients = len(context.share)
     if context.config.kind == "natural":
         parts = function(context)
         if split_patient_rows(parts, patient) is not None:
             raise UserError(
-                f"{WHERE}.kind: natural finds a patient in two groups; give it one group, or other names"
+                f"{WHERE}.kind=natural: a patient (data.patient) has rows in two groups; give the "
+                "patient a different name in each group"
             )
         return parts
     unit, size = patient.unique(return_inverse=True, return_counts=True)[1:]
     if len(size) < clients:
         raise UserError(
-            f"data.patient: {len(size)} patients are left for {clients} clients; each needs at least one"
+            f"data.patient: expected at least one patient per client, got {len(size)} patients for "
+            f"{clients} clients"
         )
-    # As many patients as have min_size rows on average: draws are repeated as often as for rows.
-    fewest = max(
+    # The number of patients that have min_size rows on average.
+    min_patients = max(
         1, min(-(-context.config.min_size * len(size) // len(patient)), len(size) // clients)
     )
-    dealt = function(
+    patients_of = function(
         replace(
-            context, strata=most_common_stratum(context.strata, unit), group=None, fewest=fewest
+            context,
+            strata=most_common_stratum(context.strata, unit),
+            group=None,
+            min_rows=min_patients,
         )
     )
     owner = torch.full((len(size),), -1)
-    for client, mine in enumerate(dealt):
-        owner[mine] = client
-    if context.config.kind == "classes":  # filling up would hand a client further classes
-        if (
-            int(torch.bincount(owner[unit] + 1, minlength=clients + 1)[1:].min())
-            < context.config.min_size
-        ):
-            raise _too_few_classes(context)
+    for client, patients in enumerate(patients_of):
+        owner[patients] = client
+    if context.config.kind == "classes":
+        # Moving patients would give clients additional classes.
+        rows_per_client = torch.bincount(owner[unit] + 1, minlength=clients + 1)[1:]
+        if int(rows_per_client.min()) < context.config.min_size:
+            raise _too_few_rows_error(context)
     else:
         order = context.shuffled(torch.arange(len(size)), "patients")
         owner = move_patients_to_short_clients(owner, size, clients, context.config.min_size, order)
@@ -466,7 +635,7 @@ def _partition_patients(context: PartitionContext, patient: Tensor) -> list[Tens
 def _partition_classes(
     context: PartitionContext, classes: np.ndarray, counts: np.ndarray
 ) -> list[Tensor]:
-    """Draw the rows of each client: `counts` `[classes, clients]` of each class."""
+    """Sample the rows of each client, `counts` `[classes, clients]` of each class."""
     per_class = [
         context.shuffled(torch.nonzero(context.strata == c).squeeze(1), "rows", int(c))[
             : n.sum()
@@ -477,58 +646,64 @@ def _partition_classes(
 
 
 def _fill_short_clients(context: PartitionContext, parts: list[Tensor]) -> list[Tensor]:
-    """Move rows drawn at random from the largest client to short ones; all rows suffice."""
+    """Move random rows from the largest client to clients that have too few rows."""
     turn = 0
-    while min(map(len, parts)) < context.fewest:
+    while min(map(len, parts)) < context.min_rows:
         low = min(range(len(parts)), key=lambda k: len(parts[k]))
         high = max(range(len(parts)), key=lambda k: len(parts[k]))
-        moved = min(context.fewest - len(parts[low]), len(parts[high]) - context.fewest)
+        moved = min(context.min_rows - len(parts[low]), len(parts[high]) - context.min_rows)
         rows = context.shuffled(parts[high].sort().values, "top_up", turn)
-        parts[low], parts[high] = torch.cat([parts[low], rows[:moved]]), rows[moved:]
+        parts[low] = torch.cat([parts[low], rows[:moved]])
+        parts[high] = rows[moved:]
         turn += 1
     return parts
-
-
-# Dealing a set's rows out to clients; where rows say whose group they are of, groups go by name.
 
 
 def assign_rows(
     dataset: Dataset,
     rows: Tensor,
     names: list[str],
+    *,
     config: DataConfig,
     clients: Mapping[str, ClientSettings],
     seed: int,
     notes: list[str],
 ) -> dict[str, RowSelection]:
-    """Assign training rows to clients; groups go to the clients of their names.
+    """Partition training rows among clients, matching groups and clients by name.
 
-    A single client gets all rows, unless groups go by name and other clients have some.
+    A single client gets all rows.
 
     Args:
-        dataset: The data set.
-        rows: The training rows to assign, int64 `[M]`.
-        names: The clients, in order.
-        config: The data's configuration.
-        clients: Settings by client.
-        seed: The run's seed.
-        notes: Gets a line where groups go to clients of other names.
+        dataset: Data set.
+        rows: Training rows to assign, int64 `[M]`.
+        names: Client ids, in order.
+        config: Data configuration.
+        clients: Settings by client id.
+        seed: Seed of the run.
+        notes: List to which a remark is appended if groups and clients have different names.
+
+    Returns:
+        Rows by client id.
+
+    Raises:
+        UserError: See `partition_rows` and `match_groups`; or if a group has no training rows left.
     """
     train = dataset.train
     patient = None if train.patient is None else train.patient[rows]
     group = None if train.group is None else train.group[rows]
     if group is not None and train.group_names:
-        found = [train.group_names[g] for g in group.unique().tolist()]
+        present = [train.group_names[g] for g in group.unique().tolist()]
         if config.partition.kind == "natural":
-            everywhere = all_groups(dataset)
-            notes += match_groups(everywhere, names, dataset.name)
-            if len(names) > 1 and (empty := natural_order(set(everywhere) - set(found))):
+            groups = all_groups(dataset)
+            notes += match_groups(groups, names, dataset.name)
+            if len(names) > 1 and (empty := natural_order(set(groups) - set(present))):
                 raise UserError(
-                    f"data.partition.kind: natural: no training row of group {format_list(empty, quote=True)} of {dataset.name} is left: all "
-                    "are for validation, test or the proxy set, or beyond data.train_limit"
+                    f"{WHERE}.kind=natural: group {format_list(empty, quote=True)} of "
+                    f"{dataset.name} has no training rows left; all are validation, test or proxy "
+                    "rows, or excluded by data.train_limit"
                 )
             check_patients_in_one_group(dataset)
-        if set(found) == set(names):  # groups that bear the clients' names go to them by name
+        if set(present) == set(names):
             group = torch.tensor([names.index(n) if n in names else -1 for n in train.group_names])[
                 group
             ]
@@ -536,142 +711,157 @@ def assign_rows(
         return {name: RowSelection(train, rows) for name in names}
     sizes = [clients[name].size for name in names]
     parts = partition_rows(
-        train.labels[rows], group, config.partition, sizes, dataset.task, seed, patient
+        train.labels[rows],
+        group,
+        config.partition,
+        sizes,
+        dataset.task,
+        seed=seed,
+        patient=patient,
     )
     return {name: RowSelection(train, rows[part]) for name, part in zip(names, parts, strict=True)}
 
 
 def match_groups(groups: list[str], clients: list[str], name: str) -> list[str]:
-    """Check that the groups of a natural partition and the clients have the same names.
+    """Check that the groups of a natural partition match the clients.
+
+    Groups match if they have the names of the clients, or if no name matches and there are as many
+    groups as clients, or a single client.
 
     Args:
-        groups: The names of the groups.
-        clients: The clients.
-        name: The name of the data set.
+        groups: Group names.
+        clients: Client ids.
+        name: Name of the data set.
 
     Returns:
-        Lines on which client gets which group, where no name is the same and groups are assigned in
-        natural order.
+        Remarks on which client gets which group if the names differ.
 
     Raises:
-        UserError: If only some names are in both, or there are more of one than of the other.
+        UserError: If the groups do not match the clients.
     """
-    strangers = [c for c in clients if c not in groups]
-    orphans = [g for g in natural_order(groups) if g not in clients]
-    common = len(strangers) < len(clients)
-    if not strangers and (not orphans or not clients):
+    unmatched_clients = [c for c in clients if c not in groups]
+    unmatched_groups = [g for g in natural_order(groups) if g not in clients]
+    some_match = len(unmatched_clients) < len(clients)
+    if not unmatched_clients and (not unmatched_groups or not clients):
         return []
-    if not common and len(clients) == 1:
-        return [
-            f"{name}: client '{clients[0]}' gets the rows of all groups: {format_list(orphans, quote=True)}"
-        ]
-    if not common and len(groups) == len(clients):
+    if not some_match and len(clients) == 1:
+        listed = format_list(unmatched_groups, quote=True)
+        return [f"{name}: client '{clients[0]}' gets the rows of all groups: {listed}"]
+    if not some_match and len(groups) == len(clients):
         pairs = zip(clients, natural_order(groups), strict=True)
         return [
-            f"{name}: no client is called as a group is; "
+            f"{name}: no client has the name of a group; "
             + ", ".join(f"'{c}' gets '{g}'" for c, g in pairs)
         ]
-    found = []
-    if strangers:
-        hint = suggest_or_list(strangers[0], orphans) if common else ""
-        found.append(f"no group for client {format_list(strangers, quote=True)}{hint}")
-    if orphans:
-        hint = suggest_or_list(orphans[0], strangers) if common and not strangers else ""
-        found.append(f"no client for group {format_list(orphans, quote=True)}{hint}")
+    problems = []
+    if unmatched_clients:
+        hint = suggest_or_list(unmatched_clients[0], unmatched_groups) if some_match else ""
+        problems.append(f"no group for client {format_list(unmatched_clients, quote=True)}{hint}")
+    if unmatched_groups:
+        suggest = some_match and not unmatched_clients
+        hint = suggest_or_list(unmatched_groups[0], unmatched_clients) if suggest else ""
+        problems.append(f"no client for group {format_list(unmatched_groups, quote=True)}{hint}")
     raise UserError(
-        f"data.partition.kind: natural found {len(groups)} groups for {len(clients)} clients in {name}: "
-        f"{' and '.join(part.removesuffix('?') for part in found)}"
+        f"{WHERE}.kind=natural: got {len(groups)} groups for {len(clients)} clients in {name}: "
+        f"{' and '.join(problem.removesuffix('?') for problem in problems)}"
     )
 
 
 def all_groups(dataset: Dataset) -> list[str]:
-    """Return the names of all groups in natural order, those of the common sets included."""
-    parts = dataset.splits().values()
-    held = [
-        (part.group, part.group_names)
-        for part in parts
+    """Return the names of all groups in all splits, in natural order."""
+    names = {
+        part.group_names[g]
+        for part in dataset.splits().values()
         if part.group is not None and part.group_names
-    ]
-    return natural_order({names[g] for group, names in held for g in group.unique().tolist()})
+        for g in part.group.unique().tolist()
+    }
+    return natural_order(names)
 
 
 def check_patients_in_one_group(dataset: Dataset) -> None:
-    """Refuse a patient with rows in two groups: a natural partition would split it."""
+    """Check that no patient has rows in two groups, which a natural partition would divide.
+
+    Raises:
+        UserError: If a patient has rows in two groups.
+    """
     group_of: dict[str, str] = {}
     for part in dataset.splits().values():
         if part.patient is None or part.group is None:
             continue
-        for who, group in torch.stack([part.patient, part.group], 1).unique(dim=0).tolist():
-            patient = part.patient_names[who] if part.patient_names else str(who)
+        for index, group in torch.stack([part.patient, part.group], 1).unique(dim=0).tolist():
+            patient = part.patient_names[index] if part.patient_names else str(index)
             name = part.group_names[group] if part.group_names else str(group)
             if (first := group_of.setdefault(patient, name)) != name:
                 raise UserError(
-                    f"data.patient: patient '{patient}' has rows in groups '{first}' and '{name}' of {dataset.name}: a natural "
-                    "partition cannot keep them together; where sites number their own patients, put the site before the "
-                    "number"
+                    f"data.patient: patient '{patient}' has rows in groups '{first}' and '{name}' "
+                    f"of {dataset.name}, which a natural partition would divide; if each site "
+                    "numbers its patients, prefix the numbers with the site"
                 )
 
 
 def most_common_stratum(strata: Tensor, unit: Tensor) -> Tensor:
-    """Return the most common stratum of each patient's rows, int64 `[P]`; of equals the lowest.
+    """Return the most common stratum of the rows of each patient, the lowest in a tie.
 
     Args:
-        strata: Stratum of each row, int64 `[N]`, from 0.
-        unit: Patient of each row, int64 `[N]`: numbers 0 to P - 1, each of which occurs.
+        strata: Stratum of each row, int64 `[N]`, starting at 0.
+        unit: Patient of each row, int64 `[N]`, all values from 0 to P - 1.
+
+    Returns:
+        Strata, int64 `[P]`.
     """
-    kinds = int(strata.max()) + 1
-    pairs, rows = (unit * kinds + strata).unique(return_counts=True)
-    patient = pairs // kinds
-    order = np.lexsort((pairs % kinds, -rows, patient))
+    num_strata = int(strata.max()) + 1
+    pairs, rows = (unit * num_strata + strata).unique(return_counts=True)
+    patient = pairs // num_strata
+    order = np.lexsort((pairs % num_strata, -rows, patient))
     first = np.unique(patient[order], return_index=True)[1]
-    return pairs[order[first]] % kinds
+    return pairs[order[first]] % num_strata
 
 
 def move_patients_to_short_clients(
-    owner: Tensor, size: Tensor, clients: int, fewest: int, order: Tensor
+    owner: Tensor, size: Tensor, clients: int, min_rows: int, order: Tensor
 ) -> Tensor:
-    """Move whole patients from the largest clients to short ones.
+    """Move whole patients from the largest clients to clients with too few rows.
 
     Args:
-        owner: The client of each patient, int64 `[P]`, -1 for none.
+        owner: Client of each patient, int64 `[P]`, -1 for none.
         size: Rows of each patient, int64 `[P]`.
         clients: Number of clients.
-        fewest: Smallest number of rows of a client.
-        order: All patients in the order in which they move, int64 `[P]`.
+        min_rows: Minimum number of rows per client.
+        order: Order in which patients are moved, a permutation, int64 `[P]`.
 
     Returns:
-        The new client of each patient, int64 `[P]`.
+        New client of each patient, int64 `[P]`.
 
     Raises:
-        UserError: If no client can give a patient away without being short itself.
+        UserError: If no client can spare a patient.
     """
     owner = owner.clone()
-    dealt = owner >= 0
-    held = torch.zeros(clients, dtype=torch.int64).index_add(0, owner[dealt], size[dealt])
-    # The smallest client grows and none becomes short: this ends.
-    while int(held.min()) < fewest:
-        low = int(held.argmin())
-        movable = order[(owner[order] >= 0) & (size[order] <= (held - fewest)[owner[order]])]
+    assigned = owner >= 0
+    rows = torch.zeros(clients, dtype=torch.int64).index_add(0, owner[assigned], size[assigned])
+    # Terminates because the smallest client grows and no donor falls below the minimum.
+    while int(rows.min()) < min_rows:
+        low = int(rows.argmin())
+        movable = order[(owner[order] >= 0) & (size[order] <= (rows - min_rows)[owner[order]])]
         if len(movable) == 0:
             raise UserError(
-                f"data.partition.min_size: found {fewest}, but with whole patients a client gets {int(held[low])} rows; "
-                "lower it"
+                f"{WHERE}.min_size: if no patient is divided, a client gets only "
+                f"{int(rows[low])} rows, got {min_rows}; choose a smaller number"
             )
-        donor = owner[movable][held[owner[movable]].argmax()]
+        donor = owner[movable][rows[owner[movable]].argmax()]
         moved = movable[owner[movable] == donor][0]
-        held[donor] -= size[moved]
-        held[low] += size[moved]
+        rows[donor] -= size[moved]
+        rows[low] += size[moved]
         owner[moved] = low
     return owner
 
 
 def split_patient_rows(parts: Sequence[Tensor], patient: Tensor) -> tuple[int, int] | None:
-    """Return two rows of one patient that are in different parts, or None."""
+    """Return two rows of the same patient that are in different parts, or None."""
     rows = torch.cat(list(parts))
-    place = torch.cat([torch.full((len(part),), k) for k, part in enumerate(parts)])
+    part_of = torch.cat([torch.full((len(part),), k) for k, part in enumerate(parts)])
     order = patient[rows].argsort(stable=True)
     rows = rows[order]
-    place = place[order]
-    bad = (patient[rows[1:]] == patient[rows[:-1]]) & (place[1:] != place[:-1])
-    first = torch.nonzero(bad)
+    part_of = part_of[order]
+    divided = (patient[rows[1:]] == patient[rows[:-1]]) & (part_of[1:] != part_of[:-1])
+    first = torch.nonzero(divided)
     return (int(rows[first[0]]), int(rows[first[0] + 1])) if len(first) else None

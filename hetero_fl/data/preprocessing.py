@@ -1,6 +1,7 @@
-"""How one participant sees examples: preprocessing, augmentation, scanner shift, missing values.
+"""Preprocessing, augmentation, scanner shift and missing values.
 
-Checks that each client's and the server's view fits the data.
+`Preprocess` is the view of a participant: it selects columns and normalizes examples. The checks
+here verify that the views of the clients and the server fit the data.
 """
 
 from __future__ import annotations
@@ -36,32 +37,42 @@ from hetero_fl.utils.errors import UserError
 if TYPE_CHECKING:
     from hetero_fl.data.client_rows import ClientRows
 
-# How one participant sees every example: its columns as floats, resized, with a number of channels,
-# normalized; in this order, and last the indicators of missing values.
-#
-# Models take channels first: a series `[N, T, F]`, as people store it, is seen as `[N, F, T]`.
-
-CHUNK = 4096  # rows at a time when statistics are taken
+CHUNK = 4096
+"""Number of rows processed at a time for statistics."""
 NOTHING = ColumnLayout()
+"""Layout of examples without names."""
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """A view of raw examples. Equal views are one key in a cache.
+    """A view of raw examples: selected columns as floats, resized and normalized.
+
+    The steps are: select columns, convert to float, resize, change the number of channels,
+    normalize, and append indicators of missing values. Series `[N, T, F]` become `[N, F, T]`, as
+    models expect channels first. Views are hashable and serve as cache keys.
 
     Attributes:
-        resize: Side of images in pixels.
+        resize: Height and width of images in pixels.
         channels: Number of channels of images.
-        mean: Subtracted: a number, or one for each column (the last axis) of tables, series and
-            rows of blocks, for each channel of images.
-        std: Divided by, as `mean`.
-        raw: Shape of a raw example, where the view knows it.
-        spans: The runs of columns that the view takes; None: all.
-        blocks: The blocks in them. A single block is an example of the block's own shape (an image,
-            say), unless `missing` is set.
-        missing: "indicate": NaN becomes 0 after normalization, and indicators of what was missing
-            follow the columns, one per column, or one per block where there are blocks. A block is
-            missing where all of its values are.
+        mean: Number to subtract: one for all, or one per channel (images) or column (the last axis
+            of tables, series and blocks).
+        std: Number to divide by, as `mean`.
+        raw: Shape of a raw example, if known.
+        spans: Column ranges to select. None selects all columns.
+        blocks: Blocks in the selected columns. A single block is reshaped to its own shape unless
+            `missing` is set.
+        missing: With "indicate", NaN becomes 0 after normalization, and an indicator per column (or
+            per block) is appended. A block is missing if all of its values are missing.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.data import Preprocess
+        >>> view = Preprocess(mean=0.5, std=0.25)
+        >>> images = torch.full((2, 1, 8, 8), 255, dtype=torch.uint8)
+        >>> view(images).unique()
+        tensor([2.])
+        >>> Preprocess(resize=4, channels=3).shape((1, 8, 8))
+        (3, 4, 4)
     """
 
     resize: int | None = None
@@ -74,7 +85,7 @@ class Preprocess:
     missing: Literal["indicate"] | None = None
 
     def __post_init__(self) -> None:
-        # plain tuples from a file
+        # Files store blocks as plain tuples.
         object.__setattr__(self, "blocks", tuple(Block(*block) for block in self.blocks))
 
     @classmethod
@@ -85,13 +96,13 @@ class Preprocess:
         raw: tuple[int, ...] = (),
         where: str = "preprocess",
     ) -> Preprocess:
-        """Return the view that a configuration asks for, without normalization.
+        """Create the view of a configuration, without normalization.
 
         Args:
-            config: The configuration.
+            config: Preprocessing configuration.
             layout: Names along the last axis of the examples.
             raw: Shape of a raw example.
-            where: The configuration's place, for messages.
+            where: Configuration section, for error messages.
 
         Raises:
             UserError: If a column or block is unknown.
@@ -114,41 +125,41 @@ class Preprocess:
         layout: ColumnLayout = NOTHING,
         raw: tuple[int, ...] = (),
     ) -> Preprocess:
-        """Return the view that a configuration asks for, with numbers in place of `normalize: own`.
+        """Create the view of a configuration, computing the statistics of `normalize: own`.
 
-        Images (4-D, and blocks that are images) get one mean and standard deviation over all pixels
-        after `resize` and `channels`; tables and series get one for each column. A standard
-        deviation of 0 counts as 1. Missing values are left out; a column without values has mean 0.
+        Images, and blocks that are images, get one mean and standard deviation over all pixels
+        after `resize` and `channels`; tables and series get one per column. A standard deviation of
+        0 is replaced by 1. Missing values are ignored; a column without values has mean 0.
 
         Args:
-            config: The configuration.
-            train_x_raw: The participant's raw training rows, read for `own` only.
-            where: The configuration's place, for messages.
+            config: Preprocessing configuration.
+            train_x_raw: Raw training rows of the participant; only `normalize: own` reads them.
+            where: Configuration section, for error messages.
             layout: Names along the last axis of the examples.
             raw: Shape of a raw example.
 
         Raises:
-            UserError: If a column or block is unknown, or `own` has no rows.
+            UserError: If a column or block is unknown, or there are no rows for `normalize: own`.
         """
         view = cls.without_normalization(config, layout, raw, where)
         if isinstance(config.normalize, Normalize):
             fixed = (config.normalize.mean, config.normalize.std)
-            subtracted, divided = (tuple(v) if isinstance(v, list) else v for v in fixed)
-            return replace(view, mean=subtracted, std=divided)
+            mean, std = (tuple(v) if isinstance(v, list) else v for v in fixed)
+            return replace(view, mean=mean, std=std)
         if config.normalize is None:
             return view
         if train_x_raw is None or len(train_x_raw) == 0:
             raise UserError(
-                f"{where}.normalize: 'own' needs training rows, and there are none; give mean and std"
+                f"{where}.normalize=own needs training rows, got none; set mean and std instead"
             )
         view.shape(tuple(train_x_raw.shape[1:]), where)
-        mean, std = view._statistics(train_x_raw)
+        means, stds = view._statistics(train_x_raw)
         if len(view._selected_shape(tuple(train_x_raw.shape[1:]))) == 3:
-            return replace(view, mean=float(mean), std=float(std))
-        return replace(view, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+            return replace(view, mean=float(means), std=float(stds))
+        return replace(view, mean=tuple(means.tolist()), std=tuple(stds.tolist()))
 
     def _statistics(self, x_raw: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation, float64 `[1]` of images, else `[columns]`."""
+        """Compute mean and standard deviation, float64 `[1]` for images, else `[columns]`."""
         image = len(self._selected_shape(tuple(x_raw.shape[1:]))) == 3
         columns = 1 if image else self._selected_shape(tuple(x_raw.shape[1:]))[-1]
         total, squares, rows = (torch.zeros(columns).double() for _ in range(3))
@@ -158,7 +169,7 @@ class Preprocess:
             rows = rows + (~values.isnan()).sum(0)
         rows = self._pool_block_sums(rows)
         mean = self._pool_block_sums(total) / rows.clamp(min=1)
-        # a second pass: a difference of large sums would lose the small ones
+        # A second pass is numerically more stable than a difference of large sums.
         for chunk in x_raw.split(CHUNK):
             squares += self._sum(
                 (self._values(chunk).double().reshape(-1, columns) - mean).square()
@@ -170,7 +181,7 @@ class Preprocess:
         return values.sum(0) if self.missing is None else values.nansum(0)
 
     def _pool_block_sums(self, sums: Tensor) -> Tensor:
-        """Return sums by column, with the sum over all pixels for each column of an image block."""
+        """Replace the sum of each column of an image block by the sum over all its pixels."""
         sums = sums.clone()
         for block, (start, stop) in zip(self.blocks, spans_of(self.blocks), strict=True):
             if block.image and len(sums) > 1:
@@ -178,9 +189,15 @@ class Preprocess:
         return sums
 
     def __call__(self, x_raw: Tensor) -> Tensor:
-        """Return raw examples `[N, ...]` as `[N, *self.shape(...)]` in torch's default float type.
+        """Preprocess raw examples.
 
-        uint8 is divided by 255. Tokens (int64) stay as they are.
+        uint8 values are divided by 255. Tokens (int64) are returned unchanged.
+
+        Args:
+            x_raw: Raw examples, shape `[N, ...]`.
+
+        Returns:
+            Examples in the default float type of torch, shape `[N, *self.shape(...)]`.
         """
         if x_raw.dtype == torch.int64:
             return x_raw
@@ -191,18 +208,19 @@ class Preprocess:
         if self.mean is not None and self.std is not None:
             x = (x - self._broadcast(self.mean, x)) / self._broadcast(self.std, x)
         if self.missing is not None:
-            gone = x.isnan()
+            is_missing = x.isnan()
             if self.blocks:
-                marks = torch.stack(
-                    [gone[:, start:stop].all(1) for start, stop in spans_of(self.blocks)], dim=1
+                indicators = torch.stack(
+                    [is_missing[:, start:stop].all(1) for start, stop in spans_of(self.blocks)],
+                    dim=1,
                 )
             else:
-                marks = gone
-            x = torch.cat([x.masked_fill(gone, 0.0), marks.to(x.dtype)], dim=-1)
+                indicators = is_missing
+            x = torch.cat([x.masked_fill(is_missing, 0.0), indicators.to(x.dtype)], dim=-1)
         return (x.transpose(1, 2) if x.ndim == 3 else x).contiguous()
 
     def _values(self, x_raw: Tensor) -> Tensor:
-        """Return what the view takes of raw examples, in its shape, not yet normalized."""
+        """Return the selected values in their output shape, before normalization."""
         dtype = torch.get_default_dtype()
         x = self.select_columns(x_raw)
         x = x.to(dtype) / 255 if x.dtype == torch.uint8 else x.to(dtype)
@@ -222,14 +240,14 @@ class Preprocess:
         return x
 
     def select_columns(self, x_raw: Tensor) -> Tensor:
-        """Return the columns that the view takes as they lie in memory, `[N, ..., columns]`."""
+        """Return the selected columns of raw examples, shape `[N, ..., columns]`."""
         if self.spans is None:
             return x_raw
         parts = [x_raw[..., start:stop] for start, stop in self.spans]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def names(self, columns: Sequence[str]) -> list[str]:
-        """Return the names of the columns that the view takes, in the data's order."""
+        """Return the names of the selected columns, in the order of the data."""
         return [
             name
             for start, stop in self.spans or ((0, len(columns)),)
@@ -237,7 +255,7 @@ class Preprocess:
         ]
 
     def _selected_shape(self, raw_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of what the view takes, before `resize` and `channels`."""
+        """Return the shape of the selected values, before `resize` and `channels`."""
         if len(self.blocks) == 1 and self.missing is None:
             return self.blocks[0].shape
         return (
@@ -248,66 +266,75 @@ class Preprocess:
 
     @staticmethod
     def _broadcast(value: float | tuple[float, ...], x: Tensor) -> Tensor:
-        """Return numbers along the channels of images, else along the columns."""
+        """Return numbers that broadcast over the channels of images or over columns."""
         numbers = torch.tensor(value, dtype=x.dtype)
         return numbers[:, None, None] if x.ndim == 4 and numbers.ndim else numbers
 
     def shape(self, raw_shape: tuple[int, ...], where: str = "preprocess") -> tuple[int, ...]:
-        """Return the shape of an example as seen through this view, without the batch.
+        """Return the shape of a preprocessed example, without the batch dimension.
 
         Args:
-            raw_shape: Its shape in memory. A series (T, F) is seen as (columns, T).
-            where: The view's place in the configuration, for messages.
+            raw_shape: Shape of a raw example. A series (T, F) becomes (columns, T).
+            where: Configuration section, for error messages.
 
         Raises:
-            UserError: `resize` or `channels` for what is no image; channels that cannot be made;
-                `missing` for images; another number of means or deviations than of channels or
-                columns.
+            UserError: If `resize` or `channels` is set for examples that are not images, `missing`
+                is set for images, the number of channels cannot be converted, or the number of
+                means or standard deviations does not match the channels or columns.
         """
-        given = self._selected_shape(raw_shape)
-        if self.missing is not None and len(given) == 3:
+        selected = self._selected_shape(raw_shape)
+        if self.missing is not None and len(selected) == 3:
             raise UserError(
-                f"{where}.missing: is for tables, series and blocks, not for images; leave it out"
+                f"{where}.missing: does not apply to images, only to tables, series and blocks; "
+                "remove the key"
             )
-        seen = self._output_shape(given, where)
-        along, axis = (seen[0], "channels") if len(given) == 3 else (given[-1], "columns")
+        output = self._output_shape(selected, where)
+        count, axis = (output[0], "channel") if len(selected) == 3 else (selected[-1], "column")
         for name, value in (("mean", self.mean), ("std", self.std)):
-            if isinstance(value, tuple) and len(value) != along:
-                raise UserError(
-                    f"{where}.normalize.{name}: found {len(value)} numbers for {along} {axis}; give one, or {along}"
-                )
-        return seen
+            if isinstance(value, tuple) and len(value) != count:
+                wanted = "one number" + (f" or {count}, one per {axis}" if count > 1 else "")
+                raise UserError(f"{where}.normalize.{name}: expected {wanted}, got {len(value)}")
+        return output
 
     def _output_shape(self, selected_shape: tuple[int, ...], where: str) -> tuple[int, ...]:
-        """Return the shape of an example of which the view takes what has that shape."""
+        """Return the shape of a preprocessed example, given the shape of the selected values."""
         if self.resize is None and self.channels is None:
-            marks = 0 if self.missing is None else len(self.blocks) or selected_shape[-1]
-            seen = (*selected_shape[:-1], selected_shape[-1] + marks)
-            return seen[::-1] if len(seen) == 2 else seen
+            indicators = 0 if self.missing is None else len(self.blocks) or selected_shape[-1]
+            output = (*selected_shape[:-1], selected_shape[-1] + indicators)
+            return output[::-1] if len(output) == 2 else output
         if len(selected_shape) != 3:
             key = "resize" if self.resize is not None else "channels"
             raise UserError(
-                f"{where}.{key}: is for images, but the examples have shape {selected_shape}; leave it out"
+                f"{where}.{key}: applies to images only, got examples of shape {selected_shape}; "
+                "remove the key"
             )
         channels, height, width = selected_shape
         if self.channels is not None and self.channels not in (1, channels) and channels != 1:
             raise UserError(
-                f"{where}.channels: found {self.channels}, but images have {channels}; choose 1 or {channels}"
+                f"{where}.channels: must be 1 or {channels} for images with {channels} channels, "
+                f"got {self.channels}"
             )
         return (self.channels or channels, self.resize or height, self.resize or width)
 
 
-# Random changes of training images, a whole batch at a time. Pixels from beyond the edge repeat the
-# edge.
-
-
 def augment(x: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:
-    """Return images cropped, flipped and rotated at random, each by its own draws.
+    """Randomly crop, flip and rotate each image of a batch.
+
+    Pixels outside an image repeat its edge.
 
     Args:
-        x: Preprocessed images `[B, C, H, W]`, on any device; they are not changed.
-        config: What to do.
-        generator: CPU generator keyed by the step; the draws are the same on every device.
+        x: Preprocessed images `[B, C, H, W]` on any device. Not modified in place.
+        config: Augmentation settings.
+        generator: CPU generator; the same numbers are used on every device.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.config.clients import AugmentConfig
+        >>> from hetero_fl.data import augment
+        >>> x = torch.arange(6.0).reshape(2, 1, 1, 3)
+        >>> augmented = augment(x, AugmentConfig(flip=True), torch.Generator().manual_seed(0))
+        >>> augmented.shape
+        torch.Size([2, 1, 1, 3])
     """
     if config == AugmentConfig() or len(x) == 0:
         return x
@@ -326,7 +353,7 @@ def augment(x: Tensor, config: AugmentConfig, generator: torch.Generator) -> Ten
 
 
 def _crop(x: Tensor, offsets: Tensor) -> Tensor:
-    """Move each image by its offsets (int64 `[2, B]`, rows and columns), as pad and crop would."""
+    """Shift each image by its offsets (int64 `[2, B]`, rows and columns), like pad and crop."""
     batch, _, height, width = x.shape
     rows = (torch.arange(height, device=x.device) + offsets[0, :, None]).clamp(0, height - 1)
     columns = (torch.arange(width, device=x.device) + offsets[1, :, None]).clamp(0, width - 1)
@@ -336,7 +363,7 @@ def _crop(x: Tensor, offsets: Tensor) -> Tensor:
 
 def _rotate(x: Tensor, angle: Tensor) -> Tensor:
     """Rotate each image by its angle (radians `[B]`) about its center, bilinearly."""
-    # The axes of the grid run over -1..1 whatever the sides: unequal ones would shear.
+    # Both grid axes span -1..1, so without the ratio non-square images would be sheared.
     ratio = x.shape[-2] / x.shape[-1]
     cos = angle.cos()
     sin = angle.sin()
@@ -346,22 +373,32 @@ def _rotate(x: Tensor, angle: Tensor) -> Tensor:
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
-# Feature shift by site: what a site's own imaging device does to the images that are made there.
-
-SCANNER_CHUNK = 256  # images at a time; part of the result's bits, as noise is drawn chunk by chunk
+SCANNER_CHUNK = 256
+"""Number of images processed at a time. The noise, sampled per chunk, depends on it."""
 
 
 def apply_scanner(x_raw: Tensor, config: ScannerConfig, generator: torch.Generator) -> Tensor:
-    """Return images as a device would have made them, of the same shape and dtype.
+    """Simulate the imaging device of a site (feature shift).
 
-    In this order: resolution (bilinearly down by the factor and up again), Gaussian blur, contrast
-    around the middle gray, brightness, Gaussian noise. uint8 images are clipped to 0..255 and
-    rounded; floats are taken to range over 0..1 and are not clipped.
+    The steps are: resolution (bilinear down- and upsampling), Gaussian blur, contrast around middle
+    gray, brightness and Gaussian noise. uint8 images are clipped to 0..255 and rounded; floats are
+    assumed to be in 0..1 and are not clipped.
 
     Args:
-        x_raw: Images `[N, C, H, W]`, uint8 or floats; they are not changed.
-        config: The device.
-        generator: Draws the noise, and nothing else.
+        x_raw: Images `[N, C, H, W]`, uint8 or floats. Not modified in place.
+        config: Settings of the device.
+        generator: Generator of the noise.
+
+    Returns:
+        Images of the same shape and dtype.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.config.clients import ScannerConfig
+        >>> from hetero_fl.data import apply_scanner
+        >>> images = torch.full((1, 1, 2, 2), 100, dtype=torch.uint8)
+        >>> apply_scanner(images, ScannerConfig(brightness=0.2), torch.Generator()).unique()
+        tensor([151], dtype=torch.uint8)
     """
     if config == ScannerConfig() or len(x_raw) == 0:
         return x_raw
@@ -387,7 +424,7 @@ def _apply(x_raw: Tensor, config: ScannerConfig, generator: torch.Generator) -> 
 
 
 def _blur(x: Tensor, sigma: float, dim: int) -> Tensor:
-    """Apply a Gaussian filter along one axis, truncated at three sigma, with repeated edges."""
+    """Apply a Gaussian filter along one axis, truncated at 3 sigma, with repeated edges."""
     radius = max(1, math.ceil(3 * sigma))
     offsets = torch.arange(-radius, radius + 1)
     weights = torch.exp(-0.5 * (offsets.to(x.dtype) / sigma) ** 2)
@@ -398,70 +435,79 @@ def _blur(x: Tensor, sigma: float, dim: int) -> Tensor:
     return total
 
 
-# Whether what a client or the server sees of examples fits them, known before anybody has rows.
-
 Shape = tuple[int, ...]
 
 
-def check_settings(kinds: Iterable[SettingsProfile], dataset: Dataset) -> None:
-    """Refuse settings of clients that do not fit the examples: for images only, or for numbers."""
-    for kind in kinds:
-        preprocessed_shape(kind.first, kind.settings, raw_shape(dataset), dataset.layout)
+def check_settings(profiles: Iterable[SettingsProfile], dataset: Dataset) -> None:
+    """Check that the settings of the clients fit the examples.
+
+    Raises:
+        UserError: If settings for images are used for other examples, or settings for numbers are
+            used for tokens.
+    """
+    for profile in profiles:
+        preprocessed_shape(profile.first, profile.settings, raw_shape(dataset), dataset.layout)
         if dataset.vocabulary is not None:
-            _check_tokens(kind.first, kind.settings.preprocess)
+            _check_tokens(profile.first, profile.settings.preprocess)
 
 
 def check_same_shape(
-    found: Shape, where: str, name: str, clients: Mapping[str, ClientSettings], common: Dataset,
+    shape: Shape,
+    where: str,
+    name: str,
+    *,
+    clients: Mapping[str, ClientSettings],
+    common: Dataset,
     server: PreprocessConfig | None = None,
-) -> None:  # fmt: skip
-    """Refuse examples of another set that have another shape than the common set's through a view.
+) -> None:
+    """Check that another set and the common set have the same shape after preprocessing.
 
     Args:
-        found: Their raw shape.
-        where: The other set's place in the configuration, for messages.
-        name: The other set's name, for messages.
-        clients: Settings of the clients that see both sets.
-        common: The common set.
-        server: How the server sees examples, if it has a model of its own.
+        shape: Raw shape of the examples of the other set.
+        where: Configuration key of the other set, for error messages.
+        name: Name of the other set, for error messages.
+        clients: Settings of the clients that use both sets.
+        common: Common data set.
+        server: Preprocessing of the server, if it has a model.
 
     Raises:
-        UserError: With the client, or the server, and both shapes.
+        UserError: If the shapes differ for a client or the server.
     """
-    shapes = found, raw_shape(common)
-    seen = [
+    shapes = shape, raw_shape(common)
+    views = [
         (
-            f"client '{c}'",
+            f"client '{client}'",
             "its preprocess",
-            *(preprocessed_shape(c, settings, shape, common.layout) for shape in shapes),
+            *(preprocessed_shape(client, settings, raw, common.layout) for raw in shapes),
         )
-        for c, settings in clients.items()
+        for client, settings in clients.items()
     ]
     if server is not None:
-        place = "server.preprocess"
-        view = Preprocess.without_normalization(server, common.layout, shapes[1], place)
-        seen.append(("the server", place, *(view.shape(shape, place) for shape in shapes)))
-    for who, section, theirs, ours in seen:
-        if theirs != ours:
+        section = "server.preprocess"
+        view = Preprocess.without_normalization(server, common.layout, shapes[1], section)
+        views.append(("the server", section, *(view.shape(raw, section) for raw in shapes)))
+    for participant, section, own_shape, common_shape in views:
+        if own_shape != common_shape:
             raise UserError(
-                f"{where}: examples of {name} have shape {theirs}, those of the common set {common.name} {ours}, "
-                f"as {who} sees them; set {section}.resize or channels"
+                f"{where}: expected examples of shape {common_shape} as in the common set "
+                f"{common.name} after preprocessing for {participant}, got {own_shape} from "
+                f"{name}; set {section}.resize or channels"
             )
 
 
 def required_columns(settings: Iterable[ClientSettings], layout: ColumnLayout) -> set[str]:
-    """Return the columns or blocks that one of these clients sees and that may not be missing."""
+    """Return the columns or blocks that some of these clients use and must not be missing."""
     return {column for one in settings for column in _required_columns(one.preprocess, layout)}
 
 
 def preprocessed_shape(
     name: str, settings: ClientSettings, raw: Shape, layout: ColumnLayout
 ) -> Shape:
-    """Return the shape of an example as a client sees it.
+    """Return the shape of an example after the preprocessing of a client.
 
     Args:
-        name: The client.
-        settings: Its settings.
+        name: Client id, for error messages.
+        settings: Settings of the client.
         raw: Shape of a raw example.
         layout: Names along the last axis of the examples.
 
@@ -469,27 +515,27 @@ def preprocessed_shape(
         UserError: If the settings do not fit the examples.
     """
     where = f"clients: '{name}': preprocess"
-    seen = Preprocess.resolve(_fixed_view(settings.preprocess), None, where, layout, raw).shape(
-        raw, where
-    )
-    image = len(seen) == 3
-    for setting, value, plain, given in (
+    view = Preprocess.resolve(_fixed_view(settings.preprocess), None, where, layout, raw)
+    output = view.shape(raw, where)
+    for key, value, default, shape in (
         ("scanner", settings.scanner, ScannerConfig(), raw),
-        ("augment", settings.augment, AugmentConfig(), seen),
+        ("augment", settings.augment, AugmentConfig(), output),
     ):
-        if value != plain and len(given) != 3:
+        if value != default and len(shape) != 3:
             raise UserError(
-                f"clients: '{name}': {setting}: is for images, but the examples have shape {given}; leave it out"
+                f"clients: '{name}': {key}: applies to images only, got examples of shape {shape}; "
+                "remove the key"
             )
-    if image and settings.augment.crop >= min(seen[1:]):
+    if len(output) == 3 and settings.augment.crop >= min(output[1:]):
         raise UserError(
-            f"clients: '{name}': augment.crop: found {settings.augment.crop}; images have {min(seen[1:])} pixels"
+            f"clients: '{name}': augment.crop: must be < {min(output[1:])}, the image size in "
+            f"pixels, got {settings.augment.crop}"
         )
-    return seen
+    return output
 
 
 def raw_shape(dataset: Dataset) -> Shape:
-    """Return the shape of an example as it lies in memory."""
+    """Return the shape of a raw example."""
     return tuple(dataset.train.x.shape[1:])
 
 
@@ -500,69 +546,70 @@ def _required_columns(config: PreprocessConfig, layout: ColumnLayout) -> Collect
 
 
 def _check_tokens(name: str, view: PreprocessConfig) -> None:
-    for name_of in ("normalize", "missing"):
-        if getattr(view, name_of) is not None:
-            where = f"clients: '{name}': preprocess.{name_of}"
-            raise UserError(f"{where}: is for numbers, but the examples are tokens; leave it out")
+    for key in ("normalize", "missing"):
+        if getattr(view, key) is not None:
+            raise UserError(
+                f"clients: '{name}': preprocess.{key}: does not apply to tokens; remove the key"
+            )
 
 
 def _fixed_view(config: PreprocessConfig) -> PreprocessConfig:
-    """Return the view as far as it is known before clients have rows."""
+    """Return the part of a configuration that does not depend on the rows of a client."""
     return config.model_copy(update={"normalize": None}) if config.normalize == "own" else config
 
 
-# Missing values: who would see them without having said what becomes of them.
-
-MISSING_CHUNK = 8192  # rows checked together
+MISSING_CHUNK = 8192
+"""Number of rows checked for missing values at a time."""
 
 
 def check_missing_values(
-    kinds: Iterable[SettingsProfile],
+    profiles: Iterable[SettingsProfile],
     clients: Population,
     private: ClientRows,
     public: Mapping[str, RowSelection],
+    *,
     layout: ColumnLayout,
     first_missing: str = "",
 ) -> list[str]:
-    """Refuse a missing value in what a client sees and has no `missing: indicate` for.
+    """Check that clients with missing values have set `preprocess.missing: indicate`.
 
     Args:
-        kinds: The profiles of the clients that see the public sets.
-        clients: Settings by client.
-        private: The clients' own rows.
-        public: The public sets, by name.
-        layout: The names along the last axis of the examples.
-        first_missing: The source's own description of where the first missing value is.
+        profiles: Profiles of the clients that use the public sets.
+        clients: Settings by client id.
+        private: Rows of the clients.
+        public: Public sets by name.
+        layout: Names along the last axis of the examples.
+        first_missing: Location of the first missing value as reported by the source.
 
     Returns:
-        A line for each profile that sees nothing of the proxy set.
+        A remark for each profile for which the whole proxy set is missing.
 
     Raises:
-        UserError: With the client, the set and the row.
+        UserError: If a client without `missing: indicate` uses a missing value.
     """
     located = private.rows_by_location()
-    every = [*public.values(), *(share for _, share in located)]
-    incomplete = _sets_with_missing_values(share.examples for share in every)
+    selections = [*public.values(), *(share for _, share in located)]
+    incomplete = _sets_with_missing_values(share.examples for share in selections)
     if not incomplete:
         return []
     incomplete_public = {n: s for n, s in public.items() if id(s.examples) in incomplete}
     raw = tuple(public["common_test"].examples.x.shape[1:])
     notes = []
-    for kind in kinds:
-        where = f"clients: '{kind.first}': preprocess"
-        view = Preprocess.without_normalization(kind.settings.preprocess, layout, raw, where)
-        places = dict(incomplete_public)
-        if "proxy" in places and is_all_missing(places["proxy"], view):
-            more = f" (and {kind.count - 1:,} more)" if kind.count > 1 else ""
+    for profile in profiles:
+        where = f"clients: '{profile.first}': preprocess"
+        view = Preprocess.without_normalization(profile.settings.preprocess, layout, raw, where)
+        sets = dict(incomplete_public)
+        if "proxy" in sets and is_all_missing(sets["proxy"], view):
+            more = f" (and {profile.count - 1:,} more)" if profile.count > 1 else ""
             notes.append(
-                f"client '{kind.first}'{more} sees nothing of the proxy set: it has no part in "
-                "what is done with it"
+                f"client '{profile.first}'{more} has none of the values of the proxy set and "
+                "is excluded from training on it"
             )
-            del places["proxy"]
+            del sets["proxy"]
         if private.lazy_partition is not None:
-            places["train"] = private.lazy_partition.pool
+            sets["train"] = private.lazy_partition.pool
         if view.missing is None:
-            check_view(places, view, layout, where, first_missing)
+            check_view(sets, view, layout, where, first_missing)
     for (client, split), share in located:
         if client and id(share.examples) in incomplete:
             config = clients[client].preprocess
@@ -574,9 +621,9 @@ def check_missing_values(
     return notes
 
 
-def _sets_with_missing_values(every: Iterable[Examples]) -> set[int]:
-    """Return the `id` of each set that has a missing value; a set that many share is read once."""
-    sets = {id(examples): examples.x for examples in every}
+def _sets_with_missing_values(all_examples: Iterable[Examples]) -> set[int]:
+    """Return the `id` of each set with missing values, reading shared sets only once."""
+    sets = {id(examples): examples.x for examples in all_examples}
     return {
         key
         for key, x in sets.items()
@@ -586,26 +633,26 @@ def _sets_with_missing_values(every: Iterable[Examples]) -> set[int]:
 
 
 def check_view(
-    places: Mapping[str, RowSelection],
+    sets: Mapping[str, RowSelection],
     view: Preprocess,
     layout: ColumnLayout,
     where: str,
     first_missing: str = "",
 ) -> None:
-    """Refuse a missing value that a view would see in one of these sets.
+    """Check that no value that a view selects from these sets is missing.
 
     Args:
-        places: The sets, by name.
-        view: A view that does not say what becomes of missing values.
-        layout: The names along the last axis of the examples.
-        where: The view's place in the configuration.
-        first_missing: The source's own description of where the first missing value is.
+        sets: Sets by name.
+        view: View without `missing: indicate`.
+        layout: Names along the last axis of the examples.
+        where: Configuration section of the view, for error messages.
+        first_missing: Location of the first missing value as reported by the source.
 
     Raises:
-        UserError: With the set, the row and the column.
+        UserError: If a selected value is missing.
     """
     names = [n for n, (start, stop) in layout.boundaries.items() for _ in range(start, stop)]
-    for place, share in places.items():
+    for set_name, share in sets.items():
         if not share.examples.x.is_floating_point():
             continue
         for rows in share.rows.split(MISSING_CHUNK):
@@ -613,28 +660,27 @@ def check_view(
             if not bool(missing.any()):
                 continue
             row, *_, column = missing.nonzero()[0].tolist()
-            what = f"'{view.names(names)[column]}'" if names else "one column"
-            first = f" ({first_missing})" if first_missing else ""
+            column_name = f"column '{view.names(names)[column]}'" if names else "one column"
+            location = f" ({first_missing})" if first_missing else ""
             raise UserError(
-                f"{where}.missing: row {int(rows[row])} of {place} has no value of {what}{first}; "
-                "set it to indicate, or leave what is missing out of preprocess.columns"
+                f"{where}.missing: row {int(rows[row])} of {set_name} has no value in "
+                f"{column_name}{location}; choose indicate, or exclude the column by "
+                "preprocess.columns"
             )
 
 
 def is_all_missing(share: RowSelection, view: Preprocess) -> bool:
-    """Return whether everything that the view takes of these rows is missing."""
+    """Return whether all values that a view selects from these rows are missing."""
     x = share.examples.x
-    # The first chunk decides as a rule.
     return x.is_floating_point() and all(
         bool(view.select_columns(x[rows]).isnan().all()) for rows in share.rows.split(MISSING_CHUNK)
     )
 
 
 def usable_rows(x_raw: Tensor, view: Preprocess) -> Tensor:
-    """Return which rows can be learned from through a view, bool `[N]`.
+    """Return a mask `[N]` of the rows that a view can use.
 
-    Something of a row has to be there, and all of it unless the view says what becomes of missing
-    values.
+    With `missing: indicate`, a usable row has at least one value; otherwise it has all values.
     """
     if not x_raw.is_floating_point():
         return torch.ones(len(x_raw), dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Sources by name: the registry, and the one function that loads any of them and checks what it got."""
+"""Registry of data sources, and `load_source`, which loads and checks a data set."""
 
 from __future__ import annotations
 
@@ -18,8 +18,22 @@ from hetero_fl.utils.registry import call_reference
 Key = Literal[
     "path", "label", "group", "patient", "task", "categories", "size", "series", "text", "windows"
 ]
+OPTIONAL_KEYS: tuple[Key, ...] = (
+    "label",
+    "group",
+    "patient",
+    "task",
+    "categories",
+    "size",
+    "series",
+    "text",
+    "windows",
+)
 SourceFunction = Callable[[SourceConfig, Path], Dataset]
-"""(configuration, folder for downloads) to a data set. A UserError that it raises begins with the key it is about."""
+"""Function of the source configuration and the download folder that returns a data set.
+
+The message of a UserError that it raises begins with the configuration key, such as `path: `.
+"""
 
 
 @dataclass(frozen=True)
@@ -36,17 +50,35 @@ _sources: dict[str, _Source] = {}
 def register_source(
     name: str, *, task: Task | None = None, keys: tuple[Key, ...] = (), generates: bool = False
 ) -> Callable[[SourceFunction], SourceFunction]:
-    """Register a function as the source of that name.
+    """Register a data source for `data.name`.
 
     Args:
-        task: what is learned, where it is the same for every file in this source's place (checked when `path` is set).
-        keys: the keys of `SourceConfig` besides `name` that the function reads itself; `path` is then required.
-        generates: the function makes rows of its own where `path` is not set, and reads `.npz` files itself.
+        name: Name of the source.
+        task: Learning task if it is fixed; files given in `path` are checked against it.
+        keys: Keys of `SourceConfig`, besides `name`, that the function reads. If `path` is among
+            them, it is required unless `generates` is set.
+        generates: Whether the function generates rows if `path` is not set. It then also reads
+            `.npz` files itself.
+
+    Returns:
+        A decorator that registers the function and returns it unchanged.
+
+    Raises:
+        ValueError: If the name is already registered.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.data import from_arrays, list_sources, register_source
+        >>> @register_source("coin_flips", generates=True)
+        ... def coin_flips(config, root):
+        ...     return from_arrays(torch.randn(100, 3), torch.arange(100) % 2, name="coin_flips")
+        >>> "coin_flips" in list_sources()
+        True
     """
 
     def register(load: SourceFunction) -> SourceFunction:
         if name in _sources:
-            raise ValueError(f"there is a source '{name}' already")
+            raise ValueError(f"register_source: '{name}' already exists; choose another name")
         _sources[name] = _Source(load, task, keys, generates)
         return load
 
@@ -54,72 +86,91 @@ def register_source(
 
 
 def list_sources() -> list[str]:
-    """Names of all sources, sorted; `python:package.module:Name` and `medmnist:NAME` work besides."""
+    """Return the sorted names of all registered sources.
+
+    `data.name` also accepts `python:package.module:function` and `medmnist:NAME`.
+
+    Example:
+        >>> from hetero_fl.data import list_sources
+        >>> "chest_xray" in list_sources()
+        True
+    """
     return sorted(_sources)
 
 
 def reads_key(name: object, key: Key) -> bool:
-    """Whether the source of that name reads that key of the configuration itself."""
+    """Return whether the source with this name reads a configuration key itself."""
     return name in _sources and key in _sources[str(name)].keys
 
 
 def needs_path(name: str) -> bool:
-    """Return whether the source of that name reads a local file or folder, and has nothing without one."""
+    """Return whether the source with this name requires a local file or folder."""
     return reads_key(name, "path") and not _sources[name].generates
 
 
 def check_source(config: SourceConfig, where: str = "data") -> None:
-    """Raises UserError for a name that is none, or a path at which there is nothing; nothing is read."""
+    """Check that a source and its path exist, without reading data.
+
+    Args:
+        config: Source configuration.
+        where: Configuration section, for error messages.
+
+    Raises:
+        UserError: If the name is unknown or the path does not exist.
+
+    Example:
+        >>> from hetero_fl.config.data import SourceConfig
+        >>> from hetero_fl.data import check_source
+        >>> check_source(SourceConfig(name="digit"))
+        Traceback (most recent call last):
+        hetero_fl.utils.errors.UserError: data.name: unknown source 'digit'; did you mean 'digits'?
+    """
     if not config.name.startswith(OWN):
         _find_source(config, where)
-    if config.path is not None and not Path(config.path).expanduser().exists():
-        raise UserError(
-            f"{where}.path: {config.path}: no such file or folder{suggest_file(Path(config.path).expanduser())}"
-        )
+    if config.path is not None:
+        path = Path(config.path).expanduser()
+        if not path.exists():
+            raise UserError(
+                f"{where}.path: file or folder '{config.path}' not found{suggest_file(path)}"
+            )
 
 
 def load_source(
     config: SourceConfig, root: Path, where: str = "data", missing: bool = False
 ) -> Dataset:
-    """Load a source, or the .npz file (MedMNIST layout) that `config.path` puts in its place, and check every row.
+    """Load a data set and check every row.
+
+    If `config.path` is a `.npz` file in the MedMNIST layout, it is read instead of the source.
 
     Args:
-        root: the folder for downloads.
-        where: the section of the configuration that `config` is, for messages.
-        missing: whether values may be missing (NaN); somebody's view then has to say what becomes of them.
+        config: Source configuration.
+        root: Folder for downloads.
+        where: Configuration section, for error messages.
+        missing: Whether values may be missing (NaN).
 
     Raises:
-        UserError: unknown name, missing or unfitting key, missing or malformed data, failed download.
+        UserError: If the name is unknown, a key is missing or does not apply to the source, the
+            data is missing or malformed, or a download fails.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from hetero_fl.config.data import SourceConfig
+        >>> from hetero_fl.data import load_source
+        >>> dataset = load_source(SourceConfig(name="synthetic_table"), Path("downloads"))
+        >>> dataset.train.x.shape, dataset.task.kind
+        (torch.Size([1200, 10]), 'multiclass')
     """
     if config.name.startswith(OWN):
         return _load_user_source(config, root, where, missing)
     name, entry = _find_source(config, where)
     npz = config.path is not None and config.path.endswith(".npz") and not entry.generates
     local = npz or (config.path is not None and "path" not in entry.keys)
-    takes = {
-        *entry.keys,
-        *(("patient",) if local else ()),
-        *(("task",) if local and entry.task is None else ()),
-    }
-    for key in (
-        "label",
-        "group",
-        "patient",
-        "task",
-        "categories",
-        "size",
-        "series",
-        "text",
-        "windows",
-    ):
-        if getattr(config, key) is not None and key not in takes:
-            raise UserError(
-                f"{where}.{key}: found '{getattr(config, key)}', but {name} takes none; leave it out"
-            )
+    _check_keys(config, name, entry, local, where)
     file = Path(config.path or "").expanduser()
     if (local or name == "npz") and file.suffix.lower() in TABLES and file.is_file():
         raise UserError(
-            f"{where}.path: {config.path}: no .npz file; `{where}.name: table` reads it"
+            f"{where}.path: expected a .npz file, got '{config.path}'; to read a table set "
+            f"{where}.name=table"
         )
     try:
         if config.path is not None and local:
@@ -130,31 +181,45 @@ def load_source(
             dataset = entry.load(config, root)
     except UserError as error:
         raise UserError(f"{where}.{error}") from error
-    if dataset.min_gap and not missing:
+    if dataset.first_missing and not missing:
         raise UserError(
-            f"{where}.{dataset.min_gap}; fill or drop them, or set preprocess.missing: indicate"
+            f"{where}.{dataset.first_missing}; fill or remove missing values, or set "
+            "preprocess.missing=indicate"
         )
     _check(dataset, f"{where}.name: {name}", missing)
     return dataset
+
+
+def _check_keys(config: SourceConfig, name: str, entry: _Source, local: bool, where: str) -> None:
+    """Refuse keys that the source, or the `.npz` file read in its place (`local`), ignores."""
+    accepted = {
+        *entry.keys,
+        *(("patient",) if local else ()),
+        *(("task",) if local and entry.task is None else ()),
+    }
+    for key in OPTIONAL_KEYS:
+        if getattr(config, key) is not None and key not in accepted:
+            raise UserError(f"{where}.{key}: does not apply to source {name}; remove the key")
 
 
 def _find_source(config: SourceConfig, where: str) -> tuple[str, _Source]:
     name = config.name.removeprefix("medmnist:")
     if name not in _sources:
         if reader := _reader_for_suffix(config.name):
-            remedy = f"set {where}.name: {reader} and {where}.path: {config.name}"
+            kind = "folder" if Path(name).is_dir() else "file"
             raise UserError(
-                f"{where}.name: found '{config.name}', a {'folder' if Path(name).is_dir() else 'file'}; {remedy}"
+                f"{where}.name: expected a source, got the {kind} '{config.name}'; set "
+                f"{where}.name={reader} and {where}.path={config.name}"
             )
-        kind = f".{name.lower().removeprefix('.')}"
-        hint = f"; did you mean 'table'? It reads {kind} files" if kind in TABLES else ""
+        suffix = f".{name.lower().removeprefix('.')}"
+        hint = f"; did you mean 'table'? It reads {suffix} files" if suffix in TABLES else ""
         hint = hint or suggest_or_list(name, _sources, "hetero_fl.data.list_sources()")
-        raise UserError(f"{where}.name: found '{config.name}'{hint}")
+        raise UserError(f"{where}.name: unknown source '{config.name}'{hint}")
     return name, _sources[name]
 
 
 def _reader_for_suffix(name: str) -> str:
-    """Return the source that reads a file or folder which was given as a source's name; empty if it is neither."""
+    """Return the source that reads a file or folder given as a name, or an empty string."""
     path = Path(name)
     if path.is_dir():
         return "image_folder"
@@ -163,12 +228,12 @@ def _reader_for_suffix(name: str) -> str:
 
 
 def _load_user_source(config: SourceConfig, root: Path, where: str, missing: bool) -> Dataset:
-    """A user's own function in place of a source."""
     where = f"{where}.name"
     dataset = call_reference(config.name, where, "config, root", (config, root), Dataset)
     if not isinstance(dataset, Dataset):
         raise UserError(
-            f"{where}: {config.name} returned {type(dataset).__name__}, not a hetero_fl.data.Dataset"
+            f"{where}: {config.name}: expected the function to return a hetero_fl.data.Dataset, "
+            f"got {type(dataset).__name__}"
         )
     _check(dataset, f"{where}: {config.name}", missing)
     return dataset
@@ -187,5 +252,5 @@ def _check(dataset: Dataset, where: str, missing: bool) -> None:
             found = tuple(examples.x.shape[1:])
             expected = tuple(dataset.train.x.shape[1:])
             raise UserError(
-                f"{where}: {split}: examples of shape {found}, but those of train have {expected}"
+                f"{where}: {split}: expected examples of shape {expected} as in train, got {found}"
             )

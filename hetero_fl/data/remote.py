@@ -18,18 +18,18 @@ from hetero_fl.data.preprocessing import check_missing_values
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import decode, encode
 
-# Data of a federation whose participants are on machines of their own: each has its rows, and what
-# the others told of theirs.
-
 
 def describe_client_rows(
     data: FederatedData, client: str, send_view: bool, labels: bool
 ) -> RemoteDataInfo:
-    """What a client says of its rows to those who do not have them.
+    """Return the information about its rows that a client sends to the other participants.
 
     Args:
-        send_view: whether its preprocessing depends on them (`normalize: own`), and so has to be told.
-        labels: whether it tells how often each label occurs in its training rows.
+        data: Data of the federation.
+        client: Client id.
+        send_view: Whether to include the preprocessing, because it depends on the rows
+            (`normalize: own`).
+        labels: Whether to include the label counts of the training rows.
     """
     splits = data.client_rows[client]
     counts = tuple(data.label_counts(client).tolist()) if labels else None
@@ -44,27 +44,37 @@ def describe_client_rows(
 def restrict_to_holder(
     data: FederatedData, client: str | None, remote_info: Mapping[str, RemoteDataInfo]
 ) -> FederatedData:
-    """The data as one client has it on its own machine, or the server (None): of everybody else only what they told.
+    """Restrict the data to the rows of one participant on its own machine.
 
-    Raises KeyError for a client of whom nothing is told.
+    Args:
+        data: Data of the federation.
+        client: Client whose rows are kept, or None for the server.
+        remote_info: Information about the rows of the other clients.
+
+    Raises:
+        KeyError: If there is no information about a client.
     """
     own = {client: data.client_rows[client]} if client is not None else {}
-    others = {id: remote_info[id] for id in data.client_ids if id not in own}
+    others = {other: remote_info[other] for other in data.client_ids if other not in own}
     return data.with_rows(ClientRows(own, remote_info=others))
 
-
-# The public sets of a federation as bytes, for participants that do not have the data set that they
-# come from.
-#
-# Only what is public is in it: the proxy set (as a rule without labels), the common validation and
-# test sets, and what the task is.
 
 FORM = "public sets 1"
 
 
 @dataclass(frozen=True)
 class PublicPack:
-    """Public sets, and what they are sets of."""
+    """The public sets of a federation, which can be sent to participants without the data set.
+
+    Attributes:
+        name: Name of the data set.
+        about: Short description.
+        simulated: Whether the data is generated.
+        task: Learning task.
+        layout: Names along the last axis of the examples.
+        vocabulary: Vocabulary if the examples are tokens.
+        public: Proxy set (unlabeled unless configured otherwise) and common sets, by name.
+    """
 
     name: str
     about: str
@@ -76,42 +86,53 @@ class PublicPack:
 
     @classmethod
     def from_data(cls, data: FederatedData) -> PublicPack:
-        """Those of a federation."""
+        """Create a pack from the public sets of a federation."""
         public = {name: share.copy_rows() for name, share in data.public_sets.items()}
         return cls(
             data.name, data.about, data.simulated, data.task, data.layout, data.vocabulary, public
         )
 
     def encode(self) -> bytes:
-        """Its bytes, without pickle."""
-        words = self.vocabulary
-        return encode(
-            {
-                "name": self.name, "about": self.about, "simulated": self.simulated, "task": vars(self.task),
-                "columns": self.layout.columns, "categories": self.layout.categories,
-                "blocks": [[b.name, b.shape] for b in self.layout.blocks],
-                "vocabulary": None if words is None else {"words": words.words, "buckets": words.buckets},
-                "public": {name: _public_columns(examples) for name, examples in self.public.items()},
-            },
-            FORM,
-        )  # fmt: skip
+        """Serialize the sets to bytes, without pickle."""
+        vocabulary = None
+        if self.vocabulary is not None:
+            vocabulary = {"words": self.vocabulary.words, "buckets": self.vocabulary.buckets}
+        content = {
+            "name": self.name,
+            "about": self.about,
+            "simulated": self.simulated,
+            "task": vars(self.task),
+            "columns": self.layout.columns,
+            "categories": self.layout.categories,
+            "blocks": [[block.name, block.shape] for block in self.layout.blocks],
+            "vocabulary": vocabulary,
+            "public": {name: _public_columns(examples) for name, examples in self.public.items()},
+        }
+        return encode(content, FORM)
 
     @classmethod
     def decode(cls, data: bytes) -> PublicPack:
-        """The reverse of `encode`. Raises CodecError."""
-        tree = decode(data, FORM)
-        blocks = tuple(Block(name, tuple(shape)) for name, shape in tree["blocks"])
-        words = tree["vocabulary"]
+        """Create a pack from the bytes of `encode`.
+
+        Raises:
+            CodecError: If the bytes are malformed.
+        """
+        content = decode(data, FORM)
+        blocks = tuple(Block(name, tuple(shape)) for name, shape in content["blocks"])
+        categories = tuple((c, tuple(v)) for c, v in content.get("categories", ()))
+        words = content["vocabulary"]
         return cls(
-            tree["name"], tree["about"], tree["simulated"],
-            Task(**{**tree["task"], "names": tuple(tree["task"]["names"])}),
-            ColumnLayout(tuple(tree["columns"]), blocks, tuple((c, tuple(v)) for c, v in tree.get("categories", ()))),
+            content["name"],
+            content["about"],
+            content["simulated"],
+            Task(**{**content["task"], "names": tuple(content["task"]["names"])}),
+            ColumnLayout(tuple(content["columns"]), blocks, categories),
             None if words is None else Vocabulary(tuple(words["words"]), words["buckets"]),
-            {name: Examples(**columns) for name, columns in tree["public"].items()},
-        )  # fmt: skip
+            {name: Examples(**columns) for name, columns in content["public"].items()},
+        )
 
     def content_hash(self) -> str:
-        """What `FederatedData.public_hash` says of the same sets."""
+        """Return the value of `FederatedData.public_hash` for these sets."""
         shares = [
             (name, RowSelection.all_rows(examples))
             for name, examples in sorted(self.public.items())
@@ -121,31 +142,53 @@ class PublicPack:
     def data_of_client(
         self, client: str, config: DataConfig, clients: Mapping[str, ClientSettings], seed: int
     ) -> FederatedData:
-        """The data as a client has it that brings its own source (its setting `data`) to these public sets.
+        """Combine the public sets with the source of a client (its setting `data`).
 
-        Raises UserError for a source that does not match them.
+        Args:
+            client: Client id.
+            config: Data configuration.
+            clients: Settings by client id.
+            seed: Seed of the run.
+
+        Raises:
+            UserError: If the client has no source, or it does not match the public sets.
         """
         source = clients[client].data
         if source is None:
-            raise UserError("data: name this site's own file")
+            raise UserError("data: missing; set the data file of this site")
         population = Population.from_settings(clients)
-        some = self.public["common_test"]
-        common = Dataset(self.name, self.task, some, columns=self.layout.columns, blocks=self.layout.blocks,
-                         vocabulary=self.vocabulary, categories=self.layout.categories)  # fmt: skip
+        common = Dataset(
+            self.name,
+            self.task,
+            self.public["common_test"],
+            columns=self.layout.columns,
+            blocks=self.layout.blocks,
+            vocabulary=self.vocabulary,
+            categories=self.layout.categories,
+        )
         owned = load_client_sources({source: [client]}, common, config, population, seed)
         private = ClientRows(owned.private)
         public = {name: RowSelection.all_rows(examples) for name, examples in self.public.items()}
-        gaps = check_missing_values(
-            [population.profile(client)], population, private, public, self.layout
+        notes = check_missing_values(
+            [population.profile(client)], population, private, public, layout=self.layout
         )
         return FederatedData(
-            self.task, self.name, population, private, public, seed, self.simulated or owned.simulated, self.about,
-            notes=[*owned.notes, *gaps], layout=self.layout, vocabulary=self.vocabulary,
-        )  # fmt: skip
+            self.task,
+            self.name,
+            population,
+            private,
+            public,
+            seed=seed,
+            simulated=self.simulated or owned.simulated,
+            about=self.about,
+            notes=[*owned.notes, *notes],
+            layout=self.layout,
+            vocabulary=self.vocabulary,
+        )
 
 
 def _public_columns(examples: Examples) -> dict[str, Any]:
-    """What of public examples others need: whose they were is left out."""
+    """Return the columns of public examples without groups and patients."""
     columns = {"x": examples.x, "y": examples.y, "time": examples.time, "unit": examples.unit}
     return {n: c for n, c in columns.items() if c is not None} | {
         "baselines": dict(examples.baselines)

@@ -1,6 +1,7 @@
 """Hold out validation and test rows: at random, by whole patients, or by date.
 
-Splits each client's rows into train, validation and test, and the common sets off the source.
+These functions split the rows of each client into train, validation and test, and create the
+common validation and test sets.
 """
 
 from __future__ import annotations
@@ -16,32 +17,45 @@ from hetero_fl.data.dataset import Dataset, Examples, RowSelection
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.seeding import keyed_generator
 
-# Rows of one patient stay together: drawing and dealing whole patients.
-#
-# Two images of one patient are alike; with one in training and one in the test set, a model is
-# scored on what it has seen.
+RARE = 0.1
+"""A class with a smaller share of the rows is rare."""
+MIN_TRAIN_ROWS = 2
+"""Minimum number of training rows of a client; BatchNorm cannot train on a single row."""
+TEST_SHARE = 0.2
+"""Share of the rows, or of the time, that is held out if a data set has no test set."""
+
+Splits = dict[str, RowSelection]
+"""Train, validation and test rows of a client."""
 
 
-def sample_patients(patient: Tensor, count: int, draws: torch.Generator, leave: int = 1) -> Tensor:
-    """Rows of patients drawn at random, as a mask `[N]`: at most `count` rows, or the smallest patient's if all have more.
+def sample_patients(
+    patient: Tensor, count: int, generator: torch.Generator, leave: int = 1
+) -> Tensor:
+    """Sample whole patients, so that similar rows never end up in training and test sets.
 
     Args:
         patient: Patient of each row, `[N]`.
-        leave: so many patients at least are not drawn.
+        count: Maximum number of rows. If every patient has more, the smallest one is sampled.
+        generator: Random generator.
+        leave: Minimum number of patients that are not sampled.
+
+    Returns:
+        Mask of the sampled rows, `[N]`.
 
     Raises:
-        UserError: so few patients that none can be drawn.
+        UserError: If there are too few patients.
     """
     unit, size = patient.unique(return_inverse=True, return_counts=True)[1:]
     chosen = torch.zeros(len(size), dtype=torch.bool)
-    order = torch.randperm(len(size), generator=draws)
+    order = torch.randperm(len(size), generator=generator)
     if count < 1:
         return chosen[unit]
     if len(size) <= leave:
         raise UserError(
-            f"data.patient: found {len(size)} patients; too few to set some apart and leave others"
+            f"data.patient: expected more than {leave} patients to hold out some of them, got "
+            f"{len(size)}"
         )
-    while True:  # ends: each turn takes a patient at least
+    while True:
         left = count - int(size[chosen].sum())
         fitting = order[~chosen[order] & (size[order] <= left)][
             : len(size) - leave - int(chosen.sum())
@@ -55,34 +69,38 @@ def sample_patients(patient: Tensor, count: int, draws: torch.Generator, leave: 
     return chosen[unit]
 
 
-# Rows drawn: some of a set's, and each client's own train, validation and test.
-
-RARE = 0.1  # of all rows
-FEWEST_TO_TRAIN = 2  # one row alone has no variance: BatchNorm cannot train on it
-
-
 def draw_rows(
-    rows: Tensor, count: int, draws: torch.Generator, patient: Tensor | None = None, leave: int = 1
+    rows: Tensor,
+    count: int,
+    generator: torch.Generator,
+    patient: Tensor | None = None,
+    leave: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """`count` of the rows, drawn without replacement, and the others; both sorted.
+    """Sample rows without replacement.
 
     Args:
-        patient: Patient of each row of the set. Patients are then drawn whole: at most `count` rows, or one patient if
-            nobody has so few.
-        leave: so many patients at least are not drawn.
+        rows: Row indices, int64 `[M]`.
+        count: Number of rows; the maximum number if `patient` is given.
+        generator: Random generator.
+        patient: Patient of each row of the whole set. Whole patients are then sampled, see
+            `sample_patients`.
+        leave: Minimum number of patients that are not sampled.
+
+    Returns:
+        The sampled rows and the other rows, both sorted.
 
     Raises:
-        UserError: too few patients.
+        UserError: If there are too few patients.
     """
     if patient is not None:
-        drawn = sample_patients(patient[rows], count, draws, leave)
-        return rows[drawn].sort().values, rows[~drawn].sort().values
-    order = torch.randperm(len(rows), generator=draws)
+        sampled = sample_patients(patient[rows], count, generator, leave)
+        return rows[sampled].sort().values, rows[~sampled].sort().values
+    order = torch.randperm(len(rows), generator=generator)
     return rows[order[:count]].sort().values, rows[order[count:]].sort().values
 
 
 def mark_rare_class(dataset: Dataset) -> Dataset:
-    """The data set, its task naming of two classes the one that less than a tenth of the training rows have."""
+    """Set `task.rare` if one of two classes has less than a tenth of the training rows."""
     task = dataset.task
     y = dataset.train.y
     if y is None or task.kind != "multiclass" or task.outputs != 2 or task.rare is not None:
@@ -94,29 +112,40 @@ def mark_rare_class(dataset: Dataset) -> Dataset:
 
 
 def check_classes(dataset: Dataset, config: DataConfig) -> None:
-    """Refuse a common set with one class only: nothing is to be told apart. (One client's own set may have one.)"""
+    """Check that the common set has at least two classes.
+
+    Raises:
+        UserError: If all rows have the same class.
+    """
     task = dataset.task
     if task.kind == "multiclass" and task.outputs < 2:
         where = f"data.path: {config.path}" if config.path else f"data.name: {dataset.name}"
         column = f"column '{config.label}'" if config.label else "labels"
-        what = f"found one class only, '{task.output_names[0]}', in all {len(dataset.train):,} rows"
-        raise UserError(f"{where}: {column}: {what}; there is nothing to tell apart")
+        raise UserError(
+            f"{where}: {column}: needs two classes, got '{task.output_names[0]}' in all "
+            f"{len(dataset.train):,} rows"
+        )
 
 
 def check_categories(dataset: Dataset, config: DataConfig) -> None:
-    """Refuse (UserError) a column of `data.categories` that the common set has no feature of."""
+    """Check that the columns of `data.categories` are features of the common set.
+
+    Raises:
+        UserError: If there is no such feature.
+    """
     encoded = dict(dataset.categories)
     for column in config.categories or {}:
         if column not in encoded:
             raise UserError(
-                f"data.categories: {dataset.name} has no column '{column}' among its features{suggest_or_list(column, dataset.columns)}"
+                f"data.categories: column '{column}' not found among the features of "
+                f"{dataset.name}{suggest_or_list(column, dataset.columns)}"
             )
 
 
 def split_counts(rows: int, config: SplitConfig) -> dict[str, int]:
-    """How many of a client's rows are in each split, where no patients have to stay whole."""
-    count = {name: max(1, round(part * rows)) if part else 0 for name, part in
-             (("validation", config.validation), ("test", config.test))}  # fmt: skip
+    """Return the number of rows of each split of a client, ignoring patients."""
+    shares = {"validation": config.validation, "test": config.test}
+    count = {name: max(1, round(share * rows)) if share else 0 for name, share in shares.items()}
     return {"train": rows - sum(count.values()), **count}
 
 
@@ -126,47 +155,59 @@ def split_client(
     client: str,
     min_size: int,
     seed: int,
+    *,
     patient: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """A client's rows as train, validation and test, sorted; a row at least in each whose fraction is above 0.
+    """Split the rows of a client into train, validation and test at random.
+
+    Every split with a positive share gets at least one row, or one patient.
 
     Args:
-        patient: Patient of each row of the set, if patients stay whole; at least one in each then.
+        rows: Rows of the client, int64 `[M]`.
+        config: Shares of the splits.
+        client: Client id, which keys the random numbers.
+        min_size: Value of `data.partition.min_size`, for error messages.
+        seed: Seed of the run.
+        patient: Patient of each row of the whole set. Whole patients are then sampled.
+
+    Returns:
+        Sorted rows by split.
 
     Raises:
-        UserError: too few rows or patients, with the client, its rows and the key that helps.
+        UserError: If the client has too few rows or patients.
     """
     count = split_counts(len(rows), config)
-    if count["train"] < FEWEST_TO_TRAIN:
+    if count["train"] < MIN_TRAIN_ROWS:
         raise UserError(
-            f"data.partition.min_size: found {min_size}, and client '{client}' has {len(rows)} rows, "
-            "too few to split into train, validation and test; raise it, or give the client more"
+            f"data.partition.min_size: client '{client}' has {len(rows)} rows, too few to split "
+            f"into train, validation and test, got {min_size}; choose a larger number, or give the "
+            "client more rows"
         )
-    wanted = 1 + (count["validation"] > 0) + (count["test"] > 0)
-    if patient is not None and (found := len(patient[rows].unique())) < wanted:
+    num_splits = 1 + (count["validation"] > 0) + (count["test"] > 0)
+    if patient is not None and (num_patients := len(patient[rows].unique())) < num_splits:
         raise UserError(
-            f"data.patient: client '{client}' has rows of {found} patients, too few to split into train, validation and "
-            "test; give it more, or set data.split.validation or data.split.test to 0"
+            f"data.patient: client '{client}' has {num_patients} patients, too few to split into "
+            "train, validation and test; give it more, or set data.split.validation or "
+            "data.split.test to 0"
         )
-    draws = keyed_generator("data", seed, "split", client)
-    test, rest = draw_rows(rows, count["test"], draws, patient, leave=1 + (count["validation"] > 0))
-    validation, train = draw_rows(rest, count["validation"], draws, patient)
+    generator = keyed_generator("data", seed, "split", client)
+    leave = 1 + (count["validation"] > 0)
+    test, rest = draw_rows(rows, count["test"], generator, patient, leave=leave)
+    validation, train = draw_rows(rest, count["validation"], generator, patient)
     return {"train": train, "validation": validation, "test": test}
 
 
-# Dated sets: what is cut by date, and which rows of the cut a client has.
-#
-# A model that forecasts is trained on what was and judged on what came after: rows are never drawn
-# from all over the time.
-
-
 def split_by_date(time: Tensor, share: float, span: int = 0) -> tuple[Tensor, Tensor]:
-    """Masks `[N]` of the rows in the last `share` of the time that all of them cover, and of those before.
+    """Split rows at a date, so that forecasts are evaluated on later rows only.
 
     Args:
-        time: int64 `[N]`, when a row's (last) target is.
-        span: how long before it the row's first target may be. Later rows whose first target would lie before the cut are
-            in neither: no target is in both.
+        time: Time of the last target of each row, int64 `[N]`.
+        share: Share of the covered time after the cut.
+        span: Maximum time between the first and the last target of a row. Rows with targets on
+            both sides of the cut are in neither part.
+
+    Returns:
+        Masks `[N]` of the rows after and before the cut.
     """
     first = int(time.min())
     last = int(time.max())
@@ -177,15 +218,20 @@ def split_by_date(time: Tensor, share: float, span: int = 0) -> tuple[Tensor, Te
 def split_rows_by_date(
     rows: Tensor, time: Tensor, shares: tuple[float, float], span: int, where: str
 ) -> dict[str, Tensor]:
-    """Rows as train, validation and test, in this order in time.
+    """Split rows into train, validation and test, in chronological order.
 
     Args:
-        rows: int64 `[M]`, sorted.
-        time: int64, of every row of the set.
-        shares: of validation and test, of the time that the rows cover; 0: none.
+        rows: Sorted row indices, int64 `[M]`.
+        time: Time of the last target of each row of the whole set, int64 `[N]`.
+        shares: Shares of the validation and test splits of the time that the rows cover.
+        span: Maximum time between the first and the last target of a row.
+        where: Configuration key and client, for error messages.
+
+    Returns:
+        Rows by split.
 
     Raises:
-        UserError: a part whose share is above 0 gets no row.
+        UserError: If a split with a positive share gets no row.
     """
     parts = {"validation": rows[:0], "test": rows[:0]}
     rest = rows
@@ -194,61 +240,87 @@ def split_rows_by_date(
         if not share:
             continue
         later, before = split_by_date(time[rest], share / whole, span)
-        parts[name], rest, whole = rest[later], rest[before], whole - share
+        parts[name] = rest[later]
+        rest = rest[before]
+        whole -= share
         if not len(parts[name]) or not len(rest):
-            raise UserError(f"{where} has {len(rows)} rows, too few to cut {name} off by date")
+            raise UserError(
+                f"{where} has {len(rows)} rows, too few to split off {name} rows by date"
+            )
     return {"train": rest, **parts}
 
 
 def rows_of_groups(examples: Examples, like: Examples, rows: Tensor) -> Tensor:
-    """The rows of a set whose groups, by name, are those of some rows of another, int64, sorted."""
+    """Return the rows whose group name occurs among selected rows of another set.
+
+    Args:
+        examples: Examples to select from.
+        like: Other set.
+        rows: Selected rows of the other set.
+
+    Returns:
+        Sorted row indices, int64.
+    """
     assert examples.group is not None and like.group is not None
-    names = {_row_name(like, int(place)) for place in like.group[rows].unique()}
-    mine = torch.tensor(
-        [place for place in examples.group.unique().tolist() if _row_name(examples, place) in names]
-    )
-    return torch.nonzero(torch.isin(examples.group, mine)).squeeze(1)
+    names = {_group_name(like, int(index)) for index in like.group[rows].unique()}
+    matching = [i for i in examples.group.unique().tolist() if _group_name(examples, i) in names]
+    return torch.nonzero(torch.isin(examples.group, torch.tensor(matching))).squeeze(1)
 
 
-def _row_name(examples: Examples, place: int) -> str:
-    return examples.group_names[place] if examples.group_names else str(place)
-
-
-# How rows are held out for validation and test: drawn, or, of a dated set, cut by date. Both
-# classes have the same methods; rows are int64 `[M]`, sorted, and too few of them are a UserError.
-
-TEST_SHARE = 0.2
-
-Splits = dict[str, RowSelection]
-"""A client's train, validation and test rows."""
+def _group_name(examples: Examples, index: int) -> str:
+    return examples.group_names[index] if examples.group_names else str(index)
 
 
 @dataclass(frozen=True)
 class RandomHoldout:
-    """Rows are drawn, and patients whole. Draws depend on what they are for (and on the client), and never on each other."""
+    """Hold out rows, or whole patients, at random.
+
+    The random numbers of each purpose and client are independent.
+
+    Args:
+        dataset: Data set without times.
+    """
 
     dataset: Dataset
 
     def check(self, config: DataConfig) -> None:
-        """Refuse settings that would hold rows out in another way; there are none."""
+        """Check that the configuration can be combined with this strategy.
+
+        Raises:
+            UserError: If it cannot.
+        """
 
     def split_test(self) -> tuple[Tensor, Tensor]:
-        """Return a fifth of the training rows as a test set, and the others."""
+        """Split the training rows into a test set and the remaining rows, both sorted.
+
+        Raises:
+            UserError: If there are too few rows.
+        """
         name = self.dataset.name
         rows = torch.arange(len(self.dataset.train))
         count = round(TEST_SHARE * len(rows))
         if count < 1:
             raise UserError(
-                f"data.name: {name}: found {len(rows)} rows; too few to set a test set apart"
+                f"data.name: {name}: has {len(rows)} rows, too few to split off a test set"
             )
         return draw_rows(
             rows, count, keyed_generator("data", name, "test"), self.dataset.train.patient
         )
 
-    def split_validation(self, rows: Tensor, part: float, seed: int) -> tuple[Tensor, Tensor]:
-        """Return a part of the rows as the common validation set, and the others."""
-        draws = keyed_generator("data", seed, "common_validation")
-        return draw_rows(rows, max(1, round(part * len(rows))), draws, self.dataset.train.patient)
+    def split_validation(self, rows: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+        """Split rows into the common validation set and the remaining rows, both sorted.
+
+        Args:
+            rows: Training rows, int64 `[M]`.
+            share: Share of the validation set.
+            seed: Seed of the run.
+
+        Raises:
+            UserError: If there are too few rows.
+        """
+        generator = keyed_generator("data", seed, "common_validation")
+        count = max(1, round(share * len(rows)))
+        return draw_rows(rows, count, generator, self.dataset.train.patient)
 
     def split_clients(
         self,
@@ -257,53 +329,82 @@ class RandomHoldout:
         config: DataConfig,
         seed: int,
     ) -> dict[str, Splits]:
-        """Split each client's rows; the `common` validation and test rows are not used."""
-        fewest = config.partition.min_size
+        """Split the rows of each client into train, validation and test.
+
+        Args:
+            shares: Rows by client id.
+            common: Common validation and test rows; only a split by date uses them.
+            config: Data configuration.
+            seed: Seed of the run.
+
+        Raises:
+            UserError: If a client has too few rows.
+        """
+        min_size = config.partition.min_size
         return {
             name: _splits(
                 share,
-                split_client(share.rows, config.split, name, fewest, seed, share.examples.patient),
+                split_client(
+                    share.rows, config.split, name, min_size, seed, patient=share.examples.patient
+                ),
             )
             for name, share in shares.items()
         }
 
     def sets_of_own_source(self) -> dict[str, Examples]:
-        """Return what stays the validation and test set of a client with this source: nothing."""
+        """Return the validation and test sets that a client keeps from its own source, by name."""
         return {}
 
 
 @dataclass(frozen=True)
 class TemporalHoldout:
-    """Rows are cut by date: what is validated and tested comes after what is trained on. Nothing is drawn."""
+    """Hold out rows by date: validation and test rows are later than training rows.
+
+    Args:
+        dataset: Data set with times.
+        time: Times of the training rows, int64 `[N]`.
+    """
 
     dataset: Dataset
-    time: Tensor  # of the training rows
+    time: Tensor
 
     def check(self, config: DataConfig) -> None:
-        """Refuse settings that would hold rows out in another way than by date."""
+        """Check that the configuration can be combined with this strategy.
+
+        Raises:
+            UserError: If it cannot.
+        """
         name = self.dataset.name
         if config.partition.kind == "drawn":
             raise UserError(
-                f"data.partition.kind: found drawn, but {name} is dated: its rows are cut by date, not drawn"
+                f"data.partition.kind=drawn cannot be combined with the time series {name}, whose "
+                "rows are split by date; choose another kind"
             )
         if self.dataset.train.patient is not None:
             raise UserError(
-                f"data.patient: {name} is dated: its rows are cut by date, patients cannot stay whole"
+                f"data.patient: cannot be combined with the time series {name}, whose rows are "
+                "split by date"
             )
         for split, part in self.dataset.splits().items():
             if part.time is None:
-                raise UserError(f"data.name: {name}: train is dated, {split} is not")
+                raise UserError(f"data.name: {name}: {split} rows need times as train rows have")
 
     def split_test(self) -> tuple[Tensor, Tensor]:
-        """Return the rows of the last fifth of the time as a test set, and those before."""
+        """Return the rows of the last fifth of the time as a test set, and the earlier rows."""
         rows = torch.arange(len(self.time))
-        few = f"data.name: {self.dataset.name}: found {len(rows)} rows; too few to cut a test set off by date"
-        return self._cut_rows(rows, TEST_SHARE, few)
+        too_few = (
+            f"data.name: {self.dataset.name}: has {len(rows)} rows, too few to split off a test "
+            "set by date"
+        )
+        return self._cut_rows(rows, TEST_SHARE, too_few)
 
-    def split_validation(self, rows: Tensor, part: float, seed: int) -> tuple[Tensor, Tensor]:
-        """Return the last part of the rows as the common validation set, and those before."""
-        few = f"data.validation: found {part:g}, for which {self.dataset.name} has too few rows to cut by date"
-        return self._cut_rows(rows, part, few)
+    def split_validation(self, rows: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+        """Return the latest rows as the common validation set, and the earlier rows."""
+        too_few = (
+            f"data.validation: {self.dataset.name} has too few rows to split off validation rows "
+            f"by date, got {share:g}"
+        )
+        return self._cut_rows(rows, share, too_few)
 
     def split_clients(
         self,
@@ -312,16 +413,27 @@ class TemporalHoldout:
         config: DataConfig,
         seed: int,
     ) -> dict[str, Splits]:
-        """Split each client's rows by date.
+        """Split the rows of each client by date.
 
-        In a natural partition, its validation and test rows are its groups' rows of the `common`
-        ones, if those come from the set that the clients' rows are of.
+        In a natural partition, a client gets the rows of its groups in the common validation and
+        test sets.
+
+        Args:
+            shares: Rows by client id.
+            common: Common validation and test rows; empty if the rows are from another source.
+            config: Data configuration.
+            seed: Unused, as a split by date is deterministic.
+
+        Raises:
+            UserError: If a client has too few rows.
         """
         if common and config.partition.kind == "natural":
             return {
                 name: {
                     "train": share,
-                    **{n: _rows_of_same_groups(later, share) for n, later in common.items()},
+                    **{
+                        n: _rows_of_same_groups(selection, share) for n, selection in common.items()
+                    },
                 }
                 for name, share in shares.items()
             }
@@ -337,14 +449,14 @@ class TemporalHoldout:
         }
 
     def sets_of_own_source(self) -> dict[str, Examples]:
-        """Return the validation and test set that a client with this source keeps, if it has both."""
+        """Return the validation and test sets of the source if it has both, by name."""
         own = {name: part for name, part in self.dataset.splits().items() if name != "train"}
         return own if len(own) == 2 else {}
 
-    def _cut_rows(self, rows: Tensor, part: float, few: str) -> tuple[Tensor, Tensor]:
-        later, before = split_by_date(self.time[rows], part, self.dataset.span)
+    def _cut_rows(self, rows: Tensor, share: float, too_few: str) -> tuple[Tensor, Tensor]:
+        later, before = split_by_date(self.time[rows], share, self.dataset.span)
         if not bool(later.any()) or not bool(before.any()):
-            raise UserError(few)
+            raise UserError(too_few)
         return rows[later], rows[before]
 
 
@@ -352,17 +464,29 @@ HoldoutStrategy = RandomHoldout | TemporalHoldout
 
 
 def holdout_strategy(dataset: Dataset) -> HoldoutStrategy:
-    """Return how the rows of a data set are held out: drawn, or by date where they have one."""
+    """Return the holdout strategy: by date if the data set has times, else at random."""
     if dataset.train.time is None:
         return RandomHoldout(dataset)
     return TemporalHoldout(dataset, dataset.train.time)
 
 
 def with_test(dataset: Dataset) -> Dataset:
-    """The data set itself if it has a test set, else with a fifth of its training rows as one; of a dated set, the rows of the
-    last fifth of its time.
+    """Return the data set with a test set, if necessary split off the training rows.
 
-    It depends on no seed, so that all seeds of a comparison are read on the same test set. Raises UserError for too few rows.
+    The test set is a random fifth of the rows or, for a data set with times, the last fifth of the
+    time. It does not depend on the seed of the run, so all seeds share the same test set.
+
+    Raises:
+        UserError: If there are too few rows.
+
+    Example:
+        >>> import torch
+        >>> from hetero_fl.core.task import Task
+        >>> from hetero_fl.data import Dataset, Examples, with_test
+        >>> train = Examples(torch.zeros(10, 2), torch.arange(10) % 2)
+        >>> dataset = with_test(Dataset("toy", Task("multiclass", 2), train))
+        >>> {name: len(part) for name, part in dataset.splits().items()}
+        {'train': 8, 'test': 2}
     """
     if dataset.test is not None:
         return dataset
@@ -375,28 +499,31 @@ def with_test(dataset: Dataset) -> Dataset:
 def common_sets(
     dataset: Dataset, config: DataConfig, rows: Tensor, strategy: HoldoutStrategy, seed: int
 ) -> tuple[dict[str, RowSelection], Tensor]:
-    """Return the common validation and test sets, and the training rows that are left.
+    """Create the common validation and test sets.
 
     Args:
-        dataset: The common data set, with a test set.
-        config: The data's configuration.
-        rows: The training rows that are kept, int64 `[M]`.
-        strategy: How the data set's rows are held out.
-        seed: The run's seed.
+        dataset: Common data set, with a test set.
+        config: Data configuration.
+        rows: Training rows to split, int64 `[M]`.
+        strategy: Holdout strategy of the data set.
+        seed: Seed of the run.
+
+    Returns:
+        The common sets by name, and the remaining training rows.
     """
     assert dataset.test is not None
     if dataset.validation is not None:
         validation = RowSelection.all_rows(dataset.validation)
     elif config.validation:
-        held, rows = strategy.split_validation(rows, config.validation, seed)
-        validation = RowSelection(dataset.train, held)
+        held_out, rows = strategy.split_validation(rows, config.validation, seed)
+        validation = RowSelection(dataset.train, held_out)
     else:
         validation = RowSelection(dataset.train, rows[:0])
     test = RowSelection.all_rows(dataset.test)
     if config.test_limit is not None and config.test_limit < len(test.rows):
-        # The same rows for all seeds.
-        draws = keyed_generator("data", dataset.name, "test_limit")
-        test = RowSelection(dataset.test, draw_rows(test.rows, config.test_limit, draws)[0])
+        # The generator does not depend on the seed, so all seeds share the same test set.
+        generator = keyed_generator("data", dataset.name, "test_limit")
+        test = RowSelection(dataset.test, draw_rows(test.rows, config.test_limit, generator)[0])
     return {"common_validation": validation, "common_test": test}, rows
 
 
@@ -405,10 +532,11 @@ def _splits(share: RowSelection, parts: Mapping[str, Tensor]) -> Splits:
 
 
 def _rows_of_same_groups(common_rows: RowSelection, share: RowSelection) -> RowSelection:
-    """The rows of a common set that are of the groups which a client's rows are of."""
+    """Return the rows of a common set that belong to the groups of a client's rows."""
     if common_rows.examples.group is None:
         raise UserError(
-            "data.partition.kind: natural needs the groups of validation and test rows of a dated set"
+            "data.partition.kind=natural needs groups for the validation and test rows of a time "
+            "series; choose another kind"
         )
-    mine = rows_of_groups(common_rows.examples, share.examples, share.rows)
-    return RowSelection(common_rows.examples, mine[torch.isin(mine, common_rows.rows)])
+    rows = rows_of_groups(common_rows.examples, share.examples, share.rows)
+    return RowSelection(common_rows.examples, rows[torch.isin(rows, common_rows.rows)])

@@ -102,7 +102,7 @@ def test_from_arrays_reads_one_hot_rows_as_classes(dtype: type) -> None:
     rows = np.eye(3)[ONE_TO_THREE - 1].astype(dtype)
 
     dataset = made_with_warning(
-        "every row has exactly one 1: read as 3 classes; pass task='multilabel'", rows
+        "every row has exactly one 1, read as 3 classes; pass task='multilabel'", rows
     )
 
     assert dataset.task == Task("multiclass", 3)
@@ -110,7 +110,7 @@ def test_from_arrays_reads_one_hot_rows_as_classes(dtype: type) -> None:
 
 
 def test_from_arrays_reads_few_whole_floats_as_classes() -> None:
-    dataset = made_with_warning("3 different whole numbers, as floats: read as classes; pass task='regression'",
+    dataset = made_with_warning("3 distinct integers, as floats, read as classes; pass task='regression'",
                                 torch.tensor(ONE_TO_THREE - 1.0))  # fmt: skip
 
     assert dataset.task == Task("multiclass", 3) and targets(dataset) == [0, 1, 2] * 4
@@ -121,7 +121,7 @@ def test_from_arrays_reads_negative_floats_as_regression_targets(labels: tuple[f
     y = np.resize(labels, len(X))
 
     dataset = made_with_warning(
-        "some below 0: read as regression targets; pass task='multiclass' if they are classes", y
+        "some negative, read as regression targets; pass task='multiclass' if they are classes", y
     )
 
     assert dataset.task == Task("regression", 1)
@@ -129,7 +129,7 @@ def test_from_arrays_reads_negative_floats_as_regression_targets(labels: tuple[f
 
 
 def test_from_arrays_maps_floats_as_well() -> None:
-    dataset = made_with_warning("as floats: read as classes", ONE_TO_THREE * 2.0)
+    dataset = made_with_warning("as floats, read as classes", ONE_TO_THREE * 2.0)
 
     assert dataset.task.names == ("2", "4", "6")
     assert dataset.notes[1].startswith("arrays: y: read as 3 classes: 2 as class 0")
@@ -141,27 +141,27 @@ def test_from_arrays_maps_floats_as_well() -> None:
         (
             [0, 1, -1] * 4,
             {"num_classes": 2},
-            "y: label -1 in row 2 is out of range; classes are 0 to 1",
+            "y: row 2: label -1 is out of range 0 to 1",
         ),
-        (ONE_TO_THREE, {"num_classes": 3}, "label 3 in row 2 is out of range; classes are 0 to 2"),
+        (ONE_TO_THREE, {"num_classes": 3}, "row 2: label 3 is out of range 0 to 2"),
         (
             ONE_TO_THREE,
             {"task": "clasification"},
-            "task: found 'clasification'; did you mean|choose from",
+            "task: unknown task 'clasification'; did you mean|choose from",
         ),
         (
             ONE_TO_THREE,
             {"num_classes": 4, "task": "regression"},
-            "num_classes: found 4, but task is regression",
+            "num_classes: cannot be combined with task='regression', got 4",
         ),
-        (ONE_TO_THREE, {"num_classes": 1}, "num_classes: found 1; must be >= 2"),
-        (ONE_TO_THREE - 0.5, {"task": "multiclass"}, "label 0.5 in row 0 is not a class number"),
+        (ONE_TO_THREE, {"num_classes": 1}, "num_classes: must be >= 2, got 1"),
+        (ONE_TO_THREE - 0.5, {"task": "multiclass"}, "row 0: expected a class number, got 0.5"),
         (
             np.ones((12, 3)),
             {"task": "multiclass"},
-            "3 columns of labels, but a row of a multiclass task has one class",
+            "a multiclass task needs one column of labels or one-hot rows, got 3 columns",
         ),
-        (np.full((12, 2), 0.5), {"task": "multilabel"}, "multilabel targets are 0 or 1"),
+        (np.full((12, 2), 0.5), {"task": "multilabel"}, "multilabel targets must be 0 or 1"),
     ],
 )
 def test_from_arrays_refuses_labels_that_contradict_the_task(
@@ -193,7 +193,7 @@ def test_from_arrays_refuses_many_negative_integers_without_a_task() -> None:
 
     with pytest.raises(
         UserError,
-        match="found 30 different integers from -10 to 19; pass task='regression' for numbers",
+        match="got 30 distinct integers from -10 to 19; pass task='regression' or",
     ):
         from_arrays(x, y)
     assert from_arrays(x, y, task="regression").task == Task("regression", 1)
@@ -227,28 +227,36 @@ def test_from_arrays_numbers_text_labels_as_the_task_does() -> None:
 @pytest.mark.parametrize(
     ("y", "settings", "message"),
     [
-        (["a", "b", None] * 4, {}, "train: y: found None in row 2, but other labels are text"),
-        ([["a", "b"]] * 12, {}, r"train: y: found text of shape \(12, 2\); want \(12,\)"),
+        (["a", "b", None] * 4, {}, "train: y: row 2: expected text as in other rows, got None"),
+        (
+            [["a", "b"]] * 12,
+            {},
+            r"train: y: expected text labels of shape \(12,\), got shape \(12, 2\)",
+        ),
         (
             ["a", "b"] * 6,
             {"task": "regression"},
-            "task: found 'regression', but the labels are text",
+            "task: must be 'multiclass' for text labels, got 'regression'",
         ),
-        (["a", "b"] * 6, {"num_classes": 3}, "num_classes: found 3, but 2 different labels occur"),
+        (
+            ["a", "b"] * 6,
+            {"num_classes": 3},
+            "num_classes: must be 2, the number of distinct text labels, got 3",
+        ),
         (
             ["a", "b"] * 6,
             {"test": (X[:2], [0, 1])},
-            "test: y: found numbers, but other labels are text",
+            "test: y: expected text as in other splits, got numbers",
         ),
         (
             ["ill", "il"] * 6,
             {"task": Task("multiclass", 2, ("ill", "well"))},
-            "found 'il' in row 1; did you mean 'ill'?",
+            "row 1: unknown class 'il'; did you mean 'ill'?",
         ),
         (
             ["a", "b"] * 6,
             {"task": Task("multiclass", 2)},
-            "give task the names of its classes, or leave it out",
+            "text labels need a multiclass task with class names",
         ),
     ],
 )
@@ -265,10 +273,10 @@ def test_from_arrays_refuses_floats_that_could_be_images_or_series(scale: float)
 
     with pytest.raises(
         UserError,
-        match=r"shape \(12, 8, 8\), images or series\? pass x\[:, None\] for images, or columns=",
+        match=r"shape \(12, 8, 8\) may be images or series; for images pass x\[:, None\], for series",
     ):
         from_arrays(x, ONE_TO_THREE - 1)
-    with pytest.raises(UserError, match="but 3 columns; name each of the 8 channels"):
+    with pytest.raises(UserError, match="columns: expected 8 names .* got 3"):
         from_arrays(x, ONE_TO_THREE - 1, columns=("a", "b", "c"))
 
 
@@ -287,7 +295,7 @@ def test_from_arrays_says_how_to_pass_a_table() -> None:
     frame = pd.DataFrame({"age": range(12), "ward": ["A", "B"] * 6})
     with pytest.raises(
         UserError,
-        match=r"found object; save a data frame with text as a file, which data\.name: table",
+        match=r"save the data frame to a file",
     ):
         from_arrays(frame, ONE_TO_THREE - 1)
 
@@ -312,7 +320,7 @@ def test_a_run_names_the_classes_that_labels_stood_for(tmp_path: Path) -> None:
         expected
     )
     np.savez(tmp_path / "new.npz", train_images=x[:40], train_labels=known - 1)
-    with pytest.raises(UserError, match="found label 0 in row 0; choose from 1, 2, 3"):
+    with pytest.raises(UserError, match="row 0: unknown class '0'; choose from 1, 2, 3"):
         hetero_fl.evaluate(run, str(tmp_path / "new.npz"))
 
 

@@ -118,20 +118,18 @@ def test_blocks_are_missing_as_a_whole() -> None:
 
 def test_names_that_are_not_there() -> None:
     for layout, names, words in (
-        (TABLE, ["crp", "dos"], "preprocess.columns: found 'dos'; did you mean 'dose'?"),
-        (BLOCKS, ["gene"], "preprocess.columns: found 'gene'; did you mean 'genes'?"),
+        (TABLE, ["crp", "dos"], "preprocess.columns: unknown name 'dos'; did you mean 'dose'?"),
+        (BLOCKS, ["gene"], "preprocess.columns: unknown name 'gene'; did you mean 'genes'?"),
         (
             ColumnLayout(),
             ["crp"],
-            "preprocess.columns: found 'crp'; nothing of these examples has a name, leave it out",
+            "preprocess.columns: unknown name 'crp'; the columns of this data set have no names, remove the key",
         ),
     ):
         with pytest.raises(UserError) as refused:
             view(torch.zeros(3, 4), layout, columns=names)
         assert str(refused.value) == words
-    with pytest.raises(
-        UserError, match=r"preprocess\.missing: is for tables, series and blocks, not for images"
-    ):
+    with pytest.raises(UserError, match=r"preprocess\.missing: does not apply to images"):
         view(torch.zeros(3, 1, 4, 4), ColumnLayout(), missing="indicate").shape((1, 4, 4))
     with pytest.raises(ValueError, match="each entry may occur once"):
         PreprocessConfig(columns=["a", "a"])
@@ -140,9 +138,9 @@ def test_names_that_are_not_there() -> None:
 def test_blocks_have_to_fit() -> None:
     y = torch.zeros(5, dtype=torch.int64)
     for blocks, words in (
-        ([("image", (1, 2, 3))], "blocks: found 6 columns for examples of shape"),
-        ([("image", (4,)), ("image", (6,))], "blocks: found 'image'"),
-        ([("an.image", (10,))], "blocks: found 'an.image'; names are letters, digits and _"),
+        ([("image", (1, 2, 3))], "blocks: expected flat rows of 6 columns, got examples of shape"),
+        ([("image", (4,)), ("image", (6,))], "blocks: duplicate name 'image'"),
+        ([("an.image", (10,))], "blocks: expected a name of letters, digits and _, got 'an.image'"),
     ):
         with pytest.raises(UserError, match=words):
             from_arrays(torch.rand(5, 10), y, blocks=blocks)
@@ -180,12 +178,12 @@ def test_whoever_sees_a_gap_has_to_say_what_becomes_of_it() -> None:
     )
     with pytest.raises(
         UserError,
-        match=r"clients: 'b': preprocess\.missing: row \d+ of \w+ has no value of 'genes'; set it",
+        match=r"clients: 'b': preprocess\.missing: row \d+ of \w+ has no value in column 'genes'; choose indicate",
     ):
         hospitals(x, BLOCKS, {"a": both, "b": PreprocessConfig()})
     with pytest.raises(
         UserError,
-        match=r"clients: 'a': preprocess\.missing: row \d+ of \w+ has no value of 'image'",
+        match=r"clients: 'a': preprocess\.missing: row \d+ of \w+ has no value in column 'image'",
     ):
         hospitals(x, BLOCKS, {"a": images, "b": images})
 
@@ -205,11 +203,11 @@ def test_public_rows_may_lack_blocks() -> None:
     assert not seen["b"].isnan().any() and seen["c"][:, 4].all()
     assert [data.has_proxy(data.preprocess(c)) for c in clients] == [True, True, False]
     assert data.notes == [
-        "client 'c' sees nothing of the proxy set: it has no part in what is done with it"
+        "client 'c' has none of the values of the proxy set and is excluded from training on it"
     ]
     with pytest.raises(
         UserError,
-        match=r"clients: 'a': preprocess\.missing: row \d+ of proxy has no value of 'genes'",
+        match=r"clients: 'a': preprocess\.missing: row \d+ of proxy has no value in column 'genes'",
     ):
         hospitals(
             x,
@@ -218,7 +216,7 @@ def test_public_rows_may_lack_blocks() -> None:
             proxy=ProxyConfig(size=20, columns=["image"]),
         )
     with pytest.raises(
-        UserError, match=r"data\.proxy\.columns: found 'images'; did you mean 'image'"
+        UserError, match=r"data\.proxy\.columns: unknown name 'images'; did you mean 'image'"
     ):
         hospitals(x, BLOCKS, clients, proxy=ProxyConfig(size=20, columns=["images"]))
 
@@ -236,14 +234,22 @@ def test_sets_from_elsewhere_are_matched_by_name() -> None:
         (
             torch.rand(2, 1, 3, 3),
             (),
-            "here: examples are no block of common, which has image (1, 2, 3), genes (4,)",
+            "here: examples of shape (1, 3, 3) match no single block of common; choose from image (1, 2, 3), genes (4,)",
         ),
-        (torch.rand(2, 4), (Block("gene", (4,)),), "has none; did you mean 'genes'?"),
-        (torch.rand(2, 5), (Block("genes", (5,)),), "has none; there it has shape (4,)"),
+        (
+            torch.rand(2, 4),
+            (Block("gene", (4,)),),
+            "block 'gene' does not exist in the common set common; did you mean 'genes'?",
+        ),
+        (
+            torch.rand(2, 5),
+            (Block("genes", (5,)),),
+            "block 'genes': expected shape (4,) as in the common set common, got (5,)",
+        ),
         (
             torch.rand(2, 4),
             (Block("genes", (4,)),),
-            "here has no block 'image', the common set common has",
+            "here: block 'image' of the common set common not found",
         ),
     ):
         with pytest.raises(UserError) as refused:
@@ -254,8 +260,10 @@ def test_sets_from_elsewhere_are_matched_by_name() -> None:
         torch.arange(3.0)[None], ("bmi", "age", "new"), tables, "here", needed={"age"}
     )
     assert x[0, [0, 2]].tolist() == [1, 0] and x[0, [1, 3]].isnan().all() and extra == ["new"]
-    with pytest.raises(UserError, match="here has no column 'crp'"):
-        match_columns(torch.arange(3.0)[None], ("bmi", "age", "new"), tables, "here", needed={"crp"})
+    with pytest.raises(UserError, match="here: column 'crp' of the common set"):
+        match_columns(
+            torch.arange(3.0)[None], ("bmi", "age", "new"), tables, "here", needed={"crp"}
+        )
 
 
 def test_a_table_with_gaps(tmp_path: Any) -> None:
@@ -265,7 +273,7 @@ def test_a_table_with_gaps(tmp_path: Any) -> None:
     source = SourceConfig(name="table", path=str(path), label="ill")
     with pytest.raises(
         UserError,
-        match=r"row 5, column 'crp': missing value \(1 in 60 rows\); fill or drop them, or set",
+        match=r"row 5, column 'crp': missing value \(1 in 60 rows\); fill or remove missing values, or set",
     ):
         load_source(source, tmp_path)
     found = load_source(source, tmp_path, missing=True)
@@ -285,7 +293,7 @@ def test_a_table_with_gaps(tmp_path: Any) -> None:
     assert federated(columns=["age"]).preprocess("a").shape((2,)) == (1,)
     with pytest.raises(
         UserError,
-        match=r"clients: 'a': preprocess\.missing: row \d+ of \w+ has no value of 'crp' \(path: .*row 5",
+        match=r"clients: 'a': preprocess\.missing: row \d+ of \w+ has no value in column 'crp' \(path: .*row 5",
     ):
         federated()
 
@@ -300,7 +308,7 @@ def test_augment_is_for_images_as_they_are_seen() -> None:
         return federate(made, DataConfig(partition=PartitionConfig(min_size=5)), {"a": settings}, 0)
 
     federated(["image"])
-    with pytest.raises(UserError, match="augment: is for images, but the examples have shape"):
+    with pytest.raises(UserError, match="augment: applies to images only, got examples of shape"):
         federated(["genes"])
 
 

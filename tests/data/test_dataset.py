@@ -33,27 +33,42 @@ def with_nan(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("x", "y", "task", "words"),
     [
-        (IMAGES[:0], LABELS[:0], CLASSES, "here: x: found no rows"),
-        (IMAGES[:, 0], LABELS, CLASSES, "x: found shape (4, 5, 5)"),
-        (IMAGES.int(), LABELS, CLASSES, "x: found int32"),
-        (torch.zeros(4), LABELS, CLASSES, "x: found shape (4,)"),
-        (torch.zeros(4, 0), LABELS, CLASSES, "x: found shape (4, 0)"),
-        (with_nan(4, 3), LABELS, CLASSES, "x: NaN or infinity in row 2"),
-        (with_nan(4, 1, 5, 5), LABELS, CLASSES, "x: NaN or infinity in row 2"),
+        (IMAGES[:0], LABELS[:0], CLASSES, "here: x: has no rows"),
+        (IMAGES[:, 0], LABELS, CLASSES, "got uint8 of shape (4, 5, 5)"),
+        (IMAGES.int(), LABELS, CLASSES, "x: expected uint8 images or floats, got int32"),
+        (torch.zeros(4), LABELS, CLASSES, "got float32 of shape (4,)"),
+        (torch.zeros(4, 0), LABELS, CLASSES, "got float32 of shape (4, 0)"),
+        (with_nan(4, 3), LABELS, CLASSES, "x: row 2: NaN or infinite value"),
+        (with_nan(4, 1, 5, 5), LABELS, CLASSES, "x: row 2: NaN or infinite value"),
         (IMAGES, None, CLASSES, "y: missing"),
-        (IMAGES, LABELS.float(), CLASSES, "y: found float32"),
-        (IMAGES, LABELS[:, None], CLASSES, "y: found int64 of shape (4, 1)"),
+        (
+            IMAGES,
+            LABELS.float(),
+            CLASSES,
+            "y: expected int64 class labels of shape (4,), got float32",
+        ),
+        (IMAGES, LABELS[:, None], CLASSES, "got int64 of shape (4, 1)"),
         (
             IMAGES,
             torch.tensor([0, 1, 3, 0]),
             CLASSES,
-            "y: label 3 in row 2 is out of range; classes are 0 to 2",
+            "y: row 2: label 3 is out of range 0 to 2",
         ),
-        (IMAGES, torch.tensor([0, -1, 3, 0]), CLASSES, "y: label -1 in row 1"),
-        (IMAGES, LABELS, Task("multilabel", 2), "y: found int64"),
-        (IMAGES, torch.full((4, 2), 0.5), Task("multilabel", 2), "y: row 0 is out of range"),
-        (IMAGES, with_nan(4, 2), Task("regression", 2), "y: NaN or infinity in row 2"),
-        (IMAGES, torch.zeros(4, 2), Task("regression", 1), "y: found float32 of shape (4, 2)"),
+        (IMAGES, torch.tensor([0, -1, 3, 0]), CLASSES, "y: row 1: label -1"),
+        (
+            IMAGES,
+            LABELS,
+            Task("multilabel", 2),
+            "y: expected multilabel targets as floats of shape (4, 2), got int64",
+        ),
+        (
+            IMAGES,
+            torch.full((4, 2), 0.5),
+            Task("multilabel", 2),
+            "y: row 0: multilabel targets must be 0 or 1",
+        ),
+        (IMAGES, with_nan(4, 2), Task("regression", 2), "y: row 2: NaN or infinite value"),
+        (IMAGES, torch.zeros(4, 2), Task("regression", 1), "got float32 of shape (4, 2)"),
     ],
 )
 def test_malformed_examples_are_refused(
@@ -65,9 +80,9 @@ def test_malformed_examples_are_refused(
 
 
 def test_unaligned_columns_are_refused() -> None:
-    with pytest.raises(UserError, match="4 rows of x but 3 of y"):
+    with pytest.raises(UserError, match="y: expected 4 rows as in x, got 3"):
         Examples(IMAGES, LABELS[:3])
-    with pytest.raises(UserError, match="4 rows of x but 2 of group"):
+    with pytest.raises(UserError, match="group: expected 4 rows as in x, got 2"):
         Examples(IMAGES, LABELS, LABELS[:2])
 
 

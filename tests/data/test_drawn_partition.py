@@ -135,8 +135,8 @@ def test_numbers_of_rows_are_log_normal_and_follow_the_sizes() -> None:
 @pytest.mark.parametrize(
     ("words", "changes"),
     [
-        ("data.partition.rows: found 10 for client 'client_01', by its size; min_size is 20", {"rows": 10}),
-        ("data.partition.rows: found 500 for client 'client_01', .* 360 to draw from", {"rows": 500}),
+        ("data.partition.rows: must be >= 20 .* for client 'client_01', got 10", {"rows": 10}),
+        ("data.partition.rows: must be <= 360, .* for client 'client_01', got 500", {"rows": 500}),
         ("data.partition.rows: 20 rows are too few to split by data.split",
          {"rows": 20, "split": SplitConfig(validation=0.45, test=0.5)}),
         ("data.partition.min_size: 20 rows are too few", {"spread": 1, "split": SplitConfig(validation=0.45, test=0.5)}),
@@ -151,16 +151,14 @@ def test_what_cannot_be_drawn_is_refused_before_anybody_draws(
 
 def test_patients_and_shared_sources_are_refused() -> None:
     config = DataConfig(partition=PartitionConfig(kind="drawn", rows=30))
-    with pytest.raises(
-        UserError, match=r"found drawn, which takes rows one by one; leave data\.patient out"
-    ):
+    with pytest.raises(UserError, match=r"kind=drawn cannot be combined with data\.patient"):
         federate(numbered(patient=[i // 2 for i in range(200)]), config, {"a": PLAIN_CLIENT}, 0)
     own = ClientSettings(data=SourceConfig(name="synthetic_table"))
     listed = {"a": PLAIN_CLIENT, "b": own, "c": own}
     source = make_table()
     with pytest.raises(
         UserError,
-        match="drawn draws from the common set, and synthetic_table is the own source of 2",
+        match="kind=drawn cannot divide synthetic_table, the source of 2 clients",
     ):
         federate(source, config, listed, 0)
     one = federate(source, config, {"a": PLAIN_CLIENT, "b": own}, 0)

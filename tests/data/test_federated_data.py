@@ -127,7 +127,7 @@ def test_hash_sees_every_image_and_label(images: Dataset) -> None:
 
 def test_names_that_are_none(images: Dataset) -> None:
     data = view(images, proxy=ProxyConfig())
-    with pytest.raises(UserError, match=r"data\.proxy\.size: found 0"):
+    with pytest.raises(UserError, match=r"data\.proxy\.size: must be > 0"):
         data.columns("one", "proxy", PLAIN)
     for owner, name in (
         ("one", "trian"),

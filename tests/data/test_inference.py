@@ -41,13 +41,13 @@ def test_blocks_by_name_and_whole_rows(tmp_path: Any) -> None:
     alone = preprocess_inputs(model, {"image": images})
     assert alone.shape == (3, 21) and alone[:, 20].all() and not alone[:, 19].any()
     for x, words in (
-        ({"gene": genes}, "found 'gene'; did you mean 'genes'"),
-        ({"genes": genes, "image": images[:2]}, "image: found 2 rows, of genes 3"),
+        ({"gene": genes}, "unknown block 'gene'; did you mean 'genes'"),
+        ({"genes": genes, "image": images[:2]}, "image: expected 3 rows as in genes, got 2"),
         (
             images,
-            r"found shape \(3, 1, 4, 4\); this model takes \(N, 19\), as the data set has them",
+            r"expected shape \(N, 19\) as in the data set, got \(3, 1, 4, 4\)",
         ),
-        (rows / 0, "NaN or infinity in row 0"),
+        (rows / 0, "row 0: NaN or infinite value"),
     ):
         with pytest.raises(UserError, match=words):
             preprocess_inputs(model, x)
@@ -95,5 +95,5 @@ def test_the_one_block_of_a_model(tmp_path: Any) -> None:
         preprocess_inputs(model, {"image": images}), preprocess_inputs(model, rows), atol=1e-6
     )
     rows[1, 2] = NAN
-    with pytest.raises(UserError, match="NaN or infinity in row 1"):
+    with pytest.raises(UserError, match="row 1: NaN or infinite value"):
         preprocess_inputs(model, rows)

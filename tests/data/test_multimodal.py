@@ -46,7 +46,7 @@ def test_every_image_gets_its_patients_row() -> None:
     assert found.train.patient is not None and len(found.train.patient.unique()) == 5
     assert found.notes == (
         "joined: 5 patients with images, 3 in the table, 3 with both; columns tp53, egfr",
-        "table: left out: note (no numbers)",
+        "table: columns excluded because not numeric: note",
     )
 
 
@@ -76,15 +76,15 @@ def test_patients_without_an_image(tmp_path: Path) -> None:
     )
     assert found.train.group is not None and found.train.group.tolist() == [0, 0, 0, 0, 1, 1, 1]
     for changes, words in (
-        ({"table_group": None}, "table_group: missing; images have groups"),
+        ({"table_group": None}, "table_group: missing; the images have groups"),
         (
             {"label": None},
-            "genes.csv: row 4, column 'patient': found 'q9', of whom there is no image",
+            "genes.csv: row 4, column 'patient': patient 'q9' has no image",
         ),
-        ({"label": "note"}, "genes.csv: column 'note' is text; class numbers are needed"),
+        ({"label": "note"}, "genes.csv: column 'note': expected class numbers, got text"),
         (
             {"label": "egfr"},
-            "genes.csv: row 4, column 'egfr': found 8; classes of the images are 0, 1",
+            "genes.csv: row 4, column 'egfr': unknown class 8; choose from 0, 1",
         ),
     ):
         with pytest.raises(UserError) as refused:
@@ -117,28 +117,36 @@ def test_labels_of_patients_without_an_image_are_mapped_like_those_of_images(
         (
             TABLE.replace("p3", "p33"),
             {},
-            "table: row 1, column 'patient': found 'p33', of whom there is no image; did you mean 'p3'?",
+            "table: row 1, column 'patient': patient 'p33' has no image; did you mean 'p3'?",
         ),
         (
             TABLE.replace("p3", "p1"),
             {},
-            "table: row 2, column 'patient': found 'p1' a second time (row 1 is the first)",
+            "table: row 2, column 'patient': duplicate patient 'p1', first in row 1",
         ),
         (TABLE.replace("p1", None), {}, "table: row 2, column 'patient': missing value"),
         (
             TABLE.assign(patient=["x", "y", "z"]),
             {},
-            "row 1, column 'patient': found 'x', and no patient of the table has an image; images are of p1, p2",
+            "row 1, column 'patient': no patient of the table has an image, got 'x'; images are of p1, p2",
         ),
         (
             TABLE.assign(egfr=["1", "two", "3"]),
             {},
-            "table: row 2, column 'egfr': found 'two', not a number",
+            "table: row 2, column 'egfr': expected a number, got 'two'",
         ),
-        (TABLE, {"by": "patiant"}, "by: table has no column 'patiant'; did you mean 'patient'"),
-        (TABLE, {"columns": ["tp35"]}, "columns: table has no column 'tp35'; did you mean 'tp53'"),
-        (TABLE, {"columns": ["note"]}, "no column of numbers"),
-        (TABLE, {"label": "ill"}, "label: table has no column 'ill'"),
+        (
+            TABLE,
+            {"by": "patiant"},
+            "by: column 'patiant' not found in table; did you mean 'patient'",
+        ),
+        (
+            TABLE,
+            {"columns": ["tp35"]},
+            "columns: column 'tp35' not found in table; did you mean 'tp53'",
+        ),
+        (TABLE, {"columns": ["note"]}, "has no numeric or categorical columns"),
+        (TABLE, {"label": "ill"}, "label: column 'ill' not found in table"),
     ],
 )
 def test_mistakes_are_one_line(table: pd.DataFrame, changes: dict[str, Any], words: str) -> None:
@@ -160,12 +168,12 @@ def test_numbers_may_begin_with_zeros(tmp_path: Path) -> None:
     )
     assert found.train.patient_names == ("0001", "0002", "0003", "0004", "x5")
     # 1 and 0001 are two patients here
-    with pytest.raises(UserError, match="found '0003', of whom there is no image"):
+    with pytest.raises(UserError, match="patient '0003' has no image"):
         join_images_and_table(IMAGES, Y, ["1", *whose[:3], "2", "0001"], path)
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^table: .*none\.csv: no such file"):
+    with pytest.raises(UserError, match=r"^table: file '.*none\.csv' not found"):
         joined(tmp_path / "none.csv")
 
 

@@ -32,7 +32,7 @@ def test_groups_and_clients_that_do_not_match_are_named() -> None:
             match_groups(groups.split(), clients.split(), "arrays")
         message = str(refused.value)
         assert (
-            message.startswith("data.partition.kind: natural found")
+            message.startswith("data.partition.kind=natural: got")
             and words in message
             and "?" not in message
         )
@@ -46,7 +46,7 @@ def test_a_misnamed_hospital_gets_nobody_elses_rows() -> None:
         federate(dataset, NATURAL, {"south": PLAIN_CLIENT}, 0)
     other = federate(dataset, NATURAL, dict.fromkeys(("c_1", "c_2", "c_3"), PLAIN_CLIENT), 0)
     assert other.notes == [
-        "arrays: no client is called as a group is; 'c_1' gets 'east', 'c_2' gets 'north', 'c_3' gets 'south'"
+        "arrays: no client has the name of a group; 'c_1' gets 'east', 'c_2' gets 'north', 'c_3' gets 'south'"
     ]
     assert all(row % 3 == 0 for row in rows_of(other, "c_1", "train"))
     whole = federate(dataset, NATURAL, {"all": PLAIN_CLIENT}, 0)
@@ -72,7 +72,7 @@ def test_a_hospital_without_training_rows_is_named() -> None:
     ):
         federate(dataset, NATURAL, dict.fromkeys(("east", "north"), PLAIN_CLIENT), 0)
     with pytest.raises(
-        UserError, match="natural: no training row of group 'south' of arrays is left"
+        UserError, match="natural: group 'south' of arrays has no training rows left"
     ):
         federate(dataset, NATURAL, dict.fromkeys(("east", "north", "south"), PLAIN_CLIENT), 0)
     whole = federate(dataset, NATURAL, {"all": PLAIN_CLIENT}, 0)

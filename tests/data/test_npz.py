@@ -75,15 +75,15 @@ def test_task_is_read_off_the_labels(npz: Any, labels: np.ndarray, kind: str, ou
     [
         (
             np.arange(30) % 3 + 1,
-            "train_labels: 4 classes, numbered from 0, of which 0 do not occur",
+            "train_labels: read as 4 classes from 0, of which 0 do not occur",
         ),
         (
             np.array([0, 1, 3] * 10),
-            "train_labels: 4 classes, numbered from 0, of which 2 do not occur",
+            "train_labels: read as 4 classes from 0, of which 2 do not occur",
         ),
         (
             np.eye(3, dtype=np.uint8)[np.arange(30) % 3],
-            "train_labels: every row has exactly one 1: read as multilabel",
+            "train_labels: every row has exactly one 1, read as multilabel",
         ),
     ],
 )
@@ -105,7 +105,7 @@ def test_labels_that_could_mean_something_else_are_said(
 def test_rows_of_a_table_in_place_of_images_only_where_no_set_is_named(npz: Any) -> None:
     rows = {f"{s}_images": np.zeros((n, 4)) for s, n in (("train", 30), ("val", 6), ("test", 9))}
     assert load(npz(**rows)).train.x.shape == (30, 4)
-    with pytest.raises(UserError, match="train_images: found shape"):
+    with pytest.raises(UserError, match="train_images: expected shape"):
         load(npz(**rows), "chest_xray")
 
 
@@ -120,45 +120,60 @@ FRACTION[11] = 0.5
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"train_images": NAN}, "train_images: NaN or infinity in row 3"),
+        ({"train_images": NAN}, "train_images: row 3: NaN or infinite value"),
         (
             {"train_images": np.zeros((29, 8, 8), np.uint8)},
-            "train_images has 29 rows, train_labels has 30",
+            "train_labels: expected 29 rows as in train_images, got 30",
         ),
         (
             {"train_images": np.zeros((30, 8, 8, 8, 3), np.uint8)},
-            "train_images: found shape (30, 8, 8, 8, 3)",
+            "train_images: expected shape (N, H, W) or (N, H, W, C), got (30, 8, 8, 8, 3)",
         ),
-        ({"train_images": np.zeros((30, 28, 28, 28), np.uint8)}, "train_images: found shape"),
-        ({"train_images": np.zeros((30, 0, 8), np.uint8)}, "train_images: found shape"),
+        ({"train_images": np.zeros((30, 28, 28, 28), np.uint8)}, "train_images: expected shape"),
+        (
+            {"train_images": np.zeros((30, 0, 8), np.uint8)},
+            "train_images: expected images of shape",
+        ),
         (
             {"train_images": np.full((30, 8, 8), 4000)},
             "train_images: found int64 from 4000 to 4000",
         ),
-        ({"train_images": np.zeros((30, 8, 8), complex)}, "train_images: found complex128"),
-        ({"train_images": np.full((30, 8, 8), "a")}, "train_images: found <U1"),
-        ({"train_images": np.array(3)}, "train_images has 0 rows"),
+        (
+            {"train_images": np.zeros((30, 8, 8), complex)},
+            "train_images: expected images as uint8 or floats, got complex128",
+        ),
+        (
+            {"train_images": np.full((30, 8, 8), "a")},
+            "train_images: expected images as uint8 or floats, got <U1",
+        ),
+        ({"train_images": np.array(3)}, "train_labels: expected 0 rows as in train_images, got 30"),
         (
             {"train_images": np.zeros((0, 8, 8), np.uint8), "train_labels": np.zeros(0)},
-            "train_images: found no rows",
+            "train_images: has no rows",
         ),
         (
             {"test_images": np.zeros((9, 7, 7), np.uint8)},
-            "test_images: shape (9, 7, 7), but train_images has (30, 8, 8)",
+            "test_images: expected rows of shape (8, 8) as in train_images, got shape (9, 7, 7)",
         ),
         (
             {"train_labels": HIGH},
-            "train_labels: label 7 in row 11 is out of range; classes are 0 to 1",
+            "train_labels: row 11: label 7 is out of range 0 to 1",
         ),
-        ({"train_labels": -HIGH}, "train_labels: label -1 in row 1 is out of range"),
-        ({"train_labels": FRACTION}, "train_labels: label 0.5 in row 11 is not a class number"),
-        ({"test_labels": np.full(9, np.nan)}, "test_labels: NaN or infinity in row 0"),
-        ({"train_labels": np.full(30, "x")}, "train_labels: found <U1; labels are numbers"),
-        ({"train_labels": np.zeros((30, 2))}, "train_labels: found 2 columns"),
-        ({"train_labels": np.zeros((30, 1, 1))}, "train_labels: found shape (30, 1, 1)"),
+        ({"train_labels": -HIGH}, "train_labels: row 1: label -1 is out of range"),
+        ({"train_labels": FRACTION}, "train_labels: row 11: expected a class number, got 0.5"),
+        ({"test_labels": np.full(9, np.nan)}, "test_labels: row 0: NaN or infinite value"),
+        ({"train_labels": np.full(30, "x")}, "train_labels: expected numbers, got <U1"),
+        ({"train_labels": np.zeros((30, 2))}, "train_labels: expected one column of labels, got 2"),
+        (
+            {"train_labels": np.zeros((30, 1, 1))},
+            "train_labels: expected shape (N,), (N, 1) or (N, L), got (30, 1, 1)",
+        ),
         ({"train_labels": np.array([None] * 30)}, "not a readable .npz file"),
-        ({"val_labels": None}, "no array 'val_labels' beside 'val_images'"),
-        ({"train_images": None}, "no array 'train_images'; found train_labels, val_images"),
+        ({"val_labels": None}, "array 'val_labels' not found, which 'val_images' needs"),
+        (
+            {"train_images": None},
+            "array 'train_images' not found; the file has train_labels, val_images",
+        ),
     ],
 )
 def test_malformed_arrays_are_refused_by_name(
@@ -173,13 +188,11 @@ def test_malformed_arrays_are_refused_by_name(
 def test_stray_labels_are_out_of_range_without_a_named_set_too(npz: Any) -> None:
     labels = (np.arange(30) % 2).astype(np.uint8)
     labels[5] = 255
-    with pytest.raises(
-        UserError, match="label 255 is out of range, as only 3 different ones occur"
-    ):
+    with pytest.raises(UserError, match="label 255 is out of range for 3 distinct labels"):
         load(npz(train_labels=labels))
-    with pytest.raises(UserError, match="label -1 in row 0"):
+    with pytest.raises(UserError, match="row 0: label -1"):
         load(npz(train_labels=np.arange(30) % 2 - 1))
-    with pytest.raises(UserError, match=r"found \[1, 2\] columns"):
+    with pytest.raises(UserError, match=r"the same number of columns in every split, got 1 and 2"):
         load(npz(test_labels=np.zeros((9, 2))))
 
 
@@ -190,9 +203,7 @@ def test_files_that_are_none(tmp_path: Path, npz: Any) -> None:
     (tmp_path / "one.npz").write_bytes((tmp_path / "one.npy").read_bytes())
     np.savez(tmp_path / "nothing.npz")
     for name in ("empty.npz", "text.npz", "one.npz", "nothing.npz", "missing.npz", "."):
-        with pytest.raises(
-            UserError, match=r"no such file|not a readable \.npz file|found no arrays"
-        ):
+        with pytest.raises(UserError, match=r"not found|not a readable \.npz file|has no arrays"):
             load(tmp_path / name)
 
 
@@ -201,18 +212,26 @@ def test_numpys_advice_is_not_passed_on(name: str, tmp_path: Path, npz: Any) -> 
     for file in ("mine.csv", "mine.npz"):
         (tmp_path / file).write_text("a,b,label\n1,2,0\n3,4,1\n")
     pickled = npz(train_labels=np.array([None] * 30))
-    for path, told in (
-        (tmp_path / "mine.csv", "no .npz file; `data.name: table` reads it"),
+    for path, message in (
+        (
+            tmp_path / "mine.csv",
+            "data.path: expected a .npz file, got 'PATH'; to read a table set data.name=table",
+        ),
         (
             tmp_path / "mine.npz",
-            "not a readable .npz file: it is no whole archive of arrays, as numpy.savez writes it",
+            "data.path: PATH: not a readable .npz file: expected a complete archive as written by "
+            "numpy.savez",
         ),
-        (pickled, "not a readable .npz file: it has an array of Python objects; save numbers"),
-        (tmp_path / "mine.cvs", "no such file; did you mean 'mine.csv'?"),
+        (
+            pickled,
+            "data.path: PATH: not a readable .npz file: contains an array of Python objects; save "
+            "arrays of numbers",
+        ),
+        (tmp_path / "mine.cvs", "data.path: file 'PATH' not found; did you mean 'mine.csv'?"),
     ):
         with pytest.raises(UserError) as error:
             load_source(SourceConfig(name=name, path=str(path)), tmp_path)
-        assert str(error.value) == f"data.path: {path}: {told}"
+        assert str(error.value) == message.replace("PATH", str(path))
 
 
 def test_damaged_files_are_noticed(npz: Any) -> None:
@@ -238,7 +257,7 @@ def test_damaged_files_are_noticed(npz: Any) -> None:
 def test_images_alone_need_no_labels(npz: Any) -> None:
     path = npz(train_labels=np.array([None] * 30))  # would be refused if it were read
     assert read_images(path).shape == (30, 1, 8, 8)
-    with pytest.raises(UserError, match="no array 'train_images'"):
+    with pytest.raises(UserError, match="array 'train_images' not found"):
         read_images(npz(train_images=None))
-    with pytest.raises(UserError, match="found no rows"):
+    with pytest.raises(UserError, match="has no rows"):
         read_images(npz(train_images=np.zeros((0, 8, 8))))

@@ -154,16 +154,16 @@ def test_classes_of_all_files_are_known_and_differing_tables_are_matched_by_name
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": {"name": "table", "partition": {"kind": "dirichlet"}}}, r"^data\.partition\.kind: found dirichlet, but"),
-        ({"south": {"path": "north"}}, r"^clients: 'south': data\.path: found .*north\.csv, the file of 'north'"),
-        ({"south": None}, r"^data\.path: missing; table reads a local file .* but 'south' has no data"),
-        ({"south": {"name": "digits", "path": None, "label": None, "patient": None}}, r"'south': data\.name: found digits"),
+        ({"data": {"name": "table", "partition": {"kind": "dirichlet"}}}, r"^data\.partition\.kind=dirichlet needs data\.path"),
+        ({"south": {"path": "north"}}, r"^clients: 'south': data\.path: already used by client 'north', got '.*north\.csv'"),
+        ({"south": None}, r"^data\.path: missing; table reads a local file .* client 'south' has no file of its own"),
+        ({"south": {"name": "digits", "path": None, "label": None, "patient": None}}, r"'south': data\.name: must be table .* got digits"),
         ({"south": {"patient": None}}, r"^clients: 'south': data\.patient: missing"),
-        ({"south": {"task": "regression"}}, r"^clients: 'south': data.*column 'ill' is text; regression labels"),
-        ({"south": {"categories": {"ward": ["A"]}}}, r"^clients: 'south': data\.categories: all files are encoded alike"),
-        ({"data": {"name": "text"}}, r"^data\.path: missing; text reads .* data\.name is one of table, npz, image_folder"),
-        ({"frame": {"ward": 1}}, r"^clients: 'east': data: column 'ward' is text, and numbers in that of clients: 'south'"),
-        ({"frame": {"crpp": 1.0}}, r"^clients: 'east': data: east.csv has no column 'crpp', another file has; did you mean 'crp'"),
+        ({"south": {"task": "regression"}}, r"^clients: 'south': data.*column 'ill': expected numbers as regression labels"),
+        ({"south": {"categories": {"ward": ["A"]}}}, r"^clients: 'south': data\.categories: must be the same for all clients"),
+        ({"data": {"name": "text"}}, r"^data\.path: missing; text reads .* only for data\.name table, npz, image_folder"),
+        ({"frame": {"ward": 1}}, r"^clients: 'east': data: column 'ward' is text, but numeric for clients: 'south'"),
+        ({"frame": {"crpp": 1.0}}, r"^clients: 'east': data: east.csv: column 'crpp' of another file not found; did you mean 'crp'"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_pooled_is_refused(
@@ -188,7 +188,7 @@ def test_real_sites_need_a_common_file(tmp_path: Path) -> None:
     write(tmp_path)
 
     with pytest.raises(
-        UserError, match=r"^data\.path: missing; .* which real sites do not bring together"
+        UserError, match=r"^data\.path: required if clients keep their files on their machines"
     ):
         dealt(configuration(tmp_path), absent=HOSPITALS)
 
@@ -220,7 +220,7 @@ def test_a_run_without_a_common_file_finishes_and_is_evaluated(tmp_path: Path) -
     run = hetero_fl.run(config, out=tmp_path / "run")
 
     assert set(run.models) == set(HOSPITALS) and run.summary["data"]["n_test"] == 48
-    assert "drawn from the files of all 3 clients" in (tmp_path / "run" / "log.txt").read_text()
+    assert "held out of the files of all 3 clients" in (tmp_path / "run" / "log.txt").read_text()
     hospital("west", 5).to_csv(tmp_path / "new.csv", index=False)
     with pytest.warns(UserWarning, match="of the 80 rows"):
         scores = hetero_fl.evaluate(run, str(tmp_path / "new.csv"))
@@ -241,8 +241,8 @@ def test_classes_that_differ_in_spelling_alone_are_refused(
     with pytest.raises(UserError) as refused:
         dealt(configuration(tmp_path))
 
-    assert str(refused.value).startswith("clients: 'north': data: north.csv has class")
-    assert str(refused.value).endswith("; spell them alike")
+    assert str(refused.value).startswith("clients: 'north': data: class '")
+    assert str(refused.value).endswith("; use one spelling")
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_every_row_goes_to_exactly_one_client(
     y = labels(rows, classes=3, seed=seed)
     config = PartitionConfig(kind=kind, alpha=alpha, classes=each, min_size=min_size)
     try:
-        parts = partition_rows(y, None, config, sizes, Task("multiclass", 3), seed)
+        parts = partition_rows(y, None, config, sizes, Task("multiclass", 3), seed=seed)
     except (
         UserError
     ) as error:  # few rows of a class for one of very small size: there may be no such deal
@@ -62,7 +62,7 @@ def test_every_row_goes_to_exactly_one_client(
         expected = np.array(sizes) / sum(sizes) * rows
         if expected.min() >= min_size:
             assert all(abs(len(p) - e) < 1 for p, e in zip(parts, expected, strict=True))
-    again = partition_rows(y, None, config, sizes, Task("multiclass", 3), seed)
+    again = partition_rows(y, None, config, sizes, Task("multiclass", 3), seed=seed)
     assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
 
 
@@ -88,7 +88,7 @@ def test_dirichlet_is_as_skewed_as_alpha_says() -> None:
         found = []
         for seed in range(3):
             parts = partition_rows(
-                y, None, PartitionConfig(kind="dirichlet", alpha=alpha), [1] * 10, TEN, seed
+                y, None, PartitionConfig(kind="dirichlet", alpha=alpha), [1] * 10, TEN, seed=seed
             )
             share = counts(parts, y).double() / torch.tensor([len(p) for p in parts])[:, None]
             found.append(share.max(1).values.mean())  # how much of a client is its commonest class
@@ -104,7 +104,7 @@ def test_dirichlet_follows_its_definition() -> None:
         PartitionConfig(kind="dirichlet", alpha=alpha, min_size=1),
         [1] * clients,
         Task("multiclass", 100),
-        0,
+        seed=0,
     )
     proportions = counts(parts, y).double() / 1000
     expected = (1 / clients) * (1 - 1 / clients) / (clients * alpha + 1)
@@ -115,7 +115,7 @@ def test_dirichlet_follows_its_definition() -> None:
         PartitionConfig(kind="dirichlet", alpha=alpha),
         [1, 1, 1, 1, 4],
         Task("multiclass", 100),
-        0,
+        seed=0,
     )
     assert len(sized[4]) / len(y) == pytest.approx(0.5, abs=0.06)
 
@@ -124,29 +124,41 @@ def test_dirichlet_follows_its_definition() -> None:
 def test_extreme_skew_ends_and_leaves_nobody_short(alpha: float) -> None:
     y = labels(300, classes=2)
     config = PartitionConfig(kind="dirichlet", alpha=alpha, min_size=20)
-    parts = partition_rows(y, None, config, [1] * 12, Task("multiclass", 2), 3)
+    parts = partition_rows(y, None, config, [1] * 12, Task("multiclass", 2), seed=3)
     assert min(map(len, parts)) >= 20
     assert torch.equal(torch.cat(parts).sort().values, torch.arange(300))
 
 
 def test_classes_are_held_evenly_and_dealt_by_size() -> None:
     y = torch.arange(2000) % 10
-    parts = partition_rows(y, None, PartitionConfig(kind="classes", classes=2), [1] * 10, TEN, 0)
+    parts = partition_rows(
+        y, None, PartitionConfig(kind="classes", classes=2), [1] * 10, TEN, seed=0
+    )
     held = counts(parts, y) > 0
     assert (held.sum(1) == 2).all() and (held.sum(0) == 2).all()
     assert all(len(p) == 200 for p in parts)
     small, large = partition_rows(
-        y, None, PartitionConfig(kind="classes", classes=10), [1, 3], TEN, 0
+        y, None, PartitionConfig(kind="classes", classes=10), [1, 3], TEN, seed=0
     )
     assert (len(small), len(large)) == (500, 1500)
     # six classes find a holder
-    few = partition_rows(y, None, PartitionConfig(kind="classes", classes=2), [1] * 3, TEN, 0)
+    few = partition_rows(y, None, PartitionConfig(kind="classes", classes=2), [1] * 3, TEN, seed=0)
     assert (counts(few, y) > 0).sum().item() == 6 and all(len(p) == 400 for p in few)
-    with pytest.raises(UserError, match="found 4, but the training rows have 3 classes"):
-        partition_rows(y % 3, None, PartitionConfig(kind="classes", classes=4), [1] * 3, TEN, 0)
-    with pytest.raises(UserError, match=r"data\.partition\.min_size: found 60"):
+    with pytest.raises(UserError, match="classes: must be <= 3, .* got 4"):
         partition_rows(
-            y[:140], None, PartitionConfig(kind="classes", classes=1, min_size=60), [1, 1], TEN, 0
+            y % 3, None, PartitionConfig(kind="classes", classes=4), [1] * 3, TEN, seed=0
+        )
+    with pytest.raises(
+        UserError,
+        match=r"data\.partition\.min_size: with 1 classes per client some clients get fewer than 60 rows",
+    ):
+        partition_rows(
+            y[:140],
+            None,
+            PartitionConfig(kind="classes", classes=1, min_size=60),
+            [1, 1],
+            TEN,
+            seed=0,
         )
 
 
@@ -155,13 +167,13 @@ def test_dirichlet_below_a_cap() -> None:
     y = torch.arange(10_000) % 10
     for cap in (1.0, 2.0):
         config = PartitionConfig(kind="dirichlet", alpha=0.1, cap=cap, min_size=1)
-        parts = partition_rows(y, None, config, [1] * 10, TEN, 3)
+        parts = partition_rows(y, None, config, [1] * 10, TEN, seed=3)
         held = counts(parts, y).double()
         before = held.cumsum(1) - held
         assert (held[before >= cap * 1000] == 0).all()
         assert torch.equal(torch.cat(parts).sort().values, torch.arange(10_000))
         free = partition_rows(
-            y, None, PartitionConfig(kind="dirichlet", alpha=0.1, min_size=1), [1] * 10, TEN, 3
+            y, None, PartitionConfig(kind="dirichlet", alpha=0.1, min_size=1), [1] * 10, TEN, seed=3
         )
         # nobody is full before the first class
         assert torch.equal(counts(parts, y)[:, 0], counts(free, y)[:, 0])
@@ -169,13 +181,18 @@ def test_dirichlet_below_a_cap() -> None:
             counts(free, y).sum(1).max() > held.sum(1).max() or cap == 2
         )
     sized = partition_rows(
-        y, None, PartitionConfig(kind="dirichlet", alpha=0.1, cap=1, min_size=1), [1, 9], TEN, 0
+        y,
+        None,
+        PartitionConfig(kind="dirichlet", alpha=0.1, cap=1, min_size=1),
+        [1, 9],
+        TEN,
+        seed=0,
     )
     assert len(sized[0]) <= 1000 + 1000
     loose = PartitionConfig(kind="dirichlet", alpha=0.1, cap=1e9, min_size=1)
     assert all(
         torch.equal(a, b)
-        for a, b in zip(partition_rows(y, None, loose, [1] * 10, TEN, 3), free, strict=True)
+        for a, b in zip(partition_rows(y, None, loose, [1] * 10, TEN, seed=3), free, strict=True)
     )
 
 
@@ -194,32 +211,32 @@ def test_cut_below_shares_a_class_by_the_proportions_of_those_who_are_not_full()
 def test_classes_may_differ_in_number_and_be_few_shot() -> None:
     y = torch.arange(10_000) % 10
     config = PartitionConfig(kind="classes", classes=3, classes_spread=2, shots=90)
-    parts = partition_rows(y, None, config, [1] * 20, TEN, 0)
+    parts = partition_rows(y, None, config, [1] * 20, TEN, seed=0)
     held = counts(parts, y)
     many = (held > 0).sum(1)
     assert set(many.tolist()) == {2, 3, 4, 5} and ((held == 0) | (held == 90)).all()
     assert len(torch.cat(parts).unique()) == len(torch.cat(parts))
     one = partition_rows(
-        y, None, PartitionConfig(kind="classes", classes=1, classes_spread=1), [1] * 20, TEN, 0
+        y, None, PartitionConfig(kind="classes", classes=1, classes_spread=1), [1] * 20, TEN, seed=0
     )
     assert set((counts(one, y) > 0).sum(1).tolist()) == {1, 2}
     sized = partition_rows(
-        y, None, PartitionConfig(kind="classes", classes=2, shots=90), [1, 3], TEN, 0
+        y, None, PartitionConfig(kind="classes", classes=2, shots=90), [1, 3], TEN, seed=0
     )
     assert [len(p) for p in sized] == [90, 270]
     with pytest.raises(
         UserError,
-        match=r"data\.partition\.shots: found 600; class \d has 1000 rows, and \d clients",
+        match=r"data\.partition\.shots: class \d has only 1000 rows for \d clients, got 600",
     ):
         partition_rows(
-            y, None, PartitionConfig(kind="classes", classes=2, shots=600), [1] * 10, TEN, 0
+            y, None, PartitionConfig(kind="classes", classes=2, shots=600), [1] * 10, TEN, seed=0
         )
 
 
 def test_quantity_skews_sizes_and_not_labels() -> None:
     y = labels(10_000, classes=4)
     parts = partition_rows(
-        y, None, PartitionConfig(kind="quantity", alpha=0.3), [1] * 8, Task("multiclass", 4), 1
+        y, None, PartitionConfig(kind="quantity", alpha=0.3), [1] * 8, Task("multiclass", 4), seed=1
     )
     sizes = torch.tensor([len(p) for p in parts]).double()
     assert sizes.max() > 4 * sizes.median()
@@ -228,14 +245,16 @@ def test_quantity_skews_sizes_and_not_labels() -> None:
 
 def test_natural() -> None:
     y, group = labels(100), torch.arange(100) % 3 * 5  # groups 0, 5, 10
-    parts = partition_rows(y, group, PartitionConfig(kind="natural"), [1, 1, 1], TEN, 0)
+    parts = partition_rows(y, group, PartitionConfig(kind="natural"), [1, 1, 1], TEN, seed=0)
     assert all((group[p] == g).all() for p, g in zip(parts, (0, 5, 10), strict=True))
-    with pytest.raises(UserError, match="natural found 3 groups for 4 clients"):
-        partition_rows(y, group, PartitionConfig(kind="natural"), [1] * 4, TEN, 0)
+    with pytest.raises(UserError, match="got 3 groups for 4 clients"):
+        partition_rows(y, group, PartitionConfig(kind="natural"), [1] * 4, TEN, seed=0)
     with pytest.raises(UserError, match="natural needs groups"):
-        partition_rows(y, None, PartitionConfig(kind="natural"), [1] * 3, TEN, 0)
-    with pytest.raises(UserError, match="found 20, but the smallest group has 10 rows"):
-        partition_rows(y, torch.arange(100) // 45, PartitionConfig(kind="natural"), [1] * 3, TEN, 0)
+        partition_rows(y, None, PartitionConfig(kind="natural"), [1] * 3, TEN, seed=0)
+    with pytest.raises(UserError, match="must be <= 10, the rows of the smallest group, got 20"):
+        partition_rows(
+            y, torch.arange(100) // 45, PartitionConfig(kind="natural"), [1] * 3, TEN, seed=0
+        )
 
 
 def test_strata() -> None:
@@ -249,7 +268,9 @@ def test_strata() -> None:
         (Task("multilabel", 3), y.repeat(50, 1)),
         (Task("regression", 1), torch.randn(200, 1)),
     ):
-        parts = partition_rows(targets, None, PartitionConfig(kind="dirichlet"), [1] * 4, task, 0)
+        parts = partition_rows(
+            targets, None, PartitionConfig(kind="dirichlet"), [1] * 4, task, seed=0
+        )
         assert torch.equal(torch.cat(parts).sort().values, torch.arange(len(targets)))
 
 
@@ -257,7 +278,7 @@ def test_seed_decides() -> None:
     y = labels(500)
     for kind in ("iid", "dirichlet", "classes", "quantity"):
         first, second = (
-            partition_rows(y, None, PartitionConfig(kind=kind), [1] * 5, TEN, seed)
+            partition_rows(y, None, PartitionConfig(kind=kind), [1] * 5, TEN, seed=seed)
             for seed in (0, 1)
         )
         assert any(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -266,9 +287,9 @@ def test_seed_decides() -> None:
 def test_too_few_rows() -> None:
     with pytest.raises(
         UserError,
-        match=r"data\.partition\.min_size: found 20, but 99 training rows are left for 5 clients; at most 19",
+        match=r"data\.partition\.min_size: must be <= 19 for 99 training rows and 5 clients, got 20",
     ):
-        partition_rows(labels(99), None, PartitionConfig(), [1] * 5, TEN, 0)
+        partition_rows(labels(99), None, PartitionConfig(), [1] * 5, TEN, seed=0)
 
 
 OWN = {
@@ -293,7 +314,12 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list
 
     def run(name: str) -> list[torch.Tensor]:
         return partition_rows(
-            labels(100), None, PartitionConfig(kind=f"python:own_partition:{name}"), [1, 1], TEN, 0
+            labels(100),
+            None,
+            PartitionConfig(kind=f"python:own_partition:{name}"),
+            [1, 1],
+            TEN,
+            seed=0,
         )
 
     return run
@@ -302,12 +328,12 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list
 def test_own_partitions(own: Callable[[str], list[torch.Tensor]]) -> None:
     assert [p.tolist() for p in own("halves")] == [list(range(50)), list(range(50, 100))]
     for name, words in (
-        ("three", "a list of the rows of 2 clients"),
-        ("none", "a list of the rows of 2 clients"),
-        ("twice", "deals a row to two clients"),
-        ("outside", "rows from 0 to 100; there are 100"),
-        ("words", "whole numbers"),
-        ("short", "deals 0 rows to a client"),
+        ("three", "expected a list with the rows of each of 2 clients"),
+        ("none", "expected a list with the rows of each of 2 clients"),
+        ("twice", "assigns a row twice"),
+        ("outside", "expected row indices from 0 to 99, got 0 to 100"),
+        ("words", "expected row indices as integers"),
+        ("short", "assigns only 0 rows to a client"),
         ("divides", "divides raised ZeroDivisionError: division by zero"),
         ("number", "is not a function of (y, group"),
         ("halvs", "did you mean 'halves'"),

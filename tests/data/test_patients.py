@@ -112,14 +112,18 @@ def test_every_partition_deals_whole_patients(
     y = torch.randint(3, (len(patient),), generator=torch.Generator().manual_seed(seed))
     config = PartitionConfig(kind=kind, alpha=alpha, classes=3, min_size=5)
     try:
-        parts = partition_rows(y, None, config, [1] * clients, THREE_CLASSES, seed, patient)
+        parts = partition_rows(
+            y, None, config, [1] * clients, THREE_CLASSES, seed=seed, patient=patient
+        )
     except UserError as error:
         assert "min_size" in str(error) or "classes" in str(error)
         return
     assert split_patient_rows(parts, patient) is None
     assert torch.equal(torch.cat(parts).sort().values, torch.arange(len(y)))
     assert all(len(part) >= 5 and torch.equal(part, part.sort().values) for part in parts)
-    again = partition_rows(y, None, config, [1] * clients, THREE_CLASSES, seed, patient)
+    again = partition_rows(
+        y, None, config, [1] * clients, THREE_CLASSES, seed=seed, patient=patient
+    )
     assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
 
 
@@ -151,7 +155,7 @@ def test_short_clients_are_filled_with_whole_patients() -> None:
     owner, size = torch.tensor([0, 0, 0, 1, -1]), torch.tensor([6, 3, 5, 1, 50])
     filled = move_patients_to_short_clients(owner, size, 2, 4, torch.tensor([0, 1, 2, 3, 4]))
     assert filled.tolist() == [1, 0, 0, 1, -1]
-    with pytest.raises(UserError, match=r"min_size: found 8, .* a client gets 7 rows; lower it"):
+    with pytest.raises(UserError, match=r"min_size: .* a client gets only 7 rows, got 8"):
         move_patients_to_short_clients(owner, size, 2, 8, torch.arange(5))
 
 
@@ -159,7 +163,13 @@ def test_labels_are_still_skewed_by_dirichlet() -> None:
     patient = torch.arange(3000) // 3
     y = patient % 3
     parts = partition_rows(
-        y, None, PartitionConfig(kind="dirichlet", alpha=0.1), [1] * 6, THREE_CLASSES, 0, patient
+        y,
+        None,
+        PartitionConfig(kind="dirichlet", alpha=0.1),
+        [1] * 6,
+        THREE_CLASSES,
+        seed=0,
+        patient=patient,
     )
     share = torch.stack([torch.bincount(y[p], minlength=3) / len(p) for p in parts])
     assert share.max(1).values.mean() > 0.6
@@ -171,7 +181,7 @@ def test_one_row_a_patient_is_like_none() -> None:
     for kind in ("iid", "quantity"):
         config = PartitionConfig(kind=kind)
         plain, whole = (
-            partition_rows(y, None, config, [1, 2], THREE_CLASSES, 0, p)
+            partition_rows(y, None, config, [1, 2], THREE_CLASSES, seed=0, patient=p)
             for p in (None, torch.arange(300))
         )
         assert all(torch.equal(a, b) for a, b in zip(plain, whole, strict=True))
@@ -197,20 +207,20 @@ def test_what_cannot_be_kept_whole_is_refused(
                     THREE,
                     seed,
                 )
-    with pytest.raises(UserError, match="2 patients are left for 3 clients"):
+    with pytest.raises(UserError, match="got 2 patients for 3 clients"):
         partition_rows(
             torch.zeros(200).long(),
             None,
             PartitionConfig(),
             [1] * 3,
             THREE_CLASSES,
-            0,
-            patient // 50,
+            seed=0,
+            patient=patient // 50,
         )
-    with pytest.raises(UserError, match=r"data\.patient: found 1 patients; too few"):
+    with pytest.raises(UserError, match=r"data\.patient: expected more than 1 patients .* got 1"):
         with_test(replace(numbered(patient=[5] * 200), test=None))
     with pytest.raises(
-        UserError, match=r"data\.patient: client 'a' has rows of 2 patients, too few to split"
+        UserError, match=r"data\.patient: client 'a' has 2 patients, too few to split"
     ):
         given_validation = (torch.full((5, 1), 1e4), [0] * 5)
         federate(
@@ -224,10 +234,17 @@ def test_what_cannot_be_kept_whole_is_refused(
         "def odd(*a):\n    return [range(0, 200, 2), range(1, 200, 2)]\n"
     )
     own = PartitionConfig(kind="python:own_deal_patients:odd")
-    with pytest.raises(UserError, match="deals rows 0 and 1, which are of one patient"):
-        partition_rows(torch.zeros(200).long(), None, own, [1, 1], THREE_CLASSES, 0, patient)
+    with pytest.raises(UserError, match="assigns rows 0 and 1 of the same patient"):
+        partition_rows(
+            torch.zeros(200).long(), None, own, [1, 1], THREE_CLASSES, seed=0, patient=patient
+        )
     assert (
-        len(partition_rows(torch.zeros(200).long(), None, own, [1, 1], THREE_CLASSES, 0, None)) == 2
+        len(
+            partition_rows(
+                torch.zeros(200).long(), None, own, [1, 1], THREE_CLASSES, seed=0, patient=None
+            )
+        )
+        == 2
     )
 
 
@@ -245,10 +262,10 @@ def test_patients_of_tables(tmp_path: Path) -> None:
     assert found.train.patient is not None and found.train.patient.tolist() == [2, 1, 1, 0] * 2
     assert found.train.patient_names == ("p1", "p2", "p10") and found.columns == ("a", "b")
     with pytest.raises(
-        UserError, match=r"data\.patient: .* has no column 'wo'; did you mean 'who'"
+        UserError, match=r"data\.patient: column 'wo' not found in .*; did you mean 'who'"
     ):
         table(path, "wo", who=range(8))
-    with pytest.raises(UserError, match=r"data\.patient: found 'ill', which is a label"):
+    with pytest.raises(UserError, match=r"data\.patient: is a label already, got 'ill'"):
         table(path, "ill")
     with pytest.raises(UserError, match="row 2, column 'who': missing value"):
         table(path, "who", who=["x", None] * 4)
@@ -261,7 +278,7 @@ def test_a_column_that_looks_like_patients_is_pointed_out(tmp_path: Path, name: 
     def warned(patient: str | None = None, **columns: Any) -> list[str]:
         return [note for note in table(path, patient, **columns).notes if "data.patient" in note]
 
-    assert "it is a feature too" in warned(**{name: [1, 2, 3, 4] * 2})[0]
+    assert "the column is a feature" in warned(**{name: [1, 2, 3, 4] * 2})[0]
     assert f"column '{name}'" in warned(**{name: ["a", "b", "c", "d"] * 2})[0]
     assert not warned(**{name: range(8)})  # a row a patient
     assert not warned(**{name: [0, 1] * 4})  # a mark
@@ -283,9 +300,13 @@ def test_patients_of_npz(npz: Any, tmp_path: Path) -> None:
         found = load(file, name, key).train
         assert found.patient is not None and found.patient.tolist() == [i // 3 for i in range(30)]
     assert load(npz()).train.patient is None
-    with pytest.raises(UserError, match=r"data\.patient: .* has no array 'wo'; did you mean 'who'"):
+    with pytest.raises(
+        UserError, match=r"data\.patient: array 'wo' not found in .*; did you mean 'who'"
+    ):
         load(npz("b.npz", who=who), "npz", "wo")
-    with pytest.raises(UserError, match=r"patient: found shape \(4,\); want \(30,\)"):
+    with pytest.raises(
+        UserError, match=r"patient: expected shape \(30,\) as train_images has rows, got \(4,\)"
+    ):
         load(npz(patient=who[:4]))
-    with pytest.raises(UserError, match=r"data\.patient: found 'who', but digits takes none"):
+    with pytest.raises(UserError, match=r"data\.patient: does not apply to source digits"):
         load_source(SourceConfig(name="digits", patient="who"), tmp_path)

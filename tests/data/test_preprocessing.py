@@ -151,9 +151,7 @@ class TestPreprocess:
             12,
             10,
         )
-        with pytest.raises(
-            UserError, match=r"normalize\.mean: found 3 numbers for 1 channels; give one, or 1"
-        ):
+        with pytest.raises(UserError, match=r"normalize\.mean: expected one number, got 3"):
             view.shape((1, 12, 10))
         columns = Preprocess.resolve(
             PreprocessConfig(normalize=Normalize(mean=[1.0, 2.0], std=1.0))
@@ -169,15 +167,19 @@ class TestPreprocess:
 
     def test_refusals(self) -> None:
         for config, shape, words in (
-            (PreprocessConfig(resize=8), (10,), "preprocess.resize: is for images"),
-            (PreprocessConfig(channels=1), (20, 3), "preprocess.channels: is for images"),
-            (PreprocessConfig(channels=3), (4, 8, 8), "found 3, but images have 4; choose 1 or 4"),
+            (PreprocessConfig(resize=8), (10,), "preprocess.resize: applies to images only"),
+            (PreprocessConfig(channels=1), (20, 3), "preprocess.channels: applies to images only"),
+            (
+                PreprocessConfig(channels=3),
+                (4, 8, 8),
+                "must be 1 or 4 for images with 4 channels, got 3",
+            ),
         ):
             with pytest.raises(UserError, match=words):
                 Preprocess.resolve(config).shape(shape)
-        with pytest.raises(UserError, match="'own' needs training rows"):
+        with pytest.raises(UserError, match="normalize=own needs training rows"):
             Preprocess.resolve(PreprocessConfig(normalize="own"))
-        with pytest.raises(UserError, match="is for images"):
+        with pytest.raises(UserError, match="applies to images only"):
             Preprocess.resolve(PreprocessConfig(normalize="own", resize=8), torch.zeros(4, 3))
 
 

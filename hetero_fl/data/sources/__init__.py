@@ -1,4 +1,4 @@
-"""The sources; importing this package registers them all. Nothing is downloaded before it is asked for."""
+"""Data sources. Importing this package registers them; data is downloaded on first use."""
 
 from hetero_fl.data.sources import images, sensors, synthetic, tables, text, traffic
 

@@ -1,4 +1,7 @@
-"""Image sets: embedded, image folders, MedMNIST, torchvision."""
+"""Image sources: embedded sets, image folders, MedMNIST and torchvision.
+
+The embedded chest X-rays, the digits and local files need no network.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +29,22 @@ from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.text import format_list
 
-# What all downloads have in common: their noise is kept off the console, and every failure becomes
-# one line.
-
-TIMEOUT = 60.0  # seconds without a byte after which a server counts as gone
+TIMEOUT = 60.0
+"""Seconds without data after which a download fails."""
 
 
 @contextmanager
 def download_folder(name: str, root: Path) -> Iterator[Path]:
-    """The folder to download into, made if need be; a progress bar shows on a terminal and nowhere else.
+    """Create the download folder, and convert download errors to a UserError.
+
+    Console output of the download, such as progress bars, is shown on terminals only.
+
+    Args:
+        name: Name of the data set, for error messages.
+        root: Folder for downloads.
 
     Raises:
-        UserError: whatever goes wrong inside, with the name of the set, the reason, and the key that helps.
+        UserError: If the download fails.
     """
     stream = sys.stderr if sys.stderr.isatty() else io.StringIO()
     before = socket.getdefaulttimeout()
@@ -48,16 +55,17 @@ def download_folder(name: str, root: Path) -> Iterator[Path]:
             yield root
     except UserError:
         raise
-    except Exception as error:  # the downloaders of other packages raise all sorts of things
+    except Exception as error:
+        # The exceptions of download packages have no common base class.
         raise UserError(
-            f"name: could not get {name} ({_reason(error)}); give a local file in data.path"
+            f"name: download of {name} failed ({_reason(error)}); set data.path to a local file"
         ) from error
     finally:
         socket.setdefaulttimeout(before)
 
 
 def _reason(error: BaseException) -> str:
-    """The first cause, shortened: downloaders wrap it in advice of their own, one of them even an interrupt."""
+    """Return the original cause of a download error, shortened; interrupts are raised again."""
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
     if isinstance(error, KeyboardInterrupt):
@@ -65,17 +73,16 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-# Sets that need no network: the embedded chest X-rays, scikit-learn's digits, and local .npz files.
-
 CHEST_XRAY = Task("multiclass", 2, ("normal", "pneumonia"))
 DIGITS = Task("multiclass", 10)
 
 
 @register_source("chest_xray", task=CHEST_XRAY)
-def chest_xray(config: SourceConfig, root: Path) -> Dataset:
-    """Paediatric chest X-rays, 28x28 grey, normal or pneumonia: 2,000 for training, 200 for validation, 624 for test.
+def chest_xray(_config: SourceConfig, _root: Path) -> Dataset:
+    """Load pediatric chest X-rays, 28x28 grayscale, classes normal and pneumonia.
 
-    A part of PneumoniaMNIST (MedMNIST v2, Yang et al., Scientific Data 2023; Kermany et al., Cell 2018), CC BY 4.0.
+    A subset of PneumoniaMNIST (MedMNIST v2, Yang et al., Scientific Data 2023; Kermany et al., Cell
+    2018), CC BY 4.0, with 2,000 training, 200 validation and 624 test images.
     """
     with as_file(files("hetero_fl.data") / "embedded" / "chest_xray.npz") as path:
         dataset = read_npz(path, "chest_xray", CHEST_XRAY)
@@ -86,8 +93,11 @@ def chest_xray(config: SourceConfig, root: Path) -> Dataset:
 
 
 @register_source("digits", task=DIGITS)
-def digits(config: SourceConfig, root: Path) -> Dataset:
-    """scikit-learn's 1,797 handwritten digits, 8x8 grey (the test set of UCI's "Optical Recognition"); no splits."""
+def digits(_config: SourceConfig, _root: Path) -> Dataset:
+    """Load 1,797 handwritten digits of scikit-learn, 8x8 grayscale, without splits.
+
+    The images are the test set of "Optical Recognition of Handwritten Digits" (UCI).
+    """
     table = _digits()
     x = torch.from_numpy(np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8)).reshape(-1, 1, 8, 8)
     y = torch.from_numpy(table[:, -1].astype(np.int64))
@@ -97,19 +107,20 @@ def digits(config: SourceConfig, root: Path) -> Dataset:
 
 
 @register_source("npz", keys=("path", "task", "patient"))
-def npz(config: SourceConfig, root: Path) -> Dataset:
-    """Any local file in the MedMNIST layout; the task is read off its labels."""
+def npz(config: SourceConfig, _root: Path) -> Dataset:
+    """Load a local file in the MedMNIST layout (see `read_npz`)."""
     return read_npz(
         Path(str(config.path)).expanduser(), "npz", kind=config.task, patient=config.patient
     )
 
 
 def _digits() -> np.ndarray:
-    """Pixels 0..16 row by row, then the class, `(1797, 65)`: scikit-learn's file, without the two seconds that importing
-    scikit-learn takes."""
+    """Return the pixels (0..16) and the class of each digit, shape `[1797, 65]`."""
+    # Reading the file directly avoids the slow import of scikit-learn.
     library = find_spec("sklearn")
     if library is not None and library.origin is not None:
-        with suppress(OSError):  # a version that keeps it elsewhere
+        # The location of the file may change between versions.
+        with suppress(OSError):
             return np.loadtxt(
                 Path(library.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=","
             )
@@ -118,9 +129,6 @@ def _digits() -> np.ndarray:
     bunch = load_digits()
     return np.column_stack([bunch.data, bunch.target])
 
-
-# Folders of images: `path/CLASS/*` or `path/{train,val,test}/CLASS/*`; with `data.group`,
-# `GROUP/CLASS` for CLASS.
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 SPLITS = {
@@ -133,12 +141,11 @@ SPLITS = {
 
 
 @register_source("image_folder", keys=("path", "group", "size"))
-def image_folder(config: SourceConfig, root: Path) -> Dataset:
-    """The images below `config.path`, a folder for each class. Any text in `config.group` (what the level is: "site")
-    says that there is a folder for each group above those of the classes; `config.size` scales every image as it is read.
+def image_folder(config: SourceConfig, _root: Path) -> Dataset:
+    """Load the images in the folder `config.path` (see `read_image_folder`).
 
-    Raises:
-        UserError: no folder, no images, a split without `train`, an image that cannot be read or has another size.
+    If `config.group` is set, for example to "site", the folders of the classes are in folders of
+    groups.
     """
     return read_image_folder(
         Path(str(config.path)).expanduser(), grouped=config.group is not None, side=config.size
@@ -146,30 +153,45 @@ def image_folder(config: SourceConfig, root: Path) -> Dataset:
 
 
 def read_image_folder(path: Path, *, grouped: bool = False, side: int | None = None) -> Dataset:
-    """The same from Python; `side` scales every image to side x side pixels as it is read."""
+    """Read a folder of images with one folder per class.
+
+    The layout is `CLASS/*` or `{train,val,test}/CLASS/*`, or with groups `GROUP/CLASS/*` or
+    `{train,val,test}/GROUP/CLASS/*`.
+
+    Args:
+        path: Folder to read.
+        grouped: Whether the folders of the classes are in folders of groups.
+        side: Height and width to which images are resized; by default they keep their size.
+
+    Raises:
+        UserError: If the folder or its images are missing, a split has no `train`, or an image
+            cannot be read or has another size.
+    """
     if not path.is_dir():
-        raise UserError(f"path: {path}: no such folder")
+        raise UserError(f"path: folder '{path}' not found")
     parts = {SPLITS[d.name]: d for d in _folders(path) if d.name in SPLITS}
     if parts and len(parts) < len(_folders(path)):
         other = next(d.name for d in _folders(path) if d.name not in SPLITS)
         raise UserError(
-            f"path: {path}: found folder '{other}' beside those of splits; choose from {', '.join(SPLITS)}"
+            f"path: {path}: unknown split folder '{other}'; choose from {', '.join(SPLITS)}"
         )
     if parts and "train" not in parts:
         raise UserError(
-            f"path: {path}: no folder 'train' beside {', '.join(d.name for d in parts.values())}"
+            f"path: {path}: folder 'train' not found, only "
+            f"{', '.join(d.name for d in parts.values())}"
         )
     files = {split: _list_files(d, grouped) for split, d in (parts or {"train": path}).items()}
-    every = [entry for split in files.values() for entry in split]
-    classes = natural_order({c for _, c, _ in every})
-    groups = natural_order({g for _, _, g in every})
-    wanted = "GROUP/CLASS/image" if grouped else "CLASS/image"
+    all_files = [entry for split in files.values() for entry in split]
+    classes = natural_order({c for _, c, _ in all_files})
+    groups = natural_order({g for _, _, g in all_files})
+    pattern = "GROUP/CLASS/*" if grouped else "CLASS/*"
     for split, entries in files.items():
         if not entries:
             raise UserError(
-                f"path: {parts.get(split, path)}: no images as {wanted} ({' '.join(sorted(SUFFIXES))})"
+                f"path: {parts.get(split, path)}: no images found as {pattern} with suffix "
+                f"{', '.join(sorted(SUFFIXES))}"
             )
-    x = read_image_files([file for file, _, _ in every], side).split(
+    x = read_image_files([file for file, _, _ in all_files], side).split(
         [len(entries) for entries in files.values()]
     )
     splits = {}
@@ -191,20 +213,28 @@ def read_image_folder(path: Path, *, grouped: bool = False, side: int | None = N
 
 
 def read_image_files(files: Sequence[Path], side: int | None = None) -> Tensor:
-    """Images as uint8 `[N, C, H, W]`: grey if all are, else RGB.
+    """Read image files, as grayscale if all of them are, otherwise as RGB.
+
+    Args:
+        files: Files to read.
+        side: Height and width to which images are resized; by default they keep their size.
+
+    Returns:
+        Images, uint8 `[N, C, H, W]`.
 
     Raises:
-        UserError: a file is no image, or its size differs from the first one's.
+        UserError: If a file is not an image, or the images have different sizes.
     """
     images = [_read(file, side) for file in files]
-    colour = any(image.ndim == 3 for image in images)
+    has_color = any(image.ndim == 3 for image in images)
     for file, image in zip(files, images, strict=True):
         if image.shape[:2] != images[0].shape[:2]:
-            sizes = " but ".join(f"{s[1]}x{s[0]}" for s in (image.shape, images[0].shape))
+            expected, found = (f"{s[1]}x{s[0]}" for s in (images[0].shape, image.shape))
             raise UserError(
-                f"path: {file} has {sizes} pixels in {files[0].name}; all images must have one size: set data.size"
+                f"path: {file}: expected {expected} pixels as in {files[0].name}, got {found}; set "
+                "data.size to resize all images"
             )
-    if colour:
+    if has_color:
         images = [
             image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
             for image in images
@@ -214,7 +244,7 @@ def read_image_files(files: Sequence[Path], side: int | None = None) -> Tensor:
 
 
 def image_files(path: Path) -> list[Path]:
-    """All images below a folder, sorted by name."""
+    """Return the sorted paths of all images in a folder and its subfolders."""
     return sorted(
         f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")
     )
@@ -225,20 +255,21 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _note_levels(path: Path) -> tuple[str, ...]:
-    """Return a line if the folders of all classes hold the same folders: these may be the classes."""
+    """Return a remark if the class folders have equal subfolders, which may be the classes."""
     outer = _folders(path)
     inner = [[folder.name for folder in _folders(each)] for each in outer]
     if len(outer) < 2 or len(inner[0]) < 2 or any(names != inner[0] for names in inner):
         return ()
-    classes = format_list([folder.name for folder in outer], most=3)
+    classes = format_list([folder.name for folder in outer], max_names=3)
     return (
-        f"the classes are {classes}, whose folders all hold {format_list(inner[0], most=3)}; if "
-        "those are the classes, set data.group to what the folders above are, such as site",
+        f"the classes are {classes}, and all their folders have "
+        f"{format_list(inner[0], max_names=3)}; if those are the classes, set data.group to the "
+        "kind of the outer folders, such as site",
     )
 
 
 def _list_files(path: Path, grouped: bool) -> list[tuple[Path, str, str]]:
-    """(file, class, group) of every image, sorted."""
+    """Return the sorted (file, class, group) tuples of all images."""
     groups = _folders(path) if grouped else [path]
     return [
         (f, d.name, group.name) for group in groups for d in _folders(group) for f in image_files(d)
@@ -246,12 +277,13 @@ def _list_files(path: Path, grouped: bool) -> list[tuple[Path, str, str]]:
 
 
 def _read(file: Path, side: int | None) -> np.ndarray:
-    """uint8, `(H, W)` if grey, else `(H, W, 3)`."""
+    """Return an image as uint8, `[H, W]` for grayscale, otherwise `[H, W, 3]`."""
     from PIL import Image
 
     try:
-        with Image.open(file) as image:
-            # 16-bit scans ("I" in older Pillow): keep the upper 8 bits
+        with Image.open(file) as opened:
+            image: Image.Image = opened
+            # Keep the upper 8 bits of 16-bit scans, which have mode "I" in older Pillow versions.
             if image.mode.startswith("I"):
                 deep = np.asarray(image)
                 if deep.min() < 0 or deep.max() > 0xFFFF:
@@ -271,20 +303,27 @@ def _read(file: Path, side: int | None) -> np.ndarray:
         ) from error
 
 
-# The twelve 2-D sets of MedMNIST v2 (Yang et al., Scientific Data 2023), fetched by the `medmnist`
-# package.
-#
-# ChestMNIST is multilabel (14 findings); RetinaMNIST's five grades are taken as classes.
-
-# Outputs of each set. Known here too, so that a local file in its place is checked without the package.
+# Listed here so that local files can be checked without the medmnist package. ChestMNIST is
+# multilabel; the grades of RetinaMNIST are treated as classes.
 OUTPUTS = {
-    "pathmnist": 9, "chestmnist": 14, "dermamnist": 7, "octmnist": 4, "pneumoniamnist": 2, "retinamnist": 5,
-    "breastmnist": 2, "bloodmnist": 8, "tissuemnist": 8, "organamnist": 11, "organcmnist": 11, "organsmnist": 11,
-}  # fmt: skip
+    "pathmnist": 9,
+    "chestmnist": 14,
+    "dermamnist": 7,
+    "octmnist": 4,
+    "pneumoniamnist": 2,
+    "retinamnist": 5,
+    "breastmnist": 2,
+    "bloodmnist": 8,
+    "tissuemnist": 8,
+    "organamnist": 11,
+    "organcmnist": 11,
+    "organsmnist": 11,
+}
+"""Number of outputs of the 2-D sets of MedMNIST v2 (Yang et al., Scientific Data 2023)."""
 
 
 def _medmnist_loader(name: str, task: Task) -> Callable[[SourceConfig, Path], Dataset]:
-    def load(config: SourceConfig, root: Path) -> Dataset:
+    def load(_config: SourceConfig, root: Path) -> Dataset:
         info, package = _package(name)
         with download_folder(name, root) as folder:
             getattr(package, info["python_class"])(split="train", download=True, root=str(folder))
@@ -301,8 +340,8 @@ def _package(name: str) -> tuple[dict[str, Any], Any]:
         import medmnist
     except ImportError as error:
         raise UserError(
-            f"name: {name} is fetched by the medmnist package, which is not there; pip install 'hetero_fl[medmnist]', "
-            "or give a local file in data.path"
+            f"name: {name} needs the medmnist package; run pip install 'hetero_fl[medmnist]', or "
+            "set data.path to a local file"
         ) from error
     return medmnist.INFO[name], medmnist
 
@@ -311,8 +350,6 @@ for _name, _outputs in OUTPUTS.items():
     _task = Task("multilabel" if _name == "chestmnist" else "multiclass", _outputs)
     register_source(_name, task=_task)(_medmnist_loader(_name, _task))
 
-
-# MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 as torchvision downloads them.
 
 FASHION = (
     "t-shirt",
@@ -328,7 +365,7 @@ FASHION = (
 )
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
-# name: torchvision's class, the task, what it is
+# Name: class of torchvision, task, description.
 SETS = {
     "mnist": (
         "MNIST",
@@ -352,7 +389,7 @@ SETS = {
 def _torchvision_loader(
     name: str, class_name: str, task: Task, about: str
 ) -> Callable[[SourceConfig, Path], Dataset]:
-    def load(config: SourceConfig, root: Path) -> Dataset:
+    def load(_config: SourceConfig, root: Path) -> Dataset:
         import torchvision
 
         with download_folder(name, root) as folder:
@@ -366,7 +403,7 @@ def _torchvision_loader(
 
 
 def _examples(dataset: Any) -> Examples:
-    """From torchvision's arrays: `(N, H, W)` tensors (MNIST) or `(N, H, W, C)` numpy arrays (CIFAR)."""
+    """Convert `[N, H, W]` tensors (MNIST) or `[N, H, W, C]` arrays (CIFAR) of torchvision."""
     x: Tensor = torch.as_tensor(dataset.data)
     x = x[:, None] if x.ndim == 3 else x.movedim(-1, 1)
     return Examples(x.contiguous(), torch.as_tensor(dataset.targets, dtype=torch.int64))

@@ -1,9 +1,10 @@
-"""Read recordings: sensor samples or windows, and hourly series."""
+"""Read recordings from files: sensor samples or windows, and hourly series."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pandas as pd
@@ -29,104 +30,120 @@ from hetero_fl.data.sources.table_files import (
 from hetero_fl.data.sources.traffic import HOUR, HourlySeries
 from hetero_fl.utils.errors import UserError, check_names
 from hetero_fl.utils.ordering import natural_order
-
-# Recordings of sensors from a file: windows that are cut already (`.npz`), or samples in a table, a
-# row each.
+from hetero_fl.utils.text import pluralize
 
 
 def read_recorded(
     path: Path, windows: WindowsConfig, label: str | None = None, group: str | None = None
 ) -> Dataset:
-    """Windows `[N, T, F]` of a file.
+    """Read labeled sensor windows `[N, T, F]` from a file.
 
-    `.npz`: arrays `x` `[N, T, F]`, `y` `[N]` (what was done, names or numbers) and, if there are several, `person` `[N]`;
-    `columns` may name the F channels. `label` and `group` name other arrays than `y` and `person`.
+    A `.npz` file has arrays `x` `[N, T, F]`, `y` `[N]` (activities as names or numbers) and
+    optionally `person` `[N]` and `columns` (names of the F channels).
 
-    `.csv`, `.tsv`, `.parquet`: a row a sample, in the order of time. The columns `label` (`activity`) and `group` (`person`)
-    say what was done and by whom; all other columns of numbers are channels. A run of rows of one person and activity is
-    cut into windows of `windows.length` samples, a new one every `windows.step`; what is left over at its end is dropped.
-    Windows that overlap are never split up between training and test.
+    A `.csv`, `.tsv` or `.parquet` file has one row per sample, in chronological order, with the
+    columns `activity` and optionally `person`; all other numeric columns are channels. Consecutive
+    rows of one person and activity are divided into windows of `windows.length` samples, one every
+    `windows.step`; remaining samples are dropped. Overlapping windows are never divided between
+    splits.
+
+    Args:
+        path: File to read.
+        windows: Window settings.
+        label: Array or column of the activities, instead of `y` or `activity`.
+        group: Array or column of the persons, instead of `person`.
 
     Raises:
-        UserError: one line with the file, the array or the column, and the row.
+        UserError: If the file is malformed, with the array or column and the row.
     """
     if path.suffix.lower() == ".npz":
-        return _windows(path, label or "y", group or "person", group is not None)
-    return _cut(read_frame(path, (group or "person",)), path, windows, label or "activity", group)
+        return _read_windows(path, label or "y", group or "person", group is not None)
+    frame = read_frame(path, (group or "person",))
+    return _make_windows(frame, path, windows, label or "activity", group)
 
 
-def _windows(path: Path, label: str, group: str, wanted: bool) -> Dataset:
+def _read_windows(path: Path, label: str, group: str, needs_group: bool) -> Dataset:
     where = f"path: {path}"
     arrays, names = read_npz_arrays(path, ("x", label, group, "columns"))
-    check_names(["x", label, *([group] if wanted else [])], names, f"{where}: no array")
+    required = ["x", label, *([group] if needs_group else [])]
+    check_names(required, names, f"{where}: array", " not found")
     x = arrays["x"]
     if x.ndim != 3 or x.dtype.kind not in "iuf" or 0 in x.shape:
         raise UserError(
-            f"{where}: x: found {x.dtype} of shape {x.shape}; want numbers of shape (windows, samples, channels)"
+            f"{where}: x: expected numbers of shape (windows, samples, channels), got {x.dtype} of "
+            f"shape {x.shape}"
         )
     for name in (label, group):
         if name in arrays and arrays[name].shape != (len(x),):
             raise UserError(
-                f"{where}: {name}: found shape {arrays[name].shape}; want {(len(x),)}, as x has windows"
+                f"{where}: {name}: expected shape {(len(x),)} as x has windows, got "
+                f"{arrays[name].shape}"
             )
     if not np.isfinite(x).all():
-        row, sample, channel = np.argwhere(~np.isfinite(x))[0]
+        window, sample, channel = np.argwhere(~np.isfinite(x))[0]
         raise UserError(
-            f"{where}: x: NaN or infinity in window {row}, sample {sample}, channel {channel}"
+            f"{where}: x: window {window}, sample {sample}, channel {channel}: NaN or infinite "
+            "value"
         )
     columns = tuple(map(str, arrays["columns"])) if "columns" in arrays else ()
     if columns and len(columns) != x.shape[2]:
-        raise UserError(f"{where}: columns: found {len(columns)} names for {x.shape[2]} channels")
+        raise UserError(
+            f"{where}: columns: expected {x.shape[2]} names of channels, got {len(columns)}"
+        )
     y, classes = index_names(arrays[label].tolist())
-    whose = index_names(arrays[group].tolist()) if group in arrays else (None, ())
-    examples = Examples(torch.from_numpy(x.astype(np.float32)), y, *whose)
-    return _dataset(path, examples, classes, columns)
+    persons = index_names(arrays[group].tolist()) if group in arrays else (None, ())
+    examples = Examples(torch.from_numpy(x.astype(np.float32)), y, *persons)
+    return _make_dataset(path, examples, classes, columns)
 
 
-def _cut(
+def _make_windows(
     frame: pd.DataFrame, path: Path, windows: WindowsConfig, label: str, group: str | None
 ) -> Dataset:
     where = f"path: {path}"
     group = group or ("person" if "person" in frame.columns else None)
-    known = {"label": label, "group": group, "windows.time": windows.time}
-    check_columns(frame, known.items(), path)
+    special = {"label": label, "group": group, "windows.time": windows.time}
+    check_columns(frame, special.items(), path)
     y, classes = index_names(parse_names(frame[label], where))
-    whose, persons = (
+    person, persons = (
         index_names(parse_names(frame[group], where))
         if group
         else (torch.zeros(len(frame), dtype=torch.int64), ())
     )
     rest, _ = decimal_commas(
-        frame.drop(columns=[name for name in known.values() if name is not None]), where
+        frame.drop(columns=[name for name in special.values() if name is not None]), where
     )
     x, columns, _ = features(rest, where)
-    run = _run_numbers(y, whose)
+    run = _run_numbers(y, person)
     if windows.time is not None:
         _check_time(frame[windows.time], run.numpy(), where)
-    starts, bouts = _window_starts(run, windows.length, windows.step or windows.length)
+    starts, window_runs = _window_starts(run, windows.length, windows.step or windows.length)
     if not len(starts):
         longest = int(torch.bincount(run).max())
         raise UserError(
-            f"{where}: no run of one person and activity has {windows.length} samples (windows.length), the longest has {longest}"
+            f"windows.length: must be <= {longest}, the most consecutive samples of one person and "
+            f"activity in {path}, got {windows.length}"
         )
     rows = starts[:, None] + torch.arange(windows.length)
     examples = Examples(x[rows], y[starts])
     if persons:
-        examples.group = whose[starts]
+        examples.group = person[starts]
         examples.group_names = persons
     if (windows.step or windows.length) < windows.length:
-        examples.patient = bouts
-    return _dataset(path, examples, classes, columns)
+        examples.patient = window_runs
+    return _make_dataset(path, examples, classes, columns)
 
 
-def _dataset(
+def _make_dataset(
     path: Path, examples: Examples, classes: tuple[str, ...], columns: tuple[str, ...]
 ) -> Dataset:
     if len(classes) < 2:
         raise UserError(
-            f"label: {path} has one class only ({', '.join(classes)}); there is nothing to tell apart"
+            f"label: expected at least two classes in {path}, got {', '.join(classes)} only"
         )
-    about = f"{len(examples):,} windows of {path.name}, {examples.x.shape[1]} samples of {examples.x.shape[2]} channels"
+    about = (
+        f"{len(examples):,} windows of {path.name}, {examples.x.shape[1]} samples of "
+        f"{examples.x.shape[2]} channels"
+    )
     return Dataset(
         "activity",
         Task("multiclass", len(classes), classes),
@@ -136,50 +153,48 @@ def _dataset(
     )
 
 
-def _run_numbers(y: Tensor, whose: Tensor) -> Tensor:
-    """The number of each row's run of equal activity and person, int64 `[N]`."""
-    change = (y[1:] != y[:-1]) | (whose[1:] != whose[:-1])
+def _run_numbers(y: Tensor, person: Tensor) -> Tensor:
+    """Return the index of the run of each row, with one activity and person, int64 `[N]`."""
+    change = (y[1:] != y[:-1]) | (person[1:] != person[:-1])
     return torch.cat([torch.zeros(1, dtype=torch.int64), change.cumsum(0)])
 
 
 def _window_starts(run: Tensor, length: int, step: int) -> tuple[Tensor, Tensor]:
-    """The first rows of all windows that lie within one run, and the runs that they are in."""
+    """Return the first row and the run of each window."""
     sizes = torch.bincount(run)
     begins = sizes.cumsum(0) - sizes
     count = ((sizes - length) // step + 1).clamp(min=0)
-    bouts = torch.repeat_interleave(torch.arange(len(sizes)), count)
-    place = torch.arange(len(bouts)) - (count.cumsum(0) - count)[bouts]
-    return begins[bouts] + step * place, bouts
+    window_runs = torch.repeat_interleave(torch.arange(len(sizes)), count)
+    index_in_run = torch.arange(len(window_runs)) - (count.cumsum(0) - count)[window_runs]
+    return begins[window_runs] + step * index_in_run, window_runs
 
 
 def _check_time(column: pd.Series, run: np.ndarray, where: str) -> None:
-    """Refuse times that run backwards within a run."""
-    found = parse_numbers(column, where)
-    if found is None:
+    """Refuse times that do not increase within a run."""
+    times = parse_numbers(column, where)
+    if times is None:
         parsed = pd.to_datetime(column, errors="coerce")
         if (row := first_true(parsed.isna())) is not None:
             raise_cell_error(
                 where,
                 row,
                 str(column.name),
-                f"found '{column.iloc[row]}', neither a number nor a date",
+                f"expected a number or a date, got '{column.iloc[row]}'",
             )
-        found = parsed.to_numpy().astype("datetime64[ns]").astype(np.int64)
-    back = np.flatnonzero((np.diff(found) <= 0) & (np.diff(run) == 0))
-    if len(back):
-        row = int(back[0]) + 1
+        times = parsed.to_numpy().astype("datetime64[ns]").astype(np.int64)
+    not_increasing = np.flatnonzero((np.diff(times) <= 0) & (np.diff(run) == 0))
+    if len(not_increasing):
+        row = int(not_increasing[0]) + 1
         raise_cell_error(
             where,
             row,
             str(column.name),
-            f"found '{column.iloc[row]}' after '{column.iloc[row - 1]}'; time must run forward",
+            f"times must increase, got '{column.iloc[row]}' after '{column.iloc[row - 1]}'",
         )
 
 
-# Files of what is counted by the hour: a row an hour and site, with the date, the value, and what
-# else is measured.
-
 EXAMPLE_ROWS = 20
+"""Number of rows at each end of a file that exclude date formats early."""
 FORMATS: tuple[str, ...] = (
     "%Y-%m-%d %H:%M",
     "%Y-%m-%d %H:%M:%S",
@@ -196,84 +211,98 @@ FORMATS += tuple(
 def read_sites(
     frame: pd.DataFrame, path: Path, config: SeriesConfig, label: str, group: str | None
 ) -> list[HourlySeries]:
-    """The sites of a file, in the order in which people count. Rows count from 1 below the header.
+    """Read the hourly series of the sites of a file, in the natural order of their names.
+
+    Args:
+        frame: Table with one row per hour and site.
+        path: Its file, for error messages, in which rows count from 1 below the header.
+        config: Series settings.
+        label: Column of the values.
+        group: Column of the sites; None if there is only one.
 
     Raises:
-        UserError: a column that is missing; text in a number; a date that is none, or could be two; rows of a site that are not
-            in the order of their dates, that are twice there, or not a whole number of hours apart; hours that are missing
-            (unless gaps are skipped). With file, row and column.
+        UserError: If a column is missing; a cell is not a number; a date is invalid or ambiguous;
+            the rows of a site are unsorted, duplicate or not a whole number of hours apart; or
+            hours are missing (unless `series.gaps: skip` is set).
     """
     where = f"path: {path}"
-    wanted: list[tuple[str, str | None]] = [
+    required: list[tuple[str, str | None]] = [
         ("series.time", config.time),
         ("label", label),
         ("group", group),
     ]
-    plain = SeriesConfig()
-    # others may be absent
-    named = [key for key in ("lanes", "weather") if getattr(config, key) != getattr(plain, key)]
-    wanted += [(f"series.{key}", column) for key in named for column in getattr(config, key)]
-    check_columns(frame, wanted, path)
+    default = SeriesConfig()
+    # The default columns of lanes and weather are optional.
+    keys = [key for key in ("lanes", "weather") if getattr(config, key) != getattr(default, key)]
+    required += [(f"series.{key}", column) for key in keys for column in getattr(config, key)]
+    check_columns(frame, required, path)
     if len(frame) == 0:
-        raise UserError(f"{where}: found no rows")
+        raise UserError(f"{where}: has no rows")
     value = _numbers(frame[label], where, config.gaps == "skip")
     site = parse_names(frame[group], where) if group else pd.Series(path.stem, index=frame.index)
     known = natural_order(set(site))
     if config.sites is not None:
-        check_names(config.sites, known, f"series.sites: {path} has no site")
+        check_names(config.sites, known, "series.sites: site", f" not found in {path}")
         known = [name for name in known if name in config.sites]
     rows = {name: np.flatnonzero((site == name).to_numpy()) for name in known}
     hours = _hours(frame[config.time], list(rows.values()), config, where)
     lanes = _extra_columns(frame, config.lanes, where)
     weather = _extra_columns(frame, config.weather, where)
-    made = []
+    series = []
     for name, own in rows.items():
-        _check_order(hours, own, name, frame[config.time], where, config.gaps == "refuse")
-        place = hours[own] - hours[own[0]]
-
-        series = []
+        own_dates = frame[config.time]
+        _check_order(hours, own, name, own_dates, where)
+        if config.gaps == "refuse":
+            _check_gaps(hours, own, name, own_dates, where)
+        position = hours[own] - hours[own[0]]
+        columns = []
         for column in (value, lanes, weather):
-            hourly = np.full((place[-1] + 1, *column.shape[1:]), np.nan)
-            hourly[place] = column[own]
-            series.append(hourly)
-        made.append(HourlySeries(name, int(hours[own[0]]), *series))
-    return made
+            hourly = np.full((position[-1] + 1, *column.shape[1:]), np.nan)
+            hourly[position] = column[own]
+            columns.append(hourly)
+        series.append(HourlySeries(name, int(hours[own[0]]), *columns))
+    return series
 
 
 def _numbers(column: pd.Series, where: str, allow_missing: bool) -> np.ndarray:
-    """A column of numbers, float64; missing ones are NaN if they may be."""
+    """Return a column of numbers as float64; missing ones are NaN if they are allowed."""
     if allow_missing and not column.notna().any():
-        raise UserError(f"{where}: column '{column.name}' is empty")
+        raise UserError(f"{where}: column '{column.name}': has no values")
     if allow_missing:
         return _column_with_missing(column, where)
-    found = parse_numbers(column, where)
-    if found is None:
-        raise_cell_error(where, 0, str(column.name), f"found '{column.iloc[0]}', not a number")
-    return found
+    values = parse_numbers(column, where)
+    if values is None:
+        _raise_not_a_number(column, 0, where)
+    return values
 
 
 def _column_with_missing(column: pd.Series, where: str) -> np.ndarray:
-    """A column as float64 with NaN where it is empty. Raises UserError for text."""
-    read = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64)
-    if (row := first_true(np.isnan(read) & column.notna().to_numpy() | np.isinf(read))) is not None:
-        raise_cell_error(where, row, str(column.name), f"found '{column.iloc[row]}', not a number")
-    return read
+    """Return a column as float64, with NaN for empty cells."""
+    values = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64)
+    invalid = np.isnan(values) & column.notna().to_numpy() | np.isinf(values)
+    if (row := first_true(invalid)) is not None:
+        _raise_not_a_number(column, row, where)
+    return values
+
+
+def _raise_not_a_number(column: pd.Series, row: int, where: str) -> NoReturn:
+    raise_cell_error(where, row, str(column.name), f"expected a number, got '{column.iloc[row]}'")
 
 
 def _extra_columns(frame: pd.DataFrame, columns: tuple[str, ...], where: str) -> np.ndarray:
-    """Columns `[N, C]` of what is measured besides; NaN all over where the file lacks one."""
+    """Return optional columns, shape `[N, C]`; columns that do not exist are NaN."""
     empty = np.full(len(frame), np.nan)
-    found = [
+    values = [
         _column_with_missing(frame[name], where) if name in frame.columns else empty
         for name in columns
     ]
-    return np.stack(found, 1) if found else np.zeros((len(frame), 0))
+    return np.stack(values, 1) if values else np.zeros((len(frame), 0))
 
 
 def _hours(
     column: pd.Series, sites: list[np.ndarray], config: SeriesConfig, where: str
 ) -> np.ndarray:
-    """Dates as hours since 1970, int64 `[N]`."""
+    """Return dates as hours since 1970, int64 `[N]`."""
     require_no_missing(column, where)
     if types.is_datetime64_any_dtype(column):
         dates = column.dt.tz_convert(None) if getattr(column.dt, "tz", None) is not None else column
@@ -285,47 +314,57 @@ def _hours(
             where,
             row,
             str(column.name),
-            f"found '{column.iloc[row]}', not a whole number of hours after the first date",
+            f"dates must be whole hours apart, got '{column.iloc[row]}' and '{column.iloc[0]}'",
         )
     return seconds // HOUR
 
 
 def _dates(text: pd.Series, sites: list[np.ndarray], config: SeriesConfig, where: str) -> pd.Series:
-    """Dates in the format that is given, or in the only one that fits: every cell, and then the hours that it gives."""
-    tried = [config.format] if config.format else list(FORMATS)
-    # most formats are out after a look
-    look = pd.concat([text.head(EXAMPLE_ROWS), text.tail(EXAMPLE_ROWS)])
-    tried = [
+    """Parse dates in the configured format, or in the only known format that fits.
+
+    If several formats fit all cells, the one with the most rows that are one hour apart is chosen,
+    which usually decides the order of day and month.
+    """
+    formats = [config.format] if config.format else list(FORMATS)
+    # A few rows exclude most formats quickly.
+    sample = pd.concat([text.head(EXAMPLE_ROWS), text.tail(EXAMPLE_ROWS)])
+    formats = [
         form
-        for form in tried
-        if not pd.to_datetime(look, format=form, errors="coerce").isna().any()
-    ] or tried
-    read = {form: pd.to_datetime(text, format=form, errors="coerce") for form in tried}
-    whole = {form: dates for form, dates in read.items() if not dates.isna().any()}
-    if not whole:
-        best = max(read.values(), key=lambda dates: int(dates.notna().sum()))
+        for form in formats
+        if not pd.to_datetime(sample, format=form, errors="coerce").isna().any()
+    ] or formats
+    parsed = {form: pd.to_datetime(text, format=form, errors="coerce") for form in formats}
+    valid = {form: dates for form, dates in parsed.items() if not dates.isna().any()}
+    if not valid:
+        best = max(parsed.values(), key=lambda dates: int(dates.notna().sum()))
         row = first_true(best.isna().to_numpy())
         assert row is not None
-        known = re.sub(r"%(\w)", lambda m: {"Y": "YYYY", "m": "MM", "d": "DD", "H": "hh", "M": "mm", "S": "ss"}.get(m[1], m[0]),
-                       config.format or FORMATS[0])  # fmt: skip
-        remedy = "" if config.format else "; or say in series.format how dates are written"
+        pattern = _readable_format(config.format or FORMATS[0])
+        hint = "" if config.format else "; set series.format for another format"
         raise_cell_error(
-            where, row, config.time, f"found '{text.iloc[row]}', not a date such as {known}{remedy}"
+            where, row, config.time, f"expected a date as {pattern}, got '{text.iloc[row]}'{hint}"
         )
-    if len(whole) > 1:  # day before month or after: only one of them gives rows an hour apart
-        steps = {form: _share_in_order(dates, sites) for form, dates in whole.items()}
-        best_share = max(steps.values())
-        whole = {form: dates for form, dates in whole.items() if steps[form] == best_share}
-    if len(whole) > 1 and len({tuple(d.astype("int64")) for d in whole.values()}) > 1:
-        forms = " or ".join(f"'{form}'" for form in whole)
+    if len(valid) > 1:
+        shares = {form: _share_in_order(dates, sites) for form, dates in valid.items()}
+        best_share = max(shares.values())
+        valid = {form: dates for form, dates in valid.items() if shares[form] == best_share}
+    if len(valid) > 1 and len({tuple(d.astype("int64")) for d in valid.values()}) > 1:
+        forms = " or ".join(f"'{form}'" for form in valid)
         raise UserError(
-            f"series.format: column '{config.time}' of {where.removeprefix('path: ')} may be {forms}; say which"
+            f"series.format: missing; the dates in column '{config.time}' of "
+            f"{where.removeprefix('path: ')} are ambiguous, choose {forms}"
         )
-    return next(iter(whole.values()))
+    return next(iter(valid.values()))
+
+
+def _readable_format(form: str) -> str:
+    """Return a date format such as `YYYY-MM-DD hh:mm`."""
+    letters = {"Y": "YYYY", "m": "MM", "d": "DD", "H": "hh", "M": "mm", "S": "ss"}
+    return re.sub(r"%(\w)", lambda match: letters.get(match[1], match[0]), form)
 
 
 def _share_in_order(dates: pd.Series, sites: list[np.ndarray]) -> float:
-    """Share of the rows that come one hour after the row of the same site before them."""
+    """Return the share of the rows that are one hour after the previous row of their site."""
     hours = dates.to_numpy().astype("datetime64[s]").astype(np.int64) / HOUR
     steps = [np.diff(hours[own]) for own in sites]
     total = sum(map(len, steps))
@@ -333,24 +372,44 @@ def _share_in_order(dates: pd.Series, sites: list[np.ndarray]) -> float:
 
 
 def _check_order(
-    hours: np.ndarray, own: np.ndarray, name: str, dates: pd.Series, where: str, whole: bool
+    hours: np.ndarray, own: np.ndarray, name: str, dates: pd.Series, where: str
 ) -> None:
-    """Refuse a site whose dates do not go up hour by hour."""
+    """Refuse duplicate and unsorted dates of a site, whose rows are `own`."""
     column = str(dates.name)
+    unique, first_index = np.unique(hours[own], return_index=True)
+    if len(unique) < len(own):
+        duplicate = np.setdiff1d(np.arange(len(own)), first_index)[0]
+        first = int(np.flatnonzero(hours[own] == hours[own[duplicate]])[0])
+        row = int(own[duplicate])
+        raise_cell_error(
+            where,
+            row,
+            column,
+            f"duplicate date '{dates.iloc[row]}' of site '{name}', first in row {own[first] + 1}",
+        )
+    if (index := first_true(np.diff(hours[own]) < 0)) is not None:
+        previous = own[index]
+        row = int(own[index + 1])
+        raise_cell_error(
+            where,
+            row,
+            column,
+            f"rows of site '{name}' must be sorted by date, got '{dates.iloc[row]}' after "
+            f"'{dates.iloc[previous]}'",
+        )
+
+
+def _check_gaps(
+    hours: np.ndarray, own: np.ndarray, name: str, dates: pd.Series, where: str
+) -> None:
+    """Refuse missing hours of a site, whose rows are `own`."""
     step = np.diff(hours[own])
-    seen, again = np.unique(hours[own], return_index=True)
-    if len(seen) < len(own):
-        double = np.setdiff1d(np.arange(len(own)), again)[0]
-        before = int(np.flatnonzero(hours[own] == hours[own[double]])[0])
-        raise_cell_error(where, int(own[double]), column, f"found '{dates.iloc[own[double]]}' a second time for site '{name}'; "
-               f"it stands in row {own[before] + 1}, too")  # fmt: skip
-    if (place := first_true(step < 0)) is not None:
-        late = own[place]
-        row = int(own[place + 1])
-        raise_cell_error(where, row, column, f"found '{dates.iloc[row]}' after '{dates.iloc[late]}' of the same site '{name}'; "
-               "put the rows in the order of their dates")  # fmt: skip
-    if whole and (place := first_true(step > 1)) is not None:
-        row = int(own[place + 1])
-        lacking = int(step[place]) - 1
-        raise_cell_error(where, row, column, f"{lacking} hour{'' if lacking == 1 else 's'} of site '{name}' missing before "
-               f"'{dates.iloc[row]}'; fill them in, or set series.gaps: skip")  # fmt: skip
+    if (index := first_true(step > 1)) is not None:
+        row = int(own[index + 1])
+        raise_cell_error(
+            where,
+            row,
+            str(dates.name),
+            f"{pluralize(int(step[index]) - 1, 'hour')} of site '{name}' missing before "
+            f"'{dates.iloc[row]}'; add them, or set series.gaps=skip",
+        )

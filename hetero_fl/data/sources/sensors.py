@@ -1,16 +1,8 @@
-"""Windows of an accelerometer and a gyroscope worn by persons: generated, or cut from a local file.
+"""Activity recognition from accelerometer and gyroscope windows, generated or read from a file.
 
-*Generated.* 64 samples of six channels: acceleration in g (ax, ay, az) and angular velocity in rad/s (gx, gy, gz). Six
-activities. Along each axis of the body a moving one is a sum of three harmonics of its cadence (in Hz), from a random moment on,
-
-    a(t) = gravity + Σ_axis Σ_h strength[axis] / h · share[h] · sin(h · (2π · cadence · t + phase[axis])) + noise
-
-and the angular velocity the same with strengths of its own; sitting and standing are gravity and noise, told apart by how the
-body leans. What differs between persons: the *placement* of the device turns all vectors and scales them (wrist, pocket, belt,
-each with a tilt of the person's own), the *rate* is 25 or 50 samples a second (so that a window shows 2.6 or 1.3 seconds),
-cadence and strength have a factor of the person's own (σ 0.08 and 0.15, log-normal), and so has the noise of the device. A
-person does the six in a mix of its own (Dirichlet, 1) in 160 to 320 windows. The common validation and test sets are of persons
-that nobody trains on, six activities alike.
+Generated windows have 64 samples of six channels: acceleration in g (ax, ay, az) and angular
+velocity in rad/s (gx, gy, gz). Persons differ in the placement and sampling rate of the device, in
+cadence, strength and noise, and in their mix of six activities.
 """
 
 from __future__ import annotations
@@ -31,9 +23,10 @@ from hetero_fl.utils.seeding import keyed_numpy_generator
 CHANNELS = ("ax", "ay", "az", "gx", "gy", "gz")
 LENGTH = 64
 PERSONS = 9
-VALIDATED = 6
-TESTED = 12
-WINDOWS = 60  # of each person of the common sets
+VALIDATION_PERSONS = 6
+TEST_PERSONS = 12
+WINDOWS = 60
+"""Number of windows of each person in the common sets."""
 ABOUT = (
     "generated: six activities of persons who wear a device at the wrist, in a pocket, at the belt"
 )
@@ -43,13 +36,20 @@ PLACEMENTS = {
     "pocket": (0.8, (0.1, 0.5, 0.0)),
     "belt": (0.6, (0.0, 0.1, 0.1)),
 }
-"""Scale, and rotation about x, y and z in radians."""
+"""Scale of all vectors, and rotation of the device about x, y and z in radians."""
 
 
 @dataclass(frozen=True)
 class Motion:
-    """An activity: cadence in Hz, strengths along the body's axes (forward, sideways, up) of acceleration (g) and of angular
-    velocity (rad/s), shares of the harmonics, how far the body leans forward (radians)."""
+    """An activity as periodic motion.
+
+    Attributes:
+        cadence: Frequency in Hz.
+        push: Amplitude of the acceleration in g along the body axes (forward, sideways, up).
+        turn: Amplitude of the angular velocity in rad/s about the body axes.
+        shares: Relative amplitudes of three harmonics.
+        lean: Angle by which the body leans forward, in radians.
+    """
 
     cadence: float
     push: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -67,116 +67,143 @@ ACTIVITIES = {
     "walk": Motion(1.9, (0.2, 0.2, 0.5), (0.6, 0.9, 0.6), (1.0, 0.5, 0.4), 0.05),
 }
 NAMES = tuple(ACTIVITIES)
-PHASES = np.array([0.0, 0.9, 1.8])  # of the axes
+PHASES = np.array([0.0, 0.9, 1.8])
+"""Phase of each axis in radians."""
 
 
 @dataclass(frozen=True)
 class Person:
-    """Who wears a device, where and which: `turned` `[3, 3]` takes the body's axes to the device's."""
+    """A person with a device.
+
+    Attributes:
+        placement: Placement of the device, a key of `PLACEMENTS`.
+        rate: Samples per second.
+        cadence: Factor on the cadence of all activities.
+        strength: Factor on the amplitude of all motions.
+        noise: Standard deviation of the noise of the device.
+        rotation: Rotation from body axes to device axes, shape `[3, 3]`.
+    """
 
     placement: str
     rate: int
     cadence: float
     strength: float
     noise: float
-    turned: np.ndarray
+    rotation: np.ndarray
 
 
 @register_source("activity", keys=("path", "label", "group", "windows"), generates=True)
-def activity(config: SourceConfig, root: Path) -> Dataset:
-    """Generated persons; or with `path` a file of one's own, see `hetero_fl.data.sources.recordings`."""
+def activity(config: SourceConfig, _root: Path) -> Dataset:
+    """Generate activities of nine persons (groups), or read a file (see `read_recorded`).
+
+    Each person has 160 to 320 windows with a Dirichlet(1) mix of activities. The validation and
+    test sets are of other persons, with balanced activities.
+    """
     if config.path is not None:
-        from hetero_fl.data.sources.recordings import read_recorded  # loads pandas
+        # Imported here because loading pandas is slow.
+        from hetero_fl.data.sources.recordings import read_recorded
 
         path = Path(config.path).expanduser()
-        cut = config.windows or WindowsConfig()
-        return read_recorded(path, cut, config.label, config.group)
-    for name in ("label", "group", "windows"):
-        if getattr(config, name) is not None:
-            raise UserError(f"{name}: is for a file, but there is no path; leave it out")
-    windows = []
-    done = []
+        windows = config.windows or WindowsConfig()
+        return read_recorded(path, windows, config.label, config.group)
+    for key in ("label", "group", "windows"):
+        if getattr(config, key) is not None:
+            raise UserError(
+                f"{key}: needs path, as it describes a file; set path or remove the key"
+            )
+    recordings = []
+    activities = []
     for number in range(PERSONS):
-        draws = keyed_numpy_generator("data", "activity", "person", number)
-        y = draws.choice(
-            len(NAMES), int(draws.integers(160, 321)), p=draws.dirichlet([1.0] * len(NAMES))
-        )
-        windows.append(record(person(number), y, draws))
-        done.append(y)
-    owners = torch.repeat_interleave(torch.arange(PERSONS), torch.tensor([len(y) for y in done]))
-    x = torch.from_numpy(np.concatenate(windows))
-    labels = torch.from_numpy(np.concatenate(done))
+        rng = keyed_numpy_generator("data", "activity", "person", number)
+        y = rng.choice(len(NAMES), int(rng.integers(160, 321)), p=rng.dirichlet([1.0] * len(NAMES)))
+        recordings.append(record(make_person(number), y, rng))
+        activities.append(y)
+    counts = torch.tensor([len(y) for y in activities])
+    owners = torch.repeat_interleave(torch.arange(PERSONS), counts)
+    x = torch.from_numpy(np.concatenate(recordings))
+    labels = torch.from_numpy(np.concatenate(activities))
     train = Examples(x, labels, owners, tuple(f"person_{i + 1}" for i in range(PERSONS)))
-    validation = _draw_constants(range(PERSONS, PERSONS + VALIDATED))
-    test = _draw_constants(range(PERSONS + VALIDATED, PERSONS + VALIDATED + TESTED))
+    first_test = PERSONS + VALIDATION_PERSONS
+    validation = _make_common_set(range(PERSONS, first_test))
+    test = _make_common_set(range(first_test, first_test + TEST_PERSONS))
     task = Task("multiclass", len(NAMES), NAMES)
     return Dataset("activity", task, train, validation, test, True, ABOUT, CHANNELS)
 
 
-def person(number: int) -> Person:
-    """The person of that number; placements and rates in turn."""
-    draws = keyed_numpy_generator("data", "activity", "device", number)
+def make_person(number: int) -> Person:
+    """Generate the person with a number; placements and rates alternate."""
+    rng = keyed_numpy_generator("data", "activity", "device", number)
     placement = tuple(PLACEMENTS)[number % len(PLACEMENTS)]
     rate = RATES[number // len(PLACEMENTS) % len(RATES)]
-    angles = np.array(PLACEMENTS[placement][1]) + draws.normal(0, 0.1, 3)
-    cadence, strength = np.exp(draws.normal(0, [0.08, 0.15]))
+    angles = np.array(PLACEMENTS[placement][1]) + rng.normal(0, 0.1, 3)
+    cadence, strength = np.exp(rng.normal(0, [0.08, 0.15]))
     return Person(
         placement,
         rate,
         float(cadence),
         float(strength),
-        float(draws.uniform(0.03, 0.09)),
-        _rotation(angles),
+        float(rng.uniform(0.03, 0.09)),
+        _rotation_matrix(angles),
     )
 
 
-def record(person: Person, y: np.ndarray, draws: np.random.Generator) -> np.ndarray:
-    """A window of each of these activities (places in `NAMES`), float32 `[N, 64, 6]`."""
+def record(person: Person, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Generate one window per activity.
+
+    Along each body axis, a motion is a sum of three harmonics of its cadence:
+    `gravity + sum_h strength / h * share[h] * sin(h * (2 pi * cadence * t + phase)) + noise`.
+
+    Args:
+        person: Person who wears the device.
+        y: Activities as indices into `NAMES`, shape `[N]`.
+        rng: Random generator.
+
+    Returns:
+        Windows, float32 `[N, 64, 6]`.
+    """
     n = len(y)
     motions = tuple(ACTIVITIES.values())
     time = np.arange(LENGTH) / person.rate
     cadence = (
-        np.array([m.cadence for m in motions])[y]
-        * person.cadence
-        * np.exp(draws.normal(0, 0.04, n))
+        np.array([m.cadence for m in motions])[y] * person.cadence * np.exp(rng.normal(0, 0.04, n))
     )
     shares = np.array([m.shares for m in motions])[y]
-    # a window begins anywhere in a step
-    turns = 2 * np.pi * (cadence[:, None] * time + draws.uniform(size=(n, 1)))
+    # A window starts at a random phase.
+    turns = 2 * np.pi * (cadence[:, None] * time + rng.uniform(size=(n, 1)))
     scale = PLACEMENTS[person.placement][0] * person.strength
-    found = []
+    vectors = []
     for strengths in ([m.push for m in motions], [m.turn for m in motions]):
         # [window, time, axis, harmonic]
         angle = np.arange(1, 4) * (turns[..., None, None] + PHASES[:, None])
         # [window, time, axis]
         waves = (np.sin(angle) * (shares / np.arange(1, 4))[:, None, None]).sum(-1)
-        found.append(scale * np.array(strengths)[y][:, None] * waves)
-    lean = np.array([m.lean for m in motions])[y] + draws.normal(0, 0.08, n)
-    found[0] = found[0] + np.stack([np.sin(lean), np.zeros(n), np.cos(lean)], 1)[:, None]
-    both = np.concatenate([vectors @ person.turned.T for vectors in found], axis=2)
+        vectors.append(scale * np.array(strengths)[y][:, None] * waves)
+    lean = np.array([m.lean for m in motions])[y] + rng.normal(0, 0.08, n)
+    vectors[0] = vectors[0] + np.stack([np.sin(lean), np.zeros(n), np.cos(lean)], 1)[:, None]
+    channels = np.concatenate([vector @ person.rotation.T for vector in vectors], axis=2)
     noise = person.noise * np.array([1.0, 1.0, 1.0, 2.0, 2.0, 2.0])
-    return np.asarray(both + noise * draws.normal(size=both.shape), dtype=np.float32)
+    return np.asarray(channels + noise * rng.normal(size=channels.shape), dtype=np.float32)
 
 
-def _draw_constants(numbers: range) -> Examples:
+def _make_common_set(numbers: range) -> Examples:
     y = np.tile(np.arange(len(NAMES)), WINDOWS // len(NAMES))
-    x = np.concatenate(
-        [
-            record(person(number), y, keyed_numpy_generator("data", "activity", "common", number))
-            for number in numbers
-        ]
-    )
+    windows = []
+    for number in numbers:
+        rng = keyed_numpy_generator("data", "activity", "common", number)
+        windows.append(record(make_person(number), y, rng))
+    x = np.concatenate(windows)
     return Examples(torch.from_numpy(x), torch.from_numpy(np.tile(y, len(numbers))))
 
 
-def _rotation(angles: np.ndarray) -> np.ndarray:
-    """About x, then y, then z; `[3, 3]`."""
-    whole = np.eye(3)
+def _rotation_matrix(angles: np.ndarray) -> np.ndarray:
+    """Return the rotation about x, then y, then z, shape `[3, 3]`."""
+    rotation = np.eye(3)
     for axis, angle in enumerate(angles):
         turn = np.eye(3)
         i = (axis + 1) % 3
         j = (axis + 2) % 3
         turn[i, i] = turn[j, j] = np.cos(angle)
-        turn[i, j], turn[j, i] = -np.sin(angle), np.sin(angle)
-        whole = turn @ whole
-    return whole
+        turn[i, j] = -np.sin(angle)
+        turn[j, i] = np.sin(angle)
+        rotation = turn @ rotation
+    return rotation

@@ -19,7 +19,7 @@ from torch import Tensor
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import (
-    MOST_NUMBERED_CLASSES,
+    MAX_NUMBERED_CLASSES,
     ColumnLayout,
     Dataset,
     Examples,
@@ -31,40 +31,41 @@ from hetero_fl.utils.errors import UserError, check_names, suggest_file
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.text import format_list
 
-# Cells of tables as numbers and names: decimal commas, labels written in several ways, values that
-# are missing.
-
-INTEGER_PATTERN = re.compile(r"([+-]?\d+)(?:\.0*)?")  # 1, 01 and 1.0
+INTEGER_PATTERN = re.compile(r"([+-]?\d+)(?:\.0*)?")
+"""Integers such as 1, 01 and 1.0."""
 WHOLE = re.compile(r"\s*[+-]?\d+\s*")
 COMMA = re.compile(r"\s*[+-]?\d+,\d+(?:[eE][+-]?\d+)?\s*")
 THOUSANDS = re.compile(r"\s*[+-]?[1-9]\d{0,2},\d{3}\s*")
 SEPARATED = re.compile(r"\s*[+-]?\d{1,3}(?:[.,'’]\d{3})+(?:[.,]\d+)?\s*")
-MANY_CATEGORIES = 20  # a text column with so many different values is not encoded unless asked for
-CATEGORICAL = "; if the column holds categories, list them in data.categories"
-REMEDY = "write numbers as 1234.5"
+MANY_CATEGORIES = 20
+"""Text columns with this many distinct values are encoded only if `data.categories` lists them."""
+CATEGORICAL = "; for categories, list the values in data.categories"
+NUMBER_HINT = "write numbers as 1234.5"
 
 
 def decimal_commas(
-    frame: pd.DataFrame, where: str, besides: Collection[str] = ()
+    frame: pd.DataFrame, where: str, excluded: Collection[str] = ()
 ) -> tuple[pd.DataFrame, list[str]]:
-    """Return a table with columns such as "0,5" as numbers, and the names of those columns.
+    """Convert text columns with decimal commas, such as "0,5", to numbers.
 
-    "1,250" may have a decimal comma or separate thousands: it is a decimal comma if another cell of
-    the table can be nothing else.
+    As "1,250" is ambiguous, another cell of the table must have an unambiguous decimal comma.
 
     Args:
-        frame: The table.
-        where: The file, for messages.
-        besides: Columns that are left as they are.
+        frame: Table.
+        where: File, for error messages.
+        excluded: Columns that are not converted.
+
+    Returns:
+        The table, and the names of the converted columns.
 
     Raises:
-        UserError: If no cell decides, or another column of the table has decimal points that may
+        UserError: If all cells are ambiguous, or another column has decimal points that may
             separate thousands.
     """
     columns = {
         name: frame[name].dropna().astype(str)
         for name in frame.columns
-        if str(name) not in besides and is_text(frame[name])
+        if str(name) not in excluded and is_text(frame[name])
     }
     commas = {
         name: texts
@@ -83,41 +84,46 @@ def decimal_commas(
             where,
             row,
             str(name),
-            f"found '{texts.loc[frame.index[row]]}', decimal comma or thousands? {REMEDY}",
+            f"ambiguous number '{texts.loc[frame.index[row]]}' (decimal comma or thousands); "
+            f"{NUMBER_HINT}",
         )
     for name in frame.columns:
-        if types.is_float_dtype(frame[name]):
-            values = frame[name].dropna().to_numpy(dtype=np.float64)
-            values = values[np.isfinite(values) & (values != np.floor(values))]
-            if (
-                len(values)
-                and (np.abs(values) >= 1).all()
-                and np.allclose(values * 1000, np.round(values * 1000), 0, 1e-6)
-            ):
-                raise UserError(
-                    f"{where}: column '{name}' has decimal points and column '{next(iter(commas))}' decimal commas: "
-                    f"are the points thousands? {REMEDY}"
-                )
+        if types.is_float_dtype(frame[name]) and _may_be_thousands(frame[name]):
+            raise UserError(
+                f"{where}: column '{name}': points may separate thousands, as column "
+                f"'{next(iter(commas))}' has decimal commas; {NUMBER_HINT}"
+            )
     frame = frame.copy(deep=False)
     for name in commas:
         frame[name] = frame[name].str.replace(",", ".").astype(np.float64)
     return frame, list(map(str, commas))
 
 
+def _may_be_thousands(column: pd.Series) -> bool:
+    """Return whether all fractions of a float column have at most three digits, as in 1.250."""
+    values = column.dropna().to_numpy(dtype=np.float64)
+    values = values[np.isfinite(values) & (values != np.floor(values))]
+    return bool(
+        len(values)
+        and (np.abs(values) >= 1).all()
+        and np.allclose(values * 1000, np.round(values * 1000), 0, 1e-6)
+    )
+
+
 def parse_numbers(
     column: pd.Series, where: str, allow_missing: list[str] | None = None, hint: str = ""
 ) -> np.ndarray | None:
-    """Return a column as numbers, float64 `[N]`, or None if it is all text or dates.
+    """Return a column as numbers, float64 `[N]`, or None if all cells are text or dates.
 
     Args:
-        column: The column.
-        where: The file, for messages.
-        allow_missing: Gets a line on the first missing value, if there is one; missing values are
-            then NaN. Without it they are refused.
-        hint: Ends the message about a cell that is no number.
+        column: Column to read.
+        where: File, for error messages.
+        allow_missing: List to which the location of the first missing value is appended; missing
+            values are then NaN. By default they are refused.
+        hint: End of the error message for a cell that is not a number.
 
     Raises:
-        UserError: With the row of the cell that is refused.
+        UserError: If a cell is missing or not a finite number.
     """
     name = str(column.name)
     if not (types.is_numeric_dtype(column) or types.is_bool_dtype(column)):
@@ -128,31 +134,34 @@ def parse_numbers(
         if text.any() and read.isna().all() and not _has_separators(column):
             return None
         if (row := first_true(text)) is not None:
-            remedy = f"; {REMEDY}" if re.search(r"\d[.,'’]\d", str(column.iloc[row])) else hint
-            raise_cell_error(where, row, name, f"found '{column.iloc[row]}', not a number{remedy}")
+            cell = str(column.iloc[row])
+            remedy = f"; {NUMBER_HINT}" if re.search(r"\d[.,'’]\d", cell) else hint
+            raise_cell_error(where, row, name, f"expected a number, got '{cell}'{remedy}")
         column = read
     gap = first_missing_value(column, where)
     if gap is not None:
         if allow_missing is None:
-            raise UserError(f"{gap}; fill or drop them")
+            raise UserError(f"{gap}; fill or remove missing values")
         allow_missing.append(gap)
     values = column.to_numpy(dtype=np.float64, na_value=np.nan)
-    beyond = ~np.isfinite(values) | (np.abs(values) > np.finfo(np.float32).max)
-    if (row := first_true(beyond & ~column.isna().to_numpy())) is not None:
-        raise_cell_error(where, row, name, f"found {values[row]}, not a finite number")
+    too_large = ~np.isfinite(values) | (np.abs(values) > np.finfo(np.float32).max)
+    if (row := first_true(too_large & ~column.isna().to_numpy())) is not None:
+        raise_cell_error(where, row, name, f"expected a finite number, got {values[row]}")
     return values
 
 
 def _has_separators(column: pd.Series) -> bool:
-    """Return whether all cells are numbers with separated thousands, such as 1.234,5."""
+    """Return whether all cells are numbers with thousands separators, such as 1.234,5."""
     return bool(column.dropna().astype(str).str.fullmatch(SEPARATED).all())
 
 
 def parse_names(column: pd.Series, where: str) -> pd.Series:
-    """Return a column of labels, sites or patients as text, however a file writes them.
+    """Return a column of labels, sites or patients as text.
 
-    Spaces around a name are left out, and 1.0 is 1; but 01 is not 1 in a column of text. A missing
-    value is refused.
+    Surrounding spaces are removed, and 1.0 becomes 1; but 01 in a text column does not become 1.
+
+    Raises:
+        UserError: If a value is missing.
     """
     column = strip_text(column, where)
     if types.is_float_dtype(column):
@@ -167,7 +176,7 @@ def parse_names(column: pd.Series, where: str) -> pd.Series:
 
 
 def column_as_text(column: pd.Series) -> pd.Series:
-    """Return a column as text without spaces around it, whole floats as integers; NaN is missing."""
+    """Return a column as stripped text, with integral floats as integers and NaN for missing."""
     present = column[column.notna()]
     text = (
         parse_names(present, "")
@@ -178,8 +187,8 @@ def column_as_text(column: pd.Series) -> pd.Series:
 
 
 def find_categories(frame: pd.DataFrame, where: str) -> dict[str, tuple[str, ...]]:
-    """Return the text columns with fewer than `MANY_CATEGORIES` different values, and their values in order."""
-    found = {}
+    """Return the text columns with fewer than `MANY_CATEGORIES` values, and their values."""
+    categories = {}
     for name in frame.columns:
         if (
             is_categorical(frame[name])
@@ -187,39 +196,49 @@ def find_categories(frame: pd.DataFrame, where: str) -> dict[str, tuple[str, ...
         ):
             values = column_as_text(frame[name]).dropna().unique().tolist()
             if 0 < len(values) < MANY_CATEGORIES:
-                found[str(name)] = tuple(natural_order(values))
-    return found
+                categories[str(name)] = tuple(natural_order(values))
+    return categories
 
 
 def encode_indicators(
     column: pd.Series, values: Sequence[str], notes: list[str] | None = None
 ) -> np.ndarray:
-    """Return 1 where a column has a value, else 0, as float64 `[N, len(values)]`.
+    """Encode a column as indicators.
 
-    A row whose value is missing or is none of these has 0 everywhere; a line on such rows is added to `notes`.
+    Args:
+        column: Column to encode.
+        values: Known values.
+        notes: List to which remarks on missing and unknown values are appended.
+
+    Returns:
+        Indicators, float64 `[N, len(values)]`; all are 0 if a value is missing or unknown.
     """
     text = column_as_text(column)
     plain = text.map(
         lambda cell: INTEGER_PATTERN.sub(r"\1", cell) if INTEGER_PATTERN.fullmatch(cell) else cell,
         na_action="ignore",
     )
-    found = np.stack(
+    indicators = np.stack(
         [(text == value).to_numpy(bool) | (plain == value).to_numpy(bool) for value in values],
         axis=1,
     )
-    unknown = text.notna().to_numpy() & ~found.any(axis=1)
+    unknown = text.notna().to_numpy() & ~indicators.any(axis=1)
     empty = text.isna().to_numpy()
     if notes is not None and (row := first_true(unknown)) is not None:
-        what = f"{int(unknown.sum())} of {len(text)} rows have none of {', '.join(values)} (row {row + 1}: '{text.iloc[row]}')"
-        notes.append(f"column '{column.name}': {what}; their indicators are 0")
+        notes.append(
+            f"column '{column.name}': {int(unknown.sum())} of {len(text)} rows have none of "
+            f"{', '.join(values)} (row {row + 1}: '{text.iloc[row]}'); their indicators are 0"
+        )
     if notes is not None and (row := first_true(empty)) is not None:
-        what = f"{int(empty.sum())} of {len(text)} cells are empty (row {row + 1})"
-        notes.append(f"column '{column.name}': {what}; their indicators are 0")
-    return found.astype(np.float64)
+        notes.append(
+            f"column '{column.name}': {int(empty.sum())} of {len(text)} cells are empty "
+            f"(row {row + 1}); their indicators are 0"
+        )
+    return indicators.astype(np.float64)
 
 
 def parse_column(column: pd.Series, where: str) -> pd.Series:
-    """Return a column without spaces around text, as numbers where every text is one."""
+    """Return a column of stripped text, or of numbers if every cell is a number."""
     column = strip_text(column, where)
     if is_text(column):
         read = pd.to_numeric(column.astype(str), errors="coerce")
@@ -228,7 +247,11 @@ def parse_column(column: pd.Series, where: str) -> pd.Series:
 
 
 def strip_text(column: pd.Series, where: str) -> pd.Series:
-    """Return a column without spaces around text; refuse a missing value."""
+    """Strip the text of a column.
+
+    Raises:
+        UserError: If a value is missing.
+    """
     if is_text(column) or isinstance(column.dtype, pd.CategoricalDtype):
         text = column.astype(object).map(
             lambda value: value.strip() if isinstance(value, str) else value
@@ -239,75 +262,92 @@ def strip_text(column: pd.Series, where: str) -> pd.Series:
 
 
 def require_no_missing(column: pd.Series, where: str) -> None:
-    """Raise UserError for a missing value."""
+    """Check that a column has no missing value.
+
+    Raises:
+        UserError: If a value is missing.
+    """
     if (gap := first_missing_value(column, where)) is not None:
-        raise UserError(f"{gap}; fill or drop them")
+        raise UserError(f"{gap}; fill or remove missing values")
 
 
 def first_missing_value(column: pd.Series, where: str) -> str | None:
-    """Return a line on the first missing value; None if there is none."""
+    """Return the location of the first missing value for messages, or None."""
     gaps = column.isna()
     row = first_true(gaps)
     if row is None:
         return None
-    return f"{where}: row {row + 1}, column '{column.name}': missing value ({int(gaps.sum())} in {len(gaps)} rows)"
+    count = f"{int(gaps.sum())} in {len(gaps)} rows"
+    return f"{where}: row {row + 1}, column '{column.name}': missing value ({count})"
 
 
 def is_text(column: pd.Series) -> bool:
-    """Return whether a column has text, or objects of any kind."""
+    """Return whether a column has text or other objects."""
     return not types.is_numeric_dtype(column) and (
         types.is_object_dtype(column) or types.is_string_dtype(column)
     )
 
 
 def is_categorical(column: pd.Series) -> bool:
-    """Return whether a column may hold categories: it is of text, or of pandas' categorical type."""
+    """Return whether a column has text or the categorical type of pandas."""
     return is_text(column) or isinstance(column.dtype, pd.CategoricalDtype)
 
 
 def check_columns(
     frame: pd.DataFrame, wanted: Iterable[tuple[str, str | None]], file: object
 ) -> None:
-    """Raise UserError for the first column that a table lacks.
+    """Check that a table has the given columns.
 
     Args:
-        frame: The table.
-        wanted: Pairs of a configuration key and the column that it names, None for no column.
-        file: What the table is called in the message.
+        frame: Table.
+        wanted: Pairs of a configuration key and the column that it names, or None.
+        file: Name of the table, for error messages.
+
+    Raises:
+        UserError: If a column is missing.
     """
     for key, column in wanted:
         if column is not None:
-            check_names([column], frame.columns, f"{key}: {file} has no column")
+            check_names([column], frame.columns, f"{key}: column", f" not found in {file}")
 
 
-def raise_cell_error(where: str, row: int, column: str, what: str) -> NoReturn:
-    """Raise the error of a cell; `row` counts from 0, messages count from 1 below the header."""
-    raise UserError(f"{where}: row {row + 1}, column '{column}': {what}")
+def raise_cell_error(where: str, row: int, column: str, problem: str) -> NoReturn:
+    """Raise the error of a cell.
+
+    Args:
+        where: File.
+        row: Row of the cell, from 0; messages count from 1 below the header.
+        column: Name of the column.
+        problem: What is wrong with the cell.
+
+    Raises:
+        UserError: Always.
+    """
+    raise UserError(f"{where}: row {row + 1}, column '{column}': {problem}")
 
 
-# Files of tables as frames: comma, semicolon or tabulator between cells, or Parquet.
-
-SNIFFED_ROWS = 20  # rows below the header that decide about the separator
+SNIFFED_ROWS = 20
+"""Number of rows below the header that determine the separator."""
 
 
 def read_frame(path: Path, names: Iterable[str | None] = ()) -> pd.DataFrame:
     """Read a CSV (comma or semicolon), TSV or Parquet file.
 
     Args:
-        path: The file.
-        names: Columns that are read as they are written (site 01 is not 1), where they exist.
+        path: File to read.
+        names: Columns that are read as text if they exist, so that site 01 does not become 1.
 
     Raises:
         UserError: If the file cannot be read.
     """
     where = f"path: {path}"
     if path.is_dir():
-        raise UserError(f"{where}: a folder; name a file in it")
+        raise UserError(f"path: expected a file, got the folder '{path}'")
     if not path.is_file():
-        raise UserError(f"{where}: no such file{suggest_file(path)}")
+        raise UserError(f"path: file '{path}' not found{suggest_file(path)}")
     kind = path.suffix.lower()
     if kind not in (".csv", ".tsv", ".parquet"):
-        raise UserError(f"{where}: found '{kind}'; choose .csv, .tsv or .parquet")
+        raise UserError(f"{where}: unknown suffix '{kind}'; choose .csv, .tsv or .parquet")
     try:
         if kind == ".parquet":
             return pd.read_parquet(path)
@@ -318,11 +358,11 @@ def read_frame(path: Path, names: Iterable[str | None] = ()) -> pd.DataFrame:
         )
     except ImportError as error:
         raise UserError(
-            f"{where}: Parquet needs pyarrow; pip install 'hetero_fl[parquet]'"
+            f"{where}: Parquet files need pyarrow; run pip install 'hetero_fl[parquet]'"
         ) from error
     except UnicodeError as error:
         raise UserError(
-            f"{where}: not a readable {kind} file: it is not in UTF-8; save it in UTF-8 ({error})"
+            f"{where}: not encoded in UTF-8 ({error}); save the file as UTF-8"
         ) from error
     except (ValueError, OSError, csv.Error) as error:
         # The errors of pandas and pyarrow are ValueErrors.
@@ -332,23 +372,25 @@ def read_frame(path: Path, names: Iterable[str | None] = ()) -> pd.DataFrame:
 
 
 def _check_cells(path: Path, separator: str) -> None:
-    """Refuse what pandas reads differently: a repeated name, a row longer than the header."""
+    """Refuse duplicate column names and rows longer than the header, which pandas accepts."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = filter(None, csv.reader(file, delimiter=separator))
         header = next(rows, None)
         if header is None:
-            raise UserError(f"path: {path}: an empty file")
+            raise UserError(f"path: {path}: the file is empty")
         for name, count in Counter(header).items():
             if name and count > 1:
-                raise UserError(f"path: {path}: header: column '{name}' stands there {count} times")
+                raise UserError(f"path: {path}: header: column '{name}' occurs {count} times")
         for row, cells in enumerate(rows, 1):
             if len(cells) > len(header):
-                found = f"found {len(cells)} cells, one of them '{cells[len(header)]}' beyond the last column"
-                raise UserError(f"path: {path}: row {row}: {found}, '{header[-1]}'")
+                raise UserError(
+                    f"path: {path}: row {row}: expected {len(header)} cells as in the header, got "
+                    f"{len(cells)}, '{cells[len(header)]}' after the last column '{header[-1]}'"
+                )
 
 
 def _separator(path: Path) -> str:
-    """Return the separator: the one that divides the header or, if both do, all rows equally."""
+    """Return the separator that occurs in the header or, if both do, divides all rows equally."""
     divided = {}
     for separator in (",", ";"):
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -358,17 +400,17 @@ def _separator(path: Path) -> str:
         return ","
     if divided[","][0] < 2:
         return ";"
-    alike = [separator for separator, counts in divided.items() if len(set(counts)) == 1]
-    if len(alike) == 1:
-        return alike[0]
+    consistent = [separator for separator, counts in divided.items() if len(set(counts)) == 1]
+    if len(consistent) == 1:
+        return consistent[0]
     raise UserError(
-        f"path: {path}: commas or semicolons between the cells? both are in the header; save it as .tsv"
+        f"path: {path}: ambiguous separator, as the header has commas and semicolons; save the "
+        "file as .tsv"
     )
 
 
-# The data set of a table: features, labels, groups and patients.
-
-SHOWN = 20  # columns that a note lists
+MAX_LISTED = 20
+"""Number of columns that a note lists."""
 PATIENT = re.compile("patient|subject|person|mrn", re.IGNORECASE)
 
 
@@ -376,34 +418,34 @@ def read_table(
     frame: pd.DataFrame,
     path: Path,
     label: str,
+    *,
     group: str | None = None,
     patient: str | None = None,
     kind: str | None = None,
     categories: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Dataset:
-    """Return the data set of a table.
+    """Create a data set from a table.
 
-    Features are the columns that are no label, group or patient, float32 `[N, F]`: those of numbers,
-    and an indicator per value of encoded text columns. Other columns of text or dates are left out;
-    `about` and `notes` name them. Text is read without spaces around it, and 1.0 as 1.
+    Features (float32 `[N, F]`) are the numeric columns, and indicators of the encoded text columns.
+    Other columns of text or dates are excluded; `about` and `notes` list them. Text is stripped,
+    and 1.0 is read as 1.
 
-    One column of labels: text, truth values, and whole numbers of at most 20 different values are
-    classes (in sorted order), other numbers a regression target. Several columns: multilabel if all
-    are 0 or 1, otherwise regression.
+    A single column of labels is read as classes if it has text, booleans, or integers with at most
+    20 distinct values, otherwise as a regression target. Several columns are multilabel targets if
+    all values are 0 or 1, otherwise regression targets.
 
     Args:
-        frame: The table.
-        path: Its file, for messages; rows count from 1 below the header.
-        label: The column of labels; several with commas between them.
-        group: The column of groups.
-        patient: The column of patients.
-        kind: multiclass, multilabel or regression, in place of what the labels look like.
-        categories: The text columns to encode, with their values; None: those with fewer than 20
-            different values.
+        frame: Table.
+        path: Its file, for error messages, in which rows count from 1 below the header.
+        label: Column of the labels, or several separated by commas.
+        group: Column of the groups.
+        patient: Column of the patients.
+        kind: "multiclass", "multilabel" or "regression", instead of inferring it.
+        categories: Text columns to encode, with their values. By default those with fewer than 20
+            distinct values.
 
     Raises:
-        UserError: A missing column, a missing value or text among numbers, with file, row and
-            column.
+        UserError: If a column or value is missing, or a cell is not a number.
     """
     labels = _label_columns(frame, label)
     where = f"path: {path}"
@@ -415,11 +457,14 @@ def read_table(
     check_columns(frame, [*(("label", column) for column in labels), *owners.items()], path)
     for key, column in owners.items():
         if column in labels:
-            raise UserError(f"{key}: found '{column}', which is a label; name another column")
-    whose = {key: index_names(parse_names(frame[column], where)) for key, column in owners.items()}
+            raise UserError(f"{key}: is a label already, got '{column}'; choose another column")
+    indexed = {
+        key: index_names(parse_names(frame[column], where)) for key, column in owners.items()
+    }
     rest = frame.drop(columns=list(set(owners.values())))
     given = () if categories is None else tuple(categories)
-    if kind == "multiclass":  # classes may be called "1,2"
+    if kind == "multiclass":
+        # Names of classes may be similar to decimal commas, such as "1,2".
         targets = rest[labels]
         rest, commas = decimal_commas(rest.drop(columns=labels), where, given)
     else:
@@ -434,28 +479,24 @@ def read_table(
     doubts: list[str] = []
     x, columns, left_out = features(rest, where, gaps, encoded, doubts)
     task, y = _targets(targets, where, kind)
-    examples = Examples(x, y, *whose.get("group", (None, ())), *whose.get("patient", (None, ())))
+    group_columns = indexed.get("group", (None, ()))
+    patient_columns = indexed.get("patient", (None, ()))
+    examples = Examples(x, y, *group_columns, *patient_columns)
     used = ColumnLayout(columns, (), tuple(encoded.items())).names
     about = f"table {path.name}, {len(used)} columns" + (
         f"; left out: {', '.join(left_out)}" if left_out else ""
     )
-    values_of = [f"{name} ({format_list(values, SHOWN)})" for name, values in encoded.items()]
-    reasons = [f"{name} ({why})" for name, why in left_out.items()]
-    read = [f"label {', '.join(labels)}", *(f"{key} {column}" for key, column in owners.items())]
-    read.append(f"columns used: {format_list(used, SHOWN)}")
-    if encoded:
-        read.append(f"encoded as indicators: {format_list(values_of, SHOWN)}")
-    read.append(f"left out: {format_list(reasons, SHOWN) or 'none'}")
-    if commas:
-        read.append(f"decimal commas in {format_list(commas, SHOWN)}")
-    notes = [f"table {path.name}: {'; '.join(read)}", *(f"table {path.name}: {d}" for d in doubts)]
+    summary = [f"label {', '.join(labels)}", *(f"{key} {column}" for key, column in owners.items())]
+    summary += _describe_columns(used, encoded, left_out, commas)
+    notes = [f"table {path.name}: {'; '.join(summary)}"]
+    notes += [f"table {path.name}: {doubt}" for doubt in doubts]
     if patient is None and (name := _patients(rest)) is not None:
-        feature = "; as it is, it is a feature too" if name in used else ""
+        feature = ", and the column is a feature" if name in used else ""
         notes.append(
-            f"table {path.name}: column '{name}' looks like a patient's number and repeats: name it in data.patient, or "
-            f"rows of one patient are split between training and test{feature}"
+            f"table {path.name}: column '{name}' seems to identify patients and repeats; set "
+            f"data.patient to keep the rows of a patient together, otherwise they are divided "
+            f"between training and test{feature}"
         )
-    gap = gaps[0] if gaps else ""
     return Dataset(
         "table",
         task,
@@ -463,19 +504,37 @@ def read_table(
         about=about,
         columns=columns,
         notes=tuple(notes),
-        min_gap=gap,
+        first_missing=gaps[0] if gaps else "",
         categories=tuple(encoded.items()),
     )
 
 
+def _describe_columns(
+    used: Sequence[str],
+    encoded: Mapping[str, Sequence[str]],
+    left_out: Mapping[str, str],
+    commas: Sequence[str],
+) -> list[str]:
+    """Return remarks on which columns are used, and how."""
+    remarks = [f"columns used: {format_list(used, MAX_LISTED)}"]
+    if encoded:
+        values = [f"{name} ({format_list(v, MAX_LISTED)})" for name, v in encoded.items()]
+        remarks.append(f"encoded as indicators: {format_list(values, MAX_LISTED)}")
+    reasons = [f"{name} ({reason})" for name, reason in left_out.items()]
+    remarks.append(f"left out: {format_list(reasons, MAX_LISTED) or 'none'}")
+    if commas:
+        remarks.append(f"decimal commas in {format_list(commas, MAX_LISTED)}")
+    return remarks
+
+
 def common_categories(files: Mapping[str, SourceConfig]) -> dict[str, tuple[str, ...]]:
-    """Return the text columns of several tables with few different values, and these values.
+    """Return the text columns of several tables with few distinct values, and their values.
 
     Args:
-        files: The tables, by the place in the configuration that names them.
+        files: Sources of the tables by their configuration keys.
 
     Raises:
-        UserError: A column that is text in one table and holds numbers in another.
+        UserError: If a column is text in one table and numeric in another.
     """
     texts: dict[str, dict[str, None]] = {}
     place_of: dict[str, str] = {}
@@ -493,8 +552,11 @@ def common_categories(files: Mapping[str, SourceConfig]) -> dict[str, tuple[str,
                 numeric.setdefault(name, place)
     for name in texts:
         if name in numeric:
-            found = f"column '{name}' is text, and numbers in that of {numeric[name].removesuffix(': data')}"
-            raise UserError(f"{place_of[name]}: {found}; list its values in data.categories")
+            other = numeric[name].removesuffix(": data")
+            raise UserError(
+                f"{place_of[name]}: column '{name}' is text, but numeric for {other}; list its "
+                "values in data.categories"
+            )
     return {
         name: tuple(natural_order(values))
         for name, values in texts.items()
@@ -525,54 +587,58 @@ def features(
     categories: Mapping[str, tuple[str, ...]] | None = None,
     notes: list[str] | None = None,
 ) -> tuple[Tensor, tuple[str, ...], dict[str, str]]:
-    """Return the features of a table.
+    """Convert the columns of a table to features.
 
     Args:
-        frame: The columns that are no label, group or patient.
-        where: The file, for messages.
-        allow_missing: Gets a line on each column with missing numbers, which are then NaN. Without
-            it they are refused.
-        categories: The text columns to encode, with their values.
-        notes: Gets a line on each encoded column with empty cells or unknown values.
+        frame: Columns without labels, groups and patients.
+        where: File, for error messages.
+        allow_missing: List to which the location of the first missing value of each column is
+            appended; missing values are then NaN. By default they are refused.
+        categories: Text columns to encode, with their values.
+        notes: List to which remarks on encoded columns are appended.
 
     Returns:
-        The columns of numbers and the indicators, float32 `[N, F]`; their names; and the names of
-        the columns that are left out, with what they are.
+        Numbers and indicators, float32 `[N, F]`; their names; and the names of the columns that are
+        left out, with a reason.
+
+    Raises:
+        UserError: If there are no rows or features, or a value is missing or not a number.
     """
     if len(frame) == 0:
-        raise UserError(f"{where}: found no rows")
-    read: dict[str, np.ndarray] = {}
+        raise UserError(f"{where}: has no rows")
+    found: dict[str, np.ndarray] = {}
     left_out: dict[str, str] = {}
     for key in frame.columns:
-        # A frame in memory or a Parquet file may have integers as names.
+        # Data frames and Parquet files may have integers as names.
         name = str(key)
         if name in (categories or {}):
             values = (categories or {})[name]
-            found = encode_indicators(frame[key], values, notes)
-            added = dict(zip(indicator_names(name, values), found.T, strict=True))
+            indicators = encode_indicators(frame[key], values, notes)
+            added = dict(zip(indicator_names(name, values), indicators.T, strict=True))
         else:
             column = parse_numbers(frame[key], where, allow_missing)
             added = {} if column is None else {name: column}
             if column is None:
-                left_out[name] = _why_left_out(frame[key])
+                left_out[name] = _reason_left_out(frame[key])
         for other in added:
-            if other in read:
+            if other in found:
                 raise UserError(
-                    f"{where}: column '{other}' is there twice, once as an indicator; rename one"
+                    f"{where}: duplicate column '{other}', which is also the name of an indicator; "
+                    "rename the column"
                 )
-        read |= added
-    if not read:
+        found |= added
+    if not found:
         raise UserError(
-            f"{where}: no column of numbers or categories besides label, group and patient"
+            f"{where}: has no numeric or categorical columns other than label, group and patient"
         )
     return (
-        torch.from_numpy(np.stack(list(read.values()), axis=1).astype(np.float32)),
-        tuple(read),
+        torch.from_numpy(np.stack(list(found.values()), axis=1).astype(np.float32)),
+        tuple(found),
         left_out,
     )
 
 
-def _why_left_out(column: pd.Series) -> str:
+def _reason_left_out(column: pd.Series) -> str:
     if not is_categorical(column):
         return str(column.dtype)
     count = column_as_text(column).nunique()
@@ -584,7 +650,8 @@ def _targets(labels: pd.DataFrame, where: str, kind: str | None) -> tuple[Task, 
     titles = tuple(map(str, labels.columns))
     if kind == "multiclass" and len(columns) > 1:
         raise UserError(
-            f"label: found {len(columns)} columns, but data.task is multiclass; name one, or choose multilabel"
+            f"label: data.task=multiclass needs one column, got {len(columns)}; set one column or "
+            "data.task=multilabel"
         )
     if kind == "multiclass" or (kind is None and len(columns) == 1 and _classes(columns[0])):
         y, classes = index_names(parse_names(columns[0], where))
@@ -594,7 +661,8 @@ def _targets(labels: pd.DataFrame, where: str, kind: str | None) -> tuple[Task, 
         found = parse_numbers(column, where)
         if found is None:
             raise UserError(
-                f"{where}: column '{title}' is text; {kind or 'several'} labels have to be numbers"
+                f"{where}: column '{title}': expected numbers as {kind or 'multiple'} labels, got "
+                "text"
             )
         values.append(found)
     y = torch.from_numpy(np.stack(values, axis=1).astype(np.float32))
@@ -605,17 +673,17 @@ def _targets(labels: pd.DataFrame, where: str, kind: str | None) -> tuple[Task, 
 
 
 def _classes(column: pd.Series) -> bool:
-    """Return whether one column of labels looks like classes."""
+    """Return whether a column of labels should be read as classes."""
     if not types.is_numeric_dtype(column) or types.is_bool_dtype(column):
         return True
     values = column.unique()
-    return len(values) <= MOST_NUMBERED_CLASSES and all(float(v).is_integer() for v in values)
+    return len(values) <= MAX_NUMBERED_CLASSES and all(float(v).is_integer() for v in values)
 
 
 def _patients(frame: pd.DataFrame) -> str | None:
-    """Return a column that seems to name patients with several rows each; None if there is none.
+    """Return a column that seems to identify patients with several rows each, or None.
 
-    A column of two values is an indicator, not names.
+    Columns with two values are treated as indicators.
     """
     for name in frame.columns:
         if PATIENT.search(str(name)) and 2 < frame[name].nunique() < len(frame):

@@ -1,4 +1,7 @@
-"""Texts: files of messages, and generated phone messages."""
+"""Text sources: files with one message per line, and generated phone messages.
+
+Vocabularies come from public text or hashing only, never from the texts of clients.
+"""
 
 from __future__ import annotations
 
@@ -18,26 +21,22 @@ from hetero_fl.utils.errors import UserError, suggest_file
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.seeding import keyed_numpy_generator
 
-# Texts from files: a message a line, and the words of them as tokens.
-
 
 @register_source("text", keys=("path", "group", "text"))
-def text(config: SourceConfig, root: Path) -> Dataset:
-    """The lines of a text file, or of all `.txt` files of a folder, each line a message of its own.
+def text(config: SourceConfig, _root: Path) -> Dataset:
+    """Load the lines of a text file, or of all `.txt` files of a folder, as messages.
 
-    `group: file` says that each file of the folder is one client's. With `text.predict: class` a line is the class, a
-    tabulator, and the message. Words are numbered by the file `text.public` or by hashing, never by what clients wrote.
+    With `group: file`, each file of the folder is a group. With `text.predict: class`, a line is
+    the class, a tab, and the message.
     """
     settings = config.text or TextConfig()
     path = Path(str(config.path)).expanduser()
     if config.group not in (None, "file"):
-        raise UserError(
-            f"group: found '{config.group}'; choose file (a client for each file of the folder)"
-        )
+        raise UserError(f"group: must be 'file' for texts, got '{config.group}'")
     files = _files(path)
     if config.group and path.is_file():
         raise UserError(
-            f"group: found file, but path: {path} is one file; give a folder of .txt files"
+            f"group=file needs a folder of .txt files, got the file '{path}'; set path to a folder"
         )
     vocabulary = _vocabulary(settings)
     messages: list[list[str]] = []
@@ -57,42 +56,59 @@ def text(config: SourceConfig, root: Path) -> Dataset:
                 owners.append(file.stem)
     if not messages:
         least = "two words" if settings.predict == "next" else "a word"
-        raise UserError(f"path: {path}: found no line of at least {least}")
+        raise UserError(f"path: {path}: no line has at least {least}")
     y, names = index_names(classes)
-    train, whose = examples_of(messages, y.tolist(), settings, vocabulary)
+    train, text_indices = make_examples(messages, y.tolist(), settings, vocabulary)
     if len(train) == 0:
         raise UserError(
-            f"text.public: {settings.public} has none of the words in {path}; take text of the same kind"
+            f"text.public: {settings.public} has none of the words in {path}; choose text of the "
+            "same kind"
         )
     if config.group:
         group, train.group_names = index_names(owners)
-        train.group = group[whose]
-    task = task_of(settings, vocabulary, names)
+        train.group = group[text_indices]
+    task = make_task(settings, vocabulary, names)
     about = f"{len(messages):,} lines of {path.name}, {vocabulary.size:,} tokens"
     return Dataset("text", task, train, about=about, vocabulary=vocabulary)
 
 
-def examples_of(
+def make_examples(
     texts: Sequence[Sequence[str]],
     classes: Sequence[int],
     settings: TextConfig,
     vocabulary: Vocabulary,
 ) -> tuple[Examples, Tensor]:
-    """Examples of texts in words, and the number of each example's text, int64 `[N]`.
+    """Convert texts to examples of the task.
 
-    Next words: the places of one text are never split up between sets (as rows of one patient are not).
+    For next-word prediction, texts take the place of patients, so the words of a text are never
+    divided between splits.
+
+    Args:
+        texts: Texts as sequences of words.
+        classes: Class number of each text.
+        settings: Text settings.
+        vocabulary: Vocabulary.
+
+    Returns:
+        Examples, and the index of the text of each example, int64 `[N]`.
     """
     if settings.predict == "class":
         examples = Examples(
             vocabulary.encode(texts, settings.length), torch.tensor(classes, dtype=torch.int64)
         )
         return examples, torch.arange(len(texts))
-    x, y, whose = vocabulary.continuations(texts, settings.length)
-    return Examples(x, y, patient=whose), whose
+    x, y, text_indices = vocabulary.continuations(texts, settings.length)
+    return Examples(x, y, patient=text_indices), text_indices
 
 
-def task_of(settings: TextConfig, vocabulary: Vocabulary, classes: tuple[str, ...]) -> Task:
-    """What is learned: the next word of the vocabulary, or one of the classes."""
+def make_task(settings: TextConfig, vocabulary: Vocabulary, classes: tuple[str, ...]) -> Task:
+    """Return the task of predicting the next word or the class of a text.
+
+    Args:
+        settings: Text settings.
+        vocabulary: Vocabulary, whose words are the classes of next-word prediction.
+        classes: Names of the classes of texts.
+    """
     names = classes if settings.predict == "class" else vocabulary.names
     return Task("multiclass", len(names), names)
 
@@ -102,14 +118,16 @@ def _vocabulary(settings: TextConfig) -> Vocabulary:
         return Vocabulary(buckets=settings.vocabulary)
     if settings.public is None:
         raise UserError(
-            "text.public: missing; name a file of public text for the vocabulary, or set tokenizer: hashing"
+            "text.public: missing; set a file of public text for the vocabulary, or "
+            "text.tokenizer=hashing"
         )
     public = Path(settings.public).expanduser()
     lines = [line.rpartition("\t")[2] for _, line in read_lines(public, "text.public")]
     vocabulary = Vocabulary.from_texts(map(split_words, lines), settings.vocabulary)
     if len(vocabulary.words) < 2:
         raise UserError(
-            f"text.public: {public}: found {len(vocabulary.words)} words that occur twice; give more text"
+            f"text.public: {public}: needs at least two words that occur twice, got "
+            f"{len(vocabulary.words)}; choose a longer text"
         )
     return vocabulary
 
@@ -118,20 +136,26 @@ def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise UserError(f"path: {path}: no such file or folder{suggest_file(path)}")
-    found = {file.name: file for file in path.glob("*.txt")}
-    if not found:
-        raise UserError(f"path: {path}: found no .txt file in this folder")
-    return [found[name] for name in natural_order(found)]
+        raise UserError(f"path: file or folder '{path}' not found{suggest_file(path)}")
+    files = {file.name: file for file in path.glob("*.txt")}
+    if not files:
+        raise UserError(f"path: {path}: the folder has no .txt files")
+    return [files[name] for name in natural_order(files)]
 
 
 def read_lines(path: Path, where: str) -> list[tuple[int, str]]:
-    """The lines that are not blank, each with its number, from 1. Raises UserError."""
+    """Return the non-blank lines of a file with their numbers, starting at 1.
+
+    Raises:
+        UserError: If the file cannot be read or is not encoded in UTF-8.
+    """
     try:
         content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise UserError(f"{where}: {path}: line {line}: not in UTF-8; save it anew so") from error
+        raise UserError(
+            f"{where}: {path}: line {line}: not encoded in UTF-8; save the file as UTF-8"
+        ) from error
     except OSError as error:
         raise UserError(f"{where}: {path}: {error.strerror}") from error
     return [(number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
@@ -140,34 +164,18 @@ def read_lines(path: Path, where: str) -> list[tuple[int, str]]:
 def _parts(line: str, where: str) -> tuple[str, str]:
     label, tab, message = line.partition("\t")
     if not tab or not label.strip() or not message.strip():
-        raise UserError(f"{where}: found '{line[:40]}'; want a class, a tabulator, and the text")
+        raise UserError(f"{where}: expected a class, a tab and a text, got '{line[:40]}'")
     return label.strip(), message
 
 
-# Messages typed on phones, generated by a grammar: for next words and for topics of texts.
-# `simulated` is true.
-#
-# *A message* is a template with slots ("can you VERB the THING at the PLACE ?"), filled from the
-# words of one of six topics. Words of a slot are said with frequencies 1, 1/2, 1/3 … in an order
-# that the word before it turns by a fixed number of places: after "print" another thing is
-# likeliest than after "sign". That is what there is to learn: the grammar and these pairs are the
-# same for all.
-#
-# *A phone* has its own mix of topics (Dirichlet, 0.3) and of templates (Dirichlet, 1), writes 50 to
-# 150 messages, and turns each topic's things by a number of places of its own in a quarter of its
-# messages (a habit that only its own model can know). Where the grammar says WHO, it names one of
-# its own three contacts in half of all cases. Contacts are private: no two phones share one, no
-# public message has any, and no vocabulary taken from public text knows them.
-#
-# *Public messages* (`phrases_public`, and what the vocabulary is taken from) have all topics and
-# templates alike, no habits and no contacts; so have the common validation and test sets, of
-# messages that nobody else wrote.
-
 PHONES = 12
-PUBLIC = 400
-COMMON = 250
+PUBLIC_MESSAGES = 400
+COMMON_MESSAGES = 250
 CONTACTS = 3
-ABOUT = "generated: messages by a grammar of six topics, phones with topics, habits and contacts of their own"
+ABOUT = (
+    "generated: messages by a grammar of six topics, phones with topics, habits and contacts of "
+    "their own"
+)
 SLOTS = ("VERB", "THING", "PLACE", "QUALITY")
 WORDS = {
     "work": (
@@ -236,7 +244,14 @@ SYLLABLES = "bra del fi gor hun jel kas lom mir nev ost pri quo ril sav tun vor 
 
 @dataclass(frozen=True)
 class Writer:
-    """Who writes: shares of topics `[6]` and of templates `[10]`, contacts, and by how much habit turns a topic's things."""
+    """A writer of messages.
+
+    Attributes:
+        topics: Shares of the topics, shape `[6]`.
+        templates: Shares of the templates, shape `[10]`.
+        contacts: Names of private contacts.
+        habit: Shift of the word frequencies of things in a quarter of the messages.
+    """
 
     topics: np.ndarray
     templates: np.ndarray
@@ -245,123 +260,134 @@ class Writer:
 
 
 @register_source("phrases", keys=("text",))
-def phone_messages(config: SourceConfig, root: Path) -> Dataset:
-    """Messages of twelve phones (groups), next words of them or, with `text.predict: class`, their topics."""
+def phone_messages(config: SourceConfig, _root: Path) -> Dataset:
+    """Generate the messages of twelve phones (groups), for next-word or topic prediction.
+
+    Messages are templates filled with words of one of six topics. The frequencies of words depend
+    on the preceding word. Each phone has its own mix of topics and templates, a habit that shifts
+    word frequencies, and three private contacts that no public text contains.
+    """
     text = config.text or TextConfig()
     vocabulary = _phrase_vocabulary(text)
     texts: list[list[str]] = []
     topics: list[int] = []
     owners: list[int] = []
     for phone in range(PHONES):
-        draws = keyed_numpy_generator("data", "phrases", "phone", phone)
-        found = write_messages(writer(phone), int(draws.integers(50, 151)), draws)
-        texts += [words for words, _ in found]
-        topics += [topic for _, topic in found]
-        owners += [phone] * len(found)
-    train, whose = examples_of(texts, topics, text, vocabulary)
-    train.group = torch.tensor(owners)[whose]
+        rng = keyed_numpy_generator("data", "phrases", "phone", phone)
+        messages = write_messages(make_writer(phone), int(rng.integers(50, 151)), rng)
+        texts += [words for words, _ in messages]
+        topics += [topic for _, topic in messages]
+        owners += [phone] * len(messages)
+    train, text_indices = make_examples(texts, topics, text, vocabulary)
+    train.group = torch.tensor(owners)[text_indices]
     train.group_names = tuple(f"phone_{i + 1:02d}" for i in range(PHONES))
-    validation, test = (_public(text, vocabulary, name, COMMON) for name in ("validation", "test"))
-    task = task_of(text, vocabulary, TOPICS)
+    validation = _public_examples(text, vocabulary, "validation", COMMON_MESSAGES)
+    test = _public_examples(text, vocabulary, "test", COMMON_MESSAGES)
+    task = make_task(text, vocabulary, TOPICS)
     return Dataset(
         "phrases", task, train, validation, test, simulated=True, about=ABOUT, vocabulary=vocabulary
     )
 
 
 @register_source("phrases_public", keys=("text",))
-def phrases_public(config: SourceConfig, root: Path) -> Dataset:
-    """The public messages from which the vocabulary is taken, for a proxy set."""
+def phrases_public(config: SourceConfig, _root: Path) -> Dataset:
+    """Generate the public messages that define the vocabulary, for a proxy set."""
     text = config.text or TextConfig()
     vocabulary = _phrase_vocabulary(text)
-    task = task_of(text, vocabulary, TOPICS)
-    train = _public(text, vocabulary, "public", PUBLIC)
+    task = make_task(text, vocabulary, TOPICS)
+    train = _public_examples(text, vocabulary, "public", PUBLIC_MESSAGES)
     return Dataset(
         "phrases_public", task, train, simulated=True, about=ABOUT, vocabulary=vocabulary
     )
 
 
-def writer(phone: int) -> Writer:
-    """The owner of a phone."""
-    draws = keyed_numpy_generator("data", "phrases", "writer", phone)
+def make_writer(phone: int) -> Writer:
+    """Generate the owner of a phone."""
+    rng = keyed_numpy_generator("data", "phrases", "writer", phone)
     names = _contacts()[CONTACTS * phone : CONTACTS * (phone + 1)]
-    topics = draws.dirichlet([0.3] * len(TOPICS))
-    templates = draws.dirichlet([1.0] * len(TEMPLATES))
-    return Writer(topics, templates, names, int(draws.integers(1, 10)))
+    topics = rng.dirichlet([0.3] * len(TOPICS))
+    templates = rng.dirichlet([1.0] * len(TEMPLATES))
+    return Writer(topics, templates, names, int(rng.integers(1, 10)))
 
 
 def public_writer() -> Writer:
-    """Who writes public messages."""
+    """Return the writer of public messages, without contacts, habits or preferences."""
     return Writer(
         np.full(len(TOPICS), 1 / len(TOPICS)), np.full(len(TEMPLATES), 1 / len(TEMPLATES))
     )
 
 
 def write_messages(
-    writer: Writer, count: int, draws: np.random.Generator
+    writer: Writer, count: int, rng: np.random.Generator
 ) -> list[tuple[list[str], int]]:
-    """So many messages, each as its words and its topic."""
-    topics = draws.choice(len(TOPICS), count, p=writer.topics)
-    templates = draws.choice(len(TEMPLATES), count, p=writer.templates)
-    turned = np.where(draws.random(count) < 0.25, writer.habit, 0)
+    """Generate messages of a writer.
+
+    Args:
+        writer: Writer of the messages.
+        count: Number of messages.
+        rng: Random generator.
+
+    Returns:
+        Words and topic of each message.
+    """
+    topics = rng.choice(len(TOPICS), count, p=writer.topics)
+    templates = rng.choice(len(TEMPLATES), count, p=writer.templates)
+    shifts = np.where(rng.random(count) < 0.25, writer.habit, 0)
     return [
         (
-            _fill_template(TEMPLATES[template].split(), TOPICS[topic], writer, int(turn), draws),
+            _fill_template(TEMPLATES[template].split(), TOPICS[topic], writer, int(shift), rng),
             int(topic),
         )
-        for topic, template, turn in zip(topics, templates, turned, strict=True)
+        for topic, template, shift in zip(topics, templates, shifts, strict=True)
     ]
 
 
 def _fill_template(
-    template: Sequence[str], topic: str, writer: Writer, turn: int, draws: np.random.Generator
+    template: Sequence[str], topic: str, writer: Writer, shift: int, rng: np.random.Generator
 ) -> list[str]:
-    said: list[str] = []
+    message: list[str] = []
     for slot in template:
         if slot == "WHO":
-            private = bool(writer.contacts) and draws.random() < 0.5
-            said.append(_draw_word(writer.contacts if private else WHO, 0, draws))
+            private = bool(writer.contacts) and rng.random() < 0.5
+            message.append(_sample_word(writer.contacts if private else WHO, 0, rng))
         elif slot == "WHEN":
-            said += _draw_word(WHEN, 0, draws).split()
+            message += _sample_word(WHEN, 0, rng).split()
         elif slot in SLOTS:
             words = WORDS[topic][SLOTS.index(slot)].split()
-            before = len(said[-1]) + ord(said[-1][0])  # turns the order by the word before it
-            said.append(_draw_word(words, before + (turn if slot == "THING" else 0), draws))
+            # The preceding word shifts the frequencies, so that there are word pairs to learn.
+            previous = len(message[-1]) + ord(message[-1][0])
+            offset = previous + (shift if slot == "THING" else 0)
+            message.append(_sample_word(words, offset, rng))
         else:
-            said.append(slot)
-    return said
+            message.append(slot)
+    return message
 
 
-def _draw_word(words: Sequence[str], turn: int, draws: np.random.Generator) -> str:
-    """A word by the frequencies 1, 1/2, 1/3 …, the first of which belongs to the one at place `turn`."""
+def _sample_word(words: Sequence[str], shift: int, rng: np.random.Generator) -> str:
+    """Sample a word with frequencies 1, 1/2, 1/3, …, starting at the word with index `shift`."""
     frequencies = 1 / np.arange(1, len(words) + 1)
-    place = int(draws.choice(len(words), p=frequencies / frequencies.sum()))
-    return words[(place + turn) % len(words)]
+    index = int(rng.choice(len(words), p=frequencies / frequencies.sum()))
+    return words[(index + shift) % len(words)]
 
 
 def _contacts() -> tuple[str, ...]:
-    """Names, three for each phone, all different."""
+    """Return distinct names, three for each phone."""
     pairs = [a + b for a in SYLLABLES for b in SYLLABLES if a != b]
     order = keyed_numpy_generator("data", "phrases", "contacts").permutation(len(pairs))
     return tuple(pairs[i] for i in order[: CONTACTS * PHONES])
 
 
-def _public(text: TextConfig, vocabulary: Vocabulary, name: str, count: int) -> Examples:
-    found = write_messages(public_writer(), count, keyed_numpy_generator("data", "phrases", name))
-    return examples_of(
-        [words for words, _ in found], [topic for _, topic in found], text, vocabulary
-    )[0]
+def _public_examples(text: TextConfig, vocabulary: Vocabulary, name: str, count: int) -> Examples:
+    rng = keyed_numpy_generator("data", "phrases", name)
+    messages = write_messages(public_writer(), count, rng)
+    texts = [words for words, _ in messages]
+    topics = [topic for _, topic in messages]
+    return make_examples(texts, topics, text, vocabulary)[0]
 
 
 def _phrase_vocabulary(text: TextConfig) -> Vocabulary:
-    """Of the public messages alone, whatever phones there are."""
     if text.tokenizer == "hashing":
         return Vocabulary(buckets=text.vocabulary)
-    return Vocabulary.from_texts(
-        (
-            words
-            for words, _ in write_messages(
-                public_writer(), PUBLIC, keyed_numpy_generator("data", "phrases", "public")
-            )
-        ),
-        text.vocabulary,
-    )
+    rng = keyed_numpy_generator("data", "phrases", "public")
+    messages = write_messages(public_writer(), PUBLIC_MESSAGES, rng)
+    return Vocabulary.from_texts((words for words, _ in messages), text.vocabulary)

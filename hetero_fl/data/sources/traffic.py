@@ -1,4 +1,9 @@
-"""Hourly traffic, generated or from a file, as windows to forecast from."""
+"""Hourly time series as windows for forecasting: generated traffic, or series from a file.
+
+Values are relative to a level, the mean of the site in the training period or of the preceding
+week, so that sites of any size are comparable. No training row depends on later periods, and rows
+with targets in two periods are excluded.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +22,23 @@ from hetero_fl.data.registry import register_source
 from hetero_fl.utils.errors import UserError, check_names
 from hetero_fl.utils.seeding import keyed_numpy_generator
 
-# Series by the hour as examples: a window of the past, the hours to forecast as they were a week
-# before, and what came next.
-#
-# Everything is relative to a level, the site's own mean in the training period or that of the week
-# up to now, so that sites of any size have inputs and outputs in common; `Examples.unit` brings
-# figures back. Nothing that decides a training row (level, scales, threshold) looks beyond the end
-# of the training period, and a row whose targets lie on both sides of a cut is in neither part.
-
 HOUR = 3600
-SURE = math.log(9.0)  # what a baseline that says yes or no gives: nine to one
+"""Seconds."""
+BASELINE_LOGIT = math.log(9.0)
+"""Logit of a baseline that predicts a class, corresponding to a probability of 0.9."""
 CALENDAR = ("hour_sin", "hour_cos", "week_sin", "week_cos")
 
 
 @dataclass(frozen=True)
 class HourlySeries:
-    """One place where something is counted by the hour.
+    """An hourly series of one site.
 
-    `start`: the first hour, counted from 1970. `value`: float64 `[T]`, NaN where an hour is missing. `lanes`: `[T, L]`, parts of
-    the value; `weather`: `[T, W]`; NaN where they are not measured.
+    Attributes:
+        name: Name of the site.
+        start: First hour, counted from 1970.
+        value: Value of each hour, float64 `[T]`, NaN if missing.
+        lanes: Parts of the value, shape `[T, L]`, NaN if not measured.
+        weather: Weather, shape `[T, W]`, NaN if not measured.
     """
 
     name: str
@@ -46,20 +49,25 @@ class HourlySeries:
 
     @property
     def end(self) -> int:
-        """The last hour."""
+        """Last hour, counted from 1970."""
         return self.start + len(self.value) - 1
 
 
 @dataclass(frozen=True)
 class Periods:
-    """The last hours of training and validation; the test period comes after."""
+    """The boundaries of the training, validation and test periods.
+
+    Attributes:
+        train: Last hour of the training period.
+        validation: Last hour of the validation period; the test period follows.
+    """
 
     train: int
     validation: int
 
     @classmethod
     def from_series(cls, sites: Sequence[HourlySeries], config: SeriesConfig) -> Periods:
-        """Shares of the time from the first hour of any site to the last, the same dates for all."""
+        """Divide the time that all sites cover together, with the same dates for all sites."""
         first = min(s.start for s in sites)
         last = max(s.end for s in sites)
         validation = last - round(config.test * (last - first))
@@ -67,67 +75,101 @@ class Periods:
 
 
 def make_windows(
-    sites: Sequence[HourlySeries], config: SeriesConfig, *, name: str, unit: str, lanes: Sequence[str], weather: Sequence[str],
-    simulated: bool = False, about: str = "",
-) -> Dataset:  # fmt: skip
-    """The data set of some sites: series `[N, window, columns]`, dated, in groups by site.
+    sites: Sequence[HourlySeries],
+    config: SeriesConfig,
+    *,
+    name: str,
+    unit: str,
+    lanes: Sequence[str],
+    weather: Sequence[str],
+    simulated: bool = False,
+    about: str = "",
+) -> Dataset:
+    """Create a forecasting data set with series `[N, window, columns]` and the sites as groups.
 
-    The columns: the value; for each horizon the value a week before the hour that is so far ahead; where in the day and in
-    the week the hour is (sine, cosine); the weather, in deviations of the site's training period; the lanes, relative to the
-    level as the value is. Targets: the value so many hours ahead, or whether it is above the threshold, a quantile of the
-    training period. Baselines: the value now (persistence), and a week before the target.
+    The columns are the value; for each horizon the value one week before the target; the time of
+    day and week (sine and cosine); the weather, standardized by the training period; and the lanes.
+    Targets are the values at the horizons, or whether they exceed a quantile of the training
+    period. Baselines are the current value (persistence) and the value one week before the target.
+
+    Args:
+        sites: Series of the sites.
+        config: Window, horizons, target and periods.
+        name: Name of the data set.
+        unit: Unit of the values.
+        lanes: Names of the lanes.
+        weather: Names of the weather columns.
+        simulated: Whether the data is generated.
+        about: Short description.
 
     Raises:
-        UserError: a site without a row to train on; values whose mean is not above 0.
+        UserError: If a site has no training row, or the mean of its values is not positive.
     """
     periods = Periods.from_series(sites, config)
     parts: dict[str, list[Examples]] = {"train": [], "validation": [], "test": []}
     names = tuple(s.name for s in sites)
     task = _task(config, unit)
-    for place, site in enumerate(sites):
+    for index, site in enumerate(sites):
         rows = _rows(site, config, periods, task)
         for part, mask in _parts(rows, config, periods).items():
             own = rows.select_rows(torch.nonzero(mask).squeeze(1))
-            own.group = torch.full((len(own),), place)
+            own.group = torch.full((len(own),), index)
             own.group_names = names
             if part == "train" and not len(own):
                 raise UserError(
-                    f"series: site '{site.name}' begins on {_date(site.start)}, too late: rows to train on need a week and a "
-                    f"window before them and end on {_date(periods.train)}; lower validation or test, or leave the site out by "
-                    "`sites`"
+                    f"series: site '{site.name}' has no training rows, as it starts on "
+                    f"{_date(site.start)} and the training period ends on {_date(periods.train)}; "
+                    "rows need a week and a window before them. Reduce series.validation or "
+                    "series.test, or exclude the site by series.sites"
                 )
             parts[part].append(own)
-    made = {part: concatenate_examples(found) for part, found in parts.items()}
+    splits = {part: concatenate_examples(examples) for part, examples in parts.items()}
+    week_before = [f"week_before_{h}" for h in config.horizons]
+    levels = ", ".join(f"{site.name} {mean_level(site, periods):.3g}" for site in sites)
+    note = (
+        f"{name}: training until {_date(periods.train)}, validation until "
+        f"{_date(periods.validation)}, then test; mean levels of the sites: {levels} {unit}"
+    )
     return Dataset(
-        name, task, made["train"], made["validation"], made["test"], simulated, about,
-        (unit or "value", *(f"week_before_{h}" for h in config.horizons), *CALENDAR, *weather, *lanes),
+        name,
+        task,
+        splits["train"],
+        splits["validation"],
+        splits["test"],
+        simulated,
+        about,
+        (unit or "value", *week_before, *CALENDAR, *weather, *lanes),
         span=(config.horizons[-1] - config.horizons[0]) * HOUR,
-        notes=(
-            f"{name}: training until {_date(periods.train)}, validation until {_date(periods.validation)}, then test; "
-            f"levels of the sites: {', '.join(f'{s.name} {mean_level(s, periods):.3g}' for s in sites)} {unit}".rstrip(),
-        ),
-    )  # fmt: skip
+        notes=(note.rstrip(),),
+    )
 
 
 def mean_level(site: HourlySeries, periods: Periods) -> float:
-    """The mean of the site's training period."""
+    """Return the mean value of a site in the training period.
+
+    Raises:
+        UserError: If the mean is not positive.
+    """
     past = site.value[: max(0, periods.train + 1 - site.start)]
     mean = float(np.nanmean(past)) if np.isfinite(past).any() else math.nan
     if len(past) and not mean > 0:
         raise UserError(
-            f"series: site '{site.name}': the mean until {_date(periods.train)} is {mean:g}; want one above 0"
+            f"series: site '{site.name}': the mean until {_date(periods.train)} must be > 0, got "
+            f"{mean:g}"
         )
     return mean
 
 
 def _rows(site: HourlySeries, config: SeriesConfig, periods: Periods, task: Task) -> Examples:
-    """Every row of a site that has its window, the week before and its targets; `time` is the last target's."""
+    """Return all complete rows of a site; their `time` is that of the last target."""
     window = config.window
     horizons = np.array(config.horizons)
     begin = WEEK - horizons[0] + window - 1
-    if config.level == "week":  # hours before the first would be read off the end
+    if config.level == "week":
+        # Otherwise negative indices would select hours at the end.
         begin = max(begin, WEEK - 1)
-    now = np.arange(begin, len(site.value) - horizons[-1])  # the last hour that a row sees
+    # The last observed hour of each row.
+    now = np.arange(begin, len(site.value) - horizons[-1])
     seen = now[:, None] + np.arange(1 - window, 1)
     past = slice(0, max(0, periods.train + 1 - site.start))
     value = site.value
@@ -135,10 +177,12 @@ def _rows(site: HourlySeries, config: SeriesConfig, periods: Periods, task: Task
     if config.level == "week":
         week = value[now[:, None] + np.arange(1 - WEEK, 1)]
         scale = np.where(np.isfinite(week).all(1), week.mean(1), np.nan)[:, None]
-        scale[scale <= 0] = np.nan  # nothing to be relative to: no row
+        # Rows with NaN are dropped below.
+        scale[scale <= 0] = np.nan
     hour = (site.start + seen).astype(np.float64)
     day = 2 * np.pi * hour / 24
-    weekly = 2 * np.pi * (hour + 72) / WEEK  # 1970 began on a Thursday
+    # 1970 began on a Thursday.
+    weekly = 2 * np.pi * (hour + 72) / WEEK
     columns = [value[seen] / scale, *(value[seen + h - WEEK] / scale for h in horizons)]
     known = columns.copy()
     columns += [np.sin(day), np.cos(day), np.sin(weekly), np.cos(weekly)]
@@ -148,18 +192,18 @@ def _rows(site: HourlySeries, config: SeriesConfig, periods: Periods, task: Task
     target = value[ahead] / scale
     before = value[ahead - WEEK] / scale
     persistence = np.repeat(value[now][:, None] / scale, len(horizons), 1)
-    whole = np.isfinite(np.concatenate([*known, target, persistence, before], 1)).all(1)
-    said = {"persistence": persistence, "a week before": before}
+    complete = np.isfinite(np.concatenate([*known, target, persistence, before], 1)).all(1)
+    forecasts = {"persistence": persistence, "a week before": before}
     rows = Examples(
-        torch.from_numpy(np.stack(columns, -1)[whole]).float(),
-        torch.from_numpy(target[whole]).float(),
-        time=torch.from_numpy((site.start + ahead[whole, -1]) * HOUR),
+        torch.from_numpy(np.stack(columns, -1)[complete]).float(),
+        torch.from_numpy(target[complete]).float(),
+        time=torch.from_numpy((site.start + ahead[complete, -1]) * HOUR),
         baselines={
-            name: torch.from_numpy(outputs[whole]).float() for name, outputs in said.items()
+            name: torch.from_numpy(values[complete]).float() for name, values in forecasts.items()
         },
     )
     if task.kind == "regression":
-        rows.unit = torch.from_numpy(scale[whole, 0]).float()
+        rows.unit = torch.from_numpy(scale[complete, 0]).float()
         return rows
     threshold = (
         float(np.nanquantile(value[past], config.busy))
@@ -168,16 +212,16 @@ def _rows(site: HourlySeries, config: SeriesConfig, periods: Periods, task: Task
     )
 
     def above(relative: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy((relative * scale)[whole] > threshold + 1e-9 * abs(threshold))
+        return torch.from_numpy((relative * scale)[complete] > threshold + 1e-9 * abs(threshold))
 
     busy = above(target)
     rows.y = busy[:, 0].long() if task.kind == "multiclass" else busy.float()
-    rows.baselines = {name: _outputs(above(outputs), task) for name, outputs in said.items()}
+    rows.baselines = {name: _baseline_outputs(above(v), task) for name, v in forecasts.items()}
     return rows
 
 
 def _parts(rows: Examples, config: SeriesConfig, periods: Periods) -> dict[str, torch.Tensor]:
-    """Masks of the rows all of whose targets lie in the period."""
+    """Return masks of the rows whose targets are all in one period."""
     assert rows.time is not None
     last = rows.time // HOUR
     first = last - (config.horizons[-1] - config.horizons[0])
@@ -189,7 +233,10 @@ def _parts(rows: Examples, config: SeriesConfig, periods: Periods) -> dict[str, 
 
 
 def _standardize(column: np.ndarray, past: slice) -> np.ndarray:
-    """(x − mean) / standard deviation, both of the past alone; as it is where nothing was measured then."""
+    """Standardize a column by the mean and standard deviation of the past.
+
+    The result is NaN if the past has no values.
+    """
     known = column[past][np.isfinite(column[past])]
     if not len(known):
         return np.full_like(column, np.nan)
@@ -207,39 +254,22 @@ def _task(config: SeriesConfig, unit: str) -> Task:
     )
 
 
-def _outputs(above: torch.Tensor, task: Task) -> torch.Tensor:
-    """Outputs of a rule that says yes or no."""
-    yes = SURE * (2 * above.float() - 1)
-    return torch.cat([torch.zeros_like(yes), yes], 1) if task.kind == "multiclass" else yes
+def _baseline_outputs(above: torch.Tensor, task: Task) -> torch.Tensor:
+    """Convert binary predictions to the outputs of a model."""
+    logits = BASELINE_LOGIT * (2 * above.float() - 1)
+    return torch.cat([torch.zeros_like(logits), logits], 1) if task.kind == "multiclass" else logits
 
 
 def _date(hour: int) -> str:
     return str(np.datetime64(hour, "h")).replace("T", " ") + " h"
 
 
-# Traffic by the hour: generated junctions, or a file of real ones.
-#
-# *Generated.* Four junctions and a public one, an hour a row, 300 days from a Monday. The vehicles
-# of a junction are Poisson with mean
-#
-#     level · profile(hour, day) · trend(t) · weather(t) · incident(t) · exp(u_t)
-#
-# *profile*: on working days a morning and an evening peak over a broad day, at weekends one late,
-# lower peak; each junction has its own share of the three, and its own hours. *trend*: linear, up
-# to a third over the whole time, its own for each junction. *weather*: one region, one weather.
-# Temperature is a season, a day and an autoregression; rain comes in spells of some hours with
-# exponential strength; rain lowers the count, by a junction's own share. *incident*: about one in
-# five days, for two to six hours, a third to two thirds of the vehicles are lost and some of them
-# come after it; at a junction with cameras its first lane empties an hour before the whole does.
-# *u*: an autoregression (0.9 an hour), the town's part in common for all junctions, the rest a
-# junction's own. Cameras count three lanes, whose shares move with the hour; sensors give the
-# total, and the weather. The junctions differ in volume (900 to 25 vehicles an hour) and in how
-# long they have counted (300 to 110 days).
-
 DAYS = 300
-BEGIN = 455_880  # Monday, 3 January 2022, in hours since 1970
+BEGIN = 455_880
+"""Monday, January 3, 2022, in hours since 1970."""
 PUBLIC = "public"
-# name: vehicles an hour, first day, share of the peaks, shift of the peaks in hours, trend, rain, cameras
+# Vehicles per hour, first day, share of the peaks, shift of the peaks in hours, trend, effect of
+# rain, whether there are cameras.
 JUNCTIONS: dict[str, tuple[float, int, float, float, float, float, bool]] = {
     "camera_1": (900.0, 0, 0.75, 0.0, 0.30, 0.10, True),
     "camera_2": (400.0, 120, 0.65, 0.5, 0.15, 0.15, True),
@@ -252,27 +282,47 @@ WEATHER = 2
 
 
 @register_source("traffic", keys=("path", "label", "group", "series"), generates=True)
-def traffic(config: SourceConfig, root: Path) -> Dataset:
-    """Generated junctions; or with `path` the rows of a `.csv`, `.tsv` or `.parquet` file: `series.time` names the column of
-    dates, `label` that of the vehicles (`Vehicles`), `group` that of the junctions (`Junction`, if there is one)."""
+def traffic(config: SourceConfig, _root: Path) -> Dataset:
+    """Generate the hourly traffic of four junctions (groups), or read a file.
+
+    A `.csv`, `.tsv` or `.parquet` file has one row per hour and junction. `series.time` names the
+    column of dates, `label` that of the counts (`Vehicles` by default), and `group` that of the
+    junctions (`Junction` by default, if it exists).
+    """
     series = config.series or SeriesConfig()
     if config.path is not None:
         return read_traffic(Path(config.path).expanduser(), series, config.label, config.group)
-    for name in ("label", "group"):
-        if getattr(config, name) is not None:
-            raise UserError(f"{name}: names a column of a file, but there is no path")
-    wanted = series.sites or tuple(name for name in JUNCTIONS if name != PUBLIC)
-    check_names(wanted, JUNCTIONS, "series.sites: found")
-    sites = [site for site in make_junctions() if site.name in wanted]
+    for key in ("label", "group"):
+        if getattr(config, key) is not None:
+            raise UserError(f"{key}: needs path, as it names a column; set path or remove the key")
+    selected = series.sites or tuple(name for name in JUNCTIONS if name != PUBLIC)
+    check_names(selected, JUNCTIONS, "series.sites: unknown site")
+    sites = [site for site in make_junctions() if site.name in selected]
     return make_windows(
-        sites, series, name="traffic", unit="vehicles", simulated=True, about="generated junctions, hour by hour",
-        lanes=tuple(f"lane_{i + 1}" for i in range(LANES)), weather=("temperature", "rain"),
-    )  # fmt: skip
+        sites,
+        series,
+        name="traffic",
+        unit="vehicles",
+        simulated=True,
+        about="generated junctions, hour by hour",
+        lanes=tuple(f"lane_{i + 1}" for i in range(LANES)),
+        weather=("temperature", "rain"),
+    )
 
 
 def read_traffic(path: Path, series: SeriesConfig, label: str | None, group: str | None) -> Dataset:
-    """The windows of a file; see `hetero_fl.data.sources.recordings.read_sites`."""
-    # pandas takes half a second to load: only where it is used
+    """Read the hourly series of a file as windows.
+
+    Args:
+        path: File to read.
+        series: Series settings.
+        label: Column of the values; `Vehicles` by default.
+        group: Column of the sites; `Junction` by default, if it exists.
+
+    Raises:
+        UserError: See `read_sites` and `make_windows`.
+    """
+    # Imported here because loading pandas is slow.
     from hetero_fl.data.sources.recordings import read_sites
     from hetero_fl.data.sources.table_files import read_frame
 
@@ -280,47 +330,59 @@ def read_traffic(path: Path, series: SeriesConfig, label: str | None, group: str
     group = group or ("Junction" if "Junction" in frame.columns else None)
     sites = read_sites(frame, path, series, label or "Vehicles", group)
     try:
-        made = make_windows(
-            sites, series, name="traffic", unit=(label or "Vehicles").lower(), about=f"{path.name}, hour by hour",
-            lanes=series.lanes, weather=series.weather,
-        )  # fmt: skip
+        return make_windows(
+            sites,
+            series,
+            name="traffic",
+            unit=(label or "Vehicles").lower(),
+            about=f"{path.name}, hour by hour",
+            lanes=series.lanes,
+            weather=series.weather,
+        )
     except UserError as error:
         raise UserError(f"path: {path}: {error}") from None
-    return made
 
 
 def make_junctions() -> list[HourlySeries]:
-    """The junctions of the module's text, the public one last."""
+    """Generate the hourly vehicle counts of four junctions and a public one (last).
+
+    Counts are Poisson with mean `level * profile * trend * weather * incident * exp(u)`. The daily
+    and weekly profile and the linear trend differ between junctions; the weather is the same for
+    all; incidents reduce the count for some hours; u is an autoregression, partly common to all
+    junctions. Cameras count three lanes; sensors count the total and measure the weather.
+    """
     hours = DAYS * 24
     town = keyed_numpy_generator("data", "traffic", 0, "town")
     weather = _weather(town, hours)
     common = _drift(town, hours, 0.05)
-    made = []
+    series = []
     for name, (level, day, peaks, shift, trend, rain, cameras) in JUNCTIONS.items():
-        draws = keyed_numpy_generator("data", "traffic", 0, name)
+        rng = keyed_numpy_generator("data", "traffic", 0, name)
         begin = day * 24
         hour = np.arange(hours)
         mean = level * _profile(hour, peaks, shift) * (1 + trend * hour / hours)
         mean *= 1 - rain * np.tanh(weather[:, 1] / 2)
-        incident, early = _incidents(draws, hours)
-        mean *= incident * np.exp(common + _drift(draws, hours, 0.06))
+        incident, first_lane = _incidents(rng, hours)
+        mean *= incident * np.exp(common + _drift(rng, hours, 0.06))
         lanes = np.full((hours, LANES), np.nan)
         if cameras:
             share = np.stack([0.4 + 0.05 * np.sin(2 * np.pi * hour / 24), np.full(hours, 0.35)], 1)
             share = np.concatenate([share, 1 - share.sum(1, keepdims=True)], 1)
-            share[:, 0] *= early
+            share[:, 0] *= first_lane
             share /= share.sum(1, keepdims=True)
-            lanes = draws.poisson(mean[:, None] * share).astype(np.float64)
+            lanes = rng.poisson(mean[:, None] * share).astype(np.float64)
             value = lanes.sum(1)
         else:
-            value = draws.poisson(mean).astype(np.float64)
-        seen = np.full((hours, WEATHER), np.nan) if cameras else weather
-        made.append(HourlySeries(name, BEGIN + begin, value[begin:], lanes[begin:], seen[begin:]))
-    return made
+            value = rng.poisson(mean).astype(np.float64)
+        measured = np.full((hours, WEATHER), np.nan) if cameras else weather
+        series.append(
+            HourlySeries(name, BEGIN + begin, value[begin:], lanes[begin:], measured[begin:])
+        )
+    return series
 
 
 def _profile(hour: np.ndarray, peaks: float, shift: float) -> np.ndarray:
-    """Mean about 1 over a week."""
+    """Return the daily and weekly profile, with a mean of about 1 over a week."""
     clock = (hour % 24).astype(np.float64)
     weekend = hour // 24 % 7 >= 5
 
@@ -335,34 +397,38 @@ def _profile(hour: np.ndarray, peaks: float, shift: float) -> np.ndarray:
     return 0.15 + np.where(weekend, free, working)
 
 
-def _drift(draws: np.random.Generator, hours: int, size: float) -> np.ndarray:
-    """An autoregression of standard deviation `size`."""
-    steps = draws.normal(0, size * (1 - 0.9**2) ** 0.5, hours)
-    found = np.empty(hours)
+def _drift(rng: np.random.Generator, hours: int, size: float) -> np.ndarray:
+    """Generate an autoregressive series with standard deviation `size`."""
+    steps = rng.normal(0, size * (1 - 0.9**2) ** 0.5, hours)
+    series = np.empty(hours)
     last = 0.0
     for t, step in enumerate(steps):
-        last = found[t] = 0.9 * last + step
-    return found
+        last = series[t] = 0.9 * last + step
+    return series
 
 
-def _weather(draws: np.random.Generator, hours: int) -> np.ndarray:
-    """Temperature in °C and rain in mm an hour, `[hours, 2]`."""
+def _weather(rng: np.random.Generator, hours: int) -> np.ndarray:
+    """Generate temperature in °C and rain in mm per hour, shape `[hours, 2]`."""
     hour = np.arange(hours)
-    warm = 10 - 9 * np.cos(2 * np.pi * hour / (365 * 24)) - 4 * np.cos(2 * np.pi * (hour - 3) / 24)
+    season = 9 * np.cos(2 * np.pi * hour / (365 * 24))
+    temperature = 10 - season - 4 * np.cos(2 * np.pi * (hour - 3) / 24)
     rain = np.zeros(hours)
-    for begin in np.flatnonzero(draws.random(hours) < 1 / 40):
-        rain[begin : begin + draws.integers(2, 10)] = draws.exponential(1.5)
-    return np.stack([warm + _drift(draws, hours, 3.0), rain], 1)
+    for begin in np.flatnonzero(rng.random(hours) < 1 / 40):
+        rain[begin : begin + rng.integers(2, 10)] = rng.exponential(1.5)
+    return np.stack([temperature + _drift(rng, hours, 3.0), rain], 1)
 
 
-def _incidents(draws: np.random.Generator, hours: int) -> tuple[np.ndarray, np.ndarray]:
-    """Factors on the count, and on the first lane, which empties an hour before, `[hours]` each."""
-    whole = np.ones(hours)
-    lane = np.ones(hours)
-    for begin in np.flatnonzero(draws.random(hours) < 1 / 120):
-        end = begin + draws.integers(2, 7)
-        lost = draws.uniform(1 / 3, 2 / 3)
-        whole[begin:end] = 1 - lost
-        whole[end : end + 2] *= 1 + lost / 3
-        lane[max(0, begin - 1) : end] = 0.3
-    return whole, lane
+def _incidents(rng: np.random.Generator, hours: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return factors on the count and on the share of the first lane, `[hours]` each.
+
+    The first lane empties an hour before the incident.
+    """
+    total = np.ones(hours)
+    first_lane = np.ones(hours)
+    for begin in np.flatnonzero(rng.random(hours) < 1 / 120):
+        end = begin + rng.integers(2, 7)
+        lost = rng.uniform(1 / 3, 2 / 3)
+        total[begin:end] = 1 - lost
+        total[end : end + 2] *= 1 + lost / 3
+        first_lane[max(0, begin - 1) : end] = 0.3
+    return total, first_lane

@@ -177,8 +177,8 @@ def test_a_failed_download_is_one_line(
         with pytest.raises(UserError) as refused:
             get(name, tmp_path)
     line = str(refused.value)
-    assert line.startswith(f"data.name: could not get {name} (") and line.endswith(
-        "; give a local file in data.path"
+    assert line.startswith(f"data.name: download of {name} failed (") and line.endswith(
+        "; set data.path to a local file"
     )
     assert (
         ("refused" in line or "Error downloading" in line) and "\n" not in line and len(line) < 400
@@ -196,14 +196,15 @@ def test_a_truncated_download_is_noticed(
     monkeypatch.setitem(medmnist.INFO["bloodmnist"], "url", f"{address}bloodmnist.npz")
     monkeypatch.setitem(medmnist.INFO["bloodmnist"], "MD5", md5(data))
     with pytest.raises(
-        UserError, match=r"could not get bloodmnist \(RuntimeError: File not found or corrupted"
+        UserError,
+        match=r"download of bloodmnist failed \(RuntimeError: File not found or corrupted",
     ):
         get("bloodmnist", tmp_path / "root")
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="could not get mnist"):
+    with pytest.raises(UserError, match="download of mnist failed"):
         get("mnist", tmp_path / "file" / "below")
 
 

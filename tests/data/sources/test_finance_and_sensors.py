@@ -41,7 +41,7 @@ def test_banks_have_columns_and_a_rate_of_their_own() -> None:
         assert int(mine.sum()) == rows and float(train.y[mine].float().mean()) == pytest.approx(
             rate, abs=1 / rows
         )
-        own = tables.OWN[bank.split("_")[0]]
+        own = tables.SPECIAL[bank.split("_")[0]]
         gaps = {
             name: float(train.x[mine][:, i].isnan().float().mean())
             for i, name in enumerate(dataset.columns)
@@ -83,9 +83,9 @@ def test_windows_are_as_described() -> None:
         "sit"
     ].mean() == pytest.approx(1.0, abs=0.05)  # gravity
     assert size["run"].std() > 2 * size["walk"].std() > 4 * size["stand"].std()
-    first, other = sensors.person(0), sensors.person(3)
+    first, other = sensors.make_person(0), sensors.make_person(3)
     assert (first.placement, first.rate, other.placement, other.rate) == ("wrist", 25, "wrist", 50)
-    assert np.allclose(first.turned @ first.turned.T, np.eye(3))
+    assert np.allclose(first.rotation @ first.rotation.T, np.eye(3))
     assert (
         dataset.test is not None
         and dataset.test.y is not None
@@ -95,7 +95,7 @@ def test_windows_are_as_described() -> None:
 
 def test_a_rate_shows_as_frequency() -> None:
     """The spectrum's peak of a walk lies at cadence · 64 / rate."""
-    person = sensors.person(2)
+    person = sensors.make_person(2)
     walk = sensors.NAMES.index("walk")
     x = sensors.record(person, np.full(40, walk), np.random.default_rng(0))
     spectrum = np.abs(np.fft.rfft(x[..., 3:] - x[..., 3:].mean(1, keepdims=True), axis=1)).mean(
@@ -159,41 +159,48 @@ def test_windows_from_an_npz(tmp_path: Path) -> None:
 def test_mistakes_in_recordings_are_one_line(samples: Path, tmp_path: Path) -> None:
     frame, cut = pd.read_csv(samples), {"length": 10, "time": "t"}
     for change, windows, keys, words in (
-        ({}, {"length": 50}, {}, "no run of one person and activity has 50 samples (windows.length), the longest has 45"),
+        ({}, {"length": 50}, {}, "windows.length: must be <= 45, the most consecutive samples of one person and activity"),
         ({}, {"time": "time"}, {}, "data.windows.time: "),
-        ({}, {}, {"label": "activty"}, "has no column 'activty'; did you mean 'activity'?"),
-        ({}, {}, {"group": "perso"}, "has no column 'perso'; did you mean 'person'?"),
-        ({"t": [*range(40), 3, *range(41, 90)]}, cut, {}, "row 41, column 't': found '3' after '39'; time must run forward"),
-        ({"ax": ["1"] * 20 + ["high"] + ["1"] * 69}, cut, {}, "row 21, column 'ax': found 'high', not a number"),
+        ({}, {}, {"label": "activty"}, "column 'activty' not found in FILE; did you mean 'activity'?"),
+        ({}, {}, {"group": "perso"}, "column 'perso' not found in FILE; did you mean 'person'?"),
+        ({"t": [*range(40), 3, *range(41, 90)]}, cut, {}, "row 41, column 't': times must increase, got '3' after '39'"),
+        ({"ax": ["1"] * 20 + ["high"] + ["1"] * 69}, cut, {}, "row 21, column 'ax': expected a number, got 'high'"),
         ({"activity": ["walk"] * 89 + [None]}, cut, {}, "row 90, column 'activity': missing value"),
-        ({"activity": "walk"}, cut, {}, "has one class only (walk); there is nothing to tell apart"),
+        ({"activity": "walk"}, cut, {}, "expected at least two classes in FILE, got walk only"),
     ):  # fmt: skip
         frame.assign(**change).to_csv(tmp_path / "bad.csv", index=False)
         with pytest.raises(UserError) as refused:
             load("activity", tmp_path / "bad.csv", windows=WindowsConfig(**windows), **keys)
         message = str(refused.value)
-        assert words in message and "bad.csv" in message and "\n" not in message, message
+        assert (
+            words.replace("FILE", str(tmp_path / "bad.csv")) in message
+            and "bad.csv" in message
+            and "\n" not in message
+        ), message
     for arrays, words in (
-        ({"x": np.zeros((3, 4))}, "no array 'y'"),
+        ({"x": np.zeros((3, 4))}, "array 'y' not found"),
         (
             {"x": np.zeros((3, 4)), "y": [0, 1, 0]},
-            "x: found float64 of shape (3, 4); want numbers of shape (windows, samples",
+            "x: expected numbers of shape (windows, samples, channels), got float64 of shape (3, 4)",
         ),
-        ({"x": np.zeros((3, 4, 2)), "y": [0, 1]}, "y: found shape (2,); want (3,)"),
+        (
+            {"x": np.zeros((3, 4, 2)), "y": [0, 1]},
+            "y: expected shape (3,) as x has windows, got (2,)",
+        ),
         (
             {"x": np.full((3, 4, 2), np.nan), "y": [0, 1, 0]},
-            "x: NaN or infinity in window 0, sample 0, channel 0",
+            "x: window 0, sample 0, channel 0: NaN or infinite value",
         ),
         (
             {"x": np.zeros((3, 4, 2)), "y": [0, 1, 0], "columns": ["a"]},
-            "columns: found 1 names for 2 channels",
+            "columns: expected 2 names of channels, got 1",
         ),
     ):
         np.savez(tmp_path / "bad.npz", **arrays)
         with pytest.raises(UserError) as refused:
             load("activity", tmp_path / "bad.npz")
         assert words in str(refused.value) and "bad.npz" in str(refused.value)
-    with pytest.raises(UserError, match=r"data\.label: is for a file, but there is no path"):
+    with pytest.raises(UserError, match=r"data\.label: needs path"):
         load("activity", label="x")
 
 
@@ -211,14 +218,14 @@ TABLE = pd.DataFrame(
 @pytest.mark.parametrize(
     ("change", "keys", "words"),
     [
-        ({}, {"label": "fruad"}, "data.label: FILE has no column 'fruad'; did you mean 'fraud'?"),
-        ({}, {"label": "fraud", "group": "bnak"}, "data.group: FILE has no column 'bnak'; did you mean 'bank'?"),
-        ({"amount": ["1"] * 6 + ["1O"] + ["2"] * 33}, {"label": "fraud"}, "data.path: FILE: row 7, column 'amount': found '1O'"),
-        ({"age": [1] * 39 + ["old"]}, {"label": "fraud"}, "data.path: FILE: row 40, column 'age': found 'old', not a number"),
+        ({}, {"label": "fruad"}, "data.label: column 'fruad' not found in FILE; did you mean 'fraud'?"),
+        ({}, {"label": "fraud", "group": "bnak"}, "data.group: column 'bnak' not found in FILE; did you mean 'bank'?"),
+        ({"amount": ["1"] * 6 + ["1O"] + ["2"] * 33}, {"label": "fraud"}, "data.path: FILE: row 7, column 'amount': expected a number, got '1O'"),
+        ({"age": [1] * 39 + ["old"]}, {"label": "fraud"}, "data.path: FILE: row 40, column 'age': expected a number, got 'old'"),
         ({"age": [1.0] * 39 + [None]}, {"label": "fraud"}, "row 40, column 'age': missing value (1 in 40 rows)"),
-        ({"amount": [1.0] * 39 + [np.inf]}, {"label": "fraud"}, "row 40, column 'amount': found inf, not a finite number"),
+        ({"amount": [1.0] * 39 + [np.inf]}, {"label": "fraud"}, "row 40, column 'amount': expected a finite number, got inf"),
         ({"fraud": ["no"] * 39 + [None]}, {"label": "fraud"}, "data.path: FILE: row 40, column 'fraud': missing value"),
-        ({"fraud": "no"}, {"label": "fraud"}, "data.path: FILE: column 'fraud': found one class only, 'no', in all 40 rows"),
+        ({"fraud": "no"}, {"label": "fraud"}, "data.path: FILE: column 'fraud': needs two classes, got 'no' in all 40 rows"),
     ],
 )  # fmt: skip
 def test_mistakes_in_tables_name_file_row_and_column(

@@ -10,7 +10,7 @@ from PIL import Image
 
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.data import Dataset, load_source
-from hetero_fl.data.external import load_unlabelled
+from hetero_fl.data.external import load_unlabeled
 from hetero_fl.utils.errors import UserError
 
 
@@ -33,7 +33,7 @@ def test_semicolons_and_decimal_commas(tmp_path: Path) -> None:
     assert load(path, "age;dose, mg;ill\n3;4;0\n5;6;1\n").columns == ("age", "dose, mg")
     assert load(path, "dose (mg; day),age,ill\n3,4,0\n5,6,1\n").columns == ("dose (mg; day)", "age")
     path.write_text("crp;note\n0,5;a\n1,5;b\n", encoding="utf-8")
-    x, columns, _ = load_unlabelled(
+    x, columns, _ = load_unlabeled(
         SourceConfig(name="table", path=str(path)), tmp_path, "data.proxy.source"
     )
     assert x.tolist() == [[0.5], [1.5]] and columns == ("crp",)
@@ -42,12 +42,12 @@ def test_semicolons_and_decimal_commas(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("crp;ill\n1,250;0\n3,500;1\n", "column 'crp': found '1,250', decimal comma or thousands? write numbers as 1234.5"),
-        ("crp;dose;ill\n0,5;1.250;0\n3,5;2.500;1\n", "column 'dose' has decimal points and column 'crp' decimal commas"),
-        ("crp;ill\n1.234,5;0\n3.000,5;1\n", "row 1, column 'crp': found '1.234,5', not a number; write numbers as 1234.5"),
-        ("crp;ill\n0,5;0\n1.5;1\n", "column 'crp': found '0,5', not a number; write numbers as 1234.5"),
-        ("a;b,c;ill\n1;2\n3,4;5;6;7\n", "commas or semicolons between the cells?"),
-        ("crp,ill\n,0\n2,1\n,1\n", "row 1, column 'crp': missing value (2 in 3 rows); fill or drop them"),
+        ("crp;ill\n1,250;0\n3,500;1\n", "column 'crp': ambiguous number '1,250' (decimal comma or thousands); write numbers as 1234.5"),
+        ("crp;dose;ill\n0,5;1.250;0\n3,5;2.500;1\n", "column 'dose': points may separate thousands, as column 'crp' has decimal commas"),
+        ("crp;ill\n1.234,5;0\n3.000,5;1\n", "row 1, column 'crp': expected a number, got '1.234,5'; write numbers as 1234.5"),
+        ("crp;ill\n0,5;0\n1.5;1\n", "column 'crp': expected a number, got '0,5'; write numbers as 1234.5"),
+        ("a;b,c;ill\n1;2\n3,4;5;6;7\n", "ambiguous separator, as the header has commas and semicolons"),
+        ("crp,ill\n,0\n2,1\n,1\n", "row 1, column 'crp': missing value (2 in 3 rows); fill or remove missing values"),
         ("crp,ill\n1, \n2,1\n", "row 1, column 'ill': missing value (1 in 2 rows)"),
     ],
 )  # fmt: skip
@@ -74,8 +74,8 @@ def test_task_is_as_the_configuration_says(tmp_path: Path) -> None:
     assert load(path, many, "a", "multiclass").task.outputs == 30
     assert load(path, 'x,a\n1,"1,5"\n2,"2,5"\n', "a", "multiclass").task.names == ("1,5", "2,5")
     for label, task, words in (
-        ("a,b", "multiclass", "data.label: found 2 columns, but data.task is multiclass"),
-        ("x", "multilabel", "row 1 is out of range; multilabel targets are 0 or 1"),
+        ("a,b", "multiclass", "data.label: data.task=multiclass needs one column, got 2"),
+        ("x", "multilabel", "row 1: multilabel targets must be 0 or 1"),
     ):
         with pytest.raises(UserError, match=words):
             load(path, text, label, task)
@@ -84,9 +84,7 @@ def test_task_is_as_the_configuration_says(tmp_path: Path) -> None:
     )
     npz = SourceConfig(name="npz", path=str(tmp_path / "t.npz"), task="regression")
     assert load_source(npz, tmp_path).task.kind == "regression"
-    with pytest.raises(
-        UserError, match=r"data\.task: found 'regression', but chest_xray takes none"
-    ):
+    with pytest.raises(UserError, match=r"data\.task: does not apply to source chest_xray"):
         load_source(npz.model_copy(update={"name": "chest_xray"}), tmp_path)
 
 
@@ -95,7 +93,9 @@ def test_images_of_several_sizes_are_scaled(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         Image.new("L", size).save(tmp_path / name / "0.png")
     source = SourceConfig(name="image_folder", path=str(tmp_path))
-    with pytest.raises(UserError, match=r"all images must have one size: set data\.size"):
+    with pytest.raises(
+        UserError, match=r"expected 6x5 pixels as in 0\.png, got 9x9; set data\.size"
+    ):
         load_source(source, tmp_path)
     assert load_source(source.model_copy(update={"size": 8}), tmp_path).train.x.shape == (
         2,

@@ -44,7 +44,7 @@ def test_words_become_numbers() -> None:
         "now",
         "!",
     ]
-    known = Vocabulary.from_texts([["a", "b", "b"], ["c", "a", "a", "once"]], most=2)
+    known = Vocabulary.from_texts([["a", "b", "b"], ["c", "a", "a", "once"]], max_words=2)
     assert known.words == ("a", "b") and known.size == 4
     assert known.encode(["b a x a", "a"], 3).tolist() == [[2, UNKNOWN, 2], [EMPTY, EMPTY, 2]]
     x, y, whose = known.continuations([["a", "b", "x", "a"], ["b"]], 2)
@@ -71,11 +71,11 @@ def test_phones_write_private_words_that_nobody_else_knows() -> None:
     written = {
         w
         for words, _ in phrases.write_messages(
-            phrases.writer(3), 300, keyed_numpy_generator("data", "phrases", "t")
+            phrases.make_writer(3), 300, keyed_numpy_generator("data", "phrases", "t")
         )
         for w in words
     }
-    assert set(phrases.writer(3).contacts) <= written  # they do write them
+    assert set(phrases.make_writer(3).contacts) <= written  # they do write them
     assert dataset.vocabulary is not None and dataset.vocabulary == public.vocabulary
     assert contacts.isdisjoint(dataset.vocabulary.words) and contacts.isdisjoint(dataset.task.names)
     assert (dataset.train.x == UNKNOWN).any()  # and all that a model sees of them
@@ -91,7 +91,7 @@ def test_the_vocabulary_does_not_depend_on_the_phones(monkeypatch: pytest.Monkey
     """Whatever phones there are, and whatever they write."""
     before = load("phrases").vocabulary
     monkeypatch.setattr(phrases, "PHONES", 2)
-    monkeypatch.setattr(phrases, "writer", lambda phone: phrases.Writer(
+    monkeypatch.setattr(phrases, "make_writer", lambda phone: phrases.Writer(
         phrases.public_writer().topics, phrases.public_writer().templates, ("secret", "hidden", "unseen"), 3))  # fmt: skip
     after = load("phrases")
     assert after.vocabulary == before and len(after.train.group_names) == 2
@@ -163,26 +163,31 @@ def test_mistakes_in_files_are_one_line(folder: Path) -> None:
     (folder / "empty").mkdir()
     hashing = {"tokenizer": "hashing"}
     for path, group, text, words in (
-        ("gone", None, hashing, "data.path: .*gone: no such file or folder"),
-        ("empty", None, hashing, "data.path: .*empty: found no .txt file"),
-        ("bad.txt", None, hashing, "data.path: .*bad.txt: line 2: not in UTF-8"),
-        ("none.txt", None, hashing, "data.path: .*none.txt: found no line of at least two words"),
+        ("gone", None, hashing, "data.path: file or folder '.*gone' not found"),
+        ("empty", None, hashing, "data.path: .*empty: the folder has no .txt files"),
+        ("bad.txt", None, hashing, "data.path: .*bad.txt: line 2: not encoded in UTF-8"),
+        ("none.txt", None, hashing, "data.path: .*none.txt: no line has at least two words"),
         (
             "mail.txt",
             None,
             {**hashing, "predict": "class"},
-            "data.path: .*mail.txt: line 2: found 'no class'; want a class",
+            "data.path: .*mail.txt: line 2: expected a class, a tab and a text, got 'no class'",
         ),
-        ("phones", "site", hashing, "data.group: found 'site'; choose file"),
-        ("bad.txt", "file", hashing, "data.group: found file, but path: .* is one file"),
+        ("phones", "site", hashing, "data.group: must be 'file' for texts, got 'site'"),
+        ("bad.txt", "file", hashing, "data.group=file needs a folder of .txt files, got the file"),
         ("phones", None, {}, "data.text.public: missing"),
         ("phones", None, {"public": "gone.txt"}, "data.text.public: gone.txt: No such file"),
-        ("phones", None, {"public": str(folder / "none.txt")}, "found 0 words that occur twice"),
+        (
+            "phones",
+            None,
+            {"public": str(folder / "none.txt")},
+            "needs at least two words that occur twice, got 0",
+        ),
     ):
         with pytest.raises(UserError, match=words) as refused:
             load("text", folder / path, group, **text)
         assert "\n" not in str(refused.value), path
-    with pytest.raises(UserError, match=r"data\.text: found .* but digits takes none"):
+    with pytest.raises(UserError, match=r"data\.text: does not apply to source digits"):
         load("digits")
 
 
@@ -211,13 +216,13 @@ def config(**changes: object) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"clients__defaults__preprocess": {"normalize": "own"}}, "preprocess.normalize: is for numbers, but .* tokens"),
-        ({"clients__defaults__preprocess": {"resize": 8}}, "preprocess.resize: is for images"),
-        ({"clients__defaults__augment": {"flip": True}}, "augment: is for images"),
-        ({"clients__groups": [{"name": "a", "count": 12, "model": "mlp"}]}, "clients: a_01: model: model mlp: takes table rows"),
-        ({"data__proxy": {"source": {"name": "digits"}}}, "data.proxy.source: digits has another vocabulary"),
+        ({"clients__defaults__preprocess": {"normalize": "own"}}, "preprocess.normalize: does not apply to tokens"),
+        ({"clients__defaults__preprocess": {"resize": 8}}, "preprocess.resize: applies to images only"),
+        ({"clients__defaults__augment": {"flip": True}}, "augment: applies to images only"),
+        ({"clients__groups": [{"name": "a", "count": 12, "model": "mlp"}]}, "clients: a_01: model: model mlp: expected table rows"),
+        ({"data__proxy": {"source": {"name": "digits"}}}, "data.proxy.source: digits: the vocabulary differs"),
         ({"data__proxy": {"source": {"name": "phrases_public", "text": {"length": 8, "vocabulary": 50}}}},
-         "phrases_public has another vocabulary than the common set: give both the same `text`"),
+         "phrases_public: the vocabulary differs from that of the common set; set the same text"),
         ({"algorithm": {"name": "dense"}}, "algorithm.name: dense cannot generate tokens"),
         ({"server": {"model": "text_cnn", "preprocess": {"normalize": {"mean": 0, "std": 1}}}}, "server.preprocess.normalize"),
     ],

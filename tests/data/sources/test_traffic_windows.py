@@ -206,7 +206,9 @@ def test_sites_are_cut_on_the_same_dates_and_scaled_apart() -> None:
         == len(train.unit[train.group == 1].unique())
         == 1
     )
-    with pytest.raises(UserError, match="site 'b' begins on 2022-02-06 04 h, too late"):
+    with pytest.raises(
+        UserError, match="site 'b' has no training rows, as it starts on 2022-02-06 04 h"
+    ):
         made([site(), site("b", 180, 820, 1)])
 
 

@@ -113,7 +113,11 @@ def configuration(case: Case, alpha: float, seed: int) -> dict[str, Any]:
             },
         },
         "algorithm": {"name": case.method},
-        "aggregation": {"rule": case.rule, "predictions": case.predictions, "liars": case.share},
+        "aggregation": {
+            "rule": case.rule,
+            "predictions": case.predictions,
+            "liars": case.share,
+        },  # style: ok (configuration key)
         "attacks": None
         if case.attack == HONEST
         else {"name": case.attack, "share": case.share, "strength": STRENGTH.get(case.attack)},

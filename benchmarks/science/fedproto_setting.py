@@ -34,7 +34,7 @@ CLIENTS, BATCH, LR, MOMENTUM, BLOCK, SEED = 20, 4, 0.01, 0.5, 110, 1234
 class Setting:
     """The setting of the authors' code and its variations."""
 
-    weight: float = 1.0  # λ; nought: each client alone
+    weight: float = 1.0  # λ; 0: each client alone
     equal: bool = False  # clients start from equal weights
     after: bool = False  # prototypes after training, in evaluation mode, by rows
     momentum: float = MOMENTUM

@@ -162,7 +162,7 @@ def draw(found: dict[str, Figures], path: Path) -> None:
         axes.axhline(line - 0.5, color="0.85", lw=0.8)
     axes.set_yticks(range(len(KINDS)), list(KINDS.values()))
     axes.set_ylim(len(KINDS) - 0.5, -0.5)
-    axes.set_xlabel("AUROC on the common test patients, mean over hospitals (small: each seed)")
+    axes.set_xlabel("global test AUROC, mean over hospitals (small: each seed)")
     axes.grid(axis="x", color="0.9")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)

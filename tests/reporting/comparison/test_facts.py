@@ -133,7 +133,7 @@ def test_methods_in_the_words_of_their_docstrings(monkeypatch: pytest.MonkeyPatc
     assert found["silent"][0] == "No docstring."
     assert found["FedMD"][0].startswith("Distill the mean of all clients' predictions")
     assert "Wang 2019" in found["FedMD"][1]
-    assert found["FedMD"][2] == "Read: after local training, as in the paper."
+    assert found["FedMD"][2] == "Evaluated: after local training, as in the paper."
 
 
 def test_reports_show_it(tmp_path: Path) -> None:

@@ -357,6 +357,19 @@ def test_calibration_of_all_clients_is_that_of_their_pooled_predictions(made_run
     assert curve == pytest.approx(np.array(sums)[:, kept] / count.sum(0)[kept])
 
 
+def test_calibration_curve_omits_bins_with_a_single_prediction(made_run: MakeRun) -> None:
+    run = made_run(clients=1)
+    details = json.loads(json.dumps(run.details()))
+    bins = {"count": [5, 1, 4], "confidence": [0.2, 0.5, 0.8], "accuracy": [0.4, 1.0, 0.5]}
+    for found in details["calibration"].values():
+        found["global"] = {"ece": 0.2, **bins}
+
+    figure = drawn(score_plots.plot_calibration, run.summary(), details)
+
+    curve = lines(figure, 0, style.TEST_COLORS["global"])[0]
+    assert curve.tolist() == [[0.2, 0.8], [0.4, 0.5]]
+
+
 def test_clients_without_test_rows_have_no_diagram(made_run: MakeRun) -> None:
     run = made_run(clients=3)
     details = json.loads(json.dumps(run.details()))

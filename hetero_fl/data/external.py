@@ -42,7 +42,7 @@ TOKENS = "set the same text (length, tokenizer, vocabulary, public) for both"
 
 def match_to_common(
     own: Dataset,
-    common: Dataset,
+    common_set: Dataset,
     where: str,
     needed: Collection[str] | None = None,
     owner: str = "",
@@ -54,7 +54,7 @@ def match_to_common(
 
     Args:
         own: Data set of the client.
-        common: Common data set.
+        common_set: Common data set.
         where: Configuration key of the source, for error messages.
         needed: Columns or blocks that the source must have. None means all.
         owner: Name for the owner of the columns in error messages; by default the common set.
@@ -63,49 +63,52 @@ def match_to_common(
         UserError: If the tasks differ, the source has an unknown class, column or block, or it
             lacks a needed column or block.
     """
-    y = match_labels(own, common, where)
-    if own.blocks or common.blocks:
+    y = match_labels(own, common_set, where)
+    if own.blocks or common_set.blocks:
         return replace(
             own.train,
-            x=match_blocks(own.train.x, own.blocks, common, f"{where}: {own.name}", needed),
+            x=match_blocks(own.train.x, own.blocks, common_set, f"{where}: {own.name}", needed),
             y=y,
         )
-    if any(pair not in common.categories for pair in own.categories):
+    if any(pair not in common_set.categories for pair in own.categories):
         raise UserError(
             f"{where}.categories: {own.name} encodes different values than the common set "
-            f"{common.name}; set data.categories only"
+            f"{common_set.name}; set data.categories only"
         )
     place = f"{where}: {own.name}"
-    x, extra = match_columns(own.train.x, own.columns, common, place, needed=needed, owner=owner)
-    detail = f" does not exist in the common set {common.name}"
-    check_names(extra, common.columns, f"{place}: column", detail)
+    x, extra = match_columns(
+        own.train.x, own.columns, common_set, place, needed=needed, owner=owner
+    )
+    detail = f" does not exist in the common set {common_set.name}"
+    check_names(extra, common_set.columns, f"{place}: column", detail)
     return replace(own.train, x=x, y=y)
 
 
-def match_labels(own: Dataset, common: Dataset, where: str) -> Tensor:
+def match_labels(own: Dataset, common_set: Dataset, where: str) -> Tensor:
     """Return the training targets of a data set with the class numbers of the common set.
 
     Args:
         own: Data set.
-        common: Common data set.
+        common_set: Common data set.
         where: Configuration key of the data set, for error messages.
 
     Raises:
         UserError: If the vocabularies or tasks differ, or a class does not exist in the common set.
     """
     own_task = own.task
-    task = common.task
+    task = common_set.task
     place = f"{where}: {own.name}"
-    in_common = f"as in the common set {common.name}"
-    if own.vocabulary != common.vocabulary:
+    in_common = f"as in the common set {common_set.name}"
+    if own.vocabulary != common_set.vocabulary:
         raise UserError(
-            f"{place}: the vocabulary differs from that of the common set {common.name}; {TOKENS}"
+            f"{place}: the vocabulary differs from that of the common set {common_set.name}; "
+            f"{TOKENS}"
         )
     if own_task.kind != task.kind:
         raise UserError(f"{place}: expected a {task.kind} task {in_common}, got {own_task.kind}")
     y = own.train.labels
     if own_task.kind == "multiclass" and own_task.names and task.names:
-        detail = f" does not exist in the common set {common.name}"
+        detail = f" does not exist in the common set {common_set.name}"
         check_names(own_task.names, task.names, f"{place}: class", detail)
         y = torch.tensor([task.names.index(name) for name in own_task.names])[y]
     elif task.numbers and not own_task.names:
@@ -171,16 +174,16 @@ def source_with_task(
         return source.model_copy(update={"text": text})
     if source.name != "table":
         return source
-    common = {"task": task.kind, "categories": dict(categories)}
+    shared = {"task": task.kind, "categories": dict(categories)}
     return source.model_copy(
-        update={key: value for key, value in common.items() if getattr(source, key) is None}
+        update={key: value for key, value in shared.items() if getattr(source, key) is None}
     )
 
 
 def match_columns(
     x: Tensor,
     names: tuple[str, ...],
-    common: Dataset,
+    common_set: Dataset,
     where: str,
     *,
     needed: Collection[str] | None = None,
@@ -194,7 +197,7 @@ def match_columns(
     Args:
         x: Examples, shape `[..., columns]`.
         names: Names of their columns.
-        common: Common data set.
+        common_set: Common data set.
         where: Name of the examples, for error messages.
         needed: Columns that must exist. None means all.
         owner: Name for the owner of the columns in error messages; by default the common set.
@@ -205,28 +208,34 @@ def match_columns(
     Raises:
         UserError: If a needed column is missing.
     """
-    if not names or not common.columns:
+    if not names or not common_set.columns:
         return x, []
-    encoded = common.layout.encoded_columns
-    prefixes = tuple(f"{column}=" for column, _ in common.categories)
+    encoded = common_set.layout.encoded_columns
+    prefixes = tuple(f"{column}=" for column, _ in common_set.categories)
     existing = {encoded[name] for name in names if name in encoded}
     absent = [
-        name for name in common.columns if name not in names and encoded.get(name) not in existing
+        name
+        for name in common_set.columns
+        if name not in names and encoded.get(name) not in existing
     ]
     for name in absent:
         column = encoded.get(name, name)
         if needed is None or name in needed or column in needed:
-            owner = owner or f"the common set {common.name}"
+            owner = owner or f"the common set {common_set.name}"
             raise UserError(
                 f"{where}: column '{column}' of {owner} not found{suggest_or_list(column, names)}"
             )
     gap = x.new_full((*x.shape[:-1], 1), torch.nan)
-    x = torch.cat([x, gap, torch.zeros_like(gap)], -1) if set(common.columns) - set(names) else x
+    x = (
+        torch.cat([x, gap, torch.zeros_like(gap)], -1)
+        if set(common_set.columns) - set(names)
+        else x
+    )
     indices = [
-        names.index(n) if n in names else len(names) + (n not in absent) for n in common.columns
+        names.index(n) if n in names else len(names) + (n not in absent) for n in common_set.columns
     ]
     unknown = [
-        name for name in names if name not in common.columns and not name.startswith(prefixes)
+        name for name in names if name not in common_set.columns and not name.startswith(prefixes)
     ]
     return x[..., indices], unknown
 
@@ -234,7 +243,7 @@ def match_columns(
 def match_blocks(
     x: Tensor,
     blocks: tuple[Block, ...],
-    common: Dataset,
+    common_set: Dataset,
     where: str,
     needed: Collection[str] | None = None,
 ) -> Tensor:
@@ -246,7 +255,7 @@ def match_blocks(
     Args:
         x: Examples, shape `[N, ...]`.
         blocks: Blocks of the examples.
-        common: Common data set.
+        common_set: Common data set.
         where: Name of the examples, for error messages.
         needed: Blocks that must exist. None means all.
 
@@ -257,37 +266,37 @@ def match_blocks(
         UserError: If a needed block is missing, or a block is unknown or has another shape.
     """
     if not blocks:
-        if tuple(x.shape[1:]) == tuple(common.train.x.shape[1:]):
+        if tuple(x.shape[1:]) == tuple(common_set.train.x.shape[1:]):
             return x
-        candidates = [b for b in common.blocks if b.shape == tuple(x.shape[1:])]
+        candidates = [b for b in common_set.blocks if b.shape == tuple(x.shape[1:])]
         if len(candidates) != 1:
-            known = ", ".join(f"{b.name} {b.shape}" for b in common.blocks)
+            known = ", ".join(f"{b.name} {b.shape}" for b in common_set.blocks)
             raise UserError(
                 f"{where}: examples of shape {tuple(x.shape[1:])} match no single block of "
-                f"{common.name}; choose from {known or 'none'}"
+                f"{common_set.name}; choose from {known or 'none'}"
             )
         blocks = tuple(candidates)
         x = (x.float() / 255 if x.dtype == torch.uint8 else x).flatten(1)
     parts = {
         b.name: x[:, start:stop] for b, (start, stop) in zip(blocks, spans_of(blocks), strict=True)
     }
-    shapes = {b.name: b.shape for b in common.blocks}
+    shapes = {b.name: b.shape for b in common_set.blocks}
     for name, shape in blocks:
         if name not in shapes:
             raise UserError(
-                f"{where}: block '{name}' does not exist in the common set {common.name}"
+                f"{where}: block '{name}' does not exist in the common set {common_set.name}"
                 f"{suggest_or_list(name, shapes)}"
             )
         if shapes[name] != shape:
             raise UserError(
                 f"{where}: block '{name}': expected shape {shapes[name]} as in the common set "
-                f"{common.name}, got {shape}"
+                f"{common_set.name}, got {shape}"
             )
     required = [name for name in shapes if needed is None or name in needed]
-    detail = f" of the common set {common.name} not found"
+    detail = f" of the common set {common_set.name} not found"
     check_names(required, parts, f"{where}: block", detail)
     return torch.cat(
-        [parts.get(b.name, x.new_full((len(x), b.size), torch.nan)) for b in common.blocks], 1
+        [parts.get(b.name, x.new_full((len(x), b.size), torch.nan)) for b in common_set.blocks], 1
     )
 
 
@@ -332,12 +341,12 @@ def load_unlabeled(
 
 
 def _load_labeled(
-    config: SourceConfig, root: Path, where: str, common: Dataset
+    config: SourceConfig, root: Path, where: str, common_set: Dataset
 ) -> tuple[Dataset, Tensor]:
     """Load a public set, and its labels with the class numbers of the common set."""
     try:
         own = load_source(config, root, where, missing=True)
-        return own, match_labels(own, common, where)
+        return own, match_labels(own, common_set, where)
     except UserError as error:
         raise UserError(f"data.proxy.labels=true needs matching labels: {error}") from error
 
@@ -511,7 +520,7 @@ def clients_by_source(config: DataConfig, clients: Population) -> dict[SourceCon
 
 def load_client_sources(
     clients_of: Mapping[SourceConfig, list[str]],
-    common: Dataset,
+    common_set: Dataset,
     config: DataConfig,
     clients: Population,
     seed: int,
@@ -520,7 +529,7 @@ def load_client_sources(
 
     Args:
         clients_of: Clients of each source.
-        common: Common data set.
+        common_set: Common data set.
         config: Data configuration.
         clients: Settings by client id.
         seed: Seed of the run.
@@ -532,14 +541,17 @@ def load_client_sources(
     found = ClientSources({}, [], False)
     for source, holders in clients_of.items():
         where = f"clients: '{holders[0]}': data"
-        read = source_with_task(source, common.task, config.text, common.categories)
+        read = source_with_task(source, common_set.task, config.text, common_set.categories)
         root = Path(config.root).expanduser()
         own = load_source(read, root, where, missing=True)
         found.simulated |= own.simulated
         found.notes += [f"{where}: {note}" for note in own.notes]
-        needed = required_columns((clients[name] for name in holders), common.layout)
+        needed = required_columns((clients[name] for name in holders), common_set.layout)
         adopted = Dataset(
-            own.name, common.task, match_to_common(own, common, where, needed), span=own.span
+            own.name,
+            common_set.task,
+            match_to_common(own, common_set, where, needed),
+            span=own.span,
         )
         for name in holders:
             check_same_shape(
@@ -547,7 +559,7 @@ def load_client_sources(
                 f"clients: '{name}': data",
                 own.name,
                 clients={name: clients[name]},
-                common=common,
+                common=common_set,
             )
         everything = RowSelection.all_rows(adopted.train)
         if len(holders) > 1:
@@ -576,7 +588,7 @@ def load_client_sources(
             continue
         splits = {"train": everything}
         for name, part in kept.items():
-            matched = match_to_common(replace(own, train=part), common, where, needed)
+            matched = match_to_common(replace(own, train=part), common_set, where, needed)
             splits[name] = RowSelection.all_rows(matched)
         found.private[holders[0]] = splits
     return found

@@ -483,9 +483,9 @@ def check_same_shape(
         for client, settings in clients.items()
     ]
     if server is not None:
-        section = "server.preprocess"
-        view = Preprocess.without_normalization(server, common.layout, shapes[1], section)
-        views.append(("the server", section, *(view.shape(raw, section) for raw in shapes)))
+        place = "server.preprocess"
+        view = Preprocess.without_normalization(server, common.layout, shapes[1], place)
+        views.append(("the server", place, *(view.shape(raw, place) for raw in shapes)))
     for participant, section, own_shape, common_shape in views:
         if own_shape != common_shape:
             raise UserError(

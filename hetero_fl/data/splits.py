@@ -325,7 +325,7 @@ class RandomHoldout:
     def split_clients(
         self,
         shares: Mapping[str, RowSelection],
-        common: Mapping[str, RowSelection],
+        common_rows: Mapping[str, RowSelection],
         config: DataConfig,
         seed: int,
     ) -> dict[str, Splits]:
@@ -333,7 +333,7 @@ class RandomHoldout:
 
         Args:
             shares: Rows by client id.
-            common: Common validation and test rows; only a split by date uses them.
+            common_rows: Common validation and test rows; only a split by date uses them.
             config: Data configuration.
             seed: Seed of the run.
 
@@ -409,7 +409,7 @@ class TemporalHoldout:
     def split_clients(
         self,
         shares: Mapping[str, RowSelection],
-        common: Mapping[str, RowSelection],
+        common_rows: Mapping[str, RowSelection],
         config: DataConfig,
         seed: int,
     ) -> dict[str, Splits]:
@@ -420,19 +420,20 @@ class TemporalHoldout:
 
         Args:
             shares: Rows by client id.
-            common: Common validation and test rows; empty if the rows are from another source.
+            common_rows: Common validation and test rows; empty if the rows are from another source.
             config: Data configuration.
             seed: Unused, as a split by date is deterministic.
 
         Raises:
             UserError: If a client has too few rows.
         """
-        if common and config.partition.kind == "natural":
+        if common_rows and config.partition.kind == "natural":
             return {
                 name: {
                     "train": share,
                     **{
-                        n: _rows_of_same_groups(selection, share) for n, selection in common.items()
+                        n: _rows_of_same_groups(selection, share)
+                        for n, selection in common_rows.items()
                     },
                 }
                 for name, share in shares.items()

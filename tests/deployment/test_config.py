@@ -160,11 +160,11 @@ def test_a_mistake_in_a_sites_file_is_one_line(
     [
         (
             {"data": {"name": "npz", "path": "dta.npz"}},
-            "{site}: data.path: {folder}/dta.npz: no such file or folder",
+            "{site}: data.path: file or folder '{folder}/dta.npz' not found",
         ),
         (
             {"data": {"name": "nzp", "path": "site.yaml"}},
-            "{site}: data.name: found 'nzp'; did you mean 'npz'?",
+            "{site}: data.name: unknown source 'nzp'; did you mean 'npz'?",
         ),
         (
             {"authority": "nope.pem"},

@@ -91,16 +91,16 @@ def test_a_table_is_scored_by_its_label(tmp_path: Path) -> None:
     # 0.5 for y1, nought for y2; far off in the table's order
     assert scores["mae"] == pytest.approx(0.25)
     with pytest.raises(
-        UserError, match=r"^--label: missing; name the column of labels; choose from x, y1, y2"
+        UserError, match=r"^--label: missing; set the column of the labels, choose from x, y1, y2"
     ):
         evaluate(run, str(table))
-    with pytest.raises(UserError, match=r"^--label: .* has no column 'y3'"):
+    with pytest.raises(UserError, match=r"^--label: column 'y3' not found in"):
         evaluate(run, str(table), label="y3")
     with pytest.raises(
         UserError, match=r"^--data: file or folder '.*/tt\.csv' not found; did you mean 't\.csv'\?"
     ):
         evaluate(run, str(tmp_path / "tt.csv"))
-    with pytest.raises(UserError, match=r"^--label: found 'y', but digits takes none"):
+    with pytest.raises(UserError, match=r"^--label: does not apply to source digits"):
         evaluate(run, "digits", label="y")
 
 
@@ -157,7 +157,7 @@ def test_what_a_table_uses_is_said_before_the_run(tmp_path: Path) -> None:
     assert notes[0] == (
         "table t.csv: label ill; columns used: u, ward, patient; encoded as indicators: ward (a, b, c); left out: none"
     )
-    assert "name it in data.patient" in notes[1] and len(notes) == 2
+    assert "set data.patient" in notes[1] and len(notes) == 2
 
 
 def test_the_label_is_that_of_the_runs_own_configuration(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_columns_are_matched_by_name(view: dict[str, Any], tmp_path: Path) -> No
     run = finished(tmp_path, name="table", path=str(tmp_path / "t.csv"), label="y", preprocess=view)
     assert evaluate(run, str(tmp_path / "turned.csv")) == evaluate(run, str(tmp_path / "t.csv"))
     if "missing" not in view:
-        with pytest.raises(UserError, match="--data: table has no column 'a', the common set of"):
+        with pytest.raises(UserError, match="--data: table: column 'a' of the common set of"):
             evaluate(run, str(tmp_path / "less.csv"))
 
 
@@ -79,13 +79,13 @@ def test_predictions_on_a_frame_go_by_its_columns_names(
         gone = torch.tensor(frame.assign(**{absent: np.nan}).to_numpy())
         assert torch.equal(run.predict("c_1", frame.drop(columns=absent)), run.predict("c_1", gone))
     for wrong, words in (
-        (frame.rename(columns={"b": "bb"}), "predict: x: found column 'bb'; did you mean 'b'"),
-        (frame[["a", "b", "b"]], "predict: x: found column 'b' 2 times"),
+        (frame.rename(columns={"b": "bb"}), "predict: x: unknown column 'bb'; did you mean 'b'"),
+        (frame[["a", "b", "b"]], "predict: x: column 'b' occurs 2 times"),
         (frame.assign(b="much"), "predict: x: b: not an array of numbers"),
         *(
             []
             if "missing" in view
-            else [(frame[["b", "c"]], "predict: x: no column 'a', which this model sees")]
+            else [(frame[["b", "c"]], "predict: x: column 'a' not found, which the model needs")]
         ),
     ):
         with pytest.raises(UserError, match=words) as refused:

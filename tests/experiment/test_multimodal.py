@@ -261,7 +261,7 @@ def test_public_images_are_those_of_patients_who_have_one() -> None:
     assert (torch.cdist(x[:, :784], private) > 0).all()  # nobody's own
     with pytest.raises(
         UserError,
-        match=r"data\.proxy\.size: found 400, but xray_genes has \d+ training rows with image",
+        match=r"data\.proxy\.size: must be < \d+, the number of training rows of xray_genes with image",
     ):
         reduced("hybrid", "data.proxy.size=400")
 

@@ -133,7 +133,7 @@ def test_a_file_takes_the_place_of_the_generated_junctions(tmp_path: Path) -> No
         "'camera_1' gets '1', 'camera_2' gets '2', 'sensor_1' gets '3', 'sensor_2' gets '4'"
         in (done.path / "log.txt").read_text()
     )
-    with pytest.raises(UserError, match="natural found 3 groups for 4 clients"):
+    with pytest.raises(UserError, match="got 3 groups for 4 clients"):
         prepare(CONFIG, [*SHORT, f"data.path={junctions(tmp_path, ('1', '2', '3'))}"])
 
 

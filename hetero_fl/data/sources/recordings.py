@@ -253,7 +253,7 @@ def read_sites(
         own_dates = frame[config.time]
         _check_order(hours, own, name, own_dates, where)
         if config.gaps == "refuse":
-            _check_gaps(hours, own, name, own_dates, where)
+            _check_missing_hours(hours, own, name, own_dates, where)
         position = hours[own] - hours[own[0]]
         columns = []
         for column in (value, lanes, weather):
@@ -399,7 +399,7 @@ def _check_order(
         )
 
 
-def _check_gaps(
+def _check_missing_hours(
     hours: np.ndarray, own: np.ndarray, name: str, dates: pd.Series, where: str
 ) -> None:
     """Refuse missing hours of a site, whose rows are `own`."""

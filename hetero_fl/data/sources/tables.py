@@ -37,7 +37,7 @@ def table(config: SourceConfig, _root: Path) -> Dataset:
     )
 
 
-COMMON = (
+COMMON_COLUMNS = (
     "amount",
     "account_age",
     "payments_today",
@@ -77,7 +77,7 @@ BANKS = {
     "online_2": (1000, 0.03),
 }
 """Number of rows and share of fraud."""
-COLUMNS = (*COMMON, *(name for columns in SPECIAL.values() for name in columns))
+COLUMNS = (*COMMON_COLUMNS, *(name for columns in SPECIAL.values() for name in columns))
 UNUSED = 0.15
 """Share of the rows of a bank without values in its additional columns."""
 HELD_OUT_ROWS = 500
@@ -141,7 +141,7 @@ def make_payments(bank: str, rows: int, split: str) -> tuple[np.ndarray, np.ndar
     for i, name in enumerate(COLUMNS):
         if name not in BINARY:
             value[name] = factor[i] * value[name] + shift[i]
-        if name not in COMMON:
+        if name not in COMMON_COLUMNS:
             value[name] = (
                 np.where(unused, np.nan, value[name]) if name in special else np.full(rows, np.nan)
             )

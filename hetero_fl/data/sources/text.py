@@ -239,7 +239,28 @@ TEMPLATES = (
     "i am at the PLACE with WHO .",
     "did WHO VERB the QUALITY THING ?",
 )
-SYLLABLES = "bra del fi gor hun jel kas lom mir nev ost pri quo ril sav tun vor wex yan zub".split()  # noqa: SIM905
+SYLLABLES = (
+    "bra",
+    "del",
+    "fi",
+    "gor",
+    "hun",
+    "jel",
+    "kas",
+    "lom",
+    "mir",
+    "nev",
+    "ost",
+    "pri",
+    "quo",
+    "ril",
+    "sav",
+    "tun",
+    "vor",
+    "wex",
+    "yan",
+    "zub",
+)
 
 
 @dataclass(frozen=True)

@@ -46,9 +46,9 @@ def test_banks_have_columns_and_a_rate_of_their_own() -> None:
             name: float(train.x[mine][:, i].isnan().float().mean())
             for i, name in enumerate(dataset.columns)
         }
-        assert all(gaps[name] == 0 for name in tables.COMMON)
+        assert all(gaps[name] == 0 for name in tables.COMMON_COLUMNS)
         assert all(0.1 < gaps[name] < 0.2 for name in own)  # customers who do not use the service
-        assert all(gaps[n] == 1 for n in dataset.columns if n not in (*tables.COMMON, *own))
+        assert all(gaps[n] == 1 for n in dataset.columns if n not in (*tables.COMMON_COLUMNS, *own))
     means = torch.stack([train.x[train.group == b][:, 0].mean() for b in range(6)])
     assert means.std() > 0.2  # drift
 

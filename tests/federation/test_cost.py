@@ -198,7 +198,7 @@ def test_check_of_an_asynchronous_run_says_what_it_leaves_out(
     printed = " ".join(capsys.readouterr().out.split())
     expected, _ = asynchronous_cost_and_traffic(paced("fedavg"))
     assert f"about {format_bytes(sum(expected))} in 3 rounds: " in printed
-    assert "asynchronous: counted as rounds of equally fast clients without failures" in printed
+    assert "asynchronous: estimated for equally fast clients without failures" in printed
 
 
 @pytest.mark.parametrize("mentee", ["cnn_bn_small", "mlp"])
@@ -210,7 +210,7 @@ def test_the_check_counts_the_models_that_a_method_adds(
     path.write_text(yaml.safe_dump(config("fml", algorithm={"name": "fml", "mentee": mentee})))
     assert main(["--config", str(path), "--check"], command="train") == 0
     printed = " ".join(capsys.readouterr().out.split())
-    (at_server,) = re.findall(r"memory for models at the server, about: (\S+) kB", printed)
+    (at_server,) = re.findall(r"memory for models on the server, about: (\S+) kB", printed)
     models = [create_model(name, 10, 1, 8) for name in ("cnn_bn_small", mentee)]
     trained = sum(p.numel() for model in models for p in model.parameters())
     held = sum(t.numel() for model in models for t in model.state_dict().values())

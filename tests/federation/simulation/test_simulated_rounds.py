@@ -519,7 +519,7 @@ def test_what_has_nothing_to_go_by_is_refused_in_one_line() -> None:
         "data__partition": MANY,
     }
     refused(
-        r"cohort\.over_selection: found 2; of 8 .* asks for 6", channel={"secure_sum": {}}, **many
+        r"cohort\.over_selection=2 is too large: .* requires 6", channel={"secure_sum": {}}, **many
     )
     refused(
         r"devices\.speed\.sigma: must be <= 10, got 5e\+07; it is the standard",

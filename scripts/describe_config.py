@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/configuration.md from the schema and the tables of docs/methods.md from the methods.
+"""Write docs/reference/configuration.md from the schema and the tables of docs/reference/methods.md from the methods.
 
 python scripts/describe_config.py            # write the pages
 python scripts/describe_config.py --check    # exit status 1 if a page is outdated
@@ -35,8 +35,8 @@ from hetero_fl.config.describe import (  # noqa: E402
     section_summary,
 )
 
-PAGE = ROOT / "docs" / "configuration.md"
-INDEX = ROOT / "docs" / "methods.md"
+PAGE = ROOT / "docs" / "reference" / "configuration.md"
+INDEX = ROOT / "docs" / "reference" / "methods.md"
 INTRODUCTION = """\
 # Configuration
 
@@ -55,16 +55,16 @@ contains the keys that differ. `configs/medical_hetero.yaml` is a commented exam
 - `--check` prints the resolved configuration. A run saves it as `config.yaml`.
 - **User-defined** algorithms, models, data sources and partitions are written as
   `python:package.module:Name` instead of a name. They require `--allow-code`
-  ([why](trust.md#code-from-configuration-files)).
+  ([why](../explanation/threat_model.md#code-from-configuration-files)).
 - JSON files of a well-known tutorial, which have ten keys, are translated
-  ([page](scenarios/cifar10.md)).
+  ([page](../scenarios/cifar10.md)).
 - A model may be given by its name: `model: mlp` means `model: {name: mlp}`.
 - `null` is the default of keys that are not set.
 """
 
 
 def page() -> str:
-    """Return the text of docs/configuration.md."""
+    """Return the text of docs/reference/configuration.md."""
     return INTRODUCTION + "\n" + "\n".join(_sections(Config, "", {})) + "\n" + _algorithms()
 
 
@@ -180,7 +180,7 @@ def _anchor(path: str) -> str:
 
 
 def methods_index() -> str:
-    """Return docs/methods.md with file, summary and needs of each method from its class."""
+    """Return docs/reference/methods.md with file, summary and needs of each method from its class."""
 
     def row(match: re.Match[str]) -> str:
         name, page, travels = match.groups()

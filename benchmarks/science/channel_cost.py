@@ -4,7 +4,7 @@
 
 Compares the settings of `CHANNELS` on `configs/medical_hetero.yaml`. Runs that have finished in
 `--out` are kept. Writes `channel_cost.csv` there, with a line for each run, and prints the table of
-docs/compression.md: means over the seeds and their standard deviations.
+docs/how_to/compression.md: means over the seeds and their standard deviations.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--record",
         type=Path,
-        default=ROOT / "docs" / "replication.json",
+        default=ROOT / "docs" / "results" / "replication.json",
         help="scores of finished runs, to which new ones are added",
     )
     parser.add_argument(

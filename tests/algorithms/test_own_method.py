@@ -24,7 +24,7 @@ def test_it_takes_at_most_thirty_lines() -> None:
 
 
 def test_it_is_the_code_of_the_docs() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "own_method.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "how_to" / "own_method.md").read_text(encoding="utf-8")
     code = inspect.getsource(documented_method).split('"""', 2)[2].strip()
     assert code in page
 

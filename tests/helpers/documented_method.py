@@ -1,4 +1,4 @@
-"""The method that docs/own_method.md builds."""
+"""The method that docs/how_to/own_method.md builds."""
 
 import torch
 from pydantic import Field

@@ -1,4 +1,4 @@
-"""The layout that docs/architecture.md describes: packages in an order, imports that only go down, modules of readable size."""
+"""The layout that docs/explanation/architecture.md describes: packages in an order, imports that only go down, modules of readable size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "hetero_fl"
-PAGE = ROOT / "docs" / "architecture.md"
+PAGE = ROOT / "docs" / "explanation" / "architecture.md"
 PACKAGES = (  # bottom to top: each may import those before it
     "utils",
     "config",

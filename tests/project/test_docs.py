@@ -147,7 +147,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_architecture_lists_each_package_once() -> None:
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "explanation" / "architecture.md").read_text(encoding="utf-8")
     rooms = re.findall(r"^\| `(hetero_fl/\w*/?)`", text, re.MULTILINE)
 
     assert len(rooms) > 6 and len(rooms) == len(set(rooms))
@@ -161,7 +161,7 @@ def anchors(page: Path) -> set[str]:
 
 # The methods ---------------------------------------------------------------------------------------------------------
 
-INDEX = ROOT / "docs" / "methods.md"
+INDEX = ROOT / "docs" / "reference" / "methods.md"
 BUILT_IN = [
     name
     for name in register_algorithm
@@ -173,7 +173,7 @@ def sections(name: str) -> list[tuple[str, str]]:
     """(page, section) of each section of the pages below docs/methods/ whose heading is the name of the method."""
     pages = [
         page.read_text(encoding="utf-8")
-        for page in sorted((ROOT / "docs" / "methods").glob("*.md"))
+        for page in sorted((ROOT / "docs" / "reference" / "methods").glob("*.md"))
     ]
     heading = re.compile(rf"^## `{name}`\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
     return [(page, text) for page in pages for text in heading.findall(page)]

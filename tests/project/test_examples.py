@@ -102,7 +102,7 @@ def test_a_logger_gets_every_round(stand_in: Wandb | Mlflow, tmp_path: Path) -> 
 def test_the_docs_use_of_it(
     stand_in: Wandb | Mlflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = (ROOT / "docs" / "callbacks.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "how_to" / "callbacks.md").read_text(encoding="utf-8")
     (code,) = re.findall(rf"```python\n# log_to_{stand_in.__name__}\.py\n(.*?)```", page, re.DOTALL)
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "short.yaml").write_text(
@@ -111,7 +111,7 @@ def test_the_docs_use_of_it(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hetero_fl.experiment.runner.write_presentation", lambda *_: None)
     exec(
-        compile(code.replace("digits_quickstart.yaml", "short.yaml"), "docs/callbacks.md", "exec"),
+        compile(code.replace("digits_quickstart.yaml", "short.yaml"), "docs/how_to/callbacks.md", "exec"),
         {},
     )
     assert stand_in.logged and stand_in.finished

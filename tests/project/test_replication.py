@@ -122,7 +122,7 @@ def test_the_record_knows_only_rows_that_there_are(
         job.key
         for job in replication.jobs_of(list(replication.TABLES.values()), None, "", tmp_path)
     }
-    assert set(replication.read_record(ROOT / "docs" / "replication.json")) <= keys
+    assert set(replication.read_record(ROOT / "docs" / "results" / "replication.json")) <= keys
 
 
 class Told(torch.nn.Module):

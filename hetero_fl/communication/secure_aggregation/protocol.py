@@ -4,7 +4,7 @@ All uploads of a round are vectors of one layout, so that a sum of vectors is a 
 tensor has a slice for Σ w v and one for Σ w, by its owner as in `hetero_fl.aggregation.means`.
 Every client sends the whole vector, with zeros for tensors that it does not have, so that the
 length does not reveal which tensors it has. The last two numbers are the sum of training losses and
-the number of clients that report one. See docs/secure_aggregation.md.
+the number of clients that report one. See docs/how_to/secure_aggregation.md.
 """
 
 from __future__ import annotations

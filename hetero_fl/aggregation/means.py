@@ -224,7 +224,7 @@ def tie_common_tensors(
     common: Sequence[str],
     updated: Mapping[str, Iterable[str]] = MappingProxyType({}),
 ) -> None:
-    """Replace tensors that groups have in common by one of them, in place.
+    """Replace equal-named tensors shared by several groups by one of them, in place.
 
     Methods that add updates need this: means of models are equal in all groups, but sums of updates
     are equal only if the groups start from equal tensors.

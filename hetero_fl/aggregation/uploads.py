@@ -2,7 +2,8 @@
 
 This mean covers FedAvg within an architecture, partial sharing, and the mean of predictions.
 Uploads are added in client-id order and accumulated as they come; items declared with `use="each"`
-are kept as well. Robust aggregation rules (`hetero_fl.robustness.rules`) replace the mean if configured.
+are kept as well. Robust aggregation rules (`hetero_fl.robustness.rules`) replace the mean if they
+are configured.
 """
 
 from __future__ import annotations

@@ -146,7 +146,8 @@ class SerialBackend:
                 except DivergedError as failure:
                     results.append(failure)
             elif (key := prediction_key(participant, step)) is not None:
-                results.append(self.predict_public(key, participant, step))  # type: ignore[arg-type]
+                assert isinstance(step, Predict)
+                results.append(self.predict_public(key, participant, step))
             else:
                 # Consecutive outputs of one model on the same rows take one forward pass.
                 end = begin + 1

@@ -1,4 +1,4 @@
-"""Run the command line with `python -m hetero_fl`, for example under torchrun."""
+"""Run the command line with `python -m hetero_fl`."""  # style: ok (Python expects it here)
 
 import sys
 

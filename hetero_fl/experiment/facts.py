@@ -207,7 +207,7 @@ class RunFacts(ConfigFacts):
         return {
             part: f"clients: {kind.first}: shares"
             for kind in self.profiles
-            for part in kind.settings.shares
+            for part in map(str, kind.settings.shares)
             if part.endswith(".")
         }
 

@@ -1,0 +1,231 @@
+"""Rows that belong together: groups of natural partitions, and patients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hetero_fl.data.dataset import Dataset
+from hetero_fl.utils.errors import UserError, suggest_or_list
+from hetero_fl.utils.ordering import natural_order
+from hetero_fl.utils.text import format_list
+
+if TYPE_CHECKING:
+    from hetero_fl.data.partition import PartitionContext, PartitionFunction
+
+WHERE = "data.partition"
+
+
+def partition_patients(
+    partition: PartitionFunction, context: PartitionContext, patient: Tensor
+) -> list[Tensor]:
+    """Partition patients as if they were rows, then move patients to clients with too few rows.
+
+    Args:
+        partition: The partition function of the configured kind.
+        context: The rows and clients.
+        patient: Patient of each row, int64 `[N]`.
+
+    Returns:
+        Row indices of each client.
+
+    Raises:
+        UserError: If no partition leaves every patient undivided and every client with enough rows.
+    """
+    clients = len(context.share)
+    if context.config.kind == "natural":
+        parts = partition(context)
+        if split_patient_rows(parts, patient) is not None:
+            raise UserError(
+                f"{WHERE}.kind=natural: a patient (data.patient) has rows in two groups; give the "
+                "patient a different name in each group"
+            )
+        return parts
+    unit, size = patient.unique(return_inverse=True, return_counts=True)[1:]
+    if len(size) < clients:
+        raise UserError(
+            f"data.patient: expected at least one patient per client, got {len(size)} patients for "
+            f"{clients} clients"
+        )
+    # The number of patients that have min_size rows on average.
+    min_patients = max(
+        1, min(-(-context.config.min_size * len(size) // len(patient)), len(size) // clients)
+    )
+    patients_of = partition(
+        replace(
+            context,
+            strata=most_common_stratum(context.strata, unit),
+            group=None,
+            min_rows=min_patients,
+        )
+    )
+    owner = torch.full((len(size),), -1)
+    for client, patients in enumerate(patients_of):
+        owner[patients] = client
+    if context.config.kind == "classes":
+        # Moving patients would give clients additional classes.
+        rows_per_client = torch.bincount(owner[unit] + 1, minlength=clients + 1)[1:]
+        if int(rows_per_client.min()) < context.config.min_size:
+            raise too_few_rows_error(context)
+    else:
+        order = context.shuffled(torch.arange(len(size)), "patients")
+        owner = move_patients_to_short_clients(owner, size, clients, context.config.min_size, order)
+    return [torch.nonzero(owner[unit] == client).squeeze(1) for client in range(clients)]
+
+
+def too_few_rows_error(context: PartitionContext) -> UserError:
+    """Return the error for clients with fewer rows than `min_size`."""
+    return UserError(
+        f"{WHERE}.min_size: with {context.config.classes} classes per client some clients get "
+        f"fewer than {context.config.min_size} rows; choose a smaller number"
+    )
+
+
+def match_groups(groups: list[str], clients: list[str], name: str) -> list[str]:
+    """Check that the groups of a natural partition match the clients.
+
+    Groups match if they have the names of the clients, or if no name matches and there are as many
+    groups as clients, or a single client.
+
+    Args:
+        groups: Group names.
+        clients: Client ids.
+        name: Name of the data set.
+
+    Returns:
+        Remarks on which client gets which group if the names differ.
+
+    Raises:
+        UserError: If the groups do not match the clients.
+    """
+    unmatched_clients = [c for c in clients if c not in groups]
+    unmatched_groups = [g for g in natural_order(groups) if g not in clients]
+    some_match = len(unmatched_clients) < len(clients)
+    if not unmatched_clients and (not unmatched_groups or not clients):
+        return []
+    if not some_match and len(clients) == 1:
+        listed = format_list(unmatched_groups, quote=True)
+        return [f"{name}: client '{clients[0]}' gets the rows of all groups: {listed}"]
+    if not some_match and len(groups) == len(clients):
+        pairs = zip(clients, natural_order(groups), strict=True)
+        return [
+            f"{name}: no client has the name of a group; "
+            + ", ".join(f"'{c}' gets '{g}'" for c, g in pairs)
+        ]
+    problems = []
+    if unmatched_clients:
+        hint = suggest_or_list(unmatched_clients[0], unmatched_groups) if some_match else ""
+        problems.append(f"no group for client {format_list(unmatched_clients, quote=True)}{hint}")
+    if unmatched_groups:
+        suggest = some_match and not unmatched_clients
+        hint = suggest_or_list(unmatched_groups[0], unmatched_clients) if suggest else ""
+        problems.append(f"no client for group {format_list(unmatched_groups, quote=True)}{hint}")
+    raise UserError(
+        f"{WHERE}.kind=natural: got {len(groups)} groups for {len(clients)} clients in {name}: "
+        f"{' and '.join(problem.removesuffix('?') for problem in problems)}"
+    )
+
+
+def all_groups(dataset: Dataset) -> list[str]:
+    """Return the names of all groups in all splits, in natural order."""
+    names = {
+        part.group_names[g]
+        for part in dataset.splits().values()
+        if part.group is not None and part.group_names
+        for g in part.group.unique().tolist()
+    }
+    return natural_order(names)
+
+
+def check_patients_in_one_group(dataset: Dataset) -> None:
+    """Check that no patient has rows in two groups, which a natural partition would divide.
+
+    Raises:
+        UserError: If a patient has rows in two groups.
+    """
+    group_of: dict[str, str] = {}
+    for part in dataset.splits().values():
+        if part.patient is None or part.group is None:
+            continue
+        for index, group in torch.stack([part.patient, part.group], 1).unique(dim=0).tolist():
+            patient = part.patient_names[index] if part.patient_names else str(index)
+            name = part.group_names[group] if part.group_names else str(group)
+            if (first := group_of.setdefault(patient, name)) != name:
+                raise UserError(
+                    f"data.patient: patient '{patient}' has rows in groups '{first}' and '{name}' "
+                    f"of {dataset.name}, which a natural partition would divide; if each site "
+                    "numbers its patients, prefix the numbers with the site"
+                )
+
+
+def most_common_stratum(strata: Tensor, unit: Tensor) -> Tensor:
+    """Return the most common stratum of the rows of each patient, the lowest in a tie.
+
+    Args:
+        strata: Stratum of each row, int64 `[N]`, starting at 0.
+        unit: Patient of each row, int64 `[N]`, all values from 0 to P - 1.
+
+    Returns:
+        Strata, int64 `[P]`.
+    """
+    num_strata = int(strata.max()) + 1
+    pairs, rows = (unit * num_strata + strata).unique(return_counts=True)
+    patient = pairs // num_strata
+    order = np.lexsort((pairs % num_strata, -rows, patient))
+    first = np.unique(patient[order], return_index=True)[1]
+    return pairs[order[first]] % num_strata
+
+
+def move_patients_to_short_clients(
+    owner: Tensor, size: Tensor, clients: int, min_rows: int, order: Tensor
+) -> Tensor:
+    """Move whole patients from the largest clients to clients with too few rows.
+
+    Args:
+        owner: Client of each patient, int64 `[P]`, -1 for none.
+        size: Rows of each patient, int64 `[P]`.
+        clients: Number of clients.
+        min_rows: Minimum number of rows per client.
+        order: Order in which patients are moved, a permutation, int64 `[P]`.
+
+    Returns:
+        New client of each patient, int64 `[P]`.
+
+    Raises:
+        UserError: If no client can spare a patient.
+    """
+    owner = owner.clone()
+    assigned = owner >= 0
+    rows = torch.zeros(clients, dtype=torch.int64).index_add(0, owner[assigned], size[assigned])
+    # Terminates because the smallest client grows and no donor falls below the minimum.
+    while int(rows.min()) < min_rows:
+        low = int(rows.argmin())
+        movable = order[(owner[order] >= 0) & (size[order] <= (rows - min_rows)[owner[order]])]
+        if len(movable) == 0:
+            raise UserError(
+                f"{WHERE}.min_size: if no patient is divided, a client gets only "
+                f"{int(rows[low])} rows, got {min_rows}; choose a smaller number"
+            )
+        donor = owner[movable][rows[owner[movable]].argmax()]
+        moved = movable[owner[movable] == donor][0]
+        rows[donor] -= size[moved]
+        rows[low] += size[moved]
+        owner[moved] = low
+    return owner
+
+
+def split_patient_rows(parts: Sequence[Tensor], patient: Tensor) -> tuple[int, int] | None:
+    """Return two rows of the same patient that are in different parts, or None."""
+    rows = torch.cat(list(parts))
+    part_of = torch.cat([torch.full((len(part),), k) for k, part in enumerate(parts)])
+    order = patient[rows].argsort(stable=True)
+    rows = rows[order]
+    part_of = part_of[order]
+    divided = (patient[rows[1:]] == patient[rows[:-1]]) & (part_of[1:] != part_of[:-1])
+    first = torch.nonzero(divided)
+    return (int(rows[first[0]]), int(rows[first[0] + 1])) if len(first) else None

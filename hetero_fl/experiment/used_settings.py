@@ -1,0 +1,113 @@
+"""The settings of compared methods that differ from their defaults, and where they were written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hetero_fl.algorithms import register_algorithm
+from hetero_fl.config.load import raw_algorithm_section
+from hetero_fl.config.schema import CLIENT_OPTIONS, Config
+from hetero_fl.experiment.preparation import load_config
+from hetero_fl.reporting.comparison.facts import Setting, UsedSettings
+from hetero_fl.reporting.formatting import algorithm_base, algorithm_name
+from hetero_fl.utils.code_permission import CodePermission
+
+if TYPE_CHECKING:
+    from hetero_fl.experiment.comparison import Point, Source, Variant
+
+SECTION = "algorithm"
+# Keys of client settings that may be written in the algorithm section.
+CLIENT_KEYS = {f"clients.defaults.{name}": f"{SECTION}.{name}" for name in CLIENT_OPTIONS}
+
+
+def used_settings(
+    source: Source,
+    base: Sequence[str],
+    points: Mapping[Variant, Point],
+    origins: Mapping[str, str],
+    *,
+    file: str = "the configuration",
+    grid: str = "grid",
+    allow_code: bool | CodePermission = False,
+) -> UsedSettings:
+    """Return the settings of every variant that differ from the method's defaults, with origins.
+
+    Args:
+        source: The configuration of the comparison.
+        base: Overrides for all runs.
+        points: The grid point of each variant; empty without a grid.
+        origins: Where variants and overrides were written, by label or override, if not in the
+            call; for example the name of a study.
+        file: The name of the configuration file.
+        grid: The origin to show for settings of a grid point.
+        allow_code: Whether code that a file names may run (see `hetero_fl.load_config`).
+    """
+    section = f"{SECTION} section of {file}"
+    methods = []
+    for variant, point in points.items():
+        written = [(override, origins.get(override, "override")) for override in base]
+        written += [
+            (override, origins.get(variant.label, "variant")) for override in variant.overrides
+        ]
+        written += [(override, grid) for override in point]
+        config = load_config(source, [override for override, _ in written], allow_code)
+        settings = config.algorithm | _client_options(config)
+        # A user's method may have settings without a default, which validation would refuse.
+        defaults = register_algorithm[settings["name"]].model_construct().model_dump()
+        found = [
+            Setting(key, _format_setting(value), _origin(f"{SECTION}.{key}", written, section))
+            for key, value in settings.items()
+            if key != "name" and value != defaults.get(key)
+        ]
+        # Add keys of other sections that only this variant or the grid sets.
+        for override, origin in written[len(base) :]:
+            key, _, value = override.partition("=")
+            if key.partition(".")[0] != SECTION and key not in CLIENT_KEYS:
+                found.append(Setting(key, value, origin))
+        order = [section, *(origin for _, origin in written)]
+        methods.append(
+            (variant.label, tuple(sorted(found, key=lambda setting: order.index(setting.origin))))
+        )
+    return UsedSettings(
+        tuple(methods), _note(source, section, [variant.label for variant in points])
+    )
+
+
+def _client_options(config: Config) -> dict[str, Any]:
+    """Return the client defaults that may be written in the algorithm section, if set."""
+    defaults = config.clients.defaults
+    options = {name: getattr(defaults, name, None) for name in CLIENT_OPTIONS}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _origin(key: str, overrides: Sequence[tuple[str, str]], otherwise: str) -> str:
+    """Return the origin of the last override that sets the key or a part of it."""
+    for override, origin in reversed(overrides):
+        written_key = override.partition("=")[0]
+        target = CLIENT_KEYS.get(written_key, written_key)
+        if target in (SECTION, key) or target.startswith(f"{key}."):
+            return origin
+    return otherwise
+
+
+def _format_setting(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "none" if value is None else str(value)
+
+
+def _note(source: Source, section: str, labels: Sequence[str]) -> str:
+    """Return a sentence on which method uses the algorithm section; empty if it has no settings."""
+    written = raw_algorithm_section(source)
+    settings = ", ".join(
+        f"{key} = {_format_setting(value)}" for key, value in written.items() if key != "name"
+    )
+    name = written.get("name")
+    if not settings or not isinstance(name, str):
+        return ""
+    method = algorithm_name(name)
+    subject = f"The settings in the {section} ({settings})"
+    if name in map(algorithm_base, labels):
+        return f"{subject} apply to {method} only; all other methods use their defaults."
+    return f"{subject} belong to {method}, which is not compared: all methods use their defaults."

@@ -16,10 +16,9 @@ from cachetools import cachedmethod
 from hetero_fl.config.data import PartitionConfig, SplitConfig
 from hetero_fl.config.population import Population
 from hetero_fl.core.task import Task
-from hetero_fl.data.dataset import RowSelection
 from hetero_fl.data.partition import apportion_nonzero, row_strata
 from hetero_fl.data.preprocessing import Preprocess
-from hetero_fl.data.splits import MIN_TRAIN_ROWS, split_counts
+from hetero_fl.data.splits import MIN_TRAIN_ROWS, RowSelection, split_counts
 from hetero_fl.utils.caching import BoundedCache
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.seeding import keyed_numpy_generator

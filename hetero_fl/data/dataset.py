@@ -679,33 +679,3 @@ def first_true(mask: Any) -> int | None:
     """Return the index of the first True in a mask `[N]`, or None."""
     values = np.asarray(mask, dtype=bool)
     return int(values.argmax()) if values.any() else None
-
-
-@dataclass(frozen=True)
-class RowSelection:
-    """Selected rows of examples that several holders share without copying.
-
-    Attributes:
-        examples: Shared examples.
-        rows: Indices of the selected rows, int64 `[M]`.
-    """
-
-    examples: Examples
-    rows: Tensor
-
-    @classmethod
-    def all_rows(cls, examples: Examples) -> RowSelection:
-        """Select all rows of the examples."""
-        return cls(examples, torch.arange(len(examples)))
-
-    def copy_rows(self) -> Examples:
-        """Return a copy of the selected rows."""
-        return self.examples.select_rows(self.rows)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Pickled as an array: every tensor sent between processes would occupy a file handle.
-        return _make_selection, (self.examples, self.rows.numpy())
-
-
-def _make_selection(examples: Examples, rows: np.ndarray) -> RowSelection:
-    return RowSelection(examples, torch.from_numpy(rows))

@@ -22,7 +22,6 @@ from hetero_fl.data.dataset import (
     Categories,
     Dataset,
     Examples,
-    RowSelection,
     Vocabulary,
     first_true,
     spans_of,
@@ -31,7 +30,7 @@ from hetero_fl.data.partition import assign_rows
 from hetero_fl.data.preprocessing import check_same_shape, raw_shape, required_columns
 from hetero_fl.data.registry import load_source, reads_key
 from hetero_fl.data.sources.images import image_files, read_image_files
-from hetero_fl.data.splits import Splits, draw_rows, holdout_strategy
+from hetero_fl.data.splits import RowSelection, Splits, draw_rows, holdout_strategy
 from hetero_fl.utils.code_permission import OWN
 from hetero_fl.utils.errors import UserError, check_names, suggest_or_list
 from hetero_fl.utils.seeding import keyed_generator, stream_key

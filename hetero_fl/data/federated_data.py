@@ -24,7 +24,6 @@ from hetero_fl.data.dataset import (
     Columns,
     Dataset,
     Examples,
-    RowSelection,
     Vocabulary,
     concatenate_examples,
 )
@@ -42,6 +41,7 @@ from hetero_fl.data.preprocessing import (
     usable_rows,
 )
 from hetero_fl.data.splits import (
+    RowSelection,
     Splits,
     check_categories,
     check_classes,

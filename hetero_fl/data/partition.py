@@ -18,7 +18,7 @@ from torch import Tensor
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.data import DataConfig, PartitionConfig
 from hetero_fl.core.task import Task
-from hetero_fl.data.dataset import Dataset, RowSelection
+from hetero_fl.data.dataset import Dataset
 from hetero_fl.data.groups import (
     WHERE,
     all_groups,
@@ -28,6 +28,7 @@ from hetero_fl.data.groups import (
     split_patient_rows,
     too_few_rows_error,
 )
+from hetero_fl.data.splits import RowSelection
 from hetero_fl.utils.code_permission import OWN
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.ordering import natural_order

@@ -28,10 +28,10 @@ from hetero_fl.data.dataset import (
     ColumnLayout,
     Dataset,
     Examples,
-    RowSelection,
     Spans,
     spans_of,
 )
+from hetero_fl.data.splits import RowSelection
 from hetero_fl.utils.errors import UserError
 
 if TYPE_CHECKING:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hetero_fl.config.data import DataConfig, SplitConfig
-from hetero_fl.data.dataset import Dataset, Examples, RowSelection
+from hetero_fl.data.dataset import Dataset, Examples
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.seeding import keyed_generator
 
@@ -23,6 +25,37 @@ MIN_TRAIN_ROWS = 2
 """Minimum number of training rows of a client; BatchNorm cannot train on a single row."""
 TEST_SHARE = 0.2
 """Share of the rows, or of the time, that is held out if a data set has no test set."""
+
+
+@dataclass(frozen=True)
+class RowSelection:
+    """Selected rows of examples that several holders share without copying.
+
+    Attributes:
+        examples: Shared examples.
+        rows: Indices of the selected rows, int64 `[M]`.
+    """
+
+    examples: Examples
+    rows: Tensor
+
+    @classmethod
+    def all_rows(cls, examples: Examples) -> RowSelection:
+        """Select all rows of the examples."""
+        return cls(examples, torch.arange(len(examples)))
+
+    def copy_rows(self) -> Examples:
+        """Return a copy of the selected rows."""
+        return self.examples.select_rows(self.rows)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickled as an array: every tensor sent between processes would occupy a file handle.
+        return _make_selection, (self.examples, self.rows.numpy())
+
+
+def _make_selection(examples: Examples, rows: np.ndarray) -> RowSelection:
+    return RowSelection(examples, torch.from_numpy(rows))
+
 
 Splits = dict[str, RowSelection]
 """Train, validation and test rows of a client."""

@@ -1,8 +1,7 @@
 """Encode the server's broadcasts, either whole or as changes of the models that clients have.
 
-With a sparse or low-rank stage in `channel.compress_down`, server and clients keep an estimate of
-each broadcast model, and a message contains the compressed difference to it (EF21-P: Gruntkowska,
-Tyurin and Richtárik 2023, Algorithm 1). See `EstimateBroadcasts`.
+With a sparse or low-rank stage in `channel.compress_down`, messages contain compressed differences
+to an estimate of each model (EF21-P: Gruntkowska, Tyurin and Richtárik 2023, Algorithm 1).
 """
 
 from __future__ import annotations
@@ -27,20 +26,14 @@ from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import as_bytes, as_tensor
 
-# A client that missed more changes is sent the whole estimate.
-KEPT_CHANGES = 16
-# Key of a client's private state under which it keeps its estimates, by item.
-ESTIMATES_KEY = "received"
-# Name of an estimate before the first change.
-NO_ESTIMATE = bytes(8)
-# Number of models in a message.
-COUNT = struct.Struct(">B")
+KEPT_CHANGES = 16  # a client that missed more is sent the whole estimate
+ESTIMATES_KEY = "received"  # of a client's private state: its estimates, by item
+NO_ESTIMATE = bytes(8)  # name of an estimate before the first change
+COUNT = struct.Struct(">B")  # models in a message
 # Bytes of the item's name, names of the estimates before and after, number of changes.
 HEADER = struct.Struct(">B8s8sB")
-# Number and bytes of a change.
-CHANGE_HEADER = struct.Struct(">II")
-# Number of a change that replaces the estimate, uncompressed.
-WHOLE = 0
+CHANGE_HEADER = struct.Struct(">II")  # number and bytes of a change
+WHOLE = 0  # number of a change that replaces the estimate, uncompressed
 
 
 class Broadcasts(ABC):
@@ -208,8 +201,7 @@ class Estimate:
         # Names of the estimates before, between and after the kept changes.
         self._names = deque([NO_ESTIMATE], KEPT_CHANGES + 1)
         self._changes: deque[Change] = deque(maxlen=KEPT_CHANGES)
-        # Number of changes so far.
-        self._number = 0
+        self._number = 0  # changes so far
         self._last: EstimateStep | None = None
         self._next: EstimateStep | None = None
 
@@ -267,7 +259,8 @@ class Estimate:
             changes = list(self._changes)[self._names.index(before) :]
             if step.change is not None:
                 changes.append(step.change)
-            if _size(len(change.body) for change in changes) <= _size([whole]):
+            size = sum(CHANGE_HEADER.size + len(change.body) for change in changes)
+            if size <= CHANGE_HEADER.size + whole:
                 return changes
         return [Change(WHOLE, step.payload.encode())]
 
@@ -464,7 +457,7 @@ class EstimateBroadcasts(Broadcasts):
         models, _ = split_models(sent.received)
         parts = [
             ModelPart(
-                name, NO_ESTIMATE, sent.names[name], [Change(WHOLE, _only(name, item).encode())]
+                name, NO_ESTIMATE, sent.names[name], [Change(WHOLE, Payload({name: item}).encode())]
             )
             for name, item in models.items_.items()
         ]
@@ -481,7 +474,7 @@ class EstimateBroadcasts(Broadcasts):
         group = estimate_group(self._links.algorithm, client_info)
         steps = {}
         for name, item in models.items_.items():
-            target = _only(name, item)
+            target = Payload({name: item})
             digest = self._digests(target)
             key = name, group, client_info.purpose, self._round_idx
             if self._sent_digests.setdefault(key, digest) != digest:
@@ -629,7 +622,7 @@ def _find_estimate(estimates: Mapping[str, Any] | None, part: ModelPart) -> Payl
     known = (estimates or {}).get(part.item)
     if known is None or known["name"] != part.before.hex():
         raise PayloadError("changes an estimate that this client does not have")
-    return _only(part.item, Item(known["tensors"], kind="params"))
+    return Payload({part.item: Item(known["tensors"], kind="params")})
 
 
 def message_bytes(models: Mapping[str, Sequence[int]], rest: int) -> int:
@@ -639,13 +632,11 @@ def message_bytes(models: Mapping[str, Sequence[int]], rest: int) -> int:
         models: Bytes of each change, by item.
         rest: Bytes of everything else.
     """
-    parts = sum(HEADER.size + len(n.encode()) + _size(sizes) for n, sizes in models.items())
+    parts = sum(
+        HEADER.size + len(n.encode()) + sum(CHANGE_HEADER.size + size for size in sizes)
+        for n, sizes in models.items()
+    )
     return COUNT.size + parts + rest
-
-
-def _size(sizes: Iterable[int]) -> int:
-    """Return the bytes of changes with their headers."""
-    return sum(CHANGE_HEADER.size + size for size in sizes)
 
 
 def _pack(parts: Sequence[ModelPart], rest: bytes) -> bytes:
@@ -691,19 +682,14 @@ def split_models(payload: Payload) -> tuple[Payload, Payload]:
     return Payload(models), Payload(others, payload.report)
 
 
-def _only(name: str, item: Item) -> Payload:
-    return Payload({name: item})
-
-
 def _digest(models: Payload) -> bytes:
     """Return a digest of the names, shapes and values of models."""
     digest = hashlib.sha256()
     for name, item in sorted(models.items_.items()):
         for key, tensor in sorted(item.tensors.items()):
             digest.update(repr((name, key, tuple(tensor.shape), str(tensor.dtype))).encode())
-            digest.update(
-                tensor.detach().cpu().contiguous().numpy().reshape(-1).view(np.uint8).data
-            )
+            values = tensor.detach().cpu().contiguous().numpy().reshape(-1)
+            digest.update(values.view(np.uint8).data)
     return digest.digest()
 
 

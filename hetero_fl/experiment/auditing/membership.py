@@ -15,9 +15,10 @@ from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.data import FederatedData, Preprocess, row_strata
 from hetero_fl.data.client_rows import ClientRows
-from hetero_fl.data.dataset import Examples, RowSelection, concatenate_examples
+from hetero_fl.data.dataset import Examples, concatenate_examples
 from hetero_fl.data.federated_data import unprocessed_rows
 from hetero_fl.data.groups import most_common_stratum
+from hetero_fl.data.splits import RowSelection
 from hetero_fl.experiment.preparation import PreparedRun
 from hetero_fl.experiment.runner import load_inherited_models
 from hetero_fl.utils.errors import UserError

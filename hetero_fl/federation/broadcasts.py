@@ -376,10 +376,9 @@ class EstimateBroadcasts(Broadcasts):
     """Broadcasts as compressed changes of estimates that server and clients keep.
 
     The estimate of a model is what a client decodes from all messages so far. A message compresses
-    the difference between model and estimate, and both sides add the result to the estimate. The
-    compression error is part of the next difference. All clients that receive a model share its
-    estimate: a client that missed changes is sent all of them, or the whole estimate. A broadcast
-    for evaluation has the content of one for training, but does not change the estimates.
+    the difference between model and estimate, and both sides add the result to the estimate. Clients
+    that receive the same model share its estimate; a client that missed changes is sent all of them
+    or the whole estimate. A broadcast for evaluation does not change the estimates.
 
     Args:
         links: The links that encode and decode messages.

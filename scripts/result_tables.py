@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Write the result tables of README.md and the plot from the runs archived in docs/results.
+"""Write the result tables of the main example and their plot from the runs in docs/results.
+
+README.md has a summary of a few methods, docs/results/medical.md the tables of all methods.
 
 python scripts/result_tables.py                            # write tables and plot
 python scripts/result_tables.py --archive runs/readme ...  # archive comparisons first
-python scripts/result_tables.py --check                    # exit status 1 if README.md is outdated
+python scripts/result_tables.py --check                    # exit status 1 if a page is outdated
 """
 
 from __future__ import annotations
@@ -21,15 +23,20 @@ sys.path.insert(0, str(ROOT))
 
 from hetero_fl.core.task import Task  # noqa: E402
 from hetero_fl.reporting.comparison import plots  # noqa: E402
-from hetero_fl.reporting.comparison.tables import ComparisonTable, TableCell, TableLine, make_table  # noqa: E402
+from hetero_fl.reporting.comparison.tables import (  # noqa: E402
+    ComparisonTable,
+    TableCell,
+    TableLine,
+    make_table,
+)
 from hetero_fl.reporting.formatting import MISSING, algorithm_base, algorithm_name  # noqa: E402
 from hetero_fl.reporting.methods import is_bound  # noqa: E402
 from hetero_fl.reporting.plots import style  # noqa: E402
 from hetero_fl.reporting.run_directory import RunDirectory  # noqa: E402
 from hetero_fl.utils.text import split_top_level  # noqa: E402
 
-README = ROOT / "README.md"
 ARCHIVE = ROOT / "docs" / "results"
+PAGES = (ROOT / "README.md", ARCHIVE / "medical.md")
 PICTURES = {"medical_hetero": ROOT / "docs" / "images" / "medical_hetero.png"}
 TASK = Task("multiclass", 2)
 SHORT = {"logit_adjustment=true": "LA", "teacher=contrast": "contrast teacher"}
@@ -37,6 +44,23 @@ ADJUSTED = "*With LA*"
 BOUNDS = "*Bounds*"
 WORST = "Worst client, local test"
 TEXT = ("algorithm", "commit")
+# The columns and methods of the summary in README.md. FedAvg and FedDF with a contrast teacher are
+# better than Hybrid in some columns.
+SUMMARY_COLUMNS = tuple(
+    f"{test}_last_{metric}"
+    for test in ("global", "personal")
+    for metric in ("balanced_accuracy", "auroc")
+)
+SUMMARY_METHODS = (
+    "local",
+    "fedavg",
+    "fedavg:logit_adjustment=true",
+    "fedmd:logit_adjustment=true",
+    "feddf:logit_adjustment=true",
+    "feddf:logit_adjustment=true:teacher=contrast",
+    "hybrid",
+    "centralized:logit_adjustment=true",
+)
 
 Row = dict[str, Any]
 
@@ -75,7 +99,7 @@ def _value(key: str, text: str) -> Any:
 
 
 def section(rows: list[Row]) -> str:
-    """Return the table of the last round for README.md, with a line on p-values and origin.
+    """Return the table of the last round, with a line on p-values and origin.
 
     It has the columns of `comparison.md` without the server's model, p-values, seconds and needs,
     so that it fits the width of a GitHub page. Methods with logit adjustment are a separate group,
@@ -100,6 +124,29 @@ def section(rows: list[Row]) -> str:
             cells = [_cell(line.cells[place], table.columns[place].key) for place in kept]
             lines.append(_joined([_name(line.algorithm), *cells, line.megabytes]))
     return "\n".join([*lines, "", _origin(table, rows)])
+
+
+def summary(rows: list[Row]) -> str:
+    """Return the table for README.md: a few methods, balanced accuracy, AUROC and bytes.
+
+    Bold marks the best of all methods, not only of those that are shown.
+    """
+    table = make_table(rows, TASK, "last")
+    kept = [
+        place
+        for key in SUMMARY_COLUMNS
+        for place, column in enumerate(table.columns)
+        if column.key == key
+    ]
+    header = ["Method", *(table.columns[place].title for place in kept), "MB"]
+    lines = [_joined(header), _joined(["---", *("---:" for _ in header[1:])])]
+    by_label = {line.algorithm: line for line in table.lines}
+    for label in SUMMARY_METHODS:
+        line = by_label[label]
+        cells = [_cell(line.cells[place], table.columns[place].key) for place in kept]
+        name = f"{_name(label)} (bound)" if is_bound(label) else _name(label)
+        lines.append(_joined([name, *cells, line.megabytes]))
+    return "\n".join(lines)
 
 
 def _joined(cells: list[str]) -> str:
@@ -143,21 +190,21 @@ def _origin(table: ComparisonTable, rows: list[Row]) -> str:
             f"{_name(best.algorithm)}): {found}."
         )
     commits = ", ".join(dict.fromkeys(f"`{row['commit']}`" for row in rows))
-    parts.append(f"Commit {commits}; every run: [CSV](docs/results/{{name}}.csv).")
+    parts.append(f"Commit {commits}; every run: [CSV]({{name}}.csv).")
     return " ".join(parts).replace(f" {MISSING}", " too few seeds")
 
 
 def written(text: str) -> str:
-    """Return the text of README.md with all marked tables updated from the archive."""
+    """Return the text of a page with all marked tables updated from the archive."""
 
     def replaced(match: re.Match[str]) -> str:
-        name = match["name"]
-        return (
-            f"{match['begin']}\n{section(archived(name)).replace('{name}', name)}\n{match['end']}"
-        )
+        rows = archived(match["name"])
+        made = summary(rows) if match["kind"] == "summary" else section(rows)
+        return f"{match['begin']}\n{made.replace('{name}', match['name'])}\n{match['end']}"
 
     return re.sub(
-        r"(?P<begin><!-- results: (?P<name>\w+) .*?-->)\n.*?(?P<end><!-- end of results -->)",
+        r"(?P<begin><!-- (?P<kind>results|summary): (?P<name>\w+) .*?-->)\n.*?"
+        r"(?P<end><!-- end of results -->)",
         replaced,
         text,
         flags=re.DOTALL,
@@ -165,7 +212,7 @@ def written(text: str) -> str:
 
 
 def main() -> int:
-    """Archive comparisons, and check or write README.md."""
+    """Archive comparisons, and check or write the pages."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--archive", nargs="+", type=Path, default=[], metavar="FOLDER", help="finished comparisons"
@@ -175,11 +222,12 @@ def main() -> int:
     options = parser.parse_args()
     for folder in options.archive:
         archive(folder, options.commit or _current_commit())
-    text = README.read_text(encoding="utf-8")
-    made = written(text)
+    texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    made = {page: written(text) for page, text in texts.items()}
     if options.check:
-        return int(made != text)
-    README.write_text(made, encoding="utf-8")
+        return int(made != texts)
+    for page, text in made.items():
+        page.write_text(text, encoding="utf-8")
     for name, path in PICTURES.items():
         with style.plot_style():
             path.write_bytes(style.to_png(plots.draw_comparison(archived(name), TASK)))

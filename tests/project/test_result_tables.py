@@ -1,4 +1,4 @@
-"""README's result tables: every figure is that of the archived runs, and a command writes them."""
+"""The result tables: every number is that of the archived runs, and a command writes them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,12 @@ from hetero_fl.reporting.comparison.report import comparison_row, write_comparis
 from tests.helpers.run_directories import Case, write_run
 
 ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+MEDICAL = ROOT / "docs" / "results" / "medical.md"
 ARCHIVED = sorted((ROOT / "docs" / "results").glob("*.csv"))
-MARKED = re.compile(r"<!-- results: (\w+) .*?-->\n(.*?)<!-- end of results -->", re.DOTALL)
+MARKED = re.compile(
+    r"<!-- (results|summary): (\w+) .*?-->\n(.*?)<!-- end of results -->", re.DOTALL
+)
 COLUMNS = {
     "Global test balanced accuracy": "global_last_balanced_accuracy",
     "Global test AUROC": "global_last_auroc",
@@ -48,16 +52,25 @@ def script() -> Iterator[ModuleType]:
     sys.path[:] = before
 
 
+def marked(page: Path) -> dict[tuple[str, str], str]:
+    """Text of each generated table of a page, by kind and name of the comparison."""
+    found = MARKED.findall(page.read_text(encoding="utf-8"))
+    return {(kind, name): text for kind, name, text in found}
+
+
 def table(name: str) -> list[dict[str, str]]:
-    """The rows of README's table of that name, by column; group titles are left out."""
-    text = dict(MARKED.findall((ROOT / "README.md").read_text(encoding="utf-8")))[name]
+    """Rows of the full table of that name, by column; group titles are left out."""
+    rows = read_rows(marked(MEDICAL)["results", name])
+    return [row for row in rows if not row["Method"].startswith("*")]
+
+
+def read_rows(text: str) -> list[dict[str, str]]:
     cells = [
         [c.strip() for c in line.strip("|").split("|")]
         for line in text.splitlines()
         if line.startswith("|")
     ]
-    rows = [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
-    return [row for row in rows if not row["Method"].startswith("*")]
+    return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
 
 
 def label_of(method: str) -> str:
@@ -74,14 +87,35 @@ def runs_of(path: Path) -> dict[str, list[dict[str, str]]]:
     return found
 
 
-def test_readme_tables_have_archived_runs() -> None:
-    marked = [name for name, _ in MARKED.findall((ROOT / "README.md").read_text(encoding="utf-8"))]
-    assert marked == ["medical_hetero", "medical_homogeneous"]
-    assert sorted(marked) == [path.stem for path in ARCHIVED]
+def test_result_tables_have_archived_runs() -> None:
+    assert list(marked(README)) == [("summary", "medical_hetero")]
+    assert list(marked(MEDICAL)) == [
+        ("results", "medical_hetero"),
+        ("results", "medical_homogeneous"),
+    ]
+    assert [name for _, name in marked(MEDICAL)] == [path.stem for path in ARCHIVED]
+
+
+def test_summary_repeats_rows_of_the_full_table() -> None:
+    full = {row["Method"]: row for row in table("medical_hetero")}
+
+    shown = read_rows(marked(README)["summary", "medical_hetero"])
+
+    assert {"Local", "FedAvg", "Hybrid"} <= {row["Method"] for row in shown}
+    for row in shown:
+        source = full[row["Method"].removesuffix(" (bound)")]
+        assert all(row[title] == source[title] for title in row if title != "Method")
+
+
+def test_summary_shows_the_best_method_of_each_column() -> None:
+    shown = read_rows(marked(README)["summary", "medical_hetero"])
+
+    for title in set(shown[0]) - {"Method", "MB"}:
+        assert any(row[title].startswith("**") for row in shown), title
 
 
 @pytest.mark.parametrize("path", ARCHIVED, ids=lambda p: p.stem)
-def test_readme_figures_are_those_of_the_archived_runs(path: Path) -> None:
+def test_figures_are_those_of_the_archived_runs(path: Path) -> None:
     runs, shown = runs_of(path), table(path.stem)
 
     assert sorted(label_of(row["Method"]) for row in shown) == sorted(runs)
@@ -102,7 +136,7 @@ def test_readme_figures_are_those_of_the_archived_runs(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ARCHIVED, ids=lambda p: p.stem)
-def test_readme_table_marks_the_best_method_of_each_column(path: Path) -> None:
+def test_table_marks_the_best_method_of_each_column(path: Path) -> None:
     methods = [
         row
         for row in table(path.stem)
@@ -138,18 +172,20 @@ def test_archived_runs_name_their_commit_and_the_methods_of_make_compare(path: P
 def test_result_tables_check_finds_a_changed_figure(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    page = tmp_path / "README.md"
-    monkeypatch.setattr(script, "README", page)
+    pages = {path: tmp_path / path.name for path in (README, MEDICAL)}
+    for path, page in pages.items():
+        page.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(script, "PAGES", tuple(pages.values()))
     monkeypatch.setattr(sys, "argv", ["result_tables.py", "--check"])
-
-    page.write_text(text, encoding="utf-8")
     assert script.main() == 0
 
-    figure = re.search(r"\d\d\.\d±\d", text)
-    assert figure is not None
-    page.write_text(text.replace(figure[0], "99.9±0", 1), encoding="utf-8")
-    assert script.main() == 1
+    for page in pages.values():
+        text = page.read_text(encoding="utf-8")
+        figure = re.search(r"\d\d\.\d±\d", text)
+        assert figure is not None
+        page.write_text(text.replace(figure[0], "99.9±0", 1), encoding="utf-8")
+        assert script.main() == 1
+        page.write_text(text, encoding="utf-8")
 
 
 def test_result_tables_archive_keeps_every_run_and_adds_the_commit(

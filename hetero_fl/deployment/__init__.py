@@ -1,1 +1,1 @@
-"""A run across machines: the same rounds, with messages to nodes in place of work in this process."""
+"""Federated runs across machines: the server, the nodes of the sites, and their messages."""

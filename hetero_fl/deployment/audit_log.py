@@ -1,4 +1,8 @@
-"""The tamper-evident audit log of a site, and the usage that it accounts for."""
+"""The tamper-evident audit log of a site, and the usage that it accounts for.
+
+Each message is a JSON line with the SHA-256 of the previous line, signed with the node's key. The
+number of lines and the last hash are also in a `.head` file, which reveals a truncated log.
+"""
 
 from __future__ import annotations
 
@@ -23,46 +27,55 @@ from filelock import FileLock
 
 from hetero_fl.utils.errors import UserError, one_line, printable
 
-# What was asked of a site and what left it: a JSON line a message, each with the SHA-256 of the
-# line before it.
-#
-# With the node's key each line is signed, and the signature of the last one covers all before it:
-# without the key nobody can change, insert or append a line. The number of lines and the hash of
-# the last one are in a second file, `….head`, so that an end that was cut off is noticed. A process
-# that can write both files can still restore an earlier state; a copy of the head elsewhere shows
-# that. A line is on disk before the answer that it tells of leaves; what was spent is counted from
-# the lines.
-
-FIRST = "0" * 64  # before the first line
-# bytes of the head: a number and a hash, in a fixed width, so that it is replaced in one write
+# Hash before the first line.
+FIRST = "0" * 64
+# Bytes of the head file, a fixed width so that one write replaces it.
 HEAD = 96
-ABOUT = b"hetero_fl audit line\n"  # before what is signed: no message passes for a line
-SIGNED = b', "signature": "'  # between a line's content and its signature, in hexadecimal digits
-LONGEST = 500  # characters of a text in a line
-MOST_DIGITS = 18  # of a line's number
-MOST_LISTED = 32  # texts of a list in a line
-REPEATED = "again"  # the outcome of a message that had been answered before
+# Prefix of the signed bytes, so that no other signed message can pass for a line.
+ABOUT = b"hetero_fl audit line\n"
+# Between a line's content and its signature in hexadecimal digits.
+SIGNED = b', "signature": "'
+# Characters of a string in a line.
+LONGEST = 500
+# Digits of a line number.
+MOST_DIGITS = 18
+# Entries of a list in a line.
+MOST_LISTED = 32
+# Outcome of a message that was answered before.
+REPEATED = "again"
 
 Entry = dict[str, Any]
 
 # Fields of a line, and of each entry of `spent`.
 FIELDS: dict[str, type] = {
-    "n": int, "time": str, "in": int, "out": int, "outcome": str, "before": str,
-    "run": str, "ask": str, "what": str, "task": str, "asked": str, "round": int, "kinds": list, "spent": list,
-}  # fmt: skip
+    "n": int,
+    "time": str,
+    "in": int,
+    "out": int,
+    "outcome": str,
+    "before": str,
+    "run": str,
+    "ask": str,
+    "what": str,
+    "task": str,
+    "asked": str,
+    "round": int,
+    "kinds": list,
+    "spent": list,
+}
 REQUIRED = ("n", "time", "in", "out", "outcome", "before")
 CHARGE: dict[str, type] = {"noise": float, "rate": float, "steps": int}
 
 
 class AuditLog:
-    """A log that is written on.
+    """An audit log to which lines are appended.
 
     Args:
-        path: The file.
-        key: The node's private key, with which lines are signed; none: they are not.
+        path: Path of the log.
+        key: The node's private key, which signs the lines. None: they are not signed.
 
     Raises:
-        UserError: If the log was changed, so that its counts are not reliable.
+        UserError: If the log was changed.
     """
 
     def __init__(self, path: Path, key: EllipticCurvePrivateKey | None = None) -> None:
@@ -77,7 +90,13 @@ class AuditLog:
             self._set_head()
 
     def append(self, **about: Any) -> Entry:
-        """Write a line about a message and flush it to disk.
+        """Append a line about a message and flush it to disk.
+
+        Args:
+            **about: Fields of the line.
+
+        Returns:
+            The entry.
 
         Raises:
             OSError: If it cannot be written.
@@ -102,12 +121,16 @@ class AuditLog:
         return entry
 
     def entries(self) -> list[Entry]:
-        """All lines, those of earlier processes too. Raises UserError as above."""
+        """Return all entries, including those of earlier processes.
+
+        Raises:
+            UserError: If the log was changed.
+        """
         return _read(self.path, self._public)[0]
 
     @property
     def head(self) -> str:
-        """The number of lines and the hash of the last one, `N:HASH`; keep a copy of it elsewhere."""
+        """Number of lines and hash of the last one, `N:HASH`; a copy elsewhere proves the log."""
         return f"{self._count}:{self._last}"
 
     @property
@@ -115,22 +138,21 @@ class AuditLog:
         return None if self._key is None else self._key.public_key()
 
     def _read_lines_of_others(self) -> None:
-        """Read a file that has changed since: another process of this site may have appended lines.
+        """Read lines that another process of this site appended.
 
-        A new line vouches for all before it, so each of them must be signed, and the lines that this process knows must
-        still be there.
+        All of them must be signed, and the known lines must be unchanged.
         """
         self._catch_up(f"{self._count}:{self._last}", since=self._count)
 
     def _catch_up(self, noted: str | None = None, since: int | None = None) -> None:
         _, self._count, self._last = _read(self.path, self._public, noted, since)
         if self.path.exists() and self.path.stat().st_size > (whole := _complete_length(self.path)):
-            # half a line of a process that was killed; nothing has left with it
+            # An incomplete line of a process that was killed; its answer was never sent.
             os.truncate(self.path, whole)
         self._stamp = _file_identity(self.path)
 
     def _write(self, line: bytes) -> None:
-        """Append a line to the file and flush it to disk; if that fails, remove what was written of it."""
+        """Append a line and flush it to disk; remove a partial line if that fails."""
         handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         before = os.fstat(handle).st_size
         try:
@@ -152,7 +174,7 @@ class AuditLog:
         return FileLock(self.path.with_name(f".{self.path.name}.lock"), mode=0o600)
 
     def _set_head(self) -> None:
-        # Not flushed to disk: after a loss of power it may be behind the lines, never ahead.
+        # Not flushed to disk: after a power failure it may be behind the lines, never ahead.
         handle = os.open(_head_of(self.path), os.O_WRONLY | os.O_CREAT, 0o600)
         with os.fdopen(handle, "wb") as file:
             file.write(f"{self._count} {self._last}".ljust(HEAD - 1).encode() + b"\n")
@@ -161,36 +183,38 @@ class AuditLog:
 def verify(
     path: Path, key: EllipticCurvePublicKey | None = None, head: str | None = None
 ) -> list[Entry]:
-    """Read the entries of a log and check them.
+    """Verify a log and return its entries.
 
     Args:
-        path: The file.
-        key: The public key of the node that wrote it; without it a line that somebody appended is not noticed.
-        head: `N:HASH` as it was noted at an earlier time: line N must be the same still.
+        path: Path of the log.
+        key: Public key of the node that wrote it. None: appended lines are not detected.
+        head: An earlier head, `N:HASH`; line N must still be the same.
 
     Raises:
-        UserError: A line was changed, removed, moved, cut off, or not written with that key; the line is named.
+        UserError: If a line was changed, removed, moved or not signed with the key; the message
+            names the line.
     """
-    # false also for a name that is too long
+    # Unlike Path.exists, os.path.exists accepts names that are too long.
     if not os.path.exists(path) and not os.path.exists(_head_of(path)):
-        raise UserError(
-            f"{path}: no such file; a node keeps its log beside its state, as audit.jsonl"
-        )
+        raise UserError(f"{path}: not found; the log of a node is audit.jsonl in the site's folder")
     return _read(path, key, head)[0]
 
 
 def verified_head(path: Path) -> str:
-    """`N:HASH` of a log that was verified."""
+    """Verify a log and return its head, `N:HASH`."""
     return ":".join(map(str, _read(path)[1:]))
 
 
 def format_entries(entries: Iterable[Entry]) -> list[str]:
-    """A line for people on each message."""
-    made = []
+    """Return a readable line for each entry."""
+    lines = []
     for entry in entries:
         what = " ".join(str(entry[name]) for name in ("ask", "what") if entry.get(name))
-        number = entry.get("round")  # models are read when a round is complete
-        turn = f"round {number + (entry.get('what') != 'read')}" if isinstance(number, int) else ""
+        # Models are evaluated when a round is complete.
+        round_idx = entry.get("round")
+        turn = ""
+        if isinstance(round_idx, int):
+            turn = f"round {round_idx + (entry.get('what') != 'read')}"
         sent = ", ".join(entry.get("kinds", ()))
         sizes = f"{entry['in']:,} in, {entry['out']:,} out" + (f" ({sent})" if sent else "")
         parts = (
@@ -202,23 +226,34 @@ def format_entries(entries: Iterable[Entry]) -> list[str]:
             sizes,
             str(entry["outcome"]),
         )
-        made.append(printable("  ".join(part for part in parts if part)))
-    return made
+        lines.append(printable("  ".join(part for part in parts if part)))
+    return lines
 
 
 @dataclass(frozen=True)
 class TrafficTotals:
-    """Bytes of a run's tasks: `up` and `down` as the server counts them, each task once."""
+    """Bytes of a run's tasks as the server counts them, each task once.
+
+    Args:
+        up: Bytes of uploads.
+        down: Bytes of broadcasts.
+    """
 
     up: int
     down: int
 
 
 def traffic_totals(entries: Iterable[Entry], run: str | None = None) -> TrafficTotals:
-    """Sums over the tasks of a run (None: of all): what came with them, and what left in uploads. A task is counted when it first
-    comes, its upload when that first leaves; that it was sent again, or before its node could take it, is in the log alone."""
-    came: dict[str, int] = {}
-    left: dict[str, int] = {}
+    """Return the traffic of the tasks in a log.
+
+    A task counts when it first arrives, an upload when it is first sent; repetitions do not count.
+
+    Args:
+        entries: Entries of the log.
+        run: ID of a run. None: all runs.
+    """
+    received: dict[str, int] = {}
+    sent: dict[str, int] = {}
     for entry in entries:
         if (
             "asked" not in entry
@@ -226,13 +261,12 @@ def traffic_totals(entries: Iterable[Entry], run: str | None = None) -> TrafficT
             or run not in (None, entry.get("run"))
         ):
             continue
-        came.setdefault(entry["asked"], entry["in"])
+        received.setdefault(entry["asked"], entry["in"])
         if entry.get("what") != "read" and entry["outcome"] in ("done", REPEATED):
-            left.setdefault(entry["asked"], entry["out"])
-    return TrafficTotals(sum(left.values()), sum(came.values()))
+            sent.setdefault(entry["asked"], entry["out"])
+    return TrafficTotals(sum(sent.values()), sum(received.values()))
 
 
-# The chain -----------------------------------------------------------------------------------------------------------
 def _read(
     path: Path,
     key: EllipticCurvePublicKey | None = None,
@@ -241,16 +275,16 @@ def _read(
 ) -> tuple[list[Entry], int, str]:
     """Read and check a log.
 
-    Whole lines beyond the head, and half a line, are those of a process that was killed while it wrote.
+    Lines beyond the head and an incomplete last line are left by a process that was killed.
 
     Args:
-        path: The file.
+        path: Path of the log.
         key: Public key of the site.
-        noted: `N:HASH` of a line that must be there.
+        noted: An earlier head, `N:HASH`, which the log must contain.
         since: Every line after this number must be signed; by default the last line.
 
     Returns:
-        The entries, how many, and the hash of the last line.
+        The entries, their number, and the hash of the last line.
     """
     lines = _bytes(path).splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
@@ -263,20 +297,19 @@ def _read(
         entry = _entry(line, f"{path}: line {number}")
         if entry["n"] != number:
             raise UserError(
-                f"{path}: line {number}: found number {entry['n']} there; a line is missing, or was moved"
+                f"{path}: line {number}: expected number {number}, got {entry['n']}; "
+                "a line was removed or moved"
             )
         if entry["before"] != last:
-            raise UserError(
-                f"{path}: line {max(1, number - 1)}: it was changed after it had been written"
-            )
+            raise UserError(f"{path}: line {max(1, number - 1)}: changed after it was written")
         entries.append(entry)
         last = _hash(line)
         if number == count and last != head:
-            raise UserError(f"{path}: line {number}: it was changed after it had been written")
+            raise UserError(f"{path}: line {number}: changed after it was written")
         hashes.append(last)
     if len(lines) < count:
-        what = f"{count} lines were written, {len(lines)} are there"
-        raise UserError(f"{path}: line {len(lines) + 1}: {what}; the end was cut off")
+        what = f"expected {count} lines, found {len(lines)}"
+        raise UserError(f"{path}: line {len(lines) + 1}: {what}; the log was truncated")
     if key is not None:
         for number in range(len(lines) if since is None else since + 1, len(lines) + 1):
             _check_signature(path, lines, number, key)
@@ -286,33 +319,38 @@ def _read(
 
 
 def _entry(line: bytes, where: str) -> Entry:
-    """Return a line's entry. Raises UserError unless it has the fields that `append` writes, with their types."""
+    """Return a line's entry.
+
+    Raises:
+        UserError: Unless it has the fields that `append` writes, with their types.
+    """
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):
         entry = None
     if not isinstance(entry, dict):
-        raise UserError(f"{where}: it was changed and cannot be read")
+        raise UserError(f"{where}: changed; not a JSON object")
     for name, kind in FIELDS.items():
         if not _has_type(entry.get(name), kind) and (name in entry or name in REQUIRED):
             found = one_line(entry[name], 60) if name in entry else "nothing"
             raise UserError(
-                f"{where}: {name}: found {found}; expected {kind.__name__}; it was changed"
+                f"{where}: {name}: expected {kind.__name__}, got {found}; the line was changed"
             )
     if not all(isinstance(kind, str) for kind in entry.get("kinds", [])):
-        raise UserError(f"{where}: kinds: expected a list of str; it was changed")
+        raise UserError(f"{where}: kinds: expected a list of str; the line was changed")
     for charge in entry.get("spent", []):
         if not isinstance(charge, dict) or not all(
             _has_type(charge.get(name), kind) for name, kind in CHARGE.items()
         ):
             raise UserError(
-                f"{where}: spent: found {one_line(charge, 60)}; expected {', '.join(CHARGE)}; it was changed"
+                f"{where}: spent: expected {', '.join(CHARGE)}, got {one_line(charge, 60)}; "
+                "the line was changed"
             )
     return entry
 
 
 def _has_type(value: Any, kind: type) -> bool:
-    """Whether a value of a line has a type; an integer has at most 64 bits."""
+    """Return whether a value has a type; integers must fit into 64 bits."""
     if isinstance(value, bool):
         return False
     if isinstance(value, int):
@@ -323,45 +361,54 @@ def _has_type(value: Any, kind: type) -> bool:
 def _check_signature(
     path: Path, lines: list[bytes], number: int, key: EllipticCurvePublicKey
 ) -> None:
-    """Raise UserError unless the line of this number, from 1, is signed with this key. It vouches for all lines before it."""
+    """Check that a line, counted from 1, is signed with a key; it covers all earlier lines.
+
+    Raises:
+        UserError: If it is not.
+    """
     if number == 0:
         return
     line, _, rest = lines[number - 1].rpartition(SIGNED)
     try:
-        # Exactly as it was written: `bytes.fromhex` also reads capitals and spaces, which would change the line's hash.
+        # `bytes.fromhex` also accepts capitals and spaces, which would change the line's hash.
         digits = rest.decode().removesuffix('"}\n')
         signature = bytes.fromhex(digits)
         if signature.hex() != digits:
             raise ValueError("expected lower-case hexadecimal digits")
         key.verify(signature, ABOUT + line + b"}", ECDSA(SHA384()))
     except (InvalidSignature, ValueError):
-        raise UserError(f"{path}: line {number}: it is not signed with this site's key") from None
+        raise UserError(f"{path}: line {number}: not signed with this site's key") from None
 
 
 def _check_known_head(path: Path, hashes: list[str], noted: str) -> None:
-    """Raise UserError unless the line whose number and hash were noted is still there."""
+    """Check that a log contains an earlier head.
+
+    Raises:
+        UserError: If it does not, or the head is malformed.
+    """
     number, _, found = noted.partition(":")
     if not number.isdecimal() or len(number) > MOST_DIGITS or len(found) != len(FIRST):
         raise UserError(
-            f"head: found '{one_line(noted, 90)}'; expected N:HASH as `hetero-fl node --audit` prints it"
+            f"head: expected N:HASH as printed by `hetero-fl node --audit`, "
+            f"got '{one_line(noted, 90)}'"
         )
     if int(number) > len(hashes):
         raise UserError(
-            f"{path}: line {number} was noted, {len(hashes)} lines are there; the end was cut off"
+            f"{path}: expected at least {number} lines, found {len(hashes)}; the log was truncated"
         )
     if [FIRST, *hashes][int(number)] != found:
         raise UserError(
-            f"{path}: line {number}: it is not the one that was noted; another history was written"
+            f"{path}: line {number}: differs from the given head; the log was rewritten"
         )
 
 
 def _shorten_value(value: Any) -> Any:
-    """A value without long texts: what a server sends can be as long as it likes."""
+    """Return a value with strings and lists shortened."""
     if isinstance(value, str):
         return one_line(value, LONGEST)
-    return (
-        [_shorten_value(each) for each in value[:MOST_LISTED]] if isinstance(value, list) else value
-    )
+    if isinstance(value, list):
+        return [_shorten_value(each) for each in value[:MOST_LISTED]]
+    return value
 
 
 def _head(path: Path) -> tuple[int, str]:
@@ -374,7 +421,7 @@ def _head(path: Path) -> tuple[int, str]:
         if not path.exists() or path.stat().st_size == 0:
             return 0, FIRST
         raise UserError(
-            f"{path}: line 1: {head.name}, which says how many lines there are, is gone"
+            f"{path}: line 1: {head.name}, which has the number of lines, is missing"
         ) from None
     except OSError as error:
         raise UserError(f"{head}: cannot be read ({error.strerror})") from None
@@ -388,7 +435,7 @@ def _head_of(path: Path) -> Path:
 
 
 def _file_identity(path: Path) -> tuple[int, int, int] | None:
-    """Return the identity, size and modification time of a file, None if there is none: they differ after a change."""
+    """Return the inode, size and modification time of a file; None if it does not exist."""
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -397,7 +444,11 @@ def _file_identity(path: Path) -> tuple[int, int, int] | None:
 
 
 def _bytes(path: Path) -> bytes:
-    """Return a log's content, empty if there is no file. Raises UserError if it cannot be read."""
+    """Return a log's content, empty if it does not exist.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -407,7 +458,7 @@ def _bytes(path: Path) -> bytes:
 
 
 def _complete_length(path: Path) -> int:
-    """Bytes of the whole lines."""
+    """Return the number of bytes of the complete lines."""
     return _bytes(path).rfind(b"\n") + 1
 
 
@@ -420,41 +471,48 @@ def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
 
 
-# What a site has done in a run, and spent and sent in all runs, as its audit log tells.
-
 TRAIN = "train"
-ANSWERED = ("done", "failed")  # outcomes of a task that was carried out
-MAX_KNOWN_TASKS = 1024  # tasks that are known by the server's name for them
+# Outcomes of a completed task.
+ANSWERED = ("done", "failed")
+# Number of tasks that are known by the server's name.
+MAX_KNOWN_TASKS = 1024
 
-Spent = tuple[tuple[float, float, int], ...]  # (noise multiplier, rate, steps), sorted
+# Sorted (noise multiplier, rate, steps).
+Spent = tuple[tuple[float, float, int], ...]
 
 
 @dataclass
 class SiteUsage:
-    """Grows with every line of the log; holds a few bytes of each."""
+    """What a site has done in one run, and spent and sent in all runs, from its audit log.
+
+    Args:
+        run: ID of the run.
+        sent: Bytes of all answers in all runs.
+        answered: Digests of this run's completed tasks.
+        trained: Digests of this run's completed training tasks.
+        tasks: By the server's name, the task's digest; newest last.
+        one_time_charges: Releases that are charged once in this run.
+        steps: By (noise multiplier, sampling rate), the number of steps in all runs.
+    """
 
     run: str
-    sent: int = 0  # bytes of all answers to everybody
-    # this run's tasks that were carried out, by what was asked
+    sent: int = 0
     answered: set[bytes] = field(default_factory=set)
-    trained: set[bytes] = field(default_factory=set)  # those of them that it trained for
-    # by the server's name, the newest at the end
+    trained: set[bytes] = field(default_factory=set)
     tasks: OrderedDict[str, bytes] = field(default_factory=OrderedDict)
-    # what was released for the whole of this run
     one_time_charges: set[str] = field(default_factory=set)
-    # (noise multiplier, rate) -> mechanisms
     steps: dict[tuple[float, float], int] = field(default_factory=dict)
 
     @classmethod
     def from_log(cls, entries: Iterable[Entry], run: str) -> SiteUsage:
-        """As a log has it."""
-        made = cls(run)
+        """Return the usage from the entries of a log."""
+        usage = cls(run)
         for entry in entries:
-            made.add_entry(entry)
-        return made
+            usage.add_entry(entry)
+        return usage
 
     def add_entry(self, entry: Entry) -> None:
-        """One more line."""
+        """Add an entry of the log."""
         self.sent += entry["out"]
         charges = entry.get("spent", ())
         self.steps = add_steps(self.steps, charges)
@@ -471,16 +529,16 @@ class SiteUsage:
                 self.trained.add(asked)
 
     def with_charges(self, charges: Iterable[Mapping[str, Any]]) -> Spent:
-        """What will have been spent with these, too."""
+        """Return what has been spent, together with further charges."""
         return tuple(sorted((*at, count) for at, count in add_steps(self.steps, charges).items()))
 
 
 def add_steps(
     steps: Mapping[tuple[float, float], int], charges: Iterable[Mapping[str, Any]]
 ) -> dict[tuple[float, float], int]:
-    """Mechanisms and some more."""
-    made = dict(steps)
+    """Return the numbers of steps after further charges."""
+    total = dict(steps)
     for charge in charges:
-        at = (float(charge["noise"]), float(charge["rate"]))
-        made[at] = made.get(at, 0) + int(charge["steps"])
-    return made
+        mechanism = (float(charge["noise"]), float(charge["rate"]))
+        total[mechanism] = total.get(mechanism, 0) + int(charge["steps"])
+    return total

@@ -1,4 +1,11 @@
-"""The language of server and nodes: questions, answers and the trees in their bodies."""
+"""The protocol of server and nodes: requests, answers and the trees in their bodies.
+
+The server sends a node `hello` (which client is it?), `terms` (the configuration), `roster` (the
+reports of all clients), `keep` (a private state to start from), `do` for each task, and `leave`.
+The node answers `here`, `told` (its data report), `ready`, `kept`, `done` and `left`; or `lacks`
+(public sets are missing), `unready` (it was restarted), `lost` (a private state), `failed`
+(training diverged) or `refused`. Bodies are plain trees in bytes, never pickle.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +21,11 @@ from hetero_fl.utils.errors import one_line
 from hetero_fl.utils.serialization import CodecError, as_tensor, decode, encode
 from hetero_fl.utils.version import __version__
 
-# What server and nodes say to each other: plain trees as bytes, never pickle, and what is read is
-# checked.
-#
-# A node is asked, in this order, `hello` (who are you?), `terms` (this is the configuration: what
-# do you tell of your rows?), `roster` (this is who takes part: are you ready?); `keep` (begin with
-# this model of another run); then, for each task, `do`; at the end, `leave`. It answers `here`,
-# `told`, `ready`, `kept`, `done`; or `lacks` (the public sets), `unready` (it was started anew
-# since), `lost` (the private state that the task starts from), `failed` (its training diverged),
-# `refused` (it will not, and why).
-
-PROTOCOL = 1  # of these messages: another number, another language
+# Version of the messages; server and nodes must have the same.
+PROTOCOL = 1
 FORM = f"deployment {PROTOCOL}"
-LOG = "log"  # of an answer: the head of the site's audit log, with the line on this answer
+# Entry of an answer's head: the head of the site's audit log, this answer's line included.
+LOG = "log"
 
 
 # Exceptions raised while parsing a malformed message.
@@ -34,19 +33,33 @@ JUNK = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, Run
 
 
 class RequestRefusedError(Exception):
-    """A message that is not as it should be, or that asks for what is not granted; one short printable line."""
+    """Raised for a message that is malformed or that asks for more than is allowed.
+
+    Args:
+        message: The reason, which is reduced to one short printable line.
+    """
 
     def __init__(self, message: object) -> None:
         super().__init__(one_line(message))
 
 
 def message(kind: str, body: Any = None, **head: Any) -> Envelope:
-    """A message with a tree as its body."""
+    """Return a message with a tree as its body.
+
+    Args:
+        kind: Kind of the message, such as "hello".
+        body: Tree of plain values and tensors. None: an empty body.
+        **head: Further entries of the head.
+    """
     return Envelope({"ask": kind, **head}, b"" if body is None else encode(body, FORM))
 
 
 def body_of(envelope: Envelope) -> Any:
-    """The tree in a message's body. Raises RequestRefusedError if it is none."""
+    """Return the tree in a message's body.
+
+    Raises:
+        RequestRefusedError: If the body cannot be decoded.
+    """
     try:
         return decode(envelope.body, FORM)
     except CodecError as error:
@@ -54,41 +67,49 @@ def body_of(envelope: Envelope) -> Any:
 
 
 def head_value(head: Head, name: str, kind: type) -> Any:
-    """A value of a message's head. Raises RequestRefusedError if it is missing or of another type."""
+    """Return a value of a message's head.
+
+    Args:
+        head: The head.
+        name: Name of the value.
+        kind: Its expected type.
+
+    Raises:
+        RequestRefusedError: If the value is missing or has another type.
+    """
     value = head.get(name)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise RequestRefusedError(
-            f"{head.get('ask')!r:.60}: {name}: found {value!r:.60}; expected {kind.__name__}"
+            f"{head.get('ask')!r:.60}: {name}: expected {kind.__name__}, got {value!r:.60}"
         )
     return value
 
 
 def reason(answer: Envelope) -> str:
-    """Return why an answer is not the one that was hoped for: one short printable line, whatever it says."""
+    """Return why an answer is not the expected one, as one short printable line."""
     return one_line(answer.head.get("why", answer.head.get("ask")))
 
 
 def versions() -> dict[str, Any]:
-    """What both sides have to have alike."""
+    """Return the versions that must be the same at the server and at all nodes."""
     return {"protocol": PROTOCOL, "package": __version__, "torch": torch.__version__}
 
 
 def version_mismatch(head: Head) -> str:
-    """A line on the first version that another participant has otherwise; empty if all are the same."""
+    """Return the first version that differs from ours as one line, or an empty string."""
     for name, own in versions().items():
         if head.get(name) != own:
-            return f"{name} {head.get(name)!r:.60}, but {own!r} here"
+            return f"{name}: expected version {own!r}, got {head.get(name)!r:.60}"
     return ""
 
 
-# Trees ---------------------------------------------------------------------------------------------------------------
 def data_info_tree(info: RemoteDataInfo) -> dict[str, Any]:
-    """What a client told, as plain values."""
+    """Return a client's data report as plain values."""
     view = None if info.view is None else asdict(info.view)
     return {"rows": dict(info.rows), "hash": info.content_hash, "view": view, "labels": info.labels}
 
 
 def evaluation_tree(evaluation: ClientEvaluation) -> dict[str, Any]:
-    """What a node tells of its model, as plain values."""
+    """Return an evaluation as plain values, its model as a tensor of bytes."""
     tree = {field.name: getattr(evaluation, field.name) for field in fields(evaluation)}
     return {**tree, "model": as_tensor(evaluation.model) if evaluation.model else None}

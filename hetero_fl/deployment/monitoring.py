@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from urllib.error import URLError
 from urllib.request import urlopen
 
+from typing_extensions import override
+
 from hetero_fl.deployment.messages import versions
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.processes import is_process_running
@@ -26,18 +28,21 @@ from hetero_fl.utils.serialization import write_atomically
 if TYPE_CHECKING:
     from prometheus_client import Metric
 
-# Lines of what happens at a server or a node: for a reader, or as JSON for whoever gathers them
-# from many machines.
-
-LONGEST = 2000  # characters of a message
+# Characters of a log message.
+LONGEST = 2000
 
 
 class EventLog:
-    """Writes a line for everything that happens.
+    """Log of the events at a server or a node; thread-safe.
 
     Args:
-        form: `text`, or `json`: an object a line with `time` (UTC), `message`, and what it is about: `run`, `round`, `client` …
-        about: what all lines are about.
+        form: "text", or "json" for one object per line with `time` (UTC), `message` and fields such
+            as `run`, `round` and `client`.
+        stream: Where to write. None: stderr.
+        **about: Fields of all lines.
+
+    Attributes:
+        quiet: Whether to write nothing.
     """
 
     def __init__(self, form: str = "text", stream: TextIO | None = None, **about: Any) -> None:
@@ -45,10 +50,15 @@ class EventLog:
         self.about = {name: value for name, value in about.items() if value is not None}
         self._stream = stream
         self._writing = threading.Lock()
-        self.quiet = False  # then nothing is written
+        self.quiet = False
 
     def __call__(self, line: str, **about: Any) -> None:
-        """One thing that happened."""
+        """Log an event.
+
+        Args:
+            line: The message.
+            **about: Further fields.
+        """
         line = one_line(line, LONGEST)
         if self.form == "json":
             now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
@@ -65,35 +75,39 @@ class EventLog:
 
 
 class LineStream(io.TextIOBase):
-    """A stream whose lines go to a log: for what is printed elsewhere."""
+    """A text stream whose lines are written to a log.
+
+    Args:
+        log: The log.
+    """
 
     def __init__(self, log: EventLog) -> None:
         self._log = log
-        self._begun = ""
+        self._incomplete = ""
 
+    @override
     def write(self, text: str) -> int:
-        *lines, self._begun = (self._begun + text).split("\n")
+        *lines, self._incomplete = (self._incomplete + text).split("\n")
         for line in lines:
             if line.strip():
                 self._log(line)
         return len(text)
 
 
-# How a run across machines stands: who is here, which round, what was sent; for people, for files,
-# for Prometheus.
-
-FILE = "status.json"  # in the run directory
-EVENTS = 20  # of the last ones
+# File in the run directory.
+FILE = "status.json"
+# Number of latest events in the status.
+EVENTS = 20
 EVALUATION_SETS = ("personal", "global", "server")
 SPREAD = ("_std", "_worst", "_undefined")
 
 
 class RunStatus:
-    """What the server knows of its run at this moment; every change goes to a small file.
+    """Current status of a run at the server; every change is written to a small file.
 
     Args:
-        path: the run directory, which is not made for it.
-        clients: those that are expected.
+        path: Run directory. It is not created: the file is written once the directory exists.
+        clients: The expected clients.
     """
 
     def __init__(self, path: Path, clients: Collection[str]) -> None:
@@ -101,23 +115,40 @@ class RunStatus:
         self._changing = threading.RLock()
         self._present: Callable[[], Collection[str]] = tuple
         self._logs: Callable[[], Mapping[str, str]] = dict
-        # here? since when?
+        # By client: whether it is connected, and since when.
         self._nodes: dict[str, tuple[bool, float | None]] = dict.fromkeys(clients, (False, None))
         self._events: list[dict[str, Any]] = []
         self._tree: dict[str, Any] = {
-            "phase": "waiting", "run": None, "name": None, "algorithm": None, "rounds": 0, "round": 0,
-            "up_bytes": 0, "down_bytes": 0, "failures": 0, "seconds": None, "epsilon": None,
-            **dict.fromkeys(EVALUATION_SETS), "pid": os.getpid(), "host": socket.gethostname(), "versions": versions(),
-        }  # fmt: skip
+            "phase": "waiting",
+            "run": None,
+            "name": None,
+            "algorithm": None,
+            "rounds": 0,
+            "round": 0,
+            "up_bytes": 0,
+            "down_bytes": 0,
+            "failures": 0,
+            "seconds": None,
+            "epsilon": None,
+            **dict.fromkeys(EVALUATION_SETS),
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "versions": versions(),
+        }
 
     def update(self, **known: Any) -> None:
-        """Something else is known: `phase` (waiting, running, stopping, done, interrupted, failed), `run`, `name` …"""
+        """Update entries of the status.
+
+        Args:
+            **known: `phase` (waiting, running, stopping, done, interrupted or failed), `run`,
+                `name` and others.
+        """
         with self._changing:
             self._tree |= known
             self._write()
 
     def set_presence_source(self, present: Callable[[], Collection[str]]) -> None:
-        """Whom to ask who is here."""
+        """Set the function that returns the connected clients."""
         self._present = present
 
     def set_log_source(self, logs: Callable[[], Mapping[str, str]]) -> None:
@@ -125,16 +156,17 @@ class RunStatus:
         self._logs = logs
 
     def add_event(self, line: str) -> None:
-        """Something happened."""
+        """Add a line to the latest events."""
         with self._changing:
             self._events = [*self._events, {"time": time.time(), "message": line}][-EVENTS:]
             self._write()
 
     def add_record(self, record: Mapping[str, Any]) -> None:
-        """A round is complete: its line of `metrics.jsonl`."""
+        """Add the record of a completed round, as in `metrics.jsonl`."""
         with self._changing:
             tree = self._tree
-            if record["round"] <= tree["round"]:  # it is held again
+            # A resumed run repeats rounds after the last checkpoint.
+            if record["round"] <= tree["round"]:
                 return
             tree["round"] = record["round"]
             for name in ("up_bytes", "down_bytes"):
@@ -150,7 +182,10 @@ class RunStatus:
             self._write()
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain values; times are seconds since 1970, `seconds` those of the last round."""
+        """Return the status as plain values.
+
+        Times are in seconds since 1970; `seconds` is the duration of the last round.
+        """
         with self._changing:
             now = time.time()
             present = set(self._present())
@@ -169,19 +204,19 @@ class RunStatus:
             return {**self._tree, "nodes": nodes, "events": self._events, "updated": now}
 
     def prometheus(self) -> str:
-        """Return the same in Prometheus's text format."""
+        """Return the status in Prometheus's text format."""
         from prometheus_client import generate_latest
 
         return generate_latest(self).decode()
 
     def collect(self) -> Iterator[Metric]:
-        """Yield what `prometheus` writes (the collector protocol of prometheus_client); what is not known is left out."""
+        """Yield the known metrics (the collector protocol of prometheus_client)."""
         from prometheus_client import Metric
 
         tree = self.to_dict()
         here = sum(node["here"] for node in tree["nodes"].values())
         states = [({"state": "here"}, here), ({"state": "gone"}, len(tree["nodes"]) - here)]
-        sent = [({"direction": way}, tree[f"{way}_bytes"]) for way in ("up", "down")]
+        sent = [({"direction": name}, tree[f"{name}_bytes"]) for name in ("up", "down")]
         about = {name: tree[name] or "" for name in ("run", "name", "algorithm", "phase")}
         scores = [
             ({"of": name, "metric": metric}, value)
@@ -191,14 +226,14 @@ class RunStatus:
         families: Sequence[tuple[str, str, str, Sequence[tuple[Mapping[str, Any], Any]]]] = (
             ("info", "gauge", "the run", [(about | tree["versions"], 1)]),
             ("rounds", "gauge", "rounds of the run", [({}, tree["rounds"])]),
-            ("rounds_completed", "gauge", "rounds that are complete", [({}, tree["round"])]),
-            ("nodes", "gauge", "nodes that are here, and that are not", states),
-            ("bytes_total", "counter", "encoded payloads, at the server", sent),
-            ("failures_total", "counter", "uploads that were requested and not used", [({}, tree["failures"])]),
-            ("round_seconds", "gauge", "of the last round", [({}, tree["seconds"])]),
-            ("privacy_epsilon", "gauge", "what the run has spent", [({}, tree["epsilon"])]),
-            ("score", "gauge", "of the last evaluation, mean over clients", scores),
-        )  # fmt: skip
+            ("rounds_completed", "gauge", "completed rounds", [({}, tree["round"])]),
+            ("nodes", "gauge", "nodes by whether they are connected", states),
+            ("bytes_total", "counter", "bytes of encoded payloads at the server", sent),
+            ("failures_total", "counter", "missing or failed uploads", [({}, tree["failures"])]),
+            ("round_seconds", "gauge", "duration of the last round", [({}, tree["seconds"])]),
+            ("privacy_epsilon", "gauge", "ε spent by the run", [({}, tree["epsilon"])]),
+            ("score", "gauge", "mean over clients in the last evaluation", scores),
+        )
         for name, kind, description, samples in families:
             family = Metric(f"hetero_fl_{name}".removesuffix("_total"), description, kind)
             for labels, value in samples:
@@ -209,23 +244,32 @@ class RunStatus:
                 yield family
 
     def _write(self) -> None:
-        if (self._path / "config.yaml").exists():  # before, there is no run directory
-            with suppress(OSError):  # the run needs none of it
+        # Without it, there is no run directory yet.
+        if (self._path / "config.yaml").exists():
+            # The run does not depend on this file.
+            with suppress(OSError):
                 write_atomically(
                     self._path / FILE, (json.dumps(self.to_dict(), indent=1) + "\n").encode()
                 )
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """The file in a run directory; of a server that was killed since, `phase` is `gone`. Raises UserError."""
+    """Read the status file in a run directory.
+
+    Returns:
+        The status; its `phase` is "gone" if the server was killed.
+
+    Raises:
+        UserError: If there is no such file or it cannot be read.
+    """
     try:
         tree = json.loads((folder / FILE).read_text(encoding="utf-8"))
         if tree["phase"] not in ("done", "failed", "interrupted") and not _is_process_alive(tree):
             tree["phase"] = "gone"
     except FileNotFoundError:
-        what = "status of a run across machines" if folder.is_dir() else "folder"
+        what = f"{FILE} not found" if folder.is_dir() else "folder not found"
         raise UserError(
-            f"{folder}: no {what} is here; name a run directory, or the address of a server's metrics"
+            f"{folder}: {what}; expected a run directory of a server, or the address of its metrics"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / FILE}: cannot be read ({error})") from None
@@ -233,24 +277,35 @@ def read_status(folder: Path) -> dict[str, Any]:
 
 
 def _is_process_alive(tree: Mapping[str, Any]) -> bool:
-    """Whether its process runs; of another machine's nobody here can say."""
+    """Return whether the server's process runs; on another machine this is assumed."""
     if tree["host"] != socket.gethostname():
         return True
     return is_process_running(int(tree["pid"]))
 
 
-# A server's small window: `/healthz`, `/metrics` for Prometheus, `/status` as JSON, over plain
-# HTTP, for whoever watches it.
-
-WAIT = 5.0  # seconds for an answer
+# Seconds to wait for a server's status.
+WAIT = 5.0
 
 
 @contextmanager
 def serve_status(status: RunStatus, host: str, port: int) -> Iterator[int]:
-    """Keep it open; yields the port, which 0 leaves to the system. Raises UserError if it is taken."""
+    """Serve `/healthz`, `/metrics` (Prometheus) and `/status` (JSON) over plain HTTP.
+
+    Args:
+        status: The status to serve.
+        host: Address at which to listen.
+        port: Port; 0 for a free one.
+
+    Yields:
+        The port.
+
+    Raises:
+        UserError: If the port is not available.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            """Answer a request for one of the pages."""
             pages = {"/healthz": _health, "/metrics": _metrics, "/status": _status}
             page = pages.get(self.path.split("?")[0])
             code, kind, text = (
@@ -263,14 +318,15 @@ def serve_status(status: RunStatus, host: str, port: int) -> Iterator[int]:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, message_format: str, *args: Any) -> None:
-            """Nobody reads who asked."""
+        @override
+        def log_message(self, format: str, *args: Any) -> None:
+            """Do not log requests."""
 
     try:
         server = ThreadingHTTPServer((host, port), Handler)
     except OSError as error:
         raise UserError(
-            f"metrics.port: {port} of {host} cannot be had ({error.strerror}); take another"
+            f"metrics.port: {port} is not available at {host} ({error.strerror}); choose another"
         ) from None
     server.daemon_threads = True
     thread = threading.Thread(
@@ -286,7 +342,11 @@ def serve_status(status: RunStatus, host: str, port: int) -> Iterator[int]:
 
 
 def fetch_status(address: str) -> dict[str, Any]:
-    """What the window at an address shows of a run. Raises UserError if there is none."""
+    """Fetch the status from the metrics address of a server.
+
+    Raises:
+        UserError: If the server does not answer.
+    """
     base = address if "://" in address else f"http://{address}"
     try:
         with urlopen(f"{base.rstrip('/')}/status", timeout=WAIT) as answer:
@@ -294,13 +354,14 @@ def fetch_status(address: str) -> dict[str, Any]:
     except (URLError, OSError, ValueError) as error:
         why = getattr(error, "reason", error)
         raise UserError(
-            f"{address}: no server shows its status there ({why}); its file names the port: metrics.port"
+            f"{address}: no answer from a server ({why}); "
+            "expected the address in metrics.port of the server's file"
         ) from None
     return dict(tree)
 
 
 def _health(status: RunStatus) -> tuple[int, str, str]:
-    """A server that has failed is not well; one that waits for nodes is."""
+    """Return 503 for a run that failed, and 200 otherwise, also while it waits for nodes."""
     tree = status.to_dict()
     return (
         503 if tree["phase"] == "failed" else 200,

@@ -56,16 +56,25 @@ from hetero_fl.utils.environment import choose_device
 from hetero_fl.utils.errors import NoUploadError, RunFailedError, UserError, one_line
 from hetero_fl.utils.serialization import CodecError, as_bytes, as_tensor, decode, encode
 
-# A run that a node takes part in: begun when it hears the configuration, prepared when it hears who
-# else is in it.
-
 MOST_THREADS = 1024
-MODEL = "model.safetensors"  # in the folder of a run: what the site uses after the last round
+# File in the folder of a run: the site's model after the last round.
+MODEL = "model.safetensors"
 
 
 @dataclass
 class ParticipatingRun:
-    """The run that a node takes part in."""
+    """The run that a node takes part in.
+
+    Args:
+        run: ID of the run.
+        config: Configuration of the run.
+        data: The site's data and the public sets.
+        storage: Files of the run.
+        usage: What the site has already done and spent.
+        noise: Source of privacy noise.
+        worker: Runs the tasks. None until all clients are known.
+        policy: Checks of the site. None until all clients are known.
+    """
 
     run: str
     config: Config
@@ -73,40 +82,44 @@ class ParticipatingRun:
     storage: NodeStorage
     usage: SiteUsage
     noise: SecretNoiseSource
-    worker: Worker | None = None  # once the roster is known
-    policy: Policy | None = None  # likewise
+    worker: Worker | None = None
+    policy: Policy | None = None
 
-    def prepare(self, site: SiteConfig, tree: Any, leaving: Callable[[str, Payload], None]) -> str:
-        """Everything about the run is known now. Returns the fingerprint of the federation.
+    def prepare(
+        self, site: SiteConfig, tree: Any, review_upload: Callable[[str, Payload], None]
+    ) -> str:
+        """Prepare for the tasks of the run and return the fingerprint of the federation.
 
         Args:
             site: The site's file.
-            tree: What the server sent about the run.
-            leaving: Called with each upload before it is encoded.
+            tree: The reports of all clients and the server's fingerprint.
+            review_upload: Called with each upload before it is encoded.
 
         Raises:
-            RequestRefusedError: If the server means another federation.
+            RequestRefusedError: If the fingerprint differs from the server's, or the reports differ
+                from earlier ones.
         """
         outputs = self.data.task.outputs
-        told = {
-            id: read_data_info(each, outputs, self.data.own_view(id))
-            for id, each in tree["told"].items()
+        infos = {
+            client_id: read_data_info(report, outputs, self.data.own_view(client_id))
+            for client_id, report in tree["told"].items()
         }
-        prepared = prepare(self.config, data=restrict_to_holder(self.data, site.client, told))
+        prepared = prepare(self.config, data=restrict_to_holder(self.data, site.client, infos))
         if (found := federation_fingerprint(prepared)) != tree["fingerprint"]:
             raise RequestRefusedError(
-                "this site makes other clients of the configuration than the server does"
+                "the federation that this site derives from the configuration differs from the "
+                "server's"
             )
-        others = hashlib.sha256(repr(sorted(told.items())).encode()).digest()
+        others = hashlib.sha256(repr(sorted(infos.items())).encode()).digest()
         if self.storage.read("roster") not in (None, others):
             raise RequestRefusedError(
-                "what is said of the others' rows is not what was said when it began this run"
+                "the data reports of the clients changed since this site joined the run"
             )
         self.storage.write("roster", others)
         federation = replace(prepared.federation, noise=self.noise)
         device = choose_device(site.device or self.config.runtime.device)
         if not 1 <= (threads := int(tree["threads"])) <= MOST_THREADS:
-            raise RequestRefusedError(f"threads: found {threads}; expected 1 to {MOST_THREADS}")
+            raise RequestRefusedError(f"threads: must be >= 1 and <= {MOST_THREADS}, got {threads}")
         threads = min(threads, site.threads or threads)
         setup = WorkerSetup(
             prepared.method,
@@ -118,7 +131,7 @@ class ParticipatingRun:
         )
         self.worker = Worker(setup, 0)
         self.policy = Policy(site, prepared, self.usage)
-        self.worker.runtime.review_upload = leaving
+        self.worker.runtime.review_upload = review_upload
         return found
 
 
@@ -126,18 +139,32 @@ def begin_run(
     site: SiteConfig,
     folder: Path,
     cipher: Cipher | None,
+    *,
     entries: Iterable[Entry],
     run: str,
     tree: Any,
 ) -> tuple[ParticipatingRun, RemoteDataInfo] | None:
-    """A run whose configuration a site has heard, and what it tells of its rows; None if it lacks the public sets.
+    """Join a run under the configuration that the server sent.
 
-    Raises RequestRefusedError for what the site does not grant, and for another configuration than it heard before.
+    Args:
+        site: The site's file.
+        folder: The site's folder.
+        cipher: Encrypts the site's files, if given.
+        entries: Entries of the site's audit log.
+        run: ID of the run.
+        tree: The configuration and the public sets or their hash.
+
+    Returns:
+        The run and the site's data report; None if the site lacks the public sets.
+
+    Raises:
+        RequestRefusedError: If the site does not allow the configuration, or the configuration or
+            the data changed since the site joined the run.
     """
     me = site.client
     raw = check_raw_config(tree["config"], site.allows)
     permission = CodePermission(granted=site.allows.own_code)
-    # a folder of the server's
+    # `init_from` names a folder of the server.
     config = load_config(raw, allow_code=permission).model_copy(update={"init_from": None})
     clients = expand_population(config.clients)
     if me not in clients:
@@ -146,9 +173,7 @@ def begin_run(
     if site.data is None:
         data = load_federated_data(config)
         if data.public_hash() != tree["public"]:
-            raise RequestRefusedError(
-                "the public sets that its configuration names are not the server's"
-            )
+            raise RequestRefusedError("the public sets at this site differ from the server's")
     else:
         pack = _read_public_pack(NodeStorage(folder / "public", cipher), tree)
         if pack is None:
@@ -156,29 +181,31 @@ def begin_run(
         own = clients[me].model_copy(update={"data": site.data})
         data = pack.data_of_client(me, config.data, {**clients, me: own}, config.seed)
     own_view = clients[me].preprocess.normalize == "own"
-    told = describe_client_rows(data, me, own_view, site.tells.labels)
+    info = describe_client_rows(data, me, own_view, site.tells.labels)
     storage = NodeStorage(folder / "runs" / check_file_name(run), cipher)
-    mark = run_fingerprint(raw, told.content_hash, str(tree["public"]))
+    fingerprint = run_fingerprint(raw, info.content_hash, str(tree["public"]))
     if (known := storage.read("terms")) is None:
-        storage.write("terms", mark)
-    elif known != mark:
+        storage.write("terms", fingerprint)
+    elif known != fingerprint:
         raise RequestRefusedError(
-            "the configuration, the public sets or this site's rows are not those with which it began this run"
+            "the configuration, the public sets or this site's rows changed since it joined the run"
         )
     secret = storage.secret("noise")
-    # who guesses all rows but one could try the last against a plain hash
+    # An attacker who knows all rows but one could test guesses of the last against a plain hash.
     if site.allows.privacy is not None:
-        told = replace(
-            told,
-            content_hash=hmac.new(secret, told.content_hash.encode(), hashlib.sha256).hexdigest(),
-        )
-    return ParticipatingRun(
-        run, config, data, storage, SiteUsage.from_log(entries, run), SecretNoiseSource(secret)
-    ), told
+        keyed = hmac.new(secret, info.content_hash.encode(), hashlib.sha256).hexdigest()
+        info = replace(info, content_hash=keyed)
+    usage = SiteUsage.from_log(entries, run)
+    noise = SecretNoiseSource(secret)
+    return ParticipatingRun(run, config, data, storage, usage, noise), info
 
 
 def _read_public_pack(storage: NodeStorage, tree: Any) -> PublicPack | None:
-    """The public sets that the server has named by their hash: from this message, or kept from an earlier one."""
+    """Return the public sets from the message or from the site's folder.
+
+    Returns:
+        The public sets with the hash that the server named; None if the site lacks them.
+    """
     public = str(tree["public"])
     data = (
         as_bytes(tree["pack"])
@@ -192,40 +219,49 @@ def _read_public_pack(storage: NodeStorage, tree: Any) -> PublicPack | None:
     except (CodecError, KeyError, TypeError, ValueError) as error:
         raise RequestRefusedError(f"the public sets cannot be read ({error})") from None
     if pack.content_hash() != public:
-        raise RequestRefusedError("the public sets are not those that were named")
+        raise RequestRefusedError("the public sets do not match their hash")
     storage.write(check_file_name(public), data)
     return pack
 
 
 def check_file_name(name: str) -> str:
-    """A name from outside as one of a file. Raises RequestRefusedError for one that is none."""
+    """Return a name that the server sent if it is safe as a file name.
+
+    Raises:
+        RequestRefusedError: If it is not.
+    """
     if not (name.isalnum() and len(name) <= 64):
-        raise RequestRefusedError(f"found the name {name[:80]!r}")
+        raise RequestRefusedError(
+            f"name: expected at most 64 letters and digits, got {name[:80]!r}"
+        )
     return name
 
 
-# A site's side of a federation: answers the server's messages with its own data, models and state.
-#
-# Tasks are computed by the same `Worker` that computes them in a worker process of a simulation.
-
-
 class Node:
-    """One client of a federation.
+    """One client of a federation: answers messages with the site's data, models and state.
+
+    Tasks run in the same `Worker` as in a worker process of a simulation.
 
     Args:
-        folder: where it keeps what must outlive its process.
-        say: told, in one line, of what it is asked and of what it refuses.
-        key: this site's private key, with which its log is signed; none: it is not.
+        site: The site's file.
+        folder: Folder for private state and the audit log.
+        say: Called with a line on each event, such as a refused message.
+        key: The site's private key, which signs the audit log. None: the log is not signed.
+
+    Attributes:
+        log: The audit log.
+        joined: The current run; None between runs.
+        left: Why the server ended the last run; None before the first one ends.
 
     Raises:
-        UserError: its log was tampered with, or the key of its folder is none.
+        UserError: If the audit log was changed, or the key of the folder is invalid.
     """
 
     def __init__(
         self,
         site: SiteConfig,
         folder: Path,
-        say: Callable[[str], None] = lambda line: None,
+        say: Callable[[str], None] = lambda _line: None,
         key: EllipticCurvePrivateKey | None = None,
     ) -> None:
         self.site = site
@@ -236,18 +272,24 @@ class Node:
             each.mkdir(parents=True, exist_ok=True)
             each.chmod(0o700)
         self.log = AuditLog(folder / "audit.jsonl", key)
-        self._line: Entry = {}  # what the log will say of the message in hand
+        # The log entry of the current message.
+        self._line: Entry = {}
         self.joined: ParticipatingRun | None = None
-        self.left: str | None = None  # why it was let go, once it was
-        self._turn = threading.Lock()  # one message at a time: the same one may come twice
+        self.left: str | None = None
+        # One message at a time: the same one may arrive twice.
+        self._turn = threading.Lock()
         self._jobs = 0
 
     def handle(self, envelope: Envelope) -> Envelope:
-        """The answer to a message; what is wrong with it, or with this site, is one."""
+        """Answer a message. Errors are answers, too."""
         answers = {
-            "hello": self._hello, "terms": self._describe_data, "roster": self._prepare, "keep": self._receive_state, "do": self._run_task,
+            "hello": self._hello,
+            "terms": self._describe_data,
+            "roster": self._prepare,
+            "keep": self._receive_state,
+            "do": self._run_task,
             "leave": self._end_run,
-        }  # fmt: skip
+        }
         with self._turn:
             head = envelope.head
             self._line = {
@@ -261,7 +303,7 @@ class Node:
                 ask = head_value(head, "ask", str)
                 if ask not in answers:
                     raise RequestRefusedError(
-                        f"asked for '{ask}', which this release does not know"
+                        f"ask: unknown message '{ask}'; choose from {', '.join(answers)}"
                     )
                 answer = answers[ask](envelope)
                 self._log_answer(answer)
@@ -270,12 +312,13 @@ class Node:
                 answer = self._empty_answer("lost", str(error))
             except (RequestRefusedError, UserError, RunFailedError) as error:
                 answer = self._refusal(str(error))
-            except (*JUNK, OSError) as error:  # the disk may be full
+            # OSError: the disk may be full.
+            except (*JUNK, OSError) as error:
                 answer = self._refusal(f"{type(error).__name__}: {one_line(error, 200)}")
             return Envelope({**answer.head, LOG: self.log.head}, answer.body)
 
     def _log_answer(self, answer: Envelope) -> None:
-        """Into the log, before the answer leaves."""
+        """Append an answer to the log before it leaves."""
         outcome = self._line.pop("outcome", str(answer.head.get("ask")))
         entry = self.log.append(**self._line, out=len(answer.body), outcome=outcome)
         if self.joined is not None:
@@ -287,57 +330,61 @@ class Node:
         return self._empty_answer("refused", why)
 
     def _empty_answer(self, kind: str, why: str) -> Envelope:
-        """An answer with which nothing of this site's leaves."""
+        """Return an answer without data of this site."""
         answer = message(kind, why=why)
-        self._line = {k: v for k, v in self._line.items() if k not in ("kinds", "spent")} | {
-            "outcome": f"{kind}: {why}"
-        }
-        with contextlib.suppress(
-            OSError, UserError
-        ):  # the disk may be full, the log damaged: then it is said, at least
+        for name in ("kinds", "spent"):
+            self._line.pop(name, None)
+        self._line["outcome"] = f"{kind}: {why}"
+        # If the disk is full or the log damaged, the server at least gets the answer.
+        with contextlib.suppress(OSError, UserError):
             self._log_answer(answer)
         return answer
 
-    # Joining ---------------------------------------------------------------------------------------------------------
     def _hello(self, envelope: Envelope) -> Envelope:
         return message(
             "here", {"settings": self.site.settings()}, client=self.site.client, **versions()
         )
 
     def _describe_data(self, envelope: Envelope) -> Envelope:
-        """What this site tells of its rows, under a configuration."""
+        """Join a run and report the site's rows."""
         run = head_value(envelope.head, "run", str)
         found = begin_run(
-            self.site, self.folder, self.cipher, self.log.entries(), run, body_of(envelope)
+            self.site,
+            self.folder,
+            self.cipher,
+            entries=self.log.entries(),
+            run=run,
+            tree=body_of(envelope),
         )
         if found is None:
             return message("lacks")
-        self.joined, told = found
+        self.joined, info = found
         self._line["kinds"] = [
             "numbers of rows",
             "a hash of them",
-            *(["label counts"] if told.labels else []),
+            *(["label counts"] if info.labels else []),
         ]
-        self._line["kinds"] += ["preprocessing"] if told.view else []
-        return message("told", data_info_tree(told))
+        self._line["kinds"] += ["preprocessing"] if info.view else []
+        return message("told", data_info_tree(info))
 
     def _prepare(self, envelope: Envelope) -> Envelope:
-        """Everything about the run is known now: prepare for it."""
+        """Prepare for the tasks of the run, whose clients are known now."""
         joined = self._current_run(envelope)
         found = joined.prepare(self.site, body_of(envelope), self._check_upload)
         self.say(
-            f"ready: {joined.config.name}, {joined.config.algorithm['name']}, {joined.config.rounds} rounds"
+            f"ready: {joined.config.name}, {joined.config.algorithm['name']}, "
+            f"{joined.config.rounds} rounds"
         )
         return message("ready", fingerprint=found)
 
     def _end_run(self, envelope: Envelope) -> Envelope:
         self.left = one_line(envelope.head.get("why", ""))
         self.joined = None
-        self.say("let go" + (f": {self.left}" if self.left else ""))
+        self.say("disconnected by the server" + (f": {self.left}" if self.left else ""))
         return message("left")
 
     def _receive_state(self, envelope: Envelope) -> Envelope:
-        """A private state to begin with, from another run of the server's."""
+        """Store a private state to start from, taken from another run of the server."""
         if (
             self.joined is None
             or self.joined.worker is None
@@ -348,10 +395,9 @@ class Node:
         try:
             PrivateState.decode(state, bounded=True)
         except (CodecError, TypeError) as error:
-            raise RequestRefusedError(f"the state to begin with cannot be read ({error})") from None
+            raise RequestRefusedError(f"the initial state cannot be read ({error})") from None
         return message("kept", state=self.joined.storage.save_state(state))
 
-    # Tasks -----------------------------------------------------------------------------------------------------------
     def _run_task(self, envelope: Envelope) -> Envelope:
         head = envelope.head
         if self.joined is None or self.joined.worker is None or self.joined.run != head.get("run"):
@@ -362,49 +408,59 @@ class Node:
         kind = head_value(head, "kind", str)
         base = head_value(head, "base", str) and check_file_name(str(head["base"]))
         if kind not in ("answer", "read"):
-            raise RequestRefusedError(f"asked to '{kind[:20]}', which this release does not know")
-        asked = Message(
-            head_value(head, "what", str), envelope.body, head_value(head, "round", int), head_value(head, "again", int),
+            raise RequestRefusedError(f"kind: unknown kind '{kind[:20]}'; choose from answer, read")
+        request = Message(
+            head_value(head, "what", str),
+            envelope.body,
+            head_value(head, "round", int),
+            head_value(head, "again", int),
             head_value(head, "work", float),
-        )  # fmt: skip
-        digest = digest_of(kind, asked, base)
+        )
+        digest = digest_of(kind, request, base)
         self._line |= {
-            "round": asked.round_idx,
-            "what": one_line(asked.kind, 20),
+            "round": request.round_idx,
+            "what": one_line(request.kind, 20),
             "task": task,
             "asked": digest.hex(),
         }
         if head_value(head, "expires", float) < time.time():
             raise RequestRefusedError(f"task {task[:12]} has expired")
         if usage.tasks.get(task, digest) != digest:
-            raise RequestRefusedError(f"task {task[:12]} came before, and asked for something else")
+            raise RequestRefusedError(f"task {task[:12]} was sent before with other content")
         if digest in usage.answered:
             self._line["outcome"] = REPEATED
-        assert self.joined.policy is not None  # it comes with the worker
+        # It is created with the worker.
+        assert self.joined.policy is not None
         load_state = partial(storage.load_state, base)
-        if spent := self.joined.policy.check(kind, asked, digest, load_state):
+        if spent := self.joined.policy.check(kind, request, digest, load_state):
             self._line["spent"] = spent
-        if (kept := storage.read("answer")) is not None and (known := decode(kept, FORM))["head"][
-            "task"
-        ] == task:
-            self._line["kinds"] = ["what was answered before"]
-            body = as_bytes(known["body"])
-            self.joined.policy.check_size(len(body), upload=True)
-            return Envelope(known["head"], body)
+        if (stored := storage.read("answer")) is not None:
+            known = decode(stored, FORM)
+            if known["head"]["task"] == task:
+                self._line["kinds"] = ["what was answered before"]
+                body = as_bytes(known["body"])
+                self.joined.policy.check_size(len(body), upload=True)
+                return Envelope(known["head"], body)
         self.joined.noise.task = digest
         if kind == "read":
-            return self._evaluate(asked, base, bool(head.get("details", False)), task)
-        spare = [check_file_name(name) for name in str(head.get("spare", "")).split(",") if name][
-            :MAX_STATES
-        ]
-        answer = self._answer_request(asked, base, task, spare)
+            return self._evaluate(request, base, bool(head.get("details", False)), task)
+        names = [name for name in str(head.get("spare", "")).split(",") if name]
+        protected = [check_file_name(name) for name in names][:MAX_STATES]
+        answer = self._answer_request(request, base, task, protected)
         storage.write("answer", encode({"head": answer.head, "body": as_tensor(answer.body)}, FORM))
         return answer
 
     def _answer_request(
-        self, request: Message, base: str, task: str, spare: Collection[str]
+        self, request: Message, base: str, task: str, protected: Collection[str]
     ) -> Envelope:
-        """An exchange of the round's protocol; states to be `spare`d are those to which the server may go back."""
+        """Run one exchange of the round's protocol, such as training.
+
+        Args:
+            request: The server's request.
+            base: Name of the private state from which the task starts.
+            task: Name of the task.
+            protected: Names of the states to which the server may go back.
+        """
         assert (
             self.joined is not None
             and self.joined.worker is not None
@@ -430,10 +486,11 @@ class Node:
         reply = done.replies[me]
         if isinstance(reply, NoUploadError):
             return message("failed", why=str(reply), task=task)
-        self._line.setdefault("kinds", [reply.kind])  # an upload has said more of itself
+        # `_check_upload` has already set it for an upload.
+        self._line.setdefault("kinds", [reply.kind])
         self.joined.policy.check_size(len(reply.body), upload=True)
-        # by what was not trained, none
-        state = storage.save_state(done.private[me], spare) if me in done.private else ""
+        # Only training changes the state.
+        state = storage.save_state(done.private[me], protected) if me in done.private else ""
         check = hashlib.sha256(reply.body).hexdigest()
         return Envelope(
             {"ask": "done", "task": task, "what": reply.kind, "state": state, "check": check},
@@ -441,7 +498,7 @@ class Node:
         )
 
     def _evaluate(self, request: Message, base: str, details: bool, task: str) -> Envelope:
-        """What its model is worth: scores, and what else this site tells."""
+        """Evaluate the site's model and return what the site discloses of the results."""
         assert (
             self.joined is not None
             and self.joined.worker is not None
@@ -453,21 +510,22 @@ class Node:
         done = self.joined.worker.run_job(job)
         if done.error is not None:
             raise RequestRefusedError(f"evaluation: {done.error}")
-        reading = done.evaluations[self.site.client]
-        if reading.model:  # at the end of the run: it is this site's own, whoever else may have it
-            self.joined.storage.write(MODEL, reading.model)
-        told = self._shared_evaluation(reading)
-        answer = message("done", evaluation_tree(told), task=task)
+        evaluation = done.evaluations[self.site.client]
+        # After the last round the site keeps its model, whether it discloses it or not.
+        if evaluation.model:
+            self.joined.storage.write(MODEL, evaluation.model)
+        shared = self._shared_evaluation(evaluation)
+        answer = message("done", evaluation_tree(shared), task=task)
         self.joined.policy.check_size(len(answer.body), upload=False)
         self._line["kinds"] = [
             "scores",
-            *(["confusion"] if told.confusion else []),
-            *(["model"] if told.model else []),
+            *(["confusion"] if shared.confusion else []),
+            *(["model"] if shared.model else []),
         ]
         return answer
 
     def _check_upload(self, client: str, upload: Payload) -> None:
-        """An upload that is about to be encoded."""
+        """Check an upload that is about to be encoded, and note its contents for the log."""
         assert self.joined is not None and self.joined.policy is not None
         self.joined.policy.check_upload(upload)
         self._line["kinds"] = self.joined.policy.shared_kinds(upload)
@@ -482,8 +540,14 @@ class Node:
             else replace(evaluation, confusion={}, calibration={}, forecast={})
         )
 
-    def _worker_job(self, kind: Any, request: Message, private: dict[str, bytes | None], details: bool = False,
-             notes: dict[str, bytes] | None = None) -> WorkerJob:  # fmt: skip
+    def _worker_job(
+        self,
+        kind: Any,
+        request: Message,
+        private: dict[str, bytes | None],
+        details: bool = False,
+        notes: dict[str, bytes] | None = None,
+    ) -> WorkerJob:
         self._jobs += 1
         me = self.site.client
         return WorkerJob(self._jobs, kind, [[me]], {me: request}, private, details, notes or {})

@@ -50,7 +50,7 @@ class Cipher:
         except OSError as error:
             raise UserError(f"{path}: the key cannot be read ({error.strerror})") from None
         if len(key) != 32:
-            raise UserError(f"{path}: found {len(key)} bytes; a key has 32")
+            raise UserError(f"{path}: expected a key of 32 bytes, got {len(key)} bytes")
         if os.name == "posix" and path.stat().st_mode & 0o077:
             raise UserError(f"{path}: others can read this key; chmod 600 {path}")
         return cls(key)
@@ -107,7 +107,7 @@ class NodeStorage:
         data = self.read(f"state-{name}")
         if data is None or hashlib.sha256(data).hexdigest() != name:
             raise StateLostError(
-                f"the private state that this task starts from ({name[:12]}) is not here any more"
+                f"the private state {name[:12]}, from which this task starts, is missing or damaged"
             )
         os.utime(self.folder / f"state-{name}")
         return data
@@ -145,7 +145,7 @@ class NodeStorage:
         (self.folder / name).unlink(missing_ok=True)
 
     def secret(self, name: str) -> bytes:
-        """Return 256 bits that the operating system drew when they were first asked for.
+        """Return a secret of 256 random bits, which is created on first use.
 
         Raises:
             UserError: If the file exists and cannot be read.
@@ -154,7 +154,7 @@ class NodeStorage:
         if secret is None:
             if (self.folder / name).exists():
                 raise UserError(
-                    f"{self.folder / name}: it cannot be opened with this key, or was damaged"
+                    f"{self.folder / name}: cannot be decrypted; wrong key or damaged file"
                 )
             secret = secrets.token_bytes(32)
             self.write(name, secret)

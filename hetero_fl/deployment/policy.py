@@ -1,4 +1,9 @@
-"""What a site allows, checked before it acts and before anything leaves."""
+"""Checks of what a site allows, before it runs a task and before anything leaves the site.
+
+The site's file decides, not the server. Before a task runs, a dry run of the method's plan tells
+how long it would train and what it would spend of the privacy budget. Uploads are checked again,
+item by item, before they are encoded.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+
+from typing_extensions import override
 
 from hetero_fl.algorithms.base import describe_unshared
 from hetero_fl.communication.protocol import Message
@@ -33,34 +40,48 @@ from hetero_fl.privacy.client_side import WITHIN
 from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import UserError, suggest_or_list
 
-# Whether a site takes part in a run at all: its file against the server's configuration, before
-# anything is loaded.
-
-# which a configuration has as the site's file has them, or not at all
+# Client settings that, once set in the site's file, must be the same in the configuration.
 OWN_KEYS = ("model", "preprocess", "augment")
 
 
 def check_raw_config(tree: object, allows: AllowsConfig) -> dict[str, Any]:
-    """A configuration before it is read: to read one that names code is to import that. Raises RequestRefusedError."""
+    """Check a configuration before it is loaded, since loading imports the code that it names.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        RequestRefusedError: If it is not a mapping or names code that the site does not allow.
+    """
     if not isinstance(tree, dict):
-        raise RequestRefusedError("the configuration is none")
+        raise RequestRefusedError(f"configuration: expected a mapping, got {type(tree).__name__}")
     for name, key in CodePermission(granted=allows.own_code).find_refused(
         find_references(tree), ""
     ):
         raise RequestRefusedError(
-            f"{key}: found {name[:80]}; this site runs no code by name but allows.own_code {allows.own_code}"
+            f"{key}: {name[:80]} is not in this site's allows.own_code {allows.own_code}"
         )
     return tree
 
 
 def check_config(config: Config, site: SiteConfig, settings: ClientSettings) -> None:
-    """A configuration against a site's file. `settings`: this client's. Raises RequestRefusedError, naming both keys."""
+    """Check a configuration against a site's file.
+
+    Args:
+        config: Configuration of the run.
+        site: The site's file.
+        settings: Settings of the site's client in the configuration.
+
+    Raises:
+        RequestRefusedError: If the site does not allow it; the message names both keys.
+    """
     allows = site.allows
     me = site.client
     name = config.algorithm["name"]
     if allows.methods is not None and name not in allows.methods:
         raise RequestRefusedError(
-            f"algorithm.name: found {name}; this site's allows.methods are {', '.join(allows.methods)}"
+            f"algorithm.name: {name} is not in this site's allows.methods "
+            f"({', '.join(allows.methods)})"
         )
     check_limit("rounds", config.rounds, "rounds", allows.rounds)
     check_limit(
@@ -73,26 +94,28 @@ def check_config(config: Config, site: SiteConfig, settings: ClientSettings) -> 
     own = ClientSettings.model_validate(site.settings())
     for key in OWN_KEYS:
         if getattr(site, key) is not None and getattr(settings, key) != getattr(own, key):
-            raise RequestRefusedError(f"clients: {me}: {key}: is not what this site's file has")
+            raise RequestRefusedError(
+                f"clients: {me}: {key}: differs from {key} in this site's file"
+            )
     if site.shares is not None and (
         more := [s for s in settings.shares if not _is_allowed(s, own.shares)]
     ):
         raise RequestRefusedError(
-            f"clients: {me}: shares: found {', '.join(more)}; this site shares {', '.join(own.shares) or 'nothing'}"
+            f"clients: {me}: shares: {', '.join(more)} not allowed; "
+            f"this site shares {', '.join(own.shares) or 'nothing'}"
         )
     secure = config.channel.secure_sum
     if secure is None and allows.secure_sum_only:
         raise RequestRefusedError(
-            "channel.secure_sum: found none; this site's allows.secure_sum_only lets uploads leave in no other way"
+            "channel.secure_sum: required by this site's allows.secure_sum_only"
         )
     if secure is not None and allows.cohort is not None:
-        found = secure.min_survivors(
-            config.clients.per_round or len(expand_population(config.clients))
-        )
+        cohort = config.clients.per_round or len(expand_population(config.clients))
+        found = secure.min_survivors(cohort)
         if found < allows.cohort:
             raise RequestRefusedError(
-                f"channel.secure_sum.threshold: lets a sum of {found} clients be told; this site's allows.cohort is "
-                f"{allows.cohort}"
+                f"channel.secure_sum.threshold: reveals sums of {found} clients; "
+                f"this site's allows.cohort is {allows.cohort}"
             )
     if allows.privacy is not None:
         _check_privacy(config, site)
@@ -100,44 +123,63 @@ def check_config(config: Config, site: SiteConfig, settings: ClientSettings) -> 
 
 def _check_privacy(config: Config, site: SiteConfig) -> None:
     privacy = config.privacy
-    where = "this site's allows.privacy counts noise that it adds itself"
     if privacy is None:
-        raise RequestRefusedError(f"privacy: found none; {where}")
+        raise RequestRefusedError("privacy: required by this site's allows.privacy")
     if privacy.unit == "client":
         raise RequestRefusedError(
-            f"privacy.unit: found client, whose noise others add; {where}: record or local"
+            "privacy.unit: this site's allows.privacy requires noise that the site adds itself; "
+            "expected record or local, got client"
         )
     if site.tells.labels:
         raise RequestRefusedError(
-            "tells.labels: true tells counts as they are, with allows.privacy; leave one of them out"
+            "tells.labels=true cannot be combined with allows.privacy: it reveals exact counts"
         )
     if site.tells.model and privacy.unit == "local":
         raise RequestRefusedError(
-            "tells.model: true tells a model that nobody noised, with allows.privacy and privacy.unit local"
+            "tells.model=true cannot be combined with allows.privacy and privacy.unit=local: "
+            "it reveals a model without noise"
         )
 
 
 def run_fingerprint(tree: Mapping[str, Any], rows: str, public: str) -> bytes:
-    """What must be the same whenever a site takes part in a run: its configuration, but for what decides no result, its rows, and
-    the public sets, these two by their hashes. Another one under the same name could be made to tell the difference between two
-    answers."""
+    """Return a digest of what must not change during a run.
+
+    With other data or another configuration under the same run, the difference of two answers with
+    the same noise would reveal rows.
+
+    Args:
+        tree: The configuration; settings that do not affect results are left out.
+        rows: Hash of the site's rows.
+        public: Hash of the public sets.
+    """
     runtime = tree.get("runtime")
     kept = (
         {k: v for k, v in runtime.items() if k not in FREE}
         if isinstance(runtime, dict)
         else runtime
     )
-    told = json.dumps(
+    text = json.dumps(
         [{**tree, "runtime": kept, "init_from": None}, rows, public], sort_keys=True, default=str
     )
-    return hashlib.sha256(told.encode()).digest()
+    return hashlib.sha256(text.encode()).digest()
 
 
 def check_limit(what: str, found: float | None, key: str, most: float | None) -> None:
-    """A number against one of the limits. Raises RequestRefusedError, naming both."""
+    """Check a number against one of the site's limits.
+
+    Args:
+        what: Name of the number.
+        found: The number. None: nothing to check.
+        key: Key of the limit in `allows`.
+        most: The limit. None: no limit.
+
+    Raises:
+        RequestRefusedError: If the number exceeds the limit.
+    """
     if most is not None and found is not None and (found > most):
         raise RequestRefusedError(
-            f"{what}: found {_format_number(found)}; this site's allows.{key} is {_format_number(most)}"
+            f"{what}: must be <= {_format_number(most)} (this site's allows.{key}), "
+            f"got {_format_number(found)}"
         )
 
 
@@ -146,7 +188,7 @@ def _format_number(number: float) -> str:
 
 
 def _is_allowed(share: str, allowed: Sequence[str]) -> bool:
-    """Whether a share is one of these, or a part of one."""
+    """Return whether a share is one of the allowed ones or a part of one."""
     if share in allowed:
         return True
     part = "backbone." if share == "backbone" else share
@@ -158,16 +200,14 @@ def _is_allowed(share: str, allowed: Sequence[str]) -> bool:
     )
 
 
-# What a site checks before it does what it is asked, and before anything leaves: its file decides,
-# not the server.
-#
-# A task is rehearsed, without computing, with what the server sent: the method's plan says how long
-# it would train and what it would spend. What is made of it in earnest is looked at again, item by
-# item, before it is encoded.
-
-
 def digest_of(kind: str, request: Message, base: str) -> bytes:
-    """What a task is, whatever the server calls it: the same for the same question, and else another."""
+    """Return a digest of what a task requests, whatever name the server gives it.
+
+    Args:
+        kind: "answer" or "read".
+        request: The request.
+        base: Name of the private state from which the task starts.
+    """
     body = hashlib.sha256(request.body).hexdigest()
     about = (
         kind,
@@ -182,11 +222,17 @@ def digest_of(kind: str, request: Message, base: str) -> bytes:
 
 
 class StepCountingBackend(DryRunBackend):
-    """Notes how long a plan would train."""
+    """Counts the steps and epochs that a plan would train, without computing.
+
+    Attributes:
+        steps: Optimizer steps so far.
+        epochs: Passes over the rows so far.
+    """
 
     steps = 0
     epochs = 0.0
 
+    @override
     def run(self, work: Work) -> list[Any]:
         for participant, step in work:
             if isinstance(step, Fit):
@@ -206,7 +252,13 @@ class StepCountingBackend(DryRunBackend):
 
 @dataclass
 class Policy:
-    """A site's checks in one run."""
+    """Checks of a site in one run.
+
+    Args:
+        site: The site's file.
+        prepared: The prepared run.
+        usage: What the site has already done and spent.
+    """
 
     site: SiteConfig
     prepared: PreparedRun
@@ -221,7 +273,6 @@ class Policy:
         self.links = FederationLinks(method, federation)
         self.secure = federation.channel.secure_sum is not None and bool(method.uploads)
 
-    # Before it is done
     def check(
         self, kind: str, request: Message, digest: bytes, load_state: Callable[[], bytes]
     ) -> list[dict[str, Any]]:
@@ -237,37 +288,39 @@ class Policy:
             RequestRefusedError: If the site does not allow it; names the key.
         """
         rounds = self.prepared.config.rounds
-        ends = self.prepared.config.runtime.mode == "sync"  # versions have no end known
-        if (
-            not 0 <= request.round_idx <= (rounds if ends else request.round_idx)
-            or request.attempt < 0
-        ):
+        # The versions of an asynchronous run have no known end.
+        is_synchronous = self.prepared.config.runtime.mode == "sync"
+        last = rounds if is_synchronous else request.round_idx
+        if not 0 <= request.round_idx <= last or request.attempt < 0:
             raise RequestRefusedError(
-                f"round {request.round_idx + 1} of {rounds}, for the {request.attempt + 1}th time"
+                f"round {request.round_idx + 1} of {rounds}, attempt {request.attempt + 1}: "
+                "not part of this run"
             )
         if not 0 < request.step_share <= 1:
             raise RequestRefusedError(
-                f"work: found {request.step_share:g}, a share of the steps that were agreed; it is at most 1"
+                f"work: must be > 0 and <= 1 (a share of the steps), got {request.step_share:g}"
             )
         if kind == "read":
             self._check_length(lambda: self._dry_run_evaluation(request, load_state), 1.0)
             return []
-        if request.kind not in (
-            REQUESTS if self.secure else (TRAIN,)
-        ):  # without exchanges, whatever is asked is trained on
+        # Without secure aggregation a node trains on every request, whatever its kind.
+        kinds = tuple(REQUESTS) if self.secure else (TRAIN,)
+        if request.kind not in kinds:
             raise RequestRefusedError(
-                f"asked for '{request.kind[:20]}', which is nothing that this run's uploads need"
+                f"request '{request.kind[:20]}' is not used in this run; "
+                f"choose from {', '.join(kinds)}"
             )
         if self.secure and self.allows.cohort is not None:
             self._check_sum(request, self.allows.cohort)
+        # A repeated task reveals nothing new and costs nothing.
         if request.kind != TRAIN or digest in self.usage.trained:
-            return []  # the same again costs, and tells, nothing
+            return []
         if (
             self.allows.rounds is not None
             and (trained := len(self.usage.trained)) >= self.allows.rounds
         ):
             raise RequestRefusedError(
-                f"allows.rounds: this site has trained {trained} times in this run, and is asked once more"
+                f"allows.rounds: this site has already trained {trained} times in this run"
             )
         charges: list[PrivacyCharge] = []
         self._check_length(
@@ -275,81 +328,101 @@ class Policy:
             request.step_share,
         )
         return (
-            [] if self.allows.privacy is None else self._fits_budget(charges, self.allows.privacy)
+            [] if self.allows.privacy is None else self._check_budget(charges, self.allows.privacy)
         )
 
     def _check_length(self, dry_run: Callable[[], object], work: float) -> None:
-        """How long a task would train. `dry_run`: goes through it; where nothing is limited that is left out."""
+        """Check how long a task would train, if anything is limited.
+
+        Args:
+            dry_run: Runs the task's plan on the step counter.
+            work: Share of the steps that the task asks for.
+
+        Raises:
+            RequestRefusedError: If it would train for too long, or the dry run fails.
+        """
         allows = self.allows
-        watch = self._make_step_counter
+        counter = self._step_counter
         if allows.privacy is None and allows.epochs is None and allows.steps is None:
             return
-        watch.steps = 0
-        watch.epochs = 0.0
+        counter.steps = 0
+        counter.epochs = 0.0
         try:
             dry_run()
-        except Exception as error:  # what a plan makes of what it was sent may be anything
+        # A malformed broadcast can make a plan fail in any way.
+        except Exception as error:
             raise RequestRefusedError(
-                f"what was sent cannot be trained on ({type(error).__name__}: {error})"
+                f"the broadcast cannot be used ({type(error).__name__}: {error})"
             ) from None
-        check_limit("this task's epochs", round(watch.epochs * work, 3), "epochs", allows.epochs)
-        check_limit("this task's steps", int(watch.steps * work), "steps", allows.steps)
+        check_limit("epochs of this task", round(counter.epochs * work, 3), "epochs", allows.epochs)
+        check_limit("steps of this task", int(counter.steps * work), "steps", allows.steps)
 
     def _check_sum(self, request: Message, min_clients: int) -> None:
-        """Of how many clients a sum would be told."""
+        """Check how many clients a secure sum covers.
+
+        Raises:
+            RequestRefusedError: If they are too few, or the request cannot be read.
+        """
         if request.kind not in ("shares", "unmask"):
             return
         try:
-            got = read_secure(request.body, REQUESTS[request.kind])
+            arrays = read_secure(request.body, REQUESTS[request.kind])
         except PayloadError as error:
             raise RequestRefusedError(str(error)) from None
-        found = len(got["numbers"] if request.kind == "shares" else got["survivors"])
+        found = len(arrays["numbers"] if request.kind == "shares" else arrays["survivors"])
         if found < min_clients:
             raise RequestRefusedError(
-                f"allows.cohort: a secure sum of {found} clients is asked for; this site wants {min_clients} at least"
+                f"clients in the secure sum: must be >= {min_clients} "
+                f"(this site's allows.cohort), got {found}"
             )
 
     @cached_property
-    def _make_step_counter(self) -> StepCountingBackend:
+    def _step_counter(self) -> StepCountingBackend:
         return StepCountingBackend()
 
     @cached_property
     def _expectations(self) -> ExpectedUploads:
-        made = ExpectedUploads(self.prepared.method, self.prepared.federation)
-        made.backend = self._make_step_counter
-        return made
+        expectations = ExpectedUploads(self.prepared.method, self.prepared.federation)
+        expectations.backend = self._step_counter
+        return expectations
 
     def _read_broadcast(
         self, round_idx: int, body: bytes, load_state: Callable[[], bytes]
     ) -> Payload:
         state = load_state() if self.links.sends_changes else b""
-        held = PrivateState.decode(state).state.get(ESTIMATES_KEY) if state else None
-        return read_broadcast(self.links, round_idx, body, held)
+        estimates = PrivateState.decode(state).state.get(ESTIMATES_KEY) if state else None
+        return read_broadcast(self.links, round_idx, body, estimates)
 
     def _dry_run_training(
         self, request: Message, load_state: Callable[[], bytes]
     ) -> tuple[PrivacyCharge, ...]:
-        """A task that trains; what it would spend."""
+        """Dry-run a training task and return what it would spend of the privacy budget."""
         body = (
             read_secure(request.body, REQUESTS[TRAIN])["broadcast"].tobytes()
             if self.secure
             else request.body
         )
-        got = self._read_broadcast(request.round_idx, body, load_state)
-        return self._expectations.dry_run_upload(self.client_info, got, request.round_idx)[1]
+        received = self._read_broadcast(request.round_idx, body, load_state)
+        return self._expectations.dry_run_upload(self.client_info, received, request.round_idx)[1]
 
     def _dry_run_evaluation(self, request: Message, load_state: Callable[[], bytes]) -> None:
-        """One that makes the model which is read."""
+        """Dry-run the plan that prepares the evaluated model."""
         client = self._expectations.placeholder_client(self.client_info, request.round_idx)
-        got = self._read_broadcast(request.round_idx, request.body, load_state)
+        received = self._read_broadcast(request.round_idx, request.body, load_state)
         for hook in (self.prepared.method.deploy, self.prepared.method.personalize):
-            run_plan(hook(client, got), client, self._make_step_counter)
+            run_plan(hook(client, received), client, self._step_counter)
 
-    def _fits_budget(
+    def _check_budget(
         self, charges: Iterable[PrivacyCharge], budget: BudgetConfig
     ) -> list[dict[str, Any]]:
+        """Return the charges that are due as entries of the log.
+
+        Raises:
+            RequestRefusedError: If they exceed the budget.
+        """
         privacy = self.prepared.federation.privacy
-        assert privacy is not None  # else `check_config` had refused
+        # `check_config` refuses configurations without it.
+        assert privacy is not None
         due = [
             {
                 "noise": c.scale * privacy.known_noise_multiplier,
@@ -362,27 +435,32 @@ class Policy:
         ]
         spent = self.usage.with_charges(due)
         found = epsilon_of_mechanisms(spent, budget.delta, "rdp")
-        if found > budget.epsilon:  # PRV takes half a second, and says less
+        # PRV accounting is tighter, but takes half a second.
+        if found > budget.epsilon:
             found = epsilon_of_mechanisms(spent, budget.delta, "prv")
         if found > budget.epsilon:
             raise RequestRefusedError(
-                f"allows.privacy.epsilon: with this task, what this site has spent would be {found:.4g} at δ {budget.delta:g}; "
-                f"it allows {budget.epsilon:g}"
+                f"ε at δ={budget.delta:g} after this task: must be <= {budget.epsilon:g} "
+                f"(this site's allows.privacy.epsilon), got {found:.4g}"
             )
         return due
 
-    # Before it leaves
     def check_upload(self, payload: Payload) -> None:
-        """An upload, before it is encoded. Raises UserError for an item that this site does not share."""
+        """Check an upload before it is encoded.
+
+        Raises:
+            UserError: If it has an item that the site does not share.
+        """
         shares = (
             self.site.shares if self.site.shares is not None else self.client_info.settings.shares
         )
-        # WITHIN tells whether updates were within bounds, and is noised at the server.
+        # WITHIN counts updates within the clipping bound; the server adds noise to it.
         items = {name: item for name, item in payload.items_.items() if name != WITHIN}
         for name in items:
             if name not in self.specs:
                 raise UserError(
-                    f"'{name}' is nothing that {self.prepared.name} sends{suggest_or_list(name, self.specs)}"
+                    f"'{name}' is not an upload of {self.prepared.name}"
+                    f"{suggest_or_list(name, self.specs)}"
                 )
         if unshared := describe_unshared(items, self.specs, shares):
             raise UserError(
@@ -390,18 +468,26 @@ class Policy:
             )
 
     def check_size(self, size: int, upload: bool) -> None:
-        """An answer of so many bytes. Raises RequestRefusedError."""
+        """Check the size of an answer.
+
+        Args:
+            size: Bytes of the answer.
+            upload: Whether it is an upload.
+
+        Raises:
+            RequestRefusedError: If it exceeds a limit of the site.
+        """
         if upload:
             check_limit("bytes of this upload", size, "upload_bytes", self.allows.upload_bytes)
         check_limit(
-            "bytes of all answers with this one",
+            "bytes of all answers including this one",
             self.usage.sent + size,
             "total_bytes",
             self.allows.total_bytes,
         )
 
     def shared_kinds(self, payload: Payload) -> list[str]:
-        """What of an upload leaves, for the log."""
+        """Return for the log what an upload contains."""
         items = [f"{name}: {payload.item(name).kind}" for name in payload]
-        said = items + (["training loss"] if payload.report else [])
-        return [f"masked sum of {', '.join(said)}"] if self.secure else said
+        kinds = items + (["training loss"] if payload.report else [])
+        return [f"masked sum of {', '.join(kinds)}"] if self.secure else kinds

@@ -1,7 +1,7 @@
-"""An executor whose sites are nodes elsewhere: a run across machines differs from a simulation in this and in nothing else.
+"""An executor whose clients are nodes on other machines.
 
-The server keeps of each client's private state its name alone (see `node_storage.py`); what is staged, committed and put into
-checkpoints is that name.
+The nodes keep the private states; the server's store and its checkpoints only have their names
+(see `node_storage.py`). Everything else of a run is the same as in a simulation.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
+from typing_extensions import override
+
 from hetero_fl.communication.protocol import Content, DirectProtocol, Message, Reply
 from hetero_fl.deployment.conversations import Conversation, Conversations
 from hetero_fl.deployment.handshake import Handshake
@@ -21,23 +23,29 @@ from hetero_fl.deployment.validation import read_evaluation, read_state_name
 from hetero_fl.engine.driver import Backend, DivergedError
 from hetero_fl.federation.checkpoint import KEPT_CHECKPOINTS
 from hetero_fl.federation.client_runtime import ClientEvaluation
-from hetero_fl.federation.executors.base import ClientAbsentError, in_order
+from hetero_fl.federation.executors.base import ClientAbsentError, RemoteExecutor, in_order
 from hetero_fl.federation.secure_aggregation import make_protocol
 from hetero_fl.federation.state_store import PrivateState, StateStore
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.serialization import as_tensor
 
-STATE_KEY = "at"  # where the store has a state's name
-TRIES = 3  # times that a node may have to be prepared anew for one task
+# Key in the server's store under which a client's state has its name.
+STATE_KEY = "at"
+# Attempts at one task by a node that restarts or has lost its state.
+TRIES = 3
 
 
-class NodeExecutor:
-    """Has tasks done by nodes.
+class NodeExecutor(RemoteExecutor):
+    """Executor that sends tasks to nodes.
 
     Args:
-        deadline: seconds that a node may take for a task; who takes longer is late.
-        need: clients without whom nothing can come of a round; whoever has gone is waited for while there are fewer.
+        handshake: The handshake with the nodes.
+        store: The server's store, which has the names of the clients' states.
+        backend: Backend for computations at the server.
+        deadline: Seconds that a node may take for a task; clients that take longer are late.
+        required: Minimum number of clients of a round. While fewer are connected, lost nodes are
+            awaited.
     """
 
     takes_payload = False
@@ -48,44 +56,51 @@ class NodeExecutor:
         store: StateStore,
         backend: Backend,
         deadline: float,
-        need: int = 1,
+        *,
+        required: int = 1,
     ) -> None:
         self.handshake = handshake
         self.connections = handshake.connections
         self.store = store
         self.backend = backend
         self.deadline = deadline
-        self.need = need
+        self.required = required
         federation = handshake.prepared.federation
         self._direct = isinstance(
             make_protocol(handshake.prepared.method, federation), DirectProtocol
         )
-        self._tell: Callable[[str], None] | None = None
-        self._dispatched = Conversations(self.connections)  # what was dispatched
-        self._lost: list[str] = []  # clients that began anew
+        self._listener: Callable[[str], None] | None = None
+        self._dispatched = Conversations(self.connections)
+        # Clients that lost their private state.
+        self._reset_clients: list[str] = []
         # Called with a client that has lost its private state, before its request is made again.
-        self.on_reset: Callable[[str], object] = lambda client: None
-        # the states that checkpoints name, the newest last
-        self._named: deque[dict[str, str]] = deque(maxlen=KEPT_CHECKPOINTS)
+        self.on_reset: Callable[[str], object] = lambda _client: None
+        # By checkpoint, newest last: the name of each client's state.
+        self._checkpoint_states: deque[dict[str, str]] = deque(maxlen=KEPT_CHECKPOINTS)
 
+    @override
     def run(
         self, clients: Sequence[str], request: Callable[[str], Message]
     ) -> Iterator[tuple[str, Reply]]:
         return in_order(clients, self.as_completed(clients, request))
 
+    @override
     def as_completed(
         self, clients: Sequence[str], request: Callable[[str], Message]
     ) -> Iterator[tuple[str, Reply]]:
-        # What is repeated must be the same where an upload is all that there is, so that nothing is trained or noised twice,
-        # and must not where secrets are drawn for it: they are for one sum.
-        turn = "" if self._direct else secrets.token_hex(16)
+        # A repeated task must be recognized, so that no upload is trained or noised twice. Secure
+        # aggregation draws secrets for one sum only, so its tasks must never be recognized.
+        nonce = "" if self._direct else secrets.token_hex(16)
         conversations = {
-            client: self._task_conversation(client, request, turn) for client in clients
+            client: self._task_conversation(client, request, nonce) for client in clients
         }
-        for client, answer in self.connections.converse(conversations, self.deadline, self.need):
+        answers = self.connections.converse(conversations, self.deadline, self.required)
+        for client, answer in answers:
             yield client, self._parse_reply(client, answer)
-            del answer  # a model's worth
+            # It may have the size of a model; free it before the next one arrives.
+            del answer
 
+    @override
     def evaluate(
         self,
         clients: Sequence[str],
@@ -103,26 +118,31 @@ class NodeExecutor:
             ((client, self._parse_evaluation(client, answer)) for client, answer in answers),
         )
 
+    @override
     def set_listener(self, listener: Callable[[str], None] | None) -> None:
-        self._tell = listener
+        self._listener = listener
 
+    @override
     def close(self) -> None:
-        """Nodes are let go by who convened them."""
+        """Do nothing; the caller closes the connections."""
 
-    # Clients on machines of their own ------------------------------------------------------------------------------------
+    @override
     def connected_clients(self) -> Collection[str]:
         self.connections.refresh()
         return self.connections.node_of.keys()
 
+    @override
     def dispatch(self, client: str, make_request: Callable[[str], Message]) -> None:
         self._dispatched.add(
             client, self._task_conversation(client, make_request, ""), self.deadline
         )
 
+    @override
     def next_reply(self, wait: float) -> tuple[str, Reply] | None:
         ended = self._dispatched.next_finished(wait)
         return None if ended is None else (ended[0], self._parse_reply(*ended))
 
+    @override
     def send_states(self, states: Mapping[str, PrivateState]) -> None:
         conversations = {
             client: self._state_conversation(client, private) for client, private in states.items()
@@ -132,7 +152,7 @@ class NodeExecutor:
         ):
             if isinstance(answer, ClientAbsentError) or answer.head.get("ask") != "kept":
                 raise RunFailedError(
-                    f"{client}: it does not take the model that it should begin with: {_failure_reason(answer)}"
+                    f"{client}: did not accept its initial state: {_failure_reason(answer)}"
                 )
             self.store.stage(
                 client,
@@ -141,17 +161,18 @@ class NodeExecutor:
                 ),
             )
 
+    @override
     def on_checkpoint(self) -> None:
-        self._named.append(
+        self._checkpoint_states.append(
             {client: self._committed_state_name(client) for client in self.store.clients()}
         )
 
+    @override
     def pop_reset_clients(self) -> list[str]:
-        lost = self._lost
-        self._lost = []
-        return natural_order(dict.fromkeys(lost))
+        clients = self._reset_clients
+        self._reset_clients = []
+        return natural_order(dict.fromkeys(clients))
 
-    # Conversations -----------------------------------------------------------------------------------------------------
     def _task_conversation(
         self, client: str, make_request: Callable[[str], Message], nonce: str
     ) -> Callable[[], Conversation]:
@@ -163,7 +184,7 @@ class NodeExecutor:
                 "work": request.step_share,
                 "what": request.kind,
             }
-            return self._task(client, "answer", request, make_request, nonce, about)
+            return self._task(client, "answer", request, make_request, nonce=nonce, about=about)
 
         return conversation
 
@@ -181,7 +202,9 @@ class NodeExecutor:
                 "what": "read",
                 "details": details,
             }
-            return self._task(client, "read", make_request(client), make_request, "", about)
+            return self._task(
+                client, "read", make_request(client), make_request, nonce="", about=about
+            )
 
         return conversation
 
@@ -204,19 +227,29 @@ class NodeExecutor:
         kind: str,
         request: Message,
         make_request: Callable[[str], Message],
+        *,
         nonce: str,
         about: Head,
     ) -> Conversation:
-        """Have one task done.
+        """Send one task to a node.
 
-        A node that was restarted is prepared first. One that has lost its private state begins
-        without it, and its request is made again: the first may depend on what it has lost.
+        A node that was restarted is prepared first. A node that has lost its private state starts
+        without it, and its request is made again, because it may depend on the lost state.
+
+        Args:
+            client: The client.
+            kind: "answer" or "read".
+            request: The request.
+            make_request: Makes the request again.
+            nonce: Makes the task unique; empty if the node may recognize a repeated task.
+            about: Further entries of the message's head.
         """
-        if self._tell is not None:
-            self._tell(f"{client}: {'train' if kind == 'answer' else 'evaluation'}")
+        if self._listener is not None:
+            self._listener(f"{client}: {'train' if kind == 'answer' else 'evaluation'}")
         base = self._committed_state_name(client)
         run = self.handshake.run
-        spare = ",".join(sorted({named[client] for named in self._named if client in named}))
+        names = {states[client] for states in self._checkpoint_states if client in states}
+        spare = ",".join(sorted(names))
         expires = time.time() + self.deadline
         for _ in range(TRIES):
             hashed = hashlib.sha256(request.body).hexdigest()
@@ -231,30 +264,29 @@ class NodeExecutor:
                 "expires": expires,
             }
             answer = yield Envelope({**head, "spare": spare, **about}, request.body)
-            if (said := answer.head.get("ask")) in ("done", "failed") and answer.head.get(
-                "task"
-            ) != task:
-                raise RequestRefusedError("its answer is to another task")
-            if said == "lost" and base:
+            outcome = answer.head.get("ask")
+            if outcome in ("done", "failed") and answer.head.get("task") != task:
+                raise RequestRefusedError("its answer belongs to another task")
+            if outcome == "lost" and base:
                 base = ""
-                self._lost.append(client)
+                self._reset_clients.append(client)
                 self.on_reset(client)
                 request = make_request(client)
-                self.connections.say(f"{client} has lost its private state, and begins anew")
-            elif said == "unready":
+                self.connections.say(f"{client} has lost its private state and starts without it")
+            elif outcome == "unready":
                 yield from self.handshake.prepare_restarted_node(client)
             else:
                 break
         return answer
 
     def _committed_state_name(self, client: str) -> str:
-        """The name of a client's committed state."""
+        """Return the name of a client's committed state, empty if there is none."""
         return str(self.store.get(client).state.get(STATE_KEY, ""))
 
     def _parse_evaluation(
         self, client: str, answer: Envelope | ClientAbsentError
     ) -> ClientEvaluation | ClientAbsentError:
-        """A reading; of a client that tells something else it is left out."""
+        """Return the evaluation in an answer, or why there is none."""
         if isinstance(answer, ClientAbsentError):
             return answer
         prepared = self.handshake.prepared
@@ -267,7 +299,7 @@ class NodeExecutor:
             return ClientAbsentError(str(error))
 
     def _parse_reply(self, client: str, answer: Envelope | ClientAbsentError) -> Reply:
-        """What a node's answer is worth; its new state is staged."""
+        """Return the reply in an answer and stage the client's new state."""
         if isinstance(answer, ClientAbsentError):
             return answer
         if answer.head.get("ask") == "failed":

@@ -47,10 +47,8 @@ from hetero_fl.utils.environment import use_deterministic_algorithms
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.serialization import write_atomically
 
-# The server's side of a federation: nodes come, and a run is carried out with them as in a
-# simulation.
-
-IDENTITY = "federation.json"  # in the run directory: which run nodes know it as, and what they told
+# File in the run directory: the run's ID and what the nodes reported (`Handshake.state_dict`).
+IDENTITY = "federation.json"
 
 
 def run_federation(
@@ -66,47 +64,61 @@ def run_federation(
     callbacks: Sequence[Callback] = (),
     quiet: bool = True,
     keys: Mapping[str, bytes] | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = lambda _line: None,
     status: RunStatus | None = None,
     console: Console | None = None,
     message_bytes: int = MESSAGE_BYTES,
 ) -> Run:
-    """Carry out a run with the nodes that a transport reaches; leaves the run directory that a simulation leaves.
+    """Train with the nodes that a transport reaches.
+
+    The run directory has the same files as that of a simulation.
 
     Args:
-        wait: seconds until all clients of the configuration have to be there.
-        deadline: seconds that a node may take for a task; `cohort.deadline` can ask for fewer.
-        patience: seconds that a node which has gone is waited for, as long as enough others are there.
-        keys: public key of each client's node in PEM; none: a client belongs to the node that
+        source: Configuration, or path of its file.
+        transport: Carries the messages; it is closed at the end.
+        out: Run directory.
+        resume: Whether to continue from the newest checkpoint in `out`.
+        overrides: Changes to the configuration, `key.path=value`.
+        wait: Seconds to wait for all clients of the configuration.
+        deadline: Seconds that a node may take for a task, unless `cohort.deadline` is smaller.
+        patience: Seconds to wait for a node that disconnected while enough others are connected.
+        callbacks: Called with each round's record.
+        quiet: Whether to show no progress.
+        keys: Public key of each client's node in PEM. None: a client belongs to the node that
             first claims it, until that node disconnects.
-        say: told, in one line, of whoever comes, goes or is refused.
-        status: kept up to date.
-        console: where the run's progress is shown, if not in a terminal.
-        message_bytes: bytes of a node's answer, at most; a longer one is refused before it is read.
+        say: Called with a line on each node that connects, disconnects or is refused.
+        status: Status of the run to keep up to date.
+        console: Where to show progress. None: the terminal.
+        message_bytes: Maximum size of a node's answer.
+
+    Returns:
+        The finished run.
 
     Raises:
-        UserError: a mistake in the configuration, the data or the call.
-        RunFailedError: nodes are missing or refuse before the first round, or the run itself cannot go on.
-        Interrupted: once there is something to resume.
+        UserError: If the configuration, the data or the call is wrong.
+        RunFailedError: If nodes are missing or refuse before the first round, or the run cannot
+            continue.
+        Interrupted: If the run is interrupted after its first checkpoint.
     """
     over = False
     try:
         config = load_config(source, overrides)
         check_deployable(config)
-        if resume and (out / "config.yaml").exists():  # before anybody is waited for
+        # Before waiting for nodes.
+        if resume and (out / "config.yaml").exists():
             check_resumed_choice(out, on_nodes=True)
         else:
             check_vacant(out)
         clients = list(expand_population(config.clients))
         status = status or RunStatus(out, clients)
 
-        def tell(line: str) -> None:
+        def report(line: str) -> None:
             line = one_line(line)
             status.add_event(line)
             say(line)
 
         transport = BoundedTransport(transport, message_bytes)
-        connections = Connections(transport, clients, tell, patience, keys)
+        connections = Connections(transport, clients, report, patience, keys)
         status.set_log_source(lambda: connections.log_heads.longest)
         status.set_presence_source(lambda: connections.node_of)
     except BaseException:
@@ -131,22 +143,23 @@ def run_federation(
                 device = torch.device(choice.device)
                 use_deterministic_algorithms(device, choice.deterministic)
                 write_atomically(out / IDENTITY, json.dumps(handshake.state_dict()).encode())
-                # What is drawn at the server must not follow from the seed, which every node is told.
+                # Privacy noise must not follow from the seed, which every node knows.
                 noise = SecretNoiseSource(NodeStorage(out / "secrets").secret("noise"))
                 prepared.federation = replace(prepared.federation, noise=noise)
                 memory = DeviceMemory(device, keeps_copies=False)
                 backend = make_backend(memory, 1, choice.precision)
                 seconds = min(deadline, config.cohort.deadline or deadline)
-                return NodeExecutor(handshake, store, backend, seconds, _min_clients(prepared))
+                return NodeExecutor(
+                    handshake, store, backend, seconds, required=_min_clients(prepared)
+                )
 
             notes = handshake.prepared.notes
             notes += unused_simulation_keys(handshake.prepared.federation, config)
-            told = [status.add_record, *callbacks]
             run = run_prepared(
                 handshake.prepared,
                 out=out,
                 resume=resume,
-                callbacks=told,
+                callbacks=[status.add_record, *callbacks],
                 quiet=quiet,
                 executor_factory=executor_factory,
                 console=console,
@@ -159,11 +172,11 @@ def run_federation(
 
 @contextmanager
 def _report_outcome(status: RunStatus) -> Iterator[None]:
-    """How it ends goes to the status."""
+    """Set the phase of the status when the run ends."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        # Flower ends a process that it stops with the second.
+        # Flower stops a process with SystemExit.
         status.update(phase="interrupted")
         raise
     except BaseException:
@@ -173,31 +186,35 @@ def _report_outcome(status: RunStatus) -> Iterator[None]:
 
 
 def _completed_rounds(out: Path) -> list[Record]:
-    """The rounds that a checkpoint holds; of later ones, which are held again, there may be a line."""
+    """Return the records of completed rounds; rounds after the last checkpoint are repeated."""
     with suppress(UserError):
         return RunDirectory.open(out).metrics()
     return []
 
 
 def check_deployable(config: Config) -> None:
-    """Refuse (UserError) what only a simulation has."""
+    """Check that a configuration works with real nodes.
+
+    Raises:
+        UserError: If it needs a simulation.
+    """
     if config.attacks is not None:
-        raise UserError(
-            "attacks: found some, but nobody's part in a federation is simulated; leave it out"
-        )
+        raise UserError("attacks: available in simulations only; remove it")
     name = config.algorithm["name"]
     if is_bound(register_algorithm[name]):
         raise UserError(
-            f"algorithm.name: {name} wants everybody's rows or models in one place; it is for simulations"
+            f"algorithm.name: {name} is available in simulations only: "
+            "it needs the rows or models of all clients in one place"
         )
 
 
 def _min_clients(prepared: PreparedRun) -> int:
-    """Clients without whom nothing comes of a round."""
-    secret = prepared.config.channel.secure_sum
+    """Return the minimum number of clients for a round."""
+    secure_sum = prepared.config.channel.secure_sum
     cohort = prepared.federation.cohort
     return max(
-        prepared.config.cohort.least, secret.min_survivors(cohort) if secret is not None else 1
+        prepared.config.cohort.least,
+        secure_sum.min_survivors(cohort) if secure_sum is not None else 1,
     )
 
 
@@ -207,10 +224,6 @@ def _run_identity(out: Path) -> dict[str, Any] | None:
         return known
     except (OSError, ValueError):
         return None
-
-
-# The server's process: it listens, holds a run with the nodes that come, shows how that stands, and
-# ends politely.
 
 
 def run_server(
@@ -223,22 +236,28 @@ def run_server(
     allow_code: bool | CodePermission = False,
     quiet: bool = False,
 ) -> Run:
-    """Carry out a run with nodes on other machines, as the server's `file` says.
+    """Train with nodes on other machines.
 
-    SIGTERM ends it after the round in hand, with its checkpoint; once more, or Ctrl-C: at once, with that of the round before.
+    SIGTERM stops the run after the current round, with a checkpoint. A second SIGTERM, or Ctrl-C,
+    stops it immediately; the checkpoint is then that of the previous round.
 
     Args:
         source: The configuration.
-        file: The server's own file.
-        out: The run directory; None: `runs/<name>-<time>`.
-        resume: Go on from the newest whole checkpoint in `out`.
+        file: The server's file.
+        out: Run directory. None: `runs/<name>-<time>`.
+        resume: Whether to continue from the newest complete checkpoint in `out`.
         overrides: Changes to the configuration, `key.path=value`.
-        allow_code: Whether code that a file names may run at the server (see `hetero_fl.load_config`).
-        quiet: Write no log to stderr.
+        allow_code: Whether the server may run the code that the configuration names (see
+            `hetero_fl.load_config`).
+        quiet: Whether to write no log to stderr.
+
+    Returns:
+        The finished run.
 
     Raises:
-        UserError: what is wrong with one of the files, or what it names; Flower is missing; a port is taken.
-        RunFailedError, Interrupted: as `serve` does.
+        UserError: If one of the files is wrong, Flower is not installed, or a port is in use.
+        RunFailedError: If nodes are missing or refuse, or the run cannot continue.
+        Interrupted: If the run is interrupted after its first checkpoint.
     """
     server = load_server_config(file)
     config = load_config(source, overrides, allow_code)
@@ -270,15 +289,27 @@ def run_server(
         superlink = SuperLink(server.host, server.port, files, map(Path, server.nodes.values()))
         stack.callback(superlink.close)
         log(
-            f"waiting at {server.host}:{superlink.port} for {', '.join(expand_population(config.clients))}"
+            f"waiting at {server.host}:{superlink.port} for "
+            f"{', '.join(expand_population(config.clients))}"
         )
         transport = FlowerTransport(superlink, server.message_bytes)
-        ending = stack.enter_context(_handle_termination(status, log))
+        after_round = stack.enter_context(_handle_termination(status, log))
         return run_federation(
-            config, transport, out=path, resume=resume, wait=server.wait, deadline=server.deadline,
-            callbacks=[log.log_round, ending], quiet=quiet, say=log, status=status, console=log.console(),
-            keys=None if files is None else keys, patience=server.patience, message_bytes=server.message_bytes,
-        )  # fmt: skip
+            config,
+            transport,
+            out=path,
+            resume=resume,
+            wait=server.wait,
+            deadline=server.deadline,
+            patience=server.patience,
+            callbacks=[log.log_round, after_round],
+            quiet=quiet,
+            keys=None if files is None else keys,
+            say=log,
+            status=status,
+            console=log.console(),
+            message_bytes=server.message_bytes,
+        )
 
 
 def _check_distinct(keys: Mapping[str, bytes], file: Path) -> None:
@@ -289,7 +320,7 @@ def _check_distinct(keys: Mapping[str, bytes], file: Path) -> None:
 
 
 class _RunLog(EventLog):
-    """A log whose lines say which run and which round they are about."""
+    """A log whose lines name the run, the round and the client."""
 
     def __init__(self, form: str, status: RunStatus) -> None:
         super().__init__(form)
@@ -308,17 +339,17 @@ class _RunLog(EventLog):
         )
 
     def log_round(self, record: Record) -> None:
-        """A round is complete. (For a reader there is the line on its figures.)"""
+        """Log a completed round, in JSON only: the console shows the round's results."""
         if self.form == "json":
             tree = self._status.to_dict()
-            told = {
-                name: tree[name] for name in ("seconds", "epsilon", "personal", "global", "server")
-            }
+            names = ("seconds", "epsilon", "personal", "global", "server")
+            results = {name: tree[name] for name in names}
             sizes = {name: record[name] for name in ("up_bytes", "down_bytes")}
-            self(f"round {record['round']} is complete", failed=record["failed"], **sizes, **told)
+            line = f"round {record['round']} completed"
+            self(line, failed=record["failed"], **sizes, **results)
 
     def console(self) -> Console | None:
-        """Where the run's own lines go, if not to the terminal."""
+        """Return the console for the run's progress; None for the terminal."""
         return (
             Console(file=cast("TextIO", LineStream(self)), highlight=False, soft_wrap=True)
             if self.form == "json"
@@ -328,29 +359,30 @@ class _RunLog(EventLog):
 
 @contextmanager
 def _handle_termination(status: RunStatus, log: EventLog) -> Iterator[Callable[[Record], None]]:
-    """SIGTERM lets the round in hand be finished; yields what is to be called after each."""
-    asked = False
+    """Finish the current round on SIGTERM. Yield a function to call after each round."""
+    is_stopping = False
 
-    def end(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked or status.to_dict()["phase"] == "waiting":
+    def handle_signal(_number: int, _frame: FrameType | None) -> None:
+        nonlocal is_stopping
+        if is_stopping or status.to_dict()["phase"] == "waiting":
             raise KeyboardInterrupt
-        asked = True
-        # this thread may hold the locks of the log and the status
+        is_stopping = True
+        # This thread may hold the locks of the log and the status.
         threading.Thread(target=_announce_stop).start()
 
     def _announce_stop() -> None:
         status.update(phase="stopping")
-        log("stopping after the round in hand; once more: at once")
+        log("stopping after the current round; repeat the signal to stop immediately")
 
     def after_round(record: Record) -> None:
-        if asked and record["round"] < status.to_dict()["rounds"]:
+        if is_stopping and record["round"] < status.to_dict()["rounds"]:
             raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():  # only there can a handler be set
+    # Handlers can be set in the main thread only.
+    if threading.current_thread() is not threading.main_thread():
         yield after_round
         return
-    before = signal.signal(signal.SIGTERM, end)
+    before = signal.signal(signal.SIGTERM, handle_signal)
     try:
         yield after_round
     finally:

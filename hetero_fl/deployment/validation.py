@@ -1,6 +1,7 @@
-"""What nodes tell is taken apart here: of the right form, in bounds, and about what was asked, or it is refused in one line.
+"""Validation of what nodes report: settings, data reports and evaluations.
 
-Scores cannot be checked for truth: only a node sees its test rows. But they can be kept from being anything else than scores.
+Structure, types and bounds are checked. Whether scores are true cannot be checked, because only a
+node sees its test rows.
 """
 
 from __future__ import annotations
@@ -35,16 +36,22 @@ from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.serialization import DTYPES, CodecError, as_bytes, check_header
 
-OWN_SETTINGS = ("model", "preprocess", "augment", "shares")  # of a client, which its site decides
-MOST_ROWS = 2**31  # of one site
-# of the side to which a site may resize, unless the server's own configuration has images as large
+# Client settings that a site decides.
+OWN_SETTINGS = ("model", "preprocess", "augment", "shares")
+MOST_ROWS = 2**31
+# Longest image side in pixels to which a site may resize, unless the server's configuration has
+# larger images.
 MOST_PIXELS = 1024
-LONGEST = 128  # characters of a name
+# Characters of a name.
+LONGEST = 128
 MOST_NAMES = 32
-BINS = 15  # of a calibration
-TRAVELLING = {torch.from_numpy(np.empty(0, dtype)).dtype for dtype in DTYPES.values()}
-FREE = ("r2",)  # metrics that may be below nought
-MOST_TIME = 2**63  # times are whole numbers of 64 bits, in whatever unit
+# Bins of a calibration curve.
+BINS = 15
+MODEL_DTYPES = {torch.from_numpy(np.empty(0, dtype)).dtype for dtype in DTYPES.values()}
+# Metrics without a lower bound.
+UNBOUNDED = ("r2",)
+# Times are 64-bit integers in any unit.
+MOST_TIME = 2**63
 EVALUATION_FIELDS = {
     "scores",
     "confusion",
@@ -57,61 +64,68 @@ EVALUATION_FIELDS = {
 
 
 def read_settings(tree: Any, names: Collection[str], largest: int = MOST_PIXELS) -> dict[str, Any]:
-    """Read what a node decides itself of its client's settings.
+    """Validate the client settings that a node reports.
 
     Args:
-        tree: What came.
-        names: `python:module:Name` that the server's own configuration has; a node has it run no others.
-        largest: Side in pixels to which a node may resize its images, at most.
+        tree: The node's report.
+        names: Code (`python:module:Name`) that the server's configuration names; a node may name
+            no other.
+        largest: Longest image side in pixels to which a node may resize.
+
+    Returns:
+        The settings.
 
     Raises:
-        Refused: It is something else, or out of bounds.
+        RequestRefusedError: If the settings are invalid or out of bounds.
     """
     found = tree.get("settings") if isinstance(tree, dict) else None
     _check_plain(found)
-    if not isinstance(found, dict) or (odd := set(found) - set(OWN_SETTINGS)):
-        what = (
-            f"it wants to decide {', '.join(sorted(odd))}"
-            if isinstance(found, dict)
-            else "expected a table of settings"
-        )
-        raise RequestRefusedError(what[:200])
+    if not isinstance(found, dict):
+        raise RequestRefusedError(f"settings: expected a mapping, got {type(found).__name__}")
+    if unknown := sorted(set(found) - set(OWN_SETTINGS)):
+        line = f"settings: a site cannot set {', '.join(unknown)}"
+        raise RequestRefusedError(line[:200])
     for name, key in CodePermission(granted=names).find_refused(find_references(found), ""):
         raise RequestRefusedError(
-            f"{key}: found {name[:LONGEST]}, code that this server's configuration does not name"
+            f"{key}: {name[:LONGEST]} is code that the server's configuration does not name"
         )
     try:
         resize = ClientSettings.model_validate(found).preprocess.resize
         if resize is not None and resize > largest:
             raise RequestRefusedError(
-                f"preprocess.resize: found {one_line(resize, LONGEST)}; expected at most {largest}"
+                f"preprocess.resize: must be <= {largest}, got {one_line(resize, LONGEST)}"
             )
     except ValidationError as error:
         raise RequestRefusedError(describe_error(error, found, ClientSettings)) from None
     except JUNK as error:
         raise RequestRefusedError(
-            f"its settings cannot be read ({type(error).__name__}: {error})"
+            f"settings: cannot be read ({type(error).__name__}: {error})"
         ) from None
     return found
 
 
 def read_state_name(name: str) -> str:
-    """The name of a private state: a SHA-256, or none. Raises RequestRefusedError."""
+    """Validate the name of a private state, which is a SHA-256 digest or empty.
+
+    Raises:
+        RequestRefusedError: If it is neither.
+    """
     if name and not (len(name) == 64 and set(name) <= set("0123456789abcdef")):
-        raise RequestRefusedError(f"found the state {name[:LONGEST]!r}")
+        raise RequestRefusedError(f"state: expected a SHA-256 digest, got {name[:LONGEST]!r}")
     return name
 
 
 def read_data_info(tree: Any, outputs: int, own: Preprocess | None = None) -> RemoteDataInfo:
-    """Read what a client tells of its rows.
+    """Validate a client's report about its rows.
 
     Args:
-        tree: What came.
-        outputs: Of the task.
-        own: The client's view but for mean and deviation, which only it can know; None if it has none to tell.
+        tree: The node's report.
+        outputs: Number of outputs of the task.
+        own: The client's preprocessing without mean and deviation, which only the node knows. None
+            if it does not report its preprocessing.
 
     Raises:
-        Refused: It is something else.
+        RequestRefusedError: If the report is invalid.
     """
     try:
         _check_plain(tree)
@@ -120,53 +134,63 @@ def read_data_info(tree: Any, outputs: int, own: Preprocess | None = None) -> Re
             for name in ("train", "validation", "test")
         }
         if not rows["train"]:
-            raise RequestRefusedError("it tells of no rows to train on")
+            raise RequestRefusedError("rows.train: must be > 0, got 0")
         labels = (
             None
             if tree["labels"] is None
             else tuple(float(_read_number(n, 0.0, MOST_ROWS)) for n in tree["labels"])
         )
         if labels is not None and len(labels) != outputs:
-            raise RequestRefusedError(
-                f"it tells counts of {len(labels)} labels; the task has {outputs}"
-            )
+            raise RequestRefusedError(f"labels: expected {outputs} counts, got {len(labels)}")
         view = (
             None
             if tree["view"] is None
             else Preprocess(**{k: freeze_lists(v) for k, v in tree["view"].items()})
         )
         if (view is None) != (own is None):
-            raise RequestRefusedError(f"it tells {'no' if view is None else 'a'} view of its own")
+            problem = "missing" if view is None else "not expected under this configuration"
+            raise RequestRefusedError(f"view: {problem}")
         for number in (view.mean, view.std) if view is not None else ():
             for each in number if isinstance(number, tuple) else (number,):
                 _read_number(0.0 if each is None else each, -LARGEST_FIGURE)
         if view is not None and replace(view, mean=None, std=None) != own:
-            raise RequestRefusedError("it tells another view than the configuration asks for")
+            raise RequestRefusedError("view: differs from the configuration")
         return RemoteDataInfo(rows, _read_name(tree["hash"]), view, labels)
     except RequestRefusedError as error:
-        raise RequestRefusedError(f"what it tells of its rows is refused: {error}") from None
+        raise RequestRefusedError(f"data report refused: {error}") from None
     except JUNK as error:
         raise RequestRefusedError(
-            f"what it tells of its rows cannot be read ({type(error).__name__}: {error})"
+            f"data report cannot be read ({type(error).__name__}: {error})"
         ) from None
 
 
 def read_evaluation(
     tree: Any, client: str, federation: FederationSpec, method: Algorithm
 ) -> ClientEvaluation:
-    """What a client tells of its model. Raises RequestRefusedError."""
+    """Validate a client's evaluation of its model.
+
+    Args:
+        tree: The node's report.
+        client: The client.
+        federation: The federation.
+        method: The method of the run.
+
+    Raises:
+        RequestRefusedError: If the evaluation is invalid.
+    """
     client_info = federation.client_infos[client]
     try:
         if not isinstance(tree, dict) or set(tree) != EVALUATION_FIELDS:
             what = ", ".join(sorted(tree)) if isinstance(tree, dict) else type(tree).__name__
-            raise RequestRefusedError(f"found {what[:120]}")
+            expected = ", ".join(sorted(EVALUATION_FIELDS))
+            raise RequestRefusedError(f"expected {expected}, got {what[:120]}")
         _check_plain({**tree, "model": None})
         return _read_evaluation(tree, federation, client_info, method)
     except (RequestRefusedError, UserError) as error:
-        raise RequestRefusedError(f"its reading is refused: {error}") from None
+        raise RequestRefusedError(f"evaluation refused: {error}") from None
     except JUNK as error:
         raise RequestRefusedError(
-            f"its reading cannot be read ({type(error).__name__}: {error})"
+            f"evaluation cannot be read ({type(error).__name__}: {error})"
         ) from None
 
 
@@ -175,7 +199,7 @@ def _read_evaluation(
 ) -> ClientEvaluation:
     task = federation.task
     if tree["triggered"] is not None:
-        raise RequestRefusedError("it tells of a trigger; nobody lies in a federation")
+        raise RequestRefusedError("triggered: expected None; attacks are only simulated")
     model = tree["model"]
     return ClientEvaluation(
         scores=_read_by_name(tree["scores"], EVALUATION_SETS, lambda s: _read_scores(s, task)),
@@ -196,17 +220,17 @@ def _read_evaluation(
 def _read_scores(found: Any, task: Task) -> Scores:
     known = metric_names(task)
 
-    def one(name: str, value: Any) -> float | None:
-        least = -LARGEST_FIGURE if name in FREE else 0.0
+    def read_score(name: str, value: Any) -> float | None:
+        least = -LARGEST_FIGURE if name in UNBOUNDED else 0.0
         most = LARGEST_FIGURE if name in SMALLER_IS_BETTER else 1.0 + 1e-9
         return None if value is None else _read_number(value, least, most)
 
-    return {name: one(name, value) for name, value in _check_names(found, known).items()}
+    return {name: read_score(name, value) for name, value in _check_names(found, known).items()}
 
 
 def _read_confusion(found: Any, task: Task) -> list[Any]:
-    n = task.outputs
-    shape = (n, n) if task.kind == "multiclass" else (n, 2, 2)
+    outputs = task.outputs
+    shape = (outputs, outputs) if task.kind == "multiclass" else (outputs, 2, 2)
     return _read_table(found, shape, lambda v: _read_integer(v, MOST_ROWS))
 
 
@@ -228,17 +252,21 @@ def _read_forecast(found: Any, federation: FederationSpec) -> dict[str, Any]:
     task = federation.task
     if not found:
         return {}
-    dated = [
+    is_temporal = [
         share.examples.time is not None
         for share in federation.data.public_sets.values()
         if len(share.rows)
     ]
-    if task.kind != "regression" or federation.privacy is not None or (dated and not any(dated)):
-        raise RequestRefusedError("a forecast, although the run has none")
+    if (
+        task.kind != "regression"
+        or federation.privacy is not None
+        or (is_temporal and not any(is_temporal))
+    ):
+        raise RequestRefusedError("forecast: not expected in this run")
     named = _check_names(found, ("time", "truth", "predicted", "baselines"))
     rows = len(named["time"])
     if not 0 < rows <= FORECAST_ROWS:
-        raise RequestRefusedError(f"a forecast of {rows} rows")
+        raise RequestRefusedError(f"forecast: expected 1 to {FORECAST_ROWS} rows, got {rows}")
 
     def columns(values: Any) -> list[Any]:
         return _read_table(values, (task.outputs, rows), lambda v: _read_number(v, -LARGEST_FIGURE))
@@ -256,35 +284,35 @@ def _read_forecast(found: Any, federation: FederationSpec) -> dict[str, Any]:
 def _read_model(
     found: Any, federation: FederationSpec, client_info: ClientInfo, method: Algorithm
 ) -> bytes:
-    """Return a client's model as a file whose metadata the server writes itself; of what came, it keeps the tensors.
+    """Return a client's model as a file with the received tensors and the server's own metadata.
 
-    The metadata that came only says which of the kinds of model that this client may have it is. Nothing is built from it,
-    and no code that it names is imported.
+    The received metadata only select one of the models that this client may have. No model is built
+    from them, and no code that they name is imported.
     """
     if not isinstance(found, Tensor):
-        raise RequestRefusedError("a model that is no bytes")
+        raise RequestRefusedError(f"model: expected a tensor of bytes, got {type(found).__name__}")
     data = as_bytes(found)
     try:
         check_header(data)
     except CodecError:
-        raise RequestRefusedError("expected a model file") from None
+        raise RequestRefusedError("model: not a model file") from None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         path.write_bytes(data)
         try:
             about, tensors = read_model_file(path)
         except UserError:
-            raise RequestRefusedError("expected a model file") from None
+            raise RequestRefusedError("model: not a model file") from None
     saved = _expected_model(about, tensors, federation, client_info, method)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if any(saved.arch.shapes.get(name) != shape for name, shape in shapes.items()):
-        raise RequestRefusedError("a model whose tensors are not those of its kind")
+        raise RequestRefusedError("model: tensors do not match its architecture")
     if saved.arch.parameter_names - shapes.keys():
-        raise RequestRefusedError("a model of which tensors are missing")
-    if odd := [t.dtype for t in tensors.values() if t.dtype not in TRAVELLING]:
-        raise RequestRefusedError(f"a model with tensors of {odd[0]}")
+        raise RequestRefusedError("model: tensors are missing")
+    if dtypes := [t.dtype for t in tensors.values() if t.dtype not in MODEL_DTYPES]:
+        raise RequestRefusedError(f"model: tensors of {dtypes[0]} are not supported")
     if not all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point()):
-        raise RequestRefusedError("a model that is not finite")
+        raise RequestRefusedError("model: values must be finite")
     return saved.encode()
 
 
@@ -295,12 +323,23 @@ def _expected_model(
     client_info: ClientInfo,
     method: Algorithm,
 ) -> SavedModel:
-    """Return the model that these metadata mean, described as the server knows it. Raises RequestRefusedError if there is none."""
+    """Return the model that the metadata describe, as the server knows it.
+
+    Args:
+        about: The received metadata.
+        tensors: The received tensors.
+        federation: The federation.
+        client_info: The client.
+        method: The method of the run.
+
+    Raises:
+        RequestRefusedError: If the client can have no such model.
+    """
     task = federation.task
     layout = federation.data.layout
     client_infos = [client_info]
     if isinstance(method, Dense) and method.student is not None:
-        # once the student is trained, every client uses it
+        # Once the student is trained, every client uses it.
         client_infos.append(federation.client_infos[method.student])
     views = {(each.arch, each.preprocess): None for each in client_infos}
     views |= {
@@ -313,36 +352,38 @@ def _expected_model(
         prior = tuple(
             _read_table(prior, (task.outputs,), lambda v: float(_read_number(v, -LARGEST_FIGURE)))
         )
-    kinds = [
+    candidates = [
         SavedModel(tensors, arch, asdict(view), task, prior, layout.columns, layout.categories)
         for arch, view in views
     ]
     named = about["architecture"]
-    same_kind = [kind for kind in kinds if kind.metadata()["architecture"] == named]
-    if not same_kind or kinds[0].metadata()["task"] != about["task"]:
+    matching = [saved for saved in candidates if saved.metadata()["architecture"] == named]
+    if not matching or candidates[0].metadata()["task"] != about["task"]:
         raise RequestRefusedError(
-            f"a model of another kind than it has ({one_line(named['name'], LONGEST)})"
+            f"model: architecture or task is not the client's ({one_line(named['name'], LONGEST)})"
         )
-    for kind in same_kind:
-        if kind.metadata()["preprocess"] == about["preprocess"]:
-            return kind
-    raise RequestRefusedError("a model with a preprocessing that is not its client's")
+    for saved in matching:
+        if saved.metadata()["preprocess"] == about["preprocess"]:
+            return saved
+    raise RequestRefusedError("model: preprocessing is not the client's")
 
 
 def _check_plain(tree: Any) -> None:
-    """Raise Refused if there is a tensor where plain values are expected: to walk through one takes a step for each number."""
+    """Raise RequestRefusedError if there is a tensor in place of plain values.
+
+    Iterating over a large tensor would take very long.
+    """
     if isinstance(tree, Tensor):
-        raise RequestRefusedError("found a tensor; expected plain values")
+        raise RequestRefusedError("expected plain values, got a tensor")
     if isinstance(tree, dict | list):
         for value in tree.values() if isinstance(tree, dict) else tree:
             _check_plain(value)
 
 
-# Pieces --------------------------------------------------------------------------------------------------------------
 def _check_names(found: Any, known: tuple[str, ...]) -> Mapping[str, Any]:
     if not isinstance(found, dict) or set(found) != set(known):
         what = ", ".join(map(str, found))[:120] if isinstance(found, dict) else type(found).__name__
-        raise RequestRefusedError(f"found {what}; expected {', '.join(known)}")
+        raise RequestRefusedError(f"expected {', '.join(known)}, got {what}")
     return found
 
 
@@ -350,36 +391,40 @@ def _read_by_name(
     found: Any, known: Mapping[str, Any] | None, each: Callable[[Any], Any]
 ) -> dict[str, Any]:
     if not isinstance(found, dict) or len(found) > MOST_NAMES:
-        raise RequestRefusedError(f"found {type(found).__name__}, not a few named values")
-    if known is not None and (odd := [name for name in found if name not in known]):
-        raise RequestRefusedError(f"found {odd[0][:LONGEST]!r}; expected {', '.join(known)}")
+        raise RequestRefusedError(
+            f"expected a mapping of at most {MOST_NAMES} names, got {type(found).__name__}"
+        )
+    if known is not None and (unknown := [name for name in found if name not in known]):
+        raise RequestRefusedError(f"expected {', '.join(known)}, got {unknown[0][:LONGEST]!r}")
     return {_read_name(name): each(value) for name, value in found.items()}
 
 
 def _read_name(found: Any) -> str:
     if not isinstance(found, str) or not found.isprintable() or not 0 < len(found) <= LONGEST:
-        raise RequestRefusedError(f"found the name {str(found)[:LONGEST]!r}")
+        raise RequestRefusedError(
+            f"expected a printable name of 1 to {LONGEST} characters, got {str(found)[:LONGEST]!r}"
+        )
     return found
 
 
 def _read_number(found: Any, least: float, most: float = LARGEST_FIGURE) -> float:
-    """As it was told, to the bit."""
+    """Return a number unchanged if it is finite and within bounds."""
     if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
-        raise RequestRefusedError(f"found {str(found)[:LONGEST]!r}, no finite number")
+        raise RequestRefusedError(f"expected a finite number, got {str(found)[:LONGEST]!r}")
     if not least <= found <= most:
-        raise RequestRefusedError(f"found {float(found):g}; expected {least:g} to {most:g}")
+        raise RequestRefusedError(f"must be >= {least:g} and <= {most:g}, got {float(found):g}")
     return found
 
 
 def _read_integer(found: Any, most: int) -> int:
     if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found <= most:
-        raise RequestRefusedError(f"found {str(found)[:LONGEST]!r}, no number of rows")
+        raise RequestRefusedError(f"expected an integer >= 0, got {str(found)[:LONGEST]!r}")
     return found
 
 
 def _read_table(found: Any, shape: tuple[int, ...], each: Callable[[Any], Any]) -> list[Any]:
     if not isinstance(found, list) or len(found) != shape[0]:
-        raise RequestRefusedError(f"found another form than {' by '.join(map(str, shape))} numbers")
+        raise RequestRefusedError(f"expected a table of shape {list(shape)}")
     return [
         each(value) if len(shape) == 1 else _read_table(value, shape[1:], each) for value in found
     ]

@@ -114,7 +114,7 @@ def test_who_needs_everybodys_rows_in_one_place_is_refused(
     name: str, loopback: LoopbackTransport, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        UserError, match=rf"algorithm\.name: {name} wants everybody's rows or models in one place"
+        UserError, match=rf"algorithm\.name: {name} is available in simulations only"
     ):
         run_federation(config(name), loopback, out=tmp_path / "out", wait=0.1)
     assert not (tmp_path / "out").exists()

@@ -443,7 +443,7 @@ def test_node_starts_no_number_of_threads_that_a_server_names(asked: Asked) -> N
 
     answer = asked.node.handle(Envelope(roster.head, encode(tree, FORM)))
 
-    assert answer.head["why"] == "threads: found 1000000; expected 1 to 1024"
+    assert answer.head["why"] == "threads: must be >= 1 and <= 1024, got 1000000"
 
 
 def test_request_of_twenty_megabytes_is_a_short_line_of_the_log(asked: Asked) -> None:

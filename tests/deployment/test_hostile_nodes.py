@@ -19,8 +19,9 @@ import torch
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.core.task import Task
-from hetero_fl.data.dataset import Examples, RowSelection
+from hetero_fl.data.dataset import Examples
 from hetero_fl.data.preprocessing import Preprocess
+from hetero_fl.data.splits import RowSelection
 from hetero_fl.deployment import validation
 from hetero_fl.deployment.messages import (
     FORM,
@@ -101,15 +102,15 @@ UPLOADS: dict[str, tuple[Change, str]] = {
     "no answer": (lambda e: Envelope(), "None"),
     "many words": (head(ask="refused", why="no\n" * 10_000), "no no no"),
     "a reason that is a number": (head(ask="refused", why=7), "7"),
-    "another task's": (head(task="0" * 64), "its answer is to another task"),
+    "another task's": (head(task="0" * 64), "its answer belongs to another task"),
     "no state": (head(state=None), "its answer cannot be read: 'done': state"),
     "a state that is a path": (
         head(state="../../../etc/passwd"),
-        "found the state '../../../etc/passwd'",
+        "state: expected a SHA-256 digest, got '../../../etc/passwd'",
     ),
     "a state that is a number": (
         head(state=5),
-        "its answer cannot be read: 'done': state: found 5",
+        "its answer cannot be read: 'done': state: expected str, got 5",
     ),
     "a kind that is a number": (head(what=1.5), "its answer cannot be read: 'done': what"),
     "a checksum that is none": (head(check="zz"), "its answer cannot be read"),
@@ -214,29 +215,29 @@ READINGS: dict[str, tuple[Change, str]] = {
     "nothing": (lambda e: Envelope(e.head), "'done':"),
     "junk": (lambda e: Envelope(e.head, b"x" * 100), "'done':"),
     "another answer": (head(ask="junk"), "junk"),
-    "a list": (reading(lambda t: [1, 2]), "its reading"),
-    "nothing of it": (reading(lambda t: {}), "its reading is refused: found"),
-    "more of it": (reading(lambda t: t.update(more=1)), "its reading is refused: found"),
-    "NaN": (scores(accuracy=math.nan), "no finite number"),
-    "better than all": (scores(accuracy=1.5), "found 1.5; expected 0 to 1"),
-    "endless": (scores(loss=math.inf), "no finite number"),
-    "a loss below nought": (scores(loss=-1.0), "found -1"),
-    "a loss beyond squares": (scores(loss=1e200), "found 1e+200; expected 0 to 1e+18"),
-    "a loss beyond sums": (scores(loss=1.7e308), "found 1.7e+308; expected 0 to 1e+18"),
+    "a list": (reading(lambda t: [1, 2]), "evaluation refused"),
+    "nothing of it": (reading(lambda t: {}), "evaluation refused: expected"),
+    "more of it": (reading(lambda t: t.update(more=1)), "evaluation refused: expected"),
+    "NaN": (scores(accuracy=math.nan), "expected a finite number"),
+    "better than all": (scores(accuracy=1.5), "must be >= 0 and <= 1, got 1.5"),
+    "endless": (scores(loss=math.inf), "expected a finite number"),
+    "a loss below nought": (scores(loss=-1.0), "got -1"),
+    "a loss beyond squares": (scores(loss=1e200), "must be >= 0 and <= 1e+18, got 1e+200"),
+    "a loss beyond sums": (scores(loss=1.7e308), "must be >= 0 and <= 1e+18, got 1.7e+308"),
     "an integer of a thousand bits": (
         scores(loss=2**1000),
-        "found 1.07151e+301; expected 0 to 1e+18",
+        "must be >= 0 and <= 1e+18, got 1.07151e+301",
     ),
-    "text": (scores(accuracy="<script>"), "no finite number"),
+    "text": (scores(accuracy="<script>"), "expected a finite number"),
     "a number without end": (scores(accuracy=10**400), "cannot be read (OverflowError"),
-    "true": (scores(accuracy=True), "no finite number"),
-    "a score of its own": (scores(mine=1.0), "its reading is refused: found"),
+    "true": (scores(accuracy=True), "expected a finite number"),
+    "a score of its own": (scores(mine=1.0), "evaluation refused: expected"),
     "scores of something else": (reading(lambda t: t["scores"].update(other={})), "'other'"),
     "scores that are none": (reading(lambda t: t.update(scores=3)), "not a few named values"),
     "a trigger": (reading(lambda t: t.update(triggered=0.5)), "nobody lies"),
     "a confusion": (
         reading(lambda t: t.update(confusion={"personal": [[1, 2], [3, 4]]})),
-        "another form",
+        "expected a table of shape",
     ),
     "a calibration": (
         reading(lambda t: t.update(calibration={"personal": {"ece": 0.1}})),
@@ -250,11 +251,11 @@ READINGS: dict[str, tuple[Change, str]] = {
         reading(
             lambda t: t.update(forecast={"time": [], "truth": [], "predicted": [], "baselines": {}})
         ),
-        "a forecast, although the run has none",
+        "forecast: not expected in this run",
     ),
     "a model": (
         reading(lambda t: t.update(model=torch.zeros(9, dtype=torch.uint8))),
-        "expected a model file",
+        "model: not a model file",
     ),
     "a model that is text": (reading(lambda t: t.update(model="x")), "a model that is no bytes"),
 }
@@ -293,12 +294,12 @@ FORECAST: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"time": [1e9, 1.7e308]}, "found 1.7e+308"),
-        ({"time": [-1e30, 1e9]}, "found -1e+30"),
-        ({"truth": [[1.0, 1.7e308]]}, "found 1.7e+308"),
-        ({"predicted": [[1.0, -1.7e308]]}, "found -1.7e+308"),
-        ({"baselines": {"persistence": [[1.0, 2**1000]]}}, "found 1.07151e+301"),
-        ({"truth": [[1.0]]}, "another form"),
+        ({"time": [1e9, 1.7e308]}, "got 1.7e+308"),
+        ({"time": [-1e30, 1e9]}, "got -1e+30"),
+        ({"truth": [[1.0, 1.7e308]]}, "got 1.7e+308"),
+        ({"predicted": [[1.0, -1.7e308]]}, "got -1.7e+308"),
+        ({"baselines": {"persistence": [[1.0, 2**1000]]}}, "got 1.07151e+301"),
+        ({"truth": [[1.0]]}, "expected a table of shape"),
     ],
 )
 def test_forecast_is_bounded(changes: dict[str, Any], said: str) -> None:
@@ -312,7 +313,7 @@ def test_forecast_is_bounded(changes: dict[str, Any], said: str) -> None:
 def test_forecast_is_refused_where_the_data_has_no_dates() -> None:
     federation = dated_federation(dated=False)
 
-    with pytest.raises(RequestRefusedError, match="a forecast, although the run has none"):
+    with pytest.raises(RequestRefusedError, match="forecast: not expected in this run"):
         validation._read_forecast(FORECAST, federation)
 
 
@@ -335,7 +336,7 @@ def test_server_finishes_a_run_whose_pictures_cannot_be_drawn(
 
     assert run.summary["rounds_completed"] == 1 and (run.path / "details.json").exists()
     assert (run.path / "report.html").exists() and not (run.path / "plots" / "clients.png").exists()
-    assert "the picture 'clients' cannot be drawn: ValueError" in (run.path / "log.txt").read_text()
+    assert "the plot 'clients' cannot be drawn: ValueError" in (run.path / "log.txt").read_text()
 
 
 # Before the first round ----------------------------------------------------------------------------------------------
@@ -350,30 +351,30 @@ TOLD: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"rows": {"train": -1, "validation": 2, "test": 3}}, "found '-1', no number of rows"),
-        ({"rows": {"train": 0, "validation": 2, "test": 3}}, "no rows to train on"),
-        ({"rows": {"train": True, "validation": 2, "test": 3}}, "found 'True'"),
-        ({"rows": {"train": 2.5, "validation": 2, "test": 3}}, "found '2.5'"),
-        ({"rows": {"train": 10**30, "validation": 2, "test": 3}}, "no number of rows"),
-        ({"rows": {"train": 2**40, "validation": 2, "test": 3}}, "no number of rows"),
+        ({"rows": {"train": -1, "validation": 2, "test": 3}}, "expected an integer >= 0, got '-1'"),
+        ({"rows": {"train": 0, "validation": 2, "test": 3}}, "rows.train: must be > 0"),
+        ({"rows": {"train": True, "validation": 2, "test": 3}}, "got 'True'"),
+        ({"rows": {"train": 2.5, "validation": 2, "test": 3}}, "got '2.5'"),
+        ({"rows": {"train": 10**30, "validation": 2, "test": 3}}, "expected an integer >= 0"),
+        ({"rows": {"train": 2**40, "validation": 2, "test": 3}}, "expected an integer >= 0"),
         ({"rows": {"train": 3}}, "cannot be read (KeyError"),
         ({"rows": None}, "cannot be read (TypeError"),
-        ({"hash": "a" * 1000}, "found the name"),
-        ({"hash": 5}, "found the name '5'"),
-        ({"hash": "a\nb"}, "found the name"),
-        ({"labels": [1.0, 2.0]}, "counts of 2 labels; the task has 3"),
-        ({"labels": [1.0, math.nan, 1.0]}, "no finite number"),
-        ({"labels": [1.0, -1.0, 1.0]}, "found -1"),
-        ({"labels": [1.0, 1.7e308, 1.0]}, "found 1.7e+308"),
-        ({"labels": ["a", "b", "c"]}, "no finite number"),
+        ({"hash": "a" * 1000}, "expected a printable name"),
+        ({"hash": 5}, "expected a printable name of 1 to 128 characters, got '5'"),
+        ({"hash": "a\nb"}, "expected a printable name"),
+        ({"labels": [1.0, 2.0]}, "labels: expected 3 counts, got 2"),
+        ({"labels": [1.0, math.nan, 1.0]}, "expected a finite number"),
+        ({"labels": [1.0, -1.0, 1.0]}, "got -1"),
+        ({"labels": [1.0, 1.7e308, 1.0]}, "got 1.7e+308"),
+        ({"labels": ["a", "b", "c"]}, "expected a finite number"),
         ({"labels": 7}, "cannot be read (TypeError"),
         ({"view": {"nothing": 1}}, "cannot be read (TypeError"),
-        ({"view": {"mean": math.inf}}, "no finite number"),
-        ({"view": {"std": "x"}}, "no finite number"),
-        ({"view": {"mean": 1.7e308}}, "found 1.7e+308"),
+        ({"view": {"mean": math.inf}}, "expected a finite number"),
+        ({"view": {"std": "x"}}, "expected a finite number"),
+        ({"view": {"mean": 1.7e308}}, "got 1.7e+308"),
         ({"view": 3}, "cannot be read"),
-        ({"view": {"resize": 10**6}}, "another view than the configuration asks for"),
-        ({"rows": torch.zeros(3)}, "found a tensor"),
+        ({"view": {"resize": 10**6}}, "view: differs from the configuration"),
+        ({"rows": torch.zeros(3)}, "expected plain values, got a tensor"),
         ({"labels": [10**400, 1, 1]}, "cannot be read (OverflowError"),
     ],
 )
@@ -396,13 +397,13 @@ def test_a_tree_that_is_none_is_refused(tree_: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"epochs": 1000}, "it wants to decide epochs"),
-        ({"data": {"path": "/etc/passwd"}}, "it wants to decide data"),
+        ({"epochs": 1000}, "settings: a site cannot set epochs"),
+        ({"data": {"path": "/etc/passwd"}}, "settings: a site cannot set data"),
         (
             {"model": "python:os:system"},
-            "model: found python:os:system, code that this server's configuration does not name",
+            "model: python:os:system is code that the server's configuration does not name",
         ),
-        ({"model": {"name": "python:os:system"}}, "model.name: found python:os:system"),
+        ({"model": {"name": "python:os:system"}}, "model.name: python:os:system is code"),
         ({"model": 3}, "model"),
         ({"shares": ["everything"]}, "shares"),
     ],
@@ -420,7 +421,7 @@ def test_node_resizes_to_no_more_than_the_server_allows() -> None:
     told = {"settings": {"preprocess": {"resize": 2000}}}
 
     assert read_settings(told, (), largest=2000) == told["settings"]
-    with pytest.raises(RequestRefusedError, match="found 2000; expected at most 1024"):
+    with pytest.raises(RequestRefusedError, match="must be <= 1024, got 2000"):
         read_settings(told, ())
 
 
@@ -437,23 +438,23 @@ def test_a_state_is_a_hash(name: str) -> None:
         (
             "terms",
             reading(lambda t: t["rows"].update(train=-5)),
-            "site_3: what it tells of its rows is refused",
+            "site_3: data report refused",
         ),
         ("terms", lambda e: Envelope(e.head, b"junk"), "site_3: 'told':"),
         (
             "hello",
             reading(lambda t: t.update(settings={"epochs": 99})),
-            "site_3: refused: it wants to decide epochs",
+            "site_3: refused: settings: a site cannot set epochs",
         ),
         (
             "hello",
             reading(lambda t: t.update(settings={"preprocess": {"resize": 30_000}})),
-            "site_3: refused: preprocess.resize: found 30000; expected at most 1024",
+            "site_3: refused: preprocess.resize: must be <= 1024, got 30000",
         ),
         (
             "hello",
             reading(lambda t: t.update(settings={"preprocess": {"columns": ["a\x1b[2J\u202e"]}})),
-            "found 'a\\x1b[2J\\u202e'",
+            "unknown name 'a\\x1b[2J\\u202e'",
         ),
         (
             "hello",
@@ -535,47 +536,53 @@ def test_metadata_of_a_model_are_written_by_the_server(name: str, told_model: An
     [
         (
             lambda a: a["architecture"].update(zzz="python:os:system"),
-            "a model of another kind than it has",
+            "model: architecture or task is not the client's",
         ),
         (
             lambda a: a["architecture"].update(name="python:os:system"),
-            "a model of another kind than it has",
+            "model: architecture or task is not the client's",
         ),
         (lambda a: a.update(architecture=3), "cannot be read"),
-        (lambda a: a["task"].update(unit="\x1b[2J"), "a model of another kind than it has"),
-        (lambda a: a["task"].update(zzz=1), "a model of another kind than it has"),
+        (
+            lambda a: a["task"].update(unit="\x1b[2J"),
+            "model: architecture or task is not the client's",
+        ),
+        (lambda a: a["task"].update(zzz=1), "model: architecture or task is not the client's"),
         (
             lambda a: a["preprocess"].update({"python:os:system": 1}),
-            "a preprocessing that is not its client's",
+            "model: preprocessing is not the client's",
         ),
-        (lambda a: a["preprocess"].update(zzz=1), "a preprocessing that is not its client's"),
+        (lambda a: a["preprocess"].update(zzz=1), "model: preprocessing is not the client's"),
         (
             lambda a: a["preprocess"].update(resize=10**6),
-            "a preprocessing that is not its client's",
+            "model: preprocessing is not the client's",
         ),
-        (lambda a: a["preprocess"].update(resize="x"), "a preprocessing that is not its client's"),
-        (lambda a: a["preprocess"].update(resize=-1), "a preprocessing that is not its client's"),
+        (lambda a: a["preprocess"].update(resize="x"), "model: preprocessing is not the client's"),
+        (lambda a: a["preprocess"].update(resize=-1), "model: preprocessing is not the client's"),
         (
             lambda a: a["preprocess"].update(mean="a", std="b"),
-            "a preprocessing that is not its client's",
+            "model: preprocessing is not the client's",
         ),
         (
             lambda a: a["preprocess"].update(mean=math.nan),
-            "a preprocessing that is not its client's",
+            "model: preprocessing is not the client's",
         ),
         (
             lambda a: a["preprocess"].update(spans=[[0, 10**9]]),
-            "a preprocessing that is not its client's",
+            "model: preprocessing is not the client's",
         ),
         (
             lambda a: a["preprocess"].update(blocks=[[1, 2, 3]]),
-            "a preprocessing that is not its client's",
+            "model: preprocessing is not the client's",
         ),
-        (lambda a: a.update(preprocess=[]), "a preprocessing that is not its client's"),
-        (lambda a: a.update(log_prior=["a"] * a["task"]["outputs"]), "no finite number"),
-        (lambda a: a.update(log_prior=[math.nan] * a["task"]["outputs"]), "no finite number"),
-        (lambda a: a.update(log_prior=[1.0] * 3), "another form"),
-        (lambda a: a.update(log_prior="abcdefghij"), "another form"),
+        (lambda a: a.update(preprocess=[]), "model: preprocessing is not the client's"),
+        (lambda a: a.update(log_prior=["a"] * a["task"]["outputs"]), "expected a finite number"),
+        (
+            lambda a: a.update(log_prior=[math.nan] * a["task"]["outputs"]),
+            "expected a finite number",
+        ),
+        (lambda a: a.update(log_prior=[1.0] * 3), "expected a table of shape"),
+        (lambda a: a.update(log_prior="abcdefghij"), "expected a table of shape"),
         (lambda a: a.pop("log_prior"), "cannot be read"),
     ],
 )

@@ -155,7 +155,7 @@ def test_the_window(status: RunStatus) -> None:
             assert raised.value.code == code
             raised.value.close()
         with (
-            pytest.raises(UserError, match=rf"metrics.port: {port} of 127.0.0.1 cannot be had"),
+            pytest.raises(UserError, match=rf"metrics.port: {port} is not available at 127.0.0.1"),
             serve_status(status, "127.0.0.1", port),
         ):
             pass
@@ -167,7 +167,7 @@ def test_the_window(status: RunStatus) -> None:
 def test_the_command(status: RunStatus, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status.set_presence_source(lambda: ["north"])
     (tmp_path / "config.yaml").touch()
-    status.add_event("refused a node for client 'south': torch '1', but '2' here")
+    status.add_event("refused a node for client 'south': torch: expected version '2', got '1'")
     status.add_record(record(2, failed={"south": "gone"}))
     assert main(["status", str(tmp_path)]) == 0
     out = capsys.readouterr().out
@@ -175,7 +175,7 @@ def test_the_command(status: RunStatus, tmp_path: Path, capsys: pytest.CaptureFi
         'a "run", hybrid: running, round 2 of 3',
         "local test: balanced accuracy 70.0%",
         "1 upload requested but not used",
-        "torch '1'",
+        "torch: expected version '2'",
     ):
         assert words in out
     assert re.search(r"north +connected for", out) and re.search(r"south +not connected yet", out)
@@ -183,9 +183,9 @@ def test_the_command(status: RunStatus, tmp_path: Path, capsys: pytest.CaptureFi
         assert main(["status", f"127.0.0.1:{port}", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["round"] == 2
     for mistake, line in (
-        (f"127.0.0.1:{port}", "no server shows its status there"),
-        (str(tmp_path / "nowhere"), "no folder is here"),
-        (str(tmp_path.parent), "no status of a run across machines is here"),
+        (f"127.0.0.1:{port}", "no answer from a server"),
+        (str(tmp_path / "nowhere"), "folder not found"),
+        (str(tmp_path.parent), "status.json not found"),
     ):
         assert main(["status", mistake]) == 2
         err = capsys.readouterr().err

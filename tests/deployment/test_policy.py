@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,64 +34,69 @@ TERMS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "method": (
         {"allows": {"methods": ["hybrid", "fedmd"]}},
         {},
-        "algorithm.name: found fedavg; this site's allows.methods are hybrid, fedmd",
+        "algorithm.name: fedavg is not in this site's allows.methods (hybrid, fedmd)",
     ),
-    "rounds": ({"allows": {"rounds": 1}}, {}, "rounds: found 2; this site's allows.rounds is 1"),
+    "rounds": (
+        {"allows": {"rounds": 1}},
+        {},
+        "rounds: must be <= 1 (this site's allows.rounds), got 2",
+    ),
     "epochs": (
         {"allows": {"epochs": 2}},
         {"clients__defaults__epochs": 3},
-        "clients: site_1: epochs: found 3; this site's allows.epochs is 2",
+        "clients: site_1: epochs: must be <= 2 (this site's allows.epochs), got 3",
     ),
     "steps": (
         {"allows": {"steps": 10}},
         {"clients__defaults__steps": 11},
-        "clients: site_1: steps: found 11; this site's allows.steps is 10",
+        "clients: site_1: steps: must be <= 10 (this site's allows.steps), got 11",
     ),
     "no secure sum": (
         {"allows": {"secure_sum_only": True}},
         {},
-        "channel.secure_sum: found none; this site's allows.secure_sum_only lets uploads leave in no other way",
+        "channel.secure_sum: required by this site's allows.secure_sum_only",
     ),
     "a small secure sum": (
         {"allows": {"cohort": 3}},
         SECURE,
-        "channel.secure_sum.threshold: lets a sum of 2 clients be told; this site's allows.cohort is 3",
+        "channel.secure_sum.threshold: reveals sums of 2 clients; this site's allows.cohort is 3",
     ),
     "more shares": (
         {"shares": ["predictions"]},
         {"clients__defaults__shares": ["predictions", "parameters"]},
-        "clients: site_1: shares: found parameters; this site shares predictions",
+        "clients: site_1: shares: parameters not allowed; this site shares predictions",
     ),
     "the whole of a part": (
         {"shares": ["backbone"]},
         {"clients__defaults__shares": ["head."]},
-        "clients: site_1: shares: found head.; this site shares backbone",
+        "clients: site_1: shares: head. not allowed; this site shares backbone",
     ),
     "another model": (
         {"model": "mlp"},
         {},
-        "clients: site_1: model: is not what this site's file has",
+        "clients: site_1: model: differs from model in this site's file",
     ),
     "no noise": (
         {"allows": BUDGET},
         {},
-        "privacy: found none; this site's allows.privacy counts noise that it adds itself",
+        "privacy: required by this site's allows.privacy",
     ),
     "the server's noise": (
         {"allows": BUDGET},
         {"privacy": {"noise_multiplier": 1.0, "unit": "client"}},
-        "privacy.unit: found client, whose noise others add; this site's allows.privacy counts noise that it adds itself: "
-        "record or local",
+        "privacy.unit: this site's allows.privacy requires noise that the site adds itself; "
+        "expected record or local, got client",
     ),
     "labels told beside noise": (
         {"allows": BUDGET, "tells": {"labels": True}},
         RECORD,
-        "tells.labels: true tells counts as they are, with allows.privacy; leave one of them out",
+        "tells.labels=true cannot be combined with allows.privacy: it reveals exact counts",
     ),
     "a model told beside noise": (
         {"allows": BUDGET, "tells": {"model": True}},
         LOCAL,
-        "tells.model: true tells a model that nobody noised, with allows.privacy and privacy.unit local",
+        "tells.model=true cannot be combined with allows.privacy and privacy.unit=local: "
+        "it reveals a model without noise",
     ),
 }
 
@@ -137,7 +143,7 @@ def test_no_code_is_run_because_a_server_names_it(changes: dict[str, Any], key: 
     allows = SiteConfig(client="site_1").allows
     with pytest.raises(
         RequestRefusedError,
-        match=rf"^{key}: found python:os:system; this site runs no code by name",
+        match=rf"^{key}: python:os:system is not in this site's allows.own_code",
     ):
         check_raw_config(small(**changes), allows)
     check_raw_config(small(**changes), allows.model_copy(update={"own_code": ["python:os:system"]}))
@@ -145,8 +151,8 @@ def test_no_code_is_run_because_a_server_names_it(changes: dict[str, Any], key: 
 
 def test_a_refusal_of_the_terms_is_what_the_server_shows_and_the_site_logs(tmp_path: Path) -> None:
     federation = Federation(tmp_path, {"site_2": {"allows": {"rounds": 1}}})
-    line = "rounds: found 2; this site's allows.rounds is 1"
-    with pytest.raises(RunFailedError, match=f"^site_2 refuses: {line}$"):
+    line = "rounds: must be <= 1 (this site's allows.rounds), got 2"
+    with pytest.raises(RunFailedError, match=f"^site_2 refuses: {re.escape(line)}$"):
         federation.serve(small())
     assert f"refused: {line}" in federation.said
     assert verify(tmp_path / "site_2" / "audit.jsonl")[-1]["outcome"] == f"refused: {line}"
@@ -159,22 +165,22 @@ TASKS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "bytes of an upload": (
         {"upload_bytes": 1000},
         {},
-        "bytes of this upload: found {}; this site's allows.upload_bytes is 1,000",
+        "bytes of this upload: must be <= 1,000 (this site's allows.upload_bytes), got {}",
     ),
     "epochs of a plan": (
         {"epochs": 1},
         {"algorithm": {"name": "fedrep"}},
-        "this task's epochs: found {}; this site's allows.epochs is 1",
+        "epochs of this task: must be <= 1 (this site's allows.epochs), got {}",
     ),
     "epochs of a plan in a secure sum": (
         {"epochs": 1},
         {"algorithm": {"name": "fedrep"}, **SECURE},
-        "this task's epochs: found {}; this site's allows.epochs is 1",
+        "epochs of this task: must be <= 1 (this site's allows.epochs), got {}",
     ),
     "steps of a plan": (
         {"steps": 1},
         {},
-        "this task's steps: found {}; this site's allows.steps is 1",
+        "steps of this task: must be <= 1 (this site's allows.steps), got {}",
     ),
 }
 
@@ -204,7 +210,7 @@ def test_a_reading_that_trains_more_than_a_site_allows_is_refused(tmp_path: Path
     (record,) = Federation(tmp_path, {"site_1": site}).serve(small(rounds=1, **longer)).metrics
     assert not record["failed"]
     assert record["unread"] == {
-        "site_1": "this task's epochs: found 3; this site's allows.epochs is 2"
+        "site_1": "epochs of this task: must be <= 2 (this site's allows.epochs), got 3"
     }
 
 
@@ -216,7 +222,7 @@ def test_bytes_of_an_answer_that_is_given_again_are_counted(tmp_path: Path) -> N
     assert asked.node.joined is not None and asked.node.joined.policy is not None
     asked.node.joined.policy.allows = allows
     assert len(asked.again("train").body) == size
-    assert "bytes of all answers with this one" in asked.why("train")
+    assert "bytes of all answers including this one" in asked.why("train")
 
 
 def test_bytes_in_all_are_counted_over_runs_and_restarts(tmp_path: Path) -> None:
@@ -224,7 +230,7 @@ def test_bytes_in_all_are_counted_over_runs_and_restarts(tmp_path: Path) -> None
     sent = sum(line["out"] for line in verify(tmp_path / "site_1" / "audit.jsonl"))
     again = Federation(tmp_path, {"site_1": {"allows": {"total_bytes": sent + 20_000}}})
     run = again.serve(small(rounds=1), out=tmp_path / "again")
-    assert "bytes of all answers with this one" in run.metrics[0]["failed"]["site_1"]
+    assert "bytes of all answers including this one" in run.metrics[0]["failed"]["site_1"]
 
 
 def test_the_budget_is_the_sites_own_over_runs_and_restarts(tmp_path: Path) -> None:
@@ -236,7 +242,8 @@ def test_the_budget_is_the_sites_own_over_runs_and_restarts(tmp_path: Path) -> N
     assert all(not record["failed"] for record in first.metrics)
     second = Federation(tmp_path, site).serve(small(**changes), out=tmp_path / "again")
     assert [list(record["failed"]) for record in second.metrics] == [[], ["site_1"], ["site_1"]]
-    expected = f"allows.privacy.epsilon: with this task, what this site has spent would be {five:.4g} at δ 1e-05"
+    budget = f"must be <= {(four + five) / 2:g} (this site's allows.privacy.epsilon)"
+    expected = f"ε at δ=1e-05 after this task: {budget}, got {five:.4g}"
     assert second.metrics[1]["failed"]["site_1"].startswith(expected)
     spent = [line for line in verify(tmp_path / "site_1" / "audit.jsonl") if line.get("spent")]
     assert len(spent) == 4
@@ -319,13 +326,13 @@ def test_a_task_that_comes_again_is_answered_again_and_one_of_the_same_name_with
         {"work": 0.5},
         {"base": other("a")},
     ):
-        assert asked.why("train", **change).endswith("came before, and asked for something else")
+        assert asked.why("train", **change).endswith("was sent before with other content")
 
 
 @pytest.mark.parametrize("what", ["keys", "read", "", "Train"])
 def test_training_is_training_whatever_it_is_called(asked: Asked, what: str) -> None:
     """It would be neither limited nor charged."""
-    line = f"asked for '{what}', which is nothing that this run's uploads need"
+    line = f"request '{what}' is not used in this run; choose from train"
     assert asked.called("train", what).head["why"] == line
 
 
@@ -336,17 +343,20 @@ def test_a_task_that_has_expired_is_refused(asked: Asked) -> None:
 @pytest.mark.parametrize(
     ("head", "said"),
     [
-        ({"work": 100.0}, "work: found 100"),
-        ({"work": float("nan")}, "work: found nan"),
+        ({"work": 100.0}, "work: must be > 0 and <= 1 (a share of the steps), got 100"),
+        ({"work": float("nan")}, "work: must be > 0 and <= 1 (a share of the steps), got nan"),
         ({"round": 3}, "round 4 of 2"),
         ({"round": -1}, "round 0 of 2"),
         (
             {"round": 1, "again": 1},
-            "allows.rounds: this site has trained 2 times in this run, and is asked once more",
+            "allows.rounds: this site has already trained 2 times in this run",
         ),
-        ({"round": "1"}, "'do': round: found '1'; expected int"),
-        ({"kind": "other"}, "asked to 'other', which this release does not know"),
-        ({"task": "../../etc/passwd"}, "found the name '../../etc/passwd'"),
+        ({"round": "1"}, "'do': round: expected int, got '1'"),
+        ({"kind": "other"}, "kind: unknown kind 'other'"),
+        (
+            {"task": "../../etc/passwd"},
+            "expected at most 64 letters and digits, got '../../etc/passwd'",
+        ),
     ],
 )
 def test_a_task_that_was_not_agreed_is_refused(
@@ -374,7 +384,7 @@ def test_another_configuration_under_the_same_name_is_refused(asked: Asked) -> N
     said = asked.why("terms", body=message("terms", tree).body)
     assert (
         said
-        == "the configuration, the public sets or this site's rows are not those with which it began this run"
+        == "the configuration, the public sets or this site's rows changed since it joined the run"
     )
     tree = body_of(terms)
     tree["config"]["runtime"]["workers"] = 7
@@ -401,7 +411,7 @@ def test_a_roster_that_makes_others_of_the_clients_is_refused(asked: Asked) -> N
     tree = body_of(asked.said["roster"])
     tree["told"]["site_2"]["rows"]["train"] += 1
     assert asked.why("roster", body=message("roster", tree).body).startswith(
-        "this site makes other clients"
+        "the federation that this site derives"
     )
 
 
@@ -419,7 +429,7 @@ def test_another_roster_under_the_same_name_is_refused(asked: Asked) -> None:
     # no part of the fingerprint, which the server could make fit anyway
     tree["told"]["site_2"]["rows"]["test"] += 1
     said = asked.why("roster", body=message("roster", tree).body)
-    assert said == "what is said of the others' rows is not what was said when it began this run"
+    assert said == "the data reports of the clients changed since this site joined the run"
     assert asked.again("roster").head["ask"] == "ready"
 
 
@@ -440,7 +450,7 @@ def test_what_a_site_does_not_share_does_not_leave_whatever_a_plan_makes(asked: 
             policy.check_upload(upload)
         assert str(caught.value) == said
     policy.site = asked.node.site
-    with pytest.raises(UserError, match="'rows' is nothing that fedavg sends"):
+    with pytest.raises(UserError, match="'rows' is not an upload of fedavg"):
         policy.check_upload(Payload({"rows": torch.zeros(1)}))
 
 
@@ -474,7 +484,7 @@ def test_a_secure_sum_of_too_few_is_not_answered(tmp_path: Path) -> None:
     tag = np.zeros(16, np.uint8)
     two = {"tag": tag, "head": np.array([1, 2], np.int32), "numbers": np.array([1, 2], np.int32)}
     shares = encode_arrays({**two, "keys": np.zeros((2, 64), np.uint8)})
-    line = "allows.cohort: a secure sum of 2 clients is asked for; this site wants 3 at least"
+    line = "clients in the secure sum: must be >= 3 (this site's allows.cohort), got 2"
     assert asked.why("shares", shares, task=other("d")) == line
     unmask = encode_arrays(
         {"tag": tag, "survivors": np.array([1, 2], np.int32), "dropped": np.array([3], np.int32)}
@@ -501,10 +511,12 @@ def test_mistakes_in_a_sites_file_are_one_line(written: str, said: str, tmp_path
     assert str(file) in str(caught.value) and said in str(caught.value)
 
 
-def test_the_file_of_the_page_is_one(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "trust.md").read_text(encoding="utf-8")
+def test_site_file_of_the_deployment_guide_is_valid(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "how_to" / "deploy.md").read_text(encoding="utf-8")
+    block = page.split("```yaml\n# site.yaml\n")[1].split("```")[0]
     file = tmp_path / "site.yaml"
-    file.write_text(page.split("```yaml\n")[1].split("```")[0], encoding="utf-8")
+    # Limits that exclude the example's run are comments.
+    file.write_text(re.sub(r"^  # ", "  ", block, flags=re.MULTILINE), encoding="utf-8")
     site, folder = load_site_config(file)
     assert (
         site.allows.privacy is not None

@@ -94,7 +94,7 @@ def test_status_and_the_word_that_it_is_over(sites: Sites, tmp_path: Path) -> No
         == [f"site_{i} connected" for i in (1, 2, 3)]
         == sorted(e["message"] for e in tree["events"])
     )
-    assert sites.lines.count("let go") == 3
+    assert sites.lines.count("disconnected by the server") == 3
     assert not any(stop.is_set() for stop in sites.stops), "a node waits for the next run"
 
 
@@ -115,7 +115,7 @@ def test_a_node_of_another_version_is_refused_in_one_line(
             wait=LONG,
             say=clock.after(3, said),
         )
-    line = f"torch '1.0', but '{messages.versions()['torch']}' here"
+    line = f"torch: expected version '{messages.versions()['torch']}', got '1.0'"
     assert f"refused a node for client 'site_1': {line}" in said
     assert sites.stops[0].wait(LONG) and sites.refused[0].refused == line, (
         "its process ends, and says why"
@@ -152,7 +152,9 @@ def test_sigterm_ends_a_server_after_the_round_in_hand(
     held = [json.loads(line)["round"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert held == ([1, 2] if signals == 1 else [1])
     assert read_status(out)["phase"] == "interrupted"
-    assert "let go" not in sites.lines, "nodes wait for a server that was interrupted"
+    assert "disconnected by the server" not in sites.lines, (
+        "nodes wait for a server that was interrupted"
+    )
     resumed = run_federation(source, sites.gathered(), out=out, resume=True, wait=LONG)
     assert same_models(resumed, run(source, out=tmp_path / "simulation"))
     assert read_status(out)["up_bytes"] == sum(record["up_bytes"] for record in resumed.metrics)
@@ -264,9 +266,7 @@ def test_own_tables_are_encoded_by_the_values_of_the_common_file(tmp_path: Path)
     assert same_models(there, here)
     assert there.models["site_1"].categories == (("ward", ("A", "B")),)
     del source["data"]["path"]
-    with pytest.raises(
-        UserError, match=r"^data\.path: missing; .* which real sites do not bring together"
-    ):
+    with pytest.raises(UserError, match=r"^data\.path: required if clients keep their files"):
         run_federation(
             source, Sites(tmp_path / "others", sites).gathered(), out=tmp_path / "none", wait=LONG
         )

@@ -139,7 +139,7 @@ def test_states_that_checkpoints_name_are_spared(tmp_path: Path) -> None:
     assert storage.load_state(first) == b"first" and storage.load_state(
         names[-MAX_STATES]
     ) == bytes([MAX_STATES])
-    with pytest.raises(StateLostError, match="is not here any more"):
+    with pytest.raises(StateLostError, match="is missing or damaged"):
         storage.load_state(names[0])
     for i in range(MAX_STATES):
         storage.save_state(bytes([i]))

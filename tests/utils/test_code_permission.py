@@ -1,4 +1,4 @@
-"""Code that a configuration names runs only with permission; without it not even its module is imported."""
+"""Code named by a configuration is imported and run only with permission."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ pathlib.Path(__file__).with_name("imported").touch()
 class Net(nn.Module):
     def __init__(self, num_classes, in_channels, input_size, width=4):
         super().__init__()
-        self.backbone = nn.Sequential(nn.Flatten(), nn.Linear(in_channels * input_size[0] * input_size[1], width))
+        height, columns = input_size
+        layer = nn.Linear(in_channels * height * columns, width)
+        self.backbone = nn.Sequential(nn.Flatten(), layer)
         self.head = nn.Linear(width, num_classes)
 
 
@@ -81,29 +83,47 @@ BARE: dict[str, Any] = {"runtime__executor": "serial"}
 LINE = "found '{name}', which names code; pass --allow-code to run it"
 PLACES: dict[str, tuple[dict[str, Any], str, str]] = {
     "defaults": ({"clients__defaults__model": "{}Net"}, "clients.defaults.model", "Net"),
-    "group": ({"clients__groups": [{"name": "a", "model": {"name": "{}Net", "width": 3}}]}, "clients.groups.0.model.name", "Net"),
+    "group": (
+        {"clients__groups": [{"name": "a", "model": {"name": "{}Net", "width": 3}}]},
+        "clients.groups.0.model.name",
+        "Net",
+    ),
     "list": ({"clients__defaults__model": ["mlp", "{}Net"]}, "clients.defaults.model.1", "Net"),
-    "client": ({"clients__overrides": [{"match": "site_2", "model": "{}Net"}]}, "clients.overrides.0.model", "Net"),
+    "client": (
+        {"clients__overrides": [{"match": "site_2", "model": "{}Net"}]},
+        "clients.overrides.0.model",
+        "Net",
+    ),
     "student": ({"server__model": "{}Net"}, "server.model", "Net"),
     "objective": ({"clients__defaults__objective": "{}Loss"}, "clients.defaults.objective", "Loss"),
     "objective of one": (
-        {"clients__overrides": [{"match": "*", "objective": "{}Loss"}]}, "clients.overrides.0.objective", "Loss"
+        {"clients__overrides": [{"match": "*", "objective": "{}Loss"}]},
+        "clients.overrides.0.objective",
+        "Loss",
     ),
     "method": ({"algorithm": {"name": "{}Method"}}, "algorithm.name", "Method"),
     "setting": ({"algorithm": {"name": "fml", "mentee": "{}Net"}}, "algorithm.mentee", "Net"),
     "source": ({"data__name": "{}rows"}, "data.name", "rows"),
     "public": ({"data__proxy__source": {"name": "{}rows"}}, "data.proxy.source.name", "rows"),
-    "own data": ({"clients__groups": [{"name": "a", "data": {"name": "{}rows"}}]}, "clients.groups.0.data.name", "rows"),
+    "own data": (
+        {"clients__groups": [{"name": "a", "data": {"name": "{}rows"}}]},
+        "clients.groups.0.data.name",
+        "rows",
+    ),
     "partition": ({"data__partition__kind": "{}deal"}, "data.partition.kind", "deal"),
     "rule": ({"aggregation": {"rule": "{}Middle"}}, "aggregation.rule", "Middle"),
-    "predictions": ({"aggregation": {"predictions": "{}Voice"}}, "aggregation.predictions", "Voice"),
+    "predictions": (
+        {"aggregation": {"predictions": "{}Voice"}},
+        "aggregation.predictions",
+        "Voice",
+    ),
     "attack": ({"attacks": {"name": "{}Lie"}}, "attacks.name", "Lie"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
 def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A module in the working folder that leaves a file when it is imported; what references to it begin with."""
+    """Create a module that writes a file when imported; return the prefix of references to it."""
     name = f"trap_{tmp_path.name.replace('-', '_')}"
     (tmp_path / f"{name}.py").write_text(TRAP)
     monkeypatch.chdir(tmp_path)
@@ -113,7 +133,7 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def filled(value: Any, trap: str) -> Any:
-    """The value with the trap in place of `{}`."""
+    """Return the value with the trap in place of `{}`."""
     if isinstance(value, str):
         return value.replace("{}", trap)
     if isinstance(value, dict):
@@ -127,7 +147,7 @@ def written(source: dict[str, Any], name: str = "small.yaml") -> str:
 
 
 def refused_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line with which a command refuses; it has run nothing and left nothing."""
+    """Return the error line of a refused command, which must have run and written nothing."""
     before = {path.name for path in Path().iterdir()}
     assert main(arguments) == 2
     captured = capsys.readouterr()
@@ -138,7 +158,6 @@ def refused_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> st
     return captured.err.removeprefix("error: ").strip()
 
 
-# Files ---------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("place", PLACES)
 def test_commands_refuse_code_wherever_a_file_names_it(
     place: str, trap: str, capsys: pytest.CaptureFixture[str]
@@ -149,7 +168,7 @@ def test_commands_refuse_code_wherever_a_file_names_it(
 
     assert refused_line(["train", "--config", file, "--out", "run"], capsys) == line
     compare = ["compare", "--config", file, "--algorithms", "local", "--out", "all"]
-    if not key.startswith("algorithm"):  # the comparison's own methods take its place
+    if not key.startswith("algorithm"):
         assert refused_line(compare, capsys) == line
     assert main(["train", "--config", file, "--check"]) == 0
     printed = capsys.readouterr().out
@@ -178,7 +197,7 @@ def test_federations_refuse_code_that_a_file_names(
     assert not Path("imported").exists()
 
 
-def test_a_name_in_another_type_is_refused(trap: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_name_in_another_type_is_refused(trap: str, capsys: pytest.CaptureFixture[str]) -> None:
     file = written(config(**BARE, clients__defaults__model={"name": f"{trap}Net".encode()}))
     assert "!!binary" in Path(file).read_text()
     assert LINE.format(name=f"{trap}Net") in refused_line(
@@ -192,9 +211,7 @@ def test_a_name_in_another_type_is_refused(trap: str, capsys: pytest.CaptureFixt
     assert not Path("imported").exists()
 
 
-def test_names_on_the_command_line_need_the_flag_too(
-    trap: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_line_names_require_the_flag(trap: str, capsys: pytest.CaptureFixture[str]) -> None:
     file, name = written(config("local", **BARE)), f"{trap}Method"
     line = refused_line(
         ["train", "--config", file, "--out", "run", f"algorithm.name={name}"], capsys
@@ -208,7 +225,7 @@ def test_names_on_the_command_line_need_the_flag_too(
     assert not Path("imported").exists()
 
 
-def test_search_for_the_wrong_override_imports_nothing(trap: str) -> None:
+def test_error_search_imports_no_code(trap: str) -> None:
     overrides = [
         "algorithm.align=true",
         "algorithm.cache_life=3",
@@ -223,7 +240,7 @@ def test_search_for_the_wrong_override_imports_nothing(trap: str) -> None:
     assert not Path("imported").exists()
 
 
-def test_the_flag_permits_code(trap: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flag_permits_code(trap: str, capsys: pytest.CaptureFixture[str]) -> None:
     file = written(config(f"{trap}Method", f"{trap}Net", rounds=1, **BARE))
     assert main(["train", "--config", file, "--check", "--allow-code"]) == 0
     assert "unknown" not in capsys.readouterr().out
@@ -237,7 +254,7 @@ def test_the_flag_permits_code(trap: str, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.slow
-def test_processes_of_a_comparison_have_the_permission(
+def test_comparison_processes_inherit_the_permission(
     trap: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = written(config("local", f"{trap}Net", 2, rounds=1, **BARE))
@@ -249,7 +266,6 @@ def test_processes_of_a_comparison_have_the_permission(
     assert "Method" in capsys.readouterr().out
 
 
-# What is accepted ----------------------------------------------------------------------------------------------------
 OTHERS = [
     "python:os:system",
     "python:builtins:exec",
@@ -262,7 +278,7 @@ OTHERS = [
     "place", [place for place in PLACES if place not in ("predictions", "attack")]
 )
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_callables_are_refused_with_the_flag_too(
+def test_other_callables_are_refused_despite_the_flag(
     place: str,
     name: str,
     trap: str,
@@ -283,7 +299,7 @@ def test_other_callables_are_refused_with_the_flag_too(
     assert f"{name.split(':')[2]}" in line and "is not " in line
 
 
-def test_functions_have_to_be_defined_in_the_named_module(
+def test_functions_must_be_defined_in_the_named_module(
     trap: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path(f"{trap.split(':')[1]}.py").write_text(f"from shutil import copytree\n{TRAP}")
@@ -297,14 +313,13 @@ def test_functions_have_to_be_defined_in_the_named_module(
         )
         line = capsys.readouterr().err
         assert (
-            f"'{trap}copytree' is not defined in '{trap.split(':')[1]}'; write python:shutil:copytree"
-            in line
-        )
+            f"'{trap}copytree' is not defined in "
+            f"'{trap.split(':')[1]}'; write python:shutil:copytree"
+        ) in line
     assert not Path("run").exists()
 
 
-# Python --------------------------------------------------------------------------------------------------------------
-def test_python_allows_what_the_program_itself_names(trap: str) -> None:
+def test_run_allows_code_named_by_the_program(trap: str) -> None:
     source = config("local", **BARE)
     file = written(source)
     load_config({**source, "algorithm": {"name": f"{trap}Method"}})
@@ -322,7 +337,7 @@ def test_python_allows_what_the_program_itself_names(trap: str) -> None:
 
 
 @pytest.mark.slow
-def test_python_compares_methods_that_the_program_names(
+def test_compare_allows_methods_named_by_the_program(
     trap: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
@@ -334,7 +349,7 @@ def test_python_compares_methods_that_the_program_names(
         hetero_fl.compare(file, ["local"], out="other")
 
 
-def test_a_file_that_changes_while_a_comparison_starts_runs_no_code(
+def test_file_changed_during_compare_runs_no_code(
     trap: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = written(config("local", "mlp", 2, rounds=1, **BARE))
@@ -347,7 +362,7 @@ def test_a_file_that_changes_while_a_comparison_starts_runs_no_code(
     assert not Path("imported").exists()
 
 
-def test_a_permission_for_another_process_asks_nothing() -> None:
+def test_permission_for_another_process_does_not_ask() -> None:
     asked = CodePermission(granted=["python:a:B"], ask=lambda *_: True)
     copied = pickle.loads(pickle.dumps(asked))
     assert list(copied.find_refused(find_references(["python:a:B", "python:c:D"]), "x")) == [
@@ -357,14 +372,13 @@ def test_a_permission_for_another_process_asks_nothing() -> None:
     assert asked.granted == {"python:a:B", "python:c:D"}
 
 
-# The question --------------------------------------------------------------------------------------------------------
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
 
 
 @pytest.mark.parametrize("answer", ["y\n", "n\n", "\n", ""])
-def test_a_terminal_is_asked(
+def test_terminal_user_is_asked(
     answer: str, trap: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = written(config("local", f"{trap}Net", 2, rounds=1, **BARE))
@@ -380,7 +394,9 @@ def test_a_terminal_is_asked(
 
 
 @pytest.mark.parametrize("stream", ["stdin", "stderr"])
-def test_only_a_terminal_is_asked(stream: str, trap: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_terminal_users_are_asked(
+    stream: str, trap: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = written(config("local", f"{trap}Net", **BARE))
     streams = {"stdin": Terminal("y\n"), "stderr": Terminal()}
     monkeypatch.setattr("sys.stdin", streams["stdin"])
@@ -390,9 +406,7 @@ def test_only_a_terminal_is_asked(stream: str, trap: str, monkeypatch: pytest.Mo
     assert "[y/N]" not in streams["stderr"].getvalue() and not Path("imported").exists()
 
 
-def test_a_question_shows_what_a_terminal_would_hide(
-    trap: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_question_escapes_control_characters(trap: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "small\x1b[2K.yaml"
     written(config("local", f"{trap}Net", **BARE), name)
     monkeypatch.setattr("sys.stdin", Terminal("n\n"))
@@ -401,17 +415,16 @@ def test_a_question_shows_what_a_terminal_would_hide(
     assert said.getvalue().startswith("small\\x1b[2K.yaml: clients.groups.0.model names code")
 
 
-# Run directories -----------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two clients."""
+    """Return a run with two clients."""
     return hetero_fl.run(
         config("local", "mlp", 2, rounds=1, **BARE), out=tmp_path_factory.mktemp("run") / "run"
     ).path
 
 
 def crafted(run: Path, name: str, what: str) -> None:
-    """Make a copy of a run, as `run` in the working folder, whose `config` or `models` name code; checksums are right."""
+    """Copy a run to `run` and make its config or models name code, with valid checksums."""
     shutil.copytree(run, "run")
     if what == "config":
         made = yaml.safe_load(Path("run/config.yaml").read_text())
@@ -461,7 +474,7 @@ def test_commands_refuse_code_that_a_run_directory_names(
     assert not Path("imported").exists()
 
 
-def test_data_of_a_name_needs_the_flag(
+def test_data_given_by_name_requires_the_flag(
     trap: str, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for command in ("evaluate", "join"):
@@ -474,7 +487,7 @@ def test_data_of_a_name_needs_the_flag(
     assert not Path("imported").exists()
 
 
-def test_resume_of_a_crafted_run_is_refused(
+def test_resume_refuses_a_crafted_run(
     trap: str, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     crafted(finished, f"{trap}Net", "config")
@@ -482,7 +495,7 @@ def test_resume_of_a_crafted_run_is_refused(
     assert not Path("imported").exists()
 
 
-def test_a_run_starts_from_no_model_that_names_code(
+def test_init_from_refuses_models_that_name_code(
     trap: str, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     crafted(finished, f"{trap}Net", "models")
@@ -494,7 +507,7 @@ def test_a_run_starts_from_no_model_that_names_code(
     assert not Path("imported").exists()
 
 
-def test_what_a_program_ran_itself_it_may_use(trap: str) -> None:
+def test_program_may_reuse_its_own_run(trap: str) -> None:
     run = hetero_fl.run(config("local", f"{trap}Net", 2, rounds=1, **BARE), out="run")
     assert run.predict("site_1", torch.zeros(2, 8, 8)).shape == (2, 10)
     assert hetero_fl.evaluate(run, "digits")["site_1"]["accuracy"] is not None
@@ -503,7 +516,7 @@ def test_what_a_program_ran_itself_it_may_use(trap: str) -> None:
     assert set(Run("run", allow_code=True).models) == {"site_1", "site_2"}
 
 
-def test_a_report_imports_nothing(trap: str) -> None:
+def test_report_imports_no_code(trap: str) -> None:
     assert method_class(f"{trap}Method") is None
     assert describe_methods([f"{trap}Method:lr=1"])[0][0] == "Method"
     assert method_class("python:os:system") is None and not Path("imported").exists()
@@ -511,7 +524,6 @@ def test_a_report_imports_nothing(trap: str) -> None:
     assert method_class(f"{trap}Method") is not None
 
 
-# Federations ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("site", "key", "name"),
     [
@@ -521,7 +533,7 @@ def test_a_report_imports_nothing(trap: str) -> None:
         ({"allows": {"methods": ["{}Method"]}}, "allows.methods.0", "Method"),
     ],
 )
-def test_a_sites_file_gives_no_permission_itself(
+def test_site_file_gives_no_permission(
     site: dict[str, Any], key: str, name: str, trap: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = {"address": "127.0.0.1:1", "key": "key"}
@@ -534,23 +546,23 @@ def test_a_sites_file_gives_no_permission_itself(
     assert load_site_config(file, allow_code=True)[0].client == "site_1"
 
 
-def test_a_node_runs_what_its_site_allows_and_nothing_else_that_a_server_names(trap: str) -> None:
+def test_node_runs_only_code_that_its_site_allows(trap: str) -> None:
     tree = {"config": config("local", f"{trap}Net", 2, **BARE), "public": "none"}
     refusing = SiteConfig(client="site_1")
-    with pytest.raises(RequestRefusedError, match="this site runs no code by name"):
-        begin_run(refusing, Path("state"), None, [], "run", tree)
+    with pytest.raises(RequestRefusedError, match=r"is not in this site's allows\.own_code"):
+        begin_run(refusing, Path("state"), None, entries=[], run="run", tree=tree)
     hidden = {**tree, "config": config("local", {"name": f"{trap}Net".encode()}, 2, **BARE)}
     with pytest.raises(UserError, match="which names code"):
-        begin_run(refusing, Path("state"), None, [], "run", hidden)
+        begin_run(refusing, Path("state"), None, entries=[], run="run", tree=hidden)
     assert not Path("imported").exists()
     allowing = SiteConfig.model_validate(
         {"client": "site_1", "allows": {"own_code": [f"{trap}Net"]}}
     )
-    with pytest.raises(RequestRefusedError, match="public sets"):  # it has gone on to the data
-        begin_run(allowing, Path("state"), None, [], "run", tree)
+    with pytest.raises(RequestRefusedError, match="public sets"):
+        begin_run(allowing, Path("state"), None, entries=[], run="run", tree=tree)
 
 
-def test_settings_that_a_run_directory_keeps_of_nodes_name_no_code(trap: str) -> None:
+def test_saved_node_settings_name_no_code(trap: str) -> None:
     class Nobody:
         connected_clients: dict[str, object] = {}
 

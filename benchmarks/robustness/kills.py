@@ -5,8 +5,8 @@
 
 Hybrid with top-k on scikit-learn's digits, four clients of three architectures with private heads.
 The kinds of runs take turns: serial, batched, with worker processes, asynchronous with faults, and
-federations of processes. There the server is killed, and nodes as well except with secure
-aggregation; the results are compared with a simulation. A run is killed up to `--each` times at any
+federations on Flower, whose nodes end with the server. The results of a federation are compared
+with a simulation. A run is killed up to `--each` times at any
 time after its start and is resumed each time; then its models and scores are compared with those of
 an uninterrupted run. With `--out`, which stores the counts, the same command continues.
 """
@@ -28,13 +28,11 @@ from statistics import median
 from typing import Any
 
 from benchmarks.common import add_quick
-from benchmarks.robustness.unix_socket import UnixSocket, start_node
-from hetero_fl.deployment.server import run_federation
+from hetero_fl.deployment.flower.local_federation import run_local_federation
 from hetero_fl.experiment import run
 
 Source = dict[str, Any]
 ROUNDS = 8
-CLIENTS = [f"site_{i}" for i in range(1, 5)]
 # The fork server imports modules once for all runs; optimizers load torch._dynamo.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["hetero_fl.experiment", "sklearn.datasets", "torch._dynamo"])
@@ -103,31 +101,29 @@ def source(kind: str) -> Source:
     return made
 
 
-def go_on(kind: str, out: str, socket: str) -> None:
-    """Start or resume a run, as a federation if there is a socket."""
-    if socket:
-        run_federation(
-            source(kind), UnixSocket(Path(socket)), out=Path(out), resume=True, wait=300.0
-        )
+def train(kind: str, out: str, is_federation: bool) -> None:
+    """Start or resume a run."""
+    if is_federation:
+        run_local_federation(source(kind), out=out, resume=True)
     else:
         run(source(kind), out=out, resume=True)
 
 
-def start(kind: str, out: Path, socket: str = "") -> Any:
+def start(kind: str, out: Path, is_federation: bool = False) -> Any:
     """Start or resume a run in a new process."""
-    process = CONTEXT.Process(target=go_on, args=(kind, str(out), socket))
+    process = CONTEXT.Process(target=train, args=(kind, str(out), is_federation))
     process.start()
     return process
 
 
-def left(out: Path) -> tuple[dict[str, bytes], list[Source]]:
+def read_results(out: Path) -> tuple[dict[str, bytes], list[Source]]:
     """Return the models and scores of a finished run."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     figures = [{k: v for k, v in line.items() if k not in TIMED} for line in lines]
     return {p.name: p.read_bytes() for p in sorted((out / "models").iterdir())}, figures
 
 
-def whole(kind: str, folder: Path) -> tuple[tuple[dict[str, bytes], list[Source]], float]:
+def run_whole(kind: str, folder: Path) -> tuple[tuple[dict[str, bytes], list[Source]], float]:
     """Execute an uninterrupted run; return its results and the seconds of a round."""
     out = folder / f"whole-{kind}"
     process = start(kind, out)
@@ -135,10 +131,10 @@ def whole(kind: str, folder: Path) -> tuple[tuple[dict[str, bytes], list[Source]
     if process.exitcode != 0:
         raise SystemExit(f"{kind}: the uninterrupted run failed")
     lines = (out / "metrics.jsonl").read_text().splitlines()
-    return left(out), median(sum(json.loads(line)["seconds"].values()) for line in lines)
+    return read_results(out), median(sum(json.loads(line)["seconds"].values()) for line in lines)
 
 
-def held(out: Path) -> int:
+def completed_rounds(out: Path) -> int:
     """Return the number of completed rounds."""
     lines = out / "metrics.jsonl"
     return len(lines.read_bytes().splitlines()) if lines.exists() else 0
@@ -151,30 +147,6 @@ def kill(process: Any, out: Path) -> tuple[int, int]:
     hit = process.exitcode == -signal.SIGKILL
     mid = hit and any((out / "checkpoint").glob("*.ckpt")) and not (out / "summary.json").exists()
     return int(hit), int(mid)
-
-
-class Sites:
-    """The nodes of a federation, which outlive its server."""
-
-    def __init__(self, folder: Path) -> None:
-        self.socket = folder / "socket"
-        self.folder = folder / "sites"
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.processes = {
-            client: start_node(self.socket, client, self.folder) for client in CLIENTS
-        }
-
-    def restart(self, client: str) -> None:
-        """Kill and restart a node."""
-        self.processes[client].kill()
-        self.processes[client].join()
-        self.processes[client] = start_node(self.socket, client, self.folder)
-
-    def close(self) -> None:
-        """Kill all nodes."""
-        for process in self.processes.values():
-            process.kill()
-            process.join()
 
 
 def main() -> None:
@@ -199,31 +171,30 @@ def main() -> None:
         tally = {"kills": 0, "mid": 0, "runs": 0, "wrong": 0}
         if tally_file.exists():
             tally = json.loads(tally_file.read_text())
-        references = {kind: whole(kind, folder) for kind in options.kinds}
+        references = {kind: run_whole(kind, folder) for kind in options.kinds}
         while tally["kills"] < options.kills:
-            kind, out = options.kinds[tally["runs"] % len(options.kinds)], folder / "killed"
+            kind = options.kinds[tally["runs"] % len(options.kinds)]
+            out = folder / "killed"
             shutil.rmtree(out, ignore_errors=True)
-            (want, took), hits, mids = references[kind], 0, 0
-            sites = Sites(folder) if kind in FEDERATED else None
-            socket = str(sites.socket) if sites is not None else ""
+            expected, round_seconds = references[kind]
+            hits = 0
+            mids = 0
+            is_federation = kind in FEDERATED
             while hits < min(options.each, options.kills - tally["kills"]):
-                process, goal = start(kind, out, socket), held(out) + rng.choice((0, 1, 1))
-                while held(out) < goal and process.is_alive():
+                process = start(kind, out, is_federation)
+                goal = completed_rounds(out) + rng.choice((0, 1, 1))
+                while completed_rounds(out) < goal and process.is_alive():
                     time.sleep(0.002)
-                time.sleep(rng.uniform(0, 1.5 if goal else 10) * took)
-                if kind == "federation" and sites is not None and rng.random() < 0.5:
-                    sites.restart(rng.choice(CLIENTS))
-                    time.sleep(rng.uniform(0, took))
+                time.sleep(rng.uniform(0, 1.5 if goal else 10) * round_seconds)
                 hit, mid = kill(process, out)
-                hits, mids = hits + hit, mids + mid
+                hits += hit
+                mids += mid
                 # The run had ended before.
                 if not hit:
                     break
-            process = start(kind, out, socket)
+            process = start(kind, out, is_federation)
             process.join()
-            if sites is not None:
-                sites.close()
-            same = process.exitcode == 0 and left(out) == want
+            same = process.exitcode == 0 and read_results(out) == expected
             tally = {
                 "kills": tally["kills"] + hits,
                 "mid": tally["mid"] + mids,

@@ -1,11 +1,7 @@
 """Federated learning with heterogeneous models.
 
-Example:
-    >>> import hetero_fl
-    >>> run = hetero_fl.run(
-    ...     "configs/digits_quickstart.yaml", overrides=["rounds=3"]
-    ... )  # doctest: +SKIP
-    >>> run.summary["global"]["last"]["accuracy"]  # doctest: +SKIP
+`hetero_fl.run` trains a federation that a configuration file or a dictionary describes, and
+`hetero_fl.compare` compares methods on it.
 """
 
 from __future__ import annotations

@@ -47,6 +47,11 @@ class AsyncPolicy:
     Args:
         buffer_size: Number of uploads per aggregation. None uses `runtime.buffer`.
         staleness: Weight of a stale upload. None uses `runtime.staleness`.
+
+    Example:
+        >>> from hetero_fl.algorithms import AsyncPolicy
+        >>> AsyncPolicy(buffer_size=1)
+        AsyncPolicy(buffer_size=1, staleness=None)
     """
 
     buffer_size: int | None = None

@@ -376,8 +376,8 @@ class EstimateBroadcasts(Broadcasts):
     """Broadcasts as compressed changes of estimates that server and clients keep.
 
     The estimate of a model is what a client decodes from all messages so far. A message compresses
-    the difference between model and estimate, and both sides add the result to the estimate. Clients
-    that receive the same model share its estimate; a client that missed changes is sent all of them
+    the difference between model and estimate, and both sides add the result to the estimate. All
+    recipients of a model share its estimate; a client that missed changes is sent all of them
     or the whole estimate. A broadcast for evaluation does not change the estimates.
 
     Args:

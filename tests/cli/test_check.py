@@ -27,7 +27,7 @@ Damage = Callable[[Path], None]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a finished run, one interrupted after round 3, and one of another seed."""
+    """Return a folder with a finished, an interrupted and another finished run."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("made")
     run(SOURCE, out=folder / "finished")
@@ -268,7 +268,8 @@ def test_check_names_a_remedy_that_repairs_the_run(
     assert main(["check", str(finished)]) == 2
     note = capsys.readouterr().err.splitlines()[-1]
     assert note.startswith(
-        f"note: {finished}: delete summary.json and run `hetero-fl train --resume --out {finished}`;"
+        f"note: {finished}: delete summary.json and run "
+        f"`hetero-fl train --resume --out {finished}`;"
     )
     (finished / "summary.json").unlink()
     assert main(["train", "--quiet", "--resume", "--out", str(finished)]) == 0
@@ -287,7 +288,10 @@ def test_check_names_no_remedy_where_there_is_none(
 
     told = capsys.readouterr().err
     assert "delete summary.json" not in told
-    lost = f"note: {finished / 'metrics.jsonl'}: no other file contains its lines; the run cannot be repaired"
+    lost = (
+        f"note: {finished / 'metrics.jsonl'}: no other file "
+        "contains its lines; the run cannot be repaired"
+    )
     assert (lost in told.splitlines()) == ("line" in case)
 
 
@@ -301,7 +305,10 @@ def test_check_of_an_undamaged_run_prints_one_line(
     )
 
     assert main(["check", str(made / "stopped")]) == 0
-    told = f"{made / 'stopped'}: no damage found; not finished, 3 of 4 rounds; `--resume` continues it\n"
+    told = (
+        f"{made / 'stopped'}: no damage found; not finished, 3 "
+        "of 4 rounds; `--resume` continues it\n"
+    )
     assert capsys.readouterr().out == told
 
 
@@ -417,7 +424,10 @@ def test_a_stopped_run_without_lines_and_checkpoints_is_damaged(
         f"{stopped / 'metrics.jsonl'}: missing",
         f"{stopped / 'checkpoint'}: missing, although log.txt has rounds",
     ]
-    lost = f"note: {stopped / 'metrics.jsonl'}: no other file contains its lines; the run cannot be repaired"
+    lost = (
+        f"note: {stopped / 'metrics.jsonl'}: no other file "
+        "contains its lines; the run cannot be repaired"
+    )
     assert capsys.readouterr().err.splitlines() == [*(f"error: {line}" for line in told), lost]
     assert main(["train", "--resume", "--out", str(stopped)]) == 2
     (line,) = capsys.readouterr().err.splitlines()

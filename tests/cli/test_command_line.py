@@ -34,7 +34,10 @@ DIGITS = str(Path(__file__).parents[2] / "configs" / "digits_quickstart.yaml")
         (["evaluate", "runs/x", "--dta", "x.npz"], "unknown option --dta; did you mean '--data'?"),
         (
             ["join", "runs/x", "--data", "y", "--take", "head"],
-            "error: invalid value for '--take': 'head' is not one of 'backbone', 'teacher', 'both' (see",
+            (
+                "error: invalid value for '--take': 'head' is not one "
+                "of 'backbone', 'teacher', 'both' (see"
+            ),
         ),
         (["evaluate", "runs/x"], "error: missing option '--data' (see hetero-fl evaluate --help)"),
         (["check"], "error: missing argument 'RUN' (see hetero-fl check --help)"),
@@ -274,6 +277,7 @@ def test_headline_marks_defaults(tmp_path: Path, capsys: pytest.CaptureFixture[s
     second = capsys.readouterr().err.splitlines()[0]
 
     assert first == (
-        "data: chest_xray (default), 2 classes: normal, pneumonia; method: fedavg (default); 1 client"
+        "data: chest_xray (default), 2 classes: normal, "
+        "pneumonia; method: fedavg (default); 1 client"
     )
     assert second == "data: digits, 10 classes; method: local; 1 client"

@@ -44,9 +44,6 @@ def written(folder: Path, source: dict[str, Any], name: str = "small.yaml") -> P
     return folder / name
 
 
-# Mistakes --------------------------------------------------------------------------------------------------------------------
-
-
 def told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """Return the one line that a user error prints."""
     assert main(arguments) == 2
@@ -76,7 +73,7 @@ def without_flower(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("command", ["federate", "server"])
-def test_flower_is_missing(
+def test_missing_flower_names_the_extra(
     command: str,
     file: Path,
     tmp_path: Path,
@@ -92,7 +89,7 @@ def test_flower_is_missing(
     assert not (tmp_path / "out").exists()
 
 
-def test_mistakes_are_one_line(
+def test_invalid_arguments_raise_one_line(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = ["--out", str(tmp_path / "out")]
@@ -117,9 +114,6 @@ def test_check_prints_the_same_as_train(file: Path, capsys: pytest.CaptureFixtur
     assert "data: digits, 10 classes; method: fedavg; 3 clients" in printed[0]
 
 
-# Processes -------------------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def started(
     *arguments: str | Path, cwd: Path, log: Path, module: str = "hetero_fl.cli"
@@ -134,8 +128,12 @@ def started(
     with open(log, "ab") as output:
         process = subprocess.Popen(
             [sys.executable, *PYTHON, "-m", module, *map(str, arguments)],
-            cwd=cwd, env=environment, stdout=output, stderr=output, start_new_session=True,
-        )  # fmt: skip
+            cwd=cwd,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
     try:
         yield process
     finally:
@@ -249,7 +247,7 @@ def test_federate_is_the_simulation_interrupted_or_not_and_leaves_nothing(tmp_pa
 
 @pytest.mark.slow
 @needs_processes
-def test_machines_of_their_own(tmp_path: Path) -> None:
+def test_federation_of_separate_processes(tmp_path: Path) -> None:
     """Use TLS and keys; restart a node, then stop the server by SIGTERM and resume."""
     pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
     source = config(rounds=4, clients=2, **SERIAL)

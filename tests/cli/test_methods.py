@@ -83,7 +83,9 @@ def test_method_name_as_in_papers_is_suggested(
     typed: str, meant: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["methods", typed]) == 2
-    assert capsys.readouterr().err.endswith(f"unknown algorithm '{typed}'; did you mean '{meant}'?\n")
+    assert capsys.readouterr().err.endswith(
+        f"unknown algorithm '{typed}'; did you mean '{meant}'?\n"
+    )
     with pytest.raises(
         UserError, match=f"algorithm.name: unknown algorithm '{typed}'; did you mean '{meant}'"
     ):

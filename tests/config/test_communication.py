@@ -46,17 +46,26 @@ def test_chain_survives_a_resolved_configuration(text: str, names: list[str]) ->
         ({"compress": [{"quantize": 17}]}, "channel.compress.0.quantize: must be <= 16, got 17"),
         (
             {"compress": [{"name": "topk"}]},
-            "channel.compress: unknown key 'name'; write a stage as {topk: 0.01}, choose from topk, randk",
+            (
+                "channel.compress: unknown key 'name'; write a stage "
+                "as {topk: 0.01}, choose from topk, randk"
+            ),
         ),
         (
             {"compress": [{"name": "halb"}]},
-            "channel.compress: unknown key 'name'; write a stage as {topk: 0.01}, choose from topk, randk",
+            (
+                "channel.compress: unknown key 'name'; write a stage "
+                "as {topk: 0.01}, choose from topk, randk"
+            ),
         ),
         ({"compress": ["halv"]}, "channel.compress: unknown stage 'halv'; did you mean 'half'?"),
         ({"compress": ["topk"]}, "channel.compress: stage 'topk' requires a number"),
         (
             {"compress": "half"},
-            "channel.compress: expected a list of stages, got 'half'; write for example [topk: 0.01, quantize: 8], or [] for none",
+            (
+                "channel.compress: expected a list of stages, got 'half'; write "
+                "for example [topk: 0.01, quantize: 8], or [] for none"
+            ),
         ),
         ({"preset": ["small"]}, "channel.preset: expected 'small', got ['small']"),
         ({"compress": [{}]}, "channel.compress.0: expected one stage per entry, got none"),
@@ -87,7 +96,10 @@ def test_chain_survives_a_resolved_configuration(text: str, names: list[str]) ->
         ({"preset": "smal"}, "channel.preset: expected 'small', got 'smal'; did you mean 'small'?"),
         (
             {"preset": "small", "compress": [], "compress_down": [], "entropy": False},
-            "channel: preset=small has no effect, as compress, compress_down, entropy replace all its keys; remove preset",
+            (
+                "channel: preset=small has no effect, as compress, "
+                "compress_down, entropy replace all its keys; remove preset"
+            ),
         ),
         ({"compres": []}, "channel.compres: unknown key; did you mean 'compress'?"),
     ],

@@ -123,9 +123,9 @@ def test_wrong_kind_of_value_names_the_key_to_set(tree: dict[str, Any], line: st
 def test_index_out_of_range_names_the_length(names: str, count: int) -> None:
     override = "clients.groups.7.model=mlp"
     line = error_message({"clients": {"groups": [{"name": n} for n in names]}}, override)
-    assert (
-        line
-        == f"{override}: clients.groups.7.model: index 7 is out of range, clients.groups has length {count}"
+    assert line == (
+        f"{override}: clients.groups.7.model: index 7 is out of "
+        f"range, clients.groups has length {count}"
     )
 
 
@@ -227,7 +227,10 @@ def test_error_names_the_file_or_override_of_the_key(tmp_path: Path) -> None:
         ),
         (
             ["clients.groups.0.fraction=0.5"],
-            "clients.groups.0.fraction=0.5: clients.groups.0: count cannot be combined with fraction",
+            (
+                "clients.groups.0.fraction=0.5: clients.groups.0: "
+                "count cannot be combined with fraction"
+            ),
         ),
         (["foo.a=1", "foo.b=2", "rounds=2"], "foo.b=2: foo: unknown key"),
         (

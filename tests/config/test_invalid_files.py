@@ -129,14 +129,28 @@ OUT_OF_RANGE = [
 IMPOSSIBLE = [
     (["algorithm.name=fedmd", "data.proxy.size=0"], "proxy"),
     (["algorithm.name=feddf", "data.proxy.size=0"], "proxy"),
-    (["algorithm.name=fedmd", "clients.defaults.shares=[parameters]", "clients.groups.2.shares=[backbone]"], "shares"),
-    (["algorithm.name=fd", "clients.defaults.shares=[parameters]", "clients.groups.2.shares=[backbone]"], "shares"),
+    (
+        [
+            "algorithm.name=fedmd",
+            "clients.defaults.shares=[parameters]",
+            "clients.groups.2.shares=[backbone]",
+        ],
+        "shares",
+    ),
+    (
+        [
+            "algorithm.name=fd",
+            "clients.defaults.shares=[parameters]",
+            "clients.groups.2.shares=[backbone]",
+        ],
+        "shares",
+    ),
     (["clients.groups.0.shares=[parameters,backbone]"], "shares"),
     (["data.train_limit=400"], "proxy"),
     (["data.partition.kind=natural"], "natural"),
     (["clients.groups.0.name=county"], "county"),
     (["clients.groups.0.fraction=0.5"], "fraction"),
-]  # fmt: skip
+]
 
 
 def bad_values() -> Iterator[Case]:

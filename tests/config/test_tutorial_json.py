@@ -27,8 +27,18 @@ def conf(tmp_path: Path, **changes: Any) -> Path:
 
 
 def test_tutorial_file_becomes_a_configuration() -> None:
-    assert KEYS == {"model_name": "resnet18", "no_models": 10, "type": "cifar", "global_epochs": 20, "local_epochs": 3, "k": 6,
-                    "batch_size": 32, "lr": 0.001, "momentum": 0.0001, "lambda": 0.1}  # fmt: skip
+    assert KEYS == {
+        "model_name": "resnet18",
+        "no_models": 10,
+        "type": "cifar",
+        "global_epochs": 20,
+        "local_epochs": 3,
+        "k": 6,
+        "batch_size": 32,
+        "lr": 0.001,
+        "momentum": 0.0001,
+        "lambda": 0.1,
+    }
     config = load_config(FILE)
     clients = expand_population(config.clients)
     assert len(clients) == 10 and config.clients.per_round == 6 and config.rounds == 20

@@ -1,4 +1,4 @@
-"""Images as users have them, and what `predict` takes."""
+"""Image layouts and value ranges that users pass to data sources and `predict`."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ BYTES[0, 0, 0] = 0, 100, 255
         ((5, 3, 3, 1), "first", (5, 1, 3, 3)),
     ],
 )
-def test_channels_come_first(
+def test_images_are_returned_channels_first(
     shape: tuple[int, ...], documented: str, found: tuple[int, ...]
 ) -> None:
     assert channels_first(torch.zeros(shape), "x", documented).shape == found
 
 
-def test_axes_that_could_be_either_are_refused() -> None:
+def test_ambiguous_axes_are_refused() -> None:
     for shape in ((5, 3, 3, 3), (5, 3, 7, 3), (5, 1, 5, 3)):
         with pytest.raises(UserError, match="channels first or last"):
             from_arrays(np.zeros(shape, np.uint8), np.arange(5) % 2)
 
 
-def test_bytes_in_any_form_are_the_same_images(tmp_path: Path) -> None:
+def test_byte_images_in_any_dtype_are_equal(tmp_path: Path) -> None:
     front = np.moveaxis(BYTES, -1, 1)
     for x in (
         front,
@@ -70,10 +70,10 @@ def test_bytes_in_any_form_are_the_same_images(tmp_path: Path) -> None:
     assert from_arrays(front, Y).notes == ()
 
 
-def test_floats_keep_or_get_the_range_0_to_1(tmp_path: Path) -> None:
+def test_float_images_are_scaled_to_0_to_1(tmp_path: Path) -> None:
     unit = np.moveaxis(BYTES, -1, 1) / 255
     assert np.allclose(from_arrays(unit, Y).train.x, unit)
-    # not whole; a dark test set goes with the rest
+    # not integers; a dark test set is scaled like the other splits
     scaled = from_arrays(unit * 254.5, Y, test=(unit[:2] * 0.5, Y[:2]))
     assert scaled.test is not None and scaled.train.x.max() == pytest.approx(254.5 / 255)
     assert scaled.test.x.max() < 0.01
@@ -96,7 +96,7 @@ def saved(shape: tuple[int, ...], name: str = "mlp", **preprocess: object) -> Sa
     return SavedModel(arch.initial_tensors(0), arch, dict(preprocess), Task("multiclass", 2))
 
 
-def test_predict_takes_what_can_only_mean_one_thing() -> None:
+def test_predict_accepts_unambiguous_images() -> None:
     model, front = saved((3, 8, 8)), np.moveaxis(BYTES, -1, 1)
     for x in (
         front,
@@ -135,7 +135,7 @@ def test_predict_takes_what_can_only_mean_one_thing() -> None:
         ((1, 8, 8), np.full((2, 8, 8), 4000), "found int64 from 4000 to 4000"),
     ],
 )
-def test_predict_says_what_it_wants_in_one_line(
+def test_predict_refuses_other_images_in_one_line(
     shape: tuple[int, ...], x: object, words: str
 ) -> None:
     with pytest.raises(UserError) as refused:

@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn, and where they are not defined."""
+"""Metrics compared with scikit-learn, and undefined metrics."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VALUES = Task("regression", 3)
 
 
 def draw(task: Task, n: int, seed: int, ties: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores that carry some signal, and targets in which every class occurs."""
+    """Return informative scores and targets that contain every class."""
     g = torch.Generator().manual_seed(seed)
     logits = torch.randn(n, task.outputs, generator=g)
     if ties:
@@ -100,7 +100,7 @@ def test_regression_agrees_with_scikit_learn() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=30))
-def test_area_of_any_ranking_with_ties(rows: list[tuple[int, bool]]) -> None:
+def test_auroc_with_ties(rows: list[tuple[int, bool]]) -> None:
     margin, y = torch.tensor([float(r[0]) for r in rows]), torch.tensor([int(r[1]) for r in rows])
     found = score(BINARY, torch.stack([torch.zeros(len(rows)), margin], 1), y)["auroc"]
     if len(set(y.tolist())) < 2:
@@ -110,7 +110,7 @@ def test_area_of_any_ranking_with_ties(rows: list[tuple[int, bool]]) -> None:
     assert found == pytest.approx(float(beaten), abs=1e-6)
 
 
-def test_a_missing_class_leaves_the_area_undefined_and_nothing_else() -> None:
+def test_missing_class_makes_only_auroc_undefined() -> None:
     logits, y = draw(TEN, 200, 3)
     kept = y != 4
     found = score(TEN, logits[kept], y[kept])
@@ -123,13 +123,13 @@ def test_a_missing_class_leaves_the_area_undefined_and_nothing_else() -> None:
     assert found["balanced_accuracy"] == pytest.approx(np.mean(recalls))
 
 
-def test_one_class_only() -> None:
+def test_metrics_of_one_class() -> None:
     found = score(BINARY, torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0]))
     assert found["auroc"] is None and found["average_precision"] is None
     assert found["accuracy"] == found["balanced_accuracy"] == 0.5
 
 
-def test_a_label_without_both_values_is_left_out() -> None:
+def test_constant_labels_are_left_out() -> None:
     logits, y = draw(LABELS, 60, 4)
     y[:, 2] = 0
     found, rest = score(LABELS, logits, y), [0, 1, 3]
@@ -141,7 +141,7 @@ def test_a_label_without_both_values_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("task", [BINARY, TEN, LABELS, VALUES])
-def test_never_nan(task: Task) -> None:
+def test_metrics_are_never_nan(task: Task) -> None:
     logits, y = draw(task, 20, 5)
     assert set(score(task, logits[:0], y[:0]).values()) == {None}
     for bad in (float("nan"), float("inf")):
@@ -155,21 +155,21 @@ def test_never_nan(task: Task) -> None:
     assert constant["r2"] is None and constant["mae"] == 0
 
 
-def test_a_masked_class_still_has_scores() -> None:
+def test_masked_class_has_scores() -> None:
     logits, y = draw(TEN, 50, 6)
     logits[:, 9] = -torch.inf
     found = score(TEN, logits, y)
     assert found["loss"] is None and found["accuracy"] is not None and found["auroc"] is not None
 
 
-def test_the_wrong_shape_is_refused() -> None:
+def test_wrong_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"multiclass task with 2 outputs.*\(4, 3\)"):
         score(BINARY, torch.zeros(4, 3), torch.zeros(4, dtype=torch.long))
     with pytest.raises(ValueError, match="regression task with 3 outputs"):
         score(VALUES, torch.zeros(4, 3), torch.zeros(4))
 
 
-def test_confusion_has_true_rows() -> None:
+def test_confusion_rows_are_true_classes() -> None:
     logits, y = draw(TEN, 200, 7)
     assert np.array_equal(confusion(TEN, logits, y), sk.confusion_matrix(y, logits.argmax(1)))
     logits, y = draw(LABELS, 50, 7)
@@ -180,8 +180,8 @@ def test_confusion_has_true_rows() -> None:
         confusion(VALUES, torch.zeros(1, 3), torch.zeros(1, 3))
 
 
-def test_calibration_by_hand() -> None:
-    # Confidences .65 .65 .85 .85, of which right, wrong, right, right: gaps .15 and .15.
+def test_calibration_matches_computation_by_hand() -> None:
+    # confidences .65 .65 .85 .85; correct, wrong, correct, correct; gaps .15 and .15
     p = torch.tensor([0.65, 0.65, 0.15, 0.15])
     logits = torch.stack([1 - p, p], 1).log()
     found = calibration(BINARY, logits, torch.tensor([1, 0, 0, 0]), bins=10)
@@ -234,12 +234,12 @@ def test_spread_does_not_depend_on_the_order_of_clients() -> None:
     assert summarize_clients(clients) == summarize_clients(dict(reversed(clients.items())))
 
 
-def test_selection() -> None:
+def test_selection_metric_of_each_task() -> None:
     chosen = [selection_metric(task) for task in (BINARY, LABELS, VALUES)]
     assert chosen == [("balanced_accuracy", 1), ("auroc", 1), ("mae", -1)]
 
 
-def test_score_beyond_the_largest_figure_is_undefined() -> None:
+def test_score_beyond_the_float_range_is_undefined() -> None:
     y = torch.zeros(4, 1)
 
     found = score(

@@ -1,4 +1,4 @@
-"""Architectures: equal ones are built once, and what is kept of them does not depend on who asked first."""
+"""Model specs: initial tensors and reuse of built models."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_initial_tensors_follow_the_seed_and_the_default_dtype() -> None:
     "method",
     [name for name in ("fml", "fedkd", "fedproto", "fedavg") if name in register_algorithm],
 )
-def test_no_model_is_built_in_a_round_but_the_first(
+def test_models_are_built_in_the_first_round_only(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rounds = rounds_of(config(method), held=1)

@@ -1,4 +1,4 @@
-"""Payloads: what goes in comes out, and 10,000 malformed ones are refused in one line each."""
+"""Payloads: round trips, validation and 10,000 malformed uploads."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def upload(seed: int = 0) -> Payload:
 
 
 def receive(data: bytes) -> None:
-    """What the server does with bytes that claim to be an upload."""
+    """Decode and validate bytes as the server does."""
     payload = Payload.decode(data)
     check_upload(payload, SPECS, {n: upload().item(n) for n in upload()})
 
 
-def test_a_payload_comes_back_as_it_was() -> None:
+def test_payload_round_trip() -> None:
     sent = upload()
     got = Payload.decode(sent.encode())
     assert list(got) == ["model", "logits"] and got.report == {"loss": 0.5}
@@ -58,7 +58,7 @@ def test_a_payload_comes_back_as_it_was() -> None:
     receive(sent.encode())
 
 
-def test_a_payload_that_is_handed_over_is_as_a_decoded_one() -> None:
+def test_copied_payload_equals_a_decoded_one() -> None:
     weight = torch.nn.Parameter(torch.randn(3, 2))
     sent = Payload({"model": {"w": weight, "turned": weight.T}, "rows": torch.ones(2, 2)})
 
@@ -108,16 +108,16 @@ def same(a: object, b: object) -> bool:
 
 @given(trees)
 @settings(max_examples=200, deadline=None)
-def test_any_tree_comes_back_as_it_was(tree: object) -> None:
+def test_tree_round_trip(tree: object) -> None:
     assert same(decode(encode(tree, "form"), "form"), tree)
 
 
 @given(trees)
 @settings(max_examples=100, deadline=None)
-def test_any_tree_is_a_file_for_the_librarys_own_readers(
+def test_encoded_tree_is_a_valid_safetensors_file(
     tmp_path_factory: pytest.TempPathFactory, tree: object
 ) -> None:
-    """Its tensors are aligned, so that they can be used in place."""
+    """Check also that tensors are aligned, so that they can be used in place."""
     data = encode(tree, "form")
     path = tmp_path_factory.mktemp("trees") / "tree.safetensors"
     path.write_bytes(data)
@@ -134,13 +134,13 @@ def test_any_tree_is_a_file_for_the_librarys_own_readers(
             assert (8 + size + begin) % tensor.itemsize == 0
 
 
-def test_the_form_is_checked() -> None:
+def test_upload_structure_is_checked() -> None:
     with pytest.raises(CodecError, match="expected 'two', got 'one'"):
         decode(encode(1, "one"), "two")
 
 
 def relabelled(data: bytes, change) -> bytes:
-    """The same file with another header."""
+    """Return the file with another header."""
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     header = change(header) or header
@@ -149,20 +149,19 @@ def relabelled(data: bytes, change) -> bytes:
 
 
 def malformed(rng: random.Random) -> bytes:
-    """One malformed upload: cut, flipped, or wrong in names, shapes, dtypes, kinds, weights, values or declared sizes."""
+    """Return an upload with truncated bytes, flipped bits, or wrong names, shapes or values."""
     good = upload(rng.randrange(10))
     data = good.encode()
     kind = rng.randrange(14)
     if kind == 0:
         return data[: rng.randrange(len(data))]
-    # the header's bytes: flips in the values alone are another finite number, which nobody could
-    # notice
+    # flip bits of the header only, as flips in values may give other finite numbers
     if kind == 1:
         at = rng.randrange(8 + int.from_bytes(data[:8], "little"))
         return data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1 :]
     if kind == 2:
         return rng.randbytes(rng.randrange(200))
-    if kind == 3:  # huge declared sizes
+    if kind == 3:  # huge sizes
         return (rng.choice([2**63 - 1, 2**40, len(data), 2**64 - 1])).to_bytes(8, "little") + data[
             8:
         ]
@@ -210,7 +209,7 @@ def malformed(rng: random.Random) -> bytes:
     return Payload(items).encode()
 
 
-def test_stacks_of_terms_may_have_any_number_and_nothing_else_may_differ() -> None:
+def test_stacked_terms_may_differ_in_number_only() -> None:
     like = {"m": Item({"w": torch.zeros(1, 9), "b": torch.zeros(4)}, 1.0, "update")}
     several, one = ItemSpec("update", use="each", ranks=True), ItemSpec("update", use="each")
 
@@ -229,7 +228,7 @@ def test_stacks_of_terms_may_have_any_number_and_nothing_else_may_differ() -> No
 
 
 @pytest.mark.parametrize("count", [2_000, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_malformed_uploads_are_refused_in_one_line_each(count: int) -> None:
+def test_malformed_uploads_raise_one_line(count: int) -> None:
     rng, accepted = random.Random(0), []
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for i in range(count):
@@ -240,7 +239,7 @@ def test_malformed_uploads_are_refused_in_one_line_each(count: int) -> None:
             assert "\n" not in str(error) and len(str(error)) < 300
         else:
             accepted.append((i, data))
-    # A flip in the header may leave it meaning the same (a space, the report): then nothing is wrong with the upload.
+    # a flip in the header may not change its meaning (a space, the report)
     assert (
         all(len(d) == len(upload().encode()) for _, d in accepted) and len(accepted) < 0.03 * count
     )
@@ -250,7 +249,7 @@ def test_malformed_uploads_are_refused_in_one_line_each(count: int) -> None:
             torch.isfinite(t).all() for t in (*got["model"].values(), got["logits"])
         )
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert grown < 200_000  # kB: no declared size was believed
+    assert grown < 200_000  # kB; declared sizes are not allocated
 
 
 def test_deep_nesting_is_refused() -> None:
@@ -262,8 +261,8 @@ def test_deep_nesting_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_nothing_in_the_packages_unpickles() -> None:
-    """`pickle` and its kin are imported nowhere; `torch.load` only with weights_only=True."""
+def test_packages_do_not_unpickle() -> None:
+    """Search for imports of `pickle` and similar modules and `torch.load` of arbitrary objects."""
     root = Path(hetero_fl.__file__).parent
     files = [*root.rglob("*.py"), *(root.parent / "model_zoo").rglob("*.py")]
     assert len(files) > 50
@@ -290,9 +289,9 @@ def test_nothing_in_the_packages_unpickles() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_one_value_that_is_not_finite_is_found_wherever_it_is(bad: float) -> None:
+def test_single_nonfinite_value_is_found(bad: float) -> None:
     for place in (0, 499, 999):
-        values = torch.full((1000,), 9e17)  # their norm is beyond the bound: that alone is no fault
+        values = torch.full((1000,), 9e17)  # only their norm exceeds the bound
         Payload.decode(Payload({"logits": values}).encode())
         values[place] = bad
         with pytest.raises(PayloadError, match="not finite"):
@@ -306,7 +305,7 @@ def test_infinities_that_cancel_are_found() -> None:
 
 
 def test_views_of_the_same_memory_are_encoded_once() -> None:
-    """HeteroFL cuts each client's slice out of the wide model anew."""
+    """Encode views that share memory, such as the slices of HeteroFL, once."""
     made: list[Payload] = []
     wide, encoded = (
         torch.randn(4, 6),
@@ -320,7 +319,7 @@ def test_views_of_the_same_memory_are_encoded_once() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_values_up_to_the_largest_are_taken(dtype: torch.dtype) -> None:
+def test_values_up_to_the_bound_are_accepted(dtype: torch.dtype) -> None:
     most = min(1e18, torch.finfo(dtype).max)
     values = torch.full((100, 100), most, dtype=dtype)
     values[0, 0] = -most
@@ -336,7 +335,7 @@ def test_values_up_to_the_largest_are_taken(dtype: torch.dtype) -> None:
         (math.nan, "is not finite"),
     ],
 )
-def test_one_value_beyond_the_largest_is_refused(value: float, said: str) -> None:
+def test_single_value_beyond_the_bound_is_refused(value: float, said: str) -> None:
     values = torch.zeros(100)
     values[57] = value
 
@@ -345,7 +344,7 @@ def test_one_value_beyond_the_largest_is_refused(value: float, said: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["weight", "head.weight"])
-def test_dtype_of_a_tensor_is_checked_whatever_its_name(name: str) -> None:
+def test_dtype_is_checked_for_all_tensor_names(name: str) -> None:
     specs, like = (
         {"model": ItemSpec("params")},
         {"model": Item({name: torch.zeros(3)}, 1.0, "params")},
@@ -355,7 +354,7 @@ def test_dtype_of_a_tensor_is_checked_whatever_its_name(name: str) -> None:
         check_upload(Payload({"model": {name: torch.zeros(3, dtype=torch.float64)}}), specs, like)
 
 
-def test_rank_of_a_factored_tensor_is_free_whatever_its_name() -> None:
+def test_rank_of_factored_tensors_may_differ() -> None:
     specs, like = (
         {"model": ItemSpec("update", ranks=True)},
         {"model": Item({"weight": torch.zeros(3, 5)}, 1.0, "update")},
@@ -366,7 +365,7 @@ def test_rank_of_a_factored_tensor_is_free_whatever_its_name() -> None:
     )
 
 
-def test_weight_of_an_item_may_be_of_another_precision_but_not_shape() -> None:
+def test_item_weight_may_differ_in_precision_only() -> None:
     specs, like = {"x": ItemSpec("rows")}, {"x": Item(torch.zeros(4, 2), torch.zeros(4, 1), "rows")}
 
     check_upload(
@@ -376,7 +375,7 @@ def test_weight_of_an_item_may_be_of_another_precision_but_not_shape() -> None:
         check_upload(Payload({"x": Item(torch.zeros(4, 2), torch.zeros(4))}), specs, like)
 
 
-def test_magnitude_of_a_payload_is_its_largest_norm_even_where_float32_overflows() -> None:
+def test_magnitude_does_not_overflow_float32() -> None:
     small, large = torch.tensor([3.0, 4.0]), torch.full((10_000,), 9e17)
 
     assert Payload.decode(Payload({"x": small}).encode()).magnitude == 5.0

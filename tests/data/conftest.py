@@ -1,4 +1,4 @@
-"""What the tests of the data share."""
+"""Fixtures of the data tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hetero_fl.data import Dataset, make_images
 
 @pytest.fixture
 def npz(tmp_path: Path) -> Any:
-    """Writes a file in the MedMNIST layout; keyword arguments replace arrays, None leaves one out."""
+    """Return a function that writes a MedMNIST file; arguments replace arrays, None omits one."""
 
     def write(name: str = "set.npz", **changes: Any) -> Path:
         rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""What `from_arrays` learns from labels, and what it says where they could mean two things."""
+"""Task and classes that `from_arrays` infers from labels, and messages for ambiguous labels."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ def targets(dataset: Dataset) -> list[Any]:
 
 def test_from_arrays_maps_labels_that_do_not_start_at_zero() -> None:
     dataset = made_with_warning(
-        r"arrays: y: read as 3 classes: 1 as class 0, 2 as class 1, 3 as class 2; pass num_classes=4 .* task='regression'",
+        (
+            r"arrays: y: read as 3 classes: 1 as class 0, 2 as class 1, 3 as "
+            r"class 2; pass num_classes=4 .* task='regression'"
+        ),
         ONE_TO_THREE,
     )
 
@@ -110,8 +113,10 @@ def test_from_arrays_reads_one_hot_rows_as_classes(dtype: type) -> None:
 
 
 def test_from_arrays_reads_few_whole_floats_as_classes() -> None:
-    dataset = made_with_warning("3 distinct integers, as floats, read as classes; pass task='regression'",
-                                torch.tensor(ONE_TO_THREE - 1.0))  # fmt: skip
+    dataset = made_with_warning(
+        "3 distinct integers, as floats, read as classes; pass task='regression'",
+        torch.tensor(ONE_TO_THREE - 1.0),
+    )
 
     assert dataset.task == Task("multiclass", 3) and targets(dataset) == [0, 1, 2] * 4
 
@@ -173,7 +178,10 @@ def test_from_arrays_refuses_labels_that_contradict_the_task(
 
 @pytest.mark.parametrize("y", [np.where(ONE_TO_THREE > 1, 1, -1), torch.tensor([-1, 1, 1] * 4)])
 def test_from_arrays_names_classes_after_negative_integers(y: Any) -> None:
-    message = r"y: read as 2 classes: -1 as class 0, 1 as class 1; pass task='regression' for regression targets$"
+    message = (
+        r"y: read as 2 classes: -1 as class 0, 1 as class 1; pass "
+        r"task='regression' for regression targets$"
+    )
 
     dataset = made_with_warning(message, y)
 
@@ -201,9 +209,13 @@ def test_from_arrays_refuses_many_negative_integers_without_a_task() -> None:
 
 @pytest.mark.parametrize(
     "y",
-    [np.array(["b", "a", "a"] * 4), ["b", "a", "a"] * 4, np.array([["b"], ["a"], ["a"]] * 4, dtype=object),
-     pd.Series(["b", "a", "a"] * 4)],
-)  # fmt: skip
+    [
+        np.array(["b", "a", "a"] * 4),
+        ["b", "a", "a"] * 4,
+        np.array([["b"], ["a"], ["a"]] * 4, dtype=object),
+        pd.Series(["b", "a", "a"] * 4),
+    ],
+)
 def test_from_arrays_names_classes_after_text(y: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -273,10 +285,13 @@ def test_from_arrays_refuses_floats_that_could_be_images_or_series(scale: float)
 
     with pytest.raises(
         UserError,
-        match=r"shape \(12, 8, 8\) may be images or series; for images pass x\[:, None\], for series",
+        match=(
+            r"shape \(12, 8, 8\) may be images or series; for "
+            r"images pass x\[:, None\], for series"
+        ),
     ):
         from_arrays(x, ONE_TO_THREE - 1)
-    with pytest.raises(UserError, match="columns: expected 8 names .* got 3"):
+    with pytest.raises(UserError, match=r"columns: expected 8 names .* got 3"):
         from_arrays(x, ONE_TO_THREE - 1, columns=("a", "b", "c"))
 
 
@@ -306,10 +321,16 @@ def test_a_run_names_the_classes_that_labels_stood_for(tmp_path: Path) -> None:
         data = from_arrays(x, np.array([1, 2, 3] * 40))
 
     run = hetero_fl.run(
-        {"rounds": 1, "clients": {"groups": [{"name": "a", "model": "tabular"}]}, "algorithm": {"name": "local"},
-         "output": {"plots": False, "report": False}},
-        dataset=data, out=tmp_path / "run", quiet=True,
-    )  # fmt: skip
+        {
+            "rounds": 1,
+            "clients": {"groups": [{"name": "a", "model": "tabular"}]},
+            "algorithm": {"name": "local"},
+            "output": {"plots": False, "report": False},
+        },
+        dataset=data,
+        out=tmp_path / "run",
+        quiet=True,
+    )
 
     assert run.models["a"].task.names == ("1", "2", "3")
     assert "1 as class 0" in (tmp_path / "run" / "log.txt").read_text()

@@ -1,4 +1,4 @@
-"""Text columns of tables as indicators: which are encoded, by whose values, and that a saved run knows it."""
+"""Text columns of tables encoded as indicators, in training and in saved runs."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ def test_text_columns_with_few_values_become_indicators(tmp_path: Path) -> None:
     assert dataset.categories == (("ward", WARDS), ("when", ("2024-01-01",)))
     assert torch.equal(dataset.train.x[:6, 1:4], torch.eye(3).repeat(2, 1))
     assert dataset.notes == (
-        "table t.csv: label ill; columns used: crp, ward, when; encoded as indicators: ward (A, B, C), when (2024-01-01); "
+        "table t.csv: label ill; columns used: crp, ward, when; encoded "
+        "as indicators: ward (A, B, C), when (2024-01-01); "
         "left out: note (text, 60 different values)",
     )
 
@@ -86,14 +87,17 @@ def test_categories_are_those_of_the_configuration_where_it_names_some(tmp_path:
     assert dataset.train.x[:3, 1:].tolist() == [[0, 1, 0], [0, 0, 1], [1, 0, 0]]
 
 
-def test_empty_and_unknown_cells_are_zero_everywhere_and_said(tmp_path: Path) -> None:
+def test_empty_and_unknown_cells_are_zero_and_noted(tmp_path: Path) -> None:
     source = table(tmp_path / "t.csv", ward=["A", " B ", None, "C", ""] + ["A"] * 55)
 
     dataset = load(source, categories={"ward": ("A", "B")})
 
     assert dataset.train.x[:5, 1:].tolist() == [[1, 0], [0, 1], [0, 0], [0, 0], [0, 0]]
     assert dataset.notes[1:] == (
-        "table t.csv: column 'ward': 1 of 60 rows have none of A, B (row 4: 'C'); their indicators are 0",
+        (
+            "table t.csv: column 'ward': 1 of 60 rows have none of "
+            "A, B (row 4: 'C'); their indicators are 0"
+        ),
         "table t.csv: column 'ward': 2 of 60 cells are empty (row 3); their indicators are 0",
     )
 
@@ -172,7 +176,7 @@ def test_own_categories_cannot_differ_from_the_common_ones(tmp_path: Path) -> No
         federated(tmp_path, table(tmp_path / "common.csv"), own)
 
 
-def test_an_own_file_may_lack_an_encoded_column_only_if_nobody_needs_it(tmp_path: Path) -> None:
+def test_client_file_may_lack_unused_encoded_columns(tmp_path: Path) -> None:
     common, own = table(tmp_path / "common.csv"), table(tmp_path / "own.csv")
     frame = pd.read_csv(tmp_path / "own.csv").drop(columns="ward")
     frame.to_csv(tmp_path / "own.csv", index=False)
@@ -201,7 +205,7 @@ def test_proxy_tables_are_encoded_like_the_common_file(tmp_path: Path) -> None:
         table(tmp_path / "common.csv"),
         table(tmp_path / "proxy.csv", wards=("B", "Z"), seed=2),
     )
-    for label in (None, "ill"):  # without labels the file is read in another way
+    for label in (None, "ill"):  # files without labels are read differently
         source = proxy.model_copy(update={"label": label})
         if label is None:
             pd.read_csv(tmp_path / "proxy.csv").drop(columns="ill").to_csv(
@@ -225,7 +229,7 @@ def test_views_name_the_text_column() -> None:
         layout.spans(["ward=A"], "columns")
 
 
-def test_a_pack_carries_the_encoding_to_sites(tmp_path: Path) -> None:
+def test_provisioned_files_contain_the_encoding(tmp_path: Path) -> None:
     common, own = (
         table(tmp_path / "common.csv"),
         table(tmp_path / "own.csv", wards=("C", "D"), seed=1),
@@ -309,9 +313,7 @@ def test_join_encodes_new_rows_as_the_run_did(finished: hetero_fl.Run, tmp_path:
     assert content["n_test"] == 16 and content["rows"]
 
 
-def test_a_data_set_in_hand_is_matched_to_the_encoding_of_the_run(
-    finished: hetero_fl.Run, tmp_path: Path
-) -> None:
+def test_dataset_argument_is_encoded_as_the_run(finished: hetero_fl.Run, tmp_path: Path) -> None:
     from hetero_fl.experiment.evaluation import order_columns
 
     source = table(tmp_path / "new.csv", 4, wards=("D", "B"))
@@ -323,9 +325,7 @@ def test_a_data_set_in_hand_is_matched_to_the_encoding_of_the_run(
     assert dataset.train.x[:, 1:].tolist() == [[0, 0, 0], [0, 1, 0]] * 2
 
 
-def test_exported_models_say_and_score_text_columns(
-    finished: hetero_fl.Run, tmp_path: Path
-) -> None:
+def test_exported_models_score_text_columns(finished: hetero_fl.Run, tmp_path: Path) -> None:
     from hetero_fl.experiment.exporting import score
     from hetero_fl.experiment.exporting.graph import inputs_of
 

@@ -1,4 +1,4 @@
-"""What a participant sees of an example: named columns, blocks, and what becomes of missing values."""
+"""Preprocessing of named columns, blocks and missing values."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def table() -> Tensor:
 
 
 def rows() -> Tensor:
-    """Six pixels, four genes; row 2 lacks its genes, row 4 its image, row 5 one gene."""
+    """Return six pixels and four genes; rows 2, 4 and 5 lack genes, the image and one gene."""
     x = torch.rand(12, 10, generator=keyed_generator("b"))
     x[2, 6:] = NAN
     x[4, :6] = NAN
@@ -55,7 +55,9 @@ def test_columns_are_taken_in_the_order_of_the_data() -> None:
     seen = view(x, TABLE, columns=["dose", "age"])
     assert seen.spans == ((0, 1), (3, 4)) and seen.shape((4,)) == (2,)
     assert torch.equal(seen(x), x[:, [0, 3]]) and seen == view(x, TABLE, columns=["age", "dose"])
-    assert view(x, TABLE, columns=["crp", "bmi"]).spans == ((1, 3),)  # neighbours are one run
+    assert view(x, TABLE, columns=["crp", "bmi"]).spans == (
+        (1, 3),
+    )  # adjacent columns are one span
     series = torch.randn(5, 6, 4)
     assert torch.equal(
         view(series, TABLE, columns=["bmi"])(series), series[..., 2:3].transpose(1, 2)
@@ -102,7 +104,7 @@ def test_blocks_are_missing_as_a_whole() -> None:
     assert z[:, 10].nonzero().flatten().tolist() == [4] and z[
         :, 11
     ].nonzero().flatten().tolist() == [2]
-    # one gene is the mean then, and the block is there
+    # one missing gene is imputed; the block is present
     assert not z[2, 6:10].any() and z[5, 7] == 0 and z[5, 6] != 0
     assert (
         isinstance(seen.mean, tuple)
@@ -116,14 +118,17 @@ def test_blocks_are_missing_as_a_whole() -> None:
     assert alone(x).shape == (12, 5) and alone(x)[:, 4].nonzero().flatten().tolist() == [2]
 
 
-def test_names_that_are_not_there() -> None:
+def test_unknown_columns_are_refused() -> None:
     for layout, names, words in (
         (TABLE, ["crp", "dos"], "preprocess.columns: unknown name 'dos'; did you mean 'dose'?"),
         (BLOCKS, ["gene"], "preprocess.columns: unknown name 'gene'; did you mean 'genes'?"),
         (
             ColumnLayout(),
             ["crp"],
-            "preprocess.columns: unknown name 'crp'; the columns of this data set have no names, remove the key",
+            (
+                "preprocess.columns: unknown name 'crp'; the columns of "
+                "this data set have no names, remove the key"
+            ),
         ),
     ):
         with pytest.raises(UserError) as refused:
@@ -135,7 +140,7 @@ def test_names_that_are_not_there() -> None:
         PreprocessConfig(columns=["a", "a"])
 
 
-def test_blocks_have_to_fit() -> None:
+def test_block_sizes_are_checked() -> None:
     y = torch.zeros(5, dtype=torch.int64)
     for blocks, words in (
         ([("image", (1, 2, 3))], "blocks: expected flat rows of 6 columns, got examples of shape"),
@@ -149,22 +154,27 @@ def test_blocks_have_to_fit() -> None:
 def hospitals(
     x: Tensor, layout: ColumnLayout, clients: dict[str, PreprocessConfig], **config: Any
 ) -> FederatedData:
-    """The rows in turn to the clients; a test set without gaps."""
+    """Assign rows to clients in turn, with a complete test set."""
     names = list(clients)
     y = torch.arange(len(x)) % 2
     x = x.repeat(6, 1)
     group = [names[i % len(names)] for i in range(len(x))]
     full = torch.rand(20, x.shape[1], generator=keyed_generator("full"))
     made = from_arrays(
-        x, y.repeat(6), test=(full, torch.arange(20) % 2), validation=(full, torch.arange(20) % 2), group=group,
-        columns=layout.columns, blocks=layout.blocks,
-    )  # fmt: skip
+        x,
+        y.repeat(6),
+        test=(full, torch.arange(20) % 2),
+        validation=(full, torch.arange(20) % 2),
+        group=group,
+        columns=layout.columns,
+        blocks=layout.blocks,
+    )
     settings = {name: ClientSettings(preprocess=p) for name, p in clients.items()}
     kind = PartitionConfig(kind="natural", min_size=5)
     return federate(made, DataConfig(**{"partition": kind, **config}), settings, 0)
 
 
-def test_whoever_sees_a_gap_has_to_say_what_becomes_of_it() -> None:
+def test_missing_values_require_a_setting() -> None:
     both, images = PreprocessConfig(missing="indicate"), PreprocessConfig(columns=["image"])
     x = rows()
     # the second hospital's patients have no genes, and row 4 of the first no image
@@ -178,7 +188,10 @@ def test_whoever_sees_a_gap_has_to_say_what_becomes_of_it() -> None:
     )
     with pytest.raises(
         UserError,
-        match=r"clients: 'b': preprocess\.missing: row \d+ of \w+ has no value in column 'genes'; choose indicate",
+        match=(
+            r"clients: 'b': preprocess\.missing: row \d+ of \w+ has "
+            r"no value in column 'genes'; choose indicate"
+        ),
     ):
         hospitals(x, BLOCKS, {"a": both, "b": PreprocessConfig()})
     with pytest.raises(
@@ -193,8 +206,10 @@ def _train(data: FederatedData) -> Tensor:
 
 
 def test_public_rows_may_lack_blocks() -> None:
-    both, images, genes = (PreprocessConfig(columns=c, missing=m) for c, m in
-                           ((None, "indicate"), (["image"], None), (["genes"], "indicate")))  # fmt: skip
+    both, images, genes = (
+        PreprocessConfig(columns=c, missing=m)
+        for c, m in ((None, "indicate"), (["image"], None), (["genes"], "indicate"))
+    )
     x = torch.rand(30, 10, generator=keyed_generator("full"))
     clients = {"a": both, "b": images, "c": genes}
     data = hospitals(x, BLOCKS, clients, proxy=ProxyConfig(size=20, columns=["image"]))
@@ -221,7 +236,7 @@ def test_public_rows_may_lack_blocks() -> None:
         hospitals(x, BLOCKS, clients, proxy=ProxyConfig(size=20, columns=["images"]))
 
 
-def test_sets_from_elsewhere_are_matched_by_name() -> None:
+def test_external_sets_are_matched_by_name() -> None:
     common = from_arrays(
         torch.rand(6, 10), torch.arange(6) % 2, blocks=BLOCKS.blocks, name="common"
     )
@@ -234,7 +249,10 @@ def test_sets_from_elsewhere_are_matched_by_name() -> None:
         (
             torch.rand(2, 1, 3, 3),
             (),
-            "here: examples of shape (1, 3, 3) match no single block of common; choose from image (1, 2, 3), genes (4,)",
+            (
+                "here: examples of shape (1, 3, 3) match no single block of "
+                "common; choose from image (1, 2, 3), genes (4,)"
+            ),
         ),
         (
             torch.rand(2, 4),
@@ -273,7 +291,10 @@ def test_a_table_with_gaps(tmp_path: Any) -> None:
     source = SourceConfig(name="table", path=str(path), label="ill")
     with pytest.raises(
         UserError,
-        match=r"row 5, column 'crp': missing value \(1 in 60 rows\); fill or remove missing values, or set",
+        match=(
+            r"row 5, column 'crp': missing value \(1 in 60 rows\); "
+            r"fill or remove missing values, or set"
+        ),
     ):
         load_source(source, tmp_path)
     found = load_source(source, tmp_path, missing=True)
@@ -293,12 +314,15 @@ def test_a_table_with_gaps(tmp_path: Any) -> None:
     assert federated(columns=["age"]).preprocess("a").shape((2,)) == (1,)
     with pytest.raises(
         UserError,
-        match=r"clients: 'a': preprocess\.missing: row \d+ of \w+ has no value in column 'crp' \(path: .*row 5",
+        match=(
+            r"clients: 'a': preprocess\.missing: row \d+ of \w+ has "
+            r"no value in column 'crp' \(path: .*row 5"
+        ),
     ):
         federated()
 
 
-def test_augment_is_for_images_as_they_are_seen() -> None:
+def test_augment_requires_images() -> None:
     x = torch.rand(30, 10, generator=keyed_generator("full"))
     made = from_arrays(x, torch.arange(30) % 2, blocks=BLOCKS.blocks)
     flips = AugmentConfig(flip=True)

@@ -16,7 +16,7 @@ IMAGES = torch.zeros(4, 1, 5, 5, dtype=torch.uint8)
 LABELS = torch.tensor([0, 1, 2, 0])
 
 
-def test_good_examples_pass() -> None:
+def test_valid_examples_are_accepted() -> None:
     check_examples(Examples(IMAGES, LABELS), CLASSES, "here")
     # one class only is allowed
     check_examples(Examples(IMAGES, torch.zeros(4, dtype=torch.int64)), CLASSES, "here")
@@ -95,7 +95,7 @@ def test_take_keeps_columns_together() -> None:
     assert Examples(x).select_rows(torch.tensor([0])).y is None
 
 
-def test_names_sort_as_people_count() -> None:
+def test_names_are_in_natural_order() -> None:
     assert natural_order({"site_10", "site_2", "a1", "10", "9"}) == [
         "9",
         "10",

@@ -1,4 +1,4 @@
-"""Clients that draw their own rows: the same ones whenever they are asked for, whoever else takes part."""
+"""Partitions of kind drawn: independent of the order of access and of other clients."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def drawn(
     rows=st.integers(20, 200),
     seed=st.integers(0, 99),
 )
-def test_whoever_is_asked_first_everybody_gets_the_same(
+def test_drawn_rows_do_not_depend_on_the_order_of_access(
     alpha: float | None, spread: float, rows: int, seed: int
 ) -> None:
     data, other = (drawn(12, seed=seed, alpha=alpha, spread=spread, rows=rows) for _ in range(2))
-    # made up front, all of them
+    # draw all clients in advance
     expected = {c: {s: rows_of(data, c, s) for s in SPLITS} for c in data.client_ids}
     # the cache keeps one client's rows only
     object.__setattr__(other.client_rows.lazy_partition, "_cached_splits", BoundedCache(1))
@@ -61,7 +61,7 @@ def test_whoever_is_asked_first_everybody_gets_the_same(
         }
         assert {s: other.client_rows[client][s].rows.tolist() for s in SPLITS} == expected[client]
         every = [row for part in expected[client].values() for row in part]
-        # a row at most once, and from the pool
+        # every row at most once, from the pool
         assert len(every) == len(set(every)) >= 20 and set(every) <= pool
         if spread == 0:
             assert len(every) == rows
@@ -69,7 +69,7 @@ def test_whoever_is_asked_first_everybody_gets_the_same(
     assert identical(data, pickle.loads(pickle.dumps(data)))
 
 
-def test_rows_do_not_depend_on_who_else_takes_part() -> None:
+def test_drawn_rows_do_not_depend_on_other_clients() -> None:
     few, many = drawn(10, alpha=0.5, spread=0.5), drawn(99, alpha=0.5, spread=0.5)
     names = {f"client_{i:02}": PLAIN_CLIENT for i in (3, 7, 50)}
     some = drawn(names, alpha=0.5, spread=0.5)
@@ -82,7 +82,7 @@ def test_rows_do_not_depend_on_who_else_takes_part() -> None:
     )
 
 
-def test_a_million_clients_hold_nothing_until_they_are_asked() -> None:
+def test_a_million_clients_are_drawn_lazily() -> None:
     data = drawn(1_000_000, pool=1000)
     train = rows_of(data, "client_0700000", "train")
     assert (
@@ -98,8 +98,8 @@ def test_a_million_clients_hold_nothing_until_they_are_asked() -> None:
         data.columns("client_1000001", "train", PLAIN)
 
 
-def test_the_mix_of_labels_follows_its_definition() -> None:
-    """Shares of a class are Dirichlet(alpha) in a balanced pool: variance (1/C)(1 - 1/C)/(C·alpha + 1)."""
+def test_label_shares_follow_the_dirichlet_distribution() -> None:
+    """Check the variance of class shares, (1/C)(1 - 1/C) / (C·alpha + 1)."""
     clients, classes = 400, 4
     for alpha in (0.3, 3.0):
         data = drawn(clients, pool=8000, split=SplitConfig(validation=0, test=0), alpha=alpha)
@@ -114,7 +114,7 @@ def test_the_mix_of_labels_follows_its_definition() -> None:
 
 
 @pytest.mark.parametrize("alpha", [1e-300, 1e-6, 1e-3])
-def test_where_a_class_has_too_few_rows_others_stand_in(alpha: float) -> None:
+def test_rare_classes_are_replaced_by_others(alpha: float) -> None:
     data = drawn(20, pool=200, alpha=alpha)
     for client in data.client_ids:
         assert (
@@ -137,14 +137,17 @@ def test_numbers_of_rows_are_log_normal_and_follow_the_sizes() -> None:
     [
         ("data.partition.rows: must be >= 20 .* for client 'client_01', got 10", {"rows": 10}),
         ("data.partition.rows: must be <= 360, .* for client 'client_01', got 500", {"rows": 500}),
-        ("data.partition.rows: 20 rows are too few to split by data.split",
-         {"rows": 20, "split": SplitConfig(validation=0.45, test=0.5)}),
-        ("data.partition.min_size: 20 rows are too few", {"spread": 1, "split": SplitConfig(validation=0.45, test=0.5)}),
+        (
+            "data.partition.rows: 20 rows are too few to split by data.split",
+            {"rows": 20, "split": SplitConfig(validation=0.45, test=0.5)},
+        ),
+        (
+            "data.partition.min_size: 20 rows are too few",
+            {"spread": 1, "split": SplitConfig(validation=0.45, test=0.5)},
+        ),
     ],
-)  # fmt: skip
-def test_what_cannot_be_drawn_is_refused_before_anybody_draws(
-    words: str, changes: dict[str, Any]
-) -> None:
+)
+def test_impossible_drawn_partitions_are_refused_early(words: str, changes: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=words):
         drawn(**changes)
 

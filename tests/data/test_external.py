@@ -1,4 +1,4 @@
-"""Clients with a source of their own, and proxy sets from elsewhere."""
+"""Data sources of single clients and external proxy sets."""
 
 from __future__ import annotations
 
@@ -51,7 +51,10 @@ def test_labels_of_another_proxy_set_are_never_read(images: Dataset, npz: Any) -
         view(images, clients=clients, proxy=ProxyConfig(source=holed))
     with pytest.raises(
         UserError,
-        match=r"^data\.proxy\.source: expected examples of shape \(1, 16, 16\) .* client 'four', got \(1, 8, 8\)",
+        match=(
+            r"^data\.proxy\.source: expected examples of shape \(1, "
+            r"16, 16\) .* client 'four', got \(1, 8, 8\)"
+        ),
     ):
         view(images, proxy=ProxyConfig(source=source))
 
@@ -116,7 +119,7 @@ def test_proxy_of_a_registered_source_and_of_a_table(images: Dataset, tmp_path: 
         federate(table, config, THREE, 0)
 
 
-def test_own_sources(npz: Any, tmp_path: Path) -> None:
+def test_client_sources(npz: Any, tmp_path: Path) -> None:
     common = from_arrays(
         torch.randint(0, 256, (200, 1, 8, 8), dtype=torch.uint8),
         torch.arange(200) % 2,
@@ -148,10 +151,10 @@ def test_own_sources(npz: Any, tmp_path: Path) -> None:
     assert federate(four, DataConfig(), {"a": PLAIN_CLIENT, "own": generated}, 0).simulated
 
 
-def test_two_own_sources_are_dealt_by_different_draws(
+def test_client_sources_are_split_with_different_draws(
     npz: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # the draws are keyed by the path as it is written
+    monkeypatch.chdir(tmp_path)  # draws are keyed by the path as written
     x, y = torch.zeros(200, 1, 8, 8).byte(), torch.arange(200) % 2
     common = from_arrays(x, y, validation=(x[:9], y[:9]), test=(x[:9], y[:9]))
     clients = {"a": PLAIN_CLIENT, "b": PLAIN_CLIENT}
@@ -169,7 +172,7 @@ def test_two_own_sources_are_dealt_by_different_draws(
     assert [rows["a"], rows["b"]] == [len(part) for part in parts]
 
 
-def test_an_outside_proxy_has_to_fit_the_server_too(images: Dataset, npz: Any) -> None:
+def test_external_proxy_must_fit_the_server(images: Dataset, npz: Any) -> None:
     clients = {n: ClientSettings(preprocess=PreprocessConfig(resize=16)) for n in "ab"}
     config = DataConfig(proxy=ProxyConfig(source=SourceConfig(name="npz", path=str(npz()))))
     with pytest.raises(
@@ -201,7 +204,10 @@ def test_own_source_is_checked_against_the_common_one(
         (
             xray,
             local,
-            "'own': data: expected examples of shape (1, 28, 28) as in the common set chest_xray after preprocessing for client 'own', got (1, 8, 8) from npz",
+            (
+                "'own': data: expected examples of shape (1, 28, 28) as in the common set "
+                "chest_xray after preprocessing for client 'own', got (1, 8, 8) from npz"
+            ),
         ),
         (
             xray,
@@ -211,13 +217,19 @@ def test_own_source_is_checked_against_the_common_one(
         (
             images,
             SourceConfig(),
-            "'own': data: chest_xray: expected 4 classes as in the common set synthetic_images, got 2",
+            (
+                "'own': data: chest_xray: expected 4 classes as in "
+                "the common set synthetic_images, got 2"
+            ),
         ),
         (xray, SourceConfig(), "'own': data: is the common source"),
         (
             make_table(kind="regression"),
             local,
-            "'own': data: npz: expected a regression task as in the common set synthetic_table, got multiclass",
+            (
+                "'own': data: npz: expected a regression task as in the "
+                "common set synthetic_table, got multiclass"
+            ),
         ),
         (
             xray,

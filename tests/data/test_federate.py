@@ -1,4 +1,4 @@
-"""Who gets which rows."""
+"""Assignment of rows to clients, test sets and the proxy set."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.helpers.federated_data import (
     given_validation=st.booleans(),
     seed=st.integers(0, 999),
 )
-def test_every_training_row_is_in_exactly_one_place(
+def test_training_rows_are_in_exactly_one_location(
     kind: str, clients: int, proxy: int, limit: int, given_validation: bool, seed: int
 ) -> None:
     dataset = numbered(validation=(torch.full((5, 1), 1e4), [0] * 5) if given_validation else None)
@@ -68,7 +68,7 @@ def test_every_training_row_is_in_exactly_one_place(
     assert all(row < 0 for row in rows_of(data, "", "common_test"))
 
 
-def test_order_of_clients_changes_no_bit(images: Dataset) -> None:
+def test_order_of_clients_does_not_matter(images: Dataset) -> None:
     clients = list(heterogeneous().items())
     first = view(images)
     for seed in range(3):
@@ -78,7 +78,7 @@ def test_order_of_clients_changes_no_bit(images: Dataset) -> None:
     assert not identical(first, view(images, seed=1))
 
 
-def test_labels_of_the_proxy_set_are_never_read(images: Dataset) -> None:
+def test_proxy_labels_are_never_read(images: Dataset) -> None:
     plain = view(images)
     held = plain.public_sets["proxy"].rows
     assert images.train.y is not None
@@ -96,7 +96,7 @@ def test_labels_of_the_proxy_set_are_never_read(images: Dataset) -> None:
     assert not identical(plain, third) and plain.content_hash() != third.content_hash()
 
 
-def test_labels_of_the_proxy_set_are_kept_where_the_configuration_asks_for_them(
+def test_proxy_labels_are_kept_if_configured(
     images: Dataset,
 ) -> None:
     assert images.train.y is not None
@@ -115,7 +115,7 @@ def test_labels_of_the_proxy_set_are_kept_where_the_configuration_asks_for_them(
         )
 
 
-def test_limits_are_kept_and_test_rows_are_alike_for_all_seeds() -> None:
+def test_limits_apply_and_test_rows_do_not_depend_on_the_seed() -> None:
     config = DataConfig(train_limit=100, test_limit=15, proxy=ProxyConfig(size=20))
     first, second = (federate(numbered(), config, THREE, seed) for seed in (0, 1))
     assert first.n_test == 15 and rows_of(first, "", "common_test") == rows_of(
@@ -130,7 +130,7 @@ def test_limits_are_kept_and_test_rows_are_alike_for_all_seeds() -> None:
     )
 
 
-def test_sizes_and_fractions() -> None:
+def test_split_sizes_and_fractions() -> None:
     clients = {"a": ClientSettings(size=1), "b": ClientSettings(size=3)}
     config = DataConfig(split=SplitConfig(validation=0.1, test=0.2), validation=0.2)
     data = federate(numbered(), config, clients, 0)
@@ -140,7 +140,7 @@ def test_sizes_and_fractions() -> None:
     ]
     small = DataConfig(split=SplitConfig(validation=0.01, test=0.01))
     found = federate(numbered(), small, clients, 0)
-    # a row at least
+    # at least one row
     assert [found.n_rows("a", s) for s in ("train", "validation", "test")] == [43, 1, 1]
     none = federate(numbered(), DataConfig(split=SplitConfig(validation=0, test=0)), clients, 0)
     assert (
@@ -149,7 +149,7 @@ def test_sizes_and_fractions() -> None:
     )
 
 
-def test_each_client_splits_by_draws_of_its_own() -> None:
+def test_clients_split_with_independent_draws() -> None:
     data = federate(numbered(), DataConfig(), {"a": PLAIN_CLIENT, "b": PLAIN_CLIENT}, 0)
     places = []
     for client in "ab":
@@ -159,7 +159,7 @@ def test_each_client_splits_by_draws_of_its_own() -> None:
     assert len(places[0]) == len(places[1]) and places[0] != places[1]
 
 
-def test_natural_groups_go_to_clients_of_their_name() -> None:
+def test_natural_groups_match_clients_by_name() -> None:
     groups = [("c", "a", "b")[i % 3] for i in range(200)]
     config = DataConfig(partition=PartitionConfig(kind="natural"))
     data = federate(numbered(groups=groups), config, THREE, 0)
@@ -170,7 +170,7 @@ def test_natural_groups_go_to_clients_of_their_name() -> None:
             for row in rows_of(data, client, s)
         )
     dataset = numbered(groups=groups)  # its groups a, b, c are rows 1, 2, 0 modulo 3
-    # an own source may name so
+
     renamed = replace(dataset, train=replace(dataset.train, group_names=("b", "c", "a")))
     data = federate(renamed, config, THREE, 0)
     assert [rows_of(data, client, "train")[0] % 3 for client in "abc"] == [0, 1, 2]
@@ -180,11 +180,11 @@ def test_natural_groups_go_to_clients_of_their_name() -> None:
         {"site_2": PLAIN_CLIENT, "site_10": PLAIN_CLIENT, "x": PLAIN_CLIENT},
         0,
     )
-    # else in the order in which people count
+    # otherwise in natural order
     assert all(row % 3 == 1 for row in rows_of(other, "site_2", "train"))
 
 
-def test_settings_that_do_not_fit_the_examples(images: Dataset) -> None:
+def test_settings_that_do_not_match_the_examples_are_refused(images: Dataset) -> None:
     for settings_, words in (
         (
             ClientSettings(scanner=ScannerConfig(blur=1)),
@@ -220,11 +220,11 @@ def test_too_few_rows() -> None:
     ):
         federate(numbered(), one, THREE, 0)
     bare = one.model_copy(update={"split": SplitConfig(validation=0, test=0)})
-    with pytest.raises(UserError, match="has 1 rows"):  # even then: nothing can be learned from one
+    with pytest.raises(UserError, match="has 1 rows"):
         federate(numbered(), bare, THREE, 0)
 
 
-def test_in_order_goes_by_id_as_people_count_and_nothing_need_be_held_out() -> None:
+def test_in_order_uses_natural_order_of_ids() -> None:
     names = [f"c{i}" for i in range(12)]
     config = DataConfig(
         partition=PartitionConfig(kind="in_order", min_size=2),
@@ -242,7 +242,7 @@ def test_in_order_goes_by_id_as_people_count_and_nothing_need_be_held_out() -> N
     assert federate(patients, config, dict.fromkeys(names, PLAIN_CLIENT), 5).n_train == 204
 
 
-def test_as_many_means_as_channels() -> None:
+def test_number_of_means_must_match_channels() -> None:
     wrong = ClientSettings(preprocess=PreprocessConfig(normalize={"mean": [0.1, 0.2], "std": 1.0}))
     with pytest.raises(
         UserError, match=r"'a': preprocess\.normalize\.mean: expected one number, got 2"

@@ -1,4 +1,4 @@
-"""What a federation serves, and what it keeps."""
+"""Access to the rows of a federation, caching and hashing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hetero_fl.utils.errors import UserError
 from tests.helpers.federated_data import PLAIN, PLAIN_CLIENT, THREE, everything, heterogeneous, view
 
 
-def test_scanner_touches_private_rows_once_and_public_ones_never(images: Dataset) -> None:
+def test_scanner_applies_to_private_rows_only(images: Dataset) -> None:
     dark = ClientSettings(scanner=ScannerConfig(brightness=-1.0))
     data = view(images, clients={"a": dark, "b": PLAIN_CLIENT})
     for split in ("train", "validation", "test"):
@@ -37,7 +37,7 @@ def test_scanner_touches_private_rows_once_and_public_ones_never(images: Dataset
     assert torch.allclose(x - 0.5, 0.5 * (plain - 0.5), atol=2 / 255)
 
 
-def test_own_statistics_are_those_of_the_scanned_training_rows(images: Dataset) -> None:
+def test_own_statistics_use_scanned_training_rows(images: Dataset) -> None:
     data = view(images)
     seen = data.columns("one", "train", data.preprocess("one"))["x"]
     assert abs(seen.mean()) < 1e-5 and abs(seen.std(correction=0) - 1) < 1e-5
@@ -47,7 +47,7 @@ def test_own_statistics_are_those_of_the_scanned_training_rows(images: Dataset) 
     assert abs(data.columns("", "proxy", server)["x"].mean()) < 1e-5
 
 
-def test_multilabel_and_regression() -> None:
+def test_federated_data_of_multilabel_and_regression() -> None:
     for kind in ("multilabel", "regression"):
         data = federate(
             make_table(kind=kind), DataConfig(partition=PartitionConfig(kind="dirichlet")), THREE, 0
@@ -81,7 +81,7 @@ def test_results_are_cached_within_bounds(images: Dataset) -> None:
     assert (
         num_bytes < sum(small.n_rows(c, "train") for c in small.client_ids) * 1024 and largest > 0
     )
-    # made again, alike, noise included
+    # recomputed with equal noise
     assert torch.equal(small.columns("one", "train", PLAIN)["x"], first)
     torch.set_default_dtype(torch.float64)
     try:

@@ -1,4 +1,4 @@
-"""Examples given to a saved model that sees columns or blocks."""
+"""Inputs of saved models with columns or blocks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAN = float("nan")
 
 
 def saved(tmp_path: Any, **config: Any) -> SavedModel:
-    """A model as it comes back from its file."""
+    """Return a saved model with named columns or blocks."""
     view = Preprocess.resolve(PreprocessConfig(**config), torch.rand(9, 19), "p", LAYOUT, (19,))
     arch = ModelSpec.from_config("linear", 2, view.shape((19,)))
     model = SavedModel(arch.initial_tensors(0), arch, asdict(view), Task("multiclass", 2))

@@ -1,4 +1,4 @@
-"""Images and a table of one's own, joined by the patient's number."""
+"""Images and a table of a user, joined by the patient's id."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def joined(table: Any = TABLE, **other: Any) -> Dataset:
     return join_images_and_table(IMAGES, Y, WHOSE, table, **other)
 
 
-def test_every_image_gets_its_patients_row() -> None:
+def test_images_are_joined_with_rows_of_their_patient() -> None:
     found = joined(blocks=("image", "genes"))
     assert [b.shape for b in found.blocks] == [(1, 8, 8), (2,)] and found.train.x.shape == (6, 66)
     assert torch.equal(found.train.x[:, :64], torch.from_numpy(IMAGES).flatten(1) / 255)
@@ -60,8 +60,21 @@ def test_columns_may_be_named_by_integers() -> None:
 
 def test_patients_without_an_image(tmp_path: Path) -> None:
     path = tmp_path / "genes.csv"
-    more = pd.concat([TABLE.assign(ill=[0, 0, 1], site="a"), pd.DataFrame({"patient": ["q9"], "tp53": [7.0], "egfr": [8],
-                      "note": ["d"], "ill": [1], "site": ["b"]})])  # fmt: skip
+    more = pd.concat(
+        [
+            TABLE.assign(ill=[0, 0, 1], site="a"),
+            pd.DataFrame(
+                {
+                    "patient": ["q9"],
+                    "tp53": [7.0],
+                    "egfr": [8],
+                    "note": ["d"],
+                    "ill": [1],
+                    "site": ["b"],
+                }
+            ),
+        ]
+    )
     more.to_csv(path, index=False)
     found = joined(path, label="ill", group=list("aaaabb"), table_group="site")
     assert (
@@ -128,7 +141,10 @@ def test_labels_of_patients_without_an_image_are_mapped_like_those_of_images(
         (
             TABLE.assign(patient=["x", "y", "z"]),
             {},
-            "row 1, column 'patient': no patient of the table has an image, got 'x'; images are of p1, p2",
+            (
+                "row 1, column 'patient': no patient of the table has "
+                "an image, got 'x'; images are of p1, p2"
+            ),
         ),
         (
             TABLE.assign(egfr=["1", "two", "3"]),
@@ -149,7 +165,9 @@ def test_labels_of_patients_without_an_image_are_mapped_like_those_of_images(
         (TABLE, {"label": "ill"}, "label: column 'ill' not found in table"),
     ],
 )
-def test_mistakes_are_one_line(table: pd.DataFrame, changes: dict[str, Any], words: str) -> None:
+def test_invalid_settings_raise_one_line(
+    table: pd.DataFrame, changes: dict[str, Any], words: str
+) -> None:
     with pytest.raises(UserError) as refused:
         joined(table, **changes)
     assert words in str(refused.value) and "\n" not in str(refused.value)
@@ -167,17 +185,17 @@ def test_numbers_may_begin_with_zeros(tmp_path: Path) -> None:
         and found.train.x[4:, 64].isnan().all()
     )
     assert found.train.patient_names == ("0001", "0002", "0003", "0004", "x5")
-    # 1 and 0001 are two patients here
+    # 1 and 0001 are different patients
     with pytest.raises(UserError, match="patient '0003' has no image"):
         join_images_and_table(IMAGES, Y, ["1", *whose[:3], "2", "0001"], path)
 
 
-def test_a_missing_file(tmp_path: Path) -> None:
+def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^table: file '.*none\.csv' not found"):
         joined(tmp_path / "none.csv")
 
 
-def test_it_goes_into_a_federation() -> None:
+def test_multimodal_source_in_a_federation() -> None:
     images = np.random.default_rng(1).integers(0, 256, (60, 8, 8), dtype=np.uint8)
     ids = [f"p{i}" for i in range(60)]
     table = pd.DataFrame({"patient": ids[:40], "tp53": range(40), "egfr": range(40)})

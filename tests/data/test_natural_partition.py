@@ -1,4 +1,4 @@
-"""Groups of a natural partition and the clients that are called after them."""
+"""Natural partitions: groups and the clients of the same name."""
 
 from __future__ import annotations
 
@@ -21,13 +21,29 @@ NATURAL = DataConfig(partition=PartitionConfig(kind="natural"))
 
 def test_groups_and_clients_that_do_not_match_are_named() -> None:
     for groups, clients, words in (
-        ("east north south", "est north south", "no group for client 'est'; did you mean 'east' and no client for group 'east'"),
-        ("east north", "east north west", "2 groups for 3 clients in arrays: no group for client 'west'"),
-        ("east north wets", "north west", "client 'west'; did you mean 'wets' and no client for group 'east', 'wets'"),
+        (
+            "east north south",
+            "est north south",
+            "no group for client 'est'; did you mean 'east' and no client for group 'east'",
+        ),
+        (
+            "east north",
+            "east north west",
+            "2 groups for 3 clients in arrays: no group for client 'west'",
+        ),
+        (
+            "east north wets",
+            "north west",
+            "client 'west'; did you mean 'wets' and no client for group 'east', 'wets'",
+        ),
         ("east north norht", "east north", "no client for group 'norht'"),
-        ("east north south", "a b", "3 groups for 2 clients in arrays: no group for client 'a', 'b' and no"),
+        (
+            "east north south",
+            "a b",
+            "3 groups for 2 clients in arrays: no group for client 'a', 'b' and no",
+        ),
         ("east north", "north", "no client for group 'east'"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UserError) as refused:
             match_groups(groups.split(), clients.split(), "arrays")
         message = str(refused.value)
@@ -38,7 +54,7 @@ def test_groups_and_clients_that_do_not_match_are_named() -> None:
         )
 
 
-def test_a_misnamed_hospital_gets_nobody_elses_rows() -> None:
+def test_misnamed_group_is_refused() -> None:
     dataset = numbered(groups=[("east", "north", "south")[i % 3] for i in range(200)])
     with pytest.raises(UserError, match="no group for client 'est'; did you mean 'east'"):
         federate(dataset, NATURAL, dict.fromkeys(("est", "north", "south"), PLAIN_CLIENT), 0)
@@ -46,7 +62,10 @@ def test_a_misnamed_hospital_gets_nobody_elses_rows() -> None:
         federate(dataset, NATURAL, {"south": PLAIN_CLIENT}, 0)
     other = federate(dataset, NATURAL, dict.fromkeys(("c_1", "c_2", "c_3"), PLAIN_CLIENT), 0)
     assert other.notes == [
-        "arrays: no client has the name of a group; 'c_1' gets 'east', 'c_2' gets 'north', 'c_3' gets 'south'"
+        (
+            "arrays: no client has the name of a group; 'c_1' gets "
+            "'east', 'c_2' gets 'north', 'c_3' gets 'south'"
+        )
     ]
     assert all(row % 3 == 0 for row in rows_of(other, "c_1", "train"))
     whole = federate(dataset, NATURAL, {"all": PLAIN_CLIENT}, 0)
@@ -58,8 +77,8 @@ def test_a_misnamed_hospital_gets_nobody_elses_rows() -> None:
     ).notes
 
 
-def test_a_hospital_without_training_rows_is_named() -> None:
-    """South has ten rows, and none of them is left to train on: it has no part in the common test set unnoticed."""
+def test_group_without_training_rows_is_named() -> None:
+    """Refuse a group whose ten rows leave no training rows."""
     dataset = numbered(groups=["east"] * 100 + ["north"] * 90 + ["south"] * 10)
     assert dataset.train.group_names == ("east", "north", "south")
     dataset = replace(
@@ -81,8 +100,8 @@ def test_a_hospital_without_training_rows_is_named() -> None:
     ]
 
 
-def test_labels_are_read_alike_in_the_files_of_all(tmp_path: Path) -> None:
-    """0 and 1, 0.0 and 1.0, " Yes" and "Yes": each hospital's spreadsheet writes them in its own way."""
+def test_labels_of_all_files_are_matched(tmp_path: Path) -> None:
+    """Match labels in different spellings: 0 and 0.0, " Yes" and "Yes"."""
     base = pd.DataFrame({"u": range(90), "v": [-i for i in range(90)]})
     for common, mine, names in (
         ([0, 1] * 45, [0.0, 1.0] * 45, ("0", "1")),

@@ -20,7 +20,7 @@ def load(path: Path, name: str = "npz") -> Any:
     return load_source(SourceConfig(name=name, path=str(path)), path.parent)
 
 
-def test_layout(npz: Any) -> None:
+def test_npz_layout(npz: Any) -> None:
     path = npz()
     dataset = load(path)
     with np.load(path) as arrays:
@@ -42,7 +42,7 @@ def test_file_in_place_of_a_named_set_keeps_name_and_task(npz: Any) -> None:
     assert load(npz(train_labels=np.zeros(30)), "medmnist:pathmnist").task.outputs == 9
 
 
-def test_colour_moves_to_the_front(npz: Any) -> None:
+def test_color_axis_moves_to_the_front(npz: Any) -> None:
     rng = np.random.default_rng(1)
     images = {
         f"{s}_images": rng.random((n, 8, 6, 3)) for s, n in (("train", 30), ("val", 6), ("test", 9))
@@ -63,7 +63,9 @@ def test_colour_moves_to_the_front(npz: Any) -> None:
         (np.random.default_rng(0).normal(size=(30, 2)), "regression", 2),
     ],
 )
-def test_task_is_read_off_the_labels(npz: Any, labels: np.ndarray, kind: str, outputs: int) -> None:
+def test_task_is_inferred_from_the_labels(
+    npz: Any, labels: np.ndarray, kind: str, outputs: int
+) -> None:
     none = dict.fromkeys(("val_images", "val_labels", "test_images", "test_labels"))
     dataset = load(npz(train_labels=labels, **none))
     assert (dataset.task.kind, dataset.task.outputs) == (kind, outputs)
@@ -87,9 +89,7 @@ def test_task_is_read_off_the_labels(npz: Any, labels: np.ndarray, kind: str, ou
         ),
     ],
 )
-def test_labels_that_could_mean_something_else_are_said(
-    npz: Any, labels: np.ndarray, note: str
-) -> None:
+def test_ambiguous_labels_are_noted(npz: Any, labels: np.ndarray, note: str) -> None:
     none = dict.fromkeys(("val_images", "val_labels", "test_images", "test_labels"))
     path = npz(train_labels=labels, **none)
 
@@ -176,9 +176,7 @@ FRACTION[11] = 0.5
         ),
     ],
 )
-def test_malformed_arrays_are_refused_by_name(
-    npz: Any, changes: dict[str, Any], words: str
-) -> None:
+def test_malformed_arrays_are_named(npz: Any, changes: dict[str, Any], words: str) -> None:
     path = npz(**changes)
     with pytest.raises(UserError) as refused:
         load(path, "chest_xray")
@@ -196,7 +194,7 @@ def test_stray_labels_are_out_of_range_without_a_named_set_too(npz: Any) -> None
         load(npz(test_labels=np.zeros((9, 2))))
 
 
-def test_files_that_are_none(tmp_path: Path, npz: Any) -> None:
+def test_invalid_npz_files_are_refused(tmp_path: Path, npz: Any) -> None:
     (tmp_path / "empty.npz").write_bytes(b"")
     (tmp_path / "text.npz").write_text("hello")
     np.save(tmp_path / "one.npy", np.zeros(3))
@@ -208,7 +206,7 @@ def test_files_that_are_none(tmp_path: Path, npz: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["npz", "chest_xray"])
-def test_numpys_advice_is_not_passed_on(name: str, tmp_path: Path, npz: Any) -> None:
+def test_pickled_arrays_are_refused_without_advice(name: str, tmp_path: Path, npz: Any) -> None:
     for file in ("mine.csv", "mine.npz"):
         (tmp_path / file).write_text("a,b,label\n1,2,0\n3,4,1\n")
     pickled = npz(train_labels=np.array([None] * 30))
@@ -234,7 +232,7 @@ def test_numpys_advice_is_not_passed_on(name: str, tmp_path: Path, npz: Any) -> 
         assert str(error.value) == message.replace("PATH", str(path))
 
 
-def test_damaged_files_are_noticed(npz: Any) -> None:
+def test_damaged_files_are_detected(npz: Any) -> None:
     path = npz()
     whole = path.read_bytes()
     good = read_npz(path, "npz").train.x

@@ -1,4 +1,4 @@
-"""One file per client and no common one: the common sets are drawn from all files."""
+"""One file per client: the common sets are drawn from all files."""
 
 from __future__ import annotations
 
@@ -57,18 +57,25 @@ def dealt(config: dict[str, Any], **other: Any) -> FederatedData:
 
 
 def pooled_file(folder: Path, frames: dict[str, pd.DataFrame]) -> dict[str, Any]:
-    """The same rows in one file with a column of hospitals, the patients numbered by hospital."""
-    parts = [frame.assign(hospital=name, patient=[f"{name}/{p}" for p in frame.patient]) for name, frame in
-             sorted(frames.items())]  # fmt: skip
+    """Write the same rows to one file with a column of hospitals; return its configuration."""
+    parts = [
+        frame.assign(hospital=name, patient=[f"{name}/{p}" for p in frame.patient])
+        for name, frame in sorted(frames.items())
+    ]
     pd.concat(parts).to_csv(folder / "all.csv", index=False)
     config = configuration(folder)
-    config["data"] |= {"path": str(folder / "all.csv"), "label": "ill", "patient": "patient", "group": "hospital",
-                       "partition": {"kind": "natural"}}  # fmt: skip
+    config["data"] |= {
+        "path": str(folder / "all.csv"),
+        "label": "ill",
+        "patient": "patient",
+        "group": "hospital",
+        "partition": {"kind": "natural"},
+    }
     config["clients"]["groups"] = [{"name": name} for name in HOSPITALS]
     return config
 
 
-def test_a_file_per_hospital_is_the_natural_partition_of_one_file(tmp_path: Path) -> None:
+def test_file_per_client_equals_a_natural_partition(tmp_path: Path) -> None:
     frames = write(tmp_path)
     apart, together = dealt(configuration(tmp_path)), dealt(pooled_file(tmp_path, frames))
 
@@ -126,10 +133,10 @@ def test_a_proxy_file_takes_the_place_of_held_out_rows(tmp_path: Path) -> None:
         "ward=north",
         "ward=south",
     )
-    assert (data.raw_examples("proxy")[:, 3:] == 0).all()  # no hospital knows ward west
+    assert (data.raw_examples("proxy")[:, 3:] == 0).all()  # no hospital has ward west
 
 
-def test_keys_that_files_leave_out_are_those_of_data(tmp_path: Path) -> None:
+def test_missing_keys_of_files_are_inherited(tmp_path: Path) -> None:
     write(tmp_path)
     config = configuration(tmp_path, label="ill", patient="patient")
     for group in config["clients"]["groups"]:
@@ -154,19 +161,55 @@ def test_classes_of_all_files_are_known_and_differing_tables_are_matched_by_name
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": {"name": "table", "partition": {"kind": "dirichlet"}}}, r"^data\.partition\.kind=dirichlet needs data\.path"),
-        ({"south": {"path": "north"}}, r"^clients: 'south': data\.path: already used by client 'north', got '.*north\.csv'"),
-        ({"south": None}, r"^data\.path: missing; table reads a local file .* client 'south' has no file of its own"),
-        ({"south": {"name": "digits", "path": None, "label": None, "patient": None}}, r"'south': data\.name: must be table .* got digits"),
+        (
+            {"data": {"name": "table", "partition": {"kind": "dirichlet"}}},
+            r"^data\.partition\.kind=dirichlet needs data\.path",
+        ),
+        (
+            {"south": {"path": "north"}},
+            (
+                r"^clients: 'south': data\.path: already used by "
+                r"client 'north', got '.*north\.csv'"
+            ),
+        ),
+        (
+            {"south": None},
+            (
+                r"^data\.path: missing; table reads a local file .* "
+                r"client 'south' has no file of its own"
+            ),
+        ),
+        (
+            {"south": {"name": "digits", "path": None, "label": None, "patient": None}},
+            r"'south': data\.name: must be table .* got digits",
+        ),
         ({"south": {"patient": None}}, r"^clients: 'south': data\.patient: missing"),
-        ({"south": {"task": "regression"}}, r"^clients: 'south': data.*column 'ill': expected numbers as regression labels"),
-        ({"south": {"categories": {"ward": ["A"]}}}, r"^clients: 'south': data\.categories: must be the same for all clients"),
-        ({"data": {"name": "text"}}, r"^data\.path: missing; text reads .* only for data\.name table, npz, image_folder"),
-        ({"frame": {"ward": 1}}, r"^clients: 'east': data: column 'ward' is text, but numeric for clients: 'south'"),
-        ({"frame": {"crpp": 1.0}}, r"^clients: 'east': data: east.csv: column 'crpp' of another file not found; did you mean 'crp'"),
+        (
+            {"south": {"task": "regression"}},
+            r"^clients: 'south': data.*column 'ill': expected numbers as regression labels",
+        ),
+        (
+            {"south": {"categories": {"ward": ["A"]}}},
+            r"^clients: 'south': data\.categories: must be the same for all clients",
+        ),
+        (
+            {"data": {"name": "text"}},
+            r"^data\.path: missing; text reads .* only for data\.name table, npz, image_folder",
+        ),
+        (
+            {"frame": {"ward": 1}},
+            r"^clients: 'east': data: column 'ward' is text, but numeric for clients: 'south'",
+        ),
+        (
+            {"frame": {"crpp": 1.0}},
+            (
+                r"^clients: 'east': data: east.csv: column 'crpp' of "
+                r"another file not found; did you mean 'crp'"
+            ),
+        ),
     ],
-)  # fmt: skip
-def test_what_cannot_be_pooled_is_refused(
+)
+def test_files_that_cannot_be_pooled_are_refused(
     tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     write(tmp_path, south=hospital("south", 1, **change.get("frame", {})))

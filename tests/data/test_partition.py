@@ -91,12 +91,12 @@ def test_dirichlet_is_as_skewed_as_alpha_says() -> None:
                 y, None, PartitionConfig(kind="dirichlet", alpha=alpha), [1] * 10, TEN, seed=seed
             )
             share = counts(parts, y).double() / torch.tensor([len(p) for p in parts])[:, None]
-            found.append(share.max(1).values.mean())  # how much of a client is its commonest class
+            found.append(share.max(1).values.mean())  # share of the most frequent class
         assert low < sum(found) / 3 < high
 
 
 def test_dirichlet_follows_its_definition() -> None:
-    """Variance of a class's proportions is that of Dirichlet(alpha): (1/K)(1 - 1/K)/(K·alpha + 1)."""
+    """Check the variance of class proportions, (1/K)(1 - 1/K) / (K·alpha + 1)."""
     y, clients, alpha = torch.arange(100_000) % 100, 5, 0.7
     parts = partition_rows(
         y,
@@ -121,7 +121,7 @@ def test_dirichlet_follows_its_definition() -> None:
 
 
 @pytest.mark.parametrize("alpha", [1e-300, 1e-6, 1e-3])
-def test_extreme_skew_ends_and_leaves_nobody_short(alpha: float) -> None:
+def test_extreme_skew_terminates_with_min_size(alpha: float) -> None:
     y = labels(300, classes=2)
     config = PartitionConfig(kind="dirichlet", alpha=alpha, min_size=20)
     parts = partition_rows(y, None, config, [1] * 12, Task("multiclass", 2), seed=3)
@@ -129,7 +129,7 @@ def test_extreme_skew_ends_and_leaves_nobody_short(alpha: float) -> None:
     assert torch.equal(torch.cat(parts).sort().values, torch.arange(300))
 
 
-def test_classes_are_held_evenly_and_dealt_by_size() -> None:
+def test_classes_are_assigned_evenly_and_shared_by_size() -> None:
     y = torch.arange(2000) % 10
     parts = partition_rows(
         y, None, PartitionConfig(kind="classes", classes=2), [1] * 10, TEN, seed=0
@@ -144,13 +144,16 @@ def test_classes_are_held_evenly_and_dealt_by_size() -> None:
     # six classes find a holder
     few = partition_rows(y, None, PartitionConfig(kind="classes", classes=2), [1] * 3, TEN, seed=0)
     assert (counts(few, y) > 0).sum().item() == 6 and all(len(p) == 400 for p in few)
-    with pytest.raises(UserError, match="classes: must be <= 3, .* got 4"):
+    with pytest.raises(UserError, match=r"classes: must be <= 3, .* got 4"):
         partition_rows(
             y % 3, None, PartitionConfig(kind="classes", classes=4), [1] * 3, TEN, seed=0
         )
     with pytest.raises(
         UserError,
-        match=r"data\.partition\.min_size: with 1 classes per client some clients get fewer than 60 rows",
+        match=(
+            r"data\.partition\.min_size: with 1 classes per "
+            r"client some clients get fewer than 60 rows"
+        ),
     ):
         partition_rows(
             y[:140],
@@ -163,7 +166,7 @@ def test_classes_are_held_evenly_and_dealt_by_size() -> None:
 
 
 def test_dirichlet_below_a_cap() -> None:
-    """Who has reached the cap gets none of a further class; the others share it by their proportions."""
+    """Check that full clients get no more rows and the others share them proportionally."""
     y = torch.arange(10_000) % 10
     for cap in (1.0, 2.0):
         config = PartitionConfig(kind="dirichlet", alpha=0.1, cap=cap, min_size=1)
@@ -175,7 +178,7 @@ def test_dirichlet_below_a_cap() -> None:
         free = partition_rows(
             y, None, PartitionConfig(kind="dirichlet", alpha=0.1, min_size=1), [1] * 10, TEN, seed=3
         )
-        # nobody is full before the first class
+        # no client is full before the first class
         assert torch.equal(counts(parts, y)[:, 0], counts(free, y)[:, 0])
         assert held.sum(1).max() <= cap * 1000 + 1000 and (
             counts(free, y).sum(1).max() > held.sum(1).max() or cap == 2
@@ -196,7 +199,7 @@ def test_dirichlet_below_a_cap() -> None:
     )
 
 
-def test_cut_below_shares_a_class_by_the_proportions_of_those_who_are_not_full() -> None:
+def test_cut_below_redistributes_by_proportions() -> None:
     proportions, rows = (
         np.array([[0.6, 0.3, 0.1], [0.6, 0.3, 0.1], [1.0, 0.0, 0.0]]),
         np.array([100, 100, 90]),
@@ -204,7 +207,7 @@ def test_cut_below_shares_a_class_by_the_proportions_of_those_who_are_not_full()
     dealt = cut_below(proportions, rows, np.array([50, 100, 200]))
     assert dealt.tolist() == [[60, 30, 10], [0, 75, 25], [0, 0, 90]]
     even = cut_below(proportions[[0, 2]], np.array([100, 90]), np.array([50, 200, 200]))
-    # nobody who is not full has a proportion of it: evenly
+    # all other clients have proportion 0: shared evenly
     assert even.tolist() == [[60, 30, 10], [0, 45, 45]]
 
 
@@ -233,7 +236,7 @@ def test_classes_may_differ_in_number_and_be_few_shot() -> None:
         )
 
 
-def test_quantity_skews_sizes_and_not_labels() -> None:
+def test_quantity_skews_sizes_only() -> None:
     y = labels(10_000, classes=4)
     parts = partition_rows(
         y, None, PartitionConfig(kind="quantity", alpha=0.3), [1] * 8, Task("multiclass", 4), seed=1
@@ -243,7 +246,7 @@ def test_quantity_skews_sizes_and_not_labels() -> None:
     assert (counts(parts, y)[sizes.argmax()] / sizes.max() - 0.25).abs().max() < 0.05
 
 
-def test_natural() -> None:
+def test_natural_partition() -> None:
     y, group = labels(100), torch.arange(100) % 3 * 5  # groups 0, 5, 10
     parts = partition_rows(y, group, PartitionConfig(kind="natural"), [1, 1, 1], TEN, seed=0)
     assert all((group[p] == g).all() for p, g in zip(parts, (0, 5, 10), strict=True))
@@ -257,7 +260,7 @@ def test_natural() -> None:
         )
 
 
-def test_strata() -> None:
+def test_strata_of_multilabel_and_regression() -> None:
     # rarest label: 2, then 1, then 0
     y = torch.tensor([[1.0, 1, 0], [1, 0, 0], [0, 0, 0], [1, 0, 1], [1, 1, 0]])
     assert row_strata(y, Task("multilabel", 3)).tolist() == [2, 1, 0, 3, 2]
@@ -274,7 +277,7 @@ def test_strata() -> None:
         assert torch.equal(torch.cat(parts).sort().values, torch.arange(len(targets)))
 
 
-def test_seed_decides() -> None:
+def test_partition_depends_on_the_seed() -> None:
     y = labels(500)
     for kind in ("iid", "dirichlet", "classes", "quantity"):
         first, second = (
@@ -287,7 +290,10 @@ def test_seed_decides() -> None:
 def test_too_few_rows() -> None:
     with pytest.raises(
         UserError,
-        match=r"data\.partition\.min_size: must be <= 19 for 99 training rows and 5 clients, got 20",
+        match=(
+            r"data\.partition\.min_size: must be <= 19 for 99 "
+            r"training rows and 5 clients, got 20"
+        ),
     ):
         partition_rows(labels(99), None, PartitionConfig(), [1] * 5, TEN, seed=0)
 
@@ -325,7 +331,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list
     return run
 
 
-def test_own_partitions(own: Callable[[str], list[torch.Tensor]]) -> None:
+def test_custom_partitions(own: Callable[[str], list[torch.Tensor]]) -> None:
     assert [p.tolist() for p in own("halves")] == [list(range(50)), list(range(50, 100))]
     for name, words in (
         ("three", "expected a list with the rows of each of 2 clients"),
@@ -345,7 +351,7 @@ def test_own_partitions(own: Callable[[str], list[torch.Tensor]]) -> None:
         )
 
 
-def test_in_order_cuts_equal_slices_as_the_rows_lie() -> None:
+def test_in_order_cuts_equal_slices() -> None:
     parts = partition_rows(
         labels(103), None, PartitionConfig(kind="in_order", min_size=1), [1.0] * 10, TEN, seed=3
     )

@@ -1,4 +1,4 @@
-"""Rows of one patient stay together, everywhere."""
+"""Rows of a patient stay together in all splits and partitions."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ PATIENTS = st.lists(st.integers(1, 9), min_size=30, max_size=60)  # rows of each
 
 
 def patients_of(sizes: list[int], seed: int) -> torch.Tensor:
-    """Of whom each row is, patients mixed."""
+    """Return the patient of each row, shuffled."""
     patient = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     return patient[torch.randperm(len(patient), generator=torch.Generator().manual_seed(seed))]
 
 
 def places_of(data: FederatedData) -> list[list[int]]:
-    """Training rows (their numbers) by the place they ended in."""
+    """Return the indices of training rows by location."""
     places = [rows_of(data, c, s) for c in data.client_ids for s in ("train", "validation", "test")]
     return [
         *places,
@@ -60,7 +60,7 @@ def places_of(data: FederatedData) -> list[list[int]]:
     carved=st.booleans(),
     seed=st.integers(0, 999),
 )
-def test_no_patient_is_in_two_places(
+def test_patients_are_in_exactly_one_location(
     sizes: list[int],
     kind: str,
     clients: int,
@@ -93,7 +93,7 @@ def test_no_patient_is_in_two_places(
         assert len(every) == len(patient)
     whole = [set(patient[place].tolist()) for place in places]
     assert sum(map(len, whole)) == len(set().union(*whole))
-    assert data.n_proxy <= max(proxy, max(sizes)) and (data.n_proxy > 0) == (proxy > 0)
+    assert data.n_proxy <= max(proxy, *sizes) and (data.n_proxy > 0) == (proxy > 0)
 
 
 @pytest.mark.slow
@@ -105,7 +105,7 @@ def test_no_patient_is_in_two_places(
     alpha=st.floats(0.05, 10),
     seed=st.integers(0, 999),
 )
-def test_every_partition_deals_whole_patients(
+def test_partitions_keep_patients_whole(
     sizes: list[int], kind: str, clients: int, alpha: float, seed: int
 ) -> None:
     patient = patients_of(sizes, seed) * 7 + 3  # any numbers will do
@@ -134,20 +134,22 @@ def test_every_partition_deals_whole_patients(
     st.integers(0, 1),
     st.integers(0, 99),
 )
-def test_drawn_patients(sizes: list[int], count: int, leave: int, seed: int) -> None:
+def test_draw_patients_keeps_them_whole(
+    sizes: list[int], count: int, leave: int, seed: int
+) -> None:
     patient = patients_of(sizes, seed)
     drawn = sample_patients(patient, count, torch.Generator().manual_seed(seed), leave)
     taken, left = set(patient[drawn].tolist()), set(patient[~drawn].tolist())
     assert not taken & left and len(left) >= leave and bool(taken) == (count > 0)
     assert int(drawn.sum()) <= max(count, min(sizes))
-    # nobody who is left would have fitted, too
+    # no remaining patient would have fitted
     if leave < len(left) and taken and count >= min(sizes):
         assert min(sizes[p] for p in left) > count - int(drawn.sum())
 
 
-def test_commonest_stratum_of_a_patient() -> None:
+def test_most_frequent_stratum_of_a_patient() -> None:
     strata = torch.tensor([2, 0, 2, 1, 1, 0, 4])
-    # of equals the lowest
+    # the lowest of equally frequent strata
     assert most_common_stratum(strata, torch.tensor([0, 0, 0, 1, 2, 2, 3])).tolist() == [2, 1, 0, 4]
 
 
@@ -175,8 +177,8 @@ def test_labels_are_still_skewed_by_dirichlet() -> None:
     assert share.max(1).values.mean() > 0.6
 
 
-def test_one_row_a_patient_is_like_none() -> None:
-    """Patients of one row each are dealt in the same numbers as rows."""
+def test_patients_with_one_row_are_partitioned_like_rows() -> None:
+    """Check that patients with one row each are partitioned like rows."""
     y = torch.arange(300) % 3
     for kind in ("iid", "quantity"):
         config = PartitionConfig(kind=kind)
@@ -187,7 +189,7 @@ def test_one_row_a_patient_is_like_none() -> None:
         assert all(torch.equal(a, b) for a, b in zip(plain, whole, strict=True))
 
 
-def test_what_cannot_be_kept_whole_is_refused(
+def test_patients_that_cannot_be_kept_whole_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     patient = torch.arange(200) // 2
@@ -272,7 +274,7 @@ def test_patients_of_tables(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["patient_id", "SubjectNo", "person", "MRN"])
-def test_a_column_that_looks_like_patients_is_pointed_out(tmp_path: Path, name: str) -> None:
+def test_possible_patient_column_is_noted(tmp_path: Path, name: str) -> None:
     path = tmp_path / "t.csv"
 
     def warned(patient: str | None = None, **columns: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""What is done to images and columns on their way: scanner, preprocessing, augmentation."""
+"""Scanner, preprocessing and augmentation of images and columns."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def scan(x: torch.Tensor, key: str = "noise", **config: Any) -> torch.Tensor:
 
 
 class TestScanner:
-    def test_plain_changes_nothing(self) -> None:
+    def test_plain_scanner_keeps_images(self) -> None:
         x = images()
         assert torch.equal(scan(x), x)
 
@@ -70,7 +70,7 @@ class TestScanner:
         # averaged over what it falls into, not skipped
         assert scan(line, resolution=0.25).max() > 0.1
 
-    def test_noise_is_keyed_and_as_strong_as_said(self) -> None:
+    def test_noise_is_keyed_and_has_the_configured_strength(self) -> None:
         x = torch.full((600, 1, 12, 10), 0.5)
         seen = scan(x, noise=0.1)
         assert abs(seen.std() - 0.1) < 0.002 and abs(seen.mean() - 0.5) < 0.002
@@ -90,13 +90,13 @@ class TestScanner:
 
 
 class TestPreprocess:
-    def test_nothing_but_scaling(self) -> None:
+    def test_default_preprocessing_only_scales(self) -> None:
         x = images()
         assert torch.equal(Preprocess()(x), x.float() / 255)
         table = torch.randn(4, 3)
         assert torch.equal(Preprocess()(table), table)
 
-    def test_order_resize_channels_normalise(self) -> None:
+    def test_resize_precedes_channels_and_normalization(self) -> None:
         x = images(channels=3)
         view = Preprocess.resolve(
             PreprocessConfig(resize=8, channels=1, normalize=Normalize(mean=0.4, std=0.2))
@@ -134,7 +134,7 @@ class TestPreprocess:
         )
         assert own(series).mean((0, 2)).abs().max() < 1e-5
 
-    def test_a_series_is_seen_with_its_columns_as_channels(self) -> None:
+    def test_series_columns_become_channels(self) -> None:
         series = torch.randn(20, 6, 3)
         seen = Preprocess()(series)
         assert tuple(seen.shape[1:]) == Preprocess().shape((6, 3)) == (3, 6)
@@ -165,7 +165,7 @@ class TestPreprocess:
         finally:
             torch.set_default_dtype(torch.float32)
 
-    def test_refusals(self) -> None:
+    def test_invalid_preprocessing_is_refused(self) -> None:
         for config, shape, words in (
             (PreprocessConfig(resize=8), (10,), "preprocess.resize: applies to images only"),
             (PreprocessConfig(channels=1), (20, 3), "preprocess.channels: applies to images only"),
@@ -184,7 +184,7 @@ class TestPreprocess:
 
 
 class TestAugment:
-    def test_off_is_the_same_tensor(self) -> None:
+    def test_disabled_augmentation_returns_the_same_tensor(self) -> None:
         x = images().float()
         assert augment(x, AugmentConfig(), keyed_generator("a")) is x
 

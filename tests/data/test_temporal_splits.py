@@ -1,4 +1,4 @@
-"""Dated sets: what is cut by date, and whose rows are in the cuts."""
+"""Temporal splits of dated data sets."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NATURAL = PartitionConfig(kind="natural", min_size=2)
 def dated(
     rows: int = 200, groups: list[str] | None = None, shuffled: bool = False, **other: object
 ) -> Dataset:
-    """x is the row's time, and so is the target."""
+    """Return a data set whose inputs and targets are the times of the rows."""
     time = torch.arange(rows)
     time = (
         time[torch.randperm(rows, generator=torch.Generator().manual_seed(0))] if shuffled else time
@@ -45,7 +45,7 @@ def federated(
     return federate(dataset, DataConfig(**config), clients or THREE, 0)
 
 
-def test_a_cut_leaves_no_target_on_both_sides() -> None:
+def test_cut_leaves_no_target_on_both_sides() -> None:
     later, before = split_by_date(torch.arange(101), 0.2)
     assert later.nonzero().flatten().tolist() == list(range(81, 101)) and before.sum() == 81
     later, before = split_by_date(torch.arange(101), 0.2, span=5)
@@ -78,7 +78,7 @@ def test_every_client_is_cut_by_date(kind: str) -> None:
     assert max(rows_of(data, "", "common_validation")) < min(rows_of(data, "", "common_test"))
 
 
-def test_in_a_natural_partition_clients_have_their_groups_rows_of_the_common_cuts() -> None:
+def test_natural_partition_uses_the_common_cuts() -> None:
     groups = [("b", "a", "c")[i % 3] for i in range(200)]
     data = federated(dated(groups=groups), partition=NATURAL)
     for place, client in enumerate("bac"):
@@ -91,7 +91,7 @@ def test_in_a_natural_partition_clients_have_their_groups_rows_of_the_common_cut
     assert limited.n_test == 5 and rows_of(limited, "a", "test") == rows_of(data, "a", "test")
 
 
-def test_a_group_that_comes_late_is_named() -> None:
+def test_group_without_early_rows_is_named() -> None:
     groups = ["a", "b"] * 85 + ["c"] * 30
     with pytest.raises(UserError, match="no client for group 'c'"):
         federated(dated(groups=groups), dict.fromkeys("ab", PLAIN_CLIENT), partition=NATURAL)
@@ -99,7 +99,7 @@ def test_a_group_that_comes_late_is_named() -> None:
         federated(dated(groups=groups), partition=NATURAL)
 
 
-def test_what_would_draw_is_refused() -> None:
+def test_random_partitions_of_dated_sets_are_refused() -> None:
     with pytest.raises(
         UserError, match=r"partition\.kind=drawn cannot be combined with the time series arrays"
     ):
@@ -118,7 +118,7 @@ def test_what_would_draw_is_refused() -> None:
         )
 
 
-def test_dates_may_be_written_as_such() -> None:
+def test_dates_may_be_given_as_strings() -> None:
     days = np.datetime64("2024-03-01") + np.arange(10).astype("timedelta64[D]")
     made = from_arrays(torch.zeros(10, 1), torch.zeros(10), time=days)
     assert made.train.time is not None and made.train.time.diff().tolist() == [86400] * 9
@@ -128,7 +128,7 @@ def test_dates_may_be_written_as_such() -> None:
         from_arrays(torch.zeros(3, 1), torch.zeros(3), time=[1, 2])
 
 
-def test_figures_are_in_the_targets_unit() -> None:
+def test_metrics_are_in_the_unit_of_the_target() -> None:
     task = Task("regression", 1)
     said, y, unit = (
         torch.tensor([[1.0], [2.0]]),
@@ -145,7 +145,7 @@ def test_figures_are_in_the_targets_unit() -> None:
     )
 
 
-def test_what_stands_beside_rows_follows_them() -> None:
+def test_extra_columns_follow_their_rows() -> None:
     made = dated(groups=["a", "b"] * 100)
     made.train = replace(
         made.train, unit=made.train.x[:, 0] + 1, baselines={"same": made.train.x.clone()}
@@ -158,7 +158,10 @@ def test_what_stands_beside_rows_follows_them() -> None:
         assert beside.time is not None and beside.unit is not None
         assert torch.equal(beside.time, rows) and torch.equal(beside.unit, rows + 1.0)
         assert torch.equal(beside.baselines["same"][:, 0], rows.float())
-        assert set(data.columns(owner or "a", name, PLAIN)) == {"x", "y"}  # models see none of it
+        assert set(data.columns(owner or "a", name, PLAIN)) == {
+            "x",
+            "y",
+        }  # extra columns are no inputs
 
 
 def test_units_and_baselines_are_checked() -> None:
@@ -168,7 +171,7 @@ def test_units_and_baselines_are_checked() -> None:
         from_arrays(torch.zeros(2, 1), [0, 1], unit=[1.0, 2.0])
 
 
-def test_times_and_units_are_part_of_the_datas_hash() -> None:
+def test_data_hash_includes_times_and_units() -> None:
     one, other = dated(unit=torch.ones(200)), dated(unit=torch.full((200,), 2.0))
     assert federated(one).content_hash() != federated(other).content_hash()
 
@@ -178,9 +181,12 @@ Written = Callable[[str, str], str]
 
 @pytest.fixture
 def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Written:
-    """Writes a module of that name with a source `made` in it; returns how a configuration names it."""
+    """Write a module with a source `made`; return its name in configurations."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    head = "import torch\nfrom dataclasses import replace\nfrom hetero_fl.data import from_arrays, with_test\n"
+    head = (
+        "import torch\nfrom dataclasses import replace\nfrom "
+        "hetero_fl.data import from_arrays, with_test\n"
+    )
 
     def write(module: str, made: str) -> str:
         (tmp_path / f"{module}.py").write_text(head + made)
@@ -189,14 +195,16 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Written:
     return write
 
 
-def test_a_clients_own_dated_source_keeps_its_cuts(written: Written) -> None:
+def test_client_source_keeps_its_cuts(written: Written) -> None:
     own = written(
         "own_dated",
         "def made(config, root):\n"
         "    t = torch.arange(1000, 1100)\n"
         "    whole = with_test(from_arrays(t[:, None].float(), t.float(), time=t))\n"
         "    rows = torch.arange(80)\n"
-        "    return replace(whole, train=whole.train.select_rows(rows[:60]), validation=whole.train.select_rows(rows[60:]))\n",
+        "    return replace(whole, "
+        "train=whole.train.select_rows(rows[:60]), "
+        "validation=whole.train.select_rows(rows[60:]))\n",
     )
     clients = {"a": PLAIN_CLIENT, "b": ClientSettings(data=SourceConfig(name=own))}
     data = federated(dated(), clients)
@@ -205,8 +213,8 @@ def test_a_clients_own_dated_source_keeps_its_cuts(written: Written) -> None:
     assert rows_of(data, "b", "test") == list(range(1080, 1100))
 
 
-def test_a_clients_own_dated_source_is_cut_by_its_own_span(written: Written) -> None:
-    """Targets of a row reach three hours ahead; the common set's are of the hour itself."""
+def test_client_source_is_cut_by_its_own_span(written: Written) -> None:
+    """Cut by targets that reach three hours ahead, unlike those of the common set."""
     own = written(
         "own_span",
         "def made(config, root):\n"
@@ -219,7 +227,7 @@ def test_a_clients_own_dated_source_is_cut_by_its_own_span(written: Written) -> 
     assert max(train) + 3 < min(validation) and max(validation) + 3 < min(test)
 
 
-def test_a_clients_own_dated_source_may_lack_what_the_client_does_not_see(written: Written) -> None:
+def test_client_source_may_lack_unused_columns(written: Written) -> None:
     own = written(
         "own_columns",
         "def made(config, root):\n"

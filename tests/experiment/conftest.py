@@ -11,7 +11,7 @@ from hetero_fl.experiment import comparison
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Carry out the runs of a comparison in this process; return the folders of those that ran."""
+    """Run comparisons in this process and return the folder names of the runs."""
     ran: list[str] = []
 
     def run_jobs(

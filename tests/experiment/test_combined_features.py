@@ -1,4 +1,4 @@
-"""Protections, rules and time in one run: what goes together does, what does not is refused in one line."""
+"""Privacy, robust rules, compression and asynchronous runs: combined or refused in one line."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ ROUNDED = {"channel__compress": [{"quantize": 8}]}
 
 
 def models(**changes: Any) -> dict[str, dict[str, torch.Tensor]]:
-    """The server's models after two rounds."""
+    """Return the server's models after two rounds."""
     return rounds_of(config("hybrid", GROUPED, 4, **changes)).server.models
 
 
-def apart(a: dict[str, dict[str, torch.Tensor]], b: dict[str, dict[str, torch.Tensor]]) -> float:
+def largest_difference(
+    a: dict[str, dict[str, torch.Tensor]], b: dict[str, dict[str, torch.Tensor]]
+) -> float:
     return max(float((a[slot][n] - b[slot][n]).abs().max()) for slot in a for n in a[slot])
 
 
@@ -31,18 +33,18 @@ def apart(a: dict[str, dict[str, torch.Tensor]], b: dict[str, dict[str, torch.Te
 @pytest.mark.parametrize(
     "protection", [{**RECORD, **ROUNDED}, CLIENT], ids=["records, rounded", "clients"]
 )
-def test_noise_is_the_same_under_a_secure_sum(protection: dict[str, Any]) -> None:
+def test_noise_is_equal_with_secure_aggregation(protection: dict[str, Any]) -> None:
     torch.set_default_dtype(torch.float64)
     try:
         plain, summed = models(**protection), models(**protection, **SECURE)
-        assert 0 < apart(plain, summed) < 1e-7
-        assert apart(plain, models()) > 1e-3
+        assert 0 < largest_difference(plain, summed) < 1e-7
+        assert largest_difference(plain, models()) > 1e-3
     finally:
         torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.slow
-def test_a_private_run_with_time_and_faults_loses_nothing_of_its_ledger() -> None:
+def test_private_run_tolerates_devices_and_faults() -> None:
     faulty = rounds_of(
         config("fedavg", GROUPED, 4, **RECORD, devices={}, faults={"lost": 0.5}), held=0
     )
@@ -54,17 +56,24 @@ def test_a_private_run_with_time_and_faults_loses_nothing_of_its_ledger() -> Non
     ("changes", "parts"),
     [
         ({**RECORD, "runtime__mode": "async"}, ("runtime.mode", "privacy.unit")),
-        ({**RECORD, "cohort": {"sampling": "oort"}, "devices": {}}, ("cohort.sampling=oort", "privacy.unit")),
+        (
+            {**RECORD, "cohort": {"sampling": "oort"}, "devices": {}},
+            ("cohort.sampling=oort", "privacy.unit"),
+        ),
         ({**RECORD, "cohort": {"too_few": "repeat"}}, ("cohort.too_few", "privacy.unit")),
         ({**CLIENT, **ROUNDED}, ("channel.compress=quantize", "privacy.unit=client")),
-        ({**CLIENT, "aggregation__rule": "median"}, ("aggregation.rule=median", "privacy.unit=client")),
+        (
+            {**CLIENT, "aggregation__rule": "median"},
+            ("aggregation.rule=median", "privacy.unit=client"),
+        ),
         ({**SECURE, "runtime__mode": "async"}, ("runtime.mode", "channel.secure_sum")),
-        ({"aggregation__rule": "median", "runtime__mode": "async"}, ("runtime.mode", "aggregation.rule=median")),
+        (
+            {"aggregation__rule": "median", "runtime__mode": "async"},
+            ("runtime.mode", "aggregation.rule=median"),
+        ),
     ],
-)  # fmt: skip
-def test_what_does_not_go_together_is_refused(
-    changes: dict[str, Any], parts: tuple[str, str]
-) -> None:
+)
+def test_incompatible_features_are_refused(changes: dict[str, Any], parts: tuple[str, str]) -> None:
     with pytest.raises(UserError) as error:
         prepare(config("fedavg", "cnn_gn_small", 6, **changes))
     assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value)
@@ -72,7 +81,7 @@ def test_what_does_not_go_together_is_refused(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedavg", "hybrid", "fedmd", "fedproto"])
-def test_compression_goes_with_rules_and_with_asynchronous_runs(method: str) -> None:
+def test_compression_works_with_rules_and_asynchronous_runs(method: str) -> None:
     sparse = {
         "channel__compress": [{"topk": 0.2}, {"quantize": 8}],
         "channel__compress_down": ["half"],
@@ -93,20 +102,20 @@ def test_compression_goes_with_rules_and_with_asynchronous_runs(method: str) -> 
     if method != "fedproto":
         ruled["aggregation"].pop("statistics")
     assert rounds_of(ruled).completed == 2
-    asked = config(
+    source = config(
         method, "cnn_gn_small", 6, **sparse, runtime__mode="async", devices={}, clients__per_round=3
     )
-    held = rounds_of(asked)
-    again = rounds_of(asked)
+    first_run = rounds_of(source)
+    second_run = rounds_of(source)
     assert all(
-        torch.equal(t, again.server.models[s][n])
-        for s, m in held.server.models.items()
+        torch.equal(t, second_run.server.models[s][n])
+        for s, m in first_run.server.models.items()
         for n, t in m.items()
     )
 
 
-def test_shares_of_noise_add_up_to_the_noise_of_the_sum() -> None:
-    """Four clients, of whom three have to stay: the variance is 4/3 of what the server would add."""
+def test_distributed_noise_has_the_documented_variance() -> None:
+    # three of four clients must stay, so the variance is 4/3 of the server's noise
     torch.set_default_dtype(torch.float64)
     try:
         z, clip, clients = 0.5, 2.0, 4
@@ -129,7 +138,7 @@ def test_shares_of_noise_add_up_to_the_noise_of_the_sum() -> None:
         torch.set_default_dtype(torch.float32)
 
 
-def test_shares_of_noise_need_a_secure_sum() -> None:
-    alone = {"privacy": {"unit": "client", "noise_multiplier": 1.0, "distributed": True}}
+def test_distributed_noise_requires_secure_aggregation() -> None:
+    changes = {"privacy": {"unit": "client", "noise_multiplier": 1.0, "distributed": True}}
     with pytest.raises(UserError, match=r"privacy\.distributed: requires channel\.secure_sum"):
-        prepare(config("fedavg", "cnn_gn_small", 4, **alone))
+        prepare(config("fedavg", "cnn_gn_small", 4, **changes))

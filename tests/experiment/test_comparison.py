@@ -1,4 +1,4 @@
-"""Comparisons: wrong flags are one line, doubles run once, the grid's choice is by the task's own validation."""
+"""Comparisons: flags, duplicates, grids and their choice by validation, labels."""
 
 from __future__ import annotations
 
@@ -30,11 +30,14 @@ def small(**changes: Any) -> dict[str, Any]:
         (["--seeds", ","], "--seeds: expected integers such as 0,1,2, got ','"),
         (["--seeds", "0,x"], "--seeds: expected integers such as 0,1,2, got '0,x'"),
         (["--seeds", "0,-1"], "--seeds: expected integers such as 0,1,2, got '0,-1'"),
-        (["--algorithms", ","], "--algorithms: expected one or more; choose from all, fedasync, fedbuff"),
+        (
+            ["--algorithms", ","],
+            "--algorithms: expected one or more; choose from all, fedasync, fedbuff",
+        ),
         (["--jobs", "0"], "--jobs: must be >= 1, got 0"),
         (["--jobs", "-1"], "--jobs: must be >= 1, got -1"),
         (["--out", "a_file"], "--out: a_file is a file; choose a folder"),
-        (["--out", "a_file/below"], "a_file/below: cannot be made"),
+        (["--out", "a_file/below"], "a_file/below: cannot be created (Not a directory)"),
         (["--grid", "rounds"], "--grid: expected key=a,b,c, got 'rounds'"),
         (["--grid", "rounds=1,two"], "error: --grid: rounds: expected an integer, got 'two'"),
         (
@@ -48,7 +51,7 @@ def small(**changes: Any) -> dict[str, Any]:
         (["rounds=two"], "error: rounds=two: rounds: expected an integer, got 'two'"),
     ],
 )
-def test_wrong_flags(
+def test_invalid_flags_raise_one_line(
     flags: list[str],
     words: str,
     tmp_path: Path,
@@ -65,27 +68,27 @@ def test_wrong_flags(
     assert not Path("out").exists()
 
 
-def test_doubles_run_once(tmp_path: Path, in_process: list[str]) -> None:
+def test_duplicates_run_once(tmp_path: Path, in_process: list[str]) -> None:
     compare(small(), ["local", " local", "local"], [1, 0, 1], out=tmp_path / "out")
     assert in_process == ["local-seed1", "local-seed0"]
     rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").read_text().splitlines()))
     assert [row["seed"] for row in rows] == ["1", "0"]
 
 
-def test_the_grid_without_test_rows_at_home(tmp_path: Path, in_process: list[str]) -> None:
+def test_grid_works_without_local_test_rows(tmp_path: Path, in_process: list[str]) -> None:
     grid = {"clients.defaults.optimizer.lr": ["1e-9", "0.05"]}
     compare(small(data__split={"test": 0}), "local", out=tmp_path / "out", grid=grid)
     assert len(in_process) == 2
-    told = "clients.defaults.optimizer.lr=0.05 (chosen by validation)"
+    chosen = "clients.defaults.optimizer.lr=0.05 (chosen by validation)"
     written = {p.name: p.read_text() for p in (tmp_path / "out").glob("*.*") if p.suffix != ".png"}
-    assert told in written["comparison.md"] and told in written["report.html"]
-    assert written["comparison.tex"].count(f"local: {told}.") == 2
+    assert chosen in written["comparison.md"] and chosen in written["report.html"]
+    assert written["comparison.tex"].count(f"local: {chosen}.") == 2
     (row,) = csv.DictReader(written["comparison.csv"].splitlines())
     assert row["clients.defaults.optimizer.lr"] == "0.05"
 
 
 @pytest.mark.slow
-def test_the_candidates_are_shown_with_their_validation(
+def test_report_shows_candidates_with_validation_scores(
     tmp_path: Path, in_process: list[str]
 ) -> None:
     grid = {"clients.defaults.optimizer.lr": ["1e-9", "0.05"]}
@@ -115,7 +118,7 @@ def test_the_candidates_are_shown_with_their_validation(
         assert section.count("**") == 4
 
 
-def test_the_choice_follows_the_metric_of_the_task(
+def test_choice_uses_the_metric_of_the_task(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from hetero_fl.core.task import Task
@@ -130,20 +133,23 @@ def test_the_choice_follows_the_metric_of_the_task(
     monkeypatch.setattr(comparison, "Run", Finished)
     variant = comparison.Variant.parse("local")
     points = [("lr=1",), ("lr=2",)]
-    done = [
+    jobs = [
         comparison.ComparisonJob(variant, p, 0, Path(name))
         for p, name in zip(points, ("first", "second"), strict=True)
     ]
     for kind, best in (("multilabel", 0), ("regression", 0), ("multiclass", 1)):
         task = Task(kind, 3)  # type: ignore[arg-type]
-        scores = comparison._mean_validation_scores(done, task)
+        scores = comparison._mean_validation_scores(jobs, task)
         assert comparison._choose(scores, [variant], points) == {variant: points[best]}
 
 
 @pytest.mark.slow
-def test_a_list_is_not_split_within_brackets(tmp_path: Path, in_process: list[str]) -> None:
-    asked = 'local,heterofl:widths=[1,0.5]:model={name: mlp, hidden: [8, 8]},heterofl:widths={site_1:1,"site_2":0.5}:model=mlp'
-    compare(small(), asked, out=tmp_path / "out", grid={})
+def test_lists_are_not_split_within_brackets(tmp_path: Path, in_process: list[str]) -> None:
+    labels = (
+        "local,heterofl:widths=[1,0.5]:model={name: mlp, hidden: [8, 8]},"
+        'heterofl:widths={site_1:1,"site_2":0.5}:model=mlp'
+    )
+    compare(small(), labels, out=tmp_path / "out", grid={})
     assert len(in_process) == 3
     widths = [
         Run(tmp_path / "out" / "runs" / name).directory.config()["algorithm"] for name in in_process
@@ -151,7 +157,7 @@ def test_a_list_is_not_split_within_brackets(tmp_path: Path, in_process: list[st
     assert widths[1]["widths"] == widths[2]["widths"] == {"site_1": 1.0, "site_2": 0.5}
     assert widths[1]["model"]["hidden"] == [8, 8]
     rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").read_text().splitlines()))
-    assert [row["algorithm"] for row in rows] == split_top_level(asked, ",")
+    assert [row["algorithm"] for row in rows] == split_top_level(labels, ",")
 
 
 @pytest.mark.parametrize(
@@ -169,21 +175,21 @@ def test_a_list_is_not_split_within_brackets(tmp_path: Path, in_process: list[st
         ),
     ],
 )
-def test_the_settings_of_a_label(label: str, base: str, name: str) -> None:
+def test_label_gives_name_and_overrides(label: str, base: str, name: str) -> None:
     assert algorithm_base(label) == base and algorithm_name(label) == name
     variant = comparison.Variant.parse(label)
     assert variant.overrides[0] == f"algorithm.name={base}" and len(variant.overrides) == 3
 
 
-def test_a_grid_takes_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, Any] = {}
+def test_grid_accepts_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options_of_compare: dict[str, Any] = {}
 
-    def told(*_: Any, **options: Any) -> Path:
-        asked.update(options)
+    def record_options(*_: Any, **options: Any) -> Path:
+        options_of_compare.update(options)
         (tmp_path / "comparison.md").write_text("")
         return tmp_path
 
-    monkeypatch.setattr("hetero_fl.experiment.compare", told)
+    monkeypatch.setattr("hetero_fl.experiment.compare", record_options)
     command = [
         "--config",
         "c.yaml",
@@ -195,25 +201,27 @@ def test_a_grid_takes_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "algorithm.widths=[1,0.5],[1]",
     ]
     assert main(command, command="compare") == 0
-    assert asked["grid"] == {"algorithm.widths": ["[1,0.5]", "[1]"]}
+    assert options_of_compare["grid"] == {"algorithm.widths": ["[1,0.5]", "[1]"]}
 
 
-def test_from_python_too(tmp_path: Path) -> None:
+def test_compare_function_checks_its_arguments(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--jobs: must be >= 1, got 0"):
         compare(small(), "local", out=tmp_path, jobs=0)
 
 
-def test_resume_where_nothing_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_without_a_run_starts_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(small()))
-    asked = ["--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run"), "--resume"]
+    arguments = ["--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run"), "--resume"]
     line = f"{tmp_path / 'run'}: no run to resume, starting a new one"
-    assert main(asked, command="train") == 0
+    assert main(arguments, command="train") == 0
     assert line in capsys.readouterr().err.splitlines()
-    assert main(asked, command="train") == 0
+    assert main(arguments, command="train") == 0
     assert line not in capsys.readouterr().err
 
 
-def test_all_is_whatever_the_configuration_admits(
+def test_all_selects_the_methods_that_the_configuration_allows(
     tmp_path: Path, in_process: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = {
@@ -223,12 +231,15 @@ def test_all_is_whatever_the_configuration_admits(
     monkeypatch.setattr(register_algorithm, "_known", few)
     shares = ["parameters", "predictions"]
     source = small(data__proxy__size=0, clients__defaults__shares=shares)
-    source["clients"]["groups"][0]["model"] = "mlp"  # whose features are its own
+    # features of an mlp cannot be shared with other models
+    source["clients"]["groups"][0]["model"] = "mlp"
     compare(source, "ALL", out=tmp_path / "out")
     assert in_process == ["fedavg-seed0", "centralized-seed0", "local-seed0"]
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert "- **Without FedMD:** algorithm.name=fedmd requires a proxy set" in text
-    assert "- **Without FedGKT:** algorithm.name=fedgkt requires clients that share features" in text
+    assert (
+        "- **Without FedGKT:** algorithm.name=fedgkt requires clients that share features" in text
+    )
     assert "left out fedmd: " in (tmp_path / "out" / "log.txt").read_text()
     rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").read_text().splitlines()))
     figures = [float(row["global_last_accuracy"]) for row in rows]
@@ -236,7 +247,7 @@ def test_all_is_whatever_the_configuration_admits(
 
 
 @pytest.mark.slow
-def test_variants_stand_beside_all(
+def test_variants_can_be_added_to_all(
     tmp_path: Path, in_process: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -256,7 +267,7 @@ def test_variants_stand_beside_all(
     assert not (tmp_path / "other").exists()
 
 
-def test_what_no_method_admits_is_a_mistake_of_the_configuration(tmp_path: Path) -> None:
+def test_all_raises_if_no_method_can_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere"):
         compare(small(data__path=str(tmp_path / "nowhere.npz")), "all", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""A comparison says which method ran with which settings, and where each was written."""
+"""Comparisons report the settings of each method and the source of each setting."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from hetero_fl.utils.errors import UserError
 from tests.helpers.small_federations import config
 from tests.reporting.test_report import Page
 
+# the method of the configuration file; 2.0 is the default of `temperature`
 FILE = {"name": "hybrid", "temperature": 2.0, "heads": "keep"}
-"""The file's own method; 2.0 is the default of `temperature`."""
 
 
 def small(algorithm: dict[str, Any] = FILE) -> dict[str, Any]:
@@ -58,19 +58,19 @@ def test_used_settings_name_file_variant_override_and_grid() -> None:
     }
 
 
-def test_used_settings_take_the_last_word() -> None:
+def test_used_settings_name_the_last_source() -> None:
     (found,) = settings_of("hybrid:heads=take", point=("algorithm.heads=keep",))
     assert found == Setting("heads", "keep", "grid")
     assert settings_of("hybrid:heads=take") == ()
 
 
-def test_used_settings_of_a_study_say_so() -> None:
+def test_used_settings_name_the_study() -> None:
     found = settings_of("fedprox:mu=0.5", origins={"fedprox:mu=0.5": "study small.yaml"})
     assert found == (Setting("mu", "0.5", "study small.yaml"),)
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "labels", "told"),
+    ("algorithm", "labels", "note"),
     [
         (
             FILE,
@@ -83,17 +83,18 @@ def test_used_settings_of_a_study_say_so() -> None:
             FILE,
             ["local"],
             "The settings in the algorithm section of the configuration "
-            "(temperature = 2.0, heads = keep) belong to Hybrid, which is not compared: all methods "
+            "(temperature = 2.0, heads = keep) belong to "
+            "Hybrid, which is not compared: all methods "
             "use their defaults.",
         ),
         ({"name": "fedavg"}, ["local", "fedavg"], ""),
     ],
 )
-def test_note_says_which_method_the_file_settings_went_to(
-    algorithm: dict[str, Any], labels: list[str], told: str
+def test_note_names_the_method_of_the_file_settings(
+    algorithm: dict[str, Any], labels: list[str], note: str
 ) -> None:
     used = used_settings(small(algorithm), [], {Variant.parse(label): () for label in labels}, {})
-    assert used.note == told
+    assert used.note == note
 
 
 @pytest.mark.slow
@@ -151,10 +152,10 @@ def test_compare_names_the_study_as_the_source(
         == 0
     )
 
-    told = capsys.readouterr().err
-    assert "settings of FedAvg: logit_adjustment = true (study both.yaml)" in told
-    assert "logit_adjustment = true): logit_adjustment = true (study both.yaml)" in told
-    assert "belong to Hybrid, which is not compared" in told
+    console = capsys.readouterr().err
+    assert "settings of FedAvg: logit_adjustment = true (study both.yaml)" in console
+    assert "logit_adjustment = true): logit_adjustment = true (study both.yaml)" in console
+    assert "belong to Hybrid, which is not compared" in console
 
 
 @pytest.mark.slow
@@ -172,29 +173,30 @@ OWN_METHOD = """
 from hetero_fl.algorithms.fedavg import FedAvg
 
 
-class Mine(FedAvg):
-    \"\"\"FedAvg with a setting of its own.\"\"\"
+class Custom(FedAvg):
+    \"\"\"FedAvg with an additional setting.\"\"\"
 
     strength: float = 1.0
 """
 
 
 def test_used_settings_run_no_code_without_permission() -> None:
-    own = Variant.parse("python:not_there:Mine")
+    variant = Variant.parse("python:not_there:Custom")
     with pytest.raises(UserError, match="--allow-code"):
-        used_settings(small(), [], {own: ()}, {}, allow_code=CodePermission())
+        used_settings(small(), [], {variant: ()}, {}, allow_code=CodePermission())
 
 
 @pytest.mark.slow
 def test_compare_lists_the_settings_of_a_custom_method(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: list[str]
 ) -> None:
-    (tmp_path / "mine_settings.py").write_text(OWN_METHOD)
+    (tmp_path / "custom_settings.py").write_text(OWN_METHOD)
     monkeypatch.syspath_prepend(str(tmp_path))
 
-    labels = ["local", "python:mine_settings:Mine:strength=3"]
+    labels = ["local", "python:custom_settings:Custom:strength=3"]
     out = compare(small(), labels, out=tmp_path / "out", jobs=1, allow_code=True)
 
     assert (
-        "- **Mine (strength = 3):** strength = 3.0 (variant)" in (out / "comparison.md").read_text()
+        "- **Custom (strength = 3):** strength = 3.0 (variant)"
+        in (out / "comparison.md").read_text()
     )

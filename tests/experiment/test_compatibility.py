@@ -1,4 +1,4 @@
-"""What cannot work is refused at load, in one line that names the key; what can work is not."""
+"""Configurations that cannot work are refused on loading, in one line that names the key."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ def accepted(*source: Any, **changes: Any) -> PreparedRun:
     return prepare(config(*source, **changes))
 
 
-def test_batches_of_one_and_batch_norm() -> None:
-    def one(models: Any, method: str = "fedavg", **changes: Any) -> dict[str, Any]:
-        made = config(method, models, **changes)
-        made["clients"]["defaults"]["batch_size"] = 1
-        return made
+def test_batch_norm_refuses_batches_of_one() -> None:
+    def batches_of_one(models: Any, method: str = "fedavg", **changes: Any) -> dict[str, Any]:
+        source = config(method, models, **changes)
+        source["clients"]["defaults"]["batch_size"] = 1
+        return source
 
     with pytest.raises(
         UserError, match="clients: site_1: batch_size: got 1, but cnn_bn_small has BatchNorm"
     ):
-        prepare(one("cnn_bn_small"))
-    assert prepare(one(GROUP_NORM)).federation.client_infos
+        prepare(batches_of_one("cnn_bn_small"))
+    assert prepare(batches_of_one(GROUP_NORM)).federation.client_infos
 
 
 @pytest.mark.parametrize("method", ["fedmd", "feddf", "hybrid"])
-def test_public_batches_of_one_and_batch_norm(method: str) -> None:
+def test_batch_norm_refuses_proxy_batches_of_one(method: str) -> None:
     refused(
         "algorithm.proxy_batch_size: got 1, but cnn_bn_small",
         method,
@@ -62,7 +62,7 @@ def test_public_batches_of_one_and_batch_norm(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["fedmd", "feddf", "kt_pfl"])
-def test_who_needs_a_proxy_set_is_told_how_to_have_one(method: str) -> None:
+def test_missing_proxy_set_names_the_key(method: str) -> None:
     refused(
         f"{method} requires a proxy set, but data.proxy.size is 0; set data.proxy.size > 0",
         method,
@@ -71,55 +71,63 @@ def test_who_needs_a_proxy_set_is_told_how_to_have_one(method: str) -> None:
     accepted(method, data__proxy__size=10)
 
 
-def test_without_a_proxy_set_its_batch_does_not_matter() -> None:
+def test_proxy_batch_size_is_ignored_without_a_proxy_set() -> None:
     accepted("hybrid", data__proxy__size=0, algorithm__proxy_batch_size=1)
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedprox", "fedper", "lg_fedavg"])
-def test_averaging_where_nobody_has_a_tensor_in_common(method: str) -> None:
-    words = "no two clients upload the same tensor; give clients the same model, let their shares overlap"
+def test_averaging_requires_a_shared_tensor(method: str) -> None:
+    words = (
+        "no two clients upload the same tensor; give clients the same model, "
+        "let their shares overlap"
+    )
     refused(words, method, DIFFERENT)
-    accepted(method, DIFFERENT, clients=4)  # two of them share a model
+    # two of four clients have the same model
+    accepted(method, DIFFERENT, clients=4)
     accepted(method, DIFFERENT[:1], clients=1)
 
 
-def test_what_counts_is_what_is_sent() -> None:
+def test_averaging_check_considers_uploads_only() -> None:
     words = "no two clients upload the same tensor"
     refused(words, "hybrid", DIFFERENT, data__proxy__size=0)
     accepted("hybrid", DIFFERENT)
     refused(words, "hybrid", data__proxy__size=0, clients__defaults__shares=["predictions"])
-    # the proxy is there, nobody answers
+    # there is a proxy set, but no client uploads predictions
     refused(words, "hybrid", DIFFERENT, clients__defaults__shares=["parameters"])
-    # the head is all that lg_fedavg averages
+    # lg_fedavg averages heads only
     refused(words, "lg_fedavg", clients__defaults__shares=["backbone"])
     accepted("fedper", clients__defaults__shares=["backbone"])
     only_one = [{"match": "site_[12]", "shares": ["predictions"]}]
     refused(words, "fedavg", clients__overrides=only_one)
-    accepted("feddf", DIFFERENT)  # distils, whatever it averages
+    # feddf also distills
+    accepted("feddf", DIFFERENT)
 
 
 @pytest.mark.parametrize("align", [0.0, 0.5])
-def test_label_counts_are_no_word_of_their_own(align: float) -> None:
+def test_label_counts_alone_are_refused(align: float) -> None:
     words = "no two clients upload the same tensor"
     refused(words, "hybrid", DIFFERENT, data__proxy__size=0, algorithm__align=align)
     for method, needed in (("fedmd", "predictions"), ("feddf", "parameters or predictions")):
-        silent = {"clients__defaults__shares": ["statistics"], "algorithm__align": align}
-        refused(f"{method} requires clients that share {needed}", method, **silent)
+        changes = {"clients__defaults__shares": ["statistics"], "algorithm__align": align}
+        refused(f"{method} requires clients that share {needed}", method, **changes)
 
 
-def test_common_prefixes() -> None:
-    hidden = [{"name": "mlp", "hidden": [8, n]} for n in (4, 6, 8)]
-    refused("no two clients", "fedavg", hidden)
-    assert accepted("fedavg", hidden, clients__common=["backbone."]).notes == []
+def test_common_prefixes_are_checked() -> None:
+    models = [{"name": "mlp", "hidden": [8, n]} for n in (4, 6, 8)]
+    refused("no two clients", "fedavg", models)
+    assert accepted("fedavg", models, clients__common=["backbone."]).notes == []
     # of different shapes
     refused("no two clients", "fedavg", DIFFERENT, clients__common=["head.weight"])
-    refused("clients.common: no model has a tensor with prefix 'backbon_'; did you mean 'backbone.'?",
-            "fedavg", clients__common=["backbon_"])  # fmt: skip
+    refused(
+        "clients.common: no model has a tensor with prefix 'backbon_'; did you mean 'backbone.'?",
+        "fedavg",
+        clients__common=["backbon_"],
+    )
     refused("did you mean 'head.'?", "fedmd", clients__common=["backbone.", "heads."])
 
 
-def test_who_stands_alone_is_noted() -> None:
-    # of three clients, the first and the third are alike
+def test_single_client_of_an_architecture_is_noted() -> None:
+    # the first and the third of three clients have the same model
     (note,) = accepted("fedavg", DIFFERENT[:2]).notes
     assert note == (
         "fedavg averages clients with the same architecture: "
@@ -127,8 +135,8 @@ def test_who_stands_alone_is_noted() -> None:
     )
 
 
-def test_several_that_stand_alone_are_noted_in_the_plural() -> None:
-    # the first and the fourth are alike
+def test_several_single_clients_are_noted_in_the_plural() -> None:
+    # the first and the fourth client have the same model
     (note,) = accepted("fedavg", [*DIFFERENT[:2], "linear"], clients=4).notes
 
     assert note.startswith("fedavg averages clients with the same architecture: mlp(")
@@ -145,11 +153,11 @@ def test_several_that_stand_alone_are_noted_in_the_plural() -> None:
         ([1] * 9 + [float("inf")], "class_weights"),
     ],
 )
-def test_class_weights(weights: list[float], words: str) -> None:
+def test_invalid_class_weights_raise_one_line(weights: list[float], words: str) -> None:
     refused(words, clients__defaults__class_weights=weights)
 
 
-def test_weights_need_classes_that_exclude_one_another() -> None:
+def test_class_weights_require_a_multiclass_task() -> None:
     source = config("fedavg", "mlp", data__proxy__size=0)
     prepare(source, dataset=make_table(kind="regression"))
     source["clients"]["defaults"]["class_weights"] = "balanced"
@@ -174,6 +182,8 @@ def test_weights_need_classes_that_exclude_one_another() -> None:
         ),
     ],
 )
-def test_misspelled_method_and_too_large_proxy_set(changes: dict[str, Any], line: str) -> None:
+def test_misspelled_key_and_large_proxy_set_raise_one_line(
+    changes: dict[str, Any], line: str
+) -> None:
     with pytest.raises(UserError, match=line):
         prepare({**config(), **changes})

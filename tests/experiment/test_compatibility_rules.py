@@ -1,4 +1,4 @@
-"""Each rule on combinations of features has a configuration that violates it, and names both keys."""
+"""Rules on combinations of features: each is violated by a configuration and names both keys."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hetero_fl.utils.errors import UserError
 from tests.helpers.small_federations import config
 
 RULES = {**RULES_ON_LOADING, **RULES_AFTER_PREPARATION}
-HERE = f"python:{__name__}"
+THIS_MODULE = f"python:{__name__}"
 ASYNC = {"threads": 1, "mode": "async"}
 NOISE = {"noise_multiplier": 1.0, "delta": 1e-4}
 RECORD = {"unit": "record", "accountant": "rdp", **NOISE}
@@ -29,7 +29,7 @@ DIFFERENT = [{"name": "mlp", "hidden": [width]} for width in (8, 12, 16)]
 
 
 class Unstructured(FedAvg):
-    """Sends parameters that no client received."""
+    """Upload parameters that no client received."""
 
     uploads = {"vector": ItemSpec("params", share="statistics")}
 
@@ -42,7 +42,7 @@ class Unstructured(FedAvg):
 
 
 class Impatient(FedAvg):
-    """Trains on rows that it predicts on, which nothing accounts for."""
+    """Read training rows in a step that the privacy accountant does not count."""
 
     def train(self, client: Any, received: Any) -> Any:
         yield Predict("model")
@@ -66,6 +66,7 @@ def weighted(weights: Any) -> dict[str, Any]:
     return config(clients__defaults__class_weights=weights)
 
 
+# a configuration that violates each rule, and no rule before it
 VIOLATIONS: dict[str, dict[str, Any]] = {
     "cohort_larger_than_population": config(clients__per_round=9),
     "sampled_clients_share_rarely": config(clients__per_round=2, clients__defaults__share_every=2),
@@ -180,7 +181,7 @@ VIOLATIONS: dict[str, dict[str, Any]] = {
     "private_rows_sent": config("fedgkt", "cnn_gn_small", privacy=RECORD),
     "private_records_batch_norm": config(models="cnn_bn_small", privacy=RECORD),
     "private_records_in_evaluation": config("fedbabu", "cnn_gn_small", privacy=RECORD),
-    "private_records_unaccounted": config(f"{HERE}:Impatient", MLP, privacy=RECORD),
+    "private_records_unaccounted": config(f"{THIS_MODULE}:Impatient", MLP, privacy=RECORD),
     "clip_of_unknown_item": config(models=MLP, privacy={**CLIENT, "clip": {"modle": 1.0}}),
     "votes_without_classes": config(models=MLP, privacy={**CLIENT, "votes": True}),
     "bounded_factors": config("fedkd", "cnn_gn_small", privacy={**CLIENT, "unit": "local"}),
@@ -190,11 +191,12 @@ VIOLATIONS: dict[str, dict[str, Any]] = {
     ),
     "noised_batch_norm": config(models="cnn_bn_small", privacy=CLIENT),
     "parameters_without_start": config(
-        f"{HERE}:Unstructured", MLP, privacy=CLIENT, clients__defaults__shares=["statistics"]
+        f"{THIS_MODULE}:Unstructured", MLP, privacy=CLIENT, clients__defaults__shares=["statistics"]
     ),
 }
-"""A configuration that violates each rule, and no rule before it."""
 
+
+# data sets of the configurations that do not use digits
 DATASETS: dict[str, Dataset] = {
     "task_of_method": make_table(kind="regression"),
     "class_weights_of_other_task": make_table(kind="regression"),
@@ -203,11 +205,10 @@ DATASETS: dict[str, Dataset] = {
     "trigger_of_other_task": make_table(kind="multilabel"),
     "trigger_without_images": make_table(),
 }
-"""Data of the configurations that are not about digits."""
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_rule_refuses_a_configuration_in_one_line_with_both_keys(name: str) -> None:
+def test_rule_refusal_is_one_line_with_both_keys(name: str) -> None:
     rule = RULES[name]
 
     with pytest.raises(UserError) as refusal:

@@ -1,4 +1,4 @@
-"""Saved models on other data sets: classes and targets by name, a table by its column of labels."""
+"""Evaluation of saved models on other data sets: classes, targets, labels of tables."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hetero_fl.utils.errors import UserError
 
 
 def saved(folder: Path, task: Task, shape: tuple[int, ...], columns: list[float]) -> Path:
-    """A run directory with one linear model whose output k is columns[k] times the sum of the inputs."""
+    """Create a run directory with a model whose output k is columns[k] times the input sum."""
     arch = ModelSpec.from_config("linear", task.outputs, shape)
     tensors = {n: torch.zeros_like(t) for n, t in arch.initial_tensors(0).items()}
     weight = next(n for n, t in tensors.items() if t.ndim == 2)
@@ -39,9 +39,9 @@ def saved(folder: Path, task: Task, shape: tuple[int, ...], columns: list[float]
     return run.path
 
 
-def images(folder: Path, grey: dict[str, int]) -> str:
-    """A folder of images, one grey value a class."""
-    for name, value in grey.items():
+def images(folder: Path, gray_values: dict[str, int]) -> str:
+    """Create a folder of images with one gray value per class."""
+    for name, value in gray_values.items():
         (folder / "train" / name).mkdir(parents=True)
         (folder / "test" / name).mkdir(parents=True)
         for i in range(3):
@@ -53,11 +53,13 @@ def images(folder: Path, grey: dict[str, int]) -> str:
 
 
 def test_classes_are_matched_by_name(tmp_path: Path) -> None:
-    task = Task("multiclass", 2, ("normal", "ill"))  # a folder's classes are sorted: ill, normal
+    # the classes of a folder are sorted: ill, normal
+    task = Task("multiclass", 2, ("normal", "ill"))
     run = saved(tmp_path / "run", task, (1, 4, 4), [0.0, 1.0])
     data = images(tmp_path / "sets", {"normal": 0, "ill": 255})
     scores = evaluate(run, data)["a"]
-    assert scores["auroc"] == 1.0  # as it is numbered in the folder it would be 0
+    # with the class numbers of the folder it would be 0
+    assert scores["auroc"] == 1.0
     other = images(tmp_path / "others", {"normal": 0, "sick": 255})
     with pytest.raises(
         UserError,
@@ -65,10 +67,11 @@ def test_classes_are_matched_by_name(tmp_path: Path) -> None:
     ):
         evaluate(run, other)
     unnamed = saved(tmp_path / "unnamed", Task("multiclass", 2), (1, 4, 4), [1.0, 0.0])
-    assert evaluate(unnamed, data)["a"]["auroc"] == 1.0  # without names, by number
+    # without class names, by number
+    assert evaluate(unnamed, data)["a"]["auroc"] == 1.0
 
 
-def test_renumbered_gives_classes_the_numbers_that_the_models_know() -> None:
+def test_renumber_targets_uses_the_class_numbers_of_the_models() -> None:
     found = Task("multiclass", 3, ("a", "b", "c"))
     known = Task("multiclass", 3, ("b", "c", "a"))
 
@@ -77,7 +80,7 @@ def test_renumbered_gives_classes_the_numbers_that_the_models_know() -> None:
     assert y.tolist() == [2, 0, 1, 2]
 
 
-def test_a_table_is_scored_by_its_label(tmp_path: Path) -> None:
+def test_table_targets_are_matched_by_name(tmp_path: Path) -> None:
     table = tmp_path / "t.csv"
     pd.DataFrame(
         {
@@ -88,7 +91,7 @@ def test_a_table_is_scored_by_its_label(tmp_path: Path) -> None:
     ).to_csv(table, index=False)
     run = saved(tmp_path / "run", Task("regression", 2, ("y2", "y1")), (1,), [-1.5, 2.0])
     scores = evaluate(run, str(table), label="y1,y2")["a"]
-    # 0.5 for y1, nought for y2; far off in the table's order
+    # errors are 0.5 for y1 and 0 for y2, and large in the column order of the table
     assert scores["mae"] == pytest.approx(0.25)
     with pytest.raises(
         UserError, match=r"^--label: missing; set the column of the labels, choose from x, y1, y2"
@@ -104,26 +107,26 @@ def test_a_table_is_scored_by_its_label(tmp_path: Path) -> None:
         evaluate(run, "digits", label="y")
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_command_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pd.DataFrame({"x": range(40), "y": [2.0 * i + 0.5 for i in range(40)]}).to_csv(
         tmp_path / "t.csv", index=False
     )
     run = saved(tmp_path / "run", Task("regression", 1, ("y",)), (1,), [2.0])
-    asked = [str(run), "--data", str(tmp_path / "t.csv"), "--label", "y"]
-    assert main([*asked, "--json", str(tmp_path / "s.json")], command="evaluate") == 0
+    arguments = [str(run), "--data", str(tmp_path / "t.csv"), "--label", "y"]
+    assert main([*arguments, "--json", str(tmp_path / "s.json")], command="evaluate") == 0
     assert '"mae": 0.5' in (tmp_path / "s.json").read_text()
     capsys.readouterr()
-    for place in (tmp_path / "no" / "s.json", tmp_path):
-        assert main([*asked, "--json", str(place)], command="evaluate") == 2
-        said = capsys.readouterr()
+    for path in (tmp_path / "no" / "s.json", tmp_path):
+        assert main([*arguments, "--json", str(path)], command="evaluate") == 2
+        captured = capsys.readouterr()
         assert (
-            said.err == f"error: --json: expected a file in an existing folder, got {place}\n"
-            and not said.out
+            captured.err == f"error: --json: expected a file in an existing folder, got {path}\n"
+            and not captured.out
         )
 
 
-def test_a_table_is_read_as_the_run_read_its_own(tmp_path: Path) -> None:
-    """Whole numbers by chance are still regression targets, numbers of patients no feature, 0.0 is the class 0."""
+def test_table_is_read_with_the_settings_of_the_run(tmp_path: Path) -> None:
+    """Use the task and columns of the run: integer targets, patient numbers, classes as floats."""
     frame = pd.DataFrame(
         {"u": [1.0, 2.0, 3.0, 4.0], "who": [7, 7, 8, 8], "ward": [1, 2, 1, 2], "y": [1, 2, 3, 4]}
     )
@@ -138,7 +141,7 @@ def test_a_table_is_read_as_the_run_read_its_own(tmp_path: Path) -> None:
     assert evaluate(classes, str(tmp_path / "c.csv"), label="y")["a"]["auroc"] == 1.0
 
 
-def test_what_a_table_uses_is_said_before_the_run(tmp_path: Path) -> None:
+def test_prepare_notes_the_columns_of_a_table(tmp_path: Path) -> None:
     rows = {
         "u": range(90),
         "ward": ["a", "b", "c"] * 30,
@@ -155,12 +158,13 @@ def test_what_a_table_uses_is_said_before_the_run(tmp_path: Path) -> None:
     clients = {"groups": [{"name": "a", "count": 2, "model": "mlp"}]}
     notes = prepare({"data": data, "clients": clients, "algorithm": {"name": "fedavg"}}).notes
     assert notes[0] == (
-        "table t.csv: label ill; columns used: u, ward, patient; encoded as indicators: ward (a, b, c); left out: none"
+        "table t.csv: label ill; columns used: u, ward, patient; "
+        "encoded as indicators: ward (a, b, c); left out: none"
     )
     assert "set data.patient" in notes[1] and len(notes) == 2
 
 
-def test_the_label_is_that_of_the_runs_own_configuration(tmp_path: Path) -> None:
+def test_label_defaults_to_the_configuration_of_the_run(tmp_path: Path) -> None:
     run = saved(tmp_path / "run", Task("multiclass", 2), (2,), [0.0, 1.0])
     pd.DataFrame({"a": [-1.0, 1.0], "b": [-1.0, 1.0], "ill": [0, 1]}).to_csv(
         tmp_path / "t.csv", index=False
@@ -176,13 +180,13 @@ def test_the_label_is_that_of_the_runs_own_configuration(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
-def test_no_header_is_clipped(width: int) -> None:
+def test_score_table_shows_all_metric_names(width: int) -> None:
     figures = dict.fromkeys(CLASSIFICATION, 0.123)
     console = Console(width=width, file=io.StringIO())
     print_scores({"hospital_10": figures, "server": {**figures, "auroc": None}}, "a on b", console)
     assert isinstance(console.file, io.StringIO)
-    said = console.file.getvalue()
-    assert "…" not in said and said.count("0.123") == 11
+    text = console.file.getvalue()
+    assert "…" not in text and text.count("0.123") == 11
     for name in CLASSIFICATION:
         for word in name.split("_"):
-            assert word in said.split()
+            assert word in text.split()

@@ -1,4 +1,4 @@
-"""Saved models on files whose columns stand in another order, and on recordings that are cut as the run's were."""
+"""Evaluation on files with reordered columns, on recordings and on training rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hetero_fl.cli import main
 from hetero_fl.experiment import evaluate
 from hetero_fl.utils.errors import UserError
 
-# The file that a run was trained on is scored, too.
+# some tests score the file that the run was trained on
 pytestmark = pytest.mark.filterwarnings("ignore:.*are also in the run's training rows:UserWarning")
 
 
@@ -43,7 +43,7 @@ def finished(folder: Path, **data: Any) -> hetero_fl.Run:
 @pytest.mark.parametrize(
     "view", [{}, {"columns": ["a", "b"]}, {"columns": ["a", "b"], "missing": "indicate"}]
 )
-def test_columns_are_matched_by_name(view: dict[str, Any], tmp_path: Path) -> None:
+def test_evaluate_matches_columns_by_name(view: dict[str, Any], tmp_path: Path) -> None:
     x = np.random.default_rng(0).normal(size=(300, 3)) * [1, 10, 100]
     frame = pd.DataFrame(x, columns=["a", "b", "c"]).assign(y=(x[:, 0] > 0).astype(int))
     frame.to_csv(tmp_path / "t.csv", index=False)
@@ -64,20 +64,23 @@ def test_columns_are_matched_by_name(view: dict[str, Any], tmp_path: Path) -> No
         ({"columns": ["a", "b"], "missing": "indicate"}, "b"),
     ],
 )
-def test_predictions_on_a_frame_go_by_its_columns_names(
+def test_predict_matches_columns_by_name(
     view: dict[str, Any], absent: str | None, tmp_path: Path
 ) -> None:
     x = np.random.default_rng(0).normal(size=(300, 3)).astype(np.float32) * [1, 10, 100]
     frame = pd.DataFrame(x, columns=["a", "b", "c"])
     frame.assign(y=(x[:, 0] > 0).astype(int)).to_csv(tmp_path / "t.csv", index=False)
     run = finished(tmp_path, name="table", path=str(tmp_path / "t.csv"), label="y", preprocess=view)
-    want = run.predict("c_1", x)
-    assert torch.equal(run.predict("c_1", frame[["c", "b", "a"]]), want)
-    whole = frame.assign(y=1, pid="p7")  # as the file that it was trained on
-    assert torch.equal(run.predict("c_1", whole), want)
+    expected = run.predict("c_1", x)
+    assert torch.equal(run.predict("c_1", frame[["c", "b", "a"]]), expected)
+    # additional columns are ignored
+    with_label = frame.assign(y=1, pid="p7")
+    assert torch.equal(run.predict("c_1", with_label), expected)
     if absent is not None:
-        gone = torch.tensor(frame.assign(**{absent: np.nan}).to_numpy())
-        assert torch.equal(run.predict("c_1", frame.drop(columns=absent)), run.predict("c_1", gone))
+        with_nan = torch.tensor(frame.assign(**{absent: np.nan}).to_numpy())
+        assert torch.equal(
+            run.predict("c_1", frame.drop(columns=absent)), run.predict("c_1", with_nan)
+        )
     for wrong, words in (
         (frame.rename(columns={"b": "bb"}), "predict: x: unknown column 'bb'; did you mean 'b'"),
         (frame[["a", "b", "b"]], "predict: x: column 'b' occurs 2 times"),
@@ -93,7 +96,7 @@ def test_predictions_on_a_frame_go_by_its_columns_names(
         assert "\n" not in str(refused.value)
 
 
-def test_recordings_are_cut_as_the_runs_own(tmp_path: Path) -> None:
+def test_evaluate_cuts_recordings_as_the_run(tmp_path: Path) -> None:
     draws = np.random.default_rng(0)
     frame = pd.DataFrame(draws.normal(size=(2000, 2)), columns=["ax", "ay"])
     frame["activity"] = np.repeat(["sit", "walk"] * 10, 100)
@@ -103,7 +106,7 @@ def test_recordings_are_cut_as_the_runs_own(tmp_path: Path) -> None:
     assert {"c_1", "c_2"} <= set(found) and found["c_1"]["accuracy"] is not None
 
 
-def test_scores_on_training_rows_come_with_a_note(
+def test_evaluate_warns_about_training_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     x = np.random.default_rng(0).normal(size=(200, 2))
@@ -111,7 +114,10 @@ def test_scores_on_training_rows_come_with_a_note(
     frame.to_csv(tmp_path / "t.csv", index=False)
     frame.assign(a=-frame["a"]).to_csv(tmp_path / "new.csv", index=False)
     run = finished(tmp_path, name="table", path=str(tmp_path / "t.csv"), label="y")
-    note = f"of the 200 rows of {tmp_path / 't.csv'} are also in the run's training rows: scores are too optimistic for the models"
+    note = (
+        f"of the 200 rows of {tmp_path / 't.csv'} are also in the run's training rows: "
+        "scores are too optimistic for the models"
+    )
     trained = run.summary["data"]["n_train"]
     assert 0 < trained < 200
 

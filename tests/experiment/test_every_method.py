@@ -1,4 +1,4 @@
-"""Every method of the contract runs on the quickest configuration by its name alone, with no warning."""
+"""Every built-in method runs on the quickstart configuration without further settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.helpers.small_federations import QUICK
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-def test_the_list_is_whole() -> None:
+def test_list_of_methods_is_complete() -> None:
     assert sorted(METHODS) == sorted(
         n for n in register_algorithm if register_algorithm[n].__module__.startswith("hetero_fl.")
     )
@@ -23,10 +23,10 @@ def test_the_list_is_whole() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_by_its_name_alone(method: str, tmp_path: Path) -> None:
-    """Three architectures, two rounds; of DENSE's many steps at the server only a few."""
+def test_method_runs_by_name_alone(method: str, tmp_path: Path) -> None:
+    """Run two rounds with three architectures and few server steps."""
     few = [f"algorithm.{key}={value}" for key, value in QUICK.get(method, {}).items()]
-    wanted = [
+    overrides = [
         f"algorithm.name={method}",
         "rounds=2",
         "runtime.threads=1",
@@ -34,21 +34,25 @@ def test_by_its_name_alone(method: str, tmp_path: Path) -> None:
         "output.report=false",
         *few,
     ]
-    finished = run(CONFIGS / "digits_quickstart.yaml", overrides=wanted, out=tmp_path / "run")
+    finished = run(CONFIGS / "digits_quickstart.yaml", overrides=overrides, out=tmp_path / "run")
     summary = finished.summary
     assert summary["algorithm"] == method and summary["rounds_completed"] == 2
     models = [client["model"] for client in summary["clients"]]
-    own = ["cnn_gn_small", "cnn_gn_small", "mlp", "vit"]
-    assert all(m.startswith(own[0]) for m in models) if method == "heterofl" else models == own
-    for reading in ("personal", "global"):
-        accuracy = summary[reading]["last"]["accuracy"]
+    expected_models = ["cnn_gn_small", "cnn_gn_small", "mlp", "vit"]
+    assert (
+        all(m.startswith(expected_models[0]) for m in models)
+        if method == "heterofl"
+        else models == expected_models
+    )
+    for test_set in ("personal", "global"):
+        accuracy = summary[test_set]["last"]["accuracy"]
         assert math.isfinite(accuracy) and 0 < accuracy <= 1
     assert "arning" not in (tmp_path / "run" / "log.txt").read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_it_is_ready_for_the_main_job(method: str) -> None:
+def test_method_is_prepared_for_the_medical_configuration(method: str) -> None:
     assert (
         prepare(CONFIGS / "medical_hetero.yaml", [f"algorithm.name={method}"]).config.algorithm[
             "name"

@@ -1,4 +1,4 @@
-"""The configurations of banks, phones and sensors: two short rounds of each, several methods, and what a run leaves."""
+"""The configurations for banks, phones and sensors: short runs, methods, metrics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 SHORT = ["rounds=2", "clients.defaults.steps=2", "runtime.threads=1", "algorithm.distil_epochs=1"]
 
 
-def held(name: str, *overrides: str) -> SynchronousTrainer:
+def run_two_rounds(name: str, *overrides: str) -> SynchronousTrainer:
     torch.set_num_threads(1)
     rounds = prepare(CONFIGS / f"{name}.yaml", overrides).make_trainer()
     for _ in range(2):
@@ -31,7 +31,7 @@ def held(name: str, *overrides: str) -> SynchronousTrainer:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["finance_hetero", "text_hetero", "sensors_hetero"])
-def test_two_rounds_and_what_they_leave(name: str, tmp_path: Path) -> None:
+def test_configurations_run_two_rounds(name: str, tmp_path: Path) -> None:
     finished = run(
         CONFIGS / f"{name}.yaml", overrides=[*SHORT, "evaluation.every=2"], out=tmp_path / "run"
     )
@@ -56,11 +56,11 @@ def test_two_rounds_and_what_they_leave(name: str, tmp_path: Path) -> None:
             and "Perplexity" in report
             and not any(details["confusion"].values())
         )
-        _used_again(finished, tmp_path / "run")
+        check_saved_token_models(finished, tmp_path / "run")
 
 
-def _used_again(finished: Any, path: Path) -> None:
-    """Saved models of tokens predict, and are scored on other texts."""
+def check_saved_token_models(finished: Any, path: Path) -> None:
+    """Check predictions and scores of saved models on other texts."""
     config = finished.directory.config()["data"]
     from hetero_fl.config.data import SourceConfig, TextConfig
 
@@ -113,15 +113,15 @@ METHODS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_methods_take_tokens(method: str) -> None:
+def test_methods_train_on_tokens(method: str) -> None:
     small = ["clients.defaults.steps=1", "data.proxy.size=40", f"algorithm.name={method}"]
     own = json.dumps([{"name": "phone", "count": 12, "model": ["text_cnn", "text_transformer"]}])
-    rounds = held("text_hetero", *small, f"clients.groups={own}")
+    rounds = run_two_rounds("text_hetero", *small, f"clients.groups={own}")
     assert rounds.completed == 2
 
 
 @pytest.mark.slow
-def test_models_of_tokens_can_be_computed_together() -> None:
+def test_token_models_are_equal_in_both_backends() -> None:
     torch.set_default_dtype(torch.float64)
     try:
         own = json.dumps(
@@ -129,7 +129,7 @@ def test_models_of_tokens_can_be_computed_together() -> None:
         )
         small = ["clients.defaults.steps=3", "data.proxy.size=40", f"clients.groups={own}"]
         runs = [
-            held("text_hetero", *small, f"runtime.executor={executor}")
+            run_two_rounds("text_hetero", *small, f"runtime.executor={executor}")
             for executor in ("serial", "batched")
         ]
         one, other = (r.server.models for r in runs)
@@ -141,8 +141,7 @@ def test_models_of_tokens_can_be_computed_together() -> None:
         torch.set_default_dtype(torch.float32)
 
 
-# Figures -------------------------------------------------------------------------------------------------------------
-def test_figures_of_many_classes() -> None:
+def test_metrics_of_many_classes() -> None:
     task = Task("multiclass", 25)
     logits = torch.zeros(3, 25)
     logits[0, :3], logits[1, 4], logits[2, 7] = torch.tensor([3.0, 2.0, 1.0]), 5.0, 5.0
@@ -153,8 +152,8 @@ def test_figures_of_many_classes() -> None:
     assert "top3_accuracy" not in score(
         Task("multiclass", 10), torch.zeros(2, 10), torch.tensor([0, 1])
     )
-    broken = score(task, torch.full((3, 25), torch.nan), torch.tensor([2, 4, 9]))
-    assert set(broken.values()) == {None}
+    nan_scores = score(task, torch.full((3, 25), torch.nan), torch.tensor([2, 4, 9]))
+    assert set(nan_scores.values()) == {None}
 
 
 def test_average_precision_of_the_rare_class() -> None:
@@ -164,14 +163,13 @@ def test_average_precision_of_the_rare_class() -> None:
     assert tuple(found)[:2] == ("auroc", "average_precision") and found[
         "average_precision"
     ] == pytest.approx(0.5)
-    assert score(Task("multiclass", 2), logits, y)["average_precision"] != pytest.approx(
-        0.5
-    )  # the mean of both classes
+    # without a rare class, the mean of both classes
+    assert score(Task("multiclass", 2), logits, y)["average_precision"] != pytest.approx(0.5)
     alone = score(Task("multiclass", 2, rare=1), logits, torch.zeros(4, dtype=torch.int64))
     assert alone["average_precision"] is None and alone["auroc"] is None
 
 
-def test_a_perplexity_is_no_percentage() -> None:
+def test_perplexity_is_not_formatted_as_a_percentage() -> None:
     from hetero_fl.reporting.comparison.tables import format_single
 
     assert format_single(6.87, "perplexity") == "6.87" and format_single(

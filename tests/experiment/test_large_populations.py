@@ -1,4 +1,4 @@
-"""Populations: nothing that a run does goes through everybody, and a part of them can be read."""
+"""Large populations: no step of a run lists all clients; a sample of clients is evaluated."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from hetero_fl.utils.ordering import ClientIds, IdSeries
 from tests.helpers.small_federations import config, rounds_of
 
 MILLION = 1_000_000
-MANY = 100_000  # enough to notice work for each of them
+# enough clients to notice work for each of them
+MANY = 100_000
 STATEFUL = [
     "fedavg",
     "fedper",
@@ -41,7 +42,7 @@ STATEFUL = [
 
 def many(method: str = "fedavg", clients: int = MILLION, **changes: Any) -> dict[str, Any]:
     models = [{"name": "mlp", "hidden": [8]}, {"name": "mlp", "hidden": [12]}]
-    # two digits of training rows, or three
+    # about 40 to 400 training rows
     partition = {"kind": "drawn", "alpha": 0.5, "rows": 160, "spread": 0.5}
     given = {
         "data__partition": partition,
@@ -53,8 +54,8 @@ def many(method: str = "fedavg", clients: int = MILLION, **changes: Any) -> dict
 
 
 @pytest.fixture
-def nobody_lists_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let nothing go through all clients, but for the patterns of overrides on loading."""
+def forbid_full_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail if a step other than matching overrides on loading iterates over all clients."""
     loading = False
     match_overrides = Population._match_overrides
 
@@ -71,16 +72,18 @@ def nobody_lists_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
         whole = kind.__iter__
 
         def listed(self: Any, whole: Any = whole) -> Iterator[str]:
-            for count, id in enumerate(whole(self)):
+            for count, client_id in enumerate(whole(self)):
                 assert loading or count < 2000, f"{type(self).__name__} is listed"
-                yield id
+                yield client_id
 
         monkeypatch.setattr(kind, "__iter__", listed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", STATEFUL)
-def test_runs_with_many_clients(method: str, nobody_lists_everybody: None, tmp_path: Path) -> None:
+def test_runs_do_not_iterate_over_all_clients(
+    method: str, forbid_full_iteration: None, tmp_path: Path
+) -> None:
     shown = method == "fedavg"
     clients = MILLION if shown else MANY
     source = many(
@@ -91,27 +94,27 @@ def test_runs_with_many_clients(method: str, nobody_lists_everybody: None, tmp_p
         output={"plots": shown, "report": shown},
     )
     prepared = prepare(source)
-    assert sum(kind.count for kind in prepared.federation.client_infos.profiles) == clients
+    assert sum(profile.count for profile in prepared.federation.client_infos.profiles) == clients
     finished = run(source, out=tmp_path / "run")
     cohorts = [record["cohort"] for record in finished.metrics]
     assert [len(set(c)) for c in cohorts] == [8, 8] and cohorts[0] != cohorts[1]
-    read = [client["id"] for client in finished.summary["clients"]]
-    assert len(read) == 5 and set(read) == set(finished.metrics[-1]["clients"])
-    assert set(finished.models) - {"server"} == set(read)
+    evaluated = [client["id"] for client in finished.summary["clients"]]
+    assert len(evaluated) == 5 and set(evaluated) == set(finished.metrics[-1]["clients"])
+    assert set(finished.models) - {"server"} == set(evaluated)
     c = prepared.config
     cost = communication_cost(
         prepared.method, prepared.federation, c.rounds, c.clients.per_round, c.evaluation.every
     )
     counted = finished.summary["communication"]
-    told, sent = (
+    forecast, sent = (
         [cost.up.total(), cost.down.total() + cost.evaluation.total()],
         [counted["up_bytes"], counted["down_bytes"]],
     )
     assert cost.is_upper_bound == (method == "fedkd")
     assert (
-        all(t >= s for t, s in zip(told, sent, strict=True))
+        all(t >= s for t, s in zip(forecast, sent, strict=True))
         if cost.is_upper_bound
-        else told == sent
+        else forecast == sent
     )
     if shown:
         page = re.sub(r"\s+", " ", (tmp_path / "run" / "report.html").read_text())
@@ -119,7 +122,9 @@ def test_runs_with_many_clients(method: str, nobody_lists_everybody: None, tmp_p
 
 
 @pytest.mark.parametrize("method", ["centralized", "ensemble"])
-def test_who_needs_everybody_is_refused(method: str, nobody_lists_everybody: None) -> None:
+def test_methods_that_need_all_clients_refuse_large_populations(
+    method: str, forbid_full_iteration: None
+) -> None:
     with pytest.raises(
         UserError,
         match=rf"^algorithm.name={method} needs the rows or models of all clients in one place",
@@ -128,37 +133,39 @@ def test_who_needs_everybody_is_refused(method: str, nobody_lists_everybody: Non
     prepare(many(method, clients=500, data__partition={"kind": "drawn", "rows": 40}))
 
 
-def test_the_check_of_a_million_clients(
-    nobody_lists_everybody: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_check_of_a_million_clients_prints_representatives(
+    forbid_full_iteration: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(yaml.safe_dump(many()))
     assert main(["--config", str(path), "--check"], command="train") == 0
-    told = capsys.readouterr().out
+    out = capsys.readouterr().out
     assert (
-        "and 999,900 more" in told
-        and "the models of 100 of 1,000,000 clients are read" in " ".join(told.split())
+        "and 999,900 more" in out
+        and "every evaluation uses the same 100 of 1,000,000 clients" in " ".join(out.split())
     )
 
 
-def test_rows_that_are_dealt_out_do_not_suffice_for_thousands() -> None:
+def test_thousands_of_clients_require_shared_rows() -> None:
     with pytest.raises(
-        UserError, match=r"for 5000 clients; at most 0, unless they share rows \(.*kind: drawn\)"
+        UserError,
+        match=r"^data\.partition\.min_size: must be <= 0 for 576 training rows and 5000 clients, "
+        r"got 20; with data\.partition\.kind=drawn clients may share rows$",
     ):
         prepare(many(clients=5000, data__partition={"kind": "iid"}))
 
 
-def test_the_same_clients_are_read_each_time() -> None:
+def test_every_evaluation_uses_the_same_clients() -> None:
     source = config(clients=6, data__partition={"kind": "iid"}, evaluation={"clients": 2})
     rounds = rounds_of(source, held=0)
     first = rounds.evaluate()
     rounds.run_round()
     second = rounds.evaluate()
     assert set(first.clients) == set(second.clients) and len(first.clients) == 2
-    # reading fewer changes nothing else
-    everybody = rounds_of({**source, "evaluation": {}}, held=1).evaluate()
+    # scores do not depend on the number of evaluated clients
+    all_evaluated = rounds_of({**source, "evaluation": {}}, held=1).evaluate()
     assert {c: r.scores for c, r in second.clients.items()} == {
-        c: everybody.clients[c].scores for c in second.clients
+        c: all_evaluated.clients[c].scores for c in second.clients
     }
     assert prepare(source).notes == [
         "evaluation.clients: every evaluation uses the same 2 of 6 clients"
@@ -169,22 +176,22 @@ def test_the_same_clients_are_read_each_time() -> None:
         prepare({**source, "evaluation": {"clients": 7}})
 
 
-def test_above_a_thousand_clients_a_hundred_are_read_by_default() -> None:
+def test_large_populations_evaluate_a_hundred_clients_by_default() -> None:
     assert len(prepare(many(clients=1000)).federation.evaluated_clients) == 1000
     assert len(prepare(many(clients=1001)).federation.evaluated_clients) == 100
 
 
-def test_a_population_resumes(tmp_path: Path) -> None:
+def test_run_with_a_large_population_resumes(tmp_path: Path) -> None:
     source = many("fedper", evaluation={"clients": 3})
     whole = run(source, out=tmp_path / "whole")
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     def stop(record: Any) -> None:
-        raise Stop
+        raise StopError
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         run(source, out=tmp_path / "cut", callbacks=[stop])
     again = run(source, out=tmp_path / "cut", resume=True)
     assert [r["clients"] for r in again.metrics] == [r["clients"] for r in whole.metrics]

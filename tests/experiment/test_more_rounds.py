@@ -1,4 +1,4 @@
-"""More rounds for a run that has finished: the same bits as a run that was planned so from the start."""
+"""Extending a finished run gives the same bits as a run with more rounds from the start."""
 
 from __future__ import annotations
 
@@ -57,20 +57,24 @@ def planned(source: dict[str, Any], rounds: int, **changes: Any) -> dict[str, An
 
 
 def results(path: Path) -> dict[str, Any]:
-    """All that a run leaves but for seconds, and notes, which say that it was extended."""
+    """Return the results of a run except seconds and notes, which mention the extension."""
     summary = json.loads((path / "summary.json").read_text())
     details = json.loads((path / "details.json").read_text())
     del summary["seconds"], details["notes"]
     config_of = RunDirectory(path).config()
     return {
-        "models": models(path), "figures": figures(path), "summary": summary, "details": details, "config": config_of,
+        "models": models(path),
+        "figures": figures(path),
+        "summary": summary,
+        "details": details,
+        "config": config_of,
         "checkpoints": sorted(p.name for p in (path / "checkpoint").iterdir()),
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The short and the long run of every case."""
+    """Return a folder with the short and the long run of every case."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("made")
     for name, source in CASES.items():
@@ -81,13 +85,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def short(made: Path, tmp_path: Path) -> Path:
-    """A finished run of four rounds, whose last was evaluated because it was the last."""
+    """Return a finished run of four rounds that evaluated the final round."""
     return Path(shutil.copytree(made / "fedavg, evaluated at times" / str(SHORT), tmp_path / "a"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_an_extended_run_equals_one_planned_longer(case: str, made: Path, tmp_path: Path) -> None:
+def test_extended_run_equals_a_longer_run(case: str, made: Path, tmp_path: Path) -> None:
     extended = Path(shutil.copytree(made / case / str(SHORT), tmp_path / "a"))
 
     run(planned(CASES[case], LONG), out=extended, resume=True)
@@ -112,7 +116,7 @@ def test_extending_twice_equals_extending_once(short: Path, made: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_unfinished_run_can_be_extended(made: Path, tmp_path: Path) -> None:
+def test_unfinished_run_can_be_extended(made: Path, tmp_path: Path) -> None:
     def stop(record: dict[str, Any]) -> None:
         if record["round"] == 2:
             raise KeyboardInterrupt
@@ -125,8 +129,8 @@ def test_an_unfinished_run_can_be_extended(made: Path, tmp_path: Path) -> None:
     assert results(tmp_path / "a") == results(made / "fedavg" / str(LONG))
 
 
-class Killed(BaseException):
-    """The process ends there."""
+class ProcessKilled(BaseException):
+    """Raised in place of the end of the process."""
 
 
 POINTS = {
@@ -144,7 +148,7 @@ POINTS = {
 @pytest.mark.parametrize("again", [["rounds=7"], []])
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("point", POINTS)
-def test_an_extension_that_is_killed_is_resumed(
+def test_killed_extension_can_be_resumed(
     point: str,
     moment: str,
     again: list[str],
@@ -157,23 +161,23 @@ def test_an_extension_that_is_killed_is_resumed(
     def kill(*given: Any) -> Any:
         if moment == "after":
             plain(*given)
-        raise Killed
+        raise ProcessKilled
 
     with monkeypatch.context() as patched:
         patched.setattr(POINTS[point], point, kill)
-        with pytest.raises(Killed):
+        with pytest.raises(ProcessKilled):
             run(short / "config.yaml", overrides=["rounds=7"], out=short, resume=True)
     begun = RunDirectory(short).config()["rounds"]
 
     assert main(["train", "--resume", "--out", str(short), *again]) == 0
 
-    want = LONG if again else begun
-    assert results(short) == results(made / "fedavg, evaluated at times" / str(want))
+    expected = LONG if again else begun
+    assert results(short) == results(made / "fedavg, evaluated at times" / str(expected))
     assert main(["check", str(short)]) == 0
 
 
 @pytest.mark.slow
-def test_an_extension_is_said_in_log_and_report(
+def test_extension_is_reported_in_log_and_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = planned(CASES["fedavg"], 2)
@@ -194,11 +198,11 @@ def test_an_extension_is_said_in_log_and_report(
     assert line in report and line not in before
     assert Run(tmp_path / "a").summary["rounds_completed"] == 3
     run({**source, "rounds": 3}, out=tmp_path / "b")
-    # the schedule of its first rounds was a shorter one
+    # the first rounds used the schedule of the shorter run
     assert models(tmp_path / "a") != models(tmp_path / "b")
 
 
-def test_an_extended_run_uses_the_new_total(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extended_run_uses_the_new_total(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = set()
 
     def note(config: OptimizerConfig, context: RoundContext) -> OptimizerConfig:
@@ -212,17 +216,19 @@ def test_an_extended_run_uses_the_new_total(short: Path, monkeypatch: pytest.Mon
     assert seen == {(3, 5), (4, 5)}
 
 
-def test_rounds_may_not_shrink(short: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_refuses_fewer_rounds(short: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.read_bytes() for path in short.rglob("*") if path.is_file()}
 
     assert main(["train", "--resume", "--out", str(short), "rounds=3"]) == 2
 
-    said = f"error: {short}: rounds: was 4, is now 3; a resumed run may have more rounds, not fewer\n"
-    assert capsys.readouterr().err == said
+    message = (
+        f"error: {short}: rounds: was 4, is now 3; a resumed run may have more rounds, not fewer\n"
+    )
+    assert capsys.readouterr().err == message
     assert {path: path.read_bytes() for path in short.rglob("*") if path.is_file()} == before
 
 
-def test_another_key_beside_rounds_is_refused(
+def test_resume_refuses_changes_other_than_rounds(
     short: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", "--resume", "--out", str(short), "rounds=7", "seed=3"]) == 2
@@ -233,7 +239,7 @@ def test_another_key_beside_rounds_is_refused(
     )
 
 
-def test_a_one_shot_method_is_not_extended(
+def test_one_shot_method_cannot_be_extended(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(planned(config("dense", "cnn_bn_small", 2), 1), out=tmp_path / "a")
@@ -248,7 +254,7 @@ def test_a_one_shot_method_is_not_extended(
     assert capsys.readouterr().err.endswith("this run has finished, after 1 round\n")
 
 
-def test_a_run_whose_privacy_is_spent_is_not_extended(
+def test_run_with_spent_privacy_budget_cannot_be_extended(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     private = {"unit": "client", "target_epsilon": 8.0, "clip": 1.0, "delta": 1e-3}
@@ -264,12 +270,14 @@ def test_a_run_whose_privacy_is_spent_is_not_extended(
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder into which a node that is about to end may still write."""
+    """Remove a folder to which a node that is shutting down may still write."""
     while folder.exists():
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_a_run_on_nodes_is_not_extended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_on_nodes_cannot_be_extended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = Federation(tmp_path).serve(small(rounds=1)).path
     with pytest.raises(RunFailedError, match=r"site_\d refuses: the configuration"):
         Federation(tmp_path).serve(small(rounds=2), resume=True)
@@ -291,7 +299,7 @@ def test_a_run_on_nodes_is_not_extended(tmp_path: Path, capsys: pytest.CaptureFi
     )
 
 
-def test_a_run_that_patience_stopped_is_not_extended(
+def test_run_stopped_by_patience_cannot_be_extended(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = planned(config("local", "linear", 2, evaluation__patience=2), 30)
@@ -306,8 +314,8 @@ def test_a_run_that_patience_stopped_is_not_extended(
         capsys.readouterr().err == f"error: {tmp_path / 'a'}: rounds: was 30, is now 40; {reason}\n"
     )
     assert main(["train", "--resume", "--out", str(tmp_path / "a")]) == 0
-    said = f"{tmp_path / 'a'}: this run has finished, after {completed} of 30 rounds\n"
-    assert capsys.readouterr().err == said
+    message = f"{tmp_path / 'a'}: this run has finished, after {completed} of 30 rounds\n"
+    assert capsys.readouterr().err == message
     assert {
         path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()
     } == before
@@ -315,8 +323,8 @@ def test_a_run_that_patience_stopped_is_not_extended(
     assert main(["train", "--resume", "--out", str(tmp_path / "a"), "rounds=40"]) == 2
 
 
-def test_an_evaluation_of_the_last_round_only_does_not_stop_an_extension(tmp_path: Path) -> None:
-    """Rounds 2 and 3 are evaluated, the latter as the last; in a longer run it is not, and patience goes on."""
+def test_final_evaluation_does_not_stop_an_extension(tmp_path: Path) -> None:
+    """Ignore the evaluation of round 3, which a longer run with every=2 does not evaluate."""
     source = planned(config("local", "linear", 2, evaluation__patience=1, evaluation__every=2), 3)
     source["clients"]["defaults"] = {"optimizer": {"name": "sgd", "lr": 1e-9}}
     run(source, out=tmp_path / "a")
@@ -327,7 +335,7 @@ def test_an_evaluation_of_the_last_round_only_does_not_stop_an_extension(tmp_pat
     assert results(tmp_path / "a") == results(tmp_path / "b")
 
 
-def test_a_damaged_run_is_not_extended(short: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_run_cannot_be_extended(short: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (short / "models" / "site_1.safetensors").unlink()
 
     assert main(["train", "--resume", "--out", str(short), "rounds=7"]) == 2

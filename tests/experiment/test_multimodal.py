@@ -1,4 +1,4 @@
-"""Hospitals with images, genes or both: what is shared is the image backbone, and no gene ever leaves."""
+"""Hospitals with images, genes or both share the image backbone and upload no gene values."""
 
 from __future__ import annotations
 
@@ -33,13 +33,42 @@ from tests.helpers.small_federations import deployed, same_bits
 
 CONFIG = Path(__file__).parents[2] / "configs" / "medical_multimodal.yaml"
 REDUCED = [
-    "rounds=2", "data.train_limit=420", "data.test_limit=60", "data.proxy.size=40", "data.partition.min_size=6",
-    "clients.defaults.epochs=1", "clients.defaults.model.image_width=4", "runtime.threads=1", "runtime.executor=serial",
-]  # fmt: skip
-RUN = {"local", "fedavg", "fedprox", "scaffold", "fedavgm", "fedadam", "fedyogi", "fedbn", "fedper", "fedrep", "fedbabu", "ditto",
-       "fedmd", "feddf", "ds_fl", "kt_pfl", "fedgen", "hybrid", "centralized", "ensemble",
-       "fednova", "fedasync", "fedbuff"}  # fmt: skip
-# what it would need stays at home, or is not the same for all
+    "rounds=2",
+    "data.train_limit=420",
+    "data.test_limit=60",
+    "data.proxy.size=40",
+    "data.partition.min_size=6",
+    "clients.defaults.epochs=1",
+    "clients.defaults.model.image_width=4",
+    "runtime.threads=1",
+    "runtime.executor=serial",
+]
+SUPPORTED = {
+    "local",
+    "fedavg",
+    "fedprox",
+    "scaffold",
+    "fedavgm",
+    "fedadam",
+    "fedyogi",
+    "fedbn",
+    "fedper",
+    "fedrep",
+    "fedbabu",
+    "ditto",
+    "fedmd",
+    "feddf",
+    "ds_fl",
+    "kt_pfl",
+    "fedgen",
+    "hybrid",
+    "centralized",
+    "ensemble",
+    "fednova",
+    "fedasync",
+    "fedbuff",
+}
+# all other methods need parts that clients do not share, or equal inputs on all clients
 REFUSED = ("share", "examples of", "algorithm.widths")
 
 
@@ -48,10 +77,11 @@ def reduced(method: str, *overrides: str) -> PreparedRun:
     return prepare(CONFIG, [*REDUCED, f"algorithm.name={method}", *overrides])
 
 
-# What leaves --------------------------------------------------------------------------------------------------------------
 def triples(arrays: Iterable[np.ndarray]) -> np.ndarray:
-    """Every three neighbouring float32 numbers as one hash of 64 bits, but for those with noughts, ones and the like: where
-    two are equal it is no accident."""
+    """Return 64-bit hashes of all three consecutive float32 numbers.
+
+    Triples with round numbers such as 0 or 1 are left out, so that equal hashes are no coincidence.
+    """
     found = []
     for array in arrays:
         bits = (
@@ -60,7 +90,8 @@ def triples(arrays: Iterable[np.ndarray]) -> np.ndarray:
             .view(np.uint32)
             .astype(np.uint64)
         )
-        plain = (bits & np.uint64(0xFFFF)) == 0  # 0, 1, 0.5, infinity
+        # 0, 1, 0.5, infinity
+        plain = (bits & np.uint64(0xFFFF)) == 0
         with np.errstate(over="ignore"):
             mixed = (bits[:-2] * np.uint64(0x9E3779B97F4A7C15)) ^ (
                 bits[1:-1] * np.uint64(0xC2B2AE3D27D4EB4F)
@@ -71,7 +102,7 @@ def triples(arrays: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def floats_in(data: bytes) -> Iterator[np.ndarray]:
-    """The bytes as numbers, at each of the four places where a number may begin."""
+    """Yield the bytes as float32 numbers, at each of the four possible alignments."""
     for start in range(4):
         yield np.frombuffer(
             data[start : start + (len(data) - start) // 4 * 4], dtype=np.uint32
@@ -80,13 +111,13 @@ def floats_in(data: bytes) -> Iterator[np.ndarray]:
 
 @contextmanager
 def tapped() -> Iterator[set[bytes]]:
-    """Every payload that is sent meanwhile, in either direction, as between machines."""
-    taken: set[bytes] = set()
+    """Collect the bytes of all payloads in both directions, encoded as between machines."""
+    payloads: set[bytes] = set()
     encode = Payload.encode
 
     def tap(self: Payload) -> bytes:
         data = encode(self)
-        taken.add(data)
+        payloads.add(data)
         return data
 
     with pytest.MonkeyPatch.context() as patch:
@@ -94,30 +125,34 @@ def tapped() -> Iterator[set[bytes]]:
         encoded = property(lambda self: False, lambda self, value: None)
         for kind in (ClientRuntime, FederatedTrainer):
             patch.setattr(kind, "hands_over", encoded, raising=False)
-        yield taken
+        yield payloads
 
 
 def genes_of(rounds: SynchronousTrainer) -> list[np.ndarray]:
-    """Every tensor of a gene branch, or of what stands in its place, that anybody holds now."""
-    held: list[dict[str, Tensor]] = [
+    """Return all current tensors of gene branches, of the server and the clients."""
+    tensors_of_all: list[dict[str, Tensor]] = [
         dict(rounds.server.models[slot]) for slot in rounds.server.models
     ]
-    for id, card in rounds.federation.client_infos.items():
-        held += [dict(tensors) for tensors in rounds.store.get(id).models.values()]
-        held.append(dict(rounds.federation.initial_tensors(card.arch)))
-    return [t.numpy() for tensors in held for n, t in tensors.items() if ".genes." in n]
+    for client_id, client_info in rounds.federation.client_infos.items():
+        tensors_of_all += [dict(tensors) for tensors in rounds.store.get(client_id).models.values()]
+        tensors_of_all.append(dict(rounds.federation.initial_tensors(client_info.arch)))
+    return [t.numpy() for tensors in tensors_of_all for n, t in tensors.items() if ".genes." in n]
 
 
 def leaked(prepared: PreparedRun) -> tuple[int, bool, int]:
-    """How often three numbers of genes, or of gene models, are in what crossed; whether their name is; bytes that crossed."""
+    """Search the payloads of a run for genes.
+
+    Returns:
+        Number of matching triples, whether a payload contains the name `genes`, and bytes sent.
+    """
     data = prepared.data
     values = [share.examples.x[:, 784:].numpy() for _, share in data.client_rows.rows_by_location()]
     seen = [
-        data.columns(id, "train", data.preprocess(id))["x"]
-        for id in prepared.federation.client_infos
+        data.columns(client_id, "train", data.preprocess(client_id))["x"]
+        for client_id in prepared.federation.client_infos
     ]
     values += [x.flatten(1)[:, -61:].numpy() for x in seen if x.ndim == 2]
-    with tapped() as taken:
+    with tapped() as payloads:
         rounds = prepared.make_trainer()
         models = genes_of(rounds)
         for _ in range(prepared.config.rounds):
@@ -125,27 +160,28 @@ def leaked(prepared: PreparedRun) -> tuple[int, bool, int]:
             add_evaluation(record, rounds.evaluate())
             models += genes_of(rounds)
     secret = triples([*values, *models])
-    sent = triples(array for payload in taken for array in floats_in(payload))
+    sent = triples(array for payload in payloads for array in floats_in(payload))
     return (
         len(np.intersect1d(secret, sent)),
-        any(b"genes" in payload for payload in taken),
-        sum(map(len, taken)),
+        any(b"genes" in payload for payload in payloads),
+        sum(map(len, payloads)),
     )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_no_gene_is_in_any_payload(method: str) -> None:
+def test_payloads_contain_no_genes(method: str) -> None:
     try:
         prepared = reduced(method)
     except UserError as error:
-        # it would have to share something that stays at home
-        assert method not in RUN and "\n" not in str(error)
+        # the method needs parts that the clients do not share
+        assert method not in SUPPORTED and "\n" not in str(error)
         assert any(word in str(error) for word in REFUSED), str(error)
         return
-    assert method in RUN
+    assert method in SUPPORTED
     if prepared.method.needs.all_clients:
-        return  # a bound, which has everybody's rows or models in one place by its very nature
+        # a bound has the rows or models of all clients in one place by definition
+        return
     found, named, total = leaked(prepared)
     assert not named and found == 0
     assert total > 0 or method == "local"
@@ -153,104 +189,112 @@ def test_no_gene_is_in_any_payload(method: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedavg", "hybrid"])
-def test_the_search_finds_genes_that_leave(method: str) -> None:
+def test_leak_search_finds_shared_gene_models(method: str) -> None:
     found, named, _ = leaked(reduced(method, "clients.defaults.shares=[parameters,predictions]"))
     assert named and found > 1000
 
 
 @pytest.mark.slow
-def test_the_search_finds_values(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leak_search_finds_gene_values(monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = reduced("fedmd")
     weigh = type(prepared.method).weighted_predictions
 
-    def careless(self: Any, client: Any, logits: Any) -> Any:
+    def leak_gene_values(self: Any, client: Any, logits: Any) -> Any:
         item = weigh(self, client, logits)
         x = client.data("train", None)["x"]
-        if client.participant_id == "university_1" and x.shape[1]:  # not in a dry run
+        # in a dry run, x has no columns
+        if client.participant_id == "university_1" and x.shape[1]:
             item.values.view(-1)[:10] = x[~(x[:, -1] > 0)][0, 790:800]
         return item
 
-    monkeypatch.setattr(type(prepared.method), "weighted_predictions", careless)
+    monkeypatch.setattr(type(prepared.method), "weighted_predictions", leak_gene_values)
     found, named, _ = leaked(prepared)
     assert found == 8 and not named
 
 
-def test_what_is_shared_is_the_same_for_all_who_have_images() -> None:
+def test_clients_with_images_share_one_image_backbone() -> None:
     prepared = reduced("fedavg")
     rounds = prepared.make_trainer()
     rounds.run_round()
     ids = list(prepared.federation.client_infos)
-    models = {id: deployed(rounds, id).models["model"] for id in ids}
+    models = {client_id: deployed(rounds, client_id).models["model"] for client_id in ids}
     image = {
-        id: {n: t for n, t in m.items() if n.startswith("backbone.image.")}
-        for id, m in models.items()
+        client_id: {n: t for n, t in m.items() if n.startswith("backbone.image.")}
+        for client_id, m in models.items()
     }
-    having = [id for id in ids if not id.startswith("institute")]
-    first = image[having[0]]
-    assert len(having) == 5 and first
-    for id in having[1:]:
-        assert image[id].keys() == first.keys() and all(
-            torch.equal(image[id][n], t) for n, t in first.items()
+    with_images = [client_id for client_id in ids if not client_id.startswith("institute")]
+    first = image[with_images[0]]
+    assert len(with_images) == 5 and first
+    for client_id in with_images[1:]:
+        assert image[client_id].keys() == first.keys() and all(
+            torch.equal(image[client_id][n], t) for n, t in first.items()
         )
     assert not image["institute_1"]
     start = prepared.federation.initial_tensors(
         prepared.federation.client_infos["university_1"].arch
     )
     assert not any(torch.equal(start[n], t) for n, t in first.items() if n.endswith("weight"))
-    genes = [models[id]["backbone.genes.0.weight"] for id in ids if not id.startswith("clinic")]
+    genes = [
+        models[client_id]["backbone.genes.0.weight"]
+        for client_id in ids
+        if not client_id.startswith("clinic")
+    ]
     assert not any(torch.equal(a, b) for i, a in enumerate(genes) for b in genes[:i])
 
 
 @pytest.mark.slow
-def test_institutes_go_their_own_way() -> None:
-    """Nothing of theirs is shared, and they see nothing of the public images: as without a federation."""
-    ways = [
+def test_institutes_train_as_without_a_federation() -> None:
+    # institutes share no parameters and cannot use the public images
+    trainers = [
         reduced(method, "algorithm.logit_adjustment=false").make_trainer()
         for method in ("local", "hybrid", "fedmd")
     ]
-    for rounds in ways:
+    for rounds in trainers:
         rounds.run_round()
         rounds.run_round()
-    for id in ("institute_1", "institute_2"):
-        alone, *others = (rounds.store.get(id).models["model"] for rounds in ways)
+    for client_id in ("institute_1", "institute_2"):
+        local_tensors, *others = (
+            rounds.store.get(client_id).models["model"] for rounds in trainers
+        )
         for other in others:
-            assert alone.keys() == other.keys() and all(
-                torch.equal(t, other[n]) for n, t in alone.items()
+            assert local_tensors.keys() == other.keys() and all(
+                torch.equal(t, other[n]) for n, t in local_tensors.items()
             )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedmd", "hybrid"])
-def test_who_sees_nothing_of_the_public_images_has_no_word_in_the_consensus(method: str) -> None:
-    silent, willing = (
+def test_consensus_excludes_clients_without_images(method: str) -> None:
+    without_share, with_share = (
         reduced(
             method, f"clients.groups.2.shares={shares}", "algorithm.teacher=mean"
         ).make_trainer()
         for shares in ("[]", "[predictions]")
     )
-    silent.run_round()
-    willing.run_round()
-    assert torch.equal(silent.server.state["teacher"], willing.server.state["teacher"])
+    without_share.run_round()
+    with_share.run_round()
+    assert torch.equal(without_share.server.state["teacher"], with_share.server.state["teacher"])
 
 
-def test_feddf_gives_no_voice_to_models_that_see_nothing_of_the_public_images() -> None:
-    silent, willing = (
+def test_feddf_excludes_models_without_images() -> None:
+    without_share, with_share = (
         reduced(
             "feddf", f"clients.groups.2.shares={shares}", "algorithm.teacher=mean"
         ).make_trainer()
         for shares in ("[]", "[parameters]")
     )
-    silent.run_round()
-    willing.run_round()
+    without_share.run_round()
+    with_share.run_round()
 
     seeing = [
-        silent.federation.client_infos[id].arch.spec_id for id in ("university_1", "clinic_1")
+        without_share.federation.client_infos[client_id].arch.spec_id
+        for client_id in ("university_1", "clinic_1")
     ]
     for group in seeing:
-        assert same_bits(silent.server.models[group], willing.server.models[group])
+        assert same_bits(without_share.server.models[group], with_share.server.models[group])
 
 
-def test_public_images_are_those_of_patients_who_have_one() -> None:
+def test_proxy_set_contains_only_patients_with_images() -> None:
     data = reduced("hybrid").data
     x = data.public_sets["proxy"].copy_rows().x
     assert len(x) == 40 and not x[:, :784].isnan().any() and x[:, 784:].isnan().all()
@@ -258,26 +302,28 @@ def test_public_images_are_those_of_patients_who_have_one() -> None:
         [share.copy_rows().x[:, :784] for _, share in data.client_rows.rows_by_location()]
     )
     private = private[~private[:, 0].isnan()]
-    assert (torch.cdist(x[:, :784], private) > 0).all()  # nobody's own
+    assert (torch.cdist(x[:, :784], private) > 0).all()
     with pytest.raises(
         UserError,
-        match=r"data\.proxy\.size: must be < \d+, the number of training rows of xray_genes with image",
+        match=r"data\.proxy\.size: must be < \d+, "
+        r"the number of training rows of xray_genes with image",
     ):
         reduced("hybrid", "data.proxy.size=400")
 
 
-def test_a_model_is_told_what_its_hospital_sees() -> None:
+def test_model_blocks_match_the_data_of_the_hospital() -> None:
     archs = {kind.first: kind.arch for kind in reduced("fedavg").federation.client_infos.profiles}
-    blocks = {id: dict(arch.options)["blocks"] for id, arch in archs.items()}
+    blocks = {client_id: dict(arch.options)["blocks"] for client_id, arch in archs.items()}
     image, genes = ("image", (1, 28, 28)), ("genes", (60,))
     assert blocks == {"university_1": (image, genes), "clinic_1": (image,), "institute_1": (genes,)}
     assert [arch.input_shape for arch in archs.values()] == [(846,), (1, 28, 28), (61,)]
 
 
-def test_parts_that_may_leave() -> None:
+def test_invalid_shares_raise_one_line() -> None:
     with pytest.raises(
         UserError,
-        match=r"shares: no model has a tensor with prefix 'backbone\.imag\.'; did you mean 'backbone.image.'",
+        match=r"shares: no model has a tensor with prefix 'backbone\.imag\.'; "
+        r"did you mean 'backbone.image.'",
     ):
         reduced("fedavg", "clients.defaults.shares=[backbone.imag.]")
     with pytest.raises(
@@ -290,41 +336,41 @@ def test_parts_that_may_leave() -> None:
 
 
 @pytest.mark.slow
-def test_hiding_blocks_is_the_same_in_lockstep() -> None:
-    """Batched and serial runs, in which the draws of dropout are keyed."""
+def test_block_dropout_is_equal_in_both_backends() -> None:
     torch.set_default_dtype(torch.float64)
     try:
-        said: list[str] = []
-        ways = []
-        for performer in (
+        messages: list[str] = []
+        results = []
+        for backend in (
             SerialBackend(DeviceMemory(torch.device("cpu"))),
-            VectorizedBackend(DeviceMemory(torch.device("cpu")), said.append),
+            VectorizedBackend(DeviceMemory(torch.device("cpu")), messages.append),
         ):
             prepared = reduced("hybrid")
             site = ClientRuntime(
-                prepared.method, prepared.federation, StateStore(), performer, DirectProtocol()
+                prepared.method, prepared.federation, StateStore(), backend, DirectProtocol()
             )
             rounds = SynchronousTrainer(
                 prepared.method, prepared.federation, InProcessExecutor(site, chunk=100)
             )
             rounds.run_round()
             rounds.run_round()
-            ways.append(
+            results.append(
                 {
-                    id: rounds.store.get(id).models["model"]
-                    for id in prepared.federation.client_infos
+                    client_id: rounds.store.get(client_id).models["model"]
+                    for client_id in prepared.federation.client_infos
                 }
             )
-        assert said == [] and ways[0].keys() == ways[1].keys()
-        for id, tensors in ways[0].items():
+        assert messages == [] and results[0].keys() == results[1].keys()
+        for client_id, tensors in results[0].items():
             for name, tensor in tensors.items():
-                torch.testing.assert_close(tensor, ways[1][id][name], rtol=1e-8, atol=1e-8)
+                torch.testing.assert_close(
+                    tensor, results[1][client_id][name], rtol=1e-8, atol=1e-8
+                )
     finally:
         torch.set_default_dtype(torch.float32)
 
 
-# The data -----------------------------------------------------------------------------------------------------------------
-def test_who_has_what() -> None:
+def test_hospitals_have_their_documented_blocks() -> None:
     dataset = load_source(SourceConfig(name="xray_genes"), Path(), missing=True)
     assert (
         dataset.simulated
@@ -334,9 +380,11 @@ def test_who_has_what() -> None:
     assert dataset.train.group is not None and dataset.test is not None
     image, genes = dataset.train.x[:, :784].isnan(), dataset.train.x[:, 784:].isnan()
     assert torch.equal(image.any(1), image.all(1)) and torch.equal(genes.any(1), genes.all(1))
-    for place, name in enumerate(HOSPITALS):
-        mine = dataset.train.group == place
-        no_image, no_genes = (float(gone[mine].any(1).double().mean()) for gone in (image, genes))
+    for hospital_idx, name in enumerate(HOSPITALS):
+        in_hospital = dataset.train.group == hospital_idx
+        no_image, no_genes = (
+            float(missing[in_hospital].any(1).double().mean()) for missing in (image, genes)
+        )
         kind = name.split("_")[0]
         assert no_image == (kind == "institute") and (
             0.2 < no_genes < 0.4 if kind == "university" else no_genes == (kind == "clinic")
@@ -344,7 +392,7 @@ def test_who_has_what() -> None:
     assert not dataset.test.x.isnan().any()
 
 
-def test_profiles_are_the_patients_own() -> None:
+def test_profiles_depend_on_row_and_split_only() -> None:
     y = torch.arange(40) % 2
     laboratory = torch.arange(40) % 8
     whole = make_profiles(y, laboratory, "train")
@@ -352,14 +400,14 @@ def test_profiles_are_the_patients_own() -> None:
     assert not torch.equal(make_profiles(y, laboratory, "test"), whole)
 
 
-def test_profiles_have_the_structure_that_is_documented() -> None:
+def test_profiles_have_the_documented_structure() -> None:
     y, rows = torch.arange(8000) % 2, torch.arange(8000)
     profiles = make_profiles(y, (rows // 2) % 8, "train").double()
     by_laboratory = torch.stack([profiles[(rows // 2) % 8 == h].mean(0) for h in range(8)])
-    assert 0.4 < float((by_laboratory - by_laboratory.mean(0)).std()) < 0.6  # the batch effect
+    assert 0.4 < float((by_laboratory - by_laboratory.mean(0)).std()) < 0.6  # batch effect
     rest = profiles - by_laboratory[(rows // 2) % 8]
     spread = torch.linalg.svdvals(rest - rest.mean(0)) / len(rest) ** 0.5
-    # eight pathways above the noise
+    # the singular values of eight pathways lie above the noise
     assert spread[7] > 1.4 * spread[8] and spread[8] < 1.3 * spread[-1]
     shift = rest[y == 1].mean(0) - rest[y == 0].mean(0)
     assert shift.norm() > 1

@@ -1,4 +1,4 @@
-"""Comparisons in processes: other settings are told first, a missing guard and an interruption are one line."""
+"""Comparisons in worker processes: refusals, main guard, interruption, remaining time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from hetero_fl.utils.processes import UNGUARDED
 from tests.helpers.small_federations import config
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 300.0  # seconds: this machine may be busy
+# timeout in seconds; the machine may be busy
+TIMEOUT = 300.0
 
 
 def small(**changes: Any) -> dict[str, Any]:
@@ -31,8 +32,10 @@ def small(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: list[str]) -> list[str]:
-    """Flags of a comparison with two grid points that has been made in the working folder."""
+def finished_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: list[str]
+) -> list[str]:
+    """Return the flags of a comparison that has finished in the working folder."""
     monkeypatch.chdir(tmp_path)
     Path("c.yaml").write_text(yaml.safe_dump(small()))
     flags = [
@@ -49,32 +52,35 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: list[str])
     return flags
 
 
-def test_runs_made_with_other_settings_are_told_first(
-    made: list[str], capsys: pytest.CaptureFixture[str]
+def test_compare_refuses_runs_with_other_settings(
+    finished_flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = Path("out/log.txt").read_bytes()
     capsys.readouterr()
-    assert main([*made, "rounds=2"], command="compare") == 2
+    assert main([*finished_flags, "rounds=2"], command="compare") == 2
     (line,) = capsys.readouterr().err.splitlines()
     folder = "out/runs/local-clients.defaults.epochs=1-seed0"
-    assert (
-        line
-        == f"error: --out: {folder} has other settings (rounds: was 1, is now 2); choose another --out"
+    assert line == (
+        f"error: --out: {folder} has other settings (rounds: was 1, is now 2); choose another --out"
     )
     assert Path("out/log.txt").read_bytes() == log
     Path("out/runs/fedavg-clients.defaults.epochs=2-seed0").mkdir()
     Path("out/runs/fedavg-clients.defaults.epochs=2-seed0/mine.txt").write_text("")
-    assert main([*made, "--algorithms", "local,fedavg"], command="compare") == 2
-    assert "epochs=2-seed0: exists already" in capsys.readouterr().err
+    assert main([*finished_flags, "--algorithms", "local,fedavg"], command="compare") == 2
+    assert (
+        "epochs=2-seed0: already exists; choose another --out, or --resume"
+        in capsys.readouterr().err
+    )
     with lock_folder(Path("out")):
-        assert main(made, command="compare") == 2
+        assert main(finished_flags, command="compare") == 2
     assert "out: in use by another process" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_what_a_method_derives_is_no_other_setting(tmp_path: Path, in_process: list[str]) -> None:
+def test_settings_derived_by_a_method_do_not_differ(tmp_path: Path, in_process: list[str]) -> None:
     method = "dense:synthesis_epochs=1:generator_steps=1:student_steps=1"
-    for seeds in ([0], [0, 1]):  # the second finds a student named where none was asked for
+    # the second comparison finds a student that the first derived
+    for seeds in ([0], [0, 1]):
         compare(small(), [method], seeds, out=tmp_path / "out")
     with pytest.raises(UserError, match=r"algorithm\.student: was 'site_1', is now 'site_2'"):
         compare(small(), [f"{method}:student=site_2"], [0], out=moved(tmp_path / "out", method))
@@ -86,7 +92,7 @@ def test_what_a_method_derives_is_no_other_setting(tmp_path: Path, in_process: l
     [("fedasync", {}), ("fedavg", {"privacy": {"unit": "record", "target_epsilon": 8.0}})],
     ids=["mode", "noise"],
 )
-def test_what_a_run_derives_is_no_other_setting(
+def test_settings_derived_by_a_run_do_not_differ(
     name: str, changes: dict[str, Any], tmp_path: Path, in_process: list[str]
 ) -> None:
     for seeds in ([0], [0, 1]):
@@ -95,14 +101,14 @@ def test_what_a_run_derives_is_no_other_setting(
 
 
 def moved(out: Path, method: str) -> Path:
-    """The comparison's folder, with the first run under the name of one for which another student is asked."""
-    asked = comparison.Variant.parse(f"{method}:student=site_2")
+    """Rename the first run as if it had been made with another student; return the folder."""
+    variant = comparison.Variant.parse(f"{method}:student=site_2")
     name = comparison._folder(comparison.Variant.parse(method), (), 0)
-    (out / "runs" / name).rename(out / "runs" / comparison._folder(asked, (), 0))
+    (out / "runs" / name).rename(out / "runs" / comparison._folder(variant, (), 0))
     return out
 
 
-def test_runs_of_a_comparison_have_a_core_each(tmp_path: Path) -> None:
+def test_compare_gives_each_run_one_core(tmp_path: Path) -> None:
     compare(small(), ["local"], [0, 1], out=tmp_path / "out", jobs=2)
     for seed in (0, 1):
         log = (tmp_path / f"out/runs/local-seed{seed}/log.txt").read_text()
@@ -110,35 +116,36 @@ def test_runs_of_a_comparison_have_a_core_each(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", [run, compare])
-def test_a_worker_that_imports_the_script_leaves(
+def test_worker_that_imports_the_script_exits(
     call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
     monkeypatch.setattr("os._exit", sys.exit)
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exited:
         call(small(), out=tmp_path / "a", **({"algorithms": "local"} if call is compare else {}))
-    assert left.value.code == UNGUARDED and not (tmp_path / "a").exists()
+    assert exited.value.code == UNGUARDED and not (tmp_path / "a").exists()
 
 
 @pytest.mark.slow
-def test_a_script_without_a_guard_is_told_of_it(tmp_path: Path) -> None:
+def test_script_without_main_guard_raises_one_error(tmp_path: Path) -> None:
     text = f"import hetero_fl\nhetero_fl.compare({small()!r}, 'local', [0, 1], out='out', jobs=2)\n"
     (tmp_path / "script.py").write_text(text)
-    ended = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "script.py"],
+        check=False,
         cwd=tmp_path,
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
     )
-    assert ended.returncode == 1
-    assert ended.stderr.splitlines()[-1].startswith(
+    assert completed.returncode == 1
+    assert completed.stderr.splitlines()[-1].startswith(
         "hetero_fl.utils.errors.UserError: worker processes import"
     )
     assert (
-        ended.stderr.count("Traceback") == 1
-        and "if __name__ == '__main__':" in ended.stderr.splitlines()[-1]
+        completed.stderr.count("Traceback") == 1
+        and "if __name__ == '__main__':" in completed.stderr.splitlines()[-1]
     )
 
 
@@ -148,7 +155,7 @@ def environment() -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals to a group of processes")
-def test_an_interrupted_comparison_tells_its_own_command(tmp_path: Path) -> None:
+def test_interrupted_comparison_prints_its_command(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(small()))
     script = os.path.relpath(ROOT / "scripts" / "compare.py", tmp_path)
     command = [
@@ -164,29 +171,36 @@ def test_an_interrupted_comparison_tells_its_own_command(tmp_path: Path) -> None
         "2",
     ]
     long = [*command, "rounds=100000"]
+    # in the background, SIGINT may be ignored
     process = subprocess.Popen(
-        [sys.executable, script, *long], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True,
-        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
-    ends = time.monotonic() + PATIENCE
-    while len(list(tmp_path.glob("out/runs/*/metrics.jsonl"))) < 2 and time.monotonic() < ends:
+        [sys.executable, script, *long],
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509 (sets a handler only)
+    )
+    deadline = time.monotonic() + TIMEOUT
+    while len(list(tmp_path.glob("out/runs/*/metrics.jsonl"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, said = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130 and "Traceback" not in said
+    # like Ctrl-C in a terminal
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 130 and "Traceback" not in stderr
     assert (
-        said.splitlines()[-1]
+        stderr.splitlines()[-1]
         == f"interrupted; to resume: {sys.executable} {script} {' '.join(long)}"
     )
     for folder in (tmp_path / "out" / "runs").iterdir():
-        with lock_folder(folder):  # nobody is at work there any more
+        with lock_folder(folder):  # no process uses the folder any more
             pass
 
 
 def compared(folder: Path, *flags: str) -> int:
     file = folder / "c.yaml"
     file.write_text(yaml.safe_dump(small()))
-    asked = [
+    arguments = [
         "--config",
         str(file),
         "--algorithms",
@@ -196,7 +210,7 @@ def compared(folder: Path, *flags: str) -> int:
         "--jobs",
         "1",
     ]
-    return main([*asked, *flags], command="compare")
+    return main([*arguments, *flags], command="compare")
 
 
 def test_compare_shows_scores_and_remaining_time(
@@ -225,17 +239,15 @@ def test_compare_ends_with_a_line_for_each_failed_run(
     diverging = ["clients.defaults.optimizer.lr=1e30", "runtime.divergence=stop"]
 
     assert compared(tmp_path, *diverging) == 1
-    told = capsys.readouterr()
-    lines = told.err.splitlines()
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
     assert lines[-3] == "failed: 2 of 2 runs failed"
     assert [line.partition(": ")[0] for line in lines[-2:]] == ["local seed 0", "fedavg seed 0"]
-    assert told.out == "" and "Traceback" not in told.err
+    assert captured.out == "" and "Traceback" not in captured.err
     assert [line for line in lines if line.startswith("2/2 fedavg seed 0: failed: ")]
 
 
-def test_the_remaining_time_follows_the_clock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_remaining_time_follows_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def finish(job: comparison.ComparisonJob) -> None:
         job.out.mkdir()
         (job.out / "config.yaml").write_text("{}")
@@ -253,12 +265,10 @@ def test_the_remaining_time_follows_the_clock(
     monkeypatch.setattr("time.monotonic", lambda: 100.0)
     schedule = comparison._Schedule(work)
 
-    assert left_at(100.0, work[0]) == "", "runs that had finished say nothing about the time"
+    assert left_at(100.0, work[0]) == "", "earlier runs do not count"
     finish(work[1])
-    assert left_at(110.0, work[1]) == "(about 40 s left)", "four runs are left"
-    assert left_at(111.0, work[2]) == "(about 33 s left)", (
-        "a failed run tells nothing of the others"
-    )
+    assert left_at(110.0, work[1]) == "(about 40 s left)", "four runs remain"
+    assert left_at(111.0, work[2]) == "(about 33 s left)", "failed runs do not count"
     for job in work[3:5]:
         finish(job)
         left = left_at(130.0, job)

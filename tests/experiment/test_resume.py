@@ -1,4 +1,4 @@
-"""Going on with a run: without its configuration file, after Ctrl-C by the line that was printed, and past a typing error."""
+"""Resuming runs: by the printed command, after a full disk, with misspelled names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.helpers.small_federations import config
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with a configuration whose settings are not the default ones."""
+    """Return a working folder with a configuration file."""
     monkeypatch.chdir(tmp_path)
     small = config("local", "linear", 2, rounds=3)
     Path("c.yaml").write_text(yaml.safe_dump(small))
@@ -31,52 +31,59 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def stopped_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, int]]:
-    """Signals by the number of rounds after which they come, each once."""
+    """Return a dictionary that maps a number of rounds to a signal sent after it, once."""
     signals: dict[int, int] = {}
-    held = SynchronousTrainer.run_round
+    run_round = SynchronousTrainer.run_round
 
     def round_then_stop(self: SynchronousTrainer) -> Any:
-        if (number := signals.pop(self.completed, None)) is not None:
-            os.kill(os.getpid(), number)
-        return held(self)
+        if (signal_number := signals.pop(self.completed, None)) is not None:
+            os.kill(os.getpid(), signal_number)
+        return run_round(self)
 
     monkeypatch.setattr(SynchronousTrainer, "run_round", round_then_stop)
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it may be ignored
+    old_handlers = {
+        signal_number: signal.getsignal(signal_number)
+        for signal_number in (signal.SIGINT, signal.SIGTERM)
+    }
+    # in the background, SIGINT may be ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield signals
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+    for signal_number, handler in old_handlers.items():
+        signal.signal(signal_number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_line_of_an_interrupted_run_goes_on_with_it(
-    number: int, folder: Path, stopped_after: dict[int, int], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_printed_command_resumes_an_interrupted_run(
+    signal_number: int,
+    folder: Path,
+    stopped_after: dict[int, int],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    stopped_after[1] = number
+    stopped_after[1] = signal_number
     assert main(["train", "--config", "c.yaml", "seed=4"]) == 130
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("interrupted; to resume: hetero-fl train --resume --out runs/small-")
     Path("c.yaml").unlink()
     assert main(shlex.split(line.partition(": ")[2])[1:]) == 0
-    (again,) = Path("runs").iterdir()
-    Path("c.yaml").write_text((again / "config.yaml").read_text())
+    (run_path,) = Path("runs").iterdir()
+    Path("c.yaml").write_text((run_path / "config.yaml").read_text())
     assert main(["train", "--config", "c.yaml", "--out", "whole"]) == 0
-    for path in (again / "models").iterdir():
+    for path in (run_path / "models").iterdir():
         assert path.read_bytes() == (Path("whole") / "models" / path.name).read_bytes()
 
 
-def test_a_full_disk_is_one_line_and_what_was_committed_is_gone_on_with(
+def test_full_disk_prints_one_line_and_run_resumes(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save = Checkpoints.save
 
-    def save_while_there_is_room(self: Checkpoints, round: int, tree: Any) -> Path:
-        if round:
+    def save_until_full(self: Checkpoints, round_idx: int, tree: Any) -> Path:
+        if round_idx:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return save(self, round, tree)
+        return save(self, round_idx, tree)
 
-    with monkeypatch.context() as full:
-        full.setattr(Checkpoints, "save", save_while_there_is_room)
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "save", save_until_full)
         assert main(["train", "--config", "c.yaml", "--out", "run"]) == 1
         line = capsys.readouterr().err.strip()
         assert line.splitlines()[-1].startswith("failed: no space left") and "Traceback" not in line
@@ -85,23 +92,23 @@ def test_a_full_disk_is_one_line_and_what_was_committed_is_gone_on_with(
     assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 3
 
 
-def test_the_callers_own_way_to_end_is_put_back(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    mine = lambda number, frame: None  # noqa: E731
-    kept = signal.signal(signal.SIGTERM, mine)
+def test_signal_handlers_are_restored(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def handler(_signal_number: int, _frame: object) -> None:
+        pass
+
+    old_handler = signal.signal(signal.SIGTERM, handler)
     try:
         for arguments, status in (
             (["--config", "c.yaml", "--out", "a"], 0),
             (["--config", "none.yaml"], 2),
         ):
             assert main(["train", *arguments]) == status
-            assert signal.getsignal(signal.SIGTERM) is mine
+            assert signal.getsignal(signal.SIGTERM) is handler
     finally:
-        signal.signal(signal.SIGTERM, kept)
+        signal.signal(signal.SIGTERM, old_handler)
 
 
-def test_a_script_is_named_as_it_was_started(
+def test_resume_command_names_the_script_as_started(
     folder: Path,
     stopped_after: dict[int, int],
     capsys: pytest.CaptureFixture[str],
@@ -116,7 +123,7 @@ def test_a_script_is_named_as_it_was_started(
     assert line == "interrupted; to resume: python3 scripts/train.py --resume --out 'a run'"
 
 
-def test_before_there_is_a_run_nothing_is_promised(
+def test_interrupt_before_the_run_promises_no_resume(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object, **__: object) -> None:
@@ -124,17 +131,19 @@ def test_before_there_is_a_run_nothing_is_promised(
 
     monkeypatch.setattr("hetero_fl.experiment.runner.prepare", stop)
     assert main(["train", "--config", "c.yaml", "--out", "a"]) == 130
-    assert capsys.readouterr().err == "interrupted before the first checkpoint; there is no run to resume\n"
+    message = "interrupted before the first checkpoint; there is no run to resume\n"
+    assert capsys.readouterr().err == message
 
 
-def test_a_name_that_is_nearly_that_of_a_run(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resume_suggests_the_nearest_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--config", "c.yaml", "--out", "runs/first", "rounds=1"]) == 0
     capsys.readouterr()
     assert main(["train", "--resume", "--out", "runs/frist"]) == 2
-    said = "error: --out: runs/frist is not a run directory; did you mean runs/first? (a new run requires --config)\n"
-    assert capsys.readouterr().err == said and not Path("runs/frist").exists()
+    message = (
+        "error: --out: runs/frist is not a run directory; did you mean runs/first? "
+        "(a new run requires --config)\n"
+    )
+    assert capsys.readouterr().err == message and not Path("runs/frist").exists()
     assert main(["train", "--config", "c.yaml", "--resume", "--out", "runs/frist", "rounds=1"]) == 0
     line = "runs/frist: no run to resume, starting a new one; did you mean runs/first?"
     assert capsys.readouterr().err.splitlines()[0] == line
@@ -142,7 +151,7 @@ def test_a_name_that_is_nearly_that_of_a_run(
     assert "--config: missing" in capsys.readouterr().err
 
 
-def test_overrides_are_compared_with_the_runs_own_configuration(
+def test_resume_compares_overrides_with_the_saved_configuration(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", "--config", "c.yaml", "--out", "a", "rounds=1"]) == 0
@@ -150,11 +159,14 @@ def test_overrides_are_compared_with_the_runs_own_configuration(
     capsys.readouterr()
     assert main(["train", "--resume", "--out", "a", "clients.groups.0.epochs=2"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    said = "error: a: --resume: the configuration differs: clients.groups.0.epochs: was not set, is now 2"
-    assert line == said
+    message = (
+        "error: a: --resume: the configuration differs: "
+        "clients.groups.0.epochs: was not set, is now 2"
+    )
+    assert line == message
 
 
-def test_a_second_process_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_second_process_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for flags in (["--resume"], []):
         with lock_folder(Path("a")):
             assert main(["train", "--config", "c.yaml", "--out", "a", *flags, "rounds=1"]) == 2
@@ -166,7 +178,7 @@ def test_a_second_process_is_refused(folder: Path, capsys: pytest.CaptureFixture
     assert [p.name for p in Path("a").iterdir()] == [".lock"]
 
 
-def test_a_new_run_says_that_there_is_none_to_resume(
+def test_new_run_notes_that_there_is_none_to_resume(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", "--config", "c.yaml", "--out", "a", "--resume"]) == 0

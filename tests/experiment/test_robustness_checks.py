@@ -1,4 +1,4 @@
-"""Rules and attacks that cannot work are refused at load, by name; what is not covered is told."""
+"""Rules and attacks that cannot work are refused on loading; uncovered uploads are noted."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ MLP = {"name": "mlp", "hidden": [8]}
 def small(
     method: str = "fedavg", models: Any = MLP, clients: int = 7, **changes: Any
 ) -> dict[str, Any]:
-    made = config(
+    source = config(
         method, models, clients, data__partition={"kind": "iid", "min_size": 5}, **changes
     )
-    made["data"].update(train_limit=250, test_limit=20)
-    return made
+    source["data"].update(train_limit=250, test_limit=20)
+    return source
 
 
 def refused(words: str, *source: Any, **changes: Any) -> None:
@@ -33,23 +33,30 @@ def refused(words: str, *source: Any, **changes: Any) -> None:
     assert words in str(error.value), str(error.value)
 
 
-def test_values_that_are_none() -> None:
-    refused("aggregation.rule: unknown value 'krun'; did you mean 'krum'?", aggregation={"rule": "krun"})
+def test_invalid_values_raise_one_line() -> None:
     refused(
-        "attacks.name: unknown value 'sign_flop'; did you mean 'sign_flip'?", attacks={"name": "sign_flop"}
+        "aggregation.rule: unknown value 'krun'; did you mean 'krum'?", aggregation={"rule": "krun"}
     )
-    refused("attacks.clients: unknown client 'site_77'", attacks={"name": "scaled", "clients": ["site_77"]})
+    refused(
+        "attacks.name: unknown value 'sign_flop'; did you mean 'sign_flip'?",
+        attacks={"name": "sign_flop"},
+    )
+    refused(
+        "attacks.clients: unknown client 'site_77'",
+        attacks={"name": "scaled", "clients": ["site_77"]},
+    )
     refused("attacks.name: missing", attacks={"share": 0.2})
     for liars in (-1, 0.5, 1.5):
         refused(
-            f"aggregation.liars: must be an integer >= 0 or a share >= 0 and < 0.5, got {liars}", aggregation={"liars": liars}
+            f"aggregation.liars: must be an integer >= 0 or a share >= 0 and < 0.5, got {liars}",
+            aggregation={"liars": liars},
         )
     assert load_config(small(aggregation={"liars": 3})).aggregation.num_malicious(9) == 3
     shares = [
         load_config(small(aggregation={"liars": 0.2})).aggregation.num_malicious(n)
         for n in (1, 5, 6, 15, 20)
     ]
-    assert shares == [1, 1, 2, 3, 4]  # rounded up
+    assert shares == [1, 1, 2, 3, 4]  # shares are rounded up
 
 
 @pytest.mark.parametrize(
@@ -63,8 +70,11 @@ def test_values_that_are_none() -> None:
         ("norm_bound", 4, 9),
     ],
 )
-def test_a_rule_with_fewer_clients_than_it_needs(rule: str, liars: int, least: int) -> None:
-    words = f"aggregation.rule={rule} tolerates {liars} malicious clients (aggregation.liars={liars}) among {least} or more clients, but 7"
+def test_rule_refuses_too_few_clients(rule: str, liars: int, least: int) -> None:
+    words = (
+        f"aggregation.rule={rule} tolerates {liars} malicious clients "
+        f"(aggregation.liars={liars}) among {least} or more clients, but 7"
+    )
     refused(words, aggregation={"rule": rule, "liars": liars})
     refused(
         f"set aggregation.liars to {liars - 1} or less", aggregation={"rule": rule, "liars": liars}
@@ -75,7 +85,7 @@ def test_a_rule_with_fewer_clients_than_it_needs(rule: str, liars: int, least: i
     )
 
 
-def test_every_group_has_to_be_large_enough_and_every_cohort() -> None:
+def test_rule_counts_clients_per_group_and_cohort() -> None:
     two = [{"name": "mlp", "hidden": [8]}, {"name": "mlp", "hidden": [12]}]
     refused(
         "but 4 upload backbone.1.weight of mlp",
@@ -85,20 +95,29 @@ def test_every_group_has_to_be_large_enough_and_every_cohort() -> None:
     )
     refused("but 4 upload", aggregation={"rule": "krum", "liars": 1}, clients__per_round=4)
     prepare(small(aggregation={"rule": "krum", "liars": 1}, clients__per_round=5))
-    words = "aggregation.predictions=spectral tolerates 4 malicious clients (aggregation.liars=4) among 9 or more clients, but 7 upload logits"
+    words = (
+        "aggregation.predictions=spectral tolerates 4 malicious clients "
+        "(aggregation.liars=4) among 9 or more clients, but 7 upload logits"
+    )
     refused(words, "fedmd", MIXED, aggregation={"predictions": "spectral", "liars": 4})
-    # over all architectures
+    # predictions are aggregated over all architectures
     prepare(small("fedmd", MIXED, aggregation={"predictions": "spectral", "liars": 3}))
 
 
 @pytest.mark.parametrize(
     ("method", "key"),
     [
-        ("fedmd", "rule"), ("kt_pfl", "predictions"), ("dense", "rule"), ("fedtgp", "statistics"),
-        ("fedgh", "statistics"), ("fedavg", "predictions"), ("fedproto", "predictions"), ("hybrid", "statistics"),
+        ("fedmd", "rule"),
+        ("kt_pfl", "predictions"),
+        ("dense", "rule"),
+        ("fedtgp", "statistics"),
+        ("fedgh", "statistics"),
+        ("fedavg", "predictions"),
+        ("fedproto", "predictions"),
+        ("hybrid", "statistics"),
     ],
-)  # fmt: skip
-def test_a_rule_without_effect_is_refused_by_name(method: str, key: str) -> None:
+)
+def test_rule_without_effect_is_refused(method: str, key: str) -> None:
     refused(
         f"aggregation.{key}=median has no effect: {method} does not aggregate",
         method,
@@ -107,14 +126,20 @@ def test_a_rule_without_effect_is_refused_by_name(method: str, key: str) -> None
 
 
 @pytest.mark.parametrize("method", ["local", "centralized", "ensemble"])
-def test_what_is_no_federation_has_neither_rules_nor_liars(method: str) -> None:
+def test_baselines_refuse_rules_and_attacks(method: str) -> None:
     refused(
-        f"aggregation.rule=median cannot be combined with algorithm.name={method}", method, aggregation={"rule": "median"}
+        f"aggregation.rule=median cannot be combined with algorithm.name={method}",
+        method,
+        aggregation={"rule": "median"},
     )
-    refused(f"attacks.name=scaled cannot be combined with algorithm.name={method}", method, attacks={"name": "scaled"})
+    refused(
+        f"attacks.name=scaled cannot be combined with algorithm.name={method}",
+        method,
+        attacks={"name": "scaled"},
+    )
 
 
-def test_tensors_that_are_averaged_apart_from_their_model() -> None:
+def test_rule_refuses_separately_averaged_tensors() -> None:
     refused(
         "algorithm.name=heterofl, which averages 'head' separately",
         "heterofl",
@@ -124,7 +149,7 @@ def test_tensors_that_are_averaged_apart_from_their_model() -> None:
     )
 
 
-def test_fltrust_needs_whole_models_and_a_proxy_set() -> None:
+def test_fltrust_requires_whole_models_and_a_proxy_set() -> None:
     trust = {"rule": "fltrust", "liars": 1}
     refused(
         "aggregation.rule=fltrust requires a proxy set",
@@ -136,7 +161,7 @@ def test_fltrust_needs_whole_models_and_a_proxy_set() -> None:
     prepare(small("hybrid", aggregation=trust))
 
 
-def test_what_no_rule_covers_is_told() -> None:
+def test_uploads_without_a_rule_are_noted() -> None:
     notes = prepare(small("hybrid", aggregation={"rule": "median", "liars": 1})).notes
     assert any(
         "aggregation.predictions=mean: logits of malicious clients are averaged" in note
@@ -151,16 +176,23 @@ def test_what_no_rule_covers_is_told() -> None:
 @pytest.mark.parametrize(
     "name", [n for n in ATTACKS if n in ("flipped", "confident_wrong", "targeted", "collusion")]
 )
-def test_attacks_on_predictions_that_nobody_sends(name: str) -> None:
+def test_attack_on_predictions_requires_predictions(name: str) -> None:
     refused(
-        f"attacks.name={name} changes predictions, which algorithm.name=fedavg does not upload here",
+        (
+            f"attacks.name={name} changes predictions, which "
+            "algorithm.name=fedavg does not upload here"
+        ),
         attacks={"name": name},
     )
     prepare(small("fedmd", attacks={"name": name}))
 
 
-def test_attacks_that_do_not_fit() -> None:
-    refused("algorithm.name=fedkd, which uploads factors of updates", "fedkd", attacks={"name": "sign_flip"})
+def test_invalid_attack_settings_raise_one_line() -> None:
+    refused(
+        "algorithm.name=fedkd, which uploads factors of updates",
+        "fedkd",
+        attacks={"name": "sign_flip"},
+    )
     refused(
         "attacks.target: class must be less than 10",
         attacks={"name": "backdoor", "target": 10},
@@ -169,10 +201,11 @@ def test_attacks_that_do_not_fit() -> None:
         "attacks.trigger: must be <= 8",
         attacks={"name": "backdoor", "trigger": 9},
     )
+    refused("attacks.from_round: must be <= ", attacks={"name": "scaled", "from_round": 9})
     refused(
-        "attacks.from_round: must be <= ", attacks={"name": "scaled", "from_round": 9}
+        "attacks.pairs: class must be less than 10",
+        attacks={"name": "label_flip", "pairs": {0: 11}},
     )
-    refused("attacks.pairs: class must be less than 10", attacks={"name": "label_flip", "pairs": {0: 11}})
     refused(
         "every evaluated client is malicious",
         attacks={"name": "scaled", "clients": [f"site_{i}" for i in range(1, 8)]},
@@ -180,21 +213,21 @@ def test_attacks_that_do_not_fit() -> None:
 
 
 class Largest(Rule):
-    """A rule of somebody's own."""
+    """Custom rule for parameters."""
 
     def combine(self, block, num_malicious):
         return {name: block.stack(name).amax(0) for name in block.names}
 
 
 class Quiet(PredictionRule):
-    """Another."""
+    """Custom rule for predictions."""
 
     def combine(self, predictions, num_malicious, clients, memory):
         return 0 * predictions[0]
 
 
 class Zeros(Attack):
-    """Liars that send nothing new."""
+    """Custom attack that uploads zero updates."""
 
     acts_on = frozenset({"updates"})
 
@@ -202,35 +235,53 @@ class Zeros(Attack):
         return 0 * true_uploads
 
 
-def test_ones_own_rules_and_attacks() -> None:
-    here = "python:tests.experiment.test_robustness_checks"
-    source = small("hybrid", aggregation={"rule": f"{here}:Largest", "predictions": f"{here}:Quiet", "liars": 1},
-                   attacks={"name": f"{here}:Zeros"}, algorithm__distil_at="client", rounds=1)  # fmt: skip
+def test_custom_rules_and_attacks() -> None:
+    this_module = "python:tests.experiment.test_robustness_checks"
+    source = small(
+        "hybrid",
+        aggregation={
+            "rule": f"{this_module}:Largest",
+            "predictions": f"{this_module}:Quiet",
+            "liars": 1,
+        },
+        attacks={"name": f"{this_module}:Zeros"},
+        algorithm__distil_at="client",
+        rounds=1,
+    )
     rounds = rounds_of(source)
     assert not rounds.server.state["teacher"].softmax(-1).std() > 1e-6
     refused(
         "is not a subclass of hetero_fl.robustness.rules.Rule",
-        aggregation={"rule": f"{here}:Zeros"},
+        aggregation={"rule": f"{this_module}:Zeros"},
     )
     refused(
         "attacks.name: module 'tests.experiment.test_robustness_checks' has no 'Zeroes'",
-        attacks={"name": f"{here}:Zeroes"},
+        attacks={"name": f"{this_module}:Zeroes"},
     )
 
 
-def test_a_run_tells_who_lied(tmp_path) -> None:
-    source = small("hybrid", aggregation={"predictions": "down_weight", "liars": 2}, rounds=2,
-                   attacks={"name": "backdoor", "clients": ["site_2", "site_6"], "from_round": 2, "trigger": 2})  # fmt: skip
-    done = run(source, out=tmp_path / "run")
-    attacks = done.summary["attacks"]
+def test_run_reports_malicious_clients(tmp_path) -> None:
+    source = small(
+        "hybrid",
+        aggregation={"predictions": "down_weight", "liars": 2},
+        rounds=2,
+        attacks={
+            "name": "backdoor",
+            "clients": ["site_2", "site_6"],
+            "from_round": 2,
+            "trigger": 2,
+        },
+    )
+    finished = run(source, out=tmp_path / "run")
+    attacks = finished.summary["attacks"]
     assert (
         attacks["name"] == "backdoor"
         and attacks["liars"] == ["site_2", "site_6"]
         and 0 <= attacks["success"] <= 1
     )
-    records = done.directory.metrics()
+    records = finished.directory.metrics()
     assert [r["attacks"]["liars"] for r in records] == [[], ["site_2", "site_6"]]
-    assert [c["id"] for c in done.summary["clients"]] == [f"site_{i}" for i in (1, 3, 4, 5, 7)]
+    assert [c["id"] for c in finished.summary["clients"]] == [f"site_{i}" for i in (1, 3, 4, 5, 7)]
     assert (
         "2 of 7 clients are malicious (backdoor, from round 2): site_2, site_6"
         in (tmp_path / "run" / "log.txt").read_text()

@@ -1,4 +1,4 @@
-"""A whole run from Python: the run directory, the summary's contract, saved models, starting from another run."""
+"""Complete runs from Python: run directory, summary, saved models, init_from, callbacks."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.mark.slow
-def test_the_run_directory_is_complete(finished: Run) -> None:
+def test_run_directory_is_complete(finished: Run) -> None:
     for name in FILES:
         assert (finished.path / name).stat().st_size > 0
     assert {p.stem for p in (finished.path / "models").iterdir()} == {
@@ -58,14 +58,30 @@ def test_the_run_directory_is_complete(finished: Run) -> None:
     assert len(list((finished.path / "checkpoint").iterdir())) == 2
 
 
-def test_the_summary_keeps_its_contract(finished: Run) -> None:
-    s = finished.summary
-    assert set(s) == {"name", "algorithm", "seed", "rounds_completed", "data", "personal", "global", "server", "clients",
-                      "communication", "seconds", "privacy"}  # fmt: skip
-    assert s["rounds_completed"] == 3 and s["algorithm"] == "hybrid" and s["privacy"] is None
+def test_summary_keys_and_totals(finished: Run) -> None:
+    summary = finished.summary
+    assert set(summary) == {
+        "name",
+        "algorithm",
+        "seed",
+        "rounds_completed",
+        "data",
+        "personal",
+        "global",
+        "server",
+        "clients",
+        "communication",
+        "seconds",
+        "privacy",
+    }
     assert (
-        set(s["data"]) == {"name", "simulated", "n_train", "n_proxy", "n_test"}
-        and s["data"]["simulated"] is False
+        summary["rounds_completed"] == 3
+        and summary["algorithm"] == "hybrid"
+        and summary["privacy"] is None
+    )
+    assert (
+        set(summary["data"]) == {"name", "simulated", "n_train", "n_proxy", "n_test"}
+        and summary["data"]["simulated"] is False
     )
     for which in ("personal", "global", "server"):
         for when in ("last", "best_by_validation"):
@@ -76,48 +92,50 @@ def test_the_summary_keeps_its_contract(finished: Run) -> None:
                 "auroc",
                 "average_precision",
                 "loss",
-            } <= set(s[which][when])
-        assert 1 <= s[which]["best_by_validation"]["round"] <= 3
-    assert {"accuracy_std", "accuracy_worst"} <= set(s["global"]["last"])
-    assert [set(c) for c in s["clients"]] == [
+            } <= set(summary[which][when])
+        assert 1 <= summary[which]["best_by_validation"]["round"] <= 3
+    assert {"accuracy_std", "accuracy_worst"} <= set(summary["global"]["last"])
+    assert [set(c) for c in summary["clients"]] == [
         {"id", "model", "parameters", "n_train", "personal", "global"}
     ] * 4
-    assert s["communication"]["up_bytes"] == sum(r["up_bytes"] for r in finished.metrics) > 0
-    assert s["communication"]["down_bytes"] == sum(r["down_bytes"] for r in finished.metrics) > 0
+    assert summary["communication"]["up_bytes"] == sum(r["up_bytes"] for r in finished.metrics) > 0
+    assert (
+        summary["communication"]["down_bytes"] == sum(r["down_bytes"] for r in finished.metrics) > 0
+    )
     assert "NaN" not in (finished.path / "summary.json").read_text()
 
 
-def test_saved_models_score_as_the_summary_says(finished: Run) -> None:
+def test_saved_models_reproduce_the_summary(finished: Run) -> None:
     digits = with_test(load_source(SourceConfig(name="digits"), Path("unused")))
     assert digits.test is not None and digits.test.y is not None
     for client in finished.summary["clients"]:
-        said = finished.predict(client["id"], digits.test.x, personal=False)
-        assert torch.allclose(said.sum(1), torch.ones(len(said)), atol=1e-5)
-        again = score(finished.models[client["id"]].task, said.log(), digits.test.y)
-        assert again["accuracy"] == pytest.approx(client["global"]["accuracy"], abs=1e-9)
+        predictions = finished.predict(client["id"], digits.test.x, personal=False)
+        assert torch.allclose(predictions.sum(1), torch.ones(len(predictions)), atol=1e-5)
+        scores = score(finished.models[client["id"]].task, predictions.log(), digits.test.y)
+        assert scores["accuracy"] == pytest.approx(client["global"]["accuracy"], abs=1e-9)
     by_name = evaluate(finished, "digits")
     assert by_name["server"]["accuracy"] == pytest.approx(
         finished.summary["server"]["last"]["accuracy"], abs=1e-9
     )
-    home = finished.predict("site_1", digits.test.x, personal=True)
-    # log π is added
-    assert not torch.allclose(home, finished.predict("site_1", digits.test.x, personal=False))
+    personal = finished.predict("site_1", digits.test.x, personal=True)
+    # personal predictions add the log of the label frequencies
+    assert not torch.allclose(personal, finished.predict("site_1", digits.test.x, personal=False))
 
 
-def test_an_unknown_client_gives_the_nearest(finished: Run) -> None:
+def test_predict_suggests_the_nearest_client(finished: Run) -> None:
     with pytest.raises(UserError, match="did you mean 'site_1'"):
         finished.predict("site1", torch.zeros(1, 1, 8, 8))
 
 
-def test_a_run_starts_from_anothers_models(finished: Run, tmp_path: Path) -> None:
+def test_init_from_loads_the_models_of_a_run(finished: Run, tmp_path: Path) -> None:
     source = config(
         "local", MIXED, clients=4, rounds=1, init_from=str(finished.path), data__test_limit=None
     )
     source["clients"]["defaults"] = {"optimizer": {"name": "sgd", "lr": 1e-12}}
     after = run(source, out=tmp_path / "b")
-    for id in ("site_1", "site_2"):
-        start = finished.models[id].tensors["head.weight"]
-        assert torch.allclose(after.models[id].tensors["head.weight"], start, atol=1e-6)
+    for client_id in ("site_1", "site_2"):
+        start = finished.models[client_id].tensors["head.weight"]
+        assert torch.allclose(after.models[client_id].tensors["head.weight"], start, atol=1e-6)
     fresh = rounds_of(config("local", MIXED, clients=4), held=0)
     initial = fresh.federation.initial_tensors(fresh.federation.client_infos["site_1"].arch)[
         "head.weight"
@@ -128,11 +146,13 @@ def test_a_run_starts_from_anothers_models(finished: Run, tmp_path: Path) -> Non
     assert not (tmp_path / "c").exists()
 
 
-def test_start_from_begins_groups_at_the_mean_of_their_members(finished: Run) -> None:
+def test_init_from_starts_groups_at_the_mean_of_their_members(finished: Run) -> None:
     rounds = rounds_of(config("fedavg", MIXED, clients=4, data__test_limit=None), held=0)
-    models = {id: finished.models[id] for id in rounds.federation.client_infos}
+    models = {client_id: finished.models[client_id] for client_id in rounds.federation.client_infos}
     group = models["site_1"].arch.spec_id
-    first, second = (id for id, model in models.items() if model.arch.spec_id == group)
+    first, second = (
+        client_id for client_id, model in models.items() if model.arch.spec_id == group
+    )
     shifted = {n: t + 1 if t.is_floating_point() else t for n, t in models[second].tensors.items()}
     models[second] = replace(models[second], tensors=shifted)
 
@@ -144,7 +164,7 @@ def test_start_from_begins_groups_at_the_mean_of_their_members(finished: Run) ->
             torch.testing.assert_close(rounds.server.models[group][name], mean)
 
 
-def test_callbacks_see_each_round_once_it_is_safe(tmp_path: Path) -> None:
+def test_callbacks_run_after_the_metrics_are_written(tmp_path: Path) -> None:
     seen = []
 
     def callback(record: dict) -> None:
@@ -152,15 +172,15 @@ def test_callbacks_see_each_round_once_it_is_safe(tmp_path: Path) -> None:
         assert json.loads(lines[-1])["round"] == record["round"] and len(lines) == record["round"]
         seen.append(record["round"])
 
-    run(config("fedavg", rounds=3, evaluation={"every": 2}),
-        out=tmp_path / "a", callbacks=[callback])  # fmt: skip
+    source = config("fedavg", rounds=3, evaluation={"every": 2})
+    run(source, out=tmp_path / "a", callbacks=[callback])
     assert seen == [1, 2, 3]
     records = Run(tmp_path / "a").metrics
-    # every second, and the last
+    # every second round and the last one
     assert [r.get("global") is not None for r in records] == [False, True, True]
 
 
-def test_early_stopping(tmp_path: Path) -> None:
+def test_patience_stops_the_run(tmp_path: Path) -> None:
     source = config("local", rounds=30, evaluation={"patience": 2})
     source["clients"]["defaults"] = {"optimizer": {"name": "sgd", "lr": 1e-9}}
     stopped = run(source, out=tmp_path / "a")
@@ -168,7 +188,7 @@ def test_early_stopping(tmp_path: Path) -> None:
     assert "validation has not improved" in (tmp_path / "a" / "log.txt").read_text()
 
 
-def test_tensorboard(tmp_path: Path) -> None:
+def test_tensorboard_events_are_written(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     source = config("fedavg", rounds=1, output__tensorboard=True)
     run(source, out=tmp_path / "a")

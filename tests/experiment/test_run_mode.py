@@ -1,4 +1,4 @@
-"""Which runs are asynchronous, and what is refused of them, in one line that names both keys."""
+"""Asynchronous mode: which methods support it, and which settings are refused in one line."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tests.helpers.small_federations import MIXED, config
 ASYNC = {"threads": 1, "mode": "async"}
 
 
-def refused(made: dict[str, Any]) -> str:
+def refused(source: dict[str, Any]) -> str:
     with pytest.raises(UserError) as caught:
-        prepare(made)
+        prepare(source)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_every_method_is_tried_or_refused() -> None:
+def test_every_method_is_supported_or_refused() -> None:
     built_in = {
         name
         for name in register_algorithm
@@ -34,19 +34,17 @@ def test_every_method_is_tried_or_refused() -> None:
 
 
 @pytest.mark.parametrize("method", EACH)
-def test_methods_that_need_a_cohort_side_by_side_are_refused_by_name(method: str) -> None:
+def test_synchronous_methods_refuse_asynchronous_mode(method: str) -> None:
     line = refused(config(method, MIXED, clients=4, runtime=ASYNC))
     assert line.startswith(f"runtime.mode=async cannot be combined with algorithm.name={method}")
 
 
-def test_rows_of_different_versions_are_never_mixed() -> None:
+def test_asynchronous_runs_require_all_proxy_rows() -> None:
     assert refused(config("fedmd", runtime=ASYNC, algorithm__proxy_rows=20)).startswith(
         "algorithm.proxy_rows=20"
     )
-    assert (
-        prepare(config("fedmd", runtime=ASYNC, algorithm__proxy_rows=60)).config.runtime.mode
-        == "async"
-    )  # all of them
+    prepared = prepare(config("fedmd", runtime=ASYNC, algorithm__proxy_rows=60))
+    assert prepared.config.runtime.mode == "async"
 
 
 @pytest.mark.parametrize(
@@ -69,7 +67,10 @@ def test_rows_of_different_versions_are_never_mixed() -> None:
             {"runtime": ASYNC, "cohort": {"deadline": 9.0}},
             "cohort.deadline: cannot be combined with runtime.mode=async",
         ),
-        ({"runtime": ASYNC, "cohort": {"least": 2}}, "cohort.least: cannot be combined with runtime.mode=async"),
+        (
+            {"runtime": ASYNC, "cohort": {"least": 2}},
+            "cohort.least: cannot be combined with runtime.mode=async",
+        ),
         (
             {"runtime": ASYNC, "cohort": {"sampling": "available"}},
             "cohort.sampling: cannot be combined with runtime.mode=async",
@@ -80,21 +81,21 @@ def test_settings_of_the_other_mode_are_refused(changes: dict[str, Any], line: s
     assert refused(config("fedavg", **changes)).startswith(line)
 
 
-def test_settings_of_another_staleness_are_told_or_refused() -> None:
+def test_unused_staleness_settings_are_noted_or_refused() -> None:
     section = {**ASYNC, "staleness": {"kind": "constant", "a": 3.0, "b": 2}}
     notes = prepare(config("fedavg", runtime=section)).notes
     assert [n for n in notes if "is ignored" in n] == [
         f"runtime.staleness.{key} is ignored because the staleness kind is constant" for key in "ab"
     ]
-    one = {"threads": 1, "mode": "async", "buffer": 1}
-    for changes, told in [
-        ({"runtime": one}, True),
-        ({"runtime": {**one, "buffer": 2}}, False),
-        ({"runtime": {**one, "staleness": {"kind": "constant"}}}, False),
+    section_of_one = {"threads": 1, "mode": "async", "buffer": 1}
+    for changes, is_noted in [
+        ({"runtime": section_of_one}, True),
+        ({"runtime": {**section_of_one, "buffer": 2}}, False),
+        ({"runtime": {**section_of_one, "staleness": {"kind": "constant"}}}, False),
         ({"method": "fedasync"}, False),
     ]:
         notes = prepare(config(**{"method": "fedavg", **changes})).notes
-        assert any(note.startswith("runtime.staleness has no effect") for note in notes) == told
+        assert any(note.startswith("runtime.staleness has no effect") for note in notes) == is_noted
     assert (
         "algorithm.b is ignored because the staleness kind is polynomial"
         in prepare(config("fedasync", algorithm__b=2)).notes
@@ -103,7 +104,7 @@ def test_settings_of_another_staleness_are_told_or_refused() -> None:
     assert line == "runtime.staleness: not used by fedbuff; set algorithm.staleness instead"
 
 
-def test_a_buffer_has_one_key() -> None:
+def test_buffer_is_set_by_one_key_only() -> None:
     assert "which aggregates after each upload" in refused(
         config("fedasync", runtime={"buffer": 3})
     )
@@ -113,17 +114,17 @@ def test_a_buffer_has_one_key() -> None:
 
 
 @pytest.mark.parametrize("method", ["fedasync", "fedbuff"])
-def test_asynchronous_methods_need_no_mode(method: str) -> None:
+def test_asynchronous_methods_imply_the_mode(method: str) -> None:
     prepared = prepare(config(method, MIXED, clients=4))
     assert prepared.config.runtime.mode == "async" and isinstance(
         prepared.make_trainer(), AsynchronousTrainer
     )
     assert any(note.startswith("runtime.mode=async") for note in prepared.notes)
-    again = prepare(prepared.config)
-    assert again.config == prepared.config
+    reloaded = prepare(prepared.config)
+    assert reloaded.config == prepared.config
 
 
-def test_learning_rates_move_along_versions() -> None:
+def test_schedules_count_server_versions() -> None:
     assert prepare(config("fedasync", clients=4, rounds=5)).federation.num_rounds == 20
     assert (
         prepare(config("fedbuff", clients=4, rounds=5, clients__per_round=3)).federation.num_rounds
@@ -142,6 +143,8 @@ def test_learning_rates_move_along_versions() -> None:
         ("hinge", 0.5, [1, 1, 1 / 3]),
     ],
 )
-def test_what_a_stale_upload_is_worth(kind: str, a: float | None, weights: list[float]) -> None:
+def test_staleness_weights_match_the_formulas(
+    kind: str, a: float | None, weights: list[float]
+) -> None:
     section = StalenessConfig(kind=kind, a=a)  # type: ignore[arg-type]
     assert [section.weight(t) for t in (0, 1, 8)] == pytest.approx(weights, rel=1e-15)

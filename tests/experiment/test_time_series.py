@@ -1,4 +1,4 @@
-"""Series from end to end: models read them along time, and take them as people store them."""
+"""Time series from end to end: models read them along time, stored as `[N, steps, columns]`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hetero_fl.utils.errors import UserError
 
 
 def waves(rows: int = 160, steps: int = 9) -> Dataset:
-    """Two columns; the target is the first one's last step and the mean of the second."""
+    """Return two columns; the targets are the last step of one and the mean of the other."""
     x = torch.randn(rows, steps, 2, generator=torch.Generator().manual_seed(3))
     y = torch.stack([x[:, -1, 0], x[:, :, 1].mean(1)], 1)
     return from_arrays(x, y, columns=("first", "second"), name="waves")
 
 
-def test_models_read_series_along_their_steps(tmp_path: Path) -> None:
+def test_models_read_series_along_time(tmp_path: Path) -> None:
     data = waves()
     config = {
         "rounds": 1,

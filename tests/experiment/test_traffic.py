@@ -1,4 +1,4 @@
-"""The configuration `traffic_hetero` in a reduced form: two rounds, with all that a run leaves behind."""
+"""A reduced run of the configuration `traffic_hetero`: results, forecasts, evaluation."""
 
 from __future__ import annotations
 
@@ -35,19 +35,21 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run(CONFIG, overrides=SHORT, out=tmp_path_factory.mktemp("traffic") / "run")
 
 
-def test_figures_are_in_vehicles_and_rules_stand_beside_them(finished: Run) -> None:
+def test_errors_and_baselines_are_in_vehicles(finished: Run) -> None:
     summary, details = finished.summary, finished.directory.details()
     assert summary["data"]["simulated"] and details["unit"] == "vehicles"
     assert [c["id"] for c in summary["clients"]] == CITIES and set(summary["baselines"]) == {
         "persistence",
         "a week before",
     }
-    own = {i: details["baselines"][i]["personal"]["a week before"]["mae"] for i in CITIES}
-    assert own["camera_1"] > 5 * own["sensor_1"] > 5 * own["sensor_2"] / 2  # by their volumes
-    week = summary["baselines"]["a week before"]["personal"]
-    assert week["mae"] == pytest.approx(np.mean(list(own.values()))) and week["mae_worst"] == max(
-        own.values()
+    baseline_mae = {i: details["baselines"][i]["personal"]["a week before"]["mae"] for i in CITIES}
+    assert (
+        baseline_mae["camera_1"] > 5 * baseline_mae["sensor_1"] > 5 * baseline_mae["sensor_2"] / 2
     )
+    week = summary["baselines"]["a week before"]["personal"]
+    assert week["mae"] == pytest.approx(np.mean(list(baseline_mae.values()))) and week[
+        "mae_worst"
+    ] == max(baseline_mae.values())
     assert (
         100 < summary["personal"]["last"]["mae"] < 800
         and summary["server"]["last"]["mae"] is not None
@@ -56,32 +58,39 @@ def test_figures_are_in_vehicles_and_rules_stand_beside_them(finished: Run) -> N
     assert " vehicles; global test: mean absolute error" in log and "training until 2022-" in log
 
 
-def test_forecasts_are_drawn_in_vehicles(finished: Run) -> None:
+def test_forecasts_are_plotted_in_vehicles(finished: Run) -> None:
     found = finished.directory.details()["forecast"]
     data = prepare(CONFIG, SHORT).data
     for city in CITIES:
-        beside, y = (
+        extra, y = (
             data.extra_columns(city, "test"),
             data.columns(city, "test", data.preprocess(city))["y"],
         )
-        assert beside.time is not None and beside.unit is not None
-        assert found[city]["time"] == sorted(beside.time.tolist())[-168:]
-        last = int(beside.time.argmax())
+        assert extra.time is not None and extra.unit is not None
+        assert found[city]["time"] == sorted(extra.time.tolist())[-168:]
+        last = int(extra.time.argmax())
         assert found[city]["truth"][2][-1] == pytest.approx(
-            float(y[last, 2] * beside.unit[last]), rel=1e-5
+            float(y[last, 2] * extra.unit[last]), rel=1e-5
         )
-        # a count
+        # truth is an integer count
         assert found[city]["truth"][2][-1] == pytest.approx(
             round(found[city]["truth"][2][-1]), abs=0.01
         )
     assert (finished.path / "plots" / "forecasts.png").stat().st_size > 20_000
     report = (finished.path / "report.html").read_text()
-    for words in ("Mean absolute error (vehicles)", "Persistence", "A week before", "Targets and forecasts", "squared error",
-                  "In vehicles; the second weights", "The data of this run is generated"):  # fmt: skip
+    for words in (
+        "Mean absolute error (vehicles)",
+        "Persistence",
+        "A week before",
+        "Targets and forecasts",
+        "squared error",
+        "In vehicles; the second weights",
+        "The data of this run is generated",
+    ):
         assert words in report
 
 
-def test_predictions_take_a_unit(finished: Run) -> None:
+def test_predict_multiplies_by_the_unit(finished: Run) -> None:
     data = load_source(prepare(CONFIG, SHORT).config.data, Path(), missing=True)
     test = data.test
     assert (
@@ -96,7 +105,7 @@ def test_predictions_take_a_unit(finished: Run) -> None:
     assert error == pytest.approx(last["sensor_1"], rel=1e-5)
 
 
-def test_a_saved_run_is_scored_on_the_same_windows(finished: Run, tmp_path: Path) -> None:
+def test_evaluate_uses_the_windows_of_the_run(finished: Run, tmp_path: Path) -> None:
     found = evaluate(finished, "traffic", client="sensor_2")
     assert found["sensor_2"]["mae"] is not None and found["sensor_2"]["mae"] > 20
     path = junctions(tmp_path)
@@ -105,12 +114,14 @@ def test_a_saved_run_is_scored_on_the_same_windows(finished: Run, tmp_path: Path
 
 
 def junctions(folder: Path, names: tuple[str, ...] = ("1", "2", "3", "4")) -> Path:
-    """A file of junctions that count for different times."""
+    """Write a file of junctions with different time spans."""
     draws, frames = np.random.default_rng(0), []
-    for place, name in enumerate(names):
-        begin, hours = 200 * place, 1400 - 200 * place
+    for junction_idx, name in enumerate(names):
+        begin, hours = 200 * junction_idx, 1400 - 200 * junction_idx
         dates = pd.Timestamp("2023-01-01") + pd.to_timedelta(begin + np.arange(hours), unit="h")
-        count = draws.poisson((30 + 10 * place) * (1.2 + np.sin(np.arange(hours) * np.pi / 12)))
+        count = draws.poisson(
+            (30 + 10 * junction_idx) * (1.2 + np.sin(np.arange(hours) * np.pi / 12))
+        )
         frames.append(
             pd.DataFrame(
                 {"DateTime": dates.strftime("%Y-%m-%d %H:%M"), "Junction": name, "Vehicles": count}
@@ -122,16 +133,16 @@ def junctions(folder: Path, names: tuple[str, ...] = ("1", "2", "3", "4")) -> Pa
 
 
 @pytest.mark.slow
-def test_a_file_takes_the_place_of_the_generated_junctions(tmp_path: Path) -> None:
-    done = run(
+def test_file_replaces_the_generated_junctions(tmp_path: Path) -> None:
+    finished = run(
         CONFIG,
         overrides=[*SHORT, f"data.path={junctions(tmp_path)}", "output.plots=false"],
         out=tmp_path / "run",
     )
-    assert not done.summary["data"]["simulated"]
+    assert not finished.summary["data"]["simulated"]
     assert (
         "'camera_1' gets '1', 'camera_2' gets '2', 'sensor_1' gets '3', 'sensor_2' gets '4'"
-        in (done.path / "log.txt").read_text()
+        in (finished.path / "log.txt").read_text()
     )
     with pytest.raises(UserError, match="got 3 groups for 4 clients"):
         prepare(CONFIG, [*SHORT, f"data.path={junctions(tmp_path, ('1', '2', '3'))}"])
@@ -139,7 +150,7 @@ def test_a_file_takes_the_place_of_the_generated_junctions(tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("horizons", ["[1,3,6]", "[3]"])
-def test_busy_or_not(horizons: str, tmp_path: Path) -> None:
+def test_classification_of_busy_hours(horizons: str, tmp_path: Path) -> None:
     common = ["vehicles", "hour_sin", "hour_cos", "week_sin", "week_cos"]
     plain = [f"clients.groups.{i}.preprocess.columns={common}" for i in (0, 1)]
     plain += [
@@ -148,20 +159,24 @@ def test_busy_or_not(horizons: str, tmp_path: Path) -> None:
     ]
     series = f"data.series={{target: busy, horizons: {horizons}}}"
     public = f"data.proxy.source.series={{sites: [public], horizons: {horizons}}}"
-    done = run(CONFIG, overrides=[*SHORT, series, public, *plain], out=tmp_path / "run")
-    assert 0.3 < done.summary["personal"]["last"]["balanced_accuracy"] <= 1
-    week = done.summary["baselines"]["a week before"]["personal"]["balanced_accuracy"]
-    assert week > 0.75 > done.summary["baselines"]["persistence"]["personal"]["balanced_accuracy"]
-    assert done.models["sensor_1"].task.kind == ("multilabel" if "," in horizons else "multiclass")
-    assert (done.path / "plots" / "confusion.png").exists() and not (
-        done.path / "plots" / "forecasts.png"
+    finished = run(CONFIG, overrides=[*SHORT, series, public, *plain], out=tmp_path / "run")
+    assert 0.3 < finished.summary["personal"]["last"]["balanced_accuracy"] <= 1
+    week = finished.summary["baselines"]["a week before"]["personal"]["balanced_accuracy"]
+    assert (
+        week > 0.75 > finished.summary["baselines"]["persistence"]["personal"]["balanced_accuracy"]
+    )
+    assert finished.models["sensor_1"].task.kind == (
+        "multilabel" if "," in horizons else "multiclass"
+    )
+    assert (finished.path / "plots" / "confusion.png").exists() and not (
+        finished.path / "plots" / "forecasts.png"
     ).exists()
 
 
 @pytest.mark.parametrize(
     "name", ["fedavg", "feddf", "fml", "heterofl", "centralized", "ensemble", "ds_fl"]
 )
-def test_a_method_is_ready_or_says_why_not(name: str) -> None:
+def test_methods_support_forecasts_or_name_a_reason(name: str) -> None:
     try:
         assert prepare(CONFIG, [*SHORT, f"algorithm.name={name}"]).config.algorithm["name"] == name
     except UserError as error:
@@ -170,13 +185,13 @@ def test_a_method_is_ready_or_says_why_not(name: str) -> None:
         ).startswith("algorithm.")
 
 
-def test_a_comparison_tells_the_rules_and_the_unit(finished: Run, tmp_path: Path) -> None:
+def test_comparison_states_baselines_and_unit(finished: Run, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     shutil.copytree(finished.path, tmp_path / "runs" / "one")
     rows, task = [comparison_row(finished.summary)], finished.models["server"].task
     write_comparison(tmp_path, rows, title="traffic", note="", task=task)
-    told = (tmp_path / "comparison.md").read_text()
+    text = (tmp_path / "comparison.md").read_text()
     assert (
-        "**Simple rules:** mean absolute error (vehicles): persistence " in told
-        and "Errors in vehicles, one seed" in told
+        "**Simple rules:** mean absolute error (vehicles): persistence " in text
+        and "Errors in vehicles, one seed" in text
     )

@@ -1,4 +1,4 @@
-"""One thread for each test here: the models are small, and threads that wait for one another cost more than they give."""
+"""Run the tests of small models with one thread, which is faster."""
 
 from __future__ import annotations
 

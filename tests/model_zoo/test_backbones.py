@@ -1,4 +1,4 @@
-"""Every model of the package: shapes, training, splitting, vmap, and where its randomness comes from."""
+"""All models of the package: shapes, training, splitting, vmap and randomness."""
 
 from __future__ import annotations
 
@@ -89,13 +89,13 @@ def test_feature_dim_adds_a_projection_that_ends_in_relu(name: str) -> None:
     assert {n.split(".")[0] for n, _ in model.named_parameters()} == {"backbone", "head"}
 
 
-def test_feature_dim_of_the_models_own_width_adds_nothing() -> None:
+def test_feature_dim_equal_to_the_width_adds_no_layer() -> None:
     plain, same = make("cnn_bn_small"), make("cnn_bn_small", feature_dim=32)
     assert list(plain.state_dict()) == list(same.state_dict())
     assert all(torch.equal(v, same.state_dict()[n]) for n, v in plain.state_dict().items())
 
 
-def test_outputs_is_a_pytree() -> None:
+def test_model_output_is_a_pytree() -> None:
     out = make("mlp")(batch(1, 28, 28))
     doubled = pytree.tree_map(lambda t: 2 * t, out)
     assert isinstance(doubled, Outputs)
@@ -104,7 +104,7 @@ def test_outputs_is_a_pytree() -> None:
 
 @pytest.mark.parametrize("name", [n for n in NUMBER_MODELS if n not in {"gru", "lstm", *HEAVY}])
 def test_vmap_in_training_equals_one_model_after_another(name: str) -> None:
-    """Predictions, gradients and BatchNorm statistics of three stacked models, in float64."""
+    """Compare predictions, gradients and statistics of three stacked models in float64."""
     side = 16 if name in UNPADDED else 12
     size: Size = (side, side) if name in IMAGE_MODELS else ()
     models = [create_model(name, 3, 2, size).double() for _ in range(3)]
@@ -167,7 +167,7 @@ def test_training_draws_random_numbers_through_dropout_alone(
 
 
 @pytest.mark.parametrize("name", [n for n in NUMBER_MODELS if "dropout" in model_options(n)])
-def test_dropout_acts_in_training_only_and_its_absence_costs_no_call(name: str) -> None:
+def test_dropout_acts_in_training_only(name: str) -> None:
     size: Size = (28, 28) if name in IMAGE_MODELS and name != "multimodal" else ()
     model = make(name, size=size, dropout=0.5).train()
     x = batch(1, *size)
@@ -210,7 +210,7 @@ def test_batch_norm_is_found_by_type() -> None:
         pass
 
     model = SplitModel(nn.Sequential(nn.Linear(3, 4), Renamed(4)), nn.Linear(4, 2), 4)
-    # by its name alone it would be taken for one
+    # its name alone is like that of BatchNorm
     model.backbone.register_buffer("running_mean", torch.zeros(4))
     assert is_batch_norm(Renamed(4))
     assert is_batch_norm(nn.SyncBatchNorm(4))
@@ -220,8 +220,8 @@ def test_batch_norm_is_found_by_type() -> None:
     assert batch_norm_buffers(Renamed(4)) == {"running_mean", "running_var"}
 
 
-def test_initial_outputs_are_of_moderate_size() -> None:
-    """An untrained model's loss is near log C: no model starts with exploding logits."""
+def test_initial_loss_is_near_log_num_classes() -> None:
+    """Check that the loss of untrained models is near log C."""
     for name in IMAGE_MODELS:
         if name in HEAVY:
             continue

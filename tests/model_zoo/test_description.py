@@ -1,4 +1,4 @@
-"""What a model costs, and the table on the command line."""
+"""Costs of models and the table on the command line."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ FLOPS = [  # two for each multiply-add, biases and activations not counted
 
 
 @pytest.mark.parametrize(("name", "options", "flops"), FLOPS)
-def test_arithmetic_counted_by_hand(name: str, options: dict[str, int], flops: int) -> None:
+def test_flops_match_counts_by_hand(name: str, options: dict[str, int], flops: int) -> None:
     assert describe(name, **options).forward_flops == flops
 
 
-def test_describing_takes_no_memory_for_images() -> None:
+def test_describe_allocates_no_memory_for_images() -> None:
     assert describe("cnn_gn_small", input_size=10**6).forward_flops > 10**12
 
 
-def test_describing_leaves_the_random_state_alone() -> None:
+def test_describe_keeps_the_random_state() -> None:
     state = torch.get_rng_state()
     describe("timm:resnet10t")
     describe("lenet")
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_text() -> None:
+def test_description_as_text() -> None:
     text = str(describe("resnet20", in_channels=3, input_size=32))
     assert text.splitlines()[0].startswith("resnet20: 16-32-64 channels")
     assert "272,474 (backbone 271,824, head 650)" in text
@@ -66,7 +66,7 @@ def test_text() -> None:
     ("number", "text"),
     [(12, "12 "), (1_500, "1.5 k"), (2_000_000, "2 M"), (3.6e9, "3.6 G"), (1e13, "10 T")],
 )
-def test_readable(number: int, text: str) -> None:
+def test_numbers_are_readable(number: int, text: str) -> None:
     assert format_count(number) == text
 
 
@@ -84,7 +84,7 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "said"),
     [(["nothing"], "no model matches 'nothing'"), (["lenet", "--size", "5"], "at least 12x12")],
 )
-def test_command_line_mistakes(
+def test_invalid_arguments_of_describe_raise_one_line(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 2

@@ -1,4 +1,4 @@
-"""What cannot be made is refused in one line that names the model, what was found, and the nearest valid choice."""
+"""Invalid models raise one line with the model, the value found and the nearest choice."""
 
 from __future__ import annotations
 
@@ -75,7 +75,9 @@ WRONG: list[tuple[str, dict[str, Any], list[str]]] = [
 
 
 @pytest.mark.parametrize(("name", "arguments", "said"), WRONG)
-def test_refused_in_one_line(name: str, arguments: dict[str, Any], said: list[str]) -> None:
+def test_invalid_models_raise_one_line(
+    name: str, arguments: dict[str, Any], said: list[str]
+) -> None:
     with pytest.raises(ModelError) as caught:
         create_model(name, **{"num_classes": 10, **arguments})
     text = str(caught.value)
@@ -86,22 +88,22 @@ def test_refused_in_one_line(name: str, arguments: dict[str, Any], said: list[st
         assert part in text, text
 
 
-def test_a_name_that_is_no_text_is_refused() -> None:
+def test_name_must_be_a_string() -> None:
     with pytest.raises(ModelError, match=r"^model 3: expected a name$"):
         create_model(3, 10)
 
 
 @pytest.mark.parametrize("size", [12, 13])
-def test_lenet_takes_its_smallest_image(size: int) -> None:
+def test_lenet_accepts_its_smallest_image(size: int) -> None:
     assert create_model("lenet", 10, input_size=size).feature_dim == 84
 
 
-def test_the_smallest_images_are_really_the_smallest() -> None:
+def test_smallest_image_sizes_are_exact() -> None:
     for name in ("fedavg_cnn", "cnn_bn_small"):
         assert create_model(name, 10, input_size=4).feature_dim in (512, 32)
 
 
-def test_options_by_name() -> None:
+def test_options_are_given_by_name() -> None:
     assert model_options("cnn") == {"width": 16, "norm": "batch", "dropout": 0.0, "scaler": 0.0}
     assert model_options("cnn_bn_small") == {"dropout": 0.0, "scaler": 0.0}
     assert model_options("mlp") == {"hidden": (128,), "dropout": 0.0, "scaler": 0.0, "norm": "none"}
@@ -112,7 +114,7 @@ def test_options_by_name() -> None:
         model_options("mpl")
 
 
-def test_options_can_be_checked_without_making_the_model() -> None:
+def test_options_are_checked_without_building_the_model() -> None:
     check_options("cnn", {"width": 8, "norm": "group"})
     check_options("timm:resnet10t", {"drop_rate": None})
     for name, options, said in (
@@ -125,7 +127,7 @@ def test_options_can_be_checked_without_making_the_model() -> None:
             check_options(name, options)
 
 
-def test_listing() -> None:
+def test_list_models() -> None:
     assert list_models() == sorted(list_models())
     assert list_models("cnn_bn_*") == ["cnn_bn_large", "cnn_bn_medium", "cnn_bn_small"]
     assert list_models("nothing*") == []
@@ -167,7 +169,7 @@ def test_groups_cannot_be_changed_from_outside() -> None:
     assert group_models("cnn_pair") == ["cnn_bn_small", "cnn_bn_medium"]
 
 
-def test_an_unknown_group_gives_the_nearest() -> None:
+def test_unknown_group_suggests_the_nearest() -> None:
     with pytest.raises(ModelError, match=r"^group HtFE7: unknown group; did you mean 'HtFE"):
         group_models("HtFE7")
 
@@ -182,10 +184,13 @@ def test_small_groups_can_be_built_with_a_common_width(group: str) -> None:
 
 
 @pytest.mark.slow
-def test_importing_the_package_brings_in_neither_library_nor_the_framework() -> None:
+def test_import_does_not_load_optional_packages() -> None:
     code = (
-        "import sys, model_zoo; model_zoo.create_model('cnn_bn_small', 10); model_zoo.list_models();"
+        "import sys, model_zoo; "
+        "model_zoo.create_model('cnn_bn_small', 10); model_zoo.list_models();"
         "print([m for m in ('timm', 'torchvision', 'hetero_fl', 'rich') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    completed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert completed.stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""timm's and torchvision's models as backbones, with and without (faked) published weights; a user's own models."""
+"""Backbones of timm and torchvision with and without pretrained weights, and user models."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SMALL = [  # name, channels, size, width of the features, enlarged to
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "channels", "size", "width", "enlarged"), SMALL)
-def test_small_images_of_any_channels(
+def test_external_models_accept_small_images(
     name: str,
     channels: int,
     size: Any,
@@ -59,7 +59,7 @@ def test_small_images_of_any_channels(
     monkeypatch.setattr(F, "dropout", lambda x, p=0.5, training=True, inplace=False: x)
     state = torch.get_rng_state()
     F.cross_entropy(model.train()(x).logits, torch.tensor([0, 1])).backward()
-    assert torch.equal(torch.get_rng_state(), state)  # nothing but dropout draws
+    assert torch.equal(torch.get_rng_state(), state)  # only dropout draws random numbers
     missing = [n for n, p in model.named_parameters() if p.grad is None]
     assert missing == []
     assert torch.equal(x, before)
@@ -72,7 +72,7 @@ def test_feature_dim_and_options_reach_the_library() -> None:
     assert create_model("timm:resnet10t", 4, drop_rate=0.3).backbone.drop_rate == 0.3
 
 
-def test_the_dry_run_leaves_batch_norm_and_mode_alone() -> None:
+def test_dry_run_keeps_batch_norm_and_mode() -> None:
     model = create_model("torchvision:resnet18", 4)
     assert all(module.training for module in model.modules())
     for module in model.modules():
@@ -89,14 +89,14 @@ def test_all_channels_are_used() -> None:
     assert (x.grad.abs().amax(dim=(0, 2, 3)) > 0).all()
 
 
-def test_a_new_first_convolution_is_drawn_with_the_old_ones_deviation() -> None:
+def test_replaced_convolution_keeps_the_standard_deviation() -> None:
     weight = create_model("torchvision:resnet18", 4, in_channels=5).backbone.conv1.weight
     assert weight.shape == (64, 5, 7, 7)
     # He et al., by fan-out
     assert weight.std().item() == pytest.approx((2 / (64 * 49)) ** 0.5, rel=0.05)
 
 
-def test_an_image_too_small_for_every_enlargement_is_refused(
+def test_too_small_image_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(self: nn.Module, x: Tensor) -> Tensor:
@@ -105,12 +105,15 @@ def test_an_image_too_small_for_every_enlargement_is_refused(
     monkeypatch.setattr("torchvision.models.ResNet.forward", refuse)
     with pytest.raises(
         ModelError,
-        match=r"^model torchvision:resnet18: cannot process an image of 28x28 .* \(28, 28\) and a second line$",
+        match=(
+            r"^model torchvision:resnet18: cannot process an image "
+            r"of 28x28 .* \(28, 28\) and a second line$"
+        ),
     ):
         create_model("torchvision:resnet18", 10)
 
 
-def test_a_model_that_gives_no_feature_vector_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_without_feature_vector_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchvision.models.ResNet.forward", lambda self, x: x)
     with pytest.raises(
         ModelError, match=r"shape \(2, D\) for a batch of 2 examples, got \(2, 1, 28, 28\)$"
@@ -118,12 +121,9 @@ def test_a_model_that_gives_no_feature_vector_is_refused(monkeypatch: pytest.Mon
         create_model("torchvision:resnet18", 10)
 
 
-# ------------------------------------------------------------------------------- published weights (a faked download)
-
-
 @pytest.fixture
 def published(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    """torchvision's ResNet-18 with random weights that stand for the published ones."""
+    """Return torchvision's ResNet-18 with random weights in place of pretrained ones."""
     import torchvision
 
     reference: nn.Module = torchvision.models.resnet18()
@@ -146,7 +146,9 @@ def test_torchvision_weights_for_other_channels(published: nn.Module) -> None:
     grey = create_model("resnet18", 10, 1, 32, pretrained=True)
     five = create_model("resnet18", 10, 5, 32, pretrained=True)
     assert torch.equal(five.backbone.conv1.weight, published.conv1.weight[:, [0, 1, 2, 0, 1]] * 0.6)
-    published.fc = nn.Identity()  # grey seen with summed weights is grey repeated in three colours
+    published.fc = (
+        nn.Identity()
+    )  # summed weights on gray images equal gray repeated in three colors
     expected = published.eval()(x.expand(2, 3, 32, 32))
     torch.testing.assert_close(grey.eval().features(x), expected, rtol=1e-4, atol=1e-5)
 
@@ -187,7 +189,7 @@ def test_timm_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         ("timm:resnet10t", "timm.models._builder.load_state_dict_from_hf"),
     ],
 )
-def test_weights_that_cannot_be_fetched(
+def test_failed_download_of_weights_raises_one_line(
     name: str, patched: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def offline(*_: Any, **__: Any) -> None:
@@ -212,8 +214,6 @@ def test_weights_that_cannot_be_fetched(
     assert logged.getvalue() == "heard\n"  # muted for the download only
 
 
-# ------------------------------------------------------------------------------------------------ a user's own models
-
 OWN = """
 from torch import nn
 from model_zoo import SplitModel
@@ -222,7 +222,8 @@ class Whole(SplitModel):
     def __init__(self, num_classes, in_channels, input_size, feature_dim=None, slope=0.1):
         width = feature_dim or 12
         h, w = input_size
-        body = nn.Sequential(nn.Flatten(), nn.Linear(in_channels * h * w, width), nn.LeakyReLU(slope))
+        layer = nn.Linear(in_channels * h * w, width)
+        body = nn.Sequential(nn.Flatten(), layer, nn.LeakyReLU(slope))
         super().__init__(body, nn.Linear(width, num_classes), width)
 
 class Parts(nn.Module):
@@ -273,7 +274,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "python:zoo_own_models:"
 
 
-def test_own_class(own: str) -> None:
+def test_custom_class(own: str) -> None:
     model = create_model(own + "Whole", 3, 2, (5, 6), feature_dim=9, slope=0.2)
     assert type(model).__name__ == "Whole"
     assert model(torch.randn(4, 2, 5, 6)).features.shape == (4, 9)
@@ -281,18 +282,22 @@ def test_own_class(own: str) -> None:
     assert model_options(own + "Whole") == {"slope": 0.1}
 
 
-def test_own_module_with_backbone_and_head_is_wrapped(own: str) -> None:
+def test_custom_module_with_backbone_and_head_is_wrapped(own: str) -> None:
     model = create_model(own + "Parts", 3)
     assert type(model) is SplitModel
     assert model.feature_dim == 4
     assert model(torch.randn(2, 1, 28, 28)).logits.shape == (2, 3)
 
 
-def test_own_class_that_takes_anything(own: str) -> None:
+def test_custom_class_with_any_arguments(own: str) -> None:
     model = create_model(own + "Anything", 3, input_size=4, depth=7)
     assert model.given == {
-        "num_classes": 3, "in_channels": 1, "input_size": (4, 4), "feature_dim": None, "depth": 7
-    }  # fmt: skip
+        "num_classes": 3,
+        "in_channels": 1,
+        "input_size": (4, 4),
+        "feature_dim": None,
+        "depth": 7,
+    }
 
 
 WRONG_OWN: list[tuple[str, dict[str, Any], str]] = [
@@ -321,7 +326,7 @@ WRONG_OWN: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("what", "arguments", "said"), WRONG_OWN)
-def test_own_models_that_do_not_fit(
+def test_invalid_custom_models_raise_one_line(
     own: str, what: str, arguments: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(ModelError, match=said) as caught:
@@ -342,12 +347,12 @@ def test_own_models_that_do_not_fit(
         ("python:", "expected python:package.module:Class"),
     ],
 )
-def test_own_models_that_cannot_be_found(own: str, name: str, said: str) -> None:
+def test_missing_custom_models_raise_one_line(own: str, name: str, said: str) -> None:
     with pytest.raises(ModelError, match=said):
         create_model(name, 3)
 
 
-def test_description_of_models_from_elsewhere(own: str) -> None:
+def test_description_of_external_models(own: str) -> None:
     assert describe(own + "Parts").summary == "user-defined zoo_own_models:Parts"
     assert describe("timm:resnet10t").summary == "resnet10t from timm"
     assert (

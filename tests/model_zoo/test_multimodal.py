@@ -1,4 +1,4 @@
-"""The model of several blocks: names, what it does where a block is absent, and hiding blocks in training."""
+"""The multimodal model: tensor names, absent blocks and block dropout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def made(blocks: Any = BLOCKS, marks: int = 2, **options: Any) -> SplitModel:
     torch.manual_seed(0)
     numbers = sum(torch.Size(shape).numel() for _, shape in blocks)
     model = create_model("multimodal", 3, numbers + marks, (), blocks=blocks, **options)
-    with torch.no_grad():  # as if trained: an embedding that is no longer nought
+    with torch.no_grad():  # a nonzero embedding, as after training
         model.backbone.get_parameter("fusion.absent").normal_()
     return model
 
@@ -28,7 +28,7 @@ def rows(n: int = 6, genes: bool = True, image: bool = True) -> Tensor:
     return x
 
 
-def test_tensors_are_called_after_the_blocks() -> None:
+def test_tensor_names_contain_the_block() -> None:
     model = made()
     parts = {n.split(".")[1] for n, _ in model.named_parameters() if n.startswith("backbone.")}
     assert parts == {"image", "genes", "fusion"}
@@ -41,7 +41,7 @@ def test_tensors_are_called_after_the_blocks() -> None:
 
 
 @pytest.mark.parametrize("fusion", ["concat", "gated"])
-def test_what_lies_in_an_absent_block_is_not_read(fusion: str) -> None:
+def test_values_of_an_absent_block_are_ignored(fusion: str) -> None:
     model = made(fusion=fusion).eval()
     x = rows(genes=False)
     other = x.clone()
@@ -51,13 +51,13 @@ def test_what_lies_in_an_absent_block_is_not_read(fusion: str) -> None:
     there[:, 70] = 0
     assert not torch.allclose(model(x).logits, model(there).logits)
     zeros = there.clone()
-    zeros[:, 64:69] = 0  # nor is it taken for zeros
+    zeros[:, 64:69] = 0  # an absent block differs from zeros
     assert not torch.allclose(model(x).logits, model(zeros).logits)
     nothing = rows(genes=False, image=False)
     assert torch.allclose(model(nothing).logits, model(nothing).logits[:1].expand(6, 3))
 
 
-def test_the_embedding_is_learned() -> None:
+def test_absent_block_embedding_is_learned() -> None:
     model = made(drop=0.0)
     model(rows(genes=False)).logits.sum().backward()
     grad = model.backbone.get_parameter("fusion.absent").grad
@@ -92,7 +92,7 @@ def test_without_indicators_all_is_there() -> None:
     assert torch.equal(model(x[:, :69]).logits, both(x).logits)
 
 
-def test_mistakes_are_one_line() -> None:
+def test_invalid_options_raise_one_line() -> None:
     for blocks, words in (
         ("image", "option blocks: expected pairs of a name and a shape, got 'image'"),
         ([["fusion", [71]]], "name 'fusion' is reserved"),

@@ -1,4 +1,4 @@
-"""Single models against what is known of them: parameter counts, other implementations, and layers by hand."""
+"""Models compared with published parameter counts, other implementations and formulas."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_parameter_counts_that_are_known(
 
 
 def copy_in_order(source: nn.Module, target: nn.Module) -> None:
-    """Parameters and buffers in the order of definition; shapes must agree one by one."""
+    """Copy parameters and buffers in the order of definition; shapes must agree."""
     values, places = list(source.state_dict().values()), list(target.state_dict().values())
     assert [v.shape for v in values] == [p.shape for p in places]
     for value, place in zip(values, places, strict=True):
@@ -50,7 +50,7 @@ def copy_in_order(source: nn.Module, target: nn.Module) -> None:
 
 
 def move_statistics(model: nn.Module) -> None:
-    """BatchNorm statistics and weights away from 0 and 1, so that a mistake shows."""
+    """Set BatchNorm statistics and weights to values other than 0 and 1."""
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
             for t, low, high in (
@@ -160,7 +160,7 @@ def test_images_are_read_row_by_row_and_series_point_by_point() -> None:
 
 
 def test_dilation_doubles_from_block_to_block_and_reaches_to_both_sides() -> None:
-    """Which steps the middle one of 41 reads: 2 · (1 + 2 + 4) = 14 to each side with kernel 5, and no others."""
+    """Check the receptive field: 2 · (1 + 2 + 4) = 14 steps to each side with kernel 5."""
     model = make("cnn1d", channels=2, size=(41,), width=8, blocks=3, kernel=5, norm="none").double()
     series = batch(2, 41, n=1).double().requires_grad_()
     steps = model.backbone.blocks(model.backbone.stem(series))

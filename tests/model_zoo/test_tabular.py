@@ -1,4 +1,4 @@
-"""Models that treat columns one by one, against their formulas written out."""
+"""Models that process columns separately, compared with their formulas."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from model_zoo import ModelError, create_model
 from tests.helpers.models import batch, make
 
 
-def test_wide_and_deep_is_a_linear_model_on_columns_and_pairs_beside_a_perceptron() -> None:
+def test_wide_and_deep_matches_its_formula() -> None:
     model = make("wide_deep", 2, 4, (), hidden=(8, 3)).eval()
     x = batch(4, n=6)
     t = x.tanh()
@@ -33,7 +33,7 @@ def test_wide_and_deep_is_a_linear_model_on_columns_and_pairs_beside_a_perceptro
         create_model("wide_deep", 2, 4, (), crosses="all")
 
 
-def test_a_column_is_a_token() -> None:
+def test_tokenizer_gives_one_token_per_column() -> None:
     model = make("ft_transformer", 3, 5, (), width=8, depth=1, heads=2).eval()
     backbone, x = model.backbone, batch(5)
     tokens = torch.stack(
@@ -47,7 +47,7 @@ def test_a_column_is_a_token() -> None:
     torch.testing.assert_close(model(x).features, backbone.norm(steps[:, -1]).relu())
 
 
-def test_columns_in_another_order_are_the_same_table() -> None:
+def test_column_order_does_not_matter() -> None:
     model, x, order = (
         make("ft_transformer", 2, 5, ()).eval(),
         batch(5),
@@ -60,7 +60,7 @@ def test_columns_in_another_order_are_the_same_table() -> None:
     torch.testing.assert_close(model(x[:, order]).logits, before)
 
 
-def test_clients_with_different_columns_can_share_all_but_the_tokeniser() -> None:
+def test_clients_with_different_columns_share_all_but_the_tokenizer() -> None:
     few, more = (make("ft_transformer", 2, n, ()).state_dict() for n in (4, 9))
     differ = {n for n in few if few[n].shape != more[n].shape}
     assert differ == {"backbone.scale", "backbone.shift"}

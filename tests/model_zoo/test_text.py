@@ -1,4 +1,4 @@
-"""Models of text: what they read, what they do not look at, and that they can be computed together."""
+"""Text models: inputs, padding, causality and vmap."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def texts(n: int = 4, length: int = 7) -> Tensor:
 
 
 @pytest.mark.parametrize("name", TEXT)
-def test_a_step_moves_every_parameter(name: str) -> None:
+def test_training_step_changes_every_parameter(name: str) -> None:
     model = make(name).train()
     x = texts()
     out = model(x)
@@ -44,7 +44,7 @@ def test_a_step_moves_every_parameter(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TEXT)
-def test_every_word_counts_and_the_empty_one_does_not(name: str) -> None:
+def test_outputs_depend_on_words_but_not_on_padding(name: str) -> None:
     x = texts()
     x[:, :3] = 0
     model = make(name)
@@ -52,17 +52,17 @@ def test_every_word_counts_and_the_empty_one_does_not(name: str) -> None:
         other = x.clone()
         other[:, place] = (other[:, place] - 2 + 1) % (WORDS - 2) + 2
         assert not torch.allclose(model(x).logits, model(other).logits, atol=1e-5), place
-    if name == "text_transformer":  # what is not there is not looked at
+    if name == "text_transformer":  # padding is masked
         with torch.no_grad():
             before = model(x).logits
             model.backbone.embedding.weight[0] += 1.0
             model.backbone.positions[:, :3] += 1.0
             assert torch.equal(model(x).logits, before)
-    # nothing at all
+    # empty text
     assert torch.isfinite(model(torch.zeros(2, 7, dtype=torch.int64)).logits).all()
 
 
-def test_the_cnn_looks_back_only() -> None:
+def test_text_cnn_is_causal() -> None:
     backbone = make("text_cnn").backbone
     steps = backbone.embedding(texts()).transpose(1, 2)
     later = steps.clone()
@@ -92,7 +92,7 @@ def test_vmap_in_training_equals_one_model_after_another(name: str) -> None:
             torch.testing.assert_close(parameters[n].grad[k], p.grad)
 
 
-def test_mistakes_are_one_line() -> None:
+def test_invalid_options_raise_one_line() -> None:
     for call, words in (
         (lambda: create_model("text_gru", 5, 3, (7,)), "expected tokens, got a series of length 7"),
         (
@@ -121,7 +121,7 @@ def test_mistakes_are_one_line() -> None:
         assert "\n" not in str(refused.value)
 
 
-def test_what_a_model_of_text_costs() -> None:
+def test_costs_of_text_models() -> None:
     about = describe("text_gru", 5, 1, (7,), vocabulary=WORDS, embedding=8, hidden=16)
     assert about.parameters == WORDS * 8 + 3 * 16 * (8 + 16 + 2) + 16 * 5 + 5
     assert about.forward_flops == 2 * (7 * 3 * 16 * (8 + 16) + 16 * 5)

@@ -1,4 +1,4 @@
-"""Narrower copies of models: leading slices of the wide ones, the scaler, and which share a model is of another."""
+"""Narrow copies of models: slices, scaler and shares."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def made(name: str, options: dict[str, Any]) -> nn.Module:
 
 @pytest.mark.parametrize("share", [0.25, 0.3])
 @pytest.mark.parametrize("name", ABLE)
-def test_a_narrow_copy_is_a_leading_slice(name: str, share: float) -> None:
+def test_narrow_copy_is_a_leading_slice(name: str, share: float) -> None:
     wide = made(name, {}).state_dict()
     kind, options = narrow_options(name, {}, share)
     slim = made(kind, options).state_dict()
@@ -36,7 +36,7 @@ def test_a_narrow_copy_is_a_leading_slice(name: str, share: float) -> None:
     assert sum(t.numel() for t in slim.values()) < 0.5 * sum(t.numel() for t in wide.values())
     # rounded up, widths have other shares
     assert share_of(kind, options, name, {}) == 0.25 or share == 0.3
-    assert share_of(name, {}, kind, options) is None  # the wide one is no part of the narrow one
+    assert share_of(name, {}, kind, options) is None  # the wide model is larger
     kind, options = narrow_options(name, {}, 1.0, scaler=True)
     same = made(kind, options).state_dict()
     assert {n: t.shape for n, t in same.items()} == {
@@ -45,7 +45,7 @@ def test_a_narrow_copy_is_a_leading_slice(name: str, share: float) -> None:
 
 
 @pytest.mark.parametrize("name", ABLE)
-def test_the_scaler_divides_what_every_layer_of_the_backbone_gives(name: str) -> None:
+def test_scaler_divides_outputs_of_backbone_layers(name: str) -> None:
     kind, options = narrow_options(name, {}, 0.5, scaler=True)
     torch.manual_seed(0)
     scaled = made(kind, options).eval()
@@ -69,7 +69,7 @@ def test_widths_are_rounded_up(width: int, narrow: int) -> None:
     assert tuple(options["hidden"]) == (narrow,)
 
 
-def test_shares() -> None:
+def test_share_of_a_wider_model() -> None:
     assert share_of("cnn_bn_small", {}, "cnn_bn_large", {}) == 0.25
     assert share_of("cnn", {"width": 8}, "cnn_bn_large", {}) == 0.25
     assert share_of("mlp", {"hidden": (32, 16)}, "mlp", {"hidden": (64, 32)}) == 0.5
@@ -84,7 +84,7 @@ def test_shares() -> None:
         assert share_of(*own, *wide) is None
 
 
-def test_what_cannot_be_narrowed_is_told_in_one_line() -> None:
+def test_fixed_width_models_raise_one_line() -> None:
     assert {"gru", "lstm", "transformer", "vit", "lenet", "fedavg_cnn", "linear"}.isdisjoint(ABLE)
     with pytest.raises(
         ModelError, match="model gru: cannot be narrowed; choose from mlp, tabular, cnn"

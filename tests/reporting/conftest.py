@@ -1,4 +1,4 @@
-"""Made-up runs as a fixture."""
+"""Fixtures of the reporting tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.helpers.run_directories import Case, write_run
 
 @pytest.fixture
 def made_run(tmp_path: Path) -> Callable[..., RunDirectory]:
-    """Writes the run that the keywords of `Case` describe."""
+    """Return a function that writes a run described by the keywords of `Case`."""
 
     def make(**settings: object) -> RunDirectory:
         return write_run(tmp_path / "run", Case(**settings))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Numbers and names in words."""
+"""Formatting of numbers and names."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ def test_evaluated_shows_the_same_metrics_for_both_test_sets() -> None:
     }
 
     assert format_evaluation(record) == (
-        "local test: balanced accuracy 80.0%, AUROC –; global test: balanced accuracy 60.0%, AUROC 0.750"
+        "local test: balanced accuracy 80.0%, AUROC –; global "
+        "test: balanced accuracy 60.0%, AUROC 0.750"
     )
 
 
@@ -102,7 +103,10 @@ def test_evaluated_shows_the_same_metrics_for_both_test_sets() -> None:
                 "personal": {"auroc": 0.5, "average_precision": 0.2},
                 "global": {"auroc": 0.6, "average_precision": 0.3},
             },
-            "local test: AUROC 0.500, average precision 0.200; global test: AUROC 0.600, average precision 0.300",
+            (
+                "local test: AUROC 0.500, average precision 0.200; global "
+                "test: AUROC 0.600, average precision 0.300"
+            ),
         ),
         ({"global": {"accuracy": None, "balanced_accuracy": None, "auroc": None}}, ""),
         ({}, ""),

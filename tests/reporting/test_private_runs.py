@@ -1,4 +1,4 @@
-"""What a private run's directory must not hold: the label counts of its clients, in whatever form."""
+"""Directories of private runs do not contain label counts of clients."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def source_of(algorithm: dict[str, Any], privacy: dict[str, Any] | None) -> dict
 
 
 def label_counts(source: dict[str, Any]) -> dict[str, list[int]]:
-    """The true label counts of every client's training, validation and test rows."""
+    """Return the true label counts of every client's training, validation and test rows."""
     data, found = prepare(source).data, {}
     for client in data.client_ids:
         for split in ("train", "validation", "test"):
@@ -43,7 +43,7 @@ def label_counts(source: dict[str, Any]) -> dict[str, list[int]]:
 
 
 def vectors(value: Any) -> Iterator[list[float]]:
-    """All lists of numbers in a JSON document, the rows and the row sums of matrices among them."""
+    """Yield all lists of numbers in a JSON document, with rows and row sums of matrices."""
     if isinstance(value, dict):
         for inner in value.values():
             yield from vectors(inner)
@@ -61,7 +61,7 @@ def vectors(value: Any) -> Iterator[list[float]]:
 
 
 def documents(path: Path) -> list[Any]:
-    """The JSON documents of a file: itself, its lines, or what stands in a model's header."""
+    """Yield the JSON documents of a file: itself, its lines, or the metadata of a model."""
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             return [json.loads((file.metadata() or {})["hetero_fl"])]
@@ -75,7 +75,7 @@ def documents(path: Path) -> list[Any]:
 
 
 def disclosed(folder: Path, counts: dict[str, list[int]]) -> set[str]:
-    """Where the files of a run hold a client's label counts or label frequencies, as numbers, as text or as bytes."""
+    """Return the files of a run that contain label counts or frequencies in any encoding."""
     found = set()
     task = prepare(source_of(ADJUSTED, None)).federation.task
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -108,7 +108,7 @@ def disclosed(folder: Path, counts: dict[str, list[int]]) -> set[str]:
         (ADJUSTED, {**CLIENT, "unit": "local"}),
     ],
 )
-def test_private_run_directory_holds_no_label_counts(
+def test_private_run_directory_contains_no_label_counts(
     tmp_path: Path, algorithm: dict[str, Any], privacy: dict[str, Any]
 ) -> None:
     source = source_of(algorithm, privacy)
@@ -131,7 +131,7 @@ def test_public_run_directory_shows_label_counts(tmp_path: Path) -> None:
     assert disclosed(finished.path, label_counts(source)) == {"details.json", *models}
 
 
-def test_pictures_of_a_private_run_show_rows_and_the_global_test_set(tmp_path: Path) -> None:
+def test_plots_of_a_private_run_show_rows_and_the_global_test(tmp_path: Path) -> None:
     finished = run(source_of({"name": "fedavg"}, RECORD), out=tmp_path / "run")
     summary, details = finished.summary, finished.directory.details()
 

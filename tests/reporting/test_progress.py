@@ -1,4 +1,4 @@
-"""The display: quiet lines, live display, log file, nothing on stdout."""
+"""Progress output: quiet lines, live display and log file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def play(run: RunDirectory, progress: Progress) -> None:
         progress.finish(run.summary())
 
 
-def test_quiet_lines_one_for_each_evaluated_round(
+def test_quiet_progress_prints_evaluated_rounds(
     made_run: Callable[..., RunDirectory], tmp_path: Path
 ) -> None:
     run, shown = made_run(rounds=5, every=2, failures=True), io.StringIO()
@@ -47,7 +47,7 @@ def test_quiet_lines_one_for_each_evaluated_round(
     assert logged[-1].endswith(lines[-1]) and logged[0][:2] == "20"
 
 
-def test_a_resumed_run_says_so_and_adds_to_the_log(tmp_path: Path) -> None:
+def test_resumed_run_appends_to_the_log(tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_text("before\n")
     with Progress(tmp_path / "log.txt", quiet=True) as progress:
         progress.start(10, 1, done=4)
@@ -55,7 +55,7 @@ def test_a_resumed_run_says_so_and_adds_to_the_log(tmp_path: Path) -> None:
     assert before == "before" and line.endswith("1 client, 10 rounds, 4 of them already completed")
 
 
-def test_the_live_display_shows_rounds_task_and_scores(
+def test_live_display_shows_rounds_task_and_scores(
     made_run: Callable[..., RunDirectory], tmp_path: Path
 ) -> None:
     run, shown = made_run(rounds=3), io.StringIO()
@@ -74,7 +74,7 @@ def test_the_live_display_shows_rounds_task_and_scores(
     )
 
 
-def test_an_error_puts_the_terminal_in_order(tmp_path: Path) -> None:
+def test_error_restores_the_terminal(tmp_path: Path) -> None:
     shown = io.StringIO()
     with (
         pytest.raises(KeyboardInterrupt),
@@ -85,13 +85,13 @@ def test_an_error_puts_the_terminal_in_order(tmp_path: Path) -> None:
     assert shown.getvalue().rindex("\x1b[?25h") > shown.getvalue().rindex("\x1b[?25l")
 
 
-def test_stdout_stays_free_and_quiet_is_quiet(
+def test_progress_does_not_write_to_stdout(
     made_run: Callable[..., RunDirectory],
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # what is left is in the lines
+    # the remaining text is in the lines
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 0.0))
     run = made_run(rounds=2)
     play(run, Progress(tmp_path / "loud.txt"))
@@ -102,7 +102,7 @@ def test_stdout_stays_free_and_quiet_is_quiet(
     assert len((tmp_path / "quiet.txt").read_text()) == len((tmp_path / "loud.txt").read_text())
 
 
-def test_markup_and_line_breaks_in_a_line_do_no_harm(capsys: pytest.CaptureFixture[str]) -> None:
+def test_markup_and_line_breaks_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     record: dict[str, Any] = {"round": 1, "failed": {"a": "found [red]\n x[0]"}}
     with Progress() as progress:
         progress.start(2, 1)

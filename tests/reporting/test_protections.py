@@ -1,4 +1,4 @@
-"""A report says at its top which protections were on, and which clients were malicious."""
+"""Reports state at the top which protections were used and which clients were malicious."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def details(method: str = "hybrid", **changes: Any) -> dict[str, Any]:
     }
 
 
-def test_whose_privacy_it_is() -> None:
+def test_privacy_subject_is_stated() -> None:
     assert describe_protections({"privacy": None}, {}) == ["No differential privacy was used."]
     for unit, whose in {
         "record": "of each training row",
@@ -31,13 +31,13 @@ def test_whose_privacy_it_is() -> None:
         (line,) = describe_protections({"privacy": {**SPENT, "unit": unit}}, details())
         assert line.startswith("Differential privacy of each") and whose in line
         assert line.endswith(": ε = 3.46 at δ = 1e-05.")
-    # of an older run
+    # a run of an older version
     assert describe_protections({"privacy": SPENT}, {}) == [
         "Differential privacy: ε = 3.46 at δ = 1e-05."
     ]
 
 
-def test_channel_and_rules_are_told() -> None:
+def test_channel_and_rules_are_stated() -> None:
     channel = {
         "compress": [{"topk": 0.05}, {"quantize": 8, "bucket": 64}],
         "compress_down": ["half"],
@@ -55,11 +55,12 @@ def test_channel_and_rules_are_told() -> None:
     )
 
 
-def test_malicious_clients_are_named_and_not_taken_for_clients_that_were_not_drawn() -> None:
+def test_malicious_clients_are_named() -> None:
     attacks = {"name": "backdoor", "liars": ["site_2"], "success": 0.25}
     assert describe_attack(None) == ""
     assert describe_attack(attacks) == (
-        "1 client sent malicious uploads (backdoor): site_2; the backdoor worked on 25.0% of the test rows of other classes. "
+        "1 client sent malicious uploads (backdoor): site_2; the backdoor "
+        "worked on 25.0% of the test rows of other classes. "
         "All scores exclude these clients."
     )
     assert describe_attack(
@@ -70,15 +71,26 @@ def test_malicious_clients_are_named_and_not_taken_for_clients_that_were_not_dra
         {"id": f"site_{i}", "model": "mlp", "n_train": 9, "personal": scores, "global": None}
         for i in (1, 3)
     ]
-    for there, drawn in ((3, False), (4, True)):
+    for population, drawn in ((3, False), (4, True)):
         summary = {
-            "clients": read, "attacks": attacks, "algorithm": "fedavg", "rounds_completed": 1, "privacy": None,
-            "communication": {"up_bytes": 1, "down_bytes": 1}, "global": None, "personal": {"last": scores}, "server": None,
+            "clients": read,
+            "attacks": attacks,
+            "algorithm": "fedavg",
+            "rounds_completed": 1,
+            "privacy": None,
+            "communication": {"up_bytes": 1, "down_bytes": 1},
+            "global": None,
+            "personal": {"last": scores},
+            "server": None,
             "data": {"name": "digits", "n_train": 18, "n_test": 0},
-        }  # fmt: skip
+        }
         found = {
-            "population": there, "proxy": 0, "about": "", "kind": "multiclass", "labels": list("abcdefghij"),
+            "population": population,
+            "proxy": 0,
+            "about": "",
+            "kind": "multiclass",
+            "labels": list("abcdefghij"),
             "rows": {client["id"]: {"test": 5} for client in read},
-        }  # fmt: skip
+        }
         story = render("report_story.html", **report_facts(summary, found))
         assert "site_2" in story and ("fixed random sample" in story) == drawn

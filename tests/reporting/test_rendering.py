@@ -1,4 +1,4 @@
-"""Values as a report writes them."""
+"""Formatting of values in reports."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from hetero_fl.reporting.rendering import format_training, join_values, render
     [
         ("cpu", "cpu"),
         (["2 threads", "one core"], "2 threads; one core"),
-        ({"executor": "serial", "reasons": ["2 threads", "one core"]}, "executor serial, reasons 2 threads; one core"),
+        (
+            {"executor": "serial", "reasons": ["2 threads", "one core"]},
+            "executor serial, reasons 2 threads; one core",
+        ),
     ],
-)  # fmt: skip
-def test_values_of_the_environment_are_one_line(value: Any, line: str) -> None:
+)
+def test_environment_values_are_formatted_in_one_line(value: Any, line: str) -> None:
     assert join_values(value) == line
 
 
-def test_training_settings_name_what_changes_the_loss() -> None:
+def test_training_settings_include_logit_adjustment() -> None:
     settings = {"optimizer": {"lr": 0.1, "momentum": None}, "epochs": 2}
 
     assert format_training(settings) == "lr 0.1, epochs 2"
@@ -31,14 +34,21 @@ def test_training_settings_name_what_changes_the_loss() -> None:
 
 
 @pytest.mark.parametrize("attack", ["membership", "inversion"])
-def test_an_audit_names_only_the_attack_that_was_made(attack: str) -> None:
+def test_audit_page_names_only_the_attacks_made(attack: str) -> None:
     tables: dict[str, list[list[str]]] = {"membership": [], "inversion": []}
     tables[attack] = [["site_1", "by the loss", "", "", "", ""]]
     page = render(
         "audit.html",
-        title="Audit", subtitle="", privacy=None, whose="", shadows=0, notes=[], time="1 s",
-        picture={"data": "", "width": 1}, **tables,
-    )  # fmt: skip
+        title="Audit",
+        subtitle="",
+        privacy=None,
+        whose="",
+        shadows=0,
+        notes=[],
+        time="1 s",
+        picture={"data": "", "width": 1},
+        **tables,
+    )
 
     assert ("which rows they were trained on" in page) == (attack == "membership")
     assert ("can be reconstructed from a client" in page) == (attack == "inversion")

@@ -1,4 +1,4 @@
-"""The report stands alone, says what the files say, and lets nothing through unescaped."""
+"""The report is self-contained, shows the values of the files and escapes all texts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VOID = {"meta", "img", "br", "link"}
 
 
 class Page(HTMLParser):
-    """Checks that elements close in order, and collects what a reader sees."""
+    """Parser that checks nesting of elements and collects the visible text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Page(HTMLParser):
 
 
 def read(run: RunDirectory, pictures: bool = False) -> Page:
-    if not pictures:  # drawing takes most of the time, and few tests are about it
+    if not pictures:  # drawing is slow
         run.plots.mkdir(exist_ok=True)
         (run.plots / "curves.png").write_bytes(b"a picture")
     return Page(write_report(run.path).read_text(encoding="utf-8"))
@@ -81,7 +81,7 @@ def read(run: RunDirectory, pictures: bool = False) -> Page:
     ],
     ids=lambda c: "-".join(map(str, c.values())),
 )
-def test_it_stands_alone(made_run: MakeRun, case: dict[str, Any]) -> None:
+def test_report_is_self_contained(made_run: MakeRun, case: dict[str, Any]) -> None:
     run = made_run(**case)
     page = read(run, pictures=True)
     text = (run.path / "report.html").read_text(encoding="utf-8")
@@ -114,7 +114,7 @@ def test_it_stands_alone(made_run: MakeRun, case: dict[str, Any]) -> None:
         ("serial", {"executor": "serial", "chunk": 1}, ""),
     ],
 )
-def test_the_command_names_the_executor_that_auto_chose(
+def test_report_command_names_the_chosen_executor(
     made_run: MakeRun, configured: str, chosen: dict[str, Any], option: str
 ) -> None:
     run = made_run(rounds=1)
@@ -125,7 +125,7 @@ def test_the_command_names_the_executor_that_auto_chose(
     assert _repeat_command(run).endswith(f"--out runs/again{option}")
 
 
-def test_the_figures_are_those_of_the_summary(made_run: MakeRun) -> None:
+def test_report_values_match_the_summary(made_run: MakeRun) -> None:
     run = made_run()
     page, summary = read(run), run.summary()
     common = summary["global"]["last"]
@@ -134,9 +134,9 @@ def test_the_figures_are_those_of_the_summary(made_run: MakeRun) -> None:
     home = summary["personal"]["last"]["balanced_accuracy"]
     assert f"Local test balanced accuracy {100 * home:.1f}%" in page.text
     assert (
-        f"Balanced accuracy of the server's model {100 * summary['server']['last']['balanced_accuracy']:.1f}%"
-        in page.text
-    )
+        "Balanced accuracy of the server's model "
+        f"{100 * summary['server']['last']['balanced_accuracy']:.1f}%"
+    ) in page.text
     assert not {"AUROC", "Accuracy"} & set(page.text.partition("Results")[0].split()), (
         "one metric in headline and story"
     )
@@ -163,14 +163,14 @@ def test_the_figures_are_those_of_the_summary(made_run: MakeRun) -> None:
 
 
 @pytest.mark.slow
-def test_pictures_are_those_of_the_run(made_run: MakeRun) -> None:
+def test_report_embeds_the_plots_of_the_run(made_run: MakeRun) -> None:
     run = made_run(rounds=2)
     drawn = [path.read_bytes() for path in write_plots(run.path)]
     sources = [a["src"] or "" for tag, a in read(run, pictures=True).attributes if tag == "img"]
     assert [base64.b64decode(source.partition(",")[2]) for source in sources] == drawn
 
 
-def test_what_a_reader_must_know_comes_first(made_run: MakeRun) -> None:
+def test_report_states_warnings_first(made_run: MakeRun) -> None:
     page = read(made_run(simulated=True, failures=True))
     assert "The data of this run is generated, not real." in page.text
     assert (
@@ -180,7 +180,7 @@ def test_what_a_reader_must_know_comes_first(made_run: MakeRun) -> None:
     assert page.text.index("The data of this run is generated") < page.text.index("Summary")
 
 
-def test_undefined_figures_are_counted(made_run: MakeRun) -> None:
+def test_report_counts_undefined_values(made_run: MakeRun) -> None:
     run = made_run(kind="multiclass", classes=10, clients=12)
     missing = run.summary()["personal"]["last"]["auroc_undefined"]
     assert missing > 0
@@ -191,7 +191,7 @@ def test_undefined_figures_are_counted(made_run: MakeRun) -> None:
     )
 
 
-def test_figures_of_few_rows_are_marked(made_run: MakeRun) -> None:
+def test_report_marks_values_of_few_rows(made_run: MakeRun) -> None:
     run = made_run(rounds=1)
     details = run.details()
     for rows in details["rows"].values():
@@ -213,18 +213,17 @@ def test_figures_of_few_rows_are_marked(made_run: MakeRun) -> None:
 
 
 @pytest.mark.parametrize("server", [True, False])
-def test_a_server_is_told_of_where_there_is_one(made_run: MakeRun, server: bool) -> None:
+def test_report_describes_the_server_model(made_run: MakeRun, server: bool) -> None:
     page = read(made_run(rounds=1, server=server))
     assert ("The server has one model" in page.text) == server
     assert ("server's model" in page.text) == server
 
 
-def test_ones_own_method_is_told_in_its_own_words(
+def test_report_describes_custom_methods_by_docstring(
     made_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Mine(Algorithm):
-        """Half of the clients
-        wait (Doe 2020).
+        """Half of the clients wait (Doe 2020).
 
         More of it.
         """
@@ -233,7 +232,7 @@ def test_ones_own_method_is_told_in_its_own_words(
     assert "Half of the clients wait (Doe 2020)." in read(made_run(rounds=1, algorithm="mine")).text
 
 
-def test_nothing_gets_through_unescaped(made_run: MakeRun) -> None:
+def test_report_escapes_all_texts(made_run: MakeRun) -> None:
     run = made_run(clients=2, rounds=1)
     evil = "<script>alert(1)</script>"
     text = json.dumps(run.details()).replace("normalised", evil)
@@ -246,13 +245,13 @@ def test_nothing_gets_through_unescaped(made_run: MakeRun) -> None:
     assert "hospital_2</b>" not in (run.path / "report.html").read_text()
 
 
-def test_a_long_list_of_clients_is_whole(made_run: MakeRun) -> None:
+def test_report_lists_all_clients(made_run: MakeRun) -> None:
     page = read(made_run(clients=600, rounds=1))
     named = [row[0].split()[0] for row in page.cells if row and row[0].startswith("clinic_")]
     assert named == [f"clinic_{i:03d}" for i in range(1, 601)]
 
 
-def test_privacy_is_told(made_run: MakeRun) -> None:
+def test_report_states_privacy(made_run: MakeRun) -> None:
     run = made_run(rounds=1)
     assert "No differential privacy was used." in read(run).text
     run.write_json("summary.json", run.summary() | {"privacy": {"epsilon": 3.456, "delta": 1e-5}})

@@ -1,4 +1,4 @@
-"""What a notebook prints for runs, models and data sets: a line or two, whatever their size."""
+"""Representations of runs, models and data sets are one or two lines."""
 
 from __future__ import annotations
 
@@ -30,19 +30,20 @@ def test_run_shows_method_data_and_scores(run: Run) -> None:
     )
 
 
-def test_run_that_has_not_finished_says_so(run: Run, tmp_path: Path) -> None:
+def test_repr_of_an_unfinished_run(run: Run, tmp_path: Path) -> None:
     for name in ("config.yaml", "environment.json"):
         (tmp_path / name).write_bytes((run.path / name).read_bytes())
 
     assert repr(Run(tmp_path)) == f"Run('{tmp_path}': not finished)"
 
 
-def test_models_of_a_run_are_a_line_each(run: Run) -> None:
+def test_repr_of_models_is_one_line_each(run: Run) -> None:
     model = run.models["site_1"]
     values = sum(tensor.numel() for tensor in model.tensors.values())
 
     assert repr(model) == (
-        f"SavedModel('cnn_bn_small': multiclass with 10 outputs, input [1, 8, 8], {values:,} values in "
+        "SavedModel('cnn_bn_small': multiclass with 10 "
+        f"outputs, input [1, 8, 8], {values:,} values in "
         f"{len(model.tensors)} tensors)"
     )
     assert "\n" not in repr(run.models)
@@ -53,7 +54,8 @@ def test_data_set_shows_its_rows_and_shapes() -> None:
     dataset = from_arrays(x, np.arange(4000) % 2, test=(x[:500], np.arange(500) % 2))
 
     assert repr(dataset) == (
-        f"Dataset('{dataset.name}': multiclass with 2 outputs, x uint8 [1, 28, 28]; rows: train 4,000, test 500)"
+        f"Dataset('{dataset.name}': multiclass with 2 outputs, x "
+        "uint8 [1, 28, 28]; rows: train 4,000, test 500)"
     )
     assert repr(dataset.train) == "Examples(4,000 rows: x uint8 [1, 28, 28], y int64)"
     assert repr(Vocabulary(words=("a", "b"))) == "Vocabulary(4 tokens, 2 words)"
@@ -64,7 +66,8 @@ def test_prepared_run_shows_its_federation() -> None:
     prepared = hetero_fl.prepare(config("fedavg", clients=2))
 
     assert re.fullmatch(
-        r"PreparedRun\('small': fedavg, 2 clients, 2 rounds; FederatedData\('digits': multiclass with 10 outputs, 2 clients; "
+        r"PreparedRun\('small': fedavg, 2 clients, 2 rounds; "
+        r"FederatedData\('digits': multiclass with 10 outputs, 2 clients; "
         r"rows: train \d+, proxy 60, test 90\)\)",
         repr(prepared),
     )

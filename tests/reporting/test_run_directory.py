@@ -1,4 +1,4 @@
-"""The run directory survives crashes, and refuses what it does not know."""
+"""The run directory: crashes, locks, damaged and foreign files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def create(path: Path) -> RunDirectory:
     )
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+def test_run_directory_round_trip(tmp_path: Path) -> None:
     create(tmp_path / "runs" / "a")
     run = RunDirectory.open(tmp_path / "runs" / "a")
     assert run.config() == {"name": "a", "x": [1, None]}
@@ -37,7 +37,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     }
 
 
-def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
+def test_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="already exists; choose another --out, or --resume"):
         create(tmp_path)
@@ -48,7 +48,7 @@ def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_creation_cut_short_can_be_repeated(
+def test_interrupted_creation_can_be_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace = os.replace
@@ -82,7 +82,7 @@ def test_a_creation_cut_short_can_be_repeated(
         ({"environment.json": b"\xff"}, "cannot be read"),
     ],
 )
-def test_foreign_folders_are_refused_in_one_line(
+def test_foreign_folder_raises_one_line(
     tmp_path: Path, files: dict[str, str | bytes] | None, message: str
 ) -> None:
     path = tmp_path / "a"
@@ -99,7 +99,7 @@ def test_foreign_folders_are_refused_in_one_line(
 @pytest.mark.parametrize(
     "content", ["a: " + "[" * 3000, "a: 2001-99-99", "rounds: " + "9" * 5000, "a: [", "a: \x00"]
 )
-def test_a_config_that_cannot_be_read_is_one_line(content: str, tmp_path: Path) -> None:
+def test_unreadable_config_raises_one_line(content: str, tmp_path: Path) -> None:
     run = create(tmp_path / "a")
     (run.path / "config.yaml").write_text(content)
 
@@ -109,12 +109,12 @@ def test_a_config_that_cannot_be_read_is_one_line(content: str, tmp_path: Path) 
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_summary_is_one_line(tmp_path: Path) -> None:
+def test_missing_summary_raises_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"summary.json: cannot be read \(No such file"):
         create(tmp_path / "a").summary()
 
 
-def test_why_a_run_holds_no_models(tmp_path: Path) -> None:
+def test_missing_models_are_explained(tmp_path: Path) -> None:
     run = create(tmp_path / "a")
     with pytest.raises(UserError, match="has no models; the run has not finished"):
         _ = Run(run.path).models
@@ -127,7 +127,7 @@ def test_why_a_run_holds_no_models(tmp_path: Path) -> None:
         _ = Run(run.path).models
 
 
-def test_nan_never_reaches_a_file(tmp_path: Path) -> None:
+def test_nan_is_written_as_null(tmp_path: Path) -> None:
     run = create(tmp_path / "a")
     run.write_json("summary.json", {"x": 1})
     for bad in (float("nan"), float("inf")):
@@ -139,9 +139,7 @@ def test_nan_never_reaches_a_file(tmp_path: Path) -> None:
     assert not (run.path / "metrics.jsonl").exists()
 
 
-def test_a_failed_write_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = create(tmp_path / "a")
     run.write_text("report.html", "old")
 
@@ -156,9 +154,7 @@ def test_a_failed_write_leaves_the_old_file(
     assert not list(run.path.glob(".*"))
 
 
-def test_a_line_is_on_the_disk_before_the_round_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_metrics_are_synced_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = create(tmp_path / "a")
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", synced.append)
@@ -168,7 +164,7 @@ def test_a_line_is_on_the_disk_before_the_round_goes_on(
     assert len(synced) == 1
 
 
-def test_rewinding_drops_later_rounds_and_a_torn_line(tmp_path: Path) -> None:
+def test_rewind_drops_later_rounds_and_partial_lines(tmp_path: Path) -> None:
     run = create(tmp_path / "a")
     run.rewind_metrics(0)
     for r in (1, 2, 3):
@@ -186,7 +182,7 @@ def test_rewinding_drops_later_rounds_and_a_torn_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", ["{", "3", "{}", '{"round": "one"}', "null"])
-def test_a_damaged_line_is_named(tmp_path: Path, bad: str) -> None:
+def test_damaged_line_is_named(tmp_path: Path, bad: str) -> None:
     run = create(tmp_path / "a")
     run.append_metrics({"round": 1})
     with open(run.path / "metrics.jsonl", "a") as file:
@@ -195,7 +191,7 @@ def test_a_damaged_line_is_named(tmp_path: Path, bad: str) -> None:
         run.metrics()
 
 
-def test_the_made_up_run_is_a_run(made_run: Callable[..., RunDirectory]) -> None:
+def test_synthetic_run_is_a_valid_run(made_run: Callable[..., RunDirectory]) -> None:
     run = made_run(rounds=3)
     assert RunDirectory.open(run.path).summary()["rounds_completed"] == 3 == len(run.metrics())
 
@@ -207,7 +203,7 @@ def hold(folder: str, held: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_folder_belongs_to_one_process_and_a_kill_frees_it(tmp_path: Path) -> None:
+def test_lock_is_exclusive_and_released_by_a_kill(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=hold, args=(str(tmp_path / "a"), there))
@@ -225,10 +221,10 @@ def test_a_folder_belongs_to_one_process_and_a_kill_frees_it(tmp_path: Path) -> 
         lock_folder(tmp_path / "a"),
     ):
         pass
-    create(tmp_path / "a")  # the file that is left is nobody's
+    create(tmp_path / "a")  # the remaining lock file is not locked
 
 
-def test_a_file_system_without_locks_is_used_without(
+def test_file_system_without_locks_is_noted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fcntl = pytest.importorskip("fcntl")
@@ -239,9 +235,14 @@ def test_a_file_system_without_locks_is_used_without(
     monkeypatch.setattr(fcntl, "flock", missing)
     for _ in range(2):
         with lock_folder(tmp_path / "a") as unheld:
-            assert not list((tmp_path / "a").iterdir())  # nothing that could outlive a kill
+            assert not list(
+                (tmp_path / "a").iterdir()
+            )  # no lock file that could outlive a killed process
             assert unheld == [
-                f"{tmp_path / 'a'}: the file system has no locks; do not start a second process in this folder"
+                (
+                    f"{tmp_path / 'a'}: the file system has no locks; do "
+                    "not start a second process in this folder"
+                )
             ]
 
     monkeypatch.undo()
@@ -249,13 +250,11 @@ def test_a_file_system_without_locks_is_used_without(
         assert not unheld
 
 
-def test_a_folder_that_cannot_be_written_to_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unwritable_folder_raises_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be created"), lock_folder(tmp_path / "file"):
         pass
-    # stands for a folder of another's: root may write anywhere
+    # simulates a folder of another user, as root may write anywhere
     (tmp_path / "a" / LOCK).mkdir(parents=True)
     with pytest.raises(UserError, match="a: not writable"), lock_folder(tmp_path / "a"):
         pass

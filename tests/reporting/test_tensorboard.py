@@ -1,4 +1,4 @@
-"""TensorBoard gets what `metrics.jsonl` has."""
+"""TensorBoard events contain the values of `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hetero_fl.utils.errors import UserError
 
 
 class Writer:
-    """Remembers what it is given."""
+    """Record the scalars in memory."""
 
     def __init__(self) -> None:
         self.scalars: dict[tuple[str, int], float] = {}
@@ -27,7 +27,7 @@ class Writer:
         self.flushed += 1
 
 
-def test_every_defined_figure_is_written(made_run: Callable[..., RunDirectory]) -> None:
+def test_every_defined_metric_is_written(made_run: Callable[..., RunDirectory]) -> None:
     records, writer = (
         made_run(rounds=4, every=2, server=False, kind="multiclass", classes=10).metrics(),
         Writer(),
@@ -45,14 +45,16 @@ def test_every_defined_figure_is_written(made_run: Callable[..., RunDirectory]) 
     assert None not in found.values() and writer.flushed == 4
 
 
-def test_a_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tensorboard_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match=r"pip install 'hetero_fl\[tensorboard\]'"):
         writer_callback(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_real_writer(made_run: Callable[..., RunDirectory]) -> None:
+def test_events_are_written_with_tensorboard(made_run: Callable[..., RunDirectory]) -> None:
     pytest.importorskip("tensorboard")
     run = made_run(rounds=1)
     writer_callback(run.path)(run.metrics()[0])

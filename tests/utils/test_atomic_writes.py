@@ -1,4 +1,4 @@
-"""Writing in one step: whole or not at all, nothing left over, readable by whom the user's umask lets read."""
+"""Atomic writes: complete or not at all, with the permissions of the umask."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hetero_fl.utils.serialization import write_atomically
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
-def test_the_umask_decides_who_reads(tmp_path: Path) -> None:
+def test_file_mode_follows_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:
         write_atomically(tmp_path / "deep" / "a.bin", b"new")
@@ -20,13 +20,13 @@ def test_the_umask_decides_who_reads(tmp_path: Path) -> None:
     assert (tmp_path / "deep" / "a.bin").stat().st_mode & 0o777 == 0o644
 
 
-def test_what_a_killed_process_left_is_overwritten(tmp_path: Path) -> None:
+def test_leftover_of_a_killed_process_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / ".a.bin.tmp").write_bytes(b"half of someth")
     write_atomically(tmp_path / "a.bin", b"new")
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"a.bin": b"new"}
 
 
-def test_a_failed_write_leaves_the_old_content(
+def test_failed_write_keeps_the_old_content(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_atomically(tmp_path / "a.bin", b"old")

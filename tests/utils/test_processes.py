@@ -1,4 +1,4 @@
-"""Worker processes: what the server from which they are forked has imported."""
+"""Worker processes: imports of the fork server and environment of the workers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ assert threading.active_count() == 1
 
 
 @pytest.mark.slow
-def test_what_a_fork_server_imports_uses_no_accelerator_and_no_thread() -> None:
+def test_fork_server_imports_start_no_threads() -> None:
     modules = [
         "hetero_fl.federation.executors.processes",
         "hetero_fl.experiment.comparison",
@@ -45,13 +45,13 @@ def read_variable(name: str, connection: Any, environ: dict[str, str]) -> None:
     connection.send(os.environ.get(name))
 
 
-def test_a_worker_has_the_environment_of_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_gets_the_current_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     context = processes.worker_context()
     for value in ("first", "second"):
         monkeypatch.setenv("HETERO_FL_TEST", value)
-        here, there = context.Pipe()
-        given = ("HETERO_FL_TEST", there, dict(os.environ))
+        in_parent, in_worker = context.Pipe()
+        given = ("HETERO_FL_TEST", in_worker, dict(os.environ))
         process = context.Process(target=read_variable, args=given)
         process.start()
-        assert here.recv() == value
+        assert in_parent.recv() == value
         process.join()

@@ -1,4 +1,4 @@
-"""Keyed draws, and torch's own generators seeded for a fit: the draws that torch.manual_seed gives, and nothing left behind."""
+"""Keyed random draws and seeding of torch's generators for a fit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hetero_fl.utils.seeding import sample_numbers, seed_torch, stream_key
 from tests.helpers.small_federations import config, rounds_of
 
 
-def test_the_draws_are_those_of_manual_seed() -> None:
+def test_seeded_draws_equal_manual_seed() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         expected = torch.randn(5)
@@ -21,7 +21,7 @@ def test_the_draws_are_those_of_manual_seed() -> None:
         assert torch.equal(torch.randn(5), expected)
 
 
-def test_training_takes_no_stack_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seeding_takes_no_stack_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = rounds_of(config(), held=1)
     monkeypatch.setattr(
         traceback, "format_stack", lambda *_, **__: pytest.fail("torch notes a call for later")
@@ -32,7 +32,7 @@ def test_training_takes_no_stack_traces(monkeypatch: pytest.MonkeyPatch) -> None
     rounds.run_round()
 
 
-def test_key_tells_its_parts_and_their_types_apart() -> None:
+def test_key_depends_on_parts_and_types() -> None:
     assert (
         len(
             {
@@ -50,14 +50,14 @@ def test_key_tells_its_parts_and_their_types_apart() -> None:
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.integers(1, 10**12), st.integers(0, 60), st.integers(0, 9))
-def test_a_sample_is_sorted_and_without_doubles(total: int, count: int, seed: int) -> None:
+def test_sample_is_sorted_without_duplicates(total: int, count: int, seed: int) -> None:
     count = min(count, total)
     drawn = sample_numbers(total, count, seed)
     assert len(set(drawn)) == len(drawn) == count and drawn == sorted(drawn)
     assert all(0 <= d < total for d in drawn) and drawn == sample_numbers(total, count, seed)
 
 
-def test_every_subset_is_as_likely_as_any_other() -> None:
+def test_sample_subsets_are_equally_likely() -> None:
     found: dict[tuple[int, ...], int] = {}
     for seed in range(6000):
         subset = tuple(sample_numbers(5, 3, "test", seed))

@@ -1,4 +1,4 @@
-"""Which choice is suggested for a misspelled word, and where none is."""
+"""Suggestions for misspelled words."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ NAMES = {
         ("command", "run", None),
     ],
 )
-def test_closest_of_names(of: str, found: str, meant: str | None) -> None:
+def test_closest_name(of: str, found: str, meant: str | None) -> None:
     assert closest(found, NAMES[of]) == meant
 
 
@@ -77,7 +77,7 @@ def test_closest_of_names(of: str, found: str, meant: str | None) -> None:
         ("bb", ["a", "b"], "b"),
     ],
 )
-def test_closest_of_keys(found: str, choices: list[str], meant: str | None) -> None:
+def test_closest_key(found: str, choices: list[str], meant: str | None) -> None:
     assert closest(found, choices) == meant
 
 
@@ -97,12 +97,12 @@ def test_closest_prefers_fewer_edits_then_the_same_letters() -> None:
         ("notes.yaml", ""),
     ],
 )
-def test_beside_compares_names_without_suffixes(tmp_path: Path, missing: str, meant: str) -> None:
+def test_closest_file_ignores_suffixes(tmp_path: Path, missing: str, meant: str) -> None:
     for name in ("compose.yaml", "medical_hetero.yaml", "notes.txt"):
         (tmp_path / name).touch()
 
     assert suggest_file(tmp_path / missing, (".yaml", ".yml")) == meant
 
 
-def test_beside_is_silent_where_the_folder_is_missing(tmp_path: Path) -> None:
+def test_closest_file_of_a_missing_folder_is_empty(tmp_path: Path) -> None:
     assert suggest_file(tmp_path / "no" / "file.yaml") == ""

@@ -1,4 +1,4 @@
-"""A user's file that uses a name of the previous release gets one line that names the new one."""
+"""Uses of a name of the previous release raise one line with the new name."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Method(FedAvg):
 
 
 class Newer(FedAvg):
-    start: int = 3  # a setting of that name is the author's own affair
+    start: int = 3
 
     def setup(self, server):
         pass
@@ -204,13 +204,13 @@ def test_moved_names_are_gone_and_their_new_places_exist() -> None:
     for old, new in MOVED_NAMES.items():
         with contextlib.suppress(ImportError, AttributeError):
             found = _resolve(old)
-            # a folder without files, which an older checkout has left behind, is no module of the package
+            # an older checkout may have left a folder without files
             assert isinstance(found, ModuleType) and found.__file__ is None, old
         _resolve(new)
 
 
 def _resolve(name: str) -> object:
-    """Return the module or attribute of that dotted name."""
+    """Return the module or attribute with a dotted name."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError:

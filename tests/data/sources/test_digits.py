@@ -1,4 +1,4 @@
-"""The digits are scikit-learn's, whichever way they are read."""
+"""The digits equal those of scikit-learn."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hetero_fl.data.sources import images
 
 
 @pytest.mark.parametrize("found", [True, False])
-def test_they_are_those_of_scikit_learn(found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digits_equal_scikit_learn(found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not found:
         monkeypatch.setattr(images, "find_spec", lambda name: None)
     train, bunch = load_source(SourceConfig(name="digits"), Path()).train, load_digits()

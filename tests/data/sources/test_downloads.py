@@ -165,10 +165,10 @@ def test_every_2d_set_of_medmnist_is_known_and_agrees(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "bloodmnist"])
-def test_a_failed_download_is_one_line(
+def test_failed_download_raises_one_line(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with socket.socket() as closed:  # a port that nobody listens at
+    with socket.socket() as closed:  # a port without a listener
         closed.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{closed.getsockname()[1]}/"
         monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [address])
@@ -187,7 +187,7 @@ def test_a_failed_download_is_one_line(
     assert socket.getdefaulttimeout() is None
 
 
-def test_a_truncated_download_is_noticed(
+def test_truncated_download_is_detected(
     server: tuple[str, Path], npz: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address, folder = server
@@ -216,7 +216,9 @@ def test_without_the_package(npz: Any, tmp_path: Path, monkeypatch: pytest.Monke
     assert local.name == "pathmnist" and local.task.outputs == 9
 
 
-def test_an_interrupt_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_during_download_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 

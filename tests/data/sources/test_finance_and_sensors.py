@@ -1,4 +1,4 @@
-"""Generated banks and persons as their pages describe them; recordings and tables of one's own, and mistakes in them."""
+"""Generated banks and persons, and recordings and tables of users."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ def load(name: str, path: Path | None = None, missing: bool = True, **keys: obje
     )
 
 
-# Banks ---------------------------------------------------------------------------------------------------------------
 def test_banks_have_columns_and_a_rate_of_their_own() -> None:
     dataset = load("bank_fraud")
     train = dataset.train
@@ -69,7 +68,6 @@ def test_the_rare_class_is_known_from_the_rows() -> None:
     )
 
 
-# Persons -------------------------------------------------------------------------------------------------------------
 def test_windows_are_as_described() -> None:
     dataset = load("activity")
     train = dataset.train
@@ -94,7 +92,7 @@ def test_windows_are_as_described() -> None:
 
 
 def test_a_rate_shows_as_frequency() -> None:
-    """The spectrum's peak of a walk lies at cadence · 64 / rate."""
+    """Check that the spectral peak of a walk is at cadence · 64 / rate."""
     person = sensors.make_person(2)
     walk = sensors.NAMES.index("walk")
     x = sensors.record(person, np.full(40, walk), np.random.default_rng(0))
@@ -105,13 +103,17 @@ def test_a_rate_shows_as_frequency() -> None:
     assert abs(spectrum.argmax() - expected) <= 1
 
 
-# Recordings ----------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def samples(tmp_path: Path) -> Path:
-    rows = pd.DataFrame({
-        "t": np.arange(90), "activity": ["walk"] * 25 + ["sit"] * 20 + ["walk"] * 45,
-        "person": ["ann"] * 45 + ["bob"] * 45, "ax": np.arange(90.0), "az": 1.0,
-    })  # fmt: skip
+    rows = pd.DataFrame(
+        {
+            "t": np.arange(90),
+            "activity": ["walk"] * 25 + ["sit"] * 20 + ["walk"] * 45,
+            "person": ["ann"] * 45 + ["bob"] * 45,
+            "ax": np.arange(90.0),
+            "az": 1.0,
+        }
+    )
     rows.to_csv(tmp_path / "samples.csv", index=False)
     return tmp_path / "samples.csv"
 
@@ -156,18 +158,41 @@ def test_windows_from_an_npz(tmp_path: Path) -> None:
     assert found.train.group_names == ("1", "2")
 
 
-def test_mistakes_in_recordings_are_one_line(samples: Path, tmp_path: Path) -> None:
+def test_invalid_recordings_raise_one_line(samples: Path, tmp_path: Path) -> None:
     frame, cut = pd.read_csv(samples), {"length": 10, "time": "t"}
     for change, windows, keys, words in (
-        ({}, {"length": 50}, {}, "windows.length: must be <= 45, the most consecutive samples of one person and activity"),
+        (
+            {},
+            {"length": 50},
+            {},
+            (
+                "windows.length: must be <= 45, the most "
+                "consecutive samples of one person and activity"
+            ),
+        ),
         ({}, {"time": "time"}, {}, "data.windows.time: "),
-        ({}, {}, {"label": "activty"}, "column 'activty' not found in FILE; did you mean 'activity'?"),
+        (
+            {},
+            {},
+            {"label": "activty"},
+            "column 'activty' not found in FILE; did you mean 'activity'?",
+        ),
         ({}, {}, {"group": "perso"}, "column 'perso' not found in FILE; did you mean 'person'?"),
-        ({"t": [*range(40), 3, *range(41, 90)]}, cut, {}, "row 41, column 't': times must increase, got '3' after '39'"),
-        ({"ax": ["1"] * 20 + ["high"] + ["1"] * 69}, cut, {}, "row 21, column 'ax': expected a number, got 'high'"),
+        (
+            {"t": [*range(40), 3, *range(41, 90)]},
+            cut,
+            {},
+            "row 41, column 't': times must increase, got '3' after '39'",
+        ),
+        (
+            {"ax": ["1"] * 20 + ["high"] + ["1"] * 69},
+            cut,
+            {},
+            "row 21, column 'ax': expected a number, got 'high'",
+        ),
         ({"activity": ["walk"] * 89 + [None]}, cut, {}, "row 90, column 'activity': missing value"),
         ({"activity": "walk"}, cut, {}, "expected at least two classes in FILE, got walk only"),
-    ):  # fmt: skip
+    ):
         frame.assign(**change).to_csv(tmp_path / "bad.csv", index=False)
         with pytest.raises(UserError) as refused:
             load("activity", tmp_path / "bad.csv", windows=WindowsConfig(**windows), **keys)
@@ -181,7 +206,10 @@ def test_mistakes_in_recordings_are_one_line(samples: Path, tmp_path: Path) -> N
         ({"x": np.zeros((3, 4))}, "array 'y' not found"),
         (
             {"x": np.zeros((3, 4)), "y": [0, 1, 0]},
-            "x: expected numbers of shape (windows, samples, channels), got float64 of shape (3, 4)",
+            (
+                "x: expected numbers of shape (windows, samples, "
+                "channels), got float64 of shape (3, 4)"
+            ),
         ),
         (
             {"x": np.zeros((3, 4, 2)), "y": [0, 1]},
@@ -204,7 +232,6 @@ def test_mistakes_in_recordings_are_one_line(samples: Path, tmp_path: Path) -> N
         load("activity", label="x")
 
 
-# Tables of one's own -------------------------------------------------------------------------------------------------
 TABLE = pd.DataFrame(
     {
         "amount": np.arange(40.0),
@@ -218,16 +245,48 @@ TABLE = pd.DataFrame(
 @pytest.mark.parametrize(
     ("change", "keys", "words"),
     [
-        ({}, {"label": "fruad"}, "data.label: column 'fruad' not found in FILE; did you mean 'fraud'?"),
-        ({}, {"label": "fraud", "group": "bnak"}, "data.group: column 'bnak' not found in FILE; did you mean 'bank'?"),
-        ({"amount": ["1"] * 6 + ["1O"] + ["2"] * 33}, {"label": "fraud"}, "data.path: FILE: row 7, column 'amount': expected a number, got '1O'"),
-        ({"age": [1] * 39 + ["old"]}, {"label": "fraud"}, "data.path: FILE: row 40, column 'age': expected a number, got 'old'"),
-        ({"age": [1.0] * 39 + [None]}, {"label": "fraud"}, "row 40, column 'age': missing value (1 in 40 rows)"),
-        ({"amount": [1.0] * 39 + [np.inf]}, {"label": "fraud"}, "row 40, column 'amount': expected a finite number, got inf"),
-        ({"fraud": ["no"] * 39 + [None]}, {"label": "fraud"}, "data.path: FILE: row 40, column 'fraud': missing value"),
-        ({"fraud": "no"}, {"label": "fraud"}, "data.path: FILE: column 'fraud': needs two classes, got 'no' in all 40 rows"),
+        (
+            {},
+            {"label": "fruad"},
+            "data.label: column 'fruad' not found in FILE; did you mean 'fraud'?",
+        ),
+        (
+            {},
+            {"label": "fraud", "group": "bnak"},
+            "data.group: column 'bnak' not found in FILE; did you mean 'bank'?",
+        ),
+        (
+            {"amount": ["1"] * 6 + ["1O"] + ["2"] * 33},
+            {"label": "fraud"},
+            "data.path: FILE: row 7, column 'amount': expected a number, got '1O'",
+        ),
+        (
+            {"age": [1] * 39 + ["old"]},
+            {"label": "fraud"},
+            "data.path: FILE: row 40, column 'age': expected a number, got 'old'",
+        ),
+        (
+            {"age": [1.0] * 39 + [None]},
+            {"label": "fraud"},
+            "row 40, column 'age': missing value (1 in 40 rows)",
+        ),
+        (
+            {"amount": [1.0] * 39 + [np.inf]},
+            {"label": "fraud"},
+            "row 40, column 'amount': expected a finite number, got inf",
+        ),
+        (
+            {"fraud": ["no"] * 39 + [None]},
+            {"label": "fraud"},
+            "data.path: FILE: row 40, column 'fraud': missing value",
+        ),
+        (
+            {"fraud": "no"},
+            {"label": "fraud"},
+            "data.path: FILE: column 'fraud': needs two classes, got 'no' in all 40 rows",
+        ),
     ],
-)  # fmt: skip
+)
 def test_mistakes_in_tables_name_file_row_and_column(
     tmp_path: Path, change: dict[str, object], keys: dict[str, object], words: str
 ) -> None:

@@ -1,4 +1,4 @@
-"""Embedded, generated and in-memory sources, the registry, and the script that cuts the embedded set."""
+"""Embedded, generated and in-memory sources, the registry and the script for chest_xray."""
 
 from __future__ import annotations
 
@@ -148,7 +148,8 @@ def test_own_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "import torch\n"
         "from hetero_fl.data import from_arrays\n"
         "from hetero_fl.utils.errors import UserError\n"
-        "def good(config, root): return from_arrays(torch.zeros(6, 2), [0, 1] * 3, name=str(config.path))\n"
+        "def good(config, root): return "
+        "from_arrays(torch.zeros(6, 2), [0, 1] * 3, name=str(config.path))\n"
         "def none(config, root): return 3\n"
         "def sorry(config, root): raise UserError('no licence')\n"
         "def fails(config, root): return [][1]\n"

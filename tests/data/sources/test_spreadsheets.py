@@ -1,4 +1,4 @@
-"""Tables as spreadsheets write them."""
+"""Tables exported from spreadsheets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def test_semicolons_and_decimal_commas(tmp_path: Path) -> None:
     found = load(path, "\ufeffcrp;dose;age;note;ill\n0,5;1,250;30;a;no\n-12,25;3,500;41;b;yes\n")
     assert found.train.x.tolist() == [[0.5, 1.25, 30, 1, 0], [-12.25, 3.5, 41, 0, 1]]
     assert found.notes == (
-        "table t.csv: label ill; columns used: crp, dose, age, note; encoded as indicators: note (a, b); left out: none; "
+        "table t.csv: label ill; columns used: crp, dose, age, note; "
+        "encoded as indicators: note (a, b); left out: none; "
         "decimal commas in crp, dose",
     )
     assert load(path, 'crp,ill\n"0,5",1\n7,0\n').train.x.tolist() == [[0.5], [7]]
@@ -42,16 +43,37 @@ def test_semicolons_and_decimal_commas(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("crp;ill\n1,250;0\n3,500;1\n", "column 'crp': ambiguous number '1,250' (decimal comma or thousands); write numbers as 1234.5"),
-        ("crp;dose;ill\n0,5;1.250;0\n3,5;2.500;1\n", "column 'dose': points may separate thousands, as column 'crp' has decimal commas"),
-        ("crp;ill\n1.234,5;0\n3.000,5;1\n", "row 1, column 'crp': expected a number, got '1.234,5'; write numbers as 1234.5"),
-        ("crp;ill\n0,5;0\n1.5;1\n", "column 'crp': expected a number, got '0,5'; write numbers as 1234.5"),
-        ("a;b,c;ill\n1;2\n3,4;5;6;7\n", "ambiguous separator, as the header has commas and semicolons"),
-        ("crp,ill\n,0\n2,1\n,1\n", "row 1, column 'crp': missing value (2 in 3 rows); fill or remove missing values"),
+        (
+            "crp;ill\n1,250;0\n3,500;1\n",
+            (
+                "column 'crp': ambiguous number '1,250' (decimal comma "
+                "or thousands); write numbers as 1234.5"
+            ),
+        ),
+        (
+            "crp;dose;ill\n0,5;1.250;0\n3,5;2.500;1\n",
+            "column 'dose': points may separate thousands, as column 'crp' has decimal commas",
+        ),
+        (
+            "crp;ill\n1.234,5;0\n3.000,5;1\n",
+            "row 1, column 'crp': expected a number, got '1.234,5'; write numbers as 1234.5",
+        ),
+        (
+            "crp;ill\n0,5;0\n1.5;1\n",
+            "column 'crp': expected a number, got '0,5'; write numbers as 1234.5",
+        ),
+        (
+            "a;b,c;ill\n1;2\n3,4;5;6;7\n",
+            "ambiguous separator, as the header has commas and semicolons",
+        ),
+        (
+            "crp,ill\n,0\n2,1\n,1\n",
+            "row 1, column 'crp': missing value (2 in 3 rows); fill or remove missing values",
+        ),
         ("crp,ill\n1, \n2,1\n", "row 1, column 'ill': missing value (1 in 2 rows)"),
     ],
-)  # fmt: skip
-def test_what_could_mean_two_things_is_one_line(tmp_path: Path, text: str, words: str) -> None:
+)
+def test_ambiguous_cells_raise_one_line(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(UserError) as refused:
         load(tmp_path / "t.csv", text)
     assert str(refused.value).startswith(f"data.path: {tmp_path / 't.csv'}: ") and words in str(

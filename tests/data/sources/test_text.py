@@ -1,4 +1,4 @@
-"""Texts as tokens: whose words the vocabulary knows, what an example shows, what is refused."""
+"""Texts as tokens: vocabulary, generated messages, files and errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,6 @@ def words_of(dataset: Dataset, row: int) -> list[str]:
     return [names[token] for token in dataset.train.x[row].tolist()]
 
 
-# Numbers -------------------------------------------------------------------------------------------------------------
 def test_words_become_numbers() -> None:
     assert split_words("It's 5 o’clock, Anna-Maria: now!") == [
         "it's",
@@ -63,8 +62,7 @@ def test_hashing_reads_no_text_and_never_changes() -> None:
     assert all(FIRST <= hashed.number(f"w{i}") < hashed.size for i in range(200))
 
 
-# Generated messages --------------------------------------------------------------------------------------------------
-def test_phones_write_private_words_that_nobody_else_knows() -> None:
+def test_phones_write_private_words() -> None:
     dataset, public = load("phrases"), load("phrases_public")
     contacts = set(phrases._contacts())
     assert len(contacts) == 36
@@ -75,10 +73,10 @@ def test_phones_write_private_words_that_nobody_else_knows() -> None:
         )
         for w in words
     }
-    assert set(phrases.make_writer(3).contacts) <= written  # they do write them
+    assert set(phrases.make_writer(3).contacts) <= written
     assert dataset.vocabulary is not None and dataset.vocabulary == public.vocabulary
     assert contacts.isdisjoint(dataset.vocabulary.words) and contacts.isdisjoint(dataset.task.names)
-    assert (dataset.train.x == UNKNOWN).any()  # and all that a model sees of them
+    assert (dataset.train.x == UNKNOWN).any()  # private words are unknown tokens
     assert (
         (public.train.x == UNKNOWN).float().mean()
         < 0.01
@@ -88,11 +86,19 @@ def test_phones_write_private_words_that_nobody_else_knows() -> None:
 
 
 def test_the_vocabulary_does_not_depend_on_the_phones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever phones there are, and whatever they write."""
+    """Check that the vocabulary contains public words only."""
     before = load("phrases").vocabulary
     monkeypatch.setattr(phrases, "PHONES", 2)
-    monkeypatch.setattr(phrases, "make_writer", lambda phone: phrases.Writer(
-        phrases.public_writer().topics, phrases.public_writer().templates, ("secret", "hidden", "unseen"), 3))  # fmt: skip
+    monkeypatch.setattr(
+        phrases,
+        "make_writer",
+        lambda phone: phrases.Writer(
+            phrases.public_writer().topics,
+            phrases.public_writer().templates,
+            ("secret", "hidden", "unseen"),
+            3,
+        ),
+    )
     after = load("phrases")
     assert after.vocabulary == before and len(after.train.group_names) == 2
 
@@ -102,8 +108,10 @@ def test_messages_stay_whole_and_phones_differ() -> None:
     train = dataset.train
     assert train.x.shape[1] == 5 and train.group is not None and train.patient is not None
     assert [words_of(dataset, row) for row in range(3)] == [
-        ["", "", "", "", "where"], ["", "", "", "where", "is"], ["", "", "where", "is", "the"]
-    ]  # fmt: skip
+        ["", "", "", "", "where"],
+        ["", "", "", "where", "is"],
+        ["", "", "where", "is", "the"],
+    ]
     assert len({(int(p), int(g)) for p, g in zip(train.patient, train.group, strict=True)}) == len(
         train.patient.unique()
     )
@@ -121,7 +129,6 @@ def test_messages_stay_whole_and_phones_differ() -> None:
     assert len(set(main)) >= 4
 
 
-# Files ---------------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "phones").mkdir()
@@ -141,7 +148,7 @@ def test_a_file_for_each_phone(folder: Path) -> None:
     assert found.train.group_names == ("ann", "bob") and found.vocabulary is not None
     assert found.vocabulary.words == ("at", "see", "the", "you", "gym", "pool")
     assert not any("secret" in word for word in found.vocabulary.words)
-    assert len(found.train) == 30 * 4 + 30 * 3  # "bank" and the secrets are never asked for
+    assert len(found.train) == 30 * 4 + 30 * 3  # "bank" and the secrets are no targets
     hashed = load("text", folder / "phones", "file", tokenizer="hashing", vocabulary=64)
     assert hashed.vocabulary == Vocabulary(buckets=64) and hashed.task.outputs == 64
     single = load("text", folder / "phones" / "ann.txt", tokenizer="hashing")
@@ -156,7 +163,7 @@ def test_classes_of_texts(tmp_path: Path) -> None:
     assert found.train.y is not None and found.train.y.tolist() == [1, 0] * 3
 
 
-def test_mistakes_in_files_are_one_line(folder: Path) -> None:
+def test_invalid_text_files_raise_one_line(folder: Path) -> None:
     (folder / "bad.txt").write_bytes(b"fine here\nnot \xff here\n")
     (folder / "mail.txt").write_text("spam\tbuy\nno class\n", encoding="utf-8")
     (folder / "none.txt").write_text("one\n", encoding="utf-8")
@@ -191,7 +198,6 @@ def test_mistakes_in_files_are_one_line(folder: Path) -> None:
         load("digits")
 
 
-# A federation --------------------------------------------------------------------------------------------------------
 def test_tokens_are_checked() -> None:
     known, task = Vocabulary(("a", "b")), Task("multiclass", 2)
     y = torch.tensor([0, 1])
@@ -216,18 +222,41 @@ def config(**changes: object) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"clients__defaults__preprocess": {"normalize": "own"}}, "preprocess.normalize: does not apply to tokens"),
-        ({"clients__defaults__preprocess": {"resize": 8}}, "preprocess.resize: applies to images only"),
+        (
+            {"clients__defaults__preprocess": {"normalize": "own"}},
+            "preprocess.normalize: does not apply to tokens",
+        ),
+        (
+            {"clients__defaults__preprocess": {"resize": 8}},
+            "preprocess.resize: applies to images only",
+        ),
         ({"clients__defaults__augment": {"flip": True}}, "augment: applies to images only"),
-        ({"clients__groups": [{"name": "a", "count": 12, "model": "mlp"}]}, "clients: a_01: model: model mlp: expected table rows"),
-        ({"data__proxy": {"source": {"name": "digits"}}}, "data.proxy.source: digits: the vocabulary differs"),
-        ({"data__proxy": {"source": {"name": "phrases_public", "text": {"length": 8, "vocabulary": 50}}}},
-         "phrases_public: the vocabulary differs from that of the common set; set the same text"),
+        (
+            {"clients__groups": [{"name": "a", "count": 12, "model": "mlp"}]},
+            "clients: a_01: model: model mlp: expected table rows",
+        ),
+        (
+            {"data__proxy": {"source": {"name": "digits"}}},
+            "data.proxy.source: digits: the vocabulary differs",
+        ),
+        (
+            {
+                "data__proxy": {
+                    "source": {"name": "phrases_public", "text": {"length": 8, "vocabulary": 50}}
+                }
+            },
+            "phrases_public: the vocabulary differs from that of the common set; set the same text",
+        ),
         ({"algorithm": {"name": "dense"}}, "algorithm.name: dense cannot generate tokens"),
-        ({"server": {"model": "text_cnn", "preprocess": {"normalize": {"mean": 0, "std": 1}}}}, "server.preprocess.normalize"),
+        (
+            {"server": {"model": "text_cnn", "preprocess": {"normalize": {"mean": 0, "std": 1}}}},
+            "server.preprocess.normalize",
+        ),
     ],
-)  # fmt: skip
-def test_what_does_not_go_with_tokens_is_one_line(changes: dict[str, object], words: str) -> None:
+)
+def test_settings_incompatible_with_tokens_raise_one_line(
+    changes: dict[str, object], words: str
+) -> None:
     with pytest.raises(UserError, match=words) as refused:
         prepare(config(**changes))
     assert "\n" not in str(refused.value)

@@ -1,4 +1,4 @@
-"""The source `traffic`: generated junctions, and files of real ones with all that may be wrong in them."""
+"""The source `traffic`: generated junctions, files and errors in files."""
 
 from __future__ import annotations
 
@@ -148,13 +148,16 @@ def test_dates_that_could_be_two_are_asked_about(tmp_path: Path) -> None:
     frame["DateTime"] = ["03/04/2023 10:00", "03/04/2023 11:00"]
     with pytest.raises(
         UserError,
-        match=r"series\.format: missing; .* column 'DateTime' of .*t\.csv are ambiguous, choose '%m/%d/%Y %H:%M' or '%d/%m",
+        match=(
+            r"series\.format: missing; .* column 'DateTime' of .*t\.csv "
+            r"are ambiguous, choose '%m/%d/%Y %H:%M' or '%d/%m"
+        ),
     ):
         load(written(frame, tmp_path))
 
 
 def wrong(frame: pd.DataFrame, what: str) -> pd.DataFrame:
-    """A table with a mistake in it; rows 401 and on are those of junction 2."""
+    """Return a table with an error; rows from 401 belong to junction 2."""
     frame = frame.astype({"Vehicles": object})
     if what == "text in a number":
         frame.loc[7, "Vehicles"] = "many"
@@ -175,14 +178,47 @@ def wrong(frame: pd.DataFrame, what: str) -> pd.DataFrame:
 
 MISTAKES = [
     ("column", "data.label: column 'Vehicles' not found in PATH"),
-    ("text in a number", "data.path: PATH: row 8, column 'Vehicles': expected a number, got 'many'"),
+    (
+        "text in a number",
+        "data.path: PATH: row 8, column 'Vehicles': expected a number, got 'many'",
+    ),
     ("empty", "data.path: PATH: row 8, column 'Vehicles': missing value"),
-    ("no date", "data.path: PATH: row 451, column 'DateTime': expected a date as YYYY-MM-DD hh:mm, got 'yesterday'"),
-    ("order", "data.path: PATH: row 412, column 'DateTime': rows of site '2' must be sorted by date, got '01/01/2023 10:00' after '01/01/2023 11:00'"),
-    ("twice", "data.path: PATH: row 7, column 'DateTime': duplicate date '01/01/2023 05:00' of site '1', first in row 6"),
-    ("gap", "data.path: PATH: row 21, column 'DateTime': 3 hours of site '1' missing before '01/01/2023 23:00'; add them"),
-    ("minutes", "data.path: PATH: row 10, column 'DateTime': dates must be whole hours apart, got '01/01/2023 09:20' and"),
-]  # fmt: skip
+    (
+        "no date",
+        (
+            "data.path: PATH: row 451, column 'DateTime': expected a "
+            "date as YYYY-MM-DD hh:mm, got 'yesterday'"
+        ),
+    ),
+    (
+        "order",
+        (
+            "data.path: PATH: row 412, column 'DateTime': rows of site '2' must be "
+            "sorted by date, got '01/01/2023 10:00' after '01/01/2023 11:00'"
+        ),
+    ),
+    (
+        "twice",
+        (
+            "data.path: PATH: row 7, column 'DateTime': duplicate date "
+            "'01/01/2023 05:00' of site '1', first in row 6"
+        ),
+    ),
+    (
+        "gap",
+        (
+            "data.path: PATH: row 21, column 'DateTime': 3 hours of site "
+            "'1' missing before '01/01/2023 23:00'; add them"
+        ),
+    ),
+    (
+        "minutes",
+        (
+            "data.path: PATH: row 10, column 'DateTime': dates must be "
+            "whole hours apart, got '01/01/2023 09:20' and"
+        ),
+    ),
+]
 
 
 @pytest.mark.parametrize(("what", "line"), MISTAKES)
@@ -215,9 +251,12 @@ def test_named_columns_have_to_be_there(tmp_path: Path) -> None:
         load(path, group="Juncton")
 
 
-def test_settings_that_cannot_be() -> None:
-    for bad, words in (({"horizons": (3, 1)}, "in ascending order"), ({"horizons": (169,)}, "<= 168 hours"),
-                       ({"test": 0.8, "validation": 0.1}, "which leaves time to train on")):  # fmt: skip
+def test_invalid_series_settings_are_refused() -> None:
+    for bad, words in (
+        ({"horizons": (3, 1)}, "in ascending order"),
+        ({"horizons": (169,)}, "<= 168 hours"),
+        ({"test": 0.8, "validation": 0.1}, "which leaves time to train on"),
+    ):
         with pytest.raises(ValueError, match=words):
             SeriesConfig(**bad)
     with pytest.raises(UserError, match=r"data\.series: does not apply to source digits"):

@@ -1,4 +1,4 @@
-"""Windows of hourly series: what stands where, and that nothing of the future reaches training."""
+"""Windows of hourly series: layout, and no leak of the future into training."""
 
 from __future__ import annotations
 
@@ -32,13 +32,21 @@ def made(sites: list[HourlySeries], config: SeriesConfig = CONFIG) -> Dataset:
     )
 
 
-def test_every_number_stands_where_it_should() -> None:
+def test_window_layout() -> None:
     one = site()
     data, periods = made([one]), Periods.from_series([one], CONFIG)
     mean = one.value[: periods.train + 1 - START].mean()
     assert data.columns == (
-        "cars", "week_before_1", "week_before_4", "hour_sin", "hour_cos", "week_sin", "week_cos", "warmth", "lane",
-    )  # fmt: skip
+        "cars",
+        "week_before_1",
+        "week_before_4",
+        "hour_sin",
+        "hour_cos",
+        "week_sin",
+        "week_cos",
+        "warmth",
+        "lane",
+    )
     train = data.train
     assert train.y is not None and train.time is not None and train.unit is not None
     assert torch.allclose(train.unit, torch.tensor(mean).float())
@@ -67,7 +75,7 @@ def test_every_number_stands_where_it_should() -> None:
 
 @pytest.mark.parametrize(("window", "horizons"), [(1, (168,)), (6, (24, 48)), (24, (1,))])
 @pytest.mark.parametrize("level", ["training", "week"])
-def test_no_row_before_the_test_period_knows_anything_of_it(
+def test_training_rows_do_not_depend_on_the_test_period(
     window: int, horizons: tuple[int, ...], level: str
 ) -> None:
     config = CONFIG.model_copy(update={"window": window, "horizons": horizons, "level": level})
@@ -97,7 +105,7 @@ def test_no_target_of_training_lies_in_a_later_period() -> None:
 
 
 def changed(one: HourlySeries, periods: Periods) -> HourlySeries:
-    """The same past, another future."""
+    """Return series with the same past and another future."""
     cut = periods.train + 1 - one.start
     value, lanes, weather = one.value.copy(), one.lanes.copy(), one.weather.copy()
     for column in (value, lanes, weather):
@@ -106,7 +114,7 @@ def changed(one: HourlySeries, periods: Periods) -> HourlySeries:
 
 
 def leaks(config: SeriesConfig) -> bool:
-    """Whether another future changes anything of a training row."""
+    """Return whether another future changes a training row."""
     sites = [site(), site("b", 700, 300, 1)]
     periods = Periods.from_series(sites, config)
     before, after = (
@@ -124,9 +132,9 @@ def leaks(config: SeriesConfig) -> bool:
 
 
 def foresees(config: SeriesConfig) -> bool:
-    """Whether what a row shows, or a simple rule says, changes with hours that come after it."""
+    """Return whether inputs or baselines of a row depend on later hours."""
     one = site()
-    # in the validation period: level and scales are what they are
+    # in the validation period, level and scales are fixed
     cut = Periods.from_series([one], config).train + 30 - START
     other = replace(one, value=np.where(np.arange(1000) < cut, one.value, 3 * one.value + 7))
     parts = zip(
@@ -167,8 +175,8 @@ def of_all(site: HourlySeries, periods: Periods) -> float:
     return float(site.value.mean())
 
 
-def test_each_leak_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same check with leaks put in: the level, the weather's scale, the threshold, the cut, the week before."""
+def test_injected_leaks_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that leaks in level, scale, threshold, cut and week before are detected."""
     with monkeypatch.context() as patch:
         patch.setattr(traffic, "mean_level", of_all)
         assert leaks(CONFIG)
@@ -192,7 +200,7 @@ def test_each_leak_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(traffic, "_parts", late)
         assert leaks(CONFIG)
     with monkeypatch.context() as patch:
-        patch.setattr(traffic, "WEEK", 2)  # the hour to forecast itself would be among what is seen
+        patch.setattr(traffic, "WEEK", 2)  # the target hour would be an input
         assert foresees(CONFIG)
 
 
@@ -229,14 +237,14 @@ def needs(now: int) -> set[int]:
     return seen | {h + 1 - 168 for h in seen} | {h + 4 - 168 for h in seen} | {now + 1, now + 4}
 
 
-def test_what_is_not_measured_is_missing() -> None:
+def test_unmeasured_values_are_missing() -> None:
     one = site()
     blind = replace(one, lanes=np.full_like(one.lanes, np.nan))
     x = made([blind]).train.x
     assert x[..., -1].isnan().all() and torch.isfinite(x[..., :-1]).all()
 
 
-def test_busy_or_not() -> None:
+def test_classification_of_busy_hours() -> None:
     one = site()
     config = CONFIG.model_copy(update={"target": "busy", "busy": 0.7})
     data, periods = made([one], config), Periods.from_series([one], config)

@@ -1,4 +1,4 @@
-"""The arithmetic of membership inference against references of a few lines."""
+"""Scores of membership inference compared with short reference implementations."""
 
 from __future__ import annotations
 
@@ -17,32 +17,37 @@ from hetero_fl.experiment.auditing.membership import (
     score_attack,
 )
 
-CLASSES, LABELS, NUMBERS = Task("multiclass", 3), Task("multilabel", 2), Task("regression", 2)
+MULTICLASS = Task("multiclass", 3)
+MULTILABEL = Task("multilabel", 2)
+REGRESSION = Task("regression", 2)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_confidence_is_the_log_odds_of_what_is_true() -> None:
+def test_confidence_is_the_log_odds_of_the_label() -> None:
     z, y = normal(5, 3), torch.tensor([0, 1, 2, 1, 0])
     p = z.softmax(1)[range(5), y]
-    assert torch.allclose(confidence(CLASSES, z, y), (p / (1 - p)).log())
-    sure = torch.tensor([[500.0, 0.0, 0.0]])  # p is 1 to the last bit
-    assert float(confidence(CLASSES, sure, torch.tensor([0]))) == pytest.approx(500 - math.log(2))
+    assert torch.allclose(confidence(MULTICLASS, z, y), (p / (1 - p)).log())
+    # p rounds to exactly 1
+    certain = torch.tensor([[500.0, 0.0, 0.0]])
+    assert float(confidence(MULTICLASS, certain, torch.tensor([0]))) == pytest.approx(
+        500 - math.log(2)
+    )
     marks = torch.tensor([[1.0, 0.0]])
-    assert float(confidence(LABELS, torch.tensor([[2.0, -3.0]]), marks)) == pytest.approx(2.5)
+    assert float(confidence(MULTILABEL, torch.tensor([[2.0, -3.0]]), marks)) == pytest.approx(2.5)
     assert float(
-        confidence(NUMBERS, torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]]))
+        confidence(REGRESSION, torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]]))
     ) == pytest.approx(-math.log(2))
 
 
-def test_the_loss_attack_ranks_by_minus_the_loss() -> None:
+def test_loss_score_is_the_negative_loss() -> None:
     z, y = normal(6, 3), torch.tensor([0, 1, 2, 1, 0, 2])
-    assert torch.allclose(loss_score(CLASSES, z, y), z.log_softmax(1)[range(6), y])
+    assert torch.allclose(loss_score(MULTICLASS, z, y), z.log_softmax(1)[range(6), y])
 
 
-def test_the_likelihood_ratio_is_that_of_two_normals_with_a_common_gap_and_variance() -> None:
+def test_likelihood_ratio_matches_two_normals() -> None:
     shadows, target = 3 * normal(4, 7), normal(7, seed=1)
     inside = torch.tensor(
         [[1, 0, 1, 0, 1, 0, 1], [0, 1, 0, 1, 0, 1, 0], [1, 1, 0, 0, 1, 1, 0], [0, 0, 1, 1, 0, 0, 1]]
@@ -53,7 +58,8 @@ def test_the_likelihood_ratio_is_that_of_two_normals_with_a_common_gap_and_varia
     residual = [
         s[j, i] - (mean_in[i] if b[j, i] else mean_out[i]) for j in range(4) for i in range(7)
     ]
-    variance = np.square(residual).sum() / (7 * 2)  # four values of each example, two means
+    # four values and two means per example
+    variance = np.square(residual).sum() / (7 * 2)
     level, gap = (np.array(mean_in) + mean_out) / 2, 0.8
     ratio = [
         ((x - m + gap / 2) ** 2 - (x - m - gap / 2) ** 2) / (2 * variance)
@@ -62,10 +68,11 @@ def test_the_likelihood_ratio_is_that_of_two_normals_with_a_common_gap_and_varia
     assert np.allclose(found.numpy() * gap / math.sqrt(variance), ratio)
 
 
-def test_the_area_counts_pairs_and_its_error_is_the_bootstrap_of_both_sides() -> None:
+def test_auroc_counts_pairs_and_error_is_bootstrapped() -> None:
     scores, member = normal(300), torch.arange(300) < 120
     scores[member] += 0.5
-    scores = (scores * 4).round()  # ties
+    # create ties
+    scores = (scores * 4).round()
     ins, outs = scores[member].numpy(), scores[~member].numpy()
     found = score_attack(scores, member, "test")
     pairs = (ins[:, None] > outs).mean() + (ins[:, None] == outs).mean() / 2
@@ -76,18 +83,20 @@ def test_the_area_counts_pairs_and_its_error_is_the_bootstrap_of_both_sides() ->
         (pairs * (1 - pairs) + 119 * (q1 - pairs**2) + 179 * (q2 - pairs**2)) / (120 * 180)
     )
     assert found.auroc_se == pytest.approx(error, rel=0.15)
-    threshold = np.sort(outs)[-2]  # one of 180 others may be above
+    # at a rate of 1%, one of 180 non-members may score higher
+    threshold = np.sort(outs)[-2]
     assert found.hits == pytest.approx((ins > threshold).mean())
     area = np.trapezoid(np.array(found.curve)[:, 1], np.array(found.curve)[:, 0])
     assert area == pytest.approx(pairs)
 
 
 @pytest.mark.slow
-def test_chance_is_within_two_standard_errors_about_as_often_as_it_should() -> None:
+def test_chance_verdict_has_the_expected_frequency() -> None:
     member = torch.arange(80) < 40
     verdicts = [
         score_attack(normal(80, seed=seed), member, "test", seed).at_chance for seed in range(40)
     ]
-    assert sum(verdicts) >= 34  # of 40 about 38
-    apart = normal(80) + member.double()
-    assert not score_attack(apart, member, "test").at_chance
+    # 95% of 40 are 38
+    assert sum(verdicts) >= 34
+    separated = normal(80) + member.double()
+    assert not score_attack(separated, member, "test").at_chance

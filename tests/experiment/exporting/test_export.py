@@ -1,4 +1,4 @@
-"""Exports of small finished runs: the same predictions, cards that say what the run recorded, mistakes in one line."""
+"""Exports of small finished runs: equal predictions, contents of model cards, messages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MODELS = [
     {"name": "mlp", "hidden": [16]},
     {"name": "cnn", "width": 4, "norm": "group"},
 ]
-SEEN = [
+OVERRIDES = [
     {"match": "site_1", "preprocess": {"resize": 12, "normalize": "own"}},
     {"match": "site_3", "preprocess": {"channels": 3}},
 ]
@@ -33,12 +33,12 @@ SEEN = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> hetero_fl.Run:
-    """Three clients with views of their own, and a student at the server; the method reads models with label frequencies."""
+    """Return a run with three clients that preprocess differently and a server model."""
     source = config(
         "hybrid",
         MODELS,
         clients=3,
-        clients__overrides=SEEN,
+        clients__overrides=OVERRIDES,
         server__model={"name": "mlp", "hidden": [8]},
         **BARE,
     )
@@ -50,13 +50,11 @@ def pixels(count: int) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_the_files_of_a_run_predict_as_it_does_on_its_own_data(
-    run: hetero_fl.Run, tmp_path: Path
-) -> None:
+def test_exported_files_predict_as_the_run(run: hetero_fl.Run, tmp_path: Path) -> None:
     require_onnx()
     made = hetero_fl.export(run, out=tmp_path)
     assert list(made) == ["server", "site_1", "site_2", "site_3"]
-    at_home = hetero_fl.export(run, "site_2", out=tmp_path, personal=True)["site_2"]
+    personal = hetero_fl.export(run, "site_2", out=tmp_path, personal=True)["site_2"]
     for name, file in made.items():
         score = export.load_scorer(file.model.read_bytes())
         for count in (1, 3, 50):
@@ -65,14 +63,14 @@ def test_the_files_of_a_run_predict_as_it_does_on_its_own_data(
                 score((x,)), run.predict(name, x, personal=False), atol=1e-5, rtol=0
             )
         assert file.largest_difference is not None and file.largest_difference < 1e-5
-    assert at_home.model.stem == "site_2-home"
-    found = export.load_scorer(at_home.model.read_bytes())((x,))
+    assert personal.model.stem == "site_2-home"
+    found = export.load_scorer(personal.model.read_bytes())((x,))
     torch.testing.assert_close(found, run.predict("site_2", x), atol=1e-5, rtol=0)
     assert not torch.allclose(found, run.predict("site_2", x, personal=False), atol=1e-2)
 
 
 @pytest.mark.slow
-def test_the_x_rays_of_a_medical_run(tmp_path: Path) -> None:
+def test_export_of_a_run_on_x_rays(tmp_path: Path) -> None:
     require_onnx()
     source = config(
         "fedmd",
@@ -96,32 +94,33 @@ def test_the_x_rays_of_a_medical_run(tmp_path: Path) -> None:
         torch.testing.assert_close(
             score((x.float() / 255,)), medical.predict(name, x, personal=False), atol=1e-5, rtol=0
         )
-        told = json.loads(file.model.with_suffix(".json").read_text())
-        assert told["names"] == ["normal", "pneumonia"] and "CC BY 4.0" in file.card.read_text()
-        assert told["model"]["label_frequencies"] == "none"
+        card = json.loads(file.model.with_suffix(".json").read_text())
+        assert card["names"] == ["normal", "pneumonia"] and "CC BY 4.0" in file.card.read_text()
+        assert card["model"]["label_frequencies"] == "none"
 
 
-def test_a_card_says_what_the_run_recorded(run: hetero_fl.Run, tmp_path: Path) -> None:
+def test_card_contains_the_results_of_the_run(run: hetero_fl.Run, tmp_path: Path) -> None:
     require_onnx()
     file = hetero_fl.export(run, "site_1", out=tmp_path)["site_1"]
-    told, page = json.loads((tmp_path / "site_1.json").read_text()), file.card.read_text()
+    card = json.loads((tmp_path / "site_1.json").read_text())
+    page = file.card.read_text()
     (client,) = [c for c in run.summary["clients"] if c["id"] == "site_1"]
     rows = run.directory.details()["rows"]["site_1"]
-    assert told["figures"]["at home"]["accuracy"] == client["personal"]["accuracy"]
+    assert card["figures"]["at home"]["accuracy"] == client["personal"]["accuracy"]
     assert (
-        told["figures"]["at home"]["n"] == rows["test"] and told["figures"]["in common"]["n"] == 90
+        card["figures"]["at home"]["n"] == rows["test"] and card["figures"]["in common"]["n"] == 90
     )
-    assert told["figures"]["in common"]["auroc"] == client["global"]["auroc"]
-    assert told["data"]["rows"] == rows and told["data"]["clients"] == 3
+    assert card["figures"]["in common"]["auroc"] == client["global"]["auroc"]
+    assert card["data"]["rows"] == rows and card["data"]["clients"] == 3
     assert (
-        told["data"]["partition"]["kind"] == "dirichlet"
+        card["data"]["partition"]["kind"] == "dirichlet"
         and "partition dirichlet, alpha 0.5" in page
     )
-    assert told["model"]["parameters"] == client["parameters"]
-    assert set(told["model"]["preprocess"]) == {"resize", "mean", "std"}
-    assert told["run"] == {"name": "small", "algorithm": "hybrid", "seed": 0, "rounds_completed": 1}
-    assert told["files"][0]["sha256"] == hashlib.sha256(file.model.read_bytes()).hexdigest()
-    assert told["versions"]["run"]["torch"] == torch.__version__.split("+")[0]
+    assert card["model"]["parameters"] == client["parameters"]
+    assert set(card["model"]["preprocess"]) == {"resize", "mean", "std"}
+    assert card["run"] == {"name": "small", "algorithm": "hybrid", "seed": 0, "rounds_completed": 1}
+    assert card["files"][0]["sha256"] == hashlib.sha256(file.model.read_bytes()).hexdigest()
+    assert card["versions"]["run"]["torch"] == torch.__version__.split("+")[0]
     assert (
         f"{100 * client['personal']['accuracy']:.1f}%" in page and f"(n = {rows['test']})" in page
     )
@@ -137,9 +136,7 @@ def test_a_card_says_what_the_run_recorded(run: hetero_fl.Run, tmp_path: Path) -
     assert figures["in common"]["accuracy"] == run.summary["server"]["last"]["accuracy"]
 
 
-def test_a_card_knows_privacy_few_rows_and_another_readout(
-    run: hetero_fl.Run, tmp_path: Path
-) -> None:
+def test_card_states_privacy_and_caveats(run: hetero_fl.Run, tmp_path: Path) -> None:
     require_onnx()
     altered = hetero_fl.Run(run.path)
     altered.summary |= {
@@ -153,8 +150,8 @@ def test_a_card_knows_privacy_few_rows_and_another_readout(
     page = hetero_fl.export(altered, "site_2", out=tmp_path, personal=True)[
         "site_2"
     ].card.read_text()
-    told = json.loads((tmp_path / "site_2-home.json").read_text())
-    assert told["privacy"]["epsilon"] == 7.5
+    card = json.loads((tmp_path / "site_2-home.json").read_text())
+    assert card["privacy"]["epsilon"] == 7.5
     for words in (
         "ε = 7.5 at δ = 1e-05",
         "uncertain: they come from 7 rows",
@@ -165,7 +162,7 @@ def test_a_card_knows_privacy_few_rows_and_another_readout(
     assert "The file includes the client's label frequencies" in page
 
 
-def test_one_card_for_all_formats_of_a_model(run: hetero_fl.Run, tmp_path: Path) -> None:
+def test_formats_of_a_model_share_one_card(run: hetero_fl.Run, tmp_path: Path) -> None:
     require_onnx()
     hetero_fl.export(run, "site_2", "safetensors", tmp_path)
     tensors = hetero_fl.export(run, "site_2", "safetensors", tmp_path)["site_2"]
@@ -174,21 +171,23 @@ def test_one_card_for_all_formats_of_a_model(run: hetero_fl.Run, tmp_path: Path)
     page = graph.card.read_text()
     assert [file["format"] for file in card["files"]] == ["safetensors", "onnx"]
     assert "site_2.onnx` needs numpy and onnxruntime" in page
-    assert "site_2.safetensors` contains tensors only" in page
+    assert "site_2.safetensors` is the file of the run and contains tensors only" in page
     assert tensors.model.read_bytes() == (run.path / "models" / "site_2.safetensors").read_bytes()
     other = tmp_path / "other"
     hetero_fl.export(run, "site_2", "safetensors", other)
-    assert not (other / "score.py").exists(), "nothing there that it could score"
+    # score.py cannot read safetensors files
+    assert not (other / "score.py").exists()
 
 
-def test_the_command(
+def test_export_command_prints_the_folder(
     run: hetero_fl.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     require_onnx()
     command = ["export", str(run.path), "--client", "site_2", "--out", str(tmp_path)]
     assert main(command) == 0
     out, err = capsys.readouterr()
-    assert out.strip() == str(tmp_path) and "site_2.onnx, differs from the run's predictions by at most" in err
+    assert out.strip() == str(tmp_path)
+    assert "site_2.onnx, differs from the run's predictions by at most" in err
     assert {p.name for p in tmp_path.iterdir()} == {
         "site_2.onnx",
         "site_2.json",
@@ -210,7 +209,7 @@ def test_the_command(
         (["--format", "safetensors", "--out", "FILE/x"], "cannot be written"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_export_flags_raise_one_line(
     run: hetero_fl.Run,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -238,7 +237,7 @@ def test_a_missing_package_is_named_with_its_extra(
         hetero_fl.export(run)
 
 
-def test_what_predicts_otherwise_is_not_written(
+def test_export_refuses_a_file_that_predicts_differently(
     run: hetero_fl.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     require_onnx()
@@ -256,7 +255,7 @@ def test_what_predicts_otherwise_is_not_written(
     assert not (tmp_path / "differs").exists()
 
 
-OWN = """
+CUSTOM_MODEL = """
 from torch import nn
 
 
@@ -279,12 +278,12 @@ class Net(nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("rows", "works"), [("x.shape[0]", True), ("len(x)", False)])
-def test_a_model_of_ones_own(
+def test_export_of_a_custom_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: str, works: bool
 ) -> None:
     require_onnx()
     module = f"own_net_{works}"
-    (tmp_path / f"{module}.py").write_text(OWN.replace("ROWS", rows))
+    (tmp_path / f"{module}.py").write_text(CUSTOM_MODEL.replace("ROWS", rows))
     monkeypatch.syspath_prepend(str(tmp_path))
     source: dict[str, Any] = config("local", f"python:{module}:Net", clients=2, **BARE)
     finished = hetero_fl.run(source, out=tmp_path / "run")
@@ -293,6 +292,7 @@ def test_a_model_of_ones_own(
     else:
         with pytest.raises(
             UserError,
-            match=r"site_1: .* exported to onnx fails for a batch of 1 .*x\.shape\[0\] instead of len\(x\)",
+            match=r"site_1: .* exported to onnx fails for a batch of 1 .*"
+            r"x\.shape\[0\] instead of len\(x\)",
         ):
             hetero_fl.export(finished, "site_1")

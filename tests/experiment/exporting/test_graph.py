@@ -1,4 +1,4 @@
-"""Graphs of every family of models: they predict as the saved model does, for any batch, and refuse what it refuses."""
+"""Exported graphs of every model family predict as the saved model for any batch size."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def require_onnx() -> None:
         pytest.importorskip(package, reason="pip install 'hetero_fl[export]'")
 
 
-def predicted(model: SavedModel, given: tuple[Tensor, ...], home: bool) -> Tensor:
-    """What `Run.predict` gives."""
-    z = model.logits(preprocess_inputs(model, to_predict_form(model, given)), home)
+def predicted(model: SavedModel, inputs: tuple[Tensor, ...], personal: bool) -> Tensor:
+    """Return the predictions of `Run.predict`."""
+    z = model.logits(preprocess_inputs(model, to_predict_form(model, inputs)), personal)
     return (
         z
         if model.task.kind == "regression"
@@ -41,75 +41,84 @@ def predicted(model: SavedModel, given: tuple[Tensor, ...], home: bool) -> Tenso
     )
 
 
-def file_of(model: SavedModel, home: bool = False) -> bytes:
+def file_of(model: SavedModel, personal: bool = False) -> bytes:
     return export.export_graph(
-        ExportedModel(model, home), draw_inputs(model, 3, keyed_generator("f")), interface(model)
+        ExportedModel(model, personal),
+        draw_inputs(model, 3, keyed_generator("f")),
+        interface(model),
     )
 
 
-def spoilt(model: SavedModel) -> list[tuple[int, float]]:
-    """(input, value) of what may not stand in an example."""
+def invalid_values(model: SavedModel) -> list[tuple[int, float]]:
+    """Return the index of an input and a value that is invalid in it, for every check."""
     found = [(0, 30.0), (0, -1.0)] if inputs_of(model)[0].kind == "tokens" else []
-    for i, one in enumerate(inputs_of(model)):
-        found += [(i, float("inf"))] if one.kind != "tokens" else []
-        found += [(i, 1.5), (i, -0.5)] if one.kind == "image" else []
-        found += [(i, float("nan"))] if one.kind != "tokens" and not one.allows_missing else []
+    for i, model_input in enumerate(inputs_of(model)):
+        found += [(i, float("inf"))] if model_input.kind != "tokens" else []
+        found += [(i, 1.5), (i, -0.5)] if model_input.kind == "image" else []
+        found += (
+            [(i, float("nan"))]
+            if model_input.kind != "tokens" and not model_input.allows_missing
+            else []
+        )
     return found
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_module_that_is_exported_predicts_as_the_model_does(name: str) -> None:
+def test_exported_module_predicts_as_the_model(name: str) -> None:
     model = CASES[name]
     personal = model.log_prior is not None
-    given = draw_inputs(model, 5, keyed_generator("rows", 5))
+    inputs = draw_inputs(model, 5, keyed_generator("rows", 5))
 
-    found = ExportedModel(model, personal).eval()(*given)
+    found = ExportedModel(model, personal).eval()(*inputs)
 
-    torch.testing.assert_close(found, predicted(model, given, personal))
+    torch.testing.assert_close(found, predicted(model, inputs, personal))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_the_file_predicts_as_the_model_does_for_batches_of_any_size_and_refuses_the_same_rows(
+def test_exported_file_predicts_as_the_model_for_any_batch_size(
     name: str,
 ) -> None:
     require_onnx()
-    model, home = CASES[name], CASES[name].log_prior is not None
-    content = file_of(model, home)
+    model, personal = CASES[name], CASES[name].log_prior is not None
+    content = file_of(model, personal)
     score = export.load_scorer(content)
     for size in (1, 2, 5, 33):
-        given = draw_inputs(model, size, keyed_generator("rows", size))
-        wanted = predicted(model, given, home)
-        torch.testing.assert_close(score(given), wanted, atol=1e-5, rtol=0)
-        assert wanted.isfinite().all()
-    assert home is (
-        not torch.allclose(predicted(model, given, True), predicted(model, given, False), atol=1e-3)
+        inputs = draw_inputs(model, size, keyed_generator("rows", size))
+        expected = predicted(model, inputs, personal)
+        torch.testing.assert_close(score(inputs), expected, atol=1e-5, rtol=0)
+        assert expected.isfinite().all()
+    assert personal is (
+        not torch.allclose(
+            predicted(model, inputs, True), predicted(model, inputs, False), atol=1e-3
+        )
     )
-    for place, value in spoilt(model):
-        given = draw_inputs(model, 5, keyed_generator("bad"))
-        given[place][1].view(-1)[-1] = value
-        assert score(given).isnan().all(1).tolist() == [False, True, False, False, False]
-    assert __file__.split("/tests/")[0].encode() not in content, "where the sources lay"
+    for input_idx, value in invalid_values(model):
+        inputs = draw_inputs(model, 5, keyed_generator("bad"))
+        inputs[input_idx][1].view(-1)[-1] = value
+        assert score(inputs).isnan().all(1).tolist() == [False, True, False, False, False]
+    # no path of this machine
+    assert __file__.split("/tests/")[0].encode() not in content
     assert b"site-packages" not in content
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_predict_refuses_gives_nan_and_spoils_no_other_row(name: str) -> None:
+def test_invalid_rows_give_nan_only_for_themselves(name: str) -> None:
     model = CASES[name]
     graph = ExportedModel(model, False).eval()
-    for place, value in spoilt(model):
-        given = draw_inputs(model, 5, keyed_generator("bad"))
-        wanted = graph(*given)
-        given[place][2].view(-1)[-1] = value
+    for input_idx, value in invalid_values(model):
+        inputs = draw_inputs(model, 5, keyed_generator("bad"))
+        expected = graph(*inputs)
+        inputs[input_idx][2].view(-1)[-1] = value
         with pytest.raises(UserError):
-            preprocess_inputs(model, to_predict_form(model, given))
-        found = graph(*given)
-        assert found[2].isnan().all(), (place, value)
+            preprocess_inputs(model, to_predict_form(model, inputs))
+        found = graph(*inputs)
+        assert found[2].isnan().all(), (input_idx, value)
         others = [0, 1, 3, 4]
-        assert torch.equal(found[others], wanted[others])
+        assert torch.equal(found[others], expected[others])
 
 
-def test_two_channels_are_no_colours() -> None:
+def test_two_channels_are_not_accepted_as_colors() -> None:
     model = CASES["resnet_of_grey"]
     two = torch.rand(3, 2, 12, 12)
     assert ExportedModel(model, False)(two).isnan().all()
@@ -118,7 +127,7 @@ def test_two_channels_are_no_colours() -> None:
 
 
 @pytest.mark.slow
-def test_a_file_says_what_it_takes_and_gives() -> None:
+def test_exported_file_describes_its_interface() -> None:
     require_onnx()
     model = CASES["tabular_with_gaps"]
     about = json.loads(_embedded(file_of(model)))
@@ -137,7 +146,7 @@ def _embedded(content: bytes) -> Any:
     from onnxruntime import InferenceSession
 
     session = InferenceSession(content, providers=["CPUExecutionProvider"])
-    assert [one.name for one in session.get_inputs()] == ["row"]
+    assert [model_input.name for model_input in session.get_inputs()] == ["row"]
     assert (
         session.get_inputs()[0].shape == ["batch", 3]
         and session.get_outputs()[0].name == "probabilities"
@@ -145,8 +154,11 @@ def _embedded(content: bytes) -> Any:
     return session.get_modelmeta().custom_metadata_map["hetero_fl"]
 
 
-def test_images_of_any_size_are_named_so() -> None:
+def test_image_inputs_have_symbolic_shapes() -> None:
     (image,) = inputs_of(CASES["lenet_of_colours"])
     assert image.shape == ("channels", "height", "width")
-    assert [one.name for one in inputs_of(CASES["multimodal"])] == ["image", "genes"]
+    assert [model_input.name for model_input in inputs_of(CASES["multimodal"])] == [
+        "image",
+        "genes",
+    ]
     assert inputs_of(CASES["lstm"])[0].shape == (20, 3)

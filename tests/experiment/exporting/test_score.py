@@ -1,10 +1,11 @@
-"""The script that lies beside an export: it needs nothing of this project, and says what is wrong in one line."""
+"""The script `score.py` of an export: independence of this project, predictions, messages."""
 
 from __future__ import annotations
 
 import ast
 import csv
 import json
+import math
 import subprocess
 import sys
 from functools import cache
@@ -24,7 +25,8 @@ from tests.experiment.exporting.test_graph import file_of, predicted, require_on
 from tests.helpers.saved_models import CASES
 
 SCRIPT = Path(score.__file__)
-ALONE = (  # as on a machine that has neither of our packages
+# run a script on a machine that has neither package of this project
+ALONE = (
     "import runpy, sys; sys.modules.update(hetero_fl=None, model_zoo=None); sys.argv.pop(0); "
     "runpy.run_path(sys.argv[0], run_name='__main__')"
 )
@@ -32,20 +34,20 @@ ALONE = (  # as on a machine that has neither of our packages
 
 @cache
 def content_of(name: str) -> bytes:
-    return file_of(CASES[name], home=True)
+    return file_of(CASES[name], personal=True)
 
 
-def put(folder: Path, name: str) -> Path:
+def write_model(folder: Path, name: str) -> Path:
     require_onnx()
     file = folder / f"{name}.onnx"
     file.write_bytes(content_of(name))
     return file
 
 
-def put_description(folder: Path, name: str) -> Path:
-    """Write a file with the description of a model, and a graph of a single constant.
+def write_description(folder: Path, name: str) -> Path:
+    """Write a file with the description of a model and a constant graph.
 
-    It is written in no time, for tests in which no model is run.
+    Writing it is fast, for tests that run no model.
     """
     require_onnx()
     import onnx
@@ -68,7 +70,7 @@ def rows_of(text: str) -> tuple[list[str], np.ndarray[Any, Any], list[str]]:
     return header, numbers, [row[-1] for row in rows]
 
 
-def test_it_imports_nothing_but_what_it_says() -> None:
+def test_script_imports_only_numpy_and_onnxruntime() -> None:
     names = set()
     for node in ast.walk(ast.parse(SCRIPT.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -79,7 +81,7 @@ def test_it_imports_nothing_but_what_it_says() -> None:
 
 
 @pytest.mark.slow
-def test_it_runs_without_this_project(tmp_path: Path) -> None:
+def test_script_runs_without_this_project(tmp_path: Path) -> None:
     model, x = CASES["cnn_gn_resized"], torch.randint(0, 256, (601, 9, 11), dtype=torch.uint8)
     np.savez(tmp_path / "x.npz", test_images=x.numpy(), test_labels=np.zeros(601))
     command = [
@@ -90,47 +92,49 @@ def test_it_runs_without_this_project(tmp_path: Path) -> None:
         ALONE,
         str(SCRIPT),
         "--model",
-        str(put(tmp_path, "cnn_gn_resized")),
+        str(write_model(tmp_path, "cnn_gn_resized")),
     ]
-    done = subprocess.run(
-        [*command, "--data", str(tmp_path / "x.npz")], capture_output=True, text=True, cwd=tmp_path
+    completed = subprocess.run(
+        [*command, "--data", str(tmp_path / "x.npz")],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
-    assert (done.returncode, done.stderr) == (0, "")
-    header, found, likeliest = rows_of(done.stdout)
-    wanted = predicted(model, ((x[:, None].float() / 255),), True)
+    assert (completed.returncode, completed.stderr) == (0, "")
+    header, found, labels = rows_of(completed.stdout)
+    expected = predicted(model, ((x[:, None].float() / 255),), True)
     assert header == ["row", "0", "1", "2", "3", "prediction"] and len(found) == 601
-    np.testing.assert_allclose(found, wanted.numpy(), atol=1e-5)
-    assert likeliest == [str(int(i)) for i in wanted.argmax(1)]
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+    assert labels == [str(int(i)) for i in expected.argmax(1)]
 
 
-def scored(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["score.py", *map(str, words)])
+def run_script(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["score.py", *map(str, arguments)])
     return score.main()
 
 
-def told(model: SavedModel, x: tuple[torch.Tensor, ...], out: Path) -> None:
-    """That a written table holds the model's predictions."""
+def assert_predictions(model: SavedModel, x: tuple[torch.Tensor, ...], out: Path) -> None:
+    """Assert that the table at `out` contains the model's predictions."""
     np.testing.assert_allclose(
         rows_of(out.read_text())[1], predicted(model, x, True).numpy(), rtol=1e-5, atol=1e-5
     )
 
 
-def test_a_table_by_names_with_gaps_and_columns_that_nobody_sees(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_table_columns_are_matched_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, out = CASES["tabular_with_gaps"], tmp_path / "out.csv"
     (x,) = draw_inputs(model, 9, keyed_generator("table"))
     weight, pulse, glucose = (
-        [f"{v:.9g}" if v == v else "" for v in column.tolist()] for column in x.T
+        [f"{v:.9g}" if not math.isnan(v) else "" for v in column.tolist()] for column in x.T
     )
     with (tmp_path / "x.csv").open("w", newline="") as file:
         csv.writer(file).writerow(["glucose", "name", "weight", "pulse"])
         csv.writer(file).writerows(zip(glucose, "abcdefghi", weight, pulse, strict=True))
     assert (
-        scored(
+        run_script(
             monkeypatch,
             "--model",
-            put(tmp_path, "tabular_with_gaps"),
+            write_model(tmp_path, "tabular_with_gaps"),
             "--data",
             tmp_path / "x.csv",
             "--out",
@@ -138,25 +142,24 @@ def test_a_table_by_names_with_gaps_and_columns_that_nobody_sees(
         )
         == 0
     )
-    told(model, (x,), out)
-    assert out.read_text().startswith("row,0,1,2,3\n"), "of several labels there is no likeliest"
+    assert_predictions(model, (x,), out)
+    # a multilabel task has no column "prediction"
+    assert out.read_text().startswith("row,0,1,2,3\n")
 
 
-def test_values_are_multiplied_by_their_unit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unit_multiplies_predictions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, out = CASES["mlp_of_columns"], tmp_path / "out.csv"
     (x,) = draw_inputs(model, 4, keyed_generator("table"))
     np.savez(tmp_path / "x.npz", row=x.numpy())
-    file = put(tmp_path, "mlp_of_columns")
+    file = write_model(tmp_path, "mlp_of_columns")
     assert (
-        scored(
+        run_script(
             monkeypatch, "--model", file, "--data", tmp_path / "x.npz", "--out", out, "--unit", 350
         )
         == 0
     )
-    wanted = 350 * predicted(model, (x,), True)
-    np.testing.assert_allclose(rows_of(out.read_text())[1], wanted.numpy(), rtol=1e-4, atol=1e-3)
+    expected = 350 * predicted(model, (x,), True)
+    np.testing.assert_allclose(rows_of(out.read_text())[1], expected.numpy(), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -168,31 +171,18 @@ def test_values_are_multiplied_by_their_unit(
         pytest.param("resnet_of_grey", marks=pytest.mark.slow),
     ],
 )
-def test_arrays_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_arrays_are_matched_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     model, out = CASES[name], tmp_path / "out.csv"
     x = draw_inputs(model, 6, keyed_generator("arrays"))
     names = [one["name"] for one in interface(model)["inputs"]]
     np.savez(tmp_path / "x.npz", **{n: part.numpy() for n, part in zip(names, x, strict=True)})
     assert (
-        scored(
-            monkeypatch, "--model", put(tmp_path, name), "--data", tmp_path / "x.npz", "--out", out
-        )
-        == 0
-    )
-    told(model, x, out)
-
-
-def test_a_block_that_is_absent_and_channels_that_come_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, out = CASES["multimodal_with_gaps"], tmp_path / "out.csv"
-    image = torch.rand(5, 1, 12, 12)
-    np.savez(tmp_path / "x.npz", image=image.movedim(1, -1).numpy())
-    assert (
-        scored(
+        run_script(
             monkeypatch,
             "--model",
-            put(tmp_path, "multimodal_with_gaps"),
+            write_model(tmp_path, name),
             "--data",
             tmp_path / "x.npz",
             "--out",
@@ -200,7 +190,28 @@ def test_a_block_that_is_absent_and_channels_that_come_last(
         )
         == 0
     )
-    told(model, (image, torch.full((5, 6), torch.nan)), out)
+    assert_predictions(model, x, out)
+
+
+def test_absent_block_and_channels_last_are_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out = CASES["multimodal_with_gaps"], tmp_path / "out.csv"
+    image = torch.rand(5, 1, 12, 12)
+    np.savez(tmp_path / "x.npz", image=image.movedim(1, -1).numpy())
+    assert (
+        run_script(
+            monkeypatch,
+            "--model",
+            write_model(tmp_path, "multimodal_with_gaps"),
+            "--data",
+            tmp_path / "x.npz",
+            "--out",
+            out,
+        )
+        == 0
+    )
+    assert_predictions(model, (image, torch.full((5, 6), torch.nan)), out)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +231,11 @@ def test_a_block_that_is_absent_and_channels_that_come_last(
         ("text_gru", {"tokens": np.full((2, 9), 0.5)}, "row 1: expected numbers from 0 to 29"),
         ("lstm", {"x": np.full((2, 20, 3), np.nan)}, "row 1: expected finite numbers"),
         ("multimodal", {"image": np.zeros((2, 1, 12, 12))}, "expected arrays image, genes"),
-        ("mlp_of_columns", "weight,pulse\n1,2\n", "column 'glucose' not found; found weight, pulse"),
+        (
+            "mlp_of_columns",
+            "weight,pulse\n1,2\n",
+            "column 'glucose' not found; found weight, pulse",
+        ),
         (
             "mlp_of_columns",
             "weight,pulse,glucose\n1,2,x\n",
@@ -239,7 +254,7 @@ def test_a_block_that_is_absent_and_channels_that_come_last(
         ("lstm", "a,b,c\n1,2,3\n", "expected a .npz file for a model with inputs series"),
     ],
 )
-def test_a_mistake_is_one_line(
+def test_invalid_data_raises_one_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -252,12 +267,14 @@ def test_a_mistake_is_one_line(
         file.write_text(data)
     else:
         np.savez(file, **data)
-    assert scored(monkeypatch, "--model", put_description(tmp_path, name), "--data", file) == 2
+    assert (
+        run_script(monkeypatch, "--model", write_description(tmp_path, name), "--data", file) == 2
+    )
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and words in err
 
 
-def test_a_model_of_somebody_else(
+def test_unusable_model_file_raises_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, words in (
@@ -268,6 +285,6 @@ def test_a_model_of_somebody_else(
     ):
         if name != "no.onnx":
             (tmp_path / name).write_bytes(b"something")
-        assert scored(monkeypatch, "--model", tmp_path / name, "--data", "x.npz") == 2
+        assert run_script(monkeypatch, "--model", tmp_path / name, "--data", "x.npz") == 2
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and words in err

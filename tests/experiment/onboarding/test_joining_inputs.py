@@ -1,4 +1,4 @@
-"""A newcomer with columns, tokens or dates: it sees what the run's clients see, and who sees nothing has no word."""
+"""Joining clients with columns, tokens or dates see the same inputs as the run's clients."""
 
 from __future__ import annotations
 
@@ -20,48 +20,59 @@ from hetero_fl.data import Preprocess
 from hetero_fl.experiment.onboarding.transfer import TransferSource
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-SHORT = ["rounds=1", "clients.defaults.steps=1", "runtime.threads=1", "runtime.executor=serial", "data.proxy.size=60",
-         "output.plots=false", "output.report=false", "evaluation.every=1", "data.test_limit=60"]  # fmt: skip
+SHORT = [
+    "rounds=1",
+    "clients.defaults.steps=1",
+    "runtime.threads=1",
+    "runtime.executor=serial",
+    "data.proxy.size=60",
+    "output.plots=false",
+    "output.report=false",
+    "evaluation.every=1",
+    "data.test_limit=60",
+]
 
 
-def heard(task: Task, *columns: tuple[int, int]) -> TransferSource:
-    """A legacy of a model for each of these runs of columns of three."""
-    legacy = TransferSource(cast(hetero_fl.Run, None))
-    legacy.models = {}
-    for place, span in enumerate(columns):
+def source_of_spans(task: Task, *columns: tuple[int, int]) -> TransferSource:
+    """Return a source with one model per span of the three columns."""
+    source = TransferSource(cast(hetero_fl.Run, None))
+    source.models = {}
+    for model_idx, span in enumerate(columns):
         arch = ModelSpec.from_config("linear", task.outputs, (2 * (span[1] - span[0]),))
         view = asdict(Preprocess(raw=(3,), spans=(span,), missing="indicate"))
-        legacy.models[str(place)] = SavedModel(arch.initial_tensors(place), arch, view, task, None)
-    return legacy
+        source.models[str(model_idx)] = SavedModel(
+            arch.initial_tensors(model_idx), arch, view, task, None
+        )
+    return source
 
 
 @pytest.mark.parametrize("kind", ["multiclass", "multilabel", "regression"])
-def test_who_sees_nothing_of_a_row_has_no_word_on_it(kind: Any) -> None:
+def test_consensus_excludes_models_that_see_no_value(kind: Any) -> None:
     task = Task(kind, 2)
-    both, first = heard(task, (0, 2), (2, 3)), heard(task, (0, 2))
+    both, first = source_of_spans(task, (0, 2), (2, 3)), source_of_spans(task, (0, 2))
     x = torch.tensor([[1.0, -2.0, 0.5], [0.3, 1.0, math.nan], [math.nan, math.nan, math.nan]])
-    said, alone = both.consensus(x), first.consensus(x)
-    assert torch.allclose(said[1], alone[1], atol=1e-6) and not torch.allclose(
-        said[0], alone[0], atol=1e-3
+    consensus, consensus_of_first = both.consensus(x), first.consensus(x)
+    assert torch.allclose(consensus[1], consensus_of_first[1], atol=1e-6) and not torch.allclose(
+        consensus[0], consensus_of_first[0], atol=1e-3
     )
-    assert said[2].isnan().all() and not said[:2].isnan().any()
+    assert consensus[2].isnan().all() and not consensus[:2].isnan().any()
 
 
-def test_backbones_are_meant_over_those_who_sent_each_tensor() -> None:
-    legacy = TransferSource(cast(hetero_fl.Run, None))
+def test_backbone_averages_each_tensor_over_its_senders() -> None:
+    source = TransferSource(cast(hetero_fl.Run, None))
     whole, part = (
         {"backbone.a": torch.zeros(2), "backbone.b": torch.zeros(2)},
         {"backbone.a": torch.ones(2)},
     )
 
-    legacy.method = FedAvg()
-    legacy.clients = {"1": ClientSettings(), "2": ClientSettings()}
+    source.method = FedAvg()
+    source.clients = {"1": ClientSettings(), "2": ClientSettings()}
     arch = ModelSpec.from_config("linear", 2, (2,))
-    legacy.models = {
+    source.models = {
         n: SavedModel(t, arch, {}, Task("multiclass", 2), None)
         for n, t in (("1", whole), ("2", part))
     }
-    found = legacy.backbone(arch)
+    found = source.backbone(arch)
     assert found is not None and set(found) == {"backbone.a", "backbone.b"}
     assert found["backbone.a"].tolist() == [0.5, 0.5] and found["backbone.b"].tolist() == [0.0, 0.0]
 
@@ -75,12 +86,12 @@ def test_backbones_are_meant_over_those_who_sent_each_tensor() -> None:
         ("traffic_hetero", "traffic", "cnn1d"),
     ],
 )
-def test_columns_tokens_and_units_are_the_newcomers_too(
+def test_join_supports_columns_tokens_and_units(
     name: str, data: str, model: str, tmp_path: Path
 ) -> None:
     torch.set_num_threads(1)
     run = hetero_fl.run(CONFIGS / f"{name}.yaml", overrides=SHORT, out=tmp_path / "run")
-    told = hetero_fl.join(
+    content = hetero_fl.join(
         run,
         data,
         model,
@@ -90,9 +101,9 @@ def test_columns_tokens_and_units_are_the_newcomers_too(
         epochs=1,
         transfer="teacher",
     )
-    assert {row["begins"] for row in told["rows"]} == {"scratch", "teacher"} and told[
+    assert {row["begins"] for row in content["rows"]} == {"scratch", "teacher"} and content[
         "teacher_on"
     ].endswith("public rows")
-    # vehicles, as the run's own figures are, of junctions with hundreds an hour
+    # errors are in vehicles, of junctions with hundreds per hour
     if name == "traffic_hetero":
-        assert told["consensus"]["mae"] > 10 and all(row["mae"] > 10 for row in told["rows"])
+        assert content["consensus"]["mae"] > 10 and all(row["mae"] > 10 for row in content["rows"])

@@ -1,4 +1,4 @@
-"""A comparison says what it is of: data, clients, rounds, command and methods."""
+"""Facts about a comparison: data, clients, rounds, command and methods."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SCRIPT = str(Path(hetero_fl.__file__).parents[1] / "scripts" / "compare.py")
 
 
 def made(out: Path, clients: int = 6, **case: Any) -> list[dict[str, Any]]:
-    """Two finished runs, one that never finished, and a row of each that did."""
+    """Return two finished runs, an unfinished one, and the rows of the finished ones."""
     rows = []
     for name in ("local", "fedmd"):
         run = write_run(
@@ -37,7 +37,7 @@ def made(out: Path, clients: int = 6, **case: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def test_facts_are_those_of_the_runs(tmp_path: Path) -> None:
+def test_facts_match_the_runs(tmp_path: Path) -> None:
     rows = made(tmp_path)
     found = gather_facts(tmp_path, rows)
     facts = dict(found.facts)
@@ -73,14 +73,14 @@ def test_many_clients_are_not_listed(tmp_path: Path) -> None:
     )
 
 
-def test_generated_data_are_told(tmp_path: Path) -> None:
+def test_generated_data_is_stated(tmp_path: Path) -> None:
     rows = made(tmp_path, simulated=True)
     write_comparison(tmp_path, rows, title="t", note="", task=Task("multiclass", 2))
     for name in ("report.html", "comparison.md"):
         assert "The data is generated, not real." in (tmp_path / name).read_text()
 
 
-def test_without_runs_and_log_it_says_what_the_rows_say(tmp_path: Path) -> None:
+def test_facts_without_runs_come_from_the_rows(tmp_path: Path) -> None:
     found = gather_facts(tmp_path, [{"algorithm": "local", "seed": 3}])
     assert found.facts == (("Seeds", "3"),) and found.jobs is None and found.local_test_note == ""
 
@@ -102,7 +102,7 @@ def test_without_runs_and_log_it_says_what_the_rows_say(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_the_command_without_the_folders_of_a_machine(
+def test_command_omits_local_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: list[str], command: str
 ) -> None:
     monkeypatch.setattr(sys, "argv", line)
@@ -110,10 +110,9 @@ def test_the_command_without_the_folders_of_a_machine(
     assert gather_facts(tmp_path, rows).command == command
 
 
-def test_methods_in_the_words_of_their_docstrings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_methods_are_described_by_their_docstrings(monkeypatch: pytest.MonkeyPatch) -> None:
     class Mine(Algorithm):
-        """Half of the clients
-        wait (Doe 2020).
+        """Half of the clients wait (Doe 2020).
 
         More of it.
         """
@@ -125,8 +124,8 @@ def test_methods_in_the_words_of_their_docstrings(monkeypatch: pytest.MonkeyPatc
         register_algorithm, "_known", {**register_algorithm._known, "mine": Mine, "silent": Silent}
     )
     found = {
-        name: told
-        for name, *told in describe_methods(["fedmd", "fedmd:temperature=2", "mine:a=1", "silent"])
+        name: text
+        for name, *text in describe_methods(["fedmd", "fedmd:temperature=2", "mine:a=1", "silent"])
     }
     assert list(found) == ["FedMD", "mine", "silent"]
     assert found["mine"][:2] == ["Half of the clients wait (Doe 2020).", "More of it."]
@@ -136,7 +135,7 @@ def test_methods_in_the_words_of_their_docstrings(monkeypatch: pytest.MonkeyPatc
     assert found["FedMD"][2] == "Evaluated: after local training, as in the paper."
 
 
-def test_reports_show_it(tmp_path: Path) -> None:
+def test_reports_contain_the_facts(tmp_path: Path) -> None:
     write_comparison(tmp_path, made(tmp_path), title="t", note="", task=Task("multiclass", 2))
     page = Page((tmp_path / "report.html").read_text())
     rows = {row[0].strip(): row for row in page.cells}

@@ -1,4 +1,4 @@
-"""The picture of a comparison: thirty methods are legible, nothing runs into anything else, every figure is the rows'."""
+"""The plot of a comparison: legible with thirty methods, values as in the rows."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_nothing_overlaps(names: list[str], seeds: int, task: Task) -> None:
         assert not a.overlaps(b), (first, second)
 
 
-def test_every_method_has_its_line_and_its_needs() -> None:
+def test_plot_shows_every_method_with_its_needs() -> None:
     with style.plot_style():
         found = panels(draw_comparison(made(ALL, 1), Task("multiclass", 10), 1))
     assert list(found) == ["Accuracy", "Balanced\naccuracy", "AUROC", "Bytes", "Time", "Needs"]
@@ -107,7 +107,7 @@ def test_every_method_has_its_line_and_its_needs() -> None:
     assert ("Hybrid", "proxy set", True) in dots and ("FedMD", "proxy set", False) in dots
 
 
-def test_the_baseline_runs_through_all_panels() -> None:
+def test_baseline_is_drawn_in_all_panels() -> None:
     rows = made(["fedavg", "local"], 3)
     with style.plot_style():
         figure = draw_comparison(rows, Task("multiclass", 10))

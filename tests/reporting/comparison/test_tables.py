@@ -1,4 +1,4 @@
-"""Comparisons: the right columns, the right best, the right p-values, bounds apart."""
+"""Comparison tables: columns, best values, p-values and bounds."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_means_spread_best_and_p(task: Task, metrics: Sequence[str], main: str) 
     assert {line.seconds for line in table.lines} == {"32.0"}
 
 
-def test_errors_are_best_when_small() -> None:
+def test_smallest_error_is_best() -> None:
     rows = made(["local", "fedavg"], metrics=REGRESSION)
     table = make_table(rows, VALUES, "best")
     by_metric = {
@@ -101,7 +101,7 @@ def test_errors_are_best_when_small() -> None:
     assert by_metric == {"mae": [False, True], "rmse": [False, True], "r2": [False, True]}
 
 
-def test_equal_figures_are_all_best() -> None:
+def test_equal_values_are_all_best() -> None:
     rows = made(["local", "fedavg"], seeds=[0])
     for row in rows:
         row["global_last_auroc"] = 0.91234 if row["algorithm"] == "local" else 0.91235
@@ -109,7 +109,7 @@ def test_equal_figures_are_all_best() -> None:
     assert [line.cells[1].best for line in column.lines] == [True, True]
 
 
-def test_one_seed_has_neither_spread_nor_p() -> None:
+def test_one_seed_has_no_spread_and_no_p_value() -> None:
     table = make_table(made(seeds=[7]), BINARY, "last")
     assert not table.tested and "p" not in table.header and "one seed (7)" in table.caption
     assert not any("±" in cell.text for line in table.lines for cell in line.cells)
@@ -120,7 +120,7 @@ def test_one_seed_has_neither_spread_nor_p() -> None:
     ("shift", "expected"),
     [([0] * 5, "1"), ([-0.1] * 5, "<0.001"), ([-0.1, -0.2, -0.3, 0.1, 0.05], "0.30")],
 )
-def test_p_of_equal_and_of_constant_differences(shift: list[float], expected: str) -> None:
+def test_p_value_of_equal_and_constant_differences(shift: list[float], expected: str) -> None:
     rows = made(["hybrid"])
     rows += [dict(row, algorithm="local") for row in rows]
     for row, change in zip(rows[5:], shift, strict=True):
@@ -130,7 +130,7 @@ def test_p_of_equal_and_of_constant_differences(shift: list[float], expected: st
     assert make_table(rows, BINARY, "last").lines[1].p == expected
 
 
-def test_pairs_are_by_seed_and_missing_seeds_are_told() -> None:
+def test_pairs_match_seeds_and_missing_seeds_are_noted() -> None:
     rows = made(["local", "hybrid"], seeds=range(6))
     whole = make_table(rows, BINARY, "last")
     assert make_table(rows[::-1], BINARY, "last").lines[::-1] == whole.lines
@@ -152,7 +152,7 @@ def test_pairs_are_by_seed_and_missing_seeds_are_told() -> None:
     assert make_table(single, BINARY, "last").lines[0].p == "–"
 
 
-def test_p_of_fewer_than_five_seeds_is_no_finding() -> None:
+def test_p_value_of_fewer_than_five_seeds_is_omitted() -> None:
     four, five = (make_table(made(seeds=range(n)), BINARY, "last") for n in (4, 5))
     assert [line.p for line in four.lines] == ["–", "–", "best", "", ""]
     assert "fewer than five seeds" in four.caption and "t-test" not in four.caption
@@ -179,12 +179,12 @@ def test_p_of_fewer_than_five_seeds_is_no_finding() -> None:
         ),
     ],
 )
-def test_seconds_say_what_shared_the_machine(jobs: int | None, header: str, words: str) -> None:
+def test_seconds_note_parallel_runs(jobs: int | None, header: str, words: str) -> None:
     table = make_table(made(), BINARY, "last", jobs)
     assert table.header[-2:] == [header, "Needs"] and table.caption.endswith(words)
 
 
-def test_columns_without_a_value_are_left_out_and_others_marked() -> None:
+def test_columns_without_values_are_left_out() -> None:
     rows = made(["local", "hybrid"])
     for row in rows:
         row["personal_last_accuracy_worst"] = None
@@ -230,7 +230,7 @@ def test_columns_have_the_same_metrics_on_both_test_sets(
     assert second[:-1] == first and second[-1].startswith("Worst client's")
 
 
-def test_markdown_sets_bounds_apart() -> None:
+def test_markdown_separates_bounds() -> None:
     lines = make_table(made(), BINARY, "last").markdown().splitlines()
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
     assert len({len(row) for row in cells}) == 1
@@ -268,7 +268,8 @@ def test_markdown_and_latex_have_the_values_of_the_table() -> None:
 
     assert header == table.header
     assert [row for row in rows if row[0] != "Bounds"] == expected
-    for line, found in zip(expected, cells, strict=True):
+    for line, latex_cells in zip(expected, cells, strict=True):
+        found = latex_cells
         for mark, text in plain.items():
             found = [cell.replace(mark, text) for cell in found]
         assert found == line
@@ -289,7 +290,7 @@ def test_latex_is_balanced_and_escaped() -> None:
     assert text.count("{") == text.count("}") and all(ord(c) < 128 for c in text)
 
 
-def test_files_of_a_comparison(tmp_path: Path) -> None:
+def test_comparison_writes_its_files(tmp_path: Path) -> None:
     rows = made()
     rows[0]["server_last_accuracy"] = None
     rows[0]["personal_last_accuracy_worst"] = 0.5
@@ -356,7 +357,7 @@ def test_files_of_a_comparison(tmp_path: Path) -> None:
         (["local", "fedavg"], [3], VALUES, REGRESSION),
     ],
 )
-def test_small_comparisons(
+def test_tables_of_small_comparisons(
     tmp_path: Path, algorithms: list[str], seeds: list[int], task: Task, metrics: Sequence[str]
 ) -> None:
     write_comparison(tmp_path, made(algorithms, seeds, metrics), title="t", note="", task=task)
@@ -364,13 +365,13 @@ def test_small_comparisons(
     assert "None" not in page.text and "nan" not in page.text
 
 
-def test_no_rows_is_a_mistake_of_the_program(tmp_path: Path) -> None:
+def test_comparison_without_rows_raises(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one row"):
         write_comparison(tmp_path / "out", [], title="t", note="", task=BINARY)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_row_from_a_summary(made_run: Callable[..., RunDirectory]) -> None:
+def test_comparison_row_from_a_summary(made_run: Callable[..., RunDirectory]) -> None:
     summary = made_run(rounds=4, server=False).summary()
     row = comparison_row(summary)
     assert row["algorithm"] == "hybrid" and row["seed"] == 0
@@ -385,7 +386,7 @@ def test_a_row_from_a_summary(made_run: Callable[..., RunDirectory]) -> None:
     assert not any(key.startswith("global") and key.endswith("_worst") for key in row)
 
 
-def test_what_is_worse_than_the_line_to_beat_is_marked() -> None:
+def test_values_below_the_baseline_are_marked() -> None:
     rows = made(["fedavg", "local", "hybrid", "ensemble"], seeds=[0, 1])
     for row in rows:
         row["global_last_auroc"] = {
@@ -412,7 +413,7 @@ def test_what_is_worse_than_the_line_to_beat_is_marked() -> None:
     )
 
 
-def test_needs_are_those_of_the_classes_with_their_settings() -> None:
+def test_needs_match_classes_and_settings() -> None:
     rows = made(["local", "hybrid", "ensemble"], seeds=[0])
     rows += [dict(rows[0], algorithm=name) for name in ("ds_fl:bits=1", "python:no.such:Thing")]
     found = {line.algorithm: line.needs for line in make_table(rows, BINARY, "last").lines}
@@ -424,7 +425,7 @@ def test_needs_are_those_of_the_classes_with_their_settings() -> None:
     )
 
 
-def test_the_best_comes_first() -> None:
+def test_best_method_comes_first() -> None:
     rows = made(["fedavg", "centralized", "hybrid", "local"], seeds=[0, 1])
     assert [row["algorithm"] for row in rank_methods(rows, TEN)] == [
         name for name in ("centralized", "hybrid", "fedavg", "local") for _ in (0, 1)
@@ -438,7 +439,7 @@ def test_the_best_comes_first() -> None:
     ]
 
 
-def test_what_is_missing_is_told_with_the_reason(tmp_path: Path) -> None:
+def test_missing_methods_are_listed_with_the_reason(tmp_path: Path) -> None:
     why = {
         "FedGKT": "needs clients that share features",
         "FedMD, seed 1": "failed: no proxy set",

@@ -1,4 +1,4 @@
-"""Truth and forecast over time: what is drawn, for whom, and where there is nothing to draw."""
+"""Forecast plots: outputs, baselines, clients and missing values."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ def made(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     time = (begin + 3600 * np.arange(48)).tolist()
     near, far = [float(i % 24) for i in range(48)], [float(i % 24) + 5 for i in range(48)]
-    said = {"close": [near, [v + 1 for v in near]], "wide": [near, far]} if rules else {}
+    labels = {"close": [near, [v + 1 for v in near]], "wide": [near, far]} if rules else {}
     found = {
         "time": time,
         "truth": [far, near],
         "predicted": [far, [v + 2 for v in near]],
-        "baselines": said,
+        "baselines": labels,
     }
     ids = [f"c{i}" for i in range(clients)]
     details = {"forecast": dict.fromkeys(ids, found), "labels": ["1 h", "6 h"], "unit": "cars"}
     return {"clients": [{"id": i} for i in ids]}, details
 
 
-def test_the_furthest_output_and_the_nearest_rule() -> None:
+def test_forecast_shows_last_output_and_nearest_baseline() -> None:
     with style.plot_style():
         figure = plot_forecasts(*made())
     assert figure is not None and len(figure.axes) == 2
@@ -44,14 +44,14 @@ def test_the_furthest_output_and_the_nearest_rule() -> None:
     assert figure.get_supylabel() == "cars"
 
 
-def test_counts_are_no_dates_and_rules_may_be_absent() -> None:
+def test_forecast_without_dates_and_baselines() -> None:
     with style.plot_style():
         figure = plot_forecasts(*made(begin=0, rules=False))
     assert figure is not None and len(figure.axes[0].lines) == 2
     assert figure.axes[0].lines[0].get_xdata()[1] == 3600
 
 
-def test_many_clients_and_none() -> None:
+def test_forecast_of_many_and_no_clients() -> None:
     with style.plot_style():
         figure = plot_forecasts(*made(clients=30))
     assert figure is not None and len(figure.axes) == FORECAST_PANELS
@@ -60,7 +60,7 @@ def test_many_clients_and_none() -> None:
     assert plot_forecasts(summary, {"labels": ["load"]}) is None
 
 
-def test_times_beyond_the_calendar_are_counts() -> None:
+def test_times_beyond_the_calendar_are_numbers() -> None:
     with style.plot_style():
         figure = plot_forecasts(*made(begin=1_672_531_200_000_000_000))
         assert figure is not None

@@ -1,4 +1,4 @@
-"""Nothing in a picture runs into anything else or is too small to read, whatever the federation."""
+"""Texts of figures do not overlap and are large enough for all kinds of federations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LONG = "university_hospital_of_north_rhine_"
 
 
 def named(run: RunDirectory) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-    """The run's files, with long names for clients and classes."""
+    """Return the run's files with long names of clients and classes."""
     content = json.dumps([run.summary(), run.metrics(), run.details()])
     content = content.replace('"hospital_', f'"{LONG}').replace('"clinic_', f'"{LONG}')
     content = content.replace('"normal"', '"no finding whatsoever"').replace(
@@ -30,7 +30,7 @@ def named(run: RunDirectory) -> tuple[dict[str, Any], list[dict[str, Any]], dict
 
 
 def texts(figure: Figure) -> list[Text]:
-    """What is written and seen. Turned labels are left out: their boxes overlap where they do not."""
+    """Return visible texts except rotated ones, whose bounding boxes overlap wrongly."""
     with style.plot_style():
         figure.canvas.draw()
     found = [
@@ -44,7 +44,7 @@ def texts(figure: Figure) -> list[Text]:
 
 
 def _outside(axis: Any) -> list[Text]:
-    """Labels of ticks that are not drawn, since they lie beyond the axis."""
+    """Return tick labels outside the axis limits, which are not drawn."""
     drawn = axis._update_ticks()
     return [
         t
@@ -88,7 +88,7 @@ def test_nothing_overlaps(
             assert not a.overlaps(b), (name, first, second)
 
 
-def test_headings_of_six_confusion_matrices_stand_apart(
+def test_headings_of_confusion_matrices_do_not_overlap(
     made_run: Callable[..., RunDirectory],
 ) -> None:
     run = made_run(clients=6, classes=2, kind="binary", rounds=1)
@@ -108,7 +108,7 @@ def test_headings_of_six_confusion_matrices_stand_apart(
     assert min(gaps) > 0.1 * figure.dpi
 
 
-def test_names_of_one_family_stay_apart() -> None:
+def test_similar_method_names_stay_distinct() -> None:
     short = [style.shorten(f"{LONG}{k}") for k in range(3)]
     assert len(set(short)) == 3 and max(map(len, short)) == 18
     assert style.shorten("hospital_1") == "hospital_1"

@@ -1,4 +1,4 @@
-"""Every picture of every kind of run is drawn without a warning, and shows the numbers of the files."""
+"""All plots of all kinds of runs are drawn without warnings and show the recorded values."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ ALL = ["curves", "clients", "labels", "communication", "confusion", "calibration
     ],
     ids=lambda v: "-".join(map(str, v.values())) if isinstance(v, dict) else "",
 )
-def test_every_kind_of_run(made_run: MakeRun, case: dict[str, Any], names: list[str]) -> None:
+def test_plots_of_every_kind_of_run(
+    made_run: MakeRun, case: dict[str, Any], names: list[str]
+) -> None:
     run, before = made_run(**case), dict(rcParams)
     paths = write_plots(run.path)
     assert paths == [run.path / "plots" / f"{name}.png" for name in names]
@@ -61,13 +63,13 @@ def test_every_kind_of_run(made_run: MakeRun, case: dict[str, Any], names: list[
 
 
 @pytest.mark.slow
-def test_pictures_repeat_byte_for_byte(made_run: MakeRun) -> None:
+def test_plots_are_reproducible(made_run: MakeRun) -> None:
     run = made_run(rounds=3)
     first = [path.read_bytes() for path in write_plots(run.path)]
     assert [path.read_bytes() for path in write_plots(run.path)] == first
 
 
-def test_an_unfinished_run_has_no_pictures(made_run: MakeRun) -> None:
+def test_unfinished_run_has_no_plots(made_run: MakeRun) -> None:
     run = made_run(rounds=1)
     (run.path / "summary.json").unlink()
     with pytest.raises(UserError, match=r"summary.json"):
@@ -76,7 +78,7 @@ def test_an_unfinished_run_has_no_pictures(made_run: MakeRun) -> None:
 
 
 @pytest.mark.slow
-def test_picture_that_cannot_be_drawn_is_reported_and_left_out(
+def test_failed_plot_is_reported_and_left_out(
     made_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, said = made_run(rounds=1), list[str]()
@@ -90,16 +92,17 @@ def test_picture_that_cannot_be_drawn_is_reported_and_left_out(
 
     assert [path.stem for path in paths] == [name for name in ALL if name != "clients"]
     assert said == [
-        "the picture 'clients' cannot be drawn: OverflowError: cannot convert float infinity to integer"
+        (
+            "the picture 'clients' cannot be drawn: OverflowError: "
+            "cannot convert float infinity to integer"
+        )
     ]
     with pytest.raises(OverflowError):
         write_plots(run.path)
 
 
 @pytest.mark.slow
-def test_report_that_cannot_be_made_is_reported(
-    made_run: MakeRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_report_is_reported(made_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run, said = made_run(rounds=1), list[str]()
     monkeypatch.setattr(report, "docstring_paragraph", lambda label: 1 / 0)
 
@@ -119,7 +122,7 @@ def drawn(make: Callable[..., Figure | None], *content: Any) -> Figure:
 
 
 def lines(figure: Figure, panel: int, color: str) -> list[np.ndarray]:
-    """The data of a panel's lines of that color: curve, last round."""
+    """Return the data of the lines of one color in a panel: curve and last round."""
     found = [line for line in figure.axes[panel].lines if line.get_color() == color]
     return [np.array(line.get_data()) for line in found]
 
@@ -149,7 +152,7 @@ def test_curves_show_records_last_and_selected_rounds(made_run: MakeRun) -> None
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 3, 7])
-def test_ticks_of_rounds_are_whole_numbers(made_run: MakeRun, rounds: int) -> None:
+def test_round_ticks_are_integers(made_run: MakeRun, rounds: int) -> None:
     run = made_run(rounds=rounds)
     for axes in drawn(round_plots.plot_curves, run.summary(), run.metrics(), run.details()).axes:
         ticks = axes.get_xticks()
@@ -159,7 +162,7 @@ def test_ticks_of_rounds_are_whole_numbers(made_run: MakeRun, rounds: int) -> No
 @pytest.mark.parametrize(
     ("kind", "classes", "name"), [("binary", 2, "balanced_accuracy"), ("multilabel", 14, "auroc")]
 )
-def test_the_first_picture_is_of_the_selection_metric(
+def test_first_plot_shows_the_selection_metric(
     made_run: MakeRun, kind: str, classes: int, name: str
 ) -> None:
     run = made_run(kind=kind, classes=classes, rounds=2)
@@ -194,7 +197,7 @@ def test_bytes_are_summed_over_all_rounds(made_run: MakeRun) -> None:
     assert "(MB)" in figure.axes[0].get_xlabel()
 
 
-def test_clients_at_home_and_in_common(made_run: MakeRun) -> None:
+def test_client_plot_shows_local_and_global_test(made_run: MakeRun) -> None:
     run = made_run(clients=6)
     summary, details = run.summary(), run.details()
     summary["clients"][2]["personal"] = None
@@ -215,7 +218,7 @@ def test_clients_at_home_and_in_common(made_run: MakeRun) -> None:
     ]
 
 
-def test_many_clients_are_points_and_few_rows_hollow(made_run: MakeRun) -> None:
+def test_client_plot_marks_few_test_rows(made_run: MakeRun) -> None:
     run = made_run(clients=50)
     details = run.details()
     for k, rows in enumerate(details["rows"].values()):
@@ -232,7 +235,7 @@ def test_many_clients_are_points_and_few_rows_hollow(made_run: MakeRun) -> None:
     assert (full, hollow) == (45, 5) and figure.axes[0].get_xlabel() == "local test (n = 7 to 30)"
 
 
-def test_labels_show_every_count(made_run: MakeRun) -> None:
+def test_label_plot_shows_every_count(made_run: MakeRun) -> None:
     run = made_run(clients=4)
     details = run.details()
     bars = [
@@ -242,7 +245,7 @@ def test_labels_show_every_count(made_run: MakeRun) -> None:
     assert bars == [counts[c] for c in (0, 1) for counts in details["label_counts"].values()]
 
 
-def test_labels_of_many_clients_are_shares(made_run: MakeRun) -> None:
+def test_label_plot_of_many_clients_shows_shares(made_run: MakeRun) -> None:
     run = made_run(clients=41)
     figure = drawn(clients.plot_labels, run.summary(), run.details())
     first, second = (patch for patch in figure.axes[0].patches if isinstance(patch, StepPatch))
@@ -251,7 +254,7 @@ def test_labels_of_many_clients_are_shares(made_run: MakeRun) -> None:
     assert second.get_data().values == pytest.approx(np.ones(41))
 
 
-def test_of_many_labels_the_most_frequent_are_shown(made_run: MakeRun) -> None:
+def test_label_plot_shows_the_most_frequent_labels(made_run: MakeRun) -> None:
     run = made_run(clients=5, kind="multiclass", classes=30)
     details = run.details()
     counts = np.array(list(details["label_counts"].values()))
@@ -260,13 +263,13 @@ def test_of_many_labels_the_most_frequent_are_shown(made_run: MakeRun) -> None:
     most = np.argsort(-counts.sum(0), kind="stable")[:20]
     assert [t.get_text() for t in axes.get_yticklabels()] == [details["labels"][c] for c in most]
     assert axes.get_title(loc="left") == "The 20 most frequent of 30 labels"
-    share = counts / counts.sum(1, keepdims=True)  # of all that a client has, whatever is shown
+    share = counts / counts.sum(1, keepdims=True)  # shares of all rows of a client
     assert np.sort(np.asarray(image.get_array()).sum(0)) == pytest.approx(
         np.sort(share[:, most].sum(1))
     )
 
 
-def test_bubbles_are_as_large_as_counts(made_run: MakeRun) -> None:
+def test_bubble_area_is_proportional_to_counts(made_run: MakeRun) -> None:
     run = made_run(clients=5, kind="multiclass", classes=10)
     counts = np.array(list(run.details()["label_counts"].values()))
     (bubbles,) = drawn(clients.plot_labels, run.summary(), run.details()).axes[0].collections
@@ -274,7 +277,7 @@ def test_bubbles_are_as_large_as_counts(made_run: MakeRun) -> None:
     assert areas / areas.max() == pytest.approx(counts[counts > 0] / counts.max())
 
 
-def test_regression_shows_rows(made_run: MakeRun) -> None:
+def test_label_plot_of_regression_shows_rows(made_run: MakeRun) -> None:
     run = made_run(kind="regression", clients=3)
     bars = [
         bar.get_width()
@@ -288,7 +291,7 @@ def test_regression_shows_rows(made_run: MakeRun) -> None:
 
 
 def images(figure: Figure) -> list[np.ndarray]:
-    """What the panels show; the color bar has no image."""
+    """Return the matrices of the panels; the color bar has no image."""
     return [np.array(axes.images[0].get_array()) for axes in figure.axes if axes.images]
 
 
@@ -303,7 +306,7 @@ def test_confusion_rows_are_shares_of_the_truth(made_run: MakeRun) -> None:
     assert shown[2].tolist() == [[0.8, 0.2], [0.25, 0.75]]
 
 
-def test_confusion_has_one_order_of_clients_and_classes_and_one_scale(made_run: MakeRun) -> None:
+def test_confusion_panels_share_order_and_scale(made_run: MakeRun) -> None:
     run = made_run(kind="multiclass", classes=10)
     summary, details = run.summary(), run.details()
     details["confusion"] = dict(reversed(details["confusion"].items()))
@@ -320,7 +323,7 @@ def test_confusion_has_one_order_of_clients_and_classes_and_one_scale(made_run: 
     assert images(figure)[9] == pytest.approx(matrix / matrix.sum(1, keepdims=True))
 
 
-def test_many_clients_are_summed_and_the_weakest_follow(made_run: MakeRun) -> None:
+def test_confusion_of_many_clients_shows_sum_and_weakest(made_run: MakeRun) -> None:
     run = made_run(clients=20)
     summary, details = run.summary(), run.details()
     figure = drawn(score_plots.plot_confusion, summary, details)
@@ -331,7 +334,7 @@ def test_many_clients_are_summed_and_the_weakest_follow(made_run: MakeRun) -> No
     assert images(figure)[0] == pytest.approx(total / total.sum(1, keepdims=True))
 
 
-def test_multilabel_confusion_is_a_matrix_a_label(made_run: MakeRun) -> None:
+def test_multilabel_confusion_has_one_matrix_per_label(made_run: MakeRun) -> None:
     run = made_run(kind="multilabel", classes=14, clients=3)
     total = np.sum([m["global"] for m in run.details()["confusion"].values()], axis=0)
     shown = images(drawn(score_plots.plot_confusion, run.summary(), run.details()))
@@ -339,7 +342,7 @@ def test_multilabel_confusion_is_a_matrix_a_label(made_run: MakeRun) -> None:
     assert shown[5] == pytest.approx(total[5] / total[5].sum(1, keepdims=True))
 
 
-def test_calibration_of_all_clients_is_that_of_their_pooled_predictions(made_run: MakeRun) -> None:
+def test_calibration_pools_predictions_of_all_clients(made_run: MakeRun) -> None:
     run = made_run(clients=13)
     details = run.details()
     figure = drawn(score_plots.plot_calibration, run.summary(), details)
@@ -370,7 +373,7 @@ def test_calibration_curve_omits_bins_with_a_single_prediction(made_run: MakeRun
     assert curve.tolist() == [[0.2, 0.8], [0.4, 0.5]]
 
 
-def test_clients_without_test_rows_have_no_diagram(made_run: MakeRun) -> None:
+def test_calibration_omits_clients_without_test_rows(made_run: MakeRun) -> None:
     run = made_run(clients=3)
     details = json.loads(json.dumps(run.details()))
     for found in details["calibration"].values():
@@ -382,7 +385,7 @@ def test_clients_without_test_rows_have_no_diagram(made_run: MakeRun) -> None:
     assert not drawn(score_plots.plot_calibration, run.summary(), details).axes[0].texts
 
 
-def test_privacy_plot_shows_what_each_round_has_spent() -> None:
+def test_privacy_plot_shows_the_budget_spent_per_round() -> None:
     records = [{"round": r, "privacy": {"epsilon": e}} for r, e in [(1, 0.5), (2, 0.7)]]
 
     figure = round_plots.plot_privacy({"privacy": {"delta": 1e-5}}, records)

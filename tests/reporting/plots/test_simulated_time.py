@@ -1,4 +1,4 @@
-"""Pictures and figures of runs in simulated time."""
+"""Plots and metrics of runs in simulated time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MakeRun = Callable[..., RunDirectory]
 
 
 def timed(run: RunDirectory, each: float = 40.0) -> RunDirectory:
-    """The run as if its rounds had taken simulated time: the last client is late, in every third round the first one fails."""
+    """Add simulated time to a run: the last client is late, the first fails every third round."""
     records, now = run.metrics(), 0.0
     for record in records:
         ids, fails = record["cohort"], record["round"] % 3 == 0
@@ -45,9 +45,7 @@ def timed(run: RunDirectory, each: float = 40.0) -> RunDirectory:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("clients", [3, 60])
-def test_a_run_in_simulated_time_has_its_pictures_and_its_report_says_so(
-    made_run: MakeRun, clients: int
-) -> None:
+def test_run_in_simulated_time_has_plots_and_report(made_run: MakeRun, clients: int) -> None:
     run = timed(made_run(clients=clients, rounds=20))
     names = [path.stem for path in write_plots(run.path)]
     assert names[names.index("communication") + 1 : names.index("confusion")] == ["time", "tasks"]
@@ -57,7 +55,7 @@ def test_a_run_in_simulated_time_has_its_pictures_and_its_report_says_so(
     assert f"{20 * clients:,} invited" in text
 
 
-def test_the_pictures_show_the_tasks_of_the_file(made_run: MakeRun) -> None:
+def test_timeline_shows_the_recorded_tasks(made_run: MakeRun) -> None:
     run = timed(made_run(clients=60, rounds=20), each=7200.0)
     summary, records, details = run.summary(), run.metrics(), run.details()
     with style.plot_style():
@@ -69,13 +67,13 @@ def test_the_pictures_show_the_tasks_of_the_file(made_run: MakeRun) -> None:
         len(axes.get_yticks()) == rounds.TASK_CLIENTS
         and len(axes.patches) == rounds.TASK_CLIENTS * rounds.TASK_ROUNDS
     )
-    assert axes.get_xlabel() == "simulated hours"  # of the rounds shown
+    assert axes.get_xlabel() == "simulated hours"
     assert sum(bar.get_height() for bar in both.axes[1].patches) == 20 * 60
     assert both.axes[0].lines[0].get_xdata()[-1] == pytest.approx(40)
 
 
 @pytest.mark.slow
-def test_no_picture_where_no_time_passed(made_run: MakeRun) -> None:
+def test_no_timeline_without_simulated_time(made_run: MakeRun) -> None:
     run = made_run(rounds=2)
     assert rounds.plot_time(run.summary(), run.metrics(), run.details()) is None
     assert rounds.plot_tasks(run.summary(), run.metrics(), run.details()) is None
@@ -112,14 +110,14 @@ def history(*values: float, each: float) -> list[dict[str, Any]]:
     ]
 
 
-def test_time_to_accuracy_is_to_what_every_run_reaches(tmp_path: Path) -> None:
+def test_time_to_accuracy_uses_a_score_that_every_run_reaches(tmp_path: Path) -> None:
     classes, number = Task("multiclass", 10), Task("regression", 1)
     slow, quick = history(0.2, 0.716, 0.7, each=3600), history(0.3, 0.71, 0.9, each=1800)
     name = "simulated_hours_to_accuracy_0.71"
     assert hours_to_reach([slow, quick], classes) == [{name: 2.0}, {name: 1.0}]
     assert hours_to_reach([slow, [{"round": 1, "global": {"accuracy": 0.5}}]], classes) == [{}, {}]
     errors = [history(5.0, 3.333, each=3600), history(3.335, 3.0, each=3600)]
-    name = "simulated_hours_to_mae_3.34"  # cut so that the worst run does reach it
+    name = "simulated_hours_to_mae_3.34"  # rounded so that the worst run reaches it
     assert hours_to_reach(errors, number) == [{name: 2.0}, {name: 1.0}]
     write_curves(tmp_path / "curves.png", {"a": [slow], "b": [quick]}, classes, timed=True)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

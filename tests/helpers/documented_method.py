@@ -11,7 +11,7 @@ from hetero_fl.core.plan import Predict, Rows
 
 @register_algorithm("median_teacher")
 class MedianTeacher(Algorithm):
-    """Distill the median of all clients' proxy logits, which one malicious client cannot move far."""
+    """Distill the median of all clients' proxy logits, which no single client can move far."""
 
     title = "Median teacher"
     shared = ()  # no parameters travel

@@ -192,12 +192,17 @@ class MemoryPlan:
         )
 
 
-@cache
 def activation_bytes(arch: ModelSpec) -> int:
     """Return the bytes per example that a forward pass in training saves for the backward pass.
 
-    They are measured from two forward passes with different batch sizes.
+    They are measured from two forward passes with different batch sizes, in the default dtype.
     """
+    return _measure_activation_bytes(arch, torch.get_default_dtype())
+
+
+@cache
+def _measure_activation_bytes(arch: ModelSpec, _dtype: torch.dtype) -> int:
+    # The dtype is an argument because it is part of the cache key.
     difference = _saved_bytes(arch, LARGE_BATCH) - _saved_bytes(arch, SMALL_BATCH)
     return difference // (LARGE_BATCH - SMALL_BATCH)
 

@@ -1,4 +1,4 @@
-"""The memory of local training, as it is estimated."""
+"""Estimates of the memory that local training needs."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ MLP = ModelSpec.from_config("mlp", 10, (1, 8, 8), options={"hidden": [24]})
 @pytest.mark.parametrize(
     ("optimizer", "states"), [({"name": "sgd"}, 0), ({"name": "sgd", "momentum": 0.9}, 1), ({}, 2)]
 )
-def test_a_plan_by_hand(optimizer: dict[str, Any], states: int) -> None:
+def test_memory_plan_counts_weights_gradients_optimizer_and_activations(
+    optimizer: dict[str, Any], states: int
+) -> None:
     plan = MemoryPlan.estimate({"model": MLP}, OptimizerConfig(**optimizer), 16)
     parameters = 64 * 24 + 24 + 24 * 10 + 10
-    # A linear layer keeps its input and relu its output, which is the next layer's input.
+    # A linear layer saves its input and relu its output, which is the next layer's input.
     activations = 16 * (64 + 24)
     assert plan == MemoryPlan(
         4 * parameters, 4 * parameters, states * 4 * parameters, 4 * activations
@@ -34,23 +36,36 @@ def test_a_plan_by_hand(optimizer: dict[str, Any], states: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["cnn_bn_small", "lenet", "resnet18"])
-def test_activations_are_what_a_step_keeps(name: str) -> None:
+def test_activation_bytes_match_saved_tensors(name: str) -> None:
     arch = ModelSpec.from_config(name, 10, (3, 32, 32))
-    kept: dict[int, Tensor] = {}
+    saved: dict[int, Tensor] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
+    def save(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     module = arch.build().train()
-    own = {t.untyped_storage().data_ptr() for t in module.state_dict().values()}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    of_model = {t.untyped_storage().data_ptr() for t in module.state_dict().values()}
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         module(torch.zeros(8, 3, 32, 32))
-    found = sum(t.untyped_storage().nbytes() for p, t in kept.items() if p not in own)
-    assert 8 * activation_bytes(arch) == pytest.approx(found, rel=0.02)
+    num_bytes = sum(t.untyped_storage().nbytes() for p, t in saved.items() if p not in of_model)
+    assert 8 * activation_bytes(arch) == pytest.approx(num_bytes, rel=0.02)
 
 
-def test_as_many_clients_are_computed_together_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activation_bytes_follow_the_default_dtype() -> None:
+    single = activation_bytes(MLP)
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        double = activation_bytes(MLP)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+    assert double == 2 * single
+    assert activation_bytes(MLP) == single
+
+
+def test_chunk_is_the_number_of_clients_that_fit_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     source = config("fedavg", "mlp", clients=6)
     source["runtime"] = {"device": "cuda"}
     with PretendGPU():

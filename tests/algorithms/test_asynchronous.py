@@ -1,4 +1,4 @@
-"""FedAsync and FedBuff against event loops written by hand, in float64."""
+"""FedAsync and FedBuff compared with plain event loops in float64."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from tests.helpers.small_federations import config
 from tests.references import local_training
 
 pytestmark = pytest.mark.usefixtures("float64")
-SECONDS = {"site_1": 1.0, "site_2": math.e, "site_3": 2 * math.pi}  # no two tasks ever end together
-ARRIVALS = 9  # three rounds
+# No two tasks end at the same time.
+SECONDS = {"site_1": 1.0, "site_2": math.e, "site_3": 2 * math.pi}
+# Three rounds.
+ARRIVALS = 9
 
 
 def trained(
-    run: Any, id: str, version: int, again: int, start: dict[str, torch.Tensor]
+    run: Any, client_id: str, version: int, again: int, start: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """A client's model after its local epoch from `start`, by a plain loop."""
-    client = run.federation.client(id, PrivateState(), version, again)
+    """Return a client's model after one local epoch from `start`, computed by a plain loop."""
+    client = run.federation.client(client_id, PrivateState(), version, again)
     net = local_training.module(client.arch["model"], start)
     local_training.train(
         client,
@@ -39,24 +41,29 @@ def trained(
 def events(
     run: Any, start: dict[str, torch.Tensor], goal: int, mix: Any
 ) -> dict[str, torch.Tensor]:
-    """The server's model after all arrivals: `mix(model, [(staleness, start, end)])` makes each next version."""
+    """Return the server's model after all arrivals.
+
+    `mix(model, [(staleness, start, end)])` returns the next version.
+    """
     model, version, number, buffer, asked = start, 0, 0, [], dict.fromkeys(SECONDS, 0)
     flight: list[Any] = []
 
-    def give(id: str, now: float) -> None:
+    def give(client_id: str, now: float) -> None:
         nonlocal number
-        heapq.heappush(flight, (now + SECONDS[id], number, id, version, asked[id], model))
-        number, asked[id] = number + 1, asked[id] + 1
+        heapq.heappush(
+            flight, (now + SECONDS[client_id], number, client_id, version, asked[client_id], model)
+        )
+        number, asked[client_id] = number + 1, asked[client_id] + 1
 
-    for id in SECONDS:
-        give(id, 0.0)
+    for client_id in SECONDS:
+        give(client_id, 0.0)
     for _ in range(ARRIVALS):
-        now, _, id, began, again, got = heapq.heappop(flight)
-        buffer.append((version - began, got, trained(run, id, began, again, got)))
+        now, _, client_id, began, again, got = heapq.heappop(flight)
+        buffer.append((version - began, got, trained(run, client_id, began, again, got)))
         if len(buffer) == goal:
             model, version, buffer = mix(model, buffer), version + 1, []
             asked = dict.fromkeys(SECONDS, 0)
-        give(id, now)
+        give(client_id, now)
     return model
 
 
@@ -75,7 +82,7 @@ def test_fedasync(kind: str) -> None:
             rounds=3,
             algorithm={"name": "fedasync", "alpha": 0.7, "staleness": kind, "b": 1},
         ),
-        seconds=lambda id, _: SECONDS[id],
+        seconds=lambda client_id, _: SECONDS[client_id],
     )
     (group,) = run.server.models
     start = floating_tensors(run.server.models[group])
@@ -96,7 +103,7 @@ def test_fedbuff(goal: int) -> None:
         config(
             "fedbuff", rounds=3, algorithm={"name": "fedbuff", "buffer": goal, "server_lr": 0.8}
         ),
-        seconds=lambda id, _: SECONDS[id],
+        seconds=lambda client_id, _: SECONDS[client_id],
     )
     (group,) = run.server.models
     start, names = (
@@ -116,7 +123,8 @@ def test_fedbuff(goal: int) -> None:
                 made[n] = model[n] + 0.8 / goal * sum(
                     w * (end[n] - got[n]) for w, (_, got, end) in zip(s, buffer, strict=True)
                 )
-            else:  # a variance: towards the clients', by Σs/K of the way
+            else:
+                # A variance moves toward the clients' mean by the factor Σs/K.
                 mean = sum(w * end[n] for w, (_, _, end) in zip(s, buffer, strict=True)) / sum(s)
                 made[n] = model[n] + sum(s) / goal * (mean - model[n])
         return made
@@ -125,11 +133,10 @@ def test_fedbuff(goal: int) -> None:
     assert run.version == ARRIVALS // goal and (again > 0 or goal < 4)
 
 
-def test_a_version_is_not_trained_on_twice_in_the_same_way() -> None:
-    """The fast client comes back before there is a new version: other batches, another upload."""
+def test_repeated_training_on_a_version_draws_other_batches() -> None:
     run = session(
         config("fedbuff", algorithm={"name": "fedbuff", "buffer": 3}),
-        seconds=lambda id, _: SECONDS[id],
+        seconds=lambda client_id, _: SECONDS[client_id],
     )
     seen = []
     arrival = run._receive_upload
@@ -149,11 +156,11 @@ def test_a_version_is_not_trained_on_twice_in_the_same_way() -> None:
     assert any(not torch.equal(one["model"][n], two["model"][n]) for n in one["model"])
 
 
-def test_a_pull_towards_what_was_received() -> None:
+def test_proximal_term_pulls_toward_the_received_model() -> None:
     plain, pulled = (
         session(
             config("fedasync", algorithm={"name": "fedasync", "rho": rho}),
-            seconds=lambda id, _: SECONDS[id],
+            seconds=lambda client_id, _: SECONDS[client_id],
         )
         for rho in (0.0, 5.0)
     )
@@ -170,9 +177,7 @@ def test_a_pull_towards_what_was_received() -> None:
 
 
 @pytest.mark.parametrize(("method", "buffer"), [("fedbuff", 1), ("fedbuff", 3), ("fedasync", None)])
-def test_a_part_that_is_common_to_architectures_stays_common(
-    method: str, buffer: int | None
-) -> None:
+def test_tensors_shared_by_architectures_stay_equal(method: str, buffer: int | None) -> None:
     models = [
         {"name": "mlp", "hidden": [24], "feature_dim": 16},
         {"name": "mlp", "hidden": [12], "feature_dim": 16},
@@ -180,7 +185,7 @@ def test_a_part_that_is_common_to_architectures_stays_common(
     algorithm = {"name": method, **({"buffer": buffer} if buffer else {})}
     run = session(
         config(method, models, clients__common=["head."], algorithm=algorithm),
-        seconds=lambda id, _: SECONDS[id],
+        seconds=lambda client_id, _: SECONDS[client_id],
     )
     start = [dict(model) for model in run.server.models.values()]
     run.run_round()
@@ -190,13 +195,12 @@ def test_a_part_that_is_common_to_architectures_stays_common(
         assert not torch.equal(start[0][name], one[name])
 
 
-def test_heterofl_weighs_widths_by_rows_and_staleness() -> None:
-    """Two widths in a buffer, the second's upload made of an older version: to its corner the mean by n·s(τ)."""
+def test_heterofl_weights_widths_by_rows_and_staleness() -> None:
     wide = {"name": "mlp", "hidden": [16]}
     algorithm = {"name": "heterofl", "model": wide, "widths": [1, 0.5, 0.5], "weighting": "samples"}
     made = config("heterofl", wide, clients=3, algorithm=algorithm)
     made["runtime"] |= {"mode": "async", "buffer": 2, "staleness": {"kind": "polynomial", "a": 1.0}}
-    run = session(made, seconds=lambda id, _: SECONDS[id])
+    run = session(made, seconds=lambda client_id, _: SECONDS[client_id])
     combined = []
     combine = run._aggregate_uploads
 

@@ -1,4 +1,4 @@
-"""The classic run: the sum of changes with a factor, by hand; one client with everything is a plain training loop."""
+"""Plain FedAvg runs compared with reference code and with a plain training loop."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SUM = {"name": "fedavg", "weighting": "sum", "server_lr": 0.1}
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("method", ["fedavg", "fedprox"])
-def test_the_servers_step_is_the_tutorials(method: str) -> None:
+def test_server_step_matches_plain_fedavg(method: str) -> None:
     settings = {**SUM, "name": method} | ({"mu": 0.0} if method == "fedprox" else {})
     rounds = rounds_of(
         config(method, MIXED[0], 4, algorithm=settings, clients__per_round=3), held=1
@@ -35,8 +35,8 @@ def test_the_servers_step_is_the_tutorials(method: str) -> None:
     model = {n: t.clone() for n, t in rounds.server.models[group].items()}
     total = {n: torch.zeros_like(t) for n, t in model.items()}
     cohort = rounds.sample_cohort(rounds.completed)
-    for id, client in clients(rounds).items():
-        if id in cohort:
+    for client_id, client in clients(rounds).items():
+        if client_id in cohort:
             local = module(
                 client.arch["model"], {**client.models["model"], **floating_tensors(model)}
             )
@@ -58,7 +58,7 @@ def test_the_servers_step_is_the_tutorials(method: str) -> None:
 
 
 @pytest.mark.usefixtures("float64")
-def test_a_sum_is_a_plain_mean_with_a_rate_as_many_times_as_large() -> None:
+def test_summed_updates_equal_mean_with_scaled_server_rate() -> None:
     summed = rounds_of(config("fedavg", ["mlp", MIXED[2]], 6, algorithm=SUM))
     mean = rounds_of(
         config(
@@ -68,11 +68,12 @@ def test_a_sum_is_a_plain_mean_with_a_rate_as_many_times_as_large() -> None:
             algorithm={**SUM, "weighting": "uniform", "server_lr": 0.3},
         )
     )
-    for group, tensors in mean.server.models.items():  # three of each kind
+    # Three of each architecture.
+    for group, tensors in mean.server.models.items():
         assert apart(summed.server.models[group], tensors) < 1e-12
 
 
-def test_statistics_are_never_extrapolated_and_parameters_are() -> None:
+def test_server_rate_extrapolates_parameters_but_not_statistics() -> None:
     now, mean = (
         {"w": torch.tensor([1.0]), "var": torch.tensor([1.0])},
         {"w": torch.tensor([0.2]), "var": torch.tensor([0.2])},
@@ -91,15 +92,23 @@ def test_statistics_are_never_extrapolated_and_parameters_are() -> None:
 @pytest.mark.parametrize(
     "algorithm", [{"name": "fedavg"}, {**SUM, "server_lr": 1.0}, {"name": "centralized"}], ids=str
 )
-def test_one_client_with_everything_is_a_plain_training_loop_bit_for_bit(
+def test_single_client_equals_plain_training_loop(
     algorithm: dict[str, Any],
 ) -> None:
     settings = {"epochs": 2, "augment": {"crop": 1, "flip": True}, "batch_size": 16,
                 "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9}}  # fmt: skip
     rounds = rounds_of(
-        config(algorithm["name"], MIXED[0], 1, algorithm=algorithm, rounds=3, clients__defaults=settings,
-               clients__per_round=1), held=0,
-    )  # fmt: skip
+        config(
+            algorithm["name"],
+            MIXED[0],
+            1,
+            algorithm=algorithm,
+            rounds=3,
+            clients__defaults=settings,
+            clients__per_round=1,
+        ),
+        held=0,
+    )
     (client,) = clients(rounds).values()
     template = Templates(DeviceMemory(torch.device("cpu")))(client.arch["model"]).load(
         client.models["model"]
@@ -108,8 +117,8 @@ def test_one_client_with_everything_is_a_plain_training_loop_bit_for_bit(
     model.load_state_dict(template.state_dict())
     model.train()
     data = client.data("train", None)
-    for round in range(3):
-        stream = (0, round, client.participant_id, "train", 0)
+    for round_idx in range(3):
+        stream = (0, round_idx, client.participant_id, "train", 0)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, fused=True)
         cut = index_batches(client.num_rows, Fit({}, Supervised(), epochs=2, batch_size=16), stream)
         for i, rows in enumerate(cut):
@@ -127,9 +136,7 @@ def test_one_client_with_everything_is_a_plain_training_loop_bit_for_bit(
         )
 
 
-def test_centralised_training_of_slices_in_order_is_one_client_with_the_whole_set_bit_for_bit() -> (
-    None
-):
+def test_centralized_training_equals_single_client_with_all_rows() -> None:
     in_order = {"kind": "in_order", "min_size": 2}
     whole = {
         "data__partition": in_order,
@@ -137,7 +144,7 @@ def test_centralised_training_of_slices_in_order_is_one_client_with_the_whole_se
         "data__proxy__size": 0,
     }
     centralised = rounds_of(config("centralized", MIXED[0], 4, **whole))
-    # the batches are drawn by the first client's name
+    # Batches are drawn with the key of the first client.
     groups = [{"name": "site_1", "model": MIXED[0]}]
     alone = rounds_of(config("fedavg", clients__groups=groups, clients__per_round=1, **whole))
     (group,) = alone.server.models

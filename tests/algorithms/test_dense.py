@@ -1,4 +1,4 @@
-"""DENSE: the server's round by hand, the generator's objective, one upload, no data, and who reads what."""
+"""DENSE: server round, generator objective, single upload, and which model is evaluated."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FEW = {
     "synthetic_batch": 12,
     "noise": 5,
 }
-# of the student, whose momentum lives on from batch to batch
+# The student's optimizer keeps its momentum from batch to batch.
 SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9}
 
 
@@ -47,7 +47,7 @@ def federation(models: Any = MIXED, clients: int = 3, **settings: Any) -> dict[s
 
 
 def statistics(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits in evaluation mode, and the sum over BatchNorm layers of both distances, by hooks."""
+    """Return logits in evaluation mode and the summed BatchNorm distances, measured with hooks."""
     found = [torch.zeros(())]
 
     def note(layer: Any, inputs: tuple[Tensor]) -> None:
@@ -65,26 +65,28 @@ def statistics(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 def by_hand(
     teachers: list[nn.Module], student: nn.Module, x: Tensor, y: Tensor, bn: float, adv: float
 ) -> Tensor:
-    said = [statistics(t, x) for t in teachers]
-    mean, s = sum(z for z, _ in said) / len(said), student(x).logits
+    outputs = [statistics(t, x) for t in teachers]
+    mean, s = sum(z for z, _ in outputs) / len(outputs), student(x).logits
     p, q = mean.softmax(1), s.softmax(1)
     kl = (p * (p.log() - q.log())).sum(1)
     kl = torch.where(mean.argmax(1) == s.argmax(1), torch.zeros_like(kl), kl)
-    return F.cross_entropy(mean, y) + bn * sum(b for _, b in said) / len(said) - adv * kl.mean()
+    return (
+        F.cross_entropy(mean, y) + bn * sum(b for _, b in outputs) / len(outputs) - adv * kl.mean()
+    )
 
 
 @pytest.mark.usefixtures("float64")
-def test_the_servers_round_by_hand() -> None:
+def test_server_round_matches_reference() -> None:
     rounds = rounds_of(
         federation(statistics_weight=0.7, adversarial_weight=0.3, student="site_2"), held=1
     )
     sent = {}
-    for id, client in clients(rounds).items():
+    for client_id, client in clients(rounds).items():
         model = module(client.arch["model"], client.models["model"])
         train(
             client, list(model.parameters()), lambda x, y, m=model: F.cross_entropy(m(x).logits, y)
         )
-        sent[id] = model.eval()
+        sent[client_id] = model.eval()
     card = rounds.federation.client_infos["site_2"]
     student = module(card.arch, rounds.server.models[card.arch.spec_id])
     rounds.run_round()
@@ -128,7 +130,7 @@ def test_the_servers_round_by_hand() -> None:
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("bn", "adv"), [(0.0, 0.0), (0.9, 0.0), (0.0, 0.8)])
-def test_the_objective_term_by_term_and_stacked(bn: float, adv: float) -> None:
+def test_generator_objective_matches_reference_and_stacks(bn: float, adv: float) -> None:
     torch.manual_seed(1)
     teachers = [
         create_model("cnn_bn_small", 10, 1, 8).eval(),
@@ -155,7 +157,8 @@ def test_the_objective_term_by_term_and_stacked(bn: float, adv: float) -> None:
         torch.stack([-z, z])
     )
     assert torch.allclose(stacked[1], total, rtol=0, atol=1e-10)
-    nets["s"] = nets["a"]  # a student that says what its only teacher says is no adversary
+    # A student equal to its only teacher gives no boundary loss.
+    nets["s"] = nets["a"]
     agreed = Synthesis((1, 8, 8), (("a", view),), ("s", view), 0.0, 5.0).total_loss(
         nets, Batch(x=z, y=y), {}
     )
@@ -165,7 +168,7 @@ def test_the_objective_term_by_term_and_stacked(bn: float, adv: float) -> None:
 
 
 @pytest.mark.usefixtures("float64")
-def test_the_generator_is_led_only_to_where_student_and_teacher_name_different_classes() -> None:
+def test_boundary_loss_counts_only_disagreements() -> None:
     torch.manual_seed(2)
     teacher, imager = create_model("mlp", 10, 1, 8).eval(), Generator(64, 5, (1, 8, 8))
     x, y, view = torch.randn(40, 5), torch.arange(40) % 10, ((1, 8, 8), None, None)
@@ -173,7 +176,7 @@ def test_the_generator_is_led_only_to_where_student_and_teacher_name_different_c
     with torch.no_grad():
         z = teacher(images).logits
         second, first = z.mean(0).argsort()[-2:]
-        # half of them change sides
+        # The student disagrees on half of them.
         student.head.bias[second] += (z[:, first] - z[:, second]).median()
     agree = teacher(images).logits.argmax(1) == student(images).logits.argmax(1)
     assert agree.any() and not agree.all()
@@ -188,7 +191,7 @@ def test_the_generator_is_led_only_to_where_student_and_teacher_name_different_c
     assert torch.allclose(total, by_hand([teacher], student, images, y, 0, 0.8), rtol=0, atol=1e-12)
 
 
-def test_a_model_without_batch_norm_has_no_statistics_and_views_are_those_of_each() -> None:
+def test_generator_handles_models_without_batch_norm_and_client_views() -> None:
     with BatchStatistics() as found:
         create_model("cnn_gn_small", 10, 1, 8)(torch.rand(4, 1, 8, 8))
     assert found.distance == 0.0
@@ -203,7 +206,7 @@ def test_a_model_without_batch_norm_has_no_statistics_and_views_are_those_of_eac
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 14), (6,), (2, 15)])
-def test_a_generator_for_every_shape(shape: tuple[int, ...]) -> None:
+def test_generator_supports_every_input_shape(shape: tuple[int, ...]) -> None:
     size = int(torch.tensor(shape).prod())
     made = Generator(size, 5, shape)(torch.randn(4, 5)).logits
     assert made.shape == (4, size)
@@ -211,7 +214,7 @@ def test_a_generator_for_every_shape(shape: tuple[int, ...]) -> None:
 
 
 def uploads(rounds: SynchronousTrainer) -> list[dict[str, list[str]]]:
-    """What each client sends, by round."""
+    """Return the items that each client sends, by round."""
     seen_: list[dict[str, list[str]]] = []
     receive = rounds.decode_upload
 
@@ -227,21 +230,24 @@ def uploads(rounds: SynchronousTrainer) -> list[dict[str, list[str]]]:
     return seen_
 
 
-def test_models_travel_once_and_until_then_it_is_local() -> None:
+def test_models_are_uploaded_once_and_training_is_local_before() -> None:
     source = {**federation(), "rounds": 3}
     source["clients"]["overrides"] = [{"match": "site_3", "shares": ["backbone"]}]
     rounds = rounds_of(source, held=0)
     assert uploads(rounds) == [
         {"site_1": [], "site_2": [], "site_3": []},
         {"site_1": [], "site_2": [], "site_3": []},
-        {"site_1": ["model"], "site_2": ["model"], "site_3": []},  # half a model is no teacher
+        # A partial model cannot be a teacher.
+        {"site_1": ["model"], "site_2": ["model"], "site_3": []},
     ]
     local = rounds_of({**config("local", MIXED, 3), "rounds": 3})
-    for id in local.federation.client_infos:
-        assert same_bits(rounds.store.get(id).models["model"], local.store.get(id).models["model"])
+    for client_id in local.federation.client_infos:
+        assert same_bits(
+            rounds.store.get(client_id).models["model"], local.store.get(client_id).models["model"]
+        )
 
 
-def test_the_server_sees_no_data() -> None:
+def test_server_needs_no_data() -> None:
     rounds = rounds_of(
         {**federation(), "data": {**federation()["data"], "proxy": {"size": 0}}}, held=1
     )
@@ -254,7 +260,7 @@ def test_the_server_sees_no_data() -> None:
     assert "student" in rounds.server.state
 
 
-def test_everybody_uses_the_student_once_there_is_one() -> None:
+def test_clients_use_the_student_once_distilled() -> None:
     source = federation(student="site_2")
     source["clients"]["overrides"] = [
         {"match": "site_1", "preprocess": {"resize": 12, "channels": 3}}
@@ -284,7 +290,7 @@ def test_everybody_uses_the_student_once_there_is_one() -> None:
     )
 
 
-def test_the_student_is_the_most_frequent_model_and_mistakes_are_one_line() -> None:
+def test_student_defaults_to_most_frequent_model_and_errors_are_one_line() -> None:
     models = ["cnn_bn_small", "mlp", "mlp", "cnn_gn_small"]
     prepared = prepare(federation(models, 4))
     assert prepared.config.algorithm["student"] == "site_2" and "mlp" in prepared.notes[-1]
@@ -295,8 +301,7 @@ def test_the_student_is_the_most_frequent_model_and_mistakes_are_one_line() -> N
 
 
 @pytest.mark.slow
-def test_the_student_learns_from_models_alone() -> None:
-    """Long enough, it is far better than by chance on examples that it has never seen."""
+def test_student_learns_without_data() -> None:
     longer = {
         "synthesis_epochs": 8,
         "generator_steps": 12,

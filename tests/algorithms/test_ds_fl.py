@@ -1,4 +1,4 @@
-"""DS-FL: a round by hand with each of its options, the cache against a table of versions, the quantiser, limits."""
+"""DS-FL: a round with each option, the cache, the quantizer, and limit cases."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def drawn(index: int) -> Tensor:
 
 
 def follow(client: Participant, model: torch.nn.Module, x: Tensor, p: Tensor) -> None:
-    """One epoch of cross-entropy towards probabilities, over the batches that the client's key draws."""
+    """Train one epoch of cross-entropy on soft labels, in batches drawn with the client's key."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     where = (
         client.round_context.seed,
@@ -78,7 +78,7 @@ SHARPENED = {
         ("power", "entropy", 2),
     ],
 )
-def test_a_round_by_hand(sharpen: str, teacher: str, bits: int | None) -> None:
+def test_round_matches_reference(sharpen: str, teacher: str, bits: int | None) -> None:
     settings = {
         "sharpen": sharpen,
         "era_temperature": 0.2,
@@ -90,8 +90,8 @@ def test_a_round_by_hand(sharpen: str, teacher: str, bits: int | None) -> None:
     before, consensus = clients(rounds), rounds.server.state["teacher"].softmax(1)
     assert rounds.server.state["drawn"].tolist() == [0]
     rounds.run_round()
-    said, weights = [], []
-    for id, client in before.items():
+    soft_labels, weights = [], []
+    for client_id, client in before.items():
         model, public = (
             module(client.arch["model"], client.models["model"]),
             client.data("proxy", None)["x"],
@@ -100,19 +100,19 @@ def test_a_round_by_hand(sharpen: str, teacher: str, bits: int | None) -> None:
         train(
             client, list(model.parameters()), lambda x, y, m=model: F.cross_entropy(m(x).logits, y)
         )
-        assert apart(rounds.store.get(id).models["model"], model) < 1e-9
+        assert apart(rounds.store.get(client_id).models["model"], model) < 1e-9
         with torch.no_grad():
             p = model.eval()(public[drawn(1)]).logits.softmax(1)
-        said.append({None: p, 1: voted(p), 2: quantize_probabilities(p, 2) / 3}[bits])
+        soft_labels.append({None: p, 1: voted(p), 2: quantize_probabilities(p, 2) / 3}[bits])
         sure = (p * p.log()).sum(1, keepdim=True).exp()
         weights.append({"samples": client.num_rows, "mean": 1, "entropy": sure}[teacher])
-    mean = sum(w * p for w, p in zip(weights, said, strict=True)) / sum(weights)
+    mean = sum(w * p for w, p in zip(weights, soft_labels, strict=True)) / sum(weights)
     ours = rounds.server.state["teacher"].softmax(1)
     assert rounds.server.state["drawn"].tolist() == [1]
     assert float((ours - SHARPENED[sharpen](mean)).abs().max()) < 1e-9
 
 
-def test_entropy_is_reduced_on_probabilities_and_labels_are_sharpened_one_by_one() -> None:
+def test_entropy_reduction_sharpens_each_label() -> None:
     p = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.2, 0.6]])
     era = DSFL(era_temperature=0.1).sharpened_teacher(Task("multiclass", 3), p).softmax(1)
     assert torch.allclose(era, (p / 0.1).exp() / (p / 0.1).exp().sum(1, keepdim=True), atol=1e-6)
@@ -122,7 +122,8 @@ def test_entropy_is_reduced_on_probabilities_and_labels_are_sharpened_one_by_one
     power = DSFL(sharpen="power", beta=2.0).sharpened_teacher(labels, p).sigmoid()
     assert torch.allclose(power, p**2 / (p**2 + (1 - p) ** 2), atol=1e-6)
     assert torch.allclose(DSFL(sharpen="none").sharpened_teacher(labels, p).sigmoid(), p, atol=1e-6)
-    sure = torch.tensor([[0.0, 1.0, 0.0]])  # votes in one bit
+    # One-bit votes.
+    sure = torch.tensor([[0.0, 1.0, 0.0]])
     for task in (labels, Task("multiclass", 3)):
         assert all(
             DSFL(sharpen=how).sharpened_teacher(task, sure).isfinite().all()
@@ -130,7 +131,7 @@ def test_entropy_is_reduced_on_probabilities_and_labels_are_sharpened_one_by_one
         )
 
 
-def test_the_contrast_weighted_teacher_is_that_of_log_probabilities() -> None:
+def test_contrast_teacher_uses_log_probabilities() -> None:
     counts, g = torch.tensor([5.0, 0, 3]), torch.Generator().manual_seed(1)
     z = 8 * torch.randn(4, 3, generator=g)
     task = Task("multiclass", 3)
@@ -143,11 +144,11 @@ def test_the_contrast_weighted_teacher_is_that_of_log_probabilities() -> None:
     assert torch.allclose(ours, item.values.softmax(1), atol=1e-6)
 
 
-# The cache ---------------------------------------------------------------------------------------------------------
+# Cache
 
 
 def watched(rounds: SynchronousTrainer, seen: dict[str, Payload]) -> None:
-    """Note what each client receives to train on."""
+    """Record what each client receives for training."""
     site: ClientRuntime = rounds.executor.runtime  # type: ignore[attr-defined]
     answer = site.run
 
@@ -158,16 +159,17 @@ def watched(rounds: SynchronousTrainer, seen: dict[str, Payload]) -> None:
     site.run = note  # type: ignore[method-assign]
 
 
-def test_only_rows_that_the_receiver_lacks_or_that_expired_travel() -> None:
+def test_cache_sends_only_missing_or_expired_rows() -> None:
     life = 3
     source = {**federation("mlp", 4, cache_life=life), "rounds": 8, "server": {"model": "linear"}}
-    # receives, and says nothing
+    # Receives broadcasts but uploads no predictions.
     source["clients"]["overrides"] = [{"match": "site_4", "shares": ["statistics"]}]
     source["clients"]["per_round"] = 2
     rounds, seen = rounds_of(source, held=0), {}
     watched(rounds, seen)
-    made: dict[int, int] = {}  # row -> the round of the server's newest word on it
-    has: dict[str, dict[int, int]] = {id: {} for id in rounds.federation.client_infos}
+    # Row to the round of its newest server label.
+    made: dict[int, int] = {}
+    has: dict[str, dict[int, int]] = {client_id: {} for client_id in rounds.federation.client_infos}
     asked_all, again, last = [], 0, -1
     for index in range(8):
         seen.clear()
@@ -175,17 +177,17 @@ def test_only_rows_that_the_receiver_lacks_or_that_expired_travel() -> None:
         again += sum(r in made for r in due)
         words = rounds.server.state.get("teacher")
         rounds.run_round()
-        for id, got in seen.items():
+        for client_id, got in seen.items():
             assert got["ask"].tolist() == due
             if words is None:
                 continue
-            lacking = [r for r, version in sorted(made.items()) if has[id].get(r) != version]
+            lacking = [r for r, version in sorted(made.items()) if has[client_id].get(r) != version]
             assert got["new"].tolist() == lacking and len(got["teacher"]) == len(lacking)
-            has[id] = dict(made)
-            cache = rounds.store.get(id).state["cache"]
+            has[client_id] = dict(made)
+            cache = rounds.store.get(client_id).state["cache"]
             assert torch.equal(cache[list(made)], words[list(made)])
         asked_all.append(len(due))
-        if any(id != "site_4" for id in seen):
+        if any(client_id != "site_4" for client_id in seen):
             made.update(dict.fromkeys(due, index))
         if all(r in made and index - made[r] < life for r in drawn(index).tolist()):
             last = index
@@ -194,14 +196,14 @@ def test_only_rows_that_the_receiver_lacks_or_that_expired_travel() -> None:
     assert any(len(h) for h in has.values())
 
 
-def test_a_cache_that_forgets_at_once_is_none_bit_for_bit_and_a_longer_one_saves_bytes_both_ways() -> (
-    None
-):
+def test_cache_of_zero_rounds_equals_no_cache_and_longer_ones_save_bytes() -> None:
     plain, at_once, longer = (
         rounds_of({**federation("mlp", cache_life=life), "rounds": 5}) for life in (None, 1, 50)
     )
-    for id in plain.federation.client_infos:
-        assert same_bits(plain.store.get(id).models["model"], at_once.store.get(id).models["model"])
+    for client_id in plain.federation.client_infos:
+        assert same_bits(
+            plain.store.get(client_id).models["model"], at_once.store.get(client_id).models["model"]
+        )
     assert not same_bits(
         plain.store.get("site_1").models["model"], longer.store.get("site_1").models["model"]
     )
@@ -211,23 +213,23 @@ def test_a_cache_that_forgets_at_once_is_none_bit_for_bit_and_a_longer_one_saves
     )
 
 
-def test_nobody_speaks_and_the_cache_goes_on() -> None:
+def test_cache_survives_rounds_without_uploads() -> None:
     source = federation("mlp", cache_life=4)
     source["clients"]["defaults"]["share_every"] = 2
     rounds = rounds_of({**source, "rounds": 3}, held=1)
-    # nobody has spoken: nothing to learn from yet
+    # No predictions have been uploaded yet.
     assert not {"teacher", "drawn"} & set(rounds.server.state)
-    # in the second of them nobody speaks: the last consensus stays, on its own rows
+    # No client uploads predictions in the second one: the last consensus and its rows stay.
     for _ in range(2):
         rounds.run_round()
         assert rounds.server.state["drawn"].tolist() == [1]
 
 
-# Few bits ----------------------------------------------------------------------------------------------------------
+# Quantization
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3])
-def test_the_quantiser_finds_the_nearest_distribution(bits: int) -> None:
+def test_quantizer_finds_nearest_distribution(bits: int) -> None:
     top = 2**bits - 1
     every = (
         torch.tensor([q for q in itertools.product(range(top + 1), repeat=4) if sum(q) == top])
@@ -244,7 +246,7 @@ def test_the_quantiser_finds_the_nearest_distribution(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("classes", [1, 3, 10])
-def test_packing_loses_nothing(bits: int, classes: int) -> None:
+def test_packing_is_lossless(bits: int, classes: int) -> None:
     levels = torch.randint(2**bits, (7, classes), generator=torch.Generator().manual_seed(3)).to(
         torch.uint8
     )
@@ -254,19 +256,19 @@ def test_packing_loses_nothing(bits: int, classes: int) -> None:
     )
 
 
-def test_labels_are_rounded_one_by_one() -> None:
+def test_labels_are_rounded_separately() -> None:
     p = torch.tensor([[0.2, 0.9, 0.6]])
     assert quantize_probabilities(p, 1, sums_to_one=False).tolist() == [[0, 1, 1]]
 
 
-def test_a_bit_saves_what_it_promises_and_eight_change_little() -> None:
+def test_quantization_saves_bytes_and_eight_bits_change_little() -> None:
     plain, one, eight = (rounds_of(federation("mlp", bits=bits), held=1) for bits in (None, 1, 8))
     assert plain.traffic.up - one.traffic.up > 3 * 40 * (10 * 4 - 2) - 200
     era = [r.server.state["teacher"] * 0.1 for r in (plain, eight)]
     assert float((era[0] - era[1]).abs().max()) < 1 / 255
 
 
-# Limits ------------------------------------------------------------------------------------------------------------
+# Limit cases
 
 
 @pytest.mark.parametrize(
@@ -278,15 +280,15 @@ def test_a_bit_saves_what_it_promises_and_eight_change_little() -> None:
         ({"sharpen": "era", "beta": 3.0}, {"sharpen": "era"}),
     ],
 )
-def test_settings_that_must_be_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
+def test_equal_settings_give_equal_results(one: dict[str, Any], other: dict[str, Any]) -> None:
     a, b = rounds_of(federation("mlp", **one)), rounds_of(federation("mlp", **other))
     assert all(
-        same_bits(a.store.get(id).models["model"], b.store.get(id).models["model"])
-        for id in a.store.clients()
+        same_bits(a.store.get(client_id).models["model"], b.store.get(client_id).models["model"])
+        for client_id in a.store.clients()
     )
 
 
-def test_one_clients_consensus_is_its_own_word_and_many_of_it_the_same() -> None:
+def test_consensus_of_equal_clients_is_their_prediction() -> None:
     rounds = rounds_of(federation("mlp", 1, sharpen="none", proxy_rows=None), held=1)
     (client,) = clients(rounds).values()
     with torch.no_grad():
@@ -296,10 +298,11 @@ def test_one_clients_consensus_is_its_own_word_and_many_of_it_the_same() -> None
             .logits
         )
     assert torch.allclose(rounds.server.state["teacher"].softmax(1), z.softmax(1), atol=1e-6)
-    assert "drawn" not in rounds.server.state  # all of them: nothing is drawn
+    # All rows, so none are sampled.
+    assert "drawn" not in rounds.server.state
 
 
-def test_what_the_server_needs_is_declared() -> None:
+def test_server_requirements_are_declared() -> None:
     uses = {(b, c): DSFL(bits=b, cache_life=c).uploads for b in (None, 2) for c in (None, 5)}
     assert {k: {n: s.use for n, s in u.items()} for k, u in uses.items()} == {
         (None, None): {"probabilities": "sum"},

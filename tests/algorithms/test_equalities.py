@@ -1,4 +1,4 @@
-"""Methods that must be equal in their limits, and what must change no bit."""
+"""Settings under which two methods must give bit-identical or equal results."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ OFF = {
 }
 
 
-def test_hybrid_of_one_group_without_a_proxy_set_is_fedavg_bit_for_bit() -> None:
+def test_hybrid_with_one_group_and_no_proxy_set_equals_fedavg() -> None:
     fedavg = rounds_of(config("fedavg", data__proxy__size=0))
     hybrid = rounds_of(config("hybrid", data__proxy__size=0, algorithm={"name": "hybrid", **OFF}))
     (group,) = fedavg.server.models
     assert same_bits(fedavg.server.models[group], hybrid.server.models[group])
 
 
-def test_hybrid_of_all_different_architectures_is_fedmd_with_kl_bit_for_bit() -> None:
+def test_hybrid_with_distinct_architectures_equals_fedmd() -> None:
     fedmd = rounds_of(config("fedmd", MIXED, rounds=3))
     hybrid = rounds_of(config("hybrid", MIXED, rounds=3, algorithm={"name": "hybrid", **OFF}))
-    for id, card in fedmd.federation.client_infos.items():
-        # the mean over one owner is what that owner sent
+    for client_id, card in fedmd.federation.client_infos.items():
+        # The mean over one client is its upload.
         ours = hybrid.server.models[card.arch.spec_id]
         assert same_bits(
-            floating_tensors(fedmd.store.get(id).models["model"]), floating_tensors(ours)
+            floating_tensors(fedmd.store.get(client_id).models["model"]), floating_tensors(ours)
         )
     assert torch.equal(fedmd.server.state["teacher"], hybrid.server.state["teacher"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("proxy_rows", [None, 40])
-def test_hybrid_without_proxy_replay_is_feddf_with_its_loss_and_teacher_bit_for_bit(
+def test_hybrid_without_proxy_replay_equals_feddf(
     proxy_rows: int | None,
 ) -> None:
-    """Models and metrics of every round, two clients of each architecture, four of six a round."""
+    """Compare two clients of each architecture, four of six per round."""
     same = {"distil_epochs": 3, "proxy_rows": proxy_rows}
     hybrid = {"name": "hybrid", "rehearse": 0.0, **same}
     feddf = {"name": "feddf", "logit_adjustment": True, "teacher": "contrast", **same}
@@ -60,7 +60,7 @@ def test_hybrid_without_proxy_replay_is_feddf_with_its_loss_and_teacher_bit_for_
 
 
 def history(algorithm: dict[str, Any]) -> list[Any]:
-    """After each of four rounds: scores, training losses, and the bytes of the server's and all clients' models."""
+    """Return scores, losses and encoded server and client models after each of four rounds."""
     source = config(
         algorithm["name"], MIXED, clients=6, rounds=4, clients__per_round=4, algorithm=algorithm
     )
@@ -72,7 +72,8 @@ def history(algorithm: dict[str, Any]) -> list[Any]:
         add_evaluation(record, rounds.evaluate())
         models = dict(rounds.server.models)
         models |= {
-            id: deployed(rounds, id).models["model"] for id in rounds.federation.client_infos
+            client_id: deployed(rounds, client_id).models["model"]
+            for client_id in rounds.federation.client_infos
         }
         bits = {
             (slot, n): t.numpy().tobytes()
@@ -86,8 +87,8 @@ def history(algorithm: dict[str, Any]) -> list[Any]:
     return found
 
 
-def test_each_change_changes_something() -> None:
-    """Else the equalities above would prove nothing about switching them off."""
+def test_each_setting_changes_the_result() -> None:
+    """Show that the equalities above compare settings that have an effect."""
     off = {"name": "hybrid", **OFF}
     plain = rounds_of(config("hybrid", algorithm=off, rounds=3))
     (group,) = plain.server.models
@@ -103,14 +104,14 @@ def test_each_change_changes_something() -> None:
 
 
 @pytest.mark.parametrize("mu, equal", [(0.0, True), (0.5, False)])
-def test_fedprox_without_a_pull_is_fedavg(mu: float, equal: bool) -> None:
+def test_fedprox_with_mu_zero_equals_fedavg(mu: float, equal: bool) -> None:
     fedavg = rounds_of(config("fedavg"))
     fedprox = rounds_of(config("fedprox", algorithm={"name": "fedprox", "mu": mu}))
     (group,) = fedavg.server.models
     assert same_bits(fedavg.server.models[group], fedprox.server.models[group]) is equal
 
 
-def test_one_client_with_everything_is_centralised_training_bit_for_bit() -> None:
+def test_single_client_equals_centralized_training() -> None:
     fedavg = rounds_of(config("fedavg", clients=1))
     centralised = rounds_of(config("centralized", clients=1))
     (group,) = fedavg.server.models
@@ -125,19 +126,19 @@ FEDERATED = [m for m in METHODS if m not in ("local", "centralized", "ensemble")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", FEDERATED)
-def test_the_order_of_clients_changes_no_bit(algorithm: str) -> None:
+def test_client_order_does_not_change_results(algorithm: str) -> None:
     groups = [{"name": n, "count": 2, "model": m} for n, m in zip("abc", MIXED, strict=True)]
     there = rounds_of(config(algorithm, clients__groups=groups))
     back = rounds_of(config(algorithm, clients__groups=groups[::-1]))
     assert there.server.models.keys() == back.server.models.keys()
     for group in there.server.models:
         assert same_bits(there.server.models[group], back.server.models[group])
-    for id in there.federation.client_infos:
-        kept, other = there.store.get(id).models, back.store.get(id).models
+    for client_id in there.federation.client_infos:
+        kept, other = there.store.get(client_id).models, back.store.get(client_id).models
         assert kept.keys() == other.keys() and all(same_bits(kept[s], other[s]) for s in kept)
 
 
-def test_a_mean_with_server_rate_one_is_the_mean_itself() -> None:
+def test_server_rate_one_is_the_plain_mean() -> None:
     plain, rate = (
         rounds_of(config("fedavg")),
         rounds_of(config("fedavg", algorithm={"name": "fedavg", "server_lr": 1.0})),
@@ -147,8 +148,7 @@ def test_a_mean_with_server_rate_one_is_the_mean_itself() -> None:
 
 
 @pytest.mark.slow
-def test_the_student_of_one_client_reaches_its_teacher() -> None:
-    """Different architecture, public rows only: it ends by predicting as its teacher does."""
+def test_student_of_one_client_matches_its_teacher() -> None:
     source = config(
         "fedmd",
         clients=1,
@@ -161,10 +161,11 @@ def test_the_student_of_one_client_reaches_its_teacher() -> None:
     site = rounds.executor.runtime
     teacher = deployed(rounds, "site")
     for rows, least in (("proxy", 0.98), ("common_test", 0.75)):
-        said = site.predict(teacher, Rows(rows), personal=False).argmax(-1)
+        predicted = site.predict(teacher, Rows(rows), personal=False).argmax(-1)
         learned = rounds.backend.run([(rounds.server, Predict("student", Rows(rows)))])[0].argmax(
             -1
         )
-        assert (said == learned).float().mean() > least, rows
+        assert (predicted == learned).float().mean() > least, rows
     y = teacher.data("common_test", None)["y"]
-    assert (said == y).float().mean() > 0.7  # and the teacher is worth following
+    # The teacher itself is accurate.
+    assert (predicted == y).float().mean() > 0.7

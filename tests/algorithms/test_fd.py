@@ -1,4 +1,4 @@
-"""FD: a round by hand with either teacher, and its limits."""
+"""FD: a round with either teacher, and limit cases."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
 from tests.references.local_training import apart, clients, module, train
 
 LAMBDA, T = 0.6, 2.5
-CLIP = -2.5  # in place of -8, which models this young never reach
+# Instead of -8, which barely trained models never reach.
+CLIP = -2.5
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("teacher", ["mean", "contrast"])
-def test_a_round_by_hand(teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_round_matches_reference(teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hetero_fl.algorithms.fd.CLIP", CLIP)
     settings = {"name": "fd", "weight": LAMBDA, "temperature": T, "teacher": teacher}
     rounds = rounds_of(config("fd", MIXED, algorithm=settings, data__partition__alpha=0.2), held=1)
@@ -26,7 +27,7 @@ def test_a_round_by_hand(teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     rounds.run_round()
     top, bottom, clipped = torch.zeros(10, 10), torch.zeros(10, 10), 0
-    for id, client in before.items():
+    for client_id, client in before.items():
         model = module(client.arch["model"], client.models["model"])
 
         def loss(x, y, model=model):
@@ -36,10 +37,11 @@ def test_a_round_by_hand(teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
             return (F.cross_entropy(z, y, reduction="none") + LAMBDA * kl * known[y]).mean()
 
         train(client, list(model.parameters()), loss)
-        assert apart(rounds.store.get(id).models["model"], model) < 1e-9
+        assert apart(rounds.store.get(client_id).models["model"], model) < 1e-9
         data = client.data("train", None)
         with torch.no_grad():
-            z = model.eval()(data["x"]).logits  # of the model as it is after this round's training
+            # Sums come from the model after this round's training.
+            z = model.eval()(data["x"]).logits
         n = client.counts
         say = torch.ones(10) if teacher == "mean" else (n * (1 - n / n.sum()) + 0.1) / n.sum()
         clipped += int((z.log_softmax(1) < CLIP).sum())
@@ -54,31 +56,34 @@ def test_a_round_by_hand(teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def models(rounds) -> dict[str, dict[str, Tensor]]:
-    return {id: rounds.store.get(id).models["model"] for id in rounds.federation.client_infos}
+    return {
+        client_id: rounds.store.get(client_id).models["model"]
+        for client_id in rounds.federation.client_infos
+    }
 
 
 @pytest.mark.usefixtures("float64")
-def test_without_a_teachers_weight_it_is_local_and_with_it_it_is_not() -> None:
+def test_zero_distillation_weight_equals_local() -> None:
     local = models(rounds_of(config("local", MIXED)))
     free, led = (
         models(rounds_of(config("fd", MIXED, algorithm={"name": "fd", "weight": w})))
         for w in (0.0, 1.0)
     )
-    for id, alone in local.items():
-        assert apart(free[id], alone) < 1e-10 and apart(led[id], alone) > 1e-4
+    for client_id, alone in local.items():
+        assert apart(free[client_id], alone) < 1e-10 and apart(led[client_id], alone) > 1e-4
 
 
-def test_if_nobody_tells_statistics_it_is_local_bit_for_bit() -> None:
+def test_fd_without_shared_statistics_equals_local() -> None:
     later = {"share_every": 9, "optimizer": {"name": "sgd", "lr": 0.05}}
     fd, local = (
         models(rounds_of(config(m, MIXED, clients__defaults=later))) for m in ("fd", "local")
     )
-    assert all(same_bits(fd[id], local[id]) for id in local)
+    assert all(same_bits(fd[client_id], local[client_id]) for client_id in local)
 
 
 @pytest.mark.usefixtures("float64")
-def test_equal_counts_make_both_teachers_weigh_clients_alike() -> None:
-    """One client: whatever its weights, the consensus is its own mean, of logits or of clipped log p."""
+def test_teachers_agree_on_equal_counts() -> None:
+    """Check that a single client's consensus is its own mean, of logits or of clipped log p."""
     plain, contrast = (
         rounds_of(config("fd", clients=1, algorithm={"name": "fd", "teacher": t}), held=1)
         for t in ("mean", "contrast")
@@ -90,9 +95,9 @@ def test_equal_counts_make_both_teachers_weigh_clients_alike() -> None:
     )
     with torch.no_grad():
         z = model(data["x"]).logits
-    for rounds, said in ((plain, z), (contrast, z.log_softmax(1).clamp(min=-8))):
+    for rounds, scores in ((plain, z), (contrast, z.log_softmax(1).clamp(min=-8))):
         for c in data["y"].unique():
-            want = said[data["y"] == c].mean(0)
+            want = scores[data["y"] == c].mean(0)
             assert torch.allclose(
                 rounds.server.state["consensus"]["teacher"][c], want, rtol=0, atol=1e-9
             )

@@ -1,4 +1,4 @@
-"""What methods that send features ask of models: a width in common, and features that are not the example itself."""
+"""Requirements of methods that send features: a common width, and a backbone."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ SENDING = ["fedgkt", "fedproto", "fedtgp", "fedgh"]
 
 
 @pytest.mark.parametrize("method", SENDING)
-def test_a_model_whose_features_are_the_example_sends_none(method: str) -> None:
+def test_model_without_backbone_sends_no_features(method: str) -> None:
     with pytest.raises(UserError, match=r"site_1: model: the features of 'linear' are its inputs"):
         rounds_of(config(method, "linear"), held=0)
     wide = [{"name": "mlp", "feature_dim": 64}] * 2
-    # as wide as a digit has pixels
+    # As many features as a digit has pixels.
     with pytest.raises(UserError, match="site_3: model: the features of"):
         rounds_of(config(method, [*wide, "linear"]), held=0)
 
 
 @pytest.mark.parametrize("method", SENDING)
-def test_its_projection_to_another_width_may_leave(method: str) -> None:
+def test_projected_features_may_be_sent(method: str) -> None:
     rounds = rounds_of(
         config(method, "linear", algorithm={"name": method, "feature_dim": 8}, rounds=1)
     )

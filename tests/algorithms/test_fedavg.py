@@ -1,4 +1,4 @@
-"""FedAvg, FedProx, FedPer and LG-FedAvg: a round by hand, and the limits in which methods that average are one another."""
+"""FedAvg, FedProx, FedPer and LG-FedAvg: a round, and settings that make them equal."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ ALL, BODY, HEAD = "", "backbone.", "head."
         ("lg_fedavg", HEAD, {"weighting": "uniform"}),
     ],
 )
-def test_a_round_by_hand(method: str, part: str, settings: dict[str, Any]) -> None:
+def test_round_matches_reference(method: str, part: str, settings: dict[str, Any]) -> None:
     rounds = rounds_of(config(method, [BN, MLP], 5, algorithm={"name": method, **settings}), held=2)
     models = {group: dict(tensors) for group, tensors in rounds.server.models.items()}
     uniform, rate = settings.get("weighting") == "uniform", settings.get("server_lr", 1.0)
     sent: dict[str, list[tuple[float, dict[str, Tensor]]]] = {group: [] for group in models}
     kept = {}
-    for id, client in clients(rounds).items():
+    for client_id, client in clients(rounds).items():
         group = client.arch["model"].spec_id
         taken = {n: t for n, t in floating_tensors(models[group]).items() if n.startswith(part)}
         model = module(client.arch["model"], {**client.models["model"], **taken})
@@ -55,7 +55,7 @@ def test_a_round_by_hand(method: str, part: str, settings: dict[str, Any]) -> No
                 {n: t for n, t in state.items() if n.startswith(part)},
             )
         )
-        kept[id] = {n: t for n, t in state.items() if not n.startswith(part)}
+        kept[client_id] = {n: t for n, t in state.items() if not n.startswith(part)}
     rounds.run_round()
     assert sorted(len(members) for members in sent.values()) == [2, 3]
     for group, members in sent.items():
@@ -66,16 +66,16 @@ def test_a_round_by_hand(method: str, part: str, settings: dict[str, Any]) -> No
         assert apart(rounds.server.models[group], want) < 1e-9
         still = {n: t for n, t in models[group].items() if n not in want}
         assert all(torch.equal(rounds.server.models[group][n], t) for n, t in still.items())
-    for id, tensors in kept.items():
-        mine = floating_tensors(rounds.store.get(id).models.get("model", {}))
+    for client_id, tensors in kept.items():
+        mine = floating_tensors(rounds.store.get(client_id).models.get("model", {}))
         assert mine.keys() == tensors.keys() and (not tensors or apart(mine, tensors) < 1e-9)
 
 
-# Limits --------------------------------------------------------------------------------------------------------------
+# Limit cases
 
 
 def read(rounds: SynchronousTrainer, part: str = ALL) -> dict[str, dict[str, Tensor]]:
-    """That part of the server's models, by group."""
+    """Return that part of the server's models, by group."""
     return {
         g: {n: t for n, t in floating_tensors(m).items() if n.startswith(part)}
         for g, m in rounds.server.models.items()
@@ -83,16 +83,17 @@ def read(rounds: SynchronousTrainer, part: str = ALL) -> dict[str, dict[str, Ten
 
 
 def still(part: str) -> dict[str, Any]:
-    """Clients whose optimizer moves nothing of that part."""
+    """Return client settings whose optimizer does not change that part."""
     fast, slow = 0.05, 1e-300
     lr, head_lr = (slow, fast) if part == BODY else (fast, slow)
     return {"clients__defaults__optimizer": {"name": "sgd", "lr": lr, "head_lr": head_lr}}
 
 
 BACKBONES = {"clients__defaults__shares": ["backbone", "predictions", "statistics"]}
-GROUPS = [MLP, GN]  # no BatchNorm: its statistics move without an optimizer
+# No BatchNorm, whose statistics change without an optimizer.
+GROUPS = [MLP, GN]
 LIMITS: dict[str, tuple[str, str, tuple[str, dict[str, Any]], tuple[str, dict[str, Any]]]] = {
-    # what is equal: the part of the server's models, to the bit where there is one way to compute it
+    # The part of the server's models that is equal, and whether it is bit-identical.
     "fedper is fedavg of clients that share their backbone": (
         BODY,
         "bits",
@@ -151,7 +152,7 @@ LIMITS: dict[str, tuple[str, str, tuple[str, dict[str, Any]], tuple[str, dict[st
 @pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("limit", LIMITS)
-def test_limits(limit: str) -> None:
+def test_special_settings_reduce_to_other_methods(limit: str) -> None:
     part, how, *sides = LIMITS[limit]
     one, other = (
         read(rounds_of(config(m, GROUPS, 4, rounds=3, **changes)), part) for m, changes in sides
@@ -161,36 +162,36 @@ def test_limits(limit: str) -> None:
         equal = same_bits(one[group], other[group])
         assert equal if how == "bits" else apart(one[group], other[group]) < float(how)
     changed = read(rounds_of(config(sides[0][0], GROUPS, 4, rounds=1, **sides[0][1])), part)
-    # what is compared has moved
+    # Training changed what is compared.
     assert not any(same_bits(one[group], changed[group]) for group in one)
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedprox", "fedper", "lg_fedavg", "fedbn"])
-def test_with_nobody_to_share_with_it_is_local_bit_for_bit(method: str) -> None:
-    """A client alone in its architecture gets back what it sent."""
+def test_single_client_per_architecture_equals_local(method: str) -> None:
     models = [BN, MLP, MLP]
     algorithm = {"name": method, **({"mu": 0.0} if method == "fedprox" else {})}
     local = rounds_of(config("local", models, rounds=3))
     ours = rounds_of(config(method, models, algorithm=algorithm, rounds=3))
-    for id, alone in (("site_1", True), ("site_2", False)):
-        sent = ours.server.models[ours.federation.client_infos[id].arch.spec_id]
-        mine = {**sent, **ours.store.get(id).models.get("model", {})}
+    for client_id, alone in (("site_1", True), ("site_2", False)):
+        sent = ours.server.models[ours.federation.client_infos[client_id].arch.spec_id]
+        mine = {**sent, **ours.store.get(client_id).models.get("model", {})}
         assert (
-            same_bits(floating_tensors(local.store.get(id).models["model"]), floating_tensors(mine))
+            same_bits(
+                floating_tensors(local.store.get(client_id).models["model"]), floating_tensors(mine)
+            )
             is alone
         )
 
 
 @pytest.mark.usefixtures("float64")
-def test_a_model_without_a_backbone_trains_what_it_has() -> None:
-    """Beside others: FedRep trains its head alone, FedBABU nothing before it is read."""
+def test_model_without_backbone_trains_its_head() -> None:
     start = rounds_of(config("local", ["linear", MLP], 4), held=0)
-    (id, card), *_ = start.federation.client_infos.items()
+    (client_id, card), *_ = start.federation.client_infos.items()
     local = rounds_of(config("local", ["linear", MLP], 4, clients__defaults__batch_size=500))
     for method, want in (
-        ("fedrep", local.store.get(id).models["model"]),
+        ("fedrep", local.store.get(client_id).models["model"]),
         ("fedbabu", start.federation.initial_tensors(card.arch)),
     ):
         ours = rounds_of(config(method, ["linear", MLP], 4, clients__defaults__batch_size=500))
-        assert apart(clients(ours)[id].models["model"], want) < 1e-12
-        assert ours.evaluate().clients[id].scores["personal"]
+        assert apart(clients(ours)[client_id].models["model"], want) < 1e-12
+        assert ours.evaluate().clients[client_id].scores["personal"]

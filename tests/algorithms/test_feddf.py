@@ -1,4 +1,4 @@
-"""FedDF and Hybrid: a round by hand, and their limits."""
+"""FedDF and Hybrid: rounds compared with references, and limit cases."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from tests.references.local_training import apart, clients, mean, module, train
 
 BN, MLP, GN = MIXED
 T, SERVER = 2.5, {"optimizer": {"name": "sgd", "lr": 0.03}}
-CLIP = -2.5  # in place of -8, which models this young never reach
+# Instead of -8, which barely trained models never reach.
+CLIP = -2.5
 
 
 def federation(method: str, models: Any, clients: int = 4, **settings: Any) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def federation(method: str, models: Any, clients: int = 4, **settings: Any) -> d
 
 
 def kl(teacher: Tensor, z: Tensor) -> Tensor:
-    """KL at temperature T times T², the mean over examples."""
+    """Return the mean KL divergence at temperature T, times T²."""
     p = (teacher / T).softmax(1)
     return T**2 * (p * (p.log() - (z / T).log_softmax(1))).sum(1).mean()
 
@@ -43,7 +44,7 @@ def distil(
     teacher: Tensor,
     epochs: int,
 ) -> None:
-    """The server's steps on the public rows in that round."""
+    """Run the server's distillation steps on the proxy rows of a round."""
     sgd = torch.optim.SGD(model.train().parameters(), lr=0.03)
     fit = Fit({}, TeacherDistillation(), epochs=epochs, batch_size=25)
     for rows in index_batches(
@@ -67,16 +68,16 @@ def contrast(counts: Tensor) -> Tensor:
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("teacher", ["mean", "samples", "contrast"])
-def test_a_round_of_feddf_by_hand(teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clients of one architecture see the public rows each in its own way; the last keeps its model, and speaks for itself."""
+def test_feddf_round_matches_reference(teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients preprocess proxy rows differently; the last keeps its model and joins no group."""
     monkeypatch.setattr("hetero_fl.aggregation.teachers.CLIP", CLIP)
     source = federation("feddf", [BN, MLP], 5, teacher=teacher)
     views = {"site_2": (0.3, 0.2), "site_3": (0.1, 0.5)}
     source["clients"]["overrides"] = [
         {"match": "site_5", "shares": ["predictions", "statistics"]},
         *(
-            {"match": id, "preprocess": {"normalize": {"mean": m, "std": s}}}
-            for id, (m, s) in views.items()
+            {"match": client_id, "preprocess": {"normalize": {"mean": m, "std": s}}}
+            for client_id, (m, s) in views.items()
         ),
     ]
     rounds = rounds_of(source, held=1)
@@ -84,16 +85,19 @@ def test_a_round_of_feddf_by_hand(teacher: str, monkeypatch: pytest.MonkeyPatch)
     sent: dict[str, list[tuple[float, dict[str, Tensor]]]] = {group: [] for group in models}
     top, bottom, clipped = torch.zeros(60, 10), torch.zeros(10), 0
     archs, seen = {}, {}
-    for id, client in clients(rounds).items():
+    for client_id, client in clients(rounds).items():
         arch = client.arch["model"]
-        model = module(arch, client.models["model"] if id == "site_5" else models[arch.spec_id])
+        model = module(
+            arch, client.models["model"] if client_id == "site_5" else models[arch.spec_id]
+        )
         train(
             client, list(model.parameters()), lambda x, y, m=model: F.cross_entropy(m(x).logits, y)
         )
-        if id != "site_5":
+        if client_id != "site_5":
             sent[arch.spec_id].append((client.num_rows, floating_tensors(model.state_dict())))
         public, archs[arch.spec_id] = client.data("proxy", None)["x"], arch
-        seen.setdefault(arch.spec_id, public)  # the group's, as its first client sees them
+        # The group's rows, preprocessed as for its first client.
+        seen.setdefault(arch.spec_id, public)
         z = logits(model, public)
         clipped += int((z.log_softmax(1) < CLIP).sum())
         weight = {
@@ -109,17 +113,19 @@ def test_a_round_of_feddf_by_hand(teacher: str, monkeypatch: pytest.MonkeyPatch)
         model = module(archs[group], mean(members))
         start = {n: t.clone() for n, t in model.state_dict().items()}
         distil(rounds, 1, group, model, seen[group], top / bottom, 2)
-        assert apart(start, model) > 1e-4  # it has moved away from the average
+        # Distillation moved it away from the average.
+        assert apart(start, model) > 1e-4
         assert apart(rounds.server.models[group], model) < 1e-9
 
 
 @pytest.mark.usefixtures("float64")
-def test_two_rounds_of_the_servers_student_by_hand() -> None:
+def test_server_student_matches_reference() -> None:
     source = federation("hybrid", [BN, MLP], student_epochs=2)
     source["server"] = {"model": MLP, "optimizer": {"name": "sgd", "lr": 0.03, "momentum": 0.9}}
     rounds = rounds_of(source, held=0)
     student = module(rounds.server.arch["student"], rounds.server.models["student"])
-    sgd = torch.optim.SGD(student.parameters(), lr=0.03, momentum=0.9)  # its momentum lives on
+    # The optimizer keeps its momentum.
+    sgd = torch.optim.SGD(student.parameters(), lr=0.03, momentum=0.9)
     x, fit = (
         rounds.server.data("proxy", None)["x"],
         Fit({}, TeacherDistillation(), epochs=2, batch_size=25),
@@ -139,10 +145,10 @@ def test_two_rounds_of_the_servers_student_by_hand() -> None:
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("heads", ["take", "keep"])
 @pytest.mark.parametrize("distil_at", ["server", "both"])
-def test_a_round_of_hybrid_by_hand(
+def test_hybrid_round_matches_reference(
     distil_at: str, heads: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With all that it has on: logit adjustment, contrast, rehearsal; some clients share their backbone only."""
+    """Cover logit adjustment, contrast weights, proxy replay and clients that share backbones."""
     monkeypatch.setattr("hetero_fl.aggregation.teachers.CLIP", CLIP)
     source = federation("hybrid", [BN, MLP], 5, distil_at=distil_at, heads=heads, rehearse=0.7)
     source["clients"]["overrides"] = [{"match": "site_2", "shares": ["backbone", "predictions"]}]
@@ -154,9 +160,9 @@ def test_a_round_of_hybrid_by_hand(
     sent: dict[str, list[tuple[float, dict[str, Tensor]]]] = {group: [] for group in models}
     top, bottom, clipped = torch.zeros(60, 10), torch.zeros(10), 0
     archs, kept = {}, {}
-    for id, client in clients(rounds).items():
+    for client_id, client in clients(rounds).items():
         arch, public = client.arch["model"], client.data("proxy", None)["x"]
-        whole = heads == "take" and id != "site_2"
+        whole = heads == "take" and client_id != "site_2"
         taken = {
             n: t
             for n, t in floating_tensors(models[arch.spec_id]).items()
@@ -168,7 +174,7 @@ def test_a_round_of_hybrid_by_hand(
             for rows in index_batches(
                 60,
                 Fit({}, TeacherDistillation(), batch_size=25),
-                (client.round_context.seed, 2, id, "digest", 0),
+                (client.round_context.seed, 2, client_id, "digest", 0),
             ):
                 sgd.zero_grad()
                 kl(target[rows], model(public[rows]).logits).backward()
@@ -183,26 +189,30 @@ def test_a_round_of_hybrid_by_hand(
             public=public,
             prior=prior,
             step=step,
-            id=id,
+            client_id=client_id,
             seed=client.round_context.seed,
         ):
             some = torch.randint(
-                60, (25,), generator=keyed_generator(seed, 2, id, "train", 0, "public", next(step))
+                60,
+                (25,),
+                generator=keyed_generator(seed, 2, client_id, "train", 0, "public", next(step)),
             )
             private = F.cross_entropy(model(x).logits + prior, y)
             return private + 0.7 * kl(target[some], model(public[some]).logits)
 
         train(client, list(model.parameters()), loss)
         state = floating_tensors(model.state_dict())
-        parts = ("backbone.",) if id == "site_2" else ("backbone.", "head.")
+        parts = ("backbone.",) if client_id == "site_2" else ("backbone.", "head.")
         sent[arch.spec_id].append(
             (client.num_rows, {n: t for n, t in state.items() if n.startswith(parts)})
         )
         archs[arch.spec_id] = arch
         if not whole:
-            kept[id] = {n: t for n, t in state.items() if n.startswith("head.")}
-        # it tells no counts
-        say = contrast(torch.full((10,), client.num_rows / 10) if id == "site_2" else client.counts)
+            kept[client_id] = {n: t for n, t in state.items() if n.startswith("head.")}
+        # This client shares no label counts.
+        say = contrast(
+            torch.full((10,), client.num_rows / 10) if client_id == "site_2" else client.counts
+        )
         log_p = logits(model, public).log_softmax(1)
         clipped += int((log_p < CLIP).sum())
         top, bottom = top + say * log_p.clamp(min=CLIP), bottom + say
@@ -219,13 +229,13 @@ def test_a_round_of_hybrid_by_hand(
         distil(rounds, 2, group, model, public, teacher, 2)
         assert apart(rounds.server.models[group], model) < 1e-9
     assert kept.keys() == ({"site_2"} if heads == "take" else set(rounds.federation.client_infos))
-    for id, head in kept.items():
-        assert apart(rounds.store.get(id).models["model"], head) < 1e-9
+    for client_id, head in kept.items():
+        assert apart(rounds.store.get(client_id).models["model"], head) < 1e-9
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("method", ["feddf", "hybrid"])
-def test_one_clients_teacher_is_itself_and_distilling_it_changes_nothing(method: str) -> None:
+def test_distilling_a_single_client_changes_nothing(method: str) -> None:
     off = (
         {"logit_adjustment": False, "teacher": "mean", "heads": "take", "rehearse": 0.0}
         if method == "hybrid"
@@ -258,10 +268,8 @@ def test_one_clients_teacher_is_itself_and_distilling_it_changes_nothing(method:
 @pytest.mark.parametrize(
     ("method", "settings"), [("fedmd", {}), ("ds_fl", {"sharpen": "none", "proxy_rows": None})]
 )
-def test_one_client_that_digests_its_own_word_is_local(
-    method: str, settings: dict[str, Any]
-) -> None:
-    """What it is told is what it would say: the gradient is nought."""
+def test_digesting_own_predictions_equals_local(method: str, settings: dict[str, Any]) -> None:
+    """Check that the loss to a client's own predictions has gradient zero."""
     local, ours = (
         rounds_of(config("local", GN, 1, rounds=3)),
         rounds_of(config(method, GN, 1, rounds=3, algorithm={"name": method, **settings})),

@@ -1,4 +1,4 @@
-"""FedGen: a round by hand, both losses, its limits, and what is drawn."""
+"""FedGen: rounds, both losses, limit cases, and the generated features."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def fedgen(models: Any = MIXED, **settings: Any) -> dict[str, Any]:
 
 
 def drawn(labels: Tensor, *where: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Classes by their frequency and noise, as that key draws them; and what goes into the generator."""
+    """Return classes and noise drawn with that key, and the generator's input."""
     g = keyed_generator(*where)
     y = torch.multinomial(labels, 6, True, generator=g)
     noise = torch.randn(6, 3, generator=g)
@@ -40,14 +40,15 @@ def drawn(labels: Tensor, *where: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.usefixtures("float64")
-def test_two_rounds_of_the_generator_by_hand() -> None:
+def test_generator_rounds_match_reference() -> None:
     rounds, sent = rounds_of(fedgen(diversity=0.8), held=0), {}
     receive = rounds.decode_upload
     rounds.decode_upload = lambda c, *rest: sent.setdefault(c.client_id, receive(c, *rest))  # type: ignore[method-assign]
     made = module(rounds.server.arch["generator"], rounds.server.models["generator"])
-    adam = torch.optim.Adam(made.parameters(), lr=0.01)  # one for the whole run
+    # One generator for the whole run.
+    adam = torch.optim.Adam(made.parameters(), lr=0.01)
     counts = torch.stack(
-        [rounds.federation.label_counts(id) for id in rounds.federation.client_infos]
+        [rounds.federation.label_counts(client_id) for client_id in rounds.federation.client_infos]
     )
     for index in range(2):
         sent.clear()
@@ -62,21 +63,22 @@ def test_two_rounds_of_the_generator_by_hand() -> None:
             for k, (w, b) in enumerate(heads):
                 say = torch.tensor([float(counts[k, c] / counts[:, c].sum()) for c in y.tolist()])
                 taught = taught + (say * F.cross_entropy(z @ w.T + b, y, reduction="none")).mean()
-            alike = torch.zeros(())
+            similarity = torch.zeros(())
             for i in range(6):
                 for j in range(6):
-                    alike = (
-                        alike + (z[i] - z[j]).abs().mean() * (noise[i] - noise[j]).square().mean()
+                    similarity = (
+                        similarity
+                        + (z[i] - z[j]).abs().mean() * (noise[i] - noise[j]).square().mean()
                     )
             adam.zero_grad()
-            (taught + 0.8 * torch.exp(-alike / 36)).backward()
+            (taught + 0.8 * torch.exp(-similarity / 36)).backward()
             adam.step()
         assert apart(rounds.server.models["generator"], made) < 1e-9
         assert torch.equal(rounds.server.state["labels"], counts.sum(0))
 
 
 def noises(client: Participant) -> list[Tensor]:
-    """β's noise of each step."""
+    """Return the noise of each step of β."""
     where = (
         client.round_context.seed,
         client.round_context.round_idx,
@@ -93,13 +95,13 @@ def noises(client: Participant) -> list[Tensor]:
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("beta", [0.0, 0.4])
-def test_the_clients_round_by_hand(beta: float) -> None:
+def test_client_round_matches_reference(beta: float) -> None:
     rounds = rounds_of(fedgen(weight=0.6, latent_weight=beta, decay=0.5), held=2)
     before, models = clients(rounds), {g: dict(t) for g, t in rounds.server.models.items()}
     labels = rounds.server.state["labels"]
     made = module(rounds.server.arch["generator"], models["generator"]).eval().requires_grad_(False)
     rounds.run_round()
-    # so the mean is what each has sent
+    # The mean then equals each upload.
     assert len({c.arch["model"].spec_id for c in before.values()}) == 3
     for client in before.values():
         group = client.arch["model"].spec_id
@@ -128,12 +130,12 @@ def test_the_clients_round_by_hand(beta: float) -> None:
 
         train(client, list(model.parameters()), loss)
         assert apart(floating_tensors(rounds.server.models[group]), model) < 1e-9
-    # it comes anew each round
-    assert not any("generator" in rounds.store.get(id).models for id in before)
+    # The server sends it again each round.
+    assert not any("generator" in rounds.store.get(client_id).models for client_id in before)
 
 
 @pytest.mark.usefixtures("float64")
-def test_without_what_is_drawn_it_is_fedavg() -> None:
+def test_zero_generated_weight_equals_fedavg() -> None:
     fedavg, plain, more = (
         rounds_of(s, held=3)
         for s in (config("fedavg"), fedgen("cnn_bn_small", weight=0.0), fedgen("cnn_bn_small"))
@@ -144,7 +146,7 @@ def test_without_what_is_drawn_it_is_fedavg() -> None:
     assert more.algorithm.server_model(more.server) == group
 
 
-def test_if_no_head_leaves_it_is_fedavg_of_backbones_bit_for_bit() -> None:
+def test_fedgen_without_shared_heads_equals_fedavg_of_backbones() -> None:
     kept = {"shares": ["backbone", "statistics"], "optimizer": {"name": "sgd", "lr": 0.05}}
     fedavg = rounds_of(config("fedavg", clients__defaults=kept))
     ours = rounds_of(
@@ -157,7 +159,7 @@ def test_if_no_head_leaves_it_is_fedavg_of_backbones_bit_for_bit() -> None:
     )
 
 
-def test_who_releases_no_counts_speaks_as_if_its_rows_were_spread_evenly() -> None:
+def test_clients_without_counts_are_assumed_uniform() -> None:
     source = fedgen()
     source["clients"]["overrides"] = [{"match": "site_2", "shares": ["parameters"]}]
     rounds = rounds_of(source, held=1)
@@ -166,7 +168,7 @@ def test_who_releases_no_counts_speaks_as_if_its_rows_were_spread_evenly() -> No
     assert torch.allclose(rounds.server.state["labels"], want)
 
 
-def test_the_generator_travels_to_be_trained_on_and_not_to_be_read() -> None:
+def test_generator_is_sent_for_training_only() -> None:
     rounds = rounds_of(fedgen(), held=1)
     card = rounds.federation.client_infos["site_1"]
     assert set(rounds.algorithm.broadcast(rounds.server, card)) == {"model", "generator", "labels"}
@@ -177,9 +179,7 @@ def test_the_generator_travels_to_be_trained_on_and_not_to_be_read() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("float64")
-def test_drawn_features_differ_where_noise_does_and_are_what_the_heads_take_for_their_class() -> (
-    None
-):
+def test_generated_features_are_diverse_and_classified_correctly() -> None:
     settings = {"generator_steps": 300, "generator_batch_size": 32, "diversity": 1.0}
     rounds = rounds_of(fedgen("cnn_bn_small", **settings), held=2)
     (group,) = [s for s in rounds.server.models if s != "generator"]
@@ -188,10 +188,10 @@ def test_drawn_features_differ_where_noise_does_and_are_what_the_heads_take_for_
     y, _, x = drawn(labels, "test")
     with torch.no_grad():
         z = made(x).logits
-    said = (
+    predictions = (
         z @ rounds.server.models[group]["head.weight"].T + rounds.server.models[group]["head.bias"]
     )
-    assert (said.argmax(1) == y).double().mean() > 0.6
+    assert (predictions.argmax(1) == y).double().mean() > 0.6
     same = made(
         torch.cat([x[:1, :10].repeat(40, 1), torch.randn(40, 3, generator=keyed_generator("n"))], 1)
     ).logits

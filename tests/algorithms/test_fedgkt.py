@@ -1,4 +1,4 @@
-"""FedGKT: a round by hand, its limits, and what of private rows leaves."""
+"""FedGKT: a round, limit cases, and the per-row items that clients send."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def taught(
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("adjusted", [False, True])
-def test_two_rounds_by_hand(adjusted: bool) -> None:
+def test_rounds_match_reference(adjusted: bool) -> None:
     settings = {
         "weight": 0.6,
         "server_epochs": 2,
@@ -57,13 +57,17 @@ def test_two_rounds_by_hand(adjusted: bool) -> None:
     }
     rounds = rounds_of(federation(**settings), held=0)
     large = module(rounds.server.arch[LARGE], rounds.server.models[LARGE])
-    server = torch.optim.SGD(large.parameters(), lr=0.05, momentum=0.9)  # its momentum lives on
-    logits = {id: torch.zeros(client.num_rows, 10) for id, client in clients(rounds).items()}
-    for index, weight in enumerate((0.0, 0.6)):  # in the first round nobody has heard the server
+    # The optimizer keeps its momentum.
+    server = torch.optim.SGD(large.parameters(), lr=0.05, momentum=0.9)
+    logits = {
+        client_id: torch.zeros(client.num_rows, 10) for client_id, client in clients(rounds).items()
+    }
+    # No server logits exist in the first round.
+    for index, weight in enumerate((0.0, 0.6)):
         before = clients(rounds)
         rounds.run_round()
         sent = []
-        for id, client in before.items():
+        for client_id, client in before.items():
             model, data = (
                 module(client.arch["model"], client.models["model"]),
                 client.data("train", None),
@@ -71,16 +75,23 @@ def test_two_rounds_by_hand(adjusted: bool) -> None:
             prior = ((client.counts + 1) / (client.counts + 1).sum()).log() * adjusted
             optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
             for rows in index_batches(
-                client.num_rows, Fit({}, Supervised(), batch_size=BATCH), (0, index, id, "train", 0)
+                client.num_rows,
+                Fit({}, Supervised(), batch_size=BATCH),
+                (0, index, client_id, "train", 0),
             ):
                 optimizer.zero_grad()
                 taught(
-                    model(data["x"][rows]).logits, data["y"][rows], logits[id][rows], weight, prior
+                    model(data["x"][rows]).logits,
+                    data["y"][rows],
+                    logits[client_id][rows],
+                    weight,
+                    prior,
                 ).backward()
                 optimizer.step()
-            assert apart(rounds.store.get(id).models["model"], model) < 1e-9
+            assert apart(rounds.store.get(client_id).models["model"], model) < 1e-9
             with torch.no_grad():
-                z, h = model.eval()(data["x"])  # of the model as it is after this round's training
+                # Of the model after this round's training.
+                z, h = model.eval()(data["x"])
             sent.append((h, z, data["y"], prior.expand(client.num_rows, -1)))
         h, z, y, prior = (torch.cat(column) for column in zip(*sent, strict=True))
         fit = Fit({}, Supervised(), batch_size=50, epochs=2)
@@ -90,18 +101,21 @@ def test_two_rounds_by_hand(adjusted: bool) -> None:
             server.step()
         assert apart(rounds.server.models[LARGE], large) < 1e-9
         with torch.no_grad():
-            logits = {id: large.eval()(h).logits for id, (h, *_) in zip(before, sent, strict=True)}
-        for id, mine in logits.items():
-            assert float((rounds.server.state["logits"][id] - mine).abs().max()) < 1e-9
+            logits = {
+                client_id: large.eval()(h).logits
+                for client_id, (h, *_) in zip(before, sent, strict=True)
+            }
+        for client_id, mine in logits.items():
+            assert float((rounds.server.state["logits"][client_id] - mine).abs().max()) < 1e-9
 
 
 @pytest.mark.usefixtures("float64")
-def test_without_the_servers_word_clients_train_as_under_local() -> None:
+def test_zero_distillation_weight_equals_local() -> None:
     models = [
         {**m, "feature_dim": 24} if isinstance(m, dict) else {"name": m, "feature_dim": 24}
         for m in MIXED
     ]
-    local, alone, heard = (
+    local, alone, distilled = (
         rounds_of(s)
         for s in (
             config("local", models),
@@ -109,14 +123,14 @@ def test_without_the_servers_word_clients_train_as_under_local() -> None:
             federation(models, weight=1.0),
         )
     )
-    for id in local.federation.client_infos:
-        own = local.store.get(id).models["model"]
-        assert apart(alone.store.get(id).models["model"], own) < 1e-10
-        assert apart(heard.store.get(id).models["model"], own) > 1e-4
+    for client_id in local.federation.client_infos:
+        own = local.store.get(client_id).models["model"]
+        assert apart(alone.store.get(client_id).models["model"], own) < 1e-10
+        assert apart(distilled.store.get(client_id).models["model"], own) > 1e-4
 
 
 @pytest.mark.parametrize("inference", ["server", "client"])
-def test_an_example_is_read_by_the_large_model_on_the_clients_features(inference: str) -> None:
+def test_server_model_predicts_from_client_features(inference: str) -> None:
     rounds = rounds_of(federation(inference=inference), held=1)
     client, site = deployed(rounds, "site_2"), rounds.executor.runtime  # type: ignore[attr-defined]
     model = module(client.arch["model"], client.models["model"]).eval()
@@ -125,17 +139,18 @@ def test_an_example_is_read_by_the_large_model_on_the_clients_features(inference
         z, h = model(client.data("common_test", None)["x"])
         want = large(h).logits if inference == "server" else z
     assert torch.allclose(site.predict(client, Rows("common_test"), False), want, atol=1e-5)
-    assert LARGE not in rounds.store.get("site_2").models  # it came for the reading alone
+    # Received for evaluation only.
+    assert LARGE not in rounds.store.get("site_2").models
 
 
-def test_what_of_private_rows_leaves_is_declared_told_and_refused_where_not_shared() -> None:
+def test_uploads_per_row_are_declared_and_refused_where_not_shared() -> None:
     specs = FedGKT.uploads
     assert set(specs) == {"features", "logits", "labels"}
     assert all(s.private and s.rows_of == "train" and s.share == "features" for s in specs.values())
     assert any("label of every training row" in note for note in prepare(federation()).notes)
     source = federation("mlp")
     source["clients"]["overrides"] = [
-        # all that there was to share before
+        # The parts that could be shared in earlier versions.
         {"match": "site_2", "shares": ["parameters", "predictions", "statistics"]}
     ]
     rounds, seen = rounds_of(source, held=0), {}
@@ -152,7 +167,7 @@ def test_what_of_private_rows_leaves_is_declared_told_and_refused_where_not_shar
         prepare(source)
 
 
-def test_a_row_too_few_is_refused() -> None:
+def test_missing_rows_are_refused() -> None:
     rounds = rounds_of(federation("mlp"), held=0)
     receive = rounds.decode_upload
 
@@ -166,27 +181,32 @@ def test_a_row_too_few_is_refused() -> None:
     assert list(rounds.run_round()["failed"]) == ["site_1"]
 
 
-def test_a_client_that_was_absent_gets_the_logits_of_its_last_round() -> None:
+def test_absent_client_receives_logits_of_its_last_round() -> None:
     source = federation("mlp", 4)
     source["clients"]["per_round"] = 2
     rounds = rounds_of({**source, "rounds": 5}, held=0)
     last: dict[str, Tensor] = {}
     for index in range(5):
-        for id, card in rounds.federation.client_infos.items():
+        for client_id, card in rounds.federation.client_infos.items():
             items = rounds.algorithm.broadcast(rounds.server, card)
-            assert list(items) == (["logits"] if id in last else [])
-            assert id not in last or torch.equal(items["logits"], last[id])
+            assert list(items) == (["logits"] if client_id in last else [])
+            assert client_id not in last or torch.equal(items["logits"], last[client_id])
         rounds.run_round()
-        last.update({id: rounds.server.state["logits"][id] for id in rounds.sample_cohort(index)})
+        last.update(
+            {
+                client_id: rounds.server.state["logits"][client_id]
+                for client_id in rounds.sample_cohort(index)
+            }
+        )
 
 
-def test_mistakes_are_one_line() -> None:
+def test_errors_are_one_line() -> None:
     with pytest.raises(UserError, match=r"algorithm.large_model: model lenet.*") as error:
         prepare(federation(large_model={"name": "lenet"}))
     assert "\n" not in str(error.value)
 
 
-def test_old_name_of_the_large_model_is_read_with_a_warning() -> None:
+def test_deprecated_server_model_key_warns() -> None:
     with pytest.warns(
         DeprecationWarning, match="algorithm.server_model: deprecated; use algorithm.large_model"
     ):

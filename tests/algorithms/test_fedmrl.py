@@ -1,4 +1,4 @@
-"""FedMRL: a round by hand, its limits, what persists, what is read, and the widths that it derives."""
+"""FedMRL: a round, limit cases, persistent state, predictions and derived widths."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ def fedmrl(models: Any = MIXED, clients: int = 3, **settings: Any) -> dict[str, 
 
 
 @pytest.mark.usefixtures("float64")
-def test_a_round_by_hand() -> None:
+def test_round_matches_reference() -> None:
     rounds = rounds_of(fedmrl(own_weight=0.8, mentee_weight=0.4), held=1)
     before, shared, sent = clients(rounds), dict(rounds.server.models[MENTEE]), []
     rounds.run_round()
-    for id, client in before.items():
+    for client_id, client in before.items():
         own = module(client.arch["model"], client.models["model"])
         mentee = module(rounds.server.arch[MENTEE], shared)
-        start = client.models[PROJECTION]  # persists from the round before
+        # Kept from the previous round.
+        start = client.models[PROJECTION]
         first = (
-            rounds.federation.client_infos[id]
+            rounds.federation.client_infos[client_id]
             .models[PROJECTION]
             .initial_tensors(rounds.federation.seed)
         )
@@ -51,19 +52,18 @@ def test_a_round_by_hand() -> None:
             )
 
         train(client, [*own.parameters(), *mentee.parameters(), w, b], loss)
-        kept = rounds.store.get(id)
+        kept = rounds.store.get(client_id)
         assert apart(kept.models["model"], own) < 1e-9
         assert apart(kept.models[PROJECTION], {"head.weight": w, "head.bias": b}) < 1e-9
-        assert MENTEE not in kept.models  # it comes anew
+        # Received again each round.
+        assert MENTEE not in kept.models
         sent.append((client.num_rows, floating_tensors(mentee.state_dict())))
     total = sum(n for n, _ in sent)
     mean = {name: sum(n * t[name] for n, t in sent) / total for name in sent[0][1]}
     assert apart(rounds.server.models[MENTEE], mean) < 1e-9
 
 
-def test_a_loss_without_weight_leaves_its_head_alone_and_one_clients_mentee_is_the_servers() -> (
-    None
-):
+def test_zero_loss_weight_leaves_its_head_unchanged() -> None:
     for off, own_moves, small_moves in (
         ("own_weight", False, True),
         ("mentee_weight", True, False),
@@ -75,9 +75,10 @@ def test_a_loss_without_weight_leaves_its_head_alone_and_one_clients_mentee_is_t
         body = min(
             n for n in arch.parameter_names if n.startswith("backbone.") and n.endswith("weight")
         )
-        assert not torch.equal(first[body], now[body])  # both losses reach it
-        for id, card in rounds.federation.client_infos.items():
-            mine = rounds.store.get(id).models["model"]["head.weight"]
+        # Both losses have gradients for it.
+        assert not torch.equal(first[body], now[body])
+        for client_id, card in rounds.federation.client_infos.items():
+            mine = rounds.store.get(client_id).models["model"]["head.weight"]
             assert (
                 torch.equal(mine, rounds.federation.initial_tensors(card.arch)["head.weight"])
                 is not own_moves
@@ -91,7 +92,7 @@ def test_a_loss_without_weight_leaves_its_head_alone_and_one_clients_mentee_is_t
 
 
 @pytest.mark.parametrize("home", [True, False])
-def test_what_is_read_is_the_own_head_on_projected_features(home: bool) -> None:
+def test_predictions_use_the_client_head_on_projected_features(home: bool) -> None:
     source = fedmrl()
     source["clients"]["overrides"] = [
         {"match": "site_1", "preprocess": {"resize": 12, "channels": 3}}
@@ -117,7 +118,7 @@ def test_what_is_read_is_the_own_head_on_projected_features(home: bool) -> None:
     )
 
 
-def test_what_pads_a_batch_counts_for_nothing_and_clients_may_be_stacked() -> None:
+def test_padding_is_ignored_and_clients_can_be_stacked() -> None:
     torch.manual_seed(5)
     archs = {
         "model": ModelSpec.from_config("mlp", 10, (1, 8, 8)),
@@ -139,8 +140,9 @@ def test_what_pads_a_batch_counts_for_nothing_and_clients_may_be_stacked() -> No
     assert torch.allclose(stacked[1], whole, atol=1e-5)
 
 
-def test_the_mentee_is_narrower_than_everybody() -> None:
-    prepared = prepare(config("fedmrl", MIXED))  # widths 32, 24, 16; the mentee's own is 32
+def test_mentee_is_narrower_than_every_client() -> None:
+    # Widths are 32, 24 and 16; the mentee alone would have 32.
+    prepared = prepare(config("fedmrl", MIXED))
     assert prepared.config.algorithm["mentee"]["feature_dim"] == 8
     assert (
         "algorithm.mentee.feature_dim is 8, half of the feature width of site_3" in prepared.notes
@@ -150,5 +152,6 @@ def test_the_mentee_is_narrower_than_everybody() -> None:
     with pytest.raises(UserError) as error:
         prepare(fedmrl(mentee={**SMALL, "feature_dim": 16}))
     assert str(error.value).startswith(
-        "algorithm.mentee.feature_dim: the mentee's feature width must be smaller than that of site_3"
+        "algorithm.mentee.feature_dim: the mentee's feature width must be smaller "
+        "than that of site_3"
     )

@@ -1,4 +1,4 @@
-"""FedNova: a round by hand in float64, the length of a path against the steps themselves, and FedAvg where paths are equal."""
+"""FedNova: a round in float64, effective step counts, and equality with FedAvg."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UNEVEN = {"kind": "dirichlet", "alpha": 0.1, "min_size": 8}
 @pytest.mark.parametrize(
     "settings", [{}, {"momentum": 0.9}, {"momentum": 0.5}, {"momentum": 0.9, "nesterov": True}]
 )
-def test_a_path_is_as_long_as_torchs_steps_on_a_gradient_of_one(
+def test_effective_steps_match_torch_on_unit_gradients(
     settings: dict[str, Any], steps: int
 ) -> None:
     x = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -37,7 +37,7 @@ def test_a_path_is_as_long_as_torchs_steps_on_a_gradient_of_one(
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("weighting", "rate"), [("samples", 1.0), ("uniform", 0.7)])
-def test_a_round_by_hand(weighting: str, rate: float) -> None:
+def test_round_matches_reference(weighting: str, rate: float) -> None:
     algorithm = {"name": "fednova", "weighting": weighting, "server_lr": rate}
     rounds = rounds_of(
         config(
@@ -56,8 +56,8 @@ def test_a_round_by_hand(weighting: str, rate: float) -> None:
     paths = set()
     for group, x in models.items():
         names, sent = rounds.server.arch[group].parameter_names, []
-        for id in cohort:
-            client = before[id]
+        for client_id in cohort:
+            client = before[client_id]
             if client.arch["model"].spec_id == group:
                 model = module(client.arch["model"], {**client.models["model"], **x})
                 steps = train(
@@ -65,7 +65,7 @@ def test_a_round_by_hand(weighting: str, rate: float) -> None:
                     list(model.parameters()),
                     lambda x, y, m=model: F.cross_entropy(m(x).logits, y),
                 )
-                # of each gradient (eq. 5)
+                # Factor of each gradient (eq. 5).
                 a = sum((1 - 0.9 ** (steps - i)) / (1 - 0.9) for i in range(steps))
                 weight = client.num_rows if weighting == "samples" else 1
                 sent.append(
@@ -86,12 +86,13 @@ def test_a_round_by_hand(weighting: str, rate: float) -> None:
             else:
                 want = sum(w / total * y[n] for w, _, y in sent)
             assert apart({n: rounds.server.models[group][n]}, {n: want}) < 1e-12
-    assert len(paths) > 2  # else it would have been FedAvg
+    # Otherwise the round would equal FedAvg.
+    assert len(paths) > 2
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("models", ["cnn_bn_small", MIXED[:2]])
-def test_with_equal_steps_it_is_fedavg_and_else_it_is_not(models: Any) -> None:
+def test_equal_steps_equal_fedavg(models: Any) -> None:
     for steps, same in ((4, True), (None, False)):
         settings = {
             "steps": steps,
@@ -109,7 +110,7 @@ def test_with_equal_steps_it_is_fedavg_and_else_it_is_not(models: Any) -> None:
 
 
 @pytest.mark.usefixtures("float64")
-def test_clients_that_share_now_and_then_divide_by_the_whole_path() -> None:
+def test_infrequent_uploads_divide_by_all_steps() -> None:
     source = config(
         "fednova",
         "mlp",
@@ -120,12 +121,14 @@ def test_clients_that_share_now_and_then_divide_by_the_whole_path() -> None:
     nova, plain = rounds_of(source), rounds_of({**source, "algorithm": {"name": "fedavg"}})
     for group in nova.server.models:
         assert apart(nova.server.models[group], plain.server.models[group]) < 1e-12
-    assert all("since" not in nova.store.get(id).state for id in nova.federation.client_infos)
+    assert all(
+        "since" not in nova.store.get(client_id).state for client_id in nova.federation.client_infos
+    )
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("cohort", [4, 1])
-def test_a_part_that_is_common_to_architectures_stays_common(cohort: int) -> None:
+def test_tensors_shared_by_architectures_stay_equal(cohort: int) -> None:
     models = [
         {"name": "mlp", "hidden": [24], "feature_dim": 16},
         {"name": "cnn", "width": 4, "norm": "group", "feature_dim": 16},

@@ -1,4 +1,4 @@
-"""Server optimizers: each rule by hand over several rounds, limits, and what a round leaves alone."""
+"""Server optimizers: each rule over several rounds, limit cases, and unchanged state."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 class Rule:
-    """The papers' rules for one tensor."""
+    """The update rules of the papers for one tensor."""
 
     def __init__(self, method: str) -> None:
         self.method, self.s, self.m, self.v = method, SETTINGS[method], 0.0, None
@@ -46,7 +46,7 @@ class Rule:
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("method", SETTINGS)
-def test_three_rounds_by_hand(method: str) -> None:
+def test_rounds_match_reference(method: str) -> None:
     algorithm = {"name": method, **SETTINGS[method]}
     rounds = rounds_of(config(method, MIXED[:2], 4, algorithm=algorithm), held=0)
     rules: dict[tuple[str, str], Rule] = {}
@@ -77,7 +77,7 @@ def test_three_rounds_by_hand(method: str) -> None:
 
 
 @pytest.mark.parametrize("momentum, equal", [(0.0, True), (0.5, False)])
-def test_fedavgm_without_momentum_is_fedavg_bit_for_bit(momentum: float, equal: bool) -> None:
+def test_fedavgm_without_momentum_equals_fedavg(momentum: float, equal: bool) -> None:
     fedavg = rounds_of(config("fedavg"))
     fedavgm = rounds_of(config("fedavgm", algorithm={"name": "fedavgm", "momentum": momentum}))
     (group,) = fedavg.server.models
@@ -86,8 +86,8 @@ def test_fedavgm_without_momentum_is_fedavg_bit_for_bit(momentum: float, equal: 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("method", ["fedadam", "fedyogi"])
-def test_without_adaptivity_they_are_fedavg(method: str) -> None:
-    """τ so large that √v does not count: the step is λ·Δ / 2τ, as v begins at τ²."""
+def test_large_tau_equals_fedavg(method: str) -> None:
+    """Choose τ so large that √v is negligible: the step is λ·Δ / 2τ, because v starts at τ²."""
     huge = {"tau": 1e9, "beta1": 0.0, "server_lr": 2e9}
     fedavg, ours = (
         rounds_of(config("fedavg")),
@@ -104,7 +104,7 @@ def test_without_adaptivity_they_are_fedavg(method: str) -> None:
 
 
 @pytest.mark.usefixtures("float64")
-def test_yogi_forgets_a_large_update_slower_than_adam_and_agrees_with_it_where_v_stays() -> None:
+def test_yogi_forgets_large_updates_slower_than_adam() -> None:
     seconds = {}
     for method in ("fedadam", "fedyogi"):
         rounds = rounds_of(
@@ -129,12 +129,12 @@ def test_yogi_forgets_a_large_update_slower_than_adam_and_agrees_with_it_where_v
 
 
 @pytest.mark.parametrize("method", SETTINGS)
-def test_who_is_not_in_the_cohort_leaves_model_and_memory_alone(method: str) -> None:
+def test_absent_architectures_keep_model_and_moments(method: str) -> None:
     rounds = rounds_of(config(method, MIXED, 4, clients__per_round=1, rounds=6), held=0)
     seen = set()
     for index in range(6):
-        (id,) = rounds.sample_cohort(index)
-        mine = rounds.federation.client_infos[id].arch.spec_id
+        (client_id,) = rounds.sample_cohort(index)
+        mine = rounds.federation.client_infos[client_id].arch.spec_id
         models = {g: dict(m) for g, m in rounds.server.models.items()}
         memory = {
             g: {k: dict(t) for k, t in kinds.items()}
@@ -142,8 +142,8 @@ def test_who_is_not_in_the_cohort_leaves_model_and_memory_alone(method: str) -> 
         }
         rounds.run_round()
         seen.add(mine)
-        for group in models:
-            assert same_bits(models[group], rounds.server.models[group]) is (group != mine)
+        for group, before in models.items():
+            assert same_bits(before, rounds.server.models[group]) is (group != mine)
             for kind, tensors in memory.get(group, {}).items():
                 assert same_bits(tensors, rounds.server.state["optimizer"][group][kind]) is (
                     group != mine
@@ -152,7 +152,7 @@ def test_who_is_not_in_the_cohort_leaves_model_and_memory_alone(method: str) -> 
 
 
 @pytest.mark.parametrize("method", SETTINGS)
-def test_batch_norms_variance_stays_a_variance(method: str) -> None:
+def test_batch_norm_variance_stays_non_negative(method: str) -> None:
     rounds = rounds_of(config(method, algorithm={"name": method, "server_lr": 3.0}))
     (model,) = rounds.server.models.values()
     assert all((t > 0).all() for n, t in model.items() if n.endswith("running_var"))

@@ -1,4 +1,4 @@
-"""FedProto: a round by hand, its limits, the reading by nearest prototype, and the common width."""
+"""FedProto: a round, limit cases, prediction by nearest prototype, and the common width."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ FEDPROTO = {"name": "fedproto", "weight": 0.7}
 
 
 @pytest.mark.usefixtures("float64")
-def test_a_round_by_hand() -> None:
+def test_round_matches_reference() -> None:
     rounds = rounds_of(config("fedproto", MIXED, algorithm=FEDPROTO), held=1)
     before, prototypes = clients(rounds), rounds.server.state["prototypes"].clone()
     known = rounds.server.state["known"].bool()
     rounds.run_round()
     sums, counts = torch.zeros_like(prototypes), torch.zeros(10)
-    for id, client in before.items():
+    for client_id, client in before.items():
         model = module(client.arch["model"], client.models["model"])
 
         def loss(x, y, model=model):
@@ -36,10 +36,10 @@ def test_a_round_by_hand() -> None:
             return (F.cross_entropy(z, y, reduction="none") + 0.7 * pull * known[y]).sum() / len(y)
 
         train(client, list(model.parameters()), loss)
-        assert apart(rounds.store.get(id).models["model"], model) < 1e-9
+        assert apart(rounds.store.get(client_id).models["model"], model) < 1e-9
         data = client.data("train", None)
         with torch.no_grad():
-            # of the model as it is after this round's training
+            # Of the model after this round's training.
             features = model.eval()(data["x"]).features
         for f, y in zip(features, data["y"].tolist(), strict=True):
             sums[y] += f
@@ -51,7 +51,7 @@ def test_a_round_by_hand() -> None:
 
 
 @pytest.mark.usefixtures("float64")
-def test_without_a_pull_clients_train_as_under_local() -> None:
+def test_zero_prototype_weight_equals_local() -> None:
     models = [
         {**m, "feature_dim": 24} if isinstance(m, dict) else {"name": m, "feature_dim": 24}
         for m in MIXED
@@ -59,14 +59,14 @@ def test_without_a_pull_clients_train_as_under_local() -> None:
     local = rounds_of(config("local", models))
     free = rounds_of(config("fedproto", models, algorithm={"name": "fedproto", "weight": 0.0}))
     pulled = rounds_of(config("fedproto", models, algorithm={"name": "fedproto", "weight": 1.0}))
-    for id in local.federation.client_infos:
-        alone = local.store.get(id).models["model"]
-        assert apart(free.store.get(id).models["model"], alone) < 1e-10
-        assert apart(pulled.store.get(id).models["model"], alone) > 1e-4
+    for client_id in local.federation.client_infos:
+        alone = local.store.get(client_id).models["model"]
+        assert apart(free.store.get(client_id).models["model"], alone) < 1e-10
+        assert apart(pulled.store.get(client_id).models["model"], alone) > 1e-4
 
 
 @pytest.mark.usefixtures("float64")
-def test_classes_without_a_prototype_are_not_pulled_and_clients_may_be_stacked() -> None:
+def test_missing_prototypes_add_no_loss_and_clients_can_be_stacked() -> None:
     torch.manual_seed(2)
     model = ModelSpec.from_config("mlp", 10, (1, 8, 8), options={"hidden": [12]}).build()
     g = torch.Generator().manual_seed(8)
@@ -86,11 +86,12 @@ def test_classes_without_a_prototype_are_not_pulled_and_clients_may_be_stacked()
     assert torch.allclose(two[0], loss, atol=1e-12)
 
 
-def test_nearest_prototype_and_classes_without_one_never_win() -> None:
+def test_prediction_ignores_classes_without_prototype() -> None:
     g = torch.Generator().manual_seed(1)
     features, prototypes = torch.randn(50, 6, generator=g), torch.randn(4, 6, generator=g)
     known = torch.tensor([1.0, 0.0, 1.0, 1.0])
-    prototypes[1] = features[0]  # the nearest of all, if it counted
+    # The nearest of all if it were not excluded.
+    prototypes[1] = features[0]
     logits = prototype_logits(features, prototypes, known)
     for f, z in zip(features, logits, strict=True):
         far = [float((f - p).square().sum().sqrt()) for p in prototypes]
@@ -100,19 +101,20 @@ def test_nearest_prototype_and_classes_without_one_never_win() -> None:
 
 
 @pytest.mark.parametrize("home", [True, False])
-def test_models_are_read_by_their_distances_once_there_are_prototypes(home: bool) -> None:
+def test_prediction_uses_prototype_distances(home: bool) -> None:
     rounds = rounds_of(config("fedproto", MIXED), held=0)
-    (id, *_), rows = list(rounds.federation.client_infos), Rows("common_test")
+    (client_id, *_), rows = list(rounds.federation.client_infos), Rows("common_test")
 
     def read(inference: str) -> torch.Tensor:
         rounds.executor.runtime.algorithm = rounds.algorithm.model_copy(
             update={"inference": inference}
         )
-        return rounds.executor.runtime.predict(deployed(rounds, id), rows, home)
+        return rounds.executor.runtime.predict(deployed(rounds, client_id), rows, home)
 
-    assert torch.equal(read("prototype"), read("head"))  # nothing was aggregated: the head decides
+    # Without aggregated prototypes the head predicts.
+    assert torch.equal(read("prototype"), read("head"))
     rounds.run_round()
-    client = clients(rounds)[id]
+    client = clients(rounds)[client_id]
     model = module(client.arch["model"], client.models["model"]).eval()
     with torch.no_grad():
         outputs = model(client.data("common_test", None)["x"])
@@ -130,7 +132,7 @@ def test_models_are_read_by_their_distances_once_there_are_prototypes(home: bool
     )
 
 
-def test_a_class_that_nobody_sends_keeps_its_prototype() -> None:
+def test_unsent_class_keeps_its_prototype() -> None:
     rounds = rounds_of(config("fedproto", clients=6, clients__per_round=1, rounds=1))
     state = {n: t.clone() for n, t in rounds.server.state.items()}
     assert 0 < state["known"].sum() < 10
@@ -142,7 +144,7 @@ def test_a_class_that_nobody_sends_keeps_its_prototype() -> None:
     assert untouched.any() and rounds.server.state["prototypes"][untouched].abs().sum() > 0
 
 
-def test_who_shares_no_statistics_sends_nothing() -> None:
+def test_clients_without_shared_statistics_send_no_prototypes() -> None:
     source = config("fedproto", MIXED)
     source["clients"]["overrides"] = [{"match": "site_2", "shares": ["parameters", "predictions"]}]
     rounds, seen = rounds_of(source, held=0), {}
@@ -159,7 +161,7 @@ def test_who_shares_no_statistics_sends_nothing() -> None:
 
 
 @pytest.mark.slow
-def test_the_common_width_is_the_most_frequent_and_written_down(tmp_path: Path) -> None:
+def test_common_width_is_the_most_frequent_and_recorded(tmp_path: Path) -> None:
     models = ["cnn_bn_small", {"name": "mlp", "hidden": [24]}, {"name": "mlp", "hidden": [24, 32]}]
     prepared = prepare(config("fedproto", models, clients=3))
     archs = [card.arch for card in prepared.federation.client_infos.values()]
@@ -183,5 +185,8 @@ def test_the_common_width_is_the_most_frequent_and_written_down(tmp_path: Path) 
         and prepare(again).federation.client_infos.keys() == finished.models.keys()
     )
     run(
-        config("fedproto", models, rounds=1), out=tmp_path / "run", resume=True
-    )  # the same configuration, resolved alike
+        config("fedproto", models, rounds=1),
+        out=tmp_path / "run",
+        resume=True,
+        # The same configuration, resolved in the same way.
+    )

@@ -1,4 +1,4 @@
-"""FedTGP and FedGH: a round by hand, their limits, and what a server trains on class means."""
+"""FedTGP and FedGH: a round, limit cases, and server training on class means."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SERVER = {"server_epochs": 3, "server_lr": 0.05, "server_batch_size": 7}
 
 
 def class_means(model: nn.Module, data: dict[str, Tensor]) -> list[tuple[Tensor, int]]:
-    """The client's mean feature of each class that it has, after training."""
+    """Return a client's mean feature of each class that it has, after training."""
     with torch.no_grad():
         features = model.eval()(data["x"]).features
     return [
@@ -35,7 +35,7 @@ def class_means(model: nn.Module, data: dict[str, Tensor]) -> list[tuple[Tensor,
 def server_batches(
     rounds: SynchronousTrainer, label: str, sent: list[tuple[Tensor, int]]
 ) -> list[tuple[Tensor, Tensor]]:
-    """The server's steps in round 2 on what was sent, as its key draws them."""
+    """Return the batches of the server's steps in round 2, drawn with its key."""
     x, y = torch.stack([m for m, _ in sent]), torch.tensor([c for _, c in sent])
     where = (rounds.federation.seed, 1, "server", label, 0)
     plan = Fit({}, Supervised(), epochs=3, batch_size=7)
@@ -45,21 +45,22 @@ def server_batches(
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("tau", [100.0, 0.3])
 @pytest.mark.parametrize("weight", [None, 0.7])
-def test_a_round_of_fedtgp_by_hand(tau: float, weight: float | None) -> None:
+def test_fedtgp_round_matches_reference(tau: float, weight: float | None) -> None:
     settings = {
         "name": "fedtgp",
         "margin": tau,
         **SERVER,
         **({} if weight is None else {"weight": weight}),
     }
-    pulled = 10.0 if weight is None else weight  # λ of the authors' script
+    # Λ in the authors' script.
+    pulled = 10.0 if weight is None else weight
     rounds = rounds_of(config("fedtgp", MIXED, algorithm=settings), held=1)
     before, server = clients(rounds), {s: dict(t) for s, t in rounds.server.models.items()}
     prototypes, known = (rounds.server.state[n].clone() for n in ("prototypes", "known"))
     width = prototypes.shape[1]
     rounds.run_round()
     sent: list[tuple[Tensor, int]] = []
-    for id, client in before.items():
+    for client_id, client in before.items():
         model = module(client.arch["model"], client.models["model"])
 
         def loss(x, y, model=model):
@@ -70,14 +71,16 @@ def test_a_round_of_fedtgp_by_hand(tau: float, weight: float | None) -> None:
             )
 
         train(client, list(model.parameters()), loss)
-        assert apart(rounds.store.get(id).models["model"], model) < 1e-9
+        assert apart(rounds.store.get(client_id).models["model"], model) < 1e-9
         sent += class_means(model, client.data("train", None))
     centres = [
         torch.stack([m for m, c in sent if c == k]).mean(0) for k in sorted({c for _, c in sent})
     ]
     gap = max(float((a - b).square().sum().sqrt()) for a in centres for b in centres)
-    assert gap > 0.3  # so that the two τ differ
-    rows = server["vectors"]["head.weight"].T.clone().requires_grad_()  # P̆ [C, d]
+    # So that the two margins differ.
+    assert gap > 0.3
+    # P̆ [C, d]
+    rows = server["vectors"]["head.weight"].T.clone().requires_grad_()
     names = ("backbone.1.weight", "backbone.1.bias", "head.weight", "head.bias")
     w1, b1, w2, b2 = layers = [server["prototypes"][n].clone().requires_grad_() for n in names]
     sgd = torch.optim.SGD([rows, *layers], lr=0.05)
@@ -102,19 +105,19 @@ def test_a_round_of_fedtgp_by_hand(tau: float, weight: float | None) -> None:
 
 
 @pytest.mark.usefixtures("float64")
-def test_a_round_of_fedgh_by_hand() -> None:
+def test_fedgh_round_matches_reference() -> None:
     rounds = rounds_of(config("fedgh", MIXED, algorithm={"name": "fedgh", **SERVER}), held=1)
     before, head = clients(rounds), dict(rounds.server.models["head"])
     rounds.run_round()
     sent: list[tuple[Tensor, int]] = []
-    for id, client in before.items():
+    for client_id, client in before.items():
         model = module(client.arch["model"], {**client.models["model"], **head})
         train(
             client,
             list(model.parameters()),
             lambda x, y, model=model: F.cross_entropy(model(x).logits, y),
         )
-        assert apart(rounds.store.get(id).models["model"], model) < 1e-9
+        assert apart(rounds.store.get(client_id).models["model"], model) < 1e-9
         sent += class_means(model, client.data("train", None))
     w, b = (head[n].clone().requires_grad_() for n in ("head.weight", "head.bias"))
     sgd = torch.optim.SGD([w, b], lr=0.05)
@@ -124,27 +127,27 @@ def test_a_round_of_fedgh_by_hand() -> None:
         sgd.step()
     assert apart(rounds.server.models["head"], {"head.weight": w, "head.bias": b}) < 1e-9
     read = deployed(rounds, "site_2").models["model"]
-    # read with the head of all
+    # Evaluated with the common head.
     assert same_bits({n: read[n] for n in head}, rounds.server.models["head"])
     kept = rounds.store.get("site_2").models["model"]
     assert all(torch.equal(t, kept[n]) for n, t in read.items() if n.startswith("backbone."))
 
 
 @pytest.mark.slow
-def test_without_a_pull_fedtgp_trains_as_fedproto_and_what_is_pulled_to_differs() -> None:
+def test_fedtgp_without_pull_trains_like_fedproto() -> None:
     runs = {
         (m, w): rounds_of(config(m, MIXED, algorithm={"name": m, "weight": w}))
         for m in ("fedproto", "fedtgp")
         for w in (0.0, 1.0)
     }
-    for id in runs["fedtgp", 0.0].federation.client_infos:
-        models = {key: r.store.get(id).models["model"] for key, r in runs.items()}
+    for client_id in runs["fedtgp", 0.0].federation.client_infos:
+        models = {key: r.store.get(client_id).models["model"] for key, r in runs.items()}
         assert same_bits(models["fedproto", 0.0], models["fedtgp", 0.0])
         assert not same_bits(models["fedproto", 1.0], models["fedtgp", 1.0])
 
 
 @pytest.mark.parametrize("method", ["fedtgp", "fedgh"])
-def test_who_shares_no_statistics_sends_nothing_and_if_nobody_sends_it_is_local(
+def test_clients_without_shared_statistics_send_nothing(
     method: str,
 ) -> None:
     source = config(method, MIXED)
@@ -163,11 +166,13 @@ def test_who_shares_no_statistics_sends_nothing_and_if_nobody_sends_it_is_local(
     alone, local = (
         rounds_of(config(m, models, clients__defaults=later)) for m in (method, "local")
     )
-    for id in local.federation.client_infos:
-        assert same_bits(alone.store.get(id).models["model"], local.store.get(id).models["model"])
+    for client_id in local.federation.client_infos:
+        assert same_bits(
+            alone.store.get(client_id).models["model"], local.store.get(client_id).models["model"]
+        )
 
 
-def test_fedgh_gives_its_head_when_it_is_due() -> None:
+def test_fedgh_sends_head_at_sharing_interval() -> None:
     source = {**config("fedgh", MIXED), "rounds": 5}
     source["clients"]["defaults"]["share_every"] = 2
     rounds, sent = rounds_of(source, held=0), []
@@ -182,20 +187,22 @@ def test_fedgh_gives_its_head_when_it_is_due() -> None:
     assert sent == [[], [], ["head"], [], ["head"]]
 
 
-def test_class_centres_count_clients_alike_and_only_who_has_the_class() -> None:
+def test_class_centers_weight_clients_with_the_class_equally() -> None:
     means = torch.tensor([[[0.0, 0], [4, 0], [9, 9]], [[2.0, 0], [99, 99], [9, 9]]])
     has = torch.tensor([[True, True, False], [True, False, False]])
-    assert float(largest_center_distance(means, has)) == 3.0  # centres (1, 0) and (4, 0)
+    # Centers (1, 0) and (4, 0).
+    assert float(largest_center_distance(means, has)) == 3.0
     assert float(largest_center_distance(means, has & False)) == 0.0
 
 
-def test_the_margin_has_a_gradient_where_a_prototype_meets_its_mark_and_may_be_stacked() -> None:
+def test_margin_loss_has_finite_gradients_and_stacks() -> None:
     torch.manual_seed(1)
     linear: SplitModel = ModelSpec.from_config("linear", 4, (3,)).build()
     mlp: SplitModel = ModelSpec.from_config("mlp", 4, (4,), options={"hidden": [4]}).build()
     nets = ModelViews(vectors=ModelView.from_module(linear), prototypes=ModelView.from_module(mlp))
     given = {"one_hot": torch.eye(3), "margin": torch.tensor(2.0)}
-    x = mlp(linear(torch.eye(3)).logits).logits.detach()  # every prototype just where it should be
+    # Every prototype is at its target.
+    x = mlp(linear(torch.eye(3)).logits).logits.detach()
     objective, y = AdaptiveMargin(), torch.arange(3)
     loss = objective.total_loss(nets, Batch(x=x, y=y), given)
     loss.backward()
@@ -207,7 +214,7 @@ def test_the_margin_has_a_gradient_where_a_prototype_meets_its_mark_and_may_be_s
 
 
 class TwoLayers(SplitModel):
-    """A model whose head is more than a linear layer."""
+    """A model whose head has two linear layers."""
 
     def __init__(
         self,
@@ -221,7 +228,7 @@ class TwoLayers(SplitModel):
 
 
 @pytest.mark.parametrize("method", ["fedgh", "fedgen", "fedmrl"])
-def test_heads_that_do_not_fit_one_another_are_refused(method: str) -> None:
+def test_incompatible_heads_are_refused(method: str) -> None:
     with pytest.raises(UserError) as error:
         prepare(config(method, ["mlp", f"python:{__name__}:TwoLayers"], clients=2))
     assert str(error.value).startswith(

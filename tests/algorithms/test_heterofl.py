@@ -1,4 +1,4 @@
-"""HeteroFL: a round by hand, its limits, the widths that a federation gets, and what is read."""
+"""HeteroFL: a round, limit cases, derived widths, and evaluation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def federation(
 
 
 def forward(t: dict[str, Tensor], x: Tensor, share: float) -> Tensor:
-    """The three-block CNN with BatchNorm in training mode, each convolution's output divided by the share."""
+    """Run the three-block CNN in training mode, dividing each convolution's output by the share."""
     for i, (conv, norm) in enumerate((("0", "1"), ("4", "5"), ("8", "9"))):
         x = F.conv2d(x, t[f"backbone.{conv}.weight"], t[f"backbone.{conv}.bias"], padding=1) / share
         mean, var, scale, shift = (
@@ -47,7 +47,7 @@ def forward(t: dict[str, Tensor], x: Tensor, share: float) -> Tensor:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("scaler", [False, True])
 @pytest.mark.parametrize("weighting", [None, "uniform", "samples"])
-def test_a_round_by_hand(masked: bool, scaler: bool, weighting: str | None) -> None:
+def test_round_matches_reference(masked: bool, scaler: bool, weighting: str | None) -> None:
     source = federation(
         masked=masked, scaler=scaler, **({} if weighting is None else {"weighting": weighting})
     )
@@ -56,9 +56,9 @@ def test_a_round_by_hand(masked: bool, scaler: bool, weighting: str | None) -> N
     rounds = rounds_of(source, held=3)
     ((slot, wide),) = rounds.server.models.items()
     before, cohort = clients(rounds), rounds.sample_cohort(3)
-    shares = {id: rounds.algorithm.widths[id] for id in before}
+    shares = {client_id: rounds.algorithm.widths[client_id] for client_id in before}
     assert (
-        len({shares[id] for id in cohort}) > 1
+        len({shares[client_id] for client_id in cohort}) > 1
         and shares["site_4"] == 1
         and shares["site_3"] == 0.25
     )
@@ -67,8 +67,8 @@ def test_a_round_by_hand(masked: bool, scaler: bool, weighting: str | None) -> N
     }
     count = {n: torch.zeros_like(t) for n, t in total.items()}
     statistics = {}
-    for id in cohort:
-        client, width = before[id], int(8 * shares[id])
+    for client_id in cohort:
+        client, width = before[client_id], int(8 * shares[client_id])
         sizes = {
             "0": width,
             "1": width,
@@ -87,37 +87,38 @@ def test_a_round_by_hand(masked: bool, scaler: bool, weighting: str | None) -> N
             }.get(n, 1)
             tensors[n] = (wide[n][:rows, :columns] if t.ndim > 1 else wide[n][:rows]).clone()
         has = client.counts > 0
-        if masked and id == "site_2":
-            has[:] = True  # it does not tell its classes, so none is masked
+        if masked and client_id == "site_2":
+            # This client shares no label counts, so no class is masked.
+            has[:] = True
         parameters = [tensors[n].requires_grad_() for n in total]
-        share = shares[id] if scaler else 1.0
+        share = shares[client_id] if scaler else 1.0
 
         def loss(x, y, tensors=tensors, has=has, share=share):
             z = forward(tensors, x, share)
             return F.cross_entropy(z * has if masked else z, y)
 
         train(client, parameters, loss)
-        statistics[id] = {n: t for n, t in tensors.items() if "running" in n}
-        # the authors count each owner once
+        statistics[client_id] = {n: t for n, t in tensors.items() if "running" in n}
+        # Each owner counts once, as in the authors' code.
         weight = client.num_rows if weighting == "samples" else 1
-        for n in total:
+        for n, summed in total.items():
             t = tensors[n].detach()
             place = tuple(slice(0, s) for s in t.shape)
             own = torch.ones_like(t)
             if masked and n.startswith("head."):
                 own[~has] = 0
-            total[n][place] += weight * own * t
+            summed[place] += weight * own * t
             count[n][place] += weight * own
     rounds.run_round()
     assert any((c == 0).any() for c in count.values())
     want = {n: torch.where(count[n] > 0, total[n] / count[n].clamp(min=1), wide[n]) for n in total}
     assert apart(rounds.server.models[slot], want) < 1e-9
-    for id, kept in statistics.items():
-        assert set(floating_tensors(rounds.store.get(id).models["model"])) == set(kept)
-        assert apart(rounds.store.get(id).models["model"], kept) < 1e-9
+    for client_id, kept in statistics.items():
+        assert set(floating_tensors(rounds.store.get(client_id).models["model"])) == set(kept)
+        assert apart(rounds.store.get(client_id).models["model"], kept) < 1e-9
 
 
-def test_at_full_width_it_is_fedavg_bit_for_bit() -> None:
+def test_full_width_equals_fedavg() -> None:
     wide = {"name": "cnn", "width": 4, "norm": "group"}
     for weighting in ("uniform", "samples"):
         fedavg = rounds_of(
@@ -134,7 +135,7 @@ def test_at_full_width_it_is_fedavg_bit_for_bit() -> None:
             )
 
 
-def test_the_mask_changes_nothing_for_who_has_every_class() -> None:
+def test_mask_changes_nothing_for_clients_with_all_classes() -> None:
     source = federation(clients=3)
     source["data"]["partition"] = {"kind": "iid"}
     plain, masked = (
@@ -147,7 +148,7 @@ def test_the_mask_changes_nothing_for_who_has_every_class() -> None:
         assert torch.allclose(a[n], b[n], rtol=0, atol=1e-6), n
 
 
-def test_a_class_that_nobody_has_keeps_its_row_of_the_head() -> None:
+def test_unseen_class_keeps_its_head_row() -> None:
     now = {"head.weight": torch.full((2, 3), 7.0), "head.bias": torch.full((2,), 8.0)}
     values, say = pack_head(torch.ones(2, 1), torch.ones(2), 3, torch.tensor([5.0, 0.0]))
     new = unpack_head(now, values, say)
@@ -160,7 +161,7 @@ def test_a_class_that_nobody_has_keeps_its_row_of_the_head() -> None:
 def test_corner_means() -> None:
     now = {"w": torch.full((3, 3), 9.0), "unsent": torch.ones(2)}
     wide, narrow = ({"w": torch.ones(2, 2)}, 1.0), ({"w": torch.full((1, 2), 4.0)}, 2.0)
-    # whoever comes first, only its own elements have it for an owner
+    # The order of clients does not matter: each owns only its corner.
     for members in ([wide, narrow], [narrow, wide]):
         got = leading_slice_means(now, members)
         assert got.keys() == {"w"} and got["w"].tolist() == [[3, 3, 9], [1, 1, 9], [9, 9, 9]]
@@ -181,7 +182,7 @@ def test_corner_means() -> None:
         (["gru", "vit", "cnn_gn_medium"], "cnn_gn_medium", [1, 1, 1]),
     ],
 )
-def test_the_family_that_clients_models_give(
+def test_family_is_derived_from_client_models(
     models: list[Any], name: str, widths: list[float], tmp_path: Path
 ) -> None:
     prepared = prepare(config("heterofl", models, clients=3))
@@ -198,7 +199,7 @@ def test_the_family_that_clients_models_give(
         )
 
 
-def test_the_family_is_written_down_and_a_run_goes_on_with_it(tmp_path: Path) -> None:
+def test_family_is_recorded_and_reused_on_resume(tmp_path: Path) -> None:
     source = config("heterofl", MIXED, clients=3, rounds=1)
     finished = run(source, out=tmp_path / "run")
     again = load_config(tmp_path / "run" / "config.yaml")
@@ -211,7 +212,7 @@ def test_the_family_is_written_down_and_a_run_goes_on_with_it(tmp_path: Path) ->
     run(source, out=tmp_path / "run", resume=True)
 
 
-def test_the_summary_names_what_each_client_ran(tmp_path: Path) -> None:
+def test_summary_names_each_clients_model(tmp_path: Path) -> None:
     source = config(
         "heterofl",
         ["cnn_bn_large", "cnn_bn_small", "mlp"],
@@ -225,7 +226,7 @@ def test_the_summary_names_what_each_client_ran(tmp_path: Path) -> None:
     assert few[0] > 4 * few[1]
 
 
-def test_clients_that_see_other_shapes_have_a_wide_model_of_their_own() -> None:
+def test_input_shapes_have_separate_server_models() -> None:
     source = federation()
     source["clients"]["overrides"] = [
         {"match": "site_[45]", "preprocess": {"channels": 3, "resize": 12}}
@@ -237,7 +238,7 @@ def test_clients_that_see_other_shapes_have_a_wide_model_of_their_own() -> None:
         prepare(source)
 
 
-def test_models_are_read_as_they_were_trained_scaler_and_mask_included() -> None:
+def test_evaluation_applies_scaler_and_mask() -> None:
     source = federation([{"name": "cnn", "width": 8, "norm": "none"}], 3, masked=True)
     source["algorithm"]["model"] = {"name": "cnn", "width": 8, "norm": "none"}
     rounds = rounds_of(source)
@@ -255,11 +256,11 @@ def test_models_are_read_as_they_were_trained_scaler_and_mask_included() -> None
     assert not has.all() and torch.allclose(read[0], logits, atol=1e-5)
     assert torch.allclose(read[1], logits * has, atol=1e-5)
     assert rounds.evaluate().server is not None
-    # BatchNorm's statistics are nobody's
+    # No client has BatchNorm statistics.
     assert rounds_of(federation(clients=3)).evaluate().server is None
 
 
-def test_a_narrow_client_sends_and_receives_less() -> None:
+def test_narrow_client_transfers_fewer_bytes() -> None:
     up = {}
     for width in (1, 0.25):
         rounds = rounds_of(federation(clients=2, widths=[1, width], rounds=1))
@@ -267,7 +268,7 @@ def test_a_narrow_client_sends_and_receives_less() -> None:
     assert up[0.25][0] < 0.7 * up[1][0] and up[0.25][1] < 0.7 * up[1][1]
 
 
-def test_widths_of_thousands_follow_from_their_models() -> None:
+def test_widths_follow_from_models_in_large_populations() -> None:
     models = [
         {"name": "mlp", "hidden": [8]},
         {"name": "mlp", "hidden": [4]},
@@ -282,7 +283,11 @@ def test_widths_of_thousands_follow_from_their_models() -> None:
             "hidden" in dict(kind.arch.options) for kind in cards.profiles
         )
         ids = list(cards.clients.ids)[:3]
-        assert [cards[id].arch.shapes["head.weight"] for id in ids] == [(10, 8), (10, 4), (10, 2)]
+        assert [cards[client_id].arch.shapes["head.weight"] for client_id in ids] == [
+            (10, 8),
+            (10, 4),
+            (10, 2),
+        ]
     assert "width 1 for site_0001, site_0004" in many.notes[0] and "and 330 more" in many.notes[0]
     with pytest.raises(
         UserError,
@@ -291,7 +296,7 @@ def test_widths_of_thousands_follow_from_their_models() -> None:
         prepare(config("heterofl", models, 1002, data__partition=drawn, algorithm__widths=[1, 0.5]))
 
 
-def test_mistakes_are_one_line() -> None:
+def test_errors_are_one_line() -> None:
     for settings, words in (
         ({"model": "gru", "widths": None}, "algorithm.model: gru has no narrower copies"),
         (

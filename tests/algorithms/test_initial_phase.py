@@ -1,4 +1,4 @@
-"""The initial phase of FedMD and KT-pFL: its epochs by hand, once for each client, and off it changes no bit."""
+"""The initial phase of FedMD and KT-pFL: its epochs, once per client, no effect when disabled."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PHASE = ("initial public", "initial private")
 def federation(
     method: str = "fedmd", clients: int = 4, per_round: int = 2, **changes: Any
 ) -> dict[str, Any]:
-    """Some of the clients a round, so that they first take part in different ones."""
+    """Return a run that samples clients, so that they first participate in different rounds."""
     settings = {"name": method, **ON, **({"initial_public_epochs": 3} if method == "fedmd" else {})}
     labels = method == "fedmd"
     source = config(
@@ -49,7 +49,7 @@ def federation(
 
 
 def watched(rounds: SynchronousTrainer) -> Counter[str]:
-    """How often each client begins a fit of each label: counts `site_1: initial private`."""
+    """Count how often each client starts a fit of each label, as in `site_1: initial private`."""
     seen: Counter[str] = Counter()
     rounds.executor.runtime.listener = lambda line: seen.update([line])  # type: ignore[attr-defined]
     return seen
@@ -58,7 +58,7 @@ def watched(rounds: SynchronousTrainer) -> Counter[str]:
 def step_through(
     model: nn.Module, x: Tensor, y: Tensor, batch: int, epochs: int, where: tuple[Any, ...]
 ) -> None:
-    """Epochs of SGD with momentum on cross-entropy, in the batches of that key."""
+    """Train epochs of SGD with momentum on cross-entropy, in batches drawn with that key."""
     sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for rows in index_batches(
         len(y), Fit({}, Supervised(), epochs=epochs, batch_size=batch), where
@@ -73,33 +73,47 @@ def cross_entropy(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 @pytest.mark.usefixtures("float64")
-def test_fedmds_first_round_by_hand_for_clients_that_begin_in_different_rounds() -> None:
-    """Labeled public rows, own rows, then the usual round; a client that took part before has the usual round alone."""
+def test_fedmd_first_round_matches_reference() -> None:
+    """Expect labeled proxy rows, then private rows, then the usual round, for new clients only."""
     rounds = rounds_of(federation(), held=0)
     taken_part: set[str] = set()
     kinds = set()
     for index in range(4):
         before, teacher = clients(rounds), rounds.server.state.get("teacher")
         cohort = rounds.run_round()["cohort"]
-        for id in cohort:
-            client, model = before[id], module(before[id].arch["model"], before[id].models["model"])
+        for client_id in cohort:
+            client, model = (
+                before[client_id],
+                module(before[client_id].arch["model"], before[client_id].models["model"]),
+            )
             public, own = client.data("proxy", None), client.data("train", None)
-            if id not in taken_part:
+            if client_id not in taken_part:
                 step_through(
-                    model, public["x"], public["y"], 32, 3, (0, index, id, "initial public", 0)
+                    model,
+                    public["x"],
+                    public["y"],
+                    32,
+                    3,
+                    (0, index, client_id, "initial public", 0),
                 )
-                step_through(model, own["x"], own["y"], 16, 2, (0, index, id, "initial private", 0))
+                step_through(
+                    model, own["x"], own["y"], 16, 2, (0, index, client_id, "initial private", 0)
+                )
             if teacher is not None:
-                digest(model, public["x"], teacher, (0, index, id, "digest", 0))
+                digest(model, public["x"], teacher, (0, index, client_id, "digest", 0))
             train(client, list(model.parameters()), cross_entropy(model))
-            assert apart(rounds.store.get(id).models["model"], model) < 1e-9, (index, id)
-            kinds.add((id in taken_part, teacher is None))
+            assert apart(rounds.store.get(client_id).models["model"], model) < 1e-9, (
+                index,
+                client_id,
+            )
+            kinds.add((client_id in taken_part, teacher is None))
         taken_part |= set(cohort)
-    assert kinds == {(False, True), (False, False), (True, False)}  # each way to begin a round came
+    # Both kinds of first round occurred.
+    assert kinds == {(False, True), (False, False), (True, False)}
 
 
 def digest(model: nn.Module, x: Tensor, teacher: Tensor, where: tuple[Any, ...]) -> None:
-    """One epoch towards the consensus, KL · T² with T = 2."""
+    """Train one epoch toward the consensus: KL · T² with T = 2."""
     sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for rows in index_batches(len(x), Fit({}, Supervised(), batch_size=32), where):
         sgd.zero_grad()
@@ -109,38 +123,51 @@ def digest(model: nn.Module, x: Tensor, teacher: Tensor, where: tuple[Any, ...])
 
 
 @pytest.mark.usefixtures("float64")
-def test_kt_pfls_first_round_by_hand() -> None:
-    """Own rows first, then the mixture, if there is one, then the usual epochs."""
+def test_kt_pfl_first_round_matches_reference() -> None:
+    """Expect private rows first, then the mixture if there is one, then the usual epochs."""
     rounds = rounds_of(federation("kt_pfl", temperature=T), held=0)
     taken_part: set[str] = set()
     late = 0
     for index in range(3):
         before, state = clients(rounds), dict(rounds.server.state)
         cohort = rounds.run_round()["cohort"]
-        for id in cohort:
-            client, model = before[id], module(before[id].arch["model"], before[id].models["model"])
+        for client_id in cohort:
+            client, model = (
+                before[client_id],
+                module(before[client_id].arch["model"], before[client_id].models["model"]),
+            )
             own = client.data("train", None)
-            if id not in taken_part:
-                step_through(model, own["x"], own["y"], 16, 2, (0, index, id, "initial private", 0))
+            if client_id not in taken_part:
+                step_through(
+                    model, own["x"], own["y"], 16, 2, (0, index, client_id, "initial private", 0)
+                )
                 late += index > 0
             if "senders" in state:
                 place = {name: i for i, name in enumerate(state["seen"])}
                 weights = torch.ones(len(state["senders"]))
-                if id in place:
+                if client_id in place:
                     weights = state["coefficients"][
-                        place[id], [place[name] for name in state["senders"]]
+                        place[client_id], [place[name] for name in state["senders"]]
                     ]
                 mixed = ((weights / weights.sum())[:, None, None] * state["predictions"]).sum(0)
-                follow(model, client.data("proxy", None)["x"], mixed, (0, index, id, "digest", 0))
+                follow(
+                    model,
+                    client.data("proxy", None)["x"],
+                    mixed,
+                    (0, index, client_id, "digest", 0),
+                )
             train(client, list(model.parameters()), cross_entropy(model))
-            assert apart(rounds.store.get(id).models["model"], model) < 1e-9, (index, id)
+            assert apart(rounds.store.get(client_id).models["model"], model) < 1e-9, (
+                index,
+                client_id,
+            )
         taken_part |= set(cohort)
     assert late
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedmd", "kt_pfl"])
-def test_off_it_changes_no_bit_and_leaves_nothing_behind(method: str) -> None:
+def test_disabled_initial_phase_changes_nothing(method: str) -> None:
     plain = rounds_of(config(method, MIXED))
     off = rounds_of(
         config(
@@ -154,14 +181,16 @@ def test_off_it_changes_no_bit_and_leaves_nothing_behind(method: str) -> None:
         config(method, MIXED, algorithm={"name": method, **ON}, data__proxy__labels=True)
     )
 
-    for id in plain.federation.client_infos:
-        assert plain.store.encoded(id) == off.store.encoded(id)
-        assert not same_bits(plain.store.get(id).models["model"], on.store.get(id).models["model"])
-        assert "initial_phase" not in plain.store.get(id).state
+    for client_id in plain.federation.client_infos:
+        assert plain.store.encoded(client_id) == off.store.encoded(client_id)
+        assert not same_bits(
+            plain.store.get(client_id).models["model"], on.store.get(client_id).models["model"]
+        )
+        assert "initial_phase" not in plain.store.get(client_id).state
 
 
 @pytest.mark.parametrize("method", ["fedmd", "kt_pfl"])
-def test_each_client_has_it_once_in_its_first_round(method: str) -> None:
+def test_each_client_runs_it_once_in_its_first_round(method: str) -> None:
     rounds = rounds_of(federation(method), held=0)
     seen = watched(rounds)
     taken_part: Counter[str] = Counter()
@@ -169,16 +198,15 @@ def test_each_client_has_it_once_in_its_first_round(method: str) -> None:
 
     for _ in range(4):
         taken_part.update(rounds.run_round()["cohort"])
-        for id in rounds.federation.client_infos:
-            assert [seen[f"{id}: {label}"] for label in labels] == [min(1, taken_part[id])] * len(
-                labels
-            )
+        for client_id in rounds.federation.client_infos:
+            assert [seen[f"{client_id}: {label}"] for label in labels] == [
+                min(1, taken_part[client_id])
+            ] * len(labels)
 
     assert max(taken_part.values()) > 1
 
 
-def test_a_client_whose_first_upload_is_refused_has_it_again() -> None:
-    """Nothing of that round is kept, so its next one is its first."""
+def test_refused_first_upload_repeats_it() -> None:
     rounds = rounds_of(federation(per_round=4), held=0)
     seen = watched(rounds)
     spoil_first_upload(rounds, "site_1")
@@ -187,18 +215,17 @@ def test_a_client_whose_first_upload_is_refused_has_it_again() -> None:
     rounds.run_round()
     rounds.run_round()
 
-    assert {id: seen[f"{id}: initial private"] for id in rounds.federation.client_infos} == {
-        "site_1": 2, "site_2": 1, "site_3": 1, "site_4": 1
-    }  # fmt: skip
+    counts = [seen[f"{name}: initial private"] for name in rounds.federation.client_infos]
+    assert counts == [2, 1, 1, 1]
 
 
-def spoil_first_upload(rounds: SynchronousTrainer, id: str) -> None:
-    """Let what a client sends in the first round arrive with a NaN in it."""
+def spoil_first_upload(rounds: SynchronousTrainer, client_id: str) -> None:
+    """Put a NaN into a client's upload of the first round."""
     method = type(rounds.algorithm)
 
     def train(self: Any, client: Participant, got: Payload) -> Plan[Any]:
         items = yield from method.train(self, client, got)
-        if client.participant_id == id and client.round_context.round_idx == 0:
+        if client.participant_id == client_id and client.round_context.round_idx == 0:
             spoiled = items["logits"].values.clone()
             spoiled[0, 0] = float("nan")
             items["logits"] = Item(spoiled, items["logits"].weight, "rows")
@@ -208,7 +235,7 @@ def spoil_first_upload(rounds: SynchronousTrainer, id: str) -> None:
     rounds.executor.runtime.algorithm = rounds.expectations.algorithm = rounds.algorithm  # type: ignore[attr-defined]
 
 
-def test_without_public_epochs_no_labels_are_needed() -> None:
+def test_proxy_labels_are_not_needed_without_public_epochs() -> None:
     source = federation(initial_public_epochs=0)
     source["data"]["proxy"]["labels"] = False
     rounds = rounds_of(source, held=0)
@@ -221,7 +248,7 @@ def test_without_public_epochs_no_labels_are_needed() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedmd", "kt_pfl"])
-def test_workers_compute_what_one_process_does(method: str) -> None:
+def test_worker_processes_match_one_process(method: str) -> None:
     setup = setup_of(federation(method, per_round=3))
     want = outcome(rounds_on(setup, None))
     with lent(setup, 2) as crew:
@@ -233,11 +260,11 @@ def test_workers_compute_what_one_process_does(method: str) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("method", ["fedmd", "kt_pfl"])
-def test_batched_and_serial_runs_agree(method: str) -> None:
+def test_batched_run_matches_serial_run(method: str) -> None:
     agree({**federation(method, clients=6, per_round=6), "rounds": 3})
 
 
-def test_an_asynchronous_run_has_it_once_for_each_client_too() -> None:
+def test_asynchronous_run_has_it_once_per_client() -> None:
     source = asynchronous_runs.source(
         "fedmd", algorithm=federation()["algorithm"], data__proxy__labels=True, faults={}
     )
@@ -249,10 +276,10 @@ def test_an_asynchronous_run_has_it_once_for_each_client_too() -> None:
 
     begun = {line.partition(":")[0] for line in seen}
     assert len(begun) > 2 and sum(seen.values()) > 3 * len(begun)
-    assert all(seen[f"{id}: initial private"] == 1 for id in begun)
+    assert all(seen[f"{client_id}: initial private"] == 1 for client_id in begun)
 
 
-def test_what_it_needs_is_declared() -> None:
+def test_requirements_are_declared() -> None:
     fedmd, kt_pfl = register_algorithm["fedmd"], register_algorithm["kt_pfl"]
 
     assert format_needs(describe_needs(fedmd())) == "proxy set"
@@ -267,7 +294,7 @@ def test_what_it_needs_is_declared() -> None:
     )
 
 
-def test_the_report_says_whether_labels_of_the_proxy_set_were_read(tmp_path: Path) -> None:
+def test_report_names_use_of_proxy_labels(tmp_path: Path) -> None:
     off = {"name": "fedmd"}
     for settings, words in (
         (federation()["algorithm"], "clients train on once"),
@@ -285,7 +312,7 @@ def test_the_report_says_whether_labels_of_the_proxy_set_were_read(tmp_path: Pat
         assert f"60 rows, whose labels {words}" in render("report_story.html", **facts)
 
 
-def test_a_proxy_set_without_labels_and_private_records_are_refused_in_one_line() -> None:
+def test_unlabeled_proxy_set_and_privacy_are_refused() -> None:
     source = federation()
     source["data"]["proxy"]["labels"] = False
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""KT-pFL: a round by hand, the projection, and the limits of what is learned."""
+"""KT-pFL: a round, the simplex projection, and limit cases of the learned coefficients."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def federation(models: Any = MIXED, clients: int = 3, **settings: Any) -> dict[s
 
 
 def nearest(row: list[float]) -> list[float]:
-    """The projection onto the simplex by bisection: max(v − t, 0) that sums to one."""
+    """Project onto the simplex by bisection: max(v − t, 0) that sums to one."""
     low, high = min(row) - 1, max(row)
     for _ in range(200):
         t = (low + high) / 2
@@ -37,7 +37,7 @@ def nearest(row: list[float]) -> list[float]:
 
 
 def follow(model: torch.nn.Module, x: Tensor, mixed: Tensor, where: tuple[Any, ...]) -> None:
-    """One epoch of KL·T² from a mixture, over the batches that the client's key draws."""
+    """Train one epoch of KL·T² from a mixture, in batches drawn with the client's key."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for rows in index_batches(60, Fit({}, TeacherDistillation(), batch_size=32), where):
         optimizer.zero_grad()
@@ -47,57 +47,58 @@ def follow(model: torch.nn.Module, x: Tensor, mixed: Tensor, where: tuple[Any, .
 
 
 @pytest.mark.usefixtures("float64")
-def test_a_round_by_hand() -> None:
-    """Distillation, private training, and predictions as they are then."""
+def test_round_matches_reference() -> None:
+    """Expect distillation, private training, and predictions of the trained model."""
     settings = {"rho": 0.4, "coefficient_lr": 0.2, "coefficient_steps": 3}
     rounds = rounds_of(federation(**settings), held=1)
     before, state = clients(rounds), dict(rounds.server.state)
     rounds.run_round()
-    said = []
-    for k, (id, client) in enumerate(before.items()):
+    predictions = []
+    for k, (client_id, client) in enumerate(before.items()):
         model, public = (
             module(client.arch["model"], client.models["model"]),
             client.data("proxy", None)["x"],
         )
         mixed = sum(state["coefficients"][k, j] * state["predictions"][j] for j in range(3))
-        follow(model, public, mixed, (0, 1, id, "digest", 0))
+        follow(model, public, mixed, (0, 1, client_id, "digest", 0))
         train(
             client, list(model.parameters()), lambda x, y, m=model: F.cross_entropy(m(x).logits, y)
         )
-        assert apart(rounds.store.get(id).models["model"], model) < 1e-9
+        assert apart(rounds.store.get(client_id).models["model"], model) < 1e-9
         with torch.no_grad():
-            said.append((model.eval()(public).logits / T).softmax(1))
+            predictions.append((model.eval()(public).logits / T).softmax(1))
     c = state["coefficients"].clone()
     for _ in range(3):
         c.requires_grad_()
         loss = torch.zeros(())
         for k in range(3):
-            mixed = sum(c[k, j] * said[j] for j in range(3))
+            mixed = sum(c[k, j] * predictions[j] for j in range(3))
             loss = (
                 loss
-                + T**2 * (mixed * (mixed / said[k]).log()).sum(1).mean()
+                + T**2 * (mixed * (mixed / predictions[k]).log()).sum(1).mean()
                 + 0.4 * ((c[k] - 1 / 3) ** 2).sum()
             )
         (grad,) = torch.autograd.grad(loss, c)
         c = torch.tensor([nearest(row) for row in (c - 0.2 * grad).tolist()])
     assert float((rounds.server.state["coefficients"] - c).abs().max()) < 1e-9
     assert float((c - state["coefficients"]).abs().max()) > 1e-4
-    assert float((rounds.server.state["predictions"] - torch.stack(said)).abs().max()) < 1e-9
+    assert float((rounds.server.state["predictions"] - torch.stack(predictions)).abs().max()) < 1e-9
 
 
 @pytest.mark.usefixtures("float64")
-def test_a_client_is_read_after_distilling_its_newest_mixture() -> None:
+def test_evaluation_distills_newest_mixture() -> None:
     source = federation("mlp", coefficient_lr=0.2)
     source["clients"]["per_round"] = 2
     rounds = rounds_of(source, held=1)
     state = rounds.server.state
-    assert len(state["seen"]) == 2  # the third took no part: it reads the plain mean
-    for id, client in clients(rounds).items():
+    # The third client did not participate and receives the plain mean.
+    assert len(state["seen"]) == 2
+    for client_id, client in clients(rounds).items():
         model, public = (
             module(client.arch["model"], client.models["model"]),
             client.data("proxy", None)["x"],
         )
-        at = state["seen"].index(id) if id in state["seen"] else None
+        at = state["seen"].index(client_id) if client_id in state["seen"] else None
         c = (
             torch.full((2,), 0.5)
             if at is None
@@ -107,13 +108,13 @@ def test_a_client_is_read_after_distilling_its_newest_mixture() -> None:
             model,
             public,
             torch.einsum("k,kdc->dc", c, state["predictions"]),
-            (0, 1, id, "digest", 0),
+            (0, 1, client_id, "digest", 0),
         )
-        assert apart(deployed(rounds, id).models["model"], model) < 1e-9
+        assert apart(deployed(rounds, client_id).models["model"], model) < 1e-9
 
 
 @pytest.mark.usefixtures("float64")
-def test_the_projection_is_the_nearest_distribution() -> None:
+def test_simplex_projection_is_nearest_distribution() -> None:
     rows = torch.randn(40, 5, generator=torch.Generator().manual_seed(2))
     ours = project_to_simplex(rows)
     assert torch.allclose(ours, torch.tensor([nearest(r) for r in rows.tolist()]), atol=1e-12)
@@ -133,18 +134,19 @@ def learned(rounds: SynchronousTrainer, p: Tensor, **settings: Any) -> Tensor:
 
 
 @pytest.mark.usefixtures("float64")
-def test_what_is_learned_in_the_limits() -> None:
+def test_learned_coefficients_in_limit_cases() -> None:
     rounds = rounds_of(federation("mlp"), held=0)
     p = (3 * torch.randn(4, 50, 10, generator=torch.Generator().manual_seed(4))).softmax(-1)
     p[1] = p[0]
     uniform = torch.full((4, 4), 0.25)
-    alike = learned(rounds, p[:1].expand(4, -1, -1), coefficient_lr=0.1)
-    assert torch.allclose(alike, uniform, atol=1e-12)  # equal clients
+    of_equals = learned(rounds, p[:1].expand(4, -1, -1), coefficient_lr=0.1)
+    # Equal clients.
+    assert torch.allclose(of_equals, uniform, atol=1e-12)
     steps = {"coefficient_lr": 0.02, "coefficient_steps": 200}
     free, held = learned(rounds, p, rho=0.0, **steps), learned(rounds, p, rho=20.0, **steps)
-    # left to itself each learns to hear itself,
+    # Without regularization each client learns a weight on itself,
     assert (free.argmax(1)[2:] == torch.tensor([2, 3])).all()
-    # and its like as much
+    # and an equal weight on equal clients.
     assert torch.allclose(free[0, 0], free[0, 1]) and free[0, 1] > 1.5 * free[0, 2]
     assert float((held - uniform).abs().max()) < 0.5 * float((free - uniform).abs().max())
     assert torch.allclose(learned(rounds, p[:1]), torch.ones(1, 1))
@@ -152,7 +154,7 @@ def test_what_is_learned_in_the_limits() -> None:
 
 
 @pytest.mark.usefixtures("float64")
-def test_without_learning_all_have_the_mean_as_their_teacher() -> None:
+def test_zero_learning_rate_uses_the_mean_teacher() -> None:
     rounds = rounds_of(federation(coefficient_steps=0), held=1)
     teachers = [
         rounds.algorithm.broadcast(rounds.server, c)["teacher"]
@@ -160,7 +162,8 @@ def test_without_learning_all_have_the_mean_as_their_teacher() -> None:
     ]
     mean = rounds.server.state["predictions"].mean(0)
     assert all(torch.allclose((t / T).softmax(1), mean, atol=1e-12) for t in teachers)
-    state = rounds.server.state  # and so has whoever gives those present no weight at all
+    # So do clients that give the present ones no weight.
+    state = rounds.server.state
     state["coefficients"] = torch.zeros_like(state["coefficients"])
     teacher = rounds.algorithm.broadcast(rounds.server, rounds.federation.client_infos["site_1"])[
         "teacher"
@@ -168,12 +171,19 @@ def test_without_learning_all_have_the_mean_as_their_teacher() -> None:
     assert torch.allclose((teacher / T).softmax(1), mean, atol=1e-12)
     first = rounds_of(federation(), held=0)
     local = rounds_of(config("local", MIXED, 3), held=1)
-    first.run_round()  # nobody has a teacher yet
-    for id in local.federation.client_infos:
-        assert apart(first.store.get(id).models["model"], local.store.get(id).models["model"]) == 0
+    # No client has a teacher yet.
+    first.run_round()
+    for client_id in local.federation.client_infos:
+        assert (
+            apart(
+                first.store.get(client_id).models["model"],
+                local.store.get(client_id).models["model"],
+            )
+            == 0
+        )
 
 
-def test_those_who_are_absent_keep_their_weights() -> None:
+def test_absent_clients_keep_their_coefficients() -> None:
     source = federation("mlp", 4, coefficient_lr=0.3)
     source["clients"]["per_round"] = 2
     rounds = rounds_of({**source, "rounds": 6}, held=0)
@@ -182,7 +192,7 @@ def test_those_who_are_absent_keep_their_weights() -> None:
     def coefficients() -> Tensor:
         c, seen = (
             torch.full((4, 4), 0.25),
-            [ids.index(id) for id in rounds.server.state.get("seen", [])],
+            [ids.index(client_id) for client_id in rounds.server.state.get("seen", [])],
         )
         if seen:
             c[torch.tensor(seen)[:, None], seen] = rounds.server.state["coefficients"]
@@ -192,9 +202,12 @@ def test_those_who_are_absent_keep_their_weights() -> None:
         before = coefficients()
         rounds.run_round()
         assert set(rounds.server.state["seen"]) == {
-            id for i in range(index + 1) for id in rounds.sample_cohort(i)
+            client_id for i in range(index + 1) for client_id in rounds.sample_cohort(i)
         }
-        c, here = coefficients(), [ids.index(id) for id in rounds.sample_cohort(index)]
+        c, here = (
+            coefficients(),
+            [ids.index(client_id) for client_id in rounds.sample_cohort(index)],
+        )
         away = [k for k in range(4) if k not in here]
         assert torch.equal(c[away], before[away]) and torch.equal(c[:, away], before[:, away])
         assert torch.allclose(c.sum(1), torch.ones(4), atol=1e-5) and (c >= 0).all()

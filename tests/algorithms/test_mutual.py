@@ -1,4 +1,4 @@
-"""FML and FedKD: a round by hand, their limits, what is shared and what is kept, and views that differ in shape."""
+"""FML and FedKD: a round, limit cases, sharing settings, and different input shapes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def federation(
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p ‖ q) of logits, the mean over examples."""
+    """Return the mean KL(p ‖ q) of logits over examples."""
     return (p.softmax(1) * (p.softmax(1).log() - q.softmax(1).log())).sum(1).mean()
 
 
@@ -53,11 +53,11 @@ def weighted_mean(sent: list[tuple[int, dict[str, Tensor]]]) -> dict[str, Tensor
 
 
 @pytest.mark.usefixtures("float64")
-def test_a_round_of_fml_by_hand() -> None:
+def test_fml_round_matches_reference() -> None:
     rounds = rounds_of(federation("fml", alpha=0.6, beta=0.3), held=1)
     before, shared, sent = clients(rounds), dict(rounds.server.models[MENTEE]), []
     rounds.run_round()
-    for id, client in before.items():
+    for client_id, client in before.items():
         own, mentee = (
             module(client.arch["model"], client.models["model"]),
             module(rounds.server.arch[MENTEE], shared),
@@ -69,7 +69,7 @@ def test_a_round_of_fml_by_hand() -> None:
             return first + 0.3 * F.cross_entropy(m, y) + 0.7 * kl(p.detach(), m)
 
         train(client, [*own.parameters(), *mentee.parameters()], loss)
-        assert apart(rounds.store.get(id).models["model"], own) < 1e-9
+        assert apart(rounds.store.get(client_id).models["model"], own) < 1e-9
         sent.append((client.num_rows, mentee.state_dict()))
     mean = weighted_mean(sent)
     assert any("running_var" in n for n in mean)
@@ -77,7 +77,7 @@ def test_a_round_of_fml_by_hand() -> None:
 
 
 def truncated(update: Tensor, energy: float) -> Tensor:
-    """The fewest singular values that hold the energy, where they are fewer numbers than the matrix; else all of it."""
+    """Keep the fewest singular values with that energy, or the whole matrix if it is smaller."""
     if update.ndim < 2:
         return update
     matrix = update.reshape(len(update), -1).numpy()
@@ -93,14 +93,14 @@ def truncated(update: Tensor, energy: float) -> Tensor:
 
 
 @pytest.mark.usefixtures("float64")
-def test_a_round_of_fedkd_by_hand() -> None:
+def test_fedkd_round_matches_reference() -> None:
     rounds = rounds_of(
         federation("fedkd", energy_start=0.5, energy_end=0.8, hidden_weight=0.9), held=1
     )
     before, shared, sent = clients(rounds), dict(rounds.server.models[MENTEE]), []
     cut = 0.0
     rounds.run_round()
-    for id, client in before.items():
+    for client_id, client in before.items():
         own, mentee = (
             module(client.arch["model"], client.models["model"]),
             module(rounds.server.arch[MENTEE], shared),
@@ -114,36 +114,39 @@ def test_a_round_of_fedkd_by_hand() -> None:
             return ce_t + ce_s + adaptive / (ce_t + ce_s).detach()
 
         train(client, [*own.parameters(), *mentee.parameters(), w], loss)
-        kept = rounds.store.get(id)
+        kept = rounds.store.get(client_id)
         assert apart(kept.models["model"], own) < 1e-9
         assert float((kept.models["hidden"]["head.weight"] - w.detach()).abs().max()) < 1e-9
         assert not kept.models["hidden"]["head.bias"].any()
-        # the server and its clients hold the same mentee
+        # The server and its clients have the same mentee.
         assert same_bits(kept.state["base"], floating_tensors(shared))
         update = {
             n: t.detach() - shared[n] for n, t in floating_tensors(mentee.state_dict()).items()
         }
-        # 0.8: the last of two rounds
+        # 0.8 applies in the last of two rounds.
         sent.append((client.num_rows, {n: truncated(t, 0.8) for n, t in update.items()}))
         cut = max(cut, *(float((sent[-1][1][n] - t).abs().max()) for n, t in update.items()))
     change = {n: truncated(t, 0.8) for n, t in weighted_mean(sent).items()}
-    assert cut > 1e-4  # something was truncated
+    # Some matrix was truncated.
+    assert cut > 1e-4
     assert apart(rounds.server.models[MENTEE], {n: shared[n] + d for n, d in change.items()}) < 1e-9
 
 
 @pytest.mark.usefixtures("float64")
-def test_fml_without_the_mentees_word_is_local_at_home_and_without_the_models_word_fedavg_in_common() -> (
-    None
-):
+def test_fml_without_distillation_equals_local_and_fedavg() -> None:
     local, apart_ = (
         rounds_of(config("local", MIXED)),
         rounds_of(federation("fml", alpha=1.0, beta=1.0)),
     )
     fedavg = rounds_of(config("fedavg", SMALL))
     (group,) = fedavg.server.models
-    for id in local.federation.client_infos:
+    for client_id in local.federation.client_infos:
         assert (
-            apart(apart_.store.get(id).models["model"], local.store.get(id).models["model"]) < 1e-10
+            apart(
+                apart_.store.get(client_id).models["model"],
+                local.store.get(client_id).models["model"],
+            )
+            < 1e-10
         )
     assert (
         apart(apart_.server.models[MENTEE], floating_tensors(fedavg.server.models[group])) < 1e-10
@@ -160,21 +163,23 @@ def test_fml_without_the_mentees_word_is_local_at_home_and_without_the_models_wo
     )
 
 
-def trained(rounds: SynchronousTrainer, id: str) -> tuple[Participant, Payload, Payload]:
-    """A client after the next round's training, what it was sent and what it sends."""
-    got = Payload(rounds.algorithm.broadcast(rounds.server, rounds.federation.client_infos[id]))
-    client = clients(rounds)[id]
+def trained(rounds: SynchronousTrainer, client_id: str) -> tuple[Participant, Payload, Payload]:
+    """Return a client after the next round's training, what it received and what it sends."""
+    got = Payload(
+        rounds.algorithm.broadcast(rounds.server, rounds.federation.client_infos[client_id])
+    )
+    client = clients(rounds)[client_id]
     items, _ = run_plan(rounds.algorithm.train(client, got), client, rounds.backend)
     return client, got, Payload(items)
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("settings", [{}, {"energy_start": 1.0, "energy_end": 1.0}])
-def test_one_clients_mentee_is_the_servers(settings: dict[str, float]) -> None:
+def test_single_clients_mentee_is_the_servers(settings: dict[str, float]) -> None:
     rounds = rounds_of(federation("fedkd" if settings else "fml", clients=1, **settings), held=1)
-    (id,) = rounds.federation.client_infos
+    (client_id,) = rounds.federation.client_infos
     rounds._set_round_context(1)
-    client, _, _ = trained(rounds, id)
+    client, _, _ = trained(rounds, client_id)
     rounds.run_round()
     assert apart(rounds.server.models[MENTEE], floating_tensors(client.models[MENTEE])) < (
         1e-12 if settings else 1e-300
@@ -184,7 +189,7 @@ def test_one_clients_mentee_is_the_servers(settings: dict[str, float]) -> None:
 @pytest.mark.parametrize(
     "objective", [MutualDistillation(shape=(1, 8, 8)), AdaptiveMutual(shape=(1, 8, 8))]
 )
-def test_what_pads_a_batch_counts_for_nothing_and_clients_may_be_stacked(
+def test_padding_is_ignored_and_clients_can_be_stacked(
     objective: MutualDistillation,
 ) -> None:
     torch.manual_seed(5)
@@ -201,11 +206,12 @@ def test_what_pads_a_batch_counts_for_nothing_and_clients_may_be_stacked(
     assert torch.allclose(objective.total_loss(nets, padded, {}), whole, atol=1e-5)
     stacked = torch.vmap(lambda a: objective.total_loss(nets, Batch(x=a, y=y), {}))(
         torch.stack([-x, x])
-    )  # many clients at once
+        # Many clients at once.
+    )
     assert torch.allclose(stacked[1], whole, atol=1e-5)
 
 
-def test_fedkd_sends_changes_to_whoever_holds_the_last_mentee_and_the_whole_to_others() -> None:
+def test_fedkd_sends_changes_only_to_clients_with_the_last_mentee() -> None:
     source = federation("fedkd", clients=3)
     source["clients"]["per_round"] = 2
     rounds = rounds_of({**source, "rounds": 6}, held=0)
@@ -214,10 +220,10 @@ def test_fedkd_sends_changes_to_whoever_holds_the_last_mentee_and_the_whole_to_o
     kinds = set()
     for index in range(6):
         rounds._set_round_context(index)
-        for id in rounds.federation.client_infos:
-            client, got, _ = trained(rounds, id)
+        for client_id in rounds.federation.client_infos:
+            client, got, _ = trained(rounds, client_id)
             kinds.update(got)
-            assert list(got) == (["change"] if held.get(id) == index - 1 else [MENTEE])
+            assert list(got) == (["change"] if held.get(client_id) == index - 1 else [MENTEE])
             assert same_bits(client.state["base"], floating_tensors(rounds.server.models[MENTEE]))
         held.update(dict.fromkeys(rounds.sample_cohort(index), index))
         rounds.run_round()
@@ -235,7 +241,7 @@ def test_fedkd_sends_less_than_fml() -> None:
 
 
 @pytest.mark.parametrize("method", ["fml", "fedkd"])
-def test_what_a_client_shares_binds(method: str) -> None:
+def test_client_sharing_settings_are_respected(method: str) -> None:
     source = federation(method)
     source["clients"]["overrides"] = [
         {"match": "site_1", "shares": ["predictions", "statistics"]},
@@ -244,20 +250,22 @@ def test_what_a_client_shares_binds(method: str) -> None:
     rounds = rounds_of({**source, "rounds": 3}, held=2)
     rounds._set_round_context(2)
     before = dict(rounds.server.models[MENTEE])
-    kept = {id: trained(rounds, id) for id in rounds.federation.client_infos}
-    sent = {id: set(u[MENTEE]) if u else set() for id, (_, _, u) in kept.items()}
+    kept = {client_id: trained(rounds, client_id) for client_id in rounds.federation.client_infos}
+    sent = {client_id: set(u[MENTEE]) if u else set() for client_id, (_, _, u) in kept.items()}
     names = set(floating_tensors(before))
     assert sent["site_1"] == set() and sent["site_3"] == names and not kept["site_1"][1]
     assert sent["site_2"] == {n for n in names if n.startswith("backbone.")}
-    stored = {id: rounds.store.get(id).models for id in kept}
-    assert set(stored["site_1"][MENTEE]) >= names  # nobody replaces it
+    stored = {client_id: rounds.store.get(client_id).models for client_id in kept}
+    # No message replaces it.
+    assert set(stored["site_1"][MENTEE]) >= names
     assert set(floating_tensors(stored["site_2"][MENTEE])) == {"head.weight", "head.bias"}
     assert MENTEE not in stored["site_3"]
-    rounds.run_round()  # and the server takes it all as it comes
+    # The server accepts all of it.
+    rounds.run_round()
 
 
 @pytest.mark.parametrize("method", ["fml", "fedkd"])
-def test_every_other_round(method: str) -> None:
+def test_sharing_interval_of_two_rounds(method: str) -> None:
     source = {**federation(method), "rounds": 5}
     source["clients"]["defaults"]["share_every"] = 2
     rounds, sent = rounds_of(source, held=0), []
@@ -271,7 +279,7 @@ def test_every_other_round(method: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fml", "fedkd"])
-def test_views_that_differ_in_shape(method: str, tmp_path: Path) -> None:
+def test_clients_with_different_input_shapes(method: str, tmp_path: Path) -> None:
     source = config(method, MIXED, algorithm={"name": method}, rounds=1)
     source["clients"]["overrides"] = [
         {
@@ -305,12 +313,12 @@ def test_views_that_differ_in_shape(method: str, tmp_path: Path) -> None:
         rounds.executor.runtime.predict(client, Rows("common_test"), True), own, atol=1e-5
     )
     finished = run(source, out=tmp_path / "run")
-    assert {id: m.arch.name for id, m in finished.models.items()} == {
-        id: c.arch.name for id, c in prepared.federation.client_infos.items()
+    assert {client_id: m.arch.name for client_id, m in finished.models.items()} == {
+        client_id: c.arch.name for client_id, c in prepared.federation.client_infos.items()
     }
 
 
-def test_as_shape() -> None:
+def test_as_shape_converts_inputs() -> None:
     x = torch.arange(32.0).reshape(2, 1, 4, 4)
     assert to_shape(x, (1, 4, 4)) is x
     assert torch.equal(to_shape(to_shape(x, (3, 4, 4)), (1, 4, 4)), x)
@@ -321,7 +329,7 @@ def test_as_shape() -> None:
     )
 
 
-def test_mistakes_are_one_line() -> None:
+def test_errors_are_one_line() -> None:
     for settings, words in (
         ({"mentee": {"name": "cnn_gn_smal"}}, "cnn_gn_small"),
         (
@@ -330,7 +338,8 @@ def test_mistakes_are_one_line() -> None:
         ),
         (
             {"mentee_input": [64]},
-            "algorithm.mentee_input: [64] does not suit examples of site_1, which have shape [1, 8, 8]",
+            "algorithm.mentee_input: [64] does not suit examples of site_1, "
+            "which have shape [1, 8, 8]",
         ),
     ):
         with pytest.raises(UserError) as error:

@@ -1,4 +1,4 @@
-"""A method of one's own, as the docs teach it: at most thirty lines, no change elsewhere."""
+"""The user-defined method of the documentation: at most thirty lines, no other change."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ from tests.helpers import documented_method
 from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
 
 
-def test_it_takes_at_most_thirty_lines() -> None:
+def test_documented_method_has_at_most_thirty_lines() -> None:
     lines = [line for line in inspect.getsource(documented_method).splitlines() if line.strip()]
     assert len(lines) <= 30
 
 
-def test_it_is_the_code_of_the_docs() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "how_to" / "own_method.md").read_text(encoding="utf-8")
+def test_documented_method_matches_the_docs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "how_to" / "own_method.md").read_text(
+        encoding="utf-8"
+    )
     code = inspect.getsource(documented_method).split('"""', 2)[2].strip()
     assert code in page
 
 
 @pytest.mark.slow
-def test_it_runs_by_its_name_and_by_reference(tmp_path: Path) -> None:
+def test_documented_method_runs_by_name_and_by_reference(tmp_path: Path) -> None:
     assert "median_teacher" in register_algorithm
     by_name = run(config("median_teacher", MIXED), out=tmp_path / "a")
     by_reference = run(
@@ -40,7 +42,7 @@ def test_it_runs_by_its_name_and_by_reference(tmp_path: Path) -> None:
     assert by_name.summary["communication"]["up_bytes"] > 0
 
 
-def test_it_does_what_it_says() -> None:
+def test_documented_method_sends_median_teacher() -> None:
     rounds = rounds_of(config("median_teacher", MIXED, rounds=1), held=0)
     seen = []
     uploads_of = rounds.decode_upload
@@ -50,7 +52,7 @@ def test_it_does_what_it_says() -> None:
     assert np.allclose(rounds.server.state["teacher"], want, atol=1e-6)
 
 
-def test_a_setting_out_of_range_is_refused() -> None:
+def test_invalid_setting_is_refused() -> None:
     with pytest.raises(UserError, match=r"algorithm\.epochs"):
         rounds_of(
             config("median_teacher", MIXED, algorithm={"name": "median_teacher", "epochs": 0})
@@ -59,14 +61,14 @@ def test_a_setting_out_of_range_is_refused() -> None:
 
 @dataclass(frozen=True)
 class Focal(Supervised):
-    """A local objective of one's own: easy examples count less (Lin et al. 2017, focal loss)."""
+    """A user-defined local objective: easy examples count less (Lin et al. 2017, focal loss)."""
 
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> torch.Tensor:
         plain = super().loss(nets, batch, context)
         return plain * (1 - torch.exp(-plain.detach())) ** 2
 
 
-def test_an_objective_of_ones_own() -> None:
+def test_custom_objective_matches_reference() -> None:
     own = {"objective": f"python:{__name__}:Focal", "optimizer": {"name": "sgd", "lr": 0.05}}
     changed = rounds_of(config("fedavg", clients__defaults=own, rounds=1))
     plain = rounds_of(config("fedavg", clients__defaults={"optimizer": own["optimizer"]}, rounds=1))

@@ -1,4 +1,4 @@
-"""Slips in a method of one's own: each is one line that says where, what, and what to write instead."""
+"""Mistakes in user-defined methods: one line names the place, the mistake and the remedy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.helpers.small_federations import config, rounds_of, same_bits
 
 
 def own(**hooks: Callable[..., Any]) -> SynchronousTrainer:
-    """A federation with a FedAvg of which some hooks are the author's."""
+    """Return a federation with a FedAvg that overrides some hooks."""
     rounds = rounds_of(config("fedavg", "mlp"), held=0)
     method = type("Mine", (FedAvg,), hooks)()
     rounds.algorithm = rounds.executor.runtime.algorithm = rounds.expectations.algorithm = method
@@ -34,7 +34,7 @@ def own(**hooks: Callable[..., Any]) -> SynchronousTrainer:
 
 
 def dry_run(**hooks: Callable[..., Any]) -> None:
-    """Carry out the hooks without computing, as before every run of a method of one's own."""
+    """Run the hooks without computing, as before every run of a user-defined method."""
     prepared = prepare(config("fedavg", "mlp"))
     check_user_method(type("Mine", (FedAvg,), hooks)(), prepared.federation)
 
@@ -47,7 +47,7 @@ def deployed(self: Any) -> bool:
     return True
 
 
-def test_hook_whose_name_is_misspelt() -> None:
+def test_misspelled_hook_is_reported() -> None:
     with pytest.raises(
         UserError, match=r"^agregate: unknown hook 'agregate'; did you mean 'aggregate'\?$"
     ):
@@ -80,8 +80,11 @@ def no_yield_at_all(self: Any, client: Any, got: Any) -> Any:
 
 
 @pytest.mark.parametrize("train", [fit_forgotten, fit_spelt_out, fit_kept, no_yield_at_all])
-def test_step_that_is_created_and_not_yielded(train: Callable[..., Any]) -> None:
-    words = "^Mine.train: a Fit is created but never yielded and has no effect; write `yield` before it$"
+def test_unyielded_step_is_reported(train: Callable[..., Any]) -> None:
+    words = (
+        "^Mine.train: a Fit is created but never yielded and has no effect; "
+        "write `yield` before it$"
+    )
     with pytest.raises(UserError, match=words):
         dry_run(train=train)
 
@@ -102,18 +105,19 @@ def super_forgotten(self: Any, client: Any, got: Any) -> Any:
     ("train", "below", "name"),
     [(sub_plan_forgotten, 1, "self.deploy"), (super_forgotten, 2, "FedAvg.train")],
 )
-def test_plan_that_is_created_and_not_run(train: Callable[..., Any], below: int, name: str) -> None:
+def test_unused_plan_is_reported(train: Callable[..., Any], below: int, name: str) -> None:
     line = train.__code__.co_firstlineno + below
 
     with pytest.raises(UserError) as error:
         dry_run(train=train)
 
     assert str(error.value) == (
-        f"{train.__name__} ({__file__}, line {line}): the plan {name}(…) is created but never run; write `yield from` before it"
+        f"{train.__name__} ({__file__}, line {line}): the plan {name}(…) is created "
+        "but never run; write `yield from` before it"
     )
 
 
-def test_the_servers_plan_and_a_helper_are_watched_too() -> None:
+def test_unused_steps_in_server_plans_and_helpers_are_reported() -> None:
     def helper(server: Any) -> None:
         Fit({next(iter(server.models)): None}, None, Rows("proxy"))  # type: ignore[arg-type]
 
@@ -125,7 +129,7 @@ def test_the_servers_plan_and_a_helper_are_watched_too() -> None:
         dry_run(aggregate=aggregate)
 
 
-def test_steps_may_be_made_early_changed_in_a_list_or_elsewhere() -> None:
+def test_steps_may_be_created_before_they_are_yielded() -> None:
     elsewhere = Predict("model", Rows("proxy"))
 
     def train(self: Any, client: Any, got: Any) -> Any:
@@ -158,7 +162,7 @@ def test_steps_may_be_made_early_changed_in_a_list_or_elsewhere() -> None:
         ),
     ],
 )
-def test_yielding_what_is_no_step(yielded: Callable[..., Any], words: str) -> None:
+def test_yielding_a_non_step_is_reported(yielded: Callable[..., Any], words: str) -> None:
     def train(self: Any, client: Any, got: Any) -> Any:
         yield yielded(self, client, got)
 
@@ -179,7 +183,7 @@ def predict_unknown_slot(self: Any, client: Any, got: Any) -> Any:
 
 
 @pytest.mark.parametrize("train", [train_unknown_slot, predict_unknown_slot])
-def test_step_on_a_model_that_the_client_does_not_have(train: Callable[..., Any]) -> None:
+def test_step_on_unknown_slot_is_reported(train: Callable[..., Any]) -> None:
     place = rf"{train.__name__} \({re.escape(__file__)}, line \d+\)"
     words = "site_1 has no model 'modle'; choose from 'model', or return it from `models`"
 
@@ -187,7 +191,7 @@ def test_step_on_a_model_that_the_client_does_not_have(train: Callable[..., Any]
         dry_run(train=train)
 
 
-def test_item_that_a_client_does_not_share_is_refused_before_the_run() -> None:
+def test_unshared_item_is_refused_before_the_run() -> None:
     def train(self: Any, client: Any, got: Any) -> Any:
         items = yield from FedAvg.train(self, client, got)
         return {**items, "counts": Item(client.counts, kind="counts")}
@@ -205,7 +209,7 @@ def test_item_that_a_client_does_not_share_is_refused_before_the_run() -> None:
         check_user_method(method, prepare(source).federation)
 
 
-def test_tensors_outside_the_part_that_a_client_shares_are_refused() -> None:
+def test_unshared_tensors_are_refused() -> None:
     def train(self: Any, client: Any, got: Any) -> Any:
         yield local_fit(client)
         return {"model": Item(dict(client.models["model"]), 1.0, "params")}
@@ -237,12 +241,12 @@ class WrongModels(FedAvg):
         (WrongModels, "in models: AttributeError: "),
     ],
 )
-def test_exception_in_configure_or_models_names_file_and_line(method: type, words: str) -> None:
+def test_exception_in_configure_or_models_is_located(method: type, words: str) -> None:
     with pytest.raises(RunFailedError, match=rf"^{re.escape(__file__)}:\d+, {words}"):
         prepare(config(f"python:{__name__}:{method.__name__}", "mlp"))
 
 
-def test_objective_that_reads_a_missing_column_or_model_is_told_what_there_is() -> None:
+def test_objective_error_lists_available_columns_and_models() -> None:
     batch = Batch(x=torch.zeros(1), y=torch.zeros(1))
 
     assert getattr(batch, "teacher", None) is None
@@ -256,7 +260,7 @@ def aggregate_without_yield(self: Any, server: Any, uploads: Any) -> None:
     average_models(server, uploads)
 
 
-def test_hook_without_yield_may_compute_nothing() -> None:
+def test_hook_without_yield_may_return_directly() -> None:
     rounds = own(aggregate=aggregate_without_yield)
     before = {slot: dict(tensors) for slot, tensors in rounds.server.models.items()}
 
@@ -265,7 +269,7 @@ def test_hook_without_yield_may_compute_nothing() -> None:
     assert any(not same_bits(before[slot], rounds.server.models[slot]) for slot in before)
 
 
-def test_hook_without_yield_may_hand_on_another_plan() -> None:
+def test_hook_without_yield_may_return_a_plan() -> None:
     def train(self: Any, client: Any, got: Any) -> Any:
         return FedAvg.train(self, client, got)
 
@@ -277,7 +281,7 @@ class PlainDeploy(FedAvg):
         client.load("model", received["model"])
 
 
-def test_deploy_without_yield_is_refused_before_the_run(
+def test_deploy_without_yield_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "own.yaml"
@@ -289,14 +293,14 @@ def test_deploy_without_yield_is_refused_before_the_run(
         )
         == 2
     )
-    told = capsys.readouterr().err
-    assert told.startswith("error: PlainDeploy.deploy: expected a generator, got NoneType")
-    assert told.count("\n") == 1
+    output = capsys.readouterr().err
+    assert output.startswith("error: PlainDeploy.deploy: expected a generator, got NoneType")
+    assert output.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
 def source(method: type, **changes: Any) -> dict[str, Any]:
-    """A configuration that runs a method of this file's."""
+    """Return a configuration that runs a method of this file."""
     return config(f"python:{__name__}:{method.__name__}", "mlp", **changes)
 
 
@@ -346,7 +350,8 @@ class Forgotten(FedAvg):
         ),
         (
             WrongKind,
-            "WrongKind.train: item 'seen': expected kind 'counts' as declared, got 'rows'; return Item(values, weight, 'counts')",
+            "WrongKind.train: item 'seen': expected kind 'counts' as declared, got 'rows'; "
+            "return Item(values, weight, 'counts')",
         ),
         (Number, "Number.train: item 'model': expected a tensor or tensors by name, got float"),
         (NoReturn, "NoReturn.train: returns NoneType, not a dictionary of items"),
@@ -354,16 +359,14 @@ class Forgotten(FedAvg):
         (Forgotten, "Forgotten.train: a Fit is created but never yielded"),
     ],
 )
-def test_what_a_client_returns_is_checked_before_anybody_trains(
-    method: type, words: str, tmp_path: Path
-) -> None:
+def test_client_items_are_checked_before_training(method: type, words: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         run(source(method), out=tmp_path / "run")
     assert words in str(error.value) and not (tmp_path / "run").exists()
 
 
 class WrongShape(FedAvg):
-    """The shape follows from private rows."""
+    """A method whose item shape depends on private rows."""
 
     uploads = {"model": ItemSpec("params"), "seen": ItemSpec("counts")}
 
@@ -373,7 +376,7 @@ class WrongShape(FedAvg):
         return {**items, "seen": Item(seen, kind="counts")}
 
 
-def test_a_shape_that_was_not_agreed_is_named() -> None:
+def test_unexpected_item_shape_is_reported() -> None:
     with pytest.raises(
         RunFailedError,
         match=r"upload refused: item 'seen', values: expected shape \(0,\), got \(\d+,\)",
@@ -434,22 +437,24 @@ class OldArgument(FedAvg):
         (OldArgument, r"in train: TypeError: .*; Fit\.given is now Fit\.context$"),
         (
             Misspelt,
-            r"in deploy: MissingItemError: item 'modle' was not sent; received 'model'; did you mean 'model'\?$",
+            r"in deploy: MissingItemError: item 'modle' was not sent; received 'model'; "
+            r"did you mean 'model'\?$",
         ),
         (
             AsksForAnother,
-            r"in aggregate: MissingItemError: item 'logits' is not declared in `uploads`; choose from model$",
+            r"in aggregate: MissingItemError: item 'logits' is not declared in `uploads`; "
+            r"choose from model$",
         ),
         (ClumsyObjective, r"in loss: RuntimeError: .*mat1 and mat2 shapes .*$"),
         (StartFails, r"in setup: ZeroDivisionError: division by zero$"),
     ],
 )
-def test_an_exception_in_ones_own_code_names_file_and_line(method: type, words: str) -> None:
+def test_exception_in_custom_method_is_located(method: type, words: str) -> None:
     with pytest.raises(RunFailedError, match=rf"^{re.escape(__file__)}:\d+, {words}"):
         rounds_of(source(method))
 
 
-def test_the_traceback_goes_to_the_log_and_the_status_is_one(
+def test_traceback_is_logged_and_exit_status_is_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "own.yaml"
@@ -460,17 +465,18 @@ def test_the_traceback_goes_to_the_log_and_the_status_is_one(
         )
         == 1
     )
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("failed: ") and "in aggregate: MissingItemError" in said
+    last_line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last_line.startswith("failed: ")
+    assert "in aggregate: MissingItemError" in last_line
     log = (tmp_path / "run" / "log.txt").read_text()
     assert (
-        said in log
+        last_line in log
         and "Traceback (most recent call last)" in log
         and 'uploads.mean("logits")' in log
     )
 
 
-def test_a_fault_of_the_frameworks_own_is_not_dressed_up() -> None:
+def test_internal_error_is_not_translated() -> None:
     rounds = rounds_of(config("fedavg", "mlp"), held=0)
     rounds.store = None  # type: ignore[assignment]
     with pytest.raises(AttributeError):

@@ -1,4 +1,4 @@
-"""Methods that share parameters: a crash and a resume change no bit, and neither does the number of workers."""
+"""Methods that share parameters: neither a resume nor the number of workers changes a bit."""
 
 from __future__ import annotations
 
@@ -32,15 +32,19 @@ def source(method: str) -> dict[str, Any]:
 
 
 def everything(rounds: SynchronousTrainer) -> bytes:
-    """All that a run knows, as bytes."""
-    private = {id: rounds.store.get(id) for id in rounds.federation.client_infos}
-    clients = {id: {"models": p.models, "state": p.state} for id, p in private.items()}
+    """Return the complete state of a run as bytes."""
+    private = {
+        client_id: rounds.store.get(client_id) for client_id in rounds.federation.client_infos
+    }
+    clients = {
+        client_id: {"models": p.models, "state": p.state} for client_id, p in private.items()
+    }
     return encode({"run": rounds.state_dict(), "clients": clients}, "test")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", STATEFUL)
-def test_a_run_that_is_resumed_ends_with_the_same_bits(method: str, tmp_path: Path) -> None:
+def test_resumed_run_matches_uninterrupted_run(method: str, tmp_path: Path) -> None:
     whole = rounds_of(source(method))
     begun = rounds_of(source(method), held=2, store=StateStore(tmp_path))
     Checkpoints(begun.store, pytest.fail).save(2, {"run": begun.state_dict()})
@@ -55,7 +59,7 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(method: str, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_worker_processes_change_no_bit(tmp_path: Path) -> None:
+def test_worker_processes_match_one_process(tmp_path: Path) -> None:
     models = []
     for executor in ("serial", "processes"):
         runtime = {"threads": 1, "executor": executor, "chunk": 1} | (

@@ -1,4 +1,4 @@
-"""FedBN, FedRep, FedBABU and Ditto: a round by hand, what is shared and what is kept, limits."""
+"""FedBN, FedRep, FedBABU and Ditto: rounds, shared and personal tensors, limit cases."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Sent = dict[str, list[tuple[float, dict[str, Tensor]]]]
 def received(
     rounds: SynchronousTrainer, client: Participant, travels: Any = lambda name: True
 ) -> torch.nn.Module:
-    """The client's model with what the server's replaces, in training mode."""
+    """Return the client's model in training mode after loading the server's tensors."""
     arch = client.arch["model"]
     sent = {
         n: t for n, t in floating_tensors(rounds.server.models[arch.spec_id]).items() if travels(n)
@@ -42,47 +42,50 @@ def entropy(model: torch.nn.Module) -> Any:
 
 
 def compare(rounds: SynchronousTrainer, sent: Sent) -> None:
-    """The server's models with the means of what was sent."""
+    """Compare the server's models with the means of the uploads."""
     for group, members in sent.items():
         assert apart(rounds.server.models[group], mean(members)) < 1e-9
 
 
 def is_norm(client: Participant) -> set[str]:
-    """Names of BatchNorm's tensors, told by the statistics beside them."""
+    """Return names of BatchNorm tensors, recognized by the running statistics next to them."""
     names = client.models["model"]
     return {n for n in names if n.rpartition(".")[0] + ".running_mean" in names}
 
 
 @pytest.mark.usefixtures("float64")
-def test_a_round_of_fedbn_by_hand() -> None:
+def test_fedbn_round_matches_reference() -> None:
     rounds = rounds_of(config("fedbn", [BN, MLP], 4), held=2)
     sent: Sent = {}
     models = {}
-    for id, client in clients(rounds).items():
+    for client_id, client in clients(rounds).items():
         norm = is_norm(client)
         assert len(norm) == (15 if client.arch["model"].name == BN else 0)
-        model = models[id] = received(rounds, client, lambda n, norm=norm: n not in norm)
+        model = models[client_id] = received(rounds, client, lambda n, norm=norm: n not in norm)
         train(client, list(model.parameters()), entropy(model))
         state = {n: t for n, t in floating_tensors(model.state_dict()).items() if n not in norm}
         sent.setdefault(client.arch["model"].spec_id, []).append((client.num_rows, state))
     rounds.run_round()
     compare(rounds, sent)
-    for id, client in clients(rounds).items():
+    for client_id, client in clients(rounds).items():
         norm = is_norm(client)
-        kept, state = rounds.store.get(id).models.get("model", {}), models[id].state_dict()
+        kept, state = (
+            rounds.store.get(client_id).models.get("model", {}),
+            models[client_id].state_dict(),
+        )
         assert set(kept) == norm and all(
             torch.allclose(kept[n], state[n], rtol=0, atol=1e-9) for n in norm
         )
 
 
-def test_fedbn_may_keep_the_statistics_alone() -> None:
-    """The scales and shifts travel then; the running means and variances stay, and do not decide what others train."""
+def test_fedbn_can_keep_only_statistics() -> None:
+    """Check that scales and shifts are shared and running statistics stay local."""
     rounds = rounds_of(config("fedbn", BN, algorithm={"name": "fedbn", "keep": "statistics"}))
     fedavg = rounds_of(config("fedavg", BN))
     (group,) = rounds.server.models
-    for id, client in clients(rounds).items():
+    for client_id, client in clients(rounds).items():
         norm, learnt = is_norm(client), client.arch["model"].parameter_names
-        kept = rounds.store.get(id).models["model"]
+        kept = rounds.store.get(client_id).models["model"]
         assert set(kept) == norm - learnt
         assert same_bits(
             {n: rounds.server.models[group][n] for n in learnt},
@@ -91,7 +94,7 @@ def test_fedbn_may_keep_the_statistics_alone() -> None:
     assert rounds.evaluate().server is None
 
 
-def test_fedbn_without_batch_norm_is_fedavg_bit_for_bit_and_with_it_is_not() -> None:
+def test_fedbn_without_batch_norm_equals_fedavg() -> None:
     for model, equal in ((GN, True), (BN, False)):
         fedavg, fedbn = rounds_of(config("fedavg", model)), rounds_of(config("fedbn", model))
         (group,) = fedavg.server.models
@@ -102,11 +105,11 @@ def test_fedbn_without_batch_norm_is_fedavg_bit_for_bit_and_with_it_is_not() -> 
             )
             is equal
         )
-        # a model whose BatchNorm never saw a row is not read
+        # A model without BatchNorm statistics is not evaluated.
         assert (fedbn.evaluate().server is not None) is equal
 
 
-def test_batch_norm_is_found_by_type() -> None:
+def test_batch_norm_is_detected_by_type() -> None:
     assert ModelSpec.from_config(
         "python:tests.algorithms.test_personalization:Odd", 10, (1, 8, 8)
     ).batch_norm_names == {
@@ -116,7 +119,7 @@ def test_batch_norm_is_found_by_type() -> None:
 
 
 class Odd(SplitModel):
-    """A model whose BatchNorm is not called so, and which has something else that is."""
+    """A model with an oddly named BatchNorm and with another module named like one."""
 
     def __init__(self, num_classes: int) -> None:
         parts = OrderedDict(
@@ -126,13 +129,13 @@ class Odd(SplitModel):
 
 
 @pytest.mark.usefixtures("float64")
-def test_a_round_of_fedrep_by_hand() -> None:
+def test_fedrep_round_matches_reference() -> None:
     algorithm = {"name": "fedrep", "head_epochs": 3, "body_epochs": 2}
     rounds = rounds_of(config("fedrep", [BN, MLP], 4, algorithm=algorithm), held=1)
     sent: Sent = {}
     models = {}
-    for id, client in clients(rounds).items():
-        model = models[id] = received(rounds, client, lambda n: n.startswith("backbone."))
+    for client_id, client in clients(rounds).items():
+        model = models[client_id] = received(rounds, client, lambda n: n.startswith("backbone."))
         for part, label, epochs in (("head.", "head", 3), ("backbone.", "train", 2)):
             for n, p in model.named_parameters():
                 p.requires_grad_(n.startswith(part))
@@ -151,12 +154,12 @@ def test_a_round_of_fedrep_by_hand() -> None:
         sent.setdefault(client.arch["model"].spec_id, []).append((client.num_rows, state))
     rounds.run_round()
     compare(rounds, sent)
-    for id, model in models.items():
+    for client_id, model in models.items():
         heads = {n: t for n, t in model.state_dict().items() if n.startswith("head.")}
-        assert apart(rounds.store.get(id).models["model"], heads) < 1e-9
+        assert apart(rounds.store.get(client_id).models["model"], heads) < 1e-9
 
 
-def test_fedrep_takes_the_clients_own_epochs_or_steps_for_the_head() -> None:
+def test_fedrep_uses_client_epochs_or_steps_for_the_head() -> None:
     for changes in ({"clients__defaults__epochs": 2}, {"clients__defaults__steps": 7}):
         rounds, steps = rounds_of(config("fedrep", "mlp", 2, **changes), held=0), {}
         client = clients(rounds)["site_1"]
@@ -181,7 +184,7 @@ def test_fedrep_takes_the_clients_own_epochs_or_steps_for_the_head() -> None:
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("finetune", ["all", "head"])
-def test_a_round_of_fedbabu_by_hand(finetune: str) -> None:
+def test_fedbabu_round_matches_reference(finetune: str) -> None:
     algorithm = {"name": "fedbabu", "finetune": finetune, "finetune_epochs": 2}
     rounds = rounds_of(config("fedbabu", [BN, MLP], 4, algorithm=algorithm), held=1)
     sent: Sent = {}
@@ -197,7 +200,7 @@ def test_a_round_of_fedbabu_by_hand(finetune: str) -> None:
         sent.setdefault(client.arch["model"].spec_id, []).append((client.num_rows, state))
     rounds.run_round()
     compare(rounds, sent)
-    for id, client in clients(rounds).items():
+    for client_id, client in clients(rounds).items():
         arch = client.arch["model"]
         begun = rounds.federation.initial_tensors(arch)
         assert all(
@@ -205,28 +208,28 @@ def test_a_round_of_fedbabu_by_hand(finetune: str) -> None:
             for n in begun
             if n.startswith("head.")
         )
-        travels = rounds.algorithm.broadcast(rounds.server, rounds.federation.client_infos[id])[
-            "model"
-        ]
-        # equal heads would average to the same, at a cost
+        travels = rounds.algorithm.broadcast(
+            rounds.server, rounds.federation.client_infos[client_id]
+        )["model"]
+        # Averaging equal heads would only cost traffic.
         assert travels.keys() == sent[arch.spec_id][0][1].keys()
         tuned = received(rounds, client)
         parameters = [
             p for n, p in tuned.named_parameters() if finetune == "all" or n.startswith("head.")
         ]
         train(client, parameters, entropy(tuned), "personalise", 2)
-        read = deployed(rounds, id).models["model"]
+        read = deployed(rounds, client_id).models["model"]
         assert apart(read, tuned) < 1e-9
         assert not torch.equal(read["head.weight"], begun["head.weight"])
 
 
-def test_fedbabus_server_has_a_model_of_its_own_where_there_is_one_group() -> None:
+def test_fedbabu_server_has_a_model_with_one_group() -> None:
     assert rounds_of(config("fedbabu", "mlp")).evaluate().server is not None
     assert rounds_of(config("fedbabu", MIXED, 4)).evaluate().server is None
 
 
 @pytest.mark.usefixtures("float64")
-def test_a_round_of_ditto_by_hand() -> None:
+def test_ditto_round_matches_reference() -> None:
     algorithm = {"name": "ditto", "weight": 0.3, "personal_epochs": 2}
     rounds = rounds_of(
         config("ditto", [BN, MLP], 6, algorithm=algorithm, clients__per_round=4), held=2
@@ -234,12 +237,14 @@ def test_a_round_of_ditto_by_hand() -> None:
     sent: Sent = {}
     personal = {}
     before, cohort = clients(rounds), rounds.sample_cohort(2)
-    assert any(PERSONAL in before[id].models for id in cohort)
-    for id in cohort:
-        client = before[id]
+    assert any(PERSONAL in before[client_id].models for client_id in cohort)
+    for client_id in cohort:
+        client = before[client_id]
         shared = received(rounds, client)
         anchor = {n: t.detach().clone() for n, t in shared.state_dict().items()}
-        own = personal[id] = module(client.arch["model"], client.models.get(PERSONAL, anchor))
+        own = personal[client_id] = module(
+            client.arch["model"], client.models.get(PERSONAL, anchor)
+        )
 
         def loss(x, y, own=own, anchor=anchor):
             distance = sum(((p - anchor[n]) ** 2).sum() for n, p in own.named_parameters())
@@ -252,12 +257,12 @@ def test_a_round_of_ditto_by_hand() -> None:
         )
     rounds.run_round()
     compare(rounds, sent)
-    for id in cohort:
-        assert apart(rounds.store.get(id).models[PERSONAL], personal[id]) < 1e-9
+    for client_id in cohort:
+        assert apart(rounds.store.get(client_id).models[PERSONAL], personal[client_id]) < 1e-9
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
-def test_dittos_shared_model_is_fedavgs_bit_for_bit(weight: float) -> None:
+def test_ditto_shared_model_equals_fedavg(weight: float) -> None:
     fedavg, ditto = (
         rounds_of(config("fedavg")),
         rounds_of(config("ditto", algorithm={"name": "ditto", "weight": weight})),
@@ -268,29 +273,31 @@ def test_dittos_shared_model_is_fedavgs_bit_for_bit(weight: float) -> None:
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("weight, equal", [(0.0, True), (1.0, False)])
-def test_ditto_without_a_pull_trains_alone(weight: float, equal: bool) -> None:
-    """In whole batches, as the personal model draws its batches by a key of its own."""
+def test_ditto_without_proximal_term_trains_locally(weight: float, equal: bool) -> None:
+    """Use whole batches, because the personal model draws batches with a separate key."""
     whole = {"clients__defaults__batch_size": 500, "clients__defaults__epochs": 3}
     local = rounds_of(config("local", MIXED, 4, **whole))
     ditto = rounds_of(
         config("ditto", MIXED, 4, algorithm={"name": "ditto", "weight": weight}, **whole)
     )
-    for id in local.federation.client_infos:
-        far = apart(ditto.store.get(id).models[PERSONAL], local.store.get(id).models["model"])
+    for client_id in local.federation.client_infos:
+        far = apart(
+            ditto.store.get(client_id).models[PERSONAL], local.store.get(client_id).models["model"]
+        )
         assert far < 1e-10 if equal else far > 1e-5
 
 
-def test_ditto_reads_the_personal_model_at_home_and_the_shared_one_in_common(
+def test_ditto_uses_personal_model_for_local_test(
     tmp_path: Path,
 ) -> None:
     rounds = rounds_of(config("ditto", "mlp", 3, clients__per_round=1, rounds=1))
     (trained,) = rounds.sample_cohort(0)
     rows = Rows("common_test")
-    for id in rounds.federation.client_infos:
-        client = deployed(rounds, id)
+    for client_id in rounds.federation.client_infos:
+        client = deployed(rounds, client_id)
         site = rounds.executor.runtime  # type: ignore[attr-defined]
         home, common = site.predict(client, rows, True), site.predict(client, rows, False)
-        assert torch.equal(home, common) is (id != trained)
+        assert torch.equal(home, common) is (client_id != trained)
         personal = module(client.arch["model"], client.models[PERSONAL]).eval()
         with torch.no_grad():
             assert torch.allclose(

@@ -1,4 +1,4 @@
-"""Each rule against an independent few-line reference, in float64."""
+"""Each rule compared with an independent reference of a few lines, in float64."""
 
 from __future__ import annotations
 
@@ -41,40 +41,44 @@ pytestmark = pytest.mark.usefixtures("float64")
 DIGITS = Task("multiclass", 10)
 
 
-def trained(rounds, id: str, index: int):
-    """The client's upload of a round, computed once more from the server's state of now."""
-    card = rounds.federation.client_infos[id]
+def trained(rounds, client_id: str, index: int):
+    """Return the client's upload of a round, computed again from the current server state."""
+    card = rounds.federation.client_infos[client_id]
     rounds._set_round_context(index)
     sent = Payload(rounds.algorithm.broadcast(rounds.server, card))
-    participant = rounds.federation.client(id, rounds.store.get(id), index)
+    participant = rounds.federation.client(client_id, rounds.store.get(client_id), index)
     items, _ = run_plan(rounds.algorithm.train(participant, sent), participant, rounds.backend)
     return participant, Payload(items)
 
 
-def test_averaging_weights_parameters_and_batch_norm_buffers_alike_and_keeps_counters_at_home() -> (
-    None
-):
+def test_fedavg_averages_parameters_and_statistics_but_not_counters() -> None:
     rounds = rounds_of(config("fedavg"), held=1)
     before = copy.deepcopy(rounds.server.models)
-    sent = {id: trained(rounds, id, 1) for id in rounds.federation.client_infos}
+    sent = {
+        client_id: trained(rounds, client_id, 1) for client_id in rounds.federation.client_infos
+    }
     rounds.run_round()
     (group,) = before
-    n = {id: p.num_rows for id, (p, _) in sent.items()}
+    n = {client_id: p.num_rows for client_id, (p, _) in sent.items()}
     buffers = [k for k in before[group] if "running" in k]
     assert buffers and all("num_batches" not in k for _, u in sent.values() for k in u["model"])
     for name in floating_tensors(before[group]):
-        want = sum(n[id] * u["model"][name] for id, (_, u) in sent.items()) / sum(n.values())
+        want = sum(n[client_id] * u["model"][name] for client_id, (_, u) in sent.items()) / sum(
+            n.values()
+        )
         assert torch.allclose(rounds.server.models[group][name], want, rtol=0, atol=1e-12), name
 
 
-def test_a_server_rate_moves_parameters_and_never_extrapolates_batch_norm_statistics() -> None:
+def test_server_rate_scales_parameters_but_not_statistics() -> None:
     rounds = rounds_of(
         config("fedavg", algorithm={"name": "fedavg", "server_lr": 1.7, "weighting": "uniform"}),
         held=1,
     )
     (group,) = rounds.server.models
     before = copy.deepcopy(rounds.server.models[group])
-    sent = [trained(rounds, id, 1)[1]["model"] for id in rounds.federation.client_infos]
+    sent = [
+        trained(rounds, client_id, 1)[1]["model"] for client_id in rounds.federation.client_infos
+    ]
     rounds.run_round()
     for name in floating_tensors(before):
         mean = sum(s[name] for s in sent) / len(sent)
@@ -82,9 +86,11 @@ def test_a_server_rate_moves_parameters_and_never_extrapolates_batch_norm_statis
         assert torch.allclose(rounds.server.models[group][name], want, rtol=0, atol=1e-12), name
 
 
-def test_a_mixed_federation_averages_within_architectures_and_one_owner_passes_untouched() -> None:
+def test_mixed_federation_averages_within_architectures() -> None:
     rounds = rounds_of(config("fedavg", MIXED[:2], clients=3), held=1)
-    sent = {id: trained(rounds, id, 1) for id in rounds.federation.client_infos}
+    sent = {
+        client_id: trained(rounds, client_id, 1) for client_id in rounds.federation.client_infos
+    }
     rounds.run_round()
     groups: dict[str, list] = {}
     for participant, upload in sent.values():
@@ -104,7 +110,7 @@ def test_a_mixed_federation_averages_within_architectures_and_one_owner_passes_u
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 7.5])
-def test_kl_is_batchmean_times_t_squared_with_a_detached_teacher(temperature: float) -> None:
+def test_kl_loss_matches_torch_with_detached_teacher(temperature: float) -> None:
     g = torch.Generator().manual_seed(1)
     student = torch.randn(9, 5, generator=g, requires_grad=True)
     teacher = torch.randn(9, 5, generator=g, requires_grad=True)
@@ -119,7 +125,7 @@ def test_kl_is_batchmean_times_t_squared_with_a_detached_teacher(temperature: fl
     assert teacher.grad is None and student.grad is not None and student.grad.abs().sum() > 0
 
 
-def test_kl_of_labels_is_the_sum_of_the_bernoulli_ones() -> None:
+def test_multilabel_kl_sums_bernoulli_divergences() -> None:
     g = torch.Generator().manual_seed(2)
     s, t = torch.randn(6, 3, generator=g), torch.randn(6, 3, generator=g)
     p, q = (t / 3).sigmoid(), (s / 3).sigmoid()
@@ -136,7 +142,7 @@ def small_model():
     return ModelSpec.from_config("mlp", 10, (1, 8, 8), options={"hidden": [12]}).build()
 
 
-def test_fedprox_adds_half_mu_times_the_squared_distance_of_all_tensors() -> None:
+def test_fedprox_adds_half_mu_times_squared_distance() -> None:
     model, g = small_model(), torch.Generator().manual_seed(4)
     anchor = {n: torch.randn(p.shape, generator=g) for n, p in model.named_parameters()}
     x, y = torch.randn(7, 1, 8, 8, generator=g), torch.arange(7)
@@ -146,24 +152,28 @@ def test_fedprox_adds_half_mu_times_the_squared_distance_of_all_tensors() -> Non
     assert math.isclose(total.item(), want, rel_tol=0, abs_tol=1e-10)
 
 
-def test_fedprox_pulls_towards_the_rounds_start_not_towards_the_moving_model() -> None:
-    strong = rounds_of(config("fedprox", algorithm={"name": "fedprox", "mu": 50.0}, rounds=1,
-                              clients__defaults={"optimizer": {"name": "sgd", "lr": 0.01}, "epochs": 3}))  # fmt: skip
-    free = rounds_of(
+def test_fedprox_pulls_toward_the_start_of_the_round() -> None:
+    settings = {"optimizer": {"name": "sgd", "lr": 0.01}, "epochs": 3}
+    strong = rounds_of(
         config(
-            "fedavg",
+            "fedprox",
+            algorithm={"name": "fedprox", "mu": 50.0},
             rounds=1,
-            clients__defaults={"optimizer": {"name": "sgd", "lr": 0.01}, "epochs": 3},
+            clients__defaults=settings,
         )
     )
+    free = rounds_of(config("fedavg", rounds=1, clients__defaults=settings))
     (group,) = free.server.models
     start = free.federation.initial_tensors(free.server.arch[group])
-    moved = [sum((r.server.models[group][n] - start[n]).square().sum() for n in free.server.arch[group].parameter_names)
-             for r in (strong, free)]  # fmt: skip
+    names = free.server.arch[group].parameter_names
+    moved = [
+        sum((r.server.models[group][n] - start[n]).square().sum() for n in names)
+        for r in (strong, free)
+    ]
     assert moved[0] < 0.25 * moved[1]
 
 
-def test_logit_adjustment_is_cross_entropy_of_z_plus_log_prior() -> None:
+def test_logit_adjustment_adds_log_prior() -> None:
     model, g = small_model(), torch.Generator().manual_seed(5)
     counts = torch.tensor([5.0, 0, 3, 1, 0, 0, 7, 2, 2, 1])
     x, y = torch.randn(7, 1, 8, 8, generator=g), torch.tensor([0, 2, 6, 6, 7, 8, 0])
@@ -179,7 +189,7 @@ def test_logit_adjustment_is_cross_entropy_of_z_plus_log_prior() -> None:
         )
 
 
-def test_the_contrast_weighted_teacher() -> None:
+def test_contrast_teacher_matches_reference() -> None:
     g = torch.Generator().manual_seed(6)
     counts = torch.tensor([[50.0, 0, 10], [0, 0, 30], [5, 5, 5]])
     logits = 6 * torch.randn(3, 4, 3, generator=g)
@@ -199,7 +209,7 @@ def test_the_contrast_weighted_teacher() -> None:
             assert math.isclose(ours[row, c].item(), top / bottom, abs_tol=1e-10)
 
 
-def test_the_plain_teacher_is_the_mean_of_logits() -> None:
+def test_plain_teacher_is_the_mean_of_logits() -> None:
     logits = torch.randn(3, 4, 3, generator=torch.Generator().manual_seed(7))
     items = [proxy_predictions(Task("multiclass", 3), "mean", z, torch.ones(3), 3) for z in logits]
     assert torch.allclose(mean_of_items(items), logits.mean(0), atol=1e-12)
@@ -212,9 +222,11 @@ def test_the_plain_teacher_is_the_mean_of_logits() -> None:
     )
 
 
-def test_fd_divides_the_total_of_sums_by_the_total_of_counts() -> None:
+def test_fd_divides_summed_logits_by_summed_counts() -> None:
     rounds = rounds_of(config("fd", MIXED), held=0)
-    sent = {id: trained(rounds, id, 0) for id in rounds.federation.client_infos}
+    sent = {
+        client_id: trained(rounds, client_id, 0) for client_id in rounds.federation.client_infos
+    }
     rounds.run_round()
     sums, counts = torch.zeros(10, 10), torch.zeros(10)
     for participant, _ in sent.values():
@@ -236,7 +248,7 @@ def test_fd_divides_the_total_of_sums_by_the_total_of_counts() -> None:
     )
 
 
-def test_fds_loss_ignores_classes_without_a_teacher() -> None:
+def test_fd_loss_ignores_classes_without_teacher() -> None:
     model, g = small_model(), torch.Generator().manual_seed(8)
     x, y = torch.randn(4, 1, 8, 8, generator=g), torch.tensor([0, 1, 2, 1])
     teacher, known = (
@@ -257,7 +269,7 @@ def test_fds_loss_ignores_classes_without_a_teacher() -> None:
     assert torch.allclose(total, want.mean(), atol=1e-12)
 
 
-def test_digest_offers_fedmds_mean_absolute_error() -> None:
+def test_digest_supports_mean_absolute_error() -> None:
     model, g = small_model(), torch.Generator().manual_seed(9)
     x, teacher = torch.randn(5, 1, 8, 8, generator=g), torch.randn(5, 10, generator=g)
     loss = TeacherDistillation(distance="mae").loss(nets_of(model), Batch(x=x, teacher=teacher), {})
@@ -271,13 +283,13 @@ def test_digest_offers_fedmds_mean_absolute_error() -> None:
     {"name": "adam", "lr": 0.01},
     {"name": "adamw", "lr": 0.01, "weight_decay": 0.1, "clip_norm": 0.5},
 ])  # fmt: skip
-def test_training_is_a_plain_pytorch_loop(optimizer: dict) -> None:
+def test_training_matches_plain_pytorch_loop(optimizer: dict) -> None:
     rounds = rounds_of(
         config("local", clients__defaults={"optimizer": optimizer, "epochs": 2, "batch_size": 16}),
         held=0,
     )
     client = rounds.federation.client("site_1", rounds.store.get("site_1"), 0)
-    # In the layout that this architecture gets: Adam makes movement of the round-off in a gradient that is nought.
+    # Same memory layout as the engine: Adam amplifies round-off in gradients of zero.
     model = client.arch["model"].build().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.load_state_dict(client.models["model"])
     data = client.data("train", None)
@@ -300,17 +312,18 @@ def test_training_is_a_plain_pytorch_loop(optimizer: dict) -> None:
         assert torch.allclose(client.models["model"][name], tensor, rtol=0, atol=1e-12), name
 
 
-def test_class_weights_leave_the_mean_over_the_training_rows_at_one() -> None:
+def test_class_weights_have_mean_one_over_training_rows() -> None:
     rounds = rounds_of(config("local", clients__defaults={"class_weights": "balanced"}), held=0)
     client = rounds.federation.client("site_1", rounds.store.get("site_1"), 0)
     weights = objective_context(client.task, client.counts, client.settings)["class_weights"]
     y = client.data("train", None)["y"]
     assert math.isclose(weights[y].mean().item(), 1.0, abs_tol=1e-12)
     per_class = {c: weights[y][y == c].sum().item() for c in y.unique().tolist()}
-    assert max(per_class.values()) - min(per_class.values()) < 1e-9  # every class has the same say
+    # Every class has the same weight.
+    assert max(per_class.values()) - min(per_class.values()) < 1e-9
 
 
-def test_class_sums_step_equals_a_loop() -> None:
+def test_class_sums_match_loop() -> None:
     rounds = rounds_of(config("local"), held=0)
     client = rounds.federation.client("site_1", rounds.store.get("site_1"), 0)
     ((sums, counts),) = rounds.backend.run(
@@ -328,7 +341,7 @@ def test_class_sums_step_equals_a_loop() -> None:
         assert torch.allclose(sums[c], want, atol=1e-10) and counts[c] == len(rows)
 
 
-def test_uploads_are_summed_in_client_order_whatever_the_order_of_arrival() -> None:
+def test_uploads_are_summed_in_client_order() -> None:
     g = torch.Generator().manual_seed(10)
     cards = rounds_of(config("local", clients=3), held=0).federation.client_infos
     uploads = [

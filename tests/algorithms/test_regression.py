@@ -1,4 +1,4 @@
-"""Regression under every method that allows it: squared error in place of KL, no softmax, the mean of predictions as teacher."""
+"""Regression with every method that supports it: squared error instead of KL, and no softmax."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KINDS = ("softmax", "log_softmax", "logsumexp", "sigmoid")
 
 
 def slopes(groups: list[str] | None = None) -> Dataset:
-    """Two targets, linear in four columns; units far from one."""
+    """Return two targets that are linear in four columns and have a scale far from one."""
     draws = torch.Generator().manual_seed(5)
     x = torch.randn(240, 4, generator=draws)
     y = x @ torch.randn(4, 2, generator=draws) / 2 + 1
@@ -43,7 +43,11 @@ def settings(method: str, same: bool, **own: Any) -> dict[str, Any]:
         "rounds": 3,
         "data": {"proxy": {"size": 40}},
         "clients": {
-            "defaults": {"optimizer": {"name": "adam", "lr": 0.02}, "batch_size": 16, "preprocess": {"normalize": "own"}},
+            "defaults": {
+                "optimizer": {"name": "adam", "lr": 0.02},
+                "batch_size": 16,
+                "preprocess": {"normalize": "own"},
+            },
             "groups": [{"name": "site", "count": 3, "model": models}],
         },
         "algorithm": {"name": method, **QUICK.get(method, {}), **own},
@@ -60,9 +64,7 @@ def held(method: str, rounds: int = 3, same: bool = True, **own: Any) -> Synchro
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_it_learns_and_nothing_turns_predictions_into_probabilities(
-    method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_regression_learns_without_softmax(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: Any, **__: Any) -> Tensor:
         raise AssertionError("a prediction of a regression is made a probability")
 
@@ -76,20 +78,19 @@ def test_it_learns_and_nothing_turns_predictions_into_probabilities(
     scores = run.evaluate().clients
     for reading in scores.values():
         error = reading.scores["global"]["mae"]
-        # in the target's unit: about 70 times those of outputs
+        # In the target's unit, about 70 times that of outputs.
         assert error is not None and 0.5 < error < 60
 
 
 @pytest.mark.parametrize("method", ["fedmd", "feddf", "hybrid"])
-def test_temperature_means_nothing(method: str) -> None:
-    """No T² and no division by T: the models are the same to the last bit."""
+def test_temperature_does_not_change_regression(method: str) -> None:
     one, other = held(method, temperature=1.0), held(method, temperature=4.0)
-    for id in one.federation.client_infos.clients.ids:
-        a, b = deployed(one, id).models["model"], deployed(other, id).models["model"]
+    for client_id in one.federation.client_infos.clients.ids:
+        a, b = deployed(one, client_id).models["model"], deployed(other, client_id).models["model"]
         assert all(torch.equal(a[n], b[n]) for n in a)
 
 
-def test_the_distance_to_a_teacher_is_squared_error() -> None:
+def test_regression_distillation_uses_squared_error() -> None:
     student, teacher = torch.randn(5, 3), torch.randn(5, 3, requires_grad=True)
     found = distillation_loss("regression", student, teacher, 7.0)
     assert torch.allclose(found, (student - teacher).square().mean(1)) and not found.requires_grad
@@ -100,29 +101,40 @@ def test_the_distance_to_a_teacher_is_squared_error() -> None:
     ("kind", "by_rows"),
     [("mean", False), ("entropy", False), ("samples", True), ("contrast", True)],
 )
-def test_the_teacher_is_the_weighted_mean_of_predictions(kind: str, by_rows: bool) -> None:
+def test_regression_teacher_is_weighted_mean_of_predictions(kind: str, by_rows: bool) -> None:
     run = held("fedmd", 1, same=False, teacher=kind)
     ids = run.federation.client_infos.clients.ids
-    said = [run.executor.runtime.predict(deployed(run, id), Rows("proxy"), False) for id in ids]  # type: ignore[attr-defined]
+    predictions = [
+        run.executor.runtime.predict(deployed(run, client_id), Rows("proxy"), False)
+        for client_id in ids
+    ]  # type: ignore[attr-defined]
     each = torch.tensor(
-        [float(run.federation.client_infos[id].num_rows) if by_rows else 1.0 for id in ids]
+        [
+            float(run.federation.client_infos[client_id].num_rows) if by_rows else 1.0
+            for client_id in ids
+        ]
     )
-    mean = torch.einsum("k,knc->nc", each / each.sum(), torch.stack(said))
+    mean = torch.einsum("k,knc->nc", each / each.sum(), torch.stack(predictions))
     assert torch.allclose(run.server.state["teacher"], mean, atol=1e-6)
 
 
-def test_an_ensembles_word_is_the_mean() -> None:
+def test_regression_ensemble_averages_predictions() -> None:
     run = held("ensemble", 1, same=False)
     ids = run.federation.client_infos.clients.ids
     client = deployed(run, ids[0])
     whole = run.executor.runtime.predict(client, Rows("common_test"), False)  # type: ignore[attr-defined]
     members = []
-    for id in ids:
-        card = run.federation.client_infos[id]
+    for client_id in ids:
+        card = run.federation.client_infos[client_id]
         member = SavedModel(
-            client.state["members"][id], card.arch, asdict(card.preprocess), run.federation.task
+            client.state["members"][client_id],
+            card.arch,
+            asdict(card.preprocess),
+            run.federation.task,
         )
         members.append(
-            member.logits(run.federation.data.columns(id, "common_test", card.preprocess)["x"])
+            member.logits(
+                run.federation.data.columns(client_id, "common_test", card.preprocess)["x"]
+            )
         )
     assert torch.allclose(whole, torch.stack(members).mean(0), atol=1e-6)

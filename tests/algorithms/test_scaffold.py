@@ -1,4 +1,4 @@
-"""SCAFFOLD: a round by hand, its limits, the head's own rate, other optimizers, and clients that upload now and then."""
+"""SCAFFOLD: a round, limit cases, head learning rates, optimizers, and infrequent uploads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UNIFORM = {"name": "scaffold", "weighting": "uniform", "server_lr": 0.8}
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("weighting", ["uniform", "samples"])
-def test_a_round_by_hand(weighting: str) -> None:
+def test_round_matches_reference(weighting: str) -> None:
     algorithm = {**UNIFORM, "weighting": weighting}
     rounds = rounds_of(
         config("scaffold", MIXED[:2], 6, algorithm=algorithm, clients__per_round=4), held=3
@@ -28,15 +28,17 @@ def test_a_round_by_hand(weighting: str) -> None:
     before, server, cohort = clients(rounds), rounds.server, rounds.sample_cohort(3)
     models = {g: dict(m) for g, m in server.models.items()}
     controls = {g: dict(c) for g, c in server.state["control"].items()}
-    weight = {id: 1 if weighting == "uniform" else c.num_rows for id, c in before.items()}
+    weight = {
+        client_id: 1 if weighting == "uniform" else c.num_rows for client_id, c in before.items()
+    }
     assert len(cohort) < len(before) and any(
         t.abs().sum() > 0 for c in controls.values() for t in c.values()
     )
     rounds.run_round()
     sent: dict[str, list[tuple[float, dict[str, Tensor]]]] = {g: [] for g in models}
     change = {g: {n: torch.zeros_like(t) for n, t in c.items()} for g, c in controls.items()}
-    for id in cohort:
-        client, group = before[id], before[id].arch["model"].spec_id
+    for client_id in cohort:
+        client, group = before[client_id], before[client_id].arch["model"].spec_id
         x, c = models[group], controls[group]
         mine = client.state.get("control", {n: torch.zeros_like(t) for n, t in c.items()})
         model = module(client.arch["model"], {**client.models["model"], **x})
@@ -44,7 +46,7 @@ def test_a_round_by_hand(weighting: str) -> None:
         @torch.no_grad()
         def correct(model=model, c=c, mine=mine) -> None:
             for n, p in model.named_parameters():
-                p -= 0.05 * (c[n] - mine[n])
+                p.sub_(0.05 * (c[n] - mine[n]))
 
         parameters = list(model.parameters())
         steps = train(
@@ -52,11 +54,11 @@ def test_a_round_by_hand(weighting: str) -> None:
         )
         y = {n: t.detach() for n, t in model.state_dict().items()}
         new = {n: mine[n] - c[n] + (x[n] - y[n]) / (steps * 0.05) for n in c}
-        assert apart(rounds.store.get(id).state["control"], new) < 1e-9
-        sent[group].append((weight[id], floating_tensors(y)))
-        alike = [i for i, other in before.items() if other.arch["model"].spec_id == group]
-        here = [i for i in alike if i in cohort]
-        share = len(here) / len(alike) * weight[id] / sum(weight[i] for i in here)
+        assert apart(rounds.store.get(client_id).state["control"], new) < 1e-9
+        sent[group].append((weight[client_id], floating_tensors(y)))
+        same_group = [i for i, other in before.items() if other.arch["model"].spec_id == group]
+        present = [i for i in same_group if i in cohort]
+        share = len(present) / len(same_group) * weight[client_id] / sum(weight[i] for i in present)
         for n in c:
             change[group][n] += share * (new[n] - mine[n])
     for group, members in sent.items():
@@ -71,7 +73,7 @@ def test_a_round_by_hand(weighting: str) -> None:
         assert apart(server.state["control"][group], want) < 1e-9
 
 
-def test_its_first_round_is_fedavgs_bit_for_bit_and_the_second_is_not() -> None:
+def test_first_round_equals_fedavg() -> None:
     for rounds, equal in ((1, True), (2, False)):
         fedavg, scaffold = (
             rounds_of(config(m, MIXED[:2], 4, rounds=rounds)) for m in ("fedavg", "scaffold")
@@ -85,7 +87,7 @@ def test_its_first_round_is_fedavgs_bit_for_bit_and_the_second_is_not() -> None:
 
 
 @pytest.mark.usefixtures("float64")
-def test_one_client_has_no_drift() -> None:
+def test_single_client_equals_fedavg() -> None:
     fedavg, scaffold = (rounds_of(config(m, clients=1, rounds=4)) for m in ("fedavg", "scaffold"))
     (group,) = fedavg.server.models
     assert (
@@ -103,11 +105,14 @@ def test_one_client_has_no_drift() -> None:
 @pytest.mark.parametrize(
     "changes", [{}, {"clients__defaults__share_every": 2}, {"clients__per_round": 3}]
 )
-def test_the_servers_control_is_the_mean_of_the_clients(changes: dict[str, Any]) -> None:
-    """The invariant that sums of differences keep, whoever took part when; those who never did count as nought."""
+def test_server_control_is_the_mean_of_client_controls(changes: dict[str, Any]) -> None:
+    """Check the invariant; clients that never participated count as zero."""
     rounds = rounds_of(config("scaffold", "mlp", 5, algorithm=UNIFORM, rounds=4, **changes))
     (control,) = rounds.server.state["control"].values()
-    mine = [rounds.store.get(id).state.get("control") for id in rounds.federation.client_infos]
+    mine = [
+        rounds.store.get(client_id).state.get("control")
+        for client_id in rounds.federation.client_infos
+    ]
     assert any(mine)
     for n, c in control.items():
         want = sum(m[n] for m in mine if m) / 5
@@ -115,7 +120,7 @@ def test_the_servers_control_is_the_mean_of_the_clients(changes: dict[str, Any])
 
 
 @pytest.mark.usefixtures("float64")
-def test_a_client_that_uploads_every_second_round_tells_its_mean_gradient_over_both() -> None:
+def test_infrequent_upload_averages_gradients_since_the_last() -> None:
     source = config("scaffold", "mlp", 2, algorithm=UNIFORM, clients__defaults__share_every=2)
     rounds = rounds_of(source, held=0)
     start, path = {n: t.clone() for n, t in next(iter(rounds.server.models.values())).items()}, 0.0
@@ -131,7 +136,7 @@ def test_a_client_that_uploads_every_second_round_tells_its_mean_gradient_over_b
 
 
 @pytest.mark.usefixtures("float64")
-def test_a_heads_own_rate_scales_its_correction_and_its_control() -> None:
+def test_head_learning_rate_scales_correction_and_control() -> None:
     optimizer = {"name": "sgd", "lr": 0.05, "head_lr": 0.2}
     rounds = rounds_of(
         config("scaffold", "mlp", 2, algorithm=UNIFORM, clients__defaults__optimizer=optimizer),
@@ -147,7 +152,7 @@ def test_a_heads_own_rate_scales_its_correction_and_its_control() -> None:
         F.cross_entropy(net(a).logits, b).backward()
         with torch.no_grad():
             for n, p in net.named_parameters():
-                p -= rates[n] * (p.grad + c[n] - mine[n])
+                p.sub_(rates[n] * (p.grad + c[n] - mine[n]))
         steps += 1
     want = {
         n: mine[n] - c[n] + (x[n] - p.detach()) / (steps * rates[n])
@@ -156,7 +161,7 @@ def test_a_heads_own_rate_scales_its_correction_and_its_control() -> None:
     assert apart(rounds.store.get("site_1").state["control"], want) < 1e-9
 
 
-def test_clients_with_adam_train_with_sgd_and_a_note_says_so() -> None:
+def test_adam_is_replaced_by_sgd_with_a_note() -> None:
     adam = {"name": "adam", "lr": 0.002, "weight_decay": 0.01}
     source = config("scaffold", "mlp", 3, clients__defaults__optimizer=adam)
     source["clients"]["overrides"] = [{"match": "site_3", "optimizer": {"name": "sgd", "lr": 0.3}}]
@@ -166,17 +171,15 @@ def test_clients_with_adam_train_with_sgd_and_a_note_says_so() -> None:
         for note in prepared.notes
     )
     rounds = prepared.make_trainer()
-    used = {id: rounds.algorithm.optimizer(c) for id, c in clients(rounds).items()}  # type: ignore[operator]
-    assert {id: (o.name, o.lr, o.momentum) for id, o in used.items()} == {
+    used = {client_id: rounds.algorithm.optimizer(c) for client_id, c in clients(rounds).items()}  # type: ignore[operator]
+    assert {client_id: (o.name, o.lr, o.momentum) for client_id, o in used.items()} == {
         "site_1": ("sgd", 0.01, 0.9), "site_2": ("sgd", 0.01, 0.9), "site_3": ("sgd", 0.3, 0.0)
     }  # fmt: skip
     assert used["site_1"].weight_decay == 0.01
     assert not prepare(config("scaffold", "mlp")).notes
 
 
-def test_only_the_backbone_is_corrected_where_only_it_is_shared_and_no_control_travels_for_reading() -> (
-    None
-):
+def test_only_shared_tensors_have_controls() -> None:
     rounds = rounds_of(config("scaffold", "mlp", 3, clients__defaults__shares=["backbone"]), held=1)
     state = rounds.store.get("site_1").state["control"]
     assert state and all(n.startswith("backbone.") for n in state)

@@ -1,4 +1,4 @@
-"""A teacher moved towards the clients' label frequencies: the rule by hand, its limits, whose counts it knows, every method."""
+"""Alignment of the teacher with label frequencies: the rule, limit cases, and every method."""
 
 from __future__ import annotations
 
@@ -39,17 +39,20 @@ def held(
 
 def counts_of(rounds: SynchronousTrainer, *ids: str) -> Tensor:
     return sum(
-        (rounds.federation.label_counts(id) for id in ids or rounds.federation.client_infos),
+        (
+            rounds.federation.label_counts(client_id)
+            for client_id in ids or rounds.federation.client_infos
+        ),
         torch.zeros(10),
     )
 
 
-# The rule -----------------------------------------------------------------------------------------------------------
+# The rule
 
 
 @pytest.mark.parametrize("balanced", [True, False])
 @pytest.mark.parametrize("strength", [0.5, 1.0])
-def test_the_rule_by_hand(balanced: bool, strength: float) -> None:
+def test_alignment_matches_reference(balanced: bool, strength: float) -> None:
     z = 3 * torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
     q = [0.4, 0.3, 0.2, 0.1]
     shares = [0.0] * 4
@@ -63,7 +66,7 @@ def test_the_rule_by_hand(balanced: bool, strength: float) -> None:
 
 
 @pytest.mark.parametrize("balanced", [True, False])
-def test_again_and_again_the_mean_prediction_becomes_the_frequencies_and_then_nothing_moves(
+def test_repeated_alignment_converges_to_frequencies(
     balanced: bool,
 ) -> None:
     z = 3 * torch.randn(50, 4, generator=torch.Generator().manual_seed(2))
@@ -75,21 +78,22 @@ def test_again_and_again_the_mean_prediction_becomes_the_frequencies_and_then_no
     assert torch.allclose(align_to_labels(z, log_q, 1.0, balanced), z, atol=1e-9)
 
 
-def test_a_class_that_nobody_names_any_more_comes_back() -> None:
-    own = torch.eye(3).repeat_interleave(10, 0)  # thirty rows of three classes
-    # the third is known best on its own rows, and first on none
+def test_unpredicted_class_is_recovered() -> None:
+    # Thirty rows of three classes.
+    own = torch.eye(3).repeat_interleave(10, 0)
+    # The third class has its highest score on its rows, but is never ranked first.
     z = 4 * own + torch.tensor([0.0, 0.0, -5.0])
     even = torch.full((3,), 1 / 3).log()
     assert z.argmax(1).bincount(minlength=3).tolist() == [20, 10, 0]
     assert align_to_labels(z, even, 0.5, True).argmax(1).equal(own.argmax(1))
 
 
-def test_certainty_far_beyond_what_a_float_holds_is_nan_nowhere() -> None:
+def test_extreme_logits_give_no_nan() -> None:
     z = torch.tensor([[1e4, 0.0, -1e4], [1e4, 0.0, 0.0]])
     assert align_to_labels(z, torch.full((3,), 1 / 3).log(), 1.0, True).isfinite().all()
 
 
-# In a federation ----------------------------------------------------------------------------------------------------
+# Federations
 
 
 @pytest.mark.parametrize(
@@ -105,9 +109,7 @@ def test_certainty_far_beyond_what_a_float_holds_is_nan_nowhere() -> None:
         ("ds_fl", {"sharpen": "none", "bits": 4}),
     ],
 )
-def test_the_teacher_of_the_first_round_is_the_plain_one_aligned(
-    method: str, own: dict[str, Any]
-) -> None:
+def test_first_teacher_is_the_aligned_plain_teacher(method: str, own: dict[str, Any]) -> None:
     plain, moved = held(method, **own), held(method, align=0.5, **own)
     log_q = frequencies(counts_of(moved))
     want = align_to_labels(
@@ -120,7 +122,7 @@ def test_the_teacher_of_the_first_round_is_the_plain_one_aligned(
 
 @pytest.mark.parametrize("method", ["feddf", "fedmd", "hybrid"])
 @pytest.mark.parametrize("teacher", ["mean", "contrast"])
-def test_whatever_is_distilled_at_the_server_is_distilled_from_the_aligned_teacher(
+def test_server_distills_aligned_teacher(
     method: str, teacher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Tensor] = []
@@ -131,7 +133,8 @@ def test_whatever_is_distilled_at_the_server_is_distilled_from_the_aligned_teach
         return at_server(self, server, slot, teacher, *rest)
 
     monkeypatch.setattr(ProxyDistillation, "server_fit", spied)
-    shares = ["predictions", "statistics"]  # FedDF runs the models of the others
+    # FedDF evaluates the models of the other clients.
+    shares = ["predictions", "statistics"]
     changes = {
         "clients__overrides": [{"match": "site_2", "shares": shares}],
         "server__model": "linear",
@@ -146,25 +149,25 @@ def test_whatever_is_distilled_at_the_server_is_distilled_from_the_aligned_teach
     )
 
 
-def test_ds_fl_sharpens_what_is_aligned() -> None:
-    """Of probabilities p: entropy reduction of softmax(log p + b), b as of the teacher that is not sharpened."""
+def test_ds_fl_sharpens_aligned_probabilities() -> None:
+    """Check softmax(log p + b), sharpened, with b computed from the unsharpened teacher."""
     plain = held("ds_fl", sharpen="none").server.state[TEACHER].softmax(1)
     moved = held("ds_fl", align=0.5)
     p = align_to_labels(plain.log(), frequencies(counts_of(moved)), 0.5, False).softmax(1)
     assert torch.allclose(moved.server.state[TEACHER].softmax(1), (p / 0.1).softmax(1), atol=1e-9)
 
 
-def test_a_class_without_a_vote_leaves_the_teacher_finite() -> None:
+def test_class_without_votes_keeps_teacher_finite() -> None:
     assert held("ds_fl", 2, align=0.5, bits=1).server.state[TEACHER].isfinite().all()
 
 
-def test_a_cache_of_which_few_rows_are_asked_for_is_not_aligned() -> None:
+def test_partially_requested_cache_is_not_aligned() -> None:
     words = "align cannot be combined with cache_life"
     with pytest.raises(UserError, match=words):
         prepare(config("ds_fl", MIXED, algorithm__align=0.5, algorithm__cache_life=2))
 
 
-def test_labels_beside_one_another_are_not_aligned() -> None:
+def test_multilabel_teacher_is_not_aligned() -> None:
     method = register_algorithm["ds_fl"](align=1.0)
     server = held("ds_fl", 0).server
     many = replace(server, task=Task("multilabel", 10), state={LABELS: torch.arange(10.0)})
@@ -172,7 +175,7 @@ def test_labels_beside_one_another_are_not_aligned() -> None:
     assert method.align_mean(many, Uploads(specs=method.uploads), p) is p
 
 
-def test_labels_are_those_of_all_uploads_so_far_that_tell_theirs() -> None:
+def test_label_counts_accumulate_over_uploads() -> None:
     silent = [{"match": "site_2", "shares": ["parameters", "predictions"]}]
     rounds = held(
         "hybrid", 0, {"clients__per_round": 2, "clients__overrides": silent, "rounds": 3}, align=0.5
@@ -180,14 +183,14 @@ def test_labels_are_those_of_all_uploads_so_far_that_tell_theirs() -> None:
     want = torch.zeros(10)
     for _ in range(3):
         cohort = rounds.run_round()["cohort"]
-        want = want + counts_of(rounds, *(id for id in cohort if id != "site_2")) * any(
-            id != "site_2" for id in cohort
-        )
+        want = want + counts_of(
+            rounds, *(client_id for client_id in cohort if client_id != "site_2")
+        ) * any(client_id != "site_2" for client_id in cohort)
         assert torch.equal(rounds.server.state[LABELS], want)
     assert want.sum() > 0
 
 
-def test_a_cohort_that_tells_nothing_is_aligned_by_what_was_told_before() -> None:
+def test_cohort_without_counts_uses_earlier_counts() -> None:
     rounds = held("fedmd", 1, align=0.5)
     algorithm, server, known = rounds.algorithm, rounds.server, rounds.server.state[LABELS].clone()
     teacher = torch.randn(60, 10, generator=torch.Generator().manual_seed(3))
@@ -196,22 +199,23 @@ def test_a_cohort_that_tells_nothing_is_aligned_by_what_was_told_before() -> Non
     assert torch.equal(server.state[LABELS], known)
 
 
-def test_where_nobody_tells_labels_nothing_is_moved() -> None:
+def test_no_label_counts_means_no_alignment() -> None:
     silent = {"clients__defaults__shares": ["parameters", "predictions"]}
     plain, moved = held("hybrid", 2, silent), held("hybrid", 2, silent, align=0.5)
     assert same_bits({"t": plain.server.state[TEACHER]}, {"t": moved.server.state[TEACHER]})
 
 
-def test_without_alignment_no_counts_travel() -> None:
+def test_counts_are_not_sent_without_alignment() -> None:
     for method in ("fedmd", "feddf", "hybrid", "ds_fl"):
         assert held(method, align=0.5).traffic.up > held(method).traffic.up
         assert LABELS not in held(method).server.state
         assert (
             method == "feddf" or "counts" not in held(method, 0).algorithm.uploads
-        )  # noise is shared among what is declared
+            # Declared items share the noise.
+        )
 
 
-def test_a_regression_has_no_classes_to_align() -> None:
+def test_regression_is_not_aligned() -> None:
     runs = [
         prepare(settings("hybrid", True, align=align), dataset=slopes()).make_trainer()
         for align in (0.0, 1.0)
@@ -223,7 +227,7 @@ def test_a_regression_has_no_classes_to_align() -> None:
 
 
 @pytest.mark.parametrize("method", ["hybrid", "fedmd", "ds_fl"])
-def test_under_a_secure_sum(method: str) -> None:
+def test_alignment_under_secure_aggregation(method: str) -> None:
     plain = held(method, 2, align=0.5)
     summed = held(method, 2, {"channel__secure_sum": {}}, align=0.5)
     assert torch.equal(plain.server.state[LABELS], summed.server.state[LABELS])
@@ -232,18 +236,20 @@ def test_under_a_secure_sum(method: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("unit", ["record", "client", "local"])
-def test_counts_that_noise_leaves_below_nought_are_taken_for_nought(unit: str) -> None:
+def test_negative_noisy_counts_are_clipped_to_zero(unit: str) -> None:
     noise = {"unit": unit, "noise_multiplier": 3.0, "delta": 1e-4}
     rounds = rounds_of(config("hybrid", "cnn_gn_small", 4, privacy=noise, algorithm__align=0.5))
     assert bool(rounds.server.state[TEACHER].isfinite().all())
-    told = rounds.server.state[LABELS]
-    assert not torch.allclose(told, told.round(), atol=1e-3)  # nobody's true counts leave
+    counts = rounds.server.state[LABELS]
+    # No client sends its true counts.
+    assert not torch.allclose(counts, counts.round(), atol=1e-3)
     if unit == "client":
-        assert bool((told < 0).any())  # kept as it came, so that noise evens out over the rounds
+        # Stored unclipped, so that noise averages out over rounds.
+        assert bool((counts < 0).any())
 
 
-def test_under_noise_on_sums_nothing_tells_whether_somebody_was_there() -> None:
-    """Only one client tells labels: its cohorts and those without it change what the server knows alike."""
+def test_noisy_counts_do_not_reveal_participation() -> None:
+    """Let one client share counts: its cohorts and the others change the same server state."""
     only = [{"match": "site_[123]", "shares": ["parameters", "predictions"]}]
     noise = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-4, "poisson_cohorts": True}
     changes = {"clients__overrides": only, "clients__per_round": 2, "rounds": 4}
@@ -258,7 +264,7 @@ def test_under_noise_on_sums_nothing_tells_whether_somebody_was_there() -> None:
     assert set(there) == {True, False}
 
 
-def test_that_no_rule_holds_back_a_liars_counts_is_said() -> None:
+def test_missing_defense_of_label_counts_is_reported() -> None:
     rule = {"aggregation__predictions": "median"}
     line = "counts are summed without protection from malicious clients"
     assert line in prepare(config("fedmd", MIXED, 4, algorithm__align=0.5, **rule)).notes

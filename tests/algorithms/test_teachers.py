@@ -1,4 +1,4 @@
-"""Weights of a teacher's members, proxy rows drawn anew each round, and logit adjustment in every method."""
+"""Teacher weights, proxy rows sampled in each round, and logit adjustment in every method."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tests.federation.test_synchronous import METHODS
 from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
 from tests.references.local_training import apart, clients, module, train
 
-# Weights ------------------------------------------------------------------------------------------------------------
+# Weights
 
 
 @pytest.mark.usefixtures("float64")
-def test_the_entropy_weighted_teacher() -> None:
+def test_entropy_teacher_matches_reference() -> None:
     logits = 3 * torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(6))
     ours = mean_of_items(
         [proxy_predictions(Task("multiclass", 5), "entropy", z, None, 9) for z in logits]
@@ -42,7 +42,7 @@ def test_the_entropy_weighted_teacher() -> None:
 
 
 @pytest.mark.usefixtures("float64")
-def test_entropy_of_labels_is_each_labels_own_and_regression_has_none() -> None:
+def test_entropy_is_per_label_and_undefined_for_regression() -> None:
     logits = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(7))
     ours = mean_of_items(
         [proxy_predictions(Task("multilabel", 3), "entropy", z, None, 9) for z in logits]
@@ -59,7 +59,7 @@ def test_entropy_of_labels_is_each_labels_own_and_regression_has_none() -> None:
     assert torch.allclose(plain, logits.mean(0), atol=1e-12)
 
 
-def test_equal_members_and_one_member_are_their_own_teacher_whatever_the_weights() -> None:
+def test_teacher_of_equal_members_is_the_member() -> None:
     z = 4 * torch.randn(6, 5, generator=torch.Generator().manual_seed(8))
     for kind in ("mean", "samples", "entropy"):
         for count in (1, 3):
@@ -72,7 +72,7 @@ def test_equal_members_and_one_member_are_their_own_teacher_whatever_the_weights
             assert torch.allclose(teacher, z, atol=1e-6), kind
 
 
-def test_a_sure_prediction_is_nan_nowhere() -> None:
+def test_certain_predictions_give_no_nan() -> None:
     sure = torch.tensor([[1e4, 0.0, -1e4], [0.0, 0.0, 0.0]])
     item = proxy_predictions(Task("multiclass", 3), "entropy", sure, None, 1)
     assert torch.allclose(torch.as_tensor(item.weight), torch.tensor([[1.0], [1 / 3]]))
@@ -81,7 +81,7 @@ def test_a_sure_prediction_is_nan_nowhere() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedmd", "feddf", "hybrid", "ds_fl"])
 @pytest.mark.parametrize("teacher", ["samples", "contrast", "entropy"])
-def test_every_distilling_method_takes_every_weight(method: str, teacher: str) -> None:
+def test_every_distillation_method_accepts_every_weighting(method: str, teacher: str) -> None:
     plain, weighted = (
         rounds_of(
             config(
@@ -93,16 +93,16 @@ def test_every_distilling_method_takes_every_weight(method: str, teacher: str) -
     assert not same_bits(plain.server.models["student"], weighted.server.models["student"])
 
 
-# A round by hand, with rows drawn -----------------------------------------------------------------------------------
+# Rounds on sampled rows
 
 
-def public(rounds: SynchronousTrainer, id: str, rows: Tensor) -> Tensor:
-    return clients(rounds)[id].data("proxy", None)["x"][rows]
+def public(rounds: SynchronousTrainer, client_id: str, rows: Tensor) -> Tensor:
+    return clients(rounds)[client_id].data("proxy", None)["x"][rows]
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("distance", ["kl", "mae"])
-def test_a_round_of_fedmd_by_hand_on_the_rows_of_each_round(distance: str) -> None:
+def test_fedmd_round_on_sampled_rows_matches_reference(distance: str) -> None:
     settings = {
         "name": "fedmd",
         "distance": distance,
@@ -118,11 +118,12 @@ def test_a_round_of_fedmd_by_hand_on_the_rows_of_each_round(distance: str) -> No
     assert not torch.equal(last, now) and rounds.server.state[PROXY_INDICES].tolist() == [0]
     rounds.run_round()
     top, bottom = torch.zeros(25, 10), torch.zeros(25, 1)
-    for id, client in before.items():
+    for client_id, client in before.items():
         model = module(client.arch["model"], client.models["model"])
         sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         x = client.data("proxy", None)["x"]
-        z = model(x[last]).logits  # one batch; its order is of no account
+        # One batch, whose order does not matter.
+        z = model(x[last]).logits
         kl = F.kl_div((z / 2).log_softmax(1), (teacher / 2).softmax(1), reduction="batchmean") * 4
         ((z - teacher).abs().mean() if distance == "mae" else kl).backward()
         sgd.step()
@@ -131,7 +132,7 @@ def test_a_round_of_fedmd_by_hand_on_the_rows_of_each_round(distance: str) -> No
             list(model.parameters()),
             lambda x, y, model=model: F.cross_entropy(model(x).logits, y),
         )
-        assert apart(rounds.store.get(id).models["model"], model) < 1e-9
+        assert apart(rounds.store.get(client_id).models["model"], model) < 1e-9
         with torch.no_grad():
             z = model.eval()(x[now]).logits
         say = (z.softmax(1) * z.log_softmax(1)).sum(1, keepdim=True).exp()
@@ -141,7 +142,7 @@ def test_a_round_of_fedmd_by_hand_on_the_rows_of_each_round(distance: str) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedmd", "feddf", "hybrid", "ds_fl", "kt_pfl"])
-def test_as_many_rows_as_there_are_is_the_whole_set_and_fewer_are_not(method: str) -> None:
+def test_rows_per_round_of_full_size_equals_the_whole_set(method: str) -> None:
     whole, as_many, fewer = (
         rounds_of(
             config(
@@ -157,13 +158,13 @@ def test_as_many_rows_as_there_are_is_the_whole_set_and_fewer_are_not(method: st
     assert same_bits(whole.server.models["student"], as_many.server.models["student"])
     assert not same_bits(whole.server.models["student"], fewer.server.models["student"])
     if method != "feddf":
-        said = fewer.server.state["predictions" if method == "kt_pfl" else TEACHER]
-        assert fewer.traffic.up < whole.traffic.up and said.shape[-2:] == (20, 10)
+        predictions = fewer.server.state["predictions" if method == "kt_pfl" else TEACHER]
+        assert fewer.traffic.up < whole.traffic.up and predictions.shape[-2:] == (20, 10)
 
 
 @pytest.mark.parametrize("method", ["fedmd", "hybrid", "ds_fl", "kt_pfl"])
-def test_an_old_teacher_is_followed_on_its_own_rows(method: str) -> None:
-    """Nobody speaks in round 4: in round 5 the teacher of round 3 is sent again, and its rows go with it."""
+def test_old_teacher_is_distilled_on_its_rows(method: str) -> None:
+    """Upload nothing in round 4: round 5 sends the teacher of round 3 again with its rows."""
     settings = {"name": method, "proxy_rows": 20}
     source = {**config(method, MIXED, algorithm=settings), "rounds": 6}
     source["clients"]["defaults"]["share_every"] = 3
@@ -198,10 +199,11 @@ def test_an_old_teacher_is_followed_on_its_own_rows(method: str) -> None:
         )
 
 
-# Logit adjustment ---------------------------------------------------------------------------------------------------
+# Logit adjustment
 
 
-BY_DISTANCE = ("fedproto", "fedtgp")  # unless they are told to read heads
+# Unless they are configured to predict with heads.
+BY_DISTANCE = ("fedproto", "fedtgp")
 
 
 @pytest.mark.slow
@@ -209,10 +211,10 @@ BY_DISTANCE = ("fedproto", "fedtgp")  # unless they are told to read heads
     "settings",
     [*({"name": m} for m in METHODS), *({"name": m, "inference": "head"} for m in BY_DISTANCE)],
 )
-def test_every_method_honours_logit_adjustment(settings: dict[str, str]) -> None:
-    """Every fit on private rows adds log π of whoever they belong to; at home log π is added to logits that are read.
+def test_every_method_applies_logit_adjustment(settings: dict[str, str]) -> None:
+    """Check that fits on private rows and local tests add log π.
 
-    The distances to prototypes are no logits of that training, and are read as they are.
+    Distances to prototypes are not logits of that training and stay unadjusted.
     """
     method, by_distance = (
         settings["name"],
@@ -234,8 +236,8 @@ def test_every_method_honours_logit_adjustment(settings: dict[str, str]) -> None
         y = fit.data.columns(participant)["y"]
         want = log_prior(participant.task, torch.bincount(y, minlength=10))
         assert want is not None and torch.equal(fit.context["log_prior"], want)
-    for id in rounds.federation.client_infos:
-        site, client = rounds.executor.runtime, deployed(rounds, id)
+    for client_id in rounds.federation.client_infos:
+        site, client = rounds.executor.runtime, deployed(rounds, client_id)
         settings = client.settings
         adjusted = site.predict(client, Rows("test"), True)
         client.settings = settings.model_copy(update={"logit_adjustment": False})

@@ -1,9 +1,10 @@
-# The `hetero-fl` command, for a server or a site of a federation (compose.yaml, docs/deploy.md).
+# The `hetero-fl` command for a server or a site (compose.yaml, docs/how_to/deploy.md).
 #
 #   docker build -t hetero_fl .
-#   docker build -t hetero_fl --build-arg TORCH_INDEX=URL .     the package index of PyTorch's CPU wheels: a much smaller image
+# For a much smaller image, use the package index of PyTorch's CPU wheels:
+#   docker build -t hetero_fl --build-arg TORCH_INDEX=URL .
 #
-# All machines of a federation need the same versions of hetero_fl and torch: build once, and give everybody the same image.
+# All machines of a federation need the same versions of hetero_fl and torch: use one image.
 ARG PYTHON=3.12
 
 FROM python:${PYTHON}-slim AS build

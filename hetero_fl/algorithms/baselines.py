@@ -32,7 +32,9 @@ from hetero_fl.utils.ordering import natural_order
 class Local(Algorithm):
     """Train every client alone, without communication.
 
-    This is the baseline that a federated method has to improve on.
+    This is the baseline that a federated method has to improve on. Include it in every comparison:
+    under label skew, several published methods have a lower local test accuracy. Its global test
+    accuracy is low where clients lack classes.
 
     Example:
         >>> from hetero_fl.algorithms import Local
@@ -51,8 +53,13 @@ class Local(Algorithm):
 class Ensemble(Local):
     """Average the class probabilities of all clients' locally trained models.
 
-    Each model predicts with its own preprocessing. For regression, outputs are averaged. The
-    ensemble is a reference, as every client would need the models of all others.
+    Each model predicts with its own preprocessing. For regression, outputs are averaged. Every
+    client uploads its model and, for evaluation only, receives the models of all others.
+
+    The ensemble shows how much there is to distill. It is a reference, not a model to deploy and
+    not an upper bound: under label skew, the mean is dominated by models that over-predict their
+    own classes. It is also not the teacher of FedMD or FedDF, which average logits of federated
+    models.
 
     Example:
         >>> from hetero_fl.algorithms import Ensemble
@@ -116,9 +123,14 @@ class Ensemble(Local):
 class Centralized(Algorithm):
     """Train one model on the pooled rows of all clients.
 
-    Each round runs the clients' local training on the pooled rows with a new optimizer. This is
-    the same computation as FedAvg with λ = 1 and one client that has all rows. The model and the
-    settings are those of the most frequent client profile. Predictions use its preprocessing.
+    Each round runs the clients' local training on the pooled rows (without the proxy set) with a
+    new optimizer. This is the same computation as FedAvg with λ = 1 and one client that has all
+    rows. The model and the settings are those of the most frequent client profile. Predictions use
+    its preprocessing.
+
+    The distance from `local` to this method is what a federated method can hope to close. It is not
+    a strict upper bound: personal models may have a higher local test accuracy, and methods with
+    more training per round may have a higher global test accuracy.
 
     Example:
         >>> from hetero_fl.algorithms import Centralized

@@ -1,8 +1,4 @@
-"""Data-free distillation with generators: DENSE and FedGen.
-
-Zhang et al. 2022 (https://arxiv.org/abs/2112.12371), Zhu et al. 2021
-(https://arxiv.org/abs/2105.10056).
-"""
+"""Data-free distillation with generators: DENSE and FedGen."""
 
 from __future__ import annotations
 
@@ -140,14 +136,24 @@ class DataFreeDistillation(Algorithm):
 class Dense(DataFreeDistillation):
     """Upload every model once after local training and distill them all on generated examples.
 
-    Clients train alone and upload their parameters in the last round. The server alternates between
-    a generator, which minimizes CE + λ₁·(distance of BatchNorm statistics) − λ₂·KL on one batch,
-    with the KL divergence where student and teachers disagree, and a student, which learns the
-    teachers' mean logits on all batches so far (Zhang et al. 2022, Algorithm 1).
+    Clients train alone in all rounds and upload their parameters in the last one. The server
+    alternates between a generator, which minimizes CE + λ₁·(distance of BatchNorm statistics) −
+    λ₂·KL on one batch, with the KL divergence where student and teachers disagree, and a student,
+    which learns the teachers' mean logits on all batches so far (Zhang et al. 2022, Algorithm 1).
+    The student is sent for evaluation only.
 
     Teachers may have different architectures. The student has that of one client, and all clients
     use it afterwards. Before the last round, each client uses its own model, as with Local; a run
     that stops early trains no student.
+
+    Use it where clients can be reached only once and there is no proxy set. It is weak where
+    clients have different classes or models without BatchNorm. Deviations from the authors' code:
+    smaller defaults, the generator is kept between batches, there is no augmentation, and the
+    distance of statistics is averaged over teachers, not summed.
+
+    References:
+        Zhang et al., "DENSE: Data-Free One-Shot Federated Learning", NeurIPS 2022.
+            https://arxiv.org/abs/2112.12371
 
     Example:
         >>> from hetero_fl.algorithms import Dense
@@ -302,13 +308,19 @@ class FedGen(CommonHead, FedAvg):
     The method is FedAvg within each architecture, with a generator G(y, ε) of features on which
     clients train their heads in addition to their own rows (Zhu et al. 2021, Algorithm 1). The
     server trains G so that the clients' heads classify its features as class y; each head is
-    weighted by its client's share of the class. Classes are sampled by their frequency among the
-    round's clients.
+    weighted by its client's share of the class. The server sends the model, the generator and the
+    round's label counts.
 
     Heads of all architectures train the same generator, which is linear, BatchNorm, ReLU, linear. A
     client that does not share label counts is treated as if its classes were balanced; one that
-    does not share its head does not contribute. The authors' code uses weight 10 and latent_weight
+    does not share its head does not contribute.
+
+    Use it under label skew without a proxy set. The authors' code uses weight 10 and latent_weight
     10, both with decay 0.98.
+
+    References:
+        Zhu et al., "Data-Free Knowledge Distillation for Heterogeneous Federated Learning", ICML
+            2021. https://arxiv.org/abs/2105.10056
 
     Example:
         >>> from hetero_fl.algorithms import FedGen

@@ -30,7 +30,21 @@ PROXY_INDICES = "drawn"
 
 
 class ProxyTraining(Algorithm):
-    """Base class of methods that distill a teacher on the proxy set (Hinton et al. 2015)."""
+    """Base class of methods that distill a teacher on the proxy set (Hinton et al. 2015).
+
+    The loss is the mean of KL(softmax(z_teacher/T) ‖ softmax(z/T))·T² over the batch; the teacher
+    is constant. `data.proxy` reserves rows of the training set or names another data set. D proxy
+    rows and C classes take 4·D·C bytes per client and round in each direction, whatever the size of
+    the models.
+
+    With `proxy_rows`, each round uses a sample of the proxy set, which server and clients draw with
+    the same key, so no indices are sent. A teacher from an earlier round is distilled on the rows
+    of that round.
+
+    `server.model: NAME` adds a student of any architecture, which the server trains on the proxy
+    set towards the consensus for `student_epochs`. Its results are `server`, its parameters
+    `models/server.safetensors`.
+    """
 
     needs = Needs(proxy_set="required")
     downloads = {TEACHER: ItemSpec("rows", share="predictions")}
@@ -180,9 +194,19 @@ LABELS = "labels"
 class ProxyDistillation(ProxyTraining):
     """Base class of methods whose teacher is the consensus of clients' predictions.
 
-    The teacher can be aligned with the clients' label frequencies, so that the consensus does not
-    lose a class (`hetero_fl.aggregation.teachers.align_to_labels`). Clients then also upload label
-    counts, if the task is multi-class and their `shares` contain `statistics`.
+    The teacher is the mean of logits over clients, with weights `teacher`: equal (`mean`), the
+    numbers of rows n_k (`samples`), exp(−entropy) of each prediction (`entropy`), or by class
+    (`contrast`): the mean of max(log p, −8) with weights n_kc·(1 − n_kc/n_k), plus a small floor,
+    where client k has n_kc rows of class c. DS-FL averages probabilities instead of logits.
+
+    With `align: λ`, the server adds λ·(log q_c − log p̄_c) to class c of the teacher, where q are
+    the label frequencies of all uploads so far and p̄ is the teacher's mean prediction
+    (`hetero_fl.aggregation.teachers.align_to_labels`). Without it, the consensus can lose classes
+    that few clients have. 0.5 is a good value under label skew if the proxy set has the clients'
+    mix of classes.
+
+    Clients upload label counts for `contrast` and `align`, if the task is multi-class and their
+    `shares` contain `statistics`. Counts are private data and receive noise under `privacy`.
     """
 
     teacher: TeacherKind = Field(
@@ -297,9 +321,13 @@ DONE = "initial_phase"
 class InitialPhase(ProxyTraining):
     """Base class of methods with an initial training phase before a client's first round.
 
-    Clients train on the labeled proxy set and then on their own rows, in the first round in which
-    they participate. This is recorded in their private state; the phase is repeated only if that
-    round fails. Models evaluated earlier have not been trained.
+    Clients train on the labeled proxy set (FedMD) and then on their own rows, in the first round in
+    which they participate. This is recorded in their private state; the phase is repeated only if
+    that round fails. Models evaluated earlier have not been trained. The number of epochs is fixed,
+    where the authors stop early, and the optimizer is the client's own.
+
+    FedMD needs `data.proxy.labels: true`, unless `initial_public_epochs` is 0. The phase
+    cannot be combined with `privacy.unit: record`, and simulated time does not include it.
     """
 
     initial_phase: bool = Field(

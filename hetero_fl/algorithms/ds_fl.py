@@ -1,8 +1,4 @@
-"""DS-FL, with the prediction cache of SCARLET and the quantized soft labels of CFD.
-
-Itahara et al. 2020 (https://arxiv.org/abs/2008.06180), Azuma et al. 2025 ("SCARLET"), Sattler et
-al. 2020 (https://arxiv.org/abs/2012.00632).
-"""
+"""DS-FL, with the prediction cache of SCARLET and the quantized soft labels of CFD."""
 
 from __future__ import annotations
 
@@ -200,12 +196,24 @@ class DSFL(CachedPredictions):
     """Distill the sharpened mean of all clients' probabilities on sampled proxy rows.
 
     Clients train, upload probabilities on the round's proxy rows, and distill the sharpened mean,
-    as does the server's student (Itahara et al. 2020, Algorithm 1).
+    as does the server's student (Itahara et al. 2020, Algorithm 1). The teacher is broadcast as
+    logits.
 
     `sharpen: era` (entropy reduction) is softmax(p̄ / T) on probabilities; `power` is p̄^β / Σ p̄^β
     (SCARLET, Azuma et al. 2025). With `cache_life`, rows are sent only if the receiver lacks them
-    or they have expired (SCARLET). With `bits`, clients upload quantized probabilities (CFD,
-    Sattler et al. 2020). The teacher is broadcast as logits.
+    or they have expired (SCARLET; the authors use 50 rounds). With `bits`, clients upload quantized
+    probabilities (CFD, Sattler et al. 2020): with b bits, multiples of 1/(2^b − 1).
+
+    Use it where the mean prediction is uncertain, with cache and bits to save traffic. Where the
+    mean is confident and wrong, sharpening makes it worse.
+
+    References:
+        Itahara et al., "Distillation-Based Semi-Supervised Federated Learning for
+            Communication-Efficient Collaborative Training with Non-IID Private Data", IEEE TMC
+            2023. https://arxiv.org/abs/2008.06180
+        Sattler et al., "Communication-Efficient Federated Distillation", 2020.
+            https://arxiv.org/abs/2012.00632
+        Azuma et al., "SCARLET", 2025.
 
     Example:
         >>> from hetero_fl.algorithms import DSFL

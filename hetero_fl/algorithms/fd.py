@@ -1,7 +1,4 @@
-"""FD: federated distillation without a proxy set, by mean logits of each class.
-
-Jeong et al. 2018 (https://arxiv.org/abs/1811.11479).
-"""
+"""FD: federated distillation without a proxy set, by mean logits of each class."""
 
 from __future__ import annotations
 
@@ -25,11 +22,18 @@ class FD(Algorithm):
     """Distill the mean logits of each class over all clients into the clients' models.
 
     The local loss is cross-entropy plus λ·KL·T² towards the mean logits of the example's class
-    (Jeong et al. 2018, Algorithm 1). Clients upload sums of logits and counts by class; the server
-    divides the total sums by the total counts.
+    (Jeong et al. 2018, Algorithm 1). Clients upload sums of logits `[C, C]` and counts `[C]` by
+    class; the server divides the total sums by the total counts and sends the means `[C, C]`.
+
+    Use it with any models where there is no proxy set and traffic must be small. The gain over
+    `local` is small, too.
 
     Deviations: a client's own logits are part of its teacher, and logits are computed after local
     training.
+
+    References:
+        Jeong et al., "Communication-Efficient On-Device Machine Learning: Federated Distillation
+            and Augmentation under Non-IID Private Data", 2018. https://arxiv.org/abs/1811.11479
 
     Example:
         >>> from hetero_fl.algorithms import FD

@@ -1,8 +1,4 @@
-"""Parameter averaging: FedAvg, FedProx and FedNova.
-
-McMahan et al. 2017 (https://arxiv.org/abs/1602.05629), Li et al. 2020
-(https://arxiv.org/abs/1812.06127), Wang et al. 2020 (https://arxiv.org/abs/2007.07481).
-"""
+"""Parameter averaging: FedAvg, FedProx and FedNova."""
 
 from __future__ import annotations
 
@@ -37,9 +33,20 @@ class FedAvg(Algorithm):
     """Average the parameters of all clients with the same model.
 
     The server computes θ ← θ + λ(Σ w_k θ_k − θ) (McMahan et al. 2017, Algorithm 1). With several
-    architectures, clients are averaged within each architecture. `weighting: sum` adds the
-    clients' updates instead of averaging them: θ ← θ + λ·Σ(θ_k − θ). With K uploads this equals
-    uniform weights and a server learning rate of λ·K.
+    architectures, clients are averaged within each architecture, and across architectures where
+    `clients.common` names a common part. BatchNorm statistics are averaged with the weights;
+    integer buffers are not sent.
+
+    `weighting: sum` adds the clients' updates instead of averaging them: θ ← θ + λ·Σ(θ_k − θ). With
+    K uploads this equals uniform weights and a server learning rate of λ·K, except that buffers
+    never move beyond the mean.
+
+    Use it where clients run one model and have similar labels. With skewed labels and many local
+    epochs, clients drift apart.
+
+    References:
+        McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
+            AISTATS 2017. https://arxiv.org/abs/1602.05629
 
     Example:
         >>> from hetero_fl.algorithms import FedAvg
@@ -80,7 +87,15 @@ class FedProx(FedAvg):
     """Average parameters trained with a proximal term that keeps clients close to the average.
 
     Clients minimize loss + (μ/2)‖θ − θ_0‖², where θ_0 is the model they received at the start of
-    the round (Li et al. 2020, eq. 2).
+    the round (Li et al. 2020, eq. 2). The sum of squares is over all tensors. The exchange is that
+    of FedAvg.
+
+    Use it where clients drift: skewed labels, many local epochs or unequal amounts of work. A large
+    μ keeps clients at the received model; μ = 0 is FedAvg. The paper tunes μ between 0.001 and 1.
+
+    References:
+        Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020.
+            https://arxiv.org/abs/1812.06127
 
     Example:
         >>> from hetero_fl.algorithms import FedProx
@@ -108,9 +123,18 @@ class FedNova(Algorithm):
     """Average updates normalized by each client's number of local steps.
 
     The server computes θ ← θ + λ·τ_eff·Σ w_k (θ_k − θ)/‖a_k‖₁ with τ_eff = Σ w_k ‖a_k‖₁ (Wang et
-    al., NeurIPS 2020, eqs. 3, 6 and 13). ‖a_k‖₁, the item `path`, is the number of local steps; it
-    is larger with momentum. If it is equal for all clients, the method is FedAvg. Buffers
-    (BatchNorm statistics) are averaged without normalization.
+    al., NeurIPS 2020, eqs. 3, 6 and 13). ‖a_k‖₁, the item `path`, is the number τ of local steps;
+    with momentum ρ it is (τ − ρ(1 − ρ^τ)/(1 − ρ))/(1 − ρ), where the first ρ is ρ² with Nesterov's
+    momentum. If it is equal for all clients, the method is FedAvg. Buffers (BatchNorm statistics)
+    are averaged without normalization.
+
+    Use it where clients take unequal numbers of steps, because their sizes differ or a deadline
+    cuts some short. FedAvg then minimizes another objective. The theory covers SGD; a step of
+    another optimizer counts as one.
+
+    References:
+        Wang et al., "Tackling the Objective Inconsistency Problem in Heterogeneous Federated
+            Optimization", NeurIPS 2020. https://arxiv.org/abs/2007.07481
 
     Example:
         >>> from hetero_fl.algorithms import FedNova

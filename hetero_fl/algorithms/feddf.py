@@ -1,7 +1,4 @@
-"""FedDF: averaging by architecture, followed by ensemble distillation at the server.
-
-Lin et al., NeurIPS 2020 (https://arxiv.org/abs/2006.07242).
-"""
+"""FedDF: averaging by architecture, followed by ensemble distillation at the server."""
 
 from __future__ import annotations
 
@@ -28,8 +25,16 @@ class FedDF(ProxyDistillation, FedAvg):
     do not share their whole model upload proxy logits, which gives the same teacher. Label counts
     are uploaded only for the contrast-weighted or the aligned teacher.
 
-    Deviations from the authors' defaults: T = 2, batches of 32 and a fixed number of epochs with a
-    constant learning rate.
+    Use it where clients may send parameters and the server has public rows and compute. The server
+    evaluates each uploaded model, which excludes secure aggregation. Under label skew, set
+    `teacher: contrast` or `align` and `logit_adjustment`.
+
+    Deviations from the authors' defaults (T = 1, batches of 128, up to 10,000 steps with early
+    stopping): T = 2, batches of 32 and a fixed number of epochs with a constant learning rate.
+
+    References:
+        Lin et al., "Ensemble Distillation for Robust Model Fusion in Federated Learning", NeurIPS
+            2020. https://arxiv.org/abs/2006.07242
 
     Example:
         >>> from hetero_fl.algorithms import FedDF

@@ -1,7 +1,4 @@
-"""FedGKT: split training of client models and a large server model by mutual distillation.
-
-He et al., NeurIPS 2020 (https://arxiv.org/abs/2007.14513).
-"""
+"""FedGKT: split training of client models and a large server model by mutual distillation."""
 
 from __future__ import annotations
 
@@ -45,11 +42,21 @@ class FedGKT(CommonFeatureWidth):
 
     Clients train on CE + λ·KL·T² towards the server's logits of their rows and upload the features,
     logits and label of every training row. The server trains its model on all features with the
-    same loss towards the clients' logits and returns its logits (He et al. 2020, Algorithm 1).
+    same loss towards the clients' logits and returns its logits (He et al. 2020, Algorithm 1). For
+    evaluation, clients receive the large model. A client that did not participate receives the
+    logits of its last round.
 
-    The backbone of a client's model, with features of the common width, is its extractor. The
-    server's model classifies examples by the client's features. Uploaded features and labels
-    reveal information about each training row.
+    Uploaded features and labels reveal information about each training row. Clients without
+    `features` in `shares` upload nothing. Use it where clients have little compute and the server
+    may see features.
+
+    Deviations: the server's model takes feature vectors, where the paper's takes feature maps; the
+    clients' models may differ. The backbone of a client's model, with features of the common width,
+    is its extractor.
+
+    References:
+        He et al., "Group Knowledge Transfer: Federated Learning of Large CNNs at the Edge", NeurIPS
+            2020. https://arxiv.org/abs/2007.14513
 
     Example:
         >>> from hetero_fl.algorithms import FedGKT

@@ -1,7 +1,4 @@
-"""FedMD: distillation between models of any architecture on a public proxy set.
-
-Li and Wang 2019 (https://arxiv.org/abs/1910.03581).
-"""
+"""FedMD: distillation between models of any architecture on a public proxy set."""
 
 from __future__ import annotations
 
@@ -24,13 +21,21 @@ class FedMD(InitialPhase, ProxyDistillation):
     """Distill the mean of all clients' predictions on a public proxy set into each client's model.
 
     Clients first distill the last round's consensus on the proxy set, then train on their own rows
-    (Li and Wang 2019, Algorithm 1).
+    (Li and Wang 2019, Algorithm 1). They upload logits, shape `[D, C]` for D proxy rows and C
+    classes, and receive the mean. Labels of the proxy set are not used.
+
+    Use it where all models differ and no parameter may leave a client. It needs public rows that
+    resemble the private ones. Under label skew, set `teacher: contrast` or `align` and
+    `logit_adjustment`.
 
     Deviations: the default distance is the KL divergence with T = 2; the authors' code uses the
-    mean absolute error of logits. The paper's initial phase, in which each client trains on the
-    labeled public set and then on its own rows, is off by default (`initial_phase`), so that the
-    proxy set needs no labels. With it, the first round has its local epochs as well, and there is
-    no early stopping.
+    mean absolute error of logits. The paper's initial phase is off by default (`initial_phase`), so
+    that the proxy set needs no labels. With it, the first round has its local epochs as well, and
+    there is no early stopping.
+
+    References:
+        Li and Wang, "FedMD: Heterogenous Federated Learning via Model Distillation", 2019.
+            https://arxiv.org/abs/1910.03581
 
     Example:
         >>> from hetero_fl.algorithms import FedMD

@@ -1,8 +1,4 @@
-"""Server optimizers, which use the mean update of a round as a gradient.
-
-FedAvgM (Hsu et al. 2019, https://arxiv.org/abs/1909.06335); FedAdam and FedYogi (Reddi et al. 2021,
-https://arxiv.org/abs/2003.00295).
-"""
+"""Server optimizers, which use the mean update of a round as a gradient."""
 
 from __future__ import annotations
 
@@ -62,7 +58,16 @@ class ServerOptimizer(FedAvg):
 class FedAvgM(ServerOptimizer):
     """Average parameters with momentum at the server.
 
-    The server computes v ← β·v + Δ and θ ← θ + λ·v (Hsu et al. 2019, section 4.2).
+    The server computes v ← β·v + Δ and θ ← θ + λ·v, where Δ = Σ w_k θ_k − θ (Hsu et al. 2019,
+    section 4.2). The momentum stays at the server; the exchange is that of FedAvg, and β = 0 is
+    FedAvg.
+
+    Use it in long runs whose rounds have noisy means: few clients per round, skewed labels. In runs
+    of a few rounds it helps little. Tune λ together with β.
+
+    References:
+        Hsu et al., "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
+            Classification", 2019. https://arxiv.org/abs/1909.06335
 
     Example:
         >>> from hetero_fl.algorithms import FedAvgM
@@ -130,7 +135,16 @@ class AdaptiveServerOptimizer(ServerOptimizer):
 class FedAdam(AdaptiveServerOptimizer):
     """Apply the mean update with the Adam optimizer at the server.
 
-    The second moment is v ← β₂v + (1 − β₂)Δ² (Reddi et al. 2021, Algorithm 2).
+    With Δ = Σ w_k θ_k − θ, the server computes m ← β₁m + (1 − β₁)Δ, v ← β₂v + (1 − β₂)Δ² and θ ← θ
+    + λ·m/(√v + τ) (Reddi et al. 2021, Algorithm 2). v starts at τ²; as in the paper, there is no
+    bias correction. Buffers are set to the mean, as an extrapolated variance may be negative. The
+    exchange is that of FedAvg.
+
+    Use it in long runs where the updates of parameters differ much in size. λ is about the distance
+    that a parameter moves in a round: tune it first, with `--grid`.
+
+    References:
+        Reddi et al., "Adaptive Federated Optimization", ICLR 2021. https://arxiv.org/abs/2003.00295
 
     Example:
         >>> from hetero_fl.algorithms import FedAdam
@@ -150,8 +164,12 @@ class FedAdam(AdaptiveServerOptimizer):
 class FedYogi(AdaptiveServerOptimizer):
     """Apply the mean update with the Yogi optimizer at the server.
 
-    The second moment is v ← v − (1 − β₂)Δ²·sign(v − Δ²), so that one large update does not
-    dominate v (Reddi et al. 2021, Algorithm 2).
+    The method is FedAdam with the second moment v ← v − (1 − β₂)Δ²·sign(v − Δ²), so that one large
+    update does not dominate v (Reddi et al. 2021, Algorithm 2). It is the more stable of the two
+    where the size of updates changes over the run.
+
+    References:
+        Reddi et al., "Adaptive Federated Optimization", ICLR 2021. https://arxiv.org/abs/2003.00295
 
     Example:
         >>> import torch

@@ -1,7 +1,4 @@
-"""HeteroFL: clients train slices of one wide model.
-
-Diao et al., ICLR 2021 (https://arxiv.org/abs/2010.01264).
-"""
+"""HeteroFL: clients train slices of one wide model."""
 
 from __future__ import annotations
 
@@ -258,11 +255,24 @@ def unpack_head(model: Tensors, mean: Tensor, weight: Tensor) -> Tensors:
 class HeteroFL(FedAvg):
     """Train slices of one wide model and average each element over the clients that have it.
 
-    A wide model replaces the clients' models; each client trains the leading channels up to its
-    width (Diao et al. 2021, Algorithm 1). All clients have equal weight, as in the authors' code.
-    BatchNorm is static: batches are normalized with their own statistics, running statistics stay
-    at the client, and scales and shifts are averaged. Each client is evaluated with its own slice
-    and its scaler. Deviation: the mask of absent classes is off by default.
+    A wide model replaces the clients' models; each client trains, uploads and receives the leading
+    channels up to its width (Diao et al. 2021, Algorithm 1). All clients have equal weight, as in
+    the authors' code. BatchNorm is static: batches are normalized with their own statistics,
+    running statistics stay at the client, and scales and shifts are averaged. Each client is
+    evaluated with its own slice and its scaler; the wide model is evaluated only if it has no
+    BatchNorm.
+
+    A client whose model is a narrower copy of `model` keeps its width. Any other client gets the
+    power of two from 1/16 to 1 that is nearest to the square root of the ratio of parameters. At
+    least one client must have the full width. Set `widths` for more than 1,000 clients whose models
+    do not determine it.
+
+    Use it where clients differ in compute only. Deviation: the mask of absent classes is off by
+    default; it reveals a client's classes to the server and needs `statistics` in `shares`.
+
+    References:
+        Diao et al., "HeteroFL: Computation and Communication Efficient Federated Learning for
+            Heterogeneous Clients", ICLR 2021. https://arxiv.org/abs/2010.01264
 
     Example:
         >>> from hetero_fl.algorithms import HeteroFL

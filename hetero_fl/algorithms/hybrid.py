@@ -1,8 +1,4 @@
-"""Hybrid: parameter averaging and ensemble distillation in one method, introduced by this project.
-
-It builds on FedAvg (McMahan et al. 2017), FedDF (Lin et al. 2020) and logit adjustment (Menon et
-al. 2021, https://arxiv.org/abs/2007.07314).
-"""
+"""Hybrid, the method of this project: parameter averaging and ensemble distillation in one."""
 
 from __future__ import annotations
 
@@ -34,18 +30,24 @@ from hetero_fl.core.plan import Plan
 class Hybrid(ProxyDistillation, FedAvg):
     """Average shared parameters and distill the consensus of all clients on a public proxy set.
 
-    The server averages each tensor over the clients that share it and distills the consensus
-    (KL · T²) into the average of each architecture. Each client chooses what it shares: its
-    parameters, its backbone, its proxy predictions, or several of them.
+    The server averages each tensor over the clients that share it and distills the consensus (KL ·
+    T²) into the average of each architecture. Each client chooses what it shares: its parameters,
+    its backbone, its proxy predictions, or several of them.
 
     Three defaults make distillation work under label skew: a logit-adjusted local loss (Menon et
     al. 2021), a contrast-weighted teacher, and replay, the distillation of the teacher on proxy
-    rows during local training. With replay, `heads: keep` is not needed, and neither is
-    distillation at the client after each broadcast, which makes the clients' next predictions
-    similar and the next teacher less informative.
+    rows during local training. They need label counts (`statistics` in `shares`) and public rows
+    that resemble the private ones. With replay, `heads: keep` and distillation at the client are
+    not needed.
 
-    With these options off, the method equals FedAvg if all clients have one architecture and there
-    is no proxy set, and FedMD if all architectures differ and clients distill.
+    Without these options the method equals FedAvg if all clients have one architecture and there is
+    no proxy set, and FedMD with KL if all architectures differ and clients distill. With `rehearse:
+    0` it equals FedDF with `logit_adjustment: true`, `teacher: contrast` and the same
+    `distil_epochs`.
+
+    References:
+        Menon et al., "Long-tail learning via logit adjustment", ICLR 2021.
+            https://arxiv.org/abs/2007.07314
 
     Example:
         >>> from hetero_fl.algorithms import Hybrid

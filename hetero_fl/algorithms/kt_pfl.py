@@ -1,7 +1,4 @@
-"""KT-pFL: personalized teachers, which are learned mixtures of all clients' predictions.
-
-Zhang et al., "Parameterized Knowledge Transfer for Personalized Federated Learning", NeurIPS 2021.
-"""
+"""KT-pFL: personalized teachers, which are learned mixtures of all clients' predictions."""
 
 from __future__ import annotations
 
@@ -30,17 +27,22 @@ class KTpFL(InitialPhase):
     """Distill a personalized mixture of all clients' proxy predictions into each client's model.
 
     The teacher of client k is Σ_j c_kj p_j, where p_j are softened predictions on the proxy set
-    (Zhang et al. 2021, Algorithm 1). The server learns c by gradient steps on
-    Σ_k KL(Σ_j c_kj p_j ‖ p_k)·T² + ρ‖c_k − 1/N‖² and projects each row onto the probability simplex
-    after every step. Clients upload predictions after local training, before distillation.
+    (Zhang et al. 2021, Algorithm 1). The server learns c by gradient steps on Σ_k KL(Σ_j c_kj p_j ‖
+    p_k)·T² + ρ‖c_k − 1/N‖² and projects each row onto the probability simplex after every step.
+    Clients upload predictions after local training, before distillation.
 
-    With partial participation, c is learned among the participants of the round, whose total
-    weight in each row does not change, and teachers are mixtures of their predictions. The server
-    keeps `coefficients`, shape `[S, S]`, of the S clients `seen` so far; all others are 1/N.
+    With partial participation, c is learned among the participants of the round, and teachers are
+    mixtures of their predictions. The server keeps a coefficient for each pair of clients seen so
+    far.
 
-    Deviations: the authors normalize c with a softmax and use the mean squared error for
-    distillation. They train each model on its own rows before the first round; here this is off by
-    default (`initial_phase`), and the first round has its local epochs as well.
+    Use it where clients form groups, not with very many clients. Deviations: the authors normalize
+    c with a softmax and use the mean squared error for distillation. They train each model on its
+    own rows before the first round; here this is off by default (`initial_phase`), and the first
+    round has its local epochs as well.
+
+    References:
+        Zhang et al., "Parameterized Knowledge Transfer for Personalized Federated Learning",
+            NeurIPS 2021.
 
     Example:
         >>> from hetero_fl.algorithms import KTpFL

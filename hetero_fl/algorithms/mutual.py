@@ -1,9 +1,4 @@
-"""Methods with a small shared model in addition to each client's own: FML, FedKD and FedMRL.
-
-Shen et al. 2020 (https://arxiv.org/abs/2006.16765), Wu et al. 2022
-(https://arxiv.org/abs/2108.13323), Yi et al., "Federated Model Heterogeneous Matryoshka
-Representation Learning", NeurIPS 2024.
-"""
+"""Methods with a small shared model in addition to each client's own: FML, FedKD and FedMRL."""
 
 from __future__ import annotations
 
@@ -70,10 +65,14 @@ DEFAULT_MENTEES = {
 class MenteeTraining(Algorithm):
     """Base class of methods that train a small shared model, the mentee, with each client's own.
 
-    The mentee has the same architecture for all clients and sees the same augmented batches as
+    Only the mentee travels, which is averaged over all clients: m parameters take 4·m bytes in each
+    direction. It has the same architecture for all clients and sees the same augmented batches as
     the client's own model. Images of another shape are resized to the mentee's, and their channels
-    averaged or repeated. A client's own model is evaluated on the local test set, the mentee on
-    the global test set.
+    averaged or repeated. A client's own model is evaluated on the local test set, the mentee on the
+    global test set. Local training includes both models.
+
+    With `shares: [backbone]`, only the mentee's backbone is shared; a client that shares no
+    parameters trains its mentee alone.
 
     Attributes:
         trained: Part of each slot that local training updates.
@@ -191,8 +190,15 @@ class MenteeTraining(Algorithm):
 class FML(MenteeTraining):
     """Train each client's model and a small shared model by mutual distillation.
 
-    Each model minimizes cross-entropy and the KL divergence to the other's predictions. The shared
-    model, the mentee ("meme model" in the paper), is averaged (Shen et al. 2020, Algorithm 1).
+    The client's own model minimizes α·CE + (1 − α)·KL to the predictions of the shared model, the
+    mentee ("meme model" in the paper), which minimizes β·CE + (1 − β)·KL to those of the own model.
+    The server averages the mentee (Shen et al. 2020, Algorithm 1).
+
+    Use it where you need a shared model and personal models of any architecture. A mentee that is
+    too small for the task is a poor teacher, and the global test accuracy is its own.
+
+    References:
+        Shen et al., "Federated Mutual Learning", 2020. https://arxiv.org/abs/2006.16765
 
     Example:
         >>> from hetero_fl.algorithms import FML
@@ -229,10 +235,19 @@ class FedKD(MenteeTraining):
     Distillation terms are divided by the sum of both models' task losses. Updates of the shared
     model, the mentee, are truncated to a share of their energy that rises over the rounds (Wu et
     al. 2022, Algorithm 1). The server applies the truncated mean update, so that its mentee equals
-    that of the clients. Clients that missed a round receive the whole mentee.
+    that of the clients. Clients that missed a round receive the whole mentee. Tensors that
+    truncation would not make smaller are sent unchanged.
 
-    Deviations: the denominator of the distillation terms is detached, and the mean squared error
-    of the features is counted once.
+    Use it like FML where traffic must be small. Ranks depend on the training, so `--check` prints
+    an upper bound.
+
+    Deviations: the denominator of the distillation terms is detached, as its gradient would reward
+    errors, and the mean squared error of the features is counted once, where the authors' code
+    counts it for each model.
+
+    References:
+        Wu et al., "Communication-Efficient Federated Learning via Knowledge Distillation", Nature
+            Communications 2022. https://arxiv.org/abs/2108.13323
 
     Example:
         >>> from hetero_fl.algorithms import FedKD
@@ -361,9 +376,14 @@ class FedMRL(MenteeTraining):
 
     Only the shared model G is averaged (Yi et al. 2024, Algorithm 1). Its features have width d₁,
     those of the client's model F width d₂ > d₁. A private linear projection maps both to width d₂;
-    F's head uses all of it, G's head the first d₁ components, and the losses are added.
+    F's head uses all of it, G's head the first d₁ components, and the losses are added. A mentee
+    that is not narrower than the clients' models gets half of the smallest width.
 
-    Clients predict with F's head on the projected features, on local and global test sets.
+    Clients predict with F's head on the projected features, on local and global test sets. A
+    prediction needs G, F and the projection; the saved models contain only F.
+
+    References:
+        Yi et al., "Federated Model Heterogeneous Matryoshka Representation Learning", NeurIPS 2024.
 
     Example:
         >>> from hetero_fl.algorithms import FedMRL

@@ -1,10 +1,4 @@
-"""Partial sharing and personal models: FedPer, LG-FedAvg, FedBN, FedRep, FedBABU and Ditto.
-
-Arivazhagan et al. 2019 (https://arxiv.org/abs/1912.00818), Liang et al. 2020
-(https://arxiv.org/abs/2001.01523), Li et al. 2021 (https://arxiv.org/abs/2102.07623), Collins et
-al. 2021 (https://arxiv.org/abs/2102.07078), Oh et al. 2022 (https://arxiv.org/abs/2106.06042), Li
-et al. 2021 (https://arxiv.org/abs/2012.04221).
-"""
+"""Partial sharing and personal models: FedPer, LG-FedAvg, FedBN, FedRep, FedBABU and Ditto."""
 
 from __future__ import annotations
 
@@ -38,7 +32,15 @@ HEAD = ("head.",)
 class FedPer(FedAvg):
     """Average the backbone; each client keeps its own head (Arivazhagan et al. 2019).
 
-    Backbone and head are trained together.
+    Backbone and head are trained together. The paper keeps one or more last layers; here it is the
+    head.
+
+    Use it where clients' labels differ and local test accuracy matters: it is the simplest personal
+    method. Global test accuracy is low, as a head does not predict classes that its client lacks.
+
+    References:
+        Arivazhagan et al., "Federated Learning with Personalization Layers", 2019.
+            https://arxiv.org/abs/1912.00818
 
     Example:
         >>> from hetero_fl.algorithms import FedPer
@@ -54,8 +56,16 @@ class FedPer(FedAvg):
 class LGFedAvg(FedAvg):
     """Average the head; each client keeps its own backbone (Liang et al. 2020).
 
-    Backbone and head are trained together. Deviation: the FedAvg rounds with which the authors
-    start are omitted.
+    Backbone and head are trained together. Few parameters travel. With a common `feature_dim` and
+    `clients.common: [head.]`, heads are averaged across architectures as well.
+
+    Use it where clients' inputs differ. It is not suited to clients with little data, as their
+    backbones learn nothing from others. Deviation: the authors start from a model trained with
+    FedAvg; set `init_from` to do so.
+
+    References:
+        Liang et al., "Think Locally, Act Globally: Federated Learning with Local and Global
+            Representations", 2020. https://arxiv.org/abs/2001.01523
 
     Example:
         >>> from hetero_fl.algorithms import LGFedAvg
@@ -83,9 +93,15 @@ def fit_part(client: Participant, part: tuple[str, ...], **changes: Any) -> Plan
 class FedBN(FedAvg):
     """Average all layers except BatchNorm, which each client keeps for its own data.
 
-    Local are whole BatchNorm layers (Li et al. 2021, Algorithm 1) or only their running
-    statistics (SiloBN, Andreux et al. 2020). The layers are found by type. Models without
-    BatchNorm are averaged as in FedAvg.
+    Local are whole BatchNorm layers (Li et al. 2021, Algorithm 1) or only their running statistics
+    (SiloBN, Andreux et al. 2020). The layers are found by type.
+
+    Use it where inputs differ between clients (scanners, stains). Models without BatchNorm are
+    averaged as in FedAvg. Clients that never train have the BatchNorm layers of a new model.
+
+    References:
+        Li et al., "FedBN: Federated Learning on Non-IID Features via Local Batch Normalization",
+            ICLR 2021. https://arxiv.org/abs/2102.07623
 
     Example:
         >>> from hetero_fl.algorithms import FedBN
@@ -110,8 +126,15 @@ class FedBN(FedAvg):
 class FedRep(FedPer):
     """Average the backbone; clients train their own heads first and the backbone afterwards.
 
-    The backbone is frozen while the head is trained, and vice versa (Collins et al. 2021,
-    Algorithm 1).
+    The backbone is frozen while the head is trained, and vice versa (Collins et al. 2021, Algorithm
+    1). The paper trains heads for 10 epochs.
+
+    Use it like `fedper`, for many clients with little data each. The head epochs add to the local
+    training time.
+
+    References:
+        Collins et al., "Exploiting Shared Representations for Personalized Federated Learning",
+            ICML 2021. https://arxiv.org/abs/2102.07078
 
     Example:
         >>> from hetero_fl.algorithms import FedRep
@@ -141,6 +164,14 @@ class FedBABU(FedPer):
 
     All clients keep the same initial head during training. Each fine-tunes a copy of the model
     before it is evaluated (Oh et al. 2022, Algorithm 1 and section 5).
+
+    Use it where labels differ and clients can fine-tune before use, new clients included. All
+    results of clients, also on the global test set, are those of the fine-tuned copies; `server` is
+    the model before fine-tuning.
+
+    References:
+        Oh et al., "FedBABU: Towards Enhanced Representation for Federated Image Classification",
+            ICLR 2022. https://arxiv.org/abs/2106.06042
 
     Example:
         >>> from hetero_fl.algorithms import FedBABU
@@ -195,6 +226,14 @@ class Ditto(FedAvg):
     2021, Algorithm 1). It starts from the first received model and stays at the client. The
     personal model is evaluated on the local test set, the shared model on the global test set.
     Clients that have not been trained use the shared model for both.
+
+    Use it where you need good personal models and a good shared model. Local training takes twice
+    as long; the global test accuracy is that of FedAvg. With λ = 0, the personal model trains
+    alone. The paper tunes λ between 0.1 and 1.
+
+    References:
+        Li et al., "Ditto: Fair and Robust Federated Learning Through Personalization", ICML 2021.
+            https://arxiv.org/abs/2012.04221
 
     Example:
         >>> from hetero_fl.algorithms import Ditto

@@ -1,8 +1,4 @@
-"""Methods that exchange class means of features: FedProto, FedTGP and FedGH.
-
-Tan et al. 2022 (https://arxiv.org/abs/2105.00243), Zhang et al. 2024
-(https://arxiv.org/abs/2401.03230), Yi et al. 2023 (https://arxiv.org/abs/2303.13137).
-"""
+"""Methods that exchange class means of features: FedProto, FedTGP and FedGH."""
 
 from __future__ import annotations
 
@@ -32,7 +28,10 @@ from hetero_fl.utils.errors import UserError
 class CommonFeatureWidth(Algorithm):
     """Base class of methods that need the same feature width for all clients.
 
-    Models with another feature width end in a projection to the common one.
+    Models with another feature width end in a projection to the common one, the most frequent width
+    by default and the largest of equally frequent ones. C classes and d features take 4·C·(d + 1)
+    bytes per client and round. Class statistics are computed from private rows and require
+    `statistics` in `shares`.
 
     Attributes:
         features_leave: Whether clients upload features, by row or as means of classes.
@@ -124,9 +123,18 @@ class FedProto(CommonFeatureWidth):
 
     The loss is cross-entropy plus λ·MSE between a feature and the prototype of its class, the mean
     feature over all clients' rows. Examples are assigned to the nearest prototype (Tan et al. 2022,
-    Algorithm 1). Clients upload sums of features and counts by class after local training; the
-    server divides the total sums by the total counts. A class that no client uploads in a round
-    keeps its prototype. Until there are prototypes, the head classifies.
+    Algorithm 1). Clients upload sums of features `[C, d]` and counts `[C]` by class after local
+    training and receive prototypes `[C, d]`. A class that no client uploads in a round keeps its
+    prototype; a class without a prototype is never predicted. Until there are prototypes, the head
+    classifies.
+
+    Use it where models differ, traffic must be small and local test accuracy matters. With many
+    architectures, whose features are dissimilar, studies find it worse than `local`. The mean of a
+    class with one row is the features of that row.
+
+    References:
+        Tan et al., "FedProto: Federated Prototype Learning across Heterogeneous Clients", AAAI
+            2022. https://arxiv.org/abs/2105.00243
 
     Example:
         >>> from hetero_fl.algorithms import FedProto
@@ -239,14 +247,22 @@ class FedTGP(FedProto):
 
     The prototypes are P̂_c = F(P̆_c), where F is linear, ReLU, linear (Zhang et al. 2024, Algorithm
     1). The server trains P̆ and F, starting from those of the last round, so that each client's
-    class means are nearest to the prototype of their class by a margin
-    δ = min(largest distance of two class centers, τ). A class center is the unweighted mean of the
-    clients' class means.
+    class means are nearest to the prototype of their class by a margin δ = min(largest distance of
+    two class centers, τ). A class center is the unweighted mean of the clients' class means.
+
+    Use it where FedProto's prototypes are too similar. With few local steps per round, prototypes
+    change faster than clients and training can diverge: use more local epochs or a smaller
+    `margin`.
 
     The default λ is that of the authors' script; the paper uses 0.1. Deviations from the authors'
     code: δ is the largest distance of two class centers, as in the paper, where the code uses the
     largest distance of a class center to its nearest neighbor. P̆ is initialized uniformly in
     ±1/√C, where the code uses a standard normal distribution.
+
+    References:
+        Zhang et al., "FedTGP: Trainable Global Prototypes with Adaptive-Margin-Enhanced Contrastive
+            Learning for Data and Model Heterogeneity in Federated Learning", AAAI 2024.
+            https://arxiv.org/abs/2401.03230
 
     Example:
         >>> from hetero_fl.algorithms import FedTGP
@@ -346,8 +362,18 @@ class FedGH(CommonHead):
     """Train a shared head at the server on clients' mean features of each class.
 
     Clients of any architecture replace their head by the server's, train on their own rows, and
-    keep their backbone (Yi et al. 2023, Algorithm 1). They upload sums of features and counts by
-    class after local training. The server trains on one example per client and class, its mean.
+    keep their backbone (Yi et al. 2023, Algorithm 1). They upload sums of features `[C, d]` and
+    counts `[C]` by class after local training and receive the head. The server trains on one
+    example per client and class, its mean. Models are evaluated with the new head. Before the first
+    aggregation, clients keep their own heads.
+
+    Use it where backbones differ and all clients have all classes; otherwise the head predicts
+    classes that a client's features do not separate. Deviation: the server trains for 100 epochs
+    per round, as a head with little training reduces accuracy; the paper uses each example once.
+
+    References:
+        Yi et al., "FedGH: Heterogeneous Federated Learning with Generalized Global Header", ACM MM
+            2023. https://arxiv.org/abs/2303.13137
 
     Example:
         >>> from hetero_fl.algorithms import FedGH

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 from hetero_fl.algorithms.base import Algorithm, Needs, shared_part_of
 
 # A requirement: one item, or alternatives of which one suffices.
 Need = tuple[str, ...]
+
+# Sections of a docstring that follow its paragraphs.
+SECTIONS = ("Args", "Attributes", "References", "Example")
 
 ALL_CLIENTS = "all in one place"
 PROXY = "proxy set"
@@ -84,10 +88,19 @@ def format_needs(needs: list[Need]) -> str:
 
 
 def method_paragraphs(method_class: type[Algorithm]) -> list[str]:
-    """Return the paragraphs of the docstring, each as one line, without the example."""
+    """Return the paragraphs of the docstring, each as one line, without its sections."""
     docstring = inspect.cleandoc(method_class.__doc__ or "")
-    paragraphs = docstring.partition("\n\nExample:\n")[0].split("\n\n")
-    return [" ".join(paragraph.split()) for paragraph in paragraphs]
+    text = re.split(rf"\n\n(?:{'|'.join(SECTIONS)}):\n", docstring, maxsplit=1)[0]
+    return [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
+
+
+def method_references(method_class: type[Algorithm]) -> list[str]:
+    """Return the papers in the section "References" of the docstring, each as one line."""
+    docstring = inspect.cleandoc(method_class.__doc__ or "")
+    section = docstring.partition("\n\nReferences:\n")[2].partition("\n\n")[0]
+    # Continued lines are indented further.
+    entries = re.split(r"\n(?! {8})", section) if section else []
+    return [" ".join(entry.split()) for entry in entries]
 
 
 def method_summary(method_class: type[Algorithm]) -> str:

@@ -1,7 +1,4 @@
-"""SCAFFOLD: control variates that correct client drift.
-
-Karimireddy et al., ICML 2020 (https://arxiv.org/abs/1910.06378).
-"""
+"""SCAFFOLD: control variates that correct client drift."""
 
 from __future__ import annotations
 
@@ -42,12 +39,19 @@ class Scaffold(FedAvg):
     Each local step is corrected by c − c_k, the difference of the mean gradients of the federation
     and of the client (Karimireddy et al. 2020, Algorithm 1, option II). After K steps with learning
     rate η from x to y, c_k⁺ = c_k − c + (x − y)/(Kη). The server adds |S|/N times the weighted mean
-    of c_k⁺ − c_k, where |S| of the N clients participated. Clients upload the change of c_k.
+    of c_k⁺ − c_k, where |S| of the N clients participated. The server also sends c and clients
+    upload the change of c_k: twice the traffic of FedAvg.
+
+    Use it where clients participate often; an old c_k corrects in the wrong direction.
 
     Deviations: the mean has the weights of the models (the paper: uniform), and the correction is
     applied after the optimizer step, as momentum would accumulate a correction of the gradient.
     Clients whose optimizer is not SGD train with SGD, because Kη does not describe the path of
     adaptive optimizers.
+
+    References:
+        Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", ICML
+            2020. https://arxiv.org/abs/1910.06378
 
     Example:
         >>> from hetero_fl.algorithms import Scaffold

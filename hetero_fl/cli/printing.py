@@ -16,6 +16,7 @@ from hetero_fl.algorithms.requirements import (
     describe_needs,
     format_needs,
     method_paragraphs,
+    method_references,
     method_summary,
     shared_kinds,
     supported_tasks,
@@ -180,6 +181,8 @@ def print_method_details(names: Sequence[str], console: Console) -> None:
         console.print(Text(name, style="bold"))
         for paragraph in method_paragraphs(kind):
             console.print(Text(paragraph))
+        for reference in method_references(kind):
+            console.print(Text(reference))
         console.print(Text("; ".join(declared_properties(kind)), style="dim"))
         console.print(Text(f"evaluated: {kind.evaluated_when}", style="dim"))
         table = Table("setting", "values", "default", "meaning")

@@ -32,7 +32,7 @@ help:
 	@echo "make check     check formatting, lint and types"
 	@echo "make compare   compare methods: CONFIG=… ALGORITHMS=… SEEDS=… SET=key=value OUT=…"
 	@echo "make tables    write the tables of the main example; FROM=\"FOLDER …\" archives runs"
-	@echo "make docs      write docs/reference/configuration.md and the index of methods"
+	@echo "make docs      write the generated pages of docs/reference"
 	@echo "make clean     remove $(VENV) and caches, keep runs/"
 
 medical: $(VENV)/.installed
@@ -70,7 +70,7 @@ tables: $(VENV)/.installed
 	$(PY) scripts/result_tables.py $(if $(FROM),--archive $(FROM))
 
 docs: $(VENV)/.installed
-	$(PY) scripts/describe_config.py
+	$(PY) scripts/describe_reference.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

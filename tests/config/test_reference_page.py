@@ -1,7 +1,8 @@
-"""The generated reference docs/configuration.md."""
+"""The generated pages of docs/reference."""
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import subprocess
 import sys
@@ -10,73 +11,136 @@ from types import ModuleType
 
 import pytest
 
+from hetero_fl.algorithms import Algorithm, register_algorithm
+from hetero_fl.cli.commands import APP, COMMON_OPTIONS
 from hetero_fl.config import Config
 from hetero_fl.config.base import OptimizerConfig
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "describe_config.py"
+SCRIPT = ROOT / "scripts" / "describe_reference.py"
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("describe_config", SCRIPT)
+    spec = importlib.util.spec_from_file_location("describe_reference", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_page_is_up_to_date(script: ModuleType) -> None:
-    assert script.PAGE.read_text(encoding="utf-8") == script.page(), "run `make docs`"
-    assert script.INDEX.read_text(encoding="utf-8") == script.methods_index(), "run `make docs`"
+@pytest.fixture(scope="module")
+def configuration(script: ModuleType) -> str:
+    return str(script.configuration_page())
 
 
-def test_check_reports_an_outdated_page(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_pages_are_up_to_date(script: ModuleType) -> None:
+    for name, text in script.all_pages().items():
+        page = script.REFERENCE / name
+        assert page.read_text(encoding="utf-8") == text, f"{name} is outdated; run `make docs`"
+
+
+def test_no_page_of_a_removed_family_remains(script: ModuleType) -> None:
+    pages = {path.name for path in (script.REFERENCE / "methods").iterdir()}
+
+    assert pages == {f"{family.page}.md" for family in script.FAMILIES}
+
+
+def test_check_reports_outdated_pages(
+    script: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(script, "PAGE", tmp_path / "configuration.md")
-    monkeypatch.setattr(sys, "argv", ["describe_config.py", "--check"])
-    assert script.main() == 1
-    script.PAGE.write_text(script.page() + "stale", encoding="utf-8")
-    assert script.main() == 1
-    monkeypatch.setattr(sys, "argv", ["describe_config.py"])
-    assert script.main() == 0
-    monkeypatch.setattr(sys, "argv", ["describe_config.py", "--check"])
-    assert script.main() == 0
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["describe_reference.py", *arguments])
+        return int(script.main())
+
+    monkeypatch.setattr(script, "REFERENCE", tmp_path)
+
+    assert run("--check") == 1 and not list(tmp_path.iterdir())
+    assert run() == 0 and run("--check") == 0
+    capsys.readouterr()
+    (tmp_path / "methods" / "bounds.md").write_text("stale", encoding="utf-8")
+    assert run("--check") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "docs/reference/methods/bounds.md: outdated; run `make docs`"
 
 
-def test_page_contains_every_section_and_key(script: ModuleType) -> None:
-    page = script.page()
+def test_configuration_contains_every_section_and_key(configuration: str) -> None:
     for name in Config.model_fields:
-        assert f"| `{name}` |" in page
+        assert f"| `{name}` |" in configuration
+    section = configuration.partition("## `clients.defaults.optimizer`")[2].partition("\n## ")[0]
     for name in OptimizerConfig.model_fields:
-        assert f"| `{name}` |" in page.split("## `clients.defaults.optimizer`")[1].split("\n## ")[0]
-    assert "| `lr` | number > 0 | `0.001` |" in page
-    assert "| `name` | `sgd`, `adam`, `adamw` | `adam` |" in page
-    assert "### `hybrid`" in page and "| `heads` | `take`, `keep` | `take` |" in page
+        assert f"| `{name}` |" in section
+    assert "| `lr` | number > 0 | `0.001` |" in configuration
+    assert "| `name` | `sgd`, `adam`, `adamw` | `adam` |" in configuration
 
 
-def test_registered_user_method_does_not_change_the_page(
+def test_every_setting_of_configuration_and_methods_has_a_description(script: ModuleType) -> None:
+    pages = script.all_pages()
+    text = "\n".join(page for name, page in pages.items() if "methods/" in name)
+    rows = [line for line in (pages["configuration.md"] + text).splitlines() if line[:3] == "| `"]
+
+    assert len(rows) > 300
+    assert not [row for row in rows if row.endswith("|  |")]
+
+
+def test_registered_user_method_does_not_change_the_pages(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hetero_fl.algorithms import Algorithm, register_algorithm
-
-    before = script.page()
+    before = script.methods_index()
     monkeypatch.setattr(register_algorithm, "_known", dict(register_algorithm._known))
 
     @register_algorithm("user_method")
     class UserMethod(Algorithm):
         setting: int = 1
 
-    assert script.page() == before
+    assert script.methods_index() == before
+
+
+def test_command_line_page_lists_all_commands_and_options(script: ModuleType) -> None:
+    page = script.command_line_page()
+    for name, command in APP.commands.items():
+        section = page.split(f"## `hetero-fl {name}`\n")[1].split("\n## ")[0]
+        own = [p for p in command.params if p not in COMMON_OPTIONS and p.name != "quiet"]
+        for option in (name for parameter in own for name in parameter.opts if name[0] == "-"):
+            assert f"`{option}`" in section, option
+        assert f"hetero-fl {name}" in section.split("```sh")[1]
+
+
+def test_examples_of_the_command_line_page_are_valid(script: ModuleType) -> None:
+    page = script.command_line_page().replace("\\\n", " ")
+    lines = [
+        line for block in page.split("```sh\n")[1:] for line in block.split("```")[0].split("\n")
+    ]
+    commands = [line.split() for line in lines if line.startswith("hetero-fl ")]
+
+    assert len(commands) >= len(APP.commands)
+    for _program, name, *arguments in commands:
+        APP.commands[name].make_context(name, arguments)
+
+
+def test_messages_are_found_in_the_source(script: ModuleType) -> None:
+    source = """
+def check(path, n):
+    message = f"{path}: not found"
+    if n:
+        raise UserError("rounds: must be > 0, got " + str(n))
+    raise UserError(message)
+def convert(names):
+    return ValueError(f"names: unknown {', '.join(names)}" if names else "names: empty list")
+"""
+    found = set(script._messages_of(ast.parse(source)))
+
+    assert found == {
+        ("rounds: must be > 0, got {n}", "UserError"),
+        ("{path}: not found", "UserError"),
+        ("names: unknown {names}", "ValueError"),
+        ("names: empty list", "ValueError"),
+    }
 
 
 @pytest.mark.slow
 def test_script_runs_from_another_folder() -> None:
     subprocess.run([sys.executable, str(SCRIPT), "--check"], check=True, cwd="/", timeout=300)
-
-
-def test_every_key_has_a_description(script: ModuleType) -> None:
-    rows = [line for line in script.page().splitlines() if line.startswith("| `")]
-    assert len(rows) > 100
-    assert not [row for row in rows if row.endswith("|  |")]

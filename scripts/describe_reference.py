@@ -1,0 +1,716 @@
+#!/usr/bin/env python3
+"""Write the generated pages of docs/reference: configuration, methods, command line and messages.
+
+python scripts/describe_reference.py            # write the pages
+python scripts/describe_reference.py --check    # exit status 1 if a page is outdated
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from hetero_fl.algorithms import Algorithm, register_algorithm  # noqa: E402
+from hetero_fl.algorithms.base import shared_part_of  # noqa: E402
+from hetero_fl.algorithms.distillation import (  # noqa: E402
+    InitialPhase,
+    ProxyDistillation,
+    ProxyTraining,
+)
+from hetero_fl.algorithms.mutual import MenteeTraining  # noqa: E402
+from hetero_fl.algorithms.prototypes import CommonFeatureWidth  # noqa: E402
+from hetero_fl.algorithms.requirements import (  # noqa: E402
+    describe_needs,
+    format_needs,
+    method_paragraphs,
+    method_references,
+    method_summary,
+    method_title,
+    supported_tasks,
+)
+from hetero_fl.cli.commands import APP, COMMON_OPTIONS  # noqa: E402
+from hetero_fl.config import Config  # noqa: E402
+from hetero_fl.config.describe import (  # noqa: E402
+    describe_key,
+    describe_values,
+    format_default,
+    section_of,
+    section_summary,
+)
+from hetero_fl.core.payload import ItemSpec  # noqa: E402
+
+REFERENCE = ROOT / "docs" / "reference"
+
+
+def all_pages() -> dict[str, str]:
+    """Return the text of each generated page by its path below docs/reference."""
+    pages = {
+        "configuration.md": configuration_page(),
+        "methods.md": methods_index(),
+        "command_line.md": command_line_page(),
+        "messages.md": messages_page(),
+    }
+    for family in FAMILIES:
+        pages[f"methods/{family.page}.md"] = family_page(family)
+    return pages
+
+
+def _notice(source: str) -> str:
+    script = Path(__file__).name
+    return f"<!-- written by scripts/{script} (`make docs`) from {source}; do not edit -->"
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    cells = [header, ("---",) * len(header), *rows]
+    return [f"| {' | '.join(row)} |" for row in cells]
+
+
+# Configuration
+
+
+CONFIGURATION_TEXT = """\
+A configuration is a YAML file, a JSON file or a Python dictionary. Every key has a default; a file
+contains the keys that differ. `configs/medical_hetero.yaml` is a commented example.
+
+- **Overrides** on the command line take precedence over the file:
+  `rounds=5 data.partition.alpha=0.1 algorithm.name=fedmd`. Lists and mappings are written as in
+  YAML: `"clients.groups.0.model={name: mlp, hidden: [64]}"`. An override that names another
+  algorithm drops the settings of the file's algorithm.
+- **Errors** are reported in one line with the key, the value found and the nearest valid key or
+  value, before anything is written. [Messages](messages.md) lists them.
+- `--check` prints the resolved configuration. A run saves it as `config.yaml`.
+- **User-defined** algorithms, models, data sources and partitions are written as
+  `python:package.module:Name` instead of a name. They require `--allow-code`
+  ([why](../explanation/threat_model.md#code-from-configuration-files)).
+- JSON files of a well-known tutorial, which have ten keys, are translated
+  ([page](../scenarios/cifar10.md)).
+- A model may be given by its name: `model: mlp` means `model: {name: mlp}`.
+- `null` is the default of keys that are not set.
+"""
+CONFIGURATION_HEADER = ("key", "values", "default", "meaning")
+
+
+def configuration_page() -> str:
+    """Return the text of docs/reference/configuration.md."""
+    lines = [
+        "# Configuration",
+        "",
+        _notice("the schema in hetero_fl/config"),
+        "",
+        CONFIGURATION_TEXT,
+        *_sections(Config, "", {}),
+        "## Settings of the algorithms",
+        "",
+        "Write them next to `algorithm.name`. `logit_adjustment` may be written there, too; it is",
+        "an alias of `clients.defaults.logit_adjustment`. [Methods](methods.md) lists the methods;",
+        "their pages contain the settings.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _sections(model: type[BaseModel], path: str, seen: dict[type[BaseModel], str]) -> list[str]:
+    """Return the section of a part of the schema and those of its parts at their first use."""
+    seen[model] = path
+    base = next((kind for kind in model.__mro__[1:] if kind in seen), None)
+    inherited = base.model_fields if base is not None else {}
+    later: list[str] = []
+    rows = []
+    for name, field in model.model_fields.items():
+        if name in inherited:
+            continue
+        part = section_of(field.annotation)
+        if part is not None and part not in seen:
+            seen[part] = f"{path}.{name}".lstrip(".")
+            later += _sections(part, seen[part], seen)
+        rows.append(_setting_row(model, name, field, seen))
+    return [
+        f"## `{path}`" if path else "## Top level",
+        "",
+        f"{section_summary(model)}{_further_keys(model, base, seen)}",
+        "",
+        *_table(CONFIGURATION_HEADER, rows),
+        "",
+        *later,
+    ]
+
+
+def _setting_row(
+    model: type[BaseModel],
+    name: str,
+    field: FieldInfo,
+    seen: dict[type[BaseModel], str] | None = None,
+) -> tuple[str, ...]:
+    def link(part: type[BaseModel]) -> str:
+        if seen and part in seen:
+            return _section_link(seen[part])
+        return "mapping"
+
+    return (
+        f"`{name}`",
+        describe_values(field.annotation, field.metadata, link),
+        "" if field.is_required() else format_default(field),
+        describe_key(model, name).replace("|", "\\|"),
+    )
+
+
+def _further_keys(
+    model: type[BaseModel], base: type[BaseModel] | None, seen: dict[type[BaseModel], str]
+) -> str:
+    if model.model_config.get("extra") == "allow":
+        return (
+            " Options: `python -m model_zoo` lists the models, `model_zoo.model_options(name)` "
+            "their options."
+        )
+    if base is None:
+        return ""
+    return f" It also has every key of {_section_link(seen[base])}."
+
+
+def _section_link(path: str) -> str:
+    # GitHub's anchor of a heading.
+    return f"[`{path}`](#{path.replace('.', '').lower()})"
+
+
+# Methods
+
+
+class Family(NamedTuple):
+    """A page of methods.
+
+    Args:
+        page: Name of the page.
+        title: Title of the page.
+        text: Introduction.
+        methods: Names of the methods.
+        notes: Base classes whose docstrings describe what methods of the page have in common, by
+            heading.
+    """
+
+    page: str
+    title: str
+    text: str
+    methods: tuple[str, ...]
+    notes: dict[str, type[Algorithm]] = {}
+
+
+PROXY_NOTES: dict[str, type[Algorithm]] = {
+    "Proxy set and student": ProxyTraining,
+    "Teacher and alignment": ProxyDistillation,
+    "The initial phase": InitialPhase,
+}
+FAMILIES = (
+    Family(
+        "bounds",
+        "Bounds",
+        "References for comparisons. `local` exchanges nothing; the other two have all rows or "
+        "all models in one place, of at most 10,000 clients. Tables and figures show `local` as "
+        "the baseline and set the other two apart.",
+        ("local", "centralized", "ensemble"),
+    ),
+    Family(
+        "parameter_sharing",
+        "Parameter sharing",
+        "The whole model travels and is averaged: P parameters take 4·P bytes per client and "
+        "round in each direction. In a mixed federation, each tensor is averaged over the clients "
+        "of one architecture, and across architectures where `clients.common` names a common "
+        "part. A tensor that only one client has does not change. The sums suffice, so these "
+        "methods work with secure aggregation.",
+        (
+            "fedavg",
+            "fedprox",
+            "scaffold",
+            "fednova",
+            "fedavgm",
+            "fedadam",
+            "fedyogi",
+            "fedasync",
+            "fedbuff",
+            "heterofl",
+        ),
+    ),
+    Family(
+        "partial_sharing",
+        "Partial sharing and personalization",
+        "A part of each model is averaged as in [parameter sharing](parameter_sharing.md) and the "
+        "rest is private state, which never leaves the client; or a client trains a personal model "
+        "in addition to the shared one. Each shared parameter takes 4 bytes. A head of C classes "
+        "on d features has C·(d + 1) parameters.",
+        ("fedper", "lg_fedavg", "fedbn", "fedrep", "fedbabu", "ditto"),
+    ),
+    Family(
+        "public_distillation",
+        "Distillation with a proxy set",
+        "Clients of any architecture learn from the predictions of all clients on public examples, "
+        "the proxy set (`data.proxy`). A run without a proxy set is refused. Predictions come from "
+        "models trained on private rows and count as a release of these. "
+        "[Hybrid](hybrid.md) combines this with parameter sharing. "
+        "[Label skew](../../explanation/label_skew.md) explains which options help when clients' "
+        "labels differ.",
+        ("fedmd", "feddf", "ds_fl", "kt_pfl"),
+        PROXY_NOTES,
+    ),
+    Family(
+        "class_knowledge",
+        "Distillation without a proxy set",
+        "Mean outputs or features of each class, a generator or the features of rows carry the "
+        "knowledge. These methods support multi-class tasks only.",
+        ("fd", "fedproto", "fedtgp", "fedgh", "fedgen", "fedgkt"),
+        {"Common feature width": CommonFeatureWidth},
+    ),
+    Family(
+        "mutual_learning",
+        "Mutual learning",
+        "Each client trains its own model, of any architecture, which never leaves, and a small "
+        "shared model, the mentee, which is averaged.",
+        ("fml", "fedkd", "fedmrl"),
+        {"The mentee": MenteeTraining},
+    ),
+    Family(
+        "one_shot",
+        "One-shot learning",
+        "Clients upload once, in the last round. In a run of R rounds, this takes 1/(2·R) of the "
+        "bytes of FedAvg.",
+        ("dense",),
+    ),
+    Family(
+        "hybrid",
+        "Hybrid",
+        "The method of this project: parameter averaging and distillation of the consensus. "
+        "[Label skew](../../explanation/label_skew.md) explains its defaults and shows what each "
+        "is worth; [public distillation](public_distillation.md#teacher-and-alignment) describes "
+        "teacher, alignment, proxy rows and the server's student.",
+        ("hybrid",),
+    ),
+)
+INDEX_TEXT = """\
+One row per method; the name links to its description and settings. `hetero-fl methods` prints the
+same list and `hetero-fl methods NAME` one description. Choose a method with `algorithm.name` and
+write its settings next to the name.
+
+θ are parameters, z logits, n_k the rows of client k, w_k = n_k / Σn its weight, C classes, D proxy
+rows, d the feature width and T a temperature. *Needs* is derived from the classes: *one
+architecture* means that at least two clients have it; *single uploads* that the server uses each
+upload separately, which excludes secure aggregation. "as in the paper" refers to the paper at the
+end of each section. `--check` prints the bytes that a run will send.
+"""
+COMMON_TEXT = """\
+## Settings of all methods
+
+| key | values | default | description |
+| --- | --- | --- | --- |
+| `logit_adjustment` | true or false | that of the clients | alias of \
+`clients.defaults.logit_adjustment`: train with z + log π, where π are the client's label \
+frequencies; local tests use z + log π, global tests z |
+
+A client shares what its `shares` permit: `parameters`, `backbone` (only that part), `predictions`,
+`statistics` (of classes) and `features` (of private rows). With `share_every: n`, it uploads in
+every n-th round. `clients.per_round` samples a cohort for each round; the other clients are
+evaluated as well.
+"""
+CONTENTS = {
+    "params": "tensors by name",
+    "update": "difference from the received parameters",
+    "rows": "outputs, `[rows, C]`",
+    "class_sums": "sums by class, `[C, …]`, and counts `[C]`",
+    "counts": "label counts, `[C]`",
+}
+
+
+def built_in_methods() -> dict[str, type[Algorithm]]:
+    """Return the methods of this package by name."""
+    methods = {name: register_algorithm[name] for name in register_algorithm}
+    return {n: kind for n, kind in methods.items() if kind.__module__.startswith("hetero_fl.")}
+
+
+def methods_index() -> str:
+    """Return the text of docs/reference/methods.md."""
+    known = built_in_methods()
+    listed = [name for family in FAMILIES for name in family.methods]
+    if missing := sorted(set(known) ^ set(listed)):
+        raise SystemExit(f"FAMILIES of {Path(__file__).name} and the registry differ in {missing}")
+    lines = ["# Methods", "", _notice("hetero_fl/algorithms"), "", INDEX_TEXT]
+    for family in FAMILIES:
+        rows = []
+        for name in family.methods:
+            link = f"[`{name}`](methods/{family.page}.md#{name})"
+            needs = format_needs(describe_needs(known[name]())) or "–"
+            rows.append(
+                (link, method_title(known[name]), method_summary(known[name]).rstrip("."), needs)
+            )
+        lines += [f"## {family.title}", ""]
+        lines += [*_table(("name", "title", "summary", "needs"), rows), ""]
+    return "\n".join([*lines, COMMON_TEXT])
+
+
+def family_page(family: Family) -> str:
+    """Return the text of a page below docs/reference/methods."""
+    known = built_in_methods()
+    lines = [f"# {family.title}", "", _notice("hetero_fl/algorithms"), "", family.text, ""]
+    for name in family.methods:
+        lines += _method_section(name, known[name])
+    for heading, base in family.notes.items():
+        _summary, *paragraphs = method_paragraphs(base)
+        used_by = [name for name, kind in known.items() if issubclass(kind, base)]
+        lines += [f"## {heading}", "", f"Used by {', '.join(f'`{n}`' for n in sorted(used_by))}."]
+        for paragraph in paragraphs:
+            lines += ["", paragraph]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _method_section(name: str, kind: type[Algorithm]) -> list[str]:
+    method = kind()
+    first, *paragraphs = method_paragraphs(kind)
+    lines = [f"## `{name}`", "", f"**{method_title(kind)}.** {first}"]
+    for paragraph in paragraphs:
+        lines += ["", paragraph]
+    needs = format_needs(describe_needs(method))
+    facts = {
+        "Needs": needs or "–",
+        "Tasks": ", ".join(supported_tasks(method)) or "all",
+        "Evaluated": kind.evaluated_when,
+        "Module": f"`{kind.__module__.replace('.', '/')}.py`",
+        "Paper": " · ".join(method_references(kind)),
+    }
+    lines += ["", *(f"- **{word}:** {text}" for word, text in facts.items() if text), ""]
+    rows = exchanged_items(method)
+    if rows:
+        lines += [*_table(("item", "direction", "content", "permitted by `shares`"), rows), ""]
+    elif method.needs.all_clients:
+        lines += ["All rows are in one place; this is not counted as traffic.", ""]
+    else:
+        lines += ["Nothing is exchanged.", ""]
+    settings = [_setting_row(kind, key, field) for key, field in kind.model_fields.items()]
+    if settings:
+        lines += [*_table(("key", "values", "default", "description"), settings), ""]
+    return lines
+
+
+def exchanged_items(method: Algorithm) -> list[tuple[str, ...]]:
+    """Return (item, direction, content, share) of the items that a method declares.
+
+    Settings have their defaults; some settings add items.
+    """
+    shared = shared_part_of(method)
+    rows: list[tuple[str, ...]] = []
+    if method.uploads and shared.part != () and shared.received != ():
+        rows.append((f"`{shared.slot}`", "down", _shared_content(method), "parameters"))
+    for name, spec in method.downloads.items():
+        rows.append((f"`{name}`", "down", _content(method, name, spec), "–"))
+    for name, spec in method.uploads.items():
+        rows.append((f"`{name}`", "up", _content(method, name, spec), spec.needed_share))
+    return rows
+
+
+def _content(method: Algorithm, name: str, spec: ItemSpec) -> str:
+    if name == shared_part_of(method).slot and spec.kind == "params":
+        return _shared_content(method)
+    content = CONTENTS[spec.kind]
+    if spec.kind == "rows" and spec.rows_of == "train":
+        content = "one row per training row"
+    elif spec.kind == "rows" and spec.says:
+        content = f"{spec.says} of proxy rows, `[D, C]`"
+    return content + (", as truncated SVDs" if spec.ranks else "")
+
+
+def _shared_content(method: Algorithm) -> str:
+    shared = shared_part_of(method)
+    model = "the mentee" if shared.slot == "mentee" else "the model"
+    content = f"parameters and buffers of {model}"
+    if shared.part:
+        content = f"{', '.join(prefix.rstrip('.') for prefix in shared.part)} of {model}"
+    if shared.local == "batch_norm":
+        content += " without BatchNorm layers"
+    elif shared.local == "batch_norm_statistics":
+        content += " without BatchNorm statistics"
+    return content
+
+
+# Command line
+
+
+def command_line_page() -> str:
+    """Return the text of docs/reference/command_line.md."""
+    rows = [
+        (f"[`{name}`](#hetero-fl-{name})", command.short_help or "")
+        for name, command in APP.commands.items()
+    ]
+    lines = [
+        "# Command line",
+        "",
+        _notice("the commands in hetero_fl/cli"),
+        "",
+        "`hetero-fl COMMAND --help` prints the same text. In a checkout, `python",
+        "scripts/train.py` is the same as `hetero-fl train`, and so on. Exit status: 0 success, 1",
+        "the run failed, 2 invalid input (one line on stderr), 130 interrupted after writing a",
+        "checkpoint.",
+        "",
+        *_table(("command", "purpose"), rows),
+        "",
+        "## Options of all commands",
+        "",
+        *_table(
+            ("option", "description"),
+            [(_option_names(option), _help_text(option)) for option in COMMON_OPTIONS]
+            + [("`-h`, `--help`", "Show the help and exit.")],
+        ),
+        "",
+    ]
+    for name, command in APP.commands.items():
+        lines += _command_section(name, command)
+    return "\n".join(lines)
+
+
+def _command_section(name: str, command: click.Command) -> list[str]:
+    context = click.Context(command, info_name=f"hetero-fl {name}")
+    usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
+    lines = [f"## `hetero-fl {name}`", "", *_paragraphs(command.help or "")]
+    lines += ["```text", usage, "```", ""]
+    common = {option.name for option in COMMON_OPTIONS}
+    rows = []
+    for parameter in command.params:
+        if parameter.name in common:
+            continue
+        name_text = _option_names(parameter)
+        default = "" if isinstance(parameter, click.Argument) else _default_text(parameter)
+        rows.append((name_text, default, _help_text(parameter)))
+    if rows:
+        lines += [*_table(("argument or option", "default", "description"), rows), ""]
+    examples = (command.epilog or "").partition("Examples:\n")[2].partition("\n\n")[0]
+    return [*lines, "```sh", *(line[2:] for line in examples.splitlines() if line), "```", ""]
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+    for paragraph in text.strip().split("\n\n"):
+        yield " ".join(paragraph.split())
+        yield ""
+
+
+def _option_names(parameter: click.Parameter) -> str:
+    if isinstance(parameter, click.Argument):
+        return f"`{parameter.metavar or (parameter.name or '').upper()}`"
+    names = ", ".join(f"`{name}`" for name in parameter.opts)
+    if getattr(parameter, "is_flag", False):
+        return names
+    values = parameter.metavar
+    if values is None and isinstance(parameter.type, click.Choice):
+        values = "|".join(parameter.type.choices)
+    values = values or parameter.type.name.upper()
+    return f"{names} `{values}`".replace("|", "\\|")
+
+
+def _default_text(parameter: click.Parameter) -> str:
+    if parameter.required:
+        return "required"
+    written = re.search(r"\[default: (.*?)\]$", getattr(parameter, "help", None) or "")
+    if written:
+        return written[1]
+    value = parameter.to_info_dict()["default"]
+    return "" if value in (None, False, ()) else f"`{value}`"
+
+
+def _help_text(parameter: click.Parameter) -> str:
+    text = re.sub(r"\s*\[default: .*\]$", "", getattr(parameter, "help", None) or "")
+    return text.replace("<", "\\<").replace("|", "\\|")
+
+
+# Messages
+
+
+MESSAGES_TEXT = """\
+The messages of errors that a user, a site or the author of a method can cause, by package; notes of
+a run are marked as such. A part in braces is replaced: `{path}` by a path, `…` by other text. Most
+messages start with the key, file or option that causes the error; where a message has none, the
+caller adds it.
+"""
+# Classes of errors whose messages users read.
+ERROR_CLASSES = {
+    "BadParameter",
+    "InputError",
+    "ModelError",
+    "PayloadError",
+    "RequestRefusedError",
+    "RoundAbandonedError",
+    "RunFailedError",
+    "ScoringError",
+    "TypeError",
+    "UsageError",
+    "UserError",
+    "ValueError",
+}
+RULE_CLASS = "CompatibilityRule"
+RULE_ERRORS = {RULE_CLASS: "UserError"}
+SOURCES = ("hetero_fl", "model_zoo")
+# Functions whose results are described by their first argument.
+TRANSPARENT = {"str", "repr", "list", "sorted", "tuple", "set", "format_value", "printable", "len"}
+
+
+def messages_page() -> str:
+    """Return the text of docs/reference/messages.md."""
+    lines = [
+        "# Messages",
+        "",
+        _notice("the source of hetero_fl and model_zoo"),
+        "",
+        MESSAGES_TEXT,
+    ]
+    for package, messages in sorted(collect_messages().items()):
+        rows = [
+            (_code(text), error, f"`{module}`")
+            for text, error, module in sorted(messages, key=lambda row: (row[0].lower(), row))
+        ]
+        lines += [f"## `{package}`", "", *_table(("message", "error", "module"), rows), ""]
+    return "\n".join(lines)
+
+
+def collect_messages() -> dict[str, set[tuple[str, str, str]]]:
+    """Return (message, class of the error, module) of all errors in the source by package."""
+    found: dict[str, set[tuple[str, str, str]]] = {}
+    for source in SOURCES:
+        for path in sorted((ROOT / source).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            package = ".".join(parts[:2]) if len(parts) > 2 else source
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            for text, error in _messages_of(tree):
+                found.setdefault(package, set()).add((text, error, ".".join(parts)))
+    return found
+
+
+def _messages_of(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """Yield (message, class of the error) of each error that a module creates."""
+    constants = _assigned_texts(tree.body)
+    scopes: list[tuple[ast.AST, dict[str, list[ast.expr]]]] = [(tree, constants)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            scopes.append((node, constants | _assigned_texts(list(ast.walk(node)))))
+    seen: set[ast.Call] = set()
+    notes = {
+        call
+        for statement in tree.body
+        if isinstance(statement, ast.AnnAssign) and _name_of(statement.target).endswith("NOTES")
+        for call in ast.walk(statement)
+    }
+    # Inner functions come last in a walk and know the most names.
+    for scope, names in reversed(scopes):
+        for node in ast.walk(scope):
+            if not isinstance(node, ast.Call) or node in seen:
+                continue
+            seen.add(node)
+            error = _name_of(node.func)
+            position = 2 if error == RULE_CLASS else 0
+            if (error in ERROR_CLASSES or error == RULE_CLASS) and len(node.args) > position:
+                for text in _texts(node.args[position], names):
+                    if re.search(r"[a-z]{2,}", re.sub(r"\{[^}]*\}", "", text)):
+                        yield text, "note" if node in notes else RULE_ERRORS.get(error, error)
+
+
+def _assigned_texts(body: list[ast.stmt] | list[ast.AST]) -> dict[str, list[ast.expr]]:
+    """Return the text expressions that are assigned to each name."""
+    found: dict[str, list[ast.expr]] = {}
+    for node in body:
+        if isinstance(node, ast.Assign) and len(node.targets) == 1:
+            target = node.targets[0]
+            if isinstance(target, ast.Name) and isinstance(
+                node.value, ast.Constant | ast.JoinedStr | ast.BinOp | ast.IfExp
+            ):
+                found.setdefault(target.id, []).append(node.value)
+    return found
+
+
+def _texts(node: ast.expr, names: dict[str, list[ast.expr]]) -> list[str]:
+    """Return the texts that an expression can have, with names of values in braces."""
+    if isinstance(node, ast.Constant):
+        return [node.value] if isinstance(node.value, str) else []
+    if isinstance(node, ast.JoinedStr):
+        return ["".join(map(_part, node.values))]
+    if isinstance(node, ast.IfExp):
+        return _texts(node.body, names) + _texts(node.orelse, names)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        lefts = _texts(node.left, names) or [_placeholder(node.left)]
+        rights = _texts(node.right, names) or [_placeholder(node.right)]
+        return [left + right for left in lefts for right in rights]
+    if isinstance(node, ast.Name) and node.id in names:
+        own = names[node.id]
+        others = {key: value for key, value in names.items() if key != node.id}
+        return [text for value in own for text in _texts(value, others)]
+    return []
+
+
+def _part(node: ast.expr) -> str:
+    """Return a part of a formatted string."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    assert isinstance(node, ast.FormattedValue)
+    return _placeholder(node.value)
+
+
+def _placeholder(node: ast.expr) -> str:
+    return f"{{{_name_of(node)}}}" if _name_of(node) else "…"
+
+
+def _name_of(node: ast.AST) -> str:
+    """Return a short name of a value: of a variable, an attribute or the called function."""
+    name = ""
+    if isinstance(node, ast.Name):
+        name = node.id
+    elif isinstance(node, ast.Attribute):
+        name = node.attr
+    elif isinstance(node, ast.Subscript):
+        name = _name_of(node.value)
+    elif isinstance(node, ast.Call):
+        name = _name_of(node.func)
+        if name == "join" or name in TRANSPARENT:
+            name = _name_of(node.args[0]) if node.args else ""
+    elif isinstance(node, ast.GeneratorExp | ast.ListComp):
+        name = _name_of(node.generators[0].iter)
+    return name.lstrip("_")
+
+
+def _code(text: str) -> str:
+    """Return a text as code for the cell of a table."""
+    # Rules format attributes, such as {run.config.clients.per_round:g}.
+    short = re.sub(r"\{(?:\w+\.)*(\w+)(?:\[\w+\])?(?::[^}]*)?\}", r"{\1}", text)
+    line = " ".join(short.split()).replace("|", "\\|")
+    return f"`` {line} ``" if "`" in line else f"`{line}`"
+
+
+def main() -> int:
+    """Write or check the pages."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; list outdated pages and exit with status 1 if there are any",
+    )
+    is_check = parser.parse_args().check
+    pages = all_pages()
+    outdated = [name for name, text in pages.items() if _read(REFERENCE / name) != text]
+    if is_check:
+        for name in outdated:
+            print(f"docs/reference/{name}: outdated; run `make docs`", file=sys.stderr)
+        return 1 if outdated else 0
+    for name in outdated:
+        (REFERENCE / name).parent.mkdir(parents=True, exist_ok=True)
+        (REFERENCE / name).write_text(pages[name], encoding="utf-8")
+    return 0
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

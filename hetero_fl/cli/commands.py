@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click import Context, Group, Option, Parameter
-from click.exceptions import Exit, NoSuchOption, UsageError
+from click.exceptions import BadParameter, Exit, MissingParameter, NoSuchOption, UsageError
 from typing_extensions import override
 
 from hetero_fl.cli.deployment_commands import (
@@ -228,9 +229,33 @@ def parse_command(prog: str, name: str | None, arguments: list[str]) -> Context:
         if not hint and {"config", "overrides"} <= {parameter.name for parameter in command.params}:
             hint = _suggest_override(error.option_name, arguments)
         raise UserError(f"unknown option {error.option_name}{hint} (see {prog} --help)") from None
+    except BadParameter as error:
+        raise UserError(f"{_describe_bad_parameter(error)} (see {prog} --help)") from None
     except UsageError as error:
         message = error.format_message().rstrip(".")
         raise UserError(f"{message[:1].lower()}{message[1:]} (see {prog} --help)") from None
+
+
+def _describe_bad_parameter(error: BadParameter) -> str:
+    """Return the option or argument, the value found and what is valid."""
+    parameter = error.param
+    if parameter is None or error.ctx is None:
+        return error.message.rstrip(".")
+    longest = max(parameter.opts, key=len, default="")
+    place = longest if isinstance(parameter, Option) else parameter.make_metavar(error.ctx)
+    kind = parameter.type
+    if isinstance(kind, click.Choice):
+        expected = f"one of {', '.join(kind.choices)}"
+    elif isinstance(kind, click.IntRange):
+        expected = f"an integer >= {kind.min}"
+    else:
+        expected = "an integer" if kind is click.INT else ""
+    if isinstance(error, MissingParameter):
+        return f"{place}: missing"
+    found = re.match(r"'?(.*?)'? is not ", error.message)
+    if not expected or found is None:
+        return f"{place}: {error.message.rstrip('.')}"
+    return f"{place}: expected {expected}, got '{found[1]}'"
 
 
 def _suggest_override(option: str, arguments: Sequence[str]) -> str:

@@ -420,7 +420,10 @@ class TemporalHoldout:
             )
         for split, part in self.dataset.splits().items():
             if part.time is None:
-                raise UserError(f"data.name: {name}: {split} rows need times as train rows have")
+                raise UserError(
+                    f"data.name: {name}: the {split} rows have no time, but the train rows do; "
+                    "add it, or remove it from the train rows"
+                )
 
     def split_test(self) -> tuple[Tensor, Tensor]:
         """Return the rows of the last fifth of the time as a test set, and the earlier rows."""

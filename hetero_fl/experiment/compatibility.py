@@ -226,8 +226,8 @@ RULES_ON_LOADING: dict[str, CompatibilityRule[ConfigFacts]] = {
             and run.min_survivors()
         ),
         "cohort.least: must be <= {found} with cohort.too_few=repeat and channel.secure_sum, "
-        "because the difference of two sums reveals single uploads; got "
-        "{run.config.cohort.least}. Or set cohort.too_few=skip",
+        "because the difference of two sums reveals single uploads, got "
+        "{run.config.cohort.least}; choose a smaller number, or set cohort.too_few=skip",
     ),
 }
 
@@ -279,8 +279,8 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
     "part_of_other_model": CompatibilityRule(
         ("algorithm.name", "shares"),
         lambda run: run.part_of_other_model(),
-        "algorithm.name={run.name} averages an auxiliary model, of which no client shares a "
-        "part; found '{found}' in shares",
+        "shares: the auxiliary model that algorithm.name={run.name} averages has no part "
+        "'{found}'; add backbone or parameters",
     ),
     "nothing_to_average": CompatibilityRule(
         ("algorithm.name", "model"),

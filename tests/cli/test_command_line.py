@@ -34,20 +34,17 @@ DIGITS = str(Path(__file__).parents[2] / "configs" / "digits_quickstart.yaml")
         (["evaluate", "runs/x", "--dta", "x.npz"], "unknown option --dta; did you mean '--data'?"),
         (
             ["join", "runs/x", "--data", "y", "--take", "head"],
-            (
-                "error: invalid value for '--take': 'head' is not one "
-                "of 'backbone', 'teacher', 'both' (see"
-            ),
+            "error: --take: expected one of backbone, teacher, both, got 'head' (see",
         ),
-        (["evaluate", "runs/x"], "error: missing option '--data' (see hetero-fl evaluate --help)"),
-        (["check"], "error: missing argument 'RUN' (see hetero-fl check --help)"),
+        (["evaluate", "runs/x"], "error: --data: missing (see hetero-fl evaluate --help)"),
+        (["check"], "error: RUN: missing (see hetero-fl check --help)"),
         (
             ["train", "--zzz", "-c", "x.yaml"],
             "error: unknown option --zzz (see hetero-fl train --help)",
         ),
         (
             ["compare", "--jobs", "two"],
-            "error: invalid value for '--jobs': 'two' is not a valid integer (see",
+            "error: --jobs: expected an integer, got 'two' (see",
         ),
     ],
 )

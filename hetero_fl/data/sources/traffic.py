@@ -119,7 +119,7 @@ def make_windows(
                 raise UserError(
                     f"series: site '{site.name}' has no training rows, as it starts on "
                     f"{_date(site.start)} and the training period ends on {_date(periods.train)}; "
-                    "rows need a week and a window before them. Reduce series.validation or "
+                    "rows need a week and a window before them; reduce series.validation or "
                     "series.test, or exclude the site by series.sites"
                 )
             parts[part].append(own)

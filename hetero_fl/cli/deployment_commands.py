@@ -109,7 +109,7 @@ def node(
         raise UserError(f"--site: missing; expected a file {CERTIFICATES_HINT}, or use --audit")
     from hetero_fl.deployment.flower.worker import run_node
 
-    if run_node(site, once, code_permission(allow_code), quiet):
+    if run_node(site, once, code_permission(allow_code), quiet=quiet):
         raise Exit(130)
 
 

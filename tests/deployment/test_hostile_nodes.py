@@ -233,19 +233,19 @@ READINGS: dict[str, tuple[Change, str]] = {
     "true": (scores(accuracy=True), "expected a finite number"),
     "a score of its own": (scores(mine=1.0), "evaluation refused: expected"),
     "scores of something else": (reading(lambda t: t["scores"].update(other={})), "'other'"),
-    "scores that are none": (reading(lambda t: t.update(scores=3)), "not a few named values"),
-    "a trigger": (reading(lambda t: t.update(triggered=0.5)), "nobody lies"),
+    "scores that are none": (reading(lambda t: t.update(scores=3)), "expected a mapping of at most 32 names"),
+    "a trigger": (reading(lambda t: t.update(triggered=0.5)), "attacks are only simulated"),
     "a confusion": (
         reading(lambda t: t.update(confusion={"personal": [[1, 2], [3, 4]]})),
         "expected a table of shape",
     ),
     "a calibration": (
         reading(lambda t: t.update(calibration={"personal": {"ece": 0.1}})),
-        "found ece",
+        "got ece",
     ),
     "many baselines": (
         reading(lambda t: t.update(baselines={"personal": {str(i): {} for i in range(99)}})),
-        "few",
+        "at most 32 names",
     ),
     "a forecast": (
         reading(
@@ -257,7 +257,7 @@ READINGS: dict[str, tuple[Change, str]] = {
         reading(lambda t: t.update(model=torch.zeros(9, dtype=torch.uint8))),
         "model: not a model file",
     ),
-    "a model that is text": (reading(lambda t: t.update(model="x")), "a model that is no bytes"),
+    "a model that is text": (reading(lambda t: t.update(model="x")), "model: expected a tensor of bytes"),
 }
 
 

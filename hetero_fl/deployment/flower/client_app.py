@@ -12,7 +12,7 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from hetero_fl.deployment.flower.records import from_message, to_content
+from hetero_fl.deployment.flower.grid import from_message, to_content
 from hetero_fl.deployment.flower.worker_socket import (
     ALLOW_CODE,
     SITE,

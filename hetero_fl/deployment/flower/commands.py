@@ -95,6 +95,7 @@ class FlowerCommand:
 
     @property
     def is_running(self) -> bool:
+        """Whether the process runs."""
         return self._process.poll() is None
 
     def terminate(self) -> None:
@@ -160,6 +161,7 @@ def run_flwr(environ: dict[str, str], *arguments: str) -> str:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             timeout=STARTING,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         raise RunFailedError(

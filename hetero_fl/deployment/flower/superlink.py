@@ -93,6 +93,7 @@ class SuperLink:
 
     @property
     def is_running(self) -> bool:
+        """Whether the SuperLink runs."""
         return self._process.is_running
 
     def revive_gateway(self) -> None:

@@ -43,6 +43,7 @@ def run_node(
     path: Path,
     once: bool = False,
     allow_code: bool | CodePermission = False,
+    *,
     quiet: bool = False,
     launcher: Path | None = None,
     scratch: Path | None = None,
@@ -241,7 +242,7 @@ def handle_termination(log: EventLog, stop: threading.Event) -> Iterator[None]:
 
     asked = False
 
-    def end(number: int, frame: FrameType | None) -> None:
+    def handle_signal(_number: int, _frame: FrameType | None) -> None:
         nonlocal asked
         if asked:
             raise KeyboardInterrupt
@@ -250,10 +251,10 @@ def handle_termination(log: EventLog, stop: threading.Event) -> Iterator[None]:
         threading.Thread(target=_stop_requested).start()
 
     def _stop_requested() -> None:
-        log("stopping after the task in hand; once more: at once")
+        log("stopping after the current task; repeat the signal to stop immediately")
         stop.set()
 
-    before = signal.signal(signal.SIGTERM, end)
+    before = signal.signal(signal.SIGTERM, handle_signal)
     try:
         yield
     finally:

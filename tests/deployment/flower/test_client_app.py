@@ -18,7 +18,7 @@ pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from hetero_fl.deployment.flower.client_app import handle_query
-from hetero_fl.deployment.flower.records import from_message, to_content
+from hetero_fl.deployment.flower.grid import from_message, to_content
 from hetero_fl.deployment.flower.worker_socket import WorkerError, forward, socket_path
 from hetero_fl.deployment.transport import Envelope
 from tests.helpers.flower_federation import until, worker_processes

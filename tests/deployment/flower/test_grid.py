@@ -20,8 +20,12 @@ import hetero_fl
 from hetero_fl.deployment.certificates import make_node_key, public_bytes
 from hetero_fl.deployment.config import SiteConfig
 from hetero_fl.deployment.flower import grid as grid_module
-from hetero_fl.deployment.flower.grid import GridTransport
-from hetero_fl.deployment.flower.records import SMALL_BODY_BYTES, from_message, to_content
+from hetero_fl.deployment.flower.grid import (
+    SMALL_BODY_BYTES,
+    GridTransport,
+    from_message,
+    to_content,
+)
 from hetero_fl.deployment.flower.server_app import run_in_app
 from hetero_fl.deployment.node import Node
 from hetero_fl.deployment.transport import Envelope, Handle, UnreadableAnswer

@@ -135,7 +135,7 @@ def test_node_answers_a_hostile_server(tmp_path: Path) -> None:
 BOMB_CLIENT = """
 from flwr.app import Array, ArrayRecord, Message
 from flwr.clientapp import ClientApp
-from hetero_fl.deployment.flower.records import BODY, HEAD, from_message, to_content
+from hetero_fl.deployment.flower.grid import BODY, HEAD, from_message, to_content
 from hetero_fl.deployment.transport import Envelope
 
 app = ClientApp()

@@ -202,37 +202,37 @@ DAMAGED = {**FINISHED, **DEEP}
 def test_check_names_the_damage_of_a_finished_run(
     case: str, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    damage, said = DAMAGED[case]
+    damage, message = DAMAGED[case]
     damage(finished)
 
     assert main(["check", str(finished)]) == 2
 
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert line.startswith(f"error: {finished / said}")
+    assert line.startswith(f"error: {finished / message}")
 
 
 @pytest.mark.parametrize("case", DAMAGED)
 def test_resume_refuses_a_damaged_finished_run(
     case: str, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    damage, said = DAMAGED[case]
+    damage, message = DAMAGED[case]
     damage(finished)
 
     assert main(["train", "--resume", "--out", str(finished)]) == 2
 
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {finished / said}")
+    assert line.startswith(f"error: {finished / message}")
 
 
 @pytest.mark.parametrize("case", FINISHED)
 def test_opening_a_damaged_run_names_the_damage(case: str, finished: Path) -> None:
-    damage, said = FINISHED[case]
+    damage, message = FINISHED[case]
     damage(finished)
 
     with pytest.raises(UserError) as error:
         Run(finished)
 
-    assert str(error.value).startswith(str(finished / said))
+    assert str(error.value).startswith(str(finished / message))
     assert "hetero-fl check" in str(error.value)
 
 
@@ -286,13 +286,13 @@ def test_check_names_no_remedy_where_there_is_none(
 
     assert main(["check", str(finished)]) == 2
 
-    told = capsys.readouterr().err
-    assert "delete summary.json" not in told
+    output = capsys.readouterr().err
+    assert "delete summary.json" not in output
     lost = (
         f"note: {finished / 'metrics.jsonl'}: no other file "
         "contains its lines; the run cannot be repaired"
     )
-    assert (lost in told.splitlines()) == ("line" in case)
+    assert (lost in output.splitlines()) == ("line" in case)
 
 
 def test_check_of_an_undamaged_run_prints_one_line(
@@ -305,11 +305,11 @@ def test_check_of_an_undamaged_run_prints_one_line(
     )
 
     assert main(["check", str(made / "stopped")]) == 0
-    told = (
+    output = (
         f"{made / 'stopped'}: no damage found; not finished, 3 "
         "of 4 rounds; `--resume` continues it\n"
     )
-    assert capsys.readouterr().out == told
+    assert capsys.readouterr().out == output
 
 
 @pytest.mark.parametrize("name", ["round-000003 (1).ckpt", "round-copy.ckpt", "round-9.ckpt"])
@@ -401,15 +401,15 @@ UNFINISHED = {
 def test_resume_refuses_a_damaged_unfinished_run(
     case: str, stopped: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    damage, said = UNFINISHED[case]
+    damage, message = UNFINISHED[case]
     damage(stopped)
 
     assert main(["check", str(stopped)]) == 2
-    assert f"error: {stopped / said}" in capsys.readouterr().err
+    assert f"error: {stopped / message}" in capsys.readouterr().err
     assert main(["train", "--resume", "--out", str(stopped)]) == 2
 
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith(f"error: {stopped / said}")
+    assert line.startswith(f"error: {stopped / message}")
 
 
 def test_a_stopped_run_without_lines_and_checkpoints_is_damaged(
@@ -420,7 +420,7 @@ def test_a_stopped_run_without_lines_and_checkpoints_is_damaged(
 
     assert main(["check", str(stopped)]) == 2
 
-    told = [
+    output = [
         f"{stopped / 'metrics.jsonl'}: missing",
         f"{stopped / 'checkpoint'}: missing, although log.txt has rounds",
     ]
@@ -428,10 +428,10 @@ def test_a_stopped_run_without_lines_and_checkpoints_is_damaged(
         f"note: {stopped / 'metrics.jsonl'}: no other file "
         "contains its lines; the run cannot be repaired"
     )
-    assert capsys.readouterr().err.splitlines() == [*(f"error: {line}" for line in told), lost]
+    assert capsys.readouterr().err.splitlines() == [*(f"error: {line}" for line in output), lost]
     assert main(["train", "--resume", "--out", str(stopped)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"error: {told[1]}; restore it, or start a new run with another --out"
+    assert line == f"error: {output[1]}; restore it, or start a new run with another --out"
 
 
 @pytest.mark.parametrize(
@@ -585,10 +585,10 @@ def test_a_finished_run_of_an_earlier_version_stays_readable(
         "summary cut",
     ):
         damaged = Path(shutil.copytree(finished, finished.with_name(case)))
-        damage, said = FINISHED[case]
+        damage, message = FINISHED[case]
         damage(damaged)
         assert main(["check", str(damaged)]) == 2
-        assert f"error: {damaged / said}" in capsys.readouterr().err
+        assert f"error: {damaged / message}" in capsys.readouterr().err
 
 
 def test_an_unfinished_run_of_an_earlier_version_is_resumed(
@@ -621,9 +621,9 @@ def test_plots_and_report_that_are_missing_are_no_damage(
 
     assert main(["check", str(tmp_path / "a")]) == 0
 
-    told = capsys.readouterr().err.splitlines()
-    assert [line.startswith("note: ") for line in told] == [True, True]
-    assert "plot()` draws them again" in told[0] and "`--resume` writes it again" in told[1]
+    output = capsys.readouterr().err.splitlines()
+    assert [line.startswith("note: ") for line in output] == [True, True]
+    assert "plot()` draws them again" in output[0] and "`--resume` writes it again" in output[1]
     assert main(["train", "--resume", "--out", str(tmp_path / "a")]) == 0
     assert (tmp_path / "a" / "report.html").exists() and list((tmp_path / "a" / "plots").iterdir())
 

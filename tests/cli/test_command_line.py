@@ -52,8 +52,8 @@ def test_parser_suggests_the_nearest_name(
     arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 2
-    told = capsys.readouterr().err
-    assert line in told and told.count("\n") == 1
+    output = capsys.readouterr().err
+    assert line in output and output.count("\n") == 1
 
 
 def test_parser_of_a_script_suggests_the_nearest_name(capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,11 +105,11 @@ def test_verbose_prints_the_tracebacks_of_all_causes(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*arguments, "--config", "nope.yaml"]) == 2
-    told = capsys.readouterr().err
-    assert told.count("Traceback (most recent call last)") == 2 and "FileNotFoundError" in told
-    assert told.index("FileNotFoundError") < told.index("hetero_fl.utils.errors.UserError")
+    output = capsys.readouterr().err
+    assert output.count("Traceback (most recent call last)") == 2 and "FileNotFoundError" in output
+    assert output.index("FileNotFoundError") < output.index("hetero_fl.utils.errors.UserError")
     assert (
-        told.splitlines()[-1]
+        output.splitlines()[-1]
         == "error: nope.yaml: file not found; the folder contains compose.yaml"
     )
 
@@ -120,20 +120,22 @@ def test_every_command_takes_the_common_options(
 ) -> None:
     assert main([command, "--help"]) == 0
 
-    told = capsys.readouterr().out
-    assert all(option in told for option in ("--version", "-q, --quiet", "-v, --verbose"))
+    output = capsys.readouterr().out
+    assert all(option in output for option in ("--version", "-q, --quiet", "-v, --verbose"))
 
 
 def test_help_lists_commands_and_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == main(["-h"]) == main(["--quiet"]) == 0
-    told = capsys.readouterr().out
-    assert [line.split()[0] for line in told.splitlines() if line[:3].strip()].count("Usage:") == 3
-    assert all(f"\n  {command} " in told for command in APP.commands)
+    output = capsys.readouterr().out
+    assert [line.split()[0] for line in output.splitlines() if line[:3].strip()].count(
+        "Usage:"
+    ) == 3
+    assert all(f"\n  {command} " in output for command in APP.commands)
 
     assert main(["train", "-h"]) == 0
-    told = " ".join(capsys.readouterr().out.split())
-    assert "-c, --config, --conf FILE Configuration file (YAML or JSON)." in told
-    assert "[key.path=value]... Configuration keys to override" in told
+    output = " ".join(capsys.readouterr().out.split())
+    assert "-c, --config, --conf FILE Configuration file (YAML or JSON)." in output
+    assert "[key.path=value]... Configuration keys to override" in output
 
 
 @pytest.mark.parametrize("module", ["hetero_fl", "hetero_fl.cli"])

@@ -88,18 +88,18 @@ def test_options_override_a_study_that_runs(
     (tmp_path / "configs" / "small.yaml").write_text(yaml.safe_dump(study))
     data = f"data.path={images(tmp_path / 'set.npz', 28, 28)}"
     assert main(["--study", "configs/small.yaml", "--seeds", "3", data], command="compare") == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        "FedAvg (clients.per_round = 2)" in told
-        and "- **Seeds:** 3" in told
-        and "Local test rows" not in told
+        "FedAvg (clients.per_round = 2)" in output
+        and "- **Seeds:** 3" in output
+        and "Local test rows" not in output
     )
     assert (tmp_path / "runs" / "small" / "curves.png").stat().st_size > 5000
     assert {p.name[-1] for p in (tmp_path / "runs" / "small" / "runs").iterdir()} == {"3"}
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "output"),
     [
         ("config: a.yaml\n", "algorithms: missing"),
         (
@@ -114,7 +114,7 @@ def test_options_override_a_study_that_runs(
     ],
 )
 def test_invalid_study_raises_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, told: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, output: str
 ) -> None:
     (tmp_path / "study.yaml").write_text(text)
     assert (
@@ -122,7 +122,7 @@ def test_invalid_study_raises_one_line(
         == 2
     )
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert told in line and not (tmp_path / "out").exists()
+    assert output in line and not (tmp_path / "out").exists()
 
 
 def test_options_of_compare_override_the_study(

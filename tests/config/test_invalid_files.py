@@ -220,11 +220,11 @@ def refused(
     arguments: list[str], out: Path, capsys: pytest.CaptureFixture[str], names: str
 ) -> None:
     status = main([*arguments, "--out", str(out)], command="train")
-    said = capsys.readouterr().err.strip().splitlines()
-    assert status == 2, (arguments, said)
-    assert len(said) == 1 and said[0].startswith("error: "), (arguments, said)
-    assert names in said[0], (arguments, names, said)
-    assert "Traceback" not in said[0] and not out.exists()
+    error_lines = capsys.readouterr().err.strip().splitlines()
+    assert status == 2, (arguments, error_lines)
+    assert len(error_lines) == 1 and error_lines[0].startswith("error: "), (arguments, error_lines)
+    assert names in error_lines[0], (arguments, names, error_lines)
+    assert "Traceback" not in error_lines[0] and not out.exists()
 
 
 @pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.slow)])

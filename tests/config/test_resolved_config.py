@@ -53,9 +53,9 @@ def test_resolved_configuration_loads_to_the_same_clients(source: Path | dict[st
     config = load_config(source)
     again = load_config(yaml.safe_load(dump(config)))
     assert describe_difference(resolve_config(config), resolve_config(again)) is None
-    want, got = expand_population(config.clients), expand_population(again.clients)
+    expected, got = expand_population(config.clients), expand_population(again.clients)
     assert {client_id: s.model_dump() for client_id, s in got.items()} == {
-        client_id: s.model_dump() for client_id, s in want.items()
+        client_id: s.model_dump() for client_id, s in expected.items()
     }
     assert again.model_dump(exclude={"clients"}) == config.model_dump(exclude={"clients"})
 

@@ -328,18 +328,18 @@ def test_values_up_to_the_bound_are_accepted(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "message"),
     [
         (1.1e18, "at most 1e+18, got 1.1e+18"),
         (-3.4e38, "got 3.4e+38"),
         (math.nan, "is not finite"),
     ],
 )
-def test_single_value_beyond_the_bound_is_refused(value: float, said: str) -> None:
+def test_single_value_beyond_the_bound_is_refused(value: float, message: str) -> None:
     values = torch.zeros(100)
     values[57] = value
 
-    with pytest.raises(PayloadError, match=re.escape(said)):
+    with pytest.raises(PayloadError, match=re.escape(message)):
         Payload.decode(Payload({"x": values}).encode())
 
 

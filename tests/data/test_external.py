@@ -133,12 +133,14 @@ def test_client_sources(npz: Any, tmp_path: Path) -> None:
         {"a": PLAIN_CLIENT, "own": own, "b": PLAIN_CLIENT},
         0,
     )
-    mine = torch.cat([data.columns("own", s, PLAIN)["x"] for s in ("train", "validation", "test")])
+    client_rows = torch.cat(
+        [data.columns("own", s, PLAIN)["x"] for s in ("train", "validation", "test")]
+    )
     with np.load(path) as arrays:
         expected = {image.tobytes() for image in arrays["train_images"]}
-    assert {image.tobytes() for image in (mine * 255).round().byte().numpy()} == expected and len(
-        mine
-    ) == 30
+    assert {
+        image.tobytes() for image in (client_rows * 255).round().byte().numpy()
+    } == expected and len(client_rows) == 30
     shared = federate(
         common, DataConfig(partition=PartitionConfig(min_size=10)), {"a": own, "b": own}, 0
     )

@@ -154,8 +154,8 @@ def test_clients_split_with_independent_draws() -> None:
     places = []
     for client in "ab":
         parts = {s: rows_of(data, client, s) for s in ("train", "validation", "test")}
-        mine = sorted(row for part in parts.values() for row in part)
-        places.append([mine.index(row) for row in parts["test"]])
+        client_rows = sorted(row for part in parts.values() for row in part)
+        places.append([client_rows.index(row) for row in parts["test"]])
     assert len(places[0]) == len(places[1]) and places[0] != places[1]
 
 

@@ -63,7 +63,7 @@ def test_images_among_blocks_are_read_as_images_alone_are(tmp_path: Any) -> None
         torch.randint(0, 2, (5, 3)),
     )
     images[0, 0, 0, 0] = 255
-    want = preprocess_inputs(model, torch.cat([images.flatten(1) / 255, marks], 1))
+    expected = preprocess_inputs(model, torch.cat([images.flatten(1) / 255, marks], 1))
     for same in (
         images,
         images.float(),
@@ -73,12 +73,12 @@ def test_images_among_blocks_are_read_as_images_alone_are(tmp_path: Any) -> None
         images.flatten(1),
     ):
         assert torch.allclose(
-            preprocess_inputs(model, {"image": same, "marks": marks.to(torch.uint8)}), want
+            preprocess_inputs(model, {"image": same, "marks": marks.to(torch.uint8)}), expected
         )
     lacking = images.float()
     lacking[2] = NAN
     seen = preprocess_inputs(model, {"image": lacking, "marks": marks})
-    assert torch.allclose(seen[[0, 1, 3, 4]], want[[0, 1, 3, 4]]) and seen[2, 51] == 1
+    assert torch.allclose(seen[[0, 1, 3, 4]], expected[[0, 1, 3, 4]]) and seen[2, 51] == 1
     with pytest.raises(UserError, match="image: found floats from"):
         preprocess_inputs(model, {"image": images.float() - 128, "marks": marks})
 

@@ -130,12 +130,12 @@ def test_dates_may_be_given_as_strings() -> None:
 
 def test_metrics_are_in_the_unit_of_the_target() -> None:
     task = Task("regression", 1)
-    said, y, unit = (
+    predictions, y, unit = (
         torch.tensor([[1.0], [2.0]]),
         torch.tensor([[2.0], [4.0]]),
         torch.tensor([10.0, 100.0]),
     )
-    found, plain = score(task, said, y, unit), score(task, said, y)
+    found, plain = score(task, predictions, y, unit), score(task, predictions, y)
     assert found["mae"] == (10 + 200) / 2 and plain["mae"] == 1.5
     assert found["rmse"] == pytest.approx(((100 + 40000) / 2) ** 0.5)
     assert found["r2"] == pytest.approx(1 - (100 + 40000) / (2 * 190**2))
@@ -154,10 +154,10 @@ def test_extra_columns_follow_their_rows() -> None:
         made, dict.fromkeys("ab", PLAIN_CLIENT), partition=NATURAL, proxy=ProxyConfig(size=20)
     )
     for owner, name in (("a", "test"), ("b", "validation"), ("", "common_test")):
-        rows, beside = torch.tensor(rows_of(data, owner, name)), data.extra_columns(owner, name)
-        assert beside.time is not None and beside.unit is not None
-        assert torch.equal(beside.time, rows) and torch.equal(beside.unit, rows + 1.0)
-        assert torch.equal(beside.baselines["same"][:, 0], rows.float())
+        rows, extra = torch.tensor(rows_of(data, owner, name)), data.extra_columns(owner, name)
+        assert extra.time is not None and extra.unit is not None
+        assert torch.equal(extra.time, rows) and torch.equal(extra.unit, rows + 1.0)
+        assert torch.equal(extra.baselines["same"][:, 0], rows.float())
         assert set(data.columns(owner or "a", name, PLAIN)) == {
             "x",
             "y",

@@ -74,9 +74,9 @@ WRONG: list[tuple[str, dict[str, Any], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "arguments", "said"), WRONG)
+@pytest.mark.parametrize(("name", "arguments", "message"), WRONG)
 def test_invalid_models_raise_one_line(
-    name: str, arguments: dict[str, Any], said: list[str]
+    name: str, arguments: dict[str, Any], message: list[str]
 ) -> None:
     with pytest.raises(ModelError) as caught:
         create_model(name, **{"num_classes": 10, **arguments})
@@ -84,7 +84,7 @@ def test_invalid_models_raise_one_line(
     assert "\n" not in text
     assert text.startswith(f"model {name}: ")
     assert text.count("model " + name) == 1
-    for part in said:
+    for part in message:
         assert part in text, text
 
 
@@ -117,13 +117,13 @@ def test_options_are_given_by_name() -> None:
 def test_options_are_checked_without_building_the_model() -> None:
     check_options("cnn", {"width": 8, "norm": "group"})
     check_options("timm:resnet10t", {"drop_rate": None})
-    for name, options, said in (
+    for name, options, message in (
         ("cnn", {"wdth": 8}, "unknown option 'wdth'"),
         ("cnn", {"width": -8}, "got -8"),
         ("timm:resnet10t", {"drop_rate": 2}, "got 2"),
         ("cnnn", {}, "unknown model"),
     ):
-        with pytest.raises(ModelError, match=said):
+        with pytest.raises(ModelError, match=message):
             check_options(name, options)
 
 

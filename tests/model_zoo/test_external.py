@@ -325,18 +325,18 @@ WRONG_OWN: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("what", "arguments", "said"), WRONG_OWN)
+@pytest.mark.parametrize(("what", "arguments", "message"), WRONG_OWN)
 def test_invalid_custom_models_raise_one_line(
-    own: str, what: str, arguments: dict[str, Any], said: str
+    own: str, what: str, arguments: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ModelError, match=said) as caught:
+    with pytest.raises(ModelError, match=message) as caught:
         create_model(own + what, 3, **arguments)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(f"model {own}{what}: ")
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         (
             "python:zoo_no_such_module:Net",
@@ -347,8 +347,8 @@ def test_invalid_custom_models_raise_one_line(
         ("python:", "expected python:package.module:Class"),
     ],
 )
-def test_missing_custom_models_raise_one_line(own: str, name: str, said: str) -> None:
-    with pytest.raises(ModelError, match=said):
+def test_missing_custom_models_raise_one_line(own: str, name: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
         create_model(name, 3)
 
 

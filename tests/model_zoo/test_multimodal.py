@@ -47,10 +47,10 @@ def test_values_of_an_absent_block_are_ignored(fusion: str) -> None:
     other = x.clone()
     other[:, 64:69] = 7.0
     assert torch.equal(model(x).logits, model(other).logits)
-    there = x.clone()
-    there[:, 70] = 0
-    assert not torch.allclose(model(x).logits, model(there).logits)
-    zeros = there.clone()
+    filled = x.clone()
+    filled[:, 70] = 0
+    assert not torch.allclose(model(x).logits, model(filled).logits)
+    zeros = filled.clone()
     zeros[:, 64:69] = 0  # an absent block differs from zeros
     assert not torch.allclose(model(x).logits, model(zeros).logits)
     nothing = rows(genes=False, image=False)

@@ -205,8 +205,11 @@ def test_fedprotos_cnn_drops_channels_and_what_the_head_reads_but_gives_features
     model = make("fedproto_cnn").train()
     x = batch(1, 28, 28, n=64)
     channels = model.backbone[:5](x)
-    gone = (channels == 0).flatten(2).all(-1)
-    assert 0.4 < gone.double().mean() < 0.6 and not (channels == 0).flatten(2).any(-1)[~gone].any()
+    is_zero = (channels == 0).flatten(2).all(-1)
+    assert (
+        0.4 < is_zero.double().mean() < 0.6
+        and not (channels == 0).flatten(2).any(-1)[~is_zero].any()
+    )
     logits, features = model(x)
     assert not torch.allclose(F.linear(features, model.head.weight, model.head.bias), logits)
     model.eval()

@@ -205,10 +205,10 @@ def hold(folder: str, held: Any) -> None:
 @pytest.mark.slow
 def test_lock_is_exclusive_and_released_by_a_kill(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=hold, args=(str(tmp_path / "a"), there))
+    parent_end, child_end = context.Pipe()
+    process = context.Process(target=hold, args=(str(tmp_path / "a"), child_end))
     process.start()
-    here.recv()
+    parent_end.recv()
     words = "a: in use by another process; wait for it to end or choose another --out"
     with pytest.raises(UserError, match=words), lock_folder(tmp_path / "a"):
         pass

@@ -363,13 +363,13 @@ def test_file_changed_during_compare_runs_no_code(
 
 
 def test_permission_for_another_process_does_not_ask() -> None:
-    asked = CodePermission(granted=["python:a:B"], ask=lambda *_: True)
-    copied = pickle.loads(pickle.dumps(asked))
+    permission = CodePermission(granted=["python:a:B"], ask=lambda *_: True)
+    copied = pickle.loads(pickle.dumps(permission))
     assert list(copied.find_refused(find_references(["python:a:B", "python:c:D"]), "x")) == [
         ("python:c:D", "1")
     ]
-    assert list(asked.find_refused(find_references(["python:c:D"]), "x")) == []
-    assert asked.granted == {"python:a:B", "python:c:D"}
+    assert list(permission.find_refused(find_references(["python:c:D"]), "x")) == []
+    assert permission.granted == {"python:a:B", "python:c:D"}
 
 
 class Terminal(io.StringIO):
@@ -383,11 +383,11 @@ def test_terminal_user_is_asked(
 ) -> None:
     file = written(config("local", f"{trap}Net", 2, rounds=1, **BARE))
     monkeypatch.setattr("sys.stdin", Terminal(answer * 5))
-    monkeypatch.setattr("sys.stderr", said := Terminal())
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
     status = main(["train", "--config", file, "--out", "run"])
     module = trap.split(":")[1]
     question = f"{file}: clients.groups.0.model names code: Net of module {module}. Run it? [y/N] "
-    assert said.getvalue().count(question) == 1
+    assert terminal.getvalue().count(question) == 1
     ran = answer == "y\n"
     assert status == (0 if ran else 2)
     assert Path("imported").exists() is ran and Path("run").exists() is ran
@@ -410,9 +410,9 @@ def test_question_escapes_control_characters(trap: str, monkeypatch: pytest.Monk
     name = "small\x1b[2K.yaml"
     written(config("local", f"{trap}Net", **BARE), name)
     monkeypatch.setattr("sys.stdin", Terminal("n\n"))
-    monkeypatch.setattr("sys.stderr", said := Terminal())
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
     assert main(["train", "--config", name, "--out", "run"]) == 2
-    assert said.getvalue().startswith("small\\x1b[2K.yaml: clients.groups.0.model names code")
+    assert terminal.getvalue().startswith("small\\x1b[2K.yaml: clients.groups.0.model names code")
 
 
 @pytest.fixture(scope="module")

@@ -185,13 +185,13 @@ CLASSES = {
 @pytest.mark.parametrize("name", RENAMED_MEMBERS)
 def test_renamed_members_have_gone_and_the_new_ones_exist(name: str) -> None:
     kind = CLASSES[name]
-    there = {*dir(kind), *getattr(kind, "__annotations__", {})}
-    there |= {*getattr(getattr(kind.__init__, "__code__", None), "co_names", ())}
+    members = {*dir(kind), *getattr(kind, "__annotations__", {})}
+    members |= {*getattr(getattr(kind.__init__, "__code__", None), "co_names", ())}
 
     for old, new in RENAMED_MEMBERS[name].items():
-        assert old not in there
+        assert old not in members
         if new.isidentifier():
-            assert new in there
+            assert new in members
         elif new.startswith("hetero_fl."):
             _resolve(new.partition("(")[0])
 

@@ -36,13 +36,13 @@ def test_banks_have_columns_and_a_rate_of_their_own() -> None:
         and train.group is not None
     )
     for place, (bank, (rows, rate)) in enumerate(tables.BANKS.items()):
-        mine = train.group == place
-        assert int(mine.sum()) == rows and float(train.y[mine].float().mean()) == pytest.approx(
-            rate, abs=1 / rows
-        )
+        in_bank = train.group == place
+        assert int(in_bank.sum()) == rows and float(
+            train.y[in_bank].float().mean()
+        ) == pytest.approx(rate, abs=1 / rows)
         own = tables.SPECIAL[bank.split("_")[0]]
         gaps = {
-            name: float(train.x[mine][:, i].isnan().float().mean())
+            name: float(train.x[in_bank][:, i].isnan().float().mean())
             for i, name in enumerate(dataset.columns)
         }
         assert all(gaps[name] == 0 for name in tables.COMMON_COLUMNS)

@@ -225,8 +225,8 @@ def test_hours_that_are_missing_leave_out_the_rows_that_need_them() -> None:
     holed.value[300] = np.nan
     whole, fewer = made([one]).train, made([holed]).train
     assert whole.time is not None and fewer.time is not None
-    gone = set((whole.time // HOUR).tolist()) - set((fewer.time // HOUR).tolist())
-    now = {hour - START - 4 for hour in gone}
+    missing_hours = set((whole.time // HOUR).tolist()) - set((fewer.time // HOUR).tolist())
+    now = {hour - START - 4 for hour in missing_hours}
     needed = {now for now in range(200, 700) if 300 in needs(now)}
     assert now == {n for n in needed if n + 4 <= Periods.from_series([one], CONFIG).train - START}
     assert torch.isfinite(fewer.x[..., :3]).all()

@@ -81,17 +81,17 @@ def test_unfinished_run_has_no_plots(made_run: MakeRun) -> None:
 def test_failed_plot_is_reported_and_left_out(
     made_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, said = made_run(rounds=1), list[str]()
+    run, messages = made_run(rounds=1), list[str]()
 
     def fails(*content: Any) -> Figure:
         raise OverflowError("cannot convert\nfloat infinity to integer")
 
     monkeypatch.setattr(clients, "plot_client_scores", fails)
 
-    paths = write_plots(run.path, said.append)
+    paths = write_plots(run.path, messages.append)
 
     assert [path.stem for path in paths] == [name for name in ALL if name != "clients"]
-    assert said == [
+    assert messages == [
         (
             "the picture 'clients' cannot be drawn: OverflowError: "
             "cannot convert float infinity to integer"
@@ -103,12 +103,12 @@ def test_failed_plot_is_reported_and_left_out(
 
 @pytest.mark.slow
 def test_failed_report_is_reported(made_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, said = made_run(rounds=1), list[str]()
+    run, messages = made_run(rounds=1), list[str]()
     monkeypatch.setattr(report, "docstring_paragraph", lambda label: 1 / 0)
 
-    write_report(run.path, said.append)
+    write_report(run.path, messages.append)
 
-    assert said == ["the report cannot be written: ZeroDivisionError: division by zero"]
+    assert messages == ["the report cannot be written: ZeroDivisionError: division by zero"]
     assert not (run.path / "report.html").exists()
     with pytest.raises(ZeroDivisionError):
         write_report(run.path)

@@ -195,8 +195,7 @@ class Family(NamedTuple):
         title: Title of the page.
         text: Introduction.
         methods: Names of the methods.
-        notes: Base classes whose docstrings describe what methods of the page have in common, by
-            heading.
+        notes: Base classes of methods of the page, whose docstrings are printed, by heading.
     """
 
     page: str
@@ -442,6 +441,14 @@ def _shared_content(method: Algorithm) -> str:
 # Command line
 
 
+EXIT_STATUSES = (
+    ("0", "success"),
+    ("1", "the run failed"),
+    ("2", "invalid input, reported in one line on stderr"),
+    ("130", "interrupted; a run has written a checkpoint"),
+)
+
+
 def command_line_page() -> str:
     """Return the text of docs/reference/command_line.md."""
     rows = [
@@ -453,10 +460,10 @@ def command_line_page() -> str:
         "",
         _notice("the commands in hetero_fl/cli"),
         "",
-        "`hetero-fl COMMAND --help` prints the same text. In a checkout, `python",
-        "scripts/train.py` is the same as `hetero-fl train`, and so on. Exit status: 0 success, 1",
-        "the run failed, 2 invalid input (one line on stderr), 130 interrupted after writing a",
-        "checkpoint.",
+        "`hetero-fl COMMAND --help` prints the same text. In a checkout,",
+        "`python scripts/train.py` is the same as `hetero-fl train`, and so on.",
+        "",
+        *_table(("exit status", "meaning"), EXIT_STATUSES),
         "",
         *_table(("command", "purpose"), rows),
         "",
@@ -479,10 +486,10 @@ def _command_section(name: str, command: click.Command) -> list[str]:
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
     lines = [f"## `hetero-fl {name}`", "", *_paragraphs(command.help or "")]
     lines += ["```text", usage, "```", ""]
-    common = {option.name for option in COMMON_OPTIONS}
+    documented = {option.name for option in COMMON_OPTIONS}
     rows = []
     for parameter in command.params:
-        if parameter.name in common:
+        if parameter.name in documented:
             continue
         name_text = _option_names(parameter)
         default = "" if isinstance(parameter, click.Argument) else _default_text(parameter)
@@ -517,7 +524,7 @@ def _default_text(parameter: click.Parameter) -> str:
         return "required"
     written = re.search(r"\[default: (.*?)\]$", getattr(parameter, "help", None) or "")
     if written:
-        return written[1]
+        return f"`{written[1]}`" if "<" in written[1] or "/" in written[1] else written[1]
     value = parameter.to_info_dict()["default"]
     return "" if value in (None, False, ()) else f"`{value}`"
 

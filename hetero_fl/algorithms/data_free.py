@@ -136,24 +136,19 @@ class DataFreeDistillation(Algorithm):
 class Dense(DataFreeDistillation):
     """Upload every model once after local training and distill them all on generated examples.
 
-    Clients train alone in all rounds and upload their parameters in the last one. The server
-    alternates between a generator, which minimizes CE + λ₁·(distance of BatchNorm statistics) −
-    λ₂·KL on one batch, with the KL divergence where student and teachers disagree, and a student,
-    which learns the teachers' mean logits on all batches so far (Zhang et al. 2022, Algorithm 1).
-    The student is sent for evaluation only.
+    Clients train alone and upload their parameters in the last round. The server alternates between
+    a generator, which minimizes CE + λ₁·(distance of BatchNorm statistics) − λ₂·KL on one batch,
+    with the KL divergence where student and teachers disagree, and a student, which learns the
+    teachers' mean logits on all batches so far (Zhang et al. 2022, Algorithm 1).
 
-    Teachers may have different architectures. The student has that of one client, and all clients
-    use it afterwards. Before the last round, each client uses its own model, as with Local; a run
-    that stops early trains no student.
+    The student has the architecture of one client, and all clients use it afterwards. Before the
+    last round, each client uses its own model, as with Local; a run that stops early trains no
+    student.
 
     Use it where clients can be reached only once and there is no proxy set. It is weak where
     clients have different classes or models without BatchNorm. Deviations from the authors' code:
-    smaller defaults, the generator is kept between batches, there is no augmentation, and the
-    distance of statistics is averaged over teachers, not summed.
-
-    References:
-        Zhang et al., "DENSE: Data-Free One-Shot Federated Learning", NeurIPS 2022.
-            https://arxiv.org/abs/2112.12371
+    smaller defaults, one generator for all batches, no augmentation, and the distance of statistics
+    is averaged over teachers.
 
     Example:
         >>> from hetero_fl.algorithms import Dense

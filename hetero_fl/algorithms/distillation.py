@@ -196,8 +196,8 @@ class ProxyDistillation(ProxyTraining):
 
     The teacher is the mean of logits over clients, with weights `teacher`: equal (`mean`), the
     numbers of rows n_k (`samples`), exp(−entropy) of each prediction (`entropy`), or by class
-    (`contrast`): the mean of max(log p, −8) with weights n_kc·(1 − n_kc/n_k), plus a small floor,
-    where client k has n_kc rows of class c. DS-FL averages probabilities instead of logits.
+    (`contrast`): the mean of max(log p, −8) with weights n_kc·(1 − n_kc/n_k) + 0.1, where client k
+    has n_kc rows of class c. DS-FL averages probabilities instead of logits.
 
     With `align: λ`, the server adds λ·(log q_c − log p̄_c) to class c of the teacher, where q are
     the label frequencies of all uploads so far and p̄ is the teacher's mean prediction
@@ -205,8 +205,9 @@ class ProxyDistillation(ProxyTraining):
     that few clients have. 0.5 is a good value under label skew if the proxy set has the clients'
     mix of classes.
 
-    Clients upload label counts for `contrast` and `align`, if the task is multi-class and their
-    `shares` contain `statistics`. Counts are private data and receive noise under `privacy`.
+    Both use label counts of clients whose `shares` contain `statistics`, in multi-class tasks;
+    `contrast` assumes balanced classes for the others. Counts are private data and receive noise
+    under `privacy`.
     """
 
     teacher: TeacherKind = Field(

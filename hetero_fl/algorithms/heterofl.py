@@ -262,13 +262,11 @@ class HeteroFL(FedAvg):
     evaluated with its own slice and its scaler; the wide model is evaluated only if it has no
     BatchNorm.
 
-    A client whose model is a narrower copy of `model` keeps its width. Any other client gets the
-    power of two from 1/16 to 1 that is nearest to the square root of the ratio of parameters. At
-    least one client must have the full width. Set `widths` for more than 1,000 clients whose models
-    do not determine it.
+    Use it where clients differ in compute only. At least one client must have the full width.
+    `widths` supports at most 1,000 clients; for more, give the groups models of these widths.
 
-    Use it where clients differ in compute only. Deviation: the mask of absent classes is off by
-    default; it reveals a client's classes to the server and needs `statistics` in `shares`.
+    Deviation: the mask of absent classes is off by default. It reveals a client's classes to the
+    server and requires `statistics` in `shares`.
 
     References:
         Diao et al., "HeteroFL: Computation and Communication Efficient Federated Learning for
@@ -290,12 +288,14 @@ class HeteroFL(FedAvg):
     )
     model: Annotated[ModelConfig, BeforeValidator(expand_model_name)] | None = Field(
         None,
-        description="the wide model; `null`: the widest of the clients' most frequent model family",
+        description="the wide model; `null`: the widest of the clients' most frequent model family "
+        "that can be narrowed, else cnn_gn_medium, mlp or text_cnn by the kind of data",
     )
     widths: dict[str, float] | list[float] | None = Field(
         None,
         description="widths relative to the wide model, by client id or pattern, or a list that is "
-        "repeated; `null`: derived from the clients' models",
+        "repeated; `null`: that of a narrower copy of the wide model, for other models the power "
+        "of two from 1/16 to 1 nearest to the square root of the ratio of parameters",
     )
     scaler: bool = Field(
         True, description="whether to divide layer outputs of a narrow model by its width"

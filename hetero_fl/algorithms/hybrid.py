@@ -27,7 +27,7 @@ from hetero_fl.core.plan import Plan
 
 
 @register_algorithm("hybrid")
-class Hybrid(ProxyDistillation, FedAvg):
+class Hybrid(ProxyDistillation, FedAvg):  # style: ok (configuration key in docstring)
     """Average shared parameters and distill the consensus of all clients on a public proxy set.
 
     The server averages each tensor over the clients that share it and distills the consensus (KL ·

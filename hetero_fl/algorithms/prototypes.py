@@ -250,14 +250,12 @@ class FedTGP(FedProto):
     class means are nearest to the prototype of their class by a margin δ = min(largest distance of
     two class centers, τ). A class center is the unweighted mean of the clients' class means.
 
-    Use it where FedProto's prototypes are too similar. With few local steps per round, prototypes
-    change faster than clients and training can diverge: use more local epochs or a smaller
-    `margin`.
+    Use it where FedProto's prototypes are too similar. With few local steps per round, training can
+    diverge: use more local epochs or a smaller `margin`.
 
     The default λ is that of the authors' script; the paper uses 0.1. Deviations from the authors'
-    code: δ is the largest distance of two class centers, as in the paper, where the code uses the
-    largest distance of a class center to its nearest neighbor. P̆ is initialized uniformly in
-    ±1/√C, where the code uses a standard normal distribution.
+    code: it takes for δ the largest distance of a center to its nearest neighbor, and initializes
+    P̆ from a standard normal distribution, where here it is uniform in ±1/√C.
 
     References:
         Zhang et al., "FedTGP: Trainable Global Prototypes with Adaptive-Margin-Enhanced Contrastive

@@ -121,7 +121,7 @@ def test_compare_prints_and_writes_the_settings(
     assert "settings of Local, FedAvg: defaults" in console
     assert "settings of FedProx (mu = 0.5): mu = 0.5 (variant)" in console
     assert "settings of Hybrid: heads = keep (algorithm section of small.yaml)" in console
-    section = written.partition("## Settings")[2].partition("## The methods")[0]
+    section = written.partition("## Settings")[2].partition("## Methods")[0]
     (hybrid,) = [line for line in section.splitlines() if line.startswith("- **Hybrid:**")]
     assert (
         "heads = keep (algorithm section of small.yaml); clients.defaults.optimizer.lr = 0.0"

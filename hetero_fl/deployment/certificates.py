@@ -1,4 +1,8 @@
-"""Create certificates and keys, and write the files that a site edits."""
+"""Create and check certificates and keys, and write the files that server and sites edit.
+
+Keys are on the curve P-384. A node's keys are OpenSSH files (`ssh-keygen -t ecdsa -b 384`), which
+Flower's tools accept; the server's keys are PEM files.
+"""
 
 from __future__ import annotations
 
@@ -24,76 +28,117 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import write_atomically
 
-# Who is who between machines: a certificate for the server, a pair of keys for each node; made
-# here, or given and checked.
-#
-# Keys are on the curve P-384. A node's are files as OpenSSH writes them (`ssh-keygen -t ecdsa -b
-# 384`), which is what Flower's own tools take too; the server's are PEM.
-
 PublicKey = EllipticCurvePublicKey
-VALID = datetime.timedelta(days=825)  # for longer some clients refuse a server's certificate
-EARLIER = datetime.timedelta(hours=1)  # clocks of other machines may be a little behind
+# Some clients refuse a server's certificate that is valid for longer.
+VALID = datetime.timedelta(days=825)
+# Clocks of other machines may be slow.
+EARLIER = datetime.timedelta(hours=1)
+SERVER = "server"
+AUTHORITY = "authority"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+PORT = 9092
+KEY_KIND = "expected an ecdsa key (ssh-keygen -t ecdsa -b 384), got another kind"
+
+SERVER_FILE = """\
+# The server of a federation: its address and the nodes that may connect.
+host: 0.0.0.0
+port: {port}
+certificates: {{authority: authority.pem, certificate: server.pem, key: server.key}}
+nodes:
+{nodes}
+wait: 600        # seconds to wait for all clients
+deadline: 3600   # seconds that a node may take for a task
+# For `hetero-fl status 127.0.0.1:9464`, Prometheus and health checks:
+# metrics: {{host: 127.0.0.1, port: 9464}}
+# logs: json
+"""
+
+SITE_FILE = """\
+# A site of a federation. The server cannot override these settings.
+client: {client}
+server: {{address: "{host}:{port}", authority: authority.pem, key: key}}
+folder: state    # private models and secrets
+
+# The site's data. Without it, the site gets its part of the data in the server's configuration.
+# data: {{path: data.npz}}
+
+# What the server may learn besides uploads, the number of rows and scores.
+tells: {{labels: false, details: false, model: false}}
+# logs: json
+"""
 
 
 @dataclass(frozen=True)
 class ServerFiles:
-    """Where a server's certificate lies, its key, and the certificate of who vouches for it."""
+    """Paths of the server's certificate and key.
+
+    Attributes:
+        authority: Certificate of the authority that signed the server's certificate.
+        certificate: The server's certificate.
+        key: The server's private key.
+    """
 
     authority: Path
     certificate: Path
     key: Path
 
 
-# --- made here ---------------------------------------------------------------------------------------------------------------
-
-
 def make_server_files(folder: Path, hosts: Sequence[str], name: str = "hetero_fl") -> ServerFiles:
-    """An authority of one's own and a certificate of the server's for these host names and addresses, in a folder.
+    """Create a certificate authority and a certificate of the server.
 
-    `authority.pem` is what nodes are given; `authority.key` makes further certificates and belongs elsewhere. Raises UserError
-    if the folder has them already.
+    Nodes need `authority.pem`. `authority.key` signs further certificates; keep it elsewhere.
+
+    Args:
+        folder: Folder for the files.
+        hosts: Host names and addresses under which nodes reach the server.
+        name: Name of the authority.
+
+    Raises:
+        UserError: If a file exists or there are no hosts.
     """
     files = ServerFiles(folder / "authority.pem", folder / "server.pem", folder / "server.key")
-    if there := [f for f in (files.authority, files.certificate, files.key) if f.exists()]:
-        raise UserError(f"{there[0]} is there already; another folder, or take it away first")
+    for path in (files.authority, files.certificate, files.key):
+        if path.exists():
+            raise UserError(f"{path}: already exists; choose another folder or delete it")
     if not hosts:
         raise UserError(
-            "a server's certificate needs the names under which nodes reach it; none is given"
+            "--host: missing; expected the host name or address under which nodes reach the server"
         )
     root = generate_private_key(SECP384R1())
     key = generate_private_key(SECP384R1())
     issuer = _name(f"{name} authority")
-    own = _certificate_builder(issuer, issuer, root.public_key()).add_extension(
+    root_certificate = _certificate_builder(issuer, issuer, root.public_key()).add_extension(
         x509.BasicConstraints(True, 0), critical=True
     )
-    own = own.add_extension(_usage(signs=True), critical=True)
-    vouched = _certificate_builder(_name(hosts[0]), issuer, key.public_key())
-    vouched = vouched.add_extension(
+    root_certificate = root_certificate.add_extension(_usage(signs=True), critical=True)
+    certificate = _certificate_builder(_name(hosts[0]), issuer, key.public_key())
+    certificate = certificate.add_extension(
         x509.SubjectAlternativeName([_host(h) for h in hosts]), critical=False
     )
-    vouched = vouched.add_extension(x509.BasicConstraints(False, None), critical=True)
-    vouched = vouched.add_extension(_usage(signs=False), critical=True)
-    vouched = vouched.add_extension(
+    certificate = certificate.add_extension(x509.BasicConstraints(False, None), critical=True)
+    certificate = certificate.add_extension(_usage(signs=False), critical=True)
+    certificate = certificate.add_extension(
         x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False
     )
-    vouched = vouched.add_extension(
+    certificate = certificate.add_extension(
         x509.AuthorityKeyIdentifier.from_issuer_public_key(root.public_key()), critical=False
     )
     _write_secret(folder / "authority.key", _pem(root))
     _write_secret(files.key, _pem(key))
-    for path, certificate in ((files.authority, own), (files.certificate, vouched)):
-        signed = certificate.sign(root, hashes.SHA384())
+    for path, unsigned in ((files.authority, root_certificate), (files.certificate, certificate)):
+        signed = unsigned.sign(root, hashes.SHA384())
         write_atomically(path, signed.public_bytes(serialization.Encoding.PEM))
     return files
 
 
 def make_node_key(path: Path, comment: str = "") -> EllipticCurvePrivateKey:
-    """A node's pair of keys: the private one at `path`, the public one, which the server is given, at `path`.pub.
+    """Create a node's private key at `path` and its public key, for the server, at `path`.pub.
 
-    Raises UserError if there is a file.
+    Raises:
+        UserError: If the file exists.
     """
     if path.exists():
-        raise UserError(f"{path} is there already; another name, or take it away first")
+        raise UserError(f"{path}: already exists; choose another name or delete it")
     key = generate_private_key(SECP384R1())
     openssh = serialization.PrivateFormat.OpenSSH
     _write_secret(
@@ -110,22 +155,29 @@ def make_node_key(path: Path, comment: str = "") -> EllipticCurvePrivateKey:
 
 
 def public_bytes(key: PublicKey) -> bytes:
-    """A public key as it travels: PEM."""
+    """Return a public key in PEM."""
     return key.public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
 
 
-# --- given -------------------------------------------------------------------------------------------------------------------
-
-
 def load_node_key(path: Path, whose: str = "a node's") -> EllipticCurvePrivateKey:
-    """A node's private key, or the server's. Raises UserError if it is none that Flower takes, or others here can read it."""
+    """Load a private key.
+
+    Args:
+        path: The file, in PEM or OpenSSH format.
+        whose: The owner, for error messages.
+
+    Raises:
+        UserError: If Flower does not accept the key or other users can read the file.
+    """
     data = _read(path, f"{whose} private key")
     if b"PRIVATE" not in data and data.startswith((b"ecdsa-", b"ssh-", b"-----BEGIN PUBLIC")):
-        raise UserError(f"{path}: this is the public key; the private one is the file without .pub")
+        raise UserError(
+            f"{path}: expected a private key, got the public key; use the file without .pub"
+        )
     if os.name == "posix" and path.stat().st_mode & 0o077:
-        raise UserError(f"{path}: others can read this private key; chmod 600 {path}")
+        raise UserError(f"{path}: other users can read this private key; run chmod 600 {path}")
     try:
         load = (
             serialization.load_ssh_private_key
@@ -134,22 +186,22 @@ def load_node_key(path: Path, whose: str = "a node's") -> EllipticCurvePrivateKe
         )
         key = load(data, None)
     except TypeError:
-        raise UserError(
-            f"{path}: the key is locked with a passphrase; a node needs one without"
-        ) from None
+        raise UserError(f"{path}: the key has a passphrase; create one without") from None
     except (ValueError, UnsupportedAlgorithm):
         raise UserError(
-            f"{path}: no private key is found here; make_node_key or ssh-keygen -t ecdsa makes one"
+            f"{path}: not a private key; create one with ssh-keygen -t ecdsa -b 384"
         ) from None
     if not isinstance(key, EllipticCurvePrivateKey):
-        raise UserError(
-            f"{path}: found another kind of key; a node's is of the kind ecdsa (ssh-keygen -t ecdsa -b 384)"
-        )
+        raise UserError(f"{path}: {KEY_KIND}")
     return key
 
 
 def load_public_key(path: Path) -> PublicKey:
-    """A node's public key (`….pub`). Raises UserError if it is none that Flower takes."""
+    """Load a node's public key (`….pub`).
+
+    Raises:
+        UserError: If Flower does not accept the key.
+    """
     data = _read(path, "a node's public key")
     try:
         load = (
@@ -159,21 +211,23 @@ def load_public_key(path: Path) -> PublicKey:
         )
         key = load(data)
     except (ValueError, UnsupportedAlgorithm):
-        hint = (
-            "this is the private one; the server is given the file ….pub"
-            if b"PRIVATE" in data
-            else "no public key"
-        )
-        raise UserError(f"{path}: {hint}") from None
+        found = "the private key; use the file ….pub" if b"PRIVATE" in data else "something else"
+        raise UserError(f"{path}: expected a public key, got {found}") from None
     if not isinstance(key, EllipticCurvePublicKey):
-        raise UserError(
-            f"{path}: found another kind of key; a node's is of the kind ecdsa (ssh-keygen -t ecdsa -b 384)"
-        )
+        raise UserError(f"{path}: {KEY_KIND}")
     return key
 
 
 def check_server_files(files: ServerFiles, hosts: Sequence[str] = ()) -> None:
-    """Raises UserError with what is wrong: a file, a date, a host name, a key or an authority of something else."""
+    """Check that the server's files are valid and belong together.
+
+    Args:
+        files: The files.
+        hosts: Host names and addresses that the certificate has to name.
+
+    Raises:
+        UserError: If a file, a date, a host name, the key or the authority is wrong.
+    """
     authority = _read_certificate(files.authority, "the authority's certificate")
     certificate = _read_certificate(files.certificate, "the server's certificate")
     for path, one in ((files.authority, authority), (files.certificate, certificate)):
@@ -182,24 +236,28 @@ def check_server_files(files: ServerFiles, hosts: Sequence[str] = ()) -> None:
         key = serialization.load_pem_private_key(_read(files.key, "the server's private key"), None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
         raise UserError(
-            f"{files.key}: no private key in PEM without a passphrase is found here"
+            f"{files.key}: expected a private key in PEM without a passphrase"
         ) from None
     if _public_key_info(key.public_key()) != _public_key_info(certificate.public_key()):
         raise UserError(f"{files.key}: this key does not belong to {files.certificate}")
     try:
         certificate.verify_directly_issued_by(authority)
     except (ValueError, TypeError, InvalidSignature):
-        raise UserError(f"{files.certificate}: not vouched for by {files.authority}") from None
-    named = _hosts(certificate)
+        raise UserError(f"{files.certificate}: not signed by {files.authority}") from None
+    names = _hosts(certificate)
     for host in hosts:
-        if host not in named and f"*.{host.partition('.')[2]}" not in named:
+        if host not in names and f"*.{host.partition('.')[2]}" not in names:
             raise UserError(
-                f"{files.certificate}: made out to {', '.join(named) or 'nobody'}, not to {host}"
+                f"{files.certificate}: valid for {', '.join(names) or 'no host'}, not for {host}"
             )
 
 
 def check_authority(path: Path) -> None:
-    """Raises UserError if the certificate that a node was given is none, or is no longer valid."""
+    """Check the certificate by which a node verifies the server.
+
+    Raises:
+        UserError: If the file contains no certificate or the certificate is not valid now.
+    """
     _check_dates(path, _read_certificate(path, "the authority's certificate"))
 
 
@@ -207,14 +265,14 @@ def _read_certificate(path: Path, what: str) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(_read(path, what))
     except ValueError:
-        raise UserError(f"{path}: no certificate in PEM is found here") from None
+        raise UserError(f"{path}: expected a certificate in PEM") from None
 
 
 def _check_dates(path: Path, certificate: x509.Certificate) -> None:
     now = datetime.datetime.now(datetime.timezone.utc)
     if certificate.not_valid_after_utc < now:
         raise UserError(
-            f"{path}: expired on {certificate.not_valid_after_utc:%Y-%m-%d}; a new one is needed"
+            f"{path}: expired on {certificate.not_valid_after_utc:%Y-%m-%d}; create a new one"
         )
     if certificate.not_valid_before_utc > now:
         raise UserError(
@@ -237,7 +295,7 @@ def _read(path: Path, what: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: {what} can not be read ({error.strerror})") from None
+        raise UserError(f"{path}: {what} cannot be read ({error.strerror})") from None
 
 
 def _public_key_info(key: object) -> bytes:
@@ -262,10 +320,10 @@ def _certificate_builder(
     subject: x509.Name, issuer: x509.Name, key: PublicKey
 ) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.timezone.utc)
-    begun = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key)
-    begun = begun.serial_number(x509.random_serial_number()).not_valid_before(now - EARLIER)
-    begun = begun.not_valid_after(now - EARLIER + VALID)
-    return begun.add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    builder = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key)
+    builder = builder.serial_number(x509.random_serial_number()).not_valid_before(now - EARLIER)
+    builder = builder.not_valid_after(now - EARLIER + VALID)
+    return builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
 
 
 def _name(text: str) -> x509.Name:
@@ -293,67 +351,43 @@ def _usage(signs: bool) -> x509.KeyUsage:
     )
 
 
-# What the machines of a federation need to know each other: certificates, keys, and files that are
-# ready to be edited.
-
-SERVER = "server"
-AUTHORITY = "authority"  # folders
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-PORT = 9092
-
-SERVER_FILE = """\
-# The server of a federation. It listens here, and these nodes may come.
-host: 0.0.0.0
-port: {port}
-certificates: {{authority: authority.pem, certificate: server.pem, key: server.key}}
-nodes:
-{nodes}
-wait: 600        # seconds until all clients of a configuration have to be there
-deadline: 3600   # seconds that a node may take for a task
-# metrics: {{host: 127.0.0.1, port: 9464}}   # `hetero-fl status 127.0.0.1:9464`, Prometheus, health checks
-# logs: json
-"""
-
-SITE_FILE = """\
-# One site of a federation. What stands here the server cannot override.
-client: {client}
-server: {{address: "{host}:{port}", authority: authority.pem, key: key}}
-folder: state    # private models and secrets: nobody else's business
-
-# Its own data; without it the site gets the part that the server's configuration deals it, for rehearsals.
-# data: {{path: data.npz}}
-
-# What others may know of it, besides what the method sends, the number of its rows and its models' scores.
-tells: {{labels: false, details: false, model: false}}
-# logs: json
-"""
-
-
 def provision(folder: Path, hosts: Sequence[str], clients: Sequence[str]) -> list[Path]:
-    """Make a folder for the server, one for each site, and one for the authority's key. Returns what was written.
+    """Create a folder for the server, one for each site, and one for the authority's key.
 
-    Raises UserError if there is anything in the way, or a name is none of a folder.
+    Args:
+        folder: A new folder for all of them.
+        hosts: Host names and addresses under which nodes reach the server.
+        clients: Names of the clients.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        UserError: If the folder exists and is not empty, or a client's name cannot be a folder.
     """
     for client in clients:
         if not NAME.fullmatch(client) or client in (SERVER, AUTHORITY):
             raise UserError(
-                f"--clients: found '{client}', which cannot be the name of a folder here"
+                f"--clients: '{client}' cannot be the name of a folder; expected letters, digits, "
+                f"'_', '.' and '-', and not {SERVER} or {AUTHORITY}"
             )
-    if twice := [client for client in clients if list(clients).count(client) > 1]:
-        raise UserError(f"--clients: '{twice[0]}' is named twice")
+    for client in clients:
+        if list(clients).count(client) > 1:
+            raise UserError(f"--clients: '{client}' is named twice")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: exists already; name a new folder")
+        raise UserError(f"{folder}: already exists; choose another folder or delete it")
     server = folder / SERVER
-    made = make_server_files(server, hosts)
+    files = make_server_files(server, hosts)
     authority = folder / AUTHORITY
     authority.mkdir(mode=0o700)
-    os.replace(server / "authority.key", authority / "authority.key")  # the server runs without it
-    _write(authority / "authority.pem", made.authority.read_text())
+    # The server does not need it.
+    os.replace(server / "authority.key", authority / "authority.key")
+    _write(authority / "authority.pem", files.authority.read_text())
     for client in clients:
         site = folder / client
         make_node_key(site / "key", client)
         _write(server / "nodes" / f"{client}.pub", (site / "key.pub").read_text())
-        _write(site / "authority.pem", made.authority.read_text())
+        _write(site / "authority.pem", files.authority.read_text())
         _write(
             site / "site.yaml",
             SITE_FILE.format(client=client, host=_bracketed(hosts[0]), port=PORT),

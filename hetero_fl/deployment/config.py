@@ -26,49 +26,51 @@ from hetero_fl.utils.errors import UserError, suggest_or_list, suggest_similar
 
 REMOVED = "no longer used; remove it (TLS and the nodes' keys authenticate server and nodes)"
 
-# What a site's file allows a server to ask for; nothing is limited that is not named.
-
 
 class BudgetConfig(ConfigSection):
-    """What this site's training rows may be given away in all runs together, by its own account."""
+    """Privacy budget of a site's training rows over all runs."""
 
-    epsilon: PositiveFloat = Field(description="ε of everything that it has ever answered")
+    epsilon: PositiveFloat = Field(description="ε of all answers of the site")
     delta: float = Field(
         1e-5,
         gt=0,
         lt=1,
-        description="δ at which ε is computed; well below one over its training rows",
+        description="δ of the budget; well below 1 / number of training rows",
     )
 
 
 class AllowsConfig(ConfigSection):
-    """Limits of a site, against which every configuration, task and answer is checked before it goes on."""
+    """Limits that a site checks for every configuration, task and answer. `null` means no limit."""
 
-    methods: list[str] | None = Field(None, description="values of algorithm.name; none: any")
+    methods: list[str] | None = Field(None, description="permitted values of algorithm.name")
     own_code: list[str] = Field(
         [],
-        description="python:module:Name that a server's configuration may have this site run; the node needs `--allow-code`",
+        description="`python:module:Name` references that the site runs if the server's "
+        "configuration names them; the node also needs `--allow-code`",
     )
     rounds: PositiveInt | None = Field(
-        None,
-        description="most rounds of a run, and most times that it trains in one; none: no limit, here and below",
+        None, description="maximum number of rounds of a run, and of tasks in it"
     )
-    epochs: PositiveFloat | None = Field(None, description="most passes over its rows in one task")
-    steps: PositiveInt | None = Field(None, description="most optimizer steps in one task")
-    upload_bytes: PositiveInt | None = Field(None, description="most bytes of one upload")
+    epochs: PositiveFloat | None = Field(
+        None, description="maximum number of passes over the rows in a task"
+    )
+    steps: PositiveInt | None = Field(
+        None, description="maximum number of optimizer steps in a task"
+    )
+    upload_bytes: PositiveInt | None = Field(None, description="maximum bytes of an upload")
     total_bytes: PositiveInt | None = Field(
-        None, description="most bytes of all its answers, in all runs together"
+        None, description="maximum bytes of all answers over all runs"
     )
-    secure_sum_only: bool = Field(
-        False, description="whether an upload may leave in a secure sum alone"
-    )
+    secure_sum_only: bool = Field(False, description="send uploads with secure aggregation only")
     cohort: PositiveInt | None = Field(
         None,
-        description="fewest clients whose sum may be told: of a secure sum, those with whom it shares masks",
+        description="minimum number of clients in a sum; with secure aggregation, of clients that "
+        "share masks with this one",
     )
     privacy: BudgetConfig | None = Field(
         None,
-        description="only runs whose noise this site adds itself (privacy.unit: record or local), up to this much",
+        description="accept only runs in which this site adds the noise (privacy.unit: record or "
+        "local), up to this budget",
     )
 
     @model_validator(mode="after")
@@ -77,109 +79,113 @@ class AllowsConfig(ConfigSection):
 
         for name in self.methods or ():
             if name not in register_algorithm and not name.startswith(OWN):
-                raise ValueError(
-                    f"found method '{name}'{suggest_or_list(name, register_algorithm, '`hetero-fl methods`')}"
-                )
+                hint = suggest_or_list(name, register_algorithm, "`hetero-fl methods`")
+                raise ValueError(f"methods: unknown method '{name}'{hint}")
         for name in self.own_code:
             if not name.startswith(OWN):
-                raise ValueError(f"found own_code '{name}'; write python:package.module:Name")
+                raise ValueError(f"own_code: expected python:package.module:Name, got '{name}'")
         return self
 
 
-# A site's own file: where its data is, what it computes with, what it tells. The server cannot
-# override any of it.
-
-
 class DisclosureConfig(ConfigSection):
-    """What others may know of this site besides what the method sends, the number of its rows, and its models' scores."""
+    """What the server may learn besides uploads, the number of rows and scores."""
 
-    labels: bool = Field(False, description="how often each label occurs in its training rows")
-    details: bool = Field(False, description="confusion matrix and calibration on its test rows")
-    model: bool = Field(False, description="its model after the last round, for the run directory")
+    labels: bool = Field(False, description="counts of labels in the training rows")
+    details: bool = Field(False, description="confusion matrix and calibration on the test rows")
+    model: bool = Field(False, description="the model after the last round, for the run directory")
 
 
 class ServerConnectionConfig(ConfigSection):
-    """The server that it answers to, and how both know each other; files are relative to the site's."""
+    """The server of a site. Paths are relative to the site's file."""
 
     address: str = Field(description="host:port")
     authority: str | None = Field(
         None,
-        description="the certificate of who vouches for the server; none: nothing is encrypted, for one machine alone",
+        description="certificate of the authority that signed the server's certificate; null: no "
+        "encryption, for a server on the same machine",
     )
-    key: str = Field("key", description="this site's private key; the server has the public one")
+    key: str = Field("key", description="the site's private key; the server has the public key")
 
     @field_validator("address")
     @classmethod
     def _check_address(cls, address: str) -> str:
         host, _, port = address.rpartition(":")
         if not host or "://" in host or not port.isdecimal():
-            raise ValueError(
-                f"expected host:port, such as fl.example.org:9092, got '{address}'"
-            )
+            raise ValueError(f"expected host:port, such as fl.example.org:9092, got '{address}'")
         if not 0 < int(port) <= 65535:
             raise ValueError(f"port must be >= 1 and <= 65535, got {port}")
         return address
 
 
 class SiteConfig(ConfigSection):
-    """One participant of a federation, as it describes itself."""
+    """File of a site (`hetero-fl node --site FILE`). The server cannot override its settings."""
 
-    client: str = Field(description="which client of the server's configuration this site is")
+    client: str = Field(description="name of the client in the server's configuration")
     folder: str = Field(
-        "state", description="where it keeps private models and its log; relative to this file"
+        "state", description="folder of private models and the audit log, relative to this file"
     )
     data: SourceConfig | None = Field(
         None,
-        description="its own data; none: the part that the server's configuration deals it (for rehearsals)",
+        description="the site's data; null: its part of the data in the server's configuration, for "
+        "tests",
     )
     model: Models | None = Field(
-        None, description="its model; none: as the server's configuration has it"
+        None, description="the site's model; null: as in the server's configuration"
     )
     preprocess: PreprocessConfig | None = Field(
-        None, description="how it sees examples; none: as there"
+        None, description="preprocessing; null: as in the server's configuration"
     )
     augment: AugmentConfig | None = Field(
-        None, description="random changes of its images; none: as there"
+        None, description="augmentation of images; null: as in the server's configuration"
     )
     shares: list[str] | None = Field(
-        None, description="what may leave (see clients.defaults.shares); none: as there"
+        None,
+        description="what the client shares (see clients.defaults.shares); null: as in the "
+        "server's configuration",
     )
-    device: str | None = Field(
-        None, description="where it computes; none: as the server's configuration has it"
-    )
+    device: str | None = Field(None, description="device; null: as in the server's configuration")
     threads: PositiveInt | None = Field(
-        None, description="at most so many; none: as many as the server says"
+        None, description="maximum number of threads; null: the server's choice"
     )
     tells: DisclosureConfig = DisclosureConfig()
     allows: AllowsConfig = AllowsConfig()
     encrypt: str | None = Field(
         None,
-        description="file with the key under which its folder is encrypted, made if it is not there; relative to this file",
+        description="file with the key that encrypts the folder, relative to this file; created if "
+        "missing",
     )
     server: ServerConnectionConfig | None = Field(
-        None, description="whom it answers; `hetero-fl node` needs it"
+        None, description="the server; required by `hetero-fl node`"
     )
-    logs: choice_type("text", "json") = Field("text", description="json: an object a line")  # type: ignore[valid-type]
+    logs: choice_type("text", "json") = Field("text", description="format of log lines")  # type: ignore[valid-type]
     message_bytes: PositiveInt = Field(
         MESSAGE_BYTES,
-        description="most bytes of a message of the server's; a longer one is refused before it is read",
+        description="maximum bytes of a message from the server; longer ones are refused unread",
     )
 
     def settings(self) -> dict[str, Any]:
-        """What of a client's settings it decides itself."""
-        own = self.model_dump(
+        """Return the client settings that the site sets itself."""
+        settings = self.model_dump(
             mode="json", exclude_unset=True, include={"model", "preprocess", "augment", "shares"}
         )
-        return {name: value for name, value in own.items() if value is not None}
+        return {name: value for name, value in settings.items() if value is not None}
 
 
 def load_site_config(
     path: str | Path, allow_code: bool | CodePermission = False
 ) -> tuple[SiteConfig, Path]:
-    """Return a site's file and its folder.
+    """Load a site's file.
 
-    Raises UserError, in one line, for everything that is wrong with it, and for code that it names, for itself or in
-    `allows`, unless `allow_code` permits that.
+    Args:
+        path: The file.
+        allow_code: Whether the site may run the code that the file names, for itself or under
+            `allows`.
+
+    Returns:
+        The file's content with absolute paths, and the site's folder.
+
+    Raises:
+        UserError: If the file is wrong or names code without permission.
     """
     path = Path(path)
     raw = read_config_file(path)
@@ -194,10 +200,10 @@ def load_site_config(
     except ValidationError as error:
         raise UserError(f"{path}: {describe_error(error, raw, SiteConfig)}") from None
     if site.data is not None and site.data.path is not None:
-        own = site.data.model_copy(
+        data = site.data.model_copy(
             update={"path": str((path.parent / Path(site.data.path).expanduser()).resolve())}
         )
-        site = site.model_copy(update={"data": own})
+        site = site.model_copy(update={"data": data})
     if site.encrypt is not None:
         site = site.model_copy(update={"encrypt": str((path.parent / site.encrypt).resolve())})
     if site.server is not None:
@@ -210,56 +216,64 @@ def load_site_config(
     return site, (path.parent / site.folder).resolve()
 
 
-# The server's own file: where it listens, who may come, how long it waits. It says nothing of what
-# is learned.
-
-
 class CertificatesConfig(ConfigSection):
-    """Files with which the server shows who it is (`hetero-fl certificates` makes them); relative to the server's file."""
+    """Certificates of a server (see `hetero-fl certificates`), relative to the server's file."""
 
     authority: str = Field(
-        "authority.pem", description="the certificate of who vouches for it, as nodes have it"
+        "authority.pem", description="certificate of the authority, which nodes have too"
     )
-    certificate: str = Field("server.pem", description="its own")
-    key: str = Field("server.key", description="the private key that belongs to it")
+    certificate: str = Field("server.pem", description="the server's certificate")
+    key: str = Field("server.key", description="the server's private key")
 
 
 class MetricsConfig(ConfigSection):
-    """A port for `hetero-fl status`, Prometheus and health checks: plain HTTP, without names of rows or models."""
+    """HTTP port for `hetero-fl status`, Prometheus and health checks, without encryption."""
 
-    host: str = Field("127.0.0.1", description="where it listens; this machine alone")
-    port: int = Field(9464, ge=0, le=65535, description="0: any that is free")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(9464, ge=0, le=65535, description="port; 0: any free port")
 
 
 class DeploymentServerConfig(ConfigSection):
-    """One server of a federation."""
+    """File of a server (`hetero-fl server --server FILE`)."""
 
     host: str = Field(
         "127.0.0.1",
-        description="where it listens; 0.0.0.0 is everywhere, for which it needs certificates",
+        description="address to listen on; nodes on other machines need 0.0.0.0 and certificates",
     )
-    port: int = Field(9092, ge=0, le=65535, description="0: any that is free")
+    port: int = Field(9092, ge=0, le=65535, description="port; 0: any free port")
     certificates: CertificatesConfig | None = Field(
-        None, description="none: nothing is encrypted, for this machine alone"
+        None, description="certificates; null: no encryption, for nodes on the same machine"
     )
     nodes: dict[str, str] = Field(
         min_length=1,
-        description="client -> file with the public key of its node; relative to the server's file",
+        description="by client, the file with its node's public key, relative to the server's file",
     )
-    wait: PositiveFloat = Field(600.0, description="seconds until all clients have to be there")
+    wait: PositiveFloat = Field(
+        600.0, description="seconds to wait for all clients before the first round"
+    )
     deadline: PositiveFloat = Field(3600.0, description="seconds that a node may take for a task")
     patience: PositiveFloat = Field(
-        60.0, description="seconds that a node which has gone is waited for while others are there"
+        60.0, description="seconds to wait for a node that disconnected while others are connected"
     )
-    metrics: MetricsConfig | None = Field(None, description="none: no such port is open")
+    metrics: MetricsConfig | None = Field(
+        None, description="port for status and metrics; null: none"
+    )
     message_bytes: PositiveInt = Field(
         MESSAGE_BYTES,
-        description="most bytes of a node's answer; a longer one is refused before it is read",
+        description="maximum bytes of a node's answer; longer ones are refused unread",
     )
-    logs: choice_type("text", "json") = Field("text", description="json: an object a line")  # type: ignore[valid-type]
+    logs: choice_type("text", "json") = Field("text", description="format of log lines")  # type: ignore[valid-type]
 
     def check_clients(self, clients: Collection[str], where: Path) -> None:
-        """Raises UserError if a client of the configuration could never come."""
+        """Check that every client of the configuration has a key.
+
+        Args:
+            clients: The clients.
+            where: Path of the server's file.
+
+        Raises:
+            UserError: If a client has no key.
+        """
         for client in clients:
             if client not in self.nodes:
                 hint = suggest_similar(client, [name for name in self.nodes if name not in clients])
@@ -269,7 +283,11 @@ class DeploymentServerConfig(ConfigSection):
 
 
 def load_server_config(path: str | Path) -> DeploymentServerConfig:
-    """A server's file, its paths made absolute. Raises UserError, in one line, for everything that is wrong with it."""
+    """Load a server's file and make its paths absolute.
+
+    Raises:
+        UserError: If the file is wrong.
+    """
     path = Path(path)
     raw = read_config_file(path)
     if "key" in raw:
@@ -283,6 +301,6 @@ def load_server_config(path: str | Path) -> DeploymentServerConfig:
         "nodes": {client: str(base / file) for client, file in server.nodes.items()}
     }
     if server.certificates is not None:
-        made = {name: str(base / file) for name, file in server.certificates.model_dump().items()}
-        changes["certificates"] = CertificatesConfig(**made)
+        files = {name: str(base / file) for name, file in server.certificates.model_dump().items()}
+        changes["certificates"] = CertificatesConfig(**files)
     return server.model_copy(update=changes)

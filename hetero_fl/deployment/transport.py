@@ -64,6 +64,7 @@ class UnreadableAnswer(Envelope):
 
     @classmethod
     def with_reason(cls, why: str) -> UnreadableAnswer:
+        """Return an answer that reports why the node's own could not be read."""
         return cls({"ask": "refused", "why": why})
 
 

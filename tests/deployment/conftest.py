@@ -1,4 +1,4 @@
-"""What tests of federations are handed."""
+"""Fixtures for the deployment tests."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tests.helpers.nodes import LONG, Clock
 
 @pytest.fixture(autouse=True)
 def in_peace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who has come has time to say who it is, and who is let go to take that in, however slow the machine."""
+    """Give nodes ample time to greet and to take in a farewell, however slow the machine."""
     monkeypatch.setattr(conversations, "GREETING", LONG)
     monkeypatch.setattr(conversations, "FAREWELL", LONG)
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The server's from now on."""
+    """Replace the server's clock by one that the test controls."""
     clock, end = Clock(), conversations.Conversations._finish
 
     def ended(self: conversations.Conversations, client: str, what: Any) -> None:
@@ -37,7 +37,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, int]]:
-    """How often each client has trained in each round, at whatever node."""
+    """Count how often each client trains in each round, on whichever node."""
     counts: Counter[tuple[str, int]] = Counter()
     send = ClientRuntime._send
 

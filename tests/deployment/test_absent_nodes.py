@@ -1,4 +1,4 @@
-"""Nodes that are slow, down or come back: a round goes on without them, and says so."""
+"""Slow, absent and returning nodes: a round goes on without them and reports it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CLIENTS = ["site_1", "site_2", "site_3"]
 
 @pytest.mark.slow
 def test_five_of_twenty_down(tmp_path: Path) -> None:
-    """From the second round on; one is back for the last."""
+    """Five nodes are down from the second round on; one of them is back for the last."""
     clients = [f"site_{i:02}" for i in range(1, 21)]
     made = config(
         "fedavg", "linear", clients=20, rounds=3, data__partition={"kind": "iid", "min_size": 5}
@@ -54,7 +54,7 @@ def test_five_of_twenty_down(tmp_path: Path) -> None:
 def test_who_takes_longer_is_late_and_what_comes_then_is_not_used(
     tmp_path: Path, secret: bool, clock: Clock
 ) -> None:
-    """The same run as one in which it was down for that round."""
+    """Compare with a run in which the late node is down for that round."""
     kills: dict[Point, str] = {("site_2", 1, "train"): "late"}
     made = config("fedavg", "linear", rounds=3, cohort={"deadline": LONG}, evaluation={"every": 3})
     if secret:

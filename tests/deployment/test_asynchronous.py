@@ -1,4 +1,4 @@
-"""Asynchronous runs in real time: the order in which uploads come decides everything, and the rest is the simulation."""
+"""Asynchronous runs in real time: given the order of uploads, they equal the simulation."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_in_the_same_order_it_is_the_simulation(
     there = federation(
         made, Sites(CLIENTS, tmp_path / "sites", transport=InOrder()), tmp_path / "there"
     )
-    pace, told = session(made, seconds=lambda id, task: 10 + task / 1000), []
+    pace, told = session(made, seconds=lambda client, task: 10 + task / 1000), []
     for _ in range(3):
         told.append(pace.run_round())
         _evaluate(pace, told[-1], None)
@@ -135,9 +135,7 @@ def test_places_go_to_those_who_are_there(tmp_path: Path) -> None:
         # met and given tasks since, which the rounds that are left hear of
         if record["round"] == 6:
             until(
-                lambda: (
-                    {client for client, round, what in sites.done if what == "train"} >= set(gone)
-                )
+                lambda: {client for client, _, what in sites.done if what == "train"} >= set(gone)
             )
 
     made = {**source(places=4), "rounds": 10, "evaluation": {"every": 10}}

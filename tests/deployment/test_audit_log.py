@@ -1,4 +1,4 @@
-"""The audit log: whatever is done to its lines is found, and named by line."""
+"""The audit log: any change to its lines is detected and reported with the line number."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_the_head_is_not_to_be_touched_either(head: bytes | None, tmp_path: Path
 
 
 def test_a_killed_process_leaves_a_log_that_goes_on(tmp_path: Path) -> None:
-    """It may have written a line and not the head, or half a line."""
+    """The process may have written a line without the head, or half a line."""
     path = written(tmp_path / "audit.jsonl")
     head = (tmp_path / "audit.jsonl.head").read_bytes()
     AuditLog(path).append(ask="do", outcome="done", out=1, **{"in": 1})
@@ -148,7 +148,7 @@ def test_append_leaves_nothing_of_a_line_that_does_not_fit_on_the_disk(tmp_path:
 
 
 def test_two_writers_make_one_chain(tmp_path: Path) -> None:
-    """A node that was given up and its successor may both still write."""
+    """A node that was given up may still write, as may its successor."""
     path = tmp_path / "audit.jsonl"
     one, other = AuditLog(path), AuditLog(path)
     for log in (one, other, one, other):
@@ -222,12 +222,24 @@ def foreign(path: Path, entry: dict[str, object]) -> Path:
 @pytest.mark.parametrize(
     "entry",
     [
-        {"in": None}, {"time": None}, {"outcome": None}, {"out": True}, {"n": 2.0}, {"in": "x"}, {"kinds": 5},
-        {"kinds": [5]}, {"asked": [1]}, {"run": {}}, {"round": "1"}, {"round": 10**4200}, {"spent": [1]},
-        {"spent": [{"noise": "x", "rate": 1, "steps": 1}]}, {"outcome": "\ud800", "what": ["\ud800"]},
+        {"in": None},
+        {"time": None},
+        {"outcome": None},
+        {"out": True},
+        {"n": 2.0},
+        {"in": "x"},
+        {"kinds": 5},
+        {"kinds": [5]},
+        {"asked": [1]},
+        {"run": {}},
+        {"round": "1"},
+        {"round": 10**4200},
+        {"spent": [1]},
+        {"spent": [{"noise": "x", "rate": 1, "steps": 1}]},
+        {"outcome": "\ud800", "what": ["\ud800"]},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_node_audit_names_a_line_of_another_form(
     entry: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -251,7 +263,8 @@ def test_node_audit_escapes_texts(tmp_path: Path, capsys: pytest.CaptureFixture[
     printed.encode()
 
 
-# Signatures ----------------------------------------------------------------------------------------------------------
+# Signatures
+
 ABOUT = {"ask": "do", "outcome": "done", "out": 1, "in": 1}
 
 
@@ -263,7 +276,7 @@ def signed(path: Path, count: int = 3) -> AuditLog:
 
 
 def forged(path: Path, **changes: object) -> bytes:
-    """One more line as the log would have it, with a correct number and hash, by somebody without the key."""
+    """Return one more line with a correct number and hash, but made without the key."""
     last = path.read_bytes().splitlines(keepends=True)[-1]
     entry = {
         **json.loads(last),
@@ -288,7 +301,7 @@ def test_verify_finds_an_appended_line(tmp_path: Path) -> None:
 
 
 def test_verify_finds_another_history(tmp_path: Path) -> None:
-    """All lines rewritten with correct hashes, signed with another key, or not at all."""
+    """Rewrite all lines with correct hashes, signed with another key or not at all."""
     path = signed(tmp_path / "audit.jsonl").path
     for key in (generate_private_key(SECP384R1()), None):
         for file in tmp_path.iterdir():
@@ -299,7 +312,7 @@ def test_verify_finds_another_history(tmp_path: Path) -> None:
 
 
 def replaced(path: Path, lines: Lines) -> None:
-    """Write a log and a head that agree, as somebody can who has no private key."""
+    """Write a log and a head that agree, as anyone can without the private key."""
     path.write_bytes(b"".join(lines))
     head = f"{len(lines)} {hashlib.sha256(lines[-1]).hexdigest()}"
     path.with_name(path.name + ".head").write_text(head.ljust(95) + "\n")
@@ -405,7 +418,7 @@ def test_signed_log_of_a_killed_process_goes_on(tmp_path: Path) -> None:
 
 
 def test_noted_head_shows_that_a_log_went_back(tmp_path: Path) -> None:
-    """Who can write both files can cut the end off; who noted the head sees it."""
+    """Truncating both files shows only against a head that was noted before."""
     log = signed(tmp_path / "audit.jsonl")
     noted, files = (
         log.head,

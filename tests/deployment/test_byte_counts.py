@@ -23,14 +23,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def counted(run: Run, folder: Path, name: str = "") -> tuple[int, int]:
-    """What the sites' logs say of a run."""
+    """Return the bytes sent and received in a run, from the sites' logs."""
     known = json.loads((run.path / "federation.json").read_text())["run"]
-    found = [traffic_totals(verify(folder / id / "audit.jsonl"), known) for id in SITES]
+    found = [traffic_totals(verify(folder / site / "audit.jsonl"), known) for site in SITES]
     return sum(f.up for f in found), sum(f.down for f in found)
 
 
 def told(run: Run) -> tuple[int, int]:
-    """What the server says."""
+    """Return the bytes sent and received in a run, from the server's summary."""
     communication = run.summary["communication"]
     return communication["up_bytes"], communication["down_bytes"]
 

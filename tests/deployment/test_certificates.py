@@ -1,4 +1,4 @@
-"""Certificates and keys: what is made holds, and what is wrong with given ones is told in a line."""
+"""Certificates and keys: new ones are valid, and faults in given ones are one-line errors."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def test_what_is_made_holds(files: ServerFiles) -> None:
 
 def test_what_is_there_is_not_overwritten(files: ServerFiles, tmp_path: Path) -> None:
     before = files.key.read_bytes()
-    with pytest.raises(UserError, match=r"authority.pem is there already"):
+    with pytest.raises(UserError, match=r"authority.pem: already exists"):
         make_server_files(files.key.parent, ["fl.example.org"])
     assert files.key.read_bytes() == before
     make_node_key(tmp_path / "a")
-    with pytest.raises(UserError, match="a is there already"):
+    with pytest.raises(UserError, match="a: already exists"):
         make_node_key(tmp_path / "a")
 
 
 def test_another_host(files: ServerFiles) -> None:
     with pytest.raises(
-        UserError, match=r"server.pem: made out to fl.example.org, 10.0.0.7, not to fl.example.com"
+        UserError, match=r"server.pem: valid for fl.example.org, 10.0.0.7, not for fl.example.com"
     ):
         check_server_files(files, ["fl.example.com"])
 
@@ -57,7 +57,7 @@ def test_another_key_or_authority(files: ServerFiles, tmp_path: Path) -> None:
     other = make_server_files(tmp_path, ["fl.example.org"])
     with pytest.raises(UserError, match=r"server.key: this key does not belong to .*server.pem"):
         check_server_files(ServerFiles(files.authority, files.certificate, other.key))
-    with pytest.raises(UserError, match=r"server.pem: not vouched for by .*authority.pem"):
+    with pytest.raises(UserError, match=r"server.pem: not signed by .*authority.pem"):
         check_server_files(ServerFiles(other.authority, files.certificate, files.key))
 
 
@@ -73,12 +73,12 @@ def test_dates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_other_files(files: ServerFiles, tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"none.pem: the server's certificate can not be read \(No such file"
+        UserError, match=r"none.pem: the server's certificate cannot be read \(No such file"
     ):
         check_server_files(ServerFiles(files.authority, tmp_path / "none.pem", files.key))
-    with pytest.raises(UserError, match=r"server.key: no certificate in PEM"):
+    with pytest.raises(UserError, match=r"server.key: expected a certificate in PEM"):
         check_server_files(ServerFiles(files.authority, files.key, files.key))
-    with pytest.raises(UserError, match=r"server.pem: no private key in PEM"):
+    with pytest.raises(UserError, match=r"server.pem: expected a private key in PEM"):
         check_server_files(ServerFiles(files.authority, files.certificate, files.certificate))
 
 
@@ -93,16 +93,18 @@ def test_a_nodes_key(tmp_path: Path) -> None:
         " north\n"
     )
     with pytest.raises(
-        UserError, match=r"north: this is the private one; the server is given the file ….pub"
+        UserError, match=r"north: expected a public key, got the private key; use the file ….pub"
     ):
         load_public_key(path)
     with pytest.raises(
         UserError,
-        match=r"north.pub: this is the public key; the private one is the file without .pub",
+        match=r"north.pub: expected a private key, got the public key; use the file without .pub",
     ):
         load_node_key(public)
     path.chmod(0o644)
-    with pytest.raises(UserError, match="north: others can read this private key; chmod 600"):
+    with pytest.raises(
+        UserError, match="north: other users can read this private key; run chmod 600"
+    ):
         load_node_key(path)
 
 
@@ -121,10 +123,10 @@ def test_keys_of_openssh(tmp_path: Path) -> None:
     assert public_bytes(load_node_key(good).public_key()) == public_bytes(
         load_public_key(Path(f"{good}.pub"))
     )
-    with pytest.raises(UserError, match="locked with a passphrase"):
+    with pytest.raises(UserError, match="has a passphrase"):
         load_node_key(made("ecdsa", "-N", "secret"))
     other = made("ed25519", "-N", "")
-    with pytest.raises(UserError, match="another kind of key"):
+    with pytest.raises(UserError, match="got another kind"):
         load_node_key(other)
-    with pytest.raises(UserError, match="another kind of key"):
+    with pytest.raises(UserError, match="got another kind"):
         load_public_key(Path(f"{other}.pub"))

@@ -1,4 +1,4 @@
-"""The files of a server and of its sites: what is made, and what is wrong with one, in a line."""
+"""Configuration files of servers and sites: what is created, and one-line errors for mistakes."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_what_is_made_fits_together(net: Path) -> None:
 
 
 def refused(load: Callable[[Path], object], content: dict[str, Any], line: str, path: Path) -> None:
-    """A file with this content is refused with this line, which names it first."""
+    """Check that a file with this content is refused with this line, which names it first."""
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(UserError) as raised:
         load(path)
@@ -95,7 +95,7 @@ def refused(load: Callable[[Path], object], content: dict[str, Any], line: str, 
         ("north,../south", "'../south'"),
         ("server,north", "'server'"),
         ("a,a", "'a' is named twice"),
-        ("", "found ''"),
+        ("", "'' cannot be"),
     ],
 )
 def test_names_that_are_none(
@@ -110,7 +110,7 @@ def test_names_that_are_none(
 
 def test_nothing_is_overwritten(net: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["certificates", str(net), "--host", "here", "--clients", "north"]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 SERVER: dict[str, Any] = {"nodes": {"north": "north.pub"}}
@@ -125,12 +125,15 @@ SITE: dict[str, Any] = {"client": "north", "server": {"address": "here:1"}}
         ({"nodes": {}}, "nodes: expected at least 1 entry, got {}"),
         ({"nodes": ["north"]}, "nodes: expected a mapping, got ['north']"),
         ({"certificates": "server.pem"}, "certificates: expected a mapping, got 'server.pem'"),
-        ({"certificates": {"certificat": "a"}}, "certificates.certificat: unknown key; did you mean 'certificate'?"),
+        (
+            {"certificates": {"certificat": "a"}},
+            "certificates.certificat: unknown key; did you mean 'certificate'?",
+        ),
         ({"wait": -1}, "wait: must be > 0, got -1"),
         ({"logs": "jsn"}, "logs: unknown value 'jsn'; did you mean 'json'?"),
         ({"metrics": {"port": "x"}}, "metrics.port: expected an integer, got 'x'"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_in_the_servers_file_is_one_line(
     change: dict[str, Any], line: str, tmp_path: Path
 ) -> None:
@@ -142,13 +145,19 @@ def test_a_mistake_in_the_servers_file_is_one_line(
     [
         ({"clint": "north"}, "clint: unknown key; did you mean 'client'?"),
         ({"server": {"adress": "here:1"}}, "server.adress: unknown key; did you mean 'address'?"),
-        ({"server": {"address": "here"}}, "server.address: expected host:port, such as fl.example.org:9092, got 'here'"),
+        (
+            {"server": {"address": "here"}},
+            "server.address: expected host:port, such as fl.example.org:9092, got 'here'",
+        ),
         ({"server": {"address": "https://here:1"}}, "server.address: expected host:port, such as"),
-        ({"server": {"address": "here:99999"}}, "server.address: port must be >= 1 and <= 65535, got 99999"),
+        (
+            {"server": {"address": "here:99999"}},
+            "server.address: port must be >= 1 and <= 65535, got 99999",
+        ),
         ({"server": {}}, "server.address: missing"),
         ({"logs": "yaml"}, "logs: unknown value 'yaml'; choose from json, text"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_in_a_sites_file_is_one_line(
     change: dict[str, Any], line: str, tmp_path: Path
 ) -> None:
@@ -168,12 +177,12 @@ def test_a_mistake_in_a_sites_file_is_one_line(
         ),
         (
             {"authority": "nope.pem"},
-            "{folder}/nope.pem: the authority's certificate can not be read (No such file",
+            "{folder}/nope.pem: the authority's certificate cannot be read (No such file",
         ),
-        ({"authority": "key"}, "{folder}/key: no certificate in PEM is found here"),
+        ({"authority": "key"}, "{folder}/key: expected a certificate in PEM"),
         (
             {"key": "key.pub"},
-            "{folder}/key.pub: this is the public key; the private one is the file without .pub",
+            "{folder}/key.pub: expected a private key, got the public key; use the file without .pub",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""A federation is the simulation, bit for bit: the same rounds, with messages to nodes in place of work in this process."""
+"""A federation equals the simulation, bit for bit."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_what_a_site_keeps_to_itself_lies_at_home(
 
 
 class Pooled(Centralized):
-    """A user's own that has everybody's rows."""
+    """A user-defined method that needs all clients' rows."""
 
 
 @pytest.mark.parametrize("name", ["centralized", "ensemble", f"python:{__name__}:Pooled"])

@@ -1,4 +1,4 @@
-"""Nothing that the other side can send does more than be refused: trees, headers and raw bytes drawn by Hypothesis."""
+"""Fuzzed messages: trees, headers and raw bytes are refused and have no other effect."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ LIKE = {
 }
 
 
-# What is parsed ------------------------------------------------------------------------------------------------------
+# What is parsed
+
+
 @pytest.mark.slow
 @given(bodies(PAYLOAD))
 @FUZZ
@@ -129,7 +131,7 @@ def test_what_a_node_tells_of_itself_is_heard_or_refused(tree: Any) -> None:
 
 
 def raised(data: bytes) -> Any:
-    """The tree of a message, or nothing for one that is refused before."""
+    """Return the tree of a message, or None if decoding refuses it."""
     try:
         return body_of(Envelope({}, data))
     except RequestRefusedError:
@@ -141,12 +143,25 @@ def prepared() -> Any:
     return prepare(small(models="linear", rounds=1))
 
 
-@given(tree=st.dictionaries(st.sampled_from(["scores", "confusion", "calibration", "baselines", "forecast", "model"]),
-                            TREES, min_size=3) | TREES)  # fmt: skip
+@given(
+    tree=st.dictionaries(
+        st.sampled_from(["scores", "confusion", "calibration", "baselines", "forecast", "model"]),
+        TREES,
+        min_size=3,
+    )
+    | TREES
+)
 @FUZZ
 def test_reading_of_any_tree_is_heard_or_refused(prepared: Any, tree: Any) -> None:
-    whole = {"scores": {}, "confusion": {}, "calibration": {}, "baselines": {}, "forecast": {}, "triggered": None,
-             "model": None}  # fmt: skip
+    whole = {
+        "scores": {},
+        "confusion": {},
+        "calibration": {},
+        "baselines": {},
+        "forecast": {},
+        "triggered": None,
+        "model": None,
+    }
     told = raised(wire({**whole, **tree} if isinstance(tree, dict) else tree, FORM))
     raises_only(
         (RequestRefusedError,),
@@ -157,17 +172,26 @@ def test_reading_of_any_tree_is_heard_or_refused(prepared: Any, tree: Any) -> No
 @given(header=st.binary(max_size=64) | bodies("hetero_fl model 1"))
 @FUZZ
 def test_model_in_a_reading_of_any_bytes_is_heard_or_refused(prepared: Any, header: bytes) -> None:
-    told = {"scores": {}, "confusion": {}, "calibration": {}, "baselines": {}, "forecast": {}, "triggered": None,
-            "model": torch.frombuffer(bytearray(header or b"x"), dtype=torch.uint8)}  # fmt: skip
+    told = {
+        "scores": {},
+        "confusion": {},
+        "calibration": {},
+        "baselines": {},
+        "forecast": {},
+        "triggered": None,
+        "model": torch.frombuffer(bytearray(header or b"x"), dtype=torch.uint8),
+    }
     assert raises_only(
         (RequestRefusedError,),
         lambda: read_evaluation(told, "site_1", prepared.federation, prepared.method),
     )
 
 
-# Bounds --------------------------------------------------------------------------------------------------------------
+# Bounds
+
+
 def peak_of(call: Callable[[], object]) -> int:
-    """Bytes of memory that a call takes at most."""
+    """Return the peak memory of a call, in bytes."""
     tracemalloc.start()
     try:
         call()
@@ -250,9 +274,7 @@ def test_header_much_longer_than_agreed_is_refused_unparsed(
     assert len(Payload.decode(Payload(big).encode(), big)["model"]["w"]) == 400_000
     monkeypatch.setattr(json, "loads", lambda text: pytest.fail("parsed"))
 
-    with pytest.raises(
-        PayloadError, match=r"header: expected at most 67,584 bytes, got [\d,]+"
-    ):
+    with pytest.raises(PayloadError, match=r"header: expected at most 67,584 bytes, got [\d,]+"):
         Payload.decode(sent, big)
 
 
@@ -282,7 +304,9 @@ def test_layout_of_many_numbers_is_refused_before_they_are_made() -> None:
 
 
 def test_answer_in_a_secure_sum_much_longer_than_agreed_is_refused_unread() -> None:
-    conversation = SecureAggregationRound(["site_1", "site_2"], 2, None, (bytes(32), 10), unit=0, round_idx=0)
+    conversation = SecureAggregationRound(
+        ["site_1", "site_2"], 2, None, (bytes(32), 10), unit=0, round_idx=0
+    )
     exchanges = conversation.exchanges()
     keys = next(exchanges)
 
@@ -308,9 +332,14 @@ def test_message_out_of_bounds_is_told(envelope: Envelope, said: str) -> None:
     assert said in find_fault(envelope, 10)
 
 
-# The server ----------------------------------------------------------------------------------------------------------
+# The server
+
+
 def ends_well(folder: Path, answers: list[Answer]) -> list[dict[str, Any]]:
-    """A run with a node that answers so; all others are heard in every round, and nothing but plain text is written."""
+    """Run with one node that gives these answers, and check what the server writes.
+
+    The other nodes take part in every round, and only plain text is written.
+    """
     federation = Federation(folder)
     made = small(
         models="linear", rounds=len(answers), evaluation__every=len(answers), output__report=True
@@ -328,7 +357,10 @@ def ends_well(folder: Path, answers: list[Answer]) -> list[dict[str, Any]]:
 
 
 CRASHES: dict[str, tuple[Answer, str]] = {
-    "a tensor at the root": (sealed(encode(torch.zeros(3), PAYLOAD)), "expected a dictionary of items"),
+    "a tensor at the root": (
+        sealed(encode(torch.zeros(3), PAYLOAD)),
+        "expected a dictionary of items",
+    ),
     "a surrogate in a key": (
         sealed(wire({"items": {"\ud800": 1}, "report": {}}, PAYLOAD)),
         "UnicodeEncodeError",
@@ -374,9 +406,11 @@ def test_server_survives_any_answers(
     ends_well(tmp_path_factory.mktemp("fuzz"), answers)
 
 
-# A node --------------------------------------------------------------------------------------------------------------
+# A node
+
+
 class Asked:
-    """A node that has prepared for a run, and what it was asked honestly."""
+    """A node that has prepared for a run, and the honest messages it received."""
 
     def __init__(self, folder: Path) -> None:
         federation, self.messages = Federation(folder), list[Envelope]()

@@ -1,4 +1,4 @@
-"""Nodes that answer anything at all: it costs them their part in the round or the reading, and nobody else anything."""
+"""Nodes that answer anything at all lose their part in the round; no other node is affected."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def body(data: bytes) -> Change:
 
 
 def payload(change: Callable[[dict[str, Item]], dict[str, Any]]) -> Change:
-    """An upload with other items, well sealed."""
+    """Change the items of an upload; its checksum stays correct."""
 
     def changes(e: Envelope) -> Envelope:
         sent = Payload.decode(e.body)
@@ -78,7 +78,7 @@ def tensors(change: Callable[[str, torch.Tensor], torch.Tensor]) -> Change:
 
 
 def tree(**changes: Any) -> Change:
-    """An upload as a tree of its own making."""
+    """Replace the fields of all items of an upload, without the checks of `Payload`."""
 
     def changes_(e: Envelope) -> Envelope:
         items = Payload.decode(e.body).items_
@@ -162,7 +162,7 @@ UPLOADS: dict[str, tuple[Change, str]] = {
 
 
 def by_turn(ask: str, changes: list[Change]) -> Callable[[Handle], Handle]:
-    """Answers to the n-th question of this sort are changed by the n-th change."""
+    """Apply the n-th change to the answer to the n-th request of this kind."""
 
     def between(handle: Handle) -> Handle:
         left = list(changes)
@@ -181,7 +181,7 @@ def by_turn(ask: str, changes: list[Change]) -> Callable[[Handle], Handle]:
 
 
 def test_hostile_uploads_cost_their_sender_the_round(tmp_path: Path) -> None:
-    """One sort of them each round."""
+    """Send one kind of hostile upload in each round."""
     count = len(UPLOADS)
     federation = Federation(tmp_path)
     made = small(models="linear", rounds=count, evaluation__every=count)
@@ -221,7 +221,7 @@ READINGS: dict[str, tuple[Change, str]] = {
     "NaN": (scores(accuracy=math.nan), "expected a finite number"),
     "better than all": (scores(accuracy=1.5), "must be >= 0 and <= 1, got 1.5"),
     "endless": (scores(loss=math.inf), "expected a finite number"),
-    "a loss below nought": (scores(loss=-1.0), "got -1"),
+    "a negative loss": (scores(loss=-1.0), "got -1"),
     "a loss beyond squares": (scores(loss=1e200), "must be >= 0 and <= 1e+18, got 1e+200"),
     "a loss beyond sums": (scores(loss=1.7e308), "must be >= 0 and <= 1e+18, got 1.7e+308"),
     "an integer of a thousand bits": (
@@ -233,7 +233,10 @@ READINGS: dict[str, tuple[Change, str]] = {
     "true": (scores(accuracy=True), "expected a finite number"),
     "a score of its own": (scores(mine=1.0), "evaluation refused: expected"),
     "scores of something else": (reading(lambda t: t["scores"].update(other={})), "'other'"),
-    "scores that are none": (reading(lambda t: t.update(scores=3)), "expected a mapping of at most 32 names"),
+    "scores that are none": (
+        reading(lambda t: t.update(scores=3)),
+        "expected a mapping of at most 32 names",
+    ),
     "a trigger": (reading(lambda t: t.update(triggered=0.5)), "attacks are only simulated"),
     "a confusion": (
         reading(lambda t: t.update(confusion={"personal": [[1, 2], [3, 4]]})),
@@ -257,12 +260,15 @@ READINGS: dict[str, tuple[Change, str]] = {
         reading(lambda t: t.update(model=torch.zeros(9, dtype=torch.uint8))),
         "model: not a model file",
     ),
-    "a model that is text": (reading(lambda t: t.update(model="x")), "model: expected a tensor of bytes"),
+    "a model that is text": (
+        reading(lambda t: t.update(model="x")),
+        "model: expected a tensor of bytes",
+    ),
 }
 
 
 def test_hostile_readings_are_left_out_and_counted(tmp_path: Path) -> None:
-    """One sort of them each round, the last one with all that a report shows."""
+    """Send one kind in each round, the last one with all that a report shows."""
     count = len(READINGS)
     federation = Federation(tmp_path)
     made = small(models="linear", rounds=count, evaluation__every=1)
@@ -318,7 +324,7 @@ def test_forecast_is_refused_where_the_data_has_no_dates() -> None:
 
 
 def dated_federation(dated: bool = True) -> Any:
-    """A federation whose common test set is a regression with or without times."""
+    """Make a federation whose common test set is a regression with or without times."""
     examples = Examples(
         torch.zeros(4, 2), torch.zeros(4, 1), time=torch.arange(4) if dated else None
     )
@@ -339,7 +345,8 @@ def test_server_finishes_a_run_whose_pictures_cannot_be_drawn(
     assert "the plot 'clients' cannot be drawn: ValueError" in (run.path / "log.txt").read_text()
 
 
-# Before the first round ----------------------------------------------------------------------------------------------
+# Before the first round
+
 TOLD: dict[str, Any] = {
     "rows": {"train": 9, "validation": 2, "test": 3},
     "hash": "a" * 64,
@@ -484,15 +491,17 @@ def test_before_the_first_round_junk_is_one_line_that_names_its_sender(
 
 
 def evaluate_client(rounds: Any) -> Any:
-    """What a client tells when its model is evaluated, with all details."""
+    """Evaluate a client's model, with all details."""
     body = broadcasts(rounds, ["site_1"], for_evaluation=True)["site_1"]
     return rounds.executor.evaluate(["site_1"], lambda client: body, 1, True)
 
 
-# A model's metadata --------------------------------------------------------------------------------------------------
+# A model's metadata
+
+
 @pytest.fixture(scope="module")
 def told_model() -> Any:
-    """What a site tells at the end of a run, and the federation and the method."""
+    """Yield a site's reading at the end of a run, the federation and the method."""
     prepared = prepare(small(models="linear", rounds=1))
     rounds = prepared.make_trainer()
     rounds.run_round()
@@ -502,7 +511,7 @@ def told_model() -> Any:
 
 
 def retold(told: Any, change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
-    """The reading of a site that changes the metadata of its model."""
+    """Return the reading with the metadata of its model changed."""
     length = int.from_bytes(told.model[:8], "little")
     header = json.loads(told.model[8 : 8 + length])
     about = json.loads(header["__metadata__"]["hetero_fl"])
@@ -595,13 +604,15 @@ def test_metadata_that_the_server_does_not_expect_are_refused(
         read_evaluation(retold(told, change), "site_1", federation, method)
 
 
-# Honest ones ---------------------------------------------------------------------------------------------------------
+# Honest ones
+
+
 @pytest.mark.parametrize(
     "method",
     ["hybrid", "fml", "fedkd", "heterofl", "fedmrl", "fedgen", "lg_fedavg", "ditto", "fedgkt"],
 )
 def test_honest_readings_of_every_sort_of_model_are_heard(method: str, tmp_path: Path) -> None:
-    """With all details and the model itself, as a simulation's site tells them."""
+    """Evaluate with all details and the model itself, as a site does."""
     prepared = prepare(small(method, "cnn_gn_small", rounds=1))
     if method not in register_algorithm:
         pytest.skip(f"{method} is none of this release's")

@@ -1,4 +1,4 @@
-"""Which node speaks for which client, and the heads of audit logs that the server keeps."""
+"""Which node speaks for which client, and the audit log heads that the server keeps."""
 
 from __future__ import annotations
 
@@ -114,13 +114,16 @@ def test_without_its_node_a_run_does_not_begin(tmp_path: Path, clock: Clock) -> 
     federation = Federation(tmp_path)
     keys = {**KEYS, "site_3": b"of another node"}
 
-    missing = "no node connected within 300 s for site_3; refused a node for client 'site_3': its key is not"
+    missing = (
+        "no node connected within 300 s for site_3; "
+        "refused a node for client 'site_3': its key is not"
+    )
     with pytest.raises(RunFailedError, match=missing):
         federation.serve(small(), keys=keys, public=KEYS, say=clock.after(3, []))
 
 
 def test_server_keeps_the_heads_of_audit_logs(tmp_path: Path) -> None:
-    """With them, a site's log that went back to an earlier end is found."""
+    """They show when a site's log is reset to an earlier end."""
     federation = Federation(tmp_path)
     for client, node in federation.nodes.items():
         node.log = AuditLog(node.log.path, PRIVATE[client])

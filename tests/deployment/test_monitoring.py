@@ -1,4 +1,4 @@
-"""How a run across machines stands: the file, the port, the command; and lines for those who gather them."""
+"""Monitoring of a federated run: the status file, the metrics port, the command and the logs."""
 
 from __future__ import annotations
 
@@ -40,11 +40,18 @@ SCORES = {
 }
 
 
-def record(round: int, **more: Any) -> dict[str, Any]:
+def record(round_idx: int, **more: Any) -> dict[str, Any]:
     return {
-        "round": round, "failed": {}, "up_bytes": 1000, "down_bytes": 2000, "personal": SCORES, "global": None,
-        "server": None, "seconds": {"training": 1.5, "evaluation": 0.5}, **more,
-    }  # fmt: skip
+        "round": round_idx,
+        "failed": {},
+        "up_bytes": 1000,
+        "down_bytes": 2000,
+        "personal": SCORES,
+        "global": None,
+        "server": None,
+        "seconds": {"training": 1.5, "evaluation": 0.5},
+        **more,
+    }
 
 
 @pytest.fixture
@@ -94,10 +101,16 @@ def test_prometheus(status: RunStatus) -> None:
 
     families = {family.name: family for family in text_string_to_metric_families(text)}
     assert {name: family.type for name, family in families.items()} == {
-        "hetero_fl_info": "gauge", "hetero_fl_rounds": "gauge", "hetero_fl_rounds_completed": "gauge",
-        "hetero_fl_nodes": "gauge", "hetero_fl_bytes": "counter", "hetero_fl_failures": "counter",
-        "hetero_fl_round_seconds": "gauge", "hetero_fl_privacy_epsilon": "gauge", "hetero_fl_score": "gauge",
-    }  # fmt: skip
+        "hetero_fl_info": "gauge",
+        "hetero_fl_rounds": "gauge",
+        "hetero_fl_rounds_completed": "gauge",
+        "hetero_fl_nodes": "gauge",
+        "hetero_fl_bytes": "counter",
+        "hetero_fl_failures": "counter",
+        "hetero_fl_round_seconds": "gauge",
+        "hetero_fl_privacy_epsilon": "gauge",
+        "hetero_fl_score": "gauge",
+    }
     samples = {
         (sample.name.removeprefix("hetero_fl_"), *sample.labels.items()): sample.value
         for name, family in families.items()
@@ -125,7 +138,7 @@ def test_prometheus(status: RunStatus) -> None:
 
 
 def test_the_file_is_there_once_there_is_a_run(status: RunStatus, tmp_path: Path) -> None:
-    status.add_event("somebody came")
+    status.add_event("someone came")
     assert not (tmp_path / FILE).exists()
     (tmp_path / "config.yaml").write_text("name: run\n")
     status.add_record(record(1))
@@ -199,15 +212,15 @@ def test_json_lines_say_what_they_are_about() -> None:
     stream = io.StringIO()
     log = EventLog("json", stream, client="north", run=None)
     log("round 1:\n done", round=1, seconds=0.5)
-    print("a line of\nsomebody else's", file=LineStream(log))
+    print("a line of\nsomeone else's", file=LineStream(log))
     first, *others = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", first.pop("time"))
     assert first == {"message": "round 1: done", "client": "north", "round": 1, "seconds": 0.5}
-    assert [line["message"] for line in others] == ["a line of", "somebody else's"]
+    assert [line["message"] for line in others] == ["a line of", "someone else's"]
 
 
 def test_print_status_shows_what_happened_as_it_is(status: RunStatus) -> None:
-    """No markup, and nothing that a terminal obeys: lines quote what nodes say."""
+    """Lines quote nodes, so markup and terminal escapes must have no effect."""
     shown = io.StringIO()
     tree = {**status.to_dict(), "events": [{"time": 0.0, "message": "refused: [/red]\x1b[2J"}]}
 

@@ -1,4 +1,4 @@
-"""What lies on disk: with `encrypt`, nothing that a thief could read; without, readable by its owner alone. And whose noise."""
+"""Node storage: encrypted or readable by its owner alone, and the secrets that noise comes from."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tensors(tree: Any) -> Iterator[torch.Tensor]:
 
 
 def pieces(node: Node) -> list[bytes]:
-    """Bytes out of the middle of all private tensors that the node has: its state, and its rows."""
+    """Return bytes from the middle of each private tensor of a node's state and rows."""
     assert node.joined is not None and node.joined.worker is not None
     private: PrivateState = node.joined.worker.store.get(node.site.client)
     rows = node.joined.data.client_rows[node.site.client]["train"].copy_rows()
@@ -40,7 +40,7 @@ def pieces(node: Node) -> list[bytes]:
     for tensor in [*tensors(private.models), *tensors(private.state), rows.x]:
         raw = tensor.contiguous().numpy().tobytes()
         for at in range(0, max(1, len(raw) - PIECE), max(1, len(raw) // 8)):
-            if len(set(raw[at : at + PIECE])) > 8:  # no run of noughts, which would be anywhere
+            if len(set(raw[at : at + PIECE])) > 8:  # a run of zeros would be found anywhere
                 found.append(raw[at : at + PIECE])
     return found
 
@@ -51,7 +51,7 @@ def held(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize("encrypted", [True, False])
 def test_no_private_tensor_lies_on_disk_as_it_is(encrypted: bool, tmp_path: Path) -> None:
-    """FedPer with top-k: a head of its own, and what it has not sent yet."""
+    """FedPer with top-k has a private head and residuals that were not sent."""
     site = {"encrypt": str(tmp_path / "keys" / "site_1")} if encrypted else {}
     federation = Federation(tmp_path, {"site_1": site})
     kept: list[bytes] = []
@@ -93,7 +93,7 @@ def test_an_encrypted_site_goes_on_after_a_restart_and_not_with_another_key(tmp_
 
 
 def test_a_damaged_secret_is_not_drawn_anew(tmp_path: Path) -> None:
-    """Noise would be drawn a second time for what was released under the first."""
+    """A new secret would draw fresh noise for what was released under the first."""
     from hetero_fl.deployment.node_storage import Cipher
 
     storage = NodeStorage(tmp_path, Cipher(bytes(32)))
@@ -117,7 +117,7 @@ def test_a_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
 def test_the_key_is_on_disk_before_anything_that_it_seals(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """File and folders: after a loss of power there must not be sealed data whose key was only in memory."""
+    """A power failure must not leave encrypted data whose key was only in memory."""
     done: list[str] = []
     synced, replaced = os.fsync, os.replace
 
@@ -145,16 +145,18 @@ def test_the_key_is_named_relative_to_the_sites_file(tmp_path: Path) -> None:
     assert load_site_config(tmp_path / "site.yaml")[0].encrypt == str(tmp_path / "keys" / "a")
 
 
-# Noise ---------------------------------------------------------------------------------------------------------------
+# Noise
+
+
 def server_noise(folder: Path) -> Any:
-    """The models of a run whose server noises sums."""
+    """Return the final loss of a run whose server adds noise to sums."""
     privacy = {"unit": "client", "noise_multiplier": 1.0, "clip": 1.0}
     run = Federation(folder).serve(small(rounds=1, privacy=privacy, evaluation__every=1))
     return run.summary["global"]["last"]["loss"]
 
 
 def test_the_servers_noise_follows_from_no_seed(tmp_path: Path) -> None:
-    """The same configuration, the same uploads; the secret, which lies beside the run, is not the same."""
+    """Two equal runs differ in their secrets, and so in their noise."""
     assert server_noise(tmp_path / "one") != server_noise(tmp_path / "other")
     secrets = [
         (tmp_path / name / "run" / "secrets" / "noise").read_bytes() for name in ("one", "other")
@@ -164,7 +166,7 @@ def test_the_servers_noise_follows_from_no_seed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_site_draws_its_own_noise_for_each_task(tmp_path: Path) -> None:
-    """Asked twice in one round for different things, it does not put the same noise on both."""
+    """Two different tasks in one round must not get the same noise."""
     federation = Federation(tmp_path)
     tasks: list[bytes] = []
 

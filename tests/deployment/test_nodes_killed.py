@@ -1,4 +1,4 @@
-"""Nodes that are killed at each exchange of a round, and come back: the same bits, or they are missing from one round's sum."""
+"""Nodes killed in each exchange of a round come back to the same bits, or miss one round's sum."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ EXCHANGES = ["keys", "shares", "train", "unmask"]
 
 
 def hybrid(rounds: int) -> dict[str, Any]:
-    """Private heads, and residuals of what a round did not send."""
+    """Configure private heads, and residuals of what a round did not send."""
     return config("hybrid", MIXED, clients=4, rounds=rounds, channel=TOP, algorithm__heads="keep")
 
 
 def secret(rounds: int) -> dict[str, Any]:
-    """With private heads, too, which exchanges before and after the training must leave as they are."""
+    """Configure private heads, which exchanges before and after training must not change."""
     return config("fedper", clients=4, rounds=rounds, channel={"secure_sum": {"threshold": 3}})
 
 
@@ -68,12 +68,12 @@ def test_secure_sum_at_each_exchange_is_the_same_sum(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_secure_sum_without_who_died_between_remembering_and_answering(tmp_path: Path) -> None:
-    """Whether its answer had left is not known then: it gives no other."""
+    """The node cannot know if its answer was sent, so it gives no other."""
     kills = {(f"site_{i + 1}", i, ask): "during" for i, ask in enumerate(EXCHANGES)}
     sites = Sites(CLIENTS, tmp_path / "sites", kills)
     there = federation(secret(6), sites, tmp_path / "there", patience=30.0)
     counts = [(record["counts"]["arrived"], list(record["failed"])) for record in records(there)]
-    # keys: drawn anew, as nobody has seen the others; unmask: its vector is in the sum already
+    # keys: drawn again, as no one has seen the first; unmask: its vector is in the sum already
     assert counts == [(4, []), (3, ["site_2"]), (3, ["site_3"]), (4, []), (4, []), (4, [])]
     assert "out of order" in records(there)[1]["failed"]["site_2"]
 

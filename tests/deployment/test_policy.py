@@ -1,4 +1,4 @@
-"""A site's limits: what a server may not ask, in the configuration or task by task, is refused, naming the key."""
+"""A site's limits: requests beyond them are refused with an error that names the key."""
 
 from __future__ import annotations
 
@@ -87,12 +87,12 @@ TERMS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "privacy.unit: this site's allows.privacy requires noise that the site adds itself; "
         "expected record or local, got client",
     ),
-    "labels told beside noise": (
+    "labels told with noise": (
         {"allows": BUDGET, "tells": {"labels": True}},
         RECORD,
         "tells.labels=true cannot be combined with allows.privacy: it reveals exact counts",
     ),
-    "a model told beside noise": (
+    "a model told with noise": (
         {"allows": BUDGET, "tells": {"model": True}},
         LOCAL,
         "tells.model=true cannot be combined with allows.privacy and privacy.unit=local: "
@@ -159,7 +159,8 @@ def test_a_refusal_of_the_terms_is_what_the_server_shows_and_the_site_logs(tmp_p
     assert not (tmp_path / "run").exists()
 
 
-# Tasks ---------------------------------------------------------------------------------------------------------------
+# Tasks
+
 # The server's configuration is allowed; what it asks then is not.
 TASKS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "bytes of an upload": (
@@ -234,7 +235,10 @@ def test_bytes_in_all_are_counted_over_runs_and_restarts(tmp_path: Path) -> None
 
 
 def test_the_budget_is_the_sites_own_over_runs_and_restarts(tmp_path: Path) -> None:
-    """Four releases of a Gaussian mechanism of z = 2 (local: each upload may change wholly) fit; the fifth does not."""
+    """The budget covers four Gaussian releases with z = 2, not the fifth.
+
+    The privacy unit is local: each upload may change entirely.
+    """
     four, five = (gaussian_epsilon(count**0.5 / 2.0, 1e-5) for count in (4, 5))
     site = {"site_1": {"allows": {"privacy": {"epsilon": (four + five) / 2}}}}
     changes = {"privacy": {"noise_multiplier": 2.0, "unit": "local", "clip": 1.0}, "rounds": 3}
@@ -258,18 +262,24 @@ def test_rows_are_accounted_as_the_server_accounts_them(tmp_path: Path) -> None:
     site = {"allows": {"privacy": {"epsilon": 1e6}}}
     run = Federation(tmp_path, dict.fromkeys(SITES, site)).serve(small(**changes))
     found = []
-    for id in SITES:
+    for site_id in SITES:
         from hetero_fl.deployment.audit_log import SiteUsage
         from hetero_fl.privacy.accounting import epsilon_of_mechanisms
 
-        account = SiteUsage.from_log(verify(tmp_path / id / "audit.jsonl"), "")
+        account = SiteUsage.from_log(verify(tmp_path / site_id / "audit.jsonl"), "")
         found.append(epsilon_of_mechanisms(account.with_charges(()), 1e-5, "rdp"))
     assert max(found) == pytest.approx(run.metrics[-1]["privacy"]["epsilon"])
 
 
-# A server that does not keep to what it said --------------------------------------------------------------------------
+# A server that does not keep to what it said
+
+
 class Asked:
-    """A node in the midst of a run, of which a hostile server asks more. `said`: what the honest one asked last."""
+    """A node in the middle of a run, of which a hostile server asks more.
+
+    Attributes:
+        said: The last honest request of each kind.
+    """
 
     def __init__(self, tmp_path: Path, site: dict[str, Any], **changes: Any) -> None:
         self.federation = Federation(tmp_path, {"site_1": site})
@@ -289,14 +299,14 @@ class Asked:
         self.node: Node = self.federation.nodes["site_1"]
 
     def again(self, what: str, body: bytes | None = None, **head: Any) -> Envelope:
-        """The same once more, but for this."""
+        """Repeat a request with these changes."""
         said = self.said[what]
         return self.node.handle(
             Envelope({**said.head, **head}, said.body if body is None else body)
         )
 
     def called(self, name: str, what: str) -> Envelope:
-        """What was asked under that name, by another."""
+        """Repeat a request as a new task under another name."""
         said = self.said[name]
         head = {**said.head, "what": what, "task": f"f{what}"}
         return self.node.handle(Envelope(head, said.body))
@@ -316,7 +326,7 @@ def other(digit: str) -> str:
     return digit * 64
 
 
-def test_a_task_that_comes_again_is_answered_again_and_one_of_the_same_name_with_another_body_is_not(
+def test_a_task_that_comes_again_is_answered_again_and_one_of_the_same_name_with_another_body_is_not(  # noqa: E501
     asked: Asked,
 ) -> None:
     assert asked.again("train").head["ask"] == "done"
@@ -331,7 +341,7 @@ def test_a_task_that_comes_again_is_answered_again_and_one_of_the_same_name_with
 
 @pytest.mark.parametrize("what", ["keys", "read", "", "Train"])
 def test_training_is_training_whatever_it_is_called(asked: Asked, what: str) -> None:
-    """It would be neither limited nor charged."""
+    """Under another name it would be neither limited nor charged."""
     line = f"request '{what}' is not used in this run; choose from train"
     assert asked.called("train", what).head["why"] == line
 
@@ -369,13 +379,12 @@ def test_a_task_that_was_not_agreed_is_refused(
     "body", [b"", b"x", b"\xff" * 100, encode({"items": {}, "report": {}}, "hetero_fl payload 1")]
 )
 def test_junk_in_place_of_a_broadcast_is_refused(asked: Asked, body: bytes) -> None:
-    """By the limits' rehearsal here; of a payload without a model the method may make what it does of none."""
     answer = asked.again("train", body, task=other("c"), again=2)
     assert answer.head["ask"] == "refused"
 
 
 def test_another_configuration_under_the_same_name_is_refused(asked: Asked) -> None:
-    """Two answers under one noise would tell their difference, and two scales of one noise the noise."""
+    """Two answers with the same noise, or with two scales of it, would reveal it."""
     terms = asked.said["terms"]
     from hetero_fl.deployment.messages import body_of
 
@@ -416,13 +425,13 @@ def test_a_roster_that_makes_others_of_the_clients_is_refused(asked: Asked) -> N
 
 
 def test_other_public_sets_under_the_same_name_are_refused() -> None:
-    """A model distilled from another proxy set has other gradients, under the same noise."""
+    """Another proxy set gives other gradients under the same noise."""
     marks = {run_fingerprint(small(), rows, public) for rows in "ab" for public in "cd"}
     assert len(marks) == 4
 
 
 def test_another_roster_under_the_same_name_is_refused(asked: Asked) -> None:
-    """The noise multiplier follows from everybody's rows, and with two scales of one noise the noise is known."""
+    """The noise scale depends on all clients' rows; two scales of the same noise reveal it."""
     from hetero_fl.deployment.messages import body_of
 
     tree = body_of(asked.said["roster"])
@@ -455,7 +464,7 @@ def test_what_a_site_does_not_share_does_not_leave_whatever_a_plan_makes(asked: 
 
 
 def test_a_wider_plan_is_stopped_at_the_door(tmp_path: Path) -> None:
-    """A method that sends more than it should, at a site that shares less: what it would send is not encoded."""
+    """A method that sends more than the site shares is stopped before encoding."""
     federation = Federation(tmp_path)
 
     def narrowing(handle: Handle) -> Handle:
@@ -477,7 +486,7 @@ def test_a_wider_plan_is_stopped_at_the_door(tmp_path: Path) -> None:
 
 
 def test_a_secure_sum_of_too_few_is_not_answered(tmp_path: Path) -> None:
-    """The configuration has enough; the server then asks for a sum of two."""
+    """The configuration has enough clients; the server then asks for a sum of two."""
     asked = Asked(tmp_path, {"allows": {"cohort": 3}}, channel__secure_sum={"threshold": 3})
     import numpy as np
 
@@ -492,15 +501,17 @@ def test_a_secure_sum_of_too_few_is_not_answered(tmp_path: Path) -> None:
     assert asked.why("unmask", unmask, task=other("e")) == line
 
 
-# The file ------------------------------------------------------------------------------------------------------------
+# The file
+
+
 @pytest.mark.parametrize(
     ("written", "said"),
     [
         ("allows: {method: [fedavg]}", "allows.method: unknown key; did you mean 'methods'?"),
-        ("allows: {methods: [fedavgg]}", "allows: found method 'fedavgg'; did you mean 'fedavg'"),
+        ("allows: {methods: [fedavgg]}", "allows: methods: unknown method 'fedavgg'; did you mean 'fedavg'"),
         ("allows: {rounds: 0}", "allows.rounds: must be > 0, got 0"),
         ("allows: {privacy: {delta: 1e-5}}", "allows.privacy.epsilon: missing"),
-        ("allows: {own_code: [os]}", "allows: found own_code 'os'; write python:"),
+        ("allows: {own_code: [os]}", "allows: own_code: expected python:package.module:Name, got 'os'"),
     ],
 )
 def test_mistakes_in_a_sites_file_are_one_line(written: str, said: str, tmp_path: Path) -> None:

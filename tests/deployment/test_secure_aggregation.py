@@ -1,4 +1,4 @@
-"""What a node remembers of a secure sum serves one sum: no repetition, crash or older message has it used for another."""
+"""A node's secrets serve one secure sum only, despite repetitions, crashes and old messages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EXCHANGES = ["keys", "shares", "train", "unmask"]
 
 
 class Heard(Losing):
-    """Keeps what is sent to a node, and has it answer once more when the server is gone."""
+    """A transport that records requests, and can repeat one after the server is gone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Heard(Losing):
         return number
 
     def again(self, node: int, envelope: Envelope) -> Envelope:
-        """As another task with the same words."""
+        """Repeat a request as another task."""
         head = {
             **envelope.head,
             "task": "another" + str(envelope.head["task"])[7:],
@@ -71,7 +71,7 @@ def tag(envelope: Envelope) -> bytes:
 
 @pytest.mark.slow
 def test_no_exchange_is_answered_for_another_sum(heard: Heard, tmp_path: Path) -> None:
-    """The server dies in round 2 during training, and begins it anew; then it comes back to what it had asked at first."""
+    """Kill the server in round 2, restart that round, then repeat the first requests."""
     sites = Sites(CLIENTS, tmp_path / "sites", transport=heard)
 
     def die(envelopes: int) -> None:
@@ -104,7 +104,7 @@ def test_no_exchange_is_answered_for_another_sum(heard: Heard, tmp_path: Path) -
 def test_a_repeated_round_has_secrets_of_its_own(
     heard: Heard, tmp_path: Path, clock: Clock
 ) -> None:
-    """Two of three are late: the sum is given up, and tried once more."""
+    """Two of three clients are late, so the sum is abandoned and tried once more."""
     made = {
         **MADE,
         "cohort": {"least": 2, "too_few": "repeat", "attempts": 3, "deadline": LONG},

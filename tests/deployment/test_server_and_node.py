@@ -1,4 +1,4 @@
-"""What is around a run across machines: who is told what, how it is ended, whose rows these are."""
+"""Servers and nodes around a run: what each site is sent, how runs end, and whose rows are used."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SERIAL = {"runtime__executor": "serial"}
 
 
 class Sites:
-    """Nodes of `site_1` … over a loopback of their own, with what they logged."""
+    """Nodes `site_1`, `site_2`, ... on their own loopback transport, with the lines they logged."""
 
     def __init__(self, folder: Path, sites: list[SiteConfig], once: bool = False) -> None:
         self.folder, self.sites, self.once = folder, sites, once
@@ -47,7 +47,11 @@ class Sites:
     def gathered(
         self, change: Callable[[Envelope], Envelope] = lambda envelope: envelope
     ) -> LoopbackTransport:
-        """All of them, at a new server. `change`: of an answer of the first's."""
+        """Connect all nodes to a new server.
+
+        Args:
+            change: Changes each answer of the first node.
+        """
         loopback = LoopbackTransport()
         for index, site in enumerate(self.sites):
             self.stops.append(threading.Event())
@@ -129,7 +133,10 @@ def test_a_node_of_another_version_is_refused_in_one_line(
 def test_sigterm_ends_a_server_after_the_round_in_hand(
     signals: int, sites: Sites, tmp_path: Path
 ) -> None:
-    """Once more: at once, and the round is held again. What is left is gone on with to the same bits."""
+    """A second SIGTERM ends it at once, and the round is repeated on resuming.
+
+    Either way, the resumed run ends with the same bits.
+    """
     source, out = config(rounds=3, **SERIAL), tmp_path / "out"
     status, log = RunStatus(out, ["site_1", "site_2", "site_3"]), EventLog("json")
 
@@ -191,7 +198,7 @@ def test_once_ends_a_node_when_a_run_is_over_but_not_when_one_is_interrupted(
 
 @pytest.fixture
 def own_files(tmp_path: Path) -> Iterator[dict[str, Path]]:
-    """A part of the digits for each of three sites; `public` is another."""
+    """Write a part of the digits for each of three sites, and one that is `public`."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()

@@ -1,5 +1,7 @@
-"""The server dies in the middle of rounds, and goes on: the same bits as without. Bytes are counted once for each task of the
-rounds that were committed; what is said again after a crash is not."""
+"""A server killed in the middle of rounds resumes to the same bits.
+
+Bytes are counted once for each task of the committed rounds; repeated messages are not counted.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +99,7 @@ def test_it_goes_on_without_who_has_gone_meanwhile(tmp_path: Path, clock: Clock)
 
 @pytest.mark.slow
 def test_nodes_are_told_which_states_the_server_may_go_back_to(tmp_path: Path) -> None:
-    """From the second round on those of the two newest checkpoints; of a server started anew, of the one that it has read."""
+    """From the second round on, they are told those of the two newest checkpoints."""
     heard = Heard()
     federation(
         KINDS["hybrid"], Sites(CLIENTS, tmp_path / "sites", transport=heard), tmp_path / "there"
@@ -115,7 +117,7 @@ def test_nodes_are_told_which_states_the_server_may_go_back_to(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_no_more_states_are_spared_than_a_server_may_go_back_to(tmp_path: Path) -> None:
-    """Else it could have a disk filled."""
+    """Without the limit, a server could fill a node's disk."""
     every: dict[str, list[str]] = {}
 
     class Greedy(Heard):

@@ -1,4 +1,4 @@
-"""A configuration as a Flower app, run by Flower's own commands on a federation of SuperNodes."""
+"""A configuration exported as a Flower app and run by Flower's own commands."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_app_is_one_that_flower_builds(tmp_path: Path) -> None:
     packed = yaml.safe_load((tmp_path / "app" / "hetero_fl_app" / "config.yaml").read_text())
     assert packed["rounds"] == 7
     command = [str(Path(sys.executable).with_name("flwr")), "build", "--app", "app"]
-    built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stdout + built.stderr
 
 

@@ -29,7 +29,7 @@ HELLO = Envelope({"ask": "hello"})
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A site's file; sockets lie in a folder of the test's own, whose path is short."""
+    """Write a site's file."""
     path = tmp_path / "site.yaml"
     path.write_text("client: north\n")
     return path
@@ -37,7 +37,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def supernode(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in the role of the one that starts ClientApps; workers end with it."""
+    """Start a process in the role of the one that starts ClientApps; workers end with it."""
     with (
         tempfile.TemporaryDirectory() as sockets,
         subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process,

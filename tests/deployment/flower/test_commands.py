@@ -51,7 +51,7 @@ def test_missing_flower_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def start_tree(folder: Path) -> tuple[FlowerCommand, int]:
-    """Start a command that starts another. Returns it, and the other's process."""
+    """Start a command that starts another; return it and the other's process ID."""
     log = folder / "log"
     command = FlowerCommand([sys.executable, "-c", TREE], dict(os.environ), log)
     until(lambda: log.read_text().strip())

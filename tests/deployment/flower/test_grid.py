@@ -274,7 +274,7 @@ def test_late_answer_of_a_lost_node_is_collected(
 
 def test_run_that_flower_has_stopped_is_named(grid: FakeGrid, transport: GridTransport) -> None:
     class RunNotRunningException(BaseException):
-        """As Flower's."""
+        """Stand in for Flower's exception of this name."""
 
     def stopped(_: object) -> Any:
         raise RunNotRunningException

@@ -43,7 +43,7 @@ MOST = 2**22  # bytes of an answer
 
 
 def sendable(head: dict[str, Any]) -> dict[str, Any]:
-    """Return what of a head Flower carries: it refuses some values at the sender."""
+    """Return the part of a head that Flower carries: it refuses some values at the sender."""
     kept = {}
     for name, value in head.items():
         try:
@@ -55,7 +55,7 @@ def sendable(head: dict[str, Any]) -> dict[str, Any]:
 
 
 def one_at_a_time(handle: Handle, working: threading.Lock) -> Handle:
-    """Torch's generator is the process's, so nodes in one process take turns."""
+    """Let nodes in one process take turns, as they share torch's generator."""
 
     def handles(envelope: Envelope) -> Envelope:
         with working:

@@ -93,7 +93,7 @@ def test_failed_plot_is_reported_and_left_out(
     assert [path.stem for path in paths] == [name for name in ALL if name != "clients"]
     assert messages == [
         (
-            "the picture 'clients' cannot be drawn: OverflowError: "
+            "the plot 'clients' cannot be drawn: OverflowError: "
             "cannot convert float infinity to integer"
         )
     ]

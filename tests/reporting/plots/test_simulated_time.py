@@ -76,7 +76,7 @@ def test_timeline_shows_the_recorded_tasks(made_run: MakeRun) -> None:
 def test_no_timeline_without_simulated_time(made_run: MakeRun) -> None:
     run = made_run(rounds=2)
     assert rounds.plot_time(run.summary(), run.metrics(), run.details()) is None
-    assert rounds.plot_tasks(run.summary(), run.metrics(), run.details()) is None
+    assert rounds.plot_tasks(run.metrics()) is None
     assert "Simulated time" not in write_report(run.path).read_text()
 
 

@@ -126,8 +126,7 @@ class SiteConfig(ConfigSection):
     )
     data: SourceConfig | None = Field(
         None,
-        description="the site's data; null: its part of the data in the server's configuration, for "
-        "tests",
+        description="the site's data; null: its part of the server's data, for tests",
     )
     model: Models | None = Field(
         None, description="the site's model; null: as in the server's configuration"

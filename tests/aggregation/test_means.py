@@ -1,4 +1,4 @@
-"""Running means: what they compute, whose tensors they leave alone, and that they allocate one tensor, not one a term."""
+"""Running means: values, unchanged inputs and constant memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hetero_fl.aggregation.means import RunningMean
 
 
 class Calls(TorchDispatchMode):
-    """Counts operators by name."""
+    """Count operators by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ def terms(n: int) -> list[torch.Tensor]:
     return [torch.randn(3, 4, generator=draws) for _ in range(n)]
 
 
-def test_the_mean_of_terms_and_no_term_is_changed() -> None:
+def test_running_mean_does_not_change_its_terms() -> None:
     values, weights = terms(6), [0.0, 2.0, 0.0, 1.0, 4.0, 3.0]
     kept = [v.clone() for v in values]
     mean = RunningMean()
@@ -39,7 +39,7 @@ def test_the_mean_of_terms_and_no_term_is_changed() -> None:
     assert all(torch.equal(v, k) for v, k in zip(values, kept, strict=True))
 
 
-def test_a_value_that_was_read_stays_as_it_was() -> None:
+def test_returned_mean_does_not_change_later() -> None:
     mean, values = RunningMean(), terms(5)
     read: list[tuple[torch.Tensor, torch.Tensor]] = []
     for value in values:
@@ -50,7 +50,7 @@ def test_a_value_that_was_read_stays_as_it_was() -> None:
     assert all(torch.equal(now, then) for now, then in read)
 
 
-def test_reading_in_between_changes_no_bit() -> None:
+def test_intermediate_reads_do_not_change_the_mean() -> None:
     often, once = RunningMean(), RunningMean()
     for value in terms(7):
         often.add(value, 3.0)
@@ -60,7 +60,7 @@ def test_reading_in_between_changes_no_bit() -> None:
     assert torch.equal(often.value, once.value)
 
 
-def test_one_tensor_is_allocated_whatever_the_number_of_terms() -> None:
+def test_running_mean_allocates_one_tensor() -> None:
     mean, values = RunningMean(), terms(10)
     with Calls() as calls:
         for value in values:

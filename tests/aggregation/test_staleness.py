@@ -1,4 +1,4 @@
-"""What an upload's staleness leaves of the weights in it."""
+"""Staleness discounts of uploads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FRESH, STALE, FACTOR = torch.tensor([[2.0, 4.0]]), torch.tensor([[6.0, 10.0]]), 
 
 
 @pytest.mark.parametrize("kind", ["class_sums", "rows"])
-def test_discounted_upload_counts_for_its_factor_in_the_mean(kind: Any) -> None:
+def test_discounted_upload_is_scaled_in_the_mean(kind: Any) -> None:
     def item(values: torch.Tensor, rows: float) -> Item:
         summed = kind == "class_sums"
         return Item(values * rows if summed else values, torch.tensor([[rows]]), kind)

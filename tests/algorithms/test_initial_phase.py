@@ -29,7 +29,7 @@ from tests.algorithms.test_kt_pfl import T, follow
 from tests.engine.test_vectorized_runs import agree
 from tests.helpers import asynchronous_runs
 from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
-from tests.helpers.workers import lent, outcome, rounds_on, setup_of
+from tests.helpers.workers import shared_process_pool, outcome, rounds_on, setup_of
 from tests.references.local_training import apart, clients, module, train
 
 ON = {"initial_phase": True, "initial_private_epochs": 2}
@@ -251,10 +251,10 @@ def test_proxy_labels_are_not_needed_without_public_epochs() -> None:
 def test_worker_processes_match_one_process(method: str) -> None:
     setup = setup_of(federation(method, per_round=3))
     want = outcome(rounds_on(setup, None))
-    with lent(setup, 2) as crew:
-        crew.take(setup)
+    with shared_process_pool(setup, 2) as pool:
+        pool.take(setup)
         for size in (1, 2):
-            assert outcome(rounds_on(setup, crew, size)) == want
+            assert outcome(rounds_on(setup, pool, size)) == want
 
 
 @pytest.mark.slow

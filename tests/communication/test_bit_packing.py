@@ -1,4 +1,4 @@
-"""Whole numbers in few bits: what goes in comes out, in as many bytes as were told, and nothing else is taken for it."""
+"""Packing of integers in few bits: lossless, of the expected size, and strict when unpacking."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ from hetero_fl.core.payload import PayloadError
 
 @pytest.mark.parametrize("bits", range(33))
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 1000])
-def test_fields_of_any_width_come_back_in_no_more_bits_than_they_have(
-    bits: int, count: int
-) -> None:
+def test_packed_fields_round_trip_in_minimal_size(bits: int, count: int) -> None:
     values = np.random.default_rng(bits * count).integers(0, 2**bits, count)
     values[0] = 2**bits - 1
     raw = pack_bits(values, bits)
@@ -34,7 +32,7 @@ def test_fields_of_any_width_come_back_in_no_more_bits_than_they_have(
     assert (unpack_bits(ByteReader(raw), count, bits) == values).all()
 
 
-def test_the_bits_of_a_field_lie_where_a_loop_puts_them() -> None:
+def test_packed_bits_match_loop() -> None:
     values, bits = [5, 0, 7, 3, 1, 6, 2, 4, 7], 3
     want = sum(v << (bits * i) for i, v in enumerate(values)).to_bytes(4, "little")
     assert pack_bits(np.array(values), bits) == want
@@ -42,7 +40,7 @@ def test_the_bits_of_a_field_lie_where_a_loop_puts_them() -> None:
 
 @given(st.integers(1, 3000), st.floats(0, 1), st.integers(0, 99), st.booleans())
 @settings(max_examples=200, deadline=None)
-def test_indices_come_back(total: int, share: float, seed: int, entropy: bool) -> None:
+def test_indices_round_trip(total: int, share: float, seed: int, entropy: bool) -> None:
     count = max(1, int(share * total))
     indices = np.sort(np.random.default_rng(seed).choice(total, count, replace=False))
     raw = write_indices(indices, total, entropy)
@@ -52,9 +50,7 @@ def test_indices_come_back(total: int, share: float, seed: int, entropy: bool) -
     assert len(raw) <= 2 + count * (2 + math.log2(total / count)) / 8 + 1 + count / 8
 
 
-def test_random_indices_take_little_more_than_their_entropy_and_clustered_ones_less_with_coding() -> (
-    None
-):
+def test_packed_indices_are_close_to_their_entropy() -> None:
     rng, total, count = np.random.default_rng(0), 1_000_000, 10_000
     spread = np.sort(rng.choice(total, count, replace=False))
     entropy = (
@@ -70,8 +66,9 @@ def test_random_indices_take_little_more_than_their_entropy_and_clustered_ones_l
 
 
 @pytest.mark.parametrize("entropy", [False, True])
-def test_indices_that_are_not_are_refused(entropy: bool) -> None:
-    indices = np.concatenate([np.arange(400), [9900]])  # clustered: by option their gaps are coded
+def test_invalid_indices_are_refused(entropy: bool) -> None:
+    # Clustered indices: their gaps may be coded.
+    indices = np.concatenate([np.arange(400), [9900]])
     raw = write_indices(indices, 10_000, entropy)
     assert raw[0] == entropy
     with pytest.raises(PayloadError, match="ascending values below 9900"):
@@ -88,7 +85,7 @@ def test_indices_that_are_not_are_refused(entropy: bool) -> None:
         read_indices(ByteReader(b"\7" + raw[1:]), 401, 10_000)
 
 
-def test_gaps_that_unpack_to_more_than_was_agreed_are_not_unpacked() -> None:
+def test_oversized_gap_codes_are_not_unpacked() -> None:
     bomb = lzma.compress(bytes(10**7), lzma.FORMAT_RAW, filters=FILTERS)
     raw = b"\1" + len(bomb).to_bytes(4, "little") + bomb
     with pytest.raises(PayloadError, match="21 bytes of differences"):

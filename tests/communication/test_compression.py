@@ -1,4 +1,4 @@
-"""Each stage against what it promises: unbiased or within its bound, and the same at both ends."""
+"""Compression stages: unbiased or within their error bound, and equal at both ends."""
 
 from __future__ import annotations
 
@@ -59,18 +59,18 @@ def mean_and_error(draws: list[Tensor]) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     "stages", [[RandomK(0.2)], [RandomK(0.2), Quantize(4)], [Quantize(1)], [Quantize(2, 16)]]
 )
-def test_the_mean_over_many_keys_is_the_vector_itself(stages: list[Stage | NumberFormat]) -> None:
+def test_unbiased_stages_have_the_vector_as_mean(stages: list[Stage | NumberFormat]) -> None:
     numbers = vector()
     mean, error = mean_and_error([there_and_back(numbers, stages, seed) for seed in range(2000)])
     off = (mean - numbers).abs() / error.clamp(min=1e-9)
-    fixed = error < 1e-9  # a number that is a level itself never moves
+    # A value on a quantization level is exact.
+    fixed = error < 1e-9
     assert torch.allclose(mean[fixed], numbers[fixed].double(), atol=1e-6)
-    assert off[~fixed].max() < 4.5 and off[~fixed].square().mean().sqrt() < 1.25  # standard errors
+    # In standard errors.
+    assert off[~fixed].max() < 4.5 and off[~fixed].square().mean().sqrt() < 1.25
 
 
-def test_random_k_sends_so_many_of_the_numbers_at_the_rate_of_keeping_and_every_number_is_drawn_alike() -> (
-    None
-):
+def test_random_k_keeps_its_share_uniformly() -> None:
     numbers, n = torch.ones(141), 141
     sent = torch.stack([there_and_back(numbers, [RandomK(28)], seed) for seed in range(2000)])
     assert ((sent > 0).sum(1) == 28).all() and torch.allclose(sent[sent > 0], torch.tensor(n / 28))
@@ -78,7 +78,7 @@ def test_random_k_sends_so_many_of_the_numbers_at_the_rate_of_keeping_and_every_
     assert (share - 28 / n).abs().max() < 5 * math.sqrt(28 / n * (1 - 28 / n) / 2000)
 
 
-def test_random_k_scales_nothing_up_where_the_rest_is_sent_later() -> None:
+def test_random_k_does_not_rescale_with_residuals() -> None:
     numbers = vector()
 
     (stage,) = build_stages([StageConfig(randk=0.3)], entropy=False, has_feedback=True)
@@ -89,9 +89,10 @@ def test_random_k_scales_nothing_up_where_the_rest_is_sent_later() -> None:
     assert torch.equal(back[kept], numbers[kept])
 
 
-def test_chain_undoes_its_stages_from_the_last_to_the_first() -> None:
+def test_chain_decodes_stages_in_reverse_order() -> None:
     row, column = torch.arange(6.0), torch.linspace(1, 2, 5)
-    numbers = torch.outer(row, column).reshape(-1)  # one term of 6 + 5 numbers, of which one is 0
+    # One term of 6 + 5 numbers, one of which is 0.
+    numbers = torch.outer(row, column).reshape(-1)
 
     back = there_and_back(numbers, [LowRank(0.99), TopK(10)], layout=((6, 5),))
 
@@ -100,9 +101,7 @@ def test_chain_undoes_its_stages_from_the_last_to_the_first() -> None:
 
 @pytest.mark.parametrize("bits", range(2, 17))
 @pytest.mark.parametrize("bucket", [None, 7])
-def test_quantised_numbers_are_within_one_level_and_the_largest_is_exact(
-    bits: int, bucket: int | None
-) -> None:
+def test_quantized_values_are_within_one_level(bits: int, bucket: int | None) -> None:
     numbers = vector()
     for stochastic in (True, False):
         back = there_and_back(numbers, [Quantize(bits, bucket, nearest=not stochastic)])
@@ -115,8 +114,8 @@ def test_quantised_numbers_are_within_one_level_and_the_largest_is_exact(
                 assert g[p.abs().argmax()] == p[p.abs().argmax()]
 
 
-def test_what_rounding_to_the_nearest_level_leaves_is_exact_even_half_way_between_two() -> None:
-    """Half a level is made to lie at a power of two, where floating point changes its step, and both are moved bit by bit."""
+def test_rounding_residual_is_exact() -> None:
+    """Move both half-way points around a power of two bit by bit."""
     for bits in (2, 3, 8, 16):
         for moved in range(-12, 13):
             most = (torch.tensor([2.0 ** (bits - 1) - 1]).view(torch.int32) + moved).view(
@@ -130,7 +129,7 @@ def test_what_rounding_to_the_nearest_level_leaves_is_exact_even_half_way_betwee
             assert torch.equal((numbers - back).double(), numbers.double() - back.double())
 
 
-def test_so_many_bits_are_so_many_bits() -> None:
+def test_quantization_uses_the_configured_bits() -> None:
     numbers = vector(n=1000)
     for bits in range(1, 17):
         raw = StageChain([Quantize(bits)], "change").encode(
@@ -139,7 +138,7 @@ def test_so_many_bits_are_so_many_bits() -> None:
         assert len(raw) == 4 + math.ceil(1000 * bits / 8)
 
 
-def test_nought_and_one_stay_what_they_are() -> None:
+def test_zero_and_one_are_exact() -> None:
     known = torch.tensor([0.0, 1.0, 1.0, 0.0]).repeat(6)
     for bits in range(2, 17):
         assert torch.equal(there_and_back(known, [Quantize(bits)], layout=((24,),)), known)
@@ -149,14 +148,14 @@ def test_nought_and_one_stay_what_they_are() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-4, 1.0, 1e9])
-def test_half_keeps_eleven_bits_whatever_the_size(scale: float) -> None:
+def test_half_precision_keeps_eleven_bits(scale: float) -> None:
     numbers = vector() * scale
     back = there_and_back(numbers, [HalfPrecision()])
     big = numbers.abs() > numbers.abs().max() * 1e-3
     assert ((back - numbers).abs()[big] <= numbers.abs()[big] * 2.0**-11).all()
 
 
-def test_the_largest_are_sent_and_no_others() -> None:
+def test_topk_sends_the_largest_values() -> None:
     numbers = vector()
     for amount, k in ((0.1, 15), (9, 9), (1, 1), (500, 141)):
         back = there_and_back(numbers, [TopK(amount)])
@@ -164,7 +163,7 @@ def test_the_largest_are_sent_and_no_others() -> None:
         assert torch.equal(back[kept], numbers[kept]) and int((back != 0).sum()) == k
 
 
-def test_the_energy_rule_is_that_of_fedkd() -> None:
+def test_low_rank_energy_rule_matches_fedkd() -> None:
     from hetero_fl.communication.compression import compress_low_rank, reconstruct_low_rank
 
     numbers = torch.randn(40, 1, generator=keyed_generator(1)) @ torch.randn(
@@ -177,7 +176,7 @@ def test_the_energy_rule_is_that_of_fedkd() -> None:
     )
 
 
-def test_top_classes_keep_the_largest_and_the_sum_of_each_row() -> None:
+def test_top_classes_keep_largest_values_and_row_sums() -> None:
     rows = torch.randn(30, 10, generator=keyed_generator(4)).softmax(-1)
     back = there_and_back(
         rows.reshape(-1), [TopClasses(3)], layout=((30, 10),), sort="predictions"
@@ -202,15 +201,13 @@ def test_top_classes_keep_the_largest_and_the_sum_of_each_row() -> None:
     ],
 )
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_not_finite_at_the_receiver(
-    stage: Stage | NumberFormat, bad: float
-) -> None:
+def test_non_finite_values_stay_non_finite(stage: Stage | NumberFormat, bad: float) -> None:
     numbers = vector()
     numbers[37] = bad
     assert not torch.isfinite(there_and_back(numbers, [stage])).all()
 
 
-def test_more_terms_than_a_matrix_has_are_refused() -> None:
+def test_excess_terms_are_refused() -> None:
     chain = StageChain([LowRank(0.5)], "change")
     raw = chain.encode(torch.ones(120), ((10, 12),), lambda label: keyed_generator(0))
     for rows in (0, 7, 2**31):

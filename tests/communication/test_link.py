@@ -1,4 +1,4 @@
-"""One direction of the channel: what is sent is small, what is not sent is kept, and what is malformed is refused."""
+"""Links: compressed uploads and broadcasts, residuals, and refusal of malformed messages."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ CHAINS: list[list[Any]] = [
 
 
 def receive(by: Link, data: bytes) -> Payload:
-    """What the server does with bytes that claim to be an upload."""
+    """Decode bytes as the server decodes an upload."""
     like = {n: upload(7).item(n) for n in upload()}
     payload = by.receive(data, KEY, PLAIN, GOT, like)
     check_upload(payload, SPECS, like)
@@ -85,9 +85,7 @@ def receive(by: Link, data: bytes) -> Payload:
 
 @pytest.mark.parametrize("chain", CHAINS)
 @pytest.mark.parametrize("entropy", [False, True])
-def test_an_upload_arrives_in_form_with_weights_report_and_what_is_not_compressed_to_the_bit(
-    chain: list[Any], entropy: bool
-) -> None:
+def test_upload_round_trips_with_weights_and_report(chain: list[Any], entropy: bool) -> None:
     by, sent = link(*chain, entropy=entropy), upload()
     got = receive(by, by.send(sent, KEY, PLAIN, GOT, {}))
     assert set(got) == set(sent) and got.report == sent.report
@@ -102,7 +100,7 @@ def test_an_upload_arrives_in_form_with_weights_report_and_what_is_not_compresse
     assert list(got["model"]) == list(sent["model"])
 
 
-def test_a_broadcast_tells_its_own_form() -> None:
+def test_broadcast_contains_its_layout() -> None:
     by, sent = (
         link({"top_classes": 2}, {"quantize": 16}, specs={"teacher": SPECS["logits"]}),
         upload(),
@@ -120,7 +118,7 @@ def test_a_broadcast_tells_its_own_form() -> None:
     assert all(len(set(row.tolist())) <= 3 for row in got["teacher"])
 
 
-def test_top_k_of_one_per_cent_in_eight_bits_is_at_most_1_6_per_cent_of_the_cnn() -> None:
+def test_topk_with_eight_bits_reduces_upload_size() -> None:
     start = floating_tensors(CNN.initial_tensors(0))
     g = keyed_generator(5)
     trained = {n: t + 0.01 * torch.randn(t.shape, generator=g) for n, t in start.items()}
@@ -145,15 +143,15 @@ def test_top_k_of_one_per_cent_in_eight_bits_is_at_most_1_6_per_cent_of_the_cnn(
         [{"topk": 0.9}, "half"],
     ],
 )
-def test_what_was_not_sent_is_kept_to_the_last_bit(chain: list[Any]) -> None:
-    """decoded + kept, in exact numbers, is the float32 sum of update and kept before (float64 holds sums of two float32)."""
+def test_residual_is_exact(chain: list[Any]) -> None:
+    """Check that decoded + residual is exactly the float32 sum of update and old residual."""
     by, memory, kept = link(*chain), dict[str, Any](), torch.zeros(1000)
-    for round in range(30):
+    for round_idx in range(30):
         start, moved = (
-            torch.randn(1000, generator=keyed_generator(round)),
-            torch.randn(1000, generator=keyed_generator(-round, "m")),
+            torch.randn(1000, generator=keyed_generator(round_idx)),
+            torch.randn(1000, generator=keyed_generator(-round_idx, "m")),
         )
-        got, key = Payload({"model": {"w": start}}), (0, round, "site_1", "link")
+        got, key = Payload({"model": {"w": start}}), (0, round_idx, "site_1", "link")
         sent = Payload({"model": Item({"w": start + 0.1 * moved}, 1.0, "params")})
         data = by.send(sent, key, reference=got, memory=memory)
         update = ((start + 0.1 * moved) - start) + kept
@@ -164,14 +162,14 @@ def test_what_was_not_sent_is_kept_to_the_last_bit(chain: list[Any]) -> None:
         assert 0 < int((decoded != 0).sum()) <= 1000 * float(chain[0]["topk"]) and bool(kept.any())
 
 
-def test_an_unbiased_chain_keeps_nothing() -> None:
+def test_unbiased_chain_has_no_residual() -> None:
     for chain in ([{"randk": 0.5}], [{"quantize": 4}], ["half"], [{"randk": 0.5}, {"quantize": 4}]):
         memory: dict[str, Any] = {}
         link(*chain).send(upload(), KEY, PLAIN, GOT, memory)
         assert memory == {}
 
 
-def test_what_a_client_does_not_send_in_a_round_stays_kept() -> None:
+def test_residual_of_unsent_items_is_kept() -> None:
     by, memory = link({"topk": 1}), {}
     by.send(upload(), KEY, PLAIN, GOT, memory)
     before = {n: t.clone() for n, t in memory[UNSENT]["model"].items()}
@@ -182,7 +180,7 @@ def test_what_a_client_does_not_send_in_a_round_stays_kept() -> None:
     assert not torch.equal(after["head.bias"], before["head.bias"])
 
 
-def test_parameters_that_the_client_did_not_receive_are_not_cut() -> None:
+def test_parameters_not_received_are_not_compressed() -> None:
     by, sent = link({"topk": 1}), upload()
     got = by.receive(
         by.send(sent, KEY, PLAIN, Payload(), {}),
@@ -194,25 +192,27 @@ def test_parameters_that_the_client_did_not_receive_are_not_cut() -> None:
     assert all(torch.equal(got["model"][n], t) for n, t in sent["model"].items())
 
 
-def hostile(rng: random.Random, by: Link, good: list[bytes], others: list[bytes]) -> bytes:
-    """One malformed upload: cut, flipped, grown, of another chain, or with other counts, lengths, items or types."""
-    data = rng.choice(good)
-    kind = rng.randrange(9)
-    if kind == 0:
-        return data[: rng.randrange(len(data))]
-    if kind in (1, 2):
-        at = rng.randrange(len(data))
-        return data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1 :]
+def changed_bytes(rng: random.Random, data: bytes, kind: int) -> bytes:
     if kind == 3:
         return rng.randbytes(rng.randrange(200))
-    if kind == 4:
-        at = rng.randrange(len(data))
-        return data[:at] + rng.choice([b"\xff" * 4, b"\0" * 4, rng.randbytes(4)]) + data[at + 4 :]
     if kind == 5:
         return data + rng.randbytes(1 + rng.randrange(5))
+    at = rng.randrange(len(data))
+    if kind == 0:
+        return data[:at]
+    if kind == 4:
+        return data[:at] + rng.choice([b"\xff" * 4, b"\0" * 4, rng.randbytes(4)]) + data[at + 4 :]
     if kind == 6:
-        at = rng.randrange(len(data))
         return data[:at] + rng.randbytes(1 + rng.randrange(3)) + data[at:]
+    return data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1 :]
+
+
+def hostile(rng: random.Random, by: Link, good: list[bytes], others: list[bytes]) -> bytes:
+    """Return a malformed upload: cut, flipped, extended, or with wrong metadata."""
+    data = rng.choice(good)
+    kind = rng.randrange(9)
+    if kind < 7:
+        return changed_bytes(rng, data, kind)
     if kind == 7:
         return rng.choice(others)
     items = dict(upload().items_)
@@ -226,7 +226,7 @@ def hostile(rng: random.Random, by: Link, good: list[bytes], others: list[bytes]
 
 
 @pytest.mark.slow
-def test_ten_thousand_malformed_uploads_are_refused_in_one_line_each_or_are_in_form() -> None:
+def test_malformed_uploads_are_refused_in_one_line() -> None:
     rng, refused = random.Random(0), 0
     chains = [link(*chain, entropy=i % 2 == 0) for i, chain in enumerate(CHAINS)]
     good = [[by.send(upload(seed), KEY, PLAIN, GOT, {}) for seed in range(5)] for by in chains]
@@ -240,7 +240,8 @@ def test_ten_thousand_malformed_uploads_are_refused_in_one_line_each_or_are_in_f
         except PayloadError as error:
             assert "\n" not in str(error) and len(str(error)) < 300
             refused += 1
-        else:  # a flip among values is another number, which nobody could notice
+        else:
+            # A flipped bit in a value is undetectable here.
             tensors = (
                 [*got["model"].values(), *(got[n] for n in got if isinstance(got[n], Tensor))]
                 if "model" in got
@@ -248,11 +249,11 @@ def test_ten_thousand_malformed_uploads_are_refused_in_one_line_each_or_are_in_f
             )
             assert all(bool(torch.isfinite(t).all()) for t in tensors if t.is_floating_point())
     assert refused > 5500
-    # kB: no declared size was believed
+    # In kB: declared sizes are not trusted.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
 
 
-def test_a_thousand_malformed_broadcasts_are_refused_in_one_line_each_or_are_in_form() -> None:
+def test_malformed_broadcasts_are_refused_in_one_line() -> None:
     rng, by = (
         random.Random(1),
         link({"top_classes": 2}, {"quantize": 3}, specs={"logits": SPECS["logits"]}),
@@ -274,7 +275,7 @@ def test_a_thousand_malformed_broadcasts_are_refused_in_one_line_each_or_are_in_
 
 
 @pytest.mark.parametrize(
-    "told",
+    "layout_text",
     [
         '{"model": ["params", "float32", {"w": [1000000, 1000000]}, []]}',
         '{"model": ["params", "float32", {"w": [-4]}, []]}',
@@ -286,11 +287,11 @@ def test_a_thousand_malformed_broadcasts_are_refused_in_one_line_each_or_are_in_
         '{"logits": ["rows", "float32", {"": [4000000000, 4]}, []]}',
     ],
 )
-def test_a_layout_is_not_believed(told: str) -> None:
+def test_declared_layout_is_not_trusted(layout_text: str) -> None:
     import struct
     import zlib
 
-    layout = zlib.compress(told.encode())
+    layout = zlib.compress(layout_text.encode())
     data = b"hfl1" + struct.pack("<H", 2) + b"{}" + struct.pack("<I", len(layout)) + layout
     data += struct.pack("<B", 1) + struct.pack("<BI", 0, 40) + bytes(40)
     with pytest.raises(PayloadError):

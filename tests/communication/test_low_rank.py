@@ -1,4 +1,4 @@
-"""Low-rank terms: the energy rule, what is smaller, and that anything of the right width decodes."""
+"""Low-rank terms: the energy rule, sizes, and decoding of any matching width."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ def spectrum(m: int, n: int, values: list[float]) -> torch.Tensor:
 @pytest.mark.parametrize(
     "energy, rank", [(0.5, 1), (0.64, 1), (0.65, 2), (0.98, 2), (0.999, 3), (1.0, 3)]
 )
-def test_it_keeps_the_fewest_terms_with_that_share_of_the_energy(energy: float, rank: int) -> None:
-    matrix = spectrum(20, 30, [8.0, 5.9, 1.0])  # squares 64, 34.81, 1 of 99.81
+def test_low_rank_keeps_fewest_terms_with_the_energy(energy: float, rank: int) -> None:
+    # Squares 64, 34.81 and 1 of 99.81.
+    matrix = spectrum(20, 30, [8.0, 5.9, 1.0])
     (packed,) = compress_low_rank({"w": matrix}, energy).values()
     assert packed.shape == (rank, 50)
     u, s, v = np.linalg.svd(matrix.numpy())
@@ -40,9 +41,7 @@ def test_it_keeps_the_fewest_terms_with_that_share_of_the_energy(energy: float, 
     st.floats(0.01, 1),
     st.integers(0, 1000),
 )
-def test_what_is_lost_is_less_than_the_energy_left_out_and_nothing_grows(
-    m, n, size, energy, seed
-) -> None:
+def test_low_rank_error_is_bounded_by_the_omitted_energy(m, n, size, energy, seed) -> None:
     tensor = torch.randn(
         m, n, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
@@ -52,7 +51,7 @@ def test_what_is_lost_is_less_than_the_energy_left_out_and_nothing_grows(
     assert (back - tensor).square().sum() <= (1 - energy) * tensor.square().sum() + 1e-12
 
 
-def test_a_full_rank_matrix_travels_as_its_own_numbers_to_the_bit() -> None:
+def test_full_rank_matrix_is_sent_exactly() -> None:
     matrix = torch.randn(6, 7, generator=torch.Generator().manual_seed(3))
     packed = compress_low_rank({"w": matrix}, 0.9999)["w"]
     assert packed.shape == (4, 13) and torch.equal(
@@ -60,7 +59,7 @@ def test_a_full_rank_matrix_travels_as_its_own_numbers_to_the_bit() -> None:
     )
 
 
-def test_vectors_and_numbers_stay_and_nought_has_one_term() -> None:
+def test_vectors_are_unchanged_and_zero_has_one_term() -> None:
     tensors = {
         "bias": torch.arange(4.0),
         "one": torch.tensor(2.0),
@@ -73,7 +72,7 @@ def test_vectors_and_numbers_stay_and_nought_has_one_term() -> None:
 
 
 @given(st.integers(1, 12))
-def test_any_number_of_rows_decodes(rows: int) -> None:
+def test_low_rank_decodes_any_number_of_rows(rows: int) -> None:
     assert reconstruct_low_rank({"w": torch.ones(rows, 9)}, {"w": torch.zeros(4, 5)})[
         "w"
     ].shape == (
@@ -82,7 +81,7 @@ def test_any_number_of_rows_decodes(rows: int) -> None:
     )
 
 
-def test_above_one_no_terms_suffice_and_nothing_is_larger() -> None:
+def test_energy_above_one_sends_the_whole_matrix() -> None:
     tensors = {"still": torch.zeros(6, 7), "one": torch.ones(6, 7), "bias": torch.ones(3)}
     packed = compress_low_rank(tensors, 2.0)
     assert packed["still"].shape == packed["one"].shape == (4, 13)

@@ -21,7 +21,7 @@ def fit(**settings: Any) -> Fit:
     return Fit({"model": None}, Supervised(), **settings)
 
 
-def test_index_batches_shuffles_all_rows_anew_in_each_epoch() -> None:
+def test_index_batches_reshuffles_rows_in_each_epoch() -> None:
     batches = index_batches(12, fit(batch_size=4, epochs=3), STREAM)
 
     orders = [torch.cat(batches[i : i + 3]).tolist() for i in (0, 3, 6)]
@@ -29,20 +29,20 @@ def test_index_batches_shuffles_all_rows_anew_in_each_epoch() -> None:
     assert len({tuple(order) for order in orders}) == 3
 
 
-def test_index_batches_of_steps_shuffle_anew_when_all_rows_were_seen() -> None:
+def test_index_batches_of_steps_reshuffle_after_all_rows() -> None:
     order = torch.cat(index_batches(12, fit(batch_size=4, steps=6), STREAM)).tolist()
 
     assert sorted(order[:12]) == sorted(order[12:]) == list(range(12))
     assert order[:12] != order[12:]
 
 
-def test_index_batches_joins_a_last_row_that_is_alone_to_the_batch_before() -> None:
+def test_index_batches_appends_a_single_last_row_to_the_previous_batch() -> None:
     sizes = [[len(b) for b in index_batches(n, fit(batch_size=4), STREAM)] for n in (1, 9, 10)]
 
     assert sizes == [[1], [4, 5], [4, 4, 2]]
 
 
-def test_each_step_has_a_dropout_key_of_its_own() -> None:
+def test_each_step_has_a_separate_dropout_key() -> None:
     task = Task("multiclass", 2)
     site = Participant(
         "site_1", task, {}, {}, lambda *_: {}, ClientSettings(), lambda: torch.zeros(2)

@@ -1,4 +1,4 @@
-"""Copies of host tensors on a pretended GPU."""
+"""Copies of host tensors on a simulated GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.helpers.pretend_gpu import PretendGPU
 from tests.helpers.small_federations import MIXED, config, rounds_of
 
 
-def test_a_tensor_is_copied_once_until_it_changes() -> None:
+def test_tensor_is_copied_once_until_it_changes() -> None:
     with PretendGPU() as gpu:
         memory = DeviceMemory(torch.device("cuda"))
         rows = torch.arange(3.0)
@@ -34,7 +34,7 @@ def test_a_tensor_is_copied_once_until_it_changes() -> None:
         assert memory.keep(rows) is rows and not memory.has_copies
 
 
-def test_copies_go_with_their_originals() -> None:
+def test_copies_are_freed_with_their_originals() -> None:
     with PretendGPU():
         memory = DeviceMemory(torch.device("cuda"))
         rows = torch.arange(3.0)
@@ -47,7 +47,7 @@ def test_copies_go_with_their_originals() -> None:
         assert len(memory._copies) == 1
 
 
-def test_what_does_not_fit_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_that_do_not_fit_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     with PretendGPU():
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (32, 64))
         monkeypatch.setattr(device_memory, "CACHE_SHARE", 0.5)
@@ -56,16 +56,17 @@ def test_what_does_not_fit_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) ->
         assert memory.keep(large) is large and memory.stack([large, large]).is_cuda
         kept = memory.keep(small)
         assert kept.is_cuda
-        memory.keep(other)  # takes the room
+        # Takes the memory.
+        memory.keep(other)
         assert memory.keep(small) is not kept
 
 
-def test_on_a_cpu_nothing_is_copied() -> None:
+def test_nothing_is_copied_on_a_cpu() -> None:
     rows = torch.arange(3.0)
     assert DeviceMemory(torch.device("cpu")).keep(rows) is rows
 
 
-def test_training_takes_the_memory_of_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_are_freed_when_training_needs_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     run_fit, rows = serial.run_fit, torch.zeros(5)
     failures: list[str] = []
 
@@ -73,7 +74,8 @@ def test_training_takes_the_memory_of_copies(monkeypatch: pytest.MonkeyPatch) ->
         if not failures:
             failures.append(participant.participant_id)
             templates.memory.keep(rows)
-            participant.stream(fit.label)  # the fit had begun
+            # The fit had started.
+            participant.stream(fit.label)
             raise torch.OutOfMemoryError("CUDA out of memory")
         assert not templates.memory.has_copies
         return run_fit(participant, fit, templates)
@@ -88,7 +90,7 @@ def test_training_takes_the_memory_of_copies(monkeypatch: pytest.MonkeyPatch) ->
 
 
 class OwnMethod(FedAvg):
-    """A user's method, which changes a tensor where no version tells between two predictions."""
+    """A user-defined method that changes a tensor without changing its version."""
 
     def personalize(self, client: Participant, received: Payload) -> Plan[None]:
         before = yield Predict("model", Rows("test"))
@@ -97,7 +99,7 @@ class OwnMethod(FedAvg):
         assert torch.allclose(after - before, torch.arange(10.0), atol=1e-4)
 
 
-def test_a_users_method_may_change_tensors_in_place() -> None:
+def test_custom_method_may_change_tensors_in_place() -> None:
     with PretendGPU():
         source = config(f"python:{__name__}:OwnMethod", "mlp", clients=2)
         source["runtime"] = {"threads": 1, "device": "cuda", "executor": "serial"}
@@ -141,7 +143,7 @@ def test_rows_are_copied_to_the_device_in_the_first_round_only(executor: str) ->
         ({"method": "python:tests.helpers.failing_methods:Fails"}, False),
     ],
 )
-def test_what_the_cpu_reads_does_not_stay_on_the_device(
+def test_tensors_read_by_the_cpu_are_not_stored_on_the_device(
     changes: dict[str, object], stays: bool
 ) -> None:
     prepared = prepare(config(**{"models": "cnn_gn_small", **changes}))  # type: ignore[arg-type]
@@ -153,8 +155,8 @@ def test_tensors_are_stored_on_the_device_or_the_cpu() -> None:
         cuda = torch.device("cuda:0")
         tree = {"a": [torch.ones(2)], "b": {"c": 1.5}}
         assert DeviceMemory(cuda).to_storage(tree)["a"][0].is_cpu
-        there = DeviceMemory(cuda, stores_tensors=True).to_storage(tree)
-        assert there["a"][0].is_cuda and there["b"] == {"c": 1.5}
+        stored = DeviceMemory(cuda, stores_tensors=True).to_storage(tree)
+        assert stored["a"][0].is_cuda and stored["b"] == {"c": 1.5}
 
         payload = Payload({"x": torch.ones(2), "model": {"w": torch.zeros(3)}}).to(cuda)
         assert payload["x"].is_cuda and payload["model"]["w"].is_cuda

@@ -18,10 +18,10 @@ def layer(p: float) -> tuple[KeyedDropout, DropoutStreams]:
     return KeyedDropout(p, streams), streams
 
 
-def dropped(key: int, p: float, input: Tensor = ONES, calls: int = 1) -> Tensor:
+def dropped(key: int, p: float, x: Tensor = ONES, calls: int = 1) -> Tensor:
     dropout, streams = layer(p)
     streams.seed([key])
-    return [dropout(input) for _ in range(calls)][-1]
+    return [dropout(x) for _ in range(calls)][-1]
 
 
 @pytest.mark.parametrize("p", [0.1, 0.25, 0.5, 0.9])
@@ -42,12 +42,12 @@ def test_elements_are_dropped_independently_of_their_neighbors() -> None:
         assert abs(float(correlation)) < 4 / len(zero) ** 0.5
 
 
-def test_everything_is_dropped_if_the_probability_is_one_and_nothing_if_it_is_tiny() -> None:
+def test_keyed_dropout_with_extreme_probabilities() -> None:
     assert not dropped(1, 1.0).any()
     assert torch.equal(dropped(1, 1e-6), ONES)
 
 
-def test_keyed_dropout_follows_from_its_seed_and_draws_anew_at_each_call() -> None:
+def test_keyed_dropout_depends_on_seed_and_call() -> None:
     first = dropped(1, 0.5)
 
     assert torch.equal(first, dropped(1, 0.5))
@@ -55,7 +55,7 @@ def test_keyed_dropout_follows_from_its_seed_and_draws_anew_at_each_call() -> No
     assert not torch.equal(first, dropped(2, 0.5))
 
 
-def test_no_two_masks_of_neighboring_steps_are_the_same() -> None:
+def test_neighboring_steps_have_different_masks() -> None:
     dropout, streams = layer(0.5)
     masks = set()
     for step in range(20):
@@ -65,7 +65,7 @@ def test_no_two_masks_of_neighboring_steps_are_the_same() -> None:
     assert len(masks) == 100
 
 
-def test_dropout_outside_a_training_step_says_so() -> None:
+def test_dropout_outside_a_training_step_raises() -> None:
     dropout, _ = layer(0.5)
 
     with pytest.raises(RuntimeError, match="outside a training step"):
@@ -81,15 +81,15 @@ def test_keyed_dropout_does_not_touch_the_global_generator() -> None:
 
 
 @pytest.mark.parametrize("size", [3, 1000])
-def test_stacked_masks_are_those_of_single_participants_padding_included(size: int) -> None:
+def test_stacked_masks_equal_those_of_single_participants(size: int) -> None:
     keys = [5, 6, 7]
     sizes = [4, 2, 3]
     dropout, streams = layer(0.3)
     streams.seed(keys, 4)
 
-    def forward(input: Tensor, place: Tensor) -> Tensor:
+    def forward(x: Tensor, place: Tensor) -> Tensor:
         with streams.stacked(place):
-            return dropout(dropout(input))
+            return dropout(dropout(x))
 
     stacked = vmap(forward)(torch.ones(3, 4, size), torch.arange(3))
 
@@ -103,19 +103,19 @@ def test_stacked_masks_are_those_of_single_participants_padding_included(size: i
 def test_stacked_masks_pass_gradients() -> None:
     dropout, streams = layer(0.5)
     streams.seed([1, 2])
-    input = torch.ones(2, 3, 5, requires_grad=True)
+    x = torch.ones(2, 3, 5, requires_grad=True)
 
-    def forward(input: Tensor, place: Tensor) -> Tensor:
+    def forward(x: Tensor, place: Tensor) -> Tensor:
         with streams.stacked(place):
-            return dropout(input).sum()
+            return dropout(x).sum()
 
-    vmap(forward)(input, torch.arange(2)).sum().backward()
+    vmap(forward)(x, torch.arange(2)).sum().backward()
 
-    assert input.grad is not None
-    assert set(input.grad.unique().tolist()) == {0.0, 2.0}
+    assert x.grad is not None
+    assert set(x.grad.unique().tolist()) == {0.0, 2.0}
 
 
-def test_layers_of_a_model_are_replaced_wherever_they_are() -> None:
+def test_nested_dropout_layers_are_replaced() -> None:
     twice = nn.Dropout(0.5)
     inner = nn.Sequential(twice, nn.Linear(2, 2), twice)
     model = nn.Sequential(nn.Linear(2, 2), inner, nn.Dropout(0.0))

@@ -1,6 +1,6 @@
-"""Runs on a GPU are those on the CPU: on a real one if there is one, on a pretended one otherwise.
+"""Runs on a GPU match those on the CPU: on a real GPU if present, else on a simulated one.
 
-`pytest -m gpu` runs them all, and besides what only a real GPU can do.
+`pytest -m gpu` selects them together with tests that need a real GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hetero_fl.utils.errors import Interrupted
 from tests.federation.test_synchronous import METHODS
 from tests.helpers.pretend_gpu import PretendGPU
 from tests.helpers.small_federations import MIXED, TOP, config, rounds_of
-from tests.helpers.workers import Here, rounds_on, setup_of
+from tests.helpers.workers import LocalWorkerPool, rounds_on, setup_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("float64", "gpu")]
 IS_REAL = torch.cuda.is_available()
@@ -43,7 +43,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 
 def cases(names: Iterable[str]) -> list[Any]:
-    """Return the names, those that are not quick marked as slow."""
+    """Return parametrizations, with slow ones marked."""
     return [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
@@ -65,7 +65,7 @@ def on(device: str, executor: str, source: dict[str, Any]) -> FederatedTrainer:
 def check_equal(
     one: FederatedTrainer, other: FederatedTrainer, tolerances: tuple[float, ...] = (1e-6, 1e-4)
 ) -> None:
-    """Hold a round for each tolerance, and compare losses, scores and the server."""
+    """Run a round per tolerance and compare losses, scores and the server."""
     for tolerance in tolerances:
         for trainer in (one, other):
             assert not trainer.run_round()["failed"]
@@ -91,16 +91,16 @@ def check_equal(
 
 @pytest.mark.parametrize("executor", ["serial", "batched"])
 @pytest.mark.parametrize("method", cases(METHODS))
-def test_every_method(method: str, executor: str) -> None:
+def test_every_method_matches_the_cpu(method: str, executor: str) -> None:
     source = config(method, MIXED, clients=6, server={"model": "linear"})
     check_equal(on("cpu", "serial", source), on("cuda", executor, source))
 
 
 @pytest.mark.parametrize("executor", ["serial", "batched"])
 @pytest.mark.parametrize("feature", cases(FEATURES))
-def test_every_feature(feature: str, executor: str) -> None:
+def test_every_feature_matches_the_cpu(feature: str, executor: str) -> None:
     source = config(**{"method": "fedavg", "clients": 4, **FEATURES[feature]})
-    # Masks of dropout are drawn on the device, and CUDA draws others than the CPU.
+    # Dropout masks are drawn on the device, and CUDA draws others than the CPU.
     device = "cuda" if feature == "dropout" and IS_REAL else "cpu"
     check_equal(on(device, executor, source), on("cuda", executor, source))
 
@@ -114,7 +114,7 @@ RESUMED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("method", RESUMED)
-def test_a_run_that_is_resumed(method: str, tmp_path: Path) -> None:
+def test_resumed_run_matches_the_cpu(method: str, tmp_path: Path) -> None:
     source = config(method, clients=3, rounds=3, **RESUMED[method])
     source["runtime"] |= {"threads": 1, "device": "cuda", "executor": "serial"}
     whole = run(source, out=tmp_path / "whole")
@@ -129,7 +129,7 @@ def test_a_run_that_is_resumed(method: str, tmp_path: Path) -> None:
     assert resumed.summary["personal"] == whole.summary["personal"]
 
 
-def test_class_sums() -> None:
+def test_class_sums_match_the_cpu() -> None:
     values, y = torch.randn(20, 3), torch.arange(20) % 4
     expected = class_sums(values, y, 5)
     found = class_sums(values.to("cuda"), y.to("cuda"), 5)
@@ -138,7 +138,7 @@ def test_class_sums() -> None:
 
 
 @pytest.mark.parametrize("method", ["fedavg", "scaffold", "fedadam"])
-def test_a_run_that_begins_with_models_of_another(method: str, tmp_path: Path) -> None:
+def test_run_from_saved_models_matches_the_cpu(method: str, tmp_path: Path) -> None:
     source = config("fedavg", clients=2, rounds=1)
     source["runtime"] = {"threads": 1, "device": "cuda", "executor": "serial"}
     first = run(source, out=tmp_path / "first")
@@ -150,8 +150,8 @@ def test_a_run_that_begins_with_models_of_another(method: str, tmp_path: Path) -
 def test_deterministic_algorithms_are_used_on_request(
     executor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[bool] = []
-    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    calls: list[bool] = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", calls.append)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     source = config(clients=2)
     for device, enabled, wanted in (
@@ -167,14 +167,17 @@ def test_deterministic_algorithms_are_used_on_request(
             setup = WorkerSetup(
                 prepared.method, prepared.federation, 1, (device,), deterministic=enabled
             )
-            Worker(setup, 0).runtime  # noqa: B018  # made when it is first asked for
-        assert asked == wanted
+            # The property creates the runtime.
+            _ = Worker(setup, 0).runtime
+        assert calls == wanted
 
 
 def test_two_workers_in_this_process_share_a_device() -> None:
     source = config("hybrid", MIXED, clients=6, server={"model": "linear"})
     setup = replace(setup_of(source), devices=("cuda:0", "cuda:0"), dtype=torch.float64)
-    check_equal(on("cpu", "serial", source), rounds_on(setup, Here(setup, 2), 2, cohort=6))
+    check_equal(
+        on("cpu", "serial", source), rounds_on(setup, LocalWorkerPool(setup, 2), 2, cohort=6)
+    )
 
 
 @pytest.mark.skipif(not IS_REAL, reason="a pretended GPU is in one process")
@@ -194,7 +197,8 @@ def test_two_workers_share_a_device() -> None:
 def test_models_and_predictions_stay_on_the_device(method: str, executor: str) -> None:
     with PretendGPU() as gpu:
         trainer = on("cuda", executor, config(method, MIXED, clients=6, rounds=4))
-        for _ in range(2):  # in the second, clients receive what the first has made
+        # In the second round clients receive results of the first.
+        for _ in range(2):
             trainer.run_round()
         trainer.evaluate()
         gpu.transfers.clear()
@@ -204,7 +208,7 @@ def test_models_and_predictions_stay_on_the_device(method: str, executor: str) -
         assert not getattr(trainer.backend, "_refused", None)
         moved = [t for t in gpu.transfers if t.kind != "wait"]
         assert {t.kind for t in moved} == {"to device"}
-        # row numbers of the batches
+        # Row numbers of the batches.
         assert all(t.where.startswith(("engine/batches", "engine/vectorized")) for t in moved)
         assert sum(t.nbytes for t in moved) < 10_000
         gpu.transfers.clear()
@@ -228,7 +232,8 @@ def test_fit_that_runs_out_of_memory_at_its_end_is_repeated(
         while frame is not None and frame.f_code.co_name != "finish":
             frame = frame.f_back  # type: ignore[assignment]
         calls += frame is not None
-        if frame is not None and calls == 30:  # when some of the models have been copied
+        # After some of the models were copied.
+        if frame is not None and calls == 30:
             raise torch.OutOfMemoryError
         return clone(tensor, **options)
 
@@ -238,7 +243,7 @@ def test_fit_that_runs_out_of_memory_at_its_end_is_repeated(
 
 
 @pytest.mark.parametrize("owns_device", [False, True])
-def test_worker_with_a_device_of_its_own_keeps_copies(owns_device: bool) -> None:
+def test_worker_with_a_separate_device_keeps_copies(owns_device: bool) -> None:
     setup = setup_of(config(clients=2))
     setup = replace(setup, devices=("cuda:0",), dtype=torch.float64, owns_device=owns_device)
     worker = Worker(setup, 0)
@@ -249,33 +254,33 @@ def test_worker_with_a_device_of_its_own_keeps_copies(owns_device: bool) -> None
 
 
 @pytest.mark.skipif(IS_REAL, reason="of a pretended GPU")
-def test_the_pretended_gpu_refuses_what_a_real_one_does() -> None:
-    here, there = torch.ones(3), torch.ones(3, device="cuda")
-    assert there.device == torch.device("cuda:0") and (there + 1).is_cuda
-    assert (there * torch.tensor(2.0)).is_cuda and there[:2].is_cuda and here.is_cpu
+def test_pretend_gpu_refuses_what_a_real_one_refuses() -> None:
+    on_cpu, on_gpu = torch.ones(3), torch.ones(3, device="cuda")
+    assert on_gpu.device == torch.device("cuda:0") and (on_gpu + 1).is_cuda
+    assert (on_gpu * torch.tensor(2.0)).is_cuda and on_gpu[:2].is_cuda and on_cpu.is_cpu
     with pytest.raises(RuntimeError, match="same device"):
-        here + there
+        on_cpu + on_gpu
     with pytest.raises(TypeError, match="numpy"):
-        there.numpy()
+        on_gpu.numpy()
     with pytest.raises(RuntimeError, match="same device"):
-        torch.stack([here.sum(), there.sum()])
+        torch.stack([on_cpu.sum(), on_gpu.sum()])
     with pytest.raises(RuntimeError, match="indices should be"):
-        here[torch.tensor([0], device="cuda")]
+        on_cpu[torch.tensor([0], device="cuda")]
     with pytest.raises(RuntimeError, match="same device"):
-        there[torch.tensor([0, 1])] = here[:2]
+        on_gpu[torch.tensor([0, 1])] = on_cpu[:2]
     with pytest.raises(RuntimeError, match="generator"):
-        there.normal_(generator=torch.Generator())
+        on_gpu.normal_(generator=torch.Generator())
     layer = torch.nn.Linear(3, 2).to("cuda")
-    layer(there).sum().backward()
+    layer(on_gpu).sum().backward()
     assert layer.weight.grad is not None and layer.weight.grad.is_cuda
 
 
 @pytest.mark.skipif(IS_REAL, reason="of a pretended GPU")
-def test_the_pretended_gpu_notes_transfers() -> None:
+def test_pretend_gpu_records_transfers() -> None:
     with PretendGPU() as gpu:
-        here, there = torch.ones(3), torch.ones(3, device="cuda")
-        assert float(there.sum()) == 3.0
-        there.cpu()
-        there.copy_(here)
+        on_cpu, on_gpu = torch.ones(3), torch.ones(3, device="cuda")
+        assert float(on_gpu.sum()) == 3.0
+        on_gpu.cpu()
+        on_gpu.copy_(on_cpu)
         kinds = [(t.kind, t.nbytes) for t in gpu.transfers]
         assert kinds == [("wait", 8), ("to host", 24), ("to device", 24)]

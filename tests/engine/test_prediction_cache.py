@@ -1,4 +1,4 @@
-"""Equal models are evaluated once, and what is remembered never decides a result."""
+"""The prediction cache: equal models are evaluated once, and caching changes no result."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ CPU = torch.device("cpu")
 def clients(**changes: Any) -> list[Participant]:
     rounds = rounds_of(config("fedavg", "mlp", clients=6, **changes), held=0)
     return [
-        rounds.federation.client(id, rounds.store.get(id), 0)
-        for id in rounds.federation.client_infos
+        rounds.federation.client(client_id, rounds.store.get(client_id), 0)
+        for client_id in rounds.federation.client_infos
     ]
 
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The outputs that `SerialBackend` computes from now on: pairs of participant and step."""
+    """Record the outputs that `SerialBackend` computes as pairs of participant and step."""
     seen: list[Any] = []
     outputs = SerialBackend._outputs
 
@@ -48,7 +48,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def predictions(work: list[Any], name: str) -> int:
-    """How many of the steps predict on the set of that name."""
+    """Count the prediction steps on the set of that name."""
     return sum(isinstance(step, Predict) and step.data.name == name for _, step in work)  # type: ignore[union-attr]
 
 
@@ -60,8 +60,8 @@ def test_equal_models_are_evaluated_once(computed: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 16])
-def test_views_that_are_forgotten_are_not_mistaken_for_one_another(chunk: int) -> None:
-    """Columns that a cache lets go may leave their address to the next ones."""
+def test_freed_columns_are_not_confused(chunk: int) -> None:
+    """Reuse the addresses of columns that were freed."""
     people = clients(clients__defaults={"preprocess": {"normalize": "own"}})
     for participant in people:
         participant.models["model"] = people[0].models["model"]
@@ -76,7 +76,7 @@ def test_views_that_are_forgotten_are_not_mistaken_for_one_another(chunk: int) -
         assert torch.allclose(one, SerialBackend(DeviceMemory(CPU)).run([(p, step)])[0], atol=1e-6)
 
 
-def test_a_model_changed_in_place_is_another_one() -> None:
+def test_model_changed_in_place_is_evaluated_again() -> None:
     (participant, *_), performer = clients(), make_backend(DeviceMemory(CPU))
     step = Predict("model", Rows("common_test"))
     before = performer.run([(participant, step)])[0].clone()
@@ -85,7 +85,7 @@ def test_a_model_changed_in_place_is_another_one() -> None:
     assert not torch.equal(performer.run([(participant, step)])[0], before)
 
 
-def test_what_is_remembered_does_not_change_whom_others_are_computed_with() -> None:
+def test_cached_results_do_not_change_chunks() -> None:
     people = clients(clients__defaults={"preprocess": {"normalize": "own"}})
     work = [(p, Predict("model", Rows("common_test"))) for p in people[:2]]
     cold, warm = make_backend(DeviceMemory(CPU), 16), make_backend(DeviceMemory(CPU), 16)
@@ -102,17 +102,17 @@ def test_predictions_on_no_rows_can_be_made_together() -> None:
     assert isinstance(work[0][1], Predict) and not isinstance(work[0][1], ClassSums)
 
 
-def test_chunks_stand_in_the_order_in_which_results_are_wanted() -> None:
+def test_chunks_follow_the_order_of_results() -> None:
     rounds = rounds_of(config("local", MIXED, clients=6), held=0)
     made = client_chunks(rounds.federation.client_infos, rounds.federation.client_infos, 2)
     firsts = [list(rounds.federation.client_infos).index(chunk[0]) for chunk in made]
-    assert firsts == sorted(firsts) and sorted(id for chunk in made for id in chunk) == sorted(
-        rounds.federation.client_infos
-    )
+    assert firsts == sorted(firsts) and sorted(
+        client_id for chunk in made for client_id in chunk
+    ) == sorted(rounds.federation.client_infos)
 
 
 class Noisy(FedAvg):
-    """Its broadcast draws."""
+    """A method whose broadcast draws random numbers."""
 
     def broadcast(self, server: Participant, recipient: Any) -> Any:
         items = super().broadcast(server, recipient)
@@ -125,7 +125,7 @@ class Noisy(FedAvg):
 SEEN: list[tuple[str, float]] = []
 
 
-def test_what_a_broadcast_draws_is_the_clients_own_however_often_it_is_made() -> None:
+def test_random_draws_of_broadcasts_are_keyed_by_client() -> None:
     rounds = rounds_of(config("fedavg", "mlp"), held=0)
     SEEN.clear()
     rounds.algorithm = rounds.expectations.algorithm = Noisy()
@@ -140,28 +140,30 @@ def test_what_a_broadcast_draws_is_the_clients_own_however_often_it_is_made() ->
 
 
 class Failing(FedAvg):
-    """Its aggregation fails."""
+    """A method whose aggregation fails."""
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Iterator[Any]:  # type: ignore[override]
         yield from ()
         raise RuntimeError("no")
 
 
-def test_a_round_that_fails_leaves_nothing_behind() -> None:
+def test_failed_round_clears_the_cache() -> None:
     rounds: SynchronousTrainer = rounds_of(config("fedper", "mlp"), held=1)
     tree, kept = (
         rounds.state_dict(),
-        {id: rounds.store.stamp(id) for id in rounds.federation.client_infos},
+        {client_id: rounds.store.stamp(client_id) for client_id in rounds.federation.client_infos},
     )
     rounds.algorithm = rounds.expectations.algorithm = Failing()
     with pytest.raises(Exception, match="no"):
         rounds.run_round()
     rounds.store.commit()
     assert rounds.state_dict()["traffic"] == tree["traffic"]
-    assert {id: rounds.store.stamp(id) for id in rounds.federation.client_infos} == kept
+    assert {
+        client_id: rounds.store.stamp(client_id) for client_id in rounds.federation.client_infos
+    } == kept
 
 
-def test_state_handed_to_a_client_may_be_changed_in_place() -> None:
+def test_state_passed_to_a_client_may_be_changed_in_place() -> None:
     rounds = rounds_of(config("local", "mlp"), held=1)
     private = rounds.store.get("site_1")
     private.state["seen"] = torch.zeros(2)
@@ -169,7 +171,7 @@ def test_state_handed_to_a_client_may_be_changed_in_place() -> None:
     assert torch.equal(private.state["seen"], torch.zeros(2))
 
 
-def test_every_member_of_an_ensemble_is_asked_once_about_the_common_rows(
+def test_ensemble_members_predict_global_rows_once(
     computed: list[Any],
 ) -> None:
     rounds = rounds_of(config("ensemble", "mlp", clients=6), held=1)
@@ -178,7 +180,7 @@ def test_every_member_of_an_ensemble_is_asked_once_about_the_common_rows(
     assert predictions(computed, "common_test") == 6
 
 
-def test_several_outputs_of_one_model_on_the_same_rows_take_one_pass(
+def test_several_outputs_on_the_same_rows_need_one_pass(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     participant, other, *_ = clients()
@@ -187,10 +189,11 @@ def test_several_outputs_of_one_model_on_the_same_rows_take_one_pass(
         (participant, Predict("model", readout="features")),
         (participant, Predict("model")),
         (participant, ClassSums("model", readout="features")),
-        (participant, Predict("model", Rows("train", rows=some))),  # other rows
-        # another model
+        # Other rows.
+        (participant, Predict("model", Rows("train", rows=some))),
+        # Another model.
         (participant, Predict("model", Rows("train", rows=some), tensors=other.models["model"])),
-        # another's rows
+        # Rows of another client.
         (other, Predict("model", Rows("train", rows=some), tensors=other.models["model"])),
     ]
     serial, passes = SerialBackend(DeviceMemory(CPU)), []

@@ -1,4 +1,4 @@
-"""Live modules are told of their mode when it changes, whoever set it before."""
+"""Module templates set training or evaluation mode exactly when it changes."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ def modes(template: Template) -> set[bool]:
     return {module.training for module in template.module.modules()}
 
 
-def test_layers_are_told_of_the_mode_when_it_changes(
+def test_mode_changes_are_passed_to_layers(
     template: Template, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[bool] = []
+    passed: list[bool] = []
     train = nn.Module.train
     whole = template.module
     monkeypatch.setattr(
         nn.Module,
         "train",
-        lambda self, mode=True: (self is whole and told.append(mode)) or train(self, mode),
+        lambda self, mode=True: (self is whole and passed.append(mode)) or train(self, mode),
     )
     for training in (True, True, False, False, True):
         template.set_mode(training)
         assert modes(template) == {training}
-    # the first time even where the module says so already: `train` may do more
-    assert told == [True, False, True]
+    # The first call is always passed on, because a module may override `train`.
+    assert passed == [True, False, True]
 
 
-def test_a_mode_that_somebody_else_set_is_noticed(template: Template) -> None:
+def test_mode_set_elsewhere_is_noticed(template: Template) -> None:
     template.set_mode(True)
     template.module.eval()
     template.set_mode(True)
@@ -51,7 +51,7 @@ def test_a_mode_that_somebody_else_set_is_noticed(template: Template) -> None:
 
 
 @pytest.mark.parametrize("name", ["cnn_bn_small", "mlp"])
-def test_tensors_that_were_handed_over_are_not_written_again(name: str) -> None:
+def test_returned_tensors_are_not_overwritten(name: str) -> None:
     arch = ModelSpec.from_config(name, 10, (1, 8, 8))
     template = Template(arch, DeviceMemory(torch.device("cpu")))
     first, second = (arch.initial_tensors(seed) for seed in (1, 2))
@@ -61,14 +61,14 @@ def test_tensors_that_were_handed_over_are_not_written_again(name: str) -> None:
     parameters = list(template.module.parameters())
 
     template.load(second)
-    # predictions of the taken model are still known to be its own
+    # Cached predictions of the returned model remain valid.
     assert {n: t._version for n, t in taken.items()} == versions
 
     assert all(t.is_contiguous() and not t.requires_grad for t in taken.values())
     assert all(torch.equal(t, first[n]) for n, t in taken.items())
     assert all(torch.equal(t, second[n]) for n, t in template.module.state_dict().items())
     assert all(a is b for a, b in zip(parameters, template.module.parameters(), strict=True))
-    # A model may be trained again where it is: what is loaded lies in the module's own memory.
+    # A model may be trained in place again: loading copies into the module's memory.
     again = template.hand_over()
     template.load(again)
     assert all(torch.equal(t, second[n]) for n, t in template.hand_over().items())

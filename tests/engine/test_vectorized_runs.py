@@ -1,4 +1,4 @@
-"""Batched against serial, whole runs: every method on a mixed federation with ragged clients, BatchNorm and dropout."""
+"""Batched and serial runs of every method agree, with ragged clients, BatchNorm and dropout."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MODELS = ["cnn_bn_small", {"name": "mlp", "hidden": [24], "dropout": 0.3}]
 
 
 def held(source: dict[str, Any], performer: Backend) -> SynchronousTrainer:
-    """A run of three rounds, all clients of an architecture in lockstep."""
+    """Return a run of three rounds that stacks all clients of an architecture."""
     prepared = prepare(source)
     site = ClientRuntime(
         prepared.method, prepared.federation, StateStore(), performer, DirectProtocol()
@@ -55,11 +55,13 @@ def held(source: dict[str, Any], performer: Backend) -> SynchronousTrainer:
 
 
 def tensors(rounds: SynchronousTrainer) -> dict[tuple[str, str, str], Tensor]:
-    """Every tensor that a run has made."""
+    """Return every tensor that a run has computed."""
     found = {("server", s, n): t for s, m in rounds.server.models.items() for n, t in m.items()}
-    for id in rounds.federation.client_infos:
+    for client_id in rounds.federation.client_infos:
         found |= {
-            (id, s, n): t for s, m in rounds.store.get(id).models.items() for n, t in m.items()
+            (client_id, s, n): t
+            for s, m in rounds.store.get(client_id).models.items()
+            for n, t in m.items()
         }
     return found
 
@@ -68,7 +70,7 @@ def tensors(rounds: SynchronousTrainer) -> dict[tuple[str, str, str], Tensor]:
 @pytest.mark.parametrize(
     "method", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
 )
-def test_batched_and_serial_runs_agree(method: str) -> None:
+def test_batched_run_matches_serial_run(method: str) -> None:
     source = config(
         method,
         MODELS,
@@ -82,18 +84,18 @@ def test_batched_and_serial_runs_agree(method: str) -> None:
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("method", ["fedavg", "fedproto"])
-def test_dropped_channels_and_a_head_with_dropout_too(method: str) -> None:
+def test_batched_run_with_dropout_matches_serial_run(method: str) -> None:
     agree(config(method, "fedproto_cnn", clients=3, clients__defaults__preprocess={"resize": 16}))
 
 
 def agree(source: dict[str, Any]) -> None:
-    """The course of a run batched and serial."""
-    said: list[str] = []
+    """Compare the records of a batched and a serial run."""
+    notes: list[str] = []
     one, many = (
         held(source, SerialBackend(DeviceMemory(CPU))),
-        held(source, VectorizedBackend(DeviceMemory(CPU), said.append)),
+        held(source, VectorizedBackend(DeviceMemory(CPU), notes.append)),
     )
-    assert said == []
+    assert notes == []
     ours, theirs = tensors(many), tensors(one)
     assert ours.keys() == theirs.keys() and ours
     for name in ours:
@@ -106,7 +108,7 @@ def agree(source: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("fit_together", [1, 2, 3])
-def test_participants_that_do_not_fit_into_memory_are_halved(
+def test_chunk_is_halved_when_memory_is_exhausted(
     fit_together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[int] = []
@@ -128,11 +130,12 @@ def test_participants_that_do_not_fit_into_memory_are_halved(
         found = tensors(
             held(source, VectorizedBackend(DeviceMemory(torch.device("cuda")), lines.append))
         )
-    # the second time without copies of rows
+    # The second time without copies of rows.
     assert (
         tried
         == {
-            1: [6, 6, 3, 2],  # then one after the other
+            # Then one after the other.
+            1: [6, 6, 3, 2],
             2: [6, 6, 3, *[2] * 8],
             3: [6, 6, *[3] * 6],
         }[fit_together]

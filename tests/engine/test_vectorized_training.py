@@ -1,4 +1,4 @@
-"""Single fits, batched against serial: everything that a `Fit` can ask for, in double precision."""
+"""Batched and serial fits agree in double precision for every option of `Fit`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from hetero_fl.engine.vectorized import VectorizedBackend
 from hetero_fl.utils.seeding import keyed_generator
 
 CPU = torch.device("cpu")
-# with a batch of 8: full ones, one left over, short ones; 5, 4, 2, 5 and 3 steps
+# With batches of 8: full, single leftover and short ones; 5, 4, 2, 5 and 3 steps.
 SIZES = (40, 33, 17, 40, 21)
 TASK = Task("multiclass", 4)
 PUBLIC = {"x": torch.rand(24, 1, 8, 8, dtype=torch.float64, generator=keyed_generator("public"))}
@@ -51,7 +51,7 @@ PUBLIC = {"x": torch.rand(24, 1, 8, 8, dtype=torch.float64, generator=keyed_gene
 
 @pytest.fixture(autouse=True)
 def double(float64: None) -> None:
-    """All of this file in double precision."""
+    """Run this file in double precision."""
 
 
 def arch(name: str = "cnn", **options: Any) -> ModelSpec:
@@ -88,17 +88,17 @@ Make = Callable[[Participant], Step]
 
 
 def both(of: ModelSpec, make: Make, sizes: tuple[int, ...] = SIZES, times: int = 1) -> list[Any]:
-    """The results, after both performers have been found to do the same to all participants."""
+    """Return the results after checking that both backends agree on all participants."""
     one, many = clients(of, sizes), clients(of, sizes)
-    said: list[str] = []
+    notes: list[str] = []
     serial, batched = (
         SerialBackend(DeviceMemory(CPU)),
-        VectorizedBackend(DeviceMemory(CPU), said.append),
+        VectorizedBackend(DeviceMemory(CPU), notes.append),
     )
     for _ in range(times):
         expected = serial.run([(p, make(p)) for p in one])
         found = batched.run([(p, make(p)) for p in many])
-    assert said == []
+    assert notes == []
     agree(found, expected)
     agree(
         [(p.models, p.state, p.stream_uses) for p in many],
@@ -108,7 +108,7 @@ def both(of: ModelSpec, make: Make, sizes: tuple[int, ...] = SIZES, times: int =
 
 
 def agree(found: Any, expected: Any) -> None:
-    """Trees of one form, their numbers equal to 1e-8."""
+    """Compare trees of equal structure with a tolerance of 1e-8."""
     if isinstance(expected, Tensor):
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
     elif isinstance(expected, dict):
@@ -141,7 +141,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_optimizers_whose_state_lives_on(optimizer: str, norm: str) -> None:
+def test_persistent_optimizers_match_serial_training(optimizer: str, norm: str) -> None:
     fit = replace(FIT, optimizer=OPTIMIZERS[optimizer], keep="local")
     both(arch(width=4, norm=norm), lambda p: fit, times=2)
 
@@ -201,7 +201,7 @@ def taught(g: torch.Generator, size: int) -> Columns:
 
 @dataclass(frozen=True)
 class Mutual(Objective):
-    """Two models of a client learn from the rows and from one another; the second's head reads the first's features."""
+    """Two models of a client learn from each other; the second head reads the first features."""
 
     def loss(self, nets: ModelViews, batch: Batch, context: Any) -> Tensor:
         one, other = nets.model(batch.x), nets.other(batch.x)
@@ -212,7 +212,7 @@ class Mutual(Objective):
 
 
 @pytest.mark.parametrize("large", [2**14, 0])
-def test_large_linear_layers_have_a_rule_of_their_own(
+def test_large_linear_layers_use_a_separate_rule(
     large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vectorized_training, "LARGE", large)
@@ -225,10 +225,11 @@ def test_large_linear_layers_have_a_rule_of_their_own(
 
 @pytest.mark.parametrize("model", ["batch norm", "dropout"])
 @pytest.mark.parametrize("case", CASES)
-def test_everything_that_a_fit_can_ask_for(case: str, model: str, stacks: list[int]) -> None:
+def test_every_fit_option_matches_serial_training(case: str, model: str, stacks: list[int]) -> None:
     of = arch(width=4) if model == "batch norm" else arch("mlp", hidden=(12,), dropout=0.4)
     both(of, CASES[case])
-    assert stacks == ([2] if case == "annealed" else [5])  # the rate falls with the number of steps
+    # The learning rate decays with the number of steps.
+    assert stacks == ([2] if case == "annealed" else [5])
 
 
 def test_slower_participants_take_fewer_steps() -> None:
@@ -239,7 +240,7 @@ def test_slower_participants_take_fewer_steps() -> None:
     assert [r.steps for r in both(arch(width=4), make)] == [2, 4, 2, 5, 1]
 
 
-def test_serial_and_batched_runs_resume_one_another() -> None:
+def test_serial_and_batched_runs_resume_each_other() -> None:
     fit = replace(FIT, optimizer=OPTIMIZERS["adam"], keep="local")
     one, many = clients(arch(width=4)), clients(arch(width=4))
     first, second = (
@@ -254,7 +255,7 @@ def test_serial_and_batched_runs_resume_one_another() -> None:
 
 @pytest.fixture
 def stacks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How many participants each computation had."""
+    """Return the number of participants in each computation."""
     sizes: list[int] = []
 
     def counting(real: Any) -> Any:
@@ -265,22 +266,20 @@ def stacks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield sizes
 
 
-def test_unequal_steps_are_kept_apart(stacks: list[int]) -> None:
+def test_different_fits_are_not_stacked(stacks: list[int]) -> None:
     other = replace(FIT, optimizer=OPTIMIZERS["adam"])
     work = [(p, other if i == 1 else FIT) for i, p in enumerate(clients(arch(width=4)))]
     VectorizedBackend(DeviceMemory(CPU), pytest.fail).run(work)
     assert stacks == [4]
 
 
-def test_a_group_is_cut_where_it_would_be_too_large(
-    stacks: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_groups_are_split(stacks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vectorized, "LARGEST", 1)
     both(arch(width=4), lambda p: FIT, sizes=(40, 33, 17, 40))
     assert stacks == [2, 2]
 
 
-def test_fits_of_one_participant_draw_in_their_order() -> None:
+def test_fits_of_one_participant_draw_in_order() -> None:
     def double_fit(performer: Any) -> list[Participant]:
         made = clients(arch(width=4))
         performer.run(
@@ -300,7 +299,7 @@ def test_fits_of_one_participant_draw_in_their_order() -> None:
     )
 
 
-def test_one_that_diverges_leaves_the_others_alone() -> None:
+def test_diverging_participant_does_not_affect_others() -> None:
     def make(p: Participant) -> Fit:
         bad = p.participant_id == "site_3"
         return replace(
@@ -317,34 +316,35 @@ def test_one_that_diverges_leaves_the_others_alone() -> None:
 
 
 @pytest.mark.parametrize("name, reason", [("gru", "gru"), ("mlp", "item")])
-def test_what_cannot_be_batched_runs_serially_and_says_so_once(
+def test_unsupported_models_run_serially_with_one_note(
     name: str, reason: str, stacks: list[int]
 ) -> None:
-    of, said = arch(name), []
+    of, notes = arch(name), []
     fit = FIT if name == "gru" else replace(FIT, objective=Peeking())
     one, many = clients(of), clients(of)
     for p in (*one, *many):
-        # used before: the attempt that fails must not be counted, and this one not be forgotten
+        # Used before: a failed attempt must neither count as use nor clear the state.
         p.stream("train")
     serial, batched = (
         SerialBackend(DeviceMemory(CPU)),
-        VectorizedBackend(DeviceMemory(CPU), said.append),
+        VectorizedBackend(DeviceMemory(CPU), notes.append),
     )
     for _ in range(2):
         expected = serial.run([(p, fit) for p in one])
         assert batched.run([(p, fit) for p in many]) == expected
     agree([(p.models, p.stream_uses) for p in many], [(p.models, p.stream_uses) for p in one])
     assert (
-        len(said) == 1
-        and said[0].startswith(f"{name}: cannot be vectorized over clients")
-        and reason in said[0]
+        len(notes) == 1
+        and notes[0].startswith(f"{name}: cannot be vectorized over clients")
+        and reason in notes[0]
     )
-    assert stacks == [5]  # tried once
+    # Tried once.
+    assert stacks == [5]
 
 
 @dataclass(frozen=True)
 class Peeking(Objective):
-    """An objective whose form depends on what it sees."""
+    """An objective with control flow that depends on values."""
 
     def loss(self, nets: ModelViews, batch: Batch, context: Any) -> Tensor:
         logits = nets.model(batch.x).logits
@@ -367,17 +367,15 @@ def floats_of(p: Participant) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("case", OUTPUTS)
-def test_outputs(case: str, stacks: list[int]) -> None:
+def test_outputs_match_serial_prediction(case: str, stacks: list[int]) -> None:
     both(arch(width=4), OUTPUTS[case], sizes=(*SIZES, 0) if case == "logits" else SIZES)
-    # on public rows one by one, where equal models are evaluated once
+    # On proxy rows separately, where equal models are evaluated once.
     assert stacks == ([] if "public" in case else [5])
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 16, 17, 40])
 @pytest.mark.parametrize("change", [{}, {"epochs": 3}, {"steps": 5}, {"batch_size": 1}])
 @pytest.mark.parametrize("work", [1.0, 0.4])
-def test_the_number_of_steps_is_known_beforehand(
-    n: int, change: dict[str, Any], work: float
-) -> None:
+def test_number_of_steps_matches_training(n: int, change: dict[str, Any], work: float) -> None:
     fit = replace(FIT, **change)
     assert step_count(n, fit, work) == len(index_batches(n, fit, ("k",), work))

@@ -1,4 +1,4 @@
-"""Asynchronous runs: equal to synchronous ones in their limit, the same bits however they are computed and interrupted."""
+"""Asynchronous runs: the synchronous limit case, reproducibility, resume and failures."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ PACE = {"site_1": 1.0, "site_2": 1.3, "site_3": 2.9, "site_4": 7.1}
 
 
 def bits(run: Any) -> dict[str, Any]:
-    """All that a run has made of its clients and its server."""
+    """Return the state of the server and all clients as bytes."""
     return {
         "models": {
             slot: {n: t.numpy().tobytes() for n, t in m.items()}
@@ -70,12 +70,12 @@ def bits(run: Any) -> dict[str, Any]:
     }
 
 
-# The synchronous limit ----------------------------------------------------------------------------------------------
+# Synchronous limit case
 @pytest.mark.slow
 @pytest.mark.parametrize("channel", [pytest.param({}, id="plain"), pytest.param(TOP, id="topk")])
 @pytest.mark.parametrize("cohort", [None, 2])
 @pytest.mark.parametrize("method", [m for m in SUMS if m != "ds_fl"])
-def test_where_all_take_equally_long_it_is_the_synchronous_run_bit_for_bit(
+def test_equal_task_times_match_synchronous_run(
     method: str, cohort: int | None, channel: dict[str, Any]
 ) -> None:
     changes: dict[str, Any] = {
@@ -95,7 +95,7 @@ def test_where_all_take_equally_long_it_is_the_synchronous_run_bit_for_bit(
     assert all(record["staleness"] == {"0": cohort or 4} for record in records)
 
 
-def test_where_they_do_not_it_is_another() -> None:
+def test_unequal_task_times_differ_from_synchronous_run() -> None:
     made = config("fedavg", clients=4, rounds=3)
     pace = session(
         {**made, "runtime": {"threads": 1, "mode": "async"}},
@@ -103,13 +103,13 @@ def test_where_they_do_not_it_is_another() -> None:
     )
     records = [pace.run_round() for _ in range(3)]
     assert bits(pace) != bits(rounds_of(made))
-    # the fast come twice, and the slow not at all
+    # Fast clients upload twice, slow ones never.
     assert any(len(set(record["cohort"])) < 4 for record in records)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", SUMS)
-def test_every_method_whose_uploads_are_summed_runs_and_can_be_read(method: str) -> None:
+def test_every_summing_method_runs_and_is_evaluated(method: str) -> None:
     extra = {"algorithm": {"name": "ds_fl", "proxy_rows": None}} if method == "ds_fl" else {}
     made = config(method, MIXED, clients=4, rounds=2, server={"model": "linear"}, **extra)
     made["runtime"] = {"threads": 1, "mode": "async", "buffer": 2}
@@ -122,9 +122,9 @@ def test_every_method_whose_uploads_are_summed_runs_and_can_be_read(method: str)
     assert pace.version == 4
 
 
-# However it is computed ---------------------------------------------------------------------------------------------
-def test_when_tasks_are_computed_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each for itself as late as can be, all together as they are given out."""
+# Order of computation
+def test_time_of_computation_does_not_change_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute each task as late as possible, or all tasks together when they are assigned."""
     made = source(algorithm__heads="keep")
     plain, eager = session(made), session(made)
     fill = eager._assign_tasks
@@ -132,7 +132,7 @@ def test_when_tasks_are_computed_changes_no_bit(monkeypatch: pytest.MonkeyPatch)
     assert outcome(eager)["private"] == outcome(plain)["private"] and bits(eager) == bits(plain)
 
 
-def test_what_goes_wrong_before_an_upload_is_sent_is_never_computed() -> None:
+def test_tasks_that_fail_before_upload_are_not_computed() -> None:
     fates = {
         0: FaultOutcome("before"),
         1: FaultOutcome("during", completed_share=0.5),
@@ -140,22 +140,24 @@ def test_what_goes_wrong_before_an_upload_is_sent_is_never_computed() -> None:
         3: FaultOutcome("lost"),
     }
     run = session(config("fedavg", clients=4, runtime={"threads": 1, "mode": "async"}), fates=fates)
-    asked = []
+    sampled = []
     answer = run.executor.run
-    run.executor.run = lambda clients, request: (asked.extend(clients), answer(clients, request))[1]  # type: ignore[method-assign]
+    run.executor.run = lambda clients, request: (sampled.extend(clients), answer(clients, request))[
+        1
+    ]  # type: ignore[method-assign]
     record = run.run_round()
-    assert sorted(record["failed"]) == sorted(PACE) and len(asked) == 4
+    assert sorted(record["failed"]) == sorted(PACE) and len(sampled) == 4
     assert record["counts"] == {"invited": 8, "arrived": 4, "failed": 4, "late": 0}
 
 
-# However it is interrupted ------------------------------------------------------------------------------------------
+# Resume
 @pytest.mark.slow
 @pytest.mark.parametrize("executor", ["serial", "batched"])
 @pytest.mark.parametrize(
     ("method", "channel"),
     [("hybrid", {}), ("hybrid", TOP), ("fedbuff", {}), ("fedbuff", TOP), ("fedproto", {})],
 )
-def test_from_every_checkpoint_it_goes_on_with_the_same_bits(
+def test_resume_from_every_checkpoint_is_bit_identical(
     tmp_path: Path, method: str, channel: dict[str, Any], executor: str
 ) -> None:
     changes: dict[str, Any] = {"algorithm__heads": "keep"} if method == "hybrid" else {}
@@ -166,18 +168,18 @@ def test_from_every_checkpoint_it_goes_on_with_the_same_bits(
     for stop in (1, 2, 3):
         folder = tmp_path / f"{stop}"
         one = prepare(made).make_trainer(store=StateStore(folder))
-        told = [one.run_round() for _ in range(stop)]
+        resumed_records = [one.run_round() for _ in range(stop)]
         Checkpoints(one.store, print).save(stop, {"run": one.state_dict()})
         other = prepare(made).make_trainer(store=StateStore(folder))
         saved = Checkpoints(other.store, print).load_newest()
         assert saved is not None
         other.load_state_dict(saved["run"])
-        told += [other.run_round() for _ in range(4 - stop)]
+        resumed_records += [other.run_round() for _ in range(4 - stop)]
         assert bits(other) == bits(plain)
-        assert without_seconds(told) == without_seconds(records)
+        assert without_seconds(resumed_records) == without_seconds(records)
 
 
-def test_resume_in_the_middle_of_a_version_asks_the_same_clients() -> None:
+def test_resume_within_a_version_samples_the_same_clients() -> None:
     runtime = {"threads": 1, "mode": "async", "buffer": 8}
     made = config("fedavg", "mlp", clients=8, rounds=3, clients__per_round=3, runtime=runtime)
     whole, first, second = (
@@ -211,9 +213,9 @@ def without_seconds(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
 
 
-# What befalls tasks --------------------------------------------------------------------------------------------------
+# Failures
 @pytest.mark.parametrize("chance", [0.0, 0.3, 0.6, 0.9])
-def test_whatever_the_chance_of_failing_every_run_completes_and_its_counts_add_up(
+def test_runs_with_failures_complete_and_counts_add_up(
     chance: float,
 ) -> None:
     faults = dict.fromkeys(("before", "during", "after", "lost", "corrupted"), chance / 5)
@@ -237,7 +239,7 @@ def test_whatever_the_chance_of_failing_every_run_completes_and_its_counts_add_u
     assert abs(failed / tasks - chance) < 0.25 and (chance > 0) == (failed > 0)
 
 
-def test_two_tasks_of_one_version_draw_by_themselves_on_the_channel() -> None:
+def test_tasks_of_one_version_draw_separate_compression() -> None:
     made = config("fedavg", "mlp", 3, channel={"compress": [{"quantize": 4}]})
     made["runtime"] = {"threads": 1, "mode": "async", "buffer": 6}
     run = session(made, seconds=lambda client_id, _: PACE[client_id])
@@ -249,8 +251,8 @@ def test_two_tasks_of_one_version_draw_by_themselves_on_the_channel() -> None:
     assert len(keys) > 3 and len(set(keys)) == len(keys)
 
 
-# What ends it -------------------------------------------------------------------------------------------------------
-def test_a_run_to_which_nothing_ever_comes_ends() -> None:
+# End of a run
+def test_run_without_uploads_ends() -> None:
     made = config("fedavg", runtime={"threads": 1, "mode": "async"}, faults={"lost": 1.0})
     with pytest.raises(
         RunFailedError, match=r"round 1: no usable upload from 300 tasks; site_\d: upload lost$"
@@ -262,7 +264,7 @@ def test_a_run_to_which_nothing_ever_comes_ends() -> None:
         session(wild).run_round()
 
 
-def test_one_that_diverges_is_asked_again_and_holds_nobody_up() -> None:
+def test_diverging_client_is_sampled_again_without_blocking() -> None:
     groups = [
         {"name": "calm", "count": 3, "model": "mlp"},
         {"name": "wild", "model": "mlp", "optimizer": {"lr": 1e30}},
@@ -283,8 +285,8 @@ def test_one_that_diverges_is_asked_again_and_holds_nobody_up() -> None:
         session(stops).run_round()
 
 
-def test_what_is_kept_follows_what_was_taken() -> None:
-    """A client's head after a lost task is the one before it."""
+def test_state_follows_accepted_uploads() -> None:
+    """Check that a client keeps its previous head after a lost task."""
     made = config("fedper", clients=3, runtime={"threads": 1, "mode": "async"})
     pace = {"site_1": 1.0, "site_2": 1.1, "site_3": 1.2}
     plain = session(made, seconds=lambda client_id, _: pace[client_id])

@@ -1,4 +1,4 @@
-"""Each broadcast is decoded once for all clients that receive it, and nothing passes between them."""
+"""The broadcast cache: each message is decoded once, and clients share no mutable state."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BODIES = [
 
 
 class CountedDecoder:
-    """Decodes, and counts how often."""
+    """A decoder that counts its calls."""
 
     def __init__(self) -> None:
         self.times = 0
@@ -44,19 +44,20 @@ def decode() -> CountedDecoder:
     return CountedDecoder()
 
 
-def test_the_same_message_is_decoded_once_and_another_anew(decode: CountedDecoder) -> None:
+def test_equal_messages_are_decoded_once(decode: CountedDecoder) -> None:
     cache = BroadcastCache(decode)
     first, second = cache.get("a", 0, BODIES[0]), cache.get("b", 0, BODIES[0])
     assert decode.times == 1 and first["model"]["w"] is second["model"]["w"]
     assert cache.get("a", 0, BODIES[1])["model"]["w"].tolist() == [1.0] * 3 and decode.times == 2
-    # compressed, the same bytes would say something else in another round
+    # With compression, equal bytes mean different tensors in different rounds.
     cache.get("a", 1, BODIES[0])
     assert decode.times == 3
-    cache.get("a", 0, BODIES[0])  # what was kept of another round is gone
+    # The entry of the other round was removed.
+    cache.get("a", 0, BODIES[0])
     assert decode.times == 4
 
 
-def test_dictionaries_are_each_clients_own(decode: CountedDecoder) -> None:
+def test_clients_get_separate_dictionaries(decode: CountedDecoder) -> None:
     cache = BroadcastCache(decode)
     received = cache.get("a", 0, BODIES[0])
     received["model"]["w"] = torch.full((3,), 9.0)
@@ -70,7 +71,7 @@ def test_dictionaries_are_each_clients_own(decode: CountedDecoder) -> None:
     )
 
 
-def test_a_limited_number_of_messages_is_kept(decode: CountedDecoder) -> None:
+def test_cache_size_is_limited(decode: CountedDecoder) -> None:
     cache = BroadcastCache(decode)
     for body in BODIES:
         cache.get("a", 0, body)
@@ -82,7 +83,7 @@ def test_a_limited_number_of_messages_is_kept(decode: CountedDecoder) -> None:
 
 
 def all_tensors(payload: Payload) -> list[Tensor]:
-    """The tensors of a payload, weights included."""
+    """Return the tensors of a payload, weights included."""
     found: list[Tensor] = []
     for item in payload.items_.values():
         found += item.tensors.values()
@@ -92,7 +93,7 @@ def all_tensors(payload: Payload) -> list[Tensor]:
 
 @pytest.mark.parametrize("chunk", [1, 6])
 @pytest.mark.parametrize("method", METHODS)
-def test_no_method_changes_in_place_what_its_clients_share(
+def test_methods_do_not_change_shared_tensors_in_place(
     method: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shared: list[tuple[Tensor, Tensor]] = []
@@ -113,7 +114,7 @@ def test_no_method_changes_in_place_what_its_clients_share(
 
 
 class OwnMethod(FedAvg):
-    """A user's method, whose clients change in place what they received."""
+    """A user-defined method whose clients change received tensors in place."""
 
     def personalize(self, client: Participant, received: Payload) -> Plan[None]:
         for tensor in received["model"].values():
@@ -124,7 +125,7 @@ class OwnMethod(FedAvg):
 
 
 @pytest.mark.parametrize("chunk", [1, 6])
-def test_clients_of_a_users_method_may_change_what_they_received(chunk: int) -> None:
+def test_custom_method_may_change_received_tensors(chunk: int) -> None:
     losses: list[dict[str, Any]] = []
     for size in (1, chunk):
         trainer = rounds_of(config(f"python:{__name__}:OwnMethod", MIXED, clients=6), held=1)

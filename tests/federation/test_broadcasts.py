@@ -1,4 +1,4 @@
-"""Broadcasts as changes of what a client holds: both ends compute the same, whatever is lost."""
+"""Broadcasts as changes of an estimate: server and clients agree, whatever messages are lost."""
 
 from __future__ import annotations
 
@@ -30,7 +30,13 @@ from hetero_fl.utils.serialization import encode
 from tests.federation.test_synchronous import METHODS
 from tests.helpers import asynchronous_runs
 from tests.helpers.small_federations import MIXED, broadcasts, config, rounds_of, same_bits
-from tests.helpers.workers import Lent, lent, outcome, rounds_on, setup_of
+from tests.helpers.workers import (
+    SharedProcessPool,
+    outcome,
+    rounds_on,
+    setup_of,
+    shared_process_pool,
+)
 
 DOWN = {"compress_down": [{"topk": 0.2}, {"quantize": 6}]}
 CHAINS = {
@@ -38,7 +44,7 @@ CHAINS = {
     "randk": [{"randk": 0.3}],
     "lowrank": [{"lowrank": 0.8}, "half"],
 }
-ALIKE = [{"name": "mlp", "hidden": [24]}, {"name": "mlp", "hidden": [24], "dropout": 0.5}]
+EQUAL_SHAPES = [{"name": "mlp", "hidden": [24]}, {"name": "mlp", "hidden": [24], "dropout": 0.5}]
 MODELS = ["cnn_bn_small", {"name": "mlp", "hidden": [24]}]
 
 
@@ -48,7 +54,7 @@ def broadcasts_of(trainer: FederatedTrainer) -> EstimateBroadcasts:
 
 
 def check_held(trainer: FederatedTrainer) -> int:
-    """Compare what clients hold with what the server believes; return how many hold something."""
+    """Compare clients' estimates with the server's records; return the number of estimates."""
     made = broadcasts_of(trainer)
     present = {}
     for (item, _), estimate in made.estimates.items():
@@ -69,7 +75,7 @@ def check_held(trainer: FederatedTrainer) -> int:
 
 
 @pytest.mark.parametrize("chain", CHAINS)
-def test_both_ends_hold_the_same(chain: str) -> None:
+def test_server_and_clients_have_equal_estimates(chain: str) -> None:
     source = config("fedavg", MODELS, 4, channel={"compress_down": CHAINS[chain]})
     trainer = rounds_of(source, held=0)
     for _ in range(3):
@@ -77,8 +83,8 @@ def test_both_ends_hold_the_same(chain: str) -> None:
         assert check_held(trainer) == 4
 
 
-def test_it_is_the_rule_of_the_paper() -> None:
-    """EF21-P, w ← w + C(x − w), with top-k over all parameters of an architecture."""
+def test_estimates_follow_ef21_p() -> None:
+    """Compare with EF21-P, w ← w + C(x − w), with top-k over all parameters of an architecture."""
     share = 0.1
     source = config(
         "fedavg", {"name": "mlp", "hidden": [24]}, 2, channel={"compress_down": [{"topk": share}]}
@@ -90,7 +96,8 @@ def test_it_is_the_rule_of_the_paper() -> None:
         x = torch.cat([t.reshape(-1) for _, t in sorted(trainer.server.models[group].items())])
         trainer.run_round()
         if held is None:
-            held = x.clone()  # the first message tells the whole
+            # The first message contains the whole model.
+            held = x.clone()
         else:
             change = x - held
             largest = change.abs().topk(-(-len(change) * 10 // 100)).indices
@@ -100,8 +107,8 @@ def test_it_is_the_rule_of_the_paper() -> None:
         torch.testing.assert_close(found, held, rtol=0, atol=1e-7)
 
 
-def test_what_is_left_out_is_sent_later() -> None:
-    """Where the server stands still, clients come to hold its model."""
+def test_omitted_changes_are_sent_later() -> None:
+    """Check that estimates converge to the server's model while it does not change."""
     source = config("fedavg", "linear", 1, channel={"compress_down": [{"topk": 0.25}]})
     trainer = rounds_of(source, held=1)
     made = broadcasts_of(trainer)
@@ -116,7 +123,7 @@ def test_what_is_left_out_is_sent_later() -> None:
     assert gaps[0] > 0 and gaps == sorted(gaps, reverse=True) and gaps[-1] < 1e-7
 
 
-def test_changes_are_a_small_part_of_whole_models() -> None:
+def test_changes_are_smaller_than_models() -> None:
     channel = {"compress_down": [{"topk": 0.02}, {"quantize": 4}], "entropy": True}
     trainer = rounds_of(config("fedavg", MODELS, 4, channel=channel), held=0)
     sizes = [trainer.run_round()["down_bytes"] for _ in range(3)]
@@ -129,7 +136,7 @@ def changes_in(body: bytes) -> list[int]:
     return [change.number for change in changes]
 
 
-def test_a_client_is_sent_the_changes_that_it_missed_or_the_whole_estimate() -> None:
+def test_absent_client_receives_missed_changes_or_whole_estimate() -> None:
     channel = {"compress_down": [{"topk": 0.01}, {"quantize": 4}]}
     trainer = rounds_of(config("fedavg", "cnn_bn_small", 2, channel=channel), held=1)
     made = broadcasts_of(trainer)
@@ -137,7 +144,7 @@ def test_a_client_is_sent_the_changes_that_it_missed_or_the_whole_estimate() -> 
 
     for version in range(2, KEPT_CHANGES + 5):
         made.begin(version, version, trainer.server.arch.values())
-        # The other client trains, this one is evaluated only.
+        # The other client trains; this one is only evaluated.
         made.content(info, trainer.broadcast(info))
         (body,) = broadcasts(trainer, ["site_1"], for_evaluation=True).values()
         missed = list(range(2, version + 1))
@@ -148,8 +155,8 @@ def test_a_client_is_sent_the_changes_that_it_missed_or_the_whole_estimate() -> 
         assert same_bits(received["model"], expected["model"])
 
 
-def test_an_evaluation_changes_nothing() -> None:
-    """Also where some models are not trained in every round."""
+def test_evaluation_changes_nothing() -> None:
+    """Include models that are not trained in every round."""
     states = []
     for evaluates in (False, True):
         source = config("fedavg", MODELS, 4, channel=DOWN, rounds=5, clients__per_round=1)
@@ -162,8 +169,8 @@ def test_an_evaluation_changes_nothing() -> None:
     assert encode(states[0], "x") == encode(states[1], "x")
 
 
-def test_models_of_the_same_shapes_have_estimates_of_their_own() -> None:
-    trainer = rounds_of(config("fedavg", ALIKE, 4, channel=DOWN), held=0)
+def test_models_of_equal_shapes_have_separate_estimates() -> None:
+    trainer = rounds_of(config("fedavg", EQUAL_SHAPES, 4, channel=DOWN), held=0)
     for _ in range(3):
         assert not trainer.run_round()["failed"]
         assert check_held(trainer) == 4
@@ -178,10 +185,11 @@ def test_clients_of_different_cohorts_share_an_estimate() -> None:
         check_held(trainer)
     made = broadcasts_of(trainer)
     assert len(made.estimates) == 1
-    assert not made.ledger.sent  # nothing is kept for clients whose uploads have come
+    # Nothing is stored for clients whose uploads have arrived.
+    assert not made.ledger.sent
 
 
-def test_a_change_of_something_else_is_refused() -> None:
+def test_change_of_an_unknown_base_is_refused() -> None:
     trainer = rounds_of(config("fedavg", "linear", 2, channel=DOWN), held=1)
     (body,) = broadcasts(trainer, ["site_1"], for_evaluation=True).values()
     held = trainer.store.get("site_1").state[ESTIMATES_KEY]
@@ -195,7 +203,7 @@ def test_a_change_of_something_else_is_refused() -> None:
 
 
 class Personal(FedAvg):
-    """Sends each client a model of its own."""
+    """A method that sends each client a different model."""
 
     def broadcast(self, server: Participant, recipient: Any) -> dict[str, Any]:
         items = dict(super().broadcast(server, recipient))
@@ -204,12 +212,12 @@ class Personal(FedAvg):
 
 
 class DeclaredPersonal(Personal):
-    """The same, declared."""
+    """The same method with this fact declared."""
 
     needs = replace(FedAvg.needs, models_per_client=True)
 
 
-def test_a_method_that_sends_each_client_another_model_has_to_say_so() -> None:
+def test_undeclared_personal_broadcast_is_refused() -> None:
     source = config(f"python:{__name__}:Personal", "linear", 3, channel=DOWN)
     with pytest.raises(UserError, match=r"Needs\(models_per_client=True\)"):
         rounds_of(source, held=0).run_round()
@@ -223,7 +231,7 @@ def test_a_method_that_sends_each_client_another_model_has_to_say_so() -> None:
 
 
 class Forgetful(FedAvg):
-    """Its clients replace their state."""
+    """A method whose clients replace their state."""
 
     def train(self, client: Participant, received: Payload) -> Plan[dict[str, Any]]:
         items = yield from super().train(client, received)
@@ -231,7 +239,7 @@ class Forgetful(FedAvg):
         return items
 
 
-def test_a_method_that_replaces_the_state_of_clients_keeps_what_they_hold() -> None:
+def test_replaced_client_state_keeps_estimates() -> None:
     trainer = rounds_of(config(f"python:{__name__}:Forgetful", "linear", 2, channel=DOWN), held=0)
     for _ in range(2):
         assert not trainer.run_round()["failed"]
@@ -239,7 +247,7 @@ def test_a_method_that_replaces_the_state_of_clients_keeps_what_they_hold() -> N
 
 
 class Zeroing(FedAvg):
-    """Its clients set what they received to zero, in place."""
+    """A method whose clients set received tensors to zero in place."""
 
     def train(self, client: Participant, received: Payload) -> Plan[dict[str, Any]]:
         items = yield from super().train(client, received)
@@ -248,7 +256,7 @@ class Zeroing(FedAvg):
         return items
 
 
-def test_a_hook_that_changes_what_it_received_changes_nothing_held() -> None:
+def test_changed_payload_does_not_change_estimates() -> None:
     source = config(f"python:{__name__}:Zeroing", MODELS, 4, channel=DOWN)
     trainer = rounds_of(source, held=0)
     for _ in range(2):
@@ -257,7 +265,7 @@ def test_a_hook_that_changes_what_it_received_changes_nothing_held() -> None:
 
 
 @pytest.mark.parametrize("too_few", ["skip", "repeat"])
-def test_what_is_lost_moves_nobody(too_few: str) -> None:
+def test_lost_broadcasts_change_no_estimates(too_few: str) -> None:
     source = config(
         "fedavg",
         MODELS,
@@ -277,7 +285,7 @@ def test_what_is_lost_moves_nobody(too_few: str) -> None:
     assert failed > 2
 
 
-def test_an_asynchronous_run_knows_what_each_task_received() -> None:
+def test_asynchronous_run_tracks_estimates_per_task() -> None:
     made = asynchronous_runs.source("fedavg", runtime__buffer=None, channel=DOWN)
     trainer = prepare(made).make_trainer()
     for _ in range(4):
@@ -286,25 +294,25 @@ def test_an_asynchronous_run_knows_what_each_task_received() -> None:
 
 
 @pytest.fixture(scope="module")
-def crew() -> Iterator[Lent]:
-    with lent(setup_of("local"), 2) as made:
+def pool() -> Iterator[SharedProcessPool]:
+    with shared_process_pool(setup_of("local"), 2) as made:
         yield made
 
 
 @pytest.mark.parametrize("method", ["hybrid", "fedper"])
-def test_workers_change_no_bit(method: str, crew: Lent) -> None:
+def test_workers_match_one_process(method: str, pool: SharedProcessPool) -> None:
     setup = setup_of(config(method, MIXED, 4, clients__per_round=3, channel=DOWN))
     want = outcome(rounds_on(setup, None), 3)
     assert not any(record["failed"] for record in want["records"])
-    crew.take(setup)
+    pool.take(setup)
     for size in (1, 2):
-        assert outcome(rounds_on(setup, crew, size), 3) == want
+        assert outcome(rounds_on(setup, pool, size), 3) == want
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_costs_what_was_told(method: str) -> None:
-    # Of asynchronous runs with fewer at work than there are, rounds are estimated.
+def test_cost_matches_traffic(method: str) -> None:
+    # Rounds are estimated for asynchronous runs that do not keep all clients busy.
     per_round = None if method in ("fedasync", "fedbuff") else 3
     source = config(method, MIXED, 4, channel=DOWN, rounds=3, server={"model": "linear"})
     source["clients"]["per_round"] = per_round
@@ -314,17 +322,17 @@ def test_every_method_costs_what_was_told(method: str) -> None:
         assert not trainer.run_round()["failed"]
         trainer.evaluate()
     cost = communication_cost(prepared.method, prepared.federation, 3, per_round)
-    told = (cost.up.total(), cost.down.total() + cost.evaluation.total())
+    estimated = (cost.up.total(), cost.down.total() + cost.evaluation.total())
     counted = (trainer.traffic.up, trainer.traffic.down)
     if cost.is_upper_bound:
-        assert told[0] >= counted[0] and told[1] >= counted[1]
+        assert estimated[0] >= counted[0] and estimated[1] >= counted[1]
     else:
-        assert told == counted
+        assert estimated == counted
 
 
 @pytest.mark.parametrize("chain", CHAINS)
-@pytest.mark.parametrize(("models", "every"), [("linear", 50), (ALIKE, 3), (MODELS, 1)])
-def test_the_price_counts_changes_that_clients_missed(models: Any, every: int, chain: str) -> None:
+@pytest.mark.parametrize(("models", "every"), [("linear", 50), (EQUAL_SHAPES, 3), (MODELS, 1)])
+def test_cost_counts_missed_changes(models: Any, every: int, chain: str) -> None:
     rounds = KEPT_CHANGES + 6
     channel = {"compress_down": CHAINS[chain]}
     source = config("fedavg", models, 6, channel=channel, rounds=rounds, clients__per_round=1)
@@ -340,16 +348,16 @@ def test_the_price_counts_changes_that_clients_missed(models: Any, every: int, c
 
     cost = communication_cost(prepared.method, prepared.federation, rounds, 1, every=every)
 
-    told = (cost.down.total(), cost.evaluation.total())
+    estimated = (cost.down.total(), cost.evaluation.total())
     counted = (trainer.traffic.down - evaluated, evaluated)
     if cost.is_upper_bound:
-        assert told[0] >= counted[0] and told[1] >= counted[1]
+        assert estimated[0] >= counted[0] and estimated[1] >= counted[1]
     else:
-        assert told == counted
+        assert estimated == counted
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
-def test_a_run_that_is_stopped_goes_on_with_the_same_bits(mode: str, tmp_path: Path) -> None:
+def test_resumed_run_is_bit_identical(mode: str, tmp_path: Path) -> None:
     source = config("hybrid", MIXED, 4, rounds=4, clients__per_round=3, channel=DOWN)
     if mode == "async":
         source = asynchronous_runs.source("fedavg", runtime__buffer=None, channel=DOWN, rounds=4)

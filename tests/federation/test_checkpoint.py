@@ -1,4 +1,4 @@
-"""Checkpoints: atomic, two kept, what changed and no more, and a single damaged byte is always noticed."""
+"""Checkpoints: atomic writes, two files kept, incremental content, and detection of damage."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def files(folder: Path) -> list[str]:
     return [p.name for p in sorted(folder.iterdir())]
 
 
-def test_two_are_kept_and_the_newest_is_read(tmp_path: Path) -> None:
+def test_two_checkpoints_are_kept_and_the_newest_is_read(tmp_path: Path) -> None:
     checkpoints = checkpoints_in(tmp_path)
     for i in range(5):
         checkpoints.save(i, {"round": i, "t": torch.full((3,), float(i))})
@@ -38,7 +38,7 @@ def test_two_are_kept_and_the_newest_is_read(tmp_path: Path) -> None:
     assert newest is not None and newest["round"] == 4 and newest["t"].tolist() == [4, 4, 4]
 
 
-def test_with_full_participation_there_are_two_files_each_complete_in_itself(
+def test_full_participation_needs_two_complete_files(
     tmp_path: Path,
 ) -> None:
     rounds = rounds_of(
@@ -52,12 +52,12 @@ def test_with_full_participation_there_are_two_files_each_complete_in_itself(
     assert files(tmp_path) == ["round-000002.ckpt", "round-000003.ckpt"]
 
 
-def test_any_damaged_byte_and_any_cut_is_noticed_and_the_one_before_is_used(tmp_path: Path) -> None:
-    said: list[str] = []
+def test_damaged_checkpoint_is_detected_and_previous_used(tmp_path: Path) -> None:
+    messages: list[str] = []
     rounds = rounds_of(
         config("hybrid", MIXED, algorithm__heads="keep"), held=1, store=StateStore(tmp_path)
     )
-    checkpoints = Checkpoints(rounds.store, said.append)
+    checkpoints = Checkpoints(rounds.store, messages.append)
     checkpoints.save(1, {"run": rounds.state_dict()})
     rounds.run_round()
     path = checkpoints.save(2, {"run": rounds.state_dict()})
@@ -65,7 +65,8 @@ def test_any_damaged_byte_and_any_cut_is_noticed_and_the_one_before_is_used(tmp_
     assert len(read_checkpoint(path).locations) == 3
     for i in range(240):
         at = rng.randrange(len(whole))
-        if i < 60:  # every byte at the front, every byte at the end, then anywhere
+        # Every byte at the start and at the end, and random ones between.
+        if i < 60:
             at = i
         elif i < 120:
             at = len(whole) - 1 - (i - 60)
@@ -78,22 +79,22 @@ def test_any_damaged_byte_and_any_cut_is_noticed_and_the_one_before_is_used(tmp_
         with pytest.raises(CodecError):
             read_checkpoint(path)
         if i % 20 == 0:
-            said.clear()
+            messages.clear()
             newest = checkpoints.load_newest()
             assert newest is not None and newest["run"]["completed"] == 1
             assert (
-                len(said) == 1
-                and path.name in said[0]
-                and "damaged" in said[0]
-                and "\n" not in said[0]
+                len(messages) == 1
+                and path.name in messages[0]
+                and "damaged" in messages[0]
+                and "\n" not in messages[0]
             )
 
 
-def test_damage_in_an_older_file_is_noticed_where_state_is_live_and_nowhere_else(
+def test_damage_of_live_state_in_older_file_is_detected(
     tmp_path: Path,
 ) -> None:
-    said: list[str] = []
-    checkpoints = checkpoints_in(tmp_path, said.append)
+    messages: list[str] = []
+    checkpoints = checkpoints_in(tmp_path, messages.append)
     for i, clients in enumerate((("a", "b"), ("a",), ("c",))):
         for client in clients:
             checkpoints.store.stage(
@@ -104,7 +105,8 @@ def test_damage_in_an_older_file_is_noticed_where_state_is_live_and_nowhere_else
     first = tmp_path / "round-000000.ckpt"
     whole = first.read_bytes()
     live = checkpoints.store.locations()["b"]
-    dead = live.offset - 10  # in the first state of a
+    # A byte in the first state of client a.
+    dead = live.offset - 10
     for at in range(live.offset, live.offset + live.length, 97):
         first.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         with pytest.raises(CodecError, match=r"round-000000\.ckpt does not match"):
@@ -115,31 +117,31 @@ def test_damage_in_an_older_file_is_noticed_where_state_is_live_and_nowhere_else
         store.get("b")
     first.write_bytes(whole[:dead] + bytes([whole[dead] ^ 1]) + whole[dead + 1 :])
     newest = checkpoints.load_newest()
-    assert newest == {"round": 2} and not said
+    assert newest == {"round": 2} and not messages
     first.unlink()
     with pytest.raises(RunFailedError, match="all checkpoints are damaged"):
         checkpoints.load_newest()
-    assert len(said) == 2
+    assert len(messages) == 2
 
 
-def test_none_is_none_and_none_whole_ends_the_run(tmp_path: Path) -> None:
-    said: list[str] = []
-    checkpoints = checkpoints_in(tmp_path, said.append)
-    assert checkpoints.load_newest() is None and not said
+def test_missing_checkpoint_is_none_and_only_damaged_ones_fail(tmp_path: Path) -> None:
+    messages: list[str] = []
+    checkpoints = checkpoints_in(tmp_path, messages.append)
+    assert checkpoints.load_newest() is None and not messages
     for i in (1, 2):
         checkpoints.save(i, {}).write_bytes(b"")
     with pytest.raises(
         RunFailedError, match="all checkpoints are damaged; start a new run with another --out"
     ):
         checkpoints.load_newest()
-    newer, older = said
+    newer, older = messages
     assert newer.startswith("round-000002.ckpt: damaged") and newer.endswith(
         "; using the previous checkpoint"
     )
     assert older.startswith("round-000001.ckpt: damaged") and "previous" not in older
 
 
-def test_after_going_back_the_run_goes_on_from_there(tmp_path: Path) -> None:
+def test_run_continues_from_previous_checkpoint(tmp_path: Path) -> None:
     checkpoints = checkpoints_in(tmp_path, lambda line: None)
     for i in range(3):
         checkpoints.store.stage("a", PrivateState(state={"n": i}))
@@ -152,7 +154,7 @@ def test_after_going_back_the_run_goes_on_from_there(tmp_path: Path) -> None:
     assert checkpoints_in(tmp_path).load_newest() == {"round": 2, "again": True}
 
 
-def test_what_a_killed_process_left_is_neither_read_nor_kept(tmp_path: Path) -> None:
+def test_leftovers_of_killed_process_are_removed(tmp_path: Path) -> None:
     checkpoints = checkpoints_in(tmp_path)
     checkpoints.save(0, {"round": 0})
     checkpoints.store.stage("a", PrivateState(state={"n": 1}))
@@ -163,7 +165,7 @@ def test_what_a_killed_process_left_is_neither_read_nor_kept(tmp_path: Path) -> 
     assert files(tmp_path) == ["round-000000.ckpt"]
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(
+def test_full_disk_keeps_previous_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoints = checkpoints_in(tmp_path)
@@ -181,9 +183,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     assert checkpoints_in(tmp_path).load_newest() == {"round": 1}
 
 
-def test_large_trees_are_written_in_pieces_and_are_not_in_memory_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_trees_are_written_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mib = 1 << 20
     monkeypatch.setattr(checkpoint, "PIECE", mib)
     models = {
@@ -196,7 +196,8 @@ def test_large_trees_are_written_in_pieces_and_are_not_in_memory_twice(
     checkpoints.save(7, tree)
     written = tracemalloc.get_traced_memory()[1]
     tracemalloc.reset_peak()
-    read = checkpoints.load_newest()  # its tensors are counted
+    # Its tensors are counted.
+    read = checkpoints.load_newest()
     loaded = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert written < 6 * mib and loaded < (24 + 6) * mib
@@ -226,7 +227,7 @@ def test_large_trees_are_written_in_pieces_and_are_not_in_memory_twice(
     ],
 )
 @pytest.mark.parametrize("memory", [0, 1 << 30])
-def test_a_restored_run_goes_on_bit_for_bit_with_another_memory(
+def test_restored_run_is_bit_identical_with_other_cache_size(
     method: str, memory: int, tmp_path: Path
 ) -> None:
     name, *cached = method.split()
@@ -236,7 +237,8 @@ def test_a_restored_run_goes_on_bit_for_bit_with_another_memory(
     source["algorithm"] |= {"proxy_rows": 30, "cache_life": 2} if cached else {}
     straight = rounds_of(source)
     first = rounds_of(source, held=2, store=StateStore(tmp_path, (1 << 30) - memory))
-    first.evaluate()  # reading a model must leave no trace
+    # Evaluation must have no side effects.
+    first.evaluate()
     Checkpoints(first.store, pytest.fail).save(2, first.state_dict())
     again = rounds_of(source, held=0, store=StateStore(tmp_path, memory))
     tree = Checkpoints(again.store, pytest.fail).load_newest()

@@ -1,4 +1,4 @@
-"""Compression in whole runs: every method, the price, workers, what is kept between rounds, and nothing where none is asked."""
+"""Compression in complete runs: every method, cost, workers, residuals, and empty chains."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from hetero_fl.federation.cost import communication_cost
 from hetero_fl.federation.state_store import StateStore
 from tests.federation.test_synchronous import METHODS
 from tests.helpers.small_federations import MIXED, TOP, broadcasts, config, rounds_of, same_bits
-from tests.helpers.workers import Lent, lent, outcome, rounds_on, setup_of
+from tests.helpers.workers import (
+    SharedProcessPool,
+    outcome,
+    rounds_on,
+    setup_of,
+    shared_process_pool,
+)
 
 BOTH: dict[str, Any] = {
     "compress": [{"randk": 0.3}, {"top_classes": 3}, {"quantize": 6, "bucket": 100}],
@@ -29,7 +35,7 @@ MODELS = ["cnn_bn_small", {"name": "mlp", "hidden": [24]}]
 @pytest.mark.slow
 @pytest.mark.parametrize("channel", [TOP, BOTH], ids=["topk", "both"])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_runs_and_costs_what_was_told(method: str, channel: dict[str, Any]) -> None:
+def test_every_method_runs_and_cost_matches_traffic(method: str, channel: dict[str, Any]) -> None:
     source = config(method, MIXED, 4, channel=channel, rounds=2, server={"model": "linear"})
     prepared = prepare(source)
     rounds = prepared.make_trainer()
@@ -37,20 +43,21 @@ def test_every_method_runs_and_costs_what_was_told(method: str, channel: dict[st
         assert not rounds.run_round()["failed"]
         rounds.evaluate()
     cost = communication_cost(prepared.method, prepared.federation, 2)
-    told, counted = (
+    estimated, counted = (
         (cost.up.total(), cost.down.total() + cost.evaluation.total()),
         (rounds.traffic.up, rounds.traffic.down),
     )
-    if method == "fedkd":  # its ranks follow from what is learnt
-        assert told[0] > counted[0] and told[1] > counted[1]
+    # Its ranks depend on the learned parameters.
+    if method == "fedkd":
+        assert estimated[0] > counted[0] and estimated[1] > counted[1]
     else:
-        assert told == counted and any(told) == (method not in BOUNDS)
+        assert estimated == counted and any(estimated) == (method not in BOUNDS)
 
 
 @pytest.mark.parametrize(
     "changes", [{"entropy": True}, {"compress": [{"lowrank": 0.9}, {"quantize": 8}]}]
 )
-def test_where_sizes_follow_from_the_numbers_the_price_is_the_most_that_it_can_be(
+def test_cost_is_an_upper_bound_for_value_dependent_sizes(
     changes: dict[str, Any],
 ) -> None:
     prepared = prepare(config("fedavg", MODELS, 4, channel={**TOP, **changes}))
@@ -65,7 +72,7 @@ def test_where_sizes_follow_from_the_numbers_the_price_is_the_most_that_it_can_b
     )
 
 
-def test_uploads_are_a_small_part_of_what_they_were() -> None:
+def test_compression_reduces_uploads() -> None:
     dense, small = (
         rounds_of(config("fedavg", MODELS, 4, **c)).traffic for c in ({}, {"channel": TOP})
     )
@@ -75,7 +82,7 @@ def test_uploads_are_a_small_part_of_what_they_were() -> None:
 @pytest.mark.parametrize(
     "empty", [{}, {"channel": {}}, {"channel": {"compress": [], "entropy": True}}]
 )
-def test_without_stages_nothing_is_another(empty: dict[str, Any]) -> None:
+def test_empty_chain_changes_nothing(empty: dict[str, Any]) -> None:
     rounds = rounds_of(config("hybrid", MODELS, 4, **empty), held=0)
     bodies = dict(broadcasts(rounds, rounds.sample_cohort(0)))
     assert all(Payload.decode(body).encode() == body for body in bodies.values())
@@ -83,7 +90,7 @@ def test_without_stages_nothing_is_another(empty: dict[str, Any]) -> None:
     assert not any(UNSENT in rounds.store.get(c).state for c in rounds.federation.client_infos)
 
 
-def test_statistics_of_batch_norm_arrive_as_they_were_sent() -> None:
+def test_batch_norm_statistics_are_not_compressed() -> None:
     plain, cut = (
         rounds_of(config("fedavg", "cnn_bn_small", 1, **c), held=1) for c in ({}, {"channel": TOP})
     )
@@ -97,8 +104,8 @@ def test_statistics_of_batch_norm_arrive_as_they_were_sent() -> None:
     )
 
 
-def test_everything_sent_and_kept_is_everything_that_was_learnt() -> None:
-    """One client, one round, plain top-k: what the server has and what the client keeps is the dense model to round-off."""
+def test_upload_and_residual_add_up_to_the_update() -> None:
+    """Train one client for a round with top-k; upload plus residual equal the dense update."""
     source = config("fedavg", {"name": "mlp", "hidden": [24]}, 1)
     start = rounds_of(source, held=0).server.models
     dense, cut = (
@@ -116,7 +123,7 @@ def test_everything_sent_and_kept_is_everything_that_was_learnt() -> None:
         assert torch.allclose(cut.server.models[group][n][sent], t[sent], rtol=0, atol=1e-7)
 
 
-def test_numbers_drawn_at_random_arrive_where_they_were_taken_from() -> None:
+def test_random_selection_is_decoded_at_its_positions() -> None:
     source = config("fedavg", {"name": "mlp", "hidden": [24]}, 1)
     start = rounds_of(source, held=0).server.models
     dense, cut = (
@@ -142,9 +149,7 @@ def kept_by(rounds: Any) -> dict[str, Any]:
     }
 
 
-def test_what_is_kept_survives_rounds_in_which_the_client_is_not_drawn_and_an_upload_that_is_refused() -> (
-    None
-):
+def test_residual_survives_absence_and_refused_uploads() -> None:
     rounds = rounds_of(config("fedavg", MODELS, 4, clients__per_round=3, channel=TOP), held=2)
     for _ in range(4):
         before, absent = (
@@ -172,7 +177,7 @@ def test_what_is_kept_survives_rounds_in_which_the_client_is_not_drawn_and_an_up
 
 
 @pytest.mark.slow
-def test_a_run_that_is_gone_on_with_ends_with_the_same_bits(tmp_path: Any) -> None:
+def test_resumed_run_is_bit_identical(tmp_path: Any) -> None:
     source = config(
         "hybrid",
         MIXED,
@@ -196,24 +201,26 @@ def test_a_run_that_is_gone_on_with_ends_with_the_same_bits(tmp_path: Any) -> No
 
 
 @pytest.fixture(scope="module")
-def crew() -> Iterator[Lent]:
-    with lent(setup_of("local"), 2) as made:
+def pool() -> Iterator[SharedProcessPool]:
+    with shared_process_pool(setup_of("local"), 2) as made:
         yield made
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedavg", "hybrid", "scaffold", "ds_fl"])
 @pytest.mark.parametrize("channel", [TOP, BOTH], ids=["topk", "both"])
-def test_workers_change_no_bit(method: str, channel: dict[str, Any], crew: Lent) -> None:
+def test_workers_match_one_process(
+    method: str, channel: dict[str, Any], pool: SharedProcessPool
+) -> None:
     setup = setup_of(config(method, MIXED, 4, clients__per_round=3, channel=channel))
     want = outcome(rounds_on(setup, None), 2)
     assert not any(record["failed"] for record in want["records"])
-    crew.take(setup)
+    pool.take(setup)
     for size in (1, 2):
-        assert outcome(rounds_on(setup, crew, size), 2) == want
+        assert outcome(rounds_on(setup, pool, size), 2) == want
 
 
-def test_clients_of_a_group_receive_the_same_and_the_server_knows_what() -> None:
+def test_clients_of_a_group_receive_the_same_broadcast() -> None:
     source = config("fedavg", MODELS, 4, channel={"compress_down": [{"quantize": 4}]})
     rounds = rounds_of(source, held=0)
     bodies = dict(broadcasts(rounds, rounds.sample_cohort(0)))
@@ -221,10 +228,10 @@ def test_clients_of_a_group_receive_the_same_and_the_server_knows_what() -> None
     for client, body in bodies.items():
         card = rounds.federation.client_infos[client]
         got = rounds.links.decode_broadcast(0, body)["model"]
-        heard = rounds.links.simulate_broadcast(
+        received = rounds.links.simulate_broadcast(
             0, rounds.broadcast(card), rounds.server.arch.values()
         )["model"]
-        assert same_bits(got, heard)
+        assert same_bits(got, received)
         weight = next(n for n, t in got.items() if t.ndim > 1)
         assert (
             len(got[weight].unique())
@@ -251,7 +258,7 @@ def test_stages_without_effect_are_reported() -> None:
 
 
 @pytest.mark.slow
-def test_bytes_of_metrics_and_summary_are_those_that_travel(tmp_path: Any) -> None:
+def test_reported_bytes_match_traffic(tmp_path: Any) -> None:
     summaries = [
         run(config("fedavg", MODELS, 4, **c), out=tmp_path / str(i)).summary
         for i, c in enumerate(({}, {"channel": BOTH}))

@@ -1,4 +1,4 @@
-"""The cost of a run, estimated before it begins, against what the run counts."""
+"""The estimated cost of a run compared with the traffic that the run counts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ METHODS += ["fedtgp", "fedgh", "fedgen", "fedmrl"]
 METHODS += ["ds_fl", "kt_pfl", "fedgkt", "dense"]
 
 
-def told_and_counted(tmp_path: Any, source: dict[str, Any]) -> tuple[list[int], list[int]]:
+def estimate_and_count(tmp_path: Any, source: dict[str, Any]) -> tuple[list[int], list[int]]:
     prepared = prepare(source)
     c = prepared.config
     cost = communication_cost(
@@ -48,8 +48,8 @@ def told_and_counted(tmp_path: Any, source: dict[str, Any]) -> tuple[list[int], 
     )
     assert not cost.is_upper_bound
     counted = run(source, out=tmp_path / "run").summary["communication"]
-    told = [cost.up.total(), cost.down.total() + cost.evaluation.total()]
-    return told, [counted["up_bytes"], counted["down_bytes"]]
+    estimated = [cost.up.total(), cost.down.total() + cost.evaluation.total()]
+    return estimated, [counted["up_bytes"], counted["down_bytes"]]
 
 
 def small(method: str, **changes: Any) -> dict[str, Any]:
@@ -60,47 +60,49 @@ def small(method: str, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("share_every", [1, 3])
 @pytest.mark.parametrize("method", [pytest.param("fedavg", marks=pytest.mark.slow), "hybrid"])
-def test_sharing_now_and_then_and_evaluating_now_and_then(
+def test_cost_with_sharing_and_evaluation_intervals(
     method: str, share_every: int, every: int, tmp_path: Any
 ) -> None:
     now_and_then = {"match": "site_[12]", "share_every": share_every}
     source = small(method, rounds=6, evaluation={"every": every}, clients__overrides=[now_and_then])
-    told, counted = told_and_counted(tmp_path, source)
-    assert told == counted and min(counted) > 0
+    estimated, counted = estimate_and_count(tmp_path, source)
+    assert estimated == counted and min(counted) > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("method", ["fedavg", "hybrid"])
-def test_a_cohort_that_is_drawn(method: str, every: int, tmp_path: Any) -> None:
+def test_cost_with_sampled_cohorts(method: str, every: int, tmp_path: Any) -> None:
     source = small(method, rounds=5, evaluation={"every": every}, clients__per_round=2)
-    told, counted = told_and_counted(tmp_path, source)
-    assert told == counted and min(counted) > 0
+    estimated, counted = estimate_and_count(tmp_path, source)
+    assert estimated == counted and min(counted) > 0
 
 
-def test_a_cache_and_few_bits(tmp_path: Any) -> None:
+def test_cost_with_cache_and_quantization(tmp_path: Any) -> None:
     algorithm = {"name": "ds_fl", "proxy_rows": 30, "cache_life": 3, "bits": 2}
-    told, counted = told_and_counted(
+    estimated, counted = estimate_and_count(
         tmp_path, small("ds_fl", rounds=6, clients__per_round=2, algorithm=algorithm)
     )
-    # which rows are in the cache differs from round to round
-    assert told == pytest.approx(counted, rel=0.1) and min(counted) > 0
+    # The cached rows differ from round to round.
+    assert estimated == pytest.approx(counted, rel=0.1) and min(counted) > 0
 
 
-def test_broadcasts_that_grow_with_the_clients_heard(tmp_path: Any) -> None:
-    told, counted = told_and_counted(tmp_path, small("ensemble", rounds=4, clients__per_round=2))
-    assert told == pytest.approx(counted, rel=0.1) and min(counted) > 0
+def test_cost_of_broadcasts_that_grow_with_uploads(tmp_path: Any) -> None:
+    estimated, counted = estimate_and_count(
+        tmp_path, small("ensemble", rounds=4, clients__per_round=2)
+    )
+    assert estimated == pytest.approx(counted, rel=0.1) and min(counted) > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method(method: str, tmp_path: Any) -> None:
+def test_cost_of_every_method(method: str, tmp_path: Any) -> None:
     source = config(method, MIXED, clients=4)
-    told, counted = told_and_counted(tmp_path, source)
-    assert told == counted and any(counted) == (method not in ("local", "centralized"))
+    estimated, counted = estimate_and_count(tmp_path, source)
+    assert estimated == counted and any(counted) == (method not in ("local", "centralized"))
 
 
-def test_where_sizes_follow_from_what_is_learnt_the_price_is_the_most_that_it_can_be(
+def test_cost_is_an_upper_bound_for_learned_sizes(
     tmp_path: Any,
 ) -> None:
     source = small("fedkd", rounds=4, clients__per_round=3)
@@ -111,7 +113,8 @@ def test_where_sizes_follow_from_what_is_learnt_the_price_is_the_most_that_it_ca
     most = (cost.up.total(), cost.down.total() + cost.evaluation.total())
     assert counted["up_bytes"] < most[0] and counted["down_bytes"] < most[1]
     fml = rounds_of(small("fml", rounds=4, clients__per_round=3)).traffic
-    assert most[0] < 1.1 * fml.up  # no more than the mentee as it is, padding apart
+    # At most the uncompressed mentee, except for padding.
+    assert most[0] < 1.1 * fml.up
 
 
 @pytest.mark.parametrize(
@@ -124,7 +127,7 @@ def test_where_sizes_follow_from_what_is_learnt_the_price_is_the_most_that_it_ca
         ({"algorithm__name": "python:tests.helpers.documented_method:MedianTeacher"}, "about "),
     ],
 )
-def test_the_check_says_how_sure_it_is(
+def test_check_reports_accuracy_of_the_cost(
     changes: dict[str, Any], words: str, tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "a.yaml"
@@ -140,14 +143,14 @@ def test_the_check_says_how_sure_it_is(
 
 
 class Warming(FedAvg):
-    """Sends from its second round on."""
+    """A method that uploads from its second round on."""
 
     def train(self, client: Any, received: Any) -> Any:
         items = yield from super().train(client, received)
         return items if client.round_context.round_idx >= 1 else {}
 
 
-def test_what_an_own_method_sends_may_depend_on_the_round() -> None:
+def test_cost_of_custom_method_may_depend_on_the_round() -> None:
     source = small(f"python:{__name__}:Warming", rounds=3)
     rounds = rounds_of(source, held=0)
     assert [rounds.run_round()["failed"] for _ in range(3)] == [{}] * 3
@@ -155,7 +158,7 @@ def test_what_an_own_method_sends_may_depend_on_the_round() -> None:
     assert cost.up.total() == rounds.traffic.up
 
 
-# Asynchronous runs --------------------------------------------------------------------------------------------------
+# Asynchronous runs
 
 
 def asynchronous_cost_and_traffic(source: dict[str, Any]) -> tuple[list[int], list[int]]:
@@ -176,18 +179,18 @@ def asynchronous_cost_and_traffic(source: dict[str, Any]) -> tuple[list[int], li
 @pytest.mark.slow
 @pytest.mark.parametrize("channel", [{}, TOP], ids=["plain", "topk"])
 @pytest.mark.parametrize("method", [m for m in SUMS if m != "ds_fl"] + ["fedbuff", "fedasync"])
-def test_asynchronous_run_costs_about_as_many_rounds(method: str, channel: dict[str, Any]) -> None:
+def test_asynchronous_cost_is_close_to_traffic(method: str, channel: dict[str, Any]) -> None:
     made = paced(method, channel=channel, faults={})
     if method in ("fedbuff", "fedasync"):
         del made["runtime"]["buffer"]
 
     expected, counted = asynchronous_cost_and_traffic(made)
 
-    # which clients are fast enough to send twice is not known before
+    # Clients that are fast enough to upload twice are not known in advance.
     assert expected == pytest.approx(counted, rel=0.5) and any(counted) == (method != "local")
 
 
-def test_check_of_an_asynchronous_run_says_what_it_leaves_out(
+def test_check_of_asynchronous_run_names_omitted_costs(
     tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "a.yaml"
@@ -202,10 +205,10 @@ def test_check_of_an_asynchronous_run_says_what_it_leaves_out(
 
 
 @pytest.mark.parametrize("mentee", ["cnn_bn_small", "mlp"])
-def test_the_check_counts_the_models_that_a_method_adds(
+def test_check_counts_models_added_by_a_method(
     mentee: str, tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At the server what is averaged, at a client its own model and the shared one."""
+    """Count the averaged model at the server, and personal and shared models at clients."""
     path = tmp_path / "a.yaml"
     path.write_text(yaml.safe_dump(config("fml", algorithm={"name": "fml", "mentee": mentee})))
     assert main(["--config", str(path), "--check"], command="train") == 0

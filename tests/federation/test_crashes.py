@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, and at known ones: a resumed run ends with the models of an uninterrupted one, byte for byte."""
+"""SIGKILL at random and at chosen moments: a resumed run ends with bit-identical models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from hetero_fl.utils.processes import worker_context
 from tests.helpers import asynchronous_runs, server_crash
 from tests.helpers.small_federations import MIXED, TOP, config
 
-KILLS = 6  # in either mode, at random; and at the points of `server_crash`
+# At random moments in both modes, and at the points of `server_crash`.
+KILLS = 6
 CONTEXT = worker_context()
 
 
@@ -30,17 +31,19 @@ def source(**changes: Any) -> dict[str, Any]:
         rounds=4,
         clients__per_round=3,
         server={"model": "mlp"},
-        algorithm__heads="keep",  # state of their own
+        # Clients with private state.
+        algorithm__heads="keep",
         devices={"speed": {"median": 1e6, "sigma": 0.9}, "up": 1e5},
         faults={"lost": 0.1, "corrupted": 0.1, "twice": 0.1},
         cohort={"sampling": "oort", "deadline": 60, "too_few": "repeat"},
-        channel=TOP,  # and what they have not sent yet
+        # And residuals of compression.
+        channel=TOP,
         **changes,
     )
 
 
 def at_any_time() -> dict[str, Any]:
-    """The same clients at their own pace, with all that can go wrong."""
+    """Return an asynchronous configuration with the same clients and all kinds of faults."""
     made = source()
     made["runtime"] |= {"mode": "async", "buffer": 2}
     return {
@@ -59,7 +62,7 @@ def go_on(out: str, mode: str) -> None:
 
 
 def wait_at(point: str, out: str, mode: str) -> None:
-    """The same, which waits at this point to be killed."""
+    """Return a configuration that waits at this point for the kill."""
     server_crash.wait_at(point, Path(f"{out}.waits"))
     go_on(out, mode)
 
@@ -82,8 +85,9 @@ def figures(out: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
-def test_kills_at_any_time(mode: str, tmp_path: Path) -> None:
-    spawn(tmp_path / "warm", mode).join()  # the server process imports once; this pays for it
+def test_killed_run_resumes_with_same_results(mode: str, tmp_path: Path) -> None:
+    # The server process imports the package once, before the timing.
+    spawn(tmp_path / "warm", mode).join()
     begun = time.monotonic()
     plain = spawn(tmp_path / "plain", mode)
     plain.join()
@@ -100,7 +104,8 @@ def test_kills_at_any_time(mode: str, tmp_path: Path) -> None:
         if at is not None:
             while not Path(f"{out}.waits").exists() and process.is_alive():
                 time.sleep(0.002)
-        elif i % 2:  # at any moment, imports and pictures included; or while rounds are held
+        elif i % 2:
+            # At any moment, including imports and plots, or only during rounds.
             time.sleep(rng.uniform(0.02, 0.97) * took)
         else:
             while not (out / "metrics.jsonl").exists() and process.is_alive():
@@ -109,7 +114,8 @@ def test_kills_at_any_time(mode: str, tmp_path: Path) -> None:
         process.kill()
         process.join()
         ended = process.exitcode != -signal.SIGKILL or (out / "summary.json").exists()
-        assert at is None or not ended, at  # there it hits the run itself, however quick that is
+        # During rounds, however fast they are.
+        assert at is None or not ended, at
         again = spawn(out, mode)
         again.join()
         assert again.exitcode == 0
@@ -123,7 +129,7 @@ def killed_before_its_report(out: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_before_its_report_draws_it_when_it_goes_on(tmp_path: Path) -> None:
+def test_resume_after_kill_writes_missing_report(tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = CONTEXT.Process(target=killed_before_its_report, args=(str(out),))
     process.start()
@@ -142,9 +148,7 @@ def killed(out: str, mode: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
-def test_a_server_that_is_killed_in_two_rounds_goes_on_with_the_same_bits(
-    mode: str, tmp_path: Path
-) -> None:
+def test_run_killed_in_two_rounds_resumes_bit_identically(mode: str, tmp_path: Path) -> None:
     run(MODES[mode](), out=tmp_path / "plain")
     for exitcode in (-signal.SIGKILL, -signal.SIGKILL, 0):
         process = CONTEXT.Process(target=killed, args=(str(tmp_path / "killed"), mode))
@@ -156,7 +160,7 @@ def test_a_server_that_is_killed_in_two_rounds_goes_on_with_the_same_bits(
 
 
 @pytest.mark.slow
-def test_a_resume_with_another_configuration_or_other_data_is_refused_naming_the_key(
+def test_resume_with_other_configuration_or_data_is_refused(
     tmp_path: Path,
 ) -> None:
     run(config("fedavg", rounds=1), out=tmp_path / "a")
@@ -167,7 +171,7 @@ def test_a_resume_with_another_configuration_or_other_data_is_refused_naming_the
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_with_130_and_a_checkpoint_from_which_the_run_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_exits_with_130_and_a_checkpoint(tmp_path: Path) -> None:
     interrupted = CONTEXT.Process(target=interrupted_run, args=(str(tmp_path / "a"),))
     interrupted.start()
     interrupted.join()
@@ -176,14 +180,15 @@ def test_ctrl_c_ends_with_130_and_a_checkpoint_from_which_the_run_goes_on(tmp_pa
         list((tmp_path / "a" / "checkpoint").glob("*.ckpt"))
         and not (tmp_path / "a" / "summary.json").exists()
     )
-    less_memory = {**source(), "runtime": {"threads": 1, "store_memory": 0}}  # decides no result
+    # Does not affect results.
+    less_memory = {**source(), "runtime": {"threads": 1, "store_memory": 0}}
     run(less_memory, out=tmp_path / "a", resume=True)
     run(source(), out=tmp_path / "b")
     assert models(tmp_path / "a") == models(tmp_path / "b")
 
 
 def interrupted_run(out: str) -> None:
-    """The command line with a Ctrl-C after the second round."""
+    """Run the command line and press Ctrl-C after the second round."""
     import sys
 
     import yaml
@@ -191,7 +196,7 @@ def interrupted_run(out: str) -> None:
     from hetero_fl.cli import main
     from hetero_fl.federation.synchronous import SynchronousTrainer
 
-    # A parent in the background has it ignored, a fork server has it blocked.
+    # SIGINT is ignored in background processes and blocked in fork servers.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     path = Path(out).with_suffix(".yaml")
@@ -207,7 +212,7 @@ def interrupted_run(out: str) -> None:
     sys.exit(main(["--config", str(path), "--out", out], command="train"))
 
 
-def test_nor_is_one_with_another_file_of_devices(tmp_path: Path) -> None:
+def test_resume_with_other_device_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "devices.csv"
     file.write_text("speed\n1e6\n")
     made = config(

@@ -1,4 +1,4 @@
-"""The newest checkpoint damaged at any byte: the one before it is used, and the run ends with the same bits."""
+"""A damaged newest checkpoint: the previous one is used, and results stay bit-identical."""
 
 from __future__ import annotations
 
@@ -22,23 +22,33 @@ MODES: dict[str, dict[str, Any]] = {
     "async": {"runtime": {"threads": 1, "mode": "async", "buffer": 2}},
 }
 STOP, ROUNDS = 3, 4
-PLACE = st.floats(0, 1, exclude_max=True)  # in the file, as a share of its length
+# Positions as shares of the file's length.
+PLACE = st.floats(0, 1, exclude_max=True)
 
 
 def source(mode: str) -> dict[str, Any]:
-    """Five clients, two of them in a round, who keep heads and what they have not sent: state lies in several files."""
+    """Return a run of five clients with heads and residuals: state is in several files."""
     return config(
-        "fedper", ["linear", {"name": "mlp", "hidden": [8]}, {"name": "mlp", "hidden": [8]}], 5, rounds=ROUNDS,
-        clients__per_round=2, data__train_limit=200, data__partition__min_size=15, data__proxy__size=0, channel=TOP,
-        devices=asynchronous_runs.SLOW, faults=asynchronous_runs.FAULTS, **MODES[mode],
-    )  # fmt: skip
+        "fedper",
+        ["linear", {"name": "mlp", "hidden": [8]}, {"name": "mlp", "hidden": [8]}],
+        5,
+        rounds=ROUNDS,
+        clients__per_round=2,
+        data__train_limit=200,
+        data__partition__min_size=15,
+        data__proxy__size=0,
+        channel=TOP,
+        devices=asynchronous_runs.SLOW,
+        faults=asynchronous_runs.FAULTS,
+        **MODES[mode],
+    )
 
 
 @pytest.fixture(scope="module", params=MODES)
 def stopped(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, Any], Path, Any]:
-    """A configuration, the directory of a run of it that was stopped before its last round, and what a whole run leaves."""
+    """Return a configuration, a run stopped before its last round, and the full run's results."""
     return stopped_run(request.param, tmp_path_factory.mktemp(request.param))
 
 
@@ -58,7 +68,7 @@ def stopped_run(mode: str, folder: Path) -> tuple[dict[str, Any], Path, Any]:
 def ends_alike(
     stopped: tuple[dict[str, Any], Path, Any], damage: Callable[[bytes], bytes], scratch: Path
 ) -> bool:
-    """Whether the run ends with the same bits after its newest checkpoint was damaged."""
+    """Return whether the run resumes bit-identically after damage to its newest checkpoint."""
     made, folder, want = stopped
     shutil.rmtree(scratch, ignore_errors=True)
     shutil.copytree(folder, scratch)
@@ -70,7 +80,7 @@ def ends_alike(
 
 
 def flip(at: float, bit: int = 0) -> Callable[[bytes], bytes]:
-    """One bit of the byte there."""
+    """Flip one bit of the byte at this position."""
 
     def damage(data: bytes) -> bytes:
         place = int(at * len(data))
@@ -80,12 +90,12 @@ def flip(at: float, bit: int = 0) -> Callable[[bytes], bytes]:
 
 
 def cut(at: float) -> Callable[[bytes], bytes]:
-    """Nothing from there on."""
+    """Truncate the file at this position."""
     return lambda data: data[: int(at * len(data))]
 
 
 def blank(at: float) -> Callable[[bytes], bytes]:
-    """A page of a disk that was never written."""
+    """Zero a block, like a disk page that was never written."""
     return lambda data: (
         data[: (p := int(at * len(data)))] + bytes(min(4096, len(data) - p)) + data[p + 4096 :]
     )
@@ -98,13 +108,16 @@ DAMAGE = st.one_of(
 
 @pytest.mark.slow
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
-@example(flip(0.0))  # the first byte
-@example(lambda data: flip((len(data) - 1) / len(data), 7)(data))  # the last
-@example(lambda data: flip((len(data) - 36) / len(data))(data))  # the length of the head
+# The first byte.
+@example(flip(0.0))
+# The last byte.
+@example(lambda data: flip((len(data) - 1) / len(data), 7)(data))
+# The length field of the header.
+@example(lambda data: flip((len(data) - 36) / len(data))(data))
 @example(cut(0.0))
 @example(lambda data: data + b"more")
 @given(DAMAGE)
-def test_any_damage_to_the_newest_checkpoint_is_survived(
+def test_damaged_newest_checkpoint_falls_back_to_previous(
     stopped: tuple[dict[str, Any], Path, Any],
     tmp_path_factory: pytest.TempPathFactory,
     damage: Callable[[bytes], bytes],
@@ -112,7 +125,7 @@ def test_any_damage_to_the_newest_checkpoint_is_survived(
     assert ends_alike(stopped, damage, tmp_path_factory.getbasetemp() / "damaged")
 
 
-def test_the_state_that_is_read_lies_in_several_files(
+def test_state_is_spread_over_several_files(
     stopped: tuple[dict[str, Any], Path, Any],
 ) -> None:
     assert len(list((stopped[1] / "checkpoint").glob("*.ckpt"))) >= 2

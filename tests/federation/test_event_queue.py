@@ -1,4 +1,4 @@
-"""Events in any order, and with anything that can go wrong: they change nothing that they should not."""
+"""The event queue: any order of events and any fault leaves unrelated state unchanged."""
 
 from __future__ import annotations
 
@@ -14,20 +14,27 @@ from tests.helpers.asynchronous_runs import session
 from tests.helpers.small_federations import TOP, config
 
 SOURCE = config(
-    "fedper", {"name": "mlp", "hidden": [8]}, 3, rounds=9, data__train_limit=180, data__partition__min_size=15,
-    data__proxy__size=0, runtime={"threads": 1, "mode": "async", "buffer": 2},
-)  # fmt: skip
+    "fedper",
+    {"name": "mlp", "hidden": [8]},
+    3,
+    rounds=9,
+    data__train_limit=180,
+    data__partition__min_size=15,
+    data__proxy__size=0,
+    runtime={"threads": 1, "mode": "async", "buffer": 2},
+)
 SECONDS = st.lists(st.floats(0.1, 10), min_size=64, max_size=64)
 QUICK = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-CHANNELS = st.sampled_from([{}, TOP])  # without, and with something unsent kept
+# Without and with compression residuals.
+CHANNELS = st.sampled_from([{}, TOP])
 
 
 def after(
     seconds: list[float], fates: dict[int, FaultOutcome], channel: dict[str, Any]
 ) -> tuple[AsynchronousTrainer, dict[str, Any]]:
-    """A run after two rounds, and all that server and clients have then."""
+    """Return a run after two rounds, and the state of server and clients."""
     run = session(
         {**SOURCE, "channel": channel},
         seconds=lambda client_id, task: seconds[task % 64],
@@ -51,7 +58,7 @@ def after(
 @pytest.mark.slow
 @QUICK
 @given(SECONDS, st.sets(st.integers(0, 12)), CHANNELS)
-def test_what_comes_twice_counts_once(
+def test_duplicate_upload_counts_once(
     seconds: list[float], twice: set[int], channel: dict[str, Any]
 ) -> None:
     plain, once = after(seconds, {}, channel)
@@ -63,7 +70,7 @@ def test_what_comes_twice_counts_once(
 @pytest.mark.slow
 @QUICK
 @given(SECONDS, st.sets(st.integers(0, 12)), CHANNELS)
-def test_what_is_changed_on_its_way_is_as_good_as_lost(
+def test_corrupted_upload_counts_as_lost(
     seconds: list[float], bad: set[int], channel: dict[str, Any]
 ) -> None:
     _, lost = after(seconds, {number: FaultOutcome("lost") for number in bad}, channel)
@@ -74,18 +81,19 @@ def test_what_is_changed_on_its_way_is_as_good_as_lost(
 @pytest.mark.slow
 @QUICK
 @given(SECONDS, st.sets(st.integers(0, 12)), st.floats(0.1, 20), CHANNELS)
-def test_what_is_late_is_as_if_the_client_had_been_slow(
+def test_delayed_upload_equals_slow_client(
     seconds: list[float], late: set[int], by: float, channel: dict[str, Any]
 ) -> None:
     slow = [s + (by if i in late else 0.0) for i, s in enumerate(seconds)]
     _, one = after(seconds, {number: FaultOutcome("late", delay=by) for number in late}, channel)
     run, _ = after(slow, {}, channel)
-    if run.num_tasks <= 64:  # durations repeat after that
+    # Durations repeat after that.
+    if run.num_tasks <= 64:
         assert one["models"] == after(slow, {}, channel)[1]["models"]
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.floats(0, 5)), max_size=40), st.data())
-def test_the_next_to_end_comes_first_and_ranks_are_of_the_idle(
+def test_events_are_ordered_by_end_and_idle_clients_ranked(
     tasks: list[tuple[int, float]], data: st.DataObject
 ) -> None:
     queue, flight, number = TaskQueue(), dict[int, tuple[float, int]](), 0

@@ -1,4 +1,4 @@
-"""What the server expects of uploads: their form alone, without memory for their rows."""
+"""Expected uploads: the server knows their form without allocating their rows."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.helpers.deployments import small
 
 @pytest.fixture(scope="module")
 def fedgkt() -> Any:
-    """FedGKT, whose clients upload their training rows."""
+    """Return FedGKT, whose clients upload features of their training rows."""
     return prepare(small("fedgkt", "cnn_gn_small", rounds=1))
 
 
-def test_expected_rows_take_no_memory(fedgkt: Any) -> None:
+def test_expected_rows_allocate_no_memory(fedgkt: Any) -> None:
     expectations = ExpectedUploads(fedgkt.method, fedgkt.federation)
     card = replace(fedgkt.federation.client_infos["site_1"], num_rows=2**40)
 
@@ -31,9 +31,7 @@ def test_expected_rows_take_no_memory(fedgkt: Any) -> None:
     assert all(item.values.untyped_storage().nbytes() <= 8 for item in items.values())
 
 
-def test_rows_without_memory_are_refused_by_name(
-    fedgkt: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_without_memory_are_refused(fedgkt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def allocate(*given: Any) -> None:
         torch.empty(2**50)
 

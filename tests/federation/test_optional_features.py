@@ -1,4 +1,4 @@
-"""Features that are off are not entered: a plain round runs none of their code."""
+"""Optional features: a plain round runs none of their code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OPTIONAL = (
 
 
 def entered_modules(source: dict[str, Any]) -> set[str]:
-    """The modules of the package that the second round of a run enters."""
+    """Return the modules of the package that the second round of a run calls."""
     trainer = rounds_of(source, held=1)
     entered: set[str] = set()
 
@@ -45,7 +45,7 @@ def entered_modules(source: dict[str, Any]) -> set[str]:
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedmd", "hybrid"])
-def test_plain_round_enters_no_optional_feature(method: str) -> None:
+def test_plain_round_calls_no_optional_feature(method: str) -> None:
     entered = entered_modules(config(method, rounds=2))
 
     assert "federation/synchronous.py" in entered
@@ -68,7 +68,7 @@ def test_plain_round_enters_no_optional_feature(method: str) -> None:
         ({"devices": {"speed": 100.0}}, "federation/simulation/rounds.py"),
     ],
 )
-def test_feature_that_is_on_is_entered(section: dict[str, Any], module: str) -> None:
+def test_enabled_feature_is_called(section: dict[str, Any], module: str) -> None:
     source = config("fedavg", {"name": "mlp", "hidden": [8]}, 4, rounds=2, **section)
 
     assert module in entered_modules(source)

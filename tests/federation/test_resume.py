@@ -1,4 +1,4 @@
-"""Methods whose server trains, or whose clients keep more than a model: a run that is taken up again goes on bit for bit."""
+"""Resume for methods with server training or client state beyond the model."""
 
 from __future__ import annotations
 
@@ -48,9 +48,7 @@ def everything(rounds: SynchronousTrainer) -> dict[tuple[Any, ...], Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: s["name"])
-def test_a_run_that_is_taken_up_again_is_one_that_never_stopped(
-    settings: dict[str, Any], tmp_path: Path
-) -> None:
+def test_resumed_run_equals_uninterrupted_run(settings: dict[str, Any], tmp_path: Path) -> None:
     source = config(
         settings["name"],
         MIXED,

@@ -1,4 +1,4 @@
-"""Who is invited to a round."""
+"""Client sampling."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hetero_fl.utils.ordering import natural_order
 from tests.helpers.small_federations import config
 
 
-def test_draw_cohort_draws_anew_in_each_round_and_attempt() -> None:
+def test_draw_cohort_depends_on_round_and_attempt() -> None:
     federation = prepare(config("fedavg", clients=8)).federation
 
     by_round = [federation.sample_cohort(3, round_idx) for round_idx in range(8)]

@@ -1,4 +1,4 @@
-"""Runs under the secure sum: as the plain run up to the fixed point, to the same bits on any workers; or refused at load."""
+"""Runs with secure aggregation: close to plain runs, equal on any workers, or refused."""
 
 from __future__ import annotations
 
@@ -21,26 +21,32 @@ from hetero_fl.federation.executors import processes
 from hetero_fl.federation.executors.workers import WorkerJob
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.errors import RunFailedError, UserError
-from tests.federation.executors.test_workers import killing
-from tests.federation.test_cost import told_and_counted
+from tests.federation.executors.test_workers import kill_workers
+from tests.federation.test_cost import estimate_and_count
 from tests.federation.test_synchronous import METHODS
 from tests.helpers.small_federations import MIXED, config, rounds_of
-from tests.helpers.workers import Lent, lent, outcome, rounds_on, setup_of
+from tests.helpers.workers import (
+    SharedProcessPool,
+    outcome,
+    rounds_on,
+    setup_of,
+    shared_process_pool,
+)
 
 SINGLE = ["ensemble", "feddf", "fedtgp", "fedgh", "fedgen", "fedkd", "kt_pfl", "fedgkt", "dense"]
 NOTHING = ["local", "centralized"]
-# these two have no cohort
+# These two sample no cohort.
 SUMMED = [m for m in METHODS if m not in (*SINGLE, *NOTHING, "fedasync", "fedbuff")]
 
 
 def secure(method: str, models: Any = MIXED, clients: int = 4, **changes: Any) -> dict[str, Any]:
-    """The configuration with a secure sum."""
+    """Return the configuration with secure aggregation."""
     return config(method, models, clients, **{"channel__secure_sum": {}, **changes})
 
 
 @pytest.fixture
 def double() -> Iterator[None]:
-    """In float64: what differs then is the fixed point, not the order of sums."""
+    """Use float64, so that differences come from fixed-point numbers, not from summation order."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     yield
@@ -57,7 +63,7 @@ def tensors(tree: Any) -> list[Tensor]:
 
 
 def apart(a: SynchronousTrainer, b: SynchronousTrainer) -> float:
-    """The largest difference in all that server and clients hold."""
+    """Return the largest difference between the states of servers and clients."""
     trees = [
         [
             r.server.models,
@@ -73,14 +79,15 @@ def apart(a: SynchronousTrainer, b: SynchronousTrainer) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", SUMMED)
-def test_every_method_that_sums_is_as_without(method: str, double: None) -> None:
+def test_secure_aggregation_matches_plain_sums(method: str, double: None) -> None:
     student = {"server": {"model": "linear"}}
     plain, summed = (
         rounds_of(config(method, MIXED, 4, **student)),
         rounds_of(secure(method, **student)),
     )
     assert 0 < apart(plain, summed) < 1e-9
-    assert not summed.store.notes  # no secret outlives its round
+    # Secrets are deleted after their round.
+    assert not summed.store.notes
 
 
 @pytest.mark.slow
@@ -114,7 +121,7 @@ def test_every_method_that_sums_is_as_without(method: str, double: None) -> None
         ),
     ],
 )
-def test_settings_that_change_what_is_summed(
+def test_secure_aggregation_with_settings_that_change_sums(
     method: str, changes: dict[str, Any], double: None
 ) -> None:
     without = {k: v for k, v in changes.items() if not k.startswith("channel")}
@@ -126,13 +133,13 @@ def test_settings_that_change_what_is_summed(
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedmd", "fedproto"])
-def test_in_single_precision(method: str) -> None:
+def test_secure_aggregation_in_single_precision(method: str) -> None:
     plain, summed = rounds_of(config(method, MIXED, 4)), rounds_of(secure(method))
     assert apart(plain, summed) < 2e-5
 
 
 @pytest.mark.parametrize("method", SINGLE)
-def test_methods_that_need_single_uploads_are_refused_by_name(method: str) -> None:
+def test_methods_with_single_uploads_are_refused(method: str) -> None:
     with pytest.raises(
         UserError, match=f"algorithm.name={method} cannot be combined with channel.secure_sum"
     ):
@@ -140,7 +147,7 @@ def test_methods_that_need_single_uploads_are_refused_by_name(method: str) -> No
 
 
 @pytest.mark.parametrize("method", NOTHING)
-def test_what_sends_nothing_runs_as_ever(method: str) -> None:
+def test_methods_without_uploads_run_unchanged(method: str) -> None:
     assert rounds_of(secure(method)).traffic.up == 0
 
 
@@ -168,20 +175,20 @@ def test_what_sends_nothing_runs_as_ever(method: str) -> None:
         ({"secure_sum": {"neighbors": 2}}, "neighbors.*did you mean 'neighbours'"),
     ],
 )
-def test_what_is_refused_at_load(changes: dict[str, Any], words: str) -> None:
+def test_incompatible_settings_are_refused_on_loading(changes: dict[str, Any], words: str) -> None:
     given = {"channel__secure_sum": changes["secure_sum"]} if "secure_sum" in changes else changes
     with pytest.raises(UserError, match=words):
         prepare(secure("hybrid", **given))
 
 
-def test_what_is_said() -> None:
+def test_notes_and_warnings() -> None:
     notes = prepare(secure("fedavg", channel__secure_sum={"neighbours": 2})).notes
     assert any("neighbours: 2 may reveal uploads if" in note for note in notes)
     assert any("does not hide some items of site_2, site_3" in note for note in notes)
     assert prepare(secure("fedmd", channel__secure_sum={})).notes == []
 
 
-def test_the_reports_tell_the_mean_loss_alone_and_uploads_nothing_single(
+def test_reports_contain_only_mean_losses(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[Uploads] = []
@@ -206,7 +213,7 @@ def test_the_reports_tell_the_mean_loss_alone_and_uploads_nothing_single(
 
 
 def failing(rounds: SynchronousTrainer, who: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let some clients' training diverge."""
+    """Let the training of some clients diverge."""
     carry_out = client_runtime.run_plans
 
     def bad(plans: list[Any], *rest: Any) -> list[Any]:
@@ -219,7 +226,7 @@ def failing(rounds: SynchronousTrainer, who: list[str], monkeypatch: pytest.Monk
     monkeypatch.setattr(client_runtime, "run_plans", bad)
 
 
-def test_who_diverges_is_left_out_and_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diverging_client_is_dropped_and_keeps_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = rounds_of(secure("fedproto", "mlp"), held=0)
     failing(rounds, ["site_2"], monkeypatch)
     assert rounds.run_round()["failed"] == {"site_2": "its loss is nan"}
@@ -230,7 +237,7 @@ def test_who_diverges_is_left_out_and_keeps_nothing(monkeypatch: pytest.MonkeyPa
     assert kept == [float((counts > 0).sum())]
 
 
-def test_too_few_fail_the_round_in_one_line_and_nothing_is_kept(
+def test_too_few_clients_fail_the_round(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rounds = rounds_of(secure("fedproto", "mlp"), held=1)
@@ -248,8 +255,8 @@ def test_too_few_fail_the_round_in_one_line_and_nothing_is_kept(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("too_few", ["skip", "repeat", None])
-def test_a_sum_that_is_given_up_is_a_round_with_too_few(too_few: str | None) -> None:
-    """Of five clients whose uploads are lost half the time four seldom are left: such rounds are skipped, or tried again."""
+def test_abandoned_sum_counts_as_too_few_uploads(too_few: str | None) -> None:
+    """Lose half of the uploads of five clients: four are rarely left for the sum."""
     more: dict[str, Any] = {"cohort": {"too_few": too_few, "attempts": 100}} if too_few else {}
     rounds = rounds_of(secure("fedper", "mlp", clients=5, faults={"lost": 0.4}, **more), held=0)
     records = [rounds.run_round() for _ in range(5)]
@@ -266,7 +273,7 @@ def test_a_sum_that_is_given_up_is_a_round_with_too_few(too_few: str | None) -> 
         )
 
 
-def test_what_is_out_of_range_is_told() -> None:
+def test_out_of_range_values_are_reported() -> None:
     rounds = rounds_of(secure("fedproto", "mlp", channel__secure_sum={"range": 0.25}), held=0)
     with pytest.raises(
         RunFailedError, match=r"channel\.secure_sum\.range: values must be <= 0\.25"
@@ -275,7 +282,7 @@ def test_what_is_out_of_range_is_told() -> None:
     assert rounds.store.clients() == []
 
 
-def test_who_refuses_after_training_does_not_keep_what_it_staged(
+def test_client_that_refuses_after_training_discards_state(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     vector = SecureAggregation.encode_upload
@@ -294,25 +301,25 @@ def test_who_refuses_after_training_does_not_keep_what_it_staged(
 
 
 @pytest.fixture(scope="module")
-def crew() -> Iterator[Lent]:
-    with lent(setup_of("local"), 2) as made:
+def pool() -> Iterator[SharedProcessPool]:
+    with shared_process_pool(setup_of("local"), 2) as made:
         yield made
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["hybrid", "ditto", "fedproto", "scaffold"])
-def test_one_or_two_workers_compute_what_one_process_does(method: str, crew: Lent) -> None:
+def test_workers_match_one_process(method: str, pool: SharedProcessPool) -> None:
     setup = setup_of(secure(method, rounds=3, clients__per_round=3, server={"model": "linear"}))
     want = outcome(rounds_on(setup, None), 2)
     assert not any(record["failed"] for record in want["records"])
-    crew.take(setup)
+    pool.take(setup)
     for size in (1, 2):
-        assert outcome(rounds_on(setup, crew, size), 2) == want
+        assert outcome(rounds_on(setup, pool, size), 2) == want
 
 
 @pytest.mark.slow
-def test_a_worker_killed_at_any_exchange_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever takes over knows the client's secrets, and nobody else's answer is asked for twice."""
+def test_worker_killed_in_any_exchange_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that the replacement knows the client's secrets and repeats no other client."""
     setup = setup_of(secure("hybrid", rounds=3, clients__per_round=3, server={"model": "linear"}))
     want, due = outcome(rounds_on(setup, None), 2), ["shares", "train", "unmask"]
 
@@ -320,22 +327,22 @@ def test_a_worker_killed_at_any_exchange_changes_nothing(monkeypatch: pytest.Mon
         ask = next(iter(job.requests.values())).kind
         return ask in due and not due.remove(ask)  # type: ignore[func-returns-value]
 
-    crew = processes.ProcessPool(setup, 2)
+    pool = processes.ProcessPool(setup, 2)
     try:
-        killed = killing(crew, monkeypatch, first_of_its_kind)
-        assert outcome(rounds_on(setup, crew, 2), 2) == want and len(killed) == 3
+        killed = kill_workers(pool, monkeypatch, first_of_its_kind)
+        assert outcome(rounds_on(setup, pool, 2), 2) == want and len(killed) == 3
     finally:
-        crew.close()
+        pool.close()
 
 
 @pytest.mark.slow
-def test_state_travels_to_workers_for_training_only(
-    crew: Lent, monkeypatch: pytest.MonkeyPatch
+def test_state_is_sent_to_workers_for_training_only(
+    pool: SharedProcessPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setup = setup_of(secure("ditto", rounds=3, clients__per_round=3))
-    rounds, jobs = rounds_on(setup, crew.take(setup) or crew, 2), []
-    send = crew.send
-    monkeypatch.setattr(crew, "send", lambda worker, job: (jobs.append(job), send(worker, job))[1])
+    rounds, jobs = rounds_on(setup, pool.take(setup) or pool, 2), []
+    send = pool.send
+    monkeypatch.setattr(pool, "send", lambda worker, job: (jobs.append(job), send(worker, job))[1])
     rounds.run_round()
     rounds.run_round()
     asks = {
@@ -360,15 +367,13 @@ def test_state_travels_to_workers_for_training_only(
         ("fedavg", {"channel__secure_sum": {"neighbours": 2}}),
     ],
 )
-def test_the_price_is_told_to_the_byte(
-    method: str, changes: dict[str, Any], tmp_path: Path
-) -> None:
-    told, counted = told_and_counted(tmp_path, secure(method, rounds=4, **changes))
-    assert told == counted and min(counted) > 0
+def test_cost_is_exact(method: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    estimated, counted = estimate_and_count(tmp_path, secure(method, rounds=4, **changes))
+    assert estimated == counted and min(counted) > 0
 
 
 @pytest.mark.parametrize("chain", [[{"quantize": 6}], ["half"]])
-def test_a_chain_that_rounds_goes_with_a_sum(chain: Any, double: None) -> None:
+def test_quantizing_chain_works_with_secure_sum(chain: Any, double: None) -> None:
     rounded = {"channel__compress": chain}
     plain, summed = (
         rounds_of(made)
@@ -382,16 +387,27 @@ def test_a_chain_that_rounds_goes_with_a_sum(chain: Any, double: None) -> None:
 @pytest.mark.parametrize(
     ("changes", "both"),
     [
-        ({"channel__compress": [{"topk": 0.1}, {"quantize": 8}]}, ("channel.compress=topk", "channel.secure_sum")),
+        (
+            {"channel__compress": [{"topk": 0.1}, {"quantize": 8}]},
+            ("channel.compress=topk", "channel.secure_sum"),
+        ),
         ({"channel__compress": [{"randk": 0.1}]}, ("channel.compress=randk", "quantize or half")),
         ({"aggregation__rule": "median"}, ("aggregation.rule=median", "channel.secure_sum")),
         ({"attacks": {"name": "sign_flip"}}, ("attacks.name: sign_flip", "channel.secure_sum")),
-        ({"cohort": {"least": 4, "too_few": "repeat"}, "faults": {"lost": 0.1}}, ("cohort.least", "channel.secure_sum")),
-        ({"clients__per_round": 3, "privacy": {"unit": "client", "noise_multiplier": 1.0, "poisson_cohorts": True}},
-         ("privacy.poisson_cohorts", "channel.secure_sum")),
+        (
+            {"cohort": {"least": 4, "too_few": "repeat"}, "faults": {"lost": 0.1}},
+            ("cohort.least", "channel.secure_sum"),
+        ),
+        (
+            {
+                "clients__per_round": 3,
+                "privacy": {"unit": "client", "noise_multiplier": 1.0, "poisson_cohorts": True},
+            },
+            ("privacy.poisson_cohorts", "channel.secure_sum"),
+        ),
     ],
-)  # fmt: skip
-def test_what_needs_single_uploads_is_refused_beside_a_sum(
+)
+def test_features_with_single_uploads_are_refused(
     changes: dict[str, Any], both: tuple[str, str]
 ) -> None:
     with pytest.raises(UserError) as error:

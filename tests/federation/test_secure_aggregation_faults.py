@@ -1,4 +1,4 @@
-"""Faults within a secure sum: whoever fails while it trains has exchanged keys by then, and its masks are taken off again."""
+"""Faults during secure aggregation: clients that fail after the key exchange are unmasked."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WHOLE = ["keys", "shares", "train", "unmask"]
 
 
 class Fated(Faults):
-    """Fates by client; the others are fine."""
+    """Fault outcomes by client; other clients have no faults."""
 
     def __init__(self, like: Faults, fates: Mapping[str, FaultOutcome]) -> None:
         super().__init__(like.config, like.devices)
@@ -33,27 +33,27 @@ class Fated(Faults):
 def fated(
     fates: Mapping[str, FaultOutcome], **changes: Any
 ) -> tuple[SynchronousTrainer, dict[str, list[str]]]:
-    """A run of six clients that begins; and what each is going to answer."""
+    """Return a new run of six clients and their future answers."""
     made: dict[str, Any] = {"devices": CLOCK, "cohort": {"deadline": 60}, **changes}
     rounds = rounds_of(secure("hybrid", MIXED, 6, algorithm__heads="keep", **made), held=0)
     rounds.environment = replace(rounds.environment, faults=Fated(rounds.environment.faults, fates))
-    asked, answer = defaultdict[str, list[str]](list), rounds.executor.run
+    kinds, answer = defaultdict[str, list[str]](list), rounds.executor.run
 
     def watched(clients: Any, request: Any) -> Any:
         for client in clients:
-            asked[client].append(request(client).kind)
+            kinds[client].append(request(client).kind)
         return answer(clients, request)
 
     rounds.executor.run = watched  # type: ignore[method-assign]
-    return rounds, asked
+    return rounds, kinds
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "what", ["before", "during", "after", "lost", "late", "corrupted", "twice"]
 )
-def test_each_fault_strikes_at_its_place_in_the_exchanges(what: str) -> None:
-    rounds, asked = fated(
+def test_each_fault_occurs_in_its_exchange(what: str) -> None:
+    rounds, kinds = fated(
         {"site_2": FaultOutcome(what, delay=100.0 if what == "late" else 0.0, completed_share=0.5)}
     )  # type: ignore[arg-type]
     record = rounds.run_round()
@@ -61,38 +61,40 @@ def test_each_fault_strikes_at_its_place_in_the_exchanges(what: str) -> None:
     found = {client: what for client, _, _, what in record["tasks"]}["site_2"]
     assert found == {"late": "late", "twice": "arrived"}.get(what, "failed")
     answered = {"before": [], "corrupted": WHOLE[:3], "twice": WHOLE}.get(what, WHOLE[:2])
-    assert asked["site_2"] == answered and asked["site_3"] == WHOLE
+    assert kinds["site_2"] == answered and kinds["site_3"] == WHOLE
     plain, _ = fated({})
     if what != "twice":
         uninvited = [c for c in rounds.federation.client_infos if c != "site_2"]
         plain.sampler.sample = lambda *a: (uninvited, 0.0)  # type: ignore[method-assign,misc]
     plain.run_round()
-    assert apart(rounds, plain) < 2e-5  # the other masks cancel, and what it has learnt is not kept
+    # The other masks cancel, and the client's training is discarded.
+    assert apart(rounds, plain) < 2e-5
     assert set(rounds.store.clients()) == set(plain.store.clients())
 
 
-def test_what_silent_clients_cost_is_counted() -> None:
-    """A client that is lost has been sent everything, and its vector was sent for nothing."""
+def test_traffic_of_silent_clients_is_counted() -> None:
+    """Check that a lost client received every message and that its vector counts as sent."""
     (plain, _), (lost, _), (twice, _) = (
         fated(f) for f in ({}, {"site_2": FaultOutcome("lost")}, {"site_2": FaultOutcome("twice")})
     )
     for rounds in (plain, lost, twice):
         rounds.run_round()
     vector = 8 * lost.protocol.agreed.layout(0).size  # type: ignore[union-attr]
-    assert 0 < plain.traffic.up - lost.traffic.up < 2000  # the shares that it would have told
+    # The shares that it would have sent.
+    assert 0 < plain.traffic.up - lost.traffic.up < 2000
     assert 0 < plain.traffic.down - lost.traffic.down < 2000
     assert vector <= twice.traffic.up - plain.traffic.up < vector + 1000
 
 
-def test_the_vector_that_is_sent_takes_its_time() -> None:
-    """Eight bytes for each number of everybody's, not the client's own upload."""
+def test_masked_vector_determines_upload_time() -> None:
+    """Count eight bytes for each summed number instead of the client's plain upload."""
     rounds, _ = fated({}, devices={"up": 1e3}, cohort={})
     took = rounds.run_round()["simulated"]["end"]
     assert took == pytest.approx(rounds.traffic.up / 6 / 1e3, rel=0.02)
 
 
-def test_too_many_dropouts_give_the_sum_up_and_nothing_is_kept() -> None:
-    rounds, asked = fated(
+def test_too_many_dropouts_abandon_the_sum() -> None:
+    rounds, kinds = fated(
         {f"site_{i}": FaultOutcome("during", completed_share=0.5) for i in (1, 2, 3)}
     )
     record = rounds.run_round()
@@ -104,7 +106,7 @@ def test_too_many_dropouts_give_the_sum_up_and_nothing_is_kept() -> None:
     }
     assert sum(why == "the round was given up" for why in record["failed"].values()) == 3
     assert (
-        "unmask" not in asked["site_5"] and rounds.store.clients() == [] and not rounds.store.notes
+        "unmask" not in kinds["site_5"] and rounds.store.clients() == [] and not rounds.store.notes
     )
 
 
@@ -113,14 +115,22 @@ def test_too_many_dropouts_give_the_sum_up_and_nothing_is_kept() -> None:
     "policy",
     [{}, {"deadline": 1.5}, {"deadline": 1.5, "partial_work": True}, {"over_selection": 1.4}],
 )
-def test_counts_add_up_whatever_the_policy_and_workers_compute_the_same(
+def test_counts_add_up_for_every_policy_and_executor(
     policy: dict[str, Any],
 ) -> None:
     devices = {"speed": {"median": 1e6, "sigma": 0.9}, "up": 1e6}
     made = secure(
-        "fedper", "mlp", 7, rounds=6, devices=devices, faults={**EVERY, "delay": 2.0}, cohort=policy, clients__per_round=5,
-        channel__secure_sum={"threshold": 0.51}, data__partition={"kind": "iid", "min_size": 10},
-    )  # fmt: skip
+        "fedper",
+        "mlp",
+        7,
+        rounds=6,
+        devices=devices,
+        faults={**EVERY, "delay": 2.0},
+        cohort=policy,
+        clients__per_round=5,
+        channel__secure_sum={"threshold": 0.51},
+        data__partition={"kind": "iid", "min_size": 10},
+    )
     serial = rounds_of(made, held=0)
     records = [serial.run_round() for _ in range(6)]
     for record in records:
@@ -128,17 +138,17 @@ def test_counts_add_up_whatever_the_policy_and_workers_compute_the_same(
     assert any(
         not r.get("skipped") and r["counts"]["failed"] + r["counts"]["late"] for r in records
     )
-    there = rounds_of(
+    parallel = rounds_of(
         {**made, "runtime": {"threads": 1, "executor": "processes", "workers": 2}}, held=0
     )
     try:
-        told = [there.run_round() for _ in range(6)]
+        parallel_records = [parallel.run_round() for _ in range(6)]
     finally:
-        there.executor.close()
-    for one, other in zip(records, told, strict=True):
+        parallel.executor.close()
+    for one, other in zip(records, parallel_records, strict=True):
         assert {k: v for k, v in one.items() if k != "seconds"} == {
             k: v for k, v in other.items() if k != "seconds"
         }
     assert all(
-        serial.store.encoded(c) == there.store.encoded(c) for c in serial.federation.client_infos
+        serial.store.encoded(c) == parallel.store.encoded(c) for c in serial.federation.client_infos
     )

@@ -1,4 +1,4 @@
-"""The store against a plain dictionary, through crashes and with any memory; what it writes, holds and gives up."""
+"""The state store compared with a dictionary, through crashes and with limited memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ State = dict[str, bytes]
 
 
 def private(n: int, size: int) -> PrivateState:
-    """State that is told from any other by its number; of size 0 it is no state."""
+    """Return state that is identified by a number, or empty state of size 0."""
     return (
         PrivateState({"model": {"w": torch.full((size,), float(n))}}, {"n": n})
         if size
@@ -32,7 +32,10 @@ def private(n: int, size: int) -> PrivateState:
 
 
 class Machine(RuleBasedStateMachine):
-    """`kept` and `staged` are what the store should hold; `saved` the states of the whole checkpoints on disk."""
+    """A state machine.
+
+    `kept` and `staged` are the expected contents; `saved` the states of complete checkpoints.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +129,7 @@ Machine.TestCase.settings = settings(
 TestStore = pytest.mark.slow(Machine.TestCase)
 
 
-def test_without_a_folder_it_is_the_same_in_memory() -> None:
+def test_store_in_memory_matches_store_on_disk() -> None:
     store = StateStore(memory=0)
     store.stage("a", private(1, 100))
     assert store.encoded("a") is None and store.stamp("a") is None
@@ -153,7 +156,7 @@ def test_without_a_folder_it_is_the_same_in_memory() -> None:
         Checkpoints(store, pytest.fail)
 
 
-def test_commit_of_some_clients_leaves_the_others_staged() -> None:
+def test_partial_commit_keeps_other_clients_staged() -> None:
     store = StateStore(memory=0)
     store.stage("a", private(1, 10))
     store.stage("b", private(2, 10))
@@ -165,10 +168,8 @@ def test_commit_of_some_clients_leaves_the_others_staged() -> None:
     assert set(store.staged_locations()) == {"b"}
 
 
-def test_a_discarded_round_takes_nothing_with_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not what was committed before it and is in no checkpoint yet, nor what a failed checkpoint has moved."""
+def test_discard_keeps_committed_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Include state in no checkpoint yet, and state that a failed checkpoint has moved."""
     store = StateStore(tmp_path, 0)
     checkpoints = Checkpoints(store, pytest.fail)
     store.stage("a", private(1, 700))
@@ -176,7 +177,7 @@ def test_a_discarded_round_takes_nothing_with_it(
     store.stage("b", private(2, 700))
     store.discard()
     assert store.get("a").state == {"n": 1} and store.encoded("b") is None
-    # the state of a is less than a quarter of it
+    # The state of client a is less than a quarter of the file.
     checkpoints.save(1, {"server": torch.zeros(5000)})
     with monkeypatch.context() as patch:
         patch.setattr(OpenSegment, "seal", lambda *rest: rest.nothing)
@@ -188,7 +189,7 @@ def test_a_discarded_round_takes_nothing_with_it(
     assert store.get("a").state == {"n": 1}
 
 
-def test_discard_cuts_off_what_was_staged_on_disk(tmp_path: Path) -> None:
+def test_discard_truncates_staged_state(tmp_path: Path) -> None:
     store = StateStore(tmp_path, 0)
     store.stage("a", private(1, 700))
     store.commit()
@@ -202,7 +203,7 @@ def test_discard_cuts_off_what_was_staged_on_disk(tmp_path: Path) -> None:
     assert store.open_segment.path.stat().st_size == before
 
 
-def test_a_checkpoint_of_the_same_round_replaces_the_file_and_not_its_state(tmp_path: Path) -> None:
+def test_repeated_checkpoint_replaces_the_file_but_keeps_state(tmp_path: Path) -> None:
     store = StateStore(tmp_path, 0)
     checkpoints = Checkpoints(store, pytest.fail)
     store.stage("a", private(1, 5000))
@@ -215,8 +216,8 @@ def test_a_checkpoint_of_the_same_round_replaces_the_file_and_not_its_state(tmp_
     assert store.get("b").state == {"n": 2}
 
 
-def test_state_is_what_its_bytes_say_and_shares_no_memory(tmp_path: Path) -> None:
-    """The layout of a tensor in memory decides the last bits of a convolution: it must not depend on what was held."""
+def test_restored_state_equals_its_bytes_and_shares_no_memory(tmp_path: Path) -> None:
+    """Check the memory layout, which decides the last bits of a convolution."""
     w = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
     for store in (StateStore(), StateStore(tmp_path)):
         store.stage("a", PrivateState({"model": {"w": w, "row": w[0]}}, {"pair": (1, 2)}))
@@ -233,8 +234,8 @@ def test_state_is_what_its_bytes_say_and_shares_no_memory(tmp_path: Path) -> Non
         }
 
 
-def test_a_round_writes_what_changed(tmp_path: Path) -> None:
-    """Ten of five hundred: the state of ten, and 100 bytes a client for the index."""
+def test_round_writes_only_changed_state(tmp_path: Path) -> None:
+    """Train 10 of 500 clients: write their states, and 100 bytes per client for the index."""
     checkpoints, sizes = Checkpoints(StateStore(tmp_path, 0), pytest.fail), {}
     blob = len(private(0, 10_000).encode())
     for round_idx, cohort in enumerate((500, 10, 20, 10)):
@@ -246,8 +247,8 @@ def test_a_round_writes_what_changed(tmp_path: Path) -> None:
         assert cohort * blob < sizes[round_idx] < cohort * (blob + 10) + 100 * 500
 
 
-def test_memory_is_bounded_in_every_step(tmp_path: Path) -> None:
-    """60 clients of 400 kB with 4 MB: reading, staging, committing, and reading back in another process."""
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    """Read, stage, commit and restore 60 clients of 400 kB with a limit of 4 MB."""
     bound, size = 4_000_000, 100_000
     checkpoints = Checkpoints(StateStore(tmp_path, bound), pytest.fail)
     tracemalloc.start()
@@ -262,15 +263,15 @@ def test_memory_is_bounded_in_every_step(tmp_path: Path) -> None:
     again.load_newest()
     for i in range(60):
         assert again.store.get(f"site_{i}").state == {"n": 2} and again.store.cached_bytes <= bound
-    assert again.store.cached_bytes > bound - 8 * size  # and what fits is held
+    # And state that fits is cached.
+    assert again.store.cached_bytes > bound - 8 * size
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 2 * bound + 5 * 4 * size  # two stores, and what passes through
+    # Two stores, and temporary copies.
+    assert peak < 2 * bound + 5 * 4 * size
 
 
-def test_what_was_used_last_is_held_and_read_from_disk_no_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recently_used_state_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = StateStore(tmp_path, 3 * 4100)
     for i in range(5):
         store.stage(f"site_{i}", private(i, 1000))
@@ -287,9 +288,7 @@ def test_what_was_used_last_is_held_and_read_from_disk_no_more(
 
 
 @pytest.mark.parametrize("server", [1, 20_000])
-def test_files_that_hold_little_live_state_are_given_up_and_none_of_it_is_lost(
-    tmp_path: Path, server: int
-) -> None:
+def test_compaction_removes_files_and_keeps_live_state(tmp_path: Path, server: int) -> None:
     checkpoints, rng, truth = (
         Checkpoints(StateStore(tmp_path, 0), pytest.fail),
         random.Random(0),

@@ -1,4 +1,4 @@
-"""The round: what is counted, what is kept, what is refused, and that reading a model leaves no trace."""
+"""Synchronous rounds: traffic, client state, refused uploads and evaluation."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ METHODS = [
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_runs_on_a_mixed_federation_and_reading_leaves_no_trace(method: str) -> None:
+def test_every_method_runs_and_evaluation_has_no_side_effects(method: str) -> None:
     source = config(method, MIXED, clients=4, server={"model": "linear"})
     plain, read = rounds_of(source), rounds_of(source, held=0)
     for _ in range(2):
@@ -82,7 +82,7 @@ def test_every_method_runs_on_a_mixed_federation_and_reading_leaves_no_trace(met
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_bytes_are_those_of_the_encoded_payloads(method: str) -> None:
+def test_traffic_is_the_size_of_encoded_payloads(method: str) -> None:
     rounds = rounds_of(config(method, MIXED, clients=4), held=0)
     up, receive = [], rounds.decode_upload
 
@@ -100,8 +100,8 @@ def test_bytes_are_those_of_the_encoded_payloads(method: str) -> None:
         assert rounds.traffic.up == sum(up) > 0
 
 
-def test_a_model_is_read_as_training_will_find_it() -> None:
-    """Deploying twice is not two digests: reading and training make the same model, to the bit."""
+def test_evaluation_and_training_deploy_the_same_model() -> None:
+    """Check that deploying twice is bit-identical and does not digest twice."""
     algorithm = {"name": "hybrid", "distil_at": "both"}
     rounds = rounds_of(config("hybrid", MIXED, algorithm=algorithm), held=1)
     read = deployed(rounds, "site_1").models["model"]
@@ -120,7 +120,7 @@ def test_a_model_is_read_as_training_will_find_it() -> None:
 
 
 def poisoned(rounds: SynchronousTrainer, client: str) -> None:
-    """Let one client's upload arrive with a NaN in it."""
+    """Put a NaN into one client's upload."""
     train = type(rounds.algorithm).train
 
     def bad(self: Any, participant: Any, received: Any) -> Any:
@@ -138,7 +138,7 @@ def poisoned(rounds: SynchronousTrainer, client: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedper"])
-def test_a_nan_upload_is_refused_and_counted_and_its_senders_state_is_as_before(
+def test_nan_upload_is_refused_and_state_is_unchanged(
     method: str,
 ) -> None:
     rounds = rounds_of(config(method, rounds=3), held=1)
@@ -152,7 +152,7 @@ def test_a_nan_upload_is_refused_and_counted_and_its_senders_state_is_as_before(
     assert rounds.run_round()["failed"] == {}
 
 
-def test_a_client_that_diverges_is_left_out_and_a_round_without_uploads_fails() -> None:
+def test_diverging_client_is_dropped_and_empty_round_fails() -> None:
     groups = [
         {"name": "calm", "count": 2, "model": "mlp"},
         {"name": "wild", "model": "mlp", "optimizer": {"lr": 1e30}},
@@ -169,7 +169,7 @@ def test_a_client_that_diverges_is_left_out_and_a_round_without_uploads_fails() 
 def diverging(
     rounds: FederatedTrainer, turns: Collection[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Have training at the server diverge at these turns (from 0), after it has changed whatever it can."""
+    """Let server training diverge at these turns (from 0), after it changed all state."""
     aggregate, turn = type(rounds.algorithm).aggregate, itertools.count()
 
     def aggregates(method: Any, server: Participant, uploads: Uploads) -> Plan[None]:
@@ -186,7 +186,7 @@ def diverging(
 
 
 @pytest.mark.parametrize("method", ["fedavgm", "scaffold", "feddf", "fedkd", "fedbuff"])
-def test_round_whose_training_at_the_server_diverges_changes_nothing(
+def test_diverging_server_training_changes_nothing(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     buffer = {"algorithm__buffer": 3} if method == "fedbuff" else {}
@@ -207,7 +207,7 @@ def test_round_whose_training_at_the_server_diverges_changes_nothing(
 
 
 def loud(rounds: FederatedTrainer, client: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Multiply what a client sends by a thousand."""
+    """Multiply the uploads of a client by a thousand."""
     uploaded = rounds.decode_upload
 
     def louder(card: ClientInfo, *args: Any) -> Payload:
@@ -229,7 +229,7 @@ def scaled(payload: Payload) -> Payload:
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedbuff"])
-def test_training_at_the_server_that_diverges_in_succession_fails_in_one_line(
+def test_repeated_server_divergence_fails_in_one_line(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     buffer = {"algorithm__buffer": 3} if method == "fedbuff" else {}
@@ -245,7 +245,7 @@ def test_training_at_the_server_that_diverges_in_succession_fails_in_one_line(
         rounds.run_round()
 
 
-def test_divergence_at_the_server_is_counted_across_a_checkpoint(
+def test_server_divergence_is_counted_across_checkpoints(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = config("fedavg", rounds=9)
@@ -261,7 +261,7 @@ def test_divergence_at_the_server_is_counted_across_a_checkpoint(
 
 
 @pytest.mark.parametrize("stop", [{"rounds": 1}, {"rounds": 9, "runtime__divergence": "stop"}])
-def test_divergence_at_the_server_ends_a_run_of_one_round(stop: dict[str, Any]) -> None:
+def test_server_divergence_ends_a_run_of_one_round(stop: dict[str, Any]) -> None:
     rounds = rounds_of(
         config("feddf", server={"optimizer": {"name": "sgd", "lr": 1e30}}, **stop), held=0
     )
@@ -282,7 +282,7 @@ def test_aggregation_changes_no_tensor_in_place(method: str) -> None:
 
 
 class ClearsReceived(FedAvg):
-    """FedAvg whose clients set what they received to zero, in place."""
+    """FedAvg whose clients set received tensors to zero in place."""
 
     def train(self, client: Participant, received: Payload) -> Plan[dict[str, Any]]:
         items = yield from super().train(client, received)
@@ -291,19 +291,20 @@ class ClearsReceived(FedAvg):
         return items
 
 
-def test_a_hook_may_change_in_place_what_it_received() -> None:
+def test_hook_may_change_received_tensors_in_place() -> None:
     plain = rounds_of(config("fedavg", "mlp", 3), held=2)
     clearing = rounds_of(config(f"python:{__name__}:ClearsReceived", "mlp", 3), held=2)
 
     assert same_bits(*plain.server.models.values(), *clearing.server.models.values())
 
 
-def test_the_server_has_a_model_only_where_one_was_trained() -> None:
+def test_server_has_only_trained_models() -> None:
     assert rounds_of(config("fedavg"), held=1).evaluate().server is not None
     assert rounds_of(config("fedavg", MIXED[:2], clients=4), held=1).evaluate().server is None
     backbone = {"shares": ["backbone"], "optimizer": {"name": "sgd", "lr": 0.05}}
     assert rounds_of(config("fedavg", clients__defaults=backbone), held=1).evaluate().server is None
-    for method in ("fedavg", "local", "fd"):  # nothing to distil a student from
+    # No predictions from which to distill a student.
+    for method in ("fedavg", "local", "fd"):
         rounds = rounds_of(config(method, MIXED[:2], clients=4, server={"model": "mlp"}), held=1)
         assert "student" not in rounds.server.models and rounds.evaluate().server is None
     assert (
@@ -312,24 +313,24 @@ def test_the_server_has_a_model_only_where_one_was_trained() -> None:
     )
 
 
-def test_heads_stay_where_they_are_meant_to_stay() -> None:
+def test_heads_stay_local_if_configured() -> None:
     rounds = rounds_of(config("fedper"))
     kept = [
         rounds.store.get(client_id).models["model"] for client_id in rounds.federation.client_infos
     ]
     assert all(n.startswith("head.") or "num_batches" in n for k in kept for n in k)
     assert not torch.equal(kept[0]["head.weight"], kept[1]["head.weight"])
-    # a client without private state costs nothing
+    # A client without private state takes no memory.
     assert rounds_of(config("fedavg")).store.clients() == []
 
 
-def test_clients_alike_but_for_when_they_share_are_each_asked_for_their_own() -> None:
+def test_uploads_follow_each_clients_sharing_schedule() -> None:
     now_and_then = [{"match": "site_1", "share_every": 2}]
     rounds = rounds_of(config("fedavg", "mlp", 3, clients__overrides=now_and_then), held=0)
     assert [rounds.run_round()["failed"] for _ in range(2)] == [{}, {}]
 
 
-def test_sharing_every_second_round() -> None:
+def test_sharing_interval_of_two_rounds() -> None:
     rounds = rounds_of(config("fedavg", clients__defaults={"share_every": 2}), held=0)
     (group,) = rounds.server.models
     start = dict(rounds.server.models[group])
@@ -345,7 +346,7 @@ def test_sharing_every_second_round() -> None:
         prepare(config("fedavg", clients__defaults={"share_every": 2}, clients__per_round=2))
 
 
-def test_label_counts_do_not_leave_where_statistics_are_not_shared() -> None:
+def test_label_counts_stay_local_without_shared_statistics() -> None:
     shares = {"shares": ["parameters", "predictions"], "optimizer": {"name": "sgd", "lr": 0.05}}
     rounds, seen = (
         rounds_of(
@@ -363,7 +364,7 @@ def test_label_counts_do_not_leave_where_statistics_are_not_shared() -> None:
     rounds.run_round()
     for payload in seen:
         weight = payload.item("logits").weight
-        # says n, not who
+        # Contains the number of clients, not their names.
         assert isinstance(weight, torch.Tensor) and torch.allclose(weight, weight[:1].expand(10))
 
 
@@ -377,7 +378,7 @@ def test_private_state_is_not_changed_in_place() -> None:
 
 
 class Noisy(nn.Module):
-    """Draws from torch's own generator, in ways that no framework can see."""
+    """A model that draws from torch's global generator in hidden ways."""
 
     def __init__(self, num_classes: int, in_channels: int, input_size: tuple[int, int]) -> None:
         super().__init__()
@@ -390,7 +391,7 @@ class Noisy(nn.Module):
         )
 
 
-def test_whatever_a_model_draws_is_keyed() -> None:
+def test_random_draws_of_models_are_keyed() -> None:
     source = config("fedavg", f"python:{__name__}:Noisy")
     torch.manual_seed(1)
     one = rounds_of(source)
@@ -403,7 +404,7 @@ def test_whatever_a_model_draws_is_keyed() -> None:
 @pytest.mark.parametrize(
     "setting", [{"class_weights": "balanced"}, {"augment": {"flip": True, "crop": 1}}]
 )
-def test_centralised_training_takes_the_clients_settings(setting: dict[str, Any]) -> None:
+def test_centralized_training_uses_client_settings(setting: dict[str, Any]) -> None:
     defaults = {"optimizer": {"name": "sgd", "lr": 0.05}, **setting}
     fedavg = rounds_of(config("fedavg", clients=1, clients__defaults=defaults))
     pooled = rounds_of(config("centralized", clients=1, clients__defaults=defaults))
@@ -432,7 +433,7 @@ def test_patience_counts_the_same_after_a_resume() -> None:
     assert straight.exhausted and resumed.exhausted and not Patience(task, 3, history[:4]).exhausted
 
 
-def test_head_and_backbone_may_have_rates_of_their_own() -> None:
+def test_head_and_backbone_can_have_separate_learning_rates() -> None:
     rounds = rounds_of(
         config(
             "local", clients__defaults={"optimizer": {"name": "sgd", "lr": 0.1, "head_lr": 1e-12}}
@@ -447,7 +448,7 @@ def test_head_and_backbone_may_have_rates_of_their_own() -> None:
     assert not torch.allclose(kept["backbone.0.weight"], start["backbone.0.weight"], atol=1e-4)
 
 
-def test_a_kept_optimizer_goes_on_where_it_was() -> None:
+def test_persistent_optimizer_continues_from_its_state() -> None:
     rounds = rounds_of(
         config("local", clients__defaults={"optimizer": {"name": "adam", "lr": 0.01}}), held=0
     )
@@ -464,7 +465,7 @@ def test_a_kept_optimizer_goes_on_where_it_was() -> None:
     assert not torch.equal(*ends)
 
 
-def test_hook_that_computes_nothing_may_be_an_ordinary_function() -> None:
+def test_hook_without_steps_may_be_a_plain_function() -> None:
     rounds = rounds_of(config("fedavg"), held=0)
     aggregated = []
     hooks = {"aggregate": lambda self, server, uploads: aggregated.append(len(uploads))}

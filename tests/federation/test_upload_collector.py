@@ -1,4 +1,4 @@
-"""Uploads as they are received: what was not agreed is refused."""
+"""The upload collector refuses unexpected uploads."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from hetero_fl.core.payload import Item, Payload, PayloadError
 from tests.helpers.small_federations import config, rounds_of
 
 
-def test_receive_refuses_an_upload_of_another_form_than_agreed() -> None:
+def test_collector_refuses_unexpected_upload() -> None:
     rounds = rounds_of(config("fedavg", "mlp"), held=0)
-    heard = rounds.broadcast(rounds.federation.client_infos["site_1"])
+    broadcast = rounds.broadcast(rounds.federation.client_infos["site_1"])
     agreed = rounds.expectations.expected_items(
         rounds.federation.client_infos["site_1"], Payload(), 0
     )["model"]
@@ -20,7 +20,7 @@ def test_receive_refuses_an_upload_of_another_form_than_agreed() -> None:
     def received(tensors: dict[str, torch.Tensor]) -> Payload:
         upload = Payload({"model": Item(tensors, agreed.weight, "params")})
         return rounds.decode_upload(
-            rounds.federation.client_infos["site_1"], upload.encode(), heard, 0
+            rounds.federation.client_infos["site_1"], upload.encode(), broadcast, 0
         )
 
     assert set(received(model)["model"]) == set(model)

@@ -1,4 +1,4 @@
-"""An upload's bytes are given up before it is folded into the mean, and before the next one is computed."""
+"""Upload memory: bytes are freed before aggregation and before the next upload is computed."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ alive: list[int] = []
 
 
 class Body(bytes):
-    """Bytes that tell when they are gone."""
+    """Bytes that record when they are freed."""
 
     def __del__(self) -> None:
         alive.remove(id(self))
 
 
-def test_no_upload_outlives_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uploads_are_freed_after_aggregation_step(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = rounds_of(config(models="mlp", clients=5), held=0)
     answer, add = rounds.executor.run, Uploads.add
     seen = {"made": [], "added": []}
@@ -52,11 +52,11 @@ def test_no_upload_outlives_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounds.executor, "run", tracked)
     monkeypatch.setattr(Uploads, "add", adding)
     rounds.run_round()
-    # while an upload is folded, its encoded form is the only one alive
+    # While an upload is added, only its encoded form exists.
     assert seen == {"made": [0] * 5, "added": [1] * 5}
 
 
-def test_the_executor_holds_no_upload_that_it_has_handed_on() -> None:
+def test_executor_frees_returned_uploads() -> None:
     rounds = rounds_of(config(models="mlp", clients=4), held=0)
     rounds.executor.chunk = 4  # type: ignore[attr-defined]
     site = rounds.executor.runtime  # type: ignore[attr-defined]
@@ -76,7 +76,7 @@ def requests(rounds: Any) -> tuple[list[str], Callable[[str], Message]]:
     return list(bodies), lambda client: Message("train", bodies[client])
 
 
-def test_a_repeated_round_holds_the_uploads_of_one_attempt() -> None:
+def test_repeated_round_keeps_uploads_of_one_attempt() -> None:
     faults = {"after": 0.99}
     cohort = {"too_few": "repeat", "least": 3, "attempts": 3}
     rounds = rounds_of(config(models="linear", faults=faults, cohort=cohort, devices={}), held=0)
@@ -96,9 +96,7 @@ def test_a_repeated_round_holds_the_uploads_of_one_attempt() -> None:
 
 
 @pytest.mark.parametrize("method", ["fedavg", "hybrid", "fedproto", "scaffold"])
-def test_what_is_handed_over_is_what_its_bytes_say(
-    method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_passed_payload_equals_its_bytes(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source = config(method, MIXED if method in ("hybrid", "fedproto") else "mlp", 3)
     records = []
     for hands_over in (True, False):
@@ -116,14 +114,14 @@ def test_what_is_handed_over_is_what_its_bytes_say(
 
 
 class OwnMethod(FedAvg):
-    """FedAvg, as a user's own."""
+    """FedAvg as a user-defined method."""
 
 
 class OwnObjective(Supervised):
-    """The supervised loss, as a user's own."""
+    """The supervised loss as a user-defined objective."""
 
 
-def test_messages_are_bytes_where_something_needs_them() -> None:
+def test_messages_are_encoded_where_needed() -> None:
     own = config(f"python:{__name__}:OwnMethod", "mlp", 2)
     objective = config(
         "fedavg", "mlp", 2, clients__defaults__objective=f"python:{__name__}:OwnObjective"

@@ -1,13 +1,15 @@
-"""What the tests of every kind of worker have in common: everything that a run computes, and who is still there."""
+"""Worker pools for tests, complete results of runs, and helpers for processes."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import pickle
+import signal
+import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -39,11 +41,12 @@ from tests.helpers.small_federations import MIXED, broadcasts, config
 
 METHODS = ["hybrid", "fedavg", "fd", "ensemble"]
 ROOT = Path(__file__).parents[2]
-PATIENCE = 300.0  # seconds for what has to happen: this machine may be busy
+# Seconds to wait for an event, because the machine may be busy.
+PATIENCE = 300.0
 
 
 def source(method: str, **changes: Any) -> dict[str, Any]:
-    """Four clients of three architectures, three of them in a round."""
+    """Return a run of four clients of three architectures, three of them per round."""
     return config(
         method,
         MIXED,
@@ -56,33 +59,33 @@ def source(method: str, **changes: Any) -> dict[str, Any]:
 
 
 def setup_of(method: str | dict[str, Any]) -> WorkerSetup:
-    """What workers of such a run are given."""
+    """Return the worker setup of a run."""
     prepared = prepare(source(method) if isinstance(method, str) else method)
     return WorkerSetup(prepared.method, prepared.federation, 1, ("cpu",))
 
 
 def rounds_on(
-    setup: WorkerSetup, crew: WorkerPool | None, size: int = 1, cohort: int = 3
+    setup: WorkerSetup, pool: WorkerPool | None, size: int = 1, cohort: int = 3
 ) -> SynchronousTrainer:
-    """A run that begins, on the first `size` workers of a crew; without one in this process."""
+    """Return a new run on the first `size` workers of a pool, or in this process without one."""
     executor: Executor
-    if crew is None:
+    if pool is None:
         executor = InProcessExecutor(Worker(setup, 0).runtime)
     else:
-        crew.size = size
+        pool.size = size
         performer = make_backend(DeviceMemory(torch.device("cpu")))
-        executor = WorkerExecutor(crew, setup.federation.client_infos, StateStore(), performer)
+        executor = WorkerExecutor(pool, setup.federation.client_infos, StateStore(), performer)
     return SynchronousTrainer(setup.algorithm, setup.federation, executor, cohort)
 
 
 def first_job(setup: WorkerSetup) -> WorkerJob:
-    """A client's task of the first round."""
+    """Return a client's task of the first round."""
     (client, body), *_ = broadcasts(rounds_on(setup, None), ["site_1"]).items()
     return WorkerJob(0, "answer", [[client]], {client: Message("train", body)}, {})
 
 
-def left_sealed(done: JobResult) -> bool:
-    """Whether every reply carries the checksum of its bytes."""
+def has_checksums(done: JobResult) -> bool:
+    """Return whether every reply carries the checksum of its bytes."""
     replies = [reply for reply in done.replies.values() if isinstance(reply, Message)]
     return (
         done.error is None
@@ -92,7 +95,7 @@ def left_sealed(done: JobResult) -> bool:
 
 
 def outcome(rounds: SynchronousTrainer, held: int = 3) -> dict[str, Any]:
-    """Everything that rounds and readings compute: models, private state, scores, losses, traffic."""
+    """Return all results of rounds and evaluation: models, private state, scores, traffic."""
     records = [rounds.run_round() for _ in range(held)]
     read = rounds.evaluate(details=True)
     return {
@@ -105,17 +108,18 @@ def outcome(rounds: SynchronousTrainer, held: int = 3) -> dict[str, Any]:
     }
 
 
-class Here:
+class LocalWorkerPool:
     """Workers in this process, whose results come in a known order.
 
-    The first worker's come first, once `turned` is set the last one's.
+    Results of the first worker come first, or those of the last one if `turned` is set.
     """
 
     def __init__(self, setup: WorkerSetup, size: int) -> None:
         self.size, self.turned = size, False
         self.workers = [Worker(setup, i) for i in range(size)]
         self.jobs: dict[int, list[WorkerJob]] = {}
-        self.waited = 0  # jobs that were sent to a busy worker
+        # Number of jobs that were sent to a busy worker.
+        self.waited = 0
 
     def send(self, worker: int, job: WorkerJob) -> None:
         self.waited += worker in self.jobs
@@ -130,14 +134,14 @@ class Here:
         return worker, result
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Do nothing: there are no processes."""
 
 
-class Lent(processes.ProcessPool):
-    """Processes that are started once, and go from run to run."""
+class SharedProcessPool(processes.ProcessPool):
+    """Processes that are started once and reused by several runs."""
 
     def take(self, setup: WorkerSetup) -> None:
-        """From now on they work for this run."""
+        """Make the workers use the setup of another run."""
         setup.federation.data.share_memory()
         for _, carrier in self._workers:
             carrier.send(bytes(ForkingPickler.dumps(setup)))
@@ -145,8 +149,10 @@ class Lent(processes.ProcessPool):
             assert carrier.receive() == "ready"
 
 
-def work_in_turn(connection: Connection, setup: WorkerSetup, index: int, environ: object) -> None:
-    """A worker's life, but that a new setup may come, as bytes."""
+def run_reusable_worker(
+    connection: Connection, setup: WorkerSetup, index: int, environ: object
+) -> None:
+    """Run a worker that accepts a new setup, sent as bytes."""
     threading.Thread(target=processes._exit_with_parent, daemon=True).start()
     worker, carrier = (
         Worker(setup, index),
@@ -162,8 +168,8 @@ def work_in_turn(connection: Connection, setup: WorkerSetup, index: int, environ
                 carrier.send(worker.run_job(got))
 
 
-def members(session: int) -> list[int]:
-    """Processes of a session that are still there."""
+def session_processes(session: int) -> list[int]:
+    """Return the running processes of a session."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -176,8 +182,8 @@ def members(session: int) -> list[int]:
     return found
 
 
-def comes(what: Callable[[], object], pause: float = 0.02) -> bool:
-    """Whether it comes to be so, however slow the machine is."""
+def eventually(what: Callable[[], object], pause: float = 0.02) -> bool:
+    """Wait until a condition holds; return whether it did within `PATIENCE` seconds."""
     ends = time.monotonic() + PATIENCE
     while not what():
         if time.monotonic() > ends:
@@ -186,22 +192,42 @@ def comes(what: Callable[[], object], pause: float = 0.02) -> bool:
     return True
 
 
-def gone(session: int) -> bool:
-    """Whether all processes of a session end."""
-    return comes(lambda: not members(session), 0.1)
+def session_ends(session: int) -> bool:
+    """Wait until all processes of a session have ended; return whether they did."""
+    return eventually(lambda: not session_processes(session), 0.1)
 
 
 def environment() -> dict[str, str]:
-    """Of a command that is run in a process of its own."""
+    """Return environment variables for commands in separate processes."""
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
+def start_session(
+    command: list[str],
+    cwd: Path,
+    env: Mapping[str, str],
+    stdout: int | None = None,
+) -> subprocess.Popen[str]:
+    """Start a command in a new session in which SIGINT interrupts, also if it is ignored here."""
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=env,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # The function takes no lock, and there is no argument of Popen for signal handlers.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
+    )
+
+
 @contextlib.contextmanager
-def lent(setup: WorkerSetup, size: int) -> Iterator[Lent]:
-    """So many processes, started once for many tests."""
+def shared_process_pool(setup: WorkerSetup, size: int) -> Iterator[SharedProcessPool]:
+    """Start that many processes once for many tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "run_worker", work_in_turn)
-        made = Lent(setup, size)
+        patch.setattr(processes, "run_worker", run_reusable_worker)
+        made = SharedProcessPool(setup, size)
     yield made
     made.size = size
     made.close()

@@ -1,4 +1,4 @@
-"""ε against opacus' own accountants and against the definition."""
+"""ε compared with the accountants of Opacus and with the definition."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hetero_fl.privacy.accounting import (
 
 
 def of_opacus(name: str, schedule: list[tuple[float, float, int]], delta: float) -> float:
-    """opacus' accountant, told of every step as its optimizer would."""
+    """Return ε of Opacus' accountant after every step."""
     accountant: Any = opacus_accountants()[name]()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -34,7 +34,7 @@ def of_opacus(name: str, schedule: list[tuple[float, float, int]], delta: float)
 @pytest.mark.parametrize(
     ("name", "accountant"), [("PRVAccountant", "prv"), ("RDPAccountant", "rdp")]
 )
-def test_epsilon_is_that_of_opacus(name: str, accountant: str) -> None:
+def test_epsilon_matches_opacus(name: str, accountant: str) -> None:
     history = add_charges(
         add_charges((), [PrivacyCharge(0.1, 30)]),
         [PrivacyCharge(0.1, 30), PrivacyCharge(1.0, scale=8.0)],
@@ -45,12 +45,12 @@ def test_epsilon_is_that_of_opacus(name: str, accountant: str) -> None:
     )
 
 
-def test_gaussians_compose_exactly() -> None:
-    """Without sampling: the formula, which opacus' PRV approaches from above within its own error of 0.01."""
+def test_gaussian_composition_is_exact() -> None:
+    """Compare with the formula; the PRV accountant of Opacus exceeds it by at most 0.01."""
     exact = epsilon_of_history(((1.0, 1.0, 12),), 2.0, 1e-5)
     assert exact == gaussian_epsilon(math.sqrt(12) / 2.0, 1e-5)
     assert 0 <= of_opacus("PRVAccountant", [(2.0, 1.0, 12)], 1e-5) - exact < 0.02
-    # The definition: δ = ∫ max(0, p − e^ε q), of N(μ, 1) and N(0, 1).
+    # By definition, δ = ∫ max(0, p − e^ε q) for N(μ, 1) and N(0, 1).
     mu, eps, step = 0.8, 1.1, 1e-3
     points = [-12 + i * step for i in range(24_000)]
     density = [
@@ -67,7 +67,7 @@ def test_gaussians_compose_exactly() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("accountant", ["prv", "rdp"])
-def test_the_noise_is_solved_for(accountant: str) -> None:
+def test_noise_multiplier_meets_target_epsilon(accountant: str) -> None:
     histories = [((1.0, 0.2, 30), (8.0, 1.0, 1)), ((1.0, 0.1, 60),)]
     z = solve_noise_multiplier(histories, 3.0, 1e-5, accountant)
     found = worst_epsilon(histories, z, 1e-5, accountant)
@@ -76,7 +76,7 @@ def test_the_noise_is_solved_for(accountant: str) -> None:
     assert worst_epsilon(histories, 0.99 * z, 1e-5, accountant) > 3.0
 
 
-def test_nothing_spent_costs_nothing() -> None:
+def test_epsilon_without_steps_is_zero() -> None:
     assert epsilon_of_history((), 1.0, 1e-5) == 0.0
     assert worst_epsilon([], 1.0, 1e-5) == 0.0
     assert solve_noise_multiplier([()], 1.0, 1e-5) > 0

@@ -1,4 +1,4 @@
-"""DP-SGD against opacus, against a loop over rows, and by its noise."""
+"""DP-SGD compared with Opacus and with a loop over rows, and the scale of its noise."""
 
 from __future__ import annotations
 
@@ -47,22 +47,21 @@ def client(model: Any = "cnn_gn_small") -> Participant:
 def moved(
     participant: Participant, fit: Fit, clip: float, z: float = 0.0, slot: str = "model"
 ) -> dict[str, Tensor]:
-    """What one private fit takes off each tensor of a slot: with plain SGD of rate one, its gradients."""
+    """Return the gradients of a private fit, from one step of plain SGD with rate one."""
     before = dict(participant.models[slot])
     run_fit(participant, fit, Templates(DeviceMemory(CPU)), PrivateGradients(clip, z, NOISE))
     return {n: before[n] - t for n, t in participant.models[slot].items()}
 
 
 def whole(participant: Participant, objective: Objective | None = None, **changes: Any) -> Fit:
-    """One step on all rows: a batch as large as the set takes every row."""
+    """Return one step on all rows."""
     n = len(participant.data("train", None)["y"])
     return Fit({"model": None}, objective or Supervised(), batch_size=n, optimizer=SGD, **changes)
 
 
 @pytest.mark.parametrize("clip", [0.5, 1e3], ids=["all rows clipped", "no row clipped"])
 @pytest.mark.parametrize("model", ["cnn_gn_small", {"name": "mlp", "hidden": [24]}])
-def test_gradients_are_those_of_opacus(model: Any, clip: float) -> None:
-    """Same batch, clip, no noise: equal to 1e-6."""
+def test_private_gradients_match_opacus(model: Any, clip: float) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from opacus import GradSampleModule
@@ -89,7 +88,7 @@ def test_gradients_are_those_of_opacus(model: Any, clip: float) -> None:
 def by_hand(
     participant: Participant, objective: Objective, clip: float, slots: tuple[str, ...]
 ) -> dict[str, Tensor]:
-    """Σ clipped gradients of single rows / n, one row after the other."""
+    """Return Σ clipped gradients of single rows / n, computed row by row."""
     columns = participant.data("train", None)
     modules = {slot: participant.arch[slot].build() for slot in slots}
     for slot, module in modules.items():
@@ -108,7 +107,7 @@ def by_hand(
     return total
 
 
-def test_two_models_are_clipped_together() -> None:
+def test_gradients_of_two_models_are_clipped_jointly() -> None:
     participant = client()
     participant.arch["mentee"] = participant.arch["model"]
     participant.models["mentee"] = participant.arch["mentee"].initial_tensors(7)
@@ -122,15 +121,15 @@ def test_two_models_are_clipped_together() -> None:
         assert torch.allclose(before[slot][n] - participant.models[slot][n], gradient, atol=1e-6)
 
 
-def test_what_vmap_refuses_runs_row_by_row() -> None:
+def test_models_without_vmap_support_run_row_by_row() -> None:
     participant = client("gru")
     expected = by_hand(participant, Supervised(), 0.2, ("model",))
     found = moved(participant, whole(participant), clip=0.2)
     assert all(torch.allclose(found[n.split(":")[1]], g, atol=1e-6) for n, g in expected.items())
 
 
-def test_large_models_run_row_by_row_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dropout included: each row has its own mask either way."""
+def test_large_models_run_row_by_row_with_equal_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Include dropout, whose masks differ by row in both cases."""
     from hetero_fl.privacy import dp_sgd
 
     model = {"name": "cnn", "width": 4, "norm": "group", "dropout": 0.3}
@@ -141,7 +140,7 @@ def test_large_models_run_row_by_row_with_the_same_result(monkeypatch: pytest.Mo
     assert any(float(t.abs().max()) > 1e-4 for t in found[0].values())
 
 
-def test_the_penalty_and_what_is_public_are_not_clipped() -> None:
+def test_penalties_and_public_rows_are_not_clipped() -> None:
     participant = client()
     start = participant.models["model"]
     anchor = {n: t + 1 for n, t in start.items()}
@@ -155,11 +154,13 @@ def test_the_penalty_and_what_is_public_are_not_clipped() -> None:
         if n in names
     )
     x = participant.data("proxy", None)["x"][:8]
-    beside = {
+    extra_batches = {
         "public": SampledBatches(lambda g, size: {"x": x, "teacher": torch.eye(10)[:8] * 3}, 8)
     }
     found = moved(
-        client(), whole(participant, ProxyReplay(weight=2.0), extra_batches=beside), clip=1e-9
+        client(),
+        whole(participant, ProxyReplay(weight=2.0), extra_batches=extra_batches),
+        clip=1e-9,
     )
     module = participant.arch["model"].build()
     module.load_state_dict(start)
@@ -176,10 +177,10 @@ def test_the_penalty_and_what_is_public_are_not_clipped() -> None:
 
 
 @pytest.mark.parametrize("value", [float("inf"), 1e30])
-def test_a_row_without_a_finite_gradient_counts_nought(
+def test_non_finite_row_gradients_count_as_zero(
     value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else one row could end the fit, which is seen whatever the noise. Together and row by row."""
+    """Check both computations: a failing fit would reveal the row."""
     from hetero_fl.privacy import dp_sgd
 
     def spoilt(rows: int) -> dict[str, Tensor]:
@@ -199,14 +200,14 @@ def test_a_row_without_a_finite_gradient_counts_nought(
 
 
 class Silent(Objective):
-    """A loss without a gradient to speak of."""
+    """A loss without gradients."""
 
     def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         return 0.0 * nets.model(batch.x).logits.sum(-1)
 
 
-def test_the_noise_has_its_scale_and_batches_their_rate() -> None:
-    """Steps on nothing but noise: each moves every number by N(0, (z·clip / expected batch)²)."""
+def test_noise_scale_and_sampling_rate() -> None:
+    """Train on noise only: steps follow N(0, (z·clip / expected batch)²)."""
     participant = client({"name": "mlp", "hidden": [64]})
     fit = Fit({"model": None}, Silent(), batch_size=16, steps=20, optimizer=SGD)
     n = len(participant.data("train", None)["y"])
@@ -222,14 +223,14 @@ def test_the_noise_has_its_scale_and_batches_their_rate() -> None:
     assert abs(float(sizes.var()) / (n * q * (1 - q)) - 1) < 4 * (2 / 400) ** 0.5
 
 
-def test_sampling_is_counted_as_opacus_does() -> None:
+def test_accounting_of_sampling_matches_opacus() -> None:
     fit = Fit({"model": None}, Supervised(), batch_size=32, epochs=2)
     assert sampling_plan(110, fit) == (32 / 110, 2 * 3)
     assert sampling_plan(20, fit) == (1.0, 2)
     assert sampling_plan(110, replace(fit, steps=5), work=0.5) == (32 / 110, 2)
 
 
-def test_only_the_secret_decides_the_noise_of_a_deployment() -> None:
+def test_deployment_noise_depends_only_on_the_secret() -> None:
     fit = Fit({"model": None}, Supervised(), Rows(), batch_size=16, steps=2, optimizer=SGD)
     secret = SecretNoiseSource()
 

@@ -1,4 +1,4 @@
-"""Label counts under privacy: the noise's scale for each kind of task."""
+"""Noisy label counts: the scale of noise for each kind of task."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ COUNTS = torch.full((400,), 1e6)
 
 
 @pytest.mark.parametrize(("kind", "norm_of_a_row"), [("multiclass", 1.0), ("multilabel", 20.0)])
-def test_noised_counts_scale_with_what_one_row_can_change(kind: str, norm_of_a_row: float) -> None:
+def test_noised_counts_scale_with_sensitivity(kind: str, norm_of_a_row: float) -> None:
     noise = noisy_label_counts(COUNTS, kind, PRIVACY, KeyedNoiseSource(0), "site_1") - COUNTS
 
     deviation = norm_of_a_row * 2.0 * 3.0
     assert float(noise.std()) == pytest.approx(deviation, rel=4 / math.sqrt(2 * len(COUNTS)))
 
 
-def test_noised_counts_are_never_negative_and_rows_of_a_regression_stay() -> None:
+def test_noised_counts_are_non_negative() -> None:
     empty = torch.zeros(400)
 
     assert (

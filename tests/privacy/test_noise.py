@@ -1,4 +1,4 @@
-"""Noise: in a simulation what torch's generator gives under the run's key; in a deployment a secret keystream."""
+"""Noise: keyed torch generators in simulations, secret key streams in deployments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hetero_fl.utils.seeding import keyed_generator
 SECRET = bytes(range(32))
 
 
-def test_a_simulation_draws_what_torch_gives_under_its_key() -> None:
+def test_simulation_noise_matches_torch_generator() -> None:
     like = torch.zeros(3, 4)
     draws = keyed_generator("privacy", 7, "a", 1)
     first = torch.randn(3, 4, generator=draws) * 2.5
@@ -25,7 +25,7 @@ def test_a_simulation_draws_what_torch_gives_under_its_key() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 200_001])
-def test_secret_draws_have_the_distribution_that_is_asked_for(count: int) -> None:
+def test_secret_noise_has_the_requested_distribution(count: int) -> None:
     drawn = (
         SecretNoiseSource(SECRET).stream("n").normal(torch.zeros(count, dtype=torch.float64), 3.0)
     )
@@ -38,25 +38,25 @@ def test_secret_draws_have_the_distribution_that_is_asked_for(count: int) -> Non
     assert abs(float((z**4).mean()) - 3) < 5 * math.sqrt(96 / count)
     empirical = torch.arange(1, count + 1, dtype=torch.float64) / count
     exact = torch.special.ndtr(z.sort().values)
-    # Kolmogorov-Smirnov at 0.001
+    # Kolmogorov-Smirnov test at the level 0.001.
     assert float((empirical - exact).abs().max()) < 1.95 / math.sqrt(count)
     assert abs(float((z[:-1] * z[1:]).mean())) < 5 / math.sqrt(count)
     half = count // 2 + 1
-    # of one radius each, cosine and sine
+    # Cosine and sine with a common radius.
     assert abs(float((z[: half - 1] * z[half:]).mean())) < 5 / math.sqrt(half)
     u = SecretNoiseSource(SECRET).stream("u").uniform(count)
     assert float(u.min()) >= 0 and float(u.max()) < 1
     assert abs(float(u.mean()) - 0.5) < 5 / math.sqrt(12 * count)
 
 
-def test_a_stream_goes_on_and_is_no_shorter_stream_again() -> None:
+def test_noise_stream_does_not_repeat() -> None:
     stream = SecretNoiseSource(SECRET).stream("a")
     first, second = (stream.normal(torch.zeros(100), 1.0) for _ in range(2))
     assert not torch.equal(first, second)
     assert torch.equal(first, SecretNoiseSource(SECRET).stream("a").normal(torch.zeros(100), 1.0))
 
 
-def test_streams_are_keyed_by_secret_parts_and_task() -> None:
+def test_noise_streams_are_keyed() -> None:
     like = torch.zeros(8)
     made = [
         SecretNoiseSource(SECRET).stream("a"),
@@ -69,8 +69,8 @@ def test_streams_are_keyed_by_secret_parts_and_task() -> None:
     assert all(not torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
 
 
-def test_a_value_has_its_own_noise_and_the_same_value_the_same() -> None:
-    """Two values under the same noise would tell their difference; a value that is told again must not be told twice."""
+def test_equal_values_get_equal_noise() -> None:
+    """Different values with equal noise would reveal their difference."""
     noise, value = SecretNoiseSource(SECRET), torch.arange(6.0).reshape(2, 3)
     first = noise.normal(value, 1.0, "sum", 0)
     noise.task = b"another"

@@ -1,4 +1,4 @@
-"""Private runs end to end: what is noised, what is refused, what is spent, and when a run stops."""
+"""Private runs: noise, refused settings, the privacy ledger, and the end of a run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 
 def sent_by(site: Any, broadcasts: Mapping[str, bytes]) -> dict[str, Payload]:
-    """What clients answer to these broadcasts in the first round."""
+    """Return the replies of clients to these broadcasts in the first round."""
     replies = site.run({client: Message("train", body, 0) for client, body in broadcasts.items()})
     return {client: Payload.decode(reply.body) for client, reply in replies.items()}
 
@@ -55,47 +55,69 @@ def client_of(source: dict[str, Any]) -> Participant:
     [
         (private("fedavg", RECORD, "cnn_bn_small"), "choose cnn_gn_small"),
         (private("fedavg", RECORD, "resnet8"), "choose {name: resnet8, norm: group}"),
-        (private("fedgkt", RECORD), "algorithm.name=fedgkt, which uploads 'features' of every private row"),
+        (
+            private("fedgkt", RECORD),
+            "algorithm.name=fedgkt, which uploads 'features' of every private row",
+        ),
         (private("centralized", RECORD), "collects all private rows in one place"),
         (private("fedbabu", RECORD), "trains on private rows before evaluation"),
         (private("feddf", CLIENT), "needs single uploads"),
         (private("fedkd", {**CLIENT, "unit": "local"}), "the shape of 'mentee'"),
         (private("fedavg", CLIENT, "cnn_bn_small"), "adds noise to BatchNorm statistics"),
-        (private("fedavg", CLIENT, clients__defaults__share_every=2), "share_every=2 cannot be combined with privacy.unit=client"),
-        (private("fedavg", CLIENT, clients__defaults__preprocess={"normalize": "own"}), "preprocess.normalize=own cannot be combined with privacy.unit=client"),
-        (private("fedavg", {**CLIENT, "clip": {"modle": 1.0}}), "does not upload 'modle'; did you mean 'model'?"),
-        (private("fedavg", {"noise_multiplier": 0.5, "target_epsilon": 0.1, "delta": 1e-4}), "the first round costs"),
+        (
+            private("fedavg", CLIENT, clients__defaults__share_every=2),
+            "share_every=2 cannot be combined with privacy.unit=client",
+        ),
+        (
+            private("fedavg", CLIENT, clients__defaults__preprocess={"normalize": "own"}),
+            "preprocess.normalize=own cannot be combined with privacy.unit=client",
+        ),
+        (
+            private("fedavg", {**CLIENT, "clip": {"modle": 1.0}}),
+            "does not upload 'modle'; did you mean 'model'?",
+        ),
+        (
+            private("fedavg", {"noise_multiplier": 0.5, "target_epsilon": 0.1, "delta": 1e-4}),
+            "the first round costs",
+        ),
         (private("fedavg", {"delta": 1e-4}), "set target_epsilon or noise_multiplier"),
-        (private("fedavg", {**RECORD, "poisson_cohorts": True}), "poisson_cohorts requires unit=client"),
-        (private("fedavg", {**CLIENT, "adaptive_clip": {"noise": 0.1}}), "adaptive_clip.noise: must be > 0.5"),
-        (private("fedavg", {**CLIENT, "votes": True}), "requires a method that uploads class predictions"),
+        (
+            private("fedavg", {**RECORD, "poisson_cohorts": True}),
+            "poisson_cohorts requires unit=client",
+        ),
+        (
+            private("fedavg", {**CLIENT, "adaptive_clip": {"noise": 0.1}}),
+            "adaptive_clip.noise: must be > 0.5",
+        ),
+        (
+            private("fedavg", {**CLIENT, "votes": True}),
+            "requires a method that uploads class predictions",
+        ),
         (private("fedavg", RECORD, init_from="runs/other"), "init_from=runs/other"),
     ],
-)  # fmt: skip
-def test_refused_in_one_line_when_the_configuration_is_loaded(
-    source: dict[str, Any], line: str
-) -> None:
+)
+def test_incompatible_settings_are_refused_on_loading(source: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError) as refusal:
         prepare(source)
     assert line in str(refusal.value) and "\n" not in str(refusal.value)
     assert "privacy" in str(refusal.value)
 
 
-def test_a_delta_that_gives_somebody_away_is_told() -> None:
-    def told(privacy: dict[str, Any]) -> list[str]:
+def test_too_large_delta_warns() -> None:
+    def delta_notes(privacy: dict[str, Any]) -> list[str]:
         return [
             n for n in prepare(private("fedavg", privacy, clients=4)).notes if "privacy.delta" in n
         ]
 
     assert (
         "privacy.delta: 0.25 allows a mechanism that reveals one of 4 clients"
-        in told({**CLIENT, "delta": 0.25})[0]
+        in delta_notes({**CLIENT, "delta": 0.25})[0]
     )
-    assert "training rows of the smallest client" in told({**RECORD, "delta": 0.25})[0]
-    assert not told({**CLIENT, "delta": 0.24}) and not told(RECORD)
+    assert "training rows of the smallest client" in delta_notes({**RECORD, "delta": 0.25})[0]
+    assert not delta_notes({**CLIENT, "delta": 0.24}) and not delta_notes(RECORD)
 
 
-def test_fedbn_keeps_its_statistics_at_home_and_may_have_batch_norm() -> None:
+def test_fedbn_with_private_clients_may_use_batch_norm() -> None:
     prepare(private("fedbn", CLIENT, "cnn_bn_small"))
 
 
@@ -104,8 +126,8 @@ def test_fedbn_keeps_its_statistics_at_home_and_may_have_batch_norm() -> None:
     "method",
     ["local", "fedprox", "scaffold", "fedproto", "fd", "fml", "fedgen", "hybrid", "ditto", "feddf"],
 )
-def test_methods_run_with_private_records(method: str) -> None:
-    """Serially and together: the same noise, up to round-off."""
+def test_methods_run_with_private_examples(method: str) -> None:
+    """Compare serial and batched runs, which use equal noise."""
     found = []
     for executor in ("serial", "batched"):
         source = private(
@@ -121,8 +143,8 @@ def test_methods_run_with_private_records(method: str) -> None:
         )
 
 
-def test_records_of_a_run_tell_what_is_spent_and_the_run_stops_in_time(tmp_path: Path) -> None:
-    """With noise given and a target, the run ends before the round that would go beyond."""
+def test_records_contain_epsilon_and_run_stops_at_target(tmp_path: Path) -> None:
+    """Stop before the round that would exceed the target."""
     source = private(
         "fedavg",
         {**RECORD, "target_epsilon": 5.0},
@@ -140,9 +162,13 @@ def test_records_of_a_run_tell_what_is_spent_and_the_run_stops_in_time(tmp_path:
     assert 0 < len(lines) < 6
     assert ended.summary["privacy"] == {"epsilon": spent[-1], "delta": 1e-4, "unit": "record"}
     assert "stopped after round" in (tmp_path / "run" / "log.txt").read_text()
-    assert all(not line["train_loss"] for line in lines)  # a loss would be a release
-    # What the ledger says is what the clients' own numbers give.
-    n = [prepared.federation.client_infos[id].num_rows for id in prepared.federation.client_infos]
+    # Publishing a loss would be a release.
+    assert all(not line["train_loss"] for line in lines)
+    # The ledger agrees with the clients' settings.
+    n = [
+        prepared.federation.client_infos[client_id].num_rows
+        for client_id in prepared.federation.client_infos
+    ]
     by_hand = max(
         epsilon_of_history(((1.0, 16 / k, len(lines) * round(k / 16)),), 1.0, 1e-4, "rdp")
         for k in n
@@ -150,13 +176,13 @@ def test_records_of_a_run_tell_what_is_spent_and_the_run_stops_in_time(tmp_path:
     assert spent[-1] == pytest.approx(by_hand)
 
 
-def test_the_target_is_solved_for_and_written_down(tmp_path: Path) -> None:
+def test_noise_for_target_epsilon_is_recorded(tmp_path: Path) -> None:
     source = private("hybrid", {"target_epsilon": 6.0, "delta": 1e-4, "accountant": "rdp"})
     prepared = prepare(source)
     assert prepared.config.privacy is not None and prepared.budget is not None
     assert prepared.config.privacy.noise_multiplier is not None
     assert 5.9 < prepared.budget.epsilon(2) <= 6.0
-    # Label counts, which hybrid's loss and teacher read, are charged once; fedavg does not read them.
+    # Label counts are charged once for hybrid; fedavg does not read them.
     assert all(
         any(scale == 4.0 and steps == 1 for scale, _, steps in h)
         for h in prepared.budget.histories[-1]
@@ -165,7 +191,7 @@ def test_the_target_is_solved_for_and_written_down(tmp_path: Path) -> None:
     assert plain is not None and all(scale == 1.0 for h in plain.histories[-1] for scale, _, _ in h)
 
 
-def test_statistics_are_charged_every_round() -> None:
+def test_released_statistics_are_charged_every_round() -> None:
     budget = prepare(private("fedproto", RECORD, rounds=3)).budget
     assert budget is not None
     assert all((4.0, 1.0, 3) in history for history in budget.histories[-1])
@@ -176,7 +202,7 @@ def guard(client: Participant, **changes: Any) -> PrivacyBackend:
     return PrivacyBackend(make_backend(DeviceMemory(CPU)), privacy, KeyedNoiseSource(0), [client])
 
 
-def test_private_rows_are_read_inside_of_steps_only() -> None:
+def test_private_rows_are_read_only_in_steps() -> None:
     client = client_of(private("fedavg", RECORD))
     keeper = guard(client)
     with pytest.raises(UserError, match="outside of its steps"):
@@ -195,7 +221,7 @@ def _supervised() -> Any:
 
 
 def test_class_sums_are_clipped_and_noised() -> None:
-    """Many draws: means are those of the clipped rows, deviations √2·4·z and that times the clip."""
+    """Draw often: means of clipped rows, deviations √2·4·z and that times the clip."""
     client = client_of(private("fedavg", RECORD))
     columns = client.data("train", None)
     (features,) = make_backend(DeviceMemory(CPU)).run(
@@ -213,7 +239,7 @@ def test_class_sums_are_clipped_and_noised() -> None:
     assert bool((keeper.run([(client, step)])[0][1] >= 0).all())
 
 
-def test_a_row_that_is_not_finite_does_not_spoil_class_sums() -> None:
+def test_non_finite_row_is_excluded_from_class_sums() -> None:
     client = client_of(private("fedproto", RECORD))
     columns = client.data("train", None)
     columns = {**columns, "x": torch.cat([columns["x"][:1] * float("inf"), columns["x"][1:]])}
@@ -222,10 +248,10 @@ def test_a_row_that_is_not_finite_does_not_spoil_class_sums() -> None:
     assert bool(sums.isfinite().all()) and bool(counts.isfinite().all())
 
 
-def test_rows_that_a_plan_reads_when_it_is_made_are_refused(
+def test_reading_rows_while_creating_a_plan_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """`train` need not be a generator itself: what it does before it returns one is outside of all steps, too."""
+    """Read rows in a plain `train` function before it returns its generator."""
     rounds = rounds_of(private("fedavg", RECORD), held=0)
     method = rounds.algorithm
     train = type(method).train
@@ -239,7 +265,7 @@ def test_rows_that_a_plan_reads_when_it_is_made_are_refused(
         rounds.run_round()
 
 
-def test_label_counts_are_noised_once_and_for_all() -> None:
+def test_label_counts_are_noised_once() -> None:
     prepared = prepare(private("hybrid", RECORD))
     known = prepared.federation.label_counts("site_1")
     true = prepared.data.label_counts("site_1")
@@ -247,9 +273,9 @@ def test_label_counts_are_noised_once_and_for_all() -> None:
     assert not torch.equal(known, true) and float((known - true).abs().max()) < 4 * 5
 
 
-# Privacy of clients --------------------------------------------------------------------------------------------------
-def test_without_noise_and_with_room_it_is_fedavg() -> None:
-    """Every client in every round, equal weights: clipping that clips nothing and a denominator of all change nothing."""
+# Client-level privacy
+def test_no_noise_and_large_clip_equal_fedavg() -> None:
+    """Include all clients with equal weights, so that clipping and denominator have no effect."""
     plain = rounds_of(
         config(
             "fedavg", models="cnn_gn_small", algorithm={"name": "fedavg", "weighting": "uniform"}
@@ -264,9 +290,11 @@ def test_without_noise_and_with_room_it_is_fedavg() -> None:
         )
 
 
-def test_the_noise_at_the_server_has_its_scale() -> None:
-    """Brute force: updates that are clipped to nothing, round after round. Each moves every number of the model by
-    N(0, (z·C/expected)²), whoever took part; the group of one client has an expectation of its own."""
+def test_server_noise_has_the_expected_scale() -> None:
+    """Clip updates to zero in many rounds: changes follow N(0, (z·C/expected)²).
+
+    The scale does not depend on the cohort. The group of one client has a different expectation.
+    """
     source = private(
         "fedavg", {**CLIENT, "clip": 1e-3, "noise_multiplier": 500.0}, clients=4, rounds=12
     )
@@ -297,9 +325,11 @@ def test_updates_are_clipped_to_their_bound() -> None:
     assert upload.item("model").weight == 1.0 and upload.report == {}
 
 
-def test_what_is_common_to_models_that_began_apart_moves_by_bounded_updates() -> None:
-    """Two architectures start a common head from different numbers: taking part, a client moves it by its clip over the expected
-    number at most, not by how far the two heads are apart."""
+def test_shared_tensors_with_different_starts_move_by_bounded_updates() -> None:
+    """Start a shared head from different values in two architectures.
+
+    A participating client moves it by at most its clip over the expected number.
+    """
     models = [{"name": "mlp", "hidden": [32, 24]}, {"name": "mlp", "hidden": [16, 24]}]
     quiet = {**CLIENT, "noise_multiplier": 1e-9, "clip": 0.1}
     for secure in ({}, {"channel__secure_sum": {}}):
@@ -318,7 +348,7 @@ def test_what_is_common_to_models_that_began_apart_moves_by_bounded_updates() ->
 
 
 def failing(rounds: Any, client: str) -> None:
-    """This client's training comes to nothing."""
+    """Let this client's training fail."""
     site = rounds.executor.runtime
     release = site.privacy.release_upload
 
@@ -343,13 +373,13 @@ def test_rows_and_class_sums_are_noised_as_sums() -> None:
         assert not torch.allclose(loud.server.state[name], a, atol=1e-2)
 
 
-def test_votes_elect_the_class_with_most() -> None:
-    """Without noise to speak of: the teacher is the plain majority of the clients' first choices."""
+def test_votes_select_the_majority_class() -> None:
+    """Without relevant noise, the teacher is the majority of first choices."""
     privacy = {**CLIENT, "noise_multiplier": 1e-9, "votes": True}
     found = rounds_of(private("fedmd", privacy, clients=5), held=0)
     site = found.executor.runtime  # type: ignore[attr-defined]
     sent = [u["logits"] for u in sent_by(site, broadcasts(found, found.sample_cohort(0))).values()]
-    # the bound, whatever the rows
+    # The bound for any rows.
     assert all(float(votes.norm()) == pytest.approx(1.0, rel=1e-5) for votes in sent)
     ballots = torch.stack([votes.argmax(-1) for votes in sent])
     found.run_round()
@@ -360,7 +390,7 @@ def test_votes_elect_the_class_with_most() -> None:
     assert torch.allclose(teacher.exp().sum(-1), torch.ones(len(teacher)))
 
 
-def test_adaptive_bounds_go_to_the_quantile_and_survive_a_checkpoint() -> None:
+def test_adaptive_clip_converges_to_quantile_and_is_checkpointed() -> None:
     privacy = {
         **CLIENT,
         "noise_multiplier": 1e-3,
@@ -369,7 +399,8 @@ def test_adaptive_bounds_go_to_the_quantile_and_survive_a_checkpoint() -> None:
     }
     rounds = rounds_of(private("fedavg", privacy, rounds=12), held=12)
     bound = 100.0 * rounds.privacy.factors["model"]
-    assert 0.01 < bound < 5  # updates of one epoch have norms of about one
+    # Updates of one epoch have norms of about one.
+    assert 0.01 < bound < 5
     again = rounds_of(private("fedavg", privacy, rounds=12), held=6)
     later = rounds_of(private("fedavg", privacy, rounds=12), held=0)
     later.store = later.executor.store = again.store
@@ -380,17 +411,18 @@ def test_adaptive_bounds_go_to_the_quantile_and_survive_a_checkpoint() -> None:
     assert all(same_bits(t, later.server.models[s]) for s, t in rounds.server.models.items())
 
 
-def test_adaptive_clip_leaves_the_sum_what_counting_does_not_spend() -> None:
-    """Noise on the sum and on the counts together costs what `noise_multiplier` says."""
+def test_adaptive_clip_splits_the_noise_budget() -> None:
+    """Noise on sum and counts together costs as much as `noise_multiplier` alone."""
     privacy = {**CLIENT, "noise_multiplier": 0.8, "adaptive_clip": {"noise": 0.6}}
 
     sums = rounds_of(private("fedavg", privacy), held=0).privacy
 
-    spent = sums.update_noise_multiplier() ** -2 + (2 * 0.6) ** -2  # counts move by 1/2
+    # Counts change by 1/2.
+    spent = sums.update_noise_multiplier() ** -2 + (2 * 0.6) ** -2
     assert spent == pytest.approx(0.8**-2)
 
 
-def test_poisson_cohorts_are_of_any_size_and_cheaper() -> None:
+def test_poisson_cohorts_vary_in_size_and_cost_less() -> None:
     changes: dict[str, Any] = {"clients": 6, "rounds": 8, "clients__per_round": 2}
     poisson = prepare(
         private("fedavg", {**CLIENT, "poisson_cohorts": True, "accountant": "rdp"}, **changes)
@@ -408,7 +440,8 @@ def test_poisson_cohorts_are_of_any_size_and_cheaper() -> None:
     empty = next(r for r in range(200) if not rounds.sample_cohort(r))
     rounds.completed = empty
     before = {n: t.clone() for n, t in next(iter(rounds.server.models.values())).items()}
-    rounds.run_round()  # nobody came: the noise comes all the same
+    # No client participates, but the noise is added.
+    rounds.run_round()
     timed = rounds_of(
         private("fedavg", {**CLIENT, "poisson_cohorts": True}, devices={}, **changes), held=0
     )
@@ -418,9 +451,9 @@ def test_poisson_cohorts_are_of_any_size_and_cheaper() -> None:
     assert all(not torch.equal(before[n], t) for n, t in after.items())
 
 
-# Local privacy -------------------------------------------------------------------------------------------------------
-def test_local_noise_is_on_what_leaves() -> None:
-    """Twice the bound, as any upload may take another's place; √2 for two items."""
+# Local privacy
+def test_local_noise_is_added_to_uploads() -> None:
+    """Use sensitivity twice the bound (replacement), and √2 for two items."""
     source = private(
         "hybrid",
         {
@@ -436,7 +469,7 @@ def test_local_noise_is_on_what_leaves() -> None:
     upload, start = sent_by(site, {"site_1": body})["site_1"], Payload.decode(body)["model"]
     moved = torch.cat([(t - start[n]).flatten() for n, t in upload["model"].items()])
     expected = 2 * 3.0 * 2**0.5 * 1e-6
-    # float32 has few bits left beside the weights
+    # float32 has few bits left next to the weights.
     assert abs(float(moved.std()) / expected - 1) < 0.2
     logits = upload["logits"]
     assert abs(float(logits.std()) / expected - 1) < 5 / (2 * logits.numel()) ** 0.5
@@ -446,8 +479,8 @@ def test_local_noise_is_on_what_leaves() -> None:
 ARCHITECTURES = ["cnn_gn_small", {"name": "mlp", "hidden": [12]}, "linear"]
 
 
-def test_what_the_server_does_does_not_tell_who_took_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An architecture of one client is distilled into whether or not that client was sampled."""
+def test_server_steps_do_not_reveal_participants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Distill into an architecture of one client, sampled or not."""
     distilled: list[set[str]] = []
 
     def note(self: Any, server: Any, teacher: Any, senders: Any, epochs: int) -> Any:

@@ -1,4 +1,4 @@
-"""Each attack changes what it says and nothing else; liars are drawn by the key, held at the door, and left out of figures."""
+"""Attacks: their formulas, the choice of malicious clients, and metrics of benign clients."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ def made(name: str, **settings: Any) -> Attack:
     return attack[name](AttacksConfig(name=name, **settings))
 
 
-def scene(liars: int = 3, **more: Any) -> AttackContext:
+def scene(attackers: int = 3, **more: Any) -> AttackContext:
     return AttackContext(
         TASK,
         0,
         2,
-        [f"c{i}" for i in range(liars)],
+        [f"c{i}" for i in range(attackers)],
         **{"senders": 20, "item": "model", "tensor": "w", **more},
     )
 
 
-def honest(liars: int = 3, *shape: int) -> torch.Tensor:
-    return torch.randn(liars, *(shape or (6, 5)), generator=torch.Generator().manual_seed(1))
+def benign(attackers: int = 3, *shape: int) -> torch.Tensor:
+    return torch.randn(attackers, *(shape or (6, 5)), generator=torch.Generator().manual_seed(1))
 
 
-def test_names_are_those_of_the_configuration() -> None:
+def test_attack_names_match_the_configuration() -> None:
     assert set(attack) == set(ATTACKS)
 
 
-def test_attacks_on_updates_are_their_formulas() -> None:
-    u = honest()
+def test_update_attacks_match_formulas() -> None:
+    u = benign()
     assert torch.equal(made("sign_flip").poison_updates(u, scene()), -4 * u)
     assert torch.equal(made("scaled", strength=7).poison_updates(u, scene()), 7 * u)
     assert torch.allclose(
@@ -60,14 +60,14 @@ def test_attacks_on_updates_are_their_formulas() -> None:
 
 
 @pytest.mark.parametrize(("n", "f"), [(20, 4), (50, 12), (11, 2)])
-def test_as_little_as_theory_lets_pass(n: int, f: int) -> None:
+def test_alie_attack_matches_theory(n: int, f: int) -> None:
     z = made("little_is_enough").deviations(n, f)
     supporters = n // 2 + 1 - f
     assert math.erf(z / math.sqrt(2)) / 2 + 0.5 == pytest.approx((n - f - supporters) / (n - f))
 
 
-def test_noise_is_each_liars_own_keyed_and_as_large_as_said() -> None:
-    u = honest(3, 50, 40)
+def test_noise_attack_is_keyed_and_scaled() -> None:
+    u = benign(3, 50, 40)
     one, again = (made("gaussian", strength=10).poison_updates(u, scene()) for _ in range(2))
     assert torch.equal(one, again) and not torch.allclose(one[0], one[1])
     assert not torch.equal(one, made("gaussian").poison_updates(u, scene(tensor="other")))
@@ -76,8 +76,8 @@ def test_noise_is_each_liars_own_keyed_and_as_large_as_said() -> None:
     )
 
 
-def test_attacks_on_predictions() -> None:
-    z = honest(3, 8, 4) + 5
+def test_prediction_attacks_match_formulas() -> None:
+    z = benign(3, 8, 4) + 5
     level = z.mean(-1, keepdim=True)
     assert torch.allclose(made("flipped", strength=1).poison_predictions(z, scene()), 2 * level - z)
     wrong = made("confident_wrong", strength=1).poison_predictions(z, scene())
@@ -101,7 +101,7 @@ def test_attacks_on_predictions() -> None:
         assert torch.equal(made(name).poison_updates(z, scene()), z), name
 
 
-def test_flipped_labels() -> None:
+def test_label_flip_changes_training_labels() -> None:
     columns = {"x": torch.randn(6, 3), "y": torch.tensor([0, 1, 2, 3, 3, 0])}
     flipped = made("label_flip").poison_rows(columns, scene(1))
     assert flipped["y"].tolist() == [3, 2, 1, 0, 0, 3] and flipped["x"] is columns["x"]
@@ -118,7 +118,7 @@ def test_flipped_labels() -> None:
     assert made("label_flip").poison_rows(many, other)["y"].tolist() == [[1, 0]]
 
 
-def test_a_trigger_is_on_its_share_of_rows_and_nowhere_else() -> None:
+def test_backdoor_trigger_covers_its_share_of_rows() -> None:
     x = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     columns = {"x": x.clone(), "y": torch.arange(20) % 4}
     got = made("backdoor", stamped=0.4, target=3, trigger=2).poison_rows(columns, scene(1))
@@ -139,8 +139,8 @@ def test_a_trigger_is_on_its_share_of_rows_and_nowhere_else() -> None:
     )
 
 
-# Liars among a round's clients -----------------------------------------------------------------------------------
-def test_liars_are_drawn_by_the_seed_or_named() -> None:
+# Malicious clients in a round
+def test_malicious_clients_are_sampled_or_named() -> None:
     clients = Population.from_settings(
         {f"c{i}": prepare(config()).federation.client_infos["site_1"].settings for i in range(20)}
     )
@@ -171,7 +171,7 @@ def lying(method: str, name: str, **changes: Any) -> dict[str, Any]:
 def sent(
     source: dict[str, Any], monkeypatch: pytest.MonkeyPatch, rounds: int = 1
 ) -> dict[str, Payload]:
-    """What the server took from every client in the last of so many rounds."""
+    """Return the uploads of all clients in the last of that many rounds."""
     seen: dict[str, Payload] = {}
     add = Uploads.add
 
@@ -182,7 +182,8 @@ def sent(
     with monkeypatch.context() as patch:
         patch.setattr(Uploads, "add", watched)
         held = rounds_of(source, held=rounds)
-    assert list(seen) == [f"site_{i}" for i in range(1, 6)]  # in the order of their ids
+    # In the order of client ids.
+    assert list(seen) == [f"site_{i}" for i in range(1, 6)]
     held.executor.close()
     return seen
 
@@ -198,16 +199,16 @@ def equal(a: Item, b: Item) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ATTACKS)
-def test_only_liars_send_something_else_and_only_what_the_attack_acts_on(
+def test_only_malicious_clients_change_attacked_items(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = lying("hybrid", name)
     ours, theirs = sent(source, monkeypatch), sent(plain(source), monkeypatch)
-    for id in ours:
+    for client_id in ours:
         for item in ("model", "logits"):
-            differs = not equal(ours[id].item(item), theirs[id].item(item))
+            differs = not equal(ours[client_id].item(item), theirs[client_id].item(item))
             acts = name not in ROW_ATTACKS or item == "logits"
-            assert differs == (acts and id in ("site_2", "site_4")), (id, item)
+            assert differs == (acts and client_id in ("site_2", "site_4")), (client_id, item)
     values, was = ours["site_2"]["model"], theirs["site_2"]["model"]
     buffers = [n for n in values if "running" in n]
     if name in UPLOAD_ATTACKS:
@@ -215,12 +216,14 @@ def test_only_liars_send_something_else_and_only_what_the_attack_acts_on(
         assert ours["site_2"].item("model").weight == theirs["site_2"].item("model").weight
 
 
-def test_liars_are_honest_before_their_round_and_the_reference_is_what_they_received(
+def test_attack_starts_in_its_round_from_received_tensors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = lying("fedavg", "sign_flip", from_round=2, strength=3)
     ours, theirs = sent(source, monkeypatch), sent(plain(source), monkeypatch)
-    assert all(equal(ours[id].item("model"), theirs[id].item("model")) for id in ours)
+    assert all(
+        equal(ours[client_id].item("model"), theirs[client_id].item("model")) for client_id in ours
+    )
     before = rounds_of(source, held=1).server.models
     ours, theirs = sent(source, monkeypatch, 2), sent(plain(source), monkeypatch, 2)
     for n, start in next(iter(before.values())).items():
@@ -229,20 +232,21 @@ def test_liars_are_honest_before_their_round_and_the_reference_is_what_they_rece
             assert torch.allclose(ours["site_4"]["model"][n], want, atol=1e-10), n
 
 
-def test_label_counts_follow_the_labels_and_the_public_stays_as_it_is() -> None:
+def test_label_counts_follow_poisoned_labels() -> None:
     source = lying("hybrid", "label_flip")
     federation, other = (prepare(s).federation for s in (source, plain(source)))
-    liar, was = (
+    attacker, was = (
         f.client("site_2", rounds_of(source, held=0).store.get("site_2"), 0)
         for f in (federation, other)
     )
-    assert liar.counts.tolist() == was.counts.flip(0).tolist()
-    assert torch.equal(liar.data("train", None)["y"], 9 - was.data("train", None)["y"])
-    assert all(liar.data(name, None)["y"] is was.data(name, None)["y"] or torch.equal(
-        liar.data(name, None)["y"], was.data(name, None)["y"]) for name in ("test", "validation", "common_test"))  # fmt: skip
+    assert attacker.counts.tolist() == was.counts.flip(0).tolist()
+    assert torch.equal(attacker.data("train", None)["y"], 9 - was.data("train", None)["y"])
+    for name in ("test", "validation", "common_test"):
+        y = attacker.data(name, None)["y"]
+        assert y is was.data(name, None)["y"] or torch.equal(y, was.data(name, None)["y"])
 
 
-def test_figures_are_of_the_honest_and_a_backdoors_success_is_read() -> None:
+def test_metrics_cover_benign_clients_and_backdoor_success() -> None:
     source = lying("fedavg", "backdoor", target=1, trigger=2)
     rounds = rounds_of(source)
     clients = rounds.evaluate().clients
@@ -261,7 +265,7 @@ def test_figures_are_of_the_honest_and_a_backdoors_success_is_read() -> None:
     )
 
 
-def test_without_attacks_nothing_is_different() -> None:
+def test_disabled_attacks_change_nothing() -> None:
     one, other = (
         rounds_of(config("hybrid", MIXED)),
         rounds_of(config("hybrid", MIXED, attacks=None)),
@@ -271,7 +275,7 @@ def test_without_attacks_nothing_is_different() -> None:
     assert "attacks" not in one.run_round() and one.evaluate().clients["site_1"].triggered is None
 
 
-def test_liars_lie_alike_in_batches_and_in_another_process() -> None:
+def test_attacks_match_in_batches_and_workers() -> None:
     source = lying("hybrid", "backdoor", strength=2)
     serial, batched = (
         rounds_of({**source, "runtime": {"threads": 1, "executor": name}}, held=1)
@@ -281,12 +285,13 @@ def test_liars_lie_alike_in_batches_and_in_another_process() -> None:
         assert all(
             torch.allclose(t, batched.server.models[group][n], atol=1e-9) for n, t in model.items()
         )
-    there = pickle.loads(pickle.dumps(serial.federation.malicious))  # as a worker gets it
+    # As a worker receives it.
+    there = pickle.loads(pickle.dumps(serial.federation.malicious))
     columns = {"x": torch.rand(20, 1, 8, 8), "y": torch.arange(20) % 10}
     mine, theirs = (
-        liars.poison_data("site_2", lambda name, through: columns, torch.zeros(10), 0)[0](
+        attackers.poison_data("site_2", lambda name, through: columns, torch.zeros(10), 0)[0](
             "train", None
         )
-        for liars in (serial.federation.malicious, there)
+        for attackers in (serial.federation.malicious, there)
     )
     assert torch.equal(mine["x"], theirs["x"]) and not torch.equal(mine["x"], columns["x"])

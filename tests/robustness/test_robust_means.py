@@ -1,4 +1,4 @@
-"""Rules where uploads are: within owners, without weights, in any order of arrival, and never where they are not asked for."""
+"""Robust aggregation in rounds: per owner, unweighted, independent of arrival order."""
 
 from __future__ import annotations
 
@@ -31,12 +31,15 @@ def rules(**settings: Any) -> AggregationRules:
 
 @pytest.fixture(scope="module")
 def cards() -> list[Any]:
-    """Seven clients of two architectures, five and two."""
+    """Return seven clients of two architectures, five and two."""
     made = config(
         "fedavg", [MIXED[1]] * 5 + [MIXED[2]] * 2, clients=7, rounds=1, data__partition__min_size=10
     )
     rounds = rounds_of(made, held=0)
-    return [rounds.federation.client_infos[id] for id in sorted(rounds.federation.client_infos)]
+    return [
+        rounds.federation.client_infos[client_id]
+        for client_id in sorted(rounds.federation.client_infos)
+    ]
 
 
 def uploads(
@@ -48,14 +51,15 @@ def uploads(
         for p in (pairs, pairs[::-1])
     ]
     assert len(made[0]) == len(made[1])
-    return made[1]  # arrived in the reverse order: what is expected below is in that of the ids
+    # Arrived in reverse order; the expected values below are in id order.
+    return made[1]
 
 
 def model(value: float, *names: str) -> Item:
     return Item({name: torch.full((2, 2), value) for name in names}, 1.0, "params")
 
 
-def test_a_rule_acts_within_the_owners_of_a_tensor_and_weights_do_not_count(
+def test_rule_applies_per_tensor_owner_without_weights(
     cards: list[Any],
 ) -> None:
     groups = [card.arch.spec_id for card in cards]
@@ -79,7 +83,7 @@ def test_a_rule_acts_within_the_owners_of_a_tensor_and_weights_do_not_count(
     assert common.mean_by_group("model")[small]["w"].tolist() == [4, 4]
 
 
-def test_too_few_for_the_rule_leave_the_tensors_as_they_are(cards: list[Any]) -> None:
+def test_too_few_uploads_keep_tensors(cards: list[Any]) -> None:
     groups = [card.arch.spec_id for card in cards]
     large = max(groups, key=groups.count)
     terms = rules(rule="krum", liars=1)
@@ -90,21 +94,21 @@ def test_too_few_for_the_rule_leave_the_tensors_as_they_are(cards: list[Any]) ->
     assert terms.too_few == {"model": ["w"]}
 
 
-def test_parts_that_others_sent_are_blocks_of_their_own(cards: list[Any]) -> None:
-    alike = [card for card in cards if card.arch.spec_id == cards[0].arch.spec_id]
-    items = [{"model": model(float(i), "body", *["head"][: i < 3])} for i in range(len(alike))]
+def test_parts_of_different_owners_are_separate_blocks(cards: list[Any]) -> None:
+    same_model = [card for card in cards if card.arch.spec_id == cards[0].arch.spec_id]
+    items = [{"model": model(float(i), "body", *["head"][: i < 3])} for i in range(len(same_model))]
     items[2] = {
         "model": Item(
             {"body": torch.full((2, 2), 1e6), "head": torch.full((2, 2), 2.0)}, 1.0, "params"
         )
     }
-    got = uploads(alike, items, rules(rule="krum", liars=0)).mean_by_group("model")[
+    got = uploads(same_model, items, rules(rule="krum", liars=0)).mean_by_group("model")[
         cards[0].arch.spec_id
     ]
     assert float(got["body"][0, 0]) < 10 and float(got["head"][0, 0]) <= 2
 
 
-def test_predictions_are_compared_up_to_a_constant_of_each_row(cards: list[Any]) -> None:
+def test_prediction_distances_ignore_row_constants(cards: list[Any]) -> None:
     rows = [
         torch.randn(3, 4, generator=torch.Generator().manual_seed(i)) for i in range(len(cards))
     ]
@@ -118,7 +122,7 @@ def test_predictions_are_compared_up_to_a_constant_of_each_row(cards: list[Any])
     )
 
 
-def test_class_sums_take_the_median_of_class_means_where_enough_have_the_class(
+def test_class_sums_use_median_of_class_means(
     cards: list[Any],
 ) -> None:
     counts = torch.tensor([[4.0, 0, 1]] * 2 + [[1.0, 2, 1]] * (len(cards) - 2))[..., None]
@@ -141,11 +145,13 @@ def test_class_sums_take_the_median_of_class_means_where_enough_have_the_class(
     assert few.too_few == {"features": ["class 1"]}
 
 
-def test_what_the_server_made_of_single_uploads_is_under_the_rule_too(cards: list[Any]) -> None:
-    said = {card.client_id: Item(torch.full((2, 4), float(i))) for i, card in enumerate(cards)}
+def test_values_derived_by_the_server_use_the_rule(cards: list[Any]) -> None:
+    items_sent = {
+        card.client_id: Item(torch.full((2, 4), float(i))) for i, card in enumerate(cards)
+    }
     for terms in (None, rules(predictions="median")):
-        made = uploads(cards, [{"said": item} for item in said.values()], terms)
-        assert torch.allclose(made.consensus("said", said), torch.full((2, 4), 3.0))
+        made = uploads(cards, [{"said": item} for item in items_sent.values()], terms)
+        assert torch.allclose(made.consensus("said", items_sent), torch.full((2, 4), 3.0))
         assert made.consensus("said", {}) is None
 
 
@@ -165,28 +171,38 @@ MATRIX = [
 
 
 @pytest.mark.parametrize(("method", "key", "value"), MATRIX)
-def test_every_rule_holds_a_round_of_every_method_that_it_is_for(
-    method: str, key: str, value: str
-) -> None:
+def test_every_rule_runs_with_every_supported_method(method: str, key: str, value: str) -> None:
     rounds = rounds_of(
         config(
-            method, {"name": "mlp", "hidden": [8]}, 7, rounds=1, aggregation={key: value, "liars": 1},
-            data__partition={"kind": "iid", "min_size": 5}, data__train_limit=200, data__test_limit=20,
+            method,
+            {"name": "mlp", "hidden": [8]},
+            7,
+            rounds=1,
+            aggregation={key: value, "liars": 1},
+            data__partition={"kind": "iid", "min_size": 5},
+            data__train_limit=200,
+            data__test_limit=20,
         )
-    )  # fmt: skip
+    )
     tensors = [t for model in rounds.server.models.values() for t in model.values()]
     assert all(bool(t.isfinite().all()) for t in tensors)
     other = rounds_of(
         config(
-            method, {"name": "mlp", "hidden": [8]}, 7, rounds=1,
-            data__partition={"kind": "iid", "min_size": 5}, data__train_limit=200, data__test_limit=20,
+            method,
+            {"name": "mlp", "hidden": [8]},
+            7,
+            rounds=1,
+            data__partition={"kind": "iid", "min_size": 5},
+            data__train_limit=200,
+            data__test_limit=20,
         )
-    )  # fmt: skip
+    )
     made, plain = ({**r.server.models, "state": r.server.state} for r in (rounds, other))
-    assert str(made) != str(plain)  # it was not without effect
+    # The rule had an effect.
+    assert str(made) != str(plain)
 
 
-def test_the_mean_is_the_mean_to_the_bit() -> None:
+def test_mean_rule_equals_plain_mean() -> None:
     one, other = (
         rounds_of(config("hybrid", MIXED, aggregation=a))
         for a in ({}, {"rule": "mean", "liars": 1})
@@ -199,7 +215,7 @@ def test_the_mean_is_the_mean_to_the_bit() -> None:
     assert one.rule_memory == {} and set(register_algorithm) >= {"hybrid"}
 
 
-def test_what_a_rule_remembers_is_in_the_checkpoint() -> None:
+def test_rule_state_is_checkpointed() -> None:
     source = config(
         "fedmd",
         MIXED[1],
@@ -216,12 +232,14 @@ def test_what_a_rule_remembers_is_in_the_checkpoint() -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in PREDICTIONS if n != "mean"])
-def test_the_largest_numbers_of_all_are_borne(name: str, cards: list[Any]) -> None:
-    """An upload is finite, but the sum of a row of it need not be."""
+def test_rules_handle_the_largest_floats(name: str, cards: list[Any]) -> None:
+    """Use finite uploads whose row sums overflow."""
     most = torch.finfo(torch.float32).max
-    said = torch.randn(7, 6, 4, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
-    said[0], said[0, :, 0] = most, -most
+    items_sent = torch.randn(
+        7, 6, 4, dtype=torch.float32, generator=torch.Generator().manual_seed(0)
+    )
+    items_sent[0], items_sent[0, :, 0] = most, -most
     terms = rules(predictions=name, liars=1)
     for _ in range(2):
-        got = uploads(cards, [{"logits": Item(row)} for row in said], terms).mean("logits")
+        got = uploads(cards, [{"logits": Item(row)} for row in items_sent], terms).mean("logits")
         assert got is not None and got.dtype == torch.float32 and float(got.abs().max()) < 5

@@ -1,4 +1,4 @@
-"""Rules against references of a few lines, and what liars cannot do to them."""
+"""Robust rules compared with references, and bounds on the effect of malicious clients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hetero_fl.robustness.rules import UploadBlock, prediction_rule, rule, trimm
 from tests.references import robust_rules
 
 pytestmark = pytest.mark.usefixtures("float64")
-CLIENTS, LIARS = 11, 2
+CLIENTS, MALICIOUS = 11, 2
 SHAPES = {"a": (3, 4), "b": (5,)}
 
 
@@ -32,25 +32,32 @@ def vectors(seed: int = 0, n: int = CLIENTS) -> np.ndarray:
 
 
 def combined(
-    name: str, v: np.ndarray, liars: int = LIARS, start=None, root=None, **settings: object
+    name: str,
+    v: np.ndarray,
+    num_malicious: int = MALICIOUS,
+    start=None,
+    root=None,
+    **settings: object,
 ) -> np.ndarray:
     references = None if start is None else [split(start)] * len(v)
     block = UploadBlock(
         list(map(split, v)), references, None, None if root is None else split(root)
     )
-    return joined(rule[name](AggregationConfig(rule=name, **settings)).combine(block, liars))
+    return joined(
+        rule[name](AggregationConfig(rule=name, **settings)).combine(block, num_malicious)
+    )
 
 
 @pytest.mark.parametrize("n", [11, 12])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_rules_equal_their_references(seed: int, n: int) -> None:
+def test_rules_match_references(seed: int, n: int) -> None:
     v, start, root = vectors(seed, n), vectors(seed + 10)[0], vectors(seed + 20)[0]
     wanted = {
         "median": robust_rules.median(v),
-        "trimmed_mean": robust_rules.trimmed_mean(v, LIARS),
-        "krum": robust_rules.krum(v, LIARS),
-        "multi_krum": robust_rules.multi_krum(v, LIARS),
-        "bulyan": robust_rules.bulyan(v, LIARS),
+        "trimmed_mean": robust_rules.trimmed_mean(v, MALICIOUS),
+        "krum": robust_rules.krum(v, MALICIOUS),
+        "multi_krum": robust_rules.multi_krum(v, MALICIOUS),
+        "bulyan": robust_rules.bulyan(v, MALICIOUS),
         "norm_bound": robust_rules.norm_bound(v, start),
         "fltrust": robust_rules.fltrust(v, start, root),
     }
@@ -63,21 +70,21 @@ def test_rules_equal_their_references(seed: int, n: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["median", "trimmed_mean", "krum", "multi_krum", "bulyan"])
-def test_the_far_away_do_not_leave_the_hull_of_the_honest(name: str) -> None:
+def test_outliers_stay_within_range_of_benign_uploads(name: str) -> None:
     v = vectors()
     v[[3, 7]] = 1e6
     v[7] *= -1
-    honest = np.delete(v, [3, 7], axis=0)
+    benign = np.delete(v, [3, 7], axis=0)
     got = combined(name, v)
-    assert (got >= honest.min(0)).all() and (got <= honest.max(0)).all()
+    assert (got >= benign.min(0)).all() and (got <= benign.max(0)).all()
     if name == "krum":
-        assert any(np.array_equal(got, row) for row in honest)
+        assert any(np.array_equal(got, row) for row in benign)
 
 
-def test_what_a_liar_can_move_is_bounded() -> None:
+def test_influence_of_a_malicious_client_is_bounded() -> None:
     v, start, root = vectors(), np.zeros(17), vectors(5)[0]
     v[[3, 7]] = 1e6
-    honest = np.delete(v, [3, 7], axis=0)
+    benign = np.delete(v, [3, 7], axis=0)
     assert (
         np.linalg.norm(combined("norm_bound", v, start=start))
         <= np.median(np.linalg.norm(v, axis=1)) + 1e-9
@@ -86,42 +93,43 @@ def test_what_a_liar_can_move_is_bounded() -> None:
         np.linalg.norm(combined("fltrust", v, start=start, root=root))
         <= np.linalg.norm(root) + 1e-9
     )
-    assert np.linalg.norm(robust_rules.median(v) - robust_rules.median(honest)) < 5
+    assert np.linalg.norm(robust_rules.median(v) - robust_rules.median(benign)) < 5
     against = np.tile(-root, (CLIENTS, 1))
-    # nobody is trusted
+    # No client is trusted.
     assert np.array_equal(combined("fltrust", against, start=start, root=root), start)
 
 
 @pytest.mark.parametrize("name", [n for n in RULES if n != "mean"])
-def test_equal_clients_without_liars_are_their_mean(name: str) -> None:
+def test_rules_return_equal_uploads(name: str) -> None:
     v = np.tile(vectors()[0], (CLIENTS, 1))
     got = combined(name, v, 0, start=np.zeros(17), root=v[0])
     assert np.allclose(got, v.mean(0), rtol=0, atol=1e-12)
 
 
-def test_without_liars_trimming_is_the_mean() -> None:
+def test_trimmed_mean_without_malicious_clients_is_the_mean() -> None:
     for name in ("trimmed_mean", "multi_krum", "bulyan"):
         assert np.allclose(combined(name, vectors(), 0), vectors().mean(0), rtol=0, atol=1e-12), (
             name
         )
 
 
-def test_buffers_follow_the_selected_and_count_in_no_distance() -> None:
+def test_buffers_follow_selected_clients() -> None:
     v = vectors()
     members = [
         {**split(row), "running": torch.tensor([1e9 * i, float(i)])} for i, row in enumerate(v)
     ]
     block = UploadBlock(members, None, frozenset(SHAPES))
-    want = int(np.argmin(robust_rules.krum_scores(v, LIARS)))
-    got = rule["krum"](AggregationConfig(rule="krum")).combine(block, LIARS)
+    want = int(np.argmin(robust_rules.krum_scores(v, MALICIOUS)))
+    got = rule["krum"](AggregationConfig(rule="krum")).combine(block, MALICIOUS)
     assert torch.equal(got["running"], members[want]["running"])
     bounded = rule["norm_bound"](AggregationConfig(rule="norm_bound", bound=1e-3)).combine(
-        block, LIARS
+        block, MALICIOUS
     )["running"]
-    assert bounded[0] > 1e9  # the bound of updates is not that of buffers
+    # The bound applies to updates, not to buffers.
+    assert bounded[0] > 1e9
 
 
-def test_least_numbers_of_clients() -> None:
+def test_minimum_numbers_of_clients() -> None:
     least = {
         name: rule[name](AggregationConfig(rule=name)).min_clients(3)
         for name in RULES
@@ -131,46 +139,61 @@ def test_least_numbers_of_clients() -> None:
     assert set(least.values()) == {7} and len(least) == 4
 
 
-# Predictions -----------------------------------------------------------------------------------------------------
-def opinions(seed: int = 0) -> np.ndarray:
+# Predictions
+def sample_predictions(seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     truth = 3 * np.eye(4)[rng.integers(4, size=6)]
     return truth + rng.normal(size=(CLIENTS, 6, 4))
 
 
-def consensus(name: str, said: np.ndarray, liars: int = LIARS, memory=None) -> np.ndarray:
-    ids = [f"c{i}" for i in range(len(said))]
+def consensus(
+    name: str, predictions: np.ndarray, num_malicious: int = MALICIOUS, memory=None
+) -> np.ndarray:
+    ids = [f"c{i}" for i in range(len(predictions))]
     how = prediction_rule[name](AggregationConfig(predictions=name))
-    return how.combine(torch.tensor(said), liars, ids, {} if memory is None else memory).numpy()
+    return how.combine(
+        torch.tensor(predictions), num_malicious, ids, {} if memory is None else memory
+    ).numpy()
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_rules_of_predictions_equal_their_references(seed: int) -> None:
-    said, memory = opinions(seed), {}
-    assert np.allclose(consensus("median", said), np.median(said, 0), rtol=0, atol=1e-12)
+def test_prediction_rules_match_references(seed: int) -> None:
+    predictions, memory = sample_predictions(seed), {}
     assert np.allclose(
-        consensus("spectral", said), robust_rules.spectral(said, LIARS), rtol=0, atol=1e-10
+        consensus("median", predictions), np.median(predictions, 0), rtol=0, atol=1e-12
     )
     assert np.allclose(
-        consensus("agreement", said), robust_rules.agreement(said, LIARS), rtol=0, atol=1e-12
+        consensus("spectral", predictions),
+        robust_rules.spectral(predictions, MALICIOUS),
+        rtol=0,
+        atol=1e-10,
+    )
+    assert np.allclose(
+        consensus("agreement", predictions),
+        robust_rules.agreement(predictions, MALICIOUS),
+        rtol=0,
+        atol=1e-12,
     )
     before: np.ndarray | float = 0.0
-    for round in range(3):
-        said = opinions(seed + round)
-        want, before = robust_rules.down_weight(said, 2.0, before)
-        assert np.allclose(consensus("down_weight", said, memory=memory), want, rtol=0, atol=1e-10)
+    for round_idx in range(3):
+        predictions = sample_predictions(seed + round_idx)
+        want, before = robust_rules.down_weight(predictions, 2.0, before)
+        assert np.allclose(
+            consensus("down_weight", predictions, memory=memory), want, rtol=0, atol=1e-10
+        )
     assert np.allclose(list(memory.values()), before)
 
 
 @pytest.mark.parametrize("name", [n for n in PREDICTIONS if n != "mean"])
-def test_loud_colluders_do_not_decide_a_row(name: str) -> None:
-    said = opinions()
-    right = said.mean(0).argmax(1)
-    said[[2, 5]] = 1e6 * np.eye(4)[(right + 1) % 4]
-    assert (consensus(name, said).argmax(1) == right).all()
-    assert (said.mean(0).argmax(1) != right).all()  # as the mean lets them
+def test_colluding_clients_do_not_decide_a_row(name: str) -> None:
+    predictions = sample_predictions()
+    right = predictions.mean(0).argmax(1)
+    predictions[[2, 5]] = 1e6 * np.eye(4)[(right + 1) % 4]
+    assert (consensus(name, predictions).argmax(1) == right).all()
+    # As with the plain mean.
+    assert (predictions.mean(0).argmax(1) != right).all()
 
 
-def test_the_middle_of_an_even_number() -> None:
+def test_median_of_an_even_number() -> None:
     assert trimmed_mean(torch.tensor([4.0, 1.0, 100.0, 2.0])) == 3
     assert trimmed_mean(torch.tensor([4.0, 1.0, 100.0, 2.0, 0.0]), 1) == pytest.approx(7 / 3)

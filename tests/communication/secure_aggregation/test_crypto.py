@@ -1,4 +1,4 @@
-"""What the secure sum is built of: agreement, shares, masks, fixed point, layout, graph."""
+"""Primitives of secure aggregation: keys, shares, masks, fixed point, layout and graph."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from hetero_fl.config.communication import SecureAggregationConfig
 from hetero_fl.core.payload import Item, ItemSpec, Payload, PayloadError
 
 
-def test_two_parties_agree_and_a_third_does_not() -> None:
+def test_key_agreement_excludes_third_parties() -> None:
     secret = [crypto.new_key() for _ in range(3)]
     a, b, c = map(crypto.load_private_key, secret)
     at_a, at_b, _ = map(crypto.public_key, secret)
@@ -48,7 +48,7 @@ def test_two_parties_agree_and_a_third_does_not() -> None:
         crypto.derive_shared_key(a, bytes(32), b"x")
 
 
-def test_sealed_for_one_and_about_one_thing() -> None:
+def test_sealed_message_opens_only_for_recipient_and_context() -> None:
     key, plain = crypto.new_seed(), b"a share"
     sealed = crypto.encrypt(key, plain, b"1 to 2")
     assert (
@@ -68,7 +68,7 @@ def test_sealed_for_one_and_about_one_thing() -> None:
 
 
 @pytest.mark.parametrize("threshold", [2, 3, 4])
-def test_any_threshold_of_holders_and_no_fewer(threshold: int) -> None:
+def test_threshold_of_shares_recovers_the_secret(threshold: int) -> None:
     secret, holders = b"\xff" * 32, [1, 4, 5, 9, 200]
     shares = dict(zip(holders, crypto.split_secret(secret, threshold, holders), strict=True))
     for some in itertools.combinations(holders, threshold):
@@ -78,15 +78,15 @@ def test_any_threshold_of_holders_and_no_fewer(threshold: int) -> None:
         assert crypto.combine_shares({h: shares[h] for h in some}) != secret
 
 
-def test_holders_and_thresholds_that_make_no_shares_are_refused() -> None:
+def test_invalid_share_counts_are_refused() -> None:
     secret = b"\xff" * 32
     for threshold, who in ((3, [1, 1, 2]), (3, [0, 1, 2]), (4, [1, 2, 3]), (0, [1])):
         with pytest.raises(ValueError, match="distinct positive integers"):
             crypto.split_secret(secret, threshold, who)
 
 
-def test_one_share_tells_nothing_of_the_secret() -> None:
-    """The share of one holder of two is as likely for one secret as for another: its bytes are uniform."""
+def test_single_share_is_uniform() -> None:
+    """Check that the bytes of one share of two are uniform for any secret."""
     found = np.frombuffer(
         b"".join(crypto.split_secret(bytes(32), 2, [1, 2])[0][:32] for _ in range(800)), np.uint8
     )
@@ -94,8 +94,8 @@ def test_one_share_tells_nothing_of_the_secret() -> None:
     assert float(((np.bincount(found, minlength=256) - expected) ** 2 / expected).sum()) < 400
 
 
-def test_the_field_is_a_field() -> None:
-    """2^256 + 297 is prime (Miller and Rabin, 40 bases)."""
+def test_field_modulus_is_prime() -> None:
+    """Test 2^256 + 297 with Miller-Rabin and 40 bases."""
     p = crypto.FIELD_PRIME
     twos = ((p - 1) & (1 - p)).bit_length() - 1
     for base in range(2, 42):
@@ -103,7 +103,7 @@ def test_the_field_is_a_field() -> None:
         assert x == 1 or any(pow(x, 2**i, p) == p - 1 for i in range(twos))
 
 
-def test_masks_are_the_keystream_in_any_length_and_cancel() -> None:
+def test_masks_are_keystreams_and_cancel() -> None:
     one, other = bytes(range(32)), bytes(32)
     for length in (0, 1, BLOCK - 1, BLOCK, 2 * BLOCK + 3):
         vector = np.arange(length, dtype=np.uint64)
@@ -119,7 +119,7 @@ def test_masks_are_the_keystream_in_any_length_and_cancel() -> None:
         assert np.array_equal(vector, np.arange(length, dtype=np.uint64))
 
 
-def test_fixed_point_at_its_limit() -> None:
+def test_fixed_point_at_its_limits() -> None:
     config = SecureAggregationConfig(range=1000)
     fixed = FixedPoint.from_config(config, 3)
     assert 3 * 1000 * 2**fixed.bits < 2**63 <= 3 * 1000 * 2 ** (fixed.bits + 1)
@@ -144,7 +144,7 @@ SPECS = {
 
 
 def uploads() -> list[tuple[str, Payload]]:
-    """Of two groups with a tensor of one name and two shapes, a common prefix, weights of several shapes."""
+    """Return uploads of two groups with equal names, different shapes and several weights."""
 
     def made(group: int, n: float) -> Payload:
         g = torch.Generator().manual_seed(int(n))
@@ -166,7 +166,7 @@ def uploads() -> list[tuple[str, Payload]]:
     return [("a", made(0, 3.0)), ("b", made(1, 5.0)), ("a", made(0, 8.0))]
 
 
-def test_a_sum_of_vectors_is_the_sum_of_items() -> None:
+def test_sum_of_vectors_is_the_sum_of_items() -> None:
     sent = uploads()
     forms = [(group, {n: p.item(n) for n in p}) for group, p in sent]
     layout = VectorLayout.from_forms(forms, SPECS, ("head.",))
@@ -188,14 +188,16 @@ def test_a_sum_of_vectors_is_the_sum_of_items() -> None:
         values, 3 * item(0, "model").values["body.w"] + 8 * item(2, "model").values["body.w"]
     )
     assert weight == 11
-    values, weight = both(TensorKey("model", "head.w", "", (2, 2)))  # of both groups
+    # Of both groups.
+    values, weight = both(TensorKey("model", "head.w", "", (2, 2)))
     torch.testing.assert_close(
         values, sum(item(i, "model").weight * item(i, "model").values["head.w"] for i in range(3))
     )
     assert weight == 16
     values, weight = both(TensorKey("shared", "x", "", (3,)))
     torch.testing.assert_close(values, sum(item(i, "shared").values["x"] for i in range(3)))
-    values, weight = both(TensorKey("rows", "", "", (4, 2)))  # one weight for all, and one a class
+    # One weight for all, and one per class.
+    values, weight = both(TensorKey("rows", "", "", (4, 2)))
     torch.testing.assert_close(
         values, sum(item(i, "rows").values * item(i, "rows").weight for i in range(3))
     )
@@ -205,7 +207,7 @@ def test_a_sum_of_vectors_is_the_sum_of_items() -> None:
     assert weight.tolist() == [[9.0], [0.0]]
 
 
-def test_every_vector_has_one_length_whatever_its_owner_has() -> None:
+def test_vectors_of_all_clients_have_equal_length() -> None:
     sent = uploads()
     layout = VectorLayout.from_forms(
         [(group, {n: p.item(n) for n in p}) for group, p in sent], SPECS
@@ -221,11 +223,12 @@ def test_every_vector_has_one_length_whatever_its_owner_has() -> None:
         layout.pack("a", Payload({"rows": Item(torch.zeros(4, 2), torch.ones(4, 1))}), 8.0)
 
 
-def test_the_graph_is_regular_random_and_complete_where_that_is_little() -> None:
+def test_graph_is_regular_random_and_complete_if_small() -> None:
     circle = draw_neighbourhoods(range(1, 31), 6)
     assert all(len(members) == 7 and n in members for n, members in circle.items())
     assert all(n in circle[m] for n, members in circle.items() for m in members)
-    assert circle != draw_neighbourhoods(range(1, 31), 6)  # 30! orders
+    # 30! possible orders.
+    assert circle != draw_neighbourhoods(range(1, 31), 6)
     assert draw_neighbourhoods([2, 5, 7], 2) == {2: [2, 5, 7], 5: [2, 5, 7], 7: [2, 5, 7]}
     assert [num_neighbours(n, math.ceil(2 * n / 3)) for n in (3, 20, 100)] == [2, 19, 99]
     assert num_neighbours(100, 90, 40) == 40 and num_neighbours(10, 7, 40) == 9
@@ -233,7 +236,7 @@ def test_the_graph_is_regular_random_and_complete_where_that_is_little() -> None
     assert large == sorted(large) and large[0] < 60 and large[2] < 200
 
 
-def test_the_bound_against_the_exact_tail() -> None:
+def test_tail_bound_exceeds_exact_tail() -> None:
     exact = sum(math.comb(20, i) * math.comb(79, 10 - i) for i in range(6, 11)) / math.comb(99, 10)
     assert _hypergeometric_tail(99, 20, 10, 6) == pytest.approx(exact, rel=1e-9)
     k = num_neighbours(1000, 900)

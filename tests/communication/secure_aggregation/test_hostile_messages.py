@@ -1,4 +1,4 @@
-"""Malformed and hostile messages are refused, no secret of which the other is told leaves a client, and nothing crashes."""
+"""Hostile messages are refused, reveal no second secret of a client, and cause no crash."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ Arrays = dict[str, np.ndarray]
 def changed(
     message: Message, fields: dict[str, dict[str, tuple]], change: Callable[[Arrays], None]
 ) -> Message:
-    """The message with something else in it."""
+    """Return the message with changed content."""
     arrays = decode_arrays(message.body, fields[message.kind])
     change(arrays)
     return Message(message.kind, encode_arrays(arrays))
 
 
 def before_unmasking(count: int = 5) -> tuple[Party, dict[str, Message]]:
-    """A cohort of which all vectors are sent, and what an honest server would ask each of them last."""
-    party, asked = Party(count), {}
+    """Return a cohort with all vectors sent, and the honest last requests."""
+    party, last_requests = Party(count), {}
 
     def stop(client: str, message: Message) -> Message | None:
         if message.kind != "unmask":
             return message
-        asked[client] = message
+        last_requests[client] = message
         return None
 
     with pytest.raises(RunFailedError):
         party.hold(down=stop)
-    return party, asked
+    return party, last_requests
 
 
 def refusal(party: Party, client: str, message: Message) -> str:
-    """Why the client refuses."""
+    """Return the reason why the client refuses."""
     reply = party.reply(client, message)
     assert reply.kind == "refused", reply
     return reply.body.decode()
@@ -66,45 +66,46 @@ def numbers(*them: int) -> np.ndarray:
         ((1, 2, 3, 4, 4), (5,), "expected distinct"),
         ((1, 2, 3, 4), (), "survivors and dropouts are not the neighborhood of this client"),
         ((1, 2, 3, 4, 5), (6,), "survivors and dropouts are not the neighborhood of this client"),
-        # itself among those who left
+        # The client itself among those that dropped out.
         ((2, 3, 4, 5), (1,), "survivors and dropouts are not the neighborhood of this client"),
         ((1, 2, 3), (4, 5), "3 survivors are left in the neighborhood, 4 are needed"),
     ],
 )
-def test_what_an_honest_server_would_not_ask(
+def test_dishonest_requests_are_refused(
     survivors: tuple[int, ...], dropped: tuple[int, ...], why: str
 ) -> None:
-    party, asked = before_unmasking()
+    party, last_requests = before_unmasking()
 
     def other(got: Arrays) -> None:
         got["survivors"], got["dropped"] = numbers(*survivors), numbers(*dropped)
 
-    assert why in refusal(party, "site_1", changed(asked["site_1"], REQUESTS, other))
-    # nothing was told: the honest question is answered
-    assert party.reply("site_1", asked["site_1"]).kind == "unmask"
+    assert why in refusal(party, "site_1", changed(last_requests["site_1"], REQUESTS, other))
+    # No secret was revealed, so the honest request is answered.
+    assert party.reply("site_1", last_requests["site_1"]).kind == "unmask"
 
 
-def test_never_both_secrets_over_two_messages_of_a_round() -> None:
-    """One story: 2 is in the sum; the other: it left. The second is refused, whichever comes first, to whomever."""
+def test_client_never_reveals_both_secrets() -> None:
+    """Claim that client 2 is in the sum and that it left; the second request is refused."""
 
     def left(got: Arrays) -> None:
         got["survivors"], got["dropped"] = numbers(1, 3, 4, 5), numbers(2)
 
     for first, second in ((None, left), (left, None)):
-        party, asked = before_unmasking()
+        party, last_requests = before_unmasking()
         one, two = (
-            changed(asked["site_1"], REQUESTS, c or (lambda got: None)) for c in (first, second)
+            changed(last_requests["site_1"], REQUESTS, c or (lambda got: None))
+            for c in (first, second)
         )
         reply = party.reply("site_1", one)
         assert reply.kind == "unmask"
-        # one of each client
+        # One share of each client.
         assert len(decode_arrays(reply.body, REPLIES["unmask"])["shares"]) == 5
         assert "outside a round" in refusal(party, "site_1", two)
 
 
-def test_two_stories_to_two_halves_never_make_both_secrets() -> None:
-    """More than half of the holders make a secret: whatever a server tells whom, only one of the two has so many."""
-    party, asked = before_unmasking()
+def test_inconsistent_requests_never_reveal_both_secrets() -> None:
+    """Ask holders differently: only one secret can reach the threshold of more than half."""
+    party, last_requests = before_unmasking()
     found: dict[bool, dict[int, bytes]] = {False: {}, True: {}}
     for place, client in enumerate(["site_1", "site_3", "site_4", "site_5"]):
         gone = place % 2 == 0
@@ -114,7 +115,8 @@ def test_two_stories_to_two_halves_never_make_both_secrets() -> None:
                 got["survivors"], got["dropped"] = numbers(1, 3, 4, 5), numbers(2)
 
         got = decode_arrays(
-            party.reply(client, changed(asked[client], REQUESTS, story)).body, REPLIES["unmask"]
+            party.reply(client, changed(last_requests[client], REQUESTS, story)).body,
+            REPLIES["unmask"],
         )
         found[gone].update(
             {
@@ -126,9 +128,9 @@ def test_two_stories_to_two_halves_never_make_both_secrets() -> None:
     assert [len(shares) for shares in found.values()] == [2, 2] and party.protocol.survivors == 4
 
 
-def test_a_replayed_round_is_refused_on_either_side() -> None:
-    party, asked = before_unmasking()
-    old, replies = asked["site_1"], {(ask, c): m for ask, c, m in party.seen}
+def test_replayed_round_is_refused() -> None:
+    party, last_requests = before_unmasking()
+    old, replies = last_requests["site_1"], {(ask, c): m for ask, c, m in party.seen}
     requests = {m.kind: m for c, m in party.asked if c == "site_1"}
     party.hold({"site_1": "unmask"})
     assert "of another round" in refusal(party, "site_1", old)
@@ -141,8 +143,8 @@ def test_a_replayed_round_is_refused_on_either_side() -> None:
         assert np.array_equal(again.total, party.plain(["site_1", "site_3", "site_4", "site_5"]))
 
 
-def test_a_second_vector_under_the_same_masks_is_refused() -> None:
-    """The difference of the two would be the difference of the uploads."""
+def test_second_vector_with_the_same_masks_is_refused() -> None:
+    """The difference of two vectors would reveal the difference of the uploads."""
     party, _ = before_unmasking()
     (request,) = [m for c, m in party.asked if (c, m.kind) == ("site_1", "train")]
     assert "request 'train' out of order" in refusal(party, "site_1", request)
@@ -185,7 +187,7 @@ def test_hostile_requests(ask: str, change: Callable[[Arrays], None], why: str) 
 
 
 def test_threshold_of_exactly_half_is_refused() -> None:
-    """Each half of the holders could open one of a client's two secrets."""
+    """Two halves of the holders could reconstruct both secrets of a client."""
     party = Party(4)
 
     def halve(got: Arrays) -> None:
@@ -222,7 +224,7 @@ def test_hostile_replies(ask: str, change: Callable[[Arrays], None], why: str) -
     assert np.array_equal(summed.total, party.plain(["site_2", "site_3", "site_4", "site_5"]))
 
 
-def test_wrong_shares_are_noticed_and_others_taken() -> None:
+def test_wrong_shares_are_detected_and_replaced() -> None:
     party = Party(5)
 
     def wrong(who: tuple[str, ...]) -> Callable[[str, Message], Message]:
@@ -233,7 +235,8 @@ def test_wrong_shares_are_noticed_and_others_taken() -> None:
 
         return up
 
-    for leaves in ({}, {"site_4": "train"}):  # seeds alone; seeds and a masking key
+    # Seeds only; seeds and a masking key.
+    for leaves in ({}, {"site_4": "train"}):
         if not leaves:
             summed = party.hold(leaves, up=wrong(("site_3",)))
             assert np.array_equal(summed.total, party.plain(summed.clients))
@@ -244,7 +247,7 @@ def test_wrong_shares_are_noticed_and_others_taken() -> None:
             party.hold(leaves, up=wrong(("site_2", "site_3")))
 
 
-def test_sealed_shares_that_do_not_open_end_the_round_in_one_line() -> None:
+def test_unreadable_sealed_shares_end_the_round() -> None:
     party = Party(5)
 
     def up(client: str, message: Message) -> Message:
@@ -258,7 +261,7 @@ def test_sealed_shares_that_do_not_open_end_the_round_in_one_line() -> None:
 
 
 @pytest.mark.parametrize("messages", [50, pytest.param(150, marks=pytest.mark.slow)])
-def test_anything_at_all_in_a_message_crashes_nobody(messages: int) -> None:
+def test_arbitrary_messages_cause_no_crash(messages: int) -> None:
     draw, party = random.Random(stream_key("fuzz")), Party(5)
 
     def garbled(message: Message) -> Message:
@@ -285,7 +288,7 @@ def test_anything_at_all_in_a_message_crashes_nobody(messages: int) -> None:
     assert sums > 0.6 * messages
 
 
-def test_shares_of_something_else() -> None:
+def test_shares_of_another_secret_are_refused() -> None:
     shares = crypto.split_secret(bytes(range(32)), 3, [1, 2, 3])
     assert crypto.combine_shares(dict(zip((1, 2, 3), shares, strict=True))) == bytes(range(32))
     assert crypto.combine_shares({1: b"\xff" * crypto.SHARE_LENGTH, 2: shares[1], 3: b""}) != bytes(
@@ -293,7 +296,7 @@ def test_shares_of_something_else() -> None:
     )
 
 
-# One client of five ---------------------------------------------------------------------------------------------------
+# One hostile client of five
 @pytest.mark.parametrize(
     ("forged", "why"),
     [
@@ -304,7 +307,7 @@ def test_shares_of_something_else() -> None:
         ((b"\x09" + bytes(31)) * 2, "duplicate public key"),
     ],
 )
-def test_unusable_public_keys_cost_their_sender_alone(forged: bytes, why: str) -> None:
+def test_unusable_public_key_drops_only_its_sender(forged: bytes, why: str) -> None:
     party = Party(5)
 
     def forge(client: str, message: Message) -> Message:
@@ -351,7 +354,7 @@ GARBAGE: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("garbage", GARBAGE)
 @pytest.mark.parametrize("ask", EXCHANGES)
-def test_garbage_of_one_client_is_left_out_or_given_up_by_name(ask: str, garbage: str) -> None:
+def test_garbage_from_one_client_drops_or_names_it(ask: str, garbage: str) -> None:
     party = Party(5)
 
     def spoil(client: str, message: Message) -> Message:
@@ -362,7 +365,7 @@ def test_garbage_of_one_client_is_left_out_or_given_up_by_name(ask: str, garbage
     try:
         summed = party.hold(up=spoil)
     except RunFailedError as error:
-        # Sealed shares are opened by nobody before the last exchange: then it is too late to leave their sender out.
+        # Sealed shares are opened in the last exchange, when their sender cannot be dropped.
         assert ask == "shares" and "site_3" in str(error)
     else:
         assert {"site_1", "site_2", "site_4", "site_5"} <= set(summed.clients)

@@ -1,4 +1,4 @@
-"""The secure sum is the plain sum of the quantised items, integer by integer, whoever leaves; and nothing below the threshold."""
+"""The secure sum equals the plain sum of quantized items for any dropouts above the threshold."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ STAYS = "stays"
 
 
 def held_or_given_up(party: Party, leaves: dict[str, str]) -> bool:
-    """Hold the round and compare it with what has to come of it; whether it came to a sum."""
+    """Run the round, check its result, and return whether it produced a sum."""
     least = party.protocol.survivors
-    there = {
+    present = {
         e: [c for c in party.clients if leaves.get(c, STAYS) not in EXCHANGES[: i + 1]]
         for i, e in enumerate(EXCHANGES)
     }
-    short = [e for e in EXCHANGES if len(there[e]) < least]
+    short = [e for e in EXCHANGES if len(present[e]) < least]
     if short:
         with pytest.raises(
             RunFailedError, match=f"round 1: secure aggregation stopped at '{short[0]}'"
@@ -30,26 +30,26 @@ def held_or_given_up(party: Party, leaves: dict[str, str]) -> bool:
             party.hold(leaves)
         return False
     summed = party.hold(leaves)
-    assert summed.clients == there["train"]
-    assert set(summed.dropouts) == set(party.clients) - set(there["train"])
-    assert np.array_equal(summed.total, party.plain(there["train"]))
+    assert summed.clients == present["train"]
+    assert set(summed.dropouts) == set(party.clients) - set(present["train"])
+    assert np.array_equal(summed.total, party.plain(present["train"]))
     return True
 
 
 @pytest.mark.parametrize(
     "first", [STAYS, *(pytest.param(e, marks=pytest.mark.slow) for e in EXCHANGES)]
 )
-def test_every_pattern_of_four_clients_leaving_at_any_exchange(first: str) -> None:
+def test_every_dropout_pattern_of_four_clients(first: str) -> None:
     party, sums = Party(4), 0
     for others in itertools.product((*EXCHANGES, STAYS), repeat=3):
         sums += held_or_given_up(party, dict(zip(party.clients, (first, *others), strict=True)))
-    # threshold 3: nobody leaves, or one at one of four exchanges
+    # Threshold 3: no client leaves, or one in one of four exchanges.
     assert sums == (1 + 3 * 4 if first == STAYS else 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "threshold"), [(5, 0.51), (6, 0.6)])
-def test_every_number_of_clients_leaving_at_each_exchange(count: int, threshold: float) -> None:
+def test_every_number_of_dropouts_in_each_exchange(count: int, threshold: float) -> None:
     party, draw, sums = (
         Party(count, threshold=threshold),
         random.Random(stream_key("leaving", count)),
@@ -62,14 +62,14 @@ def test_every_number_of_clients_leaving_at_each_exchange(count: int, threshold:
 
 
 @pytest.mark.slow
-def test_twenty_clients_leaving_at_random() -> None:
+def test_random_dropouts_of_twenty_clients() -> None:
     party, draw = Party(20), random.Random(stream_key("twenty"))
     for leaving in (0, 1, 3, 6, 6, 6, 9):
         who = draw.sample(party.clients, leaving)
         held_or_given_up(party, {c: draw.choice(EXCHANGES) for c in who})
 
 
-def test_a_sparse_graph_tells_the_same_or_gives_up() -> None:
+def test_sparse_graph_gives_the_same_sum_or_none() -> None:
     party, draw, sums = (
         Party(16, neighbours=8, threshold=0.6),
         random.Random(stream_key("sparse")),
@@ -90,10 +90,10 @@ def test_a_sparse_graph_tells_the_same_or_gives_up() -> None:
     assert sums >= 4
 
 
-def test_who_is_left_alone_among_its_neighbours_is_left_out(
+def test_isolated_client_is_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Eight clients in a circle with two neighbours each: 3 loses both, and nobody could give its secrets back."""
+    """Remove both neighbors of client 3 in a circle of eight, so it cannot be unmasked."""
     monkeypatch.setattr(random.SystemRandom, "shuffle", lambda self, circle: None)
     party = Party(8, neighbours=2, threshold=0.51)
     summed = party.hold({"site_2": "shares", "site_4": "shares"})
@@ -102,8 +102,8 @@ def test_who_is_left_alone_among_its_neighbours_is_left_out(
     assert np.array_equal(summed.total, party.plain(summed.clients))
 
 
-def test_what_the_server_sees_of_one_client_is_uniform() -> None:
-    """Chi-square of bytes, over rounds in which a client sends the very same upload; 255 degrees of freedom, 400 is 6 sigma."""
+def test_masked_upload_is_uniform() -> None:
+    """Compare bytes by chi-square over rounds of one upload: 400 is 6 sigma of 255 degrees."""
     party, seen, plain = Party(4, size=60), [], []
     for _ in range(40):
         party.seen.clear()
@@ -111,20 +111,23 @@ def test_what_the_server_sees_of_one_client_is_uniform() -> None:
         (reply,) = [m for ask, client, m in party.seen if (ask, client) == ("train", "site_2")]
         seen.append(np.frombuffer(reply.body[-8 * party.layout(0).size :], np.uint8).reshape(-1, 8))
         plain.append(party.plain(["site_2"]).view(np.uint8).reshape(-1, 8))
-    assert len({s.tobytes() for s in seen}) == 40  # masks are new each round
+    # Masks are new in each round.
+    assert len({s.tobytes() for s in seen}) == 40
 
     def chi_square(data: np.ndarray) -> float:
         found, expected = np.bincount(data.ravel(), minlength=256), data.size / 256
         return float(((found - expected) ** 2 / expected).sum())
 
-    for column in range(8):  # the high bytes of small numbers, too
+    # Including the high bytes of small numbers.
+    for column in range(8):
         assert chi_square(np.concatenate(seen)[:, column]) < 400
         differences = seen[0][:, column] - seen[1][:, column]
         assert len(set(differences.tolist())) > 50
-    assert chi_square(np.concatenate(plain)[:, 7]) > 400  # what is not masked does not pass
+    # An unmasked vector fails the test.
+    assert chi_square(np.concatenate(plain)[:, 7]) > 400
 
 
-def test_a_number_out_of_range_leaves_its_client_out() -> None:
+def test_client_with_out_of_range_value_is_dropped() -> None:
     party = Party(4, range=64)
     party.uploads["site_2"]["model"]["b"][0] = 1e4
     summed = party.hold()

@@ -1,4 +1,4 @@
-"""How a run is computed is chosen from what is known beforehand, and recorded."""
+"""The choice of executor, workers and threads from estimates, and its record."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from hetero_fl.federation.executors.choose import ExecutorChoice, choose_executo
 from hetero_fl.utils.errors import UserError
 from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
 
-LONG = {"epochs": 50}  # much training for each time that a model travels
+# Much computation per transfer.
+LONG = {"epochs": 50}
 
 
 def threads_speedup(threads: int) -> float:
-    """How much faster large steps are with so many threads, on the machine of these tests."""
+    """Return the speedup of large steps with that many threads, on a made-up machine."""
     return 1 + 0.5 * (threads - 1)
 
 
 def seconds_of_step(arch: ModelSpec, batch_size: int, threads: int) -> float:
-    """Seconds of a step as estimated, on the machine of these tests."""
+    """Return the estimated seconds of a step, on a made-up machine."""
     return batch_size * example_flops(arch) / RATE / threads_speedup(threads)
 
 
@@ -41,7 +42,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, cores: int = 2, **changes: Any) -> E
     return choose_executor(prepared.config, prepared.federation)
 
 
-def test_small_runs_stay_in_this_process_and_long_ones_get_workers(
+def test_small_runs_are_serial_and_long_runs_use_workers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     few = chosen(monkeypatch, models=MIXED)
@@ -67,23 +68,24 @@ def test_small_runs_stay_in_this_process_and_long_ones_get_workers(
     )
 
 
-def test_workers_pay_only_where_they_save_more_than_their_start_against_threads() -> None:
+def test_workers_are_chosen_if_they_save_more_than_their_start() -> None:
     def taken(seconds: float, busy: float, step: float, cores: int = 2) -> str:
         speedup = threads_speedup(cores) if step >= module.LARGE_STEP else 1.0
         load = module.RunLoad(6, seconds, 1e7, busy, step, speedup)
         return module._select_executor(load, 0, torch.device("cpu"), cores)[0]
 
     assert taken(20, 6, 1e6) == "processes" and taken(8, 6, 1e6) == "serial"
-    # two threads would do it in 13 s
+    # Two threads would take 13 s.
     assert taken(100, 6, 1e9) == "processes" and taken(20, 6, 1e9) == "serial"
-    assert taken(1000, 1.05, 1e6) == "serial"  # one client has nearly all of the work
+    # One client has nearly all of the work.
+    assert taken(1000, 1.05, 1e6) == "serial"
     assert taken(1000, 1.5, 1e6) == "processes" and taken(1000, 1.5, 1e9) == "serial"
     assert (
         taken(1000, 2.5, 1e9, cores=4) == "serial" and taken(1000, 4, 1e9, cores=4) == "processes"
     )
 
 
-def test_workers_are_weighed_with_the_threads_that_are_asked_for(
+def test_workers_are_compared_with_configured_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def taken(step: float, cores: int, each: int | None) -> str:
@@ -91,20 +93,21 @@ def test_workers_are_weighed_with_the_threads_that_are_asked_for(
         load = module.RunLoad(8, 20, 1e7, 8, step, speedup)
         return module._select_executor(load, 0, torch.device("cpu"), cores, each)[0]
 
-    # of two threads each, two of them
+    # Two workers of two threads each.
     assert taken(1e6, 4, None) == taken(1e6, 4, 2) == "processes"
-    assert taken(1e6, 4, 4) == taken(1e9, 4, 4) == "serial"  # there is room for one worker
-    # against one thread, not two
+    # The cores suffice for one worker.
+    assert taken(1e6, 4, 4) == taken(1e9, 4, 4) == "serial"
+    # Compared with one thread, not two.
     assert taken(1e9, 2, None) == "serial" and taken(1e9, 2, 1) == "processes"
     long: dict[str, Any] = {"models": MIXED, "rounds": 1_000_000, "clients__defaults": LONG}
     assert chosen(monkeypatch, runtime={"threads": 2}, **long).executor == "serial"
-    # their number changes no result
+    # The number of workers changes no result.
     assert chosen(monkeypatch, runtime={"workers": 1}, **long).executor == "processes"
     monkeypatch.setattr(module, "thread_limit", lambda: 2)
     assert chosen(monkeypatch, **long).executor == "serial"
 
 
-def test_steps_are_timed_where_the_estimate_leaves_open_whether_workers_pay(
+def test_steps_are_timed_if_the_estimate_is_inconclusive(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     prepared = prepare(config("local", models=MIXED, rounds=1_000_000, runtime={}))
@@ -131,7 +134,7 @@ def test_steps_are_timed_where_the_estimate_leaves_open_whether_workers_pay(
         choose_executor(prepared.config, prepared.federation)
 
 
-def test_a_slow_step_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_step_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(templates, "SLOW_STEP", 0.0)
     monkeypatch.setattr(templates, "MEASURED_SECONDS", 1e-9)
     steps = []
@@ -143,7 +146,7 @@ def test_a_slow_step_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(steps) == 1
 
 
-def test_what_nodes_compute_with_does_not_depend_on_the_clock(
+def test_choice_for_nodes_does_not_depend_on_timing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def never(*_: Any) -> float:
@@ -155,7 +158,7 @@ def test_what_nodes_compute_with_does_not_depend_on_the_clock(
     assert choose_for_nodes(prepared).chunk == 1
 
 
-def test_timing_a_step_leaves_threads_and_generators_as_they_were() -> None:
+def test_timing_restores_threads_and_generators() -> None:
     threads = torch.get_num_threads()
     state = torch.get_rng_state()
     for name, shape, vocabulary in (("fedavg_cnn", (1, 28, 28), None), ("text_cnn", (16,), 50)):
@@ -177,7 +180,7 @@ def test_large_steps_get_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(monkeypatch, cores=16, models=MIXED).threads == 4
 
 
-def test_threads_follow_from_the_steps_of_all_that_are_computed_together(
+def test_threads_depend_on_the_size_of_stacked_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data = {"name": "digits", "partition": {"kind": "iid", "min_size": 5}, "proxy": {"size": 0}}
@@ -185,7 +188,7 @@ def test_threads_follow_from_the_steps_of_all_that_are_computed_together(
     def threads(model: str, **runtime: Any) -> int:
         return chosen(monkeypatch, models=model, clients=12, data=data, runtime=runtime).threads
 
-    # a step of one client takes 32 and 4 MFLOP; recurrent models are computed one after the other
+    # A step takes 32 and 4 MFLOP; recurrent models are not stacked.
     assert (
         threads("fedavg_cnn", executor="batched")
         == threads("fedavg_cnn", executor="batched", chunk=2)
@@ -198,7 +201,7 @@ def test_threads_follow_from_the_steps_of_all_that_are_computed_together(
     )
 
 
-def test_many_small_clients_of_one_architecture_are_computed_together(
+def test_small_clients_of_one_architecture_are_batched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data = {"name": "digits", "partition": {"kind": "iid"}, "proxy": {"size": 0}}
@@ -226,16 +229,16 @@ def test_many_small_clients_of_one_architecture_are_computed_together(
         clients__defaults=LONG,
         data=small,
     )
-    # eight chunks would leave half of the cores without work
+    # Eight chunks would leave half of the cores idle.
     assert (share.executor, share.chunk) == ("processes", 1)
     large = {"name": "mlp", "hidden": [2000, 2000]}
     assert chosen(monkeypatch, models=large, clients=12, data=data).executor == "serial"
 
 
-def test_what_is_asked_for_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = chosen(monkeypatch, runtime={"executor": "batched", "threads": 3, "chunk": 5})
-    assert (asked.executor, asked.threads, asked.chunk) == ("batched", 3, 5)
-    # auto takes serial there
+def test_configured_settings_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = chosen(monkeypatch, runtime={"executor": "batched", "threads": 3, "chunk": 5})
+    assert (choice.executor, choice.threads, choice.chunk) == ("batched", 3, 5)
+    # `auto` selects the serial executor.
     assert chosen(monkeypatch, models=MIXED, runtime={"chunk": 16}).chunk == 1
     with pytest.raises(
         UserError, match=r"^runtime\.chunk: must be 1 with runtime\.executor=serial, got 16"
@@ -243,23 +246,25 @@ def test_what_is_asked_for_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
         chosen(monkeypatch, runtime={"executor": "serial", "chunk": 16})
 
 
-def test_settings_without_effect_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def told(**runtime: Any) -> list[str]:
+def test_settings_without_effect_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ignored(**runtime: Any) -> list[str]:
         reasons = chosen(monkeypatch, models=MIXED, runtime=runtime).reasons
         return [reason.split(":")[0] for reason in reasons if "has no effect" in reason]
 
-    assert told(executor="serial", workers=2, address="auto") == [
+    assert ignored(executor="serial", workers=2, address="auto") == [
         "runtime.workers",
         "runtime.address",
     ]
-    # auto takes serial there
-    assert told(chunk=16, workers=2) == ["runtime.workers", "runtime.chunk"]
+    # `auto` selects the serial executor.
+    assert ignored(chunk=16, workers=2) == ["runtime.workers", "runtime.chunk"]
     assert (
-        told(executor="batched", chunk=16) == told(executor="processes", workers=2, chunk=2) == []
+        ignored(executor="batched", chunk=16)
+        == ignored(executor="processes", workers=2, chunk=2)
+        == []
     )
 
 
-def test_the_rule_for_channels_innermost() -> None:
+def test_channels_last_is_chosen_by_model() -> None:
     def innermost(name: str, *shape: int) -> bool:
         return prefers_channels_last(ModelSpec.from_config(name, 10, shape))
 
@@ -272,7 +277,7 @@ def test_the_rule_for_channels_innermost() -> None:
 
 
 class Viewing(nn.Module):
-    """Features are flattened by `view`, as many write it."""
+    """A backbone that flattens its features with `view`."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -291,13 +296,13 @@ class OwnModel(nn.Module):
         self.backbone, self.head = Viewing(in_channels), nn.Linear(64, num_classes)
 
 
-def test_a_model_of_ones_own_may_view_its_features() -> None:
+def test_custom_model_may_view_its_features() -> None:
     rounds_of(
         config("fedavg", "python:tests.federation.executors.test_choose:OwnModel"), held=1
     ).evaluate()
 
 
-def test_the_choice_is_recorded_and_kept_on_resume(
+def test_choice_is_recorded_and_kept_on_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = config("local", "mlp", clients=2, rounds=1)

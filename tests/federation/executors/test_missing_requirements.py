@@ -1,4 +1,4 @@
-"""What an executor needs and does not find is told in one line, before anything is written."""
+"""Missing requirements of executors are reported in one line before files are written."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ needs_ray = pytest.mark.skipif(
 
 
 def refused(out: Path, **runtime: object) -> str:
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         run(config("fedavg", "mlp", runtime=runtime), out=out)
     assert not out.exists()
-    return str(told.value)
+    return str(error.value)
 
 
-def test_ray_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_ray_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "find_spec", lambda name: None)
     line = refused(tmp_path / "out", executor="ray")
     assert line == "runtime.executor: ray is not installed; run pip install 'hetero_fl[ray]'"
@@ -34,13 +34,15 @@ def test_ray_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     "address", ["somewhere", "ray://127.0.0.1:10001", "127.0.0.1:1", "127.0.0.1:123456"]
 )
-def test_an_address_where_no_cluster_is(address: str, tmp_path: Path) -> None:
+def test_unreachable_ray_address_is_refused(address: str, tmp_path: Path) -> None:
     line = refused(tmp_path / "out", executor="ray", address=address)
     assert line.startswith("runtime.address: ")
     assert f"'{address}'" in line
 
 
-def test_torchrun_starts_torchruns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchrun_executor_requires_torchrun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert "torchrun --nproc-per-node 3" in refused(tmp_path / "out", executor="torchrun")
     monkeypatch.setattr(choose, "num_ranks", lambda: 3)
     line = refused(tmp_path / "out", executor="processes")

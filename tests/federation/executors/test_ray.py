@@ -1,4 +1,4 @@
-"""Runs on Ray, on a cluster of two nodes on this machine: same bits, whatever is lost on the way."""
+"""Runs on a Ray cluster of two local nodes: bit-identical results despite failures."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ from tests.helpers.small_federations import TOP, config
 from tests.helpers.workers import (
     PATIENCE,
     ROOT,
-    comes,
     environment,
+    eventually,
     first_job,
-    gone,
-    left_sealed,
+    has_checksums,
     outcome,
     rounds_on,
+    session_ends,
     setup_of,
+    start_session,
 )
 
 pytest.importorskip("ray", reason="ray is not installed: pip install 'hetero_fl[ray]'")
@@ -44,13 +45,15 @@ from hetero_fl.federation.executors.ray import RayActor, RayActorPool, _store_se
 from hetero_fl.federation.executors.workers import WorkerJob, WorkerSetup
 from hetero_fl.utils.errors import UserError
 
-pytestmark = pytest.mark.filterwarnings("default")  # Ray's own warnings are none of ours
-MEMORY = 100 << 20  # bytes of a node's object store
+# Ray emits warnings that this project cannot avoid.
+pytestmark = pytest.mark.filterwarnings("default")
+# Bytes of a node's object store.
+MEMORY = 100 << 20
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two nodes; this process is connected to the first."""
+    """Start two nodes and connect this process to the first."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     node = {"num_cpus": 1, "object_store_memory": MEMORY}
     made = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
@@ -63,34 +66,34 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def setup() -> WorkerSetup:
-    """Clients keep their heads."""
+    """Return a worker setup in which clients keep their heads."""
     return setup_of("fedper")
 
 
 @pytest.fixture(scope="module")
 def want(setup: WorkerSetup) -> dict[str, Any]:
-    """What the run comes to in one process."""
+    """Return the results of the run in one process."""
     return outcome(rounds_on(setup, None))
 
 
-def ask(crew: RayActorPool, worker: int, what: Any) -> Any:
-    """Have a function called where a worker is."""
-    return ray.get(crew._workers[worker][0].__ray_call__.remote(lambda actor: what()))
+def ask(pool: RayActorPool, worker: int, what: Any) -> Any:
+    """Call a function in a worker's process."""
+    return ray.get(pool._workers[worker][0].__ray_call__.remote(lambda actor: what()))
 
 
 def node_id() -> str:
     return str(ray.get_runtime_context().get_node_id())
 
 
-def when_sent(
-    crew: RayActorPool,
+def act_on_send(
+    pool: RayActorPool,
     monkeypatch: pytest.MonkeyPatch,
     mine: Callable[[int], bool],
     pids: list[int],
     act: Callable[[], object],
 ) -> list[int]:
-    """Do it once a worker that is `mine` has been sent a job of a later round, and can have answered nothing."""
-    send, done = crew.send, list[int]()
+    """Act once, when a worker that is `mine` is sent a job of a later round."""
+    send, done = pool.send, list[int]()
 
     def watched(worker: int, job: WorkerJob) -> None:
         if (
@@ -101,17 +104,19 @@ def when_sent(
             send(worker, job)
             return
         done.append(worker)
-        os.kill(pids[worker], signal.SIGSTOP)  # or it might answer before
+        # Otherwise the worker might answer first.
+        os.kill(pids[worker], signal.SIGSTOP)
         send(worker, job)
         act()
-        with suppress(ProcessLookupError):  # it may have gone with its node
+        # The process may have ended with its node.
+        with suppress(ProcessLookupError):
             os.kill(pids[worker], signal.SIGKILL)
 
-    monkeypatch.setattr(crew, "send", watched)
+    monkeypatch.setattr(pool, "send", watched)
     return done
 
 
-def test_same_bits_from_data_that_is_read_where_it_lies(
+def test_ray_workers_read_shared_data_and_match_one_process(
     cluster: Cluster, setup: WorkerSetup, want: dict[str, Any]
 ) -> None:
     placed = _store_setup(setup)
@@ -120,20 +125,21 @@ def test_same_bits_from_data_that_is_read_where_it_lies(
         for s in (setup, ray.get(placed), ray.get(placed))
     )
     assert copies[0].data_ptr() == copies[1].data_ptr() and torch.equal(copies[0], raw)
-    crew = RayActorPool(setup, 2)
-    assert ask(crew, 0, node_id) != ask(crew, 1, node_id)
-    assert outcome(rounds_on(setup, crew, 2)) == want
-    crew.close()
-    assert ray.is_initialized()  # the cluster is not the run's
+    pool = RayActorPool(setup, 2)
+    assert ask(pool, 0, node_id) != ask(pool, 1, node_id)
+    assert outcome(rounds_on(setup, pool, 2)) == want
+    pool.close()
+    # The run did not start the cluster.
+    assert ray.is_initialized()
 
 
-def test_what_leaves_a_machine_carries_its_checksum(setup: WorkerSetup) -> None:
-    assert left_sealed(RayActor(setup, 0).run_job(first_job(setup)))
+def test_ray_replies_have_checksums(setup: WorkerSetup) -> None:
+    assert has_checksums(RayActor(setup, 0).run_job(first_job(setup)))
 
 
 @pytest.mark.slow
-def test_results_of_a_worker_are_taken_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second may arrive sooner, because it is smaller."""
+def test_results_of_a_worker_are_received_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the second result arrive first, because it is smaller."""
     pool = RayActorPool.__new__(RayActorPool)
     pool._workers = []
     pool._tasks = [deque(["a1", "a2"]), deque(["b1"]), deque()]
@@ -148,34 +154,36 @@ def test_results_of_a_worker_are_taken_in_order(monkeypatch: pytest.MonkeyPatch)
     assert [pool.receive() for _ in range(3)] == [(1, "b1"), (0, "a1"), (0, "a2")]
 
 
-def test_a_worker_killed_and_a_node_lost_in_mid_round_change_nothing(
+def test_killed_worker_and_lost_node_change_nothing(
     cluster: Cluster, setup: WorkerSetup, want: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    crew = RayActorPool(setup, 2)
-    homes, pids = ([ask(crew, worker, f) for worker in (0, 1)] for f in (node_id, os.getpid))
+    pool = RayActorPool(setup, 2)
+    homes, pids = ([ask(pool, worker, f) for worker in (0, 1)] for f in (node_id, os.getpid))
     second = next(node for node in cluster.list_all_nodes() if node is not cluster.head_node)
     assert set(homes) == {cluster.head_node.node_id, second.node_id}
 
     with monkeypatch.context() as patch:
-        killed = when_sent(
-            crew, patch, lambda worker: homes[worker] != second.node_id, pids, lambda: None
+        killed = act_on_send(
+            pool, patch, lambda worker: homes[worker] != second.node_id, pids, lambda: None
         )
-        assert outcome(rounds_on(setup, crew, 2)) == want
-    assert ask(crew, killed[0], os.getpid) not in pids
+        assert outcome(rounds_on(setup, pool, 2)) == want
+    assert ask(pool, killed[0], os.getpid) not in pids
 
     def lose() -> None:
         cluster.remove_node(second, allow_graceful=False)
-        # Until the cluster knows, it would put the worker's successors where nothing is any more.
-        assert comes(
+        # Before it notices, the cluster would place new workers on the lost node.
+        assert eventually(
             lambda: (
                 not any(node["Alive"] and node["NodeID"] == second.node_id for node in ray.nodes())
             )
         )
 
-    lost = when_sent(crew, monkeypatch, lambda worker: homes[worker] == second.node_id, pids, lose)
-    assert outcome(rounds_on(setup, crew, 2)) == want
+    lost = act_on_send(
+        pool, monkeypatch, lambda worker: homes[worker] == second.node_id, pids, lose
+    )
+    assert outcome(rounds_on(setup, pool, 2)) == want
     assert lost and cluster.list_all_nodes() == [cluster.head_node]
-    crew.close()
+    pool.close()
 
 
 WAITS = """
@@ -199,10 +207,8 @@ sys.exit(main(sys.argv[1:], command="train"))
 
 
 @pytest.mark.slow
-def test_a_run_whose_driver_is_killed_goes_on_on_the_cluster(
-    cluster: Cluster, tmp_path: Path
-) -> None:
-    """Asynchronous, with tasks in flight: Hybrid with heads of their own and top-k, everything going wrong."""
+def test_run_with_killed_driver_resumes_on_the_cluster(cluster: Cluster, tmp_path: Path) -> None:
+    """Kill an asynchronous run with faults, personal heads and top-k."""
     made = asynchronous_runs.source(
         "hybrid",
         algorithm__heads="keep",
@@ -216,7 +222,7 @@ def test_a_run_whose_driver_is_killed_goes_on_on_the_cluster(
         [sys.executable, "-c", WAITS, "--config", "c.yaml", "--out", "out"],
         cwd=tmp_path, env=environment(), start_new_session=True, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    assert comes(lambda: (tmp_path / "waits").exists() or driver.poll() is not None)
+    assert eventually(lambda: (tmp_path / "waits").exists() or driver.poll() is not None)
     os.killpg(driver.pid, signal.SIGKILL)
     assert driver.wait() == -signal.SIGKILL and not (tmp_path / "out" / "summary.json").exists()
     run(made, out=tmp_path / "out", resume=True)
@@ -225,7 +231,7 @@ def test_a_run_whose_driver_is_killed_goes_on_on_the_cluster(
     assert figures(tmp_path / "out") == figures(tmp_path / "plain")
 
 
-def test_more_workers_than_the_cluster_has_room_for(cluster: Cluster, tmp_path: Path) -> None:
+def test_too_many_workers_for_the_cluster_are_refused(cluster: Cluster, tmp_path: Path) -> None:
     source = config("fedavg", "mlp", runtime={"executor": "ray", "workers": 50, "threads": 2})
     with pytest.raises(
         UserError,
@@ -236,37 +242,39 @@ def test_more_workers_than_the_cluster_has_room_for(cluster: Cluster, tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_cluster_of_its_own_leaves_nothing_behind(tmp_path: Path) -> None:
-    """Ctrl-C ends the run, the workers and the cluster."""
+def test_local_cluster_is_shut_down_on_ctrl_c(tmp_path: Path) -> None:
     source = config(
         "fedavg", "mlp", rounds=100_000, runtime={"executor": "ray", "workers": 1, "threads": 1}
     )
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(source))
-    folder = tempfile.mkdtemp(dir="/tmp")  # a short path: Ray's sockets lie in it
-    process = subprocess.Popen(
+    # A short path, because Ray creates sockets in it.
+    folder = tempfile.mkdtemp(dir="/tmp")
+    process = start_session(
         [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", "c.yaml", "--out", "out"],
-        cwd=tmp_path, env={**environment(), "TMPDIR": folder, "RAY_ADDRESS": ""}, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
-    assert comes(
+        cwd=tmp_path,
+        env={**environment(), "TMPDIR": folder, "RAY_ADDRESS": ""},
+    )
+    assert eventually(
         lambda: (tmp_path / "out" / "metrics.jsonl").exists() or process.poll() is not None
     )
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, said = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130 and "Traceback" not in said, said
-    assert said.splitlines()[-1].startswith("interrupted; to resume:")
-    first = [line.split()[0] for line in said.splitlines()[:4]]
-    assert first == ["data:", "ray", "1", "1"]  # the run, the reasons, and nothing of Ray's
+    # As a terminal does.
+    os.killpg(process.pid, signal.SIGINT)
+    _, output = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130 and "Traceback" not in output, output
+    assert output.splitlines()[-1].startswith("interrupted; to resume:")
+    first = [line.split()[0] for line in output.splitlines()[:4]]
+    # The run and the reasons, and no lines of Ray.
+    assert first == ["data:", "ray", "1", "1"]
     assert (
-        gone(process.pid)
+        session_ends(process.pid)
         and not list(Path(folder).glob("hetero_fl-*"))
-        and comes(lambda: not naming(folder), 0.1)
+        and eventually(lambda: not processes_with(folder), 0.1)
     )
     shutil.rmtree(folder)
 
 
-def naming(text: str) -> list[str]:
-    """Command lines of processes in which it stands."""
+def processes_with(text: str) -> list[str]:
+    """Return command lines of processes that contain the text."""
     found = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:

@@ -1,4 +1,4 @@
-"""Messages between processes: long strings lie in shared memory, and what the other side still has is only named."""
+"""Messages between processes: long strings use shared memory and are sent once."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ def ends(remembered: int = 2) -> tuple[SharedMemoryConnection, SharedMemoryConne
     )
 
 
-def through_pipe(carrier: SharedMemoryConnection, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The sizes of the messages that this end puts into the pipe from now on."""
+def record_pipe_sizes(
+    carrier: SharedMemoryConnection, monkeypatch: pytest.MonkeyPatch
+) -> list[int]:
+    """Return a list that records the sizes of messages this end writes to the pipe."""
     sizes: list[int] = []
     plain = Connection._send_bytes  # type: ignore[attr-defined]
 
@@ -41,16 +43,16 @@ def through_pipe(carrier: SharedMemoryConnection, monkeypatch: pytest.MonkeyPatc
     return sizes
 
 
-def passed(message: Any, here: SharedMemoryConnection, there: SharedMemoryConnection) -> Any:
-    """What arrives of a message; received while it is sent, since a pipe holds little."""
-    with ThreadPoolExecutor(1) as other:
-        received = other.submit(there.receive)
-        here.send(message)
+def transfer(message: Any, sender: SharedMemoryConnection, receiver: SharedMemoryConnection) -> Any:
+    """Send a message and return what arrives; receive concurrently, because pipes are small."""
+    with ThreadPoolExecutor(1) as pool:
+        received = pool.submit(receiver.receive)
+        sender.send(message)
         return received.result(timeout=PATIENCE)
 
 
-def test_any_message_arrives_whole_whatever_its_strings() -> None:
-    here, there = ends()
+def test_messages_arrive_complete() -> None:
+    one, other = ends()
     long, longer = bytes(range(256)) * (LONG // 256), b"x" * (3 * LONG + 1)
     for message in (
         {"a": long, "b": [longer, b"short", long], "c": "text"},
@@ -58,30 +60,31 @@ def test_any_message_arrives_whole_whatever_its_strings() -> None:
         b"",
         [b"y" * LONG, long],
     ):
-        assert passed(message, here, there) == message
+        assert transfer(message, one, other) == message
         back = [message, len(message)]
-        assert passed(back, there, here) == back  # through the other end's own memory
+        # Through the shared memory of the other end.
+        assert transfer(back, other, one) == back
 
 
-def test_memory_is_written_again_without_disturbing_what_was_read() -> None:
-    here, there = ends(remembered=0)
+def test_reused_memory_does_not_change_received_strings() -> None:
+    one, other = ends(remembered=0)
     kept = []
     for byte in b"abc":
-        kept.append(passed(bytes([byte]) * LONG, here, there))
+        kept.append(transfer(bytes([byte]) * LONG, one, other))
     assert [string[:1] + string[-1:] for string in kept] == [b"aa", b"bb", b"cc"]
 
 
-def test_a_second_message_may_follow_before_the_first_is_read() -> None:
-    here, there = ends(remembered=0)
+def test_two_messages_may_be_sent_before_one_is_read() -> None:
+    one, other = ends(remembered=0)
     for _ in range(3):
         first, second = b"a" * LONG, b"b" * LONG
-        here.send(first)
-        here.send(second)
-        assert (there.receive(), there.receive()) == (first, second)
+        one.send(first)
+        one.send(second)
+        assert (other.receive(), other.receive()) == (first, second)
 
 
-def test_a_string_is_sent_once_while_the_other_side_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    here, there = ends()
+def test_known_strings_are_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = ends()
     first, second, third = (bytes([b]) * (LONG + b) for b in b"abc")
     filled: list[int] = []
     plain = SharedMemoryBlock.fill
@@ -93,26 +96,27 @@ def test_a_string_is_sent_once_while_the_other_side_has_it(monkeypatch: pytest.M
     monkeypatch.setattr(SharedMemoryBlock, "fill", fill)
     got = []
     for string in (first, second, first, second, third, second, first, third):
-        got.append(passed([string, string], here, there))
+        got.append(transfer([string, string], one, other))
     assert [g[0] for g in got] == [first, second, first, second, third, second, first, third]
-    assert filled == [1, 1, 0, 0, 1, 0, 1, 0]  # the oldest of two is forgotten at both ends
-    assert len(here._sent.strings) == len(there._received.strings) == 2
+    # Both ends forget the oldest of two strings.
+    assert filled == [1, 1, 0, 0, 1, 0, 1, 0]
+    assert len(one._sent.strings) == len(other._received.strings) == 2
     equal = bytes(bytearray(third))
-    # another string, if an equal one
-    assert passed(equal, here, there) == third and filled[-1] == 1
+    # An equal string, but a different object.
+    assert transfer(equal, one, other) == third and filled[-1] == 1
 
 
 def test_long_strings_do_not_go_through_the_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    here, there = ends()
-    sizes = through_pipe(here, monkeypatch)
-    assert len(passed({"model": b"z" * (50 * LONG)}, here, there)["model"]) == 50 * LONG
+    one, other = ends()
+    sizes = record_pipe_sizes(one, monkeypatch)
+    assert len(transfer({"model": b"z" * (50 * LONG)}, one, other)["model"]) == 50 * LONG
     assert 0 < sum(sizes) < LONG
 
 
-def test_what_finds_no_room_in_shared_memory_goes_through_the_pipe(
+def test_strings_without_room_in_shared_memory_use_the_pipe(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    here, there = ends(remembered=1)
+    one, other = ends(remembered=1)
     small, large, larger = (
         byte * size for byte, size in ((b"s", LONG), (b"l", 2 * LONG), (b"m", 3 * LONG))
     )
@@ -128,15 +132,15 @@ def test_what_finds_no_room_in_shared_memory_goes_through_the_pipe(
     ):
         if not room:
             monkeypatch.setattr(torch.Tensor, "share_memory_", full)
-        assert passed(strings, here, there) == strings
+        assert transfer(strings, one, other) == strings
         monkeypatch.undo()
 
 
-def test_tensors_of_a_payload_arrive_in_memory_of_their_own(
+def test_payload_tensors_arrive_as_writable_copies(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    here, there = ends(remembered=0)
-    sizes = through_pipe(here, monkeypatch)
+    one, other = ends(remembered=0)
+    sizes = record_pipe_sizes(one, monkeypatch)
     model = {
         "weight": torch.randn(300, 200),
         "strided": torch.randn(50, 40).T,
@@ -146,10 +150,11 @@ def test_tensors_of_a_payload_arrive_in_memory_of_their_own(
     }
     sent = Payload({"model": Item(model, torch.rand(3), "params")}, {"loss": "1.5"})
 
-    got = passed(Message("upload", sent), here, there).content
-    passed(Message("upload", Payload({"model": torch.zeros(70_000)})), here, there)
+    got = transfer(Message("upload", sent), one, other).content
+    transfer(Message("upload", Payload({"model": torch.zeros(70_000)})), one, other)
 
     assert sum(sizes) < LONG
     assert got.encode() == sent.encode()
-    got["model"]["weight"].add_(1)  # a writable copy
+    # A writable copy.
+    got["model"]["weight"].add_(1)
     assert torch.equal(got["model"]["strided"], model["strided"])

@@ -1,4 +1,4 @@
-"""Worker processes: their number, the order, a death change no bit; whatever ends a run, no process is left."""
+"""Worker processes: neither their number nor their failures change results or leave processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import itertools
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -38,59 +37,62 @@ from tests.helpers.workers import (
     METHODS,
     PATIENCE,
     ROOT,
-    Here,
-    comes,
+    LocalWorkerPool,
     environment,
-    gone,
-    members,
+    eventually,
     outcome,
     rounds_on,
+    session_ends,
+    session_processes,
     setup_of,
+    start_session,
 )
 
 Made = tuple[WorkerSetup, ProcessPool, dict[str, Any]]
+TRAIN = str(ROOT / "scripts" / "train.py")
 WILD = {"name": "wild", "model": "mlp", "optimizer": {"lr": 1e30}}
 
 
 @pytest.fixture(scope="module", params=METHODS)
 def made(request: pytest.FixtureRequest) -> Iterator[Made]:
-    """A method's workers, and what it computes without them."""
+    """Return a method's setup, its workers and the results of one process."""
     setup = setup_of(request.param)
-    crew = ProcessPool(setup, size := 3 if request.param == "hybrid" else 2)
-    yield setup, crew, outcome(rounds_on(setup, None))
-    crew.size = size
-    crew.close()
+    pool = ProcessPool(setup, size := 3 if request.param == "hybrid" else 2)
+    yield setup, pool, outcome(rounds_on(setup, None))
+    pool.size = size
+    pool.close()
 
 
 @pytest.fixture(scope="module")
 def fedper() -> Iterator[tuple[WorkerSetup, ProcessPool]]:
-    """Workers of a method whose clients keep their heads; one of the clients always diverges."""
-    large = {"name": "mlp", "hidden": [400]}  # travels through shared memory
+    """Return workers of a method with personal heads; one of the clients always diverges."""
+    # Large enough for shared memory.
+    large = {"name": "mlp", "hidden": [400]}
     groups = [{"name": "calm", "count": 3, "model": ["cnn_bn_small", large]}, WILD]
     setup = setup_of(
         config("fedper", rounds=3, seed=1, clients__per_round=3, clients__groups=groups)
     )
-    crew = ProcessPool(setup, 2)
-    yield setup, crew
-    crew.close()
+    pool = ProcessPool(setup, 2)
+    yield setup, pool
+    pool.close()
 
 
-def test_any_number_of_workers_in_any_order_computes_what_one_process_does(
+def test_workers_in_any_number_and_order_match_one_process(
     made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setup, crew, want = made
-    most = crew.size
+    setup, pool, want = made
+    most = pool.size
     for size in range(1, most + 1):
-        assert outcome(rounds_on(setup, crew, size)) == want
+        assert outcome(rounds_on(setup, pool, size)) == want
     for salt in range(2):
         shuffled = lambda self, client, s=salt: (  # noqa: E731
             hashlib.sha256(f"{s}{client}".encode()).digest()[0] / 255
         )
         monkeypatch.setattr(TaskCosts, "cost_of", shuffled)
-        assert outcome(rounds_on(setup, crew, most)) == want
+        assert outcome(rounds_on(setup, pool, most)) == want
 
 
-def test_clients_of_a_chunk_have_requests_of_their_own() -> None:
+def test_clients_of_a_chunk_have_separate_requests() -> None:
     setup = replace(setup_of(config("fedavg", "mlp", clients=3)), chunk=3)
     bodies = broadcasts(rounds_on(setup, None), setup.federation.client_infos)
     requests = {
@@ -110,50 +112,51 @@ def test_clients_of_a_chunk_have_requests_of_their_own() -> None:
     assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def killing(crew: Any, monkeypatch: pytest.MonkeyPatch, which: Any) -> list[int]:
-    """SIGKILL workers that have jobs which `which` picks, and no result of them yet; the killed are listed."""
-    send, killed = crew.send, []
+def kill_workers(pool: Any, monkeypatch: pytest.MonkeyPatch, which: Any) -> list[int]:
+    """Kill workers that were sent a job matched by `which`; return their process ids."""
+    send, killed = pool.send, []
 
     def send_and_kill(worker: int, job: WorkerJob) -> None:
-        process = crew._workers[worker][0]
+        process = pool._workers[worker][0]
         if not which(job):
             send(worker, job)
             return
         killed.append(process.pid)
-        os.kill(process.pid, signal.SIGSTOP)  # or it might answer before it dies
+        # Otherwise the worker might answer before it is killed.
+        os.kill(process.pid, signal.SIGSTOP)
         send(worker, job)
         os.kill(process.pid, signal.SIGKILL)
 
-    monkeypatch.setattr(crew, "send", send_and_kill)
+    monkeypatch.setattr(pool, "send", send_and_kill)
     return killed
 
 
-def test_a_worker_killed_in_mid_round_or_a_client_that_diverges_changes_nothing(
+def test_killed_worker_and_diverging_client_change_nothing(
     fedper: tuple[WorkerSetup, ProcessPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setup, crew = fedper
+    setup, pool = fedper
     want = outcome(rounds_on(setup, None))
     assert any("wild" in record["failed"] for record in want["records"])
-    killed = killing(crew, monkeypatch, lambda job: job.number in (2, 5))
-    assert outcome(rounds_on(setup, crew, 2)) == want and len(killed) == 2
+    killed = kill_workers(pool, monkeypatch, lambda job: job.number in (2, 5))
+    assert outcome(rounds_on(setup, pool, 2)) == want and len(killed) == 2
 
 
-def test_a_worker_that_dies_with_its_result_in_the_pipe_is_replaced(
+def test_worker_that_dies_with_a_pending_result_is_replaced(
     fedper: tuple[WorkerSetup, ProcessPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A new one's first result names shared memory that is handed over as it is read: by nobody any more."""
-    setup, crew = fedper
+    """Kill a new worker before the shared memory of its first result is read."""
+    setup, pool = fedper
     want = outcome(rounds_on(setup, None), 1)
-    rounds, plain, killed = rounds_on(setup, crew, 2), crew.receive, list[int | None]()
+    rounds, plain, killed = rounds_on(setup, pool, 2), pool.receive, list[int | None]()
     for worker in range(2):
-        crew._end(worker)
-        crew._workers[worker] = crew._start(worker)
+        pool._end(worker)
+        pool._workers[worker] = pool._start(worker)
 
     answered: set[int] = set()
 
     def receive() -> tuple[int, JobResult | None]:
         for worker, jobs in busy.items():
-            process, end = crew._workers[worker]
+            process, end = pool._workers[worker]
             answers = jobs and any(c != "wild" for c in jobs[0].clients)
             if not killed and answers and worker not in answered:
                 assert end.connection.poll(PATIENCE)
@@ -164,33 +167,33 @@ def test_a_worker_that_dies_with_its_result_in_the_pipe_is_replaced(
         answered.add(worker)
         return worker, result
 
-    monkeypatch.setattr(crew, "receive", receive)
+    monkeypatch.setattr(pool, "receive", receive)
     busy = rounds.executor._running  # type: ignore[attr-defined]
     assert outcome(rounds, 1) == want and len(killed) == 1
-    assert not {process.pid for process, _ in crew._workers} & set(killed)
+    assert not {process.pid for process, _ in pool._workers} & set(killed)
 
 
-def test_an_idle_worker_that_dies_is_replaced(
+def test_dead_idle_worker_is_replaced(
     fedper: tuple[WorkerSetup, ProcessPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setup, crew = fedper
+    setup, pool = fedper
     want = outcome(rounds_on(setup, None), 1)
-    rounds = rounds_on(setup, crew, 2)
-    rounds.executor.pool.size = 1  # type: ignore[attr-defined]  # the second is not given anything
-    os.kill(crew._workers[1][0].pid or 0, signal.SIGKILL)
-    crew._workers[1][0].join()
+    rounds = rounds_on(setup, pool, 2)
+    rounds.executor.pool.size = 1  # type: ignore[attr-defined]  # The second gets no jobs.
+    os.kill(pool._workers[1][0].pid or 0, signal.SIGKILL)
+    pool._workers[1][0].join()
     assert outcome(rounds, 1) == want
 
 
 @pytest.mark.parametrize("during", ["_to_reference", "_from_reference"])
-def test_a_worker_that_is_interrupted_in_sending_or_receiving_is_replaced(
+def test_worker_with_interrupted_connection_is_replaced(
     fedper: tuple[WorkerSetup, ProcessPool], monkeypatch: pytest.MonkeyPatch, during: str
 ) -> None:
-    """As by Ctrl-C in a notebook, where the same rounds then go on."""
-    setup, crew = fedper
+    """Press Ctrl-C as in a notebook, where the same rounds then continue."""
+    setup, pool = fedper
     want = outcome(rounds_on(setup, None), 1)
-    rounds = rounds_on(setup, crew, 2)
-    before = [process for process, _ in crew._workers]
+    rounds = rounds_on(setup, pool, 2)
+    before = [process for process, _ in pool._workers]
     plain, interrupted = getattr(SharedMemoryConnection, during), list[str]()
 
     def changed(self: SharedMemoryConnection, *args: Any) -> Any:
@@ -214,15 +217,16 @@ def test_interrupted_worker_is_replaced_before_its_next_result_is_read(
     groups = [{"name": "calm", "count": 8, "model": models}]
     monkeypatch.setattr(TaskCosts, "cost_of", lambda self, client: 10.0 - int(client[-1]))
     setup = setup_of(config("fedper", rounds=3, clients__groups=groups))
-    crew = ProcessPool(setup, 1)
-    rounds = rounds_on(setup, crew, cohort=8)
+    pool = ProcessPool(setup, 1)
+    rounds = rounds_on(setup, pool, cohort=8)
     plain, calls = SharedMemoryConnection.receive, itertools.count(1)
 
     def receive(self: SharedMemoryConnection) -> Any:
         if next(calls) == 3:
             self.connection.recv()
             assert self.connection.poll(PATIENCE)
-            time.sleep(0.2)  # until the whole of the next message is there
+            # Until the next message is complete.
+            time.sleep(0.2)
             raise KeyboardInterrupt
         return plain(self)
 
@@ -230,11 +234,11 @@ def test_interrupted_worker_is_replaced_before_its_next_result_is_read(
     with pytest.raises(KeyboardInterrupt):
         rounds.run_round()
     assert outcome(rounds, 1) == outcome(rounds_on(setup, None, cohort=8), 1)
-    crew.close()
+    pool.close()
 
 
 class Pipe:
-    """A connection that is not of the usual class, as on Windows."""
+    """A connection of another class, as on Windows."""
 
     def __init__(self, plain: Any) -> None:
         self.fileno, self.send, self.recv, self.close = (
@@ -245,41 +249,42 @@ class Pipe:
         )
 
 
-def test_any_kind_of_connection_will_do(
+def test_connection_without_file_descriptor_works(
     fedper: tuple[WorkerSetup, ProcessPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setup, crew = fedper
-    before = [process.pid for process, _ in crew._workers]
-    for _, end in crew._workers:
+    setup, pool = fedper
+    before = [process.pid for process, _ in pool._workers]
+    for _, end in pool._workers:
         monkeypatch.setattr(end, "connection", Pipe(end.connection))
-    assert outcome(rounds_on(setup, crew, 2), 1) == outcome(rounds_on(setup, None), 1)
-    assert before == [process.pid for process, _ in crew._workers]
+    assert outcome(rounds_on(setup, pool, 2), 1) == outcome(rounds_on(setup, None), 1)
+    assert before == [process.pid for process, _ in pool._workers]
 
 
-def test_workers_without_shared_memory_for_the_data_end_the_run_in_one_line(
+def test_missing_shared_memory_for_data_fails_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def full(tensor: torch.Tensor) -> torch.Tensor:
         raise RuntimeError(
-            "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
+            "unable to allocate shared memory(shm) for file </torch_1>: "
+            "No space left on device (28)"
         )
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     with pytest.raises(
         RunFailedError,
-        match=r"^runtime\.executor: not enough shared memory for the workers' data \(unable .*No space",
+        match=r"^runtime\.executor: not enough shared memory for the workers' data "
+        r"\(unable .*No space",
     ):
         ProcessPool(setup_of("fedavg"), 2)
 
 
-def test_only_clients_with_private_state_are_remembered() -> None:
-    """Of a large population, everybody would be in the end."""
+def test_workers_remember_only_clients_with_private_state() -> None:
     for method, some in (("fedavg", False), ("fedper", True)):
-        crew = Here(setup := setup_of(method), 2)
-        rounds = rounds_on(setup, crew, 2)
+        pool = LocalWorkerPool(setup := setup_of(method), 2)
+        rounds = rounds_on(setup, pool, 2)
         assert outcome(rounds, 2) == outcome(rounds_on(setup, None), 2)
         assert bool(rounds.executor._holders) is some  # type: ignore[attr-defined]
-        assert [bool(worker._used) for worker in crew.workers] == [some, some]
+        assert [bool(worker._used) for worker in pool.workers] == [some, some]
 
 
 @pytest.mark.parametrize("held", [0.5, 1.5, 2.5, 3.5])
@@ -291,25 +296,23 @@ def test_worker_keeps_dropped_state_for_waiting_job(
     want = outcome(alone := rounds_on(setup, None, cohort=8))
     size = alone.store.num_bytes("calm_1")
     monkeypatch.setattr(workers, "MAX_HELD_STATE_BYTES", int(held * size))
-    crew = Here(setup, 2)
-    assert outcome(rounds_on(setup, crew, 2, cohort=8)) == want
-    assert crew.waited
-    for worker in crew.workers:
+    pool = LocalWorkerPool(setup, 2)
+    assert outcome(rounds_on(setup, pool, 2, cohort=8)) == want
+    assert pool.waited
+    for worker in pool.workers:
         assert worker.store.cached_bytes <= (held + 1) * size
 
 
 @pytest.mark.parametrize("count", [4, 8])
-def test_a_task_that_is_given_up_leaves_no_trace(
-    count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A round that fails in the middle can be held once more: what was being computed for it is not used."""
+def test_abandoned_task_has_no_effect(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repeat a round that failed in the middle; its pending results are not used."""
     groups = [{"name": "calm", "count": count, "model": {"name": "mlp", "hidden": [8]}}]
     setup = setup_of(config("fedper", rounds=3, clients__groups=groups))
     want = outcome(rounds_on(setup, None, cohort=count))
-    # Not the seconds that were measured: by them the client that fails may be the last one.
+    # Not the measured seconds, by which the failing client might come last.
     monkeypatch.setattr(TaskCosts, "cost_of", lambda self, client: 1.0)
-    crew = Here(setup, 2)
-    rounds = rounds_on(setup, crew, 2, cohort=count)
+    pool = LocalWorkerPool(setup, 2)
+    rounds = rounds_on(setup, pool, 2, cohort=count)
     first, receive, refused = rounds.run_round(), rounds.decode_upload, list[Any]()
 
     def fail_once(client: Any, *rest: Any) -> Any:
@@ -321,11 +324,11 @@ def test_a_task_that_is_given_up_leaves_no_trace(
     rounds.decode_upload, up, down = fail_once, rounds.traffic.up, rounds.traffic.down  # type: ignore[method-assign]
     with pytest.raises(RunFailedError, match="on purpose"):
         rounds.run_round()
-    # Still at work on clients of the round that failed, which come first in the next one.
-    at_work = {client for jobs in crew.jobs.values() for job in jobs for client in job.clients}
+    # Workers are busy with clients of the failed round, which come first in the next one.
+    at_work = {client for jobs in pool.jobs.values() for job in jobs for client in job.clients}
     assert at_work
     monkeypatch.setattr(TaskCosts, "cost_of", lambda self, client: 1.0 + (client in at_work))
-    crew.turned = True
+    pool.turned = True
     rounds.store.discard()
     rounds.traffic.up, rounds.traffic.down = up, down
     again = outcome(rounds, 2)
@@ -333,13 +336,13 @@ def test_a_task_that_is_given_up_leaves_no_trace(
     assert again == want
 
 
-def test_three_deaths_on_one_client_end_the_run(
+def test_three_worker_deaths_on_one_client_end_the_run(
     fedper: tuple[WorkerSetup, ProcessPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setup, crew = fedper
-    rounds = rounds_on(setup, crew, 2)
+    setup, pool = fedper
+    rounds = rounds_on(setup, pool, 2)
     client = rounds.sample_cohort(0)[0]
-    killed = killing(crew, monkeypatch, lambda job: client in job.clients)
+    killed = kill_workers(pool, monkeypatch, lambda job: client in job.clients)
     with pytest.raises(
         RunFailedError,
         match=rf"^3 workers died while computing {client}; is there enough memory\?$",
@@ -349,54 +352,55 @@ def test_three_deaths_on_one_client_end_the_run(
 
 
 @pytest.mark.parametrize("method", ["Fails", "Leaves"])
-def test_an_exception_in_a_worker_is_told_in_one_line(
+def test_exception_in_worker_is_reported_in_one_line(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # however long it takes to end: else it is killed
+    # Otherwise a slow process would be killed.
     monkeypatch.setattr(processes, "EXIT_SECONDS", PATIENCE)
     source = config(f"python:tests.helpers.failing_methods:{method}", "mlp")
     source["runtime"] |= {"executor": "processes", "workers": 1 if method == "Leaves" else 2}
     before = multiprocessing.active_children()
-    with pytest.raises(RunFailedError) as told:
+    with pytest.raises(RunFailedError) as error:
         run(source, out=tmp_path / "workers")
     assert set(multiprocessing.active_children()) <= set(before)
     if method == "Leaves":
-        assert str(told.value) == "a worker process ended with status 3; see its error output"
+        assert str(error.value) == "a worker process ended with status 3; see its error output"
         return
-    assert isinstance(told.value.__cause__, RemoteTracebackError) and "ZeroDivisionError" in str(
-        told.value.__cause__
+    assert isinstance(error.value.__cause__, RemoteTracebackError) and "ZeroDivisionError" in str(
+        error.value.__cause__
     )
     source["runtime"]["executor"] = "serial"
-    with pytest.raises(RunFailedError) as here:
-        run(source, out=tmp_path / "here")
-    assert str(told.value) == str(here.value) and "\n" not in str(told.value)
+    with pytest.raises(RunFailedError) as serial_error:
+        run(source, out=tmp_path / "serial")
+    assert str(error.value) == str(serial_error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize("when", ["starting", "waiting"])
-def test_no_process_is_left_when_a_run_is_stopped(
-    end: signal.Signals, when: str, tmp_path: Path
-) -> None:
-    """As workers start, or in the middle of a job that would take long."""
+def test_stopped_run_leaves_no_process(end: signal.Signals, when: str, tmp_path: Path) -> None:
+    """Stop the run while workers start, or in the middle of a long job."""
     source = config("python:tests.helpers.failing_methods:Waits", "mlp")
     source["runtime"] |= {"executor": "processes", "workers": 2}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(source))
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", "c.yaml", "--out", "out", "--allow-code"],
-        cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
-    there = tmp_path / "waiting" if when == "waiting" else tmp_path / "out" / "checkpoint"
-    assert comes(lambda: there.exists() or process.poll() is not None) and process.poll() is None
-    assert len(members(process.pid)) >= 3
+    process = start_session(
+        [sys.executable, TRAIN, "--config", "c.yaml", "--out", "out", "--allow-code"],
+        cwd=tmp_path,
+        env=environment(),
+    )
+    sign = tmp_path / "waiting" if when == "waiting" else tmp_path / "out" / "checkpoint"
+    assert (
+        eventually(lambda: sign.exists() or process.poll() is not None) and process.poll() is None
+    )
+    assert len(session_processes(process.pid)) >= 3
     if end is signal.SIGINT:
-        os.killpg(process.pid, end)  # as a terminal does
+        # As a terminal does.
+        os.killpg(process.pid, end)
     else:
         process.send_signal(end)
-    _, said = process.communicate(timeout=PATIENCE)
-    assert gone(process.pid)
+    _, output = process.communicate(timeout=PATIENCE)
+    assert session_ends(process.pid)
     if end is not signal.SIGKILL:
-        assert process.returncode == 130 and "Traceback" not in said
-        assert said.splitlines()[-1].startswith("interrupted; to resume:")
+        assert process.returncode == 130 and "Traceback" not in output
+        assert output.splitlines()[-1].startswith("interrupted; to resume:")

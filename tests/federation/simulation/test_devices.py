@@ -1,4 +1,4 @@
-"""Simulated machines: what they are drawn from, when they are online, how long tasks take, what befalls them."""
+"""Simulated devices: distributions, availability, task durations and faults."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def devices(made: FederationSpec, **section: Any) -> Devices:
     return Devices.from_config(made, DevicesConfig.model_validate(section))
 
 
-def test_speeds_are_drawn_by_the_clients_id_alone() -> None:
+def test_speeds_depend_only_on_the_client_id() -> None:
     few, many = (
         federation(),
         federation(clients__count=6, clients__groups=[{"name": "site", "model": "mlp"}]),
@@ -41,7 +41,9 @@ def test_speeds_are_drawn_by_the_clients_id_alone() -> None:
         one.device("stranger")
 
 
-def test_log_normal_speeds_have_their_median_and_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_normal_speeds_have_configured_median_and_spread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     made = federation(clients__groups=[{"name": "site", "count": 3, "model": "mlp"}])
     drawn = devices(made, speed={"median": 2e9, "sigma": 0.9})
     monkeypatch.setattr(
@@ -55,7 +57,7 @@ def test_log_normal_speeds_have_their_median_and_spread(monkeypatch: pytest.Monk
     )
 
 
-def test_a_groups_own_device_has_the_last_word(tmp_path: Path) -> None:
+def test_group_device_overrides_defaults(tmp_path: Path) -> None:
     traces = tmp_path / "traces.csv"
     traces.write_text("client,up,online\nfast,7,0-10;20-30\n,9,\n")
     groups = [
@@ -76,7 +78,7 @@ def test_a_groups_own_device_has_the_last_word(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("sped\n1\n", "column 'sped'.*'speed'"),
         ("speed\n0\n", "row 2, column speed: expected a number > 0, such as 1.0e\\+8, got '0'"),
@@ -106,26 +108,26 @@ def test_a_groups_own_device_has_the_last_word(tmp_path: Path) -> None:
         ("up\n1\n", "devices.up: cannot be combined with column 'up' of .*; remove one"),
     ],
 )
-def test_a_file_of_devices_that_is_none_is_told_in_one_line(
-    tmp_path: Path, text: str, said: str
+def test_invalid_device_file_is_reported_in_one_line(
+    tmp_path: Path, text: str, message: str
 ) -> None:
     traces = tmp_path / "traces.csv"
     traces.write_text(text)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         devices(federation(), file=str(traces), up=3)
     with pytest.raises(UserError, match="No such file"):
         read_traces(str(tmp_path / "none.csv"))
 
 
 def slowly(device: Device, at: float, busy: float) -> float:
-    """Second by second."""
+    """Simulate in steps of one second."""
     while busy > 0:
         busy -= any(start <= at % device.day < end for start, end in device.online)
         at += 1
     return at
 
 
-def test_work_goes_on_only_while_the_machine_is_online() -> None:
+def test_work_progresses_only_while_online() -> None:
     draw = random.Random(0)
     for _ in range(200):
         cuts = sorted(draw.sample(range(25), 4))
@@ -138,7 +140,7 @@ def test_work_goes_on_only_while_the_machine_is_online() -> None:
     assert Device().finish_time(5.0, 3.0) == 8.0 and Device().online_seconds(5.0, 3.0) == 0.0
 
 
-def test_durations_are_bytes_over_bandwidth_and_work_over_speed() -> None:
+def test_task_durations_follow_bandwidth_and_speed() -> None:
     made = federation()
     timing = Timing(devices(made, speed=1e6, up=10, down=100))
     seconds = training_flops(made.client_infos["site_1"]) / 1e6
@@ -156,7 +158,7 @@ def test_durations_are_bytes_over_bandwidth_and_work_over_speed() -> None:
     assert Timing(devices(made)).task_times("site_1", 500, 30, at=7.0, task=0).arrived == 7
 
 
-def test_fates_are_drawn_by_client_and_task_with_their_probabilities() -> None:
+def test_faults_are_drawn_by_client_and_task() -> None:
     made = federation()
     section = FaultsConfig(
         before=0.1, during=0.1, after=0.1, lost=0.1, late=0.1, twice=0.1, corrupted=0.1
@@ -180,7 +182,7 @@ def test_fates_are_drawn_by_client_and_task_with_their_probabilities() -> None:
     assert {f.kind for f in failed} == {"during", "fine"}
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"sum of the probabilities must be <= 1, got 1\.2"):
         FaultsConfig(before=0.6, lost=0.6)
     with pytest.raises(ValueError, match="deadline"):
@@ -206,8 +208,7 @@ def test_what_cannot_be_is_refused() -> None:
         prepare(config("fedavg", devices={"sped": 3}))
 
 
-# Whose tasks take time ------------------------------------------------------------------------------------------------
-def test_the_fingerprint_is_that_of_what_a_file_says(tmp_path: Path) -> None:
+def test_fingerprint_covers_file_content(tmp_path: Path) -> None:
     made, file = federation(), tmp_path / "a.csv"
     prints = []
     for text in (
@@ -242,7 +243,7 @@ def test_the_fingerprint_is_that_of_what_a_file_says(tmp_path: Path) -> None:
         ({"faults": {"late": 0.1}, "devices": {"speed": 1e6}}, None),
     ],
 )
-def test_nobody_is_instant_among_those_who_take_time(
+def test_instant_clients_are_refused_among_timed_ones(
     changes: dict[str, Any], who: str | None, tmp_path: Path
 ) -> None:
     changes = dict(changes)

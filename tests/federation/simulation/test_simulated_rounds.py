@@ -1,4 +1,4 @@
-"""Rounds in simulated time: whom the server waits for, what it does with too few, what faults may not change."""
+"""Rounds in simulated time: deadlines, over-selection, too few uploads, and faults."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from tests.federation.test_synchronous import poisoned
 from tests.helpers.small_federations import MIXED, TOP, config, rounds_of, same_bits
 
 SLOW = {"speed": {"median": 1e6, "sigma": 0.9}, "up": {"median": 1e5, "sigma": 0.9}, "down": 1e6}
-MANY = {"kind": "iid", "min_size": 10}  # clients that share the few rows
+# Clients share the few rows.
+MANY = {"kind": "iid", "min_size": 10}
 EVERY = {
     "before": 0.1,
     "during": 0.1,
@@ -41,7 +42,7 @@ def held(source: dict[str, Any]) -> tuple[SynchronousTrainer, list[Record]]:
 
 
 def equal(one: SynchronousTrainer, other: SynchronousTrainer) -> bool:
-    """Whether two runs have the same server and the same private state."""
+    """Return whether two runs have the same server and the same private state."""
     kept = [
         {client_id: r.store.encoded(client_id) for client_id in r.federation.client_infos}
         for r in (one, other)
@@ -53,7 +54,7 @@ def equal(one: SynchronousTrainer, other: SynchronousTrainer) -> bool:
 
 
 def arithmetic(record: Record) -> None:
-    """invited = arrived + failed + late, in numbers and one by one; time does not go back."""
+    """Check that invited = arrived + failed + late, and that time does not decrease."""
     counts, tasks = record["counts"], record["tasks"]
     assert counts["invited"] == counts["arrived"] + counts["failed"] + counts["late"] == len(tasks)
     found = Counter(what for *_, what in tasks)
@@ -66,20 +67,20 @@ def arithmetic(record: Record) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedavg", "hybrid", "fedper"])
-def test_devices_alone_change_nothing_but_the_clock(method: str) -> None:
+def test_devices_change_only_simulated_time(method: str) -> None:
     plain, records = held(config(method, MIXED, clients=4))
-    timed, told = held(config(method, MIXED, clients=4, devices=SLOW))
+    timed, timed_records = held(config(method, MIXED, clients=4, devices=SLOW))
     assert equal(plain, timed)
-    for without, record in zip(records, told, strict=True):
+    for without, record in zip(records, timed_records, strict=True):
         more = ("simulated", "counts", "tasks")
         assert {k: v for k, v in record.items() if k not in (*more, "seconds")} == {
             k: v for k, v in without.items() if k != "seconds"
         }
         arithmetic(record)
-    assert told[0]["simulated"]["end"] == told[1]["simulated"]["start"] > 0
+    assert timed_records[0]["simulated"]["end"] == timed_records[1]["simulated"]["start"] > 0
 
 
-def test_the_bytes_that_take_time_are_those_that_travel() -> None:
+def test_transfer_time_follows_traffic() -> None:
     rounds = rounds_of(config("fedavg", "mlp", 2), held=0)
     sizes = UploadSizes(rounds.algorithm, rounds.federation, rounds.expectations)
     expected = [
@@ -88,7 +89,7 @@ def test_the_bytes_that_take_time_are_those_that_travel() -> None:
     assert abs(rounds.run_round()["up_bytes"] - sum(expected)) <= 8
 
 
-def test_a_deadline_leaves_out_who_is_slow_as_if_it_had_not_been_invited() -> None:
+def test_deadline_drops_slow_clients_without_effect() -> None:
     source = config("fedper", clients=4, devices=SLOW)
     ends = sorted(end for *_, end, _ in held(source)[1][0]["tasks"])
     deadline = (ends[2] + ends[3]) / 2
@@ -115,23 +116,22 @@ def test_over_selection_takes_the_first_to_arrive() -> None:
         assert record["simulated"]["end"] == ends[3][0] and len(record["train_loss"]) == 4
 
 
-def test_of_equal_machines_other_ones_are_first_from_round_to_round() -> None:
-    """By id, whoever comes last in the roster would never be heard."""
+def test_equal_devices_arrive_in_varying_order() -> None:
     same: dict[str, Any] = {"clients__defaults__steps": 1, "devices": {"speed": 1e6}}
     source = config(
         "fedavg", "mlp", 4, rounds=12, clients__per_round=2, cohort={"over_selection": 2}, **same
     )
     _, records = held(source)
     assert all(len({end for _, _, end, _ in record["tasks"]}) == 1 for record in records)
-    heard = Counter(
+    arrivals = Counter(
         client for record in records for client, _, _, what in record["tasks"] if what == "arrived"
     )
-    assert sum(heard.values()) == 24 and len(heard) == 4 and max(heard.values()) < 12
+    assert sum(arrivals.values()) == 24 and len(arrivals) == 4 and max(arrivals.values()) < 12
     assert [r["tasks"] for r in held(source)[1]] == [r["tasks"] for r in records]
 
 
 @pytest.mark.parametrize("method", ["fedprox", "fednova", "hybrid"])
-def test_partial_work_has_everybody_on_time_with_as_many_steps_as_there_is_time_for(
+def test_partial_work_fits_steps_to_the_deadline(
     method: str,
 ) -> None:
     source = config(
@@ -180,9 +180,7 @@ def test_partial_work_has_everybody_on_time_with_as_many_steps_as_there_is_time_
     "chance", [0.0, 0.3, 0.9, *(pytest.param(p, marks=pytest.mark.slow) for p in (0.1, 0.5, 0.7))]
 )
 @pytest.mark.parametrize("too_few", ["skip", None])
-def test_whatever_the_chance_of_failing_every_run_completes_and_its_counts_add_up(
-    chance: float, too_few: str
-) -> None:
+def test_runs_with_failures_complete_and_counts_add_up(chance: float, too_few: str) -> None:
     each = chance / 4
     faults = {"before": each, "during": each, "after": each, "lost": each}
     source = config(
@@ -209,7 +207,7 @@ def test_whatever_the_chance_of_failing_every_run_completes_and_its_counts_add_u
     assert all(torch.isfinite(t).all() for m in rounds.server.models.values() for t in m.values())
 
 
-def test_every_fault_at_once_adds_up_too_and_none_is_averaged_in() -> None:
+def test_all_faults_together_add_up_and_are_not_aggregated() -> None:
     source = config(
         "fedavg", "mlp", 6, rounds=12, devices=SLOW, faults=EVERY, cohort={"deadline": 60}
     )
@@ -228,12 +226,12 @@ def test_every_fault_at_once_adds_up_too_and_none_is_averaged_in() -> None:
             "twice",
             "late",
         }
-    told = Counter(why for record in records for why in record["failed"].values())
-    assert len(told) == 5 and any("bytes" in why for why in told)
+    timed_records = Counter(why for record in records for why in record["failed"].values())
+    assert len(timed_records) == 5 and any("bytes" in why for why in timed_records)
 
 
 def same_as_uninvited(faults: dict[str, float], method: str, channel: dict[str, Any]) -> None:
-    """Rounds with these faults against some in which those whom they befell were not there at all."""
+    """Compare rounds with these faults to rounds without the affected clients."""
     source = config(method, MIXED, clients=6, rounds=2, seed=3, channel=channel)
     befallen, records = held({**source, "faults": faults, "cohort": {"deadline": 60}})
     without = rounds_of(source, held=0)
@@ -257,13 +255,11 @@ def same_as_uninvited(faults: dict[str, float], method: str, channel: dict[str, 
 @pytest.mark.parametrize("method", ["fedper", "hybrid"])
 @pytest.mark.parametrize("fault", ["before", "after", "lost", "late", "corrupted"])
 @pytest.mark.parametrize("channel", [{}, TOP], ids=["plain", "topk"])
-def test_a_task_that_comes_to_nothing_leaves_no_trace(
-    fault: str, method: str, channel: dict[str, Any]
-) -> None:
+def test_failed_task_has_no_effect(fault: str, method: str, channel: dict[str, Any]) -> None:
     same_as_uninvited({fault: 0.5}, method, channel)
 
 
-def test_a_second_copy_changes_nothing_but_the_bytes() -> None:
+def test_duplicate_upload_changes_only_traffic() -> None:
     plain, before = held(config("fedper", clients=4))
     twice, after = held(config("fedper", clients=4, faults={"twice": 1.0}))
     assert equal(plain, twice)
@@ -273,7 +269,7 @@ def test_a_second_copy_changes_nothing_but_the_bytes() -> None:
     )
 
 
-def test_no_flipped_byte_gets_past_the_checksum_whether_it_decodes_or_not(
+def test_checksum_detects_every_flipped_byte(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rounds = rounds_of(config("fedavg", "mlp", 4, rounds=1, faults={"corrupted": 1.0}), held=0)
@@ -285,7 +281,7 @@ def test_no_flipped_byte_gets_past_the_checksum_whether_it_decodes_or_not(
     rounds = rounds_of(config("fedavg", "mlp", 4, faults={"corrupted": 0.5}), held=0)
     changes = []
 
-    # of the last number: finite, of the right shape
+    # Of the last number: finite and of the right shape.
     def last_bit(body: bytes, *parts: Any) -> bytes:
         changes.append(body[:-4] + bytes([body[-4] ^ 1]) + body[-3:])
         return changes[-1]
@@ -301,7 +297,7 @@ def test_no_flipped_byte_gets_past_the_checksum_whether_it_decodes_or_not(
         )
 
 
-def test_too_few_are_repeated_with_other_draws_skipped_or_the_end() -> None:
+def test_too_few_uploads_repeat_skip_or_fail() -> None:
     source = config(
         "fedavg", "mlp", 6, clients__per_round=3, faults={"lost": 0.6}, rounds=4, seed=1
     )
@@ -312,10 +308,10 @@ def test_too_few_are_repeated_with_other_draws_skipped_or_the_end() -> None:
     for record in records:
         arithmetic(record)
         assert record["counts"]["invited"] == 3 * record.get("attempts", 1)
-    _, told = held({**source, "cohort": {"least": 2, "too_few": "skip"}})
+    _, timed_records = held({**source, "cohort": {"least": 2, "too_few": "skip"}})
     again = rounds_of({**source, "cohort": {"least": 2, "too_few": "skip"}}, held=0)
-    assert any(r.get("skipped") for r in told)
-    for record in told:
+    assert any(r.get("skipped") for r in timed_records)
+    for record in timed_records:
         before = {slot: dict(model) for slot, model in again.server.models.items()}
         again.run_round()
         unchanged = all(same_bits(before[slot], again.server.models[slot]) for slot in before)
@@ -326,7 +322,7 @@ def test_too_few_are_repeated_with_other_draws_skipped_or_the_end() -> None:
         held({**source, "faults": {"lost": 1.0}, "cohort": {"too_few": "repeat", "attempts": 2}})
 
 
-def test_a_round_without_enough_says_what_became_of_them() -> None:
+def test_failed_round_reports_client_outcomes() -> None:
     source = config("fedavg", "mlp", 4, devices=SLOW, cohort={"deadline": 1e-3, "too_few": "fail"})
     with pytest.raises(
         RunFailedError, match=r"^round 1: no usable upload from 4 clients; 4 of them late$"
@@ -334,7 +330,7 @@ def test_a_round_without_enough_says_what_became_of_them() -> None:
         held(source)
 
 
-def test_a_round_begins_when_as_many_are_online_as_it_needs() -> None:
+def test_round_starts_when_enough_clients_are_online() -> None:
     devices = {"speed": 1e7, "availability": {"share": 0.25, "day": 240}}
     source = config(
         "fedavg", "mlp", 8, rounds=3, clients__per_round=3, devices=devices, data__partition=MANY,
@@ -345,11 +341,11 @@ def test_a_round_begins_when_as_many_are_online_as_it_needs() -> None:
     seen = [
         rounds.environment.devices.device(client_id) for client_id in rounds.federation.client_infos
     ]
-    # at times they are fewer
+    # Sometimes they are fewer.
     assert any(sum(d.next_online(10.0 * k) == 10.0 * k for d in seen) < 2 for k in range(24))
 
 
-def test_of_a_round_that_is_skipped_after_training_clients_keep_nothing() -> None:
+def test_skipped_round_discards_client_state() -> None:
     rounds = rounds_of(config("fedper", cohort={"least": 3, "too_few": "skip"}), held=1)
     before = {
         client_id: rounds.store.stamp(client_id) for client_id in rounds.federation.client_infos
@@ -363,7 +359,7 @@ def test_of_a_round_that_is_skipped_after_training_clients_keep_nothing() -> Non
 
 
 @pytest.mark.parametrize("sampling", ["available", "oort"])
-def test_only_those_online_are_invited(sampling: str) -> None:
+def test_only_online_clients_are_sampled(sampling: str) -> None:
     devices = {**SLOW, "availability": {"share": 0.4, "day": 600}}
     source = config(
         "fedavg",
@@ -387,10 +383,11 @@ def test_only_those_online_are_invited(sampling: str) -> None:
         uniform.environment.devices.device(client_id).next_online(0.0)
         for client_id in uniform.sample_cohort(0)
     ]
-    assert any(start > 0 for start in starts)  # invited all the same: their tasks wait
+    # Sampled anyway: their tasks wait.
+    assert any(start > 0 for start in starts)
 
 
-def test_oort_prefers_those_with_high_losses_who_are_quick() -> None:
+def test_oort_prefers_fast_clients_with_high_losses() -> None:
     source = config(
         "fedavg",
         "mlp",
@@ -445,7 +442,7 @@ def test_oort_lowers_the_utility_of_clients_slower_than_the_median() -> None:
     assert utility["site_3"] == pytest.approx((1 + bonus) * (2 / 8) ** PENALTY)
 
 
-def test_oort_learns_from_losses_where_nobody_takes_any_time() -> None:
+def test_oort_uses_losses_without_devices() -> None:
     source = config(
         "fedavg",
         "mlp",
@@ -473,21 +470,27 @@ def test_oort_learns_from_losses_where_nobody_takes_any_time() -> None:
     assert again.sampler.sample(3, 0, 0.0) == rounds.sampler.sample(3, 0, 0.0)
 
 
-def test_a_round_waits_for_as_many_as_its_secure_sum_needs() -> None:
+def test_round_waits_for_the_secure_sum_threshold() -> None:
     def online(**changes: Any) -> int:
         source = config(
-            "fedavg", "mlp", 8, clients__per_round=5, devices={**SLOW, "availability": {"share": 0.4, "day": 600}},
-            cohort={"sampling": "available"}, data__partition=MANY, **changes,
-        )  # fmt: skip
+            "fedavg",
+            "mlp",
+            8,
+            clients__per_round=5,
+            devices={**SLOW, "availability": {"share": 0.4, "day": 600}},
+            cohort={"sampling": "available"},
+            data__partition=MANY,
+            **changes,
+        )
         rounds = rounds_of(source, held=0)
         return min(len(rounds.sampler.sample(round_idx, 0, 0.0)[0]) for round_idx in range(6))
 
     assert online() < 4 <= online(channel={"secure_sum": {"threshold": 4}})
 
 
-def test_what_has_nothing_to_go_by_is_refused_in_one_line() -> None:
-    def refused(said: str, clients: int = 4, **changes: Any) -> None:
-        with pytest.raises(UserError, match=said):
+def test_settings_without_required_inputs_are_refused() -> None:
+    def refused(message: str, clients: int = 4, **changes: Any) -> None:
+        with pytest.raises(UserError, match=message):
             prepare(config("fedavg", "mlp", clients, **changes))
 
     refused(
@@ -565,26 +568,33 @@ def test_what_has_nothing_to_go_by_is_refused_in_one_line() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-def test_worker_processes_give_the_same_bits(workers: int) -> None:
+def test_worker_processes_match_one_process(workers: int) -> None:
     source = config(
-        "hybrid", MIXED, clients=6, algorithm__heads="keep", devices=SLOW, faults=EVERY, clients__per_round=4, channel=TOP,
+        "hybrid",
+        MIXED,
+        clients=6,
+        algorithm__heads="keep",
+        devices=SLOW,
+        faults=EVERY,
+        clients__per_round=4,
+        channel=TOP,
         cohort={"deadline": 40, "partial_work": True, "over_selection": 1.3, "too_few": "repeat"},
-    )  # fmt: skip
+    )
     serial, records = held(source)
     source["runtime"] = {"threads": 1, "executor": "processes", "workers": workers}
-    there = rounds_of(source, held=0)
+    parallel = rounds_of(source, held=0)
     try:
-        told = [there.run_round() for _ in range(source["rounds"])]
-        assert equal(serial, there)
+        parallel_records = [parallel.run_round() for _ in range(source["rounds"])]
+        assert equal(serial, parallel)
     finally:
-        there.executor.close()
-    for one, other in zip(records, told, strict=True):
+        parallel.executor.close()
+    for one, other in zip(records, parallel_records, strict=True):
         assert {k: v for k, v in one.items() if k != "seconds"} == {
             k: v for k, v in other.items() if k != "seconds"
         }
 
 
-def test_a_resumed_run_goes_on_at_the_same_simulated_time(tmp_path: Path) -> None:
+def test_resumed_run_continues_simulated_time(tmp_path: Path) -> None:
     source = config(
         "fedavg",
         "mlp",

@@ -182,7 +182,8 @@ def test_a_mistake_in_a_sites_file_is_one_line(
         ({"authority": "key"}, "{folder}/key: expected a certificate in PEM"),
         (
             {"key": "key.pub"},
-            "{folder}/key.pub: expected a private key, got the public key; use the file without .pub",
+            "{folder}/key.pub: expected a private key, got the public key; "
+            "use the file without .pub",
         ),
     ],
 )

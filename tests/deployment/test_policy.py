@@ -384,7 +384,7 @@ def test_junk_in_place_of_a_broadcast_is_refused(asked: Asked, body: bytes) -> N
 
 
 def test_another_configuration_under_the_same_name_is_refused(asked: Asked) -> None:
-    """Two answers with the same noise, or with two scales of it, would reveal it."""
+    """Answers that share noise reveal their difference; two scales of it reveal the noise."""
     terms = asked.said["terms"]
     from hetero_fl.deployment.messages import body_of
 
@@ -508,10 +508,16 @@ def test_a_secure_sum_of_too_few_is_not_answered(tmp_path: Path) -> None:
     ("written", "said"),
     [
         ("allows: {method: [fedavg]}", "allows.method: unknown key; did you mean 'methods'?"),
-        ("allows: {methods: [fedavgg]}", "allows: methods: unknown method 'fedavgg'; did you mean 'fedavg'"),
+        (
+            "allows: {methods: [fedavgg]}",
+            "allows: methods: unknown method 'fedavgg'; did you mean 'fedavg'",
+        ),
         ("allows: {rounds: 0}", "allows.rounds: must be > 0, got 0"),
         ("allows: {privacy: {delta: 1e-5}}", "allows.privacy.epsilon: missing"),
-        ("allows: {own_code: [os]}", "allows: own_code: expected python:package.module:Name, got 'os'"),
+        (
+            "allows: {own_code: [os]}",
+            "allows: own_code: expected python:package.module:Name, got 'os'",
+        ),
     ],
 )
 def test_mistakes_in_a_sites_file_are_one_line(written: str, said: str, tmp_path: Path) -> None:

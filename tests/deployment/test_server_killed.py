@@ -99,7 +99,7 @@ def test_it_goes_on_without_who_has_gone_meanwhile(tmp_path: Path, clock: Clock)
 
 @pytest.mark.slow
 def test_nodes_are_told_which_states_the_server_may_go_back_to(tmp_path: Path) -> None:
-    """From the second round on, they are told those of the two newest checkpoints."""
+    """From the second round on, these are the states of the two newest checkpoints."""
     heard = Heard()
     federation(
         KINDS["hybrid"], Sites(CLIENTS, tmp_path / "sites", transport=heard), tmp_path / "there"

@@ -39,6 +39,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def supernode(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
     """Start a process in the role of the one that starts ClientApps; workers end with it."""
     with (
+        # a short path, as the length of socket paths is limited
         tempfile.TemporaryDirectory() as sockets,
         subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process,
     ):

@@ -483,7 +483,7 @@ Spent = tuple[tuple[float, float, int], ...]
 
 @dataclass
 class SiteUsage:
-    """What a site has done in one run, and spent and sent in all runs, from its audit log.
+    """Activity of a site in one run, and its spending and traffic over all runs.
 
     Args:
         run: ID of the run.

@@ -88,7 +88,7 @@ class AllowsConfig(ConfigSection):
 
 
 class DisclosureConfig(ConfigSection):
-    """What the server may learn besides uploads, the number of rows and scores."""
+    """Information for the server besides uploads, the number of rows and scores."""
 
     labels: bool = Field(False, description="counts of labels in the training rows")
     details: bool = Field(False, description="confusion matrix and calibration on the test rows")
@@ -156,7 +156,9 @@ class SiteConfig(ConfigSection):
     server: ServerConnectionConfig | None = Field(
         None, description="the server; required by `hetero-fl node`"
     )
-    logs: choice_type("text", "json") = Field("text", description="format of log lines")  # type: ignore[valid-type]
+    logs: choice_type("text", "json") = Field(  # type: ignore[valid-type]
+        "text", description="format of log lines"
+    )
     message_bytes: PositiveInt = Field(
         MESSAGE_BYTES,
         description="maximum bytes of a message from the server; longer ones are refused unread",
@@ -261,7 +263,9 @@ class DeploymentServerConfig(ConfigSection):
         MESSAGE_BYTES,
         description="maximum bytes of a node's answer; longer ones are refused unread",
     )
-    logs: choice_type("text", "json") = Field("text", description="format of log lines")  # type: ignore[valid-type]
+    logs: choice_type("text", "json") = Field(  # type: ignore[valid-type]
+        "text", description="format of log lines"
+    )
 
     def check_clients(self, clients: Collection[str], where: Path) -> None:
         """Check that every client of the configuration has a key.

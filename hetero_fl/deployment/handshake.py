@@ -62,7 +62,7 @@ def federation_fingerprint(prepared: PreparedRun) -> str:
 
 @dataclass
 class Handshake:
-    """What the server has agreed on with the nodes.
+    """The agreement of the server with the nodes before the first round.
 
     The configuration determines the federation at the server and at every node. The server knows
     of a client's rows only what its node reports, and compares fingerprints.

@@ -319,7 +319,7 @@ def serve_status(status: RunStatus, host: str, port: int) -> Iterator[int]:
             self.wfile.write(body)
 
         @override
-        def log_message(self, format: str, *args: Any) -> None:
+        def log_message(self, *args: Any) -> None:
             """Do not log requests."""
 
     try:

@@ -392,9 +392,7 @@ def _read_by_name(
 ) -> dict[str, Any]:
     if not isinstance(found, dict) or len(found) > MOST_NAMES:
         size = f"{len(found)} names" if isinstance(found, dict) else type(found).__name__
-        raise RequestRefusedError(
-            f"expected a mapping of at most {MOST_NAMES} names, got {size}"
-        )
+        raise RequestRefusedError(f"expected a mapping of at most {MOST_NAMES} names, got {size}")
     if known is not None and (unknown := [name for name in found if name not in known]):
         raise RequestRefusedError(f"expected {', '.join(known)}, got {unknown[0][:LONGEST]!r}")
     return {_read_name(name): each(value) for name, value in found.items()}

@@ -160,7 +160,7 @@ class RunFacts(ConfigFacts):
 
     @cached_property
     def shared(self) -> set[str]:
-        """What at least one client shares."""
+        """Everything that at least one client shares."""
         settings = [kind.settings for kind in self.profiles]
         named = {share for own in settings for share in own.shares}
         return named | {"parameters" for own in settings if permitted_part(own.shares)}
@@ -600,7 +600,7 @@ class RunFacts(ConfigFacts):
 
     @property
     def acts_on(self) -> frozenset[str]:
-        """What the attack changes: data, rows or updates."""
+        """The objects that the attack changes: data, rows or updates."""
         return self.malicious.attack.acts_on if self.malicious else frozenset()
 
     @property

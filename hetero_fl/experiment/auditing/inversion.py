@@ -110,7 +110,7 @@ def match_order(found: Tensor, true: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ObservedUpload:
-    """What an attacker at the server knows about one training step of a client.
+    """Knowledge of an attacker at the server about one training step of a client.
 
     Attributes:
         arch: Architecture of the client's model.

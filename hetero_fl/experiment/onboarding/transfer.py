@@ -1,4 +1,4 @@
-"""What a finished run provides to a joining client: backbone, consensus and public rows."""
+"""Backbone, consensus and public rows that a finished run provides to a joining client."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layout that docs/explanation/architecture.md describes: packages in an order, imports that only go down, modules of readable size."""
+"""The layout in docs/explanation/architecture.md: package order, imports and module sizes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "hetero_fl"
 PAGE = ROOT / "docs" / "explanation" / "architecture.md"
-PACKAGES = (  # bottom to top: each may import those before it
+# Bottom to top: each package may import those before it.
+PACKAGES = (
     "utils",
     "config",
     "core",
@@ -32,7 +33,8 @@ PACKAGES = (  # bottom to top: each may import those before it
     "cli",
 )
 LARGEST_FOLDER, LONGEST_MODULE, MOST_MODULES = 14, 700, 228
-WIDE_FOLDERS = {"algorithms"}  # one module per method or close family
+# One module per method or group of similar methods.
+WIDE_FOLDERS = {"algorithms"}
 TEST_FOLDERS = {
     *PACKAGES,
     "frozen_bits",
@@ -46,7 +48,7 @@ BENCHMARK_FOLDERS = {"robustness", "scale", "science", "speed"}
 
 
 class Import(NamedTuple):
-    """One module that another one names in an import statement, a lazy import or a string."""
+    """A module named by an import statement, a lazy import or a string of another module."""
 
     importer: str
     imported: str
@@ -64,7 +66,7 @@ def modules() -> dict[str, Path]:
 
 
 MODULES = modules()
-# its strings say where names have moved; it imports none of them
+# Its strings name modules that it does not import.
 NAMES_OTHERS = "hetero_fl.utils.version"
 
 
@@ -118,14 +120,14 @@ def package(module: str) -> str:
 
 
 def goes_up(found: Import) -> bool:
-    """Whether an import reaches a package above the importer's own."""
+    """Return whether an import reaches a package above the importing one."""
     importer, imported = package(found.importer), package(found.imported)
     if importer not in PACKAGES or imported not in PACKAGES:
         return False
     return PACKAGES.index(imported) > PACKAGES.index(importer)
 
 
-def test_the_packages_are_those_of_the_design() -> None:
+def test_packages_match_the_design() -> None:
     folders = {
         path.parent.relative_to(PACKAGE).parts[0]
         for path in MODULES.values()
@@ -135,7 +137,7 @@ def test_the_packages_are_those_of_the_design() -> None:
     assert folders == set(PACKAGES)
 
 
-def test_nothing_but_the_public_interface_lies_at_the_root() -> None:
+def test_package_root_contains_only_the_public_interface() -> None:
     files = {path.name for path in PACKAGE.iterdir() if path.is_file()}
 
     assert files == {"__init__.py", "__main__.py", "py.typed"}
@@ -145,7 +147,7 @@ def test_packages_import_only_packages_below_them() -> None:
     assert not [found for found in IMPORTS if goes_up(found)]
 
 
-def test_no_module_imports_the_package_root() -> None:
+def test_modules_do_not_import_the_package_root() -> None:
     roots = [
         found
         for found in IMPORTS
@@ -161,7 +163,7 @@ def test_model_zoo_imports_nothing_of_hetero_fl() -> None:
         assert not imports_of(name, path), path
 
 
-def test_an_upward_import_is_found_in_any_form() -> None:
+def test_upward_imports_are_found_in_any_form() -> None:
     source = """
 if TYPE_CHECKING:
     from hetero_fl.cli.commands import parser
@@ -205,9 +207,7 @@ def test_folders_and_modules_are_of_readable_size() -> None:
 @pytest.mark.parametrize(
     ("top", "folders"), [("tests", TEST_FOLDERS), ("benchmarks", BENCHMARK_FOLDERS)]
 )
-def test_tests_and_benchmarks_lie_in_the_folder_of_their_subject(
-    top: str, folders: set[str]
-) -> None:
+def test_tests_and_benchmarks_are_in_matching_folders(top: str, folders: set[str]) -> None:
     files = [path.relative_to(ROOT / top) for path in (ROOT / top).rglob("*.py")]
     loose = {path.name for path in files if len(path.parts) == 1}
 
@@ -219,10 +219,10 @@ def test_tests_have_a_folder_for_each_package() -> None:
     assert all(any((ROOT / "tests" / name).rglob("test_*.py")) for name in PACKAGES)
 
 
-# The page ------------------------------------------------------------------------------------------------------------
+# The page
 
 
-def test_the_page_lists_the_packages_in_their_order() -> None:
+def test_page_lists_packages_in_order() -> None:
     listed = re.findall(
         r"^\| `hetero_fl/(\w+)/` \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE
     )
@@ -231,7 +231,7 @@ def test_the_page_lists_the_packages_in_their_order() -> None:
 
 
 @pytest.mark.parametrize("name", PACKAGES)
-def test_the_page_lists_each_module_of_a_package(name: str) -> None:
+def test_page_lists_each_module(name: str) -> None:
     text = PAGE.read_text(encoding="utf-8")
     (section,) = re.findall(
         rf"^### `hetero_fl/{name}/`\n(.*?)(?=^##|\Z)", text, re.MULTILINE | re.DOTALL
@@ -246,7 +246,7 @@ def test_the_page_lists_each_module_of_a_package(name: str) -> None:
     assert sorted(listed) == sorted(path.as_posix() for path in there if path.name != "__init__.py")
 
 
-def test_the_functions_that_the_page_names_exist() -> None:
+def test_functions_named_on_the_page_exist() -> None:
     named = re.findall(r"`([\w.]+)\(\)` in `([\w/]+\.py)`", PAGE.read_text(encoding="utf-8"))
 
     assert len(named) > 10

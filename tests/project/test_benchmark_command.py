@@ -26,20 +26,21 @@ def test_command_lists_each_benchmark_with_its_summary(
         ]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Flower's libraries
+# Warnings of Flower's dependencies.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_each_benchmark_can_be_imported() -> None:
     for path in find_benchmarks().values():
         importlib.import_module(module_name(path))
 
 
-def test_command_refuses_an_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_refuses_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmarks", "nothing"])
 
     with pytest.raises(SystemExit, match="no benchmark 'nothing'; choose from against_commit, "):
         main()
 
 
-def test_names_are_unique_over_the_groups() -> None:
+def test_benchmark_names_are_unique() -> None:
     files = [
         path
         for group in GROUPS
@@ -50,7 +51,7 @@ def test_names_are_unique_over_the_groups() -> None:
     assert len({path.stem for path in files}) == len(files)
 
 
-def test_the_readme_names_benchmarks_that_there_are() -> None:
+def test_readme_names_existing_benchmarks() -> None:
     text = (Path(FOLDER) / "README.md").read_text(encoding="utf-8")
     table = text.partition("| command |")[2].partition("\n\n")[0]
 

@@ -1,4 +1,4 @@
-"""Dockerfile and compose.yaml, as far as can be said without Docker: what they name is there, and each command is one."""
+"""Dockerfile and compose.yaml, checked without Docker: files and commands exist."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def services() -> dict[str, Any]:
     return dict(yaml.safe_load((ROOT / "compose.yaml").read_text())["services"])
 
 
-def test_what_the_image_is_built_from_is_the_package() -> None:
+def test_image_contains_the_package() -> None:
     names = [name for name, _ in instructions()]
     assert set(names) <= INSTRUCTIONS and names.count("FROM") == 2
     copied = [
@@ -66,13 +66,13 @@ def test_what_the_image_is_built_from_is_the_package() -> None:
     )
 
 
-def test_it_runs_the_command_and_not_as_root() -> None:
+def test_image_runs_the_command_as_non_root() -> None:
     last = dict(instructions())
     assert last["ENTRYPOINT"] == '["hetero-fl"]' and last["USER"] not in ("root", "0")
 
 
 @pytest.mark.parametrize("name", ["server", "north", "south", "east"])
-def test_each_container_runs_a_command_of_ours(name: str) -> None:
+def test_containers_run_existing_commands(name: str) -> None:
     service = services()[name]
     command, *arguments = service["command"]
     options = APP.commands[command].make_context(command, arguments).params

@@ -1,4 +1,4 @@
-"""The loggers in examples/, with stand-ins for the packages that they log to, and as the docs use them."""
+"""The loggers in examples/, with stand-ins for the packages that they log to."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Logged = list[tuple[dict[str, float], int]]
 
 
 class Wandb(types.ModuleType):
-    """What the example uses of wandb: `init` gives a run with `log(data, step=)`; steps may not go back."""
+    """A stand-in for wandb: `init` returns a run with `log(data, step=)`; steps increase."""
 
     def __init__(self) -> None:
         super().__init__("wandb")
@@ -40,7 +40,7 @@ class Wandb(types.ModuleType):
 
 
 class Mlflow(types.ModuleType):
-    """What the example uses of mlflow; metrics are finite numbers under names of letters, digits, `_-. /`."""
+    """A stand-in for mlflow: metrics are finite; names have letters, digits and `_-. /`."""
 
     def __init__(self) -> None:
         super().__init__("mlflow")
@@ -74,7 +74,7 @@ def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("stand_in", ["wandb", "mlflow"], indirect=True)
-def test_a_logger_gets_every_round(stand_in: Wandb | Mlflow, tmp_path: Path) -> None:
+def test_loggers_receive_every_round(stand_in: Wandb | Mlflow, tmp_path: Path) -> None:
     name = stand_in.__name__
     example = __import__(f"examples.{name}_logger", fromlist=["round_metrics"])
     logger = getattr(example, f"{name}_logger")(name="trial")
@@ -83,7 +83,8 @@ def test_a_logger_gets_every_round(stand_in: Wandb | Mlflow, tmp_path: Path) -> 
     assert stand_in.settings == {"name": "trial"}
     assert [step for _, step in stand_in.logged] == [1, 2, 3]
     first, second, last = (data for data, _ in stand_in.logged)
-    assert set(first) == {"train_loss", "up_bytes", "down_bytes"}  # a round without an evaluation
+    # A round without an evaluation.
+    assert set(first) == {"train_loss", "up_bytes", "down_bytes"}
     assert second["global/accuracy"] == finished.metrics[1]["global"]["accuracy"]
     assert (
         last["personal/balanced_accuracy"]
@@ -99,7 +100,7 @@ def test_a_logger_gets_every_round(stand_in: Wandb | Mlflow, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("stand_in", ["wandb", "mlflow"], indirect=True)
-def test_the_docs_use_of_it(
+def test_documented_logger_usage_works(
     stand_in: Wandb | Mlflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = (ROOT / "docs" / "how_to" / "callbacks.md").read_text(encoding="utf-8")
@@ -110,8 +111,6 @@ def test_the_docs_use_of_it(
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hetero_fl.experiment.runner.write_presentation", lambda *_: None)
-    exec(
-        compile(code.replace("digits_quickstart.yaml", "short.yaml"), "docs/how_to/callbacks.md", "exec"),
-        {},
-    )
+    code = code.replace("digits_quickstart.yaml", "short.yaml")
+    exec(compile(code, "docs/how_to/callbacks.md", "exec"), {})
     assert stand_in.logged and stand_in.finished

@@ -1,4 +1,4 @@
-"""The GPU suite works in its dry form, goes on where it stopped, and survives a part that fails."""
+"""The GPU suite: dry form, resuming, and parts that fail."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_failing_part_does_not_stop_the_others(
     assert [file.name for file in tmp_path.glob("*.json")] == ["htfllib.json"]
 
 
-def test_part_that_may_not_end_in_time_is_left(
+def test_part_that_may_exceed_the_time_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = iter([0.0, 0.0, 400.0, 400.0])
@@ -111,7 +111,7 @@ def test_part_is_interrupted_after_its_time() -> None:
         time.sleep(5)
 
 
-def test_dry_figures_have_a_folder_of_their_own(
+def test_dry_results_have_a_separate_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_parts(["vectorized_mlp"], DRY, tmp_path, minutes=9)
@@ -122,7 +122,7 @@ def test_dry_figures_have_a_folder_of_their_own(
 
 
 @pytest.mark.slow
-def test_every_part_works_in_its_dry_form(
+def test_every_part_has_a_working_dry_form(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu_suite", "--dry", "--out", str(tmp_path)])

@@ -1,4 +1,4 @@
-"""The set of a newcomer that benchmarks/science/newcomer_set.py makes of a whole set and the embedded part of it."""
+"""The newcomer data set of benchmarks/science/newcomer_set.py excludes embedded images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EMBEDDED = Path(__file__).parents[2] / "hetero_fl" / "data" / "embedded" / "ches
 
 
 @pytest.mark.slow
-def test_a_newcomer_has_what_is_not_embedded(tmp_path: Path) -> None:
+def test_newcomer_data_is_not_embedded(tmp_path: Path) -> None:
     with np.load(EMBEDDED) as archive:
         embedded = dict(archive)
     draws = np.random.default_rng(0)
@@ -22,16 +22,13 @@ def test_a_newcomer_has_what_is_not_embedded(tmp_path: Path) -> None:
         s: draws.integers(0, 256, (n, 28, 28), dtype=np.uint8)
         for s, n in (("train", 9), ("val", 4), ("test", 2))
     }
-    said = {s: draws.integers(0, 2, (len(x), 1), dtype=np.uint8) for s, x in new.items()}
+    labels = {s: draws.integers(0, 2, (len(x), 1), dtype=np.uint8) for s, x in new.items()}
     whole = {}
-    for s, other in (
-        ("train", "val"),
-        ("val", "test"),
-        ("test", "train"),
-    ):  # an embedded image may lie in another split
+    # Embedded images may be in another split.
+    for s, other in (("train", "val"), ("val", "test"), ("test", "train")):
         order = draws.permutation(len(new[s]) + 20)
         known = np.flatnonzero(order < 20)
-        for part, fresh in (("images", new[s]), ("labels", said[s])):
+        for part, fresh in (("images", new[s]), ("labels", labels[s])):
             rows = np.empty((len(order), *fresh.shape[1:]), np.uint8)
             rows[known], rows[order >= 20] = embedded[f"{other}_{part}"][:20], fresh
             whole[f"{s}_{part}"] = rows
@@ -48,5 +45,5 @@ def test_a_newcomer_has_what_is_not_embedded(tmp_path: Path) -> None:
     with np.load(tmp_path / "new.npz") as made:
         assert set(made) == {"train_images", "train_labels"}
         assert np.array_equal(made["train_images"], np.concatenate(list(new.values())))
-        assert np.array_equal(made["train_labels"], np.concatenate(list(said.values())))
+        assert np.array_equal(made["train_labels"], np.concatenate(list(labels.values())))
     assert "15 images" in told

@@ -1,4 +1,4 @@
-"""The notebooks: each runs from top to bottom, in a kernel of its own, on the small settings that it holds; none has outputs."""
+"""The notebooks run from top to bottom with their small settings and contain no outputs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-def test_there_are_five() -> None:
+def test_notebooks_are_complete() -> None:
     assert len(NOTEBOOKS) == 5
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_it_is_valid_and_light(path: Path) -> None:
+def test_notebook_is_valid_and_small(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -34,12 +34,13 @@ def test_it_is_valid_and_light(path: Path) -> None:
     "ignore::pytest.PytestUnraisableExceptionWarning",
 )
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_it_runs_top_to_bottom(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "notebooks").mkdir()
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # the kernel is not alone on its cores
+    # The kernel shares its cores with other tests.
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         if "small" in cell.metadata:

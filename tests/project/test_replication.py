@@ -1,4 +1,4 @@
-"""The tables of benchmarks/science/replication.py: every row's configuration loads, figures are read and written as they should be."""
+"""The tables of benchmarks/science/replication.py: configurations, results and records."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def replication() -> SimpleNamespace:
 
 
 @pytest.mark.slow
-def test_every_row_loads(replication: SimpleNamespace, tmp_path: Path) -> None:
+def test_every_row_is_a_valid_configuration(replication: SimpleNamespace, tmp_path: Path) -> None:
     jobs = replication.jobs_of(list(replication.TABLES.values()), None, "", tmp_path)
     assert len({job.path for job in jobs}) == len(jobs)
     for job in jobs:
@@ -43,7 +43,7 @@ def test_every_row_loads(replication: SimpleNamespace, tmp_path: Path) -> None:
 
 
 def finish(job: object, last: float, held: list[list[int]]) -> None:
-    """A finished run's files: an accuracy, and one client's confusion matrix, of whose classes it has the first."""
+    """Write a finished run: an accuracy, and a confusion matrix of one client's first classes."""
     path = job.path  # type: ignore[attr-defined]
     path.mkdir(parents=True)
     figures = {"last": {"accuracy": last}, "best_by_validation": {"accuracy": last - 0.01}}
@@ -59,7 +59,7 @@ def finish(job: object, last: float, held: list[list[int]]) -> None:
     (path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
 
 
-def test_figures_of_finished_runs(replication: SimpleNamespace, tmp_path: Path) -> None:
+def test_results_of_finished_runs(replication: SimpleNamespace, tmp_path: Path) -> None:
     fedgen, niid = (replication.TABLES[name] for name in ("fedgen", "niid"))
     jobs = replication.jobs_of([fedgen], [0, 1, 2], "FedGen, α 0.1", tmp_path)
     assert [job.seed for job in jobs] == [0, 1, 2]
@@ -71,8 +71,8 @@ def test_figures_of_finished_runs(replication: SimpleNamespace, tmp_path: Path) 
         if line.startswith("| FedGen")
     )
     assert line == (
-        "| FedGen, α 0.1 | 93.03 ± 0.32 | 93.50 ± 0.71 | 92.50 ± 0.71 | +0.47 (within 2σ) | 75.00 ± 0.00 |"
-        " -18.03 (outside 2σ) | 95.68 ± 0.20 | -20.68 (outside 2σ) | 0, 1 |"
+        "| FedGen, α 0.1 | 93.03 ± 0.32 | 93.50 ± 0.71 | 92.50 ± 0.71 | +0.47 (within 2σ) "
+        "| 75.00 ± 0.00 | -18.03 (outside 2σ) | 95.68 ± 0.20 | -20.68 (outside 2σ) | 0, 1 |"
     )
     assert replication.estimate(jobs) == "fedgen: 1 of 3 runs to do, about 10 minutes"
     jobs = replication.jobs_of([niid], None, "", tmp_path)
@@ -85,7 +85,7 @@ def test_figures_of_finished_runs(replication: SimpleNamespace, tmp_path: Path) 
     )
 
 
-def test_a_difference_is_judged_by_the_papers_deviation_or_else_by_ours(
+def test_difference_is_compared_with_deviation(
     replication: SimpleNamespace,
 ) -> None:
     row = replication.Row("x", (), 90.0, 1.0)
@@ -97,7 +97,7 @@ def test_a_difference_is_judged_by_the_papers_deviation_or_else_by_ours(
     assert replication.difference(replication.Row("x", ()), [91.0]) == ""
 
 
-def test_what_is_recorded_is_not_run_again(replication: SimpleNamespace, tmp_path: Path) -> None:
+def test_recorded_runs_are_not_repeated(replication: SimpleNamespace, tmp_path: Path) -> None:
     niid, file = replication.TABLES["niid"], tmp_path / "record.json"
     first = replication.jobs_of([niid], None, "", tmp_path / "runs", replication.read_record(file))
     finish(first[0], 0.95, [])
@@ -115,9 +115,7 @@ def test_what_is_recorded_is_not_run_again(replication: SimpleNamespace, tmp_pat
     assert list(replication.read_record(file)) == ["niid: FedAvg, seed 0", "niid: SCAFFOLD, seed 0"]
 
 
-def test_the_record_knows_only_rows_that_there_are(
-    replication: SimpleNamespace, tmp_path: Path
-) -> None:
+def test_record_contains_only_existing_rows(replication: SimpleNamespace, tmp_path: Path) -> None:
     keys = {
         job.key
         for job in replication.jobs_of(list(replication.TABLES.values()), None, "", tmp_path)
@@ -125,21 +123,21 @@ def test_the_record_knows_only_rows_that_there_are(
     assert set(replication.read_record(ROOT / "docs" / "results" / "replication.json")) <= keys
 
 
-class Told(torch.nn.Module):
-    """A model that answers what its image says: the head's class, and one feature."""
+class Echo(torch.nn.Module):
+    """A model whose output is its image: the head's class, and one feature."""
 
     def forward(self, x: torch.Tensor) -> SimpleNamespace:
         return SimpleNamespace(logits=torch.eye(10)[x[:, 0].long()], features=x[:, 1:])
 
 
-def test_fedprotos_authors_count_on_from_client_to_client() -> None:
+def test_fedproto_authors_accumulate_counts_over_clients() -> None:
     from benchmarks.science.fedproto_setting import Client, readings
 
     def client(y: list[int], head: list[int], features: list[float]) -> Client:
         tests = {"these": (torch.tensor([head, features], dtype=torch.float32).T, torch.tensor(y))}
-        return Client(torch.empty(0), torch.tensor([0, 1]), tests, Told())
+        return Client(torch.empty(0), torch.tensor([0, 1]), tests, Echo())
 
-    # of classes that the client has not the nearest is never taken
+    # Classes that the client lacks are never predicted.
     prototypes = torch.arange(10.0)[:, None]
     found = readings(
         [client([0, 1], [0, 1], [0, 0.2]), client([0, 1], [1, 0], [0, 9])], prototypes, "these"
@@ -151,7 +149,7 @@ def test_fedprotos_authors_count_on_from_client_to_client() -> None:
     ]
 
 
-def test_fedprotos_setting_by_hand_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fedproto_reference_setting_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.science import fedproto_setting as setting
 
     labels = np.repeat(np.arange(10), 12).astype(np.uint8)
@@ -166,7 +164,8 @@ def test_fedprotos_setting_by_hand_runs(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(setting, "TESTS", {"few": ("test", 0, 4)})
     torch.manual_seed(0)
     clients = setting.clients_of(data, setting.AUTHORS)
-    for place, client in enumerate(clients):  # its own block of the rows of each class
+    # A separate block of the rows of each class.
+    for place, client in enumerate(clients):
         wanted = np.concatenate(
             [images[labels == c][4 * place :] for c in client.y.unique().tolist()]
         )

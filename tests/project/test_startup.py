@@ -1,4 +1,4 @@
-"""What starting costs: heavy libraries are loaded by whoever uses them, not by whoever might."""
+"""Import times: heavy libraries are loaded only where they are used."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ STARTS = {
     ),
     "the digits": (
         "from hetero_fl.data import load_source\nfrom hetero_fl.config.data import SourceConfig\n"
-        "from pathlib import Path\nassert len(load_source(SourceConfig(name='digits'), Path()).train) == 1797",
+        "from pathlib import Path\n"
+        "assert len(load_source(SourceConfig(name='digits'), Path()).train) == 1797",
         HEAVY - {"omegaconf"},
     ),
     "a run": ("import hetero_fl.experiment", HEAVY - {"rich"}),
@@ -51,7 +52,8 @@ STARTS = {
 @pytest.mark.parametrize("name", STARTS)
 def test_heavy_libraries_are_not_loaded_at_the_start(name: str) -> None:
     code, heavy = STARTS[name]
-    code += "\nimport json, sys\nprint('\\n' + json.dumps(sorted(n for n in sys.modules if '.' not in n)))"
+    code += "\nimport json, sys"
+    code += "\nprint('\\n' + json.dumps(sorted(n for n in sys.modules if '.' not in n)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(json.loads(done.stdout.splitlines()[-1]))
     assert "hetero_fl" in loaded

@@ -1,10 +1,18 @@
-"""Whether a wheel is whole, and works where there is no checkout: `python check_wheel.py FILE.whl`."""
+"""Check the content of an installed wheel outside of a checkout.
+
+Usage: `python check_wheel.py FILE.whl`.
+"""
 
 from __future__ import annotations
 
 import sys
 import zipfile
 from pathlib import Path
+
+import hetero_fl
+import model_zoo
+from hetero_fl.config.data import SourceConfig
+from hetero_fl.data import load_source
 
 WANTED = (
     "hetero_fl/py.typed",
@@ -19,22 +27,18 @@ UNWANTED = ("tests/", "scripts/", "configs/", "benchmarks/", "examples/")
 
 
 def main(wheel: str) -> None:
+    """Check the files of the wheel and load the embedded data set."""
     names = zipfile.ZipFile(wheel).namelist()
     missing = [name for name in WANTED if name not in names]
     assert not missing, f"the wheel lacks {missing}"
-    assert any(name.endswith("licenses/LICENSE") for name in names), "the wheel has no licence"
+    assert any(name.endswith("licenses/LICENSE") for name in names), "the wheel has no license"
     assert not [name for name in names if name.startswith(UNWANTED)], (
-        "the wheel holds more than the packages"
+        "the wheel contains more than the packages"
     )
-
-    import hetero_fl
-    import model_zoo
-    from hetero_fl.config.data import SourceConfig
-    from hetero_fl.data import load_source
 
     for package in (hetero_fl, model_zoo):
         assert "site-packages" in str(package.__file__), (
-            f"{package.__file__} is not what was installed"
+            f"{package.__file__} is not the installed package"
         )
     data = load_source(SourceConfig(name="chest_xray"), Path("nowhere"))
     rows = {name: len(examples) for name, examples in data.splits().items()}

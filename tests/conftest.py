@@ -18,13 +18,13 @@ from hetero_fl.utils import processes
 # What most runs of tests import besides.
 processes.PRELOADED.extend(["hetero_fl.experiment", "sklearn.datasets", "matplotlib.figure"])
 
-# A busy machine decides nothing: by default an example has 200 ms, and drawing one may not be slow either.
+# A busy machine must not fail a test: by default an example has 200 ms.
 settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("any machine")
 
-# A shell has what it starts in the background ignore Ctrl-C, and so would the commands that tests interrupt.
+# Background jobs of a shell ignore Ctrl-C, and so would the commands that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -148,7 +148,7 @@ def relabelled(data: bytes, change) -> bytes:
     return len(raw).to_bytes(8, "little") + raw + data[8 + size :]
 
 
-def malformed(rng: random.Random) -> bytes:
+def malformed(rng: random.Random) -> bytes:  # noqa: C901, PLR0912 (a branch per kind of damage)
     """Return an upload with truncated bytes, flipped bits, or wrong names, shapes or values."""
     good = upload(rng.randrange(10))
     data = good.encode()

@@ -1,7 +1,7 @@
-"""The code in README.md and docs/: every block is run, in the order of its page, and every command is parsed.
+"""Run the code blocks of README.md and docs/ in the order of each page, and parse its commands.
 
-A block whose first line is a comment with a file's name is that file. YAML has to load as a configuration, `server.yaml` and
-`site.yaml` as what they are.
+A block whose first line is a comment with a file name is written to that file. YAML blocks have to
+load as configurations, `server.yaml` and `site.yaml` as files of a server and a site.
 """
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ def blocks(page: Path) -> Iterator[tuple[str, str, str | None]]:
 
 
 @pytest.fixture
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with the configurations, as a reader has it; pictures and reports, which take longest, are left out."""
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Change to a folder with the configurations; plots and reports are not written."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr("hetero_fl.experiment.runner.write_presentation", lambda *_: None)
-    # what a page registers goes again
+    # Undo registrations of the page.
     monkeypatch.setattr(register_algorithm, "_known", dict(register_algorithm._known))
     before = set(sys.modules)
     yield tmp_path
-    # the page's own modules: another page may use the same name
+    # Another page may use the same module names.
     for name in set(sys.modules) - before:
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
             del sys.modules[name]
@@ -71,11 +71,11 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
-def test_every_block_runs(page: Path, elsewhere: Path) -> None:
+def test_every_block_runs(page: Path, folder: Path) -> None:
     names: dict[str, object] = {}
     for language, text, file in blocks(page):
         if file is not None:
-            (elsewhere / file).write_text(text, encoding="utf-8")
+            (folder / file).write_text(text, encoding="utf-8")
         if language == "python" and file is None:
             exec(compile(text, f"{page.name}", "exec"), names)
         elif language == "yaml":
@@ -87,7 +87,7 @@ def test_every_block_runs(page: Path, elsewhere: Path) -> None:
 
 
 def commands_in(text: str) -> Iterator[str]:
-    """Commands of a console block, without comments and with continued lines joined."""
+    """Yield the commands of a console block, without comments and with continued lines joined."""
     for line in text.replace("\\\n", " ").splitlines():
         command = line.split("  #")[0].strip()
         if command and not command.startswith("#"):
@@ -95,7 +95,7 @@ def commands_in(text: str) -> Iterator[str]:
 
 
 def run_or_parse(line: str) -> None:
-    """Run what is short (`hetero-fl train` on small files, `--check`); of the rest check that there is such a command."""
+    """Run short training commands and `--check`; parse all other commands."""
     first, *rest = shlex.split(line)
     if first == "make":
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -103,7 +103,8 @@ def run_or_parse(line: str) -> None:
         return
     if first in ("git", "cd", "pip", ".ci/run", "tensorboard", "ray"):
         return
-    if first == "torchrun":  # its own options, then a command of ours
+    if first == "torchrun":
+        # Its own options precede the command.
         script = next(i for i, word in enumerate(rest) if word.endswith(".py"))
         first, rest = "python", rest[script:]
     if first == "python":
@@ -119,8 +120,8 @@ def run_or_parse(line: str) -> None:
     else:
         assert first == "hetero-fl", line
         command = rest.pop(0)
-    elsewhere = any(word.startswith("data.path=") for word in rest)  # data that is not here
-    if command == "train" and ("--check" in rest or not (elsewhere or LONG & set(rest))):
+    needs_data = any(word.startswith("data.path=") for word in rest)
+    if command == "train" and ("--check" in rest or not (needs_data or LONG & set(rest))):
         assert main(rest, command) == 0, line
     elif command in APP.commands:
         APP.commands[command].make_context(command, rest)
@@ -134,7 +135,7 @@ def test_a_page_begins_with_its_title(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not target.startswith(("http://", "https://", "#")):
@@ -148,18 +149,17 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_architecture_lists_each_package_once() -> None:
     text = (ROOT / "docs" / "explanation" / "architecture.md").read_text(encoding="utf-8")
-    rooms = re.findall(r"^\| `(hetero_fl/\w*/?)`", text, re.MULTILINE)
+    packages = re.findall(r"^\| `(hetero_fl/\w*/?)`", text, re.MULTILINE)
 
-    assert len(rooms) > 6 and len(rooms) == len(set(rooms))
+    assert len(packages) > 6
+    assert len(packages) == len(set(packages))
 
 
 def anchors(page: Path) -> set[str]:
-    """Anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors of a page's headings on GitHub."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
 
-
-# The methods ---------------------------------------------------------------------------------------------------------
 
 INDEX = ROOT / "docs" / "reference" / "methods.md"
 BUILT_IN = [

@@ -40,9 +40,7 @@ def public_objects() -> Iterator[tuple[str, object]]:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_of_module_run(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_examples_of_module_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     module: ModuleType = importlib.import_module(name)
     result = doctest.testmod(module, optionflags=OPTIONS)

@@ -74,7 +74,7 @@ def read_rows(text: str) -> list[dict[str, str]]:
 
 
 def label_of(method: str) -> str:
-    """The label under which a row's runs are archived."""
+    """Return the label under which the runs of a row are archived."""
     title, *settings = method.split(" + ")
     return ":".join([LABELS[title], *(SETTINGS[setting] for setting in settings)])
 

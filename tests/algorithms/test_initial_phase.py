@@ -29,7 +29,7 @@ from tests.algorithms.test_kt_pfl import T, follow
 from tests.engine.test_vectorized_runs import agree
 from tests.helpers import asynchronous_runs
 from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
-from tests.helpers.workers import shared_process_pool, outcome, rounds_on, setup_of
+from tests.helpers.workers import outcome, rounds_on, setup_of, shared_process_pool
 from tests.references.local_training import apart, clients, module, train
 
 ON = {"initial_phase": True, "initial_private_epochs": 2}

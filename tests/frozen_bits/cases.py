@@ -130,7 +130,7 @@ def _digits(models: Any, **sections: Any) -> Config:
 
 
 def _method(method: str) -> Config:
-    """Return three of four clients of three architectures per round, with a student at the server."""
+    """Return a run of three of four clients per round, with a student at the server."""
     return _digits(
         _MIXED,
         clients={"per_round": 3},

@@ -1,4 +1,4 @@
-"""What tests of asynchronous runs have in common: durations and fates that a test sets."""
+"""Asynchronous runs with task durations and faults set by a test."""
 
 from __future__ import annotations
 
@@ -27,16 +27,23 @@ SLOW = {"speed": {"median": 1e6, "sigma": 0.9}, "up": 1e5, "down": 1e6, "jitter"
 
 
 def source(method: str = "hybrid", **changes: Any) -> dict[str, Any]:
-    """Four clients of three architectures, three of them in flight, ten-fold apart in speed, and everything goes wrong."""
+    """Return a run with clients of three architectures, ten-fold speed ratios and faults."""
     made = config(
-        method, MIXED, clients=4, rounds=3, clients__per_round=3, server={"model": "linear"},
-        devices=SLOW, faults={**FAULTS, "delay": 5.0}, runtime={"threads": 1, "mode": "async", "buffer": 2},
-    )  # fmt: skip
+        method,
+        MIXED,
+        clients=4,
+        rounds=3,
+        clients__per_round=3,
+        server={"model": "linear"},
+        devices=SLOW,
+        faults={**FAULTS, "delay": 5.0},
+        runtime={"threads": 1, "mode": "async", "buffer": 2},
+    )
     return changed(made, **changes)
 
 
 class Paced(Timing):
-    """Every task of a client takes so many seconds."""
+    """Task durations given by a function of client and task."""
 
     def __init__(self, seconds: Callable[[str, int], float]) -> None:
         self.seconds = seconds
@@ -55,7 +62,7 @@ class Paced(Timing):
 
 
 class Fated:
-    """Fates by task number; the others are fine."""
+    """Fault outcomes by task number; other tasks have no faults."""
 
     def __init__(self, fates: Mapping[int, FaultOutcome]) -> None:
         self.fates, self.config = fates, FaultsConfig()
@@ -65,10 +72,12 @@ class Fated:
 
 
 def session(
-    made: dict[str, Any], executor: Executor | None = None, seconds: Callable[[str, int], float] | None = None,
+    made: dict[str, Any],
+    executor: Executor | None = None,
+    seconds: Callable[[str, int], float] | None = None,
     fates: Mapping[int, FaultOutcome] | None = None,
-) -> AsynchronousTrainer:  # fmt: skip
-    """A run that begins, on another executor, at another pace or with other fates than its configuration says."""
+) -> AsynchronousTrainer:
+    """Return a new run, optionally with another executor, task durations or fault outcomes."""
     run = prepare(made).make_trainer()
     assert isinstance(run, AsynchronousTrainer)
     if executor is not None:

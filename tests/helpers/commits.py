@@ -1,4 +1,4 @@
-"""Earlier versions of the repository, checked out beside the working tree."""
+"""Earlier versions of the repository, checked out next to the working tree."""
 
 from __future__ import annotations
 

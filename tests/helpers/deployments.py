@@ -1,4 +1,4 @@
-"""Federations of a few small clients over Loopback, for tests of what each side lets the other do."""
+"""Small federations over the loopback transport, for tests of site policies and messages."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Between = Callable[[Handle], Handle]
 
 
 def small(method: str = "fedavg", models: Any = "cnn_gn_small", **changes: Any) -> dict[str, Any]:
-    """A run of three clients, of two rounds."""
+    """Return the configuration of a run of three clients and two rounds."""
     return config(method, models, **changes)
 
 
 class Federation:
-    """Nodes, each with its site file's content over the defaults, and a server."""
+    """Nodes with site files (changes to the defaults), and a server."""
 
     def __init__(
         self, folder: Path, sites: Mapping[str, Mapping[str, Any]] | None = None, **more: Any
@@ -33,13 +33,15 @@ class Federation:
         self.folder, self.transport = folder, LoopbackTransport()
         self.said: list[str] = []
         self.nodes = {
-            id: Node(
-                SiteConfig.model_validate({"client": id, **(sites or {}).get(id, {})}),
-                folder / id,
+            client_id: Node(
+                SiteConfig.model_validate(
+                    {"client": client_id, **(sites or {}).get(client_id, {})}
+                ),
+                folder / client_id,
                 self.said.append,
                 **more,
             )
-            for id in SITES
+            for client_id in SITES
         }
 
     def serve(
@@ -49,12 +51,19 @@ class Federation:
         public: Mapping[str, bytes] | None = None,
         **more: Any,
     ) -> Run:
-        """The whole run. `between`: what stands between a node and the network; `public`: the nodes' keys."""
+        """Run the federation.
+
+        Args:
+            source: The configuration.
+            between: Functions that wrap the message handlers of nodes.
+            public: Public keys of the nodes.
+            more: Further arguments of `run_federation`.
+        """
         try:
-            for id, node in self.nodes.items():
+            for client_id, node in self.nodes.items():
                 handle: Handle = node.handle
-                key = (public or {}).get(id, b"")
-                self.transport.join((between or {}).get(id, lambda h: h)(handle), key)
+                key = (public or {}).get(client_id, b"")
+                self.transport.join((between or {}).get(client_id, lambda h: h)(handle), key)
             return run_federation(
                 source,
                 **{"transport": self.transport, "out": self.folder / "run", "wait": LONG, **more},
@@ -62,12 +71,13 @@ class Federation:
         finally:
             working = [thread for _, thread in self.transport._nodes.values()]
             self.transport.close()
-            for thread in working:  # it may still write into its folder
+            # It may still write to its folder.
+            for thread in working:
                 thread.join(LONG)
 
 
 def twice(handle: Handle) -> Handle:
-    """Everything comes twice."""
+    """Deliver every message twice."""
 
     def handles(envelope: Envelope) -> Envelope:
         handle(envelope)

@@ -1,4 +1,4 @@
-"""A SuperNode whose worker answers with what a test says."""
+"""A SuperNode whose worker answers as a test specifies."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class EchoNode:
     """A SuperNode, and a worker in a thread; use it as a context manager.
 
     Args:
-        address: The server's, `host:port`.
+        address: Address of the server, `host:port`.
         handle: Answers the messages.
-        authority: Certificate by which the server's own is checked.
-        key: The node's private key.
+        authority: CA certificate that verifies the server's certificate.
+        key: Private key of the node.
     """
 
     def __init__(

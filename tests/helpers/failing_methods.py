@@ -1,4 +1,4 @@
-"""Methods that go wrong on one client, in the second round: not when they are tried out before the run."""
+"""Methods that fail for one client in the second round, after the dry run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FedAvg, Hybrid = register_algorithm["fedavg"], register_algorithm["hybrid"]
 
 
 class Fails(FedAvg):  # type: ignore[misc,valid-type]
-    """Federated averaging that cannot train one of the clients."""
+    """Federated averaging that raises while training one of the clients."""
 
     def train(self, client: Any, received: Any) -> Any:
         if client.participant_id == "site_1" and client.round_context.round_idx == 1:
@@ -33,7 +33,7 @@ class Leaves(FedAvg):  # type: ignore[misc,valid-type]
 
 
 class Waits(FedAvg):  # type: ignore[misc,valid-type]
-    """Federated averaging that never ends, and leaves a sign in the working folder when it has come to that."""
+    """Federated averaging that never ends; it creates the file `waiting` when it starts to wait."""
 
     def train(self, client: Any, received: Any) -> Any:
         if client.participant_id == "site_1" and client.round_context.round_idx == 1:
@@ -43,7 +43,7 @@ class Waits(FedAvg):  # type: ignore[misc,valid-type]
 
 
 class Held(Hybrid):  # type: ignore[misc,valid-type]
-    """Hybrid that is in the middle of its second round until somebody kills it: a run that cannot be over before."""
+    """Hybrid that waits in its second round until its process is killed."""
 
     sign: str = Field(
         "", description="file with the number of a process that waits; none waits once it is there"

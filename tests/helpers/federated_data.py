@@ -1,4 +1,4 @@
-"""Small federations that several tests of the data take apart."""
+"""Small federations for tests of the data package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ THREE = {"a": PLAIN_CLIENT, "b": PLAIN_CLIENT, "c": PLAIN_CLIENT}
 
 
 def numbered(rows: int = 200, groups: list[str] | None = None, **other: Any) -> Dataset:
-    """Rows that can be told apart: x is the row's number. The test set's are negative."""
+    """Return rows with x equal to the row number, negative in the test set."""
     x, y = torch.arange(float(rows))[:, None], torch.arange(rows) % 4
     return from_arrays(x, y, test=(-1 - x[:40], y[:40]), group=groups, **other)
 
@@ -26,7 +26,7 @@ def rows_of(data: FederatedData, owner: str, name: str) -> list[int]:
 
 
 def everything(data: FederatedData) -> dict[tuple[str, str], dict[str, torch.Tensor]]:
-    """All columns of everybody, each as its owner sees it."""
+    """Return all columns of all clients after their preprocessing."""
     found = {}
     for client in data.client_ids:
         view = data.preprocess(client)

@@ -1,4 +1,4 @@
-"""A Flower federation on this machine, as an administrator sets one up with Flower's own commands."""
+"""A Flower federation on this machine, started with Flower's commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from typing import Any
 import httpx
 import yaml
 
-SOON = 300.0  # seconds; this machine may be busy
+# In seconds; the machine may be busy.
+SOON = 300.0
 COMMANDS = Path(sys.executable).parent
 
 
@@ -25,7 +26,7 @@ class FlowerFederation:
     """A SuperLink without TLS and a SuperNode for each site; use it as a context manager.
 
     Args:
-        folder: Where sites, logs and Flower's own files lie.
+        folder: Folder for sites, logs and Flower's files.
         sites: The content of each client's site file.
     """
 
@@ -75,13 +76,13 @@ class FlowerFederation:
         self._start(client, "flower-supernode", *arguments)
 
     def kill(self, name: str) -> None:
-        """Kill a SuperNode or the `superlink`, with the processes of Flower that belong to it."""
+        """Kill a SuperNode or the `superlink`, including its child processes."""
         process = self._processes.pop(name)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
     def run(self, app: Path, **settings: Any) -> str:
-        """Run an app until it ends. Returns how it ended."""
+        """Run an app until it ends and return how it ended."""
         chosen = " ".join(f"{k.replace('_', '-')}={json.dumps(v)}" for k, v in settings.items())
         started = self._flwr("run", str(app), "test", "--run-config", chosen, "--format", "json")
         number = str(started["run-id"])
@@ -99,6 +100,7 @@ class FlowerFederation:
     def _flwr(self, *arguments: str) -> Any:
         done = subprocess.run(
             ["flwr", *arguments],
+            check=False,
             env=self._environment,
             capture_output=True,
             text=True,

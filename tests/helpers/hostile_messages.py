@@ -1,4 +1,4 @@
-"""What a hostile participant may send: trees, headers and bytes drawn by Hypothesis, and a node that answers with them."""
+"""Malformed trees, headers and bytes drawn by Hypothesis, and a node that sends them."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ TENSORS = st.builds(
     lambda shape, dtype: torch.ones(shape).to(dtype), SHAPES, st.sampled_from(DTYPES)
 )
 
-# Names that some message has, so that trees come past the first check.
-NAMES = st.sampled_from(
-    [
-        "rows", "hash", "view", "labels", "train", "validation", "test", "settings", "model", "shares", "preprocess",
-        "augment", "items", "report", "values", "weight", "kind", "loss", "config", "public", "told", "fingerprint",
-        "threads", "pack", "state", "tag", "keys", "numbers", "vector", "broadcast", "head", "scores", "confusion",
-        "calibration", "baselines", "forecast", "triggered", "personal", "accuracy", "mean", "std", "resize",
-    ]
-)  # fmt: skip
+# Keys of real messages, so that trees pass the first check.
+KEYS = """
+rows hash view labels train validation test settings model shares preprocess augment items
+report values weight kind loss config public told fingerprint threads pack state tag keys
+numbers vector broadcast head scores confusion calibration baselines forecast triggered
+personal accuracy mean std resize
+"""
+NAMES = st.sampled_from(KEYS.split())
+METADATA = st.just("__metadata__")
 TREES = st.recursive(
     PLAIN | TENSORS,
     lambda t: st.lists(t, max_size=3) | st.dictionaries(NAMES | TEXTS, t, max_size=4),
@@ -61,18 +61,21 @@ UPLOADS = st.fixed_dictionaries(
         "report": st.dictionaries(NAMES | TEXTS, PLAIN | TENSORS, max_size=3) | PLAIN,
     }
 )
+HEAD_KEYS = """
+ask client why task what state check run round again work kind base expires details spare
+fingerprint log answers number
+"""
+HEAD_NAMES = st.sampled_from(HEAD_KEYS.split())
+STATUSES = st.sampled_from(["done", "refused", "failed", "lost", "unready", "x" * 10**5])
 HEADS = st.dictionaries(
-    st.sampled_from(
-        ["ask", "client", "why", "task", "what", "state", "check", "run", "round", "again", "work", "kind", "base",
-         "expires", "details", "spare", "fingerprint", "log", "answers", "number"]
-    ) | TEXTS,
-    PLAIN | st.binary(max_size=8) | st.sampled_from(["done", "refused", "failed", "lost", "unready", "x" * 10**5]),
+    HEAD_NAMES | TEXTS,
+    PLAIN | st.binary(max_size=8) | STATUSES,
     max_size=8,
-)  # fmt: skip
+)
 
 
 def wire(tree: Any, form: str) -> bytes:
-    """The tree as bytes, whatever is in it: what `encode` would refuse, too."""
+    """Return the tree as bytes, including content that `encode` would refuse."""
     tensors: list[torch.Tensor] = []
 
     def flat(value: Any) -> Any:
@@ -92,18 +95,18 @@ def wire(tree: Any, form: str) -> bytes:
 
 
 def with_header(header: bytes, rest: bytes = b"") -> bytes:
-    """A safetensors file with this header."""
+    """Return a safetensors file with this header."""
     return len(header).to_bytes(8, "little") + header + rest
 
 
 def bomb(values: int = 10_000_000, form: str = PAYLOAD) -> bytes:
-    """Three bytes a value, each a list: parsed, they would take fifty times as much memory."""
+    """Return lists that take three bytes each and fifty times as much memory when parsed."""
     metadata = f'{{"form":"{form}","tree":[{"[]," * values}[]]}}'
     return with_header(json.dumps({"__metadata__": {"hetero_fl": metadata}}).encode())
 
 
 def bodies(form: str) -> st.SearchStrategy[bytes]:
-    """Bodies of messages: of the right form with any tree, of another, with any header, cut, changed, or any bytes."""
+    """Return a strategy for message bodies, from valid ones with any tree to random bytes."""
     trees = st.builds(wire, TREES | UPLOADS, st.just(form) | st.just(form) | TEXTS)
     cut = st.builds(lambda data, at: data[: int(at * len(data))], trees, st.floats(0, 1))
     changed = st.builds(
@@ -114,9 +117,14 @@ def bodies(form: str) -> st.SearchStrategy[bytes]:
         st.floats(0, 0.99),
         st.integers(0, 255),
     )
-    headers = st.builds(lambda value: with_header(json.dumps(value).encode()), st.recursive(
-        PLAIN, lambda t: st.lists(t, max_size=3) | st.dictionaries(st.just("__metadata__") | TEXTS, t, max_size=3),
-        max_leaves=8))  # fmt: skip
+    headers = st.builds(
+        lambda value: with_header(json.dumps(value).encode()),
+        st.recursive(
+            PLAIN,
+            lambda t: st.lists(t, max_size=3) | st.dictionaries(METADATA | TEXTS, t, max_size=3),
+            max_leaves=8,
+        ),
+    )
     return trees | cut | changed | headers | st.binary(max_size=64)
 
 
@@ -125,7 +133,7 @@ Answer = tuple[dict[str, Any], bytes | None, bool]
 
 
 def hostile(handle: Handle, answers: list[Answer]) -> Handle:
-    """A node that answers tasks with these, one after the other: each changes the honest answer's head, and may replace its body."""
+    """Return a node that changes the head, and possibly the body, of its answers."""
     left = list(answers)
 
     def handles(asked: Envelope) -> Envelope:
@@ -143,20 +151,27 @@ def hostile(handle: Handle, answers: list[Answer]) -> Handle:
 
 
 def sealed(body: bytes) -> Answer:
-    """An upload of these bytes, as a node that means it would send them."""
+    """Return these bytes sealed as a valid upload."""
     return {}, body, True
 
 
 def examples(strategy: st.SearchStrategy[T], count: int) -> list[T]:
     """Return so many different examples of a strategy, the same ones in every run.
 
-    For tests that need all of them at once: the first example that `given` draws is the smallest one, a list of equals.
+    For tests that need all of them at once, because the first example that `given` draws is a
+    list of equal values.
     """
     found: dict[str, T] = {}
 
     @given(strategy)
-    @settings(max_examples=3 * count, derandomize=True, database=None, phases=[Phase.generate], deadline=None,
-              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @settings(
+        max_examples=3 * count,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
     def collect(example: T) -> None:
         found.setdefault(repr(example), example)
 
@@ -168,9 +183,9 @@ def examples(strategy: st.SearchStrategy[T], count: int) -> list[T]:
 def raises_only(
     expected: tuple[type[BaseException], ...], call: Callable[[], object]
 ) -> BaseException | None:
-    """Call it; return what of the expected it raised, if it did. Whatever else it raises goes on.
+    """Call a function and return the expected exception that it raised, if any.
 
-    The call may take two seconds of processor time at most.
+    Other exceptions propagate. The call may take two seconds of processor time at most.
     """
     started = time.process_time()
     try:

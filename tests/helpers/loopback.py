@@ -12,7 +12,7 @@ from hetero_fl.deployment.transport import Envelope, Handle
 
 
 class LoopbackTransport:
-    """Nodes in this process, a thread each."""
+    """A transport whose nodes are threads of this process."""
 
     def __init__(self) -> None:
         self._nodes: dict[
@@ -21,17 +21,20 @@ class LoopbackTransport:
         self._keys: dict[int, bytes] = {}
         self._numbers = itertools.count(1)
         self._messages = itertools.count(1)
-        self._waiting: dict[str, int] = {}  # message -> node
+        # Message to node.
+        self._waiting: dict[str, int] = {}
         self._answers: dict[str, Envelope | None] = {}
-        self._ends: dict[str, float] = {}  # when an answer is of no use any more
+        # Deadlines of the answers.
+        self._ends: dict[str, float] = {}
         self._changed = threading.Condition()
-        self._working = threading.Lock()  # one at a time: torch's generator is the process's
+        # One at a time, because torch's generator is global.
+        self._working = threading.Lock()
 
     def join(self, handle: Handle, key: bytes = b"") -> int:
         """Connect a node and return its number.
 
         Args:
-            handle: Answers the node's messages.
+            handle: Function that answers the node's messages.
             key: The node's public key in PEM.
         """
         number = next(self._numbers)
@@ -95,7 +98,8 @@ class LoopbackTransport:
             try:
                 with self._working:
                     answer: Envelope | None = handle(envelope)
-            except Exception:  # as a node whose process has died
+            except Exception:
+                # Like a node whose process has ended.
                 answer = None
             with self._changed:
                 if self._waiting.pop(message, None) is not None:

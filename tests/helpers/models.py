@@ -1,4 +1,4 @@
-"""What the tests here share: models with fixed weights, and examples."""
+"""Models with fixed weights, and batches of examples."""
 
 from __future__ import annotations
 

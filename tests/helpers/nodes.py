@@ -1,4 +1,4 @@
-"""What tests of federations have in common: nodes within this process, and what befalls them at a message that a test names."""
+"""Federations with nodes in this process, and faults at messages that a test names."""
 
 from __future__ import annotations
 
@@ -22,27 +22,30 @@ from hetero_fl.reporting.run import Run
 from tests.helpers.loopback import LoopbackTransport
 
 ALL = DisclosureConfig(labels=True, details=True, model=True)
-LONG = 300.0  # seconds: for what has to happen, however slow the machine is
-Point = tuple[str, int, str]  # client, round, what it is asked
+# In seconds; the machine may be busy.
+LONG = 300.0
+# Client, round, kind of message.
+Point = tuple[str, int, str]
 
 
-class Died(Exception):
-    """A node's process has ended."""
+class NodeEndedError(Exception):
+    """Raised when a node's process ends."""
 
 
 LOST = Envelope({"ask": "lost on its way"})
 
 
 class Killed(BaseException):
-    """The server's process has ended."""
+    """Raised when the server's process ends."""
 
 
 class Clock:
-    """The server's: time that a test has pass passes at once, and no other deadline does, however slow the machine is."""
+    """A server clock: deadlines that a test lets pass end at once, and others never end."""
 
     def __init__(self) -> None:
         self.ahead = 0.0
-        self.late: set[str] = set()  # clients on whom the server has given up
+        # Clients whose deadline has passed.
+        self.late: set[str] = set()
 
     def monotonic(self) -> float:
         return time.monotonic() + self.ahead
@@ -51,24 +54,26 @@ class Clock:
         time.sleep(seconds)
 
     def forward(self) -> None:
-        """Past whatever the server waits for."""
+        """Move the clock past the server's current deadline."""
         self.ahead += 2 * LONG
 
-    def after(self, count: int, said: list[str]) -> Callable[[str], None]:
-        """What a server may say its lines to, which are kept: when there are so many, nobody else comes in time."""
+    def after(self, count: int, lines: list[str]) -> Callable[[str], None]:
+        """Return a log function that stores lines and closes admission after a number of them."""
 
         def say(line: str) -> None:
-            said.append(line)
-            if len(said) == count:
+            lines.append(line)
+            if len(lines) == count:
                 self.forward()
 
         return say
 
 
 class Losing(LoopbackTransport):
-    """Some answers never come; the transport says so. The server dies at its message of number `last`; a user of the transport
-    after that is another process, once `last` has been set anew. `open`: the nodes that were sent something whose answer the
-    server has not had."""
+    """A transport that loses some answers and whose server ends at message number `last`.
+
+    A user of the transport is a new process once `last` is set again. `open` contains the nodes
+    with unanswered messages.
+    """
 
     last: int | None = None
 
@@ -99,7 +104,7 @@ class Losing(LoopbackTransport):
 
 
 class InOrder(Losing):
-    """Answers come in the order in which messages were sent, whoever is quicker."""
+    """A transport whose answers arrive in the order in which messages were sent."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,91 +124,108 @@ class InOrder(Losing):
 class Sites:
     """Nodes of some clients on a transport within this process; `folder` outlives them.
 
-    `kills`: what befalls a node at a message. It dies `before` it looks at it, `during` (it has remembered what it must, and has
-    not answered) or `after` (its answer is lost with it); the message is lost on its way (`unheard`), or its answer (`lost`);
-    that takes `slow` seconds; it answers `last`, when the server has all the others' answers, or `late`, when its time is over,
-    too; or it is `missing`: it dies, and that time passes. Once each. `away`: seconds until a node that died is back; None:
-    never. `clock`: by which that time passes.
+    `kills` maps a message to the node's fault. A node ends `before` it reads the message, `during`
+    its handling (state stored, no answer) or `after` answering (the answer is lost). The message
+    can be `unheard`, the answer `lost` or delayed by `slow` seconds. A node can answer `last`
+    (after all others), `late` (after its deadline too), or be `missing` (it ends, and its deadline
+    passes). Each fault occurs once. `away` is the number of seconds until an ended node returns,
+    None for never; `clock` lets deadlines pass.
     """
 
     def __init__(
-        self, clients: list[str], folder: Path, kills: Mapping[Point, str] | None = None, away: float | None = 0.0,
+        self,
+        clients: list[str],
+        folder: Path,
+        kills: Mapping[Point, str] | None = None,
+        away: float | None = 0.0,
         slow: float = 3.0,
-        transport: Losing | None = None, clock: Clock | None = None,
-    ) -> None:  # fmt: skip
+        transport: Losing | None = None,
+        clock: Clock | None = None,
+    ) -> None:
         self.transport, self.folder, self.clock = transport or Losing(), folder, clock or Clock()
         self.kills, self.away, self.slow = dict(kills or {}), away, slow
         self.asked: Counter[Point] = Counter()
-        self.done: set[Point] = set()  # what has been answered, or never will be
-        self.held: set[str] = set()  # who does not answer before the others
-        self.passed: set[tuple[int, str]] = set()  # for what time has passed
+        # Messages that are answered or never will be.
+        self.done: set[Point] = set()
+        # Clients that answer after the others.
+        self.held: set[str] = set()
+        # Messages whose deadline has passed.
+        self.passed: set[tuple[int, str]] = set()
         self._passing = threading.Lock()
         self.nodes: dict[str, int] = {}
         for client in clients:
             self.start(client)
 
     def start(self, client: str) -> None:
-        """A node's process, from what its folder holds."""
+        """Start a node's process with the content of its folder."""
         node = Node(SiteConfig(client=client, tells=ALL), self.folder / client)
         self.nodes[client] = self.transport.join(
             lambda envelope: self._handle(client, node, envelope)
         )
 
     def stop(self, client: str) -> None:
-        """It is killed."""
+        """Kill the node's process."""
         self.transport.leave(self.nodes.pop(client))
 
     def _handle(self, client: str, node: Node, envelope: Envelope) -> Envelope:
         head = envelope.head
         point = (client, int(str(head.get("round", -1))), str(head.get("what", head["ask"])))
         self.asked[point] += 1
-        fate = self.kills.pop(point, None)
-        if fate is None:
-            answer = node.handle(envelope)
-            self.done.add(point)
-            return answer
-        if fate == "unheard":
+        fault = self.kills.pop(point, None)
+        if fault == "unheard":
             return LOST
-        if fate == "lost":
-            node.handle(envelope)
+        if fault in ("last", "late"):
+            return self._answer_last(client, node, envelope, point, fault == "late")
+        if fault not in (None, "lost", "slow"):
+            return self._end(client, node, envelope, point, fault)
+        answer = node.handle(envelope)
+        if fault == "lost":
             return LOST
-        if fate == "slow":
-            answer = node.handle(envelope)
-            self.transport._working.release()  # the others go on
+        if fault == "slow":
+            # The other nodes continue.
+            self.transport._working.release()
             time.sleep(self.slow)
             self.transport._working.acquire()
             return answer
-        if fate in ("last", "late"):
-            self.held.add(client)
-            answer = node.handle(envelope)
-            self.done.add(point)
-            self.transport._working.release()
-            self._after_the_others(point, fate == "late")
-            self.held.discard(client)
-            self.transport._working.acquire()
-            return answer
+        self.done.add(point)
+        return answer
+
+    def _answer_last(
+        self, client: str, node: Node, envelope: Envelope, point: Point, late: bool
+    ) -> Envelope:
+        self.held.add(client)
+        answer = node.handle(envelope)
+        self.done.add(point)
+        self.transport._working.release()
+        self._after_the_others(point, late)
+        self.held.discard(client)
+        self.transport._working.acquire()
+        return answer
+
+    def _end(
+        self, client: str, node: Node, envelope: Envelope, point: Point, fault: str
+    ) -> Envelope:
         try:
-            if fate == "missing":
+            if fault == "missing":
                 self.done.add(point)
                 threading.Thread(
                     target=self._after_the_others, args=[point, True], daemon=True
                 ).start()
-            if fate in ("before", "missing"):
-                raise Died
-            if fate == "during":
+            if fault in ("before", "missing"):
+                raise NodeEndedError
+            if fault == "during":
                 with unable_to_answer():
                     node.handle(envelope)
             node.handle(envelope)
-            raise Died
-        except Died:
+            raise NodeEndedError
+        except NodeEndedError:
             self.stop(client)
-            if fate != "missing" and self.away is not None:
+            if fault != "missing" and self.away is not None:
                 threading.Timer(self.away, self.start, [client]).start()
             raise
 
     def _after_the_others(self, point: Point, over: bool) -> None:
-        """Wait until the server has had all answers to this but those of who holds them back; `over`: and until it has given up
-        on this client, since its time has passed."""
+        """Wait until the server has all other answers and, if `over`, has dropped this client."""
         client, *what = point
         clients = list(self.nodes)
         until(lambda: all((other, *what) in self.done for other in clients) and self._all_had())
@@ -221,7 +243,7 @@ class Sites:
 
 
 def until(what: Callable[[], object]) -> None:
-    """Wait until it is so."""
+    """Wait until a condition holds."""
     end = time.monotonic() + LONG
     while not what():
         assert time.monotonic() < end
@@ -230,12 +252,12 @@ def until(what: Callable[[], object]) -> None:
 
 @contextmanager
 def unable_to_answer() -> Iterator[None]:
-    """A node dies in the moment in which it would keep its answer."""
+    """Let a node end at the moment when it stores its answer."""
     write = NodeStorage.write
 
     def die(self: NodeStorage, name: str, data: bytes) -> None:
         if name == "answer":
-            raise Died
+            raise NodeEndedError
         write(self, name, data)
 
     NodeStorage.write = die  # type: ignore[method-assign]
@@ -253,7 +275,7 @@ def federation(
     closing: bool = True,
     **more: Any,
 ) -> Run:
-    """The run of a configuration on these sites. The server dies when it has sent so many messages, and is started again."""
+    """Run a configuration on these sites, restarting the server when it ends."""
     more = {"wait": LONG, "deadline": LONG, "patience": 0.3, **more}
     try:
         for last in deaths:
@@ -269,23 +291,23 @@ def federation(
 
 
 def records(run: Run) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
+    """Return the lines of metrics.jsonl."""
     return [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
 
 
 def figures(run: Run) -> list[dict[str, Any]]:
-    """The same without what tells of real time."""
+    """Return the records without measured times."""
     timed = ("seconds", "wall", "tasks", "counts")
     return [{k: v for k, v in record.items() if k not in timed} for record in records(run)]
 
 
 def models(run: Run) -> dict[str, bytes]:
-    """The models of a finished run, byte for byte."""
+    """Return the bytes of the models of a finished run."""
     return {path.name: path.read_bytes() for path in sorted((run.path / "models").iterdir())}
 
 
 def same(one: Run, other: Run) -> None:
-    """Both have come to the same, to the last bit."""
+    """Check that two runs have bit-identical results."""
     assert figures(one) == figures(other)
     assert models(one) == models(other) and models(one)
     assert one.summary["communication"] == other.summary["communication"]

@@ -1,12 +1,12 @@
-"""A GPU that is pretended: computed on the CPU, with the rules and the transfers of a real one.
+"""A simulated GPU: computes on the CPU with the rules and transfers of a real one.
 
     with PretendGPU() as gpu:
         trainer.run_round()
     print(gpu.summary())
 
-Tensors that were made on "cuda" or moved there say so, and an operation on tensors of both sides
-fails as it does on a GPU. Every copy between the sides and every wait for a value is noted with the
-line that asked for it. Numbers are those of the CPU: kernels, memory and speed are not pretended.
+Tensors created on "cuda" or moved there report that device, and operations on tensors of both
+sides fail as on a GPU. Copies between the sides and waits for values are recorded with the line
+that caused them. Values are those of the CPU: kernels, memory and speed are not simulated.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch._dynamo  # imported late, it would look at what is replaced here
+
+# Imported early, because it inspects functions that are replaced here.
+import torch._dynamo
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
@@ -38,7 +40,8 @@ GETTERS = {
     Tensor.is_cpu.__get__: lambda device: device.type == "cpu",  # type: ignore[attr-defined]
 }
 WAITS = ("aten._local_scalar_dense", "aten.equal", "aten.nonzero", "aten.masked_select")
-JOINING = ("aten.cat", "aten.stack")  # which take no scalars of the other side
+# Operations that accept no scalars from the other side.
+JOINING = ("aten.cat", "aten.stack")
 INDEXING = ("aten.index.", "aten.index_put", "aten._index_put", "aten._unsafe_index")
 
 
@@ -58,7 +61,7 @@ class Transfer:
 
 
 class _Placement:
-    """Which storages are on the device."""
+    """The storages that are on the device."""
 
     def __init__(self) -> None:
         # A weak reference keeps the address from being used again.
@@ -80,15 +83,18 @@ class PretendGPU:
     """A context in which torch finds one GPU.
 
     Attributes:
-        transfers: What crossed between host and device so far.
+        transfers: Transfers between host and device so far.
     """
 
     def __init__(self) -> None:
         self.transfers: list[Transfer] = []
         self.placement = _Placement()
-        self.is_moving = False  # within a copy that was asked for
-        self.factory = CPU  # where new tensors are made
-        self.generators: dict[int, torch.Generator] = {}  # of the device
+        # Whether an explicit copy is in progress.
+        self.is_moving = False
+        # The default device of new tensors.
+        self.factory = CPU
+        # The generator of the device.
+        self.generators: dict[int, torch.Generator] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> PretendGPU:
@@ -138,7 +144,7 @@ class PretendGPU:
         self._stack.close()
 
     def note(self, kind: str, nbytes: int = 0) -> None:
-        """Note a transfer."""
+        """Record a transfer."""
         frames = [f for f in traceback.extract_stack() if Path(f.filename).is_relative_to(PACKAGE)]
         where = "outside the package"
         if frames:
@@ -148,7 +154,7 @@ class PretendGPU:
 
     @contextmanager
     def moving(self, target: torch.device) -> Iterator[None]:
-        """Let one operation cross between the sides."""
+        """Let one operation use tensors of both sides."""
         factory, self.factory, self.is_moving = self.factory, target, True
         try:
             yield
@@ -165,7 +171,7 @@ class PretendGPU:
 
 
 class _Calls(TorchFunctionMode):
-    """What Python code asks for: devices by name, and moves between them."""
+    """A mode that handles Python calls: devices by name and moves between them."""
 
     def __init__(self, gpu: PretendGPU) -> None:
         super().__init__()
@@ -184,18 +190,28 @@ class _Calls(TorchFunctionMode):
             return GETTERS[function](gpu.placement.device_of(args[0]))
         if function in (Tensor.to, Tensor.cpu, Tensor.cuda):
             return self._move(function, args, named)
+        if named.get("device") is None:
+            return self._call_without_device(function, args, named)
+        return self._call_with_device(function, args, named)
+
+    def _call_without_device(
+        self, function: Any, args: tuple[Any, ...], named: dict[str, Any]
+    ) -> Any:
+        gpu = self.gpu
         if function in (Tensor.numpy, Tensor.__array__) and self._is_on_device(args[0]):
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
         if function is Tensor.tolist and self._is_on_device(args[0]):
             gpu.note("wait", args[0].nbytes)
             return function(*args, **named)
-        if function is Tensor.new_tensor and named.get("device") is None:
+        if function is Tensor.new_tensor:
             result = function(*args, **named)
             if self._is_on_device(args[0]):
                 gpu.placement.put(result)
             return result
-        if named.get("device") is None:
-            return self._call(function, args, named)
+        return self._call(function, args, named)
+
+    def _call_with_device(self, function: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        gpu = self.gpu
         if function is torch.as_tensor and _is_tensor(args[0]):
             return self._move(Tensor.to, (args[0],), named)
         if function in (torch.tensor, torch.as_tensor) and not _is_tensor(args[0]):
@@ -214,7 +230,7 @@ class _Calls(TorchFunctionMode):
             gpu.factory = factory
 
     def _call(self, function: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """Call a function; what it makes besides is where its operands are."""
+        """Call a function and place its new tensors with its operands."""
         gpu = self.gpu
         operands = [t for t in tree_flatten((args, named))[0] if _is_tensor(t)]
         if gpu.is_moving or not any(map(self._is_on_device, operands)):
@@ -247,7 +263,7 @@ class _Calls(TorchFunctionMode):
     def _parse_to(
         self, here: torch.device, rest: list[Any], named: Mapping[str, Any]
     ) -> tuple[torch.device, torch.dtype | None]:
-        """Device and dtype that `Tensor.to` was given."""
+        """Return the device and dtype passed to `Tensor.to`."""
         device, dtype = named.get("device"), named.get("dtype")
         other = rest[0] if rest else named.get("other")
         if isinstance(other, Tensor):
@@ -265,7 +281,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 class _Kernels(TorchDispatchMode):
-    """What is computed: results are where the operands are, and these must not differ."""
+    """A mode that places results with their operands, which must be on one side."""
 
     def __init__(self, gpu: PretendGPU) -> None:
         super().__init__()
@@ -290,42 +306,53 @@ class _Kernels(TorchDispatchMode):
                     f"to {'device' if devices[0].type == 'cuda' else 'host'}", operands[1].nbytes
                 )
         elif on_device and not gpu.is_moving:
-            for tensor, device in zip(operands, devices, strict=True):
-                is_operand = tensor.ndim or name.startswith(JOINING)
-                if device.type == "cpu" and is_operand and not name.startswith(INDEXING):
-                    raise RuntimeError(
-                        f"{name}: Expected all tensors to be on the same device, but found at "
-                        f"least two devices, cuda:0 and cpu! {tuple(tensor.shape)}"
-                    )
-                if device.type == "cpu" and tensor.ndim and name.startswith(INDEXING):
-                    gpu.note("to device", tensor.nbytes)
+            self._check_operands(name, operands)
             if name.startswith(WAITS):
                 gpu.note("wait", operands[0].itemsize)
             if name.startswith(INDEXING):
                 self._check_indexing(name, args)
         if (on_device and not gpu.is_moving) or gpu.factory.type == "cuda":
-            for value in tree_flatten((args, dict(kwargs or {})))[0]:
-                if isinstance(value, torch._C.Generator) and value._cdata not in gpu.generators:
-                    raise RuntimeError(
-                        f"{name}: Expected a 'cuda' device type for generator but found 'cpu'"
-                    )
+            self._check_generators(name, tree_flatten((args, dict(kwargs or {})))[0])
         result = function(*args, **dict(kwargs or {}))
         target = gpu.factory
         if operands and not gpu.is_moving:
             target = CUDA if on_device else gpu.factory
         if target.type == "cuda":
-            known = {t.untyped_storage()._cdata for t in operands}
-
-            def put(tensor: Tensor) -> Tensor:
-                if tensor.untyped_storage()._cdata not in known:
-                    gpu.placement.put(tensor)
-                return tensor
-
-            tree_map_only(Tensor, put, result)
+            self._put_new_tensors(result, operands)
         return result
 
+    def _put_new_tensors(self, result: Any, operands: list[Tensor]) -> None:
+        known = {t.untyped_storage()._cdata for t in operands}
+
+        def put(tensor: Tensor) -> Tensor:
+            if tensor.untyped_storage()._cdata not in known:
+                self.gpu.placement.put(tensor)
+            return tensor
+
+        tree_map_only(Tensor, put, result)
+
+    def _check_operands(self, name: str, operands: list[Tensor]) -> None:
+        for tensor in operands:
+            if self.gpu.placement.device_of(tensor).type != "cpu":
+                continue
+            is_operand = tensor.ndim or name.startswith(JOINING)
+            if is_operand and not name.startswith(INDEXING):
+                raise RuntimeError(
+                    f"{name}: Expected all tensors to be on the same device, but found at "
+                    f"least two devices, cuda:0 and cpu! {tuple(tensor.shape)}"
+                )
+            if tensor.ndim and name.startswith(INDEXING):
+                self.gpu.note("to device", tensor.nbytes)
+
+    def _check_generators(self, name: str, values: list[Any]) -> None:
+        for value in values:
+            if isinstance(value, torch._C.Generator) and value._cdata not in self.gpu.generators:
+                raise RuntimeError(
+                    f"{name}: Expected a 'cuda' device type for generator but found 'cpu'"
+                )
+
     def _check_indexing(self, name: str, args: tuple[Any, ...]) -> None:
-        """Raise RuntimeError for indices and values on the other side, as far as a GPU refuses them."""
+        """Raise RuntimeError for indices and values that a GPU would refuse."""
         place = self.gpu.placement.device_of
         base = place(args[0])
         indices = [t for t in tree_flatten(args[1])[0] if _is_tensor(t)]

@@ -1,4 +1,4 @@
-"""Made-up run directories that look like real ones: learning curves, skewed labels, missing figures."""
+"""Synthetic run directories: learning curves, skewed labels and missing values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GROUPS = ("small", "small", "large", "large", "shared", "shared")
 
 @dataclass(frozen=True)
 class Case:
-    """What a made-up run looks like."""
+    """Properties of a synthetic run."""
 
     clients: int = 6
     rounds: int = 12
@@ -78,7 +78,7 @@ def _calibration(overconfident: float, rng: np.random.Generator) -> dict[str, An
 
 
 def write_run(path: Path, case: Case, seed: int = 0) -> RunDirectory:
-    """Write every file that the reporting reads."""
+    """Write all files that reporting reads."""
     rng = np.random.default_rng(seed)
     ids = [
         f"hospital_{i + 1}" if case.clients <= 12 else f"clinic_{i + 1:03d}"

@@ -1,4 +1,4 @@
-"""Saved models of every family, each with another preprocessing, without a run: weights as they begin."""
+"""Untrained saved models of every family, each with different preprocessing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from hetero_fl.data.dataset import Block
 BLOCKS = (Block("image", (1, 12, 12)), Block("genes", (6,)))
 COLUMNS = ("age", "weight", "pulse", "lactate", "sodium", "glucose", "urea")
 SCALE: dict[str, Any] = {"mean": (1.0, 20.0, -3.0), "std": (1.0, 2.0, 9.0)}
-SPANS = ((1, 3), (5, 6))  # weight, pulse, glucose
+# Weight, pulse, glucose.
+SPANS = ((1, 3), (5, 6))
 
 
 def saved(
@@ -27,14 +28,14 @@ def saved(
     vocabulary: int | None = None,
     **options: Any,
 ) -> SavedModel:
-    """A model with four outputs."""
+    """Return a model with four outputs."""
     arch = ModelSpec.from_config(name, 4, shape, None, options, vocabulary=vocabulary)
     tensors = arch.initial_tensors(3)
-    for tensor in tensors.values():  # BatchNorm statistics that do something
+    # BatchNorm statistics that change the output.
+    for tensor in tensors.values():
         if tensor.is_floating_point() and tensor.ndim == 1:
-            tensor += (
-                torch.rand(tensor.shape, generator=torch.Generator().manual_seed(len(tensor))) / 2
-            )
+            generator = torch.Generator().manual_seed(len(tensor))
+            tensor.add_(torch.rand(tensor.shape, generator=generator) / 2)
     return SavedModel(
         tensors,
         arch,
@@ -46,7 +47,7 @@ def saved(
 
 
 def image_cases() -> dict[str, SavedModel]:
-    """Of the embedded pictures, and one from timm; each view that images may have."""
+    """Return models for embedded images and one from timm, with every image preprocessing."""
     colours = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.4, 0.3)}
     return {
         "cnn_bn": saved("cnn", (1, 12, 12), {"mean": 0.4, "std": 0.2}, width=4),
@@ -66,13 +67,17 @@ def image_cases() -> dict[str, SavedModel]:
 
 
 def other_cases() -> dict[str, SavedModel]:
-    """Tables, series, text and blocks; with gaps and without."""
+    """Return models for tables, series, text and blocks, with and without missing values."""
     raw = {"raw": (7,), "spans": SPANS, **SCALE}
     steps = {"raw": (20, 3), "missing": "indicate", **SCALE}
     both = {"raw": (150,), "blocks": BLOCKS}
     return {
-        "mlp_of_columns": saved("mlp", (3,), raw, "regression", columns=COLUMNS, hidden=(8,), norm="batch"),
-        "tabular_with_gaps": saved("tabular", (6,), raw | {"missing": "indicate"}, "multilabel", columns=COLUMNS, width=8),
+        "mlp_of_columns": saved(
+            "mlp", (3,), raw, "regression", columns=COLUMNS, hidden=(8,), norm="batch"
+        ),
+        "tabular_with_gaps": saved(
+            "tabular", (6,), raw | {"missing": "indicate"}, "multilabel", columns=COLUMNS, width=8
+        ),
         "wide_deep": saved("wide_deep", (5,), prior=True, hidden=(8,)),
         "ft_transformer": saved("ft_transformer", (5,), width=8, heads=2),
         "lstm": saved("lstm", (3, 20), SCALE, hidden=8),
@@ -81,11 +86,17 @@ def other_cases() -> dict[str, SavedModel]:
         "text_gru": saved("text_gru", (9,), vocabulary=30),
         "text_cnn": saved("text_cnn", (9,), vocabulary=30, width=8),
         "text_transformer": saved("text_transformer", (9,), vocabulary=30, width=8, heads=2),
-        "multimodal_with_gaps": saved("multimodal", (152,), both | {"missing": "indicate"}, blocks=BLOCKS, width=8),
+        "multimodal_with_gaps": saved(
+            "multimodal", (152,), both | {"missing": "indicate"}, blocks=BLOCKS, width=8
+        ),
         "multimodal": saved("multimodal", (150,), both, blocks=BLOCKS, fusion="gated", width=8),
-        "one_block": saved("cnn", (1, 12, 12), both | {"spans": ((0, 144),), "blocks": BLOCKS[:1]}, width=4),
-        "one_block_of_numbers": saved("mlp", (6,), both | {"spans": ((144, 150),), "blocks": BLOCKS[1:]}, hidden=(8,)),
-    }  # fmt: skip
+        "one_block": saved(
+            "cnn", (1, 12, 12), both | {"spans": ((0, 144),), "blocks": BLOCKS[:1]}, width=4
+        ),
+        "one_block_of_numbers": saved(
+            "mlp", (6,), both | {"spans": ((144, 150),), "blocks": BLOCKS[1:]}, hidden=(8,)
+        ),
+    }
 
 
 CASES = {**image_cases(), **other_cases()}

@@ -1,4 +1,4 @@
-"""A cohort and a server that hold one secure sum, any of whom may leave, or say something else, at any exchange."""
+"""Clients and a server of one secure sum, with dropouts and changed messages."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from hetero_fl.utils.seeding import keyed_generator
 
 SPECS = {"model": ItemSpec("params"), "logits": ItemSpec("rows")}
 EXCHANGES = ("keys", "shares", "train", "unmask")
-# (client, message) -> what arrives in its place; None: nothing
+# Replaces a message of a client; None drops it.
 Change = Callable[[str, Message], Message | None]
 
 
 def upload(client: str, group: str = "a", size: int = 5) -> Payload:
-    """Something to send: the numbers are the client's own."""
+    """Return an upload with values that differ by client."""
     g = keyed_generator("party", client)
     items = {
         "model": Item(
@@ -37,7 +37,7 @@ def upload(client: str, group: str = "a", size: int = 5) -> Payload:
 
 
 class Party:
-    """So many clients, of two groups in turn; `size`: rows of their matrix."""
+    """Clients of two alternating groups; `size` is the number of rows of their matrix."""
 
     def __init__(self, count: int, size: int = 5, **config: float | int) -> None:
         self.clients = [f"site_{i}" for i in range(1, count + 1)]
@@ -48,7 +48,8 @@ class Party:
         self.protocol = SecureAggregation(
             SecureAggregationConfig.model_validate(config), count, self
         )
-        self.seen: list[tuple[str, str, Message]] = []  # (asked, client, reply)
+        # Requests, clients and replies.
+        self.seen: list[tuple[str, str, Message]] = []
         self.asked: list[tuple[str, Message]] = []
 
     def layout(self, round_idx: int) -> VectorLayout:
@@ -58,13 +59,13 @@ class Party:
         return "ab"[int(client.rpartition("_")[2]) % 2]
 
     def noise(self, *about: object) -> None:
-        """Nobody adds any."""
+        pass
 
     def num_rows(self, client: str) -> int:
         return 7
 
     def reply(self, client: str, message: Message) -> Message:
-        """What the client answers, its training done at once."""
+        """Return the client's answer; training finishes at once."""
         answer = self.protocol.answer(client, message, 0, self.notes[client])
         if isinstance(answer, Message):
             return answer
@@ -76,7 +77,7 @@ class Party:
         down: Change = lambda client, message: message,
         up: Change = lambda client, message: message,
     ) -> AggregatedUploads:
-        """The round. `leaves`: at which exchange a client is no longer there; `down` and `up` change what arrives."""
+        """Run the round with dropouts by exchange (`leaves`), and changed messages."""
         gone: set[str] = set()
 
         exchanges = self.protocol.exchanges(self.clients, 0)
@@ -99,7 +100,7 @@ class Party:
             return stop.value
 
     def plain(self, clients: list[str]) -> np.ndarray:
-        """The sum of these clients' integers, modulo 2^64: what no mask was ever on."""
+        """Return the plain sum of these clients' integers modulo 2^64."""
         total = np.zeros(self._layout.size, np.uint64)
         for client in clients:
             total += self.protocol.encode_upload(client, self.uploads[client], self._layout, 8.0, 0)

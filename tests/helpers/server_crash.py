@@ -1,4 +1,4 @@
-"""Crashes of the server's process at known points of a run."""
+"""Crashes of the server process at chosen points of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.reporting import report
 from hetero_fl.reporting.run_directory import RunDirectory
 
-# Each point is a function, and whether it has run when the process stops there.
+# Each point is a function, and whether the process stops after or before it.
 POINTS = {
     "clients have trained, nothing is committed": ([StateStore], "commit", "before"),
     "a round is over, nothing is written": (
@@ -29,7 +29,7 @@ POINTS = {
 
 
 def wait_at(point: str, waiting: Path) -> None:
-    """Have this process stop at the second call of a point, to be killed there.
+    """Let this process stop at the second call of a point, where it can be killed.
 
     Args:
         point: A key of `POINTS`.
@@ -58,9 +58,9 @@ def _wait_in(owner: type, name: str, moment: str, waiting: Path) -> None:
 
 
 def kill_in_rounds(rounds: Collection[int]) -> None:
-    """Have this process kill itself at the end of rounds, before anything of them is written.
+    """Let this process kill itself at the end of rounds, before their results are written.
 
-    The first round of a process is spared, so that a resumed run gets on.
+    The first round of a process completes, so that a resumed run makes progress.
 
     Args:
         rounds: Numbers of the rounds, from 1.
@@ -70,7 +70,7 @@ def kill_in_rounds(rounds: Collection[int]) -> None:
 
 
 def kill_before_report() -> None:
-    """Have this process kill itself when its results are written and its report is not."""
+    """Let this process kill itself after writing results and before writing the report."""
 
     def kill(*given: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Small federations on scikit-learn's digits, for tests: everything real, a fraction of a second a round."""
+"""Small federations on scikit-learn's digits: complete runs in a fraction of a second per round."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from hetero_fl.federation.trainer import FederatedTrainer
 
 TOP: dict[str, Any] = {
     "compress": [{"topk": 0.1}, {"quantize": 8}]
-}  # a channel that has clients keep what they did not send
+    # A channel with compression residuals.
+}
 QUICK = {
     "dense": {
         "synthesis_epochs": 2,
@@ -36,7 +37,7 @@ MIXED = [
 def config(
     method: str = "fedavg", models: Any = "cnn_bn_small", clients: int = 3, **changes: Any
 ) -> dict[str, Any]:
-    """A configuration as a plain dictionary; keyword arguments with `__` for dots change it (`data__proxy__size=0`)."""
+    """Return a configuration; `__` in keyword arguments stands for dots (`data__proxy__size=0`)."""
     made: dict[str, Any] = {
         "name": "small",
         "rounds": 2,
@@ -56,13 +57,14 @@ def config(
         },
         "algorithm": {"name": method, **QUICK.get(method, {})},
         "runtime": {"threads": 1},
-        "output": {"plots": False, "report": False},  # they take longer than the rounds
+        # Plots take longer than the rounds.
+        "output": {"plots": False, "report": False},
     }
     return changed(made, **changes)
 
 
 def changed(made: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """The configuration with other values at some of its keys, `__` for dots; changed in place."""
+    """Change a configuration in place at some keys (`__` for dots) and return it."""
     for path, value in changes.items():
         *parents, key = path.split("__")
         place = made
@@ -75,7 +77,7 @@ def changed(made: dict[str, Any], **changes: Any) -> dict[str, Any]:
 def rounds_of(
     source: dict[str, Any], held: int | None = None, store: StateStore | None = None
 ) -> SynchronousTrainer:
-    """The run of a configuration, after so many rounds (all of them by default), in memory only unless a store is given."""
+    """Return a run after some rounds (default: all), in memory unless a store is passed."""
     torch.set_num_threads(1)
     prepared = prepare(source)
     rounds = prepared.make_trainer(store=store)
@@ -87,7 +89,7 @@ def rounds_of(
 def broadcasts(
     trainer: FederatedTrainer, clients: Iterable[str], for_evaluation: bool = False
 ) -> dict[str, bytes]:
-    """What the server sends to each of the clients next."""
+    """Return the server's next broadcasts by client."""
     infos = [trainer.federation.client_infos[client] for client in clients]
     if for_evaluation:
         infos = [replace(info, purpose="evaluate") for info in infos]
@@ -97,15 +99,15 @@ def broadcasts(
     }
 
 
-def deployed(rounds: SynchronousTrainer, id: str) -> Participant:
-    """The client with the model that it would use now."""
+def deployed(rounds: SynchronousTrainer, client_id: str) -> Participant:
+    """Return the client with the model that it would use now."""
     site = rounds.executor.runtime  # type: ignore[attr-defined]  # of a run in this process
-    body = broadcasts(rounds, [id], for_evaluation=True)[id]
+    body = broadcasts(rounds, [client_id], for_evaluation=True)[client_id]
     return site.deploy_clients(
-        {id: site.links.decode_broadcast(rounds.completed, body)}, rounds.completed
-    )[id]
+        {client_id: site.links.decode_broadcast(rounds.completed, body)}, rounds.completed
+    )[client_id]
 
 
 def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """Whether two sets of named tensors are equal to the last bit."""
+    """Return whether two sets of named tensors are bit-identical."""
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)

@@ -1,4 +1,4 @@
-"""The command, whose run waits to be ended when its first round is complete: it cannot be over before a test comes to that."""
+"""The command line, with a run that waits to be stopped after its first round."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from typing import Any
 from hetero_fl.cli import main
 from hetero_fl.federation.synchronous import SynchronousTrainer
 
-SIGN = "waits"  # a file in the working folder
+# A file in the working folder.
+SIGN = "waits"
 
 
 def wait() -> None:
-    """Until SIGTERM has been heard by whoever hears it; Ctrl-C is heard at once."""
-    heard, handler = list[int](), signal.getsignal(signal.SIGTERM)
+    """Wait for SIGTERM, or raise KeyboardInterrupt on Ctrl-C."""
+    received, handler = list[int](), signal.getsignal(signal.SIGTERM)
     assert callable(handler)
 
-    def hear(number: int, frame: FrameType | None) -> None:
+    def record(number: int, frame: FrameType | None) -> None:
         handler(number, frame)
-        heard.append(number)
+        received.append(number)
 
-    signal.signal(signal.SIGTERM, hear)
+    signal.signal(signal.SIGTERM, record)
     Path(SIGN).touch()
-    while not heard:
+    while not received:
         time.sleep(0.02)
     signal.signal(signal.SIGTERM, handler)
 

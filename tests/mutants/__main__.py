@@ -2,8 +2,8 @@
 
     python -m tests.mutants [--only PATTERN] [--jobs N] [--slow]
 
-The tests must pass without a mutant; this is checked first. A mutant survives if its tests pass. One
-that no longer applies, because its function or its text is gone, fails the run like a survivor. The
+The tests must pass without a mutant; this is checked first. A mutant survives if its tests pass.
+A mutant that no longer applies, because its function or text is missing, counts as a survivor. The
 exit status is 0 if all mutants were killed.
 """
 

@@ -1,1 +1,1 @@
-"""Independent references that the package is compared with: plain loops and formulas, written by hand."""
+"""Independent references for the package: plain loops and formulas."""

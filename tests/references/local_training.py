@@ -1,4 +1,4 @@
-"""A client's local training as a plain PyTorch loop, for references that hold a whole round by hand."""
+"""A client's local training as a plain PyTorch loop, for references of complete rounds."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from hetero_fl.core.plan import Fit
 from hetero_fl.engine.batches import index_batches
 from hetero_fl.federation.synchronous import SynchronousTrainer
 
-BATCH = 16  # tests.helpers.small_federations's
+# As in tests.helpers.small_federations.
+BATCH = 16
 
 
 def clients(rounds: SynchronousTrainer) -> dict[str, Participant]:
-    """Every client as it stands before the next round."""
+    """Return every client before the next round."""
     index = rounds.completed
     return {
-        id: rounds.federation.client(id, rounds.store.get(id), index)
-        for id in rounds.federation.client_infos
+        client_id: rounds.federation.client(client_id, rounds.store.get(client_id), index)
+        for client_id in rounds.federation.client_infos
     }
 
 
 def module(arch, tensors: dict[str, Tensor]) -> nn.Module:
-    """A module of its own with these tensors, in training mode; counters that nobody keeps stay as made."""
+    """Return a module with these tensors in training mode; missing counters keep their values."""
     made = arch.build()
     made.load_state_dict({**made.state_dict(), **tensors})
     return made.train()
@@ -40,9 +41,9 @@ def train(
     epochs: int = 1,
     after: Callable[[], None] = lambda: None,
 ) -> int:
-    """Local epochs of SGD with momentum on the loss of (x, y), over the batches that the client's key draws; returns the steps.
+    """Train with momentum SGD in batches drawn with the client's key; return the step count.
 
-    `after` is called after each.
+    `after` is called after each step.
     """
     optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
     steps = 0
@@ -58,13 +59,13 @@ def train(
 def batches(
     client: Participant, label: str = "train", epochs: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of the round's first fit of that label."""
+    """Return the batches of the first fit with that label in a round."""
     clock = client.round_context
     data, where = (
         client.data("train", None),
         (clock.seed, clock.round_idx, client.participant_id, label, 0),
     )
-    # one more task of a version, where runs are asynchronous
+    # A further task of a version in asynchronous runs.
     where += ("again", clock.attempt) if clock.attempt else ()
     for rows in index_batches(
         client.num_rows, Fit({}, Supervised(), epochs=epochs, batch_size=BATCH), where
@@ -73,13 +74,13 @@ def batches(
 
 
 def mean(sent: list[tuple[float, dict[str, Tensor]]]) -> dict[str, Tensor]:
-    """The weighted mean of named tensors."""
+    """Return the weighted mean of named tensors."""
     total = sum(w for w, _ in sent)
     return {name: sum(w * t[name] for w, t in sent) / total for name in sent[0][1]}  # type: ignore[misc]
 
 
 def apart(ours: dict[str, Tensor], by_hand: nn.Module | dict[str, Tensor]) -> float:
-    """The largest difference of any floating-point tensor."""
+    """Return the largest difference of any floating-point tensor."""
     theirs = by_hand.state_dict() if isinstance(by_hand, nn.Module) else by_hand
     return max(
         float((t.detach() - ours[n]).abs().max())

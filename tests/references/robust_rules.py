@@ -1,4 +1,4 @@
-"""The rules once more, in numpy and float64, straight from the papers: of vectors `[n, d]`."""
+"""Robust aggregation rules for vectors `[n, d]` in NumPy and float64, as in the papers."""
 
 from __future__ import annotations
 

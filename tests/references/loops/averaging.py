@@ -1,4 +1,4 @@
-"""Methods that average parameters: FedAvg and what is built on it."""
+"""Methods that average parameters: FedAvg and its variants."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.references.loops.base import LR, READ, Loop, State, floats, load, pre
 
 
 class FedAvg(Loop):
-    """Averaging of all parameters, or a part, within each architecture; one module for each."""
+    """Average all parameters or a part within each architecture, with one module each."""
 
     def start(self) -> None:
         archs = {c.arch.spec_id: c.arch for c in self.cards}
@@ -25,11 +25,11 @@ class FedAvg(Loop):
         }
 
     def stays(self, arch: Any, name: str) -> bool:
-        """Whether a tensor stays with its client."""
+        """Return whether a tensor stays with its client."""
         return False
 
     def received(self, i: int) -> nn.Module:
-        """The module as the client has it at the beginning of a round."""
+        """Return the client's module at the start of a round."""
         group = self.cards[i].arch.spec_id
         return load(self.modules[group], self.shared[group], self.kept[i])
 
@@ -52,11 +52,11 @@ class FedAvg(Loop):
             self.combine(mean)
 
     def local(self, i: int, module: nn.Module) -> None:
-        """A client's training."""
+        """Train one client."""
         self.train(i, module)
 
     def combine(self, mean: dict[str, State]) -> None:
-        """The next shared models."""
+        """Return the next shared models."""
         self.shared = mean
 
     def read(self) -> None:
@@ -65,24 +65,25 @@ class FedAvg(Loop):
             module = self.tuned(i, self.received(i))
             for name in READ:
                 key = (card.arch.spec_id, name)
-                if name == "test" or self.kept[i] or key not in common:  # equal models say the same
+                # Equal models have equal outputs.
+                if name == "test" or self.kept[i] or key not in common:
                     common[key] = predicted(module, self.data[i][name]["x"])
                 self.score(i, name, common[key])
 
     def tuned(self, i: int, module: nn.Module) -> nn.Module:
-        """The model as it is read."""
+        """Return the model that is evaluated."""
         return module
 
 
 class FedProx(FedAvg):
-    """A pull to the start of the round."""
+    """FedAvg with a proximal term toward the start of the round."""
 
     def local(self, i: int, module: nn.Module) -> None:
         self.train(i, module, near(module, copied(floats(module)), self.method.mu))
 
 
 class FedAsync(FedAvg):
-    """All are given out together and come together: taken one by one, each is a version staler than the one before."""
+    """Asynchronous updates of tasks that start and end together: staleness increases by one."""
 
     def start(self) -> None:
         super().start()
@@ -101,7 +102,7 @@ class FedAsync(FedAvg):
             self.version += self.take(sent)
 
     def take(self, sent: list[State]) -> int:
-        """How many versions are made of what was sent."""
+        """Return how many versions follow from the uploads."""
         for stale, (card, end) in enumerate(zip(self.cards, sent, strict=True)):
             rate = self.method.alpha * (1 + stale) ** -0.5
             for name, tensor in self.shared[card.arch.spec_id].items():
@@ -110,7 +111,7 @@ class FedAsync(FedAvg):
 
 
 class FedBuff(FedAsync):
-    """The same in buffers of K, of changes."""
+    """Asynchronous averages of changes in buffers of size K."""
 
     def take(self, sent: list[State]) -> int:
         began, size = {g: copied(shared) for g, shared in self.shared.items()}, self.method.buffer
@@ -148,7 +149,7 @@ class FedOpt(FedAvg):
                     shared[name] = tensor
 
     def move(self, key: str, change: Tensor) -> Tensor:
-        """How far a parameter goes."""
+        """Return the change of a parameter."""
         s = self.method
         if self.name == "fedavgm":
             self.first[key] = s.momentum * self.first[key] + change if key in self.first else change
@@ -169,7 +170,7 @@ class FedOpt(FedAvg):
 
 
 class Scaffold(FedAvg):
-    """Steps corrected by control variates."""
+    """Gradient steps corrected by control variates."""
 
     def start(self) -> None:
         super().start()
@@ -208,7 +209,7 @@ class Scaffold(FedAvg):
 
 
 class HeteroFL(FedAvg):
-    """Each client trains the leading channels of one wide model, and keeps its BatchNorm statistics."""
+    """Clients train the leading channels of a wide model and keep BatchNorm statistics."""
 
     def start(self) -> None:
         super().start()
@@ -242,17 +243,17 @@ class HeteroFL(FedAvg):
 
 
 def corner(tensor: Tensor, like: Tensor) -> Tensor:
-    """The leading slice of the shape of another."""
+    """Return the leading slice with the shape of another tensor."""
     return tensor[tuple(slice(0, size) for size in like.shape)]
 
 
 def copied(state: State) -> State:
-    """A copy of its own."""
+    """Return a deep copy."""
     return {n: t.clone() for n, t in state.items()}
 
 
 def near(module: nn.Module, anchor: State, mu: float) -> Any:
-    """The task plus (μ/2)‖θ − anchor‖²."""
+    """Return the task loss plus (μ/2)‖θ − anchor‖²."""
     pairs = [(p, anchor[n]) for n, p in module.named_parameters()]
 
     def loss(x: Tensor, y: Tensor, step: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the loops have in common: modules, batches, descent, predictions, and the reading of models."""
+"""Base class of the loops: modules, batches, steps, predictions and evaluation."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ State = dict[str, Tensor]
 
 
 class Loop:
-    """Clients with a model each, that train alone: `local` as it stands.
+    """Clients with one model each that train alone; the method Local.
 
-    After every round `losses` has a list of the clients' mean training losses, `scores` one of the losses on what was read.
+    After every round, `losses` has a list of the clients' mean training losses, and `scores` a list
+    of evaluation losses.
     """
 
     def __init__(self, prepared: PreparedRun) -> None:
@@ -31,7 +32,8 @@ class Loop:
             prepared.name,
         )
         self.cards = [
-            self.federation.client_infos[id] for id in natural_order(self.federation.client_infos)
+            self.federation.client_infos[client_id]
+            for client_id in natural_order(self.federation.client_infos)
         ]
         self.data = [
             {name: self.rows(c, name) for name in ("train", "test", *COMMON)} for c in self.cards
@@ -45,22 +47,22 @@ class Loop:
         self.start()
 
     def rows(self, card: Any, name: str) -> dict[str, Tensor]:
-        """A named set as that client sees it."""
+        """Return a named set after the client's preprocessing."""
         return self.federation.data.columns(card.client_id, name, card.preprocess)
 
     def start(self) -> None:
-        """Make the models."""
+        """Create the models."""
         self.models = [self.module(c.arch) for c in self.cards]
 
     def module(self, arch: Any) -> nn.Module:
-        """A model with the weights from which the framework's starts, laid out as the framework lays it out."""
+        """Return a model with the framework's initial weights and memory layout."""
         made: nn.Module = arch.build()
         made.load_state_dict(arch.initial_tensors(self.federation.seed))
         return made.to(memory_format=torch.channels_last) if prefers_channels_last(arch) else made  # type: ignore[call-overload]
 
-    # The round -----------------------------------------------------------------------------------------------------
+    # Rounds
     def round(self) -> None:
-        """Training, what follows from it, and the reading of models."""
+        """Train, aggregate and evaluate the models."""
         self.losses.append([])
         self.scores.append([])
         self.work()
@@ -68,36 +70,36 @@ class Loop:
         self.read()
 
     def work(self) -> None:
-        """Clients and server in one round."""
+        """Run clients and server for one round."""
         for i in range(len(self.cards)):
             self.train(i, self.models[i])
 
     def read(self) -> None:
-        """The loss of every client's model on its own test rows and on the common sets."""
+        """Evaluate every client's model on its test rows and on the common sets."""
         for i, model in enumerate(self.models):
             for name in READ:
                 self.score(i, name, predicted(model, self.data[i][name]["x"]))
 
-    def read_of_one(self, said: Callable[[Tensor], Tensor]) -> None:
-        """What everybody has in common answers for all clients: `said(x)` are its logits; the common sets are asked once."""
+    def read_of_one(self, predict: Callable[[Tensor], Tensor]) -> None:
+        """Evaluate a shared model for all clients, computing common sets once."""
         common: dict[str, Tensor] = {}
         for i in range(len(self.cards)):
             for name in READ:
                 if name == "test" or name not in common:
-                    common[name] = said(self.data[i][name]["x"])
+                    common[name] = predict(self.data[i][name]["x"])
                 self.score(i, name, common[name])
 
     def score(self, i: int, name: str, logits: Tensor) -> None:
-        """Accuracy and loss; the loss is remembered."""
+        """Record the loss and compute the accuracy."""
         y = self.data[i][name]["y"]
         (logits.argmax(1) == y).double().mean()
         self.scores[-1].append(float(F.cross_entropy(logits, y)))
 
-    # Training ------------------------------------------------------------------------------------------------------
+    # Training
     def batches(
         self, n: int, who: str, label: str = "train", size: int = BATCH, epochs: int = 1
     ) -> list[Tensor]:
-        """The framework's batches; a last one of one joins the one before, for BatchNorm's sake."""
+        """Return the framework's batches; a single last row joins the previous batch."""
         made: list[Tensor] = []
         for epoch in range(epochs):
             cut = list(
@@ -109,7 +111,7 @@ class Loop:
         return made
 
     def draws(self, who: str, label: str, *more: Key, use: int = 0) -> torch.Generator:
-        """A generator of this round, for the `use`-th time that somebody draws under that label."""
+        """Return a generator of this round for the `use`-th use of that label."""
         return keyed_generator(self.federation.seed, self.done, who, label, use, *more)
 
     def train(
@@ -122,7 +124,7 @@ class Loop:
         besides: Sequence[nn.Module] = (),
         after: Callable[[], None] | None = None,
     ) -> None:
-        """Epochs on one client's rows; `loss_from_report(x, y, step)`."""
+        """Train for some epochs on one client's rows with `loss(x, y, step)`."""
         x, y = self.data[i]["train"]["x"], self.data[i]["train"]["y"]
         loss_of = loss_of or (lambda x, y, step: F.cross_entropy(module(x).logits, y))
         steps = enumerate(self.batches(len(y), self.cards[i].client_id, label, epochs=epochs))
@@ -141,7 +143,7 @@ class Loop:
         t: float,
         sgd: bool,
     ) -> None:
-        """Towards a teacher's logits on public rows."""
+        """Train toward a teacher's logits on proxy rows."""
         optimizer = None if sgd else adam([module])
         descend(
             [module],
@@ -150,7 +152,7 @@ class Loop:
         )
 
     def class_sums(self, i: int, module: nn.Module) -> tuple[Tensor, Tensor]:
-        """Sum and number by class of the features of the training rows."""
+        """Return sums and counts by class of the features of the training rows."""
         x, y = self.data[i]["train"]["x"], self.data[i]["train"]["y"]
         values = predicted(module, x, "features")
         return torch.zeros(10, values.shape[1]).index_add_(0, y, values), self.counts[i]
@@ -166,7 +168,7 @@ def descend(
     optimizer: torch.optim.Optimizer | None = None,
     after: Callable[[], None] | None = None,
 ) -> float:
-    """A step of the optimizer (SGD) on each loss as it is computed; returns their mean."""
+    """Take an SGD step on each loss and return the mean loss."""
     parameters = [p for module in modules for p in module.train().parameters() if p.requires_grad]
     optimizer = optimizer or torch.optim.SGD(parameters, LR, fused=True)
     total, steps = torch.zeros(()), 0
@@ -182,12 +184,12 @@ def descend(
 
 
 def adam(modules: Iterable[nn.Module], lr: float = 1e-3) -> torch.optim.Optimizer:
-    """The server's optimizer."""
+    """Return the server's optimizer."""
     return torch.optim.Adam([p for module in modules for p in module.parameters()], lr, fused=True)
 
 
 def only(module: nn.Module, part: str) -> nn.Module:
-    """The module with nothing but that part to be trained."""
+    """Return the module with only that part trainable."""
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name.startswith(part))
     return module
@@ -195,23 +197,23 @@ def only(module: nn.Module, part: str) -> nn.Module:
 
 @torch.no_grad()
 def predicted(module: nn.Module, x: Tensor, readout: str = "logits") -> Tensor:
-    """Outputs in evaluation mode."""
+    """Return outputs in evaluation mode."""
     module.eval()
     return torch.cat([getattr(module(some), readout) for some in x.split(500)])
 
 
 def divergence(student: Tensor, teacher: Tensor, t: float) -> Tensor:
-    """KL · T², the mean over the batch."""
+    """Return KL · T², averaged over the batch."""
     log_s, log_t = F.log_softmax(student / t, -1), F.log_softmax(teacher / t, -1)
     return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * t**2
 
 
 def floats(module: nn.Module) -> State:
-    """The tensors that are averaged: parameters and BatchNorm's statistics, not its counters."""
+    """Return parameters and BatchNorm statistics, without counters."""
     return {n: t for n, t in module.state_dict().items() if t.is_floating_point()}
 
 
 def load(module: nn.Module, *states: State) -> nn.Module:
-    """The module with these tensors in it."""
+    """Load these tensors into the module and return it."""
     module.load_state_dict({n: t for state in states for n, t in state.items()}, strict=False)
     return module

@@ -1,4 +1,4 @@
-"""The bounds: models trained alone, the ensemble of all, one model on all rows; and DENSE, which ends in one model too."""
+"""Baselines: Local, Ensemble and Centralized; and DENSE, which also ends in one model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.references.loops.base import Loop, adam, descend, divergence, load, p
 
 
 class Ensemble(Loop):
-    """The mean softmax of all models, each asked once about the common sets."""
+    """The mean softmax of all models, each evaluated once on the common sets."""
 
     def read(self) -> None:
         def said(x: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ class Ensemble(Loop):
 
 
 class Centralized(Loop):
-    """One model on the rows of all."""
+    """One model on the rows of all clients."""
 
     def start(self) -> None:
         foremost = self.federation.client_infos[self.federation.client_infos.main_profile.first]
@@ -45,7 +45,7 @@ class Centralized(Loop):
 
 
 class Dense(Loop):
-    """A generator that learns from all models, and a student that learns from them on what it makes."""
+    """A generator learns from all models, and a student from its examples."""
 
     def start(self) -> None:
         super().start()
@@ -59,7 +59,7 @@ class Dense(Loop):
                     layer.register_forward_pre_hook(self.compare)
 
     def compare(self, layer: Any, args: Any) -> None:
-        """How far a batch is from what the layer has seen."""
+        """Return the distance of a batch from the layer's statistics."""
         if torch.is_grad_enabled() and not layer.training:
             (x,) = args
             mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
@@ -97,7 +97,7 @@ class Dense(Loop):
             model.requires_grad_(True)
 
     def orders(self, n: int, steps: int, label: str, use: int) -> list[Tensor]:
-        """Endless permutations, cut into full batches."""
+        """Generate permutations without end, cut into full batches."""
         size = self.method.synthetic_batch
         epochs = -(-steps * size // n)
         order = torch.cat(
@@ -109,7 +109,7 @@ class Dense(Loop):
         return list(order[: steps * size].split(size))
 
     def imagined(self, noise: Tensor, y: Tensor) -> Tensor:
-        """The generator's loss."""
+        """Return the generator's loss."""
         x = self.seen(self.maker(noise).logits.unflatten(1, self.card.arch.input_shape))
         self.apart = []
         mean = torch.stack([model(x).logits for model in self.models]).mean(0)
@@ -125,10 +125,11 @@ class Dense(Loop):
         )
 
     def seen(self, x: Tensor) -> Tensor:
-        """Generated examples as models take them."""
+        """Return generated examples after preprocessing."""
         view = self.card.preprocess
         return x if view.mean is None else (x - x.new_tensor(view.mean)) / x.new_tensor(view.std)
 
     def read(self) -> None:
         self.read_of_one(partial(predicted, self.student))
-        self.done = 0  # the last round is the only one that there is
+        # The last round is the only one.
+        self.done = 0

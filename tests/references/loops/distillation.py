@@ -1,4 +1,4 @@
-"""Methods that distil on public rows: FedMD, FedDF, DS-FL, KT-pFL and Hybrid."""
+"""Methods that distill on proxy rows: FedMD, FedDF, DS-FL, KT-pFL and Hybrid."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ TINY = 1e-12
 
 
 class Public(Loop):
-    """Own models, and a teacher on the public rows."""
+    """Personal models, and a teacher on the proxy rows."""
 
     teacher: Tensor | None = None
 
     def public(self, i: int) -> Tensor:
-        """The public rows as a client sees them."""
+        """Return the proxy rows after a client's preprocessing."""
         return self.data[i]["proxy"]["x"]
 
     def digest(self, i: int, module: nn.Module, teacher: Tensor) -> None:
-        """An epoch towards the teacher."""
+        """Train one epoch toward the teacher."""
         x, t = self.public(i), self.method.temperature
         orders = self.batches(
             len(x), self.cards[i].client_id, "digest", self.method.proxy_batch_size
@@ -45,7 +45,7 @@ class Public(Loop):
 
 
 class FedMD(Public):
-    """The mean of logits, digested before private training."""
+    """The mean of logits is digested before private training."""
 
     def work(self) -> None:
         said = []
@@ -58,7 +58,7 @@ class FedMD(Public):
 
 
 class DSFL(Public):
-    """The mean of probabilities, sharpened; digested before private training, and before a copy is read."""
+    """The sharpened mean of probabilities is digested before training and before evaluation."""
 
     def work(self) -> None:
         mean = torch.zeros(())
@@ -79,7 +79,7 @@ class DSFL(Public):
 
 
 class KTpFL(Public):
-    """Each client's own mixture of all predictions, digested before private training, and before a copy is read."""
+    """Each client digests a mixture of all predictions before training and before evaluation."""
 
     def start(self) -> None:
         super().start()
@@ -106,7 +106,7 @@ class KTpFL(Public):
             self.weights = self.projected(c.detach())
 
     def mixture(self, i: int) -> Tensor:
-        """What a client follows."""
+        """Return a client's mixture."""
         assert self.said is not None
         return (
             self.method.temperature
@@ -122,14 +122,14 @@ class KTpFL(Public):
 
     @staticmethod
     def projected(rows: Tensor) -> Tensor:
-        """The nearest distribution to each row."""
+        """Return the nearest distribution to each row."""
         u = rows.sort(-1, descending=True).values
         excess = (u.cumsum(-1) - 1) / torch.arange(1, rows.shape[-1] + 1)
         return (rows - excess.gather(-1, (u > excess).sum(-1, keepdim=True) - 1)).clamp(min=0)
 
 
 class FedDF(FedAvg):
-    """Averages, each distilled from all clients."""
+    """Averaged models, each distilled from all clients."""
 
     def start(self) -> None:
         super().start()
@@ -140,7 +140,7 @@ class FedDF(FedAvg):
         self.said.append(self.opinion(i, predicted(module, self.data[i]["proxy"]["x"])))
 
     def opinion(self, i: int, logits: Tensor) -> Tensor:
-        """A client's word."""
+        """Return a client's predictions."""
         return logits
 
     def combine(self, mean: dict[str, State]) -> None:
@@ -157,7 +157,7 @@ class FedDF(FedAvg):
             self.shared[card.arch.spec_id] = {n: t.clone() for n, t in floats(module).items()}
 
     def distil(self, module: nn.Module, x: Tensor, orders: list[Tensor]) -> None:
-        """One average towards the teacher."""
+        """Distill the teacher into one averaged model."""
         losses = (
             divergence(module(x[o]).logits, self.teacher[o], self.method.temperature)
             for o in orders
@@ -165,12 +165,12 @@ class FedDF(FedAvg):
         descend([module], losses, adam([module]))
 
     def consensus(self) -> Tensor:
-        """The teacher."""
+        """Return the teacher."""
         return torch.stack(self.said).mean(0)
 
 
 class Hybrid(FedDF):
-    """Averages, each distilled; logit-adjusted local training with rehearsal; a contrast-weighted teacher."""
+    """FedDF with logit-adjusted training, proxy replay and a contrast-weighted teacher."""
 
     def start(self) -> None:
         super().start()
@@ -179,14 +179,14 @@ class Hybrid(FedDF):
         self.say = [n * (1 - n / n.sum()) + 0.1 for n in self.counts]
 
     def local(self, i: int, module: nn.Module) -> None:
-        public, s, id = self.data[i]["proxy"]["x"], self.method, self.cards[i].client_id
+        public, s, client_id = self.data[i]["proxy"]["x"], self.method, self.cards[i].client_id
 
         def loss(x: Tensor, y: Tensor, step: int) -> Tensor:
             own = F.cross_entropy(module(x).logits + self.priors[i], y)
             if self.teacher is None:
                 return own
             some = torch.randint(
-                len(public), (BATCH,), generator=self.draws(id, "train", "public", step)
+                len(public), (BATCH,), generator=self.draws(client_id, "train", "public", step)
             )
             apart = divergence(module(public[some]).logits, self.teacher[some], s.temperature)
             return own + s.rehearse * apart

@@ -23,7 +23,7 @@ from tests.references.loops.base import (
 
 
 class FedGKT(Loop):
-    """A large model at the server learns from the clients' features, and they from it."""
+    """A large server model learns from the clients' features, and they from its logits."""
 
     def start(self) -> None:
         super().start()
@@ -44,7 +44,7 @@ class FedGKT(Loop):
         self.said = tuple(predicted(self.large, features) for features, _ in sent)
 
     def taught(self, i: int, model: nn.Module) -> None:
-        """A client's epoch."""
+        """Train a client for an epoch."""
         if not self.said:
             return self.train(i, model)
         x, y, teacher = self.data[i]["train"]["x"], self.data[i]["train"]["y"], self.said[i]
@@ -53,7 +53,7 @@ class FedGKT(Loop):
         return self.losses[-1].append(descend([model], losses))
 
     def loss(self, logits: Tensor, y: Tensor, teacher: Tensor) -> Tensor:
-        """The task, and the other side's word."""
+        """Return the task loss plus distillation from the other side."""
         s = self.method
         return F.cross_entropy(logits, y) + s.weight * divergence(logits, teacher, s.temperature)
 
@@ -108,7 +108,7 @@ class FedTGP(Loop):
         self.known = torch.maximum(self.known, there.float())
 
     def pulled(self, model: nn.Module) -> object:
-        """The task with the distance to the prototype of the example's class."""
+        """Return the task loss plus the distance to the prototype of the class."""
         prototypes, known = self.prototypes, self.known
         if prototypes is None:
             return None
@@ -132,7 +132,7 @@ class FedTGP(Loop):
 
 
 class FedGH(Loop):
-    """One head, trained at the server on means of features."""
+    """One head, trained at the server on feature means."""
 
     def start(self) -> None:
         super().start()
@@ -155,7 +155,7 @@ class FedGH(Loop):
 
 
 class FedGen(FedAvg):
-    """A generator of features beside the averaged models."""
+    """A generator of features in addition to averaged models."""
 
     def start(self) -> None:
         super().start()
@@ -165,21 +165,21 @@ class FedGen(FedAvg):
         self.labels: Tensor | None = None
 
     def drawn(self, labels: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Inputs of the generator, and their classes."""
+        """Return inputs of the generator and their classes."""
         s = self.method
         y = torch.multinomial(labels, s.generator_batch_size, replacement=True, generator=draws)
         noise = torch.randn(len(y), s.noise_dim, generator=draws)
         return torch.cat([torch.eye(10)[y], noise], 1), y
 
     def local(self, i: int, module: nn.Module) -> None:
-        labels, s, id = self.labels, self.method, self.cards[i].client_id
+        labels, s, client_id = self.labels, self.method, self.cards[i].client_id
         self.maker.eval().requires_grad_(False)
 
         def loss(x: Tensor, y: Tensor, step: int) -> Tensor:
             own = F.cross_entropy(module(x).logits, y)
             if labels is None:
                 return own
-            fake, classes = self.drawn(labels, self.draws(id, "train", "fake", step))
+            fake, classes = self.drawn(labels, self.draws(client_id, "train", "fake", step))
             return own + s.weight * F.cross_entropy(module.head(self.maker(fake).logits), classes)  # type: ignore[operator]
 
         self.train(i, module, loss)
@@ -211,7 +211,7 @@ class FedGen(FedAvg):
 
 
 class FedMRL(Loop):
-    """Own model, a small shared one and a projection of the features of both."""
+    """A personal model, a small shared one and a projection of both features."""
 
     def start(self) -> None:
         super().start()
@@ -236,7 +236,7 @@ class FedMRL(Loop):
         self.shared = mean
 
     def nested(self, model: nn.Module, projection: nn.Module) -> object:
-        """Both heads on the features of both."""
+        """Return the loss of both heads on both features."""
 
         def loss(x: Tensor, y: Tensor, step: int) -> Tensor:
             g = self.mentee(x).features
@@ -260,13 +260,13 @@ class FedMRL(Loop):
 
 @torch.no_grad()
 def both(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Features and logits in evaluation mode."""
+    """Return features and logits in evaluation mode."""
     module.eval()
     out = [module(some) for some in x.split(500)]
     return torch.cat([o.features for o in out]), torch.cat([o.logits for o in out])
 
 
 def means_of(sums: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Each client's mean of each class, and whether there is one."""
+    """Return each client's mean of each class, and whether it has the class."""
     counts = torch.stack([n for _, n in sums])
     return torch.stack([s for s, _ in sums]) / counts.clamp(min=1)[..., None], counts > 0

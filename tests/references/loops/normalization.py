@@ -1,4 +1,4 @@
-"""Averaging of changes by the length of their paths: FedNova."""
+"""FedNova: averages of changes, normalized by effective step counts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.references.loops.base import BATCH, State, floats
 
 
 class FedNova(FedAvg):
-    """Each change over how often its gradients count in it; the mean of these goes the mean of those lengths."""
+    """Changes divided by their step counts; their mean is scaled by the mean step count."""
 
     def work(self) -> None:
         mean: dict[str, State] = {

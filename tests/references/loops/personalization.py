@@ -1,4 +1,4 @@
-"""Methods under which a part of each client's model, or a model of its own, stays at home."""
+"""Methods with personal models or personal parts of models."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from tests.references.loops.base import READ, floats, only, predicted
 
 
 class FedBN(FedAvg):
-    """BatchNorm stays."""
+    """BatchNorm stays with the client."""
 
     def stays(self, arch: Any, name: str) -> bool:
         return name in arch.batch_norm_names
 
 
 class FedPer(FedAvg):
-    """The head stays."""
+    """The head stays with the client."""
 
     def stays(self, arch: Any, name: str) -> bool:
         return name.startswith("head.")
 
 
 class LGFedAvg(FedAvg):
-    """The backbone stays."""
+    """The backbone stays with the client."""
 
     def stays(self, arch: Any, name: str) -> bool:
         return name.startswith("backbone.")
 
 
 class FedRep(FedPer):
-    """The head first, then the backbone."""
+    """Train the head first, then the backbone."""
 
     def local(self, i: int, module: nn.Module) -> None:
         self.train(i, only(module, "head."), label="head")
@@ -41,7 +41,7 @@ class FedRep(FedPer):
 
 
 class FedBABU(FedPer):
-    """The backbone alone; a fine-tuned copy is read."""
+    """Train only the backbone; a fine-tuned copy is evaluated."""
 
     def local(self, i: int, module: nn.Module) -> None:
         self.train(i, only(module, "backbone."))
@@ -52,7 +52,7 @@ class FedBABU(FedPer):
 
 
 class Ditto(FedAvg):
-    """A personal model beside the shared one."""
+    """A personal model in addition to the shared one."""
 
     def start(self) -> None:
         super().start()

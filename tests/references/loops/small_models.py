@@ -1,7 +1,7 @@
-"""FD, FedProto, FML and FedKD as one would write them by hand for one machine: lists of models, optimizers, tensors.
+"""FD, FedProto, FML and FedKD as plain loops over lists of models and tensors.
 
-They do what the framework's methods do, on the batches that it draws: that is checked on the losses. What they leave out is
-what a federation adds: nothing is encoded, sent, validated or kept apart, and models stay in their modules.
+They use the framework's batches; tests compare the losses. They omit encoding, transfer, validation
+and isolation.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from torch import Tensor, nn
 from hetero_fl.experiment import PreparedRun
 from hetero_fl.utils.seeding import keyed_generator
 
-LR, BATCH, CLASSES = 0.003, 32, 10  # with a higher rate FedProto is not stable here
+# FedProto is unstable with a higher rate here.
+LR, BATCH, CLASSES = 0.003, 32, 10
 
 
 def module_of(prepared: PreparedRun, arch: Any) -> nn.Module:
-    """A model with the weights from which the framework's starts."""
+    """Return a model with the framework's initial weights."""
     module: nn.Module = arch.build()
     module.load_state_dict(prepared.federation.initial_tensors(arch))
     return module
 
 
 class Loop:
-    """What the four have in common: local training of each client in turn, then its evaluation."""
+    """Local training of each client in turn, then its evaluation."""
 
     def __init__(self, prepared: PreparedRun) -> None:
         self.prepared, self.federation, self.method = prepared, prepared.federation, prepared.method
@@ -36,14 +37,15 @@ class Loop:
         self.tests = [[self._rows(c, "test"), self._rows(c, "common_test")] for c in self.cards]
         self.validation = [self._rows(c, "common_validation") for c in self.cards]
         self.models = [module_of(prepared, c.arch) for c in self.cards]
-        self.losses: list[list[float]] = []  # by round and client
+        # By round and client.
+        self.losses: list[list[float]] = []
         self.done = 0
 
     def _rows(self, card: Any, name: str) -> dict[str, Tensor]:
         return self.federation.data.columns(card.client_id, name, card.preprocess)
 
     def batches(self, i: int) -> list[Tensor]:
-        """One epoch; a last batch of one joins the one before, for BatchNorm's sake."""
+        """Return one epoch; a single last row joins the previous batch for BatchNorm."""
         n = len(self.train[i]["y"])
         order = torch.randperm(
             n,
@@ -59,7 +61,7 @@ class Loop:
     def fit(
         self, i: int, modules: list[nn.Module], loss_of: Callable[[Tensor, Tensor], Tensor]
     ) -> None:
-        """An epoch on one client's rows."""
+        """Train an epoch on one client's rows."""
         parameters = [
             p for module in modules for p in module.train().parameters() if p.requires_grad
         ]
@@ -76,7 +78,7 @@ class Loop:
 
     @torch.no_grad()
     def evaluate(self, predict: Callable[[int, Tensor, bool], Tensor]) -> list[tuple[float, float]]:
-        """(accuracy, loss) of every client on its own test rows, the common ones and the validation rows."""
+        """Record (accuracy, loss) of every client on its test, common and validation rows."""
         scores = []
         for i, tests in enumerate(self.tests):
             for k, rows in enumerate([*tests, self.validation[i]]):
@@ -88,7 +90,7 @@ class Loop:
 
     @torch.no_grad()
     def class_sums(self, i: int, readout: str) -> tuple[Tensor, Tensor]:
-        """Sum and number by class of the outputs on the training rows."""
+        """Return sums and counts by class of the outputs on the training rows."""
         rows, module = self.train[i], self.models[i].eval()
         values = torch.cat([getattr(module(x), readout) for x in rows["x"].split(500)])
         sums = torch.zeros(CLASSES, values.shape[1]).index_add_(0, rows["y"], values)
@@ -96,20 +98,20 @@ class Loop:
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(softmax(q) ‖ softmax(p)), the mean over the batch; q is the teacher."""
+    """Return KL(softmax(q) ‖ softmax(p)), averaged over the batch; q is the teacher."""
     return F.kl_div(
         F.log_softmax(p, -1), F.log_softmax(q.detach(), -1), reduction="batchmean", log_target=True
     )
 
 
 class FD(Loop):
-    """Jeong et al. 2018: towards the consensus logits of the example's class."""
+    """Jeong et al. 2018: toward the consensus logits of the example's class."""
 
     teacher: Tensor | None = None
     known = torch.zeros(CLASSES)
 
     def round(self) -> None:
-        """Training, class means, evaluation."""
+        """Train, average by class and evaluate."""
         self.losses.append([])
         sums, counts = torch.zeros(CLASSES, CLASSES), torch.zeros(CLASSES)
         for i, model in enumerate(self.models):
@@ -130,13 +132,13 @@ class FD(Loop):
 
 
 class FedProto(Loop):
-    """Tan et al. 2022: features towards the prototype of the example's class; the nearest prototype decides."""
+    """Tan et al. 2022: features toward class prototypes; predict the nearest prototype."""
 
     prototypes: Tensor | None = None
     known = torch.zeros(CLASSES)
 
     def round(self) -> None:
-        """Training, class means of features, evaluation."""
+        """Train, average features by class and evaluate."""
         self.losses.append([])
         sums, counts = torch.zeros(()), torch.zeros(CLASSES)
         for i, model in enumerate(self.models):
@@ -164,7 +166,7 @@ class FedProto(Loop):
 
 
 class FML(Loop):
-    """Shen et al. 2020: each client's own model and a shared one, each towards the other."""
+    """Shen et al. 2020: each client's personal model and a shared one teach each other."""
 
     def __init__(self, prepared: PreparedRun) -> None:
         super().__init__(prepared)
@@ -173,7 +175,7 @@ class FML(Loop):
         self.shared = {n: t.clone() for n, t in self.mentee.state_dict().items()}
 
     def round(self) -> None:
-        """Training of both, the mean of the shared ones, evaluation: own model at home, shared one in common."""
+        """Train both, average the shared ones, and evaluate both."""
         self.losses.append([])
         total = sum(len(rows["y"]) for rows in self.train)
         mean = {n: torch.zeros_like(t) for n, t in self.shared.items()}
@@ -189,7 +191,7 @@ class FML(Loop):
         self.done += 1
 
     def learn(self, i: int, model: nn.Module) -> None:
-        """A client's epoch."""
+        """Train a client for an epoch."""
         self.fit(
             i,
             [model, self.mentee],
@@ -201,21 +203,22 @@ class FML(Loop):
         return own + 0.5 * F.cross_entropy(m, y) + 0.5 * kl(m, p)
 
     def sent(self, i: int) -> dict[str, Tensor]:
-        """What goes into the mean."""
+        """Return the terms of the mean."""
         return self.mentee.state_dict()
 
     def combined(self, mean: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The next shared model."""
+        """Return the next shared model."""
         return mean
 
 
 class FedKD(FML):
-    """Wu et al. 2022: as FML, weighted by how well both do, features compared too, updates truncated by their SVD."""
+    """Wu et al. 2022: FML with adaptive weights, feature distances and truncated updates."""
 
     def __init__(self, prepared: PreparedRun) -> None:
         super().__init__(prepared)
         self.hidden = [module_of(prepared, c.models["hidden"]) for c in self.cards]
-        for hidden in self.hidden:  # a matrix: no bias
+        # A matrix without bias.
+        for hidden in self.hidden:
             for name, parameter in hidden.named_parameters():
                 if name.endswith("bias"):
                     nn.init.zeros_(parameter)
@@ -234,7 +237,7 @@ class FedKD(FML):
         self.fit(i, [model, self.mentee, hidden], loss_of)
 
     def energy(self) -> float:
-        """Share kept of an update's energy."""
+        """Return the share of an update's energy that is kept."""
         return 0.95 + 0.03 * min(1.0, self.done / max(1, self.federation.num_rounds - 1))
 
     def sent(self, i: int) -> dict[str, Tensor]:
@@ -246,7 +249,7 @@ class FedKD(FML):
 
 
 def truncated(change: Tensor, energy: float) -> Tensor:
-    """The update as its first singular triples give it, as few as hold that share of its energy; vectors stay whole."""
+    """Return the fewest first singular triples with that energy; vectors stay whole."""
     if change.dim() < 2:
         return change
     flat = change.flatten(1)

@@ -143,12 +143,12 @@ def test_centralized_training_equals_single_client_with_all_rows() -> None:
         "data__split": {"validation": 0, "test": 0},
         "data__proxy__size": 0,
     }
-    centralised = rounds_of(config("centralized", MIXED[0], 4, **whole))
+    centralized = rounds_of(config("centralized", MIXED[0], 4, **whole))
     # Batches are drawn with the key of the first client.
     groups = [{"name": "site_1", "model": MIXED[0]}]
     alone = rounds_of(config("fedavg", clients__groups=groups, clients__per_round=1, **whole))
     (group,) = alone.server.models
     assert same_bits(
         floating_tensors(alone.server.models[group]),
-        floating_tensors(centralised.server.models[group]),
+        floating_tensors(centralized.server.models[group]),
     )

@@ -113,11 +113,11 @@ def test_fedprox_with_mu_zero_equals_fedavg(mu: float, equal: bool) -> None:
 
 def test_single_client_equals_centralized_training() -> None:
     fedavg = rounds_of(config("fedavg", clients=1))
-    centralised = rounds_of(config("centralized", clients=1))
+    centralized = rounds_of(config("centralized", clients=1))
     (group,) = fedavg.server.models
     assert same_bits(
         floating_tensors(fedavg.server.models[group]),
-        floating_tensors(centralised.server.models[group]),
+        floating_tensors(centralized.server.models[group]),
     )
 
 

@@ -35,7 +35,7 @@ def kl(teacher: Tensor, z: Tensor) -> Tensor:
     return T**2 * (p * (p.log() - (z / T).log_softmax(1))).sum(1).mean()
 
 
-def distil(
+def run_distillation(
     rounds: SynchronousTrainer,
     index: int,
     slot: str,
@@ -112,7 +112,7 @@ def test_feddf_round_matches_reference(teacher: str, monkeypatch: pytest.MonkeyP
     for group, members in sent.items():
         model = module(archs[group], mean(members))
         start = {n: t.clone() for n, t in model.state_dict().items()}
-        distil(rounds, 1, group, model, seen[group], top / bottom, 2)
+        run_distillation(rounds, 1, group, model, seen[group], top / bottom, 2)
         # Distillation moved it away from the average.
         assert apart(start, model) > 1e-4
         assert apart(rounds.server.models[group], model) < 1e-9
@@ -226,7 +226,7 @@ def test_hybrid_round_matches_reference(
             n: sum(w * t for w, t in o) / sum(w for w, _ in o) for n, o in owners.items() if o
         }
         model = module(archs[group], average)  # type: ignore[arg-type]
-        distil(rounds, 2, group, model, public, teacher, 2)
+        run_distillation(rounds, 2, group, model, public, teacher, 2)
         assert apart(rounds.server.models[group], model) < 1e-9
     assert kept.keys() == ({"site_2"} if heads == "take" else set(rounds.federation.client_infos))
     for client_id, head in kept.items():

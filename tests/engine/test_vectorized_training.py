@@ -161,7 +161,7 @@ CASES: dict[str, Make] = {
         FIT,
         drift={"model": {"head.bias": torch.rand(4, generator=keyed_generator(p.participant_id))}},
     ),
-    "as another": lambda p: replace(FIT, as_id="somebody"),
+    "as another": lambda p: replace(FIT, as_id="other"),
     "annealed": lambda p: replace(FIT, anneal=True),
     "public rows": lambda p: replace(
         FIT,

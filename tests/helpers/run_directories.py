@@ -282,7 +282,7 @@ def _write_details(
                     "shares": (["parameters", "predictions"], ["backbone", "predictions"])[
                         k % 6 > 3
                     ],
-                    "preprocess": ("as it is", "normalised", "32×32 RGB")[k % 3],
+                    "preprocess": ("as it is", "normalized", "32×32 RGB")[k % 3],
                     "settings": {"optimizer": {"lr": 0.0005}, "epochs": 2} if k == 1 else {},
                     "scanner": ("", "contrast 0.7, blur 0.6", "noise 0.05")[k % 3],
                 }

@@ -235,7 +235,7 @@ def test_report_describes_custom_methods_by_docstring(
 def test_report_escapes_all_texts(made_run: MakeRun) -> None:
     run = made_run(clients=2, rounds=1)
     evil = "<script>alert(1)</script>"
-    text = json.dumps(run.details()).replace("normalised", evil)
+    text = json.dumps(run.details()).replace("normalized", evil)
     (run.path / "details.json").write_text(text)
     summary = run.summary() | {"name": evil}
     run.write_json("summary.json", summary)

@@ -233,19 +233,19 @@ def test_all_faults_together_add_up_and_are_not_aggregated() -> None:
 def same_as_uninvited(faults: dict[str, float], method: str, channel: dict[str, Any]) -> None:
     """Compare rounds with these faults to rounds without the affected clients."""
     source = config(method, MIXED, clients=6, rounds=2, seed=3, channel=channel)
-    befallen, records = held({**source, "faults": faults, "cohort": {"deadline": 60}})
+    affected, records = held({**source, "faults": faults, "cohort": {"deadline": 60}})
     without = rounds_of(source, held=0)
     for record in records:
         assert 0 < record["counts"]["arrived"] < 6
         came = sorted(client for client, _, _, what in record["tasks"] if what == "arrived")
         without.sample_cohort = lambda *a, came=came: came  # type: ignore[method-assign,misc]
         without.run_round()
-    assert equal(befallen, without)
+    assert equal(affected, without)
     assert (
         not channel
         or sum(
-            UNSENT in befallen.store.get(client_id).state
-            for client_id in befallen.federation.client_infos
+            UNSENT in affected.store.get(client_id).state
+            for client_id in affected.federation.client_infos
         )
         > 1
     )

@@ -153,10 +153,10 @@ class FedDF(FedAvg):
             label = f"distil {card.arch.spec_id}"
             orders = self.batches(len(x), "server", label, s.proxy_batch_size, s.distil_epochs)
             with torch.enable_grad():
-                self.distil(module, x, orders)
+                self.distill(module, x, orders)
             self.shared[card.arch.spec_id] = {n: t.clone() for n, t in floats(module).items()}
 
-    def distil(self, module: nn.Module, x: Tensor, orders: list[Tensor]) -> None:
+    def distill(self, module: nn.Module, x: Tensor, orders: list[Tensor]) -> None:
         """Distill the teacher into one averaged model."""
         losses = (
             divergence(module(x[o]).logits, self.teacher[o], self.method.temperature)

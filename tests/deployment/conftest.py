@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 
 from hetero_fl.deployment import conversations
 from hetero_fl.federation.client_runtime import ClientRuntime
@@ -18,6 +22,23 @@ def in_peace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give nodes ample time to greet and to take in a farewell, however slow the machine."""
     monkeypatch.setattr(conversations, "GREETING", LONG)
     monkeypatch.setattr(conversations, "FAREWELL", LONG)
+
+
+@pytest.fixture(autouse=True)
+def one_generator_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let server and nodes take turns with torch's generator, which their process shares.
+
+    Two threads that read its state at the same time can also block each other forever.
+    """
+    lock = threading.RLock()
+    fork_rng = torch.random.fork_rng
+
+    @contextmanager
+    def locked(*args: Any, **kwargs: Any) -> Iterator[None]:
+        with lock, fork_rng(*args, **kwargs):
+            yield
+
+    monkeypatch.setattr(torch.random, "fork_rng", locked)
 
 
 @pytest.fixture

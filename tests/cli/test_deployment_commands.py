@@ -302,7 +302,7 @@ def test_federation_of_separate_processes(tmp_path: Path) -> None:
             "client"
         ] == "site_1"
         (run_name,) = {line["run"] for line in done}
-        held = [line for line in lines(log) if "is complete" in line["message"]]
+        held = [line for line in lines(log) if line["message"].endswith(" completed")]
         assert [line["round"] for line in held] == list(range(1, len(held) + 1)) and held[0][
             "run"
         ] == run_name

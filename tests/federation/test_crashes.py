@@ -166,7 +166,7 @@ def test_resume_with_other_configuration_or_data_is_refused(
     run(config("fedavg", rounds=1), out=tmp_path / "a")
     with pytest.raises(UserError, match=r"seed: was 0, is now 3$"):
         run(config("fedavg", rounds=1, seed=3), out=tmp_path / "a", resume=True)
-    with pytest.raises(UserError, match=r"exists already"):
+    with pytest.raises(UserError, match=r"already exists"):
         run(config("fedavg", rounds=1), out=tmp_path / "a")
 
 

@@ -393,7 +393,7 @@ def test_quantizing_chain_works_with_secure_sum(chain: Any, double: None) -> Non
         ),
         ({"channel__compress": [{"randk": 0.1}]}, ("channel.compress=randk", "quantize or half")),
         ({"aggregation__rule": "median"}, ("aggregation.rule=median", "channel.secure_sum")),
-        ({"attacks": {"name": "sign_flip"}}, ("attacks.name: sign_flip", "channel.secure_sum")),
+        ({"attacks": {"name": "sign_flip"}}, ("attacks.name=sign_flip", "channel.secure_sum")),
         (
             {"cohort": {"least": 4, "too_few": "repeat"}, "faults": {"lost": 0.1}},
             ("cohort.least", "channel.secure_sum"),

@@ -75,7 +75,7 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
-def test_fedasync(kind: str) -> None:
+def test_fedasync_matches_mixing_formula(kind: str) -> None:
     run = session(
         config(
             "fedasync",
@@ -98,7 +98,7 @@ def test_fedasync(kind: str) -> None:
 
 
 @pytest.mark.parametrize("goal", [1, 2, 4])
-def test_fedbuff(goal: int) -> None:
+def test_fedbuff_matches_buffered_mean(goal: int) -> None:
     run = session(
         config(
             "fedbuff", rounds=3, algorithm={"name": "fedbuff", "buffer": goal, "server_lr": 0.8}

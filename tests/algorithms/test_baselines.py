@@ -50,7 +50,7 @@ def predicted(rounds: SynchronousTrainer, client_id: str, home: bool) -> Tensor:
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("home", [False, True])
-def test_ensemble_averages_softmax_of_each_clients_view(home: bool) -> None:
+def test_ensemble_averages_softmax_of_client_views(home: bool) -> None:
     source = config("ensemble", MIXED, 4)
     source["clients"]["overrides"] = [
         {"match": "site_2", "preprocess": {"normalize": {"mean": 0.3, "std": 0.2}}}

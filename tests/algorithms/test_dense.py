@@ -290,7 +290,7 @@ def test_clients_use_the_student_once_distilled() -> None:
     )
 
 
-def test_student_defaults_to_most_frequent_model_and_errors_are_one_line() -> None:
+def test_student_defaults_to_most_frequent_model() -> None:
     models = ["cnn_bn_small", "mlp", "mlp", "cnn_gn_small"]
     prepared = prepare(federation(models, 4))
     assert prepared.config.algorithm["student"] == "site_2" and "mlp" in prepared.notes[-1]

@@ -268,7 +268,7 @@ def test_distilling_a_single_client_changes_nothing(method: str) -> None:
 @pytest.mark.parametrize(
     ("method", "settings"), [("fedmd", {}), ("ds_fl", {"sharpen": "none", "proxy_rows": None})]
 )
-def test_digesting_own_predictions_equals_local(method: str, settings: dict[str, Any]) -> None:
+def test_digest_of_client_predictions_equals_local(method: str, settings: dict[str, Any]) -> None:
     """Check that the loss to a client's own predictions has gradient zero."""
     local, ours = (
         rounds_of(config("local", GN, 1, rounds=3)),

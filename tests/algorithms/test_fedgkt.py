@@ -143,7 +143,7 @@ def test_server_model_predicts_from_client_features(inference: str) -> None:
     assert LARGE not in rounds.store.get("site_2").models
 
 
-def test_uploads_per_row_are_declared_and_refused_where_not_shared() -> None:
+def test_uploads_per_row_require_permission() -> None:
     specs = FedGKT.uploads
     assert set(specs) == {"features", "logits", "labels"}
     assert all(s.private and s.rows_of == "train" and s.share == "features" for s in specs.values())
@@ -200,7 +200,7 @@ def test_absent_client_receives_logits_of_its_last_round() -> None:
         )
 
 
-def test_errors_are_one_line() -> None:
+def test_invalid_settings_raise_one_line() -> None:
     with pytest.raises(UserError, match=r"algorithm.large_model: model lenet.*") as error:
         prepare(federation(large_model={"name": "lenet"}))
     assert "\n" not in str(error.value)

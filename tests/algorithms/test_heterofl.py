@@ -212,7 +212,7 @@ def test_family_is_recorded_and_reused_on_resume(tmp_path: Path) -> None:
     run(source, out=tmp_path / "run", resume=True)
 
 
-def test_summary_names_each_clients_model(tmp_path: Path) -> None:
+def test_summary_names_each_client_model(tmp_path: Path) -> None:
     source = config(
         "heterofl",
         ["cnn_bn_large", "cnn_bn_small", "mlp"],
@@ -268,7 +268,7 @@ def test_narrow_client_transfers_fewer_bytes() -> None:
     assert up[0.25][0] < 0.7 * up[1][0] and up[0.25][1] < 0.7 * up[1][1]
 
 
-def test_widths_follow_from_models_in_large_populations() -> None:
+def test_widths_follow_models_in_large_populations() -> None:
     models = [
         {"name": "mlp", "hidden": [8]},
         {"name": "mlp", "hidden": [4]},
@@ -296,7 +296,7 @@ def test_widths_follow_from_models_in_large_populations() -> None:
         prepare(config("heterofl", models, 1002, data__partition=drawn, algorithm__widths=[1, 0.5]))
 
 
-def test_errors_are_one_line() -> None:
+def test_invalid_settings_raise_one_line() -> None:
     for settings, words in (
         ({"model": "gru", "widths": None}, "algorithm.model: gru has no narrower copies"),
         (

@@ -175,7 +175,7 @@ def trained(rounds: SynchronousTrainer, client_id: str) -> tuple[Participant, Pa
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("settings", [{}, {"energy_start": 1.0, "energy_end": 1.0}])
-def test_single_clients_mentee_is_the_servers(settings: dict[str, float]) -> None:
+def test_single_client_mentee_equals_server_mentee(settings: dict[str, float]) -> None:
     rounds = rounds_of(federation("fedkd" if settings else "fml", clients=1, **settings), held=1)
     (client_id,) = rounds.federation.client_infos
     rounds._set_round_context(1)
@@ -329,7 +329,7 @@ def test_as_shape_converts_inputs() -> None:
     )
 
 
-def test_errors_are_one_line() -> None:
+def test_invalid_settings_raise_one_line() -> None:
     for settings, words in (
         ({"mentee": {"name": "cnn_gn_smal"}}, "cnn_gn_small"),
         (

@@ -129,7 +129,7 @@ def test_unused_steps_in_server_plans_and_helpers_are_reported() -> None:
         dry_run(aggregate=aggregate)
 
 
-def test_steps_may_be_created_before_they_are_yielded() -> None:
+def test_steps_may_be_created_before_yielding() -> None:
     elsewhere = Predict("model", Rows("proxy"))
 
     def train(self: Any, client: Any, got: Any) -> Any:

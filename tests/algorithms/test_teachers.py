@@ -142,7 +142,7 @@ def test_fedmd_round_on_sampled_rows_matches_reference(distance: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedmd", "feddf", "hybrid", "ds_fl", "kt_pfl"])
-def test_rows_per_round_of_full_size_equals_the_whole_set(method: str) -> None:
+def test_rows_per_round_of_full_size_equals_full_set(method: str) -> None:
     whole, as_many, fewer = (
         rounds_of(
             config(

@@ -279,7 +279,7 @@ def test_check_names_a_remedy_that_repairs_the_run(
 @pytest.mark.parametrize(
     "case", ["lines missing", "line edited", "newest checkpoint missing", "model added"]
 )
-def test_check_names_no_remedy_where_there_is_none(
+def test_check_omits_remedy_if_unrepairable(
     case: str, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     DAMAGED[case][0](finished)
@@ -334,9 +334,7 @@ def test_check_changes_nothing(finished: Path) -> None:
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 
-def test_check_refuses_what_is_no_run_directory(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_refuses_other_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in (tmp_path, tmp_path / "none"):
         assert main(["check", str(path)]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
@@ -349,7 +347,7 @@ def test_check_refuses_a_run_in_progress(stopped: Path, capsys: pytest.CaptureFi
     assert main(["check", str(stopped)]) == 0
 
 
-def test_a_finished_run_that_is_resumed_says_so(
+def test_resume_of_finished_run_reports_it(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
@@ -412,7 +410,7 @@ def test_resume_refuses_a_damaged_unfinished_run(
     assert line.startswith(f"error: {stopped / message}")
 
 
-def test_a_stopped_run_without_lines_and_checkpoints_is_damaged(
+def test_stopped_run_without_records_and_checkpoints_is_damaged(
     stopped: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     remove("metrics.jsonl")(stopped)
@@ -437,7 +435,7 @@ def test_a_stopped_run_without_lines_and_checkpoints_is_damaged(
 @pytest.mark.parametrize(
     "kept", ["details.json", CHECKSUMS, "models/server.safetensors", "log.txt"]
 )
-def test_resume_never_restarts_a_run_that_left_results(
+def test_resume_never_restarts_a_run_with_results(
     kept: str, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     no_checkpoints(finished)
@@ -460,7 +458,7 @@ def test_resume_never_restarts_a_run_that_left_results(
     assert after == before
 
 
-def test_a_run_stopped_within_its_first_round_needs_its_checkpoint(
+def test_run_stopped_in_first_round_requires_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stop(self: SynchronousTrainer) -> None:
@@ -482,7 +480,7 @@ def test_a_run_stopped_within_its_first_round_needs_its_checkpoint(
     )
 
 
-def test_a_run_stopped_before_its_first_checkpoint_starts_again(
+def test_run_stopped_before_first_checkpoint_restarts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(self: Checkpoints, *given: object) -> None:
@@ -500,7 +498,7 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(
 
 
 @pytest.mark.parametrize("settings", ["other", "same"])
-def test_a_checkpoint_of_another_run_is_refused(
+def test_checkpoint_of_another_run_is_refused(
     settings: str, made: Path, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = made / "other"
@@ -518,7 +516,7 @@ def test_a_checkpoint_of_another_run_is_refused(
     assert main(["train", "--resume", "--out", str(stopped)]) == 2
 
 
-def test_a_line_whose_checkpoint_was_not_written_is_no_damage(stopped: Path) -> None:
+def test_record_without_checkpoint_is_accepted(stopped: Path) -> None:
     (stopped / "checkpoint" / "round-000003.ckpt").unlink()
     assert main(["check", str(stopped)]) == 0
 
@@ -529,7 +527,7 @@ def test_a_line_whose_checkpoint_was_not_written_is_no_damage(stopped: Path) -> 
     assert main(["train", "--resume", "--out", str(stopped)]) == 0
 
 
-def test_a_run_killed_before_its_summary_writes_it_again(
+def test_resume_rewrites_missing_summary(
     made: Path, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (finished / "summary.json").unlink()
@@ -562,7 +560,7 @@ def as_earlier(path: Path) -> None:
             p.with_suffix(".kept").rename(p)
 
 
-def test_a_finished_run_of_an_earlier_version_stays_readable(
+def test_finished_run_of_earlier_version_is_readable(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     as_earlier(finished)
@@ -591,7 +589,7 @@ def test_a_finished_run_of_an_earlier_version_stays_readable(
         assert f"error: {damaged / message}" in capsys.readouterr().err
 
 
-def test_an_unfinished_run_of_an_earlier_version_is_resumed(
+def test_unfinished_run_of_earlier_version_is_resumed(
     made: Path, stopped: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     as_earlier(stopped)
@@ -611,7 +609,7 @@ def test_an_unfinished_run_of_an_earlier_version_is_resumed(
 
 
 @pytest.mark.slow
-def test_plots_and_report_that_are_missing_are_no_damage(
+def test_missing_plots_and_report_are_accepted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = config("fedavg", "linear", 2, rounds=1, output={})
@@ -629,7 +627,7 @@ def test_plots_and_report_that_are_missing_are_no_damage(
 
 
 @pytest.mark.parametrize("case", ["finished", "stopped"])
-def test_a_missing_log_and_an_older_checkpoint_are_notes(
+def test_missing_log_and_older_checkpoint_are_notes(
     case: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = Path(shutil.copytree(made / case, tmp_path / "a"))
@@ -646,7 +644,7 @@ def test_a_missing_log_and_an_older_checkpoint_are_notes(
     assert main(["train", "--resume", "--out", str(path)]) == 0
 
 
-def test_checksums_are_those_of_sha256sum(made: Path) -> None:
+def test_checksums_match_sha256sum(made: Path) -> None:
     import hashlib
 
     sums = RunDirectory(made / "finished").checksums()
@@ -661,9 +659,7 @@ def test_checksums_are_those_of_sha256sum(made: Path) -> None:
         assert hashlib.sha256((made / "finished" / name).read_bytes()).hexdigest() == checksum
 
 
-def test_a_run_without_its_configuration_names_it(
-    stopped: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_configuration_is_named(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (stopped / "config.yaml").unlink()
     assert main(["check", str(stopped)]) == 2
     assert f"error: {stopped / 'config.yaml'}: missing" in capsys.readouterr().err

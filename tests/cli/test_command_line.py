@@ -77,7 +77,7 @@ def test_version_is_that_of_the_package(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--quiet", "train"], ["-qv", "train"], ["train", "-q"]])
-def test_quiet_leaves_results_alone(
+def test_quiet_keeps_results(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"

@@ -193,7 +193,7 @@ needs_processes = pytest.mark.skipif(
 
 
 @pytest.mark.slow
-def test_federate_runs_code_with_permission_alone(tmp_path: Path) -> None:
+def test_federate_runs_code_only_with_permission(tmp_path: Path) -> None:
     pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
     code = "from hetero_fl.algorithms import FedAvg\n\nclass Mine(FedAvg):\n    pass\n"
     (tmp_path / "own_method_of_nodes.py").write_text(code)
@@ -214,7 +214,7 @@ def test_federate_runs_code_with_permission_alone(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @needs_processes
-def test_federate_is_the_simulation_interrupted_or_not_and_leaves_nothing(tmp_path: Path) -> None:
+def test_interrupted_federate_equals_simulation_and_cleans_up(tmp_path: Path) -> None:
     """Kill a node, interrupt the run, resume it to the same bits, then kill the command."""
     pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
     source = config("hybrid", rounds=4, clients=2, **SERIAL)

@@ -141,7 +141,7 @@ def test_needs_follow_from_the_declarations() -> None:
     assert method_summary(Summed) == "Averages." and method_summary(Looked) == ""
 
 
-def test_settings_change_what_is_needed() -> None:
+def test_settings_change_requirements() -> None:
     assert format_needs(describe_needs(register_algorithm["ds_fl"]())) == "proxy set"
     assert (
         format_needs(describe_needs(register_algorithm["ds_fl"].model_validate({"bits": 1})))
@@ -149,7 +149,7 @@ def test_settings_change_what_is_needed() -> None:
     )
 
 
-def test_bounds_and_baselines() -> None:
+def test_bounds_and_baselines_are_recognized() -> None:
     assert {n for n in BUILT_IN if is_bound(register_algorithm[n])} == {"centralized", "ensemble"}
     assert [n for n in BUILT_IN if is_baseline(register_algorithm[n])] == ["local"]
     assert shared_kinds(register_algorithm["local"]()) == [] and shared_kinds(

@@ -81,7 +81,7 @@ def test_low_rank_decodes_any_number_of_rows(rows: int) -> None:
     )
 
 
-def test_energy_above_one_sends_the_whole_matrix() -> None:
+def test_energy_above_one_sends_full_matrix() -> None:
     tensors = {"still": torch.zeros(6, 7), "one": torch.ones(6, 7), "bias": torch.ones(3)}
     packed = compress_low_rank(tensors, 2.0)
     assert packed["still"].shape == packed["one"].shape == (4, 13)

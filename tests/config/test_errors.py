@@ -53,7 +53,7 @@ def error_message(tree: dict[str, Any], *overrides: str) -> str:
         ),
     ],
 )
-def test_unknown_key_suggests_the_nearest_one(override: str, meant: str) -> None:
+def test_unknown_key_suggests_nearest_key(override: str, meant: str) -> None:
     groups = [{"name": "a"}, {"name": "b", "model": "mlp"}]
     assert meant in error_message(
         {"clients": {"groups": groups}, "algorithm": {"name": "fedmd"}}, override
@@ -243,7 +243,7 @@ def test_error_names_the_file_or_override_of_the_key(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_load_config_blames_an_override_for_its_section(
+def test_load_config_error_names_the_override(
     overrides: list[str], expected: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "c.yaml"
@@ -255,7 +255,7 @@ def test_load_config_blames_an_override_for_its_section(
     assert str(error.value).startswith(expected)
 
 
-def test_load_config_blames_the_file_for_its_own_sections(tmp_path: Path) -> None:
+def test_load_config_error_names_the_file(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("privacy: {delta: 0.1}\n")
 

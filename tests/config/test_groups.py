@@ -29,7 +29,7 @@ def expand(**clients: Any) -> dict[str, ClientSettings]:
         ),
     ],
 )
-def test_group_without_a_count_gets_the_remaining_clients(
+def test_group_without_count_gets_remaining_clients(
     groups: list[dict[str, Any]], members: dict[str, int]
 ) -> None:
     clients = expand(count=10, groups=groups)

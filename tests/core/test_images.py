@@ -70,7 +70,7 @@ def test_byte_images_in_any_dtype_are_equal(tmp_path: Path) -> None:
     assert from_arrays(front, Y).notes == ()
 
 
-def test_float_images_are_scaled_to_0_to_1(tmp_path: Path) -> None:
+def test_float_images_are_scaled_to_unit_range(tmp_path: Path) -> None:
     unit = np.moveaxis(BYTES, -1, 1) / 255
     assert np.allclose(from_arrays(unit, Y).train.x, unit)
     # not integers; a dark test set is scaled like the other splits

@@ -251,13 +251,13 @@ def test_score_beyond_the_float_range_is_undefined() -> None:
     assert found["mae"] is None and found["rmse"] is None
 
 
-def test_spread_leaves_out_figures_whose_squares_overflow() -> None:
+def test_spread_omits_values_whose_squares_overflow() -> None:
     found = summarize_clients({"a": {"loss": 1.7e308}, "b": {"loss": 1.0}, "c": {"loss": 2**1000}})
 
     assert found == {"loss": 1.0, "loss_std": 0.0, "loss_worst": 1.0, "loss_undefined": 2}
 
 
 @pytest.mark.parametrize("loss", ["1.7e308", 1.7e308, -1e300, 2**63, "nan"])
-def test_loss_of_a_report_that_cannot_be_summed_is_none(loss: object) -> None:
+def test_loss_of_overflowing_report_is_none(loss: object) -> None:
     assert loss_from_report({"loss": loss}) is None
     assert loss_from_report({"loss": "2.5"}) == 2.5

@@ -90,7 +90,7 @@ def test_from_arrays_lists_the_first_classes_of_many() -> None:
         (np.zeros(12), {}, Task("regression", 1)),
     ],
 )
-def test_from_arrays_is_silent_where_nothing_is_in_doubt(
+def test_from_arrays_does_not_warn_if_unambiguous(
     y: Any, settings: dict[str, Any], task: Task
 ) -> None:
     with warnings.catch_warnings():
@@ -112,7 +112,7 @@ def test_from_arrays_reads_one_hot_rows_as_classes(dtype: type) -> None:
     assert targets(dataset) == [0, 1, 2] * 4
 
 
-def test_from_arrays_reads_few_whole_floats_as_classes() -> None:
+def test_from_arrays_reads_few_integral_floats_as_classes() -> None:
     dataset = made_with_warning(
         "3 distinct integers, as floats, read as classes; pass task='regression'",
         torch.tensor(ONE_TO_THREE - 1.0),
@@ -133,7 +133,7 @@ def test_from_arrays_reads_negative_floats_as_regression_targets(labels: tuple[f
     assert dataset.train.y is not None and dataset.train.y.flatten().tolist() == list(y)
 
 
-def test_from_arrays_maps_floats_as_well() -> None:
+def test_from_arrays_maps_float_labels() -> None:
     dataset = made_with_warning("as floats, read as classes", ONE_TO_THREE * 2.0)
 
     assert dataset.task.names == ("2", "4", "6")
@@ -303,7 +303,7 @@ def test_from_arrays_reads_named_or_single_channels_as_series() -> None:
     assert from_arrays(x[:, None], ONE_TO_THREE - 1).train.x.shape == (12, 1, 8, 8)
 
 
-def test_from_arrays_says_how_to_pass_a_table() -> None:
+def test_from_arrays_error_explains_tables() -> None:
     for dtype in (np.int64, np.uint8):
         with pytest.raises(UserError, match=r'for a table pass x\.astype\("float32"\)'):
             from_arrays(np.arange(36).reshape(12, 3).astype(dtype), ONE_TO_THREE - 1)
@@ -315,7 +315,7 @@ def test_from_arrays_says_how_to_pass_a_table() -> None:
         from_arrays(frame, ONE_TO_THREE - 1)
 
 
-def test_a_run_names_the_classes_that_labels_stood_for(tmp_path: Path) -> None:
+def test_run_keeps_class_names(tmp_path: Path) -> None:
     x = np.random.default_rng(0).normal(size=(120, 3)).astype(np.float32)
     with pytest.warns(UserWarning, match="1 as class 0"):
         data = from_arrays(x, np.array([1, 2, 3] * 40))
@@ -345,7 +345,7 @@ def test_a_run_names_the_classes_that_labels_stood_for(tmp_path: Path) -> None:
         hetero_fl.evaluate(run, str(tmp_path / "new.npz"))
 
 
-def test_a_clients_own_labels_are_those_that_the_classes_are_named_after(tmp_path: Path) -> None:
+def test_client_labels_are_mapped_by_class_name(tmp_path: Path) -> None:
     x = np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32)
     with pytest.warns(UserWarning, match="1 as class 0"):
         common = from_arrays(x, np.array([1, 2, 3] * 20))

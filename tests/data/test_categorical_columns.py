@@ -77,7 +77,7 @@ def test_columns_with_20_values_are_left_out(tmp_path: Path, values: int, encode
     assert len(load(source).columns) == (1 + values if encoded else 1)
 
 
-def test_categories_are_those_of_the_configuration_where_it_names_some(tmp_path: Path) -> None:
+def test_configured_categories_take_precedence(tmp_path: Path) -> None:
     source = table(tmp_path / "t.csv", grade=[1, 2, 3] * 20)
 
     assert load(source, categories={}).columns == ("crp", "grade")
@@ -128,17 +128,17 @@ def test_wrong_categories_are_refused(tmp_path: Path, categories: Any, message: 
         hetero_fl.run(config, out=tmp_path / "run")
 
 
-def test_categories_are_for_tables(npz: Any) -> None:
+def test_categories_require_tables(npz: Any) -> None:
     with pytest.raises(UserError, match=r"data\.categories: does not apply to source npz"):
         load_source(SourceConfig(name="npz", path=str(npz()), categories={"ward": ("A",)}), Path())
 
 
-def test_an_indicator_and_a_column_cannot_share_a_name(tmp_path: Path) -> None:
+def test_indicator_name_must_differ_from_columns(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="duplicate column 'ward=A'"):
         load(table(tmp_path / "t.csv", **{"ward=A": 1.0}))
 
 
-def test_own_files_are_encoded_by_the_values_of_the_common_file(tmp_path: Path) -> None:
+def test_client_files_use_common_encoding(tmp_path: Path) -> None:
     common = table(tmp_path / "common.csv")
     own = table(tmp_path / "own.csv", wards=("C", "D"), seed=1, other=["x", "y"] * 30)
 
@@ -152,7 +152,7 @@ def test_own_files_are_encoded_by_the_values_of_the_common_file(tmp_path: Path) 
     ]
 
 
-def test_own_columns_of_numbers_are_encoded_as_the_common_text(tmp_path: Path) -> None:
+def test_numeric_client_columns_use_common_text_encoding(tmp_path: Path) -> None:
     common = table(tmp_path / "common.csv", wards=("1", "2", "3a"))
     with pytest.raises(
         UserError,
@@ -167,7 +167,7 @@ def test_own_columns_of_numbers_are_encoded_as_the_common_text(tmp_path: Path) -
     assert torch.equal(rows[:, 1:3].sum(1), torch.ones(len(rows))) and (rows[:, 3] == 0).all()
 
 
-def test_own_categories_cannot_differ_from_the_common_ones(tmp_path: Path) -> None:
+def test_client_categories_must_match_common_ones(tmp_path: Path) -> None:
     own = table(tmp_path / "own.csv").model_copy(update={"categories": {"ward": ("B", "A")}})
 
     with pytest.raises(
@@ -187,7 +187,7 @@ def test_client_file_may_lack_unused_encoded_columns(tmp_path: Path) -> None:
     assert rows[:, 1:].isnan().all() and not rows[:, 0].isnan().any()
 
 
-def test_an_own_file_needs_the_columns_that_its_client_sees(tmp_path: Path) -> None:
+def test_client_file_requires_used_columns(tmp_path: Path) -> None:
     common, own = table(tmp_path / "common.csv"), table(tmp_path / "own.csv")
     whole = pd.read_csv(tmp_path / "own.csv")
     whole.drop(columns="crp").to_csv(tmp_path / "own.csv", index=False)
@@ -200,7 +200,7 @@ def test_an_own_file_needs_the_columns_that_its_client_sees(tmp_path: Path) -> N
         federated(tmp_path, common, own, columns=["ward"])
 
 
-def test_proxy_tables_are_encoded_like_the_common_file(tmp_path: Path) -> None:
+def test_proxy_tables_use_common_encoding(tmp_path: Path) -> None:
     common, proxy = (
         table(tmp_path / "common.csv"),
         table(tmp_path / "proxy.csv", wards=("B", "Z"), seed=2),
@@ -220,7 +220,7 @@ def test_proxy_tables_are_encoded_like_the_common_file(tmp_path: Path) -> None:
         assert rows[:4, 1:].tolist() == [[0, 1, 0], [0, 0, 0]] * 2
 
 
-def test_views_name_the_text_column() -> None:
+def test_views_accept_text_column_names() -> None:
     layout = ColumnLayout(("crp", "ward=A", "ward=B", "age"), (), (("ward", ("A", "B")),))
 
     assert layout.names == ("crp", "ward", "age")
@@ -270,7 +270,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> hetero_fl.Run:
     return hetero_fl.run(config, out=folder / "run")
 
 
-def test_predict_encodes_new_rows_as_the_run_did(finished: hetero_fl.Run) -> None:
+def test_predict_uses_encoding_of_run(finished: hetero_fl.Run) -> None:
     frame = pd.DataFrame({"ward": ["B", "D", None], "crp": [0.5, -0.5, 0.0]})
 
     found = finished.predict("own", frame)
@@ -284,7 +284,7 @@ def test_predict_encodes_new_rows_as_the_run_did(finished: hetero_fl.Run) -> Non
         finished.predict("own", frame.rename(columns={"ward": "wrd"}))
 
 
-def test_evaluate_encodes_new_rows_as_the_run_did(finished: hetero_fl.Run, tmp_path: Path) -> None:
+def test_evaluate_uses_encoding_of_run(finished: hetero_fl.Run, tmp_path: Path) -> None:
     table(tmp_path / "new.csv", 40, wards=("D", "B"), seed=3)
     frame = pd.read_csv(tmp_path / "new.csv")
 
@@ -296,7 +296,7 @@ def test_evaluate_encodes_new_rows_as_the_run_did(finished: hetero_fl.Run, tmp_p
     assert found["own"]["accuracy"] == pytest.approx(right.mean())
 
 
-def test_join_encodes_new_rows_as_the_run_did(finished: hetero_fl.Run, tmp_path: Path) -> None:
+def test_join_uses_encoding_of_run(finished: hetero_fl.Run, tmp_path: Path) -> None:
     table(tmp_path / "new.csv", 80, wards=("D", "B"), seed=3)
 
     from hetero_fl.experiment import join
@@ -313,7 +313,7 @@ def test_join_encodes_new_rows_as_the_run_did(finished: hetero_fl.Run, tmp_path:
     assert content["n_test"] == 16 and content["rows"]
 
 
-def test_dataset_argument_is_encoded_as_the_run(finished: hetero_fl.Run, tmp_path: Path) -> None:
+def test_dataset_argument_uses_encoding_of_run(finished: hetero_fl.Run, tmp_path: Path) -> None:
     from hetero_fl.experiment.evaluation import order_columns
 
     source = table(tmp_path / "new.csv", 4, wards=("D", "B"))

@@ -65,7 +65,7 @@ def test_columns_are_taken_in_the_order_of_the_data() -> None:
     assert view(series, TABLE, columns=["bmi"]).shape((6, 4)) == (1, 6)
 
 
-def test_own_statistics_are_of_the_columns_seen_and_leave_out_what_is_missing() -> None:
+def test_client_statistics_cover_used_columns_and_ignore_missing_values() -> None:
     x = table()
     seen = view(x, TABLE, columns=["crp", "dose"], normalize="own", missing="indicate")
     known = x[:, 1][~x[:, 1].isnan()].double()
@@ -83,7 +83,7 @@ def test_own_statistics_are_of_the_columns_seen_and_leave_out_what_is_missing() 
     assert empty.mean == (0.0,) * 4 and empty.std == (1.0,) * 4
 
 
-def test_one_block_alone_has_its_own_shape() -> None:
+def test_single_block_keeps_its_shape() -> None:
     x = rows()[6:]
     image = view(x, BLOCKS, columns=["image"], normalize="own")
     assert image.shape((10,)) == (1, 2, 3) and isinstance(image.mean, float)
@@ -96,7 +96,7 @@ def test_one_block_alone_has_its_own_shape() -> None:
     )
 
 
-def test_blocks_are_missing_as_a_whole() -> None:
+def test_blocks_are_missing_entirely() -> None:
     x = rows()
     seen = view(x, BLOCKS, normalize="own", missing="indicate")
     z = seen(x)
@@ -284,7 +284,7 @@ def test_external_sets_are_matched_by_name() -> None:
         )
 
 
-def test_a_table_with_gaps(tmp_path: Any) -> None:
+def test_table_with_missing_values_trains(tmp_path: Any) -> None:
     path = tmp_path / "t.csv"
     lines = [f"{i},{'' if i == 4 else i * 2},{i % 2}" for i in range(60)]
     path.write_text("\n".join(["age,crp,ill", *lines]))
@@ -336,7 +336,7 @@ def test_augment_requires_images() -> None:
         federated(["genes"])
 
 
-def test_a_dataset_keeps_its_names_through_a_federation() -> None:
+def test_federate_keeps_block_layout() -> None:
     made = from_arrays(
         torch.rand(30, 10), torch.arange(30) % 2, blocks=[["image", [1, 2, 3]], ("genes", (4,))]
     )

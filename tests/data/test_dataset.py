@@ -107,7 +107,9 @@ def test_names_are_in_natural_order() -> None:
     assert natural_order(["é", "f", "e", "x²", "x3"]) == ["e", "f", "x3", "x²", "é"]
 
 
-def test_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_reference_imports_or_explains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [])
     (tmp_path / "mine_for_import.py").write_text("def value(): return 7\n")

@@ -82,7 +82,7 @@ def test_drawn_rows_do_not_depend_on_other_clients() -> None:
     )
 
 
-def test_a_million_clients_are_drawn_lazily() -> None:
+def test_million_clients_are_drawn_lazily() -> None:
     data = drawn(1_000_000, pool=1000)
     train = rows_of(data, "client_0700000", "train")
     assert (
@@ -168,7 +168,7 @@ def test_patients_and_shared_sources_are_refused() -> None:
     assert one.n_rows("a", "train") == 18 and one.n_rows("b", "train") == 720
 
 
-def test_alpha_is_given_or_not() -> None:
+def test_default_alpha_depends_on_the_kind() -> None:
     assert PartitionConfig().alpha == 0.5 and PartitionConfig(kind="drawn").alpha is None
     assert "alpha" not in PartitionConfig(kind="dirichlet").model_fields_set
     plain = load_config({"data": {"partition": {"kind": "dirichlet"}}})

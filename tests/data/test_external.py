@@ -78,9 +78,7 @@ def test_labels_of_another_proxy_set_are_matched_to_the_common_classes(tmp_path:
     assert data.columns("a", "proxy", data.preprocess("a"))["y"].tolist() == [1, 1, 1, 0, 1, 1]
 
 
-def test_a_proxy_set_without_labels_is_refused_where_they_are_asked_for(
-    images: Dataset, npz: Any
-) -> None:
+def test_unlabeled_proxy_set_is_refused_if_labels_are_needed(images: Dataset, npz: Any) -> None:
     path = npz("unlabeled.npz", train_labels=None)
     clients = {"a": ClientSettings(preprocess=PreprocessConfig(resize=16))}
     proxy = ProxyConfig(source=SourceConfig(name="npz", path=str(path)), labels=True)
@@ -119,7 +117,7 @@ def test_proxy_of_a_registered_source_and_of_a_table(images: Dataset, tmp_path: 
         federate(table, config, THREE, 0)
 
 
-def test_client_sources(npz: Any, tmp_path: Path) -> None:
+def test_client_sources_are_loaded(npz: Any, tmp_path: Path) -> None:
     common = from_arrays(
         torch.randint(0, 256, (200, 1, 8, 8), dtype=torch.uint8),
         torch.arange(200) % 2,
@@ -186,9 +184,7 @@ def test_external_proxy_must_fit_the_server(images: Dataset, npz: Any) -> None:
     assert federate(images, config, clients, 0).n_proxy == 30
 
 
-def test_own_source_is_checked_against_the_common_one(
-    npz: Any, images: Dataset, tmp_path: Path
-) -> None:
+def test_client_source_must_match_common_source(npz: Any, images: Dataset, tmp_path: Path) -> None:
     xray = load_source(SourceConfig(), tmp_path)
     few = DataConfig(partition=PartitionConfig(min_size=5), root=str(tmp_path))
 
@@ -250,7 +246,7 @@ def test_own_source_is_checked_against_the_common_one(
     assert own(xray, local, preprocess=PreprocessConfig(resize=28)).client_ids == ["a", "b", "own"]
 
 
-def test_own_classes_and_columns_are_matched_by_name(tmp_path: Path) -> None:
+def test_client_classes_and_columns_are_matched_by_name(tmp_path: Path) -> None:
     rows = pd.DataFrame(
         {"u": range(90), "v": [-i for i in range(90)], "kind": ["x", "y", "z"] * 30}
     )
@@ -280,7 +276,7 @@ def test_own_classes_and_columns_are_matched_by_name(tmp_path: Path) -> None:
         )
 
 
-def test_pooling_needs_one_shape(images: Dataset, npz: Any) -> None:
+def test_pooling_requires_equal_shapes(images: Dataset, npz: Any) -> None:
     own = ClientSettings(
         data=SourceConfig(name="npz", path=str(npz())), preprocess=PreprocessConfig(resize=16)
     )

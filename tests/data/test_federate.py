@@ -205,7 +205,7 @@ def test_settings_that_do_not_match_the_examples_are_refused(images: Dataset) ->
         federate(images, DataConfig(), {"a": ClientSettings(augment=AugmentConfig(crop=16))}, 0)
 
 
-def test_too_few_rows() -> None:
+def test_too_few_rows_raise() -> None:
     with pytest.raises(
         UserError, match=r"data\.proxy\.size: must be < 200, .* of arrays, got 100000000"
     ):
@@ -224,7 +224,7 @@ def test_too_few_rows() -> None:
         federate(numbered(), bare, THREE, 0)
 
 
-def test_in_order_uses_natural_order_of_ids() -> None:
+def test_in_order_partition_sorts_client_ids_naturally() -> None:
     names = [f"c{i}" for i in range(12)]
     config = DataConfig(
         partition=PartitionConfig(kind="in_order", min_size=2),

@@ -37,7 +37,7 @@ def test_scanner_applies_to_private_rows_only(images: Dataset) -> None:
     assert torch.allclose(x - 0.5, 0.5 * (plain - 0.5), atol=2 / 255)
 
 
-def test_own_statistics_use_scanned_training_rows(images: Dataset) -> None:
+def test_client_statistics_use_scanned_training_rows(images: Dataset) -> None:
     data = view(images)
     seen = data.columns("one", "train", data.preprocess("one"))["x"]
     assert abs(seen.mean()) < 1e-5 and abs(seen.std(correction=0) - 1) < 1e-5
@@ -125,7 +125,7 @@ def test_hash_sees_every_image_and_label(images: Dataset) -> None:
     assert federate(images, plain, THREE, 0).content_hash() == expected
 
 
-def test_names_that_are_none(images: Dataset) -> None:
+def test_unknown_names_raise(images: Dataset) -> None:
     data = view(images, proxy=ProxyConfig())
     with pytest.raises(UserError, match=r"data\.proxy\.size: must be > 0"):
         data.columns("one", "proxy", PLAIN)

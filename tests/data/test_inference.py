@@ -31,7 +31,7 @@ def saved(tmp_path: Any, **config: Any) -> SavedModel:
     return found
 
 
-def test_blocks_by_name_and_whole_rows(tmp_path: Any) -> None:
+def test_blocks_by_name_equal_full_rows(tmp_path: Any) -> None:
     model = saved(tmp_path, normalize="own", missing="indicate")
     images, genes = torch.randint(0, 256, (3, 1, 4, 4), dtype=torch.uint8), torch.randn(3, 3)
     rows = torch.cat([images.flatten(1) / 255, genes], 1)
@@ -53,7 +53,7 @@ def test_blocks_by_name_and_whole_rows(tmp_path: Any) -> None:
             preprocess_inputs(model, x)
 
 
-def test_images_among_blocks_are_read_as_images_alone_are(tmp_path: Any) -> None:
+def test_image_blocks_are_scaled_like_image_sets(tmp_path: Any) -> None:
     blocks = ColumnLayout(blocks=(Block("image", (3, 4, 4)), Block("marks", (3,))))
     view = Preprocess.resolve(PreprocessConfig(missing="indicate"), None, "p", blocks, (51,))
     arch = ModelSpec.from_config("linear", 2, view.shape((51,)))
@@ -83,7 +83,7 @@ def test_images_among_blocks_are_read_as_images_alone_are(tmp_path: Any) -> None
         preprocess_inputs(model, {"image": images.float() - 128, "marks": marks})
 
 
-def test_the_one_block_of_a_model(tmp_path: Any) -> None:
+def test_single_block_accepts_image_dict_or_rows(tmp_path: Any) -> None:
     model = saved(tmp_path, columns=["image"], resize=6)
     images = torch.randint(0, 256, (3, 1, 4, 4), dtype=torch.uint8)
     rows = torch.cat([images.flatten(1) / 255, torch.full((3, 3), NAN)], 1)

@@ -58,7 +58,7 @@ def test_columns_may_be_named_by_integers() -> None:
     assert found.train.x[[0, 3], 64:].tolist() == [[1.5, 2.25], [0.5, 1.5]]
 
 
-def test_patients_without_an_image(tmp_path: Path) -> None:
+def test_patients_without_image_are_kept_or_dropped(tmp_path: Path) -> None:
     path = tmp_path / "genes.csv"
     more = pd.concat(
         [
@@ -173,7 +173,7 @@ def test_invalid_settings_raise_one_line(
     assert words in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_numbers_may_begin_with_zeros(tmp_path: Path) -> None:
+def test_patient_ids_may_have_leading_zeros(tmp_path: Path) -> None:
     path = tmp_path / "genes.csv"
     pd.DataFrame({"patient": ["0003", "0001", "0002"], "tp53": [0.5, 1.5, 2.5]}).to_csv(
         path, index=False
@@ -195,7 +195,7 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         joined(tmp_path / "none.csv")
 
 
-def test_multimodal_source_in_a_federation() -> None:
+def test_multimodal_source_trains_a_federation() -> None:
     images = np.random.default_rng(1).integers(0, 256, (60, 8, 8), dtype=np.uint8)
     ids = [f"p{i}" for i in range(60)]
     table = pd.DataFrame({"patient": ids[:40], "tp53": range(40), "egfr": range(40)})

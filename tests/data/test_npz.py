@@ -20,7 +20,7 @@ def load(path: Path, name: str = "npz") -> Any:
     return load_source(SourceConfig(name=name, path=str(path)), path.parent)
 
 
-def test_npz_layout(npz: Any) -> None:
+def test_npz_has_expected_layout(npz: Any) -> None:
     path = npz()
     dataset = load(path)
     with np.load(path) as arrays:
@@ -102,7 +102,7 @@ def test_ambiguous_labels_are_noted(npz: Any, labels: np.ndarray, note: str) -> 
     )
 
 
-def test_rows_of_a_table_in_place_of_images_only_where_no_set_is_named(npz: Any) -> None:
+def test_npz_with_table_rows_requires_no_named_set(npz: Any) -> None:
     rows = {f"{s}_images": np.zeros((n, 4)) for s, n in (("train", 30), ("val", 6), ("test", 9))}
     assert load(npz(**rows)).train.x.shape == (30, 4)
     with pytest.raises(UserError, match="train_images: expected shape"):
@@ -183,7 +183,7 @@ def test_malformed_arrays_are_named(npz: Any, changes: dict[str, Any], words: st
     assert str(refused.value).startswith(f"data.path: {path}: ") and words in str(refused.value)
 
 
-def test_stray_labels_are_out_of_range_without_a_named_set_too(npz: Any) -> None:
+def test_labels_out_of_range_are_refused(npz: Any) -> None:
     labels = (np.arange(30) % 2).astype(np.uint8)
     labels[5] = 255
     with pytest.raises(UserError, match="label 255 is out of range for 3 distinct labels"):
@@ -252,7 +252,7 @@ def test_damaged_files_are_detected(npz: Any) -> None:
     assert refused > 75
 
 
-def test_images_alone_need_no_labels(npz: Any) -> None:
+def test_images_are_read_without_labels(npz: Any) -> None:
     path = npz(train_labels=np.array([None] * 30))  # would be refused if it were read
     assert read_images(path).shape == (30, 1, 8, 8)
     with pytest.raises(UserError, match="array 'train_images' not found"):

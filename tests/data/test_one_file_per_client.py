@@ -84,7 +84,7 @@ def test_file_per_client_equals_a_natural_partition(tmp_path: Path) -> None:
     assert (apart.n_test, apart.n_proxy) == (48, 24)
 
 
-def test_common_rows_are_of_all_hospitals_and_whole_patients(tmp_path: Path) -> None:
+def test_common_rows_cover_all_hospitals_without_splitting_patients(tmp_path: Path) -> None:
     write(tmp_path)
     data = dealt(configuration(tmp_path))
 
@@ -107,7 +107,7 @@ def test_common_rows_are_of_all_hospitals_and_whole_patients(tmp_path: Path) -> 
             assert seen.setdefault((who, 0), name) == name
 
 
-def test_the_test_set_depends_on_no_seed_and_the_proxy_set_does(tmp_path: Path) -> None:
+def test_proxy_set_depends_on_seed_but_test_set_does_not(tmp_path: Path) -> None:
     write(tmp_path)
     one, other = (dealt({**configuration(tmp_path), "seed": seed}) for seed in (0, 1))
 
@@ -115,7 +115,7 @@ def test_the_test_set_depends_on_no_seed_and_the_proxy_set_does(tmp_path: Path) 
     assert not one.raw_examples("proxy").equal(other.raw_examples("proxy"))
 
 
-def test_a_proxy_file_takes_the_place_of_held_out_rows(tmp_path: Path) -> None:
+def test_proxy_file_replaces_held_out_rows(tmp_path: Path) -> None:
     write(tmp_path)
     hospital("west", 9).drop(columns=["ill", "patient"]).to_csv(
         tmp_path / "public.csv", index=False
@@ -145,7 +145,7 @@ def test_missing_keys_of_files_are_inherited(tmp_path: Path) -> None:
     assert dealt(config).content_hash() == dealt(configuration(tmp_path)).content_hash()
 
 
-def test_classes_of_all_files_are_known_and_differing_tables_are_matched_by_name(
+def test_classes_and_columns_of_all_files_are_matched_by_name(
     tmp_path: Path,
 ) -> None:
     south = hospital("south", 1)
@@ -227,7 +227,7 @@ def test_files_that_cannot_be_pooled_are_refused(
         dealt(config)
 
 
-def test_real_sites_need_a_common_file(tmp_path: Path) -> None:
+def test_real_sites_require_common_file(tmp_path: Path) -> None:
     write(tmp_path)
 
     with pytest.raises(
@@ -256,7 +256,7 @@ def test_images_of_several_folders_or_files_are_pooled(tmp_path: Path) -> None:
     assert data.task.outputs == 4 and (data.n_test, data.n_proxy) == (36, 10)
 
 
-def test_a_run_without_a_common_file_finishes_and_is_evaluated(tmp_path: Path) -> None:
+def test_run_without_common_file_is_evaluated(tmp_path: Path) -> None:
     write(tmp_path)
     config = configuration(tmp_path, label="ill", patient="patient")
 
@@ -271,7 +271,7 @@ def test_a_run_without_a_common_file_finishes_and_is_evaluated(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("names", [("Sick", "Healthy"), ("sick", "HEALTHY")])
-def test_classes_that_differ_in_spelling_alone_are_refused(
+def test_classes_differing_only_in_spelling_are_refused(
     names: tuple[str, str], tmp_path: Path
 ) -> None:
     frames = write(tmp_path)
@@ -298,7 +298,7 @@ def test_classes_that_differ_in_spelling_alone_are_refused(
         (("yes", "healthy"), []),
     ],
 )
-def test_a_file_with_classes_of_its_own_is_noted(
+def test_file_with_extra_classes_is_noted(
     names: tuple[str, str], notes: list[str], tmp_path: Path
 ) -> None:
     frames = write(tmp_path)

@@ -68,7 +68,7 @@ def test_every_row_goes_to_exactly_one_client(
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.integers(0, 500), st.lists(st.floats(0.01, 9), min_size=1, max_size=9), st.integers(0, 9))
-def test_apportion(total: int, share: list[float], at_least: int) -> None:
+def test_apportion_rounds_to_the_total(total: int, share: list[float], at_least: int) -> None:
     at_least = min(at_least, total // len(share))
     exact = np.array(share) / sum(share) * total
     found = apportion(total, np.array(share), at_least)
@@ -82,7 +82,7 @@ def test_apportion_gives_the_rest_to_the_largest_remainders() -> None:
     assert apportion(5, np.array([1.0, 1.0, 1.0])).tolist() == [2, 2, 1]
 
 
-def test_dirichlet_is_as_skewed_as_alpha_says() -> None:
+def test_dirichlet_skew_follows_alpha() -> None:
     y = labels(20_000)
     for alpha, low, high in ((0.1, 0.55, 1.0), (1.0, 0.22, 0.4), (100.0, 0.1, 0.16)):
         found = []
@@ -246,7 +246,7 @@ def test_quantity_skews_sizes_only() -> None:
     assert (counts(parts, y)[sizes.argmax()] / sizes.max() - 0.25).abs().max() < 0.05
 
 
-def test_natural_partition() -> None:
+def test_natural_partition_keeps_groups() -> None:
     y, group = labels(100), torch.arange(100) % 3 * 5  # groups 0, 5, 10
     parts = partition_rows(y, group, PartitionConfig(kind="natural"), [1, 1, 1], TEN, seed=0)
     assert all((group[p] == g).all() for p, g in zip(parts, (0, 5, 10), strict=True))
@@ -287,7 +287,7 @@ def test_partition_depends_on_the_seed() -> None:
         assert any(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_too_few_rows() -> None:
+def test_too_few_rows_raise() -> None:
     with pytest.raises(
         UserError,
         match=(
@@ -298,7 +298,7 @@ def test_too_few_rows() -> None:
         partition_rows(labels(99), None, PartitionConfig(), [1] * 5, TEN, seed=0)
 
 
-OWN = {
+OWN_PARTITIONS = {
     "halves": "lambda y, group, config, sizes, task, seed: [range(0, 50), range(50, 100)]",
     "three": "lambda *a: [[1], [2], [3]]",
     "twice": "lambda *a: [range(0, 51), range(50, 100)]",
@@ -315,7 +315,7 @@ OWN = {
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[torch.Tensor]]:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_partition.py").write_text(
-        "\n".join(f"{name} = {code}" for name, code in OWN.items())
+        "\n".join(f"{name} = {code}" for name, code in OWN_PARTITIONS.items())
     )
 
     def run(name: str) -> list[torch.Tensor]:
@@ -331,7 +331,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list
     return run
 
 
-def test_custom_partitions(own: Callable[[str], list[torch.Tensor]]) -> None:
+def test_partition_can_be_a_function(own: Callable[[str], list[torch.Tensor]]) -> None:
     assert [p.tolist() for p in own("halves")] == [list(range(50)), list(range(50, 100))]
     for name, words in (
         ("three", "expected a list with the rows of each of 2 clients"),
@@ -351,7 +351,7 @@ def test_custom_partitions(own: Callable[[str], list[torch.Tensor]]) -> None:
         )
 
 
-def test_in_order_cuts_equal_slices() -> None:
+def test_in_order_partition_gives_equal_slices() -> None:
     parts = partition_rows(
         labels(103), None, PartitionConfig(kind="in_order", min_size=1), [1.0] * 10, TEN, seed=3
     )

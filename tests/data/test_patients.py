@@ -105,7 +105,7 @@ def test_patients_are_in_exactly_one_location(
     alpha=st.floats(0.05, 10),
     seed=st.integers(0, 999),
 )
-def test_partitions_keep_patients_whole(
+def test_partitions_do_not_split_patients(
     sizes: list[int], kind: str, clients: int, alpha: float, seed: int
 ) -> None:
     patient = patients_of(sizes, seed) * 7 + 3  # any numbers will do
@@ -134,7 +134,7 @@ def test_partitions_keep_patients_whole(
     st.integers(0, 1),
     st.integers(0, 99),
 )
-def test_draw_patients_keeps_them_whole(
+def test_draw_patients_does_not_split_patients(
     sizes: list[int], count: int, leave: int, seed: int
 ) -> None:
     patient = patients_of(sizes, seed)
@@ -147,13 +147,13 @@ def test_draw_patients_keeps_them_whole(
         assert min(sizes[p] for p in left) > count - int(drawn.sum())
 
 
-def test_most_frequent_stratum_of_a_patient() -> None:
+def test_patient_stratum_is_the_most_frequent_label() -> None:
     strata = torch.tensor([2, 0, 2, 1, 1, 0, 4])
     # the lowest of equally frequent strata
     assert most_common_stratum(strata, torch.tensor([0, 0, 0, 1, 2, 2, 3])).tolist() == [2, 1, 0, 4]
 
 
-def test_short_clients_are_filled_with_whole_patients() -> None:
+def test_small_clients_are_filled_up_by_patient() -> None:
     owner, size = torch.tensor([0, 0, 0, 1, -1]), torch.tensor([6, 3, 5, 1, 50])
     filled = move_patients_to_short_clients(owner, size, 2, 4, torch.tensor([0, 1, 2, 3, 4]))
     assert filled.tolist() == [1, 0, 0, 1, -1]
@@ -189,7 +189,7 @@ def test_patients_with_one_row_are_partitioned_like_rows() -> None:
         assert all(torch.equal(a, b) for a, b in zip(plain, whole, strict=True))
 
 
-def test_patients_that_cannot_be_kept_whole_are_refused(
+def test_unsatisfiable_patient_splits_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     patient = torch.arange(200) // 2
@@ -258,7 +258,7 @@ def table(path: Path, patient: str | None = None, **columns: Any) -> Dataset:
     )
 
 
-def test_patients_of_tables(tmp_path: Path) -> None:
+def test_patient_column_of_tables(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     found = table(path, "who", who=["p10", "p2", " p2", "p1"] * 2)
     assert found.train.patient is not None and found.train.patient.tolist() == [2, 1, 1, 0] * 2
@@ -289,7 +289,7 @@ def test_possible_patient_column_is_noted(tmp_path: Path, name: str) -> None:
     assert not warned(number=[1, 2, 3, 4] * 2)
 
 
-def test_patients_of_npz(npz: Any, tmp_path: Path) -> None:
+def test_patient_array_of_npz(npz: Any, tmp_path: Path) -> None:
     who = [f"p{i // 3}" for i in range(30)]
 
     def load(path: Path, name: str = "npz", patient: str | None = None) -> Dataset:

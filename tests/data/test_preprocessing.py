@@ -46,12 +46,12 @@ class TestScanner:
             assert seen.shape == x.shape and seen.dtype == x.dtype and not torch.equal(seen, x)
             assert torch.equal(x, before)
 
-    def test_contrast_and_brightness(self) -> None:
+    def test_contrast_and_brightness_match_formulas(self) -> None:
         x = torch.tensor([0, 100, 200, 255], dtype=torch.uint8).view(1, 1, 2, 2)
         assert scan(x, contrast=0.5).flatten().tolist() == [64, 114, 164, 191]
         assert scan(x, brightness=0.2).flatten().tolist() == [51, 151, 251, 255]
 
-    def test_blur_is_scipys(self) -> None:
+    def test_blur_matches_scipy(self) -> None:
         x = images().double() / 255
         expected = gaussian_filter(x[0, 0].numpy(), sigma=0.8, mode="nearest", truncate=3 / 0.8)
         assert np.allclose(scan(x, blur=0.8)[0, 0].numpy(), expected, atol=1e-6)
@@ -79,13 +79,13 @@ class TestScanner:
         )
         assert not torch.equal(seen[0], seen[-1])
 
-    def test_global_generator_is_left_alone(self) -> None:
+    def test_global_generator_is_unchanged(self) -> None:
         before = torch.random.get_rng_state()
         scan(images(), noise=0.1, blur=1)
         augment(images().float(), AugmentConfig(crop=2, flip=True, rotate=10), keyed_generator("a"))
         assert torch.equal(before, torch.random.get_rng_state())
 
-    def test_no_rows(self) -> None:
+    def test_preprocess_accepts_zero_rows(self) -> None:
         assert scan(images(0), blur=1, noise=1, resolution=0.5).shape == (0, 1, 12, 10)
 
 
@@ -106,11 +106,11 @@ class TestPreprocess:
         assert view.shape((3, 12, 10)) == (1, 8, 8) == tuple(view(x).shape[1:])
         assert view(images(0, 3)).shape == (0, 1, 8, 8)
 
-    def test_grey_to_rgb(self) -> None:
+    def test_grayscale_becomes_rgb(self) -> None:
         seen = Preprocess(channels=3)(images())
         assert seen.shape == (5, 3, 12, 10) and torch.equal(seen[:, 0], seen[:, 2])
 
-    def test_own_statistics_of_images(self) -> None:
+    def test_client_statistics_normalize_images(self) -> None:
         x = images(9, 3)
         view = Preprocess.resolve(PreprocessConfig(normalize="own"), x)
         seen = view(x)
@@ -119,7 +119,7 @@ class TestPreprocess:
             Preprocess(None, None, view.mean, view.std)
         )
 
-    def test_own_statistics_of_columns(self) -> None:
+    def test_client_statistics_normalize_columns(self) -> None:
         x = torch.randn(50, 3, generator=keyed_generator("t")) * torch.tensor(
             [1.0, 1e-3, 0.0]
         ) + torch.tensor([0.0, 1e3, 7.0])
@@ -140,7 +140,7 @@ class TestPreprocess:
         assert tuple(seen.shape[1:]) == Preprocess().shape((6, 3)) == (3, 6)
         assert torch.equal(seen[4, 2], series[4, :, 2])
 
-    def test_a_number_for_each_channel(self) -> None:
+    def test_mean_and_std_may_be_given_per_channel(self) -> None:
         config = PreprocessConfig(normalize=Normalize(mean=[0.1, 0.2, 0.3], std=[0.5, 1.0, 2.0]))
         x, view = images(channels=3), Preprocess.resolve(config)
         plain = x.float() / 255
@@ -158,7 +158,7 @@ class TestPreprocess:
         )
         assert torch.equal(columns(torch.tensor([[1.0, 2.0]])), torch.zeros(1, 2))
 
-    def test_float64_when_that_is_the_default(self) -> None:
+    def test_output_follows_the_default_dtype(self) -> None:
         torch.set_default_dtype(torch.float64)
         try:
             assert Preprocess(mean=0.5, std=0.25)(images()).dtype == torch.float64
@@ -192,7 +192,7 @@ class TestAugment:
         "config",
         [{"crop": 2}, {"flip": True}, {"rotate": 20.0}, {"crop": 1, "flip": True, "rotate": 5.0}],
     )
-    def test_keyed_and_leaves_its_input(self, config: dict[str, Any]) -> None:
+    def test_augment_is_keyed_and_not_in_place(self, config: dict[str, Any]) -> None:
         x = images(20, 3).float()
         before = x.clone()
         first, again, other = (
@@ -205,14 +205,14 @@ class TestAugment:
         )
         assert torch.equal(x, before) and first.shape == x.shape
 
-    def test_flip_is_all_or_nothing(self) -> None:
+    def test_flip_mirrors_entire_images(self) -> None:
         x = images(200).float()
         seen = augment(x, AugmentConfig(flip=True), keyed_generator("a"))
         same = (seen == x).flatten(1).all(1)
         mirrored = (seen == x.flip(-1)).flatten(1).all(1)
         assert (same ^ mirrored).all() and 60 < same.sum() < 140
 
-    def test_crop_is_pad_and_crop(self) -> None:
+    def test_crop_equals_pad_and_crop(self) -> None:
         x = images(300).float()
         seen = augment(x, AugmentConfig(crop=2), keyed_generator("a"))
         padded = F.pad(x, (2, 2, 2, 2), mode="replicate")

@@ -57,7 +57,7 @@ def test_cut_leaves_no_target_on_both_sides() -> None:
     )
 
 
-def test_the_last_fifth_of_the_time_is_the_test_set() -> None:
+def test_default_test_set_is_the_last_fifth_in_time() -> None:
     whole = with_test(dated(shuffled=True))
     assert whole.test is not None and whole.test.time is not None and whole.train.time is not None
     assert int(whole.train.time.max()) < int(whole.test.time.min())
@@ -99,7 +99,7 @@ def test_group_without_early_rows_is_named() -> None:
         federated(dated(groups=groups), partition=NATURAL)
 
 
-def test_random_partitions_of_dated_sets_are_refused() -> None:
+def test_random_partitions_of_temporal_sets_are_refused() -> None:
     with pytest.raises(
         UserError, match=r"partition\.kind=drawn cannot be combined with the time series arrays"
     ):
@@ -213,7 +213,7 @@ def test_client_source_keeps_its_cuts(written: Written) -> None:
     assert rows_of(data, "b", "test") == list(range(1080, 1100))
 
 
-def test_client_source_is_cut_by_its_own_span(written: Written) -> None:
+def test_client_source_is_cut_by_its_target_span(written: Written) -> None:
     """Cut by targets that reach three hours ahead, unlike those of the common set."""
     own = written(
         "own_span",

@@ -17,7 +17,7 @@ CLIENTS = ["site_1", "site_2", "site_3"]
 
 
 @pytest.mark.slow
-def test_five_of_twenty_down(tmp_path: Path) -> None:
+def test_run_continues_with_five_of_twenty_nodes_down(tmp_path: Path) -> None:
     """Five nodes are down from the second round on; one of them is back for the last."""
     clients = [f"site_{i:02}" for i in range(1, 21)]
     made = config(
@@ -51,9 +51,7 @@ def test_five_of_twenty_down(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("secret", [False, True], ids=["direct", "secure sum"])
-def test_who_takes_longer_is_late_and_what_comes_then_is_not_used(
-    tmp_path: Path, secret: bool, clock: Clock
-) -> None:
+def test_late_answers_are_not_used(tmp_path: Path, secret: bool, clock: Clock) -> None:
     """Compare with a run in which the late node is down for that round."""
     kills: dict[Point, str] = {("site_2", 1, "train"): "late"}
     made = config("fedavg", "linear", rounds=3, cohort={"deadline": LONG}, evaluation={"every": 3})
@@ -73,7 +71,7 @@ def test_who_takes_longer_is_late_and_what_comes_then_is_not_used(
     assert down[2]["counts"]["arrived"] == 3 and down[2]["global"] == late[2]["global"]
 
 
-def test_the_first_to_arrive_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_arrivals_are_aggregated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds: list[float] = []
     update = ClientSampler.update
 
@@ -99,7 +97,7 @@ def test_the_first_to_arrive_are_taken(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-def test_too_few_are_waited_for_and_else_a_round_is_skipped(tmp_path: Path, clock: Clock) -> None:
+def test_round_with_too_few_nodes_waits_or_is_skipped(tmp_path: Path, clock: Clock) -> None:
     made = config("fedavg", "linear", rounds=3, cohort={"least": 3}, evaluation={"every": 3})
     made["devices"] = {"up": 1e6}
     kills: dict[Point, str] = {("site_1", 0, "train"): "before", ("site_2", 1, "train"): "before"}
@@ -115,7 +113,7 @@ def test_too_few_are_waited_for_and_else_a_round_is_skipped(tmp_path: Path, cloc
     assert records(there)[0].get("skipped") and records(there)[2]["counts"]["arrived"] == 3
 
 
-def test_available_are_those_who_are_there_once_enough_are(tmp_path: Path) -> None:
+def test_available_sampling_waits_for_enough_nodes(tmp_path: Path) -> None:
     cohort = {"sampling": "available", "least": 2}
     made = config(
         "fedavg", "linear", rounds=3, clients__per_round=3, cohort=cohort, evaluation={"every": 3}

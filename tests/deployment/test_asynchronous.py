@@ -61,7 +61,7 @@ def without(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
-def test_one_node_alone_is_the_simulation(tmp_path: Path) -> None:
+def test_single_node_equals_simulation(tmp_path: Path) -> None:
     made = source(clients=1, places=1)
     there = federation(made, Sites(["site"], tmp_path / "sites"), tmp_path / "there")
     here = run(made, out=tmp_path / "here")
@@ -72,7 +72,7 @@ def test_one_node_alone_is_the_simulation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "channel"), [("hybrid", TOP), ("fedbuff", TOP), ("hybrid", DOWN)]
 )
-def test_in_the_same_order_it_is_the_simulation(
+def test_run_in_the_same_order_equals_simulation(
     method: str, channel: dict[str, Any], tmp_path: Path
 ) -> None:
     made = source(method, channel=channel)
@@ -90,7 +90,7 @@ def test_in_the_same_order_it_is_the_simulation(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("channel", [TOP, DOWN])
-def test_tasks_in_flight_when_the_server_dies_are_asked_again(
+def test_tasks_in_flight_are_repeated_after_server_restart(
     channel: dict[str, Any], tmp_path: Path
 ) -> None:
     made = source(channel=channel)
@@ -102,7 +102,7 @@ def test_tasks_in_flight_when_the_server_dies_are_asked_again(
     assert without(records(killed)) == without(records(plain)) and models(killed) == models(plain)
 
 
-def test_a_client_that_has_lost_its_state_is_sent_the_whole_model(tmp_path: Path) -> None:
+def test_client_with_lost_state_receives_full_model(tmp_path: Path) -> None:
     sites = Sites(CLIENTS, tmp_path / "sites")
 
     def lose(record: dict[str, Any]) -> None:
@@ -119,7 +119,7 @@ def test_a_client_that_has_lost_its_state_is_sent_the_whole_model(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_places_go_to_those_who_are_there(tmp_path: Path) -> None:
+def test_slots_are_given_to_connected_nodes(tmp_path: Path) -> None:
     kills = {("site_1", 0, "train"): "before", ("site_2", 0, "train"): "during"}
     sites = Sites(CLIENTS, tmp_path / "sites", kills, away=None)
 
@@ -147,7 +147,7 @@ def test_places_go_to_those_who_are_there(tmp_path: Path) -> None:
     assert set(gone) <= {client for record in there[2:] for client in record["cohort"]}
 
 
-def test_nodes_that_refuse_everything_are_asked_for_a_while(
+def test_refusing_nodes_are_asked_a_limited_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(self: Node, envelope: Envelope) -> Envelope:
@@ -162,9 +162,7 @@ def test_nodes_that_refuse_everything_are_asked_for_a_while(
         federation(source(), Sites(CLIENTS, tmp_path / "sites"), tmp_path / "there")
 
 
-def test_an_empty_place_is_not_waited_at_for_ever(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_empty_slot_does_not_block_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(real_time, "POLL_INTERVAL", 0.01)
     monkeypatch.setattr(real_time, "MAX_WAIT", 0.1)
     monkeypatch.setattr(
@@ -176,7 +174,7 @@ def test_an_empty_place_is_not_waited_at_for_ever(
         federation(source(), Sites(CLIENTS, tmp_path / "sites"), tmp_path / "there")
 
 
-def test_models_of_another_run_are_where_the_nodes_begin(tmp_path: Path) -> None:
+def test_init_from_gives_nodes_their_initial_models(tmp_path: Path) -> None:
     first = run(config("hybrid", MIXED, rounds=1), out=tmp_path / "first")
     made = config("hybrid", MIXED, rounds=2, algorithm__heads="keep", init_from=str(first.path))
     there = federation(

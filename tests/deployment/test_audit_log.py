@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, generate_pri
 
 from hetero_fl.cli import main
 from hetero_fl.deployment.audit_log import (
-    FIRST,
+    INITIAL_HASH,
     AuditLog,
     format_entries,
     traffic_totals,
@@ -79,7 +79,7 @@ FAULTS: dict[str, tuple[Callable[[Lines], Lines], str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_is_done_to_a_line_is_found(fault: str, tmp_path: Path) -> None:
+def test_verify_detects_changed_lines(fault: str, tmp_path: Path) -> None:
     path = written(tmp_path / "audit.jsonl")
     assert len(verify(path)) == 6
     change, said = FAULTS[fault]
@@ -101,7 +101,7 @@ def test_every_single_bit_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("head", [b"", b"5 " + b"a" * 64 + b"\n", b"junk\n", None])
-def test_the_head_is_not_to_be_touched_either(head: bytes | None, tmp_path: Path) -> None:
+def test_verify_detects_changed_head(head: bytes | None, tmp_path: Path) -> None:
     path = written(tmp_path / "audit.jsonl")
     there = tmp_path / "audit.jsonl.head"
     there.unlink()
@@ -111,7 +111,7 @@ def test_the_head_is_not_to_be_touched_either(head: bytes | None, tmp_path: Path
         verify(path)
 
 
-def test_a_killed_process_leaves_a_log_that_goes_on(tmp_path: Path) -> None:
+def test_log_of_killed_process_is_continued(tmp_path: Path) -> None:
     """The process may have written a line without the head, or half a line."""
     path = written(tmp_path / "audit.jsonl")
     head = (tmp_path / "audit.jsonl.head").read_bytes()
@@ -126,7 +126,7 @@ def test_a_killed_process_leaves_a_log_that_goes_on(tmp_path: Path) -> None:
     assert [e["n"] for e in verify(path)] == list(range(1, 9)) and len(log.entries()) == 8
 
 
-def test_append_leaves_nothing_of_a_line_that_does_not_fit_on_the_disk(tmp_path: Path) -> None:
+def test_append_removes_partial_line_if_disk_is_full(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     log = signed(path)
     before = path.read_bytes()
@@ -147,7 +147,7 @@ def test_append_leaves_nothing_of_a_line_that_does_not_fit_on_the_disk(tmp_path:
     assert len(verify(path, KEY.public_key())) == 5
 
 
-def test_two_writers_make_one_chain(tmp_path: Path) -> None:
+def test_two_writers_share_one_chain(tmp_path: Path) -> None:
     """A node that was given up may still write, as may its successor."""
     path = tmp_path / "audit.jsonl"
     one, other = AuditLog(path), AuditLog(path)
@@ -156,7 +156,7 @@ def test_two_writers_make_one_chain(tmp_path: Path) -> None:
     assert len(verify(path)) == 4
 
 
-def test_only_its_owner_may_read_it_and_people_can(tmp_path: Path) -> None:
+def test_audit_log_is_private_and_readable(tmp_path: Path) -> None:
     path = written(tmp_path / "state" / "audit.jsonl", 2)
     assert all(
         os.stat(p).st_mode & 0o077 == 0
@@ -187,13 +187,13 @@ def test_totals_count_each_task_once(tmp_path: Path) -> None:
     assert (found.up, found.down) == (16, 15)
 
 
-def test_a_missing_log_is_one_line(tmp_path: Path) -> None:
+def test_missing_log_raises_one_line(tmp_path: Path) -> None:
     for name in ("audit.jsonl", "x" * 5000):
         with pytest.raises(UserError, match="not found"):
             verify(tmp_path / name)
 
 
-def test_a_log_or_head_that_is_a_folder_is_one_line(tmp_path: Path) -> None:
+def test_folder_as_log_or_head_raises_one_line(tmp_path: Path) -> None:
     for name in ("audit.jsonl", "audit.jsonl.head"):
         path = written(tmp_path / name / "audit.jsonl", 1)
         path.with_name(name).unlink()
@@ -318,7 +318,7 @@ def replaced(path: Path, lines: Lines) -> None:
     path.with_name(path.name + ".head").write_text(head.ljust(95) + "\n")
 
 
-def test_append_refuses_a_line_that_was_forged_while_the_node_runs(tmp_path: Path) -> None:
+def test_append_refuses_forged_line(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     log = signed(path)
     replaced(path, [*path.read_bytes().splitlines(keepends=True), forged(path)])
@@ -327,12 +327,12 @@ def test_append_refuses_a_line_that_was_forged_while_the_node_runs(tmp_path: Pat
         log.append(run="r", ask="do", out=1, outcome="done", **{"in": 1})
 
 
-def test_append_refuses_a_history_that_was_rewritten_while_the_node_runs(tmp_path: Path) -> None:
+def test_append_refuses_rewritten_history(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     log = signed(path)
     lines: Lines = []
     for line in path.read_bytes().splitlines(keepends=True):
-        before = hashlib.sha256(lines[-1]).hexdigest() if lines else FIRST
+        before = hashlib.sha256(lines[-1]).hexdigest() if lines else INITIAL_HASH
         lines.append(json.dumps({**json.loads(line), "out": 0, "before": before}).encode() + b"\n")
     replaced(path, lines)
 
@@ -350,7 +350,7 @@ def test_append_refuses_a_history_that_was_rewritten_while_the_node_runs(tmp_pat
     ],
     ids=["deleted", "cut off", "changed", "appended to"],
 )
-def test_append_refuses_a_log_that_was_changed_under_the_same_head(
+def test_append_refuses_changed_log_with_same_head(
     change: Callable[[bytes], bytes | None], said: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "audit.jsonl"
@@ -368,7 +368,7 @@ def test_append_refuses_a_log_that_was_changed_under_the_same_head(
     assert (path.read_bytes() if path.exists() else None) == data
 
 
-def test_append_cuts_off_half_a_line_of_another_process(tmp_path: Path) -> None:
+def test_append_truncates_partial_line_of_another_process(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     log = signed(path)
     with path.open("ab") as file:
@@ -406,7 +406,7 @@ def test_signatures_have_one_form(change: Callable[[bytes], bytes], tmp_path: Pa
         verify(path, KEY.public_key())
 
 
-def test_signed_log_of_a_killed_process_goes_on(tmp_path: Path) -> None:
+def test_signed_log_of_killed_process_is_continued(tmp_path: Path) -> None:
     path = signed(tmp_path / "audit.jsonl").path
     head = path.with_name("audit.jsonl.head").read_bytes()
     AuditLog(path, KEY).append(**ABOUT)
@@ -417,7 +417,7 @@ def test_signed_log_of_a_killed_process_goes_on(tmp_path: Path) -> None:
     assert len(verify(path, KEY.public_key())) == 5
 
 
-def test_noted_head_shows_that_a_log_went_back(tmp_path: Path) -> None:
+def test_recorded_head_detects_truncation(tmp_path: Path) -> None:
     """Truncating both files shows only against a head that was noted before."""
     log = signed(tmp_path / "audit.jsonl")
     noted, files = (
@@ -435,7 +435,7 @@ def test_noted_head_shows_that_a_log_went_back(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected at least 4 lines, found 3"):
         verify(log.path, KEY.public_key(), later)
     with pytest.raises(UserError, match="line 3: differs from the given head"):
-        verify(log.path, KEY.public_key(), f"3:{FIRST}")
+        verify(log.path, KEY.public_key(), f"3:{INITIAL_HASH}")
     with pytest.raises(UserError, match="expected N:HASH"):
         verify(log.path, KEY.public_key(), "\x1b[2J")
 
@@ -454,14 +454,14 @@ def test_node_refuses_messages_once_its_log_is_damaged(name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["run", "ask", "number", "round"])
-def test_node_refuses_a_number_of_thousands_of_digits(name: str, tmp_path: Path) -> None:
+def test_node_refuses_numbers_with_thousands_of_digits(name: str, tmp_path: Path) -> None:
     node = Node(SiteConfig(client="site_2"), tmp_path, key=KEY)
 
     answer = node.handle(Envelope({"ask": "hello", name: 10**5000}))
 
     assert answer.head["ask"] == "refused"
     assert "at most 64" in str(answer.head["why"])
-    assert len(verify(node.log.path)) == 1
+    assert len(verify(node.audit_log.path)) == 1
 
 
 def test_node_audit_checks_signatures_with_the_public_key(
@@ -487,11 +487,11 @@ def test_node_audit_checks_signatures_with_the_public_key(
         ("0:" + "f" * 64, "line 0: differs from the given head"),
     ],
 )
-def test_node_audit_refuses_a_head_that_never_was(
+def test_node_audit_refuses_unknown_head(
     head: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = str(written(tmp_path / "audit.jsonl", 2))
-    assert main(["node", "--audit", path, "--head", f"0:{FIRST}"]) == 0
+    assert main(["node", "--audit", path, "--head", f"0:{INITIAL_HASH}"]) == 0
 
     assert main(["node", "--audit", path, "--head", head]) == 2
 
@@ -499,7 +499,7 @@ def test_node_audit_refuses_a_head_that_never_was(
     assert said in error and error.count("\n") == 1
 
 
-def test_log_line_is_short_whatever_is_put_down(tmp_path: Path) -> None:
+def test_log_line_has_bounded_length(tmp_path: Path) -> None:
     log = AuditLog(tmp_path / "audit.jsonl")
     log.append(
         **{

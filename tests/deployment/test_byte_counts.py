@@ -37,7 +37,7 @@ def told(run: Run) -> tuple[int, int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_the_logs_agree_with_the_server(case: str, tmp_path: Path) -> None:
+def test_byte_counts_of_logs_match_the_server(case: str, tmp_path: Path) -> None:
     method, changes = CASES[case]
     federation = Federation(tmp_path)
     # whatever comes twice is counted once
@@ -49,7 +49,7 @@ def test_the_logs_agree_with_the_server(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_kinds_that_left_are_named(tmp_path: Path) -> None:
+def test_log_names_the_kinds_of_sent_data(tmp_path: Path) -> None:
     run = Federation(tmp_path).serve(small("hybrid", MIXED))
     lines = [line for line in verify(tmp_path / "site_1" / "audit.jsonl") if line["ask"] == "do"]
     sent = {line["what"]: line["kinds"] for line in lines}
@@ -60,7 +60,7 @@ def test_the_kinds_that_left_are_named(tmp_path: Path) -> None:
     assert run.summary["rounds_completed"] == 2
 
 
-def test_of_a_secure_sum_the_log_says_that_it_was_masked(tmp_path: Path) -> None:
+def test_log_marks_masked_uploads(tmp_path: Path) -> None:
     Federation(tmp_path).serve(small("fedavg", **SECURE))
     lines = [line for line in verify(tmp_path / "site_1" / "audit.jsonl") if line["ask"] == "do"]
     sent = [(line["what"], line["kinds"]) for line in lines if line["round"] == 0]
@@ -72,7 +72,7 @@ def test_of_a_secure_sum_the_log_says_that_it_was_masked(tmp_path: Path) -> None
     ]
 
 
-def test_a_refusal_is_counted_down_and_not_up(tmp_path: Path) -> None:
+def test_refused_upload_counts_no_bytes(tmp_path: Path) -> None:
     federation = Federation(tmp_path, {"site_3": {"allows": {"upload_bytes": 100}}})
     run = federation.serve(small(evaluation__every=2))
     assert counted(run, tmp_path) == told(run)

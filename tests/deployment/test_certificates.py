@@ -28,7 +28,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> ServerFiles:
     return make_server_files(tmp_path_factory.mktemp("server"), ["fl.example.org", "10.0.0.7"])
 
 
-def test_what_is_made_holds(files: ServerFiles) -> None:
+def test_created_certificates_are_valid(files: ServerFiles) -> None:
     check_server_files(files, ["fl.example.org", "10.0.0.7"])
     assert files.key.stat().st_mode & 0o777 == 0o600
     assert (files.key.parent / "authority.key").stat().st_mode & 0o777 == 0o600
@@ -36,7 +36,7 @@ def test_what_is_made_holds(files: ServerFiles) -> None:
     context.load_cert_chain(files.certificate, files.key)
 
 
-def test_what_is_there_is_not_overwritten(files: ServerFiles, tmp_path: Path) -> None:
+def test_existing_files_are_not_overwritten(files: ServerFiles, tmp_path: Path) -> None:
     before = files.key.read_bytes()
     with pytest.raises(UserError, match=r"authority.pem: already exists"):
         make_server_files(files.key.parent, ["fl.example.org"])
@@ -46,14 +46,14 @@ def test_what_is_there_is_not_overwritten(files: ServerFiles, tmp_path: Path) ->
         make_node_key(tmp_path / "a")
 
 
-def test_another_host(files: ServerFiles) -> None:
+def test_certificate_of_another_host_is_refused(files: ServerFiles) -> None:
     with pytest.raises(
         UserError, match=r"server.pem: valid for fl.example.org, 10.0.0.7, not for fl.example.com"
     ):
         check_server_files(files, ["fl.example.com"])
 
 
-def test_another_key_or_authority(files: ServerFiles, tmp_path: Path) -> None:
+def test_mismatched_key_or_authority_is_refused(files: ServerFiles, tmp_path: Path) -> None:
     other = make_server_files(tmp_path, ["fl.example.org"])
     with pytest.raises(UserError, match=r"server.key: this key does not belong to .*server.pem"):
         check_server_files(ServerFiles(files.authority, files.certificate, other.key))
@@ -61,12 +61,14 @@ def test_another_key_or_authority(files: ServerFiles, tmp_path: Path) -> None:
         check_server_files(ServerFiles(other.authority, files.certificate, files.key))
 
 
-def test_dates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(certificates, "EARLIER", datetime.timedelta(days=10))
-    monkeypatch.setattr(certificates, "VALID", datetime.timedelta(days=3))
+def test_expired_and_future_certificates_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(certificates, "CLOCK_TOLERANCE", datetime.timedelta(days=10))
+    monkeypatch.setattr(certificates, "VALIDITY", datetime.timedelta(days=3))
     with pytest.raises(UserError, match=r"authority.pem: expired on \d{4}-"):
         check_server_files(make_server_files(tmp_path / "old", ["a"]))
-    monkeypatch.setattr(certificates, "EARLIER", -datetime.timedelta(days=1))
+    monkeypatch.setattr(certificates, "CLOCK_TOLERANCE", -datetime.timedelta(days=1))
     with pytest.raises(UserError, match=r"authority.pem: not valid before \d{4}-"):
         check_server_files(make_server_files(tmp_path / "new", ["a"]))
 
@@ -82,7 +84,7 @@ def test_other_files(files: ServerFiles, tmp_path: Path) -> None:
         check_server_files(ServerFiles(files.authority, files.certificate, files.certificate))
 
 
-def test_a_nodes_key(tmp_path: Path) -> None:
+def test_node_key_round_trip(tmp_path: Path) -> None:
     key = make_node_key(tmp_path / "keys" / "north", "north")
     path = tmp_path / "keys" / "north"
     assert path.stat().st_mode & 0o777 == 0o600

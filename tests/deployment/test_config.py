@@ -47,7 +47,7 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_what_is_made_fits_together(net: Path) -> None:
+def test_generated_files_are_consistent(net: Path) -> None:
     server = load_server_config(net / "server" / "server.yaml")
     assert (server.host, server.port, list(server.nodes)) == ("0.0.0.0", 9092, ["north", "south"])
     assert server.certificates is not None
@@ -98,7 +98,7 @@ def refused(load: Callable[[Path], object], content: dict[str, Any], line: str, 
         ("", "'' cannot be"),
     ],
 )
-def test_names_that_are_none(
+def test_invalid_client_names_are_refused(
     clients: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert (
@@ -108,7 +108,7 @@ def test_names_that_are_none(
     assert line in err and err.count("\n") == 1 and not (tmp_path / "net").exists()
 
 
-def test_nothing_is_overwritten(net: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_certificates_do_not_overwrite_files(net: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["certificates", str(net), "--host", "here", "--clients", "north"]) == 2
     assert "already exists" in capsys.readouterr().err
 
@@ -134,7 +134,7 @@ SITE: dict[str, Any] = {"client": "north", "server": {"address": "here:1"}}
         ({"metrics": {"port": "x"}}, "metrics.port: expected an integer, got 'x'"),
     ],
 )
-def test_a_mistake_in_the_servers_file_is_one_line(
+def test_invalid_server_file_raises_one_line(
     change: dict[str, Any], line: str, tmp_path: Path
 ) -> None:
     refused(load_server_config, {**SERVER, **change}, line, tmp_path / "server.yaml")
@@ -158,7 +158,7 @@ def test_a_mistake_in_the_servers_file_is_one_line(
         ({"logs": "yaml"}, "logs: unknown value 'yaml'; choose from json, text"),
     ],
 )
-def test_a_mistake_in_a_sites_file_is_one_line(
+def test_invalid_site_file_raises_one_line(
     change: dict[str, Any], line: str, tmp_path: Path
 ) -> None:
     refused(load_site_config, {**SITE, **change}, line, tmp_path / "site.yaml")
@@ -187,7 +187,7 @@ def test_a_mistake_in_a_sites_file_is_one_line(
         ),
     ],
 )
-def test_a_node_looks_at_what_its_file_names_before_it_looks_for_a_server(
+def test_node_checks_its_files_before_connecting(
     change: dict[str, Any], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
@@ -212,9 +212,7 @@ def test_a_node_looks_at_what_its_file_names_before_it_looks_for_a_server(
     assert not (folder / "state").exists()
 
 
-def test_the_home_folder_of_a_sites_data_is_meant(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_path_expands_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     path = tmp_path / "site.yaml"
     path.write_text(yaml.safe_dump({**SITE, "data": {"name": "npz", "path": "~/rows.npz"}}))
@@ -222,7 +220,7 @@ def test_the_home_folder_of_a_sites_data_is_meant(
     assert site.data is not None and site.data.path == str(tmp_path.resolve() / "rows.npz")
 
 
-def test_a_client_without_a_key_is_named(tmp_path: Path) -> None:
+def test_client_without_key_is_named(tmp_path: Path) -> None:
     path = tmp_path / "server.yaml"
     path.write_text(yaml.safe_dump({"nodes": {"north": "north.pub", "suoth": "south.pub"}}))
     server = load_server_config(path)
@@ -234,7 +232,7 @@ def test_a_client_without_a_key_is_named(tmp_path: Path) -> None:
         server.check_clients(["north", "south"], path)
 
 
-def test_a_simulation_is_not_gone_on_with_on_nodes_and_nobody_is_waited_for(tmp_path: Path) -> None:
+def test_simulation_cannot_be_resumed_on_nodes(tmp_path: Path) -> None:
     choice = {"executor": "serial", "threads": 1, "device": "cpu"}
     run = RunDirectory.create(
         tmp_path / "run", config={"name": "a"}, environment={"choice": choice}

@@ -62,7 +62,9 @@ CHANGES_DOWN = ["rounds=3", "channel.compress_down=[topk: 0.2, quantize: 6]"]
         ("fedavg", CHANGES_DOWN),
     ],
 )
-def test_digits(name: str, more: list[str], loopback: LoopbackTransport, tmp_path: Path) -> None:
+def test_deployment_equals_simulation(
+    name: str, more: list[str], loopback: LoopbackTransport, tmp_path: Path
+) -> None:
     config = ROOT / "configs" / "digits_quickstart.yaml"
     changes = [*QUICK, f"algorithm.name={name}", *more]
     there = in_federation(
@@ -88,9 +90,7 @@ def test_digits(name: str, more: list[str], loopback: LoopbackTransport, tmp_pat
 
 
 @pytest.mark.slow
-def test_what_a_site_keeps_to_itself_lies_at_home(
-    loopback: LoopbackTransport, tmp_path: Path
-) -> None:
+def test_local_models_are_saved_at_the_sites(loopback: LoopbackTransport, tmp_path: Path) -> None:
     config, changes = ROOT / "configs" / "digits_quickstart.yaml", [*QUICK, "rounds=1"]
     clients = ["cnn_1", "cnn_2", "mlp", "vit"]
     for client in clients:
@@ -110,7 +110,7 @@ class Pooled(Centralized):
 
 
 @pytest.mark.parametrize("name", ["centralized", "ensemble", f"python:{__name__}:Pooled"])
-def test_who_needs_everybodys_rows_in_one_place_is_refused(
+def test_centralized_method_is_refused(
     name: str, loopback: LoopbackTransport, tmp_path: Path
 ) -> None:
     with pytest.raises(

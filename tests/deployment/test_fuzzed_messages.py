@@ -34,15 +34,15 @@ from hetero_fl.data.preprocessing import Preprocess
 from hetero_fl.data.remote import FORM as PACK
 from hetero_fl.deployment.audit_log import verify
 from hetero_fl.deployment.config import SiteConfig
-from hetero_fl.deployment.messages import FORM, RequestRefusedError, body_of, message
+from hetero_fl.deployment.messages import FORM, RequestRefusedError, decode_body, message
 from hetero_fl.deployment.node import Node
-from hetero_fl.deployment.transport import Envelope, Handle, find_fault
+from hetero_fl.deployment.transport import Envelope, Handle, find_violation
 from hetero_fl.deployment.validation import read_data_info, read_evaluation, read_settings
 from hetero_fl.experiment.preparation import prepare
 from hetero_fl.utils.errors import RoundAbandonedError
 from hetero_fl.utils.serialization import (
-    MOST_HEADER_BYTES,
-    MOST_HEADER_VALUES,
+    MAX_HEADER_BYTES,
+    MAX_HEADER_VALUES,
     CodecError,
     check_header,
     decode,
@@ -119,7 +119,7 @@ def test_message_of_a_secure_sum_of_any_tree_is_read_or_refused(tree: Any, field
 
 @given(TREES)
 @FUZZ
-def test_what_a_node_tells_of_itself_is_heard_or_refused(tree: Any) -> None:
+def test_node_info_of_any_content_is_read_or_refused(tree: Any) -> None:
     tree = raised(wire(tree, FORM))
     for hears in (
         lambda: read_data_info(tree, 3),
@@ -133,7 +133,7 @@ def test_what_a_node_tells_of_itself_is_heard_or_refused(tree: Any) -> None:
 def raised(data: bytes) -> Any:
     """Return the tree of a message, or None if decoding refuses it."""
     try:
-        return body_of(Envelope({}, data))
+        return decode_body(Envelope({}, data))
     except RequestRefusedError:
         return None
 
@@ -152,7 +152,7 @@ def prepared() -> Any:
     | TREES
 )
 @FUZZ
-def test_reading_of_any_tree_is_heard_or_refused(prepared: Any, tree: Any) -> None:
+def test_evaluation_of_any_tree_is_read_or_refused(prepared: Any, tree: Any) -> None:
     whole = {
         "scores": {},
         "confusion": {},
@@ -171,7 +171,7 @@ def test_reading_of_any_tree_is_heard_or_refused(prepared: Any, tree: Any) -> No
 
 @given(header=st.binary(max_size=64) | bodies("hetero_fl model 1"))
 @FUZZ
-def test_model_in_a_reading_of_any_bytes_is_heard_or_refused(prepared: Any, header: bytes) -> None:
+def test_evaluated_model_of_any_bytes_is_read_or_refused(prepared: Any, header: bytes) -> None:
     told = {
         "scores": {},
         "confusion": {},
@@ -201,14 +201,14 @@ def peak_of(call: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize("reader", ["payload", "message", "header", "values", "text"])
-def test_header_of_ten_million_values_is_refused_before_it_is_parsed(reader: str) -> None:
+def test_header_of_ten_million_values_is_refused_unparsed(reader: str) -> None:
     data = bomb()
     readers: dict[str, Callable[[], object]] = {
         "payload": lambda: Payload.decode(data),
-        "message": lambda: body_of(Envelope({}, data)),
+        "message": lambda: decode_body(Envelope({}, data)),
         "header": lambda: check_header(data),
-        "values": lambda: decode(bomb(MOST_HEADER_VALUES), PAYLOAD),
-        "text": lambda: decode(with_header(b'"' + b"x" * MOST_HEADER_BYTES + b'"'), PAYLOAD),
+        "values": lambda: decode(bomb(MAX_HEADER_VALUES), PAYLOAD),
+        "text": lambda: decode(with_header(b'"' + b"x" * MAX_HEADER_BYTES + b'"'), PAYLOAD),
     }
 
     def refused() -> None:
@@ -218,7 +218,7 @@ def test_header_of_ten_million_values_is_refused_before_it_is_parsed(reader: str
     assert peak_of(refused) < 5 * len(data)
 
 
-def test_header_of_a_large_model_is_within_bounds() -> None:
+def test_header_of_large_model_is_accepted() -> None:
     names = {
         f"backbone.stages.{i}.blocks.0.attention.projection.weight": torch.zeros(1, 1, 1, 1)
         for i in range(10_000)
@@ -230,7 +230,7 @@ def test_header_of_a_large_model_is_within_bounds() -> None:
 
 
 @pytest.mark.parametrize("tree", [torch.zeros(3), [1], "x", None, 3.0])
-def test_payload_whose_root_is_no_dictionary_is_refused(tree: Any) -> None:
+def test_payload_root_must_be_a_dictionary(tree: Any) -> None:
     with pytest.raises(PayloadError, match="expected a dictionary of items and a report"):
         Payload.decode(encode(tree, PAYLOAD))
 
@@ -252,7 +252,7 @@ def test_lone_surrogate_is_refused(tree: Any) -> None:
         {str(i): 0 for i in range(100)},
     ],
 )
-def test_report_that_is_not_a_few_short_values_is_refused(report: dict[str, Any]) -> None:
+def test_oversized_report_is_refused(report: dict[str, Any]) -> None:
     with pytest.raises(PayloadError, match="report"):
         Payload.decode(wire({"items": {}, "report": report}, PAYLOAD))
 
@@ -269,7 +269,7 @@ def test_header_much_longer_than_agreed_is_refused_unparsed(
     big = {
         "model": Item({"w": torch.zeros(400_000)}, 1.0, "params")
     }  # so long that a header of a megabyte is not too long
-    sent = bomb(MOST_HEADER_VALUES // 4)
+    sent = bomb(MAX_HEADER_VALUES // 4)
     check_size(len(sent), SPECS, big)
     assert len(Payload.decode(Payload(big).encode(), big)["model"]["w"]) == 400_000
     monkeypatch.setattr(json, "loads", lambda text: pytest.fail("parsed"))
@@ -282,12 +282,12 @@ def test_header_much_longer_than_agreed_is_refused_unparsed(
 @pytest.mark.parametrize(
     "tree", [{f"layer.{i}.weight": torch.zeros(0) for i in range(34_000)}, [[]] * 262_000]
 )
-def test_header_of_more_values_than_any_model_has_is_refused(tree: Any) -> None:
+def test_header_with_too_many_values_is_refused(tree: Any) -> None:
     with pytest.raises(CodecError, match="at most"):
         decode(encode(tree, PAYLOAD), PAYLOAD)
 
 
-def test_layout_of_many_numbers_is_refused_before_they_are_made() -> None:
+def test_oversized_layout_is_refused_before_allocation() -> None:
     link = Link(build_stages(ChannelConfig(compress=[{"topk": 3}]).compress, False), {}, 4)
     sent = link.send(Payload({"m": Item({"w": torch.arange(40.0)}, 1.0, "update")}), (0,))
     assert len(link.receive(sent, (0,))["m"]["w"]) == 40
@@ -328,8 +328,8 @@ def test_answer_in_a_secure_sum_much_longer_than_agreed_is_refused_unread() -> N
         (Envelope({"ask": ["x"]}), "list in it"),  # type: ignore[dict-item]
     ],
 )
-def test_message_out_of_bounds_is_told(envelope: Envelope, said: str) -> None:
-    assert said in find_fault(envelope, 10)
+def test_message_out_of_bounds_is_reported(envelope: Envelope, said: str) -> None:
+    assert said in find_violation(envelope, 10)
 
 
 # The server
@@ -391,7 +391,7 @@ CRASHES: dict[str, tuple[Answer, str]] = {
 }
 
 
-def test_server_refuses_what_once_ended_it(tmp_path: Path) -> None:
+def test_server_refuses_messages_that_crashed_it(tmp_path: Path) -> None:
     records = ends_well(tmp_path, [answer for answer, _ in CRASHES.values()])
     for (name, (_, said)), record in zip(CRASHES.items(), records, strict=True):
         assert said in record["failed"]["site_3"], (name, record["failed"])
@@ -459,28 +459,28 @@ def test_node_answers_any_message(
         Envelope({**honest.head, **changes}, honest.body if body is None else body)
     )
 
-    assert find_fault(answer, 2**20) == ""
+    assert find_violation(answer, 2**20) == ""
     assert len(asked.log().read_bytes()) - before < 2000
     assert all(line.isprintable() and len(line) < 600 for line in asked.said)
 
 
-def test_node_goes_on_after_any_message(asked: Asked) -> None:
+def test_node_continues_after_any_message(asked: Asked) -> None:
     answers = [asked.node.handle(envelope).head["ask"] for envelope in asked.messages[:3]]
     assert answers == ["here", "told", "ready"]
     assert all(len(json.dumps(entry)) < 2000 for entry in verify(asked.log()))
 
 
-def test_node_starts_no_number_of_threads_that_a_server_names(asked: Asked) -> None:
+def test_node_ignores_thread_counts_of_the_server(asked: Asked) -> None:
     terms, roster = asked.messages[1:3]
     asked.node.handle(terms)
-    tree = {**body_of(roster), "threads": 10**6}
+    tree = {**decode_body(roster), "threads": 10**6}
 
     answer = asked.node.handle(Envelope(roster.head, encode(tree, FORM)))
 
     assert answer.head["why"] == "threads: must be >= 1 and <= 1024, got 1000000"
 
 
-def test_request_of_twenty_megabytes_is_a_short_line_of_the_log(asked: Asked) -> None:
+def test_large_request_is_logged_in_a_short_line(asked: Asked) -> None:
     long = "x" * 20_000_000
     for envelope in (
         Envelope({"ask": "do", "run": "r", "round": long}),
@@ -499,7 +499,7 @@ def test_request_of_twenty_megabytes_is_a_short_line_of_the_log(asked: Asked) ->
         assert len(asked.log().read_bytes()) - before < 1500
 
 
-def test_node_refuses_a_bomb_before_it_is_parsed(asked: Asked) -> None:
+def test_node_refuses_oversized_message_before_parsing(asked: Asked) -> None:
     data = bomb(form=FORM)
 
     def refused() -> None:

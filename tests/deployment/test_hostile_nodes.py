@@ -26,7 +26,7 @@ from hetero_fl.deployment import validation
 from hetero_fl.deployment.messages import (
     FORM,
     RequestRefusedError,
-    body_of,
+    decode_body,
     evaluation_tree,
     message,
 )
@@ -63,7 +63,7 @@ def payload(change: Callable[[dict[str, Item]], dict[str, Any]]) -> Change:
 
     def changes(e: Envelope) -> Envelope:
         sent = Payload.decode(e.body)
-        return body(Payload(change(dict(sent.items_)), sent.report).encode())(e)
+        return body(Payload(change(dict(sent.items_by_name)), sent.report).encode())(e)
 
     return changes
 
@@ -81,7 +81,7 @@ def tree(**changes: Any) -> Change:
     """Replace the fields of all items of an upload, without the checks of `Payload`."""
 
     def changes_(e: Envelope) -> Envelope:
-        items = Payload.decode(e.body).items_
+        items = Payload.decode(e.body).items_by_name
         made = {
             n: {"values": i.values, "weight": i.weight, "kind": i.kind, **changes}
             for n, i in items.items()
@@ -180,7 +180,7 @@ def by_turn(ask: str, changes: list[Change]) -> Callable[[Handle], Handle]:
     return between
 
 
-def test_hostile_uploads_cost_their_sender_the_round(tmp_path: Path) -> None:
+def test_hostile_uploads_are_dropped(tmp_path: Path) -> None:
     """Send one kind of hostile upload in each round."""
     count = len(UPLOADS)
     federation = Federation(tmp_path)
@@ -200,7 +200,7 @@ def test_hostile_uploads_cost_their_sender_the_round(tmp_path: Path) -> None:
 
 def reading(change: Callable[[dict[str, Any]], Any]) -> Change:
     def changes(e: Envelope) -> Envelope:
-        told = copy.deepcopy(body_of(e))
+        told = copy.deepcopy(decode_body(e))
         changed = change(told)
         return Envelope(e.head, message("x", told if changed is None else changed).body)
 
@@ -267,7 +267,7 @@ READINGS: dict[str, tuple[Change, str]] = {
 }
 
 
-def test_hostile_readings_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_hostile_evaluations_are_dropped_and_counted(tmp_path: Path) -> None:
     """Send one kind in each round, the last one with all that a report shows."""
     count = len(READINGS)
     federation = Federation(tmp_path)
@@ -316,7 +316,7 @@ def test_forecast_is_bounded(changes: dict[str, Any], said: str) -> None:
         validation._read_forecast({**FORECAST, **changes}, federation)
 
 
-def test_forecast_is_refused_where_the_data_has_no_dates() -> None:
+def test_forecast_without_dates_is_refused() -> None:
     federation = dated_federation(dated=False)
 
     with pytest.raises(RequestRefusedError, match="forecast: not expected in this run"):
@@ -332,9 +332,7 @@ def dated_federation(dated: bool = True) -> Any:
     return SimpleNamespace(task=Task("regression", 1), data=data, privacy=None)
 
 
-def test_server_finishes_a_run_whose_pictures_cannot_be_drawn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_server_finishes_run_if_plots_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clients, "plot_client_scores", lambda *content: math.log10(0))
     made = small(models="linear", rounds=1, output__plots=True, output__report=True)
 
@@ -385,7 +383,7 @@ TOLD: dict[str, Any] = {
         ({"labels": [10**400, 1, 1]}, "cannot be read (OverflowError"),
     ],
 )
-def test_what_a_node_tells_of_its_rows_is_checked(changes: dict[str, Any], said: str) -> None:
+def test_data_info_of_nodes_is_validated(changes: dict[str, Any], said: str) -> None:
     own = Preprocess() if changes.get("view") else None
     told = {**TOLD, "view": {"mean": 0.5, "std": 1.0}} if own else TOLD
     assert read_data_info(told, 3, own).rows == TOLD["rows"]
@@ -395,7 +393,7 @@ def test_what_a_node_tells_of_its_rows_is_checked(changes: dict[str, Any], said:
 
 
 @pytest.mark.parametrize("tree_", [None, 3, [], "x", {}])
-def test_a_tree_that_is_none_is_refused(tree_: Any) -> None:
+def test_malformed_trees_are_refused(tree_: Any) -> None:
     for hears in (lambda: read_data_info(tree_, 3), lambda: read_settings(tree_, ())):
         with pytest.raises(RequestRefusedError):
             hears()
@@ -415,7 +413,7 @@ def test_a_tree_that_is_none_is_refused(tree_: Any) -> None:
         ({"shares": ["everything"]}, "shares"),
     ],
 )
-def test_a_node_decides_its_own_settings_and_no_others(settings: dict[str, Any], said: str) -> None:
+def test_nodes_may_change_only_permitted_settings(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(RequestRefusedError, match=said):
         read_settings({"settings": settings}, ())
     assert read_settings({"settings": {"model": "python:os:system"}}, ("python:os:system",))
@@ -424,7 +422,7 @@ def test_a_node_decides_its_own_settings_and_no_others(settings: dict[str, Any],
     }
 
 
-def test_node_resizes_to_no_more_than_the_server_allows() -> None:
+def test_node_resize_is_limited() -> None:
     told = {"settings": {"preprocess": {"resize": 2000}}}
 
     assert read_settings(told, (), largest=2000) == told["settings"]
@@ -433,7 +431,7 @@ def test_node_resizes_to_no_more_than_the_server_allows() -> None:
 
 
 @pytest.mark.parametrize("name", ["..", "A" * 64, "a" * 63, "é" * 64, "/"])
-def test_a_state_is_a_hash(name: str) -> None:
+def test_state_name_must_be_a_hash(name: str) -> None:
     with pytest.raises(RequestRefusedError):
         read_state_name(name)
     assert read_state_name("") == "" and read_state_name("a" * 64) == "a" * 64
@@ -476,7 +474,7 @@ def test_a_state_is_a_hash(name: str) -> None:
         ("roster", lambda e: Envelope({"ask": ["ready"]}, b""), "site_3 refuses"),  # type: ignore[dict-item]
     ],
 )
-def test_before_the_first_round_junk_is_one_line_that_names_its_sender(
+def test_junk_before_first_round_names_its_sender(
     ask: str, change: Change, said: str, tmp_path: Path, clock: Clock
 ) -> None:
     def always(handle: Handle) -> Handle:
@@ -484,7 +482,7 @@ def test_before_the_first_round_junk_is_one_line_that_names_its_sender(
 
     with pytest.raises((RunFailedError, UserError)) as caught:
         Federation(tmp_path).serve(
-            small(models="linear"), {"site_3": always}, say=clock.after(3, [])
+            small(models="linear"), {"site_3": always}, log=clock.after(3, [])
         )
     assert str(caught.value).isprintable() and "site_3" in str(caught.value)
     assert said in str(caught.value) and len(str(caught.value)) < 600
@@ -532,7 +530,7 @@ METADATA: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("name", METADATA)
-def test_metadata_of_a_model_are_written_by_the_server(name: str, told_model: Any) -> None:
+def test_model_metadata_is_written_by_the_server(name: str, told_model: Any) -> None:
     told, federation, method = told_model
 
     heard = read_evaluation(retold(told, METADATA[name]), "site_1", federation, method)
@@ -595,7 +593,7 @@ def test_metadata_of_a_model_are_written_by_the_server(name: str, told_model: An
         (lambda a: a.pop("log_prior"), "cannot be read"),
     ],
 )
-def test_metadata_that_the_server_does_not_expect_are_refused(
+def test_unexpected_metadata_is_refused(
     change: Callable[[dict[str, Any]], Any], said: str, told_model: Any
 ) -> None:
     told, federation, method = told_model
@@ -611,7 +609,7 @@ def test_metadata_that_the_server_does_not_expect_are_refused(
     "method",
     ["hybrid", "fml", "fedkd", "heterofl", "fedmrl", "fedgen", "lg_fedavg", "ditto", "fedgkt"],
 )
-def test_honest_readings_of_every_sort_of_model_are_heard(method: str, tmp_path: Path) -> None:
+def test_valid_evaluations_of_every_task_are_accepted(method: str, tmp_path: Path) -> None:
     """Evaluate with all details and the model itself, as a site does."""
     prepared = prepare(small(method, "cnn_gn_small", rounds=1))
     if method not in register_algorithm:

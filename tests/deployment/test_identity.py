@@ -49,7 +49,7 @@ def server(tmp_path: Path) -> Server:
     return Server(tmp_path, KEYS)
 
 
-def test_node_with_the_key_of_its_client_is_met(server: Server) -> None:
+def test_node_with_matching_key_is_admitted(server: Server) -> None:
     number = server.meet("site_1", KEYS["site_1"])
 
     assert server.said == ["site_1 connected"]
@@ -89,10 +89,10 @@ def test_without_keys_a_client_belongs_to_its_connected_node(tmp_path: Path) -> 
     assert server.said[-1] == "site_1 reconnected"
 
 
-def test_node_whose_worker_did_not_start_is_asked_again(
+def test_node_with_failed_worker_is_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conversations, "GREET_AGAIN", 0.1)
+    monkeypatch.setattr(conversations, "GREETING_RETRY_SECONDS", 0.1)
     server = Server(tmp_path, None)
     node = Node(SiteConfig(client="site_1"), tmp_path / "site")
     refusals = ["the folder is locked", "the folder is locked"]
@@ -110,7 +110,7 @@ def test_node_whose_worker_did_not_start_is_asked_again(
     assert server.said == [refused, "site_1 connected"]
 
 
-def test_without_its_node_a_run_does_not_begin(tmp_path: Path, clock: Clock) -> None:
+def test_run_requires_all_nodes(tmp_path: Path, clock: Clock) -> None:
     federation = Federation(tmp_path)
     keys = {**KEYS, "site_3": b"of another node"}
 
@@ -119,14 +119,14 @@ def test_without_its_node_a_run_does_not_begin(tmp_path: Path, clock: Clock) -> 
         "refused a node for client 'site_3': its key is not"
     )
     with pytest.raises(RunFailedError, match=missing):
-        federation.serve(small(), keys=keys, public=KEYS, say=clock.after(3, []))
+        federation.serve(small(), keys=keys, public=KEYS, log=clock.after(3, []))
 
 
 def test_server_keeps_the_heads_of_audit_logs(tmp_path: Path) -> None:
     """They show when a site's log is reset to an earlier end."""
     federation = Federation(tmp_path)
     for client, node in federation.nodes.items():
-        node.log = AuditLog(node.log.path, PRIVATE[client])
+        node.audit_log = AuditLog(node.audit_log.path, PRIVATE[client])
 
     federation.serve(small(rounds=1), keys=KEYS, public=KEYS)
 
@@ -181,18 +181,18 @@ def test_longest_audit_log_is_kept_and_another_is_reported(
     assert lines == said
 
 
-def test_audit_log_that_went_back_is_an_event_of_the_status(
+def test_truncated_audit_log_is_a_status_event(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heads = iter([head_of(5, "a"), head_of(3, "b")])
-    note = LogHeads.note
+    note = LogHeads.update
 
     def forged(self: LogHeads, client: str, answer: Envelope) -> None:
         if client == "site_1":
             answer = Envelope({LOG: next(heads, "")})
         note(self, client, answer)
 
-    monkeypatch.setattr(LogHeads, "note", forged)
+    monkeypatch.setattr(LogHeads, "update", forged)
 
     Federation(tmp_path).serve(small(rounds=1))
 

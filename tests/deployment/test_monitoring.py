@@ -61,7 +61,7 @@ def status(tmp_path: Path) -> RunStatus:
     return made
 
 
-def test_what_it_tells(status: RunStatus) -> None:
+def test_status_summarizes_records_and_events(status: RunStatus) -> None:
     present = ["north"]
     status.set_presence_source(lambda: present)
     status.add_event("north connected")
@@ -93,7 +93,7 @@ def test_what_it_tells(status: RunStatus) -> None:
     assert not gone["here"] and gone["since"] >= tree["nodes"]["north"]["since"]
 
 
-def test_prometheus(status: RunStatus) -> None:
+def test_prometheus_output_is_valid(status: RunStatus) -> None:
     status.set_presence_source(lambda: ["north"])
     status.add_record(record(1, privacy={"epsilon": 1.25}))
 
@@ -137,7 +137,7 @@ def test_prometheus(status: RunStatus) -> None:
     assert (about.labels["name"], about.labels["run"]) == ('a "run"', "beef")
 
 
-def test_the_file_is_there_once_there_is_a_run(status: RunStatus, tmp_path: Path) -> None:
+def test_status_file_exists_once_run_has_started(status: RunStatus, tmp_path: Path) -> None:
     status.add_event("someone came")
     assert not (tmp_path / FILE).exists()
     (tmp_path / "config.yaml").write_text("name: run\n")
@@ -153,7 +153,7 @@ def test_the_file_is_there_once_there_is_a_run(status: RunStatus, tmp_path: Path
     assert read_status(tmp_path)["phase"] == "running"
 
 
-def test_the_window(status: RunStatus) -> None:
+def test_http_endpoints_serve_status(status: RunStatus) -> None:
     with serve_status(status, "127.0.0.1", 0) as port:
         with urlopen(f"http://127.0.0.1:{port}/healthz") as answer:
             assert answer.status == 200 and json.loads(answer.read()) == {"phase": "running"}
@@ -177,7 +177,9 @@ def test_the_window(status: RunStatus) -> None:
         probe.bind(("127.0.0.1", port))
 
 
-def test_the_command(status: RunStatus, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_command_prints_summary(
+    status: RunStatus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     status.set_presence_source(lambda: ["north"])
     (tmp_path / "config.yaml").touch()
     status.add_event("refused a node for client 'south': torch: expected version '2', got '1'")
@@ -208,7 +210,7 @@ def test_the_command(status: RunStatus, tmp_path: Path, capsys: pytest.CaptureFi
     assert "cannot be read" in capsys.readouterr().err
 
 
-def test_json_lines_say_what_they_are_about() -> None:
+def test_json_log_lines_name_their_subject() -> None:
     stream = io.StringIO()
     log = EventLog("json", stream, client="north", run=None)
     log("round 1:\n done", round=1, seconds=0.5)
@@ -219,7 +221,7 @@ def test_json_lines_say_what_they_are_about() -> None:
     assert [line["message"] for line in others] == ["a line of", "someone else's"]
 
 
-def test_print_status_shows_what_happened_as_it_is(status: RunStatus) -> None:
+def test_print_status_escapes_markup(status: RunStatus) -> None:
     """Lines quote nodes, so markup and terminal escapes must have no effect."""
     shown = io.StringIO()
     tree = {**status.to_dict(), "events": [{"time": 0.0, "message": "refused: [/red]\x1b[2J"}]}
@@ -229,10 +231,10 @@ def test_print_status_shows_what_happened_as_it_is(status: RunStatus) -> None:
     assert "refused: [/red]\\x1b[2J" in shown.getvalue()
 
 
-def test_log_line_is_printable_and_of_bounded_length() -> None:
-    for form in ("text", "json"):
+def test_log_line_is_printable_and_bounded() -> None:
+    for line_format in ("text", "json"):
         stream = io.StringIO()
-        EventLog(form, stream)("a\x1b[2J\ud800\n" + "b" * 10**6)
+        EventLog(line_format, stream)("a\x1b[2J\ud800\n" + "b" * 10**6)
         assert (
             "a\\x1b[2J\\ud800" in stream.getvalue().replace("\\\\", "\\")
             and len(stream.getvalue()) < 2200

@@ -50,7 +50,7 @@ def held(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("encrypted", [True, False])
-def test_no_private_tensor_lies_on_disk_as_it_is(encrypted: bool, tmp_path: Path) -> None:
+def test_private_tensors_are_encrypted_on_disk(encrypted: bool, tmp_path: Path) -> None:
     """FedPer with top-k has a private head and residuals that were not sent."""
     site = {"encrypt": str(tmp_path / "keys" / "site_1")} if encrypted else {}
     federation = Federation(tmp_path, {"site_1": site})
@@ -72,7 +72,7 @@ def test_no_private_tensor_lies_on_disk_as_it_is(encrypted: bool, tmp_path: Path
     assert bool(there) != encrypted
 
 
-def test_only_its_owner_may_read_a_sites_folder(tmp_path: Path) -> None:
+def test_site_folder_is_private(tmp_path: Path) -> None:
     Federation(tmp_path, {"site_1": {"encrypt": str(tmp_path / "keys" / "site_1")}}).serve(
         small(rounds=1)
     )
@@ -81,7 +81,7 @@ def test_only_its_owner_may_read_a_sites_folder(tmp_path: Path) -> None:
             assert path.stat().st_mode & 0o077 == 0, path
 
 
-def test_an_encrypted_site_goes_on_after_a_restart_and_not_with_another_key(tmp_path: Path) -> None:
+def test_encrypted_storage_reopens_only_with_the_same_key(tmp_path: Path) -> None:
     site = {"site_1": {"encrypt": str(tmp_path / "key")}}
     Federation(tmp_path, site).serve(small(rounds=1))
     folder = next((tmp_path / "site_1" / "runs").iterdir())
@@ -92,7 +92,7 @@ def test_an_encrypted_site_goes_on_after_a_restart_and_not_with_another_key(tmp_
     assert NodeStorage(folder, Cipher(bytes(32))).read("noise") is None
 
 
-def test_a_damaged_secret_is_not_drawn_anew(tmp_path: Path) -> None:
+def test_damaged_secret_is_not_replaced(tmp_path: Path) -> None:
     """A new secret would draw fresh noise for what was released under the first."""
     from hetero_fl.deployment.node_storage import Cipher
 
@@ -102,7 +102,7 @@ def test_a_damaged_secret_is_not_drawn_anew(tmp_path: Path) -> None:
         NodeStorage(tmp_path, Cipher(bytes(range(32)))).secret("noise")
 
 
-def test_a_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
+def test_key_readable_by_others_is_refused(tmp_path: Path) -> None:
     (tmp_path / "key").write_bytes(bytes(32))
     (tmp_path / "key").chmod(0o644)
     with pytest.raises(UserError, match="others can read this key; chmod 600"):
@@ -114,7 +114,7 @@ def test_a_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are in /proc")
-def test_the_key_is_on_disk_before_anything_that_it_seals(
+def test_key_is_synced_before_encrypted_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A power failure must not leave encrypted data whose key was only in memory."""
@@ -140,7 +140,7 @@ def test_the_key_is_on_disk_before_anything_that_it_seals(
         assert str(path) in done[:sealed], path
 
 
-def test_the_key_is_named_relative_to_the_sites_file(tmp_path: Path) -> None:
+def test_key_path_is_relative_to_the_site_file(tmp_path: Path) -> None:
     (tmp_path / "site.yaml").write_text("client: a\nencrypt: keys/a\n")
     assert load_site_config(tmp_path / "site.yaml")[0].encrypt == str(tmp_path / "keys" / "a")
 
@@ -155,7 +155,7 @@ def server_noise(folder: Path) -> Any:
     return run.summary["global"]["last"]["loss"]
 
 
-def test_the_servers_noise_follows_from_no_seed(tmp_path: Path) -> None:
+def test_server_noise_does_not_depend_on_seed(tmp_path: Path) -> None:
     """Two equal runs differ in their secrets, and so in their noise."""
     assert server_noise(tmp_path / "one") != server_noise(tmp_path / "other")
     secrets = [
@@ -165,7 +165,7 @@ def test_the_servers_noise_follows_from_no_seed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_site_draws_its_own_noise_for_each_task(tmp_path: Path) -> None:
+def test_site_noise_differs_between_tasks(tmp_path: Path) -> None:
     """Two different tasks in one round must not get the same noise."""
     federation = Federation(tmp_path)
     tasks: list[bytes] = []
@@ -189,7 +189,7 @@ def test_a_site_draws_its_own_noise_for_each_task(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_hash_of_rows_is_keyed_where_a_budget_protects_them(tmp_path: Path) -> None:
+def test_row_hash_is_keyed_under_privacy(tmp_path: Path) -> None:
     told: dict[str, list[Any]] = {}
     privacy = {"unit": "record", "noise_multiplier": 1.0}
     for name in ("one", "other"):
@@ -198,12 +198,12 @@ def test_a_hash_of_rows_is_keyed_where_a_budget_protects_them(tmp_path: Path) ->
         )
 
         def looking(handle: Handle, name: str = name) -> Handle:
-            from hetero_fl.deployment.messages import body_of
+            from hetero_fl.deployment.messages import decode_body
 
             def handles(envelope: Envelope) -> Envelope:
                 answer = handle(envelope)
                 if answer.head["ask"] == "told":
-                    told.setdefault(name, []).append(body_of(answer)["hash"])
+                    told.setdefault(name, []).append(decode_body(answer)["hash"])
                 return answer
 
             return handles

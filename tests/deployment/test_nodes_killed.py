@@ -28,7 +28,7 @@ def secret(rounds: int) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("away", [0.0, 1.0], ids=["at once", "after a while"])
-def test_direct_at_broadcast_in_training_at_upload(
+def test_killed_nodes_do_not_change_results(
     tmp_path: Path,
     trained: Counter[tuple[str, int]],
     away: float,
@@ -53,7 +53,7 @@ def test_direct_at_broadcast_in_training_at_upload(
 
 
 @pytest.mark.slow
-def test_secure_sum_at_each_exchange_is_the_same_sum(tmp_path: Path) -> None:
+def test_secure_sum_is_unchanged_by_restarts(tmp_path: Path) -> None:
     kills = {
         (f"site_{i + 1}", i, ask): ("before", "after")[i % 2] for i, ask in enumerate(EXCHANGES)
     }
@@ -67,7 +67,7 @@ def test_secure_sum_at_each_exchange_is_the_same_sum(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_secure_sum_without_who_died_between_remembering_and_answering(tmp_path: Path) -> None:
+def test_secure_sum_excludes_node_killed_before_answering(tmp_path: Path) -> None:
     """The node cannot know if its answer was sent, so it gives no other."""
     kills = {(f"site_{i + 1}", i, ask): "during" for i, ask in enumerate(EXCHANGES)}
     sites = Sites(CLIENTS, tmp_path / "sites", kills)
@@ -79,7 +79,7 @@ def test_secure_sum_without_who_died_between_remembering_and_answering(tmp_path:
 
 
 @pytest.mark.slow
-def test_what_is_lost_on_its_way_is_sent_again_and_never_trained_twice(
+def test_lost_messages_are_resent_without_retraining(
     tmp_path: Path,
     trained: Counter[tuple[str, int]],
 ) -> None:
@@ -97,7 +97,7 @@ def test_what_is_lost_on_its_way_is_sent_again_and_never_trained_twice(
 
 
 @pytest.mark.slow
-def test_a_lost_answer_in_each_exchange_of_a_secure_sum(tmp_path: Path) -> None:
+def test_secure_sum_survives_lost_answers(tmp_path: Path) -> None:
     kills = {(f"site_{i + 1}", i, ask): "lost" for i, ask in enumerate(EXCHANGES)}
     sites = Sites(CLIENTS, tmp_path / "sites", kills)
     there = federation(secret(4), sites, tmp_path / "there", patience=LONG)

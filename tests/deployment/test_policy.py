@@ -102,7 +102,7 @@ TERMS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", TERMS)
-def test_a_configuration_that_a_site_does_not_allow(case: str) -> None:
+def test_disallowed_configuration_is_refused(case: str) -> None:
     site, changes, said = TERMS[case]
     config = load_config(small(**changes))
     found = SiteConfig.model_validate({"client": "site_1", **site})
@@ -122,7 +122,7 @@ def test_a_configuration_that_a_site_does_not_allow(case: str) -> None:
         ({"allows": {**BUDGET, "rounds": 2, "epochs": 1, "methods": ["fedavg"]}}, RECORD),
     ],
 )
-def test_less_than_a_site_allows_is_allowed(site: dict[str, Any], changes: dict[str, Any]) -> None:
+def test_settings_within_limits_are_accepted(site: dict[str, Any], changes: dict[str, Any]) -> None:
     config = load_config(small(**changes))
     check_config(
         config,
@@ -139,7 +139,7 @@ def test_less_than_a_site_allows_is_allowed(site: dict[str, Any], changes: dict[
         ({"data__name": "python:os:system"}, "data.name"),
     ],
 )
-def test_no_code_is_run_because_a_server_names_it(changes: dict[str, Any], key: str) -> None:
+def test_code_named_by_the_server_is_not_run(changes: dict[str, Any], key: str) -> None:
     allows = SiteConfig(client="site_1").allows
     with pytest.raises(
         RequestRefusedError,
@@ -149,7 +149,7 @@ def test_no_code_is_run_because_a_server_names_it(changes: dict[str, Any], key: 
     check_raw_config(small(**changes), allows.model_copy(update={"own_code": ["python:os:system"]}))
 
 
-def test_a_refusal_of_the_terms_is_what_the_server_shows_and_the_site_logs(tmp_path: Path) -> None:
+def test_refused_terms_are_shown_and_logged(tmp_path: Path) -> None:
     federation = Federation(tmp_path, {"site_2": {"allows": {"rounds": 1}}})
     line = "rounds: must be <= 1 (this site's allows.rounds), got 2"
     with pytest.raises(RunFailedError, match=f"^site_2 refuses: {re.escape(line)}$"):
@@ -188,9 +188,7 @@ TASKS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", TASKS)
-def test_a_task_that_a_site_does_not_allow_is_refused_and_the_run_goes_on(
-    case: str, tmp_path: Path
-) -> None:
+def test_disallowed_task_is_refused_and_run_continues(case: str, tmp_path: Path) -> None:
     allows, changes, said = TASKS[case]
     run = Federation(tmp_path, {"site_1": {"allows": allows}}).serve(small(rounds=1, **changes))
     (record,) = run.metrics
@@ -205,7 +203,7 @@ def test_a_task_that_a_site_does_not_allow_is_refused_and_the_run_goes_on(
     assert [line["out"] for line in asked] == [0]
 
 
-def test_a_reading_that_trains_more_than_a_site_allows_is_refused(tmp_path: Path) -> None:
+def test_evaluation_with_too_much_training_is_refused(tmp_path: Path) -> None:
     site = {"allows": {"epochs": 2}}
     longer = {"algorithm": {"name": "fedbabu", "finetune_epochs": 3}}
     (record,) = Federation(tmp_path, {"site_1": site}).serve(small(rounds=1, **longer)).metrics
@@ -215,7 +213,7 @@ def test_a_reading_that_trains_more_than_a_site_allows_is_refused(tmp_path: Path
     }
 
 
-def test_bytes_of_an_answer_that_is_given_again_are_counted(tmp_path: Path) -> None:
+def test_bytes_of_repeated_answers_are_counted(tmp_path: Path) -> None:
     asked = Asked(tmp_path, {}, rounds=1)
     size = len(asked.again("train").body)
     sent = sum(line["out"] for line in verify(tmp_path / "site_1" / "audit.jsonl"))
@@ -226,7 +224,7 @@ def test_bytes_of_an_answer_that_is_given_again_are_counted(tmp_path: Path) -> N
     assert "bytes of all answers including this one" in asked.why("train")
 
 
-def test_bytes_in_all_are_counted_over_runs_and_restarts(tmp_path: Path) -> None:
+def test_total_bytes_include_earlier_runs(tmp_path: Path) -> None:
     Federation(tmp_path).serve(small(rounds=1))
     sent = sum(line["out"] for line in verify(tmp_path / "site_1" / "audit.jsonl"))
     again = Federation(tmp_path, {"site_1": {"allows": {"total_bytes": sent + 20_000}}})
@@ -234,7 +232,7 @@ def test_bytes_in_all_are_counted_over_runs_and_restarts(tmp_path: Path) -> None
     assert "bytes of all answers including this one" in run.metrics[0]["failed"]["site_1"]
 
 
-def test_the_budget_is_the_sites_own_over_runs_and_restarts(tmp_path: Path) -> None:
+def test_privacy_budget_spans_runs_and_restarts(tmp_path: Path) -> None:
     """The budget covers four Gaussian releases with z = 2, not the fifth.
 
     The privacy unit is local: each upload may change entirely.
@@ -254,7 +252,7 @@ def test_the_budget_is_the_sites_own_over_runs_and_restarts(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_rows_are_accounted_as_the_server_accounts_them(tmp_path: Path) -> None:
+def test_site_accounting_matches_the_server(tmp_path: Path) -> None:
     changes = {
         "privacy": {"noise_multiplier": 1.5, "unit": "record", "accountant": "rdp"},
         "rounds": 2,
@@ -326,7 +324,7 @@ def other(digit: str) -> str:
     return digit * 64
 
 
-def test_a_task_that_comes_again_is_answered_again_and_one_of_the_same_name_with_another_body_is_not(  # noqa: E501
+def test_repeated_task_is_answered_only_if_unchanged(
     asked: Asked,
 ) -> None:
     assert asked.again("train").head["ask"] == "done"
@@ -340,13 +338,13 @@ def test_a_task_that_comes_again_is_answered_again_and_one_of_the_same_name_with
 
 
 @pytest.mark.parametrize("what", ["keys", "read", "", "Train"])
-def test_training_is_training_whatever_it_is_called(asked: Asked, what: str) -> None:
+def test_training_under_another_name_is_refused(asked: Asked, what: str) -> None:
     """Under another name it would be neither limited nor charged."""
     line = f"request '{what}' is not used in this run; choose from train"
     assert asked.called("train", what).head["why"] == line
 
 
-def test_a_task_that_has_expired_is_refused(asked: Asked) -> None:
+def test_expired_task_is_refused(asked: Asked) -> None:
     assert asked.why("train", expires=1.0).endswith("has expired")
 
 
@@ -369,33 +367,31 @@ def test_a_task_that_has_expired_is_refused(asked: Asked) -> None:
         ),
     ],
 )
-def test_a_task_that_was_not_agreed_is_refused(
-    asked: Asked, head: dict[str, Any], said: str
-) -> None:
+def test_task_that_was_not_agreed_is_refused(asked: Asked, head: dict[str, Any], said: str) -> None:
     assert said in asked.why("train", **{"task": f"b{abs(hash(said))}", **head})
 
 
 @pytest.mark.parametrize(
     "body", [b"", b"x", b"\xff" * 100, encode({"items": {}, "report": {}}, "hetero_fl payload 1")]
 )
-def test_junk_in_place_of_a_broadcast_is_refused(asked: Asked, body: bytes) -> None:
+def test_malformed_broadcast_is_refused(asked: Asked, body: bytes) -> None:
     answer = asked.again("train", body, task=other("c"), again=2)
     assert answer.head["ask"] == "refused"
 
 
-def test_another_configuration_under_the_same_name_is_refused(asked: Asked) -> None:
+def test_other_configuration_of_same_name_is_refused(asked: Asked) -> None:
     """Answers that share noise reveal their difference; two scales of it reveal the noise."""
     terms = asked.said["terms"]
-    from hetero_fl.deployment.messages import body_of
+    from hetero_fl.deployment.messages import decode_body
 
-    tree = body_of(terms)
+    tree = decode_body(terms)
     tree["config"]["clients"]["defaults"]["batch_size"] = 8
     said = asked.why("terms", body=message("terms", tree).body)
     assert (
         said
         == "the configuration, the public sets or this site's rows changed since it joined the run"
     )
-    tree = body_of(terms)
+    tree = decode_body(terms)
     tree["config"]["runtime"]["workers"] = 7
     assert asked.again("terms", body=message("terms", tree).body).head["ask"] == "told"
     assert asked.again("roster").head["ask"] == "ready"
@@ -404,7 +400,7 @@ def test_another_configuration_under_the_same_name_is_refused(asked: Asked) -> N
 @pytest.mark.parametrize(
     "config", [None, [], {}, {"rounds": {}}, "x", {"algorithm": {"name": "fedavg"}, "clients": 3}]
 )
-def test_a_configuration_that_is_none_is_refused(asked: Asked, config: Any) -> None:
+def test_malformed_configuration_is_refused(asked: Asked, config: Any) -> None:
     assert (
         asked.again("terms", body=message("terms", {"config": config, "public": ""}).body).head[
             "ask"
@@ -414,27 +410,27 @@ def test_a_configuration_that_is_none_is_refused(asked: Asked, config: Any) -> N
     assert asked.again("terms", body=message("terms", {"nothing": 1}).body).head["ask"] == "refused"
 
 
-def test_a_roster_that_makes_others_of_the_clients_is_refused(asked: Asked) -> None:
-    from hetero_fl.deployment.messages import body_of
+def test_client_list_with_other_clients_is_refused(asked: Asked) -> None:
+    from hetero_fl.deployment.messages import decode_body
 
-    tree = body_of(asked.said["roster"])
+    tree = decode_body(asked.said["roster"])
     tree["told"]["site_2"]["rows"]["train"] += 1
     assert asked.why("roster", body=message("roster", tree).body).startswith(
         "the federation that this site derives"
     )
 
 
-def test_other_public_sets_under_the_same_name_are_refused() -> None:
+def test_other_public_sets_of_same_name_are_refused() -> None:
     """Another proxy set gives other gradients under the same noise."""
     marks = {run_fingerprint(small(), rows, public) for rows in "ab" for public in "cd"}
     assert len(marks) == 4
 
 
-def test_another_roster_under_the_same_name_is_refused(asked: Asked) -> None:
+def test_other_client_list_of_same_name_is_refused(asked: Asked) -> None:
     """The noise scale depends on all clients' rows; two scales of the same noise reveal it."""
-    from hetero_fl.deployment.messages import body_of
+    from hetero_fl.deployment.messages import decode_body
 
-    tree = body_of(asked.said["roster"])
+    tree = decode_body(asked.said["roster"])
     # no part of the fingerprint, which the server could make fit anyway
     tree["told"]["site_2"]["rows"]["test"] += 1
     said = asked.why("roster", body=message("roster", tree).body)
@@ -442,7 +438,7 @@ def test_another_roster_under_the_same_name_is_refused(asked: Asked) -> None:
     assert asked.again("roster").head["ask"] == "ready"
 
 
-def test_what_a_site_does_not_share_does_not_leave_whatever_a_plan_makes(asked: Asked) -> None:
+def test_unshared_items_are_never_sent(asked: Asked) -> None:
     joined = asked.node.joined
     assert joined is not None and joined.policy is not None
     policy = joined.policy
@@ -463,7 +459,7 @@ def test_what_a_site_does_not_share_does_not_leave_whatever_a_plan_makes(asked: 
         policy.check_upload(Payload({"rows": torch.zeros(1)}))
 
 
-def test_a_wider_plan_is_stopped_at_the_door(tmp_path: Path) -> None:
+def test_plan_with_unshared_items_is_refused_before_encoding(tmp_path: Path) -> None:
     """A method that sends more than the site shares is stopped before encoding."""
     federation = Federation(tmp_path)
 
@@ -485,7 +481,7 @@ def test_a_wider_plan_is_stopped_at_the_door(tmp_path: Path) -> None:
     assert "shares: 'model' contains head." in run.metrics[0]["failed"]["site_1"]
 
 
-def test_a_secure_sum_of_too_few_is_not_answered(tmp_path: Path) -> None:
+def test_secure_sum_of_too_few_clients_is_refused(tmp_path: Path) -> None:
     """The configuration has enough clients; the server then asks for a sum of two."""
     asked = Asked(tmp_path, {"allows": {"cohort": 3}}, channel__secure_sum={"threshold": 3})
     import numpy as np
@@ -520,7 +516,7 @@ def test_a_secure_sum_of_too_few_is_not_answered(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_mistakes_in_a_sites_file_are_one_line(written: str, said: str, tmp_path: Path) -> None:
+def test_invalid_policy_raises_one_line(written: str, said: str, tmp_path: Path) -> None:
     file = tmp_path / "site.yaml"
     file.write_text(f"client: site_1\n{written}\n")
     with pytest.raises(UserError) as caught:

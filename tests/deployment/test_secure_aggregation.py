@@ -70,7 +70,7 @@ def tag(envelope: Envelope) -> bytes:
 
 
 @pytest.mark.slow
-def test_no_exchange_is_answered_for_another_sum(heard: Heard, tmp_path: Path) -> None:
+def test_exchanges_of_another_sum_are_refused(heard: Heard, tmp_path: Path) -> None:
     """Kill the server in round 2, restart that round, then repeat the first requests."""
     sites = Sites(CLIENTS, tmp_path / "sites", transport=heard)
 
@@ -101,9 +101,7 @@ def test_no_exchange_is_answered_for_another_sum(heard: Heard, tmp_path: Path) -
     assert [r["counts"]["arrived"] for r in records(done)] == [3, 3, 3]
 
 
-def test_a_repeated_round_has_secrets_of_its_own(
-    heard: Heard, tmp_path: Path, clock: Clock
-) -> None:
+def test_repeated_round_uses_new_secrets(heard: Heard, tmp_path: Path, clock: Clock) -> None:
     """Two of three clients are late, so the sum is abandoned and tried once more."""
     made = {
         **MADE,

@@ -81,10 +81,10 @@ def same_models(a: Run, b: Run) -> bool:
     )
 
 
-def test_status_and_the_word_that_it_is_over(sites: Sites, tmp_path: Path) -> None:
+def test_status_file_is_complete_after_a_run(sites: Sites, tmp_path: Path) -> None:
     said: list[str] = []
     finished = run_federation(
-        config(**SERIAL), sites.gathered(), out=tmp_path / "out", wait=LONG, say=said.append
+        config(**SERIAL), sites.gathered(), out=tmp_path / "out", wait=LONG, log=said.append
     )
     tree = read_status(tmp_path / "out")
     assert tree["phase"] == "done" and tree["round"] == 2
@@ -102,9 +102,7 @@ def test_status_and_the_word_that_it_is_over(sites: Sites, tmp_path: Path) -> No
     assert not any(stop.is_set() for stop in sites.stops), "a node waits for the next run"
 
 
-def test_a_node_of_another_version_is_refused_in_one_line(
-    sites: Sites, tmp_path: Path, clock: Clock
-) -> None:
+def test_node_of_another_version_is_refused(sites: Sites, tmp_path: Path, clock: Clock) -> None:
     def older(answer: Envelope) -> Envelope:
         if answer.head["ask"] == "here":
             return Envelope({**answer.head, "torch": "1.0"}, answer.body)
@@ -117,7 +115,7 @@ def test_a_node_of_another_version_is_refused_in_one_line(
             sites.gathered(older),
             out=tmp_path / "out",
             wait=LONG,
-            say=clock.after(3, said),
+            log=clock.after(3, said),
         )
     line = f"torch: expected version '{messages.versions()['torch']}', got '1.0'"
     assert f"refused a node for client 'site_1': {line}" in said
@@ -130,9 +128,7 @@ def test_a_node_of_another_version_is_refused_in_one_line(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signals", [1, 2])
-def test_sigterm_ends_a_server_after_the_round_in_hand(
-    signals: int, sites: Sites, tmp_path: Path
-) -> None:
+def test_server_finishes_the_round_on_sigterm(signals: int, sites: Sites, tmp_path: Path) -> None:
     """A second SIGTERM ends it at once, and the round is repeated on resuming.
 
     Either way, the resumed run ends with the same bits.
@@ -167,7 +163,7 @@ def test_sigterm_ends_a_server_after_the_round_in_hand(
     assert read_status(out)["up_bytes"] == sum(record["up_bytes"] for record in resumed.metrics)
 
 
-def test_sigterm_at_a_node_is_polite_once() -> None:
+def test_second_sigterm_interrupts_the_node() -> None:
     stop = threading.Event()
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), handle_termination(EventLog("json"), stop):
@@ -177,9 +173,7 @@ def test_sigterm_at_a_node_is_polite_once() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_once_ends_a_node_when_a_run_is_over_but_not_when_one_is_interrupted(
-    sites: Sites, tmp_path: Path
-) -> None:
+def test_node_with_once_ends_after_a_finished_run(sites: Sites, tmp_path: Path) -> None:
     sites.once = True
 
     def stop(record: dict[str, Any]) -> None:
@@ -220,7 +214,7 @@ def own_files(tmp_path: Path) -> Iterator[dict[str, Path]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["hybrid", "fedavg"])
-def test_own_data_gives_the_bits_of_a_simulation_that_names_the_same_files(
+def test_site_data_equals_simulation_with_same_files(
     method: str, own_files: dict[str, Path], tmp_path: Path
 ) -> None:
     source = config(method, **SERIAL)
@@ -241,7 +235,7 @@ def test_own_data_gives_the_bits_of_a_simulation_that_names_the_same_files(
     assert same_models(there, here)
 
 
-def test_own_tables_are_encoded_by_the_values_of_the_common_file(tmp_path: Path) -> None:
+def test_site_tables_use_common_encoding(tmp_path: Path) -> None:
     wards = {"public": ["A", "B"], "site_1": ["A", "C"], "site_2": ["B"], "site_3": ["1", "2"]}
     for seed, (name, values) in enumerate(wards.items()):
         draws = np.random.default_rng(seed)
@@ -279,7 +273,7 @@ def test_own_tables_are_encoded_by_the_values_of_the_common_file(tmp_path: Path)
         )
 
 
-def test_attended_node_answers_a_task_whose_round_is_no_number(sites: Sites) -> None:
+def test_node_answers_task_with_invalid_round(sites: Sites) -> None:
     sites.gathered().close()
     answer = sites.refused[0].handle(
         Envelope({"ask": "do", "run": "r", "round": "first", "what": "\x1b[2J"})
@@ -287,7 +281,7 @@ def test_attended_node_answers_a_task_whose_round_is_no_number(sites: Sites) -> 
     assert answer.head["ask"] == "unready" and "\\x1b[2J: unready" in sites.lines[-1]
 
 
-def test_run_that_flower_stops_is_interrupted(tmp_path: Path) -> None:
+def test_run_stopped_by_flower_is_interrupted(tmp_path: Path) -> None:
     def stopped(record: dict[str, Any]) -> None:
         raise SystemExit
 

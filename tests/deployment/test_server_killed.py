@@ -31,7 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_at_any_message_and_again(kind: str, tmp_path: Path) -> None:
+def test_server_killed_at_any_message_resumes_bit_identically(kind: str, tmp_path: Path) -> None:
     made, draw = KINDS[kind], random.Random(kind)
     sites = Sites(CLIENTS, tmp_path / "sites")
     # 9 messages until all are ready; then 3 to 12 a round, and 3 to read
@@ -43,7 +43,7 @@ def test_at_any_message_and_again(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_falls_back_finds_the_states_that_it_names(tmp_path: Path) -> None:
+def test_fallback_checkpoint_finds_its_client_states(tmp_path: Path) -> None:
     made = KINDS["hybrid"]
     sites = Sites(CLIENTS, tmp_path / "sites")
     out = tmp_path / "there"
@@ -66,7 +66,7 @@ def test_a_checkpoint_that_falls_back_finds_the_states_that_it_names(tmp_path: P
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "changes down"])
-def test_who_has_lost_its_state_begins_anew_and_is_counted(kind: str, tmp_path: Path) -> None:
+def test_client_with_lost_state_is_reset_and_counted(kind: str, tmp_path: Path) -> None:
     sites = Sites(CLIENTS, tmp_path / "sites")
 
     def lose(record: dict[str, Any]) -> None:
@@ -79,7 +79,7 @@ def test_who_has_lost_its_state_begins_anew_and_is_counted(kind: str, tmp_path: 
     assert all(record["counts"]["arrived"] == 3 for record in records(there))
 
 
-def test_it_goes_on_without_who_has_gone_meanwhile(tmp_path: Path, clock: Clock) -> None:
+def test_resumed_server_continues_without_lost_nodes(tmp_path: Path, clock: Clock) -> None:
     made, sites = KINDS["fedavg"], Sites(CLIENTS, tmp_path / "sites")
     # all are ready, a round and its reading, and one task of the next
     sites.transport.last = 9 + 2 + 3 + 1
@@ -88,7 +88,7 @@ def test_it_goes_on_without_who_has_gone_meanwhile(tmp_path: Path, clock: Clock)
     sites.stop("site_3")
     back = [lambda record: sites.start("site_3") if record["round"] == 2 else None]
     there = records(
-        federation(made, sites, tmp_path / "there", say=clock.after(2, []), callbacks=back)
+        federation(made, sites, tmp_path / "there", log=clock.after(2, []), callbacks=back)
     )
     assert [record.get("unread") for record in there] == [
         None,
@@ -98,7 +98,7 @@ def test_it_goes_on_without_who_has_gone_meanwhile(tmp_path: Path, clock: Clock)
 
 
 @pytest.mark.slow
-def test_nodes_are_told_which_states_the_server_may_go_back_to(tmp_path: Path) -> None:
+def test_nodes_keep_states_of_the_newest_checkpoints(tmp_path: Path) -> None:
     """From the second round on, these are the states of the two newest checkpoints."""
     heard = Heard()
     federation(
@@ -116,7 +116,7 @@ def test_nodes_are_told_which_states_the_server_may_go_back_to(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_no_more_states_are_spared_than_a_server_may_go_back_to(tmp_path: Path) -> None:
+def test_number_of_kept_states_is_limited(tmp_path: Path) -> None:
     """Without the limit, a server could fill a node's disk."""
     every: dict[str, list[str]] = {}
 
@@ -134,7 +134,7 @@ def test_no_more_states_are_spared_than_a_server_may_go_back_to(tmp_path: Path) 
     assert len(list(folder.glob("state-*"))) <= 2 * MAX_STATES
 
 
-def test_states_that_checkpoints_name_are_spared(tmp_path: Path) -> None:
+def test_states_named_by_checkpoints_are_kept(tmp_path: Path) -> None:
     storage = NodeStorage(tmp_path)
     first = storage.save_state(b"first")
     names = [storage.save_state(bytes([i]), protected=[first]) for i in range(2 * MAX_STATES)]

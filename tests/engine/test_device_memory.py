@@ -173,7 +173,7 @@ def test_rows_that_do_not_fit_stay_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -
         assert found["x"] is columns["x"] and found["y"].is_cuda
 
 
-def test_private_state_stays_on_the_device_while_there_is_room(
+def test_private_state_stays_on_the_device_if_memory_allows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with PretendGPU():

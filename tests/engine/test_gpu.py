@@ -217,7 +217,7 @@ def test_models_and_predictions_stay_on_the_device(method: str, executor: str) -
         assert predicted and predicted <= {"_on_host", "_evaluate_server"}
 
 
-def test_fit_that_runs_out_of_memory_at_its_end_is_repeated(
+def test_fit_is_repeated_after_running_out_of_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = config(clients=4)
@@ -254,7 +254,7 @@ def test_worker_with_a_separate_device_keeps_copies(owns_device: bool) -> None:
 
 
 @pytest.mark.skipif(IS_REAL, reason="of a pretended GPU")
-def test_pretend_gpu_refuses_what_a_real_one_refuses() -> None:
+def test_pretend_gpu_refuses_mixed_devices() -> None:
     on_cpu, on_gpu = torch.ones(3), torch.ones(3, device="cuda")
     assert on_gpu.device == torch.device("cuda:0") and (on_gpu + 1).is_cuda
     assert (on_gpu * torch.tensor(2.0)).is_cuda and on_gpu[:2].is_cuda and on_cpu.is_cpu

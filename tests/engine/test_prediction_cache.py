@@ -93,7 +93,7 @@ def test_cached_results_do_not_change_chunks() -> None:
     assert all(torch.equal(a, b) for a, b in zip(cold.run(work), warm.run(work), strict=True))
 
 
-def test_predictions_on_no_rows_can_be_made_together() -> None:
+def test_predictions_on_zero_rows_are_batched() -> None:
     work = [
         (p, Predict("model", Rows("train", rows=torch.tensor([], dtype=torch.int64))))
         for p in clients()[:3]

@@ -40,7 +40,7 @@ def test_mode_changes_are_passed_to_layers(
     assert passed == [True, False, True]
 
 
-def test_mode_set_elsewhere_is_noticed(template: Template) -> None:
+def test_external_mode_change_is_detected(template: Template) -> None:
     template.set_mode(True)
     template.module.eval()
     template.set_mode(True)

@@ -135,7 +135,7 @@ def test_single_client_of_an_architecture_is_noted() -> None:
     )
 
 
-def test_several_single_clients_are_noted_in_the_plural() -> None:
+def test_several_single_clients_are_noted() -> None:
     # the first and the fourth client have the same model
     (note,) = accepted("fedavg", [*DIFFERENT[:2], "linear"], clients=4).notes
 

@@ -225,5 +225,5 @@ def test_each_rule_has_a_configuration_that_violates_it() -> None:
     assert set(DATASETS) <= set(RULES)
 
 
-def test_names_of_rules_are_unique_over_both_tables() -> None:
+def test_rule_names_are_unique() -> None:
     assert not set(RULES_ON_LOADING) & set(RULES_AFTER_PREPARATION)

@@ -23,7 +23,7 @@ def test_list_of_methods_is_complete() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_method_runs_by_name_alone(method: str, tmp_path: Path) -> None:
+def test_method_runs_by_name(method: str, tmp_path: Path) -> None:
     """Run two rounds with three architectures and few server steps."""
     few = [f"algorithm.{key}={value}" for key, value in QUICK.get(method, {}).items()]
     overrides = [

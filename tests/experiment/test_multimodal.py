@@ -243,7 +243,7 @@ def test_clients_with_images_share_one_image_backbone() -> None:
 
 
 @pytest.mark.slow
-def test_institutes_train_as_without_a_federation() -> None:
+def test_clients_without_shared_parameters_train_locally() -> None:
     # institutes share no parameters and cannot use the public images
     trainers = [
         reduced(method, "algorithm.logit_adjustment=false").make_trainer()

@@ -178,9 +178,7 @@ def test_second_process_is_refused(folder: Path, capsys: pytest.CaptureFixture[s
     assert [p.name for p in Path("a").iterdir()] == [".lock"]
 
 
-def test_new_run_notes_that_there_is_none_to_resume(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resume_without_run_is_noted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--config", "c.yaml", "--out", "a", "--resume"]) == 0
     line = "a: no run to resume; starting a new one"
     assert capsys.readouterr().err.count(line) == 1

@@ -149,7 +149,7 @@ def test_rule_refuses_separately_averaged_tensors() -> None:
     )
 
 
-def test_fltrust_requires_whole_models_and_a_proxy_set() -> None:
+def test_fltrust_requires_full_models_and_a_proxy_set() -> None:
     trust = {"rule": "fltrust", "liars": 1}
     refused(
         "aggregation.rule=fltrust requires a proxy set",

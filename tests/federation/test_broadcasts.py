@@ -63,7 +63,7 @@ def check_held(trainer: FederatedTrainer) -> int:
     holders = 0
     for client_id in trainer.federation.client_infos:
         held = trainer.store.get(client_id).state.get(ESTIMATES_KEY, {})
-        believed = made.ledger.names_of(client_id)
+        believed = made.client_estimates.names_of(client_id)
         assert {item: each["name"] for item, each in held.items()} == {
             item: name.hex() for item, name in believed.items()
         }
@@ -136,7 +136,7 @@ def changes_in(body: bytes) -> list[int]:
     return [change.number for change in changes]
 
 
-def test_absent_client_receives_missed_changes_or_whole_estimate() -> None:
+def test_absent_client_receives_missed_changes_or_full_estimate() -> None:
     channel = {"compress_down": [{"topk": 0.01}, {"quantize": 4}]}
     trainer = rounds_of(config("fedavg", "cnn_bn_small", 2, channel=channel), held=1)
     made = broadcasts_of(trainer)
@@ -186,7 +186,7 @@ def test_clients_of_different_cohorts_share_an_estimate() -> None:
     made = broadcasts_of(trainer)
     assert len(made.estimates) == 1
     # Nothing is stored for clients whose uploads have arrived.
-    assert not made.ledger.sent
+    assert not made.client_estimates.sent
 
 
 def test_change_of_an_unknown_base_is_refused() -> None:

@@ -154,7 +154,7 @@ def test_run_continues_from_previous_checkpoint(tmp_path: Path) -> None:
     assert checkpoints_in(tmp_path).load_newest() == {"round": 2, "again": True}
 
 
-def test_leftovers_of_killed_process_are_removed(tmp_path: Path) -> None:
+def test_files_of_killed_process_are_removed(tmp_path: Path) -> None:
     checkpoints = checkpoints_in(tmp_path)
     checkpoints.save(0, {"round": 0})
     checkpoints.store.stage("a", PrivateState(state={"n": 1}))

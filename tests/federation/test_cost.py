@@ -87,7 +87,7 @@ def test_cost_with_cache_and_quantization(tmp_path: Any) -> None:
     assert estimated == pytest.approx(counted, rel=0.1) and min(counted) > 0
 
 
-def test_cost_of_broadcasts_that_grow_with_uploads(tmp_path: Any) -> None:
+def test_cost_of_broadcasts_growing_with_uploads(tmp_path: Any) -> None:
     estimated, counted = estimate_and_count(
         tmp_path, small("ensemble", rounds=4, clients__per_round=2)
     )

@@ -72,7 +72,7 @@ def test_each_fault_occurs_in_its_exchange(what: str) -> None:
     assert set(rounds.store.clients()) == set(plain.store.clients())
 
 
-def test_traffic_of_silent_clients_is_counted() -> None:
+def test_traffic_of_unresponsive_clients_is_counted() -> None:
     """Check that a lost client received every message and that its vector counts as sent."""
     (plain, _), (lost, _), (twice, _) = (
         fated(f) for f in ({}, {"site_2": FaultOutcome("lost")}, {"site_2": FaultOutcome("twice")})

@@ -224,7 +224,8 @@ def scaled(payload: Payload) -> Payload:
         return found * 1000 if found.is_floating_point() else found
 
     return Payload(
-        {n: replace(i, values=values(i.values)) for n, i in payload.items_.items()}, payload.report
+        {n: replace(i, values=values(i.values)) for n, i in payload.items_by_name.items()},
+        payload.report,
     )
 
 
@@ -324,7 +325,7 @@ def test_heads_stay_local_if_configured() -> None:
     assert rounds_of(config("fedavg")).store.clients() == []
 
 
-def test_uploads_follow_each_clients_sharing_schedule() -> None:
+def test_uploads_follow_client_sharing_schedules() -> None:
     now_and_then = [{"match": "site_1", "share_every": 2}]
     rounds = rounds_of(config("fedavg", "mlp", 3, clients__overrides=now_and_then), held=0)
     assert [rounds.run_round()["failed"] for _ in range(2)] == [{}, {}]

@@ -121,7 +121,7 @@ class OwnObjective(Supervised):
     """The supervised loss as a user-defined objective."""
 
 
-def test_messages_are_encoded_where_needed() -> None:
+def test_messages_are_encoded_only_if_needed() -> None:
     own = config(f"python:{__name__}:OwnMethod", "mlp", 2)
     objective = config(
         "fedavg", "mlp", 2, clients__defaults__objective=f"python:{__name__}:OwnObjective"

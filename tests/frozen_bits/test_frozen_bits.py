@@ -21,14 +21,14 @@ def test_compare_reports_nothing_for_equal_outcomes() -> None:
     assert compare(outcomes, outcomes) == []
 
 
-def test_compare_names_the_first_place_that_differs() -> None:
+def test_compare_names_the_first_difference() -> None:
     before = {"case": {"models/site_1/weight": "aa", "metrics.jsonl/1/round": "1"}}
     after = {"case": {"models/site_1/weight": "aa", "metrics.jsonl/1/round": "2"}}
 
     assert compare(before, after) == ["case: metrics.jsonl/1/round: 1 became 2"]
 
 
-def test_compare_notices_a_value_that_is_gone() -> None:
+def test_compare_reports_a_missing_value() -> None:
     before = {"case": {"models/site_1/weight": "aa", "summary.json/seed": "0"}}
     after = {"case": {"models/site_1/weight": "aa"}}
 

@@ -135,7 +135,7 @@ def test_vmap_in_training_equals_one_model_after_another(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in NUMBER_MODELS if n not in HEAVY])
-def test_training_draws_random_numbers_through_dropout_alone(
+def test_only_dropout_draws_random_numbers_in_training(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size: Size = (28, 28) if name in IMAGE_MODELS else ()

@@ -54,7 +54,7 @@ def test_describe_keeps_the_random_state() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_description_as_text() -> None:
+def test_description_prints_as_text() -> None:
     text = str(describe("resnet20", in_channels=3, input_size=32))
     assert text.splitlines()[0].startswith("resnet20: 16-32-64 channels")
     assert "272,474 (backbone 271,824, head 650)" in text
@@ -70,7 +70,7 @@ def test_numbers_are_readable(number: int, text: str) -> None:
     assert format_count(number) == text
 
 
-def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_describe_command_prints_json_or_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cnn_bn_*", "--classes", "3"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in list_models("cnn_bn_*"))

@@ -103,7 +103,7 @@ def test_smallest_image_sizes_are_exact() -> None:
         assert create_model(name, 10, input_size=4).feature_dim in (512, 32)
 
 
-def test_options_are_given_by_name() -> None:
+def test_options_are_keyword_only() -> None:
     assert model_options("cnn") == {"width": 16, "norm": "batch", "dropout": 0.0, "scaler": 0.0}
     assert model_options("cnn_bn_small") == {"dropout": 0.0, "scaler": 0.0}
     assert model_options("mlp") == {"hidden": (128,), "dropout": 0.0, "scaler": 0.0, "norm": "none"}
@@ -127,7 +127,7 @@ def test_options_are_checked_without_building_the_model() -> None:
             check_options(name, options)
 
 
-def test_list_models() -> None:
+def test_list_models_filters_by_pattern() -> None:
     assert list_models() == sorted(list_models())
     assert list_models("cnn_bn_*") == ["cnn_bn_large", "cnn_bn_medium", "cnn_bn_small"]
     assert list_models("nothing*") == []
@@ -169,7 +169,7 @@ def test_groups_cannot_be_changed_from_outside() -> None:
     assert group_models("cnn_pair") == ["cnn_bn_small", "cnn_bn_medium"]
 
 
-def test_unknown_group_suggests_the_nearest() -> None:
+def test_unknown_group_suggests_nearest_group() -> None:
     with pytest.raises(ModelError, match=r"^group HtFE7: unknown group; did you mean 'HtFE"):
         group_models("HtFE7")
 

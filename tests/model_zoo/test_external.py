@@ -167,7 +167,7 @@ def test_torchvision_weights_of_a_vision_transformer_are_interpolated(
     assert torch.equal(model.backbone.conv_proj.weight, reference.conv_proj.weight)
 
 
-def test_timm_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timm_weights_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     import timm
 
     reference = timm.create_model("resnet10t")
@@ -214,7 +214,7 @@ def test_failed_download_of_weights_raises_one_line(
     assert logged.getvalue() == "heard\n"  # muted for the download only
 
 
-OWN = """
+OWN_MODELS_MODULE = """
 from torch import nn
 from model_zoo import SplitModel
 
@@ -268,13 +268,13 @@ number = 5
 
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    (tmp_path / "zoo_own_models.py").write_text(OWN)
+    (tmp_path / "zoo_own_models.py").write_text(OWN_MODELS_MODULE)
     (tmp_path / "zoo_broken_module.py").write_text("raise OSError('disk on fire')\n")
     monkeypatch.syspath_prepend(tmp_path)
     return "python:zoo_own_models:"
 
 
-def test_custom_class(own: str) -> None:
+def test_custom_class_is_built(own: str) -> None:
     model = create_model(own + "Whole", 3, 2, (5, 6), feature_dim=9, slope=0.2)
     assert type(model).__name__ == "Whole"
     assert model(torch.randn(4, 2, 5, 6)).features.shape == (4, 9)

@@ -66,7 +66,7 @@ def test_absent_block_embedding_is_learned() -> None:
     assert genes is None or not genes.any()
 
 
-def test_blocks_are_hidden_in_training_alone_and_never_all() -> None:
+def test_blocks_are_dropped_in_training_but_never_all() -> None:
     model = made(drop=0.5, dropout=0.0)
     x = rows(400)
     x[:] = x[:1]
@@ -85,7 +85,7 @@ def test_blocks_are_hidden_in_training_alone_and_never_all() -> None:
     made(drop=0.9, blocks=[["image", [1, 8, 8]]], marks=0)(torch.rand(4, 64))
 
 
-def test_without_indicators_all_is_there() -> None:
+def test_blocks_without_indicators_are_present() -> None:
     model = made(marks=0).eval()
     x = rows()
     both = made().eval()

@@ -35,7 +35,7 @@ COUNTS = [
 
 
 @pytest.mark.parametrize(("name", "arguments", "count"), COUNTS)
-def test_parameter_counts_that_are_known(
+def test_parameter_counts_match_published_values(
     name: str, arguments: dict[str, object], count: int
 ) -> None:
     assert sum(p.numel() for p in make(name, **arguments).parameters()) == count
@@ -65,7 +65,7 @@ def move_statistics(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("blocks", "name"), [([2, 2, 2, 2], "resnet"), ([1, 1, 1, 1], "resnet10_imagenet")]
 )
-def test_imagenet_stem_computes_what_torchvisions_resnet_does(blocks: list[int], name: str) -> None:
+def test_imagenet_stem_matches_torchvision_resnet(blocks: list[int], name: str) -> None:
     from torchvision.models.resnet import BasicBlock, ResNet
 
     reference = ResNet(BasicBlock, blocks, num_classes=7)
@@ -84,7 +84,7 @@ def test_imagenet_stem_computes_what_torchvisions_resnet_does(blocks: list[int],
 @pytest.mark.parametrize(
     ("name", "width"), [("cnn_bn_small", 8), ("cnn_bn_medium", 16), ("cnn_bn_large", 32)]
 )
-def test_the_cnn_is_the_three_block_one(name: str, width: int) -> None:
+def test_cnn_matches_three_block_reference(name: str, width: int) -> None:
     def block(i: int, o: int) -> list[nn.Module]:
         return [nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU()]
 
@@ -146,7 +146,7 @@ def test_attention_is_scaled_dot_product_attention() -> None:
     torch.testing.assert_close(attention(x), reference(x, x, x, need_weights=False)[0])
 
 
-def test_images_are_read_row_by_row_and_series_point_by_point() -> None:
+def test_recurrent_models_read_image_rows_and_series_points() -> None:
     x = batch(3, 4, 5, n=2)
     steps = to_steps(x)
     assert steps.shape == (2, 4, 15)
@@ -159,7 +159,7 @@ def test_images_are_read_row_by_row_and_series_point_by_point() -> None:
     assert torch.equal(model.features(x), outputs[:, -1])
 
 
-def test_dilation_doubles_from_block_to_block_and_reaches_to_both_sides() -> None:
+def test_dilation_doubles_per_block_and_is_symmetric() -> None:
     """Check the receptive field: 2 · (1 + 2 + 4) = 14 steps to each side with kernel 5."""
     model = make("cnn1d", channels=2, size=(41,), width=8, blocks=3, kernel=5, norm="none").double()
     series = batch(2, 41, n=1).double().requires_grad_()
@@ -187,7 +187,7 @@ def test_vit_tokens_are_the_patches() -> None:
 
 
 @pytest.mark.parametrize("name", ["transformer", "vit", "cnn1d"])
-def test_positions_are_told_apart(name: str) -> None:
+def test_outputs_depend_on_positions(name: str) -> None:
     model = make(name).double().eval()
     x = batch(1, 28, 28).double()
     turned = x.flip(2)  # the same rows in another order
@@ -201,7 +201,7 @@ def test_resnets_start_from_he_initial_weights() -> None:
         assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.05)
 
 
-def test_fedprotos_cnn_drops_channels_and_what_the_head_reads_but_gives_features_whole() -> None:
+def test_fedproto_cnn_features_have_no_dropout() -> None:
     model = make("fedproto_cnn").train()
     x = batch(1, 28, 28, n=64)
     channels = model.backbone[:5](x)
@@ -217,6 +217,6 @@ def test_fedprotos_cnn_drops_channels_and_what_the_head_reads_but_gives_features
     assert torch.equal(F.linear(features, model.head.weight, model.head.bias), logits)
 
 
-def test_fedgens_cnn_gives_features_of_either_sign() -> None:
+def test_fedgen_cnn_features_have_either_sign() -> None:
     features = make("fedgen_cnn")(batch(1, 28, 28, n=16)).features
     assert features.shape == (16, 32) and (features < 0).any() and (features > 0).any()

@@ -44,7 +44,7 @@ def test_training_step_changes_every_parameter(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TEXT)
-def test_outputs_depend_on_words_but_not_on_padding(name: str) -> None:
+def test_outputs_do_not_depend_on_padding(name: str) -> None:
     x = texts()
     x[:, :3] = 0
     model = make(name)

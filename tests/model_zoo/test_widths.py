@@ -69,7 +69,7 @@ def test_widths_are_rounded_up(width: int, narrow: int) -> None:
     assert tuple(options["hidden"]) == (narrow,)
 
 
-def test_share_of_a_wider_model() -> None:
+def test_share_of_wider_model() -> None:
     assert share_of("cnn_bn_small", {}, "cnn_bn_large", {}) == 0.25
     assert share_of("cnn", {"width": 8}, "cnn_bn_large", {}) == 0.25
     assert share_of("mlp", {"hidden": (32, 16)}, "mlp", {"hidden": (64, 32)}) == 0.5

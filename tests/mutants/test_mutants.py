@@ -49,9 +49,7 @@ def test_mutate_replaces_text_in_one_function_only(tmp_path: Path) -> None:
         ("mean", "x", "mean: expected 'x' once, found it 3 times"),
     ],
 )
-def test_mutate_rejects_what_does_not_apply(
-    tmp_path: Path, name: str, old: str, message: str
-) -> None:
+def test_mutate_rejects_missing_text(tmp_path: Path, name: str, old: str, message: str) -> None:
     small_tree(tmp_path)
 
     with pytest.raises(MutantError, match=message):

@@ -14,6 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "hetero_fl"
 PAGE = ROOT / "docs" / "explanation" / "architecture.md"
+# Written by scripts/describe_reference.py; tests/config/test_reference_page.py checks its text.
+MODULES_PAGE = ROOT / "docs" / "reference" / "modules.md"
 # Bottom to top: each package may import those before it.
 PACKAGES = (
     "utils",
@@ -32,7 +34,7 @@ PACKAGES = (
     "deployment",
     "cli",
 )
-LARGEST_FOLDER, LONGEST_MODULE, MOST_MODULES = 14, 700, 228
+MAX_FOLDER_FILES, MAX_MODULE_LINES, MAX_MODULES = 14, 700, 228
 # One module per method or group of similar methods.
 WIDE_FOLDERS = {"algorithms"}
 TEST_FOLDERS = {
@@ -143,7 +145,7 @@ def test_package_root_contains_only_the_public_interface() -> None:
     assert files == {"__init__.py", "__main__.py", "py.typed"}
 
 
-def test_packages_import_only_packages_below_them() -> None:
+def test_packages_import_only_lower_packages() -> None:
     assert not [found for found in IMPORTS if goes_up(found)]
 
 
@@ -192,16 +194,16 @@ def test_folders_and_modules_are_of_readable_size() -> None:
     crowded = {
         path.name: n
         for path, n in folders.items()
-        if n > LARGEST_FOLDER and path.name not in WIDE_FOLDERS
+        if n > MAX_FOLDER_FILES and path.name not in WIDE_FOLDERS
     }
     lines = {
         name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()
     }
-    long = {name: n for name, n in lines.items() if n > LONGEST_MODULE}
+    long = {name: n for name, n in lines.items() if n > MAX_MODULE_LINES}
 
     assert not crowded
     assert not long
-    assert len(MODULES) <= MOST_MODULES
+    assert len(MODULES) <= MAX_MODULES
 
 
 @pytest.mark.parametrize(
@@ -230,20 +232,19 @@ def test_page_lists_packages_in_order() -> None:
     assert tuple(reversed(listed)) == PACKAGES
 
 
-@pytest.mark.parametrize("name", PACKAGES)
-def test_page_lists_each_module(name: str) -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    (section,) = re.findall(
-        rf"^### `hetero_fl/{name}/`\n(.*?)(?=^##|\Z)", text, re.MULTILINE | re.DOTALL
+def test_reference_lists_each_module_with_its_content() -> None:
+    text = MODULES_PAGE.read_text(encoding="utf-8")
+    listed = re.findall(
+        r"^\| \[`\w+\.py`\]\(\.\./\.\./(hetero_fl/[\w/]+\.py)\) \| \S.* \|$", text, re.MULTILINE
     )
-    listed = re.findall(r"^\| `([\w/]+\.py)` \|", section, re.MULTILINE)
-    there = [
-        path.relative_to(PACKAGE / name)
-        for path in MODULES.values()
-        if path.is_relative_to(PACKAGE / name)
-    ]
+    folders = re.findall(r"^## `(hetero_fl/[\w/]*)`\n\n[A-Z]", text, re.MULTILINE)
+    files = [path.relative_to(ROOT) for path in MODULES.values()]
 
-    assert sorted(listed) == sorted(path.as_posix() for path in there if path.name != "__init__.py")
+    assert sorted(listed) == sorted(f.as_posix() for f in files if f.name != "__init__.py")
+    assert sorted(folders) == sorted(
+        f"{f.parent.as_posix()}/" for f in files if f.name == "__init__.py"
+    )
+    assert "(../reference/modules.md)" in PAGE.read_text(encoding="utf-8")
 
 
 def test_functions_named_on_the_page_exist() -> None:

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.__main__ import FOLDER, GROUPS, find_benchmarks, main, module_name, summary
 
 
-def test_command_lists_each_benchmark_with_its_summary(
+def test_command_lists_benchmarks_with_summaries(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmarks"])

@@ -130,7 +130,7 @@ def run_or_parse(line: str) -> None:
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "benchmarks" / "README.md"], ids=lambda p: p.stem)
-def test_a_page_begins_with_its_title(page: Path) -> None:
+def test_page_starts_with_its_title(page: Path) -> None:
     assert page.read_text(encoding="utf-8").startswith("# ")
 
 
@@ -145,6 +145,15 @@ def test_links_exist(page: Path) -> None:
                 assert anchor in anchors(page.parent / file), target
         elif target.startswith("#"):
             assert target[1:] in anchors(page), target
+
+
+def test_index_links_to_every_page() -> None:
+    index = ROOT / "docs" / "README.md"
+    targets = re.findall(r"\]\(([^)#\s]+\.md)[)#]", index.read_text(encoding="utf-8"))
+    linked = {(index.parent / target).resolve() for target in targets}
+    missing = set((ROOT / "docs").rglob("*.md")) - linked - {index}
+
+    assert not missing, f"docs/README.md has no link to {sorted(missing)}"
 
 
 def test_architecture_lists_each_package_once() -> None:
@@ -183,7 +192,7 @@ def test_each_method_has_one_section_with_its_settings(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_the_index_links_to_each_method(name: str) -> None:
+def test_index_links_to_each_method(name: str) -> None:
     ((page, needs),) = re.findall(
         rf"^\| \[`{name}`\]\((methods/\w+\.md)#{name}\) \|.*\| (.*?) \|$",
         INDEX.read_text("utf-8"),

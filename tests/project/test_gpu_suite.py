@@ -43,7 +43,7 @@ def test_failing_part_does_not_stop_the_others(
     assert [file.name for file in tmp_path.glob("*.json")] == ["htfllib.json"]
 
 
-def test_part_that_may_exceed_the_time_is_skipped(
+def test_part_exceeding_the_time_limit_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = iter([0.0, 0.0, 400.0, 400.0])
@@ -84,9 +84,7 @@ def test_table_shows_ratios_of_turns_and_failed_tests() -> None:
     assert "3 passed, 1 failed\n- failed: test_it[a]\n- failed: torch.compile: no compiler" in tests
 
 
-def test_part_that_failed_before_comes_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_part_is_run_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(setting: Setting) -> Outcome:
         order.append("pfl_research")
         sys.exit("no module named pfl")
@@ -106,7 +104,7 @@ def test_part_that_failed_before_comes_last(
     assert missing == {"pfl_research": "failed: no module named pfl"}
 
 
-def test_part_is_interrupted_after_its_time() -> None:
+def test_part_is_interrupted_at_its_time_limit() -> None:
     with pytest.raises(TimeoutError, match=r"more than 0\.05 s"), gpu_suite.time_limit(0.05):
         time.sleep(5)
 

@@ -14,7 +14,7 @@ EMBEDDED = Path(__file__).parents[2] / "hetero_fl" / "data" / "embedded" / "ches
 
 
 @pytest.mark.slow
-def test_newcomer_data_is_not_embedded(tmp_path: Path) -> None:
+def test_embedded_images_are_excluded(tmp_path: Path) -> None:
     with np.load(EMBEDDED) as archive:
         embedded = dict(archive)
     draws = np.random.default_rng(0)

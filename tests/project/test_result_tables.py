@@ -115,7 +115,7 @@ def test_summary_shows_the_best_method_of_each_column() -> None:
 
 
 @pytest.mark.parametrize("path", ARCHIVED, ids=lambda p: p.stem)
-def test_figures_are_those_of_the_archived_runs(path: Path) -> None:
+def test_numbers_match_the_archived_runs(path: Path) -> None:
     runs, shown = runs_of(path), table(path.stem)
 
     assert sorted(label_of(row["Method"]) for row in shown) == sorted(runs)

@@ -19,7 +19,7 @@ from hetero_fl.reporting.formatting import (
 from hetero_fl.utils.text import pluralize
 
 
-def test_figures() -> None:
+def test_format_metric_and_format_significant() -> None:
     assert format_metric(0.8466, "accuracy") == "84.7%"
     assert format_metric(0.9444, "auroc") == "0.944"
     assert format_metric(None, "auroc") == "–"
@@ -46,7 +46,7 @@ def test_figures() -> None:
         (2.5e9, "2.5 GB"),
     ],
 )
-def test_sizes(count: float, text: str) -> None:
+def test_format_bytes(count: float, text: str) -> None:
     assert format_bytes(count) == text
 
 
@@ -54,11 +54,11 @@ def test_sizes(count: float, text: str) -> None:
     ("seconds", "text"),
     [(0.42, "0.4 s"), (9.97, "10 s"), (59.7, "1 min 0 s"), (125, "2 min 5 s"), (3780, "1 h 3 min")],
 )
-def test_durations(seconds: float, text: str) -> None:
+def test_format_duration(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
 
 
-def test_algorithms() -> None:
+def test_algorithm_name() -> None:
     assert algorithm_name("lg_fedavg") == "LG-FedAvg"
     assert (
         algorithm_name("hybrid:teacher=mean:heads=take") == "Hybrid (teacher = mean, heads = take)"

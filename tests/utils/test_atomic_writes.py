@@ -20,7 +20,7 @@ def test_file_mode_follows_the_umask(tmp_path: Path) -> None:
     assert (tmp_path / "deep" / "a.bin").stat().st_mode & 0o777 == 0o644
 
 
-def test_leftover_of_a_killed_process_is_overwritten(tmp_path: Path) -> None:
+def test_temporary_file_of_killed_process_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / ".a.bin.tmp").write_bytes(b"half of someth")
     write_atomically(tmp_path / "a.bin", b"new")
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"a.bin": b"new"}

@@ -6,7 +6,7 @@ import pickle
 from hetero_fl.utils.caching import BoundedCache
 
 
-def test_bounded_cache_keeps_the_values_used_last() -> None:
+def test_bounded_cache_keeps_recently_used_values() -> None:
     cache: BoundedCache[int] = BoundedCache(2)
     for key in "aba":
         cache.setdefault(key, 1)
@@ -17,7 +17,7 @@ def test_bounded_cache_keeps_the_values_used_last() -> None:
     assert cache.setdefault("a", 3) == 1
 
 
-def test_bounded_cache_keeps_a_value_that_is_larger_than_the_cache() -> None:
+def test_bounded_cache_keeps_oversized_value() -> None:
     cache: BoundedCache[str] = BoundedCache(4, len)
     cache.setdefault("short", "ab")
 

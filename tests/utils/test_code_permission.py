@@ -159,7 +159,7 @@ def refused_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> st
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_commands_refuse_code_wherever_a_file_names_it(
+def test_commands_refuse_code_named_by_files(
     place: str, trap: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes, key, name = PLACES[place]
@@ -197,7 +197,7 @@ def test_federations_refuse_code_that_a_file_names(
     assert not Path("imported").exists()
 
 
-def test_name_in_another_type_is_refused(trap: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_name_of_another_type_is_refused(trap: str, capsys: pytest.CaptureFixture[str]) -> None:
     file = written(config(**BARE, clients__defaults__model={"name": f"{trap}Net".encode()}))
     assert "!!binary" in Path(file).read_text()
     assert LINE.format(name=f"{trap}Net") in refused_line(
@@ -507,7 +507,7 @@ def test_init_from_refuses_models_that_name_code(
     assert not Path("imported").exists()
 
 
-def test_program_may_reuse_its_own_run(trap: str) -> None:
+def test_program_may_reuse_a_run_it_created(trap: str) -> None:
     run = hetero_fl.run(config("local", f"{trap}Net", 2, rounds=1, **BARE), out="run")
     assert run.predict("site_1", torch.zeros(2, 8, 8)).shape == (2, 10)
     assert hetero_fl.evaluate(run, "digits")["site_1"]["accuracy"] is not None
@@ -533,7 +533,7 @@ def test_report_imports_no_code(trap: str) -> None:
         ({"allows": {"methods": ["{}Method"]}}, "allows.methods.0", "Method"),
     ],
 )
-def test_site_file_gives_no_permission(
+def test_site_file_does_not_grant_permission(
     site: dict[str, Any], key: str, name: str, trap: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = {"address": "127.0.0.1:1", "key": "key"}
@@ -564,7 +564,7 @@ def test_node_runs_only_code_that_its_site_allows(trap: str) -> None:
 
 def test_saved_node_settings_name_no_code(trap: str) -> None:
     class Nobody:
-        connected_clients: dict[str, object] = {}
+        reports: dict[str, object] = {}
 
         def wait_for_clients(self, wait: float) -> list[str]:
             return ["site_2"]

@@ -69,7 +69,7 @@ from hetero_fl.utils.version import MOVED_NAMES, RENAMED_MEMBERS, describe_new_n
         ),
     ],
 )
-def test_import_of_a_moved_name_names_the_new_one(
+def test_import_of_moved_name_suggests_new_name(
     line: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "older_method.py").write_text(line + "\n")
@@ -161,7 +161,7 @@ CLIENT = ClientInfo.__new__(ClientInfo)
         (lambda: 1 / 0, ""),
     ],
 )
-def test_use_of_an_old_member_names_the_new_one(use: Callable[[], Any], hint: str) -> None:
+def test_old_member_suggests_new_name(use: Callable[[], Any], hint: str) -> None:
     with pytest.raises(Exception) as error:
         use()
 
@@ -183,7 +183,7 @@ CLASSES = {
 
 
 @pytest.mark.parametrize("name", RENAMED_MEMBERS)
-def test_renamed_members_have_gone_and_the_new_ones_exist(name: str) -> None:
+def test_renamed_members_are_removed(name: str) -> None:
     kind = CLASSES[name]
     members = {*dir(kind), *getattr(kind, "__annotations__", {})}
     members |= {*getattr(getattr(kind.__init__, "__code__", None), "co_names", ())}
@@ -200,7 +200,7 @@ def _raise(error: Exception) -> None:
     raise error
 
 
-def test_moved_names_are_gone_and_their_new_places_exist() -> None:
+def test_moved_names_are_removed() -> None:
     for old, new in MOVED_NAMES.items():
         with contextlib.suppress(ImportError, AttributeError):
             found = _resolve(old)

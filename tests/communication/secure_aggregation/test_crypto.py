@@ -119,7 +119,7 @@ def test_masks_are_keystreams_and_cancel() -> None:
         assert np.array_equal(vector, np.arange(length, dtype=np.uint64))
 
 
-def test_fixed_point_at_its_limits() -> None:
+def test_fixed_point_encodes_limits() -> None:
     config = SecureAggregationConfig(range=1000)
     fixed = FixedPoint.from_config(config, 3)
     assert 3 * 1000 * 2**fixed.bits < 2**63 <= 3 * 1000 * 2 ** (fixed.bits + 1)
@@ -137,7 +137,7 @@ def test_fixed_point_at_its_limits() -> None:
 
 SPECS = {
     "model": ItemSpec("params"),
-    "shared": ItemSpec("params", across=True),
+    "shared": ItemSpec("params", across_architectures=True),
     "rows": ItemSpec("rows"),
     "sums": ItemSpec("class_sums"),
 }

@@ -178,7 +178,7 @@ def test_second_vector_with_the_same_masks_is_refused() -> None:
         ),
     ],
 )
-def test_hostile_requests(ask: str, change: Callable[[Arrays], None], why: str) -> None:
+def test_hostile_requests_are_refused(ask: str, change: Callable[[Arrays], None], why: str) -> None:
     party = Party(5)
     down = lambda c, m: changed(m, REQUESTS, change) if (c, m.kind) == ("site_1", ask) else m  # noqa: E731
     summed = party.hold(down=down)
@@ -216,7 +216,7 @@ def test_threshold_of_exactly_half_is_refused() -> None:
         ("keys", lambda got: got["keys"][32:].fill(0), "invalid public key"),
     ],
 )
-def test_hostile_replies(ask: str, change: Callable[[Arrays], None], why: str) -> None:
+def test_hostile_replies_are_refused(ask: str, change: Callable[[Arrays], None], why: str) -> None:
     party = Party(5)
     up = lambda c, m: changed(m, REPLIES, change) if (c, m.kind) == ("site_1", ask) else m  # noqa: E731
     summed = party.hold(up=up)
@@ -354,7 +354,7 @@ GARBAGE: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("garbage", GARBAGE)
 @pytest.mark.parametrize("ask", EXCHANGES)
-def test_garbage_from_one_client_drops_or_names_it(ask: str, garbage: str) -> None:
+def test_garbage_drops_or_names_its_sender(ask: str, garbage: str) -> None:
     party = Party(5)
 
     def spoil(client: str, message: Message) -> Message:

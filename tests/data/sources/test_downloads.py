@@ -53,7 +53,7 @@ def get(name: str, root: Path) -> Dataset:
     return load_source(SourceConfig(name=name), root)
 
 
-def test_mnist(
+def test_mnist_is_loaded_from_download(
     server: tuple[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -92,7 +92,7 @@ def test_mnist(
 
 
 @pytest.mark.parametrize(("name", "labels"), [("cifar10", "labels"), ("cifar100", "fine_labels")])
-def test_cifar(
+def test_cifar_is_loaded_from_download(
     name: str,
     labels: str,
     server: tuple[str, Path],
@@ -129,7 +129,7 @@ def test_cifar(
 
 
 @pytest.mark.parametrize("flag", ["pneumoniamnist", "chestmnist", "medmnist:pathmnist"])
-def test_medmnist(
+def test_medmnist_is_loaded_from_download(
     flag: str, npz: Any, server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address, folder = server
@@ -154,7 +154,7 @@ def test_medmnist(
         )
 
 
-def test_every_2d_set_of_medmnist_is_known_and_agrees(tmp_path: Path) -> None:
+def test_medmnist_2d_sets_match_the_package(tmp_path: Path) -> None:
     from hetero_fl.data.sources.images import OUTPUTS
 
     flat = {name: info for name, info in medmnist.INFO.items() if not name.endswith("3d")}
@@ -202,13 +202,15 @@ def test_truncated_download_is_detected(
         get("bloodmnist", tmp_path / "root")
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_unwritable_folder_raises_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="download of mnist failed"):
         get("mnist", tmp_path / "file" / "below")
 
 
-def test_without_the_package(npz: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_names_the_extra(
+    npz: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(__import__("sys").modules, "medmnist", None)
     with pytest.raises(UserError, match=r"pip install 'hetero_fl\[medmnist\]'"):
         get("pathmnist", tmp_path)

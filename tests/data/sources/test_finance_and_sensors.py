@@ -26,7 +26,7 @@ def load(name: str, path: Path | None = None, missing: bool = True, **keys: obje
     )
 
 
-def test_banks_have_columns_and_a_rate_of_their_own() -> None:
+def test_banks_differ_in_columns_and_fraud_rate() -> None:
     dataset = load("bank_fraud")
     train = dataset.train
     assert (
@@ -52,7 +52,7 @@ def test_banks_have_columns_and_a_rate_of_their_own() -> None:
     assert means.std() > 0.2  # drift
 
 
-def test_the_rare_class_is_known_from_the_rows() -> None:
+def test_rare_class_is_predictable() -> None:
     dataset = load("bank_fraud")
     kept = DataConfig(name="bank_fraud", split={"validation": 0.1, "test": 0.2})
     settings = PLAIN_CLIENT.model_copy(
@@ -68,7 +68,7 @@ def test_the_rare_class_is_known_from_the_rows() -> None:
     )
 
 
-def test_windows_are_as_described() -> None:
+def test_generated_windows_match_the_description() -> None:
     dataset = load("activity")
     train = dataset.train
     assert (
@@ -91,7 +91,7 @@ def test_windows_are_as_described() -> None:
     )
 
 
-def test_a_rate_shows_as_frequency() -> None:
+def test_spectral_peak_follows_the_sampling_rate() -> None:
     """Check that the spectral peak of a walk is at cadence · 64 / rate."""
     person = sensors.make_person(2)
     walk = sensors.NAMES.index("walk")
@@ -118,7 +118,7 @@ def samples(tmp_path: Path) -> Path:
     return tmp_path / "samples.csv"
 
 
-def test_samples_become_windows_of_one_person_and_activity(samples: Path) -> None:
+def test_windows_contain_one_person_and_activity(samples: Path) -> None:
     found = load("activity", samples, windows=WindowsConfig(length=10, time="t"))
     train = found.train
     assert (
@@ -140,7 +140,7 @@ def test_samples_become_windows_of_one_person_and_activity(samples: Path) -> Non
     assert half.x[:4, 0, 0].tolist() == [0, 5, 10, 15]
 
 
-def test_windows_from_an_npz(tmp_path: Path) -> None:
+def test_npz_with_windows_is_loaded(tmp_path: Path) -> None:
     path = tmp_path / "w.npz"
     np.savez(
         path,
@@ -287,7 +287,7 @@ TABLE = pd.DataFrame(
         ),
     ],
 )
-def test_mistakes_in_tables_name_file_row_and_column(
+def test_table_error_names_file_row_and_column(
     tmp_path: Path, change: dict[str, object], keys: dict[str, object], words: str
 ) -> None:
     path = tmp_path / "mine.csv"

@@ -23,7 +23,7 @@ def load(path: Path, group: str | None = None) -> Dataset:
     return load_source(SourceConfig(name="image_folder", path=str(path), group=group), path)
 
 
-def test_a_folder_for_each_class(tmp_path: Path) -> None:
+def test_class_folders_become_labels(tmp_path: Path) -> None:
     for i in range(3):
         save(tmp_path / "well" / f"{i}.png", 10 + i)
         save(tmp_path / "ill" / "deeper" / f"{i}.PNG", 20 + i)
@@ -36,7 +36,7 @@ def test_a_folder_for_each_class(tmp_path: Path) -> None:
     assert dataset.train.y is not None and dataset.train.y.tolist() == [0, 0, 0, 1, 1, 1]
 
 
-def test_splits_and_groups(tmp_path: Path) -> None:
+def test_folders_name_splits_and_groups(tmp_path: Path) -> None:
     for split, rows in (("train", 3), ("val", 1), ("test", 2)):
         for site in ("site_10", "site_2"):
             for name in ("a", "b"):
@@ -51,14 +51,14 @@ def test_splits_and_groups(tmp_path: Path) -> None:
     ]
 
 
-def test_one_colour_image_makes_all_rgb(tmp_path: Path) -> None:
+def test_single_color_image_makes_all_rgb(tmp_path: Path) -> None:
     files = [save(tmp_path / "a" / "0.png", 7), save(tmp_path / "a" / "1.png", 9, mode="RGB")]
     x = read_image_files(files)
     assert x.shape == (2, 3, 5, 6)
     assert x[0, :, 0, 0].tolist() == [7, 7, 7] and x[1, :, 0, 0].tolist() == [9, 0, 255]
 
 
-def test_deep_grey_keeps_its_upper_bits(tmp_path: Path) -> None:
+def test_16_bit_grayscale_keeps_upper_bits(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 4), 0x7F30, dtype=np.uint16)).save(tmp_path / "deep.png")
     assert read_image_files([tmp_path / "deep.png"])[0, 0, 0, 0] == 0x7F
     Image.fromarray(np.full((4, 4), 0x17F30, dtype=np.int32)).save(tmp_path / "deeper.tif")
@@ -66,13 +66,13 @@ def test_deep_grey_keeps_its_upper_bits(tmp_path: Path) -> None:
         read_image_files([tmp_path / "deeper.tif"])
 
 
-def test_images_can_be_scaled_as_they_are_read(tmp_path: Path) -> None:
+def test_images_are_scaled_on_reading(tmp_path: Path) -> None:
     save(tmp_path / "a" / "0.png", 7)
     save(tmp_path / "b" / "1.png", 9, size=(20, 30))
     assert read_image_folder(tmp_path, side=8).train.x.shape == (2, 1, 8, 8)
 
 
-def test_bad_folders_are_named(tmp_path: Path) -> None:
+def test_invalid_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.path: folder '.*none' not found"):
         load(tmp_path / "none")
     with pytest.raises(UserError, match="no images found as CLASS/"):
@@ -96,7 +96,7 @@ def test_bad_folders_are_named(tmp_path: Path) -> None:
         read_image_files([tmp_path / "float.tif"])
 
 
-def test_folders_that_all_hold_the_same_folders_are_noted(tmp_path: Path) -> None:
+def test_folders_with_equal_subfolders_are_noted(tmp_path: Path) -> None:
     for site in ("south", "north"):
         for name in ("ill", "well"):
             save(tmp_path / site / name / "0.png")

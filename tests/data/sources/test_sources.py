@@ -42,7 +42,7 @@ def test_chest_xray_is_embedded(tmp_path: Path) -> None:
     assert "CC BY 4.0" in (embedded / "LICENSE.md").read_text()
 
 
-def test_the_script_cuts_in_proportion_and_alike_each_time(
+def test_script_is_stratified_and_deterministic(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(0)
@@ -70,13 +70,13 @@ def test_the_script_cuts_in_proportion_and_alike_each_time(
         )
 
 
-def test_digits(tmp_path: Path) -> None:
+def test_digits_is_registered(tmp_path: Path) -> None:
     dataset = load_source(SourceConfig(name="digits"), tmp_path)
     assert dataset.train.x.shape == (1797, 1, 8, 8) and int(dataset.train.x.max()) == 255
     assert dataset.task == Task("multiclass", 10) and dataset.test is None
 
 
-def test_generated_sets_say_so_and_can_be_learned(tmp_path: Path) -> None:
+def test_generated_sets_are_marked_and_learnable(tmp_path: Path) -> None:
     for name in ("synthetic_images", "synthetic_table"):
         first, again = (load_source(SourceConfig(name=name), tmp_path) for _ in range(2))
         assert (
@@ -102,7 +102,7 @@ def test_generated_sets_say_so_and_can_be_learned(tmp_path: Path) -> None:
         )
 
 
-def test_unknown_names_get_the_nearest() -> None:
+def test_unknown_name_suggests_nearest_source() -> None:
     with pytest.raises(
         UserError, match=r"^data\.name: unknown source 'chest_xry'; did you mean 'chest_xray'\?$"
     ):
@@ -128,7 +128,7 @@ def test_unknown_names_get_the_nearest() -> None:
     } <= set(list_sources())
 
 
-def test_keys_that_a_source_does_not_read_are_refused() -> None:
+def test_unused_source_keys_are_refused() -> None:
     with pytest.raises(UserError, match=r"data\.label: does not apply to source digits"):
         load_source(SourceConfig(name="digits", label="y"), Path())
     with pytest.raises(
@@ -142,7 +142,7 @@ def test_keys_that_a_source_does_not_read_are_refused() -> None:
         load_source(SourceConfig(path="no/such/file.npz"), Path())
 
 
-def test_own_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_can_be_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_source.py").write_text(
         "import torch\n"
@@ -170,7 +170,7 @@ def test_own_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             load_source(SourceConfig(name=f"python:own_source:{name}"), tmp_path)
 
 
-def test_registering_a_source(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hetero_fl.data.registry._sources", dict(_sources))
 
     def broken(config: SourceConfig, root: Path) -> Dataset:
@@ -187,7 +187,7 @@ def test_registering_a_source(monkeypatch: pytest.MonkeyPatch) -> None:
         register_source("mine")(broken)
 
 
-def test_from_arrays() -> None:
+def test_from_arrays_infers_the_task() -> None:
     x, y = np.zeros((6, 8, 8), dtype=np.uint8), [0, 1, 2, 0, 1, 2]
     dataset = from_arrays(x, y, test=(x[:2], y[:2]), group=["b", "a", "b", "a", "c", "c"])
     assert dataset.task == Task("multiclass", 3) and dataset.train.x.shape == (6, 1, 8, 8)
@@ -211,7 +211,7 @@ def test_from_arrays() -> None:
         from_arrays(table, y, test=(table[:1], [3]), task=Task("multiclass", 3))
 
 
-def test_a_fifth_becomes_the_test_set_where_there_is_none() -> None:
+def test_missing_test_set_is_split_from_training_rows() -> None:
     x = torch.arange(50.0)[:, None]
     dataset = with_test(from_arrays(x, x.flatten().long() % 2, group=["g"] * 50))
     assert dataset.test is not None and dataset.test.y is not None
@@ -233,7 +233,7 @@ def test_a_fifth_becomes_the_test_set_where_there_is_none() -> None:
         ("scans", "folder 'scans'; set data.name=image_folder and data.path=scans"),
     ],
 )
-def test_a_file_is_no_name_of_a_source(
+def test_path_as_source_name_is_refused(
     name: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

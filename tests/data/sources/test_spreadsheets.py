@@ -81,7 +81,7 @@ def test_ambiguous_cells_raise_one_line(tmp_path: Path, text: str, words: str) -
     )
 
 
-def test_task_is_as_the_configuration_says(tmp_path: Path) -> None:
+def test_task_follows_the_configuration(tmp_path: Path) -> None:
     path, text = tmp_path / "t.csv", "x,a,b\n1,0,1\n2,1,1\n"
     for label, task, kind, outputs in (
         ("a", None, "multiclass", 2),

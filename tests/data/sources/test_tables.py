@@ -66,7 +66,7 @@ def test_columns_named_by_integers_are_features(tmp_path: Path) -> None:
     assert "decimal commas in 2" in dataset.notes[0]
 
 
-def test_sites_and_patients_are_called_as_they_are_written(tmp_path: Path) -> None:
+def test_sites_and_patients_keep_their_spelling(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     cells = [("01", "007"), ("1", "7"), (" 01 ", "007"), ("1.0", "07")]
     path.write_text(
@@ -81,7 +81,7 @@ def test_sites_and_patients_are_called_as_they_are_written(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["t.tsv", "t.parquet"])
-def test_other_formats_hold_the_same(csv: Path, name: str) -> None:
+def test_other_formats_give_equal_data(csv: Path, name: str) -> None:
     path = csv.with_name(name)
     if name == "t.parquet":
         pytest.importorskip("pyarrow")
@@ -101,7 +101,7 @@ def test_other_formats_hold_the_same(csv: Path, name: str) -> None:
         ([1.5, 0.0, 1.0, 0.0], "regression", ("target",)),
     ],
 )
-def test_kind_of_one_label(
+def test_task_of_single_label_is_inferred(
     tmp_path: Path, values: list[object], kind: str, names: tuple[str, ...]
 ) -> None:
     FRAME.assign(target=values).to_csv(tmp_path / "t.csv", index=False)
@@ -109,7 +109,7 @@ def test_kind_of_one_label(
     assert (task.kind, task.names) == (kind, names)
 
 
-def test_many_whole_numbers_are_a_regression_target(tmp_path: Path) -> None:
+def test_many_integers_are_a_regression_target(tmp_path: Path) -> None:
     pd.DataFrame({"x": np.arange(50) / 7, "count": np.arange(50)}).to_csv(
         tmp_path / "t.csv", index=False
     )
@@ -118,7 +118,7 @@ def test_many_whole_numbers_are_a_regression_target(tmp_path: Path) -> None:
     assert dataset.train.y is not None and dataset.train.y.shape == (50, 1)
 
 
-def test_several_labels(csv: Path, tmp_path: Path) -> None:
+def test_several_labels_are_multilabel(csv: Path, tmp_path: Path) -> None:
     dataset = load(csv, "age, score", categories={})
     assert (dataset.task.kind, dataset.task.names, dataset.columns) == (
         "regression",
@@ -169,7 +169,7 @@ def test_several_labels(csv: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_bad_cells_are_named(
+def test_invalid_cells_are_named(
     tmp_path: Path, column: str, values: list[object], label: str, words: str
 ) -> None:
     FRAME.assign(**{column: values}).to_csv(tmp_path / "t.csv", index=False)
@@ -180,7 +180,7 @@ def test_bad_cells_are_named(
     )
 
 
-def test_bad_columns_are_named(csv: Path) -> None:
+def test_invalid_columns_are_named(csv: Path) -> None:
     for label, group, words in (
         ("reslt", None, "data.label: column 'reslt' not found in .*; did you mean 'result'"),
         ("result", "sit", "data.group: column 'sit' not found in .*; did you mean 'site'"),
@@ -191,7 +191,7 @@ def test_bad_columns_are_named(csv: Path) -> None:
             load(csv, label, group)
 
 
-def test_bad_files_are_named(tmp_path: Path) -> None:
+def test_invalid_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "head.csv").write_text("x,result\n")
     (tmp_path / "text.csv").write_text("x,result\n" + "".join(f"a{i},b\n" for i in range(20)))

@@ -34,7 +34,7 @@ def words_of(dataset: Dataset, row: int) -> list[str]:
     return [names[token] for token in dataset.train.x[row].tolist()]
 
 
-def test_words_become_numbers() -> None:
+def test_vocabulary_encodes_words() -> None:
     assert split_words("It's 5 o’clock, Anna-Maria: now!") == [
         "it's",
         "5",
@@ -54,7 +54,7 @@ def test_words_become_numbers() -> None:
     )
 
 
-def test_hashing_reads_no_text_and_never_changes() -> None:
+def test_hashing_needs_no_corpus_and_is_stable() -> None:
     hashed = Vocabulary(buckets=50)
     assert hashed.size == 52 and hashed == Vocabulary(buckets=50)
     # the same in every process and release
@@ -62,7 +62,7 @@ def test_hashing_reads_no_text_and_never_changes() -> None:
     assert all(FIRST <= hashed.number(f"w{i}") < hashed.size for i in range(200))
 
 
-def test_phones_write_private_words() -> None:
+def test_phones_use_private_words() -> None:
     dataset, public = load("phrases"), load("phrases_public")
     contacts = set(phrases._contacts())
     assert len(contacts) == 36
@@ -85,7 +85,7 @@ def test_phones_write_private_words() -> None:
     assert dataset.simulated and public.simulated
 
 
-def test_the_vocabulary_does_not_depend_on_the_phones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vocabulary_does_not_depend_on_phones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that the vocabulary contains public words only."""
     before = load("phrases").vocabulary
     monkeypatch.setattr(phrases, "PHONES", 2)
@@ -103,7 +103,7 @@ def test_the_vocabulary_does_not_depend_on_the_phones(monkeypatch: pytest.Monkey
     assert after.vocabulary == before and len(after.train.group_names) == 2
 
 
-def test_messages_stay_whole_and_phones_differ() -> None:
+def test_messages_are_not_split_and_phones_differ() -> None:
     dataset = load("phrases", length=5)
     train = dataset.train
     assert train.x.shape[1] == 5 and train.group is not None and train.patient is not None
@@ -143,7 +143,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_file_for_each_phone(folder: Path) -> None:
+def test_file_per_phone_is_loaded(folder: Path) -> None:
     found = load("text", folder / "phones", "file", public=str(folder / "public.txt"))
     assert found.train.group_names == ("ann", "bob") and found.vocabulary is not None
     assert found.vocabulary.words == ("at", "see", "the", "you", "gym", "pool")
@@ -155,7 +155,7 @@ def test_a_file_for_each_phone(folder: Path) -> None:
     assert single.train.group is None and len(single.train) == 30 * 5
 
 
-def test_classes_of_texts(tmp_path: Path) -> None:
+def test_labeled_texts_are_loaded(tmp_path: Path) -> None:
     path = tmp_path / "mail.txt"
     path.write_text("spam\tbuy now !\nham\tsee you\n" * 3, encoding="utf-8")
     found = load("text", path, predict="class", tokenizer="hashing", length=4)

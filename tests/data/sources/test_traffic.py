@@ -51,7 +51,7 @@ def written(frame: pd.DataFrame, tmp_path: Path, name: str = "t.csv") -> Path:
     return path
 
 
-def test_generated_junctions_are_as_they_are_described() -> None:
+def test_generated_junctions_match_the_description() -> None:
     assert pd.Timestamp(BEGIN, unit="h").day_name() == "Monday"
     sites, again = make_junctions(), make_junctions()
     assert [s.name for s in sites] == list(JUNCTIONS)
@@ -77,7 +77,7 @@ def test_generated_junctions_are_as_they_are_described() -> None:
     assert wet < 0.95 * dry
 
 
-def test_generated_sets_say_so_and_the_public_one_is_apart() -> None:
+def test_generated_sets_are_marked_and_disjoint_from_proxy() -> None:
     data, public = load(), load(sites=("public",))
     assert (
         data.simulated
@@ -96,7 +96,7 @@ def test_generated_sets_say_so_and_the_public_one_is_apart() -> None:
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.tsv"])
-def test_a_file_of_junctions(tmp_path: Path, name: str) -> None:
+def test_junctions_are_loaded_from_file(tmp_path: Path, name: str) -> None:
     data = load(written(table(), tmp_path, name))
     assert not data.simulated and data.train.group_names == ("1", "2") and data.test is not None
     # no weather, no lanes
@@ -110,7 +110,7 @@ def test_a_file_of_junctions(tmp_path: Path, name: str) -> None:
     )
 
 
-def test_columns_by_key(tmp_path: Path) -> None:
+def test_columns_are_configurable(tmp_path: Path) -> None:
     frame = table().rename(columns={"DateTime": "when", "Vehicles": "cars", "Junction": "place"})
     frame["left"], frame["warm"] = (
         frame["cars"] / 2,
@@ -133,7 +133,7 @@ def test_columns_by_key(tmp_path: Path) -> None:
     "form",
     ["%Y-%m-%d %H:%M", "%Y-%m-%dT%H:%M:%S", "%d/%m/%Y %H:%M", "%d.%m.%Y %H:%M", "%m/%d/%Y %H:%M"],
 )
-def test_dates_are_read_as_they_are_written(tmp_path: Path, form: str) -> None:
+def test_date_formats_are_parsed(tmp_path: Path, form: str) -> None:
     frame, plain = table(), table()
     frame["DateTime"] = pd.to_datetime(frame["DateTime"], format="%m/%d/%Y %H:%M").dt.strftime(form)
     a, b = (
@@ -143,7 +143,7 @@ def test_dates_are_read_as_they_are_written(tmp_path: Path, form: str) -> None:
     assert a is not None and b is not None and torch.equal(a, b)
 
 
-def test_dates_that_could_be_two_are_asked_about(tmp_path: Path) -> None:
+def test_ambiguous_dates_are_refused(tmp_path: Path) -> None:
     frame = table(hours=2, sites=("1",))
     frame["DateTime"] = ["03/04/2023 10:00", "03/04/2023 11:00"]
     with pytest.raises(
@@ -222,9 +222,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("what", "line"), MISTAKES)
-def test_a_mistake_is_one_line_with_file_row_and_column(
-    tmp_path: Path, what: str, line: str
-) -> None:
+def test_error_names_file_row_and_column(tmp_path: Path, what: str, line: str) -> None:
     path = written(wrong(table(), what), tmp_path)
     with pytest.raises(UserError, match=re.escape(line.replace("PATH", str(path)))):
         load(path)
@@ -237,7 +235,7 @@ def test_gaps_may_be_skipped(tmp_path: Path) -> None:
         assert 0 < len(skipped) < len(whole)
 
 
-def test_named_columns_have_to_be_there(tmp_path: Path) -> None:
+def test_named_columns_must_exist(tmp_path: Path) -> None:
     path = written(table(), tmp_path)
     with pytest.raises(UserError, match=r"data\.series\.weather: column 'rian' not found in"):
         load(path, weather=("rian",))

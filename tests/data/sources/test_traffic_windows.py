@@ -89,7 +89,7 @@ def test_training_rows_do_not_depend_on_the_test_period(
         assert torch.equal(before.unit, after.unit)
 
 
-def test_no_target_of_training_lies_in_a_later_period() -> None:
+def test_training_targets_precede_later_periods() -> None:
     data, periods = made([site(), site("b", 700, 300, 1)]), Periods.from_series([site()], CONFIG)
     assert data.validation is not None and data.test is not None and data.span == 3 * HOUR
     last = {
@@ -166,7 +166,7 @@ EVERY: list[dict[str, str]] = [
 
 
 @pytest.mark.parametrize("settings", EVERY)
-def test_another_future_changes_no_training_row(settings: dict[str, str]) -> None:
+def test_training_rows_do_not_depend_on_the_future(settings: dict[str, str]) -> None:
     config = CONFIG.model_copy(update=settings)
     assert not leaks(config) and not foresees(config)
 
@@ -204,7 +204,7 @@ def test_injected_leaks_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
         assert foresees(CONFIG)
 
 
-def test_sites_are_cut_on_the_same_dates_and_scaled_apart() -> None:
+def test_sites_share_cut_dates_but_not_scaling() -> None:
     data = made([site(), site("b", 500, 500, 1)])
     train = data.train
     assert train.group is not None and train.unit is not None and train.group_names == ("a", "b")
@@ -220,7 +220,7 @@ def test_sites_are_cut_on_the_same_dates_and_scaled_apart() -> None:
         made([site(), site("b", 180, 820, 1)])
 
 
-def test_hours_that_are_missing_leave_out_the_rows_that_need_them() -> None:
+def test_missing_hours_omit_dependent_rows() -> None:
     one, holed = site(), site()
     holed.value[300] = np.nan
     whole, fewer = made([one]).train, made([holed]).train
@@ -244,7 +244,7 @@ def test_unmeasured_values_are_missing() -> None:
     assert x[..., -1].isnan().all() and torch.isfinite(x[..., :-1]).all()
 
 
-def test_classification_of_busy_hours() -> None:
+def test_busy_hours_are_classified() -> None:
     one = site()
     config = CONFIG.model_copy(update={"target": "busy", "busy": 0.7})
     data, periods = made([one], config), Periods.from_series([one], config)

@@ -23,7 +23,7 @@ CLIENTS = ("site_1", "site_2", "site_3")
 TELLS = {"labels": True, "details": True, "model": True}
 
 
-def test_app_is_one_that_flower_builds(tmp_path: Path) -> None:
+def test_app_can_be_built_by_flower(tmp_path: Path) -> None:
     source = tmp_path / "config.yaml"
     source.write_text(yaml.safe_dump(config("fedmd")))
 
@@ -37,7 +37,7 @@ def test_app_is_one_that_flower_builds(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stdout + built.stderr
 
 
-def test_app_is_not_written_over_other_files(tmp_path: Path) -> None:
+def test_app_does_not_overwrite_files(tmp_path: Path) -> None:
     (tmp_path / "app").mkdir()
     (tmp_path / "app" / "notes.txt").write_text("mine")
 
@@ -47,7 +47,7 @@ def test_app_is_not_written_over_other_files(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "app").iterdir()] == ["notes.txt"]
 
 
-def test_app_is_refused_for_what_only_a_simulation_has(tmp_path: Path) -> None:
+def test_app_refuses_simulation_settings(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="attacks"):
         write_app(tmp_path / "app", config("fedavg", attacks={"fraction": 0.34, "kind": "noise"}))
 

@@ -57,7 +57,7 @@ def remote(loopback: Failing) -> Iterator[RemoteTransport]:
     loopback.close()
 
 
-def test_remote_transport_does_what_the_transport_does(
+def test_remote_transport_matches_local_transport(
     loopback: Failing, remote: RemoteTransport
 ) -> None:
     north = loopback.join(lambda e: Envelope({**e.head, "by": "north"}, e.body[::-1]), b"key\0")
@@ -79,7 +79,7 @@ def test_remote_transport_does_what_the_transport_does(
     assert remote.pull([], 0.0) == {}
 
 
-def test_breakdown_is_passed_on(loopback: Failing, remote: RemoteTransport) -> None:
+def test_transport_error_is_forwarded(loopback: Failing, remote: RemoteTransport) -> None:
     loopback.is_down = True
 
     with pytest.raises(RunFailedError, match="on purpose"):
@@ -87,7 +87,7 @@ def test_breakdown_is_passed_on(loopback: Failing, remote: RemoteTransport) -> N
     assert remote.nodes() == {}
 
 
-def test_closed_connection_is_noticed() -> None:
+def test_closed_connection_is_detected() -> None:
     here, there = Pipe()
     there.close()
 
@@ -123,7 +123,7 @@ def ask(gateway: Gateway, method: str, path: str, **about: Any) -> httpx.Respons
     return asyncio.run(send())
 
 
-def test_gateway_passes_on_what_nodes_send(gateway: tuple[Gateway, list[httpx.Request]]) -> None:
+def test_gateway_forwards_node_requests(gateway: tuple[Gateway, list[httpx.Request]]) -> None:
     made, passed = gateway
 
     answer = ask(made, "POST", "/v1/fleet/pull?a=1", content=b"body", headers={"x-key": "k"})
@@ -156,7 +156,7 @@ def test_gateway_passes_on_what_nodes_send(gateway: tuple[Gateway, list[httpx.Re
         ("POST", "/v1/fleet/a%2fb", 400),
     ],
 )
-def test_gateway_passes_on_nothing_else(
+def test_gateway_refuses_other_requests(
     gateway: tuple[Gateway, list[httpx.Request]], method: str, path: str, status: int
 ) -> None:
     made, passed = gateway
@@ -174,7 +174,7 @@ def test_gateway_refuses_long_requests(gateway: tuple[Gateway, list[httpx.Reques
     assert not passed
 
 
-def test_gateway_says_that_the_superlink_is_away(tmp_path: Path) -> None:
+def test_gateway_reports_unreachable_superlink(tmp_path: Path) -> None:
     files = make_server_files(tmp_path, ["127.0.0.1"])
 
     answer = ask(Gateway("https://127.0.0.1:1", files.authority), "POST", "/v1/fleet/pull")
@@ -212,7 +212,7 @@ def test_launcher_runs_the_command_itself_without_prefork(tmp_path: Path) -> Non
     assert (done.returncode, done.stdout) == (0, "ran --token t\n")
 
 
-def test_memory_of_the_app_is_limited() -> None:
+def test_app_memory_is_limited() -> None:
     pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
     code = """
 from hetero_fl.deployment.flower.bridge import limit_memory

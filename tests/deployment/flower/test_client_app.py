@@ -69,7 +69,7 @@ def test_client_app_does_not_import_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_one_worker_answers_and_ends_with_its_parent(
+def test_worker_answers_and_ends_with_its_parent(
     site: Path, supernode: subprocess.Popen[bytes]
 ) -> None:
     answers: list[Envelope] = []
@@ -96,7 +96,7 @@ def test_one_worker_answers_and_ends_with_its_parent(
     assert not socket_path(site).exists()
 
 
-def test_worker_that_dies_while_it_computes_fails_the_message(
+def test_worker_killed_while_computing_fails_the_message(
     site: Path, supernode: subprocess.Popen[bytes]
 ) -> None:
     forward(HELLO, site)
@@ -118,7 +118,7 @@ def test_worker_that_dies_while_it_computes_fails_the_message(
     assert len(failures) == 1
 
 
-def test_mistake_in_the_site_file_is_told_at_the_site(
+def test_invalid_site_file_is_reported_at_the_site(
     site: Path, supernode: subprocess.Popen[bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     site.write_text("client: north\nfoldr: state\n")
@@ -147,7 +147,7 @@ def test_message_without_a_site_or_of_another_app_is_refused(
     assert answer.head == {"ask": "refused", "why": expected}
 
 
-def test_socket_folder_of_others_is_not_used(
+def test_socket_folder_of_another_user_is_refused(
     site: Path, supernode: subprocess.Popen[bytes]
 ) -> None:
     socket_path(site).parent.chmod(0o755)

@@ -66,7 +66,7 @@ def is_alive(process: int) -> bool:
 
 
 @pytest.mark.parametrize("ending", ["terminate", "kill"])
-def test_command_ends_with_what_it_has_started(ending: str, tmp_path: Path) -> None:
+def test_command_stops_its_child_processes(ending: str, tmp_path: Path) -> None:
     command, child = start_tree(tmp_path)
     assert command.is_running
 
@@ -94,7 +94,7 @@ time.sleep(1000)
     until(lambda: not is_alive(child))
 
 
-def test_command_that_does_not_start_is_reported(tmp_path: Path) -> None:
+def test_command_failing_to_start_is_reported(tmp_path: Path) -> None:
     code = "print('INFO: fine'); print('\\x1b[91mERROR \\x1b[0m: Exit Code: 7'); print('no key')"
     command = FlowerCommand([sys.executable, "-c", code], dict(os.environ), tmp_path / "log")
 
@@ -104,18 +104,18 @@ def test_command_that_does_not_start_is_reported(tmp_path: Path) -> None:
     command.kill()
 
 
-def test_flwr_that_fails_is_reported(tmp_path: Path) -> None:
+def test_failing_flwr_is_reported(tmp_path: Path) -> None:
     pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
     with pytest.raises(RunFailedError, match="flwr run none failed: "):
         run_flwr(environment(tmp_path), "run", "none")
 
 
-def test_superlink_without_certificates_serves_this_machine_only() -> None:
+def test_superlink_without_certificates_is_local_only() -> None:
     with pytest.raises(UserError, match=r"0\.0\.0\.0 can be reached from other machines"):
         SuperLink("0.0.0.0")
 
 
-def test_port_that_is_taken_is_named() -> None:
+def test_occupied_port_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as held:
         port = held.getsockname()[1]
         with pytest.raises(UserError, match=rf"server.port: {port} is not available \(Address"):
@@ -124,7 +124,7 @@ def test_port_that_is_taken_is_named() -> None:
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "nowhere.invalid"])
 @pytest.mark.parametrize("port", [0, 9092])
-def test_host_that_is_not_this_machine_is_named(host: str, port: int, tmp_path: Path) -> None:
+def test_remote_host_is_named(host: str, port: int, tmp_path: Path) -> None:
     files = make_server_files(tmp_path, [host])
     with pytest.raises(UserError, match=rf"server.host: {host} is no address of this machine"):
         SuperLink(host, port, files)

@@ -202,7 +202,7 @@ def test_unreadable_answer_does_not_hide_others(grid: FakeGrid, transport: GridT
     assert answers[numbers[1]] == Envelope({"answered": True})
 
 
-def test_superlink_that_is_down_fails_the_run(grid: FakeGrid, transport: GridTransport) -> None:
+def test_stopped_superlink_fails_the_run(grid: FakeGrid, transport: GridTransport) -> None:
     grid.join(echo)
     (node,) = transport.nodes()
     number = transport.push(node, Envelope(), 60.0)
@@ -228,7 +228,7 @@ def test_expired_answers_are_discarded(grid: FakeGrid, transport: GridTransport)
     until(lambda: not grid.answers)
 
 
-def test_slow_answer_does_not_hold_up_others(grid: FakeGrid, transport: GridTransport) -> None:
+def test_slow_answer_does_not_block_others(grid: FakeGrid, transport: GridTransport) -> None:
     grid.join(echo)
     grid.join(echo)
     numbers = [transport.push(node, Envelope(), 60.0) for node in transport.nodes()]
@@ -240,9 +240,7 @@ def test_slow_answer_does_not_hold_up_others(grid: FakeGrid, transport: GridTran
     assert transport.pull(numbers[:1], 10.0) == {numbers[0]: Envelope({"answered": True})}
 
 
-def test_answers_that_are_asked_for_later_are_kept(
-    grid: FakeGrid, transport: GridTransport
-) -> None:
+def test_answers_are_kept_until_pulled(grid: FakeGrid, transport: GridTransport) -> None:
     grid.join(echo)
     (node,) = transport.nodes()
     first = transport.push(node, Envelope({"n": 1}), 60.0)
@@ -272,7 +270,7 @@ def test_late_answer_of_a_lost_node_is_collected(
     until(lambda: transport.pull([waiting], 0.1) or not grid.answers)
 
 
-def test_run_that_flower_has_stopped_is_named(grid: FakeGrid, transport: GridTransport) -> None:
+def test_run_stopped_by_flower_is_named(grid: FakeGrid, transport: GridTransport) -> None:
     class RunNotRunningException(BaseException):
         """Stand in for Flower's exception of this name."""
 
@@ -290,7 +288,7 @@ def test_run_that_flower_has_stopped_is_named(grid: FakeGrid, transport: GridTra
         transport.push(node, Envelope(), 60.0)
 
 
-def test_foreign_messages_hold_no_envelope() -> None:
+def test_foreign_messages_have_no_envelope() -> None:
     foreign = [
         RecordDict(),
         RecordDict({"head": ConfigRecord({"a": 1})}),
@@ -345,9 +343,7 @@ def test_nodes_file_binds_clients_to_keys(
         ({"resume": True}, "run-config: resume needs out, the directory of the run"),
     ],
 )
-def test_mistakes_in_the_run_config_are_named(
-    grid: FakeGrid, settings: dict[str, Any], line: str
-) -> None:
+def test_invalid_run_config_is_named(grid: FakeGrid, settings: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError, match=line):
         run_in_app(grid, settings, config("fedavg", "cnn_gn_small"))
 

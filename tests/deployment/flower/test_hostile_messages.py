@@ -39,7 +39,7 @@ from tests.helpers.hostile_messages import (
 from tests.helpers.nodes import LONG
 
 pytestmark = pytest.mark.slow
-MOST = 2**22  # bytes of an answer
+MAX_ANSWER_BYTES = 2**22  # bytes of an answer
 
 
 def sendable(head: dict[str, Any]) -> dict[str, Any]:
@@ -64,12 +64,12 @@ def one_at_a_time(handle: Handle, working: threading.Lock) -> Handle:
     return handles
 
 
-def test_run_ends_well_with_a_hostile_site(tmp_path: Path) -> None:
+def test_run_completes_with_a_hostile_site(tmp_path: Path) -> None:
     answers: list[Answer] = [
-        sealed(bomb(MOST // 4)),
+        sealed(bomb(MAX_ANSWER_BYTES // 4)),
         ({"why": "x" * 10**6, "ask": "refused"}, None, False),
-        sealed(bytes(MOST + 1)),
-        sealed(bytes(2 * MOST)),
+        sealed(bytes(MAX_ANSWER_BYTES + 1)),
+        sealed(bytes(2 * MAX_ANSWER_BYTES)),
         *examples(ANSWERS, 4),
     ]
     answers = [(sendable(head), body, check) for head, body, check in answers]
@@ -77,7 +77,7 @@ def test_run_ends_well_with_a_hostile_site(tmp_path: Path) -> None:
     handles = {site: node.handle for site, node in nodes.items()}
     handles["site_3"] = hostile(handles["site_3"], answers)
     source = small(models="linear", rounds=len(answers), evaluation__every=len(answers))
-    transport = FlowerTransport(SuperLink(), MOST)
+    transport = FlowerTransport(SuperLink(), MAX_ANSWER_BYTES)
     working = threading.Lock()
 
     with ExitStack() as stack:
@@ -90,7 +90,7 @@ def test_run_ends_well_with_a_hostile_site(tmp_path: Path) -> None:
             out=tmp_path / "run",
             wait=LONG,
             deadline=LONG,
-            message_bytes=MOST,
+            message_bytes=MAX_ANSWER_BYTES,
         )
 
     assert run.summary["rounds_completed"] == len(answers)
@@ -181,7 +181,7 @@ def main(grid, context):
 """
 
 
-def test_array_that_stands_for_8_gib_fails_alone(tmp_path: Path) -> None:
+def test_array_declaring_8_gib_fails_only_its_node(tmp_path: Path) -> None:
     write_bridge_app(tmp_path / "app", tmp_path / "report.json", 2**22)
     (tmp_path / "app" / PACKAGE / "client_app.py").write_text(BOMB_CLIENT)
     (tmp_path / "app" / PACKAGE / "server_app.py").write_text(MEASURING_SERVER)

@@ -85,10 +85,10 @@ def test_messages_arrive_and_failures_are_noticed(transport: FlowerTransport) ->
     assert transport.pull([lost], 0.0) == {lost: None}
 
 
-def test_superlink_that_is_killed_is_replaced(
+def test_killed_superlink_is_replaced(
     transport: FlowerTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(superlink_module, "SHORTEST_LIFE", 0.0)
+    monkeypatch.setattr(superlink_module, "MIN_LIFETIME", 0.0)
     go_on = threading.Event()
 
     def wait(envelope: Envelope) -> Envelope:
@@ -108,7 +108,7 @@ def test_superlink_that_is_killed_is_replaced(
         sent = transport.push(second, Envelope({"a": 1}), SOON)
         assert answer(transport, sent) == Envelope({"a": 1})
 
-    monkeypatch.setattr(superlink_module, "SHORTEST_LIFE", 1e9)
+    monkeypatch.setattr(superlink_module, "MIN_LIFETIME", 1e9)
     kill_superlink(transport)
     with pytest.raises(RunFailedError, match="Flower ended the server's app within"):
         until(transport.nodes)
@@ -129,9 +129,7 @@ class Admission:
         self.address = self.transport._superlink.address
 
 
-def test_only_known_nodes_are_admitted_and_control_is_out_of_reach(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_superlink_admits_only_known_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = Admission(tmp_path)
     monkeypatch.setattr(supernode_module, "PATIENCE", 1.0)
     try:

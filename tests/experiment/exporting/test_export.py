@@ -225,7 +225,7 @@ def test_export_flags_raise_one_line(
     assert err.count("\n") == 1 and words in err
 
 
-def test_a_missing_package_is_named_with_its_extra(
+def test_missing_package_names_the_extra(
     run: hetero_fl.Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)

@@ -19,7 +19,7 @@ from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.data import from_arrays
-from hetero_fl.experiment.onboarding.newcomers import LONGER, JoiningClients, JoiningSite
+from hetero_fl.experiment.onboarding.joining_clients import LONGER, JoiningClients, JoiningSite
 from hetero_fl.experiment.onboarding.report import draw_join, is_better
 from hetero_fl.experiment.onboarding.transfer import TransferSource
 from hetero_fl.utils.errors import UserError
@@ -231,7 +231,7 @@ def test_num_seen_hashes_rows_in_batches(
     assert transfer_source.num_seen(rows[:, :, 1:]) == 0
 
 
-def test_joining_site_rows_are_nested_and_keep_patients_whole() -> None:
+def test_joining_site_rows_are_nested_without_splitting_patients() -> None:
     patient = [i // 3 for i in range(90)]
     examples = from_arrays(torch.rand(90, 4), [0, 1] * 45, patient=patient).train
     site = JoiningSite(examples, examples, (5, 20), "patients", Task("multiclass", 2))

@@ -47,7 +47,7 @@ def source_of_spans(task: Task, *columns: tuple[int, int]) -> TransferSource:
 
 
 @pytest.mark.parametrize("kind", ["multiclass", "multilabel", "regression"])
-def test_consensus_excludes_models_that_see_no_value(kind: Any) -> None:
+def test_consensus_excludes_models_without_inputs(kind: Any) -> None:
     task = Task(kind, 2)
     both, first = source_of_spans(task, (0, 2), (2, 3)), source_of_spans(task, (0, 2))
     x = torch.tensor([[1.0, -2.0, 0.5], [0.3, 1.0, math.nan], [math.nan, math.nan, math.nan]])

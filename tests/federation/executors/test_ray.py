@@ -138,7 +138,7 @@ def test_ray_replies_have_checksums(setup: WorkerSetup) -> None:
 
 
 @pytest.mark.slow
-def test_results_of_a_worker_are_received_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_results_are_received_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the second result arrive first, because it is smaller."""
     pool = RayActorPool.__new__(RayActorPool)
     pool._workers = []

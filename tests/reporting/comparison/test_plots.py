@@ -66,7 +66,7 @@ def panels(figure: Figure) -> dict[str, Axes]:
     [Task("multiclass", 10), Task("multiclass", 2), Task("regression", 1)],
     ids=lambda t: t.kind,
 )
-def test_nothing_overlaps(names: list[str], seeds: int, task: Task) -> None:
+def test_labels_do_not_overlap(names: list[str], seeds: int, task: Task) -> None:
     with style.plot_style():
         figure = draw_comparison(made(names, seeds), task, 2)
     assert figure.get_figwidth() <= style.WIDTH and figure.get_figheight() < 11
@@ -76,7 +76,7 @@ def test_nothing_overlaps(names: list[str], seeds: int, task: Task) -> None:
         if "Needs" in panels(figure)
         else []
     )
-    assert all(t.get_fontsize() >= style.SMALLEST for t in [*shown, *turned])
+    assert all(t.get_fontsize() >= style.MIN_FONT_SIZE for t in [*shown, *turned])
     boxes = [(t.get_text(), t.get_window_extent().padded(1)) for t in [*shown, *turned]]
     for (first, a), (second, b) in combinations(boxes, 2):
         assert not a.overlaps(b), (first, second)

@@ -60,7 +60,7 @@ def _outside(axis: Any) -> list[Text]:
 @pytest.mark.parametrize(
     ("classes", "kind"), [(2, "binary"), (10, "multiclass")], ids=["two", "ten"]
 )
-def test_nothing_overlaps(
+def test_labels_do_not_overlap(
     made_run: Callable[..., RunDirectory], clients: int, classes: int, kind: str, long: bool
 ) -> None:
     run = made_run(clients=clients, classes=classes, kind=kind, rounds=1 if long else 12)
@@ -79,7 +79,7 @@ def test_nothing_overlaps(
     for name, figure in figures.items():
         assert figure is not None and figure.get_figwidth() <= style.WIDTH
         shown = texts(figure)
-        assert all(t.get_fontsize() >= style.SMALLEST for t in shown), name
+        assert all(t.get_fontsize() >= style.MIN_FONT_SIZE for t in shown), name
         boxes = [(t.get_text(), t.get_window_extent().padded(-1.5)) for t in shown]
         if name == "confusion":
             (bar,) = (axes for axes in figure.axes if not axes.images and axes.get_visible())

@@ -80,7 +80,7 @@ def test_no_timeline_without_simulated_time(made_run: MakeRun) -> None:
     assert "Simulated time" not in write_report(run.path).read_text()
 
 
-def test_words() -> None:
+def test_format_arrivals_and_time_units() -> None:
     assert (
         format_arrivals({})
         == format_arrivals({"counts": {"invited": 3, "arrived": 3, "failed": 0, "late": 0}})

@@ -1,4 +1,4 @@
-"""Base class of federated methods, the declarations it uses, and helpers for method authors."""
+"""Base class of federated methods: its declarations, its hooks, and helpers for method authors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Server optimizers, which use the mean update of a round as a gradient."""
+"""FedAvgM, FedAdam and FedYogi: server optimizers whose gradient is the mean update of a round."""
 
 from __future__ import annotations
 

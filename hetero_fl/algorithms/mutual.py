@@ -1,4 +1,4 @@
-"""Methods with a small shared model in addition to each client's own: FML, FedKD and FedMRL."""
+"""Methods with a small shared model next to each client's model: FML, FedKD and FedMRL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The base class of all sections of the configuration, and sections that several others use."""
+"""The base class of all sections, and the settings of optimizers and staleness weights."""
 
 from __future__ import annotations
 

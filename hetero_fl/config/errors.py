@@ -1,4 +1,4 @@
-"""Translate validation errors of a configuration to one line.
+"""Format validation errors in one line: key, value found, nearest valid choice.
 
 The line names the key, what was found, what is valid, and the nearest valid choice.
 """

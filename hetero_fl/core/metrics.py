@@ -1,4 +1,4 @@
-"""Metrics of a model and their summary over clients.
+"""Metrics of one model, and their mean, spread and worst value over clients.
 
 All metrics are fractions, or in the unit of the target for errors, computed in float64. A metric
 that is undefined is None, never NaN.

@@ -1,4 +1,4 @@
-"""Payloads, the only data that crosses between client and server.
+"""Payloads and their items, the only data that crosses between client and server.
 
 A payload consists of named items with values, a weight and a kind. It is encoded without pickle,
 counted in exact bytes and, on arrival, validated against the declaration of the method.

@@ -1,4 +1,4 @@
-"""Federations without a common data set, in which every client has its own file.
+"""Clients with separate files, which are pooled and split again.
 
 The files are pooled to one data set whose groups are the clients, which `federate` divides with the
 natural partition. It holds out the common test, validation and proxy sets from the pooled rows.

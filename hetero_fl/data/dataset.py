@@ -1,4 +1,4 @@
-"""Examples, data sets, column layouts, vocabularies and row selections, whatever the source."""
+"""Data sets of any source: examples, column layouts, vocabularies, and views of selected rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The proxy set, and clients with their own data sources.
+"""Data from outside the main source: external proxy sets and separate sources of clients.
 
 Data from other sources is matched to the classes, columns and blocks of the common set.
 """

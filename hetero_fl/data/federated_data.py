@@ -1,4 +1,4 @@
-"""The data of a federation: client rows, proxy set and common sets, preprocessed per participant.
+"""The data of a federation: client rows, proxy set and global sets, preprocessed per participant.
 
 `federate` partitions a data set among clients and returns a `FederatedData`.
 """

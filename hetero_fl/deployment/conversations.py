@@ -1,4 +1,4 @@
-"""Conversations of the server with many nodes.
+"""Exchange messages with many nodes at once, one conversation for each node.
 
 A conversation is a generator that yields a message for a node and receives the answer. If the node
 is lost meanwhile, the conversation starts again once the node is back; the node then answers tasks

@@ -1,4 +1,4 @@
-"""Store what a node keeps of a run: private states, notes within a round, its last answer, secrets.
+"""Files of a node, optionally encrypted: private states, notes of a round, last answer, secrets.
 
 States are named by their SHA-256 and never changed. The server says from which one a task starts,
 so that neither a crash on either side nor a repeated round can leave the two with different states.

@@ -1,4 +1,4 @@
-"""Checks of what a site allows, before it runs a task and before anything leaves the site.
+"""Permissions of a site, checked before a task and before anything leaves the site.
 
 The site's file decides, not the server. Before a task runs, a dry run of the method's plan tells
 how long it would train and what it would spend of the privacy budget. Uploads are checked again,

@@ -1,4 +1,4 @@
-"""Messages between the server and its nodes, and what carries them.
+"""The transport interface: messages between server and nodes, and their delivery.
 
 Imports the standard library only: a process that forwards messages starts quickly.
 """

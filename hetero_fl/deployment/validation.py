@@ -1,4 +1,4 @@
-"""Validation of what nodes report: settings, data reports and evaluations.
+"""Validate the reports of nodes: settings, data reports and evaluations.
 
 Structure, types and bounds are checked. Whether scores are true cannot be checked, because only a
 node sees its test rows.

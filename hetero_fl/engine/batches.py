@@ -1,4 +1,4 @@
-"""Keyed batches: which examples each step of a fit sees, the same wherever it is computed."""
+"""Keyed batches: the examples of each training step, equal on every machine and backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules on which features can be combined.
+"""Rules on which features can be combined, each with its two configuration keys.
 
 `RULES_ON_LOADING` are checked before data is loaded, `RULES_AFTER_PREPARATION` before training.
 """

@@ -1,4 +1,4 @@
-"""The fixed facts of a federation, from which participants are created for each task."""
+"""The fixed facts of a federation: clients, their models and their data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Synchronous rounds: broadcast, local training, aggregation."""
+"""Synchronous rounds: sample, broadcast, train, collect, aggregate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write and read the files of a run; they stay readable after a crash at any time."""
+"""Write, read and lock the files of a run, which stay readable after a crash at any time."""
 
 from __future__ import annotations
 

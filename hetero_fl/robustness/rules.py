@@ -1,4 +1,4 @@
-"""Byzantine-robust aggregation rules for parameters and for predictions.
+"""Byzantine-robust aggregation rules: medians, trimmed means, Krum, norm bounds, FLTrust.
 
 All rules give equal weight to all clients. In a configuration, `python:package.module:Name` in
 place of a rule's name selects a user-defined class with the same methods.

@@ -1,4 +1,4 @@
-"""The ServerApp of `hetero-fl server` and `hetero-fl federate`, and its other end.
+"""Connect the ServerApp, a process of Flower, with `hetero-fl server` or `hetero-fl federate`.
 
 Those commands carry a run out themselves, with their own console, signals and callbacks. Flower
 starts this app in a process of its own, which passes their messages on until they close the socket.

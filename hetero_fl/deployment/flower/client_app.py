@@ -1,4 +1,4 @@
-"""The ClientApp of a federation: it hands each message to the worker process of its site.
+"""The ClientApp: forward each message to the worker process of its site.
 
 Flower starts a process for every message. This one imports neither torch nor the site's data: the
 worker (see `worker.py`), which is started at the first message, has both in memory already.

@@ -1,4 +1,4 @@
-"""Flower's own commands as processes that end with this one."""
+"""Run Flower's commands as child processes that end with this process."""
 
 from __future__ import annotations
 

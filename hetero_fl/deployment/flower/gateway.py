@@ -1,4 +1,4 @@
-"""Run as a process: the part of a SuperLink that nodes need, reachable from other machines.
+"""Expose the part of a SuperLink that nodes need to other machines; runs as a process.
 
 A SuperLink offers three interfaces on one port. Nodes need the one below /v1/fleet, which checks
 their keys. The others control runs and nodes and ask for no key, so the SuperLink listens on this

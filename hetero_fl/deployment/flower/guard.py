@@ -1,4 +1,4 @@
-"""Run as a process, by its path: a command that ends, with what it has started, when stdin closes.
+"""Run a command, and end it and its child processes when stdin closes; runs as a script.
 
 However the process that holds the other end of stdin dies, nothing of the command stays behind. A
 byte on stdin asks the command to end by itself. The first argument is a folder to delete if that

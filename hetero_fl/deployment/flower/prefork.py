@@ -1,4 +1,4 @@
-"""Run as a process: starts `flwr-clientapp` for a SuperNode without importing Flower every time.
+"""Start `flwr-clientapp` without importing Flower every time; runs as a process.
 
 A SuperNode starts this command for every message, and most of its time goes into imports. This
 process has done them and forks for each. The SuperNode finds, first in its search path, a launcher

@@ -1,4 +1,4 @@
-"""The ServerApp of a federation: it carries out a run over Flower's grid."""
+"""The ServerApp: run a federation over Flower's grid."""
 
 from __future__ import annotations
 

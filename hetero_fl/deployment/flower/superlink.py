@@ -1,4 +1,4 @@
-"""A SuperLink of our own, and the transport over the app that runs on it."""
+"""Start a SuperLink, and the transport over the app that runs on it."""
 
 from __future__ import annotations
 

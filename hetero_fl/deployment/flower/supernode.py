@@ -1,4 +1,4 @@
-"""Flower's SuperNode as a child of the process of a site."""
+"""Run Flower's SuperNode as a child process of the worker of a site."""
 
 from __future__ import annotations
 

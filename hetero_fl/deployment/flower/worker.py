@@ -1,4 +1,4 @@
-"""The process of a site: it keeps models and data between messages.
+"""The worker process of a site, which answers messages and keeps models and data in memory.
 
 Under `hetero-fl node` it is that command, which runs Flower's SuperNode as a child. Under a
 SuperNode that was started without it, `worker_socket.py` starts it at the first message.

@@ -1,4 +1,4 @@
-"""Membership inference by the loss and with shadow runs."""
+"""Membership inference attacks by the loss and with shadow runs."""
 
 from __future__ import annotations
 

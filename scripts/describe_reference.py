@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Write the generated pages of docs/reference: configuration, methods, command line and messages.
+"""Write the generated pages of docs/reference.
+
+They are the configuration, the files of a deployment, the methods, the command line, the messages
+and the modules.
 
 python scripts/describe_reference.py            # write the pages
 python scripts/describe_reference.py --check    # exit status 1 if a page is outdated
@@ -50,6 +53,7 @@ from hetero_fl.config.describe import (  # noqa: E402
     section_summary,
 )
 from hetero_fl.core.payload import ItemSpec  # noqa: E402
+from hetero_fl.deployment.config import DeploymentServerConfig, SiteConfig  # noqa: E402
 
 REFERENCE = ROOT / "docs" / "reference"
 
@@ -58,9 +62,11 @@ def all_pages() -> dict[str, str]:
     """Return the text of each generated page by its path below docs/reference."""
     pages = {
         "configuration.md": configuration_page(),
+        "deployment_files.md": deployment_files_page(),
         "methods.md": methods_index(),
         "command_line.md": command_line_page(),
         "messages.md": messages_page(),
+        "modules.md": modules_page(),
     }
     for family in FAMILIES:
         pages[f"methods/{family.page}.md"] = family_page(family)
@@ -110,7 +116,7 @@ def configuration_page() -> str:
         _notice("the schema in hetero_fl/config"),
         "",
         CONFIGURATION_TEXT,
-        *_sections(Config, "", {}),
+        *_sections(Config, "", {}, "Top level"),
         "## Settings of the algorithms",
         "",
         "Write them next to `algorithm.name`. `logit_adjustment` may be written there, too; it is",
@@ -121,9 +127,44 @@ def configuration_page() -> str:
     return "\n".join(lines)
 
 
-def _sections(model: type[BaseModel], path: str, seen: dict[type[BaseModel], str]) -> list[str]:
-    """Return the section of a part of the schema and those of its parts at their first use."""
-    seen[model] = path
+DEPLOYMENT_FILES_TEXT = """\
+[Deploy a federation](../how_to/deploy.md) shows both files with comments;
+`hetero-fl certificates` writes them. Keys are checked as those of a
+[configuration](configuration.md). Keys without a default are required.
+"""
+
+
+def deployment_files_page() -> str:
+    """Return the text of docs/reference/deployment_files.md."""
+    configured: dict[type[BaseModel], str] = {}
+    _sections(Config, "", configured)
+    seen = {
+        section: link.replace("(#", "(configuration.md#") for section, link in configured.items()
+    }
+    lines = [
+        "# Server file and site file",
+        "",
+        _notice("the schema in hetero_fl/deployment/config.py"),
+        "",
+        DEPLOYMENT_FILES_TEXT,
+        *_sections(DeploymentServerConfig, "", seen, "Server file"),
+        *_sections(SiteConfig, "", seen, "Site file"),
+    ]
+    return "\n".join(lines)
+
+
+def _sections(
+    model: type[BaseModel], path: str, seen: dict[type[BaseModel], str], title: str = ""
+) -> list[str]:
+    """Return the section of a part of the schema and those of its parts at their first use.
+
+    Args:
+        model: The part of the schema.
+        path: Its key, empty for the whole schema.
+        seen: Links to known parts; new parts are added.
+        title: Heading of the section if `path` is empty.
+    """
+    seen[model] = _section_link(path)
     base = next((kind for kind in model.__mro__[1:] if kind in seen), None)
     inherited = base.model_fields if base is not None else {}
     later: list[str] = []
@@ -133,11 +174,10 @@ def _sections(model: type[BaseModel], path: str, seen: dict[type[BaseModel], str
             continue
         part = section_of(field.annotation)
         if part is not None and part not in seen:
-            seen[part] = f"{path}.{name}".lstrip(".")
-            later += _sections(part, seen[part], seen)
+            later += _sections(part, f"{path}.{name}".lstrip("."), seen)
         rows.append(_setting_row(model, name, field, seen))
     return [
-        f"## `{path}`" if path else "## Top level",
+        f"## `{path}`" if path else f"## {title}",
         "",
         f"{section_summary(model)}{_further_keys(model, base, seen)}",
         "",
@@ -154,9 +194,7 @@ def _setting_row(
     seen: dict[type[BaseModel], str] | None = None,
 ) -> tuple[str, ...]:
     def link(part: type[BaseModel]) -> str:
-        if seen and part in seen:
-            return _section_link(seen[part])
-        return "mapping"
+        return (seen or {}).get(part, "mapping")
 
     return (
         f"`{name}`",
@@ -176,7 +214,7 @@ def _further_keys(
         )
     if base is None:
         return ""
-    return f" It also has every key of {_section_link(seen[base])}."
+    return f" It also has every key of {seen[base]}."
 
 
 def _section_link(path: str) -> str:
@@ -692,6 +730,46 @@ def _code(text: str) -> str:
     short = re.sub(r"\{(?:\w+\.)*(\w+)(?:\[\w+\])?(?::[^}]*)?\}", r"{\1}", text)
     line = " ".join(short.split()).replace("|", "\\|")
     return f"`` {line} ``" if "`" in line else f"`{line}`"
+
+
+# Modules
+
+
+MODULES_TEXT = """\
+The modules of each folder with the first sentence of their docstrings.
+[Architecture](../explanation/architecture.md) explains how the packages depend on each other.
+"""
+
+
+def modules_page() -> str:
+    """Return the text of docs/reference/modules.md."""
+    lines = [
+        "# Modules",
+        "",
+        _notice("the docstrings of hetero_fl and model_zoo"),
+        "",
+        MODULES_TEXT,
+    ]
+    for source in SOURCES:
+        for package in sorted((ROOT / source).rglob("__init__.py")):
+            folder = package.parent
+            name = folder.relative_to(ROOT).as_posix()
+            rows = [
+                (f"[`{path.name}`](../../{name}/{path.name})", first_sentence(path).rstrip("."))
+                for path in sorted(folder.glob("*.py"))
+                if path != package
+            ]
+            lines += [f"## `{name}/`", "", first_sentence(package), ""]
+            lines += [*_table(("module", "content"), rows), ""]
+    return "\n".join(lines)
+
+
+def first_sentence(path: Path) -> str:
+    """Return the first sentence of a module's docstring for the cell of a table."""
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    first = " ".join(docstring.partition("\n\n")[0].split())
+    first = re.split(r"(?<=\.)(?<!et al\.) ", first)[0]
+    return first.replace("|", "\\|")
 
 
 def main() -> int:

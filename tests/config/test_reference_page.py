@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from pydantic import BaseModel
 
 from hetero_fl.algorithms import Algorithm, register_algorithm
 from hetero_fl.cli.commands import APP, COMMON_OPTIONS
 from hetero_fl.config import Config
 from hetero_fl.config.base import OptimizerConfig
+from hetero_fl.deployment.config import AllowsConfig, DeploymentServerConfig, SiteConfig
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "describe_reference.py"
@@ -80,10 +83,30 @@ def test_configuration_contains_every_section_and_key(configuration: str) -> Non
 def test_every_setting_of_configuration_and_methods_has_a_description(script: ModuleType) -> None:
     pages = script.all_pages()
     text = "\n".join(page for name, page in pages.items() if "methods/" in name)
-    rows = [line for line in (pages["configuration.md"] + text).splitlines() if line[:3] == "| `"]
+    text += pages["configuration.md"] + pages["deployment_files.md"]
+    rows = [line for line in text.splitlines() if line[:3] == "| `"]
 
     assert len(rows) > 300
     assert not [row for row in rows if row.endswith("|  |")]
+
+
+@pytest.mark.parametrize("model", [DeploymentServerConfig, SiteConfig, AllowsConfig])
+def test_deployment_files_page_contains_every_key(
+    script: ModuleType, model: type[BaseModel]
+) -> None:
+    title = {DeploymentServerConfig: "Server file", SiteConfig: "Site file"}.get(model, "`allows`")
+    section = script.deployment_files_page().partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(model.model_fields)
+
+
+def test_modules_page_shows_the_first_sentence(script: ModuleType, tmp_path: Path) -> None:
+    module = tmp_path / "module.py"
+    module.write_text(
+        '"""Train as McMahan et al. do,\nor `a|b`. Not this.\n\nNor this."""\n', "utf-8"
+    )
+
+    assert script.first_sentence(module) == "Train as McMahan et al. do, or `a\\|b`."
 
 
 def test_registered_user_method_does_not_change_the_pages(

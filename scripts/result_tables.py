@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Write the result tables of the main example and their plot from the runs in docs/results.
+"""Write the result tables of the main example, their plot, and the tables of the replication.
 
-README.md has a summary of a few methods, docs/results/medical.md the tables of all methods.
+README.md has a summary of a few methods, docs/results/medical.md the tables of all methods,
+docs/results/replication.md the replicated tables. The runs are archived in docs/results.
 
 python scripts/result_tables.py                            # write tables and plot
 python scripts/result_tables.py --archive runs/readme ...  # archive comparisons first
@@ -21,6 +22,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.science import published  # noqa: E402
+from benchmarks.science.replication_runs import jobs_of, read_record  # noqa: E402
+from benchmarks.science.replication_tables import score_table  # noqa: E402
 from hetero_fl.core.task import Task  # noqa: E402
 from hetero_fl.reporting.comparison import plots  # noqa: E402
 from hetero_fl.reporting.comparison.tables import (  # noqa: E402
@@ -36,7 +40,7 @@ from hetero_fl.reporting.run_directory import RunDirectory  # noqa: E402
 from hetero_fl.utils.text import split_top_level  # noqa: E402
 
 ARCHIVE = ROOT / "docs" / "results"
-PAGES = (ROOT / "README.md", ARCHIVE / "medical.md")
+PAGES = (ROOT / "README.md", ARCHIVE / "medical.md", ARCHIVE / "replication.md")
 PICTURES = {"medical_hetero": ROOT / "docs" / "images" / "medical_hetero.png"}
 TASK = Task("multiclass", 2)
 SHORT = {"logit_adjustment=true": "LA", "teacher=contrast": "contrast teacher"}
@@ -149,6 +153,13 @@ def summary(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def replication(name: str) -> str:
+    """Return a replicated table from the recorded runs."""
+    table = published.TABLES[name]
+    record = read_record(ARCHIVE / "replication.json")
+    return score_table(table, jobs_of([table], None, "", ARCHIVE, record))
+
+
 def _joined(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -198,12 +209,15 @@ def written(text: str) -> str:
     """Return the text of a page with all marked tables updated from the archive."""
 
     def replaced(match: re.Match[str]) -> str:
-        rows = archived(match["name"])
-        made = summary(rows) if match["kind"] == "summary" else section(rows)
-        return f"{match['begin']}\n{made.replace('{name}', match['name'])}\n{match['end']}"
+        kind, name = match["kind"], match["name"]
+        if kind == "replication":
+            made = replication(name)
+        else:
+            made = summary(archived(name)) if kind == "summary" else section(archived(name))
+        return f"{match['begin']}\n{made.replace('{name}', name)}\n{match['end']}"
 
     return re.sub(
-        r"(?P<begin><!-- (?P<kind>results|summary): (?P<name>\w+) .*?-->)\n.*?"
+        r"(?P<begin><!-- (?P<kind>results|summary|replication): (?P<name>\w+) .*?-->)\n.*?"
         r"(?P<end><!-- end of results -->)",
         replaced,
         text,

@@ -6,7 +6,7 @@ duration of a run on one core of the machine described in benchmarks/README.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 FILE = "{file}"  # in an override: the data file of the table
 
@@ -37,7 +37,6 @@ class Table:
     rows: tuple[Row, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
     held: bool = False  # whether the paper's code reads a model on the classes of its client only
-    differs: tuple[str, ...] = field(default=())  # between the paper's setting and this one
 
 
 def _fedgen(alpha: str, published: dict[str, tuple[float, float | None]]) -> list[Row]:
@@ -108,34 +107,6 @@ FEDGEN = Table(
         ),
     ),
     held=True,
-    differs=(
-        "In the authors' code of the time training batches came in a fixed order, sorted by "
-        "class: the loader did not shuffle. "
-        "They mended it in January 2022 (github.com/zhuangdizhu/FedGen, issue 7) and gave new "
-        "figures for two rows: *mended*. "
-        "Here batches are shuffled.",
-        "The paper says *global test accuracy* and *half of the training set*. The authors' "
-        "code takes 1,500 images of each "
-        "class (15,000, a quarter), as here, reads each client's model on test images of the "
-        "classes that the client has alone, "
-        "averages trained parameters but leaves each client its BatchNorm statistics, and "
-        "reports the mean of the five best test "
-        "rounds. Here the statistics are averaged, and models are read on the whole test set; "
-        "*classes held* is the reading of "
-        "the authors' code, after the last round.",
-        "1,500 images of each class are drawn there, 15,000 of all classes here; 500 more are "
-        "the common validation set.",
-        "FedGen's generator has weight decay 0.01 and a learning rate that falls by 0.98 a "
-        "round there, and neither here; noise "
-        "is uniform there, normal here and in the paper; classes are drawn evenly there, by "
-        "their frequency here.",
-        "FD: there logits are summed as training goes by, over all rounds so far, and clients "
-        "count alike; here they are taken "
-        "after training, anew each round, and rows count alike.",
-        "FedDF is not in the authors' code. Here: 3,000 unlabelled training images, an epoch of "
-        "Adam a round (0.001, and "
-        "0.0001), T = 1.",
-    ),
 )
 
 _WIDTHS = tuple(
@@ -185,21 +156,6 @@ FEDPROTO = Table(
             seeds=1,
         ),
     ),
-    differs=(
-        "The published deviation is over clients, ours over seeds. The authors' code never "
-        "resets its counters between "
-        "clients: what it takes for a client's accuracy is the mean over all clients so far, by "
-        "the head and by prototypes "
-        "together, which hides most of the deviation.",
-        "It looks for the nearest prototype among the client's own classes, as the first two "
-        "FedProto rows do.",
-        "Test images are the client's own (40 a class on average, of MNIST's training set) "
-        "here, 40 a class of MNIST's test set "
-        "there. Clients of one width begin with equal weights here, with different ones there.",
-        "Prototypes are means over all rows of a class, taken after training in evaluation mode "
-        "here; means of clients' means, "
-        "taken in passing during training, dropout included, there.",
-    ),
 )
 
 NIID = Table(
@@ -214,13 +170,6 @@ NIID = Table(
         Row("FedProx", ("algorithm.name=fedprox", "algorithm.mu=0.01"), 99.02, minutes=25.0),
     ),
     seeds=(0,),
-    differs=(
-        "Published is the best test round of 50; ours are the last and the one selected on "
-        "1,200 images held out of the "
-        "training set, which are fewer to train on (58,800). The best test round of ours stands "
-        "in the last column.",
-        "FedProx is tuned over μ = 0.001, 0.01, 0.1, 1 there; 0.01 here.",
-    ),
 )
 
 ORDERING = Table(
@@ -235,14 +184,6 @@ ORDERING = Table(
         Row("FedProto", ("algorithm.name=fedproto", "algorithm.weight=10"), minutes=8.0),
         Row("FedTGP", ("algorithm.name=fedtgp", "algorithm.weight=10"), minutes=8.0),
     ),
-    differs=(
-        "Published, on CIFAR-100 with 20 clients of eight large architectures (GoogLeNet to "
-        "ResNet-152) over 1,000 rounds: Local "
-        "43.46 (nine architectures), FD 41.54, FedProto 36.34, FedTGP 46.94. Only the order is "
-        "compared.",
-        "Here 16 clients of eight small architectures, 8,000 images of CIFAR-10, 60 rounds; λ = "
-        "10 as in the authors' scripts.",
-    ),
 )
 
 # 225 steps per round, as in the paper.
@@ -250,7 +191,7 @@ _STEPS = ("rounds=20", "evaluation.every=5", "clients.defaults.epochs=7")
 
 ORDERING_LIGHT = Table(
     "ordering_light",
-    "CIFAR-10, eight light architectures: what stands in the way of that order",
+    "CIFAR-10, the same order with eight light architectures",
     "ordering_light",
     "cifar10.npz",
     "personal",
@@ -274,12 +215,6 @@ ORDERING_LIGHT = Table(
         ),
     ),
     seeds=(0,),
-    differs=(
-        "As above; the models are light, a client has 2,150 test images in place of 125, and α "
-        "is 0.1 where nothing is said.",
-        "An epoch of 323 images is 32 steps; a client of the paper, with a twentieth of the "
-        "set, makes about 225 a round.",
-    ),
 )
 
 TABLES = {table.name: table for table in (FEDGEN, FEDPROTO, NIID, ORDERING, ORDERING_LIGHT)}

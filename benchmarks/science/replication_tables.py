@@ -41,12 +41,14 @@ def against(row: Row, held: Sequence[float]) -> list[str]:
     return [difference(row, held), given(mean, deviation), difference(again, held)]
 
 
-def table_text(table: Table, jobs: Sequence[Job]) -> str:
-    """Return a table in Markdown, with notes below it."""
-    extra = "classes held, last" if table.held else "best test round"
+def score_table(table: Table, jobs: Sequence[Job]) -> str:
+    """Return the scores of a table's runs in Markdown."""
+    extra = "own classes, last" if table.held else "best test round"
     head = ["method", "published", "last", "selected", "last − published", extra]
-    head += ["held − published", "mended", "held − mended", "seeds"] if table.held else ["seeds"]
-    lines = [f"## {table.title}", "", f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    head += (
+        ["own − published", "corrected", "own − corrected", "seeds"] if table.held else ["seeds"]
+    )
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for row in dict.fromkeys(job.row for job in jobs):
         done = [job.figures for job in jobs if job.row == row and job.finished]
         last = [figures["last"] for figures in done]
@@ -63,16 +65,15 @@ def table_text(table: Table, jobs: Sequence[Job]) -> str:
             ", ".join(str(figures["seed"]) for figures in done),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(
-        [*lines, "", "What differs:", "", *(f"- {line}" for line in table.differs), ""]
-    )
+    return "\n".join(lines)
 
 
 def write(jobs: Sequence[Job], out: Path) -> str:
     """Write all tables to `replication.md` and return them."""
     tables = dict.fromkeys(job.table for job in jobs)
     text = "\n".join(
-        table_text(table, [job for job in jobs if job.table is table]) for table in tables
+        f"## {table.title}\n\n{score_table(table, [job for job in jobs if job.table is table])}\n"
+        for table in tables
     )
     out.mkdir(parents=True, exist_ok=True)
     (out / "replication.md").write_text(

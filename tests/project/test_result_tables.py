@@ -13,6 +13,7 @@ from types import ModuleType
 
 import pytest
 
+from benchmarks.science.published import TABLES
 from hetero_fl.algorithms import register_algorithm
 from hetero_fl.algorithms.requirements import method_title
 from hetero_fl.core.task import Task
@@ -22,9 +23,10 @@ from tests.helpers.run_directories import Case, write_run
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 MEDICAL = ROOT / "docs" / "results" / "medical.md"
+REPLICATION = ROOT / "docs" / "results" / "replication.md"
 ARCHIVED = sorted((ROOT / "docs" / "results").glob("*.csv"))
 MARKED = re.compile(
-    r"<!-- (results|summary): (\w+) .*?-->\n(.*?)<!-- end of results -->", re.DOTALL
+    r"<!-- (results|summary|replication): (\w+) .*?-->\n(.*?)<!-- end of results -->", re.DOTALL
 )
 COLUMNS = {
     "Global test balanced accuracy": "global_last_balanced_accuracy",
@@ -94,6 +96,7 @@ def test_result_tables_have_archived_runs() -> None:
         ("results", "medical_homogeneous"),
     ]
     assert [name for _, name in marked(MEDICAL)] == [path.stem for path in ARCHIVED]
+    assert list(marked(REPLICATION)) == [("replication", name) for name in TABLES]
 
 
 def test_summary_repeats_rows_of_the_full_table() -> None:
@@ -172,7 +175,7 @@ def test_archived_runs_name_their_commit_and_the_methods_of_make_compare(path: P
 def test_result_tables_check_finds_a_changed_figure(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    pages = {path: tmp_path / path.name for path in (README, MEDICAL)}
+    pages = {path: tmp_path / path.name for path in (README, MEDICAL, REPLICATION)}
     for path, page in pages.items():
         page.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(script, "PAGES", tuple(pages.values()))
@@ -181,7 +184,7 @@ def test_result_tables_check_finds_a_changed_figure(
 
     for page in pages.values():
         text = page.read_text(encoding="utf-8")
-        figure = re.search(r"\d\d\.\d±\d", text)
+        figure = re.search(r"(?<= )\d\d\.\d±\d|(?<=\| )9\d\.\d\d(?= \|)", text)
         assert figure is not None
         page.write_text(text.replace(figure[0], "99.9±0", 1), encoding="utf-8")
         assert script.main() == 1

@@ -458,8 +458,8 @@ def _content(method: Algorithm, name: str, spec: ItemSpec) -> str:
     content = CONTENTS[spec.kind]
     if spec.kind == "rows" and spec.rows_of == "train":
         content = "one row per training row"
-    elif spec.kind == "rows" and spec.says:
-        content = f"{spec.says} of proxy rows, `[D, C]`"
+    elif spec.kind == "rows" and spec.prediction_type:
+        content = f"{spec.prediction_type} of proxy rows, `[D, C]`"
     return content + (", as truncated SVDs" if spec.ranks else "")
 
 

@@ -112,17 +112,17 @@ def table(found: Mapping[str, Mapping[str, Run]], ways: Sequence[str]) -> str:
         "| MB until then |"
     ]
     rows.append("| --- | --- | --- | --- | --- |")
-    for way in ways:
+    for variant in ways:
         shares, half = [], []
         for runs in found.values():
-            mark, whole = mark_of(runs)
-            at = reached(runs[way]["curve"], mark)
-            shares.append("never" if at is None else f"{at / whole:.2f}")
-            half.append([p for p in runs[way]["curve"] if p[0] <= TARGET * whole][-1])
+            target, epochs = mark_of(runs)
+            at = reached(runs[variant]["curve"], target)
+            shares.append("never" if at is None else f"{at / epochs:.2f}")
+            half.append([p for p in runs[variant]["curve"] if p[0] <= TARGET * epochs][-1])
         accuracies = " / ".join(f"{accuracy:.3f}" for _, accuracy, *_ in half)
         uploads, sent = (statistics.mean(p[i] for p in half) for i in (3, 2))
         rows.append(
-            f"| {way} | {' / '.join(shares)} | {accuracies} | {uploads:,.0f} | {sent / 1e6:,.0f} |"
+            f"| {variant} | {' / '.join(shares)} | {accuracies} | {uploads:,.0f} | {sent / 1e6:,.0f} |"
         )
     return "\n".join(rows) + "\n"
 
@@ -133,40 +133,50 @@ def figure(found: Mapping[str, Mapping[str, Run]], ways: Sequence[str], path: Pa
 
     grid = np.linspace(0, 1, 401)
     with style.plot_style():
-        made = style.figure(3.4)
-        axes = made.subplots()
+        result = style.figure(3.4)
+        axes = result.subplots()
         axes.axhline(0, color=style.GREY, linewidth=0.8)
         axes.text(
-            1.0, -0.5, "target", color=style.GREY, ha="right", va="top", fontsize=style.SMALLEST
+            1.0,
+            -0.5,
+            "target",
+            color=style.GREY,
+            ha="right",
+            va="top",
+            fontsize=style.MIN_FONT_SIZE,
         )
-        for way, colour in zip(ways, (style.INK, *style.CATEGORIES, style.GREEN), strict=False):
+        for variant, colour in zip(ways, (style.INK, *style.CATEGORIES, style.GREEN), strict=False):
             lines = []
             for runs in found.values():
-                mark, whole = mark_of(runs)
-                seconds, accuracy = (np.array([p[i] for p in runs[way]["curve"]]) for i in (0, 1))
+                target, epochs = mark_of(runs)
+                seconds, accuracy = (
+                    np.array([p[i] for p in runs[variant]["curve"]]) for i in (0, 1)
+                )
                 inside = np.interp(
-                    grid, seconds / whole, 100 * (accuracy - mark), left=np.nan, right=np.nan
+                    grid, seconds / epochs, 100 * (accuracy - target), left=np.nan, right=np.nan
                 )
                 lines.append(inside)
-            there = ~np.isnan(lines).any(0)
+            reached_all = ~np.isnan(lines).any(0)
             lows, highs, means = (
-                f(np.array(lines)[:, there], 0) for f in (np.min, np.max, np.mean)
+                f(np.array(lines)[:, reached_all], 0) for f in (np.min, np.max, np.mean)
             )
             if len(lines) > 1:
-                axes.fill_between(grid[there], lows, highs, color=colour, alpha=0.15, linewidth=0)
+                axes.fill_between(
+                    grid[reached_all], lows, highs, color=colour, alpha=0.15, linewidth=0
+                )
             axes.plot(
-                grid[there],
+                grid[reached_all],
                 means,
-                "-" if way.startswith("async") else "--",
+                "-" if variant.startswith("async") else "--",
                 color=colour,
-                label=way,
+                label=variant,
             )
         axes.set_ylim(-30, None)
         axes.set_xlim(0, 1.01)
         axes.set_xlabel("simulated time, as a share of the synchronous run's")
         axes.set_ylabel("points of accuracy above the mark")
         axes.legend(loc="lower right")
-        path.write_bytes(style.to_png(made))
+        path.write_bytes(style.to_png(result))
 
 
 def main() -> None:
@@ -199,27 +209,27 @@ def main() -> None:
             f"median {middle:.0f} s"
         )
         runs = found[str(seed)] = {}
-        for way in ways:
-            kept = options.out / f"{way.replace(', ', '_').replace(' ', '_')}-{seed}.json"
+        for variant in ways:
+            kept = options.out / f"{variant.replace(', ', '_').replace(' ', '_')}-{seed}.json"
             if not kept.exists():
                 until, rounds = None, options.rounds
-                if way != "synchronous":
+                if variant != "synchronous":
                     until, rounds = options.share * mark_of(runs)[1], 40 * options.rounds
-                changes = [change.format(deadline=1.5 * middle) for change in WAYS[way]]
+                changes = [change.format(deadline=1.5 * middle) for change in WAYS[variant]]
                 kept.write_text(
                     json.dumps(hold([*base, *changes, *options.overrides], until, rounds))
                 )
-            runs[way] = json.loads(kept.read_text())
-            (mark, whole), curve = mark_of(runs), runs[way]["curve"]
-            at, last = reached(curve, mark), curve[-1]
+            runs[variant] = json.loads(kept.read_text())
+            (target, epochs), curve = mark_of(runs), runs[variant]["curve"]
+            at, last = reached(curve, target), curve[-1]
             when = (
                 "not there for good"
                 if at is None
-                else f"there for good at {at:,.0f} s, {at / whole:.2f} of {whole:,.0f}"
+                else f"there for good at {at:,.0f} s, {at / epochs:.2f} of {epochs:,.0f}"
             )
             print(
-                f"  {way}: target {mark:.3f} {when}; last {last[1]:.3f} at {last[0]:,.0f} s; "
-                f"{runs[way]['counts']}",
+                f"  {variant}: target {target:.3f} {when}; last {last[1]:.3f} at {last[0]:,.0f} s; "
+                f"{runs[variant]['counts']}",
                 flush=True,
             )
     (options.out / "table.md").write_text(table(found, ways))

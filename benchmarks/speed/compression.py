@@ -51,10 +51,10 @@ def shapes(size: str) -> dict[str, tuple[int, ...]]:
             ] * (width != before)
             before = width
         layers.append((10, 512))
-    made: dict[str, tuple[int, ...]] = {}
+    result: dict[str, tuple[int, ...]] = {}
     for i, shape in enumerate(layers):
-        made |= {f"{i}.weight": shape, f"{i}.bias": shape[:1]}
-    return made
+        result |= {f"{i}.weight": shape, f"{i}.bias": shape[:1]}
+    return result
 
 
 def measured(
@@ -63,14 +63,14 @@ def measured(
     """Return the median milliseconds to send and to receive, and the bytes of the message."""
     key, state, taken = (0, 0, "site", "link"), dict[str, Any](), []
     for _ in range(times + 1):
-        begun = common.now()
+        started = common.now()
         data = link.send(sent, key, reference=got, memory=state) if link else sent.encode()
         between = common.now()
         if link:
-            link.receive(data, key, reference=got, like=sent.items_)
+            link.receive(data, key, reference=got, like=sent.items_by_name)
         else:
-            Payload.decode(data, sent.items_)
-        taken.append((between - begun, common.now() - between))
+            Payload.decode(data, sent.items_by_name)
+        taken.append((between - started, common.now() - between))
     send, receive = (1000 * statistics.median(side) for side in zip(*taken[1:], strict=True))
     return send, receive, len(data)
 

@@ -101,7 +101,7 @@ class Uploads:
         noise: Noise that is added to every sum.
 
     Attributes:
-        combined: Items of which an aggregate was read, as pairs of name and kind.
+        aggregated_items: Items of which an aggregate was read, as pairs of name and kind.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Uploads:
         self._common = common
         self._rules = rules
         self._noise = noise
-        self.combined: set[tuple[str, str]] = set()
+        self.aggregated_items: set[tuple[str, str]] = set()
         self._kept: list[Upload] = []
         self._senders: dict[str, list[ClientInfo]] = {}
         self._staleness_weights: dict[str, list[float]] = {}
@@ -199,7 +199,7 @@ class Uploads:
                     if rules
                     else OwnerMeans(self._common)
                 )
-            group = "" if self._spec(name).across else upload.group
+            group = "" if self._spec(name).across_architectures else upload.group
             self._models[name].add(group, item.values, float(item.weight))
 
     def _prepare_aggregate(self, name: str) -> None:
@@ -210,7 +210,7 @@ class Uploads:
             and name not in self._tensors
             and name not in self._models
         ):
-            for upload in self.having(name):
+            for upload in self.containing(name):
                 self._accumulate(name, upload)
 
     def _check_declared(self, name: str) -> None:
@@ -243,7 +243,7 @@ class Uploads:
     def mean(self, name: str) -> Tensor | None:
         """Return the elementwise mean of a single-tensor item, or None if no client sent it."""
         self._prepare_aggregate(name)
-        self.combined.add((name, self._spec(name).kind))
+        self.aggregated_items.add((name, self._spec(name).kind))
         if self._noise is not None and self._noise.expects(name):
             return self._noise.mean(
                 name, self._tensors[name].total if name in self._tensors else None
@@ -258,7 +258,7 @@ class Uploads:
         """
         self._prepare_aggregate(name)
         if self._spec(name).kind == "counts":
-            self.combined.add((name, "counts"))
+            self.aggregated_items.add((name, "counts"))
         if self._noise is not None and self._noise.expects(name):
             return self._noise.total(
                 name, self._tensors[name].total if name in self._tensors else None
@@ -268,10 +268,10 @@ class Uploads:
     def mean_by_group(self, name: str) -> dict[str, Tensors]:
         """Return the mean of each named tensor of an item over its owners, by architecture group.
 
-        If the item was declared with `across`, there is one group "".
+        If the item was declared with `across_architectures`, there is one group "".
         """
         self._prepare_aggregate(name)
-        self.combined.add((name, "models"))
+        self.aggregated_items.add((name, "models"))
         means = self._models[name].by_group() if name in self._models else {}
         if self._noise is None:
             return means
@@ -305,7 +305,7 @@ class Uploads:
         Returns:
             The mean as for items of kind "rows", or None without predictions.
         """
-        self.combined.add((name, "rows"))
+        self.aggregated_items.add((name, "rows"))
         client_ids = natural_order(predictions)
         if self._rules is None or not self._rules.applies_to(ItemSpec("rows")):
             ordered = [predictions[client_id] for client_id in client_ids]
@@ -320,7 +320,7 @@ class Uploads:
     def with_uploads(self, uploads: Iterable[Upload], specs: Mapping[str, ItemSpec]) -> Uploads:
         """Return other uploads, derived from these, under the same aggregation rules."""
         derived = Uploads(uploads, specs, rules=self._rules)
-        self.combined |= {(name, "models") for name in specs}
+        self.aggregated_items |= {(name, "models") for name in specs}
         return derived
 
     def prepare(self, server: Participant) -> Plan[None]:
@@ -344,7 +344,7 @@ class Uploads:
             raise UserError("uploads.each: no item of this method is declared with use='each'")
         return tuple(self._kept)
 
-    def having(self, name: str) -> list[Upload]:
+    def containing(self, name: str) -> list[Upload]:
         """Return the single uploads that contain an item declared with `use="each"`.
 
         Raises:
@@ -352,5 +352,5 @@ class Uploads:
         """
         self._check_declared(name)
         if name in self._specs and self._specs[name].use != "each":
-            raise UserError(f"uploads.having: item '{name}' is not declared with use='each'")
+            raise UserError(f"uploads.containing: item '{name}' is not declared with use='each'")
         return [u for u in self._kept if name in u.payload]

@@ -85,7 +85,7 @@ class Ensemble(Local):
     @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         members = dict(server.state.get("members", {}))
-        members.update({u.client: u.payload["member"] for u in uploads.having("member")})
+        members.update({u.client: u.payload["member"] for u in uploads.containing("member")})
         server.state["members"] = members
         yield from ()
 
@@ -172,7 +172,7 @@ class Centralized(Algorithm):
             steps=settings.steps,
             batch_size=settings.batch_size,
             optimizer=scheduled_optimizer(settings.optimizer, server.round_context),
-            as_id=min(profile.first for profile in server.peers.profiles),
+            stream_id=min(profile.first for profile in server.peers.profiles),
         )
 
     @override

@@ -206,7 +206,7 @@ class Dense(DataFreeDistillation):
 
     @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
-        sent = uploads.having("model")
+        sent = uploads.containing("model")
         if not sent:
             return
         reference = self.reference_client(server)
@@ -440,7 +440,7 @@ class FedGen(CommonHead, FedAvg):
     @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         yield from super().aggregate(server, uploads)
-        teachers = [u for u in uploads.having("model") if "head.weight" in u.payload["model"]]
+        teachers = [u for u in uploads.containing("model") if "head.weight" in u.payload["model"]]
         if not teachers:
             return
         classes = server.task.outputs
@@ -464,7 +464,7 @@ class FedGen(CommonHead, FedAvg):
             optimizer=OptimizerConfig(name="adam", lr=self.generator_lr),
             context={
                 "heads": heads,
-                "say": counts / torch.where(labels > 0, labels, torch.ones_like(labels)),
+                "client_weights": counts / torch.where(labels > 0, labels, torch.ones_like(labels)),
             },
             keep=GENERATOR,
             label=GENERATOR,

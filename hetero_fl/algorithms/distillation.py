@@ -226,7 +226,7 @@ class ProxyDistillation(ProxyTraining):
     @override
     def uploads(self) -> Mapping[str, ItemSpec]:  # type: ignore[override]  # depends on settings
         """Predictions on the proxy set, and label counts if the teacher is aligned."""
-        logits = ItemSpec("rows", private=True, share="predictions", says="logits")
+        logits = ItemSpec("rows", private=True, share="predictions", prediction_type="logits")
         return {"logits": logits, **self.label_counts_spec()}
 
     def label_counts_spec(self, use: Literal["sum", "each"] = "sum") -> Mapping[str, ItemSpec]:

@@ -325,7 +325,7 @@ class DSFL(CachedPredictions):
         """Return the mean of the quantized uploads, or None if there are none."""
         assert self.bits is not None
         predictions = {}
-        for upload in uploads.having("codes"):
+        for upload in uploads.containing("codes"):
             item = upload.payload.item("codes")
             assert isinstance(item.values, Tensor)
             levels = unpack_labels(item.values, self.bits, server.task.outputs)

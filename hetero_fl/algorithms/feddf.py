@@ -71,7 +71,7 @@ class FedDF(ProxyDistillation, FedAvg):
         round_idx = server.round_context.round_idx
         teachers = [
             u
-            for u in uploads.having("model")
+            for u in uploads.containing("model")
             if "logits" not in u.payload
             and u.client_info.has_proxy
             and upload_part(self, u.client_info.settings, round_idx) is None
@@ -90,7 +90,7 @@ class FedDF(ProxyDistillation, FedAvg):
             u.client: self.predictions_of(server, u, z)
             for u, z in zip(teachers, logits, strict=True)
         }
-        predictions |= {u.client: u.payload.item("logits") for u in uploads.having("logits")}
+        predictions |= {u.client: u.payload.item("logits") for u in uploads.containing("logits")}
         yield from super().aggregate(server, uploads)
         teacher = uploads.consensus("logits", predictions)
         if teacher is not None:

@@ -172,7 +172,7 @@ class FedGKT(CommonFeatureWidth):
 
     @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
-        sent = uploads.having("features")
+        sent = uploads.containing("features")
         if not sent:
             return
         table = {

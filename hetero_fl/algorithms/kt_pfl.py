@@ -123,7 +123,7 @@ class KTpFL(InitialPhase):
 
     @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
-        sent = uploads.having("predictions")
+        sent = uploads.containing("predictions")
         if not sent:
             return
         p = torch.stack([u.payload["predictions"] for u in sent])

@@ -208,7 +208,7 @@ class FML(MenteeTraining):
     """
 
     title = "FML"
-    uploads = {MENTEE: ItemSpec("params", across=True)}
+    uploads = {MENTEE: ItemSpec("params", across_architectures=True)}
 
     alpha: float = Field(
         0.5, ge=0, le=1, description="weight α of the own model's task loss; that of KL is 1 − α"
@@ -256,7 +256,7 @@ class FedKD(MenteeTraining):
     """
 
     title = "FedKD"
-    uploads = {MENTEE: ItemSpec("update", use="each", ranks=True, across=True)}
+    uploads = {MENTEE: ItemSpec("update", use="each", ranks=True, across_architectures=True)}
     downloads = {"change": ItemSpec("update", ranks=True)}
     trained = {"model": None, MENTEE: None, HIDDEN: ("head.weight",)}
     needs = Needs(
@@ -344,8 +344,8 @@ class FedKD(MenteeTraining):
             if download_part(self, u.client_info.settings, server.round_context.round_idx) != ()
         ]
         server.state["held"] = {**server.state.get("held", {}), **dict.fromkeys(updated, version)}
-        restored = (_restore_update(u, mentee) for u in uploads.having(MENTEE))
-        specs = {MENTEE: ItemSpec("update", across=True)}
+        restored = (_restore_update(u, mentee) for u in uploads.containing(MENTEE))
+        specs = {MENTEE: ItemSpec("update", across_architectures=True)}
         mean = self.mentee_mean(uploads.with_uploads(restored, specs))
         if mean:
             change = compress_low_rank(mean, self.kept_energy(server))
@@ -396,7 +396,7 @@ class FedMRL(MenteeTraining):
         "own head on projected features, as deployed with the next broadcast (saved models: "
         "clients' F only)"
     )
-    uploads = {MENTEE: ItemSpec("params", across=True)}
+    uploads = {MENTEE: ItemSpec("params", across_architectures=True)}
     trained = {"model": None, MENTEE: None, PROJECTION: None}
     needs = Needs(also=("small common model", "linear heads"))
 

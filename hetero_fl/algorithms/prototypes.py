@@ -296,7 +296,7 @@ class FedTGP(FedProto):
 
     @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
-        items = [u.payload.item("features") for u in uploads.having("features")]
+        items = [u.payload.item("features") for u in uploads.containing("features")]
         if not items:
             return
         means, has = client_class_means(items)
@@ -421,7 +421,7 @@ class FedGH(CommonHead):
 
     @override
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
-        items = [u.payload.item("features") for u in uploads.having("features")]
+        items = [u.payload.item("features") for u in uploads.containing("features")]
         if not items:
             return
         means, has = client_class_means(items)

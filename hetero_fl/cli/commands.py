@@ -98,7 +98,7 @@ def evaluate(
     if json_file and (json_file.is_dir() or not json_file.parent.is_dir()):
         raise UserError(f"--json: expected a file in an existing folder, got {json_file}")
     permission = code_permission(allow_code)
-    say = make_printer(quiet)
+    log = make_printer(quiet)
     loaded = Run(run, permission)
     results = experiment.evaluate(
         loaded,
@@ -107,7 +107,7 @@ def evaluate(
         personal=home,
         label=label,
         allow_code=permission,
-        say=lambda note: say(f"note: {note}"),
+        log=lambda note: log(f"note: {note}"),
     )
     unit = next(iter(loaded.models.values())).task.unit
     title = f"{run} on {data}" + (f", errors in {unit}" if unit else "")

@@ -86,7 +86,7 @@ def audit(
     )
 
     folder = out or run / "audit"
-    say = make_printer(quiet)
+    log = make_printer(quiet)
     content = experiment.audit(
         run,
         clients=[name.strip() for name in clients.split(",") if name.strip()] if clients else None,
@@ -96,7 +96,7 @@ def audit(
         batch=batch,
         seed=seed,
         out=folder,
-        say=say,
+        log=log,
         allow_code=code_permission(allow_code),
     )
     for title, columns, rows in (
@@ -109,8 +109,8 @@ def audit(
                 table.add_row(*row)
             Console().print(table)
     for note in content["notes"]:
-        say(note)
-    say(f"report: {folder / 'audit.html'}")
+        log(note)
+    log(f"report: {folder / 'audit.html'}")
     print(folder)
 
 
@@ -255,7 +255,7 @@ def export(
         file_format,
         out,
         home,
-        say=make_printer(quiet),
+        log=make_printer(quiet),
         allow_code=code_permission(allow_code),
     )
     print(next(iter(made.values())).model.parent)
@@ -347,7 +347,7 @@ def join(
         seeds=numbers,
         epochs=epochs,
         overrides=overrides,
-        say=make_printer(quiet),
+        log=make_printer(quiet),
         allow_code=permission,
     )
     print((folder / "join.md").read_text(encoding="utf-8"))

@@ -77,12 +77,12 @@ def print_check(prepared: PreparedRun) -> None:
     console = Console()
     console.print(table)
     console.print(_memory_table(prepared))
-    at_most = config.evaluation.patience or cost.is_upper_bound
+    is_upper_bound = config.evaluation.patience or cost.is_upper_bound
     server = DryRun(prepared.method, federation).server
     text = render(
         "expected_cost.txt",
         # A simulation repeats failed tasks and counts duplicate uploads.
-        is_bound=at_most and not is_async and not environment.simulated,
+        is_bound=is_upper_bound and not is_async and not environment.simulated,
         is_async=is_async,
         rounds=config.rounds,
         up=cost.up.total(),

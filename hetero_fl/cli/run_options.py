@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hetero_fl.utils.code_permission import OWN, CodePermission
+from hetero_fl.utils.code_permission import CODE_PREFIX, CodePermission
 from hetero_fl.utils.errors import UserError, closest, printable
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _make_training_command(function: Callable[..., Run], epilog: str) -> click.C
         **own_options: Any,
     ) -> None:
         permission = code_permission(allow_code)
-        say = make_printer(quiet)
+        log = make_printer(quiet)
         source = load_checked_run(
             config=config,
             overrides=overrides,
@@ -119,7 +119,7 @@ def _make_training_command(function: Callable[..., Run], epilog: str) -> click.C
             resume=resume,
             check=check,
             permission=permission,
-            say=say,
+            log=log,
         )
         if source is None:
             return
@@ -133,7 +133,7 @@ def _make_training_command(function: Callable[..., Run], epilog: str) -> click.C
             **own_options,
         )
         if (finished.path / "report.html").exists():
-            say(f"report: {finished.path / 'report.html'}")
+            log(f"report: {finished.path / 'report.html'}")
         print(finished.path)
 
     return command(epilog=epilog)(train)
@@ -142,11 +142,11 @@ def _make_training_command(function: Callable[..., Run], epilog: str) -> click.C
 def make_printer(quiet: bool) -> Callable[[str], None]:
     """Return a function that prints a notice to stderr, or does nothing if quiet."""
 
-    def say(line: str) -> None:
+    def print_line(line: str) -> None:
         if not quiet:
             print(line, file=sys.stderr)
 
-    return say
+    return print_line
 
 
 def code_permission(allow_code: bool) -> CodePermission:
@@ -156,7 +156,7 @@ def code_permission(allow_code: bool) -> CodePermission:
 
 
 def _ask_permission(where: str, key: str, reference: str) -> bool:
-    module, _, name = reference.removeprefix(OWN).partition(":")
+    module, _, name = reference.removeprefix(CODE_PREFIX).partition(":")
     place = printable(": ".join(filter(None, [where, key])))
     print(
         f"{place} names code: {name} of module {module}. Run it? [y/N] ",
@@ -175,7 +175,7 @@ def load_checked_run(
     resume: bool,
     check: bool,
     permission: CodePermission,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Path | None:
     """Return the configuration file of the run to start or resume; None after `--check`.
 
@@ -186,7 +186,7 @@ def load_checked_run(
         resume: Whether `--resume` is set.
         check: Whether `--check` is set: print the configuration and the expected cost.
         permission: Permission to run code that the configuration names.
-        say: Function that prints a notice.
+        log: Function that prints a notice.
 
     Raises:
         UserError: If the options do not determine a run.
@@ -217,7 +217,7 @@ def load_checked_run(
         return None
     # Jobs on clusters are often started with --resume from the beginning.
     if resume and out is not None and _is_vacant(out):
-        say(f"{out}: no run to resume, starting a new one{_similar_run(out)}")
+        log(f"{out}: no run to resume, starting a new one{_similar_run(out)}")
     return config
 
 

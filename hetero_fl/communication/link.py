@@ -40,9 +40,9 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 MARK = b"hfl1"
 WEIGHT = "weight 1"
 # Maximum bytes of the JSON layout.
-LARGEST_LAYOUT = 1 << 22
+MAX_LAYOUT_BYTES = 1 << 22
 # Maximum number of values in a message with a layout: few sent values can stand for many.
-MOST_NUMBERS = 1 << 30
+MAX_NUMBERS = 1 << 30
 # Key of the sender's private state for values that it has not sent yet.
 UNSENT = "unsent"
 
@@ -381,7 +381,7 @@ class Link:
         bodies = {}
         uncompressed = {}
         kept: dict[str, Tensors] = {} if memory is None else memory.get(UNSENT, {})
-        for name, item in payload.items_.items():
+        for name, item in payload.items_by_name.items():
             form = ItemForm.from_item(item, plain)
             base = _reference_item(reference, name, item.kind)
             groups = self.streams.groups(form, self._spec(name, item.kind), base) if form else []
@@ -455,7 +455,7 @@ class Link:
                 raise PayloadError(f"item {name[:60]!r}: unexpected")
             items[name] = self._receive_item(name, form, stream, key, reference)
         rest = bytes(source.read_rest())
-        for name, item in (Payload.decode(rest, like).items_ if rest else {}).items():
+        for name, item in (Payload.decode(rest, like).items_by_name if rest else {}).items():
             if name in items:
                 raise PayloadError(f"item {name[:60]!r}: received twice")
             items[name] = {"values": item.values, "weight": item.weight, "kind": item.kind}
@@ -521,11 +521,11 @@ def _json(raw: bytes) -> dict[str, Any]:
 def _item_forms(layout: bytes) -> dict[str, ItemForm | None]:
     """Return the form of each item from the layout in a message."""
     try:
-        raw = zlib.decompressobj().decompress(layout, LARGEST_LAYOUT)
+        raw = zlib.decompressobj().decompress(layout, MAX_LAYOUT_BYTES)
     except zlib.error:
         raise PayloadError("layout: malformed") from None
     forms = {name: ItemForm.from_json(form) for name, form in _json(raw).items()}
     numbers = sum(prod(shape) for form in forms.values() for shape in form.shapes.values())
-    if numbers > MOST_NUMBERS:
-        raise PayloadError(f"layout: {numbers:,} numbers exceed the limit of {MOST_NUMBERS:,}")
+    if numbers > MAX_NUMBERS:
+        raise PayloadError(f"layout: {numbers:,} numbers exceed the limit of {MAX_NUMBERS:,}")
     return dict(forms)

@@ -253,7 +253,7 @@ class EncodeCache(Generic[T]):
         """Return the encoding of `payload`."""
         items = [
             (name, item.kind, _identity(item.values), _identity(item.weight))
-            for name, item in payload.items_.items()
+            for name, item in payload.items_by_name.items()
         ]
         key = repr(payload.report), *items
         if key not in self._entries:

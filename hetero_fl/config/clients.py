@@ -24,7 +24,7 @@ from hetero_fl.config.base import (
 )
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.config.simulation import DeviceConfig
-from hetero_fl.utils.code_permission import CONTEXT, OWN
+from hetero_fl.utils.code_permission import ALLOW_CODE, CODE_PREFIX
 
 
 class ModelConfig(ConfigSection):
@@ -48,7 +48,7 @@ class ModelConfig(ConfigSection):
         """Check the options. Those of a user's model need the permission to import it."""
         from model_zoo import ModelError, check_options
 
-        if self.name.startswith(OWN) and not (info.context or {}).get(CONTEXT):
+        if self.name.startswith(CODE_PREFIX) and not (info.context or {}).get(ALLOW_CODE):
             return self
         try:
             check_options(self.name, self.options)

@@ -58,7 +58,7 @@ LIMITS = {
 }
 
 # Types of errors that validators of this package raise, with a complete message.
-OWN = {"value_error", "assertion_error"}
+CUSTOM_ERROR_TYPES = {"value_error", "assertion_error"}
 
 # Number of keys of a section that a message lists.
 SHOWN = 5
@@ -116,7 +116,7 @@ def _describe_problem(
     ]
     first = (beyond_type or problems)[0]
     value = first["input"]
-    if first["type"] in OWN:
+    if first["type"] in CUSTOM_ERROR_TYPES:
         return _describe_own_error(first)
     if first["type"] == "invalid_key" or first["loc"][-1:] == ("[key]",):
         key = [part for part in first["loc"] if part != "[key]"][-1]

@@ -67,8 +67,8 @@ class GeneratorObjective(Objective):
     mean(ε_i - ε_j)²)). The second term rewards features that differ where the noise differs.
 
     The columns are `x` `[B, C + noise]`, the one-hot class followed by noise, and `y`. In the
-    context, `heads` contains the clients' `weight` `[K, C, d]` and `bias` `[K, C]`, and `say`
-    `[K, C]` the weights a_k of the clients by class.
+    context, `heads` contains the clients' `weight` `[K, C, d]` and `bias` `[K, C]`, and
+    `client_weights` `[K, C]` the weights a_k of the clients by class.
 
     Args:
         diversity: Weight η of the second term.
@@ -90,7 +90,7 @@ class GeneratorObjective(Objective):
         feature_distances = (z[:, None] - z[None]).abs().mean(-1)
         noise_distances = (noise[:, None] - noise[None]).square().mean(-1)
         similarity = torch.exp(-(feature_distances * noise_distances).mean())
-        return (context["say"][:, batch.y] * losses).sum(0) + self.diversity * similarity
+        return (context["client_weights"][:, batch.y] * losses).sum(0) + self.diversity * similarity
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ MANY = (
     "loss",
 )
 # Metrics of larger magnitude are undefined. Others can be squared and summed in float32.
-LARGEST_FIGURE = 1e18
+MAX_METRIC_VALUE = 1e18
 SMALLER_IS_BETTER = frozenset({"loss", "perplexity", "mae", "rmse"})
 
 
@@ -82,7 +82,7 @@ def score(task: Task, logits: Tensor, y: Tensor, unit: Tensor | None = None) -> 
     Regression: `mae`, `rmse` and `r2`, averaged over outputs (`r2` over those whose targets vary).
 
     All metrics are None without examples or if the outputs contain NaN or infinity. A metric whose
-    magnitude exceeds `LARGEST_FIGURE` is None.
+    magnitude exceeds `MAX_METRIC_VALUE` is None.
 
     Args:
         task: The task.
@@ -320,7 +320,7 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor | None:
 
 def _finite(values: list[Tensor | None] | tuple[Tensor, ...]) -> list[float | None]:
     numbers = [None if v is None else float(v) for v in values]
-    return [v if v is not None and abs(v) <= LARGEST_FIGURE else None for v in numbers]
+    return [v if v is not None and abs(v) <= MAX_METRIC_VALUE else None for v in numbers]
 
 
 def summarize_clients(
@@ -336,7 +336,7 @@ def summarize_clients(
     Returns:
         For each metric m the mean as `m`, the standard deviation as `m_std` and the worst value as
         `m_worst`; all are None if the metric is undefined for all clients. Undefined values, and
-        those beyond `LARGEST_FIGURE`, are excluded and counted as `m_undefined`.
+        those beyond `MAX_METRIC_VALUE`, are excluded and counted as `m_undefined`.
 
     Example:
         >>> from hetero_fl.core.metrics import summarize_clients
@@ -346,7 +346,7 @@ def summarize_clients(
     summary: dict[str, float | int | None] = {}
     for name in dict.fromkeys(name for scores in values.values() for name in scores):
         given = [scores.get(name) for scores in values.values()]
-        known = [float(v) for v in given if v is not None and abs(v) <= LARGEST_FIGURE]
+        known = [float(v) for v in given if v is not None and abs(v) <= MAX_METRIC_VALUE]
         if known:
             mean = math.fsum(known) / len(known)
             variance = math.fsum((v - mean) ** 2 for v in known) / len(known)

@@ -380,12 +380,12 @@ class Participant:
         plain = {n: t.detach() if t.requires_grad else t for n, t in tensors.items()}
         self.models[slot] = {**self.models[slot], **plain}
 
-    def stream(self, label: str, as_id: str | None = None) -> tuple[Key, ...]:
+    def stream(self, label: str, stream_id: str | None = None) -> tuple[Key, ...]:
         """Return the key of the next random stream with a label in this round.
 
         Args:
             label: Label of the stream.
-            as_id: Name of the participant whose stream is used instead of this participant's.
+            stream_id: Name of the participant whose stream is used instead of this participant's.
         """
         use = self.stream_uses.get(label, -1) + 1
         self.stream_uses[label] = use
@@ -394,7 +394,7 @@ class Participant:
         return (
             self.round_context.seed,
             self.round_context.round_idx,
-            as_id or self.participant_id,
+            stream_id or self.participant_id,
             label,
             use,
             *attempt,

@@ -28,7 +28,7 @@ LOGGED_PREFIX = "log "
 MAX_REPORT_VALUES = 64
 MAX_REPORT_CHARACTERS = 256
 # Maximum magnitude of values and weights, whose square is still a float32.
-LARGEST = 1e18
+MAX_MAGNITUDE = 1e18
 # Bytes of a message beyond its tensors: in total, and for name, shape and offset of each tensor.
 SPARE_BYTES = 2**16
 SPARE_TENSOR_BYTES = 2**10
@@ -117,10 +117,11 @@ class ItemSpec:
             (`SHARE_OF_KIND`).
         ranks: Whether matrices are stacks of terms `[k, …]` whose number k depends on the values
             (see `hetero_fl.communication.compression`).
-        across: Whether the tensors belong to one model that clients of all architectures share.
+        across_architectures: Whether the tensors belong to one model that clients of all
+            architectures share.
         rows_of: The rows of an item of kind `rows`: those of the proxy set, or the sender's
             training rows.
-        says: The meaning of rows that are predictions.
+        prediction_type: Meaning of rows that are predictions; "" for other rows.
 
     Example:
         >>> from hetero_fl.core.payload import ItemSpec
@@ -134,9 +135,9 @@ class ItemSpec:
     private: bool = False
     share: Share | None = None
     ranks: bool = False
-    across: bool = False
+    across_architectures: bool = False
     rows_of: Literal["proxy", "train"] = "proxy"
-    says: Literal["", "logits", "probabilities"] = ""
+    prediction_type: Literal["", "logits", "probabilities"] = ""
 
     @property
     def needed_share(self) -> Share:
@@ -172,7 +173,7 @@ class Payload(Mapping[str, Any]):
         items: Mapping[str, Item | Tensor | Tensors] | None = None,
         report: Mapping[str, Any] | None = None,
     ):
-        self.items_: dict[str, Item] = {
+        self.items_by_name: dict[str, Item] = {
             name: value
             if isinstance(value, Item)
             else Item(value, kind="rows" if isinstance(value, Tensor) else "params")
@@ -196,7 +197,7 @@ class Payload(Mapping[str, Any]):
         if not isinstance(items, Mapping):
             raise PayloadError(f"returns {type(items).__name__}, not a dictionary of items")
         payload = cls(items)
-        for name, item in payload.items_.items():
+        for name, item in payload.items_by_name.items():
             invalid = [type(t).__name__ for t in item.tensors.values() if not isinstance(t, Tensor)]
             if invalid:
                 raise PayloadError(
@@ -220,13 +221,13 @@ class Payload(Mapping[str, Any]):
         return self.item(name).values
 
     def __contains__(self, name: object) -> bool:
-        return name in self.items_
+        return name in self.items_by_name
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.items_)
+        return iter(self.items_by_name)
 
     def __len__(self) -> int:
-        return len(self.items_)
+        return len(self.items_by_name)
 
     def item(self, name: str) -> Item:
         """Return an item with its weight and kind.
@@ -234,31 +235,31 @@ class Payload(Mapping[str, Any]):
         Raises:
             MissingItemError: If the payload does not contain the item.
         """
-        if name not in self.items_:
-            received = ", ".join(map(repr, self.items_)) or "no items"
-            hint = suggest_similar(name, self.items_)
+        if name not in self.items_by_name:
+            received = ", ".join(map(repr, self.items_by_name)) or "no items"
+            hint = suggest_similar(name, self.items_by_name)
             raise MissingItemError(f"item {name!r} was not sent; received {received}{hint}")
-        return self.items_[name]
+        return self.items_by_name[name]
 
     def to(self, device: torch.device) -> Payload:
         """Return the payload with all tensors on a device; the same object if they already are."""
-        weights = [i.weight for i in self.items_.values() if isinstance(i.weight, Tensor)]
-        tensors = [t for item in self.items_.values() for t in item.tensors.values()]
+        weights = [i.weight for i in self.items_by_name.values() if isinstance(i.weight, Tensor)]
+        tensors = [t for item in self.items_by_name.values() for t in item.tensors.values()]
         if all(t.device == device for t in [*tensors, *weights]):
             return self
         moved = Payload(report=self.report)
         moved.magnitude = self.magnitude
-        for name, item in self.items_.items():
+        for name, item in self.items_by_name.items():
             values = item.with_tensors({n: t.to(device) for n, t in item.tensors.items()})
             weight = item.weight
-            moved.items_[name] = replace(
+            moved.items_by_name[name] = replace(
                 values, weight=weight.to(device) if isinstance(weight, Tensor) else weight
             )
         return moved
 
     def norm(self) -> float:
         """Return the largest norm of a floating-point tensor."""
-        tensors = [t for item in self.items_.values() for t in item.tensors.values()]
+        tensors = [t for item in self.items_by_name.values() for t in item.tensors.values()]
         return max(_norms([t for t in tensors if t.is_floating_point()]), default=0.0)
 
     def encode(self) -> bytes:
@@ -277,7 +278,7 @@ class Payload(Mapping[str, Any]):
         """
         items = {
             n: {"values": _plain(i.values), "weight": _plain(i.weight), "kind": i.kind}
-            for n, i in self.items_.items()
+            for n, i in self.items_by_name.items()
         }
         return {"items": items, "report": self.report}
 
@@ -292,7 +293,7 @@ class Payload(Mapping[str, Any]):
 
         Raises:
             PayloadError: If the payload is malformed, or a value is not finite or exceeds
-                `LARGEST`.
+                `MAX_MAGNITUDE`.
         """
         if like is not None:
             check_header(data, like)
@@ -310,7 +311,8 @@ class Payload(Mapping[str, Any]):
                 `report`.
 
         Raises:
-            PayloadError: If the tree is malformed, or a value is not finite or exceeds `LARGEST`.
+            PayloadError: If the tree is malformed, or a value is not finite or exceeds
+                `MAX_MAGNITUDE`.
         """
         if not isinstance(tree, dict) or set(tree) != {"items", "report"}:
             raise PayloadError("expected a dictionary of items and a report")
@@ -321,7 +323,7 @@ class Payload(Mapping[str, Any]):
         _check_report(report)
         payload = cls(report=report)
         for name, raw in items.items():
-            payload.items_[name], norm = _item(name, raw)
+            payload.items_by_name[name], norm = _item(name, raw)
             payload.magnitude = max(payload.magnitude, norm)
         return payload
 
@@ -345,12 +347,12 @@ def report_with_loss(
 
 
 def loss_from_report(report: Mapping[str, Any]) -> float | None:
-    """Return the loss in a report; None if it is missing, not a number, or exceeds `LARGEST`."""
+    """Return the loss in a report; None if it is missing, not a number, or too large."""
     return _read_number(report.get("loss"))
 
 
 def logged_from_report(report: Mapping[str, Any]) -> dict[str, float]:
-    """Return the logged values in a report whose magnitude is at most `LARGEST`."""
+    """Return the logged values in a report whose magnitude is at most `MAX_MAGNITUDE`."""
     logged = {
         name.removeprefix(LOGGED_PREFIX): _read_number(value)
         for name, value in report.items()
@@ -364,7 +366,7 @@ def _read_number(value: Any) -> float | None:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return number if abs(number) <= LARGEST else None
+    return number if abs(number) <= MAX_MAGNITUDE else None
 
 
 def _check_report(report: Mapping[str, Any]) -> None:
@@ -413,9 +415,9 @@ def _item(name: str, raw: Any) -> tuple[Item, float]:
     elif (
         isinstance(weight, bool)
         or not isinstance(weight, int | float)
-        or not 0 <= weight <= LARGEST
+        or not 0 <= weight <= MAX_MAGNITUDE
     ):
-        raise PayloadError(f"item {name!r}: expected a weight from 0 to {LARGEST:g}")
+        raise PayloadError(f"item {name!r}: expected a weight from 0 to {MAX_MAGNITUDE:g}")
     else:
         weight = float(weight)
     return Item(values, weight, kind), largest
@@ -434,21 +436,21 @@ def _norms(tensors: Sequence[Tensor]) -> list[float]:
 def _check_norm(name: str, tensor: Tensor, norm: float) -> float:
     """Return the norm of a tensor in an item, in double precision if it overflows.
 
-    A single NaN, infinity or large value makes the norm exceed `LARGEST` or NaN, so the elements
-    are checked only in that case.
+    With a single NaN, infinity or large value, the norm is NaN or exceeds `MAX_MAGNITUDE`, so the
+    elements are checked only in that case.
 
     Raises:
-        PayloadError: If a value is not finite or exceeds `LARGEST`.
+        PayloadError: If a value is not finite or exceeds `MAX_MAGNITUDE`.
     """
-    if norm <= LARGEST:
+    if norm <= MAX_MAGNITUDE:
         return norm
     low, high = map(float, tensor.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise PayloadError(f"item {name!r} is not finite")
     largest = max(-low, high)
-    if largest > LARGEST:
+    if largest > MAX_MAGNITUDE:
         raise PayloadError(
-            f"item {name!r}: expected magnitudes of at most {LARGEST:g}, got {largest:g}"
+            f"item {name!r}: expected magnitudes of at most {MAX_MAGNITUDE:g}, got {largest:g}"
         )
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 

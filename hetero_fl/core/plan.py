@@ -155,7 +155,7 @@ class Fit(RecordedStep):
         keep: Name under which the participant keeps the optimizer's state for later steps; None
             discards it.
         label: Label of the step's random stream.
-        as_id: Participant whose random stream is used instead of the participant's own.
+        stream_id: Participant whose random stream is used instead of the participant's own.
 
     Example:
         >>> from hetero_fl.core.objectives import Supervised
@@ -183,7 +183,7 @@ class Fit(RecordedStep):
     drift: Mapping[str, Tensors] = field(default_factory=dict)
     keep: str | None = None
     label: str = "train"
-    as_id: str | None = None
+    stream_id: str | None = None
     key: StepKey = field(default_factory=StepKey, kw_only=True, repr=False, compare=False)
 
 

@@ -31,7 +31,7 @@ from hetero_fl.data.preprocessing import check_same_shape, raw_shape, required_c
 from hetero_fl.data.registry import load_source, reads_key
 from hetero_fl.data.sources.images import image_files, read_image_files
 from hetero_fl.data.splits import RowSelection, Splits, draw_rows, holdout_strategy
-from hetero_fl.utils.code_permission import OWN
+from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, check_names, suggest_or_list
 from hetero_fl.utils.seeding import keyed_generator, stream_key
 
@@ -352,7 +352,7 @@ def _load_labeled(
 
 def _load_unlabeled_file(config: SourceConfig) -> tuple[Tensor, tuple[str, ...]] | None:
     """Return the examples and columns of an unlabeled file or folder; None for other sources."""
-    if config.path is None or config.name.startswith(OWN):
+    if config.path is None or config.name.startswith(CODE_PREFIX):
         return None
     path = Path(config.path).expanduser()
     if path.suffix == ".npz":

@@ -29,7 +29,7 @@ from hetero_fl.data.groups import (
     too_few_rows_error,
 )
 from hetero_fl.data.splits import RowSelection
-from hetero_fl.utils.code_permission import OWN
+from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.registry import call_reference
@@ -366,7 +366,7 @@ def partition_rows(
             f"{len(sizes)} clients, got {config.min_size}; with {WHERE}.kind=drawn clients may "
             "share rows"
         )
-    if config.kind.startswith(OWN):
+    if config.kind.startswith(CODE_PREFIX):
         return user_partition(
             config, (y, group, config, sizes, task, seed), len(y), len(sizes), patient
         )

@@ -1,7 +1,8 @@
-"""The tamper-evident audit log of a site, and the usage that it accounts for.
+"""Tamper-evident audit log of a site, and the privacy and traffic usage computed from it.
 
-Each message is a JSON line with the SHA-256 of the previous line, signed with the node's key. The
-number of lines and the last hash are also in a `.head` file, which reveals a truncated log.
+Each message is one JSON line that contains the SHA-256 hash of the previous line and is signed with
+the node's key. A `.head` file contains the number of lines and the last hash, which reveals a
+truncated log.
 """
 
 from __future__ import annotations
@@ -28,25 +29,25 @@ from filelock import FileLock
 from hetero_fl.utils.errors import UserError, one_line, printable
 
 # Hash before the first line.
-FIRST = "0" * 64
-# Bytes of the head file, a fixed width so that one write replaces it.
-HEAD = 96
-# Prefix of the signed bytes, so that no other signed message can pass for a line.
-ABOUT = b"hetero_fl audit line\n"
-# Between a line's content and its signature in hexadecimal digits.
-SIGNED = b', "signature": "'
-# Characters of a string in a line.
-LONGEST = 500
-# Digits of a line number.
-MOST_DIGITS = 18
-# Entries of a list in a line.
-MOST_LISTED = 32
-# Outcome of a message that was answered before.
+INITIAL_HASH = "0" * 64
+# Size of the head file in bytes; fixed, so that a single write replaces it.
+HEAD_BYTES = 96
+# Prefix of the signed bytes, so that the signature of another message is not valid for a line.
+SIGNATURE_CONTEXT = b"hetero_fl audit line\n"
+# Separator between the content of a line and its signature in hexadecimal digits.
+SIGNATURE_FIELD = b', "signature": "'
+# Maximum number of characters of a string in a line.
+MAX_STRING_CHARS = 500
+# Maximum number of digits of a line number.
+MAX_NUMBER_DIGITS = 18
+# Maximum number of list entries in a line.
+MAX_LIST_ENTRIES = 32
+# Outcome of a task that was already answered.
 REPEATED = "again"
 
 Entry = dict[str, Any]
 
-# Fields of a line, and of each entry of `spent`.
+# Fields of a line and their types.
 FIELDS: dict[str, type] = {
     "n": int,
     "time": str,
@@ -64,15 +65,16 @@ FIELDS: dict[str, type] = {
     "spent": list,
 }
 REQUIRED = ("n", "time", "in", "out", "outcome", "before")
+# Fields of each entry of `spent`.
 CHARGE: dict[str, type] = {"noise": float, "rate": float, "steps": int}
 
 
 class AuditLog:
-    """An audit log to which lines are appended.
+    """Audit log of a node.
 
     Args:
         path: Path of the log.
-        key: The node's private key, which signs the lines. None: they are not signed.
+        key: Private key of the node, which signs the lines. None: lines are not signed.
 
     Raises:
         UserError: If the log was changed.
@@ -82,33 +84,33 @@ class AuditLog:
         self.path = path
         self._key = key
         self._count = 0
-        self._last = FIRST
+        self._last = INITIAL_HASH
         self._stamp: tuple[int, int, int] | None = None
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._lock():
             self._catch_up()
             self._set_head()
 
-    def append(self, **about: Any) -> Entry:
+    def append(self, **fields: Any) -> Entry:
         """Append a line about a message and flush it to disk.
 
         Args:
-            **about: Fields of the line.
+            **fields: Fields of the line.
 
         Returns:
             The entry.
 
         Raises:
-            OSError: If it cannot be written.
-            UserError: If the log was changed since this process read it.
+            OSError: If the line cannot be written.
+            UserError: If the log was modified since this process last read it.
         """
         with self._lock():
             if (
                 _head(self.path) != (self._count, self._last)
                 or _file_identity(self.path) != self._stamp
             ):
-                self._read_lines_of_others()
-            short = {name: _shorten_value(value) for name, value in about.items()}
+                self._read_new_lines()
+            short = {name: _shorten_value(value) for name, value in fields.items()}
             entry: Entry = {"n": self._count + 1, "time": _now(), **short, "before": self._last}
             line = (
                 self._sign(json.dumps(entry, ensure_ascii=False, allow_nan=False).encode()) + b"\n"
@@ -130,29 +132,29 @@ class AuditLog:
 
     @property
     def head(self) -> str:
-        """Number of lines and hash of the last one, `N:HASH`; a copy elsewhere proves the log."""
+        """Number of lines and hash of the last line, `N:HASH`; see `verify`."""
         return f"{self._count}:{self._last}"
 
     @property
     def _public(self) -> EllipticCurvePublicKey | None:
         return None if self._key is None else self._key.public_key()
 
-    def _read_lines_of_others(self) -> None:
-        """Read lines that another process of this site appended.
+    def _read_new_lines(self) -> None:
+        """Read the lines that another process of this site appended.
 
-        All of them must be signed, and the known lines must be unchanged.
+        Each new line must be signed, and the known lines must be unchanged.
         """
         self._catch_up(f"{self._count}:{self._last}", since=self._count)
 
-    def _catch_up(self, noted: str | None = None, since: int | None = None) -> None:
-        _, self._count, self._last = _read(self.path, self._public, noted, since)
+    def _catch_up(self, known_head: str | None = None, since: int | None = None) -> None:
+        _, self._count, self._last = _read(self.path, self._public, known_head, since)
         if self.path.exists() and self.path.stat().st_size > (whole := _complete_length(self.path)):
-            # An incomplete line of a process that was killed; its answer was never sent.
+            # Remove the incomplete line of a killed process, whose answer was never sent.
             os.truncate(self.path, whole)
         self._stamp = _file_identity(self.path)
 
     def _write(self, line: bytes) -> None:
-        """Append a line and flush it to disk; remove a partial line if that fails."""
+        """Append a line and flush it to disk; remove the partial line if this fails."""
         handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         before = os.fstat(handle).st_size
         try:
@@ -167,17 +169,18 @@ class AuditLog:
     def _sign(self, line: bytes) -> bytes:
         if self._key is None:
             return line
-        signature = self._key.sign(ABOUT + line, ECDSA(SHA384()))
-        return line[:-1] + SIGNED + signature.hex().encode() + b'"}'
+        signature = self._key.sign(SIGNATURE_CONTEXT + line, ECDSA(SHA384()))
+        return line[:-1] + SIGNATURE_FIELD + signature.hex().encode() + b'"}'
 
     def _lock(self) -> FileLock:
         return FileLock(self.path.with_name(f".{self.path.name}.lock"), mode=0o600)
 
     def _set_head(self) -> None:
-        # Not flushed to disk: after a power failure it may be behind the lines, never ahead.
+        # The file is not flushed to disk. After a power failure it may describe fewer lines than
+        # the log has, but never more.
         handle = os.open(_head_of(self.path), os.O_WRONLY | os.O_CREAT, 0o600)
         with os.fdopen(handle, "wb") as file:
-            file.write(f"{self._count} {self._last}".ljust(HEAD - 1).encode() + b"\n")
+            file.write(f"{self._count} {self._last}".ljust(HEAD_BYTES - 1).encode() + b"\n")
 
 
 def verify(
@@ -187,11 +190,12 @@ def verify(
 
     Args:
         path: Path of the log.
-        key: Public key of the node that wrote it. None: appended lines are not detected.
-        head: An earlier head, `N:HASH`; line N must still be the same.
+        key: Public key of the node that wrote the log. None: forged lines at the end of the log are
+            not detected.
+        head: An earlier head, `N:HASH`, which the log must contain.
 
     Raises:
-        UserError: If a line was changed, removed, moved or not signed with the key; the message
+        UserError: If a line was changed, removed, moved or not signed with the key. The message
             names the line.
     """
     # Unlike Path.exists, os.path.exists accepts names that are too long.
@@ -210,18 +214,18 @@ def format_entries(entries: Iterable[Entry]) -> list[str]:
     lines = []
     for entry in entries:
         what = " ".join(str(entry[name]) for name in ("ask", "what") if entry.get(name))
-        # Models are evaluated when a round is complete.
+        # Models are evaluated after a round, with the index of the next one.
         round_idx = entry.get("round")
-        turn = ""
+        round_name = ""
         if isinstance(round_idx, int):
-            turn = f"round {round_idx + (entry.get('what') != 'read')}"
+            round_name = f"round {round_idx + (entry.get('what') != 'read')}"
         sent = ", ".join(entry.get("kinds", ()))
         sizes = f"{entry['in']:,} in, {entry['out']:,} out" + (f" ({sent})" if sent else "")
         parts = (
             str(entry["n"]),
             entry["time"],
             str(entry.get("run", ""))[:8],
-            turn,
+            round_name,
             what,
             sizes,
             str(entry["outcome"]),
@@ -232,7 +236,7 @@ def format_entries(entries: Iterable[Entry]) -> list[str]:
 
 @dataclass(frozen=True)
 class TrafficTotals:
-    """Bytes of a run's tasks as the server counts them, each task once.
+    """Bytes of the tasks of a run. As at the server, each task counts once.
 
     Args:
         up: Bytes of uploads.
@@ -246,7 +250,7 @@ class TrafficTotals:
 def traffic_totals(entries: Iterable[Entry], run: str | None = None) -> TrafficTotals:
     """Return the traffic of the tasks in a log.
 
-    A task counts when it first arrives, an upload when it is first sent; repetitions do not count.
+    Repeated broadcasts and uploads of the same task are not counted.
 
     Args:
         entries: Entries of the log.
@@ -270,21 +274,23 @@ def traffic_totals(entries: Iterable[Entry], run: str | None = None) -> TrafficT
 def _read(
     path: Path,
     key: EllipticCurvePublicKey | None = None,
-    noted: str | None = None,
+    known_head: str | None = None,
     since: int | None = None,
 ) -> tuple[list[Entry], int, str]:
-    """Read and check a log.
+    """Read and verify a log.
 
-    Lines beyond the head and an incomplete last line are left by a process that was killed.
+    A process that was killed may leave lines that the head does not include, and an incomplete last
+    line.
 
     Args:
         path: Path of the log.
         key: Public key of the site.
-        noted: An earlier head, `N:HASH`, which the log must contain.
-        since: Every line after this number must be signed; by default the last line.
+        known_head: An earlier head, `N:HASH`, which the log must contain.
+        since: Number of a line after which every line must be signed. None: only the last line must
+            be signed, because its signature covers all lines before it.
 
     Returns:
-        The entries, their number, and the hash of the last line.
+        The entries, the number of lines, and the hash of the last line.
     """
     lines = _bytes(path).splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
@@ -292,7 +298,7 @@ def _read(
     count, head = _head(path)
     entries: list[Entry] = []
     hashes: list[str] = []
-    last = FIRST
+    last = INITIAL_HASH
     for number, line in enumerate(lines, 1):
         entry = _entry(line, f"{path}: line {number}")
         if entry["n"] != number:
@@ -313,16 +319,16 @@ def _read(
     if key is not None:
         for number in range(len(lines) if since is None else since + 1, len(lines) + 1):
             _check_signature(path, lines, number, key)
-    if noted is not None:
-        _check_known_head(path, hashes, noted)
+    if known_head is not None:
+        _check_known_head(path, hashes, known_head)
     return entries, len(lines), last
 
 
 def _entry(line: bytes, where: str) -> Entry:
-    """Return a line's entry.
+    """Parse a line.
 
     Raises:
-        UserError: Unless it has the fields that `append` writes, with their types.
+        UserError: If a field is missing or has a wrong type.
     """
     try:
         entry = json.loads(line)
@@ -350,7 +356,7 @@ def _entry(line: bytes, where: str) -> Entry:
 
 
 def _has_type(value: Any, kind: type) -> bool:
-    """Return whether a value has a type; integers must fit into 64 bits."""
+    """Return whether a value has the given type; integers must fit into 64 bits."""
     if isinstance(value, bool):
         return False
     if isinstance(value, int):
@@ -361,53 +367,54 @@ def _has_type(value: Any, kind: type) -> bool:
 def _check_signature(
     path: Path, lines: list[bytes], number: int, key: EllipticCurvePublicKey
 ) -> None:
-    """Check that a line, counted from 1, is signed with a key; it covers all earlier lines.
+    """Check the signature of a line; line numbers start at 1.
 
     Raises:
-        UserError: If it is not.
+        UserError: If the line is not signed with the key.
     """
     if number == 0:
         return
-    line, _, rest = lines[number - 1].rpartition(SIGNED)
+    line, _, rest = lines[number - 1].rpartition(SIGNATURE_FIELD)
     try:
-        # `bytes.fromhex` also accepts capitals and spaces, which would change the line's hash.
+        # `bytes.fromhex` also accepts upper-case digits and spaces, which would change the hash of
+        # the line but not the signature.
         digits = rest.decode().removesuffix('"}\n')
         signature = bytes.fromhex(digits)
         if signature.hex() != digits:
             raise ValueError("expected lower-case hexadecimal digits")
-        key.verify(signature, ABOUT + line + b"}", ECDSA(SHA384()))
+        key.verify(signature, SIGNATURE_CONTEXT + line + b"}", ECDSA(SHA384()))
     except (InvalidSignature, ValueError):
         raise UserError(f"{path}: line {number}: not signed with this site's key") from None
 
 
-def _check_known_head(path: Path, hashes: list[str], noted: str) -> None:
+def _check_known_head(path: Path, hashes: list[str], known_head: str) -> None:
     """Check that a log contains an earlier head.
 
     Raises:
-        UserError: If it does not, or the head is malformed.
+        UserError: If the log does not contain the head, or the head is malformed.
     """
-    number, _, found = noted.partition(":")
-    if not number.isdecimal() or len(number) > MOST_DIGITS or len(found) != len(FIRST):
+    number, _, found = known_head.partition(":")
+    if not number.isdecimal() or len(number) > MAX_NUMBER_DIGITS or len(found) != len(INITIAL_HASH):
         raise UserError(
             f"head: expected N:HASH as printed by `hetero-fl node --audit`, "
-            f"got '{one_line(noted, 90)}'"
+            f"got '{one_line(known_head, 90)}'"
         )
     if int(number) > len(hashes):
         raise UserError(
             f"{path}: expected at least {number} lines, found {len(hashes)}; the log was truncated"
         )
-    if [FIRST, *hashes][int(number)] != found:
+    if [INITIAL_HASH, *hashes][int(number)] != found:
         raise UserError(
             f"{path}: line {number}: differs from the given head; the log was rewritten"
         )
 
 
 def _shorten_value(value: Any) -> Any:
-    """Return a value with strings and lists shortened."""
+    """Return a value with long strings and lists shortened."""
     if isinstance(value, str):
-        return one_line(value, LONGEST)
+        return one_line(value, MAX_STRING_CHARS)
     if isinstance(value, list):
-        return [_shorten_value(each) for each in value[:MOST_LISTED]]
+        return [_shorten_value(each) for each in value[:MAX_LIST_ENTRIES]]
     return value
 
 
@@ -415,11 +422,11 @@ def _head(path: Path) -> tuple[int, str]:
     head = _head_of(path)
     try:
         count, last = head.read_text(encoding="ascii").split()
-        if count.isdecimal() and len(last) == len(FIRST):
+        if count.isdecimal() and len(last) == len(INITIAL_HASH):
             return int(count), last
     except FileNotFoundError:
         if not path.exists() or path.stat().st_size == 0:
-            return 0, FIRST
+            return 0, INITIAL_HASH
         raise UserError(
             f"{path}: line 1: {head.name}, which has the number of lines, is missing"
         ) from None
@@ -444,10 +451,10 @@ def _file_identity(path: Path) -> tuple[int, int, int] | None:
 
 
 def _bytes(path: Path) -> bytes:
-    """Return a log's content, empty if it does not exist.
+    """Return the content of a log; empty if the file does not exist.
 
     Raises:
-        UserError: If it cannot be read.
+        UserError: If the file cannot be read.
     """
     try:
         return path.read_bytes()
@@ -458,7 +465,7 @@ def _bytes(path: Path) -> bytes:
 
 
 def _complete_length(path: Path) -> int:
-    """Return the number of bytes of the complete lines."""
+    """Return the number of bytes up to the end of the last complete line."""
     return _bytes(path).rfind(b"\n") + 1
 
 
@@ -474,25 +481,25 @@ def _now() -> str:
 TRAIN = "train"
 # Outcomes of a completed task.
 ANSWERED = ("done", "failed")
-# Number of tasks that are known by the server's name.
+# Maximum number of tasks of which the server's task name is stored.
 MAX_KNOWN_TASKS = 1024
 
-# Sorted (noise multiplier, rate, steps).
+# Sorted triples of noise multiplier, sampling rate and number of steps.
 Spent = tuple[tuple[float, float, int], ...]
 
 
 @dataclass
 class SiteUsage:
-    """Activity of a site in one run, and its spending and traffic over all runs.
+    """Completed tasks of a site in one run, and its privacy and traffic usage over all runs.
 
     Args:
         run: ID of the run.
-        sent: Bytes of all answers in all runs.
-        answered: Digests of this run's completed tasks.
-        trained: Digests of this run's completed training tasks.
-        tasks: By the server's name, the task's digest; newest last.
-        one_time_charges: Releases that are charged once in this run.
-        steps: By (noise multiplier, sampling rate), the number of steps in all runs.
+        sent: Number of bytes of all answers in all runs.
+        answered: Digests of the completed tasks of this run.
+        trained: Digests of the completed training tasks of this run.
+        tasks: Digest of each task by the server's task name, most recent last.
+        one_time_charges: Names of charges that apply once per run and have been made.
+        steps: Number of steps in all runs by (noise multiplier, sampling rate).
     """
 
     run: str
@@ -505,14 +512,14 @@ class SiteUsage:
 
     @classmethod
     def from_log(cls, entries: Iterable[Entry], run: str) -> SiteUsage:
-        """Return the usage from the entries of a log."""
+        """Compute the usage from the entries of a log."""
         usage = cls(run)
         for entry in entries:
             usage.add_entry(entry)
         return usage
 
     def add_entry(self, entry: Entry) -> None:
-        """Add an entry of the log."""
+        """Update the usage with an entry of the log."""
         self.sent += entry["out"]
         charges = entry.get("spent", ())
         self.steps = add_steps(self.steps, charges)
@@ -529,14 +536,15 @@ class SiteUsage:
                 self.trained.add(asked)
 
     def with_charges(self, charges: Iterable[Mapping[str, Any]]) -> Spent:
-        """Return what has been spent, together with further charges."""
-        return tuple(sorted((*at, count) for at, count in add_steps(self.steps, charges).items()))
+        """Return the mechanisms applied so far together with additional charges."""
+        total = add_steps(self.steps, charges)
+        return tuple(sorted((*mechanism, count) for mechanism, count in total.items()))
 
 
 def add_steps(
     steps: Mapping[tuple[float, float], int], charges: Iterable[Mapping[str, Any]]
 ) -> dict[tuple[float, float], int]:
-    """Return the numbers of steps after further charges."""
+    """Return the number of steps of each mechanism after additional charges."""
     total = dict(steps)
     for charge in charges:
         mechanism = (float(charge["noise"]), float(charge["rate"]))

@@ -1,7 +1,7 @@
-"""Create and check certificates and keys, and write the files that server and sites edit.
+"""Creation and validation of certificates and keys, and templates of server and site files.
 
-Keys are on the curve P-384. A node's keys are OpenSSH files (`ssh-keygen -t ecdsa -b 384`), which
-Flower's tools accept; the server's keys are PEM files.
+All keys use the curve P-384. Keys of nodes are OpenSSH files (`ssh-keygen -t ecdsa -b 384`), which
+Flower's tools accept; keys of the server are PEM files.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import write_atomically
 
 PublicKey = EllipticCurvePublicKey
-# Some clients refuse a server's certificate that is valid for longer.
-VALID = datetime.timedelta(days=825)
-# Clocks of other machines may be slow.
-EARLIER = datetime.timedelta(hours=1)
+# Some TLS clients reject server certificates with a longer validity period.
+VALIDITY = datetime.timedelta(days=825)
+# Certificates are valid from this time before their creation, because other clocks may be slow.
+CLOCK_TOLERANCE = datetime.timedelta(hours=1)
 SERVER = "server"
 AUTHORITY = "authority"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -84,17 +84,18 @@ class ServerFiles:
 
 
 def make_server_files(folder: Path, hosts: Sequence[str], name: str = "hetero_fl") -> ServerFiles:
-    """Create a certificate authority and a certificate of the server.
+    """Create a certificate authority and a server certificate.
 
-    Nodes need `authority.pem`. `authority.key` signs further certificates; keep it elsewhere.
+    Nodes need `authority.pem`. `authority.key` can sign more certificates; store it on another
+    machine.
 
     Args:
-        folder: Folder for the files.
-        hosts: Host names and addresses under which nodes reach the server.
-        name: Name of the authority.
+        folder: Output folder.
+        hosts: Host names and addresses at which nodes reach the server.
+        name: Prefix of the name of the authority.
 
     Raises:
-        UserError: If a file exists or there are no hosts.
+        UserError: If a file already exists or `hosts` is empty.
     """
     files = ServerFiles(folder / "authority.pem", folder / "server.pem", folder / "server.key")
     for path in (files.authority, files.certificate, files.key):
@@ -110,13 +111,13 @@ def make_server_files(folder: Path, hosts: Sequence[str], name: str = "hetero_fl
     root_certificate = _certificate_builder(issuer, issuer, root.public_key()).add_extension(
         x509.BasicConstraints(True, 0), critical=True
     )
-    root_certificate = root_certificate.add_extension(_usage(signs=True), critical=True)
+    root_certificate = root_certificate.add_extension(_key_usage(signs=True), critical=True)
     certificate = _certificate_builder(_name(hosts[0]), issuer, key.public_key())
     certificate = certificate.add_extension(
-        x509.SubjectAlternativeName([_host(h) for h in hosts]), critical=False
+        x509.SubjectAlternativeName([_general_name(h) for h in hosts]), critical=False
     )
     certificate = certificate.add_extension(x509.BasicConstraints(False, None), critical=True)
-    certificate = certificate.add_extension(_usage(signs=False), critical=True)
+    certificate = certificate.add_extension(_key_usage(signs=False), critical=True)
     certificate = certificate.add_extension(
         x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False
     )
@@ -132,10 +133,10 @@ def make_server_files(folder: Path, hosts: Sequence[str], name: str = "hetero_fl
 
 
 def make_node_key(path: Path, comment: str = "") -> EllipticCurvePrivateKey:
-    """Create a node's private key at `path` and its public key, for the server, at `path`.pub.
+    """Create the private key of a node at `path` and the public key at `path`.pub.
 
     Raises:
-        UserError: If the file exists.
+        UserError: If the file already exists.
     """
     if path.exists():
         raise UserError(f"{path}: already exists; choose another name or delete it")
@@ -155,7 +156,7 @@ def make_node_key(path: Path, comment: str = "") -> EllipticCurvePrivateKey:
 
 
 def public_bytes(key: PublicKey) -> bytes:
-    """Return a public key in PEM."""
+    """Encode a public key in PEM format."""
     return key.public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
@@ -165,11 +166,11 @@ def load_node_key(path: Path, whose: str = "a node's") -> EllipticCurvePrivateKe
     """Load a private key.
 
     Args:
-        path: The file, in PEM or OpenSSH format.
-        whose: The owner, for error messages.
+        path: Path of the key in PEM or OpenSSH format.
+        whose: Owner of the key in error messages.
 
     Raises:
-        UserError: If Flower does not accept the key or other users can read the file.
+        UserError: If Flower does not support the key or other users can read the file.
     """
     data = _read(path, f"{whose} private key")
     if b"PRIVATE" not in data and data.startswith((b"ecdsa-", b"ssh-", b"-----BEGIN PUBLIC")):
@@ -197,10 +198,10 @@ def load_node_key(path: Path, whose: str = "a node's") -> EllipticCurvePrivateKe
 
 
 def load_public_key(path: Path) -> PublicKey:
-    """Load a node's public key (`….pub`).
+    """Load the public key of a node (`*.pub`).
 
     Raises:
-        UserError: If Flower does not accept the key.
+        UserError: If Flower does not support the key.
     """
     data = _read(path, "a node's public key")
     try:
@@ -219,19 +220,20 @@ def load_public_key(path: Path) -> PublicKey:
 
 
 def check_server_files(files: ServerFiles, hosts: Sequence[str] = ()) -> None:
-    """Check that the server's files are valid and belong together.
+    """Check that the server's certificates and key are valid and match.
 
     Args:
-        files: The files.
-        hosts: Host names and addresses that the certificate has to name.
+        files: Paths of the certificates and the key.
+        hosts: Host names and addresses for which the certificate must be valid.
 
     Raises:
-        UserError: If a file, a date, a host name, the key or the authority is wrong.
+        UserError: If a file is invalid, a certificate is not valid now or for a host, or the key or
+            the authority does not match the certificate.
     """
     authority = _read_certificate(files.authority, "the authority's certificate")
     certificate = _read_certificate(files.certificate, "the server's certificate")
-    for path, one in ((files.authority, authority), (files.certificate, certificate)):
-        _check_dates(path, one)
+    _check_dates(files.authority, authority)
+    _check_dates(files.certificate, certificate)
     try:
         key = serialization.load_pem_private_key(_read(files.key, "the server's private key"), None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
@@ -244,7 +246,7 @@ def check_server_files(files: ServerFiles, hosts: Sequence[str] = ()) -> None:
         certificate.verify_directly_issued_by(authority)
     except (ValueError, TypeError, InvalidSignature):
         raise UserError(f"{files.certificate}: not signed by {files.authority}") from None
-    names = _hosts(certificate)
+    names = _host_names(certificate)
     for host in hosts:
         if host not in names and f"*.{host.partition('.')[2]}" not in names:
             raise UserError(
@@ -253,10 +255,10 @@ def check_server_files(files: ServerFiles, hosts: Sequence[str] = ()) -> None:
 
 
 def check_authority(path: Path) -> None:
-    """Check the certificate by which a node verifies the server.
+    """Check the certificate with which a node verifies the server.
 
     Raises:
-        UserError: If the file contains no certificate or the certificate is not valid now.
+        UserError: If the file is not a certificate or the certificate is not valid now.
     """
     _check_dates(path, _read_certificate(path, "the authority's certificate"))
 
@@ -280,7 +282,7 @@ def _check_dates(path: Path, certificate: x509.Certificate) -> None:
         )
 
 
-def _hosts(certificate: x509.Certificate) -> list[str]:
+def _host_names(certificate: x509.Certificate) -> list[str]:
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
@@ -321,8 +323,10 @@ def _certificate_builder(
 ) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.timezone.utc)
     builder = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key)
-    builder = builder.serial_number(x509.random_serial_number()).not_valid_before(now - EARLIER)
-    builder = builder.not_valid_after(now - EARLIER + VALID)
+    builder = builder.serial_number(x509.random_serial_number()).not_valid_before(
+        now - CLOCK_TOLERANCE
+    )
+    builder = builder.not_valid_after(now - CLOCK_TOLERANCE + VALIDITY)
     return builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
 
 
@@ -330,14 +334,14 @@ def _name(text: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text[:64])])
 
 
-def _host(host: str) -> x509.GeneralName:
+def _general_name(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         return x509.DNSName(host)
 
 
-def _usage(signs: bool) -> x509.KeyUsage:
+def _key_usage(signs: bool) -> x509.KeyUsage:
     return x509.KeyUsage(
         digital_signature=not signs,
         key_cert_sign=signs,
@@ -352,18 +356,20 @@ def _usage(signs: bool) -> x509.KeyUsage:
 
 
 def provision(folder: Path, hosts: Sequence[str], clients: Sequence[str]) -> list[Path]:
-    """Create a folder for the server, one for each site, and one for the authority's key.
+    """Create folders with keys and configuration files for the server and all sites.
+
+    The key of the certificate authority is written to a separate folder.
 
     Args:
-        folder: A new folder for all of them.
-        hosts: Host names and addresses under which nodes reach the server.
+        folder: Output folder, which must be new or empty.
+        hosts: Host names and addresses at which nodes reach the server.
         clients: Names of the clients.
 
     Returns:
-        The files that were written.
+        Paths of the written files.
 
     Raises:
-        UserError: If the folder exists and is not empty, or a client's name cannot be a folder.
+        UserError: If the folder is not empty, or a client name is not a valid folder name.
     """
     for client in clients:
         if not NAME.fullmatch(client) or client in (SERVER, AUTHORITY):
@@ -380,7 +386,7 @@ def provision(folder: Path, hosts: Sequence[str], clients: Sequence[str]) -> lis
     files = make_server_files(server, hosts)
     authority = folder / AUTHORITY
     authority.mkdir(mode=0o700)
-    # The server does not need it.
+    # The server does not need the key of the authority.
     os.replace(server / "authority.key", authority / "authority.key")
     _write(authority / "authority.pem", files.authority.read_text())
     for client in clients:

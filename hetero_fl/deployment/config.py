@@ -1,4 +1,4 @@
-"""Configuration files of the server and of a site."""
+"""Configuration files of servers and sites."""
 
 from __future__ import annotations
 
@@ -21,14 +21,19 @@ from hetero_fl.config.data import SourceConfig
 from hetero_fl.config.errors import describe_error
 from hetero_fl.config.load import read_config_file
 from hetero_fl.deployment.transport import MESSAGE_BYTES
-from hetero_fl.utils.code_permission import CONTEXT, OWN, CodePermission, find_references
+from hetero_fl.utils.code_permission import (
+    ALLOW_CODE,
+    CODE_PREFIX,
+    CodePermission,
+    find_references,
+)
 from hetero_fl.utils.errors import UserError, suggest_or_list, suggest_similar
 
 REMOVED = "no longer used; remove it (TLS and the nodes' keys authenticate server and nodes)"
 
 
 class BudgetConfig(ConfigSection):
-    """Privacy budget of a site's training rows over all runs."""
+    """Privacy budget for the training rows of a site over all runs."""
 
     epsilon: PositiveFloat = Field(description="ε of all answers of the site")
     delta: float = Field(
@@ -40,7 +45,7 @@ class BudgetConfig(ConfigSection):
 
 
 class AllowsConfig(ConfigSection):
-    """Limits that a site checks for every configuration, task and answer. `null` means no limit."""
+    """Limits that a site enforces for configurations, tasks and answers; `null` means no limit."""
 
     methods: list[str] | None = Field(None, description="permitted values of algorithm.name")
     own_code: list[str] = Field(
@@ -78,17 +83,17 @@ class AllowsConfig(ConfigSection):
         from hetero_fl.algorithms import register_algorithm
 
         for name in self.methods or ():
-            if name not in register_algorithm and not name.startswith(OWN):
+            if name not in register_algorithm and not name.startswith(CODE_PREFIX):
                 hint = suggest_or_list(name, register_algorithm, "`hetero-fl methods`")
                 raise ValueError(f"methods: unknown method '{name}'{hint}")
         for name in self.own_code:
-            if not name.startswith(OWN):
+            if not name.startswith(CODE_PREFIX):
                 raise ValueError(f"own_code: expected python:package.module:Name, got '{name}'")
         return self
 
 
 class DisclosureConfig(ConfigSection):
-    """Information for the server besides uploads, the number of rows and scores."""
+    """Information that a site discloses besides uploads, numbers of rows and scores."""
 
     labels: bool = Field(False, description="counts of labels in the training rows")
     details: bool = Field(False, description="confusion matrix and calibration on the test rows")
@@ -96,7 +101,7 @@ class DisclosureConfig(ConfigSection):
 
 
 class ServerConnectionConfig(ConfigSection):
-    """The server of a site. Paths are relative to the site's file."""
+    """Connection of a site to the server. Paths are relative to the site's file."""
 
     address: str = Field(description="host:port")
     authority: str | None = Field(
@@ -118,7 +123,7 @@ class ServerConnectionConfig(ConfigSection):
 
 
 class SiteConfig(ConfigSection):
-    """File of a site (`hetero-fl node --site FILE`). The server cannot override its settings."""
+    """Site file (`hetero-fl node --site FILE`). The server cannot override its settings."""
 
     client: str = Field(description="name of the client in the server's configuration")
     folder: str = Field(
@@ -165,7 +170,7 @@ class SiteConfig(ConfigSection):
     )
 
     def settings(self) -> dict[str, Any]:
-        """Return the client settings that the site sets itself."""
+        """Return the client settings that the site file defines."""
         settings = self.model_dump(
             mode="json", exclude_unset=True, include={"model", "preprocess", "augment", "shares"}
         )
@@ -175,18 +180,18 @@ class SiteConfig(ConfigSection):
 def load_site_config(
     path: str | Path, allow_code: bool | CodePermission = False
 ) -> tuple[SiteConfig, Path]:
-    """Load a site's file.
+    """Load a site file.
 
     Args:
-        path: The file.
-        allow_code: Whether the site may run the code that the file names, for itself or under
-            `allows`.
+        path: Path of the site file.
+        allow_code: Whether the site may run the code that the file references, including
+            `allows.own_code`.
 
     Returns:
-        The file's content with absolute paths, and the site's folder.
+        The configuration with absolute paths, and the folder of the site.
 
     Raises:
-        UserError: If the file is wrong or names code without permission.
+        UserError: If the file is invalid or references code without permission.
     """
     path = Path(path)
     raw = read_config_file(path)
@@ -197,7 +202,7 @@ def load_site_config(
         CodePermission.from_argument(allow_code).check(
             find_references(site.model_dump()), str(path)
         )
-        ClientSettings.model_validate(site.settings(), context={CONTEXT: True})
+        ClientSettings.model_validate(site.settings(), context={ALLOW_CODE: True})
     except ValidationError as error:
         raise UserError(f"{path}: {describe_error(error, raw, SiteConfig)}") from None
     if site.data is not None and site.data.path is not None:
@@ -209,16 +214,16 @@ def load_site_config(
         site = site.model_copy(update={"encrypt": str((path.parent / site.encrypt).resolve())})
     if site.server is not None:
         files = {
-            n: str((path.parent / f).resolve())
-            for n in ("authority", "key")
-            if (f := getattr(site.server, n)) is not None
+            name: str((path.parent / file).resolve())
+            for name in ("authority", "key")
+            if (file := getattr(site.server, name)) is not None
         }
         site = site.model_copy(update={"server": site.server.model_copy(update=files)})
     return site, (path.parent / site.folder).resolve()
 
 
 class CertificatesConfig(ConfigSection):
-    """Certificates of a server (see `hetero-fl certificates`), relative to the server's file."""
+    """Certificate files of a server (see `hetero-fl certificates`), relative to its file."""
 
     authority: str = Field(
         "authority.pem", description="certificate of the authority, which nodes have too"
@@ -228,14 +233,14 @@ class CertificatesConfig(ConfigSection):
 
 
 class MetricsConfig(ConfigSection):
-    """HTTP port for `hetero-fl status`, Prometheus and health checks, without encryption."""
+    """Unencrypted HTTP endpoint for `hetero-fl status`, Prometheus and health checks."""
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(9464, ge=0, le=65535, description="port; 0: any free port")
 
 
 class DeploymentServerConfig(ConfigSection):
-    """File of a server (`hetero-fl server --server FILE`)."""
+    """Server file (`hetero-fl server --server FILE`)."""
 
     host: str = Field(
         "127.0.0.1",
@@ -271,8 +276,8 @@ class DeploymentServerConfig(ConfigSection):
         """Check that every client of the configuration has a key.
 
         Args:
-            clients: The clients.
-            where: Path of the server's file.
+            clients: The clients of the configuration.
+            where: Path of the server file, for error messages.
 
         Raises:
             UserError: If a client has no key.
@@ -286,10 +291,10 @@ class DeploymentServerConfig(ConfigSection):
 
 
 def load_server_config(path: str | Path) -> DeploymentServerConfig:
-    """Load a server's file and make its paths absolute.
+    """Load a server file and make its paths absolute.
 
     Raises:
-        UserError: If the file is wrong.
+        UserError: If the file is invalid.
     """
     path = Path(path)
     raw = read_config_file(path)

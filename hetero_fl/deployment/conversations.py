@@ -1,8 +1,8 @@
-"""Exchange messages with many nodes at once, one conversation for each node.
+"""Concurrent conversations of the server with nodes.
 
 A conversation is a generator that yields a message for a node and receives the answer. If the node
-is lost meanwhile, the conversation starts again once the node is back; the node then answers tasks
-that it has completed from its store.
+disconnects, the conversation restarts after the node reconnects; the node then answers completed
+tasks from its storage.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from dataclasses import dataclass
 from hetero_fl.deployment.messages import (
     LOG,
     RequestRefusedError,
-    body_of,
+    decode_body,
     message,
-    reason,
+    refusal_reason,
     version_mismatch,
 )
 from hetero_fl.deployment.transport import Envelope, Transport
 from hetero_fl.federation.executors.base import ClientAbsentError, ClientLateError
 
-LOOK = 0.5  # seconds between two checks of the connected nodes
-TRIES = 8  # attempts at a conversation before its node counts as absent
+# Seconds between checks of the connected nodes.
+POLL_SECONDS = 0.5
+# Number of attempts at a conversation before its client is treated as absent.
+MAX_ATTEMPTS = 8
 
 Conversation = Generator[Envelope, Envelope, Envelope]
 End = tuple[str, Envelope | ClientAbsentError]
@@ -33,17 +35,24 @@ End = tuple[str, Envelope | ClientAbsentError]
 
 @dataclass
 class PendingConversation:
-    """A conversation that has to end within `seconds`, at `end` of the monotonic clock."""
+    """A conversation that has not finished.
 
-    make: Callable[[], Conversation]
-    end: float
+    Args:
+        factory: Creates the conversation; called once per attempt.
+        deadline: Time of the monotonic clock at which the conversation expires.
+        seconds: Time limit in seconds.
+        attempts: Number of attempts so far.
+    """
+
+    factory: Callable[[], Conversation]
+    deadline: float
     seconds: float
     attempts: int = 0
 
 
 @dataclass
 class MessageInFlight:
-    """A message of a conversation that awaits its answer."""
+    """A sent message of a conversation whose answer is pending."""
 
     client: str
     conversation: Conversation
@@ -56,9 +65,9 @@ class Conversations:
 
     Args:
         connections: Connections to the nodes.
-        required: Number of clients without which the caller cannot proceed. While fewer are
-            connected or have answered, lost nodes are awaited until their conversation expires;
-            otherwise for the patience of the connections only.
+        required: Minimum number of clients that the caller needs. While fewer are connected or
+            have answered, the server waits for disconnected nodes until their conversation expires;
+            otherwise it waits for at most `connections.patience` seconds.
     """
 
     def __init__(self, connections: Connections, required: int = 0) -> None:
@@ -75,38 +84,38 @@ class Conversations:
     def __len__(self) -> int:
         return len(self._pending) + len(self._finished)
 
-    def add(self, client: str, make: Callable[[], Conversation], seconds: float) -> None:
+    def add(self, client: str, factory: Callable[[], Conversation], seconds: float) -> None:
         """Add a conversation. A client has at most one at a time.
 
         Args:
             client: The client.
-            make: Makes the conversation, once for each attempt.
-            seconds: Time limit.
+            factory: Creates the conversation; called once per attempt.
+            seconds: Time limit in seconds.
         """
-        self._pending[client] = PendingConversation(make, time.monotonic() + seconds, seconds)
+        self._pending[client] = PendingConversation(factory, time.monotonic() + seconds, seconds)
         self._waiting[client] = None
 
     def next_finished(self, wait: float = float("inf")) -> End | None:
-        """Wait for the next conversation to end.
+        """Wait for the next conversation to finish.
 
         Args:
-            wait: Seconds to wait.
+            wait: Maximum number of seconds to wait.
 
         Returns:
-            The client, and the last answer or the reason why there is none. None if no conversation
-            ends in time or none is left.
+            The client and the last answer, or the error if there is no answer. None if no
+            conversation finishes in time or none is pending.
         """
-        until = time.monotonic() + wait
+        deadline = time.monotonic() + wait
         while not self._finished and self._pending:
-            left = until - time.monotonic()
-            if left <= 0:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
                 return None
-            self._advance(min(LOOK, left))
+            self._advance(min(POLL_SECONDS, remaining))
         return self._finished.popleft() if self._finished else None
 
     def _advance(self, wait: float) -> None:
         now = time.monotonic()
-        if now - self._last_check > LOOK:
+        if now - self._last_check > POLL_SECONDS:
             self.connections.greet_new_nodes()
             for flight in [
                 f
@@ -118,30 +127,30 @@ class Conversations:
         for client in [c for c in self._waiting if c in self.connections.node_of]:
             self._start(client)
         numbers = {flight.number for flight in self._in_flight.values()}
-        soonest = min((pending.end for pending in self._pending.values()), default=now + wait)
-        wait = max(0.0, min(wait, soonest - now))
+        earliest = min((p.deadline for p in self._pending.values()), default=now + wait)
+        wait = max(0.0, min(wait, earliest - now))
         answers = self.connections.pull_answers(numbers, wait)
         for number, answer in answers.items():
             self._handle_answer(number, answer)
         if not answers and not numbers and not self.connections.has_pending_greeting:
-            time.sleep(min(LOOK / 5, wait))
+            time.sleep(min(POLL_SECONDS / 5, wait))
         self._abandon_expired()
 
     def _start(self, client: str) -> None:
         del self._waiting[client]
         pending = self._pending[client]
         pending.attempts += 1
-        if pending.attempts > TRIES:
-            self._finish(client, ClientAbsentError(f"its node disconnected {TRIES} times"))
+        if pending.attempts > MAX_ATTEMPTS:
+            self._finish(client, ClientAbsentError(f"its node disconnected {MAX_ATTEMPTS} times"))
             return
         try:
-            conversation = pending.make()
+            conversation = pending.factory()
             self._send(client, conversation, self.connections.node_of[client], next(conversation))
         except RequestRefusedError as error:
             self._finish(client, ClientAbsentError(str(error)))
 
     def _send(self, client: str, conversation: Conversation, node: int, envelope: Envelope) -> None:
-        within = max(1.0, self._pending[client].end - time.monotonic())
+        within = max(1.0, self._pending[client].deadline - time.monotonic())
         number = self.connections.transport.push(node, envelope, within)
         self._in_flight[client] = MessageInFlight(client, conversation, node, number)
 
@@ -153,7 +162,7 @@ class Conversations:
             self.connections.forget_node(flight.node)
             self._restart(flight)
             return
-        self.connections.log_heads.note(flight.client, answer)
+        self.connections.log_heads.update(flight.client, answer)
         try:
             envelope = flight.conversation.send(answer)
         except StopIteration as stop:
@@ -168,21 +177,21 @@ class Conversations:
         self._waiting[flight.client] = None
 
     def _abandon_expired(self) -> None:
-        """Finish conversations that took too long, and those whose node has been gone too long."""
+        """Finish expired conversations and those whose node has been disconnected for too long."""
         now = time.monotonic()
         present = self._answered | (self._pending.keys() & self.connections.node_of.keys())
-        is_patient = len(present) < self.required or self.connections.has_pending_greeting
+        waits_for_nodes = len(present) < self.required or self.connections.has_pending_greeting
         for client, pending in list(self._pending.items()):
-            if pending.end <= now:
+            if pending.deadline <= now:
                 if client in self._in_flight:
-                    reason = ClientLateError(f"no answer within {pending.seconds:g} s")
-                    self._finish(client, reason)
+                    error = ClientLateError(f"no answer within {pending.seconds:g} s")
+                    self._finish(client, error)
                 else:
                     self._finish(client, ClientAbsentError("its node is not connected"))
             elif (
                 client in self._waiting
-                and not is_patient
-                and self.connections.seconds_away(client) > self.connections.patience
+                and not waits_for_nodes
+                and self.connections.seconds_disconnected(client) > self.connections.patience
             ):
                 self._finish(client, ClientAbsentError("its node is not connected"))
 
@@ -195,49 +204,54 @@ class Conversations:
         self._finished.append((client, result))
 
 
-# Seconds to wait for a node that disconnected while others are connected.
+# Seconds to wait for a disconnected node while other nodes are connected.
 PATIENCE = 60.0
-# Seconds, at most, to notify nodes of the end of a run.
-FAREWELL = 15.0
-# Seconds that a node may take to answer a greeting before it is greeted again.
-GREETING = 60.0
-# Seconds until a node that named no client is greeted again.
-GREET_AGAIN = 10.0
-# Seconds by which the clocks of two machines may differ.
-SKEW = 10.0
-# Head of an audit log: number of lines, and hash of the last one.
-HEAD = re.compile(r"(\d{1,12}):[0-9a-f]{64}")
+# Maximum number of seconds to notify nodes of the end of a run.
+LEAVE_SECONDS = 15.0
+# Seconds after which a greeting without an answer is repeated.
+GREETING_SECONDS = 60.0
+# Seconds until a node that did not name a client is greeted again.
+GREETING_RETRY_SECONDS = 10.0
+# Maximum difference between the clocks of two machines in seconds.
+MAX_CLOCK_SKEW = 10.0
+# Head of an audit log: number of lines and hash of the last line.
+HEAD_PATTERN = re.compile(r"(\d{1,12}):[0-9a-f]{64}")
 
 
 class LogHeads:
-    """The heads of the sites' audit logs, which every answer carries.
+    """The heads of the sites' audit logs.
 
-    A log that a site truncated or rewrote does not verify against the head kept here.
+    Every answer of a node contains the head of its audit log. A log that was truncated or rewritten
+    does not match the head stored here.
 
     Args:
-        say: Called with a line on each head that contradicts an earlier one.
+        log: Called with a line for each head that contradicts an earlier one.
+
+    Attributes:
+        longest: The head with the most lines, by client.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
-        self.longest: dict[str, str] = {}  # client -> the head with the most lines
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self.log = log
+        self.longest: dict[str, str] = {}
+        # By client: the most recent head.
         self._last: dict[str, str] = {}
 
-    def note(self, client: str, answer: Envelope) -> None:
-        """Keep the head in a client's answer if it has more lines than any earlier one."""
+    def update(self, client: str, answer: Envelope) -> None:
+        """Compare the head in a client's answer with earlier heads and store it if it is longer."""
         head = str(answer.head.get(LOG, ""))
-        if HEAD.fullmatch(head) is None:
+        if HEAD_PATTERN.fullmatch(head) is None:
             return
         kept = self.longest.setdefault(client, head)
         last = self._last.get(client, head)
         self._last[client] = head
         if _lines(head) < _lines(last):
-            self.say(
+            self.log(
                 f"the audit log of '{client}' has {_lines(head)} lines; "
                 f"it had {_lines(last)} (kept: {kept})"
             )
         elif any(_lines(head) == _lines(before) and head != before for before in (last, kept)):
-            self.say(
+            self.log(
                 f"line {_lines(head)} of the audit log of '{client}' was replaced: "
                 f"found {head} (kept: {kept})"
             )
@@ -246,7 +260,7 @@ class LogHeads:
 
 
 def _lines(head: str) -> int:
-    """Return the number of lines of an audit log, from its head."""
+    """Return the number of lines that the head of an audit log states."""
     return int(head.partition(":")[0])
 
 
@@ -254,60 +268,61 @@ class Connections:
     """Connections of the server to the nodes of its clients.
 
     Args:
-        transport: Carries the messages.
-        clients: The expected clients; nodes of others are refused.
-        say: Called with a line on each node that connects, disconnects or is refused.
-        patience: Seconds to wait for a node that disconnected while others are connected.
-        keys: Public key of each client's node in PEM. None: a client belongs to the node that
-            first claims it, until that node disconnects.
+        transport: Transport for the messages.
+        clients: The expected clients; nodes of other clients are refused.
+        log: Called with a line for each node that connects, disconnects or is refused.
+        patience: Seconds to wait for a disconnected node while other nodes are connected.
+        keys: Public key of each client's node in PEM format. None: a client belongs to the first
+            node that claims it, until that node disconnects.
 
     Attributes:
-        node_of: By connected client, its node.
-        connected_clients: By client that has ever connected, what its node reported.
-        refusals: By node and the client that it claimed to be, why it was refused.
-        log_heads: The heads of the sites' audit logs.
+        node_of: Node number of each connected client.
+        reports: Report of each client that has connected at least once.
+        refusals: Reason of each refusal, by node number and claimed client.
+        log_heads: Heads of the sites' audit logs.
     """
 
     def __init__(
         self,
         transport: Transport,
         clients: Collection[str],
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         patience: float = PATIENCE,
         keys: Mapping[str, bytes] | None = None,
     ) -> None:
         self.transport = transport
         self.clients = frozenset(clients)
-        self.say = say
+        self.log = log
         self.patience = patience
-        self.log_heads = LogHeads(say)
+        self.log_heads = LogHeads(log)
         self._keys: dict[str, bytes] = dict(keys or {})
         self._are_keys_known = keys is not None
-        self._key_of: Mapping[int, bytes] = {}  # of connected nodes
+        # By connected node: its public key.
+        self._key_of: Mapping[int, bytes] = {}
         self.node_of: dict[str, int] = {}
-        self.connected_clients: dict[str, object] = {}
+        self.reports: dict[str, object] = {}
         self.refusals: dict[tuple[int, str], str] = {}
         self._created = time.monotonic()
-        # By client: when it disconnected.
+        # By client: time at which it disconnected.
         self._disconnected: dict[str, float] = {}
         # By greeted node: its client, or "" if it was refused.
         self._client_of: dict[int, str] = {}
-        # By node: when to greet it again.
+        # By node: time at which to greet it again.
         self._greet_again: dict[int, float] = {}
-        # By message: the greeted node, and when the message was sent.
+        # By message: the greeted node and the time at which the message was sent.
         self._greetings: dict[str, tuple[int, float]] = {}
 
     def wait_for_clients(self, seconds: float) -> list[str]:
-        """Wait for the nodes of all clients, up to `seconds`. Return the missing clients."""
-        end = time.monotonic() + seconds
+        """Wait up to `seconds` for the nodes of all clients and return the missing clients."""
+        deadline = time.monotonic() + seconds
         while missing := sorted(self.clients - self.node_of.keys()):
             self.greet_new_nodes()
-            left = end - time.monotonic()
-            if left <= 0:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
                 return missing
-            self.pull_answers((), min(LOOK, left))
+            self.pull_answers((), min(POLL_SECONDS, remaining))
             if not self._greetings:
-                time.sleep(min(LOOK / 5, left))
+                time.sleep(min(POLL_SECONDS / 5, remaining))
         return []
 
     def refresh(self) -> None:
@@ -321,47 +336,50 @@ class Connections:
         seconds: float,
         required: int = 0,
     ) -> Iterator[tuple[str, Envelope | ClientAbsentError]]:
-        """Hold a conversation with each of these clients.
+        """Converse with several clients concurrently.
 
         Args:
-            conversations: By client, what makes the conversation.
-            seconds: Time limit of each conversation.
-            required: See `Conversations`.
+            conversations: Function that creates the conversation of each client.
+            seconds: Time limit of each conversation in seconds.
+            required: Minimum number of clients, see `Conversations`.
 
         Yields:
-            Each client as its conversation ends, and the last answer or why there is none.
+            The client and its last answer, or the error if there is no answer, as each conversation
+            finishes.
         """
         running = Conversations(self, min(required, len(conversations)))
-        for client, make in conversations.items():
-            running.add(client, make, seconds)
+        for client, factory in conversations.items():
+            running.add(client, factory, seconds)
         while (finished := running.next_finished()) is not None:
             yield finished
-            # It may hold a model; free it before the next one arrives.
+            # The answer may contain a model; free it before the next answer arrives.
             del finished
 
-    def close(self, over: bool) -> None:
+    def close(self, is_complete: bool) -> None:
         """Disconnect from all nodes.
 
         Args:
-            over: Whether the run is complete. Nodes of an interrupted run are not notified: they
-                wait for it to resume.
+            is_complete: Whether the run is complete. Nodes of an interrupted run are not notified
+                and wait until it is resumed.
         """
-        if over:
+        if is_complete:
             messages = {
-                self.transport.push(node, message("leave"), FAREWELL)
+                self.transport.push(node, message("leave"), LEAVE_SECONDS)
                 for node in self.node_of.values()
             }
-            end = time.monotonic() + FAREWELL
-            while messages and (left := end - time.monotonic()) > 0:
-                messages -= self.transport.pull(messages, left).keys()
+            deadline = time.monotonic() + LEAVE_SECONDS
+            while messages and (remaining := deadline - time.monotonic()) > 0:
+                messages -= self.transport.pull(messages, remaining).keys()
         self.transport.close()
 
     @property
     def has_pending_greeting(self) -> bool:
-        """Whether a node has connected that has not named its client yet."""
-        return any(time.monotonic() - sent < GREETING for _, sent in self._greetings.values())
+        """Whether a connected node has not yet named its client."""
+        return any(
+            time.monotonic() - sent < GREETING_SECONDS for _, sent in self._greetings.values()
+        )
 
-    def seconds_away(self, client: str) -> float:
+    def seconds_disconnected(self, client: str) -> float:
         """Return for how many seconds a client has been disconnected; 0 if it is connected."""
         if client in self.node_of:
             return 0.0
@@ -379,12 +397,14 @@ class Connections:
         self._greetings = {
             m: (n, sent)
             for m, (n, sent) in self._greetings.items()
-            if n in connected and now - sent < GREETING
+            if n in connected and now - sent < GREETING_SECONDS
         }
         greeted = {node for node, _ in self._greetings.values()}
         for node in connected:
             if node not in self._client_of and node not in greeted:
-                number = self.transport.push(node, message("hello"), GREETING + SKEW)
+                number = self.transport.push(
+                    node, message("hello"), GREETING_SECONDS + MAX_CLOCK_SKEW
+                )
                 self._greetings[number] = (node, now)
 
     def forget_node(self, node: int) -> None:
@@ -395,46 +415,46 @@ class Connections:
             del self.node_of[client]
             self._disconnected[client] = time.monotonic()
             if not self._are_keys_known:
-                # Without TLS, Flower draws a new key for a node that reconnects.
+                # Without TLS, Flower generates a new key for a node that reconnects.
                 del self._keys[client]
-            self.say(f"{client} disconnected")
+            self.log(f"{client} disconnected")
 
     def _register_node(self, node: int, answer: Envelope) -> None:
-        """Register a node under the client that it names, or refuse it."""
+        """Register a node for the client that it names, or refuse the node."""
         client = str(answer.head.get("client", ""))
         why = ""
         if answer.head.get("ask") != "here":
-            why = reason(answer) if "why" in answer.head else "it names no client"
+            why = refusal_reason(answer) if "why" in answer.head else "it names no client"
         why = why or version_mismatch(answer.head)
         if not why and client not in self.clients:
             why = "the configuration has no such client"
         why = why or self._key_mismatch(node, client)
         reported: object = None
         try:
-            reported = body_of(answer) if not why else None
+            reported = decode_body(answer) if not why else None
         except RequestRefusedError as error:
             why = str(error)
         self._client_of[node] = "" if why else client
         if why:
             if self.refusals.get((node, client)) != why:
                 self.refusals[node, client] = why
-                self.say(f"refused a node for client {client[:80]!r}: {why}")
+                self.log(f"refused a node for client {client[:80]!r}: {why}")
             if not client or (client in self.node_of and not self._are_keys_known):
-                # Its worker did not start, or it restarted while its old connection is still
-                # listed; either may change.
-                self._greet_again[node] = time.monotonic() + GREET_AGAIN
+                # The node's worker did not start, or the node restarted while its old connection is
+                # still listed. Both may be temporary.
+                self._greet_again[node] = time.monotonic() + GREETING_RETRY_SECONDS
             else:
                 self.transport.push(node, message("leave", why=why), 10.0)
             return
-        event = "reconnected" if client in self.connected_clients else "connected"
+        event = "reconnected" if client in self.reports else "connected"
         self._keys.setdefault(client, self._key_of.get(node, b""))
         self.node_of[client] = node
-        self.connected_clients[client] = reported
-        self.log_heads.note(client, answer)
-        self.say(f"{client} {event}")
+        self.reports[client] = reported
+        self.log_heads.update(client, answer)
+        self.log(f"{client} {event}")
 
     def _key_mismatch(self, node: int, client: str) -> str:
-        """Return why a node's key is not that of a client, or an empty string."""
+        """Return why a node's key is not the key of a client, or an empty string."""
         key = self._key_of.get(node, b"")
         if self._are_keys_known and client not in self._keys:
             return f"no key is known for client '{client}'"
@@ -446,16 +466,16 @@ class Connections:
         """Return answers to messages, and register the nodes that answered a greeting.
 
         Args:
-            numbers: The awaited messages.
+            numbers: Numbers of the messages with a pending answer.
             wait: Seconds to wait for the first answer.
 
         Returns:
-            By message, its answer; None for an answer that will never come.
+            The answers by message number; None for an answer that will never arrive.
         """
         answers = self.transport.pull([*numbers, *self._greetings], wait)
         for number in [n for n in answers if n in self._greetings]:
             answer = answers.pop(number)
-            (node, _) = self._greetings.pop(number)
+            node, _ = self._greetings.pop(number)
             if answer is not None:
                 self._register_node(node, answer)
         return answers

@@ -1,4 +1,4 @@
-"""Agree with the nodes before the first round: configuration, row counts, fingerprints."""
+"""Handshake of the server with the nodes: configuration, data reports and fingerprints."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from hetero_fl.data.remote import PublicPack, restrict_to_holder
 from hetero_fl.deployment.conversations import Connections, Conversation
 from hetero_fl.deployment.messages import (
     RequestRefusedError,
-    body_of,
     data_info_tree,
+    decode_body,
     message,
-    reason,
+    refusal_reason,
 )
-from hetero_fl.deployment.validation import MOST_PIXELS, read_data_info, read_settings
+from hetero_fl.deployment.validation import MAX_PIXELS, read_data_info, read_settings
 from hetero_fl.experiment.preparation import PreparedRun, load_config, load_federated_data, prepare
 from hetero_fl.experiment.runner import choose_for_nodes
 from hetero_fl.federation.executors.base import ClientAbsentError
@@ -31,14 +31,16 @@ from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.serialization import as_tensor
 
-SHOWN = 6  # clients in an error message
-PREPARATION_SECONDS = 600.0  # seconds that a node may take to load its data
+# Maximum number of clients that an error message lists.
+MAX_LISTED_CLIENTS = 6
+# Seconds that a node may take to load its data.
+PREPARATION_SECONDS = 600.0
 
 
 def federation_fingerprint(prepared: PreparedRun) -> str:
-    """Return a SHA-256 digest of the method and of every client's size, model and preprocessing.
+    """Return a SHA-256 digest of the method and of each client's size, model and preprocessing.
 
-    It is equal at the server and at all nodes if they agree on the federation.
+    The server and all nodes compute the same digest if they agree on the federation.
     """
     client_infos = prepared.federation.client_infos
     digest = hashlib.sha256(
@@ -62,18 +64,18 @@ def federation_fingerprint(prepared: PreparedRun) -> str:
 
 @dataclass
 class Handshake:
-    """The agreement of the server with the nodes before the first round.
+    """Handshake of the server with the nodes before the first round.
 
-    The configuration determines the federation at the server and at every node. The server knows
-    of a client's rows only what its node reports, and compares fingerprints.
+    The server and every node derive the federation from the configuration and compare fingerprints.
+    The server receives a report about each client's rows, but not the rows.
 
     Args:
         connections: Connections to the nodes.
-        config: Configuration, with the settings that sites choose themselves.
+        config: Configuration, including the settings that sites define.
         public: Data that the server and all nodes have.
         run: Unique ID of the run.
-        settings: By client, the settings that its site chose.
-        remote_info: By client, what its node reported about its rows.
+        settings: Settings that the site of each client defines.
+        remote_info: Data report of each client's node.
     """
 
     connections: Connections
@@ -84,13 +86,13 @@ class Handshake:
     remote_info: dict[str, RemoteDataInfo] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a restarted server needs to resume, as plain values."""
+        """Return the state that a restarted server needs to resume, as plain values."""
         infos = {client: data_info_tree(info) for client, info in self.remote_info.items()}
         return {"run": self.run, "settings": self.settings, "told": infos}
 
     @cached_property
     def prepared(self) -> PreparedRun:
-        """The run as the server sees it, once all nodes have reported their rows."""
+        """The prepared run at the server, available once all nodes have reported their rows."""
         return prepare(self.config, data=restrict_to_holder(self.public, None, self.remote_info))
 
     @cached_property
@@ -108,12 +110,12 @@ class Handshake:
         return as_tensor(PublicPack.from_data(self.public).encode())
 
     def request_data_info(self, client: str) -> Conversation:
-        """Ask a client's node to report its rows.
+        """Request the data report of a client's node.
 
         Raises:
             RequestRefusedError: If the report is invalid or differs from an earlier one.
         """
-        # `init_from` is a folder at the server; see `NodeExecutor.send_states`.
+        # `init_from` is a folder of the server; `NodeExecutor.send_states` sends its states.
         config = {**resolve_config(self.config), "init_from": None}
         tree = {"config": config, "public": self.public.public_hash()}
         answer = yield message("terms", tree, run=self.run)
@@ -121,16 +123,16 @@ class Handshake:
             answer = yield message("terms", {**tree, "pack": self._public_pack}, run=self.run)
         if answer.head.get("ask") != "told":
             return answer
-        info = self.receive_data_info(client, body_of(answer))
+        info = self.receive_data_info(client, decode_body(answer))
         known = self.remote_info.get(client)
         if known is not None and known.content_hash != info.content_hash:
             raise RequestRefusedError("its rows changed since the start of the run")
-        # Keep the first report: nodes accept one roster per run.
+        # Keep the first report, because nodes accept only one set of reports per run.
         self.remote_info.setdefault(client, info)
         return answer
 
     def receive_data_info(self, client: str, tree: Any) -> RemoteDataInfo:
-        """Validate a client's report about its rows.
+        """Validate the data report of a client.
 
         Raises:
             RequestRefusedError: If the report is invalid.
@@ -138,7 +140,7 @@ class Handshake:
         return read_data_info(tree, self.public.task.outputs, self.public.own_view(client))
 
     def request_ready(self) -> Conversation:
-        """Send a client's node the reports of all nodes and have it prepare for the run."""
+        """Send all data reports to a client's node and request that it prepares for the run."""
         return (yield message("roster", self._client_directory, run=self.run))
 
     def prepare_restarted_node(self, client: str) -> Conversation:
@@ -151,28 +153,28 @@ class Handshake:
         if answer.head.get("ask") == "told":
             answer = yield from self.request_ready()
         if answer.head.get("ask") != "ready":
-            raise RequestRefusedError(reason(answer))
+            raise RequestRefusedError(refusal_reason(answer))
         return answer
 
 
 def perform_handshake(
     config: Config, connections: Connections, wait: float, state: Mapping[str, Any] | None = None
 ) -> Handshake:
-    """Wait for the nodes of all clients and agree with them on the federation.
+    """Wait for the nodes of all clients and perform the handshake with them.
 
     Args:
         config: Configuration of the run.
         connections: Connections to the nodes.
         wait: Seconds to wait for all clients.
-        state: For a resumed run, the result of `Handshake.state_dict`. Clients without a node may
-            then connect later, as long as one is connected.
+        state: For a resumed run, the result of `Handshake.state_dict`. At least one node must then
+            be connected; others may connect later.
 
     Returns:
         The handshake, after every connected node has prepared for the run.
 
     Raises:
-        UserError: If the configuration or the server's own data are wrong.
-        RunFailedError: If nodes are missing or refuse.
+        UserError: If the configuration or the data of the server are invalid.
+        RunFailedError: If a node is missing or refuses the run.
     """
     clients = list(expand_population(config.clients))
     missing = connections.wait_for_clients(wait)
@@ -183,8 +185,8 @@ def perform_handshake(
     largest = _largest_side(config)
     settings: dict[str, dict[str, Any]] = {}
     for client in clients:
-        if client in connections.connected_clients:
-            reported = connections.connected_clients[client]
+        if client in connections.reports:
+            reported = connections.reports[client]
             settings[client] = _read_client_settings(client, reported, references, largest)
         else:
             settings[client] = known.get(client, {})
@@ -200,14 +202,14 @@ def perform_handshake(
     _converse_with_all(connections, reports, "told")
     _converse_with_all(connections, dict.fromkeys(present, handshake.request_ready), "ready")
     for client in missing:
-        connections.say(f"{client} is not connected; continuing without it")
+        connections.log(f"{client} is not connected; continuing without it")
     return handshake
 
 
 def _with_client_settings(
     config: Config, settings: Mapping[str, dict[str, Any]], references: Collection[str]
 ) -> Config:
-    """Return the configuration with the settings that sites chose for their clients."""
+    """Return the configuration with the settings that the sites define for their clients."""
     chosen = [{"match": client, **values} for client, values in settings.items() if values]
     if not chosen:
         return config
@@ -219,26 +221,26 @@ def _with_client_settings(
 def _describe_missing(
     missing: Collection[str], wait: float, refusals: Mapping[tuple[int, str], str]
 ) -> str:
-    """Return which clients did not connect, and which nodes were refused."""
-    shown = list(missing)[:SHOWN]
+    """Describe which clients did not connect and which nodes were refused."""
+    shown = list(missing)[:MAX_LISTED_CLIENTS]
     line = f"no node connected within {wait:g} s for {', '.join(shown)}"
-    if len(missing) > SHOWN:
-        line += f" and {len(missing) - SHOWN} more"
-    for (_, client), why in list(refusals.items())[:SHOWN]:
+    if len(missing) > MAX_LISTED_CLIENTS:
+        line += f" and {len(missing) - MAX_LISTED_CLIENTS} more"
+    for (_, client), why in list(refusals.items())[:MAX_LISTED_CLIENTS]:
         line += f"; refused a node for client {client[:80]!r}: {why}"
     return line
 
 
 def _largest_side(config: Config) -> int:
-    """Return the side in pixels to which a node may resize images.
+    """Return the maximum side length in pixels to which a node may resize images.
 
-    It is larger than the default limit only where the server's own configuration asks for it.
+    The default limit is exceeded only if the configuration of the server contains a larger value.
     """
     views = [
         config.server.preprocess,
         *(settings.preprocess for settings in expand_population(config.clients).values()),
     ]
-    return max(MOST_PIXELS, *(view.resize or 0 for view in views))
+    return max(MAX_PIXELS, *(view.resize or 0 for view in views))
 
 
 def _read_client_settings(
@@ -253,14 +255,19 @@ def _read_client_settings(
 def _converse_with_all(
     connections: Connections, conversations: Mapping[str, Callable[[], Conversation]], expected: str
 ) -> None:
-    """Hold a conversation with the node of each client; the last answer has to be `expected`.
+    """Converse with the node of each client and check the kind of the last answer.
+
+    Args:
+        connections: Connections to the nodes.
+        conversations: Function that creates the conversation of each client.
+        expected: Expected kind of the last answer.
 
     Raises:
-        RunFailedError: If a node is absent or answers otherwise.
+        RunFailedError: If a node is absent or sends another kind of answer.
     """
     required = len(conversations)
     for client, answer in connections.converse(conversations, PREPARATION_SECONDS, required):
         if isinstance(answer, ClientAbsentError):
             raise RunFailedError(f"{client}: {answer}")
         if answer.head.get("ask") != expected:
-            raise RunFailedError(f"{client} refuses: {reason(answer)}")
+            raise RunFailedError(f"{client} refuses: {refusal_reason(answer)}")

@@ -1,10 +1,9 @@
-"""The protocol of server and nodes: requests, answers and the trees in their bodies.
+"""Protocol of server and nodes: requests, answers and the trees in their bodies.
 
-The server sends a node `hello` (which client is it?), `terms` (the configuration), `roster` (the
-reports of all clients), `keep` (a private state to start from), `do` for each task, and `leave`.
-The node answers `here`, `told` (its data report), `ready`, `kept`, `done` and `left`; or `lacks`
-(public sets are missing), `unready` (it was restarted), `lost` (a private state), `failed`
-(training diverged) or `refused`. Bodies are plain trees in bytes, never pickle.
+Requests of the server: `hello` (name the client), `terms` (configuration), `roster` (data reports
+of all clients), `keep` (initial private state), `do` (one task) and `leave`. Answers of the node:
+`here`, `told` (data report), `ready`, `kept`, `done` and `left`, or `lacks` (public sets missing),
+`unready` (restarted), `lost` (private state missing), `failed` (training diverged) or `refused`.
 """
 
 from __future__ import annotations
@@ -21,22 +20,28 @@ from hetero_fl.utils.errors import one_line
 from hetero_fl.utils.serialization import CodecError, as_tensor, decode, encode
 from hetero_fl.utils.version import __version__
 
-# Version of the messages; server and nodes must have the same.
+# Version of the protocol, which must be the same at the server and at all nodes.
 PROTOCOL = 1
+# Format of message bodies: encoded trees of plain values and tensors, never pickle.
 FORM = f"deployment {PROTOCOL}"
-# Entry of an answer's head: the head of the site's audit log, this answer's line included.
+# Key in an answer's head: head of the site's audit log, including the line about this answer.
 LOG = "log"
-
-
 # Exceptions raised while parsing a malformed message.
-JUNK = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
+MALFORMED_ERRORS = (
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+)
 
 
 class RequestRefusedError(Exception):
-    """Raised for a message that is malformed or that asks for more than is allowed.
+    """Raised for a message that is malformed or requests more than is allowed.
 
     Args:
-        message: The reason, which is reduced to one short printable line.
+        message: Reason of the refusal; shortened to one printable line.
     """
 
     def __init__(self, message: object) -> None:
@@ -48,14 +53,14 @@ def message(kind: str, body: Any = None, **head: Any) -> Envelope:
 
     Args:
         kind: Kind of the message, such as "hello".
-        body: Tree of plain values and tensors. None: an empty body.
-        **head: Further entries of the head.
+        body: Tree of plain values and tensors. None: empty body.
+        **head: Additional entries of the head.
     """
     return Envelope({"ask": kind, **head}, b"" if body is None else encode(body, FORM))
 
 
-def body_of(envelope: Envelope) -> Any:
-    """Return the tree in a message's body.
+def decode_body(envelope: Envelope) -> Any:
+    """Decode the tree in the body of a message.
 
     Raises:
         RequestRefusedError: If the body cannot be decoded.
@@ -67,12 +72,12 @@ def body_of(envelope: Envelope) -> Any:
 
 
 def head_value(head: Head, name: str, kind: type) -> Any:
-    """Return a value of a message's head.
+    """Return a value from the head of a message.
 
     Args:
-        head: The head.
+        head: Head of the message.
         name: Name of the value.
-        kind: Its expected type.
+        kind: Expected type of the value.
 
     Raises:
         RequestRefusedError: If the value is missing or has another type.
@@ -85,21 +90,21 @@ def head_value(head: Head, name: str, kind: type) -> Any:
     return value
 
 
-def reason(answer: Envelope) -> str:
-    """Return why an answer is not the expected one, as one short printable line."""
+def refusal_reason(answer: Envelope) -> str:
+    """Return the reason in a refusing answer as one short printable line."""
     return one_line(answer.head.get("why", answer.head.get("ask")))
 
 
 def versions() -> dict[str, Any]:
-    """Return the versions that must be the same at the server and at all nodes."""
+    """Return the versions that must be equal at the server and at all nodes."""
     return {"protocol": PROTOCOL, "package": __version__, "torch": torch.__version__}
 
 
 def version_mismatch(head: Head) -> str:
-    """Return the first version that differs from ours as one line, or an empty string."""
-    for name, own in versions().items():
-        if head.get(name) != own:
-            return f"{name}: expected version {own!r}, got {head.get(name)!r:.60}"
+    """Describe the first version in a head that differs from the local one; empty if none does."""
+    for name, expected in versions().items():
+        if head.get(name) != expected:
+            return f"{name}: expected version {expected!r}, got {head.get(name)!r:.60}"
     return ""
 
 
@@ -110,6 +115,6 @@ def data_info_tree(info: RemoteDataInfo) -> dict[str, Any]:
 
 
 def evaluation_tree(evaluation: ClientEvaluation) -> dict[str, Any]:
-    """Return an evaluation as plain values, its model as a tensor of bytes."""
+    """Return an evaluation as plain values, with its model as a tensor of bytes."""
     tree = {field.name: getattr(evaluation, field.name) for field in fields(evaluation)}
     return {**tree, "model": as_tensor(evaluation.model) if evaluation.model else None}

@@ -1,4 +1,4 @@
-"""Status file, metrics over HTTP, and log lines of a server."""
+"""Log, status file and HTTP metrics of a server."""
 
 from __future__ import annotations
 
@@ -28,42 +28,46 @@ from hetero_fl.utils.serialization import write_atomically
 if TYPE_CHECKING:
     from prometheus_client import Metric
 
-# Characters of a log message.
-LONGEST = 2000
+# Maximum number of characters of a log message.
+MAX_MESSAGE_CHARS = 2000
 
 
 class EventLog:
-    """Log of the events at a server or a node; thread-safe.
+    """Thread-safe log of the events of a server or node.
 
     Args:
-        form: "text", or "json" for one object per line with `time` (UTC), `message` and fields such
-            as `run`, `round` and `client`.
-        stream: Where to write. None: stderr.
-        **about: Fields of all lines.
+        line_format: "text", or "json" for one object per line with `time` (UTC), `message` and
+            fields such as `run`, `round` and `client`.
+        stream: Output stream. None: stderr.
+        **fields: Fields that are added to all lines.
 
     Attributes:
-        quiet: Whether to write nothing.
+        quiet: Whether output is suppressed.
     """
 
-    def __init__(self, form: str = "text", stream: TextIO | None = None, **about: Any) -> None:
-        self.form = form
-        self.about = {name: value for name, value in about.items() if value is not None}
+    def __init__(
+        self, line_format: str = "text", stream: TextIO | None = None, **fields: Any
+    ) -> None:
+        self.line_format = line_format
+        self.fields = {name: value for name, value in fields.items() if value is not None}
         self._stream = stream
         self._writing = threading.Lock()
         self.quiet = False
 
-    def __call__(self, line: str, **about: Any) -> None:
+    def __call__(self, line: str, **fields: Any) -> None:
         """Log an event.
 
         Args:
             line: The message.
-            **about: Further fields.
+            **fields: Additional fields.
         """
-        line = one_line(line, LONGEST)
-        if self.form == "json":
+        line = one_line(line, MAX_MESSAGE_CHARS)
+        if self.line_format == "json":
             now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
             known = {
-                name: value for name, value in {**self.about, **about}.items() if value is not None
+                name: value
+                for name, value in {**self.fields, **fields}.items()
+                if value is not None
             }
             line = json.dumps({"time": now, "message": line, **known}, ensure_ascii=False)
         else:
@@ -75,7 +79,7 @@ class EventLog:
 
 
 class LineStream(io.TextIOBase):
-    """A text stream whose lines are written to a log.
+    """Text stream that writes each line to a log.
 
     Args:
         log: The log.
@@ -94,19 +98,19 @@ class LineStream(io.TextIOBase):
         return len(text)
 
 
-# File in the run directory.
-FILE = "status.json"
-# Number of latest events in the status.
-EVENTS = 20
+# Name of the status file in the run directory.
+STATUS_FILE = "status.json"
+# Number of recent events in the status.
+MAX_EVENTS = 20
 EVALUATION_SETS = ("personal", "global", "server")
-SPREAD = ("_std", "_worst", "_undefined")
+SPREAD_SUFFIXES = ("_std", "_worst", "_undefined")
 
 
 class RunStatus:
-    """Current status of a run at the server; every change is written to a small file.
+    """Current status of a run at the server, written to a file after every change.
 
     Args:
-        path: Run directory. It is not created: the file is written once the directory exists.
+        path: Run directory. The status file is written once the directory exists.
         clients: The expected clients.
     """
 
@@ -115,7 +119,7 @@ class RunStatus:
         self._changing = threading.RLock()
         self._present: Callable[[], Collection[str]] = tuple
         self._logs: Callable[[], Mapping[str, str]] = dict
-        # By client: whether it is connected, and since when.
+        # By client: whether it is connected, and the time of the last change.
         self._nodes: dict[str, tuple[bool, float | None]] = dict.fromkeys(clients, (False, None))
         self._events: list[dict[str, Any]] = []
         self._tree: dict[str, Any] = {
@@ -152,17 +156,17 @@ class RunStatus:
         self._present = present
 
     def set_log_source(self, logs: Callable[[], Mapping[str, str]]) -> None:
-        """Set the function that returns the audit log heads."""
+        """Set the function that returns the heads of the sites' audit logs by client."""
         self._logs = logs
 
     def add_event(self, line: str) -> None:
-        """Add a line to the latest events."""
+        """Add a line to the recent events."""
         with self._changing:
-            self._events = [*self._events, {"time": time.time(), "message": line}][-EVENTS:]
+            self._events = [*self._events, {"time": time.time(), "message": line}][-MAX_EVENTS:]
             self._write()
 
     def add_record(self, record: Mapping[str, Any]) -> None:
-        """Add the record of a completed round, as in `metrics.jsonl`."""
+        """Add the record of a completed round, in the format of `metrics.jsonl`."""
         with self._changing:
             tree = self._tree
             # A resumed run repeats rounds after the last checkpoint.
@@ -178,13 +182,15 @@ class RunStatus:
             )
             for name in EVALUATION_SETS:
                 if scores := record.get(name):
-                    tree[name] = {m: v for m, v in scores.items() if not m.endswith(SPREAD)}
+                    tree[name] = {
+                        m: v for m, v in scores.items() if not m.endswith(SPREAD_SUFFIXES)
+                    }
             self._write()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the status as plain values.
 
-        Times are in seconds since 1970; `seconds` is the duration of the last round.
+        Times are in seconds since the epoch; `seconds` is the duration of the last round.
         """
         with self._changing:
             now = time.time()
@@ -204,13 +210,13 @@ class RunStatus:
             return {**self._tree, "nodes": nodes, "events": self._events, "updated": now}
 
     def prometheus(self) -> str:
-        """Return the status in Prometheus's text format."""
+        """Return the status in the text format of Prometheus."""
         from prometheus_client import generate_latest
 
         return generate_latest(self).decode()
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the known metrics (the collector protocol of prometheus_client)."""
+        """Yield the available metrics (collector protocol of prometheus_client)."""
         from prometheus_client import Metric
 
         tree = self.to_dict()
@@ -244,12 +250,12 @@ class RunStatus:
                 yield family
 
     def _write(self) -> None:
-        # Without it, there is no run directory yet.
+        # Before the configuration is written, the run directory does not exist.
         if (self._path / "config.yaml").exists():
-            # The run does not depend on this file.
+            # The run continues if the status cannot be written.
             with suppress(OSError):
                 write_atomically(
-                    self._path / FILE, (json.dumps(self.to_dict(), indent=1) + "\n").encode()
+                    self._path / STATUS_FILE, (json.dumps(self.to_dict(), indent=1) + "\n").encode()
                 )
 
 
@@ -257,34 +263,34 @@ def read_status(folder: Path) -> dict[str, Any]:
     """Read the status file in a run directory.
 
     Returns:
-        The status; its `phase` is "gone" if the server was killed.
+        The status. Its `phase` is "gone" if the server process was killed.
 
     Raises:
-        UserError: If there is no such file or it cannot be read.
+        UserError: If the file does not exist or cannot be read.
     """
     try:
-        tree = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        tree = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
         if tree["phase"] not in ("done", "failed", "interrupted") and not _is_process_alive(tree):
             tree["phase"] = "gone"
     except FileNotFoundError:
-        what = f"{FILE} not found" if folder.is_dir() else "folder not found"
+        what = f"{STATUS_FILE} not found" if folder.is_dir() else "folder not found"
         raise UserError(
             f"{folder}: {what}; expected a run directory of a server, or the address of its metrics"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / FILE}: cannot be read ({error})") from None
+        raise UserError(f"{folder / STATUS_FILE}: cannot be read ({error})") from None
     return dict(tree)
 
 
 def _is_process_alive(tree: Mapping[str, Any]) -> bool:
-    """Return whether the server's process runs; on another machine this is assumed."""
+    """Return whether the server process runs, which is assumed on other machines."""
     if tree["host"] != socket.gethostname():
         return True
     return is_process_running(int(tree["pid"]))
 
 
-# Seconds to wait for a server's status.
-WAIT = 5.0
+# Timeout of a status request in seconds.
+TIMEOUT = 5.0
 
 
 @contextmanager
@@ -293,8 +299,8 @@ def serve_status(status: RunStatus, host: str, port: int) -> Iterator[int]:
 
     Args:
         status: The status to serve.
-        host: Address at which to listen.
-        port: Port; 0 for a free one.
+        host: Address to listen on.
+        port: Port to listen on; 0 for any free port.
 
     Yields:
         The port.
@@ -305,7 +311,7 @@ def serve_status(status: RunStatus, host: str, port: int) -> Iterator[int]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            """Answer a request for one of the pages."""
+            """Answer a request."""
             pages = {"/healthz": _health, "/metrics": _metrics, "/status": _status}
             page = pages.get(self.path.split("?")[0])
             code, kind, text = (
@@ -320,7 +326,7 @@ def serve_status(status: RunStatus, host: str, port: int) -> Iterator[int]:
 
         @override
         def log_message(self, *args: Any) -> None:
-            """Do not log requests."""
+            """Suppress the log of requests."""
 
     try:
         server = ThreadingHTTPServer((host, port), Handler)
@@ -342,14 +348,17 @@ def serve_status(status: RunStatus, host: str, port: int) -> Iterator[int]:
 
 
 def fetch_status(address: str) -> dict[str, Any]:
-    """Fetch the status from the metrics address of a server.
+    """Fetch the status of a server over HTTP.
+
+    Args:
+        address: Address of the server's metrics, with or without `http://`.
 
     Raises:
         UserError: If the server does not answer.
     """
     base = address if "://" in address else f"http://{address}"
     try:
-        with urlopen(f"{base.rstrip('/')}/status", timeout=WAIT) as answer:
+        with urlopen(f"{base.rstrip('/')}/status", timeout=TIMEOUT) as answer:
             tree = json.loads(answer.read())
     except (URLError, OSError, ValueError) as error:
         why = getattr(error, "reason", error)
@@ -361,7 +370,7 @@ def fetch_status(address: str) -> dict[str, Any]:
 
 
 def _health(status: RunStatus) -> tuple[int, str, str]:
-    """Return 503 for a run that failed, and 200 otherwise, also while it waits for nodes."""
+    """Return status 503 for a failed run and 200 otherwise, including while it waits for nodes."""
     tree = status.to_dict()
     return (
         503 if tree["phase"] == "failed" else 200,

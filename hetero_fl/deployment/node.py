@@ -26,11 +26,11 @@ from hetero_fl.deployment.config import SiteConfig
 from hetero_fl.deployment.handshake import federation_fingerprint
 from hetero_fl.deployment.messages import (
     FORM,
-    JUNK,
     LOG,
+    MALFORMED_ERRORS,
     RequestRefusedError,
-    body_of,
     data_info_tree,
+    decode_body,
     evaluation_tree,
     head_value,
     message,
@@ -41,10 +41,10 @@ from hetero_fl.deployment.policy import (
     Policy,
     check_config,
     check_raw_config,
-    digest_of,
     run_fingerprint,
+    task_digest,
 )
-from hetero_fl.deployment.transport import Envelope, find_fault
+from hetero_fl.deployment.transport import Envelope, find_violation
 from hetero_fl.deployment.validation import read_data_info
 from hetero_fl.experiment.preparation import load_config, load_federated_data, prepare
 from hetero_fl.federation.client_runtime import ClientEvaluation
@@ -56,24 +56,24 @@ from hetero_fl.utils.environment import choose_device
 from hetero_fl.utils.errors import NoUploadError, RunFailedError, UserError, one_line
 from hetero_fl.utils.serialization import CodecError, as_bytes, as_tensor, decode, encode
 
-MOST_THREADS = 1024
-# File in the folder of a run: the site's model after the last round.
-MODEL = "model.safetensors"
+MAX_THREADS = 1024
+# File in the folder of a run with the site's model after the last round.
+MODEL_FILE = "model.safetensors"
 
 
 @dataclass
 class ParticipatingRun:
-    """The run that a node takes part in.
+    """A run in which a node participates.
 
     Args:
         run: ID of the run.
         config: Configuration of the run.
-        data: The site's data and the public sets.
+        data: Data of the site and the public sets.
         storage: Files of the run.
-        usage: What the site has already done and spent.
+        usage: Completed tasks, privacy and traffic usage of the site.
         noise: Source of privacy noise.
-        worker: Runs the tasks. None until all clients are known.
-        policy: Checks of the site. None until all clients are known.
+        worker: Worker that runs the tasks. None before `prepare`.
+        policy: Limits of the site. None before `prepare`.
     """
 
     run: str
@@ -91,13 +91,13 @@ class ParticipatingRun:
         """Prepare for the tasks of the run and return the fingerprint of the federation.
 
         Args:
-            site: The site's file.
-            tree: The reports of all clients and the server's fingerprint.
-            review_upload: Called with each upload before it is encoded.
+            site: Configuration of the site.
+            tree: Data reports of all clients and the server's fingerprint.
+            review_upload: Called with the client and its upload before the upload is encoded.
 
         Raises:
-            RequestRefusedError: If the fingerprint differs from the server's, or the reports differ
-                from earlier ones.
+            RequestRefusedError: If the fingerprint differs from the server's, or the data reports
+                changed during the run.
         """
         outputs = self.data.task.outputs
         infos = {
@@ -110,16 +110,16 @@ class ParticipatingRun:
                 "the federation that this site derives from the configuration differs from the "
                 "server's"
             )
-        others = hashlib.sha256(repr(sorted(infos.items())).encode()).digest()
-        if self.storage.read("roster") not in (None, others):
+        reports_digest = hashlib.sha256(repr(sorted(infos.items())).encode()).digest()
+        if self.storage.read("roster") not in (None, reports_digest):
             raise RequestRefusedError(
                 "the data reports of the clients changed since this site joined the run"
             )
-        self.storage.write("roster", others)
+        self.storage.write("roster", reports_digest)
         federation = replace(prepared.federation, noise=self.noise)
         device = choose_device(site.device or self.config.runtime.device)
-        if not 1 <= (threads := int(tree["threads"])) <= MOST_THREADS:
-            raise RequestRefusedError(f"threads: must be >= 1 and <= {MOST_THREADS}, got {threads}")
+        if not 1 <= (threads := int(tree["threads"])) <= MAX_THREADS:
+            raise RequestRefusedError(f"threads: must be >= 1 and <= {MAX_THREADS}, got {threads}")
         threads = min(threads, site.threads or threads)
         setup = WorkerSetup(
             prepared.method,
@@ -144,32 +144,32 @@ def begin_run(
     run: str,
     tree: Any,
 ) -> tuple[ParticipatingRun, RemoteDataInfo] | None:
-    """Join a run under the configuration that the server sent.
+    """Join a run with the configuration that the server sent.
 
     Args:
-        site: The site's file.
-        folder: The site's folder.
-        cipher: Encrypts the site's files, if given.
+        site: Configuration of the site.
+        folder: Folder of the site.
+        cipher: Cipher for the site's files. None: files are not encrypted.
         entries: Entries of the site's audit log.
         run: ID of the run.
-        tree: The configuration and the public sets or their hash.
+        tree: Configuration of the run, and the public sets or their hash.
 
     Returns:
-        The run and the site's data report; None if the site lacks the public sets.
+        The run and the site's data report. None if the site does not have the public sets.
 
     Raises:
         RequestRefusedError: If the site does not allow the configuration, or the configuration or
             the data changed since the site joined the run.
     """
-    me = site.client
+    client = site.client
     raw = check_raw_config(tree["config"], site.allows)
     permission = CodePermission(granted=site.allows.own_code)
     # `init_from` names a folder of the server.
     config = load_config(raw, allow_code=permission).model_copy(update={"init_from": None})
     clients = expand_population(config.clients)
-    if me not in clients:
-        raise RequestRefusedError(f"the configuration has no client '{me}'")
-    check_config(config, site, clients[me])
+    if client not in clients:
+        raise RequestRefusedError(f"the configuration has no client '{client}'")
+    check_config(config, site, clients[client])
     if site.data is None:
         data = load_federated_data(config)
         if data.public_hash() != tree["public"]:
@@ -178,10 +178,10 @@ def begin_run(
         pack = _read_public_pack(NodeStorage(folder / "public", cipher), tree)
         if pack is None:
             return None
-        own = clients[me].model_copy(update={"data": site.data})
-        data = pack.data_of_client(me, config.data, {**clients, me: own}, config.seed)
-    own_view = clients[me].preprocess.normalize == "own"
-    info = describe_client_rows(data, me, own_view, site.tells.labels)
+        settings = clients[client].model_copy(update={"data": site.data})
+        data = pack.data_of_client(client, config.data, {**clients, client: settings}, config.seed)
+    own_view = clients[client].preprocess.normalize == "own"
+    info = describe_client_rows(data, client, own_view, site.tells.labels)
     storage = NodeStorage(folder / "runs" / check_file_name(run), cipher)
     fingerprint = run_fingerprint(raw, info.content_hash, str(tree["public"]))
     if (known := storage.read("terms")) is None:
@@ -191,7 +191,7 @@ def begin_run(
             "the configuration, the public sets or this site's rows changed since it joined the run"
         )
     secret = storage.secret("noise")
-    # An attacker who knows all rows but one could test guesses of the last against a plain hash.
+    # With an unkeyed hash, an attacker who knows all rows but one could verify guesses of that row.
     if site.allows.privacy is not None:
         keyed = hmac.new(secret, info.content_hash.encode(), hashlib.sha256).hexdigest()
         info = replace(info, content_hash=keyed)
@@ -201,10 +201,10 @@ def begin_run(
 
 
 def _read_public_pack(storage: NodeStorage, tree: Any) -> PublicPack | None:
-    """Return the public sets from the message or from the site's folder.
+    """Read the public sets from the message or from the site's folder.
 
     Returns:
-        The public sets with the hash that the server named; None if the site lacks them.
+        The public sets with the hash in the message. None if the site does not have them.
     """
     public = str(tree["public"])
     data = (
@@ -225,10 +225,10 @@ def _read_public_pack(storage: NodeStorage, tree: Any) -> PublicPack | None:
 
 
 def check_file_name(name: str) -> str:
-    """Return a name that the server sent if it is safe as a file name.
+    """Return a received name if it is safe to use as a file name.
 
     Raises:
-        RequestRefusedError: If it is not.
+        RequestRefusedError: If the name is not safe.
     """
     if not (name.isalnum() and len(name) <= 64):
         raise RequestRefusedError(
@@ -238,51 +238,52 @@ def check_file_name(name: str) -> str:
 
 
 class Node:
-    """One client of a federation: answers messages with the site's data, models and state.
+    """Client of a federation that answers the server's messages.
 
-    Tasks run in the same `Worker` as in a worker process of a simulation.
+    Tasks run in the same `Worker` class as in the worker processes of a simulation.
 
     Args:
-        site: The site's file.
+        site: Configuration of the site.
         folder: Folder for private state and the audit log.
-        say: Called with a line on each event, such as a refused message.
-        key: The site's private key, which signs the audit log. None: the log is not signed.
+        log: Called with a line for each event, such as a refused message.
+        key: Private key of the site, which signs the audit log. None: the log is not signed.
 
     Attributes:
-        log: The audit log.
-        joined: The current run; None between runs.
-        left: Why the server ended the last run; None before the first one ends.
+        audit_log: Audit log of the site.
+        joined: The current run. None between runs.
+        left: Reason for which the server ended the last run; empty if the run completed. None
+            before the first run ends.
 
     Raises:
-        UserError: If the audit log was changed, or the key of the folder is invalid.
+        UserError: If the audit log was modified, or the encryption key of the folder is invalid.
     """
 
     def __init__(
         self,
         site: SiteConfig,
         folder: Path,
-        say: Callable[[str], None] = lambda _line: None,
+        log: Callable[[str], None] = lambda _line: None,
         key: EllipticCurvePrivateKey | None = None,
     ) -> None:
         self.site = site
         self.folder = folder
-        self.say = say
+        self.log = log
         self.cipher = None if site.encrypt is None else Cipher.from_key_file(Path(site.encrypt))
         for each in (folder, folder / "runs"):
             each.mkdir(parents=True, exist_ok=True)
             each.chmod(0o700)
-        self.log = AuditLog(folder / "audit.jsonl", key)
+        self.audit_log = AuditLog(folder / "audit.jsonl", key)
         # The log entry of the current message.
         self._line: Entry = {}
         self.joined: ParticipatingRun | None = None
         self.left: str | None = None
-        # One message at a time: the same one may arrive twice.
-        self._turn = threading.Lock()
+        # Messages are handled one at a time, because the same message may arrive twice.
+        self._lock = threading.Lock()
         self._jobs = 0
 
     def handle(self, envelope: Envelope) -> Envelope:
-        """Answer a message. Errors are answers, too."""
-        answers = {
+        """Answer a message. Errors are returned as answers."""
+        handlers = {
             "hello": self._hello,
             "terms": self._describe_data,
             "roster": self._prepare,
@@ -290,7 +291,7 @@ class Node:
             "do": self._run_task,
             "leave": self._end_run,
         }
-        with self._turn:
+        with self._lock:
             head = envelope.head
             self._line = {
                 "run": one_line(head.get("run", ""), 64),
@@ -298,44 +299,44 @@ class Node:
                 "in": len(envelope.body),
             }
             try:
-                if why := find_fault(envelope, self.site.message_bytes):
+                if why := find_violation(envelope, self.site.message_bytes):
                     raise RequestRefusedError(why)
                 ask = head_value(head, "ask", str)
-                if ask not in answers:
+                if ask not in handlers:
                     raise RequestRefusedError(
-                        f"ask: unknown message '{ask}'; choose from {', '.join(answers)}"
+                        f"ask: unknown message '{ask}'; choose from {', '.join(handlers)}"
                     )
-                answer = answers[ask](envelope)
+                answer = handlers[ask](envelope)
                 self._log_answer(answer)
             except StateLostError as error:
-                self.say(f"lost: {error}")
+                self.log(f"lost: {error}")
                 answer = self._empty_answer("lost", str(error))
             except (RequestRefusedError, UserError, RunFailedError) as error:
                 answer = self._refusal(str(error))
             # OSError: the disk may be full.
-            except (*JUNK, OSError) as error:
+            except (*MALFORMED_ERRORS, OSError) as error:
                 answer = self._refusal(f"{type(error).__name__}: {one_line(error, 200)}")
-            return Envelope({**answer.head, LOG: self.log.head}, answer.body)
+            return Envelope({**answer.head, LOG: self.audit_log.head}, answer.body)
 
     def _log_answer(self, answer: Envelope) -> None:
-        """Append an answer to the log before it leaves."""
+        """Append an answer to the audit log before it is sent."""
         outcome = self._line.pop("outcome", str(answer.head.get("ask")))
-        entry = self.log.append(**self._line, out=len(answer.body), outcome=outcome)
+        entry = self.audit_log.append(**self._line, out=len(answer.body), outcome=outcome)
         if self.joined is not None:
             self.joined.usage.add_entry(entry)
 
     def _refusal(self, why: str) -> Envelope:
         why = one_line(why)
-        self.say(f"refused: {why}")
+        self.log(f"refused: {why}")
         return self._empty_answer("refused", why)
 
     def _empty_answer(self, kind: str, why: str) -> Envelope:
-        """Return an answer without data of this site."""
+        """Return an answer that contains no data of this site."""
         answer = message(kind, why=why)
         for name in ("kinds", "spent"):
             self._line.pop(name, None)
         self._line["outcome"] = f"{kind}: {why}"
-        # If the disk is full or the log damaged, the server at least gets the answer.
+        # The answer is sent even if the disk is full or the log is damaged.
         with contextlib.suppress(OSError, UserError):
             self._log_answer(answer)
         return answer
@@ -346,15 +347,15 @@ class Node:
         )
 
     def _describe_data(self, envelope: Envelope) -> Envelope:
-        """Join a run and report the site's rows."""
+        """Join a run and answer with the data report of the site."""
         run = head_value(envelope.head, "run", str)
         found = begin_run(
             self.site,
             self.folder,
             self.cipher,
-            entries=self.log.entries(),
+            entries=self.audit_log.entries(),
             run=run,
-            tree=body_of(envelope),
+            tree=decode_body(envelope),
         )
         if found is None:
             return message("lacks")
@@ -368,10 +369,10 @@ class Node:
         return message("told", data_info_tree(info))
 
     def _prepare(self, envelope: Envelope) -> Envelope:
-        """Prepare for the tasks of the run, whose clients are known now."""
+        """Prepare for the tasks of the run with the data reports of all clients."""
         joined = self._current_run(envelope)
-        found = joined.prepare(self.site, body_of(envelope), self._check_upload)
-        self.say(
+        found = joined.prepare(self.site, decode_body(envelope), self._check_upload)
+        self.log(
             f"ready: {joined.config.name}, {joined.config.algorithm['name']}, "
             f"{joined.config.rounds} rounds"
         )
@@ -380,18 +381,18 @@ class Node:
     def _end_run(self, envelope: Envelope) -> Envelope:
         self.left = one_line(envelope.head.get("why", ""))
         self.joined = None
-        self.say("disconnected by the server" + (f": {self.left}" if self.left else ""))
+        self.log("disconnected by the server" + (f": {self.left}" if self.left else ""))
         return message("left")
 
     def _receive_state(self, envelope: Envelope) -> Envelope:
-        """Store a private state to start from, taken from another run of the server."""
+        """Store an initial private state, which comes from another run of the server."""
         if (
             self.joined is None
             or self.joined.worker is None
             or self.joined.run != envelope.head.get("run")
         ):
             return message("unready")
-        state = as_bytes(body_of(envelope)["state"])
+        state = as_bytes(decode_body(envelope)["state"])
         try:
             PrivateState.decode(state, bounded=True)
         except (CodecError, TypeError) as error:
@@ -416,7 +417,7 @@ class Node:
             head_value(head, "again", int),
             head_value(head, "work", float),
         )
-        digest = digest_of(kind, request, base)
+        digest = task_digest(kind, request, base)
         self._line |= {
             "round": request.round_idx,
             "what": one_line(request.kind, 20),
@@ -429,7 +430,7 @@ class Node:
             raise RequestRefusedError(f"task {task[:12]} was sent before with other content")
         if digest in usage.answered:
             self._line["outcome"] = REPEATED
-        # It is created with the worker.
+        # The policy is created together with the worker.
         assert self.joined.policy is not None
         load_state = partial(storage.load_state, base)
         if spent := self.joined.policy.check(kind, request, digest, load_state):
@@ -456,41 +457,43 @@ class Node:
         """Run one exchange of the round's protocol, such as training.
 
         Args:
-            request: The server's request.
+            request: Request of the server.
             base: Name of the private state from which the task starts.
             task: Name of the task.
-            protected: Names of the states to which the server may go back.
+            protected: Names of states that the server's checkpoints refer to.
         """
         assert (
             self.joined is not None
             and self.joined.worker is not None
             and self.joined.policy is not None
         )
-        me = self.site.client
+        client = self.site.client
         storage = self.joined.storage
         worker = self.joined.worker
         notes = storage.read("notes")
         private: dict[str, bytes | None] = (
-            {me: storage.load_state(base)} if request.kind == TRAIN else {}
+            {client: storage.load_state(base)} if request.kind == TRAIN else {}
         )
         job = self._worker_job(
-            "answer", request, private, notes={} if notes is None else {me: notes}
+            "answer", request, private, notes={} if notes is None else {client: notes}
         )
         done = worker.run_job(job)
         if done.error is not None:
             raise RequestRefusedError(f"{request.kind}: {done.error}")
-        if me in done.notes:
-            storage.write("notes", done.notes[me])
+        if client in done.notes:
+            storage.write("notes", done.notes[client])
         else:
             storage.drop("notes")
-        reply = done.replies[me]
+        reply = done.replies[client]
         if isinstance(reply, NoUploadError):
             return message("failed", why=str(reply), task=task)
         # `_check_upload` has already set it for an upload.
         self._line.setdefault("kinds", [reply.kind])
         self.joined.policy.check_size(len(reply.body), upload=True)
         # Only training changes the state.
-        state = storage.save_state(done.private[me], protected) if me in done.private else ""
+        state = (
+            storage.save_state(done.private[client], protected) if client in done.private else ""
+        )
         check = hashlib.sha256(reply.body).hexdigest()
         return Envelope(
             {"ask": "done", "task": task, "what": reply.kind, "state": state, "check": check},
@@ -498,7 +501,7 @@ class Node:
         )
 
     def _evaluate(self, request: Message, base: str, details: bool, task: str) -> Envelope:
-        """Evaluate the site's model and return what the site discloses of the results."""
+        """Evaluate the site's model and return the results that the site discloses."""
         assert (
             self.joined is not None
             and self.joined.worker is not None
@@ -511,9 +514,9 @@ class Node:
         if done.error is not None:
             raise RequestRefusedError(f"evaluation: {done.error}")
         evaluation = done.evaluations[self.site.client]
-        # After the last round the site keeps its model, whether it discloses it or not.
+        # After the last round, the site stores its model even if it does not disclose the model.
         if evaluation.model:
-            self.joined.storage.write(MODEL, evaluation.model)
+            self.joined.storage.write(MODEL_FILE, evaluation.model)
         shared = self._shared_evaluation(evaluation)
         answer = message("done", evaluation_tree(shared), task=task)
         self.joined.policy.check_size(len(answer.body), upload=False)
@@ -525,7 +528,7 @@ class Node:
         return answer
 
     def _check_upload(self, client: str, upload: Payload) -> None:
-        """Check an upload that is about to be encoded, and note its contents for the log."""
+        """Check an upload before it is encoded and record its contents for the audit log."""
         assert self.joined is not None and self.joined.policy is not None
         self.joined.policy.check_upload(upload)
         self._line["kinds"] = self.joined.policy.shared_kinds(upload)
@@ -549,8 +552,10 @@ class Node:
         notes: dict[str, bytes] | None = None,
     ) -> WorkerJob:
         self._jobs += 1
-        me = self.site.client
-        return WorkerJob(self._jobs, kind, [[me]], {me: request}, private, details, notes or {})
+        client = self.site.client
+        return WorkerJob(
+            self._jobs, kind, [[client]], {client: request}, private, details, notes or {}
+        )
 
     def _current_run(self, envelope: Envelope) -> ParticipatingRun:
         run = head_value(envelope.head, "run", str)

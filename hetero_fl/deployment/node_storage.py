@@ -1,9 +1,8 @@
 """Files of a node, optionally encrypted: private states, notes of a round, last answer, secrets.
 
-States are named by their SHA-256 and never changed. The server says from which one a task starts,
-so that neither a crash on either side nor a repeated round can leave the two with different states.
-This is why nodes do not use the server's segments (`federation/state_store.py`): several states of
-one client exist at a time, and each file is encrypted on its own.
+States are immutable and named by their SHA-256 digest. Each task names the state from which it
+starts, so server and node stay consistent after a crash or a repeated round. Unlike in the server's
+`federation/state_store.py`, several states of a client exist at a time, in separate files.
 """
 
 from __future__ import annotations
@@ -21,27 +20,34 @@ from hetero_fl.deployment.messages import RequestRefusedError
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import sync_folder, write_atomically
 
-# States of a run: the server's two checkpoints may name one each, and a task in flight adds one.
+# Number of stored states of a run. The server's two checkpoints may refer to one state each, and a
+# running task adds one.
 MAX_STATES = 4
-NONCE = 12  # bytes
+NONCE_BYTES = 12
 
 
 class StateLostError(RequestRefusedError):
-    """A private state from which a task starts is missing or damaged."""
+    """Raised if the private state from which a task starts is missing or damaged."""
 
 
 class Cipher:
-    """Encrypts files with AES-256-GCM; each is bound to its name."""
+    """Authenticated encryption of files with AES-256-GCM.
+
+    The name of a file is authenticated as well, so that files cannot be swapped.
+
+    Args:
+        key: Key of 32 bytes.
+    """
 
     def __init__(self, key: bytes) -> None:
-        self._box = AESGCM(key)
+        self._aead = AESGCM(key)
 
     @classmethod
     def from_key_file(cls, path: Path) -> Cipher:
-        """Read the key from a file, which is created if it does not exist.
+        """Create a cipher from a key file, which is created if it does not exist.
 
         Raises:
-            UserError: If the file is not a key, or others may read it.
+            UserError: If the file is not a key, or other users can read it.
         """
         if not path.exists():
             _make_key(path)
@@ -57,20 +63,20 @@ class Cipher:
 
     def encrypt(self, data: bytes, name: str) -> bytes:
         """Encrypt the content of the file `name`."""
-        nonce = secrets.token_bytes(NONCE)
-        return nonce + self._box.encrypt(nonce, data, name.encode())
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        return nonce + self._aead.encrypt(nonce, data, name.encode())
 
     def decrypt(self, data: bytes, name: str) -> bytes:
         """Decrypt the content of the file `name`.
 
         Raises:
-            InvalidTag: If it was changed, or encrypted with another key or for another name.
+            InvalidTag: If the data was changed, or encrypted with another key or file name.
         """
-        return self._box.decrypt(data[:NONCE], data[NONCE:], name.encode())
+        return self._aead.decrypt(data[:NONCE_BYTES], data[NONCE_BYTES:], name.encode())
 
 
 def _make_key(path: Path) -> None:
-    """Write a new key and flush it to disk, new folders included."""
+    """Write a new key and flush the file and all new folders to disk."""
     new_folders = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -83,11 +89,11 @@ def _make_key(path: Path) -> None:
 
 
 class NodeStorage:
-    """Files of one run in a folder that only its owner can read.
+    """Files of a run in a folder that only the owner can read.
 
     Args:
         folder: The folder, which is created if it does not exist.
-        cipher: Encrypts the files, if given.
+        cipher: Cipher for the files. None: files are not encrypted.
     """
 
     def __init__(self, folder: Path, cipher: Cipher | None = None) -> None:
@@ -97,10 +103,13 @@ class NodeStorage:
         folder.chmod(0o700)
 
     def load_state(self, name: str) -> bytes:
-        """Return a private state by its name; the empty name is that of no state.
+        """Load a private state.
+
+        Args:
+            name: Name of the state; empty for no state.
 
         Raises:
-            StateLostError: If it is missing or damaged.
+            StateLostError: If the state is missing or damaged.
         """
         if not name:
             return b""
@@ -115,7 +124,11 @@ class NodeStorage:
     def save_state(self, data: bytes, protected: Collection[str] = ()) -> str:
         """Save a private state and return its name.
 
-        States that were not loaded for longest are deleted, except `protected` ones.
+        The least recently used states beyond `MAX_STATES` are deleted, except `protected` ones.
+
+        Args:
+            data: The encoded state.
+            protected: Names of states that are not deleted.
         """
         if not data:
             return ""
@@ -128,7 +141,7 @@ class NodeStorage:
         return name
 
     def read(self, name: str) -> bytes | None:
-        """Return a file's content, None if it is missing or damaged."""
+        """Return the content of a file, or None if it is missing or damaged."""
         try:
             data = (self.folder / name).read_bytes()
             return data if self.cipher is None else self.cipher.decrypt(data, name)
@@ -148,7 +161,7 @@ class NodeStorage:
         """Return a secret of 256 random bits, which is created on first use.
 
         Raises:
-            UserError: If the file exists and cannot be read.
+            UserError: If the file exists but cannot be decrypted.
         """
         secret = self.read(name)
         if secret is None:

@@ -41,7 +41,7 @@ from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import UserError, suggest_or_list
 
 # Client settings that, once set in the site's file, must be the same in the configuration.
-OWN_KEYS = ("model", "preprocess", "augment")
+SITE_KEYS = ("model", "preprocess", "augment")
 
 
 def check_raw_config(tree: object, allows: AllowsConfig) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def check_config(config: Config, site: SiteConfig, settings: ClientSettings) -> 
     )
     check_limit(f"clients: {me}: steps", settings.steps, "steps", allows.steps)
     own = ClientSettings.model_validate(site.settings())
-    for key in OWN_KEYS:
+    for key in SITE_KEYS:
         if getattr(site, key) is not None and getattr(settings, key) != getattr(own, key):
             raise RequestRefusedError(
                 f"clients: {me}: {key}: differs from {key} in this site's file"
@@ -200,7 +200,7 @@ def _is_allowed(share: str, allowed: Sequence[str]) -> bool:
     )
 
 
-def digest_of(kind: str, request: Message, base: str) -> bytes:
+def task_digest(kind: str, request: Message, base: str) -> bytes:
     """Return a digest of what a task requests, whatever name the server gives it.
 
     Args:
@@ -455,7 +455,7 @@ class Policy:
             self.site.shares if self.site.shares is not None else self.client_info.settings.shares
         )
         # WITHIN counts updates within the clipping bound; the server adds noise to it.
-        items = {name: item for name, item in payload.items_.items() if name != WITHIN}
+        items = {name: item for name, item in payload.items_by_name.items() if name != WITHIN}
         for name in items:
             if name not in self.specs:
                 raise UserError(

@@ -17,7 +17,13 @@ from typing_extensions import override
 from hetero_fl.communication.protocol import Content, DirectProtocol, Message, Reply
 from hetero_fl.deployment.conversations import Conversation, Conversations
 from hetero_fl.deployment.handshake import Handshake
-from hetero_fl.deployment.messages import RequestRefusedError, body_of, head_value, message, reason
+from hetero_fl.deployment.messages import (
+    RequestRefusedError,
+    decode_body,
+    head_value,
+    message,
+    refusal_reason,
+)
 from hetero_fl.deployment.transport import Envelope, Head
 from hetero_fl.deployment.validation import read_evaluation, read_state_name
 from hetero_fl.engine.driver import Backend, DivergedError
@@ -33,7 +39,7 @@ from hetero_fl.utils.serialization import as_tensor
 # Key in the server's store under which a client's state has its name.
 STATE_KEY = "at"
 # Attempts at one task by a node that restarts or has lost its state.
-TRIES = 3
+MAX_ATTEMPTS = 3
 
 
 class NodeExecutor(RemoteExecutor):
@@ -213,7 +219,7 @@ class NodeExecutor(RemoteExecutor):
             envelope = message(
                 "keep", {"state": as_tensor(private.encode())}, run=self.handshake.run
             )
-            for _ in range(TRIES):
+            for _ in range(MAX_ATTEMPTS):
                 if (answer := (yield envelope)).head.get("ask") != "unready":
                     break
                 yield from self.handshake.prepare_restarted_node(client)
@@ -251,7 +257,7 @@ class NodeExecutor(RemoteExecutor):
         names = {states[client] for states in self._checkpoint_states if client in states}
         spare = ",".join(sorted(names))
         expires = time.time() + self.deadline
-        for _ in range(TRIES):
+        for _ in range(MAX_ATTEMPTS):
             hashed = hashlib.sha256(request.body).hexdigest()
             parts = (run, client, kind, sorted(about.items()), base, nonce, hashed)
             task = hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -272,7 +278,7 @@ class NodeExecutor(RemoteExecutor):
                 self._reset_clients.append(client)
                 self.on_reset(client)
                 request = make_request(client)
-                self.connections.say(f"{client} has lost its private state and starts without it")
+                self.connections.log(f"{client} has lost its private state and starts without it")
             elif outcome == "unready":
                 yield from self.handshake.prepare_restarted_node(client)
             else:
@@ -292,10 +298,12 @@ class NodeExecutor(RemoteExecutor):
         prepared = self.handshake.prepared
         try:
             if answer.head.get("ask") != "done":
-                return ClientAbsentError(reason(answer))
-            return read_evaluation(body_of(answer), client, prepared.federation, prepared.method)
+                return ClientAbsentError(refusal_reason(answer))
+            return read_evaluation(
+                decode_body(answer), client, prepared.federation, prepared.method
+            )
         except RequestRefusedError as error:
-            self.connections.say(f"{client}: {error}")
+            self.connections.log(f"{client}: {error}")
             return ClientAbsentError(str(error))
 
     def _parse_reply(self, client: str, answer: Envelope | ClientAbsentError) -> Reply:
@@ -303,9 +311,9 @@ class NodeExecutor(RemoteExecutor):
         if isinstance(answer, ClientAbsentError):
             return answer
         if answer.head.get("ask") == "failed":
-            return DivergedError(reason(answer))
+            return DivergedError(refusal_reason(answer))
         if answer.head.get("ask") != "done":
-            return ClientAbsentError(reason(answer))
+            return ClientAbsentError(refusal_reason(answer))
         try:
             what, state, check = (
                 head_value(answer.head, name, str) for name in ("what", "state", "check")
@@ -320,4 +328,4 @@ class NodeExecutor(RemoteExecutor):
 
 
 def _failure_reason(answer: Envelope | ClientAbsentError) -> str:
-    return str(answer) if isinstance(answer, ClientAbsentError) else reason(answer)
+    return str(answer) if isinstance(answer, ClientAbsentError) else refusal_reason(answer)

@@ -48,7 +48,7 @@ from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.serialization import write_atomically
 
 # File in the run directory: the run's ID and what the nodes reported (`Handshake.state_dict`).
-IDENTITY = "federation.json"
+IDENTITY_FILE = "federation.json"
 
 
 def run_federation(
@@ -64,7 +64,7 @@ def run_federation(
     callbacks: Sequence[Callback] = (),
     quiet: bool = True,
     keys: Mapping[str, bytes] | None = None,
-    say: Callable[[str], None] = lambda _line: None,
+    log: Callable[[str], None] = lambda _line: None,
     status: RunStatus | None = None,
     console: Console | None = None,
     message_bytes: int = MESSAGE_BYTES,
@@ -86,7 +86,7 @@ def run_federation(
         quiet: Whether to show no progress.
         keys: Public key of each client's node in PEM. None: a client belongs to the node that
             first claims it, until that node disconnects.
-        say: Called with a line on each node that connects, disconnects or is refused.
+        log: Called with a line on each node that connects, disconnects or is refused.
         status: Status of the run to keep up to date.
         console: Where to show progress. None: the terminal.
         message_bytes: Maximum size of a node's answer.
@@ -100,7 +100,7 @@ def run_federation(
             continue.
         Interrupted: If the run is interrupted after its first checkpoint.
     """
-    over = False
+    is_complete = False
     try:
         config = load_config(source, overrides)
         check_deployable(config)
@@ -115,7 +115,7 @@ def run_federation(
         def report(line: str) -> None:
             line = one_line(line)
             status.add_event(line)
-            say(line)
+            log(line)
 
         transport = BoundedTransport(transport, message_bytes)
         connections = Connections(transport, clients, report, patience, keys)
@@ -142,7 +142,7 @@ def run_federation(
                 torch.set_num_threads(choice.server_threads)
                 device = torch.device(choice.device)
                 use_deterministic_algorithms(device, choice.deterministic)
-                write_atomically(out / IDENTITY, json.dumps(handshake.state_dict()).encode())
+                write_atomically(out / IDENTITY_FILE, json.dumps(handshake.state_dict()).encode())
                 # Privacy noise must not follow from the seed, which every node knows.
                 noise = SecretNoiseSource(NodeStorage(out / "secrets").secret("noise"))
                 prepared.federation = replace(prepared.federation, noise=noise)
@@ -164,10 +164,10 @@ def run_federation(
                 executor_factory=executor_factory,
                 console=console,
             )
-        over = True
+        is_complete = True
         return run
     finally:
-        connections.close(over)
+        connections.close(is_complete)
 
 
 @contextmanager
@@ -220,7 +220,7 @@ def _min_clients(prepared: PreparedRun) -> int:
 
 def _run_identity(out: Path) -> dict[str, Any] | None:
     try:
-        known: dict[str, Any] = json.loads((out / IDENTITY).read_text(encoding="utf-8"))
+        known: dict[str, Any] = json.loads((out / IDENTITY_FILE).read_text(encoding="utf-8"))
         return known
     except (OSError, ValueError):
         return None
@@ -305,7 +305,7 @@ def run_server(
             callbacks=[log.log_round, after_round],
             quiet=quiet,
             keys=None if files is None else keys,
-            say=log,
+            log=log,
             status=status,
             console=log.console(),
             message_bytes=server.message_bytes,
@@ -322,8 +322,8 @@ def _check_distinct(keys: Mapping[str, bytes], file: Path) -> None:
 class _RunLog(EventLog):
     """A log whose lines name the run, the round and the client."""
 
-    def __init__(self, form: str, status: RunStatus) -> None:
-        super().__init__(form)
+    def __init__(self, line_format: str, status: RunStatus) -> None:
+        super().__init__(line_format)
         self._status = status
 
     def __call__(self, line: str, **about: object) -> None:
@@ -340,7 +340,7 @@ class _RunLog(EventLog):
 
     def log_round(self, record: Record) -> None:
         """Log a completed round, in JSON only: the console shows the round's results."""
-        if self.form == "json":
+        if self.line_format == "json":
             tree = self._status.to_dict()
             names = ("seconds", "epsilon", "personal", "global", "server")
             results = {name: tree[name] for name in names}
@@ -352,7 +352,7 @@ class _RunLog(EventLog):
         """Return the console for the run's progress; None for the terminal."""
         return (
             Console(file=cast("TextIO", LineStream(self)), highlight=False, soft_wrap=True)
-            if self.form == "json"
+            if self.line_format == "json"
             else None
         )
 

@@ -12,8 +12,8 @@ from typing import Protocol
 Head = dict[str, str | int | float | bool | bytes]
 
 MESSAGE_BYTES = 2**30  # default limit of one message in bytes
-MOST_HEAD_ENTRIES = 32
-MOST_HEAD_BYTES = 2**16
+MAX_HEAD_ENTRIES = 32
+MAX_HEAD_BYTES = 2**16
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Envelope:
 Handle = Callable[[Envelope], Envelope]
 
 
-def find_fault(envelope: Envelope, most: int) -> str:
+def find_violation(envelope: Envelope, most: int) -> str:
     """Return what is out of bounds in a message, or an empty string.
 
     A head holds a few plain values that can be encoded as UTF-8.
@@ -40,8 +40,8 @@ def find_fault(envelope: Envelope, most: int) -> str:
     size = 0
     if len(envelope.body) > most:
         return f"a message of {len(envelope.body):,} bytes; at most {most:,} are read"
-    if len(head) > MOST_HEAD_ENTRIES:
-        return f"a head of {len(head)} entries; at most {MOST_HEAD_ENTRIES} are read"
+    if len(head) > MAX_HEAD_ENTRIES:
+        return f"a head of {len(head)} entries; at most {MAX_HEAD_ENTRIES} are read"
     for name, value in head.items():
         if not isinstance(name, str) or not isinstance(value, str | int | float | bytes):
             return f"a head with {type(value).__name__} in it; expected plain values"
@@ -53,8 +53,8 @@ def find_fault(envelope: Envelope, most: int) -> str:
             return "a head whose text is not valid Unicode"
         size += len(value) if isinstance(value, bytes) else 8
     return (
-        f"a head of {size:,} bytes; at most {MOST_HEAD_BYTES:,} are read"
-        if size > MOST_HEAD_BYTES
+        f"a head of {size:,} bytes; at most {MAX_HEAD_BYTES:,} are read"
+        if size > MAX_HEAD_BYTES
         else ""
     )
 
@@ -124,5 +124,5 @@ class BoundedTransport:
         }
 
     def _check_answer(self, answer: Envelope) -> Envelope:
-        why = find_fault(answer, self.most)
+        why = find_violation(answer, self.most)
         return UnreadableAnswer.with_reason(why) if why else answer

@@ -22,14 +22,14 @@ from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.data_free import Dense
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.errors import describe_error
-from hetero_fl.core.metrics import LARGEST_FIGURE, SMALLER_IS_BETTER, Scores, metric_names
+from hetero_fl.core.metrics import MAX_METRIC_VALUE, SMALLER_IS_BETTER, Scores, metric_names
 from hetero_fl.core.model_spec import Tensors, freeze_lists
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.saved_model import SavedModel, read_model_file
 from hetero_fl.core.task import Task
 from hetero_fl.data.client_rows import RemoteDataInfo
 from hetero_fl.data.preprocessing import Preprocess
-from hetero_fl.deployment.messages import JUNK, RequestRefusedError
+from hetero_fl.deployment.messages import MALFORMED_ERRORS, RequestRefusedError
 from hetero_fl.federation.client_runtime import EVALUATION_SETS, FORECAST_ROWS, ClientEvaluation
 from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.utils.code_permission import CodePermission, find_references
@@ -37,21 +37,21 @@ from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.serialization import DTYPES, CodecError, as_bytes, check_header
 
 # Client settings that a site decides.
-OWN_SETTINGS = ("model", "preprocess", "augment", "shares")
-MOST_ROWS = 2**31
+SITE_SETTINGS = ("model", "preprocess", "augment", "shares")
+MAX_ROWS = 2**31
 # Longest image side in pixels to which a site may resize, unless the server's configuration has
 # larger images.
-MOST_PIXELS = 1024
+MAX_PIXELS = 1024
 # Characters of a name.
-LONGEST = 128
-MOST_NAMES = 32
+MAX_NAME_CHARS = 128
+MAX_NAMES = 32
 # Bins of a calibration curve.
-BINS = 15
+CALIBRATION_BINS = 15
 MODEL_DTYPES = {torch.from_numpy(np.empty(0, dtype)).dtype for dtype in DTYPES.values()}
 # Metrics without a lower bound.
 UNBOUNDED = ("r2",)
 # Times are 64-bit integers in any unit.
-MOST_TIME = 2**63
+MAX_TIME = 2**63
 EVALUATION_FIELDS = {
     "scores",
     "confusion",
@@ -63,7 +63,7 @@ EVALUATION_FIELDS = {
 }
 
 
-def read_settings(tree: Any, names: Collection[str], largest: int = MOST_PIXELS) -> dict[str, Any]:
+def read_settings(tree: Any, names: Collection[str], largest: int = MAX_PIXELS) -> dict[str, Any]:
     """Validate the client settings that a node reports.
 
     Args:
@@ -82,22 +82,22 @@ def read_settings(tree: Any, names: Collection[str], largest: int = MOST_PIXELS)
     _check_plain(found)
     if not isinstance(found, dict):
         raise RequestRefusedError(f"settings: expected a mapping, got {type(found).__name__}")
-    if unknown := sorted(set(found) - set(OWN_SETTINGS)):
+    if unknown := sorted(set(found) - set(SITE_SETTINGS)):
         line = f"settings: a site cannot set {', '.join(unknown)}"
         raise RequestRefusedError(line[:200])
     for name, key in CodePermission(granted=names).find_refused(find_references(found), ""):
         raise RequestRefusedError(
-            f"{key}: {name[:LONGEST]} is code that the server's configuration does not name"
+            f"{key}: {name[:MAX_NAME_CHARS]} is code that the server's configuration does not name"
         )
     try:
         resize = ClientSettings.model_validate(found).preprocess.resize
         if resize is not None and resize > largest:
             raise RequestRefusedError(
-                f"preprocess.resize: must be <= {largest}, got {one_line(resize, LONGEST)}"
+                f"preprocess.resize: must be <= {largest}, got {one_line(resize, MAX_NAME_CHARS)}"
             )
     except ValidationError as error:
         raise RequestRefusedError(describe_error(error, found, ClientSettings)) from None
-    except JUNK as error:
+    except MALFORMED_ERRORS as error:
         raise RequestRefusedError(
             f"settings: cannot be read ({type(error).__name__}: {error})"
         ) from None
@@ -111,7 +111,9 @@ def read_state_name(name: str) -> str:
         RequestRefusedError: If it is neither.
     """
     if name and not (len(name) == 64 and set(name) <= set("0123456789abcdef")):
-        raise RequestRefusedError(f"state: expected a SHA-256 digest, got {name[:LONGEST]!r}")
+        raise RequestRefusedError(
+            f"state: expected a SHA-256 digest, got {name[:MAX_NAME_CHARS]!r}"
+        )
     return name
 
 
@@ -130,7 +132,7 @@ def read_data_info(tree: Any, outputs: int, own: Preprocess | None = None) -> Re
     try:
         _check_plain(tree)
         rows = {
-            name: _read_integer(tree["rows"][name], MOST_ROWS)
+            name: _read_integer(tree["rows"][name], MAX_ROWS)
             for name in ("train", "validation", "test")
         }
         if not rows["train"]:
@@ -138,7 +140,7 @@ def read_data_info(tree: Any, outputs: int, own: Preprocess | None = None) -> Re
         labels = (
             None
             if tree["labels"] is None
-            else tuple(float(_read_number(n, 0.0, MOST_ROWS)) for n in tree["labels"])
+            else tuple(float(_read_number(n, 0.0, MAX_ROWS)) for n in tree["labels"])
         )
         if labels is not None and len(labels) != outputs:
             raise RequestRefusedError(f"labels: expected {outputs} counts, got {len(labels)}")
@@ -152,13 +154,13 @@ def read_data_info(tree: Any, outputs: int, own: Preprocess | None = None) -> Re
             raise RequestRefusedError(f"view: {problem}")
         for number in (view.mean, view.std) if view is not None else ():
             for each in number if isinstance(number, tuple) else (number,):
-                _read_number(0.0 if each is None else each, -LARGEST_FIGURE)
+                _read_number(0.0 if each is None else each, -MAX_METRIC_VALUE)
         if view is not None and replace(view, mean=None, std=None) != own:
             raise RequestRefusedError("view: differs from the configuration")
         return RemoteDataInfo(rows, _read_name(tree["hash"]), view, labels)
     except RequestRefusedError as error:
         raise RequestRefusedError(f"data report refused: {error}") from None
-    except JUNK as error:
+    except MALFORMED_ERRORS as error:
         raise RequestRefusedError(
             f"data report cannot be read ({type(error).__name__}: {error})"
         ) from None
@@ -188,7 +190,7 @@ def read_evaluation(
         return _read_evaluation(tree, federation, client_info, method)
     except (RequestRefusedError, UserError) as error:
         raise RequestRefusedError(f"evaluation refused: {error}") from None
-    except JUNK as error:
+    except MALFORMED_ERRORS as error:
         raise RequestRefusedError(
             f"evaluation cannot be read ({type(error).__name__}: {error})"
         ) from None
@@ -221,8 +223,8 @@ def _read_scores(found: Any, task: Task) -> Scores:
     known = metric_names(task)
 
     def read_score(name: str, value: Any) -> float | None:
-        least = -LARGEST_FIGURE if name in UNBOUNDED else 0.0
-        most = LARGEST_FIGURE if name in SMALLER_IS_BETTER else 1.0 + 1e-9
+        least = -MAX_METRIC_VALUE if name in UNBOUNDED else 0.0
+        most = MAX_METRIC_VALUE if name in SMALLER_IS_BETTER else 1.0 + 1e-9
         return None if value is None else _read_number(value, least, most)
 
     return {name: read_score(name, value) for name, value in _check_names(found, known).items()}
@@ -231,7 +233,7 @@ def _read_scores(found: Any, task: Task) -> Scores:
 def _read_confusion(found: Any, task: Task) -> list[Any]:
     outputs = task.outputs
     shape = (outputs, outputs) if task.kind == "multiclass" else (outputs, 2, 2)
-    return _read_table(found, shape, lambda v: _read_integer(v, MOST_ROWS))
+    return _read_table(found, shape, lambda v: _read_integer(v, MAX_ROWS))
 
 
 def _read_calibration(found: Any) -> dict[str, Any]:
@@ -240,11 +242,16 @@ def _read_calibration(found: Any) -> dict[str, Any]:
     def share(value: Any) -> float | None:
         return None if value is None else _read_number(value, 0.0, 1.0 + 1e-9)
 
-    bins = {name: _read_table(named[name], (BINS,), share) for name in ("confidence", "accuracy")}
+    bins = {
+        name: _read_table(named[name], (CALIBRATION_BINS,), share)
+        for name in ("confidence", "accuracy")
+    }
     return {
         "ece": share(named["ece"]),
         **bins,
-        "count": _read_table(named["count"], (BINS,), lambda v: _read_integer(v, MOST_ROWS)),
+        "count": _read_table(
+            named["count"], (CALIBRATION_BINS,), lambda v: _read_integer(v, MAX_ROWS)
+        ),
     }
 
 
@@ -269,12 +276,12 @@ def _read_forecast(found: Any, federation: FederationSpec) -> dict[str, Any]:
         raise RequestRefusedError(f"forecast: expected 1 to {FORECAST_ROWS} rows, got {rows}")
 
     def columns(values: Any) -> list[Any]:
-        return _read_table(values, (task.outputs, rows), lambda v: _read_number(v, -LARGEST_FIGURE))
+        return _read_table(
+            values, (task.outputs, rows), lambda v: _read_number(v, -MAX_METRIC_VALUE)
+        )
 
     return {
-        "time": _read_table(
-            named["time"], (rows,), lambda v: _read_number(v, -MOST_TIME, MOST_TIME)
-        ),
+        "time": _read_table(named["time"], (rows,), lambda v: _read_number(v, -MAX_TIME, MAX_TIME)),
         "truth": columns(named["truth"]),
         "predicted": columns(named["predicted"]),
         "baselines": _read_by_name(named["baselines"], None, columns),
@@ -350,7 +357,7 @@ def _expected_model(
     prior = about["log_prior"]
     if prior is not None:
         prior = tuple(
-            _read_table(prior, (task.outputs,), lambda v: float(_read_number(v, -LARGEST_FIGURE)))
+            _read_table(prior, (task.outputs,), lambda v: float(_read_number(v, -MAX_METRIC_VALUE)))
         )
     candidates = [
         SavedModel(tensors, arch, asdict(view), task, prior, layout.columns, layout.categories)
@@ -360,7 +367,8 @@ def _expected_model(
     matching = [saved for saved in candidates if saved.metadata()["architecture"] == named]
     if not matching or candidates[0].metadata()["task"] != about["task"]:
         raise RequestRefusedError(
-            f"model: architecture or task is not the client's ({one_line(named['name'], LONGEST)})"
+            "model: architecture or task is not the client's "
+            f"({one_line(named['name'], MAX_NAME_CHARS)})"
         )
     for saved in matching:
         if saved.metadata()["preprocess"] == about["preprocess"]:
@@ -390,26 +398,33 @@ def _check_names(found: Any, known: tuple[str, ...]) -> Mapping[str, Any]:
 def _read_by_name(
     found: Any, known: Mapping[str, Any] | None, each: Callable[[Any], Any]
 ) -> dict[str, Any]:
-    if not isinstance(found, dict) or len(found) > MOST_NAMES:
+    if not isinstance(found, dict) or len(found) > MAX_NAMES:
         size = f"{len(found)} names" if isinstance(found, dict) else type(found).__name__
-        raise RequestRefusedError(f"expected a mapping of at most {MOST_NAMES} names, got {size}")
+        raise RequestRefusedError(f"expected a mapping of at most {MAX_NAMES} names, got {size}")
     if known is not None and (unknown := [name for name in found if name not in known]):
-        raise RequestRefusedError(f"expected {', '.join(known)}, got {unknown[0][:LONGEST]!r}")
+        raise RequestRefusedError(
+            f"expected {', '.join(known)}, got {unknown[0][:MAX_NAME_CHARS]!r}"
+        )
     return {_read_name(name): each(value) for name, value in found.items()}
 
 
 def _read_name(found: Any) -> str:
-    if not isinstance(found, str) or not found.isprintable() or not 0 < len(found) <= LONGEST:
+    if (
+        not isinstance(found, str)
+        or not found.isprintable()
+        or not 0 < len(found) <= MAX_NAME_CHARS
+    ):
         raise RequestRefusedError(
-            f"expected a printable name of 1 to {LONGEST} characters, got {str(found)[:LONGEST]!r}"
+            f"expected a printable name of 1 to {MAX_NAME_CHARS} characters, "
+            f"got {str(found)[:MAX_NAME_CHARS]!r}"
         )
     return found
 
 
-def _read_number(found: Any, least: float, most: float = LARGEST_FIGURE) -> float:
+def _read_number(found: Any, least: float, most: float = MAX_METRIC_VALUE) -> float:
     """Return a number unchanged if it is finite and within bounds."""
     if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
-        raise RequestRefusedError(f"expected a finite number, got {str(found)[:LONGEST]!r}")
+        raise RequestRefusedError(f"expected a finite number, got {str(found)[:MAX_NAME_CHARS]!r}")
     if not least <= found <= most:
         raise RequestRefusedError(f"must be >= {least:g} and <= {most:g}, got {float(found):g}")
     return found
@@ -417,7 +432,7 @@ def _read_number(found: Any, least: float, most: float = LARGEST_FIGURE) -> floa
 
 def _read_integer(found: Any, most: int) -> int:
     if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found <= most:
-        raise RequestRefusedError(f"expected an integer >= 0, got {str(found)[:LONGEST]!r}")
+        raise RequestRefusedError(f"expected an integer >= 0, got {str(found)[:MAX_NAME_CHARS]!r}")
     return found
 
 

@@ -97,7 +97,7 @@ class Batches:
     """
 
     def __init__(self, participant: Participant, fit: Fit, memory: DeviceMemory) -> None:
-        self.stream = participant.stream(fit.label, fit.as_id)
+        self.stream = participant.stream(fit.label, fit.stream_id)
         self.fit = fit
         self.memory = memory
         self.device = memory.device

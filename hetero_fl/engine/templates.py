@@ -16,7 +16,7 @@ from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.plan import ClassSums, Predict
 from hetero_fl.engine.device_memory import CPU, DeviceMemory
 from hetero_fl.engine.dropout import DropoutStreams, use_keyed_dropout
-from hetero_fl.utils.code_permission import OWN
+from hetero_fl.utils.code_permission import CODE_PREFIX
 from model_zoo import ModelDescription, Outputs, SplitModel, describe
 from model_zoo.shapes import make_shape
 
@@ -45,7 +45,7 @@ def prefers_channels_last(arch: ModelSpec) -> bool:
     28x28. User-defined models keep the default format, because a `view` in their code may rely on
     it.
     """
-    if arch.name.startswith(OWN):
+    if arch.name.startswith(CODE_PREFIX):
         return False
     model = describe_model(arch)
     is_convolutional = 2 * model.convolution_flops >= model.forward_flops > 0

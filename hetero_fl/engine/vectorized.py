@@ -106,7 +106,7 @@ def _forward(work: OutputWork, inputs: Sequence[Tensor], templates: Templates) -
 # Maximum bytes of a stacked tensor on a CPU. Above 32 MB, glibc requests new memory from the system
 # for every gradient, and the page faults take longer than the computation: 100 perceptrons on 28x28
 # pixels took 0.74 of the serial time in one group, but 0.60 in several.
-LARGEST = 16 * 2**20
+MAX_STACK_BYTES = 16 * 2**20
 
 
 class VectorizedBackend:
@@ -166,7 +166,7 @@ class VectorizedBackend:
         return [results[i] for i in range(len(work))]
 
     def _split_by_size(self, members: Sequence[int], work: Work) -> list[Sequence[int]]:
-        """On a CPU, split a group so that no stacked tensor exceeds LARGEST."""
+        """On a CPU, split a group so that no stacked tensor exceeds MAX_STACK_BYTES."""
         if self.templates.device.type != "cpu":
             return [members]
         participant, step = work[members[0]]
@@ -176,7 +176,7 @@ class VectorizedBackend:
             for t in self.templates(arch).tensors.values()
         ]
         largest = max(t.numel() * t.element_size() for t in tensors)
-        return _split_evenly(members, max(2, LARGEST // max(1, largest)))
+        return _split_evenly(members, max(2, MAX_STACK_BYTES // max(1, largest)))
 
     def _run_vectorized(self, work: Work) -> list[Any]:
         participant, step = work[0]

@@ -17,7 +17,7 @@ from hetero_fl.federation.dry_run import check_user_method
 from hetero_fl.robustness.attacks import Attack
 from hetero_fl.robustness.robust_means import PARAMETERS
 from hetero_fl.robustness.rules import PredictionRule, Rule, prediction_rule
-from hetero_fl.utils.code_permission import OWN
+from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.registry import import_reference
 from hetero_fl.utils.text import pluralize
@@ -27,7 +27,7 @@ ROUNDING = ("quantize", "half")
 """Compression stages that keep all values, so that compressed uploads can be summed."""
 FEWEST_IN_SUM = 3
 """Smallest cohort of secure aggregation; in a sum of two, each client knows the other's part."""
-MOST_IN_ONE_PLACE = 10_000
+MAX_IN_ONE_PLACE = 10_000
 """Largest number of clients whose rows or models a method may need in one place."""
 
 BOUNDED = ("client", "local")
@@ -267,9 +267,9 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
     ),
     "large_population": CompatibilityRule(
         ("algorithm.name", "clients"),
-        lambda run: run.algorithm.needs.all_clients and run.num_clients > MOST_IN_ONE_PLACE,
+        lambda run: run.algorithm.needs.all_clients and run.num_clients > MAX_IN_ONE_PLACE,
         f"algorithm.name={{run.name}} needs the rows or models of all clients in one place, "
-        f"which supports at most {MOST_IN_ONE_PLACE:,} clients, got {{run.num_clients:,}}",
+        f"which supports at most {MAX_IN_ONE_PLACE:,} clients, got {{run.num_clients:,}}",
     ),
     "unknown_part": CompatibilityRule(
         ("clients.common", "model"),
@@ -611,7 +611,7 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
             and run.privacy.votes
             and (
                 run.task.kind != "multiclass"
-                or not any(spec.says for spec in run.uploadable.values())
+                or not any(spec.prediction_type for spec in run.uploadable.values())
             )
         ),
         "privacy.votes: requires a method that uploads class predictions of a multiclass task, "
@@ -691,5 +691,5 @@ def _load_robustness(run: RunFacts) -> None:
     if run.config.attacks is not None:
         references.append(("attacks.name", run.config.attacks.name, Attack))
     for key, value, base in references:
-        if value.startswith(OWN):
+        if value.startswith(CODE_PREFIX):
             import_reference(value, key, base)

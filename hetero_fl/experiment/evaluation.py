@@ -36,7 +36,7 @@ def evaluate(
     label: str | None = None,
     *,
     allow_code: bool | CodePermission = False,
-    say: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Compute the metrics of a finished run's models on a data set.
 
@@ -52,7 +52,7 @@ def evaluate(
             examples.
         label: The label column of a table (several: separated by commas). None: that of the run.
         allow_code: Whether code that the run's files name may run.
-        say: Called with a note if rows of the data set were training rows of the run. None: the
+        log: Called with a note if rows of the data set were training rows of the run. None: the
             note is a `UserWarning`. Rows are compared only if the run's data is available.
 
     Returns:
@@ -92,10 +92,10 @@ def evaluate(
     if run.directory.finished and (
         note := TransferSource(run).overlap(examples.x, rows, "the models")
     ):
-        if say is None:
+        if log is None:
             warnings.warn(note, UserWarning, stacklevel=2)
         else:
-            say(note)
+            log(note)
     return results
 
 

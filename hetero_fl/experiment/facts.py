@@ -473,7 +473,7 @@ class RunFacts(ConfigFacts):
                 uploads.append(Upload(info, Payload(dict(items))))
             received = Uploads(uploads, self.algorithm.uploads, self.federation.common)
             run_plan(self.algorithm.aggregate(server, received), server, self.expectations.backend)
-            return sent, received.combined
+            return sent, received.aggregated_items
 
     @cached_property
     def rules(self) -> dict[str, str]:
@@ -574,7 +574,7 @@ class RunFacts(ConfigFacts):
         models = RobustModelMeans(item, rules, infos, self.federation.common)
         for info in infos:
             values = sent[info.client_id][item].values
-            group = "" if self.algorithm.uploads[item].across else info.arch.spec_id
+            group = "" if self.algorithm.uploads[item].across_architectures else info.arch.spec_id
             models.add(group, values if isinstance(values, dict) else {}, 1.0)
         for (group, places), owners in models.blocks().items():
             if total := sum(cohort[senders[place]] for place in places):

@@ -55,7 +55,7 @@ from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.privacy.accounting import opacus_accountants
 from hetero_fl.privacy.server_side import ServerPrivacy
 from hetero_fl.reporting.run import Run
-from hetero_fl.utils.code_permission import CONTEXT, OWN, CodePermission, find_references
+from hetero_fl.utils.code_permission import ALLOW_CODE, CODE_PREFIX, CodePermission, find_references
 from hetero_fl.utils.environment import choose_device
 from hetero_fl.utils.errors import UserError, closest
 from hetero_fl.utils.text import pluralize
@@ -103,7 +103,7 @@ class PreparedRun:
         self,
         choice: ExecutorChoice | None = None,
         store: StateStore | None = None,
-        say: Callable[[str], None] = lambda _line: None,
+        log: Callable[[str], None] = lambda _line: None,
         executor_factory: ExecutorFactory | None = None,
     ) -> FederatedTrainer:
         """Create the trainer, which runs the rounds. Close its executor afterwards.
@@ -111,7 +111,7 @@ class PreparedRun:
         Args:
             choice: How the run computes. None: chosen automatically.
             store: Where state and checkpoints are kept. None: in memory.
-            say: Called with log lines.
+            log: Called with log lines.
             executor_factory: Creates the executor if the clients train on other machines. None:
                 they train on this machine.
         """
@@ -122,7 +122,7 @@ class PreparedRun:
             if executor_factory is not None
             else None
         )
-        executor = remote or make_executor(choice, self.method, self.federation, store, say)
+        executor = remote or make_executor(choice, self.method, self.federation, store, log)
         stop = self.config.runtime.divergence == "stop"
         try:
             connected = remote.connected_clients if remote is not None else None
@@ -539,7 +539,7 @@ class DraftConfig:
         where = self.key_source(key)
         # The search tries other combinations of overrides and must not import code.
         names_code = bool(find_references([self.raw, self.written])) or any(
-            OWN in o for o in self.overrides
+            CODE_PREFIX in o for o in self.overrides
         )
         if where == self.source and not names_code:
             where = self._override_in(key, line) or where
@@ -594,7 +594,7 @@ def load_config(
     config = draft.config
     if draft.code_references:
         try:
-            config = Config.model_validate(draft.raw, context={CONTEXT: True})
+            config = Config.model_validate(draft.raw, context={ALLOW_CODE: True})
         except ValidationError as error:
             raise draft.error(describe_error(error, draft.raw)) from None
     loaded = config.model_copy(update={"algorithm": _load_algorithm_config(draft, permission)})
@@ -654,7 +654,9 @@ def _load_algorithm_config(draft: DraftConfig, permission: CodePermission) -> di
     found = {name: f"algorithm.{key}" for name, key in find_references(settings).items()}
     permission.check(found, draft.key_source)
     try:
-        return _validate_algorithm(draft.config.algorithm, {CONTEXT: True}) if found else settings
+        return (
+            _validate_algorithm(draft.config.algorithm, {ALLOW_CODE: True}) if found else settings
+        )
     except UserError as error:
         raise draft.error(str(error)) from None
 

@@ -344,7 +344,7 @@ def _finish(
     progress.finish(summary)
 
 
-def write_presentation(config: Config, directory: RunDirectory, say: Callable[[str], None]) -> None:
+def write_presentation(config: Config, directory: RunDirectory, log: Callable[[str], None]) -> None:
     """Write the plots and the report, unless they exist.
 
     An error while drawing does not fail the run; it is logged in one line.
@@ -352,7 +352,7 @@ def write_presentation(config: Config, directory: RunDirectory, say: Callable[[s
     Args:
         config: The configuration of the run.
         directory: The run directory.
-        say: Called with log lines.
+        log: Called with log lines.
     """
     if (directory.path / "report.html").exists():
         return
@@ -361,9 +361,9 @@ def write_presentation(config: Config, directory: RunDirectory, say: Callable[[s
     from hetero_fl.reporting.report import write_report
 
     if config.output.plots:
-        write_plots(directory.path, say)
+        write_plots(directory.path, log)
     if config.output.report:
-        write_report(directory.path, say)
+        write_report(directory.path, log)
 
 
 def _evaluate_fully(trainer: FederatedTrainer, directory: RunDirectory) -> EvaluationResult:

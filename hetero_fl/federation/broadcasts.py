@@ -316,11 +316,10 @@ class SentBroadcast:
     version: int
 
 
-class Ledger:
-    """Record of the estimates that each client has.
+class ClientEstimates:
+    """The estimates that each client has.
 
-    A client keeps the estimates that it received together with its private state, which is
-    committed when the server has used its upload.
+    A client stores estimates in its private state, which is committed once its upload is used.
 
     Args:
         stamp: Returns a number that changes with each commit of a client's private state.
@@ -385,18 +384,18 @@ class EstimateBroadcasts(Broadcasts):
         stamp: Returns a number that changes with each commit of a client's private state.
 
     Attributes:
-        ledger: Record of the estimates that each client has.
+        known: The estimates that each client has.
         estimates: The estimates by item and group of clients, see `estimate_group`.
     """
 
     def __init__(self, links: FederationLinks, stamp: Callable[[str], int | None]) -> None:
         super().__init__(links)
-        self.ledger = Ledger(stamp)
+        self.known = ClientEstimates(stamp)
         self.estimates: dict[tuple[str, str], Estimate] = {}
 
     @override
     def _clear(self, training: Collection[str]) -> None:
-        self.ledger.drop_unused(self._version, training)
+        self.known.drop_unused(self._version, training)
         self._digests = EncodeCache(_digest)
         self._others = EncodeCache(self._encode_others)
         self._bodies: dict[Any, bytes] = {}
@@ -409,12 +408,12 @@ class EstimateBroadcasts(Broadcasts):
         models, others = split_models(payload)
         rest, _ = self._others(others)
         steps = self._steps(client_info, models)
-        names_before = dict(self.ledger.names_of(client_id))
+        names_before = dict(self.known.names_of(client_id))
         received = self._decoded(steps, others)
         if client_info.purpose == "train":
             steps = {key: self.estimates[key].apply(step) for key, step in steps.items()}
             names = {item: step.name for (item, _), step in steps.items()}
-            self.ledger.send(client_id, names, received, rest, self._version)
+            self.known.send(client_id, names, received, rest, self._version)
         parts = tuple(
             (item, group, step.name, names_before.get(item, NO_ESTIMATE))
             for (item, group), step in steps.items()
@@ -436,7 +435,7 @@ class EstimateBroadcasts(Broadcasts):
 
     @override
     def received(self, client_info: ClientInfo, payload: Payload) -> Payload:
-        sent = self.ledger.sent.get(client_info.client_id)
+        sent = self.known.sent.get(client_info.client_id)
         if sent is not None and sent.version == self._version:
             return sent.received
         models, others = split_models(payload)
@@ -444,21 +443,21 @@ class EstimateBroadcasts(Broadcasts):
 
     @override
     def received_by(self, client_id: str, round_idx: int, body: bytes) -> Payload:
-        return self.ledger.sent[client_id].received
+        return self.known.sent[client_id].received
 
     @override
     def reset(self, client_id: str) -> bytes | None:
-        sent = self.ledger.sent.get(client_id)
-        self.ledger.forget(client_id)
+        sent = self.known.sent.get(client_id)
+        self.known.forget(client_id)
         if sent is None:
             return None
-        self.ledger.send(client_id, sent.names, sent.received, sent.rest, sent.version)
+        self.known.send(client_id, sent.names, sent.received, sent.rest, sent.version)
         models, _ = split_models(sent.received)
         parts = [
             ModelPart(
                 name, NO_ESTIMATE, sent.names[name], [Change(WHOLE, Payload({name: item}).encode())]
             )
-            for name, item in models.items_.items()
+            for name, item in models.items_by_name.items()
         ]
         return _pack(parts, sent.rest)
 
@@ -472,7 +471,7 @@ class EstimateBroadcasts(Broadcasts):
         """
         group = estimate_group(self._links.algorithm, client_info)
         steps = {}
-        for name, item in models.items_.items():
+        for name, item in models.items_by_name.items():
             target = Payload({name: item})
             digest = self._digests(target)
             key = name, group, client_info.purpose, self._round_idx
@@ -492,8 +491,9 @@ class EstimateBroadcasts(Broadcasts):
         rest, decoded = self._others(others)
         key = tuple((place, step.name) for place, step in steps.items()), rest
         if key not in self._received:
-            models = {n: i for step in steps.values() for n, i in step.payload.items_.items()}
-            self._received[key] = Payload({**models, **decoded.items_}, decoded.report)
+            payloads = [step.payload for step in steps.values()]
+            models = {n: i for payload in payloads for n, i in payload.items_by_name.items()}
+            self._received[key] = Payload({**models, **decoded.items_by_name}, decoded.report)
         return self._received[key]
 
     def _encode_others(self, others: Payload) -> tuple[bytes, Payload]:
@@ -503,10 +503,10 @@ class EstimateBroadcasts(Broadcasts):
     @override
     def state_dict(self) -> dict[str, Any]:
         # Update `names` before they are saved.
-        for client_id in list(self.ledger.sent):
-            self.ledger.names_of(client_id)
+        for client_id in list(self.known.sent):
+            self.known.names_of(client_id)
         # Sorted, because the order in which workers process clients varies.
-        sent = dict(sorted(self.ledger.sent.items()))
+        sent = dict(sorted(self.known.sent.items()))
         received = {id(each.received): each for each in sent.values()}
         positions = {key: position for position, key in enumerate(received)}
         return {
@@ -515,7 +515,7 @@ class EstimateBroadcasts(Broadcasts):
                 for item, group in sorted(self.estimates)
                 if self.estimates[item, group].has_moved
             ],
-            "held": {client: _to_hex(names) for client, names in sorted(self.ledger.names.items())},
+            "held": {client: _to_hex(names) for client, names in sorted(self.known.names.items())},
             "sent": {
                 client: [_to_hex(each.names), positions[id(each.received)], each.version]
                 for client, each in sent.items()
@@ -536,11 +536,11 @@ class EstimateBroadcasts(Broadcasts):
             (Payload.decode(as_bytes(content)), as_bytes(rest))
             for content, rest in state["received"]
         ]
-        self.ledger.sent.clear()
-        self.ledger.names = {client: _from_hex(names) for client, names in state["held"].items()}
+        self.known.sent.clear()
+        self.known.names = {client: _from_hex(names) for client, names in state["held"].items()}
         for client, (names, position, version) in state["sent"].items():
             payload, rest = received[position]
-            self.ledger.send(client, _from_hex(names), payload, rest, version)
+            self.known.send(client, _from_hex(names), payload, rest, version)
 
 
 def make_broadcasts(
@@ -593,10 +593,10 @@ def read_broadcast(
                 estimate = Payload.decode(change.body)
             else:
                 estimate = links.decode_broadcast(change.number, change.body, estimate)
-        if estimate is None or list(estimate.items_) != [part.item]:
+        if estimate is None or list(estimate.items_by_name) != [part.item]:
             raise PayloadError(f"contains no change that results in an estimate of {part.item!r}")
-        items |= estimate.items_
-    return Payload({**items, **others.items_}, others.report)
+        items |= estimate.items_by_name
+    return Payload({**items, **others.items_by_name}, others.report)
 
 
 def updated_estimates(
@@ -611,7 +611,7 @@ def updated_estimates(
     """
     after = dict(estimates or {})
     for part in _unpack(body)[0]:
-        tensors = {n: t.clone() for n, t in received.items_[part.item].tensors.items()}
+        tensors = {n: t.clone() for n, t in received.items_by_name[part.item].tensors.items()}
         after[part.item] = {"name": part.after.hex(), "tensors": tensors}
     return after
 
@@ -676,15 +676,15 @@ def _unpack(body: bytes) -> tuple[list[ModelPart], bytes]:
 
 def split_models(payload: Payload) -> tuple[Payload, Payload]:
     """Split a payload into its models and all other items."""
-    models = {name: item for name, item in payload.items_.items() if item.kind == "params"}
-    others = {name: item for name, item in payload.items_.items() if item.kind != "params"}
+    models = {name: item for name, item in payload.items_by_name.items() if item.kind == "params"}
+    others = {name: item for name, item in payload.items_by_name.items() if item.kind != "params"}
     return Payload(models), Payload(others, payload.report)
 
 
 def _digest(models: Payload) -> bytes:
     """Return a digest of the names, shapes and values of models."""
     digest = hashlib.sha256()
-    for name, item in sorted(models.items_.items()):
+    for name, item in sorted(models.items_by_name.items()):
         for key, tensor in sorted(item.tensors.items()):
             digest.update(repr((name, key, tuple(tensor.shape), str(tensor.dtype))).encode())
             values = tensor.detach().cpu().contiguous().numpy().reshape(-1)

@@ -33,7 +33,7 @@ class FederationLinks:
         bound: Whether to encode messages at their largest possible size.
 
     Attributes:
-        at_most: Whether the size of messages depends on their values and `bound` is set.
+        is_upper_bound: Whether the size of messages depends on their values and `bound` is set.
         up: Link for uploads; None if they are not compressed.
         down: Link for broadcasts; None if they are not compressed.
         sends_changes: Whether broadcasts contain changes of an estimate that clients keep, see
@@ -46,7 +46,7 @@ class FederationLinks:
         config = federation.channel if algorithm.needs.counts_traffic else ChannelConfig()
         up = build_stages(config.compress, config.entropy)
         down = build_stages(config.compress_down, config.entropy, has_feedback=True)
-        self.at_most = bound and any(with_worst_case_size(c) != c for c in (up, down))
+        self.is_upper_bound = bound and any(with_worst_case_size(c) != c for c in (up, down))
         self.algorithm = algorithm
         self.seed = federation.seed
         self.summed = config.secure_sum is not None
@@ -95,7 +95,7 @@ class FederationLinks:
         if not self.summed:
             return sent
         return self.decode_upload(
-            client_info, round_idx, sent, payload.items_, received, attempt=attempt
+            client_info, round_idx, sent, payload.items_by_name, received, attempt=attempt
         ).encode()
 
     def decode_upload(

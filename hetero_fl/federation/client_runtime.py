@@ -116,7 +116,7 @@ def copy_dictionaries(payload: Payload) -> Payload:
     """Return a copy of a payload that shares its tensors."""
     items = {
         name: replace(i, values=dict(i.values) if isinstance(i.values, dict) else i.values)
-        for name, i in payload.items_.items()
+        for name, i in payload.items_by_name.items()
     }
     return Payload(items, payload.report)
 

@@ -72,7 +72,7 @@ def communication_cost(
     """
     largest = algorithm.model_copy(update=algorithm.needs.largest_uploads)
     run = DryRun(largest, federation)
-    cost = CommunicationCost(is_upper_bound=largest != algorithm or run.links.at_most)
+    cost = CommunicationCost(is_upper_bound=largest != algorithm or run.links.is_upper_bound)
     if not algorithm.needs.counts_traffic:
         return cost
     for round_idx in range(rounds):
@@ -194,7 +194,7 @@ class DryRun:
         group = estimate_group(self.algorithm, client_info)
         is_training = client_info.purpose == "train"
         sizes = {}
-        for name, item in models.items_.items():
+        for name, item in models.items_by_name.items():
             only = Payload({name: item})
             estimate = self._estimates.setdefault((name, group), ExpectedEstimate())
             number = estimate.number + (estimate.version != round_idx)
@@ -252,5 +252,5 @@ def tensor_structure(payload: Payload) -> Any:
     """Return the names, kinds and shapes of the tensors of a payload."""
     return tuple(
         (name, item.kind, tuple((n, tuple(t.shape)) for n, t in item.tensors.items()))
-        for name, item in payload.items_.items()
+        for name, item in payload.items_by_name.items()
     )

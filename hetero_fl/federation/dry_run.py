@@ -219,7 +219,7 @@ class ExpectedUploads:
 
     def _check_shares(self, client_info: ClientInfo, upload: Payload) -> None:
         shares = client_info.settings.shares
-        if unshared := describe_unshared(upload.items_, self.algorithm.uploads, shares):
+        if unshared := describe_unshared(upload.items_by_name, self.algorithm.uploads, shares):
             raise UserError(
                 f"{type(self.algorithm).__name__}.train: {unshared}, but {client_info.client_id} "
                 f"shares {', '.join(shares) or 'nothing'}; "

@@ -176,7 +176,9 @@ def open_sums(
                     items[key.item] = ItemSum.from_total(total.to(dtype), weight.to(dtype))
                     means[key] = None
             if means[key] is not None:
-                group = "" if layout.specs[key.item].across else client_info.arch.spec_id
+                group = (
+                    "" if layout.specs[key.item].across_architectures else client_info.arch.spec_id
+                )
                 model_means = models.setdefault(key.item, OwnerMeans(common))
                 model_means.set_mean(group, key.tensor, *means[key])
     uploads = Uploads.from_sums(len(forms), senders, items, models, specs=layout.specs, noise=noise)

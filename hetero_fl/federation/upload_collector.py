@@ -274,7 +274,7 @@ class UploadCollector:
 
     def _reference(self, client_info: ClientInfo, name: str) -> Tensors:
         """Return the named tensors that a client received as an item, or an empty dictionary."""
-        item = self._received_by(client_info).items_.get(name)
+        item = self._received_by(client_info).items_by_name.get(name)
         if item is None or item.kind != "params" or not isinstance(item.values, dict):
             return {}
         return item.values

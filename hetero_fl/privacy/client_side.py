@@ -154,14 +154,14 @@ class ClientPrivacy:
             return privacy.clip_norm(name) * factors.get(name, 1.0)
 
         if privacy.votes:
-            for name in [n for n in upload if self.specs[n].says]:
-                upload.items_[name] = predictions_to_votes(upload.item(name), bound(name))
+            for name in [n for n in upload if self.specs[n].prediction_type]:
+                upload.items_by_name[name] = predictions_to_votes(upload.item(name), bound(name))
         if privacy.unit == "client":
             clipped, within = clip_upload(upload, received, bound)
             if privacy.adaptive_clip is not None and upload:
                 # Subtracting 1/2 reduces the sensitivity to 1/2 (Andrew et al. 2021, section 3).
                 bits = torch.tensor([float(within.get(name, True)) - 0.5 for name in self.items])
-                clipped.items_[WITHIN] = Item(bits, 1.0, "counts")
+                clipped.items_by_name[WITHIN] = Item(bits, 1.0, "counts")
             return clipped
         stream = client.stream("release")
 

@@ -311,9 +311,9 @@ class ServerPrivacy:
             return self.client.deviation(name, self.factors[name], self.update_noise_multiplier())
 
         def postprocess(name: str, votes: Tensor) -> Tensor:
-            if not privacy.votes or not specs[name].says:
+            if not privacy.votes or not specs[name].prediction_type:
                 return votes
-            return teacher_from_votes(votes, specs[name].says)
+            return teacher_from_votes(votes, specs[name].prediction_type)
 
         noise = SumNoise(
             deviation,
@@ -327,7 +327,7 @@ class ServerPrivacy:
             expected = self.expected_items(client_info, received, round_idx)
             for name, like in expected.items():
                 before = received.item(name) if name in received else None
-                group = "" if specs[name].across else client_info.arch.spec_id
+                group = "" if specs[name].across_architectures else client_info.arch.spec_id
                 count = profile.count * self.share
                 noise.expect(
                     name,

@@ -42,7 +42,7 @@ METRICS = {
 BALANCED = ("balanced_accuracy", "auroc")
 """Metrics of a one-line summary for tasks with few classes."""
 
-MOST_DECIMALS = 20
+MAX_DECIMALS = 20
 
 _IN_UNIT = {"mae", "rmse"}
 _PERCENT = {"accuracy", "top3_accuracy", "balanced_accuracy", "macro_f1"}
@@ -93,7 +93,7 @@ def tested_metric(test: str, metric: str, unit: str = "") -> str:
 def format_significant(value: float, count: int = 3) -> str:
     """Format a number with `count` significant digits, without exponent: 0.0341, 2.80, 1234."""
     before = math.floor(math.log10(abs(value))) + 1 if value else 1
-    return f"{value:.{min(max(0, count - before), MOST_DECIMALS)}f}"
+    return f"{value:.{min(max(0, count - before), MAX_DECIMALS)}f}"
 
 
 def format_bytes(count: float) -> str:

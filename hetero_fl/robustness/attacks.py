@@ -534,7 +534,7 @@ class MaliciousClients:
             reference: Returns what a client received.
             trained_names: Returns the names of a model's parameters.
         """
-        poisoned = {c: dict(payload.items_) for c, (_, payload) in true_uploads.items()}
+        poisoned = {c: dict(payload.items_by_name) for c, (_, payload) in true_uploads.items()}
         for (name, _, tensor, _), ids in self._attacked_tensors(true_uploads).items():
             kind = poisoned[ids[0]][name].kind
             client_info = true_uploads[ids[0]][0]
@@ -566,7 +566,7 @@ class MaliciousClients:
         senders: dict[tuple[str, str, str, tuple[int, ...]], list[str]] = {}
         for client_id in natural_order(true_uploads):
             client_info, payload = true_uploads[client_id]
-            for name, item in payload.items_.items():
+            for name, item in payload.items_by_name.items():
                 part: ActsOn = "rows" if item.kind == "rows" else "updates"
                 if item.kind == "counts" or part not in self.attack.acts_on:
                     continue

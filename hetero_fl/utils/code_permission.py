@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from hetero_fl.utils.errors import UserError
 
-OWN = "python:"
+CODE_PREFIX = "python:"
 # Key in pydantic's validation context that permits importing user-defined models.
-CONTEXT = "own_code_is_allowed"
+ALLOW_CODE = "own_code_is_allowed"
 _REFERENCE = re.compile(r"python:[\w.]+:\w+")
 
 # Asks the user whether code may run: (place, key, reference) to the answer.
@@ -45,7 +45,7 @@ def find_references(tree: object) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for key, value in iterate_strings(tree):
-        if value.startswith(OWN):
+        if value.startswith(CODE_PREFIX):
             found.setdefault(value, key)
     return found
 

@@ -9,7 +9,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar, cast
 
-from hetero_fl.utils.code_permission import OWN
+from hetero_fl.utils.code_permission import CODE_PREFIX
 from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.version import describe_new_name, describe_renamed_hooks
 
@@ -55,7 +55,7 @@ class Registry(Generic[T]):
         Raises:
             UserError: If the name is unknown or the reference cannot be imported.
         """
-        if name.startswith(OWN):
+        if name.startswith(CODE_PREFIX):
             found: T = import_reference(name, self.kind, self._base())
             return found
         if name not in self._known:
@@ -70,9 +70,9 @@ class Registry(Generic[T]):
 
         A user-defined class is found only if its module has already been imported.
         """
-        if not name.startswith(OWN):
+        if not name.startswith(CODE_PREFIX):
             return self._known.get(name)
-        module_name, _, attribute = name.removeprefix(OWN).partition(":")
+        module_name, _, attribute = name.removeprefix(CODE_PREFIX).partition(":")
         found: Any = getattr(sys.modules.get(module_name), attribute, None) if attribute else None
         if not (isinstance(found, type) and issubclass(found, self._base())):
             return None
@@ -98,7 +98,7 @@ def import_reference(
         UserError: If the reference is malformed, cannot be imported, or is neither an accepted
             class nor an accepted function.
     """
-    module_name, _, name = reference.removeprefix(OWN).partition(":")
+    module_name, _, name = reference.removeprefix(CODE_PREFIX).partition(":")
     if not module_name or not name:
         raise UserError(f"{where}: found '{reference}'; write python:package.module:Name")
     if os.getcwd() not in sys.path:
@@ -123,7 +123,7 @@ def import_reference(
             return found
         raise UserError(
             f"{where}: '{reference}' is not defined in '{module_name}'; "
-            f"write {OWN}{found.__module__}:{found.__name__}"
+            f"write {CODE_PREFIX}{found.__module__}:{found.__name__}"
         )
     accepted = [] if takes is None else [f"a function of ({takes}) that '{module_name}' defines"]
     accepted += [f"a subclass of {base.__module__}.{base.__qualname__}"] if base is not None else []

@@ -37,8 +37,8 @@ NAMES = {torch.from_numpy(np.empty(0, dtype)).dtype: name for name, dtype in DTY
 DEEPEST = 12
 # Limits of a header. A parsed value occupies up to a hundred bytes, even if its text is short.
 # 10,000 tensors with names of 100 characters need 3 MB; a tensor has about 13 names and values.
-MOST_HEADER_BYTES = 2**22
-MOST_HEADER_VALUES = 2**18
+MAX_HEADER_BYTES = 2**22
+MAX_HEADER_VALUES = 2**18
 MAX_MESSAGE_CHARACTERS = 240
 # Bytes that are read at once when a file is hashed.
 CHUNK = 1 << 20
@@ -199,12 +199,12 @@ def read_json(text: str | bytes, bounded: bool = True) -> Any:
         ValueError: If the text is not valid JSON or UTF-8, or a string contains a lone surrogate.
         RecursionError: If the text is nested too deeply.
     """
-    if bounded and len(text) > MOST_HEADER_BYTES:
-        raise CodecError(f"header: expected at most {MOST_HEADER_BYTES:,} bytes, got {len(text):,}")
+    if bounded and len(text) > MAX_HEADER_BYTES:
+        raise CodecError(f"header: expected at most {MAX_HEADER_BYTES:,} bytes, got {len(text):,}")
     text = text if isinstance(text, str) else str(text, "utf-8")
     values = sum(text.count(mark) for mark in ",:[{")
-    if bounded and values > MOST_HEADER_VALUES:
-        raise CodecError(f"header: expected at most {MOST_HEADER_VALUES:,} values, got {values:,}")
+    if bounded and values > MAX_HEADER_VALUES:
+        raise CodecError(f"header: expected at most {MAX_HEADER_VALUES:,} values, got {values:,}")
     parsed = json.loads(text)
     # Only an escape can result in a lone surrogate, which cannot be encoded.
     if "\\ud" in text.lower():

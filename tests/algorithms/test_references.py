@@ -52,7 +52,7 @@ def trained(rounds, client_id: str, index: int):
 
 
 def test_fedavg_averages_parameters_and_statistics_but_not_counters() -> None:
-    rounds = rounds_of(config("fedavg"), held=1)
+    rounds = rounds_of(config("fedavg"), num_rounds=1)
     before = copy.deepcopy(rounds.server.models)
     sent = {
         client_id: trained(rounds, client_id, 1) for client_id in rounds.federation.client_infos
@@ -63,16 +63,16 @@ def test_fedavg_averages_parameters_and_statistics_but_not_counters() -> None:
     buffers = [k for k in before[group] if "running" in k]
     assert buffers and all("num_batches" not in k for _, u in sent.values() for k in u["model"])
     for name in floating_tensors(before[group]):
-        want = sum(n[client_id] * u["model"][name] for client_id, (_, u) in sent.items()) / sum(
+        expected = sum(n[client_id] * u["model"][name] for client_id, (_, u) in sent.items()) / sum(
             n.values()
         )
-        assert torch.allclose(rounds.server.models[group][name], want, rtol=0, atol=1e-12), name
+        assert torch.allclose(rounds.server.models[group][name], expected, rtol=0, atol=1e-12), name
 
 
 def test_server_rate_scales_parameters_but_not_statistics() -> None:
     rounds = rounds_of(
         config("fedavg", algorithm={"name": "fedavg", "server_lr": 1.7, "weighting": "uniform"}),
-        held=1,
+        num_rounds=1,
     )
     (group,) = rounds.server.models
     before = copy.deepcopy(rounds.server.models[group])
@@ -82,12 +82,12 @@ def test_server_rate_scales_parameters_but_not_statistics() -> None:
     rounds.run_round()
     for name in floating_tensors(before):
         mean = sum(s[name] for s in sent) / len(sent)
-        want = mean if "running" in name else before[name] + 1.7 * (mean - before[name])
-        assert torch.allclose(rounds.server.models[group][name], want, rtol=0, atol=1e-12), name
+        expected = mean if "running" in name else before[name] + 1.7 * (mean - before[name])
+        assert torch.allclose(rounds.server.models[group][name], expected, rtol=0, atol=1e-12), name
 
 
 def test_mixed_federation_averages_within_architectures() -> None:
-    rounds = rounds_of(config("fedavg", MIXED[:2], clients=3), held=1)
+    rounds = rounds_of(config("fedavg", MIXED[:2], clients=3), num_rounds=1)
     sent = {
         client_id: trained(rounds, client_id, 1) for client_id in rounds.federation.client_infos
     }
@@ -100,12 +100,12 @@ def test_mixed_federation_averages_within_architectures() -> None:
     assert sorted(map(len, groups.values())) == [1, 2]
     for group, members in groups.items():
         for name in members[0][1]:
-            want = sum(n * t[name] for n, t in members) / sum(n for n, _ in members)
+            expected = sum(n * t[name] for n, t in members) / sum(n for n, _ in members)
             got = rounds.server.models[group][name]
             assert (
                 torch.equal(got, members[0][1][name])
                 if len(members) == 1
-                else torch.allclose(got, want, atol=1e-12)
+                else torch.allclose(got, expected, atol=1e-12)
             )
 
 
@@ -114,14 +114,14 @@ def test_kl_loss_matches_torch_with_detached_teacher(temperature: float) -> None
     g = torch.Generator().manual_seed(1)
     student = torch.randn(9, 5, generator=g, requires_grad=True)
     teacher = torch.randn(9, 5, generator=g, requires_grad=True)
-    ours = distillation_loss("multiclass", student, teacher, temperature).mean()
+    actual = distillation_loss("multiclass", student, teacher, temperature).mean()
     reference = F.kl_div(
         F.log_softmax(student / temperature, 1),
         F.softmax(teacher.detach() / temperature, 1),
         reduction="batchmean",
     )
-    assert torch.allclose(ours, reference * temperature**2, atol=1e-12)
-    ours.backward()
+    assert torch.allclose(actual, reference * temperature**2, atol=1e-12)
+    actual.backward()
     assert teacher.grad is None and student.grad is not None and student.grad.abs().sum() > 0
 
 
@@ -129,8 +129,8 @@ def test_multilabel_kl_sums_bernoulli_divergences() -> None:
     g = torch.Generator().manual_seed(2)
     s, t = torch.randn(6, 3, generator=g), torch.randn(6, 3, generator=g)
     p, q = (t / 3).sigmoid(), (s / 3).sigmoid()
-    want = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum(1) * 9
-    assert torch.allclose(distillation_loss("multilabel", s, t, 3.0), want, atol=1e-12)
+    expected = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum(1) * 9
+    assert torch.allclose(distillation_loss("multilabel", s, t, 3.0), expected, atol=1e-12)
 
 
 def nets_of(module: nn.Module) -> ModelViews:
@@ -148,8 +148,8 @@ def test_fedprox_adds_half_mu_times_squared_distance() -> None:
     x, y = torch.randn(7, 1, 8, 8, generator=g), torch.arange(7)
     total = Proximal(mu=0.3).total_loss(nets_of(model), Batch(x=x, y=y), {"anchor": anchor})
     distance = sum(((p - anchor[n]) ** 2).sum().item() for n, p in model.named_parameters())
-    want = F.cross_entropy(model(x).logits, y).item() + 0.15 * distance
-    assert math.isclose(total.item(), want, rel_tol=0, abs_tol=1e-10)
+    expected = F.cross_entropy(model(x).logits, y).item() + 0.15 * distance
+    assert math.isclose(total.item(), expected, rel_tol=0, abs_tol=1e-10)
 
 
 def test_fedprox_pulls_toward_the_start_of_the_round() -> None:
@@ -197,7 +197,7 @@ def test_contrast_teacher_matches_reference() -> None:
         proxy_predictions(Task("multiclass", 3), "contrast", z, c, int(c.sum()))
         for z, c in zip(logits, counts, strict=True)
     ]
-    ours = mean_of_items(items)
+    actual = mean_of_items(items)
     for row in range(4):
         for c in range(3):
             top = bottom = 0.0
@@ -206,7 +206,7 @@ def test_contrast_teacher_matches_reference() -> None:
                 a = n * (1 - n / nk) + 0.1
                 log_p = (logits[k, row, c] - logits[k, row].exp().sum().log()).item()
                 top, bottom = top + a * max(log_p, -8.0), bottom + a
-            assert math.isclose(ours[row, c].item(), top / bottom, abs_tol=1e-10)
+            assert math.isclose(actual[row, c].item(), top / bottom, abs_tol=1e-10)
 
 
 def test_plain_teacher_is_the_mean_of_logits() -> None:
@@ -223,7 +223,7 @@ def test_plain_teacher_is_the_mean_of_logits() -> None:
 
 
 def test_fd_divides_summed_logits_by_summed_counts() -> None:
-    rounds = rounds_of(config("fd", MIXED), held=0)
+    rounds = rounds_of(config("fd", MIXED), num_rounds=0)
     sent = {
         client_id: trained(rounds, client_id, 0) for client_id in rounds.federation.client_infos
     }
@@ -261,12 +261,12 @@ def test_fd_loss_ignores_classes_without_teacher() -> None:
     kl = (
         F.kl_div(F.log_softmax(z / 2, 1), F.softmax(teacher[y] / 2, 1), reduction="none").sum(1) * 4
     )
-    want = F.cross_entropy(z, y, reduction="none") + 0.7 * kl * torch.tensor([1.0, 0, 1, 0])
-    assert torch.allclose(loss, want, atol=1e-12)
+    expected = F.cross_entropy(z, y, reduction="none") + 0.7 * kl * torch.tensor([1.0, 0, 1, 0])
+    assert torch.allclose(loss, expected, atol=1e-12)
     total = objective.total_loss(
         nets_of(model), Batch(x=x, y=y), {"teacher": teacher, "known": known}
     )
-    assert torch.allclose(total, want.mean(), atol=1e-12)
+    assert torch.allclose(total, expected.mean(), atol=1e-12)
 
 
 def test_digest_supports_mean_absolute_error() -> None:
@@ -286,7 +286,7 @@ def test_digest_supports_mean_absolute_error() -> None:
 def test_training_matches_plain_pytorch_loop(optimizer: dict) -> None:
     rounds = rounds_of(
         config("local", clients__defaults={"optimizer": optimizer, "epochs": 2, "batch_size": 16}),
-        held=0,
+        num_rounds=0,
     )
     client = rounds.federation.client("site_1", rounds.store.get("site_1"), 0)
     # Same memory layout as the engine: Adam amplifies round-off in gradients of zero.
@@ -313,7 +313,9 @@ def test_training_matches_plain_pytorch_loop(optimizer: dict) -> None:
 
 
 def test_class_weights_have_mean_one_over_training_rows() -> None:
-    rounds = rounds_of(config("local", clients__defaults={"class_weights": "balanced"}), held=0)
+    rounds = rounds_of(
+        config("local", clients__defaults={"class_weights": "balanced"}), num_rounds=0
+    )
     client = rounds.federation.client("site_1", rounds.store.get("site_1"), 0)
     weights = objective_context(client.task, client.counts, client.settings)["class_weights"]
     y = client.data("train", None)["y"]
@@ -324,7 +326,7 @@ def test_class_weights_have_mean_one_over_training_rows() -> None:
 
 
 def test_class_sums_match_loop() -> None:
-    rounds = rounds_of(config("local"), held=0)
+    rounds = rounds_of(config("local"), num_rounds=0)
     client = rounds.federation.client("site_1", rounds.store.get("site_1"), 0)
     ((sums, counts),) = rounds.backend.run(
         [(client, ClassSums("model", Rows("train"), "features"))]
@@ -337,13 +339,13 @@ def test_class_sums_match_loop() -> None:
     data = client.data("train", None)
     for c in range(10):
         rows = data["x"][data["y"] == c]
-        want = model(rows).features.sum(0) if len(rows) else torch.zeros(sums.shape[1])
-        assert torch.allclose(sums[c], want, atol=1e-10) and counts[c] == len(rows)
+        expected = model(rows).features.sum(0) if len(rows) else torch.zeros(sums.shape[1])
+        assert torch.allclose(sums[c], expected, atol=1e-10) and counts[c] == len(rows)
 
 
 def test_uploads_are_summed_in_client_order() -> None:
     g = torch.Generator().manual_seed(10)
-    cards = rounds_of(config("local", clients=3), held=0).federation.client_infos
+    cards = rounds_of(config("local", clients=3), num_rounds=0).federation.client_infos
     uploads = [
         Upload(cards[c], Payload({"z": Item(torch.randn(50, generator=g).float(), 1.0 + i)}))
         for i, c in enumerate(cards)

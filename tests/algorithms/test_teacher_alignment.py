@@ -29,12 +29,12 @@ def frequencies(counts: Tensor) -> Tensor:
     return ((counts + 1) / (counts + 1).sum()).log()
 
 
-def held(
+def run_rounds(
     method: str, rounds: int = 1, changes: dict[str, Any] | None = None, **own: Any
 ) -> SynchronousTrainer:
     source = config(method, MIXED, 4, **(changes or {}))
     source["algorithm"].update(own)
-    return rounds_of(source, held=rounds)
+    return rounds_of(source, run_rounds=rounds)
 
 
 def counts_of(rounds: SynchronousTrainer, *ids: str) -> Tensor:
@@ -59,9 +59,11 @@ def test_alignment_matches_reference(balanced: bool, strength: float) -> None:
     for row in z.tolist():
         weights = [math.exp(v) * (p if balanced else 1) for v, p in zip(row, q, strict=True)]
         shares = [s + w / sum(weights) / 6 for s, w in zip(shares, weights, strict=True)]
-    want = z + torch.tensor([strength * math.log(p / s) for p, s in zip(q, shares, strict=True)])
+    expected = z + torch.tensor(
+        [strength * math.log(p / s) for p, s in zip(q, shares, strict=True)]
+    )
     assert torch.allclose(
-        align_to_labels(z, torch.tensor(q).log(), strength, balanced), want, atol=1e-12
+        align_to_labels(z, torch.tensor(q).log(), strength, balanced), expected, atol=1e-12
     )
 
 
@@ -110,14 +112,14 @@ def test_extreme_logits_give_no_nan() -> None:
     ],
 )
 def test_first_teacher_is_the_aligned_plain_teacher(method: str, own: dict[str, Any]) -> None:
-    plain, moved = held(method, **own), held(method, align=0.5, **own)
+    plain, moved = run_rounds(method, **own), run_rounds(method, align=0.5, **own)
     log_q = frequencies(counts_of(moved))
-    want = align_to_labels(
+    expected = align_to_labels(
         plain.server.state[TEACHER], log_q, 0.5, own.get("logit_adjustment", method == "hybrid")
     )
-    ours = moved.server.state[TEACHER]
-    assert torch.allclose(ours.log_softmax(1), want.log_softmax(1), atol=1e-9)
-    assert not torch.allclose(ours, plain.server.state[TEACHER], atol=0.01)
+    actual = moved.server.state[TEACHER]
+    assert torch.allclose(actual.log_softmax(1), expected.log_softmax(1), atol=1e-9)
+    assert not torch.allclose(actual, plain.server.state[TEACHER], atol=0.01)
 
 
 @pytest.mark.parametrize("method", ["feddf", "fedmd", "hybrid"])
@@ -139,26 +141,26 @@ def test_server_distills_aligned_teacher(
         "clients__overrides": [{"match": "site_2", "shares": shares}],
         "server__model": "linear",
     }
-    held(method, changes=changes, teacher=teacher)
+    run_rounds(method, changes=changes, teacher=teacher)
     plain = seen.pop()
     seen.clear()
-    moved = held(method, changes=changes, teacher=teacher, align=1.0)
-    want = align_to_labels(plain, frequencies(counts_of(moved)), 1.0, method == "hybrid")
+    moved = run_rounds(method, changes=changes, teacher=teacher, align=1.0)
+    expected = align_to_labels(plain, frequencies(counts_of(moved)), 1.0, method == "hybrid")
     assert len(seen) == (1 if method == "fedmd" else 3) and all(
-        torch.allclose(t, want, atol=1e-9) for t in seen
+        torch.allclose(t, expected, atol=1e-9) for t in seen
     )
 
 
 def test_ds_fl_sharpens_aligned_probabilities() -> None:
     """Check softmax(log p + b), sharpened, with b computed from the unsharpened teacher."""
-    plain = held("ds_fl", sharpen="none").server.state[TEACHER].softmax(1)
-    moved = held("ds_fl", align=0.5)
+    plain = run_rounds("ds_fl", sharpen="none").server.state[TEACHER].softmax(1)
+    moved = run_rounds("ds_fl", align=0.5)
     p = align_to_labels(plain.log(), frequencies(counts_of(moved)), 0.5, False).softmax(1)
     assert torch.allclose(moved.server.state[TEACHER].softmax(1), (p / 0.1).softmax(1), atol=1e-9)
 
 
 def test_class_without_votes_keeps_teacher_finite() -> None:
-    assert held("ds_fl", 2, align=0.5, bits=1).server.state[TEACHER].isfinite().all()
+    assert run_rounds("ds_fl", 2, align=0.5, bits=1).server.state[TEACHER].isfinite().all()
 
 
 def test_partially_requested_cache_is_not_aligned() -> None:
@@ -169,7 +171,7 @@ def test_partially_requested_cache_is_not_aligned() -> None:
 
 def test_multilabel_teacher_is_not_aligned() -> None:
     method = register_algorithm["ds_fl"](align=1.0)
-    server = held("ds_fl", 0).server
+    server = run_rounds("ds_fl", 0).server
     many = replace(server, task=Task("multilabel", 10), state={LABELS: torch.arange(10.0)})
     p = torch.rand(60, 10, generator=torch.Generator().manual_seed(4))
     assert method.align_mean(many, Uploads(specs=method.uploads), p) is p
@@ -177,40 +179,40 @@ def test_multilabel_teacher_is_not_aligned() -> None:
 
 def test_label_counts_accumulate_over_uploads() -> None:
     silent = [{"match": "site_2", "shares": ["parameters", "predictions"]}]
-    rounds = held(
+    rounds = run_rounds(
         "hybrid", 0, {"clients__per_round": 2, "clients__overrides": silent, "rounds": 3}, align=0.5
     )
-    want = torch.zeros(10)
+    expected = torch.zeros(10)
     for _ in range(3):
         cohort = rounds.run_round()["cohort"]
-        want = want + counts_of(
+        expected = expected + counts_of(
             rounds, *(client_id for client_id in cohort if client_id != "site_2")
         ) * any(client_id != "site_2" for client_id in cohort)
-        assert torch.equal(rounds.server.state[LABELS], want)
-    assert want.sum() > 0
+        assert torch.equal(rounds.server.state[LABELS], expected)
+    assert expected.sum() > 0
 
 
 def test_cohort_without_counts_uses_earlier_counts() -> None:
-    rounds = held("fedmd", 1, align=0.5)
+    rounds = run_rounds("fedmd", 1, align=0.5)
     algorithm, server, known = rounds.algorithm, rounds.server, rounds.server.state[LABELS].clone()
     teacher = torch.randn(60, 10, generator=torch.Generator().manual_seed(3))
-    ours = algorithm.align_teacher(server, Uploads(specs=algorithm.uploads), teacher)  # type: ignore[attr-defined]
-    assert torch.equal(ours, align_to_labels(teacher, frequencies(known), 0.5, False))
+    actual = algorithm.align_teacher(server, Uploads(specs=algorithm.uploads), teacher)  # type: ignore[attr-defined]
+    assert torch.equal(actual, align_to_labels(teacher, frequencies(known), 0.5, False))
     assert torch.equal(server.state[LABELS], known)
 
 
 def test_no_label_counts_means_no_alignment() -> None:
     silent = {"clients__defaults__shares": ["parameters", "predictions"]}
-    plain, moved = held("hybrid", 2, silent), held("hybrid", 2, silent, align=0.5)
+    plain, moved = run_rounds("hybrid", 2, silent), run_rounds("hybrid", 2, silent, align=0.5)
     assert same_bits({"t": plain.server.state[TEACHER]}, {"t": moved.server.state[TEACHER]})
 
 
 def test_counts_are_not_sent_without_alignment() -> None:
     for method in ("fedmd", "feddf", "hybrid", "ds_fl"):
-        assert held(method, align=0.5).traffic.up > held(method).traffic.up
-        assert LABELS not in held(method).server.state
+        assert run_rounds(method, align=0.5).traffic.up > run_rounds(method).traffic.up
+        assert LABELS not in run_rounds(method).server.state
         assert (
-            method == "feddf" or "counts" not in held(method, 0).algorithm.uploads
+            method == "feddf" or "counts" not in run_rounds(method, 0).algorithm.uploads
             # Declared items share the noise.
         )
 
@@ -228,8 +230,8 @@ def test_regression_is_not_aligned() -> None:
 
 @pytest.mark.parametrize("method", ["hybrid", "fedmd", "ds_fl"])
 def test_alignment_under_secure_aggregation(method: str) -> None:
-    plain = held(method, 2, align=0.5)
-    summed = held(method, 2, {"channel__secure_sum": {}}, align=0.5)
+    plain = run_rounds(method, 2, align=0.5)
+    summed = run_rounds(method, 2, {"channel__secure_sum": {}}, align=0.5)
     assert torch.equal(plain.server.state[LABELS], summed.server.state[LABELS])
     assert torch.allclose(plain.server.state[TEACHER], summed.server.state[TEACHER], atol=1e-8)
 
@@ -254,7 +256,8 @@ def test_noisy_counts_do_not_reveal_participation() -> None:
     noise = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-4, "poisson_cohorts": True}
     changes = {"clients__overrides": only, "clients__per_round": 2, "rounds": 4}
     rounds = rounds_of(
-        config("fedmd", "cnn_gn_small", 4, privacy=noise, algorithm__align=0.5, **changes), held=0
+        config("fedmd", "cnn_gn_small", 4, privacy=noise, algorithm__align=0.5, **changes),
+        run_rounds=0,
     )
     known, there = torch.zeros(10), []
     for _ in range(4):

@@ -128,7 +128,9 @@ def test_topk_with_eight_bits_reduces_upload_size() -> None:
         by = link({"topk": 0.01}, {"quantize": 8}, entropy=entropy)
         data = by.send(sent, KEY, STATISTICS, Payload({"model": start}), {})
         assert len(data) <= 0.016 * dense
-        got = by.receive(data, KEY, STATISTICS, Payload({"model": start}), sent.items_)["model"]
+        got = by.receive(data, KEY, STATISTICS, Payload({"model": start}), sent.items_by_name)[
+            "model"
+        ]
         changed = sum(int((got[n] != start[n]).sum()) for n in CNN.parameter_names)
         assert changed == -(-sum(start[n].numel() for n in CNN.parameter_names) // 100)
         assert all(torch.equal(got[n], trained[n]) for n in trained if n not in CNN.parameter_names)
@@ -156,7 +158,7 @@ def test_residual_is_exact(chain: list[Any]) -> None:
         data = by.send(sent, key, reference=got, memory=memory)
         update = ((start + 0.1 * moved) - start) + kept
         at_nought = Payload({"model": {"w": torch.zeros(1000)}})
-        decoded = by.receive(data, key, reference=at_nought, like=sent.items_)["model"]["w"]
+        decoded = by.receive(data, key, reference=at_nought, like=sent.items_by_name)["model"]["w"]
         kept = memory[UNSENT]["model"]["w"]
         assert torch.equal(decoded.double() + kept.double(), update.double())
         assert 0 < int((decoded != 0).sum()) <= 1000 * float(chain[0]["topk"]) and bool(kept.any())
@@ -215,7 +217,7 @@ def hostile(rng: random.Random, by: Link, good: list[bytes], others: list[bytes]
         return changed_bytes(rng, data, kind)
     if kind == 7:
         return rng.choice(others)
-    items = dict(upload().items_)
+    items = dict(upload().items_by_name)
     name = rng.choice(["model", "logits", "sums"])
     bad = rng.choice([float("nan"), float("inf"), -float("inf")])
     if name == "model":

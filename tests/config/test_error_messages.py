@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel, Field, ValidationError
 
 from hetero_fl.algorithms import register_algorithm
-from hetero_fl.config.errors import EXPECTED, LIMITS, OWN, describe_error
+from hetero_fl.config.errors import CUSTOM_ERROR_TYPES, EXPECTED, LIMITS, describe_error
 from hetero_fl.config.schema import Config
 from hetero_fl.experiment.comparison import Study
 from hetero_fl.experiment.preparation import load_config
@@ -84,7 +84,7 @@ def test_every_error_type_of_the_schema_has_a_message() -> None:
             ):
                 errors |= {of_text if node["type"] == "str" else of_list} if key in node else set()
 
-    assert errors - EXPECTED.keys() - LIMITS.keys() - OWN - IN_DESCRIBE == set()
+    assert errors - EXPECTED.keys() - LIMITS.keys() - CUSTOM_ERROR_TYPES - IN_DESCRIBE == set()
 
 
 class Small(BaseModel):

@@ -129,9 +129,9 @@ def test_encoded_tree_is_a_valid_safetensors_file(
         )
         for name, entry in header.items():
             tensor = file.get_tensor(name)
-            begin, end = entry["data_offsets"]
-            assert list(tensor.shape) == entry["shape"] and tensor.nbytes == end - begin
-            assert (8 + size + begin) % tensor.itemsize == 0
+            start, end = entry["data_offsets"]
+            assert list(tensor.shape) == entry["shape"] and tensor.nbytes == end - start
+            assert (8 + size + start) % tensor.itemsize == 0
 
 
 def test_upload_structure_is_checked() -> None:
@@ -165,7 +165,7 @@ def malformed(rng: random.Random) -> bytes:  # noqa: C901, PLR0912 (a branch per
         return (rng.choice([2**63 - 1, 2**40, len(data), 2**64 - 1])).to_bytes(8, "little") + data[
             8:
         ]
-    items = dict(good.items_)
+    items = dict(good.items_by_name)
     model, logits = dict(good["model"]), good["logits"].clone()
     if kind == 4:
         name = rng.choice(list(model))
@@ -306,14 +306,14 @@ def test_infinities_that_cancel_are_found() -> None:
 
 def test_views_of_the_same_memory_are_encoded_once() -> None:
     """Encode views that share memory, such as the slices of HeteroFL, once."""
-    made: list[Payload] = []
+    result: list[Payload] = []
     wide, encoded = (
         torch.randn(4, 6),
-        EncodeCache(lambda payload: made.append(payload) or payload.encode()),
+        EncodeCache(lambda payload: result.append(payload) or payload.encode()),
     )
     slices = [wide[:2, :3], wide[:2, :3], wide[:3, :2], wide[:2], wide.t()[:2], wide[1:3, :3]]
     bodies = [encoded(Payload({"model": {"w": t}})) for t in slices]
-    assert len(made) == 5
+    assert len(result) == 5
     for body, t in zip(bodies, slices, strict=True):
         assert torch.equal(Payload.decode(body)["model"]["w"], t)
 

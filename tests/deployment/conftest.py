@@ -20,8 +20,8 @@ from tests.helpers.nodes import LONG, Clock
 @pytest.fixture(autouse=True)
 def in_peace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give nodes ample time to greet and to take in a farewell, however slow the machine."""
-    monkeypatch.setattr(conversations, "GREETING", LONG)
-    monkeypatch.setattr(conversations, "FAREWELL", LONG)
+    monkeypatch.setattr(conversations, "GREETING_SECONDS", LONG)
+    monkeypatch.setattr(conversations, "LEAVE_SECONDS", LONG)
 
 
 @pytest.fixture(autouse=True)

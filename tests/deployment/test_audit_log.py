@@ -82,12 +82,12 @@ FAULTS: dict[str, tuple[Callable[[Lines], Lines], str]] = {
 def test_verify_detects_changed_lines(fault: str, tmp_path: Path) -> None:
     path = written(tmp_path / "audit.jsonl")
     assert len(verify(path)) == 6
-    change, said = FAULTS[fault]
+    change, message = FAULTS[fault]
     path.write_bytes(b"".join(change(path.read_bytes().splitlines(keepends=True))))
     for reads in (verify, AuditLog):
         with pytest.raises(UserError) as caught:
             reads(path)
-        assert said in str(caught.value) and str(path) in str(caught.value)
+        assert message in str(caught.value) and str(path) in str(caught.value)
 
 
 def test_every_single_bit_counts(tmp_path: Path) -> None:
@@ -103,10 +103,10 @@ def test_every_single_bit_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("head", [b"", b"5 " + b"a" * 64 + b"\n", b"junk\n", None])
 def test_verify_detects_changed_head(head: bytes | None, tmp_path: Path) -> None:
     path = written(tmp_path / "audit.jsonl")
-    there = tmp_path / "audit.jsonl.head"
-    there.unlink()
+    head_path = tmp_path / "audit.jsonl.head"
+    head_path.unlink()
     if head is not None:
-        there.write_bytes(head)
+        head_path.write_bytes(head)
     with pytest.raises(UserError, match="line"):
         verify(path)
 
@@ -214,8 +214,8 @@ def foreign(path: Path, entry: dict[str, object]) -> Path:
         "outcome": "done",
         "before": hashlib.sha256(lines[0]).hexdigest(),
     }
-    made = {name: value for name, value in {**first, **entry}.items() if value is not None}
-    replaced(path, [*lines, json.dumps(made).encode() + b"\n"])
+    run_config = {name: value for name, value in {**first, **entry}.items() if value is not None}
+    replaced(path, [*lines, json.dumps(run_config).encode() + b"\n"])
     return path
 
 
@@ -341,7 +341,7 @@ def test_append_refuses_rewritten_history(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda data: None, "line 1: expected 3 lines, found 0"),
         (lambda data: data[:-20], "line 3: expected 3 lines, found 2"),
@@ -351,7 +351,7 @@ def test_append_refuses_rewritten_history(tmp_path: Path) -> None:
     ids=["deleted", "cut off", "changed", "appended to"],
 )
 def test_append_refuses_changed_log_with_same_head(
-    change: Callable[[bytes], bytes | None], said: str, tmp_path: Path
+    change: Callable[[bytes], bytes | None], message: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "audit.jsonl"
     log = signed(path)
@@ -362,7 +362,7 @@ def test_append_refuses_changed_log_with_same_head(
         path.write_bytes(data)
 
     for _ in range(2):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             log.append(**ABOUT)
 
     assert (path.read_bytes() if path.exists() else None) == data
@@ -480,7 +480,7 @@ def test_node_audit_checks_signatures_with_the_public_key(
 
 
 @pytest.mark.parametrize(
-    ("head", "said"),
+    ("head", "message"),
     [
         ("9" * 5000 + ":" + "a" * 64, "expected N:HASH"),
         ("9" * 18 + ":" + "a" * 64, "the log was truncated"),
@@ -488,7 +488,7 @@ def test_node_audit_checks_signatures_with_the_public_key(
     ],
 )
 def test_node_audit_refuses_unknown_head(
-    head: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    head: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = str(written(tmp_path / "audit.jsonl", 2))
     assert main(["node", "--audit", path, "--head", f"0:{INITIAL_HASH}"]) == 0
@@ -496,7 +496,7 @@ def test_node_audit_refuses_unknown_head(
     assert main(["node", "--audit", path, "--head", head]) == 2
 
     error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
 
 
 def test_log_line_has_bounded_length(tmp_path: Path) -> None:

@@ -121,13 +121,13 @@ def test_message_of_a_secure_sum_of_any_tree_is_read_or_refused(tree: Any, field
 @FUZZ
 def test_node_info_of_any_content_is_read_or_refused(tree: Any) -> None:
     tree = raised(wire(tree, FORM))
-    for hears in (
+    for read in (
         lambda: read_data_info(tree, 3),
         lambda: read_data_info(tree, 3, Preprocess()),
         lambda: read_settings(tree, ()),
         lambda: read_settings({"settings": tree}, ()),
     ):
-        raises_only((RequestRefusedError,), hears)
+        raises_only((RequestRefusedError,), read)
 
 
 def raised(data: bytes) -> Any:
@@ -153,7 +153,7 @@ def prepared() -> Any:
 )
 @FUZZ
 def test_evaluation_of_any_tree_is_read_or_refused(prepared: Any, tree: Any) -> None:
-    whole = {
+    full = {
         "scores": {},
         "confusion": {},
         "calibration": {},
@@ -162,17 +162,17 @@ def test_evaluation_of_any_tree_is_read_or_refused(prepared: Any, tree: Any) -> 
         "triggered": None,
         "model": None,
     }
-    told = raised(wire({**whole, **tree} if isinstance(tree, dict) else tree, FORM))
+    values = raised(wire({**full, **tree} if isinstance(tree, dict) else tree, FORM))
     raises_only(
         (RequestRefusedError,),
-        lambda: read_evaluation(told, "site_1", prepared.federation, prepared.method),
+        lambda: read_evaluation(values, "site_1", prepared.federation, prepared.method),
     )
 
 
 @given(header=st.binary(max_size=64) | bodies("hetero_fl model 1"))
 @FUZZ
 def test_evaluated_model_of_any_bytes_is_read_or_refused(prepared: Any, header: bytes) -> None:
-    told = {
+    values = {
         "scores": {},
         "confusion": {},
         "calibration": {},
@@ -183,7 +183,7 @@ def test_evaluated_model_of_any_bytes_is_read_or_refused(prepared: Any, header: 
     }
     assert raises_only(
         (RequestRefusedError,),
-        lambda: read_evaluation(told, "site_1", prepared.federation, prepared.method),
+        lambda: read_evaluation(values, "site_1", prepared.federation, prepared.method),
     )
 
 
@@ -318,7 +318,7 @@ def test_answer_in_a_secure_sum_much_longer_than_agreed_is_refused_unread() -> N
 
 
 @pytest.mark.parametrize(
-    ("envelope", "said"),
+    ("envelope", "expected"),
     [
         (Envelope({}, bytes(11)), "a message of 11 bytes; at most 10 are read"),
         (Envelope({str(i): i for i in range(99)}), "a head of 99 entries"),
@@ -328,8 +328,8 @@ def test_answer_in_a_secure_sum_much_longer_than_agreed_is_refused_unread() -> N
         (Envelope({"ask": ["x"]}), "list in it"),  # type: ignore[dict-item]
     ],
 )
-def test_message_out_of_bounds_is_reported(envelope: Envelope, said: str) -> None:
-    assert said in find_violation(envelope, 10)
+def test_message_out_of_bounds_is_reported(envelope: Envelope, expected: str) -> None:
+    assert expected in find_violation(envelope, 10)
 
 
 # The server
@@ -341,10 +341,10 @@ def ends_well(folder: Path, answers: list[Answer]) -> list[dict[str, Any]]:
     The other nodes take part in every round, and only plain text is written.
     """
     federation = Federation(folder)
-    made = small(
+    run_config = small(
         models="linear", rounds=len(answers), evaluation__every=len(answers), output__report=True
     )
-    run = federation.serve(made, {"site_3": lambda handle: hostile(handle, answers)})
+    run = federation.serve(run_config, {"site_3": lambda handle: hostile(handle, answers)})
     assert run.summary["rounds_completed"] == len(answers)
     for record in run.metrics:
         assert set(record["failed"]) <= {"site_3"}
@@ -393,8 +393,8 @@ CRASHES: dict[str, tuple[Answer, str]] = {
 
 def test_server_refuses_messages_that_crashed_it(tmp_path: Path) -> None:
     records = ends_well(tmp_path, [answer for answer, _ in CRASHES.values()])
-    for (name, (_, said)), record in zip(CRASHES.items(), records, strict=True):
-        assert said in record["failed"]["site_3"], (name, record["failed"])
+    for (name, (_, expected)), record in zip(CRASHES.items(), records, strict=True):
+        assert expected in record["failed"]["site_3"], (name, record["failed"])
 
 
 @pytest.mark.slow
@@ -409,7 +409,7 @@ def test_server_survives_any_answers(
 # A node
 
 
-class Asked:
+class NodeSession:
     """A node that has prepared for a run, and the honest messages it received."""
 
     def __init__(self, folder: Path) -> None:
@@ -423,9 +423,9 @@ class Asked:
             return handles
 
         federation.serve(small(models="linear", rounds=1), {"site_1": keeping})
-        self.said: list[str] = []
+        self.log_lines: list[str] = []
         self.folder = folder / "site_1"
-        self.node = Node(SiteConfig(client="site_1"), self.folder, self.said.append)
+        self.node = Node(SiteConfig(client="site_1"), self.folder, self.log_lines.append)
         for envelope in self.messages[:3]:
             self.node.handle(envelope)
 
@@ -434,8 +434,8 @@ class Asked:
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
-    return Asked(tmp_path_factory.mktemp("asked"))
+def session(tmp_path_factory: pytest.TempPathFactory) -> NodeSession:
+    return NodeSession(tmp_path_factory.mktemp("asked"))
 
 
 @given(
@@ -449,38 +449,38 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
 )
 @FUZZ
 def test_node_answers_any_message(
-    asked: Asked, which: int, changes: dict[str, Any], body: bytes | None
+    session: NodeSession, which: int, changes: dict[str, Any], body: bytes | None
 ) -> None:
-    honest = asked.messages[min(which, len(asked.messages) - 1)]
-    before = len(asked.log().read_bytes())
+    honest = session.messages[min(which, len(session.messages) - 1)]
+    before = len(session.log().read_bytes())
     changes = {name: value for name, value in changes.items() if name != "ask" or which != 5}
 
-    answer = asked.node.handle(
+    answer = session.node.handle(
         Envelope({**honest.head, **changes}, honest.body if body is None else body)
     )
 
     assert find_violation(answer, 2**20) == ""
-    assert len(asked.log().read_bytes()) - before < 2000
-    assert all(line.isprintable() and len(line) < 600 for line in asked.said)
+    assert len(session.log().read_bytes()) - before < 2000
+    assert all(line.isprintable() and len(line) < 600 for line in session.log_lines)
 
 
-def test_node_continues_after_any_message(asked: Asked) -> None:
-    answers = [asked.node.handle(envelope).head["ask"] for envelope in asked.messages[:3]]
+def test_node_continues_after_any_message(session: NodeSession) -> None:
+    answers = [session.node.handle(envelope).head["ask"] for envelope in session.messages[:3]]
     assert answers == ["here", "told", "ready"]
-    assert all(len(json.dumps(entry)) < 2000 for entry in verify(asked.log()))
+    assert all(len(json.dumps(entry)) < 2000 for entry in verify(session.log()))
 
 
-def test_node_ignores_thread_counts_of_the_server(asked: Asked) -> None:
-    terms, roster = asked.messages[1:3]
-    asked.node.handle(terms)
+def test_node_ignores_thread_counts_of_the_server(session: NodeSession) -> None:
+    terms, roster = session.messages[1:3]
+    session.node.handle(terms)
     tree = {**decode_body(roster), "threads": 10**6}
 
-    answer = asked.node.handle(Envelope(roster.head, encode(tree, FORM)))
+    answer = session.node.handle(Envelope(roster.head, encode(tree, FORM)))
 
     assert answer.head["why"] == "threads: must be >= 1 and <= 1024, got 1000000"
 
 
-def test_large_request_is_logged_in_a_short_line(asked: Asked) -> None:
+def test_large_request_is_logged_in_a_short_line(session: NodeSession) -> None:
     long = "x" * 20_000_000
     for envelope in (
         Envelope({"ask": "do", "run": "r", "round": long}),
@@ -493,17 +493,17 @@ def test_large_request_is_logged_in_a_short_line(asked: Asked) -> None:
             run="r",
         ),
     ):
-        before = len(asked.log().read_bytes())
-        answer = asked.node.handle(envelope)
+        before = len(session.log().read_bytes())
+        answer = session.node.handle(envelope)
         assert answer.head["ask"] == "refused" and len(str(answer.head["why"])) <= 400
-        assert len(asked.log().read_bytes()) - before < 1500
+        assert len(session.log().read_bytes()) - before < 1500
 
 
-def test_node_refuses_oversized_message_before_parsing(asked: Asked) -> None:
+def test_node_refuses_oversized_message_before_parsing(session: NodeSession) -> None:
     data = bomb(form=FORM)
 
     def refused() -> None:
-        answer = asked.node.handle(Envelope({"ask": "terms", "run": "r"}, data))
+        answer = session.node.handle(Envelope({"ask": "terms", "run": "r"}, data))
         assert "at most" in str(answer.head["why"])
 
     assert peak_of(refused) < 5 * len(data)

@@ -82,11 +82,11 @@ def tree(**changes: Any) -> Change:
 
     def changes_(e: Envelope) -> Envelope:
         items = Payload.decode(e.body).items_by_name
-        made = {
+        result = {
             n: {"values": i.values, "weight": i.weight, "kind": i.kind, **changes}
             for n, i in items.items()
         }
-        return body(encode({"items": made, "report": {}}, "hetero_fl payload 1"))(e)
+        return body(encode({"items": result, "report": {}}, "hetero_fl payload 1"))(e)
 
     return changes_
 
@@ -184,13 +184,13 @@ def test_hostile_uploads_are_dropped(tmp_path: Path) -> None:
     """Send one kind of hostile upload in each round."""
     count = len(UPLOADS)
     federation = Federation(tmp_path)
-    made = small(models="linear", rounds=count, evaluation__every=count)
+    run_config = small(models="linear", rounds=count, evaluation__every=count)
     run = federation.serve(
-        made, {"site_3": by_turn("train", [change for change, _ in UPLOADS.values()])}
+        run_config, {"site_3": by_turn("train", [change for change, _ in UPLOADS.values()])}
     )
     assert run.summary["rounds_completed"] == count
-    for (name, (_, said)), record in zip(UPLOADS.items(), run.metrics, strict=True):
-        assert list(record["failed"]) == ["site_3"] and said in record["failed"]["site_3"], (
+    for (name, (_, expected)), record in zip(UPLOADS.items(), run.metrics, strict=True):
+        assert list(record["failed"]) == ["site_3"] and expected in record["failed"]["site_3"], (
             name,
             record["failed"],
         )
@@ -200,9 +200,9 @@ def test_hostile_uploads_are_dropped(tmp_path: Path) -> None:
 
 def reading(change: Callable[[dict[str, Any]], Any]) -> Change:
     def changes(e: Envelope) -> Envelope:
-        told = copy.deepcopy(decode_body(e))
-        changed = change(told)
-        return Envelope(e.head, message("x", told if changed is None else changed).body)
+        tree = copy.deepcopy(decode_body(e))
+        changed = change(tree)
+        return Envelope(e.head, message("x", tree if changed is None else changed).body)
 
     return changes
 
@@ -271,9 +271,9 @@ def test_hostile_evaluations_are_dropped_and_counted(tmp_path: Path) -> None:
     """Send one kind in each round, the last one with all that a report shows."""
     count = len(READINGS)
     federation = Federation(tmp_path)
-    made = small(models="linear", rounds=count, evaluation__every=1)
+    run_config = small(models="linear", rounds=count, evaluation__every=1)
     run = federation.serve(
-        made, {"site_3": by_turn("read", [change for change, _ in READINGS.values()])}
+        run_config, {"site_3": by_turn("read", [change for change, _ in READINGS.values()])}
     )
     assert run.summary["rounds_completed"] == count
     for (name, (_, why)), record in zip(READINGS.items(), run.metrics, strict=True):
@@ -298,7 +298,7 @@ FORECAST: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         ({"time": [1e9, 1.7e308]}, "got 1.7e+308"),
         ({"time": [-1e30, 1e9]}, "got -1e+30"),
@@ -308,11 +308,11 @@ FORECAST: dict[str, Any] = {
         ({"truth": [[1.0]]}, "expected a table of shape"),
     ],
 )
-def test_forecast_is_bounded(changes: dict[str, Any], said: str) -> None:
+def test_forecast_is_bounded(changes: dict[str, Any], expected: str) -> None:
     federation = dated_federation()
 
     assert validation._read_forecast(FORECAST, federation) == FORECAST
-    with pytest.raises(RequestRefusedError, match=re.escape(said)):
+    with pytest.raises(RequestRefusedError, match=re.escape(expected)):
         validation._read_forecast({**FORECAST, **changes}, federation)
 
 
@@ -334,9 +334,9 @@ def dated_federation(dated: bool = True) -> Any:
 
 def test_server_finishes_run_if_plots_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clients, "plot_client_scores", lambda *content: math.log10(0))
-    made = small(models="linear", rounds=1, output__plots=True, output__report=True)
+    run_config = small(models="linear", rounds=1, output__plots=True, output__report=True)
 
-    run = Federation(tmp_path).serve(made)
+    run = Federation(tmp_path).serve(run_config)
 
     assert run.summary["rounds_completed"] == 1 and (run.path / "details.json").exists()
     assert (run.path / "report.html").exists() and not (run.path / "plots" / "clients.png").exists()
@@ -354,7 +354,7 @@ TOLD: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         ({"rows": {"train": -1, "validation": 2, "test": 3}}, "expected an integer >= 0, got '-1'"),
         ({"rows": {"train": 0, "validation": 2, "test": 3}}, "rows.train: must be > 0"),
@@ -383,24 +383,24 @@ TOLD: dict[str, Any] = {
         ({"labels": [10**400, 1, 1]}, "cannot be read (OverflowError"),
     ],
 )
-def test_data_info_of_nodes_is_validated(changes: dict[str, Any], said: str) -> None:
+def test_data_info_of_nodes_is_validated(changes: dict[str, Any], expected: str) -> None:
     own = Preprocess() if changes.get("view") else None
-    told = {**TOLD, "view": {"mean": 0.5, "std": 1.0}} if own else TOLD
-    assert read_data_info(told, 3, own).rows == TOLD["rows"]
+    tree = {**TOLD, "view": {"mean": 0.5, "std": 1.0}} if own else TOLD
+    assert read_data_info(tree, 3, own).rows == TOLD["rows"]
     with pytest.raises(RequestRefusedError) as caught:
         read_data_info({**TOLD, **changes}, 3, own)
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
 
 
 @pytest.mark.parametrize("tree_", [None, 3, [], "x", {}])
 def test_malformed_trees_are_refused(tree_: Any) -> None:
-    for hears in (lambda: read_data_info(tree_, 3), lambda: read_settings(tree_, ())):
+    for read in (lambda: read_data_info(tree_, 3), lambda: read_settings(tree_, ())):
         with pytest.raises(RequestRefusedError):
-            hears()
+            read()
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "expected"),
     [
         ({"epochs": 1000}, "settings: a site cannot set epochs"),
         ({"data": {"path": "/etc/passwd"}}, "settings: a site cannot set data"),
@@ -413,8 +413,8 @@ def test_malformed_trees_are_refused(tree_: Any) -> None:
         ({"shares": ["everything"]}, "shares"),
     ],
 )
-def test_nodes_may_change_only_permitted_settings(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(RequestRefusedError, match=said):
+def test_nodes_may_change_only_permitted_settings(settings: dict[str, Any], expected: str) -> None:
+    with pytest.raises(RequestRefusedError, match=expected):
         read_settings({"settings": settings}, ())
     assert read_settings({"settings": {"model": "python:os:system"}}, ("python:os:system",))
     assert read_settings({"settings": {"shares": ["predictions"]}}, ()) == {
@@ -423,11 +423,11 @@ def test_nodes_may_change_only_permitted_settings(settings: dict[str, Any], said
 
 
 def test_node_resize_is_limited() -> None:
-    told = {"settings": {"preprocess": {"resize": 2000}}}
+    tree = {"settings": {"preprocess": {"resize": 2000}}}
 
-    assert read_settings(told, (), largest=2000) == told["settings"]
+    assert read_settings(tree, (), largest=2000) == tree["settings"]
     with pytest.raises(RequestRefusedError, match="must be <= 1024, got 2000"):
-        read_settings(told, ())
+        read_settings(tree, ())
 
 
 @pytest.mark.parametrize("name", ["..", "A" * 64, "a" * 63, "é" * 64, "/"])
@@ -438,7 +438,7 @@ def test_state_name_must_be_a_hash(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ask", "change", "said"),
+    ("ask", "change", "expected"),
     [
         (
             "terms",
@@ -475,7 +475,7 @@ def test_state_name_must_be_a_hash(name: str) -> None:
     ],
 )
 def test_junk_before_first_round_names_its_sender(
-    ask: str, change: Change, said: str, tmp_path: Path, clock: Clock
+    ask: str, change: Change, expected: str, tmp_path: Path, clock: Clock
 ) -> None:
     def always(handle: Handle) -> Handle:
         return lambda e: change(handle(e)) if e.head["ask"] == ask else handle(e)
@@ -485,7 +485,7 @@ def test_junk_before_first_round_names_its_sender(
             small(models="linear"), {"site_3": always}, log=clock.after(3, [])
         )
     assert str(caught.value).isprintable() and "site_3" in str(caught.value)
-    assert said in str(caught.value) and len(str(caught.value)) < 600
+    assert expected in str(caught.value) and len(str(caught.value)) < 600
 
 
 def evaluate_client(rounds: Any) -> Any:
@@ -503,8 +503,8 @@ def told_model() -> Any:
     prepared = prepare(small(models="linear", rounds=1))
     rounds = prepared.make_trainer()
     rounds.run_round()
-    ((_, told),) = evaluate_client(rounds)
-    yield told, rounds.federation, rounds.algorithm
+    ((_, tree),) = evaluate_client(rounds)
+    yield tree, rounds.federation, rounds.algorithm
     rounds.executor.close()
 
 
@@ -531,15 +531,15 @@ METADATA: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 @pytest.mark.parametrize("name", METADATA)
 def test_model_metadata_is_written_by_the_server(name: str, told_model: Any) -> None:
-    told, federation, method = told_model
+    tree, federation, method = told_model
 
-    heard = read_evaluation(retold(told, METADATA[name]), "site_1", federation, method)
+    received = read_evaluation(retold(tree, METADATA[name]), "site_1", federation, method)
 
-    assert heard.model == told.model and b"python:" not in heard.model
+    assert received.model == tree.model and b"python:" not in received.model
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected"),
     [
         (
             lambda a: a["architecture"].update(zzz="python:os:system"),
@@ -594,12 +594,12 @@ def test_model_metadata_is_written_by_the_server(name: str, told_model: Any) -> 
     ],
 )
 def test_unexpected_metadata_is_refused(
-    change: Callable[[dict[str, Any]], Any], said: str, told_model: Any
+    change: Callable[[dict[str, Any]], Any], expected: str, told_model: Any
 ) -> None:
-    told, federation, method = told_model
+    tree, federation, method = told_model
 
-    with pytest.raises(RequestRefusedError, match=re.escape(said)):
-        read_evaluation(retold(told, change), "site_1", federation, method)
+    with pytest.raises(RequestRefusedError, match=re.escape(expected)):
+        read_evaluation(retold(tree, change), "site_1", federation, method)
 
 
 # Honest ones
@@ -617,7 +617,7 @@ def test_valid_evaluations_of_every_task_are_accepted(method: str, tmp_path: Pat
     rounds = prepared.make_trainer()
     rounds.run_round()
     found = evaluate_client(rounds)
-    (told,) = [r for _, r in found]
-    heard = read_evaluation(evaluation_tree(told), "site_1", rounds.federation, rounds.algorithm)
-    assert heard == told and heard.model and heard.confusion
+    (tree,) = [r for _, r in found]
+    received = read_evaluation(evaluation_tree(tree), "site_1", rounds.federation, rounds.algorithm)
+    assert received == tree and received.model and received.confusion
     rounds.executor.close()

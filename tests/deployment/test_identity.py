@@ -31,16 +31,16 @@ class Server:
 
     def __init__(self, folder: Path, keys: Mapping[str, bytes] | None) -> None:
         self.folder = folder
-        self.said: list[str] = []
+        self.log_lines: list[str] = []
         self.transport = LoopbackTransport()
-        self.connections = Connections(self.transport, SITES, self.said.append, keys=keys)
+        self.connections = Connections(self.transport, SITES, self.log_lines.append, keys=keys)
 
     def meet(self, claim: str, key: bytes) -> int:
         """Connect a node, and wait until the server has answered its claim."""
-        folder = self.folder / str(len(self.said))
-        count = len(self.said)
+        folder = self.folder / str(len(self.log_lines))
+        count = len(self.log_lines)
         number = self.transport.join(Node(SiteConfig(client=claim), folder).handle, key)
-        until(lambda: self.connections.refresh() or len(self.said) > count)
+        until(lambda: self.connections.refresh() or len(self.log_lines) > count)
         return number
 
 
@@ -52,7 +52,7 @@ def server(tmp_path: Path) -> Server:
 def test_node_with_matching_key_is_admitted(server: Server) -> None:
     number = server.meet("site_1", KEYS["site_1"])
 
-    assert server.said == ["site_1 connected"]
+    assert server.log_lines == ["site_1 connected"]
     assert server.connections.node_of == {"site_1": number}
 
 
@@ -61,7 +61,7 @@ def test_node_with_another_key_is_refused(server: Server, key: bytes) -> None:
     server.meet("site_1", key)
 
     line = "refused a node for client 'site_1': its key is not the key of client 'site_1'"
-    assert server.said == [line]
+    assert server.log_lines == [line]
     assert not server.connections.node_of
 
 
@@ -71,7 +71,7 @@ def test_client_without_a_known_key_is_refused(tmp_path: Path) -> None:
     server.meet("site_1", KEYS["site_1"])
 
     line = "refused a node for client 'site_1': no key is known for client 'site_1'"
-    assert server.said == [line]
+    assert server.log_lines == [line]
 
 
 def test_without_keys_a_client_belongs_to_its_connected_node(tmp_path: Path) -> None:
@@ -80,13 +80,13 @@ def test_without_keys_a_client_belongs_to_its_connected_node(tmp_path: Path) -> 
     first = server.meet("site_1", KEYS["site_1"])
     server.meet("site_1", KEYS["site_2"])
     assert server.connections.node_of == {"site_1": first}
-    assert "its key is not the key of client 'site_1'" in server.said[-1]
+    assert "its key is not the key of client 'site_1'" in server.log_lines[-1]
 
     server.transport.leave(first)
     server.connections.refresh()
     again = server.meet("site_1", KEYS["site_3"])
     assert server.connections.node_of == {"site_1": again}
-    assert server.said[-1] == "site_1 reconnected"
+    assert server.log_lines[-1] == "site_1 reconnected"
 
 
 def test_node_with_failed_worker_is_asked_again(
@@ -107,7 +107,7 @@ def test_node_with_failed_worker_is_asked_again(
 
     assert server.connections.node_of == {"site_1": number}
     refused = "refused a node for client '': the folder is locked"
-    assert server.said == [refused, "site_1 connected"]
+    assert server.log_lines == [refused, "site_1 connected"]
 
 
 def test_run_requires_all_nodes(tmp_path: Path, clock: Clock) -> None:
@@ -145,7 +145,7 @@ WENT_BACK = f"the audit log of 'site_1' has 3 lines; it had 5 (kept: {head_of(5,
 
 
 @pytest.mark.parametrize(
-    ("heads", "kept", "said"),
+    ("heads", "kept", "expected"),
     [
         ([head_of(5, "a"), "junk", head_of(5, "a"), head_of(6, "b")], head_of(6, "b"), []),
         ([head_of(5, "a"), head_of(3, "b"), head_of(4, "c")], head_of(5, "a"), [WENT_BACK]),
@@ -169,28 +169,28 @@ WENT_BACK = f"the audit log of 'site_1' has 3 lines; it had 5 (kept: {head_of(5,
     ],
 )
 def test_longest_audit_log_is_kept_and_another_is_reported(
-    heads: list[str], kept: str, said: list[str]
+    heads: list[str], kept: str, expected: list[str]
 ) -> None:
     lines: list[str] = []
     found = LogHeads(lines.append)
 
     for head in heads:
-        found.note("site_1", Envelope({LOG: head}))
+        found.update("site_1", Envelope({LOG: head}))
 
     assert found.longest == {"site_1": kept}
-    assert lines == said
+    assert lines == expected
 
 
 def test_truncated_audit_log_is_a_status_event(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heads = iter([head_of(5, "a"), head_of(3, "b")])
-    note = LogHeads.update
+    update = LogHeads.update
 
     def forged(self: LogHeads, client: str, answer: Envelope) -> None:
         if client == "site_1":
             answer = Envelope({LOG: next(heads, "")})
-        note(self, client, answer)
+        update(self, client, answer)
 
     monkeypatch.setattr(LogHeads, "update", forged)
 

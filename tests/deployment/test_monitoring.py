@@ -20,7 +20,7 @@ from rich.console import Console
 from hetero_fl.cli import main
 from hetero_fl.cli.deployment_commands import print_status
 from hetero_fl.deployment.monitoring import (
-    FILE,
+    STATUS_FILE,
     EventLog,
     LineStream,
     RunStatus,
@@ -56,9 +56,9 @@ def record(round_idx: int, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def status(tmp_path: Path) -> RunStatus:
-    made = RunStatus(tmp_path, ["north", "south"])
-    made.update(name='a "run"', algorithm="hybrid", rounds=3, run="beef", phase="running")
-    return made
+    result = RunStatus(tmp_path, ["north", "south"])
+    result.update(name='a "run"', algorithm="hybrid", rounds=3, run="beef", phase="running")
+    return result
 
 
 def test_status_summarizes_records_and_events(status: RunStatus) -> None:
@@ -139,7 +139,7 @@ def test_prometheus_output_is_valid(status: RunStatus) -> None:
 
 def test_status_file_exists_once_run_has_started(status: RunStatus, tmp_path: Path) -> None:
     status.add_event("someone came")
-    assert not (tmp_path / FILE).exists()
+    assert not (tmp_path / STATUS_FILE).exists()
     (tmp_path / "config.yaml").write_text("name: run\n")
     status.add_record(record(1))
     assert read_status(tmp_path)["round"] == 1 and read_status(tmp_path)["phase"] == "running"
@@ -205,7 +205,7 @@ def test_status_command_prints_summary(
         assert main(["status", mistake]) == 2
         err = capsys.readouterr().err
         assert line in err and err.count("\n") == 1
-    (tmp_path / FILE).write_text("{}")
+    (tmp_path / STATUS_FILE).write_text("{}")
     assert main(["status", str(tmp_path)]) == 2
     assert "cannot be read" in capsys.readouterr().err
 

@@ -68,8 +68,8 @@ def test_private_tensors_are_encrypted_on_disk(encrypted: bool, tmp_path: Path) 
     run = federation.serve(small("fedper", channel=TOP), {"site_1": looking})
     assert run.summary["rounds_completed"] == 2 and len(kept) > 20
     on_disk = [path.read_bytes() for path in held(tmp_path / "site_1")]
-    there = [piece for piece in kept if any(piece in data for data in on_disk)]
-    assert bool(there) != encrypted
+    found = [piece for piece in kept if any(piece in data for data in on_disk)]
+    assert bool(found) != encrypted
 
 
 def test_site_folder_is_private(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_site_noise_differs_between_tasks(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_row_hash_is_keyed_under_privacy(tmp_path: Path) -> None:
-    told: dict[str, list[Any]] = {}
+    values: dict[str, list[Any]] = {}
     privacy = {"unit": "record", "noise_multiplier": 1.0}
     for name in ("one", "other"):
         federation = Federation(
@@ -203,7 +203,7 @@ def test_row_hash_is_keyed_under_privacy(tmp_path: Path) -> None:
             def handles(envelope: Envelope) -> Envelope:
                 answer = handle(envelope)
                 if answer.head["ask"] == "told":
-                    told.setdefault(name, []).append(decode_body(answer)["hash"])
+                    values.setdefault(name, []).append(decode_body(answer)["hash"])
                 return answer
 
             return handles
@@ -211,4 +211,4 @@ def test_row_hash_is_keyed_under_privacy(tmp_path: Path) -> None:
         federation.serve(
             small(rounds=1, privacy=privacy), dict.fromkeys(("site_1", "site_2"), looking)
         )
-    assert len(set(told["one"]) & set(told["other"])) == 1  # that of the site without a budget
+    assert len(set(values["one"]) & set(values["other"])) == 1  # that of the site without a budget

@@ -103,12 +103,12 @@ TERMS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", TERMS)
 def test_disallowed_configuration_is_refused(case: str) -> None:
-    site, changes, said = TERMS[case]
+    site, changes, expected = TERMS[case]
     config = load_config(small(**changes))
     found = SiteConfig.model_validate({"client": "site_1", **site})
     with pytest.raises(RequestRefusedError) as caught:
         check_config(config, found, expand_population(config.clients)["site_1"])
-    assert str(caught.value) == said
+    assert str(caught.value) == expected
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_refused_terms_are_shown_and_logged(tmp_path: Path) -> None:
     line = "rounds: must be <= 1 (this site's allows.rounds), got 2"
     with pytest.raises(RunFailedError, match=f"^site_2 refuses: {re.escape(line)}$"):
         federation.serve(small())
-    assert f"refused: {line}" in federation.said
+    assert f"refused: {line}" in federation.log_lines
     assert verify(tmp_path / "site_2" / "audit.jsonl")[-1]["outcome"] == f"refused: {line}"
     assert not (tmp_path / "run").exists()
 
@@ -189,18 +189,18 @@ TASKS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("case", TASKS)
 def test_disallowed_task_is_refused_and_run_continues(case: str, tmp_path: Path) -> None:
-    allows, changes, said = TASKS[case]
+    allows, changes, expected = TASKS[case]
     run = Federation(tmp_path, {"site_1": {"allows": allows}}).serve(small(rounds=1, **changes))
     (record,) = run.metrics
-    before, after = said.split("{}")
+    before, after = expected.split("{}")
     assert record["failed"].keys() == {"site_1"}
     assert record["failed"]["site_1"].startswith(before) and record["failed"]["site_1"].endswith(
         after
     )
-    asked = [
+    entries = [
         line for line in verify(tmp_path / "site_1" / "audit.jsonl") if line.get("what") == "train"
     ]
-    assert [line["out"] for line in asked] == [0]
+    assert [line["out"] for line in entries] == [0]
 
 
 def test_evaluation_with_too_much_training_is_refused(tmp_path: Path) -> None:
@@ -214,14 +214,14 @@ def test_evaluation_with_too_much_training_is_refused(tmp_path: Path) -> None:
 
 
 def test_bytes_of_repeated_answers_are_counted(tmp_path: Path) -> None:
-    asked = Asked(tmp_path, {}, rounds=1)
-    size = len(asked.again("train").body)
+    session = NodeSession(tmp_path, {}, rounds=1)
+    size = len(session.repeat("train").body)
     sent = sum(line["out"] for line in verify(tmp_path / "site_1" / "audit.jsonl"))
-    allows = asked.node.site.allows.model_copy(update={"total_bytes": sent + size})
-    assert asked.node.joined is not None and asked.node.joined.policy is not None
-    asked.node.joined.policy.allows = allows
-    assert len(asked.again("train").body) == size
-    assert "bytes of all answers including this one" in asked.why("train")
+    allows = session.node.site.allows.model_copy(update={"total_bytes": sent + size})
+    assert session.node.joined is not None and session.node.joined.policy is not None
+    session.node.joined.policy.allows = allows
+    assert len(session.repeat("train").body) == size
+    assert "bytes of all answers including this one" in session.refusal_reason("train")
 
 
 def test_total_bytes_include_earlier_runs(tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ def test_site_accounting_matches_the_server(tmp_path: Path) -> None:
 # A server that does not keep to what it said
 
 
-class Asked:
+class NodeSession:
     """A node in the middle of a run, of which a hostile server asks more.
 
     Attributes:
@@ -281,13 +281,13 @@ class Asked:
 
     def __init__(self, tmp_path: Path, site: dict[str, Any], **changes: Any) -> None:
         self.federation = Federation(tmp_path, {"site_1": site})
-        self.said: dict[str, Envelope] = {}
+        self.requests: dict[str, Envelope] = {}
 
         def listening(handle: Handle) -> Handle:
             def handles(envelope: Envelope) -> Envelope:
                 key = str(envelope.head.get("what", envelope.head["ask"]))
                 if key != "leave":
-                    self.said[key] = envelope
+                    self.requests[key] = envelope
                     return handle(envelope)
                 return Envelope({"ask": "left"})
 
@@ -298,26 +298,26 @@ class Asked:
 
     def again(self, what: str, body: bytes | None = None, **head: Any) -> Envelope:
         """Repeat a request with these changes."""
-        said = self.said[what]
+        request = self.requests[what]
         return self.node.handle(
-            Envelope({**said.head, **head}, said.body if body is None else body)
+            Envelope({**request.head, **head}, request.body if body is None else body)
         )
 
     def called(self, name: str, what: str) -> Envelope:
         """Repeat a request as a new task under another name."""
-        said = self.said[name]
-        head = {**said.head, "what": what, "task": f"f{what}"}
-        return self.node.handle(Envelope(head, said.body))
+        request = self.requests[name]
+        head = {**request.head, "what": what, "task": f"f{what}"}
+        return self.node.handle(Envelope(head, request.body))
 
     def why(self, *args: Any, **head: Any) -> str:
-        answer = self.again(*args, **head)
+        answer = self.repeat(*args, **head)
         assert answer.head["ask"] == "refused" and answer.body == message("refused").body
         return str(answer.head["why"])
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
-    return Asked(tmp_path_factory.mktemp("asked"), {"allows": {"rounds": 2, "epochs": 1}})
+def session(tmp_path_factory: pytest.TempPathFactory) -> NodeSession:
+    return NodeSession(tmp_path_factory.mktemp("asked"), {"allows": {"rounds": 2, "epochs": 1}})
 
 
 def other(digit: str) -> str:
@@ -325,31 +325,33 @@ def other(digit: str) -> str:
 
 
 def test_repeated_task_is_answered_only_if_unchanged(
-    asked: Asked,
+    session: NodeSession,
 ) -> None:
-    assert asked.again("train").head["ask"] == "done"
+    assert session.repeat("train").head["ask"] == "done"
     for change in (
-        {"body": asked.said["train"].body + b" "},
+        {"body": session.requests["train"].body + b" "},
         {"round": 0},
         {"work": 0.5},
         {"base": other("a")},
     ):
-        assert asked.why("train", **change).endswith("was sent before with other content")
+        assert session.refusal_reason("train", **change).endswith(
+            "was sent before with other content"
+        )
 
 
 @pytest.mark.parametrize("what", ["keys", "read", "", "Train"])
-def test_training_under_another_name_is_refused(asked: Asked, what: str) -> None:
+def test_training_under_another_name_is_refused(session: NodeSession, what: str) -> None:
     """Under another name it would be neither limited nor charged."""
     line = f"request '{what}' is not used in this run; choose from train"
-    assert asked.called("train", what).head["why"] == line
+    assert session.repeat_as("train", what).head["why"] == line
 
 
-def test_expired_task_is_refused(asked: Asked) -> None:
-    assert asked.why("train", expires=1.0).endswith("has expired")
+def test_expired_task_is_refused(session: NodeSession) -> None:
+    assert session.refusal_reason("train", expires=1.0).endswith("has expired")
 
 
 @pytest.mark.parametrize(
-    ("head", "said"),
+    ("head", "expected"),
     [
         ({"work": 100.0}, "work: must be > 0 and <= 1 (a share of the steps), got 100"),
         ({"work": float("nan")}, "work: must be > 0 and <= 1 (a share of the steps), got nan"),
@@ -367,55 +369,61 @@ def test_expired_task_is_refused(asked: Asked) -> None:
         ),
     ],
 )
-def test_task_that_was_not_agreed_is_refused(asked: Asked, head: dict[str, Any], said: str) -> None:
-    assert said in asked.why("train", **{"task": f"b{abs(hash(said))}", **head})
+def test_task_that_was_not_agreed_is_refused(
+    session: NodeSession, head: dict[str, Any], expected: str
+) -> None:
+    assert expected in session.refusal_reason(
+        "train", **{"task": f"b{abs(hash(expected))}", **head}
+    )
 
 
 @pytest.mark.parametrize(
     "body", [b"", b"x", b"\xff" * 100, encode({"items": {}, "report": {}}, "hetero_fl payload 1")]
 )
-def test_malformed_broadcast_is_refused(asked: Asked, body: bytes) -> None:
-    answer = asked.again("train", body, task=other("c"), again=2)
+def test_malformed_broadcast_is_refused(session: NodeSession, body: bytes) -> None:
+    answer = session.repeat("train", body, task=other("c"), again=2)
     assert answer.head["ask"] == "refused"
 
 
-def test_other_configuration_of_same_name_is_refused(asked: Asked) -> None:
+def test_other_configuration_of_same_name_is_refused(session: NodeSession) -> None:
     """Answers that share noise reveal their difference; two scales of it reveal the noise."""
-    terms = asked.said["terms"]
+    terms = session.requests["terms"]
     from hetero_fl.deployment.messages import decode_body
 
     tree = decode_body(terms)
     tree["config"]["clients"]["defaults"]["batch_size"] = 8
-    said = asked.why("terms", body=message("terms", tree).body)
+    text = session.refusal_reason("terms", body=message("terms", tree).body)
     assert (
-        said
+        text
         == "the configuration, the public sets or this site's rows changed since it joined the run"
     )
     tree = decode_body(terms)
     tree["config"]["runtime"]["workers"] = 7
-    assert asked.again("terms", body=message("terms", tree).body).head["ask"] == "told"
-    assert asked.again("roster").head["ask"] == "ready"
+    assert session.repeat("terms", body=message("terms", tree).body).head["ask"] == "told"
+    assert session.repeat("roster").head["ask"] == "ready"
 
 
 @pytest.mark.parametrize(
     "config", [None, [], {}, {"rounds": {}}, "x", {"algorithm": {"name": "fedavg"}, "clients": 3}]
 )
-def test_malformed_configuration_is_refused(asked: Asked, config: Any) -> None:
+def test_malformed_configuration_is_refused(session: NodeSession, config: Any) -> None:
     assert (
-        asked.again("terms", body=message("terms", {"config": config, "public": ""}).body).head[
+        session.repeat("terms", body=message("terms", {"config": config, "public": ""}).body).head[
             "ask"
         ]
         == "refused"
     )
-    assert asked.again("terms", body=message("terms", {"nothing": 1}).body).head["ask"] == "refused"
+    assert (
+        session.repeat("terms", body=message("terms", {"nothing": 1}).body).head["ask"] == "refused"
+    )
 
 
-def test_client_list_with_other_clients_is_refused(asked: Asked) -> None:
+def test_client_list_with_other_clients_is_refused(session: NodeSession) -> None:
     from hetero_fl.deployment.messages import decode_body
 
-    tree = decode_body(asked.said["roster"])
+    tree = decode_body(session.requests["roster"])
     tree["told"]["site_2"]["rows"]["train"] += 1
-    assert asked.why("roster", body=message("roster", tree).body).startswith(
+    assert session.refusal_reason("roster", body=message("roster", tree).body).startswith(
         "the federation that this site derives"
     )
 
@@ -426,35 +434,35 @@ def test_other_public_sets_of_same_name_are_refused() -> None:
     assert len(marks) == 4
 
 
-def test_other_client_list_of_same_name_is_refused(asked: Asked) -> None:
+def test_other_client_list_of_same_name_is_refused(session: NodeSession) -> None:
     """The noise scale depends on all clients' rows; two scales of the same noise reveal it."""
     from hetero_fl.deployment.messages import decode_body
 
-    tree = decode_body(asked.said["roster"])
+    tree = decode_body(session.requests["roster"])
     # no part of the fingerprint, which the server could make fit anyway
     tree["told"]["site_2"]["rows"]["test"] += 1
-    said = asked.why("roster", body=message("roster", tree).body)
-    assert said == "the data reports of the clients changed since this site joined the run"
-    assert asked.again("roster").head["ask"] == "ready"
+    text = session.refusal_reason("roster", body=message("roster", tree).body)
+    assert text == "the data reports of the clients changed since this site joined the run"
+    assert session.repeat("roster").head["ask"] == "ready"
 
 
-def test_unshared_items_are_never_sent(asked: Asked) -> None:
-    joined = asked.node.joined
+def test_unshared_items_are_never_sent(session: NodeSession) -> None:
+    joined = session.node.joined
     assert joined is not None and joined.policy is not None
     policy = joined.policy
     tensors = {"backbone.a": torch.zeros(1), "head.b": torch.zeros(1)}
     upload = Payload({"model": Item(tensors, 1.0, "params")})
     policy.check_upload(upload)
-    for shares, said in (
+    for shares, expected in (
         (["predictions"], "shares: 'model' contains backbone.a; this site shares predictions"),
         (["backbone"], "shares: 'model' contains head.b; this site shares backbone"),
         ([], "shares: 'model' contains backbone.a; this site shares nothing"),
     ):
-        policy.site = asked.node.site.model_copy(update={"shares": shares})
+        policy.site = session.node.site.model_copy(update={"shares": shares})
         with pytest.raises(UserError) as caught:
             policy.check_upload(upload)
-        assert str(caught.value) == said
-    policy.site = asked.node.site
+        assert str(caught.value) == expected
+    policy.site = session.node.site
     with pytest.raises(UserError, match="'rows' is not an upload of fedavg"):
         policy.check_upload(Payload({"rows": torch.zeros(1)}))
 
@@ -483,25 +491,25 @@ def test_plan_with_unshared_items_is_refused_before_encoding(tmp_path: Path) -> 
 
 def test_secure_sum_of_too_few_clients_is_refused(tmp_path: Path) -> None:
     """The configuration has enough clients; the server then asks for a sum of two."""
-    asked = Asked(tmp_path, {"allows": {"cohort": 3}}, channel__secure_sum={"threshold": 3})
+    session = NodeSession(tmp_path, {"allows": {"cohort": 3}}, channel__secure_sum={"threshold": 3})
     import numpy as np
 
     tag = np.zeros(16, np.uint8)
     two = {"tag": tag, "head": np.array([1, 2], np.int32), "numbers": np.array([1, 2], np.int32)}
     shares = encode_arrays({**two, "keys": np.zeros((2, 64), np.uint8)})
     line = "clients in the secure sum: must be >= 3 (this site's allows.cohort), got 2"
-    assert asked.why("shares", shares, task=other("d")) == line
+    assert session.refusal_reason("shares", shares, task=other("d")) == line
     unmask = encode_arrays(
         {"tag": tag, "survivors": np.array([1, 2], np.int32), "dropped": np.array([3], np.int32)}
     )
-    assert asked.why("unmask", unmask, task=other("e")) == line
+    assert session.refusal_reason("unmask", unmask, task=other("e")) == line
 
 
 # The file
 
 
 @pytest.mark.parametrize(
-    ("written", "said"),
+    ("written", "expected"),
     [
         ("allows: {method: [fedavg]}", "allows.method: unknown key; did you mean 'methods'?"),
         (
@@ -516,12 +524,12 @@ def test_secure_sum_of_too_few_clients_is_refused(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_invalid_policy_raises_one_line(written: str, said: str, tmp_path: Path) -> None:
+def test_invalid_policy_raises_one_line(written: str, expected: str, tmp_path: Path) -> None:
     file = tmp_path / "site.yaml"
     file.write_text(f"client: site_1\n{written}\n")
     with pytest.raises(UserError) as caught:
         load_site_config(file)
-    assert str(file) in str(caught.value) and said in str(caught.value)
+    assert str(file) in str(caught.value) and expected in str(caught.value)
 
 
 def test_site_file_of_the_deployment_guide_is_valid(tmp_path: Path) -> None:

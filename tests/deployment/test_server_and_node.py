@@ -82,9 +82,9 @@ def same_models(a: Run, b: Run) -> bool:
 
 
 def test_status_file_is_complete_after_a_run(sites: Sites, tmp_path: Path) -> None:
-    said: list[str] = []
+    log_lines: list[str] = []
     finished = run_federation(
-        config(**SERIAL), sites.gathered(), out=tmp_path / "out", wait=LONG, log=said.append
+        config(**SERIAL), sites.gathered(), out=tmp_path / "out", wait=LONG, log=log_lines.append
     )
     tree = read_status(tmp_path / "out")
     assert tree["phase"] == "done" and tree["round"] == 2
@@ -94,7 +94,7 @@ def test_status_file_is_complete_after_a_run(sites: Sites, tmp_path: Path) -> No
     )
     assert (tree["up_bytes"], tree["down_bytes"]) == (up, down)
     assert (
-        sorted(said)
+        sorted(log_lines)
         == [f"site_{i} connected" for i in (1, 2, 3)]
         == sorted(e["message"] for e in tree["events"])
     )
@@ -108,17 +108,17 @@ def test_node_of_another_version_is_refused(sites: Sites, tmp_path: Path, clock:
             return Envelope({**answer.head, "torch": "1.0"}, answer.body)
         return answer
 
-    said: list[str] = []
+    log_lines: list[str] = []
     with pytest.raises(RunFailedError, match="no node connected within 300 s for site_1"):
         run_federation(
             config(**SERIAL),
             sites.gathered(older),
             out=tmp_path / "out",
             wait=LONG,
-            log=clock.after(3, said),
+            log=clock.after(3, log_lines),
         )
     line = f"torch: expected version '{messages.versions()['torch']}', got '1.0'"
-    assert f"refused a node for client 'site_1': {line}" in said
+    assert f"refused a node for client 'site_1': {line}" in log_lines
     assert sites.stops[0].wait(LONG) and sites.refused[0].refused == line, (
         "its process ends, and says why"
     )
@@ -152,8 +152,10 @@ def test_server_finishes_the_round_on_sigterm(signals: int, sites: Sites, tmp_pa
     with _server_ending(status, log) as after_round, pytest.raises(Interrupted):
         loopback = sites.gathered(term)
         run_federation(source, loopback, out=out, wait=LONG, callbacks=[after_round], status=status)
-    held = [json.loads(line)["round"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert held == ([1, 2] if signals == 1 else [1])
+    rounds = [
+        json.loads(line)["round"] for line in (out / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert rounds == ([1, 2] if signals == 1 else [1])
     assert read_status(out)["phase"] == "interrupted"
     assert "disconnected by the server" not in sites.lines, (
         "nodes wait for a server that was interrupted"
@@ -220,19 +222,19 @@ def test_site_data_equals_simulation_with_same_files(
     source = config(method, **SERIAL)
     source["data"] = {"name": "npz", "path": str(own_files["public"]), "proxy": {"size": 100}}
     clients = ["site_1", "site_2", "site_3"]
-    theirs = {client: SourceConfig(name="npz", path=str(own_files[client])) for client in clients}
+    expected = {client: SourceConfig(name="npz", path=str(own_files[client])) for client in clients}
     far = Sites(
-        tmp_path / "sites", [SiteConfig(client=c, tells=ALL, data=theirs[c]) for c in clients]
+        tmp_path / "sites", [SiteConfig(client=c, tells=ALL, data=expected[c]) for c in clients]
     )
-    there = run_federation(source, far.gathered(), out=tmp_path / "federation", wait=LONG)
+    deployed = run_federation(source, far.gathered(), out=tmp_path / "federation", wait=LONG)
     each = [
-        {"match": client, "data": {"name": "npz", "path": theirs[client].path}}
+        {"match": client, "data": {"name": "npz", "path": expected[client].path}}
         for client in clients
     ]
-    here = run(changed(source, clients__overrides=each), out=tmp_path / "simulation")
+    simulated = run(changed(source, clients__overrides=each), out=tmp_path / "simulation")
     for key in ("personal", "global", "server", "clients", "communication"):
-        assert there.summary[key] == here.summary[key], key
-    assert same_models(there, here)
+        assert deployed.summary[key] == simulated.summary[key], key
+    assert same_models(deployed, simulated)
 
 
 def test_site_tables_use_common_encoding(tmp_path: Path) -> None:
@@ -251,21 +253,21 @@ def test_site_tables_use_common_encoding(tmp_path: Path) -> None:
         "proxy": {"size": 20},
     }
     source = {**config("fedmd", **SERIAL), "data": data, "clients": {"groups": groups}}
-    theirs = {
+    expected = {
         c: {"name": "table", "path": str(tmp_path / f"{c}.csv"), "label": "ill"}
         for c in wards
         if c != "public"
     }
-    sites = [SiteConfig(client=c, tells=ALL, data=SourceConfig(**theirs[c])) for c in theirs]
+    sites = [SiteConfig(client=c, tells=ALL, data=SourceConfig(**expected[c])) for c in expected]
 
-    there = run_federation(
+    deployed = run_federation(
         source, Sites(tmp_path / "sites", sites).gathered(), out=tmp_path / "federation", wait=LONG
     )
-    each = [{"match": client, "data": theirs[client]} for client in theirs]
-    here = run(changed(source, clients__overrides=each), out=tmp_path / "simulation")
+    each = [{"match": client, "data": expected[client]} for client in expected]
+    simulated = run(changed(source, clients__overrides=each), out=tmp_path / "simulation")
 
-    assert same_models(there, here)
-    assert there.models["site_1"].categories == (("ward", ("A", "B")),)
+    assert same_models(deployed, simulated)
+    assert deployed.models["site_1"].categories == (("ward", ("A", "B")),)
     del source["data"]["path"]
     with pytest.raises(UserError, match=r"^data\.path: required if clients keep their files"):
         run_federation(

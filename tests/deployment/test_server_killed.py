@@ -14,8 +14,8 @@ import pytest
 from hetero_fl.deployment.node_storage import MAX_STATES, NodeStorage, StateLostError
 from hetero_fl.deployment.transport import Envelope
 from hetero_fl.experiment import run
-from tests.deployment.test_secure_aggregation import Heard
-from tests.helpers.nodes import Clock, Killed, Sites, federation, records, same
+from tests.deployment.test_secure_aggregation import RecordingTransport
+from tests.helpers.nodes import Clock, ServerKilledError, Sites, federation, records, same
 from tests.helpers.small_federations import MIXED, TOP, config
 
 CLIENTS = ["site_1", "site_2", "site_3"]
@@ -32,65 +32,65 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_server_killed_at_any_message_resumes_bit_identically(kind: str, tmp_path: Path) -> None:
-    made, draw = KINDS[kind], random.Random(kind)
+    run_config, draw = KINDS[kind], random.Random(kind)
     sites = Sites(CLIENTS, tmp_path / "sites")
     # 9 messages until all are ready; then 3 to 12 a round, and 3 to read
-    deaths = [11, *(9 + draw.randint(1, 14) for _ in range(3))]
+    crashes = [11, *(9 + draw.randint(1, 14) for _ in range(3))]
     same(
-        federation(made, sites, tmp_path / "there", deaths),
-        run(made, out=tmp_path / "here"),
+        federation(run_config, sites, tmp_path / "deployed", crashes),
+        run(run_config, out=tmp_path / "simulated"),
     )
 
 
 @pytest.mark.slow
 def test_fallback_checkpoint_finds_its_client_states(tmp_path: Path) -> None:
-    made = KINDS["hybrid"]
+    run_config = KINDS["hybrid"]
     sites = Sites(CLIENTS, tmp_path / "sites")
-    out = tmp_path / "there"
+    out = tmp_path / "deployed"
 
-    def die(record: dict[str, Any]) -> None:
+    def crash(record: dict[str, Any]) -> None:
         if record["round"] == 2:
             newest = out / "checkpoint" / "round-000002.ckpt"
             newest.write_bytes(newest.read_bytes()[:-1])
             sites.transport.last = 0
-            raise Killed
+            raise ServerKilledError
 
-    with pytest.raises(Killed):
-        federation(made, sites, out, callbacks=[die])
+    with pytest.raises(ServerKilledError):
+        federation(run_config, sites, out, callbacks=[crash])
     sites = Sites(CLIENTS, tmp_path / "sites")
-    there = federation(made, sites, out)
+    deployed = federation(run_config, sites, out)
     assert "damaged" in (out / "log.txt").read_text() and not any(
-        "anew" in record for record in records(there)
+        "anew" in record for record in records(deployed)
     )
-    same(there, run(made, out=tmp_path / "here"))
+    same(deployed, run(run_config, out=tmp_path / "simulated"))
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "changes down"])
 def test_client_with_lost_state_is_reset_and_counted(kind: str, tmp_path: Path) -> None:
     sites = Sites(CLIENTS, tmp_path / "sites")
 
-    def lose(record: dict[str, Any]) -> None:
+    def delete_states(record: dict[str, Any]) -> None:
         if record["round"] == 1:
             for file in (tmp_path / "sites" / "site_2").rglob("state-*"):
                 file.unlink()
 
-    there = federation(KINDS[kind], sites, tmp_path / "there", callbacks=[lose])
-    assert [record.get("anew") for record in records(there)] == [None, ["site_2"], None]
-    assert all(record["counts"]["arrived"] == 3 for record in records(there))
+    deployed = federation(KINDS[kind], sites, tmp_path / "deployed", callbacks=[delete_states])
+    assert [record.get("anew") for record in records(deployed)] == [None, ["site_2"], None]
+    assert all(record["counts"]["arrived"] == 3 for record in records(deployed))
 
 
 def test_resumed_server_continues_without_lost_nodes(tmp_path: Path, clock: Clock) -> None:
-    made, sites = KINDS["fedavg"], Sites(CLIENTS, tmp_path / "sites")
+    run_config, sites = KINDS["fedavg"], Sites(CLIENTS, tmp_path / "sites")
     # all are ready, a round and its reading, and one task of the next
     sites.transport.last = 9 + 2 + 3 + 1
-    with pytest.raises(Killed):
-        federation(made, sites, tmp_path / "there", closing=False)
+    with pytest.raises(ServerKilledError):
+        federation(run_config, sites, tmp_path / "deployed", closing=False)
     sites.stop("site_3")
     back = [lambda record: sites.start("site_3") if record["round"] == 2 else None]
-    there = records(
-        federation(made, sites, tmp_path / "there", log=clock.after(2, []), callbacks=back)
+    deployed = records(
+        federation(run_config, sites, tmp_path / "deployed", log=clock.after(2, []), callbacks=back)
     )
-    assert [record.get("unread") for record in there] == [
+    assert [record.get("unread") for record in deployed] == [
         None,
         {"site_3": "its node is not connected"},
         None,
@@ -100,12 +100,14 @@ def test_resumed_server_continues_without_lost_nodes(tmp_path: Path, clock: Cloc
 @pytest.mark.slow
 def test_nodes_keep_states_of_the_newest_checkpoints(tmp_path: Path) -> None:
     """From the second round on, these are the states of the two newest checkpoints."""
-    heard = Heard()
+    transport = RecordingTransport()
     federation(
-        KINDS["hybrid"], Sites(CLIENTS, tmp_path / "sites", transport=heard), tmp_path / "there"
+        KINDS["hybrid"],
+        Sites(CLIENTS, tmp_path / "sites", transport=transport),
+        tmp_path / "deployed",
     )
-    for node in {node for node, _ in heard.tasks}:
-        heads = [envelope.head for to, envelope in heard.tasks if to == node]
+    for node in {node for node, _ in transport.tasks}:
+        heads = [envelope.head for to, envelope in transport.tasks if to == node]
         bases = [str(head["base"]) for head in heads]
         assert bases[0] == "" and len(set(bases)) == 3
         assert [set(str(head["spare"]).split(",")) for head in heads] == [
@@ -120,7 +122,7 @@ def test_number_of_kept_states_is_limited(tmp_path: Path) -> None:
     """Without the limit, a server could fill a node's disk."""
     every: dict[str, list[str]] = {}
 
-    class Greedy(Heard):
+    class Greedy(RecordingTransport):
         def push(self, node: int, envelope: Envelope, within: float) -> str:
             if envelope.head["ask"] == "do":
                 known = every.setdefault(str(node), [])
@@ -128,8 +130,14 @@ def test_number_of_kept_states_is_limited(tmp_path: Path) -> None:
                 envelope = Envelope({**envelope.head, "spare": ",".join(known)}, envelope.body)
             return super().push(node, envelope, within)
 
-    made = {**KINDS["hybrid"], "rounds": 3 * MAX_STATES, "evaluation": {"every": 3 * MAX_STATES}}
-    federation(made, Sites(CLIENTS, tmp_path / "sites", transport=Greedy()), tmp_path / "there")
+    run_config = {
+        **KINDS["hybrid"],
+        "rounds": 3 * MAX_STATES,
+        "evaluation": {"every": 3 * MAX_STATES},
+    }
+    federation(
+        run_config, Sites(CLIENTS, tmp_path / "sites", transport=Greedy()), tmp_path / "deployed"
+    )
     (folder,) = (tmp_path / "sites" / "site_1" / "runs").iterdir()
     assert len(list(folder.glob("state-*"))) <= 2 * MAX_STATES
 

@@ -62,7 +62,7 @@ SMALL = {"width": 4}
 
 
 def clients(of: ModelSpec, sizes: tuple[int, ...] = SIZES) -> list[Participant]:
-    made = []
+    result = []
     for i, n in enumerate(sizes):
         g = keyed_generator("rows", i)
         columns = {
@@ -70,7 +70,7 @@ def clients(of: ModelSpec, sizes: tuple[int, ...] = SIZES) -> list[Participant]:
             "y": torch.randint(TASK.outputs, (n,), generator=g),
         }
         models = {slot: of.initial_tensors(7 + k) for k, slot in enumerate(("model", "other"))}
-        made.append(
+        result.append(
             Participant(
                 participant_id=f"site_{i}",
                 task=TASK,
@@ -81,7 +81,7 @@ def clients(of: ModelSpec, sizes: tuple[int, ...] = SIZES) -> list[Participant]:
                 label_counts=lambda: torch.zeros(TASK.outputs),
             )
         )
-    return made
+    return result
 
 
 Make = Callable[[Participant], Step]
@@ -161,7 +161,7 @@ CASES: dict[str, Make] = {
         FIT,
         drift={"model": {"head.bias": torch.rand(4, generator=keyed_generator(p.participant_id))}},
     ),
-    "as another": lambda p: replace(FIT, as_id="other"),
+    "as another": lambda p: replace(FIT, stream_id="other"),
     "annealed": lambda p: replace(FIT, anneal=True),
     "public rows": lambda p: replace(
         FIT,
@@ -274,24 +274,24 @@ def test_different_fits_are_not_stacked(stacks: list[int]) -> None:
 
 
 def test_large_groups_are_split(stacks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vectorized, "LARGEST", 1)
+    monkeypatch.setattr(vectorized, "MAX_STACK_BYTES", 1)
     both(arch(width=4), lambda p: FIT, sizes=(40, 33, 17, 40))
     assert stacks == [2, 2]
 
 
 def test_fits_of_one_participant_draw_in_order() -> None:
     def double_fit(performer: Any) -> list[Participant]:
-        made = clients(arch(width=4))
+        result = clients(arch(width=4))
         performer.run(
             [
                 (p, replace(FIT, train={s: None}, objective=Supervised(slot=s)))
-                for p in made
+                for p in result
                 for s in (
                     ("model", "other") if p.participant_id != "site_1" else ("other", "model")
                 )
             ]
         )
-        return made
+        return result
 
     agree(
         [p.models for p in double_fit(VectorizedBackend(DeviceMemory(CPU), pytest.fail))],

@@ -61,7 +61,7 @@ def test_clients_get_separate_dictionaries(decode: CountedDecoder) -> None:
     cache = BroadcastCache(decode)
     received = cache.get("a", 0, BODIES[0])
     received["model"]["w"] = torch.full((3,), 9.0)
-    del received.items_["rows"]
+    del received.items_by_name["rows"]
     received.report["more"] = 1
     again = cache.get("b", 0, BODIES[0])
     assert (
@@ -85,7 +85,7 @@ def test_cache_size_is_limited(decode: CountedDecoder) -> None:
 def all_tensors(payload: Payload) -> list[Tensor]:
     """Return the tensors of a payload, weights included."""
     found: list[Tensor] = []
-    for item in payload.items_.values():
+    for item in payload.items_by_name.values():
         found += item.tensors.values()
         found += [item.weight] if isinstance(item.weight, Tensor) else []
     return found
@@ -105,7 +105,7 @@ def test_methods_do_not_change_shared_tensors_in_place(
         return received
 
     monkeypatch.setattr(BroadcastCache, "get", watched)
-    trainer = rounds_of(config(method, MIXED, clients=6, server={"model": "linear"}), held=0)
+    trainer = rounds_of(config(method, MIXED, clients=6, server={"model": "linear"}), num_rounds=0)
     trainer.executor.chunk = chunk  # type: ignore[attr-defined]
     for _ in range(2):
         trainer.run_round()
@@ -128,7 +128,7 @@ class OwnMethod(FedAvg):
 def test_custom_method_may_change_received_tensors(chunk: int) -> None:
     losses: list[dict[str, Any]] = []
     for size in (1, chunk):
-        trainer = rounds_of(config(f"python:{__name__}:OwnMethod", MIXED, clients=6), held=1)
+        trainer = rounds_of(config(f"python:{__name__}:OwnMethod", MIXED, clients=6), num_rounds=1)
         runtime = trainer.executor.runtime  # type: ignore[attr-defined]
         bodies = broadcasts(trainer, list(trainer.federation.client_infos), for_evaluation=True)
         before = [Payload.decode(body) for body in bodies.values()]

@@ -192,7 +192,7 @@ def test_reports_contain_only_mean_losses(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[Uploads] = []
-    rounds = rounds_of(secure("hybrid"), held=0)
+    rounds = rounds_of(secure("hybrid"), num_rounds=0)
     aggregate = type(rounds.algorithm).aggregate
 
     def watched(self: Any, server: Any, uploads: Uploads) -> Any:
@@ -200,14 +200,17 @@ def test_reports_contain_only_mean_losses(
         return aggregate(self, server, uploads)
 
     monkeypatch.setattr(type(rounds.algorithm), "aggregate", watched)
-    record, plain = rounds.run_round(), rounds_of(config("hybrid", MIXED, 4), held=0).run_round()
+    record, plain = (
+        rounds.run_round(),
+        rounds_of(config("hybrid", MIXED, 4), num_rounds=0).run_round(),
+    )
     uploads, _ = seen
     losses = plain["train_loss"].values()
     assert record["train_loss"] == {"mean": pytest.approx(sum(losses) / len(losses), rel=1e-9)}
     assert len(uploads) == 4 and [c.client_id for c in uploads.senders("logits")] == [
         f"site_{i}" for i in (1, 2, 3, 4)
     ]
-    for ask in (lambda: uploads.each, lambda: uploads.having("logits")):
+    for ask in (lambda: uploads.each, lambda: uploads.containing("logits")):
         with pytest.raises(UserError, match="use='each'"):
             ask()
 
@@ -218,16 +221,16 @@ def failing(rounds: SynchronousTrainer, who: list[str], monkeypatch: pytest.Monk
 
     def bad(plans: list[Any], *rest: Any) -> list[Any]:
         outcomes = carry_out(plans, *rest)
-        for (client, _), made in zip(plans, outcomes, strict=True):
+        for (client, _), result in zip(plans, outcomes, strict=True):
             if client.participant_id in who:
-                made.failure = DivergedError("its loss is nan")
+                result.failure = DivergedError("its loss is nan")
         return outcomes
 
     monkeypatch.setattr(client_runtime, "run_plans", bad)
 
 
 def test_diverging_client_is_dropped_and_keeps_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds = rounds_of(secure("fedproto", "mlp"), held=0)
+    rounds = rounds_of(secure("fedproto", "mlp"), num_rounds=0)
     failing(rounds, ["site_2"], monkeypatch)
     assert rounds.run_round()["failed"] == {"site_2": "its loss is nan"}
     kept = [float(rounds.server.state["known"].sum())]
@@ -240,7 +243,7 @@ def test_diverging_client_is_dropped_and_keeps_no_state(monkeypatch: pytest.Monk
 def test_too_few_clients_fail_the_round(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    rounds = rounds_of(secure("fedproto", "mlp"), held=1)
+    rounds = rounds_of(secure("fedproto", "mlp"), num_rounds=1)
     before = {c: rounds.store.encoded(c) for c in rounds.federation.client_infos}
     failing(rounds, ["site_2", "site_4"], monkeypatch)
     with pytest.raises(
@@ -258,7 +261,9 @@ def test_too_few_clients_fail_the_round(
 def test_abandoned_sum_counts_as_too_few_uploads(too_few: str | None) -> None:
     """Lose half of the uploads of five clients: four are rarely left for the sum."""
     more: dict[str, Any] = {"cohort": {"too_few": too_few, "attempts": 100}} if too_few else {}
-    rounds = rounds_of(secure("fedper", "mlp", clients=5, faults={"lost": 0.4}, **more), held=0)
+    rounds = rounds_of(
+        secure("fedper", "mlp", clients=5, faults={"lost": 0.4}, **more), num_rounds=0
+    )
     records = [rounds.run_round() for _ in range(5)]
     assert any(r.get("skipped") or r.get("attempts", 1) > 1 for r in records)
     assert [bool(r.get("skipped")) for r in records] == [
@@ -274,7 +279,7 @@ def test_abandoned_sum_counts_as_too_few_uploads(too_few: str | None) -> None:
 
 
 def test_out_of_range_values_are_reported() -> None:
-    rounds = rounds_of(secure("fedproto", "mlp", channel__secure_sum={"range": 0.25}), held=0)
+    rounds = rounds_of(secure("fedproto", "mlp", channel__secure_sum={"range": 0.25}), num_rounds=0)
     with pytest.raises(
         RunFailedError, match=r"channel\.secure_sum\.range: values must be <= 0\.25"
     ):
@@ -293,7 +298,7 @@ def test_client_that_refuses_after_training_discards_state(
         return vector(self, client, *rest)
 
     monkeypatch.setattr(SecureAggregation, "encode_upload", large)
-    rounds = rounds_of(secure("ditto", "mlp"), held=0)
+    rounds = rounds_of(secure("ditto", "mlp"), num_rounds=0)
     assert rounds.run_round()["failed"] == {
         "site_2": "upload refused: the client refused 'train': too large"
     }
@@ -302,26 +307,26 @@ def test_client_that_refuses_after_training_discards_state(
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[SharedProcessPool]:
-    with shared_process_pool(setup_of("local"), 2) as made:
-        yield made
+    with shared_process_pool(setup_of("local"), 2) as pool:
+        yield pool
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["hybrid", "ditto", "fedproto", "scaffold"])
 def test_workers_match_one_process(method: str, pool: SharedProcessPool) -> None:
     setup = setup_of(secure(method, rounds=3, clients__per_round=3, server={"model": "linear"}))
-    want = outcome(rounds_on(setup, None), 2)
-    assert not any(record["failed"] for record in want["records"])
+    expected = outcome(rounds_on(setup, None), 2)
+    assert not any(record["failed"] for record in expected["records"])
     pool.take(setup)
     for size in (1, 2):
-        assert outcome(rounds_on(setup, pool, size), 2) == want
+        assert outcome(rounds_on(setup, pool, size), 2) == expected
 
 
 @pytest.mark.slow
 def test_worker_killed_in_any_exchange_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that the replacement knows the client's secrets and repeats no other client."""
     setup = setup_of(secure("hybrid", rounds=3, clients__per_round=3, server={"model": "linear"}))
-    want, due = outcome(rounds_on(setup, None), 2), ["shares", "train", "unmask"]
+    expected, due = outcome(rounds_on(setup, None), 2), ["shares", "train", "unmask"]
 
     def first_of_its_kind(job: WorkerJob) -> bool:
         ask = next(iter(job.requests.values())).kind
@@ -330,7 +335,7 @@ def test_worker_killed_in_any_exchange_changes_nothing(monkeypatch: pytest.Monke
     pool = processes.ProcessPool(setup, 2)
     try:
         killed = kill_workers(pool, monkeypatch, first_of_its_kind)
-        assert outcome(rounds_on(setup, pool, 2), 2) == want and len(killed) == 3
+        assert outcome(rounds_on(setup, pool, 2), 2) == expected and len(killed) == 3
     finally:
         pool.close()
 
@@ -376,8 +381,8 @@ def test_cost_is_exact(method: str, changes: dict[str, Any], tmp_path: Path) -> 
 def test_quantizing_chain_works_with_secure_sum(chain: Any, double: None) -> None:
     rounded = {"channel__compress": chain}
     plain, summed = (
-        rounds_of(made)
-        for made in (config("hybrid", MIXED, 4, **rounded), secure("hybrid", **rounded))
+        rounds_of(run_config)
+        for run_config in (config("hybrid", MIXED, 4, **rounded), secure("hybrid", **rounded))
     )
     assert 0 < apart(plain, summed) < 1e-9
     assert apart(plain, rounds_of(config("hybrid", MIXED, 4))) > 1e-4

@@ -31,14 +31,14 @@ class Federation:
         self, folder: Path, sites: Mapping[str, Mapping[str, Any]] | None = None, **more: Any
     ) -> None:
         self.folder, self.transport = folder, LoopbackTransport()
-        self.said: list[str] = []
+        self.log_lines: list[str] = []
         self.nodes = {
             client_id: Node(
                 SiteConfig.model_validate(
                     {"client": client_id, **(sites or {}).get(client_id, {})}
                 ),
                 folder / client_id,
-                self.said.append,
+                self.log_lines.append,
                 **more,
             )
             for client_id in SITES

@@ -32,6 +32,6 @@ class MedianTeacher(Algorithm):
         return {}
 
     def aggregate(self, server, uploads):
-        logits = [upload.payload["logits"] for upload in uploads.having("logits")]
+        logits = [upload.payload["logits"] for upload in uploads.containing("logits")]
         if logits:
             server.state["teacher"] = torch.stack(logits).quantile(0.5, dim=0)

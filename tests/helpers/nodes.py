@@ -35,7 +35,7 @@ class NodeEndedError(Exception):
 LOST = Envelope({"ask": "lost on its way"})
 
 
-class Killed(BaseException):
+class ServerKilledError(BaseException):
     """Raised when the server's process ends."""
 
 
@@ -60,15 +60,15 @@ class Clock:
     def after(self, count: int, lines: list[str]) -> Callable[[str], None]:
         """Return a log function that stores lines and closes admission after a number of them."""
 
-        def say(line: str) -> None:
+        def log_line(line: str) -> None:
             lines.append(line)
             if len(lines) == count:
                 self.forward()
 
-        return say
+        return log_line
 
 
-class Losing(LoopbackTransport):
+class LossyTransport(LoopbackTransport):
     """A transport that loses some answers and whose server ends at message number `last`.
 
     A user of the transport is a new process once `last` is set again. `open` contains the nodes
@@ -85,7 +85,7 @@ class Losing(LoopbackTransport):
         if self.last is not None:
             self.last -= 1
             if self.last <= 0:
-                raise Killed
+                raise ServerKilledError
         with self._changed:
             number = super().push(node, envelope, within)
             self.open[number] = node
@@ -103,7 +103,7 @@ class Losing(LoopbackTransport):
         return {number: None if answer is LOST else answer for number, answer in found.items()}
 
 
-class InOrder(Losing):
+class OrderedTransport(LossyTransport):
     """A transport whose answers arrive in the order in which messages were sent."""
 
     def __init__(self) -> None:
@@ -139,16 +139,20 @@ class Sites:
         kills: Mapping[Point, str] | None = None,
         away: float | None = 0.0,
         slow: float = 3.0,
-        transport: Losing | None = None,
+        transport: LossyTransport | None = None,
         clock: Clock | None = None,
     ) -> None:
-        self.transport, self.folder, self.clock = transport or Losing(), folder, clock or Clock()
+        self.transport, self.folder, self.clock = (
+            transport or LossyTransport(),
+            folder,
+            clock or Clock(),
+        )
         self.kills, self.away, self.slow = dict(kills or {}), away, slow
-        self.asked: Counter[Point] = Counter()
+        self.request_counts: Counter[Point] = Counter()
         # Messages that are answered or never will be.
         self.done: set[Point] = set()
         # Clients that answer after the others.
-        self.held: set[str] = set()
+        self.delayed: set[str] = set()
         # Messages whose deadline has passed.
         self.passed: set[tuple[int, str]] = set()
         self._passing = threading.Lock()
@@ -170,7 +174,7 @@ class Sites:
     def _handle(self, client: str, node: Node, envelope: Envelope) -> Envelope:
         head = envelope.head
         point = (client, int(str(head.get("round", -1))), str(head.get("what", head["ask"])))
-        self.asked[point] += 1
+        self.request_counts[point] += 1
         fault = self.kills.pop(point, None)
         if fault == "unheard":
             return LOST
@@ -193,12 +197,12 @@ class Sites:
     def _answer_last(
         self, client: str, node: Node, envelope: Envelope, point: Point, late: bool
     ) -> Envelope:
-        self.held.add(client)
+        self.delayed.add(client)
         answer = node.handle(envelope)
         self.done.add(point)
         self.transport._working.release()
         self._after_the_others(point, late)
-        self.held.discard(client)
+        self.delayed.discard(client)
         self.transport._working.acquire()
         return answer
 
@@ -228,7 +232,11 @@ class Sites:
         """Wait until the server has all other answers and, if `over`, has dropped this client."""
         client, *what = point
         clients = list(self.nodes)
-        until(lambda: all((other, *what) in self.done for other in clients) and self._all_had())
+        until(
+            lambda: (
+                all((other, *what) in self.done for other in clients) and self._all_others_arrived()
+            )
+        )
         if over:
             with self._passing:
                 if tuple(what) not in self.passed:
@@ -236,8 +244,8 @@ class Sites:
                     self.clock.forward()
             until(lambda: client in self.clock.late)
 
-    def _all_had(self) -> bool:
-        held = {self.nodes.get(client) for client in self.held}
+    def _all_others_arrived(self) -> bool:
+        held = {self.nodes.get(client) for client in self.delayed}
         with self.transport._changed:
             return held >= set(self.transport.open.values())
 
@@ -255,12 +263,12 @@ def unable_to_answer() -> Iterator[None]:
     """Let a node end at the moment when it stores its answer."""
     write = NodeStorage.write
 
-    def die(self: NodeStorage, name: str, data: bytes) -> None:
+    def crash(self: NodeStorage, name: str, data: bytes) -> None:
         if name == "answer":
             raise NodeEndedError
         write(self, name, data)
 
-    NodeStorage.write = die  # type: ignore[method-assign]
+    NodeStorage.write = crash  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -268,22 +276,22 @@ def unable_to_answer() -> Iterator[None]:
 
 
 def federation(
-    made: dict[str, Any],
+    source: dict[str, Any],
     sites: Sites,
     out: Path,
-    deaths: Sequence[int] = (),
+    crashes: Sequence[int] = (),
     closing: bool = True,
     **more: Any,
 ) -> Run:
     """Run a configuration on these sites, restarting the server when it ends."""
     more = {"wait": LONG, "deadline": LONG, "patience": 0.3, **more}
     try:
-        for last in deaths:
+        for last in crashes:
             sites.transport.last = last
-            with pytest.raises(Killed):
-                run_federation(made, sites.transport, out=out, resume=True, **more)
+            with pytest.raises(ServerKilledError):
+                run_federation(source, sites.transport, out=out, resume=True, **more)
         sites.transport.last = None if closing else sites.transport.last
-        return run_federation(made, sites.transport, out=out, resume=True, **more)
+        return run_federation(source, sites.transport, out=out, resume=True, **more)
     finally:
         if closing:
             sites.transport.last = None

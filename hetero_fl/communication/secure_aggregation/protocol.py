@@ -132,7 +132,7 @@ class VectorLayout:
             weight = torch.as_tensor(item.weight, dtype=torch.float64)
             for tensor, values in item.tensors.items():
                 is_common = not tensor or tensor.startswith(tuple(self.common))
-                owner = "" if is_common or self.specs[name].across else group
+                owner = "" if is_common or self.specs[name].across_architectures else group
                 yield TensorKey(name, tensor, owner, tuple(values.shape)), values, weight
 
     def pack(self, group: str, payload: Payload, unit: float) -> np.ndarray:

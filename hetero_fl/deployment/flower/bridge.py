@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 UNREADABLE = "unreadable"
 # Address space of the app: so many messages of the maximum size, and so many bytes besides.
-MESSAGES = 16
-RESERVE = 2**30
+MAX_MESSAGES = 16
+RESERVED_BYTES = 2**30
 # Seconds after which an app that does not answer is replaced.
-STALLED = 120.0
+STALL_SECONDS = 120.0
 
 
 def serve_grid(grid: Grid, context: Context) -> None:
@@ -63,7 +63,7 @@ def limit_memory(message_bytes: int) -> None:
     if sys.platform != "linux":
         return
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limit = used + MESSAGES * message_bytes + RESERVE
+    limit = used + MAX_MESSAGES * message_bytes + RESERVED_BYTES
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     if hard == resource.RLIM_INFINITY or limit < hard:
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
@@ -111,7 +111,7 @@ class RemoteTransport:
 
     def _receive(self, seconds: float = 0.0) -> Envelope:
         """Receive what the app sends within some seconds, and a generous reserve."""
-        if not self._connection.poll(seconds + STALLED):
+        if not self._connection.poll(seconds + STALL_SECONDS):
             raise ConnectionError("the server's app does not answer")
         return receive(self._connection)
 

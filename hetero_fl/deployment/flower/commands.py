@@ -18,12 +18,12 @@ from pathlib import Path
 
 from hetero_fl.utils.errors import RunFailedError, UserError
 
-OLDEST = (1, 41)
+MIN_VERSION = (1, 41)
 GUARD = Path(__file__).with_name("guard.py")
-STARTING = 120.0  # seconds that a process may take until it listens
-ENDING = 10.0  # seconds that a process may take to end by itself
+START_SECONDS = 120.0  # seconds that a process may take until it listens
+STOP_SECONDS = 10.0  # seconds that a process may take to end by itself
 COLORS = re.compile(r"\x1b\[[0-9;]*m")
-SETTINGS = {  # unless the environment says otherwise
+DEFAULT_ENVIRONMENT = {  # unless the environment says otherwise
     "FLWR_TELEMETRY_ENABLED": "0",  # Flower reports its use to its makers by default
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_LOG_LEVEL": "WARNING",  # otherwise there are several lines for every message
@@ -36,7 +36,7 @@ def check_installed() -> None:
     Raises:
         UserError: If Flower is missing or too old.
     """
-    wanted = ".".join(map(str, OLDEST))
+    wanted = ".".join(map(str, MIN_VERSION))
     advice = f"pip install 'hetero_fl[flower]' installs flwr {wanted} or later"
     if sys.version_info < (3, 11):
         found = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -46,7 +46,7 @@ def check_installed() -> None:
     except PackageNotFoundError:
         raise UserError(f"Flower is not installed; {advice}") from None
     numbers = tuple(int(part) for part in re.findall(r"\d+", installed)[:2])
-    if not OLDEST <= numbers < (OLDEST[0] + 1,):
+    if not MIN_VERSION <= numbers < (MIN_VERSION[0] + 1,):
         raise UserError(f"flwr {installed} is installed; {advice}")
 
 
@@ -59,7 +59,7 @@ def environment(home: Path, *folders: Path) -> dict[str, str]:
     """
     scripts = (Path(sysconfig.get_path("scripts")), Path(sys.executable).parent)
     path = os.pathsep.join([*map(str, (*folders, *scripts)), os.environ.get("PATH", "")])
-    return {**SETTINGS, **os.environ, "FLWR_HOME": str(home), "PATH": path}
+    return {**DEFAULT_ENVIRONMENT, **os.environ, "FLWR_HOME": str(home), "PATH": path}
 
 
 class FlowerCommand:
@@ -105,7 +105,7 @@ class FlowerCommand:
             self._process.stdin.write(b"\n")
             self._process.stdin.flush()
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(ENDING)
+            self._process.wait(STOP_SECONDS)
         self.kill()
 
     def kill(self) -> None:
@@ -114,7 +114,7 @@ class FlowerCommand:
         with suppress(OSError):
             self._process.stdin.close()
         try:
-            self._process.wait(ENDING)
+            self._process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             # The guard itself was stopped.
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -126,17 +126,17 @@ class FlowerCommand:
         Raises:
             RunFailedError: If it ends before, or does not listen in time.
         """
-        end = time.monotonic() + STARTING
+        end = time.monotonic() + START_SECONDS
         while not listens():
             if not self.is_running:
-                raise RunFailedError(f"{self.name} did not start; {self.last_words()}")
+                raise RunFailedError(f"{self.name} did not start; {self.last_output()}")
             if time.monotonic() > end:
                 raise RunFailedError(
-                    f"{self.name} did not answer within {STARTING:.0f} s; {self.last_words()}"
+                    f"{self.name} did not answer within {START_SECONDS:.0f} s; {self.last_output()}"
                 )
             time.sleep(0.05)
 
-    def last_words(self) -> str:
+    def last_output(self) -> str:
         """Return the last error in its log, or the last line."""
         with suppress(OSError):
             text = COLORS.sub("", self.log.read_text(errors="replace"))
@@ -160,12 +160,12 @@ def run_flwr(environ: dict[str, str], *arguments: str) -> str:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=STARTING,
+            timeout=START_SECONDS,
             check=False,
         )
     except subprocess.TimeoutExpired:
         raise RunFailedError(
-            f"flwr {' '.join(arguments[:2])} has not ended within {STARTING:.0f} s"
+            f"flwr {' '.join(arguments[:2])} has not ended within {START_SECONDS:.0f} s"
         ) from None
     printed = COLORS.sub("", done.stdout.decode(errors="replace")).strip()
     if done.returncode != 0:

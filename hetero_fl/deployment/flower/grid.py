@@ -21,8 +21,8 @@ BODY = "body"
 # A body up to this size travels in a ConfigRecord, which saves six of fourteen calls each way.
 SMALL_BODY_BYTES = 2**16
 # Seconds between two questions whether an answer has come.
-SHORTEST_PAUSE = 0.05
-LONGEST_PAUSE = 0.5
+MIN_PAUSE = 0.05
+MAX_PAUSE = 0.5
 PAUSE_GROWTH = 1.15
 # Seconds between two looks at the connected nodes while answers are awaited.
 NODES_SECONDS = 2.0
@@ -137,7 +137,7 @@ class GridTransport:
         """
         end = time.monotonic() + wait
         look = time.monotonic() + NODES_SECONDS
-        pause = SHORTEST_PAUSE
+        pause = MIN_PAUSE
         self._abandon_expired(numbers)
         while True:
             left = max(0.0, end - time.monotonic())
@@ -155,7 +155,7 @@ class GridTransport:
                 look = time.monotonic() + NODES_SECONDS
             if answers or left <= 0 or not numbers:
                 return answers
-            pause = min(pause * PAUSE_GROWTH, LONGEST_PAUSE)
+            pause = min(pause * PAUSE_GROWTH, MAX_PAUSE)
 
     def close(self) -> None:
         """Forget all messages; Flower closes the grid itself."""

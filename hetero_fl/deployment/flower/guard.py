@@ -14,7 +14,7 @@ import threading
 import time
 
 # Seconds in which the command's own processes may notice that it has ended.
-GRACE = 1.0
+GRACE_SECONDS = 1.0
 
 
 def main() -> None:
@@ -22,16 +22,16 @@ def main() -> None:
     scratch = sys.argv[1]
     parent = os.getppid()
     command = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL)
-    threading.Thread(target=_obey, args=(command,), daemon=True).start()
+    threading.Thread(target=_read_requests, args=(command,), daemon=True).start()
     # Until then its own processes see that it exists.
     command.wait()
-    time.sleep(GRACE)
+    time.sleep(GRACE_SECONDS)
     if scratch and os.getppid() != parent:
         shutil.rmtree(scratch, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
 
 
-def _obey(command: "subprocess.Popen[bytes]") -> None:
+def _read_requests(command: "subprocess.Popen[bytes]") -> None:
     # Not sys.stdin: a thread that reads it disturbs the end of the interpreter.
     while os.read(0, 1):
         command.terminate()

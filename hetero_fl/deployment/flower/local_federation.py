@@ -150,7 +150,7 @@ class LocalNodes:
             if process.exitcode is None:
                 continue
             if process.exitcode >= 0:
-                raise RunFailedError(_last_words(site))
+                raise RunFailedError(_last_output(site))
             self._processes[site] = self._start(site)
 
     def _start(self, site: Path) -> BaseProcess:
@@ -187,7 +187,7 @@ def _end_with_parent(scratch: Path) -> None:
     os._exit(0)
 
 
-def _last_words(site: Path) -> str:
+def _last_output(site: Path) -> str:
     """Return the last line that a site's process has printed."""
     message = f"{site.parent.name}: its process ended"
     with suppress(OSError):

@@ -78,7 +78,7 @@ def run_in_app(
         keys=_load_keys(Path(settings["nodes"])) if settings["nodes"] else None,
         patience=float(settings["patience"]),
         quiet=False,
-        say=log,
+        log=log,
     )
     log(f"done: {out.resolve()}")
     return run

@@ -16,7 +16,7 @@ from hetero_fl.deployment.certificates import ServerFiles, make_server_files
 from hetero_fl.deployment.flower.app import write_bridge_app
 from hetero_fl.deployment.flower.bridge import RemoteTransport
 from hetero_fl.deployment.flower.commands import (
-    STARTING,
+    START_SECONDS,
     FlowerCommand,
     environment,
     free_port,
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 LOCAL = "127.0.0.1"
 NAME = "hetero-fl"  # of the SuperLink in Flower's settings
-SHORTEST_LIFE = 10.0  # seconds; what ends sooner is not started again
+MIN_LIFETIME = 10.0  # seconds; what ends sooner is not started again
 GENERATION = 2**32  # distance between the numbers of nodes of one Flower run and of the next
 
 
@@ -112,10 +112,10 @@ class SuperLink:
         self.revive_gateway()
         if self._process.is_running:
             return
-        if time.monotonic() - self._process.started < SHORTEST_LIFE:
+        if time.monotonic() - self._process.started < MIN_LIFETIME:
             raise RunFailedError(
-                f"Flower's SuperLink ended within {SHORTEST_LIFE:.0f} s of its start; "
-                f"{self._process.last_words()}"
+                f"Flower's SuperLink ended within {MIN_LIFETIME:.0f} s of its start; "
+                f"{self._process.last_output()}"
             )
         self._process.kill()
         self._process = self._start()
@@ -128,9 +128,9 @@ class SuperLink:
         """
         run_flwr(self._environment, "run", str(app), NAME)
 
-    def last_words(self) -> str:
+    def last_output(self) -> str:
         """Return the last line of its log."""
-        return self._process.last_words()
+        return self._process.last_output()
 
     def close(self) -> None:
         """End its processes and delete its folder."""
@@ -259,10 +259,10 @@ class FlowerTransport:
             except (EOFError, OSError, RunFailedError) as error:
                 if isinstance(error, RunFailedError) and self._superlink.is_running:
                     raise
-            if time.monotonic() - self._began < SHORTEST_LIFE:
+            if time.monotonic() - self._began < MIN_LIFETIME:
                 raise RunFailedError(
-                    f"Flower ended the server's app within {SHORTEST_LIFE:.0f} s of its start; "
-                    f"{self._superlink.last_words()}"
+                    f"Flower ended the server's app within {MIN_LIFETIME:.0f} s of its start; "
+                    f"{self._superlink.last_output()}"
                 )
             self._superlink.revive()
             self._remote.close()
@@ -272,7 +272,7 @@ class FlowerTransport:
         """Start a run of the app and wait until it connects."""
         self._superlink.run(self._app)
         self._listener.settimeout(1.0)
-        end = time.monotonic() + STARTING
+        end = time.monotonic() + START_SECONDS
         while time.monotonic() < end and self._superlink.is_running:
             with suppress(TimeoutError):
                 connection = self._listener.accept()[0]
@@ -281,5 +281,5 @@ class FlowerTransport:
                 self._generation += 1
                 return RemoteTransport(Connection(connection.detach()))
         raise RunFailedError(
-            f"Flower did not start the server's app; {self._superlink.last_words()}"
+            f"Flower did not start the server's app; {self._superlink.last_output()}"
         )

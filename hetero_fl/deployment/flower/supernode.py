@@ -17,7 +17,7 @@ from hetero_fl.deployment.monitoring import EventLog
 from hetero_fl.utils.errors import UserError
 
 RETRY_SECONDS = 2.0  # between two attempts to reach the server, or to start the SuperNode
-SETTLED = 30.0  # seconds after which a running SuperNode counts as admitted
+ADMITTED_SECONDS = 30.0  # seconds after which a running SuperNode counts as admitted
 PATIENCE = 120.0  # seconds in which a SuperNode may end again and again before it is given up
 
 
@@ -51,7 +51,7 @@ class SuperNode:
         self._process: FlowerCommand | None = None
         self._next_attempt = 0.0
         self._failing_since: float | None = None
-        self._said = ""
+        self._last_line = ""
 
     def __enter__(self) -> SuperNode:
         return self
@@ -83,7 +83,7 @@ class SuperNode:
             self._process = None
         if problem := self._find_problem():
             self._failing_since = None
-            self._say(f"waiting for the server; {problem}")
+            self._log_once(f"waiting for the server; {problem}")
             return
         self._process = self._start()
 
@@ -93,14 +93,14 @@ class SuperNode:
         Raises:
             UserError: If it has ended again and again.
         """
-        self._say(f"Flower's SuperNode ended; {process.last_words()}")
-        if self._failing_since is None or now - process.started > SETTLED:
+        self._log_once(f"Flower's SuperNode ended; {process.last_output()}")
+        if self._failing_since is None or now - process.started > ADMITTED_SECONDS:
             self._failing_since = now
         if now - self._failing_since > PATIENCE:
             raise UserError(
                 f"{self._server.address}: the server does not admit this node: its key is not "
                 "among those that the server was given, another node uses it, or the clocks "
-                f"differ by more than 5 s ({process.last_words()})"
+                f"differ by more than 5 s ({process.last_output()})"
             )
 
     def _find_problem(self) -> str:
@@ -146,11 +146,11 @@ class SuperNode:
         scratch = self._folder if self._prefork is not None else None
         return FlowerCommand(command, self._environment, log, scratch)
 
-    def _say(self, line: str) -> None:
+    def _log_once(self, line: str) -> None:
         """Log a line unless it repeats the last one."""
-        if line and line != self._said:
+        if line and line != self._last_line:
             self._log(line)
-        self._said = line
+        self._last_line = line
 
 
 def start_prefork(folder: Path) -> FlowerCommand:

@@ -34,8 +34,8 @@ from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.errors import RunFailedError, UserError, one_line
 from hetero_fl.utils.processes import is_process_running
 
-LOOK = 0.2  # seconds between two looks whether to stop
-DELIVERY = 3.0  # seconds that Flower may take to send the last answer
+POLL_SECONDS = 0.2  # seconds between two looks whether to stop
+DELIVERY_SECONDS = 3.0  # seconds that Flower may take to send the last answer
 PARENT_SECONDS = 0.5  # between two looks whether the parent process still runs
 
 
@@ -98,8 +98,8 @@ def run_node(
         try:
             while not stop.is_set():
                 supernode.keep_running()
-                worker.serve(LOOK)
-            time.sleep(DELIVERY)
+                worker.serve(POLL_SECONDS)
+            time.sleep(DELIVERY_SECONDS)
         except KeyboardInterrupt:
             interrupted = True
     log(f"{site.client}: stopped")
@@ -137,7 +137,7 @@ def run_worker(path: Path, address: Path, parent: int, allow_code: bool = False)
             print(LISTENING, flush=True)
             os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
             while True:
-                worker.serve(LOOK)
+                worker.serve(POLL_SECONDS)
 
 
 def check_site_data(path: Path, site: SiteConfig) -> None:

@@ -30,7 +30,7 @@ ALLOW_CODE = "allow-code"
 SOCKET = "socket"  # of a worker that runs already; given by `hetero-fl node`
 LISTENING = "listening"  # what it prints once it can be connected to
 # Longest path of a Unix socket that all systems accept.
-MOST_PATH_BYTES = 100
+MAX_PATH_BYTES = 100
 
 
 class WorkerError(Exception):
@@ -40,7 +40,7 @@ class WorkerError(Exception):
 @contextmanager
 def short_path(path: Path) -> Iterator[str]:
     """Yield a name for a Unix socket that is short enough, however long its path is."""
-    if len(os.fsencode(path)) <= MOST_PATH_BYTES or sys.platform != "linux":
+    if len(os.fsencode(path)) <= MAX_PATH_BYTES or sys.platform != "linux":
         yield str(path)
         return
     folder = os.open(path.parent, os.O_RDONLY)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hetero_fl.config import Config
 from hetero_fl.data import Dataset
-from hetero_fl.experiment.auditing.inversion import Protect, Say, invert, reason_not_invertible
+from hetero_fl.experiment.auditing.inversion import Log, Protect, invert, reason_not_invertible
 from hetero_fl.experiment.auditing.membership import (
     Candidates,
     candidates,
@@ -54,7 +54,7 @@ def audit(
     protect: Protect | None = None,
     dataset: Dataset | None = None,
     out: str | Path | None = None,
-    say: Say = lambda _line: None,
+    log: Log = lambda _line: None,
     allow_code: bool | CodePermission = False,
 ) -> Json:
     """Attack a finished run and report what its models and uploads reveal about training rows.
@@ -75,7 +75,7 @@ def audit(
             shown as a further variant.
         dataset: The run's examples, if it was trained on examples in memory.
         out: The folder to write to. None: `audit` in the run directory.
-        say: Called with progress lines.
+        log: Called with progress lines.
         allow_code: Whether code that the run's files name may run.
 
     Returns:
@@ -119,7 +119,7 @@ def audit(
     pictures: list[Json] = []
     if attack != "inversion":
         content["membership"] = _membership(
-            run, prepared, chosen, shadows=shadows, seed=seed, notes=notes, say=say
+            run, prepared, chosen, shadows=shadows, seed=seed, notes=notes, log=log
         )
     if attack != "membership":
         results, pictures = _inversion(
@@ -131,7 +131,7 @@ def audit(
             protect=protect,
             dataset=dataset,
             notes=notes,
-            say=say,
+            log=log,
         )
         content["inversion"] = results
         if not results and attack == "inversion":
@@ -193,7 +193,7 @@ def _membership(
     shadows: int,
     seed: int,
     notes: list[str],
-    say: Say,
+    log: Log,
 ) -> list[Json]:
     """Run the membership attacks and return one row for each client and attack."""
     task = prepared.data.task
@@ -210,7 +210,7 @@ def _membership(
             client: c.shadow_assignments(shadows, seed, client)
             for client, c in candidate_rows.items()
         }
-        _train_shadows(run, prepared, candidate_rows, assignments, confidences, seed=seed, say=say)
+        _train_shadows(run, prepared, candidate_rows, assignments, confidences, seed=seed, log=log)
     rows = []
     for client, c in candidate_rows.items():
         logits = client_logits(run.models[client], c.examples)
@@ -243,14 +243,14 @@ def _train_shadows(
     confidences: dict[str, list[Tensor]],
     *,
     seed: int,
-    say: Say,
+    log: Log,
 ) -> None:
     """Train the shadow runs and append their confidences on the candidate rows of each client."""
     task = prepared.data.task
     rounds = run.summary["rounds_completed"]
     shadows = len(next(iter(assignments.values())))
     seconds = run.summary["seconds"]["training"]
-    say(
+    log(
         f"{pluralize(shadows, 'shadow run')} of {pluralize(rounds, 'round')}; "
         f"the run itself trained for {seconds:.0f} s"
     )
@@ -264,7 +264,7 @@ def _train_shadows(
         for client, c in candidate_rows.items():
             logits = client_logits(models[client], c.examples)
             confidences[client].append(confidence(task, logits, targets(c.examples)))
-        say(f"shadow {shadow + 1} of {shadows}: {time.perf_counter() - started:.0f} s")
+        log(f"shadow {shadow + 1} of {shadows}: {time.perf_counter() - started:.0f} s")
 
 
 def _inversion(
@@ -277,7 +277,7 @@ def _inversion(
     protect: Protect | None,
     dataset: Dataset | None,
     notes: list[str],
-    say: Say,
+    log: Log,
 ) -> tuple[list[Json], list[Json]]:
     """Run gradient inversion and return the scores and the images of each step."""
     unprotected = without_protection(prepared.config)
@@ -298,7 +298,7 @@ def _inversion(
         if reason := reason_not_invertible(prepared, client):
             notes.append(reason)
             continue
-        steps = invert(ways, client, images=images, batch=batch, seed=seed, say=say)
+        steps = invert(ways, client, images=images, batch=batch, seed=seed, log=log)
         for number, step in enumerate(steps, 1):
             pictures.append(
                 {

@@ -44,7 +44,7 @@ SMOOTH = (0.01, 0.05, 0.2)
 ENOUGH = 1e-3
 Protect = Callable[[Tensors], Tensors]
 """Changes an update (named tensors, sent minus received)."""
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 def image_similarity(found: Tensor, true: Tensor) -> dict[str, float]:
@@ -472,7 +472,7 @@ def invert(
     images: int,
     batch: int,
     seed: int,
-    say: Say,
+    log: Log,
 ) -> Iterator[InvertedBatch]:
     """Yield the reconstruction of each of several training steps of a client.
 
@@ -485,7 +485,7 @@ def invert(
         images: Number of steps.
         batch: Images in each step.
         seed: Seed of the audit.
-        say: Called with progress lines.
+        log: Called with progress lines.
     """
     prepared, _ = next(iter(ways.values()))
     data = prepared.data
@@ -525,7 +525,7 @@ def invert(
                     "seconds": time.perf_counter() - started,
                 }
             )
-            say(f"{client}, step {number + 1} of {images}, {way}: PSNR {scores[-1]['psnr']:.1f} dB")
+            log(f"{client}, step {number + 1} of {images}, {way}: PSNR {scores[-1]['psnr']:.1f} dB")
         yield InvertedBatch(true, found, blind, scores)
 
 

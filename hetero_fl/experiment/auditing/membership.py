@@ -29,10 +29,10 @@ FALSE_ALARMS = 0.01
 # Bootstrap samples for standard errors.
 RESAMPLES = 1000
 # Lower bound of variances and squared errors.
-SMALLEST = 1e-12
+MIN_VARIANCE = 1e-12
 # Candidate rows of a client: largest number of members, and of non-members.
-MOST = 1000
-FEWEST = 5
+MAX_CANDIDATES = 1000
+MIN_CANDIDATES = 5
 
 
 def confidence(task: Task, logits: Tensor, y: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def confidence(task: Task, logits: Tensor, y: Tensor) -> Tensor:
         return z.gather(1, y[:, None]).squeeze(1) - others
     if task.kind == "multilabel":
         return ((2 * y - 1) * z).mean(1)
-    return -supervised_loss(task.kind, z, y.double()).clamp(min=SMALLEST).log()
+    return -supervised_loss(task.kind, z, y.double()).clamp(min=MIN_VARIANCE).log()
 
 
 def loss_score(task: Task, logits: Tensor, y: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def likelihood_ratio(target: Tensor, shadows: Tensor, inside: Tensor) -> Tensor:
         means.append((shadows * side).sum(0) / side.sum(0))
         squares = squares + ((shadows - means[-1]) * side).square().sum()
         freedom += int((side.sum(0) - 1).sum())
-    return (target - (means[0] + means[1]) / 2) / (squares / freedom).clamp(min=SMALLEST).sqrt()
+    return (target - (means[0] + means[1]) / 2) / (squares / freedom).clamp(min=MIN_VARIANCE).sqrt()
 
 
 @dataclass(frozen=True)
@@ -257,11 +257,11 @@ def candidates(data: FederatedData, client: str, seed: int) -> Candidates:
             torch.stack([side[torch.randperm(len(side), generator=draws)[:n]] for side in sides], 1)
         )
     pair = torch.cat(pairs)
-    pair = pair[torch.randperm(len(pair), generator=draws)[:MOST]]
-    if len(pair) < FEWEST:
+    pair = pair[torch.randperm(len(pair), generator=draws)[:MAX_CANDIDATES]]
+    if len(pair) < MIN_CANDIDATES:
         raise UserError(
             f"--clients: '{client}' has only {len(pair)} pairs of a training row and another row "
-            f"of the same class, but an attack needs {FEWEST}; choose another client"
+            f"of the same class, but an attack needs {MIN_CANDIDATES}; choose another client"
         )
     chosen = torch.cat([pair[:, 0], pair[:, 1]])
     rest = torch.ones(len(train), dtype=torch.bool)

@@ -25,7 +25,7 @@ EXACT = 99.0
 # Line styles, one for each client.
 LINES = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "dash-dot"}
 # Largest number of images in a row.
-MOST_COLUMNS = 8
+MAX_COLUMNS = 8
 MEMBERSHIP = ("client", "attack", "rows in / out", "AUROC ± s.e.", "hits at 1% false alarms", "")
 INVERSION = ("client", "step", "upload", "PSNR (dB)", "SSIM", "label")
 
@@ -104,7 +104,7 @@ def inversion_rows(content: Json) -> list[list[str]]:
 
 def draw_audit(content: Json, pictures: list[Json]) -> bytes:
     """Draw the audit as PNG: ROC curves at the top, original and reconstructed images below."""
-    columns = [(p, i) for p in pictures for i in range(len(p["true"]))][:MOST_COLUMNS]
+    columns = [(p, i) for p in pictures for i in range(len(p["true"]))][:MAX_COLUMNS]
     ways = list(pictures[0]["found"]) if pictures else []
     grid = 0.55 + (len(ways) + 1) * 0.98 if columns else 0.0
     heights = [h for h in (2.9 if content["membership"] else 0.0, grid) if h]

@@ -39,7 +39,7 @@ BATCHES = (1, 2, 7)
 TOLERANCE = 1e-5
 ROWS = "rows"
 Scorer = Callable[[tuple[Tensor, ...]], Tensor]
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class ExportedFile(NamedTuple):
@@ -151,7 +151,7 @@ def export(
     out: str | Path | None = None,
     personal: bool = False,
     *,
-    say: Say = lambda _line: None,
+    log: Log = lambda _line: None,
     allow_code: bool | CodePermission = False,
 ) -> dict[str, ExportedFile]:
     """Export models of a finished run as files that work without this package.
@@ -168,7 +168,7 @@ def export(
         out: The folder to write to. None: `export` in the run directory.
         personal: Whether to include the client's label frequencies, as `Run.predict` does by
             default; the file is then named `NAME-home`.
-        say: Called with a line for each exported model.
+        log: Called with a line for each exported model.
         allow_code: Whether code that the run's files name may run.
 
     Returns:
@@ -214,7 +214,7 @@ def export(
             exported[name] = _export_model(
                 run, name, model, file_format=file_format, folder=folder, personal=personal
             )
-            say(f"{name}: {exported[name].model.name}{_describe_difference(exported[name])}")
+            log(f"{name}: {exported[name].model.name}{_describe_difference(exported[name])}")
     if file_format != "safetensors":
         _write(folder / "score.py", Path(score.__file__).read_bytes())
     return exported

@@ -503,7 +503,7 @@ def make_executor(
     algorithm: Algorithm,
     federation: FederationSpec,
     store: StateStore | None = None,
-    say: Callable[[str], None] = lambda _line: None,
+    log: Callable[[str], None] = lambda _line: None,
 ) -> Executor:
     """Create the executor of a choice, and set the number of threads of this process.
 
@@ -512,7 +512,7 @@ def make_executor(
         algorithm: The method.
         federation: The federation.
         store: The clients' private state; by default a new store in memory.
-        say: Called with a line on each limitation of the chosen backend.
+        log: Called with a line on each limitation of the chosen backend.
     """
     torch.set_num_threads(choice.server_threads)
     device = torch.device(choice.device)
@@ -523,7 +523,7 @@ def make_executor(
         keeps_copies=not runs_user_code(algorithm, federation.client_infos),
         stores_tensors=choice.executor in IN_PROCESS and stays_on_device(algorithm, federation),
     )
-    backend = make_backend(memory, choice.chunk, choice.precision, say)
+    backend = make_backend(memory, choice.chunk, choice.precision, log)
     if choice.executor in IN_PROCESS:
         protocol = make_protocol(algorithm, federation)
         runtime = ClientRuntime(algorithm, federation, store, backend, protocol, local=True)

@@ -180,7 +180,7 @@ def map_values(value: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, list):
         return [map_values(each, change) for each in value]
     if isinstance(value, Payload):
-        return Payload(map_values(value.items_, change), value.report)
+        return Payload(map_values(value.items_by_name, change), value.report)
     if is_dataclass(value) and not isinstance(value, (StringReference, TensorReference, type)):
         changed = {f.name: map_values(getattr(value, f.name), change) for f in fields(value)}
         return replace(value, **changed)

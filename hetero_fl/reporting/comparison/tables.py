@@ -30,7 +30,7 @@ from hetero_fl.reporting.formatting import (
 from hetero_fl.reporting.methods import format_needs, is_bound
 from hetero_fl.reporting.rendering import markdown_table, render, render_line
 
-LEAST_SEEDS = 5
+MIN_SEEDS = 5
 """Fewest seeds for a paired t-test. With fewer, its power is low and it depends on normality."""
 
 BELOW = "↓"
@@ -40,7 +40,7 @@ BELOW = "↓"
 def p_value(a: Mapping[int, float], b: Mapping[int, float]) -> str:
     """Return the p-value of a two-sided paired t-test over common seeds; a dash if too few."""
     seeds = sorted(a.keys() & b.keys())
-    if len(seeds) < LEAST_SEEDS:
+    if len(seeds) < MIN_SEEDS:
         return MISSING
     difference = np.array([a[s] - b[s] for s in seeds])
     # With equal differences, the test statistic is undefined or infinite.

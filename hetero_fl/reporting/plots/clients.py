@@ -31,7 +31,7 @@ Json = dict[str, Any]
 FEW = 40
 """Most clients that are named one by one."""
 
-MOST_LABELS = 20
+MAX_LABELS = 20
 """Most labels that are named one by one."""
 
 
@@ -176,13 +176,13 @@ def plot_labels(summary: Json, details: Json) -> Figure:
     share = table / np.maximum(table.sum(1, keepdims=True), 1)
     if len(names) <= 4:
         return _plot_few_labels(ids, table, share, tuple(names))
-    if len(names) <= MOST_LABELS and len(ids) <= FEW:
+    if len(names) <= MAX_LABELS and len(ids) <= FEW:
         return _bubbles(ids, table, names)
-    if len(names) <= MOST_LABELS:
+    if len(names) <= MAX_LABELS:
         return _shares(ids, share, names)
-    most = np.argsort(-table.sum(0), kind="stable")[:MOST_LABELS]
+    most = np.argsort(-table.sum(0), kind="stable")[:MAX_LABELS]
     figure = _shares(ids, share[:, most], [names[c] for c in most])
-    figure.axes[0].set_title(f"The {MOST_LABELS} most frequent of {len(names)} labels")
+    figure.axes[0].set_title(f"The {MAX_LABELS} most frequent of {len(names)} labels")
     return figure
 
 
@@ -279,7 +279,7 @@ def _bubbles(ids: list[str], table: np.ndarray, names: list[str]) -> Figure:
                 textcoords="offset points",
                 ha="left",
                 va="center",
-                fontsize=style.SMALLEST,
+                fontsize=style.MIN_FONT_SIZE,
                 color=style.GREY,
             )
     labels = [style.shorten(name, 12) for name in names]

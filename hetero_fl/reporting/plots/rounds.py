@@ -336,7 +336,7 @@ def plot_tasks(records: Sequence[Json]) -> Figure | None:
     for record in timed:
         axes.axvline(record["simulated"]["end"] / factor, zorder=0, **ends)
     labels = [style.shorten(client_id) for client_id in row_of]
-    axes.set_yticks(range(len(row_of)), labels, fontsize=style.SMALLEST)
+    axes.set_yticks(range(len(row_of)), labels, fontsize=style.MIN_FONT_SIZE)
     axes.set(
         xlim=(0, 1.01 * timed[-1]["simulated"]["end"] / factor),
         ylim=(len(row_of) - 0.4, -0.6),

@@ -173,21 +173,21 @@ def _matrix(
                 text,
                 ha="center",
                 va="center",
-                fontsize=style.SMALLEST,
+                fontsize=style.MIN_FONT_SIZE,
                 linespacing=1.15,
                 color=color,
             )
     shown = list(style.thin_labels(classes, 10))
     labels = [style.shorten(names[c], 11) for c in shown]
     hidden = [""] * len(shown)
-    axes.set_yticks(shown, labels if left else hidden, fontsize=style.SMALLEST)
+    axes.set_yticks(shown, labels if left else hidden, fontsize=style.MIN_FONT_SIZE)
     longest = max(map(len, labels))
     rotation: dict[str, Any] = {}
     if classes > 4 and longest > 2:
         rotation = {"rotation": 90}
     elif longest > 7:
         rotation = style.SLANTED
-    axes.set_xticks(shown, labels if below else hidden, fontsize=style.SMALLEST, **rotation)
+    axes.set_xticks(shown, labels if below else hidden, fontsize=style.MIN_FONT_SIZE, **rotation)
 
 
 def plot_calibration(summary: Json, details: Json) -> Figure | None:
@@ -270,7 +270,7 @@ def _reliability(axes: Axes, by_test: Mapping[str, Json], num_rows: int) -> None
             "xytext": (0, 5 + 9.5 * line_idx),
             "textcoords": "offset points",
         }
-        axes.annotate(text, (0, 1), fontsize=style.SMALLEST, color=color, **at)
+        axes.annotate(text, (0, 1), fontsize=style.MIN_FONT_SIZE, color=color, **at)
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
 
 

@@ -24,7 +24,7 @@ WIDTH = 7.2
 COLUMN = 3.5
 """Width of a figure in inches that fits one of two columns."""
 
-SMALLEST = 7.0
+MIN_FONT_SIZE = 7.0
 """Smallest font size in points."""
 
 DPI = 300

@@ -39,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> hetero_fl.Run:
 
 def test_membership_attack_detects_an_overfit_model(run: hetero_fl.Run, tmp_path: Path) -> None:
     messages: list[str] = []
-    found = audit(run, clients=["site_1"], attack="membership", out=tmp_path, say=messages.append)
+    found = audit(run, clients=["site_1"], attack="membership", out=tmp_path, log=messages.append)
     loss, lira = found["membership"]
     assert (loss["attack"], lira["attack"], lira["members"], lira["others"]) == (
         "loss",
@@ -108,12 +108,12 @@ def test_shadow_with_rows_and_seed_of_the_run_equals_it(run: hetero_fl.Run) -> N
 def test_audit_command_writes_json_figure_and_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = hetero_fl.run(overfit(1, 1, "fedavg"), out=tmp_path / "run", overrides=BARE)
+    result = hetero_fl.run(overfit(1, 1, "fedavg"), out=tmp_path / "run", overrides=BARE)
     flags = ["--shadows", "0", "--images", "1", "--clients", "site_2"]
-    assert main(["audit", str(made.path), *flags]) == 0
+    assert main(["audit", str(result.path), *flags]) == 0
     printed = capsys.readouterr()
     assert "site_2" in printed.out and "by the loss" in printed.out and "PSNR" in printed.out
-    folder = made.path / "audit"
+    folder = result.path / "audit"
     content = json.loads((folder / "audit.json").read_text())
     assert [row["attack"] for row in content["membership"]] == ["loss"]
     assert [row["way"] for row in content["inversion"]] == ["blind", "as trained"]
@@ -123,7 +123,7 @@ def test_audit_command_writes_json_figure_and_page(
     assert "whether its models reveal which rows they were trained on, and" in page
     assert "whether the images can be reconstructed from a client's upload" in page
     # a second audit overwrites the first
-    assert main(["audit", str(made.path), *flags]) == 0
+    assert main(["audit", str(result.path), *flags]) == 0
 
 
 def test_inversion_without_parameters_is_noted_or_refused(

@@ -29,7 +29,7 @@ def test_linear_models_reveal_the_image_exactly() -> None:
     for model in ("linear", "mlp"):
         prepared = prepare(config(models=model))
         step = next(
-            invert({"as trained": (prepared, None)}, "site_1", images=1, batch=1, seed=0, say=quiet)
+            invert({"as trained": (prepared, None)}, "site_1", images=1, batch=1, seed=0, log=quiet)
         )
         assert step.rows[1]["label"] == "read"
         assert step.rows[0]["psnr"] < 20

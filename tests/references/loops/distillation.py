@@ -48,13 +48,13 @@ class FedMD(Public):
     """The mean of logits is digested before private training."""
 
     def work(self) -> None:
-        said = []
+        predictions = []
         for i, model in enumerate(self.models):
             if self.teacher is not None:
                 self.digest(i, model, self.teacher)
             self.train(i, model)
-            said.append(predicted(model, self.public(i)))
-        self.teacher = torch.stack(said).mean(0)
+            predictions.append(predicted(model, self.public(i)))
+        self.teacher = torch.stack(predictions).mean(0)
 
 
 class DSFL(Public):
@@ -84,22 +84,22 @@ class KTpFL(Public):
     def start(self) -> None:
         super().start()
         self.weights = torch.full((len(self.cards),) * 2, 1 / len(self.cards))
-        self.said: Tensor | None = None
+        self.predictions: Tensor | None = None
 
     def work(self) -> None:
-        said, t = [], self.method.temperature
+        predictions, t = [], self.method.temperature
         for i, model in enumerate(self.models):
-            if self.said is not None:
+            if self.predictions is not None:
                 self.digest(i, model, self.mixture(i))
             self.train(i, model)
-            said.append((predicted(model, self.public(i)) / t).softmax(-1))
-        self.said = p = torch.stack(said)
+            predictions.append((predicted(model, self.public(i)) / t).softmax(-1))
+        self.predictions = p = torch.stack(predictions)
         log_p, s, k = p.clamp(min=TINY).log(), self.method, len(p)
         for _ in range(s.coefficient_steps):
             c = self.weights.requires_grad_()
             mixed = torch.einsum("bk,kdc->bdc", c, p).clamp(min=TINY)
-            apart = t**2 * (mixed * (mixed.log() - log_p)).sum(-1).mean(-1)
-            loss = (apart + s.rho * (c - 1 / k).square().sum(-1)).mean()
+            distances = t**2 * (mixed * (mixed.log() - log_p)).sum(-1).mean(-1)
+            loss = (distances + s.rho * (c - 1 / k).square().sum(-1)).mean()
             optimizer = torch.optim.SGD([c], s.coefficient_lr * k, fused=True)
             loss.backward()
             optimizer.step()
@@ -107,10 +107,10 @@ class KTpFL(Public):
 
     def mixture(self, i: int) -> Tensor:
         """Return a client's mixture."""
-        assert self.said is not None
+        assert self.predictions is not None
         return (
             self.method.temperature
-            * torch.einsum("k,kdc->dc", self.weights[i], self.said).clamp(min=TINY).log()
+            * torch.einsum("k,kdc->dc", self.weights[i], self.predictions).clamp(min=TINY).log()
         )
 
     def read(self) -> None:
@@ -133,18 +133,20 @@ class FedDF(FedAvg):
 
     def start(self) -> None:
         super().start()
-        self.said: list[Tensor] = []
+        self.predictions: list[Tensor] = []
 
     def local(self, i: int, module: nn.Module) -> None:
         super().local(i, module)
-        self.said.append(self.opinion(i, predicted(module, self.data[i]["proxy"]["x"])))
+        self.predictions.append(
+            self.client_predictions(i, predicted(module, self.data[i]["proxy"]["x"]))
+        )
 
-    def opinion(self, i: int, logits: Tensor) -> Tensor:
+    def client_predictions(self, i: int, logits: Tensor) -> Tensor:
         """Return a client's predictions."""
         return logits
 
     def combine(self, mean: dict[str, State]) -> None:
-        self.teacher, self.said = self.consensus(), []
+        self.teacher, self.predictions = self.consensus(), []
         for i, card in {
             c.arch.spec_id: (i, c) for i, c in reversed(list(enumerate(self.cards)))
         }.values():
@@ -166,7 +168,7 @@ class FedDF(FedAvg):
 
     def consensus(self) -> Tensor:
         """Return the teacher."""
-        return torch.stack(self.said).mean(0)
+        return torch.stack(self.predictions).mean(0)
 
 
 class Hybrid(FedDF):
@@ -188,17 +190,17 @@ class Hybrid(FedDF):
             some = torch.randint(
                 len(public), (BATCH,), generator=self.draws(client_id, "train", "public", step)
             )
-            apart = divergence(module(public[some]).logits, self.teacher[some], s.temperature)
-            return own + s.rehearse * apart
+            distance = divergence(module(public[some]).logits, self.teacher[some], s.temperature)
+            return own + s.rehearse * distance
 
         self.train(i, module, loss)
-        self.said.append(self.opinion(i, predicted(module, public)))
+        self.predictions.append(self.client_predictions(i, predicted(module, public)))
 
-    def opinion(self, i: int, logits: Tensor) -> Tensor:
+    def client_predictions(self, i: int, logits: Tensor) -> Tensor:
         return F.log_softmax(logits, -1).clamp(min=-8) * self.say[i]
 
     def consensus(self) -> Tensor:
-        return torch.stack(self.said).sum(0) / torch.stack(self.say).sum(0)
+        return torch.stack(self.predictions).sum(0) / torch.stack(self.say).sum(0)
 
     def score(self, i: int, name: str, logits: Tensor) -> None:
         super().score(i, name, logits + self.priors[i] if name == "test" else logits)

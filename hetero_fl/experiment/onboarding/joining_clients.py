@@ -335,7 +335,7 @@ def join(
     seeds: Iterable[int] = SEEDS,
     epochs: int = EPOCHS,
     overrides: Overrides = (),
-    say: Callable[[str], None] = lambda _line: None,
+    log: Callable[[str], None] = lambda _line: None,
     allow_code: bool | CodePermission = False,
 ) -> dict[str, Any]:
     """Train a client that joins a finished run, and compare with training from scratch.
@@ -358,7 +358,7 @@ def join(
         seeds: Seeds to repeat the training with.
         epochs: Epochs of fine-tuning, at least 60 steps; four times as many from scratch.
         overrides: Client settings, such as `optimizer.lr=0.0005`, or settings of `runtime`.
-        say: Called with progress lines.
+        log: Called with progress lines.
         allow_code: Whether code that the run's files name may run.
 
     Returns:
@@ -417,7 +417,7 @@ def join(
                 {"begins": option, "seed": seed, **scores}
                 for scores in joining.run_transfer(seed, option, parts, save_path)
             ]
-            say(f"seed {seed}, {option}: done")
+            log(f"seed {seed}, {option}: done")
     content = {
         "run": source_run.run.summary["name"],
         "algorithm": source_run.run.summary["algorithm"],

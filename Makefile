@@ -31,7 +31,7 @@ help:
 	@echo "make mutants   insert small bugs into the code and check that the tests find them"
 	@echo "make check     check formatting, lint and types"
 	@echo "make compare   compare methods: CONFIG=… ALGORITHMS=… SEEDS=… SET=key=value OUT=…"
-	@echo "make tables    write the tables of the main example; FROM=\"FOLDER …\" archives runs"
+	@echo "make tables    write the tables of docs/results; FROM=\"FOLDER …\" archives runs"
 	@echo "make docs      write the generated pages of docs/reference"
 	@echo "make clean     remove $(VENV) and caches, keep runs/"
 

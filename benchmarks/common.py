@@ -102,12 +102,12 @@ def in_turns(contenders: Mapping[str, Callable[[], Any]], pairs: int) -> dict[st
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(pairs + 1):
         for name in names if turn % 2 else reversed(names):
-            begun = now()
+            started = now()
             contenders[name]()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if turn:
-                seconds[name].append(now() - begun)
+                seconds[name].append(now() - started)
     return seconds
 
 
@@ -141,7 +141,7 @@ def print_ratios(
         print(f"  {name} / {against}: {middle:.3f} ({min(ratios):.3f} to {max(ratios):.3f}){aim}")
 
 
-class Ours:
+class TrainerRun:
     """A run that records the losses of its clients and uses its own number of threads.
 
     Args:

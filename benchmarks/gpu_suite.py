@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.common import Ours, in_turns, now
+from benchmarks.common import TrainerRun, in_turns, now
 from benchmarks.speed import htfllib, pfl_research
 from benchmarks.speed.against_commit import CHILD, write_images
 from benchmarks.speed.executors import configuration
@@ -138,7 +138,7 @@ def run_tests(setting: Setting, expression: str) -> Outcome:
     return Outcome(f"tests marked gpu, {expression}", tests=tests)
 
 
-def profile_round(run: Ours, device: str) -> dict[str, Any]:
+def profile_round(run: TrainerRun, device: str) -> dict[str, Any]:
     """Return the peak memory of a round, the fraction of GPU computation, and the copies."""
     if device == "cpu":
         run.round()
@@ -172,7 +172,7 @@ def _covered(spans: Iterator[tuple[float, float]]) -> float:
 
 
 def compare_runs(
-    title: str, runs: Mapping[str, Ours], setting: Setting, target: float | None
+    title: str, runs: Mapping[str, TrainerRun], setting: Setting, target: float | None
 ) -> Outcome:
     """Time rounds of runs in turns, then profile one of each; the first is compared with."""
     seconds = in_turns({name: run.round for name, run in runs.items()}, setting.pairs)
@@ -198,7 +198,7 @@ def measure_vectorized(setting: Setting, model: str) -> Outcome:
     """Measure vectorized against serial training."""
     prepared = equal_clients(setting, model)
     runs = {
-        name: Ours(prepared, executor=executor, device=setting.device)
+        name: TrainerRun(prepared, executor=executor, device=setting.device)
         for name, executor in EXECUTORS.items()
     }
     clients = prepared.federation.client_infos.values()
@@ -211,7 +211,9 @@ def measure_precision(setting: Setting, executor: str) -> Outcome:
     """Measure `runtime.precision`."""
     prepared = equal_clients(setting, "resnet8")
     runs = {
-        precision: Ours(prepared, executor=executor, device=setting.device, precision=precision)
+        precision: TrainerRun(
+            prepared, executor=executor, device=setting.device, precision=precision
+        )
         for precision in ("float32", "bfloat16")
     }
     return compare_runs(
@@ -266,7 +268,7 @@ def profile_both(prepared: PreparedRun, setting: Setting) -> dict[str, dict[str,
     """Profile the second round of each executor: the first copies what stays on the device."""
     details = {}
     for name, executor in EXECUTORS.items():
-        run = Ours(prepared, executor=executor, device=setting.device)
+        run = TrainerRun(prepared, executor=executor, device=setting.device)
         run.round()
         details[f"hetero_fl, {name}"] = profile_round(run, setting.device)
     return details
@@ -455,8 +457,8 @@ def run_parts(
         file = folder / f"{name}.json"
         mark = folder / f"{name}.failed"
         part, longest = PARTS[name]
-        begun = now()
-        left = minutes - (begun - started) / 60
+        started_at = now()
+        left = minutes - (started_at - started) / 60
         if file.exists():
             continue
         if left < longest and not setting.is_dry:
@@ -472,7 +474,7 @@ def run_parts(
             missing[name] = f"failed: {error}".splitlines()[0]
             continue
         machine = describe_machine(setting.is_dry)
-        result = {**outcome, "machine": machine, "took": now() - begun}
+        result = {**outcome, "machine": machine, "took": now() - started_at}
         file.write_text(json.dumps(result, indent=1), encoding="utf-8")
         mark.unlink()
         write_table(folder)

@@ -127,7 +127,7 @@ def configuration(case: Case, alpha: float, seed: int) -> dict[str, Any]:
 
 def carry_out(case: Case, dataset: Dataset, alpha: float, seed: int) -> dict[str, Any]:
     """Execute a run and return its line."""
-    begun = time.perf_counter()
+    started = time.perf_counter()
     rounds = prepare(configuration(case, alpha, seed), dataset=dataset).make_trainer()
     accuracy: float | None = None
     success: float | None = None
@@ -145,7 +145,7 @@ def carry_out(case: Case, dataset: Dataset, alpha: float, seed: int) -> dict[str
     finally:
         rounds.executor.close()
     line = {**asdict(case), "alpha": alpha, "seed": seed, "accuracy": accuracy, "success": success}
-    return {**line, "seconds": round(time.perf_counter() - begun, 1)}
+    return {**line, "seconds": round(time.perf_counter() - started, 1)}
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -158,20 +158,20 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def _table(lines: list[dict[str, Any]], method: str, share: float) -> str:
-    there = {(x["attack"], _rule(x)): x for x in lines if x["share"] == share}
-    there |= {(HONEST, _rule(x)): x for x in lines if x["attack"] == HONEST}
-    attacks = [a for a in (HONEST, *ON_UPDATES, *ON_ROWS) if any(key[0] == a for key in there)]
+    by_attack = {(x["attack"], _rule(x)): x for x in lines if x["share"] == share}
+    by_attack |= {(HONEST, _rule(x)): x for x in lines if x["attack"] == HONEST}
+    attacks = [a for a in (HONEST, *ON_UPDATES, *ON_ROWS) if any(key[0] == a for key in by_attack)]
     rules = [
         r
         for r in dict.fromkeys(_rule(x) for x in lines)
-        if any(key[1] == r and key[0] != HONEST for key in there)
+        if any(key[1] == r and key[0] != HONEST for key in by_attack)
     ]
     rows = [
         f"| {method}, {share:.0%} malicious | " + " | ".join(rules) + " |",
         "| --- " * (len(rules) + 1) + "|",
     ]
     for attack in attacks:
-        found = {rule: there.get((attack, rule)) for rule in rules}
+        found = {rule: by_attack.get((attack, rule)) for rule in rules}
         best = max((x["accuracy"] or 0.0 for x in found.values() if x), default=0.0)
         rows.append(
             f"| {attack} | " + " | ".join(_cell(found[rule], best) for rule in rules) + " |"

@@ -29,7 +29,7 @@ COMPARED = ("personal", "global", "server", "clients", "communication", "rounds_
 
 def carried_out(script: str, config: Path, out: Path, overrides: list[str]) -> float:
     """Execute a run in new processes and return its seconds."""
-    begun = time.perf_counter()
+    started = time.perf_counter()
     command = [
         sys.executable,
         str(ROOT / "scripts" / script),
@@ -43,7 +43,7 @@ def carried_out(script: str, config: Path, out: Path, overrides: list[str]) -> f
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{script} {config.stem}: {done.stderr.strip().splitlines()[-1]}")
-    return time.perf_counter() - begun
+    return time.perf_counter() - started
 
 
 def differing(one: Path, other: Path) -> list[str]:
@@ -86,21 +86,21 @@ def main() -> None:
     for name in options.configs:
         for method in options.methods:
             with tempfile.TemporaryDirectory() as folder:
-                here = Path(folder) / "simulation"
-                there = Path(folder) / "federation"
+                simulation_folder = Path(folder) / "simulation"
+                deployed = Path(folder) / "federation"
                 changes = [*quick, *secure, *overrides, f"algorithm.name={method}"]
                 config = ROOT / "configs" / f"{name}.yaml"
                 seconds = [
-                    carried_out("train.py", config, here, changes),
-                    carried_out("federate.py", config, there, changes),
+                    carried_out("train.py", config, simulation_folder, changes),
+                    carried_out("federate.py", config, deployed, changes),
                 ]
-                found = differing(here, there)
-                models = len(list((there / "models").iterdir()))
+                found = differing(simulation_folder, deployed)
+                models = len(list((deployed / "models").iterdir()))
             unequal += bool(found)
-            told = (
+            text = (
                 f"differ: {', '.join(found)}" if found else f"equal, {models} models byte for byte"
             )
-            print(f"{name} {method}: {told} ({seconds[0]:.0f} s, {seconds[1]:.0f} s)", flush=True)
+            print(f"{name} {method}: {text} ({seconds[0]:.0f} s, {seconds[1]:.0f} s)", flush=True)
     sys.exit(bool(unequal))
 
 

@@ -74,7 +74,7 @@ def source(kind: str) -> Source:
         {"name": "mlp", "hidden": [24]},
         {"name": "cnn", "width": 4, "norm": "group"},
     ]
-    made: Source = {
+    result: Source = {
         "name": "kills",
         "rounds": ROUNDS,
         "data": {
@@ -97,8 +97,8 @@ def source(kind: str) -> Source:
         "output": {"plots": False, "report": False},
         **KINDS[kind],
     }
-    made["runtime"] = {"threads": 1, **made["runtime"]}
-    return made
+    result["runtime"] = {"threads": 1, **result["runtime"]}
+    return result
 
 
 def train(kind: str, out: str, is_federation: bool) -> None:

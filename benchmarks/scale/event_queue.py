@@ -58,24 +58,24 @@ def main() -> None:
         options.flight = 100
         options.rounds = 1
     run = prepare(source(options.clients, options.flight)).make_trainer()
-    answer, made = run.executor.run, list[Reply]()
+    answer, result = run.executor.run, list[Reply]()
 
     def again(
         clients: Sequence[str], request: Callable[[str], Message]
     ) -> Iterator[tuple[str, Reply]]:
-        if not made:
-            made.extend(reply for _, reply in answer(clients[:1], request))
+        if not result:
+            result.extend(reply for _, reply in answer(clients[:1], request))
         for client in clients:
-            assert isinstance(made[0], Message)
-            yield client, made[0]
+            assert isinstance(result[0], Message)
+            yield client, result[0]
 
     run.executor.run = again  # type: ignore[method-assign]
     torch.set_num_threads(1)
     run.run_round()
-    events, begun = 0, time.process_time()
+    events, started = 0, time.process_time()
     for _ in range(options.rounds):
         events += run.run_round()["counts"]["invited"]
-    each = (time.process_time() - begun) / events * 1000
+    each = (time.process_time() - started) / events * 1000
     aim = "met" if each <= TARGET else "missed"
     print(
         f"{events:,} events of {options.clients:,} clients, {options.flight:,} in flight: "

@@ -49,16 +49,16 @@ def source(method: str, clients: int, cohort: int) -> dict[str, Any]:
     }
 
 
-def begun(method: str, clients: int, cohort: int) -> SynchronousTrainer:
+def make_trainer(method: str, clients: int, cohort: int) -> SynchronousTrainer:
     """Return a trainer before its first round."""
     return prepare(source(method, clients, cohort)).make_trainer()
 
 
-def alone(method: str, clients: int, cohort: int, rounds: int) -> dict[str, float]:
+def measure(method: str, clients: int, cohort: int, rounds: int) -> dict[str, float]:
     """Measure one case in this process: seconds to start, peak MiB, MiB after imports."""
     _warm(method, cohort)
     imports, start = _peak(), time.perf_counter()
-    run = begun(method, clients, cohort)
+    run = make_trainer(method, clients, cohort)
     seconds = time.perf_counter() - start
     seen: set[str] = set()
     for _ in range(rounds):
@@ -76,7 +76,7 @@ def alone(method: str, clients: int, cohort: int, rounds: int) -> dict[str, floa
 
 def _warm(method: str, cohort: int) -> None:
     """Run a small case once, so that imports on first use are not measured."""
-    run = begun(method, cohort, cohort)
+    run = make_trainer(method, cohort, cohort)
     run.run_round()
     run.evaluate()
 
@@ -134,7 +134,7 @@ def main() -> None:
     if options.alone:
         print(
             json.dumps(
-                alone(options.alone[0], int(options.alone[1]), options.cohort, options.rounds)
+                measure(options.alone[0], int(options.alone[1]), options.cohort, options.rounds)
             )
         )
         return
@@ -142,7 +142,7 @@ def main() -> None:
         ("a round", SynchronousTrainer.run_round),
         ("an evaluation of the same number", SynchronousTrainer.evaluate),
     ):
-        few, many = (begun("fedavg", clients, options.cohort) for clients in (FEW, MANY))
+        few, many = (make_trainer("fedavg", clients, options.cohort) for clients in (FEW, MANY))
         ratios, seconds, busy = [], [], []
         for i in range(options.pairs + 2):
             times = {}

@@ -88,14 +88,14 @@ class Cohort:
     def answer(self, protocol: SecureAggregation, client: str, request: Message) -> Message:
         """Time the reply of a client without training."""
         upload = self.upload(client).encode() if request.kind == "train" else b""
-        begun = time.process_time()
+        started = time.process_time()
         answer = protocol.answer(client, request, 0, self.notes)
         reply = answer if isinstance(answer, Message) else answer.reply(upload)
-        self.busy += time.process_time() - begun
+        self.busy += time.process_time() - started
         return reply
 
 
-def held(clients: int, numbers: int, neighbours: int | None, leaving: int) -> None:
+def measure_round(clients: int, numbers: int, neighbours: int | None, leaving: int) -> None:
     """Run one round, check its sum and print its time."""
     cohort = Cohort([f"site_{i}" for i in range(1, clients + 1)], numbers)
     config = SecureAggregationConfig(
@@ -104,9 +104,9 @@ def held(clients: int, numbers: int, neighbours: int | None, leaving: int) -> No
     protocol = SecureAggregation(config, clients, cohort)
     gone = set(cohort.clients[1 : 1 + leaving])
     k = num_neighbours(clients, protocol.survivors, neighbours)
-    begun, wall = time.process_time(), time.perf_counter()
+    started, wall = time.process_time(), time.perf_counter()
     summed, traffic = cohort.hold(protocol, gone)
-    seconds, wall = time.process_time() - begun, time.perf_counter() - wall
+    seconds, wall = time.process_time() - started, time.perf_counter() - wall
     assert len(summed.clients) == clients - leaving
     layout, plain = cohort.layout(0), np.zeros(numbers + 3, np.uint64)
     for client in summed.clients:
@@ -136,16 +136,16 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.quick:
-        held(5, 1_000, None, 1)
+        measure_round(5, 1_000, None, 1)
         return
     if options.clients:
-        held(options.clients, options.numbers, options.neighbours, options.leaving)
+        measure_round(options.clients, options.numbers, options.neighbours, options.leaving)
         return
     for leaving in (0, 4):
-        held(20, 10**6, None, leaving)
+        measure_round(20, 10**6, None, leaving)
     for leaving in (0, 10):
-        held(100, 10**4, None, leaving)
-    held(100, 10**4, None, 33)
+        measure_round(100, 10**4, None, leaving)
+    measure_round(100, 10**4, None, 33)
 
 
 if __name__ == "__main__":

@@ -48,13 +48,13 @@ def run_round(
     checkpoints: Checkpoints, cohort: list[str], parameters: int, round_idx: int
 ) -> tuple[float, float, int]:
     """Return seconds to read and stage, seconds to commit and save, and bytes written."""
-    store, begun = checkpoints.store, time.perf_counter()
+    store, started = checkpoints.store, time.perf_counter()
     for client in cohort:
         store.stage(client, changed(store.get(client), parameters))
     middle = time.perf_counter()
     store.commit()
     path = checkpoints.save(round_idx, {"round": round_idx})
-    return middle - begun, time.perf_counter() - middle, path.stat().st_size
+    return middle - started, time.perf_counter() - middle, path.stat().st_size
 
 
 def main() -> None:
@@ -112,15 +112,15 @@ def main() -> None:
             f"written per round: {min(written):.0f} to {max(written):.0f} MB; "
             f"{disk:.2f} GB on disk at the end"
         )
-        begun = time.perf_counter()
+        started = time.perf_counter()
         again = Checkpoints(StateStore(folder, memory), print)
         again.load_newest()
-        verified = time.perf_counter() - begun
+        verified = time.perf_counter() - started
         for client in clients:
             again.store.get(client)
         print(
             f"another store: verified in {verified:.2f} s, "
-            f"read in {time.perf_counter() - begun:.2f} s"
+            f"read in {time.perf_counter() - started:.2f} s"
         )
     print(
         f"peak: {peak():.2f} GB resident (two stores of {options.memory} MiB; target: less than 4)"

@@ -122,7 +122,8 @@ def table(found: Mapping[str, Mapping[str, Run]], ways: Sequence[str]) -> str:
         accuracies = " / ".join(f"{accuracy:.3f}" for _, accuracy, *_ in half)
         uploads, sent = (statistics.mean(p[i] for p in half) for i in (3, 2))
         rows.append(
-            f"| {variant} | {' / '.join(shares)} | {accuracies} | {uploads:,.0f} | {sent / 1e6:,.0f} |"
+            f"| {variant} | {' / '.join(shares)} | {accuracies} "
+            f"| {uploads:,.0f} | {sent / 1e6:,.0f} |"
         )
     return "\n".join(rows) + "\n"
 
@@ -194,7 +195,10 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
-    ways, found = list(dict.fromkeys(["synchronous", *options.ways])), dict[str, dict[str, Run]]()
+    variants, found = (
+        list(dict.fromkeys(["synchronous", *options.ways])),
+        dict[str, dict[str, Run]](),
+    )
     for seed in options.seeds:
         base = [
             *SMALLER,
@@ -209,7 +213,7 @@ def main() -> None:
             f"median {middle:.0f} s"
         )
         runs = found[str(seed)] = {}
-        for variant in ways:
+        for variant in variants:
             kept = options.out / f"{variant.replace(', ', '_').replace(' ', '_')}-{seed}.json"
             if not kept.exists():
                 until, rounds = None, options.rounds
@@ -232,9 +236,9 @@ def main() -> None:
                 f"{runs[variant]['counts']}",
                 flush=True,
             )
-    (options.out / "table.md").write_text(table(found, ways))
+    (options.out / "table.md").write_text(table(found, variants))
     print((options.out / "table.md").read_text())
-    figure(found, ways, options.out / "time_to_accuracy.png")
+    figure(found, variants, options.out / "time_to_accuracy.png")
 
 
 if __name__ == "__main__":

@@ -149,8 +149,10 @@ def readings(clients: list[Client], prototypes: Tensor | None, tests: str) -> di
             taken = {"head": out.logits.argmax(1)}
             if prototypes is not None:
                 mine = torch.isin(torch.arange(10), client.y)
-                apart = torch.cdist(out.features, prototypes).where(mine, torch.tensor(torch.inf))
-                taken["own prototypes"] = apart.argmin(1)
+                distance = torch.cdist(out.features, prototypes).where(
+                    mine, torch.tensor(torch.inf)
+                )
+                taken["own prototypes"] = distance.argmin(1)
             right.append([int((t == y).sum()) for t in taken.values()])
             total.append(len(y))
     single = 100 * np.array(right) / np.array(total)[:, None]
@@ -182,8 +184,8 @@ def main() -> None:
         prototypes = course(clients, setting, options.rounds)
         for tests in TESTS:
             read = readings(clients, prototypes if setting.weight else None, tests)
-            told = ", ".join(f"{what} {a.mean():.2f} ± {a.std():.2f}" for what, a in read.items())
-            print(f"{name}; {tests}: {told}", flush=True)
+            text = ", ".join(f"{what} {a.mean():.2f} ± {a.std():.2f}" for what, a in read.items())
+            print(f"{name}; {tests}: {text}", flush=True)
 
 
 if __name__ == "__main__":

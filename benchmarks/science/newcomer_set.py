@@ -44,11 +44,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("newcomer.npz"))
     options = parser.parse_args()
     with as_file(files("hetero_fl.data") / "embedded" / "chest_xray.npz") as embedded:
-        made = left_over(read(options.data), read(embedded))
-    np.savez_compressed(options.out, **made)
+        result = left_over(read(options.data), read(embedded))
+    np.savez_compressed(options.out, **result)
     print(
-        f"{options.out}: {len(made['train_images']):,} images, "
-        f"by class {np.bincount(made['train_labels'][:, 0])}"
+        f"{options.out}: {len(result['train_images']):,} images, "
+        f"by class {np.bincount(result['train_labels'][:, 0])}"
     )
 
 

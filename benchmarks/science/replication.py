@@ -93,7 +93,7 @@ def main() -> None:
     print(estimate(jobs), flush=True)
     left = [] if options.report else [job for job in jobs if not job.finished]
     for number, job in enumerate(left, 1):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         overrides = job.overrides(options.data) + (
             ["rounds=2", "evaluation.every=1"] if options.quick else []
         )
@@ -101,11 +101,11 @@ def main() -> None:
             run(
                 CONFIGS / f"{job.table.config}.yaml", out=job.path, resume=True, overrides=overrides
             )
-            told = f"{accuracy(job, 'last'):.2f} in {time.perf_counter() - begun:.0f} s"
+            text = f"{accuracy(job, 'last'):.2f} in {time.perf_counter() - started:.0f} s"
         except RunFailedError as error:
-            told = f"failed: {error}"
+            text = f"failed: {error}"
         print(
-            f"{number}/{len(left)} {job.table.name}: {job.row.method}, seed {job.seed}: {told}",
+            f"{number}/{len(left)} {job.table.name}: {job.row.method}, seed {job.seed}: {text}",
             flush=True,
         )
         write(jobs, options.out)

@@ -22,11 +22,11 @@ def difference(row: Row, ours: Sequence[float]) -> str:
     """Return the difference to the paper and whether it is within two standard deviations."""
     if row.mean is None or not ours:
         return ""
-    apart = statistics.mean(ours) - row.mean
+    distance = statistics.mean(ours) - row.mean
     deviation = row.deviation or (statistics.stdev(ours) if len(ours) > 1 else None)
     if deviation is None:
-        return f"{apart:+.2f}"
-    return f"{apart:+.2f} ({'within' if abs(apart) <= 2 * deviation else 'outside'} 2σ)"
+        return f"{distance:+.2f}"
+    return f"{distance:+.2f} ({'within' if abs(distance) <= 2 * deviation else 'outside'} 2σ)"
 
 
 def given(mean: float | None, deviation: float | None) -> str:

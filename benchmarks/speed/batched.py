@@ -55,10 +55,10 @@ def equal_clients(
     }
     prepared = prepare(source, dataset=make_images(clients * rows + 100, classes=10, side=side))
     federation = prepared.federation
-    made = [
+    result = [
         federation.client(client_id, PrivateState(), 0) for client_id in federation.client_infos
     ]
-    return [(client, local_fit(client)) for client in made]
+    return [(client, local_fit(client)) for client in result]
 
 
 def pairs(
@@ -71,12 +71,12 @@ def pairs(
         [],
     )
     for i in range(count + 1):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         serial.run(work)
         middle = time.perf_counter()
         batched.run(work)
         if i:
-            seconds.append((middle - begun, time.perf_counter() - middle))
+            seconds.append((middle - started, time.perf_counter() - middle))
     return seconds
 
 

@@ -22,7 +22,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import CLASSES, Ours, arguments, in_turns, parsed
+from benchmarks.common import CLASSES, TrainerRun, arguments, in_turns, parsed
 from hetero_fl.data import make_images
 from hetero_fl.experiment import prepare
 from model_zoo import SplitModel
@@ -126,7 +126,7 @@ class Counted:
         self.operations = self._flops.get_total_flops()
 
 
-class Framework(Ours):
+class Framework(TrainerRun):
     """A run of the framework that records the losses of evaluations."""
 
     def __init__(self, *args: Any, **runtime: Any) -> None:

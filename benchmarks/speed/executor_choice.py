@@ -139,8 +139,8 @@ def main() -> None:
             seconds, chosen = measure(configuration(images, case), options.repeats)
             ratio = seconds[chosen] / min(seconds.values())
             num_right += ratio <= TOLERANCE
-            told = ", ".join(f"{executor} {spent:.1f} s" for executor, spent in seconds.items())
-            print(f"{name:20} {told}; auto: {chosen}, {ratio:.2f} of the fastest", flush=True)
+            text = ", ".join(f"{executor} {spent:.1f} s" for executor, spent in seconds.items())
+            print(f"{name:20} {text}; auto: {chosen}, {ratio:.2f} of the fastest", flush=True)
     print(f"right in {num_right} of {len(selected)}; target {TARGET} of {len(CASES)}")
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from benchmarks.common import Ours, arguments, in_turns, parsed, print_ratios
+from benchmarks.common import TrainerRun, arguments, in_turns, parsed, print_ratios
 from hetero_fl.data import make_images
 from hetero_fl.experiment import prepare
 
@@ -90,7 +90,7 @@ def main() -> None:
                 if name == "processes"
                 else {"threads": options.threads}
             )
-            runs[name] = Ours(prepared, executor=name, **({} if name == "auto" else runtime))
+            runs[name] = TrainerRun(prepared, executor=name, **({} if name == "auto" else runtime))
         try:
             seconds = in_turns({name: run.round for name, run in runs.items()}, options.pairs)
         finally:

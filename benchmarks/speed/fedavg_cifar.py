@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from benchmarks.common import Ours, agree, arguments, images, in_turns, parsed, print_ratios
+from benchmarks.common import TrainerRun, agree, arguments, images, in_turns, parsed, print_ratios
 from hetero_fl.experiment import PreparedRun, prepare
 from hetero_fl.utils.seeding import keyed_generator
 
@@ -96,9 +96,9 @@ def main() -> None:
     )
     bare = Bare(prepared)
     ours = {
-        "serial": Ours(prepared, executor="serial", threads=options.threads),
-        "auto": Ours(prepared, executor="auto"),
-        "two workers": Ours(prepared, executor="processes", workers=2),
+        "serial": TrainerRun(prepared, executor="serial", threads=options.threads),
+        "auto": TrainerRun(prepared, executor="auto"),
+        "two workers": TrainerRun(prepared, executor="processes", workers=2),
     }
     try:
         seconds = in_turns(

@@ -7,8 +7,8 @@ Both have a SuperLink and SuperNodes on this machine. In a round, every node rec
 and sends one reply. Flower's app does nothing, in a separate process for each message. It is timed
 twice: with default settings (`send_and_receive`), and with the shortest polling intervals:
 SuperExec looks for work every 0.05 s (FLWR_SUPEREXEC_TASK_POLL_INTERVAL), and the ServerApp polls
-for replies as often. Ours passes messages to a persistent process: `warm` by Flower's own process
-for each message, `forked` by processes that are forked after the imports. The sides take turns.
+for replies as often. hetero-fl passes messages to a persistent process: `warm` by Flower's own
+process for each message, `forked` by processes forked after the imports. The sides take turns.
 """
 
 from __future__ import annotations
@@ -246,8 +246,8 @@ def _wait(there: Callable[[], Any], started: list[subprocess.Popen[bytes]], logs
         if any(process.poll() for process in started):
             break
         time.sleep(0.02)
-    told = {log.name: log.read_text()[-600:] for log in logs.glob("*.log")}
-    raise SystemExit(f"Flower's federation does not reply: {json.dumps(told, indent=1)}")
+    text = {log.name: log.read_text()[-600:] for log in logs.glob("*.log")}
+    raise SystemExit(f"Flower's federation does not reply: {json.dumps(text, indent=1)}")
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks.common import Ours, agree, arguments, images, in_turns, parsed, print_ratios
+from benchmarks.common import TrainerRun, agree, arguments, images, in_turns, parsed, print_ratios
 from hetero_fl.experiment import prepare
 from tests.references.loops.small_models import LOOPS, LR
 
@@ -54,8 +54,8 @@ def measure(method: str, clients: int, rows: int, options: argparse.Namespace) -
     prepared = prepare(configuration(method, clients, rows), dataset=images(options.data, rows * 2))
     bare = LOOPS[method](prepared)
     ours = {
-        "serial": Ours(prepared, True, executor="serial", threads=options.threads),
-        "two workers": Ours(prepared, True, executor="processes", workers=2, threads=1),
+        "serial": TrainerRun(prepared, True, executor="serial", threads=options.threads),
+        "two workers": TrainerRun(prepared, True, executor="processes", workers=2, threads=1),
     }
     try:
         seconds = in_turns(

@@ -77,14 +77,14 @@ def first_round() -> float:
             "--out",
             f"{folder}/run",
         ]
-        begun = time.perf_counter()
+        started = time.perf_counter()
         with subprocess.Popen(
             command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
         ) as process:
             assert process.stderr is not None
             for line in process.stderr:
                 if line.startswith("round 1"):
-                    seconds = time.perf_counter() - begun
+                    seconds = time.perf_counter() - started
                     process.kill()
                     return seconds
     raise SystemExit(f"{' '.join(command)}: ended before its first round")

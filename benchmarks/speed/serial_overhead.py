@@ -94,14 +94,14 @@ def main() -> None:
         start = {n: t.clone() for n, t in client.models["model"].items()}
         ratios, seconds = [], []
         for i in range(options.pairs + 1):
-            begun = time.perf_counter()
+            started = time.perf_counter()
             bare_loop(module, start, columns["x"], columns["y"], fit)
             middle = time.perf_counter()
             serial.run([(client, fit)])
             end = time.perf_counter()
             if i:
-                ratios.append((end - middle) / (middle - begun))
-                seconds.append(middle - begun)
+                ratios.append((end - middle) / (middle - started))
+                seconds.append(middle - started)
         spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
         print(
             f"{name:52} {statistics.median(ratios):.3f} ({spread}; target {target}); "

@@ -67,13 +67,13 @@ def main() -> None:
         for turn in range(options.turns + 1):
             for threads, found in seconds.items():
                 torch.set_num_threads(threads)
-                begun = time.perf_counter()
+                started = time.perf_counter()
                 for _ in range(steps):
                     optimizer.zero_grad()
                     F.cross_entropy(module(x).logits, y).backward()
                     optimizer.step()
                 if turn:
-                    found.append((time.perf_counter() - begun) / steps)
+                    found.append((time.perf_counter() - started) / steps)
         one, two = (statistics.median(found) for found in seconds.values())
         print(
             f"{name:16} batch {batch}, {flops / 1e6:6.0f} MFLOP forward: {1e3 * one:7.2f} ms, "

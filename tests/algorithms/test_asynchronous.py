@@ -117,17 +117,17 @@ def test_fedbuff_matches_buffered_mean(goal: int) -> None:
 
     def mix(model: Any, buffer: Any) -> Any:
         s = [1 / math.sqrt(1 + stale) for stale, _, _ in buffer]
-        made = {}
+        result = {}
         for n in model:
             if n in names:
-                made[n] = model[n] + 0.8 / goal * sum(
+                result[n] = model[n] + 0.8 / goal * sum(
                     w * (end[n] - got[n]) for w, (_, got, end) in zip(s, buffer, strict=True)
                 )
             else:
                 # A variance moves toward the clients' mean by the factor Σs/K.
                 mean = sum(w * end[n] for w, (_, _, end) in zip(s, buffer, strict=True)) / sum(s)
-                made[n] = model[n] + sum(s) / goal * (mean - model[n])
-        return made
+                result[n] = model[n] + sum(s) / goal * (mean - model[n])
+        return result
 
     assert local_training.apart(run.server.models[group], events(run, start, goal, mix)) < 1e-10
     assert run.version == ARRIVALS // goal and (again > 0 or goal < 4)
@@ -198,9 +198,13 @@ def test_tensors_shared_by_architectures_stay_equal(method: str, buffer: int | N
 def test_heterofl_weights_widths_by_rows_and_staleness() -> None:
     wide = {"name": "mlp", "hidden": [16]}
     algorithm = {"name": "heterofl", "model": wide, "widths": [1, 0.5, 0.5], "weighting": "samples"}
-    made = config("heterofl", wide, clients=3, algorithm=algorithm)
-    made["runtime"] |= {"mode": "async", "buffer": 2, "staleness": {"kind": "polynomial", "a": 1.0}}
-    run = session(made, seconds=lambda client_id, _: SECONDS[client_id])
+    wide_config = config("heterofl", wide, clients=3, algorithm=algorithm)
+    wide_config["runtime"] |= {
+        "mode": "async",
+        "buffer": 2,
+        "staleness": {"kind": "polynomial", "a": 1.0},
+    }
+    run = session(wide_config, seconds=lambda client_id, _: SECONDS[client_id])
     combined = []
     combine = run._aggregate_uploads
 
@@ -223,6 +227,6 @@ def test_heterofl_weights_widths_by_rows_and_staleness() -> None:
             total[: len(bias)] += weight * bias
             count[: len(bias)] += weight
             stale += upload.staleness_weight < 1 and len({u.client_info.arch for u in sent}) == 2
-        want = torch.where(count > 0, total / count.clamp(min=1e-9), before[name])
-        assert float((after[name] - want).abs().max()) < 1e-12
+        expected = torch.where(count > 0, total / count.clamp(min=1e-9), before[name])
+        assert float((after[name] - expected).abs().max()) < 1e-12
     assert stale

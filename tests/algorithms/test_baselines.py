@@ -21,7 +21,7 @@ from tests.references.local_training import BATCH, apart, clients, module, train
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("method", ["local", "ensemble"])
 def test_local_round_matches_reference(method: str) -> None:
-    rounds = rounds_of(config(method, MIXED, 4), held=1)
+    rounds = rounds_of(config(method, MIXED, 4), num_rounds=1)
     models = {}
     for client_id, client in clients(rounds).items():
         model = models[client_id] = module(client.arch["model"], client.models["model"])
@@ -124,7 +124,7 @@ def test_centralized_rounds_match_reference() -> None:
         {"match": client_id, "preprocess": {"normalize": {"mean": mean, "std": std}}}
         for client_id, (mean, std) in views.items()
     ]
-    rounds = rounds_of(source, held=0)
+    rounds = rounds_of(source, num_rounds=0)
     sites = clients(rounds)
     # The most frequent model; its client's preprocessing applies to all rows.
     arch = sites["site_2"].arch["model"]

@@ -29,7 +29,7 @@ SUM = {"name": "fedavg", "weighting": "sum", "server_lr": 0.1}
 def test_server_step_matches_plain_fedavg(method: str) -> None:
     settings = {**SUM, "name": method} | ({"mu": 0.0} if method == "fedprox" else {})
     rounds = rounds_of(
-        config(method, MIXED[0], 4, algorithm=settings, clients__per_round=3), held=1
+        config(method, MIXED[0], 4, algorithm=settings, clients__per_round=3), num_rounds=1
     )
     (group,) = rounds.server.models
     model = {n: t.clone() for n, t in rounds.server.models[group].items()}
@@ -48,11 +48,12 @@ def test_server_step_matches_plain_fedavg(method: str) -> None:
             for n, t in local.state_dict().items():
                 total[n] += t.detach() - model[n]
     rounds.run_round()
-    want = {n: t + 0.1 * total[n] for n, t in floating_tensors(model).items()}
+    expected = {n: t + 0.1 * total[n] for n, t in floating_tensors(model).items()}
     assert (
-        any("running_var" in n for n in want) and apart(rounds.server.models[group], want) < 1e-12
+        any("running_var" in n for n in expected)
+        and apart(rounds.server.models[group], expected) < 1e-12
     )
-    assert apart(model, want) > 1e-3
+    assert apart(model, expected) > 1e-3
     counters = {n: t for n, t in rounds.server.models[group].items() if not t.is_floating_point()}
     assert counters and all(torch.equal(t, model[n]) for n, t in counters.items())
 
@@ -107,7 +108,7 @@ def test_single_client_equals_plain_training_loop(
             clients__defaults=settings,
             clients__per_round=1,
         ),
-        held=0,
+        num_rounds=0,
     )
     (client,) = clients(rounds).values()
     template = Templates(DeviceMemory(torch.device("cpu")))(client.arch["model"]).load(
@@ -138,15 +139,15 @@ def test_single_client_equals_plain_training_loop(
 
 def test_centralized_training_equals_single_client_with_all_rows() -> None:
     in_order = {"kind": "in_order", "min_size": 2}
-    whole = {
+    full = {
         "data__partition": in_order,
         "data__split": {"validation": 0, "test": 0},
         "data__proxy__size": 0,
     }
-    centralized = rounds_of(config("centralized", MIXED[0], 4, **whole))
+    centralized = rounds_of(config("centralized", MIXED[0], 4, **full))
     # Batches are drawn with the key of the first client.
     groups = [{"name": "site_1", "model": MIXED[0]}]
-    alone = rounds_of(config("fedavg", clients__groups=groups, clients__per_round=1, **whole))
+    alone = rounds_of(config("fedavg", clients__groups=groups, clients__per_round=1, **full))
     (group,) = alone.server.models
     assert same_bits(
         floating_tensors(alone.server.models[group]),

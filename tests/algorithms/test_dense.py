@@ -78,7 +78,7 @@ def by_hand(
 @pytest.mark.usefixtures("float64")
 def test_server_round_matches_reference() -> None:
     rounds = rounds_of(
-        federation(statistics_weight=0.7, adversarial_weight=0.3, student="site_2"), held=1
+        federation(statistics_weight=0.7, adversarial_weight=0.3, student="site_2"), num_rounds=1
     )
     sent = {}
     for client_id, client in clients(rounds).items():
@@ -149,10 +149,10 @@ def test_generator_objective_matches_reference_and_stacks(bn: float, adv: float)
     objective = Synthesis((1, 8, 8), (("a", view), ("b", view)), ("s", view), bn, adv)
     z, y = torch.randn(9, 5), torch.arange(9)
     total = objective.total_loss(nets, Batch(x=z, y=y), {})
-    want = by_hand(teachers, student, imager(z).logits.view(9, 1, 8, 8), y, bn, adv)
-    assert torch.allclose(total, want, rtol=0, atol=1e-12)
+    expected = by_hand(teachers, student, imager(z).logits.view(9, 1, 8, 8), y, bn, adv)
+    assert torch.allclose(total, expected, rtol=0, atol=1e-12)
     alone = by_hand(teachers, student, imager(z).logits.view(9, 1, 8, 8), y, 0, 0)
-    assert bool((want - alone).abs() > 1e-4) == bool(bn + adv)
+    assert bool((expected - alone).abs() > 1e-4) == bool(bn + adv)
     stacked = torch.vmap(lambda a: objective.total_loss(nets, Batch(x=a, y=y), {}))(
         torch.stack([-z, z])
     )
@@ -198,19 +198,19 @@ def test_generator_handles_models_without_batch_norm_and_client_views() -> None:
     x = torch.rand(3, 1, 8, 8)
     assert torch.equal(preprocess_generated(x, ((1, 8, 8), None, None)), x)
     grown = preprocess_generated(x, ((3, 12, 12), 0.5, 0.25))
-    want = (
+    expected = (
         F.interpolate(x, size=(12, 12), mode="bilinear", align_corners=False).expand(-1, 3, 12, 12)
         - 0.5
     ) / 0.25
-    assert torch.allclose(grown, want)
+    assert torch.allclose(grown, expected)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 14), (6,), (2, 15)])
 def test_generator_supports_every_input_shape(shape: tuple[int, ...]) -> None:
     size = int(torch.tensor(shape).prod())
-    made = Generator(size, 5, shape)(torch.randn(4, 5)).logits
-    assert made.shape == (4, size)
-    assert len(shape) != 3 or bool(((made >= 0) & (made <= 1)).all())
+    generator = Generator(size, 5, shape)(torch.randn(4, 5)).logits
+    assert generator.shape == (4, size)
+    assert len(shape) != 3 or bool(((generator >= 0) & (generator <= 1)).all())
 
 
 def uploads(rounds: SynchronousTrainer) -> list[dict[str, list[str]]]:
@@ -233,7 +233,7 @@ def uploads(rounds: SynchronousTrainer) -> list[dict[str, list[str]]]:
 def test_models_are_uploaded_once_and_training_is_local_before() -> None:
     source = {**federation(), "rounds": 3}
     source["clients"]["overrides"] = [{"match": "site_3", "shares": ["backbone"]}]
-    rounds = rounds_of(source, held=0)
+    rounds = rounds_of(source, num_rounds=0)
     assert uploads(rounds) == [
         {"site_1": [], "site_2": [], "site_3": []},
         {"site_1": [], "site_2": [], "site_3": []},
@@ -249,7 +249,7 @@ def test_models_are_uploaded_once_and_training_is_local_before() -> None:
 
 def test_server_needs_no_data() -> None:
     rounds = rounds_of(
-        {**federation(), "data": {**federation()["data"], "proxy": {"size": 0}}}, held=1
+        {**federation(), "data": {**federation()["data"], "proxy": {"size": 0}}}, num_rounds=1
     )
 
     def refuse(name: str, through: Any) -> Any:
@@ -265,7 +265,7 @@ def test_clients_use_the_student_once_distilled() -> None:
     source["clients"]["overrides"] = [
         {"match": "site_1", "preprocess": {"resize": 12, "channels": 3}}
     ]
-    rounds = rounds_of(source, held=1)
+    rounds = rounds_of(source, num_rounds=1)
     site = rounds.executor.runtime  # type: ignore[attr-defined]
     before = deployed(rounds, "site_1")
     assert before.arch.keys() == {"model"} and rounds.evaluate().server is None
@@ -273,10 +273,10 @@ def test_clients_use_the_student_once_distilled() -> None:
     client, home = deployed(rounds, "site_1"), clients(rounds)["site_2"]
     student = rounds.server.models[home.arch["model"].spec_id]
     with torch.no_grad():
-        want = (
+        expected = (
             module(home.arch["model"], student).eval()(home.data("common_test", None)["x"]).logits
         )
-    assert torch.allclose(site.predict(client, Rows("common_test"), False), want, atol=1e-5)
+    assert torch.allclose(site.predict(client, Rows("common_test"), False), expected, atol=1e-5)
     readings = rounds.evaluate()
     assert readings.server is not None
     assert readings.server["global"]["accuracy"] == pytest.approx(

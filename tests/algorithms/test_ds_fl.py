@@ -86,7 +86,7 @@ def test_round_matches_reference(sharpen: str, teacher: str, bits: int | None) -
         "teacher": teacher,
         "bits": bits,
     }
-    rounds = rounds_of(federation(**settings), held=1)
+    rounds = rounds_of(federation(**settings), num_rounds=1)
     before, consensus = clients(rounds), rounds.server.state["teacher"].softmax(1)
     assert rounds.server.state["drawn"].tolist() == [0]
     rounds.run_round()
@@ -107,9 +107,9 @@ def test_round_matches_reference(sharpen: str, teacher: str, bits: int | None) -
         sure = (p * p.log()).sum(1, keepdim=True).exp()
         weights.append({"samples": client.num_rows, "mean": 1, "entropy": sure}[teacher])
     mean = sum(w * p for w, p in zip(weights, soft_labels, strict=True)) / sum(weights)
-    ours = rounds.server.state["teacher"].softmax(1)
+    actual = rounds.server.state["teacher"].softmax(1)
     assert rounds.server.state["drawn"].tolist() == [1]
-    assert float((ours - SHARPENED[sharpen](mean)).abs().max()) < 1e-9
+    assert float((actual - SHARPENED[sharpen](mean)).abs().max()) < 1e-9
 
 
 def test_entropy_reduction_sharpens_each_label() -> None:
@@ -140,8 +140,10 @@ def test_contrast_teacher_uses_log_probabilities() -> None:
     assert isinstance(item.values, Tensor)
     assert torch.allclose(item.values, z.log_softmax(1).clamp(min=-8), atol=1e-4)
     assert torch.allclose(torch.as_tensor(item.weight), counts * (1 - counts / 8) + 0.1)
-    ours = DSFL(teacher="contrast", sharpen="none").sharpened_teacher(task, item.values).softmax(1)
-    assert torch.allclose(ours, item.values.softmax(1), atol=1e-6)
+    actual = (
+        DSFL(teacher="contrast", sharpen="none").sharpened_teacher(task, item.values).softmax(1)
+    )
+    assert torch.allclose(actual, item.values.softmax(1), atol=1e-6)
 
 
 # Cache
@@ -165,31 +167,35 @@ def test_cache_sends_only_missing_or_expired_rows() -> None:
     # Receives broadcasts but uploads no predictions.
     source["clients"]["overrides"] = [{"match": "site_4", "shares": ["statistics"]}]
     source["clients"]["per_round"] = 2
-    rounds, seen = rounds_of(source, held=0), {}
+    rounds, seen = rounds_of(source, num_rounds=0), {}
     watched(rounds, seen)
     # Row to the round of its newest server label.
-    made: dict[int, int] = {}
+    sent_rows: dict[int, int] = {}
     has: dict[str, dict[int, int]] = {client_id: {} for client_id in rounds.federation.client_infos}
     asked_all, again, last = [], 0, -1
     for index in range(8):
         seen.clear()
-        due = [r for r in drawn(index).tolist() if r not in made or index - made[r] >= life]
-        again += sum(r in made for r in due)
+        due = [
+            r for r in drawn(index).tolist() if r not in sent_rows or index - sent_rows[r] >= life
+        ]
+        again += sum(r in sent_rows for r in due)
         words = rounds.server.state.get("teacher")
         rounds.run_round()
         for client_id, got in seen.items():
             assert got["ask"].tolist() == due
             if words is None:
                 continue
-            lacking = [r for r, version in sorted(made.items()) if has[client_id].get(r) != version]
+            lacking = [
+                r for r, version in sorted(sent_rows.items()) if has[client_id].get(r) != version
+            ]
             assert got["new"].tolist() == lacking and len(got["teacher"]) == len(lacking)
-            has[client_id] = dict(made)
+            has[client_id] = dict(sent_rows)
             cache = rounds.store.get(client_id).state["cache"]
-            assert torch.equal(cache[list(made)], words[list(made)])
+            assert torch.equal(cache[list(sent_rows)], words[list(sent_rows)])
         asked_all.append(len(due))
         if any(client_id != "site_4" for client_id in seen):
-            made.update(dict.fromkeys(due, index))
-        if all(r in made and index - made[r] < life for r in drawn(index).tolist()):
+            sent_rows.update(dict.fromkeys(due, index))
+        if all(r in sent_rows and index - sent_rows[r] < life for r in drawn(index).tolist()):
             last = index
         assert rounds.server.state.get("drawn", torch.tensor([-1])).tolist() == [last]
     assert asked_all[0] == 40 and min(asked_all) < 15 and again > 0
@@ -216,7 +222,7 @@ def test_cache_of_zero_rounds_equals_no_cache_and_longer_ones_save_bytes() -> No
 def test_cache_survives_rounds_without_uploads() -> None:
     source = federation("mlp", cache_life=4)
     source["clients"]["defaults"]["share_every"] = 2
-    rounds = rounds_of({**source, "rounds": 3}, held=1)
+    rounds = rounds_of({**source, "rounds": 3}, num_rounds=1)
     # No predictions have been uploaded yet.
     assert not {"teacher", "drawn"} & set(rounds.server.state)
     # No client uploads predictions in the second one: the last consensus and its rows stay.
@@ -262,7 +268,9 @@ def test_labels_are_rounded_separately() -> None:
 
 
 def test_quantization_saves_bytes_and_eight_bits_change_little() -> None:
-    plain, one, eight = (rounds_of(federation("mlp", bits=bits), held=1) for bits in (None, 1, 8))
+    plain, one, eight = (
+        rounds_of(federation("mlp", bits=bits), num_rounds=1) for bits in (None, 1, 8)
+    )
     assert plain.traffic.up - one.traffic.up > 3 * 40 * (10 * 4 - 2) - 200
     era = [r.server.state["teacher"] * 0.1 for r in (plain, eight)]
     assert float((era[0] - era[1]).abs().max()) < 1 / 255
@@ -289,7 +297,7 @@ def test_equal_settings_give_equal_results(one: dict[str, Any], other: dict[str,
 
 
 def test_consensus_of_equal_clients_is_their_prediction() -> None:
-    rounds = rounds_of(federation("mlp", 1, sharpen="none", proxy_rows=None), held=1)
+    rounds = rounds_of(federation("mlp", 1, sharpen="none", proxy_rows=None), num_rounds=1)
     (client,) = clients(rounds).values()
     with torch.no_grad():
         z = (

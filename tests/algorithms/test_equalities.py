@@ -34,9 +34,9 @@ def test_hybrid_with_distinct_architectures_equals_fedmd() -> None:
     hybrid = rounds_of(config("hybrid", MIXED, rounds=3, algorithm={"name": "hybrid", **OFF}))
     for client_id, card in fedmd.federation.client_infos.items():
         # The mean over one client is its upload.
-        ours = hybrid.server.models[card.arch.spec_id]
+        actual = hybrid.server.models[card.arch.spec_id]
         assert same_bits(
-            floating_tensors(fedmd.store.get(client_id).models["model"]), floating_tensors(ours)
+            floating_tensors(fedmd.store.get(client_id).models["model"]), floating_tensors(actual)
         )
     assert torch.equal(fedmd.server.state["teacher"], hybrid.server.state["teacher"])
 
@@ -51,12 +51,12 @@ def test_hybrid_without_proxy_replay_equals_feddf(
     hybrid = {"name": "hybrid", "rehearse": 0.0, **same}
     feddf = {"name": "feddf", "logit_adjustment": True, "teacher": "contrast", **same}
 
-    ours, theirs = history(hybrid), history(feddf)
+    actual, expected = history(hybrid), history(feddf)
 
-    assert ours == theirs
-    assert history({**hybrid, "rehearse": 0.5}) != theirs
-    assert history({**feddf, "logit_adjustment": False}) != theirs
-    assert history({**feddf, "teacher": "mean"}) != theirs
+    assert actual == expected
+    assert history({**hybrid, "rehearse": 0.5}) != expected
+    assert history({**feddf, "logit_adjustment": False}) != expected
+    assert history({**feddf, "teacher": "mean"}) != expected
 
 
 def history(algorithm: dict[str, Any]) -> list[Any]:
@@ -65,7 +65,7 @@ def history(algorithm: dict[str, Any]) -> list[Any]:
         algorithm["name"], MIXED, clients=6, rounds=4, clients__per_round=4, algorithm=algorithm
     )
     source["data"]["train_limit"] = 500
-    rounds = rounds_of(source, held=0)
+    rounds = rounds_of(source, num_rounds=0)
     found: list[Any] = []
     for _ in range(4):
         record = rounds.run_round()

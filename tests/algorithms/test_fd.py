@@ -20,7 +20,9 @@ CLIP = -2.5
 def test_round_matches_reference(teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hetero_fl.algorithms.fd.CLIP", CLIP)
     settings = {"name": "fd", "weight": LAMBDA, "temperature": T, "teacher": teacher}
-    rounds = rounds_of(config("fd", MIXED, algorithm=settings, data__partition__alpha=0.2), held=1)
+    rounds = rounds_of(
+        config("fd", MIXED, algorithm=settings, data__partition__alpha=0.2), num_rounds=1
+    )
     before, (target, known) = (
         clients(rounds),
         (rounds.server.state["consensus"][n].clone() for n in ("teacher", "known")),
@@ -85,7 +87,7 @@ def test_fd_without_shared_statistics_equals_local() -> None:
 def test_teachers_agree_on_equal_counts() -> None:
     """Check that a single client's consensus is its own mean, of logits or of clipped log p."""
     plain, contrast = (
-        rounds_of(config("fd", clients=1, algorithm={"name": "fd", "teacher": t}), held=1)
+        rounds_of(config("fd", clients=1, algorithm={"name": "fd", "teacher": t}), num_rounds=1)
         for t in ("mean", "contrast")
     )
     (client,) = clients(plain).values()
@@ -97,7 +99,7 @@ def test_teachers_agree_on_equal_counts() -> None:
         z = model(data["x"]).logits
     for rounds, scores in ((plain, z), (contrast, z.log_softmax(1).clamp(min=-8))):
         for c in data["y"].unique():
-            want = scores[data["y"] == c].mean(0)
+            expected = scores[data["y"] == c].mean(0)
             assert torch.allclose(
-                rounds.server.state["consensus"]["teacher"][c], want, rtol=0, atol=1e-9
+                rounds.server.state["consensus"]["teacher"][c], expected, rtol=0, atol=1e-9
             )

@@ -32,7 +32,9 @@ ALL, BODY, HEAD = "", "backbone.", "head."
     ],
 )
 def test_round_matches_reference(method: str, part: str, settings: dict[str, Any]) -> None:
-    rounds = rounds_of(config(method, [BN, MLP], 5, algorithm={"name": method, **settings}), held=2)
+    rounds = rounds_of(
+        config(method, [BN, MLP], 5, algorithm={"name": method, **settings}), num_rounds=2
+    )
     models = {group: dict(tensors) for group, tensors in rounds.server.models.items()}
     uniform, rate = settings.get("weighting") == "uniform", settings.get("server_lr", 1.0)
     sent: dict[str, list[tuple[float, dict[str, Tensor]]]] = {group: [] for group in models}
@@ -59,12 +61,12 @@ def test_round_matches_reference(method: str, part: str, settings: dict[str, Any
     rounds.run_round()
     assert sorted(len(members) for members in sent.values()) == [2, 3]
     for group, members in sent.items():
-        want = {}
+        expected = {}
         for n, average in mean(members).items():
             old, moves = models[group][n], "running" not in n
-            want[n] = old + rate * (average - old) if moves else average
-        assert apart(rounds.server.models[group], want) < 1e-9
-        still = {n: t for n, t in models[group].items() if n not in want}
+            expected[n] = old + rate * (average - old) if moves else average
+        assert apart(rounds.server.models[group], expected) < 1e-9
+        still = {n: t for n, t in models[group].items() if n not in expected}
         assert all(torch.equal(rounds.server.models[group][n], t) for n, t in still.items())
     for client_id, tensors in kept.items():
         mine = floating_tensors(rounds.store.get(client_id).models.get("model", {}))
@@ -171,10 +173,10 @@ def test_single_client_per_architecture_equals_local(method: str) -> None:
     models = [BN, MLP, MLP]
     algorithm = {"name": method, **({"mu": 0.0} if method == "fedprox" else {})}
     local = rounds_of(config("local", models, rounds=3))
-    ours = rounds_of(config(method, models, algorithm=algorithm, rounds=3))
+    actual = rounds_of(config(method, models, algorithm=algorithm, rounds=3))
     for client_id, alone in (("site_1", True), ("site_2", False)):
-        sent = ours.server.models[ours.federation.client_infos[client_id].arch.spec_id]
-        mine = {**sent, **ours.store.get(client_id).models.get("model", {})}
+        sent = actual.server.models[actual.federation.client_infos[client_id].arch.spec_id]
+        mine = {**sent, **actual.store.get(client_id).models.get("model", {})}
         assert (
             same_bits(
                 floating_tensors(local.store.get(client_id).models["model"]), floating_tensors(mine)
@@ -185,13 +187,13 @@ def test_single_client_per_architecture_equals_local(method: str) -> None:
 
 @pytest.mark.usefixtures("float64")
 def test_model_without_backbone_trains_its_head() -> None:
-    start = rounds_of(config("local", ["linear", MLP], 4), held=0)
+    start = rounds_of(config("local", ["linear", MLP], 4), num_rounds=0)
     (client_id, card), *_ = start.federation.client_infos.items()
     local = rounds_of(config("local", ["linear", MLP], 4, clients__defaults__batch_size=500))
-    for method, want in (
+    for method, expected in (
         ("fedrep", local.store.get(client_id).models["model"]),
         ("fedbabu", start.federation.initial_tensors(card.arch)),
     ):
-        ours = rounds_of(config(method, ["linear", MLP], 4, clients__defaults__batch_size=500))
-        assert apart(clients(ours)[client_id].models["model"], want) < 1e-12
-        assert ours.evaluate().clients[client_id].scores["personal"]
+        actual = rounds_of(config(method, ["linear", MLP], 4, clients__defaults__batch_size=500))
+        assert apart(clients(actual)[client_id].models["model"], expected) < 1e-12
+        assert actual.evaluate().clients[client_id].scores["personal"]

@@ -80,7 +80,7 @@ def test_feddf_round_matches_reference(teacher: str, monkeypatch: pytest.MonkeyP
             for client_id, (m, s) in views.items()
         ),
     ]
-    rounds = rounds_of(source, held=1)
+    rounds = rounds_of(source, num_rounds=1)
     models = {group: dict(tensors) for group, tensors in rounds.server.models.items()}
     sent: dict[str, list[tuple[float, dict[str, Tensor]]]] = {group: [] for group in models}
     top, bottom, clipped = torch.zeros(60, 10), torch.zeros(10), 0
@@ -122,7 +122,7 @@ def test_feddf_round_matches_reference(teacher: str, monkeypatch: pytest.MonkeyP
 def test_server_student_matches_reference() -> None:
     source = federation("hybrid", [BN, MLP], student_epochs=2)
     source["server"] = {"model": MLP, "optimizer": {"name": "sgd", "lr": 0.03, "momentum": 0.9}}
-    rounds = rounds_of(source, held=0)
+    rounds = rounds_of(source, num_rounds=0)
     student = module(rounds.server.arch["student"], rounds.server.models["student"])
     # The optimizer keeps its momentum.
     sgd = torch.optim.SGD(student.parameters(), lr=0.03, momentum=0.9)
@@ -152,7 +152,7 @@ def test_hybrid_round_matches_reference(
     monkeypatch.setattr("hetero_fl.aggregation.teachers.CLIP", CLIP)
     source = federation("hybrid", [BN, MLP], 5, distil_at=distil_at, heads=heads, rehearse=0.7)
     source["clients"]["overrides"] = [{"match": "site_2", "shares": ["backbone", "predictions"]}]
-    rounds = rounds_of(source, held=2)
+    rounds = rounds_of(source, num_rounds=2)
     models, target = (
         {g: dict(t) for g, t in rounds.server.models.items()},
         rounds.server.state["teacher"].clone(),
@@ -162,11 +162,11 @@ def test_hybrid_round_matches_reference(
     archs, kept = {}, {}
     for client_id, client in clients(rounds).items():
         arch, public = client.arch["model"], client.data("proxy", None)["x"]
-        whole = heads == "take" and client_id != "site_2"
+        full = heads == "take" and client_id != "site_2"
         taken = {
             n: t
             for n, t in floating_tensors(models[arch.spec_id]).items()
-            if whole or n.startswith("backbone.")
+            if full or n.startswith("backbone.")
         }
         model = module(arch, {**client.models["model"], **taken})
         if distil_at == "both":
@@ -207,7 +207,7 @@ def test_hybrid_round_matches_reference(
             (client.num_rows, {n: t for n, t in state.items() if n.startswith(parts)})
         )
         archs[arch.spec_id] = arch
-        if not whole:
+        if not full:
             kept[client_id] = {n: t for n, t in state.items() if n.startswith("head.")}
         # This client shares no label counts.
         say = contrast(
@@ -270,11 +270,11 @@ def test_distilling_a_single_client_changes_nothing(method: str) -> None:
 )
 def test_digest_of_client_predictions_equals_local(method: str, settings: dict[str, Any]) -> None:
     """Check that the loss to a client's own predictions has gradient zero."""
-    local, ours = (
+    local, actual = (
         rounds_of(config("local", GN, 1, rounds=3)),
         rounds_of(config(method, GN, 1, rounds=3, algorithm={"name": method, **settings})),
     )
     assert (
-        apart(ours.store.get("site").models["model"], local.store.get("site").models["model"])
+        apart(actual.store.get("site").models["model"], local.store.get("site").models["model"])
         < 1e-10
     )

@@ -41,12 +41,12 @@ def drawn(labels: Tensor, *where: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.usefixtures("float64")
 def test_generator_rounds_match_reference() -> None:
-    rounds, sent = rounds_of(fedgen(diversity=0.8), held=0), {}
+    rounds, sent = rounds_of(fedgen(diversity=0.8), num_rounds=0), {}
     receive = rounds.decode_upload
     rounds.decode_upload = lambda c, *rest: sent.setdefault(c.client_id, receive(c, *rest))  # type: ignore[method-assign]
-    made = module(rounds.server.arch["generator"], rounds.server.models["generator"])
+    generator = module(rounds.server.arch["generator"], rounds.server.models["generator"])
     # One generator for the whole run.
-    adam = torch.optim.Adam(made.parameters(), lr=0.01)
+    adam = torch.optim.Adam(generator.parameters(), lr=0.01)
     counts = torch.stack(
         [rounds.federation.label_counts(client_id) for client_id in rounds.federation.client_infos]
     )
@@ -58,7 +58,7 @@ def test_generator_rounds_match_reference() -> None:
             y, noise, x = drawn(
                 counts.sum(0), rounds.federation.seed, index, "server", "generator", 0, step
             )
-            z = made(x).logits
+            z = generator(x).logits
             taught = torch.zeros(())
             for k, (w, b) in enumerate(heads):
                 say = torch.tensor([float(counts[k, c] / counts[:, c].sum()) for c in y.tolist()])
@@ -73,7 +73,7 @@ def test_generator_rounds_match_reference() -> None:
             adam.zero_grad()
             (taught + 0.8 * torch.exp(-similarity / 36)).backward()
             adam.step()
-        assert apart(rounds.server.models["generator"], made) < 1e-9
+        assert apart(rounds.server.models["generator"], generator) < 1e-9
         assert torch.equal(rounds.server.state["labels"], counts.sum(0))
 
 
@@ -96,10 +96,12 @@ def noises(client: Participant) -> list[Tensor]:
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("beta", [0.0, 0.4])
 def test_client_round_matches_reference(beta: float) -> None:
-    rounds = rounds_of(fedgen(weight=0.6, latent_weight=beta, decay=0.5), held=2)
+    rounds = rounds_of(fedgen(weight=0.6, latent_weight=beta, decay=0.5), num_rounds=2)
     before, models = clients(rounds), {g: dict(t) for g, t in rounds.server.models.items()}
     labels = rounds.server.state["labels"]
-    made = module(rounds.server.arch["generator"], models["generator"]).eval().requires_grad_(False)
+    generator = (
+        module(rounds.server.arch["generator"], models["generator"]).eval().requires_grad_(False)
+    )
     rounds.run_round()
     # The mean then equals each upload.
     assert len({c.arch["model"].spec_id for c in before.values()}) == 3
@@ -117,11 +119,11 @@ def test_client_round_matches_reference(beta: float) -> None:
             fake, _, into = drawn(labels, *where, i)
             z = model(x).logits
             total = F.cross_entropy(z, y) + 0.25 * 0.6 * F.cross_entropy(
-                model.head(made(into).logits), fake
+                model.head(generator(into).logits), fake
             )
             if beta:
                 like = model.head(
-                    made(torch.cat([F.one_hot(y, 10).to(z.dtype), extra[i]], 1)).logits
+                    generator(torch.cat([F.one_hot(y, 10).to(z.dtype), extra[i]], 1)).logits
                 ).detach()
                 total = total + 0.25 * beta * F.kl_div(
                     z.log_softmax(1), like.log_softmax(1), reduction="batchmean", log_target=True
@@ -137,7 +139,7 @@ def test_client_round_matches_reference(beta: float) -> None:
 @pytest.mark.usefixtures("float64")
 def test_zero_generated_weight_equals_fedavg() -> None:
     fedavg, plain, more = (
-        rounds_of(s, held=3)
+        rounds_of(s, num_rounds=3)
         for s in (config("fedavg"), fedgen("cnn_bn_small", weight=0.0), fedgen("cnn_bn_small"))
     )
     (group,) = fedavg.server.models
@@ -149,27 +151,27 @@ def test_zero_generated_weight_equals_fedavg() -> None:
 def test_fedgen_without_shared_heads_equals_fedavg_of_backbones() -> None:
     kept = {"shares": ["backbone", "statistics"], "optimizer": {"name": "sgd", "lr": 0.05}}
     fedavg = rounds_of(config("fedavg", clients__defaults=kept))
-    ours = rounds_of(
+    actual = rounds_of(
         {**fedgen("cnn_bn_small"), "clients": config(clients__defaults=kept)["clients"]}
     )
     (group,) = fedavg.server.models
     assert (
-        same_bits(fedavg.server.models[group], ours.server.models[group])
-        and "labels" not in ours.server.state
+        same_bits(fedavg.server.models[group], actual.server.models[group])
+        and "labels" not in actual.server.state
     )
 
 
 def test_clients_without_counts_are_assumed_uniform() -> None:
     source = fedgen()
     source["clients"]["overrides"] = [{"match": "site_2", "shares": ["parameters"]}]
-    rounds = rounds_of(source, held=1)
+    rounds = rounds_of(source, num_rounds=1)
     cards, counts = rounds.federation.client_infos, rounds.federation.label_counts
-    want = counts("site_1") + counts("site_3") + cards["site_2"].num_rows / 10
-    assert torch.allclose(rounds.server.state["labels"], want)
+    expected = counts("site_1") + counts("site_3") + cards["site_2"].num_rows / 10
+    assert torch.allclose(rounds.server.state["labels"], expected)
 
 
 def test_generator_is_sent_for_training_only() -> None:
-    rounds = rounds_of(fedgen(), held=1)
+    rounds = rounds_of(fedgen(), num_rounds=1)
     card = rounds.federation.client_infos["site_1"]
     assert set(rounds.algorithm.broadcast(rounds.server, card)) == {"model", "generator", "labels"}
     assert set(rounds.algorithm.broadcast(rounds.server, replace(card, purpose="evaluate"))) == {
@@ -181,18 +183,18 @@ def test_generator_is_sent_for_training_only() -> None:
 @pytest.mark.usefixtures("float64")
 def test_generated_features_are_diverse_and_classified_correctly() -> None:
     settings = {"generator_steps": 300, "generator_batch_size": 32, "diversity": 1.0}
-    rounds = rounds_of(fedgen("cnn_bn_small", **settings), held=2)
+    rounds = rounds_of(fedgen("cnn_bn_small", **settings), num_rounds=2)
     (group,) = [s for s in rounds.server.models if s != "generator"]
-    made = module(rounds.server.arch["generator"], rounds.server.models["generator"]).eval()
+    generator = module(rounds.server.arch["generator"], rounds.server.models["generator"]).eval()
     labels = rounds.server.state["labels"]
     y, _, x = drawn(labels, "test")
     with torch.no_grad():
-        z = made(x).logits
+        z = generator(x).logits
     predictions = (
         z @ rounds.server.models[group]["head.weight"].T + rounds.server.models[group]["head.bias"]
     )
     assert (predictions.argmax(1) == y).double().mean() > 0.6
-    same = made(
+    same = generator(
         torch.cat([x[:1, :10].repeat(40, 1), torch.randn(40, 3, generator=keyed_generator("n"))], 1)
     ).logits
     assert float(same.detach().std(0).mean()) > 1e-2

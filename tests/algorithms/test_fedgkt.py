@@ -55,7 +55,7 @@ def test_rounds_match_reference(adjusted: bool) -> None:
         "server_batch_size": 50,
         "logit_adjustment": adjusted,
     }
-    rounds = rounds_of(federation(**settings), held=0)
+    rounds = rounds_of(federation(**settings), num_rounds=0)
     large = module(rounds.server.arch[LARGE], rounds.server.models[LARGE])
     # The optimizer keeps its momentum.
     server = torch.optim.SGD(large.parameters(), lr=0.05, momentum=0.9)
@@ -131,14 +131,14 @@ def test_zero_distillation_weight_equals_local() -> None:
 
 @pytest.mark.parametrize("inference", ["server", "client"])
 def test_server_model_predicts_from_client_features(inference: str) -> None:
-    rounds = rounds_of(federation(inference=inference), held=1)
+    rounds = rounds_of(federation(inference=inference), num_rounds=1)
     client, site = deployed(rounds, "site_2"), rounds.executor.runtime  # type: ignore[attr-defined]
     model = module(client.arch["model"], client.models["model"]).eval()
     large = module(rounds.server.arch[LARGE], rounds.server.models[LARGE]).eval()
     with torch.no_grad():
         z, h = model(client.data("common_test", None)["x"])
-        want = large(h).logits if inference == "server" else z
-    assert torch.allclose(site.predict(client, Rows("common_test"), False), want, atol=1e-5)
+        expected = large(h).logits if inference == "server" else z
+    assert torch.allclose(site.predict(client, Rows("common_test"), False), expected, atol=1e-5)
     # Received for evaluation only.
     assert LARGE not in rounds.store.get("site_2").models
 
@@ -153,7 +153,7 @@ def test_uploads_per_row_require_permission() -> None:
         # The parts that could be shared in earlier versions.
         {"match": "site_2", "shares": ["parameters", "predictions", "statistics"]}
     ]
-    rounds, seen = rounds_of(source, held=0), {}
+    rounds, seen = rounds_of(source, num_rounds=0), {}
     receive = rounds.decode_upload
     rounds.decode_upload = lambda c, *rest: seen.setdefault(c.client_id, receive(c, *rest))  # type: ignore[method-assign]
     rounds.run_round()
@@ -168,7 +168,7 @@ def test_uploads_per_row_require_permission() -> None:
 
 
 def test_missing_rows_are_refused() -> None:
-    rounds = rounds_of(federation("mlp"), held=0)
+    rounds = rounds_of(federation("mlp"), num_rounds=0)
     receive = rounds.decode_upload
 
     def short(client: Any, data: bytes, asked: Any, index: int) -> Payload:
@@ -184,7 +184,7 @@ def test_missing_rows_are_refused() -> None:
 def test_absent_client_receives_logits_of_its_last_round() -> None:
     source = federation("mlp", 4)
     source["clients"]["per_round"] = 2
-    rounds = rounds_of({**source, "rounds": 5}, held=0)
+    rounds = rounds_of({**source, "rounds": 5}, num_rounds=0)
     last: dict[str, Tensor] = {}
     for index in range(5):
         for client_id, card in rounds.federation.client_infos.items():

@@ -29,7 +29,7 @@ def fedmrl(models: Any = MIXED, clients: int = 3, **settings: Any) -> dict[str, 
 
 @pytest.mark.usefixtures("float64")
 def test_round_matches_reference() -> None:
-    rounds = rounds_of(fedmrl(own_weight=0.8, mentee_weight=0.4), held=1)
+    rounds = rounds_of(fedmrl(own_weight=0.8, mentee_weight=0.4), num_rounds=1)
     before, shared, sent = clients(rounds), dict(rounds.server.models[MENTEE]), []
     rounds.run_round()
     for client_id, client in before.items():
@@ -83,7 +83,7 @@ def test_zero_loss_weight_leaves_its_head_unchanged() -> None:
                 torch.equal(mine, rounds.federation.initial_tensors(card.arch)["head.weight"])
                 is not own_moves
             )
-    one = rounds_of(fedmrl(clients=1), held=1)
+    one = rounds_of(fedmrl(clients=1), num_rounds=1)
     seen: list[Any] = []
     receive = one.decode_upload
     one.decode_upload = lambda *a: seen.append(receive(*a)) or seen[-1]  # type: ignore[method-assign]
@@ -112,9 +112,9 @@ def test_predictions_use_the_client_head_on_projected_features(home: bool) -> No
             torch.cat([mentee.backbone(small), own.backbone(x)], 1) @ p["head.weight"].T
             + p["head.bias"]
         )
-        want = own.head(r)
+        expected = own.head(r)
     assert torch.allclose(
-        rounds.executor.runtime.predict(client, Rows("common_test"), home), want, atol=1e-5
+        rounds.executor.runtime.predict(client, Rows("common_test"), home), expected, atol=1e-5
     )
 
 
@@ -132,12 +132,12 @@ def test_padding_is_ignored_and_clients_can_be_stacked() -> None:
     x, y = torch.randn(6, 1, 8, 8), torch.arange(6)
     padded = Batch(x=torch.cat([x, 9 * x[:2]]), y=torch.cat([y, y[:2]]))
     padded.weight = torch.tensor([1.0] * 6 + [0.0] * 2)
-    whole = objective.total_loss(nets, Batch(x=x, y=y), {})
-    assert torch.allclose(objective.total_loss(nets, padded, {}), whole, atol=1e-5)
+    full = objective.total_loss(nets, Batch(x=x, y=y), {})
+    assert torch.allclose(objective.total_loss(nets, padded, {}), full, atol=1e-5)
     stacked = torch.vmap(lambda a: objective.total_loss(nets, Batch(x=a, y=y), {}))(
         torch.stack([-x, x])
     )
-    assert torch.allclose(stacked[1], whole, atol=1e-5)
+    assert torch.allclose(stacked[1], full, atol=1e-5)
 
 
 def test_mentee_is_narrower_than_every_client() -> None:

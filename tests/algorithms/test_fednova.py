@@ -48,7 +48,7 @@ def test_round_matches_reference(weighting: str, rate: float) -> None:
             clients__per_round=5,
             data__partition=UNEVEN,
         ),
-        held=2,
+        num_rounds=2,
     )
     before, cohort = clients(rounds), rounds.sample_cohort(2)
     models = {g: dict(m) for g, m in rounds.server.models.items()}
@@ -80,12 +80,12 @@ def test_round_matches_reference(weighting: str, rate: float) -> None:
         effective = sum(w * a for w, a, _ in sent) / total
         for n in floating_tensors(x):
             if n in names:
-                want = x[n] + rate * effective * sum(
+                expected = x[n] + rate * effective * sum(
                     w / total * (y[n] - x[n]) / a for w, a, y in sent
                 )
             else:
-                want = sum(w / total * y[n] for w, _, y in sent)
-            assert apart({n: rounds.server.models[group][n]}, {n: want}) < 1e-12
+                expected = sum(w / total * y[n] for w, _, y in sent)
+            assert apart({n: rounds.server.models[group][n]}, {n: expected}) < 1e-12
     # Otherwise the round would equal FedAvg.
     assert len(paths) > 2
 

@@ -48,7 +48,7 @@ class Rule:
 @pytest.mark.parametrize("method", SETTINGS)
 def test_rounds_match_reference(method: str) -> None:
     algorithm = {"name": method, **SETTINGS[method]}
-    rounds = rounds_of(config(method, MIXED[:2], 4, algorithm=algorithm), held=0)
+    rounds = rounds_of(config(method, MIXED[:2], 4, algorithm=algorithm), num_rounds=0)
     rules: dict[tuple[str, str], Rule] = {}
     for _ in range(3):
         before = {g: dict(m) for g, m in rounds.server.models.items()}
@@ -65,15 +65,15 @@ def test_rounds_match_reference(method: str) -> None:
         rounds.run_round()
         for group, old in before.items():
             assert len(sent[group]) == 2
-            want, average = {}, mean(sent[group])
+            expected, average = {}, mean(sent[group])
             for n, t in average.items():
                 is_parameter = n in rounds.server.arch[group].parameter_names
-                want[n] = (
+                expected[n] = (
                     rules.setdefault((group, n), Rule(method))(old[n], t - old[n])
                     if is_parameter
                     else t
                 )
-            assert apart(rounds.server.models[group], want) < 1e-9
+            assert apart(rounds.server.models[group], expected) < 1e-9
 
 
 @pytest.mark.parametrize("momentum, equal", [(0.0, True), (0.5, False)])
@@ -89,14 +89,14 @@ def test_fedavgm_without_momentum_equals_fedavg(momentum: float, equal: bool) ->
 def test_large_tau_equals_fedavg(method: str) -> None:
     """Choose τ so large that √v is negligible: the step is λ·Δ / 2τ, because v starts at τ²."""
     huge = {"tau": 1e9, "beta1": 0.0, "server_lr": 2e9}
-    fedavg, ours = (
+    fedavg, actual = (
         rounds_of(config("fedavg")),
         rounds_of(config(method, algorithm={"name": method, "beta2": 0.99999999, **huge})),
     )
     (group,) = fedavg.server.models
     assert (
         apart(
-            floating_tensors(ours.server.models[group]),
+            floating_tensors(actual.server.models[group]),
             floating_tensors(fedavg.server.models[group]),
         )
         < 1e-6
@@ -108,7 +108,7 @@ def test_yogi_forgets_large_updates_slower_than_adam() -> None:
     seconds = {}
     for method in ("fedadam", "fedyogi"):
         rounds = rounds_of(
-            config(method, "mlp", 1, algorithm={"name": method, "beta2": 0.9}), held=0
+            config(method, "mlp", 1, algorithm={"name": method, "beta2": 0.9}), num_rounds=0
         )
         (group, model), card = (
             next(iter(rounds.server.models.items())),
@@ -130,7 +130,7 @@ def test_yogi_forgets_large_updates_slower_than_adam() -> None:
 
 @pytest.mark.parametrize("method", SETTINGS)
 def test_absent_architectures_keep_model_and_moments(method: str) -> None:
-    rounds = rounds_of(config(method, MIXED, 4, clients__per_round=1, rounds=6), held=0)
+    rounds = rounds_of(config(method, MIXED, 4, clients__per_round=1, rounds=6), num_rounds=0)
     seen = set()
     for index in range(6):
         (client_id,) = rounds.sample_cohort(index)

@@ -22,7 +22,7 @@ FEDPROTO = {"name": "fedproto", "weight": 0.7}
 
 @pytest.mark.usefixtures("float64")
 def test_round_matches_reference() -> None:
-    rounds = rounds_of(config("fedproto", MIXED, algorithm=FEDPROTO), held=1)
+    rounds = rounds_of(config("fedproto", MIXED, algorithm=FEDPROTO), num_rounds=1)
     before, prototypes = clients(rounds), rounds.server.state["prototypes"].clone()
     known = rounds.server.state["known"].bool()
     rounds.run_round()
@@ -102,7 +102,7 @@ def test_prediction_ignores_classes_without_prototype() -> None:
 
 @pytest.mark.parametrize("home", [True, False])
 def test_prediction_uses_prototype_distances(home: bool) -> None:
-    rounds = rounds_of(config("fedproto", MIXED), held=0)
+    rounds = rounds_of(config("fedproto", MIXED), num_rounds=0)
     (client_id, *_), rows = list(rounds.federation.client_infos), Rows("common_test")
 
     def read(inference: str) -> torch.Tensor:
@@ -147,7 +147,7 @@ def test_unsent_class_keeps_its_prototype() -> None:
 def test_clients_without_shared_statistics_send_no_prototypes() -> None:
     source = config("fedproto", MIXED)
     source["clients"]["overrides"] = [{"match": "site_2", "shares": ["parameters", "predictions"]}]
-    rounds, seen = rounds_of(source, held=0), {}
+    rounds, seen = rounds_of(source, num_rounds=0), {}
     receive = rounds.decode_upload
     rounds.decode_upload = lambda c, *rest: seen.setdefault(c.client_id, receive(c, *rest))  # type: ignore[method-assign]
     rounds.run_round()
@@ -156,8 +156,8 @@ def test_clients_without_shared_statistics_send_no_prototypes() -> None:
         "site_2": [],
         "site_3": ["features"],
     }
-    whole = sum(p.nbytes for p in clients(rounds)["site_1"].models["model"].values())
-    assert rounds.traffic.up < whole
+    full = sum(p.nbytes for p in clients(rounds)["site_1"].models["model"].values())
+    assert rounds.traffic.up < full
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ def test_fedtgp_round_matches_reference(tau: float, weight: float | None) -> Non
     }
     # Λ in the authors' script.
     pulled = 10.0 if weight is None else weight
-    rounds = rounds_of(config("fedtgp", MIXED, algorithm=settings), held=1)
+    rounds = rounds_of(config("fedtgp", MIXED, algorithm=settings), num_rounds=1)
     before, server = clients(rounds), {s: dict(t) for s, t in rounds.server.models.items()}
     prototypes, known = (rounds.server.state[n].clone() for n in ("prototypes", "known"))
     width = prototypes.shape[1]
@@ -96,8 +96,8 @@ def test_fedtgp_round_matches_reference(tau: float, weight: float | None) -> Non
         sgd.zero_grad()
         (total / len(y)).backward()
         sgd.step()
-    want = (F.relu(rows @ w1.T + b1) @ w2.T + b2).detach()
-    assert torch.allclose(rounds.server.state["prototypes"], want, rtol=0, atol=1e-9)
+    expected = (F.relu(rows @ w1.T + b1) @ w2.T + b2).detach()
+    assert torch.allclose(rounds.server.state["prototypes"], expected, rtol=0, atol=1e-9)
     assert not rounds.server.models["vectors"]["head.bias"].any()
     assert rounds.server.state["known"].bool().tolist() == [
         bool(known[k]) or k in {c for _, c in sent} for k in range(10)
@@ -106,7 +106,7 @@ def test_fedtgp_round_matches_reference(tau: float, weight: float | None) -> Non
 
 @pytest.mark.usefixtures("float64")
 def test_fedgh_round_matches_reference() -> None:
-    rounds = rounds_of(config("fedgh", MIXED, algorithm={"name": "fedgh", **SERVER}), held=1)
+    rounds = rounds_of(config("fedgh", MIXED, algorithm={"name": "fedgh", **SERVER}), num_rounds=1)
     before, head = clients(rounds), dict(rounds.server.models["head"])
     rounds.run_round()
     sent: list[tuple[Tensor, int]] = []
@@ -152,7 +152,7 @@ def test_clients_without_shared_statistics_send_nothing(
 ) -> None:
     source = config(method, MIXED)
     source["clients"]["overrides"] = [{"match": "site_2", "shares": ["parameters", "predictions"]}]
-    rounds, seen = rounds_of(source, held=0), {}
+    rounds, seen = rounds_of(source, num_rounds=0), {}
     receive = rounds.decode_upload
     rounds.decode_upload = lambda c, *rest: seen.setdefault(c.client_id, receive(c, *rest))  # type: ignore[method-assign]
     rounds.run_round()
@@ -175,7 +175,7 @@ def test_clients_without_shared_statistics_send_nothing(
 def test_fedgh_sends_head_at_sharing_interval() -> None:
     source = {**config("fedgh", MIXED), "rounds": 5}
     source["clients"]["defaults"]["share_every"] = 2
-    rounds, sent = rounds_of(source, held=0), []
+    rounds, sent = rounds_of(source, num_rounds=0), []
     for index in range(5):
         rounds._set_round_context(index)
         sent.append(

@@ -53,7 +53,7 @@ def test_round_matches_reference(masked: bool, scaler: bool, weighting: str | No
     )
     source["clients"] |= {"per_round": 2, "overrides": [RAGGED]}
     source["data"]["partition"]["alpha"] = 0.1
-    rounds = rounds_of(source, held=3)
+    rounds = rounds_of(source, num_rounds=3)
     ((slot, wide),) = rounds.server.models.items()
     before, cohort = clients(rounds), rounds.sample_cohort(3)
     shares = {client_id: rounds.algorithm.widths[client_id] for client_id in before}
@@ -111,8 +111,10 @@ def test_round_matches_reference(masked: bool, scaler: bool, weighting: str | No
             count[n][place] += weight * own
     rounds.run_round()
     assert any((c == 0).any() for c in count.values())
-    want = {n: torch.where(count[n] > 0, total[n] / count[n].clamp(min=1), wide[n]) for n in total}
-    assert apart(rounds.server.models[slot], want) < 1e-9
+    expected = {
+        n: torch.where(count[n] > 0, total[n] / count[n].clamp(min=1), wide[n]) for n in total
+    }
+    assert apart(rounds.server.models[slot], expected) < 1e-9
     for client_id, kept in statistics.items():
         assert set(floating_tensors(rounds.store.get(client_id).models["model"])) == set(kept)
         assert apart(rounds.store.get(client_id).models["model"], kept) < 1e-9
@@ -126,12 +128,12 @@ def test_full_width_equals_fedavg() -> None:
         )
         for settings, equal in (({}, True), ({"widths": [1, 1, 0.5]}, False)):
             algorithm = {"name": "heterofl", "weighting": weighting, **settings}
-            ours = rounds_of(config("heterofl", wide, algorithm=algorithm))
+            actual = rounds_of(config("heterofl", wide, algorithm=algorithm))
             (group,) = fedavg.server.models
-            (slot,) = ours.server.models
+            (slot,) = actual.server.models
             assert (
                 slot == group
-                and same_bits(ours.server.models[slot], fedavg.server.models[group]) is equal
+                and same_bits(actual.server.models[slot], fedavg.server.models[group]) is equal
             )
 
 

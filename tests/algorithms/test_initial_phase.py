@@ -75,7 +75,7 @@ def cross_entropy(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
 @pytest.mark.usefixtures("float64")
 def test_fedmd_first_round_matches_reference() -> None:
     """Expect labeled proxy rows, then private rows, then the usual round, for new clients only."""
-    rounds = rounds_of(federation(), held=0)
+    rounds = rounds_of(federation(), num_rounds=0)
     taken_part: set[str] = set()
     kinds = set()
     for index in range(4):
@@ -125,7 +125,7 @@ def digest(model: nn.Module, x: Tensor, teacher: Tensor, where: tuple[Any, ...])
 @pytest.mark.usefixtures("float64")
 def test_kt_pfl_first_round_matches_reference() -> None:
     """Expect private rows first, then the mixture if there is one, then the usual epochs."""
-    rounds = rounds_of(federation("kt_pfl", temperature=T), held=0)
+    rounds = rounds_of(federation("kt_pfl", temperature=T), num_rounds=0)
     taken_part: set[str] = set()
     late = 0
     for index in range(3):
@@ -191,7 +191,7 @@ def test_disabled_initial_phase_changes_nothing(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["fedmd", "kt_pfl"])
 def test_each_client_runs_it_once_in_its_first_round(method: str) -> None:
-    rounds = rounds_of(federation(method), held=0)
+    rounds = rounds_of(federation(method), num_rounds=0)
     seen = watched(rounds)
     taken_part: Counter[str] = Counter()
     labels = PHASE if method == "fedmd" else PHASE[1:]
@@ -207,7 +207,7 @@ def test_each_client_runs_it_once_in_its_first_round(method: str) -> None:
 
 
 def test_refused_first_upload_repeats_it() -> None:
-    rounds = rounds_of(federation(per_round=4), held=0)
+    rounds = rounds_of(federation(per_round=4), num_rounds=0)
     seen = watched(rounds)
     spoil_first_upload(rounds, "site_1")
 
@@ -238,7 +238,7 @@ def spoil_first_upload(rounds: SynchronousTrainer, client_id: str) -> None:
 def test_proxy_labels_are_not_needed_without_public_epochs() -> None:
     source = federation(initial_public_epochs=0)
     source["data"]["proxy"]["labels"] = False
-    rounds = rounds_of(source, held=0)
+    rounds = rounds_of(source, num_rounds=0)
     seen = watched(rounds)
 
     (first, *_) = rounds.run_round()["cohort"]
@@ -250,11 +250,11 @@ def test_proxy_labels_are_not_needed_without_public_epochs() -> None:
 @pytest.mark.parametrize("method", ["fedmd", "kt_pfl"])
 def test_worker_processes_match_one_process(method: str) -> None:
     setup = setup_of(federation(method, per_round=3))
-    want = outcome(rounds_on(setup, None))
+    expected = outcome(rounds_on(setup, None))
     with shared_process_pool(setup, 2) as pool:
         pool.take(setup)
         for size in (1, 2):
-            assert outcome(rounds_on(setup, pool, size)) == want
+            assert outcome(rounds_on(setup, pool, size)) == expected
 
 
 @pytest.mark.slow
@@ -274,9 +274,9 @@ def test_asynchronous_run_has_it_once_per_client() -> None:
     for _ in range(3):
         session.run_round()
 
-    begun = {line.partition(":")[0] for line in seen}
-    assert len(begun) > 2 and sum(seen.values()) > 3 * len(begun)
-    assert all(seen[f"{client_id}: initial private"] == 1 for client_id in begun)
+    started = {line.partition(":")[0] for line in seen}
+    assert len(started) > 2 and sum(seen.values()) > 3 * len(started)
+    assert all(seen[f"{client_id}: initial private"] == 1 for client_id in started)
 
 
 def test_requirements_are_declared() -> None:

@@ -50,7 +50,7 @@ def follow(model: torch.nn.Module, x: Tensor, mixed: Tensor, where: tuple[Any, .
 def test_round_matches_reference() -> None:
     """Expect distillation, private training, and predictions of the trained model."""
     settings = {"rho": 0.4, "coefficient_lr": 0.2, "coefficient_steps": 3}
-    rounds = rounds_of(federation(**settings), held=1)
+    rounds = rounds_of(federation(**settings), num_rounds=1)
     before, state = clients(rounds), dict(rounds.server.state)
     rounds.run_round()
     predictions = []
@@ -89,7 +89,7 @@ def test_round_matches_reference() -> None:
 def test_evaluation_distills_newest_mixture() -> None:
     source = federation("mlp", coefficient_lr=0.2)
     source["clients"]["per_round"] = 2
-    rounds = rounds_of(source, held=1)
+    rounds = rounds_of(source, num_rounds=1)
     state = rounds.server.state
     # The third client did not participate and receives the plain mean.
     assert len(state["seen"]) == 2
@@ -116,9 +116,9 @@ def test_evaluation_distills_newest_mixture() -> None:
 @pytest.mark.usefixtures("float64")
 def test_simplex_projection_is_nearest_distribution() -> None:
     rows = torch.randn(40, 5, generator=torch.Generator().manual_seed(2))
-    ours = project_to_simplex(rows)
-    assert torch.allclose(ours, torch.tensor([nearest(r) for r in rows.tolist()]), atol=1e-12)
-    assert torch.allclose(project_to_simplex(ours), ours, atol=1e-15)
+    actual = project_to_simplex(rows)
+    assert torch.allclose(actual, torch.tensor([nearest(r) for r in rows.tolist()]), atol=1e-12)
+    assert torch.allclose(project_to_simplex(actual), actual, atol=1e-15)
     assert torch.equal(
         normalize_rows(torch.tensor([[0.0, 0.0], [1.0, 3.0]])),
         torch.tensor([[0.5, 0.5], [0.25, 0.75]]),
@@ -135,7 +135,7 @@ def learned(rounds: SynchronousTrainer, p: Tensor, **settings: Any) -> Tensor:
 
 @pytest.mark.usefixtures("float64")
 def test_learned_coefficients_in_limit_cases() -> None:
-    rounds = rounds_of(federation("mlp"), held=0)
+    rounds = rounds_of(federation("mlp"), num_rounds=0)
     p = (3 * torch.randn(4, 50, 10, generator=torch.Generator().manual_seed(4))).softmax(-1)
     p[1] = p[0]
     uniform = torch.full((4, 4), 0.25)
@@ -143,19 +143,19 @@ def test_learned_coefficients_in_limit_cases() -> None:
     # Equal clients.
     assert torch.allclose(of_equals, uniform, atol=1e-12)
     steps = {"coefficient_lr": 0.02, "coefficient_steps": 200}
-    free, held = learned(rounds, p, rho=0.0, **steps), learned(rounds, p, rho=20.0, **steps)
+    free, regularized = learned(rounds, p, rho=0.0, **steps), learned(rounds, p, rho=20.0, **steps)
     # Without regularization each client learns a weight on itself,
     assert (free.argmax(1)[2:] == torch.tensor([2, 3])).all()
     # and an equal weight on equal clients.
     assert torch.allclose(free[0, 0], free[0, 1]) and free[0, 1] > 1.5 * free[0, 2]
-    assert float((held - uniform).abs().max()) < 0.5 * float((free - uniform).abs().max())
+    assert float((regularized - uniform).abs().max()) < 0.5 * float((free - uniform).abs().max())
     assert torch.allclose(learned(rounds, p[:1]), torch.ones(1, 1))
     assert "mix" not in rounds.server.models and "mix" not in rounds.server.arch
 
 
 @pytest.mark.usefixtures("float64")
 def test_zero_learning_rate_uses_the_mean_teacher() -> None:
-    rounds = rounds_of(federation(coefficient_steps=0), held=1)
+    rounds = rounds_of(federation(coefficient_steps=0), num_rounds=1)
     teachers = [
         rounds.algorithm.broadcast(rounds.server, c)["teacher"]
         for c in rounds.federation.client_infos.values()
@@ -169,8 +169,8 @@ def test_zero_learning_rate_uses_the_mean_teacher() -> None:
         "teacher"
     ]
     assert torch.allclose((teacher / T).softmax(1), mean, atol=1e-12)
-    first = rounds_of(federation(), held=0)
-    local = rounds_of(config("local", MIXED, 3), held=1)
+    first = rounds_of(federation(), num_rounds=0)
+    local = rounds_of(config("local", MIXED, 3), num_rounds=1)
     # No client has a teacher yet.
     first.run_round()
     for client_id in local.federation.client_infos:
@@ -186,7 +186,7 @@ def test_zero_learning_rate_uses_the_mean_teacher() -> None:
 def test_absent_clients_keep_their_coefficients() -> None:
     source = federation("mlp", 4, coefficient_lr=0.3)
     source["clients"]["per_round"] = 2
-    rounds = rounds_of({**source, "rounds": 6}, held=0)
+    rounds = rounds_of({**source, "rounds": 6}, num_rounds=0)
     ids, changed = list(rounds.federation.client_infos), 0
 
     def coefficients() -> Tensor:

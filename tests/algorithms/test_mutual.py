@@ -54,7 +54,7 @@ def weighted_mean(sent: list[tuple[int, dict[str, Tensor]]]) -> dict[str, Tensor
 
 @pytest.mark.usefixtures("float64")
 def test_fml_round_matches_reference() -> None:
-    rounds = rounds_of(federation("fml", alpha=0.6, beta=0.3), held=1)
+    rounds = rounds_of(federation("fml", alpha=0.6, beta=0.3), num_rounds=1)
     before, shared, sent = clients(rounds), dict(rounds.server.models[MENTEE]), []
     rounds.run_round()
     for client_id, client in before.items():
@@ -95,7 +95,7 @@ def truncated(update: Tensor, energy: float) -> Tensor:
 @pytest.mark.usefixtures("float64")
 def test_fedkd_round_matches_reference() -> None:
     rounds = rounds_of(
-        federation("fedkd", energy_start=0.5, energy_end=0.8, hidden_weight=0.9), held=1
+        federation("fedkd", energy_start=0.5, energy_end=0.8, hidden_weight=0.9), num_rounds=1
     )
     before, shared, sent = clients(rounds), dict(rounds.server.models[MENTEE]), []
     cut = 0.0
@@ -176,7 +176,9 @@ def trained(rounds: SynchronousTrainer, client_id: str) -> tuple[Participant, Pa
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("settings", [{}, {"energy_start": 1.0, "energy_end": 1.0}])
 def test_single_client_mentee_equals_server_mentee(settings: dict[str, float]) -> None:
-    rounds = rounds_of(federation("fedkd" if settings else "fml", clients=1, **settings), held=1)
+    rounds = rounds_of(
+        federation("fedkd" if settings else "fml", clients=1, **settings), num_rounds=1
+    )
     (client_id,) = rounds.federation.client_infos
     rounds._set_round_context(1)
     client, _, _ = trained(rounds, client_id)
@@ -202,33 +204,35 @@ def test_padding_is_ignored_and_clients_can_be_stacked(
     x, y = torch.randn(6, 1, 8, 8), torch.arange(6)
     padded = Batch(x=torch.cat([x, 9 * x[:2]]), y=torch.cat([y, y[:2]]))
     padded.weight = torch.tensor([1.0] * 6 + [0.0] * 2)
-    whole = objective.total_loss(nets, Batch(x=x, y=y), {})
-    assert torch.allclose(objective.total_loss(nets, padded, {}), whole, atol=1e-5)
+    full = objective.total_loss(nets, Batch(x=x, y=y), {})
+    assert torch.allclose(objective.total_loss(nets, padded, {}), full, atol=1e-5)
     stacked = torch.vmap(lambda a: objective.total_loss(nets, Batch(x=a, y=y), {}))(
         torch.stack([-x, x])
         # Many clients at once.
     )
-    assert torch.allclose(stacked[1], whole, atol=1e-5)
+    assert torch.allclose(stacked[1], full, atol=1e-5)
 
 
 def test_fedkd_sends_changes_only_to_clients_with_the_last_mentee() -> None:
     source = federation("fedkd", clients=3)
     source["clients"]["per_round"] = 2
-    rounds = rounds_of({**source, "rounds": 6}, held=0)
-    whole = {n: t.clone() for n, t in floating_tensors(rounds.server.models[MENTEE]).items()}
-    held: dict[str, int] = {}
+    rounds = rounds_of({**source, "rounds": 6}, num_rounds=0)
+    complete = {n: t.clone() for n, t in floating_tensors(rounds.server.models[MENTEE]).items()}
+    last_rounds: dict[str, int] = {}
     kinds = set()
     for index in range(6):
         rounds._set_round_context(index)
         for client_id in rounds.federation.client_infos:
             client, got, _ = trained(rounds, client_id)
             kinds.update(got)
-            assert list(got) == (["change"] if held.get(client_id) == index - 1 else [MENTEE])
+            assert list(got) == (
+                ["change"] if last_rounds.get(client_id) == index - 1 else [MENTEE]
+            )
             assert same_bits(client.state["base"], floating_tensors(rounds.server.models[MENTEE]))
-        held.update(dict.fromkeys(rounds.sample_cohort(index), index))
+        last_rounds.update(dict.fromkeys(rounds.sample_cohort(index), index))
         rounds.run_round()
     assert kinds == {"change", MENTEE}
-    full = sum(t.numel() for t in whole.values())
+    full = sum(t.numel() for t in complete.values())
     assert sum(t.numel() for t in rounds.server.state["change"].values()) < full
 
 
@@ -247,7 +251,7 @@ def test_client_sharing_settings_are_respected(method: str) -> None:
         {"match": "site_1", "shares": ["predictions", "statistics"]},
         {"match": "site_2", "shares": ["backbone"]},
     ]
-    rounds = rounds_of({**source, "rounds": 3}, held=2)
+    rounds = rounds_of({**source, "rounds": 3}, num_rounds=2)
     rounds._set_round_context(2)
     before = dict(rounds.server.models[MENTEE])
     kept = {client_id: trained(rounds, client_id) for client_id in rounds.federation.client_infos}
@@ -268,7 +272,7 @@ def test_client_sharing_settings_are_respected(method: str) -> None:
 def test_sharing_interval_of_two_rounds(method: str) -> None:
     source = {**federation(method), "rounds": 5}
     source["clients"]["defaults"]["share_every"] = 2
-    rounds, sent = rounds_of(source, held=0), []
+    rounds, sent = rounds_of(source, num_rounds=0), []
     for index in range(4):
         rounds._set_round_context(index)
         sent.append([list(p) for p in trained(rounds, "site_3")[1:]])

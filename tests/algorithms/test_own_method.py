@@ -43,13 +43,13 @@ def test_documented_method_runs_by_name_and_by_reference(tmp_path: Path) -> None
 
 
 def test_documented_method_sends_median_teacher() -> None:
-    rounds = rounds_of(config("median_teacher", MIXED, rounds=1), held=0)
+    rounds = rounds_of(config("median_teacher", MIXED, rounds=1), num_rounds=0)
     seen = []
     uploads_of = rounds.decode_upload
     rounds.decode_upload = lambda *a: seen.append(uploads_of(*a)) or seen[-1]  # type: ignore[method-assign]
     rounds.run_round()
-    want = np.median([p["logits"].numpy() for p in seen], axis=0)
-    assert np.allclose(rounds.server.state["teacher"], want, atol=1e-6)
+    expected = np.median([p["logits"].numpy() for p in seen], axis=0)
+    assert np.allclose(rounds.server.state["teacher"], expected, atol=1e-6)
 
 
 def test_invalid_setting_is_refused() -> None:
@@ -80,4 +80,4 @@ def test_custom_objective_matches_reference() -> None:
         "focal",
     ):
         with pytest.raises(UserError, match="objective"):
-            rounds_of(config("fedavg", clients__defaults={"objective": wrong}), held=0)
+            rounds_of(config("fedavg", clients__defaults={"objective": wrong}), num_rounds=0)

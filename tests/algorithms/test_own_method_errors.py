@@ -26,7 +26,7 @@ from tests.helpers.small_federations import config, rounds_of, same_bits
 
 def own(**hooks: Callable[..., Any]) -> SynchronousTrainer:
     """Return a federation with a FedAvg that overrides some hooks."""
-    rounds = rounds_of(config("fedavg", "mlp"), held=0)
+    rounds = rounds_of(config("fedavg", "mlp"), num_rounds=0)
     method = type("Mine", (FedAvg,), hooks)()
     rounds.algorithm = rounds.executor.runtime.algorithm = rounds.expectations.algorithm = method
     rounds.expectations.is_user_method = True
@@ -477,7 +477,7 @@ def test_traceback_is_logged_and_exit_status_is_one(
 
 
 def test_internal_error_is_not_translated() -> None:
-    rounds = rounds_of(config("fedavg", "mlp"), held=0)
+    rounds = rounds_of(config("fedavg", "mlp"), num_rounds=0)
     rounds.store = None  # type: ignore[assignment]
     with pytest.raises(AttributeError):
         rounds.run_round()

@@ -45,17 +45,17 @@ def everything(rounds: SynchronousTrainer) -> bytes:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", STATEFUL)
 def test_resumed_run_matches_uninterrupted_run(method: str, tmp_path: Path) -> None:
-    whole = rounds_of(source(method))
-    begun = rounds_of(source(method), held=2, store=StateStore(tmp_path))
-    Checkpoints(begun.store, pytest.fail).save(2, {"run": begun.state_dict()})
+    uninterrupted = rounds_of(source(method))
+    started = rounds_of(source(method), num_rounds=2, store=StateStore(tmp_path))
+    Checkpoints(started.store, pytest.fail).save(2, {"run": started.state_dict()})
     store = StateStore(tmp_path)
     tree = Checkpoints(store, pytest.fail).load_newest()
     assert tree is not None
-    resumed = rounds_of(source(method), held=0, store=store)
+    resumed = rounds_of(source(method), num_rounds=0, store=store)
     resumed.load_state_dict(tree["run"])
     for _ in range(2):
         resumed.run_round()
-    assert everything(resumed) == everything(whole)
+    assert everything(resumed) == everything(uninterrupted)
 
 
 @pytest.mark.slow

@@ -55,7 +55,7 @@ def is_norm(client: Participant) -> set[str]:
 
 @pytest.mark.usefixtures("float64")
 def test_fedbn_round_matches_reference() -> None:
-    rounds = rounds_of(config("fedbn", [BN, MLP], 4), held=2)
+    rounds = rounds_of(config("fedbn", [BN, MLP], 4), num_rounds=2)
     sent: Sent = {}
     models = {}
     for client_id, client in clients(rounds).items():
@@ -131,7 +131,7 @@ class Odd(SplitModel):
 @pytest.mark.usefixtures("float64")
 def test_fedrep_round_matches_reference() -> None:
     algorithm = {"name": "fedrep", "head_epochs": 3, "body_epochs": 2}
-    rounds = rounds_of(config("fedrep", [BN, MLP], 4, algorithm=algorithm), held=1)
+    rounds = rounds_of(config("fedrep", [BN, MLP], 4, algorithm=algorithm), num_rounds=1)
     sent: Sent = {}
     models = {}
     for client_id, client in clients(rounds).items():
@@ -161,7 +161,7 @@ def test_fedrep_round_matches_reference() -> None:
 
 def test_fedrep_uses_client_epochs_or_steps_for_the_head() -> None:
     for changes in ({"clients__defaults__epochs": 2}, {"clients__defaults__steps": 7}):
-        rounds, steps = rounds_of(config("fedrep", "mlp", 2, **changes), held=0), {}
+        rounds, steps = rounds_of(config("fedrep", "mlp", 2, **changes), num_rounds=0), {}
         client = clients(rounds)["site_1"]
         plan = rounds.algorithm.train(
             client,
@@ -186,7 +186,7 @@ def test_fedrep_uses_client_epochs_or_steps_for_the_head() -> None:
 @pytest.mark.parametrize("finetune", ["all", "head"])
 def test_fedbabu_round_matches_reference(finetune: str) -> None:
     algorithm = {"name": "fedbabu", "finetune": finetune, "finetune_epochs": 2}
-    rounds = rounds_of(config("fedbabu", [BN, MLP], 4, algorithm=algorithm), held=1)
+    rounds = rounds_of(config("fedbabu", [BN, MLP], 4, algorithm=algorithm), num_rounds=1)
     sent: Sent = {}
     for client in clients(rounds).values():
         model = received(rounds, client)
@@ -202,17 +202,17 @@ def test_fedbabu_round_matches_reference(finetune: str) -> None:
     compare(rounds, sent)
     for client_id, client in clients(rounds).items():
         arch = client.arch["model"]
-        begun = rounds.federation.initial_tensors(arch)
+        started = rounds.federation.initial_tensors(arch)
         assert all(
-            torch.equal(rounds.server.models[arch.spec_id][n], begun[n])
-            for n in begun
+            torch.equal(rounds.server.models[arch.spec_id][n], started[n])
+            for n in started
             if n.startswith("head.")
         )
-        travels = rounds.algorithm.broadcast(
+        is_sent = rounds.algorithm.broadcast(
             rounds.server, rounds.federation.client_infos[client_id]
         )["model"]
         # Averaging equal heads would only cost traffic.
-        assert travels.keys() == sent[arch.spec_id][0][1].keys()
+        assert is_sent.keys() == sent[arch.spec_id][0][1].keys()
         tuned = received(rounds, client)
         parameters = [
             p for n, p in tuned.named_parameters() if finetune == "all" or n.startswith("head.")
@@ -220,7 +220,7 @@ def test_fedbabu_round_matches_reference(finetune: str) -> None:
         train(client, parameters, entropy(tuned), "personalise", 2)
         read = deployed(rounds, client_id).models["model"]
         assert apart(read, tuned) < 1e-9
-        assert not torch.equal(read["head.weight"], begun["head.weight"])
+        assert not torch.equal(read["head.weight"], started["head.weight"])
 
 
 def test_fedbabu_server_has_a_model_with_one_group() -> None:
@@ -232,7 +232,7 @@ def test_fedbabu_server_has_a_model_with_one_group() -> None:
 def test_ditto_round_matches_reference() -> None:
     algorithm = {"name": "ditto", "weight": 0.3, "personal_epochs": 2}
     rounds = rounds_of(
-        config("ditto", [BN, MLP], 6, algorithm=algorithm, clients__per_round=4), held=2
+        config("ditto", [BN, MLP], 6, algorithm=algorithm, clients__per_round=4), num_rounds=2
     )
     sent: Sent = {}
     personal = {}
@@ -275,10 +275,10 @@ def test_ditto_shared_model_equals_fedavg(weight: float) -> None:
 @pytest.mark.parametrize("weight, equal", [(0.0, True), (1.0, False)])
 def test_ditto_without_proximal_term_trains_locally(weight: float, equal: bool) -> None:
     """Use whole batches, because the personal model draws batches with a separate key."""
-    whole = {"clients__defaults__batch_size": 500, "clients__defaults__epochs": 3}
-    local = rounds_of(config("local", MIXED, 4, **whole))
+    full = {"clients__defaults__batch_size": 500, "clients__defaults__epochs": 3}
+    local = rounds_of(config("local", MIXED, 4, **full))
     ditto = rounds_of(
-        config("ditto", MIXED, 4, algorithm={"name": "ditto", "weight": weight}, **whole)
+        config("ditto", MIXED, 4, algorithm={"name": "ditto", "weight": weight}, **full)
     )
     for client_id in local.federation.client_infos:
         far = apart(

@@ -55,7 +55,7 @@ def settings(method: str, same: bool, **own: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def held(method: str, rounds: int = 3, same: bool = True, **own: Any) -> SynchronousTrainer:
+def run_rounds(method: str, rounds: int = 3, same: bool = True, **own: Any) -> SynchronousTrainer:
     run = prepare(settings(method, same, **own), dataset=slopes()).make_trainer()
     for _ in range(rounds):
         run.run_round()
@@ -74,7 +74,7 @@ def test_regression_learns_without_softmax(method: str, monkeypatch: pytest.Monk
         monkeypatch.setattr(F, name, refused, raising=False)
     for name in ("cross_entropy", "kl_div", "binary_cross_entropy_with_logits", "logsigmoid"):
         monkeypatch.setattr(F, name, refused)
-    run = held(method)
+    run = run_rounds(method)
     scores = run.evaluate().clients
     for reading in scores.values():
         error = reading.scores["global"]["mae"]
@@ -84,7 +84,7 @@ def test_regression_learns_without_softmax(method: str, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("method", ["fedmd", "feddf", "hybrid"])
 def test_temperature_does_not_change_regression(method: str) -> None:
-    one, other = held(method, temperature=1.0), held(method, temperature=4.0)
+    one, other = run_rounds(method, temperature=1.0), run_rounds(method, temperature=4.0)
     for client_id in one.federation.client_infos.clients.ids:
         a, b = deployed(one, client_id).models["model"], deployed(other, client_id).models["model"]
         assert all(torch.equal(a[n], b[n]) for n in a)
@@ -102,7 +102,7 @@ def test_regression_distillation_uses_squared_error() -> None:
     [("mean", False), ("entropy", False), ("samples", True), ("contrast", True)],
 )
 def test_regression_teacher_is_weighted_mean_of_predictions(kind: str, by_rows: bool) -> None:
-    run = held("fedmd", 1, same=False, teacher=kind)
+    run = run_rounds("fedmd", 1, same=False, teacher=kind)
     ids = run.federation.client_infos.clients.ids
     predictions = [
         run.executor.runtime.predict(deployed(run, client_id), Rows("proxy"), False)
@@ -119,10 +119,10 @@ def test_regression_teacher_is_weighted_mean_of_predictions(kind: str, by_rows: 
 
 
 def test_regression_ensemble_averages_predictions() -> None:
-    run = held("ensemble", 1, same=False)
+    run = run_rounds("ensemble", 1, same=False)
     ids = run.federation.client_infos.clients.ids
     client = deployed(run, ids[0])
-    whole = run.executor.runtime.predict(client, Rows("common_test"), False)  # type: ignore[attr-defined]
+    full = run.executor.runtime.predict(client, Rows("common_test"), False)  # type: ignore[attr-defined]
     members = []
     for client_id in ids:
         card = run.federation.client_infos[client_id]
@@ -137,4 +137,4 @@ def test_regression_ensemble_averages_predictions() -> None:
                 run.federation.data.columns(client_id, "common_test", card.preprocess)["x"]
             )
         )
-    assert torch.allclose(whole, torch.stack(members).mean(0), atol=1e-6)
+    assert torch.allclose(full, torch.stack(members).mean(0), atol=1e-6)

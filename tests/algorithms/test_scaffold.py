@@ -23,7 +23,7 @@ UNIFORM = {"name": "scaffold", "weighting": "uniform", "server_lr": 0.8}
 def test_round_matches_reference(weighting: str) -> None:
     algorithm = {**UNIFORM, "weighting": weighting}
     rounds = rounds_of(
-        config("scaffold", MIXED[:2], 6, algorithm=algorithm, clients__per_round=4), held=3
+        config("scaffold", MIXED[:2], 6, algorithm=algorithm, clients__per_round=4), num_rounds=3
     )
     before, server, cohort = clients(rounds), rounds.server, rounds.sample_cohort(3)
     models = {g: dict(m) for g, m in server.models.items()}
@@ -69,8 +69,8 @@ def test_round_matches_reference(weighting: str) -> None:
                 for n, t in average.items()
             }
             assert apart(server.models[group], moved) < 1e-9
-        want = {n: controls[group][n] + change[group][n] for n in change[group]}
-        assert apart(server.state["control"][group], want) < 1e-9
+        expected = {n: controls[group][n] + change[group][n] for n in change[group]}
+        assert apart(server.state["control"][group], expected) < 1e-9
 
 
 def test_first_round_equals_fedavg() -> None:
@@ -79,11 +79,11 @@ def test_first_round_equals_fedavg() -> None:
             rounds_of(config(m, MIXED[:2], 4, rounds=rounds)) for m in ("fedavg", "scaffold")
         )
         for group in fedavg.server.models:
-            ours, theirs = (
+            actual, expected = (
                 floating_tensors(scaffold.server.models[group]),
                 floating_tensors(fedavg.server.models[group]),
             )
-            assert same_bits(ours, theirs) is equal
+            assert same_bits(actual, expected) is equal
 
 
 @pytest.mark.usefixtures("float64")
@@ -115,14 +115,14 @@ def test_server_control_is_the_mean_of_client_controls(changes: dict[str, Any]) 
     ]
     assert any(mine)
     for n, c in control.items():
-        want = sum(m[n] for m in mine if m) / 5
-        assert c.abs().sum() > 0 and torch.allclose(c, want, rtol=0, atol=1e-10)
+        expected = sum(m[n] for m in mine if m) / 5
+        assert c.abs().sum() > 0 and torch.allclose(c, expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.usefixtures("float64")
 def test_infrequent_upload_averages_gradients_since_the_last() -> None:
     source = config("scaffold", "mlp", 2, algorithm=UNIFORM, clients__defaults__share_every=2)
-    rounds = rounds_of(source, held=0)
+    rounds = rounds_of(source, num_rounds=0)
     start, path = {n: t.clone() for n, t in next(iter(rounds.server.models.values())).items()}, 0.0
     for index in range(2):
         client = clients(rounds)["site_1"]
@@ -131,8 +131,8 @@ def test_infrequent_upload_averages_gradients_since_the_last() -> None:
         rounds.run_round()
         assert ("since" in rounds.store.get("site_1").state) is (index == 0)
     kept = rounds.store.get("site_1")
-    want = {n: (start[n] - kept.models["model"][n]) / path for n in start}
-    assert apart(kept.state["control"], want) < 1e-9
+    expected = {n: (start[n] - kept.models["model"][n]) / path for n in start}
+    assert apart(kept.state["control"], expected) < 1e-9
 
 
 @pytest.mark.usefixtures("float64")
@@ -140,7 +140,7 @@ def test_head_learning_rate_scales_correction_and_control() -> None:
     optimizer = {"name": "sgd", "lr": 0.05, "head_lr": 0.2}
     rounds = rounds_of(
         config("scaffold", "mlp", 2, algorithm=UNIFORM, clients__defaults__optimizer=optimizer),
-        held=1,
+        num_rounds=1,
     )
     (model,), (control,) = rounds.server.models.values(), rounds.server.state["control"].values()
     client, x, c = clients(rounds)["site_1"], dict(model), dict(control)
@@ -154,11 +154,11 @@ def test_head_learning_rate_scales_correction_and_control() -> None:
             for n, p in net.named_parameters():
                 p.sub_(rates[n] * (p.grad + c[n] - mine[n]))
         steps += 1
-    want = {
+    expected = {
         n: mine[n] - c[n] + (x[n] - p.detach()) / (steps * rates[n])
         for n, p in net.named_parameters()
     }
-    assert apart(rounds.store.get("site_1").state["control"], want) < 1e-9
+    assert apart(rounds.store.get("site_1").state["control"], expected) < 1e-9
 
 
 def test_adam_is_replaced_by_sgd_with_a_note() -> None:
@@ -180,7 +180,9 @@ def test_adam_is_replaced_by_sgd_with_a_note() -> None:
 
 
 def test_only_shared_tensors_have_controls() -> None:
-    rounds = rounds_of(config("scaffold", "mlp", 3, clients__defaults__shares=["backbone"]), held=1)
+    rounds = rounds_of(
+        config("scaffold", "mlp", 3, clients__defaults__shares=["backbone"]), num_rounds=1
+    )
     state = rounds.store.get("site_1").state["control"]
     assert state and all(n.startswith("backbone.") for n in state)
     (control,) = rounds.server.state["control"].values()

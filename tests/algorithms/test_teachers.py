@@ -29,7 +29,7 @@ from tests.references.local_training import apart, clients, module, train
 @pytest.mark.usefixtures("float64")
 def test_entropy_teacher_matches_reference() -> None:
     logits = 3 * torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(6))
-    ours = mean_of_items(
+    actual = mean_of_items(
         [proxy_predictions(Task("multiclass", 5), "entropy", z, None, 9) for z in logits]
     )
     for row in range(4):
@@ -37,19 +37,19 @@ def test_entropy_teacher_matches_reference() -> None:
         for z in logits[:, row]:
             p = z.softmax(0).tolist()
             say.append(math.exp(sum(q * math.log(q) for q in p)))
-        want = sum(a * z for a, z in zip(say, logits[:, row], strict=True)) / sum(say)
-        assert torch.allclose(ours[row], want, atol=1e-10)
+        expected = sum(a * z for a, z in zip(say, logits[:, row], strict=True)) / sum(say)
+        assert torch.allclose(actual[row], expected, atol=1e-10)
 
 
 @pytest.mark.usefixtures("float64")
 def test_entropy_is_per_label_and_undefined_for_regression() -> None:
     logits = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(7))
-    ours = mean_of_items(
+    actual = mean_of_items(
         [proxy_predictions(Task("multilabel", 3), "entropy", z, None, 9) for z in logits]
     )
     p = logits.sigmoid()
     say = (p * p.log() + (1 - p) * (1 - p).log()).exp()
-    assert torch.allclose(ours, (say * logits).sum(0) / say.sum(0), atol=1e-10)
+    assert torch.allclose(actual, (say * logits).sum(0) / say.sum(0), atol=1e-10)
     plain = mean_of_items(
         [
             proxy_predictions(Task("regression", 3), "entropy", z, None, n)
@@ -110,7 +110,7 @@ def test_fedmd_round_on_sampled_rows_matches_reference(distance: str) -> None:
         "proxy_batch_size": 25,
         "teacher": "entropy",
     }
-    rounds = rounds_of(config("fedmd", MIXED, algorithm=settings), held=1)
+    rounds = rounds_of(config("fedmd", MIXED, algorithm=settings), num_rounds=1)
     before, teacher = clients(rounds), rounds.server.state[TEACHER].clone()
     site = clients(rounds)["site_1"]
     last, now = rounds.algorithm.proxy_indices(site, 0), rounds.algorithm.proxy_indices(site)
@@ -143,7 +143,7 @@ def test_fedmd_round_on_sampled_rows_matches_reference(distance: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedmd", "feddf", "hybrid", "ds_fl", "kt_pfl"])
 def test_rows_per_round_of_full_size_equals_full_set(method: str) -> None:
-    whole, as_many, fewer = (
+    uninterrupted, as_many, fewer = (
         rounds_of(
             config(
                 method,
@@ -155,11 +155,11 @@ def test_rows_per_round_of_full_size_equals_full_set(method: str) -> None:
         )
         for n in (None, 99, 20)
     )
-    assert same_bits(whole.server.models["student"], as_many.server.models["student"])
-    assert not same_bits(whole.server.models["student"], fewer.server.models["student"])
+    assert same_bits(uninterrupted.server.models["student"], as_many.server.models["student"])
+    assert not same_bits(uninterrupted.server.models["student"], fewer.server.models["student"])
     if method != "feddf":
         predictions = fewer.server.state["predictions" if method == "kt_pfl" else TEACHER]
-        assert fewer.traffic.up < whole.traffic.up and predictions.shape[-2:] == (20, 10)
+        assert fewer.traffic.up < uninterrupted.traffic.up and predictions.shape[-2:] == (20, 10)
 
 
 @pytest.mark.parametrize("method", ["fedmd", "hybrid", "ds_fl", "kt_pfl"])
@@ -168,7 +168,7 @@ def test_old_teacher_is_distilled_on_its_rows(method: str) -> None:
     settings = {"name": method, "proxy_rows": 20}
     source = {**config(method, MIXED, algorithm=settings), "rounds": 6}
     source["clients"]["defaults"]["share_every"] = 3
-    rounds = rounds_of(source, held=4)
+    rounds = rounds_of(source, num_rounds=4)
     rounds._set_round_context(4)
     card = rounds.federation.client_infos["site_1"]
     client, got = (
@@ -221,7 +221,7 @@ def test_every_method_applies_logit_adjustment(settings: dict[str, str]) -> None
         settings["name"] in BY_DISTANCE and "inference" not in settings,
     )
     source = config(method, MIXED, clients=4, algorithm={**settings, "logit_adjustment": True})
-    rounds = rounds_of(source, held=1)
+    rounds = rounds_of(source, num_rounds=1)
     fits: list[tuple[Any, Fit]] = []
     perform = rounds.backend.run
     rounds.backend.run = lambda work: (
@@ -234,8 +234,8 @@ def test_every_method_applies_logit_adjustment(settings: dict[str, str]) -> None
     assert private
     for participant, fit in private:
         y = fit.data.columns(participant)["y"]
-        want = log_prior(participant.task, torch.bincount(y, minlength=10))
-        assert want is not None and torch.equal(fit.context["log_prior"], want)
+        expected = log_prior(participant.task, torch.bincount(y, minlength=10))
+        assert expected is not None and torch.equal(fit.context["log_prior"], expected)
     for client_id in rounds.federation.client_infos:
         site, client = rounds.executor.runtime, deployed(rounds, client_id)
         settings = client.settings

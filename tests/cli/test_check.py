@@ -26,7 +26,7 @@ Damage = Callable[[Path], None]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a finished, an interrupted and another finished run."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("made")
@@ -43,13 +43,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def finished(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made / "finished", tmp_path / "a"))
+def finished(prepared_runs: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(prepared_runs / "finished", tmp_path / "a"))
 
 
 @pytest.fixture
-def stopped(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made / "stopped", tmp_path / "a"))
+def stopped(prepared_runs: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(prepared_runs / "stopped", tmp_path / "a"))
 
 
 def remove(name: str) -> Damage:
@@ -296,25 +296,27 @@ def test_check_omits_remedy_if_unrepairable(
 
 
 def test_check_of_an_undamaged_run_prints_one_line(
-    made: Path, capsys: pytest.CaptureFixture[str]
+    prepared_runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["check", str(made / "finished")]) == 0
+    assert main(["check", str(prepared_runs / "finished")]) == 0
     assert capsys.readouterr() == (
-        f"{made / 'finished'}: no damage found; finished after 4 rounds\n",
+        f"{prepared_runs / 'finished'}: no damage found; finished after 4 rounds\n",
         "",
     )
 
-    assert main(["check", str(made / "stopped")]) == 0
+    assert main(["check", str(prepared_runs / "stopped")]) == 0
     output = (
-        f"{made / 'stopped'}: no damage found; not finished, 3 "
+        f"{prepared_runs / 'stopped'}: no damage found; not finished, 3 "
         "of 4 rounds; `--resume` continues it\n"
     )
     assert capsys.readouterr().out == output
 
 
 @pytest.mark.parametrize("name", ["round-000003 (1).ckpt", "round-copy.ckpt", "round-9.ckpt"])
-def test_check_ignores_files_with_other_names(name: str, made: Path, stopped: Path) -> None:
-    finished = Path(shutil.copytree(made / "finished", stopped.with_name("finished")))
+def test_check_ignores_files_with_other_names(
+    name: str, prepared_runs: Path, stopped: Path
+) -> None:
+    finished = Path(shutil.copytree(prepared_runs / "finished", stopped.with_name("finished")))
     for path in (stopped, finished):
         shutil.copy(path / "checkpoint" / "round-000003.ckpt", path / "checkpoint" / name)
         assert main(["check", str(path)]) == 0
@@ -499,9 +501,13 @@ def test_run_stopped_before_first_checkpoint_restarts(
 
 @pytest.mark.parametrize("settings", ["other", "same"])
 def test_checkpoint_of_another_run_is_refused(
-    settings: str, made: Path, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: str,
+    prepared_runs: Path,
+    stopped: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    other = made / "other"
+    other = prepared_runs / "other"
     if settings == "same":
         other = tmp_path / "other"
         run(SOURCE, out=other)
@@ -528,7 +534,7 @@ def test_record_without_checkpoint_is_accepted(stopped: Path) -> None:
 
 
 def test_resume_rewrites_missing_summary(
-    made: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+    prepared_runs: Path, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (finished / "summary.json").unlink()
     assert main(["check", str(finished)]) == 2
@@ -537,7 +543,7 @@ def test_resume_rewrites_missing_summary(
     assert main(["train", "--resume", "--out", str(finished)]) == 0
 
     assert main(["check", str(finished)]) == 0
-    for path in (made / "finished" / "models").iterdir():
+    for path in (prepared_runs / "finished" / "models").iterdir():
         assert path.read_bytes() == (finished / "models" / path.name).read_bytes()
 
 
@@ -590,7 +596,7 @@ def test_finished_run_of_earlier_version_is_readable(
 
 
 def test_unfinished_run_of_earlier_version_is_resumed(
-    made: Path, stopped: Path, capsys: pytest.CaptureFixture[str]
+    prepared_runs: Path, stopped: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     as_earlier(stopped)
     capsys.readouterr()
@@ -602,7 +608,7 @@ def test_unfinished_run_of_earlier_version_is_resumed(
 
     assert main(["train", "--resume", "--out", str(stopped)]) == 0
 
-    for path in (made / "finished" / "models").iterdir():
+    for path in (prepared_runs / "finished" / "models").iterdir():
         assert path.read_bytes() == (stopped / "models" / path.name).read_bytes()
     assert main(["check", str(stopped)]) == 0
     assert RunDirectory(stopped).checksums()
@@ -628,9 +634,9 @@ def test_missing_plots_and_report_are_accepted(
 
 @pytest.mark.parametrize("case", ["finished", "stopped"])
 def test_missing_log_and_older_checkpoint_are_notes(
-    case: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: str, prepared_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = Path(shutil.copytree(made / case, tmp_path / "a"))
+    path = Path(shutil.copytree(prepared_runs / case, tmp_path / "a"))
     older, newest = sorted(file.name for file in (path / "checkpoint").iterdir())
     (path / "checkpoint" / older).unlink()
     (path / "log.txt").unlink()
@@ -644,10 +650,10 @@ def test_missing_log_and_older_checkpoint_are_notes(
     assert main(["train", "--resume", "--out", str(path)]) == 0
 
 
-def test_checksums_match_sha256sum(made: Path) -> None:
+def test_checksums_match_sha256sum(prepared_runs: Path) -> None:
     import hashlib
 
-    sums = RunDirectory(made / "finished").checksums()
+    sums = RunDirectory(prepared_runs / "finished").checksums()
 
     assert set(sums) >= {
         "config.yaml",
@@ -656,7 +662,9 @@ def test_checksums_match_sha256sum(made: Path) -> None:
         "models/server.safetensors",
     }
     for name, checksum in sums.items():
-        assert hashlib.sha256((made / "finished" / name).read_bytes()).hexdigest() == checksum
+        assert (
+            hashlib.sha256((prepared_runs / "finished" / name).read_bytes()).hexdigest() == checksum
+        )
 
 
 def test_missing_configuration_is_named(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:

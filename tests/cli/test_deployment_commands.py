@@ -302,10 +302,10 @@ def test_federation_of_separate_processes(tmp_path: Path) -> None:
             "client"
         ] == "site_1"
         (run_name,) = {line["run"] for line in done}
-        held = [line for line in lines(log) if line["message"].endswith(" completed")]
-        assert [line["round"] for line in held] == list(range(1, len(held) + 1)) and held[0][
-            "run"
-        ] == run_name
+        completed = [line for line in lines(log) if line["message"].endswith(" completed")]
+        assert [line["round"] for line in completed] == list(
+            range(1, len(completed) + 1)
+        ) and completed[0]["run"] == run_name
         with started(*node_of["site_2"], cwd=tmp_path, log=logs["site_2"]) as second:
             with started(*serving, "--resume", cwd=tmp_path, log=log) as server:
                 until(

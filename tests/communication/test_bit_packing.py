@@ -34,8 +34,8 @@ def test_packed_fields_round_trip_in_minimal_size(bits: int, count: int) -> None
 
 def test_packed_bits_match_loop() -> None:
     values, bits = [5, 0, 7, 3, 1, 6, 2, 4, 7], 3
-    want = sum(v << (bits * i) for i, v in enumerate(values)).to_bytes(4, "little")
-    assert pack_bits(np.array(values), bits) == want
+    expected = sum(v << (bits * i) for i, v in enumerate(values)).to_bytes(4, "little")
+    assert pack_bits(np.array(values), bits) == expected
 
 
 @given(st.integers(1, 3000), st.floats(0, 1), st.integers(0, 99), st.booleans())

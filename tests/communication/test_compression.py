@@ -170,9 +170,10 @@ def test_low_rank_energy_rule_matches_fedkd() -> None:
         1, 50, generator=keyed_generator(2)
     )
     numbers = numbers + 0.1 * torch.randn(40, 50, generator=keyed_generator(3))
-    want = reconstruct_low_rank(compress_low_rank({"w": numbers}, 0.9), {"w": numbers})["w"]
+    expected = reconstruct_low_rank(compress_low_rank({"w": numbers}, 0.9), {"w": numbers})["w"]
     assert torch.equal(
-        there_and_back(numbers.reshape(-1), [LowRank(0.9)], layout=((40, 50),)), want.reshape(-1)
+        there_and_back(numbers.reshape(-1), [LowRank(0.9)], layout=((40, 50),)),
+        expected.reshape(-1),
     )
 
 

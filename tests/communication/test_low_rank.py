@@ -28,9 +28,9 @@ def test_low_rank_keeps_fewest_terms_with_the_energy(energy: float, rank: int) -
     (packed,) = compress_low_rank({"w": matrix}, energy).values()
     assert packed.shape == (rank, 50)
     u, s, v = np.linalg.svd(matrix.numpy())
-    want = torch.from_numpy(u[:, :rank] * s[:rank] @ v[:rank])
+    expected = torch.from_numpy(u[:, :rank] * s[:rank] @ v[:rank])
     assert torch.allclose(
-        reconstruct_low_rank({"w": packed}, {"w": matrix})["w"], want, rtol=0, atol=1e-12
+        reconstruct_low_rank({"w": packed}, {"w": matrix})["w"], expected, rtol=0, atol=1e-12
     )
 
 

@@ -113,13 +113,13 @@ def test_invalid_channel_raises_one_line(channel: dict[str, Any], words: str) ->
 
 
 def test_explicit_keys_replace_those_of_a_preset() -> None:
-    whole = load_config(config(channel={"preset": "small"})).channel
-    assert [stage.kind for stage in whole.compress_down] == ["topk", "quantize"]
-    assert whole.entropy
+    full = load_config(config(channel={"preset": "small"})).channel
+    assert [stage.kind for stage in full.compress_down] == ["topk", "quantize"]
+    assert full.entropy
 
     part = load_config(config(channel={"preset": "small", "compress": ["half"]})).channel
     assert [stage.kind for stage in part.compress] == ["half"]
-    assert part.compress_down == whole.compress_down
+    assert part.compress_down == full.compress_down
 
-    again = load_config(config(channel=whole.model_dump())).channel
-    assert again == whole
+    again = load_config(config(channel=full.model_dump())).channel
+    assert again == full

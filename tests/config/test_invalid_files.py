@@ -28,15 +28,15 @@ def leaves(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def changed(path: tuple[Any, ...], value: Any = None, rename: str = "") -> dict[str, Any]:
-    made = copy.deepcopy(MEDICAL)
-    place = made
+    result = copy.deepcopy(MEDICAL)
+    place = result
     for key in path[:-1]:
         place = place[key]
     if rename:
         place[rename] = place.pop(path[-1])
     else:
         place[path[-1]] = value
-    return made
+    return result
 
 
 def misspelled_or_mistyped() -> Iterator[Case]:

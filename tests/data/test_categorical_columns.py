@@ -189,13 +189,13 @@ def test_client_file_may_lack_unused_encoded_columns(tmp_path: Path) -> None:
 
 def test_client_file_requires_used_columns(tmp_path: Path) -> None:
     common, own = table(tmp_path / "common.csv"), table(tmp_path / "own.csv")
-    whole = pd.read_csv(tmp_path / "own.csv")
-    whole.drop(columns="crp").to_csv(tmp_path / "own.csv", index=False)
+    full = pd.read_csv(tmp_path / "own.csv")
+    full.drop(columns="crp").to_csv(tmp_path / "own.csv", index=False)
 
     data = federated(tmp_path, common, own, columns=["ward"])
 
     assert data.columns("own", "train", data.preprocess("own"))["x"].sum(1).eq(1).all()
-    whole.drop(columns="ward").to_csv(tmp_path / "own.csv", index=False)
+    full.drop(columns="ward").to_csv(tmp_path / "own.csv", index=False)
     with pytest.raises(UserError, match="column 'ward' of the common set table not found"):
         federated(tmp_path, common, own, columns=["ward"])
 
@@ -237,14 +237,14 @@ def test_provisioned_files_contain_the_encoding(tmp_path: Path) -> None:
     simulated = federated(tmp_path, common, own)
     pack = PublicPack.decode(PublicPack.from_data(simulated).encode())
 
-    held = pack.data_of_client(
+    client_data = pack.data_of_client(
         "own", DataConfig(**common.model_dump()), {"own": ClientSettings(data=own)}, 0
     )
 
-    assert held.layout == simulated.layout
+    assert client_data.layout == simulated.layout
     for split in ("train", "validation", "test"):
         assert torch.equal(
-            held.columns("own", split, RAW)["x"], simulated.columns("own", split, RAW)["x"]
+            client_data.columns("own", split, RAW)["x"], simulated.columns("own", split, RAW)["x"]
         )
 
 

@@ -160,7 +160,7 @@ def hospitals(
     x = x.repeat(6, 1)
     group = [names[i % len(names)] for i in range(len(x))]
     full = torch.rand(20, x.shape[1], generator=keyed_generator("full"))
-    made = from_arrays(
+    dataset = from_arrays(
         x,
         y.repeat(6),
         test=(full, torch.arange(20) % 2),
@@ -171,7 +171,7 @@ def hospitals(
     )
     settings = {name: ClientSettings(preprocess=p) for name, p in clients.items()}
     kind = PartitionConfig(kind="natural", min_size=5)
-    return federate(made, DataConfig(**{"partition": kind, **config}), settings, 0)
+    return federate(dataset, DataConfig(**{"partition": kind, **config}), settings, 0)
 
 
 def test_missing_values_require_a_setting() -> None:
@@ -324,12 +324,14 @@ def test_table_with_missing_values_trains(tmp_path: Any) -> None:
 
 def test_augment_requires_images() -> None:
     x = torch.rand(30, 10, generator=keyed_generator("full"))
-    made = from_arrays(x, torch.arange(30) % 2, blocks=BLOCKS.blocks)
+    dataset = from_arrays(x, torch.arange(30) % 2, blocks=BLOCKS.blocks)
     flips = AugmentConfig(flip=True)
 
     def federated(columns: list[str]) -> FederatedData:
         settings = ClientSettings(preprocess=PreprocessConfig(columns=columns), augment=flips)
-        return federate(made, DataConfig(partition=PartitionConfig(min_size=5)), {"a": settings}, 0)
+        return federate(
+            dataset, DataConfig(partition=PartitionConfig(min_size=5)), {"a": settings}, 0
+        )
 
     federated(["image"])
     with pytest.raises(UserError, match="augment: applies to images only, got examples of shape"):
@@ -337,11 +339,11 @@ def test_augment_requires_images() -> None:
 
 
 def test_federate_keeps_block_layout() -> None:
-    made = from_arrays(
+    dataset = from_arrays(
         torch.rand(30, 10), torch.arange(30) % 2, blocks=[["image", [1, 2, 3]], ("genes", (4,))]
     )
-    assert isinstance(made, Dataset) and made.layout == BLOCKS
+    assert isinstance(dataset, Dataset) and dataset.layout == BLOCKS
     data = federate(
-        made, DataConfig(partition=PartitionConfig(min_size=5)), {"a": ClientSettings()}, 0
+        dataset, DataConfig(partition=PartitionConfig(min_size=5)), {"a": ClientSettings()}, 0
     )
     assert data.layout == BLOCKS and data.input_shape == (10,)

@@ -80,11 +80,11 @@ def test_order_of_clients_does_not_matter(images: Dataset) -> None:
 
 def test_proxy_labels_are_never_read(images: Dataset) -> None:
     plain = view(images)
-    held = plain.public_sets["proxy"].rows
+    proxy_rows = plain.public_sets["proxy"].rows
     assert images.train.y is not None
     scrambled = images.train.y.clone()
-    scrambled[held] = (scrambled[held] + 1 + torch.arange(len(held)) % 3) % 4
-    assert (scrambled[held] != images.train.y[held]).all()
+    scrambled[proxy_rows] = (scrambled[proxy_rows] + 1 + torch.arange(len(proxy_rows)) % 3) % 4
+    assert (scrambled[proxy_rows] != images.train.y[proxy_rows]).all()
     other = view(replace(images, train=replace(images.train, y=scrambled)))
     assert identical(plain, other) and plain.content_hash() == other.content_hash()
     assert set(plain.columns("one", "proxy", PLAIN)) == {"x"}

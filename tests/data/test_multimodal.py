@@ -199,11 +199,11 @@ def test_multimodal_source_trains_a_federation() -> None:
     images = np.random.default_rng(1).integers(0, 256, (60, 8, 8), dtype=np.uint8)
     ids = [f"p{i}" for i in range(60)]
     table = pd.DataFrame({"patient": ids[:40], "tp53": range(40), "egfr": range(40)})
-    made = join_images_and_table(
+    dataset = join_images_and_table(
         images, [i % 2 for i in range(60)], ids, table, blocks=("image", "genes")
     )
     both = ClientSettings(preprocess=PreprocessConfig(missing="indicate", normalize="own"))
-    data = federate(made, DataConfig(partition=PartitionConfig(min_size=5)), {"a": both}, 0)
+    data = federate(dataset, DataConfig(partition=PartitionConfig(min_size=5)), {"a": both}, 0)
     x = data.columns("a", "train", data.preprocess("a"))["x"]
     assert (
         x.shape[1] == 68 and not x.isnan().any() and 0 < x[:, 67].mean() < 1 and not x[:, 66].any()

@@ -68,8 +68,8 @@ def test_misnamed_group_is_refused() -> None:
         )
     ]
     assert all(row % 3 == 0 for row in rows_of(other, "c_1", "train"))
-    whole = federate(dataset, NATURAL, {"all": PLAIN_CLIENT}, 0)
-    assert whole.notes == [
+    full = federate(dataset, NATURAL, {"all": PLAIN_CLIENT}, 0)
+    assert full.notes == [
         "arrays: client 'all' gets the rows of all groups: 'east', 'north', 'south'"
     ]
     assert not federate(
@@ -94,8 +94,8 @@ def test_group_without_training_rows_is_named() -> None:
         UserError, match="natural: group 'south' of arrays has no training rows left"
     ):
         federate(dataset, NATURAL, dict.fromkeys(("east", "north", "south"), PLAIN_CLIENT), 0)
-    whole = federate(dataset, NATURAL, {"all": PLAIN_CLIENT}, 0)
-    assert whole.notes == [
+    full = federate(dataset, NATURAL, {"all": PLAIN_CLIENT}, 0)
+    assert full.notes == [
         "arrays: client 'all' gets the rows of all groups: 'east', 'north', 'south'"
     ]
 

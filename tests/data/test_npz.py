@@ -234,16 +234,16 @@ def test_pickled_arrays_are_refused_without_advice(name: str, tmp_path: Path, np
 
 def test_damaged_files_are_detected(npz: Any) -> None:
     path = npz()
-    whole = path.read_bytes()
+    content = path.read_bytes()
     good = read_npz(path, "npz").train.x
     rng = np.random.default_rng(0)
     refused = 0
     for _ in range(150):
-        broken = bytearray(whole)
+        broken = bytearray(content)
         if rng.random() < 0.3:
-            del broken[int(rng.integers(len(whole))) :]
+            del broken[int(rng.integers(len(content))) :]
         else:
-            broken[int(rng.integers(len(whole)))] ^= 1 << int(rng.integers(8))
+            broken[int(rng.integers(len(content)))] ^= 1 << int(rng.integers(8))
         path.write_bytes(broken)
         try:
             assert torch.equal(read_npz(path, "npz").train.x, good)  # a flip where nothing is read

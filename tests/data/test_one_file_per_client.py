@@ -77,11 +77,11 @@ def pooled_file(folder: Path, frames: dict[str, pd.DataFrame]) -> dict[str, Any]
 
 def test_file_per_client_equals_a_natural_partition(tmp_path: Path) -> None:
     frames = write(tmp_path)
-    apart, together = dealt(configuration(tmp_path)), dealt(pooled_file(tmp_path, frames))
+    separate, together = dealt(configuration(tmp_path)), dealt(pooled_file(tmp_path, frames))
 
-    assert apart.content_hash() == together.content_hash()
-    assert apart.layout == together.layout
-    assert (apart.n_test, apart.n_proxy) == (48, 24)
+    assert separate.content_hash() == together.content_hash()
+    assert separate.layout == together.layout
+    assert (separate.n_test, separate.n_proxy) == (48, 24)
 
 
 def test_common_rows_cover_all_hospitals_without_splitting_patients(tmp_path: Path) -> None:

@@ -134,8 +134,8 @@ def test_classes_are_assigned_evenly_and_shared_by_size() -> None:
     parts = partition_rows(
         y, None, PartitionConfig(kind="classes", classes=2), [1] * 10, TEN, seed=0
     )
-    held = counts(parts, y) > 0
-    assert (held.sum(1) == 2).all() and (held.sum(0) == 2).all()
+    class_counts = counts(parts, y) > 0
+    assert (class_counts.sum(1) == 2).all() and (class_counts.sum(0) == 2).all()
     assert all(len(p) == 200 for p in parts)
     small, large = partition_rows(
         y, None, PartitionConfig(kind="classes", classes=10), [1, 3], TEN, seed=0
@@ -171,17 +171,17 @@ def test_dirichlet_below_a_cap() -> None:
     for cap in (1.0, 2.0):
         config = PartitionConfig(kind="dirichlet", alpha=0.1, cap=cap, min_size=1)
         parts = partition_rows(y, None, config, [1] * 10, TEN, seed=3)
-        held = counts(parts, y).double()
-        before = held.cumsum(1) - held
-        assert (held[before >= cap * 1000] == 0).all()
+        class_counts = counts(parts, y).double()
+        before = class_counts.cumsum(1) - class_counts
+        assert (class_counts[before >= cap * 1000] == 0).all()
         assert torch.equal(torch.cat(parts).sort().values, torch.arange(10_000))
         free = partition_rows(
             y, None, PartitionConfig(kind="dirichlet", alpha=0.1, min_size=1), [1] * 10, TEN, seed=3
         )
         # no client is full before the first class
         assert torch.equal(counts(parts, y)[:, 0], counts(free, y)[:, 0])
-        assert held.sum(1).max() <= cap * 1000 + 1000 and (
-            counts(free, y).sum(1).max() > held.sum(1).max() or cap == 2
+        assert class_counts.sum(1).max() <= cap * 1000 + 1000 and (
+            counts(free, y).sum(1).max() > class_counts.sum(1).max() or cap == 2
         )
     sized = partition_rows(
         y,
@@ -215,9 +215,9 @@ def test_classes_may_differ_in_number_and_be_few_shot() -> None:
     y = torch.arange(10_000) % 10
     config = PartitionConfig(kind="classes", classes=3, classes_spread=2, shots=90)
     parts = partition_rows(y, None, config, [1] * 20, TEN, seed=0)
-    held = counts(parts, y)
-    many = (held > 0).sum(1)
-    assert set(many.tolist()) == {2, 3, 4, 5} and ((held == 0) | (held == 90)).all()
+    class_counts = counts(parts, y)
+    many = (class_counts > 0).sum(1)
+    assert set(many.tolist()) == {2, 3, 4, 5} and ((class_counts == 0) | (class_counts == 90)).all()
     assert len(torch.cat(parts).unique()) == len(torch.cat(parts))
     one = partition_rows(
         y, None, PartitionConfig(kind="classes", classes=1, classes_spread=1), [1] * 20, TEN, seed=0

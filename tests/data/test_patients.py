@@ -91,8 +91,8 @@ def test_patients_are_in_exactly_one_location(
     assert len(every) == len(set(every)) and all(place for place in places)
     if limit is None:
         assert len(every) == len(patient)
-    whole = [set(patient[place].tolist()) for place in places]
-    assert sum(map(len, whole)) == len(set().union(*whole))
+    patient_sets = [set(patient[place].tolist()) for place in places]
+    assert sum(map(len, patient_sets)) == len(set().union(*patient_sets))
     assert data.n_proxy <= max(proxy, *sizes) and (data.n_proxy > 0) == (proxy > 0)
 
 
@@ -182,11 +182,11 @@ def test_patients_with_one_row_are_partitioned_like_rows() -> None:
     y = torch.arange(300) % 3
     for kind in ("iid", "quantity"):
         config = PartitionConfig(kind=kind)
-        plain, whole = (
+        plain, full = (
             partition_rows(y, None, config, [1, 2], THREE_CLASSES, seed=0, patient=p)
             for p in (None, torch.arange(300))
         )
-        assert all(torch.equal(a, b) for a, b in zip(plain, whole, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(plain, full, strict=True))
 
 
 def test_unsatisfiable_patient_splits_are_refused(

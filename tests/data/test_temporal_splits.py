@@ -58,10 +58,10 @@ def test_cut_leaves_no_target_on_both_sides() -> None:
 
 
 def test_default_test_set_is_the_last_fifth_in_time() -> None:
-    whole = with_test(dated(shuffled=True))
-    assert whole.test is not None and whole.test.time is not None and whole.train.time is not None
-    assert int(whole.train.time.max()) < int(whole.test.time.min())
-    assert len(whole.test) == 40 and len(whole.train) == 160
+    full = with_test(dated(shuffled=True))
+    assert full.test is not None and full.test.time is not None and full.train.time is not None
+    assert int(full.train.time.max()) < int(full.test.time.min())
+    assert len(full.test) == 40 and len(full.train) == 160
     with pytest.raises(UserError, match="too few to split off a test set by date"):
         with_test(from_arrays(torch.zeros(3, 1), torch.zeros(3), time=np.array([7, 7, 7])))
 
@@ -120,8 +120,8 @@ def test_random_partitions_of_temporal_sets_are_refused() -> None:
 
 def test_dates_may_be_given_as_strings() -> None:
     days = np.datetime64("2024-03-01") + np.arange(10).astype("timedelta64[D]")
-    made = from_arrays(torch.zeros(10, 1), torch.zeros(10), time=days)
-    assert made.train.time is not None and made.train.time.diff().tolist() == [86400] * 9
+    dataset = from_arrays(torch.zeros(10, 1), torch.zeros(10), time=days)
+    assert dataset.train.time is not None and dataset.train.time.diff().tolist() == [86400] * 9
     with pytest.raises(UserError, match="time: expected integers or datetime64, got float64"):
         from_arrays(torch.zeros(3, 1), torch.zeros(3), time=np.zeros(3))
     with pytest.raises(UserError, match="time: expected 3 rows as in x, got 2"):
@@ -146,12 +146,12 @@ def test_metrics_are_in_the_unit_of_the_target() -> None:
 
 
 def test_extra_columns_follow_their_rows() -> None:
-    made = dated(groups=["a", "b"] * 100)
-    made.train = replace(
-        made.train, unit=made.train.x[:, 0] + 1, baselines={"same": made.train.x.clone()}
+    dataset = dated(groups=["a", "b"] * 100)
+    dataset.train = replace(
+        dataset.train, unit=dataset.train.x[:, 0] + 1, baselines={"same": dataset.train.x.clone()}
     )
     data = federated(
-        made, dict.fromkeys("ab", PLAIN_CLIENT), partition=NATURAL, proxy=ProxyConfig(size=20)
+        dataset, dict.fromkeys("ab", PLAIN_CLIENT), partition=NATURAL, proxy=ProxyConfig(size=20)
     )
     for owner, name in (("a", "test"), ("b", "validation"), ("", "common_test")):
         rows, extra = torch.tensor(rows_of(data, owner, name)), data.extra_columns(owner, name)
@@ -188,8 +188,8 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Written:
         "hetero_fl.data import from_arrays, with_test\n"
     )
 
-    def write(module: str, made: str) -> str:
-        (tmp_path / f"{module}.py").write_text(head + made)
+    def write(module: str, result: str) -> str:
+        (tmp_path / f"{module}.py").write_text(head + result)
         return f"python:{module}:made"
 
     return write

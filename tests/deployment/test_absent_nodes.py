@@ -20,20 +20,22 @@ CLIENTS = ["site_1", "site_2", "site_3"]
 def test_run_continues_with_five_of_twenty_nodes_down(tmp_path: Path) -> None:
     """Five nodes are down from the second round on; one of them is back for the last."""
     clients = [f"site_{i:02}" for i in range(1, 21)]
-    made = config(
+    run_config = config(
         "fedavg", "linear", clients=20, rounds=3, data__partition={"kind": "iid", "min_size": 5}
     )
     sites = Sites(clients, tmp_path / "sites")
     down = clients[3:8]
 
-    def go(record: dict[str, Any]) -> None:
+    def stop_sites(record: dict[str, Any]) -> None:
         for client in down if record["round"] == 1 else ():
             sites.stop(client)
         if record["round"] == 2:
             sites.start(down[0])
 
-    there = federation(made, sites, tmp_path / "there", callbacks=[go], patience=0.5)
-    first, second, last = records(there)
+    deployed = federation(
+        run_config, sites, tmp_path / "deployed", callbacks=[stop_sites], patience=0.5
+    )
+    first, second, last = records(deployed)
     assert (
         first["counts"] == {"invited": 20, "arrived": 20, "failed": 0, "late": 0}
         and "unread" not in first
@@ -44,9 +46,9 @@ def test_run_continues_with_five_of_twenty_nodes_down(tmp_path: Path) -> None:
     assert sorted(last["clients"]) == sorted(set(clients) - set(down[1:]))
     read = [scores["personal"]["accuracy"] for scores in last["clients"].values()]
     assert last["personal"]["accuracy"] == pytest.approx(sum(read) / 16)
-    assert len(models(there)) == 17  # and the server's
-    assert there.summary["wall"]["failed"] == 9 and there.summary["rounds_completed"] == 3
-    write_report(there.path)  # of those who were read
+    assert len(models(deployed)) == 17  # and the server's
+    assert deployed.summary["wall"]["failed"] == 9 and deployed.summary["rounds_completed"] == 3
+    write_report(deployed.path)  # of those who were read
 
 
 @pytest.mark.slow
@@ -54,11 +56,15 @@ def test_run_continues_with_five_of_twenty_nodes_down(tmp_path: Path) -> None:
 def test_late_answers_are_not_used(tmp_path: Path, secret: bool, clock: Clock) -> None:
     """Compare with a run in which the late node is down for that round."""
     kills: dict[Point, str] = {("site_2", 1, "train"): "late"}
-    made = config("fedavg", "linear", rounds=3, cohort={"deadline": LONG}, evaluation={"every": 3})
+    run_config = config(
+        "fedavg", "linear", rounds=3, cohort={"deadline": LONG}, evaluation={"every": 3}
+    )
     if secret:
-        made["channel"] = {"secure_sum": {"threshold": 2}}
+        run_config["channel"] = {"secure_sum": {"threshold": 2}}
     late = records(
-        federation(made, Sites(CLIENTS, tmp_path / "a", kills, clock=clock), tmp_path / "late")
+        federation(
+            run_config, Sites(CLIENTS, tmp_path / "a", kills, clock=clock), tmp_path / "late"
+        )
     )
     assert [r["counts"]["late"] for r in late] == [0, 1, 0] and not any(r["failed"] for r in late)
     assert [r["counts"]["arrived"] for r in late] == [3, 2, 3]
@@ -66,7 +72,7 @@ def test_late_answers_are_not_used(tmp_path: Path, secret: bool, clock: Clock) -
     kills = {("site_2", 1, "train"): "before"}
     sites = Sites(CLIENTS, tmp_path / "b", kills, away=None)
     back = [lambda record: sites.start("site_2") if record["round"] == 2 else None]
-    down = records(federation(made, sites, tmp_path / "down", patience=0.1, callbacks=back))
+    down = records(federation(run_config, sites, tmp_path / "down", patience=0.1, callbacks=back))
     assert down[1]["counts"] == {"invited": 3, "arrived": 2, "failed": 1, "late": 0}
     assert down[2]["counts"]["arrived"] == 3 and down[2]["global"] == late[2]["global"]
 
@@ -81,51 +87,58 @@ def test_first_arrivals_are_aggregated(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(ClientSampler, "update", note)
     kills: dict[Point, str] = {("site_1", 0, "train"): "last"}
-    made = config(
+    run_config = config(
         "fedavg",
         "linear",
         rounds=2,
         clients__per_round=2,
         cohort={"over_selection": 1.5, "sampling": "oort"},
     )
-    there = records(federation(made, Sites(CLIENTS, tmp_path / "sites", kills), tmp_path / "there"))
-    assert [r["counts"] for r in there] == [
+    deployed = records(
+        federation(run_config, Sites(CLIENTS, tmp_path / "sites", kills), tmp_path / "deployed")
+    )
+    assert [r["counts"] for r in deployed] == [
         {"invited": 3, "arrived": 2, "failed": 0, "late": 1}
     ] * 2
-    assert [row[3] for row in there[0]["tasks"]] == ["late", "arrived", "arrived"]
+    assert [row[3] for row in deployed[0]["tasks"]] == ["late", "arrived", "arrived"]
     assert seconds[0] > 0  # a late client counts as slow
 
 
 @pytest.mark.slow
 def test_round_with_too_few_nodes_waits_or_is_skipped(tmp_path: Path, clock: Clock) -> None:
-    made = config("fedavg", "linear", rounds=3, cohort={"least": 3}, evaluation={"every": 3})
-    made["devices"] = {"up": 1e6}
+    run_config = config("fedavg", "linear", rounds=3, cohort={"least": 3}, evaluation={"every": 3})
+    run_config["devices"] = {"up": 1e6}
     kills: dict[Point, str] = {("site_1", 0, "train"): "before", ("site_2", 1, "train"): "before"}
     sites = Sites(CLIENTS, tmp_path / "sites", kills, away=1.5)
-    there = federation(made, sites, tmp_path / "there", patience=0.1)
-    assert [r["counts"]["arrived"] for r in records(there)] == [3, 3, 3]
+    deployed = federation(run_config, sites, tmp_path / "deployed", patience=0.1)
+    assert [r["counts"]["arrived"] for r in records(deployed)] == [3, 3, 3]
     assert (
-        "devices: no effect, because time is not simulated" in (there.path / "log.txt").read_text()
+        "devices: no effect, because time is not simulated"
+        in (deployed.path / "log.txt").read_text()
     )
     sites = Sites(CLIENTS, tmp_path / "others", {("site_1", 0, "train"): "missing"}, clock=clock)
     back = [lambda record: sites.start("site_1") if record["round"] == 1 else None]
-    there = federation(made, sites, tmp_path / "skipped", patience=0.1, callbacks=back)
-    assert records(there)[0].get("skipped") and records(there)[2]["counts"]["arrived"] == 3
+    deployed = federation(run_config, sites, tmp_path / "skipped", patience=0.1, callbacks=back)
+    assert records(deployed)[0].get("skipped") and records(deployed)[2]["counts"]["arrived"] == 3
 
 
 def test_available_sampling_waits_for_enough_nodes(tmp_path: Path) -> None:
     cohort = {"sampling": "available", "least": 2}
-    made = config(
+    run_config = config(
         "fedavg", "linear", rounds=3, clients__per_round=3, cohort=cohort, evaluation={"every": 3}
     )
     sites = Sites(CLIENTS, tmp_path / "sites")
 
-    def go(record: dict[str, Any]) -> None:
+    def stop_sites(record: dict[str, Any]) -> None:
         if record["round"] == 1:
             sites.stop("site_1")
             sites.stop("site_2")
             threading.Timer(1.0, sites.start, ["site_2"]).start()
 
-    there = records(federation(made, sites, tmp_path / "there", patience=0.1, callbacks=[go]))
-    assert [record["cohort"] for record in there] == [CLIENTS, CLIENTS[1:], CLIENTS[1:]]
-    assert not any(record["failed"] for record in there) and list(there[2]["unread"]) == ["site_1"]
+    deployed = records(
+        federation(run_config, sites, tmp_path / "deployed", patience=0.1, callbacks=[stop_sites])
+    )
+    assert [record["cohort"] for record in deployed] == [CLIENTS, CLIENTS[1:], CLIENTS[1:]]
+    assert not any(record["failed"] for record in deployed) and list(deployed[2]["unread"]) == [
+        "site_1"
+    ]

@@ -16,8 +16,8 @@ from hetero_fl.federation import asynchronous, real_time
 from hetero_fl.utils.errors import RunFailedError
 from tests.helpers.asynchronous_runs import session
 from tests.helpers.nodes import (
-    InOrder,
-    Losing,
+    LossyTransport,
+    OrderedTransport,
     Sites,
     federation,
     figures,
@@ -62,10 +62,12 @@ def without(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_single_node_equals_simulation(tmp_path: Path) -> None:
-    made = source(clients=1, places=1)
-    there = federation(made, Sites(["site"], tmp_path / "sites"), tmp_path / "there")
-    here = run(made, out=tmp_path / "here")
-    assert without(records(there)) == without(records(here)) and models(there) == models(here)
+    run_config = source(clients=1, places=1)
+    deployed = federation(run_config, Sites(["site"], tmp_path / "sites"), tmp_path / "deployed")
+    simulated = run(run_config, out=tmp_path / "simulated")
+    assert without(records(deployed)) == without(records(simulated)) and models(deployed) == models(
+        simulated
+    )
 
 
 @pytest.mark.slow
@@ -75,17 +77,19 @@ def test_single_node_equals_simulation(tmp_path: Path) -> None:
 def test_run_in_the_same_order_equals_simulation(
     method: str, channel: dict[str, Any], tmp_path: Path
 ) -> None:
-    made = source(method, channel=channel)
-    there = federation(
-        made, Sites(CLIENTS, tmp_path / "sites", transport=InOrder()), tmp_path / "there"
+    run_config = source(method, channel=channel)
+    deployed = federation(
+        run_config,
+        Sites(CLIENTS, tmp_path / "sites", transport=OrderedTransport()),
+        tmp_path / "deployed",
     )
-    pace, told = session(made, seconds=lambda client, task: 10 + task / 1000), []
+    pace, lines = session(run_config, seconds=lambda client, task: 10 + task / 1000), []
     for _ in range(3):
-        told.append(pace.run_round())
-        _evaluate(pace, told[-1], None)
-    assert without(records(there)) == without(told)
+        lines.append(pace.run_round())
+        _evaluate(pace, lines[-1], None)
+    assert without(records(deployed)) == without(lines)
     # there was something to be out of order
-    assert any(record["staleness"].keys() - {"0"} for record in told)
+    assert any(record["staleness"].keys() - {"0"} for record in lines)
 
 
 @pytest.mark.slow
@@ -93,29 +97,31 @@ def test_run_in_the_same_order_equals_simulation(
 def test_tasks_in_flight_are_repeated_after_server_restart(
     channel: dict[str, Any], tmp_path: Path
 ) -> None:
-    made = source(channel=channel)
+    run_config = source(channel=channel)
     plain = federation(
-        made, Sites(CLIENTS, tmp_path / "a", transport=InOrder()), tmp_path / "plain"
+        run_config, Sites(CLIENTS, tmp_path / "a", transport=OrderedTransport()), tmp_path / "plain"
     )
-    sites = Sites(CLIENTS, tmp_path / "b", transport=InOrder())
-    killed = federation(made, sites, tmp_path / "killed", deaths=[14, 17, 22, 20])
+    sites = Sites(CLIENTS, tmp_path / "b", transport=OrderedTransport())
+    killed = federation(run_config, sites, tmp_path / "killed", crashes=[14, 17, 22, 20])
     assert without(records(killed)) == without(records(plain)) and models(killed) == models(plain)
 
 
 def test_client_with_lost_state_receives_full_model(tmp_path: Path) -> None:
     sites = Sites(CLIENTS, tmp_path / "sites")
 
-    def lose(record: dict[str, Any]) -> None:
+    def delete_states(record: dict[str, Any]) -> None:
         if record["round"] == 1:
             for file in (tmp_path / "sites" / "site_2").rglob("state-*"):
                 file.unlink()
 
-    made = {**source("fedavg", places=4, channel=DOWN), "rounds": 4}
-    there = records(federation(made, sites, tmp_path / "there", callbacks=[lose]))
+    run_config = {**source("fedavg", places=4, channel=DOWN), "rounds": 4}
+    deployed = records(
+        federation(run_config, sites, tmp_path / "deployed", callbacks=[delete_states])
+    )
 
-    assert {client for record in there for client in record.get("anew", [])} == {"site_2"}
-    assert all(record["counts"]["arrived"] == 4 for record in there)
-    assert not any(record["failed"] for record in there)
+    assert {client for record in deployed for client in record.get("anew", [])} == {"site_2"}
+    assert all(record["counts"]["arrived"] == 4 for record in deployed)
+    assert not any(record["failed"] for record in deployed)
 
 
 @pytest.mark.slow
@@ -127,24 +133,26 @@ def test_slots_are_given_to_connected_nodes(tmp_path: Path) -> None:
 
     def back(record: dict[str, Any]) -> None:
         if record["round"] == 2:
-            sites.asked.clear()
+            sites.request_counts.clear()
             for client in gone:
                 sites.start(client)
         if record["round"] == 4:  # greeted since
-            until(lambda: all(sites.asked[client, -1, "hello"] for client in gone))
+            until(lambda: all(sites.request_counts[client, -1, "hello"] for client in gone))
         # met and given tasks since, which the rounds that are left hear of
         if record["round"] == 6:
             until(
                 lambda: {client for client, _, what in sites.done if what == "train"} >= set(gone)
             )
 
-    made = {**source(places=4), "rounds": 10, "evaluation": {"every": 10}}
-    there = records(federation(made, sites, tmp_path / "there", patience=0.1, callbacks=[back]))
-    assert len(there) == 10 and not sites.kills
-    assert all(record["counts"]["arrived"] == 4 for record in there)
-    failed = {client: why for record in there for client, why in record["failed"].items()}
+    run_config = {**source(places=4), "rounds": 10, "evaluation": {"every": 10}}
+    deployed = records(
+        federation(run_config, sites, tmp_path / "deployed", patience=0.1, callbacks=[back])
+    )
+    assert len(deployed) == 10 and not sites.kills
+    assert all(record["counts"]["arrived"] == 4 for record in deployed)
+    failed = {client: why for record in deployed for client, why in record["failed"].items()}
     assert failed == dict.fromkeys(gone, "its node is not connected")
-    assert set(gone) <= {client for record in there[2:] for client in record["cohort"]}
+    assert set(gone) <= {client for record in deployed[2:] for client in record["cohort"]}
 
 
 def test_refusing_nodes_are_asked_a_limited_time(
@@ -159,7 +167,7 @@ def test_refusing_nodes_are_asked_a_limited_time(
     with pytest.raises(
         RunFailedError, match=r"round 1: no usable upload from 9 tasks; site_\d: not today$"
     ):
-        federation(source(), Sites(CLIENTS, tmp_path / "sites"), tmp_path / "there")
+        federation(source(), Sites(CLIENTS, tmp_path / "sites"), tmp_path / "deployed")
 
 
 def test_empty_slot_does_not_block_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,15 +179,21 @@ def test_empty_slot_does_not_block_the_run(tmp_path: Path, monkeypatch: pytest.M
         lambda self: (0, self.queue.idle_place),
     )
     with pytest.raises(RunFailedError, match="round 1: no client connected for"):
-        federation(source(), Sites(CLIENTS, tmp_path / "sites"), tmp_path / "there")
+        federation(source(), Sites(CLIENTS, tmp_path / "sites"), tmp_path / "deployed")
 
 
 def test_init_from_gives_nodes_their_initial_models(tmp_path: Path) -> None:
     first = run(config("hybrid", MIXED, rounds=1), out=tmp_path / "first")
-    made = config("hybrid", MIXED, rounds=2, algorithm__heads="keep", init_from=str(first.path))
-    there = federation(
-        made, Sites(CLIENTS[:3], tmp_path / "sites", transport=Losing()), tmp_path / "there"
+    run_config = config(
+        "hybrid", MIXED, rounds=2, algorithm__heads="keep", init_from=str(first.path)
     )
-    here = run(made, out=tmp_path / "here")
-    same(there, here)
-    assert figures(there) != figures(run({**made, "init_from": None}, out=tmp_path / "other"))
+    deployed = federation(
+        run_config,
+        Sites(CLIENTS[:3], tmp_path / "sites", transport=LossyTransport()),
+        tmp_path / "deployed",
+    )
+    simulated = run(run_config, out=tmp_path / "simulated")
+    same(deployed, simulated)
+    assert figures(deployed) != figures(
+        run({**run_config, "init_from": None}, out=tmp_path / "other")
+    )

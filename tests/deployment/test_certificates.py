@@ -112,7 +112,7 @@ def test_node_key_round_trip(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="OpenSSH is not installed")
 def test_keys_of_openssh(tmp_path: Path) -> None:
-    def made(kind: str, *more: str) -> Path:
+    def create_key(kind: str, *more: str) -> Path:
         path = tmp_path / f"{kind}{len(more)}"
         subprocess.run(
             ["ssh-keygen", "-q", "-t", kind, *more, "-f", path],
@@ -121,13 +121,13 @@ def test_keys_of_openssh(tmp_path: Path) -> None:
         )
         return path
 
-    good = made("ecdsa", "-b", "384", "-N", "")
+    good = create_key("ecdsa", "-b", "384", "-N", "")
     assert public_bytes(load_node_key(good).public_key()) == public_bytes(
         load_public_key(Path(f"{good}.pub"))
     )
     with pytest.raises(UserError, match="has a passphrase"):
-        load_node_key(made("ecdsa", "-N", "secret"))
-    other = made("ed25519", "-N", "")
+        load_node_key(create_key("ecdsa", "-N", "secret"))
+    other = create_key("ed25519", "-N", "")
     with pytest.raises(UserError, match="got another kind"):
         load_node_key(other)
     with pytest.raises(UserError, match="got another kind"):

@@ -67,10 +67,10 @@ def test_deployment_equals_simulation(
 ) -> None:
     config = ROOT / "configs" / "digits_quickstart.yaml"
     changes = [*QUICK, f"algorithm.name={name}", *more]
-    there = in_federation(
+    deployed = in_federation(
         loopback, tmp_path, ["cnn_1", "cnn_2", "mlp", "vit"], source=config, overrides=changes
     )
-    here = run(config, out=tmp_path / "simulation", overrides=changes)
+    simulated = run(config, out=tmp_path / "simulation", overrides=changes)
     for key in (
         "personal",
         "global",
@@ -80,12 +80,12 @@ def test_deployment_equals_simulation(
         "rounds_completed",
         "data",
     ):
-        assert there.summary[key] == here.summary[key], key
-    files = sorted(p.name for p in (here.path / "models").iterdir())
-    assert len(files) >= 4 and files == sorted(p.name for p in (there.path / "models").iterdir())
+        assert deployed.summary[key] == simulated.summary[key], key
+    files = sorted(p.name for p in (simulated.path / "models").iterdir())
+    assert len(files) >= 4 and files == sorted(p.name for p in (deployed.path / "models").iterdir())
     for file in files:
-        assert (here.path / "models" / file).read_bytes() == (
-            there.path / "models" / file
+        assert (simulated.path / "models" / file).read_bytes() == (
+            deployed.path / "models" / file
         ).read_bytes()
 
 
@@ -95,14 +95,16 @@ def test_local_models_are_saved_at_the_sites(loopback: LoopbackTransport, tmp_pa
     clients = ["cnn_1", "cnn_2", "mlp", "vit"]
     for client in clients:
         loopback.join(Node(SiteConfig(client=client), tmp_path / "sites" / client).handle)
-    there = run_federation(
+    deployed = run_federation(
         config, loopback, out=tmp_path / "federation", wait=LONG, overrides=changes
     )
-    here = run(config, out=tmp_path / "simulation", overrides=changes)
-    assert not [path for path in (there.path / "models").glob("*") if path.stem in clients]
+    simulated = run(config, out=tmp_path / "simulation", overrides=changes)
+    assert not [path for path in (deployed.path / "models").glob("*") if path.stem in clients]
     for client in clients:
         (kept,) = (tmp_path / "sites" / client / "runs").glob("*/model.safetensors")
-        assert kept.read_bytes() == (here.path / "models" / f"{client}.safetensors").read_bytes()
+        assert (
+            kept.read_bytes() == (simulated.path / "models" / f"{client}.safetensors").read_bytes()
+        )
 
 
 class Pooled(Centralized):

@@ -40,15 +40,15 @@ def test_killed_nodes_do_not_change_results(
         ("site_4", 2, "read"): "before",
     }
     sites = Sites(CLIENTS, tmp_path / "sites", kills, away)
-    there = federation(hybrid(4), sites, tmp_path / "there", patience=30.0)
+    deployed = federation(hybrid(4), sites, tmp_path / "deployed", patience=30.0)
     assert not sites.kills
-    counted, here = dict(trained), run(hybrid(4), out=tmp_path / "here")
-    same(there, here)
+    counted, simulated = dict(trained), run(hybrid(4), out=tmp_path / "simulated")
+    same(deployed, simulated)
     twice = {("site_2", 1)}  # it had trained, and nothing of it had left the house
     assert counted == {(c, r): 1 + ((c, r) in twice) for c in CLIENTS for r in range(4)}
     assert all(
         record["counts"] == {"invited": 4, "arrived": 4, "failed": 0, "late": 0}
-        for record in records(there)
+        for record in records(deployed)
     )
 
 
@@ -61,9 +61,9 @@ def test_secure_sum_is_unchanged_by_restarts(tmp_path: Path) -> None:
         (f"site_{4 - i}", i + 4, ask): ("after", "before")[i % 2] for i, ask in enumerate(EXCHANGES)
     }
     sites = Sites(CLIENTS, tmp_path / "sites", kills)
-    there = federation(secret(9), sites, tmp_path / "there", patience=30.0)
+    deployed = federation(secret(9), sites, tmp_path / "deployed", patience=30.0)
     assert not sites.kills
-    same(there, run(secret(9), out=tmp_path / "here"))
+    same(deployed, run(secret(9), out=tmp_path / "simulated"))
 
 
 @pytest.mark.slow
@@ -71,11 +71,11 @@ def test_secure_sum_excludes_node_killed_before_answering(tmp_path: Path) -> Non
     """The node cannot know if its answer was sent, so it gives no other."""
     kills = {(f"site_{i + 1}", i, ask): "during" for i, ask in enumerate(EXCHANGES)}
     sites = Sites(CLIENTS, tmp_path / "sites", kills)
-    there = federation(secret(6), sites, tmp_path / "there", patience=30.0)
-    counts = [(record["counts"]["arrived"], list(record["failed"])) for record in records(there)]
+    deployed = federation(secret(6), sites, tmp_path / "deployed", patience=30.0)
+    counts = [(record["counts"]["arrived"], list(record["failed"])) for record in records(deployed)]
     # keys: drawn again, as no one has seen the first; unmask: its vector is in the sum already
     assert counts == [(4, []), (3, ["site_2"]), (3, ["site_3"]), (4, []), (4, []), (4, [])]
-    assert "out of order" in records(there)[1]["failed"]["site_2"]
+    assert "out of order" in records(deployed)[1]["failed"]["site_2"]
 
 
 @pytest.mark.slow
@@ -89,17 +89,21 @@ def test_lost_messages_are_resent_without_retraining(
         ("site_3", 1, "train"): "slow",
     }
     sites = Sites(CLIENTS, tmp_path / "sites", kills)
-    there = federation(hybrid(2), sites, tmp_path / "there", patience=LONG)
+    deployed = federation(hybrid(2), sites, tmp_path / "deployed", patience=LONG)
     assert not sites.kills and set(trained.values()) == {1}
-    assert sites.asked["site_1", 0, "train"] == sites.asked["site_2", 0, "train"] == 2
-    assert sites.asked["site_3", 1, "train"] == 1  # it was there all the time
-    same(there, run(hybrid(2), out=tmp_path / "here"))
+    assert (
+        sites.request_counts["site_1", 0, "train"]
+        == sites.request_counts["site_2", 0, "train"]
+        == 2
+    )
+    assert sites.request_counts["site_3", 1, "train"] == 1  # it was there all the time
+    same(deployed, run(hybrid(2), out=tmp_path / "simulated"))
 
 
 @pytest.mark.slow
 def test_secure_sum_survives_lost_answers(tmp_path: Path) -> None:
     kills = {(f"site_{i + 1}", i, ask): "lost" for i, ask in enumerate(EXCHANGES)}
     sites = Sites(CLIENTS, tmp_path / "sites", kills)
-    there = federation(secret(4), sites, tmp_path / "there", patience=LONG)
+    deployed = federation(secret(4), sites, tmp_path / "deployed", patience=LONG)
     assert not sites.kills
-    same(there, run(secret(4), out=tmp_path / "here"))
+    same(deployed, run(secret(4), out=tmp_path / "simulated"))

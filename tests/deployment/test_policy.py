@@ -269,14 +269,14 @@ def test_site_accounting_matches_the_server(tmp_path: Path) -> None:
     assert max(found) == pytest.approx(run.metrics[-1]["privacy"]["epsilon"])
 
 
-# A server that does not keep to what it said
+# A server that deviates from the agreed task
 
 
 class NodeSession:
-    """A node in the middle of a run, of which a hostile server asks more.
+    """A node in the middle of a run that receives further requests from a hostile server.
 
     Attributes:
-        said: The last honest request of each kind.
+        requests: The last honest request of each kind.
     """
 
     def __init__(self, tmp_path: Path, site: dict[str, Any], **changes: Any) -> None:
@@ -296,20 +296,20 @@ class NodeSession:
         self.run = self.federation.serve(small(**changes), {"site_1": listening})
         self.node: Node = self.federation.nodes["site_1"]
 
-    def again(self, what: str, body: bytes | None = None, **head: Any) -> Envelope:
+    def repeat(self, what: str, body: bytes | None = None, **head: Any) -> Envelope:
         """Repeat a request with these changes."""
         request = self.requests[what]
         return self.node.handle(
             Envelope({**request.head, **head}, request.body if body is None else body)
         )
 
-    def called(self, name: str, what: str) -> Envelope:
+    def repeat_as(self, name: str, what: str) -> Envelope:
         """Repeat a request as a new task under another name."""
         request = self.requests[name]
         head = {**request.head, "what": what, "task": f"f{what}"}
         return self.node.handle(Envelope(head, request.body))
 
-    def why(self, *args: Any, **head: Any) -> str:
+    def refusal_reason(self, *args: Any, **head: Any) -> str:
         answer = self.repeat(*args, **head)
         assert answer.head["ask"] == "refused" and answer.body == message("refused").body
         return str(answer.head["why"])

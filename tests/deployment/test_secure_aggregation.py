@@ -14,8 +14,8 @@ from hetero_fl.deployment.transport import Envelope
 from tests.helpers.nodes import (
     LONG,
     Clock,
-    Killed,
-    Losing,
+    LossyTransport,
+    ServerKilledError,
     Sites,
     federation,
     records,
@@ -23,11 +23,11 @@ from tests.helpers.nodes import (
 from tests.helpers.small_federations import config
 
 CLIENTS = ["site_1", "site_2", "site_3"]
-MADE = config("fedavg", "linear", rounds=3, channel={"secure_sum": {"threshold": 2}})
+CONFIG = config("fedavg", "linear", rounds=3, channel={"secure_sum": {"threshold": 2}})
 EXCHANGES = ["keys", "shares", "train", "unmask"]
 
 
-class Heard(Losing):
+class RecordingTransport(LossyTransport):
     """A transport that records requests, and can repeat one after the server is gone."""
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Heard(Losing):
             self.tasks.append((node, envelope))
         return number
 
-    def again(self, node: int, envelope: Envelope) -> Envelope:
+    def repeat(self, node: int, envelope: Envelope) -> Envelope:
         """Repeat a request as another task."""
         head = {
             **envelope.head,
@@ -48,7 +48,7 @@ class Heard(Losing):
             "expires": time.time() + LONG,
         }
         self.last = None
-        number = Losing.push(self, node, replace(envelope, head=head), LONG)
+        number = LossyTransport.push(self, node, replace(envelope, head=head), LONG)
         while not (found := self.pull([number], 1.0)):
             pass
         answer = found[number]
@@ -57,8 +57,8 @@ class Heard(Losing):
 
 
 @pytest.fixture
-def heard() -> Iterator[Heard]:
-    transport = Heard()
+def transport() -> Iterator[RecordingTransport]:
+    transport = RecordingTransport()
     yield transport
     transport.last = None
     transport.close()
@@ -70,49 +70,55 @@ def tag(envelope: Envelope) -> bytes:
 
 
 @pytest.mark.slow
-def test_exchanges_of_another_sum_are_refused(heard: Heard, tmp_path: Path) -> None:
+def test_exchanges_of_another_sum_are_refused(
+    transport: RecordingTransport, tmp_path: Path
+) -> None:
     """Kill the server in round 2, restart that round, then repeat the first requests."""
-    sites = Sites(CLIENTS, tmp_path / "sites", transport=heard)
+    sites = Sites(CLIENTS, tmp_path / "sites", transport=transport)
 
-    def die(envelopes: int) -> None:
-        heard.last = envelopes
-        with pytest.raises(Killed):
-            federation(MADE, sites, tmp_path / "there", closing=False)
+    def run_until(envelopes: int) -> None:
+        transport.last = envelopes
+        with pytest.raises(ServerKilledError):
+            federation(CONFIG, sites, tmp_path / "deployed", closing=False)
 
     # until all are ready, a round and its reading, keys and shares and two of train
-    die(9 + 15 + 8)
-    first = [(node, envelope) for node, envelope in heard.tasks if envelope.head["round"] == 1]
+    run_until(9 + 15 + 8)
+    first = [(node, envelope) for node, envelope in transport.tasks if envelope.head["round"] == 1]
     assert {str(envelope.head["what"]) for _, envelope in first} == {"keys", "shares", "train"}
-    heard.tasks.clear()
-    die(9 + 8)
-    second = [(node, envelope) for node, envelope in heard.tasks if envelope.head["round"] == 1]
+    transport.tasks.clear()
+    run_until(9 + 8)
+    second = [(node, envelope) for node, envelope in transport.tasks if envelope.head["round"] == 1]
     assert {tag(e) for _, e in first}.isdisjoint(tag(e) for _, e in second)
     answers = {
-        str(e.head["what"]): heard.again(node, e) for node, e in first if e.head["what"] != "keys"
+        str(e.head["what"]): transport.repeat(node, e)
+        for node, e in first
+        if e.head["what"] != "keys"
     }
     assert {what: answer.head.get("what") for what, answer in answers.items()} == dict.fromkeys(
         answers, "refused"
     )
     assert all(b"another round" in answer.body for answer in answers.values())
-    # nor is the present one's training done twice, were it called another task
+    # Training of the current round is not repeated under another task name.
     node, train = next((node, e) for node, e in second if e.head["what"] == "train")
-    assert b"out of order" in heard.again(node, train).body
-    done = federation(MADE, sites, tmp_path / "there")
+    assert b"out of order" in transport.repeat(node, train).body
+    done = federation(CONFIG, sites, tmp_path / "deployed")
     assert [r["counts"]["arrived"] for r in records(done)] == [3, 3, 3]
 
 
-def test_repeated_round_uses_new_secrets(heard: Heard, tmp_path: Path, clock: Clock) -> None:
+def test_repeated_round_uses_new_secrets(
+    transport: RecordingTransport, tmp_path: Path, clock: Clock
+) -> None:
     """Two of three clients are late, so the sum is abandoned and tried once more."""
-    made = {
-        **MADE,
+    result = {
+        **CONFIG,
         "cohort": {"least": 2, "too_few": "repeat", "attempts": 3, "deadline": LONG},
         "rounds": 1,
     }
     kills = {("site_1", 0, "shares"): "late", ("site_2", 0, "shares"): "late"}
-    sites = Sites(CLIENTS, tmp_path / "sites", kills, transport=heard, clock=clock)
-    (record,) = records(federation(made, sites, tmp_path / "there"))
+    sites = Sites(CLIENTS, tmp_path / "sites", kills, transport=transport, clock=clock)
+    (record,) = records(federation(result, sites, tmp_path / "deployed"))
     assert record["attempts"] == 2 and record["counts"]["arrived"] == 3
     seen: dict[bytes, set[str]] = {}
-    for _, envelope in heard.tasks:
+    for _, envelope in transport.tasks:
         seen.setdefault(tag(envelope), set()).add(str(envelope.head["what"]))
     assert list(seen.values()) == [{"keys", "shares"}, set(EXCHANGES)]

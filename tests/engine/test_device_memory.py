@@ -83,9 +83,9 @@ def test_copies_are_freed_when_training_needs_memory(monkeypatch: pytest.MonkeyP
     with PretendGPU():
         source = config("fedavg", "mlp", clients=3)
         source["runtime"] = {"threads": 1, "device": "cuda", "executor": "serial"}
-        wanted = rounds_of(source, held=0).run_round()["train_loss"]
+        wanted = rounds_of(source, num_rounds=0).run_round()["train_loss"]
         monkeypatch.setattr(serial, "run_fit", limited)
-        assert rounds_of(source, held=0).run_round()["train_loss"] == wanted
+        assert rounds_of(source, num_rounds=0).run_round()["train_loss"] == wanted
     assert failures == ["site_1"]
 
 
@@ -103,7 +103,7 @@ def test_custom_method_may_change_tensors_in_place() -> None:
     with PretendGPU():
         source = config(f"python:{__name__}:OwnMethod", "mlp", clients=2)
         source["runtime"] = {"threads": 1, "device": "cuda", "executor": "serial"}
-        rounds_of(source, held=1).evaluate()
+        rounds_of(source, num_rounds=1).evaluate()
 
 
 @pytest.mark.parametrize("executor", ["serial", "batched"])
@@ -111,7 +111,7 @@ def test_rows_are_copied_to_the_device_in_the_first_round_only(executor: str) ->
     with PretendGPU() as gpu:
         source = config("fedavg", MIXED, clients=6)
         source["runtime"] = {"threads": 1, "device": "cuda", "executor": executor}
-        trainer = rounds_of(source, held=1)
+        trainer = rounds_of(source, num_rounds=1)
         trainer.evaluate()
         rows = sum(
             columns["x"].nbytes
@@ -177,13 +177,13 @@ def test_private_state_stays_on_the_device_if_memory_allows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with PretendGPU():
-        for room, stays in ((2**30, True), (100, False)):
+        for room, stays_on_device in ((2**30, True), (100, False)):
             monkeypatch.setattr(device_memory, "free_bytes", lambda device, room=room: room)
             source = config("fedper", clients=2)
             source["runtime"] = {"threads": 1, "device": "cuda", "executor": "serial"}
-            trainer = rounds_of(source, held=1)
+            trainer = rounds_of(source, num_rounds=1)
             kept = trainer.store.get("site_1").models["model"].values()
-            assert all(tensor.is_cuda is stays for tensor in kept)
+            assert all(tensor.is_cuda is stays_on_device for tensor in kept)
 
 
 def test_only_a_gpu_stores_tensors() -> None:

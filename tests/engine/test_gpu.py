@@ -59,7 +59,7 @@ def gpu() -> Iterator[None]:
 def on(device: str, executor: str, source: dict[str, Any]) -> FederatedTrainer:
     """Return the run of a configuration on a device, before its first round."""
     source["runtime"] = {"threads": 1, "device": device, "executor": executor}
-    return rounds_of(source, held=0)
+    return rounds_of(source, num_rounds=0)
 
 
 def check_equal(
@@ -117,7 +117,7 @@ RESUMED: dict[str, dict[str, Any]] = {
 def test_resumed_run_matches_the_cpu(method: str, tmp_path: Path) -> None:
     source = config(method, clients=3, rounds=3, **RESUMED[method])
     source["runtime"] |= {"threads": 1, "device": "cuda", "executor": "serial"}
-    whole = run(source, out=tmp_path / "whole")
+    uninterrupted = run(source, out=tmp_path / "whole")
 
     def stop(record: dict[str, Any]) -> None:
         if record["round"] == 2:
@@ -126,7 +126,7 @@ def test_resumed_run_matches_the_cpu(method: str, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         run(source, out=tmp_path / "resumed", callbacks=[stop])
     resumed = run(source, out=tmp_path / "resumed", resume=True)
-    assert resumed.summary["personal"] == whole.summary["personal"]
+    assert resumed.summary["personal"] == uninterrupted.summary["personal"]
 
 
 def test_class_sums_match_the_cpu() -> None:

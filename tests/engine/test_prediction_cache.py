@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def clients(**changes: Any) -> list[Participant]:
-    rounds = rounds_of(config("fedavg", "mlp", clients=6, **changes), held=0)
+    rounds = rounds_of(config("fedavg", "mlp", clients=6, **changes), num_rounds=0)
     return [
         rounds.federation.client(client_id, rounds.store.get(client_id), 0)
         for client_id in rounds.federation.client_infos
@@ -53,7 +53,7 @@ def predictions(work: list[Any], name: str) -> int:
 
 
 def test_equal_models_are_evaluated_once(computed: list[Any]) -> None:
-    rounds = rounds_of(config("fedavg", "mlp", clients=6), held=1)
+    rounds = rounds_of(config("fedavg", "mlp", clients=6), num_rounds=1)
     computed.clear()
     rounds.evaluate()
     assert predictions(computed, "common_test") == 1
@@ -65,11 +65,11 @@ def test_freed_columns_are_not_confused(chunk: int) -> None:
     people = clients(clients__defaults={"preprocess": {"normalize": "own"}})
     for participant in people:
         participant.models["model"] = people[0].models["model"]
-    made = prepare(
+    result = prepare(
         config("fedavg", "mlp", clients=6, clients__defaults={"preprocess": {"normalize": "own"}})
     )
-    made.federation.data._public_columns = column_cache(1)
-    fresh = [made.federation.client(p.participant_id, PrivateState(), 0) for p in people]
+    result.federation.data._public_columns = column_cache(1)
+    fresh = [result.federation.client(p.participant_id, PrivateState(), 0) for p in people]
     work = [(p, Predict("model", Rows("common_test"))) for p in fresh]
     together = make_backend(DeviceMemory(CPU), chunk).run(work)
     for one, (p, step) in zip(together, work, strict=True):
@@ -103,11 +103,11 @@ def test_predictions_on_zero_rows_are_batched() -> None:
 
 
 def test_chunks_follow_the_order_of_results() -> None:
-    rounds = rounds_of(config("local", MIXED, clients=6), held=0)
-    made = client_chunks(rounds.federation.client_infos, rounds.federation.client_infos, 2)
-    firsts = [list(rounds.federation.client_infos).index(chunk[0]) for chunk in made]
+    rounds = rounds_of(config("local", MIXED, clients=6), num_rounds=0)
+    result = client_chunks(rounds.federation.client_infos, rounds.federation.client_infos, 2)
+    firsts = [list(rounds.federation.client_infos).index(chunk[0]) for chunk in result]
     assert firsts == sorted(firsts) and sorted(
-        client_id for chunk in made for client_id in chunk
+        client_id for chunk in result for client_id in chunk
     ) == sorted(rounds.federation.client_infos)
 
 
@@ -126,7 +126,7 @@ SEEN: list[tuple[str, float]] = []
 
 
 def test_random_draws_of_broadcasts_are_keyed_by_client() -> None:
-    rounds = rounds_of(config("fedavg", "mlp"), held=0)
+    rounds = rounds_of(config("fedavg", "mlp"), num_rounds=0)
     SEEN.clear()
     rounds.algorithm = rounds.expectations.algorithm = Noisy()
     for client_info in rounds.federation.client_infos.values():
@@ -148,7 +148,7 @@ class Failing(FedAvg):
 
 
 def test_failed_round_clears_the_cache() -> None:
-    rounds: SynchronousTrainer = rounds_of(config("fedper", "mlp"), held=1)
+    rounds: SynchronousTrainer = rounds_of(config("fedper", "mlp"), num_rounds=1)
     tree, kept = (
         rounds.state_dict(),
         {client_id: rounds.store.stamp(client_id) for client_id in rounds.federation.client_infos},
@@ -164,7 +164,7 @@ def test_failed_round_clears_the_cache() -> None:
 
 
 def test_state_passed_to_a_client_may_be_changed_in_place() -> None:
-    rounds = rounds_of(config("local", "mlp"), held=1)
+    rounds = rounds_of(config("local", "mlp"), num_rounds=1)
     private = rounds.store.get("site_1")
     private.state["seen"] = torch.zeros(2)
     rounds.federation.client("site_1", private, 1).state["seen"].add_(1)
@@ -174,7 +174,7 @@ def test_state_passed_to_a_client_may_be_changed_in_place() -> None:
 def test_ensemble_members_predict_global_rows_once(
     computed: list[Any],
 ) -> None:
-    rounds = rounds_of(config("ensemble", "mlp", clients=6), held=1)
+    rounds = rounds_of(config("ensemble", "mlp", clients=6), num_rounds=1)
     computed.clear()
     rounds.evaluate()
     assert predictions(computed, "common_test") == 6

@@ -27,11 +27,11 @@ def test_mode_changes_are_passed_to_layers(
 ) -> None:
     passed: list[bool] = []
     train = nn.Module.train
-    whole = template.module
+    full = template.module
     monkeypatch.setattr(
         nn.Module,
         "train",
-        lambda self, mode=True: (self is whole and passed.append(mode)) or train(self, mode),
+        lambda self, mode=True: (self is full and passed.append(mode)) or train(self, mode),
     )
     for training in (True, True, False, False, True):
         template.set_mode(training)

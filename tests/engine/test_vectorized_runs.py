@@ -40,11 +40,11 @@ QUICK = {
 MODELS = ["cnn_bn_small", {"name": "mlp", "hidden": [24], "dropout": 0.3}]
 
 
-def held(source: dict[str, Any], performer: Backend) -> SynchronousTrainer:
+def run_rounds(source: dict[str, Any], backend: Backend) -> SynchronousTrainer:
     """Return a run of three rounds that stacks all clients of an architecture."""
     prepared = prepare(source)
     site = ClientRuntime(
-        prepared.method, prepared.federation, StateStore(), performer, DirectProtocol()
+        prepared.method, prepared.federation, StateStore(), backend, DirectProtocol()
     )
     rounds = SynchronousTrainer(
         prepared.method, prepared.federation, InProcessExecutor(site, chunk=100)
@@ -92,14 +92,16 @@ def agree(source: dict[str, Any]) -> None:
     """Compare the records of a batched and a serial run."""
     notes: list[str] = []
     one, many = (
-        held(source, SerialBackend(DeviceMemory(CPU))),
-        held(source, VectorizedBackend(DeviceMemory(CPU), notes.append)),
+        run_rounds(source, SerialBackend(DeviceMemory(CPU))),
+        run_rounds(source, VectorizedBackend(DeviceMemory(CPU), notes.append)),
     )
     assert notes == []
-    ours, theirs = tensors(many), tensors(one)
-    assert ours.keys() == theirs.keys() and ours
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-8, atol=1e-8, msg=str(name))
+    actual, expected = tensors(many), tensors(one)
+    assert actual.keys() == expected.keys() and actual
+    for name in actual:
+        torch.testing.assert_close(
+            actual[name], expected[name], rtol=1e-8, atol=1e-8, msg=str(name)
+        )
     a, b = one.evaluate(), many.evaluate()
     assert {c: r.scores for c, r in a.clients.items()} == {
         c: {n: pytest.approx(s, abs=1e-8) for n, s in r.scores.items()}
@@ -123,12 +125,12 @@ def test_chunk_is_halved_when_memory_is_exhausted(
         return fit_stacked(work, templates)
 
     source = config("fedavg", "mlp", clients=6)
-    wanted = tensors(held(source, SerialBackend(DeviceMemory(CPU))))
+    wanted = tensors(run_rounds(source, SerialBackend(DeviceMemory(CPU))))
     monkeypatch.setattr(vectorized, "fit_stacked", limited)
     lines: list[str] = []
     with PretendGPU():
         found = tensors(
-            held(source, VectorizedBackend(DeviceMemory(torch.device("cuda")), lines.append))
+            run_rounds(source, VectorizedBackend(DeviceMemory(torch.device("cuda")), lines.append))
         )
     # The second time without copies of rows.
     assert (

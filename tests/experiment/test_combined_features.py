@@ -46,7 +46,7 @@ def test_noise_is_equal_with_secure_aggregation(protection: dict[str, Any]) -> N
 @pytest.mark.slow
 def test_private_run_tolerates_devices_and_faults() -> None:
     faulty = rounds_of(
-        config("fedavg", GROUPED, 4, **RECORD, devices={}, faults={"lost": 0.5}), held=0
+        config("fedavg", GROUPED, 4, **RECORD, devices={}, faults={"lost": 0.5}), num_rounds=0
     )
     records = [faulty.run_round() for _ in range(2)]
     assert sum(record["counts"]["failed"] for record in records) > 0

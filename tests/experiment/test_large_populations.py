@@ -69,10 +69,10 @@ def forbid_full_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Population, "_match_overrides", load)
     for kind in (Population, ClientIds, IdSeries, ClientRows, ClientDirectory):
-        whole = kind.__iter__
+        full = kind.__iter__
 
-        def listed(self: Any, whole: Any = whole) -> Iterator[str]:
-            for count, client_id in enumerate(whole(self)):
+        def listed(self: Any, full: Any = full) -> Iterator[str]:
+            for count, client_id in enumerate(full(self)):
                 assert loading or count < 2000, f"{type(self).__name__} is listed"
                 yield client_id
 
@@ -159,13 +159,13 @@ def test_thousands_of_clients_require_shared_rows() -> None:
 
 def test_every_evaluation_uses_the_same_clients() -> None:
     source = config(clients=6, data__partition={"kind": "iid"}, evaluation={"clients": 2})
-    rounds = rounds_of(source, held=0)
+    rounds = rounds_of(source, num_rounds=0)
     first = rounds.evaluate()
     rounds.run_round()
     second = rounds.evaluate()
     assert set(first.clients) == set(second.clients) and len(first.clients) == 2
     # scores do not depend on the number of evaluated clients
-    all_evaluated = rounds_of({**source, "evaluation": {}}, held=1).evaluate()
+    all_evaluated = rounds_of({**source, "evaluation": {}}, num_rounds=1).evaluate()
     assert {c: r.scores for c, r in second.clients.items()} == {
         c: all_evaluated.clients[c].scores for c in second.clients
     }
@@ -185,7 +185,7 @@ def test_large_populations_evaluate_a_hundred_clients_by_default() -> None:
 
 def test_run_with_a_large_population_resumes(tmp_path: Path) -> None:
     source = many("fedper", evaluation={"clients": 3})
-    whole = run(source, out=tmp_path / "whole")
+    uninterrupted = run(source, out=tmp_path / "whole")
 
     class StopError(Exception):
         pass
@@ -196,4 +196,4 @@ def test_run_with_a_large_population_resumes(tmp_path: Path) -> None:
     with pytest.raises(StopError):
         run(source, out=tmp_path / "cut", callbacks=[stop])
     again = run(source, out=tmp_path / "cut", resume=True)
-    assert [r["clients"] for r in again.metrics] == [r["clients"] for r in whole.metrics]
+    assert [r["clients"] for r in again.metrics] == [r["clients"] for r in uninterrupted.metrics]

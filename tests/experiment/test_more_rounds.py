@@ -73,7 +73,7 @@ def results(path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def prepared_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Return a folder with the short and the long run of every case."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("made")
@@ -84,30 +84,32 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture
-def short(made: Path, tmp_path: Path) -> Path:
+def short(prepared_runs: Path, tmp_path: Path) -> Path:
     """Return a finished run of four rounds that evaluated the final round."""
-    return Path(shutil.copytree(made / "fedavg, evaluated at times" / str(SHORT), tmp_path / "a"))
+    return Path(
+        shutil.copytree(prepared_runs / "fedavg, evaluated at times" / str(SHORT), tmp_path / "a")
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_extended_run_equals_a_longer_run(case: str, made: Path, tmp_path: Path) -> None:
-    extended = Path(shutil.copytree(made / case / str(SHORT), tmp_path / "a"))
+def test_extended_run_equals_a_longer_run(case: str, prepared_runs: Path, tmp_path: Path) -> None:
+    extended = Path(shutil.copytree(prepared_runs / case / str(SHORT), tmp_path / "a"))
 
     run(planned(CASES[case], LONG), out=extended, resume=True)
 
-    assert results(extended) == results(made / case / str(LONG))
+    assert results(extended) == results(prepared_runs / case / str(LONG))
     assert main(["check", str(extended)]) == 0
 
 
 @pytest.mark.slow
-def test_extending_twice_equals_extending_once(short: Path, made: Path) -> None:
+def test_extending_twice_equals_extending_once(short: Path, prepared_runs: Path) -> None:
     source = CASES["fedavg, evaluated at times"]
 
     for rounds in (SHORT + 1, LONG):
         run(planned(source, rounds), out=short, resume=True)
 
-    assert results(short) == results(made / "fedavg, evaluated at times" / str(LONG))
+    assert results(short) == results(prepared_runs / "fedavg, evaluated at times" / str(LONG))
     notes = json.loads((short / "details.json").read_text())["notes"]
     assert [note.partition(";")[0] for note in notes if "extended" in note] == [
         "extended from 4 to 5 rounds after round 3",
@@ -116,7 +118,7 @@ def test_extending_twice_equals_extending_once(short: Path, made: Path) -> None:
 
 
 @pytest.mark.slow
-def test_unfinished_run_can_be_extended(made: Path, tmp_path: Path) -> None:
+def test_unfinished_run_can_be_extended(prepared_runs: Path, tmp_path: Path) -> None:
     def stop(record: dict[str, Any]) -> None:
         if record["round"] == 2:
             raise KeyboardInterrupt
@@ -126,7 +128,7 @@ def test_unfinished_run_can_be_extended(made: Path, tmp_path: Path) -> None:
 
     run(planned(CASES["fedavg"], LONG), out=tmp_path / "a", resume=True)
 
-    assert results(tmp_path / "a") == results(made / "fedavg" / str(LONG))
+    assert results(tmp_path / "a") == results(prepared_runs / "fedavg" / str(LONG))
 
 
 class ProcessKilled(BaseException):
@@ -153,7 +155,7 @@ def test_killed_extension_can_be_resumed(
     moment: str,
     again: list[str],
     short: Path,
-    made: Path,
+    prepared_runs: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plain = getattr(POINTS[point], point)
@@ -167,12 +169,12 @@ def test_killed_extension_can_be_resumed(
         patched.setattr(POINTS[point], point, kill)
         with pytest.raises(ProcessKilled):
             run(short / "config.yaml", overrides=["rounds=7"], out=short, resume=True)
-    begun = RunDirectory(short).config()["rounds"]
+    started = RunDirectory(short).config()["rounds"]
 
     assert main(["train", "--resume", "--out", str(short), *again]) == 0
 
-    expected = LONG if again else begun
-    assert results(short) == results(made / "fedavg, evaluated at times" / str(expected))
+    expected = LONG if again else started
+    assert results(short) == results(prepared_runs / "fedavg, evaluated at times" / str(expected))
     assert main(["check", str(short)]) == 0
 
 

@@ -395,9 +395,9 @@ def test_hospitals_have_their_documented_blocks() -> None:
 def test_profiles_depend_on_row_and_split_only() -> None:
     y = torch.arange(40) % 2
     laboratory = torch.arange(40) % 8
-    whole = make_profiles(y, laboratory, "train")
-    assert torch.equal(make_profiles(y[:7], laboratory[:7], "train"), whole[:7])
-    assert not torch.equal(make_profiles(y, laboratory, "test"), whole)
+    full = make_profiles(y, laboratory, "train")
+    assert torch.equal(make_profiles(y[:7], laboratory[:7], "train"), full[:7])
+    assert not torch.equal(make_profiles(y, laboratory, "test"), full)
 
 
 def test_profiles_have_the_documented_structure() -> None:

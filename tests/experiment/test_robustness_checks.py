@@ -46,10 +46,10 @@ def test_invalid_values_raise_one_line() -> None:
         attacks={"name": "scaled", "clients": ["site_77"]},
     )
     refused("attacks.name: missing", attacks={"share": 0.2})
-    for liars in (-1, 0.5, 1.5):
+    for count in (-1, 0.5, 1.5):
         refused(
-            f"aggregation.liars: must be an integer >= 0 or a share >= 0 and < 0.5, got {liars}",
-            aggregation={"liars": liars},
+            f"aggregation.liars: must be an integer >= 0 or a share >= 0 and < 0.5, got {count}",
+            aggregation={"liars": count},
         )
     assert load_config(small(aggregation={"liars": 3})).aggregation.num_malicious(9) == 3
     shares = [
@@ -60,7 +60,7 @@ def test_invalid_values_raise_one_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "liars", "least"),
+    ("rule", "num_malicious", "least"),
     [
         ("median", 4, 9),
         ("trimmed_mean", 4, 9),
@@ -70,17 +70,20 @@ def test_invalid_values_raise_one_line() -> None:
         ("norm_bound", 4, 9),
     ],
 )
-def test_rule_refuses_too_few_clients(rule: str, liars: int, least: int) -> None:
+def test_rule_refuses_too_few_clients(rule: str, num_malicious: int, least: int) -> None:
     words = (
-        f"aggregation.rule={rule} tolerates {liars} malicious clients "
-        f"(aggregation.liars={liars}) among {least} or more clients, but 7"
+        f"aggregation.rule={rule} tolerates {num_malicious} malicious clients "
+        f"(aggregation.liars={num_malicious}) among {least} or more clients, but 7"
     )
-    refused(words, aggregation={"rule": rule, "liars": liars})
+    refused(words, aggregation={"rule": rule, "liars": num_malicious})
     refused(
-        f"set aggregation.liars to {liars - 1} or less", aggregation={"rule": rule, "liars": liars}
+        f"set aggregation.liars to {num_malicious - 1} or less",
+        aggregation={"rule": rule, "liars": num_malicious},
     )
     assert (
-        prepare(small(aggregation={"rule": rule, "liars": liars - 1})).config.aggregation.rule
+        prepare(
+            small(aggregation={"rule": rule, "liars": num_malicious - 1})
+        ).config.aggregation.rule
         == rule
     )
 

@@ -136,7 +136,7 @@ def test_init_from_loads_the_models_of_a_run(finished: Run, tmp_path: Path) -> N
     for client_id in ("site_1", "site_2"):
         start = finished.models[client_id].tensors["head.weight"]
         assert torch.allclose(after.models[client_id].tensors["head.weight"], start, atol=1e-6)
-    fresh = rounds_of(config("local", MIXED, clients=4), held=0)
+    fresh = rounds_of(config("local", MIXED, clients=4), num_rounds=0)
     initial = fresh.federation.initial_tensors(fresh.federation.client_infos["site_1"].arch)[
         "head.weight"
     ]
@@ -147,7 +147,7 @@ def test_init_from_loads_the_models_of_a_run(finished: Run, tmp_path: Path) -> N
 
 
 def test_init_from_starts_groups_at_the_mean_of_their_members(finished: Run) -> None:
-    rounds = rounds_of(config("fedavg", MIXED, clients=4, data__test_limit=None), held=0)
+    rounds = rounds_of(config("fedavg", MIXED, clients=4, data__test_limit=None), num_rounds=0)
     models = {client_id: finished.models[client_id] for client_id in rounds.federation.client_infos}
     group = models["site_1"].arch.spec_id
     first, second = (

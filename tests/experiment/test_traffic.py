@@ -117,8 +117,8 @@ def junctions(folder: Path, names: tuple[str, ...] = ("1", "2", "3", "4")) -> Pa
     """Write a file of junctions with different time spans."""
     draws, frames = np.random.default_rng(0), []
     for junction_idx, name in enumerate(names):
-        begin, hours = 200 * junction_idx, 1400 - 200 * junction_idx
-        dates = pd.Timestamp("2023-01-01") + pd.to_timedelta(begin + np.arange(hours), unit="h")
+        start, hours = 200 * junction_idx, 1400 - 200 * junction_idx
+        dates = pd.Timestamp("2023-01-01") + pd.to_timedelta(start + np.arange(hours), unit="h")
         count = draws.poisson(
             (30 + 10 * junction_idx) * (1.2 + np.sin(np.arange(hours) * np.pi / 12))
         )

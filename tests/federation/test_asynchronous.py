@@ -84,10 +84,11 @@ def test_equal_task_times_match_synchronous_run(
     }
     if method == "fedavg":
         changes["algorithm"] = {"name": "fedavg", "weighting": "uniform"}
-    made = config(method, MIXED, clients=4, rounds=3, server={"model": "linear"}, **changes)
-    waits = rounds_of(made)
+    run_config = config(method, MIXED, clients=4, rounds=3, server={"model": "linear"}, **changes)
+    waits = rounds_of(run_config)
     pace = session(
-        {**made, "runtime": {"threads": 1, "mode": "async"}}, seconds=lambda client_id, task: 3.0
+        {**run_config, "runtime": {"threads": 1, "mode": "async"}},
+        seconds=lambda client_id, task: 3.0,
     )
     records = [pace.run_round() for _ in range(3)]
     assert bits(pace) == bits(waits)
@@ -96,13 +97,13 @@ def test_equal_task_times_match_synchronous_run(
 
 
 def test_unequal_task_times_differ_from_synchronous_run() -> None:
-    made = config("fedavg", clients=4, rounds=3)
+    run_config = config("fedavg", clients=4, rounds=3)
     pace = session(
-        {**made, "runtime": {"threads": 1, "mode": "async"}},
+        {**run_config, "runtime": {"threads": 1, "mode": "async"}},
         seconds=lambda client_id, task: PACE[client_id],
     )
     records = [pace.run_round() for _ in range(3)]
-    assert bits(pace) != bits(rounds_of(made))
+    assert bits(pace) != bits(rounds_of(run_config))
     # Fast clients upload twice, slow ones never.
     assert any(len(set(record["cohort"])) < 4 for record in records)
 
@@ -111,9 +112,9 @@ def test_unequal_task_times_differ_from_synchronous_run() -> None:
 @pytest.mark.parametrize("method", SUMS)
 def test_every_summing_method_runs_and_is_evaluated(method: str) -> None:
     extra = {"algorithm": {"name": "ds_fl", "proxy_rows": None}} if method == "ds_fl" else {}
-    made = config(method, MIXED, clients=4, rounds=2, server={"model": "linear"}, **extra)
-    made["runtime"] = {"threads": 1, "mode": "async", "buffer": 2}
-    pace = session(made, seconds=lambda client_id, task: PACE[client_id])
+    run_config = config(method, MIXED, clients=4, rounds=2, server={"model": "linear"}, **extra)
+    run_config["runtime"] = {"threads": 1, "mode": "async", "buffer": 2}
+    pace = session(run_config, seconds=lambda client_id, task: PACE[client_id])
     for _ in range(2):
         record = pace.run_round()
         assert not record["failed"] and len(record["cohort"]) == 4
@@ -125,8 +126,8 @@ def test_every_summing_method_runs_and_is_evaluated(method: str) -> None:
 # Order of computation
 def test_time_of_computation_does_not_change_results(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute each task as late as possible, or all tasks together when they are assigned."""
-    made = source(algorithm__heads="keep")
-    plain, eager = session(made), session(made)
+    run_config = source(algorithm__heads="keep")
+    plain, eager = session(run_config), session(run_config)
     fill = eager._assign_tasks
     eager._assign_tasks = lambda: (fill(), eager._compute())[0]  # type: ignore[method-assign,func-returns-value]
     assert outcome(eager)["private"] == outcome(plain)["private"] and bits(eager) == bits(plain)
@@ -162,15 +163,17 @@ def test_resume_from_every_checkpoint_is_bit_identical(
 ) -> None:
     changes: dict[str, Any] = {"algorithm__heads": "keep"} if method == "hybrid" else {}
     changes["channel"] = channel
-    made = source(method, runtime={"threads": 1, "mode": "async", "executor": executor}, **changes)
-    plain = prepare(made).make_trainer(store=StateStore(tmp_path / "a"))
+    run_config = source(
+        method, runtime={"threads": 1, "mode": "async", "executor": executor}, **changes
+    )
+    plain = prepare(run_config).make_trainer(store=StateStore(tmp_path / "a"))
     records = [plain.run_round() for _ in range(4)]
     for stop in (1, 2, 3):
         folder = tmp_path / f"{stop}"
-        one = prepare(made).make_trainer(store=StateStore(folder))
+        one = prepare(run_config).make_trainer(store=StateStore(folder))
         resumed_records = [one.run_round() for _ in range(stop)]
         Checkpoints(one.store, print).save(stop, {"run": one.state_dict()})
-        other = prepare(made).make_trainer(store=StateStore(folder))
+        other = prepare(run_config).make_trainer(store=StateStore(folder))
         saved = Checkpoints(other.store, print).load_newest()
         assert saved is not None
         other.load_state_dict(saved["run"])
@@ -181,12 +184,12 @@ def test_resume_from_every_checkpoint_is_bit_identical(
 
 def test_resume_within_a_version_samples_the_same_clients() -> None:
     runtime = {"threads": 1, "mode": "async", "buffer": 8}
-    made = config("fedavg", "mlp", clients=8, rounds=3, clients__per_round=3, runtime=runtime)
-    whole, first, second = (
-        session(made, seconds=lambda client_id, task: int(client_id[-1])) for _ in range(3)
+    run_config = config("fedavg", "mlp", clients=8, rounds=3, clients__per_round=3, runtime=runtime)
+    full, first, second = (
+        session(run_config, seconds=lambda client_id, task: int(client_id[-1])) for _ in range(3)
     )
 
-    records = [whole.run_round() for _ in range(3)]
+    records = [full.run_round() for _ in range(3)]
     first.run_round()
     second.load_state_dict(first.state_dict())
     resumed = [second.run_round() for _ in range(2)]
@@ -197,8 +200,8 @@ def test_resume_within_a_version_samples_the_same_clients() -> None:
 
 def test_uploads_of_a_version_are_combined_in_the_order_of_client_ids() -> None:
     runtime = {"threads": 1, "mode": "async", "buffer": 4}
-    made = config("fedavg", "mlp", clients=4, runtime=runtime)
-    run = session(made, seconds=lambda client_id, task: 10 - int(client_id[-1]))
+    run_config = config("fedavg", "mlp", clients=4, runtime=runtime)
+    run = session(run_config, seconds=lambda client_id, task: 10 - int(client_id[-1]))
     combined: list[str] = []
     run._aggregate_uploads = lambda sent: combined.extend(u.client for u in sent)  # type: ignore[method-assign]
 
@@ -232,7 +235,7 @@ def test_runs_with_failures_complete_and_counts_add_up(
         )
         assert (counts["arrived"], counts["late"]) == (3, 0) and found["failed"] == counts["failed"]
         assert all(
-            begun <= ends <= record["simulated"]["end"] for _, begun, ends, _ in record["tasks"]
+            started <= ends <= record["simulated"]["end"] for _, started, ends, _ in record["tasks"]
         )
     failed = sum(record["counts"]["failed"] for record in records)
     tasks = sum(record["counts"]["invited"] for record in records)
@@ -240,9 +243,9 @@ def test_runs_with_failures_complete_and_counts_add_up(
 
 
 def test_tasks_of_one_version_draw_separate_compression() -> None:
-    made = config("fedavg", "mlp", 3, channel={"compress": [{"quantize": 4}]})
-    made["runtime"] = {"threads": 1, "mode": "async", "buffer": 6}
-    run = session(made, seconds=lambda client_id, _: PACE[client_id])
+    run_config = config("fedavg", "mlp", 3, channel={"compress": [{"quantize": 4}]})
+    run_config["runtime"] = {"threads": 1, "mode": "async", "buffer": 6}
+    run = session(run_config, seconds=lambda client_id, _: PACE[client_id])
     link, keys = run.executor.runtime.links.up, list[Any]()  # type: ignore[attr-defined]
     send = link.send
     link.send = lambda payload, key, *rest: (keys.append(key), send(payload, key, *rest))[1]
@@ -253,11 +256,11 @@ def test_tasks_of_one_version_draw_separate_compression() -> None:
 
 # End of a run
 def test_run_without_uploads_ends() -> None:
-    made = config("fedavg", runtime={"threads": 1, "mode": "async"}, faults={"lost": 1.0})
+    run_config = config("fedavg", runtime={"threads": 1, "mode": "async"}, faults={"lost": 1.0})
     with pytest.raises(
         RunFailedError, match=r"round 1: no usable upload from 300 tasks; site_\d: upload lost$"
     ):
-        session(made).run_round()
+        session(run_config).run_round()
     wild = config("fedavg", models="mlp", runtime={"threads": 1, "mode": "async"})
     wild["clients"]["defaults"]["optimizer"]["lr"] = 1e30
     with pytest.raises(RunFailedError, match="no usable upload from 3 tasks"):
@@ -287,12 +290,12 @@ def test_diverging_client_is_sampled_again_without_blocking() -> None:
 
 def test_state_follows_accepted_uploads() -> None:
     """Check that a client keeps its previous head after a lost task."""
-    made = config("fedper", clients=3, runtime={"threads": 1, "mode": "async"})
+    run_config = config("fedper", clients=3, runtime={"threads": 1, "mode": "async"})
     pace = {"site_1": 1.0, "site_2": 1.1, "site_3": 1.2}
-    plain = session(made, seconds=lambda client_id, _: pace[client_id])
+    plain = session(run_config, seconds=lambda client_id, _: pace[client_id])
     plain.run_round()
     lost = session(
-        made,
+        run_config,
         seconds=lambda client_id, _: pace[client_id],
         fates={3: FaultOutcome("lost"), 4: FaultOutcome("lost"), 5: FaultOutcome("lost")},
     )

@@ -53,34 +53,34 @@ def broadcasts_of(trainer: FederatedTrainer) -> EstimateBroadcasts:
     return trainer.broadcasts
 
 
-def check_held(trainer: FederatedTrainer) -> int:
+def check_estimates(trainer: FederatedTrainer) -> int:
     """Compare clients' estimates with the server's records; return the number of estimates."""
-    made = broadcasts_of(trainer)
+    broadcasts_by_client = broadcasts_of(trainer)
     present = {}
-    for (item, _), estimate in made.estimates.items():
+    for (item, _), estimate in broadcasts_by_client.estimates.items():
         if (last := estimate._last) is not None:
             present[item, last.name] = last.payload
     holders = 0
     for client_id in trainer.federation.client_infos:
-        held = trainer.store.get(client_id).state.get(ESTIMATES_KEY, {})
-        believed = made.client_estimates.names_of(client_id)
-        assert {item: each["name"] for item, each in held.items()} == {
+        state = trainer.store.get(client_id).state.get(ESTIMATES_KEY, {})
+        believed = broadcasts_by_client.known.names_of(client_id)
+        assert {item: each["name"] for item, each in state.items()} == {
             item: name.hex() for item, name in believed.items()
         }
-        holders += bool(held)
+        holders += bool(state)
         for item, name in believed.items():
             if (payload := present.get((item, name))) is not None:
-                assert same_bits(payload[item], held[item]["tensors"])
+                assert same_bits(payload[item], state[item]["tensors"])
     return holders
 
 
 @pytest.mark.parametrize("chain", CHAINS)
 def test_server_and_clients_have_equal_estimates(chain: str) -> None:
     source = config("fedavg", MODELS, 4, channel={"compress_down": CHAINS[chain]})
-    trainer = rounds_of(source, held=0)
+    trainer = rounds_of(source, num_rounds=0)
     for _ in range(3):
         assert not trainer.run_round()["failed"]
-        assert check_held(trainer) == 4
+        assert check_estimates(trainer) == 4
 
 
 def test_estimates_follow_ef21_p() -> None:
@@ -89,43 +89,43 @@ def test_estimates_follow_ef21_p() -> None:
     source = config(
         "fedavg", {"name": "mlp", "hidden": [24]}, 2, channel={"compress_down": [{"topk": share}]}
     )
-    trainer = rounds_of(source, held=0)
+    trainer = rounds_of(source, num_rounds=0)
     (group,) = trainer.server.models
-    held: torch.Tensor | None = None
+    estimate: torch.Tensor | None = None
     for _ in range(4):
         x = torch.cat([t.reshape(-1) for _, t in sorted(trainer.server.models[group].items())])
         trainer.run_round()
-        if held is None:
+        if estimate is None:
             # The first message contains the whole model.
-            held = x.clone()
+            estimate = x.clone()
         else:
-            change = x - held
+            change = x - estimate
             largest = change.abs().topk(-(-len(change) * 10 // 100)).indices
-            held[largest] += change[largest]
+            estimate[largest] += change[largest]
         state = trainer.store.get("site_1").state[ESTIMATES_KEY]["model"]["tensors"]
         found = torch.cat([t.reshape(-1) for _, t in sorted(state.items())])
-        torch.testing.assert_close(found, held, rtol=0, atol=1e-7)
+        torch.testing.assert_close(found, estimate, rtol=0, atol=1e-7)
 
 
 def test_omitted_changes_are_sent_later() -> None:
     """Check that estimates converge to the server's model while it does not change."""
     source = config("fedavg", "linear", 1, channel={"compress_down": [{"topk": 0.25}]})
-    trainer = rounds_of(source, held=1)
-    made = broadcasts_of(trainer)
+    trainer = rounds_of(source, num_rounds=1)
+    broadcasts_by_client = broadcasts_of(trainer)
     (info,) = (trainer.federation.client_infos[c] for c in trainer.federation.client_infos)
     payload = trainer.broadcast(info)
     gaps = []
     for version in range(1, 6):
-        made.begin(version, version, trainer.server.arch.values())
-        made.content(info, payload)
-        received = made.received(info, payload)["model"]
+        broadcasts_by_client.begin(version, version, trainer.server.arch.values())
+        broadcasts_by_client.content(info, payload)
+        received = broadcasts_by_client.received(info, payload)["model"]
         gaps.append(max(float((received[n] - t).abs().max()) for n, t in payload["model"].items()))
     assert gaps[0] > 0 and gaps == sorted(gaps, reverse=True) and gaps[-1] < 1e-7
 
 
 def test_changes_are_smaller_than_models() -> None:
     channel = {"compress_down": [{"topk": 0.02}, {"quantize": 4}], "entropy": True}
-    trainer = rounds_of(config("fedavg", MODELS, 4, channel=channel), held=0)
+    trainer = rounds_of(config("fedavg", MODELS, 4, channel=channel), num_rounds=0)
     sizes = [trainer.run_round()["down_bytes"] for _ in range(3)]
     assert max(sizes[1:]) < 0.25 * sizes[0]
 
@@ -138,20 +138,20 @@ def changes_in(body: bytes) -> list[int]:
 
 def test_absent_client_receives_missed_changes_or_full_estimate() -> None:
     channel = {"compress_down": [{"topk": 0.01}, {"quantize": 4}]}
-    trainer = rounds_of(config("fedavg", "cnn_bn_small", 2, channel=channel), held=1)
-    made = broadcasts_of(trainer)
+    trainer = rounds_of(config("fedavg", "cnn_bn_small", 2, channel=channel), num_rounds=1)
+    broadcasts_by_client = broadcasts_of(trainer)
     info = trainer.federation.client_infos["site_2"]
 
     for version in range(2, KEPT_CHANGES + 5):
-        made.begin(version, version, trainer.server.arch.values())
+        broadcasts_by_client.begin(version, version, trainer.server.arch.values())
         # The other client trains; this one is only evaluated.
-        made.content(info, trainer.broadcast(info))
+        broadcasts_by_client.content(info, trainer.broadcast(info))
         (body,) = broadcasts(trainer, ["site_1"], for_evaluation=True).values()
         missed = list(range(2, version + 1))
         assert changes_in(body) == (missed if len(missed) <= KEPT_CHANGES else [WHOLE])
-        held = trainer.store.get("site_1").state[ESTIMATES_KEY]
-        received = read_broadcast(trainer.links, version, body, held)
-        expected = made.received(info, trainer.broadcast(info))
+        estimate = trainer.store.get("site_1").state[ESTIMATES_KEY]
+        received = read_broadcast(trainer.links, version, body, estimate)
+        expected = broadcasts_by_client.received(info, trainer.broadcast(info))
         assert same_bits(received["model"], expected["model"])
 
 
@@ -160,7 +160,7 @@ def test_evaluation_changes_nothing() -> None:
     states = []
     for evaluates in (False, True):
         source = config("fedavg", MODELS, 4, channel=DOWN, rounds=5, clients__per_round=1)
-        trainer = rounds_of(source, held=0)
+        trainer = rounds_of(source, num_rounds=0)
         for _ in range(5):
             assert not trainer.run_round()["failed"]
             if evaluates:
@@ -170,36 +170,36 @@ def test_evaluation_changes_nothing() -> None:
 
 
 def test_models_of_equal_shapes_have_separate_estimates() -> None:
-    trainer = rounds_of(config("fedavg", EQUAL_SHAPES, 4, channel=DOWN), held=0)
+    trainer = rounds_of(config("fedavg", EQUAL_SHAPES, 4, channel=DOWN), num_rounds=0)
     for _ in range(3):
         assert not trainer.run_round()["failed"]
-        assert check_held(trainer) == 4
+        assert check_estimates(trainer) == 4
     assert len(broadcasts_of(trainer).estimates) == 2
 
 
 def test_clients_of_different_cohorts_share_an_estimate() -> None:
     source = config("fedavg", "linear", 6, channel=DOWN, rounds=8, clients__per_round=2)
-    trainer = rounds_of(source, held=0)
+    trainer = rounds_of(source, num_rounds=0)
     for _ in range(8):
         assert not trainer.run_round()["failed"]
-        check_held(trainer)
-    made = broadcasts_of(trainer)
-    assert len(made.estimates) == 1
+        check_estimates(trainer)
+    broadcasts_by_client = broadcasts_of(trainer)
+    assert len(broadcasts_by_client.estimates) == 1
     # Nothing is stored for clients whose uploads have arrived.
-    assert not made.client_estimates.sent
+    assert not broadcasts_by_client.known.sent
 
 
 def test_change_of_an_unknown_base_is_refused() -> None:
-    trainer = rounds_of(config("fedavg", "linear", 2, channel=DOWN), held=1)
+    trainer = rounds_of(config("fedavg", "linear", 2, channel=DOWN), num_rounds=1)
     (body,) = broadcasts(trainer, ["site_1"], for_evaluation=True).values()
-    held = trainer.store.get("site_1").state[ESTIMATES_KEY]
-    other = {"model": {**held["model"], "name": "00" * 8}}
+    estimate = trainer.store.get("site_1").state[ESTIMATES_KEY]
+    other = {"model": {**estimate["model"], "name": "00" * 8}}
     for wrong in (None, other):
         with pytest.raises(PayloadError, match="an estimate that this client does not have"):
             read_broadcast(trainer.links, 1, body, wrong)
     for size in (0, 1, 10, 30, 50):
         with pytest.raises(PayloadError, match="ends within"):
-            read_broadcast(trainer.links, 1, body[:size], held)
+            read_broadcast(trainer.links, 1, body[:size], estimate)
 
 
 class Personal(FedAvg):
@@ -220,13 +220,13 @@ class DeclaredPersonal(Personal):
 def test_undeclared_personal_broadcast_is_refused() -> None:
     source = config(f"python:{__name__}:Personal", "linear", 3, channel=DOWN)
     with pytest.raises(UserError, match=r"Needs\(models_per_client=True\)"):
-        rounds_of(source, held=0).run_round()
+        rounds_of(source, num_rounds=0).run_round()
 
     source = config(f"python:{__name__}:DeclaredPersonal", "linear", 3, channel=DOWN)
-    trainer = rounds_of(source, held=0)
+    trainer = rounds_of(source, num_rounds=0)
     for _ in range(2):
         assert not trainer.run_round()["failed"]
-        assert check_held(trainer) == 3
+        assert check_estimates(trainer) == 3
     assert len(broadcasts_of(trainer).estimates) == 3
 
 
@@ -240,10 +240,12 @@ class Forgetful(FedAvg):
 
 
 def test_replaced_client_state_keeps_estimates() -> None:
-    trainer = rounds_of(config(f"python:{__name__}:Forgetful", "linear", 2, channel=DOWN), held=0)
+    trainer = rounds_of(
+        config(f"python:{__name__}:Forgetful", "linear", 2, channel=DOWN), num_rounds=0
+    )
     for _ in range(2):
         assert not trainer.run_round()["failed"]
-        assert check_held(trainer) == 2
+        assert check_estimates(trainer) == 2
 
 
 class Zeroing(FedAvg):
@@ -258,10 +260,10 @@ class Zeroing(FedAvg):
 
 def test_changed_payload_does_not_change_estimates() -> None:
     source = config(f"python:{__name__}:Zeroing", MODELS, 4, channel=DOWN)
-    trainer = rounds_of(source, held=0)
+    trainer = rounds_of(source, num_rounds=0)
     for _ in range(2):
         assert not trainer.run_round()["failed"]
-        assert check_held(trainer) == 4
+        assert check_estimates(trainer) == 4
 
 
 @pytest.mark.parametrize("too_few", ["skip", "repeat"])
@@ -277,36 +279,36 @@ def test_lost_broadcasts_change_no_estimates(too_few: str) -> None:
         faults={"lost": 0.3, "corrupted": 0.2, "during": 0.1},
         cohort={"least": 2, "too_few": too_few},
     )
-    trainer = rounds_of(source, held=0)
+    trainer = rounds_of(source, num_rounds=0)
     failed = 0
     for _ in range(5):
         failed += len(trainer.run_round()["failed"])
-        check_held(trainer)
+        check_estimates(trainer)
     assert failed > 2
 
 
 def test_asynchronous_run_tracks_estimates_per_task() -> None:
-    made = asynchronous_runs.source("fedavg", runtime__buffer=None, channel=DOWN)
-    trainer = prepare(made).make_trainer()
+    run_config = asynchronous_runs.source("fedavg", runtime__buffer=None, channel=DOWN)
+    trainer = prepare(run_config).make_trainer()
     for _ in range(4):
         trainer.run_round()
-    assert check_held(trainer) > 1
+    assert check_estimates(trainer) > 1
 
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[SharedProcessPool]:
-    with shared_process_pool(setup_of("local"), 2) as made:
-        yield made
+    with shared_process_pool(setup_of("local"), 2) as pool:
+        yield pool
 
 
 @pytest.mark.parametrize("method", ["hybrid", "fedper"])
 def test_workers_match_one_process(method: str, pool: SharedProcessPool) -> None:
     setup = setup_of(config(method, MIXED, 4, clients__per_round=3, channel=DOWN))
-    want = outcome(rounds_on(setup, None), 3)
-    assert not any(record["failed"] for record in want["records"])
+    expected = outcome(rounds_on(setup, None), 3)
+    assert not any(record["failed"] for record in expected["records"])
     pool.take(setup)
     for size in (1, 2):
-        assert outcome(rounds_on(setup, pool, size), 3) == want
+        assert outcome(rounds_on(setup, pool, size), 3) == expected
 
 
 @pytest.mark.slow
@@ -361,7 +363,7 @@ def test_resumed_run_is_bit_identical(mode: str, tmp_path: Path) -> None:
     source = config("hybrid", MIXED, 4, rounds=4, clients__per_round=3, channel=DOWN)
     if mode == "async":
         source = asynchronous_runs.source("fedavg", runtime__buffer=None, channel=DOWN, rounds=4)
-    whole = run(source, out=tmp_path / "whole")
+    uninterrupted = run(source, out=tmp_path / "whole")
 
     def stop(record: dict[str, Any]) -> None:
         if record["round"] == 2:
@@ -370,6 +372,6 @@ def test_resumed_run_is_bit_identical(mode: str, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(source, out=tmp_path / "parts", callbacks=[stop])
     parts = run(source, out=tmp_path / "parts", resume=True)
-    for name, model in whole.models.items():
+    for name, model in uninterrupted.models.items():
         assert same_bits(model.tensors, parts.models[name].tensors), name
-    assert whole.summary["communication"] == parts.summary["communication"]
+    assert uninterrupted.summary["communication"] == parts.summary["communication"]

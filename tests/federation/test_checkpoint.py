@@ -42,7 +42,7 @@ def test_full_participation_needs_two_complete_files(
     tmp_path: Path,
 ) -> None:
     rounds = rounds_of(
-        config("hybrid", MIXED, algorithm__heads="keep"), held=0, store=StateStore(tmp_path)
+        config("hybrid", MIXED, algorithm__heads="keep"), num_rounds=0, store=StateStore(tmp_path)
     )
     checkpoints = Checkpoints(rounds.store, pytest.fail)
     for i in (1, 2, 3):
@@ -55,25 +55,25 @@ def test_full_participation_needs_two_complete_files(
 def test_damaged_checkpoint_is_detected_and_previous_used(tmp_path: Path) -> None:
     messages: list[str] = []
     rounds = rounds_of(
-        config("hybrid", MIXED, algorithm__heads="keep"), held=1, store=StateStore(tmp_path)
+        config("hybrid", MIXED, algorithm__heads="keep"), num_rounds=1, store=StateStore(tmp_path)
     )
     checkpoints = Checkpoints(rounds.store, messages.append)
     checkpoints.save(1, {"run": rounds.state_dict()})
     rounds.run_round()
     path = checkpoints.save(2, {"run": rounds.state_dict()})
-    whole, rng = path.read_bytes(), random.Random(1)
+    content, rng = path.read_bytes(), random.Random(1)
     assert len(read_checkpoint(path).locations) == 3
     for i in range(240):
-        at = rng.randrange(len(whole))
+        at = rng.randrange(len(content))
         # Every byte at the start and at the end, and random ones between.
         if i < 60:
             at = i
         elif i < 120:
-            at = len(whole) - 1 - (i - 60)
+            at = len(content) - 1 - (i - 60)
         damaged = (
-            whole[:at]
+            content[:at]
             if i % 3 == 0
-            else whole[:at] + bytes([whole[at] ^ (1 << rng.randrange(8))]) + whole[at + 1 :]
+            else content[:at] + bytes([content[at] ^ (1 << rng.randrange(8))]) + content[at + 1 :]
         )
         path.write_bytes(damaged)
         with pytest.raises(CodecError):
@@ -103,19 +103,19 @@ def test_damage_of_live_state_in_older_file_is_detected(
         checkpoints.store.commit()
         checkpoints.save(i, {"round": i})
     first = tmp_path / "round-000000.ckpt"
-    whole = first.read_bytes()
+    content = first.read_bytes()
     live = checkpoints.store.locations()["b"]
     # A byte in the first state of client a.
     dead = live.offset - 10
     for at in range(live.offset, live.offset + live.length, 97):
-        first.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        first.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
         with pytest.raises(CodecError, match=r"round-000000\.ckpt does not match"):
             read_checkpoint(tmp_path / "round-000002.ckpt")
     store = StateStore(tmp_path)
     store.load_locations({"b": live}, {})
     with pytest.raises(RunFailedError, match="the private state of b is damaged on disk"):
         store.get("b")
-    first.write_bytes(whole[:dead] + bytes([whole[dead] ^ 1]) + whole[dead + 1 :])
+    first.write_bytes(content[:dead] + bytes([content[dead] ^ 1]) + content[dead + 1 :])
     newest = checkpoints.load_newest()
     assert newest == {"round": 2} and not messages
     first.unlink()
@@ -236,11 +236,11 @@ def test_restored_run_is_bit_identical_with_other_cache_size(
     )
     source["algorithm"] |= {"proxy_rows": 30, "cache_life": 2} if cached else {}
     straight = rounds_of(source)
-    first = rounds_of(source, held=2, store=StateStore(tmp_path, (1 << 30) - memory))
+    first = rounds_of(source, num_rounds=2, store=StateStore(tmp_path, (1 << 30) - memory))
     # Evaluation must have no side effects.
     first.evaluate()
     Checkpoints(first.store, pytest.fail).save(2, first.state_dict())
-    again = rounds_of(source, held=0, store=StateStore(tmp_path, memory))
+    again = rounds_of(source, num_rounds=0, store=StateStore(tmp_path, memory))
     tree = Checkpoints(again.store, pytest.fail).load_newest()
     assert tree is not None
     again.load_state_dict(tree)

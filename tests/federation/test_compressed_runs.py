@@ -83,7 +83,7 @@ def test_compression_reduces_uploads() -> None:
     "empty", [{}, {"channel": {}}, {"channel": {"compress": [], "entropy": True}}]
 )
 def test_empty_chain_changes_nothing(empty: dict[str, Any]) -> None:
-    rounds = rounds_of(config("hybrid", MODELS, 4, **empty), held=0)
+    rounds = rounds_of(config("hybrid", MODELS, 4, **empty), num_rounds=0)
     bodies = dict(broadcasts(rounds, rounds.sample_cohort(0)))
     assert all(Payload.decode(body).encode() == body for body in bodies.values())
     rounds.run_round()
@@ -92,7 +92,8 @@ def test_empty_chain_changes_nothing(empty: dict[str, Any]) -> None:
 
 def test_batch_norm_statistics_are_not_compressed() -> None:
     plain, cut = (
-        rounds_of(config("fedavg", "cnn_bn_small", 1, **c), held=1) for c in ({}, {"channel": TOP})
+        rounds_of(config("fedavg", "cnn_bn_small", 1, **c), num_rounds=1)
+        for c in ({}, {"channel": TOP})
     )
     (group,) = plain.server.models
     names = [n for n in plain.server.models[group] if "running" in n]
@@ -107,10 +108,10 @@ def test_batch_norm_statistics_are_not_compressed() -> None:
 def test_upload_and_residual_add_up_to_the_update() -> None:
     """Train one client for a round with top-k; upload plus residual equal the dense update."""
     source = config("fedavg", {"name": "mlp", "hidden": [24]}, 1)
-    start = rounds_of(source, held=0).server.models
+    start = rounds_of(source, num_rounds=0).server.models
     dense, cut = (
-        rounds_of(source, held=1),
-        rounds_of({**source, "channel": {"compress": [{"topk": 0.05}]}}, held=1),
+        rounds_of(source, num_rounds=1),
+        rounds_of({**source, "channel": {"compress": [{"topk": 0.05}]}}, num_rounds=1),
     )
     (group,) = start
     (client,) = cut.federation.client_infos
@@ -125,10 +126,10 @@ def test_upload_and_residual_add_up_to_the_update() -> None:
 
 def test_random_selection_is_decoded_at_its_positions() -> None:
     source = config("fedavg", {"name": "mlp", "hidden": [24]}, 1)
-    start = rounds_of(source, held=0).server.models
+    start = rounds_of(source, num_rounds=0).server.models
     dense, cut = (
-        rounds_of(source, held=1),
-        rounds_of({**source, "channel": {"compress": [{"randk": 0.25}]}}, held=1),
+        rounds_of(source, num_rounds=1),
+        rounds_of({**source, "channel": {"compress": [{"randk": 0.25}]}}, num_rounds=1),
     )
     (group,) = start
     count = 0
@@ -150,7 +151,7 @@ def kept_by(rounds: Any) -> dict[str, Any]:
 
 
 def test_residual_survives_absence_and_refused_uploads() -> None:
-    rounds = rounds_of(config("fedavg", MODELS, 4, clients__per_round=3, channel=TOP), held=2)
+    rounds = rounds_of(config("fedavg", MODELS, 4, clients__per_round=3, channel=TOP), num_rounds=2)
     for _ in range(4):
         before, absent = (
             kept_by(rounds),
@@ -185,7 +186,7 @@ def test_resumed_run_is_bit_identical(tmp_path: Any) -> None:
         clients__per_round=3,
         channel={**TOP, "compress_down": [{"quantize": 12}]},
     )
-    whole, first = rounds_of(source, 4), rounds_of(source, 2, StateStore(tmp_path))
+    uninterrupted, first = rounds_of(source, 4), rounds_of(source, 2, StateStore(tmp_path))
     Checkpoints(first.store, pytest.fail).save(2, {"run": first.state_dict()})
     second = rounds_of(source, 0, StateStore(tmp_path))
     newest = Checkpoints(second.store, pytest.fail).load_newest()
@@ -193,17 +194,17 @@ def test_resumed_run_is_bit_identical(tmp_path: Any) -> None:
     second.load_state_dict(newest["run"])
     for _ in range(2):
         second.run_round()
-    assert second.traffic == whole.traffic
-    for slot, model in whole.server.models.items():
+    assert second.traffic == uninterrupted.traffic
+    for slot, model in uninterrupted.server.models.items():
         assert same_bits(model, second.server.models[slot])
-    for client in whole.federation.client_infos:
-        assert second.store.encoded(client) == whole.store.encoded(client)
+    for client in uninterrupted.federation.client_infos:
+        assert second.store.encoded(client) == uninterrupted.store.encoded(client)
 
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[SharedProcessPool]:
-    with shared_process_pool(setup_of("local"), 2) as made:
-        yield made
+    with shared_process_pool(setup_of("local"), 2) as pool:
+        yield pool
 
 
 @pytest.mark.slow
@@ -213,16 +214,16 @@ def test_workers_match_one_process(
     method: str, channel: dict[str, Any], pool: SharedProcessPool
 ) -> None:
     setup = setup_of(config(method, MIXED, 4, clients__per_round=3, channel=channel))
-    want = outcome(rounds_on(setup, None), 2)
-    assert not any(record["failed"] for record in want["records"])
+    expected = outcome(rounds_on(setup, None), 2)
+    assert not any(record["failed"] for record in expected["records"])
     pool.take(setup)
     for size in (1, 2):
-        assert outcome(rounds_on(setup, pool, size), 2) == want
+        assert outcome(rounds_on(setup, pool, size), 2) == expected
 
 
 def test_clients_of_a_group_receive_the_same_broadcast() -> None:
     source = config("fedavg", MODELS, 4, channel={"compress_down": [{"quantize": 4}]})
-    rounds = rounds_of(source, held=0)
+    rounds = rounds_of(source, num_rounds=0)
     bodies = dict(broadcasts(rounds, rounds.sample_cohort(0)))
     assert len(set(bodies.values())) == 2
     for client, body in bodies.items():

@@ -152,7 +152,7 @@ class Warming(FedAvg):
 
 def test_cost_of_custom_method_may_depend_on_the_round() -> None:
     source = small(f"python:{__name__}:Warming", rounds=3)
-    rounds = rounds_of(source, held=0)
+    rounds = rounds_of(source, num_rounds=0)
     assert [rounds.run_round()["failed"] for _ in range(3)] == [{}] * 3
     cost = communication_cost(rounds.algorithm, rounds.federation, 3, every=1)
     assert cost.up.total() == rounds.traffic.up
@@ -180,11 +180,11 @@ def asynchronous_cost_and_traffic(source: dict[str, Any]) -> tuple[list[int], li
 @pytest.mark.parametrize("channel", [{}, TOP], ids=["plain", "topk"])
 @pytest.mark.parametrize("method", [m for m in SUMS if m != "ds_fl"] + ["fedbuff", "fedasync"])
 def test_asynchronous_cost_is_close_to_traffic(method: str, channel: dict[str, Any]) -> None:
-    made = paced(method, channel=channel, faults={})
+    run_config = paced(method, channel=channel, faults={})
     if method in ("fedbuff", "fedasync"):
-        del made["runtime"]["buffer"]
+        del run_config["runtime"]["buffer"]
 
-    expected, counted = asynchronous_cost_and_traffic(made)
+    expected, counted = asynchronous_cost_and_traffic(run_config)
 
     # Clients that are fast enough to upload twice are not known in advance.
     assert expected == pytest.approx(counted, rel=0.5) and any(counted) == (method != "local")
@@ -216,8 +216,8 @@ def test_check_counts_models_added_by_a_method(
     (at_server,) = re.findall(r"memory for models on the server, about: (\S+) kB", printed)
     models = [create_model(name, 10, 1, 8) for name in ("cnn_bn_small", mentee)]
     trained = sum(p.numel() for model in models for p in model.parameters())
-    held = sum(t.numel() for model in models for t in model.state_dict().values())
-    assert float(at_server) == pytest.approx(4e-3 * held, rel=0.02)
+    num_values = sum(t.numel() for model in models for t in model.state_dict().values())
+    assert float(at_server) == pytest.approx(4e-3 * num_values, rel=0.02)
     plan = plan_memory(prepare(path).federation.client_infos["site_1"])
-    assert (plan.weights, plan.gradients) == (4 * held, 4 * trained)
+    assert (plan.weights, plan.gradients) == (4 * num_values, 4 * trained)
     assert format_bytes(plan.weights) in printed and format_bytes(8 * plan.total) in printed

@@ -44,10 +44,10 @@ def source(**changes: Any) -> dict[str, Any]:
 
 def at_any_time() -> dict[str, Any]:
     """Return an asynchronous configuration with the same clients and all kinds of faults."""
-    made = source()
-    made["runtime"] |= {"mode": "async", "buffer": 2}
+    run_config = source()
+    run_config["runtime"] |= {"mode": "async", "buffer": 2}
     return {
-        **made,
+        **run_config,
         "devices": asynchronous_runs.SLOW,
         "faults": asynchronous_runs.FAULTS,
         "cohort": {},
@@ -88,13 +88,13 @@ def figures(out: Path) -> list[dict[str, Any]]:
 def test_killed_run_resumes_with_same_results(mode: str, tmp_path: Path) -> None:
     # The server process imports the package once, before the timing.
     spawn(tmp_path / "warm", mode).join()
-    begun = time.monotonic()
+    started = time.monotonic()
     plain = spawn(tmp_path / "plain", mode)
     plain.join()
-    took = time.monotonic() - begun
+    took = time.monotonic() - started
     assert plain.exitcode == 0
-    want, records = models(tmp_path / "plain"), figures(tmp_path / "plain")
-    assert len(want) == 5 and len(records) == 4
+    expected, records = models(tmp_path / "plain"), figures(tmp_path / "plain")
+    assert len(expected) == 5 and len(records) == 4
     lines = (tmp_path / "plain" / "metrics.jsonl").read_text().splitlines()
     course = sum(sum(json.loads(line)["seconds"].values()) for line in lines)
     rng = random.Random(os.urandom(8))
@@ -119,7 +119,7 @@ def test_killed_run_resumes_with_same_results(mode: str, tmp_path: Path) -> None
         again = spawn(out, mode)
         again.join()
         assert again.exitcode == 0
-        assert models(out) == want and figures(out) == records, f"kill {i}"
+        assert models(out) == expected and figures(out) == records, f"kill {i}"
         assert not list(out.glob(".*.tmp"))
 
 
@@ -136,9 +136,9 @@ def test_resume_after_kill_writes_missing_report(tmp_path: Path) -> None:
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert (out / "summary.json").exists() and not (out / "report.html").exists()
-    want = models(out)
+    expected = models(out)
     run(source(output__report=True), out=out, resume=True)
-    assert (out / "report.html").exists() and models(out) == want
+    assert (out / "report.html").exists() and models(out) == expected
 
 
 def killed(out: str, mode: str) -> None:
@@ -201,12 +201,12 @@ def interrupted_run(out: str) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     path = Path(out).with_suffix(".yaml")
     path.write_text(yaml.safe_dump(source()))
-    held = SynchronousTrainer.run_round
+    original = SynchronousTrainer.run_round
 
     def round_then_interrupt(self: SynchronousTrainer) -> dict[str, Any]:
         if self.completed == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return held(self)
+        return original(self)
 
     SynchronousTrainer.run_round = round_then_interrupt  # type: ignore[method-assign]
     sys.exit(main(["--config", str(path), "--out", out], command="train"))
@@ -215,16 +215,16 @@ def interrupted_run(out: str) -> None:
 def test_resume_with_other_device_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "devices.csv"
     file.write_text("speed\n1e6\n")
-    made = config(
+    run_config = config(
         "fedavg",
         "mlp",
         rounds=2,
         devices={"file": str(file)},
     )
-    run(made, out=tmp_path / "a")
+    run(run_config, out=tmp_path / "a")
     (tmp_path / "a" / "summary.json").unlink()
     file.write_text("speed\n2e6\n")
     with pytest.raises(UserError, match=r"^devices\.file: .*devices\.csv differs from the file"):
-        run(made, out=tmp_path / "a", resume=True)
+        run(run_config, out=tmp_path / "a", resume=True)
     file.write_text("speed\n1000000\n")
-    run(made, out=tmp_path / "a", resume=True)
+    run(run_config, out=tmp_path / "a", resume=True)

@@ -53,30 +53,30 @@ def stopped(
 
 
 def stopped_run(mode: str, folder: Path) -> tuple[dict[str, Any], Path, Any]:
-    made = source(mode)
+    run_config = source(mode)
 
     def stop(record: dict[str, Any]) -> None:
         if record["round"] == STOP:
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted):
-        run(made, out=folder / "stopped", callbacks=[stop])
-    run(made, out=folder / "whole")
-    return made, folder / "stopped", (models(folder / "whole"), figures(folder / "whole"))
+        run(run_config, out=folder / "stopped", callbacks=[stop])
+    run(run_config, out=folder / "whole")
+    return run_config, folder / "stopped", (models(folder / "whole"), figures(folder / "whole"))
 
 
 def ends_alike(
     stopped: tuple[dict[str, Any], Path, Any], damage: Callable[[bytes], bytes], scratch: Path
 ) -> bool:
     """Return whether the run resumes bit-identically after damage to its newest checkpoint."""
-    made, folder, want = stopped
+    result, folder, expected = stopped
     shutil.rmtree(scratch, ignore_errors=True)
     shutil.copytree(folder, scratch)
     newest = max((scratch / "checkpoint").glob("*.ckpt"))
     assert newest.name == f"round-{STOP:06}.ckpt"
     newest.write_bytes(damage(newest.read_bytes()))
-    run(made, out=scratch, resume=True)
-    return (models(scratch), figures(scratch)) == want
+    run(result, out=scratch, resume=True)
+    return (models(scratch), figures(scratch)) == expected
 
 
 def flip(at: float, bit: int = 0) -> Callable[[bytes], bytes]:

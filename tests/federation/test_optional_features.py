@@ -28,7 +28,7 @@ OPTIONAL = (
 
 def entered_modules(source: dict[str, Any]) -> set[str]:
     """Return the modules of the package that the second round of a run calls."""
-    trainer = rounds_of(source, held=1)
+    trainer = rounds_of(source, num_rounds=1)
     entered: set[str] = set()
 
     def trace(frame: FrameType, event: str, _: object) -> None:

@@ -59,17 +59,17 @@ def test_resumed_run_equals_uninterrupted_run(settings: dict[str, Any], tmp_path
         data__proxy__labels=True,
     )
     plain = rounds_of(source)
-    first = rounds_of(source, held=2, store=StateStore(tmp_path))
+    first = rounds_of(source, num_rounds=2, store=StateStore(tmp_path))
     Checkpoints(first.store, pytest.fail).save(2, {"run": first.state_dict()})
-    again = rounds_of(source, held=0, store=StateStore(tmp_path))
+    again = rounds_of(source, num_rounds=0, store=StateStore(tmp_path))
     saved = Checkpoints(again.store, pytest.fail).load_newest()
     assert saved is not None
     again.load_state_dict(saved["run"])
     for _ in range(2):
         again.run_round()
-    want, got = everything(plain), everything(again)
-    assert want.keys() == got.keys()
-    for name, value in want.items():
+    expected, got = everything(plain), everything(again)
+    assert expected.keys() == got.keys()
+    for name, value in expected.items():
         assert (
             torch.equal(value, got[name]) if isinstance(value, torch.Tensor) else value == got[name]
         ), name

@@ -19,7 +19,7 @@ CLOCK = {"speed": 1e6, "up": 1e6, "down": 1e6}
 WHOLE = ["keys", "shares", "train", "unmask"]
 
 
-class Fated(Faults):
+class ScriptedFaults(Faults):
     """Fault outcomes by client; other clients have no faults."""
 
     def __init__(self, like: Faults, fates: Mapping[str, FaultOutcome]) -> None:
@@ -30,13 +30,17 @@ class Fated(Faults):
         return self.fates.get(client_id, FaultOutcome())
 
 
-def fated(
+def with_faults(
     fates: Mapping[str, FaultOutcome], **changes: Any
 ) -> tuple[SynchronousTrainer, dict[str, list[str]]]:
     """Return a new run of six clients and their future answers."""
-    made: dict[str, Any] = {"devices": CLOCK, "cohort": {"deadline": 60}, **changes}
-    rounds = rounds_of(secure("hybrid", MIXED, 6, algorithm__heads="keep", **made), held=0)
-    rounds.environment = replace(rounds.environment, faults=Fated(rounds.environment.faults, fates))
+    run_config: dict[str, Any] = {"devices": CLOCK, "cohort": {"deadline": 60}, **changes}
+    rounds = rounds_of(
+        secure("hybrid", MIXED, 6, algorithm__heads="keep", **run_config), num_rounds=0
+    )
+    rounds.environment = replace(
+        rounds.environment, faults=ScriptedFaults(rounds.environment.faults, fates)
+    )
     kinds, answer = defaultdict[str, list[str]](list), rounds.executor.run
 
     def watched(clients: Any, request: Any) -> Any:
@@ -53,7 +57,7 @@ def fated(
     "what", ["before", "during", "after", "lost", "late", "corrupted", "twice"]
 )
 def test_each_fault_occurs_in_its_exchange(what: str) -> None:
-    rounds, kinds = fated(
+    rounds, kinds = with_faults(
         {"site_2": FaultOutcome(what, delay=100.0 if what == "late" else 0.0, completed_share=0.5)}
     )  # type: ignore[arg-type]
     record = rounds.run_round()
@@ -62,7 +66,7 @@ def test_each_fault_occurs_in_its_exchange(what: str) -> None:
     assert found == {"late": "late", "twice": "arrived"}.get(what, "failed")
     answered = {"before": [], "corrupted": WHOLE[:3], "twice": WHOLE}.get(what, WHOLE[:2])
     assert kinds["site_2"] == answered and kinds["site_3"] == WHOLE
-    plain, _ = fated({})
+    plain, _ = with_faults({})
     if what != "twice":
         uninvited = [c for c in rounds.federation.client_infos if c != "site_2"]
         plain.sampler.sample = lambda *a: (uninvited, 0.0)  # type: ignore[method-assign,misc]
@@ -75,7 +79,8 @@ def test_each_fault_occurs_in_its_exchange(what: str) -> None:
 def test_traffic_of_unresponsive_clients_is_counted() -> None:
     """Check that a lost client received every message and that its vector counts as sent."""
     (plain, _), (lost, _), (twice, _) = (
-        fated(f) for f in ({}, {"site_2": FaultOutcome("lost")}, {"site_2": FaultOutcome("twice")})
+        with_faults(f)
+        for f in ({}, {"site_2": FaultOutcome("lost")}, {"site_2": FaultOutcome("twice")})
     )
     for rounds in (plain, lost, twice):
         rounds.run_round()
@@ -88,13 +93,13 @@ def test_traffic_of_unresponsive_clients_is_counted() -> None:
 
 def test_masked_vector_determines_upload_time() -> None:
     """Count eight bytes for each summed number instead of the client's plain upload."""
-    rounds, _ = fated({}, devices={"up": 1e3}, cohort={})
+    rounds, _ = with_faults({}, devices={"up": 1e3}, cohort={})
     took = rounds.run_round()["simulated"]["end"]
     assert took == pytest.approx(rounds.traffic.up / 6 / 1e3, rel=0.02)
 
 
 def test_too_many_dropouts_abandon_the_sum() -> None:
-    rounds, kinds = fated(
+    rounds, kinds = with_faults(
         {f"site_{i}": FaultOutcome("during", completed_share=0.5) for i in (1, 2, 3)}
     )
     record = rounds.run_round()
@@ -119,7 +124,7 @@ def test_counts_add_up_for_every_policy_and_executor(
     policy: dict[str, Any],
 ) -> None:
     devices = {"speed": {"median": 1e6, "sigma": 0.9}, "up": 1e6}
-    made = secure(
+    run_config = secure(
         "fedper",
         "mlp",
         7,
@@ -131,7 +136,7 @@ def test_counts_add_up_for_every_policy_and_executor(
         channel__secure_sum={"threshold": 0.51},
         data__partition={"kind": "iid", "min_size": 10},
     )
-    serial = rounds_of(made, held=0)
+    serial = rounds_of(run_config, num_rounds=0)
     records = [serial.run_round() for _ in range(6)]
     for record in records:
         arithmetic(record)
@@ -139,7 +144,8 @@ def test_counts_add_up_for_every_policy_and_executor(
         not r.get("skipped") and r["counts"]["failed"] + r["counts"]["late"] for r in records
     )
     parallel = rounds_of(
-        {**made, "runtime": {"threads": 1, "executor": "processes", "workers": 2}}, held=0
+        {**run_config, "runtime": {"threads": 1, "executor": "processes", "workers": 2}},
+        num_rounds=0,
     )
     try:
         parallel_records = [parallel.run_round() for _ in range(6)]

@@ -67,7 +67,7 @@ METHODS = [
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_evaluation_has_no_side_effects(method: str) -> None:
     source = config(method, MIXED, clients=4, server={"model": "linear"})
-    plain, read = rounds_of(source), rounds_of(source, held=0)
+    plain, read = rounds_of(source), rounds_of(source, num_rounds=0)
     for _ in range(2):
         record = read.run_round()
         add_evaluation(record, read.evaluate())
@@ -83,7 +83,7 @@ def test_every_method_runs_and_evaluation_has_no_side_effects(method: str) -> No
 
 @pytest.mark.parametrize("method", METHODS)
 def test_traffic_is_the_size_of_encoded_payloads(method: str) -> None:
-    rounds = rounds_of(config(method, MIXED, clients=4), held=0)
+    rounds = rounds_of(config(method, MIXED, clients=4), num_rounds=0)
     up, receive = [], rounds.decode_upload
 
     def watched(client: Any, content: bytes | Payload, *rest: Any) -> Payload:
@@ -103,7 +103,7 @@ def test_traffic_is_the_size_of_encoded_payloads(method: str) -> None:
 def test_evaluation_and_training_deploy_the_same_model() -> None:
     """Check that deploying twice is bit-identical and does not digest twice."""
     algorithm = {"name": "hybrid", "distil_at": "both"}
-    rounds = rounds_of(config("hybrid", MIXED, algorithm=algorithm), held=1)
+    rounds = rounds_of(config("hybrid", MIXED, algorithm=algorithm), num_rounds=1)
     read = deployed(rounds, "site_1").models["model"]
     found, fit = [], type(rounds.algorithm).proxy_replay
 
@@ -141,7 +141,7 @@ def poisoned(rounds: SynchronousTrainer, client: str) -> None:
 def test_nan_upload_is_refused_and_state_is_unchanged(
     method: str,
 ) -> None:
-    rounds = rounds_of(config(method, rounds=3), held=1)
+    rounds = rounds_of(config(method, rounds=3), num_rounds=1)
     before = rounds.store.get("site_1").models
     poisoned(rounds, "site_1")
     record = rounds.run_round()
@@ -157,11 +157,13 @@ def test_diverging_client_is_dropped_and_empty_round_fails() -> None:
         {"name": "calm", "count": 2, "model": "mlp"},
         {"name": "wild", "model": "mlp", "optimizer": {"lr": 1e30}},
     ]
-    rounds = rounds_of(config("fedavg", clients__groups=groups), held=0)
+    rounds = rounds_of(config("fedavg", clients__groups=groups), num_rounds=0)
     record = rounds.run_round()
     assert list(record["failed"]) == ["wild"] and "finite" in record["failed"]["wild"]
     assert all(torch.isfinite(t).all() for m in rounds.server.models.values() for t in m.values())
-    wild = rounds_of(config("fedavg", "mlp", clients__defaults={"optimizer": {"lr": 1e30}}), held=0)
+    wild = rounds_of(
+        config("fedavg", "mlp", clients__defaults={"optimizer": {"lr": 1e30}}), num_rounds=0
+    )
     with pytest.raises(RunFailedError, match="no usable upload"):
         wild.run_round()
 
@@ -190,7 +192,7 @@ def test_diverging_server_training_changes_nothing(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     buffer = {"algorithm__buffer": 3} if method == "fedbuff" else {}
-    rounds = rounds_of(config(method, rounds=4, **buffer), held=1)
+    rounds = rounds_of(config(method, rounds=4, **buffer), num_rounds=1)
     loud(rounds, "site_2", monkeypatch)
     before = copy_tree([rounds.server.models, rounds.server.state])
     diverging(rounds, [0], monkeypatch)
@@ -234,7 +236,7 @@ def test_repeated_server_divergence_fails_in_one_line(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     buffer = {"algorithm__buffer": 3} if method == "fedbuff" else {}
-    rounds = rounds_of(config(method, rounds=9, **buffer), held=0)
+    rounds = rounds_of(config(method, rounds=9, **buffer), num_rounds=0)
     diverging(rounds, [0, 1, 3, 4, 5], monkeypatch)
 
     while rounds.completed < 5:
@@ -249,12 +251,12 @@ def test_repeated_server_divergence_fails_in_one_line(
 def test_server_divergence_is_counted_across_checkpoints(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    made = config("fedavg", rounds=9)
-    rounds = rounds_of(made, held=0)
+    run_config = config("fedavg", rounds=9)
+    rounds = rounds_of(run_config, num_rounds=0)
     diverging(rounds, [0, 1, 2], monkeypatch)
     rounds.run_round()
     rounds.run_round()
-    later = rounds_of(made, held=0)
+    later = rounds_of(run_config, num_rounds=0)
     later.load_state_dict(decode(encode(rounds.state_dict(), "x"), "x"))
 
     with pytest.raises(RunFailedError, match="3 times in succession"):
@@ -264,7 +266,7 @@ def test_server_divergence_is_counted_across_checkpoints(
 @pytest.mark.parametrize("stop", [{"rounds": 1}, {"rounds": 9, "runtime__divergence": "stop"}])
 def test_server_divergence_ends_a_run_of_one_round(stop: dict[str, Any]) -> None:
     rounds = rounds_of(
-        config("feddf", server={"optimizer": {"name": "sgd", "lr": 1e30}}, **stop), held=0
+        config("feddf", server={"optimizer": {"name": "sgd", "lr": 1e30}}, **stop), num_rounds=0
     )
 
     with pytest.raises(RunFailedError, match="at the server diverged"):
@@ -273,7 +275,7 @@ def test_server_divergence_ends_a_run_of_one_round(stop: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("method", METHODS)
 def test_aggregation_changes_no_tensor_in_place(method: str) -> None:
-    rounds = rounds_of(config(method, rounds=3), held=1)
+    rounds = rounds_of(config(method, rounds=3), num_rounds=1)
     kept = copy_containers([rounds.server.models, rounds.server.state])
     before = encode(kept, "x")
 
@@ -293,23 +295,28 @@ class ClearsReceived(FedAvg):
 
 
 def test_hook_may_change_received_tensors_in_place() -> None:
-    plain = rounds_of(config("fedavg", "mlp", 3), held=2)
-    clearing = rounds_of(config(f"python:{__name__}:ClearsReceived", "mlp", 3), held=2)
+    plain = rounds_of(config("fedavg", "mlp", 3), num_rounds=2)
+    clearing = rounds_of(config(f"python:{__name__}:ClearsReceived", "mlp", 3), num_rounds=2)
 
     assert same_bits(*plain.server.models.values(), *clearing.server.models.values())
 
 
 def test_server_has_only_trained_models() -> None:
-    assert rounds_of(config("fedavg"), held=1).evaluate().server is not None
-    assert rounds_of(config("fedavg", MIXED[:2], clients=4), held=1).evaluate().server is None
+    assert rounds_of(config("fedavg"), num_rounds=1).evaluate().server is not None
+    assert rounds_of(config("fedavg", MIXED[:2], clients=4), num_rounds=1).evaluate().server is None
     backbone = {"shares": ["backbone"], "optimizer": {"name": "sgd", "lr": 0.05}}
-    assert rounds_of(config("fedavg", clients__defaults=backbone), held=1).evaluate().server is None
+    assert (
+        rounds_of(config("fedavg", clients__defaults=backbone), num_rounds=1).evaluate().server
+        is None
+    )
     # No predictions from which to distill a student.
     for method in ("fedavg", "local", "fd"):
-        rounds = rounds_of(config(method, MIXED[:2], clients=4, server={"model": "mlp"}), held=1)
+        rounds = rounds_of(
+            config(method, MIXED[:2], clients=4, server={"model": "mlp"}), num_rounds=1
+        )
         assert "student" not in rounds.server.models and rounds.evaluate().server is None
     assert (
-        rounds_of(config("fedmd", MIXED, server={"model": "mlp"}), held=1).evaluate().server
+        rounds_of(config("fedmd", MIXED, server={"model": "mlp"}), num_rounds=1).evaluate().server
         is not None
     )
 
@@ -327,12 +334,12 @@ def test_heads_stay_local_if_configured() -> None:
 
 def test_uploads_follow_client_sharing_schedules() -> None:
     now_and_then = [{"match": "site_1", "share_every": 2}]
-    rounds = rounds_of(config("fedavg", "mlp", 3, clients__overrides=now_and_then), held=0)
+    rounds = rounds_of(config("fedavg", "mlp", 3, clients__overrides=now_and_then), num_rounds=0)
     assert [rounds.run_round()["failed"] for _ in range(2)] == [{}, {}]
 
 
 def test_sharing_interval_of_two_rounds() -> None:
-    rounds = rounds_of(config("fedavg", clients__defaults={"share_every": 2}), held=0)
+    rounds = rounds_of(config("fedavg", clients__defaults={"share_every": 2}), num_rounds=0)
     (group,) = rounds.server.models
     start = dict(rounds.server.models[group])
     rounds.run_round()
@@ -356,7 +363,7 @@ def test_label_counts_stay_local_without_shared_statistics() -> None:
                 algorithm={"name": "fedmd", "teacher": "contrast"},
                 clients__defaults=shares,
             ),
-            held=0,
+            num_rounds=0,
         ),
         [],
     )
@@ -370,7 +377,7 @@ def test_label_counts_stay_local_without_shared_statistics() -> None:
 
 
 def test_private_state_is_not_changed_in_place() -> None:
-    rounds = rounds_of(config("local"), held=1)
+    rounds = rounds_of(config("local"), num_rounds=1)
     private = rounds.store.get("site_1")
     private.state["nested"] = {"a": [1]}
     client = rounds.federation.client("site_1", private, 1)
@@ -420,7 +427,7 @@ def test_centralized_training_uses_client_settings(setting: dict[str, Any]) -> N
 
 
 def test_patience_counts_the_same_after_a_resume() -> None:
-    task = rounds_of(config("local"), held=0).federation.task
+    task = rounds_of(config("local"), num_rounds=0).federation.task
     scores = [0.5, 0.6, 0.6, 0.55, 0.6]
     history = [
         {"round": i + 1, "validation": {"personal": None, "global": {"balanced_accuracy": s}}}
@@ -439,7 +446,7 @@ def test_head_and_backbone_can_have_separate_learning_rates() -> None:
         config(
             "local", clients__defaults={"optimizer": {"name": "sgd", "lr": 0.1, "head_lr": 1e-12}}
         ),
-        held=1,
+        num_rounds=1,
     )
     kept, start = (
         rounds.store.get("site_1").models["model"],
@@ -451,7 +458,7 @@ def test_head_and_backbone_can_have_separate_learning_rates() -> None:
 
 def test_persistent_optimizer_continues_from_its_state() -> None:
     rounds = rounds_of(
-        config("local", clients__defaults={"optimizer": {"name": "adam", "lr": 0.01}}), held=0
+        config("local", clients__defaults={"optimizer": {"name": "adam", "lr": 0.01}}), num_rounds=0
     )
     ends = []
     for keep in (None, "mine"):
@@ -467,7 +474,7 @@ def test_persistent_optimizer_continues_from_its_state() -> None:
 
 
 def test_hook_without_steps_may_be_a_plain_function() -> None:
-    rounds = rounds_of(config("fedavg"), held=0)
+    rounds = rounds_of(config("fedavg"), num_rounds=0)
     aggregated = []
     hooks = {"aggregate": lambda self, server, uploads: aggregated.append(len(uploads))}
     rounds.algorithm = type("Plain", (type(rounds.algorithm),), hooks)()

@@ -10,7 +10,7 @@ from tests.helpers.small_federations import config, rounds_of
 
 
 def test_collector_refuses_unexpected_upload() -> None:
-    rounds = rounds_of(config("fedavg", "mlp"), held=0)
+    rounds = rounds_of(config("fedavg", "mlp"), num_rounds=0)
     broadcast = rounds.broadcast(rounds.federation.client_infos["site_1"])
     agreed = rounds.expectations.expected_items(
         rounds.federation.client_infos["site_1"], Payload(), 0

@@ -30,7 +30,7 @@ class Body(bytes):
 
 
 def test_uploads_are_freed_after_aggregation_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds = rounds_of(config(models="mlp", clients=5), held=0)
+    rounds = rounds_of(config(models="mlp", clients=5), num_rounds=0)
     answer, add = rounds.executor.run, Uploads.add
     seen = {"made": [], "added": []}
 
@@ -57,7 +57,7 @@ def test_uploads_are_freed_after_aggregation_step(monkeypatch: pytest.MonkeyPatc
 
 
 def test_executor_frees_returned_uploads() -> None:
-    rounds = rounds_of(config(models="mlp", clients=4), held=0)
+    rounds = rounds_of(config(models="mlp", clients=4), num_rounds=0)
     rounds.executor.chunk = 4  # type: ignore[attr-defined]
     site = rounds.executor.runtime  # type: ignore[attr-defined]
     answer, handed = site.run, []
@@ -79,14 +79,16 @@ def requests(rounds: Any) -> tuple[list[str], Callable[[str], Message]]:
 def test_repeated_round_keeps_uploads_of_one_attempt() -> None:
     faults = {"after": 0.99}
     cohort = {"too_few": "repeat", "least": 3, "attempts": 3}
-    rounds = rounds_of(config(models="linear", faults=faults, cohort=cohort, devices={}), held=0)
+    rounds = rounds_of(
+        config(models="linear", faults=faults, cohort=cohort, devices={}), num_rounds=0
+    )
     collectors: list[weakref.ref[UploadCollector]] = []
     attempt = rounds.collect_attempt  # type: ignore[attr-defined]
 
     def watched(*args: Any) -> UploadCollector:
         assert not any(collector() for collector in collectors)
-        collectors.append(weakref.ref(made := attempt(*args)))
-        return made
+        collectors.append(weakref.ref(result := attempt(*args)))
+        return result
 
     rounds.collect_attempt = watched  # type: ignore[attr-defined]
 
@@ -101,7 +103,7 @@ def test_passed_payload_equals_its_bytes(method: str, monkeypatch: pytest.Monkey
     records = []
     for hands_over in (True, False):
         monkeypatch.setattr(InProcessExecutor, "takes_payload", hands_over)
-        trainer = rounds_of(source, held=0)
+        trainer = rounds_of(source, num_rounds=0)
         runtime = trainer.executor.runtime  # type: ignore[attr-defined]
         assert runtime.hands_over and trainer.hands_over == hands_over
         runtime.hands_over = hands_over
@@ -137,7 +139,7 @@ def test_messages_are_encoded_only_if_needed() -> None:
         (compressed_down, bytes, Payload),
         (summed, bytes, bytes),
     ):
-        trainer = rounds_of(source, held=0)
+        trainer = rounds_of(source, num_rounds=0)
         kinds: set[tuple[type, type]] = set()
         run = trainer.executor.run
 

@@ -28,7 +28,7 @@ SLOW = {"speed": {"median": 1e6, "sigma": 0.9}, "up": 1e5, "down": 1e6, "jitter"
 
 def source(method: str = "hybrid", **changes: Any) -> dict[str, Any]:
     """Return a run with clients of three architectures, ten-fold speed ratios and faults."""
-    made = config(
+    run_config = config(
         method,
         MIXED,
         clients=4,
@@ -39,10 +39,10 @@ def source(method: str = "hybrid", **changes: Any) -> dict[str, Any]:
         faults={**FAULTS, "delay": 5.0},
         runtime={"threads": 1, "mode": "async", "buffer": 2},
     )
-    return changed(made, **changes)
+    return changed(run_config, **changes)
 
 
-class Paced(Timing):
+class ScriptedTiming(Timing):
     """Task durations given by a function of client and task."""
 
     def __init__(self, seconds: Callable[[str, int], float]) -> None:
@@ -61,7 +61,7 @@ class Paced(Timing):
         return TaskTimes(at, at, at, at + self.seconds(client_id, task))
 
 
-class Fated:
+class ScriptedFaults:
     """Fault outcomes by task number; other tasks have no faults."""
 
     def __init__(self, fates: Mapping[int, FaultOutcome]) -> None:
@@ -72,18 +72,18 @@ class Fated:
 
 
 def session(
-    made: dict[str, Any],
+    run_config: dict[str, Any],
     executor: Executor | None = None,
     seconds: Callable[[str, int], float] | None = None,
     fates: Mapping[int, FaultOutcome] | None = None,
 ) -> AsynchronousTrainer:
     """Return a new run, optionally with another executor, task durations or fault outcomes."""
-    run = prepare(made).make_trainer()
+    run = prepare(run_config).make_trainer()
     assert isinstance(run, AsynchronousTrainer)
     if executor is not None:
         run.executor, run.store, run.backend = executor, executor.store, executor.backend
     if seconds is not None:
-        run.environment = replace(run.environment, timing=Paced(seconds))
+        run.environment = replace(run.environment, timing=ScriptedTiming(seconds))
     if fates is not None:
-        run.environment = replace(run.environment, faults=Fated(fates))  # type: ignore[arg-type]
+        run.environment = replace(run.environment, faults=ScriptedFaults(fates))  # type: ignore[arg-type]
     return run

@@ -42,7 +42,7 @@ class Waits(FedAvg):  # type: ignore[misc,valid-type]
         return (yield from super().train(client, received))
 
 
-class Held(Hybrid):  # type: ignore[misc,valid-type]
+class WaitsOnce(Hybrid):  # type: ignore[misc,valid-type]
     """Hybrid that waits in its second round until its process is killed."""
 
     sign: str = Field(

@@ -245,9 +245,9 @@ class Sites:
             until(lambda: client in self.clock.late)
 
     def _all_others_arrived(self) -> bool:
-        held = {self.nodes.get(client) for client in self.delayed}
+        delayed_nodes = {self.nodes.get(client) for client in self.delayed}
         with self.transport._changed:
-            return held >= set(self.transport.open.values())
+            return delayed_nodes >= set(self.transport.open.values())
 
 
 def until(what: Callable[[], object]) -> None:

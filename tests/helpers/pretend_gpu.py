@@ -125,10 +125,10 @@ class PretendGPU:
         make_generator = torch.Generator
 
         def generator(device: str | torch.device = "cpu") -> torch.Generator:
-            made = make_generator()
+            result = make_generator()
             if torch.device(device).type == "cuda":
-                self.generators[made._cdata] = made
-            return made
+                self.generators[result._cdata] = result
+            return result
 
         self._stack.enter_context(mock.patch.object(torch, "Generator", generator))
         self._stack.enter_context(_Kernels(self))

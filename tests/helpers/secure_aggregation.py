@@ -50,7 +50,7 @@ class Party:
         )
         # Requests, clients and replies.
         self.seen: list[tuple[str, str, Message]] = []
-        self.asked: list[tuple[str, Message]] = []
+        self.requests: list[tuple[str, Message]] = []
 
     def layout(self, round_idx: int) -> VectorLayout:
         return self._layout
@@ -71,7 +71,7 @@ class Party:
             return answer
         return answer.reply(self.uploads[client].encode())
 
-    def hold(
+    def run_round(
         self,
         leaves: Mapping[str, str] | None = None,
         down: Change = lambda client, message: message,
@@ -90,10 +90,10 @@ class Party:
                         gone.add(client)
                     if request is None or client in gone:
                         continue
-                    self.asked.append((client, request))
-                    made = self.reply(client, request)
-                    self.seen.append((request.kind, client, made))
-                    if (arrived := up(client, made)) is not None:
+                    self.requests.append((client, request))
+                    result = self.reply(client, request)
+                    self.seen.append((request.kind, client, result))
+                    if (arrived := up(client, result)) is not None:
                         exchange.accept(client, arrived)
         except StopIteration as stop:
             assert isinstance(stop.value, AggregatedUploads)

@@ -38,7 +38,7 @@ def config(
     method: str = "fedavg", models: Any = "cnn_bn_small", clients: int = 3, **changes: Any
 ) -> dict[str, Any]:
     """Return a configuration; `__` in keyword arguments stands for dots (`data__proxy__size=0`)."""
-    made: dict[str, Any] = {
+    run_config: dict[str, Any] = {
         "name": "small",
         "rounds": 2,
         "data": {
@@ -60,28 +60,28 @@ def config(
         # Plots take longer than the rounds.
         "output": {"plots": False, "report": False},
     }
-    return changed(made, **changes)
+    return changed(run_config, **changes)
 
 
-def changed(made: dict[str, Any], **changes: Any) -> dict[str, Any]:
+def changed(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """Change a configuration in place at some keys (`__` for dots) and return it."""
     for path, value in changes.items():
         *parents, key = path.split("__")
-        place = made
+        place = settings
         for parent in parents:
             place = place.setdefault(parent, {})
         place[key] = value
-    return made
+    return settings
 
 
 def rounds_of(
-    source: dict[str, Any], held: int | None = None, store: StateStore | None = None
+    source: dict[str, Any], num_rounds: int | None = None, store: StateStore | None = None
 ) -> SynchronousTrainer:
     """Return a run after some rounds (default: all), in memory unless a store is passed."""
     torch.set_num_threads(1)
     prepared = prepare(source)
     rounds = prepared.make_trainer(store=store)
-    for _ in range(prepared.config.rounds if held is None else held):
+    for _ in range(prepared.config.rounds if num_rounds is None else num_rounds):
         rounds.run_round()
     return rounds
 

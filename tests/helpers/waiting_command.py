@@ -35,9 +35,9 @@ def wait() -> None:
 def waiting(self: SynchronousTrainer) -> Any:
     if self.completed == 1:
         wait()
-    return held(self)
+    return original_run_round(self)
 
 
 if __name__ == "__main__":
-    held, SynchronousTrainer.run_round = SynchronousTrainer.run_round, waiting  # type: ignore[method-assign]
+    original_run_round, SynchronousTrainer.run_round = SynchronousTrainer.run_round, waiting  # type: ignore[method-assign]
     sys.exit(main())

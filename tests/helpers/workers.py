@@ -73,8 +73,8 @@ def rounds_on(
         executor = InProcessExecutor(Worker(setup, 0).runtime)
     else:
         pool.size = size
-        performer = make_backend(DeviceMemory(torch.device("cpu")))
-        executor = WorkerExecutor(pool, setup.federation.client_infos, StateStore(), performer)
+        backend = make_backend(DeviceMemory(torch.device("cpu")))
+        executor = WorkerExecutor(pool, setup.federation.client_infos, StateStore(), backend)
     return SynchronousTrainer(setup.algorithm, setup.federation, executor, cohort)
 
 
@@ -94,9 +94,9 @@ def has_checksums(done: JobResult) -> bool:
     )
 
 
-def outcome(rounds: SynchronousTrainer, held: int = 3) -> dict[str, Any]:
+def outcome(rounds: SynchronousTrainer, num_rounds: int = 3) -> dict[str, Any]:
     """Return all results of rounds and evaluation: models, private state, scores, traffic."""
-    records = [rounds.run_round() for _ in range(held)]
+    records = [rounds.run_round() for _ in range(num_rounds)]
     read = rounds.evaluate(details=True)
     return {
         "records": [{k: v for k, v in record.items() if k != "seconds"} for record in records],
@@ -227,7 +227,7 @@ def shared_process_pool(setup: WorkerSetup, size: int) -> Iterator[SharedProcess
     """Start that many processes once for many tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "run_worker", run_reusable_worker)
-        made = SharedProcessPool(setup, size)
-    yield made
-    made.size = size
-    made.close()
+        pool = SharedProcessPool(setup, size)
+    yield pool
+    pool.size = size
+    pool.close()

@@ -13,7 +13,7 @@ from model_zoo import ModelError, SplitModel, create_model
 BLOCKS = [["image", [1, 8, 8]], ["genes", [5]]]
 
 
-def made(blocks: Any = BLOCKS, marks: int = 2, **options: Any) -> SplitModel:
+def make_model(blocks: Any = BLOCKS, marks: int = 2, **options: Any) -> SplitModel:
     torch.manual_seed(0)
     numbers = sum(torch.Size(shape).numel() for _, shape in blocks)
     model = create_model("multimodal", 3, numbers + marks, (), blocks=blocks, **options)
@@ -29,7 +29,7 @@ def rows(n: int = 6, genes: bool = True, image: bool = True) -> Tensor:
 
 
 def test_tensor_names_contain_the_block() -> None:
-    model = made()
+    model = make_model()
     parts = {n.split(".")[1] for n, _ in model.named_parameters() if n.startswith("backbone.")}
     assert parts == {"image", "genes", "fusion"}
     image = {n: p.shape for n, p in model.named_parameters() if n.startswith("backbone.image.")}
@@ -42,7 +42,7 @@ def test_tensor_names_contain_the_block() -> None:
 
 @pytest.mark.parametrize("fusion", ["concat", "gated"])
 def test_values_of_an_absent_block_are_ignored(fusion: str) -> None:
-    model = made(fusion=fusion).eval()
+    model = make_model(fusion=fusion).eval()
     x = rows(genes=False)
     other = x.clone()
     other[:, 64:69] = 7.0
@@ -58,7 +58,7 @@ def test_values_of_an_absent_block_are_ignored(fusion: str) -> None:
 
 
 def test_absent_block_embedding_is_learned() -> None:
-    model = made(drop=0.0)
+    model = make_model(drop=0.0)
     model(rows(genes=False)).logits.sum().backward()
     grad = model.backbone.get_parameter("fusion.absent").grad
     assert grad is not None and not grad[0].any() and grad[1].any()
@@ -67,7 +67,7 @@ def test_absent_block_embedding_is_learned() -> None:
 
 
 def test_blocks_are_dropped_in_training_but_never_all() -> None:
-    model = made(drop=0.5, dropout=0.0)
+    model = make_model(drop=0.5, dropout=0.0)
     x = rows(400)
     x[:] = x[:1]
     seen: list[Tensor] = []
@@ -82,13 +82,13 @@ def test_blocks_are_dropped_in_training_but_never_all() -> None:
     assert reading.all() and training.any(1).all()
     assert (share > 0.45).all() and (share < 0.8).all() and not training[:, 0].equal(training[:, 1])
     # one block is never hidden
-    made(drop=0.9, blocks=[["image", [1, 8, 8]]], marks=0)(torch.rand(4, 64))
+    make_model(drop=0.9, blocks=[["image", [1, 8, 8]]], marks=0)(torch.rand(4, 64))
 
 
 def test_blocks_without_indicators_are_present() -> None:
-    model = made(marks=0).eval()
+    model = make_model(marks=0).eval()
     x = rows()
-    both = made().eval()
+    both = make_model().eval()
     assert torch.equal(model(x[:, :69]).logits, both(x).logits)
 
 

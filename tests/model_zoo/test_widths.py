@@ -14,7 +14,7 @@ from model_zoo.registry import MODELS
 ABLE = [name for name in list_models() if can_narrow(name)]
 
 
-def made(name: str, options: dict[str, Any]) -> nn.Module:
+def make_model(name: str, options: dict[str, Any]) -> nn.Module:
     kinds = MODELS[name].kinds
     if "tokens" in kinds:
         return create_model(name, 5, 1, (9,), vocabulary=30, **options)
@@ -25,9 +25,9 @@ def made(name: str, options: dict[str, Any]) -> nn.Module:
 @pytest.mark.parametrize("share", [0.25, 0.3])
 @pytest.mark.parametrize("name", ABLE)
 def test_narrow_copy_is_a_leading_slice(name: str, share: float) -> None:
-    wide = made(name, {}).state_dict()
+    wide = make_model(name, {}).state_dict()
     kind, options = narrow_options(name, {}, share)
-    slim = made(kind, options).state_dict()
+    slim = make_model(kind, options).state_dict()
     assert slim.keys() == wide.keys()
     for n, t in slim.items():
         assert t.ndim == wide[n].ndim and all(
@@ -38,7 +38,7 @@ def test_narrow_copy_is_a_leading_slice(name: str, share: float) -> None:
     assert share_of(kind, options, name, {}) == 0.25 or share == 0.3
     assert share_of(name, {}, kind, options) is None  # the wide model is larger
     kind, options = narrow_options(name, {}, 1.0, scaler=True)
-    same = made(kind, options).state_dict()
+    same = make_model(kind, options).state_dict()
     assert {n: t.shape for n, t in same.items()} == {
         n: t.shape for n, t in wide.items()
     } and not options["scaler"]
@@ -48,8 +48,8 @@ def test_narrow_copy_is_a_leading_slice(name: str, share: float) -> None:
 def test_scaler_divides_outputs_of_backbone_layers(name: str) -> None:
     kind, options = narrow_options(name, {}, 0.5, scaler=True)
     torch.manual_seed(0)
-    scaled = made(kind, options).eval()
-    plain = made(kind, {**options, "scaler": 0.0}).eval()
+    scaled = make_model(kind, options).eval()
+    plain = make_model(kind, {**options, "scaler": 0.0}).eval()
     plain.load_state_dict(scaled.state_dict())
     with torch.no_grad():
         for module in plain.backbone.modules():

@@ -58,14 +58,14 @@ def test_noise_stream_does_not_repeat() -> None:
 
 def test_noise_streams_are_keyed() -> None:
     like = torch.zeros(8)
-    made = [
+    result = [
         SecretNoiseSource(SECRET).stream("a"),
         SecretNoiseSource(SECRET).stream("a", 0),
         SecretNoiseSource(SECRET, b"task").stream("a"),
         SecretNoiseSource(bytes(32)).stream("a"),
         SecretNoiseSource().stream("a"),
     ]
-    drawn = [stream.normal(like, 1.0) for stream in made]
+    drawn = [stream.normal(like, 1.0) for stream in result]
     assert all(not torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
 
 

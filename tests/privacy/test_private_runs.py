@@ -252,7 +252,7 @@ def test_reading_rows_while_creating_a_plan_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Read rows in a plain `train` function before it returns its generator."""
-    rounds = rounds_of(private("fedavg", RECORD), held=0)
+    rounds = rounds_of(private("fedavg", RECORD), num_rounds=0)
     method = rounds.algorithm
     train = type(method).train
 
@@ -302,20 +302,20 @@ def test_server_noise_has_the_expected_scale() -> None:
     source["clients"]["groups"].append(
         {"name": "lone", "count": 1, "model": {"name": "mlp", "hidden": [24]}}
     )
-    rounds = rounds_of(source, held=0)
-    held = {slot: [dict(t)] for slot, t in rounds.server.models.items()}
+    rounds = rounds_of(source, num_rounds=0)
+    history = {slot: [dict(t)] for slot, t in rounds.server.models.items()}
     for _ in range(12):
         rounds.run_round()
         for slot, tensors in rounds.server.models.items():
-            held[slot].append(dict(tensors))
-    expected = {slot: 0.5 / (2 / 5 * (1 if "mlp" in slot else 4)) for slot in held}
-    for slot, models in held.items():
+            history[slot].append(dict(tensors))
+    expected = {slot: 0.5 / (2 / 5 * (1 if "mlp" in slot else 4)) for slot in history}
+    for slot, models in history.items():
         steps = torch.cat([(b[n] - a[n]).flatten() for a, b in pairwise(models) for n in a])
         assert abs(float(steps.std()) / expected[slot] - 1) < 5 / (2 * len(steps)) ** 0.5
 
 
 def test_updates_are_clipped_to_their_bound() -> None:
-    rounds = rounds_of(private("fedavg", {**CLIENT, "clip": 0.01}), held=0)
+    rounds = rounds_of(private("fedavg", {**CLIENT, "clip": 0.01}), num_rounds=0)
     site = rounds.executor.runtime  # type: ignore[attr-defined]
     body = broadcasts(rounds, ["site_1"])["site_1"]
     upload = sent_by(site, {"site_1": body})["site_1"]
@@ -334,7 +334,8 @@ def test_shared_tensors_with_different_starts_move_by_bounded_updates() -> None:
     quiet = {**CLIENT, "noise_multiplier": 1e-9, "clip": 0.1}
     for secure in ({}, {"channel__secure_sum": {}}):
         rounds = rounds_of(
-            private("fedavg", quiet, models, clients=5, clients__common=["head."], **secure), held=0
+            private("fedavg", quiet, models, clients=5, clients__common=["head."], **secure),
+            num_rounds=0,
         )
         heads = [dict(model) for model in rounds.server.models.values()]
         assert float((heads[0]["head.weight"] - heads[1]["head.weight"]).norm()) > 1
@@ -364,19 +365,19 @@ def failing(rounds: Any, client: str) -> None:
 def test_rows_and_class_sums_are_noised_as_sums() -> None:
     for method, name in (("fedmd", "teacher"), ("fedproto", "prototypes")):
         quiet = rounds_of(
-            private(method, {**CLIENT, "noise_multiplier": 1e-9, "clip": 1e3}), held=1
+            private(method, {**CLIENT, "noise_multiplier": 1e-9, "clip": 1e3}), num_rounds=1
         )
-        plain = rounds_of(config(method, models="cnn_gn_small"), held=1)
+        plain = rounds_of(config(method, models="cnn_gn_small"), num_rounds=1)
         a, b = quiet.server.state[name], plain.server.state[name]
         assert torch.allclose(a, b, atol=1e-4)
-        loud = rounds_of(private(method, {**CLIENT, "clip": 1e3}), held=1)
+        loud = rounds_of(private(method, {**CLIENT, "clip": 1e3}), num_rounds=1)
         assert not torch.allclose(loud.server.state[name], a, atol=1e-2)
 
 
 def test_votes_select_the_majority_class() -> None:
     """Without relevant noise, the teacher is the majority of first choices."""
     privacy = {**CLIENT, "noise_multiplier": 1e-9, "votes": True}
-    found = rounds_of(private("fedmd", privacy, clients=5), held=0)
+    found = rounds_of(private("fedmd", privacy, clients=5), num_rounds=0)
     site = found.executor.runtime  # type: ignore[attr-defined]
     sent = [u["logits"] for u in sent_by(site, broadcasts(found, found.sample_cohort(0))).values()]
     # The bound for any rows.
@@ -397,12 +398,12 @@ def test_adaptive_clip_converges_to_quantile_and_is_checkpointed() -> None:
         "clip": 100.0,
         "adaptive_clip": {"noise": 1e-2, "lr": 1.0},
     }
-    rounds = rounds_of(private("fedavg", privacy, rounds=12), held=12)
+    rounds = rounds_of(private("fedavg", privacy, rounds=12), num_rounds=12)
     bound = 100.0 * rounds.privacy.factors["model"]
     # Updates of one epoch have norms of about one.
     assert 0.01 < bound < 5
-    again = rounds_of(private("fedavg", privacy, rounds=12), held=6)
-    later = rounds_of(private("fedavg", privacy, rounds=12), held=0)
+    again = rounds_of(private("fedavg", privacy, rounds=12), num_rounds=6)
+    later = rounds_of(private("fedavg", privacy, rounds=12), num_rounds=0)
     later.store = later.executor.store = again.store
     later.load_state_dict(again.state_dict())
     for _ in range(6):
@@ -415,7 +416,7 @@ def test_adaptive_clip_splits_the_noise_budget() -> None:
     """Noise on sum and counts together costs as much as `noise_multiplier` alone."""
     privacy = {**CLIENT, "noise_multiplier": 0.8, "adaptive_clip": {"noise": 0.6}}
 
-    sums = rounds_of(private("fedavg", privacy), held=0).privacy
+    sums = rounds_of(private("fedavg", privacy), num_rounds=0).privacy
 
     # Counts change by 1/2.
     spent = sums.update_noise_multiplier() ** -2 + (2 * 0.6) ** -2
@@ -443,7 +444,7 @@ def test_poisson_cohorts_vary_in_size_and_cost_less() -> None:
     # No client participates, but the noise is added.
     rounds.run_round()
     timed = rounds_of(
-        private("fedavg", {**CLIENT, "poisson_cohorts": True}, devices={}, **changes), held=0
+        private("fedavg", {**CLIENT, "poisson_cohorts": True}, devices={}, **changes), num_rounds=0
     )
     timed.completed = empty
     assert timed.run_round()["counts"]["invited"] == 0
@@ -463,7 +464,7 @@ def test_local_noise_is_added_to_uploads() -> None:
             "clip": {"model": 1e-6, "logits": 1e-6},
         },
     )
-    rounds = rounds_of(source, held=0)
+    rounds = rounds_of(source, num_rounds=0)
     site = rounds.executor.runtime  # type: ignore[attr-defined]
     body = broadcasts(rounds, ["site_1"])["site_1"]
     upload, start = sent_by(site, {"site_1": body})["site_1"], Payload.decode(body)["model"]
@@ -488,7 +489,7 @@ def test_server_steps_do_not_reveal_participants(monkeypatch: pytest.MonkeyPatch
         yield from ()
 
     monkeypatch.setattr(Hybrid, "distill_into_groups", note)
-    rounds = rounds_of(private("hybrid", CLIENT, ARCHITECTURES), held=0)
+    rounds = rounds_of(private("hybrid", CLIENT, ARCHITECTURES), num_rounds=0)
     rounds.sample_cohort = lambda round_idx: ["site_1", "site_2"]  # type: ignore[method-assign]
 
     rounds.run_round()
@@ -508,7 +509,7 @@ def test_control_variates_are_scaled_by_the_expected_number_of_senders(
         yield from aggregate(self, server, uploads)
 
     source = private("scaffold", CLIENT, "linear", clients__per_round=2)
-    trainers = [rounds_of(source, held=0), rounds_of(source, held=0)]
+    trainers = [rounds_of(source, num_rounds=0), rounds_of(source, num_rounds=0)]
     monkeypatch.setattr(Scaffold, "aggregate", note)
     for trainer, cohort in zip(trainers, (["site_1", "site_2"], ["site_1"]), strict=True):
         trainer.sample_cohort = lambda round_idx, cohort=cohort: cohort  # type: ignore[method-assign]

@@ -9,10 +9,10 @@ def test_every_method_has_a_reference_loop() -> None:
     from benchmarks.speed.every_method import LOOPS
     from tests.references.loops.small_models import LOOPS as HEAVY
 
-    ours = {
+    actual = {
         name
         for name in register_algorithm
         if register_algorithm[name].__module__.startswith("hetero_fl.")
         # Example methods may be registered, too.
     }
-    assert {*LOOPS, *HEAVY} == ours
+    assert {*LOOPS, *HEAVY} == actual

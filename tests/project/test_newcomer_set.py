@@ -23,7 +23,7 @@ def test_embedded_images_are_excluded(tmp_path: Path) -> None:
         for s, n in (("train", 9), ("val", 4), ("test", 2))
     }
     labels = {s: draws.integers(0, 2, (len(x), 1), dtype=np.uint8) for s, x in new.items()}
-    whole = {}
+    arrays = {}
     # Embedded images may be in another split.
     for s, other in (("train", "val"), ("val", "test"), ("test", "train")):
         order = draws.permutation(len(new[s]) + 20)
@@ -31,8 +31,8 @@ def test_embedded_images_are_excluded(tmp_path: Path) -> None:
         for part, fresh in (("images", new[s]), ("labels", labels[s])):
             rows = np.empty((len(order), *fresh.shape[1:]), np.uint8)
             rows[known], rows[order >= 20] = embedded[f"{other}_{part}"][:20], fresh
-            whole[f"{s}_{part}"] = rows
-    np.savez(tmp_path / "whole.npz", **whole)
+            arrays[f"{s}_{part}"] = rows
+    np.savez(tmp_path / "whole.npz", **arrays)
     command = [
         sys.executable,
         str(SCRIPT),
@@ -41,9 +41,9 @@ def test_embedded_images_are_excluded(tmp_path: Path) -> None:
         "--out",
         str(tmp_path / "new.npz"),
     ]
-    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    with np.load(tmp_path / "new.npz") as made:
-        assert set(made) == {"train_images", "train_labels"}
-        assert np.array_equal(made["train_images"], np.concatenate(list(new.values())))
-        assert np.array_equal(made["train_labels"], np.concatenate(list(labels.values())))
-    assert "15 images" in told
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    with np.load(tmp_path / "new.npz") as result:
+        assert set(result) == {"train_images", "train_labels"}
+        assert np.array_equal(result["train_images"], np.concatenate(list(new.values())))
+        assert np.array_equal(result["train_labels"], np.concatenate(list(labels.values())))
+    assert "15 images" in output

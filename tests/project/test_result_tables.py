@@ -209,6 +209,6 @@ def test_result_tables_archive_keeps_every_run_and_adds_the_commit(
 
     kept = script.archived("medical_hetero")
     assert [row["commit"] for row in kept] == ["0123abc", "0123abc"]
-    for row, made in zip(kept, rows, strict=True):
-        assert {key: row[key] for key in made} == made
+    for row, result in zip(kept, rows, strict=True):
+        assert {key: row[key] for key in result} == result
     assert "| Local | " in script.section(kept)

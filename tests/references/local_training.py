@@ -28,9 +28,9 @@ def clients(rounds: SynchronousTrainer) -> dict[str, Participant]:
 
 def module(arch, tensors: dict[str, Tensor]) -> nn.Module:
     """Return a module with these tensors in training mode; missing counters keep their values."""
-    made = arch.build()
-    made.load_state_dict({**made.state_dict(), **tensors})
-    return made.train()
+    result = arch.build()
+    result.load_state_dict({**result.state_dict(), **tensors})
+    return result.train()
 
 
 def train(
@@ -81,9 +81,9 @@ def mean(sent: list[tuple[float, dict[str, Tensor]]]) -> dict[str, Tensor]:
 
 def apart(ours: dict[str, Tensor], by_hand: nn.Module | dict[str, Tensor]) -> float:
     """Return the largest difference of any floating-point tensor."""
-    theirs = by_hand.state_dict() if isinstance(by_hand, nn.Module) else by_hand
+    expected = by_hand.state_dict() if isinstance(by_hand, nn.Module) else by_hand
     return max(
         float((t.detach() - ours[n]).abs().max())
-        for n, t in theirs.items()
+        for n, t in expected.items()
         if t.is_floating_point()
     )

@@ -36,11 +36,11 @@ def bulyan(v, f):
         chosen.append(
             left.pop(int(np.argmin(krum_scores(np.array(left), f))) if len(left) > 1 else 0)
         )
-    made = []
+    result = []
     for column in np.array(chosen).T:
         near = sorted(column, key=lambda value: abs(value - np.median(column)))
-        made.append(np.mean(near[: len(chosen) - 2 * f]))
-    return np.array(made)
+        result.append(np.mean(near[: len(chosen) - 2 * f]))
+    return np.array(result)
 
 
 def norm_bound(v, start, bound=None):
@@ -61,33 +61,35 @@ def fltrust(v, start, root):
     return start + np.sum(scaled, axis=0) / sum(trust)
 
 
-def spectral(said, f):
-    left = [row.ravel() for row in said]
+def spectral(predictions, f):
+    left = [row.ravel() for row in predictions]
     for _ in range(f):
         centred = np.array(left) - np.mean(left, axis=0)
         direction = np.linalg.svd(centred)[2][0]
         left.pop(int(np.argmax(np.abs(centred @ direction))))
-    return np.mean(left, axis=0).reshape(said.shape[1:])
+    return np.mean(left, axis=0).reshape(predictions.shape[1:])
 
 
-def down_weight(said, rate, before):
-    middle = np.median(said, axis=0)
-    far = np.linalg.norm(said - middle, axis=2).mean(1)
+def down_weight(predictions, rate, before):
+    middle = np.median(predictions, axis=0)
+    far = np.linalg.norm(predictions - middle, axis=2).mean(1)
     score = before + np.maximum(0, far / np.median(far) - 1)
     weights = np.exp(-rate * score)
-    return np.einsum("n,nij->ij", weights / weights.sum(), said), score
+    return np.einsum("n,nij->ij", weights / weights.sum(), predictions), score
 
 
-def agreement(said, f):
-    n, rows, classes = said.shape
-    made = np.zeros((rows, classes))
+def agreement(predictions, f):
+    n, rows, classes = predictions.shape
+    result = np.zeros((rows, classes))
     for r in range(rows):
-        first = said[:, r].argmax(1)
+        first = predictions[:, r].argmax(1)
         weights = np.array([(first == first[i]).sum() - 1 for i in range(n)], dtype=float)
         weights[weights < max(1, f)] = 0
-        norms = np.linalg.norm(said[:, r], axis=1)
-        heard = said[:, r] * np.minimum(1, np.median(norms) / norms)[:, None]
-        made[r] = (
-            weights @ heard / weights.sum() if weights.sum() else np.median(said[:, r], axis=0)
+        norms = np.linalg.norm(predictions[:, r], axis=1)
+        clipped = predictions[:, r] * np.minimum(1, np.median(norms) / norms)[:, None]
+        result[r] = (
+            weights @ clipped / weights.sum()
+            if weights.sum()
+            else np.median(predictions[:, r], axis=0)
         )
-    return made
+    return result

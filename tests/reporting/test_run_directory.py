@@ -170,11 +170,11 @@ def test_rewind_drops_later_rounds_and_partial_lines(tmp_path: Path) -> None:
     for r in (1, 2, 3):
         run.append_metrics({"round": r, "loss": {"a": 0.1 * r}})
     file = run.path / "metrics.jsonl"
-    whole = file.read_bytes()
-    for cut in range(1, len(whole)):
-        file.write_bytes(whole[:cut])
-        assert [m["round"] for m in run.metrics()] == list(range(1, whole[:cut].count(b"\n") + 1))
-    file.write_bytes(whole + b'{"round": 4, "lo')
+    content = file.read_bytes()
+    for cut in range(1, len(content)):
+        file.write_bytes(content[:cut])
+        assert [m["round"] for m in run.metrics()] == list(range(1, content[:cut].count(b"\n") + 1))
+    file.write_bytes(content + b'{"round": 4, "lo')
     run.rewind_metrics(2)
     run.append_metrics({"round": 3, "loss": {"a": 0.5}})
     assert [(m["round"], m["loss"]["a"]) for m in run.metrics()] == [(1, 0.1), (2, 0.2), (3, 0.5)]

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 TASK = Task("multiclass", 4)
 
 
-def made(name: str, **settings: Any) -> Attack:
+def make_attack(name: str, **settings: Any) -> Attack:
     return attack[name](AttacksConfig(name=name, **settings))
 
 
@@ -48,29 +48,30 @@ def test_attack_names_match_the_configuration() -> None:
 
 def test_update_attacks_match_formulas() -> None:
     u = benign()
-    assert torch.equal(made("sign_flip").poison_updates(u, scene()), -4 * u)
-    assert torch.equal(made("scaled", strength=7).poison_updates(u, scene()), 7 * u)
+    assert torch.equal(make_attack("sign_flip").poison_updates(u, scene()), -4 * u)
+    assert torch.equal(make_attack("scaled", strength=7).poison_updates(u, scene()), 7 * u)
     assert torch.allclose(
-        made("inner_product", strength=2).poison_updates(u, scene()), (-2 * u.mean(0)).expand_as(u)
+        make_attack("inner_product", strength=2).poison_updates(u, scene()),
+        (-2 * u.mean(0)).expand_as(u),
     )
-    got = made("little_is_enough", strength=1.5).poison_updates(u, scene())
+    got = make_attack("little_is_enough", strength=1.5).poison_updates(u, scene())
     assert torch.allclose(got, (u.mean(0) - 1.5 * u.var(0, correction=0).sqrt()).expand_as(u))
-    assert torch.equal(made("backdoor").poison_updates(u, scene()), u)
-    assert torch.equal(made("backdoor", strength=5).poison_updates(u, scene()), 5 * u)
+    assert torch.equal(make_attack("backdoor").poison_updates(u, scene()), u)
+    assert torch.equal(make_attack("backdoor", strength=5).poison_updates(u, scene()), 5 * u)
 
 
 @pytest.mark.parametrize(("n", "f"), [(20, 4), (50, 12), (11, 2)])
 def test_alie_attack_matches_theory(n: int, f: int) -> None:
-    z = made("little_is_enough").deviations(n, f)
+    z = make_attack("little_is_enough").deviations(n, f)
     supporters = n // 2 + 1 - f
     assert math.erf(z / math.sqrt(2)) / 2 + 0.5 == pytest.approx((n - f - supporters) / (n - f))
 
 
 def test_noise_attack_is_keyed_and_scaled() -> None:
     u = benign(3, 50, 40)
-    one, again = (made("gaussian", strength=10).poison_updates(u, scene()) for _ in range(2))
+    one, again = (make_attack("gaussian", strength=10).poison_updates(u, scene()) for _ in range(2))
     assert torch.equal(one, again) and not torch.allclose(one[0], one[1])
-    assert not torch.equal(one, made("gaussian").poison_updates(u, scene(tensor="other")))
+    assert not torch.equal(one, make_attack("gaussian").poison_updates(u, scene(tensor="other")))
     assert torch.allclose(
         one.flatten(1).std(1), 10 * u.flatten(1).square().mean(1).sqrt(), rtol=0.1
     )
@@ -79,16 +80,18 @@ def test_noise_attack_is_keyed_and_scaled() -> None:
 def test_prediction_attacks_match_formulas() -> None:
     z = benign(3, 8, 4) + 5
     level = z.mean(-1, keepdim=True)
-    assert torch.allclose(made("flipped", strength=1).poison_predictions(z, scene()), 2 * level - z)
-    wrong = made("confident_wrong", strength=1).poison_predictions(z, scene())
+    assert torch.allclose(
+        make_attack("flipped", strength=1).poison_predictions(z, scene()), 2 * level - z
+    )
+    wrong = make_attack("confident_wrong", strength=1).poison_predictions(z, scene())
     assert (wrong.argmax(-1) != z.argmax(-1)).all() and torch.allclose(
         wrong.sort(-1).values, z.sort(-1).values
     )
     assert not torch.equal(
         wrong[0].argmax(-1) - z[0].argmax(-1), wrong[1].argmax(-1) - z[1].argmax(-1)
     )
-    assert (made("targeted", target=2).poison_predictions(z, scene()).argmax(-1) == 2).all()
-    same = made("collusion").poison_predictions(z, scene())
+    assert (make_attack("targeted", target=2).poison_predictions(z, scene()).argmax(-1) == 2).all()
+    same = make_attack("collusion").poison_predictions(z, scene())
     assert torch.allclose(
         same - same.mean(-1, keepdim=True), (same - same.mean(-1, keepdim=True))[:1].expand_as(z)
     )
@@ -96,16 +99,16 @@ def test_prediction_attacks_match_formulas() -> None:
     p = z.softmax(-1)
     for name in ROW_ATTACKS:
         assert torch.allclose(
-            made(name).poison_predictions(p, scene()).sum(-1), torch.ones(3, 8)
+            make_attack(name).poison_predictions(p, scene()).sum(-1), torch.ones(3, 8)
         ), name
-        assert torch.equal(made(name).poison_updates(z, scene()), z), name
+        assert torch.equal(make_attack(name).poison_updates(z, scene()), z), name
 
 
 def test_label_flip_changes_training_labels() -> None:
     columns = {"x": torch.randn(6, 3), "y": torch.tensor([0, 1, 2, 3, 3, 0])}
-    flipped = made("label_flip").poison_rows(columns, scene(1))
+    flipped = make_attack("label_flip").poison_rows(columns, scene(1))
     assert flipped["y"].tolist() == [3, 2, 1, 0, 0, 3] and flipped["x"] is columns["x"]
-    assert made("label_flip", pairs={0: 2}).poison_rows(columns, scene(1))["y"].tolist() == [
+    assert make_attack("label_flip", pairs={0: 2}).poison_rows(columns, scene(1))["y"].tolist() == [
         2,
         1,
         2,
@@ -115,13 +118,13 @@ def test_label_flip_changes_training_labels() -> None:
     ]
     many = {"x": columns["x"], "y": torch.tensor([[0.0, 1.0]])}
     other = AttackContext(Task("multilabel", 2), 0, 0, ["c"])
-    assert made("label_flip").poison_rows(many, other)["y"].tolist() == [[1, 0]]
+    assert make_attack("label_flip").poison_rows(many, other)["y"].tolist() == [[1, 0]]
 
 
 def test_backdoor_trigger_covers_its_share_of_rows() -> None:
     x = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     columns = {"x": x.clone(), "y": torch.arange(20) % 4}
-    got = made("backdoor", stamped=0.4, target=3, trigger=2).poison_rows(columns, scene(1))
+    got = make_attack("backdoor", stamped=0.4, target=3, trigger=2).poison_rows(columns, scene(1))
     changed = (got["x"] != x).flatten(1).any(1)
     assert (
         int(changed.sum()) == 8 and (got["y"][changed] == 3).all() and torch.equal(columns["x"], x)
@@ -131,7 +134,7 @@ def test_backdoor_trigger_covers_its_share_of_rows() -> None:
         torch.equal(got["x"][..., :-2, :], x[..., :-2, :])
         and (got["x"][changed][..., -2:, -2:] == x.max()).all()
     )
-    shown = made("backdoor", target=3, trigger=2).triggered_rows(columns, scene(0))
+    shown = make_attack("backdoor", target=3, trigger=2).triggered_rows(columns, scene(0))
     assert (
         len(shown["y"]) == 15
         and (shown["y"] != 3).all()
@@ -181,10 +184,10 @@ def sent(
 
     with monkeypatch.context() as patch:
         patch.setattr(Uploads, "add", watched)
-        held = rounds_of(source, held=rounds)
+        trainer = rounds_of(source, num_rounds=rounds)
     # In the order of client ids.
     assert list(seen) == [f"site_{i}" for i in range(1, 6)]
-    held.executor.close()
+    trainer.executor.close()
     return seen
 
 
@@ -193,8 +196,8 @@ def plain(source: dict[str, Any]) -> dict[str, Any]:
 
 
 def equal(a: Item, b: Item) -> bool:
-    ours, theirs = (i.values if isinstance(i.values, dict) else {"": i.values} for i in (a, b))
-    return all(torch.equal(ours[n], theirs[n]) for n in ours)
+    attacked, benign = (i.values if isinstance(i.values, dict) else {"": i.values} for i in (a, b))
+    return all(torch.equal(attacked[n], benign[n]) for n in attacked)
 
 
 @pytest.mark.slow
@@ -203,40 +206,41 @@ def test_only_malicious_clients_change_attacked_items(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = lying("hybrid", name)
-    ours, theirs = sent(source, monkeypatch), sent(plain(source), monkeypatch)
-    for client_id in ours:
+    attacked, benign = sent(source, monkeypatch), sent(plain(source), monkeypatch)
+    for client_id in attacked:
         for item in ("model", "logits"):
-            differs = not equal(ours[client_id].item(item), theirs[client_id].item(item))
+            differs = not equal(attacked[client_id].item(item), benign[client_id].item(item))
             acts = name not in ROW_ATTACKS or item == "logits"
             assert differs == (acts and client_id in ("site_2", "site_4")), (client_id, item)
-    values, was = ours["site_2"]["model"], theirs["site_2"]["model"]
+    values, was = attacked["site_2"]["model"], benign["site_2"]["model"]
     buffers = [n for n in values if "running" in n]
     if name in UPLOAD_ATTACKS:
         assert buffers and all(torch.equal(values[n], was[n]) for n in buffers)
-        assert ours["site_2"].item("model").weight == theirs["site_2"].item("model").weight
+        assert attacked["site_2"].item("model").weight == benign["site_2"].item("model").weight
 
 
 def test_attack_starts_in_its_round_from_received_tensors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = lying("fedavg", "sign_flip", from_round=2, strength=3)
-    ours, theirs = sent(source, monkeypatch), sent(plain(source), monkeypatch)
+    attacked, benign = sent(source, monkeypatch), sent(plain(source), monkeypatch)
     assert all(
-        equal(ours[client_id].item("model"), theirs[client_id].item("model")) for client_id in ours
+        equal(attacked[client_id].item("model"), benign[client_id].item("model"))
+        for client_id in attacked
     )
-    before = rounds_of(source, held=1).server.models
-    ours, theirs = sent(source, monkeypatch, 2), sent(plain(source), monkeypatch, 2)
+    before = rounds_of(source, num_rounds=1).server.models
+    attacked, benign = sent(source, monkeypatch, 2), sent(plain(source), monkeypatch, 2)
     for n, start in next(iter(before.values())).items():
-        if n in ours["site_4"]["model"] and "running" not in n:
-            want = start - 3 * (theirs["site_4"]["model"][n] - start)
-            assert torch.allclose(ours["site_4"]["model"][n], want, atol=1e-10), n
+        if n in attacked["site_4"]["model"] and "running" not in n:
+            expected = start - 3 * (benign["site_4"]["model"][n] - start)
+            assert torch.allclose(attacked["site_4"]["model"][n], expected, atol=1e-10), n
 
 
 def test_label_counts_follow_poisoned_labels() -> None:
     source = lying("hybrid", "label_flip")
     federation, other = (prepare(s).federation for s in (source, plain(source)))
     attacker, was = (
-        f.client("site_2", rounds_of(source, held=0).store.get("site_2"), 0)
+        f.client("site_2", rounds_of(source, num_rounds=0).store.get("site_2"), 0)
         for f in (federation, other)
     )
     assert attacker.counts.tolist() == was.counts.flip(0).tolist()
@@ -278,7 +282,7 @@ def test_disabled_attacks_change_nothing() -> None:
 def test_attacks_match_in_batches_and_workers() -> None:
     source = lying("hybrid", "backdoor", strength=2)
     serial, batched = (
-        rounds_of({**source, "runtime": {"threads": 1, "executor": name}}, held=1)
+        rounds_of({**source, "runtime": {"threads": 1, "executor": name}}, num_rounds=1)
         for name in ("serial", "batched")
     )
     for group, model in serial.server.models.items():
@@ -288,10 +292,10 @@ def test_attacks_match_in_batches_and_workers() -> None:
     # As a worker receives it.
     there = pickle.loads(pickle.dumps(serial.federation.malicious))
     columns = {"x": torch.rand(20, 1, 8, 8), "y": torch.arange(20) % 10}
-    mine, theirs = (
+    mine, benign = (
         attackers.poison_data("site_2", lambda name, through: columns, torch.zeros(10), 0)[0](
             "train", None
         )
         for attackers in (serial.federation.malicious, there)
     )
-    assert torch.equal(mine["x"], theirs["x"]) and not torch.equal(mine["x"], columns["x"])
+    assert torch.equal(mine["x"], benign["x"]) and not torch.equal(mine["x"], columns["x"])

@@ -32,10 +32,10 @@ def rules(**settings: Any) -> AggregationRules:
 @pytest.fixture(scope="module")
 def cards() -> list[Any]:
     """Return seven clients of two architectures, five and two."""
-    made = config(
+    source = config(
         "fedavg", [MIXED[1]] * 5 + [MIXED[2]] * 2, clients=7, rounds=1, data__partition__min_size=10
     )
-    rounds = rounds_of(made, held=0)
+    rounds = rounds_of(source, num_rounds=0)
     return [
         rounds.federation.client_infos[client_id]
         for client_id in sorted(rounds.federation.client_infos)
@@ -46,13 +46,13 @@ def uploads(
     cards: list[Any], items: list[dict[str, Item]], terms: AggregationRules | None, **more: Any
 ) -> Uploads:
     pairs = list(zip(cards, items, strict=True))
-    made = [
+    payloads = [
         Uploads([Upload(c, Payload(i)) for c, i in p], SPECS, rules=terms, **more)
         for p in (pairs, pairs[::-1])
     ]
-    assert len(made[0]) == len(made[1])
+    assert len(payloads[0]) == len(payloads[1])
     # Arrived in reverse order; the expected values below are in id order.
-    return made[1]
+    return payloads[1]
 
 
 def model(value: float, *names: str) -> Item:
@@ -150,9 +150,9 @@ def test_values_derived_by_the_server_use_the_rule(cards: list[Any]) -> None:
         card.client_id: Item(torch.full((2, 4), float(i))) for i, card in enumerate(cards)
     }
     for terms in (None, rules(predictions="median")):
-        made = uploads(cards, [{"said": item} for item in items_sent.values()], terms)
-        assert torch.allclose(made.consensus("said", items_sent), torch.full((2, 4), 3.0))
-        assert made.consensus("said", {}) is None
+        payloads = uploads(cards, [{"said": item} for item in items_sent.values()], terms)
+        assert torch.allclose(payloads.consensus("said", items_sent), torch.full((2, 4), 3.0))
+        assert payloads.consensus("said", {}) is None
 
 
 SENDS = {
@@ -197,9 +197,9 @@ def test_every_rule_runs_with_every_supported_method(method: str, key: str, valu
             data__test_limit=20,
         )
     )
-    made, plain = ({**r.server.models, "state": r.server.state} for r in (rounds, other))
+    payloads, plain = ({**r.server.models, "state": r.server.state} for r in (rounds, other))
     # The rule had an effect.
-    assert str(made) != str(plain)
+    assert str(payloads) != str(plain)
 
 
 def test_mean_rule_equals_plain_mean() -> None:
@@ -223,12 +223,16 @@ def test_rule_state_is_checkpointed() -> None:
         aggregation={"predictions": "down_weight"},
         data__partition__min_size=10,
     )
-    whole, first, second = rounds_of(source), rounds_of(source, held=1), rounds_of(source, held=0)
+    uninterrupted, first, second = (
+        rounds_of(source),
+        rounds_of(source, num_rounds=1),
+        rounds_of(source, num_rounds=0),
+    )
     second.store = second.executor.store = second.executor.runtime.store = first.store
     assert set(first.state_dict()["aggregation"]["logits"]) == set(first.federation.client_infos)
     second.load_state_dict(first.state_dict())
     second.run_round()
-    assert second.state_dict()["aggregation"] == whole.state_dict()["aggregation"]
+    assert second.state_dict()["aggregation"] == uninterrupted.state_dict()["aggregation"]
 
 
 @pytest.mark.parametrize("name", [n for n in PREDICTIONS if n != "mean"])

@@ -16,11 +16,14 @@ SHAPES = {"a": (3, 4), "b": (5,)}
 
 
 def split(vector: np.ndarray) -> dict[str, torch.Tensor]:
-    made, place = {}, 0
+    result, place = {}, 0
     for name, shape in SHAPES.items():
         size = int(np.prod(shape))
-        made[name], place = torch.tensor(vector[place : place + size]).reshape(shape), place + size
-    return made
+        result[name], place = (
+            torch.tensor(vector[place : place + size]).reshape(shape),
+            place + size,
+        )
+    return result
 
 
 def joined(tensors: dict[str, torch.Tensor]) -> np.ndarray:
@@ -62,9 +65,9 @@ def test_rules_match_references(seed: int, n: int) -> None:
         "fltrust": robust_rules.fltrust(v, start, root),
     }
     assert {*wanted, "mean"} == set(RULES)
-    for name, want in wanted.items():
+    for name, expected in wanted.items():
         got = combined(name, v, start=start, root=root)
-        assert np.allclose(got, want, rtol=0, atol=1e-10), name
+        assert np.allclose(got, expected, rtol=0, atol=1e-10), name
     got = combined("norm_bound", v, start=start, bound=0.5)
     assert np.allclose(got, robust_rules.norm_bound(v, start, 0.5), rtol=0, atol=1e-10)
 
@@ -119,9 +122,9 @@ def test_buffers_follow_selected_clients() -> None:
         {**split(row), "running": torch.tensor([1e9 * i, float(i)])} for i, row in enumerate(v)
     ]
     block = UploadBlock(members, None, frozenset(SHAPES))
-    want = int(np.argmin(robust_rules.krum_scores(v, MALICIOUS)))
+    expected = int(np.argmin(robust_rules.krum_scores(v, MALICIOUS)))
     got = rule["krum"](AggregationConfig(rule="krum")).combine(block, MALICIOUS)
-    assert torch.equal(got["running"], members[want]["running"])
+    assert torch.equal(got["running"], members[expected]["running"])
     bounded = rule["norm_bound"](AggregationConfig(rule="norm_bound", bound=1e-3)).combine(
         block, MALICIOUS
     )["running"]
@@ -177,9 +180,9 @@ def test_prediction_rules_match_references(seed: int) -> None:
     before: np.ndarray | float = 0.0
     for round_idx in range(3):
         predictions = sample_predictions(seed + round_idx)
-        want, before = robust_rules.down_weight(predictions, 2.0, before)
+        expected, before = robust_rules.down_weight(predictions, 2.0, before)
         assert np.allclose(
-            consensus("down_weight", predictions, memory=memory), want, rtol=0, atol=1e-10
+            consensus("down_weight", predictions, memory=memory), expected, rtol=0, atol=1e-10
         )
     assert np.allclose(list(memory.values()), before)
 

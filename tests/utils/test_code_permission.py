@@ -427,9 +427,9 @@ def crafted(run: Path, name: str, what: str) -> None:
     """Copy a run to `run` and make its config or models name code, with valid checksums."""
     shutil.copytree(run, "run")
     if what == "config":
-        made = yaml.safe_load(Path("run/config.yaml").read_text())
-        made["clients"]["groups"][0]["model"] = [{"name": name}]
-        Path("run/config.yaml").write_text(yaml.safe_dump(made))
+        result = yaml.safe_load(Path("run/config.yaml").read_text())
+        result["clients"]["groups"][0]["model"] = [{"name": name}]
+        Path("run/config.yaml").write_text(yaml.safe_dump(result))
     else:
         for path in Path("run/models").iterdir():
             with safe_open(path, "pt") as file:

@@ -22,7 +22,7 @@ def test_seeded_draws_equal_manual_seed() -> None:
 
 
 def test_seeding_takes_no_stack_traces(monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds = rounds_of(config(), held=1)
+    rounds = rounds_of(config(), num_rounds=1)
     monkeypatch.setattr(
         traceback, "format_stack", lambda *_, **__: pytest.fail("torch notes a call for later")
     )

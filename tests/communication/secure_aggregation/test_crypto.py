@@ -146,7 +146,7 @@ SPECS = {
 def uploads() -> list[tuple[str, Payload]]:
     """Return uploads of two groups with equal names, different shapes and several weights."""
 
-    def made(group: int, n: float) -> Payload:
+    def result(group: int, n: float) -> Payload:
         g = torch.Generator().manual_seed(int(n))
         draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
         return Payload(
@@ -163,7 +163,7 @@ def uploads() -> list[tuple[str, Payload]]:
             {"loss": str(n)},
         )
 
-    return [("a", made(0, 3.0)), ("b", made(1, 5.0)), ("a", made(0, 8.0))]
+    return [("a", result(0, 3.0)), ("b", result(1, 5.0)), ("a", result(0, 8.0))]
 
 
 def test_sum_of_vectors_is_the_sum_of_items() -> None:

@@ -43,7 +43,7 @@ def before_unmasking(count: int = 5) -> tuple[Party, dict[str, Message]]:
         return None
 
     with pytest.raises(RunFailedError):
-        party.hold(down=stop)
+        party.run_round(down=stop)
     return party, last_requests
 
 
@@ -131,12 +131,12 @@ def test_inconsistent_requests_never_reveal_both_secrets() -> None:
 def test_replayed_round_is_refused() -> None:
     party, last_requests = before_unmasking()
     old, replies = last_requests["site_1"], {(ask, c): m for ask, c, m in party.seen}
-    requests = {m.kind: m for c, m in party.asked if c == "site_1"}
-    party.hold({"site_1": "unmask"})
+    requests = {m.kind: m for c, m in party.requests if c == "site_1"}
+    party.run_round({"site_1": "unmask"})
     assert "of another round" in refusal(party, "site_1", old)
     assert "of another round" in refusal(party, "site_1", requests["train"])
     for ask in EXCHANGES[:3]:
-        again = party.hold(
+        again = party.run_round(
             up=lambda c, m, ask=ask: replies[ask, c] if (c, m.kind) == ("site_2", ask) else m
         )
         assert "of another round" in again.dropouts["site_2"]
@@ -146,7 +146,7 @@ def test_replayed_round_is_refused() -> None:
 def test_second_vector_with_the_same_masks_is_refused() -> None:
     """The difference of two vectors would reveal the difference of the uploads."""
     party, _ = before_unmasking()
-    (request,) = [m for c, m in party.asked if (c, m.kind) == ("site_1", "train")]
+    (request,) = [m for c, m in party.requests if (c, m.kind) == ("site_1", "train")]
     assert "request 'train' out of order" in refusal(party, "site_1", request)
 
 
@@ -181,7 +181,7 @@ def test_second_vector_with_the_same_masks_is_refused() -> None:
 def test_hostile_requests_are_refused(ask: str, change: Callable[[Arrays], None], why: str) -> None:
     party = Party(5)
     down = lambda c, m: changed(m, REQUESTS, change) if (c, m.kind) == ("site_1", ask) else m  # noqa: E731
-    summed = party.hold(down=down)
+    summed = party.run_round(down=down)
     assert why in summed.dropouts["site_1"]
     assert np.array_equal(summed.total, party.plain(["site_2", "site_3", "site_4", "site_5"]))
 
@@ -197,7 +197,7 @@ def test_threshold_of_exactly_half_is_refused() -> None:
         first = (client, message.kind) == ("site_1", "shares")
         return changed(message, REQUESTS, halve) if first else message
 
-    summed = party.hold(down=down)
+    summed = party.run_round(down=down)
 
     assert "more than half" in summed.dropouts["site_1"]
 
@@ -219,7 +219,7 @@ def test_threshold_of_exactly_half_is_refused() -> None:
 def test_hostile_replies_are_refused(ask: str, change: Callable[[Arrays], None], why: str) -> None:
     party = Party(5)
     up = lambda c, m: changed(m, REPLIES, change) if (c, m.kind) == ("site_1", ask) else m  # noqa: E731
-    summed = party.hold(up=up)
+    summed = party.run_round(up=up)
     assert why in summed.dropouts["site_1"]
     assert np.array_equal(summed.total, party.plain(["site_2", "site_3", "site_4", "site_5"]))
 
@@ -238,13 +238,13 @@ def test_wrong_shares_are_detected_and_replaced() -> None:
     # Seeds only; seeds and a masking key.
     for leaves in ({}, {"site_4": "train"}):
         if not leaves:
-            summed = party.hold(leaves, up=wrong(("site_3",)))
+            summed = party.run_round(leaves, up=wrong(("site_3",)))
             assert np.array_equal(summed.total, party.plain(summed.clients))
         with pytest.raises(
             RunFailedError,
             match=r"received . shares of the secret of site_1, but 4 valid shares are needed",
         ):
-            party.hold(leaves, up=wrong(("site_2", "site_3")))
+            party.run_round(leaves, up=wrong(("site_2", "site_3")))
 
 
 def test_unreadable_sealed_shares_end_the_round() -> None:
@@ -256,7 +256,7 @@ def test_unreadable_sealed_shares_end_the_round() -> None:
         return changed(message, REPLIES, lambda got: got["sealed"].fill(7))
 
     with pytest.raises(RunFailedError, match="received 1 shares of the secret of site_2") as error:
-        party.hold(up=up)
+        party.run_round(up=up)
     assert "\n" not in str(error.value)
 
 
@@ -282,7 +282,7 @@ def test_arbitrary_messages_cause_no_crash(messages: int) -> None:
         )
         change = lambda c, m: garbled(m) if c == who and m.kind == ask else m  # noqa: B023, E731
         try:
-            sums += len(party.hold(**{side: change}).clients) >= 4
+            sums += len(party.run_round(**{side: change}).clients) >= 4
         except RunFailedError as error:
             assert "secure aggregation stopped" in str(error) and "\n" not in str(error)
     assert sums > 0.6 * messages
@@ -319,7 +319,7 @@ def test_unusable_public_key_drops_only_its_sender(forged: bytes, why: str) -> N
             lambda got: got.update(keys=np.frombuffer(bytearray(forged), np.uint8)),
         )
 
-    summed = party.hold(up=forge)
+    summed = party.run_round(up=forge)
 
     assert summed.clients == ["site_1", "site_2", "site_4", "site_5"]
     assert summed.dropouts == {"site_3": why}
@@ -336,7 +336,7 @@ def test_public_key_of_another_client_is_refused() -> None:
             return changed(message, REPLIES, lambda got: got.update(keys=np.roll(first[0], 32)))
         return message
 
-    summed = party.hold(up=copy)
+    summed = party.run_round(up=copy)
 
     assert summed.dropouts == {"site_3": "duplicate public key"}
 
@@ -363,7 +363,7 @@ def test_garbage_drops_or_names_its_sender(ask: str, garbage: str) -> None:
         return Message(message.kind, GARBAGE[garbage](message.body))
 
     try:
-        summed = party.hold(up=spoil)
+        summed = party.run_round(up=spoil)
     except RunFailedError as error:
         # Sealed shares are opened in the last exchange, when their sender cannot be dropped.
         assert ask == "shares" and "site_3" in str(error)

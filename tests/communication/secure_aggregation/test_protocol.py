@@ -27,9 +27,9 @@ def held_or_given_up(party: Party, leaves: dict[str, str]) -> bool:
         with pytest.raises(
             RunFailedError, match=f"round 1: secure aggregation stopped at '{short[0]}'"
         ):
-            party.hold(leaves)
+            party.run_round(leaves)
         return False
-    summed = party.hold(leaves)
+    summed = party.run_round(leaves)
     assert summed.clients == present["train"]
     assert set(summed.dropouts) == set(party.clients) - set(present["train"])
     assert np.array_equal(summed.total, party.plain(present["train"]))
@@ -78,7 +78,7 @@ def test_sparse_graph_gives_the_same_sum_or_none() -> None:
     for leaving in (0, 0, 1, 2, 2, 3, 3, 4):
         leaves = {c: draw.choice(EXCHANGES) for c in draw.sample(party.clients, leaving)}
         try:
-            summed = party.hold(leaves)
+            summed = party.run_round(leaves)
         except RunFailedError:
             assert leaves
             continue
@@ -96,7 +96,7 @@ def test_isolated_client_is_dropped(
     """Remove both neighbors of client 3 in a circle of eight, so it cannot be unmasked."""
     monkeypatch.setattr(random.SystemRandom, "shuffle", lambda self, circle: None)
     party = Party(8, neighbours=2, threshold=0.51)
-    summed = party.hold({"site_2": "shares", "site_4": "shares"})
+    summed = party.run_round({"site_2": "shares", "site_4": "shares"})
     assert summed.clients == ["site_1", "site_5", "site_6", "site_7", "site_8"]
     assert summed.dropouts["site_3"] == "too few of its neighbors are left"
     assert np.array_equal(summed.total, party.plain(summed.clients))
@@ -107,7 +107,7 @@ def test_masked_upload_is_uniform() -> None:
     party, seen, plain = Party(4, size=60), [], []
     for _ in range(40):
         party.seen.clear()
-        party.hold()
+        party.run_round()
         (reply,) = [m for ask, client, m in party.seen if (ask, client) == ("train", "site_2")]
         seen.append(np.frombuffer(reply.body[-8 * party.layout(0).size :], np.uint8).reshape(-1, 8))
         plain.append(party.plain(["site_2"]).view(np.uint8).reshape(-1, 8))
@@ -130,7 +130,7 @@ def test_masked_upload_is_uniform() -> None:
 def test_client_with_out_of_range_value_is_dropped() -> None:
     party = Party(4, range=64)
     party.uploads["site_2"]["model"]["b"][0] = 1e4
-    summed = party.hold()
+    summed = party.run_round()
     assert summed.clients == ["site_1", "site_3", "site_4"]
     assert "channel.secure_sum.range: values must be <= 64, got 8750" in summed.dropouts["site_2"]
     assert np.array_equal(summed.total, party.plain(summed.clients))

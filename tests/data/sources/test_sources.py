@@ -46,11 +46,11 @@ def test_script_is_stratified_and_deterministic(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(0)
-    whole: dict[str, Any] = {}
+    arrays: dict[str, Any] = {}
     for split, rows in (("train", 3000), ("val", 300), ("test", 50)):
-        whole[f"{split}_images"] = rng.integers(0, 256, (rows, 4, 4), dtype=np.uint8)
-        whole[f"{split}_labels"] = (np.arange(rows) % 4 > 0).astype(np.uint8)[:, None]
-    np.savez(tmp_path / "whole.npz", **whole)
+        arrays[f"{split}_images"] = rng.integers(0, 256, (rows, 4, 4), dtype=np.uint8)
+        arrays[f"{split}_labels"] = (np.arange(rows) % 4 > 0).astype(np.uint8)[:, None]
+    np.savez(tmp_path / "whole.npz", **arrays)
     for name in ("a.npz", "b.npz"):
         monkeypatch.setattr("sys.argv", ["make", str(tmp_path / "whole.npz"), str(tmp_path / name)])
         runpy.run_path(str(SCRIPT), run_name="__main__")
@@ -58,10 +58,12 @@ def test_script_is_stratified_and_deterministic(
     with np.load(tmp_path / "a.npz") as small:
         assert np.bincount(small["train_labels"][:, 0]).tolist() == [500, 1500]
         assert np.bincount(small["val_labels"][:, 0]).tolist() == [50, 150]
-        assert np.array_equal(small["test_images"], whole["test_images"])
+        assert np.array_equal(small["test_images"], arrays["test_images"])
         label_of = {
             image.tobytes(): label
-            for image, label in zip(whole["train_images"], whole["train_labels"][:, 0], strict=True)
+            for image, label in zip(
+                arrays["train_images"], arrays["train_labels"][:, 0], strict=True
+            )
         }
         kept = [label_of[image.tobytes()] for image in small["train_images"]]
         assert (

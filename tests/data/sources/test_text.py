@@ -210,13 +210,13 @@ def test_tokens_are_checked() -> None:
             check_examples(Examples(x, y), task, "here", vocabulary=known)
     with pytest.raises(UserError, match="for tokens pass a vocabulary"):
         check_examples(Examples(torch.zeros(2, 3, dtype=torch.int64), y), task, "here")
-    mine = from_arrays([[0, 1], [2, 3]], [0, 1], vocabulary=known)
-    assert mine.vocabulary == known and mine.train.x.dtype == torch.int64
+    own_vocabulary = from_arrays([[0, 1], [2, 3]], [0, 1], vocabulary=known)
+    assert own_vocabulary.vocabulary == known and own_vocabulary.train.x.dtype == torch.int64
 
 
 def config(**changes: object) -> dict[str, object]:
-    made = load_config("configs/text_hetero.yaml").model_dump(mode="json", exclude_unset=True)
-    return changed(made, **changes)
+    result = load_config("configs/text_hetero.yaml").model_dump(mode="json", exclude_unset=True)
+    return changed(result, **changes)
 
 
 @pytest.mark.parametrize(

@@ -229,10 +229,10 @@ def test_error_names_file_row_and_column(tmp_path: Path, what: str, line: str) -
 
 
 def test_gaps_may_be_skipped(tmp_path: Path) -> None:
-    whole = load(written(table(), tmp_path)).train
+    full = load(written(table(), tmp_path)).train
     for what in ("gap", "empty"):
         skipped = load(written(wrong(table(), what), tmp_path), gaps="skip").train
-        assert 0 < len(skipped) < len(whole)
+        assert 0 < len(skipped) < len(full)
 
 
 def test_named_columns_must_exist(tmp_path: Path) -> None:

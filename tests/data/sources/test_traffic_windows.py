@@ -26,7 +26,7 @@ def site(name: str = "a", hours: int = 1000, begin: int = 0, seed: int = 0) -> H
     )
 
 
-def made(sites: list[HourlySeries], config: SeriesConfig = CONFIG) -> Dataset:
+def make_dataset(sites: list[HourlySeries], config: SeriesConfig = CONFIG) -> Dataset:
     return make_windows(
         sites, config, name="series", unit="cars", lanes=("lane",), weather=("warmth",)
     )
@@ -34,7 +34,7 @@ def made(sites: list[HourlySeries], config: SeriesConfig = CONFIG) -> Dataset:
 
 def test_window_layout() -> None:
     one = site()
-    data, periods = made([one]), Periods.from_series([one], CONFIG)
+    data, periods = make_dataset([one]), Periods.from_series([one], CONFIG)
     mean = one.value[: periods.train + 1 - START].mean()
     assert data.columns == (
         "cars",
@@ -80,9 +80,9 @@ def test_training_rows_do_not_depend_on_the_test_period(
 ) -> None:
     config = CONFIG.model_copy(update={"window": window, "horizons": horizons, "level": level})
     one, later = site(), site()
-    begin = Periods.from_series([one], config).validation + 1 - one.start
-    later.value[begin:], later.lanes[begin:], later.weather[begin:] = 999.0, 9.0, 99.0
-    parts = [made([given], config).splits() for given in (one, later)]
+    start = Periods.from_series([one], config).validation + 1 - one.start
+    later.value[start:], later.lanes[start:], later.weather[start:] = 999.0, 9.0, 99.0
+    parts = [make_dataset([given], config).splits() for given in (one, later)]
     for name in ("train", "validation"):
         before, after = (part[name] for part in parts)
         assert len(before) and torch.equal(before.x, after.x) and torch.equal(before.y, after.y)
@@ -90,7 +90,10 @@ def test_training_rows_do_not_depend_on_the_test_period(
 
 
 def test_training_targets_precede_later_periods() -> None:
-    data, periods = made([site(), site("b", 700, 300, 1)]), Periods.from_series([site()], CONFIG)
+    data, periods = (
+        make_dataset([site(), site("b", 700, 300, 1)]),
+        Periods.from_series([site()], CONFIG),
+    )
     assert data.validation is not None and data.test is not None and data.span == 3 * HOUR
     last = {
         name: part.time // HOUR for name, part in data.splits().items() if part.time is not None
@@ -118,8 +121,8 @@ def leaks(config: SeriesConfig) -> bool:
     sites = [site(), site("b", 700, 300, 1)]
     periods = Periods.from_series(sites, config)
     before, after = (
-        made(sites, config).train,
-        made([changed(s, periods) for s in sites], config).train,
+        make_dataset(sites, config).train,
+        make_dataset([changed(s, periods) for s in sites], config).train,
     )
     pairs = [
         (before.x, after.x),
@@ -138,7 +141,9 @@ def foresees(config: SeriesConfig) -> bool:
     cut = Periods.from_series([one], config).train + 30 - START
     other = replace(one, value=np.where(np.arange(1000) < cut, one.value, 3 * one.value + 7))
     parts = zip(
-        made([one], config).splits().values(), made([other], config).splits().values(), strict=True
+        make_dataset([one], config).splits().values(),
+        make_dataset([other], config).splits().values(),
+        strict=True,
     )
     for before, after in parts:
         assert before.time is not None and after.time is not None
@@ -205,7 +210,7 @@ def test_injected_leaks_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sites_share_cut_dates_but_not_scaling() -> None:
-    data = made([site(), site("b", 500, 500, 1)])
+    data = make_dataset([site(), site("b", 500, 500, 1)])
     train = data.train
     assert train.group is not None and train.unit is not None and train.group_names == ("a", "b")
     assert 0 < int((train.group == 1).sum()) < int((train.group == 0).sum())
@@ -217,15 +222,15 @@ def test_sites_share_cut_dates_but_not_scaling() -> None:
     with pytest.raises(
         UserError, match="site 'b' has no training rows, as it starts on 2022-02-06 04 h"
     ):
-        made([site(), site("b", 180, 820, 1)])
+        make_dataset([site(), site("b", 180, 820, 1)])
 
 
 def test_missing_hours_omit_dependent_rows() -> None:
     one, holed = site(), site()
     holed.value[300] = np.nan
-    whole, fewer = made([one]).train, made([holed]).train
-    assert whole.time is not None and fewer.time is not None
-    missing_hours = set((whole.time // HOUR).tolist()) - set((fewer.time // HOUR).tolist())
+    full, fewer = make_dataset([one]).train, make_dataset([holed]).train
+    assert full.time is not None and fewer.time is not None
+    missing_hours = set((full.time // HOUR).tolist()) - set((fewer.time // HOUR).tolist())
     now = {hour - START - 4 for hour in missing_hours}
     needed = {now for now in range(200, 700) if 300 in needs(now)}
     assert now == {n for n in needed if n + 4 <= Periods.from_series([one], CONFIG).train - START}
@@ -240,14 +245,14 @@ def needs(now: int) -> set[int]:
 def test_unmeasured_values_are_missing() -> None:
     one = site()
     blind = replace(one, lanes=np.full_like(one.lanes, np.nan))
-    x = made([blind]).train.x
+    x = make_dataset([blind]).train.x
     assert x[..., -1].isnan().all() and torch.isfinite(x[..., :-1]).all()
 
 
 def test_busy_hours_are_classified() -> None:
     one = site()
     config = CONFIG.model_copy(update={"target": "busy", "busy": 0.7})
-    data, periods = made([one], config), Periods.from_series([one], config)
+    data, periods = make_dataset([one], config), Periods.from_series([one], config)
     assert (
         data.task.kind == "multilabel"
         and data.task.names == ("1 h ahead", "4 h ahead")
@@ -260,7 +265,7 @@ def test_busy_hours_are_classified() -> None:
     assert np.array_equal(
         data.train.baselines["persistence"][:, 0].numpy() > 0, one.value[now] > threshold
     )
-    single = made([one], config.model_copy(update={"horizons": (4,)}))
+    single = make_dataset([one], config.model_copy(update={"horizons": (4,)}))
     assert (single.task.kind, single.task.names) == ("multiclass", ("free", "busy"))
     assert single.train.y is not None and single.train.y.dtype == torch.int64
     assert single.train.baselines["persistence"].shape == (len(single.train), 2)

@@ -99,17 +99,17 @@ def test_closed_connection_is_detected() -> None:
 def gateway(tmp_path: Path) -> tuple[Gateway, list[httpx.Request]]:
     """Make a gateway to a SuperLink that answers 201; also return the requests passed on."""
     files = make_server_files(tmp_path, ["127.0.0.1"])
-    made = Gateway("https://127.0.0.1:1", files.authority)
+    result = Gateway("https://127.0.0.1:1", files.authority)
     passed: list[httpx.Request] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
         passed.append(request)
         return httpx.Response(201, headers={"x-flower": "yes"}, content=b"answer")
 
-    made._client = httpx.AsyncClient(
+    result._client = httpx.AsyncClient(
         base_url="https://127.0.0.1:1", transport=httpx.MockTransport(answer)
     )
-    return made, passed
+    return result, passed
 
 
 def ask(gateway: Gateway, method: str, path: str, **about: Any) -> httpx.Response:
@@ -124,9 +124,9 @@ def ask(gateway: Gateway, method: str, path: str, **about: Any) -> httpx.Respons
 
 
 def test_gateway_forwards_node_requests(gateway: tuple[Gateway, list[httpx.Request]]) -> None:
-    made, passed = gateway
+    result, passed = gateway
 
-    answer = ask(made, "POST", "/v1/fleet/pull?a=1", content=b"body", headers={"x-key": "k"})
+    answer = ask(result, "POST", "/v1/fleet/pull?a=1", content=b"body", headers={"x-key": "k"})
 
     assert (answer.status_code, answer.content, answer.headers["x-flower"]) == (
         201,
@@ -159,16 +159,16 @@ def test_gateway_forwards_node_requests(gateway: tuple[Gateway, list[httpx.Reque
 def test_gateway_refuses_other_requests(
     gateway: tuple[Gateway, list[httpx.Request]], method: str, path: str, status: int
 ) -> None:
-    made, passed = gateway
+    result, passed = gateway
 
-    assert ask(made, method, path).status_code == status
+    assert ask(result, method, path).status_code == status
     assert not passed
 
 
 def test_gateway_refuses_long_requests(gateway: tuple[Gateway, list[httpx.Request]]) -> None:
-    made, passed = gateway
+    result, passed = gateway
 
-    answer = ask(made, "POST", "/v1/fleet/push", content=bytes(REQUEST_BYTES + 1))
+    answer = ask(result, "POST", "/v1/fleet/push", content=bytes(REQUEST_BYTES + 1))
 
     assert answer.status_code == 413
     assert not passed

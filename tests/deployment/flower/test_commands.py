@@ -116,8 +116,8 @@ def test_superlink_without_certificates_is_local_only() -> None:
 
 
 def test_occupied_port_is_named() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        port = held.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as server_socket:
+        port = server_socket.getsockname()[1]
         with pytest.raises(UserError, match=rf"server.port: {port} is not available \(Address"):
             SuperLink(port=port)
 

@@ -34,9 +34,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def transport() -> Iterator[FlowerTransport]:
-    made = FlowerTransport(SuperLink())
-    yield made
-    made.close()
+    result = FlowerTransport(SuperLink())
+    yield result
+    result.close()
 
 
 def only_node(transport: FlowerTransport) -> int:
@@ -89,11 +89,11 @@ def test_killed_superlink_is_replaced(
     transport: FlowerTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(superlink_module, "MIN_LIFETIME", 0.0)
-    go_on = threading.Event()
+    resume = threading.Event()
 
     def wait(envelope: Envelope) -> Envelope:
         if envelope.head.get("wait"):
-            go_on.wait(SOON)
+            resume.wait(SOON)
         return envelope
 
     with EchoNode(transport._superlink.address, wait):
@@ -102,7 +102,7 @@ def test_killed_superlink_is_replaced(
         assert transport.pull([waiting], 3.0) == {}
         kill_superlink(transport)
         assert answer(transport, waiting) is None
-        go_on.set()
+        resume.set()
         second = only_node(transport)
         assert second != first
         sent = transport.push(second, Envelope({"a": 1}), SOON)

@@ -52,10 +52,10 @@ def pixels(count: int) -> torch.Tensor:
 @pytest.mark.slow
 def test_exported_files_predict_as_the_run(run: hetero_fl.Run, tmp_path: Path) -> None:
     require_onnx()
-    made = hetero_fl.export(run, out=tmp_path)
-    assert list(made) == ["server", "site_1", "site_2", "site_3"]
+    result = hetero_fl.export(run, out=tmp_path)
+    assert list(result) == ["server", "site_1", "site_2", "site_3"]
     personal = hetero_fl.export(run, "site_2", out=tmp_path, personal=True)["site_2"]
-    for name, file in made.items():
+    for name, file in result.items():
         score = export.load_scorer(file.model.read_bytes())
         for count in (1, 3, 50):
             x = pixels(count)
@@ -86,10 +86,10 @@ def test_export_of_a_run_on_x_rays(tmp_path: Path) -> None:
     }
     source["clients"]["defaults"]["preprocess"] = {"normalize": "own"}
     medical = hetero_fl.run(source, out=tmp_path / "run")
-    made = hetero_fl.export(medical)
+    result = hetero_fl.export(medical)
     x = hetero_fl.prepare(source).federation.data.raw_examples("common_test")
     assert x.dtype == torch.uint8 and len(x) == 60
-    for name, file in made.items():
+    for name, file in result.items():
         score = export.load_scorer(file.model.read_bytes())
         torch.testing.assert_close(
             score((x.float() / 255,)), medical.predict(name, x, personal=False), atol=1e-5, rtol=0

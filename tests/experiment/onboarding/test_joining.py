@@ -136,7 +136,7 @@ def test_backbone_contains_shared_tensors_only(data_folder: Folder) -> None:
 
 
 def test_joining_client_receives_once_then_trains_locally(data_folder: Folder) -> None:
-    local, joining = (rounds_of(config("local"), held=0) for _ in range(2))
+    local, joining = (rounds_of(config("local"), num_rounds=0) for _ in range(2))
     joining.algorithm = joining.executor.runtime.algorithm = joining.expectations.algorithm = (
         JoiningClient()
     )  # type: ignore[attr-defined]

@@ -60,7 +60,7 @@ def test_consensus_excludes_models_without_inputs(kind: Any) -> None:
 
 def test_backbone_averages_each_tensor_over_its_senders() -> None:
     source = TransferSource(cast(hetero_fl.Run, None))
-    whole, part = (
+    full, part = (
         {"backbone.a": torch.zeros(2), "backbone.b": torch.zeros(2)},
         {"backbone.a": torch.ones(2)},
     )
@@ -70,7 +70,7 @@ def test_backbone_averages_each_tensor_over_its_senders() -> None:
     arch = ModelSpec.from_config("linear", 2, (2,))
     source.models = {
         n: SavedModel(t, arch, {}, Task("multiclass", 2), None)
-        for n, t in (("1", whole), ("2", part))
+        for n, t in (("1", full), ("2", part))
     }
     found = source.backbone(arch)
     assert found is not None and set(found) == {"backbone.a", "backbone.b"}

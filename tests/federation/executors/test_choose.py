@@ -298,7 +298,7 @@ class OwnModel(nn.Module):
 
 def test_custom_model_may_view_its_features() -> None:
     rounds_of(
-        config("fedavg", "python:tests.federation.executors.test_choose:OwnModel"), held=1
+        config("fedavg", "python:tests.federation.executors.test_choose:OwnModel"), num_rounds=1
     ).evaluate()
 
 

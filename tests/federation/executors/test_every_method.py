@@ -46,19 +46,19 @@ def source(method: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[SharedProcessPool]:
-    with shared_process_pool(setup_of(source("local")), 3) as made:
-        yield made
+    with shared_process_pool(setup_of(source("local")), 3) as pool:
+        yield pool
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_workers_match_one_process(method: str, pool: SharedProcessPool) -> None:
     setup = setup_of(source(method))
-    want = outcome(rounds_on(setup, None), 2)
-    assert not any(record["failed"] for record in want["records"])
+    expected = outcome(rounds_on(setup, None), 2)
+    assert not any(record["failed"] for record in expected["records"])
     pool.take(setup)
     for size in (1, 2, 3):
-        assert outcome(rounds_on(setup, pool, size), 2) == want
+        assert outcome(rounds_on(setup, pool, size), 2) == expected
 
 
 @pytest.mark.slow
@@ -68,14 +68,14 @@ def test_workers_match_one_process_in_asynchronous_runs_with_faults(
     method: str, channel: dict[str, Any], pool: SharedProcessPool
 ) -> None:
     """Compute tasks of several versions together."""
-    made = asynchronous_runs.source(
+    run_config = asynchronous_runs.source(
         method,
         **({"algorithm__heads": "keep"} if method == "hybrid" else {"runtime__buffer": None}),
         channel=channel,
     )
-    want = outcome(asynchronous_runs.session(made))
-    assert sum(record["counts"]["failed"] for record in want["records"]) > 1
-    setup = setup_of(made)
+    expected = outcome(asynchronous_runs.session(run_config))
+    assert sum(record["counts"]["failed"] for record in expected["records"]) > 1
+    setup = setup_of(run_config)
     pool.take(setup)
     for size in (1, 2, 3):
         pool.size = size
@@ -85,7 +85,7 @@ def test_workers_match_one_process_in_asynchronous_runs_with_faults(
             StateStore(),
             make_backend(DeviceMemory(torch.device("cpu"))),
         )
-        assert outcome(asynchronous_runs.session(made, workers)) == want
+        assert outcome(asynchronous_runs.session(run_config, workers)) == expected
 
 
 def test_methods_are_short() -> None:

@@ -56,12 +56,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Start two nodes and connect this process to the first."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     node = {"num_cpus": 1, "object_store_memory": MEMORY}
-    made = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-    made.add_node(**node)
-    ray.init(address=made.address, log_to_driver=False, logging_level=40)
-    yield made
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    cluster.add_node(**node)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level=40)
+    yield cluster
     ray.shutdown()
-    made.shutdown()
+    cluster.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_killed_worker_and_lost_node_change_nothing(
         assert outcome(rounds_on(setup, pool, 2)) == want
     assert ask(pool, killed[0], os.getpid) not in pids
 
-    def lose() -> None:
+    def kill_node() -> None:
         cluster.remove_node(second, allow_graceful=False)
         # Before it notices, the cluster would place new workers on the lost node.
         assert eventually(
@@ -179,7 +179,7 @@ def test_killed_worker_and_lost_node_change_nothing(
         )
 
     lost = act_on_send(
-        pool, monkeypatch, lambda worker: homes[worker] == second.node_id, pids, lose
+        pool, monkeypatch, lambda worker: homes[worker] == second.node_id, pids, kill_node
     )
     assert outcome(rounds_on(setup, pool, 2)) == want
     assert lost and cluster.list_all_nodes() == [cluster.head_node]
@@ -209,15 +209,15 @@ sys.exit(main(sys.argv[1:], command="train"))
 @pytest.mark.slow
 def test_run_with_killed_driver_resumes_on_the_cluster(cluster: Cluster, tmp_path: Path) -> None:
     """Kill an asynchronous run with faults, personal heads and top-k."""
-    made = asynchronous_runs.source(
+    run_config = asynchronous_runs.source(
         "hybrid",
         algorithm__heads="keep",
         channel=TOP,
         rounds=4,
     )
-    run(made, out=tmp_path / "plain")
-    made["runtime"] |= {"executor": "ray", "workers": 1, "address": cluster.address}
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(made))
+    run(run_config, out=tmp_path / "plain")
+    run_config["runtime"] |= {"executor": "ray", "workers": 1, "address": cluster.address}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(run_config))
     driver = subprocess.Popen(
         [sys.executable, "-c", WAITS, "--config", "c.yaml", "--out", "out"],
         cwd=tmp_path, env=environment(), start_new_session=True, stderr=subprocess.DEVNULL,
@@ -225,7 +225,7 @@ def test_run_with_killed_driver_resumes_on_the_cluster(cluster: Cluster, tmp_pat
     assert eventually(lambda: (tmp_path / "waits").exists() or driver.poll() is not None)
     os.killpg(driver.pid, signal.SIGKILL)
     assert driver.wait() == -signal.SIGKILL and not (tmp_path / "out" / "summary.json").exists()
-    run(made, out=tmp_path / "out", resume=True)
+    run(run_config, out=tmp_path / "out", resume=True)
     assert "resumed after round" in (tmp_path / "out" / "log.txt").read_text()
     assert models(tmp_path / "out") == models(tmp_path / "plain")
     assert figures(tmp_path / "out") == figures(tmp_path / "plain")

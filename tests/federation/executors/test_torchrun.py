@@ -125,9 +125,12 @@ def test_two_ranks_match_a_serial_run(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_rank_is_restarted_with_same_results(tmp_path: Path) -> None:
     """Kill a rank in the middle of a task: torchrun restarts the job, which resumes."""
-    sign, held = tmp_path / "sign", source()
-    held["algorithm"] |= {"name": "python:tests.helpers.failing_methods:Held", "sign": str(sign)}
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(held))
+    sign, run_config = tmp_path / "sign", source()
+    run_config["algorithm"] |= {
+        "name": "python:tests.helpers.failing_methods:WaitsOnce",
+        "sign": str(sign),
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(run_config))
     out = tmp_path / "out"
     process = launch(
         tmp_path,
@@ -148,8 +151,8 @@ def test_killed_rank_is_restarted_with_same_results(tmp_path: Path) -> None:
     printed, output = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0 and printed == f"{out}\n", output
     assert "resumed after round" in output and all_ended(out)
-    held["runtime"]["executor"] = "serial"
-    run(held, out=tmp_path / "serial")
+    run_config["runtime"]["executor"] = "serial"
+    run(run_config, out=tmp_path / "serial")
     assert models(out) == models(tmp_path / "serial")
 
 

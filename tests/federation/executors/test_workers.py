@@ -48,13 +48,13 @@ from tests.helpers.workers import (
     start_session,
 )
 
-Made = tuple[WorkerSetup, ProcessPool, dict[str, Any]]
+WorkerFixture = tuple[WorkerSetup, ProcessPool, dict[str, Any]]
 TRAIN = str(ROOT / "scripts" / "train.py")
 WILD = {"name": "wild", "model": "mlp", "optimizer": {"lr": 1e30}}
 
 
 @pytest.fixture(scope="module", params=METHODS)
-def made(request: pytest.FixtureRequest) -> Iterator[Made]:
+def worker_pool(request: pytest.FixtureRequest) -> Iterator[WorkerFixture]:
     """Return a method's setup, its workers and the results of one process."""
     setup = setup_of(request.param)
     pool = ProcessPool(setup, size := 3 if request.param == "hybrid" else 2)
@@ -78,18 +78,18 @@ def fedper() -> Iterator[tuple[WorkerSetup, ProcessPool]]:
 
 
 def test_workers_in_any_number_and_order_match_one_process(
-    made: Made, monkeypatch: pytest.MonkeyPatch
+    worker_pool: WorkerFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setup, pool, want = made
+    setup, pool, expected = worker_pool
     most = pool.size
     for size in range(1, most + 1):
-        assert outcome(rounds_on(setup, pool, size)) == want
+        assert outcome(rounds_on(setup, pool, size)) == expected
     for salt in range(2):
         shuffled = lambda self, client, s=salt: (  # noqa: E731
             hashlib.sha256(f"{s}{client}".encode()).digest()[0] / 255
         )
         monkeypatch.setattr(TaskCosts, "cost_of", shuffled)
-        assert outcome(rounds_on(setup, pool, most)) == want
+        assert outcome(rounds_on(setup, pool, most)) == expected
 
 
 def test_clients_of_a_chunk_have_separate_requests() -> None:
@@ -135,10 +135,10 @@ def test_killed_worker_and_diverging_client_change_nothing(
     fedper: tuple[WorkerSetup, ProcessPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setup, pool = fedper
-    want = outcome(rounds_on(setup, None))
-    assert any("wild" in record["failed"] for record in want["records"])
+    expected = outcome(rounds_on(setup, None))
+    assert any("wild" in record["failed"] for record in expected["records"])
     killed = kill_workers(pool, monkeypatch, lambda job: job.number in (2, 5))
-    assert outcome(rounds_on(setup, pool, 2)) == want and len(killed) == 2
+    assert outcome(rounds_on(setup, pool, 2)) == expected and len(killed) == 2
 
 
 def test_worker_that_dies_with_a_pending_result_is_replaced(
@@ -146,7 +146,7 @@ def test_worker_that_dies_with_a_pending_result_is_replaced(
 ) -> None:
     """Kill a new worker before the shared memory of its first result is read."""
     setup, pool = fedper
-    want = outcome(rounds_on(setup, None), 1)
+    expected = outcome(rounds_on(setup, None), 1)
     rounds, plain, killed = rounds_on(setup, pool, 2), pool.receive, list[int | None]()
     for worker in range(2):
         pool._end(worker)
@@ -169,7 +169,7 @@ def test_worker_that_dies_with_a_pending_result_is_replaced(
 
     monkeypatch.setattr(pool, "receive", receive)
     busy = rounds.executor._running  # type: ignore[attr-defined]
-    assert outcome(rounds, 1) == want and len(killed) == 1
+    assert outcome(rounds, 1) == expected and len(killed) == 1
     assert not {process.pid for process, _ in pool._workers} & set(killed)
 
 
@@ -177,12 +177,12 @@ def test_dead_idle_worker_is_replaced(
     fedper: tuple[WorkerSetup, ProcessPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setup, pool = fedper
-    want = outcome(rounds_on(setup, None), 1)
+    expected = outcome(rounds_on(setup, None), 1)
     rounds = rounds_on(setup, pool, 2)
     rounds.executor.pool.size = 1  # type: ignore[attr-defined]  # The second gets no jobs.
     os.kill(pool._workers[1][0].pid or 0, signal.SIGKILL)
     pool._workers[1][0].join()
-    assert outcome(rounds, 1) == want
+    assert outcome(rounds, 1) == expected
 
 
 @pytest.mark.parametrize("during", ["_to_reference", "_from_reference"])
@@ -191,7 +191,7 @@ def test_worker_with_interrupted_connection_is_replaced(
 ) -> None:
     """Press Ctrl-C as in a notebook, where the same rounds then continue."""
     setup, pool = fedper
-    want = outcome(rounds_on(setup, None), 1)
+    expected = outcome(rounds_on(setup, None), 1)
     rounds = rounds_on(setup, pool, 2)
     before = [process for process, _ in pool._workers]
     plain, interrupted = getattr(SharedMemoryConnection, during), list[str]()
@@ -205,7 +205,7 @@ def test_worker_with_interrupted_connection_is_replaced(
     monkeypatch.setattr(SharedMemoryConnection, during, changed)
     with pytest.raises(KeyboardInterrupt):
         rounds.run_round()
-    assert outcome(rounds, 1) == want
+    assert outcome(rounds, 1) == expected
     assert sorted(process.exitcode or 0 for process in before) == [-signal.SIGKILL, 0]
 
 
@@ -287,20 +287,20 @@ def test_workers_remember_only_clients_with_private_state() -> None:
         assert [bool(worker._used) for worker in pool.workers] == [some, some]
 
 
-@pytest.mark.parametrize("held", [0.5, 1.5, 2.5, 3.5])
+@pytest.mark.parametrize("num_states", [0.5, 1.5, 2.5, 3.5])
 def test_worker_keeps_dropped_state_for_waiting_job(
-    held: float, monkeypatch: pytest.MonkeyPatch
+    num_states: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups = [{"name": "calm", "count": 8, "model": {"name": "mlp", "hidden": [8]}}]
     setup = setup_of(config("fedper", rounds=3, clients__groups=groups))
-    want = outcome(alone := rounds_on(setup, None, cohort=8))
+    expected = outcome(alone := rounds_on(setup, None, cohort=8))
     size = alone.store.num_bytes("calm_1")
-    monkeypatch.setattr(workers, "MAX_HELD_STATE_BYTES", int(held * size))
+    monkeypatch.setattr(workers, "MAX_HELD_STATE_BYTES", int(num_states * size))
     pool = LocalWorkerPool(setup, 2)
-    assert outcome(rounds_on(setup, pool, 2, cohort=8)) == want
+    assert outcome(rounds_on(setup, pool, 2, cohort=8)) == expected
     assert pool.waited
     for worker in pool.workers:
-        assert worker.store.cached_bytes <= (held + 1) * size
+        assert worker.store.cached_bytes <= (num_states + 1) * size
 
 
 @pytest.mark.parametrize("count", [4, 8])
@@ -308,7 +308,7 @@ def test_abandoned_task_has_no_effect(count: int, monkeypatch: pytest.MonkeyPatc
     """Repeat a round that failed in the middle; its pending results are not used."""
     groups = [{"name": "calm", "count": count, "model": {"name": "mlp", "hidden": [8]}}]
     setup = setup_of(config("fedper", rounds=3, clients__groups=groups))
-    want = outcome(rounds_on(setup, None, cohort=count))
+    expected = outcome(rounds_on(setup, None, cohort=count))
     # Not the measured seconds, by which the failing client might come last.
     monkeypatch.setattr(TaskCosts, "cost_of", lambda self, client: 1.0)
     pool = LocalWorkerPool(setup, 2)
@@ -333,7 +333,7 @@ def test_abandoned_task_has_no_effect(count: int, monkeypatch: pytest.MonkeyPatc
     rounds.traffic.up, rounds.traffic.down = up, down
     again = outcome(rounds, 2)
     again["records"].insert(0, {k: v for k, v in first.items() if k != "seconds"})
-    assert again == want
+    assert again == expected
 
 
 def test_three_worker_deaths_on_one_client_end_the_run(

@@ -44,10 +44,10 @@ def test_speeds_depend_only_on_the_client_id() -> None:
 def test_log_normal_speeds_have_configured_median_and_spread(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    made = federation(clients__groups=[{"name": "site", "count": 3, "model": "mlp"}])
-    drawn = devices(made, speed={"median": 2e9, "sigma": 0.9})
+    spec = federation(clients__groups=[{"name": "site", "count": 3, "model": "mlp"}])
+    drawn = devices(spec, speed={"median": 2e9, "sigma": 0.9})
     monkeypatch.setattr(
-        type(made.client_infos), "profile", lambda self, client_id: self.profiles[0]
+        type(spec.client_infos), "profile", lambda self, client_id: self.profiles[0]
     )
     logs = [math.log(drawn.device(f"c{i}").speed / 2e9) for i in range(4000)]
     mean = sum(logs) / len(logs)
@@ -68,8 +68,8 @@ def test_group_device_overrides_defaults(tmp_path: Path) -> None:
         },
         {"name": "fast", "model": "mlp"},
     ]
-    made = devices(federation(clients__groups=groups), speed=100, file=str(traces))
-    slow, fast = made.device("slow"), made.device("fast")
+    result = devices(federation(clients__groups=groups), speed=100, file=str(traces))
+    slow, fast = result.device("slow"), result.device("fast")
     assert (slow.speed, slow.up, fast.speed, fast.up) == (5, 9, 100, 7)
     assert slow.online == ((0.0, 21600.0), (64800.0, 86400.0)) and fast.online == (
         (0.0, 10.0),
@@ -141,9 +141,9 @@ def test_work_progresses_only_while_online() -> None:
 
 
 def test_task_durations_follow_bandwidth_and_speed() -> None:
-    made = federation()
-    timing = Timing(devices(made, speed=1e6, up=10, down=100))
-    seconds = training_flops(made.client_infos["site_1"]) / 1e6
+    spec = federation()
+    timing = Timing(devices(spec, speed=1e6, up=10, down=100))
+    seconds = training_flops(spec.client_infos["site_1"]) / 1e6
     assert timing.task_times("site_1", 500, 30, at=7.0, task=0).arrived == pytest.approx(
         7 + 5 + seconds + 3
     )
@@ -153,17 +153,17 @@ def test_task_durations_follow_bandwidth_and_speed() -> None:
     assert share == pytest.approx(0.25)
     assert timing.share_in_time("site_1", 500, 30, 7.0, 0, deadline=10.0) == 0
     assert timing.share_in_time("site_1", 500, 30, 7.0, 0, deadline=1e9) == 1
-    shaky = Timing(devices(made, speed=1e6, jitter=0.3))
+    shaky = Timing(devices(spec, speed=1e6, jitter=0.3))
     assert shaky.training_seconds("site_1", 0) != shaky.training_seconds("site_1", 1)
-    assert Timing(devices(made)).task_times("site_1", 500, 30, at=7.0, task=0).arrived == 7
+    assert Timing(devices(spec)).task_times("site_1", 500, 30, at=7.0, task=0).arrived == 7
 
 
 def test_faults_are_drawn_by_client_and_task() -> None:
-    made = federation()
+    spec = federation()
     section = FaultsConfig(
         before=0.1, during=0.1, after=0.1, lost=0.1, late=0.1, twice=0.1, corrupted=0.1
     )
-    faults = Faults(section, devices(made))
+    faults = Faults(section, devices(spec))
     fates = [faults.outcome("site_1", task) for task in range(3000)]
     assert fates == [faults.outcome("site_1", task) for task in range(3000)]
     assert fates[:50] != [faults.outcome("site_2", task) for task in range(50)]
@@ -176,7 +176,7 @@ def test_faults_are_drawn_by_client_and_task() -> None:
         == (fates[t].kind in ("before", "during", "after", "lost"))
         for t in range(99)
     )
-    frail = Faults(None, devices(made, failure=0.3))
+    frail = Faults(None, devices(spec, failure=0.3))
     failed = [frail.outcome("site_1", task) for task in range(2000)]
     assert abs(sum(f.kind == "during" for f in failed) / 2000 - 0.3) < 0.03
     assert {f.kind for f in failed} == {"during", "fine"}
@@ -209,7 +209,7 @@ def test_impossible_settings_are_refused() -> None:
 
 
 def test_fingerprint_covers_file_content(tmp_path: Path) -> None:
-    made, file = federation(), tmp_path / "a.csv"
+    spec, file = federation(), tmp_path / "a.csv"
     prints = []
     for text in (
         "speed,up\n5,6\n",
@@ -218,9 +218,9 @@ def test_fingerprint_covers_file_content(tmp_path: Path) -> None:
         "client,speed,up\nsite_1,5,6\n",
     ):
         file.write_text(text)
-        prints.append(devices(made, file=str(file)).fingerprint)
+        prints.append(devices(spec, file=str(file)).fingerprint)
     assert prints[0] == prints[1] and len(set(prints)) == 3
-    assert devices(made).fingerprint == devices(made, speed=5).fingerprint == ""
+    assert devices(spec).fingerprint == devices(spec, speed=5).fingerprint == ""
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,8 @@ EVERY = {
 }
 
 
-def held(source: dict[str, Any]) -> tuple[SynchronousTrainer, list[Record]]:
-    rounds = rounds_of(source, held=0)
+def run_rounds(source: dict[str, Any]) -> tuple[SynchronousTrainer, list[Record]]:
+    rounds = rounds_of(source, run_rounds=0)
     return rounds, [rounds.run_round() for _ in range(source["rounds"])]
 
 
@@ -68,8 +68,8 @@ def arithmetic(record: Record) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedavg", "hybrid", "fedper"])
 def test_devices_change_only_simulated_time(method: str) -> None:
-    plain, records = held(config(method, MIXED, clients=4))
-    timed, timed_records = held(config(method, MIXED, clients=4, devices=SLOW))
+    plain, records = run_rounds(config(method, MIXED, clients=4))
+    timed, timed_records = run_rounds(config(method, MIXED, clients=4, devices=SLOW))
     assert equal(plain, timed)
     for without, record in zip(records, timed_records, strict=True):
         more = ("simulated", "counts", "tasks")
@@ -81,7 +81,7 @@ def test_devices_change_only_simulated_time(method: str) -> None:
 
 
 def test_transfer_time_follows_traffic() -> None:
-    rounds = rounds_of(config("fedavg", "mlp", 2), held=0)
+    rounds = rounds_of(config("fedavg", "mlp", 2), run_rounds=0)
     sizes = UploadSizes(rounds.algorithm, rounds.federation, rounds.expectations)
     expected = [
         sizes(card, rounds.broadcast(card), 0) for card in rounds.federation.client_infos.values()
@@ -91,9 +91,9 @@ def test_transfer_time_follows_traffic() -> None:
 
 def test_deadline_drops_slow_clients_without_effect() -> None:
     source = config("fedper", clients=4, devices=SLOW)
-    ends = sorted(end for *_, end, _ in held(source)[1][0]["tasks"])
+    ends = sorted(end for *_, end, _ in run_rounds(source)[1][0]["tasks"])
     deadline = (ends[2] + ends[3]) / 2
-    cut, records = held({**source, "cohort": {"deadline": deadline}})
+    cut, records = run_rounds({**source, "cohort": {"deadline": deadline}})
     assert [r["counts"] for r in records] == [
         {"invited": 4, "arrived": 3, "failed": 0, "late": 1}
     ] * 2
@@ -107,7 +107,7 @@ def test_over_selection_takes_the_first_to_arrive() -> None:
     source = config(
         "fedavg", "mlp", 8, clients__per_round=4, devices=SLOW, cohort={"over_selection": 1.5}
     )
-    _, records = held(source)
+    _, records = run_rounds(source)
     for record in records:
         arithmetic(record)
         assert record["counts"] == {"invited": 6, "arrived": 4, "failed": 0, "late": 2}
@@ -121,13 +121,13 @@ def test_equal_devices_arrive_in_varying_order() -> None:
     source = config(
         "fedavg", "mlp", 4, rounds=12, clients__per_round=2, cohort={"over_selection": 2}, **same
     )
-    _, records = held(source)
+    _, records = run_rounds(source)
     assert all(len({end for _, _, end, _ in record["tasks"]}) == 1 for record in records)
     arrivals = Counter(
         client for record in records for client, _, _, what in record["tasks"] if what == "arrived"
     )
     assert sum(arrivals.values()) == 24 and len(arrivals) == 4 and max(arrivals.values()) < 12
-    assert [r["tasks"] for r in held(source)[1]] == [r["tasks"] for r in records]
+    assert [r["tasks"] for r in run_rounds(source)[1]] == [r["tasks"] for r in records]
 
 
 @pytest.mark.parametrize("method", ["fedprox", "fednova", "hybrid"])
@@ -141,10 +141,12 @@ def test_partial_work_fits_steps_to_the_deadline(
         devices={"speed": {"median": 1e6, "sigma": 0.9}},
         clients__defaults__epochs=3,
     )
-    _, records = held(source)
+    _, records = run_rounds(source)
     ends = {client: end for client, _, end, _ in records[0]["tasks"]}
     deadline = sorted(ends.values())[1] * 1.01
-    partial = rounds_of({**source, "cohort": {"deadline": deadline, "partial_work": True}}, held=0)
+    partial = rounds_of(
+        {**source, "cohort": {"deadline": deadline, "partial_work": True}}, run_rounds=0
+    )
     site, steps = partial.executor.runtime, {}  # type: ignore[attr-defined]
     perform = site.backend.run
 
@@ -163,8 +165,8 @@ def test_partial_work_fits_steps_to_the_deadline(
     record = partial.run_round()
     assert record["counts"]["arrived"] == 4 and record["simulated"]["end"] <= deadline
     for client_id, end in ends.items():
-        whole = local_steps(partial.federation.client_infos[client_id])
-        assert steps[client_id] == (whole if end <= deadline else int(whole * deadline / end))
+        full = local_steps(partial.federation.client_infos[client_id])
+        assert steps[client_id] == (full if end <= deadline else int(full * deadline / end))
     assert (
         len(
             {
@@ -192,7 +194,7 @@ def test_runs_with_failures_complete_and_counts_add_up(chance: float, too_few: s
         faults=faults,
         cohort={"too_few": too_few},
     )
-    rounds, records = held(source)
+    rounds, records = run_rounds(source)
     assert rounds.completed == 6
     for record in records:
         arithmetic(record)
@@ -211,7 +213,7 @@ def test_all_faults_together_add_up_and_are_not_aggregated() -> None:
     source = config(
         "fedavg", "mlp", 6, rounds=12, devices=SLOW, faults=EVERY, cohort={"deadline": 60}
     )
-    rounds, records = held(source)
+    rounds, records = run_rounds(source)
     for record in records:
         arithmetic(record)
         fates = {
@@ -233,8 +235,8 @@ def test_all_faults_together_add_up_and_are_not_aggregated() -> None:
 def same_as_uninvited(faults: dict[str, float], method: str, channel: dict[str, Any]) -> None:
     """Compare rounds with these faults to rounds without the affected clients."""
     source = config(method, MIXED, clients=6, rounds=2, seed=3, channel=channel)
-    affected, records = held({**source, "faults": faults, "cohort": {"deadline": 60}})
-    without = rounds_of(source, held=0)
+    affected, records = run_rounds({**source, "faults": faults, "cohort": {"deadline": 60}})
+    without = rounds_of(source, run_rounds=0)
     for record in records:
         assert 0 < record["counts"]["arrived"] < 6
         came = sorted(client for client, _, _, what in record["tasks"] if what == "arrived")
@@ -260,8 +262,8 @@ def test_failed_task_has_no_effect(fault: str, method: str, channel: dict[str, A
 
 
 def test_duplicate_upload_changes_only_traffic() -> None:
-    plain, before = held(config("fedper", clients=4))
-    twice, after = held(config("fedper", clients=4, faults={"twice": 1.0}))
+    plain, before = run_rounds(config("fedper", clients=4))
+    twice, after = run_rounds(config("fedper", clients=4, faults={"twice": 1.0}))
     assert equal(plain, twice)
     assert [r["counts"]["arrived"] for r in after] == [4, 4]
     assert all(
@@ -272,13 +274,15 @@ def test_duplicate_upload_changes_only_traffic() -> None:
 def test_checksum_detects_every_flipped_byte(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    rounds = rounds_of(config("fedavg", "mlp", 4, rounds=1, faults={"corrupted": 1.0}), held=0)
+    rounds = rounds_of(
+        config("fedavg", "mlp", 4, rounds=1, faults={"corrupted": 1.0}), run_rounds=0
+    )
     record = rounds.run_round()
     assert (
         record["counts"] == {"invited": 4, "arrived": 0, "failed": 4, "late": 0}
         and record["skipped"]
     )
-    rounds = rounds_of(config("fedavg", "mlp", 4, faults={"corrupted": 0.5}), held=0)
+    rounds = rounds_of(config("fedavg", "mlp", 4, faults={"corrupted": 0.5}), run_rounds=0)
     changes = []
 
     # Of the last number: finite and of the right shape.
@@ -301,15 +305,15 @@ def test_too_few_uploads_repeat_skip_or_fail() -> None:
     source = config(
         "fedavg", "mlp", 6, clients__per_round=3, faults={"lost": 0.6}, rounds=4, seed=1
     )
-    _, records = held({**source, "cohort": {"least": 2, "too_few": "repeat", "attempts": 50}})
+    _, records = run_rounds({**source, "cohort": {"least": 2, "too_few": "repeat", "attempts": 50}})
     assert all(len(r["train_loss"]) >= 2 for r in records) and any(
         r.get("attempts", 1) > 1 for r in records
     )
     for record in records:
         arithmetic(record)
         assert record["counts"]["invited"] == 3 * record.get("attempts", 1)
-    _, timed_records = held({**source, "cohort": {"least": 2, "too_few": "skip"}})
-    again = rounds_of({**source, "cohort": {"least": 2, "too_few": "skip"}}, held=0)
+    _, timed_records = run_rounds({**source, "cohort": {"least": 2, "too_few": "skip"}})
+    again = rounds_of({**source, "cohort": {"least": 2, "too_few": "skip"}}, run_rounds=0)
     assert any(r.get("skipped") for r in timed_records)
     for record in timed_records:
         before = {slot: dict(model) for slot, model in again.server.models.items()}
@@ -317,9 +321,11 @@ def test_too_few_uploads_repeat_skip_or_fail() -> None:
         unchanged = all(same_bits(before[slot], again.server.models[slot]) for slot in before)
         assert unchanged == record.get("skipped", False) == (len(record["train_loss"]) < 2)
     with pytest.raises(RunFailedError, match=r"of at least 2 usable uploads from 3 clients"):
-        held({**source, "cohort": {"least": 2, "too_few": "fail"}})
+        run_rounds({**source, "cohort": {"least": 2, "too_few": "fail"}})
     with pytest.raises(RunFailedError, match=r"no usable upload from 3 clients, 2 times"):
-        held({**source, "faults": {"lost": 1.0}, "cohort": {"too_few": "repeat", "attempts": 2}})
+        run_rounds(
+            {**source, "faults": {"lost": 1.0}, "cohort": {"too_few": "repeat", "attempts": 2}}
+        )
 
 
 def test_failed_round_reports_client_outcomes() -> None:
@@ -327,7 +333,7 @@ def test_failed_round_reports_client_outcomes() -> None:
     with pytest.raises(
         RunFailedError, match=r"^round 1: no usable upload from 4 clients; 4 of them late$"
     ):
-        held(source)
+        run_rounds(source)
 
 
 def test_round_starts_when_enough_clients_are_online() -> None:
@@ -336,7 +342,7 @@ def test_round_starts_when_enough_clients_are_online() -> None:
         "fedavg", "mlp", 8, rounds=3, clients__per_round=3, devices=devices, data__partition=MANY,
         cohort={"sampling": "available", "least": 2, "too_few": "fail"},
     )  # fmt: skip
-    rounds, records = held(source)
+    rounds, records = run_rounds(source)
     assert all(record["counts"]["invited"] >= 2 for record in records)
     seen = [
         rounds.environment.devices.device(client_id) for client_id in rounds.federation.client_infos
@@ -346,7 +352,7 @@ def test_round_starts_when_enough_clients_are_online() -> None:
 
 
 def test_skipped_round_discards_client_state() -> None:
-    rounds = rounds_of(config("fedper", cohort={"least": 3, "too_few": "skip"}), held=1)
+    rounds = rounds_of(config("fedper", cohort={"least": 3, "too_few": "skip"}), run_rounds=1)
     before = {
         client_id: rounds.store.stamp(client_id) for client_id in rounds.federation.client_infos
     }
@@ -371,14 +377,14 @@ def test_only_online_clients_are_sampled(sampling: str) -> None:
         cohort={"sampling": sampling},
         data__partition=MANY,
     )
-    rounds, records = held(source)
+    rounds, records = run_rounds(source)
     for record in records:
         start = record["tasks"][0][1]
         assert all(
             rounds.environment.devices.device(client_id).next_online(start) == start
             for client_id in record["cohort"]
         )
-    uniform = rounds_of({**source, "cohort": {}}, held=0)
+    uniform = rounds_of({**source, "cohort": {}}, run_rounds=0)
     starts = [
         uniform.environment.devices.device(client_id).next_online(0.0)
         for client_id in uniform.sample_cohort(0)
@@ -397,7 +403,7 @@ def test_oort_prefers_fast_clients_with_high_losses() -> None:
         cohort={"sampling": "oort"},
         data__partition=MANY,
     )
-    rounds = rounds_of(source, held=0)
+    rounds = rounds_of(source, run_rounds=0)
     ids = list(rounds.federation.client_infos)
     rounds.sampler.known = {
         client_id: [100.0 if i < 6 else 1.0, 1.0 if i % 2 else 50.0, 0.0]
@@ -428,7 +434,7 @@ def test_oort_lowers_the_utility_of_clients_slower_than_the_median() -> None:
         cohort={"sampling": "oort"},
         data__partition=MANY,
     )
-    invitation = rounds_of(source, held=0).sampler
+    invitation = rounds_of(source, run_rounds=0).sampler
     invitation.known = {
         "site_1": [10.0, 1.0, 0.0],
         "site_2": [10.0, 2.0, 0.0],
@@ -452,7 +458,7 @@ def test_oort_uses_losses_without_devices() -> None:
         cohort={"sampling": "oort"},
         data__partition=MANY,
     )
-    rounds, records = held(source)
+    rounds, records = run_rounds(source)
     assert set(rounds.sampler.known) == {
         client_id for record in records for client_id in record["cohort"]
     }
@@ -465,7 +471,7 @@ def test_oort_uses_losses_without_devices() -> None:
             seconds,
             round_idx,
         ) == (0.0, 2.0)
-    again = rounds_of(source, held=0)
+    again = rounds_of(source, run_rounds=0)
     again.sampler.load_state_dict(rounds.sampler.state_dict())
     assert again.sampler.sample(3, 0, 0.0) == rounds.sampler.sample(3, 0, 0.0)
 
@@ -482,7 +488,7 @@ def test_round_waits_for_the_secure_sum_threshold() -> None:
             data__partition=MANY,
             **changes,
         )
-        rounds = rounds_of(source, held=0)
+        rounds = rounds_of(source, run_rounds=0)
         return min(len(rounds.sampler.sample(round_idx, 0, 0.0)[0]) for round_idx in range(6))
 
     assert online() < 4 <= online(channel={"secure_sum": {"threshold": 4}})
@@ -580,9 +586,9 @@ def test_worker_processes_match_one_process(workers: int) -> None:
         channel=TOP,
         cohort={"deadline": 40, "partial_work": True, "over_selection": 1.3, "too_few": "repeat"},
     )
-    serial, records = held(source)
+    serial, records = run_rounds(source)
     source["runtime"] = {"threads": 1, "executor": "processes", "workers": workers}
-    parallel = rounds_of(source, held=0)
+    parallel = rounds_of(source, run_rounds=0)
     try:
         parallel_records = [parallel.run_round() for _ in range(source["rounds"])]
         assert equal(serial, parallel)
@@ -604,9 +610,9 @@ def test_resumed_run_continues_simulated_time(tmp_path: Path) -> None:
         devices=SLOW,
         cohort={"sampling": "oort"},
     )
-    straight, records = held(source)
-    first = rounds_of(source, held=3)
-    second = rounds_of(source, held=0)
+    straight, records = run_rounds(source)
+    first = rounds_of(source, run_rounds=3)
+    second = rounds_of(source, run_rounds=0)
     second.load_state_dict(first.state_dict())
     assert [r["simulated"] for r in (second.run_round(), second.run_round())] == [
         r["simulated"] for r in records[3:]

@@ -24,7 +24,7 @@ class FedAvg(Loop):
             g: sum(float(c.num_rows) for c in self.cards if c.arch.spec_id == g) for g in archs
         }
 
-    def stays(self, arch: Any, name: str) -> bool:
+    def is_local(self, arch: Any, name: str) -> bool:
         """Return whether a tensor stays with its client."""
         return False
 
@@ -44,7 +44,7 @@ class FedAvg(Loop):
             share = card.num_rows / self.total[card.arch.spec_id]
             with torch.no_grad():
                 for name, tensor in floats(module).items():
-                    if self.stays(card.arch, name):
+                    if self.is_local(card.arch, name):
                         self.kept[i][name] = tensor.clone()
                     else:
                         mean[card.arch.spec_id][name].add_(tensor, alpha=share)
@@ -191,8 +191,8 @@ class Scaffold(FedAvg):
     def local(self, i: int, module: nn.Module) -> None:
         group, steps = self.cards[i].arch.spec_id, 0
         parameters = [p.data for p in module.parameters()]
-        start, control, mine = [p.clone() for p in parameters], self.control[group], self.mine[i]
-        drift = torch._foreach_sub(control, mine)
+        start, control, own = [p.clone() for p in parameters], self.control[group], self.mine[i]
+        drift = torch._foreach_sub(control, own)
 
         def correct() -> None:
             nonlocal steps
@@ -202,7 +202,7 @@ class Scaffold(FedAvg):
         self.train(i, module, after=correct)
         path = torch._foreach_div(torch._foreach_sub(start, parameters), steps * LR)
         change = torch._foreach_sub(path, control)
-        torch._foreach_add_(mine, change)
+        torch._foreach_add_(own, change)
         torch._foreach_add_(
             self.moved[group], change, alpha=self.cards[i].num_rows / self.total[group]
         )
@@ -215,7 +215,7 @@ class HeteroFL(FedAvg):
         super().start()
         self.wide = copied(floats(self.module(self.method.wide_model(self.cards[0].arch))))
 
-    def stays(self, arch: Any, name: str) -> bool:
+    def is_local(self, arch: Any, name: str) -> bool:
         return "running" in name
 
     def received(self, i: int) -> nn.Module:
@@ -231,7 +231,7 @@ class HeteroFL(FedAvg):
             self.train(i, module)
             with torch.no_grad():
                 for name, tensor in floats(module).items():
-                    if self.stays(card.arch, name):
+                    if self.is_local(card.arch, name):
                         self.kept[i][name] = tensor.clone()
                     else:
                         corner(total[name], tensor).add_(tensor)
@@ -257,7 +257,7 @@ def near(module: nn.Module, anchor: State, mu: float) -> Any:
     pairs = [(p, anchor[n]) for n, p in module.named_parameters()]
 
     def loss(x: Tensor, y: Tensor, step: int) -> Tensor:
-        apart = torch.stack([(p - a).square().sum() for p, a in pairs]).sum()
-        return F.cross_entropy(module(x).logits, y) + mu / 2 * apart
+        divergence = torch.stack([(p - a).square().sum() for p, a in pairs]).sum()
+        return F.cross_entropy(module(x).logits, y) + mu / 2 * divergence
 
     return loss

@@ -56,9 +56,11 @@ class Loop:
 
     def module(self, arch: Any) -> nn.Module:
         """Return a model with the framework's initial weights and memory layout."""
-        made: nn.Module = arch.build()
-        made.load_state_dict(arch.initial_tensors(self.federation.seed))
-        return made.to(memory_format=torch.channels_last) if prefers_channels_last(arch) else made  # type: ignore[call-overload]
+        result: nn.Module = arch.build()
+        result.load_state_dict(arch.initial_tensors(self.federation.seed))
+        return (
+            result.to(memory_format=torch.channels_last) if prefers_channels_last(arch) else result
+        )  # type: ignore[call-overload]
 
     # Rounds
     def round(self) -> None:
@@ -100,15 +102,15 @@ class Loop:
         self, n: int, who: str, label: str = "train", size: int = BATCH, epochs: int = 1
     ) -> list[Tensor]:
         """Return the framework's batches; a single last row joins the previous batch."""
-        made: list[Tensor] = []
+        result: list[Tensor] = []
         for epoch in range(epochs):
             cut = list(
                 torch.randperm(n, generator=self.draws(who, label, epoch)).split(min(size, n))
             )
             if len(cut) > 1 and len(cut[-1]) == 1:
                 cut[-2:] = [torch.cat(cut[-2:])]
-            made += cut
-        return made
+            result += cut
+        return result
 
     def draws(self, who: str, label: str, *more: Key, use: int = 0) -> torch.Generator:
         """Return a generator of this round for the `use`-th use of that label."""

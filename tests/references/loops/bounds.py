@@ -16,12 +16,12 @@ class Ensemble(Loop):
     """The mean softmax of all models, each evaluated once on the common sets."""
 
     def read(self) -> None:
-        def said(x: Tensor) -> Tensor:
+        def predictions(x: Tensor) -> Tensor:
             return torch.stack(
                 [predicted(model, x).log_softmax(-1) for model in self.models]
             ).logsumexp(0)
 
-        self.read_of_one(said)
+        self.read_of_one(predictions)
 
 
 class Centralized(Loop):

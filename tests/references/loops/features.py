@@ -29,25 +29,25 @@ class FedGKT(Loop):
         super().start()
         self.large = self.module(self.method.large_model_spec(10))
         self.optimizer = adam([self.large])
-        self.said: tuple[Tensor, ...] = ()
+        self.predictions: tuple[Tensor, ...] = ()
 
     def work(self) -> None:
         s, sent = self.method, []
         for i, model in enumerate(self.models):
-            self.taught(i, model)
+            self.train_client(i, model)
             sent.append(both(model, self.data[i]["train"]["x"]))
         x, teacher = (torch.cat(parts) for parts in zip(*sent, strict=True))
         y = torch.cat([rows["train"]["y"] for rows in self.data])
         orders = self.batches(len(y), "server", "server", s.server_batch_size, s.server_epochs)
         losses = (self.loss(self.large(x[o]).logits, y[o], teacher[o]) for o in orders)
         descend([self.large], losses, self.optimizer)
-        self.said = tuple(predicted(self.large, features) for features, _ in sent)
+        self.predictions = tuple(predicted(self.large, features) for features, _ in sent)
 
-    def taught(self, i: int, model: nn.Module) -> None:
+    def train_client(self, i: int, model: nn.Module) -> None:
         """Train a client for an epoch."""
-        if not self.said:
+        if not self.predictions:
             return self.train(i, model)
-        x, y, teacher = self.data[i]["train"]["x"], self.data[i]["train"]["y"], self.said[i]
+        x, y, teacher = self.data[i]["train"]["x"], self.data[i]["train"]["y"], self.predictions[i]
         orders = self.batches(len(y), self.cards[i].client_id)
         losses = (self.loss(model(x[o]).logits, y[o], teacher[o]) for o in orders)
         return self.losses[-1].append(descend([model], losses))
@@ -86,8 +86,8 @@ class FedTGP(Loop):
             self.train(i, model, self.pulled(model))
             sums.append(self.class_sums(i, model))
         means, has = means_of(sums)
-        mine = has[..., None].float()
-        centres, there = (means * mine).sum(0) / mine.sum(0).clamp(min=1), has.any(0)
+        own = has[..., None].float()
+        centres, there = (means * own).sum(0) / own.sum(0).clamp(min=1), has.any(0)
         gap = torch.where(
             there[:, None] & there, torch.cdist(centres, centres), torch.zeros(())
         ).max()
@@ -100,8 +100,8 @@ class FedTGP(Loop):
 
         def loss(x: Tensor, y: Tensor) -> Tensor:
             prototypes = self.network(self.vectors).logits
-            apart = (x[:, None] - prototypes).square().sum(-1).clamp(min=1e-12).sqrt()
-            return F.cross_entropy(-(apart + margin[y]), y)
+            divergence = (x[:, None] - prototypes).square().sum(-1).clamp(min=1e-12).sqrt()
+            return F.cross_entropy(-(divergence + margin[y]), y)
 
         descend([self.network], (loss(x[o], y[o]) for o in orders), optimizer)
         self.prototypes = predicted(self.network, self.vectors.detach())
@@ -115,8 +115,10 @@ class FedTGP(Loop):
 
         def loss(x: Tensor, y: Tensor, step: int) -> Tensor:
             out = model(x)
-            apart = (out.features - prototypes[y]).square().mean(-1)
-            return F.cross_entropy(out.logits, y) + (self.method.weight * apart * known[y]).mean()
+            divergence = (out.features - prototypes[y]).square().mean(-1)
+            return (
+                F.cross_entropy(out.logits, y) + (self.method.weight * divergence * known[y]).mean()
+            )
 
         return loss
 
@@ -126,9 +128,9 @@ class FedTGP(Loop):
         for i, model in enumerate(self.models):
             for name in READ:
                 features = predicted(model, self.data[i][name]["x"], "features")
-                apart = torch.cdist(features, self.prototypes)
-                far = -apart[:, has].amax(-1, keepdim=True) - 20
-                self.score(i, name, torch.where(has, -apart, far))
+                divergence = torch.cdist(features, self.prototypes)
+                far = -divergence[:, has].amax(-1, keepdim=True) - 20
+                self.score(i, name, torch.where(has, -divergence, far))
 
 
 class FedGH(Loop):

@@ -14,21 +14,21 @@ from tests.references.loops.base import READ, floats, only, predicted
 class FedBN(FedAvg):
     """BatchNorm stays with the client."""
 
-    def stays(self, arch: Any, name: str) -> bool:
+    def is_local(self, arch: Any, name: str) -> bool:
         return name in arch.batch_norm_names
 
 
 class FedPer(FedAvg):
     """The head stays with the client."""
 
-    def stays(self, arch: Any, name: str) -> bool:
+    def is_local(self, arch: Any, name: str) -> bool:
         return name.startswith("head.")
 
 
 class LGFedAvg(FedAvg):
     """The backbone stays with the client."""
 
-    def stays(self, arch: Any, name: str) -> bool:
+    def is_local(self, arch: Any, name: str) -> bool:
         return name.startswith("backbone.")
 
 

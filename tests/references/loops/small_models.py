@@ -116,8 +116,8 @@ class FD(Loop):
         sums, counts = torch.zeros(CLASSES, CLASSES), torch.zeros(CLASSES)
         for i, model in enumerate(self.models):
             self.fit(i, [model], lambda x, y, m=model: self._loss(m(x).logits, y))  # type: ignore[misc]
-            mine, n = self.class_sums(i, "logits")
-            sums, counts = sums + mine, counts + n
+            own, n = self.class_sums(i, "logits")
+            sums, counts = sums + own, counts + n
         self.teacher, self.known = sums / counts.clamp(min=1)[:, None], (counts > 0).float()
         self.evaluate(lambda i, x, home: self.models[i].eval()(x).logits)
         self.done += 1
@@ -127,8 +127,8 @@ class FD(Loop):
         if self.teacher is None:
             return loss
         log_t = F.log_softmax(self.teacher[y], -1)
-        apart = (log_t.exp() * (log_t - F.log_softmax(logits, -1))).sum(-1)
-        return loss + (apart * self.known[y]).mean()
+        divergence = (log_t.exp() * (log_t - F.log_softmax(logits, -1))).sum(-1)
+        return loss + (divergence * self.known[y]).mean()
 
 
 class FedProto(Loop):
@@ -143,8 +143,8 @@ class FedProto(Loop):
         sums, counts = torch.zeros(()), torch.zeros(CLASSES)
         for i, model in enumerate(self.models):
             self.fit(i, [model], lambda x, y, m=model: self._loss(m(x), y))  # type: ignore[misc]
-            mine, n = self.class_sums(i, "features")
-            sums, counts = sums + mine, counts + n
+            own, n = self.class_sums(i, "features")
+            sums, counts = sums + own, counts + n
         mean, sent = sums / counts.clamp(min=1)[:, None], counts > 0
         self.prototypes = (
             mean if self.prototypes is None else torch.where(sent[:, None], mean, self.prototypes)
@@ -157,8 +157,8 @@ class FedProto(Loop):
         loss = F.cross_entropy(outputs.logits, y)
         if self.prototypes is None:
             return loss
-        apart = (outputs.features - self.prototypes[y]).square().mean(-1)
-        return loss + (apart * self.known[y]).mean()
+        divergence = (outputs.features - self.prototypes[y]).square().mean(-1)
+        return loss + (divergence * self.known[y]).mean()
 
     def _nearness(self, features: Tensor) -> Tensor:
         assert self.prototypes is not None
@@ -230,9 +230,9 @@ class FedKD(FML):
         def loss_of(x: Tensor, y: Tensor) -> Tensor:
             t, s = model(x), self.mentee(x)
             mentor, mentee = F.cross_entropy(t.logits, y), F.cross_entropy(s.logits, y)
-            apart = kl(t.logits, s.logits) + kl(s.logits, t.logits)
+            divergence = kl(t.logits, s.logits) + kl(s.logits, t.logits)
             features = F.mse_loss(t.features, hidden(s.features).logits)
-            return mentor + mentee + (apart + features) / (mentor + mentee).detach()
+            return mentor + mentee + (divergence + features) / (mentor + mentee).detach()
 
         self.fit(i, [model, self.mentee, hidden], loss_of)
 

@@ -22,7 +22,7 @@ from tests.reporting.test_report import Page
 SCRIPT = str(Path(hetero_fl.__file__).parents[1] / "scripts" / "compare.py")
 
 
-def made(out: Path, clients: int = 6, **case: Any) -> list[dict[str, Any]]:
+def make_rows(out: Path, clients: int = 6, **case: Any) -> list[dict[str, Any]]:
     """Return two finished runs, an unfinished one, and the rows of the finished ones."""
     rows = []
     for name in ("local", "fedmd"):
@@ -38,7 +38,7 @@ def made(out: Path, clients: int = 6, **case: Any) -> list[dict[str, Any]]:
 
 
 def test_facts_match_the_runs(tmp_path: Path) -> None:
-    rows = made(tmp_path)
+    rows = make_rows(tmp_path)
     found = gather_facts(tmp_path, rows)
     facts = dict(found.facts)
     assert facts["Data"].startswith("chest_xray: PneumoniaMNIST, CC BY 4.0. ")
@@ -66,7 +66,7 @@ def test_facts_match_the_runs(tmp_path: Path) -> None:
 
 
 def test_many_clients_are_not_listed(tmp_path: Path) -> None:
-    facts = dict(gather_facts(tmp_path, made(tmp_path, clients=60)).facts)
+    facts = dict(gather_facts(tmp_path, make_rows(tmp_path, clients=60)).facts)
     assert (
         "20 × resnet18 (clinic_003, clinic_004 … clinic_058)" in facts["Clients"]
         and len(facts["Clients"]) < 300
@@ -74,7 +74,7 @@ def test_many_clients_are_not_listed(tmp_path: Path) -> None:
 
 
 def test_generated_data_is_stated(tmp_path: Path) -> None:
-    rows = made(tmp_path, simulated=True)
+    rows = make_rows(tmp_path, simulated=True)
     write_comparison(tmp_path, rows, title="t", note="", task=Task("multiclass", 2))
     for name in ("report.html", "comparison.md"):
         assert "The data is generated, not real." in (tmp_path / name).read_text()
@@ -136,7 +136,7 @@ def test_methods_are_described_by_their_docstrings(monkeypatch: pytest.MonkeyPat
 
 
 def test_reports_contain_the_facts(tmp_path: Path) -> None:
-    write_comparison(tmp_path, made(tmp_path), title="t", note="", task=Task("multiclass", 2))
+    write_comparison(tmp_path, make_rows(tmp_path), title="t", note="", task=Task("multiclass", 2))
     page = Page((tmp_path / "report.html").read_text())
     rows = {row[0].strip(): row for row in page.cells}
     assert rows["Rounds"][1].strip() == "3" and rows["Data"][1].startswith("chest_xray")

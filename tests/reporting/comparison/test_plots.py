@@ -31,7 +31,7 @@ LONG = [
 ]
 
 
-def made(names: list[str], seeds: int, scale: float = 1.0) -> list[dict[str, Any]]:
+def make_rows(names: list[str], seeds: int, scale: float = 1.0) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     rows = []
     for seed in range(seeds):
@@ -68,7 +68,7 @@ def panels(figure: Figure) -> dict[str, Axes]:
 )
 def test_labels_do_not_overlap(names: list[str], seeds: int, task: Task) -> None:
     with style.plot_style():
-        figure = draw_comparison(made(names, seeds), task, 2)
+        figure = draw_comparison(make_rows(names, seeds), task, 2)
     assert figure.get_figwidth() <= style.WIDTH and figure.get_figheight() < 11
     shown = texts(figure)
     turned = (
@@ -84,7 +84,7 @@ def test_labels_do_not_overlap(names: list[str], seeds: int, task: Task) -> None
 
 def test_plot_shows_every_method_with_its_needs() -> None:
     with style.plot_style():
-        found = panels(draw_comparison(made(ALL, 1), Task("multiclass", 10), 1))
+        found = panels(draw_comparison(make_rows(ALL, 1), Task("multiclass", 10), 1))
     assert list(found) == ["Accuracy", "Balanced\naccuracy", "AUROC", "Bytes", "Time", "Needs"]
     labels = [t.get_text() for t in found["Accuracy"].get_yticklabels()]
     assert sorted(labels) == sorted(map(algorithm_name, ALL)) and labels[-2:] == [
@@ -108,7 +108,7 @@ def test_plot_shows_every_method_with_its_needs() -> None:
 
 
 def test_baseline_is_drawn_in_all_panels() -> None:
-    rows = made(["fedavg", "local"], 3)
+    rows = make_rows(["fedavg", "local"], 3)
     with style.plot_style():
         figure = draw_comparison(rows, Task("multiclass", 10))
     axes = panels(figure)["Accuracy"]

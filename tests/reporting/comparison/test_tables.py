@@ -27,7 +27,7 @@ LEVELS = {"local": 0.6, "fedavg": 0.65, "hybrid": 0.8, "centralized": 0.9, "ense
 MB = {"fedavg": 40e6, "hybrid": 50e6}
 
 
-def made(
+def make_rows(
     algorithms: Sequence[str] = tuple(LEVELS),
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
     metrics: Sequence[str] = CLASSIFICATION,
@@ -65,7 +65,7 @@ def values(rows: list[dict[str, Any]], algorithm: str, key: str) -> list[float]:
     ],
 )
 def test_means_spread_best_and_p(task: Task, metrics: Sequence[str], main: str) -> None:
-    rows = made(metrics=metrics)
+    rows = make_rows(metrics=metrics)
     table = make_table(rows, task, "last")
     assert table.columns[0].key == main
     assert [line.algorithm for line in table.lines] == [
@@ -93,7 +93,7 @@ def test_means_spread_best_and_p(task: Task, metrics: Sequence[str], main: str) 
 
 
 def test_smallest_error_is_best() -> None:
-    rows = made(["local", "fedavg"], metrics=REGRESSION)
+    rows = make_rows(["local", "fedavg"], metrics=REGRESSION)
     table = make_table(rows, VALUES, "best")
     by_metric = {
         c.metric: [line.cells[i].best for line in table.lines] for i, c in enumerate(table.columns)
@@ -102,7 +102,7 @@ def test_smallest_error_is_best() -> None:
 
 
 def test_equal_values_are_all_best() -> None:
-    rows = made(["local", "fedavg"], seeds=[0])
+    rows = make_rows(["local", "fedavg"], seeds=[0])
     for row in rows:
         row["global_last_auroc"] = 0.91234 if row["algorithm"] == "local" else 0.91235
     column = make_table(rows, BINARY, "last")
@@ -110,7 +110,7 @@ def test_equal_values_are_all_best() -> None:
 
 
 def test_one_seed_has_no_spread_and_no_p_value() -> None:
-    table = make_table(made(seeds=[7]), BINARY, "last")
+    table = make_table(make_rows(seeds=[7]), BINARY, "last")
     assert not table.tested and "p" not in table.header and "one seed (7)" in table.caption
     assert not any("±" in cell.text for line in table.lines for cell in line.cells)
     assert "±" not in table.markdown() and "pm" not in table.latex("x")
@@ -121,7 +121,7 @@ def test_one_seed_has_no_spread_and_no_p_value() -> None:
     [([0] * 5, "1"), ([-0.1] * 5, "<0.001"), ([-0.1, -0.2, -0.3, 0.1, 0.05], "0.30")],
 )
 def test_p_value_of_equal_and_constant_differences(shift: list[float], expected: str) -> None:
-    rows = made(["hybrid"])
+    rows = make_rows(["hybrid"])
     rows += [dict(row, algorithm="local") for row in rows]
     for row, change in zip(rows[5:], shift, strict=True):
         row["global_last_balanced_accuracy"] = (
@@ -131,9 +131,9 @@ def test_p_value_of_equal_and_constant_differences(shift: list[float], expected:
 
 
 def test_pairs_match_seeds_and_missing_seeds_are_noted() -> None:
-    rows = made(["local", "hybrid"], seeds=range(6))
-    whole = make_table(rows, BINARY, "last")
-    assert make_table(rows[::-1], BINARY, "last").lines[::-1] == whole.lines
+    rows = make_rows(["local", "hybrid"], seeds=range(6))
+    full = make_table(rows, BINARY, "last")
+    assert make_table(rows[::-1], BINARY, "last").lines[::-1] == full.lines
     short = [row for row in rows if (row["algorithm"], row["seed"]) != ("local", 2)]
     local = make_table(short, BINARY, "last").lines[0]
     key = "global_last_balanced_accuracy"
@@ -153,7 +153,7 @@ def test_pairs_match_seeds_and_missing_seeds_are_noted() -> None:
 
 
 def test_p_value_of_fewer_than_five_seeds_is_omitted() -> None:
-    four, five = (make_table(made(seeds=range(n)), BINARY, "last") for n in (4, 5))
+    four, five = (make_table(make_rows(seeds=range(n)), BINARY, "last") for n in (4, 5))
     assert [line.p for line in four.lines] == ["–", "–", "best", "", ""]
     assert "fewer than five seeds" in four.caption and "t-test" not in four.caption
     assert (
@@ -180,12 +180,12 @@ def test_p_value_of_fewer_than_five_seeds_is_omitted() -> None:
     ],
 )
 def test_seconds_note_parallel_runs(jobs: int | None, header: str, words: str) -> None:
-    table = make_table(made(), BINARY, "last", jobs)
+    table = make_table(make_rows(), BINARY, "last", jobs)
     assert table.header[-2:] == [header, "Needs"] and table.caption.endswith(words)
 
 
 def test_columns_without_values_are_left_out() -> None:
-    rows = made(["local", "hybrid"])
+    rows = make_rows(["local", "hybrid"])
     for row in rows:
         row["personal_last_accuracy_worst"] = None
         row["global_last_auroc"] = None
@@ -217,7 +217,7 @@ def test_columns_without_values_are_left_out() -> None:
 def test_columns_have_the_same_metrics_on_both_test_sets(
     task: Task, metrics: Sequence[str], shown: list[str], worst: str
 ) -> None:
-    rows = made(["local", "hybrid"], metrics=metrics)
+    rows = make_rows(["local", "hybrid"], metrics=metrics)
     for row in rows:
         row[f"personal_last_{worst}_worst"] = 0.5
 
@@ -231,7 +231,7 @@ def test_columns_have_the_same_metrics_on_both_test_sets(
 
 
 def test_markdown_separates_bounds() -> None:
-    lines = make_table(made(), BINARY, "last").markdown().splitlines()
+    lines = make_table(make_rows(), BINARY, "last").markdown().splitlines()
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
     assert len({len(row) for row in cells}) == 1
     assert [row[0] for row in cells[2:]] == [
@@ -247,7 +247,7 @@ def test_markdown_separates_bounds() -> None:
 
 
 def test_markdown_and_latex_have_the_values_of_the_table() -> None:
-    table = make_table(made(), BINARY, "last")
+    table = make_table(make_rows(), BINARY, "last")
     expected = [
         [
             line.name,
@@ -276,7 +276,7 @@ def test_markdown_and_latex_have_the_values_of_the_table() -> None:
 
 
 def test_latex_is_balanced_and_escaped() -> None:
-    rows = made(["local", "hybrid:keep_heads=no&yes", "centralized"], metrics=CLASSIFICATION)
+    rows = make_rows(["local", "hybrid:keep_heads=no&yes", "centralized"], metrics=CLASSIFICATION)
     text = make_table(rows, BINARY, "last").latex("x")
     body = text.split("\\toprule")[1].split("\\bottomrule")[0]
     groups, *rows_of_table = [line for line in body.splitlines() if line.endswith("\\\\")]
@@ -291,7 +291,7 @@ def test_latex_is_balanced_and_escaped() -> None:
 
 
 def test_comparison_writes_its_files(tmp_path: Path) -> None:
-    rows = made()
+    rows = make_rows()
     rows[0]["server_last_accuracy"] = None
     rows[0]["personal_last_accuracy_worst"] = 0.5
     write_comparison(tmp_path / "out", rows, title="Two & <three>", note="A note.", task=BINARY)
@@ -360,7 +360,7 @@ def test_comparison_writes_its_files(tmp_path: Path) -> None:
 def test_tables_of_small_comparisons(
     tmp_path: Path, algorithms: list[str], seeds: list[int], task: Task, metrics: Sequence[str]
 ) -> None:
-    write_comparison(tmp_path, made(algorithms, seeds, metrics), title="t", note="", task=task)
+    write_comparison(tmp_path, make_rows(algorithms, seeds, metrics), title="t", note="", task=task)
     page = Page((tmp_path / "report.html").read_text())
     assert "None" not in page.text and "nan" not in page.text
 
@@ -387,7 +387,7 @@ def test_comparison_row_from_a_summary(made_run: Callable[..., RunDirectory]) ->
 
 
 def test_values_below_the_baseline_are_marked() -> None:
-    rows = made(["fedavg", "local", "hybrid", "ensemble"], seeds=[0, 1])
+    rows = make_rows(["fedavg", "local", "hybrid", "ensemble"], seeds=[0, 1])
     for row in rows:
         row["global_last_auroc"] = {
             "fedavg": 0.5,
@@ -402,7 +402,7 @@ def test_values_below_the_baseline_are_marked() -> None:
     assert "↓: worse than Local." in table.caption
     assert " 50.0 ± 0.0 ↓ |" in table.markdown()
     assert "50.0 $\\pm$ 0.0 $\\downarrow$" in table.latex("x")
-    errors = make_table(made(["local", "fedavg"], metrics=REGRESSION), VALUES, "last")
+    errors = make_table(make_rows(["local", "fedavg"], metrics=REGRESSION), VALUES, "last")
     assert not any(cell.below for line in errors.lines for cell in line.cells), (
         "FedAvg's errors are smaller"
     )
@@ -414,7 +414,7 @@ def test_values_below_the_baseline_are_marked() -> None:
 
 
 def test_needs_match_classes_and_settings() -> None:
-    rows = made(["local", "hybrid", "ensemble"], seeds=[0])
+    rows = make_rows(["local", "hybrid", "ensemble"], seeds=[0])
     rows += [dict(rows[0], algorithm=name) for name in ("ds_fl:bits=1", "python:no.such:Thing")]
     found = {line.algorithm: line.needs for line in make_table(rows, BINARY, "last").lines}
     assert found["local"] == "–" and found["hybrid"] == "proxy set or one architecture"
@@ -426,11 +426,11 @@ def test_needs_match_classes_and_settings() -> None:
 
 
 def test_best_method_comes_first() -> None:
-    rows = made(["fedavg", "centralized", "hybrid", "local"], seeds=[0, 1])
+    rows = make_rows(["fedavg", "centralized", "hybrid", "local"], seeds=[0, 1])
     assert [row["algorithm"] for row in rank_methods(rows, TEN)] == [
         name for name in ("centralized", "hybrid", "fedavg", "local") for _ in (0, 1)
     ]
-    errors = made(["fedavg", "hybrid", "local"], seeds=[0], metrics=REGRESSION)
+    errors = make_rows(["fedavg", "hybrid", "local"], seeds=[0], metrics=REGRESSION)
     errors[0]["global_last_mae"] = None
     assert [row["algorithm"] for row in rank_methods(errors, VALUES)] == [
         "hybrid",
@@ -444,7 +444,7 @@ def test_missing_methods_are_listed_with_the_reason(tmp_path: Path) -> None:
         "FedGKT": "needs clients that share features",
         "FedMD, seed 1": "failed: no proxy set",
     }
-    write_comparison(tmp_path, made(["local"], [0]), title="t", note="", task=TEN, missing=why)
+    write_comparison(tmp_path, make_rows(["local"], [0]), title="t", note="", task=TEN, missing=why)
     page = Page((tmp_path / "report.html").read_text())
     rows = {row[0].strip(): row for row in page.cells}
     for name, reason in why.items():

@@ -13,7 +13,7 @@ from hetero_fl.reporting.plots.scores import FORECAST_PANELS, plot_forecasts
 BEGIN = 1_672_531_200  # 1 January 2023
 
 
-def made(
+def make_forecasts(
     clients: int = 2, begin: int = BEGIN, rules: bool = True
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     time = (begin + 3600 * np.arange(48)).tolist()
@@ -32,7 +32,7 @@ def made(
 
 def test_forecast_shows_last_output_and_nearest_baseline() -> None:
     with style.plot_style():
-        figure = plot_forecasts(*made())
+        figure = plot_forecasts(*make_forecasts())
     assert figure is not None and len(figure.axes) == 2
     truth, forecast, rule = (line.get_ydata() for line in figure.axes[0].lines)
     assert np.allclose(forecast, np.asarray(truth) + 2) and np.allclose(rule, np.asarray(truth) + 1)
@@ -46,22 +46,22 @@ def test_forecast_shows_last_output_and_nearest_baseline() -> None:
 
 def test_forecast_without_dates_and_baselines() -> None:
     with style.plot_style():
-        figure = plot_forecasts(*made(begin=0, rules=False))
+        figure = plot_forecasts(*make_forecasts(begin=0, rules=False))
     assert figure is not None and len(figure.axes[0].lines) == 2
     assert figure.axes[0].lines[0].get_xdata()[1] == 3600
 
 
 def test_forecast_of_many_and_no_clients() -> None:
     with style.plot_style():
-        figure = plot_forecasts(*made(clients=30))
+        figure = plot_forecasts(*make_forecasts(clients=30))
     assert figure is not None and len(figure.axes) == FORECAST_PANELS
-    summary, details = made()
+    summary, details = make_forecasts()
     assert plot_forecasts(summary, {**details, "forecast": {}}) is None
     assert plot_forecasts(summary, {"labels": ["load"]}) is None
 
 
 def test_times_beyond_the_calendar_are_numbers() -> None:
     with style.plot_style():
-        figure = plot_forecasts(*made(begin=1_672_531_200_000_000_000))
+        figure = plot_forecasts(*make_forecasts(begin=1_672_531_200_000_000_000))
         assert figure is not None
         style.to_png(figure)

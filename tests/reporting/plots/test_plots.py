@@ -116,9 +116,9 @@ def test_failed_report_is_reported(made_run: MakeRun, monkeypatch: pytest.Monkey
 
 def drawn(make: Callable[..., Figure | None], *content: Any) -> Figure:
     with style.plot_style():
-        made = make(*content)
-    assert made is not None
-    return made
+        result = make(*content)
+    assert result is not None
+    return result
 
 
 def lines(figure: Figure, panel: int, color: str) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""What all tests have in common."""
+"""Fixtures and settings shared by all tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 
-# Test processes run next to one another, and so do the processes that they start.
+# Test processes and their child processes run in parallel and share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, settings
 
 from hetero_fl.utils import processes
 
-# What most runs of tests import besides.
+# Further modules that most test runs import.
 processes.PRELOADED.extend(["hetero_fl.experiment", "sklearn.datasets", "matplotlib.figure"])
 
-# A busy machine must not fail a test: by default an example has 200 ms.
+# The default deadline of 200 ms per example fails on a busy machine.
 settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -30,13 +30,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """Small models gain nothing from threads, and their number decides the last bits."""
+    """Use one thread: the number of threads changes the last bits of results."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture
 def float64() -> Iterator[None]:
-    """Everything in double precision, where rules are compared with independent references."""
+    """Use double precision by default, for comparisons with reference implementations."""
     torch.set_default_dtype(torch.float64)
     try:
         yield

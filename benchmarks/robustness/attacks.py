@@ -116,7 +116,7 @@ def configuration(case: Case, alpha: float, seed: int) -> dict[str, Any]:
         "aggregation": {
             "rule": case.rule,
             "predictions": case.predictions,
-            "liars": case.share,
+            "liars": case.share,  # style: ok (configuration key)
         },  # style: ok (configuration key)
         "attacks": None
         if case.attack == HONEST

@@ -27,7 +27,7 @@ from hetero_fl.core.plan import Plan
 
 
 @register_algorithm("hybrid")
-class Hybrid(ProxyDistillation, FedAvg):  # style: ok (configuration key in docstring)
+class Hybrid(ProxyDistillation, FedAvg):
     """Average shared parameters and distill the consensus of all clients on a public proxy set.
 
     The server averages each tensor over the clients that share it and distills the consensus (KL ·
@@ -41,9 +41,8 @@ class Hybrid(ProxyDistillation, FedAvg):  # style: ok (configuration key in docs
     not needed.
 
     Without these options the method equals FedAvg if all clients have one architecture and there is
-    no proxy set, and FedMD with KL if all architectures differ and clients distill. With `rehearse:
-    0` it equals FedDF with `logit_adjustment: true`, `teacher: contrast` and the same
-    `distil_epochs`.
+    no proxy set, and FedMD with KL if all architectures differ and clients distill. Without replay
+    it equals FedDF with `logit_adjustment: true`, `teacher: contrast` and the same `distil_epochs`.
 
     References:
         Menon et al., "Long-tail learning via logit adjustment", ICLR 2021.

@@ -25,7 +25,7 @@ from model_zoo import ModelError
 
 ROUNDING = ("quantize", "half")
 """Compression stages that keep all values, so that compressed uploads can be summed."""
-FEWEST_IN_SUM = 3
+MIN_CLIENTS_IN_SUM = 3
 """Smallest cohort of secure aggregation; in a sum of two, each client knows the other's part."""
 MAX_IN_ONE_PLACE = 10_000
 """Largest number of clients whose rows or models a method may need in one place."""
@@ -349,9 +349,9 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
     "secure_sum_of_few": CompatibilityRule(
         ("channel.secure_sum", "clients.per_round"),
         lambda run: (
-            run.secure_sum and run.cohort < FEWEST_IN_SUM and pluralize(run.cohort, "client")
+            run.secure_sum and run.cohort < MIN_CLIENTS_IN_SUM and pluralize(run.cohort, "client")
         ),
-        f"channel.secure_sum: requires {FEWEST_IN_SUM} or more clients in a round "
+        f"channel.secure_sum: requires {MIN_CLIENTS_IN_SUM} or more clients in a round "
         f"(clients.per_round), got {{found}}",
     ),
     "high_threshold": CompatibilityRule(
@@ -444,11 +444,11 @@ RULES_AFTER_PREPARATION: dict[str, CompatibilityRule[RunFacts]] = {
         "choose another rule, or algorithm.name=fedavg or hybrid",
     ),
     "outvoted_rule": CompatibilityRule(
-        ("aggregation.rule", "aggregation.liars"),
+        ("aggregation.rule", "aggregation.liars"),  # style: ok (configuration key)
         lambda run: run.outvoted_rule(),
         "aggregation.{key}={value} tolerates {malicious} "
-        "(aggregation.liars={run.config.aggregation.liars:g}) among {least} or more clients, "
-        "but {senders} upload {item}; {advice}",
+        "(aggregation.liars={run.config.aggregation.liars:g}) "  # style: ok (configuration key)
+        "among {least} or more clients, but {senders} upload {item}; {advice}",
     ),
     # Attacks
     "attack_on_nothing": CompatibilityRule(

@@ -589,13 +589,16 @@ class RunFacts(ConfigFacts):
         if senders >= least:
             return None
         most = max((f for f in range(senders) if combiner.min_clients(f) <= senders), default=0)
-        advice = "use the model for more clients, or remove the rule"
+        if most:
+            advice = f"set aggregation.liars to {most} or less"  # style: ok (configuration key)
+        else:
+            advice = "use the model for more clients, or remove the rule"
         return {
             "malicious": f"{malicious} malicious client{'s' if malicious != 1 else ''}",
             "least": least,
             "senders": senders,
             "item": description,
-            "advice": f"set aggregation.liars to {most} or less" if most else advice,
+            "advice": advice,
         }
 
     @property

@@ -217,7 +217,7 @@ def test_fedbabu_round_matches_reference(finetune: str) -> None:
         parameters = [
             p for n, p in tuned.named_parameters() if finetune == "all" or n.startswith("head.")
         ]
-        train(client, parameters, entropy(tuned), "personalise", 2)
+        train(client, parameters, entropy(tuned), "personalise", 2)  # style: ok (stream label)
         read = deployed(rounds, client_id).models["model"]
         assert apart(read, tuned) < 1e-9
         assert not torch.equal(read["head.weight"], started["head.weight"])

@@ -34,7 +34,7 @@ def test_initial_tensors_follow_the_seed_and_the_default_dtype() -> None:
 def test_models_are_built_in_the_first_round_only(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rounds = rounds_of(config(method), held=1)
+    rounds = rounds_of(config(method), num_rounds=1)
     rounds.evaluate()
     monkeypatch.setattr(ModelSpec, "build", lambda *_: pytest.fail("a model is built"))
     rounds.run_round()

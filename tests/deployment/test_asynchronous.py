@@ -176,7 +176,7 @@ def test_empty_slot_does_not_block_the_run(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(
         real_time.RemoteAsynchronousTrainer,
         "_idle_clients",
-        lambda self: (0, self.queue.idle_place),
+        lambda self: (0, self.queue.idle_position),
     )
     with pytest.raises(RunFailedError, match="round 1: no client connected for"):
         federation(source(), Sites(CLIENTS, tmp_path / "sites"), tmp_path / "deployed")

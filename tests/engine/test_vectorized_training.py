@@ -175,8 +175,8 @@ CASES: dict[str, Make] = {
     ),
     "a table": lambda p: replace(FIT, data=TensorRows(p.data("train", None))),
     "draws": lambda p: replace(FIT, data=SampledBatches(drawn, 6), steps=4),
-    "rehearsal": lambda p: replace(
-        FIT, objective=ProxyReplay(), extra_batches={"public": SampledBatches(taught, 5)}
+    "proxy replay": lambda p: replace(
+        FIT, objective=ProxyReplay(), extra_batches={"public": SampledBatches(teacher_columns, 5)}
     ),
     "mutual": lambda p: replace(
         FIT, objective=Mutual(), train={"model": None, "other": ("head.",)}
@@ -192,7 +192,7 @@ def drawn(g: torch.Generator, size: int) -> Columns:
     }
 
 
-def taught(g: torch.Generator, size: int) -> Columns:
+def teacher_columns(g: torch.Generator, size: int) -> Columns:
     return {
         "x": PUBLIC["x"][torch.randint(24, (size,), generator=g)],
         "teacher": torch.rand(size, 4, generator=g),

@@ -23,7 +23,7 @@ ASYNC = {"threads": 1, "mode": "async"}
 NOISE = {"noise_multiplier": 1.0, "delta": 1e-4}
 RECORD = {"unit": "record", "accountant": "rdp", **NOISE}
 CLIENT = {"unit": "client", **NOISE}
-MEDIAN = {"rule": "median", "liars": 1}
+MEDIAN = {"rule": "median", "liars": 1}  # style: ok (configuration key)
 MLP = {"name": "mlp", "hidden": [8]}
 DIFFERENT = [{"name": "mlp", "hidden": [width]} for width in (8, 12, 16)]
 
@@ -146,7 +146,9 @@ VIOLATIONS: dict[str, dict[str, Any]] = {
     "idle_rule": robust("fedmd"),
     "rule_beside_model": robust("heterofl", models="cnn_gn_small", algorithm__masked=True),
     "exclusive_rule": robust(
-        "fedmd", aggregation={"predictions": "agreement", "liars": 1}, data__name="synthetic_table"
+        "fedmd",
+        aggregation={"predictions": "agreement", "liars": 1},  # style: ok (configuration key)
+        data__name="synthetic_table",
     ),
     "rule_without_proxy_set": robust(
         aggregation={"rule": "fltrust", "liars": 1}, data__proxy__size=0

@@ -49,7 +49,7 @@ def test_invalid_values_raise_one_line() -> None:
     for count in (-1, 0.5, 1.5):
         refused(
             f"aggregation.liars: must be an integer >= 0 or a share >= 0 and < 0.5, got {count}",
-            aggregation={"liars": count},
+            aggregation={"liars": count},  # style: ok (configuration key)
         )
     assert load_config(small(aggregation={"liars": 3})).aggregation.num_malicious(9) == 3
     shares = [
@@ -77,8 +77,8 @@ def test_rule_refuses_too_few_clients(rule: str, num_malicious: int, least: int)
     )
     refused(words, aggregation={"rule": rule, "liars": num_malicious})
     refused(
-        f"set aggregation.liars to {num_malicious - 1} or less",
-        aggregation={"rule": rule, "liars": num_malicious},
+        f"set aggregation.liars to {num_malicious - 1} or less",  # style: ok (configuration key)
+        aggregation={"rule": rule, "liars": num_malicious},  # style: ok (configuration key)
     )
     assert (
         prepare(
@@ -94,7 +94,7 @@ def test_rule_counts_clients_per_group_and_cohort() -> None:
         "but 4 upload backbone.1.weight of mlp",
         "fedavg",
         two,
-        aggregation={"rule": "krum", "liars": 1},
+        aggregation={"rule": "krum", "liars": 1},  # style: ok (configuration key)
     )
     refused("but 4 upload", aggregation={"rule": "krum", "liars": 1}, clients__per_round=4)
     prepare(small(aggregation={"rule": "krum", "liars": 1}, clients__per_round=5))
@@ -124,7 +124,7 @@ def test_rule_without_effect_is_refused(method: str, key: str) -> None:
     refused(
         f"aggregation.{key}=median has no effect: {method} does not aggregate",
         method,
-        aggregation={key: "median", "liars": 1},
+        aggregation={key: "median", "liars": 1},  # style: ok (configuration key)
     )
 
 
@@ -153,7 +153,7 @@ def test_rule_refuses_separately_averaged_tensors() -> None:
 
 
 def test_fltrust_requires_full_models_and_a_proxy_set() -> None:
-    trust = {"rule": "fltrust", "liars": 1}
+    trust = {"rule": "fltrust", "liars": 1}  # style: ok (configuration key)
     refused(
         "aggregation.rule=fltrust requires a proxy set",
         aggregation=trust,
@@ -245,7 +245,7 @@ def test_custom_rules_and_attacks() -> None:
         aggregation={
             "rule": f"{this_module}:Largest",
             "predictions": f"{this_module}:Quiet",
-            "liars": 1,
+            "liars": 1,  # style: ok (configuration key)
         },
         attacks={"name": f"{this_module}:Zeros"},
         algorithm__distil_at="client",
@@ -266,7 +266,7 @@ def test_custom_rules_and_attacks() -> None:
 def test_run_reports_malicious_clients(tmp_path) -> None:
     source = small(
         "hybrid",
-        aggregation={"predictions": "down_weight", "liars": 2},
+        aggregation={"predictions": "down_weight", "liars": 2},  # style: ok (configuration key)
         rounds=2,
         attacks={
             "name": "backdoor",
@@ -279,7 +279,7 @@ def test_run_reports_malicious_clients(tmp_path) -> None:
     attacks = finished.summary["attacks"]
     assert (
         attacks["name"] == "backdoor"
-        and attacks["liars"] == ["site_2", "site_6"]
+        and attacks["liars"] == ["site_2", "site_6"]  # style: ok (file key)
         and 0 <= attacks["success"] <= 1
     )
     records = finished.directory.metrics()

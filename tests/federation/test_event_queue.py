@@ -110,5 +110,5 @@ def test_events_are_ordered_by_end_and_idle_clients_ranked(
         idle = [p for p in range(31) if p not in flight]
         if idle:
             rank = data.draw(st.integers(0, len(idle) - 1))
-            assert queue.idle_place(rank) == idle[rank]
+            assert queue.idle_position(rank) == idle[rank]
     assert len(queue) == len(flight)

@@ -435,9 +435,9 @@ def test_patience_counts_the_same_after_a_resume() -> None:
     ]
     straight, resumed = Patience(task, 3, []), Patience(task, 3, history[:3])
     for record in history:
-        straight.look(record)
+        straight.update(record)
     for record in history[3:]:
-        resumed.look(record)
+        resumed.update(record)
     assert straight.exhausted and resumed.exhausted and not Patience(task, 3, history[:4]).exhausted
 
 

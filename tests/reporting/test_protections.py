@@ -56,7 +56,7 @@ def test_channel_and_rules_are_stated() -> None:
 
 
 def test_malicious_clients_are_named() -> None:
-    attacks = {"name": "backdoor", "liars": ["site_2"], "success": 0.25}
+    attacks = {"name": "backdoor", "liars": ["site_2"], "success": 0.25}  # style: ok (file key)
     assert describe_attack(None) == ""
     assert describe_attack(attacks) == (
         "1 client sent malicious uploads (backdoor): site_2; the backdoor "
@@ -64,7 +64,7 @@ def test_malicious_clients_are_named() -> None:
         "All scores exclude these clients."
     )
     assert describe_attack(
-        {"name": "scaled", "liars": list("abcdefgh"), "success": None}
+        {"name": "scaled", "liars": list("abcdefgh"), "success": None}  # style: ok (file key)
     ).startswith("8 clients sent malicious uploads (scaled): a, b, c, d, e, f and 2 more.")
     scores = {"accuracy": 0.5, "balanced_accuracy": 0.5}
     read = [

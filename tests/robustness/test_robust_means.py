@@ -75,7 +75,7 @@ def test_rule_applies_per_tensor_owner_without_weights(
         }
         for g in groups
     ]
-    got = uploads(cards, items, rules(rule="median", liars=0))
+    got = uploads(cards, items, rules(rule="median", liars=0))  # style: ok (configuration key)
     assert got.mean_by_group("model")[large]["w"].tolist() == [3, 3]
     assert got.mean_by_group("model")[small]["w"].tolist() == [7, 7]
     assert got.weights_by_group("model")[large] == {"w": 5.0}
@@ -86,7 +86,7 @@ def test_rule_applies_per_tensor_owner_without_weights(
 def test_too_few_uploads_keep_tensors(cards: list[Any]) -> None:
     groups = [card.arch.spec_id for card in cards]
     large = max(groups, key=groups.count)
-    terms = rules(rule="krum", liars=1)
+    terms = rules(rule="krum", liars=1)  # style: ok (configuration key)
     means = uploads(cards, [{"model": model(1.0, "w")} for _ in cards], terms).mean_by_group(
         "model"
     )
@@ -129,7 +129,7 @@ def test_class_sums_use_median_of_class_means(
     means = torch.randn(len(cards), 3, 2, generator=torch.Generator().manual_seed(0))
     means[0] = 1e9
     items = [{"features": Item(m * c, c, "class_sums")} for m, c in zip(means, counts, strict=True)]
-    terms = rules(statistics="median", liars=2)
+    terms = rules(statistics="median", liars=2)  # style: ok (configuration key)
     got = uploads(cards, items, terms)
     mean, (total, weight) = got.mean("features"), got.total("features")
     assert torch.allclose(mean[0], means[:, 0].median(0).values) and torch.allclose(
@@ -140,7 +140,7 @@ def test_class_sums_use_median_of_class_means(
         and torch.equal(total, mean * weight)
         and not terms.too_few
     )
-    few = rules(statistics="median", liars=3)
+    few = rules(statistics="median", liars=3)  # style: ok (configuration key)
     assert uploads(cards, items, few).total("features")[1][:, 0].tolist() == [7, 0, 7]
     assert few.too_few == {"features": ["class 1"]}
 
@@ -178,7 +178,7 @@ def test_every_rule_runs_with_every_supported_method(method: str, key: str, valu
             {"name": "mlp", "hidden": [8]},
             7,
             rounds=1,
-            aggregation={key: value, "liars": 1},
+            aggregation={key: value, "liars": 1},  # style: ok (configuration key)
             data__partition={"kind": "iid", "min_size": 5},
             data__train_limit=200,
             data__test_limit=20,
@@ -205,7 +205,7 @@ def test_every_rule_runs_with_every_supported_method(method: str, key: str, valu
 def test_mean_rule_equals_plain_mean() -> None:
     one, other = (
         rounds_of(config("hybrid", MIXED, aggregation=a))
-        for a in ({}, {"rule": "mean", "liars": 1})
+        for a in ({}, {"rule": "mean", "liars": 1})  # style: ok (configuration key)
     )
     assert all(
         torch.equal(one.server.models[g][n], t)
@@ -243,7 +243,7 @@ def test_rules_handle_the_largest_floats(name: str, cards: list[Any]) -> None:
         7, 6, 4, dtype=torch.float32, generator=torch.Generator().manual_seed(0)
     )
     items_sent[0], items_sent[0, :, 0] = most, -most
-    terms = rules(predictions=name, liars=1)
+    terms = rules(predictions=name, liars=1)  # style: ok (configuration key)
     for _ in range(2):
         got = uploads(cards, [{"logits": Item(row)} for row in items_sent], terms).mean("logits")
         assert got is not None and got.dtype == torch.float32 and float(got.abs().max()) < 5

@@ -132,7 +132,7 @@ def test_card_contains_the_results_of_the_run(run: hetero_fl.Run, tmp_path: Path
         assert words in page
     hetero_fl.export(run, "server", "safetensors", tmp_path)
     figures = json.loads((tmp_path / "server.json").read_text())["figures"]
-    assert list(figures) == ["in common"]
+    assert list(figures) == ["in common"]  # style: ok (file key)
     assert figures["in common"]["accuracy"] == run.summary["server"]["last"]["accuracy"]
 
 

@@ -17,7 +17,7 @@ from hetero_fl.experiment.exporting.graph import (
     ExportedModel,
     draw_inputs,
     inputs_of,
-    to_predict_form,
+    to_predict_inputs,
 )
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.seeding import keyed_generator
@@ -31,7 +31,7 @@ def require_onnx() -> None:
 
 def predicted(model: SavedModel, inputs: tuple[Tensor, ...], personal: bool) -> Tensor:
     """Return the predictions of `Run.predict`."""
-    z = model.logits(preprocess_inputs(model, to_predict_form(model, inputs)), personal)
+    z = model.logits(preprocess_inputs(model, to_predict_inputs(model, inputs)), personal)
     return (
         z
         if model.task.kind == "regression"
@@ -111,7 +111,7 @@ def test_invalid_rows_give_nan_only_for_themselves(name: str) -> None:
         expected = graph(*inputs)
         inputs[input_idx][2].view(-1)[-1] = value
         with pytest.raises(UserError):
-            preprocess_inputs(model, to_predict_form(model, inputs))
+            preprocess_inputs(model, to_predict_inputs(model, inputs))
         found = graph(*inputs)
         assert found[2].isnan().all(), (input_idx, value)
         others = [0, 1, 3, 4]

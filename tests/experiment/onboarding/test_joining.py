@@ -19,7 +19,11 @@ from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.data import from_arrays
-from hetero_fl.experiment.onboarding.joining_clients import LONGER, JoiningClients, JoiningSite
+from hetero_fl.experiment.onboarding.joining_clients import (
+    SCRATCH_STEP_FACTOR,
+    JoiningClients,
+    JoiningSite,
+)
 from hetero_fl.experiment.onboarding.report import draw_join, is_better
 from hetero_fl.experiment.onboarding.transfer import TransferSource
 from hetero_fl.utils.errors import UserError
@@ -343,7 +347,7 @@ def test_band_of_shares_is_clipped_at_one() -> None:
         assert band.get_paths()[0].vertices[:, 1].max() == 1
 
 
-@pytest.mark.parametrize(("option", "times"), [(SCRATCH, LONGER), ("backbone", 1)])
+@pytest.mark.parametrize(("option", "times"), [(SCRATCH, SCRATCH_STEP_FACTOR), ("backbone", 1)])
 def test_training_from_scratch_takes_more_epochs(option: str, times: int) -> None:
     factors: list[int] = []
 

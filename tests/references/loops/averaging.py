@@ -60,15 +60,15 @@ class FedAvg(Loop):
         self.shared = mean
 
     def read(self) -> None:
-        common: dict[Any, Tensor] = {}
+        predictions: dict[Any, Tensor] = {}
         for i, card in enumerate(self.cards):
             module = self.tuned(i, self.received(i))
             for name in READ:
                 key = (card.arch.spec_id, name)
                 # Equal models have equal outputs.
-                if name == "test" or self.kept[i] or key not in common:
-                    common[key] = predicted(module, self.data[i][name]["x"])
-                self.score(i, name, common[key])
+                if name == "test" or self.kept[i] or key not in predictions:
+                    predictions[key] = predicted(module, self.data[i][name]["x"])
+                self.score(i, name, predictions[key])
 
     def tuned(self, i: int, module: nn.Module) -> nn.Module:
         """Return the model that is evaluated."""

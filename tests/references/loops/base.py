@@ -84,12 +84,12 @@ class Loop:
 
     def read_of_one(self, predict: Callable[[Tensor], Tensor]) -> None:
         """Evaluate a shared model for all clients, computing common sets once."""
-        common: dict[str, Tensor] = {}
+        predictions: dict[str, Tensor] = {}
         for i in range(len(self.cards)):
             for name in READ:
-                if name == "test" or name not in common:
-                    common[name] = predict(self.data[i][name]["x"])
-                self.score(i, name, common[name])
+                if name == "test" or name not in predictions:
+                    predictions[name] = predict(self.data[i][name]["x"])
+                self.score(i, name, predictions[name])
 
     def score(self, i: int, name: str, logits: Tensor) -> None:
         """Record the loss and compute the accuracy."""

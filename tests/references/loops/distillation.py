@@ -152,7 +152,7 @@ class FedDF(FedAvg):
         }.values():
             module = load(self.modules[card.arch.spec_id], mean[card.arch.spec_id])
             x, s = self.data[i]["proxy"]["x"], self.method
-            label = f"distil {card.arch.spec_id}"
+            label = f"distil {card.arch.spec_id}"  # style: ok (stream label)
             orders = self.batches(len(x), "server", label, s.proxy_batch_size, s.distil_epochs)
             with torch.enable_grad():
                 self.distill(module, x, orders)
@@ -191,7 +191,7 @@ class Hybrid(FedDF):
                 len(public), (BATCH,), generator=self.draws(client_id, "train", "public", step)
             )
             distance = divergence(module(public[some]).logits, self.teacher[some], s.temperature)
-            return own + s.rehearse * distance
+            return own + s.rehearse * distance  # style: ok (configuration key)
 
         self.train(i, module, loss)
         self.predictions.append(self.client_predictions(i, predicted(module, public)))

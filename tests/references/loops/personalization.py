@@ -65,12 +65,12 @@ class Ditto(FedAvg):
         self.train(i, own, near(own, anchor, self.method.weight), label="personal")
 
     def read(self) -> None:
-        common: dict[Any, Tensor] = {}
+        predictions: dict[Any, Tensor] = {}
         for i, card in enumerate(self.cards):
             self.score(i, "test", predicted(self.models[i], self.data[i]["test"]["x"]))
             for name in READ[1:]:
-                if (card.arch.spec_id, name) not in common:
-                    common[card.arch.spec_id, name] = predicted(
+                if (card.arch.spec_id, name) not in predictions:
+                    predictions[card.arch.spec_id, name] = predicted(
                         self.received(i), self.data[i][name]["x"]
                     )
-                self.score(i, name, common[card.arch.spec_id, name])
+                self.score(i, name, predictions[card.arch.spec_id, name])

@@ -1,8 +1,8 @@
 """Permissions of a site, checked before a task and before anything leaves the site.
 
-The site's file decides, not the server. Before a task runs, a dry run of the method's plan tells
-how long it would train and what it would spend of the privacy budget. Uploads are checked again,
-item by item, before they are encoded.
+The limits are defined in the site file. Before a task runs, a dry run of the method's plan computes
+the number of training steps and the privacy charges. Each item of an upload is checked again before
+the upload is encoded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hetero_fl.communication.secure_aggregation.messages import REQUESTS
 from hetero_fl.communication.secure_aggregation.messages import decode_arrays as read_secure
 from hetero_fl.config import Config, expand_population
 from hetero_fl.config.clients import ClientSettings
-from hetero_fl.config.describe import FREE
+from hetero_fl.config.describe import RESULT_NEUTRAL_KEYS
 from hetero_fl.core.payload import Payload, PayloadError
 from hetero_fl.core.plan import Fit, SampledBatches
 from hetero_fl.deployment.audit_log import TRAIN, SiteUsage
@@ -36,22 +36,23 @@ from hetero_fl.federation.channel import FederationLinks
 from hetero_fl.federation.dry_run import DryRunBackend, ExpectedUploads
 from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.privacy.accounting import PrivacyCharge, epsilon_of_mechanisms
-from hetero_fl.privacy.client_side import WITHIN
+from hetero_fl.privacy.client_side import WITHIN_CLIP
 from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import UserError, suggest_or_list
 
-# Client settings that, once set in the site's file, must be the same in the configuration.
+# Client settings that must not differ from the site file if they are set there.
 SITE_KEYS = ("model", "preprocess", "augment")
 
 
 def check_raw_config(tree: object, allows: AllowsConfig) -> dict[str, Any]:
-    """Check a configuration before it is loaded, since loading imports the code that it names.
+    """Check a configuration before it is loaded, because loading imports the referenced code.
 
     Returns:
         The configuration.
 
     Raises:
-        RequestRefusedError: If it is not a mapping or names code that the site does not allow.
+        RequestRefusedError: If the configuration is not a mapping or references code that the site
+            does not allow.
     """
     if not isinstance(tree, dict):
         raise RequestRefusedError(f"configuration: expected a mapping, got {type(tree).__name__}")
@@ -65,18 +66,19 @@ def check_raw_config(tree: object, allows: AllowsConfig) -> dict[str, Any]:
 
 
 def check_config(config: Config, site: SiteConfig, settings: ClientSettings) -> None:
-    """Check a configuration against a site's file.
+    """Check a configuration against the limits of a site.
 
     Args:
         config: Configuration of the run.
-        site: The site's file.
+        site: Configuration of the site.
         settings: Settings of the site's client in the configuration.
 
     Raises:
-        RequestRefusedError: If the site does not allow it; the message names both keys.
+        RequestRefusedError: If the site does not allow the configuration. The message names the
+            keys in both files.
     """
     allows = site.allows
-    me = site.client
+    client = site.client
     name = config.algorithm["name"]
     if allows.methods is not None and name not in allows.methods:
         raise RequestRefusedError(
@@ -85,23 +87,23 @@ def check_config(config: Config, site: SiteConfig, settings: ClientSettings) -> 
         )
     check_limit("rounds", config.rounds, "rounds", allows.rounds)
     check_limit(
-        f"clients: {me}: epochs",
+        f"clients: {client}: epochs",
         None if settings.steps else settings.epochs,
         "epochs",
         allows.epochs,
     )
-    check_limit(f"clients: {me}: steps", settings.steps, "steps", allows.steps)
+    check_limit(f"clients: {client}: steps", settings.steps, "steps", allows.steps)
     own = ClientSettings.model_validate(site.settings())
     for key in SITE_KEYS:
         if getattr(site, key) is not None and getattr(settings, key) != getattr(own, key):
             raise RequestRefusedError(
-                f"clients: {me}: {key}: differs from {key} in this site's file"
+                f"clients: {client}: {key}: differs from {key} in this site's file"
             )
     if site.shares is not None and (
-        more := [s for s in settings.shares if not _is_allowed(s, own.shares)]
+        forbidden := [s for s in settings.shares if not _is_allowed(s, own.shares)]
     ):
         raise RequestRefusedError(
-            f"clients: {me}: shares: {', '.join(more)} not allowed; "
+            f"clients: {client}: shares: {', '.join(forbidden)} not allowed; "
             f"this site shares {', '.join(own.shares) or 'nothing'}"
         )
     secure = config.channel.secure_sum
@@ -142,19 +144,18 @@ def _check_privacy(config: Config, site: SiteConfig) -> None:
 
 
 def run_fingerprint(tree: Mapping[str, Any], rows: str, public: str) -> bytes:
-    """Return a digest of what must not change during a run.
+    """Return a digest of the configuration and the data, which must not change during a run.
 
-    With other data or another configuration under the same run, the difference of two answers with
-    the same noise would reveal rows.
+    If they changed, the difference of two answers with the same noise would reveal rows.
 
     Args:
-        tree: The configuration; settings that do not affect results are left out.
+        tree: The configuration. Settings that do not affect results are ignored.
         rows: Hash of the site's rows.
         public: Hash of the public sets.
     """
     runtime = tree.get("runtime")
     kept = (
-        {k: v for k, v in runtime.items() if k not in FREE}
+        {k: v for k, v in runtime.items() if k not in RESULT_NEUTRAL_KEYS}
         if isinstance(runtime, dict)
         else runtime
     )
@@ -164,21 +165,21 @@ def run_fingerprint(tree: Mapping[str, Any], rows: str, public: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def check_limit(what: str, found: float | None, key: str, most: float | None) -> None:
-    """Check a number against one of the site's limits.
+def check_limit(what: str, found: float | None, key: str, limit: float | None) -> None:
+    """Check a number against a limit of the site.
 
     Args:
-        what: Name of the number.
-        found: The number. None: nothing to check.
+        what: Name of the number in the error message.
+        found: The number. None: not defined, and therefore not checked.
         key: Key of the limit in `allows`.
-        most: The limit. None: no limit.
+        limit: Maximum value. None: no limit.
 
     Raises:
         RequestRefusedError: If the number exceeds the limit.
     """
-    if most is not None and found is not None and (found > most):
+    if limit is not None and found is not None and found > limit:
         raise RequestRefusedError(
-            f"{what}: must be <= {_format_number(most)} (this site's allows.{key}), "
+            f"{what}: must be <= {_format_number(limit)} (this site's allows.{key}), "
             f"got {_format_number(found)}"
         )
 
@@ -188,7 +189,7 @@ def _format_number(number: float) -> str:
 
 
 def _is_allowed(share: str, allowed: Sequence[str]) -> bool:
-    """Return whether a share is one of the allowed ones or a part of one."""
+    """Return whether a share is contained in the allowed shares."""
     if share in allowed:
         return True
     part = "backbone." if share == "backbone" else share
@@ -201,15 +202,15 @@ def _is_allowed(share: str, allowed: Sequence[str]) -> bool:
 
 
 def task_digest(kind: str, request: Message, base: str) -> bytes:
-    """Return a digest of what a task requests, whatever name the server gives it.
+    """Return a digest of the content of a task, which does not depend on the name of the task.
 
     Args:
-        kind: "answer" or "read".
-        request: The request.
+        kind: "answer" for an exchange of the protocol, "read" for an evaluation.
+        request: Request of the server.
         base: Name of the private state from which the task starts.
     """
     body = hashlib.sha256(request.body).hexdigest()
-    about = (
+    content = (
         kind,
         request.kind,
         request.round_idx,
@@ -218,15 +219,15 @@ def task_digest(kind: str, request: Message, base: str) -> bytes:
         base,
         body,
     )
-    return hashlib.sha256(repr(about).encode()).digest()
+    return hashlib.sha256(repr(content).encode()).digest()
 
 
 class StepCountingBackend(DryRunBackend):
-    """Counts the steps and epochs that a plan would train, without computing.
+    """Backend that counts the training steps and epochs of a plan without executing them.
 
     Attributes:
-        steps: Optimizer steps so far.
-        epochs: Passes over the rows so far.
+        steps: Number of optimizer steps so far.
+        epochs: Number of passes over the rows so far.
     """
 
     steps = 0
@@ -252,12 +253,12 @@ class StepCountingBackend(DryRunBackend):
 
 @dataclass
 class Policy:
-    """Checks of a site in one run.
+    """Enforces the limits of a site in one run.
 
     Args:
-        site: The site's file.
+        site: Configuration of the site.
         prepared: The prepared run.
-        usage: What the site has already done and spent.
+        usage: Completed tasks, privacy and traffic usage of the site.
     """
 
     site: SiteConfig
@@ -276,19 +277,22 @@ class Policy:
     def check(
         self, kind: str, request: Message, digest: bytes, load_state: Callable[[], bytes]
     ) -> list[dict[str, Any]]:
-        """Check a task; return what it will spend of the site's privacy.
+        """Check a task before it runs.
 
         Args:
-            kind: "answer" or "read".
-            request: The task.
-            digest: Names the task.
-            load_state: Loads the encoded private state with which it begins.
+            kind: "answer" for an exchange of the protocol, "read" for an evaluation.
+            request: Request of the server.
+            digest: Digest of the task, see `task_digest`.
+            load_state: Loads the encoded private state from which the task starts.
+
+        Returns:
+            Privacy charges of the task as entries of the audit log.
 
         Raises:
-            RequestRefusedError: If the site does not allow it; names the key.
+            RequestRefusedError: If the site does not allow the task.
         """
         rounds = self.prepared.config.rounds
-        # The versions of an asynchronous run have no known end.
+        # The number of versions of an asynchronous run is not known in advance.
         is_synchronous = self.prepared.config.runtime.mode == "sync"
         last = rounds if is_synchronous else request.round_idx
         if not 0 <= request.round_idx <= last or request.attempt < 0:
@@ -303,7 +307,7 @@ class Policy:
         if kind == "read":
             self._check_length(lambda: self._dry_run_evaluation(request, load_state), 1.0)
             return []
-        # Without secure aggregation a node trains on every request, whatever its kind.
+        # Without secure aggregation, every request is a training request.
         kinds = tuple(REQUESTS) if self.secure else (TRAIN,)
         if request.kind not in kinds:
             raise RequestRefusedError(
@@ -312,7 +316,7 @@ class Policy:
             )
         if self.secure and self.allows.cohort is not None:
             self._check_sum(request, self.allows.cohort)
-        # A repeated task reveals nothing new and costs nothing.
+        # The answer to a repeated task is identical, so it is not charged again.
         if request.kind != TRAIN or digest in self.usage.trained:
             return []
         if (
@@ -332,14 +336,14 @@ class Policy:
         )
 
     def _check_length(self, dry_run: Callable[[], object], work: float) -> None:
-        """Check how long a task would train, if anything is limited.
+        """Check the number of training steps and epochs of a task if the site limits them.
 
         Args:
-            dry_run: Runs the task's plan on the step counter.
-            work: Share of the steps that the task asks for.
+            dry_run: Function that runs the task's plan on the step counter.
+            work: Requested share of the steps.
 
         Raises:
-            RequestRefusedError: If it would train for too long, or the dry run fails.
+            RequestRefusedError: If a limit is exceeded or the dry run fails.
         """
         allows = self.allows
         counter = self._step_counter
@@ -349,7 +353,7 @@ class Policy:
         counter.epochs = 0.0
         try:
             dry_run()
-        # A malformed broadcast can make a plan fail in any way.
+        # A malformed broadcast can raise any exception in a plan.
         except Exception as error:
             raise RequestRefusedError(
                 f"the broadcast cannot be used ({type(error).__name__}: {error})"
@@ -358,10 +362,10 @@ class Policy:
         check_limit("steps of this task", int(counter.steps * work), "steps", allows.steps)
 
     def _check_sum(self, request: Message, min_clients: int) -> None:
-        """Check how many clients a secure sum covers.
+        """Check the number of clients in a secure sum.
 
         Raises:
-            RequestRefusedError: If they are too few, or the request cannot be read.
+            RequestRefusedError: If there are too few clients, or the request is malformed.
         """
         if request.kind not in ("shares", "unmask"):
             return
@@ -396,7 +400,7 @@ class Policy:
     def _dry_run_training(
         self, request: Message, load_state: Callable[[], bytes]
     ) -> tuple[PrivacyCharge, ...]:
-        """Dry-run a training task and return what it would spend of the privacy budget."""
+        """Dry-run a training task and return its privacy charges."""
         body = (
             read_secure(request.body, REQUESTS[TRAIN])["broadcast"].tobytes()
             if self.secure
@@ -406,7 +410,7 @@ class Policy:
         return self._expectations.dry_run_upload(self.client_info, received, request.round_idx)[1]
 
     def _dry_run_evaluation(self, request: Message, load_state: Callable[[], bytes]) -> None:
-        """Dry-run the plan that prepares the evaluated model."""
+        """Dry-run the plans that prepare the model for evaluation."""
         client = self._expectations.placeholder_client(self.client_info, request.round_idx)
         received = self._read_broadcast(request.round_idx, request.body, load_state)
         for hook in (self.prepared.method.deploy, self.prepared.method.personalize):
@@ -415,13 +419,15 @@ class Policy:
     def _check_budget(
         self, charges: Iterable[PrivacyCharge], budget: BudgetConfig
     ) -> list[dict[str, Any]]:
-        """Return the charges that are due as entries of the log.
+        """Return the charges of a task as entries of the audit log.
+
+        One-time charges that were already made are omitted.
 
         Raises:
-            RequestRefusedError: If they exceed the budget.
+            RequestRefusedError: If the budget would be exceeded.
         """
         privacy = self.prepared.federation.privacy
-        # `check_config` refuses configurations without it.
+        # `check_config` refuses configurations without privacy.
         assert privacy is not None
         due = [
             {
@@ -435,7 +441,7 @@ class Policy:
         ]
         spent = self.usage.with_charges(due)
         found = epsilon_of_mechanisms(spent, budget.delta, "rdp")
-        # PRV accounting is tighter, but takes half a second.
+        # PRV accounting is tighter but slower (about half a second).
         if found > budget.epsilon:
             found = epsilon_of_mechanisms(spent, budget.delta, "prv")
         if found > budget.epsilon:
@@ -449,13 +455,13 @@ class Policy:
         """Check an upload before it is encoded.
 
         Raises:
-            UserError: If it has an item that the site does not share.
+            UserError: If the upload contains an item that the site does not share.
         """
         shares = (
             self.site.shares if self.site.shares is not None else self.client_info.settings.shares
         )
-        # WITHIN counts updates within the clipping bound; the server adds noise to it.
-        items = {name: item for name, item in payload.items_by_name.items() if name != WITHIN}
+        # This item counts updates within the clipping bound; the server adds noise to the count.
+        items = {name: item for name, item in payload.items_by_name.items() if name != WITHIN_CLIP}
         for name in items:
             if name not in self.specs:
                 raise UserError(
@@ -471,11 +477,11 @@ class Policy:
         """Check the size of an answer.
 
         Args:
-            size: Bytes of the answer.
-            upload: Whether it is an upload.
+            size: Size of the answer in bytes.
+            upload: Whether the answer is an upload.
 
         Raises:
-            RequestRefusedError: If it exceeds a limit of the site.
+            RequestRefusedError: If a limit of the site is exceeded.
         """
         if upload:
             check_limit("bytes of this upload", size, "upload_bytes", self.allows.upload_bytes)
@@ -487,7 +493,7 @@ class Policy:
         )
 
     def shared_kinds(self, payload: Payload) -> list[str]:
-        """Return for the log what an upload contains."""
+        """Return the contents of an upload for the audit log."""
         items = [f"{name}: {payload.item(name).kind}" for name in payload]
         kinds = items + (["training loss"] if payload.report else [])
         return [f"masked sum of {', '.join(kinds)}"] if self.secure else kinds

@@ -1,7 +1,7 @@
-"""An executor whose clients are nodes on other machines.
+"""Executor whose clients are nodes on other machines.
 
-The nodes keep the private states; the server's store and its checkpoints only have their names
-(see `node_storage.py`). Everything else of a run is the same as in a simulation.
+Nodes store the private states; the server's store and checkpoints contain only their names (see
+`node_storage.py`). The rest of a run is the same as in a simulation.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.serialization import as_tensor
 
-# Key in the server's store under which a client's state has its name.
+# Key in the server's store for the name of a client's state.
 STATE_KEY = "at"
-# Attempts at one task by a node that restarts or has lost its state.
+# Number of attempts at a task if the node restarts or loses its state.
 MAX_ATTEMPTS = 3
 
 
@@ -46,12 +46,12 @@ class NodeExecutor(RemoteExecutor):
     """Executor that sends tasks to nodes.
 
     Args:
-        handshake: The handshake with the nodes.
-        store: The server's store, which has the names of the clients' states.
+        handshake: The completed handshake with the nodes.
+        store: Store of the server, which contains the names of the clients' states.
         backend: Backend for computations at the server.
-        deadline: Seconds that a node may take for a task; clients that take longer are late.
-        required: Minimum number of clients of a round. While fewer are connected, lost nodes are
-            awaited.
+        deadline: Seconds that a node may take for a task.
+        required: Minimum number of clients of a round. While fewer are connected, the server waits
+            for disconnected nodes.
     """
 
     takes_payload = False
@@ -77,11 +77,11 @@ class NodeExecutor(RemoteExecutor):
         )
         self._listener: Callable[[str], None] | None = None
         self._dispatched = Conversations(self.connections)
-        # Clients that lost their private state.
+        # Clients that lost their private state since the last `pop_reset_clients`.
         self._reset_clients: list[str] = []
-        # Called with a client that has lost its private state, before its request is made again.
+        # Called with a client that has lost its private state, before its request is recreated.
         self.on_reset: Callable[[str], object] = lambda _client: None
-        # By checkpoint, newest last: the name of each client's state.
+        # Names of the clients' states in each checkpoint, newest last.
         self._checkpoint_states: deque[dict[str, str]] = deque(maxlen=KEPT_CHECKPOINTS)
 
     @override
@@ -94,8 +94,8 @@ class NodeExecutor(RemoteExecutor):
     def as_completed(
         self, clients: Sequence[str], request: Callable[[str], Message]
     ) -> Iterator[tuple[str, Reply]]:
-        # A repeated task must be recognized, so that no upload is trained or noised twice. Secure
-        # aggregation draws secrets for one sum only, so its tasks must never be recognized.
+        # Nodes must recognize a repeated task, so that they do not train or add noise twice. The
+        # secrets of secure aggregation are valid for one sum only, so its tasks are always unique.
         nonce = "" if self._direct else secrets.token_hex(16)
         conversations = {
             client: self._task_conversation(client, request, nonce) for client in clients
@@ -103,7 +103,7 @@ class NodeExecutor(RemoteExecutor):
         answers = self.connections.converse(conversations, self.deadline, self.required)
         for client, answer in answers:
             yield client, self._parse_reply(client, answer)
-            # It may have the size of a model; free it before the next one arrives.
+            # The answer may contain a model; free it before the next answer arrives.
             del answer
 
     @override
@@ -145,8 +145,8 @@ class NodeExecutor(RemoteExecutor):
 
     @override
     def next_reply(self, wait: float) -> tuple[str, Reply] | None:
-        ended = self._dispatched.next_finished(wait)
-        return None if ended is None else (ended[0], self._parse_reply(*ended))
+        finished = self._dispatched.next_finished(wait)
+        return None if finished is None else (finished[0], self._parse_reply(*finished))
 
     @override
     def send_states(self, states: Mapping[str, PrivateState]) -> None:
@@ -237,18 +237,18 @@ class NodeExecutor(RemoteExecutor):
         nonce: str,
         about: Head,
     ) -> Conversation:
-        """Send one task to a node.
+        """Send a task to a node.
 
-        A node that was restarted is prepared first. A node that has lost its private state starts
-        without it, and its request is made again, because it may depend on the lost state.
+        A restarted node is prepared first. If a node has lost its private state, it starts without
+        state and the request, which may depend on the lost state, is created again.
 
         Args:
             client: The client.
-            kind: "answer" or "read".
+            kind: "answer" for an exchange of the protocol, "read" for an evaluation.
             request: The request.
-            make_request: Makes the request again.
-            nonce: Makes the task unique; empty if the node may recognize a repeated task.
-            about: Further entries of the message's head.
+            make_request: Function that creates the request again.
+            nonce: String that makes the task unique. Empty: the node recognizes a repeated task.
+            about: Additional entries of the message's head.
         """
         if self._listener is not None:
             self._listener(f"{client}: {'train' if kind == 'answer' else 'evaluation'}")
@@ -286,13 +286,13 @@ class NodeExecutor(RemoteExecutor):
         return answer
 
     def _committed_state_name(self, client: str) -> str:
-        """Return the name of a client's committed state, empty if there is none."""
+        """Return the name of a client's committed state, or an empty string."""
         return str(self.store.get(client).state.get(STATE_KEY, ""))
 
     def _parse_evaluation(
         self, client: str, answer: Envelope | ClientAbsentError
     ) -> ClientEvaluation | ClientAbsentError:
-        """Return the evaluation in an answer, or why there is none."""
+        """Return the evaluation in an answer, or the error if there is none."""
         if isinstance(answer, ClientAbsentError):
             return answer
         prepared = self.handshake.prepared

@@ -1,4 +1,4 @@
-"""The server process of a real federation."""
+"""Server of a federation: train with nodes on other machines."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from hetero_fl.utils.environment import use_deterministic_algorithms
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.serialization import write_atomically
 
-# File in the run directory: the run's ID and what the nodes reported (`Handshake.state_dict`).
+# File in the run directory with the result of `Handshake.state_dict`.
 IDENTITY_FILE = "federation.json"
 
 
@@ -69,34 +69,34 @@ def run_federation(
     console: Console | None = None,
     message_bytes: int = MESSAGE_BYTES,
 ) -> Run:
-    """Train with the nodes that a transport reaches.
+    """Train with the connected nodes of a transport.
 
     The run directory has the same files as that of a simulation.
 
     Args:
         source: Configuration, or path of its file.
-        transport: Carries the messages; it is closed at the end.
+        transport: Transport for the messages; it is closed at the end.
         out: Run directory.
         resume: Whether to continue from the newest checkpoint in `out`.
         overrides: Changes to the configuration, `key.path=value`.
         wait: Seconds to wait for all clients of the configuration.
         deadline: Seconds that a node may take for a task, unless `cohort.deadline` is smaller.
-        patience: Seconds to wait for a node that disconnected while enough others are connected.
-        callbacks: Called with each round's record.
-        quiet: Whether to show no progress.
-        keys: Public key of each client's node in PEM. None: a client belongs to the node that
-            first claims it, until that node disconnects.
-        log: Called with a line on each node that connects, disconnects or is refused.
-        status: Status of the run to keep up to date.
-        console: Where to show progress. None: the terminal.
-        message_bytes: Maximum size of a node's answer.
+        patience: Seconds to wait for a disconnected node while enough other nodes are connected.
+        callbacks: Called with the record of each round.
+        quiet: Whether to hide progress.
+        keys: Public key of each client's node in PEM format. None: a client belongs to the first
+            node that claims it, until that node disconnects.
+        log: Called with a line for each node that connects, disconnects or is refused.
+        status: Status of the run, which is updated during the run.
+        console: Console for progress. None: the terminal.
+        message_bytes: Maximum size of a node's answer in bytes.
 
     Returns:
         The finished run.
 
     Raises:
-        UserError: If the configuration, the data or the call is wrong.
-        RunFailedError: If nodes are missing or refuse before the first round, or the run cannot
+        UserError: If the configuration, the data or an argument is invalid.
+        RunFailedError: If a node is missing or refuses before the first round, or the run cannot
             continue.
         Interrupted: If the run is interrupted after its first checkpoint.
     """
@@ -104,7 +104,7 @@ def run_federation(
     try:
         config = load_config(source, overrides)
         check_deployable(config)
-        # Before waiting for nodes.
+        # Fail before waiting for nodes.
         if resume and (out / "config.yaml").exists():
             check_resumed_choice(out, on_nodes=True)
         else:
@@ -143,7 +143,7 @@ def run_federation(
                 device = torch.device(choice.device)
                 use_deterministic_algorithms(device, choice.deterministic)
                 write_atomically(out / IDENTITY_FILE, json.dumps(handshake.state_dict()).encode())
-                # Privacy noise must not follow from the seed, which every node knows.
+                # Privacy noise must not depend on the seed, which every node knows.
                 noise = SecretNoiseSource(NodeStorage(out / "secrets").secret("noise"))
                 prepared.federation = replace(prepared.federation, noise=noise)
                 memory = DeviceMemory(device, keeps_copies=False)
@@ -176,7 +176,7 @@ def _report_outcome(status: RunStatus) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        # Flower stops a process with SystemExit.
+        # Flower stops its processes with SystemExit.
         status.update(phase="interrupted")
         raise
     except BaseException:
@@ -186,17 +186,17 @@ def _report_outcome(status: RunStatus) -> Iterator[None]:
 
 
 def _completed_rounds(out: Path) -> list[Record]:
-    """Return the records of completed rounds; rounds after the last checkpoint are repeated."""
+    """Return the records of completed rounds, including rounds that will be repeated."""
     with suppress(UserError):
         return RunDirectory.open(out).metrics()
     return []
 
 
 def check_deployable(config: Config) -> None:
-    """Check that a configuration works with real nodes.
+    """Check that a configuration can be run outside a simulation.
 
     Raises:
-        UserError: If it needs a simulation.
+        UserError: If the configuration requires a simulation.
     """
     if config.attacks is not None:
         raise UserError("attacks: available in simulations only; remove it")
@@ -243,20 +243,20 @@ def run_server(
 
     Args:
         source: The configuration.
-        file: The server's file.
+        file: Path of the server file.
         out: Run directory. None: `runs/<name>-<time>`.
         resume: Whether to continue from the newest complete checkpoint in `out`.
         overrides: Changes to the configuration, `key.path=value`.
-        allow_code: Whether the server may run the code that the configuration names (see
+        allow_code: Whether the server may run the code that the configuration references (see
             `hetero_fl.load_config`).
-        quiet: Whether to write no log to stderr.
+        quiet: Whether to suppress the log on stderr.
 
     Returns:
         The finished run.
 
     Raises:
-        UserError: If one of the files is wrong, Flower is not installed, or a port is in use.
-        RunFailedError: If nodes are missing or refuse, or the run cannot continue.
+        UserError: If a file is invalid, Flower is not installed, or a port is in use.
+        RunFailedError: If a node is missing or refuses, or the run cannot continue.
         Interrupted: If the run is interrupted after its first checkpoint.
     """
     server = load_server_config(file)
@@ -264,8 +264,8 @@ def run_server(
     check_deployable(config)
     server.check_clients(list(expand_population(config.clients)), file)
     files = None
-    if (made := server.certificates) is not None:
-        files = ServerFiles(Path(made.authority), Path(made.certificate), Path(made.key))
+    if (paths := server.certificates) is not None:
+        files = ServerFiles(Path(paths.authority), Path(paths.certificate), Path(paths.key))
         check_server_files(files)
     keys = {
         client: public_bytes(load_public_key(Path(path))) for client, path in server.nodes.items()
@@ -320,13 +320,18 @@ def _check_distinct(keys: Mapping[str, bytes], file: Path) -> None:
 
 
 class _RunLog(EventLog):
-    """A log whose lines name the run, the round and the client."""
+    """Log whose lines have the run, the round and the client as fields.
+
+    Args:
+        line_format: "text" or "json", see `EventLog`.
+        status: Status of the run.
+    """
 
     def __init__(self, line_format: str, status: RunStatus) -> None:
         super().__init__(line_format)
         self._status = status
 
-    def __call__(self, line: str, **about: object) -> None:
+    def __call__(self, line: str, **fields: object) -> None:
         tree = self._status.to_dict()
         named = [
             client
@@ -335,11 +340,11 @@ class _RunLog(EventLog):
         ]
         client = named[0] if len(named) == 1 else None
         super().__call__(
-            line, run=tree["run"], round=tree["round"], phase=tree["phase"], client=client, **about
+            line, run=tree["run"], round=tree["round"], phase=tree["phase"], client=client, **fields
         )
 
     def log_round(self, record: Record) -> None:
-        """Log a completed round, in JSON only: the console shows the round's results."""
+        """Log a completed round in JSON format; as text, the console shows the results."""
         if self.line_format == "json":
             tree = self._status.to_dict()
             names = ("seconds", "epsilon", "personal", "global", "server")
@@ -349,7 +354,7 @@ class _RunLog(EventLog):
             self(line, failed=record["failed"], **sizes, **results)
 
     def console(self) -> Console | None:
-        """Return the console for the run's progress; None for the terminal."""
+        """Return the console for progress, or None for the terminal."""
         return (
             Console(file=cast("TextIO", LineStream(self)), highlight=False, soft_wrap=True)
             if self.line_format == "json"
@@ -359,7 +364,7 @@ class _RunLog(EventLog):
 
 @contextmanager
 def _handle_termination(status: RunStatus, log: EventLog) -> Iterator[Callable[[Record], None]]:
-    """Finish the current round on SIGTERM. Yield a function to call after each round."""
+    """Finish the current round on SIGTERM and yield a callback to call after each round."""
     is_stopping = False
 
     def handle_signal(_number: int, _frame: FrameType | None) -> None:
@@ -378,12 +383,12 @@ def _handle_termination(status: RunStatus, log: EventLog) -> Iterator[Callable[[
         if is_stopping and record["round"] < status.to_dict()["rounds"]:
             raise KeyboardInterrupt
 
-    # Handlers can be set in the main thread only.
+    # Signal handlers can be set in the main thread only.
     if threading.current_thread() is not threading.main_thread():
         yield after_round
         return
-    before = signal.signal(signal.SIGTERM, handle_signal)
+    previous = signal.signal(signal.SIGTERM, handle_signal)
     try:
         yield after_round
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)

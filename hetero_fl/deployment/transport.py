@@ -1,6 +1,7 @@
-"""The transport interface: messages between server and nodes, and their delivery.
+"""Transport interface for the messages between server and nodes.
 
-Imports the standard library only: a process that forwards messages starts quickly.
+This module imports only the standard library, so that processes which forward messages start
+quickly.
 """
 
 from __future__ import annotations
@@ -11,14 +12,20 @@ from typing import Protocol
 
 Head = dict[str, str | int | float | bool | bytes]
 
-MESSAGE_BYTES = 2**30  # default limit of one message in bytes
+# Default maximum size of a message in bytes.
+MESSAGE_BYTES = 2**30
 MAX_HEAD_ENTRIES = 32
 MAX_HEAD_BYTES = 2**16
 
 
 @dataclass(frozen=True)
 class Envelope:
-    """One message in either direction: a few plain values and a body of bytes."""
+    """A message between server and node.
+
+    Args:
+        head: Names and plain values.
+        body: Encoded content.
+    """
 
     head: Head = field(default_factory=dict)
     body: bytes = b""
@@ -27,19 +34,19 @@ class Envelope:
 Handle = Callable[[Envelope], Envelope]
 
 
-def find_violation(envelope: Envelope, most: int) -> str:
-    """Return what is out of bounds in a message, or an empty string.
+def find_violation(envelope: Envelope, max_body_bytes: int) -> str:
+    """Describe how a message exceeds the limits; return an empty string if it does not.
 
-    A head holds a few plain values that can be encoded as UTF-8.
+    A head must consist of a limited number of plain values that can be encoded as UTF-8.
 
     Args:
-        envelope: The message, of which nothing was used yet.
-        most: Maximum size of the body in bytes.
+        envelope: The received message.
+        max_body_bytes: Maximum size of the body in bytes.
     """
     head = envelope.head
     size = 0
-    if len(envelope.body) > most:
-        return f"a message of {len(envelope.body):,} bytes; at most {most:,} are read"
+    if len(envelope.body) > max_body_bytes:
+        return f"a message of {len(envelope.body):,} bytes; at most {max_body_bytes:,} are read"
     if len(head) > MAX_HEAD_ENTRIES:
         return f"a head of {len(head)} entries; at most {MAX_HEAD_ENTRIES} are read"
     for name, value in head.items():
@@ -60,58 +67,62 @@ def find_violation(envelope: Envelope, most: int) -> str:
 
 
 class UnreadableAnswer(Envelope):
-    """Placeholder for an answer that was refused."""
+    """Placeholder for an answer that could not be read or exceeds the limits."""
 
     @classmethod
     def with_reason(cls, why: str) -> UnreadableAnswer:
-        """Return an answer that reports why the node's own could not be read."""
+        """Create a placeholder with the reason for which the answer was refused."""
         return cls({"ask": "refused", "why": why})
 
 
 class Transport(Protocol):
-    """The server's end. A node answers each message with one message."""
+    """Connection of the server to nodes, which answer each message with one message."""
 
     def nodes(self) -> Mapping[int, bytes]:
-        """Return the connected nodes, each with its public key in PEM.
+        """Return the public keys of the connected nodes in PEM format, by node number.
 
-        A key is empty where the transport does not authenticate nodes. A node that restarts may
-        have another number.
+        Keys are empty if the transport does not authenticate nodes. The number of a node may change
+        when it restarts.
         """
 
     def push(self, node: int, envelope: Envelope, within: float) -> str:
-        """Send a message to a node and return the message's number.
+        """Send a message to a node and return the number of the message.
 
         Args:
-            node: The node's number.
+            node: Number of the node.
             envelope: The message.
             within: Seconds after which the message and its answer expire.
         """
 
     def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
-        """Return answers that have come, waiting for the first up to `wait` seconds.
+        """Return the answers that have arrived, waiting up to `wait` seconds for the first.
 
-        None stands for an answer that will never come: the message expired, or its node has gone
-        or failed.
+        An answer is None if it will never arrive, because the message expired or the node
+        disconnected or failed.
+
+        Args:
+            numbers: Numbers of the messages.
+            wait: Maximum number of seconds to wait.
 
         Raises:
-            RunFailedError: If the transport itself has broken down.
+            RunFailedError: If the transport fails.
         """
 
     def close(self) -> None:
-        """Release what the transport holds."""
+        """Close the connection and release its resources."""
 
 
 class BoundedTransport:
-    """A transport whose answers are within bounds; `UnreadableAnswer` takes the place of others.
+    """Transport that replaces answers which exceed the limits by `UnreadableAnswer`.
 
     Args:
-        transport: The transport that carries the messages.
-        most: Bytes of an answer's body, at most.
+        transport: The wrapped transport.
+        max_body_bytes: Maximum size of an answer's body in bytes.
     """
 
-    def __init__(self, transport: Transport, most: int) -> None:
+    def __init__(self, transport: Transport, max_body_bytes: int) -> None:
         self.transport = transport
-        self.most = most
+        self.max_body_bytes = max_body_bytes
         self.nodes = transport.nodes
         self.push = transport.push
         self.close = transport.close
@@ -119,10 +130,10 @@ class BoundedTransport:
     def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
         """See `Transport.pull`."""
         return {
-            n: None if a is None else self._check_answer(a)
-            for n, a in self.transport.pull(numbers, wait).items()
+            number: None if answer is None else self._check_answer(answer)
+            for number, answer in self.transport.pull(numbers, wait).items()
         }
 
     def _check_answer(self, answer: Envelope) -> Envelope:
-        why = find_violation(answer, self.most)
-        return UnreadableAnswer.with_reason(why) if why else answer
+        violation = find_violation(answer, self.max_body_bytes)
+        return UnreadableAnswer.with_reason(violation) if violation else answer

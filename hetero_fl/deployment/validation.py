@@ -1,7 +1,7 @@
 """Validate the reports of nodes: settings, data reports and evaluations.
 
-Structure, types and bounds are checked. Whether scores are true cannot be checked, because only a
-node sees its test rows.
+Structure, types and bounds are checked. The server cannot verify that scores are correct, because
+it does not have the test rows.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.serialization import DTYPES, CodecError, as_bytes, check_header
 
-# Client settings that a site decides.
+# Client settings that a site may define.
 SITE_SETTINGS = ("model", "preprocess", "augment", "shares")
 MAX_ROWS = 2**31
-# Longest image side in pixels to which a site may resize, unless the server's configuration has
-# larger images.
+# Maximum side length in pixels to which a site may resize images, unless the server's configuration
+# contains a larger value.
 MAX_PIXELS = 1024
-# Characters of a name.
+# Maximum number of characters of a name.
 MAX_NAME_CHARS = 128
 MAX_NAMES = 32
-# Bins of a calibration curve.
+# Number of bins of a calibration curve.
 CALIBRATION_BINS = 15
 MODEL_DTYPES = {torch.from_numpy(np.empty(0, dtype)).dtype for dtype in DTYPES.values()}
 # Metrics without a lower bound.
@@ -67,10 +67,10 @@ def read_settings(tree: Any, names: Collection[str], largest: int = MAX_PIXELS) 
     """Validate the client settings that a node reports.
 
     Args:
-        tree: The node's report.
-        names: Code (`python:module:Name`) that the server's configuration names; a node may name
-            no other.
-        largest: Longest image side in pixels to which a node may resize.
+        tree: Report of the node.
+        names: References to code (`python:module:Name`) in the server's configuration. A node may
+            not reference other code.
+        largest: Maximum side length in pixels to which a node may resize images.
 
     Returns:
         The settings.
@@ -108,7 +108,7 @@ def read_state_name(name: str) -> str:
     """Validate the name of a private state, which is a SHA-256 digest or empty.
 
     Raises:
-        RequestRefusedError: If it is neither.
+        RequestRefusedError: If the name is invalid.
     """
     if name and not (len(name) == 64 and set(name) <= set("0123456789abcdef")):
         raise RequestRefusedError(
@@ -118,13 +118,13 @@ def read_state_name(name: str) -> str:
 
 
 def read_data_info(tree: Any, outputs: int, own: Preprocess | None = None) -> RemoteDataInfo:
-    """Validate a client's report about its rows.
+    """Validate the data report of a client.
 
     Args:
-        tree: The node's report.
+        tree: Report of the node.
         outputs: Number of outputs of the task.
-        own: The client's preprocessing without mean and deviation, which only the node knows. None
-            if it does not report its preprocessing.
+        own: Preprocessing of the client without mean and standard deviation, which only the node
+            knows. None if the node does not report its preprocessing.
 
     Raises:
         RequestRefusedError: If the report is invalid.
@@ -172,7 +172,7 @@ def read_evaluation(
     """Validate a client's evaluation of its model.
 
     Args:
-        tree: The node's report.
+        tree: Report of the node.
         client: The client.
         federation: The federation.
         method: The method of the run.
@@ -291,10 +291,10 @@ def _read_forecast(found: Any, federation: FederationSpec) -> dict[str, Any]:
 def _read_model(
     found: Any, federation: FederationSpec, client_info: ClientInfo, method: Algorithm
 ) -> bytes:
-    """Return a client's model as a file with the received tensors and the server's own metadata.
+    """Return a model file with the received tensors and the server's metadata.
 
-    The received metadata only select one of the models that this client may have. No model is built
-    from them, and no code that they name is imported.
+    The received metadata are only compared with the models that this client may have. They are not
+    used to build a model or to import code.
     """
     if not isinstance(found, Tensor):
         raise RequestRefusedError(f"model: expected a tensor of bytes, got {type(found).__name__}")
@@ -330,7 +330,7 @@ def _expected_model(
     client_info: ClientInfo,
     method: Algorithm,
 ) -> SavedModel:
-    """Return the model that the metadata describe, as the server knows it.
+    """Return the received tensors with the server's metadata of the model that the client names.
 
     Args:
         about: The received metadata.
@@ -340,13 +340,13 @@ def _expected_model(
         method: The method of the run.
 
     Raises:
-        RequestRefusedError: If the client can have no such model.
+        RequestRefusedError: If the client cannot have a model with the received metadata.
     """
     task = federation.task
     layout = federation.data.layout
     client_infos = [client_info]
     if isinstance(method, Dense) and method.student is not None:
-        # Once the student is trained, every client uses it.
+        # After the student is trained, every client uses it.
         client_infos.append(federation.client_infos[method.student])
     views = {(each.arch, each.preprocess): None for each in client_infos}
     views |= {
@@ -377,9 +377,10 @@ def _expected_model(
 
 
 def _check_plain(tree: Any) -> None:
-    """Raise RequestRefusedError if there is a tensor in place of plain values.
+    """Check that a tree contains no tensors, because iterating over a large tensor is slow.
 
-    Iterating over a large tensor would take very long.
+    Raises:
+        RequestRefusedError: If the tree contains a tensor.
     """
     if isinstance(tree, Tensor):
         raise RequestRefusedError("expected plain values, got a tensor")

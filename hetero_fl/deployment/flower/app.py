@@ -23,10 +23,10 @@ RUN_CONFIG: dict[str, str | float | bool] = {
     "resume": False,
     "overrides": "",  # changes to the configuration, key.path=value, separated by spaces
     "allow-code": False,
-    "nodes": "",  # YAML file, client: file with the public key of its node
-    "wait": 600.0,  # seconds until all clients have connected
+    "nodes": "",  # YAML file with the public key file of each client's node
+    "wait": 600.0,  # seconds to wait for all clients
     "deadline": 3600.0,  # seconds that a node may take for a task
-    "patience": 60.0,  # seconds to wait for a node that has gone while others are connected
+    "patience": 60.0,  # seconds to wait for a disconnected node while others are connected
 }
 
 PROJECT = """\
@@ -57,7 +57,7 @@ clientapp = "{package}.client_app:app"
 """
 
 SERVER_APP = '''\
-"""The ServerApp: trains with the connected nodes as config.yaml says."""
+"""ServerApp that trains with the connected nodes, configured by config.yaml."""
 
 from pathlib import Path
 
@@ -67,7 +67,7 @@ app = make_server_app(Path(__file__).with_name("config.yaml"))
 '''
 
 BRIDGE_APP = '''\
-"""The ServerApp of `hetero-fl server`: passes messages on to that process."""
+"""ServerApp of `hetero-fl server`, which forwards messages between that process and the nodes."""
 
 from flwr.serverapp import ServerApp
 
@@ -78,7 +78,7 @@ app.main()(serve_grid)
 '''
 
 CLIENT_APP = '''\
-"""The ClientApp: hands each message to the worker process of its site."""
+"""ClientApp that forwards each message to the worker process of its site."""
 
 from hetero_fl.deployment.flower.client_app import app
 
@@ -92,20 +92,20 @@ def write_app(
     overrides: Iterable[str] = (),
     allow_code: bool | CodePermission = False,
 ) -> list[Path]:
-    """Write a Flower app that carries out a run.
+    """Write a Flower app that trains with a configuration.
 
     Args:
-        folder: A new folder.
-        source: The configuration.
-        overrides: Changes to it, `key.path=value`.
-        allow_code: Whether the configuration may name code.
+        folder: Output folder, which must be new or empty.
+        source: Configuration, or path of its file.
+        overrides: Changes to the configuration, `key.path=value`.
+        allow_code: Whether the configuration may reference code.
 
     Returns:
-        The files that were written.
+        Paths of the written files.
 
     Raises:
-        UserError: If the configuration is wrong or works in a simulation only, or the folder
-            exists and is not empty.
+        UserError: If the configuration is invalid or requires a simulation, or the folder is not
+            empty.
     """
     config = load_config(source, overrides, allow_code)
     check_deployable(config)
@@ -121,9 +121,9 @@ def write_bridge_app(folder: Path, socket: Path, message_bytes: int) -> None:
     """Write the Flower app of `hetero-fl server`.
 
     Args:
-        folder: A new folder.
+        folder: Output folder, which must not exist.
         socket: Path of the socket to which the app connects.
-        message_bytes: Maximum size of a message.
+        message_bytes: Maximum size of a message in bytes.
     """
     _write_project(folder, BRIDGE_APP, {"socket": str(socket), "message-bytes": message_bytes})
 

@@ -1,7 +1,8 @@
-"""Connect the ServerApp, a process of Flower, with `hetero-fl server` or `hetero-fl federate`.
+"""Connect Flower's ServerApp process with `hetero-fl server` or `hetero-fl federate`.
 
-Those commands carry a run out themselves, with their own console, signals and callbacks. Flower
-starts this app in a process of its own, which passes their messages on until they close the socket.
+The command runs the federation in its own process, with its console, signal handlers and callbacks.
+Flower runs the ServerApp in another process, which forwards messages until the command closes the
+socket.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
 UNREADABLE = "unreadable"
-# Address space of the app: so many messages of the maximum size, and so many bytes besides.
+# Memory limit of the app: this number of messages of the maximum size, and additional bytes.
 MAX_MESSAGES = 16
 RESERVED_BYTES = 2**30
-# Seconds after which an app that does not answer is replaced.
+# Seconds after which an app that does not respond is restarted.
 STALL_SECONDS = 120.0
 
 
 def serve_grid(grid: Grid, context: Context) -> None:
-    """Connect to the socket that the run configuration names, and serve the grid there.
+    """Serve Flower's grid over the socket in the run configuration.
 
     Args:
         grid: Flower's grid.
@@ -54,11 +55,11 @@ def serve_grid(grid: Grid, context: Context) -> None:
 def limit_memory(message_bytes: int) -> None:
     """Limit the memory of this process to a few messages.
 
-    A few bytes of a Flower message can stand for many (an array may name the same chunk any number
-    of times). A node that sends such an answer makes reading it fail, and nothing else.
+    A small Flower message can expand to a large one, because an array may refer to the same chunk
+    several times. With the limit, only the reading of that message fails.
 
     Args:
-        message_bytes: Maximum size of a message.
+        message_bytes: Maximum size of a message in bytes.
     """
     if sys.platform != "linux":
         return
@@ -70,7 +71,7 @@ def limit_memory(message_bytes: int) -> None:
 
 
 def serve_transport(transport: Transport, connection: Connection) -> None:
-    """Answer calls of a `RemoteTransport` until the connection closes."""
+    """Serve the calls of a `RemoteTransport` until the connection is closed."""
     while True:
         try:
             call = receive(connection)
@@ -100,17 +101,19 @@ def _answer(transport: Transport, connection: Connection, call: Envelope) -> Non
 
 
 class RemoteTransport:
-    """The transport at the other end of a connection to `serve_transport`.
+    """Transport that calls `serve_transport` over a connection.
 
-    Its methods are those of `transport.Transport`. They raise EOFError or ConnectionError once the
-    connection is lost.
+    The methods raise EOFError or ConnectionError if the connection is lost.
+
+    Args:
+        connection: Connection to the process that runs `serve_transport`.
     """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
     def _receive(self, seconds: float = 0.0) -> Envelope:
-        """Receive what the app sends within some seconds, and a generous reserve."""
+        """Receive a message within the given number of seconds plus `STALL_SECONDS`."""
         if not self._connection.poll(seconds + STALL_SECONDS):
             raise ConnectionError("the server's app does not answer")
         return receive(self._connection)
@@ -139,7 +142,7 @@ class RemoteTransport:
         return answers
 
     def close(self) -> None:
-        """Close the connection, which ends the app at its other end."""
+        """Close the connection, which ends the app."""
         self._connection.close()
 
     def _call(self, call: Envelope, seconds: float = 0.0) -> Envelope:

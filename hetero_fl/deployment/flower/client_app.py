@@ -1,7 +1,7 @@
-"""The ClientApp: forward each message to the worker process of its site.
+"""ClientApp that forwards each message to the worker process of its site.
 
-Flower starts a process for every message. This one imports neither torch nor the site's data: the
-worker (see `worker.py`), which is started at the first message, has both in memory already.
+Flower starts a new process for every message. To start quickly, this process does not import torch
+or load data; the worker (see `worker.py`) is started at the first message and keeps both in memory.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def handle_query(message: Message, context: Context) -> Message:
         try:
             answer = forward(envelope, Path(site), allow_code)
         except WorkerError as error:
-            # It may name files of the site, which are nobody else's business.
+            # The error may contain names of files, so it is logged at the site only.
             print(error, file=sys.stderr, flush=True)
             answer = _refusal("its worker did not start; the log of its SuperNode says why")
     return Message(to_content(answer), reply_to=message)

@@ -20,21 +20,25 @@ from hetero_fl.utils.errors import RunFailedError, UserError
 
 MIN_VERSION = (1, 41)
 GUARD = Path(__file__).with_name("guard.py")
-START_SECONDS = 120.0  # seconds that a process may take until it listens
-STOP_SECONDS = 10.0  # seconds that a process may take to end by itself
+# Seconds that a process may take to start.
+START_SECONDS = 120.0
+# Seconds that a process may take to end after a request.
+STOP_SECONDS = 10.0
 COLORS = re.compile(r"\x1b\[[0-9;]*m")
-DEFAULT_ENVIRONMENT = {  # unless the environment says otherwise
-    "FLWR_TELEMETRY_ENABLED": "0",  # Flower reports its use to its makers by default
+# Environment variables that are set unless the user has set them: no telemetry, no update check,
+# and no log lines for every message.
+DEFAULT_ENVIRONMENT = {
+    "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_LOG_LEVEL": "WARNING",  # otherwise there are several lines for every message
+    "FLWR_LOG_LEVEL": "WARNING",
 }
 
 
 def check_installed() -> None:
-    """Check the version of Flower without importing it.
+    """Check the installed version of Flower without importing it.
 
     Raises:
-        UserError: If Flower is missing or too old.
+        UserError: If Flower is not installed or its version is not supported.
     """
     wanted = ".".join(map(str, MIN_VERSION))
     advice = f"pip install 'hetero_fl[flower]' installs flwr {wanted} or later"
@@ -55,7 +59,7 @@ def environment(home: Path, *folders: Path) -> dict[str, str]:
 
     Args:
         home: Flower's folder for settings and installed apps.
-        folders: Folders that are searched for commands before others.
+        *folders: Folders that precede all others in the search path.
     """
     scripts = (Path(sysconfig.get_path("scripts")), Path(sys.executable).parent)
     path = os.pathsep.join([*map(str, (*folders, *scripts)), os.environ.get("PATH", "")])
@@ -63,13 +67,13 @@ def environment(home: Path, *folders: Path) -> dict[str, str]:
 
 
 class FlowerCommand:
-    """A running command of Flower, such as `flower-superlink`.
+    """Child process that runs a command of Flower, such as `flower-superlink`.
 
     Args:
         command: The command and its arguments.
-        environ: Its environment; see `environment`.
-        log: File to which its output is appended.
-        scratch: Folder that is deleted if this process is killed.
+        environ: Environment variables of the process; see `environment`.
+        log: File to which the output is appended.
+        scratch: Folder that is deleted if the parent process is killed.
     """
 
     def __init__(
@@ -84,13 +88,14 @@ class FlowerCommand:
         self.started = time.monotonic()
         with open(log, "ab") as output:
             self._process = subprocess.Popen(
-                # -P: do not search the folder of the script for modules
+                # With -P, modules are not searched in the folder of the script.
                 [sys.executable, "-P", str(GUARD), str(scratch or ""), *command],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environ,
-                start_new_session=True,  # Ctrl-C in a terminal is for the parent
+                # Ctrl-C in a terminal must interrupt the parent process only.
+                start_new_session=True,
             )
 
     @property
@@ -99,7 +104,7 @@ class FlowerCommand:
         return self._process.poll() is None
 
     def terminate(self) -> None:
-        """Ask it to end by itself; end it if it does not."""
+        """Request that the process ends; kill it if it does not end in time."""
         assert self._process.stdin is not None
         with suppress(OSError):
             self._process.stdin.write(b"\n")
@@ -109,35 +114,38 @@ class FlowerCommand:
         self.kill()
 
     def kill(self) -> None:
-        """End it and what it has started."""
+        """Kill the process and its child processes."""
         assert self._process.stdin is not None
         with suppress(OSError):
             self._process.stdin.close()
         try:
             self._process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            # The guard itself was stopped.
+            # The guard process does not respond.
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
-    def wait_for(self, listens: Callable[[], bool]) -> None:
-        """Wait until it listens.
+    def wait_for(self, is_ready: Callable[[], bool]) -> None:
+        """Wait until the process is ready.
+
+        Args:
+            is_ready: Returns whether the process is ready.
 
         Raises:
-            RunFailedError: If it ends before, or does not listen in time.
+            RunFailedError: If the process ends or is not ready in time.
         """
-        end = time.monotonic() + START_SECONDS
-        while not listens():
+        deadline = time.monotonic() + START_SECONDS
+        while not is_ready():
             if not self.is_running:
                 raise RunFailedError(f"{self.name} did not start; {self.last_output()}")
-            if time.monotonic() > end:
+            if time.monotonic() > deadline:
                 raise RunFailedError(
                     f"{self.name} did not answer within {START_SECONDS:.0f} s; {self.last_output()}"
                 )
             time.sleep(0.05)
 
     def last_output(self) -> str:
-        """Return the last error in its log, or the last line."""
+        """Return the last error in the log, or the last line if there is no error."""
         with suppress(OSError):
             text = COLORS.sub("", self.log.read_text(errors="replace"))
             if lines := [line.strip() for line in text.splitlines() if line.strip()]:
@@ -148,13 +156,17 @@ class FlowerCommand:
 
 
 def run_flwr(environ: dict[str, str], *arguments: str) -> str:
-    """Run a command of Flower's command line and return what it prints.
+    """Run a `flwr` command and return its output.
+
+    Args:
+        environ: Environment variables of the process.
+        *arguments: Arguments of the command.
 
     Raises:
-        RunFailedError: If it fails.
+        RunFailedError: If the command fails or does not end in time.
     """
     try:
-        done = subprocess.run(
+        completed = subprocess.run(
             ["flwr", *arguments],
             env=environ,
             stdin=subprocess.DEVNULL,
@@ -167,8 +179,8 @@ def run_flwr(environ: dict[str, str], *arguments: str) -> str:
         raise RunFailedError(
             f"flwr {' '.join(arguments[:2])} has not ended within {START_SECONDS:.0f} s"
         ) from None
-    printed = COLORS.sub("", done.stdout.decode(errors="replace")).strip()
-    if done.returncode != 0:
+    printed = COLORS.sub("", completed.stdout.decode(errors="replace")).strip()
+    if completed.returncode != 0:
         lines = " ".join(printed.split())[-300:]
         raise RunFailedError(f"flwr {' '.join(arguments[:2])} failed: {lines}")
     return printed
@@ -184,10 +196,14 @@ def is_listening(host: str, port: int) -> bool:
 
 
 def free_port(host: str, port: int = 0) -> int:
-    """Return the port, or one that is free for 0.
+    """Return a port that is available.
+
+    Args:
+        host: Address to listen on.
+        port: Port to check; 0 for any free port.
 
     Raises:
-        UserError: If nobody can listen there; the message names `server.host` or `server.port`.
+        UserError: If the address or the port is not available.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:

@@ -1,8 +1,8 @@
-"""Expose the part of a SuperLink that nodes need to other machines; runs as a process.
+"""Forward requests of nodes on other machines to a SuperLink; runs as a process.
 
-A SuperLink offers three interfaces on one port. Nodes need the one below /v1/fleet, which checks
-their keys. The others control runs and nodes and ask for no key, so the SuperLink listens on this
-machine only and this process forwards requests below /v1/fleet only.
+A SuperLink serves three APIs on one port. Nodes use /v1/fleet, which authenticates them. The other
+APIs control runs and nodes without authentication, so the SuperLink only listens on this machine
+and this process only forwards requests to /v1/fleet.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ import httpx
 import uvicorn
 
 PREFIX = "/v1/fleet/"
-REQUEST_BYTES = 64 * 2**20  # Flower sends larger messages in pieces
+# Maximum size of a request in bytes; Flower splits larger messages.
+REQUEST_BYTES = 64 * 2**20
 HOP_HEADERS = {b"connection", b"content-length", b"host", b"keep-alive", b"transfer-encoding"}
-CONNECTIONS = 1000  # at a time
-TIMEOUT = 120.0  # seconds that the SuperLink may take for an answer
+# Maximum number of concurrent connections.
+CONNECTIONS = 1000
+# Seconds that the SuperLink may take for a response.
+TIMEOUT = 120.0
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -28,11 +31,11 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 class Gateway:
-    """An ASGI application that passes POST requests below `PREFIX` on to a SuperLink.
+    """ASGI application that forwards POST requests below `PREFIX` to a SuperLink.
 
     Args:
-        url: The SuperLink's address.
-        authority: Certificate by which the SuperLink's own is checked.
+        url: Address of the SuperLink.
+        authority: Certificate of the authority that signed the SuperLink's certificate.
     """
 
     def __init__(self, url: str, authority: Path) -> None:
@@ -40,7 +43,7 @@ class Gateway:
         self._client = httpx.AsyncClient(base_url=url, verify=context, timeout=TIMEOUT)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request."""
+        """Handle a request."""
         if scope["type"] != "http":
             return
         if scope["method"] != "POST" or not scope["path"].startswith(PREFIX):
@@ -61,7 +64,7 @@ class Gateway:
                 return
         headers = [(name, value) for name, value in scope["headers"] if name not in HOP_HEADERS]
         try:
-            answer = await self._client.post(
+            response = await self._client.post(
                 scope["path"],
                 params=scope["query_string"].decode("latin-1"),
                 headers=headers,
@@ -70,12 +73,16 @@ class Gateway:
         except (httpx.RequestError, httpx.InvalidURL):
             await _respond(send, 503)
             return
-        passed = [(n.lower(), v) for n, v in answer.headers.raw if n.lower() not in HOP_HEADERS]
-        await _respond(send, answer.status_code, passed, answer.content)
+        response_headers = [
+            (name.lower(), value)
+            for name, value in response.headers.raw
+            if name.lower() not in HOP_HEADERS
+        ]
+        await _respond(send, response.status_code, response_headers, response.content)
 
 
 async def _chunks(receive: Receive) -> AsyncIterator[bytes]:
-    """Yield the body of a request."""
+    """Yield the chunks of a request's body."""
     while (message := await receive())["type"] == "http.request":
         yield message.get("body", b"")
         if not message.get("more_body", False):
@@ -92,7 +99,7 @@ async def _respond(
 
 
 def main() -> None:
-    """Serve with TLS until the process is ended."""
+    """Serve over TLS until the process is terminated."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--host", required=True)
     parser.add_argument("--port", type=int, required=True)

@@ -1,4 +1,4 @@
-"""Envelopes as Flower messages, and the transport over Flower's `Grid`."""
+"""Conversion of envelopes to Flower messages, and the transport over Flower's `Grid`."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from hetero_fl.utils.errors import RunFailedError, one_line
 # Records of a Flower message.
 HEAD = "head"
 BODY = "body"
-# A body up to this size travels in a ConfigRecord, which saves six of fourteen calls each way.
+# Bodies up to this size are sent in a ConfigRecord, which takes 8 instead of 14 calls.
 SMALL_BODY_BYTES = 2**16
-# Seconds between two questions whether an answer has come.
+# Bounds and growth of the interval in seconds at which answers are polled.
 MIN_PAUSE = 0.05
 MAX_PAUSE = 0.5
 PAUSE_GROWTH = 1.15
-# Seconds between two looks at the connected nodes while answers are awaited.
+# Seconds between checks of the connected nodes while answers are pending.
 NODES_SECONDS = 2.0
 
-# What a question for an answer has found: nothing yet, an answer (None if there will be none), or
-# that the SuperLink does not answer.
-Found = list[Envelope | None] | RunFailedError
+# Result of a pull: empty if there is no answer yet, one answer (None if it will never arrive), or
+# the error if the SuperLink does not respond.
+PullResult = list[Envelope | None] | RunFailedError
 
 
 def to_content(envelope: Envelope) -> RecordDict:
-    """Return an envelope as the content of a Flower message."""
+    """Convert an envelope to the content of a Flower message."""
     head = ConfigRecord(dict(envelope.head))
     body = envelope.body
     if len(body) <= SMALL_BODY_BYTES:
@@ -43,10 +43,10 @@ def to_content(envelope: Envelope) -> RecordDict:
 
 
 def from_message(message: Message) -> Envelope | None:
-    """Return the envelope in a Flower message.
+    """Extract the envelope from a Flower message.
 
     Returns:
-        The envelope; None if the message reports an error or was not made by `to_content`.
+        The envelope. None if the message reports an error or was not created by `to_content`.
     """
     if not message.has_content():
         return None
@@ -62,11 +62,11 @@ def from_message(message: Message) -> Envelope | None:
 
 
 class GridTransport:
-    """A transport (see `transport.Transport`) over the grid of a running ServerApp.
+    """Transport over the grid of a running ServerApp.
 
-    A node that restarts keeps its Flower ID but loses the messages that it had taken, so it is
-    given another number here. Each answer is pulled by itself and in a thread: Flower hands out an
-    answer once, whether it can be read or not, and waits while a node is still sending it.
+    A node that restarts keeps its Flower ID but loses the messages that it has received, so it gets
+    a new node number. Each answer is pulled separately and in a thread, because Flower returns an
+    answer only once, even if it cannot be decoded, and blocks while a node is sending it.
 
     Args:
         grid: The grid that Flower passes to the ServerApp.
@@ -76,21 +76,22 @@ class GridTransport:
         self._grid = grid
         self._numbers = itertools.count(1)
         self._lost_numbers = itertools.count(1)
-        # By (Flower ID, activation): the node's number.
+        # By (Flower ID, time of activation): number of the node.
         self._known: dict[tuple[int, str], int] = {}
-        # By the number of a connected node: its Flower ID.
+        # By number of a connected node: its Flower ID.
         self._flower_ids: dict[int, int] = {}
-        # By message: its node.
+        # By message with a pending answer: number of the node.
         self._awaited: dict[str, int] = {}
-        # By message that is awaited or answered, and by message whose node was lost: its expiry.
+        # By message with a pending or unread answer: time at which it expires.
         self._expiry: dict[str, float] = {}
+        # By message whose node disconnected: time at which it expires.
         self._unclaimed: dict[str, float] = {}
         self._ready: dict[str, Envelope | None] = {}
         self._pulling: set[str] = set()
-        self._found: queue.SimpleQueue[tuple[str, Found]] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[tuple[str, PullResult]] = queue.SimpleQueue()
 
     def nodes(self) -> Mapping[int, bytes]:
-        """Return the connected nodes, each with its public key in PEM."""
+        """Return the public keys of the connected nodes in PEM format, by node number."""
         try:
             found = list(self._grid.get_nodes())
         except BaseException as error:
@@ -108,10 +109,10 @@ class GridTransport:
         return keys
 
     def push(self, node: int, envelope: Envelope, within: float) -> str:
-        """Send a message to a node and return the message's ID.
+        """Send a message to a node and return the ID of the message.
 
         Args:
-            node: The node's number.
+            node: Number of the node.
             envelope: The message.
             within: Seconds after which the message and its answer expire.
         """
@@ -131,34 +132,31 @@ class GridTransport:
         return sent[0]
 
     def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
-        """Return answers that have come, waiting for the first up to `wait` seconds.
-
-        None stands for an answer that will never come.
-        """
-        end = time.monotonic() + wait
-        look = time.monotonic() + NODES_SECONDS
+        """Return the answers that have arrived; see `Transport.pull`."""
+        deadline = time.monotonic() + wait
+        next_check = time.monotonic() + NODES_SECONDS
         pause = MIN_PAUSE
         self._abandon_expired(numbers)
         while True:
-            left = max(0.0, end - time.monotonic())
+            remaining = max(0.0, deadline - time.monotonic())
             self._start_pulls(number for number in numbers if number in self._awaited)
-            self._take_found(min(pause, left))
+            self._collect_results(min(pause, remaining))
             answers: dict[str, Envelope | None] = {
                 n: None for n in numbers if n not in self._awaited and n not in self._ready
             }
             answers |= {n: self._ready.pop(n) for n in numbers if n in self._ready}
             for number in answers:
                 self._expiry.pop(number, None)
-            if not answers and time.monotonic() >= look:
+            if not answers and time.monotonic() >= next_check:
                 answers = self._lost_messages(numbers)
                 self._start_pulls(self._unclaimed)
-                look = time.monotonic() + NODES_SECONDS
-            if answers or left <= 0 or not numbers:
+                next_check = time.monotonic() + NODES_SECONDS
+            if answers or remaining <= 0 or not numbers:
                 return answers
             pause = min(pause * PAUSE_GROWTH, MAX_PAUSE)
 
     def close(self) -> None:
-        """Forget all messages; Flower closes the grid itself."""
+        """Discard all messages; Flower closes the grid."""
         self._awaited.clear()
         self._unclaimed.clear()
 
@@ -168,38 +166,38 @@ class GridTransport:
             threading.Thread(target=self._pull, args=(number,), daemon=True).start()
 
     def _pull(self, number: str) -> None:
-        """Ask for an answer; runs in a thread."""
-        found: Found
+        """Pull an answer; runs in a thread."""
+        result: PullResult
         try:
-            found = [from_message(message) for message in self._grid.pull_messages([number])]
+            result = [from_message(message) for message in self._grid.pull_messages([number])]
         except BaseException as error:
             if isinstance(error, httpx.HTTPError) or not isinstance(error, Exception):
-                found = _failure(error)
+                result = _failure(error)
             else:
-                # Whatever a node has sent.
+                # The node sent an answer that cannot be decoded.
                 reason = one_line(f"{type(error).__name__}: {error}")
-                found = [UnreadableAnswer.with_reason(reason)]
-        self._found.put((number, found))
+                result = [UnreadableAnswer.with_reason(reason)]
+        self._results.put((number, result))
 
-    def _take_found(self, seconds: float) -> None:
-        """Take what the threads have found, up to some seconds or the first answer."""
-        end = time.monotonic() + seconds
+    def _collect_results(self, seconds: float) -> None:
+        """Collect the results of the threads until the first answer or the end of the time."""
+        deadline = time.monotonic() + seconds
         while True:
             try:
-                number, found = self._found.get(timeout=max(0.0, end - time.monotonic()))
+                number, result = self._results.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 return
             self._pulling.discard(number)
-            if isinstance(found, RunFailedError):
-                raise found
-            for answer in found:
+            if isinstance(result, RunFailedError):
+                raise result
+            for answer in result:
                 self._unclaimed.pop(number, None)
                 if self._awaited.pop(number, None) is not None:
                     self._ready[number] = answer
-                    end = 0.0
+                    deadline = 0.0
 
     def _lost_messages(self, numbers: Collection[str]) -> dict[str, Envelope | None]:
-        """Return the messages whose nodes have gone or restarted since."""
+        """Return the messages whose nodes have disconnected or restarted."""
         present = self.nodes()
         lost = [n for n in numbers if n in self._awaited and self._awaited[n] not in present]
         for number in lost:
@@ -208,7 +206,7 @@ class GridTransport:
         return dict.fromkeys(lost)
 
     def _abandon_expired(self, numbers: Collection[str]) -> None:
-        """Have Flower drop the answers to messages that nobody asks for any more."""
+        """Discard expired messages and pull their answers, so that Flower deletes them."""
         now = time.monotonic()
         for number in [n for n, end in self._unclaimed.items() if end < now]:
             del self._unclaimed[number]
@@ -221,8 +219,8 @@ class GridTransport:
 
 
 def _failure(error: BaseException) -> RunFailedError:
-    """Return the error to raise for one of Flower's; an interrupt is raised as it is."""
-    # It has no public name, and is no Exception.
+    """Translate an error of Flower; interrupts are raised unchanged."""
+    # This class is not public and not a subclass of Exception.
     if type(error).__name__ == "RunNotRunningException":
         return RunFailedError("Flower has stopped the run")
     if not isinstance(error, Exception):

@@ -1,8 +1,8 @@
-"""Run a command, and end it and its child processes when stdin closes; runs as a script.
+"""Run a command, and kill it and its child processes when stdin is closed; runs as a script.
 
-However the process that holds the other end of stdin dies, nothing of the command stays behind. A
-byte on stdin asks the command to end by itself. The first argument is a folder to delete if that
-process has died, or empty. Imports the standard library only.
+No process of the command survives its parent, even if the parent is killed. A byte on stdin
+terminates the command. The first argument is a folder that is deleted if the parent has died, or
+empty. This script imports only the standard library.
 """
 
 import os
@@ -13,17 +13,17 @@ import sys
 import threading
 import time
 
-# Seconds in which the command's own processes may notice that it has ended.
+# Seconds that child processes have to end after the command has ended.
 GRACE_SECONDS = 1.0
 
 
 def main() -> None:
-    """Run the command in `sys.argv`; end what it leaves behind."""
+    """Run the command in `sys.argv` and kill its remaining child processes."""
     scratch = sys.argv[1]
     parent = os.getppid()
     command = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL)
     threading.Thread(target=_read_requests, args=(command,), daemon=True).start()
-    # Until then its own processes see that it exists.
+    # The child processes end by themselves when they notice that the command has ended.
     command.wait()
     time.sleep(GRACE_SECONDS)
     if scratch and os.getppid() != parent:
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def _read_requests(command: "subprocess.Popen[bytes]") -> None:
-    # Not sys.stdin: a thread that reads it disturbs the end of the interpreter.
+    # A thread that reads `sys.stdin` would interfere with the shutdown of the interpreter.
     while os.read(0, 1):
         command.terminate()
     command.kill()

@@ -1,4 +1,4 @@
-"""A real federation on this machine: a server, and a process for each client."""
+"""Federation of a server and one process per client on this machine."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ from hetero_fl.utils.processes import (
     worker_context,
 )
 
-LOG = "log.txt"  # in a site's scratch folder
+# Log file in the scratch folder of a site.
+LOG = "log.txt"
 
 
 def run_local_federation(
@@ -50,21 +51,24 @@ def run_local_federation(
     quiet: bool = True,
     allow_code: bool | CodePermission = False,
 ) -> Run:
-    """Train as a real federation on this machine. Private state is kept in `OUT/sites`.
+    """Train with a server and one process per client on this machine.
+
+    Private state is stored in the folder `sites` of the run directory.
 
     Args:
         source: Configuration, or path of its file.
         out: Run directory. None: `runs/<name>-<time>`.
         resume: Whether to continue from the newest checkpoint in `out`.
         overrides: Changes to the configuration, `key.path=value`.
-        callbacks: Called with each round's record.
-        quiet: Whether to show no progress.
+        callbacks: Called with the record of each round.
+        quiet: Whether to hide progress.
         allow_code: Whether the server and the clients may run the code that the configuration
-            names.
+            references.
 
     Raises:
-        UserError: If the configuration, the data or the call is wrong, or Flower is not installed.
-        RunFailedError: If a client's process ends, or the run cannot continue.
+        UserError: If the configuration, the data or an argument is invalid, or Flower is not
+            installed.
+        RunFailedError: If the process of a client fails, or the run cannot continue.
         Interrupted: If the run is interrupted after its first checkpoint.
     """
     check_installed()
@@ -72,7 +76,8 @@ def run_local_federation(
     check_deployable(config)
     path = default_out(config) if out is None else Path(out)
     if resume and (path / "config.yaml").exists():
-        with lock_folder(path):  # fails if another process uses it
+        # Fail early if another process uses the folder.
+        with lock_folder(path):
             pass
     else:
         check_vacant(path)
@@ -98,7 +103,7 @@ def _write_sites(config: Config, folder: Path, address: str, scratch: Path) -> l
     own_code = list(find_references(config.model_dump()))
     sites = []
     for client in expand_population(config.clients):
-        # Next to the log that it signs: a resumed run uses both.
+        # A resumed run uses the same key, because it signs the audit log in this folder.
         key = folder.resolve() / client / "key"
         if not key.exists():
             make_node_key(key)
@@ -116,13 +121,11 @@ def _write_sites(config: Config, folder: Path, address: str, scratch: Path) -> l
 
 
 class LocalNodes:
-    """A process for each site; use it as a context manager.
-
-    A process that was killed is started again.
+    """Context manager that runs one process per site and restarts killed processes.
 
     Args:
-        sites: The sites' files, each in a folder of its own.
-        folder: Their common scratch folder.
+        sites: Paths of the site files, each in a separate folder.
+        folder: Scratch folder that contains these folders.
     """
 
     def __init__(self, sites: Sequence[Path], folder: Path) -> None:
@@ -141,10 +144,10 @@ class LocalNodes:
         self._prefork.kill()
 
     def check(self) -> None:
-        """Start processes again that were killed.
+        """Restart processes that were killed.
 
         Raises:
-            RunFailedError: If a process ended by itself.
+            RunFailedError: If a process ended with an error.
         """
         for site, process in self._processes.items():
             if process.exitcode is None:
@@ -163,14 +166,14 @@ class LocalNodes:
 
 
 def _run_site(site: Path, launcher: Path, environ: Mapping[str, str]) -> None:
-    """Run a site in this process until it is killed or its parent ends."""
+    """Run a site until this process is killed or its parent process ends."""
     adopt_environment(environ)
     threading.Thread(target=_end_with_parent, args=(launcher,), daemon=True).start()
     log = os.open(site.parent / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
     try:
-        # The parent has permitted what the site's file lists.
+        # The parent process has checked the permission for all code in the site file.
         run_node(site, allow_code=True, launcher=launcher, scratch=site.parent)
     except (RunFailedError, UserError) as error:
         print(error, flush=True)
@@ -188,7 +191,7 @@ def _end_with_parent(scratch: Path) -> None:
 
 
 def _last_output(site: Path) -> str:
-    """Return the last line that a site's process has printed."""
+    """Return an error message with the last output line of a site's process."""
     message = f"{site.parent.name}: its process ended"
     with suppress(OSError):
         lines = (site.parent / LOG).read_text(errors="replace").split("\n")
@@ -198,7 +201,7 @@ def _last_output(site: Path) -> str:
 
 
 class _WatchedTransport:
-    """A transport to nodes on this machine that fails when one of them ends."""
+    """Transport to nodes on this machine that raises an error if a node fails."""
 
     def __init__(self, transport: Transport, nodes: LocalNodes) -> None:
         self._transport = transport

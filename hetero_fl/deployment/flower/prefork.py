@@ -1,8 +1,8 @@
 """Start `flwr-clientapp` without importing Flower every time; runs as a process.
 
-A SuperNode starts this command for every message, and most of its time goes into imports. This
-process has done them and forks for each. The SuperNode finds, first in its search path, a launcher
-of that name that asks this process, and runs Flower's own command if this process has ended.
+A SuperNode runs this command for every message, and imports take most of its time. This process
+imports Flower once and forks for each message. A launcher with the name of the command, first in
+the SuperNode's search path, requests a fork and runs Flower's command if this process has ended.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pathlib import Path
 from hetero_fl.deployment.flower.worker_socket import listen
 
 COMMAND = "flwr-clientapp"
-CALLS = "calls"  # socket in the folder of the launcher
+# Socket in the folder of the launcher.
+CALLS = "calls"
 
 LAUNCHER = """\
 #!{python} -IS
@@ -39,30 +40,31 @@ if not done:
 
 
 def write_launcher(folder: Path, command: str) -> None:
-    """Write the launcher.
+    """Write the launcher script.
 
     Args:
-        folder: Its folder, which goes first in the SuperNode's search path.
-        command: Path of Flower's own command.
+        folder: Output folder, which must be the first entry of the SuperNode's search path.
+        command: Path of Flower's command, which the launcher runs if the process has ended.
     """
     launcher = folder / COMMAND
     name = repr(str(folder / CALLS))
     if sys.platform == "linux":
-        # The path of a socket must be short.
-        opened = f"os.open({str(folder)!r}, os.O_RDONLY)"
-        name = f"'/proc/self/fd/%d/{CALLS}' % {opened}"
+        # Unix limits the length of a socket path.
+        open_folder = f"os.open({str(folder)!r}, os.O_RDONLY)"
+        name = f"'/proc/self/fd/%d/{CALLS}' % {open_folder}"
     text = LAUNCHER.format(python=sys.executable, name=name, command=command)
     launcher.write_text(text)
     launcher.chmod(0o700)
 
 
 def serve(folder: Path) -> None:
-    """Fork a process for each call of the launcher, without end."""
+    """Fork a process for each call of the launcher until this process is killed."""
     (run,) = [e for e in entry_points(group="console_scripts") if e.name == COMMAND]
     command = run.load()
     import hetero_fl.deployment.flower.client_app  # noqa: F401
 
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes
+    # The system removes child processes that have ended.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     listener = listen(folder / CALLS)
     while True:
         connection = listener.accept()[0]

@@ -1,4 +1,4 @@
-"""The ServerApp: run a federation over Flower's grid."""
+"""ServerApp that trains over Flower's grid."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from hetero_fl.utils.errors import RunFailedError, UserError
 
 
 def make_server_app(config: Path) -> ServerApp:
-    """Return the ServerApp that carries out a run.
+    """Create the ServerApp that trains with a configuration.
 
     Args:
-        config: The configuration, a YAML or JSON file in the folder of the app.
+        config: Path of the configuration in YAML or JSON format.
     """
     app = ServerApp()
 
@@ -36,7 +36,7 @@ def make_server_app(config: Path) -> ServerApp:
         try:
             run_in_app(grid, context.run_config, config)
         except (UserError, RunFailedError):
-            # Flower logs the exception. The message says everything; hide the traceback.
+            # Flower logs the exception; the message is sufficient without a traceback.
             sys.tracebacklimit = 0
             raise
 
@@ -46,16 +46,19 @@ def make_server_app(config: Path) -> ServerApp:
 def run_in_app(
     grid: Grid, run_config: Mapping[str, Any], source: str | Path | Mapping[str, Any] | Config
 ) -> Run:
-    """Carry out a run with the nodes of a grid.
+    """Train with the nodes of a grid.
 
     Args:
         grid: Flower's grid.
         run_config: Flower's run configuration; see `RUN_CONFIG`.
-        source: The configuration.
+        source: Configuration, or path of its file.
+
+    Returns:
+        The finished run.
 
     Raises:
-        UserError: If the configuration or `run_config` is wrong.
-        RunFailedError: If nodes are missing, or the run cannot go on.
+        UserError: If the configuration or `run_config` is invalid.
+        RunFailedError: If a node is missing, or the run cannot continue.
     """
     settings = _read_settings(run_config)
     log = EventLog()
@@ -85,7 +88,7 @@ def run_in_app(
 
 
 def _read_settings(run_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return Flower's run configuration with its defaults."""
+    """Validate Flower's run configuration and add defaults."""
     for key, value in run_config.items():
         if key not in RUN_CONFIG:
             raise UserError(f"run-config: found {key}; choose from {', '.join(RUN_CONFIG)}")
@@ -96,7 +99,7 @@ def _read_settings(run_config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _load_keys(file: Path) -> dict[str, bytes]:
-    """Return the public key of each client's node in PEM. Paths are relative to the file."""
+    """Load the public key of each client's node. Paths are relative to the file."""
     raw = read_config_file(file)
     for client, path in raw.items():
         if not isinstance(path, str):

@@ -1,4 +1,4 @@
-"""Start a SuperLink, and the transport over the app that runs on it."""
+"""Run Flower's SuperLink as a child process, and the transport over its ServerApp."""
 
 from __future__ import annotations
 
@@ -30,22 +30,26 @@ from hetero_fl.utils.errors import RunFailedError, UserError
 T = TypeVar("T")
 
 LOCAL = "127.0.0.1"
-NAME = "hetero-fl"  # of the SuperLink in Flower's settings
-MIN_LIFETIME = 10.0  # seconds; what ends sooner is not started again
-GENERATION = 2**32  # distance between the numbers of nodes of one Flower run and of the next
+# Name of the SuperLink in Flower's settings.
+NAME = "hetero-fl"
+# A process that ends sooner than this number of seconds after its start is not restarted.
+MIN_LIFETIME = 10.0
+# Offset between the node numbers of consecutive Flower runs.
+GENERATION = 2**32
 
 
 class SuperLink:
-    """Flower's SuperLink as a process that ends with this one.
+    """Flower's SuperLink in a child process.
 
-    Without certificates it serves this machine only. With them it still listens on this machine,
-    and a gateway passes on what nodes send to `host` and `port`; they need a registered key.
+    Without certificates, the SuperLink accepts connections from this machine only. With
+    certificates, a gateway listens at `host` and `port` and forwards the requests of nodes, which
+    authenticate with registered keys.
 
     Args:
-        host: Address at which nodes reach it.
-        port: Port at which nodes reach it; 0 for a free one.
-        files: Certificate and key of the server.
-        nodes: Files with the public keys of the nodes; used with `files`.
+        host: Address at which nodes connect.
+        port: Port at which nodes connect; 0 for any free port.
+        files: Certificate and key of the server. None: no encryption.
+        nodes: Files with the public keys of the nodes; used only with `files`.
 
     Raises:
         UserError: If the port is not available.
@@ -97,17 +101,17 @@ class SuperLink:
         return self._process.is_running
 
     def revive_gateway(self) -> None:
-        """Start the gateway again if it has ended."""
+        """Restart the gateway if it has ended."""
         if self._gateway is not None and not self._gateway.is_running:
             assert self._files is not None
             self._gateway.kill()
             self._gateway = self._start_gateway(self._files)
 
     def revive(self) -> None:
-        """Start it again if it has ended.
+        """Restart the SuperLink if it has ended.
 
         Raises:
-            RunFailedError: If it ended soon after its start.
+            RunFailedError: If the SuperLink ended shortly after its start.
         """
         self.revive_gateway()
         if self._process.is_running:
@@ -124,16 +128,16 @@ class SuperLink:
         """Start a run of an app.
 
         Raises:
-            RunFailedError: If Flower refuses it.
+            RunFailedError: If Flower rejects the app.
         """
         run_flwr(self._environment, "run", str(app), NAME)
 
     def last_output(self) -> str:
-        """Return the last line of its log."""
+        """Return the last error or line in the log of the SuperLink."""
         return self._process.last_output()
 
     def close(self) -> None:
-        """End its processes and delete its folder."""
+        """Kill the processes and delete the folder."""
         for process in (self._gateway, getattr(self, "_process", None)):
             if process is not None:
                 process.kill()
@@ -154,7 +158,7 @@ class SuperLink:
 
     def _start(self) -> FlowerCommand:
         command = ["flower-superlink", "--host", self._inner_host, "--port", str(self._inner_port)]
-        # The app needs nothing that is not installed already.
+        # All dependencies of the app are installed.
         command.append("--disable-runtime-dependency-installation")
         if (files := self._inner_files) is None:
             command.append("--insecure")
@@ -187,14 +191,14 @@ class SuperLink:
 
 
 class FlowerTransport:
-    """The transport over a SuperLink of our own (see `transport.Transport`).
+    """Transport over a `SuperLink`.
 
-    If the SuperLink or the app on it ends, it begins another run of the app. Answers to earlier
-    messages are lost then, and nodes have other numbers.
+    If the SuperLink or its app ends, the app is restarted. Pending messages are then lost, and
+    nodes get new numbers.
 
     Args:
         superlink: The SuperLink; it is closed with the transport.
-        message_bytes: Maximum size of a message.
+        message_bytes: Maximum size of a message in bytes.
     """
 
     def __init__(self, superlink: SuperLink, message_bytes: int = MESSAGE_BYTES) -> None:
@@ -239,7 +243,7 @@ class FlowerTransport:
         return {f"{current}{number}": answer for number, answer in pulled.items()}
 
     def close(self) -> None:
-        """End the app and the SuperLink. Nodes go on looking for a server."""
+        """Stop the app and the SuperLink. Nodes continue trying to connect."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -248,10 +252,10 @@ class FlowerTransport:
         self._superlink.close()
 
     def _call(self, call: Callable[[RemoteTransport], T]) -> T:
-        """Call the app. If it has ended, begin another run and call that, which knows no message.
+        """Call the app, which is restarted without pending messages if it has ended.
 
         Raises:
-            RunFailedError: If the app reports a failure, or ends soon after its start.
+            RunFailedError: If the app reports an error, or ends shortly after its start.
         """
         while True:
             try:
@@ -272,8 +276,8 @@ class FlowerTransport:
         """Start a run of the app and wait until it connects."""
         self._superlink.run(self._app)
         self._listener.settimeout(1.0)
-        end = time.monotonic() + START_SECONDS
-        while time.monotonic() < end and self._superlink.is_running:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self._superlink.is_running:
             with suppress(TimeoutError):
                 connection = self._listener.accept()[0]
                 connection.setblocking(True)

@@ -1,4 +1,4 @@
-"""Run Flower's SuperNode as a child process of the worker of a site."""
+"""Run Flower's SuperNode as a child process of a site's process."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from hetero_fl.deployment.flower.worker_socket import SOCKET
 from hetero_fl.deployment.monitoring import EventLog
 from hetero_fl.utils.errors import UserError
 
-RETRY_SECONDS = 2.0  # between two attempts to reach the server, or to start the SuperNode
-ADMITTED_SECONDS = 30.0  # seconds after which a running SuperNode counts as admitted
-PATIENCE = 120.0  # seconds in which a SuperNode may end again and again before it is given up
+# Seconds between attempts to reach the server or to start the SuperNode.
+RETRY_SECONDS = 2.0
+# Seconds after which a running SuperNode is considered to be admitted by the server.
+ADMITTED_SECONDS = 30.0
+# Seconds after which a SuperNode that keeps ending is no longer restarted.
+PATIENCE = 120.0
 
 
 class SuperNode:
-    """A SuperNode that is kept running; use it as a context manager.
-
-    It is started once the server can be reached.
+    """Context manager for a SuperNode, which is started when the server can be reached.
 
     Args:
-        server: The section `server` of the site's file.
-        worker: Socket of the site's process.
+        server: Section `server` of the site file.
+        worker: Path of the socket of the site's process.
         folder: Scratch folder.
-        log: Receives a line when the server cannot be reached or the SuperNode ends.
-        launcher: Folder of the launcher (see `prefork.py`); None: one is made here.
+        log: Log for connection problems and the end of the SuperNode.
+        launcher: Folder of a launcher (see `prefork.py`). None: a new launcher is started.
     """
 
     def __init__(
@@ -63,10 +64,10 @@ class SuperNode:
             self._prefork.kill()
 
     def keep_running(self) -> None:
-        """Start the SuperNode if it does not run and the server can be reached.
+        """Start the SuperNode if it is not running and the server can be reached.
 
         Raises:
-            UserError: If the server is not the one it should be, or does not admit this node.
+            UserError: If the server cannot be authenticated or does not admit this node.
         """
         now = time.monotonic()
         if self._prefork is not None and not self._prefork.is_running:
@@ -91,7 +92,7 @@ class SuperNode:
         """Log why the SuperNode ended.
 
         Raises:
-            UserError: If it has ended again and again.
+            UserError: If the SuperNode ends repeatedly.
         """
         self._log_once(f"Flower's SuperNode ended; {process.last_output()}")
         if self._failing_since is None or now - process.started > ADMITTED_SECONDS:
@@ -107,7 +108,7 @@ class SuperNode:
         """Return why the server cannot be reached, or an empty string.
 
         Raises:
-            UserError: If the server's certificate is refused, or it does not use TLS.
+            UserError: If the server's certificate is not valid, or the server does not use TLS.
         """
         address = self._server.address
         host, _, port = address.rpartition(":")
@@ -147,14 +148,18 @@ class SuperNode:
         return FlowerCommand(command, self._environment, log, scratch)
 
     def _log_once(self, line: str) -> None:
-        """Log a line unless it repeats the last one."""
+        """Log a line unless it equals the previous line."""
         if line and line != self._last_line:
             self._log(line)
         self._last_line = line
 
 
 def start_prefork(folder: Path) -> FlowerCommand:
-    """Start the process that forks ClientApps, and write its launcher into a folder."""
+    """Start the process that forks ClientApps and write its launcher to a folder.
+
+    Raises:
+        UserError: If the command `flwr-clientapp` is not found.
+    """
     environ = environment(folder / "home")
     command = shutil.which(COMMAND, path=environ["PATH"])
     if command is None:

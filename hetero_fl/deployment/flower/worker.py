@@ -1,7 +1,8 @@
 """The worker process of a site, which answers messages and keeps models and data in memory.
 
-Under `hetero-fl node` it is that command, which runs Flower's SuperNode as a child. Under a
-SuperNode that was started without it, `worker_socket.py` starts it at the first message.
+The command `hetero-fl node` is such a process and runs Flower's SuperNode as a child process. If a
+SuperNode is started without `hetero-fl node`, `worker_socket.py` starts the worker at the first
+message.
 """
 
 from __future__ import annotations
@@ -34,9 +35,12 @@ from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.errors import RunFailedError, UserError, one_line
 from hetero_fl.utils.processes import is_process_running
 
-POLL_SECONDS = 0.2  # seconds between two looks whether to stop
-DELIVERY_SECONDS = 3.0  # seconds that Flower may take to send the last answer
-PARENT_SECONDS = 0.5  # between two looks whether the parent process still runs
+# Seconds between checks whether to stop.
+POLL_SECONDS = 0.2
+# Seconds that Flower may take to send the last answer.
+DELIVERY_SECONDS = 3.0
+# Seconds between checks whether the parent process is running.
+PARENT_SECONDS = 0.5
 
 
 def run_node(
@@ -48,25 +52,26 @@ def run_node(
     launcher: Path | None = None,
     scratch: Path | None = None,
 ) -> bool:
-    """Run a site with a SuperNode of its own until SIGTERM, and finish the task in hand.
+    """Run a site with a SuperNode until SIGTERM, and finish the current task.
 
-    A second SIGTERM, or Ctrl-C, ends it at once.
+    A second SIGTERM, or Ctrl-C, stops the site immediately.
 
     Args:
-        path: The site's file.
-        once: Whether to end when a run is over.
-        allow_code: Whether to run the code that the site's file names: its own, and what
-            `allows.own_code` lets a server name.
-        quiet: Whether to write no log to stderr.
-        launcher: Folder of a launcher (see `prefork.py`) that sites share; None: its own.
-        scratch: Folder for Flower's files; None: a temporary one.
+        path: Path of the site file.
+        once: Whether to stop at the end of a run.
+        allow_code: Whether the site may run the code that the site file references, including
+            `allows.own_code`.
+        quiet: Whether to suppress the log on stderr.
+        launcher: Folder of a launcher (see `prefork.py`) that several sites share. None: a new
+            launcher is started.
+        scratch: Folder for Flower's files. None: a temporary folder.
 
     Returns:
-        Whether a task may have been left unfinished.
+        Whether the site was interrupted, so that a task may be unfinished.
 
     Raises:
-        UserError: If the file or something it names is wrong, Flower is missing, or the server is
-            not the one it should be.
+        UserError: If the site file or a file that it names is invalid, Flower is not installed, or
+            the server cannot be authenticated.
         RunFailedError: If the server refuses this site.
     """
     site, folder = load_site_config(path, allow_code)
@@ -94,7 +99,7 @@ def run_node(
         address = scratch / "worker"
         worker = stack.enter_context(WorkerListener(address, node, log))
         supernode = stack.enter_context(SuperNode(site.server, address, scratch, log, launcher))
-        log(f"{site.client}: looking for the server at {site.server.address}")
+        log(f"{site.client}: connecting to the server at {site.server.address}")
         try:
             while not stop.is_set():
                 supernode.keep_running()
@@ -109,18 +114,18 @@ def run_node(
 
 
 def run_worker(path: Path, address: Path, parent: int, allow_code: bool = False) -> None:
-    """Answer the messages that come over a site's socket until another process ends.
+    """Answer messages on a socket until another process ends.
 
-    Prints `listening` once it does, and its log to stderr.
+    Prints `listening` when the socket is ready, and writes the log to stderr.
 
     Args:
-        path: The site's file.
+        path: Path of the site file.
         address: Path of the socket.
-        parent: Number of the process with which this one ends.
-        allow_code: Whether to run the code that the site's file names.
+        parent: ID of the process with which this process ends.
+        allow_code: Whether the site may run the code that the site file references.
 
     Raises:
-        UserError: If the site's file, or something that it names, is wrong.
+        UserError: If the site file or a file that it names is invalid.
     """
     site, folder = load_site_config(path, allow_code)
     check_site_data(path, site)
@@ -141,10 +146,14 @@ def run_worker(path: Path, address: Path, parent: int, allow_code: bool = False)
 
 
 def check_site_data(path: Path, site: SiteConfig) -> None:
-    """Check a site's own data before a server counts on it.
+    """Check that a site's data can be loaded.
+
+    Args:
+        path: Path of the site file, for error messages.
+        site: Configuration of the site.
 
     Raises:
-        UserError: If it cannot be read; the message begins with the site's file.
+        UserError: If the data cannot be loaded.
     """
     if site.data is None:
         return
@@ -155,13 +164,17 @@ def check_site_data(path: Path, site: SiteConfig) -> None:
 
 
 class LoggedNode:
-    """A node whose messages are logged.
+    """Node that logs its tasks.
 
     Args:
         node: The node.
-        log: Receives a line for each task.
-        stop: Set when the server refuses the node, and with `once` at the end of a run.
-        once: Whether to take part in one run only.
+        log: Log with a line for each task.
+        stop: Event that is set if the server refuses the node and, with `once`, at the end of a
+            run.
+        once: Whether to participate in one run only.
+
+    Attributes:
+        refused: Reason for which the server refused the node or ended the run, or an empty string.
     """
 
     def __init__(
@@ -175,11 +188,11 @@ class LoggedNode:
 
     def handle(self, envelope: Envelope) -> Envelope:
         """Answer a message; see `Node.handle`."""
-        began = time.monotonic()
+        start = time.monotonic()
         head = envelope.head
         answer = self._node.handle(envelope)
         if head.get("ask") == "do":
-            self._log_task(envelope, answer, time.monotonic() - began)
+            self._log_task(envelope, answer, time.monotonic() - start)
         if head.get("ask") == "leave":
             self.refused = one_line(head.get("why", ""))
             if self.refused or self._once:
@@ -189,29 +202,29 @@ class LoggedNode:
     def _log_task(self, request: Envelope, answer: Envelope, seconds: float) -> None:
         what = one_line(request.head.get("what"), 20)
         run = one_line(request.head.get("run", ""), 64)
-        turn = request.head.get("round")
-        # Models are read when a round is complete.
-        number = turn + (what != "read") if isinstance(turn, int) else 0
+        round_idx = request.head.get("round")
+        # Models are evaluated after a round, with the index of the next one.
+        number = round_idx + (what != "read") if isinstance(round_idx, int) else 0
         sizes = {"bytes_in": len(request.body), "bytes_out": len(answer.body)}
         line = f"round {number}: {what}: {answer.head.get('ask')!s} in {seconds:.2f} s"
-        line += f", {sizes['bytes_in']:,} bytes came, {sizes['bytes_out']:,} went"
+        line += f", {sizes['bytes_in']:,} bytes received, {sizes['bytes_out']:,} bytes sent"
         self._log(line, run=run, round=number, task=what, seconds=float(f"{seconds:.3f}"), **sizes)
 
 
 class WorkerListener:
-    """Listens on a site's socket; use it as a context manager.
+    """Context manager for the socket of a site.
 
     Args:
         address: Path of the socket.
-        node: Answers the messages, one at a time.
-        log: Receives a line on each answer that could not be handed over.
+        node: Node that answers the messages.
+        log: Log with a line for each answer that could not be sent.
     """
 
     def __init__(self, address: Path, node: LoggedNode, log: EventLog) -> None:
         self._address = address
         self._node = node
         self._log = log
-        # One may be left of a process that was killed.
+        # A process that was killed may have left a socket.
         address.unlink(missing_ok=True)
         self._listener = listen(address)
 
@@ -223,46 +236,47 @@ class WorkerListener:
         self._address.unlink(missing_ok=True)
 
     def serve(self, seconds: float) -> None:
-        """Answer a message, if one comes within some seconds."""
+        """Answer a message if one arrives within the given number of seconds."""
         if not select.select([self._listener], [], [], seconds)[0]:
             return
         with Connection(self._listener.accept()[0].detach()) as connection:
             try:
                 send(connection, self._node.handle(receive(connection)))
             except (EOFError, OSError) as error:
-                self._log(f"an answer could not be handed to Flower ({error}); it is kept")
+                self._log(f"an answer could not be sent to Flower ({error}); it is stored")
 
 
 @contextmanager
 def handle_termination(log: EventLog, stop: threading.Event) -> Iterator[None]:
-    """Set `stop` on SIGTERM; a second one interrupts."""
-    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
+    """Set `stop` on SIGTERM; raise KeyboardInterrupt on a second SIGTERM."""
+    # Signal handlers can be set in the main thread only.
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    asked = False
+    is_stopping = False
 
     def handle_signal(_number: int, _frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
+        nonlocal is_stopping
+        if is_stopping:
             raise KeyboardInterrupt
-        asked = True
+        is_stopping = True
         # This thread may hold the locks of the log and the event.
-        threading.Thread(target=_stop_requested).start()
+        threading.Thread(target=_announce_stop).start()
 
-    def _stop_requested() -> None:
+    def _announce_stop() -> None:
         log("stopping after the current task; repeat the signal to stop immediately")
         stop.set()
 
-    before = signal.signal(signal.SIGTERM, handle_signal)
+    previous = signal.signal(signal.SIGTERM, handle_signal)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
 
 def _end_with(parent: int, address: Path) -> None:
-    """End this process when its parent has ended. What it has answered is on disk."""
+    """End this process when its parent process ends. All answers are stored on disk."""
     while is_process_running(parent):
         time.sleep(PARENT_SECONDS)
     address.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
-"""Reach the worker process of a site over a Unix socket, and start it when there is none.
+"""Connect to the worker process of a site over a Unix socket, and start the worker if needed.
 
-Imports the standard library and filelock only: Flower starts a process for every message.
+Flower starts a process for every message, so this module imports only the standard library and
+filelock.
 """
 
 from __future__ import annotations
@@ -24,22 +25,24 @@ from filelock import FileLock
 from hetero_fl.deployment.transport import Envelope, Head
 
 WORKER = "hetero_fl.deployment.flower.worker"
-# Keys of the node's configuration.
-SITE = "site"  # path of the site's file
+# Keys of Flower's node configuration: path of the site file, permission to run code, and socket of
+# a running worker, which `hetero-fl node` sets.
+SITE = "site"
 ALLOW_CODE = "allow-code"
-SOCKET = "socket"  # of a worker that runs already; given by `hetero-fl node`
-LISTENING = "listening"  # what it prints once it can be connected to
+SOCKET = "socket"
+# Line that a worker prints when its socket is ready.
+LISTENING = "listening"
 # Longest path of a Unix socket that all systems accept.
 MAX_PATH_BYTES = 100
 
 
 class WorkerError(Exception):
-    """The worker of a site could not be started. The message is one line that says why."""
+    """Raised if the worker of a site cannot be started; the message is one line."""
 
 
 @contextmanager
 def short_path(path: Path) -> Iterator[str]:
-    """Yield a name for a Unix socket that is short enough, however long its path is."""
+    """Yield a path to a Unix socket that does not exceed the maximum length."""
     if len(os.fsencode(path)) <= MAX_PATH_BYTES or sys.platform != "linux":
         yield str(path)
         return
@@ -57,7 +60,7 @@ def connect(path: Path) -> Connection:
 
 
 def listen(path: Path) -> socket.socket:
-    """Return a Unix socket that listens at a path."""
+    """Create a Unix socket that listens at a path."""
     listener = socket.socket(socket.AF_UNIX)
     try:
         with short_path(path) as name:
@@ -70,10 +73,10 @@ def listen(path: Path) -> socket.socket:
 
 
 def socket_path(site: Path) -> Path:
-    """Return the path of a site's socket, in a folder that only this user can enter.
+    """Return the path of a site's socket, in a folder that only this user can access.
 
     Raises:
-        WorkerError: If the folder belongs to another user.
+        WorkerError: If the folder belongs to another user, or other users can access it.
     """
     folder = Path(tempfile.gettempdir()) / f"hetero_fl-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -84,32 +87,32 @@ def socket_path(site: Path) -> Path:
 
 
 def forward(envelope: Envelope, site: Path, allow_code: bool = False) -> Envelope:
-    """Return the worker's answer to a message.
+    """Send a message to a site's worker, which is started if needed, and return the answer.
 
     Args:
         envelope: The message.
-        site: The site's file, which names the worker.
-        allow_code: Whether a worker that is started here may run the code that its files name.
+        site: Path of the site file, which identifies the worker.
+        allow_code: Whether a newly started worker may run the code that the site file references.
 
     Raises:
         WorkerError: If the worker cannot be started.
-        EOFError, OSError: If it ends before it answers.
+        EOFError, OSError: If the worker ends before it answers.
     """
     address = socket_path(site)
     try:
         connection = connect(address)
     except (FileNotFoundError, ConnectionRefusedError):
-        # Two messages that come at once start one worker.
+        # The lock ensures that two simultaneous messages start only one worker.
         with FileLock(address.with_suffix(".lock")):
             connection = _connect_or_start(site, address, allow_code)
     return _exchange(connection, envelope)
 
 
 def ask(envelope: Envelope, address: Path) -> Envelope:
-    """Return the answer of the worker that listens at a socket.
+    """Send a message to the worker that listens at a socket and return the answer.
 
     Raises:
-        EOFError, OSError: If there is none, or it ends before it answers.
+        EOFError, OSError: If no worker listens, or it ends before it answers.
     """
     return _exchange(connect(address), envelope)
 
@@ -148,7 +151,7 @@ def _connect_or_start(site: Path, address: Path, allow_code: bool) -> Connection
 
 
 def _start_worker(site: Path, address: Path, allow_code: bool) -> None:
-    """Start a site's worker and wait until it listens.
+    """Start a site's worker and wait until its socket is ready.
 
     The worker ends with the parent of this process, which Flower's SuperNode starts and stops.
     """
@@ -156,7 +159,7 @@ def _start_worker(site: Path, address: Path, allow_code: bool) -> None:
     if allow_code:
         arguments.append("--allow-code")
     process = subprocess.Popen(
-        # -P: do not search the working directory for modules
+        # With -P, modules are not searched in the working directory.
         [sys.executable, "-P", "-m", WORKER, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -128,7 +128,7 @@ def describe(
     # of users may not support them.
     device = "cpu" if ":" in name else "meta"
     with torch.device(device):
-        example = make_shape(in_channels, input_size, vocabulary).blank(1)
+        example = make_shape(in_channels, input_size, vocabulary).zeros(1)
     flops, convolutions = _count_flops(model.to(device), example)
     return ModelDescription(
         name=name,

@@ -54,7 +54,7 @@ class Shape:
         """
         return self.size[0], self.channels * math.prod(self.size[1:])
 
-    def blank(self, batch_size: int) -> torch.Tensor:
+    def zeros(self, batch_size: int) -> torch.Tensor:
         """Return a batch of zeros.
 
         Its shape is `[batch_size, channels, *size]`, or `[batch_size, L]` (int64) for tokens.

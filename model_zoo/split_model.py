@@ -162,7 +162,7 @@ def measure_feature_width(backbone: nn.Module, shape: Shape) -> int:
     backbone.eval()
     try:
         with torch.no_grad():
-            features = backbone(shape.blank(2))
+            features = backbone(shape.zeros(2))
     # A module of unknown origin may raise any exception.
     except Exception as error:
         raise InputError(f"cannot process {shape}: {one_line(error)}") from error

@@ -134,10 +134,10 @@ def section_summary(model: type[BaseModel]) -> str:
 
 
 # Number of differences that `describe_difference` lists.
-SHOWN = 3
+MAX_SHOWN = 3
 
 # Keys of `runtime` that do not affect results.
-FREE = ("store_memory", "workers", "address")
+RESULT_NEUTRAL_KEYS = ("store_memory", "workers", "address")
 
 ABSENT = object()
 
@@ -167,7 +167,9 @@ def resume_relevant(plain: Mapping[str, Any]) -> dict[str, Any]:
     """
     kept = {key: value for key, value in plain.items() if key != "rounds"}
     if isinstance(runtime := plain.get("runtime"), Mapping):
-        kept["runtime"] = {key: value for key, value in runtime.items() if key not in FREE}
+        kept["runtime"] = {
+            key: value for key, value in runtime.items() if key not in RESULT_NEUTRAL_KEYS
+        }
     return kept
 
 
@@ -177,9 +179,11 @@ def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str |
     The first three values that differ are listed.
     """
     differing = list(_differing_leaves(old, new, ""))
-    parts = [f"{key}: was {_shorten(a)}, is now {_shorten(b)}" for key, a, b in differing[:SHOWN]]
-    if len(differing) > SHOWN:
-        parts.append(f"and {len(differing) - SHOWN} more")
+    parts = [
+        f"{key}: was {_shorten(a)}, is now {_shorten(b)}" for key, a, b in differing[:MAX_SHOWN]
+    ]
+    if len(differing) > MAX_SHOWN:
+        parts.append(f"and {len(differing) - MAX_SHOWN} more")
     return "; ".join(parts) or None
 
 

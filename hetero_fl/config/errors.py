@@ -61,7 +61,7 @@ LIMITS = {
 CUSTOM_ERROR_TYPES = {"value_error", "assertion_error"}
 
 # Number of keys of a section that a message lists.
-SHOWN = 5
+MAX_SHOWN = 5
 
 
 def describe_error(
@@ -191,8 +191,8 @@ def _suggest_mapping(where: str, section: Any, found: Any) -> str:
         return f"did you mean '{where}.{key}'?"
     if found is True and section and _may_be_empty(section):
         return f"write {{}} for the defaults, or set {', '.join(fields)}"
-    more = ", …" if len(fields) > SHOWN else ""
-    return f"its keys are {', '.join(list(fields)[:SHOWN])}{more}"
+    more = ", …" if len(fields) > MAX_SHOWN else ""
+    return f"its keys are {', '.join(list(fields)[:MAX_SHOWN])}{more}"
 
 
 def _may_be_empty(section: type[BaseModel]) -> bool:

@@ -29,7 +29,7 @@ from hetero_fl.utils.ordering import ClientIds, IdSeries
 Layer = dict[str, Any]
 
 # Number of client ids that an error message lists.
-SHOWN = 8
+MAX_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -283,8 +283,8 @@ def expand_population(config: ClientsConfig) -> Population:
     _ = without_overrides.profiles
     for override, matches in zip(overrides, population.matched_overrides(), strict=True):
         if not matches:
-            known = ", ".join(islice(population, SHOWN))
-            more = ", …" if len(population) > SHOWN else ""
+            known = ", ".join(islice(population, MAX_SHOWN))
+            more = ", …" if len(population) > MAX_SHOWN else ""
             raise UserError(
                 f"clients.overrides: '{override.pattern}' matches no client; "
                 f"the clients are {known}{more}"

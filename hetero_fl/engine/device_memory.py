@@ -223,7 +223,7 @@ def _saved_bytes(arch: ModelSpec, examples: int) -> int:
         use_keyed_dropout(module, dropout)
         dropout.seed([0], examples)
         _, channels, size, _ = arch.size_arguments
-        x = make_shape(channels, size, arch.vocabulary).blank(examples)
+        x = make_shape(channels, size, arch.vocabulary).zeros(examples)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             module(x)
     return sum(sizes.values())

@@ -257,7 +257,7 @@ def measure_step(arch: ModelSpec, batch_size: int, threads: int) -> float:
     template = templates(arch)
     template.set_mode(training=True)
     _, channels, size, _ = arch.size_arguments
-    x = make_shape(channels, size, arch.vocabulary).blank(batch_size)
+    x = make_shape(channels, size, arch.vocabulary).zeros(batch_size)
     optimizer = torch.optim.SGD(template.module.parameters(), lr=0.0, fused=True)
     seconds: list[float] = []
     try:

@@ -412,7 +412,7 @@ class _Plan:
         unchecked = [job for job in first_seed if grid or job.variant not in self.admitted]
         tasks = [_task(source, self.base, job, permission) for job in unchecked or first_seed[:1]]
         self.task = tasks[0]
-        self.permission = permission.with_written(
+        self.permission = permission.with_caller_references(
             source, [override for job in self.work for override in [*self.base, *job.overrides]]
         )
         self.out = out

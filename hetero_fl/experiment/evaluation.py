@@ -72,7 +72,9 @@ def evaluate(
         ['accuracy', 'auroc', 'average_precision']
     """
     run = Run.open(run, allow_code)
-    CodePermission.from_argument(allow_code).check_written(find_references({"--data": data}))
+    CodePermission.from_argument(allow_code).check_caller_references(
+        find_references({"--data": data})
+    )
     if client is not None and client not in run.models:
         raise UserError(f"--client: no model of '{client}'{suggest_or_list(client, run.models)}")
     dataset = load_as(run, data, label)

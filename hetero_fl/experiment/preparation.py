@@ -589,7 +589,7 @@ def load_config(
     """
     overrides = override_list(overrides)
     draft = draft_config(source, overrides)
-    permission = CodePermission.from_argument(allow_code).with_written(source, overrides)
+    permission = CodePermission.from_argument(allow_code).with_caller_references(source, overrides)
     permission.check(draft.code_references, draft.key_source)
     config = draft.config
     if draft.code_references:

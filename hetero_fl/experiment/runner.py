@@ -125,7 +125,7 @@ def _run_remaining_rounds(
             record["privacy"] = _spent_privacy(budget, trainer.completed)
         if trainer.completed % config.evaluation.every == 0 or is_last:
             result = _evaluate(trainer, record, directory if is_last else None)
-            patience.look(record)
+            patience.update(record)
             evaluation = result if is_last else None
         directory.append_metrics(record)
         metadata["directory"]["metrics"] = directory.metrics_checksum()

@@ -138,7 +138,7 @@ class TaskQueue:
         self._uncomputed.clear()
         return tasks
 
-    def idle_place(self, rank: int) -> int:
+    def idle_position(self, rank: int) -> int:
         """Return the place of the idle client at a position among the idle clients."""
         return rank + bisect_right(range(len(self._busy)), rank, key=lambda i: self._busy[i] - i)
 
@@ -395,7 +395,7 @@ class AsynchronousTrainer(FederatedTrainer):
 
     def _idle_clients(self) -> tuple[int, Callable[[int], int]]:
         """Return the number of idle clients, and a function from position to place."""
-        return len(self.ids) - len(self.queue), self.queue.idle_place
+        return len(self.ids) - len(self.queue), self.queue.idle_position
 
     def _assign_tasks(self) -> None:
         """Give every free place to an idle client, sampled without replacement."""

@@ -28,7 +28,7 @@ class SynchronousTrainer(FederatedTrainer):
             if collector.is_sufficient:
                 collector.diverged = self.aggregate(collector)
             else:
-                self.give_up(collector)
+                self.abandon_round(collector)
             self.store.commit()
         self.completed += 1
         traffic = Traffic(self.traffic.up - before.up, self.traffic.down - before.down)
@@ -67,7 +67,7 @@ class SynchronousTrainer(FederatedTrainer):
             self.store.discard()
         return diverged
 
-    def give_up(self, collector: UploadCollector) -> None:
+    def abandon_round(self, collector: UploadCollector) -> None:
         """Discard a round with too few uploads.
 
         Raises:

@@ -32,7 +32,7 @@ from hetero_fl.privacy.mechanisms import (
 )
 
 # Item with one bit per uploaded item: whether its norm was within the clipping bound.
-WITHIN = "within_clip"
+WITHIN_CLIP = "within_clip"
 # Prefix of an item's name in the report of a broadcast; the value is the factor on its bound.
 FACTOR = "clip "
 
@@ -75,7 +75,7 @@ def upload_specs(algorithm: Algorithm, federation: PrivateFederation) -> dict[st
     """Return the declarations of all items of an upload, including that of adaptive clipping."""
     specs = dict(algorithm.uploads)
     if federation.privacy is not None and federation.privacy.adaptive_clip is not None:
-        specs[WITHIN] = ItemSpec("counts", private=True)
+        specs[WITHIN_CLIP] = ItemSpec("counts", private=True)
     return specs
 
 
@@ -161,7 +161,7 @@ class ClientPrivacy:
             if privacy.adaptive_clip is not None and upload:
                 # Subtracting 1/2 reduces the sensitivity to 1/2 (Andrew et al. 2021, section 3).
                 bits = torch.tensor([float(within.get(name, True)) - 0.5 for name in self.items])
-                clipped.items_by_name[WITHIN] = Item(bits, 1.0, "counts")
+                clipped.items_by_name[WITHIN_CLIP] = Item(bits, 1.0, "counts")
             return clipped
         stream = client.stream("release")
 

@@ -18,7 +18,7 @@ from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.core.model_spec import Owner, Tensors, owners_of
 from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Item, Payload
-from hetero_fl.privacy.client_side import WITHIN, ClientPrivacy, PrivateFederation
+from hetero_fl.privacy.client_side import WITHIN_CLIP, ClientPrivacy, PrivateFederation
 from hetero_fl.privacy.mechanisms import reference_tensors, teacher_from_votes
 from hetero_fl.utils.errors import UserError
 
@@ -305,7 +305,7 @@ class ServerPrivacy:
             if privacy.distributed:
                 # The clients have added the noise.
                 return 0.0
-            if name == WITHIN:
+            if name == WITHIN_CLIP:
                 # The m bits of an upload are one vector of norm √m/2.
                 return self.count_noise() * math.sqrt(len(self.factors))
             return self.client.deviation(name, self.factors[name], self.update_noise_multiplier())
@@ -379,7 +379,7 @@ class ServerPrivacy:
         config = self.config.adaptive_clip
         if config is None:
             return
-        total = uploads.total(WITHIN)
+        total = uploads.total(WITHIN_CLIP)
         # Clients send the bit minus 1/2.
         shares = (total[0] / total[1] + 0.5).tolist()
         for name, share in zip(sorted(self.factors), shares, strict=True):

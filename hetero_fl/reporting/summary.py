@@ -123,10 +123,10 @@ class Patience:
         self.without = 0
         for record in history:
             if record.get("validation"):
-                self.look(record)
+                self.update(record)
 
-    def look(self, record: Record) -> None:
-        """Take the record of an evaluated round into account."""
+    def update(self, record: Record) -> None:
+        """Update the best score with the record of an evaluated round."""
         value = mean_validation_score(self.task, record)
         if value is None:
             return

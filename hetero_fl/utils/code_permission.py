@@ -87,7 +87,9 @@ class CodePermission:
             return allow_code
         return cls(everything=allow_code, trusts_caller=True)
 
-    def with_written(self, source: object, overrides: Iterable[str] = ()) -> CodePermission:
+    def with_caller_references(
+        self, source: object, overrides: Iterable[str] = ()
+    ) -> CodePermission:
         """Return this permission extended to the references that the caller passed.
 
         Args:
@@ -108,7 +110,7 @@ class CodePermission:
         extended._advice = self._advice
         return extended
 
-    def check_written(self, found: Mapping[str, str]) -> None:
+    def check_caller_references(self, found: Mapping[str, str]) -> None:
         """Check references among the arguments of the caller, which Python callers may use.
 
         Raises:

@@ -20,7 +20,7 @@ from hetero_fl.experiment.exporting.graph import (
     ExportedModel,
     draw_inputs,
     inputs_of,
-    to_predict_form,
+    to_predict_inputs,
 )
 from hetero_fl.experiment.exporting.model_card import FORM, card_facts, card_markdown
 from hetero_fl.reporting.run import Run
@@ -294,7 +294,7 @@ def _largest_difference(run: Run, name: str, scorer: Scorer, personal: bool) -> 
     largest = 0.0
     for size in BATCHES:
         inputs = draw_inputs(model, size, keyed_generator("export", ROWS, size))
-        expected = run.predict(name, to_predict_form(model, inputs), personal)
+        expected = run.predict(name, to_predict_inputs(model, inputs), personal)
         try:
             found = scorer(inputs)
         except Exception as error:

@@ -133,7 +133,7 @@ def _image_input(preprocess: Preprocess, input_shape: tuple[int, ...]) -> Input:
     return Input(name, "image", (*channels, *sides))
 
 
-def to_predict_form(model: SavedModel, arrays: tuple[Tensor, ...]) -> Any:
+def to_predict_inputs(model: SavedModel, arrays: tuple[Tensor, ...]) -> Any:
     """Convert inputs of the graph to the form that `Run.predict` accepts.
 
     Args:

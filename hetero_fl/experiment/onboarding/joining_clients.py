@@ -36,11 +36,11 @@ from hetero_fl.utils.seeding import keyed_generator
 from hetero_fl.utils.serialization import write_atomically
 
 # Smallest number of training steps, however few examples there are.
-FEWEST_STEPS = 60
+MIN_STEPS = 60
 # Factor for the number of steps when training from scratch.
-LONGER = 4
+SCRATCH_STEP_FACTOR = 4
 # Settings of a client in the run that the joining client does not adopt.
-OF_OTHERS = {
+NOT_ADOPTED_SETTINGS = {
     "scanner",
     "data",
     "size",
@@ -140,7 +140,9 @@ class JoiningClients:
         self.epochs = epochs
         settings, fits = source_run.settings_for(model)
         adopted = settings.model_dump(mode="json", exclude_unset=True)
-        self.defaults = {key: value for key, value in adopted.items() if key not in OF_OTHERS}
+        self.defaults = {
+            key: value for key, value in adopted.items() if key not in NOT_ADOPTED_SETTINGS
+        }
         if not fits:
             self.defaults["model"] = model
         self.overrides = [
@@ -153,7 +155,7 @@ class JoiningClients:
         """Return the configuration of the joining clients, with `times` the number of steps."""
         batch = int(self.defaults.get("batch_size", ClientSettings().batch_size))
         groups = [
-            {"name": f"with_{n}", "steps": times * max(FEWEST_STEPS, self.epochs * -(-n // batch))}
+            {"name": f"with_{n}", "steps": times * max(MIN_STEPS, self.epochs * -(-n // batch))}
             for n in self.site.counts
         ]
         source = {
@@ -295,7 +297,7 @@ class JoiningClients:
             parts: The tensors that they receive.
             save_path: Where to save the model with the most labels. None: do not save it.
         """
-        config = self.config(seed, LONGER if option == SCRATCH else 1)
+        config = self.config(seed, SCRATCH_STEP_FACTOR if option == SCRATCH else 1)
         data, federation = self.federation(config)
         trainer = PreparedRun(config, JoiningClient(), federation, data, [], {}).make_trainer()
         last = f"with_{self.site.counts[-1]}"
@@ -383,7 +385,7 @@ def join(
     source_run = TransferSource(Run.open(run, allow_code))
     out = Path(out)
     overrides = override_list(overrides)
-    CodePermission.from_argument(allow_code).check_written(
+    CodePermission.from_argument(allow_code).check_caller_references(
         find_references({"--data": data, "--model": model, "overrides": overrides})
     )
     # A folder with results is refused, because joining cannot be resumed.

@@ -406,7 +406,7 @@ class WorkerExecutor(Executor):
 
         def may_wait_behind(job: WorkerJob) -> bool:
             # An old job may change private state after the next one was created without it.
-            return job.number > last_old_job and waiting.outlasts(job)
+            return job.number > last_old_job and waiting.keeps_workers_busy(job)
 
         def make_job(worker: int, chunks: list[list[str]]) -> WorkerJob:
             return self._make_job(worker, kind, chunks, request, details)
@@ -416,7 +416,7 @@ class WorkerExecutor(Executor):
         while waiting or self._has_job_after(last_old_job):
             worker, result = self.pool.receive()
             if result is None:
-                self._put_back_lost_jobs(worker, last_old_job, waiting, deaths)
+                self._requeue_lost_jobs(worker, last_old_job, waiting, deaths)
                 send_jobs()
                 continue
             finished = self._running[worker].popleft()
@@ -458,7 +458,7 @@ class WorkerExecutor(Executor):
     def _has_job_after(self, number: int) -> bool:
         return any(job.number > number for jobs in self._running.values() for job in jobs)
 
-    def _put_back_lost_jobs(
+    def _requeue_lost_jobs(
         self, worker: int, last_old_job: int, waiting: ChunkQueue, deaths: Counter[str]
     ) -> None:
         """Queue the jobs of a dead worker again; it had none if it was idle."""
@@ -468,7 +468,7 @@ class WorkerExecutor(Executor):
             # Only the first job had begun.
             _count_deaths(lost[0], deaths)
         for job in lost:
-            waiting.put_back(job.chunks)
+            waiting.requeue(job.chunks)
 
     def _make_job(
         self,
@@ -572,8 +572,8 @@ class ChunkQueue:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def outlasts(self, job: WorkerJob) -> bool:
-        """Return whether the waiting chunks keep all workers busy for longer than a job takes.
+    def keeps_workers_busy(self, job: WorkerJob) -> bool:
+        """Return whether the waiting chunks keep all workers busy for longer than the job takes.
 
         If not, another worker may become idle before this one can begin a second job.
         """
@@ -603,7 +603,7 @@ class ChunkQueue:
             self._waiting_cost -= self._costs[chunk[0]]
         return taken
 
-    def put_back(self, chunks: list[list[str]]) -> None:
+    def requeue(self, chunks: list[list[str]]) -> None:
         """Queue chunks again whose worker died."""
         self._waiting.update({chunk[0]: chunk for chunk in chunks})
         self._waiting_cost += sum(self._costs[chunk[0]] for chunk in chunks)

@@ -177,7 +177,7 @@ def _matrix(
                 linespacing=1.15,
                 color=color,
             )
-    shown = list(style.thin_labels(classes, 10))
+    shown = list(style.evenly_spaced_positions(classes, 10))
     labels = [style.shorten(names[c], 11) for c in shown]
     hidden = [""] * len(shown)
     axes.set_yticks(shown, labels if left else hidden, fontsize=style.MIN_FONT_SIZE)

@@ -181,6 +181,6 @@ def add_colorbar(figure: Figure, image: AxesImage, axes: Any, label: str, **plac
     return bar.ax
 
 
-def thin_labels(count: int, most: int) -> range:
-    """Return evenly spaced positions of at most `most` of `count` labels."""
-    return range(0, count, -(-count // most))
+def evenly_spaced_positions(count: int, max_labels: int) -> range:
+    """Return at most `max_labels` evenly spaced positions out of `count`."""
+    return range(0, count, -(-count // max_labels))

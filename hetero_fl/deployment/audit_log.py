@@ -526,14 +526,14 @@ class SiteUsage:
         if entry.get("run") != self.run or "asked" not in entry or entry["outcome"] == REPEATED:
             return
         self.one_time_charges.update(c["once"] for c in charges if c["once"])
-        asked = bytes.fromhex(entry["asked"])
-        self.tasks[entry["task"]] = asked
+        digest = bytes.fromhex(entry["asked"])
+        self.tasks[entry["task"]] = digest
         if len(self.tasks) > MAX_KNOWN_TASKS:
             self.tasks.popitem(last=False)
         if entry["outcome"] in ANSWERED:
-            self.answered.add(asked)
+            self.answered.add(digest)
             if entry.get("what") == TRAIN:
-                self.trained.add(asked)
+                self.trained.add(digest)
 
     def with_charges(self, charges: Iterable[Mapping[str, Any]]) -> Spent:
         """Return the mechanisms applied so far together with additional charges."""

@@ -210,7 +210,7 @@ class FlowerTransport:
         self._listener = listen(address)
         try:
             write_bridge_app(self._app, address, message_bytes)
-            self._remote = self._begin()
+            self._remote = self._start_app()
         except BaseException:
             self._listener.close()
             superlink.close()
@@ -263,16 +263,16 @@ class FlowerTransport:
             except (EOFError, OSError, RunFailedError) as error:
                 if isinstance(error, RunFailedError) and self._superlink.is_running:
                     raise
-            if time.monotonic() - self._began < MIN_LIFETIME:
+            if time.monotonic() - self._app_start < MIN_LIFETIME:
                 raise RunFailedError(
                     f"Flower ended the server's app within {MIN_LIFETIME:.0f} s of its start; "
                     f"{self._superlink.last_output()}"
                 )
             self._superlink.revive()
             self._remote.close()
-            self._remote = self._begin()
+            self._remote = self._start_app()
 
-    def _begin(self) -> RemoteTransport:
+    def _start_app(self) -> RemoteTransport:
         """Start a run of the app and wait until it connects."""
         self._superlink.run(self._app)
         self._listener.settimeout(1.0)
@@ -281,7 +281,7 @@ class FlowerTransport:
             with suppress(TimeoutError):
                 connection = self._listener.accept()[0]
                 connection.setblocking(True)
-                self._began = time.monotonic()
+                self._app_start = time.monotonic()
                 self._generation += 1
                 return RemoteTransport(Connection(connection.detach()))
         raise RunFailedError(

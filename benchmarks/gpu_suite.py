@@ -455,7 +455,7 @@ def run_parts(
     missing: dict[str, str] = {}
     for name in sorted(names, key=lambda name: (folder / f"{name}.failed").exists()):
         file = folder / f"{name}.json"
-        mark = folder / f"{name}.failed"
+        failure_file = folder / f"{name}.failed"
         part, longest = PARTS[name]
         started_at = now()
         left = minutes - (started_at - started) / 60
@@ -465,7 +465,7 @@ def run_parts(
             missing[name] = f"takes {longest:g} minutes, {left:.1f} were left"
             continue
         print(f"{name} …", flush=True)
-        mark.touch()  # until it ends well, even if this process is killed
+        failure_file.touch()  # until it ends well, even if this process is killed
         try:
             with time_limit(60 * longest):
                 outcome = vars(part(setting))
@@ -476,7 +476,7 @@ def run_parts(
         machine = describe_machine(setting.is_dry)
         result = {**outcome, "machine": machine, "took": now() - started_at}
         file.write_text(json.dumps(result, indent=1), encoding="utf-8")
-        mark.unlink()
+        failure_file.unlink()
         write_table(folder)
         print(format_part(name, result), flush=True)
     return missing

@@ -58,7 +58,8 @@ def run_channel(name: str, seeds: Sequence[int], out: Path, changes: Sequence[st
 def format_row(name: str, rows: Sequence[Row]) -> str:
     """Return a row of the table."""
     up, down = (
-        statistics.fmean(float(r[f"{way}_bytes"]) for r in rows) / MB for way in ("up", "down")
+        statistics.fmean(float(r[f"{direction}_bytes"]) for r in rows) / MB
+        for direction in ("up", "down")
     )
     cells = [f"`{name}`", f"{up:,.1f}", f"{down:,.1f}"]
     for metric in METRICS:

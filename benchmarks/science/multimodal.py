@@ -81,10 +81,10 @@ def figures(run: Run, dataset: Dataset) -> dict[str, dict[str, float]]:
                     mine.setdefault(f"{reading} {metric}", []).append(client[reading][metric])
         model = run.models[client["id"]]
         if len(model.preprocess["blocks"]) == 2:
-            alone = score(
+            single = score(
                 model.task, model.logits(preprocess_inputs(model, {"image": image})), dataset.test.y
             )
-            mine.setdefault("image auroc", []).append(float(alone["auroc"] or 0))
+            mine.setdefault("image auroc", []).append(float(single["auroc"] or 0))
     return {
         kind: {name: statistics.fmean(values) for name, values in each.items()}
         for kind, each in found.items()
@@ -106,11 +106,11 @@ def table(found: dict[str, Figures], metric: str) -> str:
     for row, kinds in found.items():
         cells = []
         for kind in KINDS:
-            here = kinds.get(kind, {})
-            there = (row, kind) not in SAME and f"global {metric}" in here
+            scores = kinds.get(kind, {})
+            is_reported = (row, kind) not in SAME and f"global {metric}" in scores
             cells.append(
-                f"{cell(here[f'global {metric}'])} / {cell(here[f'personal {metric}'])}"
-                if there
+                f"{cell(scores[f'global {metric}'])} / {cell(scores[f'personal {metric}'])}"
+                if is_reported
                 else ""
             )
         by_images = kinds.get("university", {}).get("image auroc") if metric == "auroc" else None

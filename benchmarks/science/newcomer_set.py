@@ -25,8 +25,8 @@ def left_over(whole: Arrays, taken: Arrays) -> Arrays:
         np.concatenate([whole[f"{s}_{part}"] for s in SPLITS]) for part in ("images", "labels")
     )
     known = {image.tobytes() for s in SPLITS for image in taken[f"{s}_images"]}
-    mine = np.array([image.tobytes() not in known for image in images])
-    return {"train_images": images[mine], "train_labels": labels[mine]}
+    is_new = np.array([image.tobytes() not in known for image in images])
+    return {"train_images": images[is_new], "train_labels": labels[is_new]}
 
 
 def read(path: Path) -> Arrays:

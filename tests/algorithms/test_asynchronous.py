@@ -45,15 +45,16 @@ def events(
 
     `mix(model, [(staleness, start, end)])` returns the next version.
     """
-    model, version, number, buffer, asked = start, 0, 0, [], dict.fromkeys(SECONDS, 0)
+    model, version, number, buffer, requests = start, 0, 0, [], dict.fromkeys(SECONDS, 0)
     flight: list[Any] = []
 
     def give(client_id: str, now: float) -> None:
         nonlocal number
         heapq.heappush(
-            flight, (now + SECONDS[client_id], number, client_id, version, asked[client_id], model)
+            flight,
+            (now + SECONDS[client_id], number, client_id, version, requests[client_id], model),
         )
-        number, asked[client_id] = number + 1, asked[client_id] + 1
+        number, requests[client_id] = number + 1, requests[client_id] + 1
 
     for client_id in SECONDS:
         give(client_id, 0.0)
@@ -62,7 +63,7 @@ def events(
         buffer.append((version - began, got, trained(run, client_id, began, again, got)))
         if len(buffer) == goal:
             model, version, buffer = mix(model, buffer), version + 1, []
-            asked = dict.fromkeys(SECONDS, 0)
+            requests = dict.fromkeys(SECONDS, 0)
         give(client_id, now)
     return model
 
@@ -93,7 +94,10 @@ def test_fedasync_matches_mixing_formula(kind: str) -> None:
         rate = 0.7 * WEIGHTS[kind](stale)
         return {n: (1 - rate) * model[n] + rate * end[n] for n in model}
 
-    assert local_training.apart(run.server.models[group], events(run, start, 1, mix)) < 1e-10
+    assert (
+        local_training.largest_difference(run.server.models[group], events(run, start, 1, mix))
+        < 1e-10
+    )
     assert run.version == ARRIVALS and max(map(int, records[-1]["staleness"])) > 1
 
 
@@ -129,7 +133,10 @@ def test_fedbuff_matches_buffered_mean(goal: int) -> None:
                 result[n] = model[n] + sum(s) / goal * (mean - model[n])
         return result
 
-    assert local_training.apart(run.server.models[group], events(run, start, goal, mix)) < 1e-10
+    assert (
+        local_training.largest_difference(run.server.models[group], events(run, start, goal, mix))
+        < 1e-10
+    )
     assert run.version == ARRIVALS // goal and (again > 0 or goal < 4)
 
 

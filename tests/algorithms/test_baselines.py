@@ -15,7 +15,7 @@ from hetero_fl.engine.batches import index_batches
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
-from tests.references.local_training import BATCH, apart, clients, module, train
+from tests.references.local_training import BATCH, clients, largest_difference, module, train
 
 
 @pytest.mark.usefixtures("float64")
@@ -30,7 +30,7 @@ def test_local_round_matches_reference(method: str) -> None:
         )
     rounds.run_round()
     for client_id, model in models.items():
-        assert apart(rounds.store.get(client_id).models["model"], model) < 1e-9
+        assert largest_difference(rounds.store.get(client_id).models["model"], model) < 1e-9
         if method == "local":
             assert predicted(rounds, client_id, False).allclose(
                 logits_of(rounds, client_id, model), rtol=0, atol=1e-9
@@ -75,9 +75,9 @@ def test_ensemble_averages_softmax_of_client_views(home: bool) -> None:
 @pytest.mark.usefixtures("float64")
 def test_ensemble_keeps_last_models_of_absent_clients() -> None:
     rounds = rounds_of(config("ensemble", MIXED, 4, clients__per_round=2, rounds=4))
-    here = {client_id for index in range(4) for client_id in rounds.sample_cohort(index)}
-    assert here - set(rounds.sample_cohort(3)) and set(rounds.server.state["members"]) == here
-    for client_id in here:
+    sampled = {client_id for index in range(4) for client_id in rounds.sample_cohort(index)}
+    assert sampled - set(rounds.sample_cohort(3)) and set(rounds.server.state["members"]) == sampled
+    for client_id in sampled:
         assert same_bits(
             rounds.server.state["members"][client_id],
             floating_tensors(rounds.store.get(client_id).models["model"]),
@@ -147,7 +147,7 @@ def test_centralized_rounds_match_reference() -> None:
             sgd.zero_grad()
             F.cross_entropy(model(x[rows]).logits, y[rows]).backward()
             sgd.step()
-        assert apart(rounds.server.models[arch.spec_id], model) < 1e-9
+        assert largest_difference(rounds.server.models[arch.spec_id], model) < 1e-9
     for client_id in sites:
         for home in (False, True):
             assert predicted(rounds, client_id, home).allclose(

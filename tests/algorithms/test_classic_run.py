@@ -19,7 +19,7 @@ from hetero_fl.engine.device_memory import DeviceMemory
 from hetero_fl.engine.templates import Templates
 from hetero_fl.utils.seeding import keyed_generator
 from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
-from tests.references.local_training import apart, clients, module, train
+from tests.references.local_training import clients, largest_difference, module, train
 
 SUM = {"name": "fedavg", "weighting": "sum", "server_lr": 0.1}
 
@@ -51,9 +51,9 @@ def test_server_step_matches_plain_fedavg(method: str) -> None:
     expected = {n: t + 0.1 * total[n] for n, t in floating_tensors(model).items()}
     assert (
         any("running_var" in n for n in expected)
-        and apart(rounds.server.models[group], expected) < 1e-12
+        and largest_difference(rounds.server.models[group], expected) < 1e-12
     )
-    assert apart(model, expected) > 1e-3
+    assert largest_difference(model, expected) > 1e-3
     counters = {n: t for n, t in rounds.server.models[group].items() if not t.is_floating_point()}
     assert counters and all(torch.equal(t, model[n]) for n, t in counters.items())
 
@@ -71,7 +71,7 @@ def test_summed_updates_equal_mean_with_scaled_server_rate() -> None:
     )
     # Three of each architecture.
     for group, tensors in mean.server.models.items():
-        assert apart(summed.server.models[group], tensors) < 1e-12
+        assert largest_difference(summed.server.models[group], tensors) < 1e-12
 
 
 def test_server_rate_extrapolates_parameters_but_not_statistics() -> None:
@@ -147,9 +147,9 @@ def test_centralized_training_equals_single_client_with_all_rows() -> None:
     centralized = rounds_of(config("centralized", MIXED[0], 4, **full))
     # Batches are drawn with the key of the first client.
     groups = [{"name": "site_1", "model": MIXED[0]}]
-    alone = rounds_of(config("fedavg", clients__groups=groups, clients__per_round=1, **full))
-    (group,) = alone.server.models
+    single = rounds_of(config("fedavg", clients__groups=groups, clients__per_round=1, **full))
+    (group,) = single.server.models
     assert same_bits(
-        floating_tensors(alone.server.models[group]),
+        floating_tensors(single.server.models[group]),
         floating_tensors(centralized.server.models[group]),
     )

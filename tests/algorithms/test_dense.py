@@ -28,7 +28,7 @@ from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.seeding import keyed_generator
 from model_zoo import create_model, is_batch_norm
 from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
-from tests.references.local_training import apart, clients, module, train
+from tests.references.local_training import clients, largest_difference, module, train
 
 FEW = {
     "synthesis_epochs": 2,
@@ -42,8 +42,8 @@ SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9}
 
 
 def federation(models: Any = MIXED, clients: int = 3, **settings: Any) -> dict[str, Any]:
-    mine = {"name": "dense", **FEW, **settings}
-    return config("dense", models, clients, algorithm=mine, server={"optimizer": SGD})
+    own = {"name": "dense", **FEW, **settings}
+    return config("dense", models, clients, algorithm=own, server={"optimizer": SGD})
 
 
 def statistics(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,8 +87,8 @@ def test_server_round_matches_reference() -> None:
             client, list(model.parameters()), lambda x, y, m=model: F.cross_entropy(m(x).logits, y)
         )
         sent[client_id] = model.eval()
-    card = rounds.federation.client_infos["site_2"]
-    student = module(card.arch, rounds.server.models[card.arch.spec_id])
+    client_info = rounds.federation.client_infos["site_2"]
+    student = module(client_info.arch, rounds.server.models[client_info.arch.spec_id])
     rounds.run_round()
     imager_arch = rounds.algorithm.generator((1, 8, 8))
     imager = module(imager_arch, imager_arch.initial_tensors(0))
@@ -121,7 +121,7 @@ def test_server_round_matches_reference() -> None:
             )
             (16 * (p * (p.log() - log_q)).sum(1).mean()).backward()
             sgd.step()
-    assert apart(rounds.server.models[card.arch.spec_id], student) < 1e-9
+    assert largest_difference(rounds.server.models[client_info.arch.spec_id], student) < 1e-9
     assert set(rounds.server.models) == {
         c.arch.spec_id for c in rounds.federation.client_infos.values()
     }
@@ -151,8 +151,8 @@ def test_generator_objective_matches_reference_and_stacks(bn: float, adv: float)
     total = objective.total_loss(nets, Batch(x=z, y=y), {})
     expected = by_hand(teachers, student, imager(z).logits.view(9, 1, 8, 8), y, bn, adv)
     assert torch.allclose(total, expected, rtol=0, atol=1e-12)
-    alone = by_hand(teachers, student, imager(z).logits.view(9, 1, 8, 8), y, 0, 0)
-    assert bool((expected - alone).abs() > 1e-4) == bool(bn + adv)
+    single = by_hand(teachers, student, imager(z).logits.view(9, 1, 8, 8), y, 0, 0)
+    assert bool((expected - single).abs() > 1e-4) == bool(bn + adv)
     stacked = torch.vmap(lambda a: objective.total_loss(nets, Batch(x=a, y=y), {}))(
         torch.stack([-z, z])
     )
@@ -218,8 +218,8 @@ def uploads(rounds: SynchronousTrainer) -> list[dict[str, list[str]]]:
     seen_: list[dict[str, list[str]]] = []
     receive = rounds.decode_upload
 
-    def note(client_info: ClientInfo, data: bytes, asked: Any, index: int) -> Payload:
-        payload = receive(client_info, data, asked, index)
+    def note(client_info: ClientInfo, data: bytes, requests: Any, index: int) -> Payload:
+        payload = receive(client_info, data, requests, index)
         seen_[-1][client_info.client_id] = list(payload)
         return payload
 

@@ -25,7 +25,7 @@ from hetero_fl.federation.client_runtime import ClientRuntime
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.seeding import keyed_generator
 from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
-from tests.references.local_training import apart, clients, module, train
+from tests.references.local_training import clients, largest_difference, module, train
 
 DIGITS = Task("multiclass", 10)
 
@@ -100,7 +100,7 @@ def test_round_matches_reference(sharpen: str, teacher: str, bits: int | None) -
         train(
             client, list(model.parameters()), lambda x, y, m=model: F.cross_entropy(m(x).logits, y)
         )
-        assert apart(rounds.store.get(client_id).models["model"], model) < 1e-9
+        assert largest_difference(rounds.store.get(client_id).models["model"], model) < 1e-9
         with torch.no_grad():
             p = model.eval()(public[drawn(1)]).logits.softmax(1)
         soft_labels.append({None: p, 1: voted(p), 2: quantize_probabilities(p, 2) / 3}[bits])

@@ -32,9 +32,9 @@ def test_hybrid_with_one_group_and_no_proxy_set_equals_fedavg() -> None:
 def test_hybrid_with_distinct_architectures_equals_fedmd() -> None:
     fedmd = rounds_of(config("fedmd", MIXED, rounds=3))
     hybrid = rounds_of(config("hybrid", MIXED, rounds=3, algorithm={"name": "hybrid", **OFF}))
-    for client_id, card in fedmd.federation.client_infos.items():
+    for client_id, client_info in fedmd.federation.client_infos.items():
         # The mean over one client is its upload.
-        actual = hybrid.server.models[card.arch.spec_id]
+        actual = hybrid.server.models[client_info.arch.spec_id]
         assert same_bits(
             floating_tensors(fedmd.store.get(client_id).models["model"]), floating_tensors(actual)
         )
@@ -128,13 +128,13 @@ FEDERATED = [m for m in METHODS if m not in ("local", "centralized", "ensemble")
 @pytest.mark.parametrize("algorithm", FEDERATED)
 def test_client_order_does_not_change_results(algorithm: str) -> None:
     groups = [{"name": n, "count": 2, "model": m} for n, m in zip("abc", MIXED, strict=True)]
-    there = rounds_of(config(algorithm, clients__groups=groups))
+    separate = rounds_of(config(algorithm, clients__groups=groups))
     back = rounds_of(config(algorithm, clients__groups=groups[::-1]))
-    assert there.server.models.keys() == back.server.models.keys()
-    for group in there.server.models:
-        assert same_bits(there.server.models[group], back.server.models[group])
-    for client_id in there.federation.client_infos:
-        kept, other = there.store.get(client_id).models, back.store.get(client_id).models
+    assert separate.server.models.keys() == back.server.models.keys()
+    for group in separate.server.models:
+        assert same_bits(separate.server.models[group], back.server.models[group])
+    for client_id in separate.federation.client_infos:
+        kept, other = separate.store.get(client_id).models, back.store.get(client_id).models
         assert kept.keys() == other.keys() and all(same_bits(kept[s], other[s]) for s in kept)
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
-from tests.references.local_training import apart, clients, module, train
+from tests.references.local_training import clients, largest_difference, module, train
 
 LAMBDA, T = 0.6, 2.5
 # Instead of -8, which barely trained models never reach.
@@ -39,18 +39,18 @@ def test_round_matches_reference(teacher: str, monkeypatch: pytest.MonkeyPatch) 
             return (F.cross_entropy(z, y, reduction="none") + LAMBDA * kl * known[y]).mean()
 
         train(client, list(model.parameters()), loss)
-        assert apart(rounds.store.get(client_id).models["model"], model) < 1e-9
+        assert largest_difference(rounds.store.get(client_id).models["model"], model) < 1e-9
         data = client.data("train", None)
         with torch.no_grad():
             # Sums come from the model after this round's training.
             z = model.eval()(data["x"]).logits
         n = client.counts
-        say = torch.ones(10) if teacher == "mean" else (n * (1 - n / n.sum()) + 0.1) / n.sum()
+        weights = torch.ones(10) if teacher == "mean" else (n * (1 - n / n.sum()) + 0.1) / n.sum()
         clipped += int((z.log_softmax(1) < CLIP).sum())
         spoken = z if teacher == "mean" else z.log_softmax(1).clamp(min=CLIP)
         for row, y in zip(spoken, data["y"].tolist(), strict=True):
-            top[y] += say * row
-            bottom[y] += say
+            top[y] += weights * row
+            bottom[y] += weights
     assert clipped
     consensus, seen = rounds.server.state["consensus"], bottom[:, 0] > 0
     assert torch.equal(consensus["known"].bool(), seen)
@@ -71,8 +71,11 @@ def test_zero_distillation_weight_equals_local() -> None:
         models(rounds_of(config("fd", MIXED, algorithm={"name": "fd", "weight": w})))
         for w in (0.0, 1.0)
     )
-    for client_id, alone in local.items():
-        assert apart(free[client_id], alone) < 1e-10 and apart(led[client_id], alone) > 1e-4
+    for client_id, single in local.items():
+        assert (
+            largest_difference(free[client_id], single) < 1e-10
+            and largest_difference(led[client_id], single) > 1e-4
+        )
 
 
 def test_fd_without_shared_statistics_equals_local() -> None:

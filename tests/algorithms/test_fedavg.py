@@ -12,7 +12,7 @@ from torch import Tensor
 from hetero_fl.core.participant import floating_tensors
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
-from tests.references.local_training import apart, clients, mean, module, train
+from tests.references.local_training import clients, largest_difference, mean, module, train
 
 BN, MLP, GN = MIXED
 ALL, BODY, HEAD = "", "backbone.", "head."
@@ -65,12 +65,14 @@ def test_round_matches_reference(method: str, part: str, settings: dict[str, Any
         for n, average in mean(members).items():
             old, moves = models[group][n], "running" not in n
             expected[n] = old + rate * (average - old) if moves else average
-        assert apart(rounds.server.models[group], expected) < 1e-9
+        assert largest_difference(rounds.server.models[group], expected) < 1e-9
         still = {n: t for n, t in models[group].items() if n not in expected}
         assert all(torch.equal(rounds.server.models[group][n], t) for n, t in still.items())
     for client_id, tensors in kept.items():
-        mine = floating_tensors(rounds.store.get(client_id).models.get("model", {}))
-        assert mine.keys() == tensors.keys() and (not tensors or apart(mine, tensors) < 1e-9)
+        own = floating_tensors(rounds.store.get(client_id).models.get("model", {}))
+        assert own.keys() == tensors.keys() and (
+            not tensors or largest_difference(own, tensors) < 1e-9
+        )
 
 
 # Limit cases
@@ -162,7 +164,7 @@ def test_special_settings_reduce_to_other_methods(limit: str) -> None:
     for group in one:
         assert one[group].keys() == other[group].keys() and one[group]
         equal = same_bits(one[group], other[group])
-        assert equal if how == "bits" else apart(one[group], other[group]) < float(how)
+        assert equal if how == "bits" else largest_difference(one[group], other[group]) < float(how)
     changed = read(rounds_of(config(sides[0][0], GROUPS, 4, rounds=1, **sides[0][1])), part)
     # Training changed what is compared.
     assert not any(same_bits(one[group], changed[group]) for group in one)
@@ -174,26 +176,26 @@ def test_single_client_per_architecture_equals_local(method: str) -> None:
     algorithm = {"name": method, **({"mu": 0.0} if method == "fedprox" else {})}
     local = rounds_of(config("local", models, rounds=3))
     actual = rounds_of(config(method, models, algorithm=algorithm, rounds=3))
-    for client_id, alone in (("site_1", True), ("site_2", False)):
+    for client_id, single in (("site_1", True), ("site_2", False)):
         sent = actual.server.models[actual.federation.client_infos[client_id].arch.spec_id]
-        mine = {**sent, **actual.store.get(client_id).models.get("model", {})}
+        own = {**sent, **actual.store.get(client_id).models.get("model", {})}
         assert (
             same_bits(
-                floating_tensors(local.store.get(client_id).models["model"]), floating_tensors(mine)
+                floating_tensors(local.store.get(client_id).models["model"]), floating_tensors(own)
             )
-            is alone
+            is single
         )
 
 
 @pytest.mark.usefixtures("float64")
 def test_model_without_backbone_trains_its_head() -> None:
     start = rounds_of(config("local", ["linear", MLP], 4), num_rounds=0)
-    (client_id, card), *_ = start.federation.client_infos.items()
+    (client_id, client_info), *_ = start.federation.client_infos.items()
     local = rounds_of(config("local", ["linear", MLP], 4, clients__defaults__batch_size=500))
     for method, expected in (
         ("fedrep", local.store.get(client_id).models["model"]),
-        ("fedbabu", start.federation.initial_tensors(card.arch)),
+        ("fedbabu", start.federation.initial_tensors(client_info.arch)),
     ):
         actual = rounds_of(config(method, ["linear", MLP], 4, clients__defaults__batch_size=500))
-        assert apart(clients(actual)[client_id].models["model"], expected) < 1e-12
+        assert largest_difference(clients(actual)[client_id].models["model"], expected) < 1e-12
         assert actual.evaluate().clients[client_id].scores["personal"]

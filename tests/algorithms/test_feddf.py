@@ -16,7 +16,7 @@ from hetero_fl.engine.batches import index_batches
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.seeding import keyed_generator
 from tests.helpers.small_federations import MIXED, config, rounds_of
-from tests.references.local_training import apart, clients, mean, module, train
+from tests.references.local_training import clients, largest_difference, mean, module, train
 
 BN, MLP, GN = MIXED
 T, SERVER = 2.5, {"optimizer": {"name": "sgd", "lr": 0.03}}
@@ -114,8 +114,8 @@ def test_feddf_round_matches_reference(teacher: str, monkeypatch: pytest.MonkeyP
         start = {n: t.clone() for n, t in model.state_dict().items()}
         run_distillation(rounds, 1, group, model, seen[group], top / bottom, 2)
         # Distillation moved it away from the average.
-        assert apart(start, model) > 1e-4
-        assert apart(rounds.server.models[group], model) < 1e-9
+        assert largest_difference(start, model) > 1e-4
+        assert largest_difference(rounds.server.models[group], model) < 1e-9
 
 
 @pytest.mark.usefixtures("float64")
@@ -139,7 +139,7 @@ def test_server_student_matches_reference() -> None:
             sgd.zero_grad()
             kl(teacher[rows], student(x[rows]).logits).backward()
             sgd.step()
-        assert apart(rounds.server.models["student"], student) < 1e-9
+        assert largest_difference(rounds.server.models["student"], student) < 1e-9
 
 
 @pytest.mark.usefixtures("float64")
@@ -210,12 +210,12 @@ def test_hybrid_round_matches_reference(
         if not full:
             kept[client_id] = {n: t for n, t in state.items() if n.startswith("head.")}
         # This client shares no label counts.
-        say = contrast(
+        weights = contrast(
             torch.full((10,), client.num_rows / 10) if client_id == "site_2" else client.counts
         )
         log_p = logits(model, public).log_softmax(1)
         clipped += int((log_p < CLIP).sum())
-        top, bottom = top + say * log_p.clamp(min=CLIP), bottom + say
+        top, bottom = top + weights * log_p.clamp(min=CLIP), bottom + weights
     assert clipped
     rounds.run_round()
     teacher = top / bottom
@@ -227,10 +227,10 @@ def test_hybrid_round_matches_reference(
         }
         model = module(archs[group], average)  # type: ignore[arg-type]
         run_distillation(rounds, 2, group, model, public, teacher, 2)
-        assert apart(rounds.server.models[group], model) < 1e-9
+        assert largest_difference(rounds.server.models[group], model) < 1e-9
     assert kept.keys() == ({"site_2"} if heads == "take" else set(rounds.federation.client_infos))
     for client_id, head in kept.items():
-        assert apart(rounds.store.get(client_id).models["model"], head) < 1e-9
+        assert largest_difference(rounds.store.get(client_id).models["model"], head) < 1e-9
 
 
 @pytest.mark.usefixtures("float64")
@@ -243,20 +243,20 @@ def test_distilling_a_single_client_changes_nothing(method: str) -> None:
     )
     fedavg = rounds_of(config("fedavg", GN, 1))
     (group,) = fedavg.server.models
-    alone, two = (
+    single, two = (
         rounds_of(federation(method, GN, 1, **off)),
         rounds_of(federation(method, GN, 2, **off)),
     )
     assert (
-        apart(
-            floating_tensors(alone.server.models[group]),
+        largest_difference(
+            floating_tensors(single.server.models[group]),
             floating_tensors(fedavg.server.models[group]),
         )
         < 1e-10
     )
     averaged = rounds_of(config("fedavg", GN, 2))
     assert (
-        apart(
+        largest_difference(
             floating_tensors(two.server.models[group]),
             floating_tensors(averaged.server.models[group]),
         )
@@ -275,6 +275,8 @@ def test_digest_of_client_predictions_equals_local(method: str, settings: dict[s
         rounds_of(config(method, GN, 1, rounds=3, algorithm={"name": method, **settings})),
     )
     assert (
-        apart(actual.store.get("site").models["model"], local.store.get("site").models["model"])
+        largest_difference(
+            actual.store.get("site").models["model"], local.store.get("site").models["model"]
+        )
         < 1e-10
     )

@@ -16,7 +16,7 @@ from hetero_fl.core.plan import Fit
 from hetero_fl.engine.batches import index_batches
 from hetero_fl.utils.seeding import keyed_generator
 from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
-from tests.references.local_training import BATCH, apart, clients, module, train
+from tests.references.local_training import BATCH, clients, largest_difference, module, train
 
 SETTINGS = {
     "generator_steps": 4,
@@ -59,10 +59,15 @@ def test_generator_rounds_match_reference() -> None:
                 counts.sum(0), rounds.federation.seed, index, "server", "generator", 0, step
             )
             z = generator(x).logits
-            taught = torch.zeros(())
+            loss_of_teacher = torch.zeros(())
             for k, (w, b) in enumerate(heads):
-                say = torch.tensor([float(counts[k, c] / counts[:, c].sum()) for c in y.tolist()])
-                taught = taught + (say * F.cross_entropy(z @ w.T + b, y, reduction="none")).mean()
+                weights = torch.tensor(
+                    [float(counts[k, c] / counts[:, c].sum()) for c in y.tolist()]
+                )
+                loss_of_teacher = (
+                    loss_of_teacher
+                    + (weights * F.cross_entropy(z @ w.T + b, y, reduction="none")).mean()
+                )
             similarity = torch.zeros(())
             for i in range(6):
                 for j in range(6):
@@ -71,9 +76,9 @@ def test_generator_rounds_match_reference() -> None:
                         + (z[i] - z[j]).abs().mean() * (noise[i] - noise[j]).square().mean()
                     )
             adam.zero_grad()
-            (taught + 0.8 * torch.exp(-similarity / 36)).backward()
+            (loss_of_teacher + 0.8 * torch.exp(-similarity / 36)).backward()
             adam.step()
-        assert apart(rounds.server.models["generator"], generator) < 1e-9
+        assert largest_difference(rounds.server.models["generator"], generator) < 1e-9
         assert torch.equal(rounds.server.state["labels"], counts.sum(0))
 
 
@@ -131,7 +136,7 @@ def test_client_round_matches_reference(beta: float) -> None:
             return total
 
         train(client, list(model.parameters()), loss)
-        assert apart(floating_tensors(rounds.server.models[group]), model) < 1e-9
+        assert largest_difference(floating_tensors(rounds.server.models[group]), model) < 1e-9
     # The server sends it again each round.
     assert not any("generator" in rounds.store.get(client_id).models for client_id in before)
 
@@ -143,8 +148,16 @@ def test_zero_generated_weight_equals_fedavg() -> None:
         for s in (config("fedavg"), fedgen("cnn_bn_small", weight=0.0), fedgen("cnn_bn_small"))
     )
     (group,) = fedavg.server.models
-    assert apart(plain.server.models[group], floating_tensors(fedavg.server.models[group])) < 1e-10
-    assert apart(more.server.models[group], floating_tensors(fedavg.server.models[group])) > 1e-5
+    assert (
+        largest_difference(
+            plain.server.models[group], floating_tensors(fedavg.server.models[group])
+        )
+        < 1e-10
+    )
+    assert (
+        largest_difference(more.server.models[group], floating_tensors(fedavg.server.models[group]))
+        > 1e-5
+    )
     assert more.algorithm.server_model(more.server) == group
 
 
@@ -165,18 +178,22 @@ def test_clients_without_counts_are_assumed_uniform() -> None:
     source = fedgen()
     source["clients"]["overrides"] = [{"match": "site_2", "shares": ["parameters"]}]
     rounds = rounds_of(source, num_rounds=1)
-    cards, counts = rounds.federation.client_infos, rounds.federation.label_counts
-    expected = counts("site_1") + counts("site_3") + cards["site_2"].num_rows / 10
+    client_infos, counts = rounds.federation.client_infos, rounds.federation.label_counts
+    expected = counts("site_1") + counts("site_3") + client_infos["site_2"].num_rows / 10
     assert torch.allclose(rounds.server.state["labels"], expected)
 
 
 def test_generator_is_sent_for_training_only() -> None:
     rounds = rounds_of(fedgen(), num_rounds=1)
-    card = rounds.federation.client_infos["site_1"]
-    assert set(rounds.algorithm.broadcast(rounds.server, card)) == {"model", "generator", "labels"}
-    assert set(rounds.algorithm.broadcast(rounds.server, replace(card, purpose="evaluate"))) == {
-        "model"
+    client_info = rounds.federation.client_infos["site_1"]
+    assert set(rounds.algorithm.broadcast(rounds.server, client_info)) == {
+        "model",
+        "generator",
+        "labels",
     }
+    assert set(
+        rounds.algorithm.broadcast(rounds.server, replace(client_info, purpose="evaluate"))
+    ) == {"model"}
 
 
 @pytest.mark.slow

@@ -18,13 +18,13 @@ from hetero_fl.engine.batches import index_batches
 from hetero_fl.experiment import prepare
 from hetero_fl.utils.errors import UserError
 from tests.helpers.small_federations import MIXED, config, deployed, rounds_of
-from tests.references.local_training import BATCH, apart, clients, module
+from tests.references.local_training import BATCH, clients, largest_difference, module
 
 T = 2.5
 
 
 def federation(models: Any = MIXED, clients: int = 3, **settings: Any) -> dict[str, Any]:
-    mine = {
+    own = {
         "name": "fedgkt",
         "temperature": T,
         "large_model": {"name": "mlp", "hidden": [20]},
@@ -34,12 +34,12 @@ def federation(models: Any = MIXED, clients: int = 3, **settings: Any) -> dict[s
         "fedgkt",
         models,
         clients,
-        algorithm=mine,
+        algorithm=own,
         server={"optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9}},
     )
 
 
-def taught(
+def train_client(
     z: Tensor, y: Tensor, teacher: Tensor, weight: float, prior: Tensor | float = 0.0
 ) -> Tensor:
     p, q = (teacher / T).softmax(1), (z / T).softmax(1)
@@ -80,7 +80,7 @@ def test_rounds_match_reference(adjusted: bool) -> None:
                 (0, index, client_id, "train", 0),
             ):
                 optimizer.zero_grad()
-                taught(
+                train_client(
                     model(data["x"][rows]).logits,
                     data["y"][rows],
                     logits[client_id][rows],
@@ -88,7 +88,7 @@ def test_rounds_match_reference(adjusted: bool) -> None:
                     prior,
                 ).backward()
                 optimizer.step()
-            assert apart(rounds.store.get(client_id).models["model"], model) < 1e-9
+            assert largest_difference(rounds.store.get(client_id).models["model"], model) < 1e-9
             with torch.no_grad():
                 # Of the model after this round's training.
                 z, h = model.eval()(data["x"])
@@ -97,16 +97,18 @@ def test_rounds_match_reference(adjusted: bool) -> None:
         fit = Fit({}, Supervised(), batch_size=50, epochs=2)
         for rows in index_batches(len(y), fit, (0, index, "server", "server", 0)):
             server.zero_grad()
-            taught(large.train()(h[rows]).logits, y[rows], z[rows], 0.6, prior[rows]).backward()
+            train_client(
+                large.train()(h[rows]).logits, y[rows], z[rows], 0.6, prior[rows]
+            ).backward()
             server.step()
-        assert apart(rounds.server.models[LARGE], large) < 1e-9
+        assert largest_difference(rounds.server.models[LARGE], large) < 1e-9
         with torch.no_grad():
             logits = {
                 client_id: large.eval()(h).logits
                 for client_id, (h, *_) in zip(before, sent, strict=True)
             }
-        for client_id, mine in logits.items():
-            assert float((rounds.server.state["logits"][client_id] - mine).abs().max()) < 1e-9
+        for client_id, own in logits.items():
+            assert float((rounds.server.state["logits"][client_id] - own).abs().max()) < 1e-9
 
 
 @pytest.mark.usefixtures("float64")
@@ -115,7 +117,7 @@ def test_zero_distillation_weight_equals_local() -> None:
         {**m, "feature_dim": 24} if isinstance(m, dict) else {"name": m, "feature_dim": 24}
         for m in MIXED
     ]
-    local, alone, distilled = (
+    local, single, distilled = (
         rounds_of(s)
         for s in (
             config("local", models),
@@ -125,8 +127,8 @@ def test_zero_distillation_weight_equals_local() -> None:
     )
     for client_id in local.federation.client_infos:
         own = local.store.get(client_id).models["model"]
-        assert apart(alone.store.get(client_id).models["model"], own) < 1e-10
-        assert apart(distilled.store.get(client_id).models["model"], own) > 1e-4
+        assert largest_difference(single.store.get(client_id).models["model"], own) < 1e-10
+        assert largest_difference(distilled.store.get(client_id).models["model"], own) > 1e-4
 
 
 @pytest.mark.parametrize("inference", ["server", "client"])
@@ -171,11 +173,11 @@ def test_missing_rows_are_refused() -> None:
     rounds = rounds_of(federation("mlp"), num_rounds=0)
     receive = rounds.decode_upload
 
-    def short(client: Any, data: bytes, asked: Any, index: int) -> Payload:
+    def short(client: Any, data: bytes, requests: Any, index: int) -> Payload:
         if client.client_id == "site_1":
             payload = Payload.decode(data)
             data = Payload({n: payload[n][1:] for n in payload}, payload.report).encode()
-        return receive(client, data, asked, index)
+        return receive(client, data, requests, index)
 
     rounds.decode_upload = short  # type: ignore[method-assign]
     assert list(rounds.run_round()["failed"]) == ["site_1"]
@@ -187,8 +189,8 @@ def test_absent_client_receives_logits_of_its_last_round() -> None:
     rounds = rounds_of({**source, "rounds": 5}, num_rounds=0)
     last: dict[str, Tensor] = {}
     for index in range(5):
-        for client_id, card in rounds.federation.client_infos.items():
-            items = rounds.algorithm.broadcast(rounds.server, card)
+        for client_id, client_info in rounds.federation.client_infos.items():
+            items = rounds.algorithm.broadcast(rounds.server, client_info)
             assert list(items) == (["logits"] if client_id in last else [])
             assert client_id not in last or torch.equal(items["logits"], last[client_id])
         rounds.run_round()

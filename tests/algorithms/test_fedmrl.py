@@ -16,7 +16,7 @@ from hetero_fl.core.plan import Rows
 from hetero_fl.experiment import prepare
 from hetero_fl.utils.errors import UserError
 from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
-from tests.references.local_training import apart, clients, module, train
+from tests.references.local_training import clients, largest_difference, module, train
 
 SMALL = {"name": "cnn", "width": 2, "norm": "batch", "feature_dim": 5}
 
@@ -53,14 +53,16 @@ def test_round_matches_reference() -> None:
 
         train(client, [*own.parameters(), *mentee.parameters(), w, b], loss)
         kept = rounds.store.get(client_id)
-        assert apart(kept.models["model"], own) < 1e-9
-        assert apart(kept.models[PROJECTION], {"head.weight": w, "head.bias": b}) < 1e-9
+        assert largest_difference(kept.models["model"], own) < 1e-9
+        assert (
+            largest_difference(kept.models[PROJECTION], {"head.weight": w, "head.bias": b}) < 1e-9
+        )
         # Received again each round.
         assert MENTEE not in kept.models
         sent.append((client.num_rows, floating_tensors(mentee.state_dict())))
     total = sum(n for n, _ in sent)
     mean = {name: sum(n * t[name] for n, t in sent) / total for name in sent[0][1]}
-    assert apart(rounds.server.models[MENTEE], mean) < 1e-9
+    assert largest_difference(rounds.server.models[MENTEE], mean) < 1e-9
 
 
 def test_zero_loss_weight_leaves_its_head_unchanged() -> None:
@@ -77,10 +79,10 @@ def test_zero_loss_weight_leaves_its_head_unchanged() -> None:
         )
         # Both losses have gradients for it.
         assert not torch.equal(first[body], now[body])
-        for client_id, card in rounds.federation.client_infos.items():
-            mine = rounds.store.get(client_id).models["model"]["head.weight"]
+        for client_id, client_info in rounds.federation.client_infos.items():
+            own = rounds.store.get(client_id).models["model"]["head.weight"]
             assert (
-                torch.equal(mine, rounds.federation.initial_tensors(card.arch)["head.weight"])
+                torch.equal(own, rounds.federation.initial_tensors(client_info.arch)["head.weight"])
                 is not own_moves
             )
     one = rounds_of(fedmrl(clients=1), num_rounds=1)

@@ -12,7 +12,7 @@ from hetero_fl.algorithms.fedavg import accumulated_steps
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.participant import floating_tensors
 from tests.helpers.small_federations import MIXED, config, rounds_of
-from tests.references.local_training import apart, clients, module, train
+from tests.references.local_training import clients, largest_difference, module, train
 
 UNEVEN = {"kind": "dirichlet", "alpha": 0.1, "min_size": 8}
 
@@ -85,7 +85,7 @@ def test_round_matches_reference(weighting: str, rate: float) -> None:
                 )
             else:
                 expected = sum(w / total * y[n] for w, _, y in sent)
-            assert apart({n: rounds.server.models[group][n]}, {n: expected}) < 1e-12
+            assert largest_difference({n: rounds.server.models[group][n]}, {n: expected}) < 1e-12
     # Otherwise the round would equal FedAvg.
     assert len(paths) > 2
 
@@ -104,7 +104,8 @@ def test_equal_steps_equal_fedavg(models: Any) -> None:
             for name in ("fednova", "fedavg")
         )
         distance = max(
-            apart(one.server.models[g], other.server.models[g]) for g in one.server.models
+            largest_difference(one.server.models[g], other.server.models[g])
+            for g in one.server.models
         )
         assert (distance < 1e-12) is same
 
@@ -120,7 +121,7 @@ def test_infrequent_uploads_divide_by_all_steps() -> None:
     )
     nova, plain = rounds_of(source), rounds_of({**source, "algorithm": {"name": "fedavg"}})
     for group in nova.server.models:
-        assert apart(nova.server.models[group], plain.server.models[group]) < 1e-12
+        assert largest_difference(nova.server.models[group], plain.server.models[group]) < 1e-12
     assert all(
         "since" not in nova.store.get(client_id).state for client_id in nova.federation.client_infos
     )

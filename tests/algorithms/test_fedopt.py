@@ -14,7 +14,7 @@ from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.engine.driver import run_plan
 from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
-from tests.references.local_training import apart, clients, mean, module, train
+from tests.references.local_training import clients, largest_difference, mean, module, train
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "fedavgm": {"momentum": 0.8, "server_lr": 0.7},
@@ -73,7 +73,7 @@ def test_rounds_match_reference(method: str) -> None:
                     if is_parameter
                     else t
                 )
-            assert apart(rounds.server.models[group], expected) < 1e-9
+            assert largest_difference(rounds.server.models[group], expected) < 1e-9
 
 
 @pytest.mark.parametrize("momentum, equal", [(0.0, True), (0.5, False)])
@@ -95,7 +95,7 @@ def test_large_tau_equals_fedavg(method: str) -> None:
     )
     (group,) = fedavg.server.models
     assert (
-        apart(
+        largest_difference(
             floating_tensors(actual.server.models[group]),
             floating_tensors(fedavg.server.models[group]),
         )
@@ -110,13 +110,13 @@ def test_yogi_forgets_large_updates_slower_than_adam() -> None:
         rounds = rounds_of(
             config(method, "mlp", 1, algorithm={"name": method, "beta2": 0.9}), num_rounds=0
         )
-        (group, model), card = (
+        (group, model), client_info = (
             next(iter(rounds.server.models.items())),
             rounds.federation.client_infos["site"],
         )
         for size in (1.0, 0.01):
             sent = {n: rounds.server.models[group][n] + size for n in floating_tensors(model)}
-            upload = Upload(card, Payload({"model": Item(sent, 1.0, "params")}))
+            upload = Upload(client_info, Payload({"model": Item(sent, 1.0, "params")}))
             uploads = Uploads([upload], rounds.algorithm.uploads)
             run_plan(
                 rounds.algorithm.aggregate(rounds.server, uploads), rounds.server, rounds.backend
@@ -134,19 +134,19 @@ def test_absent_architectures_keep_model_and_moments(method: str) -> None:
     seen = set()
     for index in range(6):
         (client_id,) = rounds.sample_cohort(index)
-        mine = rounds.federation.client_infos[client_id].arch.spec_id
+        own = rounds.federation.client_infos[client_id].arch.spec_id
         models = {g: dict(m) for g, m in rounds.server.models.items()}
         memory = {
             g: {k: dict(t) for k, t in kinds.items()}
             for g, kinds in rounds.server.state.get("optimizer", {}).items()
         }
         rounds.run_round()
-        seen.add(mine)
+        seen.add(own)
         for group, before in models.items():
-            assert same_bits(before, rounds.server.models[group]) is (group != mine)
+            assert same_bits(before, rounds.server.models[group]) is (group != own)
             for kind, tensors in memory.get(group, {}).items():
                 assert same_bits(tensors, rounds.server.state["optimizer"][group][kind]) is (
-                    group != mine
+                    group != own
                 )
     assert len(seen) > 1 and rounds.server.state["optimizer"].keys() == seen
 

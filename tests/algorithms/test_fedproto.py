@@ -15,7 +15,7 @@ from hetero_fl.core.plan import Rows
 from hetero_fl.experiment import prepare, run
 from hetero_fl.experiment.preparation import load_config
 from tests.helpers.small_federations import MIXED, config, deployed, rounds_of
-from tests.references.local_training import apart, clients, module, train
+from tests.references.local_training import clients, largest_difference, module, train
 
 FEDPROTO = {"name": "fedproto", "weight": 0.7}
 
@@ -36,7 +36,7 @@ def test_round_matches_reference() -> None:
             return (F.cross_entropy(z, y, reduction="none") + 0.7 * pull * known[y]).sum() / len(y)
 
         train(client, list(model.parameters()), loss)
-        assert apart(rounds.store.get(client_id).models["model"], model) < 1e-9
+        assert largest_difference(rounds.store.get(client_id).models["model"], model) < 1e-9
         data = client.data("train", None)
         with torch.no_grad():
             # Of the model after this round's training.
@@ -60,9 +60,9 @@ def test_zero_prototype_weight_equals_local() -> None:
     free = rounds_of(config("fedproto", models, algorithm={"name": "fedproto", "weight": 0.0}))
     pulled = rounds_of(config("fedproto", models, algorithm={"name": "fedproto", "weight": 1.0}))
     for client_id in local.federation.client_infos:
-        alone = local.store.get(client_id).models["model"]
-        assert apart(free.store.get(client_id).models["model"], alone) < 1e-10
-        assert apart(pulled.store.get(client_id).models["model"], alone) > 1e-4
+        single = local.store.get(client_id).models["model"]
+        assert largest_difference(free.store.get(client_id).models["model"], single) < 1e-10
+        assert largest_difference(pulled.store.get(client_id).models["model"], single) > 1e-4
 
 
 @pytest.mark.usefixtures("float64")
@@ -164,7 +164,7 @@ def test_clients_without_shared_statistics_send_no_prototypes() -> None:
 def test_common_width_is_the_most_frequent_and_recorded(tmp_path: Path) -> None:
     models = ["cnn_bn_small", {"name": "mlp", "hidden": [24]}, {"name": "mlp", "hidden": [24, 32]}]
     prepared = prepare(config("fedproto", models, clients=3))
-    archs = [card.arch for card in prepared.federation.client_infos.values()]
+    archs = [client_info.arch for client_info in prepared.federation.client_infos.values()]
     assert [a.feature_width for a in archs] == [32, 32, 32] and [a.feature_dim for a in archs] == [
         None,
         32,
@@ -176,8 +176,10 @@ def test_common_width_is_the_most_frequent_and_recorded(tmp_path: Path) -> None:
         tie.config.algorithm["feature_dim"] == 32
         and tie.federation.client_infos["site_2"].arch.feature_width == 32
     )
-    asked = prepare(config("fedproto", models, algorithm={"name": "fedproto", "feature_dim": 8}))
-    assert {card.arch.feature_width for card in asked.federation.client_infos.values()} == {8}
+    requests = prepare(config("fedproto", models, algorithm={"name": "fedproto", "feature_dim": 8}))
+    assert {
+        client_info.arch.feature_width for client_info in requests.federation.client_infos.values()
+    } == {8}
     finished = run(config("fedproto", models, rounds=1), out=tmp_path / "run")
     again = load_config(tmp_path / "run" / "config.yaml")
     assert (

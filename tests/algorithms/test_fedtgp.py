@@ -18,7 +18,7 @@ from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.errors import UserError
 from model_zoo import SplitModel
 from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
-from tests.references.local_training import apart, clients, module, train
+from tests.references.local_training import clients, largest_difference, module, train
 
 SERVER = {"server_epochs": 3, "server_lr": 0.05, "server_batch_size": 7}
 
@@ -71,7 +71,7 @@ def test_fedtgp_round_matches_reference(tau: float, weight: float | None) -> Non
             )
 
         train(client, list(model.parameters()), loss)
-        assert apart(rounds.store.get(client_id).models["model"], model) < 1e-9
+        assert largest_difference(rounds.store.get(client_id).models["model"], model) < 1e-9
         sent += class_means(model, client.data("train", None))
     centres = [
         torch.stack([m for m, c in sent if c == k]).mean(0) for k in sorted({c for _, c in sent})
@@ -117,7 +117,7 @@ def test_fedgh_round_matches_reference() -> None:
             list(model.parameters()),
             lambda x, y, model=model: F.cross_entropy(model(x).logits, y),
         )
-        assert apart(rounds.store.get(client_id).models["model"], model) < 1e-9
+        assert largest_difference(rounds.store.get(client_id).models["model"], model) < 1e-9
         sent += class_means(model, client.data("train", None))
     w, b = (head[n].clone().requires_grad_() for n in ("head.weight", "head.bias"))
     sgd = torch.optim.SGD([w, b], lr=0.05)
@@ -125,7 +125,9 @@ def test_fedgh_round_matches_reference() -> None:
         sgd.zero_grad()
         F.cross_entropy(x @ w.T + b, y).backward()
         sgd.step()
-    assert apart(rounds.server.models["head"], {"head.weight": w, "head.bias": b}) < 1e-9
+    assert (
+        largest_difference(rounds.server.models["head"], {"head.weight": w, "head.bias": b}) < 1e-9
+    )
     read = deployed(rounds, "site_2").models["model"]
     # Evaluated with the common head.
     assert same_bits({n: read[n] for n in head}, rounds.server.models["head"])
@@ -163,12 +165,12 @@ def test_clients_without_shared_statistics_send_nothing(
     }
     models = [{**m, "feature_dim": 32} if isinstance(m, dict) else m for m in MIXED]
     later = {"share_every": 9, "optimizer": {"name": "sgd", "lr": 0.05}}
-    alone, local = (
+    single, local = (
         rounds_of(config(m, models, clients__defaults=later)) for m in (method, "local")
     )
     for client_id in local.federation.client_infos:
         assert same_bits(
-            alone.store.get(client_id).models["model"], local.store.get(client_id).models["model"]
+            single.store.get(client_id).models["model"], local.store.get(client_id).models["model"]
         )
 
 

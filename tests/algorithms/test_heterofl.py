@@ -18,7 +18,7 @@ from hetero_fl.experiment import prepare, run
 from hetero_fl.experiment.preparation import load_config
 from hetero_fl.utils.errors import UserError
 from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
-from tests.references.local_training import apart, clients, train
+from tests.references.local_training import clients, largest_difference, train
 
 WIDE = {"name": "cnn", "width": 8, "norm": "batch"}
 RAGGED = {"match": "site_2", "shares": ["parameters"]}
@@ -114,10 +114,10 @@ def test_round_matches_reference(masked: bool, scaler: bool, weighting: str | No
     expected = {
         n: torch.where(count[n] > 0, total[n] / count[n].clamp(min=1), wide[n]) for n in total
     }
-    assert apart(rounds.server.models[slot], expected) < 1e-9
+    assert largest_difference(rounds.server.models[slot], expected) < 1e-9
     for client_id, kept in statistics.items():
         assert set(floating_tensors(rounds.store.get(client_id).models["model"])) == set(kept)
-        assert apart(rounds.store.get(client_id).models["model"], kept) < 1e-9
+        assert largest_difference(rounds.store.get(client_id).models["model"], kept) < 1e-9
 
 
 def test_full_width_equals_fedavg() -> None:
@@ -152,8 +152,8 @@ def test_mask_changes_nothing_for_clients_with_all_classes() -> None:
 
 def test_unseen_class_keeps_its_head_row() -> None:
     now = {"head.weight": torch.full((2, 3), 7.0), "head.bias": torch.full((2,), 8.0)}
-    values, say = pack_head(torch.ones(2, 1), torch.ones(2), 3, torch.tensor([5.0, 0.0]))
-    new = unpack_head(now, values, say)
+    values, weights = pack_head(torch.ones(2, 1), torch.ones(2), 3, torch.tensor([5.0, 0.0]))
+    new = unpack_head(now, values, weights)
     assert new["head.weight"].tolist() == [[1, 7, 7], [7, 7, 7]] and new["head.bias"].tolist() == [
         1,
         8,
@@ -192,11 +192,11 @@ def test_family_is_derived_from_client_models(
     assert chosen["model"]["name"] == name and list(chosen["widths"].values()) == widths
     assert prepared.notes and "replaces clients' models" in prepared.notes[0]
     wide = prepared.method.wide_model(prepared.federation.client_infos["site_1"].arch)  # type: ignore[attr-defined]
-    for card in prepared.federation.client_infos.values():
-        assert card.arch.shapes.keys() == wide.shapes.keys()
+    for client_info in prepared.federation.client_infos.values():
+        assert client_info.arch.shapes.keys() == wide.shapes.keys()
         assert all(
             a <= b
-            for n, s in card.arch.shapes.items()
+            for n, s in client_info.arch.shapes.items()
             for a, b in zip(s, wide.shapes[n], strict=True)
         )
 
@@ -280,12 +280,12 @@ def test_widths_follow_models_in_large_populations() -> None:
     few, many = (prepare(config("heterofl", models, n, data__partition=drawn)) for n in (999, 1002))
     for prepared, known in ((few, True), (many, False)):
         assert (prepared.config.algorithm["widths"] is not None) is known
-        cards = prepared.federation.client_infos
-        assert len(cards.profiles) == 3 and all(
-            "hidden" in dict(kind.arch.options) for kind in cards.profiles
+        client_infos = prepared.federation.client_infos
+        assert len(client_infos.profiles) == 3 and all(
+            "hidden" in dict(kind.arch.options) for kind in client_infos.profiles
         )
-        ids = list(cards.clients.ids)[:3]
-        assert [cards[client_id].arch.shapes["head.weight"] for client_id in ids] == [
+        ids = list(client_infos.clients.ids)[:3]
+        assert [client_infos[client_id].arch.shapes["head.weight"] for client_id in ids] == [
             (10, 8),
             (10, 4),
             (10, 2),

@@ -30,7 +30,7 @@ from tests.engine.test_vectorized_runs import agree
 from tests.helpers import asynchronous_runs
 from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
 from tests.helpers.workers import outcome, rounds_on, setup_of, shared_process_pool
-from tests.references.local_training import apart, clients, module, train
+from tests.references.local_training import clients, largest_difference, module, train
 
 ON = {"initial_phase": True, "initial_private_epochs": 2}
 PHASE = ("initial public", "initial private")
@@ -102,7 +102,7 @@ def test_fedmd_first_round_matches_reference() -> None:
             if teacher is not None:
                 digest(model, public["x"], teacher, (0, index, client_id, "digest", 0))
             train(client, list(model.parameters()), cross_entropy(model))
-            assert apart(rounds.store.get(client_id).models["model"], model) < 1e-9, (
+            assert largest_difference(rounds.store.get(client_id).models["model"], model) < 1e-9, (
                 index,
                 client_id,
             )
@@ -157,7 +157,7 @@ def test_kt_pfl_first_round_matches_reference() -> None:
                     (0, index, client_id, "digest", 0),
                 )
             train(client, list(model.parameters()), cross_entropy(model))
-            assert apart(rounds.store.get(client_id).models["model"], model) < 1e-9, (
+            assert largest_difference(rounds.store.get(client_id).models["model"], model) < 1e-9, (
                 index,
                 client_id,
             )

@@ -16,7 +16,7 @@ from hetero_fl.engine.batches import index_batches
 from hetero_fl.engine.driver import run_plan
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from tests.helpers.small_federations import MIXED, config, deployed, rounds_of
-from tests.references.local_training import apart, clients, module, train
+from tests.references.local_training import clients, largest_difference, module, train
 
 T = 3.0
 
@@ -64,7 +64,7 @@ def test_round_matches_reference() -> None:
         train(
             client, list(model.parameters()), lambda x, y, m=model: F.cross_entropy(m(x).logits, y)
         )
-        assert apart(rounds.store.get(client_id).models["model"], model) < 1e-9
+        assert largest_difference(rounds.store.get(client_id).models["model"], model) < 1e-9
         with torch.no_grad():
             predictions.append((model.eval()(public).logits / T).softmax(1))
     c = state["coefficients"].clone()
@@ -110,7 +110,7 @@ def test_evaluation_distills_newest_mixture() -> None:
             torch.einsum("k,kdc->dc", c, state["predictions"]),
             (0, 1, client_id, "digest", 0),
         )
-        assert apart(deployed(rounds, client_id).models["model"], model) < 1e-9
+        assert largest_difference(deployed(rounds, client_id).models["model"], model) < 1e-9
 
 
 @pytest.mark.usefixtures("float64")
@@ -175,7 +175,7 @@ def test_zero_learning_rate_uses_the_mean_teacher() -> None:
     first.run_round()
     for client_id in local.federation.client_infos:
         assert (
-            apart(
+            largest_difference(
                 first.store.get(client_id).models["model"],
                 local.store.get(client_id).models["model"],
             )
@@ -204,16 +204,18 @@ def test_absent_clients_keep_their_coefficients() -> None:
         assert set(rounds.server.state["seen"]) == {
             client_id for i in range(index + 1) for client_id in rounds.sample_cohort(i)
         }
-        c, here = (
+        c, present = (
             coefficients(),
             [ids.index(client_id) for client_id in rounds.sample_cohort(index)],
         )
-        away = [k for k in range(4) if k not in here]
-        assert torch.equal(c[away], before[away]) and torch.equal(c[:, away], before[:, away])
+        absent = [k for k in range(4) if k not in present]
+        assert torch.equal(c[absent], before[absent]) and torch.equal(
+            c[:, absent], before[:, absent]
+        )
         assert torch.allclose(c.sum(1), torch.ones(4), atol=1e-5) and (c >= 0).all()
         changed += not torch.equal(c, before)
         teacher = rounds.algorithm.broadcast(
-            rounds.server, rounds.federation.client_infos[ids[away[0]]]
+            rounds.server, rounds.federation.client_infos[ids[absent[0]]]
         )["teacher"]
         assert torch.allclose((teacher / T).softmax(1).sum(1), torch.ones(60), atol=1e-5)
     assert changed == 6

@@ -29,7 +29,7 @@ from hetero_fl.experiment import prepare, run
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.errors import UserError
 from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
-from tests.references.local_training import apart, clients, module, train
+from tests.references.local_training import clients, largest_difference, module, train
 
 SMALL = {"name": "cnn", "width": 2, "norm": "batch"}
 
@@ -69,11 +69,11 @@ def test_fml_round_matches_reference() -> None:
             return first + 0.3 * F.cross_entropy(m, y) + 0.7 * kl(p.detach(), m)
 
         train(client, [*own.parameters(), *mentee.parameters()], loss)
-        assert apart(rounds.store.get(client_id).models["model"], own) < 1e-9
+        assert largest_difference(rounds.store.get(client_id).models["model"], own) < 1e-9
         sent.append((client.num_rows, mentee.state_dict()))
     mean = weighted_mean(sent)
     assert any("running_var" in n for n in mean)
-    assert apart(rounds.server.models[MENTEE], mean) < 1e-9
+    assert largest_difference(rounds.server.models[MENTEE], mean) < 1e-9
 
 
 def truncated(update: Tensor, energy: float) -> Tensor:
@@ -115,7 +115,7 @@ def test_fedkd_round_matches_reference() -> None:
 
         train(client, [*own.parameters(), *mentee.parameters(), w], loss)
         kept = rounds.store.get(client_id)
-        assert apart(kept.models["model"], own) < 1e-9
+        assert largest_difference(kept.models["model"], own) < 1e-9
         assert float((kept.models["hidden"]["head.weight"] - w.detach()).abs().max()) < 1e-9
         assert not kept.models["hidden"]["head.bias"].any()
         # The server and its clients have the same mentee.
@@ -129,7 +129,12 @@ def test_fedkd_round_matches_reference() -> None:
     change = {n: truncated(t, 0.8) for n, t in weighted_mean(sent).items()}
     # Some matrix was truncated.
     assert cut > 1e-4
-    assert apart(rounds.server.models[MENTEE], {n: shared[n] + d for n, d in change.items()}) < 1e-9
+    assert (
+        largest_difference(
+            rounds.server.models[MENTEE], {n: shared[n] + d for n, d in change.items()}
+        )
+        < 1e-9
+    )
 
 
 @pytest.mark.usefixtures("float64")
@@ -142,24 +147,30 @@ def test_fml_without_distillation_equals_local_and_fedavg() -> None:
     (group,) = fedavg.server.models
     for client_id in local.federation.client_infos:
         assert (
-            apart(
+            largest_difference(
                 apart_.store.get(client_id).models["model"],
                 local.store.get(client_id).models["model"],
             )
             < 1e-10
         )
     assert (
-        apart(apart_.server.models[MENTEE], floating_tensors(fedavg.server.models[group])) < 1e-10
+        largest_difference(
+            apart_.server.models[MENTEE], floating_tensors(fedavg.server.models[group])
+        )
+        < 1e-10
     )
     together = rounds_of(federation("fml"))
     assert (
-        apart(
+        largest_difference(
             together.store.get("site_1").models["model"], local.store.get("site_1").models["model"]
         )
         > 1e-4
     )
     assert (
-        apart(together.server.models[MENTEE], floating_tensors(fedavg.server.models[group])) > 1e-4
+        largest_difference(
+            together.server.models[MENTEE], floating_tensors(fedavg.server.models[group])
+        )
+        > 1e-4
     )
 
 
@@ -183,9 +194,9 @@ def test_single_client_mentee_equals_server_mentee(settings: dict[str, float]) -
     rounds._set_round_context(1)
     client, _, _ = trained(rounds, client_id)
     rounds.run_round()
-    assert apart(rounds.server.models[MENTEE], floating_tensors(client.models[MENTEE])) < (
-        1e-12 if settings else 1e-300
-    )
+    assert largest_difference(
+        rounds.server.models[MENTEE], floating_tensors(client.models[MENTEE])
+    ) < (1e-12 if settings else 1e-300)
 
 
 @pytest.mark.parametrize(

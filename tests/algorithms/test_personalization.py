@@ -20,7 +20,7 @@ from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from model_zoo import SplitModel
 from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
-from tests.references.local_training import apart, clients, mean, module, train
+from tests.references.local_training import clients, largest_difference, mean, module, train
 
 BN, MLP, GN = MIXED
 Sent = dict[str, list[tuple[float, dict[str, Tensor]]]]
@@ -44,7 +44,7 @@ def entropy(model: torch.nn.Module) -> Any:
 def compare(rounds: SynchronousTrainer, sent: Sent) -> None:
     """Compare the server's models with the means of the uploads."""
     for group, members in sent.items():
-        assert apart(rounds.server.models[group], mean(members)) < 1e-9
+        assert largest_difference(rounds.server.models[group], mean(members)) < 1e-9
 
 
 def is_norm(client: Participant) -> set[str]:
@@ -156,7 +156,7 @@ def test_fedrep_round_matches_reference() -> None:
     compare(rounds, sent)
     for client_id, model in models.items():
         heads = {n: t for n, t in model.state_dict().items() if n.startswith("head.")}
-        assert apart(rounds.store.get(client_id).models["model"], heads) < 1e-9
+        assert largest_difference(rounds.store.get(client_id).models["model"], heads) < 1e-9
 
 
 def test_fedrep_uses_client_epochs_or_steps_for_the_head() -> None:
@@ -219,7 +219,7 @@ def test_fedbabu_round_matches_reference(finetune: str) -> None:
         ]
         train(client, parameters, entropy(tuned), "personalise", 2)  # style: ok (stream label)
         read = deployed(rounds, client_id).models["model"]
-        assert apart(read, tuned) < 1e-9
+        assert largest_difference(read, tuned) < 1e-9
         assert not torch.equal(read["head.weight"], started["head.weight"])
 
 
@@ -258,7 +258,10 @@ def test_ditto_round_matches_reference() -> None:
     rounds.run_round()
     compare(rounds, sent)
     for client_id in cohort:
-        assert apart(rounds.store.get(client_id).models[PERSONAL], personal[client_id]) < 1e-9
+        assert (
+            largest_difference(rounds.store.get(client_id).models[PERSONAL], personal[client_id])
+            < 1e-9
+        )
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
@@ -281,7 +284,7 @@ def test_ditto_without_proximal_term_trains_locally(weight: float, equal: bool) 
         config("ditto", MIXED, 4, algorithm={"name": "ditto", "weight": weight}, **full)
     )
     for client_id in local.federation.client_infos:
-        far = apart(
+        far = largest_difference(
             ditto.store.get(client_id).models[PERSONAL], local.store.get(client_id).models["model"]
         )
         assert far < 1e-10 if equal else far > 1e-5

@@ -43,9 +43,9 @@ DIGITS = Task("multiclass", 10)
 
 def trained(rounds, client_id: str, index: int):
     """Return the client's upload of a round, computed again from the current server state."""
-    card = rounds.federation.client_infos[client_id]
+    client_info = rounds.federation.client_infos[client_id]
     rounds._set_round_context(index)
-    sent = Payload(rounds.algorithm.broadcast(rounds.server, card))
+    sent = Payload(rounds.algorithm.broadcast(rounds.server, client_info))
     participant = rounds.federation.client(client_id, rounds.store.get(client_id), index)
     items, _ = run_plan(rounds.algorithm.train(participant, sent), participant, rounds.backend)
     return participant, Payload(items)
@@ -345,10 +345,10 @@ def test_class_sums_match_loop() -> None:
 
 def test_uploads_are_summed_in_client_order() -> None:
     g = torch.Generator().manual_seed(10)
-    cards = rounds_of(config("local", clients=3), num_rounds=0).federation.client_infos
+    client_infos = rounds_of(config("local", clients=3), num_rounds=0).federation.client_infos
     uploads = [
-        Upload(cards[c], Payload({"z": Item(torch.randn(50, generator=g).float(), 1.0 + i)}))
-        for i, c in enumerate(cards)
+        Upload(client_infos[c], Payload({"z": Item(torch.randn(50, generator=g).float(), 1.0 + i)}))
+        for i, c in enumerate(client_infos)
     ]
     means = [
         Uploads(order).mean("z") for order in (uploads, uploads[::-1], uploads[1:] + uploads[:1])

@@ -125,16 +125,16 @@ def test_regression_ensemble_averages_predictions() -> None:
     full = run.executor.runtime.predict(client, Rows("common_test"), False)  # type: ignore[attr-defined]
     members = []
     for client_id in ids:
-        card = run.federation.client_infos[client_id]
+        client_info = run.federation.client_infos[client_id]
         member = SavedModel(
             client.state["members"][client_id],
-            card.arch,
-            asdict(card.preprocess),
+            client_info.arch,
+            asdict(client_info.preprocess),
             run.federation.task,
         )
         members.append(
             member.logits(
-                run.federation.data.columns(client_id, "common_test", card.preprocess)["x"]
+                run.federation.data.columns(client_id, "common_test", client_info.preprocess)["x"]
             )
         )
     assert torch.allclose(full, torch.stack(members).mean(0), atol=1e-6)

@@ -13,7 +13,14 @@ from torch import Tensor
 from hetero_fl.core.participant import floating_tensors
 from hetero_fl.experiment import prepare
 from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
-from tests.references.local_training import apart, batches, clients, mean, module, train
+from tests.references.local_training import (
+    batches,
+    clients,
+    largest_difference,
+    mean,
+    module,
+    train,
+)
 
 UNIFORM = {"name": "scaffold", "weighting": "uniform", "server_lr": 0.8}
 
@@ -40,27 +47,27 @@ def test_round_matches_reference(weighting: str) -> None:
     for client_id in cohort:
         client, group = before[client_id], before[client_id].arch["model"].spec_id
         x, c = models[group], controls[group]
-        mine = client.state.get("control", {n: torch.zeros_like(t) for n, t in c.items()})
+        own = client.state.get("control", {n: torch.zeros_like(t) for n, t in c.items()})
         model = module(client.arch["model"], {**client.models["model"], **x})
 
         @torch.no_grad()
-        def correct(model=model, c=c, mine=mine) -> None:
+        def correct(model=model, c=c, own=own) -> None:
             for n, p in model.named_parameters():
-                p.sub_(0.05 * (c[n] - mine[n]))
+                p.sub_(0.05 * (c[n] - own[n]))
 
         parameters = list(model.parameters())
         steps = train(
             client, parameters, lambda x, y, m=model: F.cross_entropy(m(x).logits, y), after=correct
         )
         y = {n: t.detach() for n, t in model.state_dict().items()}
-        new = {n: mine[n] - c[n] + (x[n] - y[n]) / (steps * 0.05) for n in c}
-        assert apart(rounds.store.get(client_id).state["control"], new) < 1e-9
+        new = {n: own[n] - c[n] + (x[n] - y[n]) / (steps * 0.05) for n in c}
+        assert largest_difference(rounds.store.get(client_id).state["control"], new) < 1e-9
         sent[group].append((weight[client_id], floating_tensors(y)))
         same_group = [i for i, other in before.items() if other.arch["model"].spec_id == group]
         present = [i for i in same_group if i in cohort]
         share = len(present) / len(same_group) * weight[client_id] / sum(weight[i] for i in present)
         for n in c:
-            change[group][n] += share * (new[n] - mine[n])
+            change[group][n] += share * (new[n] - own[n])
     for group, members in sent.items():
         if members:
             average, names = mean(members), server.arch[group].parameter_names
@@ -68,9 +75,9 @@ def test_round_matches_reference(weighting: str) -> None:
                 n: t if n not in names else models[group][n] + 0.8 * (t - models[group][n])
                 for n, t in average.items()
             }
-            assert apart(server.models[group], moved) < 1e-9
+            assert largest_difference(server.models[group], moved) < 1e-9
         expected = {n: controls[group][n] + change[group][n] for n in change[group]}
-        assert apart(server.state["control"][group], expected) < 1e-9
+        assert largest_difference(server.state["control"][group], expected) < 1e-9
 
 
 def test_first_round_equals_fedavg() -> None:
@@ -91,14 +98,16 @@ def test_single_client_equals_fedavg() -> None:
     fedavg, scaffold = (rounds_of(config(m, clients=1, rounds=4)) for m in ("fedavg", "scaffold"))
     (group,) = fedavg.server.models
     assert (
-        apart(
+        largest_difference(
             floating_tensors(scaffold.server.models[group]),
             floating_tensors(fedavg.server.models[group]),
         )
         < 1e-11
     )
-    c, mine = scaffold.server.state["control"][group], scaffold.store.get("site").state["control"]
-    assert apart(c, mine) < 1e-10 and max(float(t.abs().max()) for t in c.values()) > 1e-3
+    c, own = scaffold.server.state["control"][group], scaffold.store.get("site").state["control"]
+    assert (
+        largest_difference(c, own) < 1e-10 and max(float(t.abs().max()) for t in c.values()) > 1e-3
+    )
 
 
 @pytest.mark.usefixtures("float64")
@@ -109,13 +118,13 @@ def test_server_control_is_the_mean_of_client_controls(changes: dict[str, Any]) 
     """Check the invariant; clients that never participated count as zero."""
     rounds = rounds_of(config("scaffold", "mlp", 5, algorithm=UNIFORM, rounds=4, **changes))
     (control,) = rounds.server.state["control"].values()
-    mine = [
+    own = [
         rounds.store.get(client_id).state.get("control")
         for client_id in rounds.federation.client_infos
     ]
-    assert any(mine)
+    assert any(own)
     for n, c in control.items():
-        expected = sum(m[n] for m in mine if m) / 5
+        expected = sum(m[n] for m in own if m) / 5
         assert c.abs().sum() > 0 and torch.allclose(c, expected, rtol=0, atol=1e-10)
 
 
@@ -132,7 +141,7 @@ def test_infrequent_upload_averages_gradients_since_the_last() -> None:
         assert ("since" in rounds.store.get("site_1").state) is (index == 0)
     kept = rounds.store.get("site_1")
     expected = {n: (start[n] - kept.models["model"][n]) / path for n in start}
-    assert apart(kept.state["control"], expected) < 1e-9
+    assert largest_difference(kept.state["control"], expected) < 1e-9
 
 
 @pytest.mark.usefixtures("float64")
@@ -145,20 +154,20 @@ def test_head_learning_rate_scales_correction_and_control() -> None:
     (model,), (control,) = rounds.server.models.values(), rounds.server.state["control"].values()
     client, x, c = clients(rounds)["site_1"], dict(model), dict(control)
     rounds.run_round()
-    mine, net = client.state["control"], module(client.arch["model"], x)
+    own, net = client.state["control"], module(client.arch["model"], x)
     steps, rates = 0, {n: 0.2 if n.startswith("head.") else 0.05 for n in c}
     for a, b in batches(client):
         net.zero_grad()
         F.cross_entropy(net(a).logits, b).backward()
         with torch.no_grad():
             for n, p in net.named_parameters():
-                p.sub_(rates[n] * (p.grad + c[n] - mine[n]))
+                p.sub_(rates[n] * (p.grad + c[n] - own[n]))
         steps += 1
     expected = {
-        n: mine[n] - c[n] + (x[n] - p.detach()) / (steps * rates[n])
+        n: own[n] - c[n] + (x[n] - p.detach()) / (steps * rates[n])
         for n, p in net.named_parameters()
     }
-    assert apart(rounds.store.get("site_1").state["control"], expected) < 1e-9
+    assert largest_difference(rounds.store.get("site_1").state["control"], expected) < 1e-9
 
 
 def test_adam_is_replaced_by_sgd_with_a_note() -> None:
@@ -187,11 +196,11 @@ def test_only_shared_tensors_have_controls() -> None:
     assert state and all(n.startswith("backbone.") for n in state)
     (control,) = rounds.server.state["control"].values()
     assert all((t.abs().sum() > 0) == n.startswith("backbone.") for n, t in control.items())
-    card = rounds.federation.client_infos["site_1"]
+    client_info = rounds.federation.client_infos["site_1"]
     for reading, items in ((True, {"model"}), (False, {"model", "control"})):
         assert (
             rounds.algorithm.broadcast(
-                rounds.server, replace(card, purpose="evaluate" if reading else "train")
+                rounds.server, replace(client_info, purpose="evaluate" if reading else "train")
             ).keys()
             == items
         )

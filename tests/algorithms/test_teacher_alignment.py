@@ -34,7 +34,7 @@ def run_rounds(
 ) -> SynchronousTrainer:
     source = config(method, MIXED, 4, **(changes or {}))
     source["algorithm"].update(own)
-    return rounds_of(source, run_rounds=rounds)
+    return rounds_of(source, num_rounds=rounds)
 
 
 def counts_of(rounds: SynchronousTrainer, *ids: str) -> Tensor:
@@ -257,14 +257,14 @@ def test_noisy_counts_do_not_reveal_participation() -> None:
     changes = {"clients__overrides": only, "clients__per_round": 2, "rounds": 4}
     rounds = rounds_of(
         config("fedmd", "cnn_gn_small", 4, privacy=noise, algorithm__align=0.5, **changes),
-        run_rounds=0,
+        num_rounds=0,
     )
-    known, there = torch.zeros(10), []
+    known, recorded = torch.zeros(10), []
     for _ in range(4):
-        there.append("site_4" in rounds.run_round()["cohort"])
+        recorded.append("site_4" in rounds.run_round()["cohort"])
         assert not torch.equal(rounds.server.state[LABELS], known)
         known = rounds.server.state[LABELS].clone()
-    assert set(there) == {True, False}
+    assert set(recorded) == {True, False}
 
 
 def test_missing_defense_of_label_counts_is_reported() -> None:

@@ -21,7 +21,7 @@ from hetero_fl.engine.driver import run_plan
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from tests.federation.test_synchronous import METHODS
 from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
-from tests.references.local_training import apart, clients, module, train
+from tests.references.local_training import clients, largest_difference, module, train
 
 # Weights
 
@@ -33,11 +33,11 @@ def test_entropy_teacher_matches_reference() -> None:
         [proxy_predictions(Task("multiclass", 5), "entropy", z, None, 9) for z in logits]
     )
     for row in range(4):
-        say = []
+        weights = []
         for z in logits[:, row]:
             p = z.softmax(0).tolist()
-            say.append(math.exp(sum(q * math.log(q) for q in p)))
-        expected = sum(a * z for a, z in zip(say, logits[:, row], strict=True)) / sum(say)
+            weights.append(math.exp(sum(q * math.log(q) for q in p)))
+        expected = sum(a * z for a, z in zip(weights, logits[:, row], strict=True)) / sum(weights)
         assert torch.allclose(actual[row], expected, atol=1e-10)
 
 
@@ -48,8 +48,8 @@ def test_entropy_is_per_label_and_undefined_for_regression() -> None:
         [proxy_predictions(Task("multilabel", 3), "entropy", z, None, 9) for z in logits]
     )
     p = logits.sigmoid()
-    say = (p * p.log() + (1 - p) * (1 - p).log()).exp()
-    assert torch.allclose(actual, (say * logits).sum(0) / say.sum(0), atol=1e-10)
+    weights = (p * p.log() + (1 - p) * (1 - p).log()).exp()
+    assert torch.allclose(actual, (weights * logits).sum(0) / weights.sum(0), atol=1e-10)
     plain = mean_of_items(
         [
             proxy_predictions(Task("regression", 3), "entropy", z, None, n)
@@ -132,11 +132,11 @@ def test_fedmd_round_on_sampled_rows_matches_reference(distance: str) -> None:
             list(model.parameters()),
             lambda x, y, model=model: F.cross_entropy(model(x).logits, y),
         )
-        assert apart(rounds.store.get(client_id).models["model"], model) < 1e-9
+        assert largest_difference(rounds.store.get(client_id).models["model"], model) < 1e-9
         with torch.no_grad():
             z = model.eval()(x[now]).logits
-        say = (z.softmax(1) * z.log_softmax(1)).sum(1, keepdim=True).exp()
-        top, bottom = top + say * z, bottom + say
+        weights = (z.softmax(1) * z.log_softmax(1)).sum(1, keepdim=True).exp()
+        top, bottom = top + weights * z, bottom + weights
     assert torch.allclose(rounds.server.state[TEACHER], top / bottom, rtol=0, atol=1e-9)
 
 
@@ -170,10 +170,10 @@ def test_old_teacher_is_distilled_on_its_rows(method: str) -> None:
     source["clients"]["defaults"]["share_every"] = 3
     rounds = rounds_of(source, num_rounds=4)
     rounds._set_round_context(4)
-    card = rounds.federation.client_infos["site_1"]
+    client_info = rounds.federation.client_infos["site_1"]
     client, got = (
         clients(rounds)["site_1"],
-        Payload(rounds.algorithm.broadcast(rounds.server, card)),
+        Payload(rounds.algorithm.broadcast(rounds.server, client_info)),
     )
     assert got[PROXY_INDICES].tolist() == [2]
     rows = rounds.algorithm.teacher_rows(client, got)

@@ -44,7 +44,7 @@ def written(folder: Path, source: dict[str, Any], name: str = "small.yaml") -> P
     return folder / name
 
 
-def told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+def printed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """Return the one line that a user error prints."""
     assert main(arguments) == 2
     captured = capsys.readouterr()
@@ -84,7 +84,7 @@ def test_missing_flower_names_the_extra(
     main(["certificates", str(net), "--host", "127.0.0.1", "--clients", "site_1,site_2,site_3"])
     capsys.readouterr()
     more = ["--server", str(net / "server" / "server.yaml")] if command == "server" else []
-    line = told([command, "--config", str(file), "--out", str(tmp_path / "out"), *more], capsys)
+    line = printed([command, "--config", str(file), "--out", str(tmp_path / "out"), *more], capsys)
     assert "pip install 'hetero_fl[flower]'" in line
     assert not (tmp_path / "out").exists()
 
@@ -93,15 +93,15 @@ def test_invalid_arguments_raise_one_line(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = ["--out", str(tmp_path / "out")]
-    assert "--config: missing" in told(["federate", *out], capsys)
-    assert "--server: missing" in told(["server", "--config", str(file), *out], capsys)
-    assert "file not found" in told(
+    assert "--config: missing" in printed(["federate", *out], capsys)
+    assert "--server: missing" in printed(["server", "--config", str(file), *out], capsys)
+    assert "file not found" in printed(
         ["server", "--config", str(file), "--server", "none.yaml", *out], capsys
     )
-    assert "--site" in told(["node"], capsys)
-    assert "file not found" in told(["node", "--site", str(tmp_path / "none.yaml")], capsys)
+    assert "--site" in printed(["node"], capsys)
+    assert "file not found" in printed(["node", "--site", str(tmp_path / "none.yaml")], capsys)
     site = written(tmp_path, {"client": "north"}, "site.yaml")
-    assert "server: missing" in told(["node", "--site", str(site)], capsys)
+    assert "server: missing" in printed(["node", "--site", str(site)], capsys)
     assert not (tmp_path / "out").exists()
 
 

@@ -114,8 +114,8 @@ def test_blocks_are_missing_entirely() -> None:
     pixels = x[:, :6][~x[:, :6].isnan()].double()
     assert seen.mean[0] == pytest.approx(float(pixels.mean())) and isinstance(seen.std, tuple)
     assert seen.std[0] == pytest.approx(float(pixels.std(correction=0)))
-    alone = view(x, BLOCKS, columns=["genes"], missing="indicate")
-    assert alone(x).shape == (12, 5) and alone(x)[:, 4].nonzero().flatten().tolist() == [2]
+    single = view(x, BLOCKS, columns=["genes"], missing="indicate")
+    assert single(x).shape == (12, 5) and single(x)[:, 4].nonzero().flatten().tolist() == [2]
 
 
 def test_unknown_columns_are_refused() -> None:

@@ -38,8 +38,8 @@ def test_blocks_by_name_equal_full_rows(tmp_path: Any) -> None:
     assert torch.allclose(
         preprocess_inputs(model, {"genes": genes, "image": images}), preprocess_inputs(model, rows)
     )
-    alone = preprocess_inputs(model, {"image": images})
-    assert alone.shape == (3, 21) and alone[:, 20].all() and not alone[:, 19].any()
+    single = preprocess_inputs(model, {"image": images})
+    assert single.shape == (3, 21) and single[:, 20].all() and not single[:, 19].any()
     for x, words in (
         ({"gene": genes}, "unknown block 'gene'; did you mean 'genes'"),
         ({"genes": genes, "image": images[:2]}, "image: expected 3 rows as in genes, got 2"),

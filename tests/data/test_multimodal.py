@@ -178,8 +178,8 @@ def test_patient_ids_may_have_leading_zeros(tmp_path: Path) -> None:
     pd.DataFrame({"patient": ["0003", "0001", "0002"], "tp53": [0.5, 1.5, 2.5]}).to_csv(
         path, index=False
     )
-    whose = ["0001", "0002", "0002", "0003", "0004", "x5"]
-    found = join_images_and_table(IMAGES, Y, whose, path)
+    owners = ["0001", "0002", "0002", "0003", "0004", "x5"]
+    found = join_images_and_table(IMAGES, Y, owners, path)
     assert (
         found.train.x[[0, 1, 3], 64].tolist() == [1.5, 2.5, 0.5]
         and found.train.x[4:, 64].isnan().all()
@@ -187,7 +187,7 @@ def test_patient_ids_may_have_leading_zeros(tmp_path: Path) -> None:
     assert found.train.patient_names == ("0001", "0002", "0003", "0004", "x5")
     # 1 and 0001 are different patients
     with pytest.raises(UserError, match="patient '0003' has no image"):
-        join_images_and_table(IMAGES, Y, ["1", *whose[:3], "2", "0001"], path)
+        join_images_and_table(IMAGES, Y, ["1", *owners[:3], "2", "0001"], path)
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

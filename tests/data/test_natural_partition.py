@@ -103,14 +103,14 @@ def test_group_without_training_rows_is_named() -> None:
 def test_labels_of_all_files_are_matched(tmp_path: Path) -> None:
     """Match labels in different spellings: 0 and 0.0, " Yes" and "Yes"."""
     base = pd.DataFrame({"u": range(90), "v": [-i for i in range(90)]})
-    for common, mine, names in (
+    for common, local, names in (
         ([0, 1] * 45, [0.0, 1.0] * 45, ("0", "1")),
         ([0.0, 1.0] * 45, ["0 ", " 1.0"] * 45, ("0", "1")),
         (["No", "Yes"] * 45, ["No ", " Yes"] * 45, ("No", "Yes")),
         # regression; whole numbers by chance
         ([i / 2 for i in range(90)], [i % 3 for i in range(90)], ("ill",)),
     ):
-        for file, labels in (("all", common), ("own", mine)):
+        for file, labels in (("all", common), ("own", local)):
             base.assign(ill=labels).to_csv(tmp_path / f"{file}.csv", index=False)
         source = SourceConfig(name="table", path=str(tmp_path / "all.csv"), label="ill")
         own = ClientSettings(data=source.model_copy(update={"path": str(tmp_path / "own.csv")}))

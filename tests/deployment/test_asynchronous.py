@@ -129,19 +129,19 @@ def test_slots_are_given_to_connected_nodes(tmp_path: Path) -> None:
     kills = {("site_1", 0, "train"): "before", ("site_2", 0, "train"): "during"}
     sites = Sites(CLIENTS, tmp_path / "sites", kills, away=None)
 
-    gone = ("site_1", "site_2")
+    absent = ("site_1", "site_2")
 
     def back(record: dict[str, Any]) -> None:
         if record["round"] == 2:
             sites.request_counts.clear()
-            for client in gone:
+            for client in absent:
                 sites.start(client)
         if record["round"] == 4:  # greeted since
-            until(lambda: all(sites.request_counts[client, -1, "hello"] for client in gone))
+            until(lambda: all(sites.request_counts[client, -1, "hello"] for client in absent))
         # met and given tasks since, which the rounds that are left hear of
         if record["round"] == 6:
             until(
-                lambda: {client for client, _, what in sites.done if what == "train"} >= set(gone)
+                lambda: {client for client, _, what in sites.done if what == "train"} >= set(absent)
             )
 
     run_config = {**source(places=4), "rounds": 10, "evaluation": {"every": 10}}
@@ -150,9 +150,9 @@ def test_slots_are_given_to_connected_nodes(tmp_path: Path) -> None:
     )
     assert len(deployed) == 10 and not sites.kills
     assert all(record["counts"]["arrived"] == 4 for record in deployed)
-    failed = {client: why for record in deployed for client, why in record["failed"].items()}
-    assert failed == dict.fromkeys(gone, "its node is not connected")
-    assert set(gone) <= {client for record in deployed[2:] for client in record["cohort"]}
+    failed = {client: reason for record in deployed for client, reason in record["failed"].items()}
+    assert failed == dict.fromkeys(absent, "its node is not connected")
+    assert set(absent) <= {client for record in deployed[2:] for client in record["cohort"]}
 
 
 def test_refusing_nodes_are_asked_a_limited_time(

@@ -470,13 +470,21 @@ def test_node_audit_checks_signatures_with_the_public_key(
     path, key = tmp_path / "state" / "audit.jsonl", make_node_key(tmp_path / "key")
     log = AuditLog(path, key)
     log.append(**ABOUT)
-    asked = ["node", "--audit", str(path), "--key", str(tmp_path / "key.pub"), "--head", log.head]
-    assert main(asked) == 0 and f"head: {log.head}" in capsys.readouterr().out
-    assert main(asked[:3]) == 0 and "signatures were not checked" in capsys.readouterr().out
+    requests = [
+        "node",
+        "--audit",
+        str(path),
+        "--key",
+        str(tmp_path / "key.pub"),
+        "--head",
+        log.head,
+    ]
+    assert main(requests) == 0 and f"head: {log.head}" in capsys.readouterr().out
+    assert main(requests[:3]) == 0 and "signatures were not checked" in capsys.readouterr().out
 
     path.write_bytes(path.read_bytes() + forged(path))
 
-    assert main(asked) == 2 and "line 2: not signed" in capsys.readouterr().err
+    assert main(requests) == 2 and "line 2: not signed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def counted(run: Run, folder: Path, name: str = "") -> tuple[int, int]:
     return sum(f.up for f in found), sum(f.down for f in found)
 
 
-def told(run: Run) -> tuple[int, int]:
+def recorded_bytes(run: Run) -> tuple[int, int]:
     """Return the bytes sent and received in a run, from the server's summary."""
     communication = run.summary["communication"]
     return communication["up_bytes"], communication["down_bytes"]
@@ -42,7 +42,7 @@ def test_byte_counts_of_logs_match_the_server(case: str, tmp_path: Path) -> None
     federation = Federation(tmp_path)
     # whatever comes twice is counted once
     run = federation.serve(small(method, **changes), {"site_2": twice})
-    assert counted(run, tmp_path) == told(run) and min(told(run)) > 0
+    assert counted(run, tmp_path) == recorded_bytes(run) and min(recorded_bytes(run)) > 0
     lines = verify(tmp_path / "site_2" / "audit.jsonl")
     again = [line for line in lines if line["outcome"] == "again"]
     assert len(again) == len([line for line in lines if line["ask"] == "do"]) / 2
@@ -75,6 +75,6 @@ def test_log_marks_masked_uploads(tmp_path: Path) -> None:
 def test_refused_upload_counts_no_bytes(tmp_path: Path) -> None:
     federation = Federation(tmp_path, {"site_3": {"allows": {"upload_bytes": 100}}})
     run = federation.serve(small(evaluation__every=2))
-    assert counted(run, tmp_path) == told(run)
+    assert counted(run, tmp_path) == recorded_bytes(run)
     log = traffic_totals(verify(tmp_path / "site_3" / "audit.jsonl"))
     assert log.up == 0 and log.down > 0

@@ -348,7 +348,9 @@ def ends_well(folder: Path, answers: list[Answer]) -> list[dict[str, Any]]:
     assert run.summary["rounds_completed"] == len(answers)
     for record in run.metrics:
         assert set(record["failed"]) <= {"site_3"}
-        assert all(why.isprintable() and len(why) < 500 for why in record["failed"].values())
+        assert all(
+            reason.isprintable() and len(reason) < 500 for reason in record["failed"].values()
+        )
     for name in ("metrics.jsonl", "log.txt", "summary.json", "status.json", "report.html"):
         text = (run.path / name).read_text(encoding="utf-8")
         assert "\x1b" not in text and "\u202e" not in text

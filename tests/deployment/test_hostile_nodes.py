@@ -276,9 +276,9 @@ def test_hostile_evaluations_are_dropped_and_counted(tmp_path: Path) -> None:
         run_config, {"site_3": by_turn("read", [change for change, _ in READINGS.values()])}
     )
     assert run.summary["rounds_completed"] == count
-    for (name, (_, why)), record in zip(READINGS.items(), run.metrics, strict=True):
+    for (name, (_, reason)), record in zip(READINGS.items(), run.metrics, strict=True):
         assert set(record["clients"]) == {"site_1", "site_2"}, name
-        assert list(record["unread"]) == ["site_3"] and why in record["unread"]["site_3"], (
+        assert list(record["unread"]) == ["site_3"] and reason in record["unread"]["site_3"], (
             name,
             record["unread"],
         )
@@ -498,7 +498,7 @@ def evaluate_client(rounds: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def told_model() -> Any:
+def model_evaluation() -> Any:
     """Yield a site's reading at the end of a run, the federation and the method."""
     prepared = prepare(small(models="linear", rounds=1))
     rounds = prepared.make_trainer()
@@ -508,17 +508,17 @@ def told_model() -> Any:
     rounds.executor.close()
 
 
-def retold(told: Any, change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+def with_changed_header(evaluation: Any, change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
     """Return the reading with the metadata of its model changed."""
-    length = int.from_bytes(told.model[:8], "little")
-    header = json.loads(told.model[8 : 8 + length])
+    length = int.from_bytes(evaluation.model[:8], "little")
+    header = json.loads(evaluation.model[8 : 8 + length])
     about = json.loads(header["__metadata__"]["hetero_fl"])
     change(about)
     header["__metadata__"]["hetero_fl"] = json.dumps(about)
     changed = json.dumps(header).encode()
     changed += b" " * (-len(changed) % 8)
-    model = len(changed).to_bytes(8, "little") + changed + told.model[8 + length :]
-    return evaluation_tree(replace(told, model=model))
+    model = len(changed).to_bytes(8, "little") + changed + evaluation.model[8 + length :]
+    return evaluation_tree(replace(evaluation, model=model))
 
 
 METADATA: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -530,10 +530,12 @@ METADATA: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("name", METADATA)
-def test_model_metadata_is_written_by_the_server(name: str, told_model: Any) -> None:
-    tree, federation, method = told_model
+def test_model_metadata_is_written_by_the_server(name: str, model_evaluation: Any) -> None:
+    tree, federation, method = model_evaluation
 
-    received = read_evaluation(retold(tree, METADATA[name]), "site_1", federation, method)
+    received = read_evaluation(
+        with_changed_header(tree, METADATA[name]), "site_1", federation, method
+    )
 
     assert received.model == tree.model and b"python:" not in received.model
 
@@ -594,12 +596,12 @@ def test_model_metadata_is_written_by_the_server(name: str, told_model: Any) -> 
     ],
 )
 def test_unexpected_metadata_is_refused(
-    change: Callable[[dict[str, Any]], Any], expected: str, told_model: Any
+    change: Callable[[dict[str, Any]], Any], expected: str, model_evaluation: Any
 ) -> None:
-    tree, federation, method = told_model
+    tree, federation, method = model_evaluation
 
     with pytest.raises(RequestRefusedError, match=re.escape(expected)):
-        read_evaluation(retold(tree, change), "site_1", federation, method)
+        read_evaluation(with_changed_header(tree, change), "site_1", federation, method)
 
 
 # Honest ones

@@ -68,7 +68,7 @@ def test_status_summarizes_records_and_events(status: RunStatus) -> None:
     status.add_record(
         record(1, failed={"south": "its node is not connected"}, privacy={"epsilon": 1.25})
     )
-    status.add_record(record(1))  # after a resume: a line of a round that is held again
+    status.add_record(record(1))  # after a resume: the record of a repeated round
     tree = status.to_dict()
     assert tree["nodes"]["north"]["here"] and tree["nodes"]["south"] == {
         "here": False,
@@ -89,8 +89,8 @@ def test_status_summarizes_records_and_events(status: RunStatus) -> None:
     status.add_record(record(2, failed={"north": "diverged", "south": "its node is not connected"}))
     assert status.to_dict()["failures"] == 3
     present.clear()
-    gone = status.to_dict()["nodes"]["north"]
-    assert not gone["here"] and gone["since"] >= tree["nodes"]["north"]["since"]
+    absent = status.to_dict()["nodes"]["north"]
+    assert not absent["here"] and absent["since"] >= tree["nodes"]["north"]["since"]
 
 
 def test_prometheus_output_is_valid(status: RunStatus) -> None:

@@ -45,7 +45,7 @@ def pieces(node: Node) -> list[bytes]:
     return found
 
 
-def held(folder: Path) -> list[Path]:
+def stored_files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
@@ -67,7 +67,7 @@ def test_private_tensors_are_encrypted_on_disk(encrypted: bool, tmp_path: Path) 
 
     run = federation.serve(small("fedper", channel=TOP), {"site_1": looking})
     assert run.summary["rounds_completed"] == 2 and len(kept) > 20
-    on_disk = [path.read_bytes() for path in held(tmp_path / "site_1")]
+    on_disk = [path.read_bytes() for path in stored_files(tmp_path / "site_1")]
     found = [piece for piece in kept if any(piece in data for data in on_disk)]
     assert bool(found) != encrypted
 

@@ -27,11 +27,11 @@ def secret(rounds: int) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("away", [0.0, 1.0], ids=["at once", "after a while"])
+@pytest.mark.parametrize("delay", [0.0, 1.0], ids=["at once", "after a while"])
 def test_killed_nodes_do_not_change_results(
     tmp_path: Path,
     trained: Counter[tuple[str, int]],
-    away: float,
+    delay: float,
 ) -> None:
     kills: dict[Point, str] = {
         ("site_1", 0, "train"): "before",
@@ -39,7 +39,7 @@ def test_killed_nodes_do_not_change_results(
         ("site_3", 2, "train"): "after",
         ("site_4", 2, "read"): "before",
     }
-    sites = Sites(CLIENTS, tmp_path / "sites", kills, away)
+    sites = Sites(CLIENTS, tmp_path / "sites", kills, delay)
     deployed = federation(hybrid(4), sites, tmp_path / "deployed", patience=30.0)
     assert not sites.kills
     counted, simulated = dict(trained), run(hybrid(4), out=tmp_path / "simulated")

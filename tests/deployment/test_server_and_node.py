@@ -62,8 +62,10 @@ class Sites:
             node = Node(site, self.folder / site.client, log)
             attended = LoggedNode(node, log, self.stops[-1], self.once)
             self.refused.append(attended)
-            asked = attended.handle
-            loopback.join((lambda e, asked=asked: change(asked(e))) if index == 0 else asked)
+            requests = attended.handle
+            loopback.join(
+                (lambda e, requests=requests: change(requests(e))) if index == 0 else requests
+            )
         return loopback
 
 

@@ -94,8 +94,8 @@ def test_stacked_masks_equal_those_of_single_participants(size: int) -> None:
     stacked = vmap(forward)(torch.ones(3, 4, size), torch.arange(3))
 
     for place, (key, rows) in enumerate(zip(keys, sizes, strict=True)):
-        single, alone = layer(0.3)
-        alone.seed([key], 4)
+        single, separate = layer(0.3)
+        separate.seed([key], 4)
         expected = single(single(torch.ones(rows, size)))
         assert torch.equal(stacked[place, :rows], expected)
 

@@ -183,10 +183,10 @@ def test_two_workers_in_this_process_share_a_device() -> None:
 @pytest.mark.skipif(not IS_REAL, reason="a pretended GPU is in one process")
 def test_two_workers_share_a_device() -> None:
     source = config("hybrid", MIXED, clients=6, server={"model": "linear"})
-    alone = on("cuda", "serial", source)
+    single = on("cuda", "serial", source)
     together = on("cuda", "processes", source)
     try:
-        check_equal(alone, together)
+        check_equal(single, together)
     finally:
         together.executor.close()
 

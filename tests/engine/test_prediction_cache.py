@@ -77,12 +77,12 @@ def test_freed_columns_are_not_confused(chunk: int) -> None:
 
 
 def test_model_changed_in_place_is_evaluated_again() -> None:
-    (participant, *_), performer = clients(), make_backend(DeviceMemory(CPU))
+    (participant, *_), backend = clients(), make_backend(DeviceMemory(CPU))
     step = Predict("model", Rows("common_test"))
-    before = performer.run([(participant, step)])[0].clone()
+    before = backend.run([(participant, step)])[0].clone()
     for tensor in participant.models["model"].values():
         tensor.mul_(2)
-    assert not torch.equal(performer.run([(participant, step)])[0], before)
+    assert not torch.equal(backend.run([(participant, step)])[0], before)
 
 
 def test_cached_results_do_not_change_chunks() -> None:
@@ -197,12 +197,12 @@ def test_several_outputs_on_the_same_rows_need_one_pass(
         (other, Predict("model", Rows("train", rows=some), tensors=other.models["model"])),
     ]
     serial, passes = SerialBackend(DeviceMemory(CPU)), []
-    alone = [serial.run([one])[0] for one in work]
+    single = [serial.run([one])[0] for one in work]
     module = serial.templates(participant.arch["model"], "model").module
     module.register_forward_hook(lambda *_: passes.append(1))
     sent = serial.templates(participant.arch["model"], "").module
     sent.register_forward_hook(lambda *_: passes.append(1))
     together = serial.run(work)
     assert len(passes) == 4
-    for a, b in zip(alone, together, strict=True):
+    for a, b in zip(single, together, strict=True):
         assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))

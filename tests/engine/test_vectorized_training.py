@@ -280,9 +280,9 @@ def test_large_groups_are_split(stacks: list[int], monkeypatch: pytest.MonkeyPat
 
 
 def test_fits_of_one_participant_draw_in_order() -> None:
-    def double_fit(performer: Any) -> list[Participant]:
+    def double_fit(backend: Any) -> list[Participant]:
         result = clients(arch(width=4))
-        performer.run(
+        backend.run(
             [
                 (p, replace(FIT, train={s: None}, objective=Supervised(slot=s)))
                 for p in result

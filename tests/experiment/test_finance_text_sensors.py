@@ -165,8 +165,8 @@ def test_average_precision_of_the_rare_class() -> None:
     ] == pytest.approx(0.5)
     # without a rare class, the mean of both classes
     assert score(Task("multiclass", 2), logits, y)["average_precision"] != pytest.approx(0.5)
-    alone = score(Task("multiclass", 2, rare=1), logits, torch.zeros(4, dtype=torch.int64))
-    assert alone["average_precision"] is None and alone["auroc"] is None
+    single = score(Task("multiclass", 2, rare=1), logits, torch.zeros(4, dtype=torch.int64))
+    assert single["average_precision"] is None and single["auroc"] is None
 
 
 def test_perplexity_is_not_formatted_as_a_percentage() -> None:

@@ -227,17 +227,17 @@ def test_clients_of_a_group_receive_the_same_broadcast() -> None:
     bodies = dict(broadcasts(rounds, rounds.sample_cohort(0)))
     assert len(set(bodies.values())) == 2
     for client, body in bodies.items():
-        card = rounds.federation.client_infos[client]
+        client_info = rounds.federation.client_infos[client]
         got = rounds.links.decode_broadcast(0, body)["model"]
         received = rounds.links.simulate_broadcast(
-            0, rounds.broadcast(card), rounds.server.arch.values()
+            0, rounds.broadcast(client_info), rounds.server.arch.values()
         )["model"]
         assert same_bits(got, received)
         weight = next(n for n, t in got.items() if t.ndim > 1)
         assert (
             len(got[weight].unique())
             <= 15
-            < len(rounds.server.models[card.arch.spec_id][weight].unique())
+            < len(rounds.server.models[client_info.arch.spec_id][weight].unique())
         )
 
 

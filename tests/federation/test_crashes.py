@@ -57,18 +57,20 @@ def at_any_time() -> dict[str, Any]:
 MODES = {"sync": source, "async": at_any_time}
 
 
-def go_on(out: str, mode: str) -> None:
+def resume_run(out: str, mode: str) -> None:
     run(MODES[mode](), out=out, resume=True)
 
 
 def wait_at(point: str, out: str, mode: str) -> None:
     """Return a configuration that waits at this point for the kill."""
     server_crash.wait_at(point, Path(f"{out}.waits"))
-    go_on(out, mode)
+    resume_run(out, mode)
 
 
 def spawn(out: Path, mode: str, at: str | None = None) -> Any:
-    target, given = (go_on, (str(out), mode)) if at is None else (wait_at, (at, str(out), mode))
+    target, given = (
+        (resume_run, (str(out), mode)) if at is None else (wait_at, (at, str(out), mode))
+    )
     process = CONTEXT.Process(target=target, args=given)
     process.start()
     return process
@@ -143,7 +145,7 @@ def test_resume_after_kill_writes_missing_report(tmp_path: Path) -> None:
 
 def killed(out: str, mode: str) -> None:
     server_crash.kill_in_rounds([2, 3])
-    go_on(out, mode)
+    resume_run(out, mode)
 
 
 @pytest.mark.slow

@@ -23,9 +23,9 @@ def fedgkt() -> Any:
 
 def test_expected_rows_allocate_no_memory(fedgkt: Any) -> None:
     expectations = ExpectedUploads(fedgkt.method, fedgkt.federation)
-    card = replace(fedgkt.federation.client_infos["site_1"], num_rows=2**40)
+    client_info = replace(fedgkt.federation.client_infos["site_1"], num_rows=2**40)
 
-    items = expectations.expected_items(card, Payload({}), 0)
+    items = expectations.expected_items(client_info, Payload({}), 0)
 
     assert {name: len(item.values) for name, item in items.items()} == dict.fromkeys(items, 2**40)
     assert all(item.values.untyped_storage().nbytes() <= 8 for item in items.values())
@@ -36,10 +36,10 @@ def test_rows_without_memory_are_refused(fedgkt: Any, monkeypatch: pytest.Monkey
         torch.empty(2**50)
 
     expectations = ExpectedUploads(fedgkt.method, fedgkt.federation)
-    card = replace(fedgkt.federation.client_infos["site_1"], num_rows=2**31)
+    client_info = replace(fedgkt.federation.client_infos["site_1"], num_rows=2**31)
     monkeypatch.setattr(expectations, "dry_run_upload", allocate)
 
     with pytest.raises(
         UserError, match="site_1: not enough memory for an upload of 2,147,483,648 rows"
     ):
-        expectations.expected_items(card, Payload({}), 0)
+        expectations.expected_items(client_info, Payload({}), 0)

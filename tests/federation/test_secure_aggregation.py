@@ -62,7 +62,7 @@ def tensors(tree: Any) -> list[Tensor]:
     return [t for value in values for t in tensors(value)]
 
 
-def apart(a: SynchronousTrainer, b: SynchronousTrainer) -> float:
+def largest_difference(a: SynchronousTrainer, b: SynchronousTrainer) -> float:
     """Return the largest difference between the states of servers and clients."""
     trees = [
         [
@@ -85,7 +85,7 @@ def test_secure_aggregation_matches_plain_sums(method: str, double: None) -> Non
         rounds_of(config(method, MIXED, 4, **student)),
         rounds_of(secure(method, **student)),
     )
-    assert 0 < apart(plain, summed) < 1e-9
+    assert 0 < largest_difference(plain, summed) < 1e-9
     # Secrets are deleted after their round.
     assert not summed.store.notes
 
@@ -129,13 +129,13 @@ def test_secure_aggregation_with_settings_that_change_sums(
         rounds_of(config(method, MIXED, 4, **without)),
         rounds_of(secure(method, **changes)),
     )
-    assert 0 < apart(plain, summed) < 1e-8
+    assert 0 < largest_difference(plain, summed) < 1e-8
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedmd", "fedproto"])
 def test_secure_aggregation_in_single_precision(method: str) -> None:
     plain, summed = rounds_of(config(method, MIXED, 4)), rounds_of(secure(method))
-    assert apart(plain, summed) < 2e-5
+    assert largest_difference(plain, summed) < 2e-5
 
 
 @pytest.mark.parametrize("method", SINGLE)
@@ -353,7 +353,7 @@ def test_state_is_sent_to_workers_for_training_only(
     asks = {
         id(job): {m.kind for m in job.requests.values() if isinstance(m, Message)} for job in jobs
     }
-    assert {ask for asked in asks.values() for ask in asked} == {
+    assert {ask for requests in asks.values() for ask in requests} == {
         "keys",
         "shares",
         "train",
@@ -384,8 +384,8 @@ def test_quantizing_chain_works_with_secure_sum(chain: Any, double: None) -> Non
         rounds_of(run_config)
         for run_config in (config("hybrid", MIXED, 4, **rounded), secure("hybrid", **rounded))
     )
-    assert 0 < apart(plain, summed) < 1e-9
-    assert apart(plain, rounds_of(config("hybrid", MIXED, 4))) > 1e-4
+    assert 0 < largest_difference(plain, summed) < 1e-9
+    assert largest_difference(plain, rounds_of(config("hybrid", MIXED, 4))) > 1e-4
 
 
 @pytest.mark.slow

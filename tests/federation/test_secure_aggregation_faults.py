@@ -12,7 +12,7 @@ import pytest
 from hetero_fl.federation.simulation.faults import FaultOutcome, Faults
 from hetero_fl.federation.synchronous import SynchronousTrainer
 from tests.federation.simulation.test_simulated_rounds import EVERY, arithmetic
-from tests.federation.test_secure_aggregation import apart, secure
+from tests.federation.test_secure_aggregation import largest_difference, secure
 from tests.helpers.small_federations import MIXED, rounds_of
 
 CLOCK = {"speed": 1e6, "up": 1e6, "down": 1e6}
@@ -72,7 +72,7 @@ def test_each_fault_occurs_in_its_exchange(what: str) -> None:
         plain.sampler.sample = lambda *a: (uninvited, 0.0)  # type: ignore[method-assign,misc]
     plain.run_round()
     # The other masks cancel, and the client's training is discarded.
-    assert apart(rounds, plain) < 2e-5
+    assert largest_difference(rounds, plain) < 2e-5
     assert set(rounds.store.clients()) == set(plain.store.clients())
 
 
@@ -109,7 +109,7 @@ def test_too_many_dropouts_abandon_the_sum() -> None:
         "failed": 6,
         "late": 0,
     }
-    assert sum(why == "the round was given up" for why in record["failed"].values()) == 3
+    assert sum(reason == "the round was given up" for reason in record["failed"].values()) == 3
     assert (
         "unmask" not in kinds["site_5"] and rounds.store.clients() == [] and not rounds.store.notes
     )

@@ -212,9 +212,11 @@ def loud(rounds: FederatedTrainer, client: str, monkeypatch: pytest.MonkeyPatch)
     """Multiply the uploads of a client by a thousand."""
     uploaded = rounds.decode_upload
 
-    def louder(card: ClientInfo, *args: Any) -> Payload:
-        payload = uploaded(card, *args)
-        return Payload.decode(scaled(payload).encode()) if card.client_id == client else payload
+    def louder(client_info: ClientInfo, *args: Any) -> Payload:
+        payload = uploaded(client_info, *args)
+        return (
+            Payload.decode(scaled(payload).encode()) if client_info.client_id == client else payload
+        )
 
     monkeypatch.setattr(rounds, "decode_upload", louder)
 

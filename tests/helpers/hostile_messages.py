@@ -136,9 +136,9 @@ def hostile(handle: Handle, answers: list[Answer]) -> Handle:
     """Return a node that changes the head, and possibly the body, of its answers."""
     left = list(answers)
 
-    def handles(asked: Envelope) -> Envelope:
-        answer = handle(asked)
-        if asked.head.get("ask") != "do" or not left:
+    def handles(requests: Envelope) -> Envelope:
+        answer = handle(requests)
+        if requests.head.get("ask") != "do" or not left:
             return answer
         changes, body, sealed = left.pop(0)
         body = answer.body if body is None else body

@@ -248,10 +248,10 @@ class _Calls(TorchFunctionMode):
         source, *rest = args
         here = self.gpu.placement.device_of(source)
         if function is Tensor.to:
-            asked, dtype = self._parse_to(here, rest, named)
+            requests, dtype = self._parse_to(here, rest, named)
         else:
-            asked, dtype = (CPU if function is Tensor.cpu else CUDA), None
-        target = CUDA if asked.type == "cuda" else CPU
+            requests, dtype = (CPU if function is Tensor.cpu else CUDA), None
+        target = CUDA if requests.type == "cuda" else CPU
         copy = bool(named.get("copy")) or target != here
         layout = named.get("memory_format", torch.preserve_format)
         if target == here:

@@ -78,7 +78,7 @@ class Party:
         up: Change = lambda client, message: message,
     ) -> AggregatedUploads:
         """Run the round with dropouts by exchange (`leaves`), and changed messages."""
-        gone: set[str] = set()
+        absent: set[str] = set()
 
         exchanges = self.protocol.exchanges(self.clients, 0)
         try:
@@ -87,8 +87,8 @@ class Party:
                 for client in exchange.clients:
                     request = down(client, exchange.request(client, lambda client: b"broadcast"))
                     if request is None or (leaves or {}).get(client) == request.kind:
-                        gone.add(client)
-                    if request is None or client in gone:
+                        absent.add(client)
+                    if request is None or client in absent:
                         continue
                     self.requests.append((client, request))
                     result = self.reply(client, request)

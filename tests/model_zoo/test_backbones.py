@@ -112,7 +112,7 @@ def test_vmap_in_training_equals_one_model_after_another(name: str) -> None:
         m for model in models for m in model.modules() if isinstance(m, torch.nn.Dropout)
     ):
         dropout.p = 0.0  # the runtime draws its masks by key
-    alone = copy.deepcopy(models)
+    single = copy.deepcopy(models)
     x = batch(2, *size, n=12).double().reshape(3, 4, 2, *size)
     parameters, buffers = stack_module_state(models)
 
@@ -122,7 +122,7 @@ def test_vmap_in_training_equals_one_model_after_another(name: str) -> None:
 
     together = vmap(run)(parameters, buffers, x)
     together.logits.square().sum().backward()
-    for k, model in enumerate(alone):
+    for k, model in enumerate(single):
         one = model(x[k])
         one.logits.square().sum().backward()
         torch.testing.assert_close(together.logits[k], one.logits)

@@ -33,11 +33,11 @@ def test_tensor_names_contain_the_block() -> None:
     parts = {n.split(".")[1] for n, _ in model.named_parameters() if n.startswith("backbone.")}
     assert parts == {"image", "genes", "fusion"}
     image = {n: p.shape for n, p in model.named_parameters() if n.startswith("backbone.image.")}
-    alone = create_model("multimodal", 3, 1, 8)  # an image-only model of the same widths
+    single = create_model("multimodal", 3, 1, 8)  # an image-only model of the same widths
     assert image == {
-        n: p.shape for n, p in alone.named_parameters() if n.startswith("backbone.image.")
+        n: p.shape for n, p in single.named_parameters() if n.startswith("backbone.image.")
     }
-    assert image.keys() != set() and alone(torch.rand(2, 1, 8, 8)).logits.shape == (2, 3)
+    assert image.keys() != set() and single(torch.rand(2, 1, 8, 8)).logits.shape == (2, 3)
 
 
 @pytest.mark.parametrize("fusion", ["concat", "gated"])

@@ -74,7 +74,7 @@ def test_text_cnn_is_causal() -> None:
 @pytest.mark.parametrize("name", [n for n in TEXT if n != "text_gru"])
 def test_vmap_in_training_equals_one_model_after_another(name: str) -> None:
     models = [create_model(name, 3, 1, (6,), vocabulary=WORDS).double() for _ in range(3)]
-    alone, x = copy.deepcopy(models), texts(12, 6).reshape(3, 4, 6)
+    single, x = copy.deepcopy(models), texts(12, 6).reshape(3, 4, 6)
     x[..., :2] = 0
     parameters, buffers = stack_module_state(models)
 
@@ -84,7 +84,7 @@ def test_vmap_in_training_equals_one_model_after_another(name: str) -> None:
 
     together = vmap(run)(parameters, buffers, x)
     together.square().sum().backward()
-    for k, model in enumerate(alone):
+    for k, model in enumerate(single):
         one = model(x[k]).logits
         one.square().sum().backward()
         torch.testing.assert_close(together[k], one)

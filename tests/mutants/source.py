@@ -60,7 +60,7 @@ def mutate(functions: list[Function], name: str, old: str, new: str) -> tuple[Pa
         new: The text to put in its place.
 
     Returns:
-        The file and its whole text with the replacement made.
+        The file and its full text with the replacement made.
 
     Raises:
         MutantError: If the function or the text is not found exactly once.

@@ -193,8 +193,8 @@ def test_non_finite_row_gradients_count_as_zero(
     found = spoilt(24)
     monkeypatch.setattr(dp_sgd, "MEMORY", 1)
     one_by_one = spoilt(24)
-    alone = spoilt(1)
-    assert all(torch.equal(t, torch.zeros_like(t)) for t in alone.values())
+    single = spoilt(1)
+    assert all(torch.equal(t, torch.zeros_like(t)) for t in single.values())
     assert all(torch.allclose(found[n], t, atol=1e-6) for n, t in one_by_one.items())
     assert sum(float(t.square().sum()) for t in found.values()) > 0
 

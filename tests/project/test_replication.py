@@ -42,14 +42,14 @@ def test_every_row_is_a_valid_configuration(replication: SimpleNamespace, tmp_pa
         assert replication.FILE not in str(config.model_dump())
 
 
-def finish(job: object, last: float, held: list[list[int]]) -> None:
+def finish(job: object, last: float, class_scores: list[list[int]]) -> None:
     """Write a finished run: an accuracy, and a confusion matrix of one client's first classes."""
     path = job.path  # type: ignore[attr-defined]
     path.mkdir(parents=True)
     figures = {"last": {"accuracy": last}, "best_by_validation": {"accuracy": last - 0.01}}
     summary = dict.fromkeys(("personal", "global", "server"), figures) | {"seconds": {"total": 600}}
     (path / "summary.json").write_text(json.dumps(summary))
-    details = {"label_counts": {"a": [5, 0]}, "confusion": {"a": {"global": held}}}
+    details = {"label_counts": {"a": [5, 0]}, "confusion": {"a": {"global": class_scores}}}
     (path / "details.json").write_text(json.dumps(details))
     records = [
         {"server": {"accuracy": last + 0.02}},

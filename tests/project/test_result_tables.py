@@ -158,12 +158,12 @@ def test_table_marks_the_best_method_of_each_column(path: Path) -> None:
 @pytest.mark.parametrize("path", ARCHIVED, ids=lambda p: p.stem)
 def test_archived_runs_name_their_commit_and_the_methods_of_make_compare(path: Path) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("$\\\n  ", "")
-    asked = re.search(r"^ALGORITHMS \?= (.*)$", makefile, re.MULTILINE)
-    assert asked is not None
+    requests = re.search(r"^ALGORITHMS \?= (.*)$", makefile, re.MULTILINE)
+    assert requests is not None
 
     runs = runs_of(path)
 
-    assert sorted(runs) == sorted(asked[1].split(","))
+    assert sorted(runs) == sorted(requests[1].split(","))
     assert {tuple(run["seed"] for run in own) for own in runs.values()} == {
         ("0", "1", "2", "3", "4")
     }

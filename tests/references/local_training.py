@@ -79,7 +79,7 @@ def mean(sent: list[tuple[float, dict[str, Tensor]]]) -> dict[str, Tensor]:
     return {name: sum(w * t[name] for w, t in sent) / total for name in sent[0][1]}  # type: ignore[misc]
 
 
-def apart(ours: dict[str, Tensor], by_hand: nn.Module | dict[str, Tensor]) -> float:
+def largest_difference(ours: dict[str, Tensor], by_hand: nn.Module | dict[str, Tensor]) -> float:
     """Return the largest difference of any floating-point tensor."""
     expected = by_hand.state_dict() if isinstance(by_hand, nn.Module) else by_hand
     return max(

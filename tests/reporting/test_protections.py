@@ -23,13 +23,13 @@ def details(method: str = "hybrid", **changes: Any) -> dict[str, Any]:
 
 def test_privacy_subject_is_stated() -> None:
     assert describe_protections({"privacy": None}, {}) == ["No differential privacy was used."]
-    for unit, whose in {
+    for unit, expected in {
         "record": "of each training row",
         "client": "of each client",
         "local": "with noise added by the client",
     }.items():
         (line,) = describe_protections({"privacy": {**SPENT, "unit": unit}}, details())
-        assert line.startswith("Differential privacy of each") and whose in line
+        assert line.startswith("Differential privacy of each") and expected in line
         assert line.endswith(": ε = 3.46 at δ = 1e-05.")
     # a run of an older version
     assert describe_protections({"privacy": SPENT}, {}) == [

@@ -196,10 +196,10 @@ def test_synthetic_run_is_a_valid_run(made_run: Callable[..., RunDirectory]) -> 
     assert RunDirectory.open(run.path).summary()["rounds_completed"] == 3 == len(run.metrics())
 
 
-def hold(folder: str, held: Any) -> None:
+def hold(folder: str, connection: Any) -> None:
     with lock_folder(Path(folder)):
-        held.send(None)
-        held.recv()
+        connection.send(None)
+        connection.recv()
 
 
 @pytest.mark.slow

@@ -290,12 +290,12 @@ def test_attacks_match_in_batches_and_workers() -> None:
             torch.allclose(t, batched.server.models[group][n], atol=1e-9) for n, t in model.items()
         )
     # As a worker receives it.
-    there = pickle.loads(pickle.dumps(serial.federation.malicious))
+    restored = pickle.loads(pickle.dumps(serial.federation.malicious))
     columns = {"x": torch.rand(20, 1, 8, 8), "y": torch.arange(20) % 10}
-    mine, benign = (
+    own, benign = (
         attackers.poison_data("site_2", lambda name, through: columns, torch.zeros(10), 0)[0](
             "train", None
         )
-        for attackers in (serial.federation.malicious, there)
+        for attackers in (serial.federation.malicious, restored)
     )
-    assert torch.equal(mine["x"], benign["x"]) and not torch.equal(mine["x"], columns["x"])
+    assert torch.equal(own["x"], benign["x"]) and not torch.equal(own["x"], columns["x"])

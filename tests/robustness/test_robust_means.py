@@ -62,7 +62,7 @@ def model(value: float, *names: str) -> Item:
 def test_rule_applies_per_tensor_owner_without_weights(
     cards: list[Any],
 ) -> None:
-    groups = [card.arch.spec_id for card in cards]
+    groups = [client_info.arch.spec_id for client_info in cards]
     large, small = max(groups, key=groups.count), min(groups, key=groups.count)
     values = iter([1.0, 2.0, 3.0, 4.0, 1e9])
     items = [
@@ -84,7 +84,7 @@ def test_rule_applies_per_tensor_owner_without_weights(
 
 
 def test_too_few_uploads_keep_tensors(cards: list[Any]) -> None:
-    groups = [card.arch.spec_id for card in cards]
+    groups = [client_info.arch.spec_id for client_info in cards]
     large = max(groups, key=groups.count)
     terms = rules(rule="krum", liars=1)  # style: ok (configuration key)
     means = uploads(cards, [{"model": model(1.0, "w")} for _ in cards], terms).mean_by_group(
@@ -95,7 +95,9 @@ def test_too_few_uploads_keep_tensors(cards: list[Any]) -> None:
 
 
 def test_parts_of_different_owners_are_separate_blocks(cards: list[Any]) -> None:
-    same_model = [card for card in cards if card.arch.spec_id == cards[0].arch.spec_id]
+    same_model = [
+        client_info for client_info in cards if client_info.arch.spec_id == cards[0].arch.spec_id
+    ]
     items = [{"model": model(float(i), "body", *["head"][: i < 3])} for i in range(len(same_model))]
     items[2] = {
         "model": Item(
@@ -147,7 +149,8 @@ def test_class_sums_use_median_of_class_means(
 
 def test_values_derived_by_the_server_use_the_rule(cards: list[Any]) -> None:
     items_sent = {
-        card.client_id: Item(torch.full((2, 4), float(i))) for i, card in enumerate(cards)
+        client_info.client_id: Item(torch.full((2, 4), float(i)))
+        for i, client_info in enumerate(cards)
     }
     for terms in (None, rules(predictions="median")):
         payloads = uploads(cards, [{"said": item} for item in items_sent.values()], terms)

@@ -59,7 +59,7 @@ def numbers(*them: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("survivors", "dropped", "why"),
+    ("survivors", "dropped", "reason"),
     [
         ((1, 2, 3, 4, 5), (2,), "the request reveals both secrets of client number 2"),
         ((1, 2, 3, 4), (1, 5), "the request reveals both secrets of client number 1"),
@@ -72,14 +72,14 @@ def numbers(*them: int) -> np.ndarray:
     ],
 )
 def test_dishonest_requests_are_refused(
-    survivors: tuple[int, ...], dropped: tuple[int, ...], why: str
+    survivors: tuple[int, ...], dropped: tuple[int, ...], reason: str
 ) -> None:
     party, last_requests = before_unmasking()
 
     def other(got: Arrays) -> None:
         got["survivors"], got["dropped"] = numbers(*survivors), numbers(*dropped)
 
-    assert why in refusal(party, "site_1", changed(last_requests["site_1"], REQUESTS, other))
+    assert reason in refusal(party, "site_1", changed(last_requests["site_1"], REQUESTS, other))
     # No secret was revealed, so the honest request is answered.
     assert party.reply("site_1", last_requests["site_1"]).kind == "unmask"
 
@@ -108,17 +108,17 @@ def test_inconsistent_requests_never_reveal_both_secrets() -> None:
     party, last_requests = before_unmasking()
     found: dict[bool, dict[int, bytes]] = {False: {}, True: {}}
     for place, client in enumerate(["site_1", "site_3", "site_4", "site_5"]):
-        gone = place % 2 == 0
+        absent = place % 2 == 0
 
-        def story(got: Arrays, gone: bool = gone) -> None:
-            if gone:
+        def story(got: Arrays, absent: bool = absent) -> None:
+            if absent:
                 got["survivors"], got["dropped"] = numbers(1, 3, 4, 5), numbers(2)
 
         got = decode_arrays(
             party.reply(client, changed(last_requests[client], REQUESTS, story)).body,
             REPLIES["unmask"],
         )
-        found[gone].update(
+        found[absent].update(
             {
                 int(client[-1]): bytes(s)
                 for n, s in zip(got["numbers"], got["shares"], strict=True)
@@ -151,7 +151,7 @@ def test_second_vector_with_the_same_masks_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ask", "change", "why"),
+    ("ask", "change", "reason"),
     [
         ("shares", lambda got: got["keys"][0].fill(0), "the public keys of this client are not"),
         ("shares", lambda got: got["keys"][1, :32].fill(0), "invalid public key"),
@@ -178,11 +178,13 @@ def test_second_vector_with_the_same_masks_is_refused() -> None:
         ),
     ],
 )
-def test_hostile_requests_are_refused(ask: str, change: Callable[[Arrays], None], why: str) -> None:
+def test_hostile_requests_are_refused(
+    ask: str, change: Callable[[Arrays], None], reason: str
+) -> None:
     party = Party(5)
     down = lambda c, m: changed(m, REQUESTS, change) if (c, m.kind) == ("site_1", ask) else m  # noqa: E731
     summed = party.run_round(down=down)
-    assert why in summed.dropouts["site_1"]
+    assert reason in summed.dropouts["site_1"]
     assert np.array_equal(summed.total, party.plain(["site_2", "site_3", "site_4", "site_5"]))
 
 
@@ -203,7 +205,7 @@ def test_threshold_of_exactly_half_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ask", "change", "why"),
+    ("ask", "change", "reason"),
     [
         (
             "shares",
@@ -216,11 +218,13 @@ def test_threshold_of_exactly_half_is_refused() -> None:
         ("keys", lambda got: got["keys"][32:].fill(0), "invalid public key"),
     ],
 )
-def test_hostile_replies_are_refused(ask: str, change: Callable[[Arrays], None], why: str) -> None:
+def test_hostile_replies_are_refused(
+    ask: str, change: Callable[[Arrays], None], reason: str
+) -> None:
     party = Party(5)
     up = lambda c, m: changed(m, REPLIES, change) if (c, m.kind) == ("site_1", ask) else m  # noqa: E731
     summed = party.run_round(up=up)
-    assert why in summed.dropouts["site_1"]
+    assert reason in summed.dropouts["site_1"]
     assert np.array_equal(summed.total, party.plain(["site_2", "site_3", "site_4", "site_5"]))
 
 
@@ -298,7 +302,7 @@ def test_shares_of_another_secret_are_refused() -> None:
 
 # One hostile client of five
 @pytest.mark.parametrize(
-    ("forged", "why"),
+    ("forged", "reason"),
     [
         (b"\xff" * 64, "invalid public key"),
         (bytes(64), "invalid public key"),
@@ -307,7 +311,7 @@ def test_shares_of_another_secret_are_refused() -> None:
         ((b"\x09" + bytes(31)) * 2, "duplicate public key"),
     ],
 )
-def test_unusable_public_key_drops_only_its_sender(forged: bytes, why: str) -> None:
+def test_unusable_public_key_drops_only_its_sender(forged: bytes, reason: str) -> None:
     party = Party(5)
 
     def forge(client: str, message: Message) -> Message:
@@ -322,7 +326,7 @@ def test_unusable_public_key_drops_only_its_sender(forged: bytes, why: str) -> N
     summed = party.run_round(up=forge)
 
     assert summed.clients == ["site_1", "site_2", "site_4", "site_5"]
-    assert summed.dropouts == {"site_3": why}
+    assert summed.dropouts == {"site_3": reason}
 
 
 def test_public_key_of_another_client_is_refused() -> None:

@@ -46,11 +46,11 @@ def test_vocabulary_encodes_words() -> None:
     known = Vocabulary.from_texts([["a", "b", "b"], ["c", "a", "a", "once"]], max_words=2)
     assert known.words == ("a", "b") and known.size == 4
     assert known.encode(["b a x a", "a"], 3).tolist() == [[2, UNKNOWN, 2], [EMPTY, EMPTY, 2]]
-    x, y, whose = known.continuations([["a", "b", "x", "a"], ["b"]], 2)
+    x, y, owners = known.continuations([["a", "b", "x", "a"], ["b"]], 2)
     assert (
         x.tolist() == [[EMPTY, 2], [3, UNKNOWN]]
         and y.tolist() == [1, 0]
-        and whose.tolist() == [0, 0]
+        and owners.tolist() == [0, 0]
     )
 
 

@@ -48,11 +48,11 @@ def loopback() -> Failing:
 
 @pytest.fixture
 def remote(loopback: Failing) -> Iterator[RemoteTransport]:
-    here, there = Pipe()
-    thread = threading.Thread(target=serve_transport, args=(loopback, there))
+    local_end, remote_end = Pipe()
+    thread = threading.Thread(target=serve_transport, args=(loopback, remote_end))
     thread.start()
-    yield RemoteTransport(here)
-    here.close()
+    yield RemoteTransport(local_end)
+    local_end.close()
     thread.join()
     loopback.close()
 
@@ -88,11 +88,11 @@ def test_transport_error_is_forwarded(loopback: Failing, remote: RemoteTransport
 
 
 def test_closed_connection_is_detected() -> None:
-    here, there = Pipe()
-    there.close()
+    local_end, remote_end = Pipe()
+    remote_end.close()
 
     with pytest.raises((EOFError, OSError)):
-        RemoteTransport(here).nodes()
+        RemoteTransport(local_end).nodes()
 
 
 @pytest.fixture

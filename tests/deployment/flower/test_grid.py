@@ -255,16 +255,16 @@ def test_late_answer_of_a_lost_node_is_collected(
     grid: FakeGrid, transport: GridTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grid_module, "NODES_SECONDS", 0.0)
-    away = grid.join(echo)
+    delay = grid.join(echo)
     grid.join(echo)
-    gone, here = transport.nodes()
-    number = transport.push(gone, Envelope(), 60.0)
+    absent, remaining = transport.nodes()
+    number = transport.push(absent, Envelope(), 60.0)
     late = grid.answers.pop(number)
-    away.last_activated_at = "second"
+    delay.last_activated_at = "second"
     assert pull_all(transport, [number]) == {number: None}
 
     grid.answers[number] = late
-    waiting = transport.push(here, Envelope(), 60.0)
+    waiting = transport.push(remaining, Envelope(), 60.0)
     grid.answers.pop(waiting)
 
     until(lambda: transport.pull([waiting], 0.1) or not grid.answers)

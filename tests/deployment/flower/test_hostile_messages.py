@@ -100,21 +100,23 @@ def test_run_completes_with_a_hostile_site(tmp_path: Path) -> None:
     assert "a head of" in failed[1]["site_3"]
     assert "at most 4,194,304" in failed[2]["site_3"]
     assert "at most 4,194,304" in failed[3]["site_3"]
-    assert all(why.isprintable() and len(why) < 500 for each in failed for why in each.values())
+    assert all(
+        reason.isprintable() and len(reason) < 500 for each in failed for reason in each.values()
+    )
     for site in SITES:
         assert verify(tmp_path / site / "audit.jsonl")
 
 
 def test_node_answers_a_hostile_server(tmp_path: Path) -> None:
     drawn = examples(st.tuples(HEADS, st.none() | bodies(PAYLOAD)), 20)
-    asked = [Envelope({"ask": "terms", **sendable(head)}, body or b"") for head, body in drawn]
+    requests = [Envelope({"ask": "terms", **sendable(head)}, body or b"") for head, body in drawn]
     node = Node(SiteConfig(client="site_1"), tmp_path / "site_1")
     transport = FlowerTransport(SuperLink())
     try:
         with EchoNode(transport._superlink.address, node.handle):
             until(transport.nodes)
             (number,) = transport.nodes()
-            waiting = {transport.push(number, envelope, LONG) for envelope in asked}
+            waiting = {transport.push(number, envelope, LONG) for envelope in requests}
             answers: dict[str, Envelope | None] = {}
             while waiting:
                 answers |= transport.pull(waiting, 1.0)
@@ -128,7 +130,7 @@ def test_node_answers_a_hostile_server(tmp_path: Path) -> None:
     assert None not in answers.values()
     last = answers[hello]
     assert last is not None and last.head["ask"] == "here"
-    assert len(verify(tmp_path / "site_1" / "audit.jsonl")) == len(asked) + 1
+    assert len(verify(tmp_path / "site_1" / "audit.jsonl")) == len(requests) + 1
 
 
 # One MiB of zeros, named so often that it stands for 8 GiB.

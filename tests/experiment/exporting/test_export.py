@@ -94,33 +94,41 @@ def test_export_of_a_run_on_x_rays(tmp_path: Path) -> None:
         torch.testing.assert_close(
             score((x.float() / 255,)), medical.predict(name, x, personal=False), atol=1e-5, rtol=0
         )
-        card = json.loads(file.model.with_suffix(".json").read_text())
-        assert card["names"] == ["normal", "pneumonia"] and "CC BY 4.0" in file.card.read_text()
-        assert card["model"]["label_frequencies"] == "none"
+        client_info = json.loads(file.model.with_suffix(".json").read_text())
+        assert (
+            client_info["names"] == ["normal", "pneumonia"] and "CC BY 4.0" in file.card.read_text()
+        )
+        assert client_info["model"]["label_frequencies"] == "none"
 
 
 def test_card_contains_the_results_of_the_run(run: hetero_fl.Run, tmp_path: Path) -> None:
     require_onnx()
     file = hetero_fl.export(run, "site_1", out=tmp_path)["site_1"]
-    card = json.loads((tmp_path / "site_1.json").read_text())
+    client_info = json.loads((tmp_path / "site_1.json").read_text())
     page = file.card.read_text()
     (client,) = [c for c in run.summary["clients"] if c["id"] == "site_1"]
     rows = run.directory.details()["rows"]["site_1"]
-    assert card["figures"]["at home"]["accuracy"] == client["personal"]["accuracy"]
+    assert client_info["figures"]["at home"]["accuracy"] == client["personal"]["accuracy"]
     assert (
-        card["figures"]["at home"]["n"] == rows["test"] and card["figures"]["in common"]["n"] == 90
+        client_info["figures"]["at home"]["n"] == rows["test"]
+        and client_info["figures"]["in common"]["n"] == 90
     )
-    assert card["figures"]["in common"]["auroc"] == client["global"]["auroc"]
-    assert card["data"]["rows"] == rows and card["data"]["clients"] == 3
+    assert client_info["figures"]["in common"]["auroc"] == client["global"]["auroc"]
+    assert client_info["data"]["rows"] == rows and client_info["data"]["clients"] == 3
     assert (
-        card["data"]["partition"]["kind"] == "dirichlet"
+        client_info["data"]["partition"]["kind"] == "dirichlet"
         and "partition dirichlet, alpha 0.5" in page
     )
-    assert card["model"]["parameters"] == client["parameters"]
-    assert set(card["model"]["preprocess"]) == {"resize", "mean", "std"}
-    assert card["run"] == {"name": "small", "algorithm": "hybrid", "seed": 0, "rounds_completed": 1}
-    assert card["files"][0]["sha256"] == hashlib.sha256(file.model.read_bytes()).hexdigest()
-    assert card["versions"]["run"]["torch"] == torch.__version__.split("+")[0]
+    assert client_info["model"]["parameters"] == client["parameters"]
+    assert set(client_info["model"]["preprocess"]) == {"resize", "mean", "std"}
+    assert client_info["run"] == {
+        "name": "small",
+        "algorithm": "hybrid",
+        "seed": 0,
+        "rounds_completed": 1,
+    }
+    assert client_info["files"][0]["sha256"] == hashlib.sha256(file.model.read_bytes()).hexdigest()
+    assert client_info["versions"]["run"]["torch"] == torch.__version__.split("+")[0]
     assert (
         f"{100 * client['personal']['accuracy']:.1f}%" in page and f"(n = {rows['test']})" in page
     )
@@ -150,8 +158,8 @@ def test_card_states_privacy_and_caveats(run: hetero_fl.Run, tmp_path: Path) -> 
     page = hetero_fl.export(altered, "site_2", out=tmp_path, personal=True)[
         "site_2"
     ].card.read_text()
-    card = json.loads((tmp_path / "site_2-home.json").read_text())
-    assert card["privacy"]["epsilon"] == 7.5
+    client_info = json.loads((tmp_path / "site_2-home.json").read_text())
+    assert client_info["privacy"]["epsilon"] == 7.5
     for words in (
         "ε = 7.5 at δ = 1e-05",
         "uncertain: they come from 7 rows",
@@ -167,9 +175,9 @@ def test_formats_of_a_model_share_one_card(run: hetero_fl.Run, tmp_path: Path) -
     hetero_fl.export(run, "site_2", "safetensors", tmp_path)
     tensors = hetero_fl.export(run, "site_2", "safetensors", tmp_path)["site_2"]
     graph = hetero_fl.export(run, "site_2", "onnx", tmp_path)["site_2"]
-    card = json.loads((tmp_path / "site_2.json").read_text())
+    client_info = json.loads((tmp_path / "site_2.json").read_text())
     page = graph.card.read_text()
-    assert [file["format"] for file in card["files"]] == ["safetensors", "onnx"]
+    assert [file["format"] for file in client_info["files"]] == ["safetensors", "onnx"]
     assert "site_2.onnx` needs numpy and onnxruntime" in page
     assert "site_2.safetensors` is the file of the run and contains tensors only" in page
     assert tensors.model.read_bytes() == (run.path / "models" / "site_2.safetensors").read_bytes()

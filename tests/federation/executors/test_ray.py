@@ -71,7 +71,7 @@ def setup() -> WorkerSetup:
 
 
 @pytest.fixture(scope="module")
-def want(setup: WorkerSetup) -> dict[str, Any]:
+def expected(setup: WorkerSetup) -> dict[str, Any]:
     """Return the results of the run in one process."""
     return outcome(rounds_on(setup, None))
 
@@ -117,7 +117,7 @@ def act_on_send(
 
 
 def test_ray_workers_read_shared_data_and_match_one_process(
-    cluster: Cluster, setup: WorkerSetup, want: dict[str, Any]
+    cluster: Cluster, setup: WorkerSetup, expected: dict[str, Any]
 ) -> None:
     placed = _store_setup(setup)
     raw, *copies = (
@@ -127,7 +127,7 @@ def test_ray_workers_read_shared_data_and_match_one_process(
     assert copies[0].data_ptr() == copies[1].data_ptr() and torch.equal(copies[0], raw)
     pool = RayActorPool(setup, 2)
     assert ask(pool, 0, node_id) != ask(pool, 1, node_id)
-    assert outcome(rounds_on(setup, pool, 2)) == want
+    assert outcome(rounds_on(setup, pool, 2)) == expected
     pool.close()
     # The run did not start the cluster.
     assert ray.is_initialized()
@@ -155,7 +155,7 @@ def test_worker_results_are_received_in_order(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_killed_worker_and_lost_node_change_nothing(
-    cluster: Cluster, setup: WorkerSetup, want: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, setup: WorkerSetup, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = RayActorPool(setup, 2)
     homes, pids = ([ask(pool, worker, f) for worker in (0, 1)] for f in (node_id, os.getpid))
@@ -166,7 +166,7 @@ def test_killed_worker_and_lost_node_change_nothing(
         killed = act_on_send(
             pool, patch, lambda worker: homes[worker] != second.node_id, pids, lambda: None
         )
-        assert outcome(rounds_on(setup, pool, 2)) == want
+        assert outcome(rounds_on(setup, pool, 2)) == expected
     assert ask(pool, killed[0], os.getpid) not in pids
 
     def kill_node() -> None:
@@ -181,7 +181,7 @@ def test_killed_worker_and_lost_node_change_nothing(
     lost = act_on_send(
         pool, monkeypatch, lambda worker: homes[worker] == second.node_id, pids, kill_node
     )
-    assert outcome(rounds_on(setup, pool, 2)) == want
+    assert outcome(rounds_on(setup, pool, 2)) == expected
     assert lost and cluster.list_all_nodes() == [cluster.head_node]
     pool.close()
 

@@ -293,8 +293,8 @@ def test_worker_keeps_dropped_state_for_waiting_job(
 ) -> None:
     groups = [{"name": "calm", "count": 8, "model": {"name": "mlp", "hidden": [8]}}]
     setup = setup_of(config("fedper", rounds=3, clients__groups=groups))
-    expected = outcome(alone := rounds_on(setup, None, cohort=8))
-    size = alone.store.num_bytes("calm_1")
+    expected = outcome(single := rounds_on(setup, None, cohort=8))
+    size = single.store.num_bytes("calm_1")
     monkeypatch.setattr(workers, "MAX_HELD_STATE_BYTES", int(num_states * size))
     pool = LocalWorkerPool(setup, 2)
     assert outcome(rounds_on(setup, pool, 2, cohort=8)) == expected

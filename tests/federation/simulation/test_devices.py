@@ -23,8 +23,8 @@ def federation(**changes: Any) -> FederationSpec:
     return prepare(config("fedavg", "mlp", 3, **changes)).federation
 
 
-def devices(made: FederationSpec, **section: Any) -> Devices:
-    return Devices.from_config(made, DevicesConfig.model_validate(section))
+def devices(spec: FederationSpec, **section: Any) -> Devices:
+    return Devices.from_config(spec, DevicesConfig.model_validate(section))
 
 
 def test_speeds_depend_only_on_the_client_id() -> None:

@@ -37,7 +37,7 @@ EVERY = {
 
 
 def run_rounds(source: dict[str, Any]) -> tuple[SynchronousTrainer, list[Record]]:
-    rounds = rounds_of(source, run_rounds=0)
+    rounds = rounds_of(source, num_rounds=0)
     return rounds, [rounds.run_round() for _ in range(source["rounds"])]
 
 
@@ -81,10 +81,11 @@ def test_devices_change_only_simulated_time(method: str) -> None:
 
 
 def test_transfer_time_follows_traffic() -> None:
-    rounds = rounds_of(config("fedavg", "mlp", 2), run_rounds=0)
+    rounds = rounds_of(config("fedavg", "mlp", 2), num_rounds=0)
     sizes = UploadSizes(rounds.algorithm, rounds.federation, rounds.expectations)
     expected = [
-        sizes(card, rounds.broadcast(card), 0) for card in rounds.federation.client_infos.values()
+        sizes(client_info, rounds.broadcast(client_info), 0)
+        for client_info in rounds.federation.client_infos.values()
     ]
     assert abs(rounds.run_round()["up_bytes"] - sum(expected)) <= 8
 
@@ -145,7 +146,7 @@ def test_partial_work_fits_steps_to_the_deadline(
     ends = {client: end for client, _, end, _ in records[0]["tasks"]}
     deadline = sorted(ends.values())[1] * 1.01
     partial = rounds_of(
-        {**source, "cohort": {"deadline": deadline, "partial_work": True}}, run_rounds=0
+        {**source, "cohort": {"deadline": deadline, "partial_work": True}}, num_rounds=0
     )
     site, steps = partial.executor.runtime, {}  # type: ignore[attr-defined]
     perform = site.backend.run
@@ -228,15 +229,15 @@ def test_all_faults_together_add_up_and_are_not_aggregated() -> None:
             "twice",
             "late",
         }
-    timed_records = Counter(why for record in records for why in record["failed"].values())
-    assert len(timed_records) == 5 and any("bytes" in why for why in timed_records)
+    timed_records = Counter(reason for record in records for reason in record["failed"].values())
+    assert len(timed_records) == 5 and any("bytes" in reason for reason in timed_records)
 
 
 def same_as_uninvited(faults: dict[str, float], method: str, channel: dict[str, Any]) -> None:
     """Compare rounds with these faults to rounds without the affected clients."""
     source = config(method, MIXED, clients=6, rounds=2, seed=3, channel=channel)
     affected, records = run_rounds({**source, "faults": faults, "cohort": {"deadline": 60}})
-    without = rounds_of(source, run_rounds=0)
+    without = rounds_of(source, num_rounds=0)
     for record in records:
         assert 0 < record["counts"]["arrived"] < 6
         came = sorted(client for client, _, _, what in record["tasks"] if what == "arrived")
@@ -275,14 +276,14 @@ def test_checksum_detects_every_flipped_byte(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rounds = rounds_of(
-        config("fedavg", "mlp", 4, rounds=1, faults={"corrupted": 1.0}), run_rounds=0
+        config("fedavg", "mlp", 4, rounds=1, faults={"corrupted": 1.0}), num_rounds=0
     )
     record = rounds.run_round()
     assert (
         record["counts"] == {"invited": 4, "arrived": 0, "failed": 4, "late": 0}
         and record["skipped"]
     )
-    rounds = rounds_of(config("fedavg", "mlp", 4, faults={"corrupted": 0.5}), run_rounds=0)
+    rounds = rounds_of(config("fedavg", "mlp", 4, faults={"corrupted": 0.5}), num_rounds=0)
     changes = []
 
     # Of the last number: finite and of the right shape.
@@ -293,7 +294,7 @@ def test_checksum_detects_every_flipped_byte(
     monkeypatch.setattr("hetero_fl.federation.simulation.faults.flip_bytes", last_bit)
     record = rounds.run_round()
     assert 0 < len(changes) == record["counts"]["failed"]
-    assert all("bytes" in why for why in record["failed"].values())
+    assert all("bytes" in reason for reason in record["failed"].values())
     for i in range(300):
         assert (
             flip_bytes(b"some bytes", i) != b"some bytes"
@@ -313,7 +314,7 @@ def test_too_few_uploads_repeat_skip_or_fail() -> None:
         arithmetic(record)
         assert record["counts"]["invited"] == 3 * record.get("attempts", 1)
     _, timed_records = run_rounds({**source, "cohort": {"least": 2, "too_few": "skip"}})
-    again = rounds_of({**source, "cohort": {"least": 2, "too_few": "skip"}}, run_rounds=0)
+    again = rounds_of({**source, "cohort": {"least": 2, "too_few": "skip"}}, num_rounds=0)
     assert any(r.get("skipped") for r in timed_records)
     for record in timed_records:
         before = {slot: dict(model) for slot, model in again.server.models.items()}
@@ -352,7 +353,7 @@ def test_round_starts_when_enough_clients_are_online() -> None:
 
 
 def test_skipped_round_discards_client_state() -> None:
-    rounds = rounds_of(config("fedper", cohort={"least": 3, "too_few": "skip"}), run_rounds=1)
+    rounds = rounds_of(config("fedper", cohort={"least": 3, "too_few": "skip"}), num_rounds=1)
     before = {
         client_id: rounds.store.stamp(client_id) for client_id in rounds.federation.client_infos
     }
@@ -384,7 +385,7 @@ def test_only_online_clients_are_sampled(sampling: str) -> None:
             rounds.environment.devices.device(client_id).next_online(start) == start
             for client_id in record["cohort"]
         )
-    uniform = rounds_of({**source, "cohort": {}}, run_rounds=0)
+    uniform = rounds_of({**source, "cohort": {}}, num_rounds=0)
     starts = [
         uniform.environment.devices.device(client_id).next_online(0.0)
         for client_id in uniform.sample_cohort(0)
@@ -403,7 +404,7 @@ def test_oort_prefers_fast_clients_with_high_losses() -> None:
         cohort={"sampling": "oort"},
         data__partition=MANY,
     )
-    rounds = rounds_of(source, run_rounds=0)
+    rounds = rounds_of(source, num_rounds=0)
     ids = list(rounds.federation.client_infos)
     rounds.sampler.known = {
         client_id: [100.0 if i < 6 else 1.0, 1.0 if i % 2 else 50.0, 0.0]
@@ -434,14 +435,14 @@ def test_oort_lowers_the_utility_of_clients_slower_than_the_median() -> None:
         cohort={"sampling": "oort"},
         data__partition=MANY,
     )
-    invitation = rounds_of(source, run_rounds=0).sampler
-    invitation.known = {
+    sampler = rounds_of(source, num_rounds=0).sampler
+    sampler.known = {
         "site_1": [10.0, 1.0, 0.0],
         "site_2": [10.0, 2.0, 0.0],
         "site_3": [10.0, 8.0, 0.0],
     }
 
-    utility = invitation.utilities(["site_1", "site_2", "site_3"], 1)
+    utility = sampler.utilities(["site_1", "site_2", "site_3"], 1)
 
     bonus = math.sqrt(0.1 * math.log(2))
     assert utility["site_1"] == utility["site_2"] == pytest.approx(1 + bonus)
@@ -471,7 +472,7 @@ def test_oort_uses_losses_without_devices() -> None:
             seconds,
             round_idx,
         ) == (0.0, 2.0)
-    again = rounds_of(source, run_rounds=0)
+    again = rounds_of(source, num_rounds=0)
     again.sampler.load_state_dict(rounds.sampler.state_dict())
     assert again.sampler.sample(3, 0, 0.0) == rounds.sampler.sample(3, 0, 0.0)
 
@@ -488,7 +489,7 @@ def test_round_waits_for_the_secure_sum_threshold() -> None:
             data__partition=MANY,
             **changes,
         )
-        rounds = rounds_of(source, run_rounds=0)
+        rounds = rounds_of(source, num_rounds=0)
         return min(len(rounds.sampler.sample(round_idx, 0, 0.0)[0]) for round_idx in range(6))
 
     assert online() < 4 <= online(channel={"secure_sum": {"threshold": 4}})
@@ -588,7 +589,7 @@ def test_worker_processes_match_one_process(workers: int) -> None:
     )
     serial, records = run_rounds(source)
     source["runtime"] = {"threads": 1, "executor": "processes", "workers": workers}
-    parallel = rounds_of(source, run_rounds=0)
+    parallel = rounds_of(source, num_rounds=0)
     try:
         parallel_records = [parallel.run_round() for _ in range(source["rounds"])]
         assert equal(serial, parallel)
@@ -611,8 +612,8 @@ def test_resumed_run_continues_simulated_time(tmp_path: Path) -> None:
         cohort={"sampling": "oort"},
     )
     straight, records = run_rounds(source)
-    first = rounds_of(source, run_rounds=3)
-    second = rounds_of(source, run_rounds=0)
+    first = rounds_of(source, num_rounds=3)
+    second = rounds_of(source, num_rounds=0)
     second.load_state_dict(first.state_dict())
     assert [r["simulated"] for r in (second.run_round(), second.run_round())] == [
         r["simulated"] for r in records[3:]

@@ -38,16 +38,16 @@ class FedAvg(Loop):
             g: {n: torch.zeros_like(t) for n, t in shared.items()}
             for g, shared in self.shared.items()
         }
-        for i, card in enumerate(self.cards):
+        for i, client_info in enumerate(self.cards):
             module = self.received(i)
             self.local(i, module)
-            share = card.num_rows / self.total[card.arch.spec_id]
+            share = client_info.num_rows / self.total[client_info.arch.spec_id]
             with torch.no_grad():
                 for name, tensor in floats(module).items():
-                    if self.is_local(card.arch, name):
+                    if self.is_local(client_info.arch, name):
                         self.kept[i][name] = tensor.clone()
                     else:
-                        mean[card.arch.spec_id][name].add_(tensor, alpha=share)
+                        mean[client_info.arch.spec_id][name].add_(tensor, alpha=share)
         with torch.no_grad():
             self.combine(mean)
 
@@ -61,10 +61,10 @@ class FedAvg(Loop):
 
     def read(self) -> None:
         predictions: dict[Any, Tensor] = {}
-        for i, card in enumerate(self.cards):
+        for i, client_info in enumerate(self.cards):
             module = self.tuned(i, self.received(i))
             for name in READ:
-                key = (card.arch.spec_id, name)
+                key = (client_info.arch.spec_id, name)
                 # Equal models have equal outputs.
                 if name == "test" or self.kept[i] or key not in predictions:
                     predictions[key] = predicted(module, self.data[i][name]["x"])
@@ -103,9 +103,9 @@ class FedAsync(FedAvg):
 
     def take(self, sent: list[State]) -> int:
         """Return how many versions follow from the uploads."""
-        for stale, (card, end) in enumerate(zip(self.cards, sent, strict=True)):
+        for stale, (client_info, end) in enumerate(zip(self.cards, sent, strict=True)):
             rate = self.method.alpha * (1 + stale) ** -0.5
-            for name, tensor in self.shared[card.arch.spec_id].items():
+            for name, tensor in self.shared[client_info.arch.spec_id].items():
                 tensor.lerp_(end[name], rate)
         return len(sent)
 
@@ -226,12 +226,12 @@ class HeteroFL(FedAvg):
     def work(self) -> None:
         total = {n: torch.zeros_like(t) for n, t in self.wide.items()}
         owned = {n: torch.zeros_like(t) for n, t in self.wide.items()}
-        for i, card in enumerate(self.cards):
+        for i, client_info in enumerate(self.cards):
             module = self.received(i)
             self.train(i, module)
             with torch.no_grad():
                 for name, tensor in floats(module).items():
-                    if self.is_local(card.arch, name):
+                    if self.is_local(client_info.arch, name):
                         self.kept[i][name] = tensor.clone()
                     else:
                         corner(total[name], tensor).add_(tensor)

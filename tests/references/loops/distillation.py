@@ -147,16 +147,18 @@ class FedDF(FedAvg):
 
     def combine(self, mean: dict[str, State]) -> None:
         self.teacher, self.predictions = self.consensus(), []
-        for i, card in {
+        for i, client_info in {
             c.arch.spec_id: (i, c) for i, c in reversed(list(enumerate(self.cards)))
         }.values():
-            module = load(self.modules[card.arch.spec_id], mean[card.arch.spec_id])
+            module = load(self.modules[client_info.arch.spec_id], mean[client_info.arch.spec_id])
             x, s = self.data[i]["proxy"]["x"], self.method
-            label = f"distil {card.arch.spec_id}"  # style: ok (stream label)
+            label = f"distil {client_info.arch.spec_id}"  # style: ok (stream label)
             orders = self.batches(len(x), "server", label, s.proxy_batch_size, s.distil_epochs)
             with torch.enable_grad():
                 self.distill(module, x, orders)
-            self.shared[card.arch.spec_id] = {n: t.clone() for n, t in floats(module).items()}
+            self.shared[client_info.arch.spec_id] = {
+                n: t.clone() for n, t in floats(module).items()
+            }
 
     def distill(self, module: nn.Module, x: Tensor, orders: list[Tensor]) -> None:
         """Distill the teacher into one averaged model."""

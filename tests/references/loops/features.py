@@ -87,9 +87,9 @@ class FedTGP(Loop):
             sums.append(self.class_sums(i, model))
         means, has = means_of(sums)
         own = has[..., None].float()
-        centres, there = (means * own).sum(0) / own.sum(0).clamp(min=1), has.any(0)
+        centres, present = (means * own).sum(0) / own.sum(0).clamp(min=1), has.any(0)
         gap = torch.where(
-            there[:, None] & there, torch.cdist(centres, centres), torch.zeros(())
+            present[:, None] & present, torch.cdist(centres, centres), torch.zeros(())
         ).max()
         s, x, y = self.method, means[has], has.nonzero()[:, 1]
         margin = gap.clamp(max=s.margin) * torch.eye(10)
@@ -105,7 +105,7 @@ class FedTGP(Loop):
 
         descend([self.network], (loss(x[o], y[o]) for o in orders), optimizer)
         self.prototypes = predicted(self.network, self.vectors.detach())
-        self.known = torch.maximum(self.known, there.float())
+        self.known = torch.maximum(self.known, present.float())
 
     def pulled(self, model: nn.Module) -> object:
         """Return the task loss plus the distance to the prototype of the class."""
@@ -194,7 +194,7 @@ class FedGen(FedAvg):
         super().work()
         s, counts = self.method, torch.stack(self.counts)
         self.labels = labels = counts.sum(0)
-        say = counts / torch.where(labels > 0, labels, torch.ones_like(labels))
+        weights = counts / torch.where(labels > 0, labels, torch.ones_like(labels))
         weight, bias = (
             torch.stack([h[f"head.{n}"] for h in self.heads]) for n in ("weight", "bias")
         )
@@ -207,7 +207,7 @@ class FedGen(FedAvg):
             wrong = -logits.log_softmax(-1)[:, torch.arange(len(z)), y]
             noise = x[:, 10:]
             far = (z[:, None] - z).abs().mean(-1) * (noise[:, None] - noise).square().mean(-1)
-            return (say[:, y] * wrong).sum(0).mean() + s.diversity * torch.exp(-far.mean())
+            return (weights[:, y] * wrong).sum(0).mean() + s.diversity * torch.exp(-far.mean())
 
         descend([self.maker], map(loss, range(s.generator_steps)), self.optimizer)
 

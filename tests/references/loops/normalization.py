@@ -17,13 +17,13 @@ class FedNova(FedAvg):
             for g, shared in self.shared.items()
         }
         lengths = dict.fromkeys(self.shared, 0.0)
-        for i, card in enumerate(self.cards):
-            module, group = self.received(i), card.arch.spec_id
+        for i, client_info in enumerate(self.cards):
+            module, group = self.received(i), client_info.arch.spec_id
             before, trained = copied(floats(module)), dict(module.named_parameters())
             self.local(i, module)
-            steps, rho = -(-card.num_rows // BATCH), card.settings.optimizer.momentum
+            steps, rho = -(-client_info.num_rows // BATCH), client_info.settings.optimizer.momentum
             length = (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
-            share = card.num_rows / self.total[group]
+            share = client_info.num_rows / self.total[group]
             lengths[group] += share * length
             with torch.no_grad():
                 for name, tensor in floats(module).items():

@@ -66,11 +66,11 @@ class Ditto(FedAvg):
 
     def read(self) -> None:
         predictions: dict[Any, Tensor] = {}
-        for i, card in enumerate(self.cards):
+        for i, client_info in enumerate(self.cards):
             self.score(i, "test", predicted(self.models[i], self.data[i]["test"]["x"]))
             for name in READ[1:]:
-                if (card.arch.spec_id, name) not in predictions:
-                    predictions[card.arch.spec_id, name] = predicted(
+                if (client_info.arch.spec_id, name) not in predictions:
+                    predictions[client_info.arch.spec_id, name] = predicted(
                         self.received(i), self.data[i][name]["x"]
                     )
-                self.score(i, name, predictions[card.arch.spec_id, name])
+                self.score(i, name, predictions[client_info.arch.spec_id, name])

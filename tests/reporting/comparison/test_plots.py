@@ -122,7 +122,7 @@ def test_baseline_is_drawn_in_all_panels() -> None:
         assert [mean, mean] in [list(x) for x in drawn if len(x) == 2]
     assert "Local, the baseline" in [t.get_text() for t in figure.legends[0].get_texts()]
     with style.plot_style():
-        alone = draw_comparison(
+        single = draw_comparison(
             [row for row in rows if row["algorithm"] != "local"], Task("multiclass", 10)
         )
-    assert not any("beat" in t.get_text() for t in alone.legends[0].get_texts())
+    assert not any("beat" in t.get_text() for t in single.legends[0].get_texts())

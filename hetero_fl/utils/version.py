@@ -131,7 +131,12 @@ RENAMED_MEMBERS = {
         "public": "public_sets",
     },
     "FederatedTrainer": {"round": "run_round", "saved": "on_checkpoint"},
-    "Fit": {"beside": "extra_batches", "given": "context"},  # style: ok (old name)
+    "Fit": {
+        "as_id": "stream_id",
+        "beside": "extra_batches",  # style: ok (old name)
+        "given": "context",
+    },
+    "ItemSpec": {"across": "across_architectures", "says": "prediction_type"},
     "MenteeTraining": {
         "both": "objective",
         "fit_both": "objective",
@@ -172,7 +177,12 @@ RENAMED_MEMBERS = {
     "Rule": {"least": "min_clients"},
     "TensorRows": {"table": "tensors"},
     "Upload": {"worth": "staleness_weight"},
-    "Uploads": {"heard_of": "is_available", "worths": "staleness_weights"},
+    "Uploads": {
+        "combined": "aggregated_items",
+        "having": "containing",
+        "heard_of": "is_available",
+        "worths": "staleness_weights",
+    },
 }
 
 

@@ -147,6 +147,10 @@ CLIENT = ClientInfo.__new__(ClientInfo)
         ),
         (lambda: super(FedAvg, FedAvg()).start, "; Algorithm.start is now Algorithm.setup"),  # type: ignore[misc]
         (lambda: FedAvg.personalise, "; Algorithm.personalise is now Algorithm.personalize"),  # type: ignore[attr-defined]
+        (
+            lambda: uploads.Uploads.having,  # type: ignore[attr-defined]
+            "; Uploads.having is now Uploads.containing",
+        ),
         (lambda: Rows("proxy", beside={}), "; Rows.beside is now Rows.extra_columns"),  # type: ignore[call-arg]
         (
             lambda: replace(Rows("proxy"), through=None),  # type: ignore[call-arg]

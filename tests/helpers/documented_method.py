@@ -11,10 +11,10 @@ from hetero_fl.core.plan import Predict, Rows
 
 @register_algorithm("median_teacher")
 class MedianTeacher(Algorithm):
-    """Distill the median of all clients' proxy logits, which no single client can move far."""
+    """Distill the elementwise median of the clients' logits on the proxy set."""
 
     title = "Median teacher"
-    shared = ()  # no parameters travel
+    shared = ()  # no parameters are exchanged
     uploads = {"logits": ItemSpec("rows", use="each")}
     needs = Needs(proxy_set="required")
     epochs: int = Field(1, ge=1, description="epochs on the proxy set before local training")

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Write the generated pages of docs/reference.
 
-They are the configuration, the files of a deployment, the methods, the command line, the messages
-and the modules.
+They describe the configuration, the files of a deployment, the methods, the command line, the
+messages and the modules.
 
 python scripts/describe_reference.py            # write the pages
 python scripts/describe_reference.py --check    # exit status 1 if a page is outdated
@@ -483,7 +483,8 @@ EXIT_STATUSES = (
     ("0", "success"),
     ("1", "the run failed"),
     ("2", "invalid input, reported in one line on stderr"),
-    ("130", "interrupted; a run has written a checkpoint"),
+    ("130", "interrupted; after the first checkpoint, `--resume` continues the run"),
+    ("141", "the reader of the output closed the pipe"),
 )
 
 
@@ -498,8 +499,9 @@ def command_line_page() -> str:
         "",
         _notice("the commands in hetero_fl/cli"),
         "",
-        "`hetero-fl COMMAND --help` prints the same text. In a checkout,",
-        "`python scripts/train.py` is the same as `hetero-fl train`, and so on.",
+        "`hetero-fl COMMAND --help` prints the description of a command. In a checkout,",
+        "`python scripts/train.py` is equivalent to `hetero-fl train`. There are also scripts for",
+        "`federate`, `compare`, `evaluate`, `join`, `audit` and `export`.",
         "",
         *_table(("exit status", "meaning"), EXIT_STATUSES),
         "",
@@ -546,7 +548,7 @@ def _paragraphs(text: str) -> Iterator[str]:
 
 def _option_names(parameter: click.Parameter) -> str:
     if isinstance(parameter, click.Argument):
-        return f"`{parameter.metavar or (parameter.name or '').upper()}`"
+        return f"`{parameter.metavar or (parameter.name or '').upper()}`".replace("|", "\\|")
     names = ", ".join(f"`{name}`" for name in parameter.opts)
     if getattr(parameter, "is_flag", False):
         return names
@@ -778,7 +780,7 @@ def main() -> int:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="write nothing; list outdated pages and exit with status 1 if there are any",
+        help="do not write files; list outdated pages and exit with status 1 if there are any",
     )
     is_check = parser.parse_args().check
     pages = all_pages()

@@ -61,8 +61,16 @@ def select_rows(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def main() -> None:
     """Read the source, select rows and write the output."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path, help="PneumoniaMNIST, 28x28, as an .npz file")
-    parser.add_argument("output", type=Path, nargs="?", default=OUTPUT)
+    parser.add_argument(
+        "source", type=Path, help="PneumoniaMNIST, 28x28 pixels, as a MedMNIST .npz file"
+    )
+    parser.add_argument(
+        "output",
+        type=Path,
+        nargs="?",
+        default=OUTPUT,
+        help="file to write (default: the embedded data set)",
+    )
     args = parser.parse_args()
     with np.load(args.source, allow_pickle=False) as archive:
         arrays = select_rows(dict(archive))

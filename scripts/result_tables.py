@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the result tables of the main example, their plot, and the tables of the replication.
+"""Write the result tables and the plot of the main example, and the tables of the replication.
 
 README.md has a summary of a few methods, docs/results/medical.md the tables of all methods,
 docs/results/replication.md the replicated tables. The runs are archived in docs/results.
@@ -229,10 +229,19 @@ def main() -> int:
     """Archive comparisons, and check or write the pages."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
-        "--archive", nargs="+", type=Path, default=[], metavar="FOLDER", help="finished comparisons"
+        "--archive",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FOLDER",
+        help="folders of finished comparisons to copy to docs/results first",
     )
-    parser.add_argument("--commit", help="commit of the archived runs (default: the current one)")
-    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--commit", help="commit of the archived runs (default: current commit)")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="do not write tables; exit with status 1 if a page is outdated",
+    )
     options = parser.parse_args()
     for folder in options.archive:
         archive(folder, options.commit or _current_commit())

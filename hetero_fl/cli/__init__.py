@@ -41,8 +41,8 @@ LAUNCHED = "TORCHELASTIC_RUN_ID"
 def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
     """Run a command and return its exit status.
 
-    The status is 0 for success, 1 if the run failed, 2 for a user error, 130 if the run was
-    interrupted (a checkpoint is written), and 141 if the reader of the output closed the pipe.
+    The status is 0 for success, 1 if the run failed, 2 for invalid input, 130 if the run was
+    interrupted, and 141 if the reader of the output closed the pipe.
     Under torchrun, the first process runs the command and the others are its workers.
 
     Args:

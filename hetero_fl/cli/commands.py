@@ -23,6 +23,7 @@ from hetero_fl.cli.deployment_commands import (
 )
 from hetero_fl.cli.experiment_commands import audit, check, compare, export, join
 from hetero_fl.cli.run_options import (
+    HOME_HELP,
     METHODS_HINT,
     PATH,
     QUIET_HELP,
@@ -63,17 +64,24 @@ def train(source: Path, **options: Any) -> Run:
 )
 @run_argument
 @click.option(
-    "--data", required=True, metavar="FILE|NAME", help="Local file or folder, or name of a source."
+    "--data",
+    required=True,
+    metavar="FILE|NAME",
+    help="Data set: a local file or folder, or the name of a data source.",
 )
 @click.option(
     "--label",
     metavar="COLUMN",
-    help="Label column of a table, or several as A,B.  [default: those of the run]",
+    help="Label column of a table; separate several by commas.  [default: as in the run]",
 )
-@click.option("--client", metavar="ID", help="Evaluate only this client's model.")
-@click.option("--home", is_flag=True, help="Predict with the client's own label frequencies.")
 @click.option(
-    "--json", "json_file", type=PATH, metavar="FILE", help="Also write the metrics as JSON."
+    "--client",
+    metavar="ID",
+    help="Evaluate only the model of this client, or of `server`.  [default: all models]",
+)
+@click.option("--home", is_flag=True, help=HOME_HELP)
+@click.option(
+    "--json", "json_file", type=PATH, metavar="FILE", help="Also write the metrics to a JSON file."
 )
 @allow_code_option
 @quiet_option
@@ -124,11 +132,11 @@ def evaluate(
     "names",
     nargs=-1,
     metavar="[NAME]...",
-    help="Describe these methods and their settings. Without a name, list all methods.",
+    help="Methods to describe, with their settings. Without a name, all methods are listed.",
 )
 @allow_code_option
 def methods(names: tuple[str, ...], allow_code: bool) -> None:
-    """List the methods, or describe some of them."""
+    """List all methods, or describe some of them."""
     from rich.console import Console
 
     from hetero_fl.cli.printing import print_method_details, print_methods
@@ -161,10 +169,10 @@ COMMON_OPTIONS = (
         ["-v", "--verbose"],
         is_flag=True,
         expose_value=False,
-        help="Print the tracebacks of an error and its causes.",
+        help="Print the tracebacks of errors and their causes.",
     ),
 )
-"""Options of all commands, also of those on which they have no effect."""
+"""Options of all commands, including those on which they have no effect."""
 
 
 class OrderedGroup(Group):
@@ -194,7 +202,7 @@ APP = OrderedGroup(
         methods,
     ],
     params=list(COMMON_OPTIONS),
-    help="Federated learning with clients whose models differ.",
+    help="Federated learning with heterogeneous models.",
     epilog=METHODS_HINT,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -38,7 +38,7 @@ ADDRESS = re.compile(r"(https?://.+)|([^/\s]+:\d+)")
 
 @training_command("hetero-fl federate -c configs/digits_quickstart.yaml rounds=2")
 def federate(source: Path, **options: Any) -> Run:
-    """Train on this machine with one process per client."""
+    """Train with a server and one process per client on this machine."""
     from hetero_fl.deployment.flower.commands import check_installed
 
     check_installed()
@@ -56,7 +56,7 @@ def federate(source: Path, **options: Any) -> Run:
     help=f"Server file with the port and the permitted nodes, {CERTIFICATES_HINT}.",
 )
 def server(source: Path, server_file: Path | None, **options: Any) -> Run:
-    """Run the server of a federation on several machines."""
+    """Run the server of a federation that spans several machines."""
     if server_file is None:
         raise UserError(f"--server: missing; expected a file {CERTIFICATES_HINT}")
     from hetero_fl.deployment.server import run_server
@@ -76,18 +76,18 @@ def server(source: Path, server_file: Path | None, **options: Any) -> Run:
     "--audit",
     type=PATH,
     metavar="FILE",
-    help="Print and verify the log of a node (audit.jsonl in its folder), then exit.",
+    help="Verify and print the audit log of a node (audit.jsonl in its state folder), and exit.",
 )
 @click.option(
     "--key",
     type=PATH,
     metavar="FILE",
-    help="With --audit: the node's public key (.pub), to verify the signatures.",
+    help="With --audit: public key of the node (.pub) to verify the signatures with.",
 )
 @click.option(
     "--head",
     metavar="N:HASH",
-    help="With --audit: head that was printed earlier and must be part of the log.",
+    help="With --audit: head printed by an earlier verification, which the log must contain.",
 )
 @allow_code_option
 @quiet_option
@@ -101,7 +101,7 @@ def node(
     allow_code: bool,
     quiet: bool,
 ) -> None:
-    """Run the node of one site of a federation on several machines."""
+    """Run the node of one site in a federation that spans several machines."""
     if audit is not None:
         _verify_audit_log(audit, key, head)
         return
@@ -147,7 +147,7 @@ def _verify_audit_log(path: Path, key: Path | None, head: str | None) -> None:
 def flower_app(
     folder: Path, overrides: tuple[str, ...], config: Path | None, allow_code: bool
 ) -> None:
-    """Write a Flower app that trains with `flwr run`."""
+    """Write a Flower app to train with `flwr run`."""
     if config is None:
         raise UserError("--config: missing; expected a YAML or JSON file")
     from hetero_fl.deployment.flower.commands import check_installed
@@ -167,7 +167,7 @@ def flower_app(
     "folder",
     type=PATH,
     metavar="DIR",
-    help="New folder, which gets a subfolder for the server and one for each site.",
+    help="New folder, in which a subfolder is created for the server and for each site.",
 )
 @click.option(
     "--host",
@@ -178,7 +178,7 @@ def flower_app(
     help="Host name or address of the server; may be repeated.",
 )
 @click.option(
-    "--clients", required=True, metavar="A,B,...", help="Client ids of the configuration."
+    "--clients", required=True, metavar="A,B,...", help="Client ids, as in the configuration."
 )
 def certificates(folder: Path, hosts: tuple[str, ...], clients: str) -> None:
     """Create keys and certificates for a server and its sites."""
@@ -190,11 +190,13 @@ def certificates(folder: Path, hosts: tuple[str, ...], clients: str) -> None:
 
 @command(epilog=examples("hetero-fl status runs/my-run", "hetero-fl status 127.0.0.1:9464 --json"))
 @click.argument(
-    "run", metavar="RUN|ADDRESS", help="Run directory, or host:port of the server's metrics."
+    "run",
+    metavar="RUN|ADDRESS",
+    help="Run directory, or address (host:port or URL) of the server's metrics.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the status as JSON.")
 def status(run: str, as_json: bool) -> None:
-    """Show the nodes, the round and the metrics of a federation."""
+    """Show the nodes, the current round and the metrics of a federation."""
     from hetero_fl.deployment.monitoring import fetch_status, read_status
 
     is_address = not Path(run).exists() and ADDRESS.fullmatch(run)

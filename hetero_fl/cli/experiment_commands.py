@@ -10,6 +10,7 @@ import click
 from click.exceptions import Exit
 
 from hetero_fl.cli.run_options import (
+    HOME_HELP,
     METHODS_HINT,
     PATH,
     allow_code_option,
@@ -32,27 +33,30 @@ if TYPE_CHECKING:
 @command(epilog=examples("hetero-fl audit runs/my-run --attack membership --shadows 8"))
 @run_argument
 @click.option(
-    "--clients", metavar="ID,...", help="Clients to attack.  [default: the first two clients]"
+    "--clients",
+    metavar="ID,...",
+    help="Ids of the clients to attack.  [default: the first two clients]",
 )
 @click.option(
     "--attack",
     default="both",
     metavar="NAME",
-    help="membership, inversion or both; attacks that do not apply are skipped.",
+    help="Attack to run: membership, inversion, or both. With both, attacks that do not apply are "
+    "skipped.",
 )
 @click.option(
     "--shadows",
     default=4,
-    help="Number of shadow runs, even; 0 uses only the loss and trains no shadow runs.",
+    help="Number of shadow runs: an even number >= 4, or 0 to attack by the loss alone.",
 )
-@click.option("--images", default=3, help="Training steps to invert per client.")
-@click.option("--batch", default=1, help="Images per training step, 1 to 4.")
+@click.option("--images", default=3, help="Number of training steps to invert per client.")
+@click.option("--batch", default=1, help="Number of images per training step, 1 to 4.")
 @click.option("--seed", default=0, help="Random seed of the audit.")
 @click.option(
     "--out",
     type=PATH,
     metavar="DIR",
-    help="Folder for tables, figures and report.  [default: RUN/audit]",
+    help="Output folder for audit.json, audit.png and audit.html.  [default: RUN/audit]",
 )
 @allow_code_option
 @quiet_option
@@ -71,8 +75,8 @@ def audit(
 ) -> None:
     """Audit the privacy of a finished run by attacking it.
 
-    Membership inference finds out whose rows were trained on, gradient inversion reconstructs
-    images from an upload.
+    Membership inference determines which rows a client trained on. Gradient inversion reconstructs
+    training images from an upload.
     """
     from rich.console import Console
     from rich.table import Table
@@ -123,34 +127,41 @@ def audit(
     )
 )
 @overrides_argument
-@config_option()
+@config_option("Configuration file (YAML or JSON). Optional with --study.")
 @click.option(
     "--algorithms",
     metavar="A,B,...",
-    help="Methods to compare, as NAME or NAME:setting=value; `all` for all compatible methods.",
+    help="Methods to compare, as NAME or NAME:setting=value. `all` selects all compatible methods. "
+    "Optional with --study.",
 )
 @click.option(
     "--study",
     type=PATH,
     metavar="FILE",
-    help="YAML file with config, algorithms and seeds. Options take precedence.",
+    help="Study file (YAML) with config, algorithms and seeds. Options override its values.",
 )
-@click.option("--seeds", metavar="0,1,...", help="Random seeds.  [default: those of --study, or 0]")
+@click.option(
+    "--seeds", metavar="0,1,...", help="Random seeds.  [default: seeds of the study, otherwise 0]"
+)
 @click.option(
     "--out",
     type=PATH,
     metavar="DIR",
-    help="Folder of the comparison; finished runs in it are reused.  "
-    "[default: runs/NAME for a study]",
+    help="Output folder. Finished runs in it are reused. Optional with --study.  "
+    "[default: as in the study]",
 )
 @click.option(
-    "--jobs", type=int, help="Parallel runs.  [default: one per core, with one thread each]"
+    "--jobs",
+    type=int,
+    help="Number of parallel runs.  "
+    "[default: as in the study, otherwise one per core with one thread each]",
 )
 @click.option(
     "--grid",
     multiple=True,
     metavar="key=a,b,c",
-    help="Tune a key of each method by validation; may be repeated.",
+    help="Values of a key to try. Each method uses the value with the best validation score. "
+    "May be repeated.",
 )
 @allow_code_option
 @quiet_option
@@ -169,8 +180,8 @@ def compare(
 ) -> None:
     """Compare methods over several seeds.
 
-    Writes a table, figures and a report, and prints the table. An interrupted comparison continues
-    when the command is repeated.
+    The table is printed, and written to --out with figures and a report. To continue an interrupted
+    comparison, repeat the command.
     """
     from hetero_fl import experiment
     from hetero_fl.experiment.comparison import Study
@@ -218,21 +229,21 @@ def _option_or_study(name: str, value: Any, study: Study | None) -> Any:
 @click.option(
     "--client",
     metavar="ID",
-    help="Export the model of this client, or of `server`.  [default: all]",
+    help="Export only the model of this client, or of `server`.  [default: all models]",
 )
 @click.option(
     "--format",
     "file_format",
     default="onnx",
     metavar="NAME",
-    help="File format, onnx or safetensors.",
+    help="File format: onnx or safetensors.",
 )
-@click.option("--home", is_flag=True, help="Predict with the client's own label frequencies.")
+@click.option("--home", is_flag=True, help=HOME_HELP)
 @click.option(
     "--out",
     type=PATH,
     metavar="DIR",
-    help="Folder for models, model cards and score.py.  [default: RUN/export]",
+    help="Output folder for models, model cards and score.py.  [default: RUN/export]",
 )
 @allow_code_option
 @quiet_option
@@ -267,42 +278,48 @@ def export(
     "overrides",
     nargs=-1,
     metavar="[key.path=value]...",
-    help="Settings of the new client to override, such as optimizer.lr=0.01.",
+    help="Settings of the new client, such as optimizer.lr=0.01, or of `runtime`.",
 )
 @click.option(
     "--data",
     required=True,
     metavar="FILE|NAME",
-    help="Data of the new client: local file or folder, or name of a source.",
+    help="Data of the new client: a local file or folder, or the name of a data source.",
 )
 @click.option(
     "--model",
     metavar="NAME",
-    help="Model of the new client.  [default: the most frequent model of the run]",
+    help="Model of the new client.  [default: most frequent model of the run]",
 )
 @click.option(
     "--take",
     type=click.Choice(["backbone", "teacher", "both"]),
-    help="Knowledge to start from.  [default: all that the run has]",
+    help="What the client starts from: the shared backbone, the consensus of all models as a "
+    "teacher, or both.  [default: all that the run provides]",
 )
 @click.option(
-    "--label", metavar="COLUMN", help="Label column of a table.  [default: that of the run]"
+    "--label", metavar="COLUMN", help="Label column of a table.  [default: as in the run]"
 )
 @click.option(
-    "--patients", default="10,30,100,300", metavar="N,...", help="Numbers of labeled patients."
+    "--patients",
+    default="10,30,100,300",
+    metavar="N,...",
+    help="Numbers of labeled patients to train on; numbers of examples if the data has no "
+    "patients.",
 )
 @click.option("--seeds", default="0,1,2,3,4", metavar="0,1,...", help="Random seeds.")
 @click.option(
     "--epochs",
     type=click.IntRange(min=1),
     default=10,
-    help="Epochs of fine-tuning, at least 60 steps; four times as many from scratch.",
+    help="Epochs of fine-tuning; at least 60 steps are taken. Training from scratch takes four "
+    "times as many.",
 )
 @click.option(
     "--out",
     type=PATH,
     metavar="DIR",
-    help="Folder for table, figure and JSON.  [default: RUN/join-MODEL]",
+    help="Output folder for the table, the figure and the JSON file.  [default: RUN/join-MODEL]",
 )
 @allow_code_option
 @quiet_option
@@ -321,9 +338,9 @@ def join(
     allow_code: bool,
     quiet: bool,
 ) -> None:
-    """Train a new client with the knowledge of a finished run.
+    """Train a new client that starts from the models of a finished run.
 
-    Compares the result with training from scratch.
+    The result is compared with training from scratch.
     """
     from hetero_fl import experiment
     from hetero_fl.experiment.onboarding.transfer import TransferSource

@@ -16,9 +16,12 @@ from hetero_fl.utils.errors import UserError, closest, printable
 if TYPE_CHECKING:
     from hetero_fl.reporting.run import Run
 
-METHODS_HINT = "Run `hetero-fl methods` to list the values of algorithm.name."
+METHODS_HINT = "Run `hetero-fl methods` to list the valid values of algorithm.name."
 PATH = click.Path(path_type=Path)
 QUIET_HELP = "Print only results and errors."
+HOME_HELP = (
+    "Add the log of the client's label frequencies to the logits, if the run uses logit adjustment."
+)
 
 command = partial(
     click.command,
@@ -27,15 +30,15 @@ command = partial(
 
 
 def examples(*lines: str, hint: str = "") -> str:
-    """Return the end of a help page: examples, which click does not rewrap, and a hint."""
+    """Return the epilog of a help page: examples, which click does not rewrap, and a hint."""
     return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines), "", hint])
 
 
 allow_code_option = click.option(
     "--allow-code",
     is_flag=True,
-    help="Run code that a file or an option names as python:module:Name. By default, ask in a "
-    "terminal and refuse otherwise.",
+    help="Allow code that a file or an option names as python:module:Name. By default, ask for "
+    "permission in a terminal, and refuse otherwise.",
 )
 
 
@@ -64,7 +67,7 @@ def run_options(function: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--check",
             is_flag=True,
-            help="Print the resolved configuration and the expected cost, then exit.",
+            help="Print the resolved configuration and the expected cost, and exit.",
         ),
         click.option(
             "--resume", is_flag=True, help="Continue the run in --out from its last checkpoint."
@@ -83,7 +86,7 @@ def run_options(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def training_command(*lines: str) -> Callable[[Callable[..., Run]], click.Command]:
-    """Return a decorator that makes a command of a function that trains.
+    """Return a decorator that converts a function that trains into a command.
 
     The command has the options of `run_options`. The function receives the configuration, options
     of its own, and `out`, `resume`, `overrides`, `quiet` and `allow_code` as for `hetero_fl.run`;
@@ -140,7 +143,7 @@ def _make_training_command(function: Callable[..., Run], epilog: str) -> click.C
 
 
 def make_printer(quiet: bool) -> Callable[[str], None]:
-    """Return a function that prints a notice to stderr, or does nothing if quiet."""
+    """Return a function that prints a line to stderr, or does nothing if `quiet` is set."""
 
     def print_line(line: str) -> None:
         if not quiet:
@@ -186,7 +189,7 @@ def load_checked_run(
         resume: Whether `--resume` is set.
         check: Whether `--check` is set: print the configuration and the expected cost.
         permission: Permission to run code that the configuration names.
-        log: Function that prints a notice.
+        log: Function that prints a line.
 
     Raises:
         UserError: If the options do not determine a run.
@@ -224,8 +227,8 @@ def load_checked_run(
 def _similar_run(out: Path) -> str:
     """Return a suggestion of a run directory with a similar name; empty if there is none."""
     runs = [file.parent.name for file in out.parent.glob("*/environment.json")]
-    meant = closest(out.name, runs)
-    return "" if meant is None else f"; did you mean {out.parent / meant}?"
+    match = closest(out.name, runs)
+    return "" if match is None else f"; did you mean {out.parent / match}?"
 
 
 def _is_vacant(out: Path) -> bool:

@@ -126,7 +126,10 @@ class Handshake:
         info = self.receive_data_info(client, decode_body(answer))
         known = self.remote_info.get(client)
         if known is not None and known.content_hash != info.content_hash:
-            raise RequestRefusedError("its rows changed since the start of the run")
+            raise RequestRefusedError(
+                "data report: the rows of the site changed since the start of the run; restore "
+                "them, or start a new run"
+            )
         # Keep the first report, because nodes accept only one set of reports per run.
         self.remote_info.setdefault(client, info)
         return answer
@@ -249,7 +252,7 @@ def _read_client_settings(
     try:
         return read_settings(reported, references, largest)
     except RequestRefusedError as error:
-        raise RunFailedError(f"{client}: refused: {error}") from None
+        raise RunFailedError(f"{client}: {error}") from None
 
 
 def _converse_with_all(
@@ -270,4 +273,4 @@ def _converse_with_all(
         if isinstance(answer, ClientAbsentError):
             raise RunFailedError(f"{client}: {answer}")
         if answer.head.get("ask") != expected:
-            raise RunFailedError(f"{client} refuses: {refusal_reason(answer)}")
+            raise RunFailedError(f"{client}: the node refused the run: {refusal_reason(answer)}")

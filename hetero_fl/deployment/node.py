@@ -53,7 +53,13 @@ from hetero_fl.federation.state_store import PrivateState
 from hetero_fl.privacy.mechanisms import SecretNoiseSource
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.environment import choose_device
-from hetero_fl.utils.errors import NoUploadError, RunFailedError, UserError, one_line
+from hetero_fl.utils.errors import (
+    NoUploadError,
+    RunFailedError,
+    UserError,
+    one_line,
+    suggest_or_list,
+)
 from hetero_fl.utils.serialization import CodecError, as_bytes, as_tensor, decode, encode
 
 MAX_THREADS = 1024
@@ -107,13 +113,14 @@ class ParticipatingRun:
         prepared = prepare(self.config, data=restrict_to_holder(self.data, site.client, infos))
         if (found := federation_fingerprint(prepared)) != tree["fingerprint"]:
             raise RequestRefusedError(
-                "the federation that this site derives from the configuration differs from the "
-                "server's"
+                "fingerprint: the method, seed, clients or models at this site differ from the "
+                "server's; use the same code and data reports at both"
             )
         reports_digest = hashlib.sha256(repr(sorted(infos.items())).encode()).digest()
         if self.storage.read("roster") not in (None, reports_digest):
             raise RequestRefusedError(
-                "the data reports of the clients changed since this site joined the run"
+                "data reports: the reports of the clients changed since this site joined the run; "
+                "start a new run"
             )
         self.storage.write("roster", reports_digest)
         federation = replace(prepared.federation, noise=self.noise)
@@ -168,12 +175,17 @@ def begin_run(
     config = load_config(raw, allow_code=permission).model_copy(update={"init_from": None})
     clients = expand_population(config.clients)
     if client not in clients:
-        raise RequestRefusedError(f"the configuration has no client '{client}'")
+        raise RequestRefusedError(
+            f"client: '{client}' is not a client of the server's configuration"
+            f"{suggest_or_list(client, clients)}"
+        )
     check_config(config, site, clients[client])
     if site.data is None:
         data = load_federated_data(config)
         if data.public_hash() != tree["public"]:
-            raise RequestRefusedError("the public sets at this site differ from the server's")
+            raise RequestRefusedError(
+                "public sets: the sets of this site differ from the server's; use the same files"
+            )
     else:
         pack = _read_public_pack(NodeStorage(folder / "public", cipher), tree)
         if pack is None:
@@ -188,7 +200,8 @@ def begin_run(
         storage.write("terms", fingerprint)
     elif known != fingerprint:
         raise RequestRefusedError(
-            "the configuration, the public sets or this site's rows changed since it joined the run"
+            f"run {run[:12]}: the configuration, the public sets or this site's rows changed "
+            "since the site joined the run; start a new run"
         )
     secret = storage.secret("noise")
     # With an unkeyed hash, an attacker who knows all rows but one could verify guesses of that row.
@@ -217,9 +230,9 @@ def _read_public_pack(storage: NodeStorage, tree: Any) -> PublicPack | None:
     try:
         pack = PublicPack.decode(data)
     except (CodecError, KeyError, TypeError, ValueError) as error:
-        raise RequestRefusedError(f"the public sets cannot be read ({error})") from None
+        raise RequestRefusedError(f"public sets: cannot be read ({error})") from None
     if pack.content_hash() != public:
-        raise RequestRefusedError("the public sets do not match their hash")
+        raise RequestRefusedError(f"public sets: expected the hash {public[:12]}, got another")
     storage.write(check_file_name(public), data)
     return pack
 
@@ -232,7 +245,7 @@ def check_file_name(name: str) -> str:
     """
     if not (name.isalnum() and len(name) <= 64):
         raise RequestRefusedError(
-            f"name: expected at most 64 letters and digits, got {name[:80]!r}"
+            f"file name: expected at most 64 letters and digits, got {name[:80]!r}"
         )
     return name
 
@@ -304,7 +317,7 @@ class Node:
                 ask = head_value(head, "ask", str)
                 if ask not in handlers:
                     raise RequestRefusedError(
-                        f"ask: unknown message '{ask}'; choose from {', '.join(handlers)}"
+                        f"ask: unknown request '{ask}'; choose from {', '.join(handlers)}"
                     )
                 answer = handlers[ask](envelope)
                 self._log_answer(answer)
@@ -396,7 +409,7 @@ class Node:
         try:
             PrivateState.decode(state, bounded=True)
         except (CodecError, TypeError) as error:
-            raise RequestRefusedError(f"the initial state cannot be read ({error})") from None
+            raise RequestRefusedError(f"initial state: cannot be read ({error})") from None
         return message("kept", state=self.joined.storage.save_state(state))
 
     def _run_task(self, envelope: Envelope) -> Envelope:
@@ -409,7 +422,7 @@ class Node:
         kind = head_value(head, "kind", str)
         base = head_value(head, "base", str) and check_file_name(str(head["base"]))
         if kind not in ("answer", "read"):
-            raise RequestRefusedError(f"kind: unknown kind '{kind[:20]}'; choose from answer, read")
+            raise RequestRefusedError(f"kind: expected answer or read, got '{kind[:20]}'")
         request = Message(
             head_value(head, "what", str),
             envelope.body,
@@ -425,9 +438,11 @@ class Node:
             "asked": digest.hex(),
         }
         if head_value(head, "expires", float) < time.time():
-            raise RequestRefusedError(f"task {task[:12]} has expired")
+            raise RequestRefusedError(
+                f"task {task[:12]}: has expired; check the clocks of the site and the server"
+            )
         if usage.tasks.get(task, digest) != digest:
-            raise RequestRefusedError(f"task {task[:12]} was sent before with other content")
+            raise RequestRefusedError(f"task {task[:12]}: was sent before with different content")
         if digest in usage.answered:
             self._line["outcome"] = REPEATED
         # The policy is created together with the worker.
@@ -560,5 +575,5 @@ class Node:
     def _current_run(self, envelope: Envelope) -> ParticipatingRun:
         run = head_value(envelope.head, "run", str)
         if self.joined is None or self.joined.run != run:
-            raise RequestRefusedError(f"this site is not in run {run[:12]}")
+            raise RequestRefusedError(f"run {run[:12]}: this site has not joined the run")
         return self.joined

@@ -97,14 +97,14 @@ def check_config(config: Config, site: SiteConfig, settings: ClientSettings) -> 
     for key in SITE_KEYS:
         if getattr(site, key) is not None and getattr(settings, key) != getattr(own, key):
             raise RequestRefusedError(
-                f"clients: {client}: {key}: differs from {key} in this site's file"
+                f"clients: {client}: {key}: must be equal to {key} in this site's file"
             )
     if site.shares is not None and (
         forbidden := [s for s in settings.shares if not _is_allowed(s, own.shares)]
     ):
         raise RequestRefusedError(
             f"clients: {client}: shares: {', '.join(forbidden)} not allowed; "
-            f"this site shares {', '.join(own.shares) or 'nothing'}"
+            f"this site's shares are {', '.join(own.shares) or '[]'}"
         )
     secure = config.channel.secure_sum
     if secure is None and allows.secure_sum_only:
@@ -116,8 +116,8 @@ def check_config(config: Config, site: SiteConfig, settings: ClientSettings) -> 
         found = secure.min_survivors(cohort)
         if found < allows.cohort:
             raise RequestRefusedError(
-                f"channel.secure_sum.threshold: reveals sums of {found} clients; "
-                f"this site's allows.cohort is {allows.cohort}"
+                f"channel.secure_sum.threshold: must be >= {allows.cohort} clients "
+                f"(this site's allows.cohort), got {found}"
             )
     if allows.privacy is not None:
         _check_privacy(config, site)
@@ -129,17 +129,18 @@ def _check_privacy(config: Config, site: SiteConfig) -> None:
         raise RequestRefusedError("privacy: required by this site's allows.privacy")
     if privacy.unit == "client":
         raise RequestRefusedError(
-            "privacy.unit: this site's allows.privacy requires noise that the site adds itself; "
-            "expected record or local, got client"
+            "privacy.unit: expected record or local, got client; with this site's allows.privacy "
+            "the site must add the noise"
         )
     if site.tells.labels:
         raise RequestRefusedError(
-            "tells.labels=true cannot be combined with allows.privacy: it reveals exact counts"
+            "tells.labels=true cannot be combined with allows.privacy, because it reveals exact "
+            "counts; set tells.labels=false in this site's file"
         )
     if site.tells.model and privacy.unit == "local":
         raise RequestRefusedError(
-            "tells.model=true cannot be combined with allows.privacy and privacy.unit=local: "
-            "it reveals a model without noise"
+            "tells.model=true cannot be combined with allows.privacy and privacy.unit=local, "
+            "because it reveals a model without noise; set tells.model=false in this site's file"
         )
 
 
@@ -311,8 +312,7 @@ class Policy:
         kinds = tuple(REQUESTS) if self.secure else (TRAIN,)
         if request.kind not in kinds:
             raise RequestRefusedError(
-                f"request '{request.kind[:20]}' is not used in this run; "
-                f"choose from {', '.join(kinds)}"
+                f"request: unknown kind '{request.kind[:20]}'; choose from {', '.join(kinds)}"
             )
         if self.secure and self.allows.cohort is not None:
             self._check_sum(request, self.allows.cohort)
@@ -324,7 +324,8 @@ class Policy:
             and (trained := len(self.usage.trained)) >= self.allows.rounds
         ):
             raise RequestRefusedError(
-                f"allows.rounds: this site has already trained {trained} times in this run"
+                f"training tasks of this run: must be <= {self.allows.rounds} "
+                f"(this site's allows.rounds), got {trained + 1}"
             )
         charges: list[PrivacyCharge] = []
         self._check_length(
@@ -356,7 +357,7 @@ class Policy:
         # A malformed broadcast can raise any exception in a plan.
         except Exception as error:
             raise RequestRefusedError(
-                f"the broadcast cannot be used ({type(error).__name__}: {error})"
+                f"broadcast: cannot be processed ({type(error).__name__}: {error})"
             ) from None
         check_limit("epochs of this task", round(counter.epochs * work, 3), "epochs", allows.epochs)
         check_limit("steps of this task", int(counter.steps * work), "steps", allows.steps)
@@ -372,11 +373,11 @@ class Policy:
         try:
             arrays = read_secure(request.body, REQUESTS[request.kind])
         except PayloadError as error:
-            raise RequestRefusedError(str(error)) from None
+            raise RequestRefusedError(f"request '{request.kind}': {error}") from None
         found = len(arrays["numbers"] if request.kind == "shares" else arrays["survivors"])
         if found < min_clients:
             raise RequestRefusedError(
-                f"clients in the secure sum: must be >= {min_clients} "
+                f"clients of the secure sum: must be >= {min_clients} "
                 f"(this site's allows.cohort), got {found}"
             )
 
@@ -465,12 +466,12 @@ class Policy:
         for name in items:
             if name not in self.specs:
                 raise UserError(
-                    f"'{name}' is not an upload of {self.prepared.name}"
+                    f"{self.prepared.name}.train: item '{name}' is not declared in `uploads`"
                     f"{suggest_or_list(name, self.specs)}"
                 )
         if unshared := describe_unshared(items, self.specs, shares):
             raise UserError(
-                f"shares: {unshared}; this site shares {', '.join(shares) or 'nothing'}"
+                f"shares: {unshared}; this site's shares are {', '.join(shares) or '[]'}"
             )
 
     def check_size(self, size: int, upload: bool) -> None:

@@ -32,7 +32,7 @@ from hetero_fl.federation.client_runtime import ClientEvaluation
 from hetero_fl.federation.executors.base import ClientAbsentError, RemoteExecutor, in_order
 from hetero_fl.federation.secure_aggregation import make_protocol
 from hetero_fl.federation.state_store import PrivateState, StateStore
-from hetero_fl.utils.errors import RunFailedError
+from hetero_fl.utils.errors import RunFailedError, one_line
 from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.serialization import as_tensor
 
@@ -158,7 +158,7 @@ class NodeExecutor(RemoteExecutor):
         ):
             if isinstance(answer, ClientAbsentError) or answer.head.get("ask") != "kept":
                 raise RunFailedError(
-                    f"{client}: did not accept its initial state: {_failure_reason(answer)}"
+                    f"{client}: the node refused its initial state: {_failure_reason(answer)}"
                 )
             self.store.stage(
                 client,
@@ -272,7 +272,8 @@ class NodeExecutor(RemoteExecutor):
             answer = yield Envelope({**head, "spare": spare, **about}, request.body)
             outcome = answer.head.get("ask")
             if outcome in ("done", "failed") and answer.head.get("task") != task:
-                raise RequestRefusedError("its answer belongs to another task")
+                found = one_line(answer.head.get("task"), 12)
+                raise RequestRefusedError(f"answer: expected task {task[:12]}, got task {found}")
             if outcome == "lost" and base:
                 base = ""
                 self._reset_clients.append(client)
@@ -319,9 +320,15 @@ class NodeExecutor(RemoteExecutor):
                 head_value(answer.head, name, str) for name in ("what", "state", "check")
             )
             state = read_state_name(state)
+        except RequestRefusedError as error:
+            return ClientAbsentError(f"the answer cannot be read: {error}")
+        try:
             digest = bytes.fromhex(check)
-        except (RequestRefusedError, ValueError) as error:
-            return ClientAbsentError(f"its answer cannot be read: {error}")
+        except ValueError:
+            return ClientAbsentError(
+                "the answer cannot be read: 'done': check: expected hexadecimal digits, "
+                f"got '{one_line(check, 60)}'"
+            )
         if state:
             self.store.stage(client, PrivateState(state={STATE_KEY: state}))
         return Message(what, answer.body, checksum=digest)

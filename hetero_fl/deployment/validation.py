@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -79,24 +80,29 @@ def read_settings(tree: Any, names: Collection[str], largest: int = MAX_PIXELS) 
         RequestRefusedError: If the settings are invalid or out of bounds.
     """
     found = tree.get("settings") if isinstance(tree, dict) else None
-    _check_plain(found)
+    with _prefix_errors("settings"):
+        _check_plain(found)
     if not isinstance(found, dict):
         raise RequestRefusedError(f"settings: expected a mapping, got {type(found).__name__}")
     if unknown := sorted(set(found) - set(SITE_SETTINGS)):
-        line = f"settings: a site cannot set {', '.join(unknown)}"
+        line = f"settings: a site can set {', '.join(SITE_SETTINGS)}, got {', '.join(unknown)}"
         raise RequestRefusedError(line[:200])
     for name, key in CodePermission(granted=names).find_refused(find_references(found), ""):
         raise RequestRefusedError(
-            f"{key}: {name[:MAX_NAME_CHARS]} is code that the server's configuration does not name"
+            f"settings: {key}: expected code that the server's configuration names, "
+            f"got {name[:MAX_NAME_CHARS]}"
         )
     try:
         resize = ClientSettings.model_validate(found).preprocess.resize
         if resize is not None and resize > largest:
             raise RequestRefusedError(
-                f"preprocess.resize: must be <= {largest}, got {one_line(resize, MAX_NAME_CHARS)}"
+                f"settings: preprocess.resize: must be <= {largest}, "
+                f"got {one_line(resize, MAX_NAME_CHARS)}"
             )
     except ValidationError as error:
-        raise RequestRefusedError(describe_error(error, found, ClientSettings)) from None
+        raise RequestRefusedError(
+            f"settings: {describe_error(error, found, ClientSettings)}"
+        ) from None
     except MALFORMED_ERRORS as error:
         raise RequestRefusedError(
             f"settings: cannot be read ({type(error).__name__}: {error})"
@@ -131,17 +137,18 @@ def read_data_info(tree: Any, outputs: int, own: Preprocess | None = None) -> Re
     """
     try:
         _check_plain(tree)
-        rows = {
-            name: _read_integer(tree["rows"][name], MAX_ROWS)
-            for name in ("train", "validation", "test")
-        }
+        rows: dict[str, int] = {}
+        for name in ("train", "validation", "test"):
+            with _prefix_errors(f"rows.{name}"):
+                rows[name] = _read_integer(tree["rows"][name], MAX_ROWS)
         if not rows["train"]:
             raise RequestRefusedError("rows.train: must be > 0, got 0")
-        labels = (
-            None
-            if tree["labels"] is None
-            else tuple(float(_read_number(n, 0.0, MAX_ROWS)) for n in tree["labels"])
-        )
+        with _prefix_errors("labels"):
+            labels = (
+                None
+                if tree["labels"] is None
+                else tuple(float(_read_number(n, 0.0, MAX_ROWS)) for n in tree["labels"])
+            )
         if labels is not None and len(labels) != outputs:
             raise RequestRefusedError(f"labels: expected {outputs} counts, got {len(labels)}")
         view = (
@@ -150,19 +157,21 @@ def read_data_info(tree: Any, outputs: int, own: Preprocess | None = None) -> Re
             else Preprocess(**{k: freeze_lists(v) for k, v in tree["view"].items()})
         )
         if (view is None) != (own is None):
-            problem = "missing" if view is None else "not expected under this configuration"
+            problem = "missing" if view is None else "expected only with preprocess.normalize=own"
             raise RequestRefusedError(f"view: {problem}")
-        for number in (view.mean, view.std) if view is not None else ():
-            for each in number if isinstance(number, tuple) else (number,):
-                _read_number(0.0 if each is None else each, -MAX_METRIC_VALUE)
+        with _prefix_errors("view"):
+            for number in (view.mean, view.std) if view is not None else ():
+                for each in number if isinstance(number, tuple) else (number,):
+                    _read_number(0.0 if each is None else each, -MAX_METRIC_VALUE)
         if view is not None and replace(view, mean=None, std=None) != own:
-            raise RequestRefusedError("view: differs from the configuration")
-        return RemoteDataInfo(rows, _read_name(tree["hash"]), view, labels)
+            raise RequestRefusedError("view: differs from preprocess in the configuration")
+        with _prefix_errors("hash"):
+            return RemoteDataInfo(rows, _read_name(tree["hash"]), view, labels)
     except RequestRefusedError as error:
-        raise RequestRefusedError(f"data report refused: {error}") from None
+        raise RequestRefusedError(f"data report: {error}") from None
     except MALFORMED_ERRORS as error:
         raise RequestRefusedError(
-            f"data report cannot be read ({type(error).__name__}: {error})"
+            f"data report: cannot be read ({type(error).__name__}: {error})"
         ) from None
 
 
@@ -189,10 +198,10 @@ def read_evaluation(
         _check_plain({**tree, "model": None})
         return _read_evaluation(tree, federation, client_info, method)
     except (RequestRefusedError, UserError) as error:
-        raise RequestRefusedError(f"evaluation refused: {error}") from None
+        raise RequestRefusedError(f"evaluation: {error}") from None
     except MALFORMED_ERRORS as error:
         raise RequestRefusedError(
-            f"evaluation cannot be read ({type(error).__name__}: {error})"
+            f"evaluation: cannot be read ({type(error).__name__}: {error})"
         ) from None
 
 
@@ -203,19 +212,31 @@ def _read_evaluation(
     if tree["triggered"] is not None:
         raise RequestRefusedError("triggered: expected None; attacks are only simulated")
     model = tree["model"]
-    return ClientEvaluation(
-        scores=_read_by_name(tree["scores"], EVALUATION_SETS, lambda s: _read_scores(s, task)),
-        confusion=_read_by_name(
+    with _prefix_errors("scores"):
+        scores = _read_by_name(tree["scores"], EVALUATION_SETS, lambda s: _read_scores(s, task))
+    with _prefix_errors("confusion"):
+        confusion = _read_by_name(
             tree["confusion"], EVALUATION_SETS, lambda c: _read_confusion(c, task)
-        ),
-        calibration=_read_by_name(tree["calibration"], EVALUATION_SETS, _read_calibration),
-        baselines=_read_by_name(
+        )
+    with _prefix_errors("calibration"):
+        calibration = _read_by_name(tree["calibration"], EVALUATION_SETS, _read_calibration)
+    with _prefix_errors("baselines"):
+        baselines = _read_by_name(
             tree["baselines"],
             EVALUATION_SETS,
             lambda each: _read_by_name(each, None, lambda s: _read_scores(s, task)),
-        ),
-        forecast=_read_forecast(tree["forecast"], federation),
-        model=b"" if model is None else _read_model(model, federation, client_info, method),
+        )
+    with _prefix_errors("forecast"):
+        forecast = _read_forecast(tree["forecast"], federation)
+    with _prefix_errors("model"):
+        saved = b"" if model is None else _read_model(model, federation, client_info, method)
+    return ClientEvaluation(
+        scores=scores,
+        confusion=confusion,
+        calibration=calibration,
+        baselines=baselines,
+        forecast=forecast,
+        model=saved,
     )
 
 
@@ -225,7 +246,8 @@ def _read_scores(found: Any, task: Task) -> Scores:
     def read_score(name: str, value: Any) -> float | None:
         least = -MAX_METRIC_VALUE if name in UNBOUNDED else 0.0
         most = MAX_METRIC_VALUE if name in SMALLER_IS_BETTER else 1.0 + 1e-9
-        return None if value is None else _read_number(value, least, most)
+        with _prefix_errors(name):
+            return None if value is None else _read_number(value, least, most)
 
     return {name: read_score(name, value) for name, value in _check_names(found, known).items()}
 
@@ -269,11 +291,11 @@ def _read_forecast(found: Any, federation: FederationSpec) -> dict[str, Any]:
         or federation.privacy is not None
         or (is_temporal and not any(is_temporal))
     ):
-        raise RequestRefusedError("forecast: not expected in this run")
+        raise RequestRefusedError("expected only for time series without privacy, got a forecast")
     named = _check_names(found, ("time", "truth", "predicted", "baselines"))
     rows = len(named["time"])
     if not 0 < rows <= FORECAST_ROWS:
-        raise RequestRefusedError(f"forecast: expected 1 to {FORECAST_ROWS} rows, got {rows}")
+        raise RequestRefusedError(f"time: expected 1 to {FORECAST_ROWS} rows, got {rows}")
 
     def columns(values: Any) -> list[Any]:
         return _read_table(
@@ -297,29 +319,31 @@ def _read_model(
     used to build a model or to import code.
     """
     if not isinstance(found, Tensor):
-        raise RequestRefusedError(f"model: expected a tensor of bytes, got {type(found).__name__}")
+        raise RequestRefusedError(f"expected a tensor of bytes, got {type(found).__name__}")
     data = as_bytes(found)
     try:
         check_header(data)
     except CodecError:
-        raise RequestRefusedError("model: not a model file") from None
+        raise RequestRefusedError("expected a safetensors file with a header") from None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         path.write_bytes(data)
         try:
             about, tensors = read_model_file(path)
         except UserError:
-            raise RequestRefusedError("model: not a model file") from None
+            raise RequestRefusedError("expected a safetensors file with a header") from None
     saved = _expected_model(about, tensors, federation, client_info, method)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if any(saved.arch.shapes.get(name) != shape for name, shape in shapes.items()):
-        raise RequestRefusedError("model: tensors do not match its architecture")
-    if saved.arch.parameter_names - shapes.keys():
-        raise RequestRefusedError("model: tensors are missing")
+        raise RequestRefusedError(
+            f"names or shapes of the tensors do not match the architecture {saved.arch.name}"
+        )
+    if missing := saved.arch.parameter_names - shapes.keys():
+        raise RequestRefusedError(f"tensor '{min(missing)}' is missing")
     if dtypes := [t.dtype for t in tensors.values() if t.dtype not in MODEL_DTYPES]:
-        raise RequestRefusedError(f"model: tensors of {dtypes[0]} are not supported")
+        raise RequestRefusedError(f"tensors of dtype {dtypes[0]} are not supported")
     if not all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point()):
-        raise RequestRefusedError("model: values must be finite")
+        raise RequestRefusedError("values must be finite")
     return saved.encode()
 
 
@@ -367,13 +391,22 @@ def _expected_model(
     matching = [saved for saved in candidates if saved.metadata()["architecture"] == named]
     if not matching or candidates[0].metadata()["task"] != about["task"]:
         raise RequestRefusedError(
-            "model: architecture or task is not the client's "
-            f"({one_line(named['name'], MAX_NAME_CHARS)})"
+            f"architecture {one_line(named['name'], MAX_NAME_CHARS)} or its task differs from "
+            "the client's in the configuration"
         )
     for saved in matching:
         if saved.metadata()["preprocess"] == about["preprocess"]:
             return saved
-    raise RequestRefusedError("model: preprocessing is not the client's")
+    raise RequestRefusedError("preprocessing differs from the client's in the configuration")
+
+
+@contextmanager
+def _prefix_errors(place: str) -> Iterator[None]:
+    """Put the place of a value before the message of an error."""
+    try:
+        yield
+    except RequestRefusedError as error:
+        raise RequestRefusedError(f"{place}: {error}") from None
 
 
 def _check_plain(tree: Any) -> None:
@@ -406,7 +439,12 @@ def _read_by_name(
         raise RequestRefusedError(
             f"expected {', '.join(known)}, got {unknown[0][:MAX_NAME_CHARS]!r}"
         )
-    return {_read_name(name): each(value) for name, value in found.items()}
+    read: dict[str, Any] = {}
+    for name, value in found.items():
+        known_name = _read_name(name)
+        with _prefix_errors(known_name):
+            read[known_name] = each(value)
+    return read
 
 
 def _read_name(found: Any) -> str:
@@ -433,13 +471,16 @@ def _read_number(found: Any, least: float, most: float = MAX_METRIC_VALUE) -> fl
 
 def _read_integer(found: Any, most: int) -> int:
     if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found <= most:
-        raise RequestRefusedError(f"expected an integer >= 0, got {str(found)[:MAX_NAME_CHARS]!r}")
+        raise RequestRefusedError(
+            f"expected an integer >= 0 and <= {most}, got {str(found)[:MAX_NAME_CHARS]!r}"
+        )
     return found
 
 
 def _read_table(found: Any, shape: tuple[int, ...], each: Callable[[Any], Any]) -> list[Any]:
     if not isinstance(found, list) or len(found) != shape[0]:
-        raise RequestRefusedError(f"expected a table of shape {list(shape)}")
+        size = f"{len(found)} entries" if isinstance(found, list) else type(found).__name__
+        raise RequestRefusedError(f"expected lists of shape {list(shape)}, got {size}")
     return [
         each(value) if len(shape) == 1 else _read_table(value, shape[1:], each) for value in found
     ]

@@ -47,7 +47,7 @@ from hetero_fl.utils.processes import (
     ignore_interrupts_in_children,
     worker_context,
 )
-from hetero_fl.utils.text import split_top_level
+from hetero_fl.utils.text import pluralize, split_top_level
 
 Source = str | Path | Mapping[str, Any]
 Point = tuple[str, ...]
@@ -132,9 +132,10 @@ def run_jobs(
         The errors of the runs that failed.
     """
     failed: dict[ComparisonJob, str] = {}
-    progress.log(f"{len(work)} runs, {jobs} at a time")
-    schedule = _Schedule(work)
     pool_size = min(jobs, len(work))
+    parallel = f", {pool_size} at a time" if pool_size > 1 else ""
+    progress.log(f"{pluralize(len(work), 'run')}{parallel}")
+    schedule = _Schedule(work)
     workers: list[BaseProcess] = []
     context = _record_processes(worker_context(__name__), workers)
     environ = (dict(os.environ),)

@@ -222,15 +222,15 @@ def small_test_note(rows: Mapping[str, int]) -> str:
     few = [client for client, count in rows.items() if 0 < count < FEW_ROWS]
     if not few:
         return ""
-    return f"Uncertain, from fewer than {FEW_ROWS} local test rows: {format_list(few)}."
+    return f"Uncertain because of fewer than {FEW_ROWS} local test rows: {format_list(few)}."
 
 
 def format_evaluation(record: Mapping[str, Any], unit: str = "") -> str:
     """Return the scores of a round in one line, the same metrics for every test.
 
     For example `local test: balanced accuracy 81.0%, AUROC 0.951; global test: balanced accuracy
-    71.0%, AUROC 0.930`. A metric that is undefined on one test is shown as missing; one that is
-    undefined on all tests is omitted.
+    71.0%, AUROC 0.930`. A metric that is undefined on one test is shown as `undefined`; one
+    that is undefined on all tests is omitted.
 
     Args:
         record: A line of `metrics.jsonl`.
@@ -245,7 +245,10 @@ def format_evaluation(record: Mapping[str, Any], unit: str = "") -> str:
     for test_name, scores in scored.items() if names else ():
         suffix = f" {unit}" if is_regression(scores) and unit else ""
         values = (
-            f"{METRICS[name]} {format_metric(scores.get(name), name)}{suffix}" for name in names
+            f"{METRICS[name]} undefined"
+            if scores.get(name) is None
+            else f"{METRICS[name]} {format_metric(scores[name], name)}{suffix}"
+            for name in names
         )
         parts.append(f"{test_name}: {', '.join(values)}")
     if parts and record.get("privacy"):

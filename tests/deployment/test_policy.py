@@ -59,22 +59,22 @@ TERMS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a small secure sum": (
         {"allows": {"cohort": 3}},
         SECURE,
-        "channel.secure_sum.threshold: reveals sums of 2 clients; this site's allows.cohort is 3",
+        "channel.secure_sum.threshold: must be >= 3 clients (this site's allows.cohort), got 2",
     ),
     "more shares": (
         {"shares": ["predictions"]},
         {"clients__defaults__shares": ["predictions", "parameters"]},
-        "clients: site_1: shares: parameters not allowed; this site shares predictions",
+        "clients: site_1: shares: parameters not allowed; this site's shares are predictions",
     ),
     "the whole of a part": (
         {"shares": ["backbone"]},
         {"clients__defaults__shares": ["head."]},
-        "clients: site_1: shares: head. not allowed; this site shares backbone",
+        "clients: site_1: shares: head. not allowed; this site's shares are backbone",
     ),
     "another model": (
         {"model": "mlp"},
         {},
-        "clients: site_1: model: differs from model in this site's file",
+        "clients: site_1: model: must be equal to model in this site's file",
     ),
     "no noise": (
         {"allows": BUDGET},
@@ -84,19 +84,20 @@ TERMS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "the server's noise": (
         {"allows": BUDGET},
         {"privacy": {"noise_multiplier": 1.0, "unit": "client"}},
-        "privacy.unit: this site's allows.privacy requires noise that the site adds itself; "
-        "expected record or local, got client",
+        "privacy.unit: expected record or local, got client; with this site's allows.privacy "
+        "the site must add the noise",
     ),
     "labels told with noise": (
         {"allows": BUDGET, "tells": {"labels": True}},
         RECORD,
-        "tells.labels=true cannot be combined with allows.privacy: it reveals exact counts",
+        "tells.labels=true cannot be combined with allows.privacy, because it reveals exact "
+        "counts; set tells.labels=false in this site's file",
     ),
     "a model told with noise": (
         {"allows": BUDGET, "tells": {"model": True}},
         LOCAL,
-        "tells.model=true cannot be combined with allows.privacy and privacy.unit=local: "
-        "it reveals a model without noise",
+        "tells.model=true cannot be combined with allows.privacy and privacy.unit=local, "
+        "because it reveals a model without noise; set tells.model=false in this site's file",
     ),
 }
 
@@ -152,7 +153,9 @@ def test_code_named_by_the_server_is_not_run(changes: dict[str, Any], key: str) 
 def test_refused_terms_are_shown_and_logged(tmp_path: Path) -> None:
     federation = Federation(tmp_path, {"site_2": {"allows": {"rounds": 1}}})
     line = "rounds: must be <= 1 (this site's allows.rounds), got 2"
-    with pytest.raises(RunFailedError, match=f"^site_2 refuses: {re.escape(line)}$"):
+    with pytest.raises(
+        RunFailedError, match=f"^site_2: the node refused the run: {re.escape(line)}$"
+    ):
         federation.serve(small())
     assert f"refused: {line}" in federation.log_lines
     assert verify(tmp_path / "site_2" / "audit.jsonl")[-1]["outcome"] == f"refused: {line}"
@@ -335,19 +338,21 @@ def test_repeated_task_is_answered_only_if_unchanged(
         {"base": other("a")},
     ):
         assert session.refusal_reason("train", **change).endswith(
-            "was sent before with other content"
+            "was sent before with different content"
         )
 
 
 @pytest.mark.parametrize("what", ["keys", "read", "", "Train"])
 def test_training_under_another_name_is_refused(session: NodeSession, what: str) -> None:
     """Under another name it would be neither limited nor charged."""
-    line = f"request '{what}' is not used in this run; choose from train"
+    line = f"request: unknown kind '{what}'; choose from train"
     assert session.repeat_as("train", what).head["why"] == line
 
 
 def test_expired_task_is_refused(session: NodeSession) -> None:
-    assert session.refusal_reason("train", expires=1.0).endswith("has expired")
+    assert session.refusal_reason("train", expires=1.0).endswith(
+        "has expired; check the clocks of the site and the server"
+    )
 
 
 @pytest.mark.parametrize(
@@ -359,10 +364,10 @@ def test_expired_task_is_refused(session: NodeSession) -> None:
         ({"round": -1}, "round 0 of 2"),
         (
             {"round": 1, "again": 1},
-            "allows.rounds: this site has already trained 2 times in this run",
+            "training tasks of this run: must be <= 2 (this site's allows.rounds), got 3",
         ),
         ({"round": "1"}, "'do': round: expected int, got '1'"),
-        ({"kind": "other"}, "kind: unknown kind 'other'"),
+        ({"kind": "other"}, "kind: expected answer or read, got 'other'"),
         (
             {"task": "../../etc/passwd"},
             "expected at most 64 letters and digits, got '../../etc/passwd'",
@@ -393,9 +398,9 @@ def test_other_configuration_of_same_name_is_refused(session: NodeSession) -> No
     tree = decode_body(terms)
     tree["config"]["clients"]["defaults"]["batch_size"] = 8
     text = session.refusal_reason("terms", body=message("terms", tree).body)
-    assert (
-        text
-        == "the configuration, the public sets or this site's rows changed since it joined the run"
+    assert text.endswith(
+        ": the configuration, the public sets or this site's rows changed since the site joined "
+        "the run; start a new run"
     )
     tree = decode_body(terms)
     tree["config"]["runtime"]["workers"] = 7
@@ -424,7 +429,7 @@ def test_client_list_with_other_clients_is_refused(session: NodeSession) -> None
     tree = decode_body(session.requests["roster"])
     tree["told"]["site_2"]["rows"]["train"] += 1
     assert session.refusal_reason("roster", body=message("roster", tree).body).startswith(
-        "the federation that this site derives"
+        "fingerprint: the method, seed, clients or models at this site differ"
     )
 
 
@@ -442,7 +447,10 @@ def test_other_client_list_of_same_name_is_refused(session: NodeSession) -> None
     # no part of the fingerprint, which the server could make fit anyway
     tree["told"]["site_2"]["rows"]["test"] += 1
     text = session.refusal_reason("roster", body=message("roster", tree).body)
-    assert text == "the data reports of the clients changed since this site joined the run"
+    assert text == (
+        "data reports: the reports of the clients changed since this site joined the run; "
+        "start a new run"
+    )
     assert session.repeat("roster").head["ask"] == "ready"
 
 
@@ -454,16 +462,19 @@ def test_unshared_items_are_never_sent(session: NodeSession) -> None:
     upload = Payload({"model": Item(tensors, 1.0, "params")})
     policy.check_upload(upload)
     for shares, expected in (
-        (["predictions"], "shares: 'model' contains backbone.a; this site shares predictions"),
-        (["backbone"], "shares: 'model' contains head.b; this site shares backbone"),
-        ([], "shares: 'model' contains backbone.a; this site shares nothing"),
+        (
+            ["predictions"],
+            "shares: 'model' contains backbone.a; this site's shares are predictions",
+        ),
+        (["backbone"], "shares: 'model' contains head.b; this site's shares are backbone"),
+        ([], "shares: 'model' contains backbone.a; this site's shares are []"),
     ):
         policy.site = session.node.site.model_copy(update={"shares": shares})
         with pytest.raises(UserError) as caught:
             policy.check_upload(upload)
         assert str(caught.value) == expected
     policy.site = session.node.site
-    with pytest.raises(UserError, match="'rows' is not an upload of fedavg"):
+    with pytest.raises(UserError, match="fedavg.train: item 'rows' is not declared in `uploads`"):
         policy.check_upload(Payload({"rows": torch.zeros(1)}))
 
 
@@ -497,7 +508,7 @@ def test_secure_sum_of_too_few_clients_is_refused(tmp_path: Path) -> None:
     tag = np.zeros(16, np.uint8)
     two = {"tag": tag, "head": np.array([1, 2], np.int32), "numbers": np.array([1, 2], np.int32)}
     shares = encode_arrays({**two, "keys": np.zeros((2, 64), np.uint8)})
-    line = "clients in the secure sum: must be >= 3 (this site's allows.cohort), got 2"
+    line = "clients of the secure sum: must be >= 3 (this site's allows.cohort), got 2"
     assert session.refusal_reason("shares", shares, task=other("d")) == line
     unmask = encode_arrays(
         {"tag": tag, "survivors": np.array([1, 2], np.int32), "dropped": np.array([3], np.int32)}

@@ -201,7 +201,7 @@ def test_check_of_asynchronous_run_names_omitted_costs(
     printed = " ".join(capsys.readouterr().out.split())
     expected, _ = asynchronous_cost_and_traffic(paced("fedavg"))
     assert f"about {format_bytes(sum(expected))} in 3 rounds: " in printed
-    assert "asynchronous: estimated for equally fast clients without failures" in printed
+    assert "asynchronous: estimated for clients of equal speed without failures" in printed
 
 
 @pytest.mark.parametrize("mentee", ["cnn_bn_small", "mlp"])
@@ -213,7 +213,7 @@ def test_check_counts_models_added_by_a_method(
     path.write_text(yaml.safe_dump(config("fml", algorithm={"name": "fml", "mentee": mentee})))
     assert main(["--config", str(path), "--check"], command="train") == 0
     printed = " ".join(capsys.readouterr().out.split())
-    (at_server,) = re.findall(r"memory for models on the server, about: (\S+) kB", printed)
+    (at_server,) = re.findall(r"server memory for models: about (\S+) kB", printed)
     models = [create_model(name, 10, 1, 8) for name in ("cnn_bn_small", mentee)]
     trained = sum(p.numel() for model in models for p in model.parameters())
     num_values = sum(t.numel() for model in models for t in model.state_dict().values())

@@ -82,7 +82,7 @@ def test_evaluated_shows_the_same_metrics_for_both_test_sets() -> None:
     }
 
     assert format_evaluation(record) == (
-        "local test: balanced accuracy 80.0%, AUROC –; global "
+        "local test: balanced accuracy 80.0%, AUROC undefined; global "
         "test: balanced accuracy 60.0%, AUROC 0.750"
     )
 

@@ -142,7 +142,7 @@ def test_report_values_match_the_summary(made_run: MakeRun) -> None:
     )
     weakest = min(summary["clients"], key=lambda c: c["global"]["balanced_accuracy"])
     assert (
-        f"worst {weakest['id']} with {100 * weakest['global']['balanced_accuracy']:.1f}%"
+        f"worst client: {weakest['id']}, {100 * weakest['global']['balanced_accuracy']:.1f}%"
         in page.text
     )
     rows = {row[0].strip(): row for row in page.cells}
@@ -208,7 +208,7 @@ def test_report_marks_values_of_few_rows(made_run: MakeRun) -> None:
         rows["hospital_3 large"][5].strip().endswith("% n = 20")
         and "n =" not in rows["hospital_2 small"][7]
     )
-    assert "Uncertain, from fewer than 20 local test rows: hospital_2." in page.text
+    assert "Uncertain because of fewer than 20 local test rows: hospital_2." in page.text
     assert "n = 19 to 60 test rows per client" in page.text and "n = 624 test rows" in page.text
 
 

@@ -102,7 +102,10 @@ def digits(_config: SourceConfig, _root: Path) -> Dataset:
     x = torch.from_numpy(np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8)).reshape(-1, 1, 8, 8)
     y = torch.from_numpy(table[:, -1].astype(np.int64))
     return Dataset(
-        "digits", DIGITS, Examples(x, y), about="handwritten digits, 8x8 grey (scikit-learn, UCI)"
+        "digits",
+        DIGITS,
+        Examples(x, y),
+        about="handwritten digits, 8x8 grayscale (scikit-learn, UCI)",
     )
 
 
@@ -370,12 +373,12 @@ SETS = {
     "mnist": (
         "MNIST",
         Task("multiclass", 10),
-        "handwritten digits, 28x28 grey (LeCun et al., 1998)",
+        "handwritten digits, 28x28 grayscale (LeCun et al., 1998)",
     ),
     "fashion_mnist": (
         "FashionMNIST",
         Task("multiclass", 10, FASHION),
-        "clothes, 28x28 grey (Xiao et al., 2017)",
+        "clothes, 28x28 grayscale (Xiao et al., 2017)",
     ),
     "cifar10": (
         "CIFAR10",

@@ -41,17 +41,18 @@ def check_installed() -> None:
         UserError: If Flower is not installed or its version is not supported.
     """
     wanted = ".".join(map(str, MIN_VERSION))
-    advice = f"pip install 'hetero_fl[flower]' installs flwr {wanted} or later"
+    advice = f"run pip install 'hetero_fl[flower]', which installs flwr {wanted} or later"
     if sys.version_info < (3, 11):
         found = f"{sys.version_info[0]}.{sys.version_info[1]}"
-        raise UserError(f"Flower {wanted} needs Python 3.11; found {found}")
+        raise UserError(f"flwr {wanted} requires Python >= 3.11, got {found}")
     try:
         installed = version("flwr")
     except PackageNotFoundError:
-        raise UserError(f"Flower is not installed; {advice}") from None
+        raise UserError(f"flwr: not installed; {advice}") from None
     numbers = tuple(int(part) for part in re.findall(r"\d+", installed)[:2])
     if not MIN_VERSION <= numbers < (MIN_VERSION[0] + 1,):
-        raise UserError(f"flwr {installed} is installed; {advice}")
+        supported = f"version >= {wanted} and < {MIN_VERSION[0] + 1}"
+        raise UserError(f"flwr: expected {supported}, got {installed}; {advice}")
 
 
 def environment(home: Path, *folders: Path) -> dict[str, str]:
@@ -137,10 +138,10 @@ class FlowerCommand:
         deadline = time.monotonic() + START_SECONDS
         while not is_ready():
             if not self.is_running:
-                raise RunFailedError(f"{self.name} did not start; {self.last_output()}")
+                raise RunFailedError(f"{self.name}: did not start; {self.last_output()}")
             if time.monotonic() > deadline:
                 raise RunFailedError(
-                    f"{self.name} did not answer within {START_SECONDS:.0f} s; {self.last_output()}"
+                    f"{self.name}: not ready after {START_SECONDS:.0f} s; {self.last_output()}"
                 )
             time.sleep(0.05)
 
@@ -177,12 +178,12 @@ def run_flwr(environ: dict[str, str], *arguments: str) -> str:
         )
     except subprocess.TimeoutExpired:
         raise RunFailedError(
-            f"flwr {' '.join(arguments[:2])} has not ended within {START_SECONDS:.0f} s"
+            f"flwr {' '.join(arguments[:2])}: timed out after {START_SECONDS:.0f} s"
         ) from None
     printed = COLORS.sub("", completed.stdout.decode(errors="replace")).strip()
     if completed.returncode != 0:
         lines = " ".join(printed.split())[-300:]
-        raise RunFailedError(f"flwr {' '.join(arguments[:2])} failed: {lines}")
+        raise RunFailedError(f"flwr {' '.join(arguments[:2])}: failed: {lines}")
     return printed
 
 
@@ -215,10 +216,11 @@ def free_port(host: str, port: int = 0) -> int:
             why = error.strerror or str(error)
             if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
                 raise UserError(
-                    f"server.host: {host} is no address of this machine ({why}); "
-                    "0.0.0.0 stands for all of its addresses"
+                    f"server.host: {host} is not an address of this machine ({why}); "
+                    "choose one of its addresses, or 0.0.0.0 for all of them"
                 ) from None
             raise UserError(
-                f"server.port: {port} is not available ({why}); choose another, or 0 for a free one"
+                f"server.port: {port} is not available ({why}); choose another port, "
+                "or 0 for any free port"
             ) from None
         return int(probe.getsockname()[1])

@@ -1,7 +1,8 @@
 """Choice of how a run is computed: executor, workers, threads and device.
 
 The rule considers architectures, rows, rounds, cores and the device; steps are timed where these do
-not decide whether workers pay off. A resumed run keeps its choice. See docs/explanation/limits.md.
+not decide whether workers are worthwhile. A resumed run keeps its choice. See
+docs/explanation/limits.md.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ START_SECONDS = 4.5
 ESTIMATE_FACTOR = 10
 # Number of architectures whose steps are timed, those with the largest part of the training.
 MAX_MEASURED = 4
-# Parameters are copied to workers and back. Workers pay off up to these bytes per second of
+# Parameters are copied to workers and back. Workers are worthwhile up to these bytes per second of
 # training.
 MAX_TRAFFIC = 3e8
 # Floating-point operations of a forward step from which a second thread helps
@@ -135,12 +136,12 @@ def worker_count(
     """
     if executor == "torchrun":
         return num_ranks() - 1, "all ranks except the first"
-    reason = "cores"
+    reason = "number of cores"
     if executor == "ray":
         from hetero_fl.federation.executors.ray import cluster_cpus
 
         available = cluster_cpus()
-        reason = "CPUs of the cluster"
+        reason = "number of CPUs of the cluster"
         if (requested or 1) * threads > available:
             raise UserError(
                 f"runtime.workers: {requested or 1} with {threads} threads each exceed the "
@@ -344,7 +345,7 @@ def _measure_if_open(
     available: int,
     own_threads: int | None,
 ) -> RunLoad:
-    """Return the load, measured if the estimate does not decide whether workers pay off."""
+    """Return the load, measured if the estimate does not decide whether workers are worthwhile."""
     short = load.seconds * ESTIMATE_FACTOR < START_SECONDS
     if device.type != "cpu" or available == 1 or load.cohort == 1 or short:
         return load
@@ -389,28 +390,28 @@ def _select_executor(
     else:
         serial_reason = _reason_against_workers(load, available, threads_per_process)
         if not serial_reason:
-            seconds = f"about {load.seconds:.0f} s of training for one core"
-            return "processes", f"{seconds}, {available} cores"
+            seconds = f"about {load.seconds:.0f} s of training on one core"
+            return "processes", f"{seconds}, {available} cores available"
     if group:
         return "batched", f"small steps of {group} clients with one architecture"
     return "serial", serial_reason
 
 
 def _reason_against_workers(load: RunLoad, available: int, threads_per_process: int | None) -> str:
-    """Return why worker processes would not pay off; empty if they do."""
+    """Return why worker processes are not worthwhile; empty if they are."""
     workers = min(max(1, available // (threads_per_process or 1)), load.busy)
     speedup_of_each = load.thread_speedup if threads_per_process else 1.0
     with_workers = load.seconds / (WORKER_GAIN * workers * speedup_of_each)
     saved = load.seconds / load.thread_speedup - with_workers
-    seconds = f"about {load.seconds:.0f} s of training for one core"
+    seconds = f"about {load.seconds:.0f} s of training on one core"
     if saved >= START_SECONDS:
         if load.model_bytes <= MAX_TRAFFIC:
             return ""
         rate = f"{load.model_bytes / 1e6:.0f} MB per second of training"
         return f"sending models to workers takes too long ({rate})"
     if with_workers < START_SECONDS:
-        return f"{seconds}, too little for worker processes to pay off"
-    return f"{seconds}, for which threads are about as fast as workers"
+        return f"{seconds}, too short to benefit from worker processes"
+    return f"{seconds}, where threads are about as fast as worker processes"
 
 
 def _choose_threads(
@@ -428,16 +429,16 @@ def _choose_threads(
     threads = server_threads if executor in IN_PROCESS else 1
     size = "large enough" if is_large else "too small"
     reason = (
-        f"{pluralize(threads, 'thread')} for clients, {server_threads} for the server: steps are "
-        f"{size} for more than one"
+        f"{pluralize(threads, 'thread')} for clients, {server_threads} for the server: training "
+        f"steps are {size} for several threads"
     )
     return threads, server_threads, reason
 
 
 def _num_worth_vectorizing(federation: FederationSpec, cohort: int, device: torch.device) -> int:
-    """Return how many clients of a round share an architecture; 0 if vectorizing does not pay off.
+    """Return how many clients of a round share an architecture.
 
-    It pays off if it does so for most of the cohort.
+    The result is 0 unless vectorization is worthwhile for most of the cohort.
     """
     groups: Counter[ModelSpec] = Counter()
     for profile in federation.client_infos.profiles:

@@ -221,7 +221,7 @@ def format_settings(settings: Sequence[Setting]) -> str:
 Json = dict[str, Any]
 
 NAMED = 6
-"""Most clients with the same model that are named; of more, only the first and last are."""
+"""Maximum number of clients with one model that are all named; otherwise, some are omitted."""
 
 
 @dataclass(frozen=True)
@@ -347,8 +347,8 @@ def _jobs(out: Path) -> int | None:
     except OSError:
         return None
     found = [
-        min(int(runs), int(jobs))
-        for runs, jobs in re.findall(r"  (\d+) runs, (\d+) at a time$", text, re.MULTILINE)
+        min(int(runs), int(jobs or 1))
+        for runs, jobs in re.findall(r"  (\d+) runs?(?:, (\d+) at a time)?$", text, re.MULTILINE)
     ]
     return max(found, default=None)
 

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from hetero_fl.core.metrics import SMALLER_IS_BETTER, selection_metric
@@ -32,10 +34,10 @@ from hetero_fl.reporting.methods import is_bound, method_needs
 from hetero_fl.reporting.plots import style
 
 LABEL_WIDTH = 25
-"""Most letters of a method's name on one line."""
+"""Maximum number of characters of a method's name on one line."""
 
 MANY = 16
-"""With more methods, the lines of the plot are closer together."""
+"""With more methods, the rows of the plot are closer together."""
 
 
 def draw_comparison(rows: Sequence[Row], task: Task, jobs: int | None = None) -> Figure:
@@ -88,7 +90,7 @@ def draw_comparison(rows: Sequence[Row], task: Task, jobs: int | None = None) ->
         [[row["seconds_total"] for row in _rows_of_label(rows, a)] for a in shown.all_labels],
         format_duration,
     )
-    time.set_title("Time" if jobs == 1 else "Time,\nshared")
+    time.set_title("Time" if jobs == 1 else "Time\n(shared)")
     _draw_needs(needs_axes, [method_needs(a) for a in shown.all_labels], needed)
     panels[0].set_yticks(range(len(labels)), labels)
     panels[0].set_ylim(len(labels) - 0.4, -0.6)
@@ -216,7 +218,9 @@ def _handles(rows: Sequence[Row], shown: ComparedMethods, present: Sequence[str]
             Line2D([], [], markersize=5, linestyle="none", label=TEST_DESCRIPTIONS[test], **look)
         )
     if len({row["seed"] for row in rows}) > 1:
-        handles.append(Line2D([], [], color=style.GREY, linewidth=1.3, label="± std over seeds"))
+        handles.append(
+            Line2D([], [], color=style.GREY, linewidth=1.3, label="± standard deviation over seeds")
+        )
     if shown.baseline and len(shown.all_labels) > 1:
         dotted: dict[str, Any] = {"color": style.GREY, "linewidth": 0.9, "linestyle": (0, (1, 1.5))}
         handles.append(
@@ -229,7 +233,7 @@ History = Sequence[Mapping[str, Any]]
 """Records of the rounds of one run."""
 
 MANY_CURVES = 10
-"""Most methods in a plot of learning curves; with more, there is no plot."""
+"""Maximum number of methods in a plot of learning curves; with more, there is no plot."""
 
 COLORS = (style.BLUE, style.VERMILION, style.GREEN, *style.CATEGORIES)
 
@@ -237,7 +241,7 @@ COLORS = (style.BLUE, style.VERMILION, style.GREEN, *style.CATEGORIES)
 def write_curves(
     path: Path, histories: Mapping[str, Sequence[History]], task: Task, timed: bool = False
 ) -> None:
-    """Plot the global test score of each method by round, with mean and spread over seeds.
+    """Plot the global test score of each method by round, with mean and deviation over seeds.
 
     Nothing is written for too many methods, or without methods evaluated in several rounds.
 
@@ -328,5 +332,9 @@ def _draw(lines: Mapping[str, list[tuple[float, list[float]]]], metric: str, axi
         MaxNLocator(8, integer=True, min_n_ticks=1) if axis == "round" else style.ticks(8)
     )
     axes.set_title(tested_metric("global", metric))
-    figure.legend(loc="outside right center")
+    handles: list[Artist] = [*axes.get_legend_handles_labels()[0]]
+    if any(len(values) > 1 for line in lines.values() for _, values in line):
+        band = {"color": style.GREY, "alpha": 0.2, "linewidth": 0}
+        handles.append(Patch(**band, label="± standard deviation\nover seeds"))
+    figure.legend(handles=handles, loc="outside right center")
     return figure

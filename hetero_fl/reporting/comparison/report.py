@@ -27,6 +27,11 @@ from hetero_fl.reporting.plots import style
 from hetero_fl.reporting.rendering import render
 from hetero_fl.reporting.run_directory import RunDirectory
 
+NEEDS_NOTE = (
+    "Single uploads: the server must see each client's upload, "
+    "so secure aggregation is not possible."
+)
+
 
 def comparison_row(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Return the row of a run from the content of its `summary.json`.
@@ -112,6 +117,7 @@ def write_comparison(
         "grid": make_tuning_table(tried, task),
         "settings": settings,
         "methods": describe_methods(shown.all_labels),
+        "needs_note": NEEDS_NOTE if any(SINGLE_UPLOADS in x.needs for x in last.lines) else "",
     }
     out.write_text("comparison.md", render("comparison.md", **content))
     page = render(
@@ -125,7 +131,6 @@ def write_comparison(
         several=len({row["seed"] for row in rows}) > 1,
         below=BELOW,
         missing=MISSING,
-        one_by_one=any(SINGLE_UPLOADS in line.needs for line in last.lines),
         seconds=seconds_note(known.jobs),
     )
     out.write_text("report.html", page)

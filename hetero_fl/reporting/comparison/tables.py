@@ -18,6 +18,7 @@ from hetero_fl.reporting.comparison.facts import (
     Row,
     columns_of,
     compared_methods,
+    metrics_of,
 )
 from hetero_fl.reporting.formatting import (
     MISSING,
@@ -26,12 +27,16 @@ from hetero_fl.reporting.formatting import (
     format_significant,
     is_better,
     metric_name,
+    tested_metric,
 )
 from hetero_fl.reporting.methods import format_needs, is_bound
 from hetero_fl.reporting.rendering import markdown_table, render, render_line
 
 MIN_SEEDS = 5
 """Fewest seeds for a paired t-test. With fewer, its power is low and it depends on normality."""
+
+UNDEFINED_WITHOUT_A_CLASS = ("auroc", "average_precision")
+"""Metrics that are undefined if the test rows lack a class."""
 
 BELOW = "↓"
 """Mark of scores that are worse than those of the baseline."""
@@ -224,11 +229,24 @@ def make_table(
         first=columns[0].title if columns else "",
         baseline=algorithm_name(str(shown.baseline)),
         below=BELOW if any(cell.below for line in lines for cell in line.cells) else "",
+        undefined=_undefined_titles(rows, task, moment),
         personal=local_test_note if any(c.key.startswith("personal") for c in columns) else "",
         seconds=seconds_note(jobs),
     )
     title = "Last round" if moment == "last" else "Round selected by validation"
     return ComparisonTable(title, columns, tuple(lines), caption, bool(found - {"", "best"}), jobs)
+
+
+def _undefined_titles(rows: Sequence[Row], task: Task, moment: str) -> list[str]:
+    """Return the titles of local test columns that are omitted for lack of a class in all runs."""
+    if task.kind == "regression" or not any(f"personal_{moment}_loss" in row for row in rows):
+        return []
+    keys = {metric: f"personal_{moment}_{metric}" for metric in metrics_of(task)}
+    return [
+        tested_metric("personal", metric)
+        for metric, key in keys.items()
+        if metric in UNDEFINED_WITHOUT_A_CLASS and all(row.get(key) is None for row in rows)
+    ]
 
 
 def _make_column(

@@ -29,18 +29,18 @@ from hetero_fl.utils.text import pluralize
 Json = dict[str, Any]
 
 FEW = 40
-"""Most clients that are named one by one."""
+"""Maximum number of clients that are named individually."""
 
 MAX_LABELS = 20
-"""Most labels that are named one by one."""
+"""Maximum number of labels that are named individually."""
 
 
 def plot_client_scores(summary: Json, details: Json) -> Figure:
     """Plot two metrics of each client's model on local and global test after the last round.
 
-    Up to 40 clients have a line each, with two points and the number n of local test rows. More
-    clients are points in a scatter plot, local against global test. Hollow points have fewer than
-    20 local test rows.
+    Each of up to 40 clients has a line with two points and the number n of local test rows. With
+    more clients, a scatter plot shows global against local test scores. Hollow points have fewer
+    than 20 local test rows.
     """
     rows = summary["clients"]
     tested = local_test_rows(details)
@@ -199,9 +199,9 @@ def _plot_few_labels(
     ids: list[str], table: np.ndarray, share: np.ndarray, names: tuple[str, ...]
 ) -> Figure:
     if len(ids) <= FEW:
-        return _stacked(ids, table, names, "examples")
+        return _stacked(ids, table, names, "training rows")
     order = np.lexsort(share.T[::-1])
-    unit = "fraction of the client's examples"
+    unit = "fraction of the client's training rows"
     return _stacked_many(share, names, unit, order, f"ordered by their fraction of {names[0]}")
 
 
@@ -311,7 +311,7 @@ def _shares(ids: list[str], share: np.ndarray, names: list[str]) -> Figure:
         axes.set_xticks(range(clients), [style.shorten(ids[i], 14) for i in order], rotation=90)
     else:
         axes.set(xticks=[], xlabel=f"{pluralize(clients, 'client')}, ordered by main label")
-    label = "fraction of the client's examples"
+    label = "fraction of the client's training rows"
     bar = style.add_colorbar(figure, image, axes, label, pad=0.01, aspect=30)
     bar.yaxis.set_major_locator(style.ticks())
     return figure

@@ -49,7 +49,7 @@ def plot_curves(summary: Json, records: Sequence[Json], details: Json) -> Figure
             axes.text(
                 0.5,
                 0.5,
-                "undefined in all rounds:\na class is missing",
+                "undefined in all rounds:\ntest rows lack a class",
                 transform=axes.transAxes,
                 ha="center",
             )
@@ -77,7 +77,7 @@ def plot_communication(summary: Json, records: Sequence[Json], details: Json) ->
     x = [exchanged for _, exchanged in kept]
     _draw_tests(axes, name, x, [r for r, _ in kept], summary=summary, band=False)
     axes.set(
-        xlabel=f"total upload and download ({unit})",
+        xlabel=f"cumulative communication ({unit})",
         ylabel=metric_name(name, details.get("unit", "")),
         xlim=(0, 1.04 * total[-1] / factor),
     )
@@ -230,14 +230,14 @@ OUTCOMES = {
 }
 
 TASK_CLIENTS = 30
-"""Most clients in the plot of tasks."""
+"""Maximum number of clients in the plot of tasks."""
 
 TASK_ROUNDS = 15
 """Number of rounds in the plot of tasks."""
 
 
 def timed_records(records: Sequence[Json]) -> list[Json]:
-    """Return the records with simulated time; none if no time passed."""
+    """Return the records with simulated time; empty if no simulated time passed."""
     timed = [r for r in records if r.get("simulated")]
     return timed if timed and timed[-1]["simulated"]["end"] > 0 else []
 
@@ -245,7 +245,7 @@ def timed_records(records: Sequence[Json]) -> list[Json]:
 def plot_time(summary: Json, records: Sequence[Json], details: Json) -> Figure | None:
     """Plot the selection metric by simulated time, and the outcomes of invited clients by round.
 
-    None without simulated time.
+    Returns None without simulated time.
     """
     timed = timed_records(records)
     if not timed:
@@ -311,7 +311,7 @@ def _outcome_handles(records: Sequence[Json]) -> list[Patch | Line2D]:
 def plot_tasks(records: Sequence[Json]) -> Figure | None:
     """Plot a Gantt chart of the tasks in the first rounds, for the clients invited most often.
 
-    None without simulated time.
+    Returns None without simulated time.
     """
     timed = timed_records(records)[:TASK_ROUNDS]
     tasks = [task for record in timed for task in record["tasks"]]

@@ -84,31 +84,40 @@ def _panels_by_client(
     count = "n" if columns > 4 else "local test n"
     panels: list[Panel] = []
     for first in range(0, len(ids), columns):
-        block: list[str | None] = [*ids[first : first + columns]]
-        block += [None] * (columns - len(block))
+        block = ids[first : first + columns]
+        padding = [NO_PANEL] * (columns - len(block))
         if local_test:
             for client_id in block:
-                title = f"{client_id}\n{count} = {num_rows[client_id]}" if client_id else ""
-                matrix = local_test.get(client_id) if client_id else None
-                panels.append((title, TEST_NAMES["personal"], matrix))
+                title = f"{client_id}\n{count} = {num_rows[client_id]}"
+                panels.append((title, TEST_NAMES["personal"], local_test.get(client_id)))
+            panels += padding
         if global_test:
             for client_id in block:
-                title = client_id if client_id and not local_test else ""
-                matrix = global_test.get(client_id) if client_id else None
-                panels.append((title, TEST_NAMES["global"], matrix))
+                title = "" if local_test else client_id
+                panels.append((title, TEST_NAMES["global"], global_test.get(client_id)))
+            panels += padding
     return panels
 
 
 Panel = tuple[str, str, "np.ndarray | None"]
-"""Title of one or two lines, label at the left of the row, counts `[true, predicted]`."""
+"""Title of one or two lines, label at the left of the row, counts `[true, predicted]`.
+
+The counts are None for a client without test rows.
+"""
+
+NO_PANEL: Panel = ("", "", None)
+"""Fills the last row of a grid; its axes are hidden."""
 
 
 def _matrices(panels: list[Panel], names: Sequence[str], columns: int, side: float) -> Figure:
     figure, grid = _grid(len(panels), columns, side, between=0.3, around=1.0)
     narrow = side < 1.2
     for index, (axes, (full_title, row_label, matrix)) in enumerate(zip(grid, panels, strict=True)):
+        if panels[index] == NO_PANEL:
+            axes.set_visible(False)
+            continue
         left = index % columns == 0
-        below = index + columns >= len(panels)
+        below = index + columns >= len(panels) or panels[index + columns] == NO_PANEL
         name, *more = full_title.split("\n")
         # The number of letters that fit the width of a panel.
         length = 14 if side < 1.5 else 18
@@ -153,18 +162,21 @@ def _matrix(
     axes: Axes, matrix: np.ndarray | None, names: Sequence[str], *, left: bool, below: bool
 ) -> None:
     classes = len(names)
+    has_rows = matrix is not None
     if matrix is None:
-        # The client has no local test rows.
-        matrix = np.zeros((classes, classes))
+        # NaN is transparent.
+        matrix = np.full((classes, classes), np.nan)
+        look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": style.MIN_FONT_SIZE}
+        axes.text(0.5, 0.5, "no test rows", transform=axes.transAxes, **look)
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     style.remove_axes(axes)
-    if classes <= 4:
+    if classes <= 4 and has_rows:
         for row, column in np.ndindex(classes, classes):
             text = (
                 f"{100 * share[row, column]:.0f}%\n{matrix[row, column]:.0f}"
                 if matrix[row].sum()
-                else "none"
+                else "no\nrows"
             )
             color = style.text_color(share[row, column])
             axes.text(
@@ -262,7 +274,7 @@ def _reliability(axes: Axes, by_test: Mapping[str, Json], num_rows: int) -> None
             clip_on=False,
         )
         rows = f" (n = {num_rows})" if test == "personal" else ""
-        lines.append((f"ECE {TEST_NAMES[test]} {found['ece']:.3f}{rows}", color))
+        lines.append((f"{TEST_NAMES[test]} ECE {found['ece']:.3f}{rows}", color))
     # Offsets in points keep the text off the title at any size.
     for line_idx, (text, color) in enumerate(reversed(lines)):
         at: dict[str, Any] = {

@@ -36,7 +36,7 @@ def test_later_versions_of_flower_are_accepted(found: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("found", ["1.40.9", "0.42.0", "2.0.0"])
 def test_other_versions_of_flower_are_refused(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "version", lambda _: found)
-    line = rf"flwr {found} is installed; pip install 'hetero_fl\[flower\]' installs flwr 1.41"
+    line = rf"flwr: expected version >= 1.41 and < 2, got {found}; run pip install 'hetero_fl\[flower\]'"
     with pytest.raises(UserError, match=line):
         commands.check_installed()
 
@@ -46,7 +46,7 @@ def test_missing_flower_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         raise PackageNotFoundError
 
     monkeypatch.setattr(commands, "version", missing)
-    with pytest.raises(UserError, match="Flower is not installed"):
+    with pytest.raises(UserError, match="flwr: not installed"):
         commands.check_installed()
 
 
@@ -106,7 +106,7 @@ def test_command_failing_to_start_is_reported(tmp_path: Path) -> None:
 
 def test_failing_flwr_is_reported(tmp_path: Path) -> None:
     pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
-    with pytest.raises(RunFailedError, match="flwr run none failed: "):
+    with pytest.raises(RunFailedError, match="flwr run none: failed: "):
         run_flwr(environment(tmp_path), "run", "none")
 
 
@@ -126,6 +126,6 @@ def test_occupied_port_is_named() -> None:
 @pytest.mark.parametrize("port", [0, 9092])
 def test_remote_host_is_named(host: str, port: int, tmp_path: Path) -> None:
     files = make_server_files(tmp_path, [host])
-    with pytest.raises(UserError, match=rf"server.host: {host} is no address of this machine"):
+    with pytest.raises(UserError, match=rf"server.host: {host} is not an address of this machine"):
         SuperLink(host, port, files)
     assert free_port("127.0.0.1") > 0
